@@ -1,0 +1,208 @@
+"""The bookkeeping of one `score` call: which samples still have to go to which function, and what is known of the
+others.
+
+In: the batch and what workers report. Out: tasks, and at the end a `RewardResult`. No processes and no clocks here.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rewards.contract import RewardSpec, Style
+
+FAILURES = ("exception", "timeout", "crash", "wrong_length", "not_a_number")
+COUNTS = (*FAILURES, "none")
+
+_PIECES_PER_WORKER = 4  # small enough to level the load, large enough to keep the message overhead low
+_PROBLEMS_PER_FUNCTION = 3
+_GRACE_SECONDS = 1.0  # for an async time limit, which the worker itself enforces first
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardResult:
+    """Rewards of one batch.
+
+    rewards: per sample a list with one float or None per function, in the order of the specs.
+    counts: per function the number of samples by failure (`FAILURES`), and "none" for samples the function declined
+    to judge.
+        A batch call that failed where no single sample did counts once.
+    problems: a few readable messages per function. seconds: per function, summed over workers.
+    """
+
+    rewards: list[list[float | None]]
+    counts: dict[str, dict[str, int]]
+    problems: list[str]
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedFunction:
+    """What a worker says of a function it loaded."""
+
+    style: Style
+    is_async: bool
+    elementwise: bool
+    columns: Sequence[str]
+    needs_completion_ids: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchInputs:
+    """A batch in its JSON form."""
+
+    prompts: list[Any]
+    completions: list[Any]
+    columns: dict[str, list[Any]]
+    completion_ids: list[list[int]] | None
+
+
+@dataclasses.dataclass
+class Task:
+    """One request to a worker: some samples of one function."""
+
+    key: int  # position of the function in the specs
+    mode: str  # batch | each | together, see rewards.worker
+    samples: list[int]  # positions in the batch
+    limit: float  # seconds the worker may take until its next reply
+    request: dict[str, Any]
+    answered: set[int] = dataclasses.field(default_factory=set)  # positions in `samples`
+
+    def unanswered(self) -> list[int]:
+        return [sample for position, sample in enumerate(self.samples) if position not in self.answered]
+
+
+class Batch:
+    """The state of one `score` call: what is still to do, and what is known."""
+
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        functions: Sequence[LoadedFunction],
+        inputs: BatchInputs,
+        timeout: float,
+        num_workers: int,
+    ):
+        size = len(inputs.completions)
+        self.seconds = [0.0] * len(specs)
+        self._specs, self._functions, self._inputs = specs, functions, inputs
+        self._timeout, self._num_workers = timeout, num_workers
+        self._rewards: list[list[float | None]] = [[None] * len(specs) for _ in range(size)]
+        self._counts: list[dict[str, int]] = [dict.fromkeys(COUNTS, 0) for _ in specs]
+        self._messages: list[list[tuple[int, str]]] = [[] for _ in specs]  # sample (-1: the whole batch), text
+        self._failed_batches: dict[int, str] = {}  # function -> kind
+        self._at_home: list[collections.deque[Task]] = [collections.deque() for _ in range(num_workers)]
+        self._anywhere: collections.deque[Task] = collections.deque()
+        for key, function in enumerate(functions):
+            if not size:
+                continue
+            everything = list(range(size))
+            if function.style == "batch" and not function.elementwise:
+                self._at_home[key % num_workers].append(self._task(key, "batch", everything))
+            else:
+                self._spread(key, everything, "together" if function.is_async else "each")
+
+    def take(self, worker: int) -> Task | None:
+        """The next task for a worker. Whole-batch calls first: they take longest and run nowhere else."""
+        for waiting in (self._at_home[worker], self._anywhere):
+            if waiting:
+                return waiting.popleft()
+        return None
+
+    def record(self, task: Task, message: Mapping[str, Any]) -> None:
+        """The result of one sample."""
+        task.answered.add(message["index"])
+        sample = task.samples[message["index"]]
+        if message["kind"] is not None:
+            self._lose(task.key, sample, (message["kind"], message["message"]))
+        elif message["value"] is None:
+            self._counts[task.key]["none"] += 1
+        self._rewards[sample][task.key] = message["value"]
+
+    def finish(self, task: Task, message: Mapping[str, Any], seconds: float) -> None:
+        """The worker is done with a task; a whole-batch call may have failed."""
+        self.seconds[task.key] += seconds
+        if message["kind"] is not None:
+            self._retry_one_by_one(task, (message["kind"], message["message"]))
+
+    def interrupted(self, task: Task, failure: tuple[str, str]) -> None:
+        """The worker died or had to be killed in the middle of a task."""
+        left = task.unanswered()
+        if not left:
+            return
+        if task.mode == "batch" and task.answered:  # the call was over: only its report was cut off
+            self._spread(task.key, left, "each")
+        elif task.mode == "batch":
+            self._retry_one_by_one(task, failure)
+        elif task.mode == "each" or len(left) == 1:
+            self._lose(task.key, left[0], failure)
+            if left[1:]:
+                self._anywhere.appendleft(self._task(task.key, "each", left[1:]))
+        else:  # several were running: which one did it shows when each runs alone
+            self._spread(task.key, left, "each")
+
+    def lose_all(self, task: Task, failure: tuple[str, str]) -> None:
+        """The function is gone in that worker: its samples cannot be judged."""
+        for sample in task.unanswered():
+            self._lose(task.key, sample, failure)
+
+    def result(self) -> RewardResult:
+        """What is known, once nothing is left to do."""
+        for key, kind in self._failed_batches.items():
+            if not self._counts[key][kind]:
+                self._counts[key][kind] = 1
+        names = [spec.name for spec in self._specs]
+        problems = [
+            line for name, found in zip(names, self._messages, strict=True) for line in _problem_lines(name, found)
+        ]
+        counts = dict(zip(names, self._counts, strict=True))
+        return RewardResult(self._rewards, counts, problems, dict(zip(names, self.seconds, strict=True)))
+
+    def _retry_one_by_one(self, task: Task, failure: tuple[str, str]) -> None:
+        if len(task.samples) == 1:
+            self._lose(task.key, task.samples[0], failure)
+            return
+        self._failed_batches[task.key] = failure[0]
+        self._messages[task.key].append((-1, f"{failure[1]}; called again for one sample at a time"))
+        self._spread(task.key, task.samples, "each")
+
+    def _spread(self, key: int, samples: list[int], mode: str) -> None:
+        # Awaiting many at once is the point of an async function, so its pieces are as large as they can be.
+        pieces = self._num_workers * (1 if mode == "together" else _PIECES_PER_WORKER)
+        length = -(-len(samples) // pieces)
+        for start in range(0, len(samples), length):
+            self._anywhere.append(self._task(key, mode, samples[start : start + length]))
+
+    def _task(self, key: int, mode: str, samples: list[int]) -> Task:
+        inputs = self._inputs
+        function = self._functions[key]
+        ids = inputs.completion_ids
+        request = {
+            "op": "run",
+            "key": key,
+            "mode": mode,
+            "limit": self._timeout,
+            "prompts": [inputs.prompts[sample] for sample in samples],
+            "completions": [inputs.completions[sample] for sample in samples],
+            "columns": {name: [inputs.columns[name][sample] for sample in samples] for name in function.columns},
+            "completion_ids": None if ids is None else [ids[sample] for sample in samples],
+        }
+        limits = {
+            "batch": self._timeout * len(samples),
+            "each": self._timeout,
+            "together": self._timeout + _GRACE_SECONDS,
+        }
+        return Task(key, mode, samples, limits[mode], request)
+
+    def _lose(self, key: int, sample: int, failure: tuple[str, str]) -> None:
+        kind, message = failure
+        self._counts[key][kind] += 1
+        self._messages[key].append((sample, f"{kind}: {message}"))
+
+
+def _problem_lines(name: str, messages: Sequence[tuple[int, str]]) -> list[str]:
+    """The first few messages of a function, by sample, and how many more there are."""
+    first = sorted(messages)[:_PROBLEMS_PER_FUNCTION]
+    lines = [f"reward {name!r} {'batch call' if sample < 0 else f'sample {sample}'}: {text}" for sample, text in first]
+    more = len(messages) - len(first)
+    return lines + ([f"reward {name!r}: {more} more"] if more else [])

@@ -1,0 +1,308 @@
+"""What a reward function is, and how its arguments are found.
+
+In: a `RewardSpec` and the names of the dataset columns. Out: a `BoundReward`, which knows the style of the function and
+builds its arguments. Not here: running it (see `rewards.worker`) and keeping it from doing harm (see `rewards.runner`).
+
+Three signatures are taken unchanged and told apart by their parameter names:
+
+    batch   fn(prompts, completions, **columns) -> list[float | None]               TRL, Tunix
+    sample  fn(prompt, completion, answer, info, state, ...) -> float | None         verifiers
+    verl    compute_score(data_source, solution_str, ground_truth, extra_info)       verl
+
+Each may be `async`. A batch function may also take `completion_ids` (token ids, one list per completion).
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+from rewards.text import completion_text
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+Style = Literal["batch", "sample", "verl"]
+
+# These names carry the prompt and the completion themselves, so that a dataset column never hides them.
+RESERVED_COLUMNS = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
+
+_PROVIDED: dict[Style, tuple[str, ...]] = {
+    "batch": ("prompts", "completions", "completion_ids"),
+    "sample": ("prompt", "completion", "completion_ids", "state", "info", "task"),
+    "verl": ("data_source", "solution_str", "extra_info"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSpec:
+    """One reward function of a run.
+
+    name: unique, the name in metrics and messages. function: `module:function` or `path/to/file.py:function`.
+    weight: factor in the weighted sum; 0 means metric only. kwargs: JSON constants handed to the function.
+    """
+
+    name: str
+    function: str
+    weight: float
+    kwargs: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundReward:
+    """A reward function whose every required argument has a source."""
+
+    function: Callable[..., Any]
+    style: Style
+    is_async: bool
+    elementwise: bool  # a batch function that judges each completion by itself
+    parameters: frozenset[str]  # names the function spells out
+    takes_any: bool  # has **kwargs
+    columns: tuple[str, ...]  # dataset columns the function reads, in dataset order
+    needs_completion_ids: bool  # cannot be called without token ids
+    kwargs: Mapping[str, Any]
+
+    def accepts(self, name: str) -> bool:
+        """Whether the function may be given an argument of this name."""
+        return name in self.parameters or self.takes_any
+
+    def batch_arguments(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        completion_ids: Sequence[Sequence[int]] | None,
+    ) -> dict[str, Any]:
+        """Keyword arguments of one call of a batch function; every list has one entry per completion."""
+        offered = {name: list(columns[name]) for name in self.columns}
+        offered |= {"prompts": list(prompts), "completions": list(completions)}
+        if completion_ids is not None:
+            offered["completion_ids"] = list(completion_ids)
+        return self._accepted(offered)
+
+    def sample_arguments(
+        self, prompt: Any, completion: Any, row: Mapping[str, Any], completion_ids: Sequence[int] | None
+    ) -> dict[str, Any]:
+        """Keyword arguments of one call of a per-sample or verl function; `row` maps column names to values."""
+        if self.style == "verl":
+            offered = {name: row[name] for name in self.columns if name in self.parameters}
+            offered |= {
+                "data_source": row.get("data_source", ""),
+                "solution_str": completion_text(completion),
+                "extra_info": {} if row.get("extra_info") is None else row["extra_info"],
+            }
+            source = _ground_truth_column(row)
+            if source is not None:
+                value = row[source]
+                offered["ground_truth"] = value["ground_truth"] if source == "reward_model" else value
+            return self._accepted(offered, any_name=False)
+        offered = {"info": {}, "task": "default"} | {name: row[name] for name in self.columns}
+        offered |= {"prompt": prompt, "completion": completion}
+        if completion_ids is not None:
+            offered["completion_ids"] = completion_ids
+        if self.accepts("state"):
+            offered["state"] = {"answer": ""} | offered
+        return self._accepted(offered)
+
+    def _accepted(self, offered: dict[str, Any], any_name: bool = True) -> dict[str, Any]:
+        kept = {
+            name: value for name, value in offered.items() if name in self.parameters or (any_name and self.takes_any)
+        }
+        return kept | dict(self.kwargs)
+
+
+def elementwise(function: _Function) -> _Function:
+    """Mark a batch function that judges each completion by itself, as a decorator.
+
+    The runner then calls it for one sample at a time: the work is spread over the workers, and the time limit holds
+    per sample. Unmarked batch functions may compare completions with each other, and get the whole batch in one call.
+    """
+    function.elementwise = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+def load_function(spec: RewardSpec) -> Callable[..., Any]:
+    """Import the function that `spec.function` names.
+
+    A `.py` path is run as a file with its folder first on `sys.path`, as `python file.py` would; anything else is
+    imported as a module. `sys.path` and `sys.modules` of the calling process change, so call it in a reward worker.
+
+    Raises ValueError when the text has no `:name`, the file or module does not import, or the attribute is missing or
+    not callable.
+    """
+    source, colon, attribute = spec.function.rpartition(":")
+    if not colon or not source or not attribute:
+        raise ValueError(
+            f"reward {spec.name!r}: function must be 'module:function' or 'path/to/file.py:function', "
+            f"got {spec.function!r}"
+        )
+    is_file = source.endswith(".py")
+    try:
+        module = _import_file(Path(source)) if is_file else importlib.import_module(source)
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which can raise anything
+        hint = "" if is_file else "; for a file write its path with .py, as in ./my_rewards.py:function"
+        raise ValueError(
+            f"reward {spec.name!r}: {source!r} does not import: {type(error).__name__}: {error}{hint}"
+        ) from error
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(
+                part, [name for name in dir(found) if callable(getattr(found, name, None))], n=1
+            )
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"reward {spec.name!r}: {source!r} has no attribute {attribute!r}{hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"reward {spec.name!r}: {spec.function!r} must be callable, got {type(found).__name__}")
+    return found
+
+
+def bind(
+    function: Callable[..., Any],
+    available_columns: Sequence[str],
+    kwargs: Mapping[str, Any],
+    name: str | None = None,
+) -> BoundReward:
+    """Recognise the style of a reward function and check that something provides each of its required arguments.
+
+    `kwargs` win over a column of the same name. Columns called prompt(s), completion(s) or completion_ids are not
+    passed: those names carry the prompt and the completion themselves. `name` is used in messages only.
+
+    Raises ValueError naming the function, the argument, what is available, and the way out.
+    """
+    label = f"reward {name or getattr(function, '__name__', type(function).__name__)!r}"
+    parameters = _signature(function, label)
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    if positional:
+        raise ValueError(
+            f"{label}: arguments are given by name, but {positional[0]!r} is positional only; drop the '/'"
+        )
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    columns = [column for column in available_columns if column not in RESERVED_COLUMNS]
+    style = _style(named, takes_any, label)
+    _check_kwargs(kwargs, named, takes_any, style, label)
+
+    provided = {*_PROVIDED[style], *columns, *kwargs}
+    if style == "verl" and _ground_truth_column(columns) is not None:
+        provided.add("ground_truth")
+    for parameter in named.values():
+        if parameter.default is parameter.empty and parameter.name not in provided:
+            raise ValueError(_nothing_provides(parameter.name, style, columns, label))
+
+    read = {*named} | ({*columns} if takes_any and style != "verl" else set())
+    if style == "sample" and ("state" in named or takes_any):
+        read = {*columns}  # the state holds the whole row
+    if style == "verl":
+        read |= {"data_source", "extra_info", _ground_truth_column(columns)}
+    ids = named.get("completion_ids")
+    return BoundReward(
+        function=function,
+        style=style,
+        is_async=inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__),
+        elementwise=getattr(function, "elementwise", False) is True,
+        parameters=frozenset(named),
+        takes_any=takes_any,
+        columns=tuple(column for column in columns if column in read),
+        needs_completion_ids=ids is not None and ids.default is ids.empty,
+        kwargs=dict(kwargs),
+    )
+
+
+def check_specs(specs: Sequence[RewardSpec]) -> None:
+    """Raise ValueError for an empty list, a name used twice, or a weight that is not a finite number."""
+    if not specs:
+        raise ValueError("rewards.functions must name at least one reward function, got none")
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"reward names must differ, got {name!r} {names.count(name)} times; give each function a `name`"
+            )
+    for spec in specs:
+        if isinstance(spec.weight, bool) or not -float("inf") < spec.weight < float("inf"):
+            raise ValueError(f"reward {spec.name!r}: weight must be a finite number, got {spec.weight!r}")
+
+
+def _import_file(path: Path) -> ModuleType:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    # The folder is in the name, so that two files called reward.py do not become one module.
+    module_name = f"reward_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # before execution: dataclasses and pickle look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _signature(function: Callable[..., Any], label: str) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{label}: its parameter names cannot be read ({error}); wrap it in a Python function"
+        ) from error
+
+
+def _style(named: Collection[str], takes_any: bool, label: str) -> Style:
+    one = sorted({"prompt", "completion"} & {*named})
+    many = sorted({"prompts", "completions"} & {*named})
+    if one and many:
+        raise ValueError(
+            f"{label}: {one[0]!r} belongs to a per-sample function and {many[0]!r} to a batch function; use one of them"
+        )
+    if "solution_str" in named:
+        return "verl"
+    if one or (not many and {"state", "info", "task"} & {*named}):
+        return "sample"
+    if many or takes_any or "completion_ids" in named:
+        return "batch"
+    raise ValueError(
+        f"{label}: the parameters ({', '.join(named)}) name neither prompts/completions (batch), prompt/completion "
+        "(per sample) nor solution_str (verl); add one of them"
+    )
+
+
+def _check_kwargs(kwargs: Mapping[str, Any], named: Collection[str], takes_any: bool, style: Style, label: str) -> None:
+    for key in kwargs:
+        if key in _PROVIDED[style] or key in RESERVED_COLUMNS:
+            raise ValueError(f"{label}: kwargs must not hold {key!r}, which comes from the rollout")
+        if key not in named and not takes_any:
+            near = difflib.get_close_matches(key, named, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; its parameters are {', '.join(named)}"
+            raise ValueError(f"{label}: kwargs holds {key!r}, which the function does not take{hint}")
+
+
+def _ground_truth_column(columns: Collection[str]) -> str | None:
+    """verl's ground truth: a column of its own, Tandem's `answer`, or the field of verl's `reward_model` column."""
+    return next((name for name in ("ground_truth", "answer", "reward_model") if name in columns), None)
+
+
+def _nothing_provides(argument: str, style: Style, columns: Sequence[str], label: str) -> str:
+    if argument in ("trainer_state", "log_extra", "log_metric"):
+        return f"{label}: argument {argument!r} is an object of TRL's trainer, which is not here; give it a default"
+    near = difflib.get_close_matches(argument, columns, n=1)
+    hint = f"did you mean the column {near[0]!r}? " if near else ""
+    return (
+        f"{label}: nothing provides the argument {argument!r} ({style} function); available are "
+        f"{', '.join(_PROVIDED[style])} and the dataset columns ({', '.join(columns) or 'none'}). {hint}"
+        f"Map a dataset column to that name (data.columns), add it to the reward's kwargs, or give it a default"
+    )

@@ -1,0 +1,197 @@
+"""One worker process as the runner sees it: its pipes, what it has loaded, what it is doing, and how it is ended."""
+
+import collections
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rewards.batch import Task
+from rewards.contract import RewardSpec
+from rewards.protocol import encode, pack, unpack
+
+_POLL_SECONDS = 0.1  # how soon a death is seen that leaves the pipe open, held by a forked grandchild
+_EXIT_SECONDS = 1.0  # between the end of a process's output and its own
+_DUMP_SECONDS = 0.05  # for the signal handler that writes the stack of a hung worker to the log
+
+
+class WorkerProcess:
+    """One worker process: its pipes, what it has loaded and what it is doing."""
+
+    def __init__(
+        self, load_requests: Sequence[dict[str, Any]], start_timeout: float, log_path: str | os.PathLike[str] | None
+    ):
+        self._load_requests, self._start_timeout = load_requests, start_timeout
+        self._log_path = None if log_path is None else Path(log_path).absolute()
+        self._directory = os.getcwd()
+        self.to_load: collections.deque[int] = collections.deque()
+        self._start()
+
+    def _start(self) -> None:
+        with contextlib.nullcontext() if self._log_path is None else self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                # -P: a folder called `rewards` in the working directory must not hide this package.
+                [sys.executable, "-P", "-m", "rewards.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+                cwd=self._directory,
+                env=_environment(),
+                start_new_session=True,  # out of reach of a terminal's Ctrl-C, and killable with all it started
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self.stdin, self.stdout = self._process.stdin, self._process.stdout
+        os.set_blocking(self.stdin.fileno(), False)
+        os.set_blocking(self.stdout.fileno(), False)
+        self.outgoing = memoryview(b"")
+        self._incoming = bytearray()
+        self.closed = False
+        self.loaded: set[int] = set()
+        self.loading: int | None = None
+        self.task: Task | None = None
+        self.deadline = 0.0
+
+    def load_next(self) -> None:
+        """Ask for the next function of `to_load`, if there is one."""
+        if self.to_load:
+            self._load(self.to_load.popleft())
+
+    def start_task(self, task: Task | None) -> None:
+        """Give an idle worker a task, loading its function first where that has not happened."""
+        if task is None:
+            return
+        self.task, self._task_started = task, time.monotonic()
+        if self._process.poll() is not None:  # died while idle, by a thread or timer of user code
+            self._kill()
+            self._start()
+            self.task = task
+        if task.key in self.loaded:
+            self.send_task(task)
+        else:
+            self._load(task.key)
+
+    def send_task(self, task: Task) -> None:
+        """Send the task itself; its clock starts now."""
+        self._send(task.request)
+        self.extend_deadline(task)
+
+    def extend_deadline(self, task: Task) -> None:
+        """The next reply may take one more limit from now on."""
+        self.deadline = time.monotonic() + task.limit
+
+    def finish(self) -> float:
+        """Forget the task; the seconds it took."""
+        self.task = None
+        return time.monotonic() - self._task_started
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Messages that have arrived in full."""
+        while not self.closed:
+            try:
+                chunk = os.read(self.stdout.fileno(), 1 << 20)
+            except BlockingIOError:
+                break
+            self.closed = not chunk
+            self._incoming += chunk
+        return unpack(self._incoming)
+
+    def flush(self) -> None:
+        """Write as much of what is to be sent as the pipe takes."""
+        try:
+            self.outgoing = self.outgoing[os.write(self.stdin.fileno(), self.outgoing) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:  # the worker is dead, which `failure` reports
+            self.outgoing = memoryview(b"")
+
+    def failure(self) -> tuple[str, str] | None:
+        """(kind, message) when the worker is dead or past its deadline, else None."""
+        if self.closed or self._process.poll() is not None:
+            try:
+                code = self._process.wait(_EXIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                return "crash", "the worker process closed its connection"
+            how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with exit code {code}"
+            return "crash", f"the worker process died {how}"
+        if time.monotonic() > self.deadline:
+            limit = self._start_timeout if self.loading is not None or self.task is None else self.task.limit
+            return "timeout", f"no answer within {limit:g} s; the worker process was killed, its stack is in the log"
+        return None
+
+    def restart(self) -> None:
+        """Kill the process with everything it started; a fresh one loads functions when it needs them."""
+        if self._process.poll() is None:
+            os.kill(self._process.pid, signal.SIGUSR1)
+            time.sleep(_DUMP_SECONDS)
+        self._kill()
+        self._start()
+
+    def hang_up(self) -> None:
+        """Close the worker's input, which ends it when it is idle."""
+        self.stdin.close()
+
+    def end(self, deadline: float) -> None:
+        """Wait for the process until the deadline if it is idle, then kill what is left of it."""
+        if self.task is None and self.loading is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # killed next
+                self._process.wait(max(0.0, deadline - time.monotonic()))
+        self._kill()
+
+    def _load(self, key: int) -> None:
+        self.loading = key
+        self._send(self._load_requests[key])
+        self.deadline = time.monotonic() + self._start_timeout
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        self.outgoing = memoryview(bytes(self.outgoing) + pack(message))
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it left nothing behind
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self.stdin.close()
+        self.stdout.close()
+
+
+def poll(workers: Sequence[WorkerProcess]) -> None:
+    """Wait until one of the workers has something to say or takes input, one is overdue, or a moment has passed."""
+    now = time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        for worker in workers:
+            if not worker.closed:
+                selector.register(worker.stdout, selectors.EVENT_READ)
+            if worker.outgoing:
+                selector.register(worker.stdin, selectors.EVENT_WRITE, worker)
+        wait = min([_POLL_SECONDS, *(max(0.0, worker.deadline - now) for worker in workers)])
+        for ready, _ in selector.select(wait):
+            if ready.data is not None:
+                ready.data.flush()
+
+
+def load_request(key: int, spec: RewardSpec, columns: Sequence[str]) -> dict[str, Any]:
+    fields = {"name": spec.name, "function": spec.function, "weight": spec.weight}
+    kwargs = encode(spec.kwargs, f"reward {spec.name!r}: kwargs")
+    # What imports here imports there; -P left out the working directory, where a user's modules are expected.
+    path = [entry or os.getcwd() for entry in sys.path] + [os.getcwd()]
+    return {"op": "load", "key": key, "spec": {**fields, "kwargs": kwargs}, "columns": list(columns), "path": path}
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a worker: this package importable, string hashes equal in every worker and every run."""
+    environment = dict(os.environ)
+    root = str(Path(__file__).resolve().parent.parent)
+    if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        # Not for an installed package: site-packages on PYTHONPATH would come before the standard library.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    # A function that iterates over a set of strings gives the same rewards after a resume.
+    environment.setdefault("PYTHONHASHSEED", "0")
+    return environment

@@ -1,0 +1,227 @@
+"""Run reward functions in worker processes, so that nothing they do can stop or poison a training step.
+
+In: prompts, completions and dataset columns of one batch. Out: a `RewardResult` with one number or None per sample
+and function, and an account of everything that went wrong. Not here: weights (`rewards.rubric`), what a function may
+look like (`rewards.contract`).
+
+A batch function gets the whole batch in one call, always in the same worker: it may compare completions with each
+other and keep state. When that call fails, it is called again for one sample at a time, so that only the culprit is
+lost. Per-sample functions, and batch functions marked `elementwise`, are called sample by sample and spread over the
+workers. A worker that hangs or dies is killed with everything it started, and replaced.
+
+POSIX only (process groups, selectable pipes). Not thread-safe: one `score` at a time.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rewards.batch import Batch, BatchInputs, LoadedFunction, RewardResult
+from rewards.contract import RewardSpec, check_specs
+from rewards.process import WorkerProcess, load_request, poll
+from rewards.protocol import encode
+
+_CLOSE_SECONDS = 3.0  # for exit handlers of user code
+
+
+class RewardRunner:
+    """Worker processes with the reward functions of a run loaded; close it, or use it as a context manager.
+
+    specs: the functions. columns: names of the dataset columns that every `score` call will bring. num_workers:
+    processes, >= 1.
+    timeout_seconds: hard limit of one sample in one function (a batch call gets this times its number of samples).
+    start_timeout_seconds: limit for importing one function. log_path: file that takes what the functions print, and
+    tracebacks; None: this process's stderr.
+
+    Raises ValueError when a spec or an argument is invalid, a function does not import, or nothing provides one of
+    its arguments.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        columns: Sequence[str],
+        num_workers: int,
+        timeout_seconds: float,
+        *,
+        start_timeout_seconds: float = 120.0,
+        log_path: str | os.PathLike[str] | None = None,
+    ):
+        check_specs(specs)
+        if num_workers < 1:
+            raise ValueError(f"rewards.num_workers must be >= 1, got {num_workers}")
+        if not timeout_seconds > 0:
+            raise ValueError(f"rewards.timeout_seconds must be > 0, got {timeout_seconds}")
+        self.specs = tuple(specs)
+        self.columns = tuple(columns)
+        self._timeout = timeout_seconds
+        requests = [load_request(key, spec, self.columns) for key, spec in enumerate(specs)]
+        self._workers = [WorkerProcess(requests, start_timeout_seconds, log_path) for _ in range(num_workers)]
+        try:
+            self._functions = self._load()
+        except BaseException:  # no worker may outlive a failed start, Ctrl-C included
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> RewardResult:
+        """Score one batch. Order and values depend on the functions only, never on which worker was faster.
+
+        prompts, completions: strings or chat message lists, handed through unchanged. columns: one list per dataset
+        column.
+        completion_ids: token ids per completion. Failures of a function never raise; ValueError is for arguments
+        whose lengths differ, a missing column, a value that cannot be sent, and completion_ids missing where a
+        function requires them.
+        """
+        inputs = self._check_inputs(prompts, completions, columns, completion_ids)
+        batch = Batch(self.specs, self._functions, inputs, self._timeout, len(self._workers))
+        try:
+            self._run(batch)
+        finally:
+            # After an exception (of a signal handler of the caller, say) a reply may still be under way, and must not
+            # be taken for one to the next batch.
+            for worker in self._workers:
+                if worker.task is not None:
+                    worker.restart()
+        return batch.result()
+
+    def close(self) -> None:
+        """End the workers; exit handlers of user code get a few seconds. Closing twice does nothing."""
+        for worker in self._workers:
+            worker.hang_up()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for worker in self._workers:
+            worker.end(deadline)
+
+    def _load(self) -> list[LoadedFunction]:
+        """Load each function in one worker, in parallel; the other workers load it when they first need it."""
+        for key in range(len(self.specs)):
+            self._home(key).to_load.append(key)
+        functions: dict[int, LoadedFunction] = {}
+        for worker in self._workers:
+            worker.load_next()
+        while busy := [worker for worker in self._workers if worker.loading is not None]:
+            poll(busy)
+            for worker in busy:
+                failure = worker.failure()
+                messages = worker.receive()
+                for message in messages:
+                    key = worker.loading
+                    assert key is not None, message
+                    if message["op"] == "refused":
+                        raise ValueError(message["error"])
+                    fields = {field.name: message[field.name] for field in dataclasses.fields(LoadedFunction)}
+                    functions[key] = LoadedFunction(**fields)
+                    worker.loaded.add(key)
+                    worker.loading = None
+                    worker.load_next()
+                if worker.loading is not None and not messages and failure is not None:
+                    spec = self.specs[worker.loading]
+                    raise ValueError(f"reward {spec.name!r}: importing {spec.function!r} failed: {failure[1]}")
+        return [functions[key] for key in range(len(self.specs))]
+
+    def _home(self, key: int) -> WorkerProcess:
+        return self._workers[key % len(self._workers)]
+
+    def _run(self, batch: Batch) -> None:
+        while True:
+            for position, worker in enumerate(self._workers):
+                if worker.task is None:
+                    worker.start_task(batch.take(position))
+            busy = [worker for worker in self._workers if worker.task is not None]
+            if not busy:
+                return
+            poll(busy)
+            for worker in busy:
+                self._advance(worker, batch)
+
+    def _advance(self, worker: WorkerProcess, batch: Batch) -> None:
+        """Take what a busy worker has to say, and notice when it will say nothing any more."""
+        failure = worker.failure()  # asked before reading: what a dead worker said has then all arrived
+        messages = worker.receive()
+        for message in messages:
+            task = worker.task
+            assert task is not None, message
+            if message["op"] == "result":
+                batch.record(task, message)
+                worker.extend_deadline(task)
+            elif message["op"] == "loaded":
+                worker.loaded.add(task.key)
+                worker.loading = None
+                worker.send_task(task)
+            elif message["op"] == "refused":  # the file changed since the start
+                worker.loading = None
+                batch.lose_all(task, ("exception", message["error"]))
+                worker.finish()
+            else:
+                batch.finish(task, message, worker.finish())
+        if worker.task is None or messages or failure is None:
+            return
+        task, was_loading = worker.task, worker.loading is not None
+        batch.seconds[task.key] += worker.finish()
+        worker.restart()
+        if was_loading:
+            batch.lose_all(task, (failure[0], f"while importing: {failure[1]}"))
+        else:
+            batch.interrupted(task, failure)
+
+    def _check_inputs(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        completion_ids: Sequence[Sequence[int]] | None,
+    ) -> BatchInputs:
+        wanted = {name for function in self._functions for name in function.columns}
+        missing = sorted(wanted - {*columns})
+        if missing:
+            raise ValueError(f"score needs the columns {sorted(wanted)}, got no {missing[0]!r}")
+        lengths = {"prompts": len(prompts), **{name: len(values) for name, values in columns.items()}}
+        if completion_ids is not None:
+            lengths["completion_ids"] = len(completion_ids)
+        for name, length in lengths.items():
+            if length != len(completions):
+                raise ValueError(f"{name} must have one entry per completion ({len(completions)}), got {length}")
+        for spec, function in zip(self.specs, self._functions, strict=True):
+            if function.needs_completion_ids and completion_ids is None:
+                raise ValueError(f"reward {spec.name!r} requires completion_ids, got none; pass them to score")
+        return BatchInputs(
+            prompts=encode(list(prompts), "prompts"),
+            completions=encode(list(completions), "completions"),
+            columns={name: encode(list(columns[name]), f"column {name!r}") for name in sorted(wanted)},
+            completion_ids=None
+            if completion_ids is None
+            else [[int(token) for token in ids] for ids in completion_ids],
+        )
+
+
+def check_on_gold(runner: RewardRunner, prompt: Any, gold_completion: Any, columns: Mapping[str, Any]) -> list[str]:
+    """Score one row whose completion is a right answer, and say which functions fail on it or cannot judge it.
+
+    columns: one value (not a list) per dataset column. Returns warnings, none when every function gave a number.
+    Token ids are
+    not known here: a function that requires them gets an empty list.
+    """
+    result = runner.score([prompt], [gold_completion], {name: [value] for name, value in columns.items()}, [[]])
+    declined = [
+        f"on a gold row, reward {spec.name!r} returned None: it cannot judge a right answer; check the answer column"
+        for spec in runner.specs
+        if result.counts[spec.name]["none"]
+    ]
+    return [f"on a gold row, {problem}" for problem in result.problems] + declined

@@ -1,0 +1,282 @@
+"""A reward worker: `python -m rewards.worker`, started by `rewards.runner`.
+
+In: requests on standard input. Out: replies on standard output (frames of `rewards.protocol`). It runs the user's
+functions in its main thread, where `signal.alarm` works, and turns whatever they do into a number, a None or a named
+failure. What it cannot survive (a hang, a crash) the runner sees from outside. It never imports jax.
+
+    {"op": "load", "key": k, "spec": {...}, "columns": [...], "path": [...]}
+        -> {"op": "loaded", "style", "is_async", "elementwise", "columns", "needs_completion_ids"}
+        or {"op": "refused", "error"}
+    {"op": "run", "key": k, "mode": m, "limit": seconds, "prompts", "completions", "columns", "completion_ids"}
+        -> {"op": "result", "index", "value", "kind", "message"} per sample, then {"op": "done", "kind", "message"}
+
+Modes: "batch" is one call for all samples, and its `done` may carry a failure; "each" is one call after another;
+"together" runs an async function on all samples at once.
+"""
+
+import asyncio
+import contextlib
+import faulthandler
+import functools
+import inspect
+import math
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+from rewards.contract import BoundReward, RewardSpec, bind, load_function
+from rewards.protocol import HEADER, pack, unpack
+
+# How long a hung worker may outlive its time limit, or a busy one its parent, before it ends itself.
+_ORPHAN_SECONDS = 5.0
+
+_Failure = tuple[str, str]  # kind, message
+
+
+class _Rejected(Exception):
+    """A function returned something that is not a reward."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+def main() -> None:
+    """Serve requests until standard input closes."""
+    requests, replies = _claim_pipes()
+    # Ctrl-C in a terminal reaches the whole process group; the runner decides when a worker ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    # The runner sends this signal before it kills a hung worker: the log then shows where it hung, in C code too.
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    threading.Thread(target=_read_requests, args=(requests, inbox), daemon=True).start()
+    with asyncio.Runner() as loop:
+        worker = _Worker(loop, replies)
+        while (request := inbox.get()) is not None:
+            worker.handle(request)
+
+
+def as_reward(value: Any) -> float | None:
+    """The reward that a function's return value stands for: None, or a finite float.
+
+    Anything with `__float__` counts (bool, int, numpy and torch scalars, Decimal), strings and containers do not.
+    """
+    if value is None:
+        return None
+    # A numpy array of one element has __float__ too, and is a wrong shape all the same.
+    if not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
+        raise _Rejected("not_a_number", f"returned {_short(value)}, a reward must be a number or None")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _Rejected("not_a_number", f"returned {_short(value)}, which is no float: {error}") from error
+    if not math.isfinite(number):
+        raise _Rejected("not_a_number", f"returned {number}, a reward must be finite")
+    return number
+
+
+def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Keep the pipes for the protocol, and leave user code an empty stdin and a stdout that goes to the log."""
+    requests = os.fdopen(os.dup(0), "rb", buffering=0)
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False, errors="backslashreplace")
+    return requests, replies
+
+
+def _read_requests(requests: BinaryIO, inbox: queue.SimpleQueue) -> None:
+    buffer = bytearray()
+    while chunk := os.read(requests.fileno(), 1 << 20):
+        buffer += chunk
+        if len(buffer) >= HEADER.size:
+            for message in unpack(buffer):
+                inbox.put(message)
+    inbox.put(None)  # the parent closed the pipe, or is gone
+    time.sleep(_ORPHAN_SECONDS)
+    _end_process_group()
+
+
+def _end_process_group() -> None:
+    """End this process and what user code started, where the runner gave it a process group of its own."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+class _Worker:
+    """The functions that are loaded, and how requests are answered."""
+
+    def __init__(self, loop: asyncio.Runner, replies: BinaryIO):
+        self._loop, self._replies = loop, replies
+        self._rewards: dict[int, BoundReward] = {}
+        self._logged: set[tuple[str, str]] = set()  # errors whose traceback is in the log already
+
+    def handle(self, request: Mapping[str, Any]) -> None:
+        """Answer one request."""
+        if request["op"] == "load":
+            self._load(request)
+            return
+        bound = self._rewards[request["key"]]
+        run = {"batch": self._run_batch, "each": self._run_each, "together": self._run_together}[request["mode"]]
+        failure = run(bound, request)
+        self._reply(op="done", kind=failure and failure[0], message=failure and failure[1])
+
+    def _load(self, request: Mapping[str, Any]) -> None:
+        sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
+        spec = RewardSpec(**request["spec"])
+        try:
+            bound = bind(load_function(spec), request["columns"], spec.kwargs, spec.name)
+        except ValueError as error:
+            self._reply(op="refused", error=str(error))
+            return
+        self._rewards[request["key"]] = bound
+        told = ("style", "is_async", "elementwise", "columns", "needs_completion_ids")
+        self._reply(op="loaded", **{name: getattr(bound, name) for name in told})
+
+    def _run_batch(self, bound: BoundReward, request: Mapping[str, Any]) -> _Failure | None:
+        size = len(request["prompts"])
+        values, failure = self._isolated(
+            lambda: _batch_rewards(self._finished(bound.function(**_arguments(bound, request, slice(None)))), size),
+            request["limit"] * size,
+        )
+        if failure is not None:
+            return failure
+        for index in range(size):
+            self._report(index, *self._isolated(functools.partial(as_reward, values[index]), request["limit"]))
+        return None
+
+    def _run_each(self, bound: BoundReward, request: Mapping[str, Any]) -> None:
+        def score(index: int) -> float | None:
+            return _one_reward(bound, self._finished(_call_one(bound, request, index)))
+
+        for index in range(len(request["prompts"])):
+            self._report(index, *self._isolated(functools.partial(score, index), request["limit"]))
+
+    def _run_together(self, bound: BoundReward, request: Mapping[str, Any]) -> None:
+        limit = request["limit"]
+
+        async def score(index: int) -> None:
+            value, failure, scope = None, None, asyncio.timeout(limit)
+            try:
+                async with scope:
+                    result = await _call_one(bound, request, index)
+                value = _one_reward(bound, result)
+            except BaseException as error:  # noqa: BLE001  as in _isolated; SystemExit would end the loop
+                late = isinstance(error, TimeoutError) and scope.expired()
+                failure = ("timeout", f"no answer within {limit:g} s") if late else self._failure(error)
+            self._report(index, value, failure)
+
+        async def score_all() -> None:
+            await asyncio.gather(*(score(index) for index in range(len(request["prompts"]))))
+
+        with _watchdog(limit):
+            self._loop.run(score_all())
+
+    def _finished(self, result: Any) -> Any:
+        """The result itself, or what an async function's coroutine comes to."""
+        if not inspect.isawaitable(result):
+            return result
+
+        async def wait() -> Any:
+            return await result
+
+        return self._loop.run(wait())
+
+    def _isolated(self, call: Callable[[], Any], limit: float) -> tuple[Any, _Failure | None]:
+        """What user code returns, or how it failed."""
+        with _watchdog(limit):
+            try:
+                return call(), None
+            except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
+                return None, self._failure(error)
+
+    def _failure(self, error: BaseException) -> _Failure:
+        """Kind and one-line message of a failure. The traceback goes to the log once per kind of error and place."""
+        if isinstance(error, _Rejected):
+            return error.kind, str(error)
+        last_line = traceback.format_exception_only(error)[-1].strip()
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"
+        if (type(error).__name__, place) not in self._logged:
+            self._logged.add((type(error).__name__, place))
+            traceback.print_exception(error)
+        return "exception", f"{last_line} ({place})"
+
+    def _report(self, index: int, value: float | None, failure: _Failure | None) -> None:
+        kind, message = failure or (None, None)
+        self._reply(op="result", index=index, value=value, kind=kind, message=message)
+
+    def _reply(self, **message: Any) -> None:
+        frame = memoryview(pack(message))
+        while frame:
+            frame = frame[os.write(self._replies.fileno(), frame) :]
+
+
+def _arguments(bound: BoundReward, request: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    ids = request["completion_ids"]
+    columns = {name: values[rows] for name, values in request["columns"].items()}
+    return bound.batch_arguments(
+        request["prompts"][rows], request["completions"][rows], columns, None if ids is None else ids[rows]
+    )
+
+
+def _call_one(bound: BoundReward, request: Mapping[str, Any], index: int) -> Any:
+    """Call the function for one sample; a batch function gets a batch of one."""
+    if bound.style == "batch":
+        return bound.function(**_arguments(bound, request, slice(index, index + 1)))
+    ids = request["completion_ids"]
+    row = {name: values[index] for name, values in request["columns"].items()}
+    prompt, completion = request["prompts"][index], request["completions"][index]
+    return bound.function(**bound.sample_arguments(prompt, completion, row, None if ids is None else ids[index]))
+
+
+def _batch_rewards(result: Any, size: int) -> list[Any]:
+    """The list that a batch function returned, of the right length; its entries are not looked at."""
+    result = result.tolist() if hasattr(result, "tolist") else result
+    if not isinstance(result, (list, tuple)):
+        raise _Rejected("wrong_length", f"returned {_short(result)}, must return a list of {size} rewards")
+    if len(result) != size:
+        raise _Rejected("wrong_length", f"returned {len(result)} rewards for {size} completions")
+    return list(result)
+
+
+def _one_reward(bound: BoundReward, result: Any) -> float | None:
+    """The reward in what `_call_one` returned. verl's functions may return a dict whose `score` it is."""
+    if bound.style == "batch":
+        return as_reward(_batch_rewards(result, 1)[0])
+    if bound.style == "verl" and isinstance(result, Mapping) and "score" in result:
+        return as_reward(result["score"])
+    return as_reward(result)
+
+
+@contextlib.contextmanager
+def _watchdog(limit: float) -> Iterator[None]:
+    """End this process if the block takes much longer than the runner allows.
+
+    The runner kills a hung worker in time; this is for a worker whose runner is gone. It needs no interpreter lock,
+    so that a hang in C code ends too.
+    """
+    faulthandler.dump_traceback_later(limit + _ORPHAN_SECONDS, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tandem: GRPO post-training in JAX, with interchangeable Linen and NNX policies."""

@@ -1,0 +1,177 @@
+"""Advantages from rewards, relative to the group of completions that answer the same prompt. numpy, on the host.
+
+In: rewards [n, K] of n completions by K functions, NaN where a function could not judge. Out: one advantage for each
+completion and a few numbers to look at. Not here: calling reward functions (`rewards`), losses (`losses`).
+
+- grpo: https://arxiv.org/abs/2402.03300; no division by the standard deviation: https://arxiv.org/abs/2503.20783;
+  division by the one of the batch: https://arxiv.org/abs/2508.08221
+- rloo, leave one out: https://arxiv.org/abs/2402.14740
+- normalize_then_sum (GDPO): https://arxiv.org/abs/2601.05242
+
+Standard deviations have ddof 1 and get 1e-4 added (outside the root), as in TRL 1.16.
+
+Shapes: B completions (rows of one group are consecutive), P groups, G completions per group, K reward functions.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+SCALE_REWARDS = ("group", "batch", "none")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+ESTIMATORS = ("grpo", "rloo")
+STD_EPSILON = 1e-4
+ZERO_STD = 1e-8  # spreads up to this count as none in frac_reward_zero_std
+
+
+class Advantages(NamedTuple):
+    """Result of `compute_advantages`.
+
+    advantages_B: float64; exactly 0 for rows that no function judged.
+    valid_B: bool; False for rows that no function judged. They must leave the loss altogether: numerator, denominator
+        and KL term.
+    stats: reward and reward_std (of the weighted sum, over the batch), frac_reward_zero_std (share of rows without
+        spread to learn from). NaN where nothing was judged.
+    """
+
+    advantages_B: np.ndarray
+    valid_B: np.ndarray
+    stats: dict[str, float]
+
+
+def compute_advantages(
+    rewards_BK: np.ndarray,
+    weights_K: np.ndarray | None,
+    group_size: int,
+    scale_rewards: str,
+    aggregation: str,
+    estimator: str,
+) -> Advantages:
+    """Advantage of each completion within its group.
+
+    Args:
+        rewards_BK: float; NaN where a function returned None. A function that returned None adds nothing to the
+            weighted sum of its row; a row that is NaN in every column stays out of every mean.
+        weights_K: one weight for each function; None: all 1.
+        group_size: G; B must be a multiple of it.
+        scale_rewards: what centred rewards are divided by: the standard deviation of the "group", of the "batch", or
+            nothing ("none"). Ignored by normalize_then_sum, which divides by the one of the batch.
+        aggregation: "sum_then_normalize", or "normalize_then_sum", which normalises each function within the group,
+            sums, and whitens over the batch.
+        estimator: "grpo", with the mean of the group as baseline; or "rloo", with the mean of the others, unscaled.
+
+    Raises:
+        ValueError: a shape does not fit, a reward is infinite, or a mode is unknown or meaningless.
+    """
+    rewards_BK = np.asarray(rewards_BK, np.float64)
+    weights_K = np.ones(rewards_BK.shape[-1]) if weights_K is None else np.asarray(weights_K, np.float64)
+    _validate(rewards_BK, weights_K, group_size, scale_rewards, aggregation, estimator)
+    valid_B = ~np.all(np.isnan(rewards_BK), axis=1)
+    sums_B = _weighted_sum(rewards_BK, weights_K, valid_B)
+    if aggregation == "normalize_then_sum":
+        scores_BK = _within_groups(rewards_BK, group_size, "group", estimator)
+        scores_B = _weighted_sum(scores_BK, weights_K, valid_B)
+        # Whitening over the batch is group normalisation with the batch as the only group.
+        advantages_B = _within_groups(scores_B[:, None], len(scores_B), "group", estimator)[:, 0]
+        spread_B = np.broadcast_to(_std(scores_B, axis=0), scores_B.shape)
+    else:
+        advantages_B = _within_groups(sums_B[:, None], group_size, scale_rewards, estimator)[:, 0]
+        if scale_rewards == "batch":
+            spread_B = np.broadcast_to(_std(sums_B, axis=0), sums_B.shape)
+        else:
+            spread_B = np.repeat(_std(sums_B.reshape(-1, group_size), axis=1), group_size)
+    stats = {
+        "reward": float(_mean(sums_B, axis=0)),
+        "reward_std": float(_std(sums_B, axis=0)),
+        "frac_reward_zero_std": float(np.mean(spread_B <= ZERO_STD)),  # NaN compares as False: not counted
+    }
+    return Advantages(np.where(np.isnan(advantages_B), 0.0, advantages_B), valid_B, stats)
+
+
+def _validate(
+    rewards_BK: np.ndarray,
+    weights_K: np.ndarray,
+    group_size: int,
+    scale_rewards: str,
+    aggregation: str,
+    estimator: str,
+) -> None:
+    if rewards_BK.ndim != 2 or rewards_BK.size == 0:
+        raise ValueError(
+            f"rewards must be a non-empty array [completions, functions], got shape {rewards_BK.shape}; "
+            "give one row for each completion and one column for each reward function"
+        )
+    if weights_K.shape != rewards_BK.shape[1:]:
+        raise ValueError(
+            f"weights must hold one number for each of the {rewards_BK.shape[1]} reward functions, "
+            f"got shape {weights_K.shape}; add or remove weights"
+        )
+    if np.any(np.isinf(rewards_BK)):
+        row, column = np.argwhere(np.isinf(rewards_BK))[0]
+        raise ValueError(
+            f"rewards must be finite or NaN (not judged), got {rewards_BK[row, column]} in row {row}, column {column}; "
+            "return None from the reward function instead"
+        )
+    if group_size < 1 or len(rewards_BK) % group_size:
+        raise ValueError(
+            f"the number of completions must be a multiple of group_size, got {len(rewards_BK)} completions and "
+            f"group_size {group_size}; pad incomplete groups with rows of NaN"
+        )
+    for name, value, allowed in (
+        ("scale_rewards", scale_rewards, SCALE_REWARDS),
+        ("aggregation", aggregation, AGGREGATIONS),
+        ("estimator", estimator, ESTIMATORS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if estimator == "rloo" and (scale_rewards != "none" or aggregation != "sum_then_normalize"):
+        raise ValueError(
+            "the rloo estimator is unscaled: scale_rewards must be none and aggregation sum_then_normalize, "
+            f"got {scale_rewards} and {aggregation}; or use the grpo estimator"
+        )
+
+
+def _weighted_sum(values_BK: np.ndarray, weights_K: np.ndarray, valid_B: np.ndarray) -> np.ndarray:
+    """[B]; NaN entries count as 0 in rows that are valid, rows that are not are NaN."""
+    sums_B = np.sum(np.where(np.isnan(values_BK), 0.0, values_BK) * weights_K, axis=1)
+    return np.where(valid_B, sums_B, np.nan)
+
+
+def _within_groups(values_BK: np.ndarray, group_size: int, scale: str, estimator: str) -> np.ndarray:
+    """Each column relative to its group and scaled; NaN stays NaN and counts in no mean."""
+    values_PGK = values_BK.reshape(-1, group_size, values_BK.shape[1])
+    centred_PGK = values_PGK - _mean(values_PGK, axis=1, keepdims=True)
+    if estimator == "rloo":
+        # R_i - mean of the others = (R_i - mean of all) * n / (n - 1); without others there is no baseline.
+        count_P1K = np.sum(~np.isnan(values_PGK), axis=1, keepdims=True)
+        centred_PGK = centred_PGK * np.where(count_P1K > 1, count_P1K / np.maximum(count_P1K - 1, 1), 0.0)
+    # The rounded mean of equal numbers can differ from them in the last bit; the advantage must be exactly 0.
+    lowest_P1K = np.min(values_PGK, axis=1, keepdims=True, initial=np.inf, where=~np.isnan(values_PGK))
+    highest_P1K = np.max(values_PGK, axis=1, keepdims=True, initial=-np.inf, where=~np.isnan(values_PGK))
+    centred_PGK = np.where((lowest_P1K == highest_P1K) & ~np.isnan(values_PGK), 0.0, centred_PGK)
+    if scale == "group":
+        centred_PGK = centred_PGK / (_std(values_PGK, axis=1, keepdims=True) + STD_EPSILON)
+    elif scale == "batch":
+        centred_PGK = centred_PGK / (_std(values_BK, axis=0) + STD_EPSILON)
+    return centred_PGK.reshape(values_BK.shape)
+
+
+def _mean(values: np.ndarray, axis: int, keepdims: bool = False) -> np.ndarray:
+    """Mean over the numbers that are not NaN; NaN where there is none."""
+    is_number = ~np.isnan(values)
+    count = np.sum(is_number, axis=axis, keepdims=keepdims)
+    total = np.sum(np.where(is_number, values, 0.0), axis=axis, keepdims=keepdims)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _std(values: np.ndarray, axis: int, keepdims: bool = False) -> np.ndarray:
+    """Standard deviation (ddof 1) over the numbers that are not NaN; NaN for fewer than two of them.
+
+    Along an axis of length 1 it is 0: a single completion has no spread, which is not the same as an unknown one.
+    """
+    is_number = ~np.isnan(values)
+    count = np.sum(is_number, axis=axis, keepdims=keepdims)
+    deviations = np.where(is_number, values - _mean(values, axis, keepdims=True), 0.0)
+    squares = np.sum(np.square(deviations), axis=axis, keepdims=keepdims)
+    undefined = 0.0 if values.shape[axis] == 1 else np.nan
+    return np.where(count > 1, np.sqrt(squares / np.maximum(count - 1, 1)), undefined)

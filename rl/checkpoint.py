@@ -1,0 +1,170 @@
+"""Checkpoints of a run: the training state and where the loop stands, written asynchronously and atomically by Orbax.
+
+In: a `PureState` and a small JSON-able record of the loop. Out: `output_dir/checkpoints/STEP/{state,loop}`, in one layout for both flavours:
+nested dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). Every array is checked by path, shape and dtype before a restore,
+so that no value silently stays at its initialisation. The meaning of the loop record belongs to the trainer.
+"""
+
+import math
+import pathlib
+import resource
+import shutil
+from typing import Any
+
+import flax.serialization
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from rl.config import Config, require
+from rl.models.train_state import PureState
+from rl.states import AbstractState, InitStateFn, check_same_tree, get_abstract_state
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. `save` returns before the files are complete; `wait` and `close` finish them.
+
+    Attributes:
+      abstract: shapes, annotations and shardings of the state that is written and restored.
+    """
+
+    def __init__(self, folder: pathlib.Path, abstract: AbstractState, keep: int):
+        self._folder = folder
+        self.abstract = abstract
+        self._keep = keep
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True, enable_background_delete=True
+            ),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()},
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step; None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: PureState, loop: dict[str, Any]) -> None:
+        """Starts writing `state` and `loop` as checkpoint `step`; a step that is already there is left as it is.
+
+        Raises:
+          ValueError: an earlier asynchronous write failed, for instance on a full disk.
+        """
+        if step in self._manager.all_steps():
+            return
+        with _WriteErrors(self._folder):
+            arguments = ocp.args.Composite(state=ocp.args.StandardSave(to_tree(state)), loop=ocp.args.JsonSave(loop))
+            self._manager.save(step, args=arguments)
+
+    def restore(self, step: int | None = None) -> tuple[PureState, dict[str, Any]]:
+        """The state, placed by the shardings of this run's mesh, and the loop record of checkpoint `step` (None: the newest).
+
+        Raises:
+          ValueError: no such checkpoint, or one of another model or optimizer (naming the paths).
+        """
+        step = self.latest_step if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            raise ValueError(f"{self._folder} must hold checkpoint {step}, got steps {sorted(self._manager.all_steps())}")
+        target = to_tree(
+            jax.tree.map(
+                lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+                self.abstract.shapes,
+                self.abstract.shardings,
+            )
+        )
+        written = self._manager.item_metadata(step)["state"]
+        check_same_tree(_plain_metadata(written), target, f"the arrays of {self._folder / str(step)}")
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), loop=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=arguments)
+        return from_tree(restored["state"], self.abstract.shapes), restored["loop"]
+
+    def check_disk_space(self) -> None:
+        """ValueError when the disk, or the process's file size limit, cannot hold the checkpoints that will exist at one time."""
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract.shapes))
+        existing = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+        need = max(size * (self._keep + 1) - existing, size)  # one more than is kept, while the newest is being written
+        free = shutil.disk_usage(self._folder).free
+        if need > free:
+            raise ValueError(
+                f"{self._folder} needs about {need / 1e9:.2f} GB free for {self._keep} + 1 checkpoints of {size / 1e9:.2f} GB, "
+                f"got {free / 1e9:.2f} GB; free some space, lower checkpoint.keep, or set output_dir on another disk"
+            )
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit != resource.RLIM_INFINITY and size > limit:
+            raise ValueError(
+                f"files may be at most {limit / 1e9:.3f} GB here (ulimit -f), a checkpoint of {size / 1e9:.3f} GB may need more; "
+                "raise the limit"
+            )
+
+    def wait(self) -> None:
+        """Returns when every checkpoint asked for is complete on disk. ValueError when writing one failed."""
+        with _WriteErrors(self._folder):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes writing and releases the folder."""
+        with _WriteErrors(self._folder):
+            self._manager.close()
+
+
+class _WriteErrors:
+    """Turns an operating system error of a write into one that says what to do; older checkpoints stay valid."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"a checkpoint could not be written to {self._folder}: {error}; complete checkpoints there are untouched, "
+                "make room and start the same command again"
+            ) from error
+
+
+def create_checkpoint_manager(config: Config, mesh: Mesh, init_state_fn: InitStateFn) -> Checkpoints:
+    """The checkpoints of `config.output_dir` for the state that `init_state_fn` builds."""
+    folder = pathlib.Path(require(config.output_dir, "output_dir", "runs/my_run")) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Checkpoints(folder, get_abstract_state(config, mesh, init_state_fn), config.checkpoint.keep)
+
+
+def to_tree(state: PureState) -> dict[str, Any]:
+    """The layout on disk: nested dicts with string keys, without empty ones (the optax state's stateless parts)."""
+    tree = {
+        "step": state.step,
+        "params": state.params,
+        "opt_state": flax.serialization.to_state_dict(state.opt_state),
+        "rng": state.rng,
+    }
+    return _without_empty(tree)
+
+
+def from_tree(tree: dict[str, Any], shapes: PureState) -> PureState:
+    """The `PureState` of a tree made by `to_tree`; `shapes` gives the structure of the optax state."""
+    full = flax.serialization.to_state_dict(shapes.opt_state)
+    opt_state = flax.serialization.from_state_dict(shapes.opt_state, _overlay(full, tree.get("opt_state", {})))
+    return PureState(tree["step"], tree["params"], opt_state, tree["rng"])
+
+
+def _without_empty(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    pruned = {key: _without_empty(value) for key, value in tree.items()}
+    return {key: value for key, value in pruned.items() if not (isinstance(value, dict) and not value)}
+
+
+def _overlay(skeleton: Any, values: Any) -> Any:
+    """`values`, with the empty dicts of `skeleton` put back."""
+    if not isinstance(skeleton, dict):
+        return values
+    return {key: _overlay(child, values[key]) if key in values else child for key, child in skeleton.items()}
+
+
+def _plain_metadata(metadata: Any) -> Any:
+    """Orbax's metadata tree as nested dicts of objects with shape and dtype."""
+    tree = getattr(metadata, "tree", metadata)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), tree, is_leaf=lambda x: hasattr(x, "dtype"))

@@ -1,0 +1,165 @@
+"""The console command `grpo`: picks a command, imports its module, hands it the remaining arguments.
+
+No command is imported before it is chosen, so that `grpo --help` answers at once. Not here: what a command does with
+its arguments; each module's `main(argv)` reads its own, and `python -m <module>` does the same as the command.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+
+TRACEBACK_VARIABLE = "GRPO_TRACEBACK"
+OWN_PACKAGES = ("configs", "rewards", "rl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: the module whose `main(argv)` runs it, and what `--help` says about it."""
+
+    module: str
+    arguments: str
+    summary: str
+    details: str
+
+
+COMMANDS = {
+    "train": Command(
+        module="rl.grpo_trainer",
+        arguments="CONFIG [key=value ...]",
+        summary="train a policy with GRPO",
+        details="""\
+            CONFIG      a YAML recipe; it inherits every key it does not state from configs/base.yml
+            key=value   overrides with dotted keys, for example grpo.steps=100 optimizer.lr=1e-6 pure_nnx=false
+
+            The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
+    ),
+    "sft": Command(
+        module="rl.sft_trainer",
+        arguments="CONFIG [key=value ...]",
+        summary="warm-start a policy on prompt and completion rows",
+        details="""\
+            CONFIG      a YAML recipe; the sft section says how long and on which column
+            key=value   overrides with dotted keys, for example sft.steps=300 optimizer.lr=1e-3
+
+            The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
+    ),
+    "eval": Command(
+        module="rl.evaluation",
+        arguments="RUN_OR_CONFIG [key=value ...]",
+        summary="greedy accuracy on the held-out rows",
+        details="""\
+            RUN_OR_CONFIG  a run folder (its newest checkpoint), or a YAML recipe (the weights of model.source)
+            key=value      overrides with dotted keys, for example eval.max_prompts=200""",
+    ),
+    "export": Command(
+        module="rl.tools.export",
+        arguments="RUN OUT [--step N] [--dtype DTYPE]",
+        summary="write a Hugging Face folder from a run",
+        details="""\
+            RUN            a run folder
+            OUT            the folder to write; transformers, TRL and vLLM open it
+            --step N       the checkpoint to export; the newest when left out
+            --dtype DTYPE  float32, bfloat16 or float16; the checkpoint's own when left out""",
+    ),
+    "report": Command(
+        module="rl.tools.report",
+        arguments="RUN [RUN ...] [--output PNG]",
+        summary="plot a run's curves and print its summary",
+        details="""\
+            RUN            one or more run folders, drawn over each other
+            --output PNG   the picture to write; reward.png in the first run folder when left out""",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: arguments after the program's name; `sys.argv[1:]` when None.
+
+    Returns:
+      The exit status: 0, or what the command's `main` returned; 2 for a user's error, told without a traceback unless
+      `--traceback` is given or GRPO_TRACEBACK is set; 130 after Ctrl-C.
+
+    Raises:
+      ValueError: one that no code of Tandem raised. It is a bug, not a user's error, and nobody could find it without
+        its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in arguments or bool(os.environ.get(TRACEBACK_VARIABLE))
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"tandem-grpo {importlib.metadata.version('tandem-grpo')}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        return _fail(_unknown_command(name))
+    if not rest:
+        print(_command_help(name), file=sys.stderr)
+        return 2
+    if "-h" in rest or "--help" in rest:
+        print(_command_help(name))
+        return 0
+    try:
+        return importlib.import_module(COMMANDS[name].module).main(rest) or 0
+    except ValueError as error:
+        if not _raised_by_tandem(error):
+            raise
+        if show_traceback:
+            traceback.print_exc()
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return f"""\
+usage: grpo COMMAND [ARGUMENT ...]
+
+Tandem: GRPO post-training in JAX, with interchangeable Linen and NNX policies.
+
+commands:
+{commands}
+
+options:
+  --help       this text; `grpo COMMAND --help` for one command
+  --version    the installed version
+  --traceback  show where an error came from (or set {TRACEBACK_VARIABLE}=1)"""
+
+
+def _command_help(name: str) -> str:
+    command = COMMANDS[name]
+    details = textwrap.indent(textwrap.dedent(command.details), "  ")
+    return f"usage: grpo {name} {command.arguments}\n\n{command.summary}\n\n{details}"
+
+
+def _unknown_command(name: str) -> str:
+    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    return f"unknown command {name!r}; {hint}Commands: {', '.join(COMMANDS)}"
+
+
+def _raised_by_tandem(error: BaseException) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals["__name__"].partition(".")[0] in OWN_PACKAGES
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,483 @@
+"""Configuration: YAML recipes plus `dotted.key=value` overrides in, one validated, frozen `Config` out.
+
+`configs/base.yml` owns every default; the classes below hold names, types and nothing else. Layers, later ones winning:
+base.yml, the preset named by `grpo.preset`, the recipe (and what it inherits), the command line. No ML library is imported here,
+so that a mistake is reported at once. Checks that need devices, data or a tokenizer live where those are loaded.
+"""
+
+import dataclasses
+import difflib
+import importlib.resources
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic.dataclasses import dataclass
+
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+_FREE_FORM = ("data.args", "data.eval_args", "data.columns")
+
+# Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step computes.
+RESUMABLE_KEYS = (
+    "pure_nnx",
+    "output_dir",
+    "grpo.steps",
+    "grpo.max_tokens_per_microbatch",
+    "grpo.logprob_chunk",
+    "sft.steps",
+    "model.remat",
+    "rewards.num_workers",
+    "rewards.check_on_gold",
+    "sampling.max_rows",
+    "mesh",
+    "checkpoint",
+    "eval",
+    "logging",
+)
+
+DType = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ArchConfig:
+    """Shape of a fresh random model."""
+
+    family: Literal["llama", "qwen2", "qwen3", "gemma3_text"]
+    vocab_size: int | None
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    initializer_range: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelSection:
+    """Where the policy's weights come from and how they compute."""
+
+    source: str | None
+    param_dtype: DType
+    dtype: DType
+    remat: Literal["none", "block"]
+    arch: ArchConfig
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TokenizerSection:
+    """Where the tokenizer comes from."""
+
+    source: str | None
+    chat_template: str | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataSection:
+    """Prompts: source, columns, held-out split."""
+
+    source: str | None
+    args: dict[str, Any]
+    columns: dict[str, str | None]
+    eval_source: str | None
+    eval_args: dict[str, Any]
+    eval_size: int
+    chat: bool
+    system_prompt: str | None
+    max_prompt_length: int
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RewardFunction:
+    """One reward function of the run."""
+
+    function: str
+    weight: float = 1.0  # the neutral element of a list entry, which base.yml cannot hold
+    name: str | None = None
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RewardsSection:
+    """Reward functions and the worker processes that run them."""
+
+    functions: list[RewardFunction]
+    num_workers: int
+    timeout_seconds: float
+    check_on_gold: bool
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SamplingSection:
+    """How completions are drawn."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    max_completion_length: int
+    min_completion_length: int
+    stop_strings: list[str]
+    eos_ids: list[int] | None
+    max_rows: int
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GRPOSection:
+    """Batch sizes, the loss and the advantage."""
+
+    preset: str | None
+    steps: int
+    prompts_per_step: int
+    group_size: int
+    minibatches: int
+    epochs: int
+    max_tokens_per_microbatch: int
+    logprob_chunk: int
+    beta: float
+    kl_estimator: Literal["k1", "k2", "k3"]
+    use_bias_correction_kl: bool
+    advantage_estimator: Literal["grpo", "rloo"]
+    scale_rewards: Literal["group", "batch", "none"]
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    mask_truncated: bool
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+    importance_sampling_level: Literal["token", "sequence"]
+    epsilon: float
+    epsilon_high: float | None
+    delta: float | None
+    off_policy_mask_threshold: float | None
+    top_entropy_quantile: float
+    sampler_is_correction: bool
+    sampler_is_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+    sampler_is_clip_min: float | None
+    sampler_is_clip_max: float | None
+    entropy_coef: float
+    use_adaptive_entropy: bool
+    entropy_target: float
+    entropy_coef_delta: float
+    entropy_coef_min: float
+    entropy_coef_max: float
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SFTSection:
+    """Supervised fine-tuning."""
+
+    steps: int
+    batch_size: int
+    completion_column: str
+    max_completion_length: int
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimizerSection:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "sgd"]
+    lr: float
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_updates: int
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MeshSection:
+    """Devices per mesh axis, and logical axis -> mesh axes."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    rules: dict[str, list[str]]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CheckpointSection:
+    """When checkpoints are written and how many stay."""
+
+    every: int
+    keep: int
+    overwrite: bool
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvalSection:
+    """Held-out evaluation."""
+
+    every: int
+    reward: str | None
+    max_prompts: int | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LoggingSection:
+    """What is written beside the metrics."""
+
+    samples_per_step: int
+    compilation_cache: str | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """A whole resolved configuration; the section classes mirror `configs/base.yml`."""
+
+    pure_nnx: bool
+    seed: int
+    output_dir: str | None
+    model: ModelSection
+    tokenizer: TokenizerSection
+    data: DataSection
+    rewards: RewardsSection
+    sampling: SamplingSection
+    grpo: GRPOSection
+    sft: SFTSection
+    optimizer: OptimizerSection
+    mesh: MeshSection
+    checkpoint: CheckpointSection
+    eval: EvalSection
+    logging: LoggingSection
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-6 as a float (YAML 1.1 wants a dot) and refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{node.start_mark.name}: key {key!r} is given twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|[-+]?\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe and applies overrides.
+
+    Args:
+      path: a YAML recipe; a bare name such as `base.yml` also finds a recipe shipped in the `configs` package. None: defaults only.
+      overrides: `dotted.key=value` strings, values in YAML syntax.
+
+    Raises:
+      ValueError: file missing or not YAML, unknown key (with the nearest name), wrong type, or keys that contradict each other.
+    """
+    base = _read_yaml(_packaged("base.yml"))
+    recipe = _read_recipe(pathlib.Path(path)) if path is not None else {}
+    command_line = _parse_overrides(overrides)
+    known = set(_flatten(base))
+    for layer in (recipe, command_line):
+        _check_keys(layer, known)
+    explicit = _merge(recipe, command_line)
+    preset = (explicit.get("grpo") or {}).get("preset")
+    layers = [base, {"grpo": read_preset(preset)} if preset else {}, explicit]
+    merged: dict = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    config = _build(merged)
+    _check(config)
+    return config
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The `grpo` keys that a preset sets. Raises ValueError for a name that has no file in configs/presets."""
+    folder = _packaged("presets")
+    names = sorted(entry.name.removesuffix(".yml") for entry in folder.iterdir() if entry.name.endswith(".yml"))
+    if name not in names:
+        raise ValueError(f"grpo.preset must be one of {names}, got {name!r}")
+    return _read_yaml(folder / f"{name}.yml")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain dicts, in the order of base.yml."""
+    return dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys that decide what a step computes and differ: {dotted key: (old, new)}. Empty: `new` may resume `old`'s run."""
+    old_flat, new_flat = _flatten(to_dict(old)), _flatten(to_dict(new))
+    fixed = [key for key in new_flat if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)]
+    return {key: (old_flat.get(key), new_flat[key]) for key in fixed if old_flat.get(key) != new_flat[key]}
+
+
+def require(value: Any, key: str, example: str) -> Any:
+    """Returns `value`; ValueError when a key without a usable default was not set."""
+    if value in (None, [], ""):
+        raise ValueError(f"{key} must be set, got {value!r}; for example {key}={example}")
+    return value
+
+
+def _packaged(name: str):
+    return importlib.resources.files("configs") / name
+
+
+def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict:
+    """A recipe with what it inherits merged in; base.yml itself is layered below by the caller."""
+    if not path.is_file():
+        packaged = _packaged(path.name)
+        if len(path.parts) == 1 and packaged.is_file():
+            path = pathlib.Path(str(packaged))
+        else:
+            raise ValueError(f"config file {str(path)!r} does not exist (working directory {os.getcwd()})")
+    path = path.resolve()
+    if path in seen:
+        raise ValueError(f"config file {path} inherits from itself")
+    recipe = _read_yaml(path)
+    parent = recipe.pop("inherit", "base.yml")
+    if parent == "base.yml":
+        return recipe
+    beside = path.parent / parent
+    return _merge(_read_recipe(beside if beside.is_file() else pathlib.Path(parent), (*seen, path)), recipe)
+
+
+def _read_yaml(path) -> dict:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of keys, got {type(content).__name__}")
+    return content
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict:
+    result: dict = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"an override must look like dotted.key=value, got {text!r}")
+        try:
+            parsed = yaml.load(value, Loader=_Loader) if value else None
+        except yaml.YAMLError as error:
+            raise ValueError(f"the value of override {text!r} is not valid YAML: {error}") from error
+        nested: Any = parsed
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        result = _merge(result, nested)
+    return result
+
+
+def _merge(low: Mapping, high: Mapping) -> dict:
+    """`high` over `low`, mappings merged key by key, everything else (lists too) replaced."""
+    result = dict(low)
+    for key, value in high.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = _merge(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value}; free-form mappings are values."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in _FREE_FORM:
+            flat.update(_flatten(value, key + "."))
+        else:
+            flat[key] = value
+    return flat
+
+
+def _check_keys(layer: Mapping, known: set[str]) -> None:
+    sections = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
+    for key, value in _flatten(layer).items():
+        if key in sections:
+            raise ValueError(f"{key} must be a mapping of keys, got {value!r}")
+        if key not in known:
+            leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            near = near or [leaf[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, n=1)]
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown config key {key!r}{hint} (configs/base.yml lists every key)")
+
+
+def _build(merged: dict) -> Config:
+    try:
+        # Through JSON, because pydantic's strict mode takes mappings for dataclasses only there.
+        return pydantic.TypeAdapter(Config).validate_json(json.dumps(merged))
+    except TypeError as error:
+        raise ValueError(f"invalid configuration: {error}; values are numbers, strings, booleans, null, lists and mappings") from error
+    except pydantic.ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}, got {item['input']!r}" for item in error.errors()]
+        raise ValueError("invalid configuration: " + "; ".join(problems)) from error
+
+
+def _at_least(config: Config, minimum: int | float, *keys: str) -> None:
+    flat = _flatten(to_dict(config))
+    for key in keys:
+        if flat[key] is not None and not flat[key] >= minimum:
+            raise ValueError(f"{key} must be >= {minimum}, got {flat[key]}")
+
+
+def _check(config: Config) -> None:
+    """Ranges and cross-field rules that hold for every command."""
+    grpo, sampling, optimizer = config.grpo, config.sampling, config.optimizer
+    if grpo.group_size < 2:
+        raise ValueError(f"grpo.group_size must be >= 2 for a group baseline, got {grpo.group_size}")
+    _at_least(config, 1, "grpo.steps", "grpo.prompts_per_step", "grpo.minibatches", "grpo.epochs", "grpo.logprob_chunk")
+    _at_least(config, 1, "grpo.max_tokens_per_microbatch", "sampling.max_completion_length", "sampling.max_rows")
+    _at_least(config, 1, "sft.steps", "sft.batch_size", "sft.max_completion_length", "data.max_prompt_length")
+    _at_least(config, 1, "rewards.num_workers", "checkpoint.every", "checkpoint.keep", "eval.max_prompts")
+    _at_least(config, 0, "eval.every", "data.eval_size", "logging.samples_per_step", "grpo.beta", "grpo.epsilon", "optimizer.lr")
+    _at_least(config, 0, "optimizer.warmup_updates", "optimizer.weight_decay", "optimizer.max_grad_norm", "sampling.top_k")
+    _at_least(config, 0, "sampling.temperature", "sampling.min_p", "sampling.min_completion_length", "seed")
+    if grpo.prompts_per_step % grpo.minibatches:
+        fits = [n for n in range(1, grpo.prompts_per_step + 1) if grpo.prompts_per_step % n == 0]
+        raise ValueError(
+            f"grpo.minibatches must divide grpo.prompts_per_step ({grpo.prompts_per_step}), got {grpo.minibatches}; these fit: {fits}"
+        )
+    if sampling.min_completion_length > sampling.max_completion_length:
+        raise ValueError(
+            f"sampling.min_completion_length must be <= sampling.max_completion_length ({sampling.max_completion_length}), "
+            f"got {sampling.min_completion_length}"
+        )
+    for key, value, low in (("sampling.top_p", sampling.top_p, 0.0), ("grpo.top_entropy_quantile", grpo.top_entropy_quantile, -1e-9)):
+        if not low < value <= 1.0:
+            raise ValueError(f"{key} must be in (0, 1], got {value}")
+    if not sampling.min_p < 1.0:
+        raise ValueError(f"sampling.min_p must be in [0, 1), got {sampling.min_p}")
+    for key, value in (("optimizer.b1", optimizer.b1), ("optimizer.b2", optimizer.b2)):
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{key} must be in [0, 1), got {value}")
+    if not config.rewards.timeout_seconds > 0:
+        raise ValueError(f"rewards.timeout_seconds must be > 0, got {config.rewards.timeout_seconds}")
+    if grpo.loss_type == "vespo" and grpo.sampler_is_correction and not grpo.sampler_is_mode.startswith("token_"):
+        raise ValueError(f"grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, got {grpo.sampler_is_mode!r}")
+    names = [function.name or function.function for function in config.rewards.functions]
+    if len(set(names)) < len(names):
+        raise ValueError(f"rewards.functions must have distinct names, got {names}; set `name` on each")
+    if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in names:
+        raise ValueError(f"eval.reward must name one of rewards.functions {names}, got {config.eval.reward!r}")
+    if config.data.eval_source is not None and config.data.eval_size:
+        raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")

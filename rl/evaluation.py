@@ -1,0 +1,182 @@
+"""Greedy accuracy on held-out prompts: inside a run every `eval.every` steps, and on its own by `grpo eval`.
+
+In: a sampler, weights, held-out rows, reward functions. Out: the share of prompts whose greedy completion gets a reward of at least 1 from
+the function that counts (`eval.reward`), with a 95 % Wilson interval, and the mean of every reward function.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from rewards.contract import RewardSpec
+from rewards.rubric import summarize
+from rewards.runner import RewardRunner
+from rl.config import Config, load_config, require
+from rl.data import PromptRow, load_prompts
+from rl.rollout import completion_form, to_columns
+from rl.run_folder import read_run
+from rl.sampler import Sampler
+from rl.sampling import SamplingParams
+from rl.tokenizer import Tokenizer
+from rl.trained import load_checkpoint, load_start
+from rl.weights import eos_ids, use_compilation_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """What one evaluation found.
+
+    Attributes:
+      accuracy: share of judged prompts with a reward >= 1 from the function that counts; NaN when none was judged.
+      interval: 95 % Wilson score interval of the accuracy (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval).
+      num_prompts: prompts evaluated. num_judged: those that the function that counts could judge.
+      means: mean reward per function.
+      completion_length: mean tokens. truncated_share: completions that hit the length limit.
+      samples: one dict per prompt: prompt, completion, rewards, finish_reason.
+    """
+
+    accuracy: float
+    interval: tuple[float, float]
+    num_prompts: int
+    num_judged: int
+    means: dict[str, float]
+    completion_length: float
+    truncated_share: float
+    samples: list[dict[str, Any]]
+
+    def metrics(self) -> dict[str, float]:
+        """As keys of metrics.jsonl."""
+        low, high = self.interval
+        scalars = {"accuracy": self.accuracy, "accuracy_low": low, "accuracy_high": high, "prompts": self.num_prompts}
+        scalars |= {"completion_length": self.completion_length, "truncated_share": self.truncated_share}
+        scalars |= {f"reward/{name}": mean for name, mean in self.means.items()}
+        return {f"eval/{name}": value for name, value in scalars.items()}
+
+
+def evaluate(
+    sampler: Sampler,
+    params: Any,
+    rows: Sequence[PromptRow],
+    runner: RewardRunner,
+    tokenizer: Tokenizer,
+    sampling: SamplingParams,
+    accuracy_reward: str | None,
+) -> EvalResult:
+    """Decodes every row greedily and scores it.
+
+    Args:
+      sampling: the run's; its temperature and truncations are replaced by greedy decoding, lengths and stop strings stay.
+      accuracy_reward: name of the reward function that counts; None: the first.
+    """
+    greedy = dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    groups = sampler.sample(params, [row.prompt_ids for row in rows], 1, greedy, jax.random.key(0))
+    completions = [group[0] for group in groups]
+    texts = [tokenizer.decode(completion.token_ids) for completion in completions]
+    result = runner.score(
+        [row.prompt for row in rows],
+        [completion_form(row.prompt, text) for row, text in zip(rows, texts, strict=True)],
+        to_columns([row.columns for row in rows], runner.columns),
+        completion_ids=[completion.token_ids.tolist() for completion in completions],
+    )
+    names = [spec.name for spec in runner.specs]
+    judged = [row[names.index(accuracy_reward) if accuracy_reward else 0] for row in result.rewards]
+    judged = [value for value in judged if value is not None]
+    correct = sum(value >= 1.0 for value in judged)
+    samples = [
+        {"prompt": row.prompt, "completion": text, "rewards": dict(zip(names, values, strict=True)), "finish_reason": done.finish_reason}
+        for row, text, values, done in zip(rows, texts, result.rewards, completions, strict=True)
+    ]
+    return EvalResult(
+        accuracy=correct / len(judged) if judged else math.nan,
+        interval=wilson_interval(correct, len(judged)),
+        num_prompts=len(rows),
+        num_judged=len(judged),
+        means={name: summary.mean for name, summary in summarize(result.rewards, names).items()},
+        completion_length=sum(len(done.token_ids) for done in completions) / len(rows),
+        truncated_share=sum(done.finish_reason == "length" for done in completions) / len(rows),
+        samples=samples,
+    )
+
+
+def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
+    """The `sampling` section as the sampler takes it."""
+    section = config.sampling
+    return SamplingParams(
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        min_p=section.min_p,
+        max_completion_length=section.max_completion_length,
+        min_completion_length=section.min_completion_length,
+        stop_strings=tuple(section.stop_strings),
+        eos_ids=eos,
+    )
+
+
+def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.Path | None) -> RewardRunner:
+    """The worker processes with the run's reward functions; every column of the rows is offered to them."""
+    specs = [RewardSpec(f.name or f.function, f.function, f.weight, f.kwargs) for f in config.rewards.functions]
+    columns = sorted({name for row in rows for name in row.columns})
+    section = config.rewards
+    return RewardRunner(specs, columns, section.num_workers, section.timeout_seconds, log_path=log_path)
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a share, 95 % by default; (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    share, square = successes / trials, z * z
+    centre = (share + square / (2 * trials)) / (1 + square / trials)
+    margin = z * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2)) / (1 + square / trials)
+    return max(centre - margin, 0.0), min(centre + margin, 1.0)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`grpo eval RUN_OR_CONFIG [key=value ...] [--output FILE]`."""
+    parser = argparse.ArgumentParser(prog="grpo eval", description="greedy accuracy on the held-out rows")
+    parser.add_argument("run_or_config", help="run folder (its newest checkpoint), or YAML recipe (the weights of model.source)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
+    parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    source = pathlib.Path(arguments.run_or_config)
+    is_run = source.is_dir()
+    if is_run:
+        read_run(source)
+    config = load_config(source / "config.yml" if is_run else source, arguments.overrides)
+    use_compilation_cache(config)
+    require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
+    trained = load_checkpoint(config, source) if is_run else load_start(config)
+    rows = load_prompts(config, trained.tokenizer).held_out[: config.eval.max_prompts]
+    if not rows:
+        raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
+    sampler = Sampler(
+        trained.policy,
+        trained.mesh,
+        trained.shardings,
+        rules=config.mesh.rules,
+        max_rows=config.sampling.max_rows,
+        decode_text=trained.tokenizer.decode,
+    )
+    sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
+    with start_rewards(config, rows, None) as runner:
+        result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
+    if arguments.output is not None:
+        lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in result.samples)
+        pathlib.Path(arguments.output).write_text(lines, encoding="utf-8")
+    low, high = result.interval
+    where = "model.source" if trained.step is None else f"step {trained.step}"
+    print(f"{where}: accuracy {result.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}) on {result.num_judged} prompts")
+    for name, mean in result.means.items():
+        print(f"  {name}: mean {mean if mean is None else round(mean, 4)}")
+    print(f"  completion length {result.completion_length:.1f} tokens, {result.truncated_share:.1%} truncated")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""GRPO training: `grpo train CONFIG [key=value ...]`, or `python -m rl.grpo_trainer`.
+
+Reads top to bottom in data-flow order:
+    config -> tokenizer, prompts -> mesh -> policy (linen or nnx) -> optimizer -> init_state_fn of policy and reference -> sharded states
+    -> restore -> sampler -> rewards -> jit_train_step(mesh=mesh)
+    each step: prompts -> rollouts -> rewards -> advantages -> train step -> metrics, samples, checkpoint, evaluation
+
+Step k in metrics and checkpoints means: k steps are done. Everything random is derived from (seed, step), so that a resumed run repeats what
+an uninterrupted one does, bit for bit. Not here: the loss (`rl.losses`), packing (`rl.packing`), drawing (`rl.sampler`).
+"""
+
+import contextlib
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from rewards.runner import RewardRunner, check_on_gold
+from rl.checkpoint import create_checkpoint_manager
+from rl.config import Config, load_config, read_preset, require
+from rl.console import Console
+from rl.data import PromptData, PromptRow, check_enough_rows, load_prompts, step_indices
+from rl.evaluation import evaluate, sampling_params, start_rewards
+from rl.interrupt import StopRequest
+from rl.mesh import create_mesh, num_row_shards
+from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.models.policy import Policy, policy_from_config
+from rl.optimizer import create_training_optimizer, updates_per_step
+from rl.packing import PackingPlan, plan_packing
+from rl.rollout import completion_form, minibatches, sample_records, score_rollout
+from rl.run_folder import RunFolder
+from rl.sampler import Sampler
+from rl.states import InitStateFn, get_first_step, setup_decode_state, setup_training_state
+from rl.update import EntropyCoefState, Updater, loss_config
+from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
+
+
+def train(config: Config) -> pathlib.Path:
+    """Runs or resumes the training run that `config` describes; returns its folder.
+
+    Raises:
+      ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy starts.
+    """
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(Console(config.grpo.steps))
+        # -- tokenizer, prompts
+        tokenizer = tokenizer_of(config)
+        data = load_prompts(config, tokenizer)
+        origin = find_origin(config, tokenizer)
+        check(config, data, origin.model_config.max_position_embeddings)
+        sampling = sampling_params(config, eos_ids(config, origin.model_config, tokenizer))
+        run = RunFolder(config, "grpo", {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None})
+        stack.callback(run.close)
+        # -- rewards: started first, because a function that does not load should cost nothing
+        runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
+        # -- mesh, policy, optimizer
+        mesh = create_mesh(config.mesh)
+        policy = policy_from_config(config, origin.model_config)
+        schedule, optimizer = create_training_optimizer(config, policy)
+        plan = plan_for(config, data, num_row_shards(mesh, config.mesh.rules))
+        # -- states: policy and reference are two, each from its own init_state_fn
+        init_policy_fn = InitStateFn(policy, optimizer, config.seed)
+        init_reference_fn = InitStateFn(policy, None, config.seed)
+        checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn)
+        stack.callback(checkpoints.close)
+        checkpoints.check_disk_space()
+        announce(console, config, data, origin, policy, mesh, run, plan)
+        reference = None
+        if config.grpo.beta:
+            shardings = checkpoints.abstract.shardings.params
+            reference, _ = setup_decode_state(config, mesh, init_reference_fn, pretrained_params(origin, shardings))
+        # -- restore, or start
+        if checkpoints.latest_step is None:
+            shardings = checkpoints.abstract.shardings.params
+            state, abstract = setup_training_state(config, mesh, init_policy_fn, pretrained_params(origin, shardings))
+            entropy = EntropyCoefState(config.grpo.entropy_coef, math.inf)
+        else:
+            (state, loop), abstract = checkpoints.restore(), checkpoints.abstract
+            entropy = EntropyCoefState(**loop["entropy"])
+            console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
+        first_step = get_first_step(policy, state, updates_per_step(config))
+        # -- sampler, train step
+        decode = tokenizer.decode
+        sampler = Sampler(
+            policy, mesh, abstract.shardings.params, rules=config.mesh.rules, max_rows=config.sampling.max_rows, decode_text=decode
+        )
+        updater = Updater(config, policy, optimizer, plan, abstract.shardings, mesh=mesh)
+        if first_step == 0 and config.rewards.check_on_gold:
+            warn_about_rewards(console, runner, data.train[0])
+        # -- loop
+        writer = stack.enter_context(MetricsWriter(run.path, first_step + 1 if run.resumed and first_step else 0))
+        compiles, watch = stack.enter_context(CompileCounter()), Stopwatch()
+        stop = stack.enter_context(StopRequest(console.message))
+
+        def evaluation(step: int) -> dict[str, float]:
+            if not (config.eval.every and data.held_out) or (step % config.eval.every and step != config.grpo.steps):
+                return {}
+            with watch.timer("eval"):
+                rows = data.held_out[: config.eval.max_prompts]
+                result = evaluate(sampler, state.params, rows, runner, tokenizer, sampling, config.eval.reward)
+            return result.metrics()
+
+        if first_step == 0 and (baseline := evaluation(0)):
+            writer.write({"step": 0, **baseline})
+            console.step_line({"step": 0, **baseline})
+        watch.lap()
+        for step in range(first_step, config.grpo.steps):
+            rows = [data.train[i] for i in step_indices(len(data.train), config.seed, step, config.grpo.prompts_per_step)]
+            with watch.timer("rollout"):
+                prompts = [row.prompt_ids for row in rows]
+                key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
+                completions = sampler.sample(state.params, prompts, config.grpo.group_size, sampling, key)
+            with watch.timer("reward"):
+                rollout = score_rollout(config, rows, completions, runner, tokenizer)
+            with watch.timer("train"):
+                groups = minibatches(rollout, config.grpo.minibatches)
+                state, entropy, trained = updater.step(state, reference, groups, entropy)
+            done = step + 1
+            metrics = {"step": done, **rollout.metrics, **trained, "lr": float(schedule(int(state.step) - 1)), **evaluation(done)}
+            metrics |= timing(watch, rollout.metrics, len(rows) * config.grpo.group_size, compiles)
+            writer.write(metrics)
+            writer.write_samples(done, sample_records(rollout, [spec.name for spec in runner.specs], config.logging.samples_per_step))
+            console.step_line(metrics)
+            for problem in rollout.problems:
+                console.warning(problem)
+            if done % config.checkpoint.every == 0 or done == config.grpo.steps or stop.requested:
+                checkpoints.save(done, state, {"step": done, "entropy": entropy._asdict(), "flavour": policy.flavour})
+            if stop.requested:
+                break
+        checkpoints.wait()
+        return run.path
+
+
+def check(config: Config, data: PromptData, max_positions: int) -> None:
+    """Rules that need the data and the model's shape; ValueError when one is broken."""
+    require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
+    check_enough_rows(len(data.train), config.grpo.prompts_per_step)
+    if not config.sampling.temperature > 0:
+        raise ValueError(f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; evaluation is greedy anyway")
+    longest = max(len(row.prompt_ids) for row in [*data.train, *data.held_out]) + config.sampling.max_completion_length
+    if longest > max_positions:
+        raise ValueError(
+            f"prompt and completion must fit the model's {max_positions} positions, got up to {longest}; lower "
+            "data.max_prompt_length or sampling.max_completion_length"
+        )
+    loss_config(config)
+
+
+def plan_for(config: Config, data: PromptData, num_row_shards: int) -> PackingPlan:
+    """Static shapes that hold every minibatch of the run."""
+    return plan_packing(
+        num_groups=config.grpo.prompts_per_step // config.grpo.minibatches,
+        group_size=config.grpo.group_size,
+        max_prompt_length=max(len(row.prompt_ids) for row in data.train),
+        max_completion_length=config.sampling.max_completion_length,
+        max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
+        num_row_shards=num_row_shards,
+    )
+
+
+def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:
+    """Scores one row's own answer, so that a reward function that cannot work is seen before the first step."""
+    gold = row.columns.get("answer")
+    if gold is None:
+        return
+    for warning in check_on_gold(runner, row.prompt, completion_form(row.prompt, str(gold)), row.columns):
+        console.warning(warning)
+
+
+def announce(
+    console: Console, config: Config, data: PromptData, origin: Origin, policy: Policy, mesh: Mesh, run: RunFolder, plan: PackingPlan
+) -> None:
+    """Start-up information: what runs where, on what, and what a preset stands for."""
+    for message in data.messages:
+        console.message(message)
+    grpo = config.grpo
+    per_step = f"{grpo.prompts_per_step} prompts x {grpo.group_size} completions = {grpo.prompts_per_step * grpo.group_size} sequences"
+    rows = {
+        "run folder": run.path,
+        "model": f"{origin.identity['source'] or 'fresh'}, {origin.model_config.family}, {origin.model_config.num_parameters / 1e6:.1f}M parameters",
+        "policy": f"{policy.flavour}, {origin.model_config.dtype}",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, " + " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        "prompts": f"{len(data.train)} train, {len(data.held_out)} held out",
+        "step": f"{per_step}, {updates_per_step(config)} update(s)",
+        "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
+    }
+    if grpo.preset:
+        values = {key: getattr(grpo, key) for key in read_preset(grpo.preset)}
+        rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in values.items())
+    console.table("grpo train", rows)
+
+
+def timing(watch: Stopwatch, metrics: dict[str, float], num_sequences: int, compiles: CompileCounter) -> dict[str, float]:
+    """Seconds and tokens per second by phase, compilations of the step, peak memory so far."""
+    seconds = watch.lap()
+    tokens = metrics["completion_length/mean"] * num_sequences
+    speeds = {f"tokens_per_second/{phase}": tokens / seconds[f"seconds/{phase}"] for phase in ("rollout", "train", "step")}
+    return {**seconds, **speeds, "compiles": compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`grpo train CONFIG [key=value ...]`."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv:
+        raise ValueError("grpo train needs a config file, for example: grpo train examples/arithmetic/grpo.yml")
+    config = load_config(argv[0], argv[1:])
+    use_compilation_cache(config)
+    train(config)
+
+
+if __name__ == "__main__":
+    main()

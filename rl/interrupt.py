@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM: the running step is finished, the state saved, the process ends cleanly."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+
+class StopRequest:
+    """A context in which the first SIGINT or SIGTERM only sets `requested`; a second SIGINT raises KeyboardInterrupt.
+
+    Outside of the main thread, where Python handles no signals, nothing is installed.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self.requested = False
+        self._say = say
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread
+                break
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._say(f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again to stop at once)")

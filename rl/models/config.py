@@ -1,0 +1,344 @@
+"""What a decoder is: `ModelConfig`, and the shapes and logical axes of its parameters. Imports no jax.
+
+In: the numbers of an architecture, by hand (`ModelConfig.from_arch`) or from a Hugging Face folder (`rl.models.hf`).
+Out: one frozen, hashable description that both twins are built from. The maths is in `rl.models.ops`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+REMAT_MODES = ("none", "block")
+ROPE_KINDS = ("none", "linear", "llama3")
+FULL_ATTENTION = "full_attention"
+SLIDING_ATTENTION = "sliding_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: not at all, all by `factor` ("linear"), or by wavelength ("llama3")."""
+
+    kind: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"rope_scaling kind must be one of {', '.join(ROPE_KINDS)}, got {self.kind!r}")
+        if self.factor < 1.0:
+            raise ValueError(f"rope_scaling factor must be >= 1, got {self.factor}")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                "rope_scaling llama3 must have 0 < low_freq_factor < high_freq_factor, "
+                f"got {self.low_freq_factor} and {self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder architecture. Sizes are counts, `dtype` is the compute type, `param_dtype` the stored type.
+
+    `layer_types` names "full_attention" or "sliding_attention" for every layer; sliding layers see `sliding_window`
+    positions and use `rope_local_theta`. `attention_bias` adds a bias to q, k, v, and to o except in qwen2.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm_eps: float
+    tie_word_embeddings: bool
+    rope_theta: float
+    rope_scaling: RopeScaling
+    rope_local_theta: float
+    activation: str
+    attention_bias: bool
+    mlp_bias: bool
+    sliding_window: int | None
+    layer_types: tuple[str, ...]
+    query_pre_attn_scalar: float
+    initializer_range: float
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    dtype: str
+    param_dtype: str
+    remat: str
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def from_arch(
+        cls,
+        family: str,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        max_position_embeddings: int = 4096,
+        norm_eps: float = 1e-6,
+        tie_word_embeddings: bool = True,
+        rope_theta: float | None = None,
+        rope_scaling: RopeScaling = RopeScaling(),
+        rope_local_theta: float = 10_000.0,
+        activation: str | None = None,
+        attention_bias: bool | None = None,
+        mlp_bias: bool = False,
+        sliding_window: int | None = None,
+        layer_types: tuple[str, ...] | None = None,
+        query_pre_attn_scalar: float | None = None,
+        initializer_range: float = 0.02,
+        eos_token_ids: tuple[int, ...] = (),
+        bos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        remat: str = "none",
+    ) -> "ModelConfig":
+        """A fresh architecture; what is left out (None) follows the family. Raises ValueError for sizes that do not fit.
+
+        Without `layer_types`, gemma3_text with a `sliding_window` makes every sixth layer global, as Gemma 3 does.
+        """
+        _check_choice("family", family, FAMILIES)
+        gemma = family == "gemma3_text"
+        if head_dim is None:
+            _check_positive("num_heads", num_heads)
+            if hidden_size % num_heads:
+                raise ValueError(
+                    f"hidden_size must be a multiple of num_heads when head_dim is not given, got {hidden_size} and "
+                    f"{num_heads}; give head_dim"
+                )
+            head_dim = hidden_size // num_heads
+        if layer_types is None:
+            sliding = gemma and sliding_window is not None
+            layer_types = alternating_layer_types(num_layers, 6) if sliding else (FULL_ATTENTION,) * num_layers
+        return cls(
+            family=family,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=max_position_embeddings,
+            norm_eps=norm_eps,
+            tie_word_embeddings=tie_word_embeddings,
+            rope_theta=(1_000_000.0 if gemma else 10_000.0) if rope_theta is None else rope_theta,
+            rope_scaling=rope_scaling,
+            rope_local_theta=rope_local_theta,
+            activation=("gelu_tanh" if gemma else "silu") if activation is None else activation,
+            attention_bias=family == "qwen2" if attention_bias is None else attention_bias,
+            mlp_bias=mlp_bias,
+            sliding_window=sliding_window,
+            layer_types=tuple(layer_types),
+            query_pre_attn_scalar=head_dim if query_pre_attn_scalar is None else query_pre_attn_scalar,
+            initializer_range=initializer_range,
+            eos_token_ids=tuple(eos_token_ids),
+            bos_token_id=bos_token_id,
+            pad_token_id=pad_token_id,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+        )
+
+    @property
+    def is_gemma(self) -> bool:
+        """Gemma's own choices: 1 + scale norms (four per block), scaled embeddings."""
+        return self.family == "gemma3_text"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised per head before RoPE."""
+        return self.family in ("qwen3", "gemma3_text")
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether o_proj has a bias."""
+        return self.attention_bias and self.family != "qwen2"
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on the attention scores."""
+        return self.query_pre_attn_scalar**-0.5
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the parameter tree holds."""
+        return sum(_product(spec.shape) for _, spec in flatten_specs(parameter_specs(self)))
+
+
+class ParameterSpec(NamedTuple):
+    """Shape of one parameter and the logical name of each of its dims."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+def alternating_layer_types(num_layers: int, pattern: int) -> tuple[str, ...]:
+    """Every `pattern`-th layer attends to everything, the others slide (Gemma 3: pattern 6)."""
+    _check_positive("sliding_window_pattern", pattern)
+    return tuple(SLIDING_ATTENTION if (i + 1) % pattern else FULL_ATTENTION for i in range(num_layers))
+
+
+def parameter_specs(config: ModelConfig) -> dict[str, Any]:
+    """The parameter tree of both twins, with a `ParameterSpec` at every leaf."""
+    tree = {
+        "embed_tokens": {"embedding": ParameterSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"))},
+        **{f"layers_{i}": _layer_specs(config) for i in range(config.num_layers)},
+        "norm": _norm_spec(config.hidden_size),
+    }
+    if not config.tie_word_embeddings:
+        tree["lm_head"] = {"kernel": ParameterSpec((config.hidden_size, config.vocab_size), ("embed", "vocab"))}
+    return tree
+
+
+def logical_axes(config: ModelConfig) -> dict[str, Any]:
+    """The parameter tree with the tuple of logical axis names at every leaf.
+
+    Names: vocab, embed, heads, kv_heads, head_dim, mlp, norm. Mesh axes are not known here.
+    """
+    return _map_specs(parameter_specs(config), lambda spec: spec.axes)
+
+
+def flatten_specs(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], ParameterSpec]]:
+    """(path, spec) of every parameter of `parameter_specs`, in the order of declaration."""
+    for name, child in tree.items():
+        if isinstance(child, ParameterSpec):
+            yield (*prefix, name), child
+        else:
+            yield from flatten_specs(child, (*prefix, name))
+
+
+def _layer_specs(config: ModelConfig) -> dict[str, Any]:
+    hidden, mlp, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+    query, key = ("heads", "head_dim"), ("kv_heads", "head_dim")
+    query_shape, key_shape = (config.num_heads, head_dim), (config.num_kv_heads, head_dim)
+    attention = {
+        "q_proj": _dense_spec((hidden,), ("embed",), query_shape, query, config.attention_bias),
+        "k_proj": _dense_spec((hidden,), ("embed",), key_shape, key, config.attention_bias),
+        "v_proj": _dense_spec((hidden,), ("embed",), key_shape, key, config.attention_bias),
+        "o_proj": _dense_spec(query_shape, query, (hidden,), ("embed",), config.output_bias),
+    }
+    if config.qk_norm:
+        attention |= {"q_norm": _norm_spec(head_dim), "k_norm": _norm_spec(head_dim)}
+    layer = {
+        "input_layernorm": _norm_spec(hidden),
+        "self_attn": attention,
+        "post_attention_layernorm": _norm_spec(hidden),
+        "mlp": {
+            "gate_proj": _dense_spec((hidden,), ("embed",), (mlp,), ("mlp",), config.mlp_bias),
+            "up_proj": _dense_spec((hidden,), ("embed",), (mlp,), ("mlp",), config.mlp_bias),
+            "down_proj": _dense_spec((mlp,), ("mlp",), (hidden,), ("embed",), config.mlp_bias),
+        },
+    }
+    if config.is_gemma:
+        layer |= {"pre_feedforward_layernorm": _norm_spec(hidden), "post_feedforward_layernorm": _norm_spec(hidden)}
+    return layer
+
+
+def _norm_spec(size: int) -> dict[str, ParameterSpec]:
+    return {"scale": ParameterSpec((size,), ("norm",))}
+
+
+def _dense_spec(
+    in_shape: tuple[int, ...],
+    in_axes: tuple[str, ...],
+    out_shape: tuple[int, ...],
+    out_axes: tuple[str, ...],
+    use_bias: bool,
+) -> dict[str, ParameterSpec]:
+    specs = {"kernel": ParameterSpec((*in_shape, *out_shape), (*in_axes, *out_axes))}
+    return specs | {"bias": ParameterSpec(out_shape, out_axes)} if use_bias else specs
+
+
+def _map_specs(tree: Mapping[str, Any], function: Any) -> dict[str, Any]:
+    return {
+        name: function(child) if isinstance(child, ParameterSpec) else _map_specs(child, function)
+        for name, child in tree.items()
+    }
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _check_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name} must be > 0, got {value}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check(config: ModelConfig) -> None:
+    for name, choices in (
+        ("family", FAMILIES),
+        ("activation", ACTIVATIONS),
+        ("dtype", DTYPES),
+        ("param_dtype", DTYPES),
+        ("remat", REMAT_MODES),
+    ):
+        _check_choice(name, getattr(config, name), choices)
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "norm_eps",
+        "rope_theta",
+        "rope_local_theta",
+        "query_pre_attn_scalar",
+        "initializer_range",
+    ):
+        _check_positive(name, getattr(config, name))
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads, got {config.num_heads} and {config.num_kv_heads}"
+        )
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary embeddings, got {config.head_dim}")
+    if len(config.layer_types) != config.num_layers:
+        raise ValueError(f"layer_types must name {config.num_layers} layers (num_layers), got {len(config.layer_types)}")
+    for layer_type in config.layer_types:
+        _check_choice("layer_types entry", layer_type, (FULL_ATTENTION, SLIDING_ATTENTION))
+    if SLIDING_ATTENTION in config.layer_types:
+        if not config.is_gemma:
+            raise ValueError(f"sliding_attention layers are supported for gemma3_text only, got family {config.family}")
+        if config.sliding_window is None or config.sliding_window < 1:
+            raise ValueError(f"sliding_window must be >= 1 with sliding_attention layers, got {config.sliding_window}")
+    if config.family == "qwen2" and not config.attention_bias:
+        raise ValueError("attention_bias must be true for qwen2, whose q, k and v always have a bias, got false")
+    if config.mlp_bias and config.family != "llama":
+        raise ValueError(f"mlp_bias must be false for {config.family}, got true; only llama has it")
+    if not config.is_gemma and config.query_pre_attn_scalar != config.head_dim:
+        raise ValueError(
+            f"query_pre_attn_scalar must equal head_dim ({config.head_dim}) for {config.family}, "
+            f"got {config.query_pre_attn_scalar}; only gemma3_text has it"
+        )
+    for token_id in config.eos_token_ids:
+        if not 0 <= token_id < config.vocab_size:
+            raise ValueError(f"eos_token_ids must be in [0, vocab_size = {config.vocab_size}), got {token_id}")

@@ -1,0 +1,332 @@
+"""Hugging Face folders: weights in and out, and where a folder comes from.
+
+In: a folder or a hub id. Out: the parameter tree of `rl.models.config.parameter_specs`, or a ValueError that names the file and the
+tensor: no weight is ever missing, extra, reshaped or left at an initial value in silence. `config.json` is read and written
+by `rl.models.hf_config`. Legend: D model, N query heads, H head dim.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from rl.models.config import ModelConfig, flatten_specs, parameter_specs
+from rl.models.hf_config import config_json, generation_json, read_config, read_json
+from rl.models.ops import dtype_of
+
+__all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weights_hash"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+# Where a folder comes from
+
+
+def resolve_source(source: str | pathlib.Path) -> pathlib.Path:
+    """The local folder of a model: `source` itself if it is one, else the hub repository of that name, downloaded.
+
+    Raises ValueError if it is neither, or if the hub cannot be reached and has no copy on this machine.
+    """
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source)):
+        raise ValueError(f"model source must be a folder that exists or a hub id such as owner/name, got {str(source)!r}")
+    import httpx
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=HUB_PATTERNS))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        raise ValueError(
+            f"model source must be a folder that exists or a hub id that can be downloaded, got {str(source)!r}: "
+            f"{type(error).__name__}: {error}; give a local folder, or check the name, the network and your hub login"
+        ) from error
+
+
+def weights_hash(folder: str | pathlib.Path, full_bytes: int = 4 << 30) -> str:
+    """Hex sha256 over config.json and the safetensors files: what a checkpoint remembers a model by.
+
+    Files are read whole up to `full_bytes` in total; above that, of each file its name, its size, its first MiB (the
+    header) and 64 evenly spaced MiB.
+    """
+    folder = pathlib.Path(folder)
+    files = _weight_files(folder)
+    whole = sum(file.stat().st_size for file in files) <= full_bytes
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        chunk = 1 << 20
+        spaced = range(0, size, chunk) if whole else sorted({i * max(size - chunk, 0) // 64 for i in range(65)})
+        with file.open("rb") as stream:
+            for start in spaced:
+                stream.seek(start)
+                digest.update(stream.read(chunk))
+    return digest.hexdigest()
+
+
+# Weights in
+
+
+def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None) -> dict[str, Any]:
+    """The parameter tree of a folder as jax arrays in `config.param_dtype`, read tensor by tensor.
+
+    `shardings`: a tree like the parameters with a `jax.sharding.Sharding` at each leaf, or None for the default device.
+    Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, and for files that
+    are missing or cut short, naming file and tensor.
+    """
+    folder = pathlib.Path(folder)
+    param_dtype = dtype_of(config.param_dtype)
+    locations = _tensor_locations(folder)
+    names = {_tensor_name(path): (path, spec.shape) for path, spec in flatten_specs(parameter_specs(config))}
+    _check_tensor_names(folder, names, locations, config)
+    params: dict[str, Any] = {}
+    for file in sorted(set(locations.values())):
+        with _open(file) as tensors:
+            for name in sorted(name for name, location in locations.items() if location == file and name in names):
+                path, shape = names[name]
+                value = _read_tensor(tensors, file, name, path, shape).astype(param_dtype)
+                _set(params, path, _place(value, _get(shardings, path) if shardings is not None else None))
+    if config.tie_word_embeddings and "lm_head.weight" in locations:
+        _check_tied(locations)
+    return params
+
+
+def _place(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(value)
+    # By callback, so that several processes each hand over only their own shards.
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _tensor_name(path: tuple[str, ...]) -> str:
+    """The Hugging Face name of the parameter at `path`."""
+    *modules, leaf = path
+    modules = [re.sub(r"^layers_(\d+)$", r"layers.\1", module) for module in modules]
+    suffix = "bias" if leaf == "bias" else "weight"
+    prefix = [] if modules[0] == "lm_head" else ["model"]
+    return ".".join([*prefix, *modules, suffix])
+
+
+def _stored_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in the file: matrices are [out, in], heads are flat."""
+    if path[-1] == "kernel":
+        num_input_dims = len(shape) - 1 if path[-2] == "o_proj" else 1
+        return (math.prod(shape[num_input_dims:]), math.prod(shape[:num_input_dims]))
+    return shape if path[-1] == "embedding" else (math.prod(shape),)
+
+
+def _from_stored(value: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    return np.ascontiguousarray((value.T if path[-1] == "kernel" else value).reshape(shape))
+
+
+def _to_stored(value: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
+    stored = _stored_shape(path, value.shape)
+    return np.ascontiguousarray(value.reshape(stored[::-1]).T if path[-1] == "kernel" else value.reshape(stored))
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files of a folder: one, or those of its index."""
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).exists():
+        raise ValueError(
+            f"{folder} must hold {SINGLE_FILE} or {INDEX_FILE}, but it has neither; convert other formats to safetensors"
+        )
+    return [folder / name for name in sorted(set(_weight_map(folder).values()))]
+
+
+def _weight_map(folder: pathlib.Path) -> dict[str, str]:
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX_FILE} must hold a weight_map from tensor to file, got {weight_map!r}")
+    return weight_map
+
+
+def _tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The file of every tensor, from the files themselves; the index, if there is one, must agree."""
+    locations: dict[str, pathlib.Path] = {}
+    for file in _weight_files(folder):
+        with _open(file) as tensors:
+            for name in tensors.keys():
+                if name in locations:
+                    raise ValueError(f"{file}: tensor {name} must be stored once, it is in {locations[name].name} too")
+                locations[name] = file
+    if not (folder / SINGLE_FILE).exists():
+        for name, file_name in _weight_map(folder).items():
+            if locations.get(name) != folder / file_name:
+                raise ValueError(f"{folder / file_name}: tensor {name} is missing, although {INDEX_FILE} lists it there")
+    return locations
+
+
+def _open(file: pathlib.Path) -> Any:
+    try:
+        return safetensors.safe_open(file, framework="np")
+    except FileNotFoundError:
+        raise ValueError(f"{file} must exist, but it does not; fetch the model again") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{file} must be a whole safetensors file, got {error}; fetch the model again") from error
+
+
+def _check_tensor_names(
+    folder: pathlib.Path,
+    names: Mapping[str, Any],
+    locations: Mapping[str, pathlib.Path],
+    config: ModelConfig,
+) -> None:
+    ignorable = {name for name in locations if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        ignorable.add("lm_head.weight")
+    missing = sorted(set(names) - set(locations))
+    extra = sorted(set(locations) - set(names) - ignorable)
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors of {config.family} are missing: {_some(missing)}")
+    if extra:
+        raise ValueError(
+            f"{folder}: {len(extra)} tensors have no place in this {config.family}: {_some(extra)}; check config.json"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _read_tensor(
+    tensors: Any, file: pathlib.Path, name: str, path: tuple[str, ...], shape: tuple[int, ...]
+) -> np.ndarray:
+    view, stored_shape = tensors.get_slice(name), _stored_shape(path, shape)
+    if tuple(view.get_shape()) != stored_shape:
+        raise ValueError(
+            f"{file}: tensor {name} must have shape {stored_shape}, got {tuple(view.get_shape())}; check config.json"
+        )
+    if view.get_dtype() not in FLOAT_TYPES:
+        raise ValueError(f"{file}: tensor {name} must be one of {', '.join(FLOAT_TYPES)}, got {view.get_dtype()}")
+    return _from_stored(tensors.get_tensor(name), path, shape)
+
+
+def _check_tied(locations: Mapping[str, pathlib.Path]) -> None:
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    values = []
+    for name in names:
+        with _open(locations[name]) as tensors:
+            values.append(tensors.get_tensor(name))
+    if values[0].shape != values[1].shape or not np.array_equal(*values):
+        raise ValueError(
+            f"{locations['lm_head.weight']}: lm_head.weight must equal model.embed_tokens.weight when "
+            "tie_word_embeddings is true, but it differs; set tie_word_embeddings to false in config.json"
+        )
+
+
+# Weights out
+
+
+def save_folder(
+    folder: str | pathlib.Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Writes a folder that transformers, TRL and vLLM open: config, weights, and the tokenizer if one is given.
+
+    `dtype` is the stored type, None keeps `config.param_dtype`. The folder appears at once and whole, or not at all.
+    Raises ValueError if it exists and is not empty, or if `params` is not the tree of `config`.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"export folder must be new or empty, got {folder}; choose another one or remove it")
+    _check_tree(config, params)
+    dtype = config.param_dtype if dtype is None else dtype
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        draft = pathlib.Path(scratch) / folder.name
+        draft.mkdir()
+        _write_json(draft / "config.json", config_json(config, dtype))
+        _write_json(draft / "generation_config.json", generation_json(config))
+        _write_weights(draft, config, params, dtype, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(draft))
+        os.replace(draft, folder)
+
+
+def _check_tree(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    expected = {path: spec.shape for path, spec in flatten_specs(parameter_specs(config))}
+    got = {tuple(path): tuple(value.shape) for path, value in _leaves(params)}
+    for path in sorted(expected.keys() | got.keys()):
+        if expected.get(path) != got.get(path):
+            raise ValueError(
+                f"parameter {'/'.join(path)} must have shape {expected.get(path, 'none: it is not in the model')}, "
+                f"got {got.get(path, 'no such parameter')}"
+            )
+
+
+def _write_weights(
+    folder: pathlib.Path, config: ModelConfig, params: Mapping[str, Any], dtype: str, max_shard_bytes: float
+) -> None:
+    stored_dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    shards: list[list[tuple[str, ...]]] = [[]]
+    shard_bytes = total_bytes = 0
+    for path, spec in flatten_specs(parameter_specs(config)):
+        num_bytes = math.prod(spec.shape) * stored_dtype.itemsize
+        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(path)
+        shard_bytes, total_bytes = shard_bytes + num_bytes, total_bytes + num_bytes
+    weight_map = {}
+    for i, paths in enumerate(shards):
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {
+            _tensor_name(path): _to_stored(np.asarray(jax.device_get(_get(params, path))).astype(stored_dtype), path)
+            for path in paths
+        }
+        # transformers refuses a file whose metadata has no format.
+        safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= {tensor_name: name for tensor_name in tensors}
+    if len(shards) > 1:
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# Nested dicts by path
+
+
+def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, child in tree.items():
+        if isinstance(child, Mapping):
+            yield from _leaves(child, (*prefix, name))
+        else:
+            yield (*prefix, name), child
+
+
+def _get(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value

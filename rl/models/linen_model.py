@@ -1,0 +1,202 @@
+"""The Linen twin: a decoder of `flax.linen` modules over the shared ops. Its parameter tree is that of `parameter_specs`.
+
+Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim.
+"""
+
+import jax
+from flax import linen as nn
+
+from rl.models import cache as kv
+from rl.models import ops
+from rl.models.config import ModelConfig
+
+
+class Projection(nn.Module):
+    """x [..., *in_shape] -> [..., *out_shape]."""
+
+    config: ModelConfig
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    use_bias: bool
+
+    def setup(self) -> None:
+        self.kernel = _parameter(self, "kernel", (*self.in_shape, *self.out_shape))
+        self.bias = _parameter(self, "bias", self.out_shape) if self.use_bias else None
+
+    def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
+        return ops.dense(x, self.kernel, self.bias, num_input_dims=len(self.in_shape), out_dtype=out_dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dim."""
+
+    config: ModelConfig
+    size: int
+
+    def setup(self) -> None:
+        self.scale = _parameter(self, "scale", (self.size,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.rms_norm(x, self.scale, self.config)
+
+
+class Embedding(nn.Module):
+    """Token ids [B, T] -> [B, T, D]."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.embedding = _parameter(self, "embedding", (self.config.vocab_size, self.config.hidden_size))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return ops.embed(self.embedding, tokens_BT, self.config)
+
+    def attend(self, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] against the same table."""
+        return ops.dense(hidden, self.embedding.T, out_dtype=ops.widen(hidden.dtype))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, over the tokens themselves or over a cache."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        hidden = (config.hidden_size,)
+        queries = (config.num_heads, config.head_dim)
+        keys = (config.num_kv_heads, config.head_dim)
+        self.q_proj = Projection(config, hidden, queries, config.attention_bias)
+        self.k_proj = Projection(config, hidden, keys, config.attention_bias)
+        self.v_proj = Projection(config, hidden, keys, config.attention_bias)
+        self.o_proj = Projection(config, queries, hidden, config.output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, config.head_dim)
+            self.k_norm = RMSNorm(config, config.head_dim)
+
+    def __call__(
+        self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
+    ) -> tuple[jax.Array, kv.LayerCache | None]:
+        q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.config.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH = ops.apply_rope(q_BTNH, context.cos_BTH, context.sin_BTH)
+        k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH)
+        scale = self.config.attention_scale
+        if layer_cache is None:
+            output_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, context.mask_BTS, scale)
+        else:
+            layer_cache = kv.append(layer_cache, k_BTKH, v_BTKH)
+            output_BTNH = ops.attention_over_parts(q_BTNH, kv.attention_parts(layer_cache, context), scale)
+        return self.o_proj(output_BTNH), layer_cache
+
+
+class MLP(nn.Module):
+    """Gated feed-forward block."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        hidden, mlp = (config.hidden_size,), (config.intermediate_size,)
+        self.gate_proj = Projection(config, hidden, mlp, config.mlp_bias)
+        self.up_proj = Projection(config, hidden, mlp, config.mlp_bias)
+        self.down_proj = Projection(config, mlp, hidden, config.mlp_bias)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down_proj(ops.activation(self.gate_proj(x_BTD), self.config.activation) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """Attention and MLP with residuals; Gemma normalises the output of each as well."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
+        self.mlp = MLP(config)
+        if config.is_gemma:
+            self.pre_feedforward_layernorm = RMSNorm(config, config.hidden_size)
+            self.post_feedforward_layernorm = RMSNorm(config, config.hidden_size)
+
+    def __call__(
+        self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
+    ) -> tuple[jax.Array, kv.LayerCache | None]:
+        attended_BTD, layer_cache = self.self_attn(self.input_layernorm(x_BTD), context, layer_cache)
+        if self.config.is_gemma:
+            x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
+            mixed_BTD = self.mlp(self.pre_feedforward_layernorm(x_BTD))
+            return x_BTD + self.post_feedforward_layernorm(mixed_BTD), layer_cache
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), layer_cache
+
+
+class CausalLM(nn.Module):
+    """The decoder. `__call__` gives logits of every position; training and decoding use the three methods below it."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        # Rematerialisation changes the backward pass only: nothing to gain, and other rng paths, while initialising.
+        remat = config.remat == "block" and not self.is_initializing()
+        block = nn.remat(Block) if remat else Block
+        self.embed_tokens = Embedding(config)
+        self.layers = [block(config) for _ in range(config.num_layers)]
+        self.norm = RMSNorm(config, config.hidden_size)
+        if not config.tie_word_embeddings:
+            self.lm_head = Projection(config, (config.hidden_size,), (config.vocab_size,), False)
+
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
+    ) -> jax.Array:
+        return self.unembed(self.hidden(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT))
+
+    def hidden(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
+    ) -> jax.Array:
+        """Final hidden states [B, T, D] of tokens that attend to one another."""
+        contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT)
+        hidden_BTD, _ = self._run(tokens_BT, contexts, [None] * self.config.num_layers)
+        return hidden_BTD
+
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        group_ids_BT: jax.Array,
+        branch_ids_BT: jax.Array,
+        cache: kv.KVCache,
+    ) -> tuple[jax.Array, kv.KVCache]:
+        """Final hidden states [B, T, D] of tokens appended to the cache, and the cache with them."""
+        cache = kv.label_slots(cache, positions_BT, group_ids_BT, branch_ids_BT)
+        contexts = kv.cached_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, cache)
+        hidden_BTD, layers = self._run(tokens_BT, contexts, kv.layer_caches(cache))
+        return hidden_BTD, kv.advance(cache, layers, tokens_BT.shape[1])
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] in float32 or wider."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.attend(hidden)
+        return self.lm_head(hidden, out_dtype=ops.widen(hidden.dtype))
+
+    def _run(self, tokens_BT, contexts, caches):
+        x_BTD, new_caches = self.embed_tokens(tokens_BT), []
+        for layer, layer_type, layer_cache in zip(self.layers, self.config.layer_types, caches, strict=True):
+            x_BTD, layer_cache = layer(x_BTD, contexts[layer_type], layer_cache)
+            new_caches.append(layer_cache)
+        return self.norm(x_BTD), new_caches
+
+
+def _parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Declares a parameter whose initial value depends on (root key, path) only, as in the NNX twin."""
+
+    def initialize(key: jax.Array) -> jax.Array:
+        if module.is_initializing():
+            key = module.scope.root.rngs["params"].as_jax_rng()
+        return ops.initial_value(module.config, key, (*module.path, name), shape)
+
+    return module.param(name, initialize)

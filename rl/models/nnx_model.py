@@ -1,0 +1,212 @@
+"""The NNX twin: a decoder of `flax.nnx` modules over the shared ops. `nnx.to_pure_dict` of its state is the parameter tree.
+
+Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim.
+"""
+
+import jax
+from flax import nnx
+
+from rl.models import cache as kv
+from rl.models import ops
+from rl.models.config import ModelConfig
+
+Path = tuple[str, ...]
+
+
+class Projection(nnx.Module):
+    """x [..., *in_shape] -> [..., *out_shape]."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        use_bias: bool,
+        key: jax.Array,
+        path: Path,
+    ) -> None:
+        self.num_input_dims = len(in_shape)
+        self.use_bias = use_bias
+        self.kernel = _parameter(config, key, (*path, "kernel"), (*in_shape, *out_shape))
+        if use_bias:
+            self.bias = _parameter(config, key, (*path, "bias"), out_shape)
+
+    def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
+        bias = self.bias[...] if self.use_bias else None
+        return ops.dense(x, self.kernel[...], bias, num_input_dims=self.num_input_dims, out_dtype=out_dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm over the last dim."""
+
+    def __init__(self, config: ModelConfig, size: int, key: jax.Array, path: Path) -> None:
+        self.config = config
+        self.scale = _parameter(config, key, (*path, "scale"), (size,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ops.rms_norm(x, self.scale[...], self.config)
+
+
+class Embedding(nnx.Module):
+    """Token ids [B, T] -> [B, T, D]."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, path: Path) -> None:
+        self.config = config
+        self.embedding = _parameter(config, key, (*path, "embedding"), (config.vocab_size, config.hidden_size))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return ops.embed(self.embedding[...], tokens_BT, self.config)
+
+    def attend(self, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] against the same table."""
+        return ops.dense(hidden, self.embedding[...].T, out_dtype=ops.widen(hidden.dtype))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions, over the tokens themselves or over a cache."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, path: Path) -> None:
+        self.config = config
+        hidden = (config.hidden_size,)
+        queries = (config.num_heads, config.head_dim)
+        keys = (config.num_kv_heads, config.head_dim)
+        self.q_proj = Projection(config, hidden, queries, config.attention_bias, key, (*path, "q_proj"))
+        self.k_proj = Projection(config, hidden, keys, config.attention_bias, key, (*path, "k_proj"))
+        self.v_proj = Projection(config, hidden, keys, config.attention_bias, key, (*path, "v_proj"))
+        self.o_proj = Projection(config, queries, hidden, config.output_bias, key, (*path, "o_proj"))
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, config.head_dim, key, (*path, "q_norm"))
+            self.k_norm = RMSNorm(config, config.head_dim, key, (*path, "k_norm"))
+
+    def __call__(
+        self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
+    ) -> tuple[jax.Array, kv.LayerCache | None]:
+        q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.config.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH = ops.apply_rope(q_BTNH, context.cos_BTH, context.sin_BTH)
+        k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH)
+        scale = self.config.attention_scale
+        if layer_cache is None:
+            output_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, context.mask_BTS, scale)
+        else:
+            layer_cache = kv.append(layer_cache, k_BTKH, v_BTKH)
+            output_BTNH = ops.attention_over_parts(q_BTNH, kv.attention_parts(layer_cache, context), scale)
+        return self.o_proj(output_BTNH), layer_cache
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward block."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, path: Path) -> None:
+        self.config = config
+        hidden, mlp = (config.hidden_size,), (config.intermediate_size,)
+        self.gate_proj = Projection(config, hidden, mlp, config.mlp_bias, key, (*path, "gate_proj"))
+        self.up_proj = Projection(config, hidden, mlp, config.mlp_bias, key, (*path, "up_proj"))
+        self.down_proj = Projection(config, mlp, hidden, config.mlp_bias, key, (*path, "down_proj"))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down_proj(ops.activation(self.gate_proj(x_BTD), self.config.activation) * self.up_proj(x_BTD))
+
+
+class Block(nnx.Module):
+    """Attention and MLP with residuals; Gemma normalises the output of each as well."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, path: Path) -> None:
+        self.config = config
+        size = config.hidden_size
+        self.input_layernorm = RMSNorm(config, size, key, (*path, "input_layernorm"))
+        self.self_attn = Attention(config, key, (*path, "self_attn"))
+        self.post_attention_layernorm = RMSNorm(config, size, key, (*path, "post_attention_layernorm"))
+        self.mlp = MLP(config, key, (*path, "mlp"))
+        if config.is_gemma:
+            self.pre_feedforward_layernorm = RMSNorm(config, size, key, (*path, "pre_feedforward_layernorm"))
+            self.post_feedforward_layernorm = RMSNorm(config, size, key, (*path, "post_feedforward_layernorm"))
+
+    def __call__(
+        self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
+    ) -> tuple[jax.Array, kv.LayerCache | None]:
+        attended_BTD, layer_cache = self.self_attn(self.input_layernorm(x_BTD), context, layer_cache)
+        if self.config.is_gemma:
+            x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
+            mixed_BTD = self.mlp(self.pre_feedforward_layernorm(x_BTD))
+            return x_BTD + self.post_feedforward_layernorm(mixed_BTD), layer_cache
+        x_BTD = x_BTD + attended_BTD
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), layer_cache
+
+
+class CausalLM(nnx.Module):
+    """The decoder. `__call__` gives logits of every position; training and decoding use the three methods below it.
+
+    Initial values depend on the key of the `params` stream of `rngs` and on each parameter's path, not on the order of
+    construction: both twins draw the same numbers.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        key = rngs.params.key[...]
+        self.embed_tokens = Embedding(config, key, ("embed_tokens",))
+        for name in self._layer_names():
+            setattr(self, name, Block(config, key, (name,)))
+        self.norm = RMSNorm(config, config.hidden_size, key, ("norm",))
+        if not config.tie_word_embeddings:
+            self.lm_head = Projection(config, (config.hidden_size,), (config.vocab_size,), False, key, ("lm_head",))
+
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
+    ) -> jax.Array:
+        return self.unembed(self.hidden(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT))
+
+    def hidden(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
+    ) -> jax.Array:
+        """Final hidden states [B, T, D] of tokens that attend to one another."""
+        contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT)
+        hidden_BTD, _ = self._run(tokens_BT, contexts, [None] * self.config.num_layers)
+        return hidden_BTD
+
+    def extend(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        group_ids_BT: jax.Array,
+        branch_ids_BT: jax.Array,
+        cache: kv.KVCache,
+    ) -> tuple[jax.Array, kv.KVCache]:
+        """Final hidden states [B, T, D] of tokens appended to the cache, and the cache with them."""
+        cache = kv.label_slots(cache, positions_BT, group_ids_BT, branch_ids_BT)
+        contexts = kv.cached_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, cache)
+        hidden_BTD, layers = self._run(tokens_BT, contexts, kv.layer_caches(cache))
+        return hidden_BTD, kv.advance(cache, layers, tokens_BT.shape[1])
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] in float32 or wider."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.attend(hidden)
+        return self.lm_head(hidden, out_dtype=ops.widen(hidden.dtype))
+
+    def _layer_names(self) -> list[str]:
+        # Attributes, not a list: a list's state has integer keys, the parameter tree has names.
+        return [f"layers_{i}" for i in range(self.config.num_layers)]
+
+    def _run(self, tokens_BT, contexts, caches):
+        x_BTD, new_caches = self.embed_tokens(tokens_BT), []
+        call_layer = _call_rematerialised if self.config.remat == "block" else _call
+        for name, layer_type, layer_cache in zip(self._layer_names(), self.config.layer_types, caches, strict=True):
+            x_BTD, layer_cache = call_layer(getattr(self, name), x_BTD, contexts[layer_type], layer_cache)
+            new_caches.append(layer_cache)
+        return self.norm(x_BTD), new_caches
+
+
+def _call(layer, *arguments):
+    return layer(*arguments)
+
+
+def _call_rematerialised(layer, *arguments):
+    """Calls the layer, keeping only its inputs for the backward pass."""
+    graphdef, state = nnx.split(layer)
+    return jax.checkpoint(lambda state, *arguments: nnx.merge(graphdef, state)(*arguments))(state, *arguments)
+
+
+def _parameter(config: ModelConfig, key: jax.Array, path: Path, shape: tuple[int, ...]) -> nnx.Param:
+    return nnx.Param(ops.initial_value(config, key, path, shape))

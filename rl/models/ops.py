@@ -1,0 +1,290 @@
+"""The pure maths that the Linen and the NNX twin share: no modules, no state, no mesh.
+
+Legend of shape suffixes: B sequences, R rows of a cache part (R divides B), T token positions, S cache positions, V vocab,
+D model, N query heads, K kv heads, J = N / K query heads per kv head, H head dim, F mlp.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl.models.config import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    ModelConfig,
+    RopeScaling,
+    flatten_specs,
+    parameter_specs,
+)
+
+
+class LayerContext(NamedTuple):
+    """What every layer of one attention type shares: rotary tables and masks (`prefix_mask` only with a shared prefix)."""
+
+    cos_BTH: jax.Array
+    sin_BTH: jax.Array
+    mask_BTS: jax.Array
+    prefix_mask_RTS: jax.Array | None = None
+
+
+class AttentionPart(NamedTuple):
+    """Keys and values [R, S, K, H] of R rows, seen by B = R * (B / R) query rows through a mask [R, (B / R) * T, S]."""
+
+    keys_RSKH: jax.Array
+    values_RSKH: jax.Array
+    mask_RTS: jax.Array
+
+
+# Types and initial values
+
+
+def dtype_of(name: str) -> Any:
+    """The jax dtype called `name`. Raises ValueError for float64 while jax keeps to 32 bits."""
+    if name == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError("dtype must be 32 bits or narrower unless 64-bit mode is on, got float64; set JAX_ENABLE_X64=1")
+    return jnp.dtype(name)
+
+
+def widen(dtype: Any) -> Any:
+    """`dtype`, or float32 where that is wider: the type of norms, softmax and logits."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def initial_value(config: ModelConfig, key: jax.Array, path: Sequence[str], shape: tuple[int, ...]) -> jax.Array:
+    """The initial parameter at `path`, in `config.param_dtype`.
+
+    Matrices are normal with `initializer_range` as deviation, biases 0, norms the identity. The draw depends on (key,
+    path) only, so that both twins, and any subset of the layers, draw the same numbers.
+    """
+    dtype = dtype_of(config.param_dtype)
+    name = path[-1]
+    if name == "bias" or (name == "scale" and config.is_gemma):
+        return jnp.zeros(shape, dtype)
+    if name == "scale":
+        return jnp.ones(shape, dtype)
+    path_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+    return (config.initializer_range * jax.random.normal(path_key, shape, widen(dtype))).astype(dtype)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """The whole parameter tree at its initial values; what either twin's own initialisation gives, without a module."""
+    params: dict[str, Any] = {}
+    for path, spec in flatten_specs(parameter_specs(config)):
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = initial_value(config, key, path, spec.shape)
+    return params
+
+
+# Projections, norms, activations
+
+
+def dense(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    num_input_dims: int = 1,
+    out_dtype: Any = None,
+) -> jax.Array:
+    """x [..., *inputs] times kernel [*inputs, *outputs] plus bias [*outputs]: one matrix product, in x's dtype.
+
+    `num_input_dims` is how many trailing dims of x are contracted; `out_dtype` is the type to accumulate into and return.
+    """
+    in_shape, out_shape = kernel.shape[:num_input_dims], kernel.shape[num_input_dims:]
+    lead_shape = x.shape[: x.ndim - num_input_dims]
+    matrix = kernel.astype(x.dtype).reshape(int(np.prod(in_shape)), int(np.prod(out_shape)))
+    y = jnp.matmul(x.reshape(*lead_shape, matrix.shape[0]), matrix, preferred_element_type=out_dtype)
+    y = y.reshape(*lead_shape, *out_shape)
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def embed(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Rows of the embedding table in the compute dtype [B, T, D]; Gemma scales them by sqrt(D), rounded to that dtype."""
+    dtype = dtype_of(config.dtype)
+    x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(dtype)
+    return x_BTD * jnp.asarray(config.hidden_size**0.5, dtype) if config.is_gemma else x_BTD
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
+    """x / rms(x) over the last dim, times `scale` (1 + scale in Gemma), in float32 or wider; x's dtype.
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", https://arxiv.org/abs/1910.07467
+    """
+    wide = widen(x.dtype)
+    x_wide = x.astype(wide)
+    y = x_wide * jax.lax.rsqrt(jnp.mean(jnp.square(x_wide), axis=-1, keepdims=True) + config.norm_eps)
+    if config.is_gemma:
+        return (y * (1.0 + scale.astype(wide))).astype(x.dtype)
+    # The other families round before they scale; in float32 there is no difference.
+    return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def activation(x: jax.Array, name: str) -> jax.Array:
+    """silu, gelu, or gelu_tanh (the tanh approximation) of x."""
+    functions = {"silu": jax.nn.silu, "gelu": _gelu_exact, "gelu_tanh": jax.nn.gelu}
+    return functions[name](x)
+
+
+def _gelu_exact(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+# Rotary position embedding
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Angle per position of each of the H / 2 rotated pairs, in radians, float64.
+
+    Su et al., https://arxiv.org/abs/2104.09864. "llama3": pairs with a wavelength above original / low_freq_factor are
+    slowed by `factor`, those below original / high_freq_factor are kept, those between are blended
+    (https://github.com/meta-llama/llama-models, apply_scaling).
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+        return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+    return frequencies
+
+
+def rope_tables(positions_BT: jax.Array, frequencies: np.ndarray, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, H / 2] of position times frequency, in float32 or wider."""
+    wide = widen(dtype)
+    angles = positions_BT.astype(wide)[..., None] * jnp.asarray(frequencies, wide)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    """Rotates pairs (i, i + H / 2) of every head by the position's angles; x's dtype."""
+    cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
+    first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+# Attention
+
+
+def visible(
+    query_positions: jax.Array,
+    query_groups: jax.Array,
+    query_branches: jax.Array,
+    key_positions: jax.Array,
+    key_groups: jax.Array,
+    key_branches: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+    """The one attention rule: bool [..., Tq, Tk] from int arrays [..., Tq] and [..., Tk].
+
+    A query sees a key of its own group that is in branch 0 (the prompt) or in the query's branch, and that is not later
+    (nor `window` or more positions earlier, where a window is given). Padding carries group -1: it sees only padding.
+    """
+    distance = query_positions[..., :, None] - key_positions[..., None, :]
+    same_group = query_groups[..., :, None] == key_groups[..., None, :]
+    key_branches = key_branches[..., None, :]
+    readable = (key_branches == 0) | (key_branches == query_branches[..., :, None])
+    mask = same_group & readable & (distance >= 0)
+    return mask if window is None else mask & (distance < window)
+
+
+def attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float
+) -> jax.Array:
+    """Softmax attention with grouped query heads [B, T, N, H]: query heads [j * N / K, (j + 1) * N / K) read kv head j."""
+    return attention_over_parts(q_BTNH, [AttentionPart(k_BSKH, v_BSKH, mask_BTS)], scale)
+
+
+def attention_over_parts(q_BTNH: jax.Array, parts: Sequence[AttentionPart], scale: float) -> jax.Array:
+    """One softmax over the keys of all parts [B, T, N, H]; scores and softmax in float32 or wider.
+
+    A part with R < B rows is shared: query rows [r * B / R, (r + 1) * B / R) read its row r, without a copy of it.
+    A query that sees no key at all gets the plain mean of the values, which is finite.
+    """
+    scores = [_scores(q_BTNH, part, scale) for part in parts]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
+    weights = weights.astype(q_BTNH.dtype)
+    output, start = None, 0
+    for part in parts:
+        stop = start + part.keys_RSKH.shape[1]
+        weighted = _weighted_values(weights[..., start:stop], part.values_RSKH)
+        output, start = weighted if output is None else output + weighted, stop
+    assert output is not None
+    return output
+
+
+def _scores(q_BTNH: jax.Array, part: AttentionPart, scale: float) -> jax.Array:
+    """Masked scores [B, K, T, J, S] of all queries against one part."""
+    num_sequences, num_tokens, num_heads, head_dim = q_BTNH.shape
+    num_rows, num_slots, num_kv_heads, _ = part.keys_RSKH.shape
+    per_row, per_kv = num_sequences // num_rows, num_heads // num_kv_heads
+    wide = widen(q_BTNH.dtype)
+    q_RTKJH = q_BTNH.reshape(num_rows, per_row * num_tokens, num_kv_heads, per_kv, head_dim)
+    scores = jnp.einsum("RTKJH,RSKH->RKTJS", q_RTKJH, part.keys_RSKH, preferred_element_type=wide)
+    scores = jnp.where(part.mask_RTS[:, None, :, None, :], scores * scale, _masked_score(wide))
+    if per_row == 1:
+        return scores
+    scores = scores.reshape(num_rows, num_kv_heads, per_row, num_tokens, per_kv, num_slots)
+    return jnp.swapaxes(scores, 1, 2).reshape(num_sequences, num_kv_heads, num_tokens, per_kv, num_slots)
+
+
+def _weighted_values(weights_BKTJS: jax.Array, values_RSKH: jax.Array) -> jax.Array:
+    """Sum of the values of one part [B, T, N, H] under the given weights."""
+    num_sequences, num_kv_heads, num_tokens, per_kv, num_slots = weights_BKTJS.shape
+    num_rows, _, _, head_dim = values_RSKH.shape
+    per_row = num_sequences // num_rows
+    if per_row > 1:
+        weights = weights_BKTJS.reshape(num_rows, per_row, num_kv_heads, num_tokens, per_kv, num_slots)
+        weights_RKTJS = jnp.swapaxes(weights, 1, 2).reshape(
+            num_rows, num_kv_heads, per_row * num_tokens, per_kv, num_slots
+        )
+    else:
+        weights_RKTJS = weights_BKTJS
+    output_RTKJH = jnp.einsum("RKTJS,RSKH->RTKJH", weights_RKTJS, values_RSKH)
+    return output_RTKJH.reshape(num_sequences, num_tokens, num_kv_heads * per_kv, head_dim)
+
+
+def _masked_score(dtype: Any) -> jax.Array:
+    # Finite, so that a query without any visible key gives numbers, in value and in gradient.
+    return jnp.asarray(0.5 * float(jnp.finfo(dtype).min), dtype)
+
+
+# What all layers of one type share
+
+
+def layer_rope(config: ModelConfig, positions_BT: jax.Array, layer_type: str) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, H / 2] for the layers of one type: sliding layers use their own theta, unscaled (Gemma 3)."""
+    if layer_type == SLIDING_ATTENTION:
+        frequencies = rope_frequencies(config.head_dim, config.rope_local_theta, RopeScaling())
+    else:
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return rope_tables(positions_BT, frequencies, dtype_of(config.dtype))
+
+
+def layer_window(config: ModelConfig, layer_type: str) -> int | None:
+    """How many positions a layer of this type looks back, None for all of them."""
+    return config.sliding_window if layer_type == SLIDING_ATTENTION else None
+
+
+def used_layer_types(config: ModelConfig) -> tuple[str, ...]:
+    """The attention types that occur in the model, in a fixed order."""
+    return tuple(name for name in (FULL_ATTENTION, SLIDING_ATTENTION) if name in config.layer_types)
+
+
+def plain_contexts(
+    config: ModelConfig, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
+) -> dict[str, LayerContext]:
+    """The context of each layer type for tokens that attend to one another, without a cache."""
+    labels = (positions_BT, group_ids_BT, branch_ids_BT)
+    contexts = {}
+    for layer_type in used_layer_types(config):
+        mask = visible(*labels, *labels, window=layer_window(config, layer_type))
+        contexts[layer_type] = LayerContext(*layer_rope(config, positions_BT, layer_type), mask)
+    return contexts

@@ -1,0 +1,282 @@
+"""Packs the groups of a minibatch into rows of tokens, on the host.
+
+In: prompts, their completions, one advantage per completion. Out: a `Batch` of numpy arrays in fixed shapes: micro-batches of rows without
+padding between sequences. A prompt is stored once per row and shared by its completions: row = prompt, completion 1, ..., completion G,
+next prompt, ...; `rl.models.ops.visible` keeps them apart, positions of every completion go on from its prompt. Groups that are longer
+than a row are cut between completions and the prompt is repeated. How a batch is cut never changes loss or gradient, because every
+denominator is that of the whole minibatch.
+
+Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a completion.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PADDING_GROUP = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCompletion:
+    """A completion to learn from.
+
+    Attributes:
+      token_ids: int32 [L], EOS included.
+      advantage: constant of all its tokens.
+      sampler_logprobs: float [L] under the distribution the tokens were drawn from; None when unknown.
+      rollout_logprobs: float [L] under the policy's plain softmax at the sampling temperature, as the sampler computed it; None when unknown.
+    """
+
+    token_ids: np.ndarray
+    advantage: float = 0.0
+    sampler_logprobs: np.ndarray | None = None
+    rollout_logprobs: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainGroup:
+    """A prompt (int32 ids, at least one token) and the completions drawn for it."""
+
+    prompt_ids: np.ndarray
+    completions: Sequence[TrainCompletion]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingPlan:
+    """Static shapes of a run's batches, so that the train step compiles once.
+
+    Attributes:
+      num_microbatches: M, upper bound; a `Batch` says how many are used.
+      num_rows: R, a multiple of the number of row shards.
+      row_length: T.
+      completions_per_row: C, upper bound.
+      completion_length: L, upper bound.
+    """
+
+    num_microbatches: int
+    num_rows: int
+    row_length: int
+    completions_per_row: int
+    completion_length: int
+
+
+class Batch(NamedTuple):
+    """One minibatch as arrays; the dims of every field are in its name.
+
+    Attributes:
+      tokens_MRT, positions_MRT, group_ids_MRT, branch_ids_MRT: int32; padding has group -1.
+      predictors_MRN: int32, position in the row whose hidden state predicts completion token n.
+      targets_MRN: int32, completion token n.
+      target_mask_MRN: bool, False on padding.
+      slots_MRCL: int32, index n of token l of completion c.
+      mask_MRCL: 1.0 where completion c has a token l.
+      sequence_mask_MRC: 1.0 where there is a completion c.
+      advantages_MRC: a constant per completion.
+      sampler_logprobs_MRCL, rollout_logprobs_MRCL: (see `TrainCompletion`), NaN where unknown.
+      old_logprobs_MRCL, reference_logprobs_MRCL: log-probs of the policy before the first update and of the reference, put in by the
+        trainer when the loss needs them; None otherwise.
+      sequence_ids_MRC: int32, index of the completion in the order in which the groups were given; -1 on padding.
+      num_microbatches: int32 [], micro-batches in use.
+    """
+
+    tokens_MRT: Any
+    positions_MRT: Any
+    group_ids_MRT: Any
+    branch_ids_MRT: Any
+    predictors_MRN: Any
+    targets_MRN: Any
+    target_mask_MRN: Any
+    slots_MRCL: Any
+    mask_MRCL: Any
+    sequence_mask_MRC: Any
+    advantages_MRC: Any
+    sampler_logprobs_MRCL: Any
+    rollout_logprobs_MRCL: Any
+    sequence_ids_MRC: Any
+    num_microbatches: Any
+    old_logprobs_MRCL: Any = None
+    reference_logprobs_MRCL: Any = None
+
+
+def plan_packing(
+    *,
+    num_groups: int,
+    group_size: int,
+    max_prompt_length: int,
+    max_completion_length: int,
+    max_tokens_per_microbatch: int,
+    num_row_shards: int,
+    preferred_row_length: int = 128,
+) -> PackingPlan:
+    """Shapes that hold any minibatch of `num_groups` prompts with `group_size` completions each.
+
+    Rows are as short as a whole group allows, because attention costs the square of a row, but not shorter than
+    `preferred_row_length`, so that short groups fill rows well.
+
+    Raises:
+      ValueError: the budget does not hold one longest sequence per row shard.
+    """
+    sequence = max_prompt_length + max_completion_length
+    budget = max_tokens_per_microbatch // num_row_shards
+    if sequence > budget:
+        raise ValueError(
+            f"grpo.max_tokens_per_microbatch must be >= {sequence * num_row_shards} (longest prompt {max_prompt_length} + longest "
+            f"completion {max_completion_length}, on {num_row_shards} device(s) that share the rows), got {max_tokens_per_microbatch}"
+        )
+    group = max_prompt_length + group_size * max_completion_length
+    row_length = min(_round_up(max(group, preferred_row_length)), budget)
+    num_rows = num_row_shards * max(budget // row_length, 1)
+    completions_per_group_row = min(group_size, (row_length - max_prompt_length) // max_completion_length)
+    rows_per_group = math.ceil(group_size / completions_per_group_row)
+    worst_rows = num_groups * rows_per_group
+    completions_per_row = min(max(completions_per_group_row, row_length // 8), num_groups * group_size)
+    num_rows = min(num_rows, math.ceil(worst_rows / num_row_shards) * num_row_shards)
+    return PackingPlan(
+        num_microbatches=math.ceil(worst_rows / num_rows),
+        num_rows=num_rows,
+        row_length=row_length,
+        completions_per_row=completions_per_row,
+        completion_length=max_completion_length,
+    )
+
+
+def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float32) -> Batch:
+    """Packs groups by first-fit decreasing over their lengths; deterministic, and every completion keeps its `sequence_ids` index.
+
+    Groups without completions are left out. A minibatch without any completion gives a batch of padding. `dtype` is that of the
+    batch's floating-point fields: float32, or float64 for a float64 model.
+    """
+    units = _units(groups, plan)
+    rows = _first_fit_decreasing(units, plan)
+    num_microbatches = max(math.ceil(len(rows) / plan.num_rows), 1)
+    assert num_microbatches <= plan.num_microbatches, (len(rows), plan)
+    batch = _empty_batch(plan, num_microbatches, np.dtype(dtype))
+    # Rows are dealt over the micro-batches in use, so that they carry about equal work.
+    for index, row in enumerate(rows):
+        _fill_row(batch, index % num_microbatches, index // num_microbatches, row)
+    return batch
+
+
+def unpack(batch: Batch, values_MRCL: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """Per-token values of every completion, in the order in which the groups were given to `pack`.
+
+    Args:
+      lengths: tokens of each completion.
+    """
+    values_MRCL, ids = np.asarray(values_MRCL), np.asarray(batch.sequence_ids_MRC)
+    places = {int(ids[place]): place for place in zip(*np.nonzero(ids >= 0), strict=True)}
+    return [values_MRCL[places[i]][:length] for i, length in enumerate(lengths)]
+
+
+class _Unit(NamedTuple):
+    """Completions that share one copy of their prompt, and the index of each in the minibatch."""
+
+    prompt_ids: np.ndarray
+    completions: list[TrainCompletion]
+    sequence_ids: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        # The last token of a completion predicts nothing, so it is never an input.
+        return len(self.prompt_ids) + sum(len(c.token_ids) - 1 for c in self.completions)
+
+
+def _units(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[_Unit]:
+    units: list[_Unit] = []
+    next_id = 0
+    for group in groups:
+        unit = _Unit(group.prompt_ids, [], [])
+        for completion in group.completions:
+            assert len(group.prompt_ids) > 0 and 0 < len(completion.token_ids) <= plan.completion_length
+            full = unit.num_tokens + len(completion.token_ids) - 1 > plan.row_length
+            if unit.completions and (full or len(unit.completions) == plan.completions_per_row):
+                units.append(unit)
+                unit = _Unit(group.prompt_ids, [], [])
+            unit.completions.append(completion)
+            unit.sequence_ids.append(next_id)
+            next_id += 1
+        if unit.completions:
+            units.append(unit)
+    return units
+
+
+def _first_fit_decreasing(units: list[_Unit], plan: PackingPlan) -> list[list[_Unit]]:
+    rows: list[list[_Unit]] = []
+    free: list[tuple[int, int]] = []  # tokens and completions that still fit in each row
+    for unit in sorted(units, key=lambda u: -u.num_tokens):  # stable: ties keep their order
+        need = (unit.num_tokens, len(unit.completions))
+        for i, (tokens, completions) in enumerate(free):
+            if need[0] <= tokens and need[1] <= completions:
+                rows[i].append(unit)
+                free[i] = (tokens - need[0], completions - need[1])
+                break
+        else:
+            rows.append([unit])
+            free.append((plan.row_length - need[0], plan.completions_per_row - need[1]))
+    return rows
+
+
+def _empty_batch(plan: PackingPlan, num_microbatches: int, dtype: np.dtype) -> Batch:
+    M, R, T = plan.num_microbatches, plan.num_rows, plan.row_length  # noqa: N806
+    C, L = plan.completions_per_row, plan.completion_length  # noqa: N806
+    N = min(T + C, C * L)  # noqa: N806  every completion predicts one token more than it puts into the row
+    return Batch(
+        tokens_MRT=np.zeros((M, R, T), np.int32),
+        positions_MRT=np.zeros((M, R, T), np.int32),
+        group_ids_MRT=np.full((M, R, T), PADDING_GROUP, np.int32),
+        branch_ids_MRT=np.zeros((M, R, T), np.int32),
+        predictors_MRN=np.zeros((M, R, N), np.int32),
+        targets_MRN=np.zeros((M, R, N), np.int32),
+        target_mask_MRN=np.zeros((M, R, N), bool),
+        slots_MRCL=np.zeros((M, R, C, L), np.int32),
+        mask_MRCL=np.zeros((M, R, C, L), dtype),
+        sequence_mask_MRC=np.zeros((M, R, C), dtype),
+        advantages_MRC=np.zeros((M, R, C), dtype),
+        sampler_logprobs_MRCL=np.full((M, R, C, L), np.nan, dtype),
+        rollout_logprobs_MRCL=np.full((M, R, C, L), np.nan, dtype),
+        sequence_ids_MRC=np.full((M, R, C), -1, np.int32),
+        num_microbatches=np.int32(num_microbatches),
+    )
+
+
+def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
+    tokens_T, positions_T = batch.tokens_MRT[m, r], batch.positions_MRT[m, r]
+    groups_T, branches_T = batch.group_ids_MRT[m, r], batch.branch_ids_MRT[m, r]
+    t, n, c = 0, 0, 0
+    for group_id, unit in enumerate(units):
+        length = len(unit.prompt_ids)
+        tokens_T[t : t + length] = unit.prompt_ids
+        positions_T[t : t + length] = np.arange(length)
+        groups_T[t : t + unit.num_tokens] = group_id
+        t += length
+        prompt_end = t - 1
+        for branch, (completion, sequence_id) in enumerate(zip(unit.completions, unit.sequence_ids, strict=True), start=1):
+            count = len(completion.token_ids)
+            inputs = slice(t, t + count - 1)
+            tokens_T[inputs] = completion.token_ids[:-1]
+            positions_T[inputs] = length + np.arange(count - 1)
+            branches_T[inputs] = branch
+            # The first token is predicted at the prompt's last position, the others at the token before them.
+            batch.predictors_MRN[m, r, n] = prompt_end
+            batch.predictors_MRN[m, r, n + 1 : n + count] = np.arange(t, t + count - 1)
+            batch.targets_MRN[m, r, n : n + count] = completion.token_ids
+            batch.target_mask_MRN[m, r, n : n + count] = True
+            batch.slots_MRCL[m, r, c, :count] = np.arange(n, n + count)
+            batch.mask_MRCL[m, r, c, :count] = 1.0
+            batch.sequence_mask_MRC[m, r, c] = 1.0
+            batch.advantages_MRC[m, r, c] = completion.advantage
+            batch.sequence_ids_MRC[m, r, c] = sequence_id
+            if completion.sampler_logprobs is not None:
+                batch.sampler_logprobs_MRCL[m, r, c, :count] = completion.sampler_logprobs
+            if completion.rollout_logprobs is not None:
+                batch.rollout_logprobs_MRCL[m, r, c, :count] = completion.rollout_logprobs
+            t, n, c = t + count - 1, n + count, c + 1
+
+
+def _round_up(length: int) -> int:
+    """The next length of a geometric ladder with four rungs per octave: tidy shapes, at most a quarter of padding."""
+    step = max(8, 2 ** (max(length - 1, 1).bit_length() - 3))
+    return math.ceil(length / step) * step

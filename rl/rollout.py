@@ -1,0 +1,145 @@
+"""The host side of a step between sampling and training: completions in, rewards, advantages and packed minibatches out.
+
+A reward never becomes an advantage in place: `Rollout` keeps both.
+Legend: P prompts, G completions per prompt, B = P * G sequences, K reward functions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rewards.rubric import summarize, weighted_sum
+from rewards.runner import RewardRunner
+from rl.advantages import compute_advantages
+from rl.config import Config
+from rl.data import Prompt, PromptRow
+from rl.packing import TrainCompletion, TrainGroup
+from rl.sampler import Completion
+from rl.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One step's completions with what became of them, groups consecutive.
+
+    Attributes:
+      rows: prompts [P]. completions: [P][G]. texts: decoded completions [B].
+      rewards_BK: per function, NaN where it could not judge.
+      weighted_B: weighted sum, NaN where no function judged.
+      advantages_B: finite; 0 for rows that no function judged.
+      kept_B: bool, rows that the loss sees (judged, and not masked as truncated).
+      metrics: scalars for metrics.jsonl. problems: what went wrong in reward functions, in words.
+    """
+
+    rows: Sequence[PromptRow]
+    completions: list[list[Completion]]
+    texts: list[str]
+    rewards_BK: np.ndarray
+    weighted_B: np.ndarray
+    advantages_B: np.ndarray
+    kept_B: np.ndarray
+    metrics: dict[str, float]
+    problems: list[str]
+
+
+def score_rollout(
+    config: Config, rows: Sequence[PromptRow], completions: list[list[Completion]], runner: RewardRunner, tokenizer: Tokenizer
+) -> Rollout:
+    """Runs the reward functions on a step's completions and turns their rewards into advantages."""
+    group_size = config.grpo.group_size
+    flat = [completion for group in completions for completion in group]
+    row_B = [row for row in rows for _ in range(group_size)]
+    texts = [tokenizer.decode(completion.token_ids) for completion in flat]
+    result = runner.score(
+        [row.prompt for row in row_B],
+        [completion_form(row.prompt, text) for row, text in zip(row_B, texts, strict=True)],
+        to_columns([row.columns for row in row_B], runner.columns),
+        completion_ids=[completion.token_ids.tolist() for completion in flat],
+    )
+    weights = [spec.weight for spec in runner.specs]
+    rewards_BK = np.array([[math.nan if value is None else value for value in row] for row in result.rewards], np.float64)
+    weighted = [weighted_sum(row, weights) for row in result.rewards]
+    weighted_B = np.array([math.nan if value is None else value for value in weighted], np.float64)
+    advantages = compute_advantages(
+        # A function of weight 0 is a metric only: it must not make a row count as judged.
+        rewards_BK[:, [weight != 0 for weight in weights]],
+        [weight for weight in weights if weight != 0],
+        group_size,
+        config.grpo.scale_rewards,
+        config.grpo.aggregation,
+        config.grpo.advantage_estimator,
+    )
+    truncated_B = np.array([completion.finish_reason == "length" for completion in flat])
+    kept_B = advantages.valid_B & ~(truncated_B if config.grpo.mask_truncated else False)
+    lengths_B = np.array([len(completion.token_ids) for completion in flat])
+    judged_B = weighted_B[advantages.valid_B]
+    metrics = {
+        "reward/mean": float(np.mean(judged_B)) if judged_B.size else math.nan,
+        "reward/std": float(np.std(judged_B)) if judged_B.size else math.nan,
+        "advantage/mean": float(np.mean(advantages.advantages_B)),
+        "advantage/std": float(np.std(advantages.advantages_B)),
+        "zero_variance_share": advantages.stats["frac_reward_zero_std"],
+        "completion_length/mean": float(lengths_B.mean()),
+        "completion_length/max": float(lengths_B.max()),
+        "truncated_share": float(truncated_B.mean()),
+        "masked_share": float(1.0 - kept_B.mean()),
+    }
+    for name, summary in summarize(result.rewards, [spec.name for spec in runner.specs]).items():
+        metrics[f"reward/{name}/mean"] = math.nan if summary.mean is None else summary.mean
+        metrics[f"reward/{name}/std"] = math.nan if summary.std is None else summary.std
+        for failure, count in result.counts[name].items():
+            if count:
+                metrics[f"reward/{name}/{failure}"] = count
+    return Rollout(rows, completions, texts, rewards_BK, weighted_B, advantages.advantages_B, kept_B, metrics, list(result.problems))
+
+
+def minibatches(rollout: Rollout, num_minibatches: int) -> list[list[TrainGroup]]:
+    """The rollout's groups, cut into minibatches of whole prompts in order; completions that the loss must not see are left out."""
+    num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
+    groups = []
+    for p, row in enumerate(rollout.rows):
+        kept = [
+            TrainCompletion(completion.token_ids, float(rollout.advantages_B[b]), completion.sampler_logprobs, completion.policy_logprobs)
+            for b, completion in enumerate(rollout.completions[p], start=p * group_size)
+            if rollout.kept_B[b]
+        ]
+        groups.append(TrainGroup(np.asarray(row.prompt_ids, np.int32), kept))
+    size = num_prompts // num_minibatches
+    return [groups[i : i + size] for i in range(0, num_prompts, size)]
+
+
+def sample_records(rollout: Rollout, names: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """The first completions of as many different prompts as possible, for samples.jsonl."""
+    num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
+    picks = [(p, g) for g in range(group_size) for p in range(num_prompts)][:count]
+    records = []
+    for p, g in picks:
+        b = p * group_size + g
+        completion = rollout.completions[p][g]
+        rewards = {name: None if math.isnan(value) else value for name, value in zip(names, rollout.rewards_BK[b], strict=True)}
+        records.append(
+            {
+                "prompt_index": completion.prompt_index,
+                "sample_index": completion.sample_index,
+                "prompt": rollout.rows[p].prompt,
+                "completion": rollout.texts[b],
+                "rewards": rewards,
+                "advantage": float(rollout.advantages_B[b]),
+                "tokens": len(completion.token_ids),
+                "finish_reason": completion.finish_reason,
+            }
+        )
+    return records
+
+
+def completion_form(prompt: Prompt, text: str) -> Any:
+    """A completion as reward functions get it: text for a text prompt, an assistant message in a list for a chat prompt."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def to_columns(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Row dicts as one list per column; None where a row lacks one."""
+    return {name: [row.get(name) for row in rows] for name in names}

@@ -1,0 +1,158 @@
+"""Supervised fine-tuning: `grpo sft CONFIG [key=value ...]`. A cold policy has nothing to reinforce; this warms it up.
+
+The same data flow, state, train step and checkpoints as `rl.grpo_trainer`, without rollouts. The loss is the mean negative log-likelihood of
+the completion tokens, which is what CISPO (https://arxiv.org/abs/2506.13585) is for completions of advantage 1 that are their own
+old policy: -log p per token, over the tokens of the update. One step is one update. At the end the policy is written to
+output_dir/export as a Hugging Face folder.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from rl.checkpoint import create_checkpoint_manager
+from rl.config import Config, load_config
+from rl.console import Console
+from rl.data import PairRow, check_enough_rows, load_pairs, load_prompts, step_indices
+from rl.evaluation import evaluate, sampling_params, start_rewards
+from rl.interrupt import StopRequest
+from rl.losses import LossConfig
+from rl.mesh import create_mesh, num_row_shards
+from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.models.policy import policy_from_config
+from rl.optimizer import create_training_optimizer
+from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
+from rl.run_folder import RunFolder
+from rl.sampler import Sampler
+from rl.states import InitStateFn, get_first_step, setup_training_state
+from rl.tools.export import write_folder
+from rl.train_step import Minibatch, batch_shardings, jit_train_step
+from rl.update import loss_config
+from rl.weights import eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
+
+
+def train(config: Config) -> pathlib.Path:
+    """Runs or resumes supervised fine-tuning; returns the run folder.
+
+    Raises:
+      ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy starts.
+    """
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context(Console(config.sft.steps))
+        # -- tokenizer, pairs
+        tokenizer = tokenizer_of(config)
+        pairs = load_pairs(config, tokenizer)
+        check_enough_rows(len(pairs.rows), config.sft.batch_size, "sft.batch_size")
+        held_out = load_prompts(config, tokenizer).held_out[: config.eval.max_prompts]
+        origin = find_origin(config, tokenizer)
+        run = RunFolder(config, "sft", {"policy": origin.identity})
+        stack.callback(run.close)
+        # -- mesh, policy, optimizer, state
+        mesh = create_mesh(config.mesh)
+        policy = policy_from_config(config, origin.model_config)
+        schedule, optimizer = create_training_optimizer(config, policy, num_updates=config.sft.steps)
+        init_state_fn = InitStateFn(policy, optimizer, config.seed)
+        checkpoints = create_checkpoint_manager(config, mesh, init_state_fn)
+        stack.callback(checkpoints.close)
+        checkpoints.check_disk_space()
+        shardings = checkpoints.abstract.shardings
+        plan = plan_packing(
+            num_groups=config.sft.batch_size,
+            group_size=1,
+            max_prompt_length=max(len(row.prompt_ids) for row in pairs.rows),
+            max_completion_length=max(len(row.completion_ids) for row in pairs.rows),
+            max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
+            num_row_shards=num_row_shards(mesh, config.mesh.rules),
+        )
+        # -- restore, or start
+        if checkpoints.latest_step is None:
+            state, _ = setup_training_state(config, mesh, init_state_fn, pretrained_params(origin, shardings.params))
+        else:
+            state, loop = checkpoints.restore()
+            console.message(f"resumed at step {loop['step']} of {config.sft.steps}")
+        first_step = get_first_step(policy, state)
+        # -- train step
+        train_step = jit_train_step(
+            policy,
+            optimizer,
+            negative_log_likelihood(config),
+            shardings,
+            mesh=mesh,
+            rules=config.mesh.rules,
+            temperature=1.0,
+            chunk_size=config.grpo.logprob_chunk,
+            minibatches_per_rollout=1,
+        )
+        for message in pairs.messages:
+            console.message(message)
+        rows = {"run folder": run.path, "policy": policy.flavour, "pairs": len(pairs.rows), "held out": len(held_out)}
+        console.table("grpo sft", {**rows, "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M"})
+        # -- loop
+        writer = stack.enter_context(MetricsWriter(run.path, first_step + 1))
+        compiles, watch = stack.enter_context(CompileCounter()), Stopwatch()
+        stop = stack.enter_context(StopRequest(console.message))
+        for step in range(first_step, config.sft.steps):
+            batch_rows = [pairs.rows[i] for i in step_indices(len(pairs.rows), config.seed, step, config.sft.batch_size)]
+            with watch.timer("train"):
+                packed = jax.device_put(pack(to_groups(batch_rows), plan), batch_shardings(mesh, config.mesh.rules))
+                num_tokens = sum(len(row.completion_ids) for row in batch_rows)
+                state, update = train_step(state, Minibatch(packed, np.int32(num_tokens), np.float32(0.0)))
+                update = jax.device_get(update)
+            done = step + 1
+            metrics = {"step": done, "loss": float(update.loss), "grad_norm": float(update.grad_norm), "lr": float(schedule(step))}
+            metrics |= {**watch.lap(), "compiles": compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}
+            metrics["tokens_per_second/train"] = num_tokens / metrics["seconds/train"]
+            writer.write(metrics)
+            console.step_line(metrics)
+            if done % config.checkpoint.every == 0 or done == config.sft.steps or stop.requested:
+                checkpoints.save(done, state, {"step": done, "flavour": policy.flavour})
+            if stop.requested:
+                break
+        checkpoints.wait()
+        if int(state.step) < config.sft.steps:
+            return run.path
+        # -- held-out accuracy, and the policy to take home
+        if held_out and config.rewards.functions:
+            eos = eos_ids(config, origin.model_config, tokenizer)
+            rules, max_rows = config.mesh.rules, config.sampling.max_rows
+            sampler = Sampler(policy, mesh, shardings.params, rules=rules, max_rows=max_rows, decode_text=tokenizer.decode)
+            with start_rewards(config, held_out, run.path / "rewards.log") as runner:
+                sampling = sampling_params(config, eos)
+                result = evaluate(sampler, state.params, held_out, runner, tokenizer, sampling, config.eval.reward)
+            console.message(f"held-out greedy accuracy {result.accuracy:.1%} on {result.num_prompts} prompts")
+        shutil.rmtree(run.path / "export", ignore_errors=True)  # of an earlier, shorter run in this folder
+        write_folder(run.path / "export", origin.model_config, state.params, tokenizer, None)
+        console.message(f"policy written to {run.path / 'export'}")
+        return run.path
+
+
+def negative_log_likelihood(config: Config) -> LossConfig:
+    """The loss settings under which the train step computes the token mean of -log p."""
+    neutral = {"beta": 0.0, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "sampler_is_correction": False}
+    neutral |= {"entropy_coef": 0.0, "use_adaptive_entropy": False, "importance_sampling_level": "token"}
+    return dataclasses.replace(loss_config(config), loss_type="cispo", epsilon_high=1.0, **neutral)
+
+
+def to_groups(rows: Sequence[PairRow]) -> list[TrainGroup]:
+    """Each pair as a group of one completion with advantage 1."""
+    return [TrainGroup(row.prompt_ids, [TrainCompletion(row.completion_ids, advantage=1.0)]) for row in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`grpo sft CONFIG [key=value ...]`."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv:
+        raise ValueError("grpo sft needs a config file, for example: grpo sft examples/arithmetic/sft.yml")
+    config = load_config(argv[0], argv[1:])
+    use_compilation_cache(config)
+    train(config)
+
+
+if __name__ == "__main__":
+    main()

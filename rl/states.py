@@ -1,0 +1,145 @@
+"""Training states on a mesh: zero-argument `init_state_fn`s, their shapes and shardings, and states built where they will live.
+
+In: a policy, an optimizer, a mesh. Out: `PureState`s of the policy and of the reference, each from its own `init_state_fn`. Reading and
+writing checkpoints is `rl.checkpoint`; reading pretrained weights is `rl.models.hf`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from rl.config import Config
+from rl.mesh import replicated, tree_shardings
+from rl.models.config import logical_axes
+from rl.models.policy import Policy
+from rl.models.train_state import PureState, TrainState, TrainStateNNX, pure_state
+
+
+@dataclasses.dataclass(frozen=True)
+class InitStateFn:
+    """A function of no argument that builds an independent fresh state each time it is called.
+
+    It works under `jax.eval_shape` and `jax.jit(out_shardings=...)`. The same seed gives the same weights in both flavours.
+
+    Attributes:
+      policy: decides the flavour of the state, a `TrainState` or a `TrainStateNNX`.
+      optimizer: the policy's; None for a state that is not trained (reference, decoding).
+      seed: of the weights and of the state's base key.
+    """
+
+    policy: Policy
+    optimizer: optax.GradientTransformation | None
+    seed: int
+
+    def __call__(self) -> TrainState | TrainStateNNX:
+        init_key, run_key = jax.random.split(jax.random.key(self.seed))
+        params = self.policy.init(init_key)
+        return self.policy.state_class.build(self.policy, params, self.optimizer, jax.random.key_data(run_key))
+
+
+class AbstractState(NamedTuple):
+    """A state without its numbers; the three have the same tree.
+
+    Attributes:
+      shapes: `jax.ShapeDtypeStruct` per leaf.
+      annotations: tuple of logical axis names per leaf (moments carry those of their weight, scalars ()).
+      shardings: `NamedSharding` per leaf.
+    """
+
+    shapes: PureState
+    annotations: PureState
+    shardings: PureState
+
+
+def get_abstract_state(config: Config, mesh: Mesh, init_state_fn: InitStateFn, is_training: bool = True) -> AbstractState:
+    """Shapes, logical annotations and shardings of the state that `init_state_fn` builds; nothing is computed.
+
+    Args:
+      is_training: False leaves the optimizer out, as for decoding.
+    """
+    # Evaluated outside of any mesh context: some states cannot be traced inside one.
+    shapes = jax.eval_shape(lambda: _select(pure_state(init_state_fn()), is_training))
+    annotations = _annotate(shapes, init_state_fn.policy)
+    return AbstractState(shapes, annotations, tree_shardings(shapes, annotations, mesh, config.mesh.rules))
+
+
+def get_logical_annotations(config: Config, mesh: Mesh, init_state_fn: InitStateFn) -> PureState:
+    """The tuple of logical axis names of every leaf of the state that `init_state_fn` builds."""
+    return get_abstract_state(config, mesh, init_state_fn).annotations
+
+
+def create_sharded_state(init_state_fn: InitStateFn, mesh: Mesh, abstract: AbstractState) -> PureState:
+    """Runs `init_state_fn` under one jit, each leaf born on the devices where it stays.
+
+    Args:
+      abstract: from `get_abstract_state` with the same mesh; whether it has an optimizer decides whether the state has.
+    """
+    is_training = bool(jax.tree.leaves(abstract.shapes.opt_state))
+    assert all(s.mesh == mesh for s in jax.tree.leaves(abstract.shardings)), "abstract state of another mesh"
+    return jax.jit(lambda: _select(pure_state(init_state_fn()), is_training), out_shardings=abstract.shardings)()
+
+
+def setup_training_state(
+    config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None
+) -> tuple[PureState, AbstractState]:
+    """The state to train, with its optimizer. `params` (same tree, already on the mesh) replace the fresh weights, moments stay zero."""
+    abstract = get_abstract_state(config, mesh, init_state_fn, is_training=True)
+    return with_params(create_sharded_state(init_state_fn, mesh, abstract), params), abstract
+
+
+def setup_decode_state(
+    config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None
+) -> tuple[PureState, AbstractState]:
+    """A state without optimizer: the reference, or the weights to decode with."""
+    abstract = get_abstract_state(config, mesh, init_state_fn, is_training=False)
+    return with_params(create_sharded_state(init_state_fn, mesh, abstract), params), abstract
+
+
+def with_params(state: PureState, params: Any | None) -> PureState:
+    """`state` with other weights of the same tree, shapes and dtypes; ValueError naming the path otherwise. None changes nothing."""
+    if params is None:
+        return state
+    check_same_tree(params, state.params, "weights")
+    return state._replace(params=params)
+
+
+def check_same_tree(got: Any, want: Any, what: str) -> None:
+    """ValueError that names every path that is missing, extra, or has another shape or dtype."""
+    got_leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(got)[0]}
+    want_leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(want)[0]}
+    problems = [f"missing {path}" for path in want_leaves if path not in got_leaves]
+    problems += [f"unexpected {path}" for path in got_leaves if path not in want_leaves]
+    for path, leaf in want_leaves.items():
+        other = got_leaves.get(path)
+        if other is not None and (tuple(other.shape), other.dtype) != (tuple(leaf.shape), leaf.dtype):
+            problems.append(f"{path} must be {leaf.dtype}{list(leaf.shape)}, got {other.dtype}{list(other.shape)}")
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{what} do not fit the model: {'; '.join(problems[:8])}{more}")
+
+
+def get_first_step(policy: Policy, state: Any, updates_per_step: int = 1) -> int:
+    """The step at which a run with this state goes on: updates done, divided by the updates of one step. Works for either flavour's state
+    and for a `PureState`."""
+    del policy  # the state itself knows how to become pure
+    return int(pure_state(state).step) // updates_per_step
+
+
+def _select(state: PureState, is_training: bool) -> PureState:
+    return state if is_training else state._replace(opt_state=())
+
+
+def _annotate(shapes: PureState, policy: Policy) -> PureState:
+    """Logical axis names per leaf: those of a weight also for its moments, which lie at the weight's path below the optimizer's own."""
+    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
+    weights = jax.tree_util.tree_flatten_with_path(logical_axes(policy.config), is_leaf=is_names)[0]
+    axes = {tuple(part.key for part in path): names for path, names in weights}
+
+    def names(path: tuple, leaf: Any) -> tuple:
+        keys = tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
+        return axes[keys] if keys in axes and len(axes[keys]) == leaf.ndim else (None,) * leaf.ndim
+
+    return jax.tree_util.tree_map_with_path(names, shapes)

@@ -1,0 +1,190 @@
+"""Procedural question sources: pure Python, seeded, the same rows on every machine.
+
+A source gives rows `{"prompt": ..., "answer": ...}` with distinct prompts. Nothing here knows about tokens or splits.
+"""
+
+import difflib
+import inspect
+import json
+import random
+import string
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Row = dict[str, Any]
+
+REASONING_GYM_PREFIX = "reasoning_gym:"
+
+_OPERATIONS: dict[str, tuple[str, Callable[[int, int], int]]] = {
+    "add": ("+", lambda left, right: left + right),
+    "subtract": ("-", lambda left, right: left - right),
+    "multiply": ("*", lambda left, right: left * right),
+}
+_TEMPLATE_FIELDS = {"left", "sign", "right"}
+# All questions are listed only up to here: beyond it a run wants a sample, and memory would go first.
+_MOST_ROWS = 1_000_000
+
+
+def is_procedural(source: str) -> bool:
+    """Whether `procedural_rows` knows this data.source."""
+    return source == "arithmetic" or source.startswith(REASONING_GYM_PREFIX)
+
+
+def procedural_rows(source: str, args: Mapping[str, Any], seed: int) -> list[Row]:
+    """The rows of a procedural source.
+
+    Args:
+      source: `arithmetic` or `reasoning_gym:TASK`.
+      args: the source's own arguments; `seed` in them wins over the run's seed.
+      seed: the run's seed.
+
+    Raises:
+      ValueError: unknown task, unknown or missing argument, or a value that the task refuses.
+    """
+    arguments = {"seed": seed, **args}
+    if source.startswith(REASONING_GYM_PREFIX):
+        return reasoning_gym_rows(source.removeprefix(REASONING_GYM_PREFIX), arguments)
+    _check_arguments("arithmetic", arithmetic_rows, arguments)
+    return arithmetic_rows(**arguments)
+
+
+def arithmetic_rows(
+    operation: str, digits: int, seed: int, size: int | None = None, template: str = "{left}{sign}{right}="
+) -> list[Row]:
+    """Two-number questions in random order, such as `{"prompt": "47+38=", "answer": "85"}`.
+
+    Operands run from 0 to 10**digits - 1, in both orders, so one operation has 100**digits distinct questions (10,000
+    for two digits) and `mixed` three times as many.
+
+    Args:
+      operation: add, subtract, multiply, or mixed (all three).
+      digits: most digits of an operand.
+      seed: decides the order, and the choice when `size` is set.
+      size: number of distinct questions; None is all of them.
+      template: text of a question, with the fields {left}, {sign} and {right}.
+
+    Raises:
+      ValueError: a value out of range, or a template that does not hold exactly the three fields.
+    """
+    names = list(_OPERATIONS) if operation == "mixed" else [operation]
+    if not set(names) <= set(_OPERATIONS):
+        raise ValueError(f"data.args.operation must be one of {[*_OPERATIONS, 'mixed']}, got {operation!r}")
+    _check_count("data.args.digits", digits, 1)
+    _check_count("data.args.seed", seed, 0)
+    _check_template(template)
+    numbers = 10**digits
+    total = len(names) * numbers * numbers
+    if size is None and total > _MOST_ROWS:
+        raise ValueError(
+            f"data.args.size must be set when there are more than {_MOST_ROWS} questions, got {total} for "
+            f"digits={digits}; it draws that many distinct ones"
+        )
+    count = total if size is None else size
+    _check_count("data.args.size", count, 1)
+    if count > total:
+        raise ValueError(
+            f"data.args.size must be <= {total}, the number of distinct questions, got {count}; raise data.args.digits"
+        )
+
+    rows = []
+    for index in _distinct_numbers(total, count, random.Random(seed)):
+        rest, right = divmod(index, numbers)
+        name, left = divmod(rest, numbers)
+        sign, apply = _OPERATIONS[names[name]]
+        rows.append({"prompt": template.format(left=left, sign=sign, right=right), "answer": str(apply(left, right))})
+    if len({row["prompt"] for row in rows}) < count:
+        raise ValueError(f"data.args.template must give different questions different texts, got {template!r}")
+    return rows
+
+
+def reasoning_gym_rows(task: str, args: Mapping[str, Any]) -> list[Row]:
+    """Distinct questions of a reasoning-gym task (https://github.com/open-thought/reasoning-gym).
+
+    Args:
+      task: the task's name, such as `chain_sum`.
+      args: `size` (questions drawn) and `seed`, plus the task's own configuration.
+
+    Returns:
+      Rows with prompt, answer and metadata (JSON-able), in the order drawn. A question that is drawn again is left out,
+      so there can be fewer than `size`.
+
+    Raises:
+      ValueError: reasoning-gym is not installed, unknown task, unknown argument, or a configuration that the task
+        refuses.
+    """
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ValueError(
+            f"data.source=reasoning_gym:{task} needs the reasoning-gym package, got: {error}; pip install reasoning-gym"
+        ) from error
+
+    if task not in DATASETS:
+        raise ValueError(
+            f"data.source=reasoning_gym:TASK must name a task of reasoning-gym, got {task!r}{_nearest(task, DATASETS)}"
+        )
+    _check_count("data.args.size", args.get("size"), 1)
+    _check_count("data.args.seed", args.get("seed"), 0)
+    _check_arguments(f"reasoning_gym:{task}", DATASETS[task][1], args)
+    try:
+        drawn = reasoning_gym.create_dataset(task, **args)
+    except (AssertionError, TypeError, ValueError) as error:  # reasoning-gym checks its configuration with assert
+        raise ValueError(
+            f"data.args must suit reasoning_gym:{task}, got {dict(args)}: {type(error).__name__}: {error}"
+        ) from error
+    rows: dict[str, Row] = {}
+    for entry in drawn:
+        # Some tasks put tuples, sets or objects of their own into the metadata; workers get it as JSON.
+        metadata = json.loads(json.dumps(entry["metadata"], default=str))
+        rows.setdefault(
+            entry["question"], {"prompt": entry["question"], "answer": entry["answer"], "metadata": metadata}
+        )
+    return list(rows.values())
+
+
+def _distinct_numbers(total: int, count: int, generator: random.Random) -> list[int]:
+    """`count` different numbers below `total`, in random order."""
+    if total <= sys.maxsize:
+        return generator.sample(range(total), count)
+    numbers: dict[int, None] = {}  # len() of a longer range overflows; among so many a second hit is rare
+    while len(numbers) < count:
+        numbers.setdefault(generator.randrange(total))
+    return list(numbers)
+
+
+def _check_arguments(source: str, function: Callable[..., Any], args: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    for name in args:
+        if name not in parameters:
+            raise ValueError(
+                f"data.args of {source} must be among {sorted(parameters)}, got {name!r}{_nearest(name, parameters)}"
+            )
+    missing = [
+        name for name, parameter in parameters.items() if parameter.default is parameter.empty and name not in args
+    ]
+    if missing:
+        raise ValueError(
+            f"data.args of {source} must hold {missing}, got {sorted(args)}; for example data.args.{missing[0]}=..."
+        )
+
+
+def _check_count(key: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{key} must be a whole number >= {minimum}, got {value!r}")
+
+
+def _check_template(text: str) -> None:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+        text.format(left=1, sign="+", right=2)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"data.args.template must be a format string, got {text!r}: {error}") from error
+    if sorted(fields) != sorted(_TEMPLATE_FIELDS):
+        raise ValueError(f"data.args.template must hold {{left}}, {{sign}} and {{right}} once each, got {text!r}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,233 @@
+"""Text in, token ids out, and back: a thin wrapper around a Hugging Face fast tokenizer.
+
+Sources are a Hugging Face folder, a hub id, or `byte`: an in-memory tokenizer of 256 bytes and three special tokens
+that needs no file and loses nothing. The tokenizer's own rules decide about BOS and the chat template; nothing here
+truncates or pads. transformers is imported only when a tokenizer is loaded.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Messages = list[dict[str, Any]]
+
+BYTE_SOURCE = "byte"
+_BYTE_SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+_BYTE_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+_TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Tokenizer:
+    """A fast tokenizer with the few operations that training, sampling and export need.
+
+    Attributes:
+      backend: the wrapped `PreTrainedTokenizerFast`.
+      eos_ids: ids that end a completion by the tokenizer's own settings; empty when it has no EOS. A model may add
+        more.
+      bos_id, pad_id: None when the tokenizer has none. `pad_id` may equal an EOS id; masks never come from it.
+      vocab_size: highest token id + 1, special and added tokens included.
+    """
+
+    def __init__(self, backend: "PreTrainedTokenizerFast") -> None:
+        self.backend = backend
+        eos_id = _token_id(backend, backend.eos_token)
+        self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
+        self.bos_id: int | None = _token_id(backend, backend.bos_token)
+        self.pad_id: int | None = _token_id(backend, backend.pad_token)
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1
+        self._prefix_ids = _prefix_ids(backend)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can work."""
+        return bool(self.backend.chat_template)
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Token ids of raw text.
+
+        With `add_bos` the text gets what the tokenizer by default puts in front of raw text (BOS for Llama and Gemma,
+        nothing for Qwen), unless the text itself already starts with it. An EOS that the tokenizer would append is left
+        out: what follows a prompt is for the policy to write. Without `add_bos` nothing is added: for text rendered by
+        a chat template, and for the continuation of a prompt.
+
+        Raises:
+          ValueError: the text is not valid Unicode (a lone surrogate, which JSON can carry).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text must be valid Unicode, got {text[:80]!r}: {error}") from error
+        ids = list(self.backend.encode(text, add_special_tokens=False))
+        if add_bos and ids[: len(self._prefix_ids)] != self._prefix_ids:
+            return self._prefix_ids + ids
+        return ids
+
+    def render_chat(self, messages: Messages) -> str:
+        """The messages as text by the tokenizer's own Jinja template, up to where the assistant's next answer begins.
+
+        Raises:
+          ValueError: no chat template, or the template refuses the messages (Gemma's wants user and assistant in turn).
+        """
+        import jinja2
+
+        if not self.has_chat_template:
+            raise ValueError(
+                "the tokenizer must have a chat template for a chat prompt, got none; set tokenizer.chat_template to a "
+                "Jinja file, use an instruction-tuned model's tokenizer, or set data.chat=false"
+            )
+        try:
+            text = self.backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:
+            roles = [message.get("role") for message in messages]
+            raise ValueError(
+                f"the tokenizer's chat template must accept messages with roles {roles}, got {type(error).__name__}: "
+                f"{error}; change data.system_prompt or the messages, or set tokenizer.chat_template to a Jinja file"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Token ids of `render_chat(messages)`. BOS is there when the template writes it, and never twice."""
+        # apply_chat_template renders and encodes like this inside, but what it returns differs between versions.
+        return self.encode(self.render_chat(messages), add_bos=False)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids, exactly: no clean-up of spaces, whatever the tokenizer's settings say."""
+        ids = [int(token_id) for token_id in ids]
+        text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes the tokenizer's files into a Hugging Face folder, chat template included."""
+        self.backend.save_pretrained(os.fspath(folder))
+        # transformers 5 writes a class name that transformers 4 does not know; both know the older one.
+        path = pathlib.Path(folder) / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(source: str | os.PathLike, chat_template_path: str | os.PathLike | None = None) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+      source: a folder with tokenizer.json, a hub id, or `byte`. The network is used for a hub id only.
+      chat_template_path: a Jinja file that replaces the tokenizer's own chat template.
+
+    Raises:
+      ValueError: the folder or the template file is not there, the folder holds no fast tokenizer, or the hub id cannot
+        be loaded.
+    """
+    source = os.fspath(source)
+    backend = _byte_backend() if source == BYTE_SOURCE else _load_backend(source)
+    if chat_template_path is not None:
+        path = pathlib.Path(chat_template_path)
+        if not path.is_file():
+            raise ValueError(f"tokenizer.chat_template must be a Jinja file, got {str(path)!r}, which does not exist")
+        backend.chat_template = path.read_text(encoding="utf-8")
+    return Tokenizer(backend)
+
+
+def _load_backend(source: str) -> "PreTrainedTokenizerFast":
+    folder = pathlib.Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _download(source)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(
+            f"tokenizer {source!r} must hold tokenizer.json, got a folder without it; convert an older tokenizer with "
+            "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    # Not AutoTokenizer: it may rebuild the tokenizer from its class name instead of reading tokenizer.json as it is.
+    fast_class = _fast_tokenizer_class()
+    try:
+        return fast_class.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer folder {str(folder)!r} must hold a tokenizer that transformers can read, got {error}"
+        ) from error
+
+
+def _download(source: str) -> pathlib.Path:
+    """The local copy of a hub repository's tokenizer files."""
+    rule = "tokenizer.source must be a folder that exists, a hub id that this machine can reach, or 'byte'"
+    hint = f"(working directory {os.getcwd()}); when it is null, model.source is used"
+    if not _HUB_ID.fullmatch(source):
+        raise ValueError(f"{rule}, got {source!r} {hint}")
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=_TOKENIZER_FILES))
+    except (OSError, ValueError) as error:  # no network and not in the cache, no such repository, no access
+        raise ValueError(f"{rule}, got {source!r} {hint}: {type(error).__name__}: {error}") from error
+
+
+def _fast_tokenizer_class() -> "type[PreTrainedTokenizerFast]":
+    # Without this transformers advises to install PyTorch, which is of no use here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast
+
+
+def _token_id(backend: "PreTrainedTokenizerFast", token: Any) -> int | None:
+    return None if token is None else backend.get_vocab()[str(token)]
+
+
+def _prefix_ids(backend: "PreTrainedTokenizerFast") -> list[int]:
+    """The ids that the tokenizer puts in front of raw text by default, found on a probe."""
+    probe = "a"
+    plain = list(backend.encode(probe, add_special_tokens=False))
+    full = list(backend.encode(probe, add_special_tokens=True))
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    raise ValueError(
+        f"the tokenizer must encode text the same with and without special tokens, got {full} and {plain} for {probe!r}"
+    )
+
+
+def _byte_backend() -> "PreTrainedTokenizerFast":
+    """Ids 0, 1, 2 are pad, bos, eos; byte b is 3 + b. Raw text gets a BOS in front."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    first_byte = len(_BYTE_SPECIAL_TOKENS)
+    vocabulary = {token: token_id for token_id, token in enumerate(_BYTE_SPECIAL_TOKENS)}
+    vocabulary |= {character: first_byte + byte for byte, character in enumerate(_byte_characters())}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    pad, bos, eos = _BYTE_SPECIAL_TOKENS
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, vocabulary[bos])]
+    )
+    return _fast_tokenizer_class()(
+        tokenizer_object=core,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        chat_template=_BYTE_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in byte-level tokenizers.
+
+    https://github.com/openai/gpt-2/blob/master/src/encoder.py (bytes_to_unicode): printable bytes stand for themselves,
+    the others take the code points from 256 on, in order.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]

@@ -1,0 +1,49 @@
+"""`grpo export RUN OUT`: the weights of a run as a Hugging Face folder that transformers, TRL, vLLM and Tandem open."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rl.models.hf import save_folder
+from rl.run_folder import read_run
+from rl.trained import load_checkpoint
+
+
+def export(run: str | os.PathLike, out: str | os.PathLike, step: int | None = None, dtype: str | None = None) -> int:
+    """Writes checkpoint `step` (None: the newest) of a run folder to `out`; returns the step written.
+
+    Args:
+      out: must not exist or be empty; written atomically.
+      dtype: float32, bfloat16 or float16; None keeps the dtype of the checkpoint.
+
+    Raises:
+      ValueError: not a run folder, no such checkpoint, or `out` holds something.
+    """
+    config, _ = read_run(run)
+    trained = load_checkpoint(config, run, step)
+    write_folder(out, trained.origin.model_config, trained.params, trained.tokenizer, dtype)
+    assert trained.step is not None
+    return trained.step
+
+
+def write_folder(out: str | os.PathLike, model_config: Any, params: Any, tokenizer: Any, dtype: str | None) -> None:
+    """Weights, model configuration, tokenizer and its chat template."""
+    save_folder(out, model_config, params, tokenizer=tokenizer.backend, dtype=dtype)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`grpo export RUN OUT [--step N] [--dtype DTYPE]`."""
+    parser = argparse.ArgumentParser(prog="grpo export", description=__doc__)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--step", type=int, default=None, help="checkpoint to export; the newest when left out")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="the checkpoint's own when left out")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    step = export(arguments.run, arguments.out, arguments.step, arguments.dtype)
+    print(f"exported step {step} of {arguments.run} to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""One optimizer update as one compiled function: `(state, minibatch) -> (state, metrics)`, the same for every policy and loss.
+
+In: a `PureState` and a packed `Minibatch`. Out: the next state (argument 0 is donated) and the sums the metrics are made of. The pieces of a
+minibatch run one after the other inside the function; every denominator is that of the whole minibatch, so neither their number nor their
+size changes the result. `jit_token_logprobs` runs the same rows without gradient, for old and reference log-probs.
+
+Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a completion,
+B = R * C sequences of a piece, D model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from rl.logprobs import token_logprobs
+from rl.losses import Denominators, LossConfig, LossInputs, MetricSums, combine_sums, denominators_for, grpo_loss
+from rl.mesh import replicated, row_sharding
+from rl.models.policy import Params, Policy
+from rl.models.train_state import PureState
+from rl.packing import Batch
+
+
+class Minibatch(NamedTuple):
+    """Everything one update depends on besides the state.
+
+    Attributes:
+      batch: packed rows of the minibatch.
+      num_items_in_batch: int32 [], trained tokens of the whole rollout batch that the minibatch is a part of.
+      entropy_coef: float [], coefficient of the entropy bonus during this update.
+      entropy_MRCL: the policy's entropies now, where the loss selects tokens by entropy; None otherwise.
+    """
+
+    batch: Batch
+    num_items_in_batch: Any
+    entropy_coef: Any
+    entropy_MRCL: Any = None
+
+
+class UpdateMetrics(NamedTuple):
+    """What one update measured.
+
+    Attributes:
+      loss: scalar.
+      sums: of the whole minibatch; `rl.losses.finish_metrics` makes metrics of them.
+      grad_norm: global norm of the gradient before clipping.
+      difference: absolute difference between the policy's log-probs now and those of the sampler.
+    """
+
+    loss: jax.Array
+    sums: MetricSums
+    grad_norm: jax.Array
+    difference: "Difference"
+
+
+class Difference(NamedTuple):
+    """Sum, maximum and number of absolute differences; pieces merge exactly."""
+
+    total: jax.Array
+    highest: jax.Array
+    count: jax.Array
+
+    def merge(self, other: "Difference") -> "Difference":
+        """Of both sets together."""
+        return Difference(self.total + other.total, jnp.maximum(self.highest, other.highest), self.count + other.count)
+
+
+def jit_train_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    loss_config: LossConfig,
+    state_shardings: PureState,
+    *,
+    mesh: Mesh,
+    rules: Mapping[str, Sequence[str]],
+    temperature: float,
+    chunk_size: int,
+    minibatches_per_rollout: int,
+) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
+    """The compiled update. The state is donated: the caller must not use the one it passed in again.
+
+    Args:
+      state_shardings: a `NamedSharding` per leaf of the state, in and out.
+      mesh: where everything runs; rows are spread over the axes that `rules["batch"]` names.
+      temperature: of the rollouts; all log-probs are at it.
+      chunk_size: tokens of a piece whose logits exist at one time.
+      minibatches_per_rollout: updates of one pass over a rollout batch.
+    """
+
+    def piece_loss(params: Params, piece: Batch, denominators: Denominators):
+        logprobs_BL, entropy_BL = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules)
+        loss, sums = grpo_loss(logprobs_BL, entropy_BL, _loss_inputs(piece), denominators, loss_config)
+        return loss, (sums, _difference(jax.lax.stop_gradient(logprobs_BL), piece))  # measured, not trained on
+
+    def train_step(state: PureState, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
+        batch = minibatch.batch
+        denominators = _denominators(minibatch, loss_config, minibatches_per_rollout)
+        gradient = jax.value_and_grad(piece_loss, has_aux=True)
+
+        def add_piece(m, carry):
+            loss, grads, sums, difference = carry
+            (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(state.params, _piece(batch, m), denominators)
+            grads = jax.tree.map(jnp.add, grads, piece_grads)
+            return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
+
+        (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, _piece(batch, 0), denominators)
+        start = (_zeros(loss), _zeros(grads), _neutral(sums), _zeros(difference))
+        loss, grads, sums, difference = jax.lax.fori_loop(0, batch.num_microbatches, add_piece, start)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = UpdateMetrics(loss, sums, optax.global_norm(grads), difference)
+        return PureState(state.step + 1, params, opt_state, state.rng), metrics
+
+    rows: Any = batch_shardings(mesh, rules)
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, Minibatch(rows, replicated(mesh), replicated(mesh), row_sharding(mesh, rules, dim=1))),
+        out_shardings=(state_shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def jit_token_logprobs(
+    policy: Policy,
+    param_shardings: Any,
+    *,
+    mesh: Mesh,
+    rules: Mapping[str, Sequence[str]],
+    temperature: float,
+    chunk_size: int,
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """The compiled pass without gradient: `(params, batch) -> (log-probs, entropies)`, both [M, R, C, L], 0 on padding.
+
+    It runs the rows that the update runs, through the same operations, so that on-policy ratios are exactly 1.
+    """
+
+    def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def fill(m, outputs):
+            values = _piece_logprobs(policy, params, _piece(batch, m), temperature, chunk_size, mesh, rules)
+            return tuple(
+                jax.lax.dynamic_update_index_in_dim(output, value.reshape(output.shape[1:]), m, 0)
+                for output, value in zip(outputs, values, strict=True)
+            )
+
+        dtype = jax.eval_shape(lambda: policy.unembed(params, jnp.zeros((1, policy.config.hidden_size), policy.config.dtype))).dtype
+        empty = jnp.zeros(batch.mask_MRCL.shape, dtype)
+        return jax.lax.fori_loop(0, batch.num_microbatches, fill, (empty, empty))
+
+    rows = row_sharding(mesh, rules, dim=1)
+    return jax.jit(logprobs, in_shardings=(param_shardings, batch_shardings(mesh, rules)), out_shardings=(rows, rows))
+
+
+def batch_shardings(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Batch:
+    """A sharding per field of a `Batch`: rows over the row axes."""
+    rows = row_sharding(mesh, rules, dim=1)
+    return Batch(**{name: replicated(mesh) if name == "num_microbatches" else rows for name in Batch._fields})
+
+
+def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_rollout: int) -> Denominators:
+    """Counts of the whole minibatch. One minibatch is one update here, so nothing is accumulated over minibatches."""
+    batch = minibatch.batch
+    flat = lambda values: None if values is None else values.reshape(-1, values.shape[-1])  # noqa: E731
+    return denominators_for(
+        flat(batch.mask_MRCL),
+        batch.sequence_mask_MRC.reshape(-1),
+        flat(minibatch.entropy_MRCL),
+        config,
+        entropy_coef=minibatch.entropy_coef,
+        num_items_in_batch=minibatch.num_items_in_batch,
+        steps_per_generation=minibatches_per_rollout,
+    )
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
+
+
+def _neutral(shapes: MetricSums) -> MetricSums:
+    """What merging leaves unchanged."""
+    full = lambda value: lambda like: jnp.full(like.shape, value, like.dtype)  # noqa: E731
+    return MetricSums(
+        numerators=_zeros(shapes.numerators),
+        weights=_zeros(shapes.weights),
+        totals=_zeros(shapes.totals),
+        maxima=jax.tree.map(full(-jnp.inf), shapes.maxima),
+        minima=jax.tree.map(full(jnp.inf), shapes.minima),
+    )
+
+
+def _piece(batch: Batch, m: Any) -> Batch:
+    """Micro-batch m, without its leading dim."""
+    fields = batch._replace(num_microbatches=None)
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, 0, keepdims=False), fields)
+
+
+def _piece_logprobs(
+    policy: Policy, params: Params, piece: Batch, temperature: float, chunk_size: int, mesh: Mesh, rules: Mapping[str, Sequence[str]]
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropies [B, L] of the completion tokens of one piece, 0 on padding."""
+    rows: NamedSharding = row_sharding(mesh, rules)
+    hidden_RTD = policy.hidden(params, piece.tokens_MRT, piece.positions_MRT, piece.group_ids_MRT, piece.branch_ids_MRT)
+    hidden_RND = jnp.take_along_axis(hidden_RTD, piece.predictors_MRN[..., None], axis=1)
+    hidden_RND = jax.lax.with_sharding_constraint(hidden_RND, rows)
+    logprobs_RN, entropy_RN = token_logprobs(
+        policy, params, hidden_RND, piece.targets_MRN, temperature, chunk_size, with_entropy=True, mask_BT=piece.target_mask_MRN
+    )
+    R, C, L = piece.slots_MRCL.shape  # noqa: N806
+
+    def place(values_RN: jax.Array) -> jax.Array:
+        values_RCL = jnp.take_along_axis(values_RN, piece.slots_MRCL.reshape(R, C * L), axis=1)
+        return jnp.where(piece.mask_MRCL.reshape(R * C, L) > 0, values_RCL.reshape(R * C, L), 0)
+
+    return place(logprobs_RN), place(entropy_RN)
+
+
+def _loss_inputs(piece: Batch) -> LossInputs:
+    """The piece as the loss sees it: R * C sequences, some of them padding."""
+    R, C, L = piece.mask_MRCL.shape  # noqa: N806
+    flat = lambda values: None if values is None else values.reshape(R * C, L)  # noqa: E731
+    return LossInputs(
+        old_logprobs_BT=flat(piece.old_logprobs_MRCL),
+        reference_logprobs_BT=flat(piece.reference_logprobs_MRCL),
+        sampler_logprobs_BT=flat(piece.sampler_logprobs_MRCL),
+        mask_BT=flat(piece.mask_MRCL),
+        advantages_B=piece.advantages_MRC.reshape(R * C),
+        sequence_mask_B=piece.sequence_mask_MRC.reshape(R * C),
+    )
+
+
+def _difference(logprobs_BL: jax.Array, piece: Batch) -> Difference:
+    """|policy - sampler| over the tokens that the sampler scored."""
+    sampler_BL = piece.rollout_logprobs_MRCL.reshape(logprobs_BL.shape)
+    scored_BL = (piece.mask_MRCL.reshape(logprobs_BL.shape) > 0) & jnp.isfinite(sampler_BL)
+    difference_BL = jnp.where(scored_BL, jnp.abs(logprobs_BL - jnp.where(scored_BL, sampler_BL, 0)), 0)
+    return Difference(jnp.sum(difference_BL), jnp.max(difference_BL), jnp.sum(scored_BL.astype(logprobs_BL.dtype)))

@@ -1,0 +1,71 @@
+"""The policy of a finished or running run, for evaluation and export: run folder in, weights on a mesh out."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+
+from rl.checkpoint import create_checkpoint_manager
+from rl.config import Config
+from rl.mesh import create_mesh
+from rl.models.policy import Policy, policy_from_config
+from rl.optimizer import create_training_optimizer
+from rl.states import InitStateFn, setup_decode_state
+from rl.tokenizer import Tokenizer
+from rl.weights import Origin, find_origin, pretrained_params, tokenizer_of
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedPolicy:
+    """A policy with weights.
+
+    Attributes:
+      params, shardings: weights and where they are; the same tree.
+      step: of the checkpoint they come from; None when they are those of model.source.
+    """
+
+    policy: Policy
+    params: Any
+    shardings: Any
+    mesh: Mesh
+    tokenizer: Tokenizer
+    origin: Origin
+    step: int | None
+
+
+def load_start(config: Config) -> TrainedPolicy:
+    """The weights that a run with this configuration would start from."""
+    tokenizer = tokenizer_of(config)
+    origin = find_origin(config, tokenizer)
+    mesh = create_mesh(config.mesh)
+    policy = policy_from_config(config, origin.model_config)
+    init_state_fn = InitStateFn(policy, None, config.seed)
+    state, abstract = setup_decode_state(config, mesh, init_state_fn)
+    params = pretrained_params(origin, abstract.shardings.params)
+    return TrainedPolicy(policy, state.params if params is None else params, abstract.shardings.params, mesh, tokenizer, origin, None)
+
+
+def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None = None) -> TrainedPolicy:
+    """The weights of a run's checkpoint; None: the newest. `config` is the run's own (see `rl.run_folder.read_run`).
+
+    Raises:
+      ValueError: the run has no such checkpoint.
+    """
+    tokenizer = tokenizer_of(config)
+    origin = find_origin(config, tokenizer)
+    mesh = create_mesh(config.mesh)
+    policy = policy_from_config(config, origin.model_config)
+    # The number of updates shapes the schedule only, never the optimizer's state.
+    _, optimizer = create_training_optimizer(config, policy, num_updates=config.optimizer.warmup_updates + 1)
+    config = dataclasses.replace(config, output_dir=str(pathlib.Path(folder)))
+    checkpoints = create_checkpoint_manager(config, mesh, InitStateFn(policy, optimizer, config.seed))
+    try:
+        step = checkpoints.latest_step if step is None else step
+        if step is None:
+            raise ValueError(f"run folder {str(folder)!r} must hold a checkpoint, and it has none; let the run reach checkpoint.every")
+        state, _ = checkpoints.restore(step)
+    finally:
+        checkpoints.close()
+    return TrainedPolicy(policy, state.params, checkpoints.abstract.shardings.params, mesh, tokenizer, origin, step)

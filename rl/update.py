@@ -1,0 +1,139 @@
+"""The updates of one step: packs the minibatches, scores them where the loss needs it, runs the compiled update over them.
+
+In: the state, the reference, groups with advantages. Out: the next state and what training measured. Old log-probs are frozen before the first
+update; epochs go over the same minibatches again. Not here: the loss and the compiled functions themselves.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from rl.config import Config
+from rl.losses import LossConfig, applied_entropy_coef, finish_metrics, next_entropy_coef, validate_loss_config
+from rl.mesh import replicated, row_sharding
+from rl.models.policy import Policy
+from rl.models.train_state import PureState
+from rl.optimizer import updates_per_step
+from rl.packing import Batch, PackingPlan, TrainGroup, pack
+from rl.train_step import Minibatch, UpdateMetrics, batch_shardings, jit_token_logprobs, jit_train_step
+
+
+class EntropyCoefState(NamedTuple):
+    """State of the adaptive entropy bonus, carried from update to update and through checkpoints.
+
+    Attributes:
+      coef: coefficient after the last update.
+      last_entropy: nats per selected token, measured in the last update; +inf before the first.
+    """
+
+    coef: float
+    last_entropy: float
+
+
+class Updater:
+    """The compiled functions of a run's updates, and how one step calls them."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        optimizer: optax.GradientTransformation,
+        plan: PackingPlan,
+        state_shardings: PureState,
+        *,
+        mesh: Mesh,
+    ):
+        self._config = config
+        self._plan = plan
+        self._loss_config = loss_config(config)
+        self._dtype = np.promote_types(np.float32, np.dtype(policy.config.dtype) if policy.config.dtype != "bfloat16" else np.float32)
+        self._replicated = replicated(mesh)
+        self._rows = row_sharding(mesh, config.mesh.rules, dim=1)
+        self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
+        common: dict[str, Any] = {
+            "mesh": mesh,
+            "rules": config.mesh.rules,
+            "temperature": config.sampling.temperature,
+            "chunk_size": config.grpo.logprob_chunk,
+        }
+        self._token_logprobs = jit_token_logprobs(policy, state_shardings.params, **common)
+        self._train_step = jit_train_step(
+            policy, optimizer, self._loss_config, state_shardings, minibatches_per_rollout=config.grpo.minibatches, **common
+        )
+
+    def step(
+        self, state: PureState, reference: PureState | None, groups: Sequence[Sequence[TrainGroup]], entropy: EntropyCoefState
+    ) -> tuple[PureState, EntropyCoefState, dict[str, float]]:
+        """All updates of one step.
+
+        Args:
+          state: donated; do not use it again.
+          reference: None when there is no KL term.
+          groups: per minibatch its groups.
+          entropy: of the adaptive entropy bonus.
+
+        Returns:
+          The next state, the entropy coefficient's next state, and metrics: means over the updates, except that
+          `logprob_difference` is that of the first update, where policy and sampler have the same weights.
+        """
+        needs_old = updates_per_step(self._config) > 1
+        num_items = sum(len(c.token_ids) for minibatch in groups for group in minibatch for c in group.completions)
+        batches = []
+        for minibatch in groups:
+            bare: Batch = jax.device_put(pack(minibatch, self._plan, self._dtype), self._batch_shardings)
+            old = self._token_logprobs(state.params, bare)[0] if needs_old else None
+            reference_logprobs = None if reference is None else self._token_logprobs(reference.params, bare)[0]
+            batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
+        measured: list[UpdateMetrics] = []
+        for _ in range(self._config.grpo.epochs):
+            for batch in batches:
+                minibatch = self._minibatch(state, batch, num_items, entropy)
+                state, update = self._train_step(state, minibatch)
+                measured.append(jax.device_get(update))
+                entropy = self._next_entropy(entropy, measured[-1])
+        return state, entropy, self._metrics(measured, entropy)
+
+    def _next_entropy(self, entropy: EntropyCoefState, update: UpdateMetrics) -> EntropyCoefState:
+        if not self._loss_config.has_entropy_bonus:
+            return entropy
+        now = float(finish_metrics(update.sums)["selected_entropy"])
+        return EntropyCoefState(next_entropy_coef(entropy.coef, now, self._loss_config), now)
+
+    def _minibatch(self, state: PureState, batch: Batch, num_items: int, entropy: EntropyCoefState) -> Minibatch:
+        scalars = (np.int32(num_items), self._dtype.type(applied_entropy_coef(*entropy, self._loss_config)))
+        scalars = jax.device_put(scalars, self._replicated)
+        # The quantile is one of the policy as it is at this update, over the whole minibatch: a pass of its own.
+        entropies = self._token_logprobs(state.params, bare_batch(batch))[1] if self._loss_config.selects_by_entropy else None
+        return Minibatch(batch, *scalars, entropies)
+
+    def _metrics(self, measured: list[UpdateMetrics], entropy: EntropyCoefState) -> dict[str, float]:
+        updates = []
+        for update in measured:
+            finished = {k: float(v) for k, v in finish_metrics(update.sums).items()}
+            updates.append({"loss": float(update.loss), "grad_norm": float(update.grad_norm), **finished})
+        metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+        if self._loss_config.has_entropy_bonus:
+            metrics["entropy_coef"] = entropy.coef
+        first = measured[0].difference
+        metrics["logprob_difference/mean"] = float(first.total) / max(float(first.count), 1.0)
+        metrics["logprob_difference/max"] = float(first.highest)
+        return metrics
+
+
+def bare_batch(batch: Batch) -> Batch:
+    """`batch` without log-probs of policy and reference, as `jit_token_logprobs` was compiled for it."""
+    return batch._replace(old_logprobs_MRCL=None, reference_logprobs_MRCL=None)
+
+
+def loss_config(config: Config) -> LossConfig:
+    """The loss's settings out of the `grpo` section; ValueError when they contradict each other."""
+    section = dataclasses.asdict(config.grpo)  # pyright: ignore[reportArgumentType]
+    names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length"}
+    result = LossConfig(**{name: section[name] for name in names}, max_completion_length=config.sampling.max_completion_length)
+    validate_loss_config(result)
+    return result

@@ -1,0 +1,90 @@
+"""What a run starts from: tokenizer, model shape and pretrained weights, from the `model` and `tokenizer` sections."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from rl.config import Config
+from rl.models.config import ModelConfig
+from rl.models.hf import load_params, read_config, resolve_source, weights_hash
+from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The model a run starts from.
+
+    Attributes:
+      model_config: shape and dtypes.
+      folder: local Hugging Face folder with the weights; None for a fresh random model.
+      identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and reference.
+    """
+
+    model_config: ModelConfig
+    folder: pathlib.Path | None
+    identity: dict[str, Any]
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """tokenizer.source, else model.source, else the byte tokenizer."""
+    source = config.tokenizer.source or config.model.source or BYTE_SOURCE
+    return load_tokenizer(source, config.tokenizer.chat_template)
+
+
+def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
+    """Reads the model's configuration and hashes its weights; loads nothing.
+
+    Raises:
+      ValueError: no such model, an unsupported architecture, or a tokenizer with ids beyond the model's vocabulary.
+    """
+    section, arch = config.model, config.model.arch
+    if section.source is None:
+        shape = {name: value for name, value in dataclasses.asdict(arch).items() if name != "vocab_size"}  # pyright: ignore[reportArgumentType]
+        model_config = ModelConfig.from_arch(
+            **shape,
+            vocab_size=arch.vocab_size or tokenizer.vocab_size,
+            eos_token_ids=tokenizer.eos_ids,
+            bos_token_id=tokenizer.bos_id,
+            pad_token_id=tokenizer.pad_id,
+        )
+        folder, identity = None, {"source": None, "seed": config.seed}
+    else:
+        folder = pathlib.Path(resolve_source(section.source))
+        model_config, identity = read_config(folder), {"source": section.source, "hash": weights_hash(folder)}
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer of "
+            f"{tokenizer.vocab_size}; set tokenizer.source to the model's own tokenizer"
+        )
+    model_config = dataclasses.replace(model_config, dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat)
+    return Origin(model_config, folder, identity)
+
+
+def pretrained_params(origin: Origin, shardings: Any) -> Any | None:
+    """The weights of the folder, placed by `shardings`; a new copy on every call. None for a fresh random model."""
+    return None if origin.folder is None else load_params(origin.folder, origin.model_config, shardings)
+
+
+def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """sampling.eos_ids, else every EOS that the model or the tokenizer names.
+
+    Raises:
+      ValueError: an id outside the vocabulary, or no EOS at all.
+    """
+    ids = config.sampling.eos_ids
+    if ids is None:
+        ids = [*model_config.eos_token_ids, *tokenizer.eos_ids]
+    outside = [i for i in ids if not 0 <= i < model_config.vocab_size]
+    if outside:
+        raise ValueError(f"sampling.eos_ids must be token ids below {model_config.vocab_size}, got {outside}")
+    if not ids:
+        raise ValueError("a completion must be able to end: the model and the tokenizer name no EOS token; set sampling.eos_ids")
+    return tuple(sorted(set(ids)))
+
+
+def use_compilation_cache(config: Config) -> None:
+    """Points XLA's persistent compilation cache at logging.compilation_cache; null leaves it off. Call before the first compilation."""
+    if config.logging.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", config.logging.compilation_cache)

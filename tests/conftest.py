@@ -1,0 +1,10 @@
+"""Session setup: eight virtual CPU devices, before anything imports jax."""
+
+import os
+
+# Assigned, not defaulted: a platform or flag from the caller's shell must not change what the tests test.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# No test may reach for a hub: a missing file should fail at once, not after a network time-out.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"

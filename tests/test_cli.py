@@ -1,0 +1,208 @@
+import ast
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from rl.cli import COMMANDS, Command, main
+from rl.metrics import MetricsWriter
+
+ROOT = pathlib.Path(__file__).parents[1]
+HEAVY = ("jax", "flax", "numpy", "transformers", "datasets", "matplotlib", "rich", "pydantic", "yaml")
+
+
+def run_python(code, *arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_help_of_every_command_imports_nothing_heavy():
+    code = f"""
+import sys
+from rl.cli import COMMANDS, main
+assert main(["--help"]) == 0
+for name in COMMANDS:
+    assert main([name, "--help"]) == 0
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command(argv, capsys):
+    assert main(argv) == 0
+    output = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +{command.summary}$", output, re.MULTILINE) for name, command in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_explains_each_argument(name, capsys):
+    assert main([name, "--help"]) == 0
+    usage, _, *rest = capsys.readouterr().out.splitlines()
+    arguments = usage.removeprefix(f"usage: grpo {name} ")
+    for argument in re.findall(r"key=value|--\w+|[A-Z_]{3,}", arguments):
+        assert any(argument in line for line in rest), argument
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_without_arguments_shows_its_help_as_an_error(name, capsys):
+    assert main([name]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"usage: grpo {name} ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_module_with_a_main_that_takes_arguments(name):
+    spec = importlib.util.find_spec(COMMANDS[name].module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(pathlib.Path(spec.origin).read_text())
+    (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+    assert [argument.arg for argument in function.args.args] == ["argv"]
+
+
+def test_an_unknown_command_is_answered_with_the_nearest_name(capsys):
+    assert main(["trian", "x.yml"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown command 'trian'; did you mean train?")
+
+
+def test_a_command_gets_its_arguments_unchanged(tmp_path, capsys):
+    with MetricsWriter(tmp_path / "run", 0) as writer:
+        writer.write({"step": 1, "reward/mean": 0.5})
+    assert main(["report", "--output", str(tmp_path / "out.png"), str(tmp_path / "run")]) == 0
+    assert (tmp_path / "out.png").exists()
+    assert "reward, last" in capsys.readouterr().out
+
+
+def test_a_users_error_is_told_without_a_traceback(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"error: {tmp_path / 'metrics.jsonl'} does not exist; "
+        "a run folder is the output_dir of a `grpo train` or `grpo sft` run\n"
+    )
+    assert captured.out == ""
+
+
+def test_a_traceback_is_shown_on_request(tmp_path, capsys, monkeypatch):
+    assert main(["report", str(tmp_path), "--traceback"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("GRPO_TRACEBACK", "1")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.fixture
+def add_command(tmp_path, monkeypatch):
+    """Adds a command whose module, not one of Tandem's own, runs `body` in its main."""
+
+    def add(name, body):
+        (tmp_path / f"command_{name}.py").write_text(f"def main(argv):\n    {body}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(COMMANDS, name, Command(f"command_{name}", "ARGUMENT", "", ""))
+
+    return add
+
+
+def test_a_value_error_that_tandem_did_not_raise_keeps_its_traceback(add_command):
+    add_command("broken", "raise ValueError('operands could not be broadcast')")
+    with pytest.raises(ValueError, match="operands could not be broadcast"):
+        main(["broken", "x"])
+
+
+def test_interruption_exits_with_130(add_command):
+    add_command("interrupted", "raise KeyboardInterrupt")
+    assert main(["interrupted", "x"]) == 130
+
+
+def test_a_commands_exit_status_is_kept(add_command):
+    add_command("status", "return len(argv)")
+    assert main(["status", "a", "b", "c"]) == 3
+    add_command("silent", "pass")
+    assert main(["silent", "a"]) == 0
+
+
+def read_pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_listed():
+    listed = read_pyproject()["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join(path.relative_to(ROOT).parts[:-1])
+        for top in ("rl", "rewards", "configs")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    assert set(listed) == found
+
+
+def test_every_config_file_is_package_data():
+    patterns = read_pyproject()["tool"]["setuptools"]["package-data"]["configs"]
+    matched = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
+    assert matched == set((ROOT / "configs").rglob("*.yml"))
+    assert ROOT / "configs" / "base.yml" in matched
+
+
+def test_every_third_party_import_is_a_dependency():
+    project = read_pyproject()["project"]
+    names = {re.split(r"[<>=]", requirement)[0].lower().replace("-", "_") for requirement in project["dependencies"]}
+    distributions = {"google": "google_tunix", "tunix": "google_tunix", "orbax": "orbax_checkpoint", "yaml": "pyyaml"}
+    own = {"rl", "rewards", "configs"}
+    for top in ("rl", "rewards"):
+        for path in (ROOT / top).rglob("*.py"):
+            for module in imported_modules(path):
+                if module not in own and module not in sys.stdlib_module_names:
+                    assert distributions.get(module, module) in names, f"{path} imports {module}"
+
+
+def imported_modules(path):
+    """Top-level names that a file imports, at its top or inside its functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.slow
+def test_a_wheel_works_outside_the_checkout(tmp_path):
+    source, wheels, target = tmp_path / "source", tmp_path / "wheels", tmp_path / "target"
+    packages = [ROOT / name for name in ("rl", "rewards", "configs")]
+    for package in packages:
+        shutil.copytree(package, source / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    # Neither step needs a network: setuptools is a dev dependency, and what the wheel needs is installed already.
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
+    subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = wheels.glob("tandem_grpo-*.whl")
+    install = [*pip, "install", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, cwd=tmp_path)
+    code = """
+import rl, sys
+from rl.config import load_config, read_preset
+assert rl.__file__.startswith(sys.argv[1]), rl.__file__
+config = load_config(None, ["grpo.preset=dapo"])
+print(config.grpo.group_size, read_preset("dapo")["loss_type"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    command = [sys.executable, "-P", "-c", code, str(target)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[1] == "dapo"
+    script = [str(target / "bin" / "grpo"), "--help"]
+    assert (
+        "usage: grpo COMMAND"
+        in subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
+    )

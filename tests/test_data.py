@@ -1,0 +1,420 @@
+"""Rows, columns, prompts, the train/held-out split, the order of steps, and pairs for supervised fine-tuning."""
+
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
+
+from rl.config import load_config
+from rl.data import check_enough_rows, load_pairs, load_prompts, question_key, step_indices
+from rl.sources import load_rows
+from rl.tokenizer import Tokenizer, load_tokenizer
+
+COLUMNS = {"prompt": "prompt", "answer": "answer"}
+ARITHMETIC = ("data.source=arithmetic", "data.args.operation=add", "data.args.digits=1")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("byte")
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def config_for(source, *overrides):
+    return load_config(None, [f"data.source={source}", *overrides])
+
+
+def questions(rows):
+    return {question_key(row.prompt) for row in rows}
+
+
+# Sources and columns
+
+
+def test_jsonl_and_parquet_and_datasets_give_the_same_rows(tmp_path):
+    rows = [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n % 3, "tags": ["a", str(n)]} for n in range(7)]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    jsonl = write_jsonl(folder / "train.jsonl", rows)
+    parquet = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
+    assert load_rows(jsonl, {}, COLUMNS, 0) == rows
+    assert load_rows(str(parquet), {}, COLUMNS, 0) == rows
+    args = {"split": "train", "cache_dir": str(tmp_path / "cache")}
+    assert load_rows(str(folder), args, COLUMNS, 0) == rows
+    with pytest.raises(ValueError, match=r"data\.args\.split must name one split .*\['train'\]"):
+        load_rows(str(folder), {"cache_dir": str(tmp_path / "cache")}, COLUMNS, 0)
+    with pytest.raises(ValueError, match=r"cannot load.*tset"):
+        load_rows(str(folder), {**args, "split": "tset"}, COLUMNS, 0)
+    with pytest.raises(ValueError, match=r"as a whole, got IterableDataset"):
+        load_rows(str(folder), {**args, "streaming": True}, COLUMNS, 0)
+
+
+def test_columns_are_renamed_and_the_others_pass_through(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "a?", "gold": 3, "level": 1}, {"question": "b?", "gold": 4}])
+    rows = load_rows(path, {}, {"prompt": "question", "answer": "gold"}, 0)
+    assert rows == [{"prompt": "a?", "answer": 3, "level": 1}, {"prompt": "b?", "answer": 4, "level": None}]
+    assert load_rows(path, {}, {"prompt": "question", "answer": None}, 0)[1] == {
+        "prompt": "b?",
+        "gold": 4,
+        "level": None,
+    }
+
+
+def test_missing_column_names_the_existing_and_the_nearest(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "a?", "answers": 3}])
+    with pytest.raises(
+        ValueError, match=r"data\.columns\.prompt .*got 'prompt'; the columns are \['answers', 'question'\]"
+    ):
+        load_rows(path, {}, COLUMNS, 0)
+    with pytest.raises(ValueError, match=r"did you mean 'answers'\?; data\.columns\.answer=null"):
+        load_rows(path, {}, {"prompt": "question", "answer": "answer"}, 0)
+    with pytest.raises(ValueError, match=r"data\.columns must map prompt"):
+        load_rows(path, {}, {"prompt": None}, 0)
+
+
+def test_row_without_a_mapped_value_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "answer": "1"}, {"prompt": "b"}])
+    with pytest.raises(ValueError, match=r"row 1: column 'answer' must have a value"):
+        load_rows(path, {}, COLUMNS, 0)
+
+
+@pytest.mark.parametrize("bad", ["{broken", "[1, 2]", '"text"', "\xff\xfe"])
+def test_malformed_jsonl_line_is_named_with_its_number(tmp_path, bad):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"prompt": "a", "answer": "1"}\n\n' + bad.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:3 must be one JSON object"):
+        load_rows(str(path), {}, COLUMNS, 0)
+
+
+def test_empty_data_set_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match="at least one row, got an empty data set"):
+        load_rows(str(tmp_path / "x.jsonl"), {}, COLUMNS, 0)
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "missing.parquet"])
+def test_missing_file_is_refused(source):
+    with pytest.raises(ValueError, match=r"must be an existing file"):
+        load_rows(source, {}, COLUMNS, 0)
+
+
+@pytest.mark.parametrize("source", ["./no/such/folder", "nobody/no-such-data-set"])
+def test_source_that_is_nowhere_is_refused(source):
+    with pytest.raises(ValueError, match=r"data source must be x\.jsonl, .*reasoning_gym:TASK, got"):
+        load_rows(source, {}, COLUMNS, 0)
+
+
+def test_file_that_is_not_parquet_is_refused(tmp_path):
+    (tmp_path / "x.parquet").write_text("not parquet")
+    with pytest.raises(ValueError, match="must be a parquet file"):
+        load_rows(str(tmp_path / "x.parquet"), {}, COLUMNS, 0)
+
+
+def test_arguments_that_a_file_has_no_use_for_are_refused(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "answer": "1"}])
+    with pytest.raises(ValueError, match=r"data\.args must be empty .*data\.args\.split=null"):
+        load_rows(path, {"split": "train"}, COLUMNS, 0)
+    assert load_rows(path, {"split": None}, COLUMNS, 0) == [{"prompt": "a", "answer": "1"}]
+
+
+# Prompts
+
+
+def test_source_must_be_set(tokenizer):
+    with pytest.raises(ValueError, match=r"data\.source must be set"):
+        load_prompts(load_config(None), tokenizer)
+
+
+def test_prompt_rows_carry_ids_columns_and_position(tokenizer, tmp_path):
+    path = write_jsonl(
+        tmp_path / "x.jsonl", [{"prompt": "a?", "answer": "1", "level": 2}, {"prompt": "b?", "answer": "2", "level": 3}]
+    )
+    data = load_prompts(config_for(path), tokenizer)
+    assert [row.prompt for row in data.train] == ["a?", "b?"]
+    assert [row.columns for row in data.train] == [{"answer": "1", "level": 2}, {"answer": "2", "level": 3}]
+    assert [row.index for row in data.train] == [0, 1]
+    assert data.train[1].prompt_ids.dtype == np.int32
+    assert data.train[1].prompt_ids.tolist() == [1, 3 + ord("b"), 3 + ord("?")]
+    assert (data.held_out, data.num_dropped, data.messages) == ([], 0, [])
+
+
+def test_system_prompt_goes_in_front_of_raw_text(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "1+1=", "answer": "2"}])
+    row = load_prompts(config_for(path, "data.system_prompt='Add. '"), tokenizer).train[0]
+    assert row.prompt == "Add. 1+1="
+    assert tokenizer.decode(row.prompt_ids) == "Add. 1+1="
+
+
+def test_chat_prompts_go_through_the_template(tokenizer, tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "1+1=", "answer": "2"}, {"prompt": turns, "answer": "3"}])
+    plain, talk = load_prompts(config_for(path, "data.chat=true"), tokenizer).train
+    assert plain.prompt == [{"role": "user", "content": "1+1="}]
+    assert talk.prompt == turns
+    assert (
+        tokenizer.decode(talk.prompt_ids, skip_special_tokens=False)
+        == "<bos>user: a\nassistant: b\nuser: c\nassistant: "
+    )
+    plain, talk = load_prompts(config_for(path, "data.chat=true", "data.system_prompt=Add."), tokenizer).train
+    assert plain.prompt == [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1="}]
+    assert talk.prompt == [{"role": "system", "content": "Add."}, *turns]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "overrides", "message"),
+    [
+        ([{"role": "user", "content": "a"}], [], r"row 0: data\.chat must be true"),
+        ("", [], r"row 0: the prompt must be text or a list of messages"),
+        (7, [], r"row 0: the prompt must be text or a list of messages .*got 7"),
+        ([], ["data.chat=true"], r"the prompt must be text or a list of messages"),
+        ([{"role": "user"}], ["data.chat=true"], r"the prompt must be text or a list of messages"),
+        (
+            [{"role": "system", "content": "x"}, {"role": "user", "content": "a"}],
+            ["data.chat=true", "data.system_prompt=y"],
+            r"data\.system_prompt must be null",
+        ),
+    ],
+)
+def test_prompt_of_a_wrong_form_is_refused(tokenizer, tmp_path, prompt, overrides, message):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": prompt, "answer": "1"}])
+    with pytest.raises(ValueError, match=message):
+        load_prompts(config_for(path, *overrides), tokenizer)
+
+
+def test_chat_needs_a_template(tmp_path):
+    core = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    bare = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=core))
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "answer": "1"}])
+    with pytest.raises(ValueError, match=r"tokenizer\.chat_template"):
+        load_prompts(config_for(path, "data.chat=true"), bare)
+
+
+def test_long_prompts_are_dropped_counted_and_never_cut(tokenizer, tmp_path):
+    rows = [{"prompt": "x" * n, "answer": "1"} for n in (3, 9, 10, 4)]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    data = load_prompts(config_for(path, "data.max_prompt_length=10"), tokenizer)
+    assert [row.prompt for row in data.train] == ["xxx", "xxxxxxxxx", "xxxx"]  # nine letters and the BOS are ten tokens
+    assert [row.index for row in data.train] == [0, 1, 3]
+    assert data.num_dropped == 1
+    assert data.messages == ["dropped 1 of 4 prompts of data.source longer than data.max_prompt_length=10 tokens"]
+
+
+def test_dropping_every_prompt_is_an_error(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "x" * n, "answer": "1"} for n in (20, 12)])
+    with pytest.raises(ValueError, match=r"got 10; the shortest of 2 has 13 tokens"):
+        load_prompts(config_for(path, "data.max_prompt_length=10"), tokenizer)
+
+
+# The split
+
+
+def test_train_and_held_out_questions_are_disjoint_and_complete(tokenizer):
+    data = load_prompts(load_config(None, [*ARITHMETIC, "data.eval_size=30"]), tokenizer)
+    assert (len(data.train), len(data.held_out)) == (70, 30)
+    assert not questions(data.train) & questions(data.held_out)
+    assert len(questions(data.train) | questions(data.held_out)) == 100
+
+
+def test_reworded_case_and_spacing_is_the_same_question(tokenizer, tmp_path):
+    rows = [
+        {"prompt": text, "answer": str(n)}
+        for n in range(20)
+        for text in (f"What is {n}?", f" what  IS\n{n}? ", f"What is {n}?")
+    ]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    data = load_prompts(config_for(path, "data.eval_size=8"), tokenizer)
+    assert not questions(data.train) & questions(data.held_out)
+    assert len(data.held_out) == len(questions(data.held_out)) == 8  # one row per question
+    assert len(data.train) == 3 * 12  # training keeps its duplicates
+    assert all(row.prompt.startswith("What") for row in data.held_out)  # the first row of each
+
+
+def test_split_depends_on_the_seed_and_not_on_the_order_of_rows(tokenizer, tmp_path):
+    rows = [{"prompt": f"{n}?", "answer": "1"} for n in range(50)]
+    forward = write_jsonl(tmp_path / "forward.jsonl", rows)
+    backward = write_jsonl(tmp_path / "backward.jsonl", rows[::-1])
+    held_out = [
+        questions(load_prompts(config_for(path, "data.eval_size=10", f"seed={seed}"), tokenizer).held_out)
+        for path, seed in ((forward, 0), (backward, 0), (forward, 1))
+    ]
+    assert held_out[0] == held_out[1] != held_out[2]
+
+
+def test_split_compares_questions_without_the_system_prompt_and_chat_form(tokenizer):
+    overrides = [*ARITHMETIC, "data.eval_size=20"]
+    raw = load_prompts(load_config(None, overrides), tokenizer)
+    chat = load_prompts(load_config(None, [*overrides, "data.chat=true", "data.system_prompt=Add."]), tokenizer)
+    prefixed = load_prompts(load_config(None, [*overrides, "data.system_prompt='Add. '"]), tokenizer)
+    assert [row.index for row in raw.held_out] == [row.index for row in chat.held_out]
+    assert [row.index for row in raw.held_out] == [row.index for row in prefixed.held_out]
+
+
+def test_part_of_a_source_never_trains_on_what_the_whole_holds_out(tokenizer):
+    whole = load_prompts(load_config(None, [*ARITHMETIC, "data.eval_size=25"]), tokenizer)
+    part = load_prompts(load_config(None, [*ARITHMETIC, "data.args.size=60", "data.eval_size=25"]), tokenizer)
+    assert len(part.train) == 35
+    assert questions(part.train) & questions(whole.train)
+    assert not questions(part.train) & questions(whole.held_out)
+
+
+def test_questions_of_a_given_eval_source_leave_the_training_rows(tokenizer, tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"Q {n}", "answer": "1"} for n in range(10)])
+    evaluation = write_jsonl(
+        tmp_path / "eval.jsonl",
+        [{"prompt": text, "answer": "1"} for text in ("q  3", "Q 7", "Q 7", "Q 99", "Q 5" + " " * 40)],
+    )
+    config = config_for(train, f"data.eval_source={evaluation}", "data.max_prompt_length=20")
+    data = load_prompts(config, tokenizer)
+    assert [row.prompt for row in data.held_out] == ["q  3", "Q 7", "Q 7", "Q 99"]  # as given, but for the long one
+    assert [row.prompt for row in data.train] == [f"Q {n}" for n in (0, 1, 2, 4, 6, 8, 9)]
+    assert data.num_dropped == 1
+    assert data.messages[0] == "dropped 1 of 5 prompts of data.eval_source longer than data.max_prompt_length=20 tokens"
+    assert data.messages[1].startswith("removed 3 of 10 training rows")
+
+
+def test_chat_messages_and_plain_text_are_the_same_question(tokenizer, tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "A b?", "answer": "1"}, {"prompt": "c?", "answer": "1"}])
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "a  B?"}]
+    evaluation = write_jsonl(tmp_path / "eval.jsonl", [{"prompt": messages, "answer": "1"}])
+    data = load_prompts(config_for(train, f"data.eval_source={evaluation}", "data.chat=true"), tokenizer)
+    assert [row.index for row in data.train] == [1]
+
+
+def test_holding_out_everything_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.eval_size must be < 100, .* got 100"):
+        load_prompts(load_config(None, [*ARITHMETIC, "data.eval_size=100"]), tokenizer)
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "answer": "1"}])
+    with pytest.raises(ValueError, match=r"that data\.eval_source does not"):
+        load_prompts(config_for(path, f"data.eval_source={path}"), tokenizer)
+
+
+# The order of steps
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "prompts_per_step"),
+    [(1, 1), (5, 5), (7, 5), (7, 6), (8, 5), (12, 8), (13, 4), (29, 14), (30, 8), (31, 1)],
+)
+def test_steps_use_every_row_once_an_epoch_and_never_twice_in_a_step(num_rows, prompts_per_step):
+    num_steps = 6 * num_rows  # prompts_per_step * 6 whole epochs
+    steps = [step_indices(num_rows, 3, step, prompts_per_step) for step in range(num_steps)]
+    assert all(len(set(indices.tolist())) == prompts_per_step for indices in steps)
+    epochs = np.concatenate(steps).reshape(-1, num_rows)
+    assert (np.sort(epochs, axis=1) == np.arange(num_rows)).all()
+
+
+def test_each_epoch_and_each_seed_has_its_own_order():
+    epochs = [step_indices(40, 0, step, 40).tolist() for step in range(5)]
+    assert len({tuple(order) for order in epochs}) == 5
+    assert step_indices(40, 1, 0, 40).tolist() != epochs[0]
+    assert step_indices(40, 0, 0, 40).tolist() == epochs[0]
+
+
+def test_order_is_pinned():
+    # Spelled out: a run resumed under another version of numpy or of this code must go on with the same rows.
+    assert [step_indices(10, 0, step, 4).tolist() for step in (0, 2, 1000)] == [
+        [0, 8, 9, 3],
+        [6, 4, 3, 7],
+        [6, 1, 4, 8],
+    ]
+
+
+def test_every_row_can_come_first():
+    firsts = {int(step_indices(6, seed, 0, 1)[0]) for seed in range(100)}
+    assert firsts == set(range(6))
+
+
+def test_more_prompts_than_rows_is_refused():
+    with pytest.raises(ValueError, match=r"grpo\.prompts_per_step must be <= .*got 5 for 4 rows"):
+        step_indices(4, 0, 0, 5)
+    with pytest.raises(ValueError, match=r"sft\.batch_size must be <= "):
+        check_enough_rows(4, 5, key="sft.batch_size")
+    check_enough_rows(5, 5)
+
+
+# Pairs
+
+
+def test_pairs_end_with_eos_and_keep_held_out_questions_out(tokenizer):
+    config = load_config(None, [*ARITHMETIC, "data.eval_size=30"])
+    pairs = load_pairs(config, tokenizer)
+    held_out = {row.prompt for row in load_prompts(config, tokenizer).held_out}
+    assert len(pairs.rows) == 70
+    assert (pairs.num_dropped, pairs.messages) == (0, [])
+    for row in pairs.rows:
+        prompt, completion = tokenizer.decode(row.prompt_ids), tokenizer.decode(row.completion_ids)
+        assert prompt not in held_out
+        assert completion == str(eval(prompt[:-1]))
+        assert row.completion_ids[-1] == 2
+        assert row.completion_ids.tolist().count(2) == 1
+        assert row.prompt_ids.dtype == row.completion_ids.dtype == np.int32
+
+
+def test_completion_column_and_whole_numbers(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "answer": 12, "solution": "because"}])
+    assert tokenizer.decode(load_pairs(config_for(path), tokenizer).rows[0].completion_ids) == "12"
+    other = load_pairs(config_for(path, "sft.completion_column=solution"), tokenizer)
+    assert tokenizer.decode(other.rows[0].completion_ids) == "because"
+    with pytest.raises(ValueError, match=r"sft\.completion_column .*got 'solutions'.*did you mean 'solution'"):
+        load_pairs(config_for(path, "sft.completion_column=solutions"), tokenizer)
+
+
+@pytest.mark.parametrize("answer", [1.5, True, ["a"]])
+def test_completion_that_is_not_text_is_refused(tokenizer, tmp_path, answer):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "answer": answer}])
+    with pytest.raises(ValueError, match=r"row 0: sft\.completion_column 'answer' must hold text or whole numbers"):
+        load_pairs(config_for(path), tokenizer)
+
+
+def test_long_completions_are_dropped_and_counted(tokenizer, tmp_path):
+    rows = [{"prompt": "p", "answer": "1" * n} for n in (2, 3, 4)] + [{"prompt": "p" * 40, "answer": "1"}]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    pairs = load_pairs(config_for(path, "sft.max_completion_length=4", "data.max_prompt_length=20"), tokenizer)
+    assert [len(row.completion_ids) for row in pairs.rows] == [3, 4]
+    assert pairs.num_dropped == 2
+    assert "dropped 1 of 3 completions longer than sft.max_completion_length=4 tokens" in pairs.messages
+    with pytest.raises(ValueError, match=r"got 2; the shortest has 3 tokens with EOS"):
+        load_pairs(config_for(path, "sft.max_completion_length=2", "data.max_prompt_length=20"), tokenizer)
+
+
+def test_chat_completion_follows_the_rendered_prompt(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "hi", "answer": "yes"}])
+    row = load_pairs(config_for(path, "data.chat=true"), tokenizer).rows[0]
+    assert (
+        tokenizer.decode([*row.prompt_ids, *row.completion_ids], skip_special_tokens=False)
+        == "<bos>user: hi\nassistant: yes<eos>"
+    )
+
+
+def test_completion_gets_no_space_that_the_text_does_not_have(tmp_path):
+    words = ["</s>", "\u2581", "a", "b", "=", "\u2581a", "ab"]
+    merges = [("\u2581", "a"), ("a", "b")]
+    core = tokenizers.Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    spaced = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>"))
+    assert spaced.encode("a") == [5]  # text that stands alone gets a space in front
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "b=", "answer": "a"}, {"prompt": "=a", "answer": "b"}])
+    border, inside = load_pairs(config_for(path), spaced).rows
+    assert border.prompt_ids.tolist() + border.completion_ids.tolist() == [1, 3, 4, 2, 0]
+    # The border of =a|b falls inside the token ab: the prompt keeps its own ids.
+    assert inside.prompt_ids.tolist() == spaced.encode("=a")
+    assert inside.completion_ids.tolist() == [*spaced.encode("b"), 0]
+
+
+def test_pairs_need_an_eos(tmp_path):
+    core = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    bare = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=core))
+    path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "answer": "1"}])
+    with pytest.raises(ValueError, match="must have an EOS token"):
+        load_pairs(config_for(path), bare)

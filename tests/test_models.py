@@ -1,0 +1,474 @@
+"""The twins: the same tree, the same numbers bit for bit, one attention rule, with a cache and without."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rl.models import cache as kv
+from rl.models import linen_model, nnx_model, ops
+from rl.models.config import FAMILIES, ModelConfig, RopeScaling, flatten_specs, logical_axes, parameter_specs
+from rl.models.policy import LinenPolicy, NNXPolicy, create_policy
+
+VOCAB = 97
+
+
+def tiny_config(family="llama", **changes):
+    """A model small enough to compile in a second, with every weight large enough to matter."""
+    gemma = family == "gemma3_text"
+    arch = dict(
+        family=family,
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        sliding_window=3 if gemma else None,
+        layer_types=("sliding_attention", "full_attention") if gemma else None,
+    )
+    return ModelConfig.from_arch(**(arch | changes))
+
+
+def noisy_params(config, seed=0):
+    """Parameters whose biases and norms are away from their neutral initial values."""
+    rng, params = np.random.default_rng(seed), {}
+    for path, spec in flatten_specs(parameter_specs(config)):
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        centre = 1.0 if path[-1] == "scale" and not config.is_gemma else 0.0
+        node[path[-1]] = jnp.asarray(centre + 0.3 * rng.normal(size=spec.shape), config.param_dtype)
+    return params
+
+
+def run_hidden(policy, params, batch):
+    return jax.jit(policy.hidden)(params, *batch)
+
+
+def plain_batch(num_rows=3, num_tokens=7, seed=5):
+    tokens = jax.random.randint(jax.random.key(seed), (num_rows, num_tokens), 0, VOCAB)
+    positions = jnp.broadcast_to(jnp.arange(num_tokens), tokens.shape)
+    zeros = jnp.zeros(tokens.shape, jnp.int32)
+    return tokens, positions, zeros, zeros
+
+
+def both(config):
+    return LinenPolicy(config), NNXPolicy(config)
+
+
+def assert_trees_identical(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+# The parameter tree
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_both_twins_draw_the_declared_tree_with_the_same_numbers(family, tied):
+    config = tiny_config(family, tie_word_embeddings=tied)
+    key = jax.random.key(11)
+    linen, nnx_params = (policy.init(key) for policy in both(config))
+    assert_trees_identical(linen, nnx_params)
+    assert_trees_identical(linen, ops.init_params(config, key))
+    shapes = {path: spec.shape for path, spec in flatten_specs(parameter_specs(config))}
+    drawn = {tuple(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(linen)}
+    assert drawn == shapes
+    assert config.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(linen))
+
+
+def test_biases_exist_where_the_family_has_them():
+    llama = parameter_specs(tiny_config("llama", attention_bias=True, mlp_bias=True))["layers_0"]
+    assert {"kernel", "bias"} == set(llama["self_attn"]["o_proj"]) == set(llama["mlp"]["down_proj"])
+    qwen2 = parameter_specs(tiny_config("qwen2"))["layers_1"]["self_attn"]
+    assert qwen2["q_proj"]["bias"].shape == (4, 8) and qwen2["v_proj"]["bias"].shape == (2, 8)
+    assert set(qwen2["o_proj"]) == {"kernel"}
+
+
+def test_logical_axes_name_every_dim():
+    for family in FAMILIES:
+        config = tiny_config(family, tie_word_embeddings=False)
+        axes = logical_axes(config)
+        assert axes["layers_0"]["self_attn"]["q_proj"]["kernel"] == ("embed", "heads", "head_dim")
+        assert axes["layers_0"]["self_attn"]["o_proj"]["kernel"] == ("heads", "head_dim", "embed")
+        assert axes["lm_head"]["kernel"] == ("embed", "vocab")
+        params = jax.eval_shape(lambda key, config=config: ops.init_params(config, key), jax.random.key(0))
+        ranks = jax.tree.map(lambda names, leaf: len(names) == leaf.ndim, axes, params, is_leaf=_is_names)
+        assert all(jax.tree.leaves(ranks))
+
+
+def _is_names(node):
+    return isinstance(node, tuple)
+
+
+def test_initialisation_is_abstract_under_eval_shape_and_equal_in_both_twins_under_jit():
+    config = tiny_config("qwen3")
+    key = jax.random.key(2)
+    for policy in both(config):
+        abstract = jax.eval_shape(policy.init, key)
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
+    under_jit = [jax.jit(policy.init)(key) for policy in both(config)]
+    assert_trees_identical(*under_jit)
+    eager = ops.init_params(config, key)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), under_jit[0], eager)
+
+
+def test_initial_values_have_the_deviation_asked_for_and_differ_between_layers():
+    params = ops.init_params(tiny_config(hidden_size=64, initializer_range=0.5), jax.random.key(0))
+    kernel = params["layers_0"]["mlp"]["gate_proj"]["kernel"]
+    assert abs(float(kernel.std()) - 0.5) < 0.05
+    assert not np.array_equal(kernel, params["layers_1"]["mlp"]["gate_proj"]["kernel"])
+    assert not np.array_equal(kernel, params["layers_0"]["mlp"]["up_proj"]["kernel"])
+
+
+# Linen == NNX
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_twins_agree_bit_for_bit_in_values_and_gradients(family):
+    config = tiny_config(family, tie_word_embeddings=family != "qwen2")
+    params, batch = noisy_params(config), plain_batch()
+
+    def loss_of(policy):
+        def loss(params):
+            hidden = policy.hidden(params, *batch)
+            return jnp.sum(jnp.sin(policy.unembed(params, hidden))), hidden
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    (linen, nnx_result) = (loss_of(policy)(params) for policy in both(config))
+    assert_trees_identical(linen, nnx_result)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(linen[1]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_twins_agree_bit_for_bit_through_the_cache(family):
+    config = tiny_config(family)
+    params, batch = noisy_params(config), plain_batch()
+    results = [
+        jax.jit(policy.extend)(params, *batch, kv.init_cache(config, num_rows=3, num_slots=9)) for policy in both(config)
+    ]
+    assert_trees_identical(*results)
+
+
+@pytest.mark.parametrize("flavour", [False, True])
+def test_rematerialisation_changes_neither_tree_nor_gradients(flavour):
+    plain = tiny_config("qwen3")
+    params, batch = noisy_params(plain), plain_batch()
+    gradients = []
+    for config in (plain, dataclasses.replace(plain, remat="block")):
+        policy = create_policy(config, flavour)
+        assert jax.tree.structure(policy.init(jax.random.key(0))) == jax.tree.structure(params)
+        loss = _hidden_loss(policy, batch)
+        gradients.append(jax.jit(jax.grad(loss))(params))
+        assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(params))) == (config.remat == "block")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *gradients)
+
+
+def _hidden_loss(policy, batch):
+    return lambda params: jnp.sum(jnp.sin(policy.hidden(params, *batch)))
+
+
+def test_rematerialised_twins_agree_bit_for_bit():
+    config = tiny_config("llama", remat="block")
+    params, batch = noisy_params(config), plain_batch()
+    assert_trees_identical(*(jax.jit(jax.grad(_hidden_loss(policy, batch)))(params) for policy in both(config)))
+
+
+def test_replacing_an_nnx_layer_changes_the_nnx_run_only(monkeypatch):
+    config = tiny_config()
+    params, batch = noisy_params(config), plain_batch()
+    linen, nnx_policy = both(config)
+    before = run_hidden(linen, params, batch)
+    monkeypatch.setattr(nnx_model.MLP, "__call__", lambda self, x_BTD: jnp.zeros_like(x_BTD))
+    np.testing.assert_array_equal(run_hidden(linen, params, batch), before)
+    assert float(jnp.abs(run_hidden(nnx_policy, params, batch) - before).max()) > 0.1
+
+
+def test_replacing_a_linen_layer_changes_the_linen_run_only(monkeypatch):
+    config = tiny_config()
+    params, batch = noisy_params(config), plain_batch()
+    linen, nnx_policy = both(config)
+    before = run_hidden(nnx_policy, params, batch)
+    monkeypatch.setattr(linen_model.MLP, "__call__", lambda self, x_BTD: jnp.zeros_like(x_BTD))
+    np.testing.assert_array_equal(run_hidden(nnx_policy, params, batch), before)
+    assert float(jnp.abs(run_hidden(linen, params, batch) - before).max()) > 0.1
+
+
+def test_modules_work_by_hand_and_their_state_is_the_parameter_tree():
+    config = tiny_config("gemma3_text")
+    batch = plain_batch()
+    model = nnx_model.CausalLM(config, nnx.Rngs(params=7))
+    params = nnx.to_pure_dict(nnx.state(model))
+    assert jax.tree.structure(params) == jax.tree.structure(ops.init_params(config, jax.random.key(0)))
+    logits = nnx.jit(model)(*batch)
+    assert logits.shape == (3, 7, VOCAB)
+    by_hand = jax.jit(linen_model.CausalLM(config).apply)({"params": params}, *batch)
+    np.testing.assert_array_equal(logits, by_hand)
+
+
+@pytest.mark.parametrize("flavour", [False, True])
+def test_a_parameter_tree_of_another_model_is_refused(flavour):
+    policy, batch = create_policy(tiny_config(num_layers=3), flavour), plain_batch()
+    with pytest.raises(ValueError, match="parameter layers_2 is missing"):
+        policy.hidden(noisy_params(tiny_config(num_layers=2)), *batch)
+    with pytest.raises(ValueError, match="parameter layers_0/self_attn/q_proj/bias has no place"):
+        policy.hidden(noisy_params(tiny_config("qwen2", num_layers=3)), *batch)
+
+
+# Types
+
+
+@pytest.mark.parametrize("flavour", [False, True])
+def test_float64_stays_float64_end_to_end(flavour):
+    with jax.enable_x64(True):
+        config = tiny_config("gemma3_text", dtype="float64", param_dtype="float64")
+        policy, params, batch = create_policy(config, flavour), noisy_params(config), plain_batch()
+        jaxpr = str(jax.make_jaxpr(lambda p: policy.unembed(p, policy.hidden(p, *batch)))(params))
+        assert "f64[" in jaxpr and "f32[" not in jaxpr
+        cached, cache = jax.jit(policy.extend)(params, *batch, kv.init_cache(config, 3, 8))
+        assert cached.dtype == cache.own.keys[0].dtype == jnp.float64
+        np.testing.assert_allclose(cached, run_hidden(policy, params, batch), rtol=0, atol=1e-12)
+
+
+def test_float64_is_refused_while_jax_keeps_to_32_bits():
+    config = tiny_config(dtype="float64", param_dtype="float64")
+    with pytest.raises(ValueError, match="JAX_ENABLE_X64"):
+        ops.init_params(config, jax.random.key(0))
+
+
+def test_bfloat16_computes_in_bfloat16_and_gives_float32_logits_near_the_float32_ones():
+    config = tiny_config("qwen3")
+    params, batch = noisy_params(config), plain_batch()
+    low = NNXPolicy(dataclasses.replace(config, dtype="bfloat16"))
+    hidden = run_hidden(low, params, batch)
+    logits = low.unembed(params, hidden)
+    assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+    exact = NNXPolicy(config).unembed(params, run_hidden(NNXPolicy(config), params, batch))
+    assert float(jnp.abs(logits - exact).mean()) < 0.1 * float(jnp.abs(exact).mean())
+
+
+# The attention rule
+
+
+def test_visible_follows_group_branch_position_and_window():
+    # prompt of two tokens, two branches of two tokens, one token of another group, one padding token
+    positions = np.array([0, 1, 2, 3, 2, 3, 0, 0])
+    groups = np.array([0, 0, 0, 0, 0, 0, 1, -1])
+    branches = np.array([0, 0, 1, 1, 2, 2, 0, 0])
+    expected = np.array(
+        [
+            [1, 0, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 1, 0, 0, 0],
+            [1, 1, 0, 0, 1, 1, 0, 0],
+            [0, 0, 0, 0, 0, 0, 1, 0],
+            [0, 0, 0, 0, 0, 0, 0, 1],
+        ],
+        bool,
+    )
+    labels = tuple(jnp.asarray(x) for x in (positions, groups, branches))
+    np.testing.assert_array_equal(ops.visible(*labels, *labels), expected)
+    near = expected & (positions[:, None] - positions[None, :] < 2)
+    np.testing.assert_array_equal(ops.visible(*labels, *labels, window=2), near)
+
+
+def test_attention_is_the_textbook_sum_with_repeated_heads():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(2, 5, 4, 8)), rng.normal(size=(2, 6, 2, 8)), rng.normal(size=(2, 6, 2, 8))
+    mask = rng.random((2, 5, 6)) < 0.6
+    mask[:, :, 0] = True
+    with jax.enable_x64(True):
+        got = ops.attention(*(jnp.asarray(x) for x in (q, k, v, mask)), scale=0.3)
+    scores = 0.3 * np.einsum("btnh,bsnh->bnts", q, np.repeat(k, 2, axis=2))
+    weights = np.where(mask[:, None], np.exp(scores), 0.0)
+    expected = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), np.repeat(v, 2, axis=2))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+
+
+def test_gelu_and_rope_scaling_follow_their_formulas():
+    x = jnp.linspace(-3, 3, 9)
+    assert float(jnp.abs(ops.activation(x, "gelu") - ops.activation(x, "gelu_tanh")).max()) > 1e-5
+    plain = ops.rope_frequencies(8, 100.0, RopeScaling())
+    np.testing.assert_allclose(plain, [1.0, 100**-0.25, 0.1, 100**-0.75])
+    linear = ops.rope_frequencies(8, 100.0, RopeScaling("linear", factor=4.0))
+    np.testing.assert_allclose(linear, plain / 4)
+    scaling = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+    llama3 = ops.rope_frequencies(8, 100.0, scaling)
+    # 5.1 turns: kept; 1.6 turns: blended; 0.5 and 0.16 turns: slowed
+    blend = (32 * plain[1] / (2 * np.pi) - 1) / 3
+    expected = [plain[0], blend * plain[1] + (1 - blend) * plain[1] / 8, plain[2] / 8, plain[3] / 8]
+    np.testing.assert_allclose(llama3, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_packing_and_padding_change_no_token(family):
+    """Two prompts with two completions each, alone, and packed into one row with a shared prompt and padding between."""
+    config = tiny_config(family)
+    policy, params = NNXPolicy(config), noisy_params(config)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, VOCAB, 4), rng.integers(0, VOCAB, 2)]
+    completions = [[rng.integers(0, VOCAB, n) for n in lengths] for lengths in ((3, 5), (4, 1))]
+    tokens, positions, groups, branches, expected = [], [], [], [], []
+    for group, (prompt, branch_tokens) in enumerate(zip(prompts, completions, strict=True)):
+        parts = [(prompt, 0, 0)] + [(c, len(prompt), i + 1) for i, c in enumerate(branch_tokens)]
+        parts.append((np.zeros(2, int), 0, 0))
+        for i, (part, start, branch) in enumerate(parts):
+            padding = i == len(parts) - 1
+            tokens.extend(part)
+            positions.extend(range(start, start + len(part)))
+            groups.extend([-1 if padding else group] * len(part))
+            branches.extend([branch] * len(part))
+            alone = np.concatenate([prompt, part]) if branch else part
+            zeros = np.zeros((1, len(alone)), int)
+            hidden = run_hidden(policy, params, (alone[None], np.arange(len(alone))[None], zeros, zeros))
+            expected.append(np.full((2, 16), np.nan) if padding else np.asarray(hidden[0, start:]))
+    labels = tuple(jnp.asarray(x, jnp.int32)[None] for x in (tokens, positions, groups, branches))
+    packed = run_hidden(policy, params, labels)
+    expected = np.concatenate(expected)
+    real = np.array(groups) >= 0
+    assert np.isfinite(packed).all()
+    np.testing.assert_allclose(packed[0][real], expected[real], rtol=0, atol=2e-5)
+
+
+def test_gradients_are_finite_when_a_row_is_all_padding():
+    config = tiny_config("gemma3_text")
+    policy, params = NNXPolicy(config), noisy_params(config)
+    tokens, positions, groups, branches = plain_batch()
+    groups = groups.at[1].set(-1).at[2, 4:].set(-1)
+    batch = tokens, positions, groups, branches
+    gradient = jax.jit(jax.grad(_hidden_loss(policy, batch)))(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    # what padding computes reaches no real token
+    hidden, other = (run_hidden(policy, params, (t, *batch[1:])) for t in (tokens, tokens.at[2, 4:].set(3)))
+    np.testing.assert_array_equal(other[2, :4], hidden[2, :4])
+    assert float(jnp.abs(other[2, 4:] - hidden[2, 4:]).max()) > 0.01
+
+
+# The cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("flavour", [False, True])
+def test_decoding_with_a_shared_prefix_gives_the_hidden_states_of_whole_sequences(family, flavour):
+    """Ragged prompts are prefilled once each; three samples per prompt then grow token by token, over a grown cache."""
+    config = tiny_config(family)
+    policy, params = create_policy(config, flavour), noisy_params(config)
+    lengths_P, num_samples, num_new = np.array([5, 3]), 3, 4
+    rng = np.random.default_rng(1)
+    prompts_PT = rng.integers(0, VOCAB, (2, 5))
+    new_BT = rng.integers(0, VOCAB, (6, num_new))
+    positions_PT = np.broadcast_to(np.arange(5), (2, 5))
+    groups_PT = np.where(positions_PT < lengths_P[:, None], 0, -1)
+    extend, hidden_of = jax.jit(policy.extend), jax.jit(policy.hidden)
+    cache = kv.init_cache(config, num_rows=2, num_slots=5)
+    prefill, cache = extend(params, prompts_PT, positions_PT, groups_PT, np.zeros_like(groups_PT), cache)
+    cache = kv.share_prefix(cache, num_samples, num_slots=2)
+    assert cache.prefix.keys[0].shape == (2, 5, 2, 8) and cache.own.keys[0].shape == (6, 2, 2, 8)
+    lengths_B, labels_B1 = np.repeat(lengths_P, num_samples), np.zeros((6, 1), int)
+    decoded = []
+    for step in range(num_new):
+        if step == 2:
+            cache = kv.grow(cache, 6)
+        hidden, cache = extend(
+            params, new_BT[:, step, None], (lengths_B + step)[:, None], labels_B1, labels_B1 + 1, cache
+        )
+        decoded.append(hidden[:, 0])
+    assert int(cache.cursor) == num_new
+    for row in range(6):
+        prompt = prompts_PT[row // num_samples][: lengths_B[row]]
+        whole = np.concatenate([prompt, new_BT[row]])[None]
+        zeros = np.zeros_like(whole)
+        expected = hidden_of(params, whole, np.arange(whole.shape[1])[None], zeros, zeros)[0]
+        np.testing.assert_allclose(prefill[row // num_samples][: len(prompt)], expected[: len(prompt)], atol=2e-5)
+        np.testing.assert_allclose(jnp.stack(decoded)[:, row], expected[len(prompt) :], rtol=0, atol=2e-5)
+
+
+def test_decoding_copies_no_cache():
+    """In the compiled decode loop the only operations as large as a layer's cache are its updates in place."""
+    config = tiny_config(num_heads=4, num_kv_heads=2)
+    policy, params = NNXPolicy(config), noisy_params(config)
+    num_rows, num_slots = 4, 256
+
+    def decode(params, cache, tokens_B1):
+        def step(carry):
+            count, cache, tokens_B1 = carry
+            labels = jnp.zeros_like(tokens_B1)
+            hidden, cache = policy.extend(params, tokens_B1, labels + count, labels, labels, cache)
+            logits = policy.unembed(params, hidden[:, -1])
+            return count + 1, cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 100, step, (jnp.int32(0), cache, tokens_B1))
+
+    cache = kv.init_cache(config, num_rows, num_slots)
+    arguments = params, cache, jnp.zeros((num_rows, 1), jnp.int32)
+    compiled = jax.jit(decode, donate_argnums=1).lower(*arguments).compile()
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < cache.own.keys[0].nbytes
+
+
+def test_cache_sizes_that_do_not_fit_are_refused():
+    config = tiny_config()
+    cache = kv.init_cache(config, num_rows=2, num_slots=4)
+    with pytest.raises(ValueError, match="num_slots must be >= the 4 slots there are, got 3"):
+        kv.grow(cache, 3)
+    with pytest.raises(ValueError, match="num_rows must be a multiple of the prefix's 2 rows, got 3"):
+        kv.init_cache(config, 3, 4, prefix=cache.own)
+    with pytest.raises(ValueError, match="no prefix yet"):
+        kv.share_prefix(kv.share_prefix(cache, 2, 4), 2, 4)
+
+
+# ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"head_dim": None, "hidden_size": 18}, "give head_dim"),
+        ({"family": "mamba"}, "family must be one of llama, qwen2, qwen3, gemma3_text, got 'mamba'"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"remat": "full"}, "remat must be one of none, block, got 'full'"),
+        ({"activation": "relu"}, "activation must be one of"),
+        ({"vocab_size": 0}, "vocab_size must be > 0, got 0"),
+        ({"eos_token_ids": (1, 97)}, r"eos_token_ids must be in \[0, vocab_size = 97\), got 97"),
+        ({"layer_types": ("full_attention",)}, "layer_types must name 2 layers"),
+        ({"layer_types": ("sliding_attention",) * 2, "sliding_window": 4}, "gemma3_text only, got family llama"),
+        ({"family": "gemma3_text", "layer_types": ("sliding_attention",) * 2}, "sliding_window must be >= 1"),
+        ({"family": "qwen2", "attention_bias": False}, "attention_bias must be true for qwen2"),
+        ({"family": "qwen3", "mlp_bias": True}, "mlp_bias must be false for qwen3"),
+        ({"query_pre_attn_scalar": 3.0}, "query_pre_attn_scalar must equal head_dim"),
+    ],
+)
+def test_architectures_that_do_not_fit_are_refused(changes, message):
+    arch = dict(
+        family="llama", vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, head_dim=8
+    )
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_arch(**(arch | changes))
+
+
+def test_rope_scaling_that_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match="rope_scaling kind must be one of"):
+        RopeScaling("yarn")
+    with pytest.raises(ValueError, match="factor must be >= 1"):
+        RopeScaling("linear", factor=0.5)
+    with pytest.raises(ValueError, match="low_freq_factor < high_freq_factor"):
+        RopeScaling("llama3", 8.0, low_freq_factor=4.0, high_freq_factor=1.0)
+
+
+def test_every_sixth_gemma_layer_is_global():
+    config = tiny_config("gemma3_text", num_layers=7, layer_types=None)
+    assert [name == "full_attention" for name in config.layer_types] == [False] * 5 + [True, False]

@@ -1,0 +1,136 @@
+import math
+import random
+
+import pytest
+
+from rl.metrics import MetricsWriter
+from rl.tools.report import Run, format_table, main, read_runs, smooth, summarize
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def write_run(folder, seed, num_steps=60, without=()):
+    """A run whose reward rises from about 0.3 to about 0.9, with noise, evaluated before and during training."""
+    noise = random.Random(seed)
+    with MetricsWriter(folder, 0) as writer:
+        writer.write({"step": 0, "eval/accuracy": 0.25})
+        for step in range(1, num_steps + 1):
+            row = {
+                "step": step,
+                "reward/mean": 0.3 + 0.6 * step / num_steps + noise.gauss(0, 0.02),
+                "kl": 0.001 * step,
+                "entropy": math.exp(-step / 30),
+                "completion_length/mean": 12.0 + noise.random(),
+                "completion_length/max": 20,
+                "seconds/rollout": 0.5 if step == 1 else 0.1,
+                "seconds/step": 1.0,
+                "tokens_per_second/rollout": 100.0 if step == 1 else 1000.0,
+                "peak_memory_gb": 1.25,
+            }
+            if step % 20 == 0:
+                row["eval/accuracy"] = 0.25 + 0.01 * step
+            writer.write({name: value for name, value in row.items() if name not in without})
+
+
+def read_png_size(path):
+    content = path.read_bytes()
+    assert content.startswith(PNG_SIGNATURE)
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+def test_report_writes_a_picture_into_the_run_folder_and_prints_its_path(tmp_path, capsys):
+    write_run(tmp_path / "sums", seed=0)
+    assert main([str(tmp_path / "sums")]) == 0
+    width, height = read_png_size(tmp_path / "sums" / "reward.png")
+    assert width > 1000
+    assert height > 800
+    output = capsys.readouterr().out
+    assert f"curves: {tmp_path / 'sums' / 'reward.png'}" in output
+    assert "held-out accuracy, after   85.0% (step 60)" in output
+
+
+def test_summary_tells_what_the_run_did(tmp_path):
+    write_run(tmp_path / "sums", seed=0)
+    (run,) = read_runs([tmp_path / "sums"])
+    summary = summarize(run)
+    assert summary["steps"] == "60"
+    assert 0.28 < float(summary["reward, first"]) < 0.36
+    assert 0.84 < float(summary["reward, last"]) < 0.94
+    assert float(summary["reward, best"].split()[0]) >= float(summary["reward, last"]) - 0.02
+    assert summary["held-out accuracy, before"] == "25.0% (step 0)"
+    assert summary["KL, last"] == "0.0600"
+    assert summary["time in steps"] == "1m00s"
+    assert summary["peak memory"] == "1.25 GB"
+
+
+def test_mean_speed_is_weighted_by_time(tmp_path):
+    write_run(tmp_path / "sums", seed=0)
+    (run,) = read_runs([tmp_path / "sums"])
+    tokens, seconds = 100 * 0.5 + 59 * 1000 * 0.1, 0.5 + 59 * 0.1
+    assert summarize(run)["tokens/s, rollout"] == f"{tokens / seconds:.0f}"
+
+
+def test_several_runs_share_one_picture_and_one_table(tmp_path, capsys):
+    write_run(tmp_path / "nnx", seed=0)
+    write_run(tmp_path / "linen", seed=1, without=("kl", "eval/accuracy"))
+    output = tmp_path / "plots" / "both.png"
+    assert main([str(tmp_path / "nnx"), str(tmp_path / "linen"), "--output", str(output)]) == 0
+    read_png_size(output)
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["nnx", "linen"]
+    (kl_line,) = [line for line in lines if line.startswith("KL, last")]
+    assert kl_line.split()[-2:] == ["0.0600", "-"]
+
+
+def test_runs_in_folders_of_one_name_are_told_apart_by_path(tmp_path):
+    for parent in ("a", "b"):
+        write_run(tmp_path / parent / "run", seed=0, num_steps=2)
+    names = [run.name for run in read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])]
+    assert names == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+
+
+def test_a_supervised_run_shows_its_loss(tmp_path, capsys):
+    with MetricsWriter(tmp_path, 0) as writer:
+        for step in range(1, 41):
+            writer.write({"step": step, "loss": 4.0 / step, "kl": math.nan})
+    assert main([str(tmp_path)]) == 0
+    assert "loss, first  3.000" in capsys.readouterr().out
+    read_png_size(tmp_path / "reward.png")
+
+
+def test_a_run_of_one_step_can_be_reported(tmp_path):
+    write_run(tmp_path, seed=0, num_steps=1)
+    assert main([str(tmp_path)]) == 0
+
+
+def test_an_empty_run_is_refused(tmp_path):
+    MetricsWriter(tmp_path, 0).close()
+    with pytest.raises(ValueError, match="must hold at least one step"):
+        main([str(tmp_path)])
+
+
+def test_a_picture_format_that_is_not_known_is_refused(tmp_path):
+    write_run(tmp_path, seed=0, num_steps=2)
+    with pytest.raises(ValueError, match=r"must end in one of \.png"):
+        main([str(tmp_path), "--output", str(tmp_path / "curve.bmp")])
+
+
+def test_a_run_without_anything_to_draw_is_refused(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write({"step": 1, "lr": 0.1})
+    with pytest.raises(ValueError, match="to be drawn"):
+        main([str(tmp_path)])
+
+
+def test_smoothing_starts_at_the_first_value_keeps_constants_and_lags_less_than_its_window():
+    assert smooth([3.0, 5.0], window=4)[0] == 3.0
+    assert smooth([2.0] * 9, window=4) == pytest.approx([2.0] * 9)
+    assert smooth([1.0, 4.0, 2.0], window=1) == [1.0, 4.0, 2.0]
+    step_response = smooth([0.0] * 20 + [1.0] * 20, window=4)
+    assert 0.8 < step_response[24] < 1.0
+
+
+def test_null_values_are_left_out_of_a_series():
+    run = Run("x", [{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}, {"step": 3}, {"step": 4, "kl": 0.25}])
+    assert run.series("kl") == ([1, 4], [0.5, 0.25])
+    assert format_table([run]).splitlines()[1].split() == ["steps", "4"]

@@ -1,0 +1,558 @@
+"""The isolated reward runner: what user code may do without harming a step. Every test runs real worker processes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rewards.batch import COUNTS
+from rewards.contract import RewardSpec
+from rewards.runner import RewardRunner, check_on_gold
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a reward file; the result makes a spec of one of its functions."""
+
+    def write_file(code: str):
+        path = tmp_path / "my_rewards.py"
+        path.write_text("import asyncio, os, sys, time\n" + textwrap.dedent(code))
+        return lambda name, weight=1.0, **kwargs: RewardSpec(name, f"{path}:{name}", weight, kwargs)
+
+    return write_file
+
+
+def run(specs, completions, num_workers=2, timeout=5.0, columns=None, completion_ids=None, **options):
+    columns = columns or {}
+    with RewardRunner(specs, list(columns), num_workers, timeout, **options) as runner:
+        return runner.score(["p"] * len(completions), completions, columns, completion_ids)
+
+
+def column(result, position=0):
+    return [row[position] for row in result.rewards]
+
+
+def counts(**expected):
+    return dict.fromkeys(COUNTS, 0) | expected
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.02)
+    return condition()
+
+
+# What a well-behaved function gets.
+
+STYLES = """
+    def batch(prompts, completions, answer, **kwargs):
+        return [float(c == a) for c, a in zip(completions, answer)]
+
+    def sample(completion, answer, offset): return len(completion) + offset
+
+    def compute_score(data_source, solution_str, ground_truth, extra_info):
+        return {"score": float(solution_str == ground_truth), "acc": 1}
+
+    async def async_batch(completions, completion_ids, **kwargs):
+        await asyncio.sleep(0.01)
+        return [len(ids) for ids in completion_ids]
+
+    async def async_sample(completion, state):
+        await asyncio.sleep(0.02 / (1 + len(completion)))
+        return state["answer"].count("a")
+"""
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_every_style_gives_the_same_rewards_for_any_number_of_workers(write, num_workers):
+    spec = write(STYLES)
+    specs = [spec("batch"), spec("sample", offset=10), spec("compute_score"), spec("async_batch"), spec("async_sample")]
+    completions = ["a", "bb", "", "aa", "c" * 50, "aab", "x"]
+    answers = ["a", "b", "", "aa", "", "aab", "y"]
+    ids = [[1] * n for n in (3, 1, 0, 2, 9, 4, 5)]
+    result = run(specs, completions, num_workers, columns={"answer": answers, "unused": [0] * 7}, completion_ids=ids)
+    equal = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    assert column(result, 0) == equal
+    assert column(result, 1) == [11, 12, 10, 12, 60, 13, 11]
+    assert column(result, 2) == equal
+    assert column(result, 3) == [3, 1, 0, 2, 9, 4, 5]
+    assert column(result, 4) == [1, 0, 0, 2, 0, 2, 0]
+    assert result.counts == {spec.name: counts() for spec in specs}
+    assert result.problems == []
+    assert set(result.seconds) == {spec.name for spec in specs}
+    assert all(seconds > 0 for seconds in result.seconds.values())
+
+
+def test_batch_function_sees_the_whole_batch_in_one_process_at_every_step(write):
+    spec = write("""
+        calls = []
+        def best(completions):
+            calls.append(len(completions))
+            longest = max(len(c) for c in completions)
+            return [float(len(c) == longest) + 10 * len(calls) for c in completions]
+    """)
+    with RewardRunner([spec("best")], [], 3, 5.0) as runner:
+        for step in (1, 2, 3):
+            result = runner.score(["p"] * 5, ["a", "aaa", "aa", "aaa", ""], {})
+            assert column(result) == [10 * step + value for value in (0, 1, 0, 1, 0)]
+
+
+def test_elementwise_function_is_spread_over_the_workers(write):
+    spec = write(f"""
+        sys.path.insert(0, {str(ROOT)!r})
+        from rewards.contract import elementwise
+        @elementwise
+        def pid(completions):
+            time.sleep(0.05)
+            return [os.getpid() + len(completions) / 10] * len(completions)
+    """)
+    pids = column(run([spec("pid")], ["c"] * 16, num_workers=2))
+    assert len(set(pids)) == 2
+    assert all(round(pid % 1, 3) == 0.1 for pid in pids)  # batches of one
+
+
+def test_async_samples_run_at_the_same_time(write):
+    spec = write("""
+        running, everyone = [], None
+        async def together(completion):
+            global everyone
+            everyone = everyone or asyncio.Event()
+            running.append(1)
+            if len(running) == 6:
+                everyone.set()
+            await everyone.wait()  # for ever, when called one after another
+            return 1
+    """)
+    assert column(run([spec("together")], ["c"] * 6, num_workers=1, timeout=3.0)) == [1] * 6
+
+
+def test_chat_messages_and_columns_arrive_unchanged(write):
+    spec = write("""
+        def seen(prompts, completions, row, image, **kwargs):
+            assert prompts[0] == [{"role": "user", "content": "hi"}], prompts
+            assert completions[0] == [{"role": "assistant", "content": "yo"}], completions
+            assert row == [{"x": [1, 2], "y": None}] and image == [b"\\x00\\xff"], (row, image)
+            return [1]
+    """)
+    columns = {"row": [{"x": np.array([1, 2]), "y": None}], "image": [b"\x00\xff"]}
+    with RewardRunner([spec("seen")], list(columns), 1, 5.0) as runner:
+        prompt, completion = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yo"}]
+        result = runner.score([prompt], [completion], columns)
+    assert result.problems == []
+    assert column(result) == [1]
+
+
+def test_large_batch_passes_the_pipes(write):
+    spec = write("def size(completion, **kwargs): return len(completion)")
+    completions = ["x" * (10_000 + i) for i in range(300)]
+    assert column(run([spec("size")], completions)) == [10_000 + i for i in range(300)]
+
+
+def test_empty_batch_is_an_empty_result(write):
+    spec = write("def f(completions): raise RuntimeError")
+    result = run([spec("f")], [])
+    assert (result.rewards, result.counts["f"], result.problems) == ([], counts(), [])
+
+
+def test_worker_imports_neither_jax_nor_the_toolkit(write):
+    spec = write("def heavy(completion): return len({'jax', 'rl', 'numpy', 'sympy'} & set(sys.modules))")
+    assert column(run([spec("heavy")], ["c"])) == [0]
+
+
+def test_string_hashes_are_the_same_in_every_run(write, monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    spec = write("def first(completion): return hash(completion) % 1000003")
+    assert column(run([spec("first")], ["c", "d"])) == column(run([spec("first")], ["c", "d"]))
+
+
+def test_modules_come_from_the_working_directory_and_its_rewards_folder_hides_nothing(tmp_path, monkeypatch):
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
+    (tmp_path / "local_reward_module.py").write_text("def f(completion): return 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert column(run([RewardSpec("f", "local_reward_module:f", 1.0, {})], ["c"])) == [3]
+    assert column(run([RewardSpec("f", "./local_reward_module.py:f", 1.0, {})], ["c"])) == [3]
+
+
+# What a misbehaving function costs: the sample, never the step.
+
+CULPRITS = """
+    import ctypes, re
+    def act(text):
+        if text == "raise": raise KeyError("no such thing")
+        if text == "exit": sys.exit(0)
+        if text == "interrupt": raise KeyboardInterrupt
+        if text == "quit": os._exit(0)
+        if text == "segfault": ctypes.string_at(0)
+        if text == "sleep": time.sleep(60)
+        if text == "backtrack": re.match("(a+)+$", "a" * 60 + "b")
+        return {"nan": float("nan"), "inf": -float("inf"), "str": "1.0", "list": [1.0], "huge": 10**400}.get(text, 1)
+    def batch(prompts, completions, **kwargs): return [act(c) for c in completions]
+    def sample(completion): return act(completion)
+    async def async_batch(completions): return [act(c) for c in completions]
+    async def async_sample(completion): return act(completion)
+"""
+STYLE_NAMES = ["batch", "sample", "async_batch", "async_sample"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("raise", "exception", "KeyError: 'no such thing' (my_rewards.py:"),
+        ("exit", "exception", "SystemExit: 0"),
+        ("interrupt", "exception", "KeyboardInterrupt"),
+        ("quit", "crash", "died with exit code 0"),
+        ("segfault", "crash", "died by signal 11"),
+        ("nan", "not_a_number", "finite"),
+        ("inf", "not_a_number", "finite"),
+        ("str", "not_a_number", "'1.0'"),
+        ("list", "not_a_number", "list [1.0]"),
+        ("huge", "not_a_number", "int"),
+    ],
+)
+def test_failure_is_isolated_to_its_sample_counted_and_shown(write, tmp_path, text, kind, message):
+    spec = write(CULPRITS)
+    completions = ["fine", "ok", text, "good", "well"]
+    result = run([spec(name) for name in STYLE_NAMES], completions, log_path=tmp_path / "log")
+    for position, name in enumerate(STYLE_NAMES):
+        assert column(result, position) == [1, 1, None, 1, 1], name
+        assert result.counts[name] == counts(**{kind: 1}), name
+        shown = [problem for problem in result.problems if f"{name!r} sample 2: {kind}" in problem]
+        assert len(shown) == 1, result.problems
+        assert message in shown[0]
+
+
+@pytest.mark.parametrize("text", ["sleep", "backtrack"])  # the second holds the interpreter lock in C code
+def test_hang_is_isolated_to_its_sample(write, tmp_path, text):
+    spec = write(CULPRITS)
+    names = ["batch", "sample", "async_sample"]
+    result = run([spec(name) for name in names], ["fine", text, "good"], 3, timeout=0.6, log_path=tmp_path / "log")
+    for position, name in enumerate(names):
+        assert column(result, position) == [1, None, 1], name
+        assert result.counts[name] == counts(timeout=1), name
+    assert "in act" in (tmp_path / "log").read_text()  # the stack at the time of the kill
+
+
+def test_slow_async_sample_is_cancelled_and_the_others_are_kept(write):
+    spec = write("""
+        async def wait(completion):
+            await asyncio.sleep(60 if completion == "slow" else 0.01)
+            return os.getpid()
+    """)
+    with RewardRunner([spec("wait")], [], 1, 0.6) as runner:
+        first = runner.score(["p"] * 3, ["a", "slow", "b"], {})
+        second = runner.score(["p"] * 3, ["a", "slow", "b"], {})
+    assert first.counts["wait"] == counts(timeout=1)
+    assert column(first)[1] is None
+    assert column(first)[0] == column(second)[0] is not None  # no process had to die
+
+
+def test_several_culprits_of_different_kinds_are_each_counted(write, tmp_path):
+    spec = write(CULPRITS)
+    completions = ["quit", "a", "raise", "nan", "b", "sleep", "raise", "segfault"]
+    result = run([spec("batch"), spec("sample")], completions, timeout=0.6, log_path=tmp_path / "log")
+    for position, name in enumerate(["batch", "sample"]):
+        assert column(result, position) == [None, 1, None, None, 1, None, None, None]
+        assert result.counts[name] == counts(crash=2, exception=2, not_a_number=1, timeout=1)
+    assert "reward 'sample': 3 more" in result.problems
+
+
+def test_wrong_length_costs_only_the_sample_that_causes_it(write):
+    spec = write("def drops(completions): return [len(c) for c in completions if c]")
+    result = run([spec("drops")], ["aa", "", "b"])
+    assert column(result) == [2, None, 1]
+    assert result.counts["drops"] == counts(wrong_length=1)
+    assert "batch call: returned 2 rewards for 3 completions" in result.problems[0]
+
+
+def test_failed_batch_call_is_counted_even_where_no_single_sample_fails(write):
+    spec = write("def one(completions): return [0.5]")
+    result = run([spec("one")], ["a", "b", "c"])
+    assert column(result) == [0.5] * 3
+    assert result.counts["one"] == counts(wrong_length=1)
+    assert "returned 1 rewards for 3 completions; called again for one sample at a time" in result.problems[0]
+
+
+@pytest.mark.parametrize("value", ["None", "0.5", "'ab'", "{0: 1.0, 1: 2.0}"])
+def test_batch_function_that_returns_no_list_is_a_wrong_length(write, value):
+    spec = write(f"def f(completions): return {value}")
+    result = run([spec("f")], ["a", "b"])
+    assert column(result) == [None, None]
+    assert result.counts["f"] == counts(wrong_length=2)
+
+
+def test_whatever_has_a_float_is_a_reward(write):
+    spec = write("""
+        import numpy as np
+        from decimal import Decimal
+        values = [True, 2, np.float32(0.5), np.int64(3), Decimal("0.25"), np.array(4.0), None, np.array([1.0]), np.bool_(1)]
+        def sample(completion): return values[int(completion)]
+        def array(completions): return np.arange(len(completions))
+    """)
+    result = run([spec("sample"), spec("array")], [str(i) for i in range(9)])
+    assert column(result, 0) == [1.0, 2.0, 0.5, 3.0, 0.25, 4.0, None, None, 1.0]
+    assert result.counts["sample"] == counts(none=1, not_a_number=1)
+    assert column(result, 1) == list(range(9))
+
+
+def test_prints_and_reads_of_user_code_do_not_touch_the_protocol(write, tmp_path):
+    spec = write("""
+        print("hello from import")
+        def loud(completion):
+            print("hello from call", completion)
+            sys.__stdout__.write("raw"); sys.__stdout__.flush()
+            os.write(1, b"descriptor one\\n")
+            os.system("echo from a shell")
+            return len(sys.stdin.read())
+    """)
+    result = run([spec("loud")], ["c"], log_path=tmp_path / "log")
+    assert column(result) == [0]
+    log = (tmp_path / "log").read_text()
+    for line in ("hello from import", "hello from call c", "raw", "descriptor one", "from a shell"):
+        assert line in log
+
+
+def test_traceback_goes_to_the_log_once(write, tmp_path):
+    spec = write(CULPRITS)
+    run([spec("sample")], ["raise"] * 8, num_workers=1, log_path=tmp_path / "log")
+    assert (tmp_path / "log").read_text().count("Traceback") == 1
+
+
+def test_processes_started_by_a_hung_function_die_with_it(write, tmp_path):
+    spec = write(f"""
+        import subprocess
+        def hang(completion):
+            child = subprocess.Popen(["sleep", "60"])
+            open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+            child.wait()
+    """)
+    result = run([spec("hang")], ["c"], timeout=0.4)
+    assert result.counts["hang"] == counts(timeout=1)
+    child = int((tmp_path / "pid").read_text())
+    assert wait_until(lambda: not is_running(child), 5.0)
+
+
+def test_crash_is_seen_although_a_forked_child_holds_the_pipe(write):
+    spec = write("""
+        def orphan(completion):
+            if completion == "bad":
+                if os.fork() == 0:
+                    time.sleep(30)
+                os._exit(3)
+            return 1
+    """)
+    result = run([spec("orphan")], ["a", "bad", "b"], timeout=20.0)
+    assert column(result) == [1, None, 1]
+    assert result.counts["orphan"] == counts(crash=1)
+
+
+def test_function_that_cannot_be_loaded_again_after_a_crash_loses_samples_not_the_step(write, tmp_path):
+    spec = write(CULPRITS)
+    with RewardRunner([spec("sample")], [], 1, 5.0) as runner:
+        write("def sample(:")
+        result = runner.score(["p"] * 8, ["a", "quit", "b", "c", "d", "e", "f", "g"], {})
+        assert column(result)[:2] == [1, None]
+        assert result.counts["sample"]["crash"] == 1
+        assert result.counts["sample"]["exception"] == 6
+        assert any("does not import: SyntaxError" in problem for problem in result.problems)
+        write(CULPRITS)
+        assert column(runner.score(["p"], ["a"], {})) == [1]
+
+
+def test_worker_that_dies_between_steps_is_replaced(write):
+    spec = write("def pid(completions): return [os.getpid()]")
+    with RewardRunner([spec("pid")], [], 1, 5.0) as runner:
+        pid = int(column(runner.score(["p"], ["a"], {}))[0])
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: not is_running(pid), 5.0)
+        result = runner.score(["p"], ["a"], {})
+    assert result.problems == []
+    assert column(result)[0] not in (None, pid)
+
+
+def test_interrupted_score_does_not_leak_into_the_next_one(write):
+    spec = write("""
+        def slow(completions):
+            time.sleep(0.5)
+            return [len(c) for c in completions]
+    """)
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(number, frame):
+        raise Interrupted
+
+    with RewardRunner([spec("slow")], [], 1, 5.0) as runner:
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.15)
+            with pytest.raises(Interrupted):
+                runner.score(["p"] * 2, ["a", "bb"], {})
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        assert column(runner.score(["p"] * 2, ["cccc", "ddddd"], {})) == [4, 5]
+
+
+# Life and death of the workers.
+
+
+def test_ctrl_c_does_not_reach_a_worker(write):
+    spec = write("def pid(completions): return [os.getpid()]")
+    with RewardRunner([spec("pid")], [], 1, 5.0) as runner:
+        pid = int(column(runner.score(["p"], ["a"], {}))[0])
+        assert os.getsid(pid) == pid  # no terminal of ours sends it signals
+        os.kill(pid, signal.SIGINT)
+        assert column(runner.score(["p"], ["a"], {})) == [pid]
+
+
+def test_close_ends_the_workers_and_lets_exit_handlers_run(write, tmp_path):
+    spec = write(f"""
+        import atexit
+        atexit.register(lambda: open({str(tmp_path / "left")!r}, "w").write("properly"))
+        def pid(completions): return [os.getpid()]
+    """)
+    runner = RewardRunner([spec("pid")], [], 1, 5.0)
+    pid = int(column(runner.score(["p"], ["a"], {}))[0])
+    runner.close()
+    runner.close()
+    assert not is_running(pid)
+    assert (tmp_path / "left").read_text() == "properly"
+
+
+def test_workers_die_with_their_parent_also_when_busy(write, tmp_path):
+    spec = write(f"""
+        open(f"{tmp_path}/pid{{os.getpid()}}", "w").close()
+        def busy(completions):
+            while True:
+                pass
+    """)
+    code = f"""
+        from rewards.contract import RewardSpec
+        from rewards.runner import RewardRunner
+        specs = [RewardSpec(name, {spec("busy").function!r}, 1.0, {{}}) for name in ("a", "b")]
+        runner = RewardRunner(specs, [], 2, 60.0)
+        print("ready", flush=True)
+        runner.score(["p"], ["c"], {{}})
+    """
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    pids = [int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*")]
+    assert len(pids) == 2
+    assert wait_until(lambda: not any(is_running(pid) for pid in pids), 15.0)
+
+
+# Refusals at start.
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def other(completion): ...", ["'f'", "no attribute 'f'"]),
+        ("f = 3", ["must be callable"]),
+        ("import no_such_module_here", ["does not import", "no_such_module_here"]),
+        ("def f(completion, anwser): ...", ["nothing provides", "'anwser'", "did you mean the column 'answer'"]),
+        ("os._exit(3)", ["importing", "exit code 3"]),
+        ("time.sleep(60)", ["importing", "no answer within 0.8 s"]),
+    ],
+)
+def test_function_that_cannot_start_is_refused_before_the_run(write, code, words):
+    spec = write(code)
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        RewardRunner([spec("f")], ["answer"], 2, 5.0, start_timeout_seconds=0.8)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "timeout", "word"),
+    [(0, 1.0, "num_workers"), (1, 0.0, "timeout_seconds"), (1, float("nan"), "timeout")],
+)
+def test_senseless_settings_are_refused(num_workers, timeout, word):
+    spec = RewardSpec("f", "rewards.number:exact_number_strict", 1.0, {})
+    with pytest.raises(ValueError, match=word):
+        RewardRunner([spec], ["answer"], num_workers, timeout)
+
+
+def test_kwargs_that_json_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match=r"'f': kwargs.*object"):
+        RewardRunner([RewardSpec("f", "rewards.format:format_regex", 1.0, {"pattern": object()})], [], 1, 1.0)
+
+
+def test_inputs_that_do_not_fit_together_are_refused(write):
+    spec = write("def f(completions, completion_ids, answer): return [1.0] * len(completions)")
+    with RewardRunner([spec("f")], ["answer"], 1, 5.0) as runner:
+        with pytest.raises(ValueError, match=r"prompts must have one entry per completion \(2\), got 1"):
+            runner.score(["p"], ["a", "b"], {"answer": ["1", "2"]}, [[1], [2]])
+        with pytest.raises(ValueError, match="answer must have one entry"):
+            runner.score(["p"], ["a"], {"answer": ["1", "2"]}, [[1]])
+        with pytest.raises(ValueError, match="got no 'answer'"):
+            runner.score(["p"], ["a"], {}, [[1]])
+        with pytest.raises(ValueError, match="requires completion_ids"):
+            runner.score(["p"], ["a"], {"answer": ["1"]})
+        with pytest.raises(ValueError, match=r"column 'answer'.*set"):
+            runner.score(["p"], ["a"], {"answer": [{1}]}, [[1]])
+        assert column(runner.score(["p"], ["a"], {"answer": ["1"]}, [[1]])) == [1.0]
+
+
+# The start-up check, and the ready-made functions in a worker.
+
+
+def test_gold_check_warns_of_what_fails_on_a_right_answer(write):
+    spec = write("""
+        def good(completion, answer): return float(completion == answer)
+        def raises(completion): return 1 / 0
+        def declines(completions, **kwargs): return [None]
+        def text(completion): return "1"
+        def hangs(completion): time.sleep(60)
+    """)
+    names = ["good", "raises", "declines", "text", "hangs"]
+    with RewardRunner([spec(name) for name in names], ["answer"], 2, 0.8) as runner:
+        warnings = check_on_gold(runner, "6*7?", "42", {"answer": "42"})
+    assert len(warnings) == 4
+    for name, word in [("raises", "ZeroDivisionError"), ("declines", "None"), ("text", "'1'"), ("hangs", "timeout")]:
+        assert sum(repr(name) in warning and word in warning for warning in warnings) == 1, warnings
+
+
+def test_ready_made_functions_run_in_workers_and_a_hanging_expression_costs_its_sample():
+    specs = [
+        RewardSpec("strict", "rewards.number:exact_number_strict", 1.0, {}),
+        RewardSpec("flexible", "rewards.number:exact_number_flexible", 0.0, {}),
+        RewardSpec("math", "rewards.verify:math_verified", 1.0, {}),
+        RewardSpec("format", "rewards.format:format_regex", 0.1, {"pattern": ".*boxed.*"}),
+        RewardSpec("length", "rewards.length:length_penalty", 1.0, {"limit": 4, "buffer": 2}),
+    ]
+    completions = [r"\boxed{42}", "it is 42", r"\boxed{3^{3^{3^{3}}}}", r"\boxed{41}"]
+    ids = [[1] * length for length in (2, 3, 5, 4)]
+    result = run(specs, completions, timeout=3.0, columns={"answer": ["42"] * 4}, completion_ids=ids)
+    assert column(result, 0) == [1.0, 0.0, 0.0, 0.0]
+    assert column(result, 1) == [1.0, 1.0, 0.0, 0.0]
+    assert column(result, 2) == [1.0, 1.0, None, 0.0]
+    assert result.counts["math"] == counts(timeout=1)
+    assert column(result, 3) == [1.0, 0.0, 1.0, 1.0]
+    assert column(result, 4) == [0.0, -0.5, -1.0, -1.0]

@@ -1,0 +1,194 @@
+"""Text and token ids: BOS and EOS rules, chat templates, the byte tokenizer, saving and loading."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from rl.tokenizer import Tokenizer, load_tokenizer
+
+ODD_TEXTS = (
+    "47+38=",
+    " two  spaces , a comma . don 't\n\ttabs\r\n",
+    "caf\u00e9 \u65e5\u672c\u8a9e \U0001f600 \u0000 \x7f \u00ad",
+    "literal <eos> and <pad> inside",
+    "",
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+USER = [{"role": "user", "content": "hi"}]
+
+
+def word_tokenizer(single: str, template: str | None = None, prepend_scheme: str = "never") -> Tokenizer:
+    """Words a, b, c after a SentencePiece-like space mark; `single` is the post-processor's rule for one text."""
+    words = ["<s>", "</s>", "<unk>", "\u2581", "a", "b", "c", "\u2581a", "\u2581b", "\u2581c"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    merges = [("\u2581", "a"), ("\u2581", "b"), ("\u2581", "c")]
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=False)
+    core.decoder = decoders.Metaspace(prepend_scheme=prepend_scheme)
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
+    backend = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_byte_tokenizer_loses_nothing(text):
+    tokenizer = load_tokenizer("byte")
+    ids = tokenizer.encode(text, add_bos=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_byte_ids_are_bytes_after_three_special_tokens():
+    tokenizer = load_tokenizer("byte")
+    assert tokenizer.vocab_size == 259
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_ids) == (0, 1, (2,))
+    every_character = "".join(map(chr, range(0x250))) + "\u65e5\U0001f600"
+    assert tokenizer.encode(every_character) == [1, *(3 + byte for byte in every_character.encode())]
+
+
+def test_any_bytes_decode_even_when_they_are_not_utf8():
+    tokenizer = load_tokenizer("byte")
+    assert tokenizer.decode([3 + 0xE6, 3 + ord("a")]) == "\ufffda"
+    assert tokenizer.decode(np.array([1, 3 + ord("a"), 2], np.int32)) == "a"
+
+
+def test_saved_tokenizer_loads_as_an_ordinary_folder(tmp_path):
+    tokenizer = load_tokenizer("byte")
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert '"PreTrainedTokenizerFast"' in (tmp_path / "tokenizer_config.json").read_text()
+    assert (again.eos_ids, again.bos_id, again.pad_id, again.vocab_size) == ((2,), 1, 0, 259)
+    for text in ODD_TEXTS:
+        ids = tokenizer.encode(text)
+        assert again.encode(text) == ids
+        assert peer.encode(text) == ids
+        assert again.decode(ids[1:], skip_special_tokens=False) == text
+    assert again.encode_chat(USER) == tokenizer.encode_chat(USER)
+
+
+def test_raw_text_follows_the_tokenizers_own_bos_rule():
+    assert word_tokenizer("<s> $A").encode("ab") == [0, 4, 5]
+    assert word_tokenizer("$A").encode("ab") == [4, 5]
+
+
+def test_eos_that_the_tokenizer_appends_is_left_out():
+    tokenizer = word_tokenizer("<s> $A </s>")
+    assert tokenizer.backend.encode("ab") == [0, 4, 5, 1]
+    assert tokenizer.encode("ab") == [0, 4, 5]
+    assert word_tokenizer("$A </s>").encode("ab") == [4, 5]
+
+
+def test_bos_is_never_doubled():
+    with_bos = word_tokenizer("<s> $A", template="{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    without = word_tokenizer("<s> $A", template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    messages = [{"role": "user", "content": "ab"}]
+    assert with_bos.encode_chat(messages) == [0, 4, 5]
+    assert without.encode_chat(messages) == [4, 5]
+    assert with_bos.encode("<s>ab") == [0, 4, 5]
+
+
+def test_template_comes_from_a_file_and_asks_for_an_answer(tmp_path):
+    path = tmp_path / "chatml.jinja"
+    path.write_text(CHATML)
+    tokenizer = load_tokenizer("byte", path)
+    messages = [{"role": "system", "content": "Be brief."}, *USER]
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.render_chat(messages) == expected
+    assert tokenizer.encode_chat(messages) == [3 + byte for byte in expected.encode()]
+    assert messages == [{"role": "system", "content": "Be brief."}, *USER]
+
+
+def test_encode_chat_equals_apply_chat_template():
+    tokenizer = load_tokenizer("byte")
+    peer = tokenizer.backend.apply_chat_template(USER, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert tokenizer.encode_chat(USER) == list(peer)
+
+
+def test_chat_without_a_template_names_the_setting():
+    tokenizer = word_tokenizer("$A")
+    assert not tokenizer.has_chat_template
+    assert load_tokenizer("byte").has_chat_template
+    with pytest.raises(ValueError, match=r"tokenizer\.chat_template"):
+        tokenizer.encode_chat(USER)
+
+
+def test_template_that_refuses_a_role_says_why():
+    refusing = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+    )
+    tokenizer = word_tokenizer("$A", template=refusing)
+    with pytest.raises(ValueError, match=r"'system', 'user'.*no system.*data\.system_prompt"):
+        tokenizer.encode_chat([{"role": "system", "content": "x"}, *USER])
+
+
+def test_template_that_is_not_jinja_is_refused(tmp_path):
+    path = tmp_path / "broken.jinja"
+    path.write_text("{% for m in %}")
+    with pytest.raises(ValueError, match="TemplateSyntaxError"):
+        load_tokenizer("byte", path).encode_chat(USER)
+
+
+def test_decode_does_not_clean_up_spaces(tmp_path):
+    load_tokenizer("byte").save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(
+        config.read_text().replace('"clean_up_tokenization_spaces": false', '"clean_up_tokenization_spaces": true')
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.backend.clean_up_tokenization_spaces
+    assert tokenizer.decode(tokenizer.encode("no , clean - up .", add_bos=False)) == "no , clean - up ."
+
+
+def test_special_tokens_are_skipped_unless_asked_for():
+    tokenizer = load_tokenizer("byte")
+    ids = [*tokenizer.encode("ab"), 2]
+    assert tokenizer.decode(ids) == "ab"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<bos>ab<eos>"
+
+
+def test_vocab_size_covers_every_id_when_ids_have_gaps():
+    core = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 7}, unk_token="a"))
+    tokenizer = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>"))
+    assert tokenizer.vocab_size == 8
+    assert (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.pad_id) == ((7,), None, None)
+
+
+def test_text_that_is_not_unicode_is_refused():
+    with pytest.raises(ValueError, match="valid Unicode"):
+        load_tokenizer("byte").encode("a\ud800")
+
+
+@pytest.mark.parametrize("source", ["./missing", "/missing/folder", "nobody/missing-model", "a/b/c"])
+def test_source_that_is_nowhere_is_refused(source):
+    with pytest.raises(ValueError, match=r"tokenizer\.source must be .*'byte', got"):
+        load_tokenizer(source)
+
+
+def test_folder_without_a_fast_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{not json")
+    with pytest.raises(ValueError, match="must hold a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_template_file_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer\.chat_template must be a Jinja file"):
+        load_tokenizer("byte", tmp_path / "missing.jinja")
+
+
+def test_importing_the_modules_loads_no_heavy_package():
+    heavy = ["jax", "transformers", "tokenizers", "datasets", "pyarrow", "reasoning_gym", "huggingface_hub"]
+    code = f"import sys, rl.data, rl.tokenizer, rl.tasks; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
