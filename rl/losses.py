@@ -192,7 +192,9 @@ def _saturating_exp(x: jax.Array, function: Callable[[jax.Array], jax.Array] = j
 
     An infinite ratio in the branch that a minimum does not choose would give 0 * inf = NaN in the gradient.
     """
-    limit = math.log(float(jnp.finfo(x.dtype).max)) / 2 - 4  # the product of two saturated values, summed, is finite too
+    limit = (
+        math.log(float(jnp.finfo(x.dtype).max)) / 2 - 4
+    )  # the product of two saturated values, summed, is finite too
     return function(jnp.minimum(x, limit))
 
 

@@ -61,7 +61,7 @@ class Sampler:
         self._num_shards = num_row_shards(mesh, rules)
         if max_rows < self._num_shards:
             raise ValueError(
-                f"sampling.max_rows must be >= {self._num_shards}, the devices that rows are spread over, got {max_rows}"
+                f"sampling.max_rows must be >= {self._num_shards}, the devices rows are spread over, got {max_rows}"
             )
         self._policy = policy
         self._param_shardings = param_shardings

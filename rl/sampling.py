@@ -165,7 +165,7 @@ def _inverse_cdf(scores_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array,
 
 
 def _first_above(weights_BN: jax.Array, cumulative_BN: jax.Array, target_B: jax.Array) -> jax.Array:
-    """First index of positive weight whose running sum exceeds the target; the last such weight if rounding hides it."""
+    """First index of positive weight whose running sum passes the target; the last such weight if rounding hides it."""
     positive_BN = weights_BN > 0
     hit_BN = positive_BN & (cumulative_BN > target_B[:, None])
     last_B = weights_BN.shape[-1] - 1 - jnp.argmax(positive_BN[:, ::-1], axis=-1)

@@ -298,7 +298,9 @@ def test_any_split_into_pieces_gives_the_same_loss_gradient_and_metrics(loss_typ
         parts = np.split(order, [1, 4, 5])
         total, total_sums = 0.0, losses.zero_sums(sums)
         for rows in parts:
-            value, piece_grad, piece_grad_entropy, piece_sums = padded_rows(whole.piece(rows), NUM_ROWS).evaluate(denominators)
+            value, piece_grad, piece_grad_entropy, piece_sums = padded_rows(whole.piece(rows), NUM_ROWS).evaluate(
+                denominators
+            )
             total += value
             total_sums = losses.combine_sums(total_sums, piece_sums)
             np.testing.assert_allclose(piece_grad[: len(rows)], grad_BT[rows], rtol=0, atol=1e-12)

@@ -302,7 +302,7 @@ def test_whatever_has_a_float_is_a_reward(write):
     spec = write("""
         import numpy as np
         from decimal import Decimal
-        values = [True, 2, np.float32(0.5), np.int64(3), Decimal("0.25"), np.array(4.0), None, np.array([1.0]), np.bool_(1)]
+        values = [True, 2, np.float32(0.5), np.int64(3), Decimal("0.25"), np.array(4.0), None, np.ones(1), np.bool_(1)]
         def sample(completion): return values[int(completion)]
         def array(completions): return np.arange(len(completions))
     """)
@@ -409,7 +409,7 @@ def test_interrupted_score_does_not_leak_into_the_next_one(write):
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
-        assert column(runner.score(["p"] * 2, ["cccc", "ddddd"], {})) == [4, 5]
+        assert column(runner.score(["p"], ["cccc"], {})) == [4]
 
 
 # Life and death of the workers.

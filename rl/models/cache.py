@@ -171,9 +171,7 @@ def attention_parts(layer_cache: LayerCache, context: ops.LayerContext) -> list[
     if context.prefix_mask_RTS is None:
         return [own]
     assert layer_cache.prefix_keys_PSKH is not None and layer_cache.prefix_values_PSKH is not None
-    prefix = ops.AttentionPart(
-        layer_cache.prefix_keys_PSKH, layer_cache.prefix_values_PSKH, context.prefix_mask_RTS
-    )
+    prefix = ops.AttentionPart(layer_cache.prefix_keys_PSKH, layer_cache.prefix_values_PSKH, context.prefix_mask_RTS)
     return [prefix, own]
 
 

@@ -215,7 +215,9 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
     return _map_specs(parameter_specs(config), lambda spec: spec.axes)
 
 
-def flatten_specs(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], ParameterSpec]]:
+def flatten_specs(
+    tree: Mapping[str, Any], prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], ParameterSpec]]:
     """(path, spec) of every parameter of `parameter_specs`, in the order of declaration."""
     for name, child in tree.items():
         if isinstance(child, ParameterSpec):
@@ -322,7 +324,9 @@ def _check(config: ModelConfig) -> None:
     if config.head_dim % 2:
         raise ValueError(f"head_dim must be even for rotary embeddings, got {config.head_dim}")
     if len(config.layer_types) != config.num_layers:
-        raise ValueError(f"layer_types must name {config.num_layers} layers (num_layers), got {len(config.layer_types)}")
+        raise ValueError(
+            f"layer_types must name {config.num_layers} layers (num_layers), got {len(config.layer_types)}"
+        )
     for layer_type in config.layer_types:
         _check_choice("layer_types entry", layer_type, (FULL_ATTENTION, SLIDING_ATTENTION))
     if SLIDING_ATTENTION in config.layer_types:

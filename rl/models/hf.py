@@ -46,7 +46,9 @@ def resolve_source(source: str | pathlib.Path) -> pathlib.Path:
     if path.is_dir():
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source)):
-        raise ValueError(f"model source must be a folder that exists or a hub id such as owner/name, got {str(source)!r}")
+        raise ValueError(
+            f"model source must be a folder that exists or a hub id such as owner/name, got {str(source)!r}"
+        )
     import httpx
     import huggingface_hub
     from huggingface_hub import errors
@@ -172,7 +174,9 @@ def _tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     if not (folder / SINGLE_FILE).exists():
         for name, file_name in _weight_map(folder).items():
             if locations.get(name) != folder / file_name:
-                raise ValueError(f"{folder / file_name}: tensor {name} is missing, although {INDEX_FILE} lists it there")
+                raise ValueError(
+                    f"{folder / file_name}: tensor {name} is missing, although {INDEX_FILE} lists it there"
+                )
     return locations
 
 

@@ -219,7 +219,9 @@ def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Mode
 def _family(raw: Mapping[str, Any]) -> str:
     family = raw.get("model_type")
     if family not in ARCHITECTURES:
-        raise ValueError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {family!r}, which is not supported")
+        raise ValueError(
+            f"model_type must be one of {', '.join(ARCHITECTURES)}, got {family!r}, which is not supported"
+        )
     architectures = raw.get("architectures") or [ARCHITECTURES[family]]
     if architectures != [ARCHITECTURES[family]]:
         raise ValueError(f"architectures must be [{ARCHITECTURES[family]!r}] for {family}, got {architectures!r}")
@@ -230,7 +232,9 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: str) -> None:
     """Refuses every key that is neither read, nor known to be harmless, nor at a value that switches nothing on."""
     known = READ_KEYS | HARMLESS_KEYS | SLIDING_KEYS.get(family, frozenset())
     for key, value in raw.items():
-        if key not in known and not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_VALUES):
+        if key not in known and not any(
+            type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_VALUES
+        ):
             raise ValueError(
                 f"option {key} = {value!r} is not supported for {family}; remove it from the file only if it does not "
                 "change what the model computes"
@@ -254,14 +258,18 @@ def _required(values: Mapping[str, Any], key: str, kind: type) -> Any:
 
 def _activation(name: Any) -> str:
     if name not in ACTIVATION_NAMES:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATION_NAMES)}, got {name!r}, which is not supported")
+        raise ValueError(
+            f"activation must be one of {', '.join(ACTIVATION_NAMES)}, got {name!r}, which is not supported"
+        )
     return ACTIVATION_NAMES[name]
 
 
 def _dtype(raw: Mapping[str, Any]) -> str:
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if name not in DTYPES:
-        raise ValueError(f"dtype (or torch_dtype) must be one of {', '.join(DTYPES)}, got {name!r}, which is not supported")
+        raise ValueError(
+            f"dtype (or torch_dtype) must be one of {', '.join(DTYPES)}, got {name!r}, which is not supported"
+        )
     return name
 
 

@@ -45,7 +45,9 @@ class AttentionPart(NamedTuple):
 def dtype_of(name: str) -> Any:
     """The jax dtype called `name`. Raises ValueError for float64 while jax keeps to 32 bits."""
     if name == "float64" and not jax.config.read("jax_enable_x64"):
-        raise ValueError("dtype must be 32 bits or narrower unless 64-bit mode is on, got float64; set JAX_ENABLE_X64=1")
+        raise ValueError(
+            "dtype must be 32 bits or narrower unless 64-bit mode is on, got float64; set JAX_ENABLE_X64=1"
+        )
     return jnp.dtype(name)
 
 
@@ -195,9 +197,7 @@ def visible(
     return mask if window is None else mask & (distance < window)
 
 
-def attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float
-) -> jax.Array:
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
     """Softmax attention with grouped query heads [B, T, N, H]: query heads [j * N / K, (j + 1) * N / K) read kv head j."""
     return attention_over_parts(q_BTNH, [AttentionPart(k_BSKH, v_BSKH, mask_BTS)], scale)
 

@@ -66,7 +66,9 @@ class TrainStateNNX(nnx.Module):
         self.rng = RngData(rng)
 
     @classmethod
-    def build(cls, policy: Any, params: Any, tx: optax.GradientTransformation | None, rng: jax.Array) -> "TrainStateNNX":
+    def build(
+        cls, policy: Any, params: Any, tx: optax.GradientTransformation | None, rng: jax.Array
+    ) -> "TrainStateNNX":
         """A state at step 0 around a model that holds `params`."""
         model = nnx.merge(policy.module, params)
         return cls(model, None if tx is None else nnx.Optimizer(model, tx, wrt=nnx.Param), rng)

@@ -30,7 +30,7 @@ def export(run: str | os.PathLike, out: str | os.PathLike, step: int | None = No
 
 def write_folder(out: str | os.PathLike, model_config: Any, params: Any, tokenizer: Any, dtype: str | None) -> None:
     """Weights, model configuration, tokenizer and its chat template."""
-    save_folder(out, model_config, params, tokenizer=tokenizer.backend, dtype=dtype)
+    save_folder(out, model_config, params, tokenizer=tokenizer, dtype=dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
