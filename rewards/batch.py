@@ -44,6 +44,7 @@ class LoadedFunction:
     is_async: bool
     elementwise: bool
     columns: Sequence[str]
+    takes_completion_ids: bool
     needs_completion_ids: bool
 
 
@@ -176,7 +177,7 @@ class Batch:
     def _task(self, key: int, mode: str, samples: list[int]) -> Task:
         inputs = self._inputs
         function = self._functions[key]
-        ids = inputs.completion_ids
+        ids = inputs.completion_ids if function.takes_completion_ids else None
         request = {
             "op": "run",
             "key": key,

@@ -64,7 +64,8 @@ class BoundReward:
     parameters: frozenset[str]  # names the function spells out
     takes_any: bool  # has **kwargs
     columns: tuple[str, ...]  # dataset columns the function reads, in dataset order
-    needs_completion_ids: bool  # cannot be called without token ids
+    takes_completion_ids: bool
+    needs_completion_ids: bool  # cannot be called without them
     kwargs: Mapping[str, Any]
 
     def accepts(self, name: str) -> bool:
@@ -210,6 +211,7 @@ def bind(
         parameters=frozenset(named),
         takes_any=takes_any,
         columns=tuple(column for column in columns if column in read),
+        takes_completion_ids=style != "verl" and (takes_any or ids is not None),
         needs_completion_ids=ids is not None and ids.default is ids.empty,
         kwargs=dict(kwargs),
     )

@@ -17,7 +17,7 @@ def length_penalty(
     unit: Literal["tokens", "characters"] = "tokens",
     **kwargs: Any,
 ) -> list[float]:
-    """Soft overlong punishment of DAPO, eq. 13 of https://arxiv.org/abs/2503.14476: a number in [-1, 0] per completion.
+    """Soft overlong punishment (DAPO, section 3.4 of https://arxiv.org/abs/2503.14476): one number in [-1, 0] each.
 
         0                                   length <= limit - buffer
         (limit - buffer - length) / buffer  limit - buffer < length <= limit

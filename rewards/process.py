@@ -141,6 +141,8 @@ class WorkerProcess:
 
     def end(self, deadline: float) -> None:
         """Wait for the process until the deadline if it is idle, then kill what is left of it."""
+        if self.stdout.closed:  # ended before; its number may belong to another process by now
+            return
         if self.task is None and self.loading is None:
             with contextlib.suppress(subprocess.TimeoutExpired):  # killed next
                 self._process.wait(max(0.0, deadline - time.monotonic()))
@@ -178,6 +180,7 @@ def poll(workers: Sequence[WorkerProcess]) -> None:
 
 
 def load_request(key: int, spec: RewardSpec, columns: Sequence[str]) -> dict[str, Any]:
+    """The request that makes a worker load a function; raises ValueError for kwargs that JSON cannot hold."""
     fields = {"name": spec.name, "function": spec.function, "weight": spec.weight}
     kwargs = encode(spec.kwargs, f"reward {spec.name!r}: kwargs")
     # What imports here imports there; -P left out the working directory, where a user's modules are expected.

@@ -30,11 +30,12 @@ _CLOSE_SECONDS = 3.0  # for exit handlers of user code
 class RewardRunner:
     """Worker processes with the reward functions of a run loaded; close it, or use it as a context manager.
 
-    specs: the functions. columns: names of the dataset columns that every `score` call will bring. num_workers:
-    processes, >= 1.
+    specs: the functions.
+    columns: names of the dataset columns that every `score` call will bring.
+    num_workers: processes, >= 1.
     timeout_seconds: hard limit of one sample in one function (a batch call gets this times its number of samples).
-    start_timeout_seconds: limit for importing one function. log_path: file that takes what the functions print, and
-    tracebacks; None: this process's stderr.
+    start_timeout_seconds: limit for importing one function.
+    log_path: file that takes what the functions print, and tracebacks; None: this process's stderr.
 
     Raises ValueError when a spec or an argument is invalid, a function does not import, or nothing provides one of
     its arguments.
@@ -83,11 +84,12 @@ class RewardRunner:
     ) -> RewardResult:
         """Score one batch. Order and values depend on the functions only, never on which worker was faster.
 
-        prompts, completions: strings or chat message lists, handed through unchanged. columns: one list per dataset
-        column.
-        completion_ids: token ids per completion. Failures of a function never raise; ValueError is for arguments
-        whose lengths differ, a missing column, a value that cannot be sent, and completion_ids missing where a
-        function requires them.
+        prompts, completions: strings or chat message lists, handed through unchanged.
+        columns: one list per dataset column.
+        completion_ids: token ids per completion.
+
+        Failures of a function never raise. ValueError is for arguments whose lengths differ, a missing column, a value
+        that cannot be sent, and completion_ids missing where a function requires them.
         """
         inputs = self._check_inputs(prompts, completions, columns, completion_ids)
         batch = Batch(self.specs, self._functions, inputs, self._timeout, len(self._workers))
@@ -201,6 +203,8 @@ class RewardRunner:
         for spec, function in zip(self.specs, self._functions, strict=True):
             if function.needs_completion_ids and completion_ids is None:
                 raise ValueError(f"reward {spec.name!r} requires completion_ids, got none; pass them to score")
+        if not any(function.takes_completion_ids for function in self._functions):
+            completion_ids = None  # converting them is the largest part of preparing a batch
         return BatchInputs(
             prompts=encode(list(prompts), "prompts"),
             completions=encode(list(completions), "completions"),
@@ -215,8 +219,7 @@ def check_on_gold(runner: RewardRunner, prompt: Any, gold_completion: Any, colum
     """Score one row whose completion is a right answer, and say which functions fail on it or cannot judge it.
 
     columns: one value (not a list) per dataset column. Returns warnings, none when every function gave a number.
-    Token ids are
-    not known here: a function that requires them gets an empty list.
+    Token ids are not known here: a function that takes them gets an empty list.
     """
     result = runner.score([prompt], [gold_completion], {name: [value] for name, value in columns.items()}, [[]])
     declined = [

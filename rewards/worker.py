@@ -5,8 +5,8 @@ functions in its main thread, where `signal.alarm` works, and turns whatever the
 failure. What it cannot survive (a hang, a crash) the runner sees from outside. It never imports jax.
 
     {"op": "load", "key": k, "spec": {...}, "columns": [...], "path": [...]}
-        -> {"op": "loaded", "style", "is_async", "elementwise", "columns", "needs_completion_ids"}
-        or {"op": "refused", "error"}
+        -> {"op": "loaded", "style", "is_async", "elementwise", "columns", "takes_completion_ids",
+            "needs_completion_ids"} or {"op": "refused", "error"}
     {"op": "run", "key": k, "mode": m, "limit": seconds, "prompts", "completions", "columns", "completion_ids"}
         -> {"op": "result", "index", "value", "kind", "message"} per sample, then {"op": "done", "kind", "message"}
 
@@ -140,7 +140,7 @@ class _Worker:
             self._reply(op="refused", error=str(error))
             return
         self._rewards[request["key"]] = bound
-        told = ("style", "is_async", "elementwise", "columns", "needs_completion_ids")
+        told = ("style", "is_async", "elementwise", "columns", "takes_completion_ids", "needs_completion_ids")
         self._reply(op="loaded", **{name: getattr(bound, name) for name in told})
 
     def _run_batch(self, bound: BoundReward, request: Mapping[str, Any]) -> _Failure | None:

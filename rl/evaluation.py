@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -138,18 +139,20 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return max(centre - margin, 0.0), min(centre + margin, 1.0)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo eval RUN_OR_CONFIG [key=value ...] [--output FILE]`."""
-    parser = argparse.ArgumentParser(prog="grpo eval", description="greedy accuracy on the held-out rows")
-    parser.add_argument("run_or_config", help="run folder (its newest checkpoint), or YAML recipe (the weights of model.source)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
-    parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
-    arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
-    source = pathlib.Path(arguments.run_or_config)
+def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) -> tuple[EvalResult, str]:
+    """Evaluates a run folder (its newest checkpoint) or a recipe (the weights of model.source) on its held-out rows.
+
+    Returns:
+      The result, and where the weights came from, in words.
+
+    Raises:
+      ValueError: no reward function, no held-out rows, or whatever is wrong with the configuration, the data or the checkpoint.
+    """
+    source = pathlib.Path(source)
     is_run = source.is_dir()
     if is_run:
         read_run(source)
-    config = load_config(source / "config.yml" if is_run else source, arguments.overrides)
+    config = load_config(source / "config.yml" if is_run else source, overrides)
     use_compilation_cache(config)
     require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
     trained = load_checkpoint(config, source) if is_run else load_start(config)
@@ -167,11 +170,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
     with start_rewards(config, rows, None) as runner:
         result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
+    return result, "model.source" if trained.step is None else f"step {trained.step}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`grpo eval RUN_OR_CONFIG [key=value ...] [--output FILE]`."""
+    parser = argparse.ArgumentParser(prog="grpo eval", description="greedy accuracy on the held-out rows")
+    parser.add_argument("run_or_config", help="run folder (its newest checkpoint), or YAML recipe (the weights of model.source)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
+    parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    result, where = evaluate_source(arguments.run_or_config, arguments.overrides)
     if arguments.output is not None:
         lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in result.samples)
         pathlib.Path(arguments.output).write_text(lines, encoding="utf-8")
     low, high = result.interval
-    where = "model.source" if trained.step is None else f"step {trained.step}"
     print(f"{where}: accuracy {result.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}) on {result.num_judged} prompts")
     for name, mean in result.means.items():
         print(f"  {name}: mean {mean if mean is None else round(mean, 4)}")

@@ -71,23 +71,35 @@ def get_logical_annotations(config: Config, mesh: Mesh, init_state_fn: InitState
     return get_abstract_state(config, mesh, init_state_fn).annotations
 
 
-def create_sharded_state(init_state_fn: InitStateFn, mesh: Mesh, abstract: AbstractState) -> PureState:
+def create_sharded_state(init_state_fn: InitStateFn, mesh: Mesh, abstract: AbstractState, params: Any | None = None) -> PureState:
     """Runs `init_state_fn` under one jit, each leaf born on the devices where it stays.
 
     Args:
       abstract: from `get_abstract_state` with the same mesh; whether it has an optimizer decides whether the state has.
+      params: weights to take instead of fresh ones, already on the mesh; fresh ones are then not even computed.
+
+    Raises:
+      ValueError: `params` do not fit, naming every path that is missing, extra, or of another shape or dtype.
     """
     is_training = bool(jax.tree.leaves(abstract.shapes.opt_state))
     assert all(s.mesh == mesh for s in jax.tree.leaves(abstract.shardings)), "abstract state of another mesh"
-    return jax.jit(lambda: _select(pure_state(init_state_fn()), is_training), out_shardings=abstract.shardings)()
+    if params is None:
+        return jax.jit(lambda: _select(pure_state(init_state_fn()), is_training), out_shardings=abstract.shardings)()
+    check_same_tree(params, abstract.shapes.params, "weights")
+    # The compiler drops the random numbers of weights that are no output.
+    rest = jax.jit(
+        lambda: _select(pure_state(init_state_fn()), is_training)._replace(params=()),
+        out_shardings=abstract.shardings._replace(params=()),
+    )()
+    return rest._replace(params=params)
 
 
 def setup_training_state(
     config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None
 ) -> tuple[PureState, AbstractState]:
-    """The state to train, with its optimizer. `params` (same tree, already on the mesh) replace the fresh weights, moments stay zero."""
+    """The state to train, with its optimizer. `params` (same tree, already on the mesh) stand in for fresh weights."""
     abstract = get_abstract_state(config, mesh, init_state_fn, is_training=True)
-    return with_params(create_sharded_state(init_state_fn, mesh, abstract), params), abstract
+    return create_sharded_state(init_state_fn, mesh, abstract, params), abstract
 
 
 def setup_decode_state(
@@ -95,15 +107,7 @@ def setup_decode_state(
 ) -> tuple[PureState, AbstractState]:
     """A state without optimizer: the reference, or the weights to decode with."""
     abstract = get_abstract_state(config, mesh, init_state_fn, is_training=False)
-    return with_params(create_sharded_state(init_state_fn, mesh, abstract), params), abstract
-
-
-def with_params(state: PureState, params: Any | None) -> PureState:
-    """`state` with other weights of the same tree, shapes and dtypes; ValueError naming the path otherwise. None changes nothing."""
-    if params is None:
-        return state
-    check_same_tree(params, state.params, "weights")
-    return state._replace(params=params)
+    return create_sharded_state(init_state_fn, mesh, abstract, params), abstract
 
 
 def check_same_tree(got: Any, want: Any, what: str) -> None:

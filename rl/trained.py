@@ -12,7 +12,7 @@ from rl.config import Config
 from rl.mesh import create_mesh
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer
-from rl.states import InitStateFn, setup_decode_state
+from rl.states import InitStateFn, get_abstract_state, setup_decode_state
 from rl.tokenizer import Tokenizer
 from rl.weights import Origin, find_origin, pretrained_params, tokenizer_of
 
@@ -42,9 +42,9 @@ def load_start(config: Config) -> TrainedPolicy:
     mesh = create_mesh(config.mesh)
     policy = policy_from_config(config, origin.model_config)
     init_state_fn = InitStateFn(policy, None, config.seed)
-    state, abstract = setup_decode_state(config, mesh, init_state_fn)
-    params = pretrained_params(origin, abstract.shardings.params)
-    return TrainedPolicy(policy, state.params if params is None else params, abstract.shardings.params, mesh, tokenizer, origin, None)
+    shardings = get_abstract_state(config, mesh, init_state_fn, is_training=False).shardings.params
+    state, _ = setup_decode_state(config, mesh, init_state_fn, pretrained_params(origin, shardings))
+    return TrainedPolicy(policy, state.params, shardings, mesh, tokenizer, origin, None)
 
 
 def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None = None) -> TrainedPolicy:

@@ -152,6 +152,10 @@ def test_kwargs_win_over_a_column_of_the_same_name():
 
 def test_required_token_ids_are_told():
     assert bind(trl_ids_only, [], {}).needs_completion_ids
+    assert bind(trl_style, ["answer"], {}).takes_completion_ids
+    assert not bind(trl_style, ["answer"], {}).needs_completion_ids
+    assert not bind(lambda completions: None, [], {}).takes_completion_ids
+    assert not bind(verl_style, ["answer"], {}).takes_completion_ids
     assert not bind(length_penalty, [], {"limit": 4, "buffer": 2}).needs_completion_ids
 
 

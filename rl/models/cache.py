@@ -1,7 +1,7 @@
 """The key/value cache of decoding: a pytree of plain arrays, in two parts.
 
-`prefix` holds the prompts, once each, shared by all completions of a prompt; `own` holds what every row adds. All rows write
-at the same slot (`cursor`); how far a row really is, and which slots are empty, stands in positions and group ids alone.
+`prefix` holds the prompts, once each, shared by all completions of a prompt; `own` holds what every row adds. All rows
+write at the same slot (`cursor`); how far a row really is, and which slots are empty, stands in the labels alone.
 Legend: B sequences, P prompts, R rows of a part, T token positions, S cache positions (slots), K kv heads, H head dim.
 """
 
@@ -170,7 +170,8 @@ def attention_parts(layer_cache: LayerCache, context: ops.LayerContext) -> list[
     own = ops.AttentionPart(layer_cache.keys_BSKH, layer_cache.values_BSKH, context.mask_BTS)
     if context.prefix_mask_RTS is None:
         return [own]
-    assert layer_cache.prefix_keys_PSKH is not None and layer_cache.prefix_values_PSKH is not None
+    assert layer_cache.prefix_keys_PSKH is not None
+    assert layer_cache.prefix_values_PSKH is not None
     prefix = ops.AttentionPart(layer_cache.prefix_keys_PSKH, layer_cache.prefix_values_PSKH, context.prefix_mask_RTS)
     return [prefix, own]
 

@@ -1,8 +1,8 @@
 """Hugging Face folders: weights in and out, and where a folder comes from.
 
-In: a folder or a hub id. Out: the parameter tree of `rl.models.config.parameter_specs`, or a ValueError that names the file and the
-tensor: no weight is ever missing, extra, reshaped or left at an initial value in silence. `config.json` is read and written
-by `rl.models.hf_config`. Legend: D model, N query heads, H head dim.
+In: a folder or a hub id. Out: the parameter tree of `rl.models.config.parameter_specs`, or a ValueError that names the
+file and the tensor: no weight is ever missing, extra, reshaped or left at an initial value in silence. `config.json` is
+read and written by `rl.models.hf_config`.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -150,7 +149,8 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
         return [folder / SINGLE_FILE]
     if not (folder / INDEX_FILE).exists():
         raise ValueError(
-            f"{folder} must hold {SINGLE_FILE} or {INDEX_FILE}, but it has neither; convert other formats to safetensors"
+            f"{folder} must hold {SINGLE_FILE} or {INDEX_FILE}, but it has neither; "
+            "convert other formats to safetensors"
         )
     return [folder / name for name in sorted(set(_weight_map(folder).values()))]
 
@@ -167,7 +167,7 @@ def _tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     locations: dict[str, pathlib.Path] = {}
     for file in _weight_files(folder):
         with _open(file) as tensors:
-            for name in tensors.keys():
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 if name in locations:
                     raise ValueError(f"{file}: tensor {name} must be stored once, it is in {locations[name].name} too")
                 locations[name] = file
@@ -304,7 +304,7 @@ def _write_weights(
         }
         # transformers refuses a file whose metadata has no format.
         safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map |= {tensor_name: name for tensor_name in tensors}
+        weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 

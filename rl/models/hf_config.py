@@ -1,7 +1,7 @@
 """Hugging Face `config.json` in and out: old style (rope_theta, torch_dtype) and new (rope_parameters, dtype).
 
-In: a folder. Out: a `ModelConfig`, or a ValueError that names the option we cannot honour; nothing is ignored that could change
-the maths. Weights are in `rl.models.hf`. Imports no jax.
+In: a folder. Out: a `ModelConfig`, or a ValueError that names the option we cannot honour; nothing is ignored that
+could change the maths. Weights are in `rl.models.hf`. Imports no jax.
 """
 
 import json
@@ -61,32 +61,38 @@ ACTIVATION_NAMES = {
 }
 ACTIVATION_HF_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
+# fmt: off
 # Keys that this module reads.
-READ_KEYS = frozenset(
-    "model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings rope_theta rope_scaling "
-    "rope_parameters rope_local_base_freq hidden_act hidden_activation attention_bias mlp_bias initializer_range "
-    "eos_token_id bos_token_id pad_token_id dtype torch_dtype attention_dropout original_max_position_embeddings".split()
-)
+READ_KEYS = frozenset({
+    "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+    "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "hidden_act",
+    "hidden_activation", "attention_bias", "mlp_bias", "initializer_range", "eos_token_id", "bos_token_id",
+    "pad_token_id", "dtype", "torch_dtype", "attention_dropout", "original_max_position_embeddings",
+})
 # Keys that say nothing about the maths: bookkeeping, and defaults of generation.
-HARMLESS_KEYS = frozenset(
-    "_name_or_path _attn_implementation _attn_implementation_autoset _from_model_config transformers_version "
-    "transformers.js_config auto_map use_cache cache_implementation pretraining_tp is_llama_config tokenizer_class "
-    "return_dict output_hidden_states output_attentions torchscript is_encoder_decoder is_decoder id2label label2id "
-    "problem_type task_specific_params finetuning_task prefix sep_token_id decoder_start_token_id max_length "
-    "min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
-    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
-    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
-    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
-    "chunk_size_feed_forward unsloth_fixed unsloth_version model_name mlx_version".split()
-)
-SLIDING_KEYS = {
-    "qwen2": frozenset("use_sliding_window sliding_window max_window_layers layer_types".split()),
-    "qwen3": frozenset("use_sliding_window sliding_window max_window_layers layer_types".split()),
-    "gemma3_text": frozenset(
-        "sliding_window sliding_window_pattern _sliding_window_pattern layer_types query_pre_attn_scalar".split()
-    ),
+HARMLESS_KEYS = frozenset({
+    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_from_model_config",
+    "transformers_version", "transformers.js_config", "auto_map", "use_cache", "cache_implementation",
+    "pretraining_tp", "is_llama_config", "tokenizer_class", "return_dict", "output_hidden_states",
+    "output_attentions", "torchscript", "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type",
+    "task_specific_params", "finetuning_task", "prefix", "sep_token_id", "decoder_start_token_id", "max_length",
+    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature",
+    "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "chunk_size_feed_forward",
+    "unsloth_fixed", "unsloth_version", "model_name", "mlx_version",
+})
+_QWEN_SLIDING_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+FAMILY_KEYS = {
+    "qwen2": _QWEN_SLIDING_KEYS,
+    "qwen3": _QWEN_SLIDING_KEYS,
+    "gemma3_text": frozenset({
+        "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "layer_types", "query_pre_attn_scalar",
+    }),
 }
+# fmt: on
 NEUTRAL_VALUES: tuple[Any, ...] = (None, False, 0, 1.0, "", [], {})
 NEUTRAL_ROPE_VALUES = {"partial_rotary_factor": (None, 1.0), "mrope_section": (None,)}
 
@@ -230,7 +236,7 @@ def _family(raw: Mapping[str, Any]) -> str:
 
 def _refuse_unsupported(raw: Mapping[str, Any], family: str) -> None:
     """Refuses every key that is neither read, nor known to be harmless, nor at a value that switches nothing on."""
-    known = READ_KEYS | HARMLESS_KEYS | SLIDING_KEYS.get(family, frozenset())
+    known = READ_KEYS | HARMLESS_KEYS | FAMILY_KEYS.get(family, frozenset())
     for key, value in raw.items():
         if key not in known and not any(
             type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_VALUES

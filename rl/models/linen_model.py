@@ -1,4 +1,4 @@
-"""The Linen twin: a decoder of `flax.linen` modules over the shared ops. Its parameter tree is that of `parameter_specs`.
+"""The Linen twin: a decoder of `flax.linen` modules over the shared ops, with the tree of `parameter_specs`.
 
 Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim.
 """

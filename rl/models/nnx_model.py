@@ -1,4 +1,4 @@
-"""The NNX twin: a decoder of `flax.nnx` modules over the shared ops. `nnx.to_pure_dict` of its state is the parameter tree.
+"""The NNX twin: a decoder of `flax.nnx` modules over the shared ops. Its pure state has the tree of `parameter_specs`.
 
 Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim.
 """

@@ -198,7 +198,7 @@ def visible(
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
-    """Softmax attention with grouped query heads [B, T, N, H]: query heads [j * N / K, (j + 1) * N / K) read kv head j."""
+    """Softmax attention with grouped heads [B, T, N, H]: query heads [k * N / K, (k + 1) * N / K) read kv head k."""
     return attention_over_parts(q_BTNH, [AttentionPart(k_BSKH, v_BSKH, mask_BTS)], scale)
 
 

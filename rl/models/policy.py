@@ -1,7 +1,7 @@
 """The seam between Linen and NNX: the `Policy` protocol, its two implementations, and the one reader of `pure_nnx`.
 
-In: a `ModelConfig`. Out: an object of pure functions over one parameter tree (`rl.models.config.parameter_specs`), the same in
-both flavours. Nothing after this module knows the flavour; the optimizer and the train state are not here.
+In: a `ModelConfig`. Out: an object of pure functions over one parameter tree (`rl.models.config.parameter_specs`), the
+same in both flavours. Nothing after this module knows the flavour; the optimizer and the train state are not here.
 Legend: B sequences, T token positions, V vocab, D model.
 """
 

@@ -1,0 +1,11 @@
+"""Reward functions that tests name by path."""
+
+
+def digit_share(prompts, completions, **columns):
+    """Share of the characters that are digits: a random byte policy scores about 0.04."""
+    return [sum(character in "0123456789" for character in text) / max(len(text), 1) for text in completions]
+
+
+def constant(prompts, completions, **columns):
+    """The same for everyone: nothing to learn."""
+    return [0.5 for _ in completions]

@@ -1,0 +1,305 @@
+"""Packing is bookkeeping: every token lands exactly once, sees exactly its own past, and finds its way back.
+
+The checks read a batch through the attention rule, written out here once more in numpy.
+Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a completion.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from rl.packing import Batch, PackingPlan, TrainCompletion, TrainGroup, pack, plan_packing, unpack
+
+LAST = 999  # the last token of every completion in `ragged_groups`, and of nothing else
+
+
+def ragged_groups(seed, num_groups=5, group_size=4, max_prompt=6, max_completion=7, full=False):
+    """Groups with prompts and completions of all lengths, `full` of the largest only. No two rows of tokens are alike."""
+    rng = np.random.default_rng(seed)
+
+    def length(longest):
+        return longest if full else int(rng.integers(1, longest + 1))
+
+    def completion():
+        count = length(max_completion)
+        tokens = np.append(rng.integers(1, 900, count - 1), LAST).astype(np.int32)
+        return TrainCompletion(tokens, float(rng.normal()), rng.normal(size=count), rng.normal(size=count))
+
+    return [
+        TrainGroup(rng.integers(1, 900, length(max_prompt)).astype(np.int32), [completion() for _ in range(group_size)])
+        for _ in range(num_groups)
+    ]
+
+
+def plan_for(num_groups=5, group_size=4, max_prompt=6, max_completion=7, budget=64, shards=1, preferred=8):
+    return plan_packing(
+        num_groups=num_groups,
+        group_size=group_size,
+        max_prompt_length=max_prompt,
+        max_completion_length=max_completion,
+        max_tokens_per_microbatch=budget,
+        num_row_shards=shards,
+        preferred_row_length=preferred,
+    )
+
+
+def in_order(groups):
+    """(prompt, completion) in the order in which `sequence_ids` counts."""
+    return [(group.prompt_ids, completion) for group in groups for completion in group.completions]
+
+
+def places(batch):
+    """{sequence id: (m, r, c)}; each id must be there once."""
+    found = list(zip(*np.nonzero(batch.sequence_ids_MRC >= 0), strict=True))
+    result = {int(batch.sequence_ids_MRC[place]): tuple(map(int, place)) for place in found}
+    assert len(result) == len(found)
+    return result
+
+
+def past_of(batch, m, r, position):
+    """Tokens and positions that the token at `position` of a row sees, itself included, sorted by position."""
+    group_T, branch_T, at_T = batch.group_ids_MRT[m, r], batch.branch_ids_MRT[m, r], batch.positions_MRT[m, r]
+    seen_T = (group_T == group_T[position]) & (at_T <= at_T[position])
+    seen_T &= (branch_T == 0) | (branch_T == branch_T[position])
+    order = np.argsort(at_T[seen_T], kind="stable")
+    return batch.tokens_MRT[m, r][seen_T][order].tolist(), at_T[seen_T][order].tolist()
+
+
+def assert_batches_equal(left, right):
+    for name, a, b in zip(Batch._fields, left, right, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def assert_holds(batch, groups):
+    """The whole contract of `pack` for these groups."""
+    sequences, where = in_order(groups), places(batch)
+    assert sorted(where) == list(range(len(sequences)))
+    num_tokens = sum(len(completion.token_ids) for _, completion in sequences)
+    assert batch.mask_MRCL.sum() == batch.target_mask_MRN.sum() == num_tokens
+    assert batch.sequence_mask_MRC.sum() == len(sequences)
+    used = set()
+    for i, (prompt, completion) in enumerate(sequences):
+        m, r, c = where[i]
+        count = len(completion.token_ids)
+        assert batch.mask_MRCL[m, r, c].tolist() == [1.0] * count + [0.0] * (batch.mask_MRCL.shape[-1] - count)
+        slots = batch.slots_MRCL[m, r, c, :count]
+        used |= {(m, r, int(n)) for n in slots}
+        assert batch.target_mask_MRN[m, r, slots].all()
+        assert batch.targets_MRN[m, r, slots].tolist() == completion.token_ids.tolist()
+        assert batch.sequence_mask_MRC[m, r, c] == 1.0
+        for drawn, n in enumerate(slots):
+            past, positions = past_of(batch, m, r, batch.predictors_MRN[m, r, n])
+            assert past == [*prompt.tolist(), *completion.token_ids[:drawn].tolist()]
+            assert positions == list(range(len(past)))
+    assert len(used) == num_tokens  # no slot serves two tokens
+
+
+# Every token once, from its own past
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_token_lands_once_and_is_predicted_from_exactly_its_own_past(seed):
+    groups = ragged_groups(seed)
+    assert_holds(pack(groups, plan_for()), groups)
+
+
+def test_a_prompt_is_stored_once_per_row_for_all_its_completions():
+    groups = ragged_groups(1)
+    batch = pack(groups, plan_for())
+    inputs = sum(len(g.prompt_ids) + sum(len(c.token_ids) - 1 for c in g.completions) for g in groups)
+    assert (batch.group_ids_MRT >= 0).sum() == inputs
+    shared = (batch.group_ids_MRT >= 0) & (batch.branch_ids_MRT == 0)
+    assert shared.sum() == sum(len(g.prompt_ids) for g in groups)
+
+
+def test_the_last_token_of_a_completion_is_a_target_and_never_an_input():
+    groups = ragged_groups(2)
+    batch = pack(groups, plan_for())
+    assert LAST not in batch.tokens_MRT
+    assert (batch.targets_MRN == LAST).sum() == len(in_order(groups))
+
+
+def test_sequences_lie_in_a_row_without_padding_between_them():
+    batch = pack(ragged_groups(3), plan_for())
+    used_MRT = batch.group_ids_MRT >= 0
+    assert (np.diff(used_MRT.astype(int), axis=-1) <= 0).all()
+    assert 0 < used_MRT.sum() < used_MRT.size
+
+
+def test_padding_belongs_to_no_group_and_carries_neutral_values():
+    batch = pack(ragged_groups(4), plan_for())
+    empty_MRC = batch.sequence_ids_MRC < 0
+    assert empty_MRC.any()
+    assert not batch.sequence_mask_MRC[empty_MRC].any()
+    assert not batch.advantages_MRC[empty_MRC].any()
+    assert not batch.mask_MRCL[empty_MRC].any()
+    unused_MRCL = batch.mask_MRCL == 0
+    assert np.isnan(batch.sampler_logprobs_MRCL[unused_MRCL]).all()
+    assert np.isnan(batch.rollout_logprobs_MRCL[unused_MRCL]).all()
+    unused_MRT = batch.group_ids_MRT < 0
+    assert set(batch.group_ids_MRT[unused_MRT].tolist()) == {-1}
+    assert not batch.tokens_MRT[unused_MRT].any()
+
+
+def test_advantages_and_logprobs_travel_with_their_completion():
+    groups = ragged_groups(5)
+    batch = pack(groups, plan_for(), np.float64)
+    for i, (m, r, c) in places(batch).items():
+        _, completion = in_order(groups)[i]
+        count = len(completion.token_ids)
+        assert batch.advantages_MRC[m, r, c] == completion.advantage
+        np.testing.assert_array_equal(batch.sampler_logprobs_MRCL[m, r, c, :count], completion.sampler_logprobs)
+        np.testing.assert_array_equal(batch.rollout_logprobs_MRCL[m, r, c, :count], completion.rollout_logprobs)
+
+
+def test_unknown_logprobs_are_nan_beside_known_ones():
+    known, unknown = TrainCompletion(np.int32([4, 5]), 1.0, np.zeros(2), np.zeros(2)), TrainCompletion(np.int32([6, 7]))
+    batch = pack([TrainGroup(np.int32([1, 2]), [known, unknown])], plan_for(1, 2))
+    where = places(batch)
+    assert batch.sampler_logprobs_MRCL[where[0]][:2].tolist() == [0.0, 0.0]
+    assert np.isnan(batch.sampler_logprobs_MRCL[where[1]]).all() and np.isnan(batch.rollout_logprobs_MRCL[where[1]]).all()
+
+
+def test_floating_point_fields_have_the_dtype_asked_for():
+    for dtype in (np.float32, np.float64):
+        batch = pack(ragged_groups(6), plan_for(), dtype)
+        assert {x.dtype.type for x in batch if x is not None and np.issubdtype(x.dtype, np.floating)} == {dtype}
+
+
+# Groups that do not fit, and other odd ones
+
+
+def test_a_group_longer_than_a_row_is_cut_between_completions_and_its_prompt_repeated():
+    groups = ragged_groups(7, num_groups=2, group_size=6, full=True)
+    plan = plan_for(2, 6, budget=22)  # a prompt of 6 and two completions of 7
+    batch = pack(groups, plan)
+    assert plan.row_length == 22 and plan.completions_per_row == 2
+    assert_holds(batch, groups)
+    copies = sum(
+        batch.tokens_MRT[m, r, :6].tolist() == groups[0].prompt_ids.tolist()
+        for m, r in np.ndindex(batch.tokens_MRT.shape[:2])
+    )
+    assert copies == 3
+
+
+def test_one_sequence_per_row_is_the_limit_of_cutting():
+    groups = ragged_groups(8)
+    plan = plan_for(budget=13)
+    batch = pack(groups, plan)
+    assert plan.num_rows == 1 and plan.num_microbatches == len(in_order(groups))
+    assert_holds(batch, groups)
+
+
+def test_completions_of_one_token_put_nothing_into_the_row():
+    groups = [TrainGroup(np.int32([3, 4]), [TrainCompletion(np.int32([LAST]), 1.0)] * 4)]
+    batch = pack(groups, plan_for(1, 4, max_completion=1))
+    assert (batch.group_ids_MRT >= 0).sum() == 2
+    assert_holds(batch, groups)
+
+
+def test_groups_of_unequal_size_are_packed_and_empty_ones_left_out():
+    groups = ragged_groups(9)
+    groups = [TrainGroup(g.prompt_ids, g.completions[:keep]) for g, keep in zip(groups, (0, 1, 4, 0, 3), strict=True)]
+    assert_holds(pack(groups, plan_for()), groups)
+
+
+def test_a_minibatch_without_completions_is_one_piece_of_padding():
+    batch = pack([TrainGroup(np.int32([1, 2]), [])], plan_for())
+    assert batch.num_microbatches == 1
+    assert not batch.mask_MRCL.any() and (batch.group_ids_MRT == -1).all() and (batch.sequence_ids_MRC == -1).all()
+
+
+# Order
+
+
+def test_packing_is_deterministic():
+    assert_batches_equal(pack(ragged_groups(10), plan_for()), pack(ragged_groups(10), plan_for()))
+
+
+def test_the_order_of_the_groups_changes_ids_only_never_contents():
+    groups = ragged_groups(11)
+    backwards = groups[::-1]
+    assert_holds(pack(backwards, plan_for()), backwards)
+    filled = [pack(order, plan_for()) for order in (groups, backwards)]
+    assert sorted(filled[0].advantages_MRC.ravel()) == sorted(filled[1].advantages_MRC.ravel())
+
+
+def test_unpack_gives_values_back_in_the_order_of_the_groups():
+    groups = ragged_groups(12)
+    batch = pack(groups, plan_for(), np.float64)
+    values = unpack(batch, batch.sampler_logprobs_MRCL, [len(c.token_ids) for _, c in in_order(groups)])
+    assert len(values) == len(in_order(groups))
+    for value, (_, completion) in zip(values, in_order(groups), strict=True):
+        np.testing.assert_array_equal(value, completion.sampler_logprobs)
+
+
+# The plan
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_plan_holds_any_minibatch_it_was_made_for(seed):
+    rng = np.random.default_rng(seed)
+    sizes = {
+        "num_groups": int(rng.integers(1, 6)),
+        "group_size": int(rng.integers(1, 7)),
+        "max_prompt": int(rng.integers(1, 12)),
+        "max_completion": int(rng.integers(1, 12)),
+    }
+    shards = int(rng.integers(1, 4))
+    least = shards * (sizes["max_prompt"] + sizes["max_completion"])
+    budget = int(rng.integers(least, 4 * least + 1))
+    plan = plan_for(**sizes, budget=budget, shards=shards, preferred=int(rng.integers(1, 64)))
+    assert plan.num_rows % shards == 0 and plan.num_rows * plan.row_length <= budget
+    shapes = set()
+    for full in (False, True):
+        groups = ragged_groups(seed, **sizes, full=full)
+        batch = pack(groups, plan)
+        assert_holds(batch, groups)
+        assert 1 <= batch.num_microbatches <= plan.num_microbatches
+        used_M = (batch.group_ids_MRT >= 0).any(axis=(1, 2))
+        assert used_M.tolist() == [m < batch.num_microbatches for m in range(plan.num_microbatches)]
+        shapes.add(tuple(np.shape(x) for x in batch if x is not None))
+    assert len(shapes) == 1  # whatever the lengths, the compiled step sees one shape
+
+
+def test_the_plan_of_a_typical_run_packs_short_groups_and_wastes_little():
+    plan = plan_packing(
+        num_groups=64,
+        group_size=16,
+        max_prompt_length=16,
+        max_completion_length=6,
+        max_tokens_per_microbatch=4096,
+        num_row_shards=1,
+    )
+    assert plan.row_length == 128 and plan.num_rows == 32
+    assert plan == PackingPlan(2, 32, 128, 16, 6)
+
+
+def test_a_row_is_at_most_a_quarter_longer_than_a_whole_group():
+    for group in range(8, 3000):
+        plan = plan_for(1, 1, max_prompt=1, max_completion=group - 1, budget=10_000, preferred=1)
+        assert group <= plan.row_length <= max(1.25 * group, group + 7)
+
+
+def test_rows_are_never_longer_than_the_budget_of_a_shard():
+    assert plan_for(budget=64).row_length == 40
+    assert plan_for(budget=33).row_length == 33
+    assert plan_for(budget=66, shards=2).row_length == 33
+
+
+def test_work_is_dealt_evenly_over_the_pieces_in_use():
+    groups = ragged_groups(13, num_groups=6, full=True)
+    plan = plan_for(6, 4, budget=160)
+    batch = pack(groups, plan)
+    rows_M = (batch.group_ids_MRT >= 0).any(axis=2).sum(axis=1)[: batch.num_microbatches]
+    assert batch.num_microbatches == math.ceil(6 / plan.num_rows) == 2
+    assert rows_M.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(("budget", "shards"), [(12, 1), (25, 2), (103, 8)])
+def test_a_budget_below_one_longest_sequence_per_shard_is_refused(budget, shards):
+    need = 13 * shards
+    with pytest.raises(ValueError, match=rf"max_tokens_per_microbatch must be >= {need} .*got {budget}"):
+        plan_for(budget=budget, shards=shards)
+    assert plan_for(budget=need, shards=shards).row_length == 13
