@@ -3,7 +3,6 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := rl rewards configs examples tests benchmarks
 
 # The newest interpreter that is supported and really runs: a version manager may leave shims that only print an error.
 # Override with `make PYTHON=/path/to/python3.12 ...`.
@@ -39,14 +38,14 @@ test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q
 
 check: $(INSTALLED)
-	@$(BIN)/ruff format --check $(SOURCES)
-	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(MAKE) --no-print-directory test
 
 format: $(INSTALLED)
-	@$(BIN)/ruff format $(SOURCES)
-	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
 
 clean:
 	@rm -rf $(VENV) .cache .pytest_cache .ruff_cache build dist *.egg-info

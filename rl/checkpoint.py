@@ -5,10 +5,12 @@ nested dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). E
 so that no value silently stays at its initialisation. The meaning of the loop record belongs to the trainer.
 """
 
+import contextlib
 import math
 import pathlib
 import resource
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import flax.serialization
@@ -28,15 +30,19 @@ class Checkpoints:
       abstract: shapes, annotations and shardings of the state that is written and restored.
     """
 
-    def __init__(self, folder: pathlib.Path, abstract: AbstractState, keep: int):
+    def __init__(self, folder: pathlib.Path, abstract: AbstractState, keep: int, read_only: bool = False):
         self._folder = folder
         self.abstract = abstract
         self._keep = keep
+        if read_only:  # changes nothing: the half-written checkpoint that it finds may be one that a run is writing
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True, enable_background_delete=True
+            )
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True, enable_background_delete=True
-            ),
+            options=options,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()},
         )
 
@@ -53,7 +59,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        with _WriteErrors(self._folder):
+        with _explain_write_errors(self._folder):
             arguments = ocp.args.Composite(state=ocp.args.StandardSave(to_tree(state)), loop=ocp.args.JsonSave(loop))
             self._manager.save(step, args=arguments)
 
@@ -61,7 +67,7 @@ class Checkpoints:
         """The state, placed by the shardings of this run's mesh, and the loop record of checkpoint `step` (None: the newest).
 
         Raises:
-          ValueError: no such checkpoint, or one of another model or optimizer (naming the paths).
+          ValueError: no such checkpoint, one of another model or optimizer (naming the paths), or a damaged one.
         """
         step = self.latest_step if step is None else step
         if step is None or step not in self._manager.all_steps():
@@ -73,10 +79,13 @@ class Checkpoints:
                 self.abstract.shardings,
             )
         )
-        written = self._manager.item_metadata(step)["state"]
-        check_same_tree(_plain_metadata(written), target, f"the arrays of {self._folder / str(step)}")
+        folder = self._folder / str(step)
+        with _explain_read_errors(folder):
+            written = _plain_metadata(self._manager.item_metadata(step)["state"])
+        check_same_tree(written, target, f"the arrays of {folder}")
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), loop=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=arguments)
+        with _explain_read_errors(folder):
+            restored = self._manager.restore(step, args=arguments)
         return from_tree(restored["state"], self.abstract.shapes), restored["loop"]
 
     def check_disk_space(self) -> None:
@@ -99,37 +108,49 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when every checkpoint asked for is complete on disk. ValueError when writing one failed."""
-        with _WriteErrors(self._folder):
+        with _explain_write_errors(self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes writing and releases the folder."""
-        with _WriteErrors(self._folder):
+        with _explain_write_errors(self._folder):
             self._manager.close()
 
 
-class _WriteErrors:
-    """Turns an operating system error of a write into one that says what to do; older checkpoints stay valid."""
-
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, OSError):
-            raise ValueError(
-                f"a checkpoint could not be written to {self._folder}: {error}; complete checkpoints there are untouched, "
-                "make room and start the same command again"
-            ) from error
+@contextlib.contextmanager
+def _explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what Orbax raises when it cannot write (tensorstore's errors are ValueErrors) into an error that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"a checkpoint could not be written to {folder}: {error}; the complete ones there are untouched: make room, then start the "
+            "same command again to go on from the newest of them"
+        ) from error
 
 
-def create_checkpoint_manager(config: Config, mesh: Mesh, init_state_fn: InitStateFn) -> Checkpoints:
-    """The checkpoints of `config.output_dir` for the state that `init_state_fn` builds."""
+@contextlib.contextmanager
+def _explain_read_errors(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what Orbax raises on a damaged checkpoint, a bare `Exception` for an array, into an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint {folder} must be whole, but it cannot be read ({type(error).__name__}: {str(error)[:160]}); remove "
+            "that folder, and the run goes on from the checkpoint before it"
+        ) from error
+
+
+def create_checkpoint_manager(config: Config, mesh: Mesh, init_state_fn: InitStateFn, read_only: bool = False) -> Checkpoints:
+    """The checkpoints of `config.output_dir` for the state that `init_state_fn` builds.
+
+    Args:
+      read_only: for a reader of a run that may be going on: nothing on disk is changed.
+    """
     folder = pathlib.Path(require(config.output_dir, "output_dir", "runs/my_run")) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    return Checkpoints(folder, get_abstract_state(config, mesh, init_state_fn), config.checkpoint.keep)
+    if not read_only:
+        folder.mkdir(parents=True, exist_ok=True)
+    return Checkpoints(folder, get_abstract_state(config, mesh, init_state_fn), config.checkpoint.keep, read_only)
 
 
 def to_tree(state: PureState) -> dict[str, Any]:

@@ -19,10 +19,11 @@ import pydantic
 import yaml
 from pydantic.dataclasses import dataclass
 
-_STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _FREE_FORM = ("data.args", "data.eval_args", "data.columns")
 
 # Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step computes.
+# (The number of steps does where the learning rate falls towards the last of them: see `differences`.)
 RESUMABLE_KEYS = (
     "pure_nnx",
     "output_dir",
@@ -38,6 +39,12 @@ RESUMABLE_KEYS = (
     "checkpoint",
     "eval",
     "logging",
+)
+
+_MERGE_TAG = "tag:yaml.org,2002:merge"  # of the key `<<`
+_FLOAT = re.compile(
+    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+    r"|\.(?:inf|Inf|INF)|[-+]?\.(?:nan|NaN|NAN))$"
 )
 
 DType = Literal["float32", "bfloat16", "float64"]
@@ -260,18 +267,19 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-6 as a float (YAML 1.1 wants a dot) and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE_TAG]
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(f"{node.start_mark.name}: key {key!r} is given twice, line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|[-+]?\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the strings which `_Loader` would read as numbers."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> Config:
@@ -317,13 +325,15 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Keys that decide what a step computes and differ: {dotted key: (old, new)}. Empty: `new` may resume `old`'s run."""
     old_flat, new_flat = _flatten(to_dict(old)), _flatten(to_dict(new))
     fixed = [key for key in new_flat if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)]
+    if new.optimizer.schedule != "constant":
+        fixed += ["grpo.steps", "sft.steps"]
     return {key: (old_flat.get(key), new_flat[key]) for key in fixed if old_flat.get(key) != new_flat[key]}
 
 
@@ -347,10 +357,14 @@ def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dic
         else:
             raise ValueError(f"config file {str(path)!r} does not exist (working directory {os.getcwd()})")
     path = path.resolve()
+    if path == pathlib.Path(str(_packaged("base.yml"))).resolve():
+        return {}  # its values are the defaults; as a recipe's own they would win over a preset
     if path in seen:
         raise ValueError(f"config file {path} inherits from itself")
     recipe = _read_yaml(path)
     parent = recipe.pop("inherit", "base.yml")
+    if not isinstance(parent, str):
+        raise ValueError(f"{path}: inherit must be the path of one recipe, got {parent!r}")
     if parent == "base.yml":
         return recipe
     beside = path.parent / parent
@@ -415,11 +429,21 @@ def _check_keys(layer: Mapping, known: set[str]) -> None:
         if key in sections:
             raise ValueError(f"{key} must be a mapping of keys, got {value!r}")
         if key not in known:
-            leaf = {name.rsplit(".", 1)[-1]: name for name in known}
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            near = near or [leaf[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, n=1)]
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = _nearest(key, sorted(known))
+            hint = f"; did you mean {near!r}?" if near else ""
             raise ValueError(f"unknown config key {key!r}{hint} (configs/base.yml lists every key)")
+
+
+def _nearest(key: str, known: Sequence[str]) -> str | None:
+    """The known key that was probably meant: its name in another section, else a similar key, else a similar name."""
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    leaf = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, [name for name in known if leaves[name] == leaf], n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(key, known, n=1)
+    if not near:
+        similar = difflib.get_close_matches(leaf, leaves.values(), n=1)
+        near = [name for name in known if leaves[name] in similar]
+    return near[0] if near else None
 
 
 def _build(merged: dict) -> Config:
@@ -429,8 +453,15 @@ def _build(merged: dict) -> Config:
     except TypeError as error:
         raise ValueError(f"invalid configuration: {error}; values are numbers, strings, booleans, null, lists and mappings") from error
     except pydantic.ValidationError as error:
-        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}, got {item['input']!r}" for item in error.errors()]
-        raise ValueError("invalid configuration: " + "; ".join(problems)) from error
+        raise ValueError("invalid configuration: " + "; ".join(map(_problem, error.errors()))) from error
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    key = ".".join(map(str, item["loc"]))
+    if item["type"] == "unexpected_keyword_argument":  # in a list entry; other keys are compared with base.yml before
+        names = [field.name for field in dataclasses.fields(RewardFunction)]
+        return f"unknown config key {key!r}; an entry of rewards.functions has {names}"
+    return f"{key}: {item['msg']}, got {item['input']!r}"
 
 
 def _at_least(config: Config, minimum: int | float, *keys: str) -> None:

@@ -129,7 +129,7 @@ def decode_chunk(
         drawn = draw_at(position, policy.unembed(params, hidden_B1D[:, 0]), labels, sampling)
         columns = Draw(
             *(
-                jax.lax.dynamic_update_slice(column_BC, new_B[:, None], (0, position - start))
+                jax.lax.dynamic_update_slice_in_dim(column_BC, new_B[:, None], position - start, axis=1)
                 for column_BC, new_B in zip(columns, drawn, strict=True)
             )
         )

@@ -52,15 +52,16 @@ def train(config: Config) -> pathlib.Path:
         origin = find_origin(config, tokenizer)
         check(config, data, origin.model_config.max_position_embeddings)
         sampling = sampling_params(config, eos_ids(config, origin.model_config, tokenizer))
-        run = RunFolder(config, "grpo", {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None})
-        stack.callback(run.close)
-        # -- rewards: started first, because a function that does not load should cost nothing
-        runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
         # -- mesh, policy, optimizer
         mesh = create_mesh(config.mesh)
         policy = policy_from_config(config, origin.model_config)
         schedule, optimizer = create_training_optimizer(config, policy)
-        plan = plan_for(config, data, num_row_shards(mesh, config.mesh.rules))
+        plan = plan_for(config, data, policy, num_row_shards(mesh, config.mesh.rules))
+        # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
+        run = RunFolder(config, "grpo", {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None})
+        stack.callback(run.close)
+        runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
+        run.begin()
         # -- states: policy and reference are two, each from its own init_state_fn
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
         init_reference_fn = InitStateFn(policy, None, config.seed)
@@ -149,7 +150,7 @@ def check(config: Config, data: PromptData, max_positions: int) -> None:
     loss_config(config)
 
 
-def plan_for(config: Config, data: PromptData, num_row_shards: int) -> PackingPlan:
+def plan_for(config: Config, data: PromptData, policy: Policy, num_row_shards: int) -> PackingPlan:
     """Static shapes that hold every minibatch of the run."""
     return plan_packing(
         num_groups=config.grpo.prompts_per_step // config.grpo.minibatches,
@@ -158,6 +159,7 @@ def plan_for(config: Config, data: PromptData, num_row_shards: int) -> PackingPl
         max_completion_length=config.sampling.max_completion_length,
         max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
         num_row_shards=num_row_shards,
+        preferred_row_length=policy.config.hidden_size,
     )
 
 

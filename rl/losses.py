@@ -133,10 +133,6 @@ class _Rows(NamedTuple):
     sampler_ratio_BX: jax.Array | None
 
 
-def _is_between(value: float, low: float, high: float) -> bool:
-    return low <= value <= high
-
-
 def validate_loss_config(config: LossConfig) -> None:
     """Refuse values and combinations that have no meaning.
 
@@ -166,7 +162,7 @@ def validate_loss_config(config: LossConfig) -> None:
     )
     for name, low, high, hint in ranges:
         value = getattr(config, name)
-        if value is not None and not _is_between(value, low, high):
+        if value is not None and not low <= value <= high:
             raise ValueError(f"{name} must be in [{low}, {high}], got {value}; {hint}")
     for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
         if not getattr(config, name) > 0:
@@ -516,6 +512,7 @@ def grpo_loss(
     sums = _metric_sums(rows, means, entropy_BT, inputs, config)
     sums.totals["policy_loss"] = policy_loss
     if config.has_entropy_bonus:
+        assert entropy_BT is not None
         selected_entropy = jnp.sum(jnp.where(selected_BT, entropy_BT, 0))
         bonus = selected_entropy / jnp.maximum(denominators.num_entropy_tokens, 1).astype(dtype)
         loss -= denominators.entropy_coef.astype(dtype) * bonus / denominators.gradient_accumulation_steps.astype(dtype)

@@ -30,6 +30,8 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
         for axis in axes:
             if axis not in AXES:
                 raise ValueError(f"mesh.rules.{logical} must name mesh axes out of {list(AXES)}, got {axis!r}")
+            if axes.count(axis) > 1:
+                raise ValueError(f"mesh.rules.{logical} must name each mesh axis once, got {axes}")
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             raise ValueError(f"mesh.{axis} must be a number of devices >= 1, or -1 for what is left, got {size}")

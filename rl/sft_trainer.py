@@ -51,17 +51,10 @@ def train(config: Config) -> pathlib.Path:
         check_enough_rows(len(pairs.rows), config.sft.batch_size, "sft.batch_size")
         held_out = load_prompts(config, tokenizer).held_out[: config.eval.max_prompts]
         origin = find_origin(config, tokenizer)
-        run = RunFolder(config, "sft", {"policy": origin.identity})
-        stack.callback(run.close)
-        # -- mesh, policy, optimizer, state
+        # -- mesh, policy, optimizer
         mesh = create_mesh(config.mesh)
         policy = policy_from_config(config, origin.model_config)
         schedule, optimizer = create_training_optimizer(config, policy, num_updates=config.sft.steps)
-        init_state_fn = InitStateFn(policy, optimizer, config.seed)
-        checkpoints = create_checkpoint_manager(config, mesh, init_state_fn)
-        stack.callback(checkpoints.close)
-        checkpoints.check_disk_space()
-        shardings = checkpoints.abstract.shardings
         plan = plan_packing(
             num_groups=config.sft.batch_size,
             group_size=1,
@@ -69,7 +62,17 @@ def train(config: Config) -> pathlib.Path:
             max_completion_length=max(len(row.completion_ids) for row in pairs.rows),
             max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
             num_row_shards=num_row_shards(mesh, config.mesh.rules),
+            preferred_row_length=policy.config.hidden_size,
         )
+        # -- run folder, state: whatever is wrong up to here has touched nothing on disk
+        run = RunFolder(config, "sft", {"policy": origin.identity})
+        stack.callback(run.close)
+        run.begin()
+        init_state_fn = InitStateFn(policy, optimizer, config.seed)
+        checkpoints = create_checkpoint_manager(config, mesh, init_state_fn)
+        stack.callback(checkpoints.close)
+        checkpoints.check_disk_space()
+        shardings = checkpoints.abstract.shardings
         # -- restore, or start
         if checkpoints.latest_step is None:
             state, _ = setup_training_state(config, mesh, init_state_fn, pretrained_params(origin, shardings.params))

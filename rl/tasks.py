@@ -4,8 +4,10 @@ A source gives rows `{"prompt": ..., "answer": ...}` with distinct prompts. Noth
 """
 
 import difflib
+import functools
 import inspect
 import json
+import operator
 import random
 import string
 import sys
@@ -17,11 +19,10 @@ Row = dict[str, Any]
 REASONING_GYM_PREFIX = "reasoning_gym:"
 
 _OPERATIONS: dict[str, tuple[str, Callable[[int, int], int]]] = {
-    "add": ("+", lambda left, right: left + right),
-    "subtract": ("-", lambda left, right: left - right),
-    "multiply": ("*", lambda left, right: left * right),
+    "add": ("+", operator.add),
+    "subtract": ("-", operator.sub),
+    "multiply": ("*", operator.mul),
 }
-_TEMPLATE_FIELDS = {"left", "sign", "right"}
 # All questions are listed only up to here: beyond it a run wants a sample, and memory would go first.
 _MOST_ROWS = 1_000_000
 
@@ -50,35 +51,37 @@ def procedural_rows(source: str, args: Mapping[str, Any], seed: int) -> list[Row
 
 
 def arithmetic_rows(
-    operation: str, digits: int, seed: int, size: int | None = None, template: str = "{left}{sign}{right}="
+    operation: str, digits: int, seed: int, terms: int = 2, size: int | None = None, template: str = "{expression}="
 ) -> list[Row]:
-    """Two-number questions in random order, such as `{"prompt": "47+38=", "answer": "85"}`.
+    """Questions in random order, such as `{"prompt": "47+38=", "answer": "85"}`.
 
-    Operands run from 0 to 10**digits - 1, in both orders, so one operation has 100**digits distinct questions (10,000
-    for two digits) and `mixed` three times as many.
+    Terms run from 0 to 10**digits - 1, in every order, so one operation has 10**(digits * terms) distinct questions
+    (10,000 for two terms of two digits) and `mixed` three times as many.
 
     Args:
-      operation: add, subtract, multiply, or mixed (all three).
-      digits: most digits of an operand.
+      operation: add, subtract, multiply, or mixed (all three, one per question); from left to right.
+      digits: most digits of a term.
       seed: decides the order, and the choice when `size` is set.
+      terms: numbers in a question.
       size: number of distinct questions; None is all of them.
-      template: text of a question, with the fields {left}, {sign} and {right}.
+      template: text of a question, with the field {expression}.
 
     Raises:
-      ValueError: a value out of range, or a template that does not hold exactly the three fields.
+      ValueError: a value out of range, or a template that does not hold exactly that field.
     """
     names = list(_OPERATIONS) if operation == "mixed" else [operation]
     if not set(names) <= set(_OPERATIONS):
         raise ValueError(f"data.args.operation must be one of {[*_OPERATIONS, 'mixed']}, got {operation!r}")
     _check_count("data.args.digits", digits, 1)
+    _check_count("data.args.terms", terms, 2)
     _check_count("data.args.seed", seed, 0)
     _check_template(template)
     numbers = 10**digits
-    total = len(names) * numbers * numbers
+    total = len(names) * numbers**terms
     if size is None and total > _MOST_ROWS:
         raise ValueError(
             f"data.args.size must be set when there are more than {_MOST_ROWS} questions, got {total} for "
-            f"digits={digits}; it draws that many distinct ones"
+            f"digits={digits}, terms={terms}; it draws that many distinct ones"
         )
     count = total if size is None else size
     _check_count("data.args.size", count, 1)
@@ -89,12 +92,14 @@ def arithmetic_rows(
 
     rows = []
     for index in _distinct_numbers(total, count, random.Random(seed)):
-        rest, right = divmod(index, numbers)
-        name, left = divmod(rest, numbers)
-        sign, apply = _OPERATIONS[names[name]]
-        rows.append({"prompt": template.format(left=left, sign=sign, right=right), "answer": str(apply(left, right))})
-    if len({row["prompt"] for row in rows}) < count:
-        raise ValueError(f"data.args.template must give different questions different texts, got {template!r}")
+        operands = []
+        for _ in range(terms):
+            index, operand = divmod(index, numbers)
+            operands.append(operand)
+        operands.reverse()
+        sign, apply = _OPERATIONS[names[index]]
+        expression = sign.join(map(str, operands))
+        rows.append({"prompt": template.format(expression=expression), "answer": str(functools.reduce(apply, operands))})
     return rows
 
 
@@ -178,11 +183,11 @@ def _check_count(key: str, value: Any, minimum: int) -> None:
 def _check_template(text: str) -> None:
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
-        text.format(left=1, sign="+", right=2)
+        text.format(expression="1+2")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"data.args.template must be a format string, got {text!r}: {error}") from error
-    if sorted(fields) != sorted(_TEMPLATE_FIELDS):
-        raise ValueError(f"data.args.template must hold {{left}}, {{sign}} and {{right}} once each, got {text!r}")
+    if fields != ["expression"]:
+        raise ValueError(f"data.args.template must hold {{expression}} once and no other field, got {text!r}")
 
 
 def _nearest(name: str, known: Any) -> str:

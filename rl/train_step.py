@@ -111,7 +111,7 @@ def jit_train_step(
         loss, grads, sums, difference = jax.lax.fori_loop(0, batch.num_microbatches, add_piece, start)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = UpdateMetrics(loss, sums, optax.global_norm(grads), difference)
+        metrics = UpdateMetrics(loss, sums, optax.tree.norm(grads), difference)
         return PureState(state.step + 1, params, opt_state, state.rng), metrics
 
     rows: Any = batch_shardings(mesh, rules)

@@ -60,7 +60,7 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
     # The number of updates shapes the schedule only, never the optimizer's state.
     _, optimizer = create_training_optimizer(config, policy, num_updates=config.optimizer.warmup_updates + 1)
     config = dataclasses.replace(config, output_dir=str(pathlib.Path(folder)))
-    checkpoints = create_checkpoint_manager(config, mesh, InitStateFn(policy, optimizer, config.seed))
+    checkpoints = create_checkpoint_manager(config, mesh, InitStateFn(policy, optimizer, config.seed), read_only=True)
     try:
         step = checkpoints.latest_step if step is None else step
         if step is None:

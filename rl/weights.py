@@ -52,7 +52,11 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
         folder, identity = None, {"source": None, "seed": config.seed}
     else:
         folder = pathlib.Path(resolve_source(section.source))
-        model_config, identity = read_config(folder), {"source": section.source, "hash": weights_hash(folder)}
+        model_config = read_config(folder)
+        try:
+            identity = {"source": section.source, "hash": weights_hash(folder)}
+        except FileNotFoundError as error:  # a shard that the index lists
+            raise ValueError(f"{error.filename} must exist, but it does not; fetch the model again") from error
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
             f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer of "

@@ -9,3 +9,13 @@ def digit_share(prompts, completions, **columns):
 def constant(prompts, completions, **columns):
     """The same for everyone: nothing to learn."""
     return [0.5 for _ in completions]
+
+
+def always_right(prompts, completions, **columns):
+    """1 for everyone."""
+    return [1.0 for _ in completions]
+
+
+def right_for_even_answers(answer):
+    """1 where the gold answer is even, whatever the completion."""
+    return float(int(answer) % 2 == 0)

@@ -1,7 +1,8 @@
 """Packing is bookkeeping: every token lands exactly once, sees exactly its own past, and finds its way back.
 
 The checks read a batch through the attention rule, written out here once more in numpy.
-Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a completion.
+Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
+completion.
 """
 
 import math
@@ -15,7 +16,7 @@ LAST = 999  # the last token of every completion in `ragged_groups`, and of noth
 
 
 def ragged_groups(seed, num_groups=5, group_size=4, max_prompt=6, max_completion=7, full=False):
-    """Groups with prompts and completions of all lengths, `full` of the largest only. No two rows of tokens are alike."""
+    """Groups with prompts and completions of random lengths, or all of the largest if `full`."""
     rng = np.random.default_rng(seed)
 
     def length(longest):
@@ -158,7 +159,8 @@ def test_unknown_logprobs_are_nan_beside_known_ones():
     batch = pack([TrainGroup(np.int32([1, 2]), [known, unknown])], plan_for(1, 2))
     where = places(batch)
     assert batch.sampler_logprobs_MRCL[where[0]][:2].tolist() == [0.0, 0.0]
-    assert np.isnan(batch.sampler_logprobs_MRCL[where[1]]).all() and np.isnan(batch.rollout_logprobs_MRCL[where[1]]).all()
+    assert np.isnan(batch.sampler_logprobs_MRCL[where[1]]).all()
+    assert np.isnan(batch.rollout_logprobs_MRCL[where[1]]).all()
 
 
 def test_floating_point_fields_have_the_dtype_asked_for():
@@ -174,7 +176,8 @@ def test_a_group_longer_than_a_row_is_cut_between_completions_and_its_prompt_rep
     groups = ragged_groups(7, num_groups=2, group_size=6, full=True)
     plan = plan_for(2, 6, budget=22)  # a prompt of 6 and two completions of 7
     batch = pack(groups, plan)
-    assert plan.row_length == 22 and plan.completions_per_row == 2
+    assert plan.row_length == 22
+    assert plan.completions_per_row == 2
     assert_holds(batch, groups)
     copies = sum(
         batch.tokens_MRT[m, r, :6].tolist() == groups[0].prompt_ids.tolist()
@@ -187,7 +190,8 @@ def test_one_sequence_per_row_is_the_limit_of_cutting():
     groups = ragged_groups(8)
     plan = plan_for(budget=13)
     batch = pack(groups, plan)
-    assert plan.num_rows == 1 and plan.num_microbatches == len(in_order(groups))
+    assert plan.num_rows == 1
+    assert plan.num_microbatches == len(in_order(groups))
     assert_holds(batch, groups)
 
 
@@ -207,7 +211,9 @@ def test_groups_of_unequal_size_are_packed_and_empty_ones_left_out():
 def test_a_minibatch_without_completions_is_one_piece_of_padding():
     batch = pack([TrainGroup(np.int32([1, 2]), [])], plan_for())
     assert batch.num_microbatches == 1
-    assert not batch.mask_MRCL.any() and (batch.group_ids_MRT == -1).all() and (batch.sequence_ids_MRC == -1).all()
+    assert not batch.mask_MRCL.any()
+    assert (batch.group_ids_MRT == -1).all()
+    assert (batch.sequence_ids_MRC == -1).all()
 
 
 # Order
@@ -250,7 +256,8 @@ def test_a_plan_holds_any_minibatch_it_was_made_for(seed):
     least = shards * (sizes["max_prompt"] + sizes["max_completion"])
     budget = int(rng.integers(least, 4 * least + 1))
     plan = plan_for(**sizes, budget=budget, shards=shards, preferred=int(rng.integers(1, 64)))
-    assert plan.num_rows % shards == 0 and plan.num_rows * plan.row_length <= budget
+    assert plan.num_rows % shards == 0
+    assert plan.num_rows * plan.row_length <= budget
     shapes = set()
     for full in (False, True):
         groups = ragged_groups(seed, **sizes, full=full)
@@ -272,7 +279,8 @@ def test_the_plan_of_a_typical_run_packs_short_groups_and_wastes_little():
         max_tokens_per_microbatch=4096,
         num_row_shards=1,
     )
-    assert plan.row_length == 128 and plan.num_rows == 32
+    assert plan.row_length == 128
+    assert plan.num_rows == 32
     assert plan == PackingPlan(2, 32, 128, 16, 6)
 
 

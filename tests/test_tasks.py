@@ -55,8 +55,8 @@ def test_large_spaces_are_sampled_without_listing_them():
 
 
 def test_template_words_the_question():
-    rows = arithmetic_rows("add", digits=1, seed=0, template="What is {left} {sign} {right}?")
-    assert {"prompt": "What is 3 + 4?", "answer": "7"} in rows
+    rows = arithmetic_rows("add", digits=1, seed=0, template="What is {expression}?")
+    assert {"prompt": "What is 3+4?", "answer": "7"} in rows
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,11 @@ def test_template_words_the_question():
         ({"operation": "add", "digits": 1, "size": 101}, r"size must be <= 100"),
         ({"operation": "add", "digits": 1, "size": 0}, r"size must be a whole number >= 1"),
         ({"operation": "add", "digits": 1, "seed": -1}, r"seed must be a whole number >= 0"),
-        ({"operation": "add", "digits": 1, "template": "{left}{sign}"}, r"template must hold"),
-        ({"operation": "add", "digits": 1, "template": "{left}{sign}{right}{"}, r"template must be a format string"),
-        ({"operation": "add", "digits": 1, "template": "{left:s}{sign}{right}"}, r"template must be a format string"),
-        ({"operation": "add", "digits": 2, "template": "{left}{right}{sign}"}, r"different texts"),
+        ({"operation": "add", "digits": 1, "template": "sum ="}, r"template must hold"),
+        ({"operation": "add", "digits": 1, "template": "{expression}{"}, r"template must be a format string"),
+        ({"operation": "add", "digits": 1, "template": "{expression:d}"}, r"template must be a format string"),
+        ({"operation": "add", "digits": 1, "template": "{expression}{expression}"}, r"template must hold"),
+        ({"operation": "add", "digits": 1, "terms": 1}, r"terms must be a whole number >= 2"),
         ({"operation": "add", "digit": 1}, r"got 'digit'; did you mean 'digits'"),
         ({"operation": "add"}, r"must hold \['digits'\]"),
     ],
@@ -127,3 +128,11 @@ def test_only_known_names_are_procedural():
     assert is_procedural("reasoning_gym:gcd")
     assert not is_procedural("reasoning_gym")
     assert not is_procedural("arithmetic.jsonl")
+
+
+def test_terms_make_longer_questions_evaluated_from_left_to_right():
+    rows = arithmetic_rows("add", digits=1, seed=0, terms=4)
+    assert len(rows) == len({row["prompt"] for row in rows}) == 10_000
+    assert all(eval(row["prompt"].rstrip("=")) == int(row["answer"]) for row in rows)  # noqa: S307  our own "3+9+2+7="
+    rows = arithmetic_rows("subtract", digits=1, seed=0, terms=3)
+    assert all(eval(row["prompt"].rstrip("=")) == int(row["answer"]) for row in rows)  # noqa: S307

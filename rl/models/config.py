@@ -111,8 +111,8 @@ class ModelConfig:
     ) -> "ModelConfig":
         """A fresh architecture; what is left out (None) follows the family.
 
-        Raises ValueError for sizes that do not fit. Without `layer_types`, gemma3_text with a `sliding_window` makes every
-        sixth layer global, as Gemma 3 does.
+        Raises ValueError for sizes that do not fit. Without `layer_types`, gemma3_text with a `sliding_window` makes
+        every sixth layer global, as Gemma 3 does.
         """
         _check_choice("family", family, FAMILIES)
         gemma = family == "gemma3_text"

@@ -155,7 +155,7 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         raw |= {
             "hidden_activation": activation,
             "attention_bias": config.attention_bias,
-            "query_pre_attn_scalar": config.query_pre_attn_scalar,
+            "query_pre_attn_scalar": _whole(config.query_pre_attn_scalar),
             "rope_local_base_freq": config.rope_local_theta,
             "sliding_window": config.sliding_window,
             "layer_types": list(config.layer_types),
@@ -293,21 +293,25 @@ def _layer_types(raw: Mapping[str, Any], values: Mapping[str, Any], family: str,
 
 
 def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], family: str) -> tuple[float, RopeScaling, float]:
-    """Theta, scaling, and the theta of sliding layers."""
+    """Theta, scaling, and the theta of sliding layers, from rope_parameters (newer files) or rope_scaling (older ones)."""
+    newer, older = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     local_theta = float(values.get("rope_local_base_freq", 10_000.0))
-    parameters = raw.get("rope_parameters") or {}
-    if FULL_ATTENTION in parameters or SLIDING_ATTENTION in parameters:
+    if FULL_ATTENTION in newer or SLIDING_ATTENTION in newer:
         if family != "gemma3_text":
-            raise ValueError(f"rope_parameters by layer type are not supported for {family}, got {parameters!r}")
-        local = parameters.get(SLIDING_ATTENTION) or {}
+            raise ValueError(f"rope_parameters by layer type are not supported for {family}, got {newer!r}")
+        local = newer.get(SLIDING_ATTENTION) or {}
         if _rope_scaling(local, values).kind != "none":
             raise ValueError(f"rope_parameters of {SLIDING_ATTENTION} must be of type 'default', got {local!r}")
         local_theta = float(local.get("rope_theta", local_theta))
-        parameters = parameters.get(FULL_ATTENTION) or {}
-    # A file of an older transformers keeps theta beside rope_scaling, a newer one inside rope_parameters.
-    parameters = {**parameters, **(raw.get("rope_scaling") or {})}
-    theta = float(parameters.get("rope_theta", values["rope_theta"]))
-    return theta, _rope_scaling(parameters, values), local_theta
+        newer = newer.get(FULL_ATTENTION) or {}
+    readings = {
+        (float(parameters.get("rope_theta", values["rope_theta"])), _rope_scaling(parameters, values))
+        for parameters in ([newer, older] if newer and older else [newer or older])
+    }
+    if len(readings) > 1:
+        raise ValueError(f"rope_parameters and rope_scaling must agree, got {newer!r} and {older!r}; remove one of them")
+    theta, scaling = readings.pop()
+    return theta, scaling, local_theta
 
 
 def _rope_scaling(parameters: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
@@ -352,6 +356,11 @@ def _rope_scaling_json(scaling: RopeScaling) -> dict[str, Any] | None:
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_max_position_embeddings,
     }
+
+
+def _whole(value: float) -> float | int:
+    """An int where the value is one: transformers 5 checks the type."""
+    return int(value) if value == int(value) else value
 
 
 def _token_ids_json(config: ModelConfig) -> dict[str, Any]:

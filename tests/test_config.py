@@ -1,0 +1,325 @@
+"""Recipes, presets and overrides: how they are layered, what is refused, and what makes two configurations the same run."""
+
+import dataclasses
+import importlib.resources
+
+import pytest
+import yaml
+
+from rl.config import differences, dump_config, load_config, read_preset, require, to_dict
+
+PRESETS = ["cispo", "dapo", "dr_grpo", "grpo", "gspo", "rloo"]
+
+
+def write(folder, text, name="recipe.yml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+# Layers
+
+
+def test_without_a_recipe_every_value_is_that_of_base_yml():
+    base = yaml.safe_load((importlib.resources.files("configs") / "base.yml").read_text())
+    base["optimizer"] |= {"lr": 1e-6, "eps": 1e-8}  # which YAML 1.1 reads as strings
+    assert to_dict(load_config(None)) == base
+
+
+def test_the_classes_hold_no_default_beside_base_yml():
+    config = load_config(None)
+    classes = [type(config)] + [
+        type(section) for section in vars(config).values() if dataclasses.is_dataclass(section)
+    ]
+    classes.append(type(config.model.arch))
+    for section in classes:
+        for field in dataclasses.fields(section):
+            no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            assert no_default, f"{section.__name__}.{field.name}"
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_base_yml(tmp_path):
+    path = write(tmp_path, "grpo: {steps: 7, group_size: 3}\noptimizer: {lr: 3e-5}\n")
+    config = load_config(path, ["grpo.steps=9", "grpo.steps=11", "data.args.digits=2", "data.args.operation=add"])
+    assert (config.grpo.steps, config.grpo.group_size, config.grpo.prompts_per_step) == (11, 3, 8)
+    assert config.optimizer.lr == 3e-5
+    assert config.data.args == {"digits": 2, "operation": "add"}
+
+
+def test_a_recipe_inherits_from_the_file_beside_it(tmp_path):
+    write(tmp_path, "grpo: {steps: 7, group_size: 3}\nsampling: {stop_strings: [a, b]}\n", "parent.yml")
+    path = write(tmp_path, "inherit: parent.yml\ngrpo: {steps: 8}\nsampling: {stop_strings: [c]}\n")
+    config = load_config(path)
+    assert (config.grpo.steps, config.grpo.group_size) == (8, 3)
+    assert config.sampling.stop_strings == ["c"]  # a list is replaced, not merged
+
+
+def test_a_recipe_cannot_inherit_from_itself_or_from_nothing(tmp_path):
+    write(tmp_path, "inherit: b.yml\n", "a.yml")
+    path = write(tmp_path, "inherit: a.yml\n", "b.yml")
+    with pytest.raises(ValueError, match="inherits from itself"):
+        load_config(path)
+    with pytest.raises(ValueError, match=r"inherit must be the path of one recipe, got \['a.yml'\]"):
+        load_config(write(tmp_path, "inherit: [a.yml]\n"))
+    with pytest.raises(ValueError, match=r"'missing\.yml' does not exist \(working directory "):
+        load_config(write(tmp_path, "inherit: missing.yml\n"))
+
+
+def test_a_packaged_recipe_is_found_by_its_bare_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("base.yml") == load_config(None)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_its_keys_and_explicit_ones_win(tmp_path, name):
+    preset = read_preset(name)
+    config = load_config(None, [f"grpo.preset={name}"])
+    assert {key: getattr(config.grpo, key) for key in preset} == preset
+    other = load_config(write(tmp_path, "grpo: {epsilon: 0.123, beta: 0.5}\n"), [f"grpo.preset={name}"])
+    assert (other.grpo.epsilon, other.grpo.beta) == (0.123, 0.5)
+    rest = [key for key in preset if key not in ("epsilon", "beta")]
+    assert {key: getattr(other.grpo, key) for key in rest} == {key: preset[key] for key in rest}
+
+
+@pytest.mark.parametrize("parent", ["base.yml", "{packaged}"])
+def test_a_preset_wins_over_base_yml_however_base_yml_is_named(tmp_path, parent):
+    packaged = importlib.resources.files("configs") / "base.yml"
+    path = write(tmp_path, f"inherit: {parent.format(packaged=packaged)}\ngrpo: {{preset: dapo}}\n")
+    assert load_config(path).grpo.loss_type == "dapo"
+    assert load_config(str(packaged), ["grpo.preset=dapo"]).grpo.beta == 0.0
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"grpo\.preset must be one of \['cispo', .*'rloo'\], got 'ppo'"):
+        load_config(None, ["grpo.preset=ppo"])
+
+
+def test_a_preset_can_be_taken_back_on_the_command_line(tmp_path):
+    path = write(tmp_path, "grpo: {preset: dapo}\n")
+    assert load_config(path, ["grpo.preset=null"]) == load_config(None)
+
+
+# Values
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", "+1e-6"])
+def test_numbers_in_scientific_notation_are_floats(text):
+    assert load_config(None, [f"optimizer.lr={text}"]).optimizer.lr == 1e-6
+
+
+def test_whole_numbers_are_taken_as_floats_but_not_the_other_way_round():
+    assert load_config(None, ["optimizer.lr=1"]).optimizer.lr == 1.0
+    with pytest.raises(ValueError, match=r"grpo\.steps: .*valid integer, got 1000\.0"):
+        load_config(None, ["grpo.steps=1e3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.steps=ten", r"grpo\.steps: .*valid integer, got 'ten'"),
+        ("pure_nnx=1", r"pure_nnx: .*valid boolean, got 1"),
+        ("grpo.loss_type=ppo", r"grpo\.loss_type: .*'grpo'.*, got 'ppo'"),
+        ("model.dtype=float16", r"model\.dtype: .*'float32', 'bfloat16' or 'float64', got 'float16'"),
+        ("optimizer.lr=.nan", r"optimizer\.lr: .*finite number, got nan"),
+        ("grpo.delta=.inf", r"grpo\.delta: .*finite number, got inf"),
+        ("data.args={since: 2024-01-01}", r"date is not JSON serializable; values are numbers, strings"),
+        ("mesh.rules.vocab=tensor", r"mesh\.rules\.vocab: .*valid array, got 'tensor'"),
+        ("rewards.functions=x:y", r"rewards\.functions: .*valid array, got 'x:y'"),
+        ("rewards.functions=[{weight: 1.0}]", r"rewards\.functions\.0\.function: "),
+        (
+            "rewards.functions=[{function: 'a:b', weigth: 2.0}]",
+            r"unknown config key 'rewards\.functions\.0\.weigth'; an entry of rewards\.functions has \['function', 'weight'",
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_key_and_value(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize("text", ["", "grpo: {}\n", "# only a comment\n"])
+def test_a_recipe_may_state_nothing(tmp_path, text):
+    assert load_config(write(tmp_path, text)) == load_config(None)
+
+
+def test_yaml_anchors_and_merge_keys_work(tmp_path):
+    text = "data:\n  args: &shared {digits: 2}\n  eval_args:\n    <<: *shared\n    operation: add\n"
+    config = load_config(write(tmp_path, text))
+    assert config.data.eval_args == {"digits": 2, "operation": "add"}
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("grpo.stesp", "grpo.steps"),
+        ("optimiser.lr", "optimizer.lr"),
+        ("learning_rate", None),
+        ("lr", "optimizer.lr"),
+        ("tokeniser.source", "tokenizer.source"),
+        ("sampling.group_size", "grpo.group_size"),
+        ("model.arch.hidden_sizes", "model.arch.hidden_size"),
+        ("data.source.path", "data.source"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_name(tmp_path, key, nearest):
+    hint = f"; did you mean {nearest!r}\\?" if nearest else ""
+    with pytest.raises(ValueError, match=rf"unknown config key '{key}'{hint} \(configs/base\.yml lists every key\)"):
+        load_config(None, [f"{key}=1"])
+    nested = "1"
+    for part in reversed(key.split(".")):
+        nested = f"{{{part}: {nested}}}"
+    with pytest.raises(ValueError, match=f"unknown config key '{key}'"):
+        load_config(write(tmp_path, nested))
+
+
+@pytest.mark.parametrize("override", ["grpo.steps", "=3", "--steps"])
+def test_an_override_without_a_key_or_a_value_is_refused(override):
+    with pytest.raises(ValueError, match=r"an override must look like dotted\.key=value"):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize("override", ["grpo=5", "mesh.rules=null", "model.arch=[]"])
+def test_a_section_must_be_a_mapping(override):
+    with pytest.raises(ValueError, match=r"(grpo|mesh\.rules|model\.arch) must be a mapping of keys, got"):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grpo: {steps: 1\n", "is not valid YAML"),
+        ("- a\n- b\n", "must hold a mapping of keys, got list"),
+        ("grpo: {steps: 1, steps: 2}\n", "key 'steps' is given twice, line 1"),
+        ("seed: 1\ngrpo: {}\nseed: 2\n", "key 'seed' is given twice"),
+        ("grpo:\n", "grpo must be a mapping of keys, got None"),
+    ],
+)
+def test_a_malformed_recipe_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, text))
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load_config(None, ["grpo.steps={"])
+
+
+def test_a_missing_recipe_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.yml' does not exist \(working directory "):
+        load_config(tmp_path / "nowhere.yml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["grpo.group_size=1"], r"grpo\.group_size must be >= 2 for a group baseline, got 1"),
+        (["grpo.steps=0"], r"grpo\.steps must be >= 1, got 0"),
+        (["optimizer.lr=-1e-6"], r"optimizer\.lr must be >= 0, got -1e-06"),
+        (["seed=-1"], r"seed must be >= 0, got -1"),
+        (
+            ["grpo.prompts_per_step=6", "grpo.minibatches=4"],
+            r"grpo\.minibatches must divide grpo\.prompts_per_step \(6\), got 4; these fit: \[1, 2, 3, 6\]",
+        ),
+        (["sampling.min_completion_length=129"], r"min_completion_length must be <= .*\(128\), got 129"),
+        (["sampling.top_p=0"], r"sampling\.top_p must be in \(0, 1\], got 0"),
+        (["sampling.min_p=1.0"], r"sampling\.min_p must be in \[0, 1\), got 1"),
+        (["optimizer.b2=1.0"], r"optimizer\.b2 must be in \[0, 1\), got 1"),
+        (["rewards.timeout_seconds=0"], r"rewards\.timeout_seconds must be > 0, got 0"),
+        (
+            ["grpo.loss_type=vespo", "grpo.sampler_is_correction=true", "grpo.sampler_is_mode=sequence_mask"],
+            r"sampler_is_mode must be token_truncate or token_mask with loss_type vespo, got 'sequence_mask'",
+        ),
+        (["rewards.functions=[{function: 'a:b'}, {function: 'a:b'}]"], r"must have distinct names, .* set `name`"),
+        (
+            ["rewards.functions=[{function: 'a:b', name: c}]", "eval.reward=d"],
+            r"eval\.reward must name one of rewards\.functions \['c'\], got 'd'",
+        ),
+        (["data.eval_source=x.jsonl", "data.eval_size=5"], r"data\.eval_size must be 0 when data\.eval_source is set"),
+        (["checkpoint.keep=0"], r"checkpoint\.keep must be >= 1, got 0"),
+    ],
+)
+def test_ranges_and_contradictions_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, overrides)
+
+
+def test_a_key_without_a_usable_default_must_be_set():
+    assert require("runs/a", "output_dir", "runs/my_run") == "runs/a"
+    for value in (None, "", []):
+        with pytest.raises(ValueError, match=r"output_dir must be set, got .*; for example output_dir=runs/my_run"):
+            require(value, "output_dir", "runs/my_run")
+
+
+# Round trip and identity of a run
+
+
+def test_a_dumped_configuration_reads_back_equal(tmp_path):
+    overrides = [
+        "grpo.preset=gspo",
+        "grpo.beta=0.1",
+        "optimizer.lr=2.5e-7",
+        'sampling.stop_strings=["1e5", "\\n", "null", "0x1", "caf\\u00e9: #", ".5", "yes"]',
+        "data.args={name: '1e-6', list: [1, 2.5, null, true], nested: {a: '007'}}",
+        "data.columns.answer=null",
+        "rewards.functions=[{function: 'a:b', weight: 0.0, kwargs: {limit: 3}}]",
+        "sampling.eos_ids=[1, 2]",
+        "model.arch.vocab_size=77",
+    ]
+    config = load_config(None, overrides)
+    assert config.data.args["name"] == "1e-6"
+    path = write(tmp_path, dump_config(config), "config.yml")
+    assert load_config(path) == config
+    assert load_config(path, ["grpo.steps=3"]).grpo == dataclasses.replace(config.grpo, steps=3)
+
+
+def test_two_runs_are_the_same_when_only_what_changes_no_step_differs():
+    old = load_config(None, ["output_dir=a"])
+    new = load_config(
+        None,
+        [
+            "output_dir=b",
+            "pure_nnx=false",
+            "grpo.steps=500",
+            "checkpoint.every=3",
+            "eval.every=0",
+            "mesh.data=2",
+            "mesh.rules.embed=[]",
+            "logging.samples_per_step=9",
+            "grpo.max_tokens_per_microbatch=77",
+        ],
+    )
+    assert differences(old, old) == {}
+    assert differences(old, new) == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.lr=2e-6", "optimizer.lr"),
+        ("seed=1", "seed"),
+        ("data.args.digits=3", "data.args"),
+        ("data.eval_size=3", "data.eval_size"),
+        ("grpo.beta=0.1", "grpo.beta"),
+        ("grpo.epochs=2", "grpo.epochs"),
+        ("rewards.functions=[{function: 'a:b'}]", "rewards.functions"),
+        ("sampling.temperature=0.5", "sampling.temperature"),
+        ("model.dtype=bfloat16", "model.dtype"),
+        ("model.arch.num_layers=3", "model.arch.num_layers"),
+    ],
+)
+def test_what_decides_a_step_makes_another_run(override, key):
+    old, new = load_config(None), load_config(None, [override])
+    assert list(differences(old, new)) == [key]
+    assert differences(old, new)[key] != differences(new, old)[key]
+
+
+def test_the_number_of_steps_belongs_to_the_run_where_the_learning_rate_falls_towards_the_last():
+    for schedule, expected in (("constant", {}), ("linear", {"grpo.steps": (100, 200)})):
+        old = load_config(None, [f"optimizer.schedule={schedule}"])
+        assert differences(old, load_config(None, [f"optimizer.schedule={schedule}", "grpo.steps=200"])) == expected
+
+
+def test_a_config_cannot_be_changed_in_place():
+    config = load_config(None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.grpo.steps = 3

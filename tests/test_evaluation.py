@@ -1,0 +1,81 @@
+"""Held-out evaluation: what is counted, and how."""
+
+import json
+import pathlib
+
+import pytest
+
+from rl.cli import main
+from rl.config import load_config
+from rl.evaluation import evaluate_source, wilson_interval
+from rl.grpo_trainer import train
+from rl.metrics import read_metrics
+
+REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
+RECIPE = f"""
+model:
+  arch: {{family: qwen2, hidden_size: 16, intermediate_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8}}
+data: {{source: arithmetic, args: {{operation: add, digits: 1}}, eval_size: 13, max_prompt_length: 8}}
+rewards:
+  functions:
+    - {{function: "{REWARDS}:digit_share", name: digits}}
+    - {{function: "{REWARDS}:always_right", name: right, weight: 0.0}}
+    - {{function: "{REWARDS}:right_for_even_answers", name: even, weight: 0.0}}
+sampling: {{max_completion_length: 4, max_rows: 8}}
+grpo: {{steps: 2, prompts_per_step: 2, group_size: 2, max_tokens_per_microbatch: 64}}
+eval: {{every: 1}}
+checkpoint: {{every: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "recipe.yml").write_text(RECIPE)
+    return train(load_config(folder / "recipe.yml", [f"output_dir={folder / 'run'}"]))
+
+
+def test_every_held_out_prompt_counts_once_though_the_last_wave_is_partial(run):
+    result, where = evaluate_source(run)
+    assert where == "step 2"
+    assert result.num_prompts == result.num_judged == len({sample["prompt"] for sample in result.samples}) == 13
+
+
+def test_accuracy_is_the_share_of_the_function_that_counts(run):
+    right, _ = evaluate_source(run, ["eval.reward=right"])
+    assert right.accuracy == 1.0
+    even, _ = evaluate_source(run, ["eval.reward=even"])
+    expected = sum(eval(sample["prompt"].rstrip("=")) % 2 == 0 for sample in even.samples)  # noqa: S307  our own "3+4="
+    assert even.accuracy == pytest.approx(expected / 13)
+    assert 0 < expected < 13
+    assert even.interval == wilson_interval(expected, 13)
+
+
+def test_evaluation_is_greedy_whatever_the_training_temperature(run):
+    cold, _ = evaluate_source(run, ["sampling.temperature=1.0"])
+    hot, _ = evaluate_source(run, ["sampling.temperature=5.0", "sampling.top_k=3", "seed=0"])
+    assert [sample["completion"] for sample in cold.samples] == [sample["completion"] for sample in hot.samples]
+
+
+def test_run_evaluates_before_the_first_step_and_after_the_last(run):
+    lines = [line for line in read_metrics(run) if "eval/accuracy" in line]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    after, _ = evaluate_source(run)
+    assert lines[-1]["eval/reward/digits"] == pytest.approx(after.means["digits"])
+
+
+def test_eval_command_prints_the_interval_and_writes_every_sample(run, tmp_path, capsys):
+    assert main(["eval", str(run), "eval.max_prompts=5", "eval.reward=right", "--output", str(tmp_path / "samples.jsonl")]) in (0, None)
+    printed = capsys.readouterr().out
+    assert "step 2: accuracy 100.0% (95% interval 56.6% to 100.0%) on 5 prompts" in printed
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and lines[0]["rewards"]["right"] == 1.0
+
+
+def test_wilson_interval_agrees_with_published_values():
+    # Newcombe 1998 (https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), table I.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    assert wilson_interval(0, 0) == (0.0, 1.0)

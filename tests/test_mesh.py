@@ -1,0 +1,148 @@
+"""The device mesh, and the mesh axes that a rule gives to the dims of an array."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rl.config import load_config
+from rl.mesh import (
+    AXES,
+    create_mesh,
+    num_row_shards,
+    partition_spec,
+    replicated,
+    row_axes,
+    row_sharding,
+    tree_shardings,
+)
+
+
+def mesh_of(*overrides, devices=None):
+    return create_mesh(load_config(None, overrides).mesh, devices)
+
+
+def rules_of(*overrides):
+    return load_config(None, overrides).mesh.rules
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shape"),
+    [
+        ((), (1, 8, 1)),
+        (("mesh.data=2", "mesh.tensor=2"), (2, 2, 2)),
+        (("mesh.data=-1", "mesh.fsdp=1"), (8, 1, 1)),
+        (("mesh.data=4", "mesh.fsdp=2"), (4, 2, 1)),
+        (("mesh.data=8", "mesh.fsdp=-1"), (8, 1, 1)),
+    ],
+)
+def test_minus_one_takes_the_devices_that_are_left(overrides, shape):
+    mesh = mesh_of(*overrides)
+    assert mesh.axis_names == AXES
+    assert tuple(mesh.shape[axis] for axis in AXES) == shape
+    assert sorted(device.id for device in mesh.devices.flat) == sorted(device.id for device in jax.devices())
+
+
+def test_a_mesh_over_some_devices_uses_only_those():
+    mesh = mesh_of(devices=jax.devices()[2:5])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 3, "tensor": 1}
+    assert list(mesh.devices.flat) == jax.devices()[2:5]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("mesh.fsdp=3",), r"multiply to the 8 device\(s\) present, got data=1 x fsdp=3 x tensor=1; .* one of \[1, 2, 4, 8\]"),
+        (("mesh.data=3",), r"got data=3 x fsdp=-1 x tensor=1; each size must be one of \[1, 2, 4, 8\]"),
+        (("mesh.fsdp=4",), r"multiply to the 8 device\(s\) present, got data=1 x fsdp=4"),
+        (("mesh.data=-1",), r"at most one mesh axis may be -1, got -1 for \['data', 'fsdp'\]; set all but one"),
+        (("mesh.tensor=0",), r"mesh\.tensor must be a number of devices >= 1, or -1 for what is left, got 0"),
+        (("mesh.rules.mlp=[tensors]",), r"mesh\.rules\.mlp must name mesh axes out of \['data', .*, got 'tensors'"),
+        (("mesh.rules.mlp=[tensor, tensor]",), r"mesh\.rules\.mlp must name each mesh axis once"),
+    ],
+)
+def test_sizes_and_rules_that_do_not_fit_say_what_would(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_of(*overrides)
+
+
+# Rules
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "spec"),
+    [
+        (("embed", "mlp"), (16, 32), P("fsdp", "tensor")),
+        (("vocab", "embed"), (259, 16), P(None, "fsdp")),  # 259 is odd
+        (("embed", "kv_heads", "head_dim"), (16, 1, 8), P("fsdp", None, None)),  # one head cannot be cut
+        ((None, "norm"), (4, 16), P(None, None)),
+        (("batch", "embed"), (8, 16), P(("data", "fsdp"), None)),  # an axis serves one dim of an array
+        (("batch",), (2,), P("data")),
+        (("batch",), (6,), P("data")),  # 6 = 2 x 3: the second axis is dropped
+        ((), (), P()),
+    ],
+)
+def test_a_rule_gives_the_axes_that_divide_the_dim_and_are_free(axes, shape, spec):
+    mesh = mesh_of("mesh.data=2", "mesh.tensor=2")
+    assert partition_spec(axes, shape, mesh, rules_of()) == spec
+
+
+def test_axes_of_size_one_are_left_out():
+    assert partition_spec(("vocab", "embed"), (16, 16), mesh_of(), rules_of()) == P(None, "fsdp")
+
+
+def test_rules_come_from_the_configuration():
+    rules = rules_of("mesh.rules.embed=[]", "mesh.rules.mlp=[fsdp, tensor]")
+    mesh = mesh_of("mesh.data=2", "mesh.tensor=2")
+    assert partition_spec(("embed", "mlp"), (16, 32), mesh, rules) == P(None, ("fsdp", "tensor"))
+
+
+def test_names_that_do_not_match_the_array_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(4, 4\) needs 2 logical axes, got \('embed',\)"):
+        partition_spec(("embed",), (4, 4), mesh_of(), rules_of())
+    with pytest.raises(ValueError, match=r"mesh\.rules must have an entry for the logical axis 'experts', got only \["):
+        partition_spec(("experts",), (4,), mesh_of(), rules_of())
+
+
+# Shardings
+
+
+def test_every_leaf_of_a_tree_gets_its_sharding():
+    mesh = mesh_of("mesh.tensor=2")
+    abstract = {"kernel": jax.ShapeDtypeStruct((8, 6), jnp.float32), "scale": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    shardings = tree_shardings(abstract, {"kernel": ("embed", "mlp"), "scale": ("norm",)}, mesh, rules_of())
+    assert shardings == {
+        "kernel": NamedSharding(mesh, P("fsdp", "tensor")),
+        "scale": NamedSharding(mesh, P(None)),
+    }
+    placed = jax.device_put(np.zeros((8, 6), np.float32), shardings["kernel"])
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "axes", "count"),
+    [
+        (("mesh.data=2", "mesh.tensor=2"), ("data", "fsdp"), 4),
+        ((), ("fsdp",), 8),
+        (("mesh.fsdp=1", "mesh.tensor=8"), (), 1),
+    ],
+)
+def test_rows_are_cut_over_the_axes_of_the_batch_rule(overrides, axes, count):
+    mesh, rules = mesh_of(*overrides), rules_of(*overrides)
+    assert row_axes(mesh, rules) == axes
+    assert num_row_shards(mesh, rules) == count
+    rows = jax.device_put(np.zeros((3, 8, 5)), row_sharding(mesh, rules, dim=1))
+    assert {shard.data.shape for shard in rows.addressable_shards} == {(3, 8 // count, 5)}
+    assert replicated(mesh).is_fully_replicated
+
+
+def test_matrix_products_of_sharded_arrays_need_no_output_sharding():
+    mesh = mesh_of("mesh.tensor=2")
+    left = jax.device_put(np.arange(32.0, dtype=np.float32).reshape(4, 8), NamedSharding(mesh, P("fsdp", "tensor")))
+    right = jax.device_put(np.ones((8, 2), np.float32), NamedSharding(mesh, P("fsdp", None)))
+    np.testing.assert_array_equal(left @ right, np.asarray(left) @ np.asarray(right))

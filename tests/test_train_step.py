@@ -1,0 +1,628 @@
+"""The packed, shared-prompt, micro-batched, sharded update against a plain one.
+
+The plain one has a row per sequence, right padding, logits of the whole batch, `log_softmax`, and the loss's formula
+written out once more.
+Legend: B sequences, T token positions, L tokens of a completion, V vocab, D model; M, R, C as in `rl.packing`.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from rl.config import load_config
+from rl.losses import finish_metrics
+from rl.mesh import create_mesh
+from rl.models.config import FAMILIES, ModelConfig, flatten_specs, parameter_specs
+from rl.models.policy import Policy, create_policy
+from rl.models.train_state import PureState
+from rl.packing import Batch, PackingPlan, TrainCompletion, TrainGroup, pack
+from rl.states import AbstractState, InitStateFn, get_abstract_state
+from rl.train_step import Minibatch, jit_token_logprobs, jit_train_step
+from rl.update import EntropyCoefState, Updater, loss_config
+
+VOCAB = 61  # no other dim of the tiny model is 61, so that arrays over the vocabulary are known by their shape
+TEMPERATURE = 0.8
+LENGTHS = ((4, (3, 7, 1)), (2, (5, 2, 6, 4)), (6, (2, 7)))  # of each prompt and of its completions
+MAX_COMPLETION = 7
+# 3 rows in use in 2 pieces of 2, the longest possible group cut; and a row per device, where there are several.
+PLAN = PackingPlan(
+    num_microbatches=6, num_rows=2, row_length=24, completions_per_row=4, completion_length=MAX_COMPLETION
+)
+SHARDED_PLAN = dataclasses.replace(PLAN, num_microbatches=2, num_rows=8, row_length=16)
+CHUNK_SIZE = 5
+BETA, ENTROPY_COEF, EPSILON, SAMPLER_CAP, QUANTILE = 0.1, 0.05, 0.2, 1.2, 0.7
+COMPOSITE = (
+    f"grpo.beta={BETA}",
+    f"grpo.entropy_coef={ENTROPY_COEF}",
+    f"grpo.epsilon={EPSILON}",
+    "grpo.sampler_is_correction=true",
+    f"grpo.sampler_is_clip_max={SAMPLER_CAP}",
+    f"grpo.top_entropy_quantile={QUANTILE}",
+)
+ONE_DEVICE = (1, 1, 1)
+FLAVOURS = {"linen": False, "nnx": True}
+TOLERANCE = {"float32": 1e-5, "float64": 1e-11}  # of the largest entry of each leaf
+# The gradient takes the place of the optimizer state, bit for bit, and the parameters stay.
+KEEP_GRADIENT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, gradient), gradient),
+)
+
+
+# The model and the data
+
+
+def tiny_config(family="qwen3", dtype="float32", **arch) -> ModelConfig:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 4}
+    sizes |= {"num_kv_heads": 2, "head_dim": 8, "dtype": dtype, "param_dtype": dtype, **arch}
+    return ModelConfig.from_arch(family, **sizes)
+
+
+def noisy_params(config: ModelConfig, seed=0) -> dict[str, Any]:
+    """Numpy parameters with norms and biases away from their neutral values."""
+    rng, params = np.random.default_rng(seed), {}
+    for path, spec in flatten_specs(parameter_specs(config)):
+        *parents, name = path
+        node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)
+        centre = 1.0 if name == "scale" and not config.is_gemma else 0.0
+        node[name] = (centre + 0.3 * rng.normal(size=spec.shape)).astype(config.param_dtype)
+    return params
+
+
+class Problem(NamedTuple):
+    """A minibatch as plain padded arrays; `groups` are lists of sequence indices."""
+
+    prompts: list[np.ndarray]
+    groups: list[list[int]]
+    completions_BL: np.ndarray
+    mask_BL: np.ndarray
+    advantages_B: np.ndarray
+    old_BL: np.ndarray
+    reference_BL: np.ndarray
+    sampler_BL: np.ndarray
+    rollout_BL: np.ndarray
+    entropy_BL: np.ndarray
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.mask_BL.sum(axis=1).astype(int).tolist()
+
+    @property
+    def prompt_of(self) -> list[np.ndarray]:
+        """The prompt of each sequence."""
+        return [prompt for prompt, members in zip(self.prompts, self.groups, strict=True) for _ in members]
+
+    def completion(self, b: int) -> TrainCompletion:
+        """Sequence b as the packer takes it."""
+        tokens = slice(0, self.lengths[b])
+        sampler, rollout = self.sampler_BL[b, tokens], self.rollout_BL[b, tokens]
+        return TrainCompletion(self.completions_BL[b, tokens], self.advantages_B[b], sampler, rollout)
+
+    def train_groups(self, order: Sequence[int]) -> list[TrainGroup]:
+        """Groups as the packer takes them."""
+        return [TrainGroup(self.prompts[g], [self.completion(b) for b in self.groups[g]]) for g in order]
+
+    def part(self, order: Sequence[int]) -> "Problem":
+        """Some of the groups as a problem of their own."""
+        rows = [b for g in order for b in self.groups[g]]
+        numbers = iter(range(len(rows)))
+        groups = [[next(numbers) for _ in self.groups[g]] for g in order]
+        return Problem([self.prompts[g] for g in order], groups, *(values[rows] for values in self[2:]))
+
+
+def random_problem(lengths=LENGTHS, seed=0) -> Problem:
+    """Ragged groups whose log-probs of all kinds differ; some ratios are clipped, one token is unscored."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, VOCAB, prompt).astype(np.int32) for prompt, _ in lengths]
+    counts = [count for _, completions in lengths for count in completions]
+    members = iter(range(len(counts)))
+    groups = [list(itertools.islice(members, len(completions))) for _, completions in lengths]
+    shape = (len(counts), MAX_COMPLETION)
+    mask_BL = (np.arange(MAX_COMPLETION) < np.array(counts)[:, None]).astype(np.float64)
+    completions_BL = np.where(mask_BL, rng.integers(0, VOCAB, shape), 0).astype(np.int32)
+    bare = Problem(prompts, groups, completions_BL, mask_BL, rng.normal(size=len(counts)), *[np.zeros(shape)] * 5)
+    with jax.enable_x64(True):
+        config = tiny_config(dtype="float64")
+        now_BL, entropy_BL = jax.jit(plain_logprobs(create_policy(config, True), bare))(noisy_params(config))
+    near = lambda values: np.asarray(values) + 0.3 * rng.normal(size=shape)  # noqa: E731
+    old_BL, reference_BL = near(now_BL), near(now_BL)
+    sampler_BL = near(old_BL)
+    sampler_BL[1, 2] = np.nan
+    return bare._replace(
+        old_BL=old_BL,
+        reference_BL=reference_BL,
+        sampler_BL=sampler_BL,
+        rollout_BL=near(now_BL),
+        entropy_BL=np.asarray(entropy_BL),
+    )
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return random_problem()
+
+
+# The plain way
+
+
+def plain_logprobs(policy: Policy, problem: Problem):
+    """params -> (log-probs, entropies) [B, L], from a padded batch and its full logits."""
+    prompts, lengths = problem.prompt_of, problem.lengths
+    longest = max(len(prompt) + count for prompt, count in zip(prompts, lengths, strict=True))
+    tokens_BT = np.zeros((len(prompts), longest), np.int32)
+    groups_BT = np.full_like(tokens_BT, -1)
+    behind_BL = np.zeros(problem.mask_BL.shape, np.int32)
+    for b, (prompt, count) in enumerate(zip(prompts, lengths, strict=True)):
+        sequence = [*prompt, *problem.completions_BL[b, :count]]
+        tokens_BT[b, : len(sequence)] = sequence
+        groups_BT[b, : len(sequence)] = 0
+        behind_BL[b, :count] = len(prompt) - 1 + np.arange(count)
+    positions_BT = np.broadcast_to(np.arange(longest, dtype=np.int32), tokens_BT.shape)
+    branches_BT = np.zeros_like(tokens_BT)
+
+    def logprobs(params):
+        hidden_BTD = policy.hidden(params, tokens_BT, positions_BT, groups_BT, branches_BT)
+        log_softmax_BTV = jax.nn.log_softmax(policy.unembed(params, hidden_BTD) / TEMPERATURE, axis=-1)
+        log_softmax_BLV = jnp.take_along_axis(log_softmax_BTV, behind_BL[..., None], axis=1)
+        logprobs_BL = jnp.take_along_axis(log_softmax_BLV, problem.completions_BL[..., None], axis=-1)[..., 0]
+        return logprobs_BL, -jnp.sum(jnp.exp(log_softmax_BLV) * log_softmax_BLV, axis=-1)
+
+    return logprobs
+
+
+def plain_loss(logprobs_BL, entropy_BL, problem: Problem):
+    """Clipped token-level GRPO on high-entropy tokens, sampler correction, KL (k3, ratio in front), entropy bonus."""
+    mask_BL, advantages_B1 = problem.mask_BL.astype(logprobs_BL.dtype), problem.advantages_B[:, None]
+    old_BL, reference_BL = problem.old_BL, problem.reference_BL
+    threshold = jnp.quantile(problem.entropy_BL[problem.mask_BL > 0], 1 - QUANTILE)
+    chosen_BL = mask_BL * (problem.entropy_BL >= threshold)
+    ratio_BL = jnp.exp(logprobs_BL - old_BL)
+    clipped_BL = jnp.clip(ratio_BL, 1 - EPSILON, 1 + EPSILON)
+    policy_BL = -jnp.minimum(ratio_BL * advantages_B1, clipped_BL * advantages_B1) * chosen_BL
+    policy_BL *= jnp.minimum(jnp.exp(jnp.nan_to_num(old_BL - problem.sampler_BL)), SAMPLER_CAP)
+    difference_BL = reference_BL - logprobs_BL
+    kl_BL = (jnp.exp(difference_BL) - difference_BL - 1) * ratio_BL
+    term_BL = (policy_BL + BETA * kl_BL) * mask_BL
+    bonus = jnp.sum(entropy_BL * chosen_BL) / jnp.sum(chosen_BL)
+    return jnp.mean(jnp.sum(term_BL, axis=1) / jnp.sum(mask_BL, axis=1)) - ENTROPY_COEF * bonus
+
+
+def plain_value_and_gradient(policy: Policy, problem: Problem):
+    """(params, old and reference log-probs, entropies to choose tokens by) -> (loss, gradient), compiled."""
+    logprobs = plain_logprobs(policy, problem)
+
+    def loss(params, old_BL, reference_BL, entropy_BL):
+        constants = problem._replace(old_BL=old_BL, reference_BL=reference_BL, entropy_BL=entropy_BL)
+        return plain_loss(*logprobs(params), constants)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.fixture(scope="module")
+def plain(problem):
+    """dtype -> (loss, gradient) of the plain way; the same for every test of the module."""
+
+    @functools.cache
+    def result(dtype: str):
+        with jax.enable_x64(dtype == "float64"):
+            config = tiny_config(dtype=dtype)
+            typed = problem._replace(**{name: getattr(problem, name).astype(dtype) for name in Problem._fields[3:]})
+            function = plain_value_and_gradient(create_policy(config, False), typed)
+            constants = (typed.old_BL, typed.reference_BL, typed.entropy_BL)
+            return jax.device_get(function(noisy_params(config), *constants))
+
+    return result
+
+
+# The packed way
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A compiled train step with all that it was made from."""
+
+    policy: Policy
+    plan: PackingPlan
+    mesh: Any
+    rules: Any
+    abstract: AbstractState
+    optimizer: optax.GradientTransformation
+    train_step: Any
+
+    def fresh_state(self) -> PureState:
+        params = noisy_params(self.policy.config)
+        state = PureState(np.int32(0), params, self.optimizer.init(params), np.zeros(2, np.uint32))
+        return jax.device_put(state, self.abstract.shardings)
+
+    def minibatch(self, problem: Problem, order=None) -> Minibatch:
+        """The problem packed, its groups in the order given."""
+        order = range(len(problem.groups)) if order is None else order
+        dtype = np.dtype(self.policy.config.dtype)
+        ids = [b for g in order for b in problem.groups[g]]
+        batch = pack(problem.train_groups(order), self.plan, dtype)
+
+        def spread(values_BL):
+            values_MRCL = np.zeros(batch.mask_MRCL.shape, dtype)
+            for place in zip(*np.nonzero(batch.sequence_ids_MRC >= 0), strict=True):
+                values_MRCL[place] = values_BL[ids[batch.sequence_ids_MRC[place]]]
+            return values_MRCL
+
+        batch = batch._replace(
+            old_logprobs_MRCL=spread(problem.old_BL), reference_logprobs_MRCL=spread(problem.reference_BL)
+        )
+        return Minibatch(batch, np.int32(sum(problem.lengths)), dtype.type(ENTROPY_COEF), spread(problem.entropy_BL))
+
+    def loss_and_gradient(self, problem: Problem, order=None):
+        """(loss, gradient, metrics) with `KEEP_GRADIENT` for optimizer."""
+        state, update = self.train_step(self.fresh_state(), self.minibatch(problem, order))
+        loss, gradient, update = jax.device_get((update.loss, state.opt_state, update))
+        return loss, gradient, update
+
+
+def make_trainer(
+    flavour: str,
+    dtype: str,
+    mesh=ONE_DEVICE,
+    plan=PLAN,
+    chunk_size=CHUNK_SIZE,
+    vocab=VOCAB,
+    optimizer=KEEP_GRADIENT,
+) -> Trainer:
+    """One device, several pieces of several rows, and several chunks of a row, unless told otherwise."""
+    config = load_config(
+        None, [*COMPOSITE, *(f"mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), mesh, strict=True))]
+    )
+    devices = create_mesh(config.mesh, jax.devices()[: int(np.prod(mesh))])
+    policy = create_policy(tiny_config(dtype=dtype, vocab_size=vocab), FLAVOURS[flavour])
+    abstract = get_abstract_state(config, devices, InitStateFn(policy, optimizer, 0))
+    train_step = jit_train_step(
+        policy,
+        optimizer,
+        loss_config(config),
+        abstract.shardings,
+        mesh=devices,
+        rules=config.mesh.rules,
+        temperature=TEMPERATURE,
+        chunk_size=chunk_size,
+        minibatches_per_rollout=1,
+    )
+    return Trainer(policy, plan, devices, config.mesh.rules, abstract, optimizer, train_step)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    """`make_trainer`, whose compiled functions the tests of the module share."""
+    return functools.cache(make_trainer)
+
+
+def assert_close_leaf_by_leaf(got, want, tolerance: float) -> None:
+    """Each leaf within `tolerance` of its largest entry, and no leaf of zeros."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        largest = np.abs(b).max()
+        assert a.dtype == b.dtype, path
+        assert largest > 1e-3, path
+        assert np.abs(a - b).max() <= tolerance * largest, (path, np.abs(a - b).max() / largest)
+
+
+# Packed == plain
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_packed_loss_and_gradient_equal_the_plain_ones(flavour, dtype, problem, plain, trainer):
+    with jax.enable_x64(dtype == "float64"):
+        packed = trainer(flavour, dtype)
+        batch = packed.minibatch(problem).batch
+        assert batch.num_microbatches > 1
+        assert (batch.sequence_ids_MRC >= 0).any(axis=(0, 2)).all()  # in every row of a piece
+        loss, gradient, update = packed.loss_and_gradient(problem)
+    want_loss, want_gradient = plain(dtype)
+    assert abs(loss - want_loss) <= TOLERANCE[dtype] * abs(want_loss)
+    assert_close_leaf_by_leaf(gradient, want_gradient, TOLERANCE[dtype])
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(want_gradient)))
+    np.testing.assert_allclose(update.grad_norm, norm, rtol=TOLERANCE[dtype])
+
+
+def test_the_problem_puts_every_part_of_the_loss_to_work(problem, trainer):
+    with jax.enable_x64(True):
+        _, _, update = trainer("nnx", "float64").loss_and_gradient(problem)
+    metrics = {name: float(value) for name, value in finish_metrics(update.sums).items()}
+    assert metrics["clip_ratio_low_mean"] > 0
+    assert metrics["clip_ratio_high_mean"] > 0
+    assert metrics["kl"] > 0.01
+    assert abs(metrics["ratio_mean"] - 1) > 0.01
+    assert metrics["sampler_ratio_max"] == SAMPLER_CAP
+    assert 0 < metrics["sampler_ratio_min"] < 0.8
+    assert metrics["entropy"] < metrics["selected_entropy"]
+    assert problem.advantages_B.min() < -0.5
+    assert problem.advantages_B.max() > 0.5
+
+
+def test_metrics_of_the_update_are_those_of_the_plain_arrays(problem, trainer):
+    with jax.enable_x64(True):
+        packed = trainer("nnx", "float64")
+        _, _, update = packed.loss_and_gradient(problem)
+        now_BL, entropy_BL = jax.jit(plain_logprobs(packed.policy, problem))(noisy_params(packed.policy.config))
+    metrics, valid_BL = finish_metrics(update.sums), problem.mask_BL > 0
+    ratio_BL, gap_BL = np.exp(now_BL - problem.old_BL), np.abs(now_BL - problem.rollout_BL)
+    k3_BL = np.expm1(problem.reference_BL - now_BL) - (problem.reference_BL - now_BL)
+    expected = {
+        "entropy": entropy_BL[valid_BL].mean(),
+        "kl": (k3_BL * ratio_BL)[valid_BL].mean(),
+        "ratio_mean": ratio_BL[valid_BL].mean(),
+        "ratio_max": ratio_BL[valid_BL].max(),
+    }
+    np.testing.assert_allclose([metrics[name] for name in expected], list(expected.values()), rtol=1e-11)
+    difference = update.difference
+    assert difference.count == valid_BL.sum()
+    np.testing.assert_allclose(difference.total / difference.count, gap_BL[valid_BL].mean(), rtol=1e-11)
+    np.testing.assert_allclose(difference.highest, gap_BL[valid_BL].max(), rtol=1e-11)
+
+
+CUTS = {
+    "one piece, one chunk": {"plan": PackingPlan(1, 1, 64, 9, MAX_COMPLETION), "chunk_size": 1000},
+    "one sequence per row, chunks of one": {"plan": PackingPlan(9, 1, 13, 1, MAX_COMPLETION), "chunk_size": 1},
+    "rows of two groups": {"plan": PackingPlan(3, 4, 32, 7, MAX_COMPLETION), "chunk_size": 16},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_how_a_minibatch_is_cut_changes_nothing(cut, problem, plain, trainer):
+    with jax.enable_x64(True):
+        packed = trainer("nnx", "float64", **CUTS[cut])
+        batch = packed.minibatch(problem).batch
+        loss, gradient, _ = packed.loss_and_gradient(problem)
+    if cut.startswith("one piece"):
+        assert batch.num_microbatches == 1
+    if cut.startswith("one sequence"):
+        assert batch.num_microbatches == len(problem.advantages_B)
+    want_loss, want_gradient = plain("float64")
+    assert abs(loss - want_loss) <= 1e-11 * abs(want_loss)
+    assert_close_leaf_by_leaf(gradient, want_gradient, 1e-11)
+
+
+def test_the_order_of_the_groups_changes_nothing(problem, plain, trainer):
+    with jax.enable_x64(True):
+        loss, gradient, _ = trainer("nnx", "float64").loss_and_gradient(problem, order=(2, 0, 1))
+    want_loss, want_gradient = plain("float64")
+    assert abs(loss - want_loss) <= 1e-11 * abs(want_loss)
+    assert_close_leaf_by_leaf(gradient, want_gradient, 1e-11)
+
+
+def test_what_lies_in_padding_changes_nothing(problem, trainer):
+    """Pieces beyond the last one in use, free slots of rows, masked values: all filled with numbers that would show."""
+    packed = trainer("nnx", "float32")
+    clean = packed.minibatch(problem)
+    batch = clean.batch
+    unused_MRCL, unused_MRC = batch.mask_MRCL == 0, batch.sequence_mask_MRC == 0
+    soiled = batch._replace(
+        tokens_MRT=np.where(batch.group_ids_MRT < 0, VOCAB - 1, batch.tokens_MRT),
+        targets_MRN=np.where(batch.target_mask_MRN, batch.targets_MRN, 7),
+        slots_MRCL=np.where(unused_MRCL, 3, batch.slots_MRCL),
+        advantages_MRC=np.where(unused_MRC, np.float32(50), batch.advantages_MRC),
+        sampler_logprobs_MRCL=np.where(unused_MRCL, np.float32(-9), batch.sampler_logprobs_MRCL),
+        rollout_logprobs_MRCL=np.where(unused_MRCL, np.float32(-9), batch.rollout_logprobs_MRCL),
+        old_logprobs_MRCL=np.where(unused_MRCL, np.float32(np.nan), batch.old_logprobs_MRCL),
+        reference_logprobs_MRCL=np.where(unused_MRCL, np.float32(np.inf), batch.reference_logprobs_MRCL),
+    )
+    entropy_MRCL = np.where(unused_MRCL, np.float32(99), clean.entropy_MRCL)
+    results = [
+        jax.device_get(packed.train_step(packed.fresh_state(), minibatch))
+        for minibatch in (clean, clean._replace(batch=soiled, entropy_MRCL=entropy_MRCL))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+# Shared prompts in every family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_with_a_shared_prompt_are_those_of_each_sequence_alone(family):
+    sliding = {"sliding_window": 3, "layer_types": ("sliding_attention", "full_attention")}
+    with jax.enable_x64(True):
+        config = tiny_config(family, "float64", num_layers=2, **(sliding if family == "gemma3_text" else {}))
+        policy, params, rng = create_policy(config, True), noisy_params(config), np.random.default_rng(3)
+        completion = lambda count: TrainCompletion(rng.integers(0, VOCAB, count).astype(np.int32))  # noqa: E731
+        groups = [
+            TrainGroup(rng.integers(0, VOCAB, 4).astype(np.int32), [completion(6), completion(3)]),
+            TrainGroup(rng.integers(0, VOCAB, 2).astype(np.int32), [completion(7)]),
+        ]
+        batch = pack(groups, PackingPlan(1, 1, 24, 4, 7))
+        labels = (batch.tokens_MRT, batch.positions_MRT, batch.group_ids_MRT, batch.branch_ids_MRT)
+        sequences = [[*g.prompt_ids, *c.token_ids[:-1]] for g in groups for c in g.completions]
+
+        @jax.jit
+        def packed_and_alone(params):
+            alone = []
+            for sequence in sequences:
+                zeros_BT = np.zeros((1, len(sequence)), np.int32)
+                positions_BT = np.arange(len(sequence), dtype=np.int32)[None]
+                alone.append(policy.hidden(params, np.array([sequence]), positions_BT, zeros_BT, zeros_BT)[0])
+            return policy.hidden(params, *(x[0] for x in labels))[0], alone
+
+        packed_TD, alone = packed_and_alone(params)
+    packed_TD = np.asarray(packed_TD)
+    for c, (sequence, alone_TD) in enumerate(zip(sequences, alone, strict=True)):
+        _, _, place = np.argwhere(batch.sequence_ids_MRC == c)[0]
+        slots = batch.slots_MRCL[0, 0, place][batch.mask_MRCL[0, 0, place] > 0]
+        predictors = batch.predictors_MRN[0, 0, slots]
+        np.testing.assert_allclose(packed_TD[predictors], alone_TD[len(sequence) - len(slots) :], rtol=0, atol=1e-12)
+
+
+# Sharded == single device
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 4, 1), (1, 1, 2), (2, 2, 2)], ids=["data", "fsdp", "tensor", "all"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_sharded_loss_and_gradient_equal_those_of_one_device(flavour, mesh, problem, trainer):
+    if mesh == (2, 2, 2) and flavour == "linen":
+        pytest.skip("all axes at once in one flavour: the twins are the same program, and each axis alone runs in both")
+    sharded = trainer(flavour, "float32", mesh=mesh, plan=SHARDED_PLAN)
+    leaves = jax.tree.leaves(sharded.fresh_state().params)
+    assert len(leaves[0].sharding.device_set) == np.prod(mesh)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in leaves) == (mesh[1:] != (1, 1))
+    loss, gradient, _ = sharded.loss_and_gradient(problem)
+    want_loss, want_gradient, _ = trainer(flavour, "float32").loss_and_gradient(problem)
+    assert abs(loss - want_loss) <= 1e-5 * abs(want_loss)
+    assert_close_leaf_by_leaf(gradient, want_gradient, 1e-5)
+
+
+def test_the_next_state_lies_where_the_old_one_did(problem, trainer):
+    sharded = trainer("nnx", "float32", mesh=(2, 2, 2), plan=SHARDED_PLAN)
+    before = jax.tree.map(lambda leaf: leaf.sharding, sharded.fresh_state())
+    state, _ = sharded.train_step(sharded.fresh_state(), sharded.minibatch(problem))
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == before
+
+
+# What the compiled function is
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_old_state_is_donated(flavour, problem, trainer):
+    packed = trainer(flavour, "float32")
+    old = packed.fresh_state()
+    state, _ = packed.train_step(old, packed.minibatch(problem))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt_state)))
+    assert int(state.step) == 1
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_batches_of_any_raggedness_run_through_one_trace(problem, trainer):
+    packed = make_trainer("nnx", "float32")
+    state = packed.fresh_state()
+    others = [((6, (7,) * 4),) * 3, ((1, (1,)), (2, (1,)), (1, (1, 1))), ((3, (4, 2)),)]
+    pieces = set()
+    for some in (problem, *(random_problem(lengths, seed=9) for lengths in others)):
+        some.sampler_BL[np.isnan(some.sampler_BL)] = -1.0
+        minibatch = packed.minibatch(some)
+        state, update = packed.train_step(state, minibatch)
+        pieces.add(int(minibatch.batch.num_microbatches))
+        assert np.isfinite(update.loss)
+    assert len(pieces) > 1
+    assert packed.train_step._cache_size() == 1
+
+
+def arrays_of(jaxpr):
+    """Every array that a jaxpr computes, inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from arrays_of(inner)
+
+
+def test_logits_of_all_tokens_never_exist(problem, trainer):
+    packed = trainer("nnx", "float32")
+    jaxpr = jax.make_jaxpr(packed.train_step)(packed.fresh_state(), packed.minibatch(problem)).jaxpr
+    rows = [int(np.prod(a.shape)) // VOCAB for a in arrays_of(jaxpr) if VOCAB in getattr(a, "shape", ())]
+    assert max(rows) >= 16, "not even the embedding table was found"
+    num_predictors = packed.minibatch(problem).batch.targets_MRN.shape[-1]
+    assert num_predictors >= 4 * CHUNK_SIZE
+    assert max(rows) <= max(packed.plan.num_rows * CHUNK_SIZE, packed.policy.config.hidden_size)
+
+
+def test_memory_of_the_compiled_step_is_below_one_array_of_logits(problem):
+    vocab = 4099
+    packed = make_trainer("nnx", "float32", vocab=vocab, plan=PackingPlan(1, 2, 128, 12, MAX_COMPLETION), chunk_size=4)
+    minibatch = packed.minibatch(problem)
+    memory = packed.train_step.lower(packed.fresh_state(), minibatch).compile().memory_analysis()
+    whole_logits = minibatch.batch.targets_MRN[0].size * vocab * 4
+    gradients = packed.policy.config.num_parameters * 4
+    assert memory.temp_size_in_bytes < whole_logits / 2 + 2 * gradients
+
+
+# Several updates per rollout
+
+
+def token_logprobs_of(packed: Trainer):
+    return jit_token_logprobs(
+        packed.policy,
+        packed.abstract.shardings.params,
+        mesh=packed.mesh,
+        rules=packed.rules,
+        temperature=TEMPERATURE,
+        chunk_size=CHUNK_SIZE,
+    )
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_ratio_is_exactly_one_before_the_first_update_and_no_longer_after_it(flavour, problem):
+    packed = make_trainer(flavour, "float32", optimizer=optax.sgd(0.1))
+    minibatch = packed.minibatch(problem)
+    bare: Batch = minibatch.batch._replace(old_logprobs_MRCL=None, reference_logprobs_MRCL=None)
+    state = packed.fresh_state()
+    old, _ = token_logprobs_of(packed)(state.params, bare)
+    minibatch = minibatch._replace(batch=minibatch.batch._replace(old_logprobs_MRCL=old))
+    ratios = []
+    for _ in range(2):
+        state, update = packed.train_step(state, minibatch)
+        metrics = finish_metrics(update.sums)
+        ratios.append((float(metrics["ratio_mean"]), float(metrics["ratio_max"])))
+    assert ratios[0] == (1.0, 1.0)
+    assert ratios[1][1] > 1.01
+
+
+def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem):
+    """Two minibatches, two epochs, plain gradient descent: where four plain updates with frozen old log-probs lead."""
+    learning_rate, halves = 0.05, ([0, 1], [2])
+    settings = (
+        "grpo.minibatches=2",
+        "grpo.epochs=2",
+        "grpo.prompts_per_step=4",
+        f"grpo.logprob_chunk={CHUNK_SIZE}",
+        "mesh.fsdp=1",
+    )
+    config = load_config(None, [*COMPOSITE, *settings, f"sampling.temperature={TEMPERATURE}"])
+    with jax.enable_x64(True):
+        packed = make_trainer("nnx", "float64", optimizer=optax.sgd(learning_rate))
+        start, other = noisy_params(packed.policy.config), noisy_params(packed.policy.config, seed=1)
+        reference = jax.device_put(other, packed.abstract.shardings.params)
+        state, _, metrics = Updater(
+            config, packed.policy, packed.optimizer, packed.plan, packed.abstract.shardings, mesh=packed.mesh
+        ).step(
+            packed.fresh_state(),
+            packed.fresh_state()._replace(params=reference, opt_state=()),
+            [problem.train_groups(half) for half in halves],
+            EntropyCoefState(ENTROPY_COEF, float("inf")),
+        )
+        parts = [problem.part(half) for half in halves]
+        frozen, refreshed, gap_BL = plain_updates(packed.policy, parts, start, other, learning_rate)
+    assert int(state.step) == 4
+    for got, want, wrong, before in zip(*map(jax.tree.leaves, (state.params, frozen, refreshed, start)), strict=True):
+        moved = np.abs(want - before).max()
+        assert np.abs(got - want).max() <= 1e-9 * moved
+        assert np.abs(got - wrong).max() > 1e-3 * moved
+    # Sampler and policy are compared where they have the same weights: in the first update, before any has been made.
+    gap = gap_BL[parts[0].mask_BL > 0]
+    np.testing.assert_allclose(metrics["logprob_difference/mean"], gap.mean(), rtol=1e-9)
+    np.testing.assert_allclose(metrics["logprob_difference/max"], gap.max(), rtol=1e-9)
+
+
+def plain_updates(policy: Policy, parts: list[Problem], start, reference, learning_rate: float):
+    """What two epochs over `parts` lead to.
+
+    Returns:
+      Parameters with old log-probs frozen at the start, parameters with fresh ones for each update, and how far the
+      first part's log-probs at the start are from those of the sampler.
+    """
+    logprobs = [jax.jit(plain_logprobs(policy, part)) for part in parts]
+    gradients = [plain_value_and_gradient(policy, part) for part in parts]
+    ends = []
+    for is_frozen in (True, False):
+        params = start
+        for part_logprobs, gradient in [*zip(logprobs, gradients, strict=True)] * 2:
+            now_BL, entropy_BL = part_logprobs(params)
+            old_BL = part_logprobs(start)[0] if is_frozen else now_BL
+            _, step = gradient(params, old_BL, part_logprobs(reference)[0], entropy_BL)
+            params = jax.tree.map(lambda leaf, slope: leaf - learning_rate * slope, params, step)
+        ends.append(jax.device_get(params))
+    return *ends, np.abs(logprobs[0](start)[0] - parts[0].rollout_BL)
