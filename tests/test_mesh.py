@@ -57,7 +57,10 @@ def test_a_mesh_over_some_devices_uses_only_those():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("mesh.fsdp=3",), r"multiply to the 8 device\(s\) present, got data=1 x fsdp=3 x tensor=1; .* one of \[1, 2, 4, 8\]"),
+        (
+            ("mesh.fsdp=3",),
+            r"multiply to the 8 device\(s\) present, got data=1 x fsdp=3 x tensor=1; .* one of \[1, 2, 4, 8\]",
+        ),
         (("mesh.data=3",), r"got data=3 x fsdp=-1 x tensor=1; each size must be one of \[1, 2, 4, 8\]"),
         (("mesh.fsdp=4",), r"multiply to the 8 device\(s\) present, got data=1 x fsdp=4"),
         (("mesh.data=-1",), r"at most one mesh axis may be -1, got -1 for \['data', 'fsdp'\]; set all but one"),
