@@ -1,8 +1,9 @@
 """Checkpoints of a run: the training state and where the loop stands, written asynchronously and atomically by Orbax.
 
-In: a `PureState` and a small JSON-able record of the loop. Out: `output_dir/checkpoints/STEP/{state,loop}`, in one layout for both flavours:
-nested dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). Every array is checked by path, shape and dtype before a restore,
-so that no value silently stays at its initialisation. The meaning of the loop record belongs to the trainer.
+In: a `PureState` and a small JSON-able record of the loop. Out: `output_dir/checkpoints/STEP/{state,loop}`, in one
+layout for both flavours: nested dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). Every array is
+checked by path, shape and dtype before a restore, so that no value silently stays at its initialisation. The meaning of
+the loop record belongs to the trainer.
 """
 
 import contextlib
@@ -38,7 +39,10 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True, enable_background_delete=True
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                enable_background_delete=True,
             )
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
@@ -64,14 +68,17 @@ class Checkpoints:
             self._manager.save(step, args=arguments)
 
     def restore(self, step: int | None = None) -> tuple[PureState, dict[str, Any]]:
-        """The state, placed by the shardings of this run's mesh, and the loop record of checkpoint `step` (None: the newest).
+        """The state, placed by the shardings of this run's mesh, and the loop record of checkpoint `step` (None: the
+        newest).
 
         Raises:
           ValueError: no such checkpoint, one of another model or optimizer (naming the paths), or a damaged one.
         """
         step = self.latest_step if step is None else step
         if step is None or step not in self._manager.all_steps():
-            raise ValueError(f"{self._folder} must hold checkpoint {step}, got steps {sorted(self._manager.all_steps())}")
+            raise ValueError(
+                f"{self._folder} must hold checkpoint {step}, got steps {sorted(self._manager.all_steps())}"
+            )
         target = to_tree(
             jax.tree.map(
                 lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
@@ -89,7 +96,9 @@ class Checkpoints:
         return from_tree(restored["state"], self.abstract.shapes), restored["loop"]
 
     def check_disk_space(self) -> None:
-        """ValueError when the disk, or the process's file size limit, cannot hold the checkpoints that will exist at one time."""
+        """ValueError when the disk, or the process's file size limit, cannot hold the checkpoints that will exist at
+        one time.
+        """
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract.shapes))
         existing = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
         need = max(size * (self._keep + 1) - existing, size)  # one more than is kept, while the newest is being written
@@ -119,7 +128,9 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
-    """Turns what Orbax raises when it cannot write (tensorstore's errors are ValueErrors) into an error that says what to do."""
+    """Turns what Orbax raises when it cannot write (tensorstore's errors are ValueErrors) into an error that says what
+    to do.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
@@ -131,7 +142,9 @@ def _explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explain_read_errors(folder: pathlib.Path) -> Iterator[None]:
-    """Turns what Orbax raises on a damaged checkpoint, a bare `Exception` for an array, into an error that says what to do."""
+    """Turns what Orbax raises on a damaged checkpoint, a bare `Exception` for an array, into an error that says what to
+    do.
+    """
     try:
         yield
     except Exception as error:
@@ -141,7 +154,9 @@ def _explain_read_errors(folder: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def create_checkpoint_manager(config: Config, mesh: Mesh, init_state_fn: InitStateFn, read_only: bool = False) -> Checkpoints:
+def create_checkpoint_manager(
+    config: Config, mesh: Mesh, init_state_fn: InitStateFn, read_only: bool = False
+) -> Checkpoints:
     """The checkpoints of `config.output_dir` for the state that `init_state_fn` builds.
 
     Args:
@@ -188,4 +203,6 @@ def _overlay(skeleton: Any, values: Any) -> Any:
 def _plain_metadata(metadata: Any) -> Any:
     """Orbax's metadata tree as nested dicts of objects with shape and dtype."""
     tree = getattr(metadata, "tree", metadata)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), tree, is_leaf=lambda x: hasattr(x, "dtype"))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), tree, is_leaf=lambda x: hasattr(x, "dtype")
+    )

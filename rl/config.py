@@ -1,8 +1,8 @@
 """Configuration: YAML recipes plus `dotted.key=value` overrides in, one validated, frozen `Config` out.
-
-`configs/base.yml` owns every default; the classes below hold names, types and nothing else. Layers, later ones winning:
-base.yml, the preset named by `grpo.preset`, the recipe (and what it inherits), the command line. No ML library is imported here,
-so that a mistake is reported at once. Checks that need devices, data or a tokenizer live where those are loaded.
+ `configs/base.yml` owns every default; the classes below hold names, types and nothing else. Layers, later ones
+winning: base.yml, the preset named by `grpo.preset`, the recipe (and what it inherits), the command line. No ML library
+is imported here, so that a mistake is reported at once. Checks that need devices, data or a tokenizer live where those
+are loaded.
 """
 
 import dataclasses
@@ -286,11 +286,13 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     """Reads a recipe and applies overrides.
 
     Args:
-      path: a YAML recipe; a bare name such as `base.yml` also finds a recipe shipped in the `configs` package. None: defaults only.
+      path: a YAML recipe; a bare name such as `base.yml` also finds a recipe shipped in the `configs` package. None:
+        defaults only.
       overrides: `dotted.key=value` strings, values in YAML syntax.
 
     Raises:
-      ValueError: file missing or not YAML, unknown key (with the nearest name), wrong type, or keys that contradict each other.
+      ValueError: file missing or not YAML, unknown key (with the nearest name), wrong type, or keys that contradict
+        each other.
     """
     base = _read_yaml(_packaged("base.yml"))
     recipe = _read_recipe(pathlib.Path(path)) if path is not None else {}
@@ -329,7 +331,9 @@ def dump_config(config: Config) -> str:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys that decide what a step computes and differ: {dotted key: (old, new)}. Empty: `new` may resume `old`'s run."""
+    """Keys that decide what a step computes and differ: {dotted key: (old, new)}. Empty: `new` may resume `old`'s
+    run.
+    """
     old_flat, new_flat = _flatten(to_dict(old)), _flatten(to_dict(new))
     fixed = [key for key in new_flat if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)]
     if new.optimizer.schedule != "constant":
@@ -451,7 +455,9 @@ def _build(merged: dict) -> Config:
         # Through JSON, because pydantic's strict mode takes mappings for dataclasses only there.
         return pydantic.TypeAdapter(Config).validate_json(json.dumps(merged))
     except TypeError as error:
-        raise ValueError(f"invalid configuration: {error}; values are numbers, strings, booleans, null, lists and mappings") from error
+        raise ValueError(
+            f"invalid configuration: {error}; values are numbers, strings, booleans, null, lists and mappings"
+        ) from error
     except pydantic.ValidationError as error:
         raise ValueError("invalid configuration: " + "; ".join(map(_problem, error.errors()))) from error
 
@@ -480,8 +486,19 @@ def _check(config: Config) -> None:
     _at_least(config, 1, "grpo.max_tokens_per_microbatch", "sampling.max_completion_length", "sampling.max_rows")
     _at_least(config, 1, "sft.steps", "sft.batch_size", "sft.max_completion_length", "data.max_prompt_length")
     _at_least(config, 1, "rewards.num_workers", "checkpoint.every", "checkpoint.keep", "eval.max_prompts")
-    _at_least(config, 0, "eval.every", "data.eval_size", "logging.samples_per_step", "grpo.beta", "grpo.epsilon", "optimizer.lr")
-    _at_least(config, 0, "optimizer.warmup_updates", "optimizer.weight_decay", "optimizer.max_grad_norm", "sampling.top_k")
+    _at_least(
+        config,
+        0,
+        "eval.every",
+        "data.eval_size",
+        "logging.samples_per_step",
+        "grpo.beta",
+        "grpo.epsilon",
+        "optimizer.lr",
+    )
+    _at_least(
+        config, 0, "optimizer.warmup_updates", "optimizer.weight_decay", "optimizer.max_grad_norm", "sampling.top_k"
+    )
     _at_least(config, 0, "sampling.temperature", "sampling.min_p", "sampling.min_completion_length", "seed")
     if grpo.prompts_per_step % grpo.minibatches:
         fits = [n for n in range(1, grpo.prompts_per_step + 1) if grpo.prompts_per_step % n == 0]
@@ -493,7 +510,10 @@ def _check(config: Config) -> None:
             f"sampling.min_completion_length must be <= sampling.max_completion_length ({sampling.max_completion_length}), "
             f"got {sampling.min_completion_length}"
         )
-    for key, value, low in (("sampling.top_p", sampling.top_p, 0.0), ("grpo.top_entropy_quantile", grpo.top_entropy_quantile, -1e-9)):
+    for key, value, low in (
+        ("sampling.top_p", sampling.top_p, 0.0),
+        ("grpo.top_entropy_quantile", grpo.top_entropy_quantile, -1e-9),
+    ):
         if not low < value <= 1.0:
             raise ValueError(f"{key} must be in (0, 1], got {value}")
     if not sampling.min_p < 1.0:
@@ -504,7 +524,9 @@ def _check(config: Config) -> None:
     if not config.rewards.timeout_seconds > 0:
         raise ValueError(f"rewards.timeout_seconds must be > 0, got {config.rewards.timeout_seconds}")
     if grpo.loss_type == "vespo" and grpo.sampler_is_correction and not grpo.sampler_is_mode.startswith("token_"):
-        raise ValueError(f"grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, got {grpo.sampler_is_mode!r}")
+        raise ValueError(
+            f"grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, got {grpo.sampler_is_mode!r}"
+        )
     names = [function.name or function.function for function in config.rewards.functions]
     if len(set(names)) < len(names):
         raise ValueError(f"rewards.functions must have distinct names, got {names}; set `name` on each")

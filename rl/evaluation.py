@@ -1,7 +1,8 @@
 """Greedy accuracy on held-out prompts: inside a run every `eval.every` steps, and on its own by `grpo eval`.
 
-In: a sampler, weights, held-out rows, reward functions. Out: the share of prompts whose greedy completion gets a reward of at least 1 from
-the function that counts (`eval.reward`), with a 95 % Wilson interval, and the mean of every reward function.
+In: a sampler, weights, held-out rows, reward functions. Out: the share of prompts whose greedy completion gets a reward
+of at least 1 from the function that counts (`eval.reward`), with a 95 % Wilson interval, and the mean of every reward
+function.
 """
 
 import argparse
@@ -36,7 +37,8 @@ class EvalResult:
 
     Attributes:
       accuracy: share of judged prompts with a reward >= 1 from the function that counts; NaN when none was judged.
-      interval: 95 % Wilson score interval of the accuracy (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval).
+      interval: 95 % Wilson score interval of the accuracy
+        (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval).
       num_prompts: prompts evaluated. num_judged: those that the function that counts could judge.
       means: mean reward per function.
       completion_length: mean tokens. truncated_share: completions that hit the length limit.
@@ -73,7 +75,8 @@ def evaluate(
     """Decodes every row greedily and scores it.
 
     Args:
-      sampling: the run's; its temperature and truncations are replaced by greedy decoding, lengths and stop strings stay.
+      sampling: the run's; its temperature and truncations are replaced by greedy decoding, lengths and stop strings
+        stay.
       accuracy_reward: name of the reward function that counts; None: the first.
     """
     greedy = dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -91,7 +94,12 @@ def evaluate(
     judged = [value for value in judged if value is not None]
     correct = sum(value >= 1.0 for value in judged)
     samples = [
-        {"prompt": row.prompt, "completion": text, "rewards": dict(zip(names, values, strict=True)), "finish_reason": done.finish_reason}
+        {
+            "prompt": row.prompt,
+            "completion": text,
+            "rewards": dict(zip(names, values, strict=True)),
+            "finish_reason": done.finish_reason,
+        }
         for row, text, values, done in zip(rows, texts, result.rewards, completions, strict=True)
     ]
     return EvalResult(
@@ -146,7 +154,8 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
       The result, and where the weights came from, in words.
 
     Raises:
-      ValueError: no reward function, no held-out rows, or whatever is wrong with the configuration, the data or the checkpoint.
+      ValueError: no reward function, no held-out rows, or whatever is wrong with the configuration, the data or the
+        checkpoint.
     """
     source = pathlib.Path(source)
     is_run = source.is_dir()
@@ -176,7 +185,9 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
 def main(argv: Sequence[str] | None = None) -> None:
     """`grpo eval RUN_OR_CONFIG [key=value ...] [--output FILE]`."""
     parser = argparse.ArgumentParser(prog="grpo eval", description="greedy accuracy on the held-out rows")
-    parser.add_argument("run_or_config", help="run folder (its newest checkpoint), or YAML recipe (the weights of model.source)")
+    parser.add_argument(
+        "run_or_config", help="run folder (its newest checkpoint), or YAML recipe (the weights of model.source)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
     parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
@@ -185,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in result.samples)
         pathlib.Path(arguments.output).write_text(lines, encoding="utf-8")
     low, high = result.interval
-    print(f"{where}: accuracy {result.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}) on {result.num_judged} prompts")
+    print(
+        f"{where}: accuracy {result.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}) on {result.num_judged} prompts"
+    )
     for name, mean in result.means.items():
         print(f"  {name}: mean {mean if mean is None else round(mean, 4)}")
     print(f"  completion length {result.completion_length:.1f} tokens, {result.truncated_share:.1%} truncated")

@@ -1,12 +1,13 @@
 """GRPO training: `grpo train CONFIG [key=value ...]`, or `python -m rl.grpo_trainer`.
 
 Reads top to bottom in data-flow order:
-    config -> tokenizer, prompts -> mesh -> policy (linen or nnx) -> optimizer -> init_state_fn of policy and reference -> sharded states
-    -> restore -> sampler -> rewards -> jit_train_step(mesh=mesh)
+    config -> tokenizer, prompts -> mesh -> policy (linen or nnx) -> optimizer
+    -> init_state_fn of policy and reference -> sharded states -> restore -> sampler -> rewards -> jit_train_step(mesh=mesh)
     each step: prompts -> rollouts -> rewards -> advantages -> train step -> metrics, samples, checkpoint, evaluation
 
-Step k in metrics and checkpoints means: k steps are done. Everything random is derived from (seed, step), so that a resumed run repeats what
-an uninterrupted one does, bit for bit. Not here: the loss (`rl.losses`), packing (`rl.packing`), drawing (`rl.sampler`).
+Step k in metrics and checkpoints means: k steps are done. Everything random is derived from (seed, step), so that a
+resumed run repeats what an uninterrupted one does, bit for bit. Not here: the loss (`rl.losses`), packing
+(`rl.packing`), drawing (`rl.sampler`).
 """
 
 import contextlib
@@ -42,7 +43,8 @@ def train(config: Config) -> pathlib.Path:
     """Runs or resumes the training run that `config` describes; returns its folder.
 
     Raises:
-      ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy starts.
+      ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy
+        starts.
     """
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console(config.grpo.steps))
@@ -58,7 +60,9 @@ def train(config: Config) -> pathlib.Path:
         schedule, optimizer = create_training_optimizer(config, policy)
         plan = plan_for(config, data, policy, num_row_shards(mesh, config.mesh.rules))
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
-        run = RunFolder(config, "grpo", {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None})
+        run = RunFolder(
+            config, "grpo", {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None}
+        )
         stack.callback(run.close)
         runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
         run.begin()
@@ -86,7 +90,12 @@ def train(config: Config) -> pathlib.Path:
         # -- sampler, train step
         decode = tokenizer.decode
         sampler = Sampler(
-            policy, mesh, abstract.shardings.params, rules=config.mesh.rules, max_rows=config.sampling.max_rows, decode_text=decode
+            policy,
+            mesh,
+            abstract.shardings.params,
+            rules=config.mesh.rules,
+            max_rows=config.sampling.max_rows,
+            decode_text=decode,
         )
         updater = Updater(config, policy, optimizer, plan, abstract.shardings, mesh=mesh)
         if first_step == 0 and config.rewards.check_on_gold:
@@ -109,7 +118,9 @@ def train(config: Config) -> pathlib.Path:
             console.step_line({"step": 0, **baseline})
         watch.lap()
         for step in range(first_step, config.grpo.steps):
-            rows = [data.train[i] for i in step_indices(len(data.train), config.seed, step, config.grpo.prompts_per_step)]
+            rows = [
+                data.train[i] for i in step_indices(len(data.train), config.seed, step, config.grpo.prompts_per_step)
+            ]
             with watch.timer("rollout"):
                 prompts = [row.prompt_ids for row in rows]
                 key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
@@ -120,10 +131,18 @@ def train(config: Config) -> pathlib.Path:
                 groups = minibatches(rollout, config.grpo.minibatches)
                 state, entropy, trained = updater.step(state, reference, groups, entropy)
             done = step + 1
-            metrics = {"step": done, **rollout.metrics, **trained, "lr": float(schedule(int(state.step) - 1)), **evaluation(done)}
+            metrics = {
+                "step": done,
+                **rollout.metrics,
+                **trained,
+                "lr": float(schedule(int(state.step) - 1)),
+                **evaluation(done),
+            }
             metrics |= timing(watch, rollout.metrics, len(rows) * config.grpo.group_size, compiles)
             writer.write(metrics)
-            writer.write_samples(done, sample_records(rollout, [spec.name for spec in runner.specs], config.logging.samples_per_step))
+            writer.write_samples(
+                done, sample_records(rollout, [spec.name for spec in runner.specs], config.logging.samples_per_step)
+            )
             console.step_line(metrics)
             for problem in rollout.problems:
                 console.warning(problem)
@@ -140,7 +159,9 @@ def check(config: Config, data: PromptData, max_positions: int) -> None:
     require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
     check_enough_rows(len(data.train), config.grpo.prompts_per_step)
     if not config.sampling.temperature > 0:
-        raise ValueError(f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; evaluation is greedy anyway")
+        raise ValueError(
+            f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; evaluation is greedy anyway"
+        )
     longest = max(len(row.prompt_ids) for row in [*data.train, *data.held_out]) + config.sampling.max_completion_length
     if longest > max_positions:
         raise ValueError(
@@ -173,7 +194,14 @@ def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -
 
 
 def announce(
-    console: Console, config: Config, data: PromptData, origin: Origin, policy: Policy, mesh: Mesh, run: RunFolder, plan: PackingPlan
+    console: Console,
+    config: Config,
+    data: PromptData,
+    origin: Origin,
+    policy: Policy,
+    mesh: Mesh,
+    run: RunFolder,
+    plan: PackingPlan,
 ) -> None:
     """Start-up information: what runs where, on what, and what a preset stands for."""
     for message in data.messages:
@@ -184,7 +212,8 @@ def announce(
         "run folder": run.path,
         "model": f"{origin.identity['source'] or 'fresh'}, {origin.model_config.family}, {origin.model_config.num_parameters / 1e6:.1f}M parameters",
         "policy": f"{policy.flavour}, {origin.model_config.dtype}",
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, " + " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
+        + " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         "prompts": f"{len(data.train)} train, {len(data.held_out)} held out",
         "step": f"{per_step}, {updates_per_step(config)} update(s)",
         "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
@@ -195,11 +224,15 @@ def announce(
     console.table("grpo train", rows)
 
 
-def timing(watch: Stopwatch, metrics: dict[str, float], num_sequences: int, compiles: CompileCounter) -> dict[str, float]:
+def timing(
+    watch: Stopwatch, metrics: dict[str, float], num_sequences: int, compiles: CompileCounter
+) -> dict[str, float]:
     """Seconds and tokens per second by phase, compilations of the step, peak memory so far."""
     seconds = watch.lap()
     tokens = metrics["completion_length/mean"] * num_sequences
-    speeds = {f"tokens_per_second/{phase}": tokens / seconds[f"seconds/{phase}"] for phase in ("rollout", "train", "step")}
+    speeds = {
+        f"tokens_per_second/{phase}": tokens / seconds[f"seconds/{phase}"] for phase in ("rollout", "train", "step")
+    }
     return {**seconds, **speeds, "compiles": compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}
 
 

@@ -1,7 +1,7 @@
 """The device mesh, and where every array of the toolkit lies on it.
 
-In: the `mesh` section of the config and logical axis names. Out: a `jax.sharding.Mesh` and `NamedSharding`s. This is the one module
-that spells mesh axis names. Multi-host start-up is not here.
+In: the `mesh` section of the config and logical axis names. Out: a `jax.sharding.Mesh` and `NamedSharding`s. This is
+the one module that spells mesh axis names. Multi-host start-up is not here.
 """
 
 import math
@@ -21,8 +21,8 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
     """The mesh (data, fsdp, tensor) over all devices, or over those given.
 
     Raises:
-      ValueError: sizes that do not multiply to the number of devices, more than one -1, a size below 1, or a rule that names an
-        axis which does not exist.
+      ValueError: sizes that do not multiply to the number of devices, more than one -1, a size below 1, or a rule that
+        names an axis which does not exist.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: getattr(section, axis) for axis in AXES}
@@ -37,7 +37,9 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
             raise ValueError(f"mesh.{axis} must be a number of devices >= 1, or -1 for what is left, got {size}")
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
-        raise ValueError(f"at most one mesh axis may be -1, got -1 for {open_axes}; set all but one of them to a number")
+        raise ValueError(
+            f"at most one mesh axis may be -1, got -1 for {open_axes}; set all but one of them to a number"
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if open_axes and len(devices) % fixed == 0:
         sizes[open_axes[0]] = len(devices) // fixed
@@ -56,7 +58,8 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
 def partition_spec(
     logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Mapping[str, Sequence[str]]
 ) -> PartitionSpec:
-    """Mesh axes for each dim of an array: a rule's axes are taken in order while they divide the dim and are not used by another dim.
+    """Mesh axes for each dim of an array: a rule's axes are taken in order while they divide the dim and are not used
+    by another dim.
 
     Raises:
       ValueError: a logical axis without a rule, or names that do not match the rank.
@@ -79,7 +82,9 @@ def partition_spec(
 
 
 def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Any:
-    """A `NamedSharding` for every leaf of `abstract` (arrays or ShapeDtypeStructs); `logical_axes` has a tuple of names in its place."""
+    """A `NamedSharding` for every leaf of `abstract` (arrays or ShapeDtypeStructs); `logical_axes` has a tuple of names
+    in its place.
+    """
     return jax.tree.map(
         lambda leaf, names: NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, rules)), abstract, logical_axes
     )

@@ -1,4 +1,6 @@
-"""Optimizer and learning-rate schedule from the config. Schedules count optimizer updates, never steps or micro-batches."""
+"""Optimizer and learning-rate schedule from the config. Schedules count optimizer updates, never steps or
+micro-batches.
+"""
 
 from typing import Any
 

@@ -1,12 +1,13 @@
 """Packs the groups of a minibatch into rows of tokens, on the host.
 
-In: prompts, their completions, one advantage per completion. Out: a `Batch` of numpy arrays in fixed shapes: micro-batches of rows without
-padding between sequences. A prompt is stored once per row and shared by its completions: row = prompt, completion 1, ..., completion G,
-next prompt, ...; `rl.models.ops.visible` keeps them apart, positions of every completion go on from its prompt. Groups that are longer
-than a row are cut between completions and the prompt is repeated. How a batch is cut never changes loss or gradient, because every
-denominator is that of the whole minibatch.
+In: prompts, their completions, one advantage per completion. Out: a `Batch` of numpy arrays in fixed shapes, that is
+micro-batches of rows without padding between sequences. A prompt is stored once per row and shared by its completions:
+row = prompt, completion 1, ..., completion G, next prompt, ...; `rl.models.ops.visible` keeps them apart, positions of
+every completion go on from its prompt. Groups that are longer than a row are cut between completions and the prompt is
+repeated. How a batch is cut never changes loss or gradient, because every denominator is that of the whole minibatch.
 
-Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a completion.
+Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
+completion.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ class TrainCompletion:
       token_ids: int32 [L], EOS included.
       advantage: constant of all its tokens.
       sampler_logprobs: float [L] under the distribution the tokens were drawn from; None when unknown.
-      rollout_logprobs: float [L] under the policy's plain softmax at the sampling temperature, as the sampler computed it; None when unknown.
+      rollout_logprobs: float [L] under the policy's plain softmax at the sampling temperature, as the sampler computed
+        it; None when unknown.
     """
 
     token_ids: np.ndarray
@@ -76,8 +78,8 @@ class Batch(NamedTuple):
       sequence_mask_MRC: 1.0 where there is a completion c.
       advantages_MRC: a constant per completion.
       sampler_logprobs_MRCL, rollout_logprobs_MRCL: (see `TrainCompletion`), NaN where unknown.
-      old_logprobs_MRCL, reference_logprobs_MRCL: log-probs of the policy before the first update and of the reference, put in by the
-        trainer when the loss needs them; None otherwise.
+      old_logprobs_MRCL, reference_logprobs_MRCL: log-probs of the policy before the first update and of the reference,
+        put in by the trainer when the loss needs them; None otherwise.
       sequence_ids_MRC: int32, index of the completion in the order in which the groups were given; -1 on padding.
       num_microbatches: int32 [], micro-batches in use.
     """
@@ -114,8 +116,8 @@ def plan_packing(
     """Shapes that hold any minibatch of `num_groups` prompts with `group_size` completions each.
 
     Rows are as short as a whole group allows, because attention costs the square of a row, but not shorter than
-    `preferred_row_length`, so that short groups fill rows well: at a length of the hidden size attention costs about a sixth of the
-    rest of a layer, less than half-empty rows would.
+    `preferred_row_length`, so that short groups fill rows well: at a length of the hidden size attention costs about a
+    sixth of the rest of a layer, less than half-empty rows would.
 
     Raises:
       ValueError: the budget does not hold one longest sequence per row shard.
@@ -145,10 +147,11 @@ def plan_packing(
 
 
 def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float32) -> Batch:
-    """Packs groups by first-fit decreasing over their lengths; deterministic, and every completion keeps its `sequence_ids` index.
+    """Packs groups by first-fit decreasing over their lengths; deterministic, and every completion keeps its
+    `sequence_ids` index.
 
-    Groups without completions are left out. A minibatch without any completion gives a batch of padding. `dtype` is that of the
-    batch's floating-point fields: float32, or float64 for a float64 model.
+    Groups without completions are left out. A minibatch without any completion gives a batch of padding. `dtype` is
+    that of the batch's floating-point fields: float32, or float64 for a float64 model.
     """
     units = _units(groups, plan)
     rows = _first_fit_decreasing(units, plan)
@@ -221,9 +224,9 @@ def _first_fit_decreasing(units: list[_Unit], plan: PackingPlan) -> list[list[_U
 
 
 def _empty_batch(plan: PackingPlan, num_microbatches: int, dtype: np.dtype) -> Batch:
-    M, R, T = plan.num_microbatches, plan.num_rows, plan.row_length  # noqa: N806
-    C, L = plan.completions_per_row, plan.completion_length  # noqa: N806
-    N = min(T + C, C * L)  # noqa: N806  every completion predicts one token more than it puts into the row
+    M, R, T = plan.num_microbatches, plan.num_rows, plan.row_length
+    C, L = plan.completions_per_row, plan.completion_length
+    N = min(T + C, C * L)
     return Batch(
         tokens_MRT=np.zeros((M, R, T), np.int32),
         positions_MRT=np.zeros((M, R, T), np.int32),
@@ -254,7 +257,9 @@ def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
         groups_T[t : t + unit.num_tokens] = group_id
         t += length
         prompt_end = t - 1
-        for branch, (completion, sequence_id) in enumerate(zip(unit.completions, unit.sequence_ids, strict=True), start=1):
+        for branch, (completion, sequence_id) in enumerate(
+            zip(unit.completions, unit.sequence_ids, strict=True), start=1
+        ):
             count = len(completion.token_ids)
             inputs = slice(t, t + count - 1)
             tokens_T[inputs] = completion.token_ids[:-1]

@@ -1,7 +1,8 @@
-"""The host side of a step between sampling and training: completions in, rewards, advantages and packed minibatches out.
+"""The host side of a step between sampling and training: completions in, rewards, advantages and packed minibatches
+out.
 
-A reward never becomes an advantage in place: `Rollout` keeps both.
-Legend: P prompts, G completions per prompt, B = P * G sequences, K reward functions.
+A reward never becomes an advantage in place: `Rollout` keeps both. Legend: P prompts, G completions per prompt, B = P *
+G sequences, K reward functions.
 """
 
 import dataclasses
@@ -46,7 +47,11 @@ class Rollout:
 
 
 def score_rollout(
-    config: Config, rows: Sequence[PromptRow], completions: list[list[Completion]], runner: RewardRunner, tokenizer: Tokenizer
+    config: Config,
+    rows: Sequence[PromptRow],
+    completions: list[list[Completion]],
+    runner: RewardRunner,
+    tokenizer: Tokenizer,
 ) -> Rollout:
     """Runs the reward functions on a step's completions and turns their rewards into advantages."""
     group_size = config.grpo.group_size
@@ -60,7 +65,9 @@ def score_rollout(
         completion_ids=[completion.token_ids.tolist() for completion in flat],
     )
     weights = [spec.weight for spec in runner.specs]
-    rewards_BK = np.array([[math.nan if value is None else value for value in row] for row in result.rewards], np.float64)
+    rewards_BK = np.array(
+        [[math.nan if value is None else value for value in row] for row in result.rewards], np.float64
+    )
     weighted = [weighted_sum(row, weights) for row in result.rewards]
     weighted_B = np.array([math.nan if value is None else value for value in weighted], np.float64)
     advantages = compute_advantages(
@@ -93,16 +100,33 @@ def score_rollout(
         for failure, count in result.counts[name].items():
             if count:
                 metrics[f"reward/{name}/{failure}"] = count
-    return Rollout(rows, completions, texts, rewards_BK, weighted_B, advantages.advantages_B, kept_B, metrics, list(result.problems))
+    return Rollout(
+        rows,
+        completions,
+        texts,
+        rewards_BK,
+        weighted_B,
+        advantages.advantages_B,
+        kept_B,
+        metrics,
+        list(result.problems),
+    )
 
 
 def minibatches(rollout: Rollout, num_minibatches: int) -> list[list[TrainGroup]]:
-    """The rollout's groups, cut into minibatches of whole prompts in order; completions that the loss must not see are left out."""
+    """The rollout's groups, cut into minibatches of whole prompts in order; completions that the loss must not see are
+    left out.
+    """
     num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
     groups = []
     for p, row in enumerate(rollout.rows):
         kept = [
-            TrainCompletion(completion.token_ids, float(rollout.advantages_B[b]), completion.sampler_logprobs, completion.policy_logprobs)
+            TrainCompletion(
+                completion.token_ids,
+                float(rollout.advantages_B[b]),
+                completion.sampler_logprobs,
+                completion.policy_logprobs,
+            )
             for b, completion in enumerate(rollout.completions[p], start=p * group_size)
             if rollout.kept_B[b]
         ]
@@ -119,7 +143,9 @@ def sample_records(rollout: Rollout, names: Sequence[str], count: int) -> list[d
     for p, g in picks:
         b = p * group_size + g
         completion = rollout.completions[p][g]
-        rewards = {name: None if math.isnan(value) else value for name, value in zip(names, rollout.rewards_BK[b], strict=True)}
+        rewards = {
+            name: None if math.isnan(value) else value for name, value in zip(names, rollout.rewards_BK[b], strict=True)
+        }
         records.append(
             {
                 "prompt_index": completion.prompt_index,
@@ -136,7 +162,9 @@ def sample_records(rollout: Rollout, names: Sequence[str], count: int) -> list[d
 
 
 def completion_form(prompt: Prompt, text: str) -> Any:
-    """A completion as reward functions get it: text for a text prompt, an assistant message in a list for a chat prompt."""
+    """A completion as reward functions get it: text for a text prompt, an assistant message in a list for a chat
+    prompt.
+    """
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 

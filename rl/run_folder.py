@@ -1,8 +1,7 @@
 """The folder of one run: who owns it, and whether this configuration may go on in it.
-
-`output_dir` holds config.yml (the resolved configuration that started the run), run.json (what kind of run, and which weights it started
-from), metrics.jsonl, samples.jsonl, rewards.log and checkpoints/. A folder that holds anything else, or another run, is never touched; a run
-that recorded nothing, because its start failed or was killed, is no run.
+ `output_dir` holds config.yml (the resolved configuration that started the run), run.json (what kind of run, and which
+weights it started from), metrics.jsonl, samples.jsonl, rewards.log and checkpoints/. A folder that holds anything else,
+or another run, is never touched; a run that recorded nothing, because its start failed or was killed, is no run.
 """
 
 import fcntl
@@ -38,8 +37,8 @@ class RunFolder:
           origin: JSON-able identity of what the run starts from: the policy's and the reference's source and hash.
 
         Raises:
-          ValueError: the folder cannot be written, holds something else, another kind of run, a run with other settings or other weights,
-            or is in use by another process.
+          ValueError: the folder cannot be written, holds something else, another kind of run, a run with other settings
+            or other weights, or is in use by another process.
         """
         self.path = pathlib.Path(require(config.output_dir, "output_dir", "runs/my_run"))
         self._config, self._identity = config, {"kind": kind, **origin}
@@ -107,7 +106,9 @@ def _check_same_run(path: pathlib.Path, config: Config, identity: dict[str, Any]
     changed = differences(old_config, config)
     if changed:
         text = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in list(changed.items())[:5])
-        raise ValueError(f"output_dir {path} holds another run: {text}; {way_out}, or restore the old values to resume it")
+        raise ValueError(
+            f"output_dir {path} holds another run: {text}; {way_out}, or restore the old values to resume it"
+        )
     for name, value in identity.items():
         if old_identity.get(name) != value:
             raise ValueError(
@@ -121,12 +122,16 @@ def _lock(path: pathlib.Path) -> int:
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ValueError(f"output_dir must be a folder that can be written, got {path}: {error}; choose another output_dir") from error
+        raise ValueError(
+            f"output_dir must be a folder that can be written, got {path}: {error}; choose another output_dir"
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise ValueError(f"output_dir {path} is in use by another process; stop that one or choose another output_dir") from error
+        raise ValueError(
+            f"output_dir {path} is in use by another process; stop that one or choose another output_dir"
+        ) from error
     return handle
 
 

@@ -1,9 +1,8 @@
 """Supervised fine-tuning: `grpo sft CONFIG [key=value ...]`. A cold policy has nothing to reinforce; this warms it up.
-
-The same data flow, state, train step and checkpoints as `rl.grpo_trainer`, without rollouts. The loss is the mean negative log-likelihood of
-the completion tokens, which is what CISPO (https://arxiv.org/abs/2506.13585) is for completions of advantage 1 that are their own
-old policy: -log p per token, over the tokens of the update. One step is one update. At the end the policy is written to
-output_dir/export as a Hugging Face folder.
+The same data flow, state, train step and checkpoints as `rl.grpo_trainer`, without rollouts. The loss is the mean
+negative log-likelihood of the completion tokens, which is what CISPO (https://arxiv.org/abs/2506.13585) is for
+completions of advantage 1 that are their own old policy: -log p per token, over the tokens of the update. One step is
+one update. At the end the policy is written to output_dir/export as a Hugging Face folder.
 """
 
 import contextlib
@@ -41,7 +40,8 @@ def train(config: Config) -> pathlib.Path:
     """Runs or resumes supervised fine-tuning; returns the run folder.
 
     Raises:
-      ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy starts.
+      ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy
+        starts.
     """
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console(config.sft.steps))
@@ -101,14 +101,21 @@ def train(config: Config) -> pathlib.Path:
         compiles, watch = stack.enter_context(CompileCounter()), Stopwatch()
         stop = stack.enter_context(StopRequest(console.message))
         for step in range(first_step, config.sft.steps):
-            batch_rows = [pairs.rows[i] for i in step_indices(len(pairs.rows), config.seed, step, config.sft.batch_size)]
+            batch_rows = [
+                pairs.rows[i] for i in step_indices(len(pairs.rows), config.seed, step, config.sft.batch_size)
+            ]
             with watch.timer("train"):
                 packed = jax.device_put(pack(to_groups(batch_rows), plan), batch_shardings(mesh, config.mesh.rules))
                 num_tokens = sum(len(row.completion_ids) for row in batch_rows)
                 state, update = train_step(state, Minibatch(packed, np.int32(num_tokens), np.float32(0.0)))
                 update = jax.device_get(update)
             done = step + 1
-            metrics = {"step": done, "loss": float(update.loss), "grad_norm": float(update.grad_norm), "lr": float(schedule(step))}
+            metrics = {
+                "step": done,
+                "loss": float(update.loss),
+                "grad_norm": float(update.grad_norm),
+                "lr": float(schedule(step)),
+            }
             metrics |= {**watch.lap(), "compiles": compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}
             metrics["tokens_per_second/train"] = num_tokens / metrics["seconds/train"]
             writer.write(metrics)
@@ -124,7 +131,9 @@ def train(config: Config) -> pathlib.Path:
         if held_out and config.rewards.functions:
             eos = eos_ids(config, origin.model_config, tokenizer)
             rules, max_rows = config.mesh.rules, config.sampling.max_rows
-            sampler = Sampler(policy, mesh, shardings.params, rules=rules, max_rows=max_rows, decode_text=tokenizer.decode)
+            sampler = Sampler(
+                policy, mesh, shardings.params, rules=rules, max_rows=max_rows, decode_text=tokenizer.decode
+            )
             with start_rewards(config, held_out, run.path / "rewards.log") as runner:
                 sampling = sampling_params(config, eos)
                 result = evaluate(sampler, state.params, held_out, runner, tokenizer, sampling, config.eval.reward)
@@ -137,7 +146,12 @@ def train(config: Config) -> pathlib.Path:
 
 def negative_log_likelihood(config: Config) -> LossConfig:
     """The loss settings under which the train step computes the token mean of -log p."""
-    neutral = {"beta": 0.0, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "sampler_is_correction": False}
+    neutral = {
+        "beta": 0.0,
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "sampler_is_correction": False,
+    }
     neutral |= {"entropy_coef": 0.0, "use_adaptive_entropy": False, "importance_sampling_level": "token"}
     return dataclasses.replace(loss_config(config), loss_type="cispo", epsilon_high=1.0, **neutral)
 

@@ -1,7 +1,8 @@
-"""Training states on a mesh: zero-argument `init_state_fn`s, their shapes and shardings, and states built where they will live.
+"""Training states on a mesh: zero-argument `init_state_fn`s, their shapes and shardings, and states built where they
+will live.
 
-In: a policy, an optimizer, a mesh. Out: `PureState`s of the policy and of the reference, each from its own `init_state_fn`. Reading and
-writing checkpoints is `rl.checkpoint`; reading pretrained weights is `rl.models.hf`.
+In: a policy, an optimizer, a mesh. Out: `PureState`s of the policy and of the reference, each from its own
+`init_state_fn`. Reading and writing checkpoints is `rl.checkpoint`; reading pretrained weights is `rl.models.hf`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from rl.config import Config
-from rl.mesh import replicated, tree_shardings
+from rl.mesh import tree_shardings
 from rl.models.config import logical_axes
 from rl.models.policy import Policy
 from rl.models.train_state import PureState, TrainState, TrainStateNNX, pure_state
@@ -22,7 +23,8 @@ from rl.models.train_state import PureState, TrainState, TrainStateNNX, pure_sta
 class InitStateFn:
     """A function of no argument that builds an independent fresh state each time it is called.
 
-    It works under `jax.eval_shape` and `jax.jit(out_shardings=...)`. The same seed gives the same weights in both flavours.
+    It works under `jax.eval_shape` and `jax.jit(out_shardings=...)`. The same seed gives the same weights in both
+    flavours.
 
     Attributes:
       policy: decides the flavour of the state, a `TrainState` or a `TrainStateNNX`.
@@ -54,7 +56,9 @@ class AbstractState(NamedTuple):
     shardings: PureState
 
 
-def get_abstract_state(config: Config, mesh: Mesh, init_state_fn: InitStateFn, is_training: bool = True) -> AbstractState:
+def get_abstract_state(
+    config: Config, mesh: Mesh, init_state_fn: InitStateFn, is_training: bool = True
+) -> AbstractState:
     """Shapes, logical annotations and shardings of the state that `init_state_fn` builds; nothing is computed.
 
     Args:
@@ -71,7 +75,9 @@ def get_logical_annotations(config: Config, mesh: Mesh, init_state_fn: InitState
     return get_abstract_state(config, mesh, init_state_fn).annotations
 
 
-def create_sharded_state(init_state_fn: InitStateFn, mesh: Mesh, abstract: AbstractState, params: Any | None = None) -> PureState:
+def create_sharded_state(
+    init_state_fn: InitStateFn, mesh: Mesh, abstract: AbstractState, params: Any | None = None
+) -> PureState:
     """Runs `init_state_fn` under one jit, each leaf born on the devices where it stays.
 
     Args:
@@ -126,8 +132,8 @@ def check_same_tree(got: Any, want: Any, what: str) -> None:
 
 
 def get_first_step(policy: Policy, state: Any, updates_per_step: int = 1) -> int:
-    """The step at which a run with this state goes on: updates done, divided by the updates of one step. Works for either flavour's state
-    and for a `PureState`."""
+    """The step at which a run with this state goes on: updates done, divided by the updates of one step. Works for
+    either flavour's state and for a `PureState`."""
     del policy  # the state itself knows how to become pure
     return int(pure_state(state).step) // updates_per_step
 
@@ -137,7 +143,9 @@ def _select(state: PureState, is_training: bool) -> PureState:
 
 
 def _annotate(shapes: PureState, policy: Policy) -> PureState:
-    """Logical axis names per leaf: those of a weight also for its moments, which lie at the weight's path below the optimizer's own."""
+    """Logical axis names per leaf: those of a weight also for its moments, which lie at the weight's path below the
+    optimizer's own.
+    """
     is_names = lambda x: isinstance(x, tuple)  # noqa: E731
     weights = jax.tree_util.tree_flatten_with_path(logical_axes(policy.config), is_leaf=is_names)[0]
     axes = {tuple(part.key for part in path): names for path, names in weights}

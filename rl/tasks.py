@@ -99,7 +99,9 @@ def arithmetic_rows(
         operands.reverse()
         sign, apply = _OPERATIONS[names[index]]
         expression = sign.join(map(str, operands))
-        rows.append({"prompt": template.format(expression=expression), "answer": str(functools.reduce(apply, operands))})
+        rows.append(
+            {"prompt": template.format(expression=expression), "answer": str(functools.reduce(apply, operands))}
+        )
     return rows
 
 

@@ -1,11 +1,13 @@
-"""One optimizer update as one compiled function: `(state, minibatch) -> (state, metrics)`, the same for every policy and loss.
+"""One optimizer update as one compiled function: `(state, minibatch) -> (state, metrics)`, the same for every policy
+and loss.
 
-In: a `PureState` and a packed `Minibatch`. Out: the next state (argument 0 is donated) and the sums the metrics are made of. The pieces of a
-minibatch run one after the other inside the function; every denominator is that of the whole minibatch, so neither their number nor their
-size changes the result. `jit_token_logprobs` runs the same rows without gradient, for old and reference log-probs.
+In: a `PureState` and a packed `Minibatch`. Out: the next state (argument 0 is donated) and the sums the metrics are
+made of. The pieces of a minibatch run one after the other inside the function; every denominator is that of the whole
+minibatch, so neither their number nor their size changes the result. `jit_token_logprobs` runs the same rows without
+gradient, for old and reference log-probs.
 
-Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a completion,
-B = R * C sequences of a piece, D model.
+Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
+completion, B = R * C sequences of a piece, D model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +104,9 @@ def jit_train_step(
 
         def add_piece(m, carry):
             loss, grads, sums, difference = carry
-            (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(state.params, _piece(batch, m), denominators)
+            (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(
+                state.params, _piece(batch, m), denominators
+            )
             grads = jax.tree.map(jnp.add, grads, piece_grads)
             return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
 
@@ -117,7 +121,10 @@ def jit_train_step(
     rows: Any = batch_shardings(mesh, rules)
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, Minibatch(rows, replicated(mesh), replicated(mesh), row_sharding(mesh, rules, dim=1))),
+        in_shardings=(
+            state_shardings,
+            Minibatch(rows, replicated(mesh), replicated(mesh), row_sharding(mesh, rules, dim=1)),
+        ),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
     )
@@ -145,7 +152,9 @@ def jit_token_logprobs(
                 for output, value in zip(outputs, values, strict=True)
             )
 
-        dtype = jax.eval_shape(lambda: policy.unembed(params, jnp.zeros((1, policy.config.hidden_size), policy.config.dtype))).dtype
+        dtype = jax.eval_shape(
+            lambda: policy.unembed(params, jnp.zeros((1, policy.config.hidden_size), policy.config.dtype))
+        ).dtype
         empty = jnp.zeros(batch.mask_MRCL.shape, dtype)
         return jax.lax.fori_loop(0, batch.num_microbatches, fill, (empty, empty))
 
@@ -197,7 +206,13 @@ def _piece(batch: Batch, m: Any) -> Batch:
 
 
 def _piece_logprobs(
-    policy: Policy, params: Params, piece: Batch, temperature: float, chunk_size: int, mesh: Mesh, rules: Mapping[str, Sequence[str]]
+    policy: Policy,
+    params: Params,
+    piece: Batch,
+    temperature: float,
+    chunk_size: int,
+    mesh: Mesh,
+    rules: Mapping[str, Sequence[str]],
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs and entropies [B, L] of the completion tokens of one piece, 0 on padding."""
     rows: NamedSharding = row_sharding(mesh, rules)
@@ -205,9 +220,16 @@ def _piece_logprobs(
     hidden_RND = jnp.take_along_axis(hidden_RTD, piece.predictors_MRN[..., None], axis=1)
     hidden_RND = jax.lax.with_sharding_constraint(hidden_RND, rows)
     logprobs_RN, entropy_RN = token_logprobs(
-        policy, params, hidden_RND, piece.targets_MRN, temperature, chunk_size, with_entropy=True, mask_BT=piece.target_mask_MRN
+        policy,
+        params,
+        hidden_RND,
+        piece.targets_MRN,
+        temperature,
+        chunk_size,
+        with_entropy=True,
+        mask_BT=piece.target_mask_MRN,
     )
-    R, C, L = piece.slots_MRCL.shape  # noqa: N806
+    R, C, L = piece.slots_MRCL.shape
 
     def place(values_RN: jax.Array) -> jax.Array:
         values_RCL = jnp.take_along_axis(values_RN, piece.slots_MRCL.reshape(R, C * L), axis=1)
@@ -218,7 +240,7 @@ def _piece_logprobs(
 
 def _loss_inputs(piece: Batch) -> LossInputs:
     """The piece as the loss sees it: R * C sequences, some of them padding."""
-    R, C, L = piece.mask_MRCL.shape  # noqa: N806
+    R, C, L = piece.mask_MRCL.shape
     flat = lambda values: None if values is None else values.reshape(R * C, L)  # noqa: E731
     return LossInputs(
         old_logprobs_BT=flat(piece.old_logprobs_MRCL),

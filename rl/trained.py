@@ -64,7 +64,9 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
     try:
         step = checkpoints.latest_step if step is None else step
         if step is None:
-            raise ValueError(f"run folder {str(folder)!r} must hold a checkpoint, and it has none; let the run reach checkpoint.every")
+            raise ValueError(
+                f"run folder {str(folder)!r} must hold a checkpoint, and it has none; let the run reach checkpoint.every"
+            )
         state, _ = checkpoints.restore(step)
     finally:
         checkpoints.close()

@@ -1,7 +1,9 @@
-"""The updates of one step: packs the minibatches, scores them where the loss needs it, runs the compiled update over them.
+"""The updates of one step: packs the minibatches, scores them where the loss needs it, runs the compiled update over
+them.
 
-In: the state, the reference, groups with advantages. Out: the next state and what training measured. Old log-probs are frozen before the first
-update; epochs go over the same minibatches again. Not here: the loss and the compiled functions themselves.
+In: the state, the reference, groups with advantages. Out: the next state and what training measured. Old log-probs are
+frozen before the first update; epochs go over the same minibatches again. Not here: the loss and the compiled functions
+themselves.
 """
 
 import dataclasses
@@ -51,7 +53,9 @@ class Updater:
         self._config = config
         self._plan = plan
         self._loss_config = loss_config(config)
-        self._dtype = np.promote_types(np.float32, np.dtype(policy.config.dtype) if policy.config.dtype != "bfloat16" else np.float32)
+        self._dtype = np.promote_types(
+            np.float32, np.dtype(policy.config.dtype) if policy.config.dtype != "bfloat16" else np.float32
+        )
         self._replicated = replicated(mesh)
         self._rows = row_sharding(mesh, config.mesh.rules, dim=1)
         self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
@@ -63,11 +67,20 @@ class Updater:
         }
         self._token_logprobs = jit_token_logprobs(policy, state_shardings.params, **common)
         self._train_step = jit_train_step(
-            policy, optimizer, self._loss_config, state_shardings, minibatches_per_rollout=config.grpo.minibatches, **common
+            policy,
+            optimizer,
+            self._loss_config,
+            state_shardings,
+            minibatches_per_rollout=config.grpo.minibatches,
+            **common,
         )
 
     def step(
-        self, state: PureState, reference: PureState | None, groups: Sequence[Sequence[TrainGroup]], entropy: EntropyCoefState
+        self,
+        state: PureState,
+        reference: PureState | None,
+        groups: Sequence[Sequence[TrainGroup]],
+        entropy: EntropyCoefState,
     ) -> tuple[PureState, EntropyCoefState, dict[str, float]]:
         """All updates of one step.
 
@@ -108,7 +121,9 @@ class Updater:
         scalars = (np.int32(num_items), self._dtype.type(applied_entropy_coef(*entropy, self._loss_config)))
         scalars = jax.device_put(scalars, self._replicated)
         # The quantile is one of the policy as it is at this update, over the whole minibatch: a pass of its own.
-        entropies = self._token_logprobs(state.params, bare_batch(batch))[1] if self._loss_config.selects_by_entropy else None
+        entropies = (
+            self._token_logprobs(state.params, bare_batch(batch))[1] if self._loss_config.selects_by_entropy else None
+        )
         return Minibatch(batch, *scalars, entropies)
 
     def _metrics(self, measured: list[UpdateMetrics], entropy: EntropyCoefState) -> dict[str, float]:
@@ -134,6 +149,8 @@ def loss_config(config: Config) -> LossConfig:
     """The loss's settings out of the `grpo` section; ValueError when they contradict each other."""
     section = dataclasses.asdict(config.grpo)  # pyright: ignore[reportArgumentType]
     names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length"}
-    result = LossConfig(**{name: section[name] for name in names}, max_completion_length=config.sampling.max_completion_length)
+    result = LossConfig(
+        **{name: section[name] for name in names}, max_completion_length=config.sampling.max_completion_length
+    )
     validate_loss_config(result)
     return result

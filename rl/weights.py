@@ -19,7 +19,8 @@ class Origin:
     Attributes:
       model_config: shape and dtypes.
       folder: local Hugging Face folder with the weights; None for a fresh random model.
-      identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and reference.
+      identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and
+        reference.
     """
 
     model_config: ModelConfig
@@ -62,7 +63,9 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
             f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer of "
             f"{tokenizer.vocab_size}; set tokenizer.source to the model's own tokenizer"
         )
-    model_config = dataclasses.replace(model_config, dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat)
+    model_config = dataclasses.replace(
+        model_config, dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat
+    )
     return Origin(model_config, folder, identity)
 
 
@@ -84,11 +87,15 @@ def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> 
     if outside:
         raise ValueError(f"sampling.eos_ids must be token ids below {model_config.vocab_size}, got {outside}")
     if not ids:
-        raise ValueError("a completion must be able to end: the model and the tokenizer name no EOS token; set sampling.eos_ids")
+        raise ValueError(
+            "a completion must be able to end: the model and the tokenizer name no EOS token; set sampling.eos_ids"
+        )
     return tuple(sorted(set(ids)))
 
 
 def use_compilation_cache(config: Config) -> None:
-    """Points XLA's persistent compilation cache at logging.compilation_cache; null leaves it off. Call before the first compilation."""
+    """Points XLA's persistent compilation cache at logging.compilation_cache; null leaves it off. Call before the first
+    compilation.
+    """
     if config.logging.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", config.logging.compilation_cache)

@@ -45,7 +45,7 @@ def test_accuracy_is_the_share_of_the_function_that_counts(run):
     right, _ = evaluate_source(run, ["eval.reward=right"])
     assert right.accuracy == 1.0
     even, _ = evaluate_source(run, ["eval.reward=even"])
-    expected = sum(eval(sample["prompt"].rstrip("=")) % 2 == 0 for sample in even.samples)  # noqa: S307  our own "3+4="
+    expected = sum(eval(sample["prompt"].rstrip("=")) % 2 == 0 for sample in even.samples)
     assert even.accuracy == pytest.approx(expected / 13)
     assert 0 < expected < 13
     assert even.interval == wilson_interval(expected, 13)
@@ -65,7 +65,9 @@ def test_run_evaluates_before_the_first_step_and_after_the_last(run):
 
 
 def test_eval_command_prints_the_interval_and_writes_every_sample(run, tmp_path, capsys):
-    assert main(["eval", str(run), "eval.max_prompts=5", "eval.reward=right", "--output", str(tmp_path / "samples.jsonl")]) in (0, None)
+    assert main(
+        ["eval", str(run), "eval.max_prompts=5", "eval.reward=right", "--output", str(tmp_path / "samples.jsonl")]
+    ) in (0, None)
     printed = capsys.readouterr().out
     assert "step 2: accuracy 100.0% (95% interval 56.6% to 100.0%) on 5 prompts" in printed
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]

@@ -187,7 +187,7 @@ def test_eos_ids_of_both_files_are_joined(tmp_path):
         ("llama_tied", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "got 'dynamic'"),
         ("llama_tied", {"rope_scaling": {"type": "linear"}}, "rope option factor must be a number"),
         ("llama_tied", {"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 32}}, "rope option beta_fast"),
-        ("llama_tied", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_parameters and rope_scaling must agree"),
+        ("llama_tied", {"rope_scaling": {"type": "linear", "factor": 2}}, "and rope_scaling must agree"),
         ("llama_tied", {"partial_rotary_factor": 0.5}, "option partial_rotary_factor = 0.5 is not supported"),
         ("llama_tied", {"rope_interleaved": True}, "option rope_interleaved = True"),
         ("llama_tied", {"num_experts": 8}, "option num_experts = 8 is not supported for llama"),

@@ -27,7 +27,9 @@ checkpoint: {every: 1000}
 def last_reward(folder: pathlib.Path, functions: str, pure_nnx: bool) -> float:
     recipe = folder / "recipe.yml"
     recipe.write_text(RECIPE)
-    config = load_config(recipe, [f"output_dir={folder / 'run'}", f"rewards.functions=[{functions}]", f"pure_nnx={pure_nnx}".lower()])
+    config = load_config(
+        recipe, [f"output_dir={folder / 'run'}", f"rewards.functions=[{functions}]", f"pure_nnx={pure_nnx}".lower()]
+    )
     metrics = read_metrics(train(config))
     return sum(line["reward/digits/mean"] for line in metrics[-5:]) / 5
 

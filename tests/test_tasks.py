@@ -133,6 +133,6 @@ def test_only_known_names_are_procedural():
 def test_terms_make_longer_questions_evaluated_from_left_to_right():
     rows = arithmetic_rows("add", digits=1, seed=0, terms=4)
     assert len(rows) == len({row["prompt"] for row in rows}) == 10_000
-    assert all(eval(row["prompt"].rstrip("=")) == int(row["answer"]) for row in rows)  # noqa: S307  our own "3+9+2+7="
+    assert all(eval(row["prompt"].rstrip("=")) == int(row["answer"]) for row in rows)
     rows = arithmetic_rows("subtract", digits=1, seed=0, terms=3)
-    assert all(eval(row["prompt"].rstrip("=")) == int(row["answer"]) for row in rows)  # noqa: S307
+    assert all(eval(row["prompt"].rstrip("=")) == int(row["answer"]) for row in rows)

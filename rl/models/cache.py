@@ -5,6 +5,7 @@ write at the same slot (`cursor`); how far a row really is, and which slots are 
 Legend: B sequences, P prompts, R rows of a part, T token positions, S cache positions (slots), K kv heads, H head dim.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -102,7 +103,7 @@ def grow(cache: KVCache, num_slots: int) -> KVCache:
         group_ids=pad(cache.own.group_ids, -1),
         branch_ids=pad(cache.own.branch_ids, 0),
     )
-    return cache.replace(own=own)
+    return dataclasses.replace(cache, own=own)
 
 
 # The three steps of extend: label the new slots, write each layer, advance
@@ -116,12 +117,13 @@ def label_slots(cache: KVCache, positions_BT: jax.Array, group_ids_BT: jax.Array
     def write(labels: jax.Array, new: jax.Array) -> jax.Array:
         return _write_at_slot(labels, new.astype(jnp.int32), cache.cursor)
 
-    own = cache.own.replace(
+    own = dataclasses.replace(
+        cache.own,
         positions=write(cache.own.positions, positions_BT),
         group_ids=write(cache.own.group_ids, group_ids_BT),
         branch_ids=write(cache.own.branch_ids, branch_ids_BT),
     )
-    return cache.replace(own=own)
+    return dataclasses.replace(cache, own=own)
 
 
 def cached_contexts(
@@ -133,8 +135,12 @@ def cached_contexts(
         window = ops.layer_window(config, layer_type)
 
         def mask_against(part: CachePart, window: int | None = window) -> jax.Array:
-            queries = (x.reshape(part.num_rows, -1) for x in (positions_BT, group_ids_BT, branch_ids_BT))
-            return ops.visible(*queries, part.positions, part.group_ids, part.branch_ids, window=window)
+            positions, groups, branches = (
+                labels.reshape(part.num_rows, -1) for labels in (positions_BT, group_ids_BT, branch_ids_BT)
+            )
+            return ops.visible(
+                positions, groups, branches, part.positions, part.group_ids, part.branch_ids, window=window
+            )
 
         prefix_mask = None if cache.prefix is None else mask_against(cache.prefix)
         cos, sin = ops.layer_rope(config, positions_BT, layer_type)
@@ -178,10 +184,10 @@ def attention_parts(layer_cache: LayerCache, context: ops.LayerContext) -> list[
 
 def advance(cache: KVCache, layers: Sequence[LayerCache], num_tokens: int) -> KVCache:
     """The cache with the layers' new keys and values, its cursor `num_tokens` further."""
-    own = cache.own.replace(
-        keys=tuple(layer.keys_BSKH for layer in layers), values=tuple(layer.values_BSKH for layer in layers)
+    own = dataclasses.replace(
+        cache.own, keys=tuple(layer.keys_BSKH for layer in layers), values=tuple(layer.values_BSKH for layer in layers)
     )
-    return cache.replace(own=own, cursor=cache.cursor + num_tokens)
+    return dataclasses.replace(cache, own=own, cursor=cache.cursor + num_tokens)
 
 
 def _write_at_slot(slots: jax.Array, new: jax.Array, cursor: jax.Array) -> jax.Array:

@@ -293,7 +293,7 @@ def _layer_types(raw: Mapping[str, Any], values: Mapping[str, Any], family: str,
 
 
 def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], family: str) -> tuple[float, RopeScaling, float]:
-    """Theta, scaling, and the theta of sliding layers, from rope_parameters (newer files) or rope_scaling (older ones)."""
+    """Theta, scaling, and the theta of sliding layers; newer files have rope_parameters, older ones rope_scaling."""
     newer, older = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     local_theta = float(values.get("rope_local_base_freq", 10_000.0))
     if FULL_ATTENTION in newer or SLIDING_ATTENTION in newer:
@@ -309,7 +309,7 @@ def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], family: str) -> tup
         for parameters in ([newer, older] if newer and older else [newer or older])
     }
     if len(readings) > 1:
-        raise ValueError(f"rope_parameters and rope_scaling must agree, got {newer!r} and {older!r}; remove one of them")
+        raise ValueError(f"rope_parameters and rope_scaling must agree, got {newer!r} and {older!r}; remove one")
     theta, scaling = readings.pop()
     return theta, scaling, local_theta
 
@@ -329,7 +329,7 @@ def _rope_scaling(parameters: Mapping[str, Any], values: Mapping[str, Any]) -> R
     for key in fields[kind]:
         if not isinstance(parameters.get(key), int | float):
             raise ValueError(f"rope option {key} must be a number with rope type {kind!r}, got {parameters.get(key)!r}")
-    scaling = {key: float(parameters[key]) for key in fields[kind]}
+    scaling: dict[str, Any] = {key: float(parameters[key]) for key in fields[kind]}
     if kind == "llama3":
         original = values.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
         scaling["original_max_position_embeddings"] = original or values["max_position_embeddings"]

@@ -5,6 +5,7 @@ Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv he
 
 import jax
 from flax import linen as nn
+from flax.core.scope import LazyRng
 
 from rl.models import cache as kv
 from rl.models import ops
@@ -196,7 +197,8 @@ def _parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Arra
 
     def initialize(key: jax.Array) -> jax.Array:
         if module.is_initializing():
-            key = module.scope.root.rngs["params"].as_jax_rng()
+            assert module.scope is not None
+            key = LazyRng.create(module.scope.root.rngs["params"]).as_jax_rng()
         return ops.initial_value(module.config, key, (*module.path, name), shape)
 
     return module.param(name, initialize)

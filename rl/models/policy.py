@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import unfreeze
 
 from rl.models import linen_model, nnx_model
 from rl.models.cache import KVCache
@@ -87,7 +88,7 @@ class LinenPolicy:
 
     def init(self, key: jax.Array) -> Params:
         labels = jnp.zeros((1, 1), jnp.int32)
-        return self.module.init({"params": key}, labels, labels, labels, labels)["params"]
+        return unfreeze(self.module.init({"params": key}, labels, labels, labels, labels))["params"]
 
     def hidden(
         self,

@@ -1,8 +1,7 @@
-"""The two flavours of a training state, and the one pure pytree that both become.
-
-`TrainState` (Linen) and `TrainStateNNX` (an `nnx.Module` with the model and an `nnx.Optimizer`) are what `init_state_fn` returns.
-`pure()` turns either into a `PureState`, which the train step, the sampler and the checkpoints see; `PureState`s of the two flavours have the
-same tree, dtypes and values, so nothing after this module knows the flavour.
+"""The two flavours of a training state, and the one pure pytree that both become. `TrainState` (Linen) and
+`TrainStateNNX` (an `nnx.Module` with the model and an `nnx.Optimizer`) are what `init_state_fn` returns. `pure()` turns
+either into a `PureState`, which the train step, the sampler and the checkpoints see; `PureState`s of the two flavours
+have the same tree, dtypes and values, so nothing after this module knows the flavour.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +30,9 @@ class PureState(NamedTuple):
 
 
 class TrainState(train_state.TrainState):
-    """The Linen state: flax's own, plus the base key. `tx` is None and `opt_state` is () for a state that is not trained."""
+    """The Linen state: flax's own, plus the base key. `tx` is None and `opt_state` is () for a state that is not
+    trained.
+    """
 
     rng: jax.Array
 
@@ -74,7 +75,9 @@ class TrainStateNNX(nnx.Module):
         return cls(model, None if tx is None else nnx.Optimizer(model, tx, wrt=nnx.Param), rng)
 
     def pure(self) -> PureState:
-        """The same state as a plain pytree: nested dicts, and the optax state as `tx.init` builds it over nested dicts."""
+        """The same state as a plain pytree: nested dicts, and the optax state as `tx.init` builds it over nested
+        dicts.
+        """
         params = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
         if self.optimizer is None:
             return PureState(jnp.zeros((), jnp.int32), params, (), self.rng[...])
@@ -92,7 +95,9 @@ def _refill(template: Any, variables: Any) -> Any:
 
 
 def _names(path: tuple) -> tuple[str, ...]:
-    """A key path as strings: tuple index, field name, dict key alike, so that State, dict and NamedTuple paths compare."""
+    """A key path as strings: tuple index, field name, dict key alike, so that State, dict and NamedTuple paths
+    compare.
+    """
     return tuple(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)
 
 

@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", help="run folder")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--step", type=int, default=None, help="checkpoint to export; the newest when left out")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="the checkpoint's own when left out")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="the checkpoint's own when left out"
+    )
     arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     step = export(arguments.run, arguments.out, arguments.step, arguments.dtype)
     print(f"exported step {step} of {arguments.run} to {arguments.out}")
