@@ -89,6 +89,7 @@ class Checkpoints:
         folder = self._folder / str(step)
         with _explain_read_errors(folder):
             written = _plain_metadata(self._manager.item_metadata(step)["state"])
+        check_same_tree(written.get("params", {}), target["params"], f"the weights of {folder}")
         check_same_tree(written, target, f"the arrays of {folder}")
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), loop=ocp.args.JsonRestore())
         with _explain_read_errors(folder):
@@ -105,14 +106,15 @@ class Checkpoints:
         free = shutil.disk_usage(self._folder).free
         if need > free:
             raise ValueError(
-                f"{self._folder} needs about {need / 1e9:.2f} GB free for {self._keep} + 1 checkpoints of {size / 1e9:.2f} GB, "
-                f"got {free / 1e9:.2f} GB; free some space, lower checkpoint.keep, or set output_dir on another disk"
+                f"{self._folder} needs about {need / 1e9:.2f} GB free for {self._keep} + 1 checkpoints of "
+                f"{size / 1e9:.2f} GB, got {free / 1e9:.2f} GB; "
+                "free some space, lower checkpoint.keep, or set output_dir on another disk"
             )
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         if limit != resource.RLIM_INFINITY and size > limit:
             raise ValueError(
-                f"files may be at most {limit / 1e9:.3f} GB here (ulimit -f), a checkpoint of {size / 1e9:.3f} GB may need more; "
-                "raise the limit"
+                f"files may be at most {limit / 1e9:.3f} GB here (ulimit -f), a checkpoint of {size / 1e9:.3f} GB may "
+                "need more; raise the limit"
             )
 
     def wait(self) -> None:
@@ -135,8 +137,8 @@ def _explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"a checkpoint could not be written to {folder}: {error}; the complete ones there are untouched: make room, then start the "
-            "same command again to go on from the newest of them"
+            f"a checkpoint could not be written to {folder}: {error}; the complete ones there are untouched: make room, "
+            "then start the same command again to go on from the newest of them"
         ) from error
 
 
@@ -149,8 +151,8 @@ def _explain_read_errors(folder: pathlib.Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(
-            f"checkpoint {folder} must be whole, but it cannot be read ({type(error).__name__}: {str(error)[:160]}); remove "
-            "that folder, and the run goes on from the checkpoint before it"
+            f"checkpoint {folder} must be whole, but it cannot be read ({type(error).__name__}: {str(error)[:160]}); "
+            "remove that folder, and the run goes on from the checkpoint before it"
         ) from error
 
 

@@ -22,7 +22,8 @@ from pydantic.dataclasses import dataclass
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _FREE_FORM = ("data.args", "data.eval_args", "data.columns")
 
-# Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step computes.
+# Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step
+# computes.
 # (The number of steps does where the learning rate falls towards the last of them: see `differences`.)
 RESUMABLE_KEYS = (
     "pure_nnx",
@@ -210,6 +211,7 @@ class OptimizerSection:
 class MeshSection:
     """Devices per mesh axis, and logical axis -> mesh axes."""
 
+    num_devices: int | None
     data: int
     fsdp: int
     tensor: int
@@ -486,6 +488,7 @@ def _check(config: Config) -> None:
     _at_least(config, 1, "grpo.max_tokens_per_microbatch", "sampling.max_completion_length", "sampling.max_rows")
     _at_least(config, 1, "sft.steps", "sft.batch_size", "sft.max_completion_length", "data.max_prompt_length")
     _at_least(config, 1, "rewards.num_workers", "checkpoint.every", "checkpoint.keep", "eval.max_prompts")
+    _at_least(config, 1, "mesh.num_devices")
     _at_least(
         config,
         0,
@@ -503,12 +506,13 @@ def _check(config: Config) -> None:
     if grpo.prompts_per_step % grpo.minibatches:
         fits = [n for n in range(1, grpo.prompts_per_step + 1) if grpo.prompts_per_step % n == 0]
         raise ValueError(
-            f"grpo.minibatches must divide grpo.prompts_per_step ({grpo.prompts_per_step}), got {grpo.minibatches}; these fit: {fits}"
+            f"grpo.minibatches must divide grpo.prompts_per_step ({grpo.prompts_per_step}), got {grpo.minibatches}; "
+            f"these fit: {fits}"
         )
     if sampling.min_completion_length > sampling.max_completion_length:
         raise ValueError(
-            f"sampling.min_completion_length must be <= sampling.max_completion_length ({sampling.max_completion_length}), "
-            f"got {sampling.min_completion_length}"
+            "sampling.min_completion_length must be <= sampling.max_completion_length "
+            f"({sampling.max_completion_length}), got {sampling.min_completion_length}"
         )
     for key, value, low in (
         ("sampling.top_p", sampling.top_p, 0.0),
@@ -523,9 +527,15 @@ def _check(config: Config) -> None:
             raise ValueError(f"{key} must be in [0, 1), got {value}")
     if not config.rewards.timeout_seconds > 0:
         raise ValueError(f"rewards.timeout_seconds must be > 0, got {config.rewards.timeout_seconds}")
+    if grpo.loss_type == "cispo" and grpo.epsilon_high is None:
+        raise ValueError(
+            "grpo.epsilon_high must be set with loss_type cispo, where it is the cap of the ratio itself and not a "
+            "distance from 1, got null; for example grpo.epsilon_high=5.0"
+        )
     if grpo.loss_type == "vespo" and grpo.sampler_is_correction and not grpo.sampler_is_mode.startswith("token_"):
         raise ValueError(
-            f"grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, got {grpo.sampler_is_mode!r}"
+            "grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, "
+            f"got {grpo.sampler_is_mode!r}"
         )
     names = [function.name or function.function for function in config.rewards.functions]
     if len(set(names)) < len(names):

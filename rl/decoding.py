@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
 from rl.models.cache import CachePart, KVCache, grow, init_cache, share_prefix
@@ -18,12 +17,12 @@ from rl.sampling import Draw, SamplingParams, draw
 
 
 class WaveInputs(NamedTuple):
-    """What prefill is told, as int32 numpy arrays; prompts are right-padded, dummy ones have length 1."""
+    """What prefill is told, in int32 (numpy on the host); prompts are right-padded, dummy ones have length 1."""
 
-    tokens_PT: np.ndarray
-    prompt_lengths_P: np.ndarray
-    prompt_indices_P: np.ndarray
-    sample_indices_B: np.ndarray
+    tokens_PT: Any
+    prompt_lengths_P: Any
+    prompt_indices_P: Any
+    sample_indices_B: Any
 
 
 class RowLabels(NamedTuple):

@@ -18,13 +18,16 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices, or over those given.
+    """The mesh (data, fsdp, tensor) over the first `section.num_devices` devices (None: all), or of those given.
 
     Raises:
-      ValueError: sizes that do not multiply to the number of devices, more than one -1, a size below 1, or a rule that
-        names an axis which does not exist.
+      ValueError: more devices asked for than there are, sizes that do not multiply to their number, more than one -1, a
+        size below 1, or a rule that names an axis which does not exist.
     """
     devices = list(jax.devices() if devices is None else devices)
+    if section.num_devices is not None and section.num_devices > len(devices):
+        raise ValueError(f"mesh.num_devices must be <= {len(devices)}, the devices present, got {section.num_devices}")
+    devices = devices[: section.num_devices]
     sizes = {axis: getattr(section, axis) for axis in AXES}
     for logical, axes in section.rules.items():
         for axis in axes:
@@ -47,10 +50,11 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
         shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         fits = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise ValueError(
-            f"mesh sizes must multiply to the {len(devices)} device(s) present, got {shape}; each size must be one of {fits}, and -1 on "
-            "one axis takes what is left"
+            f"mesh sizes must multiply to the {len(devices)} device(s) in use, got {shape}; each size must be one of "
+            f"{fits}, and -1 on one axis takes what is left"
         )
-    # Auto axes: jax.make_mesh would give Explicit ones, where sharded matrix products need an output sharding spelled out.
+    # Auto axes: jax.make_mesh would give Explicit ones, where sharded matrix products need an output sharding spelled
+    # out.
     grid = np.array(devices).reshape([sizes[axis] for axis in AXES])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

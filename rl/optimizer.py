@@ -31,7 +31,8 @@ def create_training_optimizer(
         num_updates = config.grpo.steps * updates_per_step(config)
     if section.warmup_updates and section.warmup_updates >= num_updates:
         raise ValueError(
-            f"optimizer.warmup_updates must be below the run's number of updates ({num_updates}), got {section.warmup_updates}"
+            f"optimizer.warmup_updates must be below the run's number of updates ({num_updates}), "
+            f"got {section.warmup_updates}"
         )
     schedule = _schedule(section.schedule, section.lr, section.warmup_updates, num_updates)
     if section.name == "adamw":

@@ -80,7 +80,7 @@ def score_rollout(
         config.grpo.advantage_estimator,
     )
     truncated_B = np.array([completion.finish_reason == "length" for completion in flat])
-    kept_B = advantages.valid_B & ~(truncated_B if config.grpo.mask_truncated else False)
+    kept_B = advantages.valid_B & ~truncated_B if config.grpo.mask_truncated else advantages.valid_B
     lengths_B = np.array([len(completion.token_ids) for completion in flat])
     judged_B = weighted_B[advantages.valid_B]
     metrics = {

@@ -49,7 +49,8 @@ class RunFolder:
         # Before its first line a run may be killed: a folder with only a lock and a log is as good as empty.
         if found - {_LOCK, _LOG, _temporary(_IDENTITY)} and _IDENTITY not in found:
             raise ValueError(
-                f"output_dir must be empty or hold a run, got {self.path} with {sorted(found)[:5]}; choose another output_dir"
+                f"output_dir must be empty or hold a run, got {self.path} with {sorted(found)[:5]}; "
+                "choose another output_dir"
             )
         self._lock = _lock(self.path)
         try:
@@ -112,7 +113,8 @@ def _check_same_run(path: pathlib.Path, config: Config, identity: dict[str, Any]
     for name, value in identity.items():
         if old_identity.get(name) != value:
             raise ValueError(
-                f"the {name} of the run in {path} was {old_identity.get(name)}, it is now {value}; a resumed run needs the same one; {way_out}"
+                f"the {name} of the run in {path} was {old_identity.get(name)}, it is now {value}; "
+                f"a resumed run needs the same one; {way_out}"
             )
 
 

@@ -60,8 +60,8 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
             raise ValueError(f"{error.filename} must exist, but it does not; fetch the model again") from error
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
-            f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer of "
-            f"{tokenizer.vocab_size}; set tokenizer.source to the model's own tokenizer"
+            f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer "
+            f"of {tokenizer.vocab_size}; set tokenizer.source to the model's own tokenizer"
         )
     model_config = dataclasses.replace(
         model_config, dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat

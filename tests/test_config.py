@@ -227,6 +227,10 @@ def test_a_missing_recipe_is_refused(tmp_path):
             ["grpo.loss_type=vespo", "grpo.sampler_is_correction=true", "grpo.sampler_is_mode=sequence_mask"],
             r"sampler_is_mode must be token_truncate or token_mask with loss_type vespo, got 'sequence_mask'",
         ),
+        (
+            ["grpo.loss_type=cispo"],
+            r"epsilon_high must be set with loss_type cispo, .* the cap .*for example grpo\.epsilon_high=5\.0",
+        ),
         (["rewards.functions=[{function: 'a:b'}, {function: 'a:b'}]"], r"must have distinct names, .* set `name`"),
         (
             ["rewards.functions=[{function: 'a:b', name: c}]", "eval.reward=d"],

@@ -20,6 +20,7 @@ sampling: {max_completion_length: 8}
 grpo: {steps: 30, prompts_per_step: 8, group_size: 8, max_tokens_per_microbatch: 1024}
 optimizer: {lr: 1e-2}
 eval: {every: 0}
+mesh: {num_devices: 1}
 checkpoint: {every: 1000}
 """
 

@@ -59,10 +59,10 @@ def test_a_mesh_over_some_devices_uses_only_those():
     [
         (
             ("mesh.fsdp=3",),
-            r"multiply to the 8 device\(s\) present, got data=1 x fsdp=3 x tensor=1; .* one of \[1, 2, 4, 8\]",
+            r"multiply to the 8 device\(s\) in use, got data=1 x fsdp=3 x tensor=1; .* one of \[1, 2, 4, 8\]",
         ),
         (("mesh.data=3",), r"got data=3 x fsdp=-1 x tensor=1; each size must be one of \[1, 2, 4, 8\]"),
-        (("mesh.fsdp=4",), r"multiply to the 8 device\(s\) present, got data=1 x fsdp=4"),
+        (("mesh.fsdp=4",), r"multiply to the 8 device\(s\) in use, got data=1 x fsdp=4"),
         (("mesh.data=-1",), r"at most one mesh axis may be -1, got -1 for \['data', 'fsdp'\]; set all but one"),
         (("mesh.tensor=0",), r"mesh\.tensor must be a number of devices >= 1, or -1 for what is left, got 0"),
         (("mesh.rules.mlp=[tensors]",), r"mesh\.rules\.mlp must name mesh axes out of \['data', .*, got 'tensors'"),

@@ -25,6 +25,7 @@ sft: {steps: 40, batch_size: 16, max_completion_length: 4}
 grpo: {steps: 1, prompts_per_step: 2, group_size: 2, max_tokens_per_microbatch: 64}
 optimizer: {lr: 1e-2}
 checkpoint: {every: 20}
+mesh: {num_devices: 1}
 """
 
 

@@ -56,6 +56,7 @@ KEEP_GRADIENT = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, gradient), gradient),
 )
+ADAM = optax.adam(1e-3)
 
 
 # The model and the data
@@ -119,7 +120,7 @@ class Problem(NamedTuple):
         return Problem([self.prompts[g] for g in order], groups, *(values[rows] for values in self[2:]))
 
 
-def random_problem(lengths=LENGTHS, seed=0) -> Problem:
+def random_problem(lengths=LENGTHS, seed=3) -> Problem:
     """Ragged groups whose log-probs of all kinds differ; some ratios are clipped, one token is unscored."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, VOCAB, prompt).astype(np.int32) for prompt, _ in lengths]
@@ -133,7 +134,7 @@ def random_problem(lengths=LENGTHS, seed=0) -> Problem:
     with jax.enable_x64(True):
         config = tiny_config(dtype="float64")
         now_BL, entropy_BL = jax.jit(plain_logprobs(create_policy(config, True), bare))(noisy_params(config))
-    near = lambda values: np.asarray(values) + 0.3 * rng.normal(size=shape)  # noqa: E731
+    near = lambda values: np.asarray(values) + 0.4 * rng.normal(size=shape)  # noqa: E731
     old_BL, reference_BL = near(now_BL), near(now_BL)
     sampler_BL = near(old_BL)
     sampler_BL[1, 2] = np.nan
@@ -336,7 +337,7 @@ def test_packed_loss_and_gradient_equal_the_plain_ones(flavour, dtype, problem, 
 def test_the_problem_puts_every_part_of_the_loss_to_work(problem, trainer):
     with jax.enable_x64(True):
         _, _, update = trainer("nnx", "float64").loss_and_gradient(problem)
-    metrics = {name: float(value) for name, value in finish_metrics(update.sums).items()}
+        metrics = {name: float(value) for name, value in finish_metrics(update.sums).items()}
     assert metrics["clip_ratio_low_mean"] > 0
     assert metrics["clip_ratio_high_mean"] > 0
     assert metrics["kl"] > 0.01
@@ -353,7 +354,8 @@ def test_metrics_of_the_update_are_those_of_the_plain_arrays(problem, trainer):
         packed = trainer("nnx", "float64")
         _, _, update = packed.loss_and_gradient(problem)
         now_BL, entropy_BL = jax.jit(plain_logprobs(packed.policy, problem))(noisy_params(packed.policy.config))
-    metrics, valid_BL = finish_metrics(update.sums), problem.mask_BL > 0
+        metrics, now_BL, entropy_BL = jax.device_get((finish_metrics(update.sums), now_BL, entropy_BL))
+    valid_BL = problem.mask_BL > 0
     ratio_BL, gap_BL = np.exp(now_BL - problem.old_BL), np.abs(now_BL - problem.rollout_BL)
     k3_BL = np.expm1(problem.reference_BL - now_BL) - (problem.reference_BL - now_BL)
     expected = {
@@ -462,11 +464,15 @@ def test_hidden_states_with_a_shared_prompt_are_those_of_each_sequence_alone(fam
 # Sharded == single device
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 4, 1), (1, 1, 2), (2, 2, 2)], ids=["data", "fsdp", "tensor", "all"])
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_sharded_loss_and_gradient_equal_those_of_one_device(flavour, mesh, problem, trainer):
-    if mesh == (2, 2, 2) and flavour == "linen":
-        pytest.skip("all axes at once in one flavour: the twins are the same program, and each axis alone runs in both")
+AXES = {"data": (8, 1, 1), "fsdp": (1, 4, 1), "tensor": (1, 1, 2), "all": (2, 2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("flavour", "axes"),
+    [*itertools.product(FLAVOURS, ("data", "fsdp", "tensor")), ("nnx", "all")],
+)
+def test_sharded_loss_and_gradient_equal_those_of_one_device(flavour, axes, problem, trainer):
+    mesh = AXES[axes]
     sharded = trainer(flavour, "float32", mesh=mesh, plan=SHARDED_PLAN)
     leaves = jax.tree.leaves(sharded.fresh_state().params)
     assert len(leaves[0].sharding.device_set) == np.prod(mesh)
@@ -487,24 +493,21 @@ def test_the_next_state_lies_where_the_old_one_did(problem, trainer):
 # What the compiled function is
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_the_old_state_is_donated(flavour, problem, trainer):
-    packed = trainer(flavour, "float32")
+def test_the_old_state_is_donated(problem, trainer):
+    packed = trainer("nnx", "float32", optimizer=ADAM)
     old = packed.fresh_state()
     state, _ = packed.train_step(old, packed.minibatch(problem))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt_state)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert int(state.step) == 1
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def test_batches_of_any_raggedness_run_through_one_trace(problem, trainer):
-    packed = make_trainer("nnx", "float32")
+def test_batches_of_any_raggedness_run_through_one_trace(trainer):
+    packed = trainer("nnx", "float32", optimizer=ADAM)
     state = packed.fresh_state()
-    others = [((6, (7,) * 4),) * 3, ((1, (1,)), (2, (1,)), (1, (1, 1))), ((3, (4, 2)),)]
     pieces = set()
-    for some in (problem, *(random_problem(lengths, seed=9) for lengths in others)):
-        some.sampler_BL[np.isnan(some.sampler_BL)] = -1.0
-        minibatch = packed.minibatch(some)
+    for lengths in (((6, (7,) * 4),) * 3, ((1, (1,)), (2, (1,)), (1, (1, 1))), ((3, (4, 2, 7)),)):
+        minibatch = packed.minibatch(random_problem(lengths, seed=9))
         state, update = packed.train_step(state, minibatch)
         pieces.add(int(minibatch.batch.num_microbatches))
         assert np.isfinite(update.loss)
@@ -530,14 +533,13 @@ def test_logits_of_all_tokens_never_exist(problem, trainer):
     assert max(rows) <= max(packed.plan.num_rows * CHUNK_SIZE, packed.policy.config.hidden_size)
 
 
-def test_memory_of_the_compiled_step_is_below_one_array_of_logits(problem):
-    vocab = 4099
-    packed = make_trainer("nnx", "float32", vocab=vocab, plan=PackingPlan(1, 2, 128, 12, MAX_COMPLETION), chunk_size=4)
+def test_memory_of_the_compiled_step_is_a_fraction_of_the_logits_of_all_tokens(problem):
+    vocab = 8209
+    packed = make_trainer("nnx", "float32", vocab=vocab, plan=PackingPlan(1, 8, 128, 32, MAX_COMPLETION), chunk_size=4)
     minibatch = packed.minibatch(problem)
     memory = packed.train_step.lower(packed.fresh_state(), minibatch).compile().memory_analysis()
-    whole_logits = minibatch.batch.targets_MRN[0].size * vocab * 4
-    gradients = packed.policy.config.num_parameters * 4
-    assert memory.temp_size_in_bytes < whole_logits / 2 + 2 * gradients
+    size_of_logits = minibatch.batch.targets_MRN.size * vocab * 4
+    assert memory.temp_size_in_bytes < size_of_logits / 2
 
 
 # Several updates per rollout
@@ -594,7 +596,7 @@ def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem):
             [problem.train_groups(half) for half in halves],
             EntropyCoefState(ENTROPY_COEF, float("inf")),
         )
-        parts = [problem.part(half) for half in halves]
+        state, parts = jax.device_get(state), [problem.part(half) for half in halves]
         frozen, refreshed, gap_BL = plain_updates(packed.policy, parts, start, other, learning_rate)
     assert int(state.step) == 4
     for got, want, wrong, before in zip(*map(jax.tree.leaves, (state.params, frozen, refreshed, start)), strict=True):
@@ -625,4 +627,4 @@ def plain_updates(policy: Policy, parts: list[Problem], start, reference, learni
             _, step = gradient(params, old_BL, part_logprobs(reference)[0], entropy_BL)
             params = jax.tree.map(lambda leaf, slope: leaf - learning_rate * slope, params, step)
         ends.append(jax.device_get(params))
-    return *ends, np.abs(logprobs[0](start)[0] - parts[0].rollout_BL)
+    return *ends, np.abs(np.asarray(logprobs[0](start)[0]) - parts[0].rollout_BL)

@@ -1,0 +1,366 @@
+"""Checkpoints: one layout for both flavours and every mesh, checked before a restore, safe when the disk is full."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from rl.checkpoint import create_checkpoint_manager, from_tree, to_tree
+from rl.config import load_config
+from rl.mesh import create_mesh
+from rl.models.config import ModelConfig
+from rl.models.policy import policy_from_config
+from rl.optimizer import create_training_optimizer
+from rl.states import InitStateFn, get_abstract_state
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHAPE = ModelConfig.from_arch("qwen2", 24, 16, 32, 1, 4, 2, 8)
+DEEPER = ModelConfig.from_arch("qwen2", 24, 16, 32, 2, 4, 2, 8)
+LOOP = {"step": 7, "entropy": {"coef": 0.1, "last_entropy": float("inf")}, "flavour": "nnx"}
+
+
+def setup(folder, *overrides, shape=SHAPE, devices=None):
+    """(config, mesh, init_state_fn) of a run in `folder`."""
+    config = load_config(None, [f"output_dir={folder}", *overrides])
+    policy = policy_from_config(config, shape)
+    _, optimizer = create_training_optimizer(config, policy)
+    return config, create_mesh(config.mesh, devices), InitStateFn(policy, optimizer, 0)
+
+
+def open_checkpoints(folder, *overrides, read_only=False, **arguments):
+    return create_checkpoint_manager(*setup(folder, *overrides, **arguments), read_only=read_only)
+
+
+def state_of(abstract, salt=0.0):
+    """A state in which every number is its own: a value at the wrong place cannot go unseen."""
+    leaves, tree = jax.tree.flatten(abstract.shapes)
+    shardings = jax.tree.leaves(abstract.shardings)
+    values = [
+        (np.sin(np.arange(1, leaf.size + 1) * (i + 1) + salt) * 1000).reshape(leaf.shape).astype(leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    ]
+    return tree.unflatten([jax.device_put(value, where) for value, where in zip(values, shardings, strict=True)])
+
+
+def host(state):
+    return jax.tree.map(np.array, state)
+
+
+def assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))
+
+
+def write(folder, step, *overrides, salt=0.0, **arguments):
+    """Writes one checkpoint; returns its numbers."""
+    checkpoints = open_checkpoints(folder, *overrides, **arguments)
+    state = state_of(checkpoints.abstract, salt)
+    numbers = host(state)
+    checkpoints.save(step, state, LOOP)
+    checkpoints.close()
+    return numbers
+
+
+def steps_in(folder):
+    return sorted(int(entry.name) for entry in (folder / "checkpoints").iterdir() if entry.name.isdecimal())
+
+
+# What comes back
+
+
+@pytest.mark.parametrize(("written_by", "read_by"), [("true", "false"), ("false", "true")])
+def test_one_flavour_reads_what_the_other_wrote_bit_for_bit(tmp_path, written_by, read_by):
+    numbers = write(tmp_path, 7, f"pure_nnx={written_by}")
+    checkpoints = open_checkpoints(tmp_path, f"pure_nnx={read_by}")
+    state, loop = checkpoints.restore()
+    checkpoints.close()
+    assert loop == LOOP
+    assert_equal(host(state), numbers)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(state.params))
+    assert all(np.any(leaf) for leaf in moments)
+    assert np.any(state.rng)
+
+
+def test_both_flavours_write_the_same_paths(tmp_path):
+    listings = []
+    for flavour in ("true", "false"):
+        write(tmp_path / flavour, 7, f"pure_nnx={flavour}")
+        metadata = json.loads((tmp_path / flavour / "checkpoints" / "7" / "state" / "_METADATA").read_text())
+        listings.append(sorted(metadata["tree_metadata"]))
+    assert listings[0] == listings[1]
+    text = " ".join(listings[0])
+    for path in ("params", "opt_state", "step", "rng", "layers_0", "q_proj"):
+        assert path in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_devices"), [(("mesh.data=8", "mesh.fsdp=1"), 8), (("mesh.fsdp=4", "mesh.tensor=2"), 8), ((), 1)]
+)
+def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path, overrides, num_devices):
+    numbers = write(tmp_path, 7, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    checkpoints = open_checkpoints(tmp_path, *overrides, devices=jax.devices()[:num_devices])
+    state, _ = checkpoints.restore()
+    checkpoints.close()
+    assert_equal(host(state), numbers)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == checkpoints.abstract.shardings
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    checkpoints = open_checkpoints(tmp_path)
+    state = state_of(checkpoints.abstract)
+    numbers = host(state)
+    checkpoints.save(1, state, LOOP)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    checkpoints.wait()
+    assert_equal(host(checkpoints.restore()[0]), numbers)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_layout_has_no_empty_part_and_loses_nothing(tmp_path, optimizer):
+    abstract = get_abstract_state(*setup(tmp_path, f"optimizer.name={optimizer}"))
+    state = state_of(abstract)
+    tree = to_tree(state)
+    assert set(tree) == {"step", "params", "opt_state", "rng"}
+
+    def no_empty_dict(part):
+        return not isinstance(part, dict) or (part and all(no_empty_dict(child) for child in part.values()))
+
+    assert no_empty_dict(tree)
+    assert_equal(from_tree(tree, abstract.shapes), state)
+
+
+# Which checkpoints there are
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    checkpoints = open_checkpoints(tmp_path, "checkpoint.keep=2")
+    assert checkpoints.latest_step is None
+    for step in (2, 4, 6, 10):
+        checkpoints.save(step, state_of(checkpoints.abstract, salt=step), {"step": step})
+    checkpoints.wait()
+    assert checkpoints.latest_step == 10
+    checkpoints.close()
+    assert steps_in(tmp_path) == [6, 10]
+    checkpoints = open_checkpoints(tmp_path)
+    for step in (None, 10, 6):
+        state, loop = checkpoints.restore(step)
+        assert loop == {"step": step or 10}
+        assert_equal(host(state), host(state_of(checkpoints.abstract, salt=step or 10)))
+    with pytest.raises(ValueError, match=r"must hold checkpoint 4, got steps \[6, 10\]"):
+        checkpoints.restore(4)
+    checkpoints.close()
+
+
+def test_a_step_is_saved_once(tmp_path):
+    numbers = write(tmp_path, 3)
+    write(tmp_path, 3, salt=1.0)
+    checkpoints = open_checkpoints(tmp_path)
+    assert_equal(host(checkpoints.restore()[0]), numbers)
+    checkpoints.close()
+
+
+def test_restoring_from_an_empty_folder_is_refused(tmp_path):
+    checkpoints = open_checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=r"must hold checkpoint None, got steps \[\]"):
+        checkpoints.restore()
+    checkpoints.close()
+
+
+def test_a_half_written_checkpoint_is_none_and_is_removed_by_the_next_writer_only(tmp_path):
+    numbers = write(tmp_path, 3)
+    half = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp" / "state"
+    half.mkdir(parents=True)
+    reader = open_checkpoints(tmp_path, read_only=True)
+    assert reader.latest_step == 3
+    assert_equal(host(reader.restore()[0]), numbers)
+    reader.close()
+    assert half.exists()  # a run may be writing it
+    writer = open_checkpoints(tmp_path)
+    assert writer.latest_step == 3
+    writer.save(5, state_of(writer.abstract, salt=5.0), LOOP)
+    writer.close()
+    assert steps_in(tmp_path) == [3, 5]
+    assert not half.exists()
+
+
+def test_a_reader_creates_nothing(tmp_path):
+    reader = open_checkpoints(tmp_path / "nowhere", read_only=True)
+    assert reader.latest_step is None
+    reader.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Checkpoints that do not fit, or are damaged
+
+
+def test_a_checkpoint_of_another_model_names_the_paths(tmp_path):
+    write(tmp_path / "small", 7)
+    write(tmp_path / "deep", 7, shape=DEEPER)
+    checkpoints = open_checkpoints(tmp_path / "small", shape=DEEPER)
+    with pytest.raises(ValueError, match=r"the weights of .*checkpoints/7 do not fit the model: ") as error:
+        checkpoints.restore()
+    assert "missing ['layers_1']['input_layernorm']['scale']" in str(error.value)
+    checkpoints.close()
+    checkpoints = open_checkpoints(tmp_path / "deep")
+    with pytest.raises(ValueError, match=r"unexpected \['layers_1'\]\['input_layernorm'\]"):
+        checkpoints.restore()
+    checkpoints.close()
+
+
+def test_misshapen_arrays_are_named_with_both_shapes(tmp_path):
+    wider = ModelConfig.from_arch("qwen2", 24, 16, 48, 1, 4, 2, 8)
+    write(tmp_path, 7, "optimizer.name=sgd")
+    checkpoints = open_checkpoints(tmp_path, "optimizer.name=sgd", shape=wider)
+    message = r"\['layers_0'\]\['mlp'\]\['up_proj'\]\['kernel'\] must be float32\[16, 48\], got float32\[16, 32\]"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.restore()
+    checkpoints.close()
+
+
+def test_another_parameter_dtype_is_not_converted_in_silence(tmp_path):
+    write(tmp_path, 7, "optimizer.name=sgd")
+    half = ModelConfig.from_arch("qwen2", 24, 16, 32, 1, 4, 2, 8, param_dtype="bfloat16")
+    checkpoints = open_checkpoints(tmp_path, "optimizer.name=sgd", shape=half)
+    with pytest.raises(ValueError, match=r"\['embedding'\] must be bfloat16\[24, 16\], got float32\[24, 16\]"):
+        checkpoints.restore()
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_another_optimizer_never_leaves_moments_at_zero(tmp_path):
+    write(tmp_path, 7, "optimizer.name=sgd")
+    checkpoints = open_checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=r"missing \['opt_state'\].*\['mu'\]"):
+        checkpoints.restore()
+    checkpoints.close()
+
+
+# Disk space
+
+
+def bytes_of(abstract):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.shapes))
+
+
+def test_disk_space_is_estimated_from_the_size_of_the_state(tmp_path, monkeypatch):
+    checkpoints = open_checkpoints(tmp_path, "checkpoint.keep=2")
+    size = bytes_of(checkpoints.abstract)
+    assert size > 3 * 4 * 2000  # weights and two moments
+    free = 3 * size  # two are kept, one is being written
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2 * free, free, free))
+    checkpoints.check_disk_space()
+    free -= 1
+    with pytest.raises(
+        ValueError, match=r"needs about .* GB free for 2 \+ 1 checkpoints .*lower checkpoint\.keep, or set output_dir"
+    ):
+        checkpoints.check_disk_space()
+    checkpoints.close()
+
+
+def test_checkpoints_that_are_there_already_count_as_space(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    checkpoints = open_checkpoints(tmp_path, "checkpoint.keep=2")
+    size = bytes_of(checkpoints.abstract)
+    there = sum(path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
+    free = max(3 * size - there, size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(free, 0, free))
+    checkpoints.check_disk_space()
+    free = size - 1  # the one that is being written needs room in any case
+    with pytest.raises(ValueError, match="free some space"):
+        checkpoints.check_disk_space()
+    checkpoints.close()
+
+
+# In a process of its own: for the limit, and because Orbax leaves threads and warnings behind where it fails.
+IN_TROUBLE = """
+import os, pathlib, resource, shutil, sys
+sys.path.insert(0, "tests")
+from test_checkpoint import LOOP, bytes_of, open_checkpoints, state_of
+
+folder = pathlib.Path(sys.argv[1])
+checkpoints = open_checkpoints(folder / "run")
+size = bytes_of(checkpoints.abstract)
+
+def told(what, call):
+    try:
+        call()
+    except ValueError as error:
+        print(what, error, sep=": ")
+
+def limit(number):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (number, resource.RLIM_INFINITY))
+
+limit(size - 1)
+told("limit", checkpoints.check_disk_space)
+limit(size)
+checkpoints.check_disk_space()
+checkpoints.save(1, state_of(checkpoints.abstract), LOOP)
+checkpoints.wait()
+
+def largest(checkpoint):
+    return max((path for path in checkpoint.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+damages = {
+    "cut": lambda checkpoint: os.truncate(largest(checkpoint), largest(checkpoint).stat().st_size // 2),
+    "deleted": lambda checkpoint: largest(checkpoint).unlink(),
+    "no record": lambda checkpoint: (checkpoint / "loop" / "metadata").unlink(),
+}
+for name, damage in damages.items():
+    shutil.copytree(folder / "run", folder / name)
+    damage(folder / name / "checkpoints" / "1")
+    told(name, open_checkpoints(folder / name).restore)
+
+limit(2000)
+told("save", lambda: (checkpoints.save(2, state_of(checkpoints.abstract, salt=2.0), LOOP), checkpoints.wait()))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def trouble(tmp_path_factory):
+    """The folder of a run that met every trouble, and what it was told each time."""
+    folder = tmp_path_factory.mktemp("trouble")
+    command = [sys.executable, "-c", IN_TROUBLE, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return folder, dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
+
+
+def test_a_file_size_limit_below_the_size_of_the_state_is_refused_at_the_start(trouble):
+    message = trouble[1]["limit"]
+    assert message.startswith("files may be at most ")
+    assert message.endswith("raise the limit")
+
+
+@pytest.mark.parametrize("damage", ["cut", "deleted", "no record"])
+def test_a_damaged_checkpoint_is_refused_with_a_way_out(trouble, damage):
+    folder, told = trouble
+    assert told[damage].startswith(f"checkpoint {folder}/{damage}/checkpoints/1 must be whole, but it cannot be read (")
+    assert told[damage].endswith("remove that folder, and the run goes on from the checkpoint before it")
+
+
+def test_a_write_that_fails_says_so_and_leaves_older_checkpoints_valid(trouble):
+    folder, told = trouble[0] / "run", trouble[1]
+    assert told["save"].startswith(f"a checkpoint could not be written to {folder}/checkpoints: ")
+    assert "File too large" in told["save"]
+    assert told["save"].endswith("start the same command again to go on from the newest of them")
+    checkpoints = open_checkpoints(folder)
+    assert checkpoints.latest_step == 1
+    state, loop = checkpoints.restore()
+    assert loop == LOOP
+    assert_equal(host(state), host(state_of(checkpoints.abstract)))
+    checkpoints.save(2, state_of(checkpoints.abstract, salt=2.0), LOOP)
+    checkpoints.close()
+    assert steps_in(folder) == [1, 2]
