@@ -137,8 +137,8 @@ def _explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"a checkpoint could not be written to {folder}: {error}; the complete ones there are untouched: make room, "
-            "then start the same command again to go on from the newest of them"
+            f"a checkpoint could not be written to {folder}: {error}; the complete ones there are untouched: make "
+            "room, then start the same command again to go on from the newest of them"
         ) from error
 
 

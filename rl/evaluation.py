@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from rewards.contract import RewardSpec
 from rewards.rubric import summarize
 from rewards.runner import RewardRunner
 from rl.config import Config, load_config, require
 from rl.data import PromptRow, load_prompts
+from rl.models.policy import Policy
 from rl.rollout import completion_form, to_columns
 from rl.run_folder import read_run
 from rl.sampler import Sampler
@@ -114,6 +116,18 @@ def evaluate(
     )
 
 
+def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: Any, tokenizer: Tokenizer) -> Sampler:
+    """The sampler of a run, for rollouts and evaluation alike."""
+    return Sampler(
+        policy,
+        mesh,
+        param_shardings,
+        rules=config.mesh.rules,
+        max_rows=config.sampling.max_rows,
+        decode_text=tokenizer.decode,
+    )
+
+
 def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
     """The `sampling` section as the sampler takes it."""
     section = config.sampling
@@ -168,14 +182,7 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
     rows = load_prompts(config, trained.tokenizer).held_out[: config.eval.max_prompts]
     if not rows:
         raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
-    sampler = Sampler(
-        trained.policy,
-        trained.mesh,
-        trained.shardings,
-        rules=config.mesh.rules,
-        max_rows=config.sampling.max_rows,
-        decode_text=trained.tokenizer.decode,
-    )
+    sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
     sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
     with start_rewards(config, rows, None) as runner:
         result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)

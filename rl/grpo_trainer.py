@@ -2,7 +2,8 @@
 
 Reads top to bottom in data-flow order:
     config -> tokenizer, prompts -> mesh -> policy (linen or nnx) -> optimizer
-    -> init_state_fn of policy and reference -> sharded states -> restore -> sampler -> rewards -> jit_train_step(mesh=mesh)
+    -> init_state_fn of policy and reference -> sharded states -> restore -> sampler -> rewards
+    -> jit_train_step(mesh=mesh)
     each step: prompts -> rollouts -> rewards -> advantages -> train step -> metrics, samples, checkpoint, evaluation
 
 Step k in metrics and checkpoints means: k steps are done. Everything random is derived from (seed, step), so that a
@@ -24,7 +25,7 @@ from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config, read_preset, require
 from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, load_prompts, step_indices
-from rl.evaluation import evaluate, sampling_params, start_rewards
+from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.interrupt import StopRequest
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
@@ -33,7 +34,6 @@ from rl.optimizer import create_training_optimizer, updates_per_step
 from rl.packing import PackingPlan, plan_packing
 from rl.rollout import completion_form, minibatches, sample_records, score_rollout
 from rl.run_folder import RunFolder
-from rl.sampler import Sampler
 from rl.states import InitStateFn, get_first_step, setup_decode_state, setup_training_state
 from rl.update import EntropyCoefState, Updater, loss_config
 from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
@@ -73,31 +73,24 @@ def train(config: Config) -> pathlib.Path:
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
         announce(console, config, data, origin, policy, mesh, run, plan)
+        shardings = checkpoints.abstract.shardings
         reference = None
         if config.grpo.beta:
-            shardings = checkpoints.abstract.shardings.params
-            reference, _ = setup_decode_state(config, mesh, init_reference_fn, pretrained_params(origin, shardings))
+            params = pretrained_params(origin, shardings.params)
+            reference, _ = setup_decode_state(config, mesh, init_reference_fn, params)
         # -- restore, or start
         if checkpoints.latest_step is None:
-            shardings = checkpoints.abstract.shardings.params
-            state, abstract = setup_training_state(config, mesh, init_policy_fn, pretrained_params(origin, shardings))
+            params = pretrained_params(origin, shardings.params)
+            state, _ = setup_training_state(config, mesh, init_policy_fn, params)
             entropy = EntropyCoefState(config.grpo.entropy_coef, math.inf)
         else:
-            (state, loop), abstract = checkpoints.restore(), checkpoints.abstract
+            state, loop = checkpoints.restore()
             entropy = EntropyCoefState(**loop["entropy"])
             console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
         first_step = get_first_step(policy, state, updates_per_step(config))
         # -- sampler, train step
-        decode = tokenizer.decode
-        sampler = Sampler(
-            policy,
-            mesh,
-            abstract.shardings.params,
-            rules=config.mesh.rules,
-            max_rows=config.sampling.max_rows,
-            decode_text=decode,
-        )
-        updater = Updater(config, policy, optimizer, plan, abstract.shardings, mesh=mesh)
+        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer)
+        updater = Updater(config, policy, optimizer, plan, shardings, mesh=mesh)
         if first_step == 0 and config.rewards.check_on_gold:
             warn_about_rewards(console, runner, data.train[0])
         # -- loop
@@ -160,7 +153,8 @@ def check(config: Config, data: PromptData, max_positions: int) -> None:
     check_enough_rows(len(data.train), config.grpo.prompts_per_step)
     if not config.sampling.temperature > 0:
         raise ValueError(
-            f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; evaluation is greedy anyway"
+            f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; "
+            "evaluation is greedy anyway"
         )
     longest = max(len(row.prompt_ids) for row in [*data.train, *data.held_out]) + config.sampling.max_completion_length
     if longest > max_positions:
@@ -207,13 +201,15 @@ def announce(
     for message in data.messages:
         console.message(message)
     grpo = config.grpo
-    per_step = f"{grpo.prompts_per_step} prompts x {grpo.group_size} completions = {grpo.prompts_per_step * grpo.group_size} sequences"
+    num_sequences = grpo.prompts_per_step * grpo.group_size
+    per_step = f"{grpo.prompts_per_step} prompts x {grpo.group_size} completions = {num_sequences} sequences"
+    size = f"{origin.model_config.num_parameters / 1e6:.1f}M parameters"
+    axes = " ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
     rows = {
         "run folder": run.path,
-        "model": f"{origin.identity['source'] or 'fresh'}, {origin.model_config.family}, {origin.model_config.num_parameters / 1e6:.1f}M parameters",
+        "model": f"{origin.identity['source'] or 'fresh'}, {origin.model_config.family}, {size}",
         "policy": f"{policy.flavour}, {origin.model_config.dtype}",
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
-        + " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}",
         "prompts": f"{len(data.train)} train, {len(data.held_out)} held out",
         "step": f"{per_step}, {updates_per_step(config)} update(s)",
         "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",

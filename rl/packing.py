@@ -126,8 +126,9 @@ def plan_packing(
     budget = max_tokens_per_microbatch // num_row_shards
     if sequence > budget:
         raise ValueError(
-            f"grpo.max_tokens_per_microbatch must be >= {sequence * num_row_shards} (longest prompt {max_prompt_length} + longest "
-            f"completion {max_completion_length}, on {num_row_shards} device(s) that share the rows), got {max_tokens_per_microbatch}"
+            f"grpo.max_tokens_per_microbatch must be >= {sequence * num_row_shards} (longest prompt "
+            f"{max_prompt_length} + longest completion {max_completion_length}, on {num_row_shards} device(s) that "
+            f"share the rows), got {max_tokens_per_microbatch}"
         )
     group = max_prompt_length + group_size * max_completion_length
     row_length = min(_round_up(max(group, preferred_row_length)), budget)
@@ -194,7 +195,8 @@ def _units(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[_Unit]:
     for group in groups:
         unit = _Unit(group.prompt_ids, [], [])
         for completion in group.completions:
-            assert len(group.prompt_ids) > 0 and 0 < len(completion.token_ids) <= plan.completion_length
+            assert len(group.prompt_ids) > 0
+            assert 0 < len(completion.token_ids) <= plan.completion_length
             full = unit.num_tokens + len(completion.token_ids) - 1 > plan.row_length
             if unit.completions and (full or len(unit.completions) == plan.completions_per_row):
                 units.append(unit)
@@ -226,7 +228,7 @@ def _first_fit_decreasing(units: list[_Unit], plan: PackingPlan) -> list[list[_U
 def _empty_batch(plan: PackingPlan, num_microbatches: int, dtype: np.dtype) -> Batch:
     M, R, T = plan.num_microbatches, plan.num_rows, plan.row_length
     C, L = plan.completions_per_row, plan.completion_length
-    N = min(T + C, C * L)
+    N = min(T + C, C * L)  # every completion predicts one token more than it puts into the row
     return Batch(
         tokens_MRT=np.zeros((M, R, T), np.int32),
         positions_MRT=np.zeros((M, R, T), np.int32),

@@ -19,7 +19,7 @@ from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config
 from rl.console import Console
 from rl.data import PairRow, check_enough_rows, load_pairs, load_prompts, step_indices
-from rl.evaluation import evaluate, sampling_params, start_rewards
+from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.interrupt import StopRequest
 from rl.losses import LossConfig
 from rl.mesh import create_mesh, num_row_shards
@@ -28,7 +28,6 @@ from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
 from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
 from rl.run_folder import RunFolder
-from rl.sampler import Sampler
 from rl.states import InitStateFn, get_first_step, setup_training_state
 from rl.tools.export import write_folder
 from rl.train_step import Minibatch, batch_shardings, jit_train_step
@@ -130,10 +129,7 @@ def train(config: Config) -> pathlib.Path:
         # -- held-out accuracy, and the policy to take home
         if held_out and config.rewards.functions:
             eos = eos_ids(config, origin.model_config, tokenizer)
-            rules, max_rows = config.mesh.rules, config.sampling.max_rows
-            sampler = Sampler(
-                policy, mesh, shardings.params, rules=rules, max_rows=max_rows, decode_text=tokenizer.decode
-            )
+            sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer)
             with start_rewards(config, held_out, run.path / "rewards.log") as runner:
                 sampling = sampling_params(config, eos)
                 result = evaluate(sampler, state.params, held_out, runner, tokenizer, sampling, config.eval.reward)

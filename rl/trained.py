@@ -65,7 +65,8 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
         step = checkpoints.latest_step if step is None else step
         if step is None:
             raise ValueError(
-                f"run folder {str(folder)!r} must hold a checkpoint, and it has none; let the run reach checkpoint.every"
+                f"run folder {str(folder)!r} must hold a checkpoint, and it has none; let the run reach "
+                "checkpoint.every"
             )
         state, _ = checkpoints.restore(step)
     finally:

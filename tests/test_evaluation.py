@@ -14,7 +14,9 @@ from rl.metrics import read_metrics
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
 RECIPE = f"""
 model:
-  arch: {{family: qwen2, hidden_size: 16, intermediate_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8}}
+  arch:
+    {{family: qwen2, hidden_size: 16, intermediate_size: 32, num_layers: 1,
+     num_heads: 2, num_kv_heads: 1, head_dim: 8}}
 data: {{source: arithmetic, args: {{operation: add, digits: 1}}, eval_size: 13, max_prompt_length: 8}}
 rewards:
   functions:
@@ -71,7 +73,8 @@ def test_eval_command_prints_the_interval_and_writes_every_sample(run, tmp_path,
     printed = capsys.readouterr().out
     assert "step 2: accuracy 100.0% (95% interval 56.6% to 100.0%) on 5 prompts" in printed
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert len(lines) == 5 and lines[0]["rewards"]["right"] == 1.0
+    assert len(lines) == 5
+    assert lines[0]["rewards"]["right"] == 1.0
 
 
 def test_wilson_interval_agrees_with_published_values():

@@ -14,7 +14,9 @@ CONSTANT = f"{{function: '{REWARDS}:constant', name: constant, weight: 1.0}}"
 
 RECIPE = """
 model:
-  arch: {family: qwen3, hidden_size: 32, intermediate_size: 64, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16}
+  arch:
+    {family: qwen3, hidden_size: 32, intermediate_size: 64, num_layers: 1,
+     num_heads: 2, num_kv_heads: 1, head_dim: 16}
 data: {source: arithmetic, args: {operation: add, digits: 1}, max_prompt_length: 8}
 sampling: {max_completion_length: 8}
 grpo: {steps: 30, prompts_per_step: 8, group_size: 8, max_tokens_per_microbatch: 1024}

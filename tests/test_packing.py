@@ -278,10 +278,11 @@ def test_the_plan_of_a_typical_run_packs_short_groups_and_wastes_little():
         max_completion_length=6,
         max_tokens_per_microbatch=4096,
         num_row_shards=1,
+        preferred_row_length=128,
     )
-    assert plan.row_length == 128
-    assert plan.num_rows == 32
-    assert plan == PackingPlan(2, 32, 128, 16, 6)
+    assert plan == PackingPlan(
+        num_microbatches=2, num_rows=32, row_length=128, completions_per_row=16, completion_length=6
+    )
 
 
 def test_a_row_is_at_most_a_quarter_longer_than_a_whole_group():

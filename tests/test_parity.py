@@ -1,5 +1,6 @@
 """Promises 1 and 2 over whole runs, started as a user starts them: Linen == NNX bit for bit, sampler == trainer."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -136,6 +137,8 @@ def test_the_compared_run_is_worth_comparing(whole):
 def test_a_run_resumed_in_the_other_flavour_and_back_equals_the_uninterrupted_one(runs, whole):
     for flavour, steps in (("linen", 5), ("nnx", 15), ("linen", STEPS)):
         folder = runs.run("mixed", flavour, f"grpo.steps={steps}")
+    loops = [folder / "checkpoints" / str(step) / "loop" / "metadata" for step in (15, STEPS)]
+    assert [json.loads(path.read_text())["flavour"] for path in loops] == ["nnx", "linen"]
     assert_same_run(folder, whole["linen"])
 
 

@@ -16,7 +16,9 @@ from rl.weights import find_origin, tokenizer_of
 
 RECIPE = """
 model:
-  arch: {family: llama, hidden_size: 32, intermediate_size: 64, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 16}
+  arch:
+    {family: llama, hidden_size: 32, intermediate_size: 64, num_layers: 1,
+     num_heads: 2, num_kv_heads: 1, head_dim: 16}
 data: {source: arithmetic, args: {operation: add, digits: 1}, eval_size: 20, max_prompt_length: 8}
 rewards:
   functions: [{function: "rewards.number:exact_number_strict", name: exact}]

@@ -24,7 +24,7 @@ from rl.mesh import create_mesh
 from rl.models.config import FAMILIES, ModelConfig, flatten_specs, parameter_specs
 from rl.models.policy import Policy, create_policy
 from rl.models.train_state import PureState
-from rl.packing import Batch, PackingPlan, TrainCompletion, TrainGroup, pack
+from rl.packing import PackingPlan, TrainCompletion, TrainGroup, pack
 from rl.states import AbstractState, InitStateFn, get_abstract_state
 from rl.train_step import Minibatch, jit_token_logprobs, jit_train_step
 from rl.update import EntropyCoefState, Updater, loss_config
@@ -557,20 +557,18 @@ def token_logprobs_of(packed: Trainer):
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_the_ratio_is_exactly_one_before_the_first_update_and_no_longer_after_it(flavour, problem):
-    packed = make_trainer(flavour, "float32", optimizer=optax.sgd(0.1))
-    minibatch = packed.minibatch(problem)
-    bare: Batch = minibatch.batch._replace(old_logprobs_MRCL=None, reference_logprobs_MRCL=None)
-    state = packed.fresh_state()
+def test_the_ratio_is_exactly_one_before_the_first_update_and_no_longer_after_it(flavour, problem, trainer):
+    packed = trainer(flavour, "float32")
+    minibatch, state = packed.minibatch(problem), packed.fresh_state()
+    bare = minibatch.batch._replace(old_logprobs_MRCL=None, reference_logprobs_MRCL=None)
     old, _ = token_logprobs_of(packed)(state.params, bare)
     minibatch = minibatch._replace(batch=minibatch.batch._replace(old_logprobs_MRCL=old))
-    ratios = []
-    for _ in range(2):
-        state, update = packed.train_step(state, minibatch)
-        metrics = finish_metrics(update.sums)
-        ratios.append((float(metrics["ratio_mean"]), float(metrics["ratio_max"])))
-    assert ratios[0] == (1.0, 1.0)
-    assert ratios[1][1] > 1.01
+    state, first = packed.train_step(state, minibatch)
+    moved = jax.tree.map(lambda leaf, gradient: leaf - 0.1 * gradient, state.params, state.opt_state)
+    _, second = packed.train_step(state._replace(params=moved), minibatch)
+    first, second = finish_metrics(first.sums), finish_metrics(second.sums)
+    assert (float(first["ratio_mean"]), float(first["ratio_max"])) == (1.0, 1.0)
+    assert float(second["ratio_max"]) > 1.01
 
 
 def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem):
@@ -607,6 +605,25 @@ def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem):
     gap = gap_BL[parts[0].mask_BL > 0]
     np.testing.assert_allclose(metrics["logprob_difference/mean"], gap.mean(), rtol=1e-9)
     np.testing.assert_allclose(metrics["logprob_difference/max"], gap.max(), rtol=1e-9)
+
+
+def test_token_means_are_over_the_tokens_of_the_whole_rollout_batch(problem):
+    """With weights that stand still the ratio is 1, and the mean of the updates' losses is minus the mean advantage."""
+    settings = ("grpo.loss_type=dapo", "grpo.beta=0", "grpo.minibatches=2", "grpo.prompts_per_step=4", "mesh.fsdp=1")
+    packed = make_trainer("nnx", "float32", optimizer=optax.sgd(0.0))
+    updater = Updater(
+        load_config(None, settings),
+        packed.policy,
+        packed.optimizer,
+        packed.plan,
+        packed.abstract.shardings,
+        mesh=packed.mesh,
+    )
+    groups = [problem.train_groups(half) for half in ([0, 1], [2])]
+    _, _, metrics = updater.step(packed.fresh_state(), None, groups, EntropyCoefState(0.0, float("inf")))
+    expected = -np.average(problem.advantages_B, weights=problem.lengths)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert metrics["ratio_max"] == 1.0
 
 
 def plain_updates(policy: Policy, parts: list[Problem], start, reference, learning_rate: float):

@@ -28,9 +28,8 @@ def main(overrides: list[str]) -> None:
     run = grpo_trainer.train(load_config(HERE / "grpo.yml", overrides))
     before, _ = evaluate_source(HERE / "grpo.yml", overrides)
     after, where = evaluate_source(run)
-    print(
-        f"\nheld-out greedy accuracy on {after.num_prompts} sums: {before.accuracy:.1%} before GRPO, {after.accuracy:.1%} at {where}"
-    )
+    print(f"\nheld-out greedy accuracy on {after.num_prompts} sums:")
+    print(f"{before.accuracy:.1%} before GRPO, {after.accuracy:.1%} at {where}")
     print(f"{'prompt':>10}  {'before':>8}  {'after':>8}")
     for old, new in list(zip(before.samples, after.samples, strict=True))[:6]:
         print(f"{new['prompt']:>10}  {old['completion']:>8}  {new['completion']:>8}")
