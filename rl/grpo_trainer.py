@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from rewards.runner import RewardRunner, check_on_gold
@@ -128,7 +129,7 @@ def train(config: Config) -> pathlib.Path:
                 "step": done,
                 **rollout.metrics,
                 **trained,
-                "lr": float(schedule(int(state.step) - 1)),
+                "lr": float(np.asarray(schedule(int(state.step) - 1))),
                 **evaluation(done),
             }
             metrics |= timing(watch, rollout.metrics, len(rows) * config.grpo.group_size, compiles)

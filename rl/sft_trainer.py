@@ -113,7 +113,7 @@ def train(config: Config) -> pathlib.Path:
                 "step": done,
                 "loss": float(update.loss),
                 "grad_norm": float(update.grad_norm),
-                "lr": float(schedule(step)),
+                "lr": float(np.asarray(schedule(step))),
             }
             metrics |= {**watch.lap(), "compiles": compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}
             metrics["tokens_per_second/train"] = num_tokens / metrics["seconds/train"]

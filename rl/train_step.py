@@ -34,12 +34,15 @@ class Minibatch(NamedTuple):
       num_items_in_batch: int32 [], trained tokens of the whole rollout batch that the minibatch is a part of.
       entropy_coef: float [], coefficient of the entropy bonus during this update.
       entropy_MRCL: the policy's entropies now, where the loss selects tokens by entropy; None otherwise.
+      on_policy: bool [], whether no update was made since the rollout. Old log-probs, where the batch has any, are then
+        taken from the update itself: equal to what it would be given but for rounding, and the ratio is exactly 1.
     """
 
     batch: Batch
     num_items_in_batch: Any
     entropy_coef: Any
     entropy_MRCL: Any = None
+    on_policy: Any = False
 
 
 class UpdateMetrics(NamedTuple):
@@ -92,25 +95,30 @@ def jit_train_step(
       minibatches_per_rollout: updates of one pass over a rollout batch.
     """
 
-    def piece_loss(params: Params, piece: Batch, denominators: Denominators):
+    def piece_loss(params: Params, piece: Batch, denominators: Denominators, on_policy: jax.Array):
         logprobs_BL, entropy_BL = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules)
-        loss, sums = grpo_loss(logprobs_BL, entropy_BL, _loss_inputs(piece), denominators, loss_config)
-        return loss, (sums, _difference(jax.lax.stop_gradient(logprobs_BL), piece))  # measured, not trained on
+        constant_BL = jax.lax.stop_gradient(logprobs_BL)  # for old log-probs and a measurement, neither trained on
+        inputs = _loss_inputs(piece)
+        if inputs.old_logprobs_BT is not None:
+            inputs = inputs._replace(old_logprobs_BT=jnp.where(on_policy, constant_BL, inputs.old_logprobs_BT))
+        loss, sums = grpo_loss(logprobs_BL, entropy_BL, inputs, denominators, loss_config)
+        return loss, (sums, _difference(constant_BL, piece))
 
     def train_step(state: PureState, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
         batch = minibatch.batch
         denominators = _denominators(minibatch, loss_config, minibatches_per_rollout)
         gradient = jax.value_and_grad(piece_loss, has_aux=True)
+        constants = (denominators, minibatch.on_policy)
 
         def add_piece(m, carry):
             loss, grads, sums, difference = carry
             (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(
-                state.params, _piece(batch, m), denominators
+                state.params, _piece(batch, m), *constants
             )
             grads = jax.tree.map(jnp.add, grads, piece_grads)
             return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
 
-        (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, _piece(batch, 0), denominators)
+        (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, _piece(batch, 0), *constants)
         start = (_zeros(loss), _zeros(grads), _neutral(sums), _zeros(difference))
         loss, grads, sums, difference = jax.lax.fori_loop(0, batch.num_microbatches, add_piece, start)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -118,14 +126,18 @@ def jit_train_step(
         metrics = UpdateMetrics(loss, sums, optax.tree.norm(grads), difference)
         return PureState(state.step + 1, params, opt_state, state.rng), metrics
 
-    rows: Any = batch_shardings(mesh, rules)
+    everywhere: Any = replicated(mesh)
+    minibatch_shardings = Minibatch(
+        batch=batch_shardings(mesh, rules),
+        num_items_in_batch=everywhere,
+        entropy_coef=everywhere,
+        entropy_MRCL=row_sharding(mesh, rules, dim=1),
+        on_policy=everywhere,
+    )
     return jax.jit(
         train_step,
-        in_shardings=(
-            state_shardings,
-            Minibatch(rows, replicated(mesh), replicated(mesh), row_sharding(mesh, rules, dim=1)),
-        ),
-        out_shardings=(state_shardings, replicated(mesh)),
+        in_shardings=(state_shardings, minibatch_shardings),
+        out_shardings=(state_shardings, everywhere),
         donate_argnums=0,
     )
 
@@ -141,7 +153,7 @@ def jit_token_logprobs(
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """The compiled pass without gradient: `(params, batch) -> (log-probs, entropies)`, both [M, R, C, L], 0 on padding.
 
-    It runs the rows that the update runs, through the same operations, so that on-policy ratios are exactly 1.
+    It runs the rows that the update runs, through the same operations; the compiler may still round them otherwise.
     """
 
     def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -171,11 +183,11 @@ def batch_shardings(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Batch:
 def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_rollout: int) -> Denominators:
     """Counts of the whole minibatch. One minibatch is one update here, so nothing is accumulated over minibatches."""
     batch = minibatch.batch
-    flat = lambda values: None if values is None else values.reshape(-1, values.shape[-1])  # noqa: E731
+    length = batch.mask_MRCL.shape[-1]
     return denominators_for(
-        flat(batch.mask_MRCL),
+        batch.mask_MRCL.reshape(-1, length),
         batch.sequence_mask_MRC.reshape(-1),
-        flat(minibatch.entropy_MRCL),
+        _flat(minibatch.entropy_MRCL, length),
         config,
         entropy_coef=minibatch.entropy_coef,
         num_items_in_batch=minibatch.num_items_in_batch,
@@ -229,6 +241,7 @@ def _piece_logprobs(
         with_entropy=True,
         mask_BT=piece.target_mask_MRN,
     )
+    assert entropy_RN is not None
     R, C, L = piece.slots_MRCL.shape
 
     def place(values_RN: jax.Array) -> jax.Array:
@@ -240,16 +253,20 @@ def _piece_logprobs(
 
 def _loss_inputs(piece: Batch) -> LossInputs:
     """The piece as the loss sees it: R * C sequences, some of them padding."""
-    R, C, L = piece.mask_MRCL.shape
-    flat = lambda values: None if values is None else values.reshape(R * C, L)  # noqa: E731
+    length = piece.mask_MRCL.shape[-1]
     return LossInputs(
-        old_logprobs_BT=flat(piece.old_logprobs_MRCL),
-        reference_logprobs_BT=flat(piece.reference_logprobs_MRCL),
-        sampler_logprobs_BT=flat(piece.sampler_logprobs_MRCL),
-        mask_BT=flat(piece.mask_MRCL),
-        advantages_B=piece.advantages_MRC.reshape(R * C),
-        sequence_mask_B=piece.sequence_mask_MRC.reshape(R * C),
+        old_logprobs_BT=_flat(piece.old_logprobs_MRCL, length),
+        reference_logprobs_BT=_flat(piece.reference_logprobs_MRCL, length),
+        sampler_logprobs_BT=_flat(piece.sampler_logprobs_MRCL, length),
+        mask_BT=piece.mask_MRCL.reshape(-1, length),
+        advantages_B=piece.advantages_MRC.reshape(-1),
+        sequence_mask_B=piece.sequence_mask_MRC.reshape(-1),
     )
+
+
+def _flat(values: jax.Array | None, length: int) -> jax.Array | None:
+    """[..., L] -> [B, L]; None stays None."""
+    return None if values is None else values.reshape(-1, length)
 
 
 def _difference(logprobs_BL: jax.Array, piece: Batch) -> Difference:

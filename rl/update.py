@@ -105,7 +105,7 @@ class Updater:
         measured: list[UpdateMetrics] = []
         for _ in range(self._config.grpo.epochs):
             for batch in batches:
-                minibatch = self._minibatch(state, batch, num_items, entropy)
+                minibatch = self._minibatch(state, batch, num_items, entropy, on_policy=not measured)
                 state, update = self._train_step(state, minibatch)
                 measured.append(jax.device_get(update))
                 entropy = self._next_entropy(entropy, measured[-1])
@@ -117,14 +117,17 @@ class Updater:
         now = float(finish_metrics(update.sums)["selected_entropy"])
         return EntropyCoefState(next_entropy_coef(entropy.coef, now, self._loss_config), now)
 
-    def _minibatch(self, state: PureState, batch: Batch, num_items: int, entropy: EntropyCoefState) -> Minibatch:
-        scalars = (np.int32(num_items), self._dtype.type(applied_entropy_coef(*entropy, self._loss_config)))
-        scalars = jax.device_put(scalars, self._replicated)
+    def _minibatch(
+        self, state: PureState, batch: Batch, num_items: int, entropy: EntropyCoefState, on_policy: bool
+    ) -> Minibatch:
+        coef = applied_entropy_coef(entropy.coef, entropy.last_entropy, self._loss_config)
+        scalars = jax.device_put((np.int32(num_items), self._dtype.type(coef), np.bool_(on_policy)), self._replicated)
         # The quantile is one of the policy as it is at this update, over the whole minibatch: a pass of its own.
         entropies = (
             self._token_logprobs(state.params, bare_batch(batch))[1] if self._loss_config.selects_by_entropy else None
         )
-        return Minibatch(batch, *scalars, entropies)
+        num_items_in_batch, entropy_coef, is_first = scalars
+        return Minibatch(batch, num_items_in_batch, entropy_coef, entropies, on_policy=is_first)
 
     def _metrics(self, measured: list[UpdateMetrics], entropy: EntropyCoefState) -> dict[str, float]:
         updates = []

@@ -8,7 +8,7 @@ import jax
 
 from rl.config import Config
 from rl.models.config import ModelConfig
-from rl.models.hf import load_params, read_config, resolve_source, weights_hash
+from rl.models.hf import check_weights, load_params, read_config, resolve_source, weights_hash
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
 
 
@@ -35,10 +35,11 @@ def tokenizer_of(config: Config) -> Tokenizer:
 
 
 def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
-    """Reads the model's configuration and hashes its weights; loads nothing.
+    """Reads the model's configuration, checks the headers of its weights and hashes them; loads nothing.
 
     Raises:
-      ValueError: no such model, an unsupported architecture, or a tokenizer with ids beyond the model's vocabulary.
+      ValueError: no such model, an unsupported architecture, missing or damaged weights, or a tokenizer with ids beyond
+        the model's vocabulary.
     """
     section, arch = config.model, config.model.arch
     if section.source is None:
@@ -54,10 +55,8 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
     else:
         folder = pathlib.Path(resolve_source(section.source))
         model_config = read_config(folder)
-        try:
-            identity = {"source": section.source, "hash": weights_hash(folder)}
-        except FileNotFoundError as error:  # a shard that the index lists
-            raise ValueError(f"{error.filename} must exist, but it does not; fetch the model again") from error
+        check_weights(folder, model_config)
+        identity = {"source": section.source, "hash": weights_hash(folder)}
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
             f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer "

@@ -16,6 +16,6 @@ def always_right(prompts, completions, **columns):
     return [1.0 for _ in completions]
 
 
-def right_for_even_answers(answer):
+def right_for_even_answers(completion, answer):
     """1 where the gold answer is even, whatever the completion."""
     return float(int(answer) % 2 == 0)

@@ -27,6 +27,7 @@ sampling: {{max_completion_length: 4, max_rows: 8}}
 grpo: {{steps: 2, prompts_per_step: 2, group_size: 2, max_tokens_per_microbatch: 64}}
 eval: {{every: 1}}
 checkpoint: {{every: 1}}
+mesh: {{num_devices: 1}}
 """
 
 

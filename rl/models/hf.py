@@ -93,21 +93,38 @@ def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any 
     Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, and for files that
     are missing or cut short, naming file and tensor.
     """
-    folder = pathlib.Path(folder)
     param_dtype = dtype_of(config.param_dtype)
-    locations = _tensor_locations(folder)
-    names = {_tensor_name(path): (path, spec.shape) for path, spec in flatten_specs(parameter_specs(config))}
-    _check_tensor_names(folder, names, locations, config)
+    locations = check_weights(folder, config)
     params: dict[str, Any] = {}
     for file in sorted(set(locations.values())):
         with _open(file) as tensors:
-            for name in sorted(name for name, location in locations.items() if location == file and name in names):
-                path, shape = names[name]
-                value = _read_tensor(tensors, file, name, path, shape).astype(param_dtype)
-                _set(params, path, _place(value, _get(shardings, path) if shardings is not None else None))
+            for path, spec in flatten_specs(parameter_specs(config)):
+                name = _tensor_name(path)
+                if locations[name] == file:
+                    value = _from_stored(tensors.get_tensor(name), path, spec.shape).astype(param_dtype)
+                    _set(params, path, _place(value, _get(shardings, path) if shardings is not None else None))
     if config.tie_word_embeddings and "lm_head.weight" in locations:
         _check_tied(locations)
     return params
+
+
+def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, pathlib.Path]:
+    """The file of every tensor in a folder, after checking against `config` what the files' headers say; reads no data.
+
+    Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, and for files that
+    are missing or cut short, naming file and tensor.
+    """
+    folder = pathlib.Path(folder)
+    locations = _tensor_locations(folder)
+    names = {
+        _tensor_name(path): _stored_shape(path, spec.shape) for path, spec in flatten_specs(parameter_specs(config))
+    }
+    _check_tensor_names(folder, names, locations, config)
+    for file in sorted({locations[name] for name in names}):
+        with _open(file) as tensors:
+            for name in sorted(name for name in names if locations[name] == file):
+                _check_tensor(tensors.get_slice(name), file, name, names[name])
+    return locations
 
 
 def _place(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -212,17 +229,13 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _read_tensor(
-    tensors: Any, file: pathlib.Path, name: str, path: tuple[str, ...], shape: tuple[int, ...]
-) -> np.ndarray:
-    view, stored_shape = tensors.get_slice(name), _stored_shape(path, shape)
+def _check_tensor(view: Any, file: pathlib.Path, name: str, stored_shape: tuple[int, ...]) -> None:
     if tuple(view.get_shape()) != stored_shape:
         raise ValueError(
             f"{file}: tensor {name} must have shape {stored_shape}, got {tuple(view.get_shape())}; check config.json"
         )
     if view.get_dtype() not in FLOAT_TYPES:
         raise ValueError(f"{file}: tensor {name} must be one of {', '.join(FLOAT_TYPES)}, got {view.get_dtype()}")
-    return _from_stored(tensors.get_tensor(name), path, shape)
 
 
 def _check_tied(locations: Mapping[str, pathlib.Path]) -> None:

@@ -1,7 +1,7 @@
 """`grpo export RUN OUT`: the weights of a run as a Hugging Face folder that transformers, TRL, vLLM and Tandem open."""
 
 import argparse
-import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from rl.run_folder import read_run
 from rl.trained import load_checkpoint
 
 
-def export(run: str | os.PathLike, out: str | os.PathLike, step: int | None = None, dtype: str | None = None) -> int:
+def export(run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None, dtype: str | None = None) -> int:
     """Writes checkpoint `step` (None: the newest) of a run folder to `out`; returns the step written.
 
     Args:
@@ -28,7 +28,7 @@ def export(run: str | os.PathLike, out: str | os.PathLike, step: int | None = No
     return trained.step
 
 
-def write_folder(out: str | os.PathLike, model_config: Any, params: Any, tokenizer: Any, dtype: str | None) -> None:
+def write_folder(out: str | pathlib.Path, model_config: Any, params: Any, tokenizer: Any, dtype: str | None) -> None:
     """Weights, model configuration, tokenizer and its chat template."""
     save_folder(out, model_config, params, tokenizer=tokenizer, dtype=dtype)
 
