@@ -42,7 +42,7 @@ class EvalResult:
       interval: 95 % Wilson score interval of the accuracy
         (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval).
       num_prompts: prompts evaluated. num_judged: those that the function that counts could judge.
-      means: mean reward per function.
+      means: mean reward per function; None where it judged nothing.
       completion_length: mean tokens. truncated_share: completions that hit the length limit.
       samples: one dict per prompt: prompt, completion, rewards, finish_reason.
     """
@@ -51,15 +51,20 @@ class EvalResult:
     interval: tuple[float, float]
     num_prompts: int
     num_judged: int
-    means: dict[str, float]
+    means: dict[str, float | None]
     completion_length: float
     truncated_share: float
     samples: list[dict[str, Any]]
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | None]:
         """As keys of metrics.jsonl."""
         low, high = self.interval
-        scalars = {"accuracy": self.accuracy, "accuracy_low": low, "accuracy_high": high, "prompts": self.num_prompts}
+        scalars: dict[str, float | None] = {
+            "accuracy": self.accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "prompts": self.num_prompts,
+        }
         scalars |= {"completion_length": self.completion_length, "truncated_share": self.truncated_share}
         scalars |= {f"reward/{name}": mean for name, mean in self.means.items()}
         return {f"eval/{name}": value for name, value in scalars.items()}

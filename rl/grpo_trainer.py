@@ -99,7 +99,7 @@ def train(config: Config) -> pathlib.Path:
         compiles, watch = stack.enter_context(CompileCounter()), Stopwatch()
         stop = stack.enter_context(StopRequest(console.message))
 
-        def evaluation(step: int) -> dict[str, float]:
+        def evaluation(step: int) -> dict[str, float | None]:
             if not (config.eval.every and data.held_out) or (step % config.eval.every and step != config.grpo.steps):
                 return {}
             with watch.timer("eval"):
@@ -151,6 +151,10 @@ def train(config: Config) -> pathlib.Path:
 def check(config: Config, data: PromptData, max_positions: int) -> None:
     """Rules that need the data and the model's shape; ValueError when one is broken."""
     require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
+    if not any(function.weight for function in config.rewards.functions):
+        raise ValueError(
+            "rewards.functions must hold a weight other than 0, got only metrics; there is nothing to learn from"
+        )
     check_enough_rows(len(data.train), config.grpo.prompts_per_step)
     if not config.sampling.temperature > 0:
         raise ValueError(

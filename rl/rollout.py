@@ -73,7 +73,7 @@ def score_rollout(
     advantages = compute_advantages(
         # A function of weight 0 is a metric only: it must not make a row count as judged.
         rewards_BK[:, [weight != 0 for weight in weights]],
-        [weight for weight in weights if weight != 0],
+        np.array([weight for weight in weights if weight != 0]),
         group_size,
         config.grpo.scale_rewards,
         config.grpo.aggregation,

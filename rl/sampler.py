@@ -93,7 +93,7 @@ class Sampler:
     def sample(
         self,
         params: Params,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         num_samples: int,
         sampling: SamplingParams,
         key: jax.Array,
@@ -126,7 +126,7 @@ class Sampler:
     def _run_wave(
         self,
         params: Params,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         indices: Sequence[int],
         groups: list[list[Row]],
         sampling: SamplingParams,
@@ -203,7 +203,11 @@ class Sampler:
         return self._compiled[name]
 
     def _check(
-        self, prompts: Sequence[Sequence[int]], indices: Sequence[int], num_samples: int, sampling: SamplingParams
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        indices: Sequence[int],
+        num_samples: int,
+        sampling: SamplingParams,
     ) -> None:
         config = self._policy.config
         if num_samples < 1:

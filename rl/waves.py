@@ -79,7 +79,7 @@ def plan_waves(num_prompts: int, num_samples: int, max_rows: int, num_shards: in
 
 
 def wave_inputs(
-    prompts: Sequence[Sequence[int]], indices: Sequence[int], groups: list[list[Row]], num_shards: int
+    prompts: Sequence[Sequence[int] | np.ndarray], indices: Sequence[int], groups: list[list[Row]], num_shards: int
 ) -> WaveInputs:
     """The wave's prompts, one per group, padded to a number of prompts, positions and rows out of a few."""
     num_prompts = num_shards * size_at_least(math.ceil(len(groups) / num_shards))

@@ -132,6 +132,10 @@ def refuse(recipe, *overrides, match):
         (["mesh.data=3"], "mesh sizes must multiply to the 8 device(s) in use, got data=3 x fsdp=1 x tensor=1; "),
         (["output_dir=null"], "output_dir must be set, got None; for example output_dir="),
         (["rewards.functions=[]"], "rewards.functions must be set, got []; for example rewards.functions="),
+        (
+            ["rewards.functions=[{function: 'rewards.number:exact_number_strict', weight: 0.0}]"],
+            "rewards.functions must hold a weight other than 0, got only metrics",
+        ),
         (["sampling.temperature=0"], "sampling.temperature must be > 0 for training, got 0"),
         (
             ["grpo.prompts_per_step=5"],
