@@ -10,6 +10,7 @@ Legend: P prompts, T token positions.
 import dataclasses
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,18 @@ def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
             f"dropped {num_long} of {len(split.train)} completions longer than sft.max_completion_length={limit} tokens"
         )
     return PairData(pairs, split.num_dropped + num_long, messages)
+
+
+def fingerprint(rows: Iterable[PromptRow] | Iterable[PairRow]) -> dict[str, Any]:
+    """Number and hash of tokenized rows in their order: a resumed run must see the rows it began with."""
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        completion = (
+            row.completion_ids.tobytes() if isinstance(row, PairRow) else repr(sorted(row.columns.items())).encode()
+        )
+        digest.update(b"%d %d " % (row.prompt_ids.nbytes, len(completion)) + row.prompt_ids.tobytes() + completion)
+        count += 1
+    return {"rows": count, "hash": digest.hexdigest()}
 
 
 def step_indices(num_rows: int, seed: int, step: int, prompts_per_step: int) -> np.ndarray:

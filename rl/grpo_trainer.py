@@ -25,7 +25,7 @@ from rewards.runner import RewardRunner, check_on_gold
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config, read_preset, require
 from rl.console import Console
-from rl.data import PromptData, PromptRow, check_enough_rows, load_prompts, step_indices
+from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts, step_indices
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.interrupt import StopRequest
 from rl.mesh import create_mesh, num_row_shards
@@ -61,9 +61,8 @@ def train(config: Config) -> pathlib.Path:
         schedule, optimizer = create_training_optimizer(config, policy)
         plan = plan_for(config, data, policy, num_row_shards(mesh, config.mesh.rules))
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
-        run = RunFolder(
-            config, "grpo", {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None}
-        )
+        identity = {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None}
+        run = RunFolder(config, "grpo", {**identity, "data": fingerprint(data.train)})
         stack.callback(run.close)
         runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
         run.begin()
@@ -141,7 +140,9 @@ def train(config: Config) -> pathlib.Path:
             for problem in rollout.problems:
                 console.warning(problem)
             if done % config.checkpoint.every == 0 or done == config.grpo.steps or stop.requested:
-                checkpoints.save(done, state, {"step": done, "entropy": entropy._asdict(), "flavour": policy.flavour})
+                epoch, position = divmod(done * len(rows), len(data.train))
+                loop = {"step": done, "epoch": epoch, "position": position, "entropy": entropy._asdict()}
+                checkpoints.save(done, state, {**loop, "flavour": policy.flavour})
             if stop.requested:
                 break
         checkpoints.wait()

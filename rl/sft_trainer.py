@@ -18,7 +18,7 @@ import numpy as np
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config
 from rl.console import Console
-from rl.data import PairRow, check_enough_rows, load_pairs, load_prompts, step_indices
+from rl.data import PairRow, check_enough_rows, fingerprint, load_pairs, load_prompts, step_indices
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.interrupt import StopRequest
 from rl.losses import LossConfig
@@ -64,7 +64,7 @@ def train(config: Config) -> pathlib.Path:
             preferred_row_length=policy.config.hidden_size,
         )
         # -- run folder, state: whatever is wrong up to here has touched nothing on disk
-        run = RunFolder(config, "sft", {"policy": origin.identity})
+        run = RunFolder(config, "sft", {"policy": origin.identity, "data": fingerprint(pairs.rows)})
         stack.callback(run.close)
         run.begin()
         init_state_fn = InitStateFn(policy, optimizer, config.seed)

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
 from rl.config import load_config
-from rl.data import check_enough_rows, load_pairs, load_prompts, question_key, step_indices
+from rl.data import check_enough_rows, fingerprint, load_pairs, load_prompts, question_key, step_indices
 from rl.sources import load_rows
 from rl.tokenizer import Tokenizer, load_tokenizer
 
@@ -418,3 +418,17 @@ def test_pairs_need_an_eos(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "a", "answer": "1"}])
     with pytest.raises(ValueError, match="must have an EOS token"):
         load_pairs(config_for(path), bare)
+
+
+def test_fingerprint_changes_with_any_row_and_with_their_order(tmp_path):
+    def of(lines):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt, answer in lines))
+        config = load_config(None, [f"data.source={path}"])
+        return fingerprint(load_prompts(config, load_tokenizer("byte")).train)
+
+    rows = [("1+1=", "2"), ("1+2=", "3")]
+    assert of(rows) == of(rows)
+    assert of(rows)["rows"] == 2
+    others = [rows[::-1], rows[:1], [("1+1=", "2"), ("1+3=", "3")], [("1+1=", "2"), ("1+2=", "4")]]
+    assert len({of(lines)["hash"] for lines in [rows, *others]}) == 5
