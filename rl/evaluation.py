@@ -24,7 +24,7 @@ from rewards.runner import RewardRunner
 from rl.config import Config, load_config, require
 from rl.data import PromptRow, load_prompts
 from rl.models.policy import Policy
-from rl.rollout import completion_form, to_columns
+from rl.rollout import run_rewards
 from rl.run_folder import read_run
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
@@ -89,13 +89,7 @@ def evaluate(
     greedy = dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
     groups = sampler.sample(params, [row.prompt_ids for row in rows], 1, greedy, jax.random.key(0))
     completions = [group[0] for group in groups]
-    texts = [tokenizer.decode(completion.token_ids) for completion in completions]
-    result = runner.score(
-        [row.prompt for row in rows],
-        [completion_form(row.prompt, text) for row, text in zip(rows, texts, strict=True)],
-        to_columns([row.columns for row in rows], runner.columns),
-        completion_ids=[completion.token_ids.tolist() for completion in completions],
-    )
+    texts, result = run_rewards(rows, completions, runner, tokenizer)
     names = [spec.name for spec in runner.specs]
     judged = [row[names.index(accuracy_reward) if accuracy_reward else 0] for row in result.rewards]
     judged = [value for value in judged if value is not None]

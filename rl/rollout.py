@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rewards.batch import RewardResult
 from rewards.rubric import summarize, weighted_sum
 from rewards.runner import RewardRunner
 from rl.advantages import compute_advantages
@@ -57,13 +58,7 @@ def score_rollout(
     group_size = config.grpo.group_size
     flat = [completion for group in completions for completion in group]
     row_B = [row for row in rows for _ in range(group_size)]
-    texts = [tokenizer.decode(completion.token_ids) for completion in flat]
-    result = runner.score(
-        [row.prompt for row in row_B],
-        [completion_form(row.prompt, text) for row, text in zip(row_B, texts, strict=True)],
-        to_columns([row.columns for row in row_B], runner.columns),
-        completion_ids=[completion.token_ids.tolist() for completion in flat],
-    )
+    texts, result = run_rewards(row_B, flat, runner, tokenizer)
     weights = [spec.weight for spec in runner.specs]
     rewards_BK = np.array(
         [[math.nan if value is None else value for value in row] for row in result.rewards], np.float64
@@ -111,6 +106,20 @@ def score_rollout(
         metrics,
         list(result.problems),
     )
+
+
+def run_rewards(
+    rows: Sequence[PromptRow], completions: Sequence[Completion], runner: RewardRunner, tokenizer: Tokenizer
+) -> tuple[list[str], RewardResult]:
+    """Decodes completions, one per row, and runs the reward functions on them."""
+    texts = [tokenizer.decode(completion.token_ids) for completion in completions]
+    result = runner.score(
+        [row.prompt for row in rows],
+        [completion_form(row.prompt, text) for row, text in zip(rows, texts, strict=True)],
+        to_columns([row.columns for row in rows], runner.columns),
+        completion_ids=[completion.token_ids.tolist() for completion in completions],
+    )
+    return texts, result
 
 
 def minibatches(rollout: Rollout, num_minibatches: int) -> list[list[TrainGroup]]:
