@@ -46,8 +46,10 @@ def counts(**expected):
 
 
 def is_running(pid: int) -> bool:
+    """A dead process is a zombie without other threads: only then does its parent hear of the death."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        is_zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not is_zombie or len(os.listdir(f"/proc/{pid}/task")) > 1
     except FileNotFoundError:
         return False
 
