@@ -2,10 +2,10 @@
 
     grpo export runs/smollm2_sums my_smollm2
     grpo eval runs/smollm2_sums --output answers.jsonl
-    python examples/smollm2_sums/check_export.py my_smollm2 answers.jsonl       # needs torch
+    python examples/smollm2_sums/check_export.py my_smollm2 answers.jsonl     # needs torch
 
-Loads the exported folder with transformers and decodes every held-out prompt greedily; prints how many answers are equal
-and exits with 1 when one is not.
+Loads the exported folder with transformers and decodes every held-out prompt greedily; prints how many answers are
+equal and exits with 1 when one is not.
 """
 
 import json
