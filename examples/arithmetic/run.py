@@ -1,4 +1,4 @@
-"""The quickstart: warm-starts a small policy on two-digit sums, trains it with GRPO, and shows what changed.
+"""The quickstart: warm-starts a small policy on sums of four digits, trains it with GRPO, and shows what changed.
 
     python examples/arithmetic/run.py [key=value ...]        # for example pure_nnx=false; overrides reach both stages
 
