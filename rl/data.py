@@ -60,9 +60,11 @@ class PairRow:
 
 @dataclasses.dataclass(frozen=True)
 class PairData:
-    """Rows for supervised fine-tuning; `num_dropped` counts prompts and completions over their limits."""
+    """Rows for supervised fine-tuning, and the held-out prompts of the same split; `num_dropped` counts prompts and
+    completions over their limits."""
 
     rows: list[PairRow]
+    held_out: list[PromptRow]
     num_dropped: int
     messages: list[str]
 
@@ -144,7 +146,7 @@ def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
         messages.append(
             f"dropped {num_long} of {len(split.train)} completions longer than sft.max_completion_length={limit} tokens"
         )
-    return PairData(pairs, split.num_dropped + num_long, messages)
+    return PairData(pairs, split.held_out, split.num_dropped + num_long, messages)
 
 
 def fingerprint(rows: Iterable[PromptRow] | Iterable[PairRow]) -> dict[str, Any]:

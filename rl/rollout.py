@@ -1,8 +1,9 @@
 """The host side of a step between sampling and training: completions in, rewards, advantages and packed minibatches
 out.
 
-A reward never becomes an advantage in place: `Rollout` keeps both. Legend: P prompts, G completions per prompt, B = P *
-G sequences, K reward functions.
+A reward never becomes an advantage in place: `Rollout` keeps both.
+
+Legend: P prompts, G completions per prompt, B = P * G sequences, K reward functions.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ import numpy as np
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config
 from rl.console import Console
-from rl.data import PairRow, check_enough_rows, fingerprint, load_pairs, load_prompts, step_indices
+from rl.data import PairRow, check_enough_rows, fingerprint, load_pairs, step_indices
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.interrupt import StopRequest
 from rl.losses import LossConfig
@@ -48,7 +48,7 @@ def train(config: Config) -> pathlib.Path:
         tokenizer = tokenizer_of(config)
         pairs = load_pairs(config, tokenizer)
         check_enough_rows(len(pairs.rows), config.sft.batch_size, "sft.batch_size")
-        held_out = load_prompts(config, tokenizer).held_out[: config.eval.max_prompts]
+        held_out = pairs.held_out[: config.eval.max_prompts]
         origin = find_origin(config, tokenizer)
         # -- mesh, policy, optimizer
         mesh = create_mesh(config.mesh)
