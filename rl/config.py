@@ -193,17 +193,37 @@ class SFTSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class LearningRateGroup:
+    """Parameters whose updates are scaled."""
+
+    pattern: str
+    lr_scale: float
+
+
+@dataclass(frozen=True, config=_STRICT)
 class OptimizerSection:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "sgd"]
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"]
     lr: float
-    schedule: Literal["constant", "linear", "cosine"]
+    lr_groups: list[LearningRateGroup]
+    schedule: Literal["constant", "linear", "cosine", "wsd"]
     warmup_updates: int
+    decay_updates: int | None
+    final_lr_ratio: float
     b1: float
     b2: float
     eps: float
+    adafactor_min_dim: int
+    adafactor_parameter_scale: bool
+    lion_b1: float
+    lion_b2: float
+    muon_momentum: float
+    muon_rms: float | None
+    sgd_momentum: float
+    moment_dtype: Literal["float32", "bfloat16"] | None
     weight_decay: float
+    weight_decay_params: list[str]
     max_grad_norm: float
 
 
@@ -263,6 +283,9 @@ class Config:
     checkpoint: CheckpointSection
     eval: EvalSection
     logging: LoggingSection
+
+
+_LIST_ENTRIES = {"rewards.functions": RewardFunction, "optimizer.lr_groups": LearningRateGroup}
 
 
 class _Loader(yaml.SafeLoader):
@@ -467,8 +490,9 @@ def _build(merged: dict) -> Config:
 def _problem(item: Mapping[str, Any]) -> str:
     key = ".".join(map(str, item["loc"]))
     if item["type"] == "unexpected_keyword_argument":  # in a list entry; other keys are compared with base.yml before
-        names = [field.name for field in dataclasses.fields(RewardFunction)]
-        return f"unknown config key {key!r}; an entry of rewards.functions has {names}"
+        entries = ".".join(map(str, item["loc"][:2]))
+        names = [field.name for field in dataclasses.fields(_LIST_ENTRIES[entries])]
+        return f"unknown config key {key!r}; an entry of {entries} has {names}"
     return f"{key}: {item['msg']}, got {item['input']!r}"
 
 
@@ -481,7 +505,7 @@ def _at_least(config: Config, minimum: int | float, *keys: str) -> None:
 
 def _check(config: Config) -> None:
     """Ranges and cross-field rules that hold for every command."""
-    grpo, sampling, optimizer = config.grpo, config.sampling, config.optimizer
+    grpo, sampling = config.grpo, config.sampling
     if grpo.group_size < 2:
         raise ValueError(f"grpo.group_size must be >= 2 for a group baseline, got {grpo.group_size}")
     _at_least(config, 1, "grpo.steps", "grpo.prompts_per_step", "grpo.minibatches", "grpo.epochs", "grpo.logprob_chunk")
@@ -497,12 +521,10 @@ def _check(config: Config) -> None:
         "logging.samples_per_step",
         "grpo.beta",
         "grpo.epsilon",
-        "optimizer.lr",
     )
-    _at_least(
-        config, 0, "optimizer.warmup_updates", "optimizer.weight_decay", "optimizer.max_grad_norm", "sampling.top_k"
-    )
-    _at_least(config, 0, "sampling.temperature", "sampling.min_p", "sampling.min_completion_length", "seed")
+    _at_least(config, 0, "sampling.top_k", "sampling.temperature", "sampling.min_p", "sampling.min_completion_length")
+    _at_least(config, 0, "seed")
+    _check_optimizer(config)
     if grpo.prompts_per_step % grpo.minibatches:
         fits = [n for n in range(1, grpo.prompts_per_step + 1) if grpo.prompts_per_step % n == 0]
         raise ValueError(
@@ -522,9 +544,6 @@ def _check(config: Config) -> None:
             raise ValueError(f"{key} must be in (0, 1], got {value}")
     if not sampling.min_p < 1.0:
         raise ValueError(f"sampling.min_p must be in [0, 1), got {sampling.min_p}")
-    for key, value in (("optimizer.b1", optimizer.b1), ("optimizer.b2", optimizer.b2)):
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{key} must be in [0, 1), got {value}")
     if not config.rewards.timeout_seconds > 0:
         raise ValueError(f"rewards.timeout_seconds must be > 0, got {config.rewards.timeout_seconds}")
     if grpo.loss_type == "cispo" and grpo.epsilon_high is None:
@@ -544,3 +563,36 @@ def _check(config: Config) -> None:
         raise ValueError(f"eval.reward must name one of rewards.functions {names}, got {config.eval.reward!r}")
     if config.data.eval_source is not None and config.data.eval_size:
         raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
+
+
+def _check_optimizer(config: Config) -> None:
+    """Ranges, and settings that the chosen optimizer or schedule needs or cannot have."""
+    section = config.optimizer
+    _at_least(
+        config, 0, "optimizer.lr", "optimizer.warmup_updates", "optimizer.weight_decay", "optimizer.max_grad_norm"
+    )
+    _at_least(config, 1, "optimizer.decay_updates", "optimizer.adafactor_min_dim")
+    for name in ("b1", "b2", "lion_b1", "lion_b2", "muon_momentum", "sgd_momentum"):
+        value = getattr(section, name)
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"optimizer.{name} must be in [0, 1), got {value}")
+    for name, value in (("eps", section.eps), ("muon_rms", section.muon_rms)):
+        if value is not None and not value > 0:
+            raise ValueError(f"optimizer.{name} must be > 0, got {value}")
+    if not 0.0 <= section.final_lr_ratio <= 1.0:
+        raise ValueError(f"optimizer.final_lr_ratio must be in [0, 1], got {section.final_lr_ratio}")
+    for index, group in enumerate(section.lr_groups):
+        if not group.lr_scale >= 0:
+            raise ValueError(f"optimizer.lr_groups.{index}.lr_scale must be >= 0, got {group.lr_scale}")
+    if section.schedule == "wsd" and section.decay_updates is None:
+        raise ValueError(
+            "optimizer.decay_updates must be set with optimizer.schedule wsd, got null; about a tenth of the run's "
+            "updates is usual"
+        )
+    no_moment = section.name == "adafactor" or (section.name == "sgd" and not section.sgd_momentum)
+    if section.moment_dtype is not None and no_moment:
+        way_out = "set optimizer.sgd_momentum or leave it out" if section.name == "sgd" else "leave it out"
+        raise ValueError(
+            f"optimizer.moment_dtype must be null with optimizer.name {section.name}, which keeps no first moment "
+            f"here, got {section.moment_dtype!r}; {way_out}"
+        )

@@ -31,7 +31,7 @@ from rl.interrupt import StopRequest
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import Policy, policy_from_config
-from rl.optimizer import create_training_optimizer, updates_per_step
+from rl.optimizer import create_training_optimizer, rounding_problems, updates_per_step
 from rl.packing import PackingPlan, plan_packing
 from rl.rollout import completion_form, minibatches, sample_records, score_rollout
 from rl.run_folder import RunFolder
@@ -137,7 +137,7 @@ def train(config: Config) -> pathlib.Path:
                 done, sample_records(rollout, [spec.name for spec in runner.specs], config.logging.samples_per_step)
             )
             console.step_line(metrics)
-            for problem in rollout.problems:
+            for problem in [*rollout.problems, *rounding_problems(trained)]:
                 console.warning(problem)
             if done % config.checkpoint.every == 0 or done == config.grpo.steps or stop.requested:
                 epoch, position = divmod(done * len(rows), len(data.train))

@@ -25,7 +25,7 @@ from rl.losses import LossConfig
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import policy_from_config
-from rl.optimizer import create_training_optimizer
+from rl.optimizer import create_training_optimizer, rounding_problems
 from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
 from rl.run_folder import RunFolder
 from rl.states import InitStateFn, get_first_step, setup_training_state
@@ -115,10 +115,14 @@ def train(config: Config) -> pathlib.Path:
                 "grad_norm": float(update.grad_norm),
                 "lr": float(np.asarray(schedule(step))),
             }
+            if update.lost_share is not None:
+                metrics["update/lost_share"] = float(update.lost_share)
             metrics |= {**watch.lap(), "compiles": compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}
             metrics["tokens_per_second/train"] = num_tokens / metrics["seconds/train"]
             writer.write(metrics)
             console.step_line(metrics)
+            for problem in rounding_problems(metrics):
+                console.warning(problem)
             if done % config.checkpoint.every == 0 or done == config.sft.steps or stop.requested:
                 checkpoints.save(done, state, {"step": done, "flavour": policy.flavour})
             if stop.requested:

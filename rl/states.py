@@ -144,14 +144,37 @@ def _select(state: PureState, is_training: bool) -> PureState:
 
 def _annotate(shapes: PureState, policy: Policy) -> PureState:
     """Logical axis names per leaf: those of a weight also for its moments, which lie at the weight's path below the
-    optimizer's own.
+    optimizer's own. A moment that was reduced over a dim has the names of the others; all else has none.
     """
     is_names = lambda x: isinstance(x, tuple)  # noqa: E731
     weights = jax.tree_util.tree_flatten_with_path(logical_axes(policy.config), is_leaf=is_names)[0]
-    axes = {tuple(part.key for part in path): names for path, names in weights}
+    axes = {_keys(path): names for path, names in weights}
+    weight_shapes = {_keys(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)}
 
     def names(path: tuple, leaf: Any) -> tuple:
-        keys = tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
-        return axes[keys] if keys in axes and len(axes[keys]) == leaf.ndim else (None,) * leaf.ndim
+        keys = _keys(path)
+        # An optimizer that treats parts of the tree differently has dict keys of its own in front.
+        weight = next((keys[start:] for start in range(len(keys)) if keys[start:] in axes), None)
+        if weight is not None:
+            for kept in _kept_dims(path, weight_shapes[weight]):
+                if leaf.shape == tuple(weight_shapes[weight][dim] for dim in kept):
+                    return tuple(axes[weight][dim] for dim in kept)
+        return (None,) * leaf.ndim
 
     return jax.tree_util.tree_map_with_path(names, shapes)
+
+
+def _kept_dims(path: tuple, shape: tuple[int, ...]) -> list[list[int]]:
+    """Dims of a weight that a leaf at `path` may have: all, or in Adafactor's factors (`optax.FactoredState`) all but
+    the largest for `v_row`, all but the second largest for `v_col`.
+    """
+    dims = list(range(len(shape)))
+    by_size = sorted(dims, key=lambda dim: (shape[dim], dim))
+    fields = {part.name for part in path if isinstance(part, jax.tree_util.GetAttrKey)}
+    reduced = by_size[-1:] if "v_row" in fields else by_size[-2:-1] if "v_col" in fields else []
+    return [dims, [dim for dim in dims if dim not in reduced]]
+
+
+def _keys(path: tuple) -> tuple[str, ...]:
+    """The dict keys of a key path."""
+    return tuple(part.key for part in path if isinstance(part, jax.tree_util.DictKey))

@@ -23,6 +23,7 @@ from rl.losses import Denominators, LossConfig, LossInputs, MetricSums, combine_
 from rl.mesh import replicated, row_sharding
 from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState
+from rl.optimizer import rounding_loss
 from rl.packing import Batch
 
 
@@ -53,12 +54,15 @@ class UpdateMetrics(NamedTuple):
       sums: of the whole minibatch; `rl.losses.finish_metrics` makes metrics of them.
       grad_norm: global norm of the gradient before clipping.
       difference: absolute difference between the policy's log-probs now and those of the sampler.
+      lost_share: of the non-zero updates of single weights, those that rounding discarded; None for weights in float32
+        or wider.
     """
 
     loss: jax.Array
     sums: MetricSums
     grad_norm: jax.Array
     difference: "Difference"
+    lost_share: jax.Array | None
 
 
 class Difference(NamedTuple):
@@ -123,7 +127,8 @@ def jit_train_step(
         loss, grads, sums, difference = jax.lax.fori_loop(0, batch.num_microbatches, add_piece, start)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = UpdateMetrics(loss, sums, optax.tree.norm(grads), difference)
+        lost_share = rounding_loss(state.params, updates) if jnp.finfo(policy.config.param_dtype).bits < 32 else None
+        metrics = UpdateMetrics(loss, sums, optax.tree.norm(grads), difference, lost_share)
         return PureState(state.step + 1, params, opt_state, state.rng), metrics
 
     everywhere: Any = replicated(mesh)

@@ -11,7 +11,7 @@ from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config
 from rl.mesh import create_mesh
 from rl.models.policy import Policy, policy_from_config
-from rl.optimizer import create_training_optimizer
+from rl.optimizer import create_training_optimizer, shortest_run
 from rl.states import InitStateFn, get_abstract_state, setup_decode_state
 from rl.tokenizer import Tokenizer
 from rl.weights import Origin, find_origin, pretrained_params, tokenizer_of
@@ -58,7 +58,7 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
     mesh = create_mesh(config.mesh)
     policy = policy_from_config(config, origin.model_config)
     # The number of updates shapes the schedule only, never the optimizer's state.
-    _, optimizer = create_training_optimizer(config, policy, num_updates=config.optimizer.warmup_updates + 1)
+    _, optimizer = create_training_optimizer(config, policy, num_updates=shortest_run(config.optimizer))
     config = dataclasses.replace(config, output_dir=str(pathlib.Path(folder)))
     checkpoints = create_checkpoint_manager(config, mesh, InitStateFn(policy, optimizer, config.seed), read_only=True)
     try:

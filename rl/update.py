@@ -134,6 +134,8 @@ class Updater:
         for update in measured:
             finished = {k: float(v) for k, v in finish_metrics(update.sums).items()}
             updates.append({"loss": float(update.loss), "grad_norm": float(update.grad_norm), **finished})
+            if update.lost_share is not None:
+                updates[-1]["update/lost_share"] = float(update.lost_share)
         metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
         if self._loss_config.has_entropy_bonus:
             metrics["entropy_coef"] = entropy.coef
