@@ -151,6 +151,14 @@ def refuse(recipe, *overrides, match):
             ["optimizer.warmup_updates=2"],
             "optimizer.warmup_updates must be below the run's number of updates (2), got 2",
         ),
+        (
+            ["optimizer.schedule=wsd", "optimizer.decay_updates=3"],
+            "optimizer.decay_updates must be at most 2, what the warm-up leaves of the run's 2 updates, got 3; ",
+        ),
+        (
+            ["optimizer.lr_groups=[{pattern: 'layers.*', lr_scale: 0.1}]"],
+            "optimizer.lr_groups.0.pattern must match the name of a parameter (* stands for any characters), got ",
+        ),
         (["sampling.eos_ids=[999]"], "sampling.eos_ids must be token ids below 259, got [999]"),
         (
             ["grpo.loss_type=cispo"],

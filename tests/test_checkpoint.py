@@ -126,7 +126,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon", "sgd"])
 def test_the_layout_has_no_empty_part_and_loses_nothing(tmp_path, optimizer):
     abstract = get_abstract_state(*setup(tmp_path, f"optimizer.name={optimizer}"))
     state = state_of(abstract)

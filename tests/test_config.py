@@ -128,6 +128,14 @@ def test_whole_numbers_are_taken_as_floats_but_not_the_other_way_round():
             "rewards.functions=[{function: 'a:b', weigth: 2.0}]",
             r"unknown config key 'rewards\.functions\.0\.weigth'; an entry of rewards\.functions has \['function', ",
         ),
+        (
+            "optimizer.lr_groups=[{pattern: '*', scale: 2.0}]",
+            r"unknown config key '.*groups\.0\.scale'; an entry of optimizer\.lr_groups has \['pattern', 'lr_scale'\]",
+        ),
+        ("optimizer.lr_groups=[{pattern: '*'}]", r"optimizer\.lr_groups\.0\.lr_scale: "),
+        ("optimizer.name=adam", r"optimizer\.name: .*'adamw', 'adafactor', 'lion', 'muon' or 'sgd', got 'adam'"),
+        ("optimizer.schedule=step", r"optimizer\.schedule: .*'wsd', got 'step'"),
+        ("optimizer.moment_dtype=float16", r"optimizer\.moment_dtype: .*'float32' or 'bfloat16', got 'float16'"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_key_and_value(override, message):
@@ -222,6 +230,26 @@ def test_a_missing_recipe_is_refused(tmp_path):
         (["sampling.top_p=0"], r"sampling\.top_p must be in \(0, 1\], got 0"),
         (["sampling.min_p=1.0"], r"sampling\.min_p must be in \[0, 1\), got 1"),
         (["optimizer.b2=1.0"], r"optimizer\.b2 must be in \[0, 1\), got 1"),
+        (["optimizer.muon_momentum=-0.1"], r"optimizer\.muon_momentum must be in \[0, 1\), got -0\.1"),
+        (["optimizer.eps=0"], r"optimizer\.eps must be > 0, got 0"),
+        (["optimizer.muon_rms=-1.0"], r"optimizer\.muon_rms must be > 0, got -1"),
+        (["optimizer.weight_decay=-0.1"], r"optimizer\.weight_decay must be >= 0, got -0\.1"),
+        (["optimizer.decay_updates=0"], r"optimizer\.decay_updates must be >= 1, got 0"),
+        (["optimizer.adafactor_min_dim=0"], r"optimizer\.adafactor_min_dim must be >= 1, got 0"),
+        (["optimizer.final_lr_ratio=1.5"], r"optimizer\.final_lr_ratio must be in \[0, 1\], got 1\.5"),
+        (
+            ["optimizer.lr_groups=[{pattern: '*', lr_scale: 1}, {pattern: '*', lr_scale: -2}]"],
+            r"optimizer\.lr_groups\.1\.lr_scale must be >= 0, got -2",
+        ),
+        (["optimizer.schedule=wsd"], r"optimizer\.decay_updates must be set with optimizer\.schedule wsd, got null"),
+        (
+            ["optimizer.name=adafactor", "optimizer.moment_dtype=bfloat16"],
+            r"moment_dtype must be null with optimizer\.name adafactor, which keeps no first moment .*'bfloat16'",
+        ),
+        (
+            ["optimizer.name=sgd", "optimizer.moment_dtype=bfloat16"],
+            r"moment_dtype must be null with optimizer\.name sgd, .*'bfloat16'; set optimizer\.sgd_momentum",
+        ),
         (["rewards.timeout_seconds=0"], r"rewards\.timeout_seconds must be > 0, got 0"),
         (
             ["grpo.loss_type=vespo", "grpo.sampler_is_correction=true", "grpo.sampler_is_mode=sequence_mask"],

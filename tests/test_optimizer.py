@@ -24,7 +24,7 @@ from rl.models.policy import policy_from_config
 from rl.models.train_state import PureState
 from rl.optimizer import create_training_optimizer, decay_mask, rounding_loss, rounding_problems, updates_per_step
 from rl.run_folder import read_run
-from rl.states import InitStateFn, setup_training_state
+from rl.states import InitStateFn, create_sharded_state, get_abstract_state
 from rl.trained import load_checkpoint
 
 SHAPE = ModelConfig.from_arch("qwen3", 12, 8, 16, 1, 2, 1, 4, tie_word_embeddings=False)
@@ -572,7 +572,9 @@ def on_mesh(name, pure_nnx, num_devices, *mesh):
     optimizer = create_training_optimizer(config, policy)[1]
     devices = create_mesh(config.mesh, jax.devices()[:num_devices])
     init_state_fn = InitStateFn(policy, optimizer, 3)
-    state, abstract = setup_training_state(config, devices, init_state_fn)
+    abstract = get_abstract_state(config, devices, init_state_fn)
+    params = jax.device_put(params_of(FLOAT64, jnp.float64), abstract.shardings.params)
+    state = create_sharded_state(init_state_fn, devices, abstract, params)
 
     def step(state):
         grads = gradient(state.params, state.step)
@@ -588,7 +590,6 @@ def on_mesh(name, pure_nnx, num_devices, *mesh):
     return open_checkpoints, states, update
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_sharded_updates_are_those_of_one_device_and_go_on_after_a_restore_in_the_other_flavour(name, tmp_path):
     with jax.enable_x64(True):

@@ -1,5 +1,7 @@
 """Training states of both flavours: one pure tree, the same numbers, born where the rules put them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,6 +148,61 @@ def test_moments_have_the_axes_and_the_sharding_of_their_weight(flavour):
     assert kernel.spec == PartitionSpec("fsdp", "tensor", None)
 
 
+def test_factors_of_a_second_moment_have_the_axes_that_were_not_summed_over():
+    """Adafactor sums `v_row` over the largest dim and `v_col` over the second largest; of equal dims the last counts as
+    the largest.
+    """
+    shape = ModelConfig.from_arch("qwen2", 24, 16, 16, 1, 4, 2, 8)
+    settings = ("optimizer.name=adafactor", "optimizer.adafactor_min_dim=8", *EIGHT)
+    config, mesh, _, init_state_fn = setup("nnx", *settings, shape=shape)
+    abstract = get_abstract_state(config, mesh, init_state_fn)
+    is_factored = lambda part: isinstance(part, optax.FactoredState)  # noqa: E731
+    shapes, annotations, shardings = (
+        next(filter(is_factored, jax.tree.leaves(state.opt_state, is_leaf=is_factored))) for state in abstract
+    )
+    none = (None,)
+    expected = {  # weight: the axes of v_row, v_col and v
+        ("embed_tokens", "embedding"): (("embed",), ("vocab",), none),  # [24, 16]
+        ("layers_0", "mlp", "up_proj", "kernel"): (("embed",), ("mlp",), none),  # [16, 16]
+        ("layers_0", "mlp", "down_proj", "kernel"): (("mlp",), ("embed",), none),  # [16, 16]
+        ("layers_0", "self_attn", "q_proj", "kernel"): (("heads", "head_dim"), ("embed", "heads"), none),  # [16, 4, 8]
+        ("layers_0", "self_attn", "o_proj", "kernel"): (("heads", "head_dim"), ("heads", "embed"), none),  # [4, 8, 16]
+        ("layers_0", "self_attn", "q_proj", "bias"): (none, none, ("heads", "head_dim")),  # [4, 8]
+        ("norm", "scale"): (none, none, ("norm",)),  # [16]
+    }
+    for path, want in expected.items():
+        leaf = lambda tree, path=path: functools.reduce(lambda part, key: part[key], path, tree)  # noqa: E731
+        for field, axes in zip(("v_row", "v_col", "v"), want, strict=True):
+            moment, got = leaf(getattr(shapes, field)), leaf(getattr(annotations, field))
+            assert got == axes, (path, field)
+            spec = partition_spec(axes, moment.shape, mesh, config.mesh.rules)
+            assert leaf(getattr(shardings, field)).spec == spec, (path, field)
+    assert leaf_spec(shardings.v_col, "q_proj") == PartitionSpec("fsdp", "tensor")
+    assert annotations.count == ()
+
+
+def leaf_spec(tree, projection):
+    return tree["layers_0"]["self_attn"][projection]["kernel"].spec
+
+
+@pytest.mark.parametrize("name", ["lion", "muon", "sgd"])
+def test_first_moments_of_every_optimizer_have_the_sharding_of_their_weight(name):
+    config, mesh, _, init_state_fn = setup("nnx", f"optimizer.name={name}", "optimizer.sgd_momentum=0.9", *EIGHT)
+    abstract = get_abstract_state(config, mesh, init_state_fn)
+    weights = {jax.tree_util.keystr(path): where for path, where in leaves_of(abstract.shardings.params)}
+    found = set()
+    for path, where in leaves_of(abstract.shardings.opt_state):
+        _, dot, weight = jax.tree_util.keystr(path).replace(".trace[", ".mu[").partition(".mu")
+        if dot:
+            assert where == weights[weight], weight
+            found.add(weight)
+    assert found == set(weights)
+
+
+def leaves_of(tree):
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
 def adam_of(state):
     """Adam's part of an optimizer state."""
     is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)  # noqa: E731
@@ -251,10 +308,13 @@ def test_a_long_list_of_problems_is_cut_and_counted():
 # A real update
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
 def test_updates_of_both_flavours_are_the_pure_optax_updates_bit_for_bit(name):
     overrides = (
         f"optimizer.name={name}",
+        "optimizer.adafactor_min_dim=4",
+        "optimizer.sgd_momentum=0.9",
+        "optimizer.lr_groups=[{pattern: '*/bias', lr_scale: 2}]",
         "optimizer.lr=1e-2",
         "optimizer.warmup_updates=2",
         "optimizer.max_grad_norm=0.5",
