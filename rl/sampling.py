@@ -6,6 +6,7 @@ Legend: B sequences, V vocabulary, K blocks of the vocabulary, L lanes of a bloc
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,26 +14,38 @@ import jax.numpy as jnp
 
 # Cumulative sums run over blocks of this many tokens, then inside one: XLA's cumsum over a whole vocabulary is slow.
 BLOCK_LANES = 128
+# Keeps biased logits finite in float32, after the division by any sensible temperature too.
+LARGEST_BIAS = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn; hashable, so that it can be a static argument.
+    """How completions are drawn; hashable, so that it can be a static argument; the defaults change nothing.
 
-    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
     max_completion_length, min_completion_length: tokens; the end (EOS, stop string) comes after at least the minimum.
-    stop_strings: a completion ends with the token that completes one of them. eos_ids: tokens that end a completion.
+    eos_ids: tokens that end a completion. stop_strings: a completion ends with the token that completes one of them.
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
+    repetition_penalty: for tokens of the prompt or the completion so far; > 1 makes them rarer, 1 is off.
+    frequency_penalty, presence_penalty: logits that a token of the completion loses per occurrence, and once; 0 is off.
+    logit_bias: (token id, logits to add) pairs. forbidden_ids: tokens that are never drawn.
+    top_logprobs: how many of the most likely tokens are reported at each position.
     Raises ValueError for values out of range.
     """
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
     max_completion_length: int
-    min_completion_length: int
-    stop_strings: tuple[str, ...]
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...] = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    min_completion_length: int = 0
+    stop_strings: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    forbidden_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 0, "temperature", ">= 0 (0 is greedy)", self.temperature)
@@ -48,13 +61,35 @@ class SamplingParams:
         )
         _require(isinstance(self.stop_strings, tuple), "stop_strings", "a tuple of strings", self.stop_strings)
         _require(all(self.stop_strings), "stop_strings", "non-empty strings; leave empty ones out", self.stop_strings)
-        _require(isinstance(self.eos_ids, tuple), "eos_ids", "a tuple of token ids", self.eos_ids)
-        _require(all(i >= 0 for i in self.eos_ids), "eos_ids", "token ids >= 0", self.eos_ids)
+        for name in ("eos_ids", "forbidden_ids"):
+            ids = getattr(self, name)
+            _require(isinstance(ids, tuple), name, "a tuple of token ids", ids)
+            _require(all(i >= 0 for i in ids), name, "token ids >= 0", ids)
+        rule = "finite and > 0 (1 is off, > 1 makes repetition rarer)"
+        _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", rule, self.repetition_penalty)
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _require(math.isfinite(value), name, "finite (0 is off, > 0 makes repetition rarer)", value)
+        pairs = isinstance(self.logit_bias, tuple) and all(
+            isinstance(p, tuple) and len(p) == 2 for p in self.logit_bias
+        )
+        _require(pairs, "logit_bias", "a tuple of (token id, bias) tuples", self.logit_bias)
+        _require(all(i >= 0 for i, _ in self.logit_bias), "logit_bias", "on token ids >= 0", self.logit_bias)
+        rule = f"finite, at most {LARGEST_BIAS:g} in size; for a token that must never come use forbidden_ids"
+        _require(all(abs(bias) <= LARGEST_BIAS for _, bias in self.logit_bias), "logit_bias", rule, self.logit_bias)
+        num_ids = len({token for token, _ in self.logit_bias})
+        _require(num_ids == len(self.logit_bias), "logit_bias", "one bias per token id", self.logit_bias)
+        _require(self.top_logprobs >= 0, "top_logprobs", ">= 0 (0 reports none)", self.top_logprobs)
 
     @property
     def greedy(self) -> bool:
         """Whether every token is the argmax."""
         return self.temperature == 0
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether a penalty is on, so that drawing needs the tokens that came before."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
 
 class Draw(NamedTuple):

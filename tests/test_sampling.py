@@ -9,16 +9,7 @@ import pytest
 
 from rl.sampling import SamplingParams, draw, truncate
 
-PLAIN = SamplingParams(
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    max_completion_length=8,
-    min_completion_length=0,
-    stop_strings=(),
-    eos_ids=(),
-)
+PLAIN = SamplingParams(max_completion_length=8)
 
 
 def params(**changes) -> SamplingParams:
@@ -174,8 +165,32 @@ def test_eos_is_forbidden_only_in_the_rows_that_say_so():
         ({"stop_strings": ("a", "")}, "stop_strings"),
         ({"stop_strings": ["a"]}, "stop_strings must be a tuple"),
         ({"eos_ids": (-1,)}, "eos_ids"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and > 0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty must be finite"),
+        ({"presence_penalty": float("nan")}, "presence_penalty must be finite"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias must be a tuple"),
+        ({"logit_bias": ([3, 1.0],)}, "logit_bias must be a tuple"),
+        ({"logit_bias": ((-3, 1.0),)}, "logit_bias must be on token ids >= 0"),
+        ({"logit_bias": ((3, float("-inf")),)}, "logit_bias must be finite.*forbidden_ids"),
+        ({"logit_bias": ((3, float("nan")),)}, "logit_bias must be finite"),
+        ({"logit_bias": ((3, 1.0), (4, 1.0), (3, 2.0))}, "logit_bias must be one bias per token id"),
+        ({"forbidden_ids": [1]}, "forbidden_ids must be a tuple"),
+        ({"forbidden_ids": (-1,)}, "forbidden_ids must be token ids >= 0"),
+        ({"top_logprobs": -1}, "top_logprobs must be >= 0"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         params(**changes)
+
+
+def test_defaults_are_neutral_and_parameters_are_hashable():
+    everything = params(repetition_penalty=1.2, frequency_penalty=0.5, logit_bias=((3, -2.0),), forbidden_ids=(1,))
+    assert not PLAIN.needs_counts
+    assert not PLAIN.greedy
+    assert hash(everything) == hash(dataclasses.replace(everything))
+    assert everything != PLAIN
+    for name, value in (("repetition_penalty", 0.9), ("frequency_penalty", -0.5), ("presence_penalty", 0.1)):
+        assert params(**{name: value}).needs_counts
+    assert not params(logit_bias=((3, -2.0),), forbidden_ids=(1,), top_k=3, top_logprobs=4).needs_counts
