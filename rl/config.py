@@ -20,7 +20,7 @@ import yaml
 from pydantic.dataclasses import dataclass
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_FREE_FORM = ("data.args", "data.eval_args", "data.columns")
+_FREE_FORM = ("data.args", "data.eval_args", "data.columns", "sampling.logit_bias")
 
 # Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step
 # computes.
@@ -131,6 +131,11 @@ class SamplingSection:
     top_k: int
     top_p: float
     min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: dict[int, float]
+    forbidden_ids: list[int]
     max_completion_length: int
     min_completion_length: int
     stop_strings: list[str]
@@ -544,6 +549,11 @@ def _check(config: Config) -> None:
             raise ValueError(f"{key} must be in (0, 1], got {value}")
     if not sampling.min_p < 1.0:
         raise ValueError(f"sampling.min_p must be in [0, 1), got {sampling.min_p}")
+    if not sampling.repetition_penalty > 0:
+        raise ValueError(f"sampling.repetition_penalty must be > 0 (1 is off), got {sampling.repetition_penalty}")
+    for key, ids in (("logit_bias", sampling.logit_bias), ("forbidden_ids", sampling.forbidden_ids)):
+        if any(token < 0 for token in ids):
+            raise ValueError(f"sampling.{key} must hold token ids >= 0, got {sorted(ids)}")
     if not config.rewards.timeout_seconds > 0:
         raise ValueError(f"rewards.timeout_seconds must be > 0, got {config.rewards.timeout_seconds}")
     if grpo.loss_type == "cispo" and grpo.epsilon_high is None:

@@ -80,7 +80,7 @@ def prefill(
     first = draw_at(jnp.int32(0), logits_BV, labels, sampling)
     cache = share_prefix(cache, group_size, num_slots)
     assert cache.prefix is not None
-    return labels, cache.prefix, cache.own, Drawn(*(x[:, None] for x in first), num_steps=jnp.int32(1))
+    return labels, cache.prefix, cache.own, Drawn(*(x[:, None] for x in first[:3]), num_steps=jnp.int32(1))
 
 
 def decode_chunk(
@@ -107,7 +107,7 @@ def decode_chunk(
     eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32)
     logprob_dtype = jnp.promote_types(policy.config.dtype, jnp.float32)
     buffer = (tokens_B.size, chunk)
-    columns = Draw(jnp.zeros(buffer, jnp.int32), jnp.zeros(buffer, logprob_dtype), jnp.zeros(buffer, logprob_dtype))
+    columns = (jnp.zeros(buffer, jnp.int32), jnp.zeros(buffer, logprob_dtype), jnp.zeros(buffer, logprob_dtype))
 
     def unfinished(carry: tuple) -> jax.Array:
         _, _, finished_B, position, _ = carry
@@ -126,11 +126,9 @@ def decode_chunk(
             KVCache(own=own, cursor=position - 1, prefix=prefix),
         )
         drawn = draw_at(position, policy.unembed(params, hidden_B1D[:, 0]), labels, sampling)
-        columns = Draw(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(column_BC, new_B[:, None], position - start, axis=1)
-                for column_BC, new_B in zip(columns, drawn, strict=True)
-            )
+        columns = tuple(
+            jax.lax.dynamic_update_slice_in_dim(column_BC, new_B[:, None], position - start, axis=1)
+            for column_BC, new_B in zip(columns, drawn[:3], strict=True)
         )
         finished_B = finished_B | jnp.isin(drawn.token_B, eos_ids)
         return cache.own, drawn.token_B, finished_B, position + 1, columns

@@ -82,11 +82,20 @@ def evaluate(
     """Decodes every row greedily and scores it.
 
     Args:
-      sampling: the run's; its temperature and truncations are replaced by greedy decoding, lengths and stop strings
-        stay.
+      sampling: the run's; its temperature, truncations and penalties are replaced by plain greedy decoding. Lengths,
+        stop strings, logit bias and forbidden ids stay.
       accuracy_reward: name of the reward function that counts; None: the first.
     """
-    greedy = dataclasses.replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    greedy = dataclasses.replace(
+        sampling,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        frequency_penalty=0.0,
+        presence_penalty=0.0,
+    )
     groups = sampler.sample(params, [row.prompt_ids for row in rows], 1, greedy, jax.random.key(0))
     completions = [group[0] for group in groups]
     texts, result = run_rewards(rows, completions, runner, tokenizer)
@@ -128,13 +137,18 @@ def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: 
 
 
 def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
-    """The `sampling` section as the sampler takes it."""
+    """The `sampling` section as the sampler takes it; nothing else, not a model's own defaults, sets a rule."""
     section = config.sampling
     return SamplingParams(
         temperature=section.temperature,
         top_k=section.top_k,
         top_p=section.top_p,
         min_p=section.min_p,
+        repetition_penalty=section.repetition_penalty,
+        frequency_penalty=section.frequency_penalty,
+        presence_penalty=section.presence_penalty,
+        logit_bias=tuple(sorted(section.logit_bias.items())),
+        forbidden_ids=tuple(section.forbidden_ids),
         max_completion_length=section.max_completion_length,
         min_completion_length=section.min_completion_length,
         stop_strings=tuple(section.stop_strings),

@@ -35,6 +35,7 @@ from rl.optimizer import create_training_optimizer, rounding_problems, updates_p
 from rl.packing import PackingPlan, plan_packing
 from rl.rollout import completion_form, minibatches, sample_records, score_rollout
 from rl.run_folder import RunFolder
+from rl.sampling import SamplingParams
 from rl.states import InitStateFn, get_first_step, setup_decode_state, setup_training_state
 from rl.update import EntropyCoefState, Updater, loss_config
 from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
@@ -73,6 +74,7 @@ def train(config: Config) -> pathlib.Path:
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
         announce(console, config, data, origin, policy, mesh, run, plan)
+        warn_about_sampling(console, config, sampling)
         shardings = checkpoints.abstract.shardings
         reference = None
         if config.grpo.beta:
@@ -191,6 +193,16 @@ def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -
         return
     for warning in check_on_gold(runner, row.prompt, completion_form(row.prompt, str(gold)), row.columns):
         console.warning(warning)
+
+
+def warn_about_sampling(console: Console, config: Config, sampling: SamplingParams) -> None:
+    """Says when completions come from another distribution than the policy's and the loss does not correct for it."""
+    if sampling.reshaping_rules and not config.grpo.sampler_is_correction:
+        rules = ", ".join(f"sampling.{name}" for name in sampling.reshaping_rules)
+        console.warning(
+            f"{rules}: completions come from another distribution than the policy's, and the loss takes them for the "
+            "policy's own; set grpo.sampler_is_correction=true, or turn these rules off"
+        )
 
 
 def announce(

@@ -1,8 +1,14 @@
-"""How one token is drawn from logits: `SamplingParams` and `draw`. Pure functions of arrays; no model, no loop.
+"""How one token is drawn from logits: `SamplingParams`, `TokenCounts` and `draw`. Pure functions; no model, no loop.
 
-Order of the rules, as in transformers: EOS forbidden (minimum length), temperature, top-k, top-p, min-p. The draw is an
-inverse CDF from one uniform number per row, because threefry over [B, V] costs more than everything else here.
-Legend: B sequences, V vocabulary, K blocks of the vocabulary, L lanes of a block.
+Order of the rules: repetition penalty, frequency and presence penalty, logit bias, EOS forbidden (minimum length),
+forbidden ids; then temperature, top-k, top-p, min-p. The last four come as in transformers
+(https://huggingface.co/docs/transformers/internal/generation_utils). transformers and vLLM
+(https://docs.vllm.ai/en/v0.22.1/api/vllm/v1/sample/sampler/) add a bias before the penalties; here it comes after them,
+so that a bias of x moves a logit by x whatever came before. A rule that is off costs nothing.
+
+The draw is an inverse CDF (`rl.categorical`) from one uniform number per row, because threefry over [B, V] costs more
+than everything else here. Not here: how counts live through a decode loop, and stop strings (`rl.sampler`).
+Legend: B sequences, V vocabulary, N most likely tokens.
 """
 
 import dataclasses
@@ -11,9 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-# Cumulative sums run over blocks of this many tokens, then inside one: XLA's cumsum over a whole vocabulary is slow.
-BLOCK_LANES = 128
+from rl.categorical import in_nucleus, inverse_cdf, take
+
 # Keeps biased logits finite in float32, after the division by any sensible temperature too.
 LARGEST_BIAS = 1e30
 
@@ -27,7 +34,7 @@ class SamplingParams:
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
     repetition_penalty: for tokens of the prompt or the completion so far; > 1 makes them rarer, 1 is off.
     frequency_penalty, presence_penalty: logits that a token of the completion loses per occurrence, and once; 0 is off.
-    logit_bias: (token id, logits to add) pairs. forbidden_ids: tokens that are never drawn.
+    logit_bias: pairs of a token id and what its logit gains. forbidden_ids: tokens that are never drawn.
     top_logprobs: how many of the most likely tokens are reported at each position.
     Raises ValueError for values out of range.
     """
@@ -70,10 +77,9 @@ class SamplingParams:
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)
             _require(math.isfinite(value), name, "finite (0 is off, > 0 makes repetition rarer)", value)
-        pairs = isinstance(self.logit_bias, tuple) and all(
-            isinstance(p, tuple) and len(p) == 2 for p in self.logit_bias
-        )
-        _require(pairs, "logit_bias", "a tuple of (token id, bias) tuples", self.logit_bias)
+        entries = self.logit_bias if isinstance(self.logit_bias, tuple) else (None,)
+        are_pairs = all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
+        _require(are_pairs, "logit_bias", "a tuple of (token id, bias) tuples", self.logit_bias)
         _require(all(i >= 0 for i, _ in self.logit_bias), "logit_bias", "on token ids >= 0", self.logit_bias)
         rule = f"finite, at most {LARGEST_BIAS:g} in size; for a token that must never come use forbidden_ids"
         _require(all(abs(bias) <= LARGEST_BIAS for _, bias in self.logit_bias), "logit_bias", rule, self.logit_bias)
@@ -91,19 +97,54 @@ class SamplingParams:
         """Whether a penalty is on, so that drawing needs the tokens that came before."""
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
+    @property
+    def reshaping_rules(self) -> tuple[str, ...]:
+        """Names of the rules that make tokens come from another distribution than softmax(logits / temperature)."""
+        on = {
+            "repetition_penalty": self.repetition_penalty != 1,
+            "frequency_penalty": self.frequency_penalty != 0,
+            "presence_penalty": self.presence_penalty != 0,
+            "logit_bias": bool(self.logit_bias),
+            "min_completion_length": _may_forbid_eos(self),
+            "forbidden_ids": bool(self.forbidden_ids),
+            "top_k": self.top_k > 0,
+            "top_p": self.top_p < 1,
+            "min_p": self.min_p > 0,
+        }
+        return tuple(name for name, is_on in on.items() if is_on)
+
+
+class TokenCounts(NamedTuple):
+    """What came before in each row, for the penalties.
+
+    completion_BV: int32, how often each token was drawn so far. prompt_BV: bool, whether the prompt holds it.
+    """
+
+    completion_BV: jax.Array
+    prompt_BV: jax.Array
+
 
 class Draw(NamedTuple):
-    """One drawn token per row.
+    """One drawn token per row, and the `sampling.top_logprobs` most likely ones, the most likely first.
 
-    sampler_logprob_B is under the distribution really drawn from; policy_logprob_B under softmax(logits / temperature).
+    sampler_logprob_B is under the distribution really drawn from; policy_logprob_B and top_logprobs_BN under
+    softmax(logits / temperature) of the logits as they came (temperature 1 when greedy). Ids are int32.
     """
 
     token_B: jax.Array
     sampler_logprob_B: jax.Array
     policy_logprob_B: jax.Array
+    top_ids_BN: jax.Array
+    top_logprobs_BN: jax.Array
 
 
-def draw(logits_BV: jax.Array, uniform_B: jax.Array, sampling: SamplingParams, forbid_eos_B: jax.Array) -> Draw:
+def draw(
+    logits_BV: jax.Array,
+    uniform_B: jax.Array,
+    sampling: SamplingParams,
+    forbid_eos_B: jax.Array,
+    counts: TokenCounts | None = None,
+) -> Draw:
     """Draws one token per row.
 
     Args:
@@ -111,24 +152,79 @@ def draw(logits_BV: jax.Array, uniform_B: jax.Array, sampling: SamplingParams, f
       uniform_B: numbers in [0, 1), one per row; unused when greedy.
       sampling: the rules; static under jit.
       forbid_eos_B: bool; rows where no token of `sampling.eos_ids` may come.
+      counts: the tokens before this one; read only when `sampling.needs_counts`.
 
     Returns:
-      int32 tokens and two log-probs. Greedy: policy_logprob at temperature 1, sampler_logprob 0 (a certain choice).
-      A token outside the truncated distribution, or of probability 0, never comes, whatever the uniform number.
+      Tokens and log-probs. Greedy: the argmax after penalties, bias and forbidden ids, sampler_logprob 0 (a certain
+      choice). A token outside the truncated distribution, or of probability 0, never comes, whatever the uniform
+      number.
+
+    Raises:
+      ValueError: counts are missing; an id of the bias or of forbidden_ids is not in the vocabulary; no token is left;
+        top_logprobs is larger than the vocabulary. All at trace time.
     """
-    allowed_BV = _forbid_eos(logits_BV, sampling, forbid_eos_B)
+    _check_vocabulary(sampling, logits_BV.shape[-1])
+    adjusted_BV = _forbid(adjust(logits_BV, sampling, counts), sampling, forbid_eos_B)
     if sampling.greedy:
-        token_B = jnp.argmax(allowed_BV, axis=-1).astype(jnp.int32)
-        policy_logprob_B = _take(logits_BV, token_B) - jax.nn.logsumexp(logits_BV, axis=-1)
-        return Draw(token_B, jnp.zeros_like(policy_logprob_B), policy_logprob_B)
-    scores_BV = truncate(allowed_BV / sampling.temperature, sampling)
-    token_B, log_total_B = _inverse_cdf(scores_BV, uniform_B)
-    scaled_BV = logits_BV / sampling.temperature
-    # Without a rule that removes tokens both distributions are one, and the second pass over the vocabulary is saved.
-    removes_tokens = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0 or _may_forbid_eos(sampling)
-    policy_total_B = jax.nn.logsumexp(scaled_BV, axis=-1) if removes_tokens else log_total_B
-    score_B = _take(scaled_BV, token_B)
-    return Draw(token_B, score_B - log_total_B, score_B - policy_total_B)
+        scaled_BV = logits_BV
+        token_B = jnp.argmax(adjusted_BV, axis=-1).astype(jnp.int32)
+        policy_total_B = jax.nn.logsumexp(logits_BV, axis=-1)
+        policy_logprob_B = take(logits_BV, token_B) - policy_total_B
+        sampler_logprob_B = jnp.zeros_like(policy_logprob_B)
+    else:
+        scores_BV = truncate(adjusted_BV / sampling.temperature, sampling)
+        token_B, sampler_total_B = inverse_cdf(scores_BV, uniform_B)
+        scaled_BV = logits_BV / sampling.temperature
+        # Where both distributions are one, the second pass over the vocabulary is saved.
+        moves_logits = sampling.needs_counts or bool(sampling.logit_bias)
+        policy_total_B = jax.nn.logsumexp(scaled_BV, axis=-1) if sampling.reshaping_rules else sampler_total_B
+        policy_score_B = take(scaled_BV, token_B)
+        sampler_score_B = take(scores_BV, token_B) if moves_logits else policy_score_B
+        sampler_logprob_B = sampler_score_B - sampler_total_B
+        policy_logprob_B = policy_score_B - policy_total_B
+    top_ids_BN, top_scores_BN = _most_likely(scaled_BV, sampling.top_logprobs)
+    top_logprobs_BN = top_scores_BN - policy_total_B[:, None] if sampling.top_logprobs else top_scores_BN
+    return Draw(token_B, sampler_logprob_B, policy_logprob_B, top_ids_BN, top_logprobs_BN)
+
+
+def add_token(counts: TokenCounts, token_B: jax.Array, live_B: jax.Array) -> TokenCounts:
+    """Counts one drawn token more in every row where the bool live_B holds."""
+
+    def add(count_V: jax.Array, token: jax.Array, live: jax.Array) -> jax.Array:
+        return count_V.at[token].add(live.astype(count_V.dtype))
+
+    return counts._replace(completion_BV=jax.vmap(add)(counts.completion_BV, token_B, live_B))
+
+
+def reset_rows(counts: TokenCounts, rows_B: jax.Array, prompt_BV: jax.Array) -> TokenCounts:
+    """Starts the rows where the bool rows_B holds anew: nothing drawn, the tokens of prompt_BV (bool) in the prompt."""
+    reset_B1 = rows_B[:, None]
+    return TokenCounts(
+        completion_BV=jnp.where(reset_B1, 0, counts.completion_BV),
+        prompt_BV=jnp.where(reset_B1, prompt_BV, counts.prompt_BV),
+    )
+
+
+def adjust(logits_BV: jax.Array, sampling: SamplingParams, counts: TokenCounts | None) -> jax.Array:
+    """Logits after the penalties and the bias, in this order, in the same dtype; nothing is removed yet.
+
+    The repetition penalty divides positive logits and multiplies the others, once however often a token came
+    (https://arxiv.org/abs/1909.05858, section 4.1, with the sign rule of transformers). Frequency and presence penalty
+    see the completion only: logit - count * frequency - [count > 0] * presence
+    (https://platform.openai.com/docs/guides/text-generation).
+
+    Raises:
+      ValueError: a penalty is on and counts are None.
+    """
+    if sampling.needs_counts:
+        if counts is None:
+            raise ValueError("draw must be given counts (TokenCounts) when a penalty is on, got None")
+        logits_BV = _penalize(logits_BV, sampling, counts)
+    if sampling.logit_bias:
+        ids, biases = zip(*sampling.logit_bias, strict=True)
+        bias_V = jnp.zeros(logits_BV.shape[-1], logits_BV.dtype)
+        logits_BV = logits_BV + bias_V.at[jnp.asarray(ids)].set(jnp.asarray(biases, logits_BV.dtype))
+    return logits_BV
 
 
 def truncate(scores_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
@@ -141,85 +237,64 @@ def truncate(scores_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
         kth_B1 = jax.lax.top_k(scores_BV, sampling.top_k)[0][:, -1:]
         scores_BV = jnp.where(scores_BV >= kth_B1, scores_BV, -jnp.inf)
     if sampling.top_p < 1:
-        scores_BV = jnp.where(_in_nucleus(scores_BV, sampling.top_p), scores_BV, -jnp.inf)
+        scores_BV = jnp.where(in_nucleus(scores_BV, sampling.top_p), scores_BV, -jnp.inf)
     if sampling.min_p > 0:
         floor_B1 = jnp.max(scores_BV, axis=-1, keepdims=True) + jnp.log(jnp.asarray(sampling.min_p, scores_BV.dtype))
         scores_BV = jnp.where(scores_BV >= floor_B1, scores_BV, -jnp.inf)
     return scores_BV
 
 
-def _in_nucleus(scores_BV: jax.Array, top_p: float) -> jax.Array:
-    """The smallest set of most likely tokens whose probability is at least top_p (https://arxiv.org/abs/1904.09751).
-
-    Bisects the threshold over the ordered bit patterns of the floats, which is exact after as many steps as a float has
-    bits; on CPU about ten times faster than sorting a vocabulary.
-    """
-    num_bits = jnp.finfo(scores_BV.dtype).bits
-    probs_BV = jax.nn.softmax(scores_BV, axis=-1)
-    order_BV = _ordered_bits(scores_BV)
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B, high_B = bounds
-        middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)  # the average, without overflow
-        mass_B = jnp.sum(jnp.where(order_BV >= middle_B[:, None], probs_BV, 0), axis=-1)
-        enough_B = mass_B >= top_p
-        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
-
-    # low: tokens at least this likely carry top_p (or it is the least likely token); high: they do not.
-    bounds = jnp.min(order_BV, axis=-1), jnp.max(order_BV, axis=-1) + 1
-    low_B, _ = jax.lax.fori_loop(0, num_bits, halve, bounds)
-    return order_BV >= low_B[:, None]
-
-
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """Signed integers that compare as the floats do."""
-    integer = jnp.dtype(f"int{jnp.finfo(x.dtype).bits}")
-    bits = jax.lax.bitcast_convert_type(x, integer)
-    return jnp.where(bits >= 0, bits, bits ^ jnp.iinfo(integer).max)
-
-
-def _inverse_cdf(scores_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The token at which the running sum of exp(scores) passes uniform * total, and log(total).
-
-    Two levels: first the block, then the lane. Weights of the vocabulary are summed but never stored.
-    """
-    padding = -scores_BV.shape[-1] % BLOCK_LANES
-    padded_BV = jnp.pad(scores_BV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    scores_BKL = padded_BV.reshape(scores_BV.shape[0], -1, BLOCK_LANES)
-    highest_B = jnp.max(scores_BV, axis=-1)
-    block_weights_BK = jnp.sum(jnp.exp(scores_BKL - highest_B[:, None, None]), axis=-1)
-    cumulative_BK = jnp.cumsum(block_weights_BK, axis=-1)
-    total_B = cumulative_BK[:, -1]
-    target_B = uniform_B * total_B
-    block_B = _first_above(block_weights_BK, cumulative_BK, target_B)
-    before_B = _take(cumulative_BK, block_B) - _take(block_weights_BK, block_B)
-    lane_scores_BL = jnp.take_along_axis(scores_BKL, block_B[:, None, None], axis=1)[:, 0]
-    weights_BL = jnp.exp(lane_scores_BL - highest_B[:, None])
-    lane_B = _first_above(weights_BL, jnp.cumsum(weights_BL, axis=-1), target_B - before_B)
-    return block_B * BLOCK_LANES + lane_B, highest_B + jnp.log(total_B)
-
-
-def _first_above(weights_BN: jax.Array, cumulative_BN: jax.Array, target_B: jax.Array) -> jax.Array:
-    """First index of positive weight whose running sum passes the target; the last such weight if rounding hides it."""
-    positive_BN = weights_BN > 0
-    hit_BN = positive_BN & (cumulative_BN > target_B[:, None])
-    last_B = weights_BN.shape[-1] - 1 - jnp.argmax(positive_BN[:, ::-1], axis=-1)
-    return jnp.where(jnp.any(hit_BN, axis=-1), jnp.argmax(hit_BN, axis=-1), last_B).astype(jnp.int32)
+def _penalize(logits_BV: jax.Array, sampling: SamplingParams, counts: TokenCounts) -> jax.Array:
+    drawn_BV = counts.completion_BV > 0
+    if sampling.repetition_penalty != 1:
+        penalty = sampling.repetition_penalty
+        rarer_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+        logits_BV = jnp.where(drawn_BV | counts.prompt_BV, rarer_BV, logits_BV)
+    if sampling.frequency_penalty != 0:
+        logits_BV = logits_BV - sampling.frequency_penalty * counts.completion_BV.astype(logits_BV.dtype)
+    if sampling.presence_penalty != 0:
+        logits_BV = logits_BV - sampling.presence_penalty * drawn_BV.astype(logits_BV.dtype)
+    return logits_BV
 
 
 def _may_forbid_eos(sampling: SamplingParams) -> bool:
     return sampling.min_completion_length > 0 and bool(sampling.eos_ids)
 
 
-def _forbid_eos(logits_BV: jax.Array, sampling: SamplingParams, forbid_eos_B: jax.Array) -> jax.Array:
-    if not _may_forbid_eos(sampling):
-        return logits_BV
-    is_eos_V = jnp.isin(jnp.arange(logits_BV.shape[-1]), jnp.asarray(sampling.eos_ids))
-    return jnp.where(forbid_eos_B[:, None] & is_eos_V, -jnp.inf, logits_BV)
+def _forbid(logits_BV: jax.Array, sampling: SamplingParams, forbid_eos_B: jax.Array) -> jax.Array:
+    """-inf for EOS in the rows that say so, and for the forbidden ids in all."""
+    if _may_forbid_eos(sampling):
+        is_eos_V = jnp.isin(jnp.arange(logits_BV.shape[-1]), jnp.asarray(sampling.eos_ids))
+        logits_BV = jnp.where(forbid_eos_B[:, None] & is_eos_V, -jnp.inf, logits_BV)
+    if sampling.forbidden_ids:
+        is_forbidden_V = jnp.zeros(logits_BV.shape[-1], bool).at[jnp.asarray(sampling.forbidden_ids)].set(True)
+        logits_BV = jnp.where(is_forbidden_V, -jnp.inf, logits_BV)
+    return logits_BV
 
 
-def _take(values_BN: jax.Array, index_B: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(values_BN, index_B[:, None], axis=-1)[:, 0]
+def _most_likely(scores_BV: jax.Array, num_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Ids and scores of the highest scores, in falling order; among equals the lowest id comes first."""
+    if num_tokens == 0:
+        empty = np.zeros((scores_BV.shape[0], 0))  # a constant, so that nothing is computed
+        return jnp.asarray(empty, jnp.int32), jnp.asarray(empty, scores_BV.dtype)
+    top_scores_BN, top_ids_BN = jax.lax.top_k(scores_BV, num_tokens)
+    return top_ids_BN, top_scores_BN
+
+
+def _check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
+    _require(
+        sampling.top_logprobs <= vocab_size, "top_logprobs", f"<= vocabulary ({vocab_size})", sampling.top_logprobs
+    )
+    for name, ids in (
+        ("forbidden_ids", sampling.forbidden_ids),
+        ("logit_bias", [token for token, _ in sampling.logit_bias]),
+    ):
+        outside = sorted({token for token in ids if token >= vocab_size})
+        _require(not outside, name, f"on token ids below the vocabulary's size ({vocab_size})", outside)
+    never = {*sampling.forbidden_ids, *(sampling.eos_ids if _may_forbid_eos(sampling) else ())}
+    num_never = sum(token < vocab_size for token in never)
+    rule = f"fewer, with the EOS ids that a minimum length forbids, than the {vocab_size} tokens of the vocabulary"
+    _require(num_never < vocab_size, "forbidden_ids", rule, num_never)
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
