@@ -229,6 +229,12 @@ def test_a_missing_recipe_is_refused(tmp_path):
         (["sampling.min_completion_length=129"], r"min_completion_length must be <= .*\(128\), got 129"),
         (["sampling.top_p=0"], r"sampling\.top_p must be in \(0, 1\], got 0"),
         (["sampling.min_p=1.0"], r"sampling\.min_p must be in \[0, 1\), got 1"),
+        (["sampling.repetition_penalty=0"], r"sampling\.repetition_penalty must be > 0 \(1 is off\), got 0"),
+        (["sampling.frequency_penalty=.inf"], r"sampling\.frequency_penalty: .* finite"),
+        (["sampling.logit_bias={-5: 1.0}"], r"sampling\.logit_bias must hold token ids >= 0, got \[-5\]"),
+        (["sampling.logit_bias={a: 1.0}"], r"sampling\.logit_bias\.a.* integer"),
+        (["sampling.logit_bias={5: .nan}"], r"sampling\.logit_bias\.5: .* finite"),
+        (["sampling.forbidden_ids=[3, -1]"], r"sampling\.forbidden_ids must hold token ids >= 0"),
         (["optimizer.b2=1.0"], r"optimizer\.b2 must be in \[0, 1\), got 1"),
         (["optimizer.muon_momentum=-0.1"], r"optimizer\.muon_momentum must be in \[0, 1\), got -0\.1"),
         (["optimizer.eps=0"], r"optimizer\.eps must be > 0, got 0"),
@@ -293,6 +299,7 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
         "data.columns.answer=null",
         "rewards.functions=[{function: 'a:b', weight: 0.0, kwargs: {limit: 3}}]",
         "sampling.eos_ids=[1, 2]",
+        "sampling.logit_bias={7: -100, 12: 2.5}",
         "model.arch.vocab_size=77",
     ]
     config = load_config(None, overrides)

@@ -1,16 +1,24 @@
 """Held-out evaluation: what is counted, and how."""
 
+import io
 import json
 import pathlib
+import shutil
 
 import pytest
 
 from rl.cli import main
 from rl.config import load_config
-from rl.evaluation import evaluate_source, wilson_interval
-from rl.grpo_trainer import train
+from rl.console import Console
+from rl.evaluation import evaluate_source, sampling_params, wilson_interval
+from rl.grpo_trainer import train, warn_about_sampling
 from rl.metrics import read_metrics
+from rl.models.hf_config import read_config
+from rl.sampling import SamplingParams
+from rl.tokenizer import load_tokenizer
+from rl.weights import eos_ids
 
+MODELS = pathlib.Path(__file__).parent / "data" / "models"
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
 RECIPE = f"""
 model:
@@ -58,6 +66,81 @@ def test_evaluation_is_greedy_whatever_the_training_temperature(run):
     cold, _ = evaluate_source(run, ["sampling.temperature=1.0"])
     hot, _ = evaluate_source(run, ["sampling.temperature=5.0", "sampling.top_k=3", "seed=0"])
     assert [sample["completion"] for sample in cold.samples] == [sample["completion"] for sample in hot.samples]
+
+
+def test_evaluation_leaves_penalties_out_and_keeps_forbidden_ids_and_bias(run):
+    def completions(*overrides):
+        return [sample["completion"] for sample in evaluate_source(run, overrides)[0].samples]
+
+    plain = completions()
+    penalties = ["repetition_penalty=9.0", "frequency_penalty=50.0", "presence_penalty=50.0"]
+    assert completions(*(f"sampling.{penalty}" for penalty in penalties)) == plain
+    first_byte = 3  # of the byte tokenizer, after its special tokens
+    assert completions(f"sampling.logit_bias={{{first_byte + ord('x')}: 1000.0}}") == ["xxxx"] * 13
+    forbidden = [i for i in range(259) if i not in (first_byte + ord("a"), first_byte + ord("b"))]
+    only_a_and_b = completions(f"sampling.forbidden_ids={forbidden}")
+    assert all(len(text) == 4 and set(text) <= {"a", "b"} for text in only_a_and_b)
+    assert not set("".join(plain)) <= {"a", "b"}
+
+
+def test_every_sampling_key_reaches_the_sampler():
+    config = load_config(
+        None,
+        [
+            "sampling={temperature: 0.5, top_k: 3, top_p: 0.9, min_p: 0.1, max_completion_length: 9}",
+            "sampling={min_completion_length: 2, stop_strings: [x], forbidden_ids: [4, 2]}",
+            "sampling={repetition_penalty: 1.5, frequency_penalty: 0.25, presence_penalty: -0.5}",
+            "sampling.logit_bias={7: -1, 3: 2.5}",
+        ],
+    )
+    assert sampling_params(config, (1,)) == SamplingParams(
+        max_completion_length=9,
+        eos_ids=(1,),
+        temperature=0.5,
+        top_k=3,
+        top_p=0.9,
+        min_p=0.1,
+        min_completion_length=2,
+        stop_strings=("x",),
+        repetition_penalty=1.5,
+        frequency_penalty=0.25,
+        presence_penalty=-0.5,
+        logit_bias=((3, 2.5), (7, -1.0)),
+        forbidden_ids=(4, 2),
+    )
+
+
+def test_sampling_defaults_of_a_model_folder_are_never_applied(tmp_path):
+    folder = shutil.copytree(MODELS / "qwen2", tmp_path / "model")
+    defaults = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1}
+    defaults |= {"repetition_penalty": 1.05, "max_new_tokens": 5, "suppress_tokens": [3], "eos_token_id": [7, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    config = load_config(None, [f"model.source={folder}", "sampling.max_completion_length=64"])
+    model_config = read_config(folder)
+    assert {5, 7} <= set(model_config.eos_token_ids)
+    ids = eos_ids(config, model_config, load_tokenizer("byte"))
+    assert sampling_params(config, ids) == SamplingParams(max_completion_length=64, eos_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([], []),
+        (["sampling.temperature=0.5"], []),
+        (["sampling.top_p=0.9", "sampling.presence_penalty=1.0"], ["sampling.top_p", "sampling.presence_penalty"]),
+        (["sampling.logit_bias={3: 1.0}"], ["sampling.logit_bias"]),
+        (["sampling.forbidden_ids=[3]"], ["sampling.forbidden_ids"]),
+        (["sampling.top_k=5", "grpo.sampler_is_correction=true"], []),
+    ],
+)
+def test_training_warns_of_rules_that_the_loss_does_not_correct_for(overrides, named):
+    config, stream = load_config(None, overrides), io.StringIO()
+    with Console(1, stream) as console:
+        warn_about_sampling(console, config, sampling_params(config, (1,)))
+    printed = stream.getvalue()
+    assert bool(printed) == bool(named)
+    rules = [word.strip(",:") for word in printed.split() if word.startswith("sampling.")]
+    assert sorted(rules) == sorted(named)
 
 
 def test_run_evaluates_before_the_first_step_and_after_the_last(run):
