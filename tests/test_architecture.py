@@ -19,7 +19,8 @@ SOURCES = sorted((ROOT / "rl").rglob("*.py")) + sorted((ROOT / "rewards").rglob(
 # From the ground up: a module may import those of its own line and of the lines above it.
 LAYERS = [
     ["rl.config", "rl.models.config", "rl.metrics", "rl.interrupt", "rl.cli", "rl.categorical"],
-    ["rl.mesh", "rl.models.ops", "rl.models.hf_config", "rl.console", "rl.sampling", "rl.tokenizer", "rl.tasks"],
+    ["rl.mesh", "rl.models.quantized", "rl.console", "rl.models.hf_config", "rl.sampling", "rl.tokenizer", "rl.tasks"],
+    ["rl.models.ops"],
     ["rl.models.cache", "rl.losses", "rl.advantages", "rl.logprobs", "rl.sources", "rl.tools.report"],
     ["rl.models.linen_model", "rl.models.nnx_model", "rl.models.train_state", "rl.data"],
     ["rl.models.policy", "rl.models.hf", "rl.packing"],

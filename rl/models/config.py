@@ -184,10 +184,14 @@ class ModelConfig:
 
 
 class ParameterSpec(NamedTuple):
-    """Shape of one parameter and the logical name of each of its dims."""
+    """Shape of one parameter, the logical name of each of its dims, and the dims that its matrix product sums over.
+
+    Norms and biases have none. For the embedding table it is the product with hidden states that counts.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
+    contract_dims: tuple[int, ...] = ()
 
 
 def alternating_layer_types(num_layers: int, pattern: int) -> tuple[str, ...]:
@@ -199,12 +203,12 @@ def alternating_layer_types(num_layers: int, pattern: int) -> tuple[str, ...]:
 def parameter_specs(config: ModelConfig) -> dict[str, Any]:
     """The parameter tree of both twins, with a `ParameterSpec` at every leaf."""
     tree = {
-        "embed_tokens": {"embedding": ParameterSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"))},
+        "embed_tokens": {"embedding": ParameterSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"), (1,))},
         **{f"layers_{i}": _layer_specs(config) for i in range(config.num_layers)},
         "norm": _norm_spec(config.hidden_size),
     }
     if not config.tie_word_embeddings:
-        tree["lm_head"] = {"kernel": ParameterSpec((config.hidden_size, config.vocab_size), ("embed", "vocab"))}
+        tree["lm_head"] = _dense_spec((config.hidden_size,), ("embed",), (config.vocab_size,), ("vocab",), False)
     return tree
 
 
@@ -265,7 +269,8 @@ def _dense_spec(
     out_axes: tuple[str, ...],
     use_bias: bool,
 ) -> dict[str, ParameterSpec]:
-    specs = {"kernel": ParameterSpec((*in_shape, *out_shape), (*in_axes, *out_axes))}
+    contract_dims = tuple(range(len(in_shape)))
+    specs = {"kernel": ParameterSpec((*in_shape, *out_shape), (*in_axes, *out_axes), contract_dims)}
     return specs | {"bias": ParameterSpec(out_shape, out_axes)} if use_bias else specs
 
 

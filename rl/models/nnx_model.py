@@ -1,5 +1,6 @@
 """The NNX twin: a decoder of `flax.nnx` modules over the shared ops. Its pure state has the tree of `parameter_specs`.
 
+Matrices are read with `get_value()`, since a `QuantizedArray` may stand in their place; `[...]` is for arrays only.
 Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim.
 """
 
@@ -33,7 +34,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
         bias = self.bias[...] if self.use_bias else None
-        return ops.dense(x, self.kernel[...], bias, num_input_dims=self.num_input_dims, out_dtype=out_dtype)
+        return ops.dense(x, self.kernel.get_value(), bias, num_input_dims=self.num_input_dims, out_dtype=out_dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -55,11 +56,11 @@ class Embedding(nnx.Module):
         self.embedding = _parameter(config, key, (*path, "embedding"), (config.vocab_size, config.hidden_size))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        return ops.embed(self.embedding[...], tokens_BT, self.config)
+        return ops.embed(self.embedding.get_value(), tokens_BT, self.config)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] against the same table."""
-        return ops.dense(hidden, self.embedding[...].T, out_dtype=ops.widen(hidden.dtype))
+        return ops.dense(hidden, self.embedding.get_value().T, out_dtype=ops.widen(hidden.dtype))
 
 
 class Attention(nnx.Module):

@@ -20,6 +20,7 @@ from rl.models.config import (
     flatten_specs,
     parameter_specs,
 )
+from rl.models.quantized import QuantizedArray, Weight, dequantize
 
 
 class LayerContext(NamedTuple):
@@ -88,7 +89,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
 def dense(
     x: jax.Array,
-    kernel: jax.Array,
+    kernel: Weight,
     bias: jax.Array | None = None,
     num_input_dims: int = 1,
     out_dtype: Any = None,
@@ -96,7 +97,17 @@ def dense(
     """x [..., *inputs] times kernel [*inputs, *outputs] plus bias [*outputs]: one matrix product, in x's dtype.
 
     `num_input_dims` is how many trailing dims of x are contracted; `out_dtype` the type to accumulate in and return.
+    The product with a quantised kernel is (x times values) times scale, accumulated and scaled in float32 or wider.
     """
+    if isinstance(kernel, QuantizedArray):
+        out_dtype = x.dtype if out_dtype is None else out_dtype
+        out_shape = kernel.shape[num_input_dims:]
+        assert kernel.scale.shape == (1,) * num_input_dims + out_shape, (kernel.scale.shape, kernel.shape)
+        # 8-bit values fit every compute type exactly, but their sums overflow float16, and a scale that is rounded to
+        # bfloat16 puts a whole channel off.
+        y = dense(x, kernel.values, num_input_dims=num_input_dims, out_dtype=widen(out_dtype))
+        y = (y * kernel.scale.reshape(out_shape).astype(y.dtype)).astype(out_dtype)
+        return y if bias is None else y + bias.astype(y.dtype)
     in_shape, out_shape = kernel.shape[:num_input_dims], kernel.shape[num_input_dims:]
     lead_shape = x.shape[: x.ndim - num_input_dims]
     matrix = kernel.astype(x.dtype).reshape(int(np.prod(in_shape)), int(np.prod(out_shape)))
@@ -105,10 +116,12 @@ def dense(
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def embed(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+def embed(embedding_VD: Weight, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """Rows of the embedding table [B, T, D] in the compute dtype; Gemma scales them by sqrt(D) in that dtype."""
     dtype = dtype_of(config.dtype)
-    x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0).astype(dtype)
+    # Of a quantised table, both the values [V, D] and the scale [V, 1].
+    rows = jax.tree.map(lambda table: jnp.take(table, tokens_BT, axis=0), embedding_VD)
+    x_BTD = dequantize(rows, dtype) if isinstance(rows, QuantizedArray) else rows.astype(dtype)
     return x_BTD * jnp.asarray(config.hidden_size**0.5, dtype) if config.is_gemma else x_BTD
 
 
