@@ -25,7 +25,8 @@ class Policy(Protocol):
     """A decoder as pure functions of its parameters.
 
     Tokens, positions, group and branch ids are int [B, T]: a token sees the earlier positions of its own group that are
-    in branch 0 (the prompt) or in its own branch; padding has group -1. `flavour` is for messages only.
+    in branch 0 (the prompt) or in its own branch; padding has group -1. A `rl.models.quantized.QuantizedArray` may
+    stand in the place of any matrix. `flavour` is for messages only.
     """
 
     @property

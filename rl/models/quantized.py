@@ -2,8 +2,10 @@
 
 In: the parameter tree of a policy. Out: the same tree with a `QuantizedArray` in place of its large matrices, which the
 shared ops and both twins take as they take an array; a quarter of float32's memory. It is plain jax, so it runs under
-`jit` (a policy's weights are quantised on their devices) and `eval_shape`. Not here: the products with such matrices
-(`rl.models.ops.dense`, `embed`), quantised activations, calibration on data, training.
+`jit` (a policy's weights are quantised on their devices) and `eval_shape`. Products widen the values where they are
+used; XLA for CPU writes them out as a copy in the compute type first, kept for a whole decode loop, so there neither
+time nor memory is saved. Not here: those products (`rl.models.ops.dense`, `embed`), quantised activations, calibration
+on data, training.
 """
 
 import re
