@@ -8,6 +8,7 @@ the loop record belongs to the trainer.
 
 import contextlib
 import math
+import os
 import pathlib
 import resource
 import shutil
@@ -101,7 +102,7 @@ class Checkpoints:
         one time.
         """
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract.shapes))
-        existing = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+        existing = _folder_size(self._folder)
         need = max(size * (self._keep + 1) - existing, size)  # one more than is kept, while the newest is being written
         free = shutil.disk_usage(self._folder).free
         if need > free:
@@ -208,3 +209,13 @@ def _plain_metadata(metadata: Any) -> Any:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), tree, is_leaf=lambda x: hasattr(x, "dtype")
     )
+
+
+def _folder_size(folder: os.PathLike | str) -> int:
+    """Bytes of all files below a folder; those that Orbax takes away meanwhile (half-written ones) do not count."""
+    total = 0
+    for path, _, names in os.walk(folder):  # os.walk passes over folders that vanish
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(path, name)).st_size
+    return total

@@ -57,6 +57,33 @@ COMMANDS = {
             RUN_OR_CONFIG  a run folder (its newest checkpoint), or a YAML recipe (the weights of model.source)
             key=value      overrides with dotted keys, for example eval.max_prompts=200""",
     ),
+    "sample": Command(
+        module="rl.sample_command",
+        arguments="MODEL --prompts FILE --output FILE [key=value ...]",
+        summary="draw completions of given prompts",
+        details="""\
+            MODEL            a run folder (its newest checkpoint), a Hugging Face folder or hub id, or a YAML recipe
+                             (the weights of model.source)
+            --prompts FILE   JSON lines, each with one of prompt (text or chat messages), messages, prompt_ids
+                             (token ids), and if wanted n, max_tokens, seed and id; other columns are copied
+            --prompt TEXT    one prompt, in place of a file; may be given several times
+            --output FILE    JSON lines to write, one per completion as it ends; with --prompt stdout when left out.
+                             The same command again finishes a file that was stopped
+            --overwrite      start the output file again
+            --n N            completions of each prompt that has no n of its own; 1 when left out
+            --seed N         of the draws; the configuration's seed when left out
+            --step N         the checkpoint of a run; the newest when left out
+            --chat           wrap a text prompt as a user message in the tokenizer's chat template (data.chat=true)
+            --system TEXT    the system message (data.system_prompt=TEXT)
+            --top-logprobs N     add the N most likely tokens of each position, as [token id, log-prob], best first
+            --prompt-logprobs    add the log-probs of the prompt's tokens; null for the first, which has none
+            --replay RUN STEP PROMPT SAMPLE
+                             in place of MODEL and prompts: draw one completion of a training run again, numbered as in
+                             its samples.jsonl, and compare; needs the checkpoint of the step before
+            key=value        overrides with dotted keys, for example sampling.temperature=0.7 sampling.top_p=0.9
+
+            Log-probs are at sampling.temperature, and at temperature 1 when that is 0 (greedy).""",
+    ),
     "export": Command(
         module="rl.tools.export",
         arguments="RUN OUT [--step N] [--dtype DTYPE]",

@@ -35,7 +35,9 @@ RESUMABLE_KEYS = (
     "model.remat",
     "rewards.num_workers",
     "rewards.check_on_gold",
-    "sampling.max_rows",
+    "sampling.slots",
+    "sampling.kv_memory",
+    "sampling.warm_up",
     "mesh",
     "checkpoint",
     "eval",
@@ -140,7 +142,11 @@ class SamplingSection:
     min_completion_length: int
     stop_strings: list[str]
     eos_ids: list[int] | None
-    max_rows: int
+    slots: int | None
+    kv_memory: float
+    warm_up: bool
+    kv_dtype: Literal["int8"] | None
+    weight_dtype: Literal["int8", "float8_e4m3fn"] | None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -514,10 +520,12 @@ def _check(config: Config) -> None:
     if grpo.group_size < 2:
         raise ValueError(f"grpo.group_size must be >= 2 for a group baseline, got {grpo.group_size}")
     _at_least(config, 1, "grpo.steps", "grpo.prompts_per_step", "grpo.minibatches", "grpo.epochs", "grpo.logprob_chunk")
-    _at_least(config, 1, "grpo.max_tokens_per_microbatch", "sampling.max_completion_length", "sampling.max_rows")
+    _at_least(config, 1, "grpo.max_tokens_per_microbatch", "sampling.max_completion_length")
     _at_least(config, 1, "sft.steps", "sft.batch_size", "sft.max_completion_length", "data.max_prompt_length")
     _at_least(config, 1, "rewards.num_workers", "checkpoint.every", "checkpoint.keep", "eval.max_prompts")
-    _at_least(config, 1, "mesh.num_devices")
+    _at_least(config, 1, "mesh.num_devices", "sampling.slots")
+    if not 0 < sampling.kv_memory <= 1:
+        raise ValueError(f"sampling.kv_memory must be a share of memory in (0, 1], got {sampling.kv_memory}")
     _at_least(
         config,
         0,

@@ -195,40 +195,18 @@ def question_key(prompt: Prompt) -> str:
     return " ".join(prompt.casefold().split())
 
 
-def _tokenize(
-    rows: list[Row], data: DataSection, tokenizer: Tokenizer, key: str, messages: list[str]
-) -> list[PromptRow]:
-    """Rows whose prompt fits; what was dropped is said in `messages`."""
-    kept, lengths, limit = [], [], data.max_prompt_length
-    for index, row in enumerate(rows):
-        prompt = _build_prompt(row["prompt"], data, f"{key} row {index}")
-        prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-        if not prompt_ids:
-            raise ValueError(f"{key} row {index}: the prompt must hold at least one token, got {prompt!r}")
-        lengths.append(len(prompt_ids))
-        if len(prompt_ids) <= limit:
-            columns = {name: value for name, value in row.items() if name != "prompt"}
-            kept.append(PromptRow(prompt, np.asarray(prompt_ids, np.int32), columns, index))
-    if not kept:
-        raise ValueError(
-            f"data.max_prompt_length must let a prompt of {key} through, got {limit}; the shortest of {len(rows)} has "
-            f"{min(lengths)} tokens"
-        )
-    if len(kept) < len(rows):
-        messages.append(
-            f"dropped {len(rows) - len(kept)} of {len(rows)} prompts of {key} longer than "
-            f"data.max_prompt_length={limit} tokens"
-        )
-    return kept
+def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
+    """The prompt with its system prompt: text, or chat messages when data.chat.
 
-
-def _build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
-    """The prompt with its system prompt: text, or chat messages when data.chat."""
+    Raises:
+      ValueError: naming `where`: an empty prompt, one that is neither text nor messages, messages without data.chat, or
+        two system messages.
+    """
     if isinstance(prompt, str) and prompt.strip():
         if not data.chat:
             return (data.system_prompt or "") + prompt
         conversation: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and _is_conversation(prompt):
+    elif isinstance(prompt, list) and is_conversation(prompt):
         if not data.chat:
             raise ValueError(
                 f"{where}: data.chat must be true for a prompt that is a list of messages; set data.chat=true"
@@ -249,7 +227,35 @@ def _build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
     return [{"role": "system", "content": data.system_prompt}, *conversation]
 
 
-def _is_conversation(messages: list[Any]) -> bool:
+def _tokenize(
+    rows: list[Row], data: DataSection, tokenizer: Tokenizer, key: str, messages: list[str]
+) -> list[PromptRow]:
+    """Rows whose prompt fits; what was dropped is said in `messages`."""
+    kept, lengths, limit = [], [], data.max_prompt_length
+    for index, row in enumerate(rows):
+        prompt = build_prompt(row["prompt"], data, f"{key} row {index}")
+        prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        if not prompt_ids:
+            raise ValueError(f"{key} row {index}: the prompt must hold at least one token, got {prompt!r}")
+        lengths.append(len(prompt_ids))
+        if len(prompt_ids) <= limit:
+            columns = {name: value for name, value in row.items() if name != "prompt"}
+            kept.append(PromptRow(prompt, np.asarray(prompt_ids, np.int32), columns, index))
+    if not kept:
+        raise ValueError(
+            f"data.max_prompt_length must let a prompt of {key} through, got {limit}; the shortest of {len(rows)} has "
+            f"{min(lengths)} tokens"
+        )
+    if len(kept) < len(rows):
+        messages.append(
+            f"dropped {len(rows) - len(kept)} of {len(rows)} prompts of {key} longer than "
+            f"data.max_prompt_length={limit} tokens"
+        )
+    return kept
+
+
+def is_conversation(messages: list[Any]) -> bool:
+    """Whether these are chat messages, each with a role and a content of text."""
     return bool(messages) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in messages

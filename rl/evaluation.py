@@ -23,6 +23,7 @@ from rewards.rubric import summarize
 from rewards.runner import RewardRunner
 from rl.config import Config, load_config, require
 from rl.data import PromptRow, load_prompts
+from rl.mesh import device_memory
 from rl.models.policy import Policy
 from rl.rollout import run_rewards
 from rl.run_folder import read_run
@@ -126,13 +127,17 @@ def evaluate(
 
 def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: Any, tokenizer: Tokenizer) -> Sampler:
     """The sampler of a run, for rollouts and evaluation alike."""
+    section = config.sampling
     return Sampler(
         policy,
         mesh,
         param_shardings,
         rules=config.mesh.rules,
-        max_rows=config.sampling.max_rows,
+        slots=section.slots,
+        kv_bytes=int(section.kv_memory * device_memory(mesh)) if section.slots is None else None,
         decode_text=tokenizer.decode,
+        kv_dtype=section.kv_dtype,
+        weight_dtype=section.weight_dtype,
     )
 
 
@@ -196,6 +201,7 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
     if not rows:
         raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
     sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
+    sampler.expect([row.prompt_ids for row in rows])
     sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
     with start_rewards(config, rows, None) as runner:
         result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)

@@ -92,6 +92,9 @@ def train(config: Config) -> pathlib.Path:
         first_step = get_first_step(policy, state, updates_per_step(config))
         # -- sampler, train step
         sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer)
+        sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
+        if config.sampling.warm_up:
+            sampler.warm_up(state.params, config.grpo.prompts_per_step, config.grpo.group_size, sampling)
         updater = Updater(config, policy, optimizer, plan, shardings, mesh=mesh)
         if first_step == 0 and config.rewards.check_on_gold:
             warn_about_rewards(console, runner, data.train[0])
@@ -197,8 +200,10 @@ def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -
 
 def warn_about_sampling(console: Console, config: Config, sampling: SamplingParams) -> None:
     """Says when completions come from another distribution than the policy's and the loss does not correct for it."""
-    if sampling.reshaping_rules and not config.grpo.sampler_is_correction:
-        rules = ", ".join(f"sampling.{name}" for name in sampling.reshaping_rules)
+    section = config.sampling
+    rounding = [name for name in ("kv_dtype", "weight_dtype") if getattr(section, name) is not None]
+    if (sampling.reshaping_rules or rounding) and not config.grpo.sampler_is_correction:
+        rules = ", ".join(f"sampling.{name}" for name in (*sampling.reshaping_rules, *rounding))
         console.warning(
             f"{rules}: completions come from another distribution than the policy's, and the loss takes them for the "
             "policy's own; set grpo.sampler_is_correction=true, or turn these rules off"

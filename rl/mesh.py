@@ -5,6 +5,7 @@ the one module that spells mesh axis names. Multi-host start-up is not here.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,3 +114,12 @@ def row_sharding(mesh: Mesh, rules: Mapping[str, Sequence[str]], dim: int = 0) -
     """The sharding of an array whose dim `dim` runs over rows of a batch; its other dims are whole on every device."""
     axes = row_axes(mesh, rules)
     return NamedSharding(mesh, PartitionSpec(*([None] * dim), axes if axes else None))
+
+
+def device_memory(mesh: Mesh) -> int:
+    """Bytes of memory of one device; on CPU its share of the machine's."""
+    device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()

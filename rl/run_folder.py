@@ -84,17 +84,27 @@ class RunFolder:
 def read_run(path: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
     """The configuration and run.json of a run folder; ValueError when there is none."""
     folder = pathlib.Path(path)
-    if not (folder / _IDENTITY).is_file() or not (folder / _CONFIG).is_file():
+    if not is_run_folder(folder):
         raise ValueError(f"{str(folder)!r} must be a run folder with {_CONFIG} and {_IDENTITY}, and it is not")
     return load_config(folder / _CONFIG), json.loads((folder / _IDENTITY).read_text())
 
 
+def is_run_folder(path: str | os.PathLike) -> bool:
+    """Whether the folder holds a run's identity and configuration."""
+    folder = pathlib.Path(path)
+    return (folder / _IDENTITY).is_file() and (folder / _CONFIG).is_file()
+
+
+def checkpoint_steps(path: str | os.PathLike) -> list[int]:
+    """Steps of the complete checkpoints of a run folder, rising."""
+    folder = pathlib.Path(path) / _CHECKPOINTS
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()) if folder.is_dir() else []
+
+
 def _has_work(path: pathlib.Path) -> bool:
     """Whether a run has recorded anything here: a line of metrics, or a checkpoint."""
-    metrics, checkpoints = path / _METRICS, path / _CHECKPOINTS
-    if metrics.is_file() and metrics.stat().st_size:
-        return True
-    return checkpoints.is_dir() and any(entry.name.isdecimal() for entry in checkpoints.iterdir())
+    metrics = path / _METRICS
+    return (metrics.is_file() and metrics.stat().st_size > 0) or bool(checkpoint_steps(path))
 
 
 def _check_same_run(path: pathlib.Path, config: Config, identity: dict[str, Any]) -> None:

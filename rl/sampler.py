@@ -1,49 +1,67 @@
 """Completions of prompts, drawn with the policy's own parameters on the policy's own mesh: no copy, no weight sync.
 
-In: parameters, prompts as token ids, a key. Out: per prompt and sample a `Completion`. The rule that draws one token is
-`rl.sampling`, what runs on the device `rl.decoding`; tokenising, rewards and the choice of prompts are not here.
+In: parameters, prompts as token ids, a key. Out: per prompt and sample a `Completion`, all together or as they end. The
+rule that draws one token is `rl.sampling`, compiled decoding is `rl.engine`, who waits where is `rl.scheduling`;
+tokenising, rewards and the choice of prompts are not here.
 
-Completions are drawn in waves of whole groups. A wave prefills each prompt once (its cache is shared by the samples of
-the prompt), then decodes in jitted chunks of a few tokens. Between chunks the host reads what was drawn, looks for stop
-strings, drops finished rows once half of all can go, and grows the cache.
+Every prompt is prefilled once, packed with others, and read in place by all of its samples; what all prompts start with
+is prefilled once for all. Slots draw in chunks of a few tokens; a slot whose completion ends takes the next one inside
+the chunk. Between chunks the host reads what was drawn, looks for stop strings, prefills more prompts, drops idle slots
+and grows the cache.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from rl.decoding import WaveInputs, decode_chunk, grow_part, prefill, select_rows
-from rl.mesh import num_row_shards, partition_spec, replicated, row_sharding
+from rl import scheduling
+from rl.engine import DecodeState, Engine, Shape
 from rl.models.cache import CachePart
 from rl.models.policy import Params, Policy
+from rl.models.quantized import quantize_params, quantized_shardings
 from rl.sampling import SamplingParams
-from rl.waves import Completion, Row, Tracker, plan_waves, size_at_least, wave_inputs
+from rl.scheduling import Completion, Request, Schedule
 
 __all__ = ["Completion", "Sampler"]
 
-MIN_OWN_SLOTS = 32
+MAX_DERIVED_SLOTS = 256  # when a memory budget sets the number: more make a step longer and hardly cheaper per token
+MIN_COMMON_LENGTH = 64
+MAX_PROMPTS_PER_ROW = 4
+PREFILL_TOKENS = 4096  # of one piece of prefill, over all rows
+MIN_PREFILL_CHUNK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class _Expected:
+    """What calls are planned for: the prefix of all prompts, and the longest and mean rest of a prompt, in tokens."""
+
+    common: tuple[int, ...] = ()
+    longest: int = 0
+    mean: float = 0.0
 
 
 class Sampler:
-    """Draws completions; holds the compiled functions and no parameters.
+    """Draws completions; holds compiled programs and no parameters.
 
     Args:
-      policy: what to sample from.
-      mesh: where the parameters live; rows are spread over the axes that `rules["batch"]` names, the heads of the cache
-        over those of `rules["kv_heads"]`.
-      param_shardings: a `NamedSharding` per parameter, as in the training state.
-      rules: logical axis -> mesh axes, the `mesh.rules` of the config.
-      max_rows: completions decoded at a time; bounds the KV cache.
+      policy, mesh, param_shardings, rules: see `rl.engine.Engine`.
+      slots: completions decoded at a time, over all devices; None: as many as `kv_bytes` allows, up to 256.
+      kv_bytes: bytes on each device that the key/value cache may take; None: no bound.
       decode_text: token ids -> text; needed for stop strings only.
       chunk: tokens decoded between two looks of the host.
       stop_chunk: the same when there are stop strings, which only the host can see.
+      kv_dtype: None: the cache is in the compute dtype; "int8".
+      weight_dtype: None: the parameters as they are. "int8", "float8_e4m3fn": every call quantises the matrices first,
+        which takes a quarter of their float32 size in memory besides them, and reads those (see `rl.models.quantized`).
 
     Raises:
-      ValueError: max_rows below the number of pieces that rows are cut into on this mesh.
+      ValueError: fewer slots than pieces that rows are cut into on this mesh.
     """
 
     def __init__(
@@ -53,42 +71,51 @@ class Sampler:
         param_shardings: Any,
         *,
         rules: Mapping[str, Sequence[str]],
-        max_rows: int,
+        slots: int | None = None,
+        kv_bytes: int | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
         chunk: int = 32,
         stop_chunk: int = 8,
+        kv_dtype: str | None = None,
+        weight_dtype: str | None = None,
     ) -> None:
-        self._num_shards = num_row_shards(mesh, rules)
-        if max_rows < self._num_shards:
+        self._quantize: Callable[[Params], Params] | None = None
+        if weight_dtype is not None:
+            quantized = quantized_shardings(policy.config, param_shardings)
+            quantize = partial(quantize_params, policy.config, dtype=weight_dtype)
+            self._quantize = jax.jit(quantize, in_shardings=(param_shardings,), out_shardings=quantized)
+            param_shardings = quantized
+        self.engine = Engine(policy, mesh, param_shardings, rules=rules, chunk=chunk, kv_dtype=kv_dtype)
+        if slots is not None and slots < self.engine.num_shards:
             raise ValueError(
-                f"sampling.max_rows must be >= {self._num_shards}, the devices rows are spread over, got {max_rows}"
+                f"sampling.slots must be >= {self.engine.num_shards}, the devices rows are spread over, got {slots}"
             )
         self._policy = policy
-        self._param_shardings = param_shardings
-        self._max_rows = max_rows
+        self._slots, self._kv_bytes = slots, kv_bytes
         self._decode_text = decode_text
-        self._chunk = chunk
-        self._stop_chunk = min(stop_chunk, chunk)
-        self._everywhere = replicated(mesh)
-        self._rows = row_sharding(mesh, rules)
-        config = policy.config
-        heads = NamedSharding(
-            mesh,
-            partition_spec(
-                ("batch", None, "kv_heads", None),
-                (self._num_shards, 1, config.num_kv_heads, config.head_dim),
-                mesh,
-                rules,
-            ),
-        )
-        layers = (heads,) * config.num_layers
-        self._part: Any = CachePart(layers, layers, self._rows, self._rows, self._rows)  # pyright: ignore[reportArgumentType]
-        self._compiled: dict[tuple, Callable] = {}
+        self._chunk, self._stop_chunk = chunk, min(stop_chunk, chunk)
+        self._expected = _Expected()
 
     @property
     def num_compiles(self) -> int:
-        """How many functions were compiled so far: one per shape and set of sampling parameters."""
-        return len(self._compiled)
+        """How many programs were compiled so far."""
+        return len(self.engine.programs)
+
+    @property
+    def peak_kv_bytes(self) -> int:
+        """The most bytes that keys and values (and their labels) took at any moment so far, over all devices."""
+        return self.engine.peak_kv_bytes
+
+    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
+        """Plans shapes for prompts like these: calls with such prompts then share their programs, whatever they hold.
+
+        The prefix that all of them start with is cached once per call, and the prompt table is as long as the longest.
+        """
+        common = scheduling.common_prefix_length(prompts)
+        common = _usable_common_length(common, len(prompts))
+        rests = [len(prompt) - 1 - common for prompt in prompts]
+        head = tuple(int(token) for token in prompts[0][:common])
+        self._expected = _Expected(head, max(rests), sum(rests) / len(rests))
 
     def sample(
         self,
@@ -114,108 +141,255 @@ class Sampler:
 
         Raises:
           ValueError: an empty prompt, token ids outside the vocabulary, a length beyond the model's positions, stop
-            strings without `decode_text`.
+            strings without `decode_text`, a cache that does not fit in `kv_bytes`.
         """
         indices = list(range(len(prompts))) if prompt_indices is None else [int(index) for index in prompt_indices]
-        self._check(prompts, indices, num_samples, sampling)
-        completions: dict[Row, Completion] = {}
-        for groups in plan_waves(len(prompts), num_samples, self._max_rows, self._num_shards):
-            completions.update(self._run_wave(params, prompts, indices, groups, sampling, key))
-        return [[completions[Row(p, g)] for g in range(num_samples)] for p in range(len(prompts))]
-
-    def _run_wave(
-        self,
-        params: Params,
-        prompts: Sequence[Sequence[int] | np.ndarray],
-        indices: Sequence[int],
-        groups: list[list[Row]],
-        sampling: SamplingParams,
-        key: jax.Array,
-    ) -> dict[Row, Completion]:
-        """Draws the completions of one wave; the rows of a group share a prompt."""
-        limit = sampling.max_completion_length
-        inputs = wave_inputs(prompts, indices, groups, self._num_shards)
-        most_slots = size_at_least(max(limit - 1, 1))  # the last token is never fed back
-        num_slots = min(MIN_OWN_SLOTS, most_slots)
-        labels, prefix, own, drawn = self._prefill(inputs, num_slots, sampling)(params, inputs, key)
-        tracker = Tracker(groups, inputs, sampling, self._decode_text)
-        tracker.read(drawn)
-        while tracker.num_live:
-            kept_B = tracker.compact(self._num_shards)
-            if kept_B is not None:
-                labels, prefix, own = self._select(prefix, own, kept_B.size)(labels, prefix, own, kept_B)
-            if tracker.length > own.num_slots:
-                own = self._grow(own, min(2 * own.num_slots, most_slots))(own)
-            decode, chunk = self._decode(prefix, own, sampling)
-            end = min(tracker.length + chunk, own.num_slots + 1, limit)
-            own, drawn = decode(
-                params,
-                labels,
-                prefix,
-                own,
-                tracker.last_tokens_B,
-                tracker.finished_B,
-                np.int32(tracker.length),
-                np.int32(end),
-            )
-            tracker.read(drawn)
-        return tracker.completions(indices)
-
-    # Compiled functions, by everything that their shapes depend on
-
-    def _prefill(self, inputs: WaveInputs, num_slots: int, sampling: SamplingParams) -> Callable:
-        name = ("prefill", inputs.tokens_PT.shape, inputs.sample_indices_B.shape, num_slots, sampling)
-        function = partial(prefill, self._policy, sampling, num_slots, self._rows)
-        return self._jit(
-            name,
-            function,
-            in_shardings=(self._param_shardings, self._everywhere, self._everywhere),
-            out_shardings=(self._rows, self._part, self._part, self._everywhere),
-        )
-
-    def _decode(self, prefix: CachePart, own: CachePart, sampling: SamplingParams) -> tuple[Callable, int]:
-        chunk = self._stop_chunk if sampling.stop_strings else self._chunk
-        name = ("decode", prefix.positions.shape, own.positions.shape, chunk, sampling)
-        function = partial(decode_chunk, self._policy, sampling, chunk, self._rows)
-        small = (self._everywhere,) * 4
-        jitted = self._jit(
-            name,
-            function,
-            in_shardings=(self._param_shardings, self._rows, self._part, self._part, *small),
-            out_shardings=(self._part, self._everywhere),
-            donate_argnums=(3,),
-        )
-        return jitted, chunk
-
-    def _grow(self, own: CachePart, num_slots: int) -> Callable:
-        name = ("grow", own.positions.shape, num_slots)
-        function = partial(grow_part, num_slots)
-        return self._jit(name, function, in_shardings=(self._part,), out_shardings=self._part)
-
-    def _select(self, prefix: CachePart, own: CachePart, num_rows: int) -> Callable:
-        name = ("select", prefix.positions.shape, own.positions.shape, num_rows)
-        shardings = (self._rows, self._part, self._part)
-        return self._jit(name, select_rows, in_shardings=(*shardings, self._everywhere), out_shardings=shardings)
-
-    def _jit(self, name: tuple, function: Callable, **options: Any) -> Callable:
-        if name not in self._compiled:
-            self._compiled[name] = jax.jit(function, **options)
-        return self._compiled[name]
-
-    def _check(
-        self,
-        prompts: Sequence[Sequence[int] | np.ndarray],
-        indices: Sequence[int],
-        num_samples: int,
-        sampling: SamplingParams,
-    ) -> None:
-        config = self._policy.config
         if num_samples < 1:
             raise ValueError(f"num_samples must be >= 1, got {num_samples}")
         if len(indices) != len(prompts):
             raise ValueError(
                 f"prompt_indices must have one entry for each of {len(prompts)} prompts, got {len(indices)}"
             )
+        limit = sampling.max_completion_length
+        requests = [
+            Request(place, index, sample, limit) for place, index in enumerate(indices) for sample in range(num_samples)
+        ]
+        completions: list[Completion | None] = [None] * len(requests)
+        for number, completion in self.stream(params, prompts, requests, sampling, key):
+            completions[number] = completion
+        done = [completion for completion in completions if completion is not None]
+        assert len(done) == len(requests)
+        return [done[first : first + num_samples] for first in range(0, len(done), num_samples)]
+
+    def stream(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Draws the requests and yields (its place in `requests`, completion) of each as it ends.
+
+        The limit of a request may be below `sampling.max_completion_length`; one with a seed depends on (seed, sample
+        index) and on nothing else. Memory does not grow with the number of requests. Raises as `sample` does.
+        """
+        self._check(prompts, requests, sampling)
+        return self._stream(params, prompts, requests, sampling, key)
+
+    def warm_up(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+        """Compiles every program that calls of this size can need, whatever is drawn; see `expect`.
+
+        Prefill compiles here and now (on prompts of nothing), decoding in the background: `engine.programs.wait()`
+        returns when all is ready.
+        """
+        params = self._decode_params(params)
+        limit, num_shards = sampling.max_completion_length, self.engine.num_shards
+        requests = [Request(p, p, sample, limit) for p in range(num_prompts) for sample in range(num_samples)]
+        first = self._shape(scheduling.deal(requests, num_shards), self._expected, sampling)
+        sizes = [size * num_shards for size in scheduling.slot_sizes(first.num_slots // num_shards)]
+        lengths = scheduling.own_lengths(limit)
+        shapes = [dataclasses.replace(first, num_slots=size, length=length) for length in lengths for size in sizes]
+        for shape in shapes:
+            self.engine.prepare(params, shape, sampling, self._chunk_of(sampling))
+        for shape in shapes:
+            for size in sizes:
+                if size < shape.num_slots:
+                    self.engine.prepare_resize(shape, sampling, size, shape.length)
+            for length in lengths:
+                if length > shape.length:
+                    self.engine.prepare_resize(shape, sampling, shape.num_slots, length)
+        common = self._prefill_common(params, self._expected) if self._expected.common else None
+        state = self.engine.init_state(first, sampling, jax.random.key(0), common)
+        nothing = np.zeros((first.prefill_rows, first.table_length), np.int32)
+        places = np.full((num_shards, first.prefill_rows // num_shards), first.table_rows, np.int32)
+        self._admit(params, state, (nothing, nothing, nothing - 1), places)
+
+    def _stream(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Iterator[tuple[int, Completion]]:
+        if not requests:
+            return
+        engine = self.engine
+        params = self._decode_params(params)
+        expected = self._plan(prompts)
+        common_length = len(expected.common)
+        shards = scheduling.deal(requests, engine.num_shards)
+        shape = self._shape(shards, expected, sampling)
+        common = self._prefill_common(params, expected) if common_length else None
+        prompts_per_row = _prompts_per_row(expected)
+        rows = []
+        for pieces in shards:
+            lengths = [len(prompts[requests[piece[0]].prompt]) - 1 - common_length for piece in pieces]
+            packed = scheduling.pack_rows(lengths, shape.table_length, prompts_per_row)
+            rows.append([[pieces[number] for number in row] for row in packed])
+        schedule = Schedule(
+            prompts,
+            requests,
+            sampling,
+            self._decode_text,
+            common_length,
+            rows,
+            shape.table_rows // engine.num_shards,
+            shape.table_length,
+            shape.num_waiting,
+            self._policy.config.vocab_size,
+        )
+        state = engine.init_state(shape, sampling, key, common)
+        schedule.set_slots(shape.num_slots)
+        sizes = scheduling.slot_sizes(shape.num_slots // engine.num_shards)
+        lengths = scheduling.own_lengths(sampling.max_completion_length)
+        prefill_rows = shape.prefill_rows // engine.num_shards
+        filled = 0  # positions of the own cache that the busiest slot has filled
+        while schedule.num_left:
+            while schedule.num_pending_rows and (
+                schedule.free_rows() >= prefill_rows or (schedule.free_rows() and schedule.is_hungry())
+            ):
+                state = self._admit(params, state, *schedule.admit(prefill_rows))
+            state = self._fit(state, schedule, filled, lengths, sizes)
+            waiting, num_waiting = schedule.waiting()
+            few = self._few(state, schedule, sizes)
+            cancelled_B = schedule.cancelled()
+            state, report = engine.generate(
+                params, state, waiting, num_waiting, key, cancelled_B, few, self._chunk_of(sampling)
+            )
+            assert report.num_steps > 0, "a chunk without a step, though there are requests left"
+            filled = int(np.max(np.where(report.request_ids >= 0, report.num_drawn, 0), initial=0))
+            yield from schedule.read(report)
+
+    def _admit(
+        self, params: Params, state: DecodeState, inputs: Sequence[np.ndarray], places: np.ndarray
+    ) -> DecodeState:
+        chunk = max(PREFILL_TOKENS // inputs[0].shape[0], MIN_PREFILL_CHUNK)
+        prefix = self.engine.prefill(params, *inputs, common=state.common, chunk=chunk, state=state)
+        return self.engine.insert(state, prefix, places)
+
+    def _fit(
+        self, state: DecodeState, schedule: Schedule, filled: int, lengths: Sequence[int], sizes: Sequence[int]
+    ) -> DecodeState:
+        """Drops idle slots once half of them can go, and grows the own cache where the busiest slot has filled it."""
+        busy = schedule.busy_slots()
+        length = state.own.length
+        if filled >= length:
+            length = next(size for size in lengths if size > filled)
+        index = None
+        needed = int(busy.sum(axis=1).max()) + schedule.num_waiting
+        kept = min(size for size in sizes if size >= min(needed, sizes[0]))
+        if kept < busy.shape[1] and not schedule.num_pending_rows:
+            index = np.argsort(~busy, axis=1, kind="stable")[:, :kept].astype(np.int32)
+            schedule.keep_slots(index)
+        if index is None and length == state.own.length:
+            return state
+        return self.engine.resize(state, index, length)
+
+    def _few(self, state: DecodeState, schedule: Schedule, sizes: Sequence[int]) -> int:
+        """The number of busy slots at which the host is wanted, for more requests or to drop idle slots; 0: never."""
+        current = state.shape.num_slots // self.engine.num_shards
+        if schedule.has_more():
+            wanted = current - 1
+        else:
+            wanted = max((size for size in sizes if size < current), default=0)
+        # At once it could do nothing about the slots that are idle now: it looks again when a completion has ended.
+        return min(wanted * self.engine.num_shards, schedule.num_soon_busy() - 1)
+
+    # Plans
+
+    def _plan(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> _Expected:
+        """The expected prefix if these prompts start with it, else their own; lengths at least the expected ones."""
+        expected = self._expected
+        head = np.asarray(expected.common, np.int32)
+        fits = all(len(p) > head.size and np.array_equal(np.asarray(p[: head.size]), head) for p in prompts)
+        if expected.longest == 0 or not fits:
+            common = _usable_common_length(scheduling.common_prefix_length(prompts), len(prompts))
+            expected = _Expected(tuple(int(token) for token in prompts[0][:common]))
+        rests = [len(prompt) - 1 - len(expected.common) for prompt in prompts]
+        if max(rests) <= expected.longest:
+            return expected
+        return dataclasses.replace(expected, longest=max(rests), mean=expected.mean or sum(rests) / len(rests))
+
+    def _shape(self, shards: list[list[list[int]]], expected: _Expected, sampling: SamplingParams) -> Shape:
+        """The shape that decoding starts with."""
+        num_shards = self.engine.num_shards
+        num_requests = max(sum(len(piece) for piece in pieces) for pieces in shards)
+        num_pieces = max(len(pieces) for pieces in shards)
+        piece_size = max(len(piece) for pieces in shards for piece in pieces)
+        table_length = max(scheduling.MIN_TABLE_LENGTH, scheduling.size_at_least(expected.longest))
+        prompts_per_row = _prompts_per_row(expected)
+        limit = sampling.max_completion_length
+        longest_own = scheduling.own_lengths(limit)[-1]
+
+        def most_in_flight(num_slots: int) -> int:
+            # Prompts whose samples are being drawn, half as many again for stragglers and for those that come next.
+            return math.ceil(1.5 * num_slots / piece_size) + 1
+
+        def table_rows(num_slots: int) -> int:
+            in_flight = min(num_pieces, most_in_flight(num_slots))
+            density = min(prompts_per_row, table_length / max(expected.mean, 1.0)) if prompts_per_row > 1 else 1
+            return scheduling.size_at_least(min(in_flight, math.ceil(1.25 * in_flight / density) + 1), 4)
+
+        most = scheduling.size_at_least(num_requests, 4)
+        if self._slots is not None:
+            most = min(most, self._slots // num_shards)
+        else:
+            most = min(most, MAX_DERIVED_SLOTS // num_shards or 1)
+            if self._kv_bytes is not None:
+                positions = table_length, len(expected.common)
+                most = self._affordable_slots(self._kv_bytes, most, longest_own, table_rows, *positions)
+        rows = table_rows(most)
+        return Shape(
+            num_slots=most * num_shards,
+            length=scheduling.own_lengths(limit)[0],
+            table_rows=rows * num_shards,
+            table_length=table_length,
+            prefill_rows=(rows if num_pieces <= most_in_flight(most) else math.ceil(rows / 4)) * num_shards,
+            num_readers=min(piece_size * prompts_per_row, most),
+            common_length=len(expected.common),
+            num_waiting=2 * most,
+        )
+
+    def _affordable_slots(
+        self,
+        kv_bytes: int,
+        most: int,
+        own_length: int,
+        table_rows: Callable[[int], int],
+        table_length: int,
+        common_length: int,
+    ) -> int:
+        per_position = self.engine.bytes_per_position()
+        num_slots = most
+        while num_slots:
+            positions = num_slots * own_length + table_rows(num_slots) * table_length + common_length
+            if positions * per_position <= kv_bytes:
+                return num_slots
+            num_slots -= 1
+        least = (own_length + table_rows(1) * table_length + common_length) * per_position
+        raise ValueError(
+            f"sampling.kv_memory must allow at least one completion of {own_length} tokens, which takes {least:,} "
+            f"bytes of keys and values, got {kv_bytes:,}; raise it, or shorten sampling.max_completion_length"
+        )
+
+    def _prefill_common(self, params: Params, expected: _Expected) -> CachePart:
+        tokens = np.tile(np.asarray(expected.common, np.int32), (self.engine.num_shards, 1))
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        chunk = max(PREFILL_TOKENS // tokens.shape[0], MIN_PREFILL_CHUNK)
+        return self.engine.prefill(params, tokens, positions, np.zeros_like(tokens), chunk=chunk)
+
+    def _decode_params(self, params: Params) -> Params:
+        return params if self._quantize is None else self._quantize(params)
+
+    def _chunk_of(self, sampling: SamplingParams) -> int:
+        return self._stop_chunk if sampling.stop_strings else self._chunk
+
+    def _check(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], requests: Sequence[Request], sampling: SamplingParams
+    ) -> None:
+        config = self._policy.config
         if sampling.stop_strings and self._decode_text is None:
             raise ValueError(
                 f"sampling.stop_strings needs a tokenizer to see text, got {sampling.stop_strings} without decode_text"
@@ -224,6 +398,12 @@ class Sampler:
             raise ValueError(
                 f"sampling.eos_ids must be below the vocabulary size {config.vocab_size}, got {sampling.eos_ids}"
             )
+        for number, request in enumerate(requests):
+            if not 1 <= request.limit <= sampling.max_completion_length:
+                raise ValueError(
+                    f"requests[{number}].limit must be between 1 and sampling.max_completion_length "
+                    f"({sampling.max_completion_length}), got {request.limit}"
+                )
         for number, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(f"prompts[{number}] must have at least one token, got none")
@@ -238,3 +418,14 @@ class Sampler:
                     f"{config.max_position_embeddings} positions, got {len(prompt)} + "
                     f"{sampling.max_completion_length}; shorten one of them"
                 )
+
+
+def _usable_common_length(length: int, num_prompts: int) -> int:
+    """Tokens of a common prefix that get a cache of their own: a size, so that few programs are compiled, or none."""
+    return scheduling.size_at_most(length) if num_prompts > 1 and length >= MIN_COMMON_LENGTH else 0
+
+
+def _prompts_per_row(expected: _Expected) -> int:
+    """Prompts that may share a row of the prompt table."""
+    table_length = max(scheduling.MIN_TABLE_LENGTH, scheduling.size_at_least(expected.longest))
+    return min(max(int(table_length / max(expected.mean, 1.0)), 1), MAX_PROMPTS_PER_ROW)

@@ -45,7 +45,8 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
         path = pathlib.Path(source).expanduser()
         if not path.is_file():
             raise ValueError(f"data source {source!r} must be an existing file (working directory {os.getcwd()})")
-        rows = _read_jsonl(path) if source.endswith(".jsonl") else _read_parquet(path)
+        is_jsonl = source.endswith(".jsonl")
+        rows = [row for _, row in read_jsonl(path)] if is_jsonl else _read_parquet(path)
     else:
         rows = _read_data_set(source, args)
     if not rows:
@@ -53,14 +54,8 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
     return _map_columns(rows, columns, source)
 
 
-def list_columns(name: str, existing: Iterable[str]) -> str:
-    """The end of a message about a column that is not there: the columns that are, and the nearest."""
-    existing = sorted(existing)
-    near = difflib.get_close_matches(name, existing, n=1)
-    return f"; the columns are {existing}" + (f", did you mean {near[0]!r}?" if near else "")
-
-
-def _read_jsonl(path: pathlib.Path) -> list[Row]:
+def read_jsonl(path: pathlib.Path) -> list[tuple[int, Row]]:
+    """(line number from 1, row) of every line that is not blank; ValueError, with the number, for no JSON object."""
     rows = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -72,8 +67,15 @@ def _read_jsonl(path: pathlib.Path) -> list[Row]:
                 raise ValueError(f"{path}:{number} must be one JSON object, got {line[:80]!r}: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number} must be one JSON object, got {type(row).__name__}: {line[:80]!r}")
-            rows.append(row)
+            rows.append((number, row))
     return rows
+
+
+def list_columns(name: str, existing: Iterable[str]) -> str:
+    """The end of a message about a column that is not there: the columns that are, and the nearest."""
+    existing = sorted(existing)
+    near = difflib.get_close_matches(name, existing, n=1)
+    return f"; the columns are {existing}" + (f", did you mean {near[0]!r}?" if near else "")
 
 
 def _read_parquet(path: pathlib.Path) -> list[Row]:

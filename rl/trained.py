@@ -23,6 +23,7 @@ class TrainedPolicy:
 
     Attributes:
       params, shardings: weights and where they are; the same tree.
+      rng: uint32 key data of the run's base key, see `rl.models.train_state.PureState`.
       step: of the checkpoint they come from; None when they are those of model.source.
     """
 
@@ -32,6 +33,7 @@ class TrainedPolicy:
     mesh: Mesh
     tokenizer: Tokenizer
     origin: Origin
+    rng: Any
     step: int | None
 
 
@@ -44,7 +46,7 @@ def load_start(config: Config) -> TrainedPolicy:
     init_state_fn = InitStateFn(policy, None, config.seed)
     shardings = get_abstract_state(config, mesh, init_state_fn, is_training=False).shardings.params
     state, _ = setup_decode_state(config, mesh, init_state_fn, pretrained_params(origin, shardings))
-    return TrainedPolicy(policy, state.params, shardings, mesh, tokenizer, origin, None)
+    return TrainedPolicy(policy, state.params, shardings, mesh, tokenizer, origin, state.rng, None)
 
 
 def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None = None) -> TrainedPolicy:
@@ -71,4 +73,5 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
         state, _ = checkpoints.restore(step)
     finally:
         checkpoints.close()
-    return TrainedPolicy(policy, state.params, checkpoints.abstract.shardings.params, mesh, tokenizer, origin, step)
+    shardings = checkpoints.abstract.shardings.params
+    return TrainedPolicy(policy, state.params, shardings, mesh, tokenizer, origin, state.rng, step)

@@ -18,17 +18,28 @@ SOURCES = sorted((ROOT / "rl").rglob("*.py")) + sorted((ROOT / "rewards").rglob(
 
 # From the ground up: a module may import those of its own line and of the lines above it.
 LAYERS = [
-    ["rl.config", "rl.models.config", "rl.metrics", "rl.interrupt", "rl.cli", "rl.categorical"],
+    [
+        "rl.config",
+        "rl.models.config",
+        "rl.metrics",
+        "rl.interrupt",
+        "rl.cli",
+        "rl.categorical",
+        "rl.programs",
+        "rl.completion_file",
+    ],
     ["rl.mesh", "rl.models.quantized", "rl.console", "rl.models.hf_config", "rl.sampling", "rl.tokenizer", "rl.tasks"],
     ["rl.models.ops"],
     ["rl.models.cache", "rl.losses", "rl.advantages", "rl.logprobs", "rl.sources", "rl.tools.report"],
     ["rl.models.linen_model", "rl.models.nnx_model", "rl.models.train_state", "rl.data"],
-    ["rl.models.policy", "rl.models.hf", "rl.packing"],
-    ["rl.states", "rl.optimizer", "rl.waves", "rl.decoding", "rl.weights", "rl.run_folder"],
-    ["rl.checkpoint", "rl.sampler", "rl.train_step"],
+    ["rl.models.policy", "rl.models.hf", "rl.packing", "rl.prompt_rows"],
+    ["rl.states", "rl.optimizer", "rl.decoding", "rl.weights", "rl.run_folder"],
+    ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step"],
+    ["rl.sampler", "rl.prompt_logprobs"],
     ["rl.rollout", "rl.update", "rl.trained"],
     ["rl.evaluation", "rl.tools.export"],
-    ["rl.grpo_trainer", "rl.sft_trainer"],
+    ["rl.grpo_trainer", "rl.sft_trainer", "rl.replay"],
+    ["rl.sample_command"],
 ]
 
 

@@ -31,7 +31,7 @@ rewards:
     - {{function: "{REWARDS}:digit_share", name: digits}}
     - {{function: "{REWARDS}:always_right", name: right, weight: 0.0}}
     - {{function: "{REWARDS}:right_for_even_answers", name: even, weight: 0.0}}
-sampling: {{max_completion_length: 4, max_rows: 8}}
+sampling: {{max_completion_length: 4, slots: 8}}
 grpo: {{steps: 2, prompts_per_step: 2, group_size: 2, max_tokens_per_microbatch: 64}}
 eval: {{every: 1}}
 checkpoint: {{every: 1}}
@@ -46,7 +46,7 @@ def run(tmp_path_factory):
     return train(load_config(folder / "recipe.yml", [f"output_dir={folder / 'run'}"]))
 
 
-def test_every_held_out_prompt_counts_once_though_the_last_wave_is_partial(run):
+def test_every_held_out_prompt_counts_once_though_there_are_fewer_slots(run):
     result, where = evaluate_source(run)
     assert where == "step 2"
     assert result.num_prompts == result.num_judged == len({sample["prompt"] for sample in result.samples}) == 13

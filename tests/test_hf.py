@@ -81,7 +81,7 @@ def test_greedy_continuation_through_the_cache_is_that_of_transformers(name, fla
     def continue_greedily(params):
         cache = kv.init_cache(config, 1, length)
         hidden, cache = policy.extend(params, prompt, *plain_labels(prompt.shape), cache)
-        cache = kv.share_prefix(cache, 1, num_new)
+        cache = kv.init_cache(config, 1, num_new, [kv.share_evenly(cache.own, 1)])
 
         def step(carry, position):
             hidden, cache = carry

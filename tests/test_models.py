@@ -150,7 +150,7 @@ def test_twins_are_the_same_program(family):
     """Equal before compilation, so equal bit for bit after it, on any machine."""
     config = tiny_config(family)
     params, batch = noisy_params(config), plain_batch()
-    cache = kv.init_cache(config, num_rows=3, num_slots=9)
+    cache = kv.init_cache(config, num_rows=3, length=9)
     for method, arguments in (("hidden", batch), ("extend", (*batch, cache)), ("unembed", (jnp.ones((2, 16)),))):
         programs = [jax.jit(getattr(policy, method)).lower(params, *arguments).as_text() for policy in both(config)]
         assert programs[0] == programs[1]
@@ -161,8 +161,7 @@ def test_twins_agree_bit_for_bit_through_the_cache(family):
     config = tiny_config(family)
     params, batch = noisy_params(config), plain_batch()
     results = [
-        jax.jit(policy.extend)(params, *batch, kv.init_cache(config, num_rows=3, num_slots=9))
-        for policy in both(config)
+        jax.jit(policy.extend)(params, *batch, kv.init_cache(config, num_rows=3, length=9)) for policy in both(config)
     ]
     assert_trees_identical(*results)
 
@@ -237,7 +236,7 @@ def test_float64_stays_float64_end_to_end(flavour):
         jaxpr = str(jax.make_jaxpr(lambda p: policy.unembed(p, policy.hidden(p, *batch)))(params))
         assert ("f64[" in jaxpr, "f32[" in jaxpr) == (True, False)
         cached, cache = jax.jit(policy.extend)(params, *batch, kv.init_cache(config, 3, 8))
-        assert cached.dtype == cache.own.keys[0].dtype == jnp.float64
+        assert cached.dtype == cache.own.layers[0].keys.dtype == jnp.float64
         np.testing.assert_allclose(cached, run_hidden(policy, params, batch), rtol=0, atol=1e-12)
 
 
@@ -376,10 +375,11 @@ def test_decoding_with_a_shared_prefix_gives_the_hidden_states_of_whole_sequence
     positions_PT = np.broadcast_to(np.arange(5), (2, 5))
     groups_PT = np.where(positions_PT < lengths_P[:, None], 0, -1)
     extend = jax.jit(policy.extend)
-    cache = kv.init_cache(config, num_rows=2, num_slots=5)
+    cache = kv.init_cache(config, num_rows=2, length=5)
     prefill, cache = extend(params, prompts_PT, positions_PT, groups_PT, np.zeros_like(groups_PT), cache)
-    cache = kv.share_prefix(cache, num_samples, num_slots=2)
-    assert (cache.prefix.keys[0].shape, cache.own.keys[0].shape) == ((2, 5, 2, 8), (6, 2, 2, 8))
+    cache = kv.init_cache(config, 6, 2, [kv.share_evenly(cache.own, 6)])
+    assert cache.shared[0].part.layers[0].keys.shape == (2, 2, 8, 5)
+    assert (cache.own.layers[0].keys.shape, cache.own.layers[0].values.shape) == ((6, 2, 8, 2), (6, 2, 2, 8))
     lengths_B, labels_B1 = np.repeat(lengths_P, num_samples), np.zeros((6, 1), int)
     decoded = []
     for step in range(num_new):
@@ -389,7 +389,7 @@ def test_decoding_with_a_shared_prefix_gives_the_hidden_states_of_whole_sequence
             params, new_BT[:, step, None], (lengths_B + step)[:, None], labels_B1, labels_B1 + 1, cache
         )
         decoded.append(hidden[:, 0])
-    assert int(cache.cursor) == num_new
+    assert cache.cursors.tolist() == [num_new] * 6
     whole_BT = np.zeros((6, 9), int)
     for row, length in enumerate(lengths_B):
         whole_BT[row, : length + num_new] = [*prompts_PT[row // num_samples, :length], *new_BT[row]]
@@ -406,7 +406,7 @@ def test_decoding_copies_no_cache():
     """In the compiled decode loop the only operations as large as a layer's cache are its updates in place."""
     config = tiny_config(num_heads=4, num_kv_heads=2)
     policy, params = NNXPolicy(config), noisy_params(config)
-    num_rows, num_slots = 4, 256
+    num_rows, length = 4, 256
 
     def decode(params, cache, tokens_B1):
         def step(carry):
@@ -418,24 +418,21 @@ def test_decoding_copies_no_cache():
 
         return jax.lax.while_loop(lambda carry: carry[0] < 100, step, (jnp.int32(0), cache, tokens_B1))
 
-    cache = kv.init_cache(config, num_rows, num_slots)
+    cache = kv.init_cache(config, num_rows, length)
     arguments = params, cache, jnp.zeros((num_rows, 1), jnp.int32)
     compiled = jax.jit(decode, donate_argnums=1).lower(*arguments).compile()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
-    assert memory.temp_size_in_bytes < cache.own.keys[0].nbytes
+    assert memory.temp_size_in_bytes < cache.own.layers[0].keys.nbytes
 
 
 def test_cache_sizes_that_do_not_fit_are_refused():
-    config = tiny_config()
-    cache = kv.init_cache(config, num_rows=2, num_slots=4)
-    with pytest.raises(ValueError, match="num_slots must be >= the 4 slots there are, got 3"):
+    cache = kv.init_cache(tiny_config(), num_rows=2, length=4)
+    with pytest.raises(ValueError, match="length must be >= the 4 positions there are, got 3"):
         kv.grow(cache, 3)
-    with pytest.raises(ValueError, match="num_rows must be a multiple of the prefix's 2 rows, got 3"):
-        kv.init_cache(config, 3, 4, prefix=cache.own)
-    with pytest.raises(ValueError, match="no prefix yet"):
-        kv.share_prefix(kv.share_prefix(cache, 2, 4), 2, 4)
+    with pytest.raises(ValueError, match="num_rows must be a multiple of the shared part's 2 rows, got 3"):
+        kv.share_evenly(cache.own, 3)
 
 
 # ModelConfig

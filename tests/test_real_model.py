@@ -66,7 +66,7 @@ def test_greedy_answers_through_the_cache_are_those_of_transformers(model, flavo
         cache = kv.init_cache(config, *tokens_BT.shape)
         hidden, cache = policy.extend(params, tokens_BT, positions_BT, groups_BT, branches_BT, cache)
         last = jnp.take_along_axis(hidden, (lengths_B - 1)[:, None, None], axis=1)
-        cache = kv.share_prefix(cache, num_samples=1, num_slots=num_new)
+        cache = kv.init_cache(config, len(lengths_B), num_new, [kv.share_evenly(cache.own, len(lengths_B))])
 
         def step(carry, count):
             last, cache = carry

@@ -1,8 +1,11 @@
 """Completions against a plain full forward pass, and against themselves in other company."""
 
+import contextlib
 import dataclasses
+import math
+import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +16,10 @@ from rl.config import load_config
 from rl.mesh import create_mesh, tree_shardings
 from rl.models.config import ModelConfig, logical_axes
 from rl.models.policy import Policy, create_policy
+from rl.models.quantized import quantize_params
 from rl.sampler import Completion, Sampler
 from rl.sampling import SamplingParams, truncate
-from rl.waves import Row, plan_waves, size_at_least, size_at_most, stop_length
+from rl.scheduling import Request
 
 VOCAB = 48
 PLAIN = SamplingParams(
@@ -56,7 +60,7 @@ def build(family: str = "qwen3", pure_nnx: bool = True, mesh: tuple[str, ...] = 
     """A tiny random policy; on one device unless `mesh` has overrides of the config for eight."""
     config = load_config(None, mesh)
     device_mesh = create_mesh(config.mesh, jax.devices() if mesh else jax.devices()[:1])
-    max_rows = changes.pop("max_rows", 64)
+    slots = changes.pop("slots", None)
     arch = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 4}
     arch |= {"num_kv_heads": 2, "head_dim": 8, **FAMILIES[family], **changes}
     policy = create_policy(ModelConfig.from_arch(family, **arch), pure_nnx)
@@ -73,12 +77,12 @@ def build(family: str = "qwen3", pure_nnx: bool = True, mesh: tuple[str, ...] = 
         return policy.unembed(params, policy.hidden(params, *labels_BT))
 
     setup = Setup(policy, params, device_mesh, shardings, jax.jit(forward), None)
-    return with_sampler(setup, rules=config.mesh.rules, max_rows=max_rows)
+    return with_sampler(setup, rules=config.mesh.rules, slots=slots)
 
 
 def with_sampler(setup: Setup, **options) -> Setup:
     """The same policy with a sampler of its own."""
-    defaults = {"rules": load_config(None).mesh.rules, "decode_text": decode_text, "max_rows": 64, "stop_chunk": 5}
+    defaults = {"rules": load_config(None).mesh.rules, "decode_text": decode_text, "stop_chunk": 5}
     return setup._replace(sampler=Sampler(setup.policy, setup.mesh, setup.shardings, **{**defaults, **options}))
 
 
@@ -88,6 +92,31 @@ def sample(setup: Setup, sampling: SamplingParams = PLAIN, prompts=PROMPTS, num_
 
 def changed(**changes) -> SamplingParams:
     return dataclasses.replace(PLAIN, **changes)
+
+
+def record_reports(setup: Setup) -> list[Any]:
+    """What the engine reports to the host from now on, chunk by chunk."""
+    reports, generate = [], setup.sampler.engine.generate
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        state, report = generate(*args, **kwargs)
+        reports.append(report)
+        return state, report
+
+    setup.sampler.engine.generate = recorded
+    return reports
+
+
+def record_prefills(setup: Setup) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, group ids) of every prefill from now on."""
+    inputs, prefill = [], setup.sampler.engine.prefill
+
+    def recorded(params: Any, tokens_PT: Any, positions_PT: Any, group_ids_PT: Any, **kwargs: Any) -> Any:
+        inputs.append((tokens_PT, group_ids_PT))
+        return prefill(params, tokens_PT, positions_PT, group_ids_PT, **kwargs)
+
+    setup.sampler.engine.prefill = recorded
+    return inputs
 
 
 def flatten(completions: list[list[Completion]]) -> list[Completion]:
@@ -103,9 +132,10 @@ def assert_same(left: Sequence[Completion], right: Sequence[Completion], toleran
         np.testing.assert_allclose(a.policy_logprobs, b.policy_logprobs, rtol=0, atol=tolerance)
 
 
-def full_forward_logits(setup: Setup, prompt: Sequence[int], group: list[Completion]) -> list[np.ndarray]:
+def full_forward_logits(
+    setup: Setup, prompt: Sequence[int], group: list[Completion], length: int = 256
+) -> list[np.ndarray]:
     """Logits [L, V] behind each token of each completion, from one packed row: the prompt, then every completion."""
-    length = 256
     tokens, positions, groups, branches = (np.zeros((1, length), np.int32) for _ in range(4))
     groups[:] = -1
     cursor = 0
@@ -135,10 +165,10 @@ def logprobs_of(scores_LV: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     return np.take_along_axis(scores_LV, token_ids[:, None], axis=1)[:, 0] - total_L
 
 
-def logprob_differences(setup: Setup, completions, temperature: float) -> np.ndarray:
+def logprob_differences(setup: Setup, completions, temperature: float, length: int = 256) -> np.ndarray:
     differences = []
     for prompt, group in zip(PROMPTS, completions, strict=True):
-        for completion, logits_LV in zip(group, full_forward_logits(setup, prompt, group), strict=True):
+        for completion, logits_LV in zip(group, full_forward_logits(setup, prompt, group, length), strict=True):
             expected_L = logprobs_of(logits_LV / temperature, completion.token_ids)
             differences.append(np.abs(expected_L - completion.policy_logprobs))
     return np.concatenate(differences)
@@ -229,13 +259,76 @@ def test_first_tokens_follow_the_models_distribution(qwen):
 # The same completion in any company
 
 
-def test_a_completion_is_the_same_in_another_order_and_in_small_waves(qwen, qwen_completions):
+def test_a_completion_is_the_same_in_another_order_and_in_few_slots(qwen, qwen_completions):
     reordered = sample(qwen, prompts=PROMPTS[::-1], prompt_indices=[3, 2, 1, 0])
     assert [group[0].prompt_index for group in reordered] == [3, 2, 1, 0]
     assert_same(flatten(reordered[::-1]), flatten(qwen_completions), 1e-5)
-    # Two rows at a time: the four samples of a prompt are cut into two groups.
-    small_waves = sample(with_sampler(qwen, max_rows=2, chunk=5))
-    assert_same(flatten(small_waves), flatten(qwen_completions), 1e-5)
+    for slots in (1, 3):
+        assert_same(flatten(sample(with_sampler(qwen, slots=slots, chunk=7))), flatten(qwen_completions), 1e-5)
+
+
+def test_a_slot_takes_the_next_request_inside_a_chunk(qwen, qwen_completions):
+    setup = with_sampler(qwen, slots=4, chunk=512)
+    reports = record_reports(setup)
+    assert_same(flatten(sample(setup)), flatten(qwen_completions), 1e-5)
+    # One chunk draws all 16 completions in 4 slots, but for a look when nobody waits any more.
+    assert len(reports) <= 3
+    drawn = sum(len(c.token_ids) for c in flatten(qwen_completions))
+    num_steps = sum(int(report.num_steps) for report in reports)
+    assert num_steps < drawn / 4 + PLAIN.max_completion_length
+    # Nobody waits before the queue is empty: every slot draws in every step until then.
+    busy = np.concatenate([np.asarray(report.columns.request_ids)[: report.num_steps] >= 0 for report in reports])
+    assert busy[: num_steps - PLAIN.max_completion_length].all()
+
+
+def test_a_long_queue_streams_through_a_table_of_constant_size(qwen):
+    prompts = [[3 + i % 40, 6, 7 + i % 30, *([9] * (i % 5))] for i in range(60)]
+    expected = sample(qwen, prompts=prompts, num_samples=1)
+    setup = with_sampler(qwen, slots=4)
+    few = sample(setup, prompts=prompts[:12], num_samples=1)
+    peak = setup.sampler.peak_kv_bytes
+    many = sample(setup, prompts=prompts, num_samples=1)
+    assert setup.sampler.peak_kv_bytes == peak
+    assert_same(flatten(many), flatten(expected), 1e-5)
+    assert_same(flatten(few), flatten(expected[:12]), 1e-5)
+
+
+def test_a_common_prefix_is_cached_once_and_changes_nothing(qwen):
+    rng = np.random.default_rng(3)
+    head = rng.integers(3, VOCAB, 100).tolist()
+    prompts = [[*head, 5, 6], [*head, 7], [*head, 8, 9, 10, 11]]
+    setup = with_sampler(qwen)
+    shared = sample(setup, prompts=prompts)
+    alone = [sample(qwen, prompts=[prompt], prompt_indices=[i])[0] for i, prompt in enumerate(prompts)]
+    assert_same(flatten(shared), flatten(alone), 1e-5)
+    shapes = {name[1] for name in setup.sampler.engine.programs if name[0] == "generate"}
+    assert {(shape.common_length, shape.table_length) for shape in shapes} == {(96, 16)}
+
+
+def test_prompts_of_different_lengths_share_rows_of_the_table(qwen):
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (65, 9, 20, 11, 14, 30, 8, 10)]
+    setup = with_sampler(qwen)
+    tables = record_prefills(setup)
+    packed = sample(setup, prompts=prompts)
+    alone = [sample(qwen, prompts=[prompt], prompt_indices=[i])[0] for i, prompt in enumerate(prompts)]
+    assert_same(flatten(packed), flatten(alone), 1e-5)
+    ((_, group_ids_PT),) = tables
+    assert sum(len(set(row) - {-1}) for row in group_ids_PT.tolist()) == len(prompts)
+    assert np.sum(group_ids_PT.max(axis=1) >= 0) < len(prompts)
+    assert np.sum(group_ids_PT >= 0) == sum(len(prompt) - 1 for prompt in prompts)
+
+
+def test_long_prompts_are_prefilled_in_chunks_over_a_growing_cache(qwen, monkeypatch):
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (150, 40, 130)]
+    expected = sample(qwen, prompts=prompts)
+    monkeypatch.setattr("rl.sampler.PREFILL_TOKENS", 32)
+    monkeypatch.setattr("rl.sampler.MIN_PREFILL_CHUNK", 32)
+    setup = with_sampler(qwen)
+    assert_same(flatten(sample(setup, prompts=prompts)), flatten(expected), 1e-5)
+    chunks = {name[2:4] for name in setup.sampler.engine.programs if name[0] == "prefill"}
+    assert chunks == {(32, 32), (32, 64), (32, 128), (32, 192)}, "(positions at a time, positions of the cache)"
 
 
 def test_rows_differ_by_sample_prompt_index_and_key(qwen, qwen_completions):
@@ -247,31 +340,116 @@ def test_rows_differ_by_sample_prompt_index_and_key(qwen, qwen_completions):
     assert other_key[0][0].token_ids.tolist() != qwen_completions[0][0].token_ids.tolist()
 
 
+def test_requests_have_their_own_limits_and_seeds_and_stream_as_they_end(qwen):
+    requests = [
+        Request(0, 0, 0, limit=24),
+        Request(1, 1, 0, limit=3),
+        Request(2, 7, 5, limit=24, seed=11),
+        Request(3, 9, 5, limit=10, seed=11),
+        Request(2, 8, 5, limit=24, seed=12),
+    ]
+    sampling = changed(eos_ids=())
+    setup = with_sampler(qwen, chunk=4)
+
+    def stream(prompts, requests, key):
+        return setup.sampler.stream(setup.params, prompts, requests, sampling, jax.random.key(key))
+
+    order, done = [], {}
+    for number, completion in stream(PROMPTS, requests, 7):
+        order.append(number)
+        done[number] = completion
+    assert order[:2] == [1, 3]
+    assert [len(done[i].token_ids) for i in range(5)] == [24, 3, 24, 10, 24]
+    # A seed replaces key and prompt index: the same prompt, seed and sample give the same completion elsewhere.
+    ((_, again),) = stream([PROMPTS[2]], [Request(0, 3, 5, limit=24, seed=11)], 99)
+    assert again.token_ids.tolist() == done[2].token_ids.tolist() != done[4].token_ids.tolist()
+
+
 def test_a_long_completion_outlives_several_sizes_of_the_cache(qwen):
-    sampling = changed(eos_ids=(), max_completion_length=70)
-    completions = sample(qwen, sampling, num_samples=1)
-    own_slots = {name[2][1] for name in qwen.sampler._compiled if name[0] == "decode" and name[4] == sampling}
-    assert own_slots == {32, 64, 96}
-    assert all(len(c.token_ids) == 70 and c.finish_reason == "length" for c in flatten(completions))
-    assert logprob_differences(qwen, completions, sampling.temperature).max() <= 1e-4
+    sampling = changed(eos_ids=(), max_completion_length=270)
+    setup = with_sampler(qwen)
+    completions = sample(setup, sampling, num_samples=1)
+    names = [name for name in setup.sampler.engine.programs if name[0] == "generate"]
+    assert {name[1].length for name in names} == {64, 128, 256, 272}
+    assert all(len(c.token_ids) == 270 and c.finish_reason == "length" for c in flatten(completions))
+    assert logprob_differences(qwen, completions, sampling.temperature, length=512).max() <= 1e-4
 
 
-def test_dropping_finished_rows_changes_nothing(qwen):
+def test_dropping_idle_slots_changes_nothing(qwen):
     # So many tokens end a completion that most of the 64 rows finish early and a few go on.
     sampling = changed(eos_ids=(0, 1, 2, 3, 4), max_completion_length=32)
     setup = with_sampler(qwen, chunk=8)
     dropping = flatten(sample(setup, sampling, num_samples=16))
-    assert "select" in {name[0] for name in setup.sampler._compiled}
+    names = [name for name in setup.sampler.engine.programs if name[0] == "generate"]
+    assert {name[1].num_slots for name in names} >= {64, 32, 16}
     assert 0 < sum(len(c.token_ids) > 20 for c in dropping) < 32
-    never_dropping = flatten(sample(with_sampler(qwen, max_rows=16), sampling, num_samples=16))
+    never_dropping = flatten(sample(with_sampler(qwen, slots=8), sampling, num_samples=16))
     assert_same(dropping, never_dropping, 1e-5)
 
 
-@pytest.mark.parametrize("mesh", [("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), ("mesh.fsdp=8",)])
-def test_eight_devices_draw_the_same_completions(mesh, qwen_completions):
-    setup = build("qwen3", mesh=mesh)
-    completions = sample(setup)
-    assert_same(flatten(completions), flatten(qwen_completions), 1e-5)
+@pytest.mark.parametrize(
+    ("mesh", "slots"),
+    [
+        (("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), None),
+        (("mesh.fsdp=8",), 8),
+        (("mesh.data=2", "mesh.tensor=4"), 4),
+    ],
+)
+def test_eight_devices_draw_the_same_completions(mesh, slots, qwen_completions):
+    setup = build("qwen3", mesh=mesh, slots=slots)
+    assert_same(flatten(sample(setup)), flatten(qwen_completions), 1e-5)
+
+
+def test_sharded_decoding_moves_no_cache_between_devices():
+    """Slots and prompts stay on their device: nothing as large as a layer's cache is gathered."""
+    setup = build("qwen3", mesh=("mesh.data=8",))
+    sample(setup, prompts=[[3 + i, 5, 6] for i in range(8)], num_samples=8)
+    programs = {name: setup.sampler.engine.programs.get(name, None) for name in setup.sampler.engine.programs}
+    text = max((program.as_text() for name, program in programs.items() if name[0] == "generate"), key=len)
+    shape = max((name[1] for name in programs if name[0] == "generate"), key=lambda shape: shape.num_slots)
+    config = setup.policy.config
+    layer = shape.num_slots * shape.length * config.num_kv_heads * config.head_dim
+    gathers = re.findall(r"= \w+\[([\d,]*)\][^=]* all-(?:gather|reduce|to-all)", text)
+    assert all(math.prod(int(n) for n in dims.split(",") if n) < layer / 4 for dims in gathers)
+
+
+# How the cache is kept
+
+
+def test_an_int8_cache_is_a_quarter_and_its_log_probs_stay_close(qwen):
+    full, small = with_sampler(qwen), with_sampler(qwen, kv_dtype="int8")
+    completions = sample(small)
+    differences = logprob_differences(small, completions, PLAIN.temperature)
+    assert 1e-6 < differences.mean() < 2e-2
+    sample(full)
+    # int8 vectors of 8 numbers carry a float32 scale and every position three labels: more than a quarter here.
+    assert small.sampler.engine.bytes_per_position() == full.sampler.engine.bytes_per_position() - 2 * 2 * (8 * 3 - 4)
+    assert small.sampler.peak_kv_bytes < 0.55 * full.sampler.peak_kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("mesh", "weight_dtype"), [((), "int8"), (("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2"), "float8_e4m3fn")]
+)
+def test_quantised_weights_draw_from_the_model_they_are(mesh, weight_dtype):
+    setup = build(mesh=mesh)
+    small = with_sampler(setup, weight_dtype=weight_dtype)
+    completions = sample(small)
+    # Rounded weights are another model: its own full forward pass gives the log-probs, the policy's only nearly.
+    exact = logprob_differences(setup, completions, PLAIN.temperature)
+    assert 1e-5 < exact.mean() < 0.2
+    rounded = setup._replace(params=quantize_params(setup.policy.config, setup.params, dtype=weight_dtype))
+    assert logprob_differences(rounded, completions, PLAIN.temperature).max() <= 1e-4
+
+
+def test_the_number_of_slots_follows_from_the_memory_budget(qwen, qwen_completions):
+    per_position = qwen.sampler.engine.bytes_per_position()
+    budget = per_position * (5 * 32 + 4 * 16 + 40)
+    setup = with_sampler(qwen, kv_bytes=budget)
+    assert_same(flatten(sample(setup)), flatten(qwen_completions), 1e-5)
+    slots = max(name[1].num_slots for name in setup.sampler.engine.programs if name[0] == "generate")
+    assert 3 <= slots <= 6
+    with pytest.raises(ValueError, match=r"kv_memory must allow at least one completion of 32 tokens, .* got 100"):
+        sample(with_sampler(qwen, kv_bytes=100))
 
 
 # How completions end
@@ -319,33 +497,37 @@ def test_stop_strings_end_a_completion_at_the_token_that_completes_them(qwen, qw
     assert 0 < num_stops < len(stopped)
 
 
-def test_stop_length_finds_the_first_completing_token_across_boundaries():
-    pieces = {1: "ab", 2: "cd", 3: "", 4: "e"}
+def test_penalties_bias_and_forbidden_ids_act_on_what_the_slot_has_drawn(qwen):
+    rules = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2}
+    sampling = changed(**rules, logit_bias=((7, 1.5),), forbidden_ids=(4, 9), top_logprobs=3)
+    # Fewer slots than completions: a slot that is handed over forgets what it had counted.
+    completions = sample(with_sampler(qwen, slots=3), sampling)
+    for prompt, group in zip(PROMPTS, completions, strict=True):
+        for completion, logits_LV in zip(group, full_forward_logits(qwen, prompt, group), strict=True):
+            scores_LV, counts_V = logits_LV.astype(np.float64), np.zeros(VOCAB)
+            seen_V = np.isin(np.arange(VOCAB), prompt)
+            for scores_V, token in zip(scores_LV, completion.token_ids, strict=True):
+                repeated_V = seen_V | (counts_V > 0)
+                penalised_V = np.where(scores_V > 0, scores_V / 1.3, scores_V * 1.3)
+                scores_V[:] = np.where(repeated_V, penalised_V, scores_V) - 0.4 * counts_V - 0.2 * (counts_V > 0)
+                scores_V[7] += 1.5
+                scores_V[[4, 9]] = -np.inf
+                counts_V[token] += 1
+            expected_L = logprobs_of(scores_LV / sampling.temperature, completion.token_ids)
+            np.testing.assert_allclose(completion.sampler_logprobs, expected_L, atol=1e-4)
+            top_LN = np.argsort(-logits_LV, axis=1)[:, :3]
+            np.testing.assert_array_equal(completion.top_ids, top_LN)
+            for n in range(3):
+                plain_L = logprobs_of(logits_LV / sampling.temperature, top_LN[:, n])
+                np.testing.assert_allclose(completion.top_logprobs[:, n], plain_L, atol=1e-4)
+    assert logprob_differences(qwen, completions, sampling.temperature).max() <= 1e-4
 
-    def text(ids: Sequence[int]) -> str:
-        return "".join(pieces[i] for i in ids)
 
-    def find(ids, stops, num_checked=0, minimum=0):
-        return stop_length(ids, num_checked, changed(stop_strings=stops, min_completion_length=minimum), text)
-
-    assert find([1, 2, 4], ("bc",)) == 2
-    assert find([1, 3, 2, 4], ("bc", "de")) == 3
-    assert find([1, 2, 4], ("abcde",)) == 3
-    assert find([1, 2, 4], ("x",)) is None
-    assert find([1, 2, 4], ("de",), num_checked=2) == 3
-    # Completed by the first two tokens: does not count. Reaching into them: counts.
-    assert find([1, 2, 4], ("bc",), minimum=2) is None
-    assert find([1, 2, 1, 2], ("bc",), minimum=2) == 4
-    assert find([1, 2, 4], ("cde",), minimum=2) == 3
-    assert find([1, 2], ("bc",), minimum=2) is None
+# Shapes and input
 
 
-# Shapes, waves and input
-
-
-def test_a_second_call_compiles_nothing_and_leaves_the_parameters_alone(qwen):
-    sample(qwen)
-    num_compiles = qwen.sampler.num_compiles
+@contextlib.contextmanager
+def counted_compiles() -> Iterator[list[str]]:
     compiled: list[str] = []
 
     def listen(event: str, *_: Any, **__: Any) -> None:
@@ -354,10 +536,17 @@ def test_a_second_call_compiles_nothing_and_leaves_the_parameters_alone(qwen):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        first = sample(qwen)
-        other_lengths = sample(qwen, prompts=[[3] * 2, [4] * 7, [5] * 16, [6] * 11])
+        yield compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_second_call_compiles_nothing_and_leaves_the_parameters_alone(qwen):
+    sample(qwen)
+    num_compiles = qwen.sampler.num_compiles
+    with counted_compiles() as compiled:
+        first = sample(qwen)
+        other_lengths = sample(qwen, prompts=[[3] * 2, [4] * 7, [5] * 16, [6] * 11])
     assert len(flatten(first)) == len(flatten(other_lengths)) == 16
     assert qwen.sampler.num_compiles == num_compiles
     assert not compiled
@@ -372,36 +561,20 @@ def test_bfloat16_draws_with_float32_logprobs():
     assert logprob_differences(setup, completions, PLAIN.temperature).mean() < 0.1
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 8])
-@pytest.mark.parametrize(("num_prompts", "num_samples", "max_rows"), [(5, 4, 16), (1, 8, 64), (3, 20, 8), (40, 8, 256)])
-def test_waves_hold_every_row_once_and_stay_within_the_limit(num_prompts, num_samples, max_rows, num_shards):
-    waves = plan_waves(num_prompts, num_samples, max_rows, num_shards)
-    rows = [row for wave in waves for group in wave for row in group]
-    assert rows == [Row(p, g) for p in range(num_prompts) for g in range(num_samples)]
-    for wave in waves:
-        padded_groups = num_shards * size_at_least(-(-len(wave) // num_shards))
-        assert padded_groups * max(map(len, wave)) <= max_rows
-        assert all(len({row.prompt for row in group}) == 1 for group in wave)
-    if num_shards == 1 and num_samples <= max_rows:
-        assert all(len(group) == num_samples for wave in waves for group in wave)
-
-
-def test_sizes_are_few_and_close():
-    assert [size_at_least(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 25)] == [
-        1,
-        1,
-        2,
-        3,
-        4,
-        6,
-        6,
-        8,
-        12,
-        16,
-        24,
-        32,
-    ]
-    assert [size_at_most(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 25)] == [1, 2, 3, 4, 4, 6, 6, 8, 12, 16, 24]
+def test_nothing_is_compiled_after_warm_up_whatever_the_lengths(qwen):
+    rng = np.random.default_rng(6)
+    dataset = [rng.integers(3, VOCAB, length).tolist() for length in [*range(2, 40), 40]]
+    setup = with_sampler(qwen, slots=32)
+    setup.sampler.expect(dataset)
+    sampling = changed(max_completion_length=140, eos_ids=(1, 2, 3))
+    setup.sampler.warm_up(setup.params, 8, 8, sampling)
+    setup.sampler.engine.programs.wait()
+    sample(setup, sampling, prompts=dataset[-8:], num_samples=8)
+    with counted_compiles() as compiled:
+        for call in range(6):
+            prompts = [dataset[i] for i in rng.integers(0, len(dataset), 8)]
+            setup.sampler.sample(setup.params, prompts, 8, sampling, jax.random.key(call))
+    assert not compiled
 
 
 @pytest.mark.parametrize(
@@ -426,8 +599,8 @@ def test_bad_arguments_are_refused(qwen):
         sample(qwen, num_samples=0)
     with pytest.raises(ValueError, match="prompt_indices must have one entry for each of 4 prompts, got 1"):
         sample(qwen, prompt_indices=[1])
-    with pytest.raises(ValueError, match="max_rows must be >= 8"):
-        build(mesh=("mesh.fsdp=8",), max_rows=4)
+    with pytest.raises(ValueError, match="slots must be >= 8"):
+        build(mesh=("mesh.fsdp=8",), slots=4)
     assert sample(qwen, prompts=[]) == []
     with pytest.raises(ValueError, match="stop_strings needs a tokenizer"):
         sample(with_sampler(qwen, decode_text=None), changed(stop_strings=("a",)))

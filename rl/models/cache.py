@@ -1,13 +1,16 @@
-"""The key/value cache of decoding: a pytree of plain arrays, in two parts.
+"""The key/value cache of decoding: a pytree of plain arrays, an own part and any number of shared ones.
 
-`prefix` holds the prompts, once each, shared by all completions of a prompt; `own` holds what every row adds. All rows
-write at the same slot (`cursor`); how far a row really is, and which slots are empty, stands in the labels alone.
-Legend: B sequences, P prompts, R rows of a part, T token positions, S cache positions (slots), K kv heads, H head dim.
+`own` holds what every row adds; each row writes at its own cursor. A shared part holds prompts, each once: its rows are
+read by many rows of the own part, without a copy. What a token sees is decided by labels alone (`ops.visible`).
+Keys lie as [R, K, H, S] and values as [R, K, S, H]: both products of attention then read the cache as it lies, which on
+CPU is about twice as fast as [R, S, K, H].
+Legend: B own rows, R rows of a part, Q readers of a row, T token positions, S cache positions, K kv heads, H head dim.
+Shards are the pieces that rows are cut into on a mesh.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +19,24 @@ from flax import struct
 from rl.models import ops
 from rl.models.config import ModelConfig
 
+INT8_MAX = 127.0
+LABELS = ("positions", "group_ids", "branch_ids")
+
+
+class LayerKV(NamedTuple):
+    """One layer's keys [R, K, H, S] and values [R, K, S, H]; int8 ones come with scales [R, K, S]."""
+
+    keys: jax.Array
+    values: jax.Array
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
+
 
 @struct.dataclass
 class CachePart:
-    """Keys and values [R, S, K, H] of every layer, and the labels int32 [R, S] of each slot (group -1: empty)."""
+    """The layers, and the labels int32 [R, S] of each position of the cache (group -1: empty)."""
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    layers: tuple[LayerKV, ...]
     positions: jax.Array
     group_ids: jax.Array
     branch_ids: jax.Array
@@ -32,90 +46,124 @@ class CachePart:
         return self.positions.shape[0]
 
     @property
-    def num_slots(self) -> int:
+    def length(self) -> int:
         return self.positions.shape[1]
 
 
 @struct.dataclass
+class SharedPart:
+    """A part that own rows read and never write.
+
+    Attributes:
+      readers: int32 [shards, R / shards * Q]: the own rows that read each row, counted inside the shard. A row with
+        fewer than Q readers names any own row instead; what that one reads there is dropped.
+      places: int32 [shards, B / shards]: where in `readers` each own row stands.
+      any_group: rows are read whatever their group (a prefix common to all prompts).
+    """
+
+    part: CachePart
+    readers: jax.Array
+    places: jax.Array
+    any_group: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
 class KVCache:
-    """Own rows [p * G, (p + 1) * G) read prefix row p, G = own rows / prefix rows. `cursor`: the next free own slot."""
+    """The parts, and what goes with them.
+
+    Attributes:
+      cursors: int32 [B], the next free position of every own row.
+      rope: per layer type cos and sin of all positions [positions, H / 2], see `rope_tables`. None: computed when
+        needed, which XLA for CPU then does again in every layer, as part of what reads them.
+    """
 
     own: CachePart
-    cursor: jax.Array
-    prefix: CachePart | None = None
+    cursors: jax.Array
+    shared: tuple[SharedPart, ...] = ()
+    rope: dict[str, tuple[jax.Array, jax.Array]] | None = None
 
 
 class LayerCache(NamedTuple):
     """One layer's share of a `KVCache`."""
 
-    keys_BSKH: jax.Array
-    values_BSKH: jax.Array
-    cursor: jax.Array
-    prefix_keys_PSKH: jax.Array | None
-    prefix_values_PSKH: jax.Array | None
+    own: LayerKV
+    cursors: jax.Array
+    shared: tuple[LayerKV, ...]
+    shared_rows: tuple[ops.SharedRows, ...]
 
 
-def empty_part(config: ModelConfig, num_rows: int, num_slots: int) -> CachePart:
-    """A part without entries, in the compute dtype."""
-    shape = (num_rows, num_slots, config.num_kv_heads, config.head_dim)
+def empty_part(config: ModelConfig, num_rows: int, length: int, kv_dtype: str | None = None) -> CachePart:
+    """A part without entries; keys and values in the compute dtype, or in `kv_dtype` "int8"."""
+    keys = (num_rows, config.num_kv_heads, config.head_dim, length)
+    values = (num_rows, config.num_kv_heads, length, config.head_dim)
+    scales = (num_rows, config.num_kv_heads, length)
     dtype = ops.dtype_of(config.dtype)
-    # One buffer per leaf: a cache is donated, and two leaves of one buffer cannot be.
+
+    def layer() -> LayerKV:
+        # One buffer per leaf: a cache is donated, and two leaves of one buffer cannot be.
+        if kv_dtype is None:
+            return LayerKV(jnp.zeros(keys, dtype), jnp.zeros(values, dtype))
+        assert kv_dtype == "int8", kv_dtype
+        wide = ops.widen(dtype)
+        return LayerKV(
+            jnp.zeros(keys, jnp.int8), jnp.zeros(values, jnp.int8), jnp.zeros(scales, wide), jnp.zeros(scales, wide)
+        )
+
     return CachePart(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
-        values=tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)),
-        positions=jnp.zeros((num_rows, num_slots), jnp.int32),
-        group_ids=jnp.full((num_rows, num_slots), -1, jnp.int32),
-        branch_ids=jnp.zeros((num_rows, num_slots), jnp.int32),
+        layers=tuple(layer() for _ in range(config.num_layers)),
+        positions=jnp.zeros((num_rows, length), jnp.int32),
+        group_ids=jnp.full((num_rows, length), -1, jnp.int32),
+        branch_ids=jnp.zeros((num_rows, length), jnp.int32),
     )
 
 
-def init_cache(config: ModelConfig, num_rows: int, num_slots: int, prefix: CachePart | None = None) -> KVCache:
-    """An empty cache of `num_rows` own rows; raises ValueError unless the prefix's rows divide them."""
-    if prefix is not None and num_rows % prefix.num_rows:
-        raise ValueError(f"num_rows must be a multiple of the prefix's {prefix.num_rows} rows, got {num_rows}")
-    return KVCache(own=empty_part(config, num_rows, num_slots), cursor=jnp.zeros((), jnp.int32), prefix=prefix)
+def init_cache(
+    config: ModelConfig,
+    num_rows: int,
+    length: int,
+    shared: Sequence[SharedPart] = (),
+    kv_dtype: str | None = None,
+) -> KVCache:
+    """An empty cache of `num_rows` own rows."""
+    own = empty_part(config, num_rows, length, kv_dtype)
+    return KVCache(own=own, cursors=jnp.zeros(num_rows, jnp.int32), shared=tuple(shared))
 
 
-def share_prefix(cache: KVCache, num_samples: int, num_slots: int) -> KVCache:
-    """The prompts just prefilled become the prefix of `num_samples` times as many rows, with `num_slots` fresh slots.
+def share_evenly(part: CachePart, num_rows: int, num_shards: int = 1, any_group: bool = False) -> SharedPart:
+    """`part`, its row r read by the own rows [r * Q, (r + 1) * Q) of `num_rows`.
 
-    Raises ValueError if the cache already has a prefix.
+    Raises ValueError unless the part's rows divide `num_rows`.
     """
-    if cache.prefix is not None:
-        raise ValueError("cache must have no prefix yet, got one that is already shared; prefill into init_cache(...)")
-    own = _empty_like(cache.own, cache.own.num_rows * num_samples, num_slots)
-    return KVCache(own=own, cursor=jnp.zeros((), jnp.int32), prefix=cache.own)
-
-
-def grow(cache: KVCache, num_slots: int) -> KVCache:
-    """The same cache with `num_slots` own slots; raises ValueError if that would drop slots."""
-    added = num_slots - cache.own.num_slots
-    if added < 0:
-        raise ValueError(f"num_slots must be >= the {cache.own.num_slots} slots there are, got {num_slots}")
-
-    def pad(x: jax.Array, value: int) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, added)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
-
-    own = CachePart(
-        keys=tuple(pad(keys, 0) for keys in cache.own.keys),
-        values=tuple(pad(values, 0) for values in cache.own.values),
-        positions=pad(cache.own.positions, 0),
-        group_ids=pad(cache.own.group_ids, -1),
-        branch_ids=pad(cache.own.branch_ids, 0),
+    if num_rows % part.num_rows:
+        raise ValueError(f"num_rows must be a multiple of the shared part's {part.num_rows} rows, got {num_rows}")
+    in_order = jnp.broadcast_to(
+        jnp.arange(num_rows // num_shards, dtype=jnp.int32), (num_shards, num_rows // num_shards)
     )
-    return dataclasses.replace(cache, own=own)
+    return SharedPart(part, in_order, in_order, any_group)
 
 
-# The three steps of extend: label the new slots, write each layer, advance
+def rope_tables(config: ModelConfig, num_positions: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """cos and sin of positions below `num_positions`, made once outside of a loop that extends a cache."""
+    positions_1T = jnp.arange(num_positions, dtype=jnp.int32)[None]
+    tables = {}
+    for layer_type in ops.used_layer_types(config):
+        cos, sin = ops.layer_rope(config, positions_1T, layer_type)
+        tables[layer_type] = (cos[0], sin[0])
+    return tables
 
 
-def label_slots(cache: KVCache, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array) -> KVCache:
-    """Labels of T new tokens written at the cursor. The caller keeps cursor + T <= slots."""
+# The steps of extend: label the new positions, write each layer, attend, advance
+
+
+def label_positions(
+    cache: KVCache, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
+) -> KVCache:
+    """Labels of T new tokens written at each row's cursor. The caller keeps cursor + T within the cache."""
     num_tokens = positions_BT.shape[1]
-    assert num_tokens <= cache.own.num_slots, f"{num_tokens} tokens do not fit in {cache.own.num_slots} slots"
+    assert num_tokens <= cache.own.length, f"{num_tokens} tokens do not fit in a cache of {cache.own.length}"
 
-    def write(labels: jax.Array, new: jax.Array) -> jax.Array:
-        return _write_at_slot(labels, new.astype(jnp.int32), cache.cursor)
+    def write(labels_BS: jax.Array, new_BT: jax.Array) -> jax.Array:
+        return _write(labels_BS, new_BT.astype(jnp.int32), cache.cursors, axis=0)
 
     own = dataclasses.replace(
         cache.own,
@@ -129,80 +177,137 @@ def label_slots(cache: KVCache, positions_BT: jax.Array, group_ids_BT: jax.Array
 def cached_contexts(
     config: ModelConfig, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array, cache: KVCache
 ) -> dict[str, ops.LayerContext]:
-    """The context of each layer type for new tokens against a cache whose slots are already labelled."""
+    """The context of each layer type for new tokens against a cache whose positions are already labelled."""
+    labels = (positions_BT, group_ids_BT, branch_ids_BT)
     contexts = {}
     for layer_type in ops.used_layer_types(config):
         window = ops.layer_window(config, layer_type)
-
-        def mask_against(part: CachePart, window: int | None = window) -> jax.Array:
-            positions, groups, branches = (
-                labels.reshape(part.num_rows, -1) for labels in (positions_BT, group_ids_BT, branch_ids_BT)
-            )
-            return ops.visible(
-                positions, groups, branches, part.positions, part.group_ids, part.branch_ids, window=window
-            )
-
-        prefix_mask = None if cache.prefix is None else mask_against(cache.prefix)
-        cos, sin = ops.layer_rope(config, positions_BT, layer_type)
-        contexts[layer_type] = ops.LayerContext(cos, sin, mask_against(cache.own), prefix_mask)
+        own_mask = _mask(labels, cache.own, window)
+        shared_masks = tuple(_shared_mask(labels, shared, window) for shared in cache.shared)
+        if cache.rope is None:
+            cos, sin = ops.layer_rope(config, positions_BT, layer_type)
+        else:
+            cos, sin = (table[positions_BT] for table in cache.rope[layer_type])
+        contexts[layer_type] = ops.LayerContext(cos, sin, own_mask, shared_masks)
     return contexts
 
 
 def layer_caches(cache: KVCache) -> list[LayerCache]:
     """The cache by layer."""
-    prefix = cache.prefix
+    rows = tuple(_shared_rows(shared) for shared in cache.shared)
     return [
-        LayerCache(
-            keys,
-            values,
-            cache.cursor,
-            None if prefix is None else prefix.keys[i],
-            None if prefix is None else prefix.values[i],
-        )
-        for i, (keys, values) in enumerate(zip(cache.own.keys, cache.own.values, strict=True))
+        LayerCache(own, cache.cursors, tuple(shared.part.layers[i] for shared in cache.shared), rows)
+        for i, own in enumerate(cache.own.layers)
     ]
 
 
 def append(layer_cache: LayerCache, keys_BTKH: jax.Array, values_BTKH: jax.Array) -> LayerCache:
-    """One layer's keys and values of T new tokens written at the cursor."""
-    return layer_cache._replace(
-        keys_BSKH=_write_at_slot(layer_cache.keys_BSKH, keys_BTKH, layer_cache.cursor),
-        values_BSKH=_write_at_slot(layer_cache.values_BSKH, values_BTKH, layer_cache.cursor),
+    """One layer's keys and values of T new tokens written at the cursors."""
+    own, cursors = layer_cache.own, layer_cache.cursors
+    keys_BKHT, values_BKTH = jnp.moveaxis(keys_BTKH, 1, 3), jnp.swapaxes(values_BTKH, 1, 2)
+    if own.key_scales is None or own.value_scales is None:
+        new = LayerKV(_write(own.keys, keys_BKHT, cursors, axis=2), _write(own.values, values_BKTH, cursors, axis=1))
+        return layer_cache._replace(own=new)
+    keys_BKHT, key_scales_BKT = _to_int8(keys_BKHT, axis=2)
+    values_BKTH, value_scales_BKT = _to_int8(values_BKTH, axis=3)
+    new = LayerKV(
+        _write(own.keys, keys_BKHT, cursors, axis=2),
+        _write(own.values, values_BKTH, cursors, axis=1),
+        _write(own.key_scales, key_scales_BKT, cursors, axis=1),
+        _write(own.value_scales, value_scales_BKT, cursors, axis=1),
     )
+    return layer_cache._replace(own=new)
 
 
 def attention_parts(layer_cache: LayerCache, context: ops.LayerContext) -> list[ops.AttentionPart]:
-    """What a layer's queries attend to: the shared prefix, if there is one, then the own slots."""
-    own = ops.AttentionPart(layer_cache.keys_BSKH, layer_cache.values_BSKH, context.mask_BTS)
-    if context.prefix_mask_RTS is None:
-        return [own]
-    assert layer_cache.prefix_keys_PSKH is not None
-    assert layer_cache.prefix_values_PSKH is not None
-    prefix = ops.AttentionPart(layer_cache.prefix_keys_PSKH, layer_cache.prefix_values_PSKH, context.prefix_mask_RTS)
-    return [prefix, own]
+    """What a layer's queries attend to: the own positions, then the shared parts."""
+    parts = [_attention_part(layer_cache.own, context.mask_BTS, None)]
+    for layer, rows, mask in zip(layer_cache.shared, layer_cache.shared_rows, context.shared_masks_RTS, strict=True):
+        parts.append(_attention_part(layer, mask, rows))
+    return parts
 
 
 def advance(cache: KVCache, layers: Sequence[LayerCache], num_tokens: int) -> KVCache:
-    """The cache with the layers' new keys and values, its cursor `num_tokens` further."""
-    own = dataclasses.replace(
-        cache.own, keys=tuple(layer.keys_BSKH for layer in layers), values=tuple(layer.values_BSKH for layer in layers)
+    """The cache with the layers' new keys and values, its cursors `num_tokens` further."""
+    own = dataclasses.replace(cache.own, layers=tuple(layer.own for layer in layers))
+    return dataclasses.replace(cache, own=own, cursors=cache.cursors + num_tokens)
+
+
+# A cache changes its shape array by array, so that old and new need not exist together for more than one
+
+
+def empty_value(name: str) -> int:
+    """What an unused position holds in the label or layer array called `name`."""
+    return -1 if name == "group_ids" else 0
+
+
+def position_axis(name: str) -> int:
+    """Which axis of the arrays called `name` counts cache positions."""
+    return {"keys": 3, "values": 2, "key_scales": 2, "value_scales": 2}.get(name, 1)
+
+
+def named_arrays(part: CachePart) -> list[tuple[str, Any]]:
+    """(name, array) of everything in the part, layer by layer, then the labels."""
+    layers = [pair for layer in part.layers for pair in layer._asdict().items() if pair[1] is not None]
+    return [*layers, *((name, getattr(part, name)) for name in LABELS)]
+
+
+def map_arrays(part: CachePart, function: Callable[[str, jax.Array], jax.Array]) -> CachePart:
+    """The part with every array replaced by function(name, array), in the order of `named_arrays`."""
+    layers = tuple(
+        layer._replace(**{name: function(name, x) for name, x in layer._asdict().items() if x is not None})
+        for layer in part.layers
     )
-    return dataclasses.replace(cache, own=own, cursor=cache.cursor + num_tokens)
+    labels = {name: function(name, getattr(part, name)) for name in LABELS}
+    return dataclasses.replace(part, layers=layers, **labels)
 
 
-def _write_at_slot(slots: jax.Array, new: jax.Array, cursor: jax.Array) -> jax.Array:
-    zero = jnp.zeros_like(cursor)
-    return jax.lax.dynamic_update_slice(slots, new, (zero, cursor, *(zero,) * (slots.ndim - 2)))
+def grow(cache: KVCache, length: int) -> KVCache:
+    """The same cache with `length` own positions; raises ValueError if that would drop some."""
+    added = length - cache.own.length
+    if added < 0:
+        raise ValueError(f"length must be >= the {cache.own.length} positions there are, got {length}")
+    return dataclasses.replace(cache, own=map_arrays(cache.own, lambda name, array: pad_positions(name, array, added)))
 
 
-def _empty_like(part: CachePart, num_rows: int, num_slots: int) -> CachePart:
-    def zeros(x: jax.Array) -> jax.Array:
-        return jnp.zeros((num_rows, num_slots, *x.shape[2:]), x.dtype)
+def pad_positions(name: str, array: jax.Array, added: int) -> jax.Array:
+    """The array called `name` of a part with `added` empty positions at its end."""
+    padding = [(0, added if axis == position_axis(name) else 0) for axis in range(array.ndim)]
+    return jnp.pad(array, padding, constant_values=empty_value(name))
 
-    return CachePart(
-        keys=tuple(zeros(keys) for keys in part.keys),
-        values=tuple(zeros(values) for values in part.values),
-        positions=zeros(part.positions),
-        group_ids=zeros(part.group_ids) - 1,
-        branch_ids=zeros(part.branch_ids),
-    )
+
+def _write(cache: jax.Array, new: jax.Array, cursors_B: jax.Array, axis: int) -> jax.Array:
+    """`new` written into `cache` at each row's cursor; `axis` counts positions, with the row axis left out."""
+
+    def write_row(row: jax.Array, new_row: jax.Array, cursor: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(row, new_row, cursor, axis)
+
+    return jax.vmap(write_row)(cache, new, cursors_B)
+
+
+def _attention_part(layer: LayerKV, mask: jax.Array, rows: ops.SharedRows | None) -> ops.AttentionPart:
+    return ops.AttentionPart(layer.keys, layer.values, layer.key_scales, layer.value_scales, mask, rows)
+
+
+def _to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """int8 values and their scales, one for each vector along `axis`: symmetric, absmax / 127."""
+    wide = x.astype(ops.widen(x.dtype))
+    scales = jnp.max(jnp.abs(wide), axis=axis) / INT8_MAX
+    safe = jnp.expand_dims(jnp.where(scales > 0, scales, 1), axis)
+    return jnp.round(wide / safe).astype(jnp.int8), scales
+
+
+def _mask(labels: tuple[jax.Array, jax.Array, jax.Array], part: CachePart, window: int | None) -> jax.Array:
+    return ops.visible(*labels, part.positions, part.group_ids, part.branch_ids, window=window)
+
+
+def _shared_rows(shared: SharedPart) -> ops.SharedRows:
+    return ops.SharedRows(shared.readers, shared.places)
+
+
+def _shared_mask(labels: tuple[jax.Array, jax.Array, jax.Array], shared: SharedPart, window: int | None) -> jax.Array:
+    """bool [R, Q * T, S] of the readers of every row."""
+    rows, num_rows = _shared_rows(shared), shared.part.num_rows
+    positions, groups, branches = (ops.to_readers(x, rows, num_rows).reshape(num_rows, -1) for x in labels)
+    groups = jnp.zeros_like(groups) if shared.any_group else groups
+    return _mask((positions, groups, branches), shared.part, window)

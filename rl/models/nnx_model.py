@@ -175,7 +175,7 @@ class CausalLM(nnx.Module):
         cache: kv.KVCache,
     ) -> tuple[jax.Array, kv.KVCache]:
         """Final hidden states [B, T, D] of tokens appended to the cache, and the cache with them."""
-        cache = kv.label_slots(cache, positions_BT, group_ids_BT, branch_ids_BT)
+        cache = kv.label_positions(cache, positions_BT, group_ids_BT, branch_ids_BT)
         contexts = kv.cached_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, cache)
         hidden_BTD, layers = self._run(tokens_BT, contexts, kv.layer_caches(cache))
         return hidden_BTD, kv.advance(cache, layers, tokens_BT.shape[1])

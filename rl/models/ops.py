@@ -1,7 +1,7 @@
 """The pure maths that the Linen and the NNX twin share: no modules, no state, no mesh.
 
-Legend of shape suffixes: B sequences, R rows of a cache part (R divides B), T token positions, S cache positions, V
-vocab, D model, N query heads, K kv heads, J = N / K query heads per kv head, H head dim, F mlp.
+Legend of shape suffixes: B sequences, R rows of a cache part, Q readers of a shared row, T token positions, S cache
+positions, V vocab, D model, N query heads, K kv heads, J = N / K query heads per kv head, H head dim, F mlp.
 """
 
 import zlib
@@ -24,20 +24,33 @@ from rl.models.quantized import QuantizedArray, Weight, dequantize
 
 
 class LayerContext(NamedTuple):
-    """What every layer of one attention type shares: rotary tables and masks (the prefix's where there is one)."""
+    """What the layers of one attention type share: rotary tables, masks, masks [R, Q * T, S] of shared cache parts."""
 
     cos_BTH: jax.Array
     sin_BTH: jax.Array
     mask_BTS: jax.Array
-    prefix_mask_RTS: jax.Array | None = None
+    shared_masks_RTS: tuple[jax.Array, ...] = ()
+
+
+class SharedRows(NamedTuple):
+    """Who reads which row of a shared part: see `rl.models.cache.SharedPart`."""
+
+    readers: jax.Array
+    places: jax.Array
 
 
 class AttentionPart(NamedTuple):
-    """Keys and values [R, S, K, H] of R rows, seen by B = R * (B / R) query rows through a mask [R, (B / R) * T, S]."""
+    """Cached keys [R, K, H, S] and values [R, K, S, H], scales [R, K, S] if they are int8, and a mask.
 
-    keys_RSKH: jax.Array
-    values_RSKH: jax.Array
+    Without `rows` the part has the queries' own rows and the mask is [B, T, S]; with them it is [R, Q * T, S].
+    """
+
+    keys_RKHS: jax.Array
+    values_RKSH: jax.Array
+    key_scales_RKS: jax.Array | None
+    value_scales_RKS: jax.Array | None
     mask_RTS: jax.Array
+    rows: SharedRows | None = None
 
 
 # Types and initial values
@@ -211,73 +224,96 @@ def visible(
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
-    """Softmax attention with grouped heads [B, T, N, H]: query heads [k * N / K, (k + 1) * N / K) read kv head k."""
-    return attention_over_parts(q_BTNH, [AttentionPart(k_BSKH, v_BSKH, mask_BTS)], scale)
+    """Softmax attention with grouped heads [B, T, N, H]: query heads [k * N / K, (k + 1) * N / K) read kv head k.
+
+    Scores and softmax in float32 or wider. A query that sees no key at all gets the plain mean of the values.
+    """
+    num_sequences, num_tokens, num_heads, head_dim = q_BTNH.shape
+    q_BTKJH = q_BTNH.reshape(num_sequences, num_tokens, k_BSKH.shape[2], -1, head_dim)
+    wide = widen(q_BTNH.dtype)
+    scores_BKTJS = jnp.einsum("BTKJH,BSKH->BKTJS", q_BTKJH, k_BSKH, preferred_element_type=wide)
+    scores_BKTJS = jnp.where(mask_BTS[:, None, :, None, :], scores_BKTJS * scale, _masked_score(wide))
+    weights_BKTJS = jax.nn.softmax(scores_BKTJS, axis=-1).astype(q_BTNH.dtype)
+    output_BTKJH = jnp.einsum("BKTJS,BSKH->BTKJH", weights_BKTJS, v_BSKH)
+    return output_BTKJH.reshape(num_sequences, num_tokens, num_heads, head_dim)
+
+
+class _Partial(NamedTuple):
+    """Attention over one part: values weighted by exp(score - highest), the sum of these weights, the highest score."""
+
+    output_BTKJH: jax.Array
+    total_BTKJ: jax.Array
+    highest_BTKJ: jax.Array
 
 
 def attention_over_parts(q_BTNH: jax.Array, parts: Sequence[AttentionPart], scale: float) -> jax.Array:
-    """One softmax over the keys of all parts [B, T, N, H]; scores and softmax in float32 or wider.
+    """One softmax over the cached keys of all parts [B, T, N, H]; scores and sums in float32 or wider.
 
-    A part with R < B rows is shared: query rows [r * B / R, (r + 1) * B / R) read its row r, without a copy of it.
-    A query that sees no key at all gets the plain mean of the values, which is finite.
+    Each part is read where it lies, a shared row once for all of its readers; the partial results are merged as in
+    Dao et al., "Flash-Decoding", https://crfm.stanford.edu/2023/10/12/flashdecoding.html, and for shared prefixes
+    Juravsky et al., "Hydragen", https://arxiv.org/abs/2402.05099.
     """
-    scores = [_scores(q_BTNH, part, scale) for part in parts]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
-    weights = weights.astype(q_BTNH.dtype)
-    output, start = None, 0
-    for part in parts:
-        stop = start + part.keys_RSKH.shape[1]
-        weighted = _weighted_values(weights[..., start:stop], part.values_RSKH)
-        output, start = weighted if output is None else output + weighted, stop
-    assert output is not None
-    return output
-
-
-def _scores(q_BTNH: jax.Array, part: AttentionPart, scale: float) -> jax.Array:
-    """Masked scores [B, K, T, J, S] of all queries against one part."""
     num_sequences, num_tokens, num_heads, head_dim = q_BTNH.shape
-    num_rows, num_slots, num_kv_heads, _ = part.keys_RSKH.shape
-    per_row, per_kv = num_sequences // num_rows, num_heads // num_kv_heads
-    wide = widen(q_BTNH.dtype)
-    q_RTKJH = q_BTNH.reshape(num_rows, per_row * num_tokens, num_kv_heads, per_kv, head_dim)
-    if _reads_in_place(per_row * num_tokens, per_kv):
-        products = q_RTKJH.astype(wide) * part.keys_RSKH.astype(wide)[:, :, :, None]
-        scores = jnp.moveaxis(jnp.sum(products, axis=-1), 1, -1)[:, :, None]
-    else:
-        scores = jnp.einsum("RTKJH,RSKH->RKTJS", q_RTKJH, part.keys_RSKH, preferred_element_type=wide)
-    scores = jnp.where(part.mask_RTS[:, None, :, None, :], scores * scale, _masked_score(wide))
-    if per_row == 1:
-        return scores
-    scores = scores.reshape(num_rows, num_kv_heads, per_row, num_tokens, per_kv, num_slots)
-    return jnp.swapaxes(scores, 1, 2).reshape(num_sequences, num_kv_heads, num_tokens, per_kv, num_slots)
+    q_BTKJH = q_BTNH.reshape(num_sequences, num_tokens, parts[0].keys_RKHS.shape[1], -1, head_dim)
+    partials = [_attend_shared(q_BTKJH, part, scale) if part.rows else _attend(q_BTKJH, part, scale) for part in parts]
+    highest_BTKJ = partials[0].highest_BTKJ
+    for partial in partials[1:]:
+        highest_BTKJ = jnp.maximum(highest_BTKJ, partial.highest_BTKJ)
+    output_BTKJH, total_BTKJ = 0.0, 0.0
+    for partial in partials:
+        weight_BTKJ = jnp.exp(partial.highest_BTKJ - highest_BTKJ)
+        output_BTKJH += weight_BTKJ[..., None] * partial.output_BTKJH
+        total_BTKJ += weight_BTKJ * partial.total_BTKJ
+    output_BTKJH = output_BTKJH / jnp.asarray(total_BTKJ)[..., None]
+    return output_BTKJH.reshape(num_sequences, num_tokens, num_heads, head_dim).astype(q_BTNH.dtype)
 
 
-def _weighted_values(weights_BKTJS: jax.Array, values_RSKH: jax.Array) -> jax.Array:
-    """Sum of the values of one part [B, T, N, H] under the given weights, in the weights' dtype."""
-    num_sequences, num_kv_heads, num_tokens, per_kv, num_slots = weights_BKTJS.shape
-    num_rows, _, _, head_dim = values_RSKH.shape
-    per_row = num_sequences // num_rows
-    weights_RKTJS = weights_BKTJS
-    if per_row > 1:
-        weights = weights_BKTJS.reshape(num_rows, per_row, num_kv_heads, num_tokens, per_kv, num_slots)
-        weights_RKTJS = jnp.swapaxes(weights, 1, 2).reshape(num_rows, num_kv_heads, -1, per_kv, num_slots)
-    if _reads_in_place(per_row * num_tokens, per_kv):
-        wide = widen(values_RSKH.dtype)
-        weights_RSKJ = jnp.moveaxis(weights_RKTJS[:, :, 0], -1, 1).astype(wide)
-        output = jnp.sum(weights_RSKJ[..., None] * values_RSKH.astype(wide)[:, :, :, None], axis=1)
-        output = output.astype(weights_BKTJS.dtype)
-    else:
-        output = jnp.einsum("RKTJS,RSKH->RTKJH", weights_RKTJS, values_RSKH)
-    return output.reshape(num_sequences, num_tokens, num_kv_heads * per_kv, head_dim)
+def to_readers(x: jax.Array, rows: SharedRows, num_rows: int) -> jax.Array:
+    """x [B, ...] by own row -> [R, Q, ...] by row of a shared part and reader. Rows stay in their shard."""
+    num_shards = rows.readers.shape[0]
+    by_shard = x.reshape(num_shards, -1, *x.shape[1:])
+    picked = jax.vmap(lambda values, index: values[index])(by_shard, rows.readers)
+    return picked.reshape(num_rows, -1, *x.shape[1:])
 
 
-def _reads_in_place(queries_per_row: int, per_kv: int) -> bool:
-    """Whether to write the matrix products out as products and sums.
+def _from_readers(x: jax.Array, rows: SharedRows) -> jax.Array:
+    """The inverse of `to_readers`: [R, Q, ...] -> [B, ...]."""
+    by_shard = x.reshape(rows.places.shape[0], -1, *x.shape[2:])
+    picked = jax.vmap(lambda values, index: values[index])(by_shard, rows.places)
+    return picked.reshape(-1, *x.shape[2:])
 
-    A batched matrix product wants the kv heads before the slots, so XLA for CPU copies the whole cache at every decoded
-    token. A single query reads it once in place: half the time, up to about 8 query heads per kv head.
-    """
-    return queries_per_row == 1 and per_kv <= 8
+
+def _attend_shared(q_BTKJH: jax.Array, part: AttentionPart, scale: float) -> _Partial:
+    assert part.rows is not None
+    num_rows, num_tokens = part.keys_RKHS.shape[0], q_BTKJH.shape[1]
+    q_RQTKJH = to_readers(q_BTKJH, part.rows, num_rows)
+    num_readers = q_RQTKJH.shape[1]
+    partial = _attend(q_RQTKJH.reshape(num_rows, -1, *q_BTKJH.shape[2:]), part, scale)
+
+    def back(x: jax.Array) -> jax.Array:
+        assert part.rows is not None
+        return _from_readers(x.reshape(num_rows, num_readers, num_tokens, *x.shape[2:]), part.rows)
+
+    return _Partial(*(back(x) for x in partial))
+
+
+def _attend(q_RTKJH: jax.Array, part: AttentionPart, scale: float) -> _Partial:
+    dtype = q_RTKJH.dtype
+    wide = widen(dtype)
+    # Either product takes the cache as it lies, with rows and kv heads as leading batch dims.
+    scores_RKTJS = jnp.einsum("RTKJH,RKHS->RKTJS", q_RTKJH, part.keys_RKHS.astype(dtype), preferred_element_type=wide)
+    if part.key_scales_RKS is not None:
+        scores_RKTJS = scores_RKTJS * part.key_scales_RKS[:, :, None, None]
+    scores_RKTJS = jnp.where(part.mask_RTS[:, None, :, None, :], scores_RKTJS * scale, _masked_score(wide))
+    highest_RKTJ = jnp.max(scores_RKTJS, axis=-1)
+    weights_RKTJS = jnp.exp(scores_RKTJS - highest_RKTJ[..., None])
+    total_RKTJ = jnp.sum(weights_RKTJS, axis=-1)
+    if part.value_scales_RKS is not None:
+        weights_RKTJS = weights_RKTJS * part.value_scales_RKS[:, :, None, None]
+    output_RKTJH = jnp.einsum(
+        "RKTJS,RKSH->RKTJH", weights_RKTJS.astype(dtype), part.values_RKSH.astype(dtype), preferred_element_type=wide
+    )
+    return _Partial(*(jnp.swapaxes(x, 1, 2) for x in (output_RKTJH, total_RKTJ, highest_RKTJ)))
 
 
 def _masked_score(dtype: Any) -> jax.Array:

@@ -69,7 +69,7 @@ class Policy(Protocol):
         branch_ids_BT: jax.Array,
         cache: KVCache,
     ) -> tuple[jax.Array, KVCache]:
-        """The same for tokens appended to the cache at its cursor (which must leave T slots), and the new cache."""
+        """The same for tokens appended at each row's cursor (the cache must have room for T), and the new cache."""
         ...
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:

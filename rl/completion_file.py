@@ -1,0 +1,122 @@
+"""A JSON-lines file of completions that outlives a stop: what is there is kept, what is missing can be appended.
+
+In: a path, and the settings that decide what its lines hold. Out: which completions are there already, and a place to
+write more. Beside FILE stands FILE.meta.json with the settings; a file of other settings is refused, never mixed. What
+a line means is not decided here, except that `prompt_index` and `sample_index` name it.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+from typing import Any, Self
+
+MAX_NAMED_DIFFERENCES = 5
+
+
+class CompletionFile:
+    """The file, open for appending and owned by this process until `close`.
+
+    Attributes:
+      done: (prompt_index, sample_index) of the completions it holds.
+      cut: bytes of a half-written last line that were cut off.
+    """
+
+    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], overwrite: bool = False):
+        """Opens or creates the file.
+
+        Args:
+          settings: JSON-able, flat; whatever decides what the lines hold.
+          overwrite: start again, whatever the file holds.
+
+        Raises:
+          ValueError: it cannot be written, another process writes it, it was written with other settings or by another
+            program, or a whole line is no completion.
+        """
+        self._path = pathlib.Path(path)
+        self._meta = self._path.with_name(self._path.name + ".meta.json")
+        settings = json.loads(json.dumps(settings))
+        self._is_new = not self._path.exists()
+        self._file = _open(self._path)
+        try:
+            content = b"" if overwrite else self._file.read()
+            if content:
+                self._check_settings(settings)
+            whole = content[: content.rfind(b"\n") + 1]
+            self.cut = len(content) - len(whole)
+            self.done = {_names(self._path, number, line) for number, line in enumerate(whole.splitlines(), start=1)}
+            # Emptied before the settings are replaced: a kill in between leaves no line under settings not its own.
+            self._file.truncate(len(whole))
+            self._file.seek(len(whole))
+            if not content:
+                temporary = self._meta.with_name(self._meta.name + ".tmp")
+                temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+                os.replace(temporary, self._meta)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, line: str) -> None:
+        """Appends one line, line end included, which then is with the operating system."""
+        self._file.write(line.encode("utf-8"))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; a new one that got no line is removed."""
+        if self._file.closed:
+            return
+        is_empty = self._file.tell() == 0
+        if self._is_new and is_empty:
+            self._path.unlink(missing_ok=True)
+            self._meta.unlink(missing_ok=True)
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        way_out = "choose another --output, or pass --overwrite to delete it"
+        if not self._meta.is_file():
+            raise ValueError(
+                f"{self._path} must be a file of `grpo sample`, but {self._meta.name} is not beside it; {way_out}"
+            )
+        try:
+            old = json.loads(self._meta.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self._meta} must be JSON, got: {error}; {way_out}") from error
+        keys = [key for key in {**old, **settings} if old.get(key) != settings.get(key)]
+        if keys:
+            named = [f"{key} was {old.get(key)!r}, is {settings.get(key)!r}" for key in keys[:MAX_NAMED_DIFFERENCES]]
+            raise ValueError(
+                f"{self._path} was written with other settings: {'; '.join(named)}; {way_out}, or restore the old ones "
+                "to go on with it"
+            )
+
+
+def _open(path: pathlib.Path) -> Any:
+    """The file, open for reading and writing, locked until it is closed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+    except OSError as error:
+        raise ValueError(f"--output must be a file that can be written, got {path}: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"--output {path} is being written by another process; choose another one") from error
+    return file
+
+
+def _names(path: pathlib.Path, number: int, line: bytes) -> tuple[int, int]:
+    try:
+        row = json.loads(line)
+        return int(row["prompt_index"]), int(row["sample_index"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}:{number} must be a completion of `grpo sample`, got {line[:80]!r}; remove the line, or pass "
+            "--overwrite"
+        ) from error

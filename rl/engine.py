@@ -1,0 +1,407 @@
+"""The decode engine: `prefill`, `insert`, `generate` on one mesh, in the terms of JetStream and MaxEngine.
+
+In: parameters, packed prompts, requests. Out: the decode state and what was drawn. The engine holds compiled programs
+and no parameters; which requests run when is `rl.scheduling`, whole calls are `rl.sampler`.
+
+A decode state has `num_slots` slots, each drawing one completion into its row of the own cache, and a table of prompts
+that slots read in place. `generate` hands a slot whose completion ended to the next waiting request inside the compiled
+loop. The own cache grows, and idle slots are dropped, between calls: shapes come from a short ladder, and every shape
+is one compiled program.
+Legend: B slots, P rows of the prompt table, T prompt positions, S cache positions.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from rl import decoding
+from rl.decoding import Report, Requests, Slots
+from rl.mesh import num_row_shards, partition_spec, replicated, row_sharding
+from rl.models.cache import CachePart, LayerKV, empty_part, map_arrays, named_arrays, pad_positions, position_axis
+from rl.models.policy import Params, Policy
+from rl.programs import Programs
+from rl.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the programs of a decode state depend on, over all shards.
+
+    Slots, and positions of their own cache; rows of the prompt table, its positions, rows that one prefill fills, slots
+    that may read one row at a time; positions of the common prefix (0: none); waiting requests per shard.
+    """
+
+    num_slots: int
+    length: int
+    table_rows: int
+    table_length: int
+    prefill_rows: int
+    num_readers: int
+    common_length: int
+    num_waiting: int
+
+
+@dataclasses.dataclass
+class DecodeState:
+    """What decoding changes, and the prompts it reads. Passed on and never copied; an old one is dead."""
+
+    shape: Shape
+    sampling: SamplingParams
+    own: CachePart
+    slots: Slots
+    table: CachePart
+    common: CachePart | None
+
+
+class Engine:
+    """Compiled decoding for one policy on one mesh.
+
+    Args:
+      policy: what to sample from.
+      mesh: where the parameters live; slots are spread over the axes that `rules["batch"]` names, the heads of the
+        cache over those of `rules["kv_heads"]`.
+      param_shardings: a `NamedSharding` per parameter.
+      rules: logical axis -> mesh axes, the `mesh.rules` of the config.
+      chunk: tokens drawn between two looks of the host, at most.
+      kv_dtype: None: keys and values in the compute dtype; "int8".
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        mesh: Mesh,
+        param_shardings: Any,
+        *,
+        rules: Mapping[str, Sequence[str]],
+        chunk: int = 32,
+        kv_dtype: str | None = None,
+    ) -> None:
+        self.policy = policy
+        self.num_shards = num_row_shards(mesh, rules)
+        self.programs = Programs()
+        self.peak_kv_bytes = 0
+        self._param_shardings = param_shardings
+        self._chunk = chunk
+        self._kv_dtype = kv_dtype
+        self._everywhere = replicated(mesh)
+        self._rows = row_sharding(mesh, rules)
+        self._mesh = mesh
+        self._array_shardings = self._part_shardings(mesh, rules)
+
+    # Prefill: prompts into rows of a cache
+
+    def prefill(
+        self,
+        params: Params,
+        tokens_PT: np.ndarray,
+        positions_PT: np.ndarray,
+        group_ids_PT: np.ndarray,
+        common: CachePart | None = None,
+        chunk: int | None = None,
+        state: DecodeState | None = None,
+    ) -> CachePart:
+        """Runs packed prompts, `chunk` positions at a time (all at once by default), over a cache that grows with them.
+
+        Args:
+          tokens_PT, positions_PT, group_ids_PT: int32; a row holds one or more prompts, see `decoding.prefill_chunk`. P
+            is a multiple of the shards.
+          common: the prefix that comes before every prompt, in its own cache of one row per shard.
+          state: what else is in memory meanwhile, for `peak_kv_bytes`.
+
+        Returns:
+          Their keys and values, one row per row of the input.
+        """
+        num_rows, num_positions = tokens_PT.shape
+        size = num_positions if chunk is None else min(chunk, num_positions)
+        held = (common,) if state is None else (common, state.own, state.table)
+        part = self._empty(num_rows, size)
+        common_length = 0 if common is None else common.length
+        for start in range(0, num_positions, size):
+            stop = min(start + size, num_positions)
+            if stop > part.length:
+                self._note_growth(part, min(2 * part.length, num_positions), *held)
+                part = self._grow(part, min(2 * part.length, num_positions))
+            start = stop - size  # the last piece may run some positions again, so that all pieces have one shape
+            self._count_bytes(part, *held)
+            inputs = (tokens_PT[:, start:stop], positions_PT[:, start:stop], group_ids_PT[:, start:stop])
+            program = self._prefill_program(params, num_rows, size, part.length, common_length)
+            part = program(params, part, common, *inputs, np.int32(start))
+        return part
+
+    # The decode state
+
+    def init_state(
+        self, shape: Shape, sampling: SamplingParams, key: jax.Array, common: CachePart | None = None
+    ) -> DecodeState:
+        """Idle slots, an empty prompt table."""
+        name = ("slots", shape.num_slots, sampling.needs_counts)
+        build = partial(
+            decoding.empty_slots, shape.num_slots, sampling=sampling, vocab_size=self.policy.config.vocab_size
+        )
+        slots = self._jit(name, build, (key,), out=self._slots_shardings(sampling))(key)
+        own = self._empty(shape.num_slots, shape.length)
+        table = self._empty(shape.table_rows, shape.table_length)
+        self._count_bytes(own, table, common)
+        return DecodeState(shape, sampling, own, slots, table, common)
+
+    def insert(self, state: DecodeState, prefix: CachePart, rows: np.ndarray) -> DecodeState:
+        """Puts prefilled rows into the rows [shards, R] of the prompt table, counted inside each shard."""
+        assert prefix.length == state.table.length, (prefix.length, state.table.length)
+        self._count_bytes(state.own, state.table, state.common, prefix)
+        new = iter(named_arrays(prefix))
+
+        def put(name: str, array: jax.Array) -> jax.Array:
+            _, rows_of_array = next(new)
+            return self._put_program(name, array, rows_of_array.shape[0], rows)(array, rows_of_array, rows)
+
+        state.table = map_arrays(state.table, put)
+        return state
+
+    def generate(
+        self,
+        params: Params,
+        state: DecodeState,
+        requests: Requests,
+        num_requests: np.ndarray,
+        key: jax.Array,
+        cancelled_B: np.ndarray,
+        few: int,
+        chunk: int | None = None,
+    ) -> tuple[DecodeState, Report]:
+        """Draws tokens, see `decoding.generate`; the report is on the host."""
+        chunk = min(chunk or self._chunk, self._chunk)
+        program = self._generate_program(params, state.shape, state.sampling, chunk)
+        state.own, state.slots, report = program(
+            params,
+            state.own,
+            state.slots,
+            state.table,
+            state.common,
+            requests,
+            num_requests,
+            key,
+            cancelled_B,
+            np.int32(few),
+        )
+        return state, jax.device_get(report)
+
+    def resize(self, state: DecodeState, index: np.ndarray | None, length: int) -> DecodeState:
+        """Keeps the slots `index` [shards, R] (None: all), counted in each shard; grows the own cache to `length`."""
+        if index is not None:
+            state.own = map_arrays(state.own, partial(self._take_rows, index))
+            state.slots = jax.tree.map(partial(self._take_rows, index, "slots"), state.slots)
+        if length > state.own.length:
+            self._note_growth(state.own, length, state.table, state.common)
+            state.own = self._grow(state.own, length)
+        state.shape = dataclasses.replace(state.shape, num_slots=state.own.num_rows, length=length)
+        return state
+
+    # What will be needed, ahead of time
+
+    def prepare(self, params: Params, shape: Shape, sampling: SamplingParams, chunk: int | None = None) -> None:
+        """Has the decode program of a shape compiled in the background."""
+        chunk = min(chunk or self._chunk, self._chunk)
+        self.programs.prepare(*self._generate_build(_abstract(params), shape, sampling, chunk))
+
+    def prepare_resize(self, shape: Shape, sampling: SamplingParams, num_slots: int, length: int) -> None:
+        """Has the programs compiled, in the background, that make a state of `shape` one of fewer slots or longer."""
+        arrays = named_arrays(self._abstract_part(shape.num_slots, shape.length))
+        if num_slots != shape.num_slots:
+            index_shape = (self.num_shards, num_slots // self.num_shards)
+            slots = jax.tree.leaves(self._abstract_slots(shape.num_slots, sampling))
+            for name, array in [*arrays, *(("slots", leaf) for leaf in slots)]:
+                self.programs.prepare(*self._take_build(name, array, index_shape))
+        if length != shape.length:
+            for name, array in arrays:
+                self.programs.prepare(*self._grow_build(name, array, length))
+
+    def bytes_per_position(self) -> int:
+        """Bytes of one cache position of one row in all layers, on the device that holds most of it."""
+        part = jax.eval_shape(partial(empty_part, self.policy.config, self.num_shards, 1, self._kv_dtype))
+        total = 0
+        for name, array in named_arrays(part):
+            total += int(np.prod(self._array_shardings[name].shard_shape(array.shape))) * array.dtype.itemsize
+        return total
+
+    # Programs, by everything that their shapes depend on
+
+    def _prefill_program(self, params: Params, num_rows: int, chunk: int, length: int, common_length: int) -> Callable:
+        config = self.policy.config
+
+        def function(params, part, common, tokens, positions, groups, start):
+            return decoding.prefill_chunk(
+                self.policy, params, part, common, self.num_shards, tokens, positions, groups, start
+            )
+
+        small = jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)
+        arguments = (
+            _abstract(params),
+            self._abstract_part(num_rows, length),
+            self._abstract_part(self.num_shards, common_length) if common_length else None,
+            *(small,) * 3,
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        parts = self._shard_part(config.num_layers)
+        shardings = (
+            self._param_shardings,
+            parts,
+            parts if common_length else None,
+            *(self._rows,) * 3,
+            self._everywhere,
+        )
+        name = ("prefill", num_rows, chunk, length, common_length)
+        return self._jit(name, function, arguments, ins=shardings, out=parts, donate=(1,))
+
+    def _generate_program(self, params: Params, shape: Shape, sampling: SamplingParams, chunk: int) -> Callable:
+        name, build = self._generate_build(_abstract(params), shape, sampling, chunk)
+        return self.programs.get(name, build)
+
+    def _generate_build(
+        self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int
+    ) -> tuple[tuple, Callable]:
+        parts = self._shard_part(self.policy.config.num_layers)
+        vocab_size = self.policy.config.vocab_size
+        function = partial(decoding.generate, self.policy, sampling, chunk, shape.num_readers, self._rows)
+
+        def integers(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(dims, dtype)
+
+        waiting = (self.num_shards, shape.num_waiting)
+        requests = Requests(*(integers(*waiting),) * 10)
+        requests = requests._replace(seeds=integers(*waiting, dtype=jnp.uint32), seeded=integers(*waiting, dtype=bool))
+        if sampling.needs_counts:
+            requests = requests._replace(prompt_seen=integers(*waiting, vocab_size, dtype=bool))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        arguments = (
+            params,
+            self._abstract_part(shape.num_slots, shape.length),
+            self._abstract_slots(shape.num_slots, sampling),
+            self._abstract_part(shape.table_rows, shape.table_length),
+            self._abstract_part(self.num_shards, shape.common_length) if shape.common_length else None,
+            requests,
+            integers(self.num_shards),
+            key,
+            integers(shape.num_slots, dtype=bool),
+            integers(),
+        )
+        slots_shardings = self._slots_shardings(sampling)
+        ins = (
+            self._param_shardings,
+            parts,
+            slots_shardings,
+            parts,
+            parts if shape.common_length else None,
+            jax.tree.map(lambda _: self._rows, requests),
+            self._rows,
+            self._everywhere,
+            self._rows,
+            self._everywhere,
+        )
+        out = (parts, slots_shardings, self._everywhere)
+        name = ("generate", shape, sampling, chunk)
+        return name, self._build(function, arguments, ins, out, donate=(1, 2))
+
+    def _put_program(self, name: str, array: jax.Array, num_new: int, rows: np.ndarray) -> Callable:
+        new = jax.ShapeDtypeStruct((num_new, *array.shape[1:]), array.dtype)
+        sharding = self._array_shardings[name]
+        return self._jit(
+            ("put", array.shape, array.dtype, num_new),
+            decoding.put_rows,
+            (_abstract(array), new, jax.ShapeDtypeStruct(rows.shape, jnp.int32)),
+            ins=(sharding, sharding, self._rows),
+            out=sharding,
+            donate=(0,),
+        )
+
+    def _take_rows(self, index: np.ndarray, name: str, array: jax.Array) -> jax.Array:
+        return _consume(self.programs.get(*self._take_build(name, array, index.shape)), array, index)
+
+    def _take_build(self, name: str, array: Any, index_shape: tuple[int, ...]) -> tuple[tuple, Callable]:
+        sharding = self._array_shardings.get(name, self._rows)
+        arguments = (_abstract(array), jax.ShapeDtypeStruct(index_shape, jnp.int32))
+        key = ("take", sharding.spec, array.shape, array.dtype, index_shape)
+        return key, self._build(decoding.take_rows, arguments, (sharding, self._rows), sharding)
+
+    def _grow(self, part: CachePart, length: int) -> CachePart:
+        """The part with `length` positions."""
+
+        def pad(name: str, array: jax.Array) -> jax.Array:
+            return _consume(self.programs.get(*self._grow_build(name, array, length)), array)
+
+        return map_arrays(part, pad)
+
+    def _grow_build(self, name: str, array: Any, length: int) -> tuple[tuple, Callable]:
+        sharding = self._array_shardings[name]
+        function = partial(pad_positions, name, added=length - array.shape[position_axis(name)])
+        key = ("grow", name, array.shape, array.dtype, length)
+        return key, self._build(function, (_abstract(array),), (sharding,), sharding)
+
+    def _empty(self, num_rows: int, length: int) -> CachePart:
+        build = partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype)
+        shardings = self._shard_part(self.policy.config.num_layers)
+        return self._jit(("empty", num_rows, length), build, (), out=shardings)()
+
+    def _jit(
+        self, name: tuple, function: Callable, arguments: tuple, *, out: Any, ins: Any = None, donate: tuple = ()
+    ) -> Callable:
+        return self.programs.get(name, self._build(function, arguments, ins, out, donate))
+
+    def _build(self, function: Callable, arguments: tuple, ins: Any, out: Any, donate: tuple = ()) -> Callable:
+        options = {} if ins is None else {"in_shardings": ins}
+        return lambda: (
+            jax.jit(function, out_shardings=out, donate_argnums=donate, **options).lower(*arguments).compile()
+        )
+
+    # Shapes, shardings, bytes
+
+    def _part_shardings(self, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> dict[str, NamedSharding]:
+        config = self.policy.config
+        heads = partition_spec(("batch", "kv_heads"), (self.num_shards, config.num_kv_heads), mesh, rules)
+        heads = NamedSharding(mesh, heads)
+        arrays = dict.fromkeys(LayerKV._fields, heads)
+        return {**arrays, **dict.fromkeys(("positions", "group_ids", "branch_ids"), self._rows)}
+
+    def _shard_part(self, num_layers: int) -> Any:
+        scales = self._array_shardings["key_scales"] if self._kv_dtype else None
+        layer = LayerKV(self._array_shardings["keys"], self._array_shardings["values"], scales, scales)  # pyright: ignore[reportArgumentType]
+        labels = (self._array_shardings["positions"],) * 3
+        return CachePart((layer,) * num_layers, *labels)  # pyright: ignore[reportArgumentType]
+
+    def _abstract_part(self, num_rows: int, length: int) -> Any:
+        return jax.eval_shape(partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype))
+
+    def _abstract_slots(self, num_slots: int, sampling: SamplingParams) -> Any:
+        build = partial(decoding.empty_slots, num_slots, sampling=sampling, vocab_size=self.policy.config.vocab_size)
+        return jax.eval_shape(build, jax.eval_shape(lambda: jax.random.key(0)))
+
+    def _slots_shardings(self, sampling: SamplingParams) -> Any:
+        return jax.tree.map(lambda _: self._rows, self._abstract_slots(self.num_shards, sampling))
+
+    def _count_bytes(self, *parts: CachePart | None) -> None:
+        self.peak_kv_bytes = max(self.peak_kv_bytes, sum(_nbytes(part) for part in parts))
+
+    def _note_growth(self, part: CachePart, length: int, *others: CachePart | None) -> None:
+        """The last array to grow exists twice for a moment, all the others have grown."""
+        grown = _nbytes(part) * length // part.length + max(array.nbytes for _, array in named_arrays(part))
+        self.peak_kv_bytes = max(self.peak_kv_bytes, grown + sum(_nbytes(other) for other in others))
+
+
+def _consume(program: Callable, array: jax.Array, *arguments: Any) -> jax.Array:
+    """program(array, ...), and the memory of `array` is free once that has run."""
+    result = program(array, *arguments)
+    array.delete()
+    return result
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _nbytes(part: CachePart | None) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(part))

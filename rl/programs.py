@@ -1,0 +1,65 @@
+"""Compiled programs by key: made when first asked for, or before that by a thread in the background."""
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+Build = Callable[[], Any]
+
+
+class Programs:
+    """Each program is built once. `get` never waits for others than the one it asks for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: dict[Hashable, Future] = {}
+        self._executor: ThreadPoolExecutor | None = None
+
+    def __len__(self) -> int:
+        """Programs that are built or being built."""
+        return len(self._futures)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The keys of these programs."""
+        return iter(list(self._futures))
+
+    def get(self, key: Hashable, build: Build) -> Any:
+        """The program called `key`; built here and now unless it is built, or being built, already."""
+        with self._lock:
+            future = self._futures.get(key)
+            if future is None or future.cancel():  # cancelled: it waited behind others in the background
+                future = self._futures[key] = Future()
+                future.set_running_or_notify_cancel()
+                mine = True
+            else:
+                mine = False
+        if mine:
+            try:
+                future.set_result(build())
+            except BaseException as error:
+                with self._lock:
+                    del self._futures[key]
+                future.set_exception(error)
+                raise
+        return future.result()
+
+    def prepare(self, key: Hashable, build: Build) -> None:
+        """Has the program built in the background. A failure shows when the program is asked for."""
+        with self._lock:
+            if key in self._futures:
+                return
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="compile")
+            self._futures[key] = self._executor.submit(build)
+
+    def wait(self) -> None:
+        """Returns when everything asked for is built; raises what a build raised."""
+        for future in list(self._futures.values()):
+            if not future.cancelled():
+                future.result()
+
+    def close(self) -> None:
+        """Drops what still waits in the background."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,94 @@
+"""The log-prob of every token of given prompts, under the policy: how likely it finds a text that it did not write.
+
+In: prompts as token ids. Out: one array per prompt. Prompts are packed into rows of one fixed size, so that one program
+serves them all. Not here: completions, whose log-probs the sampler reports.
+Legend: R rows, T token positions.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rl import scheduling
+from rl.logprobs import token_logprobs
+from rl.mesh import num_row_shards, row_sharding
+from rl.models.policy import Params, Policy
+
+TOKENS_PER_CALL = 4096  # over all rows, unless one prompt is longer
+
+
+def prompt_logprobs(
+    policy: Policy,
+    mesh: Mesh,
+    param_shardings: Any,
+    rules: Mapping[str, Sequence[str]],
+    params: Params,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    temperature: float,
+    chunk_size: int,
+) -> list[np.ndarray]:
+    """Log-probs of prompt tokens under softmax(logits / temperature), in nats.
+
+    Args:
+      policy, mesh, param_shardings, rules: as `rl.engine.Engine` takes them.
+      prompts: token ids, at least one each.
+      temperature: above 0; 0 (greedy) counts as 1, as it does for completions.
+      chunk_size: positions of each row whose logits exist at one time; changes memory only.
+
+    Returns:
+      Per prompt [T - 1], float32 or wider: entry t is token t + 1 given the tokens before it. The first token of a
+      prompt has no log-prob: nothing comes before it.
+    """
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    length = scheduling.size_at_least(max(longest, scheduling.MIN_TABLE_LENGTH))
+    num_shards = num_row_shards(mesh, rules)
+    rows = scheduling.pack_rows([len(prompt) for prompt in prompts], length, prompts_per_row=length)
+    most = max(TOKENS_PER_CALL // length // num_shards, 1)
+    num_rows = num_shards * min(most, scheduling.size_at_least(-(-len(rows) // num_shards)))
+
+    def of_rows(params: Params, tokens_RT: jax.Array, positions_RT: jax.Array, group_ids_RT: jax.Array) -> jax.Array:
+        hidden_RTD = policy.hidden(params, tokens_RT, positions_RT, group_ids_RT, jnp.zeros_like(group_ids_RT))
+        follows_RT = (group_ids_RT[:, 1:] == group_ids_RT[:, :-1]) & (group_ids_RT[:, 1:] >= 0)
+        scale = temperature or 1.0
+        return token_logprobs(
+            policy,
+            params,
+            hidden_RTD[:, :-1],
+            tokens_RT[:, 1:],
+            scale,
+            chunk_size,
+            with_entropy=False,
+            mask_BT=follows_RT,
+        )[0]
+
+    over_rows = row_sharding(mesh, rules)
+    program = jax.jit(of_rows, in_shardings=(param_shardings, *[over_rows] * 3), out_shardings=over_rows)
+    results: dict[int, np.ndarray] = {}
+    for first in range(0, len(rows), num_rows):
+        part = rows[first : first + num_rows]
+        inputs = np.zeros((3, num_rows, length), np.int32)
+        inputs[2] = -1
+        for number, row, span in _spans(part, prompts):
+            inputs[0, row, span] = prompts[number]
+            inputs[1, row, span] = np.arange(len(prompts[number]))
+            inputs[2, row, span] = number
+        logprobs_RT = np.asarray(program(params, *inputs))
+        for number, row, span in _spans(part, prompts):
+            results[number] = logprobs_RT[row, span.start : span.stop - 1]
+    return [results[number] for number in range(len(prompts))]
+
+
+def _spans(
+    rows: Sequence[Sequence[int]], prompts: Sequence[Sequence[int] | np.ndarray]
+) -> Iterator[tuple[int, int, slice]]:
+    """(prompt, row, its positions there) of packed prompts."""
+    for row, numbers in enumerate(rows):
+        start = 0
+        for number in numbers:
+            stop = start + len(prompts[number])
+            yield number, row, slice(start, stop)
+            start = stop

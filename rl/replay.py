@@ -1,0 +1,112 @@
+"""One completion of a training run again, alone: from the weights, the prompt and the random numbers of its step.
+
+In: a run folder and which completion. Out: its text, and whether it is the one that the run recorded. Weights exist at
+checkpoints only; nothing is trained again.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from rl.config import differences, load_config
+from rl.data import fingerprint, load_prompts, step_indices
+from rl.evaluation import create_sampler, sampling_params
+from rl.metrics import read_metrics, read_samples
+from rl.run_folder import checkpoint_steps, read_run
+from rl.scheduling import Request
+from rl.trained import load_checkpoint, load_start
+from rl.weights import eos_ids, tokenizer_of, use_compilation_cache
+
+
+def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[str] = ()) -> int:
+    """Prints the text of a completion and, on stderr, whether samples.jsonl has the same; the exit status.
+
+    Args:
+      run: a folder of `grpo train`.
+      step: from 1, as in metrics.jsonl and samples.jsonl. prompt, sample: from 0, as in samples.jsonl.
+      overrides: of keys that do not change what a step computes, such as `mesh.num_devices`.
+
+    Returns:
+      0; 1 when the run recorded another text.
+
+    Raises:
+      ValueError: no such run, step or completion, no checkpoint of the step before, other data or other weights.
+    """
+    numbers = {"STEP": step, "PROMPT": prompt, "SAMPLE": sample}
+    for name, text in numbers.items():
+        if not text.isdecimal():
+            raise ValueError(f"--replay: {name} must be a whole number, got {text!r}")
+    text = replayed_text(run, int(step), int(prompt), int(sample), overrides)
+    print(text)
+    recorded = [
+        row["completion"]
+        for row in read_samples(run)
+        if (row["step"], row["prompt_index"], row["sample_index"]) == (int(step), int(prompt), int(sample))
+    ]
+    if not recorded:
+        verdict = "samples.jsonl does not hold this completion (logging.samples_per_step decides how many it holds)"
+    elif recorded[-1] == text:
+        verdict = "equal to the text in samples.jsonl"
+    else:
+        verdict = f"NOT equal to the text in samples.jsonl, which is {recorded[-1]!r}"
+    print(f"step {step}, prompt {prompt}, sample {sample}: {verdict}", file=sys.stderr)
+    return int(bool(recorded) and recorded[-1] != text)
+
+
+def replayed_text(run: str | os.PathLike, step: int, prompt: int, sample: int, overrides: Sequence[str] = ()) -> str:
+    """The completion's text, drawn anew; see `replay`."""
+    folder = pathlib.Path(run)
+    own, identity = read_run(folder)
+    config = load_config(folder / "config.yml", overrides)
+    if identity["kind"] != "grpo":
+        raise ValueError(f"--replay needs a run of `grpo train`, {str(run)!r} is one of kind {identity['kind']!r}")
+    changed = differences(own, config)
+    if changed:
+        raise ValueError(f"--replay must keep the run's own settings, got other values for {sorted(changed)}")
+    _check_replayable(folder, step)
+    for name, number, count in (
+        ("PROMPT", prompt, config.grpo.prompts_per_step),
+        ("SAMPLE", sample, config.grpo.group_size),
+    ):
+        if number >= count:
+            raise ValueError(f"--replay: {name} must be from 0 to {count - 1}, got {number}")
+    use_compilation_cache(config)
+    data = load_prompts(config, tokenizer_of(config))
+    _check_same("data", fingerprint(data.train), identity["data"])
+    trained = load_start(config) if step == 1 else load_checkpoint(config, folder, step - 1)
+    if step == 1:
+        _check_same("policy", trained.origin.identity, identity["policy"])
+    rows = [data.train[i] for i in step_indices(len(data.train), config.seed, step - 1, config.grpo.prompts_per_step)]
+    sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
+    sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
+    sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
+    key = jax.random.fold_in(jax.random.wrap_key_data(trained.rng), step - 1)
+    request = Request(prompt, prompt, sample, sampling.max_completion_length)
+    prompts = [row.prompt_ids for row in rows]
+    ((_, completion),) = sampler.stream(trained.params, prompts, [request], sampling, key)
+    return trained.tokenizer.decode(completion.token_ids)
+
+
+def _check_replayable(folder: pathlib.Path, step: int) -> None:
+    num_done = max((line["step"] for line in read_metrics(folder)), default=0)
+    steps = sorted({1, *(saved + 1 for saved in checkpoint_steps(folder))})
+    steps = [number for number in steps if number <= num_done]
+    if step in steps:
+        return
+    rule = f"--replay: STEP must be one of {steps}, got {step}"
+    if 1 <= step <= num_done:
+        rule += (
+            f"; the weights before step {step} were not kept: checkpoint.every and checkpoint.keep decide which are, "
+            "step 1 needs none"
+        )
+    else:
+        rule += f"; the run has done {num_done} steps"
+    raise ValueError(rule)
+
+
+def _check_same(what: str, now: object, then: object) -> None:
+    if now != then:
+        raise ValueError(f"--replay: the run's {what} must be what it was, {then}, got {now}; put the old files back")

@@ -1,0 +1,427 @@
+"""The host side of decoding: which prompts share a row of the prompt table, which requests wait, what became of each.
+
+In: requests, the reports of the engine. Out: packed prompts to prefill, waiting requests as arrays, completions as they
+end. No model, no jit.
+Legend: B slots, P rows of prompts, T prompt positions, W waiting requests of a shard, C tokens of a chunk.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from rl.decoding import Report, Requests
+from rl.sampling import SamplingParams
+
+MIN_SLOTS = 8  # per shard: fewer rows than this make no step faster
+MAX_HALVINGS = 3  # of the slots: each is a program to compile
+MIN_LENGTH = 64  # of the own cache, where completions may be longer
+LENGTH_UNIT = 16
+MIN_TABLE_LENGTH = 16
+OPEN_ROWS = 8  # of the prompt table, to which a prompt may still be added while rows are packed
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One completion of one prompt.
+
+    prompt_index, sample_index: which completion it is; the key, these two and the position are all its randomness.
+    token_ids: int32, the EOS or the token that completes a stop string included, nothing after it.
+    sampler_logprobs: per token, under the distribution it was drawn from (penalties, truncation); 0 when greedy.
+    policy_logprobs: per token, under softmax(logits / temperature); at temperature 1 when greedy.
+    finish_reason: "eos", "stop" (a stop string) or "length".
+    stop_reason: the EOS id, the stop string, or None.
+    top_ids, top_logprobs: [tokens, N], the N most likely tokens of the plain softmax, best first; N may be 0.
+    """
+
+    prompt_index: int
+    sample_index: int
+    token_ids: np.ndarray
+    sampler_logprobs: np.ndarray
+    policy_logprobs: np.ndarray
+    finish_reason: str
+    stop_reason: int | str | None
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One completion to draw: the prompt's place in the caller's list, its randomness, its limit in tokens."""
+
+    prompt: int
+    prompt_index: int
+    sample_index: int
+    limit: int
+    seed: int | None = None
+
+
+# Sizes: few, so that few programs are compiled
+
+
+def size_at_least(n: int, steps: int = 2) -> int:
+    """The smallest size >= n, with `steps` sizes per doubling (2: 1, 2, 3, 4, 6, 8, 12, ...; 4: 8, 10, 12, ...)."""
+    unit = max((1 << (n - 1).bit_length() - 1) // steps, 1) if n > 2 else 1
+    return math.ceil(max(n, 1) / unit) * unit
+
+
+def size_at_most(n: int) -> int:
+    """The largest of 1, 2, 3, 4, 6, 8, 12, 16, ... that is <= n, for n >= 1."""
+    power = 1 << (n.bit_length() - 1)
+    return power * 3 // 2 if power >= 2 and power * 3 // 2 <= n else power
+
+
+def slot_sizes(most: int) -> list[int]:
+    """Numbers of slots per shard that decoding goes through as fewer completions are left: up to three times halved."""
+    sizes = [most]
+    while sizes[-1] > MIN_SLOTS and len(sizes) <= MAX_HALVINGS:
+        sizes.append(max(math.ceil(sizes[-1] / 2), MIN_SLOTS))
+    return sizes
+
+
+def own_lengths(limit: int) -> list[int]:
+    """The lengths that the own cache goes through for completions of at most `limit` tokens: doubles, then all."""
+    last = LENGTH_UNIT * math.ceil(limit / LENGTH_UNIT)
+    lengths, size = [], MIN_LENGTH
+    while size < last:
+        lengths.append(size)
+        size *= 2
+    return [*lengths, last]
+
+
+# Prompts into rows
+
+
+def deal(requests: Sequence[Request], num_shards: int) -> list[list[list[int]]]:
+    """Requests (by number) of each prompt, dealt to the shards: [shard][piece][request]; the busiest shard gets least.
+
+    Pieces are whole prompts, or parts of them where there are fewer prompts than shards: then several shards prefill
+    the same prompt, at the same time.
+    """
+    groups: dict[int, list[int]] = {}
+    for number, request in enumerate(requests):
+        groups.setdefault(request.prompt, []).append(number)
+    num_parts = math.ceil(num_shards / max(len(groups), 1))
+    pieces = []
+    for group in groups.values():
+        size = math.ceil(len(group) / num_parts)
+        pieces += [group[first : first + size] for first in range(0, len(group), size)]
+    shards: list[list[list[int]]] = [[] for _ in range(num_shards)]
+    loads = [0] * num_shards
+    for piece in pieces:
+        shard = loads.index(min(loads))
+        shards[shard].append(piece)
+        loads[shard] += len(piece)
+    return shards
+
+
+def pack_rows(lengths: Sequence[int], row_length: int, prompts_per_row: int) -> list[list[int]]:
+    """Items by number into rows of at most `row_length` tokens: first fit among the newest rows, so nearly in order."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for number, length in enumerate(lengths):
+        first = max(len(rows) - OPEN_ROWS, 0)
+        fits = (row for row in range(first, len(rows)) if left[row] >= length and len(rows[row]) < prompts_per_row)
+        row = next(fits, None)
+        if row is None:
+            rows.append([])
+            left.append(row_length)
+            row = len(rows) - 1
+        rows[row].append(number)
+        left[row] -= length
+    return rows
+
+
+def common_prefix_length(prompts: Iterable[Sequence[int] | np.ndarray]) -> int:
+    """Tokens that all prompts start with, the last token of each left out."""
+    shared: np.ndarray | None = None
+    for prompt in prompts:
+        head = np.asarray(prompt, np.int32)[:-1]
+        if shared is None:
+            shared = head
+            continue
+        size = min(shared.size, head.size)
+        differ = np.flatnonzero(shared[:size] != head[:size])
+        shared = shared[: differ[0] if differ.size else size]
+        if not shared.size:
+            return 0
+    return 0 if shared is None else int(shared.size)
+
+
+# Stop strings
+
+
+def find_stop(
+    token_ids: Sequence[int],
+    num_checked: int,
+    sampling: SamplingParams,
+    decode_text: Callable[[Sequence[int]], str],
+) -> tuple[int, str] | None:
+    """(number of tokens up to the one that completes the first stop string, that string), or None.
+
+    The text is that of the tokens together, so a stop string is found across token boundaries. One that the first
+    `min_completion_length` tokens complete does not count.
+
+    Args:
+      num_checked: tokens known to complete none.
+    """
+    num_ignored = len(decode_text(token_ids[: sampling.min_completion_length]))
+
+    def completed(num_tokens: int) -> str | None:
+        text = decode_text(token_ids[:num_tokens])
+        stops = sampling.stop_strings
+        return next((stop for stop in stops if text.find(stop, max(0, num_ignored - len(stop) + 1)) >= 0), None)
+
+    first = max(num_checked, sampling.min_completion_length) + 1
+    if first > len(token_ids) or completed(len(token_ids)) is None:
+        return None
+    for num_tokens in range(first, len(token_ids) + 1):
+        stop = completed(num_tokens)
+        if stop is not None:
+            return num_tokens, stop
+    raise AssertionError("a stop string that is in the whole is in one of its beginnings")
+
+
+class Drawing:
+    """What is known of a request that has been begun: one array of columns per chunk."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[np.ndarray, ...]] = []
+        self.num_tokens = 0
+
+    def add(self, columns: tuple[np.ndarray, ...]) -> None:
+        self.parts.append(columns)
+        self.num_tokens += len(columns[0])
+
+    def columns(self) -> list[np.ndarray]:
+        return [np.concatenate(part) for part in zip(*self.parts, strict=True)]
+
+
+class Schedule:
+    """Requests on their way: waiting for prefill, waiting for a slot, being drawn, ended.
+
+    Args:
+      prompts: token ids by place; `requests` name them.
+      common_length: tokens at the start of every prompt that are cached elsewhere.
+      rows: prompts of each shard's table rows to come, [shard][row][piece][request].
+      table_rows, table_length: of the prompt table, rows per shard.
+      num_waiting: W, requests per shard that the device may see waiting.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        decode_text: Callable[[Sequence[int]], str] | None,
+        common_length: int,
+        rows: Sequence[Sequence[Sequence[Sequence[int]]]],
+        table_rows: int,
+        table_length: int,
+        num_waiting: int,
+        vocab_size: int,
+    ) -> None:
+        self._prompts, self._requests = prompts, requests
+        self._sampling, self._decode_text = sampling, decode_text
+        self._common_length, self._table_length = common_length, table_length
+        self._num_waiting, self._vocab_size = num_waiting, vocab_size
+        num_shards = len(rows)
+        self._pending = [collections.deque(shard) for shard in rows]
+        self._waiting: list[collections.deque[int]] = [collections.deque() for _ in range(num_shards)]
+        self._left = np.zeros((num_shards, table_rows), np.int64)  # requests of each table row that have not ended
+        self._row_of: dict[int, tuple[int, int]] = {}
+        self._drawing: dict[int, Drawing] = {}
+        self._slots = np.zeros(0, np.int64)
+        self._cancelled = np.zeros(0, bool)  # slots that the device takes for busy, though the host has ended them
+        self.num_left = len(requests)
+
+    # Prompts to prefill
+
+    @property
+    def num_pending_rows(self) -> int:
+        """The most rows that any shard still has to prefill."""
+        return max(len(shard) for shard in self._pending)
+
+    def free_rows(self) -> int:
+        """Table rows that nobody reads, in the shard with pending rows that has least of them."""
+        free = [int(np.sum(left == 0)) for left, rows in zip(self._left, self._pending, strict=True) if rows]
+        return min(free, default=0)
+
+    def is_hungry(self) -> bool:
+        """Whether some shard has a free slot, pending prompts, and no waiting request."""
+        busy = self._slots.reshape(len(self._pending), -1) >= 0
+        return any(
+            bool(rows) and not waiting and not slots.all()
+            for rows, waiting, slots in zip(self._pending, self._waiting, busy, strict=True)
+        )
+
+    def admit(self, num_rows: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+        """Up to `num_rows` pending rows of each shard get a place in the table, and their requests wait from now on.
+
+        Returns:
+          tokens, positions and group ids [shards * num_rows, T], int32; and the places [shards, num_rows] in the table
+          (past its end where a shard has fewer).
+        """
+        num_shards, table_rows = self._left.shape
+        shape = (num_shards, num_rows, self._table_length)
+        tokens, positions, group_ids = (np.zeros(shape, np.int32) for _ in range(3))
+        group_ids -= 1
+        places = np.full((num_shards, num_rows), table_rows, np.int32)
+        for shard, pending in enumerate(self._pending):
+            free = np.flatnonzero(self._left[shard] == 0)
+            for row, place in zip(range(min(num_rows, len(pending))), free, strict=False):
+                places[shard, row] = place
+                cursor = 0
+                for piece in pending.popleft():
+                    prompt_number = self._requests[piece[0]].prompt
+                    prefix = np.asarray(self._prompts[prompt_number][self._common_length : -1], np.int32)
+                    span = slice(cursor, cursor + prefix.size)
+                    tokens[shard, row, span] = prefix
+                    positions[shard, row, span] = self._common_length + np.arange(prefix.size)
+                    group_ids[shard, row, span] = prompt_number
+                    cursor += prefix.size
+                    self._left[shard, place] += len(piece)
+                    self._waiting[shard].extend(piece)
+                    self._row_of.update((request, (shard, int(place))) for request in piece)
+        length = self._table_length
+        return (tokens.reshape(-1, length), positions.reshape(-1, length), group_ids.reshape(-1, length)), places
+
+    # Requests to draw
+
+    @property
+    def num_waiting(self) -> int:
+        """The most requests that wait for a slot in any shard."""
+        return max(len(waiting) for waiting in self._waiting)
+
+    def has_more(self) -> bool:
+        """Whether there are requests that the device is not told of yet."""
+        return self.num_pending_rows > 0 or self.num_waiting > self._num_waiting
+
+    def num_soon_busy(self) -> int:
+        """Slots that draw once the waiting requests have taken the idle ones."""
+        busy = self.busy_slots()
+        waiting = np.array([min(len(waiting), self._num_waiting) for waiting in self._waiting])
+        return int(np.minimum(busy.sum(axis=1) + waiting, busy.shape[1]).sum())
+
+    def busy_slots(self) -> np.ndarray:
+        """Which slots are drawing, bool [shards, slots]."""
+        return self._slots.reshape(len(self._pending), -1) >= 0
+
+    def set_slots(self, num_slots: int) -> None:
+        """So many idle slots, over all shards."""
+        self._slots = np.full(num_slots, -1)
+        self._cancelled = np.zeros(num_slots, bool)
+
+    def keep_slots(self, index: np.ndarray) -> None:
+        """Only the slots `index` [shards, kept], counted in each shard; none of the others is drawing."""
+        self._slots, self._cancelled = (
+            np.take_along_axis(x.reshape(index.shape[0], -1), index, axis=1).reshape(-1)
+            for x in (self._slots, self._cancelled)
+        )
+
+    def waiting(self) -> tuple[Requests, np.ndarray]:
+        """The next requests of each shard as the device takes them, and how many there are [shards]."""
+        shape = (len(self._waiting), self._num_waiting)
+        fields: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in Requests._fields[:-1]}
+        fields["seeds"], fields["seeded"] = np.zeros(shape, np.uint32), np.zeros(shape, bool)
+        seen = np.zeros((*shape, self._vocab_size), bool) if self._sampling.needs_counts else None
+        counts = np.zeros(shape[0], np.int32)
+        for shard, waiting in enumerate(self._waiting):
+            counts[shard] = min(len(waiting), self._num_waiting)
+            for i in range(counts[shard]):
+                request = self._requests[waiting[i]]
+                prompt = self._prompts[request.prompt]
+                values = {
+                    "request_ids": waiting[i],
+                    "prompt_indices": request.prompt_index,
+                    "sample_indices": request.sample_index,
+                    "seeds": request.seed or 0,
+                    "seeded": request.seed is not None,
+                    "last_tokens": prompt[-1],
+                    "prompt_lengths": len(prompt),
+                    "limits": request.limit,
+                    "prefix_rows": self._row_of[waiting[i]][1],
+                    "group_ids": request.prompt,
+                }
+                for name, value in values.items():
+                    fields[name][shard, i] = value
+                if seen is not None:
+                    seen[shard, i, np.asarray(prompt)] = True
+        return Requests(**fields, prompt_seen=seen), counts
+
+    def cancelled(self) -> np.ndarray:
+        """Slots whose completions ended by a stop string, bool [B]; told once."""
+        cancelled, self._cancelled = self._cancelled, np.zeros_like(self._cancelled)
+        return cancelled
+
+    def read(self, report: Report) -> Iterator[tuple[int, Completion]]:
+        """Takes what a chunk drew; yields (request, completion) of all that ended."""
+        num_steps = int(report.num_steps)
+        for shard, taken in enumerate(report.num_taken):
+            for _ in range(int(taken)):
+                self._waiting[shard].popleft()
+        self._slots = np.array(report.request_ids, np.int64)
+        ids_BC = np.asarray(report.columns.request_ids)[:num_steps].T
+        drawn = [np.swapaxes(np.asarray(column)[:num_steps], 0, 1) for column in report.columns[1:]]
+        for slot, ids_C in enumerate(ids_BC):
+            edges = np.flatnonzero(np.diff(ids_C)) + 1
+            for first, last in zip([0, *edges], [*edges, num_steps], strict=True):
+                if first < last and ids_C[first] >= 0:
+                    request = int(ids_C[first])
+                    columns = tuple(column[slot, first:last].copy() for column in drawn)
+                    completion = self._add(request, columns)
+                    if completion is not None:
+                        yield request, completion
+                        if self._slots[slot] == request:
+                            self._slots[slot] = -1
+                            self._cancelled[slot] = True
+
+    def _add(self, request: int, columns: tuple[np.ndarray, ...]) -> Completion | None:
+        drawing = self._drawing.setdefault(request, Drawing())
+        num_checked = drawing.num_tokens
+        drawing.add(columns)
+        tokens = columns[0] if not self._sampling.stop_strings else drawing.columns()[0]
+        end = self._find_end(request, tokens, num_checked, drawing.num_tokens)
+        if end is None:
+            return None
+        length, finish_reason, stop_reason = end
+        token_ids, sampler_logprobs, policy_logprobs, top_ids, top_logprobs = (
+            column[:length] for column in drawing.columns()
+        )
+        del self._drawing[request]
+        shard, place = self._row_of.pop(request)
+        self._left[shard, place] -= 1
+        self.num_left -= 1
+        asked = self._requests[request]
+        return Completion(
+            asked.prompt_index,
+            asked.sample_index,
+            token_ids,
+            sampler_logprobs,
+            policy_logprobs,
+            finish_reason,
+            stop_reason,
+            top_ids,
+            top_logprobs,
+        )
+
+    def _find_end(
+        self, request: int, tokens: np.ndarray, num_checked: int, num_tokens: int
+    ) -> tuple[int, str, int | str | None] | None:
+        """(length, finish reason, stop reason) of a completion that ends among its newest tokens.
+
+        `tokens` are all tokens with stop strings, else only those after the `num_checked` older ones.
+        """
+        new_tokens = tokens[len(tokens) - (num_tokens - num_checked) :]
+        eos_at = np.flatnonzero(np.isin(new_tokens, self._sampling.eos_ids))
+        num_text = num_checked + int(eos_at[0]) if eos_at.size else num_tokens
+        if self._sampling.stop_strings:
+            assert self._decode_text is not None
+            stop = find_stop(tokens[:num_text].tolist(), num_checked, self._sampling, self._decode_text)
+            if stop is not None:
+                return stop[0], "stop", stop[1]
+        if eos_at.size:
+            return num_text + 1, "eos", int(new_tokens[eos_at[0]])
+        return (num_tokens, "length", None) if num_tokens == self._requests[request].limit else None

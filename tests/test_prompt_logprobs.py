@@ -1,0 +1,54 @@
+"""Log-probs of prompts: packed, in several calls and over devices, against a plain forward pass of each alone."""
+
+import jax
+import numpy as np
+import pytest
+
+from rl import prompt_logprobs as module
+from rl.config import load_config
+from rl.mesh import create_mesh, tree_shardings
+from rl.metrics import CompileCounter
+from rl.models.config import ModelConfig, logical_axes
+from rl.models.policy import create_policy
+
+VOCAB = 40
+
+
+@pytest.mark.parametrize("mesh", [["mesh.num_devices=1"], ["mesh.data=4", "mesh.fsdp=2"]])
+@pytest.mark.parametrize("pure_nnx", [True, False])
+def test_packed_prompts_have_the_log_probs_of_each_alone_from_one_program(mesh, pure_nnx, monkeypatch):
+    monkeypatch.setattr(module, "TOKENS_PER_CALL", 64)
+    config = load_config(None, mesh)
+    device_mesh = create_mesh(config.mesh)
+    arch = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+    }
+    policy = create_policy(ModelConfig.from_arch("qwen3", vocab_size=VOCAB, initializer_range=0.5, **arch), pure_nnx)
+    params = policy.init(jax.random.key(1))
+    shardings = tree_shardings(params, logical_axes(policy.config), device_mesh, config.mesh.rules)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCAB, length).tolist() for length in (1, 17, 3, 40, 2, 9, 30, 5, 22, 1, 40, 6)]
+
+    expected = []
+    for prompt in prompts:
+        tokens, positions = np.asarray([prompt], np.int32), np.arange(len(prompt), dtype=np.int32)[None]
+        labels = np.zeros_like(tokens)
+        logits = policy.unembed(params, policy.hidden(params, tokens, positions, labels, labels))[0]
+        scores = np.asarray(logits, np.float64) / 0.7
+        log_total = np.log(np.exp(scores).sum(axis=-1))
+        expected.append(scores[np.arange(len(prompt) - 1), prompt[1:]] - log_total[:-1])
+
+    placed = jax.device_put(params, shardings)
+    with CompileCounter() as compiles:
+        got = module.prompt_logprobs(
+            policy, device_mesh, shardings, config.mesh.rules, placed, prompts, temperature=0.7, chunk_size=7
+        )
+        assert compiles.count == 1
+    assert [len(values) for values in got] == [len(prompt) - 1 for prompt in prompts]
+    assert all(values.dtype == np.float32 for values in got)
+    np.testing.assert_allclose(np.concatenate(got), np.concatenate(expected), atol=1e-5)
