@@ -1,0 +1,93 @@
+"""What is measured: model shapes, and the prompts and lengths of a workload. No model, no clock.
+
+Prompts and EOS ids follow from a seed and the size of the vocabulary, so every engine gets the same ones.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from rl.models.config import ModelConfig
+
+ROPE_THETA = 1_000_000.0  # Tunix 0.1.7 rotates by this theta, whatever its configuration says
+
+
+class Workload(NamedTuple):
+    """`num_prompts` prompts with `num_samples` completions each, of at most `cap` tokens.
+
+    prompt_lengths: smallest and largest number of tokens of a prompt.
+    mean_share: mean completion length as a share of the cap; None: no EOS, so every completion has `cap` tokens.
+    """
+
+    num_prompts: int
+    num_samples: int
+    prompt_lengths: tuple[int, int]
+    cap: int
+    mean_share: float | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Completions of one call."""
+        return self.num_prompts * self.num_samples
+
+    def eos_ids(self, vocab_size: int) -> tuple[int, ...]:
+        """Token ids spread over the vocabulary, as many as give the mean length when every token is equally likely (as
+        in a random model, nearly).
+        """
+        if self.mean_share is None:
+            return ()
+        counts = np.arange(1, vocab_size)
+        errors = np.abs(mean_length(counts / vocab_size, self.cap) - self.mean_share * self.cap)
+        return tuple(np.linspace(0, vocab_size - 1, counts[np.argmin(errors)], dtype=int).tolist())
+
+    def prompts(self, vocab_size: int, seed: int) -> list[list[int]]:
+        """Random token ids; the lengths are uniform between the smallest and the largest."""
+        rng = np.random.default_rng(seed)
+        shortest, longest = self.prompt_lengths
+        lengths = rng.integers(shortest, longest + 1, self.num_prompts)
+        return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+
+
+def mean_length(hazard: np.ndarray, cap: int) -> np.ndarray:
+    """Mean of min(L, cap) for a geometric L: the sum over t < cap of (1 - hazard)^t, the chance to draw token t + 1."""
+    return (1 - (1 - hazard) ** cap) / hazard
+
+
+def tiny_shape(config: ModelConfig) -> ModelConfig:
+    """The same kind of model, small enough to try the benchmark itself."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_layers": 1}
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    return dataclasses.replace(config, **sizes, **heads, layer_types=config.layer_types[:1])
+
+
+def tiny_workload(workload: Workload) -> Workload:
+    """The same kind of workload, small enough to try the benchmark itself."""
+    shortest = 10 if workload.prompt_lengths[0] == workload.prompt_lengths[1] else 4
+    return workload._replace(num_prompts=2, num_samples=3, prompt_lengths=(shortest, 10), cap=12)
+
+
+def _qwen3(layers: int, width: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int, dtype: str):
+    sizes = (vocab, width, mlp, layers, heads, kv_heads, head_dim)
+    return ModelConfig.from_arch("qwen3", *sizes, rope_theta=ROPE_THETA, dtype=dtype, param_dtype=dtype)
+
+
+CPU_SHAPES = {
+    "a": _qwen3(4, 256, 8, 2, 32, 768, 512, "float32"),  # 3.1M parameters
+    "b": _qwen3(8, 512, 8, 2, 64, 1536, 4096, "float32"),  # 26M
+    "c": ModelConfig.from_arch("llama", 49152, 576, 1536, 30, 9, 3, 64, rope_theta=ROPE_THETA),  # SmolLM2-135M
+}
+CPU_WORKLOADS = {
+    "dense": Workload(4, 8, (64, 64), 128),
+    "ragged": Workload(8, 8, (192, 192), 256, mean_share=0.4),
+}
+GPU_SHAPES = {
+    "0.6b": _qwen3(28, 1024, 16, 8, 128, 3072, 151936, "bfloat16"),
+    "1.7b": _qwen3(28, 2048, 16, 8, 128, 6144, 151936, "bfloat16"),
+}
+GPU_WORKLOADS = {f"rows{rows}": Workload(rows // 8, 8, (256, 256), 256) for rows in (64, 128, 256)}
+# Every call has other prompt lengths and, through the EOS, other completion lengths.
+STEADY_WORKLOAD = Workload(8, 8, (32, 192), 256, mean_share=0.4)
+
+# Tokens per second to reach over those of the better peer, by shape and workload.
+TARGETS = {("a", "dense"): 2.5, ("b", "dense"): 2.0, ("a", "ragged"): 3.0, ("b", "ragged"): 2.5}
