@@ -19,6 +19,7 @@ from flax import struct
 from jax.sharding import NamedSharding
 
 from rl.models.cache import CachePart, KVCache, SharedPart, rope_tables, share_evenly
+from rl.models.ops import SharedRows, take_in_shards
 from rl.models.policy import Params, Policy
 from rl.sampling import Draw, SamplingParams, TokenCounts, add_token, draw, reset_rows
 
@@ -61,14 +62,6 @@ class Slots:
     prefix_rows: jax.Array
     group_ids: jax.Array
     counts: TokenCounts | None = None
-
-
-@struct.dataclass
-class Readers:
-    """Who reads which row of the prompt table: see `rl.models.cache.SharedPart`."""
-
-    readers: jax.Array
-    places: jax.Array
 
 
 class Columns(NamedTuple):
@@ -194,7 +187,7 @@ def generate(
         own = dataclasses.replace(own, group_ids=group_ids)
         live_B = slots.request_ids >= 0
         tokens_B = jax.lax.with_sharding_constraint(slots.tokens, rows)
-        shared = (SharedPart(table, maps.readers, maps.places),)
+        shared = (SharedPart(table, maps),)
         if common is not None:
             shared += (share_evenly(common, num_slots, num_shards, any_group=True),)
         hidden_B1D, cache = policy.extend(
@@ -244,12 +237,6 @@ def request_key(
     return jax.random.fold_in(base, sample_index)
 
 
-def take_rows(array: jax.Array, index: jax.Array) -> jax.Array:
-    """The rows `index` [shards, R] of an array, counted inside each shard."""
-    by_shard = array.reshape(index.shape[0], -1, *array.shape[1:])
-    return jax.vmap(lambda values, picked: values[picked])(by_shard, index).reshape(-1, *array.shape[1:])
-
-
 def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
     """`array` with `rows` at the places `index` [shards, R], counted in each shard; those past the end are dropped."""
     by_shard = array.reshape(index.shape[0], -1, *array.shape[1:])
@@ -266,8 +253,7 @@ def _take_requests(
     index = num_taken[:, None] + jnp.cumsum(free, axis=1) - 1
     taken = free & (index < num_requests[:, None])
     index = jnp.minimum(index, requests.request_ids.shape[1] - 1)
-    picked = jax.tree.map(lambda x: jax.vmap(lambda values, i: values[i])(x, index), requests)
-    picked = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), picked)
+    picked = jax.tree.map(lambda x: take_in_shards(x.reshape(-1, *x.shape[2:]), index), requests)
     taken_B = taken.reshape(-1)
     keys_B = jax.vmap(request_key, (None, 0, 0, 0, 0))(
         key, picked.prompt_indices, picked.sample_indices, picked.seeds, picked.seeded
@@ -291,7 +277,7 @@ def _take_requests(
     return slots, taken_B, num_taken + jnp.sum(taken, axis=1, dtype=jnp.int32)
 
 
-def _reader_maps(slots: Slots, shape: tuple, num_rows: int, num_readers: int) -> Readers:
+def _reader_maps(slots: Slots, shape: tuple, num_rows: int, num_readers: int) -> SharedRows:
     """Which slots read which rows of the prompt table; `num_rows` of them belong to each shard."""
 
     def in_shard(prefix_rows: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -302,7 +288,7 @@ def _reader_maps(slots: Slots, shape: tuple, num_rows: int, num_readers: int) ->
         target = jnp.where(live, places, num_rows * num_readers)
         return readers.at[target].set(jnp.arange(live.size, dtype=jnp.int32), mode="drop"), places
 
-    return Readers(*jax.vmap(in_shard)(slots.prefix_rows.reshape(shape), (slots.request_ids >= 0).reshape(shape)))
+    return SharedRows(*jax.vmap(in_shard)(slots.prefix_rows.reshape(shape), (slots.request_ids >= 0).reshape(shape)))
 
 
 def _empty_columns(policy: Policy, sampling: SamplingParams, chunk: int, num_slots: int) -> Columns:

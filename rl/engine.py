@@ -23,9 +23,19 @@ from jax.sharding import Mesh, NamedSharding
 from rl import decoding
 from rl.decoding import Report, Requests, Slots
 from rl.mesh import num_row_shards, partition_spec, replicated, row_sharding
-from rl.models.cache import CachePart, LayerKV, empty_part, map_arrays, named_arrays, pad_positions, position_axis
+from rl.models.cache import (
+    LABELS,
+    CachePart,
+    LayerKV,
+    empty_part,
+    map_arrays,
+    named_arrays,
+    pad_positions,
+    position_axis,
+)
+from rl.models.ops import take_in_shards
 from rl.models.policy import Params, Policy
-from rl.programs import Programs
+from rl.programs import Build, Programs
 from rl.sampling import SamplingParams
 
 
@@ -68,7 +78,6 @@ class Engine:
         cache over those of `rules["kv_heads"]`.
       param_shardings: a `NamedSharding` per parameter.
       rules: logical axis -> mesh axes, the `mesh.rules` of the config.
-      chunk: tokens drawn between two looks of the host, at most.
       kv_dtype: None: keys and values in the compute dtype; "int8".
     """
 
@@ -79,7 +88,6 @@ class Engine:
         param_shardings: Any,
         *,
         rules: Mapping[str, Sequence[str]],
-        chunk: int = 32,
         kv_dtype: str | None = None,
     ) -> None:
         self.policy = policy
@@ -87,11 +95,9 @@ class Engine:
         self.programs = Programs()
         self.peak_kv_bytes = 0
         self._param_shardings = param_shardings
-        self._chunk = chunk
         self._kv_dtype = kv_dtype
         self._everywhere = replicated(mesh)
         self._rows = row_sharding(mesh, rules)
-        self._mesh = mesh
         self._array_shardings = self._part_shardings(mesh, rules)
 
     # Prefill: prompts into rows of a cache
@@ -140,11 +146,12 @@ class Engine:
         self, shape: Shape, sampling: SamplingParams, key: jax.Array, common: CachePart | None = None
     ) -> DecodeState:
         """Idle slots, an empty prompt table."""
-        name = ("slots", shape.num_slots, sampling.needs_counts)
-        build = partial(
-            decoding.empty_slots, shape.num_slots, sampling=sampling, vocab_size=self.policy.config.vocab_size
-        )
-        slots = self._jit(name, build, (key,), out=self._slots_shardings(sampling))(key)
+
+        def build() -> Callable:
+            function = self._empty_slots(shape.num_slots, sampling)
+            return _compile(function, (key,), (self._everywhere,), self._slots_shardings(sampling))
+
+        slots = self.programs.get(("slots", shape.num_slots, sampling.needs_counts), build)(key)
         own = self._empty(shape.num_slots, shape.length)
         table = self._empty(shape.table_rows, shape.table_length)
         self._count_bytes(own, table, common)
@@ -172,11 +179,10 @@ class Engine:
         key: jax.Array,
         cancelled_B: np.ndarray,
         few: int,
-        chunk: int | None = None,
+        chunk: int,
     ) -> tuple[DecodeState, Report]:
-        """Draws tokens, see `decoding.generate`; the report is on the host."""
-        chunk = min(chunk or self._chunk, self._chunk)
-        program = self._generate_program(params, state.shape, state.sampling, chunk)
+        """Draws up to `chunk` tokens per slot, see `decoding.generate`; the report is on the host."""
+        program = self.programs.get(*self._generate_build(params, state.shape, state.sampling, chunk))
         state.own, state.slots, report = program(
             params,
             state.own,
@@ -204,9 +210,8 @@ class Engine:
 
     # What will be needed, ahead of time
 
-    def prepare(self, params: Params, shape: Shape, sampling: SamplingParams, chunk: int | None = None) -> None:
+    def prepare(self, params: Params, shape: Shape, sampling: SamplingParams, chunk: int) -> None:
         """Has the decode program of a shape compiled in the background."""
-        chunk = min(chunk or self._chunk, self._chunk)
         self.programs.prepare(*self._generate_build(_abstract(params), shape, sampling, chunk))
 
     def prepare_resize(self, shape: Shape, sampling: SamplingParams, num_slots: int, length: int) -> None:
@@ -223,110 +228,103 @@ class Engine:
 
     def bytes_per_position(self) -> int:
         """Bytes of one cache position of one row in all layers, on the device that holds most of it."""
-        part = jax.eval_shape(partial(empty_part, self.policy.config, self.num_shards, 1, self._kv_dtype))
         total = 0
-        for name, array in named_arrays(part):
+        for name, array in named_arrays(self._abstract_part(self.num_shards, 1)):
             total += int(np.prod(self._array_shardings[name].shard_shape(array.shape))) * array.dtype.itemsize
         return total
 
     # Programs, by everything that their shapes depend on
 
     def _prefill_program(self, params: Params, num_rows: int, chunk: int, length: int, common_length: int) -> Callable:
-        config = self.policy.config
-
         def function(params, part, common, tokens, positions, groups, start):
             return decoding.prefill_chunk(
                 self.policy, params, part, common, self.num_shards, tokens, positions, groups, start
             )
 
-        small = jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)
-        arguments = (
-            _abstract(params),
-            self._abstract_part(num_rows, length),
-            self._abstract_part(self.num_shards, common_length) if common_length else None,
-            *(small,) * 3,
-            jax.ShapeDtypeStruct((), jnp.int32),
-        )
-        parts = self._shard_part(config.num_layers)
-        shardings = (
-            self._param_shardings,
-            parts,
-            parts if common_length else None,
-            *(self._rows,) * 3,
-            self._everywhere,
-        )
-        name = ("prefill", num_rows, chunk, length, common_length)
-        return self._jit(name, function, arguments, ins=shardings, out=parts, donate=(1,))
+        def build() -> Callable:
+            small = jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)
+            parts = self._shard_part()
+            arguments = (
+                _abstract(params),
+                self._abstract_part(num_rows, length),
+                self._abstract_part(self.num_shards, common_length) if common_length else None,
+                *(small,) * 3,
+                jax.ShapeDtypeStruct((), jnp.int32),
+            )
+            shardings = (
+                self._param_shardings,
+                parts,
+                parts if common_length else None,
+                *(self._rows,) * 3,
+                self._everywhere,
+            )
+            return _compile(function, arguments, shardings, parts, donate=(1,))
 
-    def _generate_program(self, params: Params, shape: Shape, sampling: SamplingParams, chunk: int) -> Callable:
-        name, build = self._generate_build(_abstract(params), shape, sampling, chunk)
-        return self.programs.get(name, build)
+        return self.programs.get(("prefill", num_rows, chunk, length, common_length), build)
 
-    def _generate_build(
-        self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int
-    ) -> tuple[tuple, Callable]:
-        parts = self._shard_part(self.policy.config.num_layers)
-        vocab_size = self.policy.config.vocab_size
-        function = partial(decoding.generate, self.policy, sampling, chunk, shape.num_readers, self._rows)
+    def _generate_build(self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int) -> tuple[tuple, Build]:
+        """The key of a decode program, and what compiles it: all but the key costs time that a chunk must not take."""
 
         def integers(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(dims, dtype)
 
-        waiting = (self.num_shards, shape.num_waiting)
-        requests = Requests(*(integers(*waiting),) * 10)
-        requests = requests._replace(seeds=integers(*waiting, dtype=jnp.uint32), seeded=integers(*waiting, dtype=bool))
-        if sampling.needs_counts:
-            requests = requests._replace(prompt_seen=integers(*waiting, vocab_size, dtype=bool))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        arguments = (
-            params,
-            self._abstract_part(shape.num_slots, shape.length),
-            self._abstract_slots(shape.num_slots, sampling),
-            self._abstract_part(shape.table_rows, shape.table_length),
-            self._abstract_part(self.num_shards, shape.common_length) if shape.common_length else None,
-            requests,
-            integers(self.num_shards),
-            key,
-            integers(shape.num_slots, dtype=bool),
-            integers(),
-        )
-        slots_shardings = self._slots_shardings(sampling)
-        ins = (
-            self._param_shardings,
-            parts,
-            slots_shardings,
-            parts,
-            parts if shape.common_length else None,
-            jax.tree.map(lambda _: self._rows, requests),
-            self._rows,
-            self._everywhere,
-            self._rows,
-            self._everywhere,
-        )
-        out = (parts, slots_shardings, self._everywhere)
-        name = ("generate", shape, sampling, chunk)
-        return name, self._build(function, arguments, ins, out, donate=(1, 2))
+        def build() -> Callable:
+            vocab_size = self.policy.config.vocab_size
+            waiting = (self.num_shards, shape.num_waiting)
+            requests = Requests(*(integers(*waiting),) * 10)
+            requests = requests._replace(
+                seeds=integers(*waiting, dtype=jnp.uint32), seeded=integers(*waiting, dtype=bool)
+            )
+            if sampling.needs_counts:
+                requests = requests._replace(prompt_seen=integers(*waiting, vocab_size, dtype=bool))
+            arguments = (
+                _abstract(params),
+                self._abstract_part(shape.num_slots, shape.length),
+                self._abstract_slots(shape.num_slots, sampling),
+                self._abstract_part(shape.table_rows, shape.table_length),
+                self._abstract_part(self.num_shards, shape.common_length) if shape.common_length else None,
+                requests,
+                integers(self.num_shards),
+                jax.eval_shape(lambda: jax.random.key(0)),
+                integers(shape.num_slots, dtype=bool),
+                integers(),
+            )
+            parts, slots = self._shard_part(), self._slots_shardings(sampling)
+            shardings = (
+                self._param_shardings,
+                parts,
+                slots,
+                parts,
+                parts if shape.common_length else None,
+                jax.tree.map(lambda _: self._rows, requests),
+                self._rows,
+                self._everywhere,
+                self._rows,
+                self._everywhere,
+            )
+            function = partial(decoding.generate, self.policy, sampling, chunk, shape.num_readers, self._rows)
+            return _compile(function, arguments, shardings, (parts, slots, self._everywhere), donate=(1, 2))
+
+        return ("generate", shape, sampling, chunk), build
 
     def _put_program(self, name: str, array: jax.Array, num_new: int, rows: np.ndarray) -> Callable:
-        new = jax.ShapeDtypeStruct((num_new, *array.shape[1:]), array.dtype)
         sharding = self._array_shardings[name]
-        return self._jit(
-            ("put", array.shape, array.dtype, num_new),
-            decoding.put_rows,
-            (_abstract(array), new, jax.ShapeDtypeStruct(rows.shape, jnp.int32)),
-            ins=(sharding, sharding, self._rows),
-            out=sharding,
-            donate=(0,),
-        )
+
+        def build() -> Callable:
+            new = jax.ShapeDtypeStruct((num_new, *array.shape[1:]), array.dtype)
+            arguments = (_abstract(array), new, jax.ShapeDtypeStruct(rows.shape, jnp.int32))
+            return _compile(decoding.put_rows, arguments, (sharding, sharding, self._rows), sharding, donate=(0,))
+
+        return self.programs.get(("put", array.shape, array.dtype, num_new), build)
 
     def _take_rows(self, index: np.ndarray, name: str, array: jax.Array) -> jax.Array:
         return _consume(self.programs.get(*self._take_build(name, array, index.shape)), array, index)
 
-    def _take_build(self, name: str, array: Any, index_shape: tuple[int, ...]) -> tuple[tuple, Callable]:
+    def _take_build(self, name: str, array: Any, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
         sharding = self._array_shardings.get(name, self._rows)
         arguments = (_abstract(array), jax.ShapeDtypeStruct(index_shape, jnp.int32))
         key = ("take", sharding.spec, array.shape, array.dtype, index_shape)
-        return key, self._build(decoding.take_rows, arguments, (sharding, self._rows), sharding)
+        return key, partial(_compile, take_in_shards, arguments, (sharding, self._rows), sharding)
 
     def _grow(self, part: CachePart, length: int) -> CachePart:
         """The part with `length` positions."""
@@ -336,27 +334,15 @@ class Engine:
 
         return map_arrays(part, pad)
 
-    def _grow_build(self, name: str, array: Any, length: int) -> tuple[tuple, Callable]:
+    def _grow_build(self, name: str, array: Any, length: int) -> tuple[tuple, Build]:
         sharding = self._array_shardings[name]
         function = partial(pad_positions, name, added=length - array.shape[position_axis(name)])
         key = ("grow", name, array.shape, array.dtype, length)
-        return key, self._build(function, (_abstract(array),), (sharding,), sharding)
+        return key, partial(_compile, function, (_abstract(array),), (sharding,), sharding)
 
     def _empty(self, num_rows: int, length: int) -> CachePart:
-        build = partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype)
-        shardings = self._shard_part(self.policy.config.num_layers)
-        return self._jit(("empty", num_rows, length), build, (), out=shardings)()
-
-    def _jit(
-        self, name: tuple, function: Callable, arguments: tuple, *, out: Any, ins: Any = None, donate: tuple = ()
-    ) -> Callable:
-        return self.programs.get(name, self._build(function, arguments, ins, out, donate))
-
-    def _build(self, function: Callable, arguments: tuple, ins: Any, out: Any, donate: tuple = ()) -> Callable:
-        options = {} if ins is None else {"in_shardings": ins}
-        return lambda: (
-            jax.jit(function, out_shardings=out, donate_argnums=donate, **options).lower(*arguments).compile()
-        )
+        function = partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype)
+        return self.programs.get(("empty", num_rows, length), lambda: _compile(function, (), (), self._shard_part()))()
 
     # Shapes, shardings, bytes
 
@@ -365,20 +351,22 @@ class Engine:
         heads = partition_spec(("batch", "kv_heads"), (self.num_shards, config.num_kv_heads), mesh, rules)
         heads = NamedSharding(mesh, heads)
         arrays = dict.fromkeys(LayerKV._fields, heads)
-        return {**arrays, **dict.fromkeys(("positions", "group_ids", "branch_ids"), self._rows)}
+        return {**arrays, **dict.fromkeys(LABELS, self._rows)}
 
-    def _shard_part(self, num_layers: int) -> Any:
+    def _shard_part(self) -> Any:
         scales = self._array_shardings["key_scales"] if self._kv_dtype else None
         layer = LayerKV(self._array_shardings["keys"], self._array_shardings["values"], scales, scales)  # pyright: ignore[reportArgumentType]
         labels = (self._array_shardings["positions"],) * 3
-        return CachePart((layer,) * num_layers, *labels)  # pyright: ignore[reportArgumentType]
+        return CachePart((layer,) * self.policy.config.num_layers, *labels)  # pyright: ignore[reportArgumentType]
 
     def _abstract_part(self, num_rows: int, length: int) -> Any:
         return jax.eval_shape(partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype))
 
+    def _empty_slots(self, num_slots: int, sampling: SamplingParams) -> Callable[[jax.Array], Slots]:
+        return partial(decoding.empty_slots, num_slots, sampling=sampling, vocab_size=self.policy.config.vocab_size)
+
     def _abstract_slots(self, num_slots: int, sampling: SamplingParams) -> Any:
-        build = partial(decoding.empty_slots, num_slots, sampling=sampling, vocab_size=self.policy.config.vocab_size)
-        return jax.eval_shape(build, jax.eval_shape(lambda: jax.random.key(0)))
+        return jax.eval_shape(self._empty_slots(num_slots, sampling), jax.eval_shape(lambda: jax.random.key(0)))
 
     def _slots_shardings(self, sampling: SamplingParams) -> Any:
         return jax.tree.map(lambda _: self._rows, self._abstract_slots(self.num_shards, sampling))
@@ -390,6 +378,11 @@ class Engine:
         """The last array to grow exists twice for a moment, all the others have grown."""
         grown = _nbytes(part) * length // part.length + max(array.nbytes for _, array in named_arrays(part))
         self.peak_kv_bytes = max(self.peak_kv_bytes, grown + sum(_nbytes(other) for other in others))
+
+
+def _compile(function: Callable, arguments: tuple, ins: tuple, out: Any, donate: tuple = ()) -> Callable:
+    jitted = jax.jit(function, in_shardings=ins, out_shardings=out, donate_argnums=donate)
+    return jitted.lower(*arguments).compile()
 
 
 def _consume(program: Callable, array: jax.Array, *arguments: Any) -> jax.Array:

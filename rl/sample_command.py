@@ -238,7 +238,8 @@ def describe(
     settings |= {"tokenizer": config.tokenizer.source or config.model.source, "seed": seed}
     settings |= {"prompts": f"{len(samples)} rows, sha256 {rows.hexdigest()}"}
     settings |= {f"sampling.{name}": value for name, value in dataclasses.asdict(sampling).items()}
-    return settings | {"sampling.kv_dtype": config.sampling.kv_dtype, "prompt_logprobs": with_prompt_logprobs}
+    settings |= {f"sampling.{name}": getattr(config.sampling, name) for name in ("kv_dtype", "weight_dtype")}
+    return settings | {"prompt_logprobs": with_prompt_logprobs}
 
 
 @contextlib.contextmanager

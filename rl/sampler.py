@@ -85,7 +85,7 @@ class Sampler:
             quantize = partial(quantize_params, policy.config, dtype=weight_dtype)
             self._quantize = jax.jit(quantize, in_shardings=(param_shardings,), out_shardings=quantized)
             param_shardings = quantized
-        self.engine = Engine(policy, mesh, param_shardings, rules=rules, chunk=chunk, kv_dtype=kv_dtype)
+        self.engine = Engine(policy, mesh, param_shardings, rules=rules, kv_dtype=kv_dtype)
         if slots is not None and slots < self.engine.num_shards:
             raise ValueError(
                 f"sampling.slots must be >= {self.engine.num_shards}, the devices rows are spread over, got {slots}"

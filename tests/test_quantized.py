@@ -17,7 +17,7 @@ from rl.config import load_config
 from rl.mesh import create_mesh, tree_shardings
 from rl.models import cache as kv
 from rl.models import ops
-from rl.models.config import FAMILIES, ModelConfig, flatten_specs, logical_axes, parameter_specs
+from rl.models.config import FAMILIES, logical_axes
 from rl.models.policy import LinenPolicy, NNXPolicy, create_policy
 from rl.models.quantized import (
     QUANTIZED_DTYPES,
@@ -27,37 +27,7 @@ from rl.models.quantized import (
     quantize_params,
     quantized_shardings,
 )
-
-VOCAB = 96
-
-
-def tiny_config(family="llama", **changes):
-    gemma = family == "gemma3_text"
-    arch = {
-        "family": family,
-        "vocab_size": VOCAB,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_layers": 2 if gemma else 1,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 3 if gemma else None,
-        "layer_types": ("sliding_attention", "full_attention") if gemma else None,
-    }
-    return ModelConfig.from_arch(**(arch | changes))
-
-
-def noisy_params(config, seed=0):
-    """Parameters whose biases and norms are away from their neutral initial values."""
-    rng, params = np.random.default_rng(seed), {}
-    for path, spec in flatten_specs(parameter_specs(config)):
-        node = params
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        centre = 1.0 if path[-1] == "scale" and not config.is_gemma else 0.0
-        node[path[-1]] = jnp.asarray(centre + 0.3 * rng.normal(size=spec.shape), config.param_dtype)
-    return params
+from tests.tiny_models import VOCAB, noisy_params, tiny_config
 
 
 def batch_of(num_rows=2, num_tokens=6):

@@ -260,6 +260,8 @@ def test_a_finished_file_is_left_alone_and_nothing_is_loaded(folder, finished, c
     ("changes", "named"),
     [
         (["sampling.temperature=0.5"], "sampling.temperature was 1.0, is 0.5"),
+        (["sampling.kv_dtype=int8"], "sampling.kv_dtype was None, is 'int8'"),
+        (["sampling.weight_dtype=int8"], "sampling.weight_dtype was None, is 'int8'"),
         (["model.arch.initializer_range=0.4"], "model.arch was"),
         (["seed=3"], "seed was 0, is 3"),
         (["--seed", "3"], "seed was 0, is 3"),

@@ -52,18 +52,10 @@ class CachePart:
 
 @struct.dataclass
 class SharedPart:
-    """A part that own rows read and never write.
-
-    Attributes:
-      readers: int32 [shards, R / shards * Q]: the own rows that read each row, counted inside the shard. A row with
-        fewer than Q readers names any own row instead; what that one reads there is dropped.
-      places: int32 [shards, B / shards]: where in `readers` each own row stands.
-      any_group: rows are read whatever their group (a prefix common to all prompts).
-    """
+    """A part that own rows read and never write; `any_group`: whatever their group (a prefix common to all prompts)."""
 
     part: CachePart
-    readers: jax.Array
-    places: jax.Array
+    rows: ops.SharedRows
     any_group: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -139,7 +131,7 @@ def share_evenly(part: CachePart, num_rows: int, num_shards: int = 1, any_group:
     in_order = jnp.broadcast_to(
         jnp.arange(num_rows // num_shards, dtype=jnp.int32), (num_shards, num_rows // num_shards)
     )
-    return SharedPart(part, in_order, in_order, any_group)
+    return SharedPart(part, ops.SharedRows(in_order, in_order), any_group)
 
 
 def rope_tables(config: ModelConfig, num_positions: int) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -194,7 +186,7 @@ def cached_contexts(
 
 def layer_caches(cache: KVCache) -> list[LayerCache]:
     """The cache by layer."""
-    rows = tuple(_shared_rows(shared) for shared in cache.shared)
+    rows = tuple(shared.rows for shared in cache.shared)
     return [
         LayerCache(own, cache.cursors, tuple(shared.part.layers[i] for shared in cache.shared), rows)
         for i, own in enumerate(cache.own.layers)
@@ -301,13 +293,9 @@ def _mask(labels: tuple[jax.Array, jax.Array, jax.Array], part: CachePart, windo
     return ops.visible(*labels, part.positions, part.group_ids, part.branch_ids, window=window)
 
 
-def _shared_rows(shared: SharedPart) -> ops.SharedRows:
-    return ops.SharedRows(shared.readers, shared.places)
-
-
 def _shared_mask(labels: tuple[jax.Array, jax.Array, jax.Array], shared: SharedPart, window: int | None) -> jax.Array:
     """bool [R, Q * T, S] of the readers of every row."""
-    rows, num_rows = _shared_rows(shared), shared.part.num_rows
-    positions, groups, branches = (ops.to_readers(x, rows, num_rows).reshape(num_rows, -1) for x in labels)
+    num_rows = shared.part.num_rows
+    positions, groups, branches = (ops.to_readers(x, shared.rows, num_rows).reshape(num_rows, -1) for x in labels)
     groups = jnp.zeros_like(groups) if shared.any_group else groups
     return _mask((positions, groups, branches), shared.part, window)

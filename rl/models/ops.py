@@ -33,7 +33,12 @@ class LayerContext(NamedTuple):
 
 
 class SharedRows(NamedTuple):
-    """Who reads which row of a shared part: see `rl.models.cache.SharedPart`."""
+    """Which own rows read which row of a shared part.
+
+    readers: int32 [shards, R / shards * Q]: the own rows that read each row, counted inside the shard. A row with fewer
+      than Q readers names any own row instead; what that one reads there is dropped.
+    places: int32 [shards, B / shards]: where in `readers` each own row stands.
+    """
 
     readers: jax.Array
     places: jax.Array
@@ -268,19 +273,20 @@ def attention_over_parts(q_BTNH: jax.Array, parts: Sequence[AttentionPart], scal
     return output_BTKJH.reshape(num_sequences, num_tokens, num_heads, head_dim).astype(q_BTNH.dtype)
 
 
+def take_in_shards(x: jax.Array, index: jax.Array) -> jax.Array:
+    """The rows `index` [shards, n] of x [rows, ...], counted inside each shard: [shards * n, ...]."""
+    by_shard = x.reshape(index.shape[0], -1, *x.shape[1:])
+    return jax.vmap(lambda values, picked: values[picked])(by_shard, index).reshape(-1, *x.shape[1:])
+
+
 def to_readers(x: jax.Array, rows: SharedRows, num_rows: int) -> jax.Array:
     """x [B, ...] by own row -> [R, Q, ...] by row of a shared part and reader. Rows stay in their shard."""
-    num_shards = rows.readers.shape[0]
-    by_shard = x.reshape(num_shards, -1, *x.shape[1:])
-    picked = jax.vmap(lambda values, index: values[index])(by_shard, rows.readers)
-    return picked.reshape(num_rows, -1, *x.shape[1:])
+    return take_in_shards(x, rows.readers).reshape(num_rows, -1, *x.shape[1:])
 
 
 def _from_readers(x: jax.Array, rows: SharedRows) -> jax.Array:
     """The inverse of `to_readers`: [R, Q, ...] -> [B, ...]."""
-    by_shard = x.reshape(rows.places.shape[0], -1, *x.shape[2:])
-    picked = jax.vmap(lambda values, index: values[index])(by_shard, rows.places)
-    return picked.reshape(-1, *x.shape[2:])
+    return take_in_shards(x.reshape(-1, *x.shape[2:]), rows.places)
 
 
 def _attend_shared(q_BTKJH: jax.Array, part: AttentionPart, scale: float) -> _Partial:

@@ -1,0 +1,39 @@
+"""Models small enough to compile in a second, for the tests of everything that computes with one."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from rl.models.config import ModelConfig, flatten_specs, parameter_specs
+
+VOCAB = 97
+
+
+def tiny_config(family="llama", **changes):
+    """Every weight is large enough to matter; a Gemma has one layer with a window and one without."""
+    gemma = family == "gemma3_text"
+    arch = {
+        "family": family,
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.3,
+        "sliding_window": 3 if gemma else None,
+        "layer_types": ("sliding_attention", "full_attention") if gemma else None,
+    }
+    return ModelConfig.from_arch(**(arch | changes))
+
+
+def noisy_params(config, seed=0):
+    """Parameters whose biases and norms are away from their neutral initial values."""
+    rng, params = np.random.default_rng(seed), {}
+    for path, spec in flatten_specs(parameter_specs(config)):
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        centre = 1.0 if path[-1] == "scale" and not config.is_gemma else 0.0
+        node[path[-1]] = jnp.asarray(centre + 0.3 * rng.normal(size=spec.shape), config.param_dtype)
+    return params
