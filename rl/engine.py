@@ -59,13 +59,15 @@ class Shape:
 
 @dataclasses.dataclass
 class DecodeState:
-    """What decoding changes, and the prompts it reads. Passed on and never copied; an old one is dead."""
+    """What decoding changes, and the prompts it reads (no table before the first `insert`). Passed on and never copied;
+    an old one is dead.
+    """
 
     shape: Shape
     sampling: SamplingParams
     own: CachePart
     slots: Slots
-    table: CachePart
+    table: CachePart | None
     common: CachePart | None
 
 
@@ -145,7 +147,7 @@ class Engine:
     def init_state(
         self, shape: Shape, sampling: SamplingParams, key: jax.Array, common: CachePart | None = None
     ) -> DecodeState:
-        """Idle slots, an empty prompt table."""
+        """Idle slots, no prompts."""
 
         def build() -> Callable:
             function = self._empty_slots(shape.num_slots, sampling)
@@ -153,13 +155,22 @@ class Engine:
 
         slots = self.programs.get(("slots", shape.num_slots, sampling.needs_counts), build)(key)
         own = self._empty(shape.num_slots, shape.length)
-        table = self._empty(shape.table_rows, shape.table_length)
-        self._count_bytes(own, table, common)
-        return DecodeState(shape, sampling, own, slots, table, common)
+        self._count_bytes(own, common)
+        return DecodeState(shape, sampling, own, slots, None, common)
 
     def insert(self, state: DecodeState, prefix: CachePart, rows: np.ndarray) -> DecodeState:
-        """Puts prefilled rows into the rows [shards, R] of the prompt table, counted inside each shard."""
-        assert prefix.length == state.table.length, (prefix.length, state.table.length)
+        """Puts prefilled rows into the rows [shards, R] of the prompt table, counted inside each shard; those past its
+        end are dropped. The first ones become the table where they are all of it, in order.
+        """
+        shape = state.shape
+        assert prefix.length == shape.table_length, (prefix.length, shape.table_length)
+        in_order = np.arange(rows.shape[1])
+        if state.table is None:
+            rows_per_shard = shape.table_rows // self.num_shards
+            if prefix.num_rows == shape.table_rows and np.all((rows == in_order) | (rows >= rows_per_shard)):
+                state.table = prefix
+                return state
+            state.table = self._empty(shape.table_rows, shape.table_length)
         self._count_bytes(state.own, state.table, state.common, prefix)
         new = iter(named_arrays(prefix))
 
@@ -223,7 +234,7 @@ class Engine:
             for name, array in [*arrays, *(("slots", leaf) for leaf in slots)]:
                 self.programs.prepare(*self._take_build(name, array, index_shape))
         if length != shape.length:
-            for name, array in arrays:
+            for name, array in named_arrays(self._abstract_part(num_slots, shape.length)):
                 self.programs.prepare(*self._grow_build(name, array, length))
 
     def bytes_per_position(self) -> int:

@@ -26,7 +26,7 @@ from rl.models.cache import CachePart
 from rl.models.policy import Params, Policy
 from rl.models.quantized import quantize_params, quantized_shardings
 from rl.sampling import SamplingParams
-from rl.scheduling import Completion, Request, Schedule
+from rl.scheduling import CacheSize, Completion, Request, Schedule
 
 __all__ = ["Completion", "Sampler"]
 
@@ -187,23 +187,24 @@ class Sampler:
         limit, num_shards = sampling.max_completion_length, self.engine.num_shards
         requests = [Request(p, p, sample, limit) for p in range(num_prompts) for sample in range(num_samples)]
         first = self._shape(scheduling.deal(requests, num_shards), self._expected, sampling)
-        sizes = [size * num_shards for size in scheduling.slot_sizes(first.num_slots // num_shards)]
-        lengths = scheduling.own_lengths(limit)
-        shapes = [dataclasses.replace(first, num_slots=size, length=length) for length in lengths for size in sizes]
-        for shape in shapes:
+        start = CacheSize(first.num_slots // num_shards, first.length)
+        sizes = scheduling.cache_sizes(start.slots, limit)
+        reachable = [start]
+        for size in reachable:  # grows meanwhile
+            shape = dataclasses.replace(first, num_slots=size.slots * num_shards, length=size.length)
             self.engine.prepare(params, shape, sampling, self._chunk_of(sampling))
-        for shape in shapes:
-            for size in sizes:
-                if size < shape.num_slots:
-                    self.engine.prepare_resize(shape, sampling, size, shape.length)
-            for length in lengths:
-                if length > shape.length:
-                    self.engine.prepare_resize(shape, sampling, shape.num_slots, length)
+            later = scheduling.later_cache_sizes(sizes, size)
+            reachable += [other for other in later if other not in reachable]
+        for size in reachable:
+            shape = dataclasses.replace(first, num_slots=size.slots * num_shards, length=size.length)
+            for later in scheduling.later_cache_sizes(sizes, size):
+                self.engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)
         common = self._prefill_common(params, self._expected) if self._expected.common else None
         state = self.engine.init_state(first, sampling, jax.random.key(0), common)
         nothing = np.zeros((first.prefill_rows, first.table_length), np.int32)
         places = np.full((num_shards, first.prefill_rows // num_shards), first.table_rows, np.int32)
-        self._admit(params, state, (nothing, nothing, nothing - 1), places)
+        for _ in range(2):  # the first rows may become the table, later ones are put into it
+            state = self._admit(params, state, (nothing, nothing, nothing - 1), places)
 
     def _stream(
         self,
@@ -242,8 +243,7 @@ class Sampler:
         )
         state = engine.init_state(shape, sampling, key, common)
         schedule.set_slots(shape.num_slots)
-        sizes = scheduling.slot_sizes(shape.num_slots // engine.num_shards)
-        lengths = scheduling.own_lengths(sampling.max_completion_length)
+        sizes = scheduling.cache_sizes(shape.num_slots // engine.num_shards, sampling.max_completion_length)
         prefill_rows = shape.prefill_rows // engine.num_shards
         filled = 0  # positions of the own cache that the busiest slot has filled
         while schedule.num_left:
@@ -251,7 +251,7 @@ class Sampler:
                 schedule.free_rows() >= prefill_rows or (schedule.free_rows() and schedule.is_hungry())
             ):
                 state = self._admit(params, state, *schedule.admit(prefill_rows))
-            state = self._fit(state, schedule, filled, lengths, sizes)
+            state = self._fit(state, schedule, filled, sizes)
             waiting, num_waiting = schedule.waiting()
             few = self._few(state, schedule, sizes)
             cancelled_B = schedule.cancelled()
@@ -269,33 +269,35 @@ class Sampler:
         prefix = self.engine.prefill(params, *inputs, common=state.common, chunk=chunk, state=state)
         return self.engine.insert(state, prefix, places)
 
-    def _fit(
-        self, state: DecodeState, schedule: Schedule, filled: int, lengths: Sequence[int], sizes: Sequence[int]
-    ) -> DecodeState:
+    def _fit(self, state: DecodeState, schedule: Schedule, filled: int, sizes: Sequence[CacheSize]) -> DecodeState:
         """Drops idle slots once half of them can go, and grows the own cache where the busiest slot has filled it."""
         busy = schedule.busy_slots()
-        length = state.own.length
-        if filled >= length:
-            length = next(size for size in lengths if size > filled)
-        index = None
+        now = self._cache_size(state)
         needed = int(busy.sum(axis=1).max()) + schedule.num_waiting
-        kept = min(size for size in sizes if size >= min(needed, sizes[0]))
-        if kept < busy.shape[1] and not schedule.num_pending_rows:
-            index = np.argsort(~busy, axis=1, kind="stable")[:, :kept].astype(np.int32)
+        if schedule.num_pending_rows:
+            needed = now.slots
+        size = scheduling.next_cache_size(sizes, now, min(needed, now.slots), filled)
+        index = None
+        if size.slots < now.slots:
+            index = np.argsort(~busy, axis=1, kind="stable")[:, : size.slots].astype(np.int32)
             schedule.keep_slots(index)
-        if index is None and length == state.own.length:
-            return state
-        return self.engine.resize(state, index, length)
+        return state if size == now else self.engine.resize(state, index, size.length)
 
-    def _few(self, state: DecodeState, schedule: Schedule, sizes: Sequence[int]) -> int:
+    def _few(self, state: DecodeState, schedule: Schedule, sizes: Sequence[CacheSize]) -> int:
         """The number of busy slots at which the host is wanted, for more requests or to drop idle slots; 0: never."""
-        current = state.shape.num_slots // self.engine.num_shards
+        now = self._cache_size(state)
         if schedule.has_more():
-            wanted = current - 1
+            wanted = now.slots - 1
         else:
-            wanted = max((size for size in sizes if size < current), default=0)
+            fewer = [
+                scheduling.next_cache_size(sizes, now, size.slots, 0).slots for size in sizes if size.slots < now.slots
+            ]
+            wanted = max((slots for slots in fewer if slots < now.slots), default=0)
         # At once it could do nothing about the slots that are idle now: it looks again when a completion has ended.
         return min(wanted * self.engine.num_shards, schedule.num_soon_busy() - 1)
+
+    def _cache_size(self, state: DecodeState) -> CacheSize:
+        return CacheSize(state.own.num_rows // self.engine.num_shards, state.own.length)
 
     # Plans
 
@@ -321,7 +323,7 @@ class Sampler:
         table_length = max(scheduling.MIN_TABLE_LENGTH, scheduling.size_at_least(expected.longest))
         prompts_per_row = _prompts_per_row(expected)
         limit = sampling.max_completion_length
-        longest_own = scheduling.own_lengths(limit)[-1]
+        lengths = [size.length for size in scheduling.cache_sizes(1, limit)]
 
         def most_in_flight(num_slots: int) -> int:
             # Prompts whose samples are being drawn, half as many again for stragglers and for those that come next.
@@ -339,11 +341,11 @@ class Sampler:
             most = min(most, MAX_DERIVED_SLOTS // num_shards or 1)
             if self._kv_bytes is not None:
                 positions = table_length, len(expected.common)
-                most = self._affordable_slots(self._kv_bytes, most, longest_own, table_rows, *positions)
+                most = self._affordable_slots(self._kv_bytes, most, lengths[-1], table_rows, *positions)
         rows = table_rows(most)
         return Shape(
             num_slots=most * num_shards,
-            length=scheduling.own_lengths(limit)[0],
+            length=lengths[0],
             table_rows=rows * num_shards,
             table_length=table_length,
             prefill_rows=(rows if num_pieces <= most_in_flight(most) else math.ceil(rows / 4)) * num_shards,

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,22 +74,53 @@ def size_at_most(n: int) -> int:
     return power * 3 // 2 if power >= 2 and power * 3 // 2 <= n else power
 
 
-def slot_sizes(most: int) -> list[int]:
-    """Numbers of slots per shard that decoding goes through as fewer completions are left: up to three times halved."""
-    sizes = [most]
-    while sizes[-1] > MIN_SLOTS and len(sizes) <= MAX_HALVINGS:
-        sizes.append(max(math.ceil(sizes[-1] / 2), MIN_SLOTS))
-    return sizes
+class CacheSize(NamedTuple):
+    """Slots per shard, and positions that the own cache has for each."""
+
+    slots: int
+    length: int
 
 
-def own_lengths(limit: int) -> list[int]:
-    """The lengths that the own cache goes through for completions of at most `limit` tokens: doubles, then all."""
+def cache_sizes(most_slots: int, limit: int) -> list[CacheSize]:
+    """The sizes that the own cache may have while completions of at most `limit` tokens are drawn.
+
+    Slots are up to three times halved and lengths double until the limit. Three quarters of the slots go with one and a
+    half of the lengths: where completions end at a steady rate, growing from size to size then never takes more than
+    an eighth above what the first size takes.
+    """
+    halved = [most_slots]
+    while halved[-1] > MIN_SLOTS and len(halved) <= MAX_HALVINGS:
+        halved.append(max(math.ceil(halved[-1] / 2), MIN_SLOTS))
+    between = [slots * 3 // 4 for slots in halved if slots * 3 // 4 >= MIN_SLOTS]
     last = LENGTH_UNIT * math.ceil(limit / LENGTH_UNIT)
-    lengths, size = [], MIN_LENGTH
-    while size < last:
-        lengths.append(size)
-        size *= 2
-    return [*lengths, last]
+    doubled = [MIN_LENGTH << k for k in range(limit.bit_length()) if MIN_LENGTH << k < last]
+    halfway = [length * 3 // 2 for length in doubled if length * 3 // 2 < last]
+    by_halves = [CacheSize(slots, length) for length in (*doubled, last) for slots in halved]
+    return by_halves + [CacheSize(slots, length) for length in (*halfway, last) for slots in between if doubled]
+
+
+def next_cache_size(sizes: Sequence[CacheSize], now: CacheSize, needed: int, filled: int) -> CacheSize:
+    """The size to go on with: the smallest that is longer once the cache is full; before that, fewer slots once half
+    can go.
+
+    Args:
+      sizes: from `cache_sizes`.
+      needed: slots that must stay.
+      filled: positions of the busiest slot.
+    """
+    enough = [size for size in sizes if needed <= size.slots <= now.slots]
+    if filled >= now.length:
+        return min((size for size in enough if size.length > filled), key=lambda size: (math.prod(size), size.length))
+    smallest = min(size for size in enough if size.length == now.length)
+    return smallest if smallest.slots <= math.ceil(now.slots / 2) else now
+
+
+def later_cache_sizes(sizes: Sequence[CacheSize], now: CacheSize) -> list[CacheSize]:
+    """All that `next_cache_size` can answer, other than `now`, in an order that does not change."""
+    fills = [0] if now.length == max(size.length for size in sizes) else [0, now.length]
+    needs = sorted({size.slots for size in sizes if size.slots <= now.slots})
+    later = (next_cache_size(sizes, now, needed, filled) for filled in fills for needed in needs)
+    return [size for size in dict.fromkeys(later) if size != now]
 
 
 # Prompts into rows

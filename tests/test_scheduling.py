@@ -1,5 +1,6 @@
 """Who waits where: sizes, dealing, packing, stop strings. No model."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,15 +8,17 @@ import pytest
 
 from rl.sampling import SamplingParams
 from rl.scheduling import (
+    CacheSize,
     Request,
+    cache_sizes,
     common_prefix_length,
     deal,
     find_stop,
-    own_lengths,
+    later_cache_sizes,
+    next_cache_size,
     pack_rows,
     size_at_least,
     size_at_most,
-    slot_sizes,
 )
 
 
@@ -54,14 +57,55 @@ def test_sizes_are_few_and_close():
         assert all(n <= size <= max(n * (1 + 1 / steps), n) for n, size in enumerate(sizes, start=1))
 
 
-def test_slots_halve_and_lengths_double():
-    assert slot_sizes(64) == [64, 32, 16, 8]
-    assert slot_sizes(20) == [20, 10, 8]
-    assert slot_sizes(1024) == [1024, 512, 256, 128]
-    assert slot_sizes(3) == [3]
-    assert own_lengths(1) == [16]
-    assert own_lengths(64) == [64]
-    assert own_lengths(300) == [64, 128, 256, 304]
+def test_cache_sizes_halve_and_double_and_have_a_step_between():
+    assert cache_sizes(64, 16) == [(64, 16), (32, 16), (16, 16), (8, 16)]
+    assert cache_sizes(16, 100) == [(16, 64), (8, 64), (16, 112), (8, 112), (12, 96), (12, 112)]
+    assert cache_sizes(3, 64) == [(3, 64)]
+    assert {slots for slots, _ in cache_sizes(1024, 300)} == {1024, 768, 512, 384, 256, 192, 128, 96}
+    assert {length for _, length in cache_sizes(1, 300)} == {64, 128, 256, 304}
+
+
+def test_half_of_the_slots_go_once_they_can_and_a_full_cache_grows():
+    sizes = cache_sizes(64, 256)
+    assert next_cache_size(sizes, CacheSize(64, 64), 33, 63) == (64, 64)
+    assert next_cache_size(sizes, CacheSize(64, 64), 32, 63) == (32, 64)
+    assert next_cache_size(sizes, CacheSize(64, 64), 5, 63) == (8, 64)
+    assert next_cache_size(sizes, CacheSize(64, 64), 64, 64) == (64, 128)
+    assert next_cache_size(sizes, CacheSize(64, 64), 37, 64) == (48, 96)
+    assert next_cache_size(sizes, CacheSize(48, 96), 28, 96) == (32, 128)
+    assert next_cache_size(sizes, CacheSize(48, 192), 48, 192) == (48, 256)
+
+
+@pytest.mark.parametrize("most", [1, 8, 20, 64, 100])
+@pytest.mark.parametrize("limit", [1, 64, 65, 256, 1000])
+def test_every_need_finds_a_size_among_those_that_are_announced(most, limit):
+    sizes = cache_sizes(most, limit)
+    assert len(set(sizes)) == len(sizes)
+    reachable = [sizes[0]]
+    for now in reachable:
+        later = later_cache_sizes(sizes, now)
+        for needed in range(1, now.slots + 1):
+            for filled in (0, now.length - 1, now.length):
+                if filled == max(size.length for size in sizes):
+                    continue
+                size = next_cache_size(sizes, now, needed, filled)
+                assert needed <= size.slots <= now.slots
+                assert size.length >= now.length
+                assert size.length > filled
+                assert size == now or size in later
+        reachable += [size for size in later if size not in reachable]
+
+
+def test_completions_that_end_at_a_steady_rate_never_need_much_more_than_they_started_with():
+    sizes = cache_sizes(64, 1024)
+    now, areas = CacheSize(64, 64), []
+    for step in range(1, 1025):
+        busy = math.ceil(64 * 0.5 ** (step / 80))
+        if not (step == 1024 and now.length == 1024):
+            now = next_cache_size(sizes, now, busy, step)
+        areas.append(now.slots * now.length)
+    assert now.length == 1024
+    assert max(areas[:256]) <= 64 * 64 * 9 / 8
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 8])
