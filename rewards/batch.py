@@ -1,7 +1,7 @@
-"""The bookkeeping of one `score` call: which samples still have to go to which function, and what is known of the
-others.
+"""The bookkeeping of one batch: which samples still have to go to which function, and what is known of the others.
 
-In: the batch and what workers report. Out: tasks, and at the end a `RewardResult`. No processes and no clocks here.
+In: completions as they arrive, and what workers report. Out: tasks, and at the end a `RewardResult`. No processes and
+no clocks here.
 """
 
 import collections
@@ -50,12 +50,12 @@ class LoadedFunction:
 
 @dataclasses.dataclass(frozen=True)
 class BatchInputs:
-    """A batch in its JSON form."""
+    """A batch in its JSON form. Completions and their token ids are those that arrived, by sample."""
 
     prompts: list[Any]
-    completions: list[Any]
     columns: dict[str, list[Any]]
-    completion_ids: list[list[int]] | None
+    completions: dict[int, Any] = dataclasses.field(default_factory=dict)
+    completion_ids: dict[int, list[int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -74,7 +74,11 @@ class Task:
 
 
 class Batch:
-    """The state of one `score` call: what is still to do, and what is known."""
+    """The state of one batch: what is still to do, and what is known.
+
+    A function that judges each completion by itself gets those that arrived; one that takes the whole batch waits for
+    all of it.
+    """
 
     def __init__(
         self,
@@ -84,7 +88,7 @@ class Batch:
         timeout: float,
         num_workers: int,
     ):
-        size = len(inputs.completions)
+        size = len(inputs.prompts)
         self.seconds = [0.0] * len(specs)
         self._specs, self._functions, self._inputs = specs, functions, inputs
         self._timeout, self._num_workers = timeout, num_workers
@@ -94,20 +98,29 @@ class Batch:
         self._failed_batches: dict[int, str] = {}  # function -> kind
         self._at_home: list[collections.deque[Task]] = [collections.deque() for _ in range(num_workers)]
         self._anywhere: collections.deque[Task] = collections.deque()
-        for key, function in enumerate(functions):
-            if not size:
-                continue
-            everything = list(range(size))
-            if function.style == "batch" and not function.elementwise:
-                self._at_home[key % num_workers].append(self._task(key, "batch", everything))
-            else:
-                self._spread(key, everything, "together" if function.is_async else "each")
+        self._arrived: list[collections.deque[int]] = [collections.deque() for _ in functions]  # and in no task yet
+
+    def add(self, completions: Mapping[int, Any], completion_ids: Mapping[int, list[int]] | None) -> None:
+        """Completions arrived, by sample, in their JSON form."""
+        inputs, size = self._inputs, len(self._inputs.prompts)
+        inputs.completions.update(completions)
+        inputs.completion_ids.update(completion_ids or {})
+        for key, function in enumerate(self._functions):
+            if function.style != "batch" or function.elementwise:
+                self._arrived[key].extend(completions)
+            elif len(inputs.completions) == size:
+                self._at_home[key % self._num_workers].append(self._task(key, "batch", list(range(size))))
 
     def take(self, worker: int) -> Task | None:
         """The next task for a worker. Whole-batch calls first: they take longest and run nowhere else."""
         for waiting in (self._at_home[worker], self._anywhere):
             if waiting:
                 return waiting.popleft()
+        for key, arrived in enumerate(self._arrived):
+            if arrived:
+                mode = "together" if self._functions[key].is_async else "each"
+                length = min(self._piece_length(mode, len(self._inputs.prompts)), len(arrived))
+                return self._task(key, mode, [arrived.popleft() for _ in range(length)])
         return None
 
     def record(self, task: Task, message: Mapping[str, Any]) -> None:
@@ -168,16 +181,18 @@ class Batch:
         self._spread(task.key, task.samples, "each")
 
     def _spread(self, key: int, samples: list[int], mode: str) -> None:
-        # Awaiting many at once is the point of an async function, so its pieces are as large as they can be.
-        pieces = self._num_workers * (1 if mode == "together" else _PIECES_PER_WORKER)
-        length = -(-len(samples) // pieces)
+        length = self._piece_length(mode, len(samples))
         for start in range(0, len(samples), length):
             self._anywhere.append(self._task(key, mode, samples[start : start + length]))
+
+    def _piece_length(self, mode: str, num_samples: int) -> int:
+        # Awaiting many at once is the point of an async function, so its pieces are as large as they can be.
+        return -(-num_samples // (self._num_workers * (1 if mode == "together" else _PIECES_PER_WORKER)))
 
     def _task(self, key: int, mode: str, samples: list[int]) -> Task:
         inputs = self._inputs
         function = self._functions[key]
-        ids = inputs.completion_ids if function.takes_completion_ids else None
+        ids = inputs.completion_ids if function.takes_completion_ids and inputs.completion_ids else None
         request = {
             "op": "run",
             "key": key,

@@ -1,21 +1,23 @@
 """Run reward functions in worker processes, so that nothing they do can stop or poison a training step.
 
-In: prompts, completions and dataset columns of one batch. Out: a `RewardResult` with one number or None per sample
-and function, and an account of everything that went wrong. Not here: weights (`rewards.rubric`), what a function may
-look like (`rewards.contract`).
+In: prompts, completions and dataset columns of one batch, all at once or as they come. Out: a `RewardResult` with one
+number or None per sample and function, and an account of everything that went wrong. Not here: weights
+(`rewards.rubric`), what a function may look like (`rewards.contract`).
 
 A batch function gets the whole batch in one call, always in the same worker: it may compare completions with each
 other and keep state. When that call fails, it is called again for one sample at a time, so that only the culprit is
 lost. Per-sample functions, and batch functions marked `elementwise`, are called sample by sample and spread over the
 workers. A worker that hangs or dies is killed with everything it started, and replaced.
 
-POSIX only (process groups, selectable pipes). Not thread-safe: one `score` at a time.
+POSIX only (process groups, selectable pipes). Not thread-safe: one batch at a time.
 """
 
 import dataclasses
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
@@ -91,17 +93,28 @@ class RewardRunner:
         Failures of a function never raise. ValueError is for arguments whose lengths differ, a missing column, a value
         that cannot be sent, and completion_ids missing where a function requires them.
         """
-        inputs = self._check_inputs(prompts, completions, columns, completion_ids)
+        given = {"prompts": prompts, **columns, "completion_ids": completion_ids}
+        _check_lengths(given, "completion", len(completions))
+        with self.begin(prompts, columns) as scoring:
+            scoring.add(range(len(completions)), completions, completion_ids)
+            return scoring.result()
+
+    def begin(self, prompts: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> "Scoring":
+        """Begin to score a batch whose completions come later, in any order; see `Scoring`.
+
+        prompts, columns: one entry per sample, as for `score`; a prompt stands once for each of its completions.
+        """
+        wanted = {name for function in self._functions for name in function.columns}
+        missing = sorted(wanted - {*columns})
+        if missing:
+            raise ValueError(f"score needs the columns {sorted(wanted)}, got no {missing[0]!r}")
+        _check_lengths(columns, "prompt", len(prompts))
+        inputs = BatchInputs(
+            prompts=encode(list(prompts), "prompts"),
+            columns={name: encode(list(columns[name]), f"column {name!r}") for name in sorted(wanted)},
+        )
         batch = Batch(self.specs, self._functions, inputs, self._timeout, len(self._workers))
-        try:
-            self._run(batch)
-        finally:
-            # After an exception (of a signal handler of the caller, say) a reply may still be under way, and must not
-            # be taken for one to the next batch.
-            for worker in self._workers:
-                if worker.task is not None:
-                    worker.restart()
-        return batch.result()
+        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts))
 
     def close(self) -> None:
         """End the workers; exit handlers of user code get a few seconds. Closing twice does nothing."""
@@ -141,20 +154,123 @@ class RewardRunner:
     def _home(self, key: int) -> WorkerProcess:
         return self._workers[key % len(self._workers)]
 
-    def _run(self, batch: Batch) -> None:
+
+class Scoring:
+    """A batch that is being scored while its completions come; a context manager, which stops what is still running.
+
+    Functions that judge each completion by itself (per-sample, verl, `elementwise`) run on those that have come, in a
+    thread of this process that speaks to the workers; functions of the whole batch run once it is whole. The result
+    is the same as that of `RewardRunner.score`.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        functions: Sequence[LoadedFunction],
+        workers: Sequence[WorkerProcess],
+        batch: Batch,
+        num_samples: int,
+    ):
+        self._specs, self._functions, self._workers = specs, functions, workers
+        self._batch = batch
+        self._size, self._left = num_samples, set(range(num_samples))
+        self._arrivals: list[tuple[dict[int, Any], dict[int, list[int]] | None]] = []
+        self._changed = threading.Condition()  # guards _arrivals, _left and _stopped; the batch belongs to the thread
+        self._stopped = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        self._done = self._thread.submit(self._work)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.shutdown()
+
+    def add(
+        self,
+        samples: Sequence[int],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Completions of these samples (places in the batch) have come; each comes once.
+
+        Raises ValueError for arguments whose lengths differ, a value that cannot be sent, completion_ids missing where
+        a function requires them, and a sample that is not in the batch or came before.
+        """
+        given = {"completions": completions, "completion_ids": completion_ids}
+        _check_lengths(given, "sample", len(samples))
+        for spec, function in zip(self._specs, self._functions, strict=True):
+            if function.needs_completion_ids and completion_ids is None:
+                raise ValueError(f"reward {spec.name!r} requires completion_ids, got none; pass them to score")
+        if not any(function.takes_completion_ids for function in self._functions):
+            completion_ids = None  # converting them is the largest part of preparing a batch
+        left = set(self._left)
+        for sample in samples:
+            if not 0 <= sample < self._size:
+                raise ValueError(f"sample {sample} is not in the batch of {self._size}")
+            if sample not in left:
+                raise ValueError(f"sample {sample} of the batch came before")
+            left.remove(sample)
+        ready = dict(zip(samples, encode(list(completions), "completions"), strict=True))
+        ids = None
+        if completion_ids is not None:
+            ids = {sample: [int(token) for token in row] for sample, row in zip(samples, completion_ids, strict=True)}
+        with self._changed:
+            self._left = left
+            self._arrivals.append((ready, ids))
+            self._changed.notify()
+
+    def result(self) -> RewardResult:
+        """Waits for the rewards of the whole batch, all of which must have come."""
+        if self._left:
+            raise ValueError(
+                f"the result needs the whole batch, {len(self._left)} of {self._size} completions are missing"
+            )
+        self._done.result()
+        return self._batch.result()
+
+    # The thread
+
+    def _work(self) -> None:
+        try:
+            self._run()
+        finally:
+            # A reply that is still under way, when stopped, must not be taken for one to the next batch.
+            for worker in self._workers:
+                if worker.task is not None:
+                    worker.restart()
+
+    def _run(self) -> None:
         while True:
+            with self._changed:
+                arrivals, self._arrivals = self._arrivals, []
+                whole = not self._left
+                if self._stopped:
+                    return
+            for completions, completion_ids in arrivals:
+                self._batch.add(completions, completion_ids)
             for position, worker in enumerate(self._workers):
                 if worker.task is None:
-                    worker.start_task(batch.take(position))
+                    worker.start_task(self._batch.take(position))
             busy = [worker for worker in self._workers if worker.task is not None]
-            if not busy:
+            if busy:
+                poll(busy)
+                for worker in busy:
+                    self._advance(worker)
+            elif whole:
                 return
-            poll(busy)
-            for worker in busy:
-                self._advance(worker, batch)
+            else:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._arrivals or self._stopped)
 
-    def _advance(self, worker: WorkerProcess, batch: Batch) -> None:
+    def _advance(self, worker: WorkerProcess) -> None:
         """Take what a busy worker has to say, and notice when it will say nothing any more."""
+        batch = self._batch
         failure = worker.failure()  # asked before reading: what a dead worker said has then all arrived
         messages = worker.receive()
         for message in messages:
@@ -183,36 +299,11 @@ class RewardRunner:
         else:
             batch.interrupted(task, failure)
 
-    def _check_inputs(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        columns: Mapping[str, Sequence[Any]],
-        completion_ids: Sequence[Sequence[int]] | None,
-    ) -> BatchInputs:
-        wanted = {name for function in self._functions for name in function.columns}
-        missing = sorted(wanted - {*columns})
-        if missing:
-            raise ValueError(f"score needs the columns {sorted(wanted)}, got no {missing[0]!r}")
-        lengths = {"prompts": len(prompts), **{name: len(values) for name, values in columns.items()}}
-        if completion_ids is not None:
-            lengths["completion_ids"] = len(completion_ids)
-        for name, length in lengths.items():
-            if length != len(completions):
-                raise ValueError(f"{name} must have one entry per completion ({len(completions)}), got {length}")
-        for spec, function in zip(self.specs, self._functions, strict=True):
-            if function.needs_completion_ids and completion_ids is None:
-                raise ValueError(f"reward {spec.name!r} requires completion_ids, got none; pass them to score")
-        if not any(function.takes_completion_ids for function in self._functions):
-            completion_ids = None  # converting them is the largest part of preparing a batch
-        return BatchInputs(
-            prompts=encode(list(prompts), "prompts"),
-            completions=encode(list(completions), "completions"),
-            columns={name: encode(list(columns[name]), f"column {name!r}") for name in sorted(wanted)},
-            completion_ids=None
-            if completion_ids is None
-            else [[int(token) for token in ids] for ids in completion_ids],
-        )
+
+def _check_lengths(given: Mapping[str, Sequence[Any] | None], what: str, count: int) -> None:
+    for name, values in given.items():
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name} must have one entry per {what} ({count}), got {len(values)}")
 
 
 def check_on_gold(runner: RewardRunner, prompt: Any, gold_completion: Any, columns: Mapping[str, Any]) -> list[str]:

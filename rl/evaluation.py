@@ -24,8 +24,9 @@ from rewards.runner import RewardRunner
 from rl.config import Config, load_config, require
 from rl.data import PromptRow, load_prompts
 from rl.mesh import device_memory
+from rl.metrics import Stopwatch
 from rl.models.policy import Policy
-from rl.rollout import run_rewards
+from rl.rollout import sample_and_score
 from rl.run_folder import read_run
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
@@ -97,9 +98,9 @@ def evaluate(
         frequency_penalty=0.0,
         presence_penalty=0.0,
     )
-    groups = sampler.sample(params, [row.prompt_ids for row in rows], 1, greedy, jax.random.key(0))
+    key = jax.random.key(0)
+    groups, texts, result = sample_and_score(sampler, params, rows, 1, greedy, key, runner, tokenizer, Stopwatch())
     completions = [group[0] for group in groups]
-    texts, result = run_rewards(rows, completions, runner, tokenizer)
     names = [spec.name for spec in runner.specs]
     judged = [row[names.index(accuracy_reward) if accuracy_reward else 0] for row in result.rewards]
     judged = [value for value in judged if value is not None]

@@ -33,7 +33,7 @@ from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_byt
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer, rounding_problems, updates_per_step
 from rl.packing import PackingPlan, plan_packing
-from rl.rollout import completion_form, minibatches, sample_records, score_rollout
+from rl.rollout import completion_form, minibatches, sample_and_score, sample_records, to_rollout
 from rl.run_folder import RunFolder
 from rl.sampling import SamplingParams
 from rl.states import InitStateFn, get_first_step, setup_decode_state, setup_training_state
@@ -119,12 +119,11 @@ def train(config: Config) -> pathlib.Path:
             rows = [
                 data.train[i] for i in step_indices(len(data.train), config.seed, step, config.grpo.prompts_per_step)
             ]
-            with watch.timer("rollout"):
-                prompts = [row.prompt_ids for row in rows]
-                key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
-                completions = sampler.sample(state.params, prompts, config.grpo.group_size, sampling, key)
-            with watch.timer("reward"):
-                rollout = score_rollout(config, rows, completions, runner, tokenizer)
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
+            scored = sample_and_score(
+                sampler, state.params, rows, config.grpo.group_size, sampling, key, runner, tokenizer, watch
+            )
+            rollout = to_rollout(config, rows, scored, runner.specs)
             with watch.timer("train"):
                 groups = minibatches(rollout, config.grpo.minibatches)
                 state, entropy, trained = updater.step(state, reference, groups, entropy)

@@ -1,5 +1,4 @@
-"""The host side of a step between sampling and training: completions in, rewards, advantages and packed minibatches
-out.
+"""The host side of a step before training: prompts in, completions with their rewards, advantages and minibatches out.
 
 A reward never becomes an advantage in place: `Rollout` keeps both.
 
@@ -9,19 +8,32 @@ Legend: P prompts, G completions per prompt, B = P * G sequences, K reward funct
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rewards.batch import RewardResult
+from rewards.contract import RewardSpec
 from rewards.rubric import summarize, weighted_sum
 from rewards.runner import RewardRunner
 from rl.advantages import compute_advantages
 from rl.config import Config
 from rl.data import Prompt, PromptRow
+from rl.metrics import Stopwatch
 from rl.packing import TrainCompletion, TrainGroup
-from rl.sampler import Completion
+from rl.sampler import Completion, Sampler
+from rl.sampling import SamplingParams
+from rl.scheduling import requests_for
 from rl.tokenizer import Tokenizer
+
+
+class ScoredCompletions(NamedTuple):
+    """Completions [P][G], their texts [B], and the rewards of each."""
+
+    completions: list[list[Completion]]
+    texts: list[str]
+    result: RewardResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +60,14 @@ class Rollout:
     problems: list[str]
 
 
-def score_rollout(
-    config: Config,
-    rows: Sequence[PromptRow],
-    completions: list[list[Completion]],
-    runner: RewardRunner,
-    tokenizer: Tokenizer,
+def to_rollout(
+    config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, specs: Sequence[RewardSpec]
 ) -> Rollout:
-    """Runs the reward functions on a step's completions and turns their rewards into advantages."""
+    """Turns the rewards of a step's completions into advantages."""
+    completions, texts, result = scored
     group_size = config.grpo.group_size
     flat = [completion for group in completions for completion in group]
-    row_B = [row for row in rows for _ in range(group_size)]
-    texts, result = run_rewards(row_B, flat, runner, tokenizer)
-    weights = [spec.weight for spec in runner.specs]
+    weights = [spec.weight for spec in specs]
     rewards_BK = np.array(
         [[math.nan if value is None else value for value in row] for row in result.rewards], np.float64
     )
@@ -90,7 +97,7 @@ def score_rollout(
         "truncated_share": float(truncated_B.mean()),
         "masked_share": float(1.0 - kept_B.mean()),
     }
-    for name, summary in summarize(result.rewards, [spec.name for spec in runner.specs]).items():
+    for name, summary in summarize(result.rewards, [spec.name for spec in specs]).items():
         metrics[f"reward/{name}/mean"] = math.nan if summary.mean is None else summary.mean
         metrics[f"reward/{name}/std"] = math.nan if summary.std is None else summary.std
         for failure, count in result.counts[name].items():
@@ -109,18 +116,37 @@ def score_rollout(
     )
 
 
-def run_rewards(
-    rows: Sequence[PromptRow], completions: Sequence[Completion], runner: RewardRunner, tokenizer: Tokenizer
-) -> tuple[list[str], RewardResult]:
-    """Decodes completions, one per row, and runs the reward functions on them."""
-    texts = [tokenizer.decode(completion.token_ids) for completion in completions]
-    result = runner.score(
-        [row.prompt for row in rows],
-        [completion_form(row.prompt, text) for row, text in zip(rows, texts, strict=True)],
-        to_columns([row.columns for row in rows], runner.columns),
-        completion_ids=[completion.token_ids.tolist() for completion in completions],
-    )
-    return texts, result
+def sample_and_score(
+    sampler: Sampler,
+    params: Any,
+    rows: Sequence[PromptRow],
+    num_samples: int,
+    sampling: SamplingParams,
+    key: jax.Array,
+    runner: RewardRunner,
+    tokenizer: Tokenizer,
+    watch: Stopwatch,
+) -> ScoredCompletions:
+    """Draws completions of every row, and runs the reward functions on each as it ends, while others are still drawn.
+
+    Args:
+      key: a completion depends on it, on the row's place in `rows` and on which sample it is; see `Sampler.sample`.
+      watch: "rollout" takes the time until the last completion, "reward" what the rewards take beyond that.
+    """
+    row_B = [row for row in rows for _ in range(num_samples)]
+    requests = requests_for(range(len(rows)), num_samples, sampling.max_completion_length)
+    done: dict[int, Completion] = {}
+    texts: dict[int, str] = {}
+    columns = {name: [row.columns.get(name) for row in row_B] for name in runner.columns}
+    with runner.begin([row.prompt for row in row_B], columns) as scoring:
+        with watch.timer("rollout"):
+            for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
+                done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
+                scoring.add([b], [completion_form(row_B[b].prompt, texts[b])], [completion.token_ids.tolist()])
+        with watch.timer("reward"):
+            result = scoring.result()
+    groups = [[done[p * num_samples + g] for g in range(num_samples)] for p in range(len(rows))]
+    return ScoredCompletions(groups, [texts[b] for b in range(len(requests))], result)
 
 
 def minibatches(rollout: Rollout, num_minibatches: int) -> list[list[TrainGroup]]:
@@ -176,8 +202,3 @@ def completion_form(prompt: Prompt, text: str) -> Any:
     prompt.
     """
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
-def to_columns(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Row dicts as one list per column; None where a row lacks one."""
-    return {name: [row.get(name) for row in rows] for name in names}

@@ -143,17 +143,14 @@ class Sampler:
           ValueError: an empty prompt, token ids outside the vocabulary, a length beyond the model's positions, stop
             strings without `decode_text`, a cache that does not fit in `kv_bytes`.
         """
-        indices = list(range(len(prompts))) if prompt_indices is None else [int(index) for index in prompt_indices]
+        indices = range(len(prompts)) if prompt_indices is None else prompt_indices
         if num_samples < 1:
             raise ValueError(f"num_samples must be >= 1, got {num_samples}")
         if len(indices) != len(prompts):
             raise ValueError(
                 f"prompt_indices must have one entry for each of {len(prompts)} prompts, got {len(indices)}"
             )
-        limit = sampling.max_completion_length
-        requests = [
-            Request(place, index, sample, limit) for place, index in enumerate(indices) for sample in range(num_samples)
-        ]
+        requests = scheduling.requests_for(indices, num_samples, sampling.max_completion_length)
         completions: list[Completion | None] = [None] * len(requests)
         for number, completion in self.stream(params, prompts, requests, sampling, key):
             completions[number] = completion
@@ -185,7 +182,7 @@ class Sampler:
         """
         params = self._decode_params(params)
         limit, num_shards = sampling.max_completion_length, self.engine.num_shards
-        requests = [Request(p, p, sample, limit) for p in range(num_prompts) for sample in range(num_samples)]
+        requests = scheduling.requests_for(range(num_prompts), num_samples, limit)
         first = self._shape(scheduling.deal(requests, num_shards), self._expected, sampling)
         start = CacheSize(first.num_slots // num_shards, first.length)
         sizes = scheduling.cache_sizes(start.slots, limit)

@@ -59,6 +59,15 @@ class Request:
     seed: int | None = None
 
 
+def requests_for(prompt_indices: Sequence[int], num_samples: int, limit: int) -> list[Request]:
+    """`num_samples` requests of each prompt in turn. prompt_indices: what stands for each prompt in its randomness."""
+    return [
+        Request(place, int(index), sample, limit)
+        for place, index in enumerate(prompt_indices)
+        for sample in range(num_samples)
+    ]
+
+
 # Sizes: few, so that few programs are compiled
 
 

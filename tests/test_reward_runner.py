@@ -414,6 +414,85 @@ def test_interrupted_score_does_not_leak_into_the_next_one(write):
         assert column(runner.score(["p"], ["cccc"], {})) == [4]
 
 
+# A batch whose completions come one by one.
+
+
+def test_what_has_come_is_judged_while_the_rest_is_awaited(write, tmp_path):
+    spec = write(f"""
+        def seen(completion):
+            open(f"{tmp_path}/seen_{{completion}}", "w").close()
+            return float(len(completion))
+        def whole(completions):
+            open(f"{tmp_path}/whole_{{len(completions)}}", "w").close()
+            return [float(len(completions))] * len(completions)
+    """)
+    with RewardRunner([spec("seen"), spec("whole")], [], 1, 5.0) as runner, runner.begin(["p"] * 3, {}) as scoring:
+        for number, completion in ((2, "ccc"), (0, "a")):
+            scoring.add([number], [completion])
+            assert wait_until((tmp_path / f"seen_{completion}").exists, 5.0)
+        assert not list(tmp_path.glob("whole_*"))
+        scoring.add([1], ["bb"])
+        assert scoring.result().rewards == [[1.0, 3.0], [2.0, 3.0], [3.0, 3.0]]
+    assert [path.name for path in tmp_path.glob("whole_*")] == ["whole_3"]
+
+
+def test_one_by_one_gives_what_all_at_once_gives(write):
+    spec = write("""
+        def each(completion, answer):
+            if completion == "c3":
+                raise RuntimeError("no")
+            return float(completion == answer)
+        async def later(completion):
+            await asyncio.sleep(0.01)
+            return None if completion == "c1" else 1.0
+        def ranked(completions):
+            return [float(sorted(completions).index(c)) for c in completions]
+        def ids(completions, completion_ids):
+            return [float(sum(ids)) for ids in completion_ids]
+    """)
+    specs = [spec("each"), spec("later"), spec("ranked"), spec("ids")]
+    completions, answers = [f"c{i}" for i in range(7)], ["c0", "c1", "x", "c3", "c4", "x", "c6"]
+    ids = [[i, 1] for i in range(7)]
+    with RewardRunner(specs, ["answer"], 2, 5.0) as runner:
+        at_once = runner.score(["p"] * 7, completions, {"answer": answers}, ids)
+        with runner.begin(["p"] * 7, {"answer": answers}) as scoring:
+            for number in (4, 1, 0, 6, 5, 3, 2):
+                scoring.add([number], [completions[number]], [ids[number]])
+            one_by_one = scoring.result()
+    assert one_by_one.rewards == at_once.rewards
+    assert one_by_one.counts == at_once.counts
+    assert one_by_one.problems == at_once.problems
+    assert at_once.counts["each"]["exception"] == 1
+
+
+def test_a_batch_given_up_half_way_leaves_nothing_behind(write):
+    spec = write("""
+        def slow(completion):
+            time.sleep(0.3)
+            return float(len(completion))
+    """)
+    with RewardRunner([spec("slow")], [], 1, 5.0) as runner:
+        with runner.begin(["p"] * 4, {}) as scoring:
+            scoring.add([0, 1], ["a", "bb"])
+        assert column(runner.score(["p"] * 2, ["ccc", "dddd"], {})) == [3, 4]
+
+
+def test_completions_that_do_not_fit_the_batch_are_refused(write):
+    spec = write("def length(completion): return float(len(completion))")
+    with RewardRunner([spec("length")], [], 1, 5.0) as runner, runner.begin(["p"] * 2, {}) as scoring:
+        scoring.add([0], ["a"])
+        with pytest.raises(ValueError, match=r"sample 0 .*came before"):
+            scoring.add([0], ["a"])
+        with pytest.raises(ValueError, match="sample 2 is not in the batch of 2"):
+            scoring.add([2], ["a"])
+        with pytest.raises(ValueError, match=r"completions must have one entry per sample \(1\), got 2"):
+            scoring.add([1], ["a", "b"])
+        with pytest.raises(ValueError, match="1 of 2 completions are missing"):
+            scoring.result()
+        scoring.add([1], ["bb"])
+        assert column(scoring.result()) == [1, 2]
+
+
 # Life and death of the workers.
 
 
