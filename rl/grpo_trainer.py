@@ -26,6 +26,7 @@ from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config, read_preset, require
 from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts, step_indices
+from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.interrupt import StopRequest
 from rl.mesh import create_mesh, num_row_shards
@@ -37,7 +38,7 @@ from rl.rollout import completion_form, minibatches, sample_records, score_rollo
 from rl.run_folder import RunFolder
 from rl.sampling import SamplingParams
 from rl.states import InitStateFn, get_first_step, setup_decode_state, setup_training_state
-from rl.update import EntropyCoefState, Updater, loss_config
+from rl.update import Updater, loss_config
 from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
 
 

@@ -21,7 +21,7 @@ from rl.console import Console
 from rl.data import PairRow, check_enough_rows, fingerprint, load_pairs, step_indices
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.interrupt import StopRequest
-from rl.losses import LossConfig
+from rl.loss_types import LossConfig
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import policy_from_config

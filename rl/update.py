@@ -8,7 +8,7 @@ themselves.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,25 +16,15 @@ import optax
 from jax.sharding import Mesh
 
 from rl.config import Config
-from rl.losses import LossConfig, applied_entropy_coef, finish_metrics, next_entropy_coef, validate_loss_config
+from rl.entropy_coef import EntropyCoefState, applied_entropy_coef, next_entropy_coef
+from rl.loss_metrics import finish_metrics
+from rl.loss_types import LossConfig, validate_loss_config
 from rl.mesh import replicated, row_sharding
 from rl.models.policy import Policy
 from rl.models.train_state import PureState
 from rl.optimizer import updates_per_step
 from rl.packing import Batch, PackingPlan, TrainGroup, pack
 from rl.train_step import Minibatch, UpdateMetrics, batch_shardings, jit_token_logprobs, jit_train_step
-
-
-class EntropyCoefState(NamedTuple):
-    """State of the adaptive entropy bonus, carried from update to update and through checkpoints.
-
-    Attributes:
-      coef: coefficient after the last update.
-      last_entropy: nats per selected token, measured in the last update; +inf before the first.
-    """
-
-    coef: float
-    last_entropy: float
 
 
 class Updater:
