@@ -168,7 +168,9 @@ class GRPOSection:
     scale_rewards: Literal["group", "batch", "none"]
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
     mask_truncated: bool
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+    loss_type: Literal[
+        "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "dppo_tv", "dppo_kl", "gmpo"
+    ]
     importance_sampling_level: Literal["token", "sequence"]
     epsilon: float
     epsilon_high: float | None
@@ -185,6 +187,7 @@ class GRPOSection:
     entropy_coef_delta: float
     entropy_coef_min: float
     entropy_coef_max: float
+    positive_nll_coef: float
     sapo_temperature_pos: float
     sapo_temperature_neg: float
     vespo_k_pos: float

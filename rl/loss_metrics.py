@@ -12,6 +12,15 @@ import jax.numpy as jnp
 
 from rl.loss_types import LossConfig, LossInputs, Rows, sampler_difference
 
+# What a metric of the loss is the mean over, where that is not what the policy ratio belongs to.
+BELONGS_TO = {
+    "kl": "token",
+    "dppo_masked": "token",
+    "gmpo_clip_ratio": "token",
+    "vespo_phi_mean": "sequence",
+    "off_policy_kept": "sequence",
+}
+
 
 class MetricSums(NamedTuple):
     """Metrics of a piece in a form that merges exactly: ratios as numerator and weight, totals, extremes."""
@@ -48,8 +57,7 @@ def metric_sums(
     add_mean("ratio_mean", rows.ratio_BX, ratio_where)
     add_max("ratio_max", rows.ratio_BX, ratio_where)
     for name, values_BX in means.items():
-        where_BX = {"kl": mask_BT, "vespo_phi_mean": real_B1, "off_policy_kept": real_B1}.get(name, ratio_where)
-        add_mean(name, values_BX, where_BX)
+        add_mean(name, values_BX, {"token": mask_BT, "sequence": real_B1}.get(BELONGS_TO.get(name, ""), ratio_where))
     if "clip_ratio_low_mean" in means:
         # The extremes are over the means of the rows; a row without tokens has a mean only at sequence level.
         row_where_B1 = real_B1 if by_sequence else jnp.any(mask_BT, axis=1, keepdims=True)
@@ -110,6 +118,8 @@ def finish_metrics(sums: MetricSums) -> dict[str, jax.Array]:
     - ratio_mean, ratio_max: of policy to old probabilities;
     - clip_ratio_{low,high,region}_mean: share where the clip holds the gradient back; low_min, high_max: of rows;
     - cispo_clip_ratio, vespo_phi_mean, off_policy_kept: of the option they are named after;
+    - dppo_masked, gmpo_clip_ratio: share of tokens outside the trust region, or clipped;
+    - positive_nll: nats per token of the completions with A > 0;
     - sampler_logprob_difference_{mean,max}: absolute, old against sampler, in nats;
     - sampler_ratio_{min,mean,max}: after truncation.
     """

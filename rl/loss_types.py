@@ -20,6 +20,7 @@ SAMPLER_IS_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequen
 VESPO_LOG_FLOOR = math.log(1e-8)
 VESPO_LOG_CEILING = 20.0
 VESPO_MIN_LAMBDA = 1e-4
+DPPO_MIN_REST = 1e-8  # least probability of "another token", so that its logarithm is finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,12 @@ class LossConfig:
     beta: float  # weight of the KL term; 0 leaves it out
     kl_estimator: str  # a key of KL_ESTIMATORS
     use_bias_correction_kl: bool  # multiply the KL estimate by the policy ratio, gradient included
-    epsilon: float  # lower clip: ratios are cut at 1 - epsilon
-    epsilon_high: float | None  # upper clip: 1 + epsilon_high; for cispo the cap itself; None: same as epsilon
-    delta: float | None  # cap of the unclipped ratio; None: no cap
+    # Lower clip: ratios are cut at 1 - epsilon, for gmpo at exp(-epsilon); for dppo the divergence allowed if A <= 0.
+    epsilon: float
+    # Upper clip: 1 + epsilon_high, exp(epsilon_high); for cispo the cap itself; for dppo the divergence allowed if
+    # A > 0. None: same as epsilon.
+    epsilon_high: float | None
+    delta: float | None  # cap of the unclipped ratio, for dppo of its weight; None: no cap
     top_entropy_quantile: float  # share of tokens, highest entropy first, that carry the policy term; 1: all
     off_policy_mask_threshold: float | None  # drop sequences with A < 0 that drifted more than this; None: off
     sampler_is_correction: bool  # multiply by the ratio of old to sampler probabilities
@@ -46,6 +50,7 @@ class LossConfig:
     entropy_coef_delta: float  # change of the coefficient per update
     entropy_coef_min: float
     entropy_coef_max: float
+    positive_nll_coef: float  # weight of the mean -log p of the tokens of completions with A > 0; 0 leaves it out
     sapo_temperature_pos: float
     sapo_temperature_neg: float
     vespo_k_pos: float
@@ -83,6 +88,7 @@ class Denominators(NamedTuple):
 
     num_sequences: jax.Array  # real rows
     num_tokens: jax.Array  # sum of the mask
+    num_positive_tokens: jax.Array  # of completions with A > 0; 0 where positive_nll_coef is 0
     num_entropy_tokens: jax.Array  # tokens selected by the entropy quantile
     entropy_threshold: jax.Array  # nats; -inf where no quantile is taken
     num_items_in_batch: jax.Array  # tokens of the whole rollout batch, over all processes
@@ -97,6 +103,7 @@ class Rows(NamedTuple):
 
     logprobs_BT: jax.Array  # carries the gradient
     old_BT: jax.Array
+    drawn_BT: jax.Array  # log-probs of the sampler where it has scored the token, else old
     log_ratio_BT: jax.Array
     ratio_BX: jax.Array
     advantages_B1: jax.Array
@@ -129,6 +136,7 @@ def validate_loss_config(config: LossConfig) -> None:
         ("top_entropy_quantile", 0, 1, "1 keeps every token"),
         ("sampler_is_clip_min", 0, infinity, "null means no lower bound"),
         ("sampler_is_clip_max", 0, infinity, "null means no upper bound"),
+        ("positive_nll_coef", 0, infinity, "0 turns the term off"),
         ("entropy_coef_delta", 0, infinity, "0 keeps the coefficient as it is"),
         ("max_completion_length", 1, infinity, "it is the constant divisor of dr_grpo"),
     )
@@ -143,16 +151,27 @@ def validate_loss_config(config: LossConfig) -> None:
         low_value, high_value = getattr(config, low), getattr(config, high)
         if low_value is not None and high_value is not None and low_value > high_value:
             raise ValueError(f"{low} must not be above {high}, got {low_value} > {high_value}; exchange them")
-    if config.loss_type == "vespo" and config.sampler_is_correction and config.sampler_is_mode.startswith("sequence"):
-        raise ValueError(
-            f"sampler_is_mode must be token_truncate or token_mask with loss_type vespo, which builds its own "
-            f"sequence weight from token ratios, got {config.sampler_is_mode}; or set sampler_is_correction to false"
-        )
+    _validate_sampler_is(config)
     if config.beta != 0 and config.kl_estimator == "k1" and not config.use_bias_correction_kl:
         raise ValueError(
             "kl_estimator must be k2 or k3 while use_bias_correction_kl is false, got k1: the expected gradient of k1 "
             "alone is zero, so it would regularise nothing; or set use_bias_correction_kl to true"
         )
+
+
+def _validate_sampler_is(config: LossConfig) -> None:
+    modes = LOSS_TYPES[config.loss_type].sampler_is_modes
+    if not config.sampler_is_correction or config.sampler_is_mode in modes:
+        return
+    if not modes:
+        raise ValueError(
+            f"sampler_is_correction must be false with loss_type {config.loss_type}, whose ratio is that of policy to "
+            "sampler already, got true"
+        )
+    raise ValueError(
+        f"sampler_is_mode must be {' or '.join(modes)} with loss_type {config.loss_type}, which builds its own "
+        f"sequence weight, got {config.sampler_is_mode}; or set sampler_is_correction to false"
+    )
 
 
 def saturating_exp(x: jax.Array, function: Callable[[jax.Array], jax.Array] = jnp.exp) -> jax.Array:
@@ -263,6 +282,47 @@ def _vespo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, ja
     return -phi_B1 * rows.advantages_B1 * rows.logprobs_BT, {"vespo_phi_mean": phi_B1}
 
 
+def _dppo_tv_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mask by total variation between the Bernoulli distributions "this token or another", |p - mu|."""
+    return _dppo_term(rows, config, jnp.abs(jnp.exp(rows.logprobs_BT) - jnp.exp(rows.drawn_BT)))
+
+
+def _dppo_kl_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mask by KL(mu || p) between the same Bernoulli distributions."""
+
+    def log_rest(logprobs_BT: jax.Array) -> jax.Array:
+        return jnp.log(jnp.maximum(-jnp.expm1(logprobs_BT), DPPO_MIN_REST))
+
+    log_p_BT, log_mu_BT = jnp.minimum(rows.logprobs_BT, 0), jnp.minimum(rows.drawn_BT, 0)
+    mu_BT = jnp.exp(log_mu_BT)
+    divergence_BT = mu_BT * (log_mu_BT - log_p_BT) + (1 - mu_BT) * (log_rest(log_mu_BT) - log_rest(log_p_BT))
+    return _dppo_term(rows, config, divergence_BT)
+
+
+def _dppo_term(rows: Rows, config: LossConfig, divergence_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """REINFORCE with the ratio to the sampler mu as weight, without the tokens that leave the trust region: those that
+    are further from mu than allowed and that the gradient would move further still.
+    """
+    is_positive = rows.advantages_B1 > 0
+    away_BT = jnp.where(is_positive, rows.logprobs_BT > rows.drawn_BT, rows.logprobs_BT < rows.drawn_BT)
+    masked_BT = away_BT & (divergence_BT > jnp.where(is_positive, config.upper_epsilon, config.epsilon))
+    weight_BT = saturating_exp(rows.logprobs_BT - rows.drawn_BT)
+    if config.delta is not None:
+        weight_BT = jnp.minimum(weight_BT, config.delta)
+    # weight * gradient of log p is the gradient of the ratio; a capped ratio itself would have none.
+    weight_BT = stop_gradient(jnp.where(masked_BT, 0, weight_BT))
+    return -weight_BT * rows.advantages_B1 * rows.logprobs_BT, {"dppo_masked": masked_BT}
+
+
+def _gmpo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The geometric mean of the token ratios, each clipped in log space on the side to which its advantage pulls."""
+    is_low = (rows.advantages_B1 < 0) & (rows.log_ratio_BT < -config.epsilon)
+    is_high = (rows.advantages_B1 > 0) & (rows.log_ratio_BT > config.upper_epsilon)
+    clipped_BT = jnp.where(is_low, -config.epsilon, jnp.where(is_high, config.upper_epsilon, rows.log_ratio_BT))
+    ratio_B1 = importance_ratio(clipped_BT, rows.mask_BT, "sequence")
+    return -ratio_B1 * rows.advantages_B1, {"gmpo_clip_ratio": is_low | is_high}
+
+
 # ---- Normalisers: what the sum over the minibatch is divided by, before gradient accumulation ----
 
 
@@ -284,6 +344,8 @@ class LossType(NamedTuple):
     policy_term: Callable[[Rows, LossConfig], tuple[jax.Array, dict[str, jax.Array]]]
     normalizer: Callable[[Denominators, LossConfig], jax.Array] | None  # None: share of num_items_in_batch
     averages_within_sequence: bool  # divide each sequence by its own length first
+    sampler_is_modes: tuple[str, ...] = SAMPLER_IS_MODES  # those that go with the term
+    builds_in_sampler_ratio: bool = False  # the term holds the sampler's ratio: it is not multiplied by it again
 
 
 LOSS_TYPES: dict[str, LossType] = {
@@ -294,7 +356,21 @@ LOSS_TYPES: dict[str, LossType] = {
     "luspo": LossType(_clipped_term, _num_sequences, averages_within_sequence=False),
     "cispo": LossType(_cispo_term, None, averages_within_sequence=False),
     "sapo": LossType(_sapo_term, _num_sequences, averages_within_sequence=True),
-    "vespo": LossType(_vespo_term, None, averages_within_sequence=False),
+    "vespo": LossType(
+        _vespo_term,
+        None,
+        averages_within_sequence=False,
+        sampler_is_modes=("token_truncate", "token_mask"),
+        builds_in_sampler_ratio=True,
+    ),
+    "dppo_tv": LossType(_dppo_tv_term, None, averages_within_sequence=False, sampler_is_modes=()),
+    "dppo_kl": LossType(_dppo_kl_term, None, averages_within_sequence=False, sampler_is_modes=()),
+    "gmpo": LossType(
+        _gmpo_term,
+        _num_sequences,
+        averages_within_sequence=True,
+        sampler_is_modes=("sequence_truncate", "sequence_mask"),
+    ),
 }
 
 

@@ -7,12 +7,14 @@ minibatch, gradients too, because nothing here divides by a count of the piece. 
 (`logprobs`), advantages (`advantages`), gradients and accumulation (the training step).
 
 Values are those of TRL 1.16 (https://github.com/huggingface/trl, trl/trainer/grpo_trainer.py), tested against numbers
-computed with it. Papers:
+computed with it; dppo_tv, dppo_kl, gmpo and the NLL, which it has not, against numbers worked out by hand. Papers:
 
 - grpo: https://arxiv.org/abs/2402.03300 (DeepSeekMath)    - dr_grpo: https://arxiv.org/abs/2503.20783
 - dapo: https://arxiv.org/abs/2503.14476                   - luspo: https://arxiv.org/abs/2602.05261
 - cispo: https://arxiv.org/abs/2506.13585 (MiniMax-M1)     - sapo: https://arxiv.org/abs/2511.20347
 - vespo: https://arxiv.org/abs/2602.10693                  - bnpo: grpo with the token mean of the minibatch
+- dppo_tv, dppo_kl: https://arxiv.org/abs/2602.04879       - gmpo: https://arxiv.org/abs/2507.20673
+- NLL of positive examples: https://arxiv.org/abs/2504.05118 (VAPO)
 - sequence-level ratio (GSPO): https://arxiv.org/abs/2507.18071
 - delta, the dual clip: https://arxiv.org/abs/2505.07291 (INTELLECT-2), after https://arxiv.org/abs/1912.09729
 - entropy quantile: https://arxiv.org/abs/2506.01939       - off-policy mask and bias-corrected KL:
@@ -84,6 +86,7 @@ def denominators_for(
     config: LossConfig,
     *,
     entropy_coef: jax.Array | float,
+    advantages_B: jax.Array | None = None,
     num_items_in_batch: jax.Array | int | None = None,
     gradient_accumulation_steps: jax.Array | int = 1,
     steps_per_generation: jax.Array | int = 1,
@@ -96,23 +99,33 @@ def denominators_for(
         sequence_mask_B: its real sequences.
         entropy_BT: nats; needed if top_entropy_quantile < 1, ignored otherwise.
         config: the loss.
-        entropy_coef: the coefficient in force, see `applied_entropy_coef`.
+        entropy_coef: the coefficient in force, see `rl.entropy_coef.applied_entropy_coef`.
+        advantages_B: needed if positive_nll_coef != 0, ignored otherwise.
         num_items_in_batch: tokens of the rollout batch that this minibatch is a part of; None: those of the minibatch.
         gradient_accumulation_steps: minibatches whose gradients are summed before one optimizer step.
         steps_per_generation: minibatches that one rollout batch is cut into. In evaluation pass 1 for both.
         num_processes: over which gradients are averaged.
 
     Raises:
-        ValueError: entropies are needed and not given.
+        ValueError: entropies or advantages are needed and not given.
     """
     mask_BT = jnp.asarray(mask_BT).astype(bool) & jnp.asarray(sequence_mask_B).astype(bool)[:, None]
     threshold = jnp.array(-jnp.inf)
     if config.selects_by_entropy and entropy_BT is not None:
         threshold = entropy_threshold(entropy_BT, mask_BT, config.top_entropy_quantile)
     num_tokens = jnp.sum(mask_BT, dtype=jnp.int32)
+    num_positive = jnp.zeros((), jnp.int32)
+    if config.positive_nll_coef:
+        if advantages_B is None:
+            raise ValueError(
+                f"advantages are needed for positive_nll_coef = {config.positive_nll_coef}, got None; pass them, "
+                "or set positive_nll_coef to 0"
+            )
+        num_positive = jnp.sum(mask_BT & (jnp.asarray(advantages_B) > 0)[:, None], dtype=jnp.int32)
     return Denominators(
         num_sequences=jnp.sum(jnp.asarray(sequence_mask_B).astype(bool), dtype=jnp.int32),
         num_tokens=num_tokens,
+        num_positive_tokens=num_positive,
         num_entropy_tokens=jnp.sum(_selected(entropy_BT, mask_BT, threshold, config), dtype=jnp.int32),
         entropy_threshold=threshold,
         num_items_in_batch=num_tokens if num_items_in_batch is None else jnp.asarray(num_items_in_batch),
@@ -133,12 +146,16 @@ def _prepare(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConf
     old_BT = logprobs_BT if inputs.old_logprobs_BT is None else jnp.where(mask_BT, inputs.old_logprobs_BT, 0)
     old_BT = stop_gradient(old_BT).astype(dtype)
     log_ratio_BT = logprobs_BT - old_BT
-    ratio_of_sampler_BX = None
+    drawn_BT, ratio_of_sampler_BX = old_BT, None
+    if inputs.sampler_logprobs_BT is not None:
+        scored_BT = mask_BT & ~jnp.isnan(inputs.sampler_logprobs_BT)
+        drawn_BT = stop_gradient(jnp.where(scored_BT, inputs.sampler_logprobs_BT, old_BT)).astype(dtype)  # data, too
     if config.sampler_is_correction and inputs.sampler_logprobs_BT is not None:
         ratio_of_sampler_BX = sampler_ratio(old_BT, inputs.sampler_logprobs_BT.astype(dtype), mask_BT, config)
     return Rows(
         logprobs_BT=logprobs_BT,
         old_BT=old_BT,
+        drawn_BT=drawn_BT,
         log_ratio_BT=log_ratio_BT,
         ratio_BX=importance_ratio(log_ratio_BT, mask_BT, config.importance_sampling_level),
         advantages_B1=jnp.where(real_B1, stop_gradient(inputs.advantages_B)[:, None], 0).astype(dtype),
@@ -198,7 +215,7 @@ def grpo_loss(
     selected_BT = _selected(entropy_BT, mask_BT, denominators.entropy_threshold, config)
     if config.selects_by_entropy:
         term = term * selected_BT
-    if rows.sampler_ratio_BX is not None and config.loss_type != "vespo":
+    if rows.sampler_ratio_BX is not None and not loss_type.builds_in_sampler_ratio:
         term = term * rows.sampler_ratio_BX
     if config.beta != 0:
         means["kl"] = _kl_term(rows, inputs.reference_logprobs_BT, config)
@@ -219,6 +236,13 @@ def grpo_loss(
         loss -= denominators.entropy_coef.astype(dtype) * bonus / denominators.gradient_accumulation_steps.astype(dtype)
         sums.numerators["selected_entropy"] = selected_entropy
         sums.weights["selected_entropy"] = jnp.sum(selected_BT, dtype=dtype)
+    if config.positive_nll_coef:
+        positive_BT = mask_BT & (rows.advantages_B1 > 0)
+        nll = -jnp.sum(jnp.where(positive_BT, rows.logprobs_BT, 0))
+        mean_nll = nll / jnp.maximum(denominators.num_positive_tokens, 1).astype(dtype)
+        loss += config.positive_nll_coef * mean_nll / denominators.gradient_accumulation_steps.astype(dtype)
+        sums.numerators["positive_nll"] = nll
+        sums.weights["positive_nll"] = jnp.sum(positive_BT, dtype=dtype)
     return loss, stop_gradient(sums)  # metrics observe; nothing may be trained through them
 
 

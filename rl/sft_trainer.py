@@ -152,7 +152,12 @@ def negative_log_likelihood(config: Config) -> LossConfig:
         "off_policy_mask_threshold": None,
         "sampler_is_correction": False,
     }
-    neutral |= {"entropy_coef": 0.0, "use_adaptive_entropy": False, "importance_sampling_level": "token"}
+    neutral |= {
+        "entropy_coef": 0.0,
+        "positive_nll_coef": 0.0,
+        "use_adaptive_entropy": False,
+        "importance_sampling_level": "token",
+    }
     return dataclasses.replace(loss_config(config), loss_type="cispo", epsilon_high=1.0, **neutral)
 
 

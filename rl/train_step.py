@@ -197,6 +197,7 @@ def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_roll
         _flat(minibatch.entropy_MRCL, length),
         config,
         entropy_coef=minibatch.entropy_coef,
+        advantages_B=batch.advantages_MRC.reshape(-1),
         num_items_in_batch=minibatch.num_items_in_batch,
         steps_per_generation=minibatches_per_rollout,
     )

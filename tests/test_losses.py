@@ -53,7 +53,12 @@ class Problem:
 
     def denominators(self) -> Denominators:
         return losses.denominators_for(
-            self.inputs.mask_BT, self.inputs.sequence_mask_B, self.entropy_BT, self.config, **self.counts
+            self.inputs.mask_BT,
+            self.inputs.sequence_mask_B,
+            self.entropy_BT,
+            self.config,
+            advantages_B=self.inputs.advantages_B,
+            **self.counts,
         )
 
     def piece(self, rows: np.ndarray) -> "Problem":
@@ -75,7 +80,7 @@ class Problem:
 
 def config_of(case: dict[str, Any], **changes: Any) -> LossConfig:
     values = {name: value for name, value in case["config"].items() if name in FIELDS}
-    return LossConfig(**(values | {"kl_estimator": "k3"} | changes))
+    return LossConfig(**(values | {"kl_estimator": "k3", "positive_nll_coef": 0.0} | changes))
 
 
 def problem_of(case: dict[str, Any], dtype: Any) -> Problem:
@@ -217,7 +222,10 @@ def test_golden_entropy_coefficients_after_the_update_are_those_of_trl() -> None
 
 def test_golden_data_is_complete() -> None:
     assert len(CASES) == len(DATA["cases"]) == 168
-    assert {case["config"]["loss_type"] for case in CASES.values()} == set(loss_types.LOSS_TYPES)
+    golden = {case["config"]["loss_type"] for case in CASES.values()}
+    # The others are not in TRL's trainer: tests/test_losses_by_hand.py.
+    assert set(loss_types.LOSS_TYPES) - golden == {"dppo_tv", "dppo_kl", "gmpo"}
+    assert golden <= set(loss_types.LOSS_TYPES)
     metrics = {metric for case in CASES.values() for metric in case["expected"]["metrics"]}
     assert metrics == set(METRIC_NAMES) | {"entropy_coef"}
 
@@ -232,7 +240,8 @@ def random_problem(loss_type: str, seed: int, dtype: Any = np.float64, **changes
         "delta": 1.8,
         "top_entropy_quantile": 0.6,
         "off_policy_mask_threshold": 0.3,
-        "sampler_is_correction": True,
+        "sampler_is_correction": not loss_type.startswith("dppo"),
+        "positive_nll_coef": 0.3,
         "sampler_is_mode": "token_truncate" if loss_type == "vespo" else "sequence_mask",
         "sampler_is_clip_min": 0.2,
         "entropy_coef": 0.02,
@@ -355,7 +364,12 @@ def test_jitted_loss_equals_the_unjitted_one() -> None:
 
     def loss_of(policy_BT: jax.Array, entropy_BT: jax.Array, inputs: LossInputs) -> jax.Array:
         denominators = losses.denominators_for(
-            inputs.mask_BT, inputs.sequence_mask_B, entropy_BT, problem.config, **problem.counts
+            inputs.mask_BT,
+            inputs.sequence_mask_B,
+            entropy_BT,
+            problem.config,
+            advantages_B=inputs.advantages_B,
+            **problem.counts,
         )
         return losses.grpo_loss(policy_BT, entropy_BT, inputs, denominators, problem.config)[0]
 
@@ -370,7 +384,13 @@ def test_jitted_loss_equals_the_unjitted_one() -> None:
 
 def test_on_policy_loss_is_zero_with_centred_advantages_but_its_gradient_is_not() -> None:
     problem = random_problem(
-        "grpo", 4, beta=0.0, top_entropy_quantile=1.0, entropy_coef=0.0, sampler_is_correction=False
+        "grpo",
+        4,
+        beta=0.0,
+        top_entropy_quantile=1.0,
+        entropy_coef=0.0,
+        sampler_is_correction=False,
+        positive_nll_coef=0.0,
     )
     mask_BT = np.zeros_like(problem.inputs.mask_BT)
     mask_BT[:4] = 1
@@ -479,6 +499,12 @@ def test_adaptive_entropy_coefficient_stays_within_its_bounds_and_waits_for_a_me
         ({"sampler_is_clip_min": 4.0}, "sampler_is_clip_min must not be above sampler_is_clip_max, got 4.0 > 3.0"),
         ({"entropy_coef_min": 2.0}, "entropy_coef_min must not be above entropy_coef_max"),
         ({"loss_type": "vespo", "sampler_is_correction": True}, "token_truncate or token_mask with loss_type vespo"),
+        (
+            {"loss_type": "gmpo", "sampler_is_correction": True, "sampler_is_mode": "token_mask"},
+            "sequence_truncate or sequence_mask with loss_type gmpo",
+        ),
+        ({"loss_type": "dppo_kl", "sampler_is_correction": True}, "must be false with loss_type dppo_kl.* got true"),
+        ({"positive_nll_coef": -0.1}, "positive_nll_coef must be in"),
         ({"beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": False}, "expected gradient of k1 alone is zero"),
     ],
 )
