@@ -164,7 +164,7 @@ class GRPOSection:
     beta: float
     kl_estimator: Literal["k1", "k2", "k3"]
     use_bias_correction_kl: bool
-    advantage_estimator: Literal["grpo", "rloo"]
+    advantage_estimator: Literal["grpo", "rloo", "maxrl", "reinforce++", "reinforce++_baseline"]
     scale_rewards: Literal["group", "batch", "none"]
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
     mask_truncated: bool

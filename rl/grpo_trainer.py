@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rewards.runner import RewardRunner, check_on_gold
+from rl.advantages import check_modes
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config, read_preset, require
 from rl.console import Console
@@ -175,6 +176,7 @@ def check(config: Config, data: PromptData, max_positions: int) -> None:
             "data.max_prompt_length or sampling.max_completion_length"
         )
     loss_config(config)
+    check_modes(config.grpo.scale_rewards, config.grpo.aggregation, config.grpo.advantage_estimator)
 
 
 def plan_for(config: Config, data: PromptData, policy: Policy, num_row_shards: int) -> PackingPlan:
