@@ -17,7 +17,8 @@ Standard deviations have ddof 1 and get 1e-4 added (outside the root), as in TRL
 Shapes: B completions (rows of one group are consecutive), P groups, G completions per group, K reward functions.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,7 +58,8 @@ def compute_advantages(
     group_size: int,
     scale_rewards: str,
     aggregation: str,
-    estimator: str,
+    estimator: str | Callable[..., Any],
+    label: str = "the advantage estimator",
 ) -> Advantages:
     """Advantage of each completion within its group.
 
@@ -74,20 +76,26 @@ def compute_advantages(
             "maxrl", "grpo" divided by the mean of the group, for rewards that are not negative (a group whose mean is
             not above 0 has nothing to learn from); "reinforce++", with the mean of the batch as baseline, over the
             standard deviation of the batch; "reinforce++_baseline", with the mean of the group, over the standard
-            deviation of all that is left.
+            deviation of all that is left. A user's function, `(rewards_BK, weights_K, group_size) -> advantages_B`,
+            takes the place of all this: scale_rewards and aggregation are then ignored.
+        label: how messages name a user's estimator.
 
     Raises:
         ValueError: a shape does not fit, a reward is infinite, or a mode is unknown or meaningless.
     """
     rewards_BK = np.asarray(rewards_BK, np.float64)
     weights_K = np.ones(rewards_BK.shape[-1]) if weights_K is None else np.asarray(weights_K, np.float64)
-    check_modes(scale_rewards, aggregation, estimator)
+    if isinstance(estimator, str):
+        check_modes(scale_rewards, aggregation, estimator)
     _validate(rewards_BK, weights_K, group_size)
     valid_B = ~np.all(np.isnan(rewards_BK), axis=1)
     sums_B = _weighted_sum(rewards_BK, weights_K, valid_B)
     group_spread_B = np.repeat(_std(sums_B.reshape(-1, group_size), axis=1), group_size)
     batch_spread_B = np.broadcast_to(_std(sums_B, axis=0), sums_B.shape)
-    if aggregation == "normalize_then_sum":
+    if not isinstance(estimator, str):
+        advantages_B = _of_user(estimator, label, rewards_BK, weights_K, group_size, valid_B)
+        spread_B = group_spread_B
+    elif aggregation == "normalize_then_sum":
         scores_BK = _within_groups(rewards_BK, group_size, "group", estimator)
         scores_B = _weighted_sum(scores_BK, weights_K, valid_B)
         # Whitening over the batch is group normalisation with the batch as the only group.
@@ -156,6 +164,36 @@ def _validate(rewards_BK: np.ndarray, weights_K: np.ndarray, group_size: int) ->
             f"the number of completions must be a multiple of group_size, got {len(rewards_BK)} completions and "
             f"group_size {group_size}; pad incomplete groups with rows of NaN"
         )
+
+
+def _of_user(
+    estimator: Callable[..., Any],
+    label: str,
+    rewards_BK: np.ndarray,
+    weights_K: np.ndarray,
+    group_size: int,
+    valid_B: np.ndarray,
+) -> np.ndarray:
+    """What a user's estimator returns, checked; NaN for rows that no function judged."""
+    try:
+        result = np.asarray(estimator(rewards_BK.copy(), weights_K.copy(), group_size), np.float64)
+    except Exception as error:  # the user's code can raise anything
+        raise ValueError(
+            f"{label} failed on rewards of shape {rewards_BK.shape} and groups of {group_size}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if result.shape != valid_B.shape:
+        raise ValueError(
+            f"{label} must return one advantage for each of {len(valid_B)} completions, got shape {result.shape}"
+        )
+    wrong = np.flatnonzero(valid_B & ~np.isfinite(result))
+    if len(wrong):
+        raise ValueError(
+            f"{label} must return finite advantages for completions with a reward, got {result[wrong[0]]} for row "
+            f"{wrong[0]} with rewards {rewards_BK[wrong[0]].tolist()}; NaN stands for a function that could not judge: "
+            "use np.nanmean and the like"
+        )
+    return np.where(valid_B, result, np.nan)
 
 
 def _weighted_sum(values_BK: np.ndarray, weights_K: np.ndarray, valid_B: np.ndarray) -> np.ndarray:

@@ -50,6 +50,15 @@ _FLOAT = re.compile(
     r"|\.(?:inf|Inf|INF)|[-+]?\.(?:nan|NaN|NAN))$"
 )
 
+# The choices of keys that take a function from a file as well; the tables of `rl.loss_types` and `rl.advantages`.
+OPEN_CHOICES = {
+    "loss_type": (
+        *("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+        *("dppo_tv", "dppo_kl", "gmpo"),
+    ),
+    "advantage_estimator": ("grpo", "rloo", "maxrl", "reinforce++", "reinforce++_baseline"),
+}
+
 DType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -164,13 +173,11 @@ class GRPOSection:
     beta: float
     kl_estimator: Literal["k1", "k2", "k3"]
     use_bias_correction_kl: bool
-    advantage_estimator: Literal["grpo", "rloo", "maxrl", "reinforce++", "reinforce++_baseline"]
+    advantage_estimator: str
     scale_rewards: Literal["group", "batch", "none"]
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
     mask_truncated: bool
-    loss_type: Literal[
-        "grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo", "dppo_tv", "dppo_kl", "gmpo"
-    ]
+    loss_type: str
     importance_sampling_level: Literal["token", "sequence"]
     epsilon: float
     epsilon_high: float | None
@@ -387,6 +394,11 @@ def require(value: Any, key: str, example: str) -> Any:
     return value
 
 
+def is_user_function(value: str) -> bool:
+    """Whether the value of a key in `OPEN_CHOICES` names a function in a file."""
+    return bool(re.search(r"\.py:\w+$", value))
+
+
 def _packaged(name: str):
     return importlib.resources.files("configs") / name
 
@@ -567,6 +579,10 @@ def _check(config: Config) -> None:
             raise ValueError(f"sampling.{key} must hold token ids >= 0, got {sorted(ids)}")
     if not config.rewards.timeout_seconds > 0:
         raise ValueError(f"rewards.timeout_seconds must be > 0, got {config.rewards.timeout_seconds}")
+    for key, choices in OPEN_CHOICES.items():
+        value = getattr(grpo, key)
+        if value not in choices and not is_user_function(value):
+            raise ValueError(f"grpo.{key}: must be one of {list(choices)} or path/to/file.py:function, got {value!r}")
     if grpo.loss_type == "cispo" and grpo.epsilon_high is None:
         raise ValueError(
             "grpo.epsilon_high must be set with loss_type cispo, where it is the cap of the ratio itself and not a "

@@ -22,7 +22,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rewards.runner import RewardRunner, check_on_gold
-from rl.advantages import check_modes
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config, read_preset, require
 from rl.console import Console
@@ -40,6 +39,7 @@ from rl.run_folder import RunFolder
 from rl.sampling import SamplingParams
 from rl.states import InitStateFn, get_first_step, setup_decode_state, setup_training_state
 from rl.update import Updater, loss_config
+from rl.user_functions import check_estimator, check_loss, file_hashes
 from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
 
 
@@ -65,7 +65,7 @@ def train(config: Config) -> pathlib.Path:
         plan = plan_for(config, data, policy, num_row_shards(mesh, config.mesh.rules))
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
         identity = {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None}
-        run = RunFolder(config, "grpo", {**identity, "data": fingerprint(data.train)})
+        run = RunFolder(config, "grpo", {**identity, "data": fingerprint(data.train), **file_hashes(config)})
         stack.callback(run.close)
         runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
         run.begin()
@@ -175,8 +175,8 @@ def check(config: Config, data: PromptData, max_positions: int) -> None:
             f"prompt and completion must fit the model's {max_positions} positions, got up to {longest}; lower "
             "data.max_prompt_length or sampling.max_completion_length"
         )
-    loss_config(config)
-    check_modes(config.grpo.scale_rewards, config.grpo.aggregation, config.grpo.advantage_estimator)
+    check_loss(loss_config(config))
+    check_estimator(config)
 
 
 def plan_for(config: Config, data: PromptData, policy: Policy, num_row_shards: int) -> PackingPlan:

@@ -57,7 +57,11 @@ def metric_sums(
     add_mean("ratio_mean", rows.ratio_BX, ratio_where)
     add_max("ratio_max", rows.ratio_BX, ratio_where)
     for name, values_BX in means.items():
-        add_mean(name, values_BX, {"token": mask_BT, "sequence": real_B1}.get(BELONGS_TO.get(name, ""), ratio_where))
+        if config.custom_term is not None and name not in BELONGS_TO:
+            where_BX = mask_BT if values_BX.shape == mask_BT.shape else real_B1
+        else:
+            where_BX = {"token": mask_BT, "sequence": real_B1}.get(BELONGS_TO.get(name, ""), ratio_where)
+        add_mean(name, values_BX, where_BX)
     if "clip_ratio_low_mean" in means:
         # The extremes are over the means of the rows; a row without tokens has a mean only at sequence level.
         row_where_B1 = real_B1 if by_sequence else jnp.any(mask_BT, axis=1, keepdims=True)
@@ -119,6 +123,7 @@ def finish_metrics(sums: MetricSums) -> dict[str, jax.Array]:
     - clip_ratio_{low,high,region}_mean: share where the clip holds the gradient back; low_min, high_max: of rows;
     - cispo_clip_ratio, vespo_phi_mean, off_policy_kept: of the option they are named after;
     - dppo_masked, gmpo_clip_ratio: share of tokens outside the trust region, or clipped;
+    - what a user's loss calls its metrics;
     - positive_nll: nats per token of the completions with A > 0;
     - sampler_logprob_difference_{mean,max}: absolute, old against sampler, in nats;
     - sampler_ratio_{min,mean,max}: after truncation.

@@ -27,7 +27,8 @@ DPPO_MIN_REST = 1e-8  # least probability of "another token", so that its logari
 class LossConfig:
     """Everything that selects and shapes a loss. Hashable, so that it can be a static argument of jit."""
 
-    loss_type: str  # a key of LOSS_TYPES
+    loss_type: str  # a key of LOSS_TYPES, or where custom_term comes from
+    custom_term: Callable | None  # the policy term of a user's file; None: that of loss_type
     importance_sampling_level: str  # "token" or "sequence": what one policy ratio belongs to
     beta: float  # weight of the KL term; 0 leaves it out
     kl_estimator: str  # a key of KL_ESTIMATORS
@@ -119,7 +120,7 @@ def validate_loss_config(config: LossConfig) -> None:
         ValueError: naming the field, the rule, the value and the way out.
     """
     choices = (
-        ("loss_type", tuple(LOSS_TYPES)),
+        *((("loss_type", tuple(LOSS_TYPES)),) if config.custom_term is None else ()),
         ("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS),
         ("kl_estimator", tuple(KL_ESTIMATORS)),
         ("sampler_is_mode", SAMPLER_IS_MODES),
@@ -160,7 +161,7 @@ def validate_loss_config(config: LossConfig) -> None:
 
 
 def _validate_sampler_is(config: LossConfig) -> None:
-    modes = LOSS_TYPES[config.loss_type].sampler_is_modes
+    modes = loss_type_of(config).sampler_is_modes
     if not config.sampler_is_correction or config.sampler_is_mode in modes:
         return
     if not modes:
@@ -374,6 +375,13 @@ LOSS_TYPES: dict[str, LossType] = {
 }
 
 
+def loss_type_of(config: LossConfig) -> LossType:
+    """Of a user's term the sum is divided like that of dapo."""
+    if config.custom_term is None:
+        return LOSS_TYPES[config.loss_type]
+    return LOSS_TYPES["dapo"]._replace(policy_term=config.custom_term)
+
+
 def _kl_k1(log_ratio: jax.Array) -> jax.Array:
     return -log_ratio
 
@@ -394,7 +402,7 @@ KL_ESTIMATORS: dict[str, Callable[[jax.Array], jax.Array]] = {"k1": _kl_k1, "k2"
 def normalizers(denominators: Denominators, config: LossConfig, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """(divisor of the policy loss, further divisor for gradient accumulation)."""
     accumulation = denominators.gradient_accumulation_steps.astype(dtype)
-    count = LOSS_TYPES[config.loss_type].normalizer
+    count = loss_type_of(config).normalizer
     if count is not None:
         return count(denominators, config).astype(dtype), accumulation
     num_items = jnp.maximum(denominators.num_items_in_batch, 1).astype(dtype)

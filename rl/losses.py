@@ -33,13 +33,13 @@ from jax.lax import stop_gradient
 from rl.loss_metrics import MetricSums, metric_sums
 from rl.loss_types import (
     KL_ESTIMATORS,
-    LOSS_TYPES,
     Denominators,
     LossConfig,
     LossInputs,
     Rows,
     importance_ratio,
     lengths,
+    loss_type_of,
     normalizers,
     sampler_difference,
     sampler_ratio,
@@ -136,7 +136,8 @@ def denominators_for(
     )
 
 
-def _prepare(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConfig) -> Rows:
+def prepare(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConfig) -> Rows:
+    """What a policy term sees of a piece."""
     dtype = jnp.promote_types(policy_logprobs_BT.dtype, jnp.float32)
     real_B1 = inputs.sequence_mask_B.astype(bool)[:, None]
     mask_BT = inputs.mask_BT.astype(bool) & real_B1
@@ -197,9 +198,9 @@ def grpo_loss(
     Raises:
         ValueError: the config needs the entropy or the reference log-probs and they are None.
     """
-    rows = _prepare(policy_logprobs_BT, inputs, config)
+    rows = prepare(policy_logprobs_BT, inputs, config)
     dtype, mask_BT = rows.logprobs_BT.dtype, rows.mask_BT
-    loss_type = LOSS_TYPES[config.loss_type]
+    loss_type = loss_type_of(config)
     if entropy_BT is not None:
         entropy_BT = jnp.where(mask_BT, entropy_BT, 0).astype(dtype)
     elif config.has_entropy_bonus:

@@ -22,6 +22,7 @@ from rl.data import Prompt, PromptRow
 from rl.packing import TrainCompletion, TrainGroup
 from rl.sampler import Completion
 from rl.tokenizer import Tokenizer
+from rl.user_functions import estimator_of, label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,8 @@ def score_rollout(
         group_size,
         config.grpo.scale_rewards,
         config.grpo.aggregation,
-        config.grpo.advantage_estimator,
+        estimator_of(config),
+        label(config),
     )
     truncated_B = np.array([completion.finish_reason == "length" for completion in flat])
     kept_B = advantages.valid_B & ~truncated_B if config.grpo.mask_truncated else advantages.valid_B

@@ -147,6 +147,7 @@ def train(config: Config) -> pathlib.Path:
 def negative_log_likelihood(config: Config) -> LossConfig:
     """The loss settings under which the train step computes the token mean of -log p."""
     neutral = {
+        "custom_term": None,
         "beta": 0.0,
         "top_entropy_quantile": 1.0,
         "off_policy_mask_threshold": None,

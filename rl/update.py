@@ -25,6 +25,7 @@ from rl.models.train_state import PureState
 from rl.optimizer import updates_per_step
 from rl.packing import Batch, PackingPlan, TrainGroup, pack
 from rl.train_step import Minibatch, UpdateMetrics, batch_shardings, jit_token_logprobs, jit_train_step
+from rl.user_functions import resolve
 
 
 class Updater:
@@ -143,9 +144,11 @@ def bare_batch(batch: Batch) -> Batch:
 def loss_config(config: Config) -> LossConfig:
     """The loss's settings out of the `grpo` section; ValueError when they contradict each other."""
     section = dataclasses.asdict(config.grpo)  # pyright: ignore[reportArgumentType]
-    names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length"}
+    names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length", "custom_term"}
     result = LossConfig(
-        **{name: section[name] for name in names}, max_completion_length=config.sampling.max_completion_length
+        **{name: section[name] for name in names},
+        custom_term=resolve(config.grpo.loss_type, "grpo.loss_type"),
+        max_completion_length=config.sampling.max_completion_length,
     )
     validate_loss_config(result)
     return result
