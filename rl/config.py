@@ -132,6 +132,8 @@ class RewardsSection:
     num_workers: int
     timeout_seconds: float
     check_on_gold: bool
+    overlong_buffer: float
+    overlong_factor: float
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -177,6 +179,7 @@ class GRPOSection:
     scale_rewards: Literal["group", "batch", "none"]
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
     mask_truncated: bool
+    dynamic_sampling_rounds: int
     loss_type: str
     importance_sampling_level: Literal["token", "sequence"]
     epsilon: float
@@ -545,6 +548,9 @@ def _check(config: Config) -> None:
         config,
         0,
         "eval.every",
+        "grpo.dynamic_sampling_rounds",
+        "rewards.overlong_buffer",
+        "rewards.overlong_factor",
         "data.eval_size",
         "logging.samples_per_step",
         "grpo.beta",
@@ -593,7 +599,17 @@ def _check(config: Config) -> None:
             "grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, "
             f"got {grpo.sampler_is_mode!r}"
         )
+    if config.rewards.overlong_buffer > 1:
+        raise ValueError(
+            "rewards.overlong_buffer must be a share of sampling.max_completion_length in [0, 1], got "
+            f"{config.rewards.overlong_buffer}; 0 turns the punishment off"
+        )
     names = [function.name or function.function for function in config.rewards.functions]
+    if config.rewards.overlong_buffer and "overlong" in names:
+        raise ValueError(
+            "rewards.functions must not name a function 'overlong' while rewards.overlong_buffer is set, whose "
+            f"punishment has this name, got {names}; give it another `name`"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"rewards.functions must have distinct names, got {names}; set `name` on each")
     if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in names:

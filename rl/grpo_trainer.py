@@ -12,6 +12,7 @@ resumed run repeats what an uninterrupted one does, bit for bit. Not here: the l
 """
 
 import contextlib
+import functools
 import math
 import pathlib
 import sys
@@ -25,16 +26,18 @@ from rewards.runner import RewardRunner, check_on_gold
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config, read_preset, require
 from rl.console import Console
-from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts, step_indices
+from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
+from rl.dynamic_sampling import collect
 from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.interrupt import StopRequest
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import Policy, policy_from_config
+from rl.models.train_state import PureState
 from rl.optimizer import create_training_optimizer, rounding_problems, updates_per_step
 from rl.packing import PackingPlan, plan_packing
-from rl.rollout import completion_form, minibatches, sample_records, score_rollout
+from rl.rollout import Judged, completion_form, judge, minibatches, sample_records, to_rollout
 from rl.run_folder import RunFolder
 from rl.sampling import SamplingParams
 from rl.states import InitStateFn, get_first_step, setup_decode_state, setup_training_state
@@ -86,10 +89,11 @@ def train(config: Config) -> pathlib.Path:
         if checkpoints.latest_step is None:
             params = pretrained_params(origin, shardings.params)
             state, _ = setup_training_state(config, mesh, init_policy_fn, params)
-            entropy = EntropyCoefState(config.grpo.entropy_coef, math.inf)
+            entropy, position = EntropyCoefState(config.grpo.entropy_coef, math.inf), 0
         else:
             state, loop = checkpoints.restore()
             entropy = EntropyCoefState(**loop["entropy"])
+            position = loop["epoch"] * len(data.train) + loop["position"]  # prompts used up
             console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
         first_step = get_first_step(policy, state, updates_per_step(config))
         # -- sampler, train step
@@ -113,20 +117,22 @@ def train(config: Config) -> pathlib.Path:
                 result = evaluate(sampler, state.params, rows, runner, tokenizer, sampling, config.eval.reward)
             return result.metrics()
 
+        def draw(state: PureState, step: int, rows: Sequence[PromptRow], indices: Sequence[int]) -> Judged:
+            with watch.timer("rollout"):
+                key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
+                prompts = [row.prompt_ids for row in rows]
+                completions = sampler.sample(state.params, prompts, config.grpo.group_size, sampling, key, indices)
+            with watch.timer("reward"):
+                return judge(config, rows, completions, runner, tokenizer)
+
         if first_step == 0 and (baseline := evaluation(0)):
             writer.write({"step": 0, **baseline})
             console.step_line({"step": 0, **baseline})
+        num_sequences = config.grpo.prompts_per_step * config.grpo.group_size
         watch.lap()
         for step in range(first_step, config.grpo.steps):
-            rows = [
-                data.train[i] for i in step_indices(len(data.train), config.seed, step, config.grpo.prompts_per_step)
-            ]
-            with watch.timer("rollout"):
-                prompts = [row.prompt_ids for row in rows]
-                key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
-                completions = sampler.sample(state.params, prompts, config.grpo.group_size, sampling, key)
-            with watch.timer("reward"):
-                rollout = score_rollout(config, rows, completions, runner, tokenizer)
+            collected = collect(config, data.train, position, functools.partial(draw, state, step))
+            rollout, position = to_rollout(config, collected.judged), collected.position
             with watch.timer("train"):
                 groups = minibatches(rollout, config.grpo.minibatches)
                 state, entropy, trained = updater.step(state, reference, groups, entropy)
@@ -134,21 +140,20 @@ def train(config: Config) -> pathlib.Path:
             metrics = {
                 "step": done,
                 **rollout.metrics,
+                **collected.metrics,
                 **trained,
                 "lr": float(np.asarray(schedule(int(state.step) - 1))),
                 **evaluation(done),
             }
-            metrics |= timing(watch, rollout.metrics, len(rows) * config.grpo.group_size, compiles)
+            metrics |= timing(watch, rollout.metrics, num_sequences, compiles)
             writer.write(metrics)
-            writer.write_samples(
-                done, sample_records(rollout, [spec.name for spec in runner.specs], config.logging.samples_per_step)
-            )
+            writer.write_samples(done, sample_records(rollout, config.logging.samples_per_step))
             console.step_line(metrics)
-            for problem in [*rollout.problems, *rounding_problems(trained)]:
+            for problem in [*rollout.problems, *collected.problems, *rounding_problems(trained)]:
                 console.warning(problem)
             if done % config.checkpoint.every == 0 or done == config.grpo.steps or stop.requested:
-                epoch, position = divmod(done * len(rows), len(data.train))
-                loop = {"step": done, "epoch": epoch, "position": position, "entropy": entropy._asdict()}
+                epoch, offset = divmod(position, len(data.train))
+                loop = {"step": done, "epoch": epoch, "position": offset, "entropy": entropy._asdict()}
                 checkpoints.save(done, state, {**loop, "flavour": policy.flavour})
             if stop.requested:
                 break

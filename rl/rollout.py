@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rewards.batch import RewardResult
+from rewards.length import soft_overlong
 from rewards.rubric import summarize, weighted_sum
 from rewards.runner import RewardRunner
 from rl.advantages import compute_advantages
@@ -24,6 +25,54 @@ from rl.sampler import Completion
 from rl.tokenizer import Tokenizer
 from rl.user_functions import estimator_of, label
 
+OVERLONG = "overlong"  # the name of the punishment of eq. 13 of https://arxiv.org/abs/2503.14476 among the rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Groups of completions with their rewards.
+
+    Attributes:
+      rows: prompts [P]. completions: [P][G]. texts: decoded completions [B].
+      rewards: [B][K], None where a function could not judge. names, weights: [K] of the functions, and of the overlong
+        punishment where there is one.
+      counts: per function its failures, see `rewards.batch.RewardResult`; problems: what went wrong, in words. Both are
+        of all completions that were judged, those of groups that were replaced included.
+    """
+
+    rows: list[PromptRow]
+    completions: list[list[Completion]]
+    texts: list[str]
+    rewards: list[list[float | None]]
+    names: list[str]
+    weights: list[float]
+    counts: dict[str, dict[str, int]]
+    problems: list[str]
+
+    @property
+    def group_size(self) -> int:
+        """G."""
+        return len(self.completions[0])
+
+    def rewards_of(self, p: int) -> list[list[float | None]]:
+        """[G][K] of group p."""
+        return self.rewards[p * self.group_size : (p + 1) * self.group_size]
+
+    def replace(self, places: dict[int, int], other: "Judged") -> "Judged":
+        """With group `places[p]` of `other` in the place of group p."""
+        rows, completions = list(self.rows), list(self.completions)
+        texts, rewards, size = list(self.texts), list(self.rewards), self.group_size
+        for p, q in places.items():
+            rows[p], completions[p] = other.rows[q], other.completions[q]
+            texts[p * size : (p + 1) * size] = other.texts[q * size : (q + 1) * size]
+            rewards[p * size : (p + 1) * size] = other.rewards_of(q)
+        counts = {
+            name: {kind: count + other.counts[name][kind] for kind, count in kinds.items()}
+            for name, kinds in self.counts.items()
+        }
+        problems = list(dict.fromkeys([*self.problems, *other.problems]))
+        return Judged(rows, completions, texts, rewards, self.names, self.weights, counts, problems)
+
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
@@ -31,7 +80,7 @@ class Rollout:
 
     Attributes:
       rows: prompts [P]. completions: [P][G]. texts: decoded completions [B].
-      rewards_BK: per function, NaN where it could not judge.
+      rewards_BK: per function, NaN where it could not judge. names: of the functions [K].
       weighted_B: weighted sum, NaN where no function judged.
       advantages_B: finite; 0 for rows that no function judged.
       kept_B: bool, rows that the loss sees (judged, and not masked as truncated).
@@ -42,6 +91,7 @@ class Rollout:
     completions: list[list[Completion]]
     texts: list[str]
     rewards_BK: np.ndarray
+    names: list[str]
     weighted_B: np.ndarray
     advantages_B: np.ndarray
     kept_B: np.ndarray
@@ -49,23 +99,39 @@ class Rollout:
     problems: list[str]
 
 
-def score_rollout(
+def judge(
     config: Config,
     rows: Sequence[PromptRow],
     completions: list[list[Completion]],
     runner: RewardRunner,
     tokenizer: Tokenizer,
-) -> Rollout:
-    """Runs the reward functions on a step's completions and turns their rewards into advantages."""
-    group_size = config.grpo.group_size
+) -> Judged:
+    """Runs the reward functions on groups of completions, one group per row."""
     flat = [completion for group in completions for completion in group]
-    row_B = [row for row in rows for _ in range(group_size)]
+    row_B = [row for row in rows for _ in range(config.grpo.group_size)]
     texts, result = run_rewards(row_B, flat, runner, tokenizer)
-    weights = [spec.weight for spec in runner.specs]
+    rewards = result.rewards
+    names, weights = [spec.name for spec in runner.specs], [spec.weight for spec in runner.specs]
+    if config.rewards.overlong_buffer:
+        names, weights = [*names, OVERLONG], [*weights, config.rewards.overlong_factor]
+        limit = config.sampling.max_completion_length
+        buffer = config.rewards.overlong_buffer * limit
+        rewards = [
+            # What no function could judge must not count as judged because it has a length.
+            [*row, None if all(r is None for r in row) else soft_overlong(len(c.token_ids), limit, buffer)]
+            for row, c in zip(rewards, flat, strict=True)
+        ]
+    return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, list(result.problems))
+
+
+def to_rollout(config: Config, judged: Judged) -> Rollout:
+    """Turns rewards into advantages, and measures both."""
+    group_size, weights = config.grpo.group_size, judged.weights
+    flat = [completion for group in judged.completions for completion in group]
     rewards_BK = np.array(
-        [[math.nan if value is None else value for value in row] for row in result.rewards], np.float64
+        [[math.nan if value is None else value for value in row] for row in judged.rewards], np.float64
     )
-    weighted = [weighted_sum(row, weights) for row in result.rewards]
+    weighted = [weighted_sum(row, weights) for row in judged.rewards]
     weighted_B = np.array([math.nan if value is None else value for value in weighted], np.float64)
     advantages = compute_advantages(
         # A function of weight 0 is a metric only: it must not make a row count as judged.
@@ -92,22 +158,23 @@ def score_rollout(
         "truncated_share": float(truncated_B.mean()),
         "masked_share": float(1.0 - kept_B.mean()),
     }
-    for name, summary in summarize(result.rewards, [spec.name for spec in runner.specs]).items():
+    for name, summary in summarize(judged.rewards, judged.names).items():
         metrics[f"reward/{name}/mean"] = math.nan if summary.mean is None else summary.mean
         metrics[f"reward/{name}/std"] = math.nan if summary.std is None else summary.std
-        for failure, count in result.counts[name].items():
+        for failure, count in judged.counts.get(name, {}).items():
             if count:
                 metrics[f"reward/{name}/{failure}"] = count
     return Rollout(
-        rows,
-        completions,
-        texts,
+        judged.rows,
+        judged.completions,
+        judged.texts,
         rewards_BK,
+        judged.names,
         weighted_B,
         advantages.advantages_B,
         kept_B,
         metrics,
-        list(result.problems),
+        judged.problems,
     )
 
 
@@ -147,7 +214,7 @@ def minibatches(rollout: Rollout, num_minibatches: int) -> list[list[TrainGroup]
     return [groups[i : i + size] for i in range(0, num_prompts, size)]
 
 
-def sample_records(rollout: Rollout, names: Sequence[str], count: int) -> list[dict[str, Any]]:
+def sample_records(rollout: Rollout, count: int) -> list[dict[str, Any]]:
     """The first completions of as many different prompts as possible, for samples.jsonl."""
     num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
     picks = [(p, g) for g in range(group_size) for p in range(num_prompts)][:count]
@@ -156,7 +223,8 @@ def sample_records(rollout: Rollout, names: Sequence[str], count: int) -> list[d
         b = p * group_size + g
         completion = rollout.completions[p][g]
         rewards = {
-            name: None if math.isnan(value) else value for name, value in zip(names, rollout.rewards_BK[b], strict=True)
+            name: None if math.isnan(value) else value
+            for name, value in zip(rollout.names, rollout.rewards_BK[b], strict=True)
         }
         records.append(
             {

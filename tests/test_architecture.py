@@ -45,7 +45,7 @@ LAYERS = [
     ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step"],
     ["rl.sampler", "rl.prompt_logprobs"],
     ["rl.rollout", "rl.update", "rl.trained"],
-    ["rl.evaluation", "rl.tools.export"],
+    ["rl.evaluation", "rl.dynamic_sampling", "rl.tools.export"],
     ["rl.grpo_trainer", "rl.sft_trainer", "rl.replay"],
     ["rl.sample_command"],
 ]
