@@ -207,6 +207,14 @@ class GRPOSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ReferenceSection:
+    """When the reference of the KL term moves."""
+
+    sync_every: int
+    ema: float
+
+
+@dataclass(frozen=True, config=_STRICT)
 class SFTSection:
     """Supervised fine-tuning."""
 
@@ -301,6 +309,7 @@ class Config:
     rewards: RewardsSection
     sampling: SamplingSection
     grpo: GRPOSection
+    reference: ReferenceSection
     sft: SFTSection
     optimizer: OptimizerSection
     mesh: MeshSection
@@ -551,6 +560,7 @@ def _check(config: Config) -> None:
         "grpo.dynamic_sampling_rounds",
         "rewards.overlong_buffer",
         "rewards.overlong_factor",
+        "reference.sync_every",
         "data.eval_size",
         "logging.samples_per_step",
         "grpo.beta",
@@ -598,6 +608,17 @@ def _check(config: Config) -> None:
         raise ValueError(
             "grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, "
             f"got {grpo.sampler_is_mode!r}"
+        )
+    if config.reference.sync_every and not grpo.beta:
+        raise ValueError(
+            f"grpo.beta must be > 0 with reference.sync_every {config.reference.sync_every}, got {grpo.beta}: without "
+            "a KL term there is no reference; set reference.sync_every to 0"
+        )
+    if not 0 < config.reference.ema <= 1:
+        raise ValueError(f"reference.ema must be in (0, 1], got {config.reference.ema}; 1 copies the policy")
+    if config.reference.ema != 1 and not config.reference.sync_every:
+        raise ValueError(
+            f"reference.sync_every must be > 0 with reference.ema {config.reference.ema}, got 0: it never moves"
         )
     if config.rewards.overlong_buffer > 1:
         raise ValueError(

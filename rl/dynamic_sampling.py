@@ -59,8 +59,8 @@ def collect(config: Config, rows: Sequence[PromptRow], position: int, draw: Draw
     if equal:
         problems.append(
             f"dynamic sampling: {len(equal)} of {num_prompts} groups still have equal rewards after {num_rounds} "
-            f"rounds and {len(taken)} prompts, and are trained on as they are; prompts that are less easy or less hard, "
-            "or a higher grpo.dynamic_sampling_rounds, would help"
+            f"rounds and {len(taken)} prompts, and are trained on as they are; prompts that are less easy or less "
+            "hard, or a higher grpo.dynamic_sampling_rounds, would help"
         )
     metrics = {"refilled": num_refilled, "unfilled": len(equal), "rounds": num_rounds, "prompts": len(taken)}
     return Collected(judged, position, {f"dynamic_sampling/{k}": float(v) for k, v in metrics.items()}, problems)

@@ -37,6 +37,7 @@ from rl.models.policy import Policy, policy_from_config
 from rl.models.train_state import PureState
 from rl.optimizer import create_training_optimizer, rounding_problems, updates_per_step
 from rl.packing import PackingPlan, plan_packing
+from rl.reference import ReferenceSync
 from rl.rollout import Judged, completion_form, judge, minibatches, sample_records, to_rollout
 from rl.run_folder import RunFolder
 from rl.sampling import SamplingParams
@@ -75,7 +76,8 @@ def train(config: Config) -> pathlib.Path:
         # -- states: policy and reference are two, each from its own init_state_fn
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
         init_reference_fn = InitStateFn(policy, None, config.seed)
-        checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn)
+        moves = bool(config.reference.sync_every)
+        checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn, with_reference=moves)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
         announce(console, config, data, origin, policy, mesh, run, plan)
@@ -83,7 +85,8 @@ def train(config: Config) -> pathlib.Path:
         shardings = checkpoints.abstract.shardings
         reference = None
         if config.grpo.beta:
-            params = pretrained_params(origin, shardings.params)
+            is_saved = moves and checkpoints.latest_step is not None
+            params = checkpoints.restore_reference() if is_saved else pretrained_params(origin, shardings.params)
             reference, _ = setup_decode_state(config, mesh, init_reference_fn, params)
         # -- restore, or start
         if checkpoints.latest_step is None:
@@ -101,6 +104,7 @@ def train(config: Config) -> pathlib.Path:
         sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
         if config.sampling.warm_up:
             sampler.warm_up(state.params, config.grpo.prompts_per_step, config.grpo.group_size, sampling)
+        sync_reference = ReferenceSync(config, shardings.params)
         updater = Updater(config, policy, optimizer, plan, shardings, mesh=mesh)
         if first_step == 0 and config.rewards.check_on_gold:
             warn_about_rewards(console, runner, data.train[0])
@@ -136,6 +140,7 @@ def train(config: Config) -> pathlib.Path:
             with watch.timer("train"):
                 groups = minibatches(rollout, config.grpo.minibatches)
                 state, entropy, trained = updater.step(state, reference, groups, entropy)
+                reference = sync_reference(reference, state, step + 1)
             done = step + 1
             metrics = {
                 "step": done,
@@ -154,7 +159,7 @@ def train(config: Config) -> pathlib.Path:
             if done % config.checkpoint.every == 0 or done == config.grpo.steps or stop.requested:
                 epoch, offset = divmod(position, len(data.train))
                 loop = {"step": done, "epoch": epoch, "position": offset, "entropy": entropy._asdict()}
-                checkpoints.save(done, state, {**loop, "flavour": policy.flavour})
+                checkpoints.save(done, state, {**loop, "flavour": policy.flavour}, reference)
             if stop.requested:
                 break
         checkpoints.wait()

@@ -41,7 +41,7 @@ LAYERS = [
     ],
     ["rl.losses", "rl.models.linen_model", "rl.models.nnx_model", "rl.models.train_state", "rl.data"],
     ["rl.models.policy", "rl.models.hf", "rl.packing", "rl.prompt_rows"],
-    ["rl.user_functions", "rl.states", "rl.optimizer", "rl.decoding", "rl.weights", "rl.run_folder"],
+    ["rl.user_functions", "rl.reference", "rl.states", "rl.optimizer", "rl.decoding", "rl.weights", "rl.run_folder"],
     ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step"],
     ["rl.sampler", "rl.prompt_logprobs"],
     ["rl.rollout", "rl.update", "rl.trained"],
