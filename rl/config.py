@@ -360,7 +360,7 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
         _check_keys(layer, known)
     explicit = _merge(recipe, command_line)
     preset = (explicit.get("grpo") or {}).get("preset")
-    layers = [base, {"grpo": read_preset(preset)} if preset else {}, explicit]
+    layers = [base, read_preset(preset) if preset else {}, explicit]
     merged: dict = {}
     for layer in layers:
         merged = _merge(merged, layer)
@@ -370,12 +370,26 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The `grpo` keys that a preset sets. Raises ValueError for a name that has no file in configs/presets."""
+    """What a preset sets, by section. Its file holds keys of `grpo`, and those of another section below its name.
+
+    Raises ValueError for a name that has no file in configs/presets.
+    """
     folder = _packaged("presets")
     names = sorted(entry.name.removesuffix(".yml") for entry in folder.iterdir() if entry.name.endswith(".yml"))
     if name not in names:
         raise ValueError(f"grpo.preset must be one of {names}, got {name!r}")
-    return _read_yaml(folder / f"{name}.yml")
+    keys = _read_yaml(folder / f"{name}.yml")
+    sections = {key: value for key, value in keys.items() if isinstance(value, dict)}
+    return {"grpo": {key: value for key, value in keys.items() if key not in sections}, **sections}
+
+
+def preset_values(config: Config) -> dict[str, Any]:
+    """The keys of the run's preset as they are now; other sections' with the name of the section."""
+    if config.grpo.preset is None:
+        return {}
+    keys = _flatten(read_preset(config.grpo.preset))
+    values = _flatten(to_dict(config))
+    return {key.removeprefix("grpo."): values[key] for key in keys}
 
 
 def to_dict(config: Config) -> dict[str, Any]:

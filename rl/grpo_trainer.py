@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from rewards.runner import RewardRunner, check_on_gold
 from rl.checkpoint import create_checkpoint_manager
-from rl.config import Config, load_config, read_preset, require
+from rl.config import Config, load_config, preset_values, require
 from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
 from rl.dynamic_sampling import collect
@@ -251,8 +251,7 @@ def announce(
         "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
     }
     if grpo.preset:
-        values = {key: getattr(grpo, key) for key in read_preset(grpo.preset)}
-        rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in values.items())
+        rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())
     console.table("grpo train", rows)
 
 
