@@ -118,7 +118,9 @@ def test_a_preset_wins_over_base_yml_however_base_yml_is_named(tmp_path, parent)
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"grpo\.preset must be one of \['adaptive_entropy', .*'rloo', .*\], got 'ppo'"):
+    with pytest.raises(
+        ValueError, match=r"grpo\.preset must be one of \['adaptive_entropy', .*'rloo', .*\], got 'ppo'"
+    ):
         load_config(None, ["grpo.preset=ppo"])
 
 

@@ -174,7 +174,7 @@ def test_overlong_completions_are_punished_and_it_shows_as_a_metric_of_its_own(t
         "rewards.overlong_buffer=0.5",
         "rewards.overlong_factor=0.25",
         "grpo.steps=2",
-        "sampling.eos_ids=[65, 66]",
+        f"sampling.eos_ids={list(range(60, 120))}",
     )
     folder = train(recipe(tmp_path, *settings, "grpo.dynamic_sampling_rounds=0"))
     # At most 6 tokens, the last 3 of them the buffer: 4 tokens cost 1/3, 5 cost 2/3, 6 cost 1.
