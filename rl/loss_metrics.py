@@ -116,7 +116,7 @@ def finish_metrics(sums: MetricSums) -> dict[str, jax.Array]:
     Means are over the trained tokens, or over the sequences where a quantity belongs to a sequence (ratio and clip
     metrics at importance_sampling_level "sequence"); 0 over nothing. Extremes over nothing are NaN.
 
-    - policy_loss: the loss without entropy bonus, before division by the accumulation steps;
+    - policy_loss: the loss without entropy bonus and positive NLL, before division by the accumulation steps;
     - kl: of the estimator in use, times the policy ratio if use_bias_correction_kl;
     - entropy, selected_entropy: nats per token, over all tokens and over those of the entropy quantile;
     - ratio_mean, ratio_max: of policy to old probabilities;

@@ -62,7 +62,8 @@ def check_estimator(config: Config) -> None:
     if isinstance(estimator, str):
         check_modes(grpo.scale_rewards, grpo.aggregation, estimator)
         return
-    num_functions = max(sum(function.weight != 0 for function in config.rewards.functions), 1)
+    num_functions = sum(function.weight != 0 for function in config.rewards.functions)
+    num_functions += bool(config.rewards.overlong_buffer and config.rewards.overlong_factor)
     rewards_BK = np.linspace(0.0, 1.0, 2 * grpo.group_size * num_functions).reshape(-1, num_functions)
     rewards_BK[-1] = np.nan
     compute_advantages(
