@@ -136,20 +136,20 @@ def load_function(spec: RewardSpec) -> Callable[..., Any]:
     Raises ValueError when the text has no `:name`, the file or module does not import, or the attribute is missing or
     not callable.
     """
-    source, colon, attribute = spec.function.rpartition(":")
+    return import_function(spec.function, f"reward {spec.name!r}")
+
+
+def import_function(function: str, label: str) -> Callable[..., Any]:
+    """`load_function` for any function that a configuration names; messages start with `label`."""
+    source, colon, attribute = function.rpartition(":")
     if not colon or not source or not attribute:
-        raise ValueError(
-            f"reward {spec.name!r}: function must be 'module:function' or 'path/to/file.py:function', "
-            f"got {spec.function!r}"
-        )
+        raise ValueError(f"{label}: function must be 'module:function' or 'path/to/file.py:function', got {function!r}")
     is_file = source.endswith(".py")
     try:
         module = _import_file(Path(source)) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:  # importing runs the user's code, which can raise anything
         hint = "" if is_file else "; for a file write its path with .py, as in ./my_rewards.py:function"
-        raise ValueError(
-            f"reward {spec.name!r}: {source!r} does not import: {type(error).__name__}: {error}{hint}"
-        ) from error
+        raise ValueError(f"{label}: {source!r} does not import: {type(error).__name__}: {error}{hint}") from error
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -157,10 +157,10 @@ def load_function(spec: RewardSpec) -> Callable[..., Any]:
                 part, [name for name in dir(found) if callable(getattr(found, name, None))], n=1
             )
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"reward {spec.name!r}: {source!r} has no attribute {attribute!r}{hint}")
+            raise ValueError(f"{label}: {source!r} has no attribute {attribute!r}{hint}")
         found = getattr(found, part)
     if not callable(found):
-        raise ValueError(f"reward {spec.name!r}: {spec.function!r} must be callable, got {type(found).__name__}")
+        raise ValueError(f"{label}: {function!r} must be callable, got {type(found).__name__}")
     return found
 
 

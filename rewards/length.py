@@ -39,10 +39,11 @@ def length_penalty(
         lengths = [len(completion_text(completion)) for completion in completions]
     else:
         raise ValueError(f'length_penalty unit must be "tokens" or "characters", got {unit!r}')
-    return [_soft_overlong(length, limit, buffer) for length in lengths]
+    return [soft_overlong(length, limit, buffer) for length in lengths]
 
 
-def _soft_overlong(length: int, limit: int, buffer: int) -> float:
+def soft_overlong(length: float, limit: float, buffer: float) -> float:
+    """The punishment of one completion; see `length_penalty`."""
     if length > limit:
         return -1.0
     return min(0.0, (limit - buffer - length) / buffer)

@@ -6,6 +6,10 @@ completion and a few numbers to look at. Not here: calling reward functions (`re
 - grpo: https://arxiv.org/abs/2402.03300; no division by the standard deviation: https://arxiv.org/abs/2503.20783;
   division by the one of the batch: https://arxiv.org/abs/2508.08221
 - rloo, leave one out: https://arxiv.org/abs/2402.14740
+- maxrl, divided by the mean reward of the group: https://arxiv.org/abs/2602.02710
+- reinforce++, whitened over the batch, and reinforce++_baseline, with the group's mean as baseline before that:
+  https://arxiv.org/abs/2501.03262. Mean and deviation are those of the completions, whatever their length; the penalty
+  for the distance to the reference stays in the loss (`grpo.beta`), it is not subtracted from the reward.
 - normalize_then_sum (GDPO): https://arxiv.org/abs/2601.05242
 
 Standard deviations have ddof 1 and get 1e-4 added (outside the root), as in TRL 1.16.
@@ -13,14 +17,23 @@ Standard deviations have ddof 1 and get 1e-4 added (outside the root), as in TRL
 Shapes: B completions (rows of one group are consecutive), P groups, G completions per group, K reward functions.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 SCALE_REWARDS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-ESTIMATORS = ("grpo", "rloo")
+# The scale_rewards that each estimator is defined for.
+ESTIMATORS = {
+    "grpo": SCALE_REWARDS,
+    "rloo": ("none",),
+    "maxrl": ("none",),
+    "reinforce++": ("batch",),
+    "reinforce++_baseline": ("batch",),
+}
 STD_EPSILON = 1e-4
+MEAN_EPSILON = 1e-6  # added to the mean that maxrl divides by, as in the authors' code
 ZERO_STD = 1e-8  # spreads up to this count as none in frac_reward_zero_std
 
 
@@ -45,7 +58,8 @@ def compute_advantages(
     group_size: int,
     scale_rewards: str,
     aggregation: str,
-    estimator: str,
+    estimator: str | Callable[..., Any],
+    label: str = "the advantage estimator",
 ) -> Advantages:
     """Advantage of each completion within its group.
 
@@ -58,28 +72,52 @@ def compute_advantages(
             nothing ("none"). Ignored by normalize_then_sum, which divides by the one of the batch.
         aggregation: "sum_then_normalize", or "normalize_then_sum", which normalises each function within the group,
             sums, and whitens over the batch.
-        estimator: "grpo", with the mean of the group as baseline; or "rloo", with the mean of the others, unscaled.
+        estimator: "grpo", with the mean of the group as baseline; "rloo", with the mean of the others, unscaled;
+            "maxrl", "grpo" divided by the mean of the group, for rewards that are not negative (a group whose mean is
+            not above 0 has nothing to learn from); "reinforce++", with the mean of the batch as baseline, over the
+            standard deviation of the batch; "reinforce++_baseline", with the mean of the group, over the standard
+            deviation of all that is left. A user's function, `(rewards_BK, weights_K, group_size) -> advantages_B`,
+            takes the place of all this: scale_rewards and aggregation are then ignored.
+        label: how messages name a user's estimator.
 
     Raises:
         ValueError: a shape does not fit, a reward is infinite, or a mode is unknown or meaningless.
     """
     rewards_BK = np.asarray(rewards_BK, np.float64)
     weights_K = np.ones(rewards_BK.shape[-1]) if weights_K is None else np.asarray(weights_K, np.float64)
-    _validate(rewards_BK, weights_K, group_size, scale_rewards, aggregation, estimator)
+    if isinstance(estimator, str):
+        check_modes(scale_rewards, aggregation, estimator)
+    _validate(rewards_BK, weights_K, group_size)
     valid_B = ~np.all(np.isnan(rewards_BK), axis=1)
     sums_B = _weighted_sum(rewards_BK, weights_K, valid_B)
-    if aggregation == "normalize_then_sum":
+    group_spread_B = np.repeat(_std(sums_B.reshape(-1, group_size), axis=1), group_size)
+    batch_spread_B = np.broadcast_to(_std(sums_B, axis=0), sums_B.shape)
+    if not isinstance(estimator, str):
+        advantages_B = _of_user(estimator, label, rewards_BK, weights_K, group_size, valid_B)
+        spread_B = group_spread_B
+    elif aggregation == "normalize_then_sum":
         scores_BK = _within_groups(rewards_BK, group_size, "group", estimator)
         scores_B = _weighted_sum(scores_BK, weights_K, valid_B)
         # Whitening over the batch is group normalisation with the batch as the only group.
         advantages_B = _within_groups(scores_B[:, None], len(scores_B), "group", estimator)[:, 0]
         spread_B = np.broadcast_to(_std(scores_B, axis=0), scores_B.shape)
+    elif estimator == "maxrl":
+        centred_B = _within_groups(sums_B[:, None], group_size, "none", estimator)[:, 0]
+        mean_B = np.repeat(_mean(sums_B.reshape(-1, group_size), axis=1), group_size)
+        has_success_B = mean_B > 0  # NaN compares as False
+        advantages_B = np.where(has_success_B, centred_B / (np.where(has_success_B, mean_B, 1) + MEAN_EPSILON), 0.0)
+        spread_B = np.where(has_success_B | np.isnan(mean_B), group_spread_B, 0.0)
+    elif estimator == "reinforce++":
+        advantages_B = _within_groups(sums_B[:, None], len(sums_B), "group", estimator)[:, 0]
+        spread_B = batch_spread_B
+    elif estimator == "reinforce++_baseline":
+        # What is left has mean 0 already: dividing only keeps the zeros of a group without spread exact.
+        centred_B = _within_groups(sums_B[:, None], group_size, "none", estimator)[:, 0]
+        advantages_B = centred_B / (_std(centred_B, axis=0) + STD_EPSILON)
+        spread_B = group_spread_B
     else:
         advantages_B = _within_groups(sums_B[:, None], group_size, scale_rewards, estimator)[:, 0]
-        if scale_rewards == "batch":
-            spread_B = np.broadcast_to(_std(sums_B, axis=0), sums_B.shape)
-        else:
-            spread_B = np.repeat(_std(sums_B.reshape(-1, group_size), axis=1), group_size)
+        spread_B = batch_spread_B if scale_rewards == "batch" else group_spread_B
     stats = {
         "reward": float(_mean(sums_B, axis=0)),
         "reward_std": float(_std(sums_B, axis=0)),
@@ -88,14 +126,23 @@ def compute_advantages(
     return Advantages(np.where(np.isnan(advantages_B), 0.0, advantages_B), valid_B, stats)
 
 
-def _validate(
-    rewards_BK: np.ndarray,
-    weights_K: np.ndarray,
-    group_size: int,
-    scale_rewards: str,
-    aggregation: str,
-    estimator: str,
-) -> None:
+def check_modes(scale_rewards: str, aggregation: str, estimator: str) -> None:
+    """ValueError for a mode that is unknown, or that the estimator is not defined for."""
+    for name, value, allowed in (
+        ("scale_rewards", scale_rewards, SCALE_REWARDS),
+        ("aggregation", aggregation, AGGREGATIONS),
+        ("estimator", estimator, tuple(ESTIMATORS)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if scale_rewards not in ESTIMATORS[estimator] or (estimator != "grpo" and aggregation != "sum_then_normalize"):
+        raise ValueError(
+            f"the {estimator} estimator has a scale of its own: scale_rewards must be {ESTIMATORS[estimator][0]} and "
+            f"aggregation sum_then_normalize, got {scale_rewards} and {aggregation}; or use the grpo estimator"
+        )
+
+
+def _validate(rewards_BK: np.ndarray, weights_K: np.ndarray, group_size: int) -> None:
     if rewards_BK.ndim != 2 or rewards_BK.size == 0:
         raise ValueError(
             f"rewards must be a non-empty array [completions, functions], got shape {rewards_BK.shape}; "
@@ -117,18 +164,36 @@ def _validate(
             f"the number of completions must be a multiple of group_size, got {len(rewards_BK)} completions and "
             f"group_size {group_size}; pad incomplete groups with rows of NaN"
         )
-    for name, value, allowed in (
-        ("scale_rewards", scale_rewards, SCALE_REWARDS),
-        ("aggregation", aggregation, AGGREGATIONS),
-        ("estimator", estimator, ESTIMATORS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    if estimator == "rloo" and (scale_rewards != "none" or aggregation != "sum_then_normalize"):
+
+
+def _of_user(
+    estimator: Callable[..., Any],
+    label: str,
+    rewards_BK: np.ndarray,
+    weights_K: np.ndarray,
+    group_size: int,
+    valid_B: np.ndarray,
+) -> np.ndarray:
+    """What a user's estimator returns, checked; NaN for rows that no function judged."""
+    try:
+        result = np.asarray(estimator(rewards_BK.copy(), weights_K.copy(), group_size), np.float64)
+    except Exception as error:  # the user's code can raise anything
         raise ValueError(
-            "the rloo estimator is unscaled: scale_rewards must be none and aggregation sum_then_normalize, "
-            f"got {scale_rewards} and {aggregation}; or use the grpo estimator"
+            f"{label} failed on rewards of shape {rewards_BK.shape} and groups of {group_size}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if result.shape != valid_B.shape:
+        raise ValueError(
+            f"{label} must return one advantage for each of {len(valid_B)} completions, got shape {result.shape}"
         )
+    wrong = np.flatnonzero(valid_B & ~np.isfinite(result))
+    if len(wrong):
+        raise ValueError(
+            f"{label} must return finite advantages for completions with a reward, got {result[wrong[0]]} for row "
+            f"{wrong[0]} with rewards {rewards_BK[wrong[0]].tolist()}; NaN stands for a function that could not judge: "
+            "use np.nanmean and the like"
+        )
+    return np.where(valid_B, result, np.nan)
 
 
 def _weighted_sum(values_BK: np.ndarray, weights_K: np.ndarray, valid_B: np.ndarray) -> np.ndarray:

@@ -1,9 +1,10 @@
 """Checkpoints of a run: the training state and where the loop stands, written asynchronously and atomically by Orbax.
 
-In: a `PureState` and a small JSON-able record of the loop. Out: `output_dir/checkpoints/STEP/{state,loop}`, in one
-layout for both flavours: nested dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). Every array is
-checked by path, shape and dtype before a restore, so that no value silently stays at its initialisation. The meaning of
-the loop record belongs to the trainer.
+In: a `PureState`, a small JSON-able record of the loop, and the weights of a reference that moves. Out:
+`output_dir/checkpoints/STEP/{state,loop}`, and `reference` where there is one, in one layout for both flavours: nested
+dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). Every array is checked by path, shape and dtype
+before a restore, so that no value silently stays at its initialisation. The meaning of the loop record belongs to the
+trainer.
 """
 
 import contextlib
@@ -32,8 +33,16 @@ class Checkpoints:
       abstract: shapes, annotations and shardings of the state that is written and restored.
     """
 
-    def __init__(self, folder: pathlib.Path, abstract: AbstractState, keep: int, read_only: bool = False):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        abstract: AbstractState,
+        keep: int,
+        read_only: bool = False,
+        with_reference: bool = False,
+    ):
         self._folder = folder
+        self._with_reference = with_reference
         self.abstract = abstract
         self._keep = keep
         if read_only:  # changes nothing: the half-written checkpoint that it finds may be one that a run is writing
@@ -48,7 +57,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=options,
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()},
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "loop": ocp.JsonCheckpointHandler(),
+                "reference": ocp.StandardCheckpointHandler(),
+            },
         )
 
     @property
@@ -56,8 +69,11 @@ class Checkpoints:
         """The newest complete checkpoint's step; None when there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: PureState, loop: dict[str, Any]) -> None:
+    def save(self, step: int, state: PureState, loop: dict[str, Any], reference: PureState | None = None) -> None:
         """Starts writing `state` and `loop` as checkpoint `step`; a step that is already there is left as it is.
+
+        Args:
+          reference: written as well where these checkpoints are `with_reference`.
 
         Raises:
           ValueError: an earlier asynchronous write failed, for instance on a full disk.
@@ -65,8 +81,11 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         with _explain_write_errors(self._folder):
-            arguments = ocp.args.Composite(state=ocp.args.StandardSave(to_tree(state)), loop=ocp.args.JsonSave(loop))
-            self._manager.save(step, args=arguments)
+            items: dict[str, Any] = {"state": ocp.args.StandardSave(to_tree(state)), "loop": ocp.args.JsonSave(loop)}
+            if self._with_reference:
+                assert reference is not None
+                items["reference"] = ocp.args.StandardSave(reference.params)
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int | None = None) -> tuple[PureState, dict[str, Any]]:
         """The state, placed by the shardings of this run's mesh, and the loop record of checkpoint `step` (None: the
@@ -75,6 +94,28 @@ class Checkpoints:
         Raises:
           ValueError: no such checkpoint, one of another model or optimizer (naming the paths), or a damaged one.
         """
+        step, folder, target = self._find(step)
+        with _explain_read_errors(folder):
+            written = _plain_metadata(self._manager.item_metadata(step)["state"])
+        check_same_tree(written.get("params", {}), target["params"], f"the weights of {folder}")
+        check_same_tree(written, target, f"the arrays of {folder}")
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), loop=ocp.args.JsonRestore())
+        with _explain_read_errors(folder):
+            restored = self._manager.restore(step, args=arguments)
+        return from_tree(restored["state"], self.abstract.shapes), restored["loop"]
+
+    def restore_reference(self, step: int | None = None) -> Any:
+        """The reference's weights in checkpoint `step` (None: the newest), placed and checked as `restore` does."""
+        step, folder, target = self._find(step)
+        with _explain_read_errors(folder):
+            written = _plain_metadata(self._manager.item_metadata(step)["reference"])
+        check_same_tree(written, target["params"], f"the weights of the reference in {folder}")
+        arguments = ocp.args.Composite(reference=ocp.args.StandardRestore(target["params"]))
+        with _explain_read_errors(folder):
+            return self._manager.restore(step, args=arguments)["reference"]
+
+    def _find(self, step: int | None) -> tuple[int, pathlib.Path, dict[str, Any]]:
+        """A checkpoint's step, its folder, and the shapes and places of what is to be read from it."""
         step = self.latest_step if step is None else step
         if step is None or step not in self._manager.all_steps():
             raise ValueError(
@@ -87,21 +128,16 @@ class Checkpoints:
                 self.abstract.shardings,
             )
         )
-        folder = self._folder / str(step)
-        with _explain_read_errors(folder):
-            written = _plain_metadata(self._manager.item_metadata(step)["state"])
-        check_same_tree(written.get("params", {}), target["params"], f"the weights of {folder}")
-        check_same_tree(written, target, f"the arrays of {folder}")
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), loop=ocp.args.JsonRestore())
-        with _explain_read_errors(folder):
-            restored = self._manager.restore(step, args=arguments)
-        return from_tree(restored["state"], self.abstract.shapes), restored["loop"]
+        return step, self._folder / str(step), target
 
     def check_disk_space(self) -> None:
         """ValueError when the disk, or the process's file size limit, cannot hold the checkpoints that will exist at
         one time.
         """
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.abstract.shapes))
+        leaves = jax.tree.leaves(self.abstract.shapes)
+        if self._with_reference:
+            leaves += jax.tree.leaves(self.abstract.shapes.params)
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         existing = _folder_size(self._folder)
         need = max(size * (self._keep + 1) - existing, size)  # one more than is kept, while the newest is being written
         free = shutil.disk_usage(self._folder).free
@@ -158,17 +194,19 @@ def _explain_read_errors(folder: pathlib.Path) -> Iterator[None]:
 
 
 def create_checkpoint_manager(
-    config: Config, mesh: Mesh, init_state_fn: InitStateFn, read_only: bool = False
+    config: Config, mesh: Mesh, init_state_fn: InitStateFn, read_only: bool = False, with_reference: bool = False
 ) -> Checkpoints:
     """The checkpoints of `config.output_dir` for the state that `init_state_fn` builds.
 
     Args:
       read_only: for a reader of a run that may be going on: nothing on disk is changed.
+      with_reference: a reference that moves is written, too.
     """
     folder = pathlib.Path(require(config.output_dir, "output_dir", "runs/my_run")) / "checkpoints"
     if not read_only:
         folder.mkdir(parents=True, exist_ok=True)
-    return Checkpoints(folder, get_abstract_state(config, mesh, init_state_fn), config.checkpoint.keep, read_only)
+    abstract = get_abstract_state(config, mesh, init_state_fn)
+    return Checkpoints(folder, abstract, config.checkpoint.keep, read_only, with_reference)
 
 
 def to_tree(state: PureState) -> dict[str, Any]:

@@ -50,6 +50,15 @@ _FLOAT = re.compile(
     r"|\.(?:inf|Inf|INF)|[-+]?\.(?:nan|NaN|NAN))$"
 )
 
+# The choices of keys that take a function from a file as well; the tables of `rl.loss_types` and `rl.advantages`.
+OPEN_CHOICES = {
+    "loss_type": (
+        *("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+        *("dppo_tv", "dppo_kl", "gmpo"),
+    ),
+    "advantage_estimator": ("grpo", "rloo", "maxrl", "reinforce++", "reinforce++_baseline"),
+}
+
 DType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -123,6 +132,8 @@ class RewardsSection:
     num_workers: int
     timeout_seconds: float
     check_on_gold: bool
+    overlong_buffer: float
+    overlong_factor: float
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -164,11 +175,12 @@ class GRPOSection:
     beta: float
     kl_estimator: Literal["k1", "k2", "k3"]
     use_bias_correction_kl: bool
-    advantage_estimator: Literal["grpo", "rloo"]
+    advantage_estimator: str
     scale_rewards: Literal["group", "batch", "none"]
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
     mask_truncated: bool
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+    dynamic_sampling_rounds: int
+    loss_type: str
     importance_sampling_level: Literal["token", "sequence"]
     epsilon: float
     epsilon_high: float | None
@@ -185,12 +197,21 @@ class GRPOSection:
     entropy_coef_delta: float
     entropy_coef_min: float
     entropy_coef_max: float
+    positive_nll_coef: float
     sapo_temperature_pos: float
     sapo_temperature_neg: float
     vespo_k_pos: float
     vespo_lambda_pos: float
     vespo_k_neg: float
     vespo_lambda_neg: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ReferenceSection:
+    """When the reference of the KL term moves."""
+
+    sync_every: int
+    ema: float
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -288,6 +309,7 @@ class Config:
     rewards: RewardsSection
     sampling: SamplingSection
     grpo: GRPOSection
+    reference: ReferenceSection
     sft: SFTSection
     optimizer: OptimizerSection
     mesh: MeshSection
@@ -338,7 +360,7 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
         _check_keys(layer, known)
     explicit = _merge(recipe, command_line)
     preset = (explicit.get("grpo") or {}).get("preset")
-    layers = [base, {"grpo": read_preset(preset)} if preset else {}, explicit]
+    layers = [base, read_preset(preset) if preset else {}, explicit]
     merged: dict = {}
     for layer in layers:
         merged = _merge(merged, layer)
@@ -348,12 +370,26 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The `grpo` keys that a preset sets. Raises ValueError for a name that has no file in configs/presets."""
+    """What a preset sets, by section. Its file holds keys of `grpo`, and those of another section below its name.
+
+    Raises ValueError for a name that has no file in configs/presets.
+    """
     folder = _packaged("presets")
     names = sorted(entry.name.removesuffix(".yml") for entry in folder.iterdir() if entry.name.endswith(".yml"))
     if name not in names:
         raise ValueError(f"grpo.preset must be one of {names}, got {name!r}")
-    return _read_yaml(folder / f"{name}.yml")
+    keys = _read_yaml(folder / f"{name}.yml")
+    sections = {key: value for key, value in keys.items() if isinstance(value, dict)}
+    return {"grpo": {key: value for key, value in keys.items() if key not in sections}, **sections}
+
+
+def preset_values(config: Config) -> dict[str, Any]:
+    """The keys of the run's preset as they are now; other sections' with the name of the section."""
+    if config.grpo.preset is None:
+        return {}
+    keys = _flatten(read_preset(config.grpo.preset))
+    values = _flatten(to_dict(config))
+    return {key.removeprefix("grpo."): values[key] for key in keys}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -382,6 +418,11 @@ def require(value: Any, key: str, example: str) -> Any:
     if value in (None, [], ""):
         raise ValueError(f"{key} must be set, got {value!r}; for example {key}={example}")
     return value
+
+
+def is_user_function(value: str) -> bool:
+    """Whether the value of a key in `OPEN_CHOICES` names a function in a file."""
+    return bool(re.search(r"\.py:\w+$", value))
 
 
 def _packaged(name: str):
@@ -530,6 +571,10 @@ def _check(config: Config) -> None:
         config,
         0,
         "eval.every",
+        "grpo.dynamic_sampling_rounds",
+        "rewards.overlong_buffer",
+        "rewards.overlong_factor",
+        "reference.sync_every",
         "data.eval_size",
         "logging.samples_per_step",
         "grpo.beta",
@@ -564,6 +609,10 @@ def _check(config: Config) -> None:
             raise ValueError(f"sampling.{key} must hold token ids >= 0, got {sorted(ids)}")
     if not config.rewards.timeout_seconds > 0:
         raise ValueError(f"rewards.timeout_seconds must be > 0, got {config.rewards.timeout_seconds}")
+    for key, choices in OPEN_CHOICES.items():
+        value = getattr(grpo, key)
+        if value not in choices and not is_user_function(value):
+            raise ValueError(f"grpo.{key}: must be one of {list(choices)} or path/to/file.py:function, got {value!r}")
     if grpo.loss_type == "cispo" and grpo.epsilon_high is None:
         raise ValueError(
             "grpo.epsilon_high must be set with loss_type cispo, where it is the cap of the ratio itself and not a "
@@ -574,7 +623,28 @@ def _check(config: Config) -> None:
             "grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, "
             f"got {grpo.sampler_is_mode!r}"
         )
+    if config.reference.sync_every and not grpo.beta:
+        raise ValueError(
+            f"grpo.beta must be > 0 with reference.sync_every {config.reference.sync_every}, got {grpo.beta}: without "
+            "a KL term there is no reference; set reference.sync_every to 0"
+        )
+    if not 0 < config.reference.ema <= 1:
+        raise ValueError(f"reference.ema must be in (0, 1], got {config.reference.ema}; 1 copies the policy")
+    if config.reference.ema != 1 and not config.reference.sync_every:
+        raise ValueError(
+            f"reference.sync_every must be > 0 with reference.ema {config.reference.ema}, got 0: it never moves"
+        )
+    if config.rewards.overlong_buffer > 1:
+        raise ValueError(
+            "rewards.overlong_buffer must be a share of sampling.max_completion_length in [0, 1], got "
+            f"{config.rewards.overlong_buffer}; 0 turns the punishment off"
+        )
     names = [function.name or function.function for function in config.rewards.functions]
+    if config.rewards.overlong_buffer and "overlong" in names:
+        raise ValueError(
+            "rewards.functions must not name a function 'overlong' while rewards.overlong_buffer is set, whose "
+            f"punishment has this name, got {names}; give it another `name`"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"rewards.functions must have distinct names, got {names}; set `name` on each")
     if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in names:

@@ -10,7 +10,7 @@ Legend: P prompts, T token positions.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -170,13 +170,36 @@ def step_indices(num_rows: int, seed: int, step: int, prompts_per_step: int) -> 
     Raises:
       ValueError: prompts_per_step > num_rows.
     """
+    position = step * prompts_per_step
+    return np.asarray(next_indices(num_rows, seed, position, prompts_per_step, prompts_per_step)[0], np.int64)
+
+
+def next_indices(
+    num_rows: int, seed: int, position: int, count: int, prompts_per_step: int, taken: Sequence[int] = ()
+) -> tuple[list[int], int]:
+    """The next `count` rows of the order that `step_indices` follows, and the position behind them.
+
+    Args:
+      position: rows of that order used up so far.
+      taken: rows that are passed over; as are those that this call has already chosen, across the border of an epoch.
+
+    Raises:
+      ValueError: prompts_per_step > num_rows.
+    """
     check_enough_rows(num_rows, prompts_per_step)
-    epoch, offset = divmod(step * prompts_per_step, num_rows)
-    indices = _epoch_order(num_rows, seed, epoch, prompts_per_step)[offset : offset + prompts_per_step]
-    missing = prompts_per_step - len(indices)
-    if missing:
-        indices = np.concatenate([indices, _epoch_order(num_rows, seed, epoch + 1, prompts_per_step)[:missing]])
-    return indices
+    assert count <= num_rows - len(taken), (count, num_rows, len(taken))
+    chosen: list[int] = []
+    seen = set(taken)
+    while len(chosen) < count:
+        epoch, offset = divmod(position, num_rows)
+        for index in _epoch_order(num_rows, seed, epoch, prompts_per_step)[offset:].tolist():
+            position += 1
+            if index not in seen:
+                chosen.append(index)
+                seen.add(index)
+                if len(chosen) == count:
+                    break
+    return chosen, position
 
 
 def check_enough_rows(num_rows: int, prompts_per_step: int, key: str = "grpo.prompts_per_step") -> None:

@@ -12,6 +12,7 @@ resumed run repeats what an uninterrupted one does, bit for bit. Not here: the l
 """
 
 import contextlib
+import functools
 import math
 import pathlib
 import sys
@@ -23,21 +24,26 @@ from jax.sharding import Mesh
 
 from rewards.runner import RewardRunner, check_on_gold
 from rl.checkpoint import create_checkpoint_manager
-from rl.config import Config, load_config, read_preset, require
+from rl.config import Config, load_config, preset_values, require
 from rl.console import Console
-from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts, step_indices
+from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
+from rl.dynamic_sampling import collect
+from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.interrupt import StopRequest
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import Policy, policy_from_config
+from rl.models.train_state import PureState
 from rl.optimizer import create_training_optimizer, rounding_problems, updates_per_step
 from rl.packing import PackingPlan, plan_packing
-from rl.rollout import completion_form, minibatches, sample_and_score, sample_records, to_rollout
+from rl.reference import ReferenceSync
+from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
 from rl.run_folder import RunFolder
 from rl.sampling import SamplingParams
 from rl.states import InitStateFn, get_first_step, setup_decode_state, setup_training_state
-from rl.update import EntropyCoefState, Updater, loss_config
+from rl.update import Updater, loss_config
+from rl.user_functions import check_estimator, check_loss, file_hashes
 from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
 
 
@@ -63,14 +69,15 @@ def train(config: Config) -> pathlib.Path:
         plan = plan_for(config, data, policy, num_row_shards(mesh, config.mesh.rules))
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
         identity = {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None}
-        run = RunFolder(config, "grpo", {**identity, "data": fingerprint(data.train)})
+        run = RunFolder(config, "grpo", {**identity, "data": fingerprint(data.train), **file_hashes(config)})
         stack.callback(run.close)
         runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
         run.begin()
         # -- states: policy and reference are two, each from its own init_state_fn
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
         init_reference_fn = InitStateFn(policy, None, config.seed)
-        checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn)
+        moves = bool(config.reference.sync_every)
+        checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn, with_reference=moves)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
         announce(console, config, data, origin, policy, mesh, run, plan)
@@ -78,16 +85,18 @@ def train(config: Config) -> pathlib.Path:
         shardings = checkpoints.abstract.shardings
         reference = None
         if config.grpo.beta:
-            params = pretrained_params(origin, shardings.params)
+            is_saved = moves and checkpoints.latest_step is not None
+            params = checkpoints.restore_reference() if is_saved else pretrained_params(origin, shardings.params)
             reference, _ = setup_decode_state(config, mesh, init_reference_fn, params)
         # -- restore, or start
         if checkpoints.latest_step is None:
             params = pretrained_params(origin, shardings.params)
             state, _ = setup_training_state(config, mesh, init_policy_fn, params)
-            entropy = EntropyCoefState(config.grpo.entropy_coef, math.inf)
+            entropy, position = EntropyCoefState(config.grpo.entropy_coef, math.inf), 0
         else:
             state, loop = checkpoints.restore()
             entropy = EntropyCoefState(**loop["entropy"])
+            position = loop["epoch"] * len(data.train) + loop["position"]  # prompts used up
             console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
         first_step = get_first_step(policy, state, updates_per_step(config))
         # -- sampler, train step
@@ -95,6 +104,7 @@ def train(config: Config) -> pathlib.Path:
         sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
         if config.sampling.warm_up:
             sampler.warm_up(state.params, config.grpo.prompts_per_step, config.grpo.group_size, sampling)
+        sync_reference = ReferenceSync(config, shardings.params)
         updater = Updater(config, policy, optimizer, plan, shardings, mesh=mesh)
         if first_step == 0 and config.rewards.check_on_gold:
             warn_about_rewards(console, runner, data.train[0])
@@ -111,42 +121,45 @@ def train(config: Config) -> pathlib.Path:
                 result = evaluate(sampler, state.params, rows, runner, tokenizer, sampling, config.eval.reward)
             return result.metrics()
 
+        def draw(state: PureState, step: int, rows: Sequence[PromptRow], indices: Sequence[int]) -> Judged:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
+            size = config.grpo.group_size
+            scored = sample_and_score(
+                sampler, state.params, rows, size, sampling, key, runner, tokenizer, watch, indices
+            )
+            return judge(config, rows, scored, runner.specs)
+
         if first_step == 0 and (baseline := evaluation(0)):
             writer.write({"step": 0, **baseline})
             console.step_line({"step": 0, **baseline})
+        num_sequences = config.grpo.prompts_per_step * config.grpo.group_size
         watch.lap()
         for step in range(first_step, config.grpo.steps):
-            rows = [
-                data.train[i] for i in step_indices(len(data.train), config.seed, step, config.grpo.prompts_per_step)
-            ]
-            key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
-            scored = sample_and_score(
-                sampler, state.params, rows, config.grpo.group_size, sampling, key, runner, tokenizer, watch
-            )
-            rollout = to_rollout(config, rows, scored, runner.specs)
+            collected = collect(config, data.train, position, functools.partial(draw, state, step))
+            rollout, position = to_rollout(config, collected.judged), collected.position
             with watch.timer("train"):
                 groups = minibatches(rollout, config.grpo.minibatches)
                 state, entropy, trained = updater.step(state, reference, groups, entropy)
+                reference = sync_reference(reference, state, step + 1)
             done = step + 1
             metrics = {
                 "step": done,
                 **rollout.metrics,
+                **collected.metrics,
                 **trained,
                 "lr": float(np.asarray(schedule(int(state.step) - 1))),
                 **evaluation(done),
             }
-            metrics |= timing(watch, rollout.metrics, len(rows) * config.grpo.group_size, compiles)
+            metrics |= timing(watch, rollout.metrics, num_sequences, compiles)
             writer.write(metrics)
-            writer.write_samples(
-                done, sample_records(rollout, [spec.name for spec in runner.specs], config.logging.samples_per_step)
-            )
+            writer.write_samples(done, sample_records(rollout, config.logging.samples_per_step))
             console.step_line(metrics)
-            for problem in [*rollout.problems, *rounding_problems(trained)]:
+            for problem in [*rollout.problems, *collected.problems, *rounding_problems(trained)]:
                 console.warning(problem)
             if done % config.checkpoint.every == 0 or done == config.grpo.steps or stop.requested:
-                epoch, position = divmod(done * len(rows), len(data.train))
-                loop = {"step": done, "epoch": epoch, "position": position, "entropy": entropy._asdict()}
-                checkpoints.save(done, state, {**loop, "flavour": policy.flavour})
+                epoch, offset = divmod(position, len(data.train))
+                loop = {"step": done, "epoch": epoch, "position": offset, "entropy": entropy._asdict()}
+                checkpoints.save(done, state, {**loop, "flavour": policy.flavour}, reference)
             if stop.requested:
                 break
         checkpoints.wait()
@@ -172,7 +185,8 @@ def check(config: Config, data: PromptData, max_positions: int) -> None:
             f"prompt and completion must fit the model's {max_positions} positions, got up to {longest}; lower "
             "data.max_prompt_length or sampling.max_completion_length"
         )
-    loss_config(config)
+    check_loss(loss_config(config))
+    check_estimator(config)
 
 
 def plan_for(config: Config, data: PromptData, policy: Policy, num_row_shards: int) -> PackingPlan:
@@ -237,8 +251,7 @@ def announce(
         "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
     }
     if grpo.preset:
-        values = {key: getattr(grpo, key) for key in read_preset(grpo.preset)}
-        rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in values.items())
+        rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())
     console.table("grpo train", rows)
 
 

@@ -66,6 +66,11 @@ def replayed_text(run: str | os.PathLike, step: int, prompt: int, sample: int, o
     changed = differences(own, config)
     if changed:
         raise ValueError(f"--replay must keep the run's own settings, got other values for {sorted(changed)}")
+    if config.grpo.dynamic_sampling_rounds:
+        raise ValueError(
+            f"--replay needs a run without dynamic sampling, got grpo.dynamic_sampling_rounds="
+            f"{config.grpo.dynamic_sampling_rounds}: which prompts such a step took depends on the rewards before it"
+        )
     _check_replayable(folder, step)
     for name, number, count in (
         ("PROMPT", prompt, config.grpo.prompts_per_step),

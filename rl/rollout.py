@@ -15,6 +15,7 @@ import numpy as np
 
 from rewards.batch import RewardResult
 from rewards.contract import RewardSpec
+from rewards.length import soft_overlong
 from rewards.rubric import summarize, weighted_sum
 from rewards.runner import RewardRunner
 from rl.advantages import compute_advantages
@@ -26,6 +27,55 @@ from rl.sampler import Completion, Sampler
 from rl.sampling import SamplingParams
 from rl.scheduling import requests_for
 from rl.tokenizer import Tokenizer
+from rl.user_functions import estimator_of, label
+
+OVERLONG = "overlong"  # the name of the punishment of eq. 13 of https://arxiv.org/abs/2503.14476 among the rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Groups of completions with their rewards.
+
+    Attributes:
+      rows: prompts [P]. completions: [P][G]. texts: decoded completions [B].
+      rewards: [B][K], None where a function could not judge. names, weights: [K] of the functions, and of the overlong
+        punishment where there is one.
+      counts: per function its failures, see `rewards.batch.RewardResult`; problems: what went wrong, in words. Both are
+        of all completions that were judged, those of groups that were replaced included.
+    """
+
+    rows: list[PromptRow]
+    completions: list[list[Completion]]
+    texts: list[str]
+    rewards: list[list[float | None]]
+    names: list[str]
+    weights: list[float]
+    counts: dict[str, dict[str, int]]
+    problems: list[str]
+
+    @property
+    def group_size(self) -> int:
+        """G."""
+        return len(self.completions[0])
+
+    def rewards_of(self, p: int) -> list[list[float | None]]:
+        """[G][K] of group p."""
+        return self.rewards[p * self.group_size : (p + 1) * self.group_size]
+
+    def replace(self, places: dict[int, int], other: "Judged") -> "Judged":
+        """With group `places[p]` of `other` in the place of group p."""
+        rows, completions = list(self.rows), list(self.completions)
+        texts, rewards, size = list(self.texts), list(self.rewards), self.group_size
+        for p, q in places.items():
+            rows[p], completions[p] = other.rows[q], other.completions[q]
+            texts[p * size : (p + 1) * size] = other.texts[q * size : (q + 1) * size]
+            rewards[p * size : (p + 1) * size] = other.rewards_of(q)
+        counts = {
+            name: {kind: count + other.counts[name][kind] for kind, count in kinds.items()}
+            for name, kinds in self.counts.items()
+        }
+        problems = list(dict.fromkeys([*self.problems, *other.problems]))
+        return Judged(rows, completions, texts, rewards, self.names, self.weights, counts, problems)
 
 
 class ScoredCompletions(NamedTuple):
@@ -42,7 +92,7 @@ class Rollout:
 
     Attributes:
       rows: prompts [P]. completions: [P][G]. texts: decoded completions [B].
-      rewards_BK: per function, NaN where it could not judge.
+      rewards_BK: per function, NaN where it could not judge. names: of the functions [K].
       weighted_B: weighted sum, NaN where no function judged.
       advantages_B: finite; 0 for rows that no function judged.
       kept_B: bool, rows that the loss sees (judged, and not masked as truncated).
@@ -53,6 +103,7 @@ class Rollout:
     completions: list[list[Completion]]
     texts: list[str]
     rewards_BK: np.ndarray
+    names: list[str]
     weighted_B: np.ndarray
     advantages_B: np.ndarray
     kept_B: np.ndarray
@@ -60,18 +111,32 @@ class Rollout:
     problems: list[str]
 
 
-def to_rollout(
-    config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, specs: Sequence[RewardSpec]
-) -> Rollout:
-    """Turns the rewards of a step's completions into advantages."""
+def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, specs: Sequence[RewardSpec]) -> Judged:
+    """Groups of completions with all that their rewards are made of, one group per row."""
     completions, texts, result = scored
-    group_size = config.grpo.group_size
     flat = [completion for group in completions for completion in group]
-    weights = [spec.weight for spec in specs]
+    rewards = result.rewards
+    names, weights = [spec.name for spec in specs], [spec.weight for spec in specs]
+    if config.rewards.overlong_buffer:
+        names, weights = [*names, OVERLONG], [*weights, config.rewards.overlong_factor]
+        limit = config.sampling.max_completion_length
+        buffer = config.rewards.overlong_buffer * limit
+        rewards = [
+            # What no function could judge must not count as judged because it has a length.
+            [*row, None if all(r is None for r in row) else soft_overlong(len(c.token_ids), limit, buffer)]
+            for row, c in zip(rewards, flat, strict=True)
+        ]
+    return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, list(result.problems))
+
+
+def to_rollout(config: Config, judged: Judged) -> Rollout:
+    """Turns rewards into advantages, and measures both."""
+    group_size, weights = config.grpo.group_size, judged.weights
+    flat = [completion for group in judged.completions for completion in group]
     rewards_BK = np.array(
-        [[math.nan if value is None else value for value in row] for row in result.rewards], np.float64
+        [[math.nan if value is None else value for value in row] for row in judged.rewards], np.float64
     )
-    weighted = [weighted_sum(row, weights) for row in result.rewards]
+    weighted = [weighted_sum(row, weights) for row in judged.rewards]
     weighted_B = np.array([math.nan if value is None else value for value in weighted], np.float64)
     advantages = compute_advantages(
         # A function of weight 0 is a metric only: it must not make a row count as judged.
@@ -80,7 +145,8 @@ def to_rollout(
         group_size,
         config.grpo.scale_rewards,
         config.grpo.aggregation,
-        config.grpo.advantage_estimator,
+        estimator_of(config),
+        label(config),
     )
     truncated_B = np.array([completion.finish_reason == "length" for completion in flat])
     kept_B = advantages.valid_B & ~truncated_B if config.grpo.mask_truncated else advantages.valid_B
@@ -97,22 +163,23 @@ def to_rollout(
         "truncated_share": float(truncated_B.mean()),
         "masked_share": float(1.0 - kept_B.mean()),
     }
-    for name, summary in summarize(result.rewards, [spec.name for spec in specs]).items():
+    for name, summary in summarize(judged.rewards, judged.names).items():
         metrics[f"reward/{name}/mean"] = math.nan if summary.mean is None else summary.mean
         metrics[f"reward/{name}/std"] = math.nan if summary.std is None else summary.std
-        for failure, count in result.counts[name].items():
+        for failure, count in judged.counts.get(name, {}).items():
             if count:
                 metrics[f"reward/{name}/{failure}"] = count
     return Rollout(
-        rows,
-        completions,
-        texts,
+        judged.rows,
+        judged.completions,
+        judged.texts,
         rewards_BK,
+        judged.names,
         weighted_B,
         advantages.advantages_B,
         kept_B,
         metrics,
-        list(result.problems),
+        judged.problems,
     )
 
 
@@ -126,15 +193,17 @@ def sample_and_score(
     runner: RewardRunner,
     tokenizer: Tokenizer,
     watch: Stopwatch,
+    prompt_indices: Sequence[int] | None = None,
 ) -> ScoredCompletions:
     """Draws completions of every row, and runs the reward functions on each as it ends, while others are still drawn.
 
     Args:
-      key: a completion depends on it, on the row's place in `rows` and on which sample it is; see `Sampler.sample`.
+      key, prompt_indices: all randomness, see `Sampler.sample`.
       watch: "rollout" takes the time until the last completion, "reward" what the rewards take beyond that.
     """
     row_B = [row for row in rows for _ in range(num_samples)]
-    requests = requests_for(range(len(rows)), num_samples, sampling.max_completion_length)
+    indices = range(len(rows)) if prompt_indices is None else prompt_indices
+    requests = requests_for(indices, num_samples, sampling.max_completion_length)
     done: dict[int, Completion] = {}
     texts: dict[int, str] = {}
     columns = {name: [row.columns.get(name) for row in row_B] for name in runner.columns}
@@ -171,7 +240,7 @@ def minibatches(rollout: Rollout, num_minibatches: int) -> list[list[TrainGroup]
     return [groups[i : i + size] for i in range(0, num_prompts, size)]
 
 
-def sample_records(rollout: Rollout, names: Sequence[str], count: int) -> list[dict[str, Any]]:
+def sample_records(rollout: Rollout, count: int) -> list[dict[str, Any]]:
     """The first completions of as many different prompts as possible, for samples.jsonl."""
     num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
     picks = [(p, g) for g in range(group_size) for p in range(num_prompts)][:count]
@@ -180,7 +249,8 @@ def sample_records(rollout: Rollout, names: Sequence[str], count: int) -> list[d
         b = p * group_size + g
         completion = rollout.completions[p][g]
         rewards = {
-            name: None if math.isnan(value) else value for name, value in zip(names, rollout.rewards_BK[b], strict=True)
+            name: None if math.isnan(value) else value
+            for name, value in zip(rollout.names, rollout.rewards_BK[b], strict=True)
         }
         records.append(
             {

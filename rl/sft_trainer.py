@@ -21,7 +21,7 @@ from rl.console import Console
 from rl.data import PairRow, check_enough_rows, fingerprint, load_pairs, step_indices
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.interrupt import StopRequest
-from rl.losses import LossConfig
+from rl.loss_types import LossConfig
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import policy_from_config
@@ -147,12 +147,18 @@ def train(config: Config) -> pathlib.Path:
 def negative_log_likelihood(config: Config) -> LossConfig:
     """The loss settings under which the train step computes the token mean of -log p."""
     neutral = {
+        "custom_term": None,
         "beta": 0.0,
         "top_entropy_quantile": 1.0,
         "off_policy_mask_threshold": None,
         "sampler_is_correction": False,
     }
-    neutral |= {"entropy_coef": 0.0, "use_adaptive_entropy": False, "importance_sampling_level": "token"}
+    neutral |= {
+        "entropy_coef": 0.0,
+        "positive_nll_coef": 0.0,
+        "use_adaptive_entropy": False,
+        "importance_sampling_level": "token",
+    }
     return dataclasses.replace(loss_config(config), loss_type="cispo", epsilon_high=1.0, **neutral)
 
 

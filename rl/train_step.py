@@ -19,7 +19,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from rl.logprobs import token_logprobs
-from rl.losses import Denominators, LossConfig, LossInputs, MetricSums, combine_sums, denominators_for, grpo_loss
+from rl.loss_metrics import MetricSums, combine_sums, zero_sums
+from rl.loss_types import Denominators, LossConfig, LossInputs
+from rl.losses import denominators_for, grpo_loss
 from rl.mesh import replicated, row_sharding
 from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState
@@ -51,7 +53,7 @@ class UpdateMetrics(NamedTuple):
 
     Attributes:
       loss: scalar.
-      sums: of the whole minibatch; `rl.losses.finish_metrics` makes metrics of them.
+      sums: of the whole minibatch; `rl.loss_metrics.finish_metrics` makes metrics of them.
       grad_norm: global norm of the gradient before clipping.
       difference: absolute difference between the policy's log-probs now and those of the sampler.
       lost_share: of the non-zero updates of single weights, those that rounding discarded; None for weights in float32
@@ -123,7 +125,7 @@ def jit_train_step(
             return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
 
         (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, _piece(batch, 0), *constants)
-        start = (_zeros(loss), _zeros(grads), _neutral(sums), _zeros(difference))
+        start = (_zeros(loss), _zeros(grads), zero_sums(sums), _zeros(difference))
         loss, grads, sums, difference = jax.lax.fori_loop(0, batch.num_microbatches, add_piece, start)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -195,6 +197,7 @@ def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_roll
         _flat(minibatch.entropy_MRCL, length),
         config,
         entropy_coef=minibatch.entropy_coef,
+        advantages_B=batch.advantages_MRC.reshape(-1),
         num_items_in_batch=minibatch.num_items_in_batch,
         steps_per_generation=minibatches_per_rollout,
     )
@@ -202,18 +205,6 @@ def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_roll
 
 def _zeros(shapes: Any) -> Any:
     return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
-
-
-def _neutral(shapes: MetricSums) -> MetricSums:
-    """What merging leaves unchanged."""
-    full = lambda value: lambda like: jnp.full(like.shape, value, like.dtype)  # noqa: E731
-    return MetricSums(
-        numerators=_zeros(shapes.numerators),
-        weights=_zeros(shapes.weights),
-        totals=_zeros(shapes.totals),
-        maxima=jax.tree.map(full(-jnp.inf), shapes.maxima),
-        minima=jax.tree.map(full(jnp.inf), shapes.minima),
-    )
 
 
 def _piece(batch: Batch, m: Any) -> Batch:

@@ -8,7 +8,7 @@ themselves.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,25 +16,16 @@ import optax
 from jax.sharding import Mesh
 
 from rl.config import Config
-from rl.losses import LossConfig, applied_entropy_coef, finish_metrics, next_entropy_coef, validate_loss_config
+from rl.entropy_coef import EntropyCoefState, applied_entropy_coef, next_entropy_coef
+from rl.loss_metrics import finish_metrics
+from rl.loss_types import LossConfig, validate_loss_config
 from rl.mesh import replicated, row_sharding
 from rl.models.policy import Policy
 from rl.models.train_state import PureState
 from rl.optimizer import updates_per_step
 from rl.packing import Batch, PackingPlan, TrainGroup, pack
 from rl.train_step import Minibatch, UpdateMetrics, batch_shardings, jit_token_logprobs, jit_train_step
-
-
-class EntropyCoefState(NamedTuple):
-    """State of the adaptive entropy bonus, carried from update to update and through checkpoints.
-
-    Attributes:
-      coef: coefficient after the last update.
-      last_entropy: nats per selected token, measured in the last update; +inf before the first.
-    """
-
-    coef: float
-    last_entropy: float
+from rl.user_functions import resolve
 
 
 class Updater:
@@ -153,9 +144,11 @@ def bare_batch(batch: Batch) -> Batch:
 def loss_config(config: Config) -> LossConfig:
     """The loss's settings out of the `grpo` section; ValueError when they contradict each other."""
     section = dataclasses.asdict(config.grpo)  # pyright: ignore[reportArgumentType]
-    names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length"}
+    names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length", "custom_term"}
     result = LossConfig(
-        **{name: section[name] for name in names}, max_completion_length=config.sampling.max_completion_length
+        **{name: section[name] for name in names},
+        custom_term=resolve(config.grpo.loss_type, "grpo.loss_type"),
+        max_completion_length=config.sampling.max_completion_length,
     )
     validate_loss_config(result)
     return result

@@ -19,3 +19,10 @@ def always_right(prompts, completions, **columns):
 def right_for_even_answers(completion, answer):
     """1 where the gold answer is even, whatever the completion."""
     return float(int(answer) % 2 == 0)
+
+
+def flat_for_even_answers(completion, answer):
+    """The same for all completions of a prompt whose gold answer is even; else the share of low characters."""
+    if int(answer) % 2 == 0:
+        return 0.5
+    return sum(ord(character) < 90 for character in completion) / max(len(completion), 1)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from rl.config import _flatten, load_config, to_dict
-from rl.losses import LossConfig
+from rl.loss_types import LossConfig
 from rl.mesh import AXES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -29,15 +29,23 @@ LAYERS = [
         "rl.completion_file",
     ],
     ["rl.mesh", "rl.models.quantized", "rl.console", "rl.models.hf_config", "rl.sampling", "rl.tokenizer", "rl.tasks"],
-    ["rl.models.ops"],
-    ["rl.models.cache", "rl.losses", "rl.advantages", "rl.logprobs", "rl.sources", "rl.tools.report"],
-    ["rl.models.linen_model", "rl.models.nnx_model", "rl.models.train_state", "rl.data"],
+    ["rl.models.ops", "rl.loss_types"],
+    [
+        "rl.models.cache",
+        "rl.loss_metrics",
+        "rl.entropy_coef",
+        "rl.advantages",
+        "rl.logprobs",
+        "rl.sources",
+        "rl.tools.report",
+    ],
+    ["rl.losses", "rl.models.linen_model", "rl.models.nnx_model", "rl.models.train_state", "rl.data"],
     ["rl.models.policy", "rl.models.hf", "rl.packing", "rl.prompt_rows"],
-    ["rl.states", "rl.optimizer", "rl.decoding", "rl.weights", "rl.run_folder"],
+    ["rl.user_functions", "rl.reference", "rl.states", "rl.optimizer", "rl.decoding", "rl.weights", "rl.run_folder"],
     ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step"],
     ["rl.sampler", "rl.prompt_logprobs"],
     ["rl.rollout", "rl.update", "rl.trained"],
-    ["rl.evaluation", "rl.tools.export"],
+    ["rl.evaluation", "rl.dynamic_sampling", "rl.tools.export"],
     ["rl.grpo_trainer", "rl.sft_trainer", "rl.replay"],
     ["rl.sample_command"],
 ]

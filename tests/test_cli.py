@@ -194,7 +194,7 @@ import rl, sys
 from rl.config import load_config, read_preset
 assert rl.__file__.startswith(sys.argv[1]), rl.__file__
 config = load_config(None, ["grpo.preset=dapo"])
-print(config.grpo.group_size, read_preset("dapo")["loss_type"])
+print(config.grpo.group_size, read_preset("dapo")["grpo"]["loss_type"])
 """
     environment = {**os.environ, "PYTHONPATH": str(target)}
     command = [sys.executable, "-P", "-c", code, str(target)]

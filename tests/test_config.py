@@ -2,13 +2,19 @@
 
 import dataclasses
 import importlib.resources
+import pathlib
+import re
 
 import pytest
 import yaml
 
-from rl.config import differences, dump_config, load_config, read_preset, require, to_dict
+from rl.advantages import check_modes
+from rl.config import differences, dump_config, load_config, preset_values, read_preset, require, to_dict
+from rl.update import loss_config
 
-PRESETS = ["cispo", "dapo", "dr_grpo", "grpo", "gspo", "rloo"]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+PRESETS = sorted(path.stem for path in (ROOT / "configs" / "presets").glob("*.yml"))
 
 
 def write(folder, text, name="recipe.yml"):
@@ -70,13 +76,37 @@ def test_a_packaged_recipe_is_found_by_its_bare_name_from_anywhere(tmp_path, mon
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_sets_its_keys_and_explicit_ones_win(tmp_path, name):
-    preset = read_preset(name)
+    preset = read_preset(name)["grpo"]
     config = load_config(None, [f"grpo.preset={name}"])
     assert {key: getattr(config.grpo, key) for key in preset} == preset
+    loss_config(config)  # refuses keys that contradict each other
+    check_modes(config.grpo.scale_rewards, config.grpo.aggregation, config.grpo.advantage_estimator)
     other = load_config(write(tmp_path, "grpo: {epsilon: 0.123, beta: 0.5}\n"), [f"grpo.preset={name}"])
     assert (other.grpo.epsilon, other.grpo.beta) == (0.123, 0.5)
     rest = [key for key in preset if key not in ("epsilon", "beta")]
     assert {key: getattr(other.grpo, key) for key in rest} == {key: preset[key] for key in rest}
+
+
+def test_a_preset_may_set_keys_of_other_sections(tmp_path):
+    config = load_config(None, ["grpo.preset=dapo_full"])
+    assert (config.rewards.overlong_buffer, config.rewards.overlong_factor) == (0.2, 1.0)
+    values = preset_values(load_config(None, ["grpo.preset=dapo_full", "rewards.overlong_factor=0.5"]))
+    assert (values["loss_type"], values["rewards.overlong_buffer"], values["rewards.overlong_factor"]) == (
+        "dapo",
+        0.2,
+        0.5,
+    )
+    assert (moving := load_config(None, ["grpo.preset=tr_grpo"]).reference) == type(moving)(sync_every=64, ema=0.6)
+    assert preset_values(load_config(None)) == {}
+
+
+def test_every_preset_stands_in_the_documentation_with_its_paper():
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    for name in PRESETS:
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        paper = re.search(r"arxiv\.org/abs/([\d.]+)", (ROOT / "configs" / "presets" / f"{name}.yml").read_text())
+        assert paper is not None, name
+        assert paper[1] in row, name
 
 
 @pytest.mark.parametrize("parent", ["base.yml", "{packaged}"])
@@ -88,7 +118,9 @@ def test_a_preset_wins_over_base_yml_however_base_yml_is_named(tmp_path, parent)
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"grpo\.preset must be one of \['cispo', .*'rloo'\], got 'ppo'"):
+    with pytest.raises(
+        ValueError, match=r"grpo\.preset must be one of \['adaptive_entropy', .*'rloo', .*\], got 'ppo'"
+    ):
         load_config(None, ["grpo.preset=ppo"])
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl import losses
-from rl.losses import Denominators, LossConfig, LossInputs, MetricSums
+from rl import entropy_coef, loss_metrics, loss_types, losses
+from rl.loss_metrics import MetricSums
+from rl.loss_types import Denominators, LossConfig, LossInputs
 
 DATA = json.loads((pathlib.Path(__file__).parent / "data" / "grpo_losses.json").read_text())
 CASES = {case["name"]: case for case in DATA["cases"]}
@@ -52,7 +53,12 @@ class Problem:
 
     def denominators(self) -> Denominators:
         return losses.denominators_for(
-            self.inputs.mask_BT, self.inputs.sequence_mask_B, self.entropy_BT, self.config, **self.counts
+            self.inputs.mask_BT,
+            self.inputs.sequence_mask_B,
+            self.entropy_BT,
+            self.config,
+            advantages_B=self.inputs.advantages_B,
+            **self.counts,
         )
 
     def piece(self, rows: np.ndarray) -> "Problem":
@@ -74,7 +80,7 @@ class Problem:
 
 def config_of(case: dict[str, Any], **changes: Any) -> LossConfig:
     values = {name: value for name, value in case["config"].items() if name in FIELDS}
-    return LossConfig(**(values | {"kl_estimator": "k3"} | changes))
+    return LossConfig(**(values | {"kl_estimator": "k3", "positive_nll_coef": 0.0, "custom_term": None} | changes))
 
 
 def problem_of(case: dict[str, Any], dtype: Any) -> Problem:
@@ -108,7 +114,7 @@ def problem_of(case: dict[str, Any], dtype: Any) -> Problem:
         ),
         config=loss_config,
         counts={
-            "entropy_coef": losses.applied_entropy_coef(loss_config.entropy_coef, last_entropy, loss_config),
+            "entropy_coef": entropy_coef.applied_entropy_coef(loss_config.entropy_coef, last_entropy, loss_config),
             "num_items_in_batch": config["num_items_in_batch"],
             "gradient_accumulation_steps": config["gradient_accumulation_steps"] if training else 1,
             "steps_per_generation": config["steps_per_generation"] if training else 1,
@@ -137,13 +143,13 @@ def expected_metrics(case: dict[str, Any]) -> dict[str, float]:
 def golden_metrics(case: dict[str, Any], problem: Problem, sums: MetricSums) -> dict[str, Any]:
     """Our metrics. TRL averages arrays of one token position over all rows, values at mask 0 included; that is the
     masked mean for a mask of ones, whereas here a value at mask 0 counts in no metric."""
-    metrics = losses.finish_metrics(sums)
+    metrics = loss_metrics.finish_metrics(sums)
     if np.shape(case["inputs"]["mask"])[1] > 1:
         return metrics
     rows = np.zeros((NUM_ROWS, NUM_TOKENS), bool)
     rows[: len(case["inputs"]["mask"]), 0] = True
     whole = dataclasses.replace(problem, inputs=problem.inputs._replace(mask_BT=rows))
-    of_all_rows = losses.finish_metrics(whole.evaluate()[3])
+    of_all_rows = loss_metrics.finish_metrics(whole.evaluate()[3])
     by_token = config_of(case).importance_sampling_level == "token"
     names = [name for name in metrics if name in ("kl", "entropy") or (by_token and "clip_ratio" in name)]
     return metrics | {name: of_all_rows[name] for name in names}
@@ -157,7 +163,7 @@ def test_golden_case_has_the_loss_gradients_and_metrics_of_trl(name: str, dtype_
     B, T = np.shape(case["inputs"]["mask"])
     with jax.enable_x64(dtype is np.float64):
         problem = problem_of(case, dtype)
-        losses.validate_loss_config(problem.config)
+        loss_types.validate_loss_config(problem.config)
         loss, grad_BT, grad_entropy_BT, sums = problem.evaluate()
         assert loss.dtype == grad_BT.dtype == dtype
         assert {leaf.dtype for leaf in jax.tree.leaves(sums)} == {np.dtype(dtype)}
@@ -187,7 +193,7 @@ def test_golden_sampler_ratios_are_those_of_trl(dtype_name: str) -> None:
             policy_BT, inputs = problem.policy_logprobs_BT, problem.inputs
             old_BT = policy_BT if inputs.old_logprobs_BT is None else inputs.old_logprobs_BT
             mask_BT = jnp.asarray(inputs.mask_BT, bool)
-            ratio_BX = losses.sampler_ratio(
+            ratio_BX = loss_types.sampler_ratio(
                 jnp.asarray(old_BT), jnp.asarray(inputs.sampler_logprobs_BT), mask_BT, problem.config
             )
         B, X = np.shape(expected)
@@ -205,9 +211,9 @@ def test_golden_entropy_coefficients_after_the_update_are_those_of_trl() -> None
             if expected is None:
                 continue
             problem = problem_of(case, np.float64)
-            measured = float(losses.finish_metrics(problem.evaluate()[3])["selected_entropy"])
+            measured = float(loss_metrics.finish_metrics(problem.evaluate()[3])["selected_entropy"])
             config = problem.config
-            assert losses.next_entropy_coef(config.entropy_coef, measured, config) == pytest.approx(
+            assert entropy_coef.next_entropy_coef(config.entropy_coef, measured, config) == pytest.approx(
                 expected, abs=1e-12
             ), name
             checked += 1
@@ -216,7 +222,10 @@ def test_golden_entropy_coefficients_after_the_update_are_those_of_trl() -> None
 
 def test_golden_data_is_complete() -> None:
     assert len(CASES) == len(DATA["cases"]) == 168
-    assert {case["config"]["loss_type"] for case in CASES.values()} == set(losses.LOSS_TYPES)
+    golden = {case["config"]["loss_type"] for case in CASES.values()}
+    # The others are not in TRL's trainer: tests/test_losses_by_hand.py.
+    assert set(loss_types.LOSS_TYPES) - golden == {"dppo_tv", "dppo_kl", "gmpo"}
+    assert golden <= set(loss_types.LOSS_TYPES)
     metrics = {metric for case in CASES.values() for metric in case["expected"]["metrics"]}
     assert metrics == set(METRIC_NAMES) | {"entropy_coef"}
 
@@ -231,7 +240,8 @@ def random_problem(loss_type: str, seed: int, dtype: Any = np.float64, **changes
         "delta": 1.8,
         "top_entropy_quantile": 0.6,
         "off_policy_mask_threshold": 0.3,
-        "sampler_is_correction": True,
+        "sampler_is_correction": not loss_type.startswith("dppo"),
+        "positive_nll_coef": 0.3,
         "sampler_is_mode": "token_truncate" if loss_type == "vespo" else "sequence_mask",
         "sampler_is_clip_min": 0.2,
         "entropy_coef": 0.02,
@@ -285,8 +295,8 @@ def padded_rows(problem: Problem, num_rows: int) -> Problem:
     )
 
 
-@pytest.mark.parametrize("level", losses.IMPORTANCE_SAMPLING_LEVELS)
-@pytest.mark.parametrize("loss_type", losses.LOSS_TYPES)
+@pytest.mark.parametrize("level", loss_types.IMPORTANCE_SAMPLING_LEVELS)
+@pytest.mark.parametrize("loss_type", loss_types.LOSS_TYPES)
 def test_any_split_into_pieces_gives_the_same_loss_gradient_and_metrics(loss_type: str, level: str) -> None:
     with jax.enable_x64(True):
         whole = random_problem(loss_type, seed=len(loss_type), importance_sampling_level=level)
@@ -296,25 +306,25 @@ def test_any_split_into_pieces_gives_the_same_loss_gradient_and_metrics(loss_typ
         assert np.abs(grad_entropy_BT).max() > 1e-5
         order = np.random.default_rng(7).permutation(len(grad_BT))
         parts = np.split(order, [1, 4, 5])
-        total, total_sums = 0.0, losses.zero_sums(sums)
+        total, total_sums = 0.0, loss_metrics.zero_sums(sums)
         for rows in parts:
             value, piece_grad, piece_grad_entropy, piece_sums = padded_rows(whole.piece(rows), NUM_ROWS).evaluate(
                 denominators
             )
             total += value
-            total_sums = losses.combine_sums(total_sums, piece_sums)
+            total_sums = loss_metrics.combine_sums(total_sums, piece_sums)
             np.testing.assert_allclose(piece_grad[: len(rows)], grad_BT[rows], rtol=0, atol=1e-12)
             np.testing.assert_allclose(piece_grad_entropy[: len(rows)], grad_entropy_BT[rows], rtol=0, atol=1e-12)
             assert not np.any(piece_grad[len(rows) :])
         assert float(total) == pytest.approx(float(loss), rel=1e-12)
-        metrics, total_metrics = losses.finish_metrics(sums), losses.finish_metrics(total_sums)
+        metrics, total_metrics = loss_metrics.finish_metrics(sums), loss_metrics.finish_metrics(total_sums)
         assert metrics.keys() == total_metrics.keys()
         for name in metrics:
             assert float(total_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-12, abs=1e-15), name
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
-@pytest.mark.parametrize("loss_type", losses.LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", loss_types.LOSS_TYPES)
 def test_masked_values_have_no_effect_at_all(loss_type: str, garbage: float) -> None:
     clean = random_problem(loss_type, seed=3, dtype=np.float32)
     hidden_BT = clean.inputs.mask_BT == 0
@@ -335,8 +345,8 @@ def test_masked_values_have_no_effect_at_all(loss_type: str, garbage: float) -> 
         np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("level", losses.IMPORTANCE_SAMPLING_LEVELS)
-@pytest.mark.parametrize("loss_type", losses.LOSS_TYPES)
+@pytest.mark.parametrize("level", loss_types.IMPORTANCE_SAMPLING_LEVELS)
+@pytest.mark.parametrize("loss_type", loss_types.LOSS_TYPES)
 def test_huge_log_ratios_give_finite_losses_and_gradients(loss_type: str, level: str) -> None:
     problem = random_problem(loss_type, seed=1, dtype=np.float32, importance_sampling_level=level, delta=None)
     for shift in (-300.0, 300.0):
@@ -354,7 +364,12 @@ def test_jitted_loss_equals_the_unjitted_one() -> None:
 
     def loss_of(policy_BT: jax.Array, entropy_BT: jax.Array, inputs: LossInputs) -> jax.Array:
         denominators = losses.denominators_for(
-            inputs.mask_BT, inputs.sequence_mask_B, entropy_BT, problem.config, **problem.counts
+            inputs.mask_BT,
+            inputs.sequence_mask_B,
+            entropy_BT,
+            problem.config,
+            advantages_B=inputs.advantages_B,
+            **problem.counts,
         )
         return losses.grpo_loss(policy_BT, entropy_BT, inputs, denominators, problem.config)[0]
 
@@ -369,7 +384,13 @@ def test_jitted_loss_equals_the_unjitted_one() -> None:
 
 def test_on_policy_loss_is_zero_with_centred_advantages_but_its_gradient_is_not() -> None:
     problem = random_problem(
-        "grpo", 4, beta=0.0, top_entropy_quantile=1.0, entropy_coef=0.0, sampler_is_correction=False
+        "grpo",
+        4,
+        beta=0.0,
+        top_entropy_quantile=1.0,
+        entropy_coef=0.0,
+        sampler_is_correction=False,
+        positive_nll_coef=0.0,
     )
     mask_BT = np.zeros_like(problem.inputs.mask_BT)
     mask_BT[:4] = 1
@@ -379,7 +400,7 @@ def test_on_policy_loss_is_zero_with_centred_advantages_but_its_gradient_is_not(
     problem = dataclasses.replace(problem, inputs=inputs)
     with jax.enable_x64(True):
         loss, grad_BT, _, sums = problem.evaluate()
-        metrics = losses.finish_metrics(sums)
+        metrics = loss_metrics.finish_metrics(sums)
     assert float(loss) == pytest.approx(0, abs=1e-15)
     assert float(metrics["ratio_mean"]) == float(metrics["ratio_max"]) == 1.0
     # Each token pulls with -A / (rows * tokens of the row * accumulation steps): 6 real rows of 10 tokens, 2 steps.
@@ -394,7 +415,7 @@ def test_kl_gradient_on_policy_is_that_of_the_reverse_kl_in_expectation(estimato
         reference_V = jax.nn.log_softmax(jnp.asarray([-0.5, 0.4, 0.2, 1.0]))
         config = config_of(CASES["000 grid grpo token beta=0.0 delta=None"])
         config = dataclasses.replace(config, beta=1.0, kl_estimator=estimator, use_bias_correction_kl=corrected)
-        losses.validate_loss_config(config)
+        loss_types.validate_loss_config(config)
         probabilities_V = jax.nn.softmax(logits_V)
 
         def kl(logits_V: jax.Array) -> jax.Array:
@@ -415,7 +436,7 @@ def test_kl_gradient_on_policy_is_that_of_the_reverse_kl_in_expectation(estimato
 
 def test_k3_keeps_its_digits_close_to_the_reference() -> None:
     log_ratio = np.float32(2.0**-13)
-    assert float(losses.KL_ESTIMATORS["k3"](jnp.asarray(log_ratio))) == pytest.approx(
+    assert float(loss_types.KL_ESTIMATORS["k3"](jnp.asarray(log_ratio))) == pytest.approx(
         float(log_ratio) ** 2 / 2, rel=1e-3
     )
 
@@ -450,13 +471,17 @@ def test_adaptive_entropy_coefficient_stays_within_its_bounds_and_waits_for_a_me
     config = dataclasses.replace(
         config, entropy_target=0.5, entropy_coef_delta=0.1, entropy_coef_min=0.05, entropy_coef_max=0.25
     )
-    assert losses.applied_entropy_coef(0.2, math.inf, config) == 0.0
-    assert losses.applied_entropy_coef(0.2, 0.5, config) == 0.2
-    assert losses.next_entropy_coef(0.2, 0.5, config) == 0.25
-    assert losses.next_entropy_coef(0.2, 0.51, config) == pytest.approx(0.1)
-    assert losses.next_entropy_coef(0.1, 0.51, config) == 0.05
+    assert entropy_coef.applied_entropy_coef(0.2, math.inf, config) == 0.0
+    assert entropy_coef.applied_entropy_coef(0.2, 0.5, config) == 0.2
+    assert entropy_coef.next_entropy_coef(0.2, 0.5, config) == 0.25
+    assert entropy_coef.next_entropy_coef(0.2, 0.51, config) == pytest.approx(0.1)
+    assert entropy_coef.next_entropy_coef(0.1, 0.51, config) == 0.05
     fixed = dataclasses.replace(config, use_adaptive_entropy=False)
-    assert losses.next_entropy_coef(0.2, 0.1, fixed) == losses.applied_entropy_coef(0.2, math.inf, fixed) == 0.2
+    assert (
+        entropy_coef.next_entropy_coef(0.2, 0.1, fixed)
+        == entropy_coef.applied_entropy_coef(0.2, math.inf, fixed)
+        == 0.2
+    )
 
 
 @pytest.mark.parametrize(
@@ -474,13 +499,19 @@ def test_adaptive_entropy_coefficient_stays_within_its_bounds_and_waits_for_a_me
         ({"sampler_is_clip_min": 4.0}, "sampler_is_clip_min must not be above sampler_is_clip_max, got 4.0 > 3.0"),
         ({"entropy_coef_min": 2.0}, "entropy_coef_min must not be above entropy_coef_max"),
         ({"loss_type": "vespo", "sampler_is_correction": True}, "token_truncate or token_mask with loss_type vespo"),
+        (
+            {"loss_type": "gmpo", "sampler_is_correction": True, "sampler_is_mode": "token_mask"},
+            "sequence_truncate or sequence_mask with loss_type gmpo",
+        ),
+        ({"loss_type": "dppo_kl", "sampler_is_correction": True}, "must be false with loss_type dppo_kl.* got true"),
+        ({"positive_nll_coef": -0.1}, "positive_nll_coef must be in"),
         ({"beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": False}, "expected gradient of k1 alone is zero"),
     ],
 )
 def test_meaningless_config_is_refused(changes: dict[str, Any], message: str) -> None:
     config = config_of(CASES["000 grid grpo token beta=0.0 delta=None"], **changes)
     with pytest.raises(ValueError, match=message):
-        losses.validate_loss_config(config)
+        loss_types.validate_loss_config(config)
 
 
 @pytest.mark.parametrize(

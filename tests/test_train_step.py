@@ -19,7 +19,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from rl.config import load_config
-from rl.losses import finish_metrics
+from rl.entropy_coef import EntropyCoefState
+from rl.loss_metrics import finish_metrics
 from rl.mesh import create_mesh
 from rl.models.config import FAMILIES, ModelConfig, flatten_specs, parameter_specs
 from rl.models.policy import Policy, create_policy
@@ -27,7 +28,7 @@ from rl.models.train_state import PureState
 from rl.packing import PackingPlan, TrainCompletion, TrainGroup, pack
 from rl.states import AbstractState, InitStateFn, get_abstract_state
 from rl.train_step import Minibatch, jit_token_logprobs, jit_train_step
-from rl.update import EntropyCoefState, Updater, loss_config
+from rl.update import Updater, loss_config
 
 VOCAB = 61  # no other dim of the tiny model is 61, so that arrays over the vocabulary are known by their shape
 TEMPERATURE = 0.8
