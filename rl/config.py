@@ -41,6 +41,7 @@ RESUMABLE_KEYS = (
     "mesh",
     "checkpoint",
     "eval",
+    "health",
     "logging",
 )
 
@@ -268,6 +269,20 @@ class EvalSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class HealthSection:
+    """What is warned about, and when a run ends because it does not get anywhere; None: off."""
+
+    max_skipped_updates: int | None
+    kl_spike: float | None
+    grad_norm_spike: float | None
+    spike_window: int
+    equal_rewards_share: float | None
+    entropy_floor: float | None
+    truncated_share: float | None
+    patience: int
+
+
+@dataclass(frozen=True, config=_STRICT)
 class LoggingSection:
     """What is written beside the metrics."""
 
@@ -293,6 +308,7 @@ class Config:
     mesh: MeshSection
     checkpoint: CheckpointSection
     eval: EvalSection
+    health: HealthSection
     logging: LoggingSection
 
 
@@ -538,6 +554,7 @@ def _check(config: Config) -> None:
     _at_least(config, 0, "sampling.top_k", "sampling.temperature", "sampling.min_p", "sampling.min_completion_length")
     _at_least(config, 0, "seed")
     _check_optimizer(config)
+    _check_health(config)
     if grpo.prompts_per_step % grpo.minibatches:
         fits = [n for n in range(1, grpo.prompts_per_step + 1) if grpo.prompts_per_step % n == 0]
         raise ValueError(
@@ -581,6 +598,21 @@ def _check(config: Config) -> None:
         raise ValueError(f"eval.reward must name one of rewards.functions {names}, got {config.eval.reward!r}")
     if config.data.eval_source is not None and config.data.eval_size:
         raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
+
+
+def _check_health(config: Config) -> None:
+    section = config.health
+    _at_least(config, 1, "health.max_skipped_updates", "health.patience")
+    _at_least(config, 10, "health.spike_window")
+    _at_least(config, 0, "health.entropy_floor")
+    for name in ("kl_spike", "grad_norm_spike"):
+        value = getattr(section, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"health.{name} must be > 0 or null (off), got {value}")
+    for name in ("equal_rewards_share", "truncated_share"):
+        value = getattr(section, name)
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"health.{name} must be a share in (0, 1] or null (off), got {value}")
 
 
 def _check_optimizer(config: Config) -> None:

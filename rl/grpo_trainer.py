@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from rewards.runner import RewardRunner, check_on_gold
@@ -27,11 +26,12 @@ from rl.config import Config, load_config, read_preset, require
 from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts, step_indices
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
+from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import Policy, policy_from_config
-from rl.optimizer import create_training_optimizer, rounding_problems, updates_per_step
+from rl.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
 from rl.packing import PackingPlan, plan_packing
 from rl.rollout import completion_form, minibatches, sample_records, score_rollout
 from rl.run_folder import RunFolder
@@ -84,10 +84,10 @@ def train(config: Config) -> pathlib.Path:
         if checkpoints.latest_step is None:
             params = pretrained_params(origin, shardings.params)
             state, _ = setup_training_state(config, mesh, init_policy_fn, params)
-            entropy = EntropyCoefState(config.grpo.entropy_coef, math.inf)
+            entropy, health = EntropyCoefState(config.grpo.entropy_coef, math.inf), healthy()
         else:
             state, loop = checkpoints.restore()
-            entropy = EntropyCoefState(**loop["entropy"])
+            entropy, health = EntropyCoefState(**loop["entropy"]), HealthState(**loop["health"])
             console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
         first_step = get_first_step(policy, state, updates_per_step(config))
         # -- sampler, train step
@@ -129,25 +129,27 @@ def train(config: Config) -> pathlib.Path:
                 groups = minibatches(rollout, config.grpo.minibatches)
                 state, entropy, trained = updater.step(state, reference, groups, entropy)
             done = step + 1
+            checkup = check_step(config.health, health, rollout.metrics | trained, updates_per_step(config))
+            health = checkup.state
             metrics = {
                 "step": done,
                 **rollout.metrics,
                 **trained,
-                "lr": float(np.asarray(schedule(int(state.step) - 1))),
-                **evaluation(done),
+                "lr": last_lr(schedule, int(state.step), health.num_skipped),
             }
+            metrics |= evaluation(done)
             metrics |= timing(watch, rollout.metrics, len(rows) * config.grpo.group_size, compiles)
             writer.write(metrics)
-            writer.write_samples(
-                done, sample_records(rollout, [spec.name for spec in runner.specs], config.logging.samples_per_step)
-            )
+            num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
+            writer.write_samples(done, sample_records(rollout, [spec.name for spec in runner.specs], num_samples))
             console.step_line(metrics)
-            for problem in [*rollout.problems, *rounding_problems(trained)]:
+            for problem in [*rollout.problems, *rounding_problems(trained), *checkup.warnings]:
                 console.warning(problem)
+            check_progress(config.health, health)
             if done % config.checkpoint.every == 0 or done == config.grpo.steps or stop.requested:
                 epoch, position = divmod(done * len(rows), len(data.train))
-                loop = {"step": done, "epoch": epoch, "position": position, "entropy": entropy._asdict()}
-                checkpoints.save(done, state, {**loop, "flavour": policy.flavour})
+                loop = {"step": done, "epoch": epoch, "position": position, "flavour": policy.flavour}
+                checkpoints.save(done, state, {**loop, "entropy": entropy._asdict(), "health": health._asdict()})
             if stop.requested:
                 break
         checkpoints.wait()

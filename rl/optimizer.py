@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -64,6 +65,12 @@ def create_training_optimizer(
 def updates_per_step(config: Config) -> int:
     """Optimizer updates of one GRPO step."""
     return config.grpo.minibatches * config.grpo.epochs
+
+
+def last_lr(schedule: optax.Schedule, num_updates: int, num_skipped: int) -> float:
+    """The learning rate of the last of `num_updates` updates, of which `num_skipped` were skipped; when none was made,
+    that of the first one to come. Schedules count the updates that were made."""
+    return float(np.asarray(schedule(max(num_updates - num_skipped - 1, 0))))
 
 
 def shortest_run(section: OptimizerSection) -> int:

@@ -91,7 +91,8 @@ class Updater:
           entropy: of the adaptive entropy bonus.
 
         Returns:
-          The next state, the entropy coefficient's next state, and metrics: means over the updates, except that
+          The next state, the entropy coefficient's next state, and metrics: means over the updates that were made (over
+          all when every one was skipped, to show what was not finite), the number of `skipped_updates`, and
           `logprob_difference` is that of the first update, where policy and sampler have the same weights.
         """
         needs_old = updates_per_step(self._config) > 1
@@ -105,14 +106,15 @@ class Updater:
         measured: list[UpdateMetrics] = []
         for _ in range(self._config.grpo.epochs):
             for batch in batches:
-                minibatch = self._minibatch(state, batch, num_items, entropy, on_policy=not measured)
+                on_policy = not any(update.is_applied for update in measured)
+                minibatch = self._minibatch(state, batch, num_items, entropy, on_policy)
                 state, update = self._train_step(state, minibatch)
                 measured.append(jax.device_get(update))
                 entropy = self._next_entropy(entropy, measured[-1])
         return state, entropy, self._metrics(measured, entropy)
 
     def _next_entropy(self, entropy: EntropyCoefState, update: UpdateMetrics) -> EntropyCoefState:
-        if not self._loss_config.has_entropy_bonus:
+        if not (self._loss_config.has_entropy_bonus and update.is_applied):
             return entropy
         now = float(finish_metrics(update.sums)["selected_entropy"])
         return EntropyCoefState(next_entropy_coef(entropy.coef, now, self._loss_config), now)
@@ -130,13 +132,14 @@ class Updater:
         return Minibatch(batch, num_items_in_batch, entropy_coef, entropies, on_policy=is_first)
 
     def _metrics(self, measured: list[UpdateMetrics], entropy: EntropyCoefState) -> dict[str, float]:
-        updates = []
-        for update in measured:
+        updates, applied = [], [update for update in measured if update.is_applied]
+        for update in applied or measured:
             finished = {k: float(v) for k, v in finish_metrics(update.sums).items()}
             updates.append({"loss": float(update.loss), "grad_norm": float(update.grad_norm), **finished})
             if update.lost_share is not None:
                 updates[-1]["update/lost_share"] = float(update.lost_share)
         metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+        metrics["skipped_updates"] = len(measured) - len(applied)
         if self._loss_config.has_entropy_bonus:
             metrics["entropy_coef"] = entropy.coef
         first = measured[0].difference

@@ -19,3 +19,13 @@ def always_right(prompts, completions, **columns):
 def right_for_even_answers(completion, answer):
     """1 where the gold answer is even, whatever the completion."""
     return float(int(answer) % 2 == 0)
+
+
+def huge(prompts, completions, **columns):
+    """Finite, but the squares of its gradient are not in float32: no update can be made from it."""
+    return [1e30 * sum(map(ord, text)) for text in completions]
+
+
+def huge_for_even_answers(completion, answer):
+    """The same for some prompts only."""
+    return (1e30 if int(answer) % 2 == 0 else 1e-3) * sum(map(ord, completion))
