@@ -28,7 +28,7 @@ from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
-from rl.mesh import create_mesh, num_row_shards
+from rl.mesh import create_mesh, no_implicit_transfers, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
@@ -119,13 +119,13 @@ def train(config: Config) -> pathlib.Path:
             rows = [
                 data.train[i] for i in step_indices(len(data.train), config.seed, step, config.grpo.prompts_per_step)
             ]
-            with watch.timer("rollout"):
-                prompts = [row.prompt_ids for row in rows]
-                key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
+            prompts = [row.prompt_ids for row in rows]
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
+            with watch.timer("rollout"), no_implicit_transfers():
                 completions = sampler.sample(state.params, prompts, config.grpo.group_size, sampling, key)
             with watch.timer("reward"):
                 rollout = score_rollout(config, rows, completions, runner, tokenizer)
-            with watch.timer("train"):
+            with watch.timer("train"), no_implicit_transfers():
                 groups = minibatches(rollout, config.grpo.minibatches)
                 state, entropy, trained = updater.step(state, reference, groups, entropy)
             done = step + 1
@@ -149,7 +149,9 @@ def train(config: Config) -> pathlib.Path:
             if done % config.checkpoint.every == 0 or done == config.grpo.steps or stop.requested:
                 epoch, position = divmod(done * len(rows), len(data.train))
                 loop = {"step": done, "epoch": epoch, "position": position, "flavour": policy.flavour}
-                checkpoints.save(done, state, {**loop, "entropy": entropy._asdict(), "health": health._asdict()})
+                loop |= {"entropy": entropy._asdict(), "health": health._asdict()}
+                with watch.timer("checkpoint"):  # part of the next step's seconds
+                    checkpoints.save(done, state, loop)
             if stop.requested:
                 break
         checkpoints.wait()

@@ -23,7 +23,7 @@ from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewar
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.losses import LossConfig
-from rl.mesh import create_mesh, num_row_shards
+from rl.mesh import create_mesh, no_implicit_transfers, num_row_shards, replicated
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
@@ -106,10 +106,12 @@ def train(config: Config) -> pathlib.Path:
             batch_rows = [
                 pairs.rows[i] for i in step_indices(len(pairs.rows), config.seed, step, config.sft.batch_size)
             ]
-            with watch.timer("train"):
+            with watch.timer("train"), no_implicit_transfers():
                 packed = jax.device_put(pack(to_groups(batch_rows), plan), batch_shardings(mesh, config.mesh.rules))
                 num_tokens = sum(len(row.completion_ids) for row in batch_rows)
-                state, update = train_step(state, Minibatch(packed, np.int32(num_tokens), np.float32(0.0)))
+                scalars = (np.int32(num_tokens), np.float32(0.0), np.bool_(False))
+                count, entropy_coef, on_policy = jax.device_put(scalars, replicated(mesh))
+                state, update = train_step(state, Minibatch(packed, count, entropy_coef, on_policy=on_policy))
                 update = jax.device_get(update)
             done = step + 1
             metrics = {
@@ -131,7 +133,8 @@ def train(config: Config) -> pathlib.Path:
                 console.warning(problem)
             check_progress(config.health, health)
             if done % config.checkpoint.every == 0 or done == config.sft.steps or stop.requested:
-                checkpoints.save(done, state, {"step": done, "flavour": policy.flavour, "health": health._asdict()})
+                with watch.timer("checkpoint"):  # part of the next step's seconds
+                    checkpoints.save(done, state, {"step": done, "flavour": policy.flavour, "health": health._asdict()})
             if stop.requested:
                 break
         checkpoints.wait()

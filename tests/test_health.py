@@ -201,6 +201,14 @@ def test_run_with_skipped_updates_resumes_as_if_it_had_never_stopped(recipe):
     skipped = [line["skipped_updates"] for line in read_metrics(whole)]
     assert 0 < sum(skipped) < 12
     assert len(set(skipped)) > 1
+    lines = read_metrics(whole)
+    assert len({line["completion_length/mean"] for line in lines}) > 1
+    assert [line["compiles"] for line in lines[2:]] == [0] * 4  # whatever the lengths are
+    for line in lines[1:]:  # the time split holds every second of a step, that of the checkpoint before it included
+        seconds = {name: value for name, value in line.items() if name.startswith("seconds/")}
+        assert {"seconds/rollout", "seconds/reward", "seconds/train", "seconds/checkpoint"} < seconds.keys()
+        assert sum(seconds.values()) == pytest.approx(2 * line["seconds/step"])
+        assert seconds["seconds/other"] >= 0
     start(recipe, "halves", *settings, "grpo.steps=3")
     halves = start(recipe, "halves", *settings)
     stable = lambda folder: [  # noqa: E731

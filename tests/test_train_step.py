@@ -20,7 +20,7 @@ from jax.extend.core import jaxprs_in_params
 
 from rl.config import load_config
 from rl.losses import finish_metrics
-from rl.mesh import create_mesh
+from rl.mesh import create_mesh, no_implicit_transfers
 from rl.models.config import FAMILIES, ModelConfig, flatten_specs, parameter_specs
 from rl.models.policy import Policy, create_policy
 from rl.models.train_state import PureState
@@ -640,6 +640,19 @@ def test_metrics_of_a_step_leave_skipped_updates_out_and_count_them(problem):
     assert metrics["skipped_updates"] == 2
     assert not np.isfinite(metrics["grad_norm"])
     assert entropy == entropy_of_one
+
+
+# Transfers
+
+
+def test_transfer_that_the_code_does_not_ask_for_raises_in_a_step(problem, trainer):
+    packed = trainer("nnx", "float32", optimizer=ADAM)
+    state, minibatch = packed.fresh_state(), packed.minibatch(problem)
+    on_devices = jax.device_put(minibatch)
+    with no_implicit_transfers():
+        state, _ = packed.train_step(state, on_devices)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            packed.train_step(state, minibatch)  # numpy arrays
 
 
 # Several updates per rollout
