@@ -79,7 +79,7 @@ class ModelSection:
     source: str | None
     param_dtype: DType
     dtype: DType
-    remat: Literal["none", "block"]
+    remat: Literal["none", "dots", "outputs", "block", "full"]
     arch: ArchConfig
 
 

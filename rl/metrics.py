@@ -109,8 +109,8 @@ class Stopwatch:
             self._seconds[phase] += time.perf_counter() - start
 
     def lap(self) -> dict[str, float]:
-        """{"seconds/<phase>": ..., "seconds/step": wall time since the last lap, the sum of the others, "seconds/other":
-        what no phase had}; then starts from zero again.
+        """{"seconds/<phase>": ..., "seconds/step": wall time since the last lap, "seconds/other": that of no phase};
+        then starts from zero again.
         """
         now = time.perf_counter()
         lap = {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
