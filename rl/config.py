@@ -234,6 +234,7 @@ class OptimizerSection:
     muon_rms: float | None
     sgd_momentum: float
     moment_dtype: Literal["float32", "bfloat16"] | None
+    second_moment_dtype: Literal["float32", "bfloat16"] | None
     weight_decay: float
     weight_decay_params: list[str]
     max_grad_norm: float
@@ -638,6 +639,18 @@ def _check_optimizer(config: Config) -> None:
         raise ValueError(
             "optimizer.decay_updates must be set with optimizer.schedule wsd, got null; about a tenth of the run's "
             "updates is usual"
+        )
+    if section.second_moment_dtype is not None and section.name not in ("adamw", "muon"):
+        raise ValueError(
+            f"optimizer.second_moment_dtype must be null with optimizer.name {section.name}, which has no full second "
+            f"moment, got {section.second_moment_dtype!r}; leave it out"
+        )
+    # A change below half of the last of 8 bits is lost: the moment stands still a share of 2^-8 / (1 - b2) from its
+    # target, here at most a quarter.
+    if section.second_moment_dtype == "bfloat16" and 1 - section.b2 < 2**-6:
+        raise ValueError(
+            f"optimizer.b2 must be <= {1 - 2**-6:.3f} with optimizer.second_moment_dtype bfloat16, got {section.b2}: "
+            "the moment's changes would be lost to rounding; lower b2, 0.98 for instance, or keep it in float32"
         )
     no_moment = section.name == "adafactor" or (section.name == "sgd" and not section.sgd_momentum)
     if section.moment_dtype is not None and no_moment:

@@ -127,8 +127,19 @@ def rounding_problems(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _adamw(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:
-    """Adam's (https://arxiv.org/abs/1412.6980); the second moment has the dtype of the weights."""
-    return optax.scale_by_adam(section.b1, section.b2, section.eps, mu_dtype=moment_dtype)
+    """Adam's (https://arxiv.org/abs/1412.6980); the second moment has the dtype of the weights unless the config gives
+    another. It is computed in the wider one of that and the gradient's.
+    """
+    adam = optax.scale_by_adam(section.b1, section.b2, section.eps, mu_dtype=moment_dtype)
+    if section.second_moment_dtype is None:
+        return adam
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        state: Any = adam.init(params)
+        # An update keeps the dtype that it finds.
+        return state._replace(nu=optax.tree.cast(state.nu, section.second_moment_dtype))
+
+    return optax.GradientTransformation(init, adam.update)
 
 
 def _adafactor(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:
