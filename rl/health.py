@@ -17,6 +17,7 @@ _MIN_HISTORY = 10  # steps, before a value can be called unusual
 _NORMAL_SPREAD = 1.4826  # standard deviation of normal numbers / median of their absolute deviations
 _MIN_SPREAD = 0.05  # of the median: values that hardly differ from one another must not make small steps look large
 _WAY_OUT = {"kl": "lower optimizer.lr or raise grpo.beta", "grad_norm": "lower optimizer.lr or optimizer.max_grad_norm"}
+_SAMPLES = "samples.jsonl of a GRPO run holds every completion of the step"
 
 
 class HealthState(NamedTuple):
@@ -93,15 +94,15 @@ def _skips(num_skipped: int) -> list[str]:
     if not num_skipped:
         return []
     problem = f"{num_skipped} update(s) skipped: loss or gradient norm was not finite"
-    return [f"{problem}; weights and optimizer are as before, all samples of the step are in samples.jsonl"]
+    return [f"{problem}; weights and optimizer are as before; {_SAMPLES}"]
 
 
 def _spikes(section: HealthSection, state: HealthState, metrics: Mapping[str, float]) -> list[str]:
     thresholds = {"kl": section.kl_spike, "grad_norm": section.grad_norm_spike}
     return [
         f"{name} {metrics[name]:.3g} is a spike, its median over the last {len(state.recent[name])} steps is "
-        f"{statistics.median(state.recent[name]):.3g}; all samples of the step are in samples.jsonl; if it comes "
-        f"again, {_WAY_OUT[name]}"
+        f"{statistics.median(state.recent[name]):.3g}; {_SAMPLES}; if it comes again, "
+        f"{_WAY_OUT[name]}"
         for name, threshold in thresholds.items()
         if threshold is not None and name in metrics and is_spike(metrics[name], state.recent.get(name, []), threshold)
     ]

@@ -44,7 +44,7 @@ class ModelConfig:
     """One decoder architecture. Sizes are counts, `dtype` is the compute type, `param_dtype` the stored type.
 
     `layer_types` names "full_attention" or "sliding_attention" for every layer; sliding layers see `sliding_window`
-    positions and use `rope_local_theta`. `remat` is what the backward pass computes again, see `ops.rematerialise`.
+    positions and use `rope_local_theta`. `remat` is what the backward pass computes again, see `ops.remat_options`.
     `attention_bias` adds a bias to q, k, v, and to o except in qwen2.
     """
 
