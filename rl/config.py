@@ -41,6 +41,7 @@ RESUMABLE_KEYS = (
     "mesh",
     "checkpoint",
     "eval",
+    "health",
     "logging",
 )
 
@@ -87,7 +88,7 @@ class ModelSection:
     source: str | None
     param_dtype: DType
     dtype: DType
-    remat: Literal["none", "block"]
+    remat: Literal["none", "dots", "outputs", "block", "full"]
     arch: ArchConfig
 
 
@@ -254,6 +255,7 @@ class OptimizerSection:
     muon_rms: float | None
     sgd_momentum: float
     moment_dtype: Literal["float32", "bfloat16"] | None
+    second_moment_dtype: Literal["float32", "bfloat16"] | None
     weight_decay: float
     weight_decay_params: list[str]
     max_grad_norm: float
@@ -289,6 +291,20 @@ class EvalSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class HealthSection:
+    """What is warned about, and when a run ends because it does not get anywhere; None: off."""
+
+    max_skipped_updates: int | None
+    kl_spike: float | None
+    grad_norm_spike: float | None
+    spike_window: int
+    equal_rewards_share: float | None
+    entropy_floor: float | None
+    truncated_share: float | None
+    patience: int
+
+
+@dataclass(frozen=True, config=_STRICT)
 class LoggingSection:
     """What is written beside the metrics."""
 
@@ -315,6 +331,7 @@ class Config:
     mesh: MeshSection
     checkpoint: CheckpointSection
     eval: EvalSection
+    health: HealthSection
     logging: LoggingSection
 
 
@@ -583,6 +600,7 @@ def _check(config: Config) -> None:
     _at_least(config, 0, "sampling.top_k", "sampling.temperature", "sampling.min_p", "sampling.min_completion_length")
     _at_least(config, 0, "seed")
     _check_optimizer(config)
+    _check_health(config)
     if grpo.prompts_per_step % grpo.minibatches:
         fits = [n for n in range(1, grpo.prompts_per_step + 1) if grpo.prompts_per_step % n == 0]
         raise ValueError(
@@ -653,6 +671,21 @@ def _check(config: Config) -> None:
         raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
 
 
+def _check_health(config: Config) -> None:
+    section = config.health
+    _at_least(config, 1, "health.max_skipped_updates", "health.patience")
+    _at_least(config, 10, "health.spike_window")
+    _at_least(config, 0, "health.entropy_floor")
+    for name in ("kl_spike", "grad_norm_spike"):
+        value = getattr(section, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"health.{name} must be > 0 or null (off), got {value}")
+    for name in ("equal_rewards_share", "truncated_share"):
+        value = getattr(section, name)
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"health.{name} must be a share in (0, 1] or null (off), got {value}")
+
+
 def _check_optimizer(config: Config) -> None:
     """Ranges, and settings that the chosen optimizer or schedule needs or cannot have."""
     section = config.optimizer
@@ -676,6 +709,18 @@ def _check_optimizer(config: Config) -> None:
         raise ValueError(
             "optimizer.decay_updates must be set with optimizer.schedule wsd, got null; about a tenth of the run's "
             "updates is usual"
+        )
+    if section.second_moment_dtype is not None and section.name not in ("adamw", "muon"):
+        raise ValueError(
+            f"optimizer.second_moment_dtype must be null with optimizer.name {section.name}, which has no full second "
+            f"moment, got {section.second_moment_dtype!r}; leave it out"
+        )
+    # A change below half of the last of 8 bits is lost: the moment stands still a share of 2^-8 / (1 - b2) from its
+    # target, here at most a quarter.
+    if section.second_moment_dtype == "bfloat16" and 1 - section.b2 < 2**-6:
+        raise ValueError(
+            f"optimizer.b2 must be <= {1 - 2**-6:.3f} with optimizer.second_moment_dtype bfloat16, got {section.b2}: "
+            "the moment's changes would be lost to rounding; lower b2, 0.98 for instance, or keep it in float32"
         )
     no_moment = section.name == "adafactor" or (section.name == "sgd" and not section.sgd_momentum)
     if section.moment_dtype is not None and no_moment:

@@ -138,8 +138,9 @@ class Engine:
             start = stop - size  # the last piece may run some positions again, so that all pieces have one shape
             self._count_bytes(part, *held)
             inputs = (tokens_PT[:, start:stop], positions_PT[:, start:stop], group_ids_PT[:, start:stop])
+            inputs, first = jax.device_put((inputs, np.int32(start)), (self._rows, self._everywhere))
             program = self._prefill_program(params, num_rows, size, part.length, common_length)
-            part = program(params, part, common, *inputs, np.int32(start))
+            part = program(params, part, common, *inputs, first)
         return part
 
     # The decode state
@@ -172,11 +173,11 @@ class Engine:
                 return state
             state.table = self._empty(shape.table_rows, shape.table_length)
         self._count_bytes(state.own, state.table, state.common, prefix)
-        new = iter(named_arrays(prefix))
+        new, rows_on_device = iter(named_arrays(prefix)), jax.device_put(rows, self._rows)
 
         def put(name: str, array: jax.Array) -> jax.Array:
             _, rows_of_array = next(new)
-            return self._put_program(name, array, rows_of_array.shape[0], rows)(array, rows_of_array, rows)
+            return self._put_program(name, array, rows_of_array.shape[0], rows)(array, rows_of_array, rows_on_device)
 
         state.table = map_arrays(state.table, put)
         return state
@@ -194,25 +195,27 @@ class Engine:
     ) -> tuple[DecodeState, Report]:
         """Draws up to `chunk` tokens per slot, see `decoding.generate`; the report is on the host."""
         program = self.programs.get(*self._generate_build(params, state.shape, state.sampling, chunk))
+        waiting = jax.device_put((requests, num_requests), self._rows)
+        cancelled, minimum = jax.device_put((cancelled_B, np.int32(few)), (self._rows, self._everywhere))
         state.own, state.slots, report = program(
             params,
             state.own,
             state.slots,
             state.table,
             state.common,
-            requests,
-            num_requests,
+            *waiting,
             key,
-            cancelled_B,
-            np.int32(few),
+            cancelled,
+            minimum,
         )
         return state, jax.device_get(report)
 
     def resize(self, state: DecodeState, index: np.ndarray | None, length: int) -> DecodeState:
         """Keeps the slots `index` [shards, R] (None: all), counted in each shard; grows the own cache to `length`."""
         if index is not None:
-            state.own = map_arrays(state.own, partial(self._take_rows, index))
-            state.slots = jax.tree.map(partial(self._take_rows, index, "slots"), state.slots)
+            kept = jax.device_put(index, self._rows)
+            state.own = map_arrays(state.own, partial(self._take_rows, kept))
+            state.slots = jax.tree.map(partial(self._take_rows, kept, "slots"), state.slots)
         if length > state.own.length:
             self._note_growth(state.own, length, state.table, state.common)
             state.own = self._grow(state.own, length)
@@ -328,7 +331,7 @@ class Engine:
 
         return self.programs.get(("put", array.shape, array.dtype, num_new), build)
 
-    def _take_rows(self, index: np.ndarray, name: str, array: jax.Array) -> jax.Array:
+    def _take_rows(self, index: jax.Array, name: str, array: jax.Array) -> jax.Array:
         return _consume(self.programs.get(*self._take_build(name, array, index.shape)), array, index)
 
     def _take_build(self, name: str, array: Any, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from rewards.runner import RewardRunner, check_on_gold
@@ -30,12 +29,13 @@ from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_
 from rl.dynamic_sampling import collect
 from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
+from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
-from rl.mesh import create_mesh, num_row_shards
+from rl.mesh import create_mesh, no_implicit_transfers, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import Policy, policy_from_config
 from rl.models.train_state import PureState
-from rl.optimizer import create_training_optimizer, rounding_problems, updates_per_step
+from rl.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
 from rl.packing import PackingPlan, plan_packing
 from rl.reference import ReferenceSync
 from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
@@ -92,10 +92,10 @@ def train(config: Config) -> pathlib.Path:
         if checkpoints.latest_step is None:
             params = pretrained_params(origin, shardings.params)
             state, _ = setup_training_state(config, mesh, init_policy_fn, params)
-            entropy, position = EntropyCoefState(config.grpo.entropy_coef, math.inf), 0
+            entropy, health, position = EntropyCoefState(config.grpo.entropy_coef, math.inf), healthy(), 0
         else:
             state, loop = checkpoints.restore()
-            entropy = EntropyCoefState(**loop["entropy"])
+            entropy, health = EntropyCoefState(**loop["entropy"]), HealthState(**loop["health"])
             position = loop["epoch"] * len(data.train) + loop["position"]  # prompts used up
             console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
         first_step = get_first_step(policy, state, updates_per_step(config))
@@ -137,29 +137,36 @@ def train(config: Config) -> pathlib.Path:
         for step in range(first_step, config.grpo.steps):
             collected = collect(config, data.train, position, functools.partial(draw, state, step))
             rollout, position = to_rollout(config, collected.judged), collected.position
-            with watch.timer("train"):
+            with watch.timer("train"), no_implicit_transfers():
                 groups = minibatches(rollout, config.grpo.minibatches)
                 state, entropy, trained = updater.step(state, reference, groups, entropy)
                 reference = sync_reference(reference, state, step + 1)
             done = step + 1
+            checkup = check_step(config.health, health, rollout.metrics | trained, updates_per_step(config))
+            health = checkup.state
             metrics = {
                 "step": done,
                 **rollout.metrics,
                 **collected.metrics,
                 **trained,
-                "lr": float(np.asarray(schedule(int(state.step) - 1))),
-                **evaluation(done),
+                "lr": last_lr(schedule, int(state.step), health.num_skipped),
             }
+            metrics |= evaluation(done)
             metrics |= timing(watch, rollout.metrics, num_sequences, compiles)
             writer.write(metrics)
-            writer.write_samples(done, sample_records(rollout, config.logging.samples_per_step))
+            num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
+            writer.write_samples(done, sample_records(rollout, num_samples))
             console.step_line(metrics)
-            for problem in [*rollout.problems, *collected.problems, *rounding_problems(trained)]:
+            problems = [*rollout.problems, *collected.problems, *rounding_problems(trained), *checkup.warnings]
+            for problem in problems:
                 console.warning(problem)
+            check_progress(config.health, health)
             if done % config.checkpoint.every == 0 or done == config.grpo.steps or stop.requested:
                 epoch, offset = divmod(position, len(data.train))
-                loop = {"step": done, "epoch": epoch, "position": offset, "entropy": entropy._asdict()}
-                checkpoints.save(done, state, {**loop, "flavour": policy.flavour}, reference)
+                loop = {"step": done, "epoch": epoch, "position": offset, "flavour": policy.flavour}
+                loop |= {"entropy": entropy._asdict(), "health": health._asdict()}
+                with watch.timer("checkpoint"):  # part of the next step's seconds
+                    checkpoints.save(done, state, loop, reference)
             if stop.requested:
                 break
         checkpoints.wait()

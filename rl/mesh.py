@@ -4,6 +4,7 @@ In: the `mesh` section of the config and logical axis names. Out: a `jax.shardin
 the one module that spells mesh axis names. Multi-host start-up is not here.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rl.config import MeshSection
 
 AXES = ("data", "fsdp", "tensor")
+
+
+def no_implicit_transfers() -> contextlib.AbstractContextManager:
+    """A context in which numbers move between host and devices by `jax.device_put` and `jax.device_get` only; any other
+    transfer, such as a numpy array given to a compiled function, raises.
+    """
+    return jax.transfer_guard("disallow")
 
 
 def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:

@@ -109,10 +109,13 @@ class Stopwatch:
             self._seconds[phase] += time.perf_counter() - start
 
     def lap(self) -> dict[str, float]:
-        """{"seconds/<phase>": ..., "seconds/step": wall time since the last lap}; then starts from zero again."""
+        """{"seconds/<phase>": ..., "seconds/step": wall time since the last lap, "seconds/other": that of no phase};
+        then starts from zero again.
+        """
         now = time.perf_counter()
         lap = {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
         lap["seconds/step"] = now - self._lap_start
+        lap["seconds/other"] = lap["seconds/step"] - sum(self._seconds.values())
         self._seconds.clear()
         self._lap_start = now
         return lap

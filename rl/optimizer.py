@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -64,6 +65,12 @@ def create_training_optimizer(
 def updates_per_step(config: Config) -> int:
     """Optimizer updates of one GRPO step."""
     return config.grpo.minibatches * config.grpo.epochs
+
+
+def last_lr(schedule: optax.Schedule, num_updates: int, num_skipped: int) -> float:
+    """The learning rate of the last of `num_updates` updates, of which `num_skipped` were skipped; when none was made,
+    that of the first one to come. Schedules count the updates that were made."""
+    return float(np.asarray(schedule(max(num_updates - num_skipped - 1, 0))))
 
 
 def shortest_run(section: OptimizerSection) -> int:
@@ -120,8 +127,19 @@ def rounding_problems(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _adamw(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:
-    """Adam's (https://arxiv.org/abs/1412.6980); the second moment has the dtype of the weights."""
-    return optax.scale_by_adam(section.b1, section.b2, section.eps, mu_dtype=moment_dtype)
+    """Adam's (https://arxiv.org/abs/1412.6980); the second moment has the dtype of the weights unless the config gives
+    another. It is computed in the wider one of that and the gradient's.
+    """
+    adam = optax.scale_by_adam(section.b1, section.b2, section.eps, mu_dtype=moment_dtype)
+    if section.second_moment_dtype is None:
+        return adam
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        state: Any = adam.init(params)
+        # An update keeps the dtype that it finds.
+        return state._replace(nu=optax.tree.cast(state.nu, section.second_moment_dtype))
+
+    return optax.GradientTransformation(init, adam.update)
 
 
 def _adafactor(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:

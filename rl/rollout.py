@@ -21,6 +21,7 @@ from rewards.runner import RewardRunner
 from rl.advantages import compute_advantages
 from rl.config import Config
 from rl.data import Prompt, PromptRow
+from rl.mesh import no_implicit_transfers
 from rl.metrics import Stopwatch
 from rl.packing import TrainCompletion, TrainGroup
 from rl.sampler import Completion, Sampler
@@ -208,7 +209,7 @@ def sample_and_score(
     texts: dict[int, str] = {}
     columns = {name: [row.columns.get(name) for row in row_B] for name in runner.columns}
     with runner.begin([row.prompt for row in row_B], columns) as scoring:
-        with watch.timer("rollout"):
+        with watch.timer("rollout"), no_implicit_transfers():
             for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
                 done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
                 scoring.add([b], [completion_form(row_B[b].prompt, texts[b])], [completion.token_ids.tolist()])

@@ -20,12 +20,13 @@ from rl.config import Config, load_config
 from rl.console import Console
 from rl.data import PairRow, check_enough_rows, fingerprint, load_pairs, step_indices
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
+from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.loss_types import LossConfig
-from rl.mesh import create_mesh, num_row_shards
+from rl.mesh import create_mesh, no_implicit_transfers, num_row_shards, replicated
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import policy_from_config
-from rl.optimizer import create_training_optimizer, rounding_problems
+from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
 from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
 from rl.run_folder import RunFolder
 from rl.states import InitStateFn, get_first_step, setup_training_state
@@ -75,8 +76,10 @@ def train(config: Config) -> pathlib.Path:
         # -- restore, or start
         if checkpoints.latest_step is None:
             state, _ = setup_training_state(config, mesh, init_state_fn, pretrained_params(origin, shardings.params))
+            health = healthy()
         else:
             state, loop = checkpoints.restore()
+            health = HealthState(**loop["health"])
             console.message(f"resumed at step {loop['step']} of {config.sft.steps}")
         first_step = get_first_step(policy, state)
         # -- train step
@@ -103,28 +106,35 @@ def train(config: Config) -> pathlib.Path:
             batch_rows = [
                 pairs.rows[i] for i in step_indices(len(pairs.rows), config.seed, step, config.sft.batch_size)
             ]
-            with watch.timer("train"):
+            with watch.timer("train"), no_implicit_transfers():
                 packed = jax.device_put(pack(to_groups(batch_rows), plan), batch_shardings(mesh, config.mesh.rules))
                 num_tokens = sum(len(row.completion_ids) for row in batch_rows)
-                state, update = train_step(state, Minibatch(packed, np.int32(num_tokens), np.float32(0.0)))
+                scalars = (np.int32(num_tokens), np.float32(0.0), np.bool_(False))
+                count, entropy_coef, on_policy = jax.device_put(scalars, replicated(mesh))
+                state, update = train_step(state, Minibatch(packed, count, entropy_coef, on_policy=on_policy))
                 update = jax.device_get(update)
             done = step + 1
             metrics = {
                 "step": done,
                 "loss": float(update.loss),
                 "grad_norm": float(update.grad_norm),
-                "lr": float(np.asarray(schedule(step))),
+                "skipped_updates": int(not update.is_applied),
             }
+            checkup = check_step(config.health, health, metrics)
+            health = checkup.state
+            metrics["lr"] = last_lr(schedule, done, health.num_skipped)
             if update.lost_share is not None:
                 metrics["update/lost_share"] = float(update.lost_share)
             metrics |= {**watch.lap(), "compiles": compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}
             metrics["tokens_per_second/train"] = num_tokens / metrics["seconds/train"]
             writer.write(metrics)
             console.step_line(metrics)
-            for problem in rounding_problems(metrics):
+            for problem in [*rounding_problems(metrics), *checkup.warnings]:
                 console.warning(problem)
+            check_progress(config.health, health)
             if done % config.checkpoint.every == 0 or done == config.sft.steps or stop.requested:
-                checkpoints.save(done, state, {"step": done, "flavour": policy.flavour})
+                with watch.timer("checkpoint"):  # part of the next step's seconds
+                    checkpoints.save(done, state, {"step": done, "flavour": policy.flavour, "health": health._asdict()})
             if stop.requested:
                 break
         checkpoints.wait()

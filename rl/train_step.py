@@ -3,8 +3,9 @@ and loss.
 
 In: a `PureState` and a packed `Minibatch`. Out: the next state (argument 0 is donated) and the sums the metrics are
 made of. The pieces of a minibatch run one after the other inside the function; every denominator is that of the whole
-minibatch, so neither their number nor their size changes the result. `jit_token_logprobs` runs the same rows without
-gradient, for old and reference log-probs.
+minibatch, so neither their number nor their size changes the result. An update whose loss or gradient norm is not
+finite is skipped: weights and optimizer state stay as they are, bit for bit. `jit_token_logprobs` runs the same rows
+without gradient, for old and reference log-probs.
 
 Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
 completion, B = R * C sequences of a piece, D model.
@@ -55,6 +56,7 @@ class UpdateMetrics(NamedTuple):
       loss: scalar.
       sums: of the whole minibatch; `rl.loss_metrics.finish_metrics` makes metrics of them.
       grad_norm: global norm of the gradient before clipping.
+      is_applied: bool [], whether loss and gradient norm were finite; otherwise the update was skipped.
       difference: absolute difference between the policy's log-probs now and those of the sampler.
       lost_share: of the non-zero updates of single weights, those that rounding discarded; None for weights in float32
         or wider.
@@ -63,6 +65,7 @@ class UpdateMetrics(NamedTuple):
     loss: jax.Array
     sums: MetricSums
     grad_norm: jax.Array
+    is_applied: jax.Array
     difference: "Difference"
     lost_share: jax.Array | None
 
@@ -127,10 +130,21 @@ def jit_train_step(
         (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, _piece(batch, 0), *constants)
         start = (_zeros(loss), _zeros(grads), zero_sums(sums), _zeros(difference))
         loss, grads, sums, difference = jax.lax.fori_loop(0, batch.num_microbatches, add_piece, start)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        lost_share = rounding_loss(state.params, updates) if jnp.finfo(policy.config.param_dtype).bits < 32 else None
-        metrics = UpdateMetrics(loss, sums, optax.tree.norm(grads), difference, lost_share)
+        grad_norm = optax.tree.norm(grads)
+        is_applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        def apply(_, carry):
+            params, opt_state, lost_share = carry
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            if lost_share is not None:
+                lost_share = rounding_loss(params, updates)
+            return optax.apply_updates(params, updates), opt_state, lost_share
+
+        # A loop of one round or none: its carry is updated in place, where a conditional would hold both states.
+        lost_share = jnp.float32(0) if jnp.finfo(policy.config.param_dtype).bits < 32 else None
+        carry = (state.params, state.opt_state, lost_share)
+        params, opt_state, lost_share = jax.lax.fori_loop(0, is_applied.astype(jnp.int32), apply, carry)
+        metrics = UpdateMetrics(loss, sums, grad_norm, is_applied, difference, lost_share)
         return PureState(state.step + 1, params, opt_state, state.rng), metrics
 
     everywhere: Any = replicated(mesh)

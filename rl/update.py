@@ -8,7 +8,7 @@ themselves.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,13 @@ from rl.optimizer import updates_per_step
 from rl.packing import Batch, PackingPlan, TrainGroup, pack
 from rl.train_step import Minibatch, UpdateMetrics, batch_shardings, jit_token_logprobs, jit_train_step
 from rl.user_functions import resolve
+
+
+class _Measured(NamedTuple):
+    """One update's measurements on the host, and the metrics that follow from its sums."""
+
+    update: UpdateMetrics
+    finished: dict[str, np.ndarray]
 
 
 class Updater:
@@ -57,6 +64,7 @@ class Updater:
             "chunk_size": config.grpo.logprob_chunk,
         }
         self._token_logprobs = jit_token_logprobs(policy, state_shardings.params, **common)
+        self._finish_metrics = jax.jit(finish_metrics)
         self._train_step = jit_train_step(
             policy,
             optimizer,
@@ -82,7 +90,8 @@ class Updater:
           entropy: of the adaptive entropy bonus.
 
         Returns:
-          The next state, the entropy coefficient's next state, and metrics: means over the updates, except that
+          The next state, the entropy coefficient's next state, and metrics: means over the updates that were made (over
+          all when every one was skipped, to show what was not finite), the number of `skipped_updates`, and
           `logprob_difference` is that of the first update, where policy and sampler have the same weights.
         """
         needs_old = updates_per_step(self._config) > 1
@@ -93,19 +102,20 @@ class Updater:
             old = self._token_logprobs(state.params, bare)[0] if needs_old else None
             reference_logprobs = None if reference is None else self._token_logprobs(reference.params, bare)[0]
             batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
-        measured: list[UpdateMetrics] = []
+        measured: list[_Measured] = []
         for _ in range(self._config.grpo.epochs):
             for batch in batches:
-                minibatch = self._minibatch(state, batch, num_items, entropy, on_policy=not measured)
+                on_policy = not any(update.is_applied for update, _ in measured)
+                minibatch = self._minibatch(state, batch, num_items, entropy, on_policy)
                 state, update = self._train_step(state, minibatch)
-                measured.append(jax.device_get(update))
+                measured.append(_Measured(*jax.device_get((update, self._finish_metrics(update.sums)))))
                 entropy = self._next_entropy(entropy, measured[-1])
         return state, entropy, self._metrics(measured, entropy)
 
-    def _next_entropy(self, entropy: EntropyCoefState, update: UpdateMetrics) -> EntropyCoefState:
-        if not self._loss_config.has_entropy_bonus:
+    def _next_entropy(self, entropy: EntropyCoefState, measured: _Measured) -> EntropyCoefState:
+        if not (self._loss_config.has_entropy_bonus and measured.update.is_applied):
             return entropy
-        now = float(finish_metrics(update.sums)["selected_entropy"])
+        now = float(measured.finished["selected_entropy"])
         return EntropyCoefState(next_entropy_coef(entropy.coef, now, self._loss_config), now)
 
     def _minibatch(
@@ -120,17 +130,18 @@ class Updater:
         num_items_in_batch, entropy_coef, is_first = scalars
         return Minibatch(batch, num_items_in_batch, entropy_coef, entropies, on_policy=is_first)
 
-    def _metrics(self, measured: list[UpdateMetrics], entropy: EntropyCoefState) -> dict[str, float]:
-        updates = []
-        for update in measured:
-            finished = {k: float(v) for k, v in finish_metrics(update.sums).items()}
-            updates.append({"loss": float(update.loss), "grad_norm": float(update.grad_norm), **finished})
+    def _metrics(self, measured: list[_Measured], entropy: EntropyCoefState) -> dict[str, float]:
+        updates, applied = [], [one for one in measured if one.update.is_applied]
+        for update, finished in applied or measured:
+            updates.append({"loss": float(update.loss), "grad_norm": float(update.grad_norm)})
+            updates[-1] |= {name: float(value) for name, value in finished.items()}
             if update.lost_share is not None:
                 updates[-1]["update/lost_share"] = float(update.lost_share)
         metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+        metrics["skipped_updates"] = len(measured) - len(applied)
         if self._loss_config.has_entropy_bonus:
             metrics["entropy_coef"] = entropy.coef
-        first = measured[0].difference
+        first = measured[0].update.difference
         metrics["logprob_difference/mean"] = float(first.total) / max(float(first.count), 1.0)
         metrics["logprob_difference/max"] = float(first.highest)
         return metrics

@@ -26,3 +26,13 @@ def flat_for_even_answers(completion, answer):
     if int(answer) % 2 == 0:
         return 0.5
     return sum(ord(character) < 90 for character in completion) / max(len(completion), 1)
+
+
+def huge(prompts, completions, **columns):
+    """Finite, but the squares of its gradient are not in float32: no update can be made from it."""
+    return [1e30 * sum(map(ord, text)) for text in completions]
+
+
+def huge_for_even_answers(completion, answer):
+    """The same for some prompts only."""
+    return (1e30 if int(answer) % 2 == 0 else 1e-3) * sum(map(ord, completion))

@@ -28,7 +28,16 @@ LAYERS = [
         "rl.programs",
         "rl.completion_file",
     ],
-    ["rl.mesh", "rl.models.quantized", "rl.console", "rl.models.hf_config", "rl.sampling", "rl.tokenizer", "rl.tasks"],
+    [
+        "rl.mesh",
+        "rl.models.quantized",
+        "rl.console",
+        "rl.health",
+        "rl.models.hf_config",
+        "rl.sampling",
+        "rl.tokenizer",
+        "rl.tasks",
+    ],
     ["rl.models.ops", "rl.loss_types"],
     [
         "rl.models.cache",

@@ -288,6 +288,14 @@ def test_a_missing_recipe_is_refused(tmp_path):
             ["optimizer.name=sgd", "optimizer.moment_dtype=bfloat16"],
             r"moment_dtype must be null with optimizer\.name sgd, .*'bfloat16'; set optimizer\.sgd_momentum",
         ),
+        (
+            ["optimizer.name=lion", "optimizer.second_moment_dtype=float32"],
+            r"second_moment_dtype must be null with optimizer\.name lion, .* got 'float32'; leave it out",
+        ),
+        (
+            ["optimizer.second_moment_dtype=bfloat16"],
+            r"optimizer\.b2 must be <= 0\.984 with optimizer\.second_moment_dtype bfloat16, got 0\.999.*lower b2",
+        ),
         (["rewards.timeout_seconds=0"], r"rewards\.timeout_seconds must be > 0, got 0"),
         (
             ["grpo.loss_type=vespo", "grpo.sampler_is_correction=true", "grpo.sampler_is_mode=sequence_mask"],

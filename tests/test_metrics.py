@@ -132,10 +132,11 @@ def test_stopwatch_sums_phases_and_starts_again_each_lap():
     with pytest.raises(KeyError), watch.timer("train"):
         raise KeyError
     lap = watch.lap()
-    assert list(lap) == ["seconds/rollout", "seconds/train", "seconds/step"]
+    assert list(lap) == ["seconds/rollout", "seconds/train", "seconds/step", "seconds/other"]
     assert lap["seconds/rollout"] >= 0.02
-    assert lap["seconds/step"] >= lap["seconds/rollout"] + lap["seconds/train"]
-    assert list(watch.lap()) == ["seconds/step"]
+    assert lap["seconds/other"] >= 0
+    assert lap["seconds/step"] == pytest.approx(sum(lap.values()) - lap["seconds/step"])
+    assert list(watch.lap()) == ["seconds/step", "seconds/other"]
 
 
 def test_compile_counter_counts_new_programs_only():

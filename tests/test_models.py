@@ -134,18 +134,44 @@ def test_twins_agree_bit_for_bit_through_the_cache(family):
     assert_trees_identical(*results)
 
 
-def test_rematerialisation_changes_gradients_in_no_twin_and_is_really_on():
-    config = tiny_config("gemma3_text", layer_types=None)
+@pytest.mark.parametrize("remat", ["dots", "outputs", "block", "full"])
+def test_rematerialisation_changes_gradients_in_no_twin_and_is_really_on(remat):
+    # Five layers, so that "full" has segments of two and a shorter last one.
+    config = tiny_config("gemma3_text", layer_types=None, num_layers=5)
     params, batch = noisy_params(config), plain_batch()
     plain = jax.jit(jax.grad(_hidden_loss(NNXPolicy(config), batch)))(params)
-    linen, nnx_policy = both(dataclasses.replace(config, remat="block"))
+    linen, nnx_policy = both(dataclasses.replace(config, remat=remat))
     gradients = []
     for policy in (linen, nnx_policy):
         gradient = jax.grad(_hidden_loss(policy, batch))
         gradients.append(jax.jit(gradient)(params))
         assert str(jax.make_jaxpr(gradient)(params)).count("remat") >= config.num_layers
     assert_trees_identical(*gradients)
+    texts = [jax.jit(policy.hidden).lower(params, *batch).as_text() for policy in (linen, nnx_policy)]
+    assert texts[0] == texts[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, gradients[0])
+
+
+@pytest.mark.parametrize("flavour", ["linen", "nnx"])
+def test_rematerialisation_keeps_ever_less_for_the_backward_pass(flavour):
+    """Counted between the passes, and compiled: there without the steps of XLA for CPU that merge the second forward
+    pass of unrolled layers with the first, which it does on no other backend.
+    """
+    options = {"xla_disable_hlo_passes": "optimization-barrier-expander,cse,cse_barrier_expander"}
+    config = tiny_config(num_layers=9, hidden_size=32, intermediate_size=96)
+    params, batch = noisy_params(config), plain_batch(num_tokens=64)
+    kept, temporaries = {}, {}
+    for remat in ("none", "dots", "outputs", "block", "full"):
+        policy = dict(zip(("linen", "nnx"), both(dataclasses.replace(config, remat=remat)), strict=True))[flavour]
+        loss = _hidden_loss(policy, batch)
+        kept[remat] = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], params)))
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile(compiler_options=options)
+        temporaries[remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries["none"] > 2 * temporaries["dots"] > 2 * temporaries["outputs"]
+    assert temporaries["outputs"] > temporaries["block"] > temporaries["full"]
+    assert sorted(kept, key=kept.__getitem__, reverse=True) == ["none", "dots", "outputs", "block", "full"]
+    assert len(set(kept.values())) == 5
+    assert kept["block"] < 0.1 * kept["none"]
 
 
 def _hidden_loss(policy, batch):
@@ -414,7 +440,7 @@ def test_cache_sizes_that_do_not_fit_are_refused():
         ({"head_dim": None, "hidden_size": 18}, "give head_dim"),
         ({"family": "mamba"}, "family must be one of llama, qwen2, qwen3, gemma3_text, got 'mamba'"),
         ({"dtype": "int8"}, "dtype must be one of"),
-        ({"remat": "full"}, "remat must be one of none, block, got 'full'"),
+        ({"remat": "all"}, "remat must be one of none, dots, outputs, block, full, got 'all'"),
         ({"activation": "relu"}, "activation must be one of"),
         ({"vocab_size": 0}, "vocab_size must be > 0, got 0"),
         ({"eos_token_ids": (1, 97)}, r"eos_token_ids must be in \[0, vocab_size = 97\), got 97"),

@@ -21,7 +21,7 @@ from jax.extend.core import jaxprs_in_params
 from rl.config import load_config
 from rl.entropy_coef import EntropyCoefState
 from rl.loss_metrics import finish_metrics
-from rl.mesh import create_mesh
+from rl.mesh import create_mesh, no_implicit_transfers
 from rl.models.config import FAMILIES, ModelConfig, flatten_specs, parameter_specs
 from rl.models.policy import Policy, create_policy
 from rl.models.train_state import PureState
@@ -547,6 +547,113 @@ def test_memory_of_the_compiled_step_is_a_fraction_of_the_logits_of_all_tokens(p
     memory = packed.train_step.lower(packed.fresh_state(), minibatch).compile().memory_analysis()
     size_of_logits = minibatch.batch.targets_MRN.size * vocab * 4
     assert memory.temp_size_in_bytes < size_of_logits / 2
+
+
+# Updates that are not finite
+
+SCHEDULED_ADAM = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.scale_by_schedule(lambda count: -0.01 / (1 + count))
+)
+MOMENTUM = optax.sgd(0.01, momentum=0.9)
+
+
+def poisoned(minibatch: Minibatch, kind: str) -> Minibatch:
+    """One value of one token made non-finite: an advantage, or the reference's log-prob."""
+    batch = minibatch.batch
+    field = {"inf advantage": "advantages_MRC", "nan log-prob": "reference_logprobs_MRCL"}[kind]
+    used = batch.sequence_mask_MRC if field == "advantages_MRC" else batch.mask_MRCL
+    values = np.array(getattr(batch, field))
+    values[tuple(np.argwhere(used > 0)[2])] = np.inf if kind == "inf advantage" else np.nan
+    return minibatch._replace(batch=batch._replace(**{field: values}))
+
+
+@pytest.mark.parametrize(
+    ("flavour", "optimizer", "mesh"),
+    [
+        ("linen", SCHEDULED_ADAM, ONE_DEVICE),
+        ("nnx", SCHEDULED_ADAM, ONE_DEVICE),
+        ("nnx", MOMENTUM, ONE_DEVICE),
+        ("nnx", SCHEDULED_ADAM, (2, 2, 2)),
+    ],
+    ids=["linen", "nnx", "momentum", "sharded"],
+)
+def test_update_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(
+    flavour, optimizer, mesh, problem, trainer
+):
+    packed = trainer(
+        flavour, "float32", optimizer=optimizer, mesh=mesh, plan=PLAN if mesh == ONE_DEVICE else SHARDED_PLAN
+    )
+    clean = packed.minibatch(problem)
+    state, update = packed.train_step(packed.fresh_state(), clean)  # away from the start, where moments are all zero
+    assert update.is_applied
+    before = jax.device_get(state)
+    for kind in ("inf advantage", "nan log-prob"):
+        state, update = packed.train_step(state, poisoned(clean, kind))
+        assert not update.is_applied
+        assert not np.isfinite(float(update.loss) + float(update.grad_norm))
+    assert int(state.step) == 3  # the position in the run goes on; the optimizer's own counts do not
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state)._replace(step=before.step), before)
+    after_poison, update = packed.train_step(state, clean)
+    assert update.is_applied
+    twice, _ = packed.train_step(packed.train_step(packed.fresh_state(), clean)[0], clean)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(after_poison)._replace(step=0),
+        jax.device_get(twice)._replace(step=0),
+    )
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (twice.params, before.params)), strict=True))
+
+
+def test_skipping_needs_no_second_copy_of_the_state(problem):
+    """What Adam adds to the temporaries of plain gradient descent is a small part of the weights."""
+    temporaries = {}
+    for name, optimizer in (("adam", SCHEDULED_ADAM), ("sgd", optax.sgd(0.1))):
+        packed = make_trainer("nnx", "float32", vocab=8209, chunk_size=4, optimizer=optimizer)
+        compiled = packed.train_step.lower(packed.fresh_state(), packed.minibatch(problem)).compile()
+        temporaries[name] = compiled.memory_analysis().temp_size_in_bytes
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(packed.fresh_state().params))
+    assert temporaries["adam"] - temporaries["sgd"] < 0.1 * size
+
+
+def test_metrics_of_a_step_leave_skipped_updates_out_and_count_them(problem):
+    settings = (*COMPOSITE, "grpo.minibatches=2", "grpo.prompts_per_step=4", "mesh.fsdp=1", "grpo.beta=0")
+    settings += ("grpo.use_adaptive_entropy=true", f"grpo.logprob_chunk={CHUNK_SIZE}")
+    packed = make_trainer("nnx", "float32", optimizer=SCHEDULED_ADAM)
+    updater = Updater(
+        load_config(None, settings),
+        packed.policy,
+        packed.optimizer,
+        packed.plan,
+        packed.abstract.shardings,
+        mesh=packed.mesh,
+    )
+    good = problem.train_groups([0, 1])
+    bad = [TrainGroup(g.prompt_ids, [dataclasses.replace(c, advantage=np.inf) for c in g.completions]) for g in good]
+    start = EntropyCoefState(ENTROPY_COEF, float("inf"))
+    _, entropy_of_one, _ = updater.step(packed.fresh_state(), None, [good], start)
+    state, entropy, metrics = updater.step(packed.fresh_state(), None, [bad, good], start)
+    assert metrics["skipped_updates"] == 1
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert entropy == entropy_of_one  # the adaptive coefficient has not moved in the skipped update
+    assert metrics["ratio_max"] == 1.0  # what follows a skipped update is still the first on this rollout
+    assert int(state.step) == 2
+    state, entropy, metrics = updater.step(state, None, [bad, bad], entropy)
+    assert metrics["skipped_updates"] == 2
+    assert not np.isfinite(metrics["grad_norm"])
+    assert entropy == entropy_of_one
+
+
+# Transfers
+
+
+def test_transfer_that_the_code_does_not_ask_for_raises_in_a_step(problem, trainer):
+    packed = trainer("nnx", "float32", optimizer=ADAM)
+    state, minibatch = packed.fresh_state(), packed.minibatch(problem)
+    on_devices = jax.device_put(minibatch)
+    with no_implicit_transfers():
+        state, _ = packed.train_step(state, on_devices)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            packed.train_step(state, minibatch)  # numpy arrays
 
 
 # Several updates per rollout

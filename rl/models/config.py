@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-REMAT_MODES = ("none", "block")
+REMAT_MODES = ("none", "dots", "outputs", "block", "full")
 ROPE_KINDS = ("none", "linear", "llama3")
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
@@ -44,7 +44,8 @@ class ModelConfig:
     """One decoder architecture. Sizes are counts, `dtype` is the compute type, `param_dtype` the stored type.
 
     `layer_types` names "full_attention" or "sliding_attention" for every layer; sliding layers see `sliding_window`
-    positions and use `rope_local_theta`. `attention_bias` adds a bias to q, k, v, and to o except in qwen2.
+    positions and use `rope_local_theta`. `remat` is what the backward pass computes again, see `ops.remat_options`.
+    `attention_bias` adds a bias to q, k, v, and to o except in qwen2.
     """
 
     family: str

@@ -1,11 +1,14 @@
 """The Linen twin: a decoder of `flax.linen` modules over the shared ops, with the tree of `parameter_specs`.
 
-Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim.
+Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim, F mlp.
 """
+
+import functools
 
 import jax
 from flax import linen as nn
 from flax.core.scope import LazyRng
+from jax.ad_checkpoint import checkpoint_name
 
 from rl.models import cache as kv
 from rl.models import ops
@@ -89,7 +92,7 @@ class Attention(nn.Module):
         else:
             layer_cache = kv.append(layer_cache, k_BTKH, v_BTKH)
             output_BTNH = ops.attention_over_parts(q_BTNH, kv.attention_parts(layer_cache, context), scale)
-        return self.o_proj(output_BTNH), layer_cache
+        return checkpoint_name(self.o_proj(output_BTNH), ops.ATTENTION_OUTPUT), layer_cache
 
 
 class MLP(nn.Module):
@@ -105,7 +108,8 @@ class MLP(nn.Module):
         self.down_proj = Projection(config, mlp, hidden, config.mlp_bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down_proj(ops.activation(self.gate_proj(x_BTD), self.config.activation) * self.up_proj(x_BTD))
+        gated_BTF = ops.activation(self.gate_proj(x_BTD), self.config.activation) * self.up_proj(x_BTD)
+        return checkpoint_name(self.down_proj(gated_BTF), ops.MLP_OUTPUT)
 
 
 class Block(nn.Module):
@@ -143,8 +147,8 @@ class CausalLM(nn.Module):
     def setup(self) -> None:
         config = self.config
         # Rematerialisation changes the backward pass only: nothing to gain, and other rng paths, while initialising.
-        remat = config.remat == "block" and not self.is_initializing()
-        block = nn.remat(Block) if remat else Block
+        remat = config.remat != "none" and not self.is_initializing()
+        block = nn.remat(Block, **ops.remat_options(config.remat)) if remat else Block
         self.embed_tokens = Embedding(config)
         self.layers = [block(config) for _ in range(config.num_layers)]
         self.norm = RMSNorm(config, config.hidden_size)
@@ -186,10 +190,23 @@ class CausalLM(nn.Module):
 
     def _run(self, tokens_BT, contexts, caches):
         x_BTD, new_caches = self.embed_tokens(tokens_BT), []
-        for layer, layer_type, layer_cache in zip(self.layers, self.config.layer_types, caches, strict=True):
-            x_BTD, layer_cache = layer(x_BTD, contexts[layer_type], layer_cache)
-            new_caches.append(layer_cache)
+        for segment in ops.remat_segments(self.config):
+            run_segment = functools.partial(_run_layers, segment)
+            if self.config.remat == "full" and not self.is_initializing():
+                run_segment = nn.remat(run_segment)
+            own_contexts = [contexts[self.config.layer_types[i]] for i in segment]
+            x_BTD, own_caches = run_segment(self, x_BTD, own_contexts, [caches[i] for i in segment])
+            new_caches.extend(own_caches)
         return self.norm(x_BTD), new_caches
+
+
+def _run_layers(segment, model, x_BTD, contexts, caches):
+    """The hidden states after these layers of the model, and their caches."""
+    new_caches = []
+    for i, context, layer_cache in zip(segment, contexts, caches, strict=True):
+        x_BTD, layer_cache = model.layers[i](x_BTD, context, layer_cache)
+        new_caches.append(layer_cache)
+    return x_BTD, new_caches
 
 
 def _parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array:

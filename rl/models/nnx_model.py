@@ -1,11 +1,12 @@
 """The NNX twin: a decoder of `flax.nnx` modules over the shared ops. Its pure state has the tree of `parameter_specs`.
 
 Matrices are read with `get_value()`, since a `QuantizedArray` may stand in their place; `[...]` is for arrays only.
-Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim.
+Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim, F mlp.
 """
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from rl.models import cache as kv
 from rl.models import ops
@@ -93,7 +94,7 @@ class Attention(nnx.Module):
         else:
             layer_cache = kv.append(layer_cache, k_BTKH, v_BTKH)
             output_BTNH = ops.attention_over_parts(q_BTNH, kv.attention_parts(layer_cache, context), scale)
-        return self.o_proj(output_BTNH), layer_cache
+        return checkpoint_name(self.o_proj(output_BTNH), ops.ATTENTION_OUTPUT), layer_cache
 
 
 class MLP(nnx.Module):
@@ -107,7 +108,8 @@ class MLP(nnx.Module):
         self.down_proj = Projection(config, mlp, hidden, config.mlp_bias, key, (*path, "down_proj"))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down_proj(ops.activation(self.gate_proj(x_BTD), self.config.activation) * self.up_proj(x_BTD))
+        gated_BTF = ops.activation(self.gate_proj(x_BTD), self.config.activation) * self.up_proj(x_BTD)
+        return checkpoint_name(self.down_proj(gated_BTF), ops.MLP_OUTPUT)
 
 
 class Block(nnx.Module):
@@ -192,21 +194,39 @@ class CausalLM(nnx.Module):
 
     def _run(self, tokens_BT, contexts, caches):
         x_BTD, new_caches = self.embed_tokens(tokens_BT), []
-        call_layer = _call_rematerialised if self.config.remat == "block" else _call
-        for name, layer_type, layer_cache in zip(self._layer_names(), self.config.layer_types, caches, strict=True):
-            x_BTD, layer_cache = call_layer(getattr(self, name), x_BTD, contexts[layer_type], layer_cache)
-            new_caches.append(layer_cache)
+        run_segment = _rematerialised(_run_layers) if self.config.remat == "full" else _run_layers
+        for segment in ops.remat_segments(self.config):
+            layers = [getattr(self, self._layer_names()[i]) for i in segment]
+            own_contexts = [contexts[self.config.layer_types[i]] for i in segment]
+            x_BTD, own_caches = run_segment(layers, x_BTD, own_contexts, [caches[i] for i in segment])
+            new_caches.extend(own_caches)
         return self.norm(x_BTD), new_caches
+
+
+def _run_layers(layers, x_BTD, contexts, caches):
+    """The hidden states after these layers, and their caches."""
+    new_caches = []
+    for layer, context, layer_cache in zip(layers, contexts, caches, strict=True):
+        mode = layer.config.remat
+        call = _call if mode == "none" else _rematerialised(_call, **ops.remat_options(mode))
+        x_BTD, layer_cache = call(layer, x_BTD, context, layer_cache)
+        new_caches.append(layer_cache)
+    return x_BTD, new_caches
 
 
 def _call(layer, *arguments):
     return layer(*arguments)
 
 
-def _call_rematerialised(layer, *arguments):
-    """Calls the layer, keeping only its inputs for the backward pass."""
-    graphdef, state = nnx.split(layer)
-    return jax.checkpoint(lambda state, *arguments: nnx.merge(graphdef, state)(*arguments))(state, *arguments)
+def _rematerialised(function, **options):
+    """`function` of (modules, *arguments), of which the backward pass keeps only the inputs and what `options` name."""
+
+    def call(modules, *arguments):
+        graphdef, state = nnx.split(modules)
+        pure = jax.checkpoint(lambda state, *arguments: function(nnx.merge(graphdef, state), *arguments), **options)
+        return pure(state, *arguments)
+
+    return call
 
 
 def _parameter(config: ModelConfig, key: jax.Array, path: Path, shape: tuple[int, ...]) -> nnx.Param:

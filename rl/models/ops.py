@@ -4,6 +4,7 @@ Legend of shape suffixes: B sequences, R rows of a cache part, Q readers of a sh
 positions, V vocab, D model, N query heads, K kv heads, J = N / K query heads per kv head, H head dim, F mlp.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,29 @@ from rl.models.config import (
     parameter_specs,
 )
 from rl.models.quantized import QuantizedArray, Weight, dequantize
+
+# Names of what `remat: outputs` keeps of a layer.
+ATTENTION_OUTPUT, MLP_OUTPUT = "attention_output", "mlp_output"
+
+
+def remat_options(mode: str) -> dict[str, Any]:
+    """Arguments of `jax.checkpoint` around one layer: what of it, besides its inputs, the backward pass finds kept.
+
+    "dots" keeps the products with weights, "outputs" what attention and MLP add to the residual stream, "block" and
+    "full" nothing.
+    """
+    policies = jax.checkpoint_policies
+    names = policies.save_only_these_names(ATTENTION_OUTPUT, MLP_OUTPUT)
+    policy = {"dots": policies.dots_with_no_batch_dims_saveable, "outputs": names}.get(mode)
+    return {} if policy is None else {"policy": policy}
+
+
+def remat_segments(config: ModelConfig) -> list[range]:
+    """Consecutive layers that the backward pass computes again together, from the input of the first: about sqrt(L) of
+    them in "full", after https://arxiv.org/abs/1604.06174, section 4.3, else one.
+    """
+    size = round(math.sqrt(config.num_layers)) if config.remat == "full" else 1
+    return [range(i, min(i + size, config.num_layers)) for i in range(0, config.num_layers, size)]
 
 
 class LayerContext(NamedTuple):

@@ -17,7 +17,8 @@ class PureState(NamedTuple):
     """What a training run is, as a plain pytree.
 
     Attributes:
-      step: int32 [], optimizer updates applied so far.
+      step: int32 [], updates of the run so far, the skipped ones included: its position. The optimizer's own counts,
+        which schedules go by, leave skipped updates out.
       params: nested dict of weights.
       opt_state: the optax state over `params`; () when there is no optimizer.
       rng: uint32 key data of the run's base key; every random number of the run is derived from it and the step.

@@ -1,0 +1,79 @@
+"""Dtypes of a training state: float32 unless told otherwise, each settable, equal in both flavours, kept by updates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_models import tiny_config
+
+from rl.config import load_config
+from rl.models.policy import create_policy
+from rl.optimizer import create_training_optimizer
+from rl.states import InitStateFn
+
+FLAVOURS = {"linen": False, "nnx": True}
+KINDS = ("weights", "first", "second")
+
+
+def state_and_optimizer(flavour: str, *overrides: str):
+    config = load_config(None, ["optimizer.b2=0.98", "optimizer.lr=0.01", *overrides])
+    shape = tiny_config(param_dtype=config.model.param_dtype, num_layers=1)
+    policy = create_policy(shape, FLAVOURS[flavour])
+    _, optimizer = create_training_optimizer(config, policy)
+    return InitStateFn(policy, optimizer, 0)().pure(), optimizer
+
+
+def dtypes(state) -> dict[str, str]:
+    """The one dtype of weights, first and second moments."""
+    found = {kind: set() for kind in KINDS}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path)
+        kind = {".params": "weights"}.get(name[:7], "first" if ".mu[" in name else "second" if ".nu[" in name else None)
+        if kind:
+            found[kind].add(str(leaf.dtype))
+    return {kind: names.pop() for kind, names in found.items() if len(names) == 1}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ((), ("float32", "float32", "float32")),
+        (("model.param_dtype=bfloat16",), ("bfloat16", "bfloat16", "bfloat16")),
+        (("optimizer.moment_dtype=bfloat16",), ("float32", "bfloat16", "float32")),
+        (("optimizer.second_moment_dtype=bfloat16",), ("float32", "float32", "bfloat16")),
+        (
+            ("model.param_dtype=bfloat16", "optimizer.moment_dtype=float32", "optimizer.second_moment_dtype=float32"),
+            ("bfloat16", "float32", "float32"),
+        ),
+        (("optimizer.name=muon", "optimizer.second_moment_dtype=bfloat16"), ("float32", "float32", "bfloat16")),
+    ],
+    ids=["default", "weights", "first moment", "second moment", "weights only", "muon"],
+)
+def test_each_dtype_of_the_state_is_float32_unless_set_and_survives_updates(flavour, overrides, expected):
+    state, optimizer = state_and_optimizer(flavour, *overrides)
+    assert dtypes(state) == dict(zip(KINDS, expected, strict=True))
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), state.params)
+    updates, opt_state = jax.jit(optimizer.update)(gradient, state.opt_state, state.params)
+    state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    assert dtypes(state) == dict(zip(KINDS, expected, strict=True))
+
+
+def test_second_moment_in_bfloat16_follows_the_one_in_float32():
+    """At the highest decay that is allowed, a steady gradient still brings it to within a quarter of its target."""
+    settings = ("optimizer.b2=0.984", "optimizer.max_grad_norm=0")
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        state, optimizer = state_and_optimizer("nnx", *settings, f"optimizer.second_moment_dtype={dtype}")
+        gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), state.params)
+
+        def update(_, opt_state, optimizer=optimizer, gradient=gradient, params=state.params):
+            return optimizer.update(gradient, opt_state, params)[1]
+
+        opt_state = jax.jit(lambda s, update=update: jax.lax.fori_loop(0, 1000, update, s))(state.opt_state)
+        leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+        results[dtype] = next(leaf for path, leaf in leaves if ".nu[" in jax.tree_util.keystr(path))
+    assert np.asarray(results["float32"]).ravel()[0] == pytest.approx(0.01, rel=0.03)
+    ratio = np.asarray(results["bfloat16"], np.float32) / np.asarray(results["float32"])
+    assert np.abs(ratio - 1).max() < 0.25
