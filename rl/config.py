@@ -83,6 +83,18 @@ class ModelSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class LoRASection:
+    """Low-rank adapters on a frozen base."""
+
+    rank: int
+    alpha: float
+    targets: list[str]
+    rank_stabilized: bool
+    base_dtype: Literal["bfloat16", "int8", "float8_e4m3fn"] | None
+    adapter: str | None
+
+
+@dataclass(frozen=True, config=_STRICT)
 class TokenizerSection:
     """Where the tokenizer comes from."""
 
@@ -283,6 +295,7 @@ class Config:
     seed: int
     output_dir: str | None
     model: ModelSection
+    lora: LoRASection
     tokenizer: TokenizerSection
     data: DataSection
     rewards: RewardsSection
@@ -537,6 +550,7 @@ def _check(config: Config) -> None:
     )
     _at_least(config, 0, "sampling.top_k", "sampling.temperature", "sampling.min_p", "sampling.min_completion_length")
     _at_least(config, 0, "seed")
+    _check_lora(config)
     _check_optimizer(config)
     if grpo.prompts_per_step % grpo.minibatches:
         fits = [n for n in range(1, grpo.prompts_per_step + 1) if grpo.prompts_per_step % n == 0]
@@ -581,6 +595,33 @@ def _check(config: Config) -> None:
         raise ValueError(f"eval.reward must name one of rewards.functions {names}, got {config.eval.reward!r}")
     if config.data.eval_source is not None and config.data.eval_size:
         raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
+
+
+def _check_lora(config: Config) -> None:
+    """Ranges, and keys that contradict a frozen base. Whether a target matches is known with the model only."""
+    section = config.lora
+    _at_least(config, 0, "lora.rank")
+    if not section.rank:
+        for key in ("base_dtype", "adapter"):
+            value = getattr(section, key)
+            if value is not None:
+                raise ValueError(
+                    f"lora.{key} must be null without adapters (lora.rank 0), got {value!r}; set lora.rank"
+                )
+        return
+    if not section.alpha > 0:
+        raise ValueError(f"lora.alpha must be > 0, got {section.alpha}")
+    if not section.targets:
+        raise ValueError('lora.targets must hold a pattern, got []; "*_proj" is every matrix of attention and mlp')
+    if section.base_dtype == config.model.param_dtype:
+        raise ValueError(
+            f"lora.base_dtype must be another than model.param_dtype, got {section.base_dtype!r} for both; leave it out"
+        )
+    if section.base_dtype not in (None, "bfloat16") and config.sampling.weight_dtype is not None:
+        raise ValueError(
+            f"sampling.weight_dtype must be null with lora.base_dtype {section.base_dtype}, which is read in decoding "
+            f"as well, got {config.sampling.weight_dtype!r}"
+        )
 
 
 def _check_optimizer(config: Config) -> None:

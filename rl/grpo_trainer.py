@@ -36,7 +36,14 @@ from rl.packing import PackingPlan, plan_packing
 from rl.rollout import completion_form, minibatches, sample_records, score_rollout
 from rl.run_folder import RunFolder
 from rl.sampling import SamplingParams
-from rl.states import InitStateFn, get_first_step, setup_decode_state, setup_training_state
+from rl.states import (
+    InitStateFn,
+    frozen_base,
+    frozen_reference,
+    get_first_step,
+    setup_decode_state,
+    setup_training_state,
+)
 from rl.update import EntropyCoefState, Updater, loss_config
 from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
 
@@ -77,7 +84,7 @@ def train(config: Config) -> pathlib.Path:
         warn_about_sampling(console, config, sampling)
         shardings = checkpoints.abstract.shardings
         reference = None
-        if config.grpo.beta:
+        if config.grpo.beta and policy.config.lora is None:
             params = pretrained_params(origin, shardings.params)
             reference, _ = setup_decode_state(config, mesh, init_reference_fn, params)
         # -- restore, or start
@@ -86,9 +93,11 @@ def train(config: Config) -> pathlib.Path:
             state, _ = setup_training_state(config, mesh, init_policy_fn, params)
             entropy = EntropyCoefState(config.grpo.entropy_coef, math.inf)
         else:
-            state, loop = checkpoints.restore()
+            state, loop = checkpoints.restore(base=frozen_base(config, mesh, init_policy_fn, origin))
             entropy = EntropyCoefState(**loop["entropy"])
             console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
+        if config.grpo.beta and policy.config.lora is not None:
+            reference = frozen_reference(policy, state)  # with adapters the frozen base: no second copy
         first_step = get_first_step(policy, state, updates_per_step(config))
         # -- sampler, train step
         sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer)

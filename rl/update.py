@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from rl.config import Config
 from rl.losses import LossConfig, applied_entropy_coef, finish_metrics, next_entropy_coef, validate_loss_config
 from rl.mesh import replicated, row_sharding
-from rl.models.policy import Policy
+from rl.models.lora import split
+from rl.models.policy import Policy, without_adapters
 from rl.models.train_state import PureState
 from rl.optimizer import updates_per_step
 from rl.packing import Batch, PackingPlan, TrainGroup, pack
@@ -66,6 +67,10 @@ class Updater:
             "chunk_size": config.grpo.logprob_chunk,
         }
         self._token_logprobs = jit_token_logprobs(policy, state_shardings.params, **common)
+        self._reference_logprobs = self._token_logprobs
+        if policy.config.lora is not None:  # the reference is the base
+            frozen_shardings = split(policy.config, state_shardings.params)[1]
+            self._reference_logprobs = jit_token_logprobs(without_adapters(policy), frozen_shardings, **common)
         self._train_step = jit_train_step(
             policy,
             optimizer,
@@ -86,7 +91,7 @@ class Updater:
 
         Args:
           state: donated; do not use it again.
-          reference: None when there is no KL term.
+          reference: None when there is no KL term; weights without adapters.
           groups: per minibatch its groups.
           entropy: of the adaptive entropy bonus.
 
@@ -100,7 +105,7 @@ class Updater:
         for minibatch in groups:
             bare: Batch = jax.device_put(pack(minibatch, self._plan, self._dtype), self._batch_shardings)
             old = self._token_logprobs(state.params, bare)[0] if needs_old else None
-            reference_logprobs = None if reference is None else self._token_logprobs(reference.params, bare)[0]
+            reference_logprobs = None if reference is None else self._reference_logprobs(reference.params, bare)[0]
             batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
         measured: list[UpdateMetrics] = []
         for _ in range(self._config.grpo.epochs):

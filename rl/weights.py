@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from rl.config import Config
-from rl.models.config import ModelConfig
+from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.hf import check_weights, load_params, read_config, resolve_source, weights_hash
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
 
@@ -17,8 +17,8 @@ class Origin:
     """The model a run starts from.
 
     Attributes:
-      model_config: shape and dtypes.
-      folder: local Hugging Face folder with the weights; None for a fresh random model.
+      model_config: shape, dtypes, and adapters if the run trains some.
+      folder: local Hugging Face folder with the weights, of the base alone; None for a fresh random model.
       identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and
         reference.
     """
@@ -63,9 +63,16 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
             f"of {tokenizer.vocab_size}; set tokenizer.source to the model's own tokenizer"
         )
     model_config = dataclasses.replace(
-        model_config, dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat
+        model_config, dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat, lora=_lora(config)
     )
     return Origin(model_config, folder, identity)
+
+
+def _lora(config: Config) -> LoRAConfig | None:
+    section = config.lora
+    if not section.rank:
+        return None
+    return LoRAConfig(section.rank, section.alpha, tuple(section.targets), section.rank_stabilized, section.base_dtype)
 
 
 def pretrained_params(origin: Origin, shardings: Any) -> Any | None:

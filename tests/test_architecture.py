@@ -30,7 +30,7 @@ LAYERS = [
     ],
     ["rl.mesh", "rl.models.quantized", "rl.console", "rl.models.hf_config", "rl.sampling", "rl.tokenizer", "rl.tasks"],
     ["rl.models.ops"],
-    ["rl.models.cache", "rl.losses", "rl.advantages", "rl.logprobs", "rl.sources", "rl.tools.report"],
+    ["rl.models.cache", "rl.models.lora", "rl.losses", "rl.advantages", "rl.logprobs", "rl.sources", "rl.tools.report"],
     ["rl.models.linen_model", "rl.models.nnx_model", "rl.models.train_state", "rl.data"],
     ["rl.models.policy", "rl.models.hf", "rl.packing", "rl.prompt_rows"],
     ["rl.states", "rl.optimizer", "rl.decoding", "rl.weights", "rl.run_folder"],

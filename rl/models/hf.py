@@ -1,10 +1,11 @@
 """Hugging Face folders: weights in and out, and where a folder comes from.
 
-In: a folder or a hub id. Out: the parameter tree of `rl.models.config.parameter_specs`, or a ValueError that names the
+In: a folder or a hub id. Out: the parameter tree of `rl.models.config.base_specs`, or a ValueError that names the
 file and the tensor: no weight is ever missing, extra, reshaped or left at an initial value in silence. `config.json` is
 read and written by `rl.models.hf_config`.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -21,9 +22,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rl.models.config import ModelConfig, flatten_specs, parameter_specs
+from rl.models.config import ModelConfig, base_specs, flatten_specs
 from rl.models.hf_config import config_json, generation_json, read_config, read_json
+from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
+from rl.models.quantized import QuantizedArray
 
 __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weights_hash"]
 
@@ -89,6 +92,8 @@ def weights_hash(folder: str | pathlib.Path, full_bytes: int = 4 << 30) -> str:
 def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None) -> dict[str, Any]:
     """The parameter tree of a folder as jax arrays in `config.param_dtype`, read tensor by tensor.
 
+    Of a model with adapters it is the base, each weight stored as `config.lora` says as soon as it is read.
+
     `shardings`: a tree like the parameters with a `jax.sharding.Sharding` at each leaf, or None for the default device.
     Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, and for files that
     are missing or cut short, naming file and tensor.
@@ -98,11 +103,11 @@ def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any 
     params: dict[str, Any] = {}
     for file in sorted(set(locations.values())):
         with _open(file) as tensors:
-            for path, spec in flatten_specs(parameter_specs(config)):
+            for path, spec in flatten_specs(base_specs(config)):
                 name = _tensor_name(path)
                 if locations[name] == file:
                     value = _from_stored(tensors.get_tensor(name), path, spec.shape).astype(param_dtype)
-                    _set(params, path, _place(value, _get(shardings, path) if shardings is not None else None))
+                    _set(params, path, _place(config, path, value, _get(shardings, path) if shardings else None))
     if config.tie_word_embeddings and "lm_head.weight" in locations:
         _check_tied(locations)
     return params
@@ -116,9 +121,7 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
     """
     folder = pathlib.Path(folder)
     locations = _tensor_locations(folder)
-    names = {
-        _tensor_name(path): _stored_shape(path, spec.shape) for path, spec in flatten_specs(parameter_specs(config))
-    }
+    names = {_tensor_name(path): _stored_shape(path, spec.shape) for path, spec in flatten_specs(base_specs(config))}
     _check_tensor_names(folder, names, locations, config)
     for file in sorted({locations[name] for name in names}):
         with _open(file) as tensors:
@@ -127,11 +130,15 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
     return locations
 
 
-def _place(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray, sharding: Any) -> Any:
     if sharding is None:
-        return jax.device_put(value)
+        return freeze_leaf(config, path, jax.device_put(value))
     # By callback, so that several processes each hand over only their own shards.
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    of_values: Any = sharding.values if isinstance(sharding, QuantizedArray) else sharding
+    array = jax.make_array_from_callback(value.shape, of_values, lambda index: value[index])
+    if config.lora is None or config.lora.base_dtype is None:
+        return array
+    return jax.jit(functools.partial(freeze_leaf, config, path), out_shardings=sharding)(array)
 
 
 def _tensor_name(path: tuple[str, ...]) -> str:
@@ -285,7 +292,7 @@ def save_folder(
 
 
 def _check_tree(config: ModelConfig, params: Mapping[str, Any]) -> None:
-    expected = {path: spec.shape for path, spec in flatten_specs(parameter_specs(config))}
+    expected = {path: spec.shape for path, spec in flatten_specs(base_specs(config))}
     got = {tuple(path): tuple(value.shape) for path, value in _leaves(params)}
     for path in sorted(expected.keys() | got.keys()):
         if expected.get(path) != got.get(path):
@@ -301,7 +308,7 @@ def _write_weights(
     stored_dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     shards: list[list[tuple[str, ...]]] = [[]]
     shard_bytes = total_bytes = 0
-    for path, spec in flatten_specs(parameter_specs(config)):
+    for path, spec in flatten_specs(base_specs(config)):
         num_bytes = math.prod(spec.shape) * stored_dtype.itemsize
         if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
             shards.append([])

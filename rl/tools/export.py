@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rl.models.hf import save_folder
+from rl.models.lora import merge
 from rl.run_folder import read_run
 from rl.trained import load_checkpoint
 
@@ -29,8 +30,8 @@ def export(run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = 
 
 
 def write_folder(out: str | pathlib.Path, model_config: Any, params: Any, tokenizer: Any, dtype: str | None) -> None:
-    """Weights, model configuration, tokenizer and its chat template."""
-    save_folder(out, model_config, params, tokenizer=tokenizer, dtype=dtype)
+    """Weights, adapters merged into them, model configuration, tokenizer and its chat template."""
+    save_folder(out, model_config, merge(model_config, params), tokenizer=tokenizer, dtype=dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
