@@ -2,8 +2,8 @@
 
 In: a `PureState` and a small JSON-able record of the loop. Out: `output_dir/checkpoints/STEP/{state,loop}`, in one
 layout for both flavours: nested dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). Every array is
-checked by path, shape and dtype before a restore, so that no value silently stays at its initialisation. Of a model with
-adapters only these are written, with their settings in `loop`; the frozen base is read from its own source, which
+checked by path, shape and dtype before a restore, so that no value silently stays at its initialisation. Of a model
+with adapters only these are written, with their settings in `loop`; the frozen base is read from its own source, which
 `run.json` identifies. The meaning of the loop record belongs to the trainer.
 """
 
@@ -94,8 +94,8 @@ class Checkpoints:
           base: the frozen weights that stand beside adapters, from `rl.states.frozen_base`.
 
         Raises:
-          ValueError: no such checkpoint, one of another model, optimizer or adapter (naming the paths or settings), or a
-            damaged one.
+          ValueError: no such checkpoint, one of another model, optimizer or adapter (naming the paths or settings), or
+            a damaged one.
         """
         step = self.latest_step if step is None else step
         if step is None or step not in self._manager.all_steps():

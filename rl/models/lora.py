@@ -64,8 +64,8 @@ def freeze(config: ModelConfig, params: Params) -> Params:
 def freeze_leaf(config: ModelConfig, path: tuple[str, ...], leaf: jax.Array) -> jax.Array | QuantizedArray:
     """One weight as `config.lora.base_dtype` says; an adapter, and any weight without one, as it is.
 
-    bfloat16 is for all frozen weights. int8 and float8_e4m3fn are for the matrices of attention and MLP, with a scale per
-    output channel (see `rl.models.quantized`); embedding, head, norms and biases keep their type, as in QLoRA.
+    bfloat16 is for all frozen weights. int8 and float8_e4m3fn are for the matrices of attention and MLP, with a scale
+    per output channel (see `rl.models.quantized`); embedding, head, norms and biases keep their type, as in QLoRA.
     """
     base_dtype = None if config.lora is None else config.lora.base_dtype
     if base_dtype is None or path[-1] in (LORA_A, LORA_B):
@@ -84,8 +84,8 @@ def merge(config: ModelConfig, params: Mapping[str, Any], sign: int = 1) -> Para
     """Weights without adapters that compute the same: W + scale A B in the place of each adapted kernel.
 
     Each sum is formed in float64 on the host, quantised kernels dequantised before, and rounded once to `param_dtype`.
-    So it is W + scale A B to half a unit in the last place, and `unmerge` of it gives W back to a unit in the last place
-    of the larger of the two; only the base itself has W bit for bit.
+    So it is W + scale A B to half a unit in the last place, and `unmerge` of it gives W back to a unit in the last
+    place of the larger of the two; only the base itself has W bit for bit.
 
     Args:
       params: the tree of `config`, with adapters.
