@@ -613,6 +613,11 @@ def _check_lora(config: Config) -> None:
         raise ValueError(f"lora.alpha must be > 0, got {section.alpha}")
     if not section.targets:
         raise ValueError('lora.targets must hold a pattern, got []; "*_proj" is every matrix of attention and mlp')
+    if section.adapter is not None and config.model.source is None:
+        raise ValueError(
+            f"lora.adapter needs the model that it belongs to, got {section.adapter!r} with model.source null; "
+            "set model.source"
+        )
     if section.base_dtype == config.model.param_dtype:
         raise ValueError(
             f"lora.base_dtype must be another than model.param_dtype, got {section.base_dtype!r} for both; leave it out"

@@ -33,7 +33,7 @@ LAYERS = [
     ["rl.models.cache", "rl.models.lora", "rl.losses", "rl.advantages", "rl.logprobs", "rl.sources", "rl.tools.report"],
     ["rl.models.linen_model", "rl.models.nnx_model", "rl.models.train_state", "rl.data"],
     ["rl.models.policy", "rl.models.hf", "rl.packing", "rl.prompt_rows"],
-    ["rl.states", "rl.optimizer", "rl.decoding", "rl.weights", "rl.run_folder"],
+    ["rl.models.peft", "rl.states", "rl.optimizer", "rl.decoding", "rl.weights", "rl.run_folder"],
     ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step"],
     ["rl.sampler", "rl.prompt_logprobs"],
     ["rl.rollout", "rl.update", "rl.trained"],

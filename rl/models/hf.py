@@ -5,6 +5,7 @@ file and the tensor: no weight is ever missing, extra, reshaped or left at an in
 read and written by `rl.models.hf_config`.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -102,9 +103,9 @@ def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any 
     locations = check_weights(folder, config)
     params: dict[str, Any] = {}
     for file in sorted(set(locations.values())):
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             for path, spec in flatten_specs(base_specs(config)):
-                name = _tensor_name(path)
+                name = tensor_name(path)
                 if locations[name] == file:
                     value = _from_stored(tensors.get_tensor(name), path, spec.shape).astype(param_dtype)
                     _set(params, path, _place(config, path, value, _get(shardings, path) if shardings else None))
@@ -121,10 +122,10 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
     """
     folder = pathlib.Path(folder)
     locations = _tensor_locations(folder)
-    names = {_tensor_name(path): _stored_shape(path, spec.shape) for path, spec in flatten_specs(base_specs(config))}
+    names = {tensor_name(path): _stored_shape(path, spec.shape) for path, spec in flatten_specs(base_specs(config))}
     _check_tensor_names(folder, names, locations, config)
     for file in sorted({locations[name] for name in names}):
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             for name in sorted(name for name in names if locations[name] == file):
                 _check_tensor(tensors.get_slice(name), file, name, names[name])
     return locations
@@ -141,7 +142,7 @@ def _place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray, shardi
     return jax.jit(functools.partial(freeze_leaf, config, path), out_shardings=sharding)(array)
 
 
-def _tensor_name(path: tuple[str, ...]) -> str:
+def tensor_name(path: tuple[str, ...]) -> str:
     """The Hugging Face name of the parameter at `path`."""
     *modules, leaf = path
     modules = [re.sub(r"^layers_(\d+)$", r"layers.\1", module) for module in modules]
@@ -190,7 +191,7 @@ def _tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """The file of every tensor, from the files themselves; the index, if there is one, must agree."""
     locations: dict[str, pathlib.Path] = {}
     for file in _weight_files(folder):
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 if name in locations:
                     raise ValueError(f"{file}: tensor {name} must be stored once, it is in {locations[name].name} too")
@@ -204,7 +205,8 @@ def _tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return locations
 
 
-def _open(file: pathlib.Path) -> Any:
+def open_tensors(file: pathlib.Path) -> Any:
+    """A safetensors file to read from; ValueError where it is missing or cut short."""
     try:
         return safetensors.safe_open(file, framework="np")
     except FileNotFoundError:
@@ -249,7 +251,7 @@ def _check_tied(locations: Mapping[str, pathlib.Path]) -> None:
     names = ("model.embed_tokens.weight", "lm_head.weight")
     values = []
     for name in names:
-        with _open(locations[name]) as tensors:
+        with open_tensors(locations[name]) as tensors:
             values.append(tensors.get_tensor(name))
     if values[0].shape != values[1].shape or not np.array_equal(*values):
         raise ValueError(
@@ -274,20 +276,27 @@ def save_folder(
     `dtype` is the stored type, None keeps `config.param_dtype`. The folder appears at once and whole, or not at all.
     Raises ValueError if it exists and is not empty, or if `params` is not the tree of `config`.
     """
+    _check_tree(config, params)
+    dtype = config.param_dtype if dtype is None else dtype
+    with new_folder(folder) as draft:
+        write_json(draft / "config.json", config_json(config, dtype))
+        write_json(draft / "generation_config.json", generation_json(config))
+        _write_weights(draft, config, params, dtype, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(draft))
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write into that appears at its place whole, or not at all; ValueError if something is there."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"export folder must be new or empty, got {folder}; choose another one or remove it")
-    _check_tree(config, params)
-    dtype = config.param_dtype if dtype is None else dtype
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         draft = pathlib.Path(scratch) / folder.name
         draft.mkdir()
-        _write_json(draft / "config.json", config_json(config, dtype))
-        _write_json(draft / "generation_config.json", generation_json(config))
-        _write_weights(draft, config, params, dtype, max_shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(draft))
+        yield draft
         os.replace(draft, folder)
 
 
@@ -319,17 +328,18 @@ def _write_weights(
     for i, paths in enumerate(shards):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {
-            _tensor_name(path): _to_stored(np.asarray(jax.device_get(_get(params, path))).astype(stored_dtype), path)
+            tensor_name(path): _to_stored(np.asarray(jax.device_get(_get(params, path))).astype(stored_dtype), path)
             for path in paths
         }
         # transformers refuses a file whose metadata has no format.
         safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file with sorted keys."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
