@@ -246,6 +246,9 @@ def announce(
         "step": f"{per_step}, {updates_per_step(config)} update(s)",
         "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
     }
+    if lora := policy.config.lora:
+        base = lora.base_dtype or policy.config.param_dtype
+        rows["adapters"] = f"rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.targets)}; frozen base in {base}"
     if grpo.preset:
         values = {key: getattr(grpo, key) for key in read_preset(grpo.preset)}
         rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in values.items())

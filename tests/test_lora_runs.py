@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,7 +10,11 @@ from rl.config import load_config
 from rl.grpo_trainer import train
 from rl.metrics import read_metrics, read_samples
 from rl.models.config import LORA_A, LORA_B
+from rl.models.hf import load_params, read_config
 from rl.models.lora import split
+from rl.models.peft import load_adapter
+from rl.models.policy import without_adapters
+from rl.tools.export import export, export_adapter
 from rl.trained import load_checkpoint
 from tests.test_learning import DIGITS, RECIPE
 from tests.test_parity import Runs, final_arrays, stable_metrics
@@ -113,3 +118,21 @@ def test_adapters_learn_beside_frozen_random_weights(tmp_path, pure_nnx):
     assert all(
         np.any(leaf) for leaf in split(trained.policy.config, trained.params)[0]["layers_0"]["mlp"]["up_proj"].values()
     )
+
+
+@pytest.mark.slow
+def test_exported_adapter_and_merged_folder_are_the_trained_policy(runs, whole, tmp_path):
+    step = export_adapter(whole["nnx"], tmp_path / "adapter")
+    assert step == export(whole["nnx"], tmp_path / "merged") == STEPS
+    trained = load_checkpoint(load_config(whole["nnx"] / "config.yml"), whole["nnx"])
+    config = trained.policy.config
+    back = load_adapter(tmp_path / "adapter", config)
+    jax.tree.map(np.testing.assert_array_equal, back, split(config, trained.params)[0])
+    merged = load_params(tmp_path / "merged", read_config(tmp_path / "merged"))
+    tokens = np.arange(12).reshape(2, 6)
+    labels = (np.broadcast_to(np.arange(6), (2, 6)), np.zeros((2, 6), int), np.zeros((2, 6), int))
+    got = without_adapters(trained.policy).hidden(merged, tokens, *labels)
+    np.testing.assert_allclose(got, trained.policy.hidden(trained.params, tokens, *labels), rtol=0, atol=1e-4)
+    plain = runs.run("plain", "nnx", "optimizer.warmup_updates=0", "grpo.steps=1", "checkpoint.every=1", "eval.every=0")
+    with pytest.raises(ValueError, match="--adapter needs a run that trained adapters"):
+        export_adapter(plain, tmp_path / "none")
