@@ -3,11 +3,14 @@
 In: a `PureState`, a small JSON-able record of the loop, and the weights of a reference that moves. Out:
 `output_dir/checkpoints/STEP/{state,loop}`, and `reference` where there is one, in one layout for both flavours: nested
 dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). Every array is checked by path, shape and dtype
-before a restore, so that no value silently stays at its initialisation. The meaning of the loop record belongs to the
-trainer.
+before a restore, so that no value silently stays at its initialisation. Of a model with adapters only these are
+written, with their settings in `loop`; the frozen base is read from its own source, which `run.json` identifies. The
+meaning of the loop record belongs to the trainer.
 """
 
 import contextlib
+import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -22,15 +25,20 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from rl.config import Config, require
+from rl.models.config import ModelConfig
+from rl.models.lora import join, split
+from rl.models.policy import Params
 from rl.models.train_state import PureState
 from rl.states import AbstractState, InitStateFn, check_same_tree, get_abstract_state
+
+_ADAPTER = "adapter"  # the key of the loop record that holds an adapter's rank, alpha and targets
 
 
 class Checkpoints:
     """The checkpoints of one run folder. `save` returns before the files are complete; `wait` and `close` finish them.
 
     Attributes:
-      abstract: shapes, annotations and shardings of the state that is written and restored.
+      abstract: shapes, annotations and shardings of the whole state.
     """
 
     def __init__(
@@ -38,6 +46,7 @@ class Checkpoints:
         folder: pathlib.Path,
         abstract: AbstractState,
         keep: int,
+        model_config: ModelConfig,
         read_only: bool = False,
         with_reference: bool = False,
     ):
@@ -45,6 +54,7 @@ class Checkpoints:
         self._with_reference = with_reference
         self.abstract = abstract
         self._keep = keep
+        self._model_config = model_config
         if read_only:  # changes nothing: the half-written checkpoint that it finds may be one that a run is writing
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
@@ -81,20 +91,26 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         with _explain_write_errors(self._folder):
-            items: dict[str, Any] = {"state": ocp.args.StandardSave(to_tree(state)), "loop": ocp.args.JsonSave(loop)}
+            tree, record = to_tree(self._trained(state)), {**loop, **self._adapter_settings()}
+            items: dict[str, Any] = {"state": ocp.args.StandardSave(tree), "loop": ocp.args.JsonSave(record)}
             if self._with_reference:
                 assert reference is not None
                 items["reference"] = ocp.args.StandardSave(reference.params)
             self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, step: int | None = None) -> tuple[PureState, dict[str, Any]]:
+    def restore(self, step: int | None = None, base: Params | None = None) -> tuple[PureState, dict[str, Any]]:
         """The state, placed by the shardings of this run's mesh, and the loop record of checkpoint `step` (None: the
         newest).
 
+        Args:
+          base: the frozen weights that stand beside adapters, from `rl.states.frozen_base`.
+
         Raises:
-          ValueError: no such checkpoint, one of another model or optimizer (naming the paths), or a damaged one.
+          ValueError: no such checkpoint, one of another model, optimizer or adapter (naming the paths or settings), or
+            a damaged one.
         """
         step, folder, target = self._find(step)
+        self._check_adapter(step, folder)
         with _explain_read_errors(folder):
             written = _plain_metadata(self._manager.item_metadata(step)["state"])
         check_same_tree(written.get("params", {}), target["params"], f"the weights of {folder}")
@@ -102,7 +118,9 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), loop=ocp.args.JsonRestore())
         with _explain_read_errors(folder):
             restored = self._manager.restore(step, args=arguments)
-        return from_tree(restored["state"], self.abstract.shapes), restored["loop"]
+        state = from_tree(restored["state"], self.abstract.shapes)
+        loop = {key: value for key, value in restored["loop"].items() if key != _ADAPTER}
+        return state._replace(params=join(state.params, base or {})), loop
 
     def restore_reference(self, step: int | None = None) -> Any:
         """The reference's weights in checkpoint `step` (None: the newest), placed and checked as `restore` does."""
@@ -124,17 +142,38 @@ class Checkpoints:
         target = to_tree(
             jax.tree.map(
                 lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-                self.abstract.shapes,
-                self.abstract.shardings,
+                self._trained(self.abstract.shapes),
+                self._trained(self.abstract.shardings),
             )
         )
         return step, self._folder / str(step), target
+
+    def _trained(self, state: PureState) -> PureState:
+        """What is written of a state."""
+        return state._replace(params=split(self._model_config, state.params)[0])
+
+    def _adapter_settings(self) -> dict[str, Any]:
+        lora = self._model_config.lora
+        if lora is None:
+            return {}
+        # Through JSON, so that what is compared is what can be read back.
+        return {_ADAPTER: json.loads(json.dumps(dataclasses.asdict(lora)))}
+
+    def _check_adapter(self, step: int, folder: pathlib.Path) -> None:
+        with _explain_read_errors(folder):
+            loop = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))["loop"]
+        written, wanted = loop.get(_ADAPTER), self._adapter_settings().get(_ADAPTER)
+        if written != wanted:
+            raise ValueError(
+                f"the adapter of {folder} must have this run's settings (lora.*), {wanted}, got {written}; "
+                "null stands for weights that are trained as a whole"
+            )
 
     def check_disk_space(self) -> None:
         """ValueError when the disk, or the process's file size limit, cannot hold the checkpoints that will exist at
         one time.
         """
-        leaves = jax.tree.leaves(self.abstract.shapes)
+        leaves = jax.tree.leaves(self._trained(self.abstract.shapes))
         if self._with_reference:
             leaves += jax.tree.leaves(self.abstract.shapes.params)
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
@@ -206,7 +245,8 @@ def create_checkpoint_manager(
     if not read_only:
         folder.mkdir(parents=True, exist_ok=True)
     abstract = get_abstract_state(config, mesh, init_state_fn)
-    return Checkpoints(folder, abstract, config.checkpoint.keep, read_only, with_reference)
+    model_config = init_state_fn.policy.config
+    return Checkpoints(folder, abstract, config.checkpoint.keep, model_config, read_only, with_reference)
 
 
 def to_tree(state: PureState) -> dict[str, Any]:

@@ -86,13 +86,14 @@ COMMANDS = {
     ),
     "export": Command(
         module="rl.tools.export",
-        arguments="RUN OUT [--step N] [--dtype DTYPE]",
+        arguments="RUN OUT [--step N] [--dtype DTYPE | --adapter]",
         summary="write a Hugging Face folder from a run",
         details="""\
             RUN            a run folder
             OUT            the folder to write; transformers, TRL and vLLM open it
             --step N       the checkpoint to export; the newest when left out
-            --dtype DTYPE  float32, bfloat16 or float16; the checkpoint's own when left out""",
+            --dtype DTYPE  float32, bfloat16 or float16; the checkpoint's own when left out
+            --adapter      of a run with adapters (lora.rank): these alone, in PEFT's format; else they are merged""",
     ),
     "report": Command(
         module="rl.tools.report",

@@ -93,6 +93,18 @@ class ModelSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class LoRASection:
+    """Low-rank adapters on a frozen base."""
+
+    rank: int
+    alpha: float
+    targets: list[str]
+    rank_stabilized: bool
+    base_dtype: Literal["bfloat16", "int8", "float8_e4m3fn"] | None
+    adapter: str | None
+
+
+@dataclass(frozen=True, config=_STRICT)
 class TokenizerSection:
     """Where the tokenizer comes from."""
 
@@ -320,6 +332,7 @@ class Config:
     seed: int
     output_dir: str | None
     model: ModelSection
+    lora: LoRASection
     tokenizer: TokenizerSection
     data: DataSection
     rewards: RewardsSection
@@ -599,6 +612,7 @@ def _check(config: Config) -> None:
     )
     _at_least(config, 0, "sampling.top_k", "sampling.temperature", "sampling.min_p", "sampling.min_completion_length")
     _at_least(config, 0, "seed")
+    _check_lora(config)
     _check_optimizer(config)
     _check_health(config)
     if grpo.prompts_per_step % grpo.minibatches:
@@ -684,6 +698,43 @@ def _check_health(config: Config) -> None:
         value = getattr(section, name)
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"health.{name} must be a share in (0, 1] or null (off), got {value}")
+
+
+def _check_lora(config: Config) -> None:
+    """Ranges, and keys that contradict a frozen base. Whether a target matches is known with the model only."""
+    section = config.lora
+    _at_least(config, 0, "lora.rank")
+    if not section.rank:
+        for key in ("base_dtype", "adapter"):
+            value = getattr(section, key)
+            if value is not None:
+                raise ValueError(
+                    f"lora.{key} must be null without adapters (lora.rank 0), got {value!r}; set lora.rank"
+                )
+        return
+    if not section.alpha > 0:
+        raise ValueError(f"lora.alpha must be > 0, got {section.alpha}")
+    if not section.targets:
+        raise ValueError('lora.targets must hold a pattern, got []; "*_proj" is every matrix of attention and mlp')
+    if section.adapter is not None and config.model.source is None:
+        raise ValueError(
+            f"lora.adapter needs the model that it belongs to, got {section.adapter!r} with model.source null; "
+            "set model.source"
+        )
+    if config.reference.sync_every:
+        raise ValueError(
+            f"reference.sync_every must be 0 with adapters, whose reference is the frozen base, got "
+            f"{config.reference.sync_every}"
+        )
+    if section.base_dtype == config.model.param_dtype:
+        raise ValueError(
+            f"lora.base_dtype must be another than model.param_dtype, got {section.base_dtype!r} for both; leave it out"
+        )
+    if section.base_dtype not in (None, "bfloat16") and config.sampling.weight_dtype is not None:
+        raise ValueError(
+            f"sampling.weight_dtype must be null with lora.base_dtype {section.base_dtype}, which is read in decoding "
+            f"as well, got {config.sampling.weight_dtype!r}"
+        )
 
 
 def _check_optimizer(config: Config) -> None:

@@ -41,7 +41,14 @@ from rl.reference import ReferenceSync
 from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
 from rl.run_folder import RunFolder
 from rl.sampling import SamplingParams
-from rl.states import InitStateFn, get_first_step, setup_decode_state, setup_training_state
+from rl.states import (
+    InitStateFn,
+    frozen_base,
+    frozen_reference,
+    get_first_step,
+    setup_decode_state,
+    setup_training_state,
+)
 from rl.update import Updater, loss_config
 from rl.user_functions import check_estimator, check_loss, file_hashes
 from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
@@ -84,7 +91,7 @@ def train(config: Config) -> pathlib.Path:
         warn_about_sampling(console, config, sampling)
         shardings = checkpoints.abstract.shardings
         reference = None
-        if config.grpo.beta:
+        if config.grpo.beta and policy.config.lora is None:
             is_saved = moves and checkpoints.latest_step is not None
             params = checkpoints.restore_reference() if is_saved else pretrained_params(origin, shardings.params)
             reference, _ = setup_decode_state(config, mesh, init_reference_fn, params)
@@ -94,10 +101,12 @@ def train(config: Config) -> pathlib.Path:
             state, _ = setup_training_state(config, mesh, init_policy_fn, params)
             entropy, health, position = EntropyCoefState(config.grpo.entropy_coef, math.inf), healthy(), 0
         else:
-            state, loop = checkpoints.restore()
+            state, loop = checkpoints.restore(base=frozen_base(config, mesh, init_policy_fn, origin))
             entropy, health = EntropyCoefState(**loop["entropy"]), HealthState(**loop["health"])
             position = loop["epoch"] * len(data.train) + loop["position"]  # prompts used up
             console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
+        if config.grpo.beta and policy.config.lora is not None:
+            reference = frozen_reference(policy, state)  # with adapters the frozen base: no second copy
         first_step = get_first_step(policy, state, updates_per_step(config))
         # -- sampler, train step
         sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer)
@@ -257,6 +266,9 @@ def announce(
         "step": f"{per_step}, {updates_per_step(config)} update(s)",
         "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
     }
+    if lora := policy.config.lora:
+        base = lora.base_dtype or policy.config.param_dtype
+        rows["adapters"] = f"rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.targets)}; frozen base in {base}"
     if grpo.preset:
         rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())
     console.table("grpo train", rows)

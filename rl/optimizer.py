@@ -20,7 +20,8 @@ import optax
 import optax.contrib
 
 from rl.config import Config, LearningRateGroup, OptimizerSection
-from rl.models.config import ParameterSpec, flatten_specs, parameter_specs
+from rl.models.config import LORA_A, LORA_B, ParameterSpec, flatten_specs, parameter_specs
+from rl.models.lora import split
 from rl.models.policy import Policy
 
 _MAX_LOST_SHARE = 0.5  # of an update's non-zero entries, before a run is warned about it
@@ -41,15 +42,17 @@ def create_training_optimizer(
       num_updates: optimizer updates of the whole run; None: those of a GRPO run, steps * minibatches * epochs.
 
     Raises:
-      ValueError: warm-up and decay do not fit the run, or a pattern decides about no parameter.
+      ValueError: warm-up and decay do not fit the run, or a pattern decides about no parameter (with adapters: a
+        learning-rate pattern about no adapter).
     """
     section = config.optimizer
     if num_updates is None:
         num_updates = config.grpo.steps * updates_per_step(config)
     _check_length(section, num_updates)
-    specs = {"/".join(path): spec for path, spec in flatten_specs(parameter_specs(policy.config))}
+    all_specs = parameter_specs(policy.config)
+    specs = _by_name(split(policy.config, all_specs)[0])
     for pattern in section.weight_decay_params:
-        _check_pattern("optimizer.weight_decay_params", pattern, specs)
+        _check_pattern("optimizer.weight_decay_params", pattern, _by_name(all_specs))
     _check_groups(section.lr_groups, specs)
     schedule = _schedule(section, num_updates)
     direction = _DIRECTIONS[section.name](section, section.moment_dtype or policy.config.param_dtype, specs)
@@ -81,9 +84,9 @@ def shortest_run(section: OptimizerSection) -> int:
 
 def decay_mask(params: Any, patterns: Sequence[str]) -> Any:
     """True for the leaves that weight decay applies to: those whose name ("layers_0/mlp/up_proj/kernel") matches one of
-    the patterns.
+    the patterns. An adapter is also matched by the name of its kernel.
     """
-    return _map_names(lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns), params)
+    return _map_names(lambda name: any(_matches(name, pattern) for pattern in patterns), params)
 
 
 def rounding_loss(params: Any, updates: Any) -> jax.Array:
@@ -201,13 +204,15 @@ class _MuonMatrix(NamedTuple):
 
 
 def _is_hidden_matrix(spec: ParameterSpec) -> bool:
-    return len(spec.axes) > 1 and "embed" in spec.axes and "vocab" not in spec.axes
+    return len(spec.axes) > 1 and ("embed" in spec.axes or "lora" in spec.axes) and "vocab" not in spec.axes
 
 
 def _muon_matrix(spec: ParameterSpec, rms: float | None) -> _MuonMatrix:
-    """For a kernel that reads the residual stream, ("embed", ...), or writes to it, (..., "embed")."""
+    """For a kernel that reads the residual stream, ("embed", ...), or writes to it, (..., "embed"), and for adapters,
+    (..., "lora") and ("lora", ...).
+    """
     dims = tuple(range(len(spec.axes)))
-    num_input_dims = 1 if spec.axes[0] == "embed" else len(dims) - 1
+    num_input_dims = 1 if spec.axes[0] in ("embed", "lora") else len(dims) - 1
     inputs, outputs = math.prod(spec.shape[:num_input_dims]), math.prod(spec.shape[num_input_dims:])
     step_size = math.sqrt(max(1.0, outputs / inputs)) if rms is None else rms * math.sqrt(max(inputs, outputs))
     return _MuonMatrix(optax.contrib.MuonDimensionNumbers(dims[:num_input_dims], dims[num_input_dims:]), step_size)
@@ -254,6 +259,17 @@ def _check_length(section: OptimizerSection, num_updates: int) -> None:
 # -- parameters by name
 
 
+def _by_name(specs: Any) -> dict[str, ParameterSpec]:
+    return {"/".join(path): spec for path, spec in flatten_specs(specs)}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether the pattern means this parameter: by its own name or, for an adapter, by that of its kernel."""
+    module, _, leaf = name.rpartition("/")
+    names = (name, f"{module}/kernel") if leaf in (LORA_A, LORA_B) else (name,)
+    return any(fnmatch.fnmatchcase(known, pattern) for known in names)
+
+
 def _name(path: tuple) -> str:
     """ "layers_0/mlp/up_proj/kernel" of a key path; NNX states have parts below the dict keys, which do not count."""
     return "/".join(str(part.key) for part in path if hasattr(part, "key"))
@@ -274,7 +290,7 @@ def _scale_by_name(factor: Callable[[str], float]) -> optax.GradientTransformati
 
 def _lr_scale(groups: Sequence[LearningRateGroup], name: str) -> float:
     """That of the first group whose pattern matches; 1 when none does."""
-    return next((group.lr_scale for group in groups if fnmatch.fnmatchcase(name, group.pattern)), 1.0)
+    return next((group.lr_scale for group in groups if _matches(name, group.pattern)), 1.0)
 
 
 def _check_groups(groups: Sequence[LearningRateGroup], names: Collection[str]) -> None:
@@ -282,7 +298,7 @@ def _check_groups(groups: Sequence[LearningRateGroup], names: Collection[str]) -
     for index, group in enumerate(groups):
         key = f"optimizer.lr_groups.{index}.pattern"
         _check_pattern(key, group.pattern, names)
-        rest = [name for name in left if not fnmatch.fnmatchcase(name, group.pattern)]
+        rest = [name for name in left if not _matches(name, group.pattern)]
         if len(rest) == len(left):
             raise ValueError(
                 f"{key} must match a parameter that no earlier entry matches, got {group.pattern!r}; the first match "
@@ -292,7 +308,7 @@ def _check_groups(groups: Sequence[LearningRateGroup], names: Collection[str]) -
 
 
 def _check_pattern(key: str, pattern: str, names: Collection[str]) -> None:
-    if not fnmatch.filter(names, pattern):
+    if not any(_matches(name, pattern) for name in names):
         layers_as_one = dict.fromkeys(re.sub(r"^layers_\d+/", "layers_*/", name) for name in names)
         raise ValueError(
             f"{key} must match the name of a parameter (* stands for any characters), got {pattern!r}; the names are "

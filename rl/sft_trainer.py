@@ -29,7 +29,7 @@ from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
 from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
 from rl.run_folder import RunFolder
-from rl.states import InitStateFn, get_first_step, setup_training_state
+from rl.states import InitStateFn, frozen_base, get_first_step, setup_training_state
 from rl.tools.export import write_folder
 from rl.train_step import Minibatch, batch_shardings, jit_train_step
 from rl.update import loss_config
@@ -78,7 +78,7 @@ def train(config: Config) -> pathlib.Path:
             state, _ = setup_training_state(config, mesh, init_state_fn, pretrained_params(origin, shardings.params))
             health = healthy()
         else:
-            state, loop = checkpoints.restore()
+            state, loop = checkpoints.restore(base=frozen_base(config, mesh, init_state_fn, origin))
             health = HealthState(**loop["health"])
             console.message(f"resumed at step {loop['step']} of {config.sft.steps}")
         first_step = get_first_step(policy, state)

@@ -9,14 +9,17 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from rl.config import Config
 from rl.mesh import tree_shardings
-from rl.models.config import logical_axes
-from rl.models.policy import Policy
+from rl.models.config import flatten_specs, logical_axes, parameter_specs
+from rl.models.lora import freeze, join, split
+from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState, TrainState, TrainStateNNX, pure_state
+from rl.weights import Origin, pretrained_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class InitStateFn:
 
     def __call__(self) -> TrainState | TrainStateNNX:
         init_key, run_key = jax.random.split(jax.random.key(self.seed))
-        params = self.policy.init(init_key)
+        params = freeze(self.policy.config, self.policy.init(init_key))
         return self.policy.state_class.build(self.policy, params, self.optimizer, jax.random.key_data(run_key))
 
 
@@ -82,7 +85,8 @@ def create_sharded_state(
 
     Args:
       abstract: from `get_abstract_state` with the same mesh; whether it has an optimizer decides whether the state has.
-      params: weights to take instead of fresh ones, already on the mesh; fresh ones are then not even computed.
+      params: weights to take instead of fresh ones, already on the mesh; fresh ones are then not even computed. Of a
+        policy with adapters they may be the base alone.
 
     Raises:
       ValueError: `params` do not fit, naming every path that is missing, extra, or of another shape or dtype.
@@ -91,13 +95,36 @@ def create_sharded_state(
     assert all(s.mesh == mesh for s in jax.tree.leaves(abstract.shardings)), "abstract state of another mesh"
     if params is None:
         return jax.jit(lambda: _select(pure_state(init_state_fn()), is_training), out_shardings=abstract.shardings)()
-    check_same_tree(params, abstract.shapes.params, "weights")
+    model_config = init_state_fn.policy.config
+    adapters_missing = not split(model_config, params)[0]
+    halves = split(model_config, abstract.shapes.params)
+    check_same_tree(params, halves[1] if adapters_missing else abstract.shapes.params, "weights")
+
+    def rest_of(state: PureState) -> PureState:
+        return state._replace(params=split(model_config, state.params)[0] if adapters_missing else {})
+
     # The compiler drops the random numbers of weights that are no output.
     rest = jax.jit(
-        lambda: _select(pure_state(init_state_fn()), is_training)._replace(params=()),
-        out_shardings=abstract.shardings._replace(params=()),
+        lambda: rest_of(_select(pure_state(init_state_fn()), is_training)), out_shardings=rest_of(abstract.shardings)
     )()
-    return rest._replace(params=params)
+    return rest._replace(params=join(rest.params, params))
+
+
+def frozen_base(config: Config, mesh: Mesh, init_state_fn: InitStateFn, origin: Origin) -> Params:
+    """The weights that stand beside adapters, read or drawn as at the start of the run; {} without adapters."""
+    model_config = init_state_fn.policy.config
+    if model_config.lora is None:
+        return {}
+    init_state_fn = dataclasses.replace(init_state_fn, optimizer=None)
+    shardings = get_abstract_state(config, mesh, init_state_fn, is_training=False).shardings.params
+    state, _ = setup_decode_state(config, mesh, init_state_fn, pretrained_params(origin, shardings))
+    return split(model_config, state.params)[1]
+
+
+def frozen_reference(policy: Policy, state: PureState) -> PureState:
+    """The reference of a policy with adapters: the very arrays of its base, for `without_adapters(policy)`."""
+    # Copies of the scalars: the state's own are donated by the next update, its frozen weights never are.
+    return PureState(jnp.copy(state.step), split(policy.config, state.params)[1], (), jnp.copy(state.rng))
 
 
 def setup_training_state(
@@ -149,19 +176,27 @@ def _annotate(shapes: PureState, policy: Policy) -> PureState:
     is_names = lambda x: isinstance(x, tuple)  # noqa: E731
     weights = jax.tree_util.tree_flatten_with_path(logical_axes(policy.config), is_leaf=is_names)[0]
     axes = {_keys(path): names for path, names in weights}
-    weight_shapes = {_keys(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)}
+    weight_shapes = {path: spec.shape for path, spec in flatten_specs(parameter_specs(policy.config))}
 
     def names(path: tuple, leaf: Any) -> tuple:
         keys = _keys(path)
         # An optimizer that treats parts of the tree differently has dict keys of its own in front.
         weight = next((keys[start:] for start in range(len(keys)) if keys[start:] in axes), None)
         if weight is not None:
+            if _is_scale(path):
+                sizes = zip(axes[weight], leaf.shape, strict=True)
+                return tuple(None if size == 1 else name for name, size in sizes)
             for kept in _kept_dims(path, weight_shapes[weight]):
                 if leaf.shape == tuple(weight_shapes[weight][dim] for dim in kept):
                     return tuple(axes[weight][dim] for dim in kept)
         return (None,) * leaf.ndim
 
     return jax.tree_util.tree_map_with_path(names, shapes)
+
+
+def _is_scale(path: tuple) -> bool:
+    """Whether a leaf is the scale of a quantised weight, whose size is 1 at the dims that it was reduced over."""
+    return isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "scale"
 
 
 def _kept_dims(path: tuple, shape: tuple[int, ...]) -> list[list[int]]:

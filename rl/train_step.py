@@ -24,6 +24,7 @@ from rl.loss_metrics import MetricSums, combine_sums, zero_sums
 from rl.loss_types import Denominators, LossConfig, LossInputs
 from rl.losses import denominators_for, grpo_loss
 from rl.mesh import replicated, row_sharding
+from rl.models.lora import join, split
 from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState
 from rl.optimizer import rounding_loss
@@ -96,6 +97,9 @@ def jit_train_step(
 ) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
     """The compiled update. The state is donated: the caller must not use the one it passed in again.
 
+    With adapters only they and their moments are trained and donated; the frozen weights go in as they are, have no
+    gradient, and stand in the next state as the same arrays.
+
     Args:
       state_shardings: a `NamedSharding` per leaf of the state, in and out.
       mesh: where everything runs; rows are spread over the axes that `rules["batch"]` names.
@@ -104,7 +108,8 @@ def jit_train_step(
       minibatches_per_rollout: updates of one pass over a rollout batch.
     """
 
-    def piece_loss(params: Params, piece: Batch, denominators: Denominators, on_policy: jax.Array):
+    def piece_loss(trained: Params, frozen: Params, piece: Batch, denominators: Denominators, on_policy: jax.Array):
+        params = join(trained, frozen)
         logprobs_BL, entropy_BL = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules)
         constant_BL = jax.lax.stop_gradient(logprobs_BL)  # for old log-probs and a measurement, neither trained on
         inputs = _loss_inputs(piece)
@@ -113,7 +118,7 @@ def jit_train_step(
         loss, sums = grpo_loss(logprobs_BL, entropy_BL, inputs, denominators, loss_config)
         return loss, (sums, _difference(constant_BL, piece))
 
-    def train_step(state: PureState, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
+    def update(state: PureState, frozen: Params, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
         batch = minibatch.batch
         denominators = _denominators(minibatch, loss_config, minibatches_per_rollout)
         gradient = jax.value_and_grad(piece_loss, has_aux=True)
@@ -122,12 +127,12 @@ def jit_train_step(
         def add_piece(m, carry):
             loss, grads, sums, difference = carry
             (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(
-                state.params, _piece(batch, m), *constants
+                state.params, frozen, _piece(batch, m), *constants
             )
             grads = jax.tree.map(jnp.add, grads, piece_grads)
             return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
 
-        (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, _piece(batch, 0), *constants)
+        (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, frozen, _piece(batch, 0), *constants)
         start = (_zeros(loss), _zeros(grads), zero_sums(sums), _zeros(difference))
         loss, grads, sums, difference = jax.lax.fori_loop(0, batch.num_microbatches, add_piece, start)
         grad_norm = optax.tree.norm(grads)
@@ -155,12 +160,28 @@ def jit_train_step(
         entropy_MRCL=row_sharding(mesh, rules, dim=1),
         on_policy=everywhere,
     )
-    return jax.jit(
-        train_step,
-        in_shardings=(state_shardings, minibatch_shardings),
-        out_shardings=(state_shardings, everywhere),
+    if policy.config.lora is None:
+        return jax.jit(
+            lambda state, minibatch: update(state, {}, minibatch),
+            in_shardings=(state_shardings, minibatch_shardings),
+            out_shardings=(state_shardings, everywhere),
+            donate_argnums=0,
+        )
+    trained_shardings, frozen_shardings = split(policy.config, state_shardings.params)
+    moving_shardings = state_shardings._replace(params=trained_shardings)
+    compiled = jax.jit(
+        update,
+        in_shardings=(moving_shardings, frozen_shardings, minibatch_shardings),
+        out_shardings=(moving_shardings, everywhere),
         donate_argnums=0,
     )
+
+    def train_step(state: PureState, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
+        trained, frozen = split(policy.config, state.params)
+        moved, metrics = compiled(state._replace(params=trained), frozen, minibatch)
+        return moved._replace(params=join(moved.params, frozen)), metrics
+
+    return train_step
 
 
 def jit_token_logprobs(

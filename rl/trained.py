@@ -12,7 +12,7 @@ from rl.config import Config
 from rl.mesh import create_mesh
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer, shortest_run
-from rl.states import InitStateFn, get_abstract_state, setup_decode_state
+from rl.states import InitStateFn, frozen_base, get_abstract_state, setup_decode_state
 from rl.tokenizer import Tokenizer
 from rl.weights import Origin, find_origin, pretrained_params, tokenizer_of
 
@@ -62,7 +62,8 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
     # The number of updates shapes the schedule only, never the optimizer's state.
     _, optimizer = create_training_optimizer(config, policy, num_updates=shortest_run(config.optimizer))
     config = dataclasses.replace(config, output_dir=str(pathlib.Path(folder)))
-    checkpoints = create_checkpoint_manager(config, mesh, InitStateFn(policy, optimizer, config.seed), read_only=True)
+    init_state_fn = InitStateFn(policy, optimizer, config.seed)
+    checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, read_only=True)
     try:
         step = checkpoints.latest_step if step is None else step
         if step is None:
@@ -70,7 +71,7 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
                 f"run folder {str(folder)!r} must hold a checkpoint, and it has none; let the run reach "
                 "checkpoint.every"
             )
-        state, _ = checkpoints.restore(step)
+        state, _ = checkpoints.restore(step, frozen_base(config, mesh, init_state_fn, origin))
     finally:
         checkpoints.close()
     shardings = checkpoints.abstract.shardings.params

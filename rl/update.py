@@ -20,7 +20,8 @@ from rl.entropy_coef import EntropyCoefState, applied_entropy_coef, next_entropy
 from rl.loss_metrics import finish_metrics
 from rl.loss_types import LossConfig, validate_loss_config
 from rl.mesh import replicated, row_sharding
-from rl.models.policy import Policy
+from rl.models.lora import split
+from rl.models.policy import Policy, without_adapters
 from rl.models.train_state import PureState
 from rl.optimizer import updates_per_step
 from rl.packing import Batch, PackingPlan, TrainGroup, pack
@@ -65,6 +66,10 @@ class Updater:
         }
         self._token_logprobs = jit_token_logprobs(policy, state_shardings.params, **common)
         self._finish_metrics = jax.jit(finish_metrics)
+        self._reference_logprobs = self._token_logprobs
+        if policy.config.lora is not None:  # the reference is the base
+            frozen_shardings = split(policy.config, state_shardings.params)[1]
+            self._reference_logprobs = jit_token_logprobs(without_adapters(policy), frozen_shardings, **common)
         self._train_step = jit_train_step(
             policy,
             optimizer,
@@ -85,7 +90,7 @@ class Updater:
 
         Args:
           state: donated; do not use it again.
-          reference: None when there is no KL term.
+          reference: None when there is no KL term; weights without adapters.
           groups: per minibatch its groups.
           entropy: of the adaptive entropy bonus.
 
@@ -100,7 +105,7 @@ class Updater:
         for minibatch in groups:
             bare: Batch = jax.device_put(pack(minibatch, self._plan, self._dtype), self._batch_shardings)
             old = self._token_logprobs(state.params, bare)[0] if needs_old else None
-            reference_logprobs = None if reference is None else self._token_logprobs(reference.params, bare)[0]
+            reference_logprobs = None if reference is None else self._reference_logprobs(reference.params, bare)[0]
             batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
         measured: list[_Measured] = []
         for _ in range(self._config.grpo.epochs):

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 
 from rl.config import Config
-from rl.models.config import ModelConfig
+from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.hf import check_weights, load_params, read_config, resolve_source, weights_hash
+from rl.models.lora import join
+from rl.models.peft import adapter_hash, check_adapter, load_adapter
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
 
 
@@ -17,15 +19,17 @@ class Origin:
     """The model a run starts from.
 
     Attributes:
-      model_config: shape and dtypes.
-      folder: local Hugging Face folder with the weights; None for a fresh random model.
+      model_config: shape, dtypes, and adapters if the run trains some.
+      folder: local Hugging Face folder with the weights, of the base alone; None for a fresh random model.
       identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and
         reference.
+      adapter: folder of the adapter that training starts from; None for a fresh one, or none.
     """
 
     model_config: ModelConfig
     folder: pathlib.Path | None
     identity: dict[str, Any]
+    adapter: pathlib.Path | None = None
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
@@ -63,14 +67,32 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
             f"of {tokenizer.vocab_size}; set tokenizer.source to the model's own tokenizer"
         )
     model_config = dataclasses.replace(
-        model_config, dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat
+        model_config, dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat, lora=_lora(config)
     )
-    return Origin(model_config, folder, identity)
+    if config.lora.adapter is None:
+        return Origin(model_config, folder, identity)
+    adapter = pathlib.Path(config.lora.adapter).expanduser()
+    check_adapter(adapter, model_config)
+    identity |= {"adapter": config.lora.adapter, "adapter_hash": adapter_hash(adapter)}
+    return Origin(model_config, folder, identity, adapter)
+
+
+def _lora(config: Config) -> LoRAConfig | None:
+    section = config.lora
+    if not section.rank:
+        return None
+    return LoRAConfig(section.rank, section.alpha, tuple(section.targets), section.rank_stabilized, section.base_dtype)
 
 
 def pretrained_params(origin: Origin, shardings: Any) -> Any | None:
-    """The weights of the folder, placed by `shardings`; a new copy on every call. None for a fresh random model."""
-    return None if origin.folder is None else load_params(origin.folder, origin.model_config, shardings)
+    """The weights of the folder, placed by `shardings`; a new copy on every call. None for a fresh random model.
+
+    With adapters they are the base alone, or base and adapter where one is given to start from.
+    """
+    if origin.folder is None:
+        return None
+    base = load_params(origin.folder, origin.model_config, shardings)
+    return base if origin.adapter is None else join(load_adapter(origin.adapter, origin.model_config, shardings), base)
 
 
 def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -5,7 +5,9 @@ Out: one frozen, hashable description that both twins are built from. The maths 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
@@ -15,6 +17,7 @@ REMAT_MODES = ("none", "dots", "outputs", "block", "full")
 ROPE_KINDS = ("none", "linear", "llama3")
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
+LORA_A, LORA_B = "lora_a", "lora_b"  # names of an adapter's two matrices, beside the "kernel" that they belong to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +43,44 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters, Hu et al., https://arxiv.org/abs/2106.09685: x W becomes x W + scale (x A) B, W frozen.
+
+    `targets` are patterns over module names such as "layers_0/self_attn/q_proj" (* is any characters, "/" too). The
+    scale is alpha / rank, or alpha / sqrt(rank) if `rank_stabilized` (https://arxiv.org/abs/2312.03732).
+    `base_dtype` is the stored type of the frozen weights, None for `param_dtype`; see `rl.models.lora.freeze`.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    rank_stabilized: bool = False
+    base_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive("lora rank", self.rank)
+        _check_positive("lora alpha", self.alpha)
+        if not self.targets:
+            raise ValueError('lora targets must hold a pattern, got none; "*_proj" is every matrix of the layers')
+
+    @property
+    def scale(self) -> float:
+        """Factor on the product of the two matrices."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+    def applies_to(self, module: Iterable[str]) -> bool:
+        """Whether the module at this path has an adapter."""
+        return any(fnmatch.fnmatchcase("/".join(module), pattern) for pattern in self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder architecture. Sizes are counts, `dtype` is the compute type, `param_dtype` the stored type.
 
     `layer_types` names "full_attention" or "sliding_attention" for every layer; sliding layers see `sliding_window`
     positions and use `rope_local_theta`. `remat` is what the backward pass computes again, see `ops.remat_options`.
-    `attention_bias` adds a bias to q, k, v, and to o except in qwen2.
+    `attention_bias` adds a bias to q, k, v, and to o except in qwen2. With `lora` the tree has adapters, and only they
+    are trained.
     """
 
     family: str
@@ -75,6 +110,7 @@ class ModelConfig:
     dtype: str
     param_dtype: str
     remat: str
+    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -109,6 +145,7 @@ class ModelConfig:
         dtype: str = "float32",
         param_dtype: str = "float32",
         remat: str = "none",
+        lora: LoRAConfig | None = None,
     ) -> "ModelConfig":
         """A fresh architecture; what is left out (None) follows the family.
 
@@ -156,6 +193,7 @@ class ModelConfig:
             dtype=dtype,
             param_dtype=param_dtype,
             remat=remat,
+            lora=lora,
         )
 
     @property
@@ -202,7 +240,13 @@ def alternating_layer_types(num_layers: int, pattern: int) -> tuple[str, ...]:
 
 
 def parameter_specs(config: ModelConfig) -> dict[str, Any]:
-    """The parameter tree of both twins, with a `ParameterSpec` at every leaf."""
+    """The parameter tree of both twins, with a `ParameterSpec` at every leaf; adapters lie beside their kernels."""
+    specs = base_specs(config)
+    return specs if config.lora is None else _with_adapters(specs, config.lora)
+
+
+def base_specs(config: ModelConfig) -> dict[str, Any]:
+    """The same tree without adapters: what a model's own files hold."""
     tree = {
         "embed_tokens": {"embedding": ParameterSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"), (1,))},
         **{f"layers_{i}": _layer_specs(config) for i in range(config.num_layers)},
@@ -216,7 +260,7 @@ def parameter_specs(config: ModelConfig) -> dict[str, Any]:
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
     """The parameter tree with the tuple of logical axis names at every leaf.
 
-    Names: vocab, embed, heads, kv_heads, head_dim, mlp, norm. Mesh axes are not known here.
+    Names: vocab, embed, heads, kv_heads, head_dim, mlp, norm, lora. Mesh axes are not known here.
     """
     return _map_specs(parameter_specs(config), lambda spec: spec.axes)
 
@@ -230,6 +274,25 @@ def flatten_specs(
             yield (*prefix, name), child
         else:
             yield from flatten_specs(child, (*prefix, name))
+
+
+def _with_adapters(tree: Mapping[str, Any], lora: LoRAConfig, module: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tree with the two matrices of an adapter, inputs x rank and rank x outputs, beside each target's kernel."""
+    result: dict[str, Any] = {}
+    for name, child in tree.items():
+        result[name] = child if isinstance(child, ParameterSpec) else _with_adapters(child, lora, (*module, name))
+    if "kernel" in tree and lora.applies_to(module):
+        kernel = tree["kernel"]
+        num_inputs = len(kernel.contract_dims)
+        # No matrix product of a model's own sums over their dims: they are never quantised.
+        result[LORA_A] = ParameterSpec((*kernel.shape[:num_inputs], lora.rank), (*kernel.axes[:num_inputs], "lora"))
+        result[LORA_B] = ParameterSpec((lora.rank, *kernel.shape[num_inputs:]), ("lora", *kernel.axes[num_inputs:]))
+    return result
+
+
+def adaptable_modules(config: ModelConfig) -> list[str]:
+    """Names of the modules that can have an adapter, for instance "layers_0/self_attn/q_proj"."""
+    return ["/".join(path[:-1]) for path, _ in flatten_specs(base_specs(config)) if path[-1] == "kernel"]
 
 
 def _layer_specs(config: ModelConfig) -> dict[str, Any]:
@@ -353,3 +416,16 @@ def _check(config: ModelConfig) -> None:
     for token_id in config.eos_token_ids:
         if not 0 <= token_id < config.vocab_size:
             raise ValueError(f"eos_token_ids must be in [0, vocab_size = {config.vocab_size}), got {token_id}")
+    if config.lora is not None:
+        _check_targets(config, config.lora)
+
+
+def _check_targets(config: ModelConfig, lora: LoRAConfig) -> None:
+    modules = adaptable_modules(config)
+    for pattern in lora.targets:
+        if not fnmatch.filter(modules, pattern):
+            layers_as_one = dict.fromkeys(re.sub(r"^layers_\d+/", "layers_*/", name) for name in modules)
+            raise ValueError(
+                f"lora targets must each match a matrix (* stands for any characters), got {pattern!r}; the names are "
+                + ", ".join(layers_as_one)
+            )

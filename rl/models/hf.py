@@ -1,10 +1,12 @@
 """Hugging Face folders: weights in and out, and where a folder comes from.
 
-In: a folder or a hub id. Out: the parameter tree of `rl.models.config.parameter_specs`, or a ValueError that names the
+In: a folder or a hub id. Out: the parameter tree of `rl.models.config.base_specs`, or a ValueError that names the
 file and the tensor: no weight is ever missing, extra, reshaped or left at an initial value in silence. `config.json` is
 read and written by `rl.models.hf_config`.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -21,9 +23,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rl.models.config import ModelConfig, flatten_specs, parameter_specs
+from rl.models.config import ModelConfig, base_specs, flatten_specs
 from rl.models.hf_config import config_json, generation_json, read_config, read_json
+from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
+from rl.models.quantized import QuantizedArray
 
 __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weights_hash"]
 
@@ -89,6 +93,8 @@ def weights_hash(folder: str | pathlib.Path, full_bytes: int = 4 << 30) -> str:
 def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None) -> dict[str, Any]:
     """The parameter tree of a folder as jax arrays in `config.param_dtype`, read tensor by tensor.
 
+    Of a model with adapters it is the base, each weight stored as `config.lora` says as soon as it is read.
+
     `shardings`: a tree like the parameters with a `jax.sharding.Sharding` at each leaf, or None for the default device.
     Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, and for files that
     are missing or cut short, naming file and tensor.
@@ -97,12 +103,12 @@ def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any 
     locations = check_weights(folder, config)
     params: dict[str, Any] = {}
     for file in sorted(set(locations.values())):
-        with _open(file) as tensors:
-            for path, spec in flatten_specs(parameter_specs(config)):
-                name = _tensor_name(path)
+        with open_tensors(file) as tensors:
+            for path, spec in flatten_specs(base_specs(config)):
+                name = tensor_name(path)
                 if locations[name] == file:
                     value = _from_stored(tensors.get_tensor(name), path, spec.shape).astype(param_dtype)
-                    _set(params, path, _place(value, _get(shardings, path) if shardings is not None else None))
+                    _set(params, path, _place(config, path, value, _get(shardings, path) if shardings else None))
     if config.tie_word_embeddings and "lm_head.weight" in locations:
         _check_tied(locations)
     return params
@@ -116,25 +122,27 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
     """
     folder = pathlib.Path(folder)
     locations = _tensor_locations(folder)
-    names = {
-        _tensor_name(path): _stored_shape(path, spec.shape) for path, spec in flatten_specs(parameter_specs(config))
-    }
+    names = {tensor_name(path): _stored_shape(path, spec.shape) for path, spec in flatten_specs(base_specs(config))}
     _check_tensor_names(folder, names, locations, config)
     for file in sorted({locations[name] for name in names}):
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             for name in sorted(name for name in names if locations[name] == file):
                 _check_tensor(tensors.get_slice(name), file, name, names[name])
     return locations
 
 
-def _place(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray, sharding: Any) -> Any:
     if sharding is None:
-        return jax.device_put(value)
+        return freeze_leaf(config, path, jax.device_put(value))
     # By callback, so that several processes each hand over only their own shards.
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    of_values: Any = sharding.values if isinstance(sharding, QuantizedArray) else sharding
+    array = jax.make_array_from_callback(value.shape, of_values, lambda index: value[index])
+    if config.lora is None or config.lora.base_dtype is None:
+        return array
+    return jax.jit(functools.partial(freeze_leaf, config, path), out_shardings=sharding)(array)
 
 
-def _tensor_name(path: tuple[str, ...]) -> str:
+def tensor_name(path: tuple[str, ...]) -> str:
     """The Hugging Face name of the parameter at `path`."""
     *modules, leaf = path
     modules = [re.sub(r"^layers_(\d+)$", r"layers.\1", module) for module in modules]
@@ -183,7 +191,7 @@ def _tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """The file of every tensor, from the files themselves; the index, if there is one, must agree."""
     locations: dict[str, pathlib.Path] = {}
     for file in _weight_files(folder):
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 if name in locations:
                     raise ValueError(f"{file}: tensor {name} must be stored once, it is in {locations[name].name} too")
@@ -197,7 +205,8 @@ def _tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return locations
 
 
-def _open(file: pathlib.Path) -> Any:
+def open_tensors(file: pathlib.Path) -> Any:
+    """A safetensors file to read from; ValueError where it is missing or cut short."""
     try:
         return safetensors.safe_open(file, framework="np")
     except FileNotFoundError:
@@ -242,7 +251,7 @@ def _check_tied(locations: Mapping[str, pathlib.Path]) -> None:
     names = ("model.embed_tokens.weight", "lm_head.weight")
     values = []
     for name in names:
-        with _open(locations[name]) as tensors:
+        with open_tensors(locations[name]) as tensors:
             values.append(tensors.get_tensor(name))
     if values[0].shape != values[1].shape or not np.array_equal(*values):
         raise ValueError(
@@ -267,25 +276,32 @@ def save_folder(
     `dtype` is the stored type, None keeps `config.param_dtype`. The folder appears at once and whole, or not at all.
     Raises ValueError if it exists and is not empty, or if `params` is not the tree of `config`.
     """
+    _check_tree(config, params)
+    dtype = config.param_dtype if dtype is None else dtype
+    with new_folder(folder) as draft:
+        write_json(draft / "config.json", config_json(config, dtype))
+        write_json(draft / "generation_config.json", generation_json(config))
+        _write_weights(draft, config, params, dtype, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(draft))
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write into that appears at its place whole, or not at all; ValueError if something is there."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"export folder must be new or empty, got {folder}; choose another one or remove it")
-    _check_tree(config, params)
-    dtype = config.param_dtype if dtype is None else dtype
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         draft = pathlib.Path(scratch) / folder.name
         draft.mkdir()
-        _write_json(draft / "config.json", config_json(config, dtype))
-        _write_json(draft / "generation_config.json", generation_json(config))
-        _write_weights(draft, config, params, dtype, max_shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(draft))
+        yield draft
         os.replace(draft, folder)
 
 
 def _check_tree(config: ModelConfig, params: Mapping[str, Any]) -> None:
-    expected = {path: spec.shape for path, spec in flatten_specs(parameter_specs(config))}
+    expected = {path: spec.shape for path, spec in flatten_specs(base_specs(config))}
     got = {tuple(path): tuple(value.shape) for path, value in _leaves(params)}
     for path in sorted(expected.keys() | got.keys()):
         if expected.get(path) != got.get(path):
@@ -301,7 +317,7 @@ def _write_weights(
     stored_dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     shards: list[list[tuple[str, ...]]] = [[]]
     shard_bytes = total_bytes = 0
-    for path, spec in flatten_specs(parameter_specs(config)):
+    for path, spec in flatten_specs(base_specs(config)):
         num_bytes = math.prod(spec.shape) * stored_dtype.itemsize
         if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
             shards.append([])
@@ -312,17 +328,18 @@ def _write_weights(
     for i, paths in enumerate(shards):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {
-            _tensor_name(path): _to_stored(np.asarray(jax.device_get(_get(params, path))).astype(stored_dtype), path)
+            tensor_name(path): _to_stored(np.asarray(jax.device_get(_get(params, path))).astype(stored_dtype), path)
             for path in paths
         }
         # transformers refuses a file whose metadata has no format.
         safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file with sorted keys."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rl.models import cache as kv
 from rl.models import ops
-from rl.models.config import ModelConfig
+from rl.models.config import LORA_A, LORA_B, ModelConfig
 
 
 class Projection(nn.Module):
@@ -26,9 +26,15 @@ class Projection(nn.Module):
     def setup(self) -> None:
         self.kernel = _parameter(self, "kernel", (*self.in_shape, *self.out_shape))
         self.bias = _parameter(self, "bias", self.out_shape) if self.use_bias else None
+        lora = self.config.lora
+        self.adapter = None
+        if lora is not None and lora.applies_to(self.path):
+            lora_a = _parameter(self, LORA_A, (*self.in_shape, lora.rank))
+            lora_b = _parameter(self, LORA_B, (lora.rank, *self.out_shape))
+            self.adapter = ops.Adapter(lora_a, lora_b, lora.scale)
 
     def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
-        return ops.dense(x, self.kernel, self.bias, num_input_dims=len(self.in_shape), out_dtype=out_dtype)
+        return ops.dense(x, self.kernel, self.bias, len(self.in_shape), out_dtype, self.adapter)
 
 
 class RMSNorm(nn.Module):

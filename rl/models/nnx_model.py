@@ -1,6 +1,7 @@
 """The NNX twin: a decoder of `flax.nnx` modules over the shared ops. Its pure state has the tree of `parameter_specs`.
 
 Matrices are read with `get_value()`, since a `QuantizedArray` may stand in their place; `[...]` is for arrays only.
+Adapters are `nnx.LoRAParam`s, a kind of `nnx.Param`.
 Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim, F mlp.
 """
 
@@ -10,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rl.models import cache as kv
 from rl.models import ops
-from rl.models.config import ModelConfig
+from rl.models.config import LORA_A, LORA_B, ModelConfig
 
 Path = tuple[str, ...]
 
@@ -32,10 +33,18 @@ class Projection(nnx.Module):
         self.kernel = _parameter(config, key, (*path, "kernel"), (*in_shape, *out_shape))
         if use_bias:
             self.bias = _parameter(config, key, (*path, "bias"), out_shape)
+        self.lora = config.lora if config.lora is not None and config.lora.applies_to(path) else None
+        if self.lora is not None:
+            a_shape, b_shape = (*in_shape, self.lora.rank), (self.lora.rank, *out_shape)
+            self.lora_a = nnx.LoRAParam(ops.initial_value(config, key, (*path, LORA_A), a_shape))
+            self.lora_b = nnx.LoRAParam(ops.initial_value(config, key, (*path, LORA_B), b_shape))
 
     def __call__(self, x: jax.Array, out_dtype=None) -> jax.Array:
         bias = self.bias[...] if self.use_bias else None
-        return ops.dense(x, self.kernel.get_value(), bias, num_input_dims=self.num_input_dims, out_dtype=out_dtype)
+        adapter = None
+        if self.lora is not None:
+            adapter = ops.Adapter(self.lora_a[...], self.lora_b[...], self.lora.scale)
+        return ops.dense(x, self.kernel.get_value(), bias, self.num_input_dims, out_dtype, adapter)
 
 
 class RMSNorm(nnx.Module):

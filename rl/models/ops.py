@@ -15,6 +15,8 @@ import numpy as np
 
 from rl.models.config import (
     FULL_ATTENTION,
+    LORA_A,
+    LORA_B,
     SLIDING_ATTENTION,
     ModelConfig,
     RopeScaling,
@@ -82,6 +84,14 @@ class AttentionPart(NamedTuple):
     rows: SharedRows | None = None
 
 
+class Adapter(NamedTuple):
+    """A low-rank addition to a kernel: scale times a [*inputs, rank] times b [rank, *outputs]."""
+
+    a: jax.Array
+    b: jax.Array
+    scale: float
+
+
 # Types and initial values
 
 
@@ -102,16 +112,20 @@ def widen(dtype: Any) -> Any:
 def initial_value(config: ModelConfig, key: jax.Array, path: Sequence[str], shape: tuple[int, ...]) -> jax.Array:
     """The initial parameter at `path`, in `config.param_dtype`.
 
-    Matrices are normal with `initializer_range` as deviation, biases 0, norms the identity. The draw depends on (key,
-    path) only, so that both twins, and any subset of the layers, draw the same numbers.
+    Matrices are normal with `initializer_range` as deviation, biases 0, norms the identity. Of an adapter, A is uniform
+    in +-1 / sqrt(inputs) and B is 0, so that it starts as nothing (as in https://github.com/huggingface/peft). The draw
+    depends on (key, path) only, so that both twins, and any subset of the layers, draw the same numbers.
     """
     dtype = dtype_of(config.param_dtype)
     name = path[-1]
-    if name == "bias" or (name == "scale" and config.is_gemma):
+    if name == LORA_B or name == "bias" or (name == "scale" and config.is_gemma):
         return jnp.zeros(shape, dtype)
     if name == "scale":
         return jnp.ones(shape, dtype)
     path_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+    if name == LORA_A:
+        bound = float(np.prod(shape[:-1])) ** -0.5
+        return jax.random.uniform(path_key, shape, widen(dtype), -bound, bound).astype(dtype)
     return (config.initializer_range * jax.random.normal(path_key, shape, widen(dtype))).astype(dtype)
 
 
@@ -135,12 +149,18 @@ def dense(
     bias: jax.Array | None = None,
     num_input_dims: int = 1,
     out_dtype: Any = None,
+    adapter: Adapter | None = None,
 ) -> jax.Array:
     """x [..., *inputs] times kernel [*inputs, *outputs] plus bias [*outputs]: one matrix product, in x's dtype.
 
     `num_input_dims` is how many trailing dims of x are contracted; `out_dtype` the type to accumulate in and return.
     The product with a quantised kernel is (x times values) times scale, accumulated and scaled in float32 or wider.
+    An `adapter` adds scale (x a) b, two thin products, in training and decoding alike: no merged kernel ever exists.
     """
+    if adapter is not None:
+        low = dense(x, adapter.a, num_input_dims=num_input_dims) * jnp.asarray(adapter.scale, x.dtype)
+        added = dense(low, adapter.b, out_dtype=out_dtype)
+        return dense(x, kernel, bias, num_input_dims, out_dtype) + added
     if isinstance(kernel, QuantizedArray):
         out_dtype = x.dtype if out_dtype is None else out_dtype
         out_shape = kernel.shape[num_input_dims:]

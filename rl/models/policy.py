@@ -5,6 +5,7 @@ same in both flavours. Nothing after this module knows the flavour; the optimize
 Legend: B sequences, T token positions, V vocab, D model.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -165,6 +166,11 @@ class NNXPolicy:
 def create_policy(model_config: ModelConfig, pure_nnx: bool) -> Policy:
     """The NNX policy if `pure_nnx`, else the Linen one."""
     return NNXPolicy(model_config) if pure_nnx else LinenPolicy(model_config)
+
+
+def without_adapters(policy: Policy) -> Policy:
+    """The policy of the same flavour that computes with the base alone."""
+    return type(policy)(dataclasses.replace(policy.config, lora=None))  # pyright: ignore[reportCallIssue]
 
 
 def policy_from_config(config: Any, model_config: ModelConfig) -> Policy:

@@ -12,6 +12,8 @@ import optax
 from flax import nnx
 from flax.training import train_state
 
+from rl.models.lora import split
+
 
 class PureState(NamedTuple):
     """What a training run is, as a plain pytree.
@@ -19,8 +21,8 @@ class PureState(NamedTuple):
     Attributes:
       step: int32 [], updates of the run so far, the skipped ones included: its position. The optimizer's own counts,
         which schedules go by, leave skipped updates out.
-      params: nested dict of weights.
-      opt_state: the optax state over `params`; () when there is no optimizer.
+      params: nested dict of weights, with adapters beside their kernels where the model has any.
+      opt_state: the optax state over `params`, or over the adapters where there are any; () when there is no optimizer.
       rng: uint32 key data of the run's base key; every random number of the run is derived from it and the step.
     """
 
@@ -40,7 +42,7 @@ class TrainState(train_state.TrainState):
     @classmethod
     def build(cls, policy: Any, params: Any, tx: optax.GradientTransformation | None, rng: jax.Array) -> "TrainState":
         """A state at step 0 around `params`."""
-        opt_state = () if tx is None else tx.init(params)
+        opt_state = () if tx is None else tx.init(split(policy.config, params)[0])
         return cls(
             step=jnp.zeros((), jnp.int32),
             apply_fn=policy.module.apply,
@@ -73,7 +75,8 @@ class TrainStateNNX(nnx.Module):
     ) -> "TrainStateNNX":
         """A state at step 0 around a model that holds `params`."""
         model = nnx.merge(policy.module, params)
-        return cls(model, None if tx is None else nnx.Optimizer(model, tx, wrt=nnx.Param), rng)
+        wrt = nnx.Param if policy.config.lora is None else nnx.LoRAParam
+        return cls(model, None if tx is None else nnx.Optimizer(model, tx, wrt=wrt), rng)
 
     def pure(self) -> PureState:
         """The same state as a plain pytree: nested dicts, and the optax state as `tx.init` builds it over nested
@@ -82,7 +85,8 @@ class TrainStateNNX(nnx.Module):
         params = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
         if self.optimizer is None:
             return PureState(jnp.zeros((), jnp.int32), params, (), self.rng[...])
-        template = jax.eval_shape(self.optimizer.tx.init, params)
+        trained = nnx.to_pure_dict(nnx.state(self.model, self.optimizer.wrt))
+        template = jax.eval_shape(self.optimizer.tx.init, trained)
         opt_state = _refill(template, self.optimizer.opt_state)
         return PureState(self.optimizer.step[...].astype(jnp.int32), params, opt_state, self.rng[...])
 

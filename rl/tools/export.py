@@ -1,4 +1,7 @@
-"""`grpo export RUN OUT`: the weights of a run as a Hugging Face folder that transformers, TRL, vLLM and Tandem open."""
+"""`grpo export RUN OUT`: the weights of a run as a Hugging Face folder that transformers, TRL, vLLM and Tandem open.
+
+Adapters are merged into the weights, or with `--adapter` written alone in PEFT's format.
+"""
 
 import argparse
 import pathlib
@@ -7,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rl.models.hf import save_folder
+from rl.models.lora import merge
+from rl.models.peft import save_adapter
 from rl.run_folder import read_run
 from rl.trained import load_checkpoint
 
@@ -28,13 +33,28 @@ def export(run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = 
     return trained.step
 
 
+def export_adapter(run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None) -> int:
+    """Writes the adapter of checkpoint `step` (None: the newest) as a folder that peft opens; returns the step written.
+
+    Raises:
+      ValueError: not a run folder, no such checkpoint, a run without adapters, or `out` holds something.
+    """
+    config, _ = read_run(run)
+    if not config.lora.rank:
+        raise ValueError(f"--adapter needs a run that trained adapters (lora.rank), got {str(run)!r} with lora.rank 0")
+    trained = load_checkpoint(config, run, step)
+    save_adapter(out, trained.policy.config, trained.params, config.model.source)
+    assert trained.step is not None
+    return trained.step
+
+
 def write_folder(out: str | pathlib.Path, model_config: Any, params: Any, tokenizer: Any, dtype: str | None) -> None:
-    """Weights, model configuration, tokenizer and its chat template."""
-    save_folder(out, model_config, params, tokenizer=tokenizer, dtype=dtype)
+    """Weights, adapters merged into them, model configuration, tokenizer and its chat template."""
+    save_folder(out, model_config, merge(model_config, params), tokenizer=tokenizer, dtype=dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo export RUN OUT [--step N] [--dtype DTYPE]`."""
+    """`grpo export RUN OUT [--step N] [--dtype DTYPE | --adapter]`."""
     parser = argparse.ArgumentParser(prog="grpo export", description=__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("out", help="folder to write")
@@ -42,8 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="the checkpoint's own when left out"
     )
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone, in PEFT's format")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
-    step = export(arguments.run, arguments.out, arguments.step, arguments.dtype)
+    if arguments.adapter and arguments.dtype:
+        raise ValueError(f"--dtype must be left out with --adapter, got {arguments.dtype}; adapters keep their own")
+    if arguments.adapter:
+        step = export_adapter(arguments.run, arguments.out, arguments.step)
+    else:
+        step = export(arguments.run, arguments.out, arguments.step, arguments.dtype)
     print(f"exported step {step} of {arguments.run} to {arguments.out}")
 
 

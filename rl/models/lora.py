@@ -1,0 +1,124 @@
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) as a part of the parameter tree: which leaves they are,
+how the frozen rest is stored, and how they are added into it.
+
+In: parameter trees of a policy whose `ModelConfig` has `lora`. Out: the trainable and the frozen half of one, a base in
+fewer bits (QLoRA, https://arxiv.org/abs/2305.14314), or plain weights. Not here: the product with an adapter
+(`rl.models.ops.dense`), shapes and names (`rl.models.config`), files (`rl.models.peft`).
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl.models.config import LORA_A, LORA_B, ModelConfig, base_specs
+from rl.models.ops import dtype_of
+from rl.models.quantized import ATTENTION_AND_MLP, QUANTIZED_DTYPES, QuantizedArray, quantize
+
+Params = dict[str, Any]
+
+
+def split(config: ModelConfig, params: Any) -> tuple[Any, Any]:
+    """(what is trained, what is frozen) of a tree like the parameters: adapters and base, or everything and nothing.
+
+    The leaves are those of `params`, of whatever kind; `join` puts the halves together again.
+    """
+    return (params, {}) if config.lora is None else (_pick(params, True), _pick(params, False))
+
+
+def join(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
+    """The whole tree of two halves."""
+    joined = dict(frozen)
+    for name, child in trained.items():
+        both = name in frozen and isinstance(child, Mapping)
+        joined[name] = join(child, frozen[name]) if both else child
+    return joined
+
+
+def _pick(tree: Mapping[str, Any], adapters: bool) -> Params:
+    picked = {}
+    for name, child in tree.items():
+        if isinstance(child, Mapping):
+            rest = _pick(child, adapters)
+            if rest:
+                picked[name] = rest
+        elif (name in (LORA_A, LORA_B)) == adapters:
+            picked[name] = child
+    return picked
+
+
+def freeze(config: ModelConfig, params: Params) -> Params:
+    """The tree with its frozen half stored as `config.lora.base_dtype` says; as it is without one."""
+    if config.lora is None or config.lora.base_dtype is None:
+        return params
+
+    def visit(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        return freeze_leaf(config, tuple(part.key for part in path), leaf)
+
+    return jax.tree_util.tree_map_with_path(visit, params)
+
+
+def freeze_leaf(config: ModelConfig, path: tuple[str, ...], leaf: jax.Array) -> jax.Array | QuantizedArray:
+    """One weight as `config.lora.base_dtype` says; an adapter, and any weight without one, as it is.
+
+    bfloat16 is for all frozen weights. int8 and float8_e4m3fn are for the matrices of attention and MLP, with a scale
+    per output channel (see `rl.models.quantized`); embedding, head, norms and biases keep their type, as in QLoRA.
+    """
+    base_dtype = None if config.lora is None else config.lora.base_dtype
+    if base_dtype is None or path[-1] in (LORA_A, LORA_B):
+        return leaf
+    if base_dtype not in QUANTIZED_DTYPES:
+        return leaf.astype(dtype_of(base_dtype))
+    if not re.search(ATTENTION_AND_MLP, "/".join(path)):
+        return leaf
+    spec: Any = base_specs(config)
+    for name in path:
+        spec = spec[name]
+    return quantize(leaf, spec.contract_dims, base_dtype)
+
+
+def merge(config: ModelConfig, params: Mapping[str, Any], sign: int = 1) -> Params:
+    """Weights without adapters that compute the same: W + scale A B in the place of each adapted kernel.
+
+    Each sum is formed in float64 on the host, quantised kernels dequantised before, and rounded once to `param_dtype`.
+    So it is W + scale A B to half a unit in the last place, and `unmerge` of it gives W back to a unit in the last
+    place of the larger of the two; only the base itself has W bit for bit.
+
+    Args:
+      params: the tree of `config`, with adapters.
+      sign: -1 takes the adapters away.
+
+    Returns:
+      The tree of `config` without `lora`, as numpy arrays. Without `lora`: `params`, as it is.
+    """
+    if config.lora is None:
+        return dict(params)
+    merged: Params = {}
+    for name, child in params.items():
+        if isinstance(child, Mapping):
+            merged[name] = merge(config, child, sign)
+        elif name not in (LORA_A, LORA_B):
+            wide = _to_float64(child)
+            if name == "kernel" and LORA_A in params:
+                wide = wide + sign * _delta(params[LORA_A], params[LORA_B], config.lora.scale)
+            merged[name] = wide.astype(jnp.dtype(config.param_dtype))
+    return merged
+
+
+def unmerge(config: ModelConfig, merged: Mapping[str, Any], adapters: Mapping[str, Any]) -> Params:
+    """The base (numpy) that `merge` added these adapters to, from what it gave; see there for how exactly."""
+    return merge(config, join(adapters, merged), sign=-1)
+
+
+def _delta(a: Any, b: Any, scale: float) -> np.ndarray:
+    """scale A B [*inputs, *outputs] in float64, in which the products of float32 numbers are exact."""
+    return scale * np.tensordot(_to_float64(a), _to_float64(b), axes=1)
+
+
+def _to_float64(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, QuantizedArray):
+        return _to_float64(leaf.values) * _to_float64(leaf.scale)
+    return np.asarray(jax.device_get(leaf)).astype(np.float64)

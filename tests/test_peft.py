@@ -1,0 +1,147 @@
+"""Adapters as PEFT's files: names and layouts, there and back, refusals, and that peft computes what Tandem does."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from rl.config import load_config
+from rl.models import hf
+from rl.models.config import LoRAConfig, ModelConfig
+from rl.models.lora import join, split
+from rl.models.peft import check_adapter, load_adapter, read_adapter, save_adapter
+from rl.models.policy import create_policy
+from rl.trained import load_start
+from tests.tiny_models import noisy_params, tiny_config
+
+GOLDEN = pathlib.Path(__file__).parent / "data" / "models"
+NAMES = ("gemma3_text", "llama3_scaled_rope", "llama_tied", "qwen2", "qwen3")
+LORA = LoRAConfig(rank=3, alpha=6.0, targets=("*_proj",))
+
+
+def golden_config(name, lora=LORA) -> ModelConfig:
+    raw = hf.read_config(GOLDEN / name)
+    return type(raw)(**{field: getattr(raw, field) for field in raw.__dataclass_fields__} | {"lora": lora})
+
+
+def edit_settings(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_files_have_the_names_and_layouts_of_peft(tmp_path):
+    config = tiny_config(
+        "qwen2", tie_word_embeddings=False, lora=LoRAConfig(3, 6.0, ("*/[qo]_proj", "lm_head", "*_0/mlp/*"))
+    )
+    params = noisy_params(config)
+    save_adapter(tmp_path / "out", config, params, "some/base")
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    prefix, attention = "base_model.model.model.layers.1.self_attn.", params["layers_1"]["self_attn"]
+    x = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
+    low = x @ tensors[prefix + "o_proj.lora_A.weight"].T
+    np.testing.assert_allclose(low, x @ np.asarray(attention["o_proj"]["lora_a"]).reshape(32, 3), rtol=1e-5)
+    out = low @ tensors[prefix + "q_proj.lora_B.weight"].T
+    np.testing.assert_allclose(out, low @ np.asarray(attention["q_proj"]["lora_b"]).reshape(3, 32), rtol=1e-5)
+    assert tensors["base_model.model.lm_head.lora_B.weight"].shape == (97, 3)
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (3, 6.0, "some/base")
+    mlp = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert sorted(settings["target_modules"]) == sorted(["q_proj", "o_proj", "lm_head", *mlp])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_comes_back_bit_for_bit(tmp_path, name):
+    config = golden_config(name)
+    trained = split(config, noisy_params(config))[0]
+    save_adapter(tmp_path / "out", config, trained, None)
+    back = load_adapter(tmp_path / "out", config)
+    assert jax.tree.structure(back) == jax.tree.structure(trained)
+    jax.tree.map(np.testing.assert_array_equal, back, trained)
+    found = read_adapter(tmp_path / "out")
+    assert (found.rank, found.alpha, found.rank_stabilized) == (3, 6.0, False)
+    assert set(found.targets) == {"/".join(p) for p in modules_of(trained)}
+
+
+def modules_of(trained):
+    return {tuple(part.key for part in path[:-1]) for path, _ in jax.tree_util.tree_leaves_with_path(trained)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora must be False, got True"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern must be"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be"),
+        ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save must be"),
+        ({"r": None}, "r must be a number, got None"),
+        ({"lora_alpha": 7}, r"lora\.alpha must be that of the adapter .*, 7\.0, got 6\.0"),
+        ({"use_rslora": True}, r"lora\.rank_stabilized must be that of the adapter"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(tmp_path, changes, message):
+    config = tiny_config(lora=LORA)
+    save_adapter(tmp_path / "out", config, noisy_params(config), None)
+    edit_settings(tmp_path / "out", **changes)
+    with pytest.raises(ValueError, match=message):
+        check_adapter(tmp_path / "out", config)
+
+
+def test_adapters_of_other_matrices_shapes_or_tensors_are_refused(tmp_path):
+    config = tiny_config(lora=LORA)
+    save_adapter(tmp_path / "out", config, noisy_params(config), None)
+    with pytest.raises(ValueError, match=r"lora\.targets must match the matrices.*differs in 6 of them: layers_0/mlp"):
+        check_adapter(tmp_path / "out", tiny_config(lora=LoRAConfig(3, 6.0, ("*/self_attn/*",))))
+    wide = tiny_config(lora=LORA, intermediate_size=40)
+    save_adapter(tmp_path / "wide", wide, noisy_params(wide), None)
+    with pytest.raises(ValueError, match=r"gate_proj\.lora_B\.weight must have shape \(24, 3\), got \(40, 3\)"):
+        check_adapter(tmp_path / "wide", config)
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = np.zeros((3, 97), np.float32)
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(ValueError, match="lora_embedding_A must be A or B of a matrix"):
+        read_adapter(tmp_path / "out")
+
+
+def test_a_run_starts_from_an_adapter_beside_its_base(tmp_path):
+    config = tiny_config("qwen2", vocab_size=300, eos_token_ids=(2,), lora=LORA)
+    params = noisy_params(config)
+    adapters, base = split(config, params)
+    hf.save_folder(tmp_path / "base", config, base)
+    save_adapter(tmp_path / "adapter", config, adapters, None)
+    settings = [f"model.source={tmp_path / 'base'}", "tokenizer.source=byte", f"lora.adapter={tmp_path / 'adapter'}"]
+    settings += ["mesh.num_devices=2", "lora.rank=3"]
+    trained = load_start(load_config(None, [*settings, "lora.alpha=6"]))
+    assert jax.tree.structure(trained.params) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, trained.params, params)
+    assert jax.tree.map(lambda leaf: leaf.sharding, trained.params) == trained.shardings
+    assert len(trained.origin.identity["adapter_hash"]) == 64
+    with pytest.raises(ValueError, match=r"lora\.alpha must be that of the adapter"):
+        load_start(load_config(None, [*settings, "lora.alpha=12"]))
+    with pytest.raises(ValueError, match=r"lora\.adapter needs the model"):
+        load_config(None, [*settings, "model.source=null"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peft_computes_what_tandem_does(tmp_path, name):
+    """Logits of transformers with the adapter that peft opened, against ours with the same files."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = golden_config(name)
+    adapters = split(config, noisy_params(config))[0]
+    save_adapter(tmp_path / "out", config, adapters, str(GOLDEN / name))
+    tokens = np.array(json.loads((GOLDEN / name / "expected.json").read_text())["token_ids"])
+    base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        plain = base(torch.tensor(tokens)).logits.numpy()
+        want = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()(torch.tensor(tokens)).logits.numpy()
+    params = join(load_adapter(tmp_path / "out", config), hf.load_params(GOLDEN / name, config))
+    policy, zeros = create_policy(config, True), np.zeros(tokens.shape, int)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    got = jax.jit(lambda params: policy.unembed(params, policy.hidden(params, tokens, positions, zeros, zeros)))(params)
+    assert np.abs(want - plain).max() > 0.1
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-4)
