@@ -177,7 +177,8 @@ class Engine:
 
         def put(name: str, array: jax.Array) -> jax.Array:
             _, rows_of_array = next(new)
-            return self._put_program(name, array, rows_of_array.shape[0], rows)(array, rows_of_array, rows_on_device)
+            program = self.programs.get(*self._put_build(name, array, rows_of_array.shape[0], rows.shape))
+            return program(array, rows_of_array, rows_on_device)
 
         state.table = map_arrays(state.table, put)
         return state
@@ -227,6 +228,12 @@ class Engine:
     def prepare(self, params: Params, shape: Shape, sampling: SamplingParams, chunk: int) -> None:
         """Has the decode program of a shape compiled in the background."""
         self.programs.prepare(*self._generate_build(_abstract(params), shape, sampling, chunk))
+
+    def prepare_insert(self, shape: Shape, num_rows: int) -> None:
+        """Has the programs compiled, in the background, that put `num_rows` prefilled rows into a prompt table."""
+        index_shape = (self.num_shards, num_rows // self.num_shards)
+        for name, array in named_arrays(self._abstract_part(shape.table_rows, shape.table_length)):
+            self.programs.prepare(*self._put_build(name, array, num_rows, index_shape))
 
     def prepare_resize(self, shape: Shape, sampling: SamplingParams, num_slots: int, length: int) -> None:
         """Has the programs compiled, in the background, that make a state of `shape` one of fewer slots or longer."""
@@ -321,15 +328,13 @@ class Engine:
 
         return ("generate", shape, sampling, chunk), build
 
-    def _put_program(self, name: str, array: jax.Array, num_new: int, rows: np.ndarray) -> Callable:
+    def _put_build(self, name: str, array: Any, num_new: int, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
         sharding = self._array_shardings[name]
-
-        def build() -> Callable:
-            new = jax.ShapeDtypeStruct((num_new, *array.shape[1:]), array.dtype)
-            arguments = (_abstract(array), new, jax.ShapeDtypeStruct(rows.shape, jnp.int32))
-            return _compile(decoding.put_rows, arguments, (sharding, sharding, self._rows), sharding, donate=(0,))
-
-        return self.programs.get(("put", array.shape, array.dtype, num_new), build)
+        new = jax.ShapeDtypeStruct((num_new, *array.shape[1:]), array.dtype)
+        arguments = (_abstract(array), new, jax.ShapeDtypeStruct(index_shape, jnp.int32))
+        shardings = (sharding, sharding, self._rows)
+        key = ("put", array.shape, array.dtype, num_new)
+        return key, partial(_compile, decoding.put_rows, arguments, shardings, sharding, donate=(0,))
 
     def _take_rows(self, index: jax.Array, name: str, array: jax.Array) -> jax.Array:
         return _consume(self.programs.get(*self._take_build(name, array, index.shape)), array, index)

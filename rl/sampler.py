@@ -200,8 +200,9 @@ class Sampler:
         state = self.engine.init_state(first, sampling, jax.random.key(0), common)
         nothing = np.zeros((first.prefill_rows, first.table_length), np.int32)
         places = np.full((num_shards, first.prefill_rows // num_shards), first.table_rows, np.int32)
-        for _ in range(2):  # the first rows may become the table, later ones are put into it
-            state = self._admit(params, state, (nothing, nothing, nothing - 1), places)
+        # The first rows may become the table, later ones are put into it.
+        self._admit(params, state, (nothing, nothing, nothing - 1), places)
+        self.engine.prepare_insert(first, first.prefill_rows)
 
     def _stream(
         self,
