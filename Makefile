@@ -35,7 +35,7 @@ quickstart: $(INSTALLED)
 	@$(BIN)/python examples/arithmetic/run.py
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check .
