@@ -33,6 +33,7 @@ RESUMABLE_KEYS = (
     "grpo.logprob_chunk",
     "sft.steps",
     "model.remat",
+    "model.scan_layers",
     "rewards.num_workers",
     "rewards.check_on_gold",
     "sampling.slots",
@@ -89,6 +90,7 @@ class ModelSection:
     param_dtype: DType
     dtype: DType
     remat: Literal["none", "dots", "outputs", "block", "full"]
+    scan_layers: bool
     arch: ArchConfig
 
 

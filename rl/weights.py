@@ -67,7 +67,12 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
             f"of {tokenizer.vocab_size}; set tokenizer.source to the model's own tokenizer"
         )
     model_config = dataclasses.replace(
-        model_config, dtype=section.dtype, param_dtype=section.param_dtype, remat=section.remat, lora=_lora(config)
+        model_config,
+        dtype=section.dtype,
+        param_dtype=section.param_dtype,
+        remat=section.remat,
+        scan_layers=section.scan_layers,
+        lora=_lora(config),
     )
     if config.lora.adapter is None:
         return Origin(model_config, folder, identity)

@@ -42,6 +42,7 @@ LAYERS = [
     [
         "rl.models.cache",
         "rl.models.lora",
+        "rl.models.scanned",
         "rl.loss_metrics",
         "rl.entropy_coef",
         "rl.advantages",

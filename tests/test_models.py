@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from rl.models import cache as kv
-from rl.models import linen_model, nnx_model, ops
-from rl.models.config import FAMILIES, RopeScaling, flatten_specs, logical_axes, parameter_specs
+from rl.models import linen_model, nnx_model, ops, scanned
+from rl.models.config import FAMILIES, LoRAConfig, RopeScaling, flatten_specs, logical_axes, parameter_specs
+from rl.models.lora import freeze, join, split
 from rl.models.policy import LinenPolicy, NNXPolicy, create_policy
 from tests.tiny_models import VOCAB, noisy_params, tiny_config
 
@@ -469,3 +470,61 @@ def test_rope_scaling_that_makes_no_sense_is_refused():
 def test_every_sixth_gemma_layer_is_global():
     config = tiny_config("gemma3_text", num_layers=7, layer_types=None)
     assert [name == "full_attention" for name in config.layer_types] == [False] * 5 + [True, False]
+
+
+# Scanned layers
+
+SCANNED = {
+    "llama": {},
+    "qwen2": {"lora": LoRAConfig(2, 4.0, ("layers_[12]/self_attn/*_proj",))},  # three runs: 1, 2 and 2 layers
+    "gemma3_text": {"lora": LoRAConfig(2, 4.0, ("*_proj",), base_dtype="int8")},
+}
+
+
+@pytest.mark.parametrize(("family", "remat"), [*zip(SCANNED, ("none", "dots", "full"), strict=True)])
+def test_scanned_layers_give_the_hidden_states_and_gradients_of_unrolled_ones(family, remat):
+    with jax.enable_x64(True):
+        # Five layers, so that "full" has segments of two and a shorter last one.
+        changes = {"num_layers": 5, "layer_types": None, "dtype": "float64", "param_dtype": "float64"}
+        config = dataclasses.replace(tiny_config(family, **changes), **SCANNED[family])
+        params, batch = freeze(config, noisy_params(config)), plain_batch()
+        trained, frozen = split(config, params)
+        scanned_config = dataclasses.replace(config, scan_layers=True, remat=remat)
+
+        def loss_of(policy):
+            return lambda trained: _hidden_loss(policy, batch)(join(trained, frozen))
+
+        expected = jax.jit(jax.value_and_grad(loss_of(NNXPolicy(config))))(trained)
+        gradients, texts = [], []
+        for policy in both(scanned_config):
+            gradient = jax.jit(jax.value_and_grad(loss_of(policy)))
+            gradients.append(gradient(trained))
+            texts.append(gradient.lower(trained).as_text())
+            assert str(jax.make_jaxpr(loss_of(policy))(trained)).count("scan") >= len(scanned.layer_runs(config))
+        assert texts[0] == texts[1]
+        assert_trees_identical(*gradients)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), expected, gradients[0])
+
+
+def test_layers_are_scanned_in_runs_of_equal_structure():
+    config = dataclasses.replace(tiny_config("qwen2", num_layers=5), **SCANNED["qwen2"])
+    assert scanned.layer_runs(config) == [range(1), range(1, 3), range(3, 5)]
+    assert scanned.layer_runs(dataclasses.replace(config, lora=None)) == [range(5)]
+
+
+@pytest.mark.parametrize("flavour", [True, False])
+def test_rematerialised_scanned_layers_save_memory_on_cpu_and_any_number_of_them_compiles_to_one(flavour):
+    config = dataclasses.replace(tiny_config(num_layers=16), scan_layers=True)
+    params, batch = noisy_params(config), plain_batch(num_rows=32, num_tokens=64)
+    temporaries = {}
+    for remat in ("none", "block", "full"):
+        policy = create_policy(dataclasses.replace(config, remat=remat), flavour)
+        compiled = jax.jit(jax.grad(_hidden_loss(policy, batch))).lower(params).compile()
+        temporaries[remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries["none"] > 2 * temporaries["block"] > 2 * temporaries["full"]
+    short = dataclasses.replace(config, num_layers=4, layer_types=config.layer_types[:4])
+    sizes = [
+        str(jax.make_jaxpr(create_policy(c, flavour).hidden)(noisy_params(c), *batch)).count("dot_general")
+        for c in (short, config)
+    ]
+    assert sizes[0] == sizes[1]

@@ -78,7 +78,8 @@ class ModelConfig:
     """One decoder architecture. Sizes are counts, `dtype` is the compute type, `param_dtype` the stored type.
 
     `layer_types` names "full_attention" or "sliding_attention" for every layer; sliding layers see `sliding_window`
-    positions and use `rope_local_theta`. `remat` is what the backward pass computes again, see `ops.remat_options`.
+    positions and use `rope_local_theta`. `remat` is what the backward pass computes again, see `ops.remat_options`;
+    `scan_layers` runs the layers of training as a loop, see `rl.models.scanned`.
     `attention_bias` adds a bias to q, k, v, and to o except in qwen2. With `lora` the tree has adapters, and only they
     are trained.
     """
@@ -111,6 +112,7 @@ class ModelConfig:
     param_dtype: str
     remat: str
     lora: LoRAConfig | None = None
+    scan_layers: bool = False
 
     def __post_init__(self) -> None:
         _check(self)

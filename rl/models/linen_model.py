@@ -3,6 +3,7 @@
 Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim, F mlp.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 
 from rl.models import cache as kv
-from rl.models import ops
+from rl.models import ops, scanned
 from rl.models.config import LORA_A, LORA_B, ModelConfig
 
 
@@ -171,6 +172,8 @@ class CausalLM(nn.Module):
     ) -> jax.Array:
         """Final hidden states [B, T, D] of tokens that attend to one another."""
         contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT)
+        if self.config.scan_layers and not self.is_initializing():
+            return self._scan(tokens_BT, contexts)
         hidden_BTD, _ = self._run(tokens_BT, contexts, [None] * self.config.num_layers)
         return hidden_BTD
 
@@ -204,6 +207,21 @@ class CausalLM(nn.Module):
             x_BTD, own_caches = run_segment(self, x_BTD, own_contexts, [caches[i] for i in segment])
             new_caches.extend(own_caches)
         return self.norm(x_BTD), new_caches
+
+    def _scan(self, tokens_BT, contexts):
+        x_BTD = self.embed_tokens(tokens_BT)
+        # A model of its own applies one layer, under the name of the first of its run, to one slice of the stack.
+        model = CausalLM(dataclasses.replace(self.config, remat="none"), parent=None)
+        params = self.variables["params"]
+        for run in scanned.layer_runs(self.config):
+
+            def apply_layer(layer_params, x_BTD, context, first=run[0]):
+                variables = {"params": {f"layers_{first}": layer_params}}
+                return model.apply(variables, x_BTD, context, method=lambda m, *args: m.layers[first](*args)[0])
+
+            layers, types = [params[f"layers_{i}"] for i in run], [self.config.layer_types[i] for i in run]
+            x_BTD = scanned.scan_layers(self.config, apply_layer, layers, types, contexts, x_BTD)
+        return self.norm(x_BTD)
 
 
 def _run_layers(segment, model, x_BTD, contexts, caches):

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from rl.models import cache as kv
-from rl.models import ops
+from rl.models import ops, scanned
 from rl.models.config import LORA_A, LORA_B, ModelConfig
 
 Path = tuple[str, ...]
@@ -174,6 +174,8 @@ class CausalLM(nnx.Module):
     ) -> jax.Array:
         """Final hidden states [B, T, D] of tokens that attend to one another."""
         contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT)
+        if self.config.scan_layers:
+            return self._scan(tokens_BT, contexts)
         hidden_BTD, _ = self._run(tokens_BT, contexts, [None] * self.config.num_layers)
         return hidden_BTD
 
@@ -210,6 +212,19 @@ class CausalLM(nnx.Module):
             x_BTD, own_caches = run_segment(layers, x_BTD, own_contexts, [caches[i] for i in segment])
             new_caches.extend(own_caches)
         return self.norm(x_BTD), new_caches
+
+    def _scan(self, tokens_BT, contexts):
+        x_BTD = self.embed_tokens(tokens_BT)
+        for run in scanned.layer_runs(self.config):
+            graphdef, _ = nnx.split(getattr(self, self._layer_names()[run[0]]))
+            layers = [nnx.to_pure_dict(nnx.state(getattr(self, self._layer_names()[i]))) for i in run]
+
+            def apply_layer(layer_params, x_BTD, context, graphdef=graphdef):
+                return nnx.merge(graphdef, layer_params)(x_BTD, context)[0]
+
+            types = [self.config.layer_types[i] for i in run]
+            x_BTD = scanned.scan_layers(self.config, apply_layer, layers, types, contexts, x_BTD)
+        return self.norm(x_BTD)
 
 
 def _run_layers(layers, x_BTD, contexts, caches):
