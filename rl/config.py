@@ -34,6 +34,7 @@ RESUMABLE_KEYS = (
     "sft.steps",
     "model.remat",
     "model.scan_layers",
+    "model.attention",
     "rewards.num_workers",
     "rewards.check_on_gold",
     "sampling.slots",
@@ -91,6 +92,7 @@ class ModelSection:
     dtype: DType
     remat: Literal["none", "dots", "outputs", "block", "full"]
     scan_layers: bool
+    attention: Literal["auto", "xla", "splash", "cudnn"]
     arch: ArchConfig
 
 
@@ -202,6 +204,7 @@ class GRPOSection:
     delta: float | None
     off_policy_mask_threshold: float | None
     top_entropy_quantile: float
+    old_logprobs: Literal["recompute", "sampler"]
     sampler_is_correction: bool
     sampler_is_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
     sampler_is_clip_min: float | None
@@ -651,6 +654,11 @@ def _check(config: Config) -> None:
         raise ValueError(
             "grpo.epsilon_high must be set with loss_type cispo, where it is the cap of the ratio itself and not a "
             "distance from 1, got null; for example grpo.epsilon_high=5.0"
+        )
+    if grpo.old_logprobs == "sampler" and grpo.sampler_is_correction:
+        raise ValueError(
+            "grpo.sampler_is_correction must be false with grpo.old_logprobs=sampler, whose ratio of old to sampler is "
+            "1, got true; set grpo.old_logprobs=recompute to correct for the difference"
         )
     if grpo.loss_type == "vespo" and grpo.sampler_is_correction and not grpo.sampler_is_mode.startswith("token_"):
         raise ValueError(

@@ -71,7 +71,7 @@ def train(config: Config) -> pathlib.Path:
         sampling = sampling_params(config, eos_ids(config, origin.model_config, tokenizer))
         # -- mesh, policy, optimizer
         mesh = create_mesh(config.mesh)
-        policy = policy_from_config(config, origin.model_config)
+        policy = policy_from_config(config, origin.model_config, mesh)
         schedule, optimizer = create_training_optimizer(config, policy)
         plan = plan_for(config, data, policy, num_row_shards(mesh, config.mesh.rules))
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
@@ -260,7 +260,7 @@ def announce(
     rows = {
         "run folder": run.path,
         "model": f"{origin.identity['source'] or 'fresh'}, {origin.model_config.family}, {size}",
-        "policy": f"{policy.flavour}, {origin.model_config.dtype}",
+        "policy": f"{policy.flavour}, {origin.model_config.dtype}, {policy.kernel.name} attention",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}",
         "prompts": f"{len(data.train)} train, {len(data.held_out)} held out",
         "step": f"{per_step}, {updates_per_step(config)} update(s)",

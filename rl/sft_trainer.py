@@ -53,7 +53,7 @@ def train(config: Config) -> pathlib.Path:
         origin = find_origin(config, tokenizer)
         # -- mesh, policy, optimizer
         mesh = create_mesh(config.mesh)
-        policy = policy_from_config(config, origin.model_config)
+        policy = policy_from_config(config, origin.model_config, mesh)
         schedule, optimizer = create_training_optimizer(config, policy, num_updates=config.sft.steps)
         plan = plan_packing(
             num_groups=config.sft.batch_size,

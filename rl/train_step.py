@@ -39,8 +39,9 @@ class Minibatch(NamedTuple):
       num_items_in_batch: int32 [], trained tokens of the whole rollout batch that the minibatch is a part of.
       entropy_coef: float [], coefficient of the entropy bonus during this update.
       entropy_MRCL: the policy's entropies now, where the loss selects tokens by entropy; None otherwise.
-      on_policy: bool [], whether no update was made since the rollout. Old log-probs, where the batch has any, are then
-        taken from the update itself: equal to what it would be given but for rounding, and the ratio is exactly 1.
+      on_policy: bool [], whether old log-probs, where the batch has any, are to be those of the update itself. Before
+        the first update since the rollout they are what it would be given but for rounding, and the ratio is exactly 1.
+        Of a token whose old log-prob is NaN (unknown) they always are.
     """
 
     batch: Batch
@@ -114,7 +115,8 @@ def jit_train_step(
         constant_BL = jax.lax.stop_gradient(logprobs_BL)  # for old log-probs and a measurement, neither trained on
         inputs = _loss_inputs(piece)
         if inputs.old_logprobs_BT is not None:
-            inputs = inputs._replace(old_logprobs_BT=jnp.where(on_policy, constant_BL, inputs.old_logprobs_BT))
+            is_now_BL = on_policy | jnp.isnan(inputs.old_logprobs_BT)
+            inputs = inputs._replace(old_logprobs_BT=jnp.where(is_now_BL, constant_BL, inputs.old_logprobs_BT))
         loss, sums = grpo_loss(logprobs_BL, entropy_BL, inputs, denominators, loss_config)
         return loss, (sums, _difference(constant_BL, piece))
 

@@ -2,8 +2,8 @@
 them.
 
 In: the state, the reference, groups with advantages. Out: the next state and what training measured. Old log-probs are
-frozen before the first update; epochs go over the same minibatches again. Not here: the loss and the compiled functions
-themselves.
+frozen before the first update (and not computed at all for a single one, nor where the sampler's stand in); epochs go
+over the same minibatches again. Not here: the loss and the compiled functions themselves.
 """
 
 import dataclasses
@@ -99,18 +99,21 @@ class Updater:
           all when every one was skipped, to show what was not finite), the number of `skipped_updates`, and
           `logprob_difference` is that of the first update, where policy and sampler have the same weights.
         """
-        needs_old = updates_per_step(self._config) > 1
+        from_sampler = self._config.grpo.old_logprobs == "sampler"
+        needs_old = updates_per_step(self._config) > 1 and not from_sampler
         num_items = sum(len(c.token_ids) for minibatch in groups for group in minibatch for c in group.completions)
         batches = []
         for minibatch in groups:
             bare: Batch = jax.device_put(pack(minibatch, self._plan, self._dtype), self._batch_shardings)
-            old = self._token_logprobs(state.params, bare)[0] if needs_old else None
+            # With the sampler's, the ratio corrects for what sampler and trainer compute differently.
+            old = bare.sampler_logprobs_MRCL if from_sampler else None
+            old = self._token_logprobs(state.params, bare)[0] if needs_old else old
             reference_logprobs = None if reference is None else self._reference_logprobs(reference.params, bare)[0]
             batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
         measured: list[_Measured] = []
         for _ in range(self._config.grpo.epochs):
             for batch in batches:
-                on_policy = not any(update.is_applied for update, _ in measured)
+                on_policy = not from_sampler and not any(update.is_applied for update, _ in measured)
                 minibatch = self._minibatch(state, batch, num_items, entropy, on_policy)
                 state, update = self._train_step(state, minibatch)
                 measured.append(_Measured(*jax.device_get((update, self._finish_metrics(update.sums)))))

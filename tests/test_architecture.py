@@ -50,7 +50,14 @@ LAYERS = [
         "rl.sources",
         "rl.tools.report",
     ],
-    ["rl.losses", "rl.models.linen_model", "rl.models.nnx_model", "rl.models.train_state", "rl.data"],
+    [
+        "rl.losses",
+        "rl.models.attention_kernels",
+        "rl.models.linen_model",
+        "rl.models.nnx_model",
+        "rl.models.train_state",
+        "rl.data",
+    ],
     ["rl.models.policy", "rl.models.hf", "rl.packing", "rl.prompt_rows"],
     [
         "rl.models.peft",

@@ -298,6 +298,10 @@ def test_a_missing_recipe_is_refused(tmp_path):
         ),
         (["rewards.timeout_seconds=0"], r"rewards\.timeout_seconds must be > 0, got 0"),
         (
+            ["grpo.old_logprobs=sampler", "grpo.sampler_is_correction=true"],
+            r"sampler_is_correction must be false with grpo.old_logprobs=sampler",
+        ),
+        (
             ["grpo.loss_type=vespo", "grpo.sampler_is_correction=true", "grpo.sampler_is_mode=sequence_mask"],
             r"sampler_is_mode must be token_truncate or token_mask with loss_type vespo, got 'sequence_mask'",
         ),

@@ -742,6 +742,24 @@ def test_token_means_are_over_the_tokens_of_the_whole_rollout_batch(problem):
     assert abs(metrics["ratio_max"] - 1) < 1e-5
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_logprobs_of_the_sampler_can_stand_in_for_old_ones(flavour, problem):
+    """The ratio is then that of policy to sampler from the first update on, and 1 for a token that was not scored."""
+    settings = ("grpo.old_logprobs=sampler", "grpo.beta=0", f"sampling.temperature={TEMPERATURE}", "mesh.fsdp=1")
+    packed = make_trainer(flavour, "float32", optimizer=optax.sgd(0.0))
+    run, shardings = load_config(None, settings), packed.abstract.shardings
+    updater = Updater(run, packed.policy, packed.optimizer, packed.plan, shardings, mesh=packed.mesh)
+    groups = [problem.train_groups(range(len(problem.groups)))]
+    _, _, metrics = updater.step(packed.fresh_state(), None, groups, EntropyCoefState(0.0, float("inf")))
+    now_BL = jax.jit(plain_logprobs(packed.policy, problem))(noisy_params(packed.policy.config))[0]
+    ratio_BL = np.exp(np.where(np.isnan(problem.sampler_BL), 0, now_BL - problem.sampler_BL))
+    ratios = ratio_BL[problem.mask_BL > 0]
+    assert np.isnan(problem.sampler_BL[problem.mask_BL > 0]).sum() == 1
+    assert ratios.max() > 1.1
+    np.testing.assert_allclose(metrics["ratio_mean"], ratios.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["ratio_max"], ratios.max(), rtol=1e-5)
+
+
 def plain_updates(policy: Policy, parts: list[Problem], start, reference, learning_rate: float):
     """What two epochs over `parts` lead to.
 

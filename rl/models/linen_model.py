@@ -5,6 +5,7 @@ Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv he
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -95,7 +96,8 @@ class Attention(nn.Module):
         k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH)
         scale = self.config.attention_scale
         if layer_cache is None:
-            output_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, context.mask_BTS, scale)
+            assert context.attend is not None
+            output_BTNH = context.attend(q_BTNH, k_BTKH, v_BTKH, context.mask_BTS, scale)
         else:
             layer_cache = kv.append(layer_cache, k_BTKH, v_BTKH)
             output_BTNH = ops.attention_over_parts(q_BTNH, kv.attention_parts(layer_cache, context), scale)
@@ -147,9 +149,13 @@ class Block(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The decoder. `__call__` gives logits of every position; training and decoding use the three methods below it."""
+    """The decoder. `__call__` gives logits of every position; training and decoding use the three methods below it.
+
+    `attention_fn` computes attention where there is no cache.
+    """
 
     config: ModelConfig
+    attention_fn: ops.AttentionFn = ops.attention
 
     def setup(self) -> None:
         config = self.config
@@ -171,7 +177,7 @@ class CausalLM(nn.Module):
         self, tokens_BT: jax.Array, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
     ) -> jax.Array:
         """Final hidden states [B, T, D] of tokens that attend to one another."""
-        contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT)
+        contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, self.attention_fn)
         if self.config.scan_layers and not self.is_initializing():
             return self._scan(tokens_BT, contexts)
         hidden_BTD, _ = self._run(tokens_BT, contexts, [None] * self.config.num_layers)
@@ -215,9 +221,10 @@ class CausalLM(nn.Module):
         params = self.variables["params"]
         for run in scanned.layer_runs(self.config):
 
-            def apply_layer(layer_params, x_BTD, context, first=run[0]):
+            def apply_layer(layer_params, x_BTD, context, first=run[0]) -> jax.Array:
                 variables = {"params": {f"layers_{first}": layer_params}}
-                return model.apply(variables, x_BTD, context, method=lambda m, *args: m.layers[first](*args)[0])
+                output: Any = model.apply(variables, x_BTD, context, method=lambda m, *args: m.layers[first](*args))
+                return output[0]
 
             layers, types = [params[f"layers_{i}"] for i in run], [self.config.layer_types[i] for i in run]
             x_BTD = scanned.scan_layers(self.config, apply_layer, layers, types, contexts, x_BTD)

@@ -99,7 +99,8 @@ class Attention(nnx.Module):
         k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH)
         scale = self.config.attention_scale
         if layer_cache is None:
-            output_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, context.mask_BTS, scale)
+            assert context.attend is not None
+            output_BTNH = context.attend(q_BTNH, k_BTKH, v_BTKH, context.mask_BTS, scale)
         else:
             layer_cache = kv.append(layer_cache, k_BTKH, v_BTKH)
             output_BTNH = ops.attention_over_parts(q_BTNH, kv.attention_parts(layer_cache, context), scale)
@@ -149,13 +150,15 @@ class Block(nnx.Module):
 
 class CausalLM(nnx.Module):
     """The decoder. `__call__` gives logits of every position; training and decoding use the three methods below it.
+    `attention_fn` is what computes attention where there is no cache.
 
     Initial values depend on the key of the `params` stream of `rngs` and on each parameter's path, not on the order of
     construction: both twins draw the same numbers.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, attention_fn: ops.AttentionFn = ops.attention) -> None:
         self.config = config
+        self.attention_fn = attention_fn
         key = rngs.params.key[...]
         self.embed_tokens = Embedding(config, key, ("embed_tokens",))
         for name in self._layer_names():
@@ -173,7 +176,7 @@ class CausalLM(nnx.Module):
         self, tokens_BT: jax.Array, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
     ) -> jax.Array:
         """Final hidden states [B, T, D] of tokens that attend to one another."""
-        contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT)
+        contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, self.attention_fn)
         if self.config.scan_layers:
             return self._scan(tokens_BT, contexts)
         hidden_BTD, _ = self._run(tokens_BT, contexts, [None] * self.config.num_layers)

@@ -6,12 +6,13 @@ positions, V vocab, D model, N query heads, K kv heads, J = N / K query heads pe
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from rl.models.config import (
     FULL_ATTENTION,
@@ -24,6 +25,9 @@ from rl.models.config import (
     parameter_specs,
 )
 from rl.models.quantized import QuantizedArray, Weight, dequantize
+
+# (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H]
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], jax.Array]
 
 # Names of what `remat: outputs` keeps of a layer.
 ATTENTION_OUTPUT, MLP_OUTPUT = "attention_output", "mlp_output"
@@ -49,13 +53,18 @@ def remat_segments(config: ModelConfig) -> list[range]:
     return [range(i, min(i + size, config.num_layers)) for i in range(0, config.num_layers, size)]
 
 
-class LayerContext(NamedTuple):
-    """What the layers of one attention type share: rotary tables, masks, masks [R, Q * T, S] of shared cache parts."""
+@struct.dataclass
+class LayerContext:
+    """What the layers of one attention type share: rotary tables, masks, masks [R, Q * T, S] of shared cache parts.
+
+    `attend` computes attention where there is no cache, see `rl.models.attention_kernels`.
+    """
 
     cos_BTH: jax.Array
     sin_BTH: jax.Array
     mask_BTS: jax.Array
     shared_masks_RTS: tuple[jax.Array, ...] = ()
+    attend: AttentionFn | None = struct.field(pytree_node=False, default=None)
 
 
 class SharedRows(NamedTuple):
@@ -394,12 +403,16 @@ def used_layer_types(config: ModelConfig) -> tuple[str, ...]:
 
 
 def plain_contexts(
-    config: ModelConfig, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
+    config: ModelConfig,
+    positions_BT: jax.Array,
+    group_ids_BT: jax.Array,
+    branch_ids_BT: jax.Array,
+    attend: AttentionFn,
 ) -> dict[str, LayerContext]:
-    """The context of each layer type for tokens that attend to one another, without a cache."""
+    """The context of each layer type for tokens that attend to one another, by `attend`, without a cache."""
     labels = (positions_BT, group_ids_BT, branch_ids_BT)
     contexts = {}
     for layer_type in used_layer_types(config):
         mask = visible(*labels, *labels, window=layer_window(config, layer_type))
-        contexts[layer_type] = LayerContext(*layer_rope(config, positions_BT, layer_type), mask)
+        contexts[layer_type] = LayerContext(*layer_rope(config, positions_BT, layer_type), mask, attend=attend)
     return contexts

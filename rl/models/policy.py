@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import unfreeze
+from jax.sharding import Mesh
 
 from rl.models import linen_model, nnx_model
+from rl.models.attention_kernels import XLA, AttentionKernel, choose_kernel
 from rl.models.cache import KVCache
 from rl.models.config import ModelConfig, parameter_specs
 from rl.models.train_state import TrainState, TrainStateNNX
@@ -35,6 +37,11 @@ class Policy(Protocol):
 
     @property
     def flavour(self) -> str: ...
+
+    @property
+    def kernel(self) -> AttentionKernel:
+        """What computes attention in `hidden`."""
+        ...
 
     @property
     def module(self) -> Any:
@@ -84,9 +91,10 @@ class LinenPolicy:
     flavour = "linen"
     state_class = TrainState
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel = XLA) -> None:
         self.config = config
-        self.module = linen_model.CausalLM(config)
+        self.kernel = kernel
+        self.module = linen_model.CausalLM(config, kernel.attend)
 
     def init(self, key: jax.Array) -> Params:
         labels = jnp.zeros((1, 1), jnp.int32)
@@ -127,9 +135,10 @@ class NNXPolicy:
     flavour = "nnx"
     state_class = TrainStateNNX
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel = XLA) -> None:
         self.config = config
-        self.module = nnx.graphdef(nnx.eval_shape(lambda: nnx_model.CausalLM(config, nnx.Rngs(params=0))))
+        self.kernel = kernel
+        self.module = nnx.graphdef(nnx.eval_shape(lambda: nnx_model.CausalLM(config, nnx.Rngs(0), kernel.attend)))
 
     def init(self, key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(nnx_model.CausalLM(self.config, nnx.Rngs(params=key))))
@@ -163,19 +172,25 @@ class NNXPolicy:
         return nnx.merge(self.module, params)
 
 
-def create_policy(model_config: ModelConfig, pure_nnx: bool) -> Policy:
+def create_policy(model_config: ModelConfig, pure_nnx: bool, kernel: AttentionKernel = XLA) -> Policy:
     """The NNX policy if `pure_nnx`, else the Linen one."""
-    return NNXPolicy(model_config) if pure_nnx else LinenPolicy(model_config)
+    return NNXPolicy(model_config, kernel) if pure_nnx else LinenPolicy(model_config, kernel)
 
 
 def without_adapters(policy: Policy) -> Policy:
     """The policy of the same flavour that computes with the base alone."""
-    return type(policy)(dataclasses.replace(policy.config, lora=None))  # pyright: ignore[reportCallIssue]
+    config = dataclasses.replace(policy.config, lora=None)
+    return type(policy)(config, policy.kernel)  # pyright: ignore[reportCallIssue]
 
 
-def policy_from_config(config: Any, model_config: ModelConfig) -> Policy:
-    """The policy of a run, from the run's typed configuration."""
-    return create_policy(model_config, config.pure_nnx)
+def policy_from_config(config: Any, model_config: ModelConfig, mesh: Mesh | None = None) -> Policy:
+    """The policy of a run, from the run's typed configuration.
+
+    Args:
+      mesh: where it is trained, which decides on the attention kernel; None: it only decodes, without one.
+    """
+    kernel = XLA if mesh is None else choose_kernel(config.model.attention, model_config, mesh, config.mesh.rules)
+    return create_policy(model_config, config.pure_nnx, kernel)
 
 
 def _check_tree(expected: Mapping[str, Any], params: Any, path: str = "") -> None:

@@ -1,0 +1,182 @@
+"""The attention of training passes behind one function, computed by whatever the platform is best at.
+
+In: queries, keys, values of packed rows and the boolean mask of `ops.visible`. Out: the same numbers from every back
+end, up to rounding, in value and in gradient: `xla` (plain operations; any platform and dtype), `splash` (the Pallas
+kernel for TPU, which skips blocks of the mask that are empty, so that completions which do not see one another cost
+nothing), `cudnn` (flash attention on NVIDIA GPUs, bfloat16 or float16).
+Not here: decoding (`ops.attention_over_parts`).
+
+Legend: B rows, T query positions, S key positions, N query heads, K kv heads, H head dim.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from rl.mesh import partition_spec, row_axes
+from rl.models import ops
+from rl.models.config import ModelConfig
+
+ATTENTION_KERNELS = ("xla", "splash", "cudnn")
+_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+_LANES = 128  # of a TPU's vector unit: the smallest block of the kernel
+_HALF_TYPES = ("bfloat16", "float16")
+_CUDNN_HEAD_DIM = 128  # the largest on every GPU that has the kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKernel:
+    """A back end: its name, and (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H]."""
+
+    name: str
+    attend: ops.AttentionFn
+
+
+XLA = AttentionKernel("xla", ops.attention)
+
+
+def choose_kernel(
+    name: str, config: ModelConfig, mesh: Mesh, rules: Mapping[str, Sequence[str]], interpret: bool = False
+) -> AttentionKernel:
+    """The back end called `name`, or for "auto" the best that platform, dtype and head size allow.
+
+    Args:
+      mesh, rules: where rows and heads lie; a kernel runs on every device's own share of them.
+      interpret: run the TPU's kernel anywhere, slowly, as plain operations; for tests.
+
+    Raises:
+      ValueError: a back end that this platform does not have, or that does not take the dtype or the head size.
+    """
+    platform = mesh.devices.flat[0].platform
+    if name == "auto":
+        fitting = [kernel for kernel, home in _PLATFORMS.items() if home == platform and not _problem(kernel, config)]
+        name = fitting[0] if fitting else "xla"
+    if name == "xla":
+        return XLA
+    if _PLATFORMS[name] != platform and not interpret:
+        raise ValueError(
+            f"model.attention must be xla or auto on {platform}, got {name}, which runs on {_PLATFORMS[name]} only"
+        )
+    if problem := _problem(name, config):
+        raise ValueError(f"model.attention={name} {problem}; set model.attention to xla or auto")
+    if name == "cudnn":
+        return AttentionKernel("cudnn", CudnnAttention())
+    # Query heads and the kv heads that they read must lie on the same device.
+    heads = partition_spec(("heads",), (config.num_heads,), mesh, rules)[0]
+    kv_heads = partition_spec(("kv_heads",), (config.num_kv_heads,), mesh, rules)[0]
+    rows = row_axes(mesh, rules)
+    return AttentionKernel("splash", SplashAttention(mesh, rows or None, heads, heads != kv_heads, interpret))
+
+
+def _problem(name: str, config: ModelConfig) -> str | None:
+    """What keeps a model from this back end, None if nothing does."""
+    if name == "cudnn" and config.dtype not in _HALF_TYPES:
+        return f"needs model.dtype {' or '.join(_HALF_TYPES)}, got {config.dtype}"
+    if name == "cudnn" and (config.head_dim > _CUDNN_HEAD_DIM or config.head_dim % 8):
+        return f"needs heads of at most {_CUDNN_HEAD_DIM} and a multiple of 8, got head_dim {config.head_dim}"
+    if name == "splash" and config.dtype == "float64":
+        return "needs model.dtype float32 or narrower, got float64"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class CudnnAttention:
+    """`jax.nn.dot_product_attention`; jax splits it over rows and heads by itself."""
+
+    implementation: Any = "cudnn"
+
+    def __call__(
+        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float
+    ) -> jax.Array:
+        """See `AttentionKernel`."""
+
+        def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+            return jax.nn.dot_product_attention(
+                q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale, implementation=self.implementation
+            )
+
+        return _padded(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS, multiple=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplashAttention:
+    """Splash attention with the mask given as numbers, on every device's rows and heads.
+
+    Attributes:
+      rows, heads: mesh axes over which rows and query heads are spread; None: whole on every device.
+      repeat_kv: kv heads are spread otherwise than query heads: each query head gets a copy of its own.
+    """
+
+    mesh: Mesh
+    rows: tuple[str, ...] | None
+    heads: str | tuple[str, ...] | None
+    repeat_kv: bool
+    interpret: bool
+
+    def __call__(
+        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float
+    ) -> jax.Array:
+        """See `AttentionKernel`."""
+        if self.repeat_kv:
+            copies = q_BTNH.shape[2] // k_BSKH.shape[2]
+            k_BSKH, v_BSKH = jnp.repeat(k_BSKH, copies, axis=2), jnp.repeat(v_BSKH, copies, axis=2)
+        by_head, by_row = PartitionSpec(self.rows, None, self.heads, None), PartitionSpec(self.rows)
+        attend = jax.shard_map(
+            self._attend_rows,
+            mesh=self.mesh,
+            in_specs=(by_head, by_head, by_head, by_row),
+            out_specs=by_head,
+            check_vma=False,
+        )
+        # The kernel knows no scale.
+        return _padded(attend, q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BSKH, v_BSKH, mask_BTS, multiple=_LANES)
+
+    def _attend_rows(self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+        length = q_BTNH.shape[1]
+        block = next(size for size in (512, 256, _LANES) if length % size == 0)
+        sizes = splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        )
+
+        def attend_row(inputs: tuple[jax.Array, ...]) -> jax.Array:
+            q_TNH, k_SKH, v_SKH, mask_TS = inputs
+            # One mask for all heads.
+            kernel: Any = splash.make_splash_mha(
+                mask_TS[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=self.interpret
+            )
+            # A traced array by now, which the kernel's own `if` cannot take.
+            kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+            return jnp.swapaxes(kernel(*(jnp.swapaxes(x, 0, 1) for x in (q_TNH, k_SKH, v_SKH))), 0, 1)
+
+        return jax.lax.map(attend_row, (q_BTNH, k_BSKH, v_BSKH, mask_BTS))
+
+
+def _padded(
+    attend: Callable[..., jax.Array],
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    multiple: int,
+) -> jax.Array:
+    """attend(q, k, v, mask) on positions padded to a multiple; those added see, and are seen by, one another only."""
+    num_tokens = q_BTNH.shape[1]
+    added = -num_tokens % multiple
+    if added:
+        q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, added), (0, 0), (0, 0))) for x in (q_BTNH, k_BSKH, v_BSKH))
+        is_added = jnp.arange(num_tokens + added) >= num_tokens
+        mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, added), (0, added))) | (is_added[:, None] & is_added)
+    return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)[:, :num_tokens]

@@ -1,0 +1,141 @@
+"""Every back end of attention computes what plain operations do, on the masks of packed rows with shared prompts."""
+
+import dataclasses
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rl.config import load_config
+from rl.mesh import create_mesh
+from rl.models import attention_kernels, ops
+from rl.models.policy import create_policy, policy_from_config
+from tests.tiny_models import VOCAB, noisy_params, tiny_config
+
+RULES = load_config(None).mesh.rules
+
+
+def mesh_of(**sizes):
+    num_devices = int(np.prod(list(sizes.values())))
+    section = load_config(None, ["mesh.fsdp=1", f"mesh.num_devices={num_devices}"]).mesh
+    return create_mesh(dataclasses.replace(section, **sizes))
+
+
+def packed_labels(num_rows, num_tokens, seed=0):
+    """Rows of groups with a shared prompt and ragged completions, padding at the end: positions, groups, branches."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(num_rows):
+        row = []
+        for group in range(3):
+            prompt = int(rng.integers(3, 20))
+            row += [(position, group, 0) for position in range(prompt)]
+            for branch in range(1, 4):
+                row += [(prompt + i, group, branch) for i in range(int(rng.integers(1, 20)))]
+        row = row[: num_tokens - 5]
+        rows.append(row + [(0, -1, 0)] * (num_tokens - len(row)))
+    return tuple(jnp.asarray(x, jnp.int32) for x in np.moveaxis(np.array(rows), 2, 0))
+
+
+def attention_inputs(num_rows, num_tokens, num_heads, num_kv_heads, head_dim, window=None):
+    labels = packed_labels(num_rows, num_tokens)
+    keys = jax.random.split(jax.random.key(1), 3)
+    shapes = [(num_rows, num_tokens, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    qkv = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return qkv, ops.visible(*labels, *labels, window=window), labels[1] >= 0
+
+
+def value_and_gradients(attend, qkv, mask, is_real, scale=0.3):
+    weights = jax.random.normal(jax.random.key(2), qkv[0].shape) * is_real[:, :, None, None]
+
+    def loss(qkv):
+        output = attend(*qkv, mask, scale)
+        return jnp.sum(weights * output), jnp.where(is_real[:, :, None, None], output, 0)
+
+    (_, output), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(qkv)
+    return output, *gradients
+
+
+def assert_close(got, expected, tolerance=2e-5):
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads", "num_tokens", "window"),
+    [
+        ({"data": 1}, 2, 250, None),
+        ({"data": 2, "fsdp": 1, "tensor": 2}, 2, 130, 7),
+        ({"data": 2, "tensor": 2}, 1, 128, None),  # kv heads that tensor does not divide
+    ],
+)
+def test_splash_attention_gives_the_values_and_gradients_of_plain_operations(sizes, kv_heads, num_tokens, window):
+    config = tiny_config(num_heads=4, num_kv_heads=kv_heads)
+    kernel = attention_kernels.choose_kernel("splash", config, mesh_of(**sizes), RULES, interpret=True)
+    inputs = attention_inputs(2, num_tokens, 4, kv_heads, 8, window)
+    assert_close(value_and_gradients(kernel.attend, *inputs), value_and_gradients(ops.attention, *inputs))
+
+
+def test_the_arguments_for_cudnn_mean_what_plain_operations_mean():
+    attend = attention_kernels.CudnnAttention(implementation="xla")
+    inputs = attention_inputs(2, 61, 4, 2, 8)
+    assert_close(value_and_gradients(attend, *inputs), value_and_gradients(ops.attention, *inputs))
+
+
+@pytest.mark.parametrize("pure_nnx", [True, False])
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_policy_with_another_kernel_gives_the_same_hidden_states(pure_nnx, scan_layers):
+    config = dataclasses.replace(tiny_config("gemma3_text"), scan_layers=scan_layers)
+    kernel = attention_kernels.choose_kernel("splash", config, mesh_of(data=2), RULES, interpret=True)
+    params, labels = noisy_params(config), packed_labels(2, 96)
+    tokens = jax.random.randint(jax.random.key(3), labels[0].shape, 0, VOCAB)
+    plain, fast = (create_policy(config, pure_nnx, k) for k in (attention_kernels.XLA, kernel))
+    expected, got = (jax.jit(policy.hidden)(params, tokens, *labels) for policy in (plain, fast))
+    assert "pallas" in str(jax.make_jaxpr(fast.hidden)(params, tokens, *labels))
+    is_real = (labels[1] >= 0)[:, :, None]
+    assert_close([jnp.where(is_real, got, 0)], [jnp.where(is_real, expected, 0)])
+
+
+def test_a_platform_gets_what_it_has():
+    config, mesh = tiny_config(), mesh_of(data=1)
+    assert attention_kernels.choose_kernel("auto", config, mesh, RULES) is attention_kernels.XLA
+    for name, home in (("splash", "tpu"), ("cudnn", "gpu")):
+        with pytest.raises(
+            ValueError, match=f"model.attention must be xla or auto on cpu, got {name}, which runs on {home}"
+        ):
+            attention_kernels.choose_kernel(name, config, mesh, RULES)
+    wide = dataclasses.replace(config, dtype="float64")
+    with pytest.raises(ValueError, match=r"model.attention=splash needs model.dtype float32 or narrower, got float64"):
+        attention_kernels.choose_kernel("splash", wide, mesh, RULES, interpret=True)
+    run = load_config(None, ["model.attention=xla", "pure_nnx=false"])
+    assert policy_from_config(run, config, mesh).kernel is attention_kernels.XLA
+
+
+@functools.cache
+def tpu_devices():
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for a TPU that is not there")
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("float32", 64)])
+def test_splash_attention_compiles_for_a_tpu_forward_and_backward(dtype, head_dim):
+    section = load_config(None, ["mesh.data=2", "mesh.fsdp=1", "mesh.tensor=2"]).mesh
+    mesh = create_mesh(section, tpu_devices())
+    config = tiny_config(num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
+    kernel = attention_kernels.choose_kernel("auto", config, mesh, RULES)
+    assert kernel.name == "splash"
+    heads = NamedSharding(mesh, PartitionSpec(("data",), None, "tensor", None))
+
+    def loss(q, k, v, mask):
+        return jnp.sum(kernel.attend(q, k, v, mask, 0.1).astype(jnp.float32) ** 2)
+
+    shapes = [jax.ShapeDtypeStruct((4, 512, n, head_dim), dtype, sharding=heads) for n in (4, 2, 2)]
+    mask = jax.ShapeDtypeStruct((4, 512, 512), bool, sharding=NamedSharding(mesh, PartitionSpec(("data",))))
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, mask).compile()
+    # No array [heads, T, T] of scores, forward or backward.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 2 * 512 * 512 * 4
