@@ -35,6 +35,7 @@ RESUMABLE_KEYS = (
     "model.remat",
     "model.scan_layers",
     "model.attention",
+    "optimizer.offload",
     "rewards.num_workers",
     "rewards.check_on_gold",
     "sampling.slots",
@@ -273,6 +274,7 @@ class OptimizerSection:
     sgd_momentum: float
     moment_dtype: Literal["float32", "bfloat16"] | None
     second_moment_dtype: Literal["float32", "bfloat16"] | None
+    offload: bool
     weight_decay: float
     weight_decay_params: list[str]
     max_grad_norm: float

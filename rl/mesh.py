@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rl.config import MeshSection
 
 AXES = ("data", "fsdp", "tensor")
+_HOST, _DEVICE = "pinned_host", "device"  # kinds of memory
 
 
 def no_implicit_transfers() -> contextlib.AbstractContextManager:
@@ -106,6 +107,34 @@ def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Mapping[
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of scalars and of whatever every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def in_host_memory(sharding: NamedSharding) -> NamedSharding:
+    """The same sharding, in the memory of the devices' hosts.
+
+    Raises:
+      ValueError: devices that cannot reach it.
+    """
+    device = sharding.mesh.devices.flat[0]
+    # A device that is only compiled for has no client, and so no memories to list.
+    memories = device.addressable_memories() if device in jax.devices() else None
+    if memories is not None and _HOST not in {memory.kind for memory in memories}:
+        raise ValueError(f"optimizer.offload must be false on {device.platform}, got true; it has no memory {_HOST}")
+    return sharding.with_memory_kind(_HOST)
+
+
+def from_host_memory(tree: Any, shardings: Any) -> Any:
+    """Inside jit: the arrays whose sharding is in the hosts' memory, brought to their devices; the others as they
+    are."""
+    return jax.tree.map(
+        lambda x, sharding: jax.device_put(x, sharding.with_memory_kind(_DEVICE)) if _on_host(sharding) else x,
+        tree,
+        shardings,
+    )
+
+
+def _on_host(sharding: NamedSharding) -> bool:
+    return sharding.memory_kind == _HOST
 
 
 def row_axes(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from rl.config import Config
-from rl.mesh import tree_shardings
+from rl.mesh import in_host_memory, tree_shardings
 from rl.models.config import flatten_specs, logical_axes, parameter_specs
 from rl.models.lora import freeze, join, split
 from rl.models.policy import Params, Policy
@@ -70,7 +70,13 @@ def get_abstract_state(
     # Evaluated outside of any mesh context: some states cannot be traced inside one.
     shapes = jax.eval_shape(lambda: _select(pure_state(init_state_fn()), is_training))
     annotations = _annotate(shapes, init_state_fn.policy)
-    return AbstractState(shapes, annotations, tree_shardings(shapes, annotations, mesh, config.mesh.rules))
+    shardings = tree_shardings(shapes, annotations, mesh, config.mesh.rules)
+    if config.optimizer.offload:
+        is_moment = [leaf.ndim > 0 for leaf in jax.tree.leaves(shapes.opt_state)]
+        leaves, treedef = jax.tree.flatten(shardings.opt_state)
+        leaves = [in_host_memory(leaf) if moves else leaf for leaf, moves in zip(leaves, is_moment, strict=True)]
+        shardings = shardings._replace(opt_state=jax.tree.unflatten(treedef, leaves))
+    return AbstractState(shapes, annotations, shardings)
 
 
 def get_logical_annotations(config: Config, mesh: Mesh, init_state_fn: InitStateFn) -> PureState:

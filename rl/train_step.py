@@ -23,7 +23,7 @@ from rl.logprobs import token_logprobs
 from rl.loss_metrics import MetricSums, combine_sums, zero_sums
 from rl.loss_types import Denominators, LossConfig, LossInputs
 from rl.losses import denominators_for, grpo_loss
-from rl.mesh import replicated, row_sharding
+from rl.mesh import from_host_memory, replicated, row_sharding
 from rl.models.lora import join, split
 from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState
@@ -149,7 +149,8 @@ def jit_train_step(
 
         # A loop of one round or none: its carry is updated in place, where a conditional would hold both states.
         lost_share = jnp.float32(0) if jnp.finfo(policy.config.param_dtype).bits < 32 else None
-        carry = (state.params, state.opt_state, lost_share)
+        # Moments that stay in the host's memory come to the devices here, and leave as outputs do.
+        carry = (state.params, from_host_memory(state.opt_state, state_shardings.opt_state), lost_share)
         params, opt_state, lost_share = jax.lax.fori_loop(0, is_applied.astype(jnp.int32), apply, carry)
         metrics = UpdateMetrics(loss, sums, grad_norm, is_applied, difference, lost_share)
         return PureState(state.step + 1, params, opt_state, state.rng), metrics
