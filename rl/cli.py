@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0, or what the command's `main` returned; 2 for a user's error, told without a traceback unless
-      `--traceback` is given or GRPO_TRACEBACK is set; 130 after Ctrl-C.
+      `--traceback` is given or GRPO_TRACEBACK is set; 130 after Ctrl-C, 141 when the reader of stdout is gone, as a
+      shell gives for a process that a signal ended.
 
     Raises:
       ValueError: one that no code of Tandem raised. It is a bug, not a user's error, and nobody could find it without
@@ -148,6 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) has seen enough. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _overview() -> str:

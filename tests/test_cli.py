@@ -125,6 +125,21 @@ def test_interruption_exits_with_130(add_command):
     assert main(["interrupted", "x"]) == 130
 
 
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(tmp_path):
+    (tmp_path / "command_endless.py").write_text("def main(argv):\n    while True:\n        print('line')\n")
+    program = (
+        "import sys; from rl.cli import COMMANDS, Command, main; "
+        "COMMANDS['endless'] = Command('command_endless', 'X', '', ''); sys.exit(main(['endless', 'x']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=pipe, stderr=pipe) as process:
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_a_commands_exit_status_is_kept(add_command):
     add_command("status", "return len(argv)")
     assert main(["status", "a", "b", "c"]) == 3

@@ -22,7 +22,7 @@ from rl.config import load_config
 from rl.entropy_coef import EntropyCoefState
 from rl.loss_metrics import finish_metrics
 from rl.mesh import create_mesh, no_implicit_transfers
-from rl.models.config import FAMILIES, ModelConfig, flatten_specs, parameter_specs
+from rl.models.config import FAMILIES, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
 from rl.models.policy import Policy, create_policy
 from rl.models.train_state import PureState
 from rl.packing import PackingPlan, TrainCompletion, TrainGroup, pack
@@ -385,10 +385,11 @@ CUTS = {
 }
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("cut", CUTS)
-def test_how_a_minibatch_is_cut_changes_nothing(cut, problem, plain, trainer):
+def test_how_a_minibatch_is_cut_changes_nothing(cut, flavour, problem, plain, trainer):
     with jax.enable_x64(True):
-        packed = trainer("nnx", "float64", **CUTS[cut])
+        packed = trainer(flavour, "float64", **CUTS[cut])
         batch = packed.minibatch(problem).batch
         loss, gradient, _ = packed.loss_and_gradient(problem)
     if cut.startswith("one piece"):
@@ -471,15 +472,16 @@ def test_hidden_states_with_a_shared_prompt_are_those_of_each_sequence_alone(fam
 # Sharded == single device
 
 
-AXES = {"data": (8, 1, 1), "fsdp": (1, 4, 1), "tensor": (1, 1, 2), "all": (2, 2, 2)}
+# Each axis in both flavours, each number of devices on each axis in one.
+ONE_AXIS = ((8, 1, 1), (1, 4, 1), (1, 1, 2))
+OTHER_MESHES = ((2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 8, 1), (1, 1, 4), (1, 1, 8), (2, 2, 2))
 
 
 @pytest.mark.parametrize(
-    ("flavour", "axes"),
-    [*itertools.product(FLAVOURS, ("data", "fsdp", "tensor")), ("nnx", "all")],
+    ("flavour", "mesh"),
+    [*itertools.product(FLAVOURS, ONE_AXIS), *itertools.product(["nnx"], OTHER_MESHES)],
 )
-def test_sharded_loss_and_gradient_equal_those_of_one_device(flavour, axes, problem, trainer):
-    mesh = AXES[axes]
+def test_sharded_loss_and_gradient_equal_those_of_one_device(flavour, mesh, problem, trainer):
     sharded = trainer(flavour, "float32", mesh=mesh, plan=SHARDED_PLAN)
     leaves = jax.tree.leaves(sharded.fresh_state().params)
     assert len(leaves[0].sharding.device_set) == np.prod(mesh)
@@ -520,6 +522,37 @@ def test_batches_of_any_raggedness_run_through_one_trace(trainer):
         assert np.isfinite(update.loss)
     assert len(pieces) > 1
     assert packed.train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_neither_flavour_computes_or_moves_more_than_the_other(rank, scan_layers, problem):
+    """Operations and bytes of the compiled step are equal, so that neither flavour is the slower one."""
+    costs = []
+    for flavour in FLAVOURS.values():
+        lora = LoRAConfig(rank, 4.0, ("*_proj",)) if rank else None
+        config = dataclasses.replace(tiny_config(), lora=lora, scan_layers=scan_layers)
+        policy, mesh = create_policy(config, flavour), create_mesh(load_config(None, ["mesh.num_devices=1"]).mesh)
+        run = load_config(None, [*COMPOSITE, "mesh.num_devices=1"])
+        abstract = get_abstract_state(run, mesh, InitStateFn(policy, ADAM, 0))
+        step = jit_train_step(
+            policy,
+            ADAM,
+            loss_config(run),
+            abstract.shardings,
+            mesh=mesh,
+            rules=run.mesh.rules,
+            temperature=TEMPERATURE,
+            chunk_size=CHUNK_SIZE,
+            minibatches_per_rollout=1,
+        )
+        batch = pack(problem.train_groups(range(3)), PLAN)
+        batch = batch._replace(old_logprobs_MRCL=batch.mask_MRCL, reference_logprobs_MRCL=batch.mask_MRCL)
+        minibatch = Minibatch(batch, np.int32(9), np.float32(0), batch.mask_MRCL, np.bool_(False))
+        analysis = jax.jit(step).lower(abstract.shapes, minibatch).compile().cost_analysis()
+        costs.append({name: analysis[name] for name in ("flops", "bytes accessed")})
+    assert costs[0] == costs[1]
+    assert costs[0]["flops"] > 1e5
 
 
 def arrays_of(jaxpr):
