@@ -42,6 +42,7 @@ RESUMABLE_KEYS = (
     "sampling.kv_memory",
     "sampling.warm_up",
     "mesh",
+    "distributed",
     "checkpoint",
     "eval",
     "health",
@@ -292,6 +293,18 @@ class MeshSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class DistributedSection:
+    """How the processes of a run find each other, and when one counts as dead."""
+
+    auto: bool
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    heartbeat_timeout_seconds: int
+    initialization_timeout_seconds: int
+
+
+@dataclass(frozen=True, config=_STRICT)
 class CheckpointSection:
     """When checkpoints are written and how many stay."""
 
@@ -349,6 +362,7 @@ class Config:
     sft: SFTSection
     optimizer: OptimizerSection
     mesh: MeshSection
+    distributed: DistributedSection
     checkpoint: CheckpointSection
     eval: EvalSection
     health: HealthSection
@@ -602,6 +616,9 @@ def _check(config: Config) -> None:
     _at_least(config, 1, "sft.steps", "sft.batch_size", "sft.max_completion_length", "data.max_prompt_length")
     _at_least(config, 1, "rewards.num_workers", "checkpoint.every", "checkpoint.keep", "eval.max_prompts")
     _at_least(config, 1, "mesh.num_devices", "sampling.slots")
+    _at_least(config, 1, "distributed.num_processes", "distributed.initialization_timeout_seconds")
+    _at_least(config, 5, "distributed.heartbeat_timeout_seconds")
+    _at_least(config, 0, "distributed.process_id")
     if not 0 < sampling.kv_memory <= 1:
         raise ValueError(f"sampling.kv_memory must be a share of memory in (0, 1], got {sampling.kv_memory}")
     _at_least(

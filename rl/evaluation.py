@@ -18,9 +18,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rewards.batch import RewardResult, Share
 from rewards.contract import RewardSpec
 from rewards.rubric import summarize
 from rewards.runner import RewardRunner
+from rl import hosts
 from rl.config import Config, load_config, require
 from rl.data import PromptRow, load_prompts
 from rl.mesh import device_memory
@@ -135,7 +137,8 @@ def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: 
         param_shardings,
         rules=config.mesh.rules,
         slots=section.slots,
-        kv_bytes=int(section.kv_memory * device_memory(mesh)) if section.slots is None else None,
+        # The least of all processes: they must come to the same number of slots.
+        kv_bytes=int(section.kv_memory * min(hosts.gather(device_memory(mesh)))) if section.slots is None else None,
         decode_text=tokenizer.decode,
         kv_dtype=section.kv_dtype,
         weight_dtype=section.weight_dtype,
@@ -163,11 +166,19 @@ def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
 
 
 def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.Path | None) -> RewardRunner:
-    """The worker processes with the run's reward functions; every column of the rows is offered to them."""
+    """The worker processes with the run's reward functions; every column of the rows is offered to them.
+
+    Each process of the run has its own, which judge its share of the completions.
+    """
     specs = [RewardSpec(f.name or f.function, f.function, f.weight, f.kwargs) for f in config.rewards.functions]
     columns = sorted({name for row in rows for name in row.columns})
     section = config.rewards
-    return RewardRunner(specs, columns, section.num_workers, section.timeout_seconds, log_path=log_path)
+
+    def gather(result: RewardResult) -> list[RewardResult]:
+        return [RewardResult(**part) for part in hosts.gather(dataclasses.asdict(result))]
+
+    share = None if jax.process_count() == 1 else Share(jax.process_index(), jax.process_count(), gather)
+    return RewardRunner(specs, columns, section.num_workers, section.timeout_seconds, log_path=log_path, share=share)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -195,6 +206,7 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
     if is_run:
         read_run(source)
     config = load_config(source / "config.yml" if is_run else source, overrides)
+    hosts.join(config.distributed)
     use_compilation_cache(config)
     require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
     trained = load_checkpoint(config, source) if is_run else load_start(config)
@@ -219,6 +231,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     result, where = evaluate_source(arguments.run_or_config, arguments.overrides)
+    if not hosts.is_first():
+        return
     if arguments.output is not None:
         lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in result.samples)
         pathlib.Path(arguments.output).write_text(lines, encoding="utf-8")
