@@ -89,8 +89,8 @@ def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def put_key(key: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A PRNG key that each process made by itself, on the devices of all of them; alone, the key as it is."""
-    if jax.process_count() == 1 or not key.is_fully_addressable:
+    """A PRNG key on the devices of `sharding`, where it may be already; a fresh one is on one device."""
+    if key.sharding.device_set == sharding.device_set:
         return key
     return jax.random.wrap_key_data(put(jax.device_get(jax.random.key_data(key)), sharding))
 
