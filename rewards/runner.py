@@ -38,8 +38,8 @@ class RewardRunner:
     timeout_seconds: hard limit of one sample in one function (a batch call gets this times its number of samples).
     start_timeout_seconds: limit for importing one function.
     log_path: file that takes what the functions print, and tracebacks; None: this process's stderr.
-    share: what of each batch is judged here, where several processes call this with the same batches; results are of the
-        whole batch in all of them. None: everything.
+    share: what of each batch is judged here, where several processes call this with the same batches; results are of
+        the whole batch in all of them. None: everything.
 
     Raises ValueError when a spec or an argument is invalid, a function does not import, or nothing provides one of
     its arguments.

@@ -20,7 +20,15 @@ import yaml
 from pydantic.dataclasses import dataclass
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_FREE_FORM = ("data.args", "data.eval_args", "data.columns", "sampling.logit_bias")
+_FREE_FORM = (
+    "data.args",
+    "data.eval_args",
+    "data.columns",
+    "sampling.logit_bias",
+    "mesh.axes",
+    "mesh.dcn",
+    "mesh.rules",
+)
 
 # Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step
 # computes.
@@ -283,12 +291,16 @@ class OptimizerSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class MeshSection:
-    """Devices per mesh axis, and logical axis -> mesh axes."""
+    """Devices per mesh axis, which axes go over the slow network, and logical axis -> mesh axes."""
 
     num_devices: int | None
     data: int
     fsdp: int
     tensor: int
+    axes: dict[str, int]
+    dcn: dict[str, int]
+    slice_is: Literal["slice", "process"]
+    max_unsharded_share: float
     rules: dict[str, list[str]]
 
 
@@ -618,7 +630,7 @@ def _check(config: Config) -> None:
     _at_least(config, 1, "mesh.num_devices", "sampling.slots")
     _at_least(config, 1, "distributed.num_processes", "distributed.initialization_timeout_seconds")
     _at_least(config, 5, "distributed.heartbeat_timeout_seconds")
-    _at_least(config, 0, "distributed.process_id")
+    _at_least(config, 0, "distributed.process_id", "mesh.max_unsharded_share")
     if not 0 < sampling.kv_memory <= 1:
         raise ValueError(f"sampling.kv_memory must be a share of memory in (0, 1], got {sampling.kv_memory}")
     _at_least(

@@ -32,7 +32,7 @@ from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
-from rl.mesh import create_mesh, no_implicit_transfers, num_row_shards
+from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import Policy, policy_from_config
 from rl.models.train_state import PureState
@@ -90,6 +90,7 @@ def train(config: Config) -> pathlib.Path:
         checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn, with_reference=moves)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
+        check_sharded(checkpoints.abstract.shapes, checkpoints.abstract.shardings, config.mesh, mesh)
         announce(console, config, data, origin, policy, mesh, run, plan)
         warn_about_sampling(console, config, sampling)
         shardings = checkpoints.abstract.shardings

@@ -68,7 +68,7 @@ def is_first() -> bool:
 
 def console_stream() -> TextIO | None:
     """Where the console of this process goes: None, standard output, for the first; nowhere for the others."""
-    return None if is_first() else open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    return None if is_first() else open(os.devnull, "w")
 
 
 def put(tree: Any, shardings: Any) -> Any:
@@ -151,7 +151,9 @@ def from_first(function: Callable[[], T]) -> T:
 
 def check_same(config: Config, identity: Mapping[str, Any]) -> None:
     """ValueError where a process has another configuration, other data or other weights than the first."""
-    sections = {f"the configuration's {name}": value for name, value in to_dict(config).items() if name != "distributed"}
+    sections = {
+        f"the configuration's {name}": value for name, value in to_dict(config).items() if name != "distributed"
+    }
     everywhere = gather({**sections, **identity})
     for number, other in enumerate(everywhere):
         for name, value in everywhere[0].items():

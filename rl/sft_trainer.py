@@ -24,7 +24,7 @@ from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewar
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.loss_types import LossConfig
-from rl.mesh import create_mesh, no_implicit_transfers, num_row_shards, replicated
+from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards, replicated
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
@@ -75,6 +75,7 @@ def train(config: Config) -> pathlib.Path:
         checkpoints = create_checkpoint_manager(config, mesh, init_state_fn)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
+        check_sharded(checkpoints.abstract.shapes, checkpoints.abstract.shardings, config.mesh, mesh)
         shardings = checkpoints.abstract.shardings
         # -- restore, or start
         if checkpoints.latest_step is None:

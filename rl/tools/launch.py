@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def environment_of(environment: dict[str, str] | os._Environ[str], cpu_devices: int | None) -> dict[str, str]:
-    """The environment of a process; with `cpu_devices` it sees that many virtual devices of the CPU and nothing else."""
+    """The environment of a process; with `cpu_devices` it sees that many virtual devices of the CPU and no others."""
     if cpu_devices is None:
         return dict(environment)
     flags = [flag for flag in environment.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICE_COUNT_FLAG)]
@@ -72,7 +72,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="grpo launch", description="one command as several processes on this machine, watched"
     )
     parser.add_argument("--processes", type=int, required=True, help="how many")
-    parser.add_argument("--cpu-devices", type=int, default=None, help="virtual CPU devices of each; else what jax finds")
+    parser.add_argument(
+        "--cpu-devices", type=int, default=None, help="virtual CPU devices of each; else what jax finds"
+    )
     parser.add_argument("command", nargs="+", help="-- and a command of grpo, for example: -- train recipe.yml")
     arguments = parser.parse_args(argv)
     for name in ("processes", "cpu_devices"):

@@ -1,0 +1,248 @@
+"""Several processes are one run: the curve of one process, stopped together, named when they die, resumed exactly.
+
+The run is of 2 processes with 4 CPU devices each, on loopback, against one process with 8. It is stopped, killed and
+finished, all in one, for each start of jax costs seconds.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from rl import hosts
+from rl.config import load_config
+from rl.grpo_trainer import train
+from rl.metrics import read_metrics, read_samples
+from rl.tools import launch
+from rl.trained import load_checkpoint
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 5
+REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
+RECIPE = f"""
+model:
+  arch:
+    {{family: llama, hidden_size: 16, intermediate_size: 32, num_layers: 1,
+     num_heads: 2, num_kv_heads: 1, head_dim: 8, initializer_range: 0.3}}
+data: {{source: arithmetic, args: {{operation: add, digits: 1}}, eval_size: 8, max_prompt_length: 8}}
+rewards:
+  functions:
+  - {{function: "{REWARDS}:digit_share", name: digits}}
+  - {{function: "{REWARDS}:rank_in_batch", name: rank, weight: 0.1}}
+  - {{function: "{REWARDS}:low_characters", name: low}}
+sampling: {{max_completion_length: 6}}
+grpo: {{steps: {STEPS}, prompts_per_step: 4, group_size: 4, minibatches: 2, max_tokens_per_microbatch: 1024}}
+optimizer: {{lr: 3e-3}}
+mesh: {{data: 2, fsdp: -1}}
+eval: {{every: 2}}
+checkpoint: {{every: 2, keep: 2}}
+"""
+VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("hosts")
+    path = folder / "recipe.yml"
+    path.write_text(RECIPE + f"logging: {{compilation_cache: {folder / 'cache'}, samples_per_step: 16}}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(recipe) -> pathlib.Path:
+    """The run of one process with eight devices."""
+    config = load_config(recipe, [f"output_dir={recipe.parent / 'alone'}", "logging.compilation_cache=null"])
+    return train(config)
+
+
+class Launched:
+    """`grpo launch` with two processes, and what it says."""
+
+    def __init__(self, recipe: pathlib.Path, folder: pathlib.Path, *overrides: str):
+        self.folder = folder
+        command = [sys.executable, "-m", "rl.cli", "launch", "--processes", "2", "--cpu-devices", "4", "--"]
+        command += [
+            "train",
+            str(recipe),
+            f"output_dir={folder}",
+            "distributed.heartbeat_timeout_seconds=10",
+            *overrides,
+        ]
+        environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    def child(self, number: int) -> int:
+        """The pid of process `number`."""
+        for entry in pathlib.Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                except FileNotFoundError:  # ended meanwhile
+                    continue
+                if f"distributed.process_id={number}".encode() in words and int(parent) == self.process.pid:
+                    return int(entry.name)
+        raise AssertionError(f"no process {number}")
+
+    def wait_for_step(self, step: int) -> None:
+        """Returns when metrics.jsonl has the line of this step."""
+        path = self.folder / "metrics.jsonl"
+        while self.process.poll() is None and (not path.exists() or f'"step": {step},' not in path.read_text()):
+            time.sleep(0.02)
+        assert self.process.poll() is None, self.process.stderr.read()
+
+    def end(self) -> tuple[int, str]:
+        """The exit status and what was said on stderr."""
+        _, said = self.process.communicate(timeout=120)
+        return self.process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def together(recipe):
+    """The run of two processes: its folder, how each of its three starts ended, and what was seen in between."""
+    folder = recipe.parent / "together"
+    stopped = Launched(recipe, folder)
+    stopped.wait_for_step(1)
+    os.kill(stopped.child(1), signal.SIGTERM)
+    ends = [stopped.end()]
+    after_stop = read_metrics(folder)[-1]["step"]
+    killed = Launched(recipe, folder)
+    killed.wait_for_step(3)
+    started = time.monotonic()
+    os.kill(killed.child(1), signal.SIGKILL)
+    ends.append(killed.end())
+    seconds = time.monotonic() - started
+    lines = read_metrics(folder)
+    ends.append(Launched(recipe, folder, "pure_nnx=false").end())
+    return folder, ends, after_stop, seconds, lines
+
+
+def stable(lines):
+    return [{key: value for key, value in line.items() if not key.startswith(VOLATILE)} for line in lines]
+
+
+def test_two_processes_have_the_curve_of_one(alone, together):
+    """The first steps in the NNX flavour, the last ones in Linen."""
+    one, two = stable(read_metrics(alone)), stable(read_metrics(together[0]))
+    assert [line["step"] for line in two] == list(range(STEPS + 1))
+    for left, right in zip(one, two, strict=True):
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            assert right[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (left["step"], name)
+    assert any(line["loss"] for line in one[1:])
+
+
+def test_two_processes_draw_and_judge_what_one_does(alone, together):
+    one, two = read_samples(alone), read_samples(together[0])
+    for name in ("step", "prompt_index", "sample_index", "completion", "rewards"):
+        assert [row[name] for row in one] == [row[name] for row in two], name
+    assert len(one) == STEPS * 16
+    assert len({json.dumps(row["rewards"]) for row in one}) > 3
+
+
+def test_a_stop_request_of_one_process_stops_all_after_the_same_step(together):
+    folder, ends, after_stop, *_ = together
+    assert ends[0][0] == 0, ends[0][1]
+    assert 1 <= after_stop < 3
+    assert ends[2][0] == 0, ends[2][1]
+    assert folder.joinpath("checkpoints", str(STEPS)).is_dir()
+
+
+def test_the_launcher_names_the_process_that_was_killed_within_a_minute(together):
+    status, said = together[1][1]
+    assert status == 1
+    assert "error: process 1 of 2 was the first to die, killed by SIGKILL; the others are ended" in said
+    assert together[3] < 60
+
+
+def test_a_restart_after_the_kill_repeats_its_steps_exactly(together):
+    """Bit for bit, even by the other flavour: what was done after the last checkpoint is done again."""
+    before, after = stable(together[4]), stable(read_metrics(together[0]))
+    assert before[-1]["step"] >= 3
+    assert after[: len(before)] == before
+
+
+def test_weights_of_two_processes_are_read_on_other_devices_and_another_mesh(recipe, alone, together):
+    def weights(folder, *overrides):
+        trained = load_checkpoint(load_config(recipe, overrides), folder)
+        assert trained.step == STEPS
+        return trained.params
+
+    one = weights(alone)
+    two = weights(together[0], "mesh.num_devices=4", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2")
+    assert len(jax.tree.leaves(two)[0].sharding.device_set) == 4
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(np.asarray(left), np.asarray(right), atol=2e-5)
+
+
+def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(recipe, together):
+    overrides = [f"output_dir={together[0]}", f"grpo.steps={STEPS + 1}", "mesh.num_devices=2", "mesh.data=1"]
+    train(load_config(recipe, [*overrides, "logging.compilation_cache=null"]))
+    assert read_metrics(together[0])[-1]["step"] == STEPS + 1
+
+
+# What needs no second process
+
+
+SLURM = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_NODELIST": "node[001-002]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(("tasks", "found"), [("2", True), ("1", False), (None, False)])
+def test_a_cluster_counts_when_it_has_more_than_one_process(monkeypatch, tasks, found):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value) if tasks else monkeypatch.delenv(name, raising=False)
+    if tasks:
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+    assert hosts._is_in_a_cluster() is found
+
+
+def test_keys_that_name_the_processes_come_together():
+    section = load_config(None, ["distributed.num_processes=2", "distributed.process_id=0"]).distributed
+    with pytest.raises(ValueError, match=r"distributed\.coordinator_address must be set, got None; .*10\.0\.0\.1:1234"):
+        hosts.join(section)
+
+
+def test_alone_every_function_of_the_hosts_is_what_it_would_be_without():
+    hosts.join(load_config(None, ["distributed.auto=false"]).distributed)
+    assert hosts.is_first()
+    assert hosts.console_stream() is None
+    assert hosts.gather({"a": 1.5}) == [{"a": 1.5}]
+    assert hosts.from_first(lambda: 3) == 3
+    assert [hosts.any_process(flag) for flag in (True, False)] == [True, False]
+    hosts.check_same(load_config(None), {"data": "hash"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "0", "--", "train", "x.yml"], "--processes must be >= 1, got 0"),
+        (["--processes", "2", "--cpu-devices", "0", "--", "train", "x.yml"], "--cpu-devices must be >= 1, got 0"),
+        (["--processes", "2", "--", "launch", "--processes", "2"], "must start another command, got launch itself"),
+    ],
+)
+def test_a_launch_that_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        launch.main(arguments)
+
+
+def test_virtual_devices_replace_those_of_the_shell():
+    given = {"XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=8", "HOME": "/here"}
+    made = launch.environment_of(given, 4)
+    assert made["XLA_FLAGS"] == "--xla_a=1 --xla_force_host_platform_device_count=4"
+    assert made["JAX_PLATFORMS"] == "cpu"
+    assert launch.environment_of(given, None) == given
