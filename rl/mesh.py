@@ -217,8 +217,8 @@ def check_sharded(shapes: Any, shardings: Any, section: MeshSection, mesh: Mesh)
         raise ValueError(
             f"mesh.max_unsharded_share must be at least the share of the state that lies whole on every device, "
             f"{share:.3f} on the mesh {axes}, got {section.max_unsharded_share}; largest of {len(whole)} such arrays: "
-            f"{text}. Choose axis sizes that divide their dims, or name these axes in mesh.rules; raise the bound if it "
-            "is meant so"
+            f"{text}. Choose axis sizes that divide their dims, or name these axes in mesh.rules; raise the bound if "
+            "this is meant"
         )
 
 

@@ -44,6 +44,13 @@ mesh: {{data: 2, fsdp: -1}}
 eval: {{every: 2}}
 checkpoint: {{every: 2, keep: 2}}
 """
+SLURM = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_NODELIST": "node[001-002]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
 VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
 
 
@@ -190,16 +197,78 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(recipe, together)
     assert read_metrics(together[0])[-1]["step"] == STEPS + 1
 
 
-# What needs no second process
+# Two processes that SLURM started, as jax sees it by the environment
 
 
-SLURM = {
-    "SLURM_JOB_ID": "17",
-    "SLURM_STEP_NODELIST": "node[001-002]",
-    "SLURM_NTASKS": "2",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
+TELL = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rl import hosts
+from rl.config import load_config
+config = load_config(None, ["seed=1"] if sys.argv[1:] == ["other"] else [])
+hosts.join(config.distributed)
+mesh = Mesh(np.array(jax.devices()), ("data",))
+rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+with jax.transfer_guard("disallow"):
+    array, number = hosts.put((np.arange(4.0, dtype=np.float32), np.int32(3)), (rows, everywhere))
+    key = hosts.put_key(jax.random.key(5), everywhere)
+told = {
+    "first": hosts.is_first(), "gathered": hosts.gather([jax.process_index() / 3, "x" * 2000][: 1 + hosts.is_first()]),
+    "any": hosts.any_process(jax.process_index() == 1), "from_first": hosts.from_first(lambda: 7 + jax.process_index()),
+    "own": sorted(float(shard.data[0]) for shard in array.addressable_shards), "number": int(number),
+    "key": jax.random.key_data(key).tolist() == jax.random.key_data(jax.random.key(5)).tolist(),
+    "fetched": hosts.fetch({"a": array})["a"].tolist(), "quiet": hosts.console_stream() is not None,
 }
+def refuse():
+    raise ValueError("output_dir is taken")
+for name, call in (("refused", lambda: hosts.from_first(refuse)), ("same", lambda: hosts.check_same(config, {}))):
+    try:
+        told[name] = call()
+    except ValueError as error:
+        told[name] = str(error)
+print(json.dumps(told))
+"""
+
+
+def tell(job: int, *other: str) -> list[dict]:
+    """What each of two processes has to tell; arguments go to the second."""
+    processes = []
+    for number in range(2):
+        environment = {
+            **os.environ,
+            **SLURM,
+            "SLURM_PROCID": str(number),
+            "SLURM_JOB_ID": str(job),
+            "JAX_PLATFORMS": "cpu",
+        }
+        environment |= {"SLURM_STEP_NODELIST": "localhost", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        command = [sys.executable, "-c", TELL, *(other if number else ())]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def test_processes_of_a_cluster_find_and_understand_each_other():
+    first, second = tell(os.getpid(), "other")
+    assert [first["first"], second["first"]] == [True, False]
+    assert [first["quiet"], second["quiet"]] == [False, True]
+    for told in (first, second):
+        assert told["gathered"] == [[0.0, "x" * 2000], [1 / 3]]
+        assert told["any"] is True
+        assert told["from_first"] == 7
+        assert told["number"] == 3
+        assert told["key"] is True
+        assert told["same"].startswith(
+            "the configuration's seed must be the same in every process, got 0 in process 0 and 1"
+        )
+    assert [first["own"], second["own"]] == [[0.0, 1.0], [2.0, 3.0]]
+    assert [first["fetched"], second["fetched"]] == [[0.0, 1.0, 2.0, 3.0], []]
+    assert [first["refused"], second["refused"]] == ["output_dir is taken", "process 0: output_dir is taken"]
+
+
+# What needs no second process
 
 
 @pytest.mark.parametrize(("tasks", "found"), [("2", True), ("1", False), (None, False)])
