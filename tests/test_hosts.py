@@ -1,7 +1,7 @@
 """Several processes are one run: the curve of one process, stopped together, named when they die, resumed exactly.
 
-The run is of 2 processes with 4 CPU devices each, on loopback, against one process with 8. It is stopped, killed and
-finished, all in one, for each start of jax costs seconds.
+The run is of 2 processes with 4 CPU devices each, on loopback, against one process with 8. It is killed, resumed in the
+other flavour and stopped, all in one, for each start of jax costs seconds.
 """
 
 import json
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from rl.tools import launch
 from rl.trained import load_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS = 5
+STEPS = 7
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
 RECIPE = f"""
 model:
@@ -40,9 +41,9 @@ rewards:
 sampling: {{max_completion_length: 6}}
 grpo: {{steps: {STEPS}, prompts_per_step: 4, group_size: 4, minibatches: 2, max_tokens_per_microbatch: 1024}}
 optimizer: {{lr: 3e-3}}
-mesh: {{data: 2, fsdp: -1}}
-eval: {{every: 2}}
-checkpoint: {{every: 2, keep: 2}}
+mesh: {{data: 2, fsdp: -1, slice_is: process}}
+eval: {{every: 0}}
+checkpoint: {{every: 2, keep: 9}}
 """
 SLURM = {
     "SLURM_JOB_ID": "17",
@@ -65,8 +66,8 @@ def recipe(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def alone(recipe) -> pathlib.Path:
     """The run of one process with eight devices."""
-    config = load_config(recipe, [f"output_dir={recipe.parent / 'alone'}", "logging.compilation_cache=null"])
-    return train(config)
+    overrides = ["checkpoint.every=1", "logging.compilation_cache=null"]
+    return train(load_config(recipe, [f"output_dir={recipe.parent / 'alone'}", *overrides]))
 
 
 class Launched:
@@ -113,24 +114,29 @@ class Launched:
         return self.process.returncode, said
 
 
+class Together(NamedTuple):
+    """The run of two processes: how its two starts ended, what was written by then, seconds from the kill to the end."""
+
+    folder: pathlib.Path
+    killed: tuple[int, str]
+    stopped: tuple[int, str]
+    lines_at_kill: list[dict]
+    seconds: float
+
+
 @pytest.fixture(scope="module")
-def together(recipe):
-    """The run of two processes: its folder, how each of its three starts ended, and what was seen in between."""
+def together(recipe) -> Together:
     folder = recipe.parent / "together"
-    stopped = Launched(recipe, folder)
-    stopped.wait_for_step(1)
-    os.kill(stopped.child(1), signal.SIGTERM)
-    ends = [stopped.end()]
-    after_stop = read_metrics(folder)[-1]["step"]
-    killed = Launched(recipe, folder)
-    killed.wait_for_step(3)
+    first = Launched(recipe, folder)
+    first.wait_for_step(3)
     started = time.monotonic()
-    os.kill(killed.child(1), signal.SIGKILL)
-    ends.append(killed.end())
-    seconds = time.monotonic() - started
-    lines = read_metrics(folder)
-    ends.append(Launched(recipe, folder, "pure_nnx=false").end())
-    return folder, ends, after_stop, seconds, lines
+    os.kill(first.child(1), signal.SIGKILL)
+    killed = first.end()
+    seconds, lines = time.monotonic() - started, read_metrics(folder)
+    second = Launched(recipe, folder, "pure_nnx=false")
+    second.wait_for_step(4)
+    os.kill(second.child(1), signal.SIGTERM)
+    return Together(folder, killed, second.end(), lines, seconds)
 
 
 def stable(lines):
@@ -139,62 +145,56 @@ def stable(lines):
 
 def test_two_processes_have_the_curve_of_one(alone, together):
     """The first steps in the NNX flavour, the last ones in Linen."""
-    one, two = stable(read_metrics(alone)), stable(read_metrics(together[0]))
-    assert [line["step"] for line in two] == list(range(STEPS + 1))
-    for left, right in zip(one, two, strict=True):
+    one, two = stable(read_metrics(alone)), stable(read_metrics(together.folder))
+    assert [line["step"] for line in two] == list(range(1, len(two) + 1))
+    assert len(two) >= 4
+    for left, right in zip(one, two, strict=False):
         assert left.keys() == right.keys()
         for name, value in left.items():
             assert right[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (left["step"], name)
-    assert any(line["loss"] for line in one[1:])
+    assert all(line["loss"] and line["kl"] for line in one[1:])
 
 
 def test_two_processes_draw_and_judge_what_one_does(alone, together):
-    one, two = read_samples(alone), read_samples(together[0])
+    two = read_samples(together.folder)
+    one = read_samples(alone)[: len(two)]
     for name in ("step", "prompt_index", "sample_index", "completion", "rewards"):
         assert [row[name] for row in one] == [row[name] for row in two], name
-    assert len(one) == STEPS * 16
     assert len({json.dumps(row["rewards"]) for row in one}) > 3
 
 
-def test_a_stop_request_of_one_process_stops_all_after_the_same_step(together):
-    folder, ends, after_stop, *_ = together
-    assert ends[0][0] == 0, ends[0][1]
-    assert 1 <= after_stop < 3
-    assert ends[2][0] == 0, ends[2][1]
-    assert folder.joinpath("checkpoints", str(STEPS)).is_dir()
-
-
 def test_the_launcher_names_the_process_that_was_killed_within_a_minute(together):
-    status, said = together[1][1]
+    status, said = together.killed
     assert status == 1
     assert "error: process 1 of 2 was the first to die, killed by SIGKILL; the others are ended" in said
-    assert together[3] < 60
+    assert together.seconds < 60
 
 
 def test_a_restart_after_the_kill_repeats_its_steps_exactly(together):
-    """Bit for bit, even by the other flavour: what was done after the last checkpoint is done again."""
-    before, after = stable(together[4]), stable(read_metrics(together[0]))
+    """Bit for bit, even in the other flavour: what was done after the last checkpoint is done again."""
+    before, after = stable(together.lines_at_kill), stable(read_metrics(together.folder))
     assert before[-1]["step"] >= 3
     assert after[: len(before)] == before
 
 
+def test_a_stop_request_of_one_process_stops_all_after_the_same_step(together):
+    status, said = together.stopped
+    assert status == 0, said
+    done = read_metrics(together.folder)[-1]["step"]
+    assert 4 <= done < STEPS
+    assert (together.folder / "checkpoints" / str(done)).is_dir()
+
+
 def test_weights_of_two_processes_are_read_on_other_devices_and_another_mesh(recipe, alone, together):
     def weights(folder, *overrides):
-        trained = load_checkpoint(load_config(recipe, overrides), folder)
-        assert trained.step == STEPS
+        trained = load_checkpoint(load_config(recipe, overrides), folder, read_metrics(together.folder)[-1]["step"])
         return trained.params
 
     one = weights(alone)
-    two = weights(together[0], "mesh.num_devices=4", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2")
+    two = weights(together.folder, "mesh.num_devices=4", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2")
     assert len(jax.tree.leaves(two)[0].sharding.device_set) == 4
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(np.asarray(left), np.asarray(right), atol=2e-5)
-
-
-def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(recipe, together):
-    overrides = [f"output_dir={together[0]}", f"grpo.steps={STEPS + 1}", "mesh.num_devices=2", "mesh.data=1"]
-    train(load_config(recipe, [*overrides, "logging.compilation_cache=null"]))
-    assert read_metrics(together[0])[-1]["step"] == STEPS + 1
 
 
 # Two processes that SLURM started, as jax sees it by the environment
