@@ -28,6 +28,7 @@ _FREE_FORM = (
     "mesh.axes",
     "mesh.dcn",
     "mesh.rules",
+    "mesh.rollout_rules",
 )
 
 # Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step
@@ -302,6 +303,7 @@ class MeshSection:
     slice_is: Literal["slice", "process"]
     max_unsharded_share: float
     rules: dict[str, list[str]]
+    rollout_rules: dict[str, list[str]]
 
 
 @dataclass(frozen=True, config=_STRICT)

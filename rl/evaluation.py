@@ -32,6 +32,7 @@ from rl.rollout import sample_and_score
 from rl.run_folder import read_run
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
+from rl.states import InitStateFn, get_abstract_state
 from rl.tokenizer import Tokenizer
 from rl.trained import load_checkpoint, load_start
 from rl.weights import eos_ids, use_compilation_cache
@@ -130,12 +131,18 @@ def evaluate(
 
 def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: Any, tokenizer: Tokenizer) -> Sampler:
     """The sampler of a run, for rollouts and evaluation alike."""
-    section = config.sampling
+    section, rules, decode_shardings = config.sampling, config.mesh.rules, None
+    if config.mesh.rollout_rules:
+        rules = {**rules, **config.mesh.rollout_rules}
+        decoding = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules=rules))  # pyright: ignore[reportArgumentType]
+        init_state_fn = InitStateFn(policy, None, config.seed)
+        decode_shardings = get_abstract_state(decoding, mesh, init_state_fn, is_training=False).shardings.params
     return Sampler(
         policy,
         mesh,
         param_shardings,
-        rules=config.mesh.rules,
+        rules=rules,
+        decode_shardings=decode_shardings,
         slots=section.slots,
         # The least of all processes: they must come to the same number of slots.
         kv_bytes=int(section.kv_memory * min(hosts.gather(device_memory(mesh)))) if section.slots is None else None,
@@ -218,6 +225,7 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
     sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
     with start_rewards(config, rows, None) as runner:
         result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
+    hosts.leave()
     return result, "model.source" if trained.step is None else f"step {trained.step}"
 
 

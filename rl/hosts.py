@@ -51,6 +51,15 @@ def join(section: DistributedSection) -> None:
     )
 
 
+def leave() -> None:
+    """Ends a run that went well together with the others: who is gone early would be taken for dead.
+
+    A process with an error just ends, so that the others need not wait for it.
+    """
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
 def _is_in_a_cluster() -> bool:
     """Whether jax's own detection finds more than one process."""
     from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks; there is no public way to ask

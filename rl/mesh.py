@@ -62,12 +62,13 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
     is_part = section.num_devices not in (None, len(devices))
     devices = devices[: section.num_devices]
     sizes = axis_sizes(section)
-    for logical, axes in section.rules.items():
-        for axis in axes:
-            if axis not in sizes:
-                raise ValueError(f"mesh.rules.{logical} must name mesh axes out of {list(sizes)}, got {axis!r}")
-            if axes.count(axis) > 1:
-                raise ValueError(f"mesh.rules.{logical} must name each mesh axis once, got {axes}")
+    for key, rules in (("rules", section.rules), ("rollout_rules", section.rollout_rules)):
+        for logical, axes in rules.items():
+            for axis in axes:
+                if axis not in sizes:
+                    raise ValueError(f"mesh.{key}.{logical} must name mesh axes out of {list(sizes)}, got {axis!r}")
+                if axes.count(axis) > 1:
+                    raise ValueError(f"mesh.{key}.{logical} must name each mesh axis once, got {axes}")
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             raise ValueError(f"mesh.{axis} must be a number of devices >= 1, or -1 for what is left, got {size}")

@@ -196,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     hosts.join(config.distributed)
     use_compilation_cache(config)
     train(config)
+    hosts.leave()
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class Launched:
 
 
 class Together(NamedTuple):
-    """The run of two processes: how its two starts ended, what was written by then, seconds from the kill to the end."""
+    """The run of two processes: how its two starts ended, lines written by the kill, seconds from there to the end."""
 
     folder: pathlib.Path
     killed: tuple[int, str]
@@ -301,7 +301,7 @@ def test_alone_every_function_of_the_hosts_is_what_it_would_be_without():
     [
         (["--processes", "0", "--", "train", "x.yml"], "--processes must be >= 1, got 0"),
         (["--processes", "2", "--cpu-devices", "0", "--", "train", "x.yml"], "--cpu-devices must be >= 1, got 0"),
-        (["--processes", "2", "--", "launch", "--processes", "2"], "must start another command, got launch itself"),
+        (["--processes", "2", "--", "launch", "--processes", "2"], "must start one of train, sft, eval, got 'launch'"),
     ],
 )
 def test_a_launch_that_makes_no_sense_is_refused(arguments, message):

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 _SECONDS_TO_FINISH = 5.0  # for the others to say what they have to say, after the first has failed
+COMMANDS = ("train", "sft", "eval")  # that several processes can do together
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -81,8 +82,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
-    if arguments.command[0] == "launch":
-        raise ValueError("grpo launch must start another command, got launch itself; for example: -- train recipe.yml")
+    if arguments.command[0] not in COMMANDS:
+        raise ValueError(
+            f"grpo launch must start one of {', '.join(COMMANDS)}, got {arguments.command[0]!r}; "
+            "for example: -- train recipe.yml"
+        )
     return arguments
 
 
