@@ -7,6 +7,7 @@ other flavour and stopped, all in one, for each start of jax costs seconds.
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -84,34 +85,26 @@ class Launched:
             *overrides,
         ]
         environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        self.said = folder.with_suffix(".stderr")
+        with self.said.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=stderr
+            )
 
     def child(self, number: int) -> int:
         """The pid of process `number`."""
-        for entry in pathlib.Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    words = (entry / "cmdline").read_bytes().split(b"\0")
-                    parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                except FileNotFoundError:  # ended meanwhile
-                    continue
-                if f"distributed.process_id={number}".encode() in words and int(parent) == self.process.pid:
-                    return int(entry.name)
-        raise AssertionError(f"no process {number}")
+        return int(re.search(rf"\b{number} \(pid (\d+)\)", self.said.read_text()).group(1))
 
     def wait_for_step(self, step: int) -> None:
         """Returns when metrics.jsonl has the line of this step."""
         path = self.folder / "metrics.jsonl"
         while self.process.poll() is None and (not path.exists() or f'"step": {step},' not in path.read_text()):
             time.sleep(0.02)
-        assert self.process.poll() is None, self.process.stderr.read()
+        assert self.process.poll() is None, self.said.read_text()
 
     def end(self) -> tuple[int, str]:
         """The exit status and what was said on stderr."""
-        _, said = self.process.communicate(timeout=120)
-        return self.process.returncode, said
+        return self.process.wait(timeout=120), self.said.read_text()
 
 
 class Together(NamedTuple):

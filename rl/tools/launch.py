@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-_SECONDS_TO_FINISH = 5.0  # for the others to say what they have to say, after the first has failed
+_SECONDS_TO_FINISH = 5.0  # for the others to say what they have to say, when the first has ended with an error
 COMMANDS = ("train", "sft", "eval")  # that several processes can do together
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         processes += [subprocess.Popen(command, env=environment, start_new_session=True) for command in commands]
+        numbers = ", ".join(f"{number} (pid {process.pid})" for number, process in enumerate(processes))
+        print(f"processes {numbers}", file=sys.stderr)
         return _watch(processes)
     finally:
         _end(processes)
@@ -112,7 +114,8 @@ def _watch(processes: list[subprocess.Popen]) -> int:
                 "ended. The same command again goes on from the last checkpoint",
                 file=sys.stderr,
             )
-            _wait_for(processes, _SECONDS_TO_FINISH)
+            if processes[number].returncode > 0:  # of a killed one the others know nothing
+                _wait_for(processes, _SECONDS_TO_FINISH)
             return 1
     return 0
 
