@@ -572,7 +572,7 @@ def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 def _check_keys(layer: Mapping, known: set[str]) -> None:
     sections = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
     for key, value in _flatten(layer).items():
-        if key in sections:
+        if key in sections or (key in _FREE_FORM and not isinstance(value, Mapping)):
             raise ValueError(f"{key} must be a mapping of keys, got {value!r}")
         if key not in known:
             near = _nearest(key, sorted(known))

@@ -294,12 +294,23 @@ def test_alone_every_function_of_the_hosts_is_what_it_would_be_without():
     [
         (["--processes", "0", "--", "train", "x.yml"], "--processes must be >= 1, got 0"),
         (["--processes", "2", "--cpu-devices", "0", "--", "train", "x.yml"], "--cpu-devices must be >= 1, got 0"),
-        (["--processes", "2", "--", "launch", "--processes", "2"], "must start one of train, sft, eval, got 'launch'"),
+        (
+            ["--processes", "2", "--", "launch", "--processes", "2"],
+            "must start one of train, sft, eval with its .*, got 'launch --",
+        ),
+        (["--processes", "2", "--", "eval", "--output", "x"], "with its recipe or run first, got 'eval --output x'"),
     ],
 )
 def test_a_launch_that_makes_no_sense_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         launch.main(arguments)
+
+
+def test_a_command_that_every_process_refuses_is_no_crash(tmp_path, capfd):
+    assert launch.main(["--processes", "2", "--", "train", str(tmp_path / "missing.yml"), "grpo.steps=1"]) == 1
+    said = capfd.readouterr().err
+    assert "missing.yml" in said
+    assert re.search(r"process [01] of 2 was the first to fail, with exit status 2; the others are ended$", said, re.M)
 
 
 def test_virtual_devices_replace_those_of_the_shell():

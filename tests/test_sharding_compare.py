@@ -104,7 +104,7 @@ def test_a_state_that_is_shared_as_it_should_be_passes(overrides):
 
 def test_large_arrays_that_are_whole_everywhere_end_the_start_and_are_named():
     message = (
-        r"mesh\.max_unsharded_share must be at least .* 0\.99\d on the mesh data=1 fsdp=8 tensor=1, got 0\.1; "
+        r"mesh\.max_unsharded_share must be at least .* 1\.000 on the mesh data=1 fsdp=8 tensor=1, got 0\.1; "
         r"largest of \d+ such arrays: .*\['mlp'\]\['(up|gate|down)_proj'\]\['kernel'\] \(3\.0 MiB\)"
     )
     with pytest.raises(ValueError, match=message):
@@ -112,7 +112,7 @@ def test_large_arrays_that_are_whole_everywhere_end_the_start_and_are_named():
 
 
 def test_an_axis_that_divides_nothing_is_seen():
-    with pytest.raises(ValueError, match=r"lies whole on every device, 0\.\d+ on the mesh data=1 fsdp=7 tensor=1"):
+    with pytest.raises(ValueError, match=r"lies whole on every device, 1\.000 on the mesh data=1 fsdp=7 tensor=1"):
         check("mesh.num_devices=7", "mesh.fsdp=7")
 
 

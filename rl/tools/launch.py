@@ -17,6 +17,7 @@ from types import FrameType
 
 _SECONDS_TO_FINISH = 5.0  # for the others to say what they have to say, when the first has ended with an error
 COMMANDS = ("train", "sft", "eval")  # that several processes can do together
+_REFUSED = 2  # the exit status of a user's error, see `rl.cli`
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -30,10 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     address = f"127.0.0.1:{_free_port()}"
     commands = [
         [
-            *(sys.executable, "-m", "rl.cli", *arguments.command),
+            *(sys.executable, "-m", "rl.cli", *arguments.command[:2]),
             f"distributed.coordinator_address={address}",
             f"distributed.num_processes={arguments.processes}",
             f"distributed.process_id={number}",
+            *arguments.command[2:],
         ]
         for number in range(arguments.processes)
     ]
@@ -84,10 +86,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
-    if arguments.command[0] not in COMMANDS:
+    name, *rest = arguments.command
+    if name not in COMMANDS or not rest or rest[0].startswith("-"):
         raise ValueError(
-            f"grpo launch must start one of {', '.join(COMMANDS)}, got {arguments.command[0]!r}; "
-            "for example: -- train recipe.yml"
+            f"grpo launch must start one of {', '.join(COMMANDS)} with its recipe or run first, got "
+            f"{' '.join(arguments.command)!r}; for example: -- train recipe.yml"
         )
     return arguments
 
@@ -108,13 +111,12 @@ def _watch(processes: list[subprocess.Popen]) -> int:
             continue
         number = number_of[pid]
         processes[number].returncode = os.waitstatus_to_exitcode(status)
-        if processes[number].returncode:
-            print(
-                f"error: process {number} of {len(processes)} {_cause(processes[number].returncode)}; the others are "
-                "ended. The same command again goes on from the last checkpoint",
-                file=sys.stderr,
-            )
-            if processes[number].returncode > 0:  # of a killed one the others know nothing
+        returncode = processes[number].returncode
+        if returncode:
+            cause = f"error: process {number} of {len(processes)} {_cause(returncode)}; the others are ended"
+            way_out = "" if returncode == _REFUSED else ". The same command again goes on from the last checkpoint"
+            print(cause + way_out, file=sys.stderr)
+            if returncode > 0:  # of a killed one the others know nothing
                 _wait_for(processes, _SECONDS_TO_FINISH)
             return 1
     return 0
