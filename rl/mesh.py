@@ -234,11 +234,12 @@ def in_host_memory(sharding: NamedSharding) -> NamedSharding:
     Raises:
       ValueError: devices that cannot reach it.
     """
-    device = sharding.mesh.devices.flat[0]
-    # A device that is only compiled for has no client, and so no memories to list.
-    memories = device.addressable_memories() if device in jax.devices() else None
-    if memories is not None and _HOST not in {memory.kind for memory in memories}:
-        raise ValueError(f"optimizer.offload must be false on {device.platform}, got true; it has no memory {_HOST}")
+    # Devices of other processes, and those that are only compiled for, have no memories to list.
+    for device in set(sharding.mesh.devices.flat) & set(jax.local_devices()):
+        if _HOST not in {memory.kind for memory in device.addressable_memories()}:
+            raise ValueError(
+                f"optimizer.offload must be false on {device.platform}, got true; it has no memory {_HOST}"
+            )
     return sharding.with_memory_kind(_HOST)
 
 
