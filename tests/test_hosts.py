@@ -25,6 +25,7 @@ from rl.metrics import read_metrics, read_samples
 from rl.tools import launch
 from rl.trained import load_checkpoint
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 7
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
