@@ -6,7 +6,7 @@ no clocks here.
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rewards.contract import RewardSpec, Style
@@ -34,6 +34,49 @@ class RewardResult:
     counts: dict[str, dict[str, int]]
     problems: list[str]
     seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The part of every batch that this process judges, where several processes judge a batch together.
+
+    Completions are cut into equal blocks, one per process; a function of the whole batch runs in one process.
+
+    index, count: which of how many processes. gather: what one process knows -> what each of them knows, in order.
+    """
+
+    index: int
+    count: int
+    gather: Callable[[RewardResult], list[RewardResult]]
+
+    def owns(self, sample: int, size: int) -> bool:
+        """Whether a sample of a batch of `size` is of this process's block."""
+        return sample * self.count // size == self.index
+
+    def owns_function(self, key: int) -> bool:
+        """Whether this process runs the function at this position of the specs, one of the whole batch."""
+        return key % self.count == self.index
+
+
+def merge_results(results: Sequence[RewardResult]) -> RewardResult:
+    """The result of a batch out of those of its shares, each of which has None for what is not its own."""
+    first = results[0]
+    if len(results) == 1:
+        return first
+
+    def known(values: Sequence[float | None]) -> float | None:
+        return next((value for value in values if value is not None), None)
+
+    rewards = [
+        [known(values) for values in zip(*rows, strict=True)]
+        for rows in zip(*(result.rewards for result in results), strict=True)
+    ]
+    counts = {
+        name: {kind: sum(result.counts[name][kind] for result in results) for kind in kinds}
+        for name, kinds in first.counts.items()
+    }
+    seconds = {name: sum(result.seconds[name] for result in results) for name in first.seconds}
+    return RewardResult(rewards, counts, [line for result in results for line in result.problems], seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +130,11 @@ class Batch:
         inputs: BatchInputs,
         timeout: float,
         num_workers: int,
+        share: Share | None = None,
     ):
         size = len(inputs.prompts)
+        self._share = share
+        self._size = size if share is None else sum(share.owns(sample, size) for sample in range(size))
         self.seconds = [0.0] * len(specs)
         self._specs, self._functions, self._inputs = specs, functions, inputs
         self._timeout, self._num_workers = timeout, num_workers
@@ -107,8 +153,9 @@ class Batch:
         inputs.completion_ids.update(completion_ids or {})
         for key, function in enumerate(self._functions):
             if function.style != "batch" or function.elementwise:
-                self._arrived[key].extend(completions)
-            elif len(inputs.completions) == size:
+                own = [sample for sample in completions if self._share is None or self._share.owns(sample, size)]
+                self._arrived[key].extend(own)
+            elif len(inputs.completions) == size and (self._share is None or self._share.owns_function(key)):
                 self._at_home[key % self._num_workers].append(self._task(key, "batch", list(range(size))))
 
     def take(self, worker: int) -> Task | None:
@@ -119,7 +166,7 @@ class Batch:
         for key, arrived in enumerate(self._arrived):
             if arrived:
                 mode = "together" if self._functions[key].is_async else "each"
-                length = min(self._piece_length(mode, len(self._inputs.prompts)), len(arrived))
+                length = min(self._piece_length(mode, self._size), len(arrived))
                 return self._task(key, mode, [arrived.popleft() for _ in range(length)])
         return None
 

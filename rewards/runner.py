@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-from rewards.batch import Batch, BatchInputs, LoadedFunction, RewardResult
+from rewards.batch import Batch, BatchInputs, LoadedFunction, RewardResult, Share, merge_results
 from rewards.contract import RewardSpec, check_specs
 from rewards.process import WorkerProcess, load_request, poll
 from rewards.protocol import encode
@@ -38,6 +38,8 @@ class RewardRunner:
     timeout_seconds: hard limit of one sample in one function (a batch call gets this times its number of samples).
     start_timeout_seconds: limit for importing one function.
     log_path: file that takes what the functions print, and tracebacks; None: this process's stderr.
+    share: what of each batch is judged here, where several processes call this with the same batches; results are of
+        the whole batch in all of them. None: everything.
 
     Raises ValueError when a spec or an argument is invalid, a function does not import, or nothing provides one of
     its arguments.
@@ -52,6 +54,7 @@ class RewardRunner:
         *,
         start_timeout_seconds: float = 120.0,
         log_path: str | os.PathLike[str] | None = None,
+        share: Share | None = None,
     ):
         check_specs(specs)
         if num_workers < 1:
@@ -61,6 +64,7 @@ class RewardRunner:
         self.specs = tuple(specs)
         self.columns = tuple(columns)
         self._timeout = timeout_seconds
+        self._share = share
         requests = [load_request(key, spec, self.columns) for key, spec in enumerate(specs)]
         self._workers = [WorkerProcess(requests, start_timeout_seconds, log_path) for _ in range(num_workers)]
         try:
@@ -113,8 +117,8 @@ class RewardRunner:
             prompts=encode(list(prompts), "prompts"),
             columns={name: encode(list(columns[name]), f"column {name!r}") for name in sorted(wanted)},
         )
-        batch = Batch(self.specs, self._functions, inputs, self._timeout, len(self._workers))
-        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts))
+        batch = Batch(self.specs, self._functions, inputs, self._timeout, len(self._workers), self._share)
+        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), self._share)
 
     def close(self) -> None:
         """End the workers; exit handlers of user code get a few seconds. Closing twice does nothing."""
@@ -170,7 +174,9 @@ class Scoring:
         workers: Sequence[WorkerProcess],
         batch: Batch,
         num_samples: int,
+        share: Share | None = None,
     ):
+        self._share = share
         self._specs, self._functions, self._workers = specs, functions, workers
         self._batch = batch
         self._size, self._left = num_samples, set(range(num_samples))
@@ -232,7 +238,8 @@ class Scoring:
                 f"the result needs the whole batch, {len(self._left)} of {self._size} completions are missing"
             )
         self._done.result()
-        return self._batch.result()
+        result = self._batch.result()
+        return result if self._share is None else merge_results(self._share.gather(result))
 
     # The thread
 

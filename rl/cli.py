@@ -95,6 +95,18 @@ COMMANDS = {
             --dtype DTYPE  float32, bfloat16 or float16; the checkpoint's own when left out
             --adapter      of a run with adapters (lora.rank): these alone, in PEFT's format; else they are merged""",
     ),
+    "launch": Command(
+        module="rl.tools.launch",
+        arguments="--processes N [--cpu-devices K] -- COMMAND ...",
+        summary="run a command as several processes on this machine",
+        details="""\
+            --processes N      how many; they train one policy together
+            --cpu-devices K    virtual CPU devices of each; whatever devices jax finds when left out
+            COMMAND ...        train, sft or eval with its arguments
+
+            When a process dies, says which one was first, ends the others, and returns 1. The same command again
+            resumes the run. For several machines see examples/launch.""",
+    ),
     "report": Command(
         module="rl.tools.report",
         arguments="RUN [RUN ...] [--output PNG]",

@@ -20,7 +20,16 @@ import yaml
 from pydantic.dataclasses import dataclass
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_FREE_FORM = ("data.args", "data.eval_args", "data.columns", "sampling.logit_bias")
+_FREE_FORM = (
+    "data.args",
+    "data.eval_args",
+    "data.columns",
+    "sampling.logit_bias",
+    "mesh.axes",
+    "mesh.dcn",
+    "mesh.rules",
+    "mesh.rollout_rules",
+)
 
 # Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step
 # computes.
@@ -42,6 +51,7 @@ RESUMABLE_KEYS = (
     "sampling.kv_memory",
     "sampling.warm_up",
     "mesh",
+    "distributed",
     "checkpoint",
     "eval",
     "health",
@@ -282,13 +292,30 @@ class OptimizerSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class MeshSection:
-    """Devices per mesh axis, and logical axis -> mesh axes."""
+    """Devices per mesh axis, which axes go over the slow network, and logical axis -> mesh axes."""
 
     num_devices: int | None
     data: int
     fsdp: int
     tensor: int
+    axes: dict[str, int]
+    dcn: dict[str, int]
+    slice_is: Literal["slice", "process"]
+    max_unsharded_share: float
     rules: dict[str, list[str]]
+    rollout_rules: dict[str, list[str]]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DistributedSection:
+    """How the processes of a run find each other, and when one counts as dead."""
+
+    auto: bool
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    heartbeat_timeout_seconds: int
+    initialization_timeout_seconds: int
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -349,6 +376,7 @@ class Config:
     sft: SFTSection
     optimizer: OptimizerSection
     mesh: MeshSection
+    distributed: DistributedSection
     checkpoint: CheckpointSection
     eval: EvalSection
     health: HealthSection
@@ -544,7 +572,7 @@ def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 def _check_keys(layer: Mapping, known: set[str]) -> None:
     sections = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
     for key, value in _flatten(layer).items():
-        if key in sections:
+        if key in sections or (key in _FREE_FORM and not isinstance(value, Mapping)):
             raise ValueError(f"{key} must be a mapping of keys, got {value!r}")
         if key not in known:
             near = _nearest(key, sorted(known))
@@ -602,6 +630,9 @@ def _check(config: Config) -> None:
     _at_least(config, 1, "sft.steps", "sft.batch_size", "sft.max_completion_length", "data.max_prompt_length")
     _at_least(config, 1, "rewards.num_workers", "checkpoint.every", "checkpoint.keep", "eval.max_prompts")
     _at_least(config, 1, "mesh.num_devices", "sampling.slots")
+    _at_least(config, 1, "distributed.num_processes", "distributed.initialization_timeout_seconds")
+    _at_least(config, 5, "distributed.heartbeat_timeout_seconds")
+    _at_least(config, 0, "distributed.process_id", "mesh.max_unsharded_share")
     if not 0 < sampling.kv_memory <= 1:
         raise ValueError(f"sampling.kv_memory must be a share of memory in (0, 1], got {sampling.kv_memory}")
     _at_least(

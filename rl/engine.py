@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from rl import decoding
+from rl import decoding, hosts
 from rl.decoding import Report, Requests, Slots
 from rl.mesh import num_row_shards, partition_spec, replicated, row_sharding
 from rl.models.cache import (
@@ -138,7 +138,7 @@ class Engine:
             start = stop - size  # the last piece may run some positions again, so that all pieces have one shape
             self._count_bytes(part, *held)
             inputs = (tokens_PT[:, start:stop], positions_PT[:, start:stop], group_ids_PT[:, start:stop])
-            inputs, first = jax.device_put((inputs, np.int32(start)), (self._rows, self._everywhere))
+            inputs, first = hosts.put((inputs, np.int32(start)), (self._rows, self._everywhere))
             program = self._prefill_program(params, num_rows, size, part.length, common_length)
             part = program(params, part, common, *inputs, first)
         return part
@@ -149,6 +149,7 @@ class Engine:
         self, shape: Shape, sampling: SamplingParams, key: jax.Array, common: CachePart | None = None
     ) -> DecodeState:
         """Idle slots, no prompts."""
+        key = hosts.put_key(key, self._everywhere)
 
         def build() -> Callable:
             function = self._empty_slots(shape.num_slots, sampling)
@@ -173,7 +174,7 @@ class Engine:
                 return state
             state.table = self._empty(shape.table_rows, shape.table_length)
         self._count_bytes(state.own, state.table, state.common, prefix)
-        new, rows_on_device = iter(named_arrays(prefix)), jax.device_put(rows, self._rows)
+        new, rows_on_device = iter(named_arrays(prefix)), hosts.put(rows, self._rows)
 
         def put(name: str, array: jax.Array) -> jax.Array:
             _, rows_of_array = next(new)
@@ -196,8 +197,9 @@ class Engine:
     ) -> tuple[DecodeState, Report]:
         """Draws up to `chunk` tokens per slot, see `decoding.generate`; the report is on the host."""
         program = self.programs.get(*self._generate_build(params, state.shape, state.sampling, chunk))
-        waiting = jax.device_put((requests, num_requests), self._rows)
-        cancelled, minimum = jax.device_put((cancelled_B, np.int32(few)), (self._rows, self._everywhere))
+        key = hosts.put_key(key, self._everywhere)
+        waiting = hosts.put((requests, num_requests), self._rows)
+        cancelled, minimum = hosts.put((cancelled_B, np.int32(few)), (self._rows, self._everywhere))
         state.own, state.slots, report = program(
             params,
             state.own,
@@ -214,7 +216,7 @@ class Engine:
     def resize(self, state: DecodeState, index: np.ndarray | None, length: int) -> DecodeState:
         """Keeps the slots `index` [shards, R] (None: all), counted in each shard; grows the own cache to `length`."""
         if index is not None:
-            kept = jax.device_put(index, self._rows)
+            kept = hosts.put(index, self._rows)
             state.own = map_arrays(state.own, partial(self._take_rows, kept))
             state.slots = jax.tree.map(partial(self._take_rows, kept, "slots"), state.slots)
         if length > state.own.length:

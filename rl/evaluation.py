@@ -18,9 +18,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from rewards.batch import RewardResult, Share
 from rewards.contract import RewardSpec
 from rewards.rubric import summarize
 from rewards.runner import RewardRunner
+from rl import hosts
 from rl.config import Config, load_config, require
 from rl.data import PromptRow, load_prompts
 from rl.mesh import device_memory
@@ -30,6 +32,7 @@ from rl.rollout import sample_and_score
 from rl.run_folder import read_run
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
+from rl.states import InitStateFn, get_abstract_state
 from rl.tokenizer import Tokenizer
 from rl.trained import load_checkpoint, load_start
 from rl.weights import eos_ids, use_compilation_cache
@@ -128,14 +131,21 @@ def evaluate(
 
 def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: Any, tokenizer: Tokenizer) -> Sampler:
     """The sampler of a run, for rollouts and evaluation alike."""
-    section = config.sampling
+    section, rules, decode_shardings = config.sampling, config.mesh.rules, None
+    if config.mesh.rollout_rules:
+        rules = {**rules, **config.mesh.rollout_rules}
+        decoding = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules=rules))  # pyright: ignore[reportArgumentType]
+        init_state_fn = InitStateFn(policy, None, config.seed)
+        decode_shardings = get_abstract_state(decoding, mesh, init_state_fn, is_training=False).shardings.params
     return Sampler(
         policy,
         mesh,
         param_shardings,
-        rules=config.mesh.rules,
+        rules=rules,
+        decode_shardings=decode_shardings,
         slots=section.slots,
-        kv_bytes=int(section.kv_memory * device_memory(mesh)) if section.slots is None else None,
+        # The least of all processes: they must come to the same number of slots.
+        kv_bytes=int(section.kv_memory * min(hosts.gather(device_memory(mesh)))) if section.slots is None else None,
         decode_text=tokenizer.decode,
         kv_dtype=section.kv_dtype,
         weight_dtype=section.weight_dtype,
@@ -163,11 +173,19 @@ def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
 
 
 def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.Path | None) -> RewardRunner:
-    """The worker processes with the run's reward functions; every column of the rows is offered to them."""
+    """The worker processes with the run's reward functions; every column of the rows is offered to them.
+
+    Each process of the run has its own, which judge its share of the completions.
+    """
     specs = [RewardSpec(f.name or f.function, f.function, f.weight, f.kwargs) for f in config.rewards.functions]
     columns = sorted({name for row in rows for name in row.columns})
     section = config.rewards
-    return RewardRunner(specs, columns, section.num_workers, section.timeout_seconds, log_path=log_path)
+
+    def gather(result: RewardResult) -> list[RewardResult]:
+        return [RewardResult(**part) for part in hosts.gather(dataclasses.asdict(result))]
+
+    share = None if jax.process_count() == 1 else Share(jax.process_index(), jax.process_count(), gather)
+    return RewardRunner(specs, columns, section.num_workers, section.timeout_seconds, log_path=log_path, share=share)
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -195,6 +213,7 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
     if is_run:
         read_run(source)
     config = load_config(source / "config.yml" if is_run else source, overrides)
+    hosts.join(config.distributed)
     use_compilation_cache(config)
     require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
     trained = load_checkpoint(config, source) if is_run else load_start(config)
@@ -206,6 +225,7 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
     sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
     with start_rewards(config, rows, None) as runner:
         result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
+    hosts.leave()
     return result, "model.source" if trained.step is None else f"step {trained.step}"
 
 
@@ -219,6 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     result, where = evaluate_source(arguments.run_or_config, arguments.overrides)
+    if not hosts.is_first():
+        return
     if arguments.output is not None:
         lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in result.samples)
         pathlib.Path(arguments.output).write_text(lines, encoding="utf-8")

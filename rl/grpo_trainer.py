@@ -22,6 +22,7 @@ import jax
 from jax.sharding import Mesh
 
 from rewards.runner import RewardRunner, check_on_gold
+from rl import hosts
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config, preset_values, require
 from rl.console import Console
@@ -31,7 +32,7 @@ from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
-from rl.mesh import create_mesh, no_implicit_transfers, num_row_shards
+from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import Policy, policy_from_config
 from rl.models.train_state import PureState
@@ -62,7 +63,7 @@ def train(config: Config) -> pathlib.Path:
         starts.
     """
     with contextlib.ExitStack() as stack:
-        console = stack.enter_context(Console(config.grpo.steps))
+        console = stack.enter_context(Console(config.grpo.steps, hosts.console_stream()))
         # -- tokenizer, prompts
         tokenizer = tokenizer_of(config)
         data = load_prompts(config, tokenizer)
@@ -76,7 +77,9 @@ def train(config: Config) -> pathlib.Path:
         plan = plan_for(config, data, policy, num_row_shards(mesh, config.mesh.rules))
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
         identity = {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None}
-        run = RunFolder(config, "grpo", {**identity, "data": fingerprint(data.train), **file_hashes(config)})
+        identity |= {"data": fingerprint(data.train), **file_hashes(config)}
+        hosts.check_same(config, identity)
+        run = RunFolder(config, "grpo", identity)
         stack.callback(run.close)
         runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
         run.begin()
@@ -87,6 +90,7 @@ def train(config: Config) -> pathlib.Path:
         checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn, with_reference=moves)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
+        check_sharded(checkpoints.abstract.shapes, checkpoints.abstract.shardings, config.mesh, mesh)
         announce(console, config, data, origin, policy, mesh, run, plan)
         warn_about_sampling(console, config, sampling)
         shardings = checkpoints.abstract.shardings
@@ -118,7 +122,8 @@ def train(config: Config) -> pathlib.Path:
         if first_step == 0 and config.rewards.check_on_gold:
             warn_about_rewards(console, runner, data.train[0])
         # -- loop
-        writer = stack.enter_context(MetricsWriter(run.path, first_step + 1 if run.resumed and first_step else 0))
+        first_line = first_step + 1 if run.resumed and first_step else 0
+        writer = stack.enter_context(MetricsWriter(run.path if hosts.is_first() else None, first_line))
         compiles, watch = stack.enter_context(CompileCounter()), Stopwatch()
         stop = stack.enter_context(StopRequest(console.message))
 
@@ -170,13 +175,14 @@ def train(config: Config) -> pathlib.Path:
             for problem in problems:
                 console.warning(problem)
             check_progress(config.health, health)
-            if done % config.checkpoint.every == 0 or done == config.grpo.steps or stop.requested:
+            is_last = hosts.any_process(stop.requested) or done == config.grpo.steps
+            if done % config.checkpoint.every == 0 or is_last:
                 epoch, offset = divmod(position, len(data.train))
                 loop = {"step": done, "epoch": epoch, "position": offset, "flavour": policy.flavour}
                 loop |= {"entropy": entropy._asdict(), "health": health._asdict()}
                 with watch.timer("checkpoint"):  # part of the next step's seconds
                     checkpoints.save(done, state, loop, reference)
-            if stop.requested:
+            if is_last:
                 break
         checkpoints.wait()
         return run.path
@@ -292,8 +298,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv:
         raise ValueError("grpo train needs a config file, for example: grpo train examples/arithmetic/grpo.yml")
     config = load_config(argv[0], argv[1:])
+    hosts.join(config.distributed)
     use_compilation_cache(config)
     train(config)
+    hosts.leave()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self._previous[number] = signal.signal(number, self._handle)
+                # None: a handler that Python knows nothing of, such as that of jax's preemption service.
+                self._previous[number] = signal.signal(number, self._handle) or signal.SIG_DFL
             except ValueError:  # not the main thread
                 break
         return self

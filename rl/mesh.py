@@ -1,9 +1,10 @@
 """The device mesh, and where every array of the toolkit lies on it.
 
 In: the `mesh` section of the config and logical axis names. Out: a `jax.sharding.Mesh` and `NamedSharding`s. This is
-the one module that spells mesh axis names. Multi-host start-up is not here.
+the one module that spells mesh axis names. How processes find each other is `rl.hosts`.
 """
 
+import collections
 import contextlib
 import math
 import os
@@ -12,11 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rl.config import MeshSection
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor")  # a configuration may add more, between the last two
+LOGICAL_AXES = ("batch", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "lora")  # of Tandem's models
+_LARGE = 2**20  # bytes from which on an array should not be on every device
 _HOST, _DEVICE = "pinned_host", "device"  # kinds of memory
 
 
@@ -27,24 +31,44 @@ def no_implicit_transfers() -> contextlib.AbstractContextManager:
     return jax.transfer_guard("disallow")
 
 
+def axis_sizes(section: MeshSection) -> dict[str, int]:
+    """The number of devices on every axis, -1 where open, from the axis that talks least to the one that talks most.
+
+    Raises:
+      ValueError: an extra axis with the name of another, or a name that is none.
+    """
+    for axis in section.axes:
+        if axis in AXES or not axis.isidentifier():
+            raise ValueError(f"mesh.axes must name axes beside {list(AXES)}, like expert, got {axis!r}")
+    outer, inner = AXES[:-1], AXES[-1:]
+    sizes = {axis: getattr(section, axis) for axis in outer}
+    return {**sizes, **section.axes, **{axis: getattr(section, axis) for axis in inner}}
+
+
 def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over the first `section.num_devices` devices (None: all), or of those given.
+    """The mesh (data, fsdp, extra axes, tensor) over the first `section.num_devices` devices (None: all), or of those
+    given.
+
+    On TPU neighbours on an axis are neighbours on the chips' own network. Where devices lie in several slices, joined
+    by a slower one, `section.dcn` says which axes cross it.
 
     Raises:
       ValueError: more devices asked for than there are, sizes that do not multiply to their number, more than one -1, a
-        size below 1, or a rule that names an axis which does not exist.
+        size below 1, a rule that names an axis which does not exist, or slices that do not fit the axes.
     """
     devices = list(jax.devices() if devices is None else devices)
     if section.num_devices is not None and section.num_devices > len(devices):
         raise ValueError(f"mesh.num_devices must be <= {len(devices)}, the devices present, got {section.num_devices}")
+    is_part = section.num_devices not in (None, len(devices))
     devices = devices[: section.num_devices]
-    sizes = {axis: getattr(section, axis) for axis in AXES}
-    for logical, axes in section.rules.items():
-        for axis in axes:
-            if axis not in AXES:
-                raise ValueError(f"mesh.rules.{logical} must name mesh axes out of {list(AXES)}, got {axis!r}")
-            if axes.count(axis) > 1:
-                raise ValueError(f"mesh.rules.{logical} must name each mesh axis once, got {axes}")
+    sizes = axis_sizes(section)
+    for key, rules in (("rules", section.rules), ("rollout_rules", section.rollout_rules)):
+        for logical, axes in rules.items():
+            for axis in axes:
+                if axis not in sizes:
+                    raise ValueError(f"mesh.{key}.{logical} must name mesh axes out of {list(sizes)}, got {axis!r}")
+                if axes.count(axis) > 1:
+                    raise ValueError(f"mesh.{key}.{logical} must name each mesh axis once, got {axes}")
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             raise ValueError(f"mesh.{axis} must be a number of devices >= 1, or -1 for what is left, got {size}")
@@ -63,10 +87,63 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
             f"mesh sizes must multiply to the {len(devices)} device(s) in use, got {shape}; each size must be one of "
             f"{fits}, and -1 on one axis takes what is left"
         )
+    grid = _arrange(devices, sizes, section, is_part)
     # Auto axes: jax.make_mesh would give Explicit ones, where sharded matrix products need an output sharding spelled
     # out.
-    grid = np.array(devices).reshape([sizes[axis] for axis in AXES])
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _arrange(devices: Sequence[Any], sizes: Mapping[str, int], section: MeshSection, is_part: bool) -> np.ndarray:
+    """The devices as an array with one dim per axis."""
+    counts = collections.Counter(_slice_of(device, section) for device in devices)
+    across = _slices_per_axis(sizes, section.dcn, counts)
+    inside = [size // across[axis] for axis, size in sizes.items()]
+    if len(counts) > 1:
+        return mesh_utils.create_hybrid_device_mesh(
+            inside,
+            list(across.values()),
+            devices,
+            process_is_granule=section.slice_is == "process",
+            allow_split_physical_axes=True,
+        )
+    # A part of the chips need not be a block of their network.
+    if devices[0].platform == "tpu" and not is_part:
+        return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    return np.array(devices).reshape(inside)
+
+
+def _slice_of(device: Any, section: MeshSection) -> int:
+    if section.slice_is == "process":
+        return device.process_index
+    return getattr(device, "slice_index", 0)  # not all platforms know of slices
+
+
+def _slices_per_axis(sizes: Mapping[str, int], dcn: Mapping[str, int], counts: Mapping[int, int]) -> dict[str, int]:
+    """Over how many slices each axis goes; without a word in the config the first axes go over as many as they can."""
+    num_slices = len(counts)
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"each slice must have equally many devices of the mesh, got {sorted(counts.values())}; set "
+            "mesh.num_devices to null, or mesh.slice_is to what really is a slice"
+        )
+    across = dict.fromkeys(sizes, 1)
+    if not dcn:
+        left = num_slices
+        for axis, size in sizes.items():
+            across[axis] = math.gcd(size, left)
+            left //= across[axis]
+        assert left == 1, (sizes, num_slices)
+        return across
+    for axis, count in dcn.items():
+        if axis not in sizes:
+            raise ValueError(f"mesh.dcn must name mesh axes out of {list(sizes)}, got {axis!r}")
+        if count < 1 or sizes[axis] % count:
+            raise ValueError(f"mesh.dcn.{axis} must divide the size of that axis, {sizes[axis]}, got {count}")
+    if math.prod(dcn.values()) != num_slices:
+        raise ValueError(
+            f"mesh.dcn must multiply to the number of slices, {num_slices}, got {dict(dcn)}; {{}} leaves it to Tandem"
+        )
+    return {**across, **dcn}
 
 
 def partition_spec(
@@ -104,6 +181,48 @@ def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Mapping[
     )
 
 
+def check_rules_are_used(logical_axes: Any, rules: Mapping[str, Sequence[str]]) -> None:
+    """ValueError for a rule that no array has: its name is misspelt, or the model has no such axis."""
+    used = {name for names in jax.tree.leaves(logical_axes, is_leaf=_is_names) for name in names}
+    unused = [name for name in rules if name not in {*LOGICAL_AXES, *used}]
+    if unused:
+        raise ValueError(
+            f"mesh.rules.{unused[0]} must name a logical axis of the model, which has {sorted(used - {None})}; "
+            f"rows of a batch are 'batch'"
+        )
+
+
+def _is_names(tree: Any) -> bool:
+    return type(tree) is tuple and all(name is None or isinstance(name, str) for name in tree)
+
+
+def check_sharded(shapes: Any, shardings: Any, section: MeshSection, mesh: Mesh) -> None:
+    """ValueError when too much of a state lies whole on every device of a mesh whose devices should share it.
+
+    Arrays under a MiB do not count. On a mesh of the data axis alone nothing does: there all is whole by design.
+    """
+    if mesh.size == mesh.shape[AXES[0]]:
+        return
+    sizes = {
+        jax.tree_util.keystr(path): (math.prod(leaf.shape) * leaf.dtype.itemsize, sharding.is_fully_replicated)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+        )
+    }
+    whole = {path: size for path, (size, is_whole) in sizes.items() if is_whole and size >= _LARGE}
+    share = sum(whole.values()) / sum(size for size, _ in sizes.values())
+    if share > section.max_unsharded_share:
+        largest = sorted(whole.items(), key=lambda item: -item[1])[:5]
+        text = ", ".join(f"{path} ({size / 2**20:.1f} MiB)" for path, size in largest)
+        axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise ValueError(
+            f"mesh.max_unsharded_share must be at least the share of the state that lies whole on every device, "
+            f"{share:.3f} on the mesh {axes}, got {section.max_unsharded_share}; largest of {len(whole)} such arrays: "
+            f"{text}. Choose axis sizes that divide their dims, or name these axes in mesh.rules; raise the bound if "
+            "this is meant"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of scalars and of whatever every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
@@ -115,11 +234,12 @@ def in_host_memory(sharding: NamedSharding) -> NamedSharding:
     Raises:
       ValueError: devices that cannot reach it.
     """
-    device = sharding.mesh.devices.flat[0]
-    # A device that is only compiled for has no client, and so no memories to list.
-    memories = device.addressable_memories() if device in jax.devices() else None
-    if memories is not None and _HOST not in {memory.kind for memory in memories}:
-        raise ValueError(f"optimizer.offload must be false on {device.platform}, got true; it has no memory {_HOST}")
+    # Devices of other processes, and those that are only compiled for, have no memories to list.
+    for device in set(sharding.mesh.devices.flat) & set(jax.local_devices()):
+        if _HOST not in {memory.kind for memory in device.addressable_memories()}:
+            raise ValueError(
+                f"optimizer.offload must be false on {device.platform}, got true; it has no memory {_HOST}"
+            )
     return sharding.with_memory_kind(_HOST)
 
 

@@ -30,17 +30,20 @@ class MetricsWriter:
     line before it saves that step's checkpoint never has a checkpoint whose lines are missing.
     """
 
-    def __init__(self, folder: str | os.PathLike, start_step: int):
+    def __init__(self, folder: str | os.PathLike | None, start_step: int):
         """Opens both files for appending, without the lines of steps that will be run again.
 
         Args:
-          folder: the run folder; created when missing.
+          folder: the run folder; created when missing. None: nothing is written, another process does that.
           start_step: the first step this process will write. Lines of this step and later ones are dropped, and so is a
             last line that a kill cut short; each file is replaced atomically.
 
         Raises:
           ValueError: a complete line in either file is not a JSON object with a `step`.
         """
+        self._metrics_file = self._samples_file = None
+        if folder is None:
+            return
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, SAMPLES_FILE):
@@ -63,8 +66,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes both files; calling it again does nothing."""
-        self._metrics_file.close()
-        self._samples_file.close()
+        for file in (self._metrics_file, self._samples_file):
+            if file is not None:
+                file.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -184,6 +188,8 @@ def _with_step_first(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _append_lines(file: Any, rows: Iterable[Mapping[str, Any]]) -> None:
+    if file is None:
+        return
     text = "".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows)
     file.write(text.encode("ascii"))
     file.flush()

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from rl import hosts
 from rl.config import Config, differences, dump_config, load_config, require
 
 _CONFIG, _IDENTITY, _METRICS, _CHECKPOINTS = "config.yml", "run.json", "metrics.jsonl", "checkpoints"
@@ -20,9 +21,10 @@ FOLDERS = (_CHECKPOINTS, "export")
 
 
 class RunFolder:
-    """An output folder that this process owns until `close` or its end.
+    """An output folder that this run owns until `close` or its end.
 
-    Opening it changes nothing that it holds; `begin` does, and comes after everything that can be checked before.
+    Opening it changes nothing that it holds; `begin` does, and comes after everything that can be checked before. Of a
+    run's processes the first one does all this, and the others wait for it.
 
     Attributes:
       path: the folder.
@@ -42,6 +44,15 @@ class RunFolder:
         """
         self.path = pathlib.Path(require(config.output_dir, "output_dir", "runs/my_run"))
         self._config, self._identity = config, {"kind": kind, **origin}
+        self.resumed = hosts.from_first(self._open)
+        if not (self.path / _LOCK).exists():
+            raise ValueError(
+                f"output_dir must be on a disk that all processes of the run share, got {self.path}, which process 0 "
+                "has opened and this one cannot see"
+            )
+
+    def _open(self) -> bool:
+        """Takes the folder; whether it holds this run."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir must be a folder, got the file {self.path}")
         self._is_new = not self.path.exists()
@@ -54,15 +65,19 @@ class RunFolder:
             )
         self._lock = _lock(self.path)
         try:
-            self.resumed = _has_work(self.path) and not config.checkpoint.overwrite
-            if self.resumed:
-                _check_same_run(self.path, config, self._identity)
+            resumed = _has_work(self.path) and not self._config.checkpoint.overwrite
+            if resumed:
+                _check_same_run(self.path, self._config, self._identity)
         except ValueError:
             os.close(self._lock)
             raise
+        return resumed
 
     def begin(self) -> None:
         """Makes the folder this run's: as it is when it is resumed, else without what an earlier run left in it."""
+        hosts.from_first(self._begin)
+
+    def _begin(self) -> None:
         if self.resumed:
             return
         _clear(self.path)
@@ -71,7 +86,9 @@ class RunFolder:
         _write(self.path / _CONFIG, dump_config(self._config))
 
     def close(self) -> None:
-        """Lets another process open the folder. A run that recorded nothing leaves nothing behind."""
+        """Lets another run open the folder. A run that recorded nothing leaves nothing behind."""
+        if not hosts.is_first():
+            return
         if not _has_work(self.path):
             _clear(self.path)
             for name in (_LOG, _LOCK):

@@ -51,6 +51,8 @@ class Sampler:
 
     Args:
       policy, mesh, param_shardings, rules: see `rl.engine.Engine`.
+      decode_shardings: where parameters lie while they are decoded with, by `rules`; every call copies them there, from
+        device to device. None: where they are.
       slots: completions decoded at a time, over all devices; None: as many as `kv_bytes` allows, up to 256.
       kv_bytes: bytes on each device that the key/value cache may take; None: no bound.
       decode_text: token ids -> text; needed for stop strings only.
@@ -71,6 +73,7 @@ class Sampler:
         param_shardings: Any,
         *,
         rules: Mapping[str, Sequence[str]],
+        decode_shardings: Any = None,
         slots: int | None = None,
         kv_bytes: int | None = None,
         decode_text: Callable[[Sequence[int]], str] | None = None,
@@ -79,12 +82,15 @@ class Sampler:
         kv_dtype: str | None = None,
         weight_dtype: str | None = None,
     ) -> None:
-        self._quantize: Callable[[Params], Params] | None = None
+        convert: Callable[[Params], Params] = lambda params: params  # noqa: E731
+        shardings = param_shardings if decode_shardings is None else decode_shardings
         if weight_dtype is not None:
-            quantized = quantized_shardings(policy.config, param_shardings)
-            quantize = partial(quantize_params, policy.config, dtype=weight_dtype)
-            self._quantize = jax.jit(quantize, in_shardings=(param_shardings,), out_shardings=quantized)
-            param_shardings = quantized
+            shardings = quantized_shardings(policy.config, shardings)
+            convert = partial(quantize_params, policy.config, dtype=weight_dtype)
+        self._convert: Callable[[Params], Params] | None = None
+        if shardings is not param_shardings:
+            self._convert = jax.jit(convert, in_shardings=(param_shardings,), out_shardings=shardings)
+            param_shardings = shardings
         self.engine = Engine(policy, mesh, param_shardings, rules=rules, kv_dtype=kv_dtype)
         if slots is not None and slots < self.engine.num_shards:
             raise ValueError(
@@ -381,7 +387,7 @@ class Sampler:
         return self.engine.prefill(params, tokens, positions, np.zeros_like(tokens), chunk=chunk)
 
     def _decode_params(self, params: Params) -> Params:
-        return params if self._quantize is None else self._quantize(params)
+        return params if self._convert is None else self._convert(params)
 
     def _chunk_of(self, sampling: SamplingParams) -> int:
         return self._stop_chunk if sampling.stop_strings else self._chunk

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from rl import hosts
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config
 from rl.console import Console
@@ -23,7 +24,7 @@ from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewar
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.loss_types import LossConfig
-from rl.mesh import create_mesh, no_implicit_transfers, num_row_shards, replicated
+from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards, replicated
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
@@ -44,7 +45,7 @@ def train(config: Config) -> pathlib.Path:
         starts.
     """
     with contextlib.ExitStack() as stack:
-        console = stack.enter_context(Console(config.sft.steps))
+        console = stack.enter_context(Console(config.sft.steps, hosts.console_stream()))
         # -- tokenizer, pairs
         tokenizer = tokenizer_of(config)
         pairs = load_pairs(config, tokenizer)
@@ -65,13 +66,16 @@ def train(config: Config) -> pathlib.Path:
             preferred_row_length=policy.config.hidden_size,
         )
         # -- run folder, state: whatever is wrong up to here has touched nothing on disk
-        run = RunFolder(config, "sft", {"policy": origin.identity, "data": fingerprint(pairs.rows)})
+        identity = {"policy": origin.identity, "data": fingerprint(pairs.rows)}
+        hosts.check_same(config, identity)
+        run = RunFolder(config, "sft", identity)
         stack.callback(run.close)
         run.begin()
         init_state_fn = InitStateFn(policy, optimizer, config.seed)
         checkpoints = create_checkpoint_manager(config, mesh, init_state_fn)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
+        check_sharded(checkpoints.abstract.shapes, checkpoints.abstract.shardings, config.mesh, mesh)
         shardings = checkpoints.abstract.shardings
         # -- restore, or start
         if checkpoints.latest_step is None:
@@ -99,7 +103,7 @@ def train(config: Config) -> pathlib.Path:
         rows = {"run folder": run.path, "policy": policy.flavour, "pairs": len(pairs.rows), "held out": len(held_out)}
         console.table("grpo sft", {**rows, "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M"})
         # -- loop
-        writer = stack.enter_context(MetricsWriter(run.path, first_step + 1))
+        writer = stack.enter_context(MetricsWriter(run.path if hosts.is_first() else None, first_step + 1))
         compiles, watch = stack.enter_context(CompileCounter()), Stopwatch()
         stop = stack.enter_context(StopRequest(console.message))
         for step in range(first_step, config.sft.steps):
@@ -107,10 +111,10 @@ def train(config: Config) -> pathlib.Path:
                 pairs.rows[i] for i in step_indices(len(pairs.rows), config.seed, step, config.sft.batch_size)
             ]
             with watch.timer("train"), no_implicit_transfers():
-                packed = jax.device_put(pack(to_groups(batch_rows), plan), batch_shardings(mesh, config.mesh.rules))
+                packed = hosts.put(pack(to_groups(batch_rows), plan), batch_shardings(mesh, config.mesh.rules))
                 num_tokens = sum(len(row.completion_ids) for row in batch_rows)
                 scalars = (np.int32(num_tokens), np.float32(0.0), np.bool_(False))
-                count, entropy_coef, on_policy = jax.device_put(scalars, replicated(mesh))
+                count, entropy_coef, on_policy = hosts.put(scalars, replicated(mesh))
                 state, update = train_step(state, Minibatch(packed, count, entropy_coef, on_policy=on_policy))
                 update = jax.device_get(update)
             done = step + 1
@@ -132,10 +136,11 @@ def train(config: Config) -> pathlib.Path:
             for problem in [*rounding_problems(metrics), *checkup.warnings]:
                 console.warning(problem)
             check_progress(config.health, health)
-            if done % config.checkpoint.every == 0 or done == config.sft.steps or stop.requested:
+            is_last = hosts.any_process(stop.requested) or done == config.sft.steps
+            if done % config.checkpoint.every == 0 or is_last:
                 with watch.timer("checkpoint"):  # part of the next step's seconds
                     checkpoints.save(done, state, {"step": done, "flavour": policy.flavour, "health": health._asdict()})
-            if stop.requested:
+            if is_last:
                 break
         checkpoints.wait()
         if int(state.step) < config.sft.steps:
@@ -148,8 +153,13 @@ def train(config: Config) -> pathlib.Path:
                 sampling = sampling_params(config, eos)
                 result = evaluate(sampler, state.params, held_out, runner, tokenizer, sampling, config.eval.reward)
             console.message(f"held-out greedy accuracy {result.accuracy:.1%} on {result.num_prompts} prompts")
-        shutil.rmtree(run.path / "export", ignore_errors=True)  # of an earlier, shorter run in this folder
-        write_folder(run.path / "export", origin.model_config, state.params, tokenizer, None)
+        params = hosts.fetch(state.params)
+
+        def write() -> None:
+            shutil.rmtree(run.path / "export", ignore_errors=True)  # of an earlier, shorter run in this folder
+            write_folder(run.path / "export", origin.model_config, params, tokenizer, None)
+
+        hosts.from_first(write)
         console.message(f"policy written to {run.path / 'export'}")
         return run.path
 
@@ -183,8 +193,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv:
         raise ValueError("grpo sft needs a config file, for example: grpo sft examples/arithmetic/sft.yml")
     config = load_config(argv[0], argv[1:])
+    hosts.join(config.distributed)
     use_compilation_cache(config)
     train(config)
+    hosts.leave()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from rl.config import Config
-from rl.mesh import in_host_memory, tree_shardings
+from rl.mesh import check_rules_are_used, in_host_memory, tree_shardings
 from rl.models.config import flatten_specs, logical_axes, parameter_specs
 from rl.models.lora import freeze, join, split
 from rl.models.policy import Params, Policy
@@ -70,6 +70,7 @@ def get_abstract_state(
     # Evaluated outside of any mesh context: some states cannot be traced inside one.
     shapes = jax.eval_shape(lambda: _select(pure_state(init_state_fn()), is_training))
     annotations = _annotate(shapes, init_state_fn.policy)
+    check_rules_are_used(annotations.params, config.mesh.rules)
     shardings = tree_shardings(shapes, annotations, mesh, config.mesh.rules)
     if config.optimizer.offload:
         is_moment = [leaf.ndim > 0 for leaf in jax.tree.leaves(shapes.opt_state)]

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from rl import hosts
 from rl.config import Config
 from rl.entropy_coef import EntropyCoefState, applied_entropy_coef, next_entropy_coef
 from rl.loss_metrics import finish_metrics
@@ -65,7 +66,7 @@ class Updater:
             "chunk_size": config.grpo.logprob_chunk,
         }
         self._token_logprobs = jit_token_logprobs(policy, state_shardings.params, **common)
-        self._finish_metrics = jax.jit(finish_metrics)
+        self._finish_metrics = jax.jit(finish_metrics, out_shardings=self._replicated)
         self._reference_logprobs = self._token_logprobs
         if policy.config.lora is not None:  # the reference is the base
             frozen_shardings = split(policy.config, state_shardings.params)[1]
@@ -104,7 +105,7 @@ class Updater:
         num_items = sum(len(c.token_ids) for minibatch in groups for group in minibatch for c in group.completions)
         batches = []
         for minibatch in groups:
-            bare: Batch = jax.device_put(pack(minibatch, self._plan, self._dtype), self._batch_shardings)
+            bare: Batch = hosts.put(pack(minibatch, self._plan, self._dtype), self._batch_shardings)
             # With the sampler's, the ratio corrects for what sampler and trainer compute differently.
             old = bare.sampler_logprobs_MRCL if from_sampler else None
             old = self._token_logprobs(state.params, bare)[0] if needs_old else old
@@ -130,7 +131,7 @@ class Updater:
         self, state: PureState, batch: Batch, num_items: int, entropy: EntropyCoefState, on_policy: bool
     ) -> Minibatch:
         coef = applied_entropy_coef(entropy.coef, entropy.last_entropy, self._loss_config)
-        scalars = jax.device_put((np.int32(num_items), self._dtype.type(coef), np.bool_(on_policy)), self._replicated)
+        scalars = hosts.put((np.int32(num_items), self._dtype.type(coef), np.bool_(on_policy)), self._replicated)
         # The quantile is one of the policy as it is at this update, over the whole minibatch: a pass of its own.
         entropies = (
             self._token_logprobs(state.params, bare_batch(batch))[1] if self._loss_config.selects_by_entropy else None

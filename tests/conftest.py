@@ -8,3 +8,5 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # No test may reach for a hub: a missing file should fail at once, not after a network time-out.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Two test processes may describe TPU chips at a time; none of them opens a real one.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"

@@ -36,3 +36,14 @@ def huge(prompts, completions, **columns):
 def huge_for_even_answers(completion, answer):
     """The same for some prompts only."""
     return (1e30 if int(answer) % 2 == 0 else 1e-3) * sum(map(ord, completion))
+
+
+def low_characters(completion):
+    """The share of low characters, of one completion by itself."""
+    return sum(ord(character) < 90 for character in completion) / max(len(completion), 1)
+
+
+def rank_in_batch(prompts, completions, **columns):
+    """The place of each among all completions of the batch, from 0 to 1: it needs the whole batch."""
+    order = sorted(range(len(completions)), key=lambda b: completions[b])
+    return [order.index(b) / len(completions) for b in range(len(completions))]

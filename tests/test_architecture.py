@@ -23,6 +23,7 @@ LAYERS = [
         "rl.models.config",
         "rl.metrics",
         "rl.interrupt",
+        "rl.tools.launch",
         "rl.cli",
         "rl.categorical",
         "rl.programs",
@@ -30,6 +31,7 @@ LAYERS = [
     ],
     [
         "rl.mesh",
+        "rl.hosts",
         "rl.models.quantized",
         "rl.console",
         "rl.health",

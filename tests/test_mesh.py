@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from rl.config import load_config
 from rl.mesh import (
     AXES,
+    check_rules_are_used,
     create_mesh,
     num_row_shards,
     partition_spec,
@@ -149,3 +150,94 @@ def test_matrix_products_of_sharded_arrays_need_no_output_sharding():
     left = jax.device_put(np.arange(32.0, dtype=np.float32).reshape(4, 8), NamedSharding(mesh, P("fsdp", "tensor")))
     right = jax.device_put(np.ones((8, 2), np.float32), NamedSharding(mesh, P("fsdp", None)))
     np.testing.assert_array_equal(left @ right, np.asarray(left) @ np.asarray(right))
+
+
+# More axes, and slices
+
+
+def test_the_configuration_adds_axes_between_fsdp_and_tensor():
+    overrides = (
+        "mesh.fsdp=2",
+        "mesh.axes={context: 2, expert: 1}",
+        "mesh.tensor=2",
+        "mesh.rules.mlp=[tensor, context]",
+    )
+    mesh, rules = mesh_of(*overrides), rules_of(*overrides)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "context": 2, "expert": 1, "tensor": 2}
+    assert partition_spec(("embed", "mlp"), (16, 32), mesh, rules) == P("fsdp", ("tensor", "context"))
+    assert mesh_of("mesh.fsdp=1", "mesh.axes={context: -1}").shape["context"] == 8
+
+
+@pytest.mark.parametrize("name", ["fsdp", "no name"])
+def test_an_added_axis_has_a_name_of_its_own(name):
+    with pytest.raises(ValueError, match=rf"mesh\.axes must name axes beside \['data', .*, got '{name}'"):
+        mesh_of(f"mesh.axes={{{name}: 2}}")
+
+
+def test_rules_may_name_axes_of_a_model_of_ones_own():
+    overrides = ("mesh.rules.experts=[tensor]", "mesh.tensor=2")
+    assert partition_spec(("experts",), (4,), mesh_of(*overrides), rules_of(*overrides)) == P("tensor")
+    check_rules_are_used({"w": ("experts", None), "b": ()}, rules_of(*overrides))
+    with pytest.raises(ValueError, match=r"mesh\.rules\.experts must name a logical axis of the model, .*\['embed'\]"):
+        check_rules_are_used({"w": ("embed", None)}, rules_of(*overrides))
+
+
+def test_slices_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match=r"mesh\.dcn must multiply to the number of slices, 1, got \{'data': 2\}"):
+        mesh_of("mesh.data=2", "mesh.dcn={data: 2}")
+    with pytest.raises(ValueError, match=r"mesh\.dcn must name mesh axes out of \['data', .*, got 'date'"):
+        mesh_of("mesh.dcn={date: 1}")
+    with pytest.raises(ValueError, match=r"mesh\.dcn\.data must divide the size of that axis, 2, got 3"):
+        mesh_of("mesh.data=2", "mesh.dcn={data: 3}")
+
+
+# On TPU chips that are not there
+
+
+@pytest.fixture(scope="module")
+def two_slices():
+    """The chips of two slices of 16, as libtpu describes them without a TPU."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc("v5e:4x4", platform="tpu", num_slices=2).devices
+
+
+def slices_of(mesh, **index):
+    """The slices of the devices at these places of the mesh, all others taken whole."""
+    grid = mesh.devices[tuple(index.get(axis, slice(None)) for axis in mesh.axis_names)]
+    return {device.slice_index for device in np.asarray(grid).flat}
+
+
+def test_the_first_axis_goes_over_the_slices(two_slices):
+    mesh = mesh_of("mesh.data=2", "mesh.fsdp=4", "mesh.tensor=4", devices=two_slices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 4}
+    assert slices_of(mesh, data=0) != slices_of(mesh, data=1)
+    assert all(len(slices_of(mesh, data=i)) == 1 for i in range(2))
+    assert len(set(mesh.devices.flat)) == 32
+
+
+def test_the_next_axis_goes_over_them_where_the_first_is_too_short(two_slices):
+    mesh = mesh_of("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=4", devices=two_slices)
+    assert [len(slices_of(mesh, fsdp=slice(start, start + 4))) for start in (0, 4)] == [1, 1]
+
+
+def test_the_configuration_says_which_axis_goes_over_slices(two_slices):
+    mesh = mesh_of("mesh.data=2", "mesh.fsdp=4", "mesh.tensor=4", "mesh.dcn={fsdp: 2}", devices=two_slices)
+    assert slices_of(mesh, data=0) == {0, 1}
+    assert [len(slices_of(mesh, fsdp=i)) for i in range(4)] == [1, 1, 1, 1]
+
+
+def test_neighbours_on_the_tensor_axis_are_neighbours_on_the_chips_network(two_slices):
+    mesh = mesh_of("mesh.fsdp=4", "mesh.tensor=4", devices=[d for d in two_slices if d.slice_index == 0])
+    for row in mesh.devices.reshape(4, 4):
+        lines = [{device.coords[dim] for device in row} for dim in range(2)]
+        assert sorted(map(len, lines)) == [1, 4]  # a whole line of the torus
+
+
+def test_a_part_of_the_chips_need_not_be_a_block(two_slices):
+    one = [d for d in two_slices if d.slice_index == 0]
+    mesh = mesh_of("mesh.num_devices=5", devices=one)
+    assert list(mesh.devices.flat) == one[:5]
+    with pytest.raises(ValueError, match=r"each slice must have equally many devices of the mesh, got \[4, 16\]"):
+        mesh_of("mesh.num_devices=20", devices=two_slices)

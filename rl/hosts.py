@@ -1,0 +1,173 @@
+"""The processes of a run: how they find each other, which of them writes, and what they tell each other.
+
+Every process runs the same program on the same numbers: it reads the same rows, makes the same decisions about the
+same reports of the devices, and holds the whole of every small host array. So arrays go to the mesh by `put`, to which
+each process hands its own shards only, and reports come back as replicated arrays. What only one process knows (the
+rewards of its share of completions, a signal, the state of the run folder) goes through `gather`. Alone, a process
+talks to nobody: each function is then what it would be without this module.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rl.config import Config, DistributedSection, require, to_dict
+
+T = TypeVar("T")
+
+_SMALLEST_MESSAGE = 1024  # bytes; lengths are rounded up to powers of two, for each is a program of its own
+
+
+def join(section: DistributedSection) -> None:
+    """Joins the other processes of the run, if there are any; comes before anything that asks jax for its devices.
+
+    They are those that the keys name, or those of the cluster that jax itself finds this process in (SLURM, Open MPI,
+    Kubernetes, GKE and Cloud TPU) when these are more than one. On CPU, collectives go by gloo, jax's own choice.
+
+    Raises:
+      ValueError: some of the three keys are set and others are not, or the others could not be reached.
+    """
+    given = {name: getattr(section, name) for name in ("coordinator_address", "num_processes", "process_id")}
+    options: dict[str, Any] = {}
+    if any(value is not None for value in given.values()):
+        for name, example in zip(given, ("10.0.0.1:1234", "2", "0"), strict=True):
+            if given[name] is None:
+                require(None, f"distributed.{name}", f"{example}, as other keys of distributed are set")
+        options = {**given, "cluster_detection_method": "deactivate"}
+    elif not (section.auto and _is_in_a_cluster()):
+        return
+    jax.distributed.initialize(
+        **options,
+        heartbeat_timeout_seconds=section.heartbeat_timeout_seconds,
+        # The last to leave is never later than a missed heartbeat: whoever waits longer waits for the dead.
+        shutdown_timeout_seconds=section.heartbeat_timeout_seconds,
+        initialization_timeout=section.initialization_timeout_seconds,
+    )
+
+
+def leave() -> None:
+    """Ends a run that went well together with the others: who is gone early would be taken for dead.
+
+    A process with an error just ends, so that the others need not wait for it.
+    """
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def _is_in_a_cluster() -> bool:
+    """Whether jax's own detection finds more than one process."""
+    from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks; there is no public way to ask
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a pod that is no part of a job lacks the Kubernetes client, and needs none
+        kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method and kind.is_env_present()]
+    return bool(kinds) and kinds[0].get_process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes: logs, metrics, samples, the identity of the run."""
+    return jax.process_index() == 0
+
+
+def console_stream() -> TextIO | None:
+    """Where the console of this process goes: None, standard output, for the first; nowhere for the others."""
+    return None if is_first() else open(os.devnull, "w")
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """`tree` of host arrays, the same in every process, on the devices; `shardings` may be a prefix of its tree."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def place(sharding: jax.sharding.Sharding, part: Any) -> Any:
+        return jax.tree.map(lambda array: _place(np.asarray(array), sharding), part)
+
+    return jax.tree.map(place, shardings, tree)
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    # As explicit a transfer as `jax.device_put`, which would first compare the array over all processes.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def put_key(key: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A PRNG key on the devices of `sharding`, where it may be already; a fresh one is on one device."""
+    if key.sharding.device_set == sharding.device_set:
+        return key
+    return jax.random.wrap_key_data(put(jax.device_get(jax.random.key_data(key)), sharding))
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays of any sharding as whole numpy arrays, in the first process; the others get empty ones of no use.
+
+    All processes must call it; one array at a time is whole in their memory.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def whole(array: jax.Array) -> np.ndarray:
+        value = multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(value) if is_first() else np.empty(0)
+
+    return jax.tree.map(whole, tree)
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON-able `value` of every process, in the order of processes; floats keep every digit."""
+    if jax.process_count() == 1:
+        return [value]
+    message = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(message.size))
+    length = max(_SMALLEST_MESSAGE, 1 << int(sizes.max() - 1).bit_length())
+    messages = multihost_utils.process_allgather(np.pad(message, (0, length - message.size)))
+    return [json.loads(bytes(row[:size])) for row, size in zip(messages, sizes, strict=True)]
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is set in any process."""
+    return any(gather(flag))
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """What `function` returns in the first process (JSON-able), in every process; the others do not call it.
+
+    No process comes back before the first is through.
+
+    Raises:
+      ValueError: that of the first process, in all of them.
+    """
+    if jax.process_count() == 1:
+        return function()
+    value = None
+    if is_first():
+        try:
+            value = function()
+        except ValueError as error:
+            gather({"error": str(error)})
+            raise
+    answer = gather({"value": value})[0]
+    if "error" in answer:
+        raise ValueError(f"process 0: {answer['error']}")
+    return answer["value"]
+
+
+def check_same(config: Config, identity: Mapping[str, Any]) -> None:
+    """ValueError where a process has another configuration, other data or other weights than the first."""
+    sections = {
+        f"the configuration's {name}": value for name, value in to_dict(config).items() if name != "distributed"
+    }
+    everywhere = gather({**sections, **identity})
+    for number, other in enumerate(everywhere):
+        for name, value in everywhere[0].items():
+            if other[name] != value:
+                raise ValueError(
+                    f"{name} must be the same in every process, got {value} in process 0 and {other[name]} in process "
+                    f"{number}; give all of them the same command and the same files"
+                )

@@ -1,0 +1,322 @@
+"""Several processes are one run: the curve of one process, stopped together, named when they die, resumed exactly.
+
+The run is of 2 processes with 4 CPU devices each, on loopback, against one process with 8. It is killed, resumed in the
+other flavour and stopped, all in one, for each start of jax costs seconds.
+"""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from rl import hosts
+from rl.config import load_config
+from rl.grpo_trainer import train
+from rl.metrics import read_metrics, read_samples
+from rl.tools import launch
+from rl.trained import load_checkpoint
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 7
+REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
+RECIPE = f"""
+model:
+  arch:
+    {{family: llama, hidden_size: 16, intermediate_size: 32, num_layers: 1,
+     num_heads: 2, num_kv_heads: 1, head_dim: 8, initializer_range: 0.3}}
+data: {{source: arithmetic, args: {{operation: add, digits: 1}}, eval_size: 8, max_prompt_length: 8}}
+rewards:
+  functions:
+  - {{function: "{REWARDS}:digit_share", name: digits}}
+  - {{function: "{REWARDS}:rank_in_batch", name: rank, weight: 0.1}}
+  - {{function: "{REWARDS}:low_characters", name: low}}
+sampling: {{max_completion_length: 6}}
+grpo: {{steps: {STEPS}, prompts_per_step: 4, group_size: 4, minibatches: 2, max_tokens_per_microbatch: 1024}}
+optimizer: {{lr: 3e-3}}
+mesh: {{data: 2, fsdp: -1, slice_is: process}}
+eval: {{every: 0}}
+checkpoint: {{every: 2, keep: 9}}
+"""
+SLURM = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_NODELIST": "node[001-002]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("hosts")
+    path = folder / "recipe.yml"
+    path.write_text(RECIPE + f"logging: {{compilation_cache: {folder / 'cache'}, samples_per_step: 16}}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(recipe) -> pathlib.Path:
+    """The run of one process with eight devices."""
+    overrides = ["checkpoint.every=1", "logging.compilation_cache=null"]
+    return train(load_config(recipe, [f"output_dir={recipe.parent / 'alone'}", *overrides]))
+
+
+class Launched:
+    """`grpo launch` with two processes, and what it says."""
+
+    def __init__(self, recipe: pathlib.Path, folder: pathlib.Path, *overrides: str):
+        self.folder = folder
+        command = [sys.executable, "-m", "rl.cli", "launch", "--processes", "2", "--cpu-devices", "4", "--"]
+        command += [
+            "train",
+            str(recipe),
+            f"output_dir={folder}",
+            "distributed.heartbeat_timeout_seconds=10",
+            *overrides,
+        ]
+        environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.said = folder.with_suffix(".stderr")
+        with self.said.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=stderr
+            )
+
+    def child(self, number: int) -> int:
+        """The pid of process `number`."""
+        return int(re.search(rf"\b{number} \(pid (\d+)\)", self.said.read_text()).group(1))
+
+    def wait_for_step(self, step: int) -> None:
+        """Returns when metrics.jsonl has the line of this step."""
+        path = self.folder / "metrics.jsonl"
+        while self.process.poll() is None and (not path.exists() or f'"step": {step},' not in path.read_text()):
+            time.sleep(0.02)
+        assert self.process.poll() is None, self.said.read_text()
+
+    def end(self) -> tuple[int, str]:
+        """The exit status and what was said on stderr."""
+        return self.process.wait(timeout=120), self.said.read_text()
+
+
+class Together(NamedTuple):
+    """The run of two processes: how its two starts ended, lines written by the kill, seconds from there to the end."""
+
+    folder: pathlib.Path
+    killed: tuple[int, str]
+    stopped: tuple[int, str]
+    lines_at_kill: list[dict]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def together(recipe) -> Together:
+    folder = recipe.parent / "together"
+    first = Launched(recipe, folder)
+    first.wait_for_step(3)
+    started = time.monotonic()
+    os.kill(first.child(1), signal.SIGKILL)
+    killed = first.end()
+    seconds, lines = time.monotonic() - started, read_metrics(folder)
+    second = Launched(recipe, folder, "pure_nnx=false")
+    second.wait_for_step(4)
+    os.kill(second.child(1), signal.SIGTERM)
+    return Together(folder, killed, second.end(), lines, seconds)
+
+
+def stable(lines):
+    return [{key: value for key, value in line.items() if not key.startswith(VOLATILE)} for line in lines]
+
+
+def test_two_processes_have_the_curve_of_one(alone, together):
+    """The first steps in the NNX flavour, the last ones in Linen."""
+    one, two = stable(read_metrics(alone)), stable(read_metrics(together.folder))
+    assert [line["step"] for line in two] == list(range(1, len(two) + 1))
+    assert len(two) >= 4
+    for left, right in zip(one, two, strict=False):
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            assert right[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (left["step"], name)
+    assert all(line["loss"] and line["kl"] for line in one[1:])
+
+
+def test_two_processes_draw_and_judge_what_one_does(alone, together):
+    two = read_samples(together.folder)
+    one = read_samples(alone)[: len(two)]
+    for name in ("step", "prompt_index", "sample_index", "completion", "rewards"):
+        assert [row[name] for row in one] == [row[name] for row in two], name
+    assert len({json.dumps(row["rewards"]) for row in one}) > 3
+
+
+def test_the_launcher_names_the_process_that_was_killed_within_a_minute(together):
+    status, said = together.killed
+    assert status == 1
+    assert "error: process 1 of 2 was the first to die, killed by SIGKILL; the others are ended" in said
+    assert together.seconds < 60
+
+
+def test_a_restart_after_the_kill_repeats_its_steps_exactly(together):
+    """Bit for bit, even in the other flavour: what was done after the last checkpoint is done again."""
+    before, after = stable(together.lines_at_kill), stable(read_metrics(together.folder))
+    assert before[-1]["step"] >= 3
+    assert after[: len(before)] == before
+
+
+def test_a_stop_request_of_one_process_stops_all_after_the_same_step(together):
+    status, said = together.stopped
+    assert status == 0, said
+    done = read_metrics(together.folder)[-1]["step"]
+    assert 4 <= done < STEPS
+    assert (together.folder / "checkpoints" / str(done)).is_dir()
+
+
+def test_weights_of_two_processes_are_read_on_other_devices_and_another_mesh(recipe, alone, together):
+    def weights(folder, *overrides):
+        trained = load_checkpoint(load_config(recipe, overrides), folder, read_metrics(together.folder)[-1]["step"])
+        return trained.params
+
+    one = weights(alone)
+    two = weights(together.folder, "mesh.num_devices=4", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2")
+    assert len(jax.tree.leaves(two)[0].sharding.device_set) == 4
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(np.asarray(left), np.asarray(right), atol=2e-5)
+
+
+# Two processes that SLURM started, as jax sees it by the environment
+
+
+TELL = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rl import hosts
+from rl.config import load_config
+config = load_config(None, ["seed=1"] if sys.argv[1:] == ["other"] else [])
+hosts.join(config.distributed)
+mesh = Mesh(np.array(jax.devices()), ("data",))
+rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+with jax.transfer_guard("disallow"):
+    array, number = hosts.put((np.arange(4.0, dtype=np.float32), np.int32(3)), (rows, everywhere))
+    key = hosts.put_key(jax.random.key(5), everywhere)
+told = {
+    "first": hosts.is_first(), "gathered": hosts.gather([jax.process_index() / 3, "x" * 2000][: 1 + hosts.is_first()]),
+    "any": hosts.any_process(jax.process_index() == 1), "from_first": hosts.from_first(lambda: 7 + jax.process_index()),
+    "own": sorted(float(shard.data[0]) for shard in array.addressable_shards), "number": int(number),
+    "key": jax.random.key_data(key).tolist() == jax.random.key_data(jax.random.key(5)).tolist(),
+    "fetched": hosts.fetch({"a": array})["a"].tolist(), "quiet": hosts.console_stream() is not None,
+}
+def refuse():
+    raise ValueError("output_dir is taken")
+for name, call in (("refused", lambda: hosts.from_first(refuse)), ("same", lambda: hosts.check_same(config, {}))):
+    try:
+        told[name] = call()
+    except ValueError as error:
+        told[name] = str(error)
+print(json.dumps(told))
+"""
+
+
+def tell(job: int, *other: str) -> list[dict]:
+    """What each of two processes has to tell; arguments go to the second."""
+    processes = []
+    for number in range(2):
+        environment = {
+            **os.environ,
+            **SLURM,
+            "SLURM_PROCID": str(number),
+            "SLURM_JOB_ID": str(job),
+            "JAX_PLATFORMS": "cpu",
+        }
+        environment |= {"SLURM_STEP_NODELIST": "localhost", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        command = [sys.executable, "-c", TELL, *(other if number else ())]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def test_processes_of_a_cluster_find_and_understand_each_other():
+    first, second = tell(os.getpid(), "other")
+    assert [first["first"], second["first"]] == [True, False]
+    assert [first["quiet"], second["quiet"]] == [False, True]
+    for told in (first, second):
+        assert told["gathered"] == [[0.0, "x" * 2000], [1 / 3]]
+        assert told["any"] is True
+        assert told["from_first"] == 7
+        assert told["number"] == 3
+        assert told["key"] is True
+        assert told["same"].startswith(
+            "the configuration's seed must be the same in every process, got 0 in process 0 and 1"
+        )
+    assert [first["own"], second["own"]] == [[0.0, 1.0], [2.0, 3.0]]
+    assert [first["fetched"], second["fetched"]] == [[0.0, 1.0, 2.0, 3.0], []]
+    assert [first["refused"], second["refused"]] == ["output_dir is taken", "process 0: output_dir is taken"]
+
+
+# What needs no second process
+
+
+@pytest.mark.parametrize(("tasks", "found"), [("2", True), ("1", False), (None, False)])
+def test_a_cluster_counts_when_it_has_more_than_one_process(monkeypatch, tasks, found):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value) if tasks else monkeypatch.delenv(name, raising=False)
+    if tasks:
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+    assert hosts._is_in_a_cluster() is found
+
+
+def test_keys_that_name_the_processes_come_together():
+    section = load_config(None, ["distributed.num_processes=2", "distributed.process_id=0"]).distributed
+    with pytest.raises(ValueError, match=r"distributed\.coordinator_address must be set, got None; .*10\.0\.0\.1:1234"):
+        hosts.join(section)
+
+
+def test_alone_every_function_of_the_hosts_is_what_it_would_be_without():
+    hosts.join(load_config(None, ["distributed.auto=false"]).distributed)
+    assert hosts.is_first()
+    assert hosts.console_stream() is None
+    assert hosts.gather({"a": 1.5}) == [{"a": 1.5}]
+    assert hosts.from_first(lambda: 3) == 3
+    assert [hosts.any_process(flag) for flag in (True, False)] == [True, False]
+    hosts.check_same(load_config(None), {"data": "hash"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "0", "--", "train", "x.yml"], "--processes must be >= 1, got 0"),
+        (["--processes", "2", "--cpu-devices", "0", "--", "train", "x.yml"], "--cpu-devices must be >= 1, got 0"),
+        (
+            ["--processes", "2", "--", "launch", "--processes", "2"],
+            "must start one of train, sft, eval with its .*, got 'launch --",
+        ),
+        (["--processes", "2", "--", "eval", "--output", "x"], "with its recipe or run first, got 'eval --output x'"),
+    ],
+)
+def test_a_launch_that_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        launch.main(arguments)
+
+
+def test_a_command_that_every_process_refuses_is_no_crash(tmp_path, capfd):
+    assert launch.main(["--processes", "2", "--", "train", str(tmp_path / "missing.yml"), "grpo.steps=1"]) == 1
+    said = capfd.readouterr().err
+    assert "missing.yml" in said
+    assert re.search(r"process [01] of 2 was the first to fail, with exit status 2; the others are ended$", said, re.M)
+
+
+def test_virtual_devices_replace_those_of_the_shell():
+    given = {"XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=8", "HOME": "/here"}
+    made = launch.environment_of(given, 4)
+    assert made["XLA_FLAGS"] == "--xla_a=1 --xla_force_host_platform_device_count=4"
+    assert made["JAX_PLATFORMS"] == "cpu"
+    assert launch.environment_of(given, None) == given

@@ -1,0 +1,132 @@
+"""The scripts of examples/launch: valid shell, options that the tools have, and a command that `grpo` takes."""
+
+import argparse
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from rl.cli import COMMANDS
+from rl.config import load_config
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "launch"
+SCRIPTS = ("slurm.sh", "gke_xpk.sh")
+# https://slurm.schedmd.com/sbatch.html
+SBATCH = ("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal", "requeue")
+SBATCH += ("open-mode", "output")
+# Of `xpk workload create`: https://github.com/AI-Hypercomputer/xpk/blob/main/src/xpk/parser/workload.py
+XPK = ("cluster", "workload", "tpu-type", "num-slices", "docker-image", "max-restarts", "command")
+XPK += ("termination-grace-period-seconds",)
+XPK_FLAGS = ("restart-on-user-code-failure", "dry-run", "skip-validation")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(script, *arguments, **environment) with stand-ins that note how they were called: (process, their calls)."""
+    log = tmp_path / "calls"
+    for name in ("srun", "scontrol", "xpk"):
+        tool = tmp_path / name
+        # Arguments end with a NUL, calls with a line end.
+        tool.write_text(
+            f'#!/bin/bash\nprintf "%s\\0" {name} "$@" >> {log}\necho >> {log}\n'
+            f"[[ {name} != srun ]] || exit ${{SRUN_STATUS:-0}}\n"
+        )
+        tool.chmod(0o755)
+
+    def call(script, *arguments, **environment):
+        log.write_text("")
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        command = [str(FOLDER / script), *arguments]
+        process = subprocess.run(
+            command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True
+        )
+        return process, [line.split("\0")[:-1] for line in log.read_text().splitlines()]
+
+    return call
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_valid_shell_and_can_be_run(script):
+    subprocess.run(["bash", "-n", str(FOLDER / script)], check=True)
+    assert os.access(FOLDER / script, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_without_its_arguments_says_how_it_is_used(script, run):
+    process, calls = run(script, "only one")
+    assert (process.returncode, calls) == (2, [])
+    assert "usage: " in process.stderr
+
+
+def assert_grpo_takes(command: list[str], recipe: str, overrides: list[str]) -> None:
+    assert command[:3] == ["grpo", "train", recipe]
+    assert command[1] in COMMANDS
+    config = load_config(None, command[3:])
+    assert (config.output_dir, config.grpo.steps) == ("/shared/my run", 7)
+    assert command[4:] == overrides
+
+
+def test_slurm_options_are_those_of_sbatch():
+    lines = re.findall(r"^#SBATCH (.*)$", (FOLDER / "slurm.sh").read_text(), re.MULTILINE)
+    names = [re.fullmatch(r"--([a-z-]+)(=\S+)?", line).group(1) for line in lines]
+    assert sorted(names) == sorted(SBATCH)
+    # sbatch stops to read options at the first line that is neither empty nor a comment.
+    text = (FOLDER / "slurm.sh").read_text()
+    assert text.rindex("#SBATCH") < text.index("set -euo")
+
+
+def test_slurm_starts_one_command_on_all_processes(run):
+    process, calls = run("slurm.sh", "recipe.yml", "/shared/my run", "grpo.steps=7", SLURM_JOB_ID="5")
+    assert process.returncode == 0, process.stderr
+    ((tool, *arguments),) = calls
+    assert tool == "srun"
+    start = arguments.index("grpo")
+    assert arguments[:start] == ["--kill-on-bad-exit=1", "--label", "--gpu-bind=none"]
+    assert_grpo_takes(arguments[start:], "recipe.yml", ["grpo.steps=7"])
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "is_queued"), [("134", "0", True), ("134", "5", False), ("2", "0", False), ("0", "0", False)]
+)
+def test_slurm_queues_a_run_again_that_failed_but_not_one_that_was_refused(run, status, restarts, is_queued):
+    environment = {"SRUN_STATUS": status, "SLURM_RESTART_COUNT": restarts, "SLURM_JOB_ID": "5"}
+    process, calls = run("slurm.sh", "recipe.yml", "/shared/out", **environment)
+    assert process.returncode == int(status)
+    assert calls[1:] == ([["scontrol", "requeue", "5"]] if is_queued else [])
+
+
+@pytest.mark.parametrize("dry", ["0", "1"])
+def test_xpk_gets_options_that_it_has_and_a_command_that_grpo_takes(run, dry):
+    environment = {"CLUSTER": "c", "IMAGE": "i", "TPU_TYPE": "v5litepod-16", "NUM_SLICES": "2", "DRY_RUN": dry}
+    overrides = ["grpo.steps=7", "mesh.dcn={data: 2}"]
+    process, calls = run("gke_xpk.sh", "name", "recipe.yml", "/shared/my run", *overrides, **environment)
+    assert process.returncode == 0, process.stderr
+    ((tool, *arguments),) = calls
+    assert [tool, *arguments[:2]] == ["xpk", "workload", "create"]
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    for name in XPK:
+        parser.add_argument(f"--{name}", required=True)
+    for name in XPK_FLAGS:
+        parser.add_argument(f"--{name}", action="store_true")
+    parsed = parser.parse_args(arguments[2:])
+    assert (parsed.cluster, parsed.workload, parsed.tpu_type, parsed.num_slices) == ("c", "name", "v5litepod-16", "2")
+    assert parsed.dry_run is (dry == "1")
+    assert_grpo_takes(shlex.split(parsed.command), "recipe.yml", overrides)
+
+
+def test_xpk_needs_a_cluster(run):
+    process, calls = run("gke_xpk.sh", "name", "recipe.yml", "/shared/out", IMAGE="i", TPU_TYPE="v5litepod-16")
+    assert process.returncode != 0
+    assert not calls
+    assert "CLUSTER" in process.stderr
+
+
+def test_the_readme_names_every_file_and_its_commands_exist():
+    text = (FOLDER / "README.md").read_text()
+    for path in FOLDER.iterdir():
+        assert path.name == "README.md" or path.name in text
+    for command in re.findall(r"`grpo (\w+)", text):
+        assert command in COMMANDS

@@ -1,0 +1,67 @@
+"""Rollouts with shardings of their own (`mesh.rollout_rules`) draw what they draw without, from weights copied over."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import VOCAB, noisy_params, tiny_config
+
+from rl.config import load_config
+from rl.evaluation import create_sampler
+from rl.mesh import create_mesh, no_implicit_transfers
+from rl.models.policy import policy_from_config
+from rl.sampling import SamplingParams
+from rl.states import InitStateFn, get_abstract_state
+from rl.tokenizer import load_tokenizer
+
+SAMPLING = SamplingParams(max_completion_length=6, eos_ids=(0,))
+PROMPTS = [[1, 5, 9], [7, 3], [11, 2, 8, 4], [20, 21]]
+
+
+def sample(flavour, *overrides, key=None):
+    """(completions, the shardings that weights have while decoding) on eight devices."""
+    config = load_config(None, [f"pure_nnx={flavour == 'nnx'}".lower(), "mesh.fsdp=4", "mesh.tensor=2", *overrides])
+    mesh, policy = create_mesh(config.mesh), policy_from_config(config, tiny_config())
+    shardings = get_abstract_state(config, mesh, InitStateFn(policy, None, 0)).shardings.params
+    params = jax.device_put(noisy_params(policy.config), shardings)
+    sampler = create_sampler(config, policy, mesh, shardings, load_tokenizer("byte", None))
+    key = jax.random.key(3) if key is None else key  # on one device, as evaluation makes it
+    with no_implicit_transfers():
+        groups = sampler.sample(params, PROMPTS, 4, SAMPLING, key)
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings  # the policy's own stay where they are
+    return [completion for group in groups for completion in group], sampler.engine._param_shardings
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return sample("nnx")[0]
+
+
+@pytest.mark.parametrize(
+    ("flavour", "overrides"),
+    [
+        ("nnx", ("mesh.rollout_rules={embed: []}",)),
+        ("linen", ("mesh.rollout_rules={embed: [], batch: [data]}",)),
+        ("nnx", ("mesh.rollout_rules={embed: [], mlp: [tensor, fsdp]}",)),
+    ],
+)
+def test_rollouts_with_rules_of_their_own_draw_the_same(flavour, overrides, plain):
+    drawn, shardings = sample(flavour, *overrides)
+    up = shardings["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert up.spec[0] is None
+    assert any(len(completion.token_ids) > 2 for completion in plain)
+    for left, right in zip(plain, drawn, strict=True):
+        assert left.token_ids.tolist() == right.token_ids.tolist()
+        np.testing.assert_allclose(left.policy_logprobs, right.policy_logprobs, atol=1e-5)
+
+
+def test_quantised_rollouts_lie_by_their_rules_too(plain):
+    drawn, shardings = sample("nnx", "mesh.rollout_rules={embed: []}", "sampling.weight_dtype=int8")
+    assert shardings["layers_0"]["mlp"]["up_proj"]["kernel"].values.spec[0] is None
+    assert all(max(completion.token_ids) < VOCAB for completion in drawn)
+    differences = [np.abs(a.policy_logprobs[0] - b.policy_logprobs[0]) for a, b in zip(plain, drawn, strict=True)]
+    assert 0 < np.mean(differences) < 1
+
+
+def test_rules_of_rollouts_are_checked_as_the_others():
+    with pytest.raises(ValueError, match=r"mesh\.rollout_rules\.embed must name mesh axes out of .*, got 'fsdpp'"):
+        create_mesh(load_config(None, ["mesh.rollout_rules={embed: [fsdpp]}"]).mesh)

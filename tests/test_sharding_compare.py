@@ -1,0 +1,125 @@
+"""Where every leaf of the state and of the inputs lies is what the goldens say: `python tests/sharding_golden.py`."""
+
+import json
+import math
+
+import jax
+import pytest
+from sharding_golden import CASES, Case, describe, differences, path_of, to_text
+
+from rl.config import load_config
+from rl.mesh import check_sharded, create_mesh
+from rl.models.config import ModelConfig
+from rl.models.policy import policy_from_config
+from rl.optimizer import create_training_optimizer
+from rl.states import InitStateFn, get_abstract_state
+
+REGENERATE = "python tests/sharding_golden.py"
+
+
+@pytest.mark.parametrize("flavour", ["nnx", "linen"])
+@pytest.mark.parametrize("name", CASES)
+def test_shardings_are_those_of_the_golden(name, flavour):
+    path = path_of(name)
+    assert path.is_file(), f"{path} is missing; {REGENERATE} writes it"
+    now = describe(CASES[name], flavour)
+    lines = differences(json.loads(path.read_text()), now)
+    assert not lines, f"{len(lines)} differences to {path}; if they are meant, {REGENERATE}\n" + "\n".join(lines[:40])
+    if flavour == "nnx":  # and what would be written is what is there, to the byte
+        assert path.read_text() == to_text(now)
+
+
+def test_every_golden_belongs_to_a_case():
+    files = {path.name for path in path_of("any").parent.glob("sharding_*.json")}
+    assert files == {path_of(name).name for name in CASES}
+
+
+def test_differences_name_leaf_and_field():
+    golden = json.loads(path_of("odd_vocabulary").read_text())
+    other = json.loads(path_of("odd_vocabulary").read_text())
+    path = "state.params['embed_tokens']['embedding']"
+    other["leaves"][path]["spec"] = ["tensor", "fsdp"]
+    other["leaves"]["state.params['extra']"] = other["leaves"].pop("state.rng")
+    assert differences(golden, other) == [
+        f"{path}: spec was [None, 'fsdp'], is ['tensor', 'fsdp']",
+        "state.rng: is gone",
+        "state.params['extra']: is new",
+    ]
+
+
+@pytest.mark.parametrize("name", ["qwen3_8b_fsdp8", "llama_70b_v5e_16x16", "llama_70b_two_slices"])
+def test_goldens_share_the_state_evenly(name):
+    """All but norms and counts is cut over the whole of fsdp x tensor."""
+    golden = json.loads(path_of(name).read_text())
+    num_devices = math.prod(size for axis, size in golden["mesh"].items() if axis != "data")
+    leaves = [leaf for path, leaf in golden["leaves"].items() if path.startswith("state")]
+    everywhere = sum(math.prod(leaf["shape"]) for leaf in leaves)
+    on_one = sum(math.prod(leaf["on_one_device"]) for leaf in leaves)
+    assert everywhere / num_devices <= on_one < 1.01 * everywhere / num_devices
+
+
+# The mesh that a golden describes, made of devices
+
+
+@pytest.mark.parametrize("flavour", ["nnx", "linen"])
+def test_a_real_mesh_gives_the_specs_of_the_golden(flavour):
+    case = CASES["odd_vocabulary"]
+    config = load_config(None, [f"pure_nnx={str(flavour == 'nnx').lower()}", *case.overrides])
+    policy = policy_from_config(config, ModelConfig.from_arch(*case.arch, tie_word_embeddings=False))
+    init_state_fn = InitStateFn(policy, create_training_optimizer(config, policy)[1], 0)
+    abstract = get_abstract_state(config, create_mesh(config.mesh), init_state_fn)
+    state = jax.jit(lambda: init_state_fn().pure(), out_shardings=abstract.shardings)()
+    golden = json.loads(path_of("odd_vocabulary").read_text())["leaves"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        want = golden[f"state{jax.tree_util.keystr(path)}"]
+        assert [list(leaf.shape), str(leaf.dtype)] == [want["shape"], want["dtype"]], path
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {tuple(want["on_one_device"])}, path
+
+
+# Nothing large is whole on every device by accident
+
+
+def check(*overrides: str, arch=("qwen3", 1024, 512, 1536, 1, 8, 8, 64)) -> None:
+    config = load_config(None, overrides)
+    policy = policy_from_config(config, ModelConfig.from_arch(*arch))
+    init_state_fn = InitStateFn(policy, create_training_optimizer(config, policy)[1], 0)
+    mesh = create_mesh(config.mesh)
+    abstract = get_abstract_state(config, mesh, init_state_fn)
+    check_sharded(abstract.shapes, abstract.shardings, config.mesh, mesh)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("mesh.fsdp=8",),
+        ("mesh.fsdp=2", "mesh.tensor=4"),
+        ("mesh.data=8", "mesh.fsdp=1"),  # all whole, by design
+        ("mesh.num_devices=1",),
+        ("mesh.fsdp=8", "mesh.rules.embed=[]", "mesh.max_unsharded_share=1"),
+    ],
+)
+def test_a_state_that_is_shared_as_it_should_be_passes(overrides):
+    check(*overrides)
+
+
+def test_large_arrays_that_are_whole_everywhere_end_the_start_and_are_named():
+    message = (
+        r"mesh\.max_unsharded_share must be at least .* 1\.000 on the mesh data=1 fsdp=8 tensor=1, got 0\.1; "
+        r"largest of \d+ such arrays: .*\['mlp'\]\['(up|gate|down)_proj'\]\['kernel'\] \(3\.0 MiB\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        check("mesh.fsdp=8", "mesh.rules.embed=[]")
+
+
+def test_an_axis_that_divides_nothing_is_seen():
+    with pytest.raises(ValueError, match=r"lies whole on every device, 1\.000 on the mesh data=1 fsdp=7 tensor=1"):
+        check("mesh.num_devices=7", "mesh.fsdp=7")
+
+
+def test_small_arrays_may_be_whole():
+    check("mesh.fsdp=8", "mesh.rules.embed=[]", arch=("qwen3", 64, 32, 64, 1, 2, 2, 16))
+
+
+def test_a_case_of_its_own_is_described_alike_in_both_flavours():
+    case = Case(("gemma3_text", 64, 32, 64, 2, 4, 2, 8), ("mesh.fsdp=2", "mesh.tensor=2", "optimizer.name=lion"))
+    assert describe(case, "nnx") == describe(case, "linen")

@@ -1,0 +1,143 @@
+"""What a training run is made of fits together: optimizer, mesh, states, checkpoints and the compiled update, from one
+configuration and one `init_state_fn`, in both flavours, on eight devices.
+"""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import VOCAB, tiny_config
+
+from rl import hosts
+from rl.checkpoint import create_checkpoint_manager
+from rl.config import load_config
+from rl.mesh import create_mesh, replicated
+from rl.models.policy import policy_from_config
+from rl.optimizer import create_training_optimizer, updates_per_step
+from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
+from rl.states import InitStateFn, get_abstract_state, get_first_step, setup_decode_state, setup_training_state
+from rl.train_step import Minibatch, batch_shardings, jit_train_step
+from rl.update import loss_config
+
+FLAVOURS = ["nnx", "linen"]
+EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+LOOP = {"step": 1}
+
+
+class Run:
+    """The parts of a run in the order in which `rl.grpo_trainer` makes them."""
+
+    def __init__(self, flavour, folder, *overrides):
+        settings = ["optimizer.lr=1e-2", "grpo.minibatches=2", "grpo.beta=0", *(overrides or EIGHT)]
+        pure_nnx = f"pure_nnx={str(flavour == 'nnx').lower()}"
+        self.config = load_config(None, [f"output_dir={folder}", pure_nnx, *settings])
+        self.mesh = create_mesh(self.config.mesh)
+        self.policy = policy_from_config(self.config, tiny_config())
+        self.schedule, self.optimizer = create_training_optimizer(self.config, self.policy)
+        self.init_state_fn = InitStateFn(self.policy, self.optimizer, 0)
+        self.checkpoints = create_checkpoint_manager(self.config, self.mesh, self.init_state_fn)
+
+    def start(self):
+        return setup_training_state(self.config, self.mesh, self.init_state_fn)
+
+    def train_step(self):
+        return jit_train_step(
+            self.policy,
+            self.optimizer,
+            loss_config(self.config),
+            self.checkpoints.abstract.shardings,
+            mesh=self.mesh,
+            rules=self.config.mesh.rules,
+            temperature=1.0,
+            chunk_size=16,
+            minibatches_per_rollout=2,
+        )
+
+    def minibatch(self, seed):
+        """Ragged groups, some advantages of either sign."""
+        rng = np.random.default_rng(seed)
+
+        def completion():
+            size = int(rng.integers(2, 6))
+            logprobs = -rng.uniform(1, 5, size).astype(np.float32)
+            return TrainCompletion(
+                rng.integers(1, VOCAB, size).astype(np.int32), float(rng.normal()), logprobs, logprobs
+            )
+
+        prompts = [rng.integers(1, VOCAB, int(rng.integers(1, 5))).astype(np.int32) for _ in range(3)]
+        groups = [TrainGroup(prompt, [completion() for _ in range(3)]) for prompt in prompts]
+        plan = plan_packing(
+            num_groups=3,
+            group_size=3,
+            max_prompt_length=4,
+            max_completion_length=5,
+            max_tokens_per_microbatch=128,
+            num_row_shards=4,
+            preferred_row_length=16,
+        )
+        batch = hosts.put(pack(groups, plan), batch_shardings(self.mesh, self.config.mesh.rules))
+        scalars = hosts.put((np.int32(40), np.float32(0), np.bool_(True)), replicated(self.mesh))
+        return Minibatch(batch, scalars[0], scalars[1], on_policy=scalars[2])
+
+
+@pytest.fixture(params=FLAVOURS)
+def run(request, tmp_path):
+    made = Run(request.param, tmp_path)
+    yield made
+    made.checkpoints.close()
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def test_every_part_has_the_same_shapes_and_shardings(run):
+    state, abstract = run.start()
+    assert abstract == run.checkpoints.abstract == get_abstract_state(run.config, run.mesh, run.init_state_fn)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == abstract.shardings
+    bare, decode = setup_decode_state(run.config, run.mesh, InitStateFn(run.policy, None, 0))
+    assert decode.shardings.params == abstract.shardings.params
+    assert bare.opt_state == ()
+    for trained, plain in zip(jax.tree.leaves(state.params), jax.tree.leaves(bare.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(trained), np.asarray(plain))
+    assert float(run.schedule(0)) == pytest.approx(1e-2)
+
+
+def test_updates_keep_the_shardings_donate_the_state_and_compile_once(run):
+    state, abstract = run.start()
+    train_step = run.train_step()
+    assert get_first_step(run.policy, state, updates_per_step(run.config)) == 0
+    for number in range(1, 4):
+        before = state
+        state, update = train_step(state, run.minibatch(number))
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == abstract.shardings
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.opt_state)))
+        assert bool(update.is_applied)
+        assert get_first_step(run.policy, state, updates_per_step(run.config)) == number // 2
+    assert train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_saved_run_goes_on_in_the_other_flavour_on_another_mesh(flavour, tmp_path):
+    first = Run(flavour, tmp_path)
+    state, _ = first.start()
+    train_step = first.train_step()
+    state, _ = train_step(state, first.minibatch(1))
+    first.checkpoints.save(1, state, LOOP)
+    first.checkpoints.close()
+    state, update = train_step(state, first.minibatch(2))
+    want = host((state.params, update.loss))
+    other = Run(
+        FLAVOURS[1 - FLAVOURS.index(flavour)],
+        tmp_path,
+        "mesh.data=1",
+        "mesh.fsdp=4",
+        "mesh.tensor=1",
+        "mesh.num_devices=4",
+    )
+    restored, loop = other.checkpoints.restore()
+    assert loop == LOOP
+    assert int(restored.step) == 1
+    restored, update = other.train_step()(restored, other.minibatch(2))
+    for left, right in zip(jax.tree.leaves(want), jax.tree.leaves(host((restored.params, update.loss))), strict=True):
+        np.testing.assert_allclose(left, right, rtol=2e-4, atol=2e-5)
+    other.checkpoints.close()
