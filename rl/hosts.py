@@ -45,8 +45,6 @@ def join(section: DistributedSection) -> None:
     jax.distributed.initialize(
         **options,
         heartbeat_timeout_seconds=section.heartbeat_timeout_seconds,
-        # The last to leave is never later than a missed heartbeat: whoever waits longer waits for the dead.
-        shutdown_timeout_seconds=section.heartbeat_timeout_seconds,
         initialization_timeout=section.initialization_timeout_seconds,
     )
 

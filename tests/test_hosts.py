@@ -203,15 +203,16 @@ from rl.config import load_config
 config = load_config(None, ["seed=1"] if sys.argv[1:] == ["other"] else [])
 hosts.join(config.distributed)
 mesh = Mesh(np.array(jax.devices()), ("data",))
+fresh = jax.random.key(5)
 rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
 with jax.transfer_guard("disallow"):
     array, number = hosts.put((np.arange(4.0, dtype=np.float32), np.int32(3)), (rows, everywhere))
-    key = hosts.put_key(jax.random.key(5), everywhere)
+    key = hosts.put_key(fresh, everywhere)
 told = {
     "first": hosts.is_first(), "gathered": hosts.gather([jax.process_index() / 3, "x" * 2000][: 1 + hosts.is_first()]),
     "any": hosts.any_process(jax.process_index() == 1), "from_first": hosts.from_first(lambda: 7 + jax.process_index()),
     "own": sorted(float(shard.data[0]) for shard in array.addressable_shards), "number": int(number),
-    "key": jax.random.key_data(key).tolist() == jax.random.key_data(jax.random.key(5)).tolist(),
+    "key": jax.random.key_data(key).tolist() == jax.random.key_data(fresh).tolist(),
     "fetched": hosts.fetch({"a": array})["a"].tolist(), "quiet": hosts.console_stream() is not None,
 }
 def refuse():
