@@ -210,8 +210,10 @@ def tell(config):
         array, number = hosts.put((np.arange(4.0, dtype=np.float32), np.int32(3)), (rows, everywhere))
         key = hosts.put_key(fresh, everywhere)
     told = {
-        "first": hosts.is_first(), "gathered": hosts.gather([jax.process_index() / 3, "x" * 2000][: 1 + hosts.is_first()]),
-        "any": hosts.any_process(jax.process_index() == 1), "from_first": hosts.from_first(lambda: 7 + jax.process_index()),
+        "first": hosts.is_first(),
+        "gathered": hosts.gather([jax.process_index() / 3, "x" * 2000][: 1 + hosts.is_first()]),
+        "any": hosts.any_process(jax.process_index() == 1),
+        "from_first": hosts.from_first(lambda: 7 + jax.process_index()),
         "own": sorted(float(shard.data[0]) for shard in array.addressable_shards), "number": int(number),
         "key": jax.random.key_data(key).tolist() == jax.random.key_data(fresh).tolist(),
         "fetched": hosts.fetch({"a": array})["a"].tolist(), "quiet": hosts.console_stream() is not None,
