@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(COMMANDS[name].module).main(rest) or 0
     except ValueError as error:
-        if not _raised_by_tandem(error):
+        if not raised_by_tandem(error):
             raise
         if show_traceback:
             traceback.print_exc()
@@ -196,7 +196,8 @@ def _unknown_command(name: str) -> str:
     return f"unknown command {name!r}; {hint}Commands: {', '.join(COMMANDS)}"
 
 
-def _raised_by_tandem(error: BaseException) -> bool:
+def raised_by_tandem(error: BaseException) -> bool:
+    """Whether an error comes from Tandem's own code: a user's then, if it is a ValueError."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return frames[-1].f_globals["__name__"].partition(".")[0] in OWN_PACKAGES
 

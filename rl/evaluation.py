@@ -213,20 +213,19 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
     if is_run:
         read_run(source)
     config = load_config(source / "config.yml" if is_run else source, overrides)
-    hosts.join(config.distributed)
-    use_compilation_cache(config)
-    require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
-    trained = load_checkpoint(config, source) if is_run else load_start(config)
-    rows = load_prompts(config, trained.tokenizer).held_out[: config.eval.max_prompts]
-    if not rows:
-        raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
-    sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
-    sampler.expect([row.prompt_ids for row in rows])
-    sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
-    with start_rewards(config, rows, None) as runner:
-        result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
-    hosts.leave()
-    return result, "model.source" if trained.step is None else f"step {trained.step}"
+    with hosts.joined(config.distributed):
+        use_compilation_cache(config)
+        require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
+        trained = load_checkpoint(config, source) if is_run else load_start(config)
+        rows = load_prompts(config, trained.tokenizer).held_out[: config.eval.max_prompts]
+        if not rows:
+            raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
+        sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
+        sampler.expect([row.prompt_ids for row in rows])
+        sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
+        with start_rewards(config, rows, None) as runner:
+            result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
+        return result, "model.source" if trained.step is None else f"step {trained.step}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -298,10 +298,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv:
         raise ValueError("grpo train needs a config file, for example: grpo train examples/arithmetic/grpo.yml")
     config = load_config(argv[0], argv[1:])
-    hosts.join(config.distributed)
-    use_compilation_cache(config)
-    train(config)
-    hosts.leave()
+    with hosts.joined(config.distributed):
+        use_compilation_cache(config)
+        train(config)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,20 @@ rewards of its share of completions, a signal, the state of the run folder) goes
 talks to nobody: each function is then what it would be without this module.
 """
 
+import contextlib
 import json
 import os
+import sys
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rl.cli import TRACEBACK_VARIABLE, raised_by_tandem
 from rl.config import Config, DistributedSection, require, to_dict
 
 T = TypeVar("T")
@@ -42,22 +46,42 @@ def join(section: DistributedSection) -> None:
         options = {**given, "cluster_detection_method": "deactivate"}
     elif not (section.auto and _is_in_a_cluster()):
         return
+    # Its handler of SIGTERM would swallow what `rl.interrupt` waits for, and before that what should end the process.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         **options,
         heartbeat_timeout_seconds=section.heartbeat_timeout_seconds,
-        # The last to leave is never later than a missed heartbeat: whoever waits longer waits for the dead.
-        shutdown_timeout_seconds=section.heartbeat_timeout_seconds,
         initialization_timeout=section.initialization_timeout_seconds,
     )
 
 
-def leave() -> None:
-    """Ends a run that went well together with the others: who is gone early would be taken for dead.
+@contextlib.contextmanager
+def joined(section: DistributedSection) -> Iterator[None]:
+    """A context together with the other processes, see `join`; all of them leave it together.
 
-    A process with an error just ends, so that the others need not wait for it.
+    One with an error says it and ends at once: an ordinary end would wait for the others, and they for this one.
     """
+    join(section)
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        os._exit(_report(error))
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+
+
+def _report(error: BaseException) -> int:
+    """Says what ended this process; the exit status that it has alone."""
+    is_plain = isinstance(error, ValueError) and raised_by_tandem(error) and not os.environ.get(TRACEBACK_VARIABLE)
+    if is_plain:
+        print(f"error: process {jax.process_index()}: {error}", file=sys.stderr)
+    elif not isinstance(error, KeyboardInterrupt):
+        traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    return 2 if is_plain else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _is_in_a_cluster() -> bool:

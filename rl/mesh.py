@@ -235,7 +235,9 @@ def in_host_memory(sharding: NamedSharding) -> NamedSharding:
       ValueError: devices that cannot reach it.
     """
     # Devices of other processes, and those that are only compiled for, have no memories to list.
-    for device in set(sharding.mesh.devices.flat) & set(jax.local_devices()):
+    devices = sharding.mesh.devices
+    assert devices is not None, sharding
+    for device in set(devices.flat) & set(jax.local_devices()):
         if _HOST not in {memory.kind for memory in device.addressable_memories()}:
             raise ValueError(
                 f"optimizer.offload must be false on {device.platform}, got true; it has no memory {_HOST}"

@@ -200,52 +200,61 @@ import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rl import hosts
 from rl.config import load_config
-config = load_config(None, ["seed=1"] if sys.argv[1:] == ["other"] else [])
-hosts.join(config.distributed)
-mesh = Mesh(np.array(jax.devices()), ("data",))
-rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-with jax.transfer_guard("disallow"):
-    array, number = hosts.put((np.arange(4.0, dtype=np.float32), np.int32(3)), (rows, everywhere))
-    key = hosts.put_key(jax.random.key(5), everywhere)
-told = {
-    "first": hosts.is_first(), "gathered": hosts.gather([jax.process_index() / 3, "x" * 2000][: 1 + hosts.is_first()]),
-    "any": hosts.any_process(jax.process_index() == 1), "from_first": hosts.from_first(lambda: 7 + jax.process_index()),
-    "own": sorted(float(shard.data[0]) for shard in array.addressable_shards), "number": int(number),
-    "key": jax.random.key_data(key).tolist() == jax.random.key_data(jax.random.key(5)).tolist(),
-    "fetched": hosts.fetch({"a": array})["a"].tolist(), "quiet": hosts.console_stream() is not None,
-}
 def refuse():
     raise ValueError("output_dir is taken")
-for name, call in (("refused", lambda: hosts.from_first(refuse)), ("same", lambda: hosts.check_same(config, {}))):
+def tell(config):
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    fresh = jax.random.key(5)
+    with jax.transfer_guard("disallow"):
+        array, number = hosts.put((np.arange(4.0, dtype=np.float32), np.int32(3)), (rows, everywhere))
+        key = hosts.put_key(fresh, everywhere)
+    told = {
+        "first": hosts.is_first(),
+        "gathered": hosts.gather([jax.process_index() / 3, "x" * 2000][: 1 + hosts.is_first()]),
+        "any": hosts.any_process(jax.process_index() == 1),
+        "from_first": hosts.from_first(lambda: 7 + jax.process_index()),
+        "own": sorted(float(shard.data[0]) for shard in array.addressable_shards), "number": int(number),
+        "key": jax.random.key_data(key).tolist() == jax.random.key_data(fresh).tolist(),
+        "fetched": hosts.fetch({"a": array})["a"].tolist(), "quiet": hosts.console_stream() is not None,
+    }
     try:
-        told[name] = call()
+        hosts.from_first(refuse)
     except ValueError as error:
-        told[name] = str(error)
-print(json.dumps(told))
+        told["refused"] = str(error)
+    print(json.dumps(told), flush=True)
+    if not hosts.is_first():
+        load_config(None, ["no.such.key=1"])  # an error of this process alone: the first waits for it in vain
+    hosts.gather("done")
+config = load_config(None, ["seed=1"] if sys.argv[1] == "other" else [])
+with hosts.joined(config.distributed):
+    if sys.argv[1] == "tell":
+        tell(config)
+    hosts.check_same(config, {})
 """
 
 
-def tell(job: int, *other: str) -> list[dict]:
-    """What each of two processes has to tell; arguments go to the second."""
-    processes = []
-    for number in range(2):
-        environment = {
-            **os.environ,
-            **SLURM,
-            "SLURM_PROCID": str(number),
-            "SLURM_JOB_ID": str(job),
-            "JAX_PLATFORMS": "cpu",
-        }
-        environment |= {"SLURM_STEP_NODELIST": "localhost", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-        command = [sys.executable, "-c", TELL, *(other if number else ())]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+def start_two(*arguments: str) -> list[subprocess.Popen]:
+    """Two processes as SLURM starts them, each with an argument of its own."""
+    shared = {**os.environ, **SLURM, "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    shared |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", TELL, argument], cwd=ROOT, env={**shared, "SLURM_PROCID": str(number)}, **pipes
+        )
+        for number, argument in enumerate(arguments)
+    ]
 
 
-def test_processes_of_a_cluster_find_and_understand_each_other():
-    first, second = tell(os.getpid(), "other")
+def test_processes_of_a_cluster_understand_each_other_and_an_error_of_one_ends_it_at_once():
+    processes = start_two("tell", "tell")
+    outputs = [processes[1].communicate(timeout=120)]
+    processes[0].kill()  # it waits for the other, until the heartbeat tells it
+    outputs.insert(0, processes[0].communicate(timeout=60))
+    assert processes[1].returncode == 2
+    assert "error: process 1: unknown config key 'no.such.key'" in outputs[1][1]
+    first, second = (json.loads(re.search(r"^{.*}$", output, re.MULTILINE).group()) for output, _ in outputs)
     assert [first["first"], second["first"]] == [True, False]
     assert [first["quiet"], second["quiet"]] == [False, True]
     for told in (first, second):
@@ -254,12 +263,18 @@ def test_processes_of_a_cluster_find_and_understand_each_other():
         assert told["from_first"] == 7
         assert told["number"] == 3
         assert told["key"] is True
-        assert told["same"].startswith(
-            "the configuration's seed must be the same in every process, got 0 in process 0 and 1"
-        )
     assert [first["own"], second["own"]] == [[0.0, 1.0], [2.0, 3.0]]
     assert [first["fetched"], second["fetched"]] == [[0.0, 1.0, 2.0, 3.0], []]
     assert [first["refused"], second["refused"]] == ["output_dir is taken", "process 0: output_dir is taken"]
+
+
+def test_processes_with_different_configurations_say_so_and_end():
+    processes = start_two("plain", "other")
+    for number, process in enumerate(processes):
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 2
+        problem = "the configuration's seed must be the same in every process, got 0 in process 0 and 1 in process 1"
+        assert f"error: process {number}: {problem}" in said
 
 
 # What needs no second process

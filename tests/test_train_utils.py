@@ -2,6 +2,8 @@
 configuration and one `init_state_fn`, in both flavours, on eight devices.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ class Run:
         pure_nnx = f"pure_nnx={str(flavour == 'nnx').lower()}"
         self.config = load_config(None, [f"output_dir={folder}", pure_nnx, *settings])
         self.mesh = create_mesh(self.config.mesh)
-        self.policy = policy_from_config(self.config, tiny_config())
+        self.policy = policy_from_config(self.config, tiny_config(num_layers=1))
         self.schedule, self.optimizer = create_training_optimizer(self.config, self.policy)
         self.init_state_fn = InitStateFn(self.policy, self.optimizer, 0)
         self.checkpoints = create_checkpoint_manager(self.config, self.mesh, self.init_state_fn)
@@ -79,65 +81,72 @@ class Run:
         return Minibatch(batch, scalars[0], scalars[1], on_policy=scalars[2])
 
 
-@pytest.fixture(params=FLAVOURS)
-def run(request, tmp_path):
-    made = Run(request.param, tmp_path)
-    yield made
-    made.checkpoints.close()
+class Trained(NamedTuple):
+    """A run of three updates, of which the first was saved: what it was before, between and after."""
+
+    run: Run
+    abstract: Any
+    start: Any
+    steps: list[int]
+    is_donated: list[bool]
+    shardings: list[Any]
+    end: Any
+    num_programs: int
 
 
 def host(tree):
     return jax.tree.map(np.array, tree)
 
 
-def test_every_part_has_the_same_shapes_and_shardings(run):
+@pytest.fixture(scope="module", params=FLAVOURS)
+def trained(request, tmp_path_factory):
+    run = Run(request.param, tmp_path_factory.mktemp(request.param))
     state, abstract = run.start()
-    assert abstract == run.checkpoints.abstract == get_abstract_state(run.config, run.mesh, run.init_state_fn)
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == abstract.shardings
-    bare, decode = setup_decode_state(run.config, run.mesh, InitStateFn(run.policy, None, 0))
-    assert decode.shardings.params == abstract.shardings.params
-    assert bare.opt_state == ()
-    for trained, plain in zip(jax.tree.leaves(state.params), jax.tree.leaves(bare.params), strict=True):
-        np.testing.assert_array_equal(np.asarray(trained), np.asarray(plain))
-    assert float(run.schedule(0)) == pytest.approx(1e-2)
-
-
-def test_updates_keep_the_shardings_donate_the_state_and_compile_once(run):
-    state, abstract = run.start()
-    train_step = run.train_step()
-    assert get_first_step(run.policy, state, updates_per_step(run.config)) == 0
+    start, train_step = host(state.params), run.train_step()
+    steps, is_donated, shardings = [get_first_step(run.policy, state, 2)], [], []
     for number in range(1, 4):
         before = state
         state, update = train_step(state, run.minibatch(number))
-        assert jax.tree.map(lambda leaf: leaf.sharding, state) == abstract.shardings
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.opt_state)))
         assert bool(update.is_applied)
-        assert get_first_step(run.policy, state, updates_per_step(run.config)) == number // 2
-    assert train_step._cache_size() == 1
-
-
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_saved_run_goes_on_in_the_other_flavour_on_another_mesh(flavour, tmp_path):
-    first = Run(flavour, tmp_path)
-    state, _ = first.start()
-    train_step = first.train_step()
-    state, _ = train_step(state, first.minibatch(1))
-    first.checkpoints.save(1, state, LOOP)
-    first.checkpoints.close()
-    state, update = train_step(state, first.minibatch(2))
-    want = host((state.params, update.loss))
-    other = Run(
-        FLAVOURS[1 - FLAVOURS.index(flavour)],
-        tmp_path,
-        "mesh.data=1",
-        "mesh.fsdp=4",
-        "mesh.tensor=1",
-        "mesh.num_devices=4",
+        is_donated.append(all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.opt_state))))
+        shardings.append(jax.tree.map(lambda leaf: leaf.sharding, state))
+        steps.append(get_first_step(run.policy, state, updates_per_step(run.config)))
+        if number == 2:
+            run.checkpoints.save(1, state, LOOP)
+            run.checkpoints.wait()
+    run.checkpoints.close()
+    return Trained(
+        run, abstract, start, steps, is_donated, shardings, host((state.params, update.loss)), train_step._cache_size()
     )
+
+
+def test_every_part_has_the_same_shapes_and_shardings(trained):
+    run, abstract = trained.run, trained.abstract
+    assert abstract == run.checkpoints.abstract == get_abstract_state(run.config, run.mesh, run.init_state_fn)
+    assert trained.shardings == [abstract.shardings] * 3
+    bare, decode = setup_decode_state(run.config, run.mesh, InitStateFn(run.policy, None, 0))
+    assert decode.shardings.params == abstract.shardings.params
+    assert bare.opt_state == ()
+    for left, right in zip(jax.tree.leaves(trained.start), jax.tree.leaves(bare.params), strict=True):
+        np.testing.assert_array_equal(left, np.asarray(right))
+    assert float(run.schedule(0)) == pytest.approx(1e-2)
+
+
+def test_updates_count_steps_donate_the_state_and_compile_once(trained):
+    assert trained.steps == [0, 0, 1, 1]
+    assert trained.is_donated == [True] * 3
+    assert trained.num_programs == 1
+
+
+def test_a_saved_run_goes_on_in_the_other_flavour_on_another_mesh(trained):
+    overrides = ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=1", "mesh.num_devices=4")
+    flavour = FLAVOURS[1 - FLAVOURS.index(trained.run.policy.flavour)]
+    other = Run(flavour, trained.run.config.output_dir, *overrides)
     restored, loop = other.checkpoints.restore()
     assert loop == LOOP
-    assert int(restored.step) == 1
-    restored, update = other.train_step()(restored, other.minibatch(2))
-    for left, right in zip(jax.tree.leaves(want), jax.tree.leaves(host((restored.params, update.loss))), strict=True):
+    assert get_first_step(other.policy, restored, updates_per_step(other.config)) == 1
+    restored, update = other.train_step()(restored, other.minibatch(3))
+    got = host((restored.params, update.loss))
+    for left, right in zip(jax.tree.leaves(trained.end), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(left, right, rtol=2e-4, atol=2e-5)
     other.checkpoints.close()
