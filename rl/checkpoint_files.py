@@ -15,11 +15,10 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
 
 HASHES = "hashes.json"
@@ -30,11 +29,11 @@ _NAMED_FILE = re.compile(r'local file "([^"]+[^/"])"')  # in the messages of ten
 
 
 class DamagedArrayError(ValueError):
-    """An array cannot be read. `where`: the file that is to blame, or the folder where none is known."""
+    """An array cannot be read. `where`: the file that is to blame, or the item's folder where none is known."""
 
-    def __init__(self, where: str, message: str):
-        super().__init__(message)
-        self.where = where
+    def __init__(self, where: str, path: tuple[str, ...]):
+        super().__init__(f"{where} must hold {'/'.join(path)}, but it cannot be read; it is damaged")
+        self.where, self.path = where, path
 
 
 class StoredArray(NamedTuple):
@@ -42,14 +41,14 @@ class StoredArray(NamedTuple):
 
     Attributes:
       path: names from the root of its item.
-      folder: of its item. key: its name in there.
+      folder: of its item. driver: tensorstore's name of its format.
     """
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
     folder: pathlib.Path
-    key: str
+    driver: str
 
     @property
     def num_bytes(self) -> int:
@@ -71,28 +70,35 @@ def item_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return items
 
 
-def stored_arrays(item: pathlib.Path) -> list[StoredArray]:
+def stored_arrays(item: pathlib.Path, damaged: list[DamagedArrayError] | None = None) -> list[StoredArray]:
     """The arrays of an item in the order of their paths; reads no data.
 
+    Args:
+      damaged: takes the error of each array that cannot be opened, in place of raising it.
+
     Raises:
-      ValueError: its metadata cannot be read.
+      ValueError: the item's own list of its arrays cannot be read.
+      DamagedArrayError: an array cannot be opened.
     """
-    try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(item.absolute()).tree  # pyright: ignore[reportArgumentType]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{item / _METADATA} must describe arrays, but it cannot be read: {error}") from error
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "dtype"))[0]
-    return [
-        StoredArray(
-            tuple(str(getattr(part, "key", getattr(part, "idx", part))) for part in path),
-            tuple(leaf.shape),
-            np.dtype(leaf.dtype),
-            item.absolute(),
-            leaf.name,
-        )
-        for path, leaf in leaves
-        if hasattr(leaf, "shape")
-    ]
+    metadata, item = _read_json(item / _METADATA), item.absolute()
+    driver = "zarr3" if metadata.get("use_zarr3", False) else "zarr"
+    paths = sorted(
+        tuple(str(part["key"]) for part in entry["key_metadata"])
+        for entry in metadata["tree_metadata"].values()
+        # Empty containers are entries, too, and strings lie in a file of their own.
+        if not entry["value_metadata"]["skip_deserialize"] and entry["value_metadata"]["value_type"] != "string"
+    )
+    arrays = []
+    for path in paths:
+        try:
+            store = _open(item, path, driver)
+        except DamagedArrayError as error:
+            if damaged is None:
+                raise
+            damaged.append(error)
+        else:
+            arrays.append(StoredArray(path, tuple(store.shape), store.dtype.numpy_dtype, item, driver))
+    return arrays
 
 
 def read_array(array: StoredArray) -> np.ndarray:
@@ -101,22 +107,28 @@ def read_array(array: StoredArray) -> np.ndarray:
     Raises:
       DamagedArrayError: they cannot be read.
     """
-    root, key = f"{array.folder}/", f"{array.key}/"
-    if (array.folder / "manifest.ocdbt").exists():
-        store = {"driver": "ocdbt", "base": f"file://{root}", "path": key}
+    store = _open(array.folder, array.path, array.driver)
+    with _blaming_a_file(array.folder, array.path):
+        return np.asarray(store.read().result())
+
+
+def _open(item: pathlib.Path, path: tuple[str, ...], driver: str) -> Any:
+    key = ".".join(path)
+    if (item / "manifest.ocdbt").exists():
+        store = {"driver": "ocdbt", "base": f"file://{item}/", "path": f"{key}/"}
     else:
-        store = {"driver": "file", "path": root + key}
-    is_zarr3 = json.loads((array.folder / _METADATA).read_text()).get("use_zarr3", False)
-    spec = {"driver": "zarr3" if is_zarr3 else "zarr", "kvstore": store}
+        store = {"driver": "file", "path": f"{item}/{key}/"}
+    with _blaming_a_file(item, path):
+        return tensorstore.open({"driver": driver, "kvstore": store}, open=True, read=True).result()
+
+
+@contextlib.contextmanager
+def _blaming_a_file(item: pathlib.Path, path: tuple[str, ...]) -> Iterator[None]:
     try:
-        return np.asarray(tensorstore.open(spec, open=True, read=True).result().read().result())
-    except ValueError as error:
-        message = str(error)
-        named = [name for name in _NAMED_FILE.findall(message) if pathlib.Path(name) != array.folder]
-        where = named[-1] if named else str(array.folder)
-        raise DamagedArrayError(
-            where, f"{where} must hold {'/'.join(array.path)}, but it cannot be read: {message.split(' [', 1)[0]}"
-        ) from error
+        yield
+    except ValueError as error:  # what tensorstore raises
+        named = [name for name in _NAMED_FILE.findall(str(error)) if pathlib.Path(name) != item]
+        raise DamagedArrayError(named[-1] if named else str(item), path) from error
 
 
 def array_hash(value: np.ndarray) -> str:

@@ -91,7 +91,9 @@ def inspect(found: Found) -> list[str]:
     Raises:
       ValueError: not a checkpoint, or its metadata cannot be read.
     """
-    arrays = _arrays_of(found)
+    arrays: dict[str, StoredArray] = {}
+    for item, folder in item_folders(found.folder).items():
+        arrays |= {_name(item, array.path): array for array in stored_arrays(folder)}
     record, notes = read_record(found.folder) or {}, read_step_metadata(found.folder)
     rows: dict[str, Any] = {"checkpoint": found.folder, "step": found.step, "written by": record.get("flavour")}
     rows["layout"] = layout_of(array.path for array in arrays.values())
@@ -131,20 +133,27 @@ def verify(found: Found) -> Verification:
     problems += damaged or []
     unreadable: dict[str, list[str]] = {}
     not_finite = []
-    for name, array in _arrays_of(found).items():
-        try:
-            value = read_array(array)
-        except DamagedArrayError as error:
-            unreadable.setdefault(error.where, []).append(name)
-            continue
-        hashes[name] = array_hash(value)
-        if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(value).all():
-            not_finite.append(f"{name} ({int((~np.isfinite(value)).sum())} of {value.size})")
+    for item, folder in item_folders(found.folder).items():
+        broken: list[DamagedArrayError] = []
+        for array in stored_arrays(folder, broken):
+            name = _name(item, array.path)
+            try:
+                value = read_array(array)
+            except DamagedArrayError as error:
+                broken.append(error)
+                continue
+            hashes[name] = array_hash(value)
+            if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(value).all():
+                not_finite.append(f"{name} ({int((~np.isfinite(value)).sum())} of {value.size})")
+        for error in broken:
+            unreadable.setdefault(error.where, []).append(_name(item, error.path))
     problems += [f"{where}: cannot be read: {_some(names)}" for where, names in unreadable.items()]
     if not_finite:
         problems.append(f"numbers that are not finite in {_some(not_finite)}")
     if found.run is None:
         notes.append("not part of a run folder: not compared with a configuration")
+    elif unreadable:
+        notes.append("not compared with the run's configuration, because of the damage")
     else:
         problems += _misfits(found)
     return Verification(hashes, notes, problems)
@@ -160,13 +169,9 @@ def compare_hashes(hashes: dict[str, str], against: dict[str, str]) -> list[str]
     return [f"{problem}: {_some(names)}" for problem, names in groups.items() if names]
 
 
-def _arrays_of(found: Found) -> dict[str, StoredArray]:
-    """The arrays of all items by name; an item's name stands in front where the folder has several or is a step."""
-    named = {}
-    for item, folder in item_folders(found.folder).items():
-        for array in stored_arrays(folder):
-            named["/".join(((item,) if item else ()) + array.path)] = array
-    return named
+def _name(item: str, path: tuple[str, ...]) -> str:
+    """The name of an array in a checkpoint; that of its item comes first where it has one."""
+    return "/".join(filter(None, (item, *path)))
 
 
 def _by_part(arrays: dict[str, StoredArray]) -> dict[str, list[StoredArray]]:
@@ -184,8 +189,8 @@ def _misfits(found: Found) -> list[str]:
     problems = []
     record = read_record(found.folder)
     if record is None:
-        problems.append(f"{found.folder / 'loop'} is missing")
-    elif missing := missing_record_keys(identity["kind"], record):
+        return [f"{found.folder / 'loop'} is missing"]
+    if missing := missing_record_keys(identity["kind"], record):
         problems.append(
             f"the loop record lacks {', '.join(missing)}: written by an older version; "
             "`grpo checkpoint convert RUN OUT` fills it in"

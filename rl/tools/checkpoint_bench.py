@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rl.checkpoint import Checkpoints, create_checkpoint_manager
 from rl.checkpoint_files import folder_size
@@ -101,19 +102,16 @@ def fill_moments(state: PureState) -> PureState:
     All bits are random but the highest of the exponent, so that no compressor gains more than that one. Counts stay.
     """
     leaves, tree = jax.tree.flatten(state.opt_state)
-    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
+    return state._replace(opt_state=tree.unflatten([_random_like(i, leaf) for i, leaf in enumerate(leaves)]))
 
-    def fill(key: jax.Array, leaf: jax.Array) -> jax.Array:
-        if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        highest_exponent_bit = unsigned.type(1 << (8 * leaf.dtype.itemsize - 2))
-        bits = jax.random.bits(key, leaf.shape, unsigned) & ~highest_exponent_bit
-        return jax.lax.bitcast_convert_type(bits, leaf.dtype)
 
-    shardings = [leaf.sharding for leaf in leaves]
-    filled = jax.jit(lambda leaves: [fill(*pair) for pair in zip(keys, leaves, strict=True)], out_shardings=shardings)
-    return state._replace(opt_state=tree.unflatten(filled(leaves)))
+def _random_like(seed: int, leaf: jax.Array) -> jax.Array:
+    if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    unsigned = np.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    highest_exponent_bit = unsigned.type(1 << (8 * leaf.dtype.itemsize - 2))
+    bits = np.frombuffer(np.random.default_rng(seed).bytes(leaf.nbytes), unsigned) & ~highest_exponent_bit
+    return jax.device_put(bits.view(leaf.dtype).reshape(leaf.shape), leaf.sharding)
 
 
 def report(result: BenchResult) -> list[str]:
