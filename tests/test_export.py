@@ -93,6 +93,7 @@ def test_both_flavours_decode_from_it_on_any_mesh(params_folder, flavour):
     assert jax.tree.leaves(state.params)[0].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_sample_evaluate_and_train_take_it_as_a_source(recipe, params_folder, tmp_path, capsys):
     assert grpo(["sample", str(params_folder), "--prompt", "1+1=", "sampling.max_completion_length=3"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[0])["prompt"] == "1+1="
@@ -269,7 +270,7 @@ def tunix_model(folder, config):
 # The theta of every model is what Tunix rotates by whatever its configuration says. Its Gemma 3 makes every sixth layer
 # global.
 TUNIX = {
-    "qwen3": {"rope_theta": 1_000_000.0},
+    "qwen3": {"rope_theta": 1_000_000.0, "tie_word_embeddings": False},
     "llama": {"rope_theta": 1_000_000.0, "tie_word_embeddings": False},
     "gemma3_text": {"num_layers": 6, "layer_types": ("sliding_attention",) * 5 + ("full_attention",)},
 }
