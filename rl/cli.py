@@ -62,8 +62,8 @@ COMMANDS = {
         arguments="MODEL --prompts FILE --output FILE [key=value ...]",
         summary="draw completions of given prompts",
         details="""\
-            MODEL            a run folder (its newest checkpoint), a folder that `grpo export` wrote, a hub id, or a YAML recipe
-                             (the weights of model.source)
+            MODEL            a run folder (its newest checkpoint), a folder that `grpo export` wrote, a hub id, or a
+                             YAML recipe (the weights of model.source)
             --prompts FILE   JSON lines, each with one of prompt (text or chat messages), messages, prompt_ids
                              (token ids), and if wanted n, max_tokens, seed and id; other columns are copied
             --prompt TEXT    one prompt, in place of a file; may be given several times
