@@ -345,15 +345,16 @@ def _write_weights(
             tensor_name(path): _to_stored(np.asarray(jax.device_get(leaf_at(params, path))).astype(stored_dtype), path)
             for path in paths
         }
-        # transformers refuses a file whose metadata has no format.
-        safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
-        _read_back(folder / name, tensors)
+        save_tensors(folder / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
 
 
-def _read_back(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+def save_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file and reads it back; ValueError where it is not what was written."""
+    # transformers refuses a file whose metadata has no format.
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     with open_tensors(file) as written:
         for name, value in tensors.items():
             if not same_bits(written.get_tensor(name), value):
