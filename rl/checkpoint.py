@@ -5,14 +5,15 @@ In: a `PureState`, a small JSON-able record of the loop, and the weights of a re
 dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). Every array is checked by path, shape and dtype
 before a restore, so that no value silently stays at its initialisation. Of a model with adapters only these are
 written, with their settings in `loop`; the frozen base is read from its own source, which `run.json` identifies. The
-meaning of the loop record belongs to the trainer.
+meaning of the loop record belongs to the trainer. Each checkpoint has the hashes of its files, see
+`rl.checkpoint_files`.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
-import os
 import pathlib
 import resource
 import shutil
@@ -24,6 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from rl.checkpoint_files import folder_size, hash_unfinished
 from rl.config import Config, require
 from rl.models.config import ModelConfig
 from rl.models.lora import join, split
@@ -31,7 +33,7 @@ from rl.models.policy import Params
 from rl.models.train_state import PureState
 from rl.states import AbstractState, InitStateFn, check_same_tree, get_abstract_state
 
-_ADAPTER = "adapter"  # the key of the loop record that holds an adapter's rank, alpha and targets
+ADAPTER = "adapter"  # the key of the loop record that holds an adapter's rank, alpha and targets
 
 
 class Checkpoints:
@@ -63,6 +65,10 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
                 enable_background_delete=True,
+                # Runs in the background when all files are complete, before the step gets its name.
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=functools.partial(_hash_files, folder.absolute())
+                ),
             )
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
@@ -109,25 +115,43 @@ class Checkpoints:
           ValueError: no such checkpoint, one of another model, optimizer or adapter (naming the paths or settings), or
             a damaged one.
         """
+        step, folder, target = self.check(step)
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), loop=ocp.args.JsonRestore())
+        with _explain_read_errors(folder):
+            restored = self._manager.restore(step, args=arguments)
+        state = from_tree(restored["state"], self.abstract.shapes)
+        loop = {key: value for key, value in restored["loop"].items() if key != ADAPTER}
+        return state._replace(params=join(state.params, base or {})), loop
+
+    def check(self, step: int | None = None) -> tuple[int, pathlib.Path, dict[str, Any]]:
+        """Compares what checkpoint `step` (None: the newest) says that it holds with what this run wants; reads no
+        array.
+
+        Returns:
+          Its step, its folder, and the shapes and places of the arrays to read.
+
+        Raises:
+          ValueError: as `restore`.
+        """
         step, folder, target = self._find(step)
         self._check_adapter(step, folder)
         with _explain_read_errors(folder):
             written = _plain_metadata(self._manager.item_metadata(step)["state"])
         check_same_tree(written.get("params", {}), target["params"], f"the weights of {folder}")
         check_same_tree(written, target, f"the arrays of {folder}")
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), loop=ocp.args.JsonRestore())
-        with _explain_read_errors(folder):
-            restored = self._manager.restore(step, args=arguments)
-        state = from_tree(restored["state"], self.abstract.shapes)
-        loop = {key: value for key, value in restored["loop"].items() if key != _ADAPTER}
-        return state._replace(params=join(state.params, base or {})), loop
+        return step, folder, target
 
-    def restore_reference(self, step: int | None = None) -> Any:
-        """The reference's weights in checkpoint `step` (None: the newest), placed and checked as `restore` does."""
+    def check_reference(self, step: int | None = None) -> tuple[int, pathlib.Path, dict[str, Any]]:
+        """The same for the weights of the reference."""
         step, folder, target = self._find(step)
         with _explain_read_errors(folder):
             written = _plain_metadata(self._manager.item_metadata(step)["reference"])
         check_same_tree(written, target["params"], f"the weights of the reference in {folder}")
+        return step, folder, target
+
+    def restore_reference(self, step: int | None = None) -> Any:
+        """The reference's weights in checkpoint `step` (None: the newest), placed and checked as `restore` does."""
+        step, folder, target = self.check_reference(step)
         arguments = ocp.args.Composite(reference=ocp.args.StandardRestore(target["params"]))
         with _explain_read_errors(folder):
             return self._manager.restore(step, args=arguments)["reference"]
@@ -157,12 +181,12 @@ class Checkpoints:
         if lora is None:
             return {}
         # Through JSON, so that what is compared is what can be read back.
-        return {_ADAPTER: json.loads(json.dumps(dataclasses.asdict(lora)))}
+        return {ADAPTER: json.loads(json.dumps(dataclasses.asdict(lora)))}
 
     def _check_adapter(self, step: int, folder: pathlib.Path) -> None:
         with _explain_read_errors(folder):
             loop = self._manager.restore(step, args=ocp.args.Composite(loop=ocp.args.JsonRestore()))["loop"]
-        written, wanted = loop.get(_ADAPTER), self._adapter_settings().get(_ADAPTER)
+        written, wanted = loop.get(ADAPTER), self._adapter_settings().get(ADAPTER)
         if written != wanted:
             raise ValueError(
                 f"the adapter of {folder} must have this run's settings (lora.*), {wanted}, got {written}; "
@@ -177,7 +201,7 @@ class Checkpoints:
         if self._with_reference:
             leaves += jax.tree.leaves(self.abstract.shapes.params)
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        existing = _folder_size(self._folder)
+        existing = folder_size(self._folder)
         need = max(size * (self._keep + 1) - existing, size)  # one more than is kept, while the newest is being written
         free = shutil.disk_usage(self._folder).free
         if need > free:
@@ -202,6 +226,11 @@ class Checkpoints:
         """Finishes writing and releases the folder."""
         with _explain_write_errors(self._folder):
             self._manager.close()
+
+
+def _hash_files(folder: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        hash_unfinished(folder)
 
 
 @contextlib.contextmanager
@@ -287,13 +316,3 @@ def _plain_metadata(metadata: Any) -> Any:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), tree, is_leaf=lambda x: hasattr(x, "dtype")
     )
-
-
-def _folder_size(folder: os.PathLike | str) -> int:
-    """Bytes of all files below a folder; those that Orbax takes away meanwhile (half-written ones) do not count."""
-    total = 0
-    for path, _, names in os.walk(folder):  # os.walk passes over folders that vanish
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(path, name)).st_size
-    return total

@@ -62,8 +62,8 @@ COMMANDS = {
         arguments="MODEL --prompts FILE --output FILE [key=value ...]",
         summary="draw completions of given prompts",
         details="""\
-            MODEL            a run folder (its newest checkpoint), a Hugging Face folder or hub id, or a YAML recipe
-                             (the weights of model.source)
+            MODEL            a run folder (its newest checkpoint), a folder that `grpo export` wrote, a hub id, or a
+                             YAML recipe (the weights of model.source)
             --prompts FILE   JSON lines, each with one of prompt (text or chat messages), messages, prompt_ids
                              (token ids), and if wanted n, max_tokens, seed and id; other columns are copied
             --prompt TEXT    one prompt, in place of a file; may be given several times
@@ -86,14 +86,37 @@ COMMANDS = {
     ),
     "export": Command(
         module="rl.tools.export",
-        arguments="RUN OUT [--step N] [--dtype DTYPE | --adapter]",
-        summary="write a Hugging Face folder from a run",
+        arguments="RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE | --adapter]",
+        summary="write a run's weights as a folder of their own",
         details="""\
-            RUN            a run folder
-            OUT            the folder to write; transformers, TRL and vLLM open it
-            --step N       the checkpoint to export; the newest when left out
-            --dtype DTYPE  float32, bfloat16 or float16; the checkpoint's own when left out
-            --adapter      of a run with adapters (lora.rank): these alone, in PEFT's format; else they are merged""",
+            RUN              a run folder
+            OUT              the folder to write, new or empty; it appears when all of it was read back
+            --step N         the checkpoint to export; the newest when left out
+            --format FORMAT  huggingface (when left out): transformers, TRL and vLLM open it; params: a parameter-only
+                             checkpoint as Orbax writes it. model.source takes both
+            --dtype DTYPE    float32, bfloat16 or float16; the checkpoint's own when left out
+            --adapter        of a run with adapters (lora.rank): these alone, in PEFT's format; else they are merged""",
+    ),
+    "checkpoint": Command(
+        module="rl.tools.checkpoint",
+        arguments="inspect | verify | convert | bench ...",
+        summary="look into, check, convert and time checkpoints",
+        details="""\
+            inspect CHECKPOINT [--step N]
+                what it holds: arrays with types, shapes and bytes, step, who wrote it, loop record, adapter settings
+            verify CHECKPOINT [--step N] [--write FILE] [--against FILE]
+                compares its files with the hashes written with them, reads every array, looks for numbers that are not
+                finite, and compares with what the run's configuration wants; prints a content hash per array. Exit
+                status 1 when something is wrong; a damaged file is named
+            convert RUN OUT
+                a run of an older version as one that this version resumes
+            convert CHECKPOINT OUT --like MODEL [--dtype DTYPE] [--rope interleaved|halves]
+                weights that MaxText wrote (Linen or NNX) as a Hugging Face folder; MODEL has config.json and tokenizer
+            bench RUN_OR_CONFIG [--steps N] [key=value ...]
+                saves and restores the state N times (3 when left out): seconds and GB/s; the files are removed
+
+            CHECKPOINT     a run folder (its newest checkpoint, or --step N), or any folder that Orbax wrote
+            --write FILE   the content hashes as JSON; --against FILE compares with such a file""",
     ),
     "launch": Command(
         module="rl.tools.launch",

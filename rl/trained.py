@@ -49,6 +49,14 @@ def load_start(config: Config) -> TrainedPolicy:
     return TrainedPolicy(policy, state.params, shardings, mesh, tokenizer, origin, state.rng, None)
 
 
+def training_setup(config: Config, origin: Origin) -> tuple[Mesh, InitStateFn]:
+    """The mesh, and the `init_state_fn` of the state that a run with this configuration trains."""
+    policy = policy_from_config(config, origin.model_config)
+    # The number of updates shapes the schedule only, never the optimizer's state.
+    _, optimizer = create_training_optimizer(config, policy, num_updates=shortest_run(config.optimizer))
+    return create_mesh(config.mesh), InitStateFn(policy, optimizer, config.seed)
+
+
 def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None = None) -> TrainedPolicy:
     """The weights of a run's checkpoint; None: the newest. `config` is the run's own (see `rl.run_folder.read_run`).
 
@@ -57,12 +65,8 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
     """
     tokenizer = tokenizer_of(config)
     origin = find_origin(config, tokenizer)
-    mesh = create_mesh(config.mesh)
-    policy = policy_from_config(config, origin.model_config)
-    # The number of updates shapes the schedule only, never the optimizer's state.
-    _, optimizer = create_training_optimizer(config, policy, num_updates=shortest_run(config.optimizer))
+    mesh, init_state_fn = training_setup(config, origin)
     config = dataclasses.replace(config, output_dir=str(pathlib.Path(folder)))
-    init_state_fn = InitStateFn(policy, optimizer, config.seed)
     checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, read_only=True)
     try:
         step = checkpoints.latest_step if step is None else step
@@ -75,4 +79,4 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
     finally:
         checkpoints.close()
     shardings = checkpoints.abstract.shardings.params
-    return TrainedPolicy(policy, state.params, shardings, mesh, tokenizer, origin, state.rng, step)
+    return TrainedPolicy(init_state_fn.policy, state.params, shardings, mesh, tokenizer, origin, state.rng, step)

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from rl.config import Config
+from rl.models import hf, param_folder
 from rl.models.config import LoRAConfig, ModelConfig
-from rl.models.hf import check_weights, load_params, read_config, resolve_source, weights_hash
+from rl.models.hf import read_config, resolve_source
 from rl.models.lora import join
 from rl.models.peft import adapter_hash, check_adapter, load_adapter
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
@@ -20,7 +21,8 @@ class Origin:
 
     Attributes:
       model_config: shape, dtypes, and adapters if the run trains some.
-      folder: local Hugging Face folder with the weights, of the base alone; None for a fresh random model.
+      folder: local Hugging Face folder or parameter-only checkpoint with the weights of the base alone; None for a
+        fresh random model.
       identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and
         reference.
       adapter: folder of the adapter that training starts from; None for a fresh one, or none.
@@ -59,8 +61,9 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
     else:
         folder = pathlib.Path(resolve_source(section.source))
         model_config = read_config(folder)
-        check_weights(folder, model_config)
-        identity = {"source": section.source, "hash": weights_hash(folder)}
+        files = _files_of(folder)
+        files.check_weights(folder, model_config)
+        identity = {"source": section.source, "hash": files.weights_hash(folder)}
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
             f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer "
@@ -82,6 +85,11 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
     return Origin(model_config, folder, identity, adapter)
 
 
+def _files_of(folder: pathlib.Path) -> Any:
+    """The module that reads a folder's weights; both have `check_weights`, `weights_hash` and `load_params`."""
+    return param_folder if param_folder.is_param_folder(folder) else hf
+
+
 def _lora(config: Config) -> LoRAConfig | None:
     section = config.lora
     if not section.rank:
@@ -96,7 +104,7 @@ def pretrained_params(origin: Origin, shardings: Any) -> Any | None:
     """
     if origin.folder is None:
         return None
-    base = load_params(origin.folder, origin.model_config, shardings)
+    base = _files_of(origin.folder).load_params(origin.folder, origin.model_config, shardings)
     return base if origin.adapter is None else join(load_adapter(origin.adapter, origin.model_config, shardings), base)
 
 

@@ -28,6 +28,7 @@ LAYERS = [
         "rl.categorical",
         "rl.programs",
         "rl.completion_file",
+        "rl.checkpoint_files",
     ],
     [
         "rl.mesh",
@@ -62,6 +63,8 @@ LAYERS = [
     ],
     ["rl.models.policy", "rl.models.hf", "rl.packing", "rl.prompt_rows"],
     [
+        "rl.models.param_folder",
+        "rl.models.maxtext",
         "rl.models.peft",
         "rl.user_functions",
         "rl.reference",
@@ -74,9 +77,9 @@ LAYERS = [
     ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step"],
     ["rl.sampler", "rl.prompt_logprobs"],
     ["rl.rollout", "rl.update", "rl.trained"],
-    ["rl.evaluation", "rl.dynamic_sampling", "rl.tools.export"],
+    ["rl.evaluation", "rl.dynamic_sampling", "rl.tools.export", "rl.tools.convert", "rl.tools.checkpoint_bench"],
     ["rl.grpo_trainer", "rl.sft_trainer", "rl.replay"],
-    ["rl.sample_command"],
+    ["rl.sample_command", "rl.tools.checkpoint"],
 ]
 
 

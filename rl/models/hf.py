@@ -72,7 +72,11 @@ def weights_hash(folder: str | pathlib.Path, full_bytes: int = 4 << 30) -> str:
     header) and 64 evenly spaced MiB.
     """
     folder = pathlib.Path(folder)
-    files = _weight_files(folder)
+    return content_hash(folder, _weight_files(folder), full_bytes)
+
+
+def content_hash(folder: pathlib.Path, files: list[pathlib.Path], full_bytes: int = 4 << 30) -> str:
+    """The same over the config.json of a folder and any files with weights."""
     whole = sum(file.stat().st_size for file in files) <= full_bytes
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in files:
@@ -108,7 +112,7 @@ def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any 
                 name = tensor_name(path)
                 if locations[name] == file:
                     value = _from_stored(tensors.get_tensor(name), path, spec.shape).astype(param_dtype)
-                    _set(params, path, _place(config, path, value, _get(shardings, path) if shardings else None))
+                    set_leaf(params, path, place(config, path, value, leaf_at(shardings, path) if shardings else None))
     if config.tie_word_embeddings and "lm_head.weight" in locations:
         _check_tied(locations)
     return params
@@ -131,7 +135,8 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
     return locations
 
 
-def _place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray, sharding: Any) -> Any:
+def place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray, sharding: Any) -> Any:
+    """One weight on its devices (None: the default one), stored as `config.lora` says."""
     if sharding is None:
         return freeze_leaf(config, path, jax.device_put(value))
     # By callback, so that several processes each hand over only their own shards.
@@ -271,19 +276,27 @@ def save_folder(
     dtype: str | None = None,
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Writes a folder that transformers, TRL and vLLM open: config, weights, and the tokenizer if one is given.
+    """Writes a folder that transformers, TRL and vLLM open, and reads it back: config, weights, and the tokenizer if
+    one is given.
 
-    `dtype` is the stored type, None keeps `config.param_dtype`. The folder appears at once and whole, or not at all.
-    Raises ValueError if it exists and is not empty, or if `params` is not the tree of `config`.
+    `dtype` is the stored type, None keeps `config.param_dtype`. More weights than `max_shard_bytes` make several files
+    and an index. The folder appears at once and whole, or not at all. Raises ValueError if it exists and is not empty,
+    if `params` is not the tree of `config`, or if what was read back is not what was written.
     """
-    _check_tree(config, params)
+    check_tree(config, params)
     dtype = config.param_dtype if dtype is None else dtype
     with new_folder(folder) as draft:
-        write_json(draft / "config.json", config_json(config, dtype))
-        write_json(draft / "generation_config.json", generation_json(config))
+        write_model_files(draft, config, dtype, tokenizer)
         _write_weights(draft, config, params, dtype, max_shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(draft))
+        check_weights(draft, config)
+
+
+def write_model_files(folder: pathlib.Path, config: ModelConfig, dtype: str, tokenizer: Any) -> None:
+    """All of a model's folder but the weights: what it is, the ids that end a text, the tokenizer if one is given."""
+    write_json(folder / "config.json", config_json(config, dtype))
+    write_json(folder / "generation_config.json", generation_json(config))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 @contextlib.contextmanager
@@ -300,7 +313,8 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
         os.replace(draft, folder)
 
 
-def _check_tree(config: ModelConfig, params: Mapping[str, Any]) -> None:
+def check_tree(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    """ValueError at the first parameter that is missing, has no place in the model, or has another shape."""
     expected = {path: spec.shape for path, spec in flatten_specs(base_specs(config))}
     got = {tuple(path): tuple(value.shape) for path, value in _leaves(params)}
     for path in sorted(expected.keys() | got.keys()):
@@ -328,14 +342,31 @@ def _write_weights(
     for i, paths in enumerate(shards):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {
-            tensor_name(path): _to_stored(np.asarray(jax.device_get(_get(params, path))).astype(stored_dtype), path)
+            tensor_name(path): _to_stored(np.asarray(jax.device_get(leaf_at(params, path))).astype(stored_dtype), path)
             for path in paths
         }
-        # transformers refuses a file whose metadata has no format.
-        safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
+        save_tensors(folder / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def save_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file and reads it back; ValueError where it is not what was written."""
+    # transformers refuses a file whose metadata has no format.
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    with open_tensors(file) as written:
+        for name, value in tensors.items():
+            if not same_bits(written.get_tensor(name), value):
+                raise ValueError(f"{name} was not read back as it was written to {file}; check the disk")
+
+
+def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two arrays are alike in type, shape and every bit, NaN included."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    left, right = (np.ascontiguousarray(value).reshape(-1).view(np.uint8) for value in (left, right))
+    return np.array_equal(left, right)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -354,13 +385,15 @@ def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[t
             yield (*prefix, name), child
 
 
-def _get(tree: Any, path: tuple[str, ...]) -> Any:
+def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
+    """The value at a path."""
     for name in path:
         tree = tree[name]
     return tree
 
 
-def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def set_leaf(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Puts a value at a path, making the dicts on the way."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value

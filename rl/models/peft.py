@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from rl.models.config import LORA_A, LORA_B, LoRAConfig, ModelConfig, adaptable_modules, flatten_specs, parameter_specs
-from rl.models.hf import new_folder, open_tensors, tensor_name, write_json
+from rl.models.hf import new_folder, open_tensors, save_tensors, tensor_name, write_json
 from rl.models.hf_config import read_json
 from rl.models.lora import Params, split
 from rl.models.ops import dtype_of
@@ -77,7 +76,7 @@ def save_adapter(folder: str | pathlib.Path, config: ModelConfig, params: Params
     }
     with new_folder(folder) as draft:
         write_json(draft / CONFIG_FILE, settings)
-        safetensors.numpy.save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(draft / WEIGHTS_FILE, tensors)
 
 
 def read_adapter(folder: str | pathlib.Path) -> LoRAConfig:

@@ -1,34 +1,51 @@
-"""`grpo export RUN OUT`: the weights of a run as a Hugging Face folder that transformers, TRL, vLLM and Tandem open.
+"""`grpo export RUN OUT`: the weights of a run as a folder of their own, without optimizer.
 
-Adapters are merged into the weights, or with `--adapter` written alone in PEFT's format.
+In: a run's checkpoint. Out: a Hugging Face folder that transformers, TRL, vLLM and Tandem open, or with `--format
+params` a parameter-only checkpoint that Orbax and Tandem read (see `rl.models.param_folder`; MaxText:
+`generate_param_only_checkpoint`), both with configuration, token ids, tokenizer and chat template. Adapters are merged
+into the weights, or with `--adapter` written alone in PEFT's format. What is written is read back and compared, then it
+appears at its place at once.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rl.models.config import ModelConfig
 from rl.models.hf import save_folder
 from rl.models.lora import merge
+from rl.models.param_folder import save_params
 from rl.models.peft import save_adapter
 from rl.run_folder import read_run
+from rl.tokenizer import Tokenizer
 from rl.trained import load_checkpoint
 
+FORMATS = {"huggingface": save_folder, "params": save_params}
 
-def export(run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None, dtype: str | None = None) -> int:
+
+def export(
+    run: str | pathlib.Path,
+    out: str | pathlib.Path,
+    step: int | None = None,
+    dtype: str | None = None,
+    kind: str = "huggingface",
+) -> int:
     """Writes checkpoint `step` (None: the newest) of a run folder to `out`; returns the step written.
 
     Args:
       out: must not exist or be empty; written atomically.
       dtype: float32, bfloat16 or float16; None keeps the dtype of the checkpoint.
+      kind: a name of `FORMATS`.
 
     Raises:
       ValueError: not a run folder, no such checkpoint, or `out` holds something.
     """
     config, _ = read_run(run)
     trained = load_checkpoint(config, run, step)
-    write_folder(out, trained.origin.model_config, trained.params, trained.tokenizer, dtype)
+    write_folder(out, trained.origin.model_config, trained.params, trained.tokenizer, dtype, kind)
     assert trained.step is not None
     return trained.step
 
@@ -48,29 +65,52 @@ def export_adapter(run: str | pathlib.Path, out: str | pathlib.Path, step: int |
     return trained.step
 
 
-def write_folder(out: str | pathlib.Path, model_config: Any, params: Any, tokenizer: Any, dtype: str | None) -> None:
+def write_folder(
+    out: str | pathlib.Path,
+    model_config: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    dtype: str | None,
+    kind: str = "huggingface",
+) -> None:
     """Weights, adapters merged into them, model configuration, tokenizer and its chat template."""
-    save_folder(out, model_config, merge(model_config, params), tokenizer=tokenizer, dtype=dtype)
+    merged = merge(model_config, params)
+    FORMATS[kind](out, _with_token_ids(model_config, tokenizer), merged, tokenizer=tokenizer, dtype=dtype)
+
+
+def _with_token_ids(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The special tokens that the run went by: the model's own, then the tokenizer's."""
+    eos_ids = tuple(dict.fromkeys((*model_config.eos_token_ids, *tokenizer.eos_ids)))
+    bos_id, pad_id = model_config.bos_token_id, model_config.pad_token_id
+    return dataclasses.replace(
+        model_config,
+        eos_token_ids=eos_ids,
+        bos_token_id=tokenizer.bos_id if bos_id is None else bos_id,
+        pad_token_id=tokenizer.pad_id if pad_id is None else pad_id,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo export RUN OUT [--step N] [--dtype DTYPE | --adapter]`."""
+    """`grpo export RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE | --adapter]`."""
     parser = argparse.ArgumentParser(prog="grpo export", description=__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--step", type=int, default=None, help="checkpoint to export; the newest when left out")
+    parser.add_argument("--format", choices=tuple(FORMATS), default=None, help="huggingface when left out")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="the checkpoint's own when left out"
     )
     parser.add_argument("--adapter", action="store_true", help="write the adapter alone, in PEFT's format")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
-    if arguments.adapter and arguments.dtype:
-        raise ValueError(f"--dtype must be left out with --adapter, got {arguments.dtype}; adapters keep their own")
+    run, out = arguments.run, arguments.out
     if arguments.adapter:
-        step = export_adapter(arguments.run, arguments.out, arguments.step)
+        for name in ("dtype", "format"):
+            if value := getattr(arguments, name):
+                raise ValueError(f"--{name} must be left out with --adapter, got {value}; adapters keep their own")
+        step = export_adapter(run, out, arguments.step)
     else:
-        step = export(arguments.run, arguments.out, arguments.step, arguments.dtype)
-    print(f"exported step {step} of {arguments.run} to {arguments.out}")
+        step = export(run, out, arguments.step, arguments.dtype, arguments.format or "huggingface")
+    print(f"exported step {step} of {run} to {out}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,298 @@
+"""`grpo checkpoint inspect | verify | convert | bench`: what is in a checkpoint, whether it is whole, and how fast.
+
+In: a run folder, or any folder that Orbax wrote. Out: text. Reading files is `rl.checkpoint_files`, other layouts are
+`rl.tools.convert`, measuring is `rl.tools.checkpoint_bench`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from rl.checkpoint import ADAPTER, create_checkpoint_manager
+from rl.checkpoint_files import (
+    DamagedArrayError,
+    StoredArray,
+    array_hash,
+    damaged_files,
+    item_folders,
+    read_array,
+    read_record,
+    read_step_metadata,
+    stored_arrays,
+)
+from rl.models.hf import write_json
+from rl.models.maxtext import ROPES, layout_of
+from rl.run_folder import checkpoint_steps, is_run_folder, read_run
+from rl.tools.checkpoint_bench import bench, report
+from rl.tools.convert import convert_maxtext, missing_record_keys, upgrade_run
+from rl.trained import training_setup
+from rl.weights import find_origin, tokenizer_of
+
+_MAX_NAMED = 5  # arrays named for one problem
+
+
+class Found(NamedTuple):
+    """A checkpoint: its folder, and the run that it belongs to with its step, where there is one."""
+
+    folder: pathlib.Path
+    run: pathlib.Path | None
+    step: int | None
+
+
+class Verification(NamedTuple):
+    """What a verification found.
+
+    Attributes:
+      hashes: content hash by the name of the array, of those that could be read.
+      notes: what was not looked at, in words. problems: what is wrong.
+    """
+
+    hashes: dict[str, str]
+    notes: list[str]
+    problems: list[str]
+
+
+def find(path: str | pathlib.Path, step: int | None = None) -> Found:
+    """The checkpoint that a run folder (and a step; None: the newest) or a checkpoint's own folder stands for.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = pathlib.Path(path)
+    if is_run_folder(path):
+        steps = checkpoint_steps(path)
+        wanted = steps[-1] if step is None and steps else step
+        if wanted not in steps:
+            raise ValueError(f"run folder {str(path)!r} must hold checkpoint {wanted}, got steps {steps}")
+        return Found(path / "checkpoints" / str(wanted), path, wanted)
+    if step is not None:
+        raise ValueError(f"--step needs a run folder, got {str(path)!r}")
+    if not path.is_dir():
+        raise ValueError(f"a checkpoint must be a run folder or a folder that Orbax wrote, got {str(path)!r}")
+    run = path.absolute().parent.parent
+    if path.absolute().parent.name == "checkpoints" and path.name.isdecimal() and is_run_folder(run):
+        return Found(path, run, int(path.name))
+    return Found(path, None, None)
+
+
+def inspect(found: Found) -> list[str]:
+    """What a checkpoint holds, as lines of text; reads no array.
+
+    Raises:
+      ValueError: not a checkpoint, or its metadata cannot be read.
+    """
+    arrays: dict[str, StoredArray] = {}
+    for item, folder in item_folders(found.folder).items():
+        arrays |= {_name(item, array.path): array for array in stored_arrays(folder)}
+    record, notes = read_record(found.folder) or {}, read_step_metadata(found.folder)
+    rows: dict[str, Any] = {"checkpoint": found.folder, "step": found.step, "written by": record.get("flavour")}
+    rows["layout"] = layout_of(array.path for array in arrays.values())
+    if nanoseconds := notes.get("commit_timestamp_nsecs"):
+        rows["written at"] = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC).isoformat(" ", "seconds")
+    if found.run is not None:
+        config, identity = read_run(found.run)
+        rows["run"] = f"{found.run}, {identity['kind']}, optimizer {config.optimizer.name}"
+        rows["policy"] = json.dumps(identity["policy"])
+    if record.get(ADAPTER):
+        rows["adapter"] = json.dumps(record[ADAPTER])
+    if record:
+        rows["loop"] = json.dumps({key: value for key, value in record.items() if key != ADAPTER})
+    lines = [f"{name:<12}{value}" for name, value in rows.items() if value is not None]
+    width = max(map(len, arrays), default=0)
+    for name, array in arrays.items():
+        shape = "[" + ", ".join(map(str, array.shape)) + "]"
+        lines.append(f"  {name:<{width}}  {array.dtype.name:<10}{shape:<22}{array.num_bytes:>16,} bytes")
+    for part, members in _by_part(arrays).items():
+        count = sum(int(np.prod(array.shape, dtype=np.int64)) for array in members)
+        size = sum(array.num_bytes for array in members)
+        lines.append(f"{part:<20}{len(members):>6} arrays{count:>18,} numbers{size:>20,} bytes")
+    return lines
+
+
+def verify(found: Found) -> Verification:
+    """Compares a checkpoint's files with their hashes, reads every array, and compares what is there with what the
+    run's configuration wants.
+
+    Raises:
+      ValueError: not a checkpoint.
+    """
+    notes, problems, hashes = [], [], {}
+    damaged = damaged_files(found.folder)
+    if damaged is None:
+        notes.append("the files have no hashes.json: a changed byte that still decodes to a number is not noticed")
+    problems += damaged or []
+    unreadable: dict[str, list[str]] = {}
+    not_finite = []
+    for item, folder in item_folders(found.folder).items():
+        broken: list[DamagedArrayError] = []
+        for array in stored_arrays(folder, broken):
+            name = _name(item, array.path)
+            try:
+                value = read_array(array)
+            except DamagedArrayError as error:
+                broken.append(error)
+                continue
+            hashes[name] = array_hash(value)
+            if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(value).all():
+                not_finite.append(f"{name} ({int((~np.isfinite(value)).sum())} of {value.size})")
+        for error in broken:
+            unreadable.setdefault(error.where, []).append(_name(item, error.path))
+    problems += [f"{where}: cannot be read: {_some(names)}" for where, names in unreadable.items()]
+    if not_finite:
+        problems.append(f"numbers that are not finite in {_some(not_finite)}")
+    if found.run is None:
+        notes.append("not part of a run folder: not compared with a configuration")
+    elif unreadable:
+        notes.append("not compared with the run's configuration, because of the damage")
+    else:
+        problems += _misfits(found)
+    return Verification(hashes, notes, problems)
+
+
+def compare_hashes(hashes: dict[str, str], against: dict[str, str]) -> list[str]:
+    """How the contents differ from those written down before, in words; empty where they do not."""
+    groups = {
+        "missing": sorted(against.keys() - hashes.keys()),
+        "not there before": sorted(hashes.keys() - against.keys()),
+        "other numbers": sorted(name for name in hashes.keys() & against.keys() if hashes[name] != against[name]),
+    }
+    return [f"{problem}: {_some(names)}" for problem, names in groups.items() if names]
+
+
+def _name(item: str, path: tuple[str, ...]) -> str:
+    """The name of an array in a checkpoint; that of its item comes first where it has one."""
+    return "/".join(filter(None, (item, *path)))
+
+
+def _by_part(arrays: dict[str, StoredArray]) -> dict[str, list[StoredArray]]:
+    parts: dict[str, list[StoredArray]] = {}
+    for name, array in arrays.items():
+        item = name.removesuffix("/".join(array.path)).rstrip("/")
+        parts.setdefault("/".join(filter(None, (item, array.path[0]))), []).append(array)
+    return {**parts, "all": list(arrays.values())}
+
+
+def _misfits(found: Found) -> list[str]:
+    """What the run could not resume from: arrays, adapter settings and keys of the loop record."""
+    assert found.run is not None
+    config, identity = read_run(found.run)
+    problems = []
+    record = read_record(found.folder)
+    if record is None:
+        return [f"{found.folder / 'loop'} is missing"]
+    if missing := missing_record_keys(identity["kind"], record):
+        problems.append(
+            f"the loop record lacks {', '.join(missing)}: written by an older version; "
+            "`grpo checkpoint convert RUN OUT` fills it in"
+        )
+    origin = find_origin(config, tokenizer_of(config))
+    mesh, init_state_fn = training_setup(config, origin)
+    config = dataclasses.replace(config, output_dir=str(found.run))
+    checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, read_only=True)
+    checks = [checkpoints.check, *([checkpoints.check_reference] if config.reference.sync_every else [])]
+    with contextlib.closing(checkpoints):
+        for check in checks:
+            try:
+                check(found.step)
+            except ValueError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
+
+
+def _inspect_command(arguments: argparse.Namespace) -> int:
+    print("\n".join(inspect(find(arguments.checkpoint, arguments.step))))
+    return 0
+
+
+def _verify_command(arguments: argparse.Namespace) -> int:
+    found = find(arguments.checkpoint, arguments.step)
+    hashes, notes, problems = verify(found)
+    for name, value in hashes.items():
+        print(f"{value}  {name}")
+    if arguments.against:
+        against = json.loads(pathlib.Path(arguments.against).read_text())
+        problems += [f"compared with {arguments.against}: {text}" for text in compare_hashes(hashes, against)]
+    if arguments.write:
+        write_json(pathlib.Path(arguments.write), hashes)
+    total = hashlib.sha256("".join(f"{value} {name}\n" for name, value in hashes.items()).encode()).hexdigest()
+    print(f"{total}  {found.folder}, {len(hashes)} arrays")
+    for note in notes:
+        print(f"note: {note}")
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    print("damaged or unusable" if problems else "whole")
+    return 1 if problems else 0
+
+
+def _convert_command(arguments: argparse.Namespace) -> int:
+    source, out = arguments.checkpoint, arguments.out
+    if is_run_folder(source):
+        given = [name for name in ("like", "dtype", "rope") if getattr(arguments, name) is not None]
+        if given:
+            raise ValueError(f"--{given[0]} must be left out for a run folder, which has a configuration of its own")
+        lines = upgrade_run(source, out) or ["nothing was missing"]
+    else:
+        if arguments.like is None:
+            raise ValueError("--like MODEL must give the config.json and the tokenizer of a MaxText checkpoint's model")
+        lines = convert_maxtext(source, out, arguments.like, arguments.dtype, arguments.rope)
+    print("\n".join([*lines, f"converted {source} to {out}"]))
+    return 0
+
+
+def _bench_command(arguments: argparse.Namespace) -> int:
+    result = bench(arguments.source, arguments.steps, tuple(arguments.overrides))
+    print("\n".join(report(result)))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`grpo checkpoint inspect | verify | convert | bench ...`; the exit status."""
+    parser = argparse.ArgumentParser(prog="grpo checkpoint", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    for name, run, text in (
+        ("inspect", _inspect_command, "what a checkpoint holds"),
+        ("verify", _verify_command, "whether a checkpoint is whole"),
+    ):
+        command = add(name, run, text)
+        command.add_argument("checkpoint", help="run folder, or a folder that Orbax wrote")
+        command.add_argument("--step", type=int, default=None, help="checkpoint of a run; the newest when left out")
+        if name == "verify":
+            command.add_argument("--write", default=None, help="JSON file for the content hashes")
+            command.add_argument("--against", default=None, help="JSON file of content hashes to compare with")
+    command = add("convert", _convert_command, "an older run, or MaxText's weights, in this version's layout")
+    command.add_argument("checkpoint", help="run folder, or folder of a MaxText checkpoint")
+    command.add_argument("out", help="folder to write")
+    command.add_argument("--like", default=None, help="folder or hub id with config.json and tokenizer of the model")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None)
+    command.add_argument("--rope", choices=ROPES, default=None)
+    command = add("bench", _bench_command, "seconds and GB/s of saving and restoring")
+    command.add_argument("source", help="run folder, or YAML recipe")
+    command.add_argument("--steps", type=int, default=3, help="how often to save and restore")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

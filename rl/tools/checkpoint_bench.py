@@ -1,0 +1,154 @@
+"""`grpo checkpoint bench`: how fast checkpoints of a run are written and read here (MaxText:
+`standalone_checkpointer`).
+
+In: a configuration, or a run's checkpoint. Out: seconds and GB/s of each save and restore, through the same
+`rl.checkpoint` as training. Moments are filled with random bits, because zeros would be compressed away. Files are
+written beside the run folder, on its disk, and removed. What is read was just written, so that it may come from memory:
+a restore from the disk itself can be slower.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl.checkpoint import Checkpoints, create_checkpoint_manager
+from rl.checkpoint_files import folder_size
+from rl.config import Config, load_config
+from rl.models.lora import split
+from rl.models.policy import Params
+from rl.models.train_state import PureState
+from rl.run_folder import is_run_folder
+from rl.states import frozen_base, setup_training_state
+from rl.trained import training_setup
+from rl.weights import find_origin, pretrained_params, tokenizer_of, use_compilation_cache
+
+
+class Timing(NamedTuple):
+    """Seconds of one round.
+
+    Attributes:
+      blocking: until `save` returned and training could go on. complete: until the checkpoint was complete on disk,
+      from
+        the same start. restore: until the state was on the devices again.
+    """
+
+    blocking: float
+    complete: float
+    restore: float
+
+
+class BenchResult(NamedTuple):
+    """What was measured.
+
+    Attributes:
+      source: of the state, in words.
+      num_bytes: of the arrays of one checkpoint. num_disk_bytes: of its files.
+    """
+
+    source: str
+    num_bytes: int
+    num_disk_bytes: int
+    timings: list[Timing]
+
+
+def bench(source: str | pathlib.Path, num_rounds: int = 3, overrides: tuple[str, ...] = ()) -> BenchResult:
+    """Saves and restores the state of a run (its newest checkpoint) or of a recipe (a fresh state) `num_rounds` times.
+
+    Raises:
+      ValueError: no such run or recipe, too little room on the disk, or `num_rounds` below 1.
+    """
+    if num_rounds < 1:
+        raise ValueError(f"--steps must be >= 1, got {num_rounds}")
+    path = pathlib.Path(source)
+    is_run = is_run_folder(path)
+    config = load_config(path / "config.yml" if is_run else path, overrides)
+    use_compilation_cache(config)
+    origin = find_origin(config, tokenizer_of(config))
+    mesh, init_state_fn = training_setup(config, origin)
+    with _scratch_folder(path if is_run else pathlib.Path(config.output_dir or "run")) as scratch:
+        checkpoints = create_checkpoint_manager(_at(config, scratch), mesh, init_state_fn)
+        with contextlib.closing(checkpoints):
+            checkpoints.check_disk_space()
+            if is_run:
+                base = frozen_base(config, mesh, init_state_fn, origin)
+                reader = create_checkpoint_manager(_at(config, path), mesh, init_state_fn, read_only=True)
+                with contextlib.closing(reader):
+                    state, loop = reader.restore(base=base)
+                words = f"step {loop['step']} of {path}"
+            else:
+                params = pretrained_params(origin, checkpoints.abstract.shardings.params)
+                state, _ = setup_training_state(config, mesh, init_state_fn, params)
+                words = f"the state at the start of {path}"
+            state = fill_moments(state)
+            trained, frozen = split(init_state_fn.policy.config, state.params)
+            timings = [_round(checkpoints, state, step, frozen) for step in range(1, num_rounds + 1)]
+        num_disk_bytes = folder_size(scratch / "checkpoints" / str(num_rounds))
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state._replace(params=trained)))
+    return BenchResult(words, num_bytes, num_disk_bytes, timings)
+
+
+def fill_moments(state: PureState) -> PureState:
+    """The state with random bits in the arrays of its optimizer, where each lies: finite numbers between -2 and 2.
+
+    All bits are random but the highest of the exponent, so that no compressor gains more than that one. Counts stay.
+    """
+    leaves, tree = jax.tree.flatten(state.opt_state)
+    return state._replace(opt_state=tree.unflatten([_random_like(i, leaf) for i, leaf in enumerate(leaves)]))
+
+
+def _random_like(seed: int, leaf: jax.Array) -> jax.Array:
+    if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    unsigned = np.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    highest_exponent_bit = unsigned.type(1 << (8 * leaf.dtype.itemsize - 2))
+    bits = np.frombuffer(np.random.default_rng(seed).bytes(leaf.nbytes), unsigned) & ~highest_exponent_bit
+    return jax.device_put(bits.view(leaf.dtype).reshape(leaf.shape), leaf.sharding)
+
+
+def report(result: BenchResult) -> list[str]:
+    """The result as lines of a table, the median of the rounds last."""
+    gigabytes = result.num_bytes / 1e9
+    lines = [
+        f"{result.source}: {gigabytes:.3f} GB of arrays, {result.num_disk_bytes / 1e9:.3f} GB of files",
+        f"{'round':>8}" + "".join(f"{phase:>24}" for phase in ("save, blocking", "save, complete", "restore")),
+    ]
+    medians = Timing(*(statistics.median(phase) for phase in zip(*result.timings, strict=True)))
+    for name, timing in [*enumerate(result.timings, 1), ("median", medians)]:
+        lines.append(
+            f"{name:>8}" + "".join(f"{seconds:>11.3f} s {gigabytes / seconds:>6.2f} GB/s" for seconds in timing)
+        )
+    return lines
+
+
+def _round(checkpoints: Checkpoints, state: PureState, step: int, frozen: Params) -> Timing:
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    checkpoints.save(step, state, {"step": step})
+    blocking = time.perf_counter() - start
+    checkpoints.wait()
+    complete = time.perf_counter() - start
+    start = time.perf_counter()
+    jax.block_until_ready(checkpoints.restore(step, frozen)[0])
+    return Timing(blocking, complete, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _scratch_folder(run: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside that of a run, hence on its disk, that is gone afterwards, also after Ctrl-C."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=run.parent, prefix=f".{run.name}.bench-") as scratch:
+        yield pathlib.Path(scratch)
+
+
+def _at(config: Config, folder: pathlib.Path) -> Config:
+    checkpoint = dataclasses.replace(config.checkpoint, keep=1)
+    return dataclasses.replace(config, output_dir=str(folder), checkpoint=checkpoint)
