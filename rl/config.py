@@ -747,13 +747,12 @@ def _check_lora(config: Config) -> None:
     """Ranges, and keys that contradict a frozen base. Whether a target matches is known with the model only."""
     section = config.lora
     _at_least(config, 0, "lora.rank")
-    if not section.rank:
-        for key in ("base_dtype", "adapter"):
-            value = getattr(section, key)
-            if value is not None:
-                raise ValueError(
-                    f"lora.{key} must be null without adapters (lora.rank 0), got {value!r}; set lora.rank"
-                )
+    if not section.rank and section.adapter is None:
+        if section.base_dtype is not None:
+            raise ValueError(
+                f"lora.base_dtype must be null without adapters (lora.rank 0, no lora.adapter), got "
+                f"{section.base_dtype!r}; set lora.rank"
+            )
         return
     if not section.alpha > 0:
         raise ValueError(f"lora.alpha must be > 0, got {section.alpha}")

@@ -10,7 +10,7 @@ from rl.config import Config
 from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.hf import check_weights, load_params, read_config, resolve_source, weights_hash
 from rl.models.lora import join
-from rl.models.peft import adapter_hash, check_adapter, load_adapter
+from rl.models.peft import adapter_for, adapter_hash, check_adapter, load_adapter
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
 
 
@@ -72,8 +72,8 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
         param_dtype=section.param_dtype,
         remat=section.remat,
         scan_layers=section.scan_layers,
-        lora=_lora(config),
     )
+    model_config = dataclasses.replace(model_config, lora=_lora(config, model_config))
     if config.lora.adapter is None:
         return Origin(model_config, folder, identity)
     adapter = pathlib.Path(config.lora.adapter).expanduser()
@@ -82,11 +82,16 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
     return Origin(model_config, folder, identity, adapter)
 
 
-def _lora(config: Config) -> LoRAConfig | None:
+def _lora(config: Config, model_config: ModelConfig) -> LoRAConfig | None:
+    """The adapters of a run: as the configuration says, or with rank 0 as the adapter to start from says."""
     section = config.lora
-    if not section.rank:
+    if section.rank:
+        targets = tuple(section.targets)
+        return LoRAConfig(section.rank, section.alpha, targets, section.rank_stabilized, section.base_dtype)
+    if section.adapter is None:
         return None
-    return LoRAConfig(section.rank, section.alpha, tuple(section.targets), section.rank_stabilized, section.base_dtype)
+    found = adapter_for(pathlib.Path(section.adapter).expanduser(), model_config)
+    return dataclasses.replace(found, base_dtype=section.base_dtype)
 
 
 def pretrained_params(origin: Origin, shardings: Any) -> Any | None:

@@ -76,7 +76,7 @@ LAYERS = [
     ["rl.rollout", "rl.update", "rl.trained"],
     ["rl.evaluation", "rl.dynamic_sampling", "rl.tools.export"],
     ["rl.grpo_trainer", "rl.sft_trainer", "rl.replay"],
-    ["rl.sample_command"],
+    ["rl.sample_command", "rl.tools.lora"],
 ]
 
 
