@@ -130,6 +130,25 @@ COMMANDS = {
             --dtype DTYPE  of merge and unmerge: float32, bfloat16 or float16; MODEL's own when left out
             key=value      overrides of merge, unmerge and convert, for example tokenizer.source=byte""",
     ),
+    "quantize": Command(
+        module="rl.tools.quantize",
+        arguments="MODEL OUT [--dtype DTYPE] [--group-size N] [--text FILE] ...",
+        summary="write a model's matrices in 8 or 4 bits, layer by layer",
+        details="""\
+            MODEL              a Hugging Face folder or hub id, of any size: one layer is in memory at a time
+            OUT                the folder to write, new or empty; model.source takes it: for sampling, evaluation, QLoRA
+            --dtype DTYPE      int8 (when left out), int4 or float8_e4m3fn
+            --group-size N     inputs of an output that share a scale; all of them when left out. int4 wants 32 to 128
+            --only REGEX       the matrices to quantise, for example 'mlp/.*/kernel'; may be given several times. All of
+                               attention and MLP when left out
+            --head             also what gives the logits: lm_head, or the embedding table where it is tied
+            --text FILE        measure the perplexity of a text before and after, and the error of hidden states
+            --max-tokens N     of the text that are read; 8192 when left out
+            --context N        tokens that the model sees of it at a time; 512 when left out
+            --tokenizer SOURCE a folder, a hub id or byte; MODEL when left out
+
+            Prints the relative error of each layer, sizes, and the peak memory of the process.""",
+    ),
     "report": Command(
         module="rl.tools.report",
         arguments="RUN [RUN ...] [--output PNG]",

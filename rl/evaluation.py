@@ -27,6 +27,7 @@ from rl.config import Config, require
 from rl.data import PromptRow, load_prompts
 from rl.mesh import device_memory
 from rl.metrics import Stopwatch
+from rl.models.config import Quantization
 from rl.models.policy import Policy
 from rl.rollout import sample_and_score
 from rl.sampler import Sampler
@@ -136,6 +137,9 @@ def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: 
         decoding = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules=rules))  # pyright: ignore[reportArgumentType]
         init_state_fn = InitStateFn(policy, None, config.seed)
         decode_shardings = get_abstract_state(decoding, mesh, init_state_fn, is_training=False).shardings.params
+    weights = None
+    if section.weight_dtype is not None:
+        weights = Quantization(section.weight_dtype, section.weight_group_size, head=True)
     return Sampler(
         policy,
         mesh,
@@ -147,7 +151,7 @@ def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: 
         kv_bytes=int(section.kv_memory * min(hosts.gather(device_memory(mesh)))) if section.slots is None else None,
         decode_text=tokenizer.decode,
         kv_dtype=section.kv_dtype,
-        weight_dtype=section.weight_dtype,
+        weights=weights,
     )
 
 

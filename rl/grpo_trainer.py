@@ -35,6 +35,7 @@ from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.models.lora import quantization_of
 from rl.models.policy import Policy, policy_from_config
 from rl.models.train_state import PureState
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
@@ -292,7 +293,8 @@ def announce(
         "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
     }
     if lora := policy.config.lora:
-        base = lora.base_dtype or policy.config.param_dtype
+        quantization = quantization_of(policy.config)
+        base = quantization.dtype if quantization else lora.base_dtype or policy.config.param_dtype
         rows["adapters"] = f"rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.targets)}; frozen base in {base}"
     if grpo.preset:
         rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())

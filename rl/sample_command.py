@@ -198,7 +198,9 @@ def describe(
     settings |= {"tokenizer": config.tokenizer.source or config.model.source, "seed": seed}
     settings |= {"prompts": f"{len(samples)} rows, sha256 {rows.hexdigest()}"}
     settings |= {f"sampling.{name}": value for name, value in dataclasses.asdict(sampling).items()}
-    settings |= {f"sampling.{name}": getattr(config.sampling, name) for name in ("kv_dtype", "weight_dtype")}
+    settings |= {
+        f"sampling.{name}": getattr(config.sampling, name) for name in ("kv_dtype", "weight_dtype", "weight_group_size")
+    }
     return settings | {"prompt_logprobs": with_prompt_logprobs}
 
 

@@ -86,12 +86,12 @@ def _lora(config: Config, model_config: ModelConfig) -> LoRAConfig | None:
     """The adapters of a run: as the configuration says, or with rank 0 as the adapter to start from says."""
     section = config.lora
     if section.rank:
-        targets = tuple(section.targets)
-        return LoRAConfig(section.rank, section.alpha, targets, section.rank_stabilized, section.base_dtype)
-    if section.adapter is None:
+        found = LoRAConfig(section.rank, section.alpha, tuple(section.targets), section.rank_stabilized)
+    elif section.adapter is not None:
+        found = adapter_for(pathlib.Path(section.adapter).expanduser(), model_config)
+    else:
         return None
-    found = adapter_for(pathlib.Path(section.adapter).expanduser(), model_config)
-    return dataclasses.replace(found, base_dtype=section.base_dtype)
+    return dataclasses.replace(found, base_dtype=section.base_dtype, base_group_size=section.base_group_size)
 
 
 def pretrained_params(origin: Origin, shardings: Any) -> Any | None:

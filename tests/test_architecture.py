@@ -74,7 +74,7 @@ LAYERS = [
     ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step"],
     ["rl.sampler", "rl.prompt_logprobs"],
     ["rl.rollout", "rl.update", "rl.trained"],
-    ["rl.evaluation", "rl.dynamic_sampling", "rl.tools.export"],
+    ["rl.evaluation", "rl.dynamic_sampling", "rl.tools.export", "rl.tools.layerwise", "rl.tools.quantize"],
     ["rl.grpo_trainer", "rl.sft_trainer", "rl.replay"],
     ["rl.sample_command", "rl.tools.lora"],
 ]
