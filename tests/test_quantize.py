@@ -228,6 +228,23 @@ def test_all_weights_of_a_quantised_model_cannot_be_trained(folder, small, capsy
     assert "sampling.weight_dtype must be null for weights that are quantised already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["lora.rank=2", "lora.base_group_size=32"], r"lora\.base_group_size must be null where no weights"),
+        (["lora.base_group_size=32"], r"lora\.base_group_size must be null without adapters"),
+        (["sampling.weight_group_size=32"], r"sampling\.weight_group_size must be null where no weights"),
+        (
+            ["sampling.weight_dtype=int4", "sampling.weight_group_size=0"],
+            r"weight_group_size must be >= 1 or null, got 0",
+        ),
+    ],
+)
+def test_group_sizes_that_say_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, settings)
+
+
 @pytest.mark.slow
 def test_adapters_are_trained_beside_a_quantised_model(folder, small, tmp_path):
     settings = [f"model.source={small}", f"output_dir={tmp_path / 'run'}", "lora.rank=2"]

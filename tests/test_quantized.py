@@ -288,6 +288,16 @@ def test_rematerialised_layers_take_quantised_params():
         np.testing.assert_allclose(jax.jit(policy.hidden)(params, *batch_of()), plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("policy_class", [LinenPolicy, NNXPolicy])
+def test_layers_run_as_a_loop_where_only_some_are_quantised(policy_class):
+    quantization = Quantization("int4", 4, ("layers_[12]/mlp/",))
+    config = dataclasses.replace(tiny_config("qwen3", num_layers=4), quantization=quantization)
+    params = quantize_params(config, noisy_params(config), quantization)
+    plain = jax.jit(policy_class(config).hidden)(params, *batch_of())
+    looped = jax.jit(policy_class(dataclasses.replace(config, scan_layers=True)).hidden)(params, *batch_of())
+    np.testing.assert_allclose(looped, plain, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("flavour", [False, True])
 def test_a_quantised_tree_of_another_model_is_refused(flavour):
     policy = create_policy(tiny_config(num_layers=3), flavour)

@@ -117,8 +117,8 @@ def _layer_programs(config: ModelConfig) -> dict[str, Callable[..., jax.Array]]:
         def run(params: Any, x_BTD: jax.Array, group_ids_BT: jax.Array) -> jax.Array:
             positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), group_ids_BT.shape)
             labels = (positions_BT, group_ids_BT, jnp.zeros_like(group_ids_BT))
-            hidden_BTD, _ = block.apply({"params": params}, x_BTD, ops.plain_contexts(config, *labels)[layer_type])
-            return hidden_BTD
+            context = ops.plain_contexts(config, *labels, ops.attention)[layer_type]
+            return block.apply({"params": params}, x_BTD, context)[0]
 
         return jax.jit(run)
 
