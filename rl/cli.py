@@ -51,11 +51,14 @@ COMMANDS = {
     ),
     "eval": Command(
         module="rl.evaluation",
-        arguments="RUN_OR_CONFIG [key=value ...]",
+        arguments="MODEL [--adapter FOLDER] [--output FILE] [key=value ...]",
         summary="greedy accuracy on the held-out rows",
         details="""\
-            RUN_OR_CONFIG  a run folder (its newest checkpoint), or a YAML recipe (the weights of model.source)
-            key=value      overrides with dotted keys, for example eval.max_prompts=200""",
+            MODEL            a run folder (its newest checkpoint), a YAML recipe (the weights of model.source), or a
+                             Hugging Face folder or hub id with data and rewards as key=value
+            --adapter FOLDER an adapter in PEFT's format beside the weights; not for a run, which has its own
+            --output FILE    JSON lines to write: every prompt, completion and reward
+            key=value        overrides with dotted keys, for example eval.max_prompts=200""",
     ),
     "sample": Command(
         module="rl.sample_command",
@@ -73,6 +76,7 @@ COMMANDS = {
             --n N            completions of each prompt that has no n of its own; 1 when left out
             --seed N         of the draws; the configuration's seed when left out
             --step N         the checkpoint of a run; the newest when left out
+            --adapter FOLDER an adapter in PEFT's format beside the weights of a Hugging Face folder, hub id or recipe
             --chat           wrap a text prompt as a user message in the tokenizer's chat template (data.chat=true)
             --system TEXT    the system message (data.system_prompt=TEXT)
             --top-logprobs N     add the N most likely tokens of each position, as [token id, log-prob], best first
@@ -129,6 +133,44 @@ COMMANDS = {
 
             When a process dies, says which one was first, ends the others, and returns 1. The same command again
             resumes the run. For several machines see examples/launch.""",
+    ),
+    "lora": Command(
+        module="rl.tools.lora",
+        arguments="extract|merge|unmerge|inspect|convert ...",
+        summary="take adapters out of runs, put them into weights, look at them",
+        details="""\
+            extract RUN OUT [--step N]          a run's adapter as a folder in PEFT's format
+            merge MODEL ADAPTER OUT             MODEL + ADAPTER as a Hugging Face folder
+            unmerge MODEL ADAPTER OUT           MODEL - ADAPTER: the base that MODEL was merged from
+            inspect ADAPTER_OR_RUN [--json]     rank, alpha, base, dtype, parameters, and norms of each matrix
+            convert RUN OUT                     the same as extract
+            convert ADAPTER RUN RECIPE          a run folder with the adapter as its checkpoint 0, which grpo train
+                                                goes on from
+
+            MODEL          a Hugging Face folder, a hub id, or a YAML recipe (the weights of model.source)
+            ADAPTER        a folder in PEFT's format; rank, alpha and targets are its own
+            OUT, RUN       what is written: new or empty, and there at once and whole
+            --dtype DTYPE  of merge and unmerge: float32, bfloat16 or float16; MODEL's own when left out
+            key=value      overrides of merge, unmerge and convert, for example tokenizer.source=byte""",
+    ),
+    "quantize": Command(
+        module="rl.tools.quantize",
+        arguments="MODEL OUT [--dtype DTYPE] [--group-size N] [--text FILE] ...",
+        summary="write a model's matrices in 8 or 4 bits, layer by layer",
+        details="""\
+            MODEL              a Hugging Face folder or hub id, of any size: one layer is in memory at a time
+            OUT                the folder to write, new or empty; model.source takes it: for sampling, evaluation, QLoRA
+            --dtype DTYPE      int8 (when left out), int4 or float8_e4m3fn
+            --group-size N     inputs of an output that share a scale; all of them when left out. int4 wants 32 to 128
+            --only REGEX       the matrices to quantise, for example 'mlp/.*/kernel'; may be given several times. All of
+                               attention and MLP when left out
+            --head             also what gives the logits: lm_head, or the embedding table where it is tied
+            --text FILE        measure the perplexity of a text before and after, and the error of hidden states
+            --max-tokens N     of the text that are read; 8192 when left out
+            --context N        tokens that the model sees of it at a time; 512 when left out
+            --tokenizer SOURCE a folder, a hub id or byte; MODEL when left out
+
+            Prints the relative error of each layer, sizes, and the peak memory of the process.""",
     ),
     "report": Command(
         module="rl.tools.report",

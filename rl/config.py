@@ -115,7 +115,8 @@ class LoRASection:
     alpha: float
     targets: list[str]
     rank_stabilized: bool
-    base_dtype: Literal["bfloat16", "int8", "float8_e4m3fn"] | None
+    base_dtype: Literal["bfloat16", "int8", "int4", "float8_e4m3fn"] | None
+    base_group_size: int | None
     adapter: str | None
 
 
@@ -185,7 +186,8 @@ class SamplingSection:
     kv_memory: float
     warm_up: bool
     kv_dtype: Literal["int8"] | None
-    weight_dtype: Literal["int8", "float8_e4m3fn"] | None
+    weight_dtype: Literal["int8", "int4", "float8_e4m3fn"] | None
+    weight_group_size: int | None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -651,6 +653,7 @@ def _check(config: Config) -> None:
     _at_least(config, 0, "sampling.top_k", "sampling.temperature", "sampling.min_p", "sampling.min_completion_length")
     _at_least(config, 0, "seed")
     _check_lora(config)
+    _check_group_sizes(config)
     _check_optimizer(config)
     _check_health(config)
     if grpo.prompts_per_step % grpo.minibatches:
@@ -747,12 +750,13 @@ def _check_lora(config: Config) -> None:
     """Ranges, and keys that contradict a frozen base. Whether a target matches is known with the model only."""
     section = config.lora
     _at_least(config, 0, "lora.rank")
-    if not section.rank:
-        for key in ("base_dtype", "adapter"):
+    if not section.rank and section.adapter is None:
+        for key in ("base_dtype", "base_group_size"):
             value = getattr(section, key)
             if value is not None:
                 raise ValueError(
-                    f"lora.{key} must be null without adapters (lora.rank 0), got {value!r}; set lora.rank"
+                    f"lora.{key} must be null without adapters (lora.rank 0, no lora.adapter), got {value!r}; "
+                    "set lora.rank"
                 )
         return
     if not section.alpha > 0:
@@ -778,6 +782,25 @@ def _check_lora(config: Config) -> None:
             f"sampling.weight_dtype must be null with lora.base_dtype {section.base_dtype}, which is read in decoding "
             f"as well, got {config.sampling.weight_dtype!r}"
         )
+
+
+def _check_group_sizes(config: Config) -> None:
+    """Groups are of quantised weights only. Whether they divide a matrix is known with the model only."""
+    for section, size_key, dtype_key in (
+        ("lora", "base_group_size", "base_dtype"),
+        ("sampling", "weight_group_size", "weight_dtype"),
+    ):
+        values = getattr(config, section)
+        size, dtype = getattr(values, size_key), getattr(values, dtype_key)
+        if size is None:
+            continue
+        if size < 1:
+            raise ValueError(f"{section}.{size_key} must be >= 1 or null, got {size}")
+        if dtype in (None, "bfloat16"):
+            raise ValueError(
+                f"{section}.{size_key} must be null where no weights are quantised, got {size} with "
+                f"{section}.{dtype_key} {dtype!r}"
+            )
 
 
 def _check_optimizer(config: Config) -> None:

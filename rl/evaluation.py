@@ -23,18 +23,18 @@ from rewards.contract import RewardSpec
 from rewards.rubric import summarize
 from rewards.runner import RewardRunner
 from rl import hosts
-from rl.config import Config, load_config, require
+from rl.config import Config, require
 from rl.data import PromptRow, load_prompts
 from rl.mesh import device_memory
 from rl.metrics import Stopwatch
+from rl.models.config import Quantization
 from rl.models.policy import Policy
 from rl.rollout import sample_and_score
-from rl.run_folder import read_run
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
 from rl.states import InitStateFn, get_abstract_state
 from rl.tokenizer import Tokenizer
-from rl.trained import load_checkpoint, load_start
+from rl.trained import load_source, resolve_model
 from rl.weights import eos_ids, use_compilation_cache
 
 
@@ -137,6 +137,9 @@ def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: 
         decoding = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules=rules))  # pyright: ignore[reportArgumentType]
         init_state_fn = InitStateFn(policy, None, config.seed)
         decode_shardings = get_abstract_state(decoding, mesh, init_state_fn, is_training=False).shardings.params
+    weights = None
+    if section.weight_dtype is not None:
+        weights = Quantization(section.weight_dtype, section.weight_group_size, head=True)
     return Sampler(
         policy,
         mesh,
@@ -148,7 +151,7 @@ def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: 
         kv_bytes=int(section.kv_memory * min(hosts.gather(device_memory(mesh)))) if section.slots is None else None,
         decode_text=tokenizer.decode,
         kv_dtype=section.kv_dtype,
-        weight_dtype=section.weight_dtype,
+        weights=weights,
     )
 
 
@@ -198,8 +201,11 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return max(centre - margin, 0.0), min(centre + margin, 1.0)
 
 
-def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) -> tuple[EvalResult, str]:
-    """Evaluates a run folder (its newest checkpoint) or a recipe (the weights of model.source) on its held-out rows.
+def evaluate_source(
+    model: str | os.PathLike, overrides: Sequence[str] = (), adapter: str | None = None
+) -> tuple[EvalResult, str]:
+    """Evaluates a run (its newest checkpoint) or the weights of a recipe, Hugging Face folder or hub id on the held-out
+    rows, with an adapter in PEFT's format beside the weights where one is given.
 
     Returns:
       The result, and where the weights came from, in words.
@@ -208,15 +214,12 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
       ValueError: no reward function, no held-out rows, or whatever is wrong with the configuration, the data or the
         checkpoint.
     """
-    source = pathlib.Path(source)
-    is_run = source.is_dir()
-    if is_run:
-        read_run(source)
-    config = load_config(source / "config.yml" if is_run else source, overrides)
+    source = resolve_model(model, overrides, adapter=adapter)
+    config = source.config
     with hosts.joined(config.distributed):
         use_compilation_cache(config)
         require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
-        trained = load_checkpoint(config, source) if is_run else load_start(config)
+        trained = load_source(source)
         rows = load_prompts(config, trained.tokenizer).held_out[: config.eval.max_prompts]
         if not rows:
             raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
@@ -229,15 +232,16 @@ def evaluate_source(source: str | os.PathLike, overrides: Sequence[str] = ()) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo eval RUN_OR_CONFIG [key=value ...] [--output FILE]`."""
+    """`grpo eval MODEL [key=value ...] [--adapter FOLDER] [--output FILE]`."""
     parser = argparse.ArgumentParser(prog="grpo eval", description="greedy accuracy on the held-out rows")
     parser.add_argument(
-        "run_or_config", help="run folder (its newest checkpoint), or YAML recipe (the weights of model.source)"
+        "model", help="run folder (its newest checkpoint), or YAML recipe, Hugging Face folder or hub id"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
+    parser.add_argument("--adapter", default=None, metavar="FOLDER", help="an adapter in PEFT's format")
     parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
-    arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
-    result, where = evaluate_source(arguments.run_or_config, arguments.overrides)
+    arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
+    result, where = evaluate_source(arguments.model, arguments.overrides, arguments.adapter)
     if not hosts.is_first():
         return
     if arguments.output is not None:

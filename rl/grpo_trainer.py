@@ -17,6 +17,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -34,6 +35,7 @@ from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.models.lora import quantization_of
 from rl.models.policy import Policy, policy_from_config
 from rl.models.train_state import PureState
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
@@ -76,8 +78,7 @@ def train(config: Config) -> pathlib.Path:
         schedule, optimizer = create_training_optimizer(config, policy)
         plan = plan_for(config, data, policy, num_row_shards(mesh, config.mesh.rules))
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
-        identity = {"policy": origin.identity, "reference": origin.identity if config.grpo.beta else None}
-        identity |= {"data": fingerprint(data.train), **file_hashes(config)}
+        identity = run_identity(config, origin, data)
         hosts.check_same(config, identity)
         run = RunFolder(config, "grpo", identity)
         stack.callback(run.close)
@@ -103,7 +104,7 @@ def train(config: Config) -> pathlib.Path:
         if checkpoints.latest_step is None:
             params = pretrained_params(origin, shardings.params)
             state, _ = setup_training_state(config, mesh, init_policy_fn, params)
-            entropy, health, position = EntropyCoefState(config.grpo.entropy_coef, math.inf), healthy(), 0
+            entropy, health, position = start_of_loop(config)
         else:
             state, loop = checkpoints.restore(base=frozen_base(config, mesh, init_policy_fn, origin))
             entropy, health = EntropyCoefState(**loop["entropy"]), HealthState(**loop["health"])
@@ -177,9 +178,7 @@ def train(config: Config) -> pathlib.Path:
             check_progress(config.health, health)
             is_last = hosts.any_process(stop.requested) or done == config.grpo.steps
             if done % config.checkpoint.every == 0 or is_last:
-                epoch, offset = divmod(position, len(data.train))
-                loop = {"step": done, "epoch": epoch, "position": offset, "flavour": policy.flavour}
-                loop |= {"entropy": entropy._asdict(), "health": health._asdict()}
+                loop = loop_record(done, position, len(data.train), policy, entropy, health)
                 with watch.timer("checkpoint"):  # part of the next step's seconds
                     checkpoints.save(done, state, loop, reference)
             if is_last:
@@ -209,6 +208,27 @@ def check(config: Config, data: PromptData, max_positions: int) -> None:
         )
     check_loss(loss_config(config))
     check_estimator(config)
+
+
+def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
+    """What `run.json` keeps of a run: the sources and hashes of policy, reference, prompts and a user's own files."""
+    reference = origin.identity if config.grpo.beta else None
+    hashes = {"data": fingerprint(data.train), **file_hashes(config)}
+    return {"policy": origin.identity, "reference": reference, **hashes}
+
+
+def loop_record(
+    step: int, position: int, num_rows: int, policy: Policy, entropy: EntropyCoefState, health: HealthState
+) -> dict[str, Any]:
+    """What a checkpoint keeps of the loop after `step` steps, which used up `position` prompts of `num_rows` rows."""
+    epoch, offset = divmod(position, num_rows)
+    record = {"step": step, "epoch": epoch, "position": offset, "flavour": policy.flavour}
+    return record | {"entropy": entropy._asdict(), "health": health._asdict()}
+
+
+def start_of_loop(config: Config) -> tuple[EntropyCoefState, HealthState, int]:
+    """Entropy coefficient, health and position before the first step."""
+    return EntropyCoefState(config.grpo.entropy_coef, math.inf), healthy(), 0
 
 
 def plan_for(config: Config, data: PromptData, policy: Policy, num_row_shards: int) -> PackingPlan:
@@ -273,7 +293,8 @@ def announce(
         "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
     }
     if lora := policy.config.lora:
-        base = lora.base_dtype or policy.config.param_dtype
+        quantization = quantization_of(policy.config)
+        base = quantization.dtype if quantization else lora.base_dtype or policy.config.param_dtype
         rows["adapters"] = f"rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.targets)}; frozen base in {base}"
     if grpo.preset:
         rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())

@@ -178,6 +178,11 @@ def peak_memory_bytes() -> int:
     device_peaks = [stats["peak_bytes_in_use"] for stats in device_stats if stats and "peak_bytes_in_use" in stats]
     if device_peaks:
         return max(device_peaks)
+    return peak_host_bytes()
+
+
+def peak_host_bytes() -> int:
+    """Peak bytes of the host's memory that this process has had so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 

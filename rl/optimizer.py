@@ -42,10 +42,15 @@ def create_training_optimizer(
       num_updates: optimizer updates of the whole run; None: those of a GRPO run, steps * minibatches * epochs.
 
     Raises:
-      ValueError: warm-up and decay do not fit the run, or a pattern decides about no parameter (with adapters: a
-        learning-rate pattern about no adapter).
+      ValueError: all weights of a quantised model were to be trained, warm-up and decay do not fit the run, or a
+        pattern decides about no parameter (with adapters: a learning-rate pattern about no adapter).
     """
     section = config.optimizer
+    if policy.config.quantization is not None and policy.config.lora is None:
+        raise ValueError(
+            f"a model stored in {policy.config.quantization.dtype} must be trained through adapters, got lora.rank 0; "
+            "set lora.rank (QLoRA), or model.source to the weights it was quantised from"
+        )
     if num_updates is None:
         num_updates = config.grpo.steps * updates_per_step(config)
     _check_length(section, num_updates)

@@ -22,69 +22,27 @@ import jax
 import numpy as np
 
 from rl.completion_file import CompletionFile
-from rl.config import Config, load_config
+from rl.config import Config
 from rl.evaluation import create_sampler, sampling_params
 from rl.models.config import ModelConfig
 from rl.prompt_logprobs import prompt_logprobs
 from rl.prompt_rows import SampleRow, read_prompts, to_sample_rows
 from rl.replay import replay
-from rl.run_folder import checkpoint_steps, is_run_folder, read_run
+from rl.run_folder import read_run
 from rl.sampling import SamplingParams
 from rl.scheduling import Completion, Request
 from rl.tokenizer import Tokenizer
-from rl.trained import TrainedPolicy, load_checkpoint, load_start
+from rl.trained import Source, TrainedPolicy, load_source, resolve_model
 from rl.weights import Origin, eos_ids, find_origin, tokenizer_of, use_compilation_cache
 
 REFRESH_SECONDS = 0.1  # between two looks of the progress bar
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where weights come from: the configuration, and the run folder and checkpoint, or None for model.source."""
-
-    config: Config
-    run: pathlib.Path | None
-    step: int | None
-
-
-def resolve_model(model: str, overrides: Sequence[str], step: int | None = None) -> Source:
-    """What MODEL stands for; loads nothing.
-
-    Args:
-      model: a run folder, a YAML recipe, a Hugging Face folder or a hub id.
-      step: of a run's checkpoint; None: the newest.
-
-    Raises:
-      ValueError: none of these, no such checkpoint, a step for something that is no run, a wrong override.
-    """
-    path = pathlib.Path(model).expanduser()
-    if is_run_folder(path):
-        config = load_config(path / "config.yml", overrides)
-        steps = checkpoint_steps(path)
-        if not steps:
-            raise ValueError(
-                f"run folder {model!r} must hold a checkpoint, and it has none; let it reach checkpoint.every"
-            )
-        if step is not None and step not in steps:
-            raise ValueError(f"--step must be one of the checkpoints of {model!r}, {steps}, got {step}")
-        return Source(config, path, steps[-1] if step is None else step)
-    if step is not None:
-        raise ValueError(f"--step needs a run folder, got {model!r}")
-    if path.suffix in (".yml", ".yaml"):
-        return Source(load_config(path, overrides), None, None)
-    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        raise ValueError(
-            f"MODEL must be a run folder (run.json), a Hugging Face folder (config.json), a hub id or a YAML recipe, "
-            f"got {model!r}"
-        )
-    source = str(path) if path.is_dir() else model
-    return Source(load_config(None, [f"model.source={json.dumps(source)}", *overrides]), None, None)
-
-
 def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) -> int:
     """Draws what the arguments ask for; the exit status."""
     rows = read_prompts(pathlib.Path(arguments.prompts)) if arguments.prompts else _given_prompts(arguments.prompt)
-    source = resolve_model(model, [*_prompt_overrides(arguments), *overrides], arguments.step)
+    overrides = [*_prompt_overrides(arguments), *overrides]
+    source = resolve_model(model, overrides, arguments.step, arguments.adapter)
     config = source.config
     use_compilation_cache(config)
     tokenizer = tokenizer_of(config)
@@ -115,7 +73,7 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
             write = file.write
         if not requests:
             return 0
-        trained = load_start(config) if source.run is None else load_checkpoint(config, source.run, source.step)
+        trained = load_source(source)
         show_bar = sys.stderr.isatty() and (arguments.output is not None or not sys.stdout.isatty())
         num_done, before = 0, len(file.done) if arguments.output is not None else 0
         advance = stack.enter_context(progress(before, before + len(requests), show_bar))
@@ -240,7 +198,9 @@ def describe(
     settings |= {"tokenizer": config.tokenizer.source or config.model.source, "seed": seed}
     settings |= {"prompts": f"{len(samples)} rows, sha256 {rows.hexdigest()}"}
     settings |= {f"sampling.{name}": value for name, value in dataclasses.asdict(sampling).items()}
-    settings |= {f"sampling.{name}": getattr(config.sampling, name) for name in ("kv_dtype", "weight_dtype")}
+    settings |= {
+        f"sampling.{name}": getattr(config.sampling, name) for name in ("kv_dtype", "weight_dtype", "weight_group_size")
+    }
     return settings | {"prompt_logprobs": with_prompt_logprobs}
 
 
@@ -297,6 +257,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     parser.add_argument("--output", metavar="FILE", help="JSON lines to write; with --prompt stdout when left out")
     parser.add_argument("--overwrite", action="store_true", help="start the output file again, whatever it holds")
     parser.add_argument("--step", type=int, help="the checkpoint of a run; the newest when left out")
+    parser.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format beside MODEL's weights")
     parser.add_argument("--n", type=int, default=1, help="completions of each prompt that does not say")
     parser.add_argument("--seed", type=int, help="of the draws; the configuration's seed when left out")
     parser.add_argument("--chat", action="store_true", help="text prompts are user messages: data.chat=true")
@@ -307,9 +268,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     arguments = parser.parse_intermixed_args(argv)
     positional = arguments.positional
     if arguments.replay is not None:
-        others = [
-            f"--{name}" for name in ("prompts", "prompt", "output", "step") if getattr(arguments, name) is not None
-        ]
+        names = ("prompts", "prompt", "output", "step", "adapter")
+        others = [f"--{name}" for name in names if getattr(arguments, name) is not None]
         if others or any("=" not in text for text in positional):
             raise ValueError(f"--replay takes RUN STEP PROMPT SAMPLE and overrides only, got {[*others, *positional]}")
         return arguments, "", positional

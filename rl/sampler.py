@@ -23,6 +23,8 @@ from jax.sharding import Mesh
 from rl import scheduling
 from rl.engine import DecodeState, Engine, Shape
 from rl.models.cache import CachePart
+from rl.models.config import Quantization
+from rl.models.lora import quantization_of
 from rl.models.policy import Params, Policy
 from rl.models.quantized import quantize_params, quantized_shardings
 from rl.sampling import SamplingParams
@@ -59,8 +61,8 @@ class Sampler:
       chunk: tokens decoded between two looks of the host.
       stop_chunk: the same when there are stop strings, which only the host can see.
       kv_dtype: None: the cache is in the compute dtype; "int8".
-      weight_dtype: None: the parameters as they are. "int8", "float8_e4m3fn": every call quantises the matrices first,
-        which takes a quarter of their float32 size in memory besides them, and reads those (see `rl.models.quantized`).
+      weights: None: the parameters as they are. Else every call quantises the matrices so first, which takes a quarter
+        or an eighth of their float32 size in memory besides them, and reads those (see `rl.models.quantized`).
 
     Raises:
       ValueError: fewer slots than pieces that rows are cut into on this mesh.
@@ -80,13 +82,17 @@ class Sampler:
         chunk: int = 32,
         stop_chunk: int = 8,
         kv_dtype: str | None = None,
-        weight_dtype: str | None = None,
+        weights: Quantization | None = None,
     ) -> None:
         convert: Callable[[Params], Params] = lambda params: params  # noqa: E731
         shardings = param_shardings if decode_shardings is None else decode_shardings
-        if weight_dtype is not None:
-            shardings = quantized_shardings(policy.config, shardings)
-            convert = partial(quantize_params, policy.config, dtype=weight_dtype)
+        if weights is not None:
+            if quantization_of(policy.config) is not None:
+                raise ValueError(
+                    f"sampling.weight_dtype must be null for weights that are quantised already, got {weights.dtype!r}"
+                )
+            shardings = quantized_shardings(policy.config, shardings, weights)
+            convert = partial(quantize_params, policy.config, quantization=weights)
         self._convert: Callable[[Params], Params] | None = None
         if shardings is not param_shardings:
             self._convert = jax.jit(convert, in_shardings=(param_shardings,), out_shardings=shardings)

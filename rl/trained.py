@@ -1,17 +1,22 @@
-"""The policy of a finished or running run, for evaluation and export: run folder in, weights on a mesh out."""
+"""A policy with weights, for evaluation, sampling and export: run folder, Hugging Face folder, hub id or recipe in,
+weights on a mesh out.
+"""
 
 import dataclasses
+import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
 from rl.checkpoint import create_checkpoint_manager
-from rl.config import Config
+from rl.config import Config, load_config
 from rl.mesh import create_mesh
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer, shortest_run
+from rl.run_folder import checkpoint_steps, is_run_folder
 from rl.states import InitStateFn, frozen_base, get_abstract_state, setup_decode_state
 from rl.tokenizer import Tokenizer
 from rl.weights import Origin, find_origin, pretrained_params, tokenizer_of
@@ -35,6 +40,65 @@ class TrainedPolicy:
     origin: Origin
     rng: Any
     step: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where weights come from: the configuration, and the run folder and checkpoint, or None for model.source."""
+
+    config: Config
+    run: pathlib.Path | None
+    step: int | None
+
+
+def resolve_model(
+    model: str | os.PathLike, overrides: Sequence[str], step: int | None = None, adapter: str | None = None
+) -> Source:
+    """What MODEL stands for; loads nothing.
+
+    Args:
+      model: a run folder, a YAML recipe, a Hugging Face folder or a hub id.
+      step: of a run's checkpoint; None: the newest.
+      adapter: folder in PEFT's format to put beside the weights of model.source.
+
+    Raises:
+      ValueError: none of these, no such checkpoint, a step for something that is no run, an adapter for a run, a wrong
+        override.
+    """
+    path = pathlib.Path(model).expanduser()
+    if is_run_folder(path):
+        if adapter is not None:
+            raise ValueError(
+                f"--adapter needs a Hugging Face folder, a hub id or a recipe, got the run {str(model)!r}, which has "
+                "weights of its own; name its base, or leave --adapter out"
+            )
+        config = load_config(path / "config.yml", overrides)
+        steps = checkpoint_steps(path)
+        if not steps:
+            raise ValueError(
+                f"run folder {str(model)!r} must hold a checkpoint, and it has none; let it reach checkpoint.every"
+            )
+        if step is not None and step not in steps:
+            raise ValueError(f"--step must be one of the checkpoints of {str(model)!r}, {steps}, got {step}")
+        return Source(config, path, steps[-1] if step is None else step)
+    if step is not None:
+        raise ValueError(f"--step needs a run folder, got {str(model)!r}")
+    if adapter is not None:
+        overrides = [*overrides, f"lora.adapter={json.dumps(adapter)}"]
+    if path.suffix in (".yml", ".yaml"):
+        return Source(load_config(path, overrides), None, None)
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        raise ValueError(
+            f"MODEL must be a run folder (run.json), a Hugging Face folder (config.json), a hub id or a YAML recipe, "
+            f"got {str(model)!r}"
+        )
+    source = str(path) if path.is_dir() else str(model)
+    return Source(load_config(None, [f"model.source={json.dumps(source)}", *overrides]), None, None)
+
+
+def load_source(source: Source) -> TrainedPolicy:
+    """The weights that a `Source` stands for."""
+    return load_start(source.config) if source.run is None else load_checkpoint(source.config, source.run, source.step)
 
 
 def load_start(config: Config) -> TrainedPolicy:

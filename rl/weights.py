@@ -11,7 +11,7 @@ from rl.models import hf, param_folder
 from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.hf import read_config, resolve_source
 from rl.models.lora import join
-from rl.models.peft import adapter_hash, check_adapter, load_adapter
+from rl.models.peft import adapter_for, adapter_hash, check_adapter, load_adapter
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
 
 
@@ -75,8 +75,8 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
         param_dtype=section.param_dtype,
         remat=section.remat,
         scan_layers=section.scan_layers,
-        lora=_lora(config),
     )
+    model_config = dataclasses.replace(model_config, lora=_lora(config, model_config))
     if config.lora.adapter is None:
         return Origin(model_config, folder, identity)
     adapter = pathlib.Path(config.lora.adapter).expanduser()
@@ -90,11 +90,16 @@ def _files_of(folder: pathlib.Path) -> Any:
     return param_folder if param_folder.is_param_folder(folder) else hf
 
 
-def _lora(config: Config) -> LoRAConfig | None:
+def _lora(config: Config, model_config: ModelConfig) -> LoRAConfig | None:
+    """The adapters of a run: as the configuration says, or with rank 0 as the adapter to start from says."""
     section = config.lora
-    if not section.rank:
+    if section.rank:
+        found = LoRAConfig(section.rank, section.alpha, tuple(section.targets), section.rank_stabilized)
+    elif section.adapter is not None:
+        found = adapter_for(pathlib.Path(section.adapter).expanduser(), model_config)
+    else:
         return None
-    return LoRAConfig(section.rank, section.alpha, tuple(section.targets), section.rank_stabilized, section.base_dtype)
+    return dataclasses.replace(found, base_dtype=section.base_dtype, base_group_size=section.base_group_size)
 
 
 def pretrained_params(origin: Origin, shardings: Any) -> Any | None:

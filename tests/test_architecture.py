@@ -77,9 +77,17 @@ LAYERS = [
     ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step"],
     ["rl.sampler", "rl.prompt_logprobs"],
     ["rl.rollout", "rl.update", "rl.trained"],
-    ["rl.evaluation", "rl.dynamic_sampling", "rl.tools.export", "rl.tools.convert", "rl.tools.checkpoint_bench"],
+    [
+        "rl.evaluation",
+        "rl.dynamic_sampling",
+        "rl.tools.export",
+        "rl.tools.convert",
+        "rl.tools.checkpoint_bench",
+        "rl.tools.layerwise",
+        "rl.tools.quantize",
+    ],
     ["rl.grpo_trainer", "rl.sft_trainer", "rl.replay"],
-    ["rl.sample_command", "rl.tools.checkpoint"],
+    ["rl.sample_command", "rl.tools.checkpoint", "rl.tools.lora"],
 ]
 
 

@@ -191,7 +191,11 @@ def test_eos_ids_of_both_files_are_joined(tmp_path):
         ("llama_tied", {"partial_rotary_factor": 0.5}, "option partial_rotary_factor = 0.5 is not supported"),
         ("llama_tied", {"rope_interleaved": True}, "option rope_interleaved = True"),
         ("llama_tied", {"num_experts": 8}, "option num_experts = 8 is not supported for llama"),
-        ("llama_tied", {"quantization_config": {"bits": 4}}, "option quantization_config"),
+        (
+            "llama_tied",
+            {"quantization_config": {"bits": 4}},
+            "quantization_config must be of quant_method 'tandem', got None",
+        ),
         ("llama_tied", {"hidden_act": "relu2"}, "activation must be one of .* got 'relu2'"),
         ("llama_tied", {"attention_dropout": 0.1}, "attention_dropout must be 0, got 0.1"),
         ("llama_tied", {"dtype": "float8_e4m3fn"}, "got 'float8_e4m3fn', which is not supported"),

@@ -27,7 +27,7 @@ from tests.tiny_models import VOCAB, noisy_params, tiny_config
 FLAVOURS = ["nnx", "linen"]
 POLICIES = {"nnx": NNXPolicy, "linen": LinenPolicy}
 LORA = LoRAConfig(rank=3, alpha=6.0, targets=("*_proj",))
-BASE_DTYPES = [None, "bfloat16", "int8", "float8_e4m3fn"]
+BASE_DTYPES = [None, "bfloat16", "int8", "int4", "float8_e4m3fn"]
 
 
 def lora_config(family="llama", lora=LORA, **changes) -> ModelConfig:
@@ -144,10 +144,12 @@ def test_halves_of_a_tree_join_to_the_tree():
 # Whole models
 
 
-@pytest.mark.parametrize(("family", "base_dtype"), [*zip(FAMILIES, [None, "int8", None, "float8_e4m3fn"], strict=True)])
+@pytest.mark.parametrize(
+    ("family", "base_dtype"), [*zip(FAMILIES, [None, "int8", "int4", "float8_e4m3fn"], strict=True)]
+)
 def test_twins_are_the_same_program_with_adapters(family, base_dtype):
     """Equal before compilation, so equal bit for bit after it, on any machine."""
-    lora = LoRAConfig(3, 6.0, ("*_proj",), base_dtype=base_dtype)
+    lora = LoRAConfig(3, 6.0, ("*_proj",), base_dtype=base_dtype, base_group_size=4 if base_dtype == "int4" else None)
     config = lora_config(family, lora, tie_word_embeddings=family in ("llama", "gemma3_text"), remat="block")
     shapes = jax.eval_shape(lambda key: freeze(config, ops.init_params(config, key)), jax.random.key(0))
     for method, arguments in (
@@ -231,7 +233,7 @@ def setup(flavour, *overrides, config=None, devices=1):
 
 @pytest.mark.parametrize(
     ("optimizer", "base_dtype"),
-    [("adamw", None), ("muon", "int8"), ("adafactor", "bfloat16"), ("lion", "float8_e4m3fn")],
+    [("adamw", None), ("muon", "int8"), ("adafactor", "bfloat16"), ("lion", "int4")],
 )
 def test_states_of_both_flavours_are_equal_and_have_moments_of_adapters_only(optimizer, base_dtype):
     config = lora_config("qwen2", dataclasses.replace(LORA, base_dtype=base_dtype))
@@ -261,11 +263,13 @@ def test_a_quantised_base_takes_a_quarter_of_its_matrices():
         assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
     assert bytes_of["bfloat16"] * 2 == bytes_of[None]
     assert bytes_of["int8"] == bytes_of["float8_e4m3fn"] < 0.32 * bytes_of[None]
+    # `num_bytes` counts a byte for each int4, of which devices that can pack them hold two.
+    assert bytes_of["int4"] == bytes_of["int8"]
 
 
-@pytest.mark.parametrize("base_dtype", [None, "int8"])
-def test_states_lie_on_a_mesh_as_the_rules_say(base_dtype):
-    config = lora_config("qwen2", dataclasses.replace(LORA, base_dtype=base_dtype))
+@pytest.mark.parametrize(("base_dtype", "group_size"), [(None, None), ("int8", None), ("int4", 4)])
+def test_states_lie_on_a_mesh_as_the_rules_say(base_dtype, group_size):
+    config = lora_config("qwen2", dataclasses.replace(LORA, base_dtype=base_dtype, base_group_size=group_size))
     run, mesh, _, init_state_fn = setup("nnx", "mesh.fsdp=4", "mesh.tensor=2", config=config, devices=8)
     state, abstract = setup_training_state(run, mesh, init_state_fn)
     attention = state.params["layers_0"]["self_attn"]
@@ -274,8 +278,12 @@ def test_states_lie_on_a_mesh_as_the_rules_say(base_dtype):
     if base_dtype is not None:
         kernel, names = attention["o_proj"]["kernel"], abstract.annotations.params["layers_0"]["self_attn"]["o_proj"]
         assert kernel.values.sharding.spec == PartitionSpec("tensor", None, "fsdp")
-        assert kernel.scale.sharding.spec == PartitionSpec(None, None, "fsdp")
-        assert names["kernel"].scale == (None, None, "embed")
+        grouped = group_size is not None
+        assert kernel.scale.shape == ((4, 2, 16) if grouped else (1, 1, 16))
+        assert kernel.scale.sharding.spec == PartitionSpec("tensor" if grouped else None, None, "fsdp")
+        assert names["kernel"].scale == (("heads", "head_dim", "embed") if grouped else (None, None, "embed"))
+        kernel = attention["q_proj"]["kernel"]
+        assert kernel.scale.sharding.spec == PartitionSpec("fsdp" if grouped else None, "tensor", None)
     alone = setup_training_state(*[setup("nnx", config=config)[i] for i in (0, 1, 3)])[0]
     jax.tree.map(np.testing.assert_array_equal, state, alone)
 
@@ -365,7 +373,7 @@ def test_an_update_moves_the_adapters_and_leaves_the_very_arrays_of_the_base(fla
 
 
 def test_both_flavours_make_the_same_update_with_a_quantised_base(problem):
-    lora = dataclasses.replace(LORA, base_dtype="int8")
+    lora = dataclasses.replace(LORA, base_dtype="int4", base_group_size=4)
     results = []
     for flavour in FLAVOURS:
         trainer = trainer_of(flavour, lora, packed.ADAM, remat="block")

@@ -103,14 +103,16 @@ def test_other_adapter_settings_are_another_run(runs, whole, setting):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pure_nnx", [True, False])
-def test_adapters_learn_beside_frozen_random_weights(tmp_path, pure_nnx):
+@pytest.mark.parametrize(
+    ("pure_nnx", "base"), [(True, []), (False, ["lora.base_dtype=int4", "lora.base_group_size=16"])]
+)
+def test_adapters_learn_beside_frozen_random_weights(tmp_path, pure_nnx, base):
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(RECIPE)
     # Weights large enough for a frozen head to say something.
     settings = ["lora.rank=8", "model.arch.initializer_range=0.2", "grpo.beta=0.005", f"pure_nnx={pure_nnx}".lower()]
     functions = f"rewards.functions=[{DIGITS % '1.0'}]"
-    config = load_config(recipe, [f"output_dir={tmp_path / 'run'}", functions, *settings])
+    config = load_config(recipe, [f"output_dir={tmp_path / 'run'}", functions, *settings, *base])
     folder = train(config)
     metrics = read_metrics(folder)
     assert sum(line["reward/digits/mean"] for line in metrics[-5:]) / 5 > 0.5

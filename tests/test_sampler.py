@@ -14,7 +14,7 @@ import pytest
 
 from rl.config import load_config
 from rl.mesh import create_mesh, tree_shardings
-from rl.models.config import ModelConfig, logical_axes
+from rl.models.config import ModelConfig, Quantization, logical_axes
 from rl.models.policy import Policy, create_policy
 from rl.models.quantized import quantize_params
 from rl.sampler import Completion, Sampler
@@ -428,16 +428,20 @@ def test_an_int8_cache_is_a_quarter_and_its_log_probs_stay_close(qwen):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "weight_dtype"), [((), "int8"), (("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2"), "float8_e4m3fn")]
+    ("mesh", "weights"),
+    [
+        ((), Quantization("int8", head=True)),
+        (("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2"), Quantization("int4", 4, head=True)),
+    ],
 )
-def test_quantised_weights_draw_from_the_model_they_are(mesh, weight_dtype):
+def test_quantised_weights_draw_from_the_model_they_are(mesh, weights):
     setup = build(mesh=mesh)
-    small = with_sampler(setup, weight_dtype=weight_dtype)
+    small = with_sampler(setup, weights=weights)
     completions = sample(small)
     # Rounded weights are another model: its own full forward pass gives the log-probs, the policy's only nearly.
     exact = logprob_differences(setup, completions, PLAIN.temperature)
     assert 1e-5 < exact.mean() < 0.2
-    rounded = setup._replace(params=quantize_params(setup.policy.config, setup.params, dtype=weight_dtype))
+    rounded = setup._replace(params=quantize_params(setup.policy.config, setup.params, weights))
     assert logprob_differences(rounded, completions, PLAIN.temperature).max() <= 1e-4
 
 

@@ -17,6 +17,8 @@ REMAT_MODES = ("none", "dots", "outputs", "block", "full")
 ROPE_KINDS = ("none", "linear", "llama3")
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
+QUANTIZED_DTYPES = ("int8", "int4", "float8_e4m3fn")
+ATTENTION_AND_MLP = r"^layers_\d+/(self_attn|mlp)/\w+_proj/kernel$"
 LORA_A, LORA_B = "lora_a", "lora_b"  # names of an adapter's two matrices, beside the "kernel" that they belong to
 
 
@@ -43,12 +45,33 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantization:
+    """Which matrices of a model are stored in few bits, and how; see `rl.models.quantized`.
+
+    `patterns` are regular expressions; a kernel or embedding table whose path ("layers_0/mlp/up_proj/kernel") one of
+    them finds is quantised to `dtype`, with a scale for every `group_size` inputs of an output, None: one per output.
+    With `head` so is what gives the logits.
+    """
+
+    dtype: str
+    group_size: int | None = None
+    patterns: tuple[str, ...] = (ATTENTION_AND_MLP,)
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype of quantised weights", self.dtype, QUANTIZED_DTYPES)
+        if self.group_size is not None:
+            _check_positive("group size of quantised weights", self.group_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters, Hu et al., https://arxiv.org/abs/2106.09685: x W becomes x W + scale (x A) B, W frozen.
 
     `targets` are patterns over module names such as "layers_0/self_attn/q_proj" (* is any characters, "/" too). The
     scale is alpha / rank, or alpha / sqrt(rank) if `rank_stabilized` (https://arxiv.org/abs/2312.03732).
-    `base_dtype` is the stored type of the frozen weights, None for `param_dtype`; see `rl.models.lora.freeze`.
+    `base_dtype` is the stored type of the frozen weights, None for `param_dtype`, and `base_group_size` how many inputs
+    share a scale where that is a quantised one, None for all of an output's; see `rl.models.lora.freeze`.
     """
 
     rank: int
@@ -56,6 +79,7 @@ class LoRAConfig:
     targets: tuple[str, ...]
     rank_stabilized: bool = False
     base_dtype: str | None = None
+    base_group_size: int | None = None
 
     def __post_init__(self) -> None:
         _check_positive("lora rank", self.rank)
@@ -81,7 +105,7 @@ class ModelConfig:
     positions and use `rope_local_theta`. `remat` is what the backward pass computes again, see `ops.remat_options`;
     `scan_layers` runs the layers of training as a loop, see `rl.models.scanned`.
     `attention_bias` adds a bias to q, k, v, and to o except in qwen2. With `lora` the tree has adapters, and only they
-    are trained.
+    are trained. `quantization` is that of the model's files, whose weights then stay as they are stored.
     """
 
     family: str
@@ -113,6 +137,7 @@ class ModelConfig:
     remat: str
     lora: LoRAConfig | None = None
     scan_layers: bool = False
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -420,6 +445,11 @@ def _check(config: ModelConfig) -> None:
             raise ValueError(f"eos_token_ids must be in [0, vocab_size = {config.vocab_size}), got {token_id}")
     if config.lora is not None:
         _check_targets(config, config.lora)
+        if config.quantization is not None and config.lora.base_dtype in QUANTIZED_DTYPES:
+            raise ValueError(
+                f"lora.base_dtype must be left out for a model that is stored in {config.quantization.dtype} already, "
+                f"got {config.lora.base_dtype!r}"
+            )
 
 
 def _check_targets(config: ModelConfig, lora: LoRAConfig) -> None:

@@ -18,21 +18,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rl.models.config import ModelConfig, base_specs, flatten_specs
+from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs
 from rl.models.hf_config import config_json, generation_json, read_config, read_json
 from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
-from rl.models.quantized import QuantizedArray
+from rl.models.quantized import QuantizedArray, is_chosen, pack, scale_shape, unpack
 
 __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weights_hash"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SCALE = "_scale"  # end of the name of the scale of a quantised tensor
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -97,7 +99,8 @@ def content_hash(folder: pathlib.Path, files: list[pathlib.Path], full_bytes: in
 def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None) -> dict[str, Any]:
     """The parameter tree of a folder as jax arrays in `config.param_dtype`, read tensor by tensor.
 
-    Of a model with adapters it is the base, each weight stored as `config.lora` says as soon as it is read.
+    Of a model with adapters it is the base, each weight stored as `config.lora` says as soon as it is read. Quantised
+    weights stay as they are stored.
 
     `shardings`: a tree like the parameters with a `jax.sharding.Sharding` at each leaf, or None for the default device.
     Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, and for files that
@@ -106,13 +109,11 @@ def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any 
     param_dtype = dtype_of(config.param_dtype)
     locations = check_weights(folder, config)
     params: dict[str, Any] = {}
-    for file in sorted(set(locations.values())):
-        with open_tensors(file) as tensors:
-            for path, spec in flatten_specs(base_specs(config)):
-                name = tensor_name(path)
-                if locations[name] == file:
-                    value = _from_stored(tensors.get_tensor(name), path, spec.shape).astype(param_dtype)
-                    set_leaf(params, path, place(config, path, value, leaf_at(shardings, path) if shardings else None))
+    for path, spec in flatten_specs(base_specs(config)):
+        value = read_weight(locations, config, path, spec)
+        if not isinstance(value, QuantizedArray):
+            value = value.astype(param_dtype)
+        set_leaf(params, path, place(config, path, value, leaf_at(shardings, path) if shardings else None))
     if config.tie_word_embeddings and "lm_head.weight" in locations:
         _check_tied(locations)
     return params
@@ -126,25 +127,69 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
     """
     folder = pathlib.Path(folder)
     locations = _tensor_locations(folder)
-    names = {tensor_name(path): _stored_shape(path, spec.shape) for path, spec in flatten_specs(base_specs(config))}
+    names = _stored_tensors(config)
     _check_tensor_names(folder, names, locations, config)
     for file in sorted({locations[name] for name in names}):
         with open_tensors(file) as tensors:
             for name in sorted(name for name in names if locations[name] == file):
-                _check_tensor(tensors.get_slice(name), file, name, names[name])
+                _check_tensor(tensors.get_slice(name), file, name, *names[name])
     return locations
 
 
-def place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray, sharding: Any) -> Any:
+def read_weight(
+    locations: Mapping[str, pathlib.Path], config: ModelConfig, path: tuple[str, ...], spec: ParameterSpec
+) -> np.ndarray | QuantizedArray:
+    """One parameter of a folder, on the host and in its stored type; `locations` are those of `check_weights`."""
+    name, quantization = tensor_name(path), config.quantization
+    value = _read(locations, name)
+    if quantization is None or not is_chosen(config, quantization, path):
+        return _from_stored(value, path, spec.shape)
+    sizes = scale_shape(spec.shape, spec.contract_dims, quantization.group_size)
+    values = _from_stored(unpack(value, quantization.dtype), path, spec.shape)
+    scale = _from_stored(_read(locations, name + SCALE), path, sizes)
+    return QuantizedArray(values, scale)  # pyright: ignore[reportArgumentType]
+
+
+def _read(locations: Mapping[str, pathlib.Path], name: str) -> np.ndarray:
+    # Opened for each tensor: what is mapped of a file counts as memory for as long as it is open.
+    with open_tensors(locations[name]) as tensors:
+        return tensors.get_tensor(name)
+
+
+def _stored_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and allowed types of every tensor of a folder. A quantised matrix is two: its values, and their scale."""
+    tensors = {}
+    quantization = config.quantization
+    for path, spec in flatten_specs(base_specs(config)):
+        name, shape = tensor_name(path), _stored_shape(path, spec.shape)
+        if quantization is None or not is_chosen(config, quantization, path):
+            tensors[name] = (shape, FLOAT_TYPES)
+            continue
+        sizes = scale_shape(spec.shape, spec.contract_dims, quantization.group_size)
+        packed = (*shape[:-1], shape[-1] // 2) if quantization.dtype == "int4" else shape
+        tensors[name] = (packed, ("I8",) if quantization.dtype == "int8" else ("U8",))
+        tensors[name + SCALE] = (_stored_shape(path, sizes), ("F32",))
+    return tensors
+
+
+def place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray | QuantizedArray, sharding: Any) -> Any:
     """One weight on its devices (None: the default one), stored as `config.lora` says."""
+    if isinstance(value, QuantizedArray):
+        places = QuantizedArray(None, None) if sharding is None else sharding  # pyright: ignore[reportArgumentType]
+        return QuantizedArray(_put(value.values, places.values), _put(value.scale, places.scale))
     if sharding is None:
         return freeze_leaf(config, path, jax.device_put(value))
-    # By callback, so that several processes each hand over only their own shards.
-    of_values: Any = sharding.values if isinstance(sharding, QuantizedArray) else sharding
-    array = jax.make_array_from_callback(value.shape, of_values, lambda index: value[index])
+    array = _put(value, sharding.values if isinstance(sharding, QuantizedArray) else sharding)
     if config.lora is None or config.lora.base_dtype is None:
         return array
     return jax.jit(functools.partial(freeze_leaf, config, path), out_shardings=sharding)(array)
+
+
+def _put(value: Any, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(value)
+    # By callback, so that several processes each hand over only their own shards.
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def tensor_name(path: tuple[str, ...]) -> str:
@@ -166,6 +211,20 @@ def _stored_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, .
 
 def _from_stored(value: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray((value.T if path[-1] == "kernel" else value).reshape(shape))
+
+
+def stored_form(value: Any, path: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The tensors of a file, by name, that hold one parameter: itself, or the values and the scale of a quantised one.
+
+    Raises ValueError for int4 with an odd number of inputs, which do not fill bytes.
+    """
+    name, value = tensor_name(path), jax.device_get(value)
+    if not isinstance(value, QuantizedArray):
+        return {name: _to_stored(np.asarray(value), path)}
+    values = _to_stored(np.asarray(value.values), path)
+    if values.dtype == jnp.int4 and values.shape[-1] % 2:
+        raise ValueError(f"int4 needs an even number of inputs, got {values.shape[-1]} for {'/'.join(path)}; take int8")
+    return {name: pack(values), name + SCALE: _to_stored(np.asarray(value.scale), path)}
 
 
 def _to_stored(value: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
@@ -243,13 +302,15 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _check_tensor(view: Any, file: pathlib.Path, name: str, stored_shape: tuple[int, ...]) -> None:
+def _check_tensor(
+    view: Any, file: pathlib.Path, name: str, stored_shape: tuple[int, ...], types: tuple[str, ...]
+) -> None:
     if tuple(view.get_shape()) != stored_shape:
         raise ValueError(
             f"{file}: tensor {name} must have shape {stored_shape}, got {tuple(view.get_shape())}; check config.json"
         )
-    if view.get_dtype() not in FLOAT_TYPES:
-        raise ValueError(f"{file}: tensor {name} must be one of {', '.join(FLOAT_TYPES)}, got {view.get_dtype()}")
+    if view.get_dtype() not in types:
+        raise ValueError(f"{file}: tensor {name} must be one of {', '.join(types)}, got {view.get_dtype()}")
 
 
 def _check_tied(locations: Mapping[str, pathlib.Path]) -> None:
@@ -341,14 +402,19 @@ def _write_weights(
     weight_map = {}
     for i, paths in enumerate(shards):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            tensor_name(path): _to_stored(np.asarray(jax.device_get(leaf_at(params, path))).astype(stored_dtype), path)
-            for path in paths
-        }
+        tensors: dict[str, np.ndarray] = {}
+        for path in paths:
+            value = np.asarray(jax.device_get(leaf_at(params, path))).astype(stored_dtype)
+            tensors |= stored_form(value, path)
         save_tensors(folder / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        write_index(folder, weight_map, total_bytes)
+
+
+def write_index(folder: pathlib.Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Writes the list of which tensor is in which file."""
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)})
 
 
 def save_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:

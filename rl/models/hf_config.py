@@ -4,6 +4,7 @@ In: a folder. Out: a `ModelConfig`, or a ValueError that names the option we can
 could change the maths. Weights are in `rl.models.hf`. Imports no jax.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from rl.models.config import (
     FULL_ATTENTION,
     SLIDING_ATTENTION,
     ModelConfig,
+    Quantization,
     RopeScaling,
     alternating_layer_types,
 )
@@ -24,6 +26,8 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
+
+QUANT_METHOD = "tandem"
 
 # What transformers' configuration class of each family takes where the file says nothing.
 _COMMON_DEFAULTS = {"hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -69,6 +73,7 @@ READ_KEYS = frozenset({
     "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "hidden_act",
     "hidden_activation", "attention_bias", "mlp_bias", "initializer_range", "eos_token_id", "bos_token_id",
     "pad_token_id", "dtype", "torch_dtype", "attention_dropout", "original_max_position_embeddings",
+    "quantization_config",
 })
 # Keys that say nothing about the maths: bookkeeping, and defaults of generation.
 HARMLESS_KEYS = frozenset({
@@ -219,7 +224,28 @@ def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Mode
         dtype=dtype,
         param_dtype=dtype,
         remat="none",
+        quantization=_quantization(raw.get("quantization_config")),
     )
+
+
+def quantization_json(quantization: Quantization) -> dict[str, Any]:
+    """The value of quantization_config in the config.json of a folder that `grpo quantize` writes."""
+    return {"quant_method": QUANT_METHOD, **dataclasses.asdict(quantization)}
+
+
+def _quantization(raw: Any) -> Quantization | None:
+    if not raw:
+        return None
+    method = raw.get("quant_method")
+    if method != QUANT_METHOD:
+        raise ValueError(
+            f"quantization_config must be of quant_method {QUANT_METHOD!r}, got {method!r}, which is not supported; "
+            "take the model's plain weights and grpo quantize"
+        )
+    try:
+        return Quantization(raw["dtype"], raw["group_size"], tuple(raw["patterns"]), raw["head"])
+    except KeyError as error:
+        raise ValueError(f"quantization_config must have {error}, got {raw!r}; quantise the model again") from None
 
 
 def _family(raw: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ fewer bits (QLoRA, https://arxiv.org/abs/2305.14314), or plain weights. Not here
 (`rl.models.ops.dense`), shapes and names (`rl.models.config`), files (`rl.models.peft`).
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl.models.config import LORA_A, LORA_B, ModelConfig, base_specs
+from rl.models.config import LORA_A, LORA_B, QUANTIZED_DTYPES, ModelConfig, Quantization, base_specs
 from rl.models.ops import dtype_of
-from rl.models.quantized import ATTENTION_AND_MLP, QUANTIZED_DTYPES, QuantizedArray, quantize
+from rl.models.quantized import QuantizedArray, is_chosen, quantize
 
 Params = dict[str, Any]
 
@@ -50,9 +49,17 @@ def _pick(tree: Mapping[str, Any], adapters: bool) -> Params:
     return picked
 
 
+def quantization_of(config: ModelConfig) -> Quantization | None:
+    """How a policy's weights are quantised: as the model's files are, or as the base of its adapters; None: not."""
+    lora = config.lora
+    if config.quantization is not None or lora is None or lora.base_dtype not in QUANTIZED_DTYPES:
+        return config.quantization
+    return Quantization(lora.base_dtype, lora.base_group_size)
+
+
 def freeze(config: ModelConfig, params: Params) -> Params:
-    """The tree with its frozen half stored as `config.lora.base_dtype` says; as it is without one."""
-    if config.lora is None or config.lora.base_dtype is None:
+    """The tree with its weights stored as the files of a quantised model, or `config.lora.base_dtype`, say."""
+    if quantization_of(config) is None and (config.lora is None or config.lora.base_dtype is None):
         return params
 
     def visit(path: tuple[Any, ...], leaf: jax.Array) -> Any:
@@ -62,22 +69,22 @@ def freeze(config: ModelConfig, params: Params) -> Params:
 
 
 def freeze_leaf(config: ModelConfig, path: tuple[str, ...], leaf: jax.Array) -> jax.Array | QuantizedArray:
-    """One weight as `config.lora.base_dtype` says; an adapter, and any weight without one, as it is.
+    """One weight as it is stored while it is frozen; an adapter as it is.
 
-    bfloat16 is for all frozen weights. int8 and float8_e4m3fn are for the matrices of attention and MLP, with a scale
-    per output channel (see `rl.models.quantized`); embedding, head, norms and biases keep their type, as in QLoRA.
+    A quantised type is for the matrices of attention and MLP, or those of a quantised model's files, with a scale per
+    output channel or group (see `rl.models.quantized`); embedding, head, norms and biases keep their type, as in QLoRA.
+    bfloat16 as `config.lora.base_dtype` is for all other weights.
     """
+    quantization = quantization_of(config)
+    if path[-1] in (LORA_A, LORA_B):
+        return leaf
+    if quantization is not None and is_chosen(config, quantization, path):
+        spec: Any = base_specs(config)
+        for name in path:
+            spec = spec[name]
+        return quantize(leaf, spec.contract_dims, quantization.dtype, quantization.group_size)
     base_dtype = None if config.lora is None else config.lora.base_dtype
-    if base_dtype is None or path[-1] in (LORA_A, LORA_B):
-        return leaf
-    if base_dtype not in QUANTIZED_DTYPES:
-        return leaf.astype(dtype_of(base_dtype))
-    if not re.search(ATTENTION_AND_MLP, "/".join(path)):
-        return leaf
-    spec: Any = base_specs(config)
-    for name in path:
-        spec = spec[name]
-    return quantize(leaf, spec.contract_dims, base_dtype)
+    return leaf if base_dtype is None or base_dtype in QUANTIZED_DTYPES else leaf.astype(dtype_of(base_dtype))
 
 
 def merge(config: ModelConfig, params: Mapping[str, Any], sign: int = 1) -> Params:
@@ -120,5 +127,5 @@ def _delta(a: Any, b: Any, scale: float) -> np.ndarray:
 
 def _to_float64(leaf: Any) -> np.ndarray:
     if isinstance(leaf, QuantizedArray):
-        return _to_float64(leaf.values) * _to_float64(leaf.scale)
+        return _to_float64(leaf.values) * _to_float64(leaf.spread_scale())
     return np.asarray(jax.device_get(leaf)).astype(np.float64)

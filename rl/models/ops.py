@@ -163,13 +163,16 @@ def dense(
     """x [..., *inputs] times kernel [*inputs, *outputs] plus bias [*outputs]: one matrix product, in x's dtype.
 
     `num_input_dims` is how many trailing dims of x are contracted; `out_dtype` the type to accumulate in and return.
-    The product with a quantised kernel is (x times values) times scale, accumulated and scaled in float32 or wider.
+    The product with a quantised kernel is (x times values) times scale, accumulated and scaled in float32 or wider;
+    where inputs have scales by group, it is the product with values times scale in x's dtype.
     An `adapter` adds scale (x a) b, two thin products, in training and decoding alike: no merged kernel ever exists.
     """
     if adapter is not None:
         low = dense(x, adapter.a, num_input_dims=num_input_dims) * jnp.asarray(adapter.scale, x.dtype)
         added = dense(low, adapter.b, out_dtype=out_dtype)
         return dense(x, kernel, bias, num_input_dims, out_dtype) + added
+    if isinstance(kernel, QuantizedArray) and max(kernel.scale.shape[:num_input_dims]) > 1:
+        kernel = dequantize(kernel, x.dtype)
     if isinstance(kernel, QuantizedArray):
         out_dtype = x.dtype if out_dtype is None else out_dtype
         out_shape = kernel.shape[num_input_dims:]

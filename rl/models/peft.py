@@ -4,10 +4,12 @@ In: the adapters of a parameter tree, or such a folder. Out: the other of the tw
 ranks by module, trained biases, adapted embeddings) is refused by name. The base is not here: see `rl.models.hf`.
 """
 
+import dataclasses
 import hashlib
 import math
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -110,6 +112,27 @@ def read_adapter(folder: str | pathlib.Path) -> LoRAConfig:
     )
 
 
+def adapter_for(folder: str | pathlib.Path, config: ModelConfig) -> LoRAConfig:
+    """What a model needs to compute with the adapter of a folder: its rank and alpha, its targets as short patterns.
+
+    Raises:
+      ValueError: as `read_adapter`, and for an adapter of matrices that the model does not have.
+    """
+    found = read_adapter(folder)
+    modules = adaptable_modules(config)
+    foreign = sorted(set(found.targets) - set(modules))
+    if foreign:
+        raise ValueError(
+            f"the adapter {folder} must fit the model, a {config.family} of {config.num_layers} layers, got "
+            f"{len(foreign)} matrices that it does not have: {', '.join(foreign[:5])}; choose the adapter's own base"
+        )
+    short = []
+    for module, is_whole in _adapted(config, set(found.targets)):
+        last = module.rpartition("/")[2]
+        short.append(f"*/{last}" if is_whole and last != module else module)
+    return dataclasses.replace(found, targets=tuple(dict.fromkeys(short)))
+
+
 def check_adapter(folder: str | pathlib.Path, config: ModelConfig) -> None:
     """ValueError where the folder's rank, alpha, modules or shapes are not those of `config`; reads no data."""
     folder, lora = pathlib.Path(folder), config.lora
@@ -118,7 +141,8 @@ def check_adapter(folder: str | pathlib.Path, config: ModelConfig) -> None:
     for key in ("rank", "alpha", "rank_stabilized"):
         if getattr(found, key) != getattr(lora, key):
             raise ValueError(
-                f"lora.{key} must be that of the adapter {folder}, {getattr(found, key)}, got {getattr(lora, key)}"
+                f"lora.{key} must be that of the adapter {folder}, {getattr(found, key)}, got {getattr(lora, key)}; "
+                "lora.rank=0 takes rank, alpha and targets from the adapter"
             )
     wanted = {module for module in adaptable_modules(config) if lora.applies_to(module.split("/"))}
     if set(found.targets) != wanted:
@@ -152,6 +176,23 @@ def load_adapter(folder: str | pathlib.Path, config: ModelConfig, shardings: Any
     return adapters
 
 
+def stored_matrices(folder: str | pathlib.Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(module, A [rank, inputs], B [outputs, rank]) of each adapted matrix, as they are stored, one after the other.
+
+    Raises ValueError as `read_adapter` does.
+    """
+    with open_tensors(pathlib.Path(folder) / WEIGHTS_FILE) as tensors:
+        for module in read_adapter(folder).targets:
+            names = [_stored_name((*module.split("/"), name)) for name in (LORA_A, LORA_B)]
+            a, b = (tensors.get_tensor(name) for name in names)
+            yield module, a, b
+
+
+def base_name(folder: str | pathlib.Path) -> str | None:
+    """What the adapter calls the model that it was trained beside."""
+    return read_json(pathlib.Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
+
+
 def adapter_hash(folder: str | pathlib.Path) -> str:
     """Hex sha256 over the two files of an adapter."""
     folder = pathlib.Path(folder)
@@ -169,13 +210,22 @@ def _place(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arr
 def _target_modules(config: ModelConfig, modules: set[str]) -> list[str]:
     """Last parts of module names ("q_proj") where every module so called has an adapter, else names in full."""
     names = []
-    for module in adaptable_modules(config):
-        last = module.rpartition("/")[2]
-        alike = {other for other in adaptable_modules(config) if other.rpartition("/")[2] == last}
-        if module in modules:
-            full = tensor_name((*module.split("/"), "kernel")).removesuffix(".weight")
-            names.append(last if alike <= modules else full)
+    for module, is_whole in _adapted(config, modules):
+        full = tensor_name((*module.split("/"), "kernel")).removesuffix(".weight")
+        names.append(module.rpartition("/")[2] if is_whole else full)
     return list(dict.fromkeys(names))
+
+
+def _adapted(config: ModelConfig, modules: set[str]) -> list[tuple[str, bool]]:
+    """(module, whether every module with the same last name has an adapter) of the adapted modules, in model order."""
+    alike: dict[str, set[str]] = {}
+    for module in adaptable_modules(config):
+        alike.setdefault(module.rpartition("/")[2], set()).add(module)
+    return [
+        (module, alike[module.rpartition("/")[2]] <= modules)
+        for module in adaptable_modules(config)
+        if module in modules
+    ]
 
 
 def _stored_name(path: tuple[str, ...]) -> str:

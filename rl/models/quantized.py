@@ -1,28 +1,34 @@
-"""Weight-only quantisation: matrices of int8 or float8 with one float32 scale per output channel.
+"""Weight-only quantisation: matrices of int8, int4 or float8, with a float32 scale per output channel or per group of
+its inputs.
 
 In: the parameter tree of a policy. Out: the same tree with a `QuantizedArray` in place of its large matrices, which the
-shared ops and both twins take as they take an array; a quarter of float32's memory. It is plain jax, so it runs under
-`jit` (a policy's weights are quantised on their devices) and `eval_shape`. Products widen the values where they are
-used; XLA for CPU writes them out as a copy in the compute type first, kept for a whole decode loop, so there neither
-time nor memory is saved. Not here: those products (`rl.models.ops.dense`, `embed`), quantised activations, calibration
-on data, training.
+shared ops and both twins take as they take an array; a quarter or an eighth of float32's memory. Rounding is qwix's
+(https://github.com/google/qwix), plain jax, so it runs under `jit` (a policy's weights are quantised on their devices)
+and `eval_shape`. Products widen the values where they are used; XLA for CPU writes them out as a copy in the compute
+type first, kept for a whole decode loop, so there neither time nor memory is saved. Not here: those products
+(`rl.models.ops.dense`, `embed`), quantised activations, calibration on data, training.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import qwix
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rl.models.config import ModelConfig, flatten_specs, parameter_specs
-
-# The largest finite value of each type, to which the largest weight of a channel is mapped.
-_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
-QUANTIZED_DTYPES = tuple(_LARGEST)
-ATTENTION_AND_MLP = r"^layers_\d+/(self_attn|mlp)/\w+_proj/kernel$"
+from rl.models.config import (
+    QUANTIZED_DTYPES,
+    ModelConfig,
+    ParameterSpec,
+    Quantization,
+    flatten_specs,
+    parameter_specs,
+)
 
 
 @struct.dataclass
@@ -30,9 +36,10 @@ class QuantizedArray:
     """The array values * scale.
 
     Attributes:
-      values: int8 or float8_e4m3fn, the shape of the parameter. The first leaf, so that Linen, which compares the shape
-        of a parameter's leaves with what the module declares, looks at this one.
-      scale: float32, the same rank, with size 1 at the dims that a matrix product sums over.
+      values: int8, int4 or float8_e4m3fn, the shape of the parameter. The first leaf, so that Linen, which compares the
+        shape of a parameter's leaves with what the module declares, looks at this one.
+      scale: float32, the same rank. At the dims that a matrix product sums over its size is the number of groups, 1
+        where all that meets in a sum shares a scale.
     """
 
     values: jax.Array
@@ -43,6 +50,14 @@ class QuantizedArray:
         """The shape of the parameter."""
         return self.values.shape
 
+    def spread_scale(self) -> jax.Array:
+        """The scale, with the shape of the values at the dims along which some entries share one."""
+        scale = self.scale
+        for dim, (part, size) in enumerate(zip(scale.shape, self.values.shape, strict=True)):
+            if 1 < part < size:
+                scale = scale.repeat(size // part, axis=dim)
+        return scale
+
     @property
     def T(self) -> "QuantizedArray":
         """The transposed array."""
@@ -52,114 +67,177 @@ class QuantizedArray:
 Weight = jax.Array | QuantizedArray
 
 
-def quantize(array: jax.Array, contract_dims: Sequence[int], dtype: str) -> QuantizedArray:
-    """Rounds an array to 8 bits, with one scale for everything that meets in one sum.
+def quantize(
+    array: jax.Array, contract_dims: Sequence[int], dtype: str, group_size: int | None = None
+) -> QuantizedArray:
+    """Rounds an array to 8 or 4 bits, with one scale for all, or `group_size`, entries that meet in one sum.
 
-    scale = max |array| over `contract_dims` / the type's largest value (127 or 448); values = array / scale, rounded to
-    nearest, ties to even. int8 is symmetric (-128 is not used) and off by at most scale / 2. A channel of zeros gets
-    scale 1, and so does one whose scale would be below the smallest normal float32: its values are 0.
+    scale = max |array| over them / the end of the type's range (127.5, 7.5 or 448); values = array / scale, rounded to
+    nearest, ties to even, and cut to the range (-128 to 127, -8 to 7). Integers are off by at most scale / 2. Entries
+    that are all 0 get scale 1, and so do those whose scale would be below 1e-19: their values are 0.
 
     Source: row-wise and column-wise absmax, Dettmers et al., "LLM.int8()", https://arxiv.org/abs/2208.07339, section 2;
-    the float8 type: Micikevicius et al., "FP8 Formats for Deep Learning", https://arxiv.org/abs/2209.05433.
+    groups: Yao et al., "ZeroQuant", https://arxiv.org/abs/2206.01861, section 4.1; the float8 type: Micikevicius et
+    al., "FP8 Formats for Deep Learning", https://arxiv.org/abs/2209.05433.
 
     Args:
       array: floating.
       contract_dims: the dims that a matrix product with this array sums over.
       dtype: one of `QUANTIZED_DTYPES`.
+      group_size: None for one scale per output; else it divides the inputs, see `tile_of`.
 
     Raises:
-      ValueError: another dtype.
+      ValueError: another dtype, or a group size that does not fit.
     """
-    if dtype not in _LARGEST:
+    if dtype not in QUANTIZED_DTYPES:
         raise ValueError(f"dtype of quantised weights must be one of {', '.join(QUANTIZED_DTYPES)}, got {dtype!r}")
-    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-    largest = jnp.max(jnp.abs(wide), axis=tuple(contract_dims), keepdims=True)
-    scale = (largest / _LARGEST[dtype]).astype(jnp.float32)
-    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
-    scaled = wide / scale
-    values = (jnp.round(scaled) if dtype == "int8" else scaled).astype(dtype)
-    return QuantizedArray(values, scale)
+    tile = tile_of(array.shape, contract_dims, group_size)
+    rounded = qwix.quantize(
+        array.astype(jnp.promote_types(array.dtype, jnp.float32)),
+        getattr(jnp, dtype),
+        channelwise_axes=[dim for dim, size in enumerate(tile) if size == 1],
+        tiled_axes={dim: size for dim, size in enumerate(tile) if 1 < size < array.shape[dim]},
+        scale_dtype=jnp.float32,
+    )
+    return QuantizedArray(rounded.qvalue, rounded.scale)
+
+
+def tile_of(shape: Sequence[int], contract_dims: Sequence[int], group_size: int | None) -> tuple[int, ...]:
+    """The block of an array, by dim, whose entries share a scale: `group_size` consecutive inputs, None: all of them.
+
+    Where inputs are two dims, as the heads of o_proj, a group lies within one head or holds several whole ones.
+
+    Raises:
+      ValueError: the inputs cannot be cut so.
+    """
+    tile, left, fits = [1] * len(shape), group_size, True
+    for dim in reversed(contract_dims):
+        tile[dim] = shape[dim] if left is None else min(left, shape[dim])
+        if left is not None:
+            fits = fits and shape[dim] % tile[dim] == 0 and left % tile[dim] == 0
+            left //= tile[dim]
+    if not fits or left not in (None, 1):
+        inputs = " x ".join(str(shape[dim]) for dim in contract_dims)
+        raise ValueError(
+            f"group size of quantised weights must divide the inputs of each matrix, got {group_size} for {inputs} "
+            "inputs; take another one, or leave it out for one scale per output"
+        )
+    return tuple(tile)
+
+
+def scale_shape(shape: Sequence[int], contract_dims: Sequence[int], group_size: int | None) -> tuple[int, ...]:
+    """The shape of the scale of an array that is quantised so."""
+    tile = tile_of(shape, contract_dims, group_size)
+    return tuple(size // part for size, part in zip(shape, tile, strict=True))
 
 
 def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
     """values * scale, computed in float32 or wider, as `dtype`."""
     wide = jnp.promote_types(dtype, jnp.float32)
-    return (array.values.astype(wide) * array.scale.astype(wide)).astype(dtype)
+    return (array.values.astype(wide) * array.spread_scale().astype(wide)).astype(dtype)
 
 
-def quantize_params(
-    config: ModelConfig,
-    params: dict[str, Any],
-    dtype: str,
-    patterns: Sequence[str] = (ATTENTION_AND_MLP,),
-    head: bool = True,
-) -> dict[str, Any]:
+def pack(values: np.ndarray) -> np.ndarray:
+    """Quantised values as a file holds them: int8 as they are, float8 as bytes, of int4 two in a byte [..., n / 2], the
+    first in the low half.
+    """
+    if values.dtype == jnp.int4:
+        low, high = (values[..., half::2].astype(np.int8) & 15 for half in (0, 1))
+        return (low | high << 4).astype(np.uint8)
+    return values if values.dtype == np.int8 else values.view(np.uint8)
+
+
+def unpack(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """What `pack` packed."""
+    if dtype == "int4":
+        halves = np.stack([stored & 15, stored >> 4], axis=-1).astype(np.int8)
+        return ((halves ^ 8) - 8).reshape(*stored.shape[:-1], -1).astype(jnp.int4)
+    return stored.view(jnp.dtype(dtype))
+
+
+def is_chosen(config: ModelConfig, quantization: Quantization, path: Sequence[str]) -> bool:
+    """Whether the parameter at this path, which must be a kernel or an embedding table, is quantised."""
+    name = "/".join(path)
+    is_head = name == ("embed_tokens/embedding" if config.tie_word_embeddings else "lm_head/kernel")
+    is_matrix = path[-1] in ("kernel", "embedding")
+    found = any(re.search(pattern, name) for pattern in quantization.patterns)
+    return is_matrix and (found or (quantization.head and is_head))
+
+
+def quantize_params(config: ModelConfig, params: dict[str, Any], quantization: Quantization) -> dict[str, Any]:
     """The parameter tree with a `QuantizedArray` in place of each chosen matrix; the other leaves as they are.
 
     Args:
       config: of the policy that the parameters belong to.
       params: floating, of any sharding.
-      dtype: one of `QUANTIZED_DTYPES`.
-      patterns: regular expressions; a kernel or embedding table whose path ("layers_0/mlp/up_proj/kernel") one of them
-        finds is quantised. Norms and biases never are.
-      head: also quantise what gives the logits: lm_head, or the embedding table where it is tied to the head (for the
-        look-up of tokens as well). The table of an untied model needs the pattern "^embed_tokens/".
+      quantization: which matrices, and how. With `head` a table that is tied to the head is quantised for the look-up
+        of tokens as well; the table of an untied model needs the pattern "^embed_tokens/".
 
     Raises:
-      ValueError: another dtype, or a pattern that finds no matrix.
-    """
-    return _map_chosen(config, params, patterns, head, lambda leaf, dims: quantize(leaf, dims, dtype))
-
-
-def quantized_shardings(
-    config: ModelConfig,
-    shardings: dict[str, Any],
-    patterns: Sequence[str] = (ATTENTION_AND_MLP,),
-    head: bool = True,
-) -> dict[str, Any]:
-    """The `NamedSharding`s of `quantize_params(...)` from those of the parameters, for the same patterns and head.
-
-    Values lie where their parameter lies, and each scale beside the channels that it belongs to.
+      ValueError: a pattern that finds no matrix, or a group size that does not fit.
     """
 
-    def of_matrix(sharding: NamedSharding, contract_dims: tuple[int, ...]) -> QuantizedArray:
-        axes = [None if dim in contract_dims else axis for dim, axis in enumerate(sharding.spec)]
+    def of_matrix(leaf: Any, spec: ParameterSpec) -> QuantizedArray:
+        return quantize(leaf, spec.contract_dims, quantization.dtype, quantization.group_size)
+
+    return _map_chosen(config, params, quantization, of_matrix)
+
+
+def quantized_shardings(config: ModelConfig, shardings: dict[str, Any], quantization: Quantization) -> dict[str, Any]:
+    """The `NamedSharding`s of `quantize_params(...)` from those of the parameters.
+
+    Values lie where their parameter lies, and each scale beside the entries that it belongs to where its groups can be
+    cut as these are.
+    """
+
+    def of_matrix(sharding: NamedSharding, spec: ParameterSpec) -> QuantizedArray:
+        sizes = scale_shape(spec.shape, spec.contract_dims, quantization.group_size)
+        axes = [
+            None if size == 1 or size % _num_shards(sharding, axis) else axis
+            for size, axis in zip(sizes, (*sharding.spec, *[None] * (len(sizes) - len(sharding.spec))), strict=True)
+        ]
         scale = NamedSharding(sharding.mesh, PartitionSpec(*axes), memory_kind=sharding.memory_kind)
         return QuantizedArray(sharding, scale)  # pyright: ignore[reportArgumentType]
 
-    return _map_chosen(config, shardings, patterns, head, of_matrix)
+    return _map_chosen(config, shardings, quantization, of_matrix)
+
+
+def chosen_matrices(config: ModelConfig, quantization: Quantization) -> dict[str, ParameterSpec]:
+    """The matrices to quantise, by path ("layers_0/mlp/up_proj/kernel").
+
+    Raises:
+      ValueError: a pattern that finds no matrix, or nothing to quantise at all.
+    """
+    specs = flatten_specs(parameter_specs(config))
+    matrices = {"/".join(path): spec for path, spec in specs if spec.contract_dims}
+    for pattern in quantization.patterns:
+        if not any(re.search(pattern, name) for name in matrices):
+            raise ValueError(
+                f"patterns of weights to quantise must each find a matrix, got {pattern!r}, which finds none of "
+                f"{', '.join(sorted(matrices))}"
+            )
+    chosen = {name: spec for name, spec in matrices.items() if is_chosen(config, quantization, name.split("/"))}
+    if not chosen:
+        raise ValueError("a quantised model must have a matrix to quantise, got no pattern and not the head")
+    return chosen
+
+
+def _num_shards(sharding: NamedSharding, axis: str | tuple[str, ...] | None) -> int:
+    axes = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return math.prod(sharding.mesh.shape[name] for name in axes)
 
 
 def _map_chosen(
     config: ModelConfig,
     tree: dict[str, Any],
-    patterns: Sequence[str],
-    head: bool,
-    function: Callable[[Any, tuple[int, ...]], QuantizedArray],
+    quantization: Quantization,
+    function: Callable[[Any, ParameterSpec], QuantizedArray],
 ) -> dict[str, Any]:
-    """The tree with function(leaf, contract_dims) at every chosen matrix."""
-    chosen = _chosen_matrices(config, patterns, head)
+    """The tree with function(leaf, spec) at every chosen matrix."""
+    chosen = chosen_matrices(config, quantization)
 
     def visit(path: tuple[Any, ...], leaf: Any) -> Any:
         name = "/".join(part.key for part in path)
         return function(leaf, chosen[name]) if name in chosen else leaf
 
     return jax.tree_util.tree_map_with_path(visit, tree)
-
-
-def _chosen_matrices(config: ModelConfig, patterns: Sequence[str], head: bool) -> dict[str, tuple[int, ...]]:
-    """The dims to sum over of each matrix to quantise, by path."""
-    specs = flatten_specs(parameter_specs(config))
-    matrices = {"/".join(path): spec.contract_dims for path, spec in specs if spec.contract_dims}
-    chosen = set()
-    for pattern in patterns:
-        found = {name for name in matrices if re.search(pattern, name)}
-        if not found:
-            raise ValueError(
-                f"patterns of weights to quantise must each find a matrix, got {pattern!r}, which finds none of "
-                f"{', '.join(sorted(matrices))}"
-            )
-        chosen |= found
-    if head:
-        chosen.add("embed_tokens/embedding" if config.tie_word_embeddings else "lm_head/kernel")
-    return {name: matrices[name] for name in chosen}

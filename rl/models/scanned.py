@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from rl.models import ops
 from rl.models.config import ModelConfig, parameter_specs
-from rl.models.quantized import QuantizedArray
+from rl.models.quantized import QuantizedArray, chosen_matrices
 
 ApplyLayer = Callable[[Any, jax.Array, ops.LayerContext], jax.Array]
 
@@ -25,10 +25,18 @@ ApplyLayer = Callable[[Any, jax.Array, ops.LayerContext], jax.Array]
 def layer_runs(config: ModelConfig) -> list[range]:
     """Consecutive layers whose parameters have the same names and shapes, so that they can be stacked.
 
-    A decoder without adapters is one run; adapters on some of the layers cut it. Attention types need not be equal.
+    A decoder without adapters is one run; adapters on some of the layers cut it, and so do quantised matrices in some.
+    Attention types need not be equal.
     """
     specs = parameter_specs(config)
-    runs = itertools.groupby(range(config.num_layers), key=lambda i: specs[f"layers_{i}"])
+    quantized = set() if config.quantization is None else set(chosen_matrices(config, config.quantization))
+
+    def kind(index: int) -> tuple[Any, frozenset[str]]:
+        prefix = f"layers_{index}/"
+        names = frozenset(name.removeprefix(prefix) for name in quantized if name.startswith(prefix))
+        return specs[f"layers_{index}"], names
+
+    runs = itertools.groupby(range(config.num_layers), key=kind)
     return [range(layers[0], layers[-1] + 1) for layers in (list(run) for _, run in runs)]
 
 
