@@ -460,6 +460,8 @@ def test_what_is_missing_left_over_or_misshapen_in_a_maxtext_checkpoint_is_named
 def test_arguments_of_convert_that_do_not_apply_are_refused(run, tmp_path, capsys):
     assert grpo(["checkpoint", "convert", str(run), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 2
     assert "--dtype must be left out for a run folder" in capsys.readouterr().err
+    assert grpo(["checkpoint", "inspct", str(run)]) == 2
+    assert "needs one of inspect, verify, convert, bench, got 'inspct'" in capsys.readouterr().err
     checkpoint = str(run / "checkpoints" / "4")
     assert grpo(["checkpoint", "convert", checkpoint, str(tmp_path / "out")]) == 2
     assert "--like MODEL must give" in capsys.readouterr().err
@@ -475,7 +477,7 @@ def test_arguments_of_convert_that_do_not_apply_are_refused(run, tmp_path, capsy
 def test_bench_measures_the_state_of_a_run_and_leaves_nothing_behind(kind, request, capsys):
     folder = request.getfixturevalue(kind)
     before = sorted(folder.parent.iterdir()), sorted(folder.rglob("*"))
-    assert grpo(["checkpoint", "bench", str(folder), "--steps", "2"]) == 0
+    assert grpo(["checkpoint", "bench", str(folder), "--steps", "2", "mesh.num_devices=2"]) == 0
     assert (sorted(folder.parent.iterdir()), sorted(folder.rglob("*"))) == before
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"step {4 if kind == 'run' else 1} of {folder}: ")

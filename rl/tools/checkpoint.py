@@ -260,38 +260,42 @@ def _bench_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"grpo checkpoint {name}")
+    if name in ("inspect", "verify"):
+        parser.add_argument("checkpoint", help="run folder, or a folder that Orbax wrote")
+        parser.add_argument("--step", type=int, default=None, help="checkpoint of a run; the newest when left out")
+    if name == "verify":
+        parser.add_argument("--write", default=None, help="JSON file for the content hashes")
+        parser.add_argument("--against", default=None, help="JSON file of content hashes to compare with")
+    if name == "convert":
+        parser.add_argument("checkpoint", help="run folder, or folder of a MaxText checkpoint")
+        parser.add_argument("out", help="folder to write")
+        parser.add_argument("--like", default=None, help="folder or hub id with config.json and tokenizer of the model")
+        parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None)
+        parser.add_argument("--rope", choices=ROPES, default=None)
+    if name == "bench":
+        parser.add_argument("source", help="run folder, or YAML recipe")
+        parser.add_argument("--steps", type=int, default=3, help="how often to save and restore")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
+    return parser
+
+
+_COMMANDS = {
+    "inspect": _inspect_command,
+    "verify": _verify_command,
+    "convert": _convert_command,
+    "bench": _bench_command,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`grpo checkpoint inspect | verify | convert | bench ...`; the exit status."""
-    parser = argparse.ArgumentParser(prog="grpo checkpoint", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
-        return command
-
-    for name, run, text in (
-        ("inspect", _inspect_command, "what a checkpoint holds"),
-        ("verify", _verify_command, "whether a checkpoint is whole"),
-    ):
-        command = add(name, run, text)
-        command.add_argument("checkpoint", help="run folder, or a folder that Orbax wrote")
-        command.add_argument("--step", type=int, default=None, help="checkpoint of a run; the newest when left out")
-        if name == "verify":
-            command.add_argument("--write", default=None, help="JSON file for the content hashes")
-            command.add_argument("--against", default=None, help="JSON file of content hashes to compare with")
-    command = add("convert", _convert_command, "an older run, or MaxText's weights, in this version's layout")
-    command.add_argument("checkpoint", help="run folder, or folder of a MaxText checkpoint")
-    command.add_argument("out", help="folder to write")
-    command.add_argument("--like", default=None, help="folder or hub id with config.json and tokenizer of the model")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None)
-    command.add_argument("--rope", choices=ROPES, default=None)
-    command = add("bench", _bench_command, "seconds and GB/s of saving and restoring")
-    command.add_argument("source", help="run folder, or YAML recipe")
-    command.add_argument("--steps", type=int, default=3, help="how often to save and restore")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
-    arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
-    return arguments.run(arguments)
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    if name not in _COMMANDS:
+        raise ValueError(f"grpo checkpoint needs one of {', '.join(_COMMANDS)}, got {name!r}")
+    # Intermixed: options may stand before overrides.
+    return _COMMANDS[name](_parser(name).parse_intermixed_args(rest))
 
 
 if __name__ == "__main__":
