@@ -28,6 +28,7 @@ from rl.data import PromptRow, load_prompts
 from rl.mesh import device_memory
 from rl.metrics import Stopwatch
 from rl.models.policy import Policy
+from rl.programs import Stored, not_stored
 from rl.rollout import sample_and_score
 from rl.run_folder import read_run
 from rl.sampler import Sampler
@@ -129,14 +130,29 @@ def evaluate(
     )
 
 
-def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: Any, tokenizer: Tokenizer) -> Sampler:
-    """The sampler of a run, for rollouts and evaluation alike."""
+def create_sampler(
+    config: Config,
+    policy: Policy,
+    mesh: Mesh,
+    param_shardings: Any,
+    tokenizer: Tokenizer,
+    memory: int | None = None,
+    stored: Stored = not_stored,
+) -> Sampler:
+    """The sampler of a run, for rollouts and evaluation alike.
+
+    Args:
+      memory: bytes of a device of the mesh; None: as it says itself.
+      stored: where compiled programs are taken from, if they are there.
+    """
     section, rules, decode_shardings = config.sampling, config.mesh.rules, None
     if config.mesh.rollout_rules:
         rules = {**rules, **config.mesh.rollout_rules}
         decoding = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules=rules))  # pyright: ignore[reportArgumentType]
         init_state_fn = InitStateFn(policy, None, config.seed)
         decode_shardings = get_abstract_state(decoding, mesh, init_state_fn, is_training=False).shardings.params
+    # The least of all processes: they must come to the same number of slots.
+    memory = min(hosts.gather(device_memory(mesh))) if memory is None else memory
     return Sampler(
         policy,
         mesh,
@@ -144,11 +160,11 @@ def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: 
         rules=rules,
         decode_shardings=decode_shardings,
         slots=section.slots,
-        # The least of all processes: they must come to the same number of slots.
-        kv_bytes=int(section.kv_memory * min(hosts.gather(device_memory(mesh)))) if section.slots is None else None,
+        kv_bytes=int(section.kv_memory * memory) if section.slots is None else None,
         decode_text=tokenizer.decode,
         kv_dtype=section.kv_dtype,
         weight_dtype=section.weight_dtype,
+        stored=stored,
     )
 
 
