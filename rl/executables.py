@@ -85,9 +85,7 @@ class CompiledPrograms:
         if name not in self.executables:
             return None
         devices = xla_client.DeviceList(self.devices)
-        executable = self.devices[0].client.deserialize_executable(
-            self.executables[name], executable_devices=devices
-        )
+        executable = self.devices[0].client.deserialize_executable(self.executables[name], executable_devices=devices)
         return LoadedProgram(name, program, executable, self.entries[name])
 
 
@@ -166,7 +164,9 @@ def read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     size = int.from_bytes(data[len(MAGIC) : len(MAGIC) + 8], "little")
     header = data[start : start + size]
     if hashlib.sha256(header).digest() != data[len(MAGIC) + 8 : start]:
-        raise ValueError(f"compiled_file {str(path)!r} is damaged: its header does not have its checksum; write it anew")
+        raise ValueError(
+            f"compiled_file {str(path)!r} is damaged: its header does not have its checksum; write it anew"
+        )
     content = json.loads(header)
     executables = {}
     for name, entry in content["programs"].items():
@@ -223,8 +223,8 @@ def _serialized(name: str, compiled: jax.stages.Compiled) -> bytes:
         return bytes(executable.serialize())
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"--save must have a back end that serialises its executables, and this one does not for {name!r}: {error}; "
-            "leave --save out, and set logging.compilation_cache to keep compiled programs between runs"
+            f"--save must have a back end that serialises its executables, and this one does not for {name!r}: "
+            f"{error}; leave --save out; logging.compilation_cache keeps compiled programs between runs as well"
         ) from error
 
 

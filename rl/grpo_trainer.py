@@ -29,8 +29,8 @@ from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
 from rl.dynamic_sampling import collect
 from rl.entropy_coef import EntropyCoefState
-from rl.executables import open_compiled
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
+from rl.executables import open_compiled
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards

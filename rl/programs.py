@@ -1,5 +1,5 @@
-"""What is compiled: a function with its shardings (`Program`), and compiled programs by key (`Programs`), made when first
-asked for, or before that by a thread in the background. Not here: compiled programs in files (`rl.executables`).
+"""What is compiled: a function with its shardings (`Program`), and compiled programs by key (`Programs`), made when
+first asked for, or before that by a thread in the background. Not here: compiled programs in files (`rl.executables`).
 """
 
 import dataclasses

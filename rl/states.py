@@ -118,9 +118,7 @@ def create_sharded_state(
     return state if given is None else state._replace(params=join(state.params, params))
 
 
-def init_program(
-    init_state_fn: InitStateFn, abstract: AbstractState, given: str | None = None
-) -> tuple[str, Program]:
+def init_program(init_state_fn: InitStateFn, abstract: AbstractState, given: str | None = None) -> tuple[str, Program]:
     """What builds a state, and its name: () -> `PureState` without the weights that are `given`.
 
     Args:

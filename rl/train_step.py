@@ -125,7 +125,9 @@ def jit_train_step(
     return train_step_of(policy, program.jit())
 
 
-def train_step_of(policy: Policy, update: Callable) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
+def train_step_of(
+    policy: Policy, update: Callable
+) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
     """The train step that calls a compiled `update_program`."""
     if policy.config.lora is None:
         return update

@@ -37,7 +37,6 @@ from rl.train_step import (
 )
 from rl.user_functions import resolve
 
-
 LOGPROBS, REFERENCE_LOGPROBS, TRAIN_STEP = "logprobs", "reference logprobs", "train step"
 
 

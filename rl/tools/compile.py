@@ -2,8 +2,8 @@
 the run fits.
 
 In: a recipe, and a TPU topology, a number of virtual CPU devices, or nothing (the devices at hand). Out: a report, as
-text and as JSON, and with `--save` a file of the compiled programs that training takes (`compiled_file`). Neither weights
-nor data are read.
+text and as JSON, and with `--save` a file of the compiled programs that training takes (`compiled_file`). Neither
+weights nor data are read.
 """
 
 import argparse
@@ -67,7 +67,11 @@ def compile_one(program: LoopProgram) -> tuple[ProgramReport, jax.stages.Compile
 
 
 def compile_config(
-    config: Config, topology: str | None = None, num_slices: int = 1, devices: str | None = None, save: str | None = None
+    config: Config,
+    topology: str | None = None,
+    num_slices: int = 1,
+    devices: str | None = None,
+    save: str | None = None,
 ) -> Report:
     """`grpo compile` as a function; its arguments are the command's.
 

@@ -1,7 +1,7 @@
 """What compiled programs need of a device, whether a run fits, and which keys to change where it does not.
 
-In: a run's programs (`rl.tools.loop_programs`), each compiled. Out: `Report`, as JSON and as text. Bytes are those of one
-device; times are what the chip's FLOP/s and memory bandwidth allow at best, communication aside.
+In: a run's programs (`rl.tools.loop_programs`), each compiled. Out: `Report`, as JSON and as text. Bytes are those of
+one device; times are what the chip's FLOP/s and memory bandwidth allow at best, communication aside.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from rl.mesh import num_row_shards
 from rl.tools.hlo import Work, work_of
 from rl.tools.loop_programs import DECODE, PREFILL, Loop, LoopProgram
 from rl.tools.topologies import GIB, Chip
-from rl.update import TRAIN_STEP
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -112,7 +111,7 @@ def advice(report: Report) -> list[str]:
         if wanted > budget:
             return [_kv_memory(report)]
         return []
-    config, loop = report.loop.config, report.loop
+    loop = report.loop
     resident, memory, worst = loop.resident, loop.memory, report.worst
     held = resident.state + resident.reference
     found: list[str] = []
@@ -125,7 +124,6 @@ def advice(report: Report) -> list[str]:
     if not found or held > 0.6 * memory:
         total = held * loop.mesh.size
         found.append(f"more chips: weights, optimizer state and reference are {total / GIB:.0f} GiB in all")
-    del config
     return list(dict.fromkeys(found))
 
 
@@ -229,10 +227,14 @@ def to_text(report: Report) -> str:
     slices = num_slices(loop.mesh.devices.flat)
     name = chip.name if chip else loop.mesh.devices.flat[0].device_kind
     lines = [
-        f"model    {model.family}, {model.num_parameters / 1e9:.2f}B parameters, {loop.policy.flavour}, "
-        f"{model.param_dtype} weights, {model.dtype} activations, attention {loop.policy.kernel.name}",
-        f"devices  {loop.mesh.size} x {name}{f' in {slices} slices' if slices > 1 else ''}, {axes}, "
-        f"{gib(loop.memory)} GiB each",
+        (
+            f"model    {model.family}, {model.num_parameters / 1e9:.2f}B parameters, {loop.policy.flavour}, "
+            f"{model.param_dtype} weights, {model.dtype} activations, attention {loop.policy.kernel.name}"
+        ),
+        (
+            f"devices  {loop.mesh.size} x {name}{f' in {slices} slices' if slices > 1 else ''}, {axes}, "
+            f"{gib(loop.memory)} GiB each"
+        ),
         f"packing  {plan.num_microbatches} pieces of {plan.num_rows} rows x {plan.row_length} tokens an update",
         "",
     ]
@@ -255,10 +257,14 @@ def to_text(report: Report) -> str:
     budget = report.kv_budget()
     lines += [
         "",
-        f"held     weights {gib(resident.weights)}, optimizer state {gib(resident.moments)}, "
-        f"reference {gib(resident.reference)} GiB",
-        f"sampler  {gib(budget)} GiB are left for keys and values, {budget // resident.bytes_per_position:,} positions; "
-        f"the configuration takes up to {gib(resident.cache)} GiB",
+        (
+            f"held     weights {gib(resident.weights)}, optimizer state {gib(resident.moments)}, "
+            f"reference {gib(resident.reference)} GiB"
+        ),
+        (
+            f"sampler  {gib(budget)} GiB are left for keys and values, {budget // resident.bytes_per_position:,} "
+            f"positions; the configuration takes up to {gib(resident.cache)} GiB"
+        ),
     ]
     for program in report.programs:
         if program.refused:
@@ -306,6 +312,8 @@ def _work_columns(work: Work | None, chip: Chip | None) -> list[str]:
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in rows
     ]

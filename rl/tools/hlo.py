@@ -1,7 +1,7 @@
 """What a compiled program does, read from its HLO text: FLOPs, bytes of memory traffic, collectives.
 
-In: the optimised HLO of one device (`jax.stages.Compiled.as_text()`). Out: `Work`, with the body of every loop counted as
-often as it runs; XLA's own cost analysis counts it once. A loop's number of rounds is read from its condition; loops
+In: the optimised HLO of one device (`jax.stages.Compiled.as_text()`). Out: `Work`, with the body of every loop counted
+as often as it runs; XLA's own cost analysis counts it once. A loop's number of rounds is read from its condition; loops
 whose length is a number of the input are named with `jax.named_scope`, and the caller says how often they run.
 
 FLOPs are those of matrix products (dot, and convolution, which XLA for TPU makes of them), two per multiply-add. Bytes
@@ -17,8 +17,25 @@ from collections.abc import Mapping
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Instructions that move nothing: names for parts of others, control flow, the ends of asynchronous ones.
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while call conditional after-all partition-id replica-id "
-    "opt-barrier optimization-barrier iota domain async-update async-done".split()
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "call",
+        "conditional",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "optimization-barrier",
+        "iota",
+        "domain",
+        "async-update",
+        "async-done",
+    ]
 )
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")

@@ -1,8 +1,8 @@
 """Every program of a GRPO run, with abstract arguments: state init, prefill, decode chunk, log-probs, train step.
 
-In: a configuration and devices, which need not be there. Out: what the trainer would call on them, ready to compile, and
-what would lie in memory meanwhile. Shapes only: of a pretrained model its config.json is read, of the data nothing, the
-tokenizer if there is one. Prompts are taken to be as long as `data.max_prompt_length` allows.
+In: a configuration and devices, which need not be there. Out: what the trainer would call on them, ready to compile,
+and what would lie in memory meanwhile. Shapes only: of a pretrained model its config.json is read, of the data nothing,
+the tokenizer if there is one. Prompts are taken to be as long as `data.max_prompt_length` allows.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ In: what the command line asks for. Out: a list of devices, whose kind `CHIPS` m
 which also runs on machines without a TPU.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import re
@@ -74,10 +75,8 @@ def cpu_devices(text: str) -> list[Any]:
     if not found:
         raise ValueError(f"--devices must be cpu:N, a number of virtual CPU devices, got {text!r}")
     number = int(found[1])
-    try:
+    with contextlib.suppress(RuntimeError):  # jax has begun already, with what it has
         jax.config.update("jax_num_cpu_devices", number)
-    except RuntimeError:
-        pass  # jax has begun already: with what it has
     present = jax.devices("cpu")
     if len(present) < number:
         raise ValueError(
