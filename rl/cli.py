@@ -91,7 +91,7 @@ COMMANDS = {
         details="""\
             CONFIG         a YAML recipe; neither weights nor data are read
             --topology T   TPUs that need not be there: v5e:8x8, v5p:8x16x16, v6e:16x16, v4:2x2x1, ...; needs libtpu
-                           (pip install "tandem-grpo[aot]") and no TPU; set JAX_PLATFORMS=cpu on a machine without one
+                           (pip install "tandem-grpo[aot]") and no TPU
             --slices N     that many of them, joined by the data center network
             --devices cpu:N  virtual CPU devices; without this and --topology the devices at hand
             --save FILE    write the compiled programs; training takes them with compiled_file=FILE

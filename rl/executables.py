@@ -10,6 +10,7 @@ Layout: MAGIC, the header's length (8 bytes, little endian), its sha256 (32 byte
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jaxlib
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 from jaxlib import xla_client
@@ -184,7 +185,7 @@ def fingerprint(config: Config, policy: Policy, mesh: Mesh) -> dict[str, Any]:
     device = mesh.devices.flat[0]
     fields = {
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "platform": device.platform,
         "libtpu": _libtpu_version() if device.platform == "tpu" else None,
         "device_kind": device.device_kind,
@@ -218,7 +219,7 @@ def refuse_differences(what: str, here: Mapping[str, Any], there: Mapping[str, A
 
 
 def _serialized(name: str, compiled: jax.stages.Compiled) -> bytes:
-    executable = compiled.runtime_executable()
+    executable: Any = compiled.runtime_executable()
     try:
         return bytes(executable.serialize())
     except jax.errors.JaxRuntimeError as error:
@@ -231,12 +232,12 @@ def _serialized(name: str, compiled: jax.stages.Compiled) -> bytes:
 def _placed(leaf: Any, sharding: Sharding) -> jax.Array:
     if not isinstance(leaf, jax.Array) or not leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         leaf = jax.device_put(leaf, sharding)
-    return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def _whole(shape: jax.ShapeDtypeStruct, sharding: Sharding, shards: list[jax.Array]) -> jax.Array:
     """One array of the parts on this process's devices."""
-    if not jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
+    if not jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
         return jax.make_array_from_single_device_arrays(shape.shape, sharding, shards)
     data = jax.eval_shape(jax.random.key_data, shape)
     return jax.random.wrap_key_data(jax.make_array_from_single_device_arrays(data.shape, sharding, shards))
@@ -267,8 +268,6 @@ def _dtype(leaf: Any) -> str:
 
 
 def _libtpu_version() -> str | None:
-    import importlib.metadata
-
     try:
         return importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:

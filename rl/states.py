@@ -115,7 +115,7 @@ def create_sharded_state(
         check_same_tree(params, halves[1] if given == BASE else abstract.shapes.params, "weights")
     name, program = init_program(init_state_fn, abstract, given)
     state = (stored(name, program) or program.jit())()
-    return state if given is None else state._replace(params=join(state.params, params))
+    return state if params is None else state._replace(params=join(state.params, params))
 
 
 def init_program(init_state_fn: InitStateFn, abstract: AbstractState, given: str | None = None) -> tuple[str, Program]:

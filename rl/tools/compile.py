@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     config = load_config(arguments.config, arguments.overrides)
     use_compilation_cache(config)
+    if arguments.topology is not None and jax.config.read("jax_platforms") is None:
+        jax.config.update("jax_platforms", "cpu")  # no device of this machine is used, so none is taken
     # Where each operation comes from, written into a program of eighty layers, is a third of the host memory.
     jax.config.update("jax_traceback_in_locations_limit", 0)
     report = compile_config(config, arguments.topology, arguments.slices, arguments.devices, arguments.save)

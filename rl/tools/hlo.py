@@ -40,7 +40,7 @@ _FREE = frozenset(
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\](\{[^}]*\})?")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|(?:true|false)_computation|branch_computations|to_apply)=(\{[^}]*\}|%?[\w.\-]+)")
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 
@@ -224,6 +224,9 @@ class _Reader:
             left = _sizes(_ARRAY.findall(shapes[instruction.operands[0]])[0][1])
             out = _sizes(_ARRAY.findall(instruction.result)[0][1])
             return 2 * math.prod(out) * math.prod(left[dim] for dim in contracted)
+        if instruction.opcode == "custom-call":  # a kernel, which may state its cost
+            stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?([0-9]+)', instruction.attributes)
+            return int(stated[1]) if stated else 0
         if instruction.opcode == "convolution":
             left, right = (_sizes(_ARRAY.findall(shapes[name])[0][1]) for name in instruction.operands[:2])
             return _convolution_flops(left, right, _sizes(_ARRAY.findall(instruction.result)[0][1]), instruction)
