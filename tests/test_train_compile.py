@@ -24,7 +24,7 @@ from rl.optimizer import create_training_optimizer
 from rl.packing import TrainCompletion, TrainGroup, pack
 from rl.programs import Program
 from rl.shaped_inputs import get_shaped_inputs
-from rl.states import InitStateFn, setup_training_state
+from rl.states import InitStateFn, get_abstract_state
 from rl.tools.compile import compile_config, compile_loop, compile_one
 from rl.tools.compile_report import Report, advice, num_slices, to_json, to_text
 from rl.tools.hlo import Collective, array_bytes, work_of
@@ -75,9 +75,8 @@ def test_shaped_inputs_are_those_of_the_state_and_the_minibatches_of_a_run(flavo
     config = tiny("grpo.minibatches=2", flavour=flavour)
     mesh, _policy, init_state_fn = parts_of(config)
     inputs = get_shaped_inputs(config, mesh, init_state_fn)
-    state, _ = setup_training_state(config, mesh, init_state_fn)
-    assert shapes_of(inputs.state) == shapes_of(state)
-    assert inputs.state_shardings == jax.tree.map(lambda x: x.sharding, state)
+    abstract = get_abstract_state(config, mesh, init_state_fn)
+    assert (inputs.state, inputs.state_shardings) == (abstract.shapes, abstract.shardings)
     completion = TrainCompletion(np.int32([5, 6, 7]), 1.0, np.zeros(3), np.zeros(3))
     batch = pack([TrainGroup(np.int32([1, 2]), [completion, completion])], inputs.plan)
     fields = {
@@ -246,21 +245,23 @@ def test_devices_that_cannot_be_are_refused(arguments, message):
 # The file
 
 
-def run(config, path, capsys=None):
-    train(dataclasses.replace(config, output_dir=str(path)))
-    return read_metrics(path)
-
-
 def measured(metrics):
     """What training computed, without times and memory."""
     told = ("seconds", "tokens_per_second", "compiles", "peak_memory")
     return [{k: v for k, v in line.items() if not k.startswith(told)} for line in metrics]
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The metrics of the run without a file, in NNX; those in Linen are the same."""
+    config = dataclasses.replace(tiny(), output_dir=str(tmp_path_factory.mktemp("plain") / "run"))
+    train(config)
+    return read_metrics(config.output_dir)
+
+
 @pytest.mark.slow
-def test_training_with_compiled_programs_gives_what_training_without_gives(saved, tmp_path):
+def test_training_with_compiled_programs_gives_what_training_without_gives(saved, plain, tmp_path):
     config, _, path = saved
-    plain = run(config, tmp_path / "plain")
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(json.dumps({}))
     # In a process of its own: nothing of what was compiled here is there.
@@ -269,9 +270,8 @@ def test_training_with_compiled_programs_gives_what_training_without_gives(saved
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     compiled = read_metrics(tmp_path / "compiled")
     assert measured(compiled) == measured(plain)
+    assert compiled[0]["grad_norm"] > 0
     assert compiled[0]["compiles"] < plain[0]["compiles"]
-    weights = [sorted((tmp_path / name / "checkpoints").rglob("*")) for name in ("plain", "compiled")]
-    assert [p.name for p in weights[0]] == [p.name for p in weights[1]]
 
 
 @pytest.mark.parametrize(
