@@ -38,7 +38,7 @@ NAMES = ["state init", "reference init", "prefill", "decode", "logprobs", "train
 TINY = [
     *("model.arch.hidden_size=16", "model.arch.intermediate_size=24", "model.arch.num_layers=1"),
     *("model.arch.num_heads=2", "model.arch.num_kv_heads=2", "model.arch.head_dim=8", "model.arch.vocab_size=259"),
-    *("data.source=arithmetic", "data.args={digits: 1}", "data.max_prompt_length=4"),
+    *("data.source=arithmetic", "data.args={operation: add, digits: 1}", "data.max_prompt_length=5"),
     'rewards.functions=[{function: "rewards.number:exact_number_strict", name: exact}]',
     *("sampling.max_completion_length=4", "grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=2"),
     *("grpo.max_tokens_per_microbatch=64", "mesh.num_devices=2", "eval.every=0"),
@@ -279,7 +279,7 @@ def test_training_with_compiled_programs_gives_what_training_without_gives(saved
     [
         ("optimizer.lr=1e-3", r"optimizer.lr must be 0.001, got 1e-06"),
         ("sampling.max_completion_length=5", r"sampling.max_completion_length must be 5, got 4"),
-        ("data.max_prompt_length=5", r"data.max_prompt_length must be 5, got 4"),
+        ("data.max_prompt_length=6", r"data.max_prompt_length must be 6, got 5"),
         ("mesh.tensor=2", r"mesh must be \{'data': 1, 'fsdp': 1, 'tensor': 2\}, got .*'fsdp': 2"),
         ("mesh.num_devices=1", r"num_devices must be 1, got 2"),
         ("seed=1", r"seed must be 1, got 0"),

@@ -7,6 +7,7 @@ which also runs on machines without a TPU.
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import re
 from typing import Any
 
@@ -61,6 +62,8 @@ def tpu_topology(name: str, num_slices: int = 1) -> list[Any]:
         raise ValueError(f"--topology must look like v5e:4x4 or v5p:4x4x4, generation and chips per side, got {name!r}")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f'--topology {name} needs libtpu, which is not installed; pip install "tandem-grpo[aot]"')
+    # A compiler only: it opens no TPU, so it needs not be the one process that has libtpu loaded.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     arguments = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **arguments)
