@@ -88,6 +88,22 @@ COMMANDS = {
 
             Log-probs are at sampling.temperature, and at temperature 1 when that is 0 (greedy).""",
     ),
+    "compile": Command(
+        module="rl.tools.compile",
+        arguments="CONFIG [--topology T [--slices N] | --devices cpu:N] [--save FILE] [--json FILE] [key=value ...]",
+        summary="compile a run ahead of time and say whether it fits",
+        details="""\
+            CONFIG         a YAML recipe; neither weights nor data are read
+            --topology T   TPUs that need not be there: v5e:8x8, v5p:8x16x16, v6e:16x16, v4:2x2x1, ...; needs libtpu
+                           (pip install "tandem-grpo[aot]") and no TPU
+            --slices N     that many of them, joined by the data center network
+            --devices cpu:N  virtual CPU devices; without this and --topology the devices at hand
+            --save FILE    write the compiled programs; training takes them with compiled_file=FILE
+            --json FILE    write the report
+            key=value      overrides with dotted keys, for example mesh.tensor=8 model.remat=block
+
+            Exit status 0: the run fits; 1: it does not.""",
+    ),
     "export": Command(
         module="rl.tools.export",
         arguments="RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE | --adapter]",

@@ -37,6 +37,7 @@ _FREE_FORM = (
 RESUMABLE_KEYS = (
     "pure_nnx",
     "output_dir",
+    "compiled_file",
     "grpo.steps",
     "grpo.max_tokens_per_microbatch",
     "grpo.logprob_chunk",
@@ -56,6 +57,16 @@ RESUMABLE_KEYS = (
     "eval",
     "health",
     "logging",
+)
+
+# Sections, and keys of others, that change no compiled program.
+_NO_PROGRAM = (
+    *("output_dir", "compiled_file", "tokenizer", "data", "rewards", "sft"),
+    *("checkpoint", "eval", "health", "logging"),
+)
+_NO_PROGRAM_KEYS = (
+    *("model.source", "lora.adapter", "sampling.warm_up", "grpo.preset", "grpo.advantage_estimator"),
+    *("grpo.scale_rewards", "grpo.aggregation", "grpo.dynamic_sampling_rounds"),
 )
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"  # of the key `<<`
@@ -367,6 +378,7 @@ class Config:
     pure_nnx: bool
     seed: int
     output_dir: str | None
+    compiled_file: str | None
     model: ModelSection
     lora: LoRASection
     tokenizer: TokenizerSection
@@ -478,6 +490,14 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     if new.optimizer.schedule != "constant":
         fixed += ["grpo.steps", "sft.steps"]
     return {key: (old_flat.get(key), new_flat[key]) for key in fixed if old_flat.get(key) != new_flat[key]}
+
+
+def program_keys(config: Config) -> dict[str, Any]:
+    """The keys that decide which programs a GRPO run compiles: {dotted key: value}."""
+    flat = _flatten(to_dict(config))
+    free = [key for key in flat if key.split(".")[0] in _NO_PROGRAM and key != "data.max_prompt_length"]
+    free += ["grpo.steps"] if config.optimizer.schedule == "constant" else []
+    return {key: value for key, value in flat.items() if key not in free and key not in _NO_PROGRAM_KEYS}
 
 
 def require(value: Any, key: str, example: str) -> Any:

@@ -24,6 +24,7 @@ from rl.models.policy import Params, Policy
 from rl.sampling import Draw, SamplingParams, TokenCounts, add_token, draw, reset_rows
 
 OWN_BRANCH = 1  # prompts are branch 0, and no slot sees the own part of another
+TOKEN_LOOP = "tokens"  # name of the decode loop in compiled programs
 
 
 class Requests(NamedTuple):
@@ -212,7 +213,8 @@ def generate(
         return cache.own, slots, maps, num_taken, step + 1, columns
 
     carry = (own, slots, maps, num_taken, jnp.int32(0), columns)
-    own, slots, _, num_taken, num_steps, columns = jax.lax.while_loop(unfinished, step, carry)
+    with jax.named_scope(TOKEN_LOOP):
+        own, slots, _, num_taken, num_steps, columns = jax.lax.while_loop(unfinished, step, carry)
     return own, slots, Report(columns, num_steps, slots.request_ids, slots.num_drawn, num_taken)
 
 

@@ -11,7 +11,7 @@ Legend: B slots, P rows of the prompt table, T prompt positions, S cache positio
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ from rl.models.cache import (
 )
 from rl.models.ops import take_in_shards
 from rl.models.policy import Params, Policy
-from rl.programs import Build, Programs
+from rl.programs import Build, Program, Programs, Stored, not_stored
 from rl.sampling import SamplingParams
 
 
@@ -81,6 +81,7 @@ class Engine:
       param_shardings: a `NamedSharding` per parameter.
       rules: logical axis -> mesh axes, the `mesh.rules` of the config.
       kv_dtype: None: keys and values in the compute dtype; "int8".
+      stored: where compiled programs are taken from, if they are there, by their keys as text.
     """
 
     def __init__(
@@ -91,8 +92,10 @@ class Engine:
         *,
         rules: Mapping[str, Sequence[str]],
         kv_dtype: str | None = None,
+        stored: Stored = not_stored,
     ) -> None:
         self.policy = policy
+        self._stored = stored
         self.num_shards = num_row_shards(mesh, rules)
         self.programs = Programs()
         self.peak_kv_bytes = 0
@@ -130,16 +133,15 @@ class Engine:
         held = (common,) if state is None else (common, state.own, state.table)
         part = self._empty(num_rows, size)
         common_length = 0 if common is None else common.length
-        for start in range(0, num_positions, size):
-            stop = min(start + size, num_positions)
-            if stop > part.length:
-                self._note_growth(part, min(2 * part.length, num_positions), *held)
-                part = self._grow(part, min(2 * part.length, num_positions))
-            start = stop - size  # the last piece may run some positions again, so that all pieces have one shape
+        for start, length in prefill_pieces(num_positions, size):
+            if length > part.length:
+                self._note_growth(part, length, *held)
+                part = self._grow(part, length)
             self._count_bytes(part, *held)
-            inputs = (tokens_PT[:, start:stop], positions_PT[:, start:stop], group_ids_PT[:, start:stop])
+            piece = slice(start, start + size)
+            inputs = (tokens_PT[:, piece], positions_PT[:, piece], group_ids_PT[:, piece])
             inputs, first = hosts.put((inputs, np.int32(start)), (self._rows, self._everywhere))
-            program = self._prefill_program(params, num_rows, size, part.length, common_length)
+            program = self.programs.get(*self._prefill_build(params, num_rows, size, length, common_length))
             part = program(params, part, common, *inputs, first)
         return part
 
@@ -153,7 +155,7 @@ class Engine:
 
         def build() -> Callable:
             function = self._empty_slots(shape.num_slots, sampling)
-            return _compile(function, (key,), (self._everywhere,), self._slots_shardings(sampling))
+            return Program(function, (self._everywhere,), self._slots_shardings(sampling)).compile((key,))
 
         slots = self.programs.get(("slots", shape.num_slots, sampling.needs_counts), build)(key)
         own = self._empty(shape.num_slots, shape.length)
@@ -258,77 +260,89 @@ class Engine:
 
     # Programs, by everything that their shapes depend on
 
-    def _prefill_program(self, params: Params, num_rows: int, chunk: int, length: int, common_length: int) -> Callable:
+    def prefill_program(
+        self, params: Any, num_rows: int, chunk: int, length: int, common_length: int
+    ) -> tuple[Program, tuple[Any, ...]]:
+        """What one piece of a prefill runs: `chunk` positions into a cache of `length`; and its abstract arguments."""
+
         def function(params, part, common, tokens, positions, groups, start):
             return decoding.prefill_chunk(
                 self.policy, params, part, common, self.num_shards, tokens, positions, groups, start
             )
 
-        def build() -> Callable:
-            small = jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)
-            parts = self._shard_part()
-            arguments = (
-                _abstract(params),
-                self._abstract_part(num_rows, length),
-                self._abstract_part(self.num_shards, common_length) if common_length else None,
-                *(small,) * 3,
-                jax.ShapeDtypeStruct((), jnp.int32),
-            )
-            shardings = (
-                self._param_shardings,
-                parts,
-                parts if common_length else None,
-                *(self._rows,) * 3,
-                self._everywhere,
-            )
-            return _compile(function, arguments, shardings, parts, donate=(1,))
+        small = jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)
+        parts = self._shard_part()
+        arguments = (
+            _abstract(params),
+            self._abstract_part(num_rows, length),
+            self._abstract_part(self.num_shards, common_length) if common_length else None,
+            *(small,) * 3,
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        shardings = (
+            self._param_shardings,
+            parts,
+            parts if common_length else None,
+            *(self._rows,) * 3,
+            self._everywhere,
+        )
+        return Program(function, shardings, parts, donate=(1,)), arguments
 
-        return self.programs.get(("prefill", num_rows, chunk, length, common_length), build)
-
-    def _generate_build(self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int) -> tuple[tuple, Build]:
-        """The key of a decode program, and what compiles it: all but the key costs time that a chunk must not take."""
+    def generate_program(
+        self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int
+    ) -> tuple[Program, tuple[Any, ...]]:
+        """What draws a chunk of tokens, and its abstract arguments."""
 
         def integers(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(dims, dtype)
 
-        def build() -> Callable:
-            vocab_size = self.policy.config.vocab_size
-            waiting = (self.num_shards, shape.num_waiting)
-            requests = Requests(*(integers(*waiting),) * 10)
-            requests = requests._replace(
-                seeds=integers(*waiting, dtype=jnp.uint32), seeded=integers(*waiting, dtype=bool)
-            )
-            if sampling.needs_counts:
-                requests = requests._replace(prompt_seen=integers(*waiting, vocab_size, dtype=bool))
-            arguments = (
-                _abstract(params),
-                self._abstract_part(shape.num_slots, shape.length),
-                self._abstract_slots(shape.num_slots, sampling),
-                self._abstract_part(shape.table_rows, shape.table_length),
-                self._abstract_part(self.num_shards, shape.common_length) if shape.common_length else None,
-                requests,
-                integers(self.num_shards),
-                jax.eval_shape(lambda: jax.random.key(0)),
-                integers(shape.num_slots, dtype=bool),
-                integers(),
-            )
-            parts, slots = self._shard_part(), self._slots_shardings(sampling)
-            shardings = (
-                self._param_shardings,
-                parts,
-                slots,
-                parts,
-                parts if shape.common_length else None,
-                jax.tree.map(lambda _: self._rows, requests),
-                self._rows,
-                self._everywhere,
-                self._rows,
-                self._everywhere,
-            )
-            function = partial(decoding.generate, self.policy, sampling, chunk, shape.num_readers, self._rows)
-            return _compile(function, arguments, shardings, (parts, slots, self._everywhere), donate=(1, 2))
+        vocab_size = self.policy.config.vocab_size
+        waiting = (self.num_shards, shape.num_waiting)
+        requests = Requests(*(integers(*waiting),) * 10)
+        requests = requests._replace(seeds=integers(*waiting, dtype=jnp.uint32), seeded=integers(*waiting, dtype=bool))
+        if sampling.needs_counts:
+            requests = requests._replace(prompt_seen=integers(*waiting, vocab_size, dtype=bool))
+        arguments = (
+            _abstract(params),
+            self._abstract_part(shape.num_slots, shape.length),
+            self._abstract_slots(shape.num_slots, sampling),
+            self._abstract_part(shape.table_rows, shape.table_length),
+            self._abstract_part(self.num_shards, shape.common_length) if shape.common_length else None,
+            requests,
+            integers(self.num_shards),
+            jax.eval_shape(lambda: jax.random.key(0)),
+            integers(shape.num_slots, dtype=bool),
+            integers(),
+        )
+        parts, slots = self._shard_part(), self._slots_shardings(sampling)
+        shardings = (
+            self._param_shardings,
+            parts,
+            slots,
+            parts,
+            parts if shape.common_length else None,
+            jax.tree.map(lambda _: self._rows, requests),
+            self._rows,
+            self._everywhere,
+            self._rows,
+            self._everywhere,
+        )
+        function = partial(decoding.generate, self.policy, sampling, chunk, shape.num_readers, self._rows)
+        return Program(function, shardings, (parts, slots, self._everywhere), donate=(1, 2)), arguments
 
-        return ("generate", shape, sampling, chunk), build
+    def _prefill_build(
+        self, params: Any, num_rows: int, chunk: int, length: int, common_length: int
+    ) -> tuple[tuple, Build]:
+        key = prefill_key(num_rows, chunk, length, common_length)
+        return key, lambda: self._build(key, *self.prefill_program(params, num_rows, chunk, length, common_length))
+
+    def _generate_build(self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int) -> tuple[tuple, Build]:
+        """The key of a decode program, and what compiles it: all but the key costs time that a chunk must not take."""
+        key = generate_key(shape, sampling, chunk)
+        return key, lambda: self._build(key, *self.generate_program(params, shape, sampling, chunk))
+
+    def _build(self, key: tuple, program: Program, arguments: tuple) -> Callable:
+        return self._stored(repr(key), program) or program.compile(arguments)
 
     def _put_build(self, name: str, array: Any, num_new: int, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
         sharding = self._array_shardings[name]
@@ -336,7 +350,7 @@ class Engine:
         arguments = (_abstract(array), new, jax.ShapeDtypeStruct(index_shape, jnp.int32))
         shardings = (sharding, sharding, self._rows)
         key = ("put", array.shape, array.dtype, num_new)
-        return key, partial(_compile, decoding.put_rows, arguments, shardings, sharding, donate=(0,))
+        return key, partial(Program(decoding.put_rows, shardings, sharding, donate=(0,)).compile, arguments)
 
     def _take_rows(self, index: jax.Array, name: str, array: jax.Array) -> jax.Array:
         return _consume(self.programs.get(*self._take_build(name, array, index.shape)), array, index)
@@ -345,7 +359,7 @@ class Engine:
         sharding = self._array_shardings.get(name, self._rows)
         arguments = (_abstract(array), jax.ShapeDtypeStruct(index_shape, jnp.int32))
         key = ("take", sharding.spec, array.shape, array.dtype, index_shape)
-        return key, partial(_compile, take_in_shards, arguments, (sharding, self._rows), sharding)
+        return key, partial(Program(take_in_shards, (sharding, self._rows), sharding).compile, arguments)
 
     def _grow(self, part: CachePart, length: int) -> CachePart:
         """The part with `length` positions."""
@@ -359,11 +373,13 @@ class Engine:
         sharding = self._array_shardings[name]
         function = partial(pad_positions, name, added=length - array.shape[position_axis(name)])
         key = ("grow", name, array.shape, array.dtype, length)
-        return key, partial(_compile, function, (_abstract(array),), (sharding,), sharding)
+        return key, partial(Program(function, (sharding,), sharding).compile, (_abstract(array),))
 
     def _empty(self, num_rows: int, length: int) -> CachePart:
         function = partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype)
-        return self.programs.get(("empty", num_rows, length), lambda: _compile(function, (), (), self._shard_part()))()
+        return self.programs.get(
+            ("empty", num_rows, length), lambda: Program(function, (), self._shard_part()).compile(())
+        )()
 
     # Shapes, shardings, bytes
 
@@ -401,9 +417,24 @@ class Engine:
         self.peak_kv_bytes = max(self.peak_kv_bytes, grown + sum(_nbytes(other) for other in others))
 
 
-def _compile(function: Callable, arguments: tuple, ins: tuple, out: Any, donate: tuple = ()) -> Callable:
-    jitted = jax.jit(function, in_shardings=ins, out_shardings=out, donate_argnums=donate)
-    return jitted.lower(*arguments).compile()
+def prefill_pieces(num_positions: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first position, length of the cache) of every piece of a prefill, whose cache doubles when it is full."""
+    length = size
+    for start in range(0, num_positions, size):
+        stop = min(start + size, num_positions)
+        if stop > length:
+            length = min(2 * length, num_positions)
+        yield stop - size, length  # the last piece may run some positions again, so that all pieces have one shape
+
+
+def prefill_key(num_rows: int, chunk: int, length: int, common_length: int) -> tuple:
+    """What a prefill program is called; as text in files of compiled programs."""
+    return "prefill", num_rows, chunk, length, common_length
+
+
+def generate_key(shape: Shape, sampling: SamplingParams, chunk: int) -> tuple:
+    """What a decode program is called; as text in files of compiled programs."""
+    return "generate", shape, sampling, chunk
 
 
 def _consume(program: Callable, array: jax.Array, *arguments: Any) -> jax.Array:

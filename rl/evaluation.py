@@ -29,6 +29,7 @@ from rl.mesh import device_memory
 from rl.metrics import Stopwatch
 from rl.models.config import Quantization
 from rl.models.policy import Policy
+from rl.programs import Stored, not_stored
 from rl.rollout import sample_and_score
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
@@ -129,8 +130,21 @@ def evaluate(
     )
 
 
-def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: Any, tokenizer: Tokenizer) -> Sampler:
-    """The sampler of a run, for rollouts and evaluation alike."""
+def create_sampler(
+    config: Config,
+    policy: Policy,
+    mesh: Mesh,
+    param_shardings: Any,
+    tokenizer: Tokenizer,
+    memory: int | None = None,
+    stored: Stored = not_stored,
+) -> Sampler:
+    """The sampler of a run, for rollouts and evaluation alike.
+
+    Args:
+      memory: bytes of a device of the mesh; None: as it says itself.
+      stored: where compiled programs are taken from, if they are there.
+    """
     section, rules, decode_shardings = config.sampling, config.mesh.rules, None
     if config.mesh.rollout_rules:
         rules = {**rules, **config.mesh.rollout_rules}
@@ -140,6 +154,8 @@ def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: 
     weights = None
     if section.weight_dtype is not None:
         weights = Quantization(section.weight_dtype, section.weight_group_size, head=True)
+    if memory is None:
+        memory = min(hosts.gather(device_memory(mesh)))  # of all processes: they must come to the same number of slots
     return Sampler(
         policy,
         mesh,
@@ -147,11 +163,11 @@ def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: 
         rules=rules,
         decode_shardings=decode_shardings,
         slots=section.slots,
-        # The least of all processes: they must come to the same number of slots.
-        kv_bytes=int(section.kv_memory * min(hosts.gather(device_memory(mesh)))) if section.slots is None else None,
+        kv_bytes=int(section.kv_memory * memory) if section.slots is None else None,
         decode_text=tokenizer.decode,
         kv_dtype=section.kv_dtype,
         weights=weights,
+        stored=stored,
     )
 
 

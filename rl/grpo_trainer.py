@@ -31,6 +31,7 @@ from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_
 from rl.dynamic_sampling import collect
 from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
+from rl.executables import open_compiled
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards
@@ -39,11 +40,12 @@ from rl.models.lora import quantization_of
 from rl.models.policy import Policy, policy_from_config
 from rl.models.train_state import PureState
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
-from rl.packing import PackingPlan, plan_packing
+from rl.packing import PackingPlan
 from rl.reference import ReferenceSync
 from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
 from rl.run_folder import RunFolder
 from rl.sampling import SamplingParams
+from rl.shaped_inputs import plan_for
 from rl.states import (
     InitStateFn,
     frozen_base,
@@ -76,7 +78,9 @@ def train(config: Config) -> pathlib.Path:
         mesh = create_mesh(config.mesh)
         policy = policy_from_config(config, origin.model_config, mesh)
         schedule, optimizer = create_training_optimizer(config, policy)
-        plan = plan_for(config, data, policy, num_row_shards(mesh, config.mesh.rules))
+        compiled = open_compiled(config, policy, mesh)
+        longest = compiled.prompt_length or max(len(row.prompt_ids) for row in data.train)
+        plan = plan_for(config, longest, policy, num_row_shards(mesh, config.mesh.rules))
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
         identity = run_identity(config, origin, data)
         hosts.check_same(config, identity)
@@ -99,11 +103,11 @@ def train(config: Config) -> pathlib.Path:
         if config.grpo.beta and policy.config.lora is None:
             is_saved = moves and checkpoints.latest_step is not None
             params = checkpoints.restore_reference() if is_saved else pretrained_params(origin, shardings.params)
-            reference, _ = setup_decode_state(config, mesh, init_reference_fn, params)
+            reference, _ = setup_decode_state(config, mesh, init_reference_fn, params, compiled.get)
         # -- restore, or start
         if checkpoints.latest_step is None:
             params = pretrained_params(origin, shardings.params)
-            state, _ = setup_training_state(config, mesh, init_policy_fn, params)
+            state, _ = setup_training_state(config, mesh, init_policy_fn, params, compiled.get)
             entropy, health, position = start_of_loop(config)
         else:
             state, loop = checkpoints.restore(base=frozen_base(config, mesh, init_policy_fn, origin))
@@ -114,12 +118,16 @@ def train(config: Config) -> pathlib.Path:
             reference = frozen_reference(policy, state)  # with adapters the frozen base: no second copy
         first_step = get_first_step(policy, state, updates_per_step(config))
         # -- sampler, train step
-        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer)
-        sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
+        memory = compiled.device_memory
+        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory, compiled.get)
+        if compiled.prompt_length is None:
+            sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
+        else:
+            sampler.expect_length(compiled.prompt_length)
         if config.sampling.warm_up:
             sampler.warm_up(state.params, config.grpo.prompts_per_step, config.grpo.group_size, sampling)
         sync_reference = ReferenceSync(config, shardings.params)
-        updater = Updater(config, policy, optimizer, plan, shardings, mesh=mesh)
+        updater = Updater(config, policy, optimizer, plan, shardings, mesh=mesh, stored=compiled.get)
         if first_step == 0 and config.rewards.check_on_gold:
             warn_about_rewards(console, runner, data.train[0])
         # -- loop
@@ -229,19 +237,6 @@ def loop_record(
 def start_of_loop(config: Config) -> tuple[EntropyCoefState, HealthState, int]:
     """Entropy coefficient, health and position before the first step."""
     return EntropyCoefState(config.grpo.entropy_coef, math.inf), healthy(), 0
-
-
-def plan_for(config: Config, data: PromptData, policy: Policy, num_row_shards: int) -> PackingPlan:
-    """Static shapes that hold every minibatch of the run."""
-    return plan_packing(
-        num_groups=config.grpo.prompts_per_step // config.grpo.minibatches,
-        group_size=config.grpo.group_size,
-        max_prompt_length=max(len(row.prompt_ids) for row in data.train),
-        max_completion_length=config.sampling.max_completion_length,
-        max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
-        num_row_shards=num_row_shards,
-        preferred_row_length=policy.config.hidden_size,
-    )
 
 
 def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:

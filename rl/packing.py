@@ -225,27 +225,32 @@ def _first_fit_decreasing(units: list[_Unit], plan: PackingPlan) -> list[list[_U
     return rows
 
 
-def _empty_batch(plan: PackingPlan, num_microbatches: int, dtype: np.dtype) -> Batch:
+def batch_fields(plan: PackingPlan, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any, Any]]:
+    """(shape, dtype, value of padding) of each field of a `Batch` that `pack` fills."""
     M, R, T = plan.num_microbatches, plan.num_rows, plan.row_length
     C, L = plan.completions_per_row, plan.completion_length
     N = min(T + C, C * L)  # every completion predicts one token more than it puts into the row
-    return Batch(
-        tokens_MRT=np.zeros((M, R, T), np.int32),
-        positions_MRT=np.zeros((M, R, T), np.int32),
-        group_ids_MRT=np.full((M, R, T), PADDING_GROUP, np.int32),
-        branch_ids_MRT=np.zeros((M, R, T), np.int32),
-        predictors_MRN=np.zeros((M, R, N), np.int32),
-        targets_MRN=np.zeros((M, R, N), np.int32),
-        target_mask_MRN=np.zeros((M, R, N), bool),
-        slots_MRCL=np.zeros((M, R, C, L), np.int32),
-        mask_MRCL=np.zeros((M, R, C, L), dtype),
-        sequence_mask_MRC=np.zeros((M, R, C), dtype),
-        advantages_MRC=np.zeros((M, R, C), dtype),
-        sampler_logprobs_MRCL=np.full((M, R, C, L), np.nan, dtype),
-        rollout_logprobs_MRCL=np.full((M, R, C, L), np.nan, dtype),
-        sequence_ids_MRC=np.full((M, R, C), -1, np.int32),
-        num_microbatches=np.int32(num_microbatches),
-    )
+    return {
+        "tokens_MRT": ((M, R, T), np.int32, 0),
+        "positions_MRT": ((M, R, T), np.int32, 0),
+        "group_ids_MRT": ((M, R, T), np.int32, PADDING_GROUP),
+        "branch_ids_MRT": ((M, R, T), np.int32, 0),
+        "predictors_MRN": ((M, R, N), np.int32, 0),
+        "targets_MRN": ((M, R, N), np.int32, 0),
+        "target_mask_MRN": ((M, R, N), bool, False),
+        "slots_MRCL": ((M, R, C, L), np.int32, 0),
+        "mask_MRCL": ((M, R, C, L), dtype, 0),
+        "sequence_mask_MRC": ((M, R, C), dtype, 0),
+        "advantages_MRC": ((M, R, C), dtype, 0),
+        "sampler_logprobs_MRCL": ((M, R, C, L), dtype, np.nan),
+        "rollout_logprobs_MRCL": ((M, R, C, L), dtype, np.nan),
+        "sequence_ids_MRC": ((M, R, C), np.int32, -1),
+    }
+
+
+def _empty_batch(plan: PackingPlan, num_microbatches: int, dtype: np.dtype) -> Batch:
+    arrays = {name: np.full(shape, value, kind) for name, (shape, kind, value) in batch_fields(plan, dtype).items()}
+    return Batch(**arrays, num_microbatches=np.int32(num_microbatches))
 
 
 def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:

@@ -1,11 +1,56 @@
-"""Compiled programs by key: made when first asked for, or before that by a thread in the background."""
+"""What is compiled: a function with its shardings (`Program`), and compiled programs by key (`Programs`), made when
+first asked for, or before that by a thread in the background. Not here: compiled programs in files (`rl.executables`).
+"""
 
+import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
+
 Build = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A pure function and all that decides how it is compiled but the shapes of its arguments.
+
+    Attributes:
+      function: of positional arguments.
+      in_shardings: per argument a tree of shardings, or one sharding for all of it.
+      out_shardings: the same for the result.
+      donate: which arguments lose their memory to the result.
+    """
+
+    function: Callable[..., Any]
+    in_shardings: tuple[Any, ...]
+    out_shardings: Any
+    donate: tuple[int, ...] = ()
+
+    def jit(self) -> Any:
+        """The function under `jax.jit`. Arguments that it does not read stay parameters of the executable."""
+        return jax.jit(
+            self.function,
+            in_shardings=self.in_shardings,
+            out_shardings=self.out_shardings,
+            donate_argnums=self.donate,
+            keep_unused=True,
+        )
+
+    def compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+        """Compiled for arguments (arrays or `jax.ShapeDtypeStruct`s) of these shapes; nothing runs."""
+        return self.jit().lower(*arguments).compile()
+
+
+# Where a program comes from that was compiled before: its name and what it is -> the function to call, None: nowhere.
+Stored = Callable[[str, Program], Callable[..., Any] | None]
+
+
+def not_stored(name: str, program: Program) -> None:
+    """The `Stored` of a run without a file of compiled programs."""
+    del name, program
 
 
 class Programs:

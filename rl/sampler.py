@@ -21,12 +21,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rl import scheduling
-from rl.engine import DecodeState, Engine, Shape
+from rl.engine import DecodeState, Engine, Shape, generate_key, prefill_key, prefill_pieces
 from rl.models.cache import CachePart
 from rl.models.config import Quantization
 from rl.models.lora import quantization_of
 from rl.models.policy import Params, Policy
 from rl.models.quantized import quantize_params, quantized_shardings
+from rl.programs import Program, Stored, not_stored
 from rl.sampling import SamplingParams
 from rl.scheduling import CacheSize, Completion, Request, Schedule
 
@@ -63,6 +64,7 @@ class Sampler:
       kv_dtype: None: the cache is in the compute dtype; "int8".
       weights: None: the parameters as they are. Else every call quantises the matrices so first, which takes a quarter
         or an eighth of their float32 size in memory besides them, and reads those (see `rl.models.quantized`).
+      stored: see `rl.engine.Engine`.
 
     Raises:
       ValueError: fewer slots than pieces that rows are cut into on this mesh.
@@ -83,6 +85,7 @@ class Sampler:
         stop_chunk: int = 8,
         kv_dtype: str | None = None,
         weights: Quantization | None = None,
+        stored: Stored = not_stored,
     ) -> None:
         convert: Callable[[Params], Params] = lambda params: params  # noqa: E731
         shardings = param_shardings if decode_shardings is None else decode_shardings
@@ -97,7 +100,7 @@ class Sampler:
         if shardings is not param_shardings:
             self._convert = jax.jit(convert, in_shardings=(param_shardings,), out_shardings=shardings)
             param_shardings = shardings
-        self.engine = Engine(policy, mesh, param_shardings, rules=rules, kv_dtype=kv_dtype)
+        self.engine = Engine(policy, mesh, param_shardings, rules=rules, kv_dtype=kv_dtype, stored=stored)
         if slots is not None and slots < self.engine.num_shards:
             raise ValueError(
                 f"sampling.slots must be >= {self.engine.num_shards}, the devices rows are spread over, got {slots}"
@@ -128,6 +131,11 @@ class Sampler:
         rests = [len(prompt) - 1 - common for prompt in prompts]
         head = tuple(int(token) for token in prompts[0][:common])
         self._expected = _Expected(head, max(rests), sum(rests) / len(rests))
+
+    def expect_length(self, prompt_length: int) -> None:
+        """Plans shapes for prompts of up to so many tokens, whatever they hold: none is taken for a common prefix."""
+        longest = max(prompt_length - 1, 1)
+        self._expected = _Expected((), longest, float(longest))
 
     def sample(
         self,
@@ -193,20 +201,13 @@ class Sampler:
         returns when all is ready.
         """
         params = self._decode_params(params)
-        limit, num_shards = sampling.max_completion_length, self.engine.num_shards
-        requests = scheduling.requests_for(range(num_prompts), num_samples, limit)
-        first = self._shape(scheduling.deal(requests, num_shards), self._expected, sampling)
-        start = CacheSize(first.num_slots // num_shards, first.length)
-        sizes = scheduling.cache_sizes(start.slots, limit)
-        reachable = [start]
-        for size in reachable:  # grows meanwhile
-            shape = dataclasses.replace(first, num_slots=size.slots * num_shards, length=size.length)
+        shapes = self.shapes(num_prompts, num_samples, sampling)
+        first, num_shards = shapes[0], self.engine.num_shards
+        sizes = scheduling.cache_sizes(first.num_slots // num_shards, sampling.max_completion_length)
+        for shape in shapes:
             self.engine.prepare(params, shape, sampling, self._chunk_of(sampling))
-            later = scheduling.later_cache_sizes(sizes, size)
-            reachable += [other for other in later if other not in reachable]
-        for size in reachable:
-            shape = dataclasses.replace(first, num_slots=size.slots * num_shards, length=size.length)
-            for later in scheduling.later_cache_sizes(sizes, size):
+        for shape in shapes:
+            for later in scheduling.later_cache_sizes(sizes, self._size_of(shape)):
                 self.engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)
         common = self._prefill_common(params, self._expected) if self._expected.common else None
         state = self.engine.init_state(first, sampling, jax.random.key(0), common)
@@ -215,6 +216,38 @@ class Sampler:
         # The first rows may become the table, later ones are put into it.
         self._admit(params, state, (nothing, nothing, nothing - 1), places)
         self.engine.prepare_insert(first, first.prefill_rows)
+
+    def shapes(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> list[Shape]:
+        """Every shape that decoding can have in a call of this size, whatever is drawn; it starts with the first."""
+        limit, num_shards = sampling.max_completion_length, self.engine.num_shards
+        requests = scheduling.requests_for(range(num_prompts), num_samples, limit)
+        first = self._shape(scheduling.deal(requests, num_shards), self._expected, sampling)
+        sizes = scheduling.cache_sizes(first.num_slots // num_shards, limit)
+        reachable = [self._size_of(first)]
+        for size in reachable:  # grows meanwhile
+            later = scheduling.later_cache_sizes(sizes, size)
+            reachable += [other for other in later if other not in reachable]
+        return [dataclasses.replace(first, num_slots=s.slots * num_shards, length=s.length) for s in reachable]
+
+    def rollout_programs(
+        self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams
+    ) -> dict[tuple, Callable[[], tuple[Program, tuple]]]:
+        """The programs that prefill prompts without a common prefix and draw, by key: what each is, and its arguments.
+
+        `params` may be abstract. Small programs that move rows of the cache are not among them.
+        """
+        decode_params = params if self._convert is None else jax.eval_shape(self._convert, params)
+        shapes = self.shapes(num_prompts, num_samples, sampling)
+        num_rows, num_positions = shapes[0].prefill_rows, shapes[0].table_length
+        chunk = min(_prefill_chunk(num_rows), num_positions)
+        programs: dict[tuple, Callable[[], tuple[Program, tuple]]] = {}
+        for _, length in prefill_pieces(num_positions, chunk):
+            arguments = (num_rows, chunk, length, shapes[0].common_length)
+            programs[prefill_key(*arguments)] = partial(self.engine.prefill_program, decode_params, *arguments)
+        for shape in shapes:
+            arguments = (shape, sampling, self._chunk_of(sampling))
+            programs[generate_key(*arguments)] = partial(self.engine.generate_program, decode_params, *arguments)
+        return programs
 
     def _stream(
         self,
@@ -275,7 +308,7 @@ class Sampler:
     def _admit(
         self, params: Params, state: DecodeState, inputs: Sequence[np.ndarray], places: np.ndarray
     ) -> DecodeState:
-        chunk = max(PREFILL_TOKENS // inputs[0].shape[0], MIN_PREFILL_CHUNK)
+        chunk = _prefill_chunk(inputs[0].shape[0])
         prefix = self.engine.prefill(params, *inputs, common=state.common, chunk=chunk, state=state)
         return self.engine.insert(state, prefix, places)
 
@@ -308,6 +341,9 @@ class Sampler:
 
     def _cache_size(self, state: DecodeState) -> CacheSize:
         return CacheSize(state.own.num_rows // self.engine.num_shards, state.own.length)
+
+    def _size_of(self, shape: Shape) -> CacheSize:
+        return CacheSize(shape.num_slots // self.engine.num_shards, shape.length)
 
     # Plans
 
@@ -389,7 +425,7 @@ class Sampler:
     def _prefill_common(self, params: Params, expected: _Expected) -> CachePart:
         tokens = np.tile(np.asarray(expected.common, np.int32), (self.engine.num_shards, 1))
         positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-        chunk = max(PREFILL_TOKENS // tokens.shape[0], MIN_PREFILL_CHUNK)
+        chunk = _prefill_chunk(tokens.shape[0])
         return self.engine.prefill(params, tokens, positions, np.zeros_like(tokens), chunk=chunk)
 
     def _decode_params(self, params: Params) -> Params:
@@ -435,6 +471,11 @@ class Sampler:
 def _usable_common_length(length: int, num_prompts: int) -> int:
     """Tokens of a common prefix that get a cache of their own: a size, so that few programs are compiled, or none."""
     return scheduling.size_at_most(length) if num_prompts > 1 and length >= MIN_COMMON_LENGTH else 0
+
+
+def _prefill_chunk(num_rows: int) -> int:
+    """Positions of one piece of a prefill of so many rows."""
+    return max(PREFILL_TOKENS // num_rows, MIN_PREFILL_CHUNK)
 
 
 def _prompts_per_row(expected: _Expected) -> int:

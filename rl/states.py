@@ -19,7 +19,10 @@ from rl.models.config import flatten_specs, logical_axes, parameter_specs
 from rl.models.lora import freeze, join, split
 from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState, TrainState, TrainStateNNX, pure_state
+from rl.programs import Program, Stored, not_stored
 from rl.weights import Origin, pretrained_params
+
+WEIGHTS, BASE = "weights", "base"  # what `init_program` need not make: all weights, or those that adapters stand beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,11 @@ def get_logical_annotations(config: Config, mesh: Mesh, init_state_fn: InitState
 
 
 def create_sharded_state(
-    init_state_fn: InitStateFn, mesh: Mesh, abstract: AbstractState, params: Any | None = None
+    init_state_fn: InitStateFn,
+    mesh: Mesh,
+    abstract: AbstractState,
+    params: Any | None = None,
+    stored: Stored = not_stored,
 ) -> PureState:
     """Runs `init_state_fn` under one jit, each leaf born on the devices where it stays.
 
@@ -94,27 +101,43 @@ def create_sharded_state(
       abstract: from `get_abstract_state` with the same mesh; whether it has an optimizer decides whether the state has.
       params: weights to take instead of fresh ones, already on the mesh; fresh ones are then not even computed. Of a
         policy with adapters they may be the base alone.
+      stored: where the compiled program is taken from, if it is there, by the name that `init_program` gives it.
 
     Raises:
       ValueError: `params` do not fit, naming every path that is missing, extra, or of another shape or dtype.
     """
-    is_training = bool(jax.tree.leaves(abstract.shapes.opt_state))
     assert all(s.mesh == mesh for s in jax.tree.leaves(abstract.shardings)), "abstract state of another mesh"
-    if params is None:
-        return jax.jit(lambda: _select(pure_state(init_state_fn()), is_training), out_shardings=abstract.shardings)()
     model_config = init_state_fn.policy.config
-    adapters_missing = not split(model_config, params)[0]
-    halves = split(model_config, abstract.shapes.params)
-    check_same_tree(params, halves[1] if adapters_missing else abstract.shapes.params, "weights")
+    given = None
+    if params is not None:
+        halves = split(model_config, abstract.shapes.params)
+        given = BASE if not split(model_config, params)[0] else WEIGHTS
+        check_same_tree(params, halves[1] if given == BASE else abstract.shapes.params, "weights")
+    name, program = init_program(init_state_fn, abstract, given)
+    state = (stored(name, program) or program.jit())()
+    return state if params is None else state._replace(params=join(state.params, params))
+
+
+def init_program(init_state_fn: InitStateFn, abstract: AbstractState, given: str | None = None) -> tuple[str, Program]:
+    """What builds a state, and its name: () -> `PureState` without the weights that are `given`.
+
+    Args:
+      abstract: whether it has an optimizer decides whether the state has.
+      given: WEIGHTS: all of them; BASE: those without the adapters; None: none, they are drawn.
+    """
+    is_training = bool(jax.tree.leaves(abstract.shapes.opt_state))
+    model_config = init_state_fn.policy.config
 
     def rest_of(state: PureState) -> PureState:
-        return state._replace(params=split(model_config, state.params)[0] if adapters_missing else {})
+        if given is None:
+            return state
+        return state._replace(params=split(model_config, state.params)[0] if given == BASE else {})
 
-    # The compiler drops the random numbers of weights that are no output.
-    rest = jax.jit(
-        lambda: rest_of(_select(pure_state(init_state_fn()), is_training)), out_shardings=rest_of(abstract.shardings)
-    )()
-    return rest._replace(params=join(rest.params, params))
+    def init() -> PureState:
+        # The compiler drops the random numbers of weights that are no output.
+        return rest_of(_select(pure_state(init_state_fn()), is_training))
+
+    return "state init" if is_training else "reference init", Program(init, (), rest_of(abstract.shardings))
 
 
 def frozen_base(config: Config, mesh: Mesh, init_state_fn: InitStateFn, origin: Origin) -> Params:
@@ -135,19 +158,19 @@ def frozen_reference(policy: Policy, state: PureState) -> PureState:
 
 
 def setup_training_state(
-    config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None
+    config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None, stored: Stored = not_stored
 ) -> tuple[PureState, AbstractState]:
     """The state to train, with its optimizer. `params` (same tree, already on the mesh) stand in for fresh weights."""
     abstract = get_abstract_state(config, mesh, init_state_fn, is_training=True)
-    return create_sharded_state(init_state_fn, mesh, abstract, params), abstract
+    return create_sharded_state(init_state_fn, mesh, abstract, params, stored), abstract
 
 
 def setup_decode_state(
-    config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None
+    config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None, stored: Stored = not_stored
 ) -> tuple[PureState, AbstractState]:
     """A state without optimizer: the reference, or the weights to decode with."""
     abstract = get_abstract_state(config, mesh, init_state_fn, is_training=False)
-    return create_sharded_state(init_state_fn, mesh, abstract, params), abstract
+    return create_sharded_state(init_state_fn, mesh, abstract, params, stored), abstract
 
 
 def check_same_tree(got: Any, want: Any, what: str) -> None:

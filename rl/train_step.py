@@ -29,6 +29,9 @@ from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState
 from rl.optimizer import rounding_loss
 from rl.packing import Batch
+from rl.programs import Program
+
+MICROBATCH_LOOP = "microbatches"  # name, in compiled programs, of the loop whose length is a number of the batch
 
 
 class Minibatch(NamedTuple):
@@ -108,6 +111,58 @@ def jit_train_step(
       chunk_size: tokens of a piece whose logits exist at one time.
       minibatches_per_rollout: updates of one pass over a rollout batch.
     """
+    program = update_program(
+        policy,
+        optimizer,
+        loss_config,
+        state_shardings,
+        mesh=mesh,
+        rules=rules,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        minibatches_per_rollout=minibatches_per_rollout,
+    )
+    return train_step_of(policy, program.jit())
+
+
+def train_step_of(
+    policy: Policy, update: Callable
+) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
+    """The train step that calls a compiled `update_program`."""
+    if policy.config.lora is None:
+        return update
+
+    def train_step(state: PureState, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
+        moving, frozen, minibatch = update_arguments(policy, state, minibatch)
+        moved, metrics = update(moving, frozen, minibatch)
+        return moved._replace(params=join(moved.params, frozen)), metrics
+
+    return train_step
+
+
+def update_arguments(policy: Policy, state: PureState, minibatch: Minibatch) -> tuple[Any, ...]:
+    """The arguments of `update_program` for this state and minibatch, of arrays, shapes or shardings."""
+    if policy.config.lora is None:
+        return state, minibatch
+    trained, frozen = split(policy.config, state.params)
+    return state._replace(params=trained), frozen, minibatch
+
+
+def update_program(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    loss_config: LossConfig,
+    state_shardings: PureState,
+    *,
+    mesh: Mesh,
+    rules: Mapping[str, Sequence[str]],
+    temperature: float,
+    chunk_size: int,
+    minibatches_per_rollout: int,
+) -> Program:
+    """What `jit_train_step` compiles: (state, minibatch) -> (state, metrics), or with adapters (state of what moves,
+    frozen weights, minibatch) -> (state of what moves, metrics). Argument 0 is donated.
+    """
 
     def piece_loss(trained: Params, frozen: Params, piece: Batch, denominators: Denominators, on_policy: jax.Array):
         params = join(trained, frozen)
@@ -136,7 +191,8 @@ def jit_train_step(
 
         (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, frozen, _piece(batch, 0), *constants)
         start = (_zeros(loss), _zeros(grads), zero_sums(sums), _zeros(difference))
-        loss, grads, sums, difference = jax.lax.fori_loop(0, batch.num_microbatches, add_piece, start)
+        with jax.named_scope(MICROBATCH_LOOP):
+            loss, grads, sums, difference = jax.lax.fori_loop(0, batch.num_microbatches, add_piece, start)
         grad_norm = optax.tree.norm(grads)
         is_applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -156,35 +212,11 @@ def jit_train_step(
         return PureState(state.step + 1, params, opt_state, state.rng), metrics
 
     everywhere: Any = replicated(mesh)
-    minibatch_shardings = Minibatch(
-        batch=batch_shardings(mesh, rules),
-        num_items_in_batch=everywhere,
-        entropy_coef=everywhere,
-        entropy_MRCL=row_sharding(mesh, rules, dim=1),
-        on_policy=everywhere,
-    )
+    arguments = update_arguments(policy, state_shardings, minibatch_shardings(mesh, rules))
+    moving = arguments[0]
     if policy.config.lora is None:
-        return jax.jit(
-            lambda state, minibatch: update(state, {}, minibatch),
-            in_shardings=(state_shardings, minibatch_shardings),
-            out_shardings=(state_shardings, everywhere),
-            donate_argnums=0,
-        )
-    trained_shardings, frozen_shardings = split(policy.config, state_shardings.params)
-    moving_shardings = state_shardings._replace(params=trained_shardings)
-    compiled = jax.jit(
-        update,
-        in_shardings=(moving_shardings, frozen_shardings, minibatch_shardings),
-        out_shardings=(moving_shardings, everywhere),
-        donate_argnums=0,
-    )
-
-    def train_step(state: PureState, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
-        trained, frozen = split(policy.config, state.params)
-        moved, metrics = compiled(state._replace(params=trained), frozen, minibatch)
-        return moved._replace(params=join(moved.params, frozen)), metrics
-
-    return train_step
+        return Program(lambda state, minibatch: update(state, {}, minibatch), arguments, (moving, everywhere), (0,))
+    return Program(update, arguments, (moving, everywhere), (0,))
 
 
 def jit_token_logprobs(
@@ -200,6 +232,22 @@ def jit_token_logprobs(
 
     It runs the rows that the update runs, through the same operations; the compiler may still round them otherwise.
     """
+    program = token_logprobs_program(
+        policy, param_shardings, mesh=mesh, rules=rules, temperature=temperature, chunk_size=chunk_size
+    )
+    return program.jit()
+
+
+def token_logprobs_program(
+    policy: Policy,
+    param_shardings: Any,
+    *,
+    mesh: Mesh,
+    rules: Mapping[str, Sequence[str]],
+    temperature: float,
+    chunk_size: int,
+) -> Program:
+    """What `jit_token_logprobs` compiles."""
 
     def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def fill(m, outputs):
@@ -213,10 +261,23 @@ def jit_token_logprobs(
             lambda: policy.unembed(params, jnp.zeros((1, policy.config.hidden_size), policy.config.dtype))
         ).dtype
         empty = jnp.zeros(batch.mask_MRCL.shape, dtype)
-        return jax.lax.fori_loop(0, batch.num_microbatches, fill, (empty, empty))
+        with jax.named_scope(MICROBATCH_LOOP):
+            return jax.lax.fori_loop(0, batch.num_microbatches, fill, (empty, empty))
 
     rows = row_sharding(mesh, rules, dim=1)
-    return jax.jit(logprobs, in_shardings=(param_shardings, batch_shardings(mesh, rules)), out_shardings=(rows, rows))
+    return Program(logprobs, (param_shardings, batch_shardings(mesh, rules)), (rows, rows))
+
+
+def minibatch_shardings(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Minibatch:
+    """A sharding per field of a `Minibatch`."""
+    everywhere = replicated(mesh)
+    return Minibatch(
+        batch=batch_shardings(mesh, rules),
+        num_items_in_batch=everywhere,
+        entropy_coef=everywhere,
+        entropy_MRCL=row_sharding(mesh, rules, dim=1),
+        on_policy=everywhere,
+    )
 
 
 def batch_shardings(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Batch:

@@ -26,8 +26,18 @@ from rl.models.policy import Policy, without_adapters
 from rl.models.train_state import PureState
 from rl.optimizer import updates_per_step
 from rl.packing import Batch, PackingPlan, TrainGroup, pack
-from rl.train_step import Minibatch, UpdateMetrics, batch_shardings, jit_token_logprobs, jit_train_step
+from rl.programs import Program, Stored, not_stored
+from rl.train_step import (
+    Minibatch,
+    UpdateMetrics,
+    batch_shardings,
+    token_logprobs_program,
+    train_step_of,
+    update_program,
+)
 from rl.user_functions import resolve
+
+LOGPROBS, REFERENCE_LOGPROBS, TRAIN_STEP = "logprobs", "reference logprobs", "train step"
 
 
 class _Measured(NamedTuple):
@@ -49,36 +59,21 @@ class Updater:
         state_shardings: PureState,
         *,
         mesh: Mesh,
+        stored: Stored = not_stored,
     ):
         self._config = config
         self._plan = plan
         self._loss_config = loss_config(config)
-        self._dtype = np.promote_types(
-            np.float32, np.dtype(policy.config.dtype) if policy.config.dtype != "bfloat16" else np.float32
-        )
+        self._dtype = batch_dtype(policy)
         self._replicated = replicated(mesh)
         self._rows = row_sharding(mesh, config.mesh.rules, dim=1)
         self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
-        common: dict[str, Any] = {
-            "mesh": mesh,
-            "rules": config.mesh.rules,
-            "temperature": config.sampling.temperature,
-            "chunk_size": config.grpo.logprob_chunk,
-        }
-        self._token_logprobs = jit_token_logprobs(policy, state_shardings.params, **common)
+        programs = update_programs(config, policy, optimizer, state_shardings, mesh)
+        calls = {name: stored(name, program) or program.jit() for name, program in programs.items()}
+        self._token_logprobs = calls[LOGPROBS]
+        self._reference_logprobs = calls.get(REFERENCE_LOGPROBS, self._token_logprobs)
+        self._train_step = train_step_of(policy, calls[TRAIN_STEP])
         self._finish_metrics = jax.jit(finish_metrics, out_shardings=self._replicated)
-        self._reference_logprobs = self._token_logprobs
-        if policy.config.lora is not None:  # the reference is the base
-            frozen_shardings = split(policy.config, state_shardings.params)[1]
-            self._reference_logprobs = jit_token_logprobs(without_adapters(policy), frozen_shardings, **common)
-        self._train_step = jit_train_step(
-            policy,
-            optimizer,
-            self._loss_config,
-            state_shardings,
-            minibatches_per_rollout=config.grpo.minibatches,
-            **common,
-        )
 
     def step(
         self,
@@ -154,6 +149,45 @@ class Updater:
         metrics["logprob_difference/mean"] = float(first.total) / max(float(first.count), 1.0)
         metrics["logprob_difference/max"] = float(first.highest)
         return metrics
+
+
+def update_programs(
+    config: Config, policy: Policy, optimizer: optax.GradientTransformation, state_shardings: PureState, mesh: Mesh
+) -> dict[str, Program]:
+    """What `Updater` calls, by name. With adapters the log-probs of the reference, the base alone, are a program of
+    their own.
+    """
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "rules": config.mesh.rules,
+        "temperature": config.sampling.temperature,
+        "chunk_size": config.grpo.logprob_chunk,
+    }
+    programs = {LOGPROBS: token_logprobs_program(policy, state_shardings.params, **common)}
+    if policy.config.lora is not None:
+        frozen_shardings = split(policy.config, state_shardings.params)[1]
+        programs[REFERENCE_LOGPROBS] = token_logprobs_program(without_adapters(policy), frozen_shardings, **common)
+    programs[TRAIN_STEP] = update_program(
+        policy,
+        optimizer,
+        loss_config(config),
+        state_shardings,
+        minibatches_per_rollout=config.grpo.minibatches,
+        **common,
+    )
+    return programs
+
+
+def batch_dtype(policy: Policy) -> np.dtype:
+    """Of a batch's floating-point fields: float32, float64 for a float64 model."""
+    return np.dtype(np.float64 if policy.config.dtype == "float64" else np.float32)
+
+
+def needs_old_logprobs(config: Config) -> bool:
+    """Whether a batch holds old log-probs: the policy changes between the rollout and an update on it, or they are the
+    sampler's.
+    """
+    return updates_per_step(config) > 1 or config.grpo.old_logprobs == "sampler"
 
 
 def bare_batch(batch: Batch) -> Batch:

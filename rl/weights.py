@@ -47,8 +47,30 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
       ValueError: no such model, an unsupported architecture, missing or damaged weights, or a tokenizer with ids beyond
         the model's vocabulary.
     """
+    folder = None if config.model.source is None else pathlib.Path(resolve_source(config.model.source))
+    model_config = model_shape(config, tokenizer, folder)
+    if folder is None:
+        identity: dict[str, Any] = {"source": None, "seed": config.seed}
+    else:
+        files = _files_of(folder)
+        files.check_weights(folder, model_config)
+        identity = {"source": config.model.source, "hash": files.weights_hash(folder)}
+    if config.lora.adapter is None:
+        return Origin(model_config, folder, identity)
+    adapter = pathlib.Path(config.lora.adapter).expanduser()
+    check_adapter(adapter, model_config)
+    identity |= {"adapter": config.lora.adapter, "adapter_hash": adapter_hash(adapter)}
+    return Origin(model_config, folder, identity, adapter)
+
+
+def model_shape(config: Config, tokenizer: Tokenizer, folder: pathlib.Path | None) -> ModelConfig:
+    """The model of a run, from `model.arch`, or from the config.json in `folder`; no weights are looked at.
+
+    Raises:
+      ValueError: an unsupported architecture, or a tokenizer with ids beyond the model's vocabulary.
+    """
     section, arch = config.model, config.model.arch
-    if section.source is None:
+    if folder is None:
         shape = {name: value for name, value in dataclasses.asdict(arch).items() if name != "vocab_size"}  # pyright: ignore[reportArgumentType]
         model_config = ModelConfig.from_arch(
             **shape,
@@ -57,13 +79,8 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
             bos_token_id=tokenizer.bos_id,
             pad_token_id=tokenizer.pad_id,
         )
-        folder, identity = None, {"source": None, "seed": config.seed}
     else:
-        folder = pathlib.Path(resolve_source(section.source))
         model_config = read_config(folder)
-        files = _files_of(folder)
-        files.check_weights(folder, model_config)
-        identity = {"source": section.source, "hash": files.weights_hash(folder)}
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
             f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer "
@@ -76,13 +93,7 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
         remat=section.remat,
         scan_layers=section.scan_layers,
     )
-    model_config = dataclasses.replace(model_config, lora=_lora(config, model_config))
-    if config.lora.adapter is None:
-        return Origin(model_config, folder, identity)
-    adapter = pathlib.Path(config.lora.adapter).expanduser()
-    check_adapter(adapter, model_config)
-    identity |= {"adapter": config.lora.adapter, "adapter_hash": adapter_hash(adapter)}
-    return Origin(model_config, folder, identity, adapter)
+    return dataclasses.replace(model_config, lora=_lora(config, model_config))
 
 
 def _files_of(folder: pathlib.Path) -> Any:

@@ -40,6 +40,8 @@ LAYERS = [
         "rl.sampling",
         "rl.tokenizer",
         "rl.tasks",
+        "rl.tools.hlo",
+        "rl.tools.topologies",
     ],
     ["rl.models.ops", "rl.loss_types"],
     [
@@ -74,9 +76,10 @@ LAYERS = [
         "rl.weights",
         "rl.run_folder",
     ],
-    ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step"],
+    ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step", "rl.executables"],
     ["rl.sampler", "rl.prompt_logprobs"],
     ["rl.rollout", "rl.update", "rl.trained"],
+    ["rl.shaped_inputs"],
     [
         "rl.evaluation",
         "rl.dynamic_sampling",
@@ -86,7 +89,9 @@ LAYERS = [
         "rl.tools.layerwise",
         "rl.tools.quantize",
     ],
-    ["rl.grpo_trainer", "rl.sft_trainer", "rl.replay"],
+    ["rl.tools.loop_programs"],
+    ["rl.tools.compile_report"],
+    ["rl.grpo_trainer", "rl.sft_trainer", "rl.replay", "rl.tools.compile"],
     ["rl.sample_command", "rl.tools.checkpoint", "rl.tools.lora"],
 ]
 

@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,14 +36,16 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SCALE = "_scale"  # end of the name of the scale of a quantised tensor
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+SHAPE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub repository: all but weights
+HUB_PATTERNS = (*SHAPE_PATTERNS, "*.safetensors")
 
 
 # Where a folder comes from
 
 
-def resolve_source(source: str | pathlib.Path) -> pathlib.Path:
-    """The local folder of a model: `source` itself if it is one, else the hub repository of that name, downloaded.
+def resolve_source(source: str | pathlib.Path, patterns: Sequence[str] = HUB_PATTERNS) -> pathlib.Path:
+    """The local folder of a model: `source` itself if it is one, else the hub repository of that name, of which the
+    files that match `patterns` are downloaded.
 
     Raises ValueError if it is neither, or if the hub cannot be reached and has no copy on this machine.
     """
@@ -59,7 +61,7 @@ def resolve_source(source: str | pathlib.Path) -> pathlib.Path:
     from huggingface_hub import errors
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=HUB_PATTERNS))
+        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         raise ValueError(
             f"model source must be a folder that exists or a hub id that can be downloaded, got {str(source)!r}: "

@@ -1,0 +1,122 @@
+"""`grpo compile CONFIG`: compiles a run's programs ahead of time, for devices that need not be there, and says whether
+the run fits.
+
+In: a recipe, and a TPU topology, a number of virtual CPU devices, or nothing (the devices at hand). Out: a report, as
+text and as JSON, and with `--save` a file of the compiled programs that training takes (`compiled_file`). Neither
+weights nor data are read.
+"""
+
+import argparse
+import gc
+import json
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+
+from rl.config import Config, load_config
+from rl.executables import save_compiled
+from rl.tools.compile_report import ProgramReport, Report, report_of, report_refused, to_json, to_text
+from rl.tools.loop_programs import Loop, LoopProgram, loop_programs
+from rl.tools.topologies import CHIPS, find_devices
+from rl.weights import use_compilation_cache
+
+
+def compile_loop(loop: Loop, save: str | None = None) -> Report:
+    """Compiles the programs of a run, one after the other, and reports on them.
+
+    Args:
+      save: file to write all of them to; None: only those that are reported on are compiled.
+
+    Raises:
+      ValueError: `save`, and a program does not fit or the back end cannot serialise it.
+    """
+    reports: list[ProgramReport] = []
+    kept = []
+    for program in loop.programs:
+        if program.is_reported or save is not None:
+            report, compiled = compile_one(program)
+            if program.is_reported:
+                reports.append(report)
+            if save is not None:
+                if compiled is None:
+                    raise ValueError(f"--save needs programs that fit, and {program.name} does not: {report.refused}")
+                kept.append((program.key, *program.make(), compiled))
+            del compiled
+            gc.collect()
+    if save is not None:
+        save_compiled(save, loop.config, loop.policy, loop.mesh, loop.memory, kept)
+    return Report(loop, CHIPS.get(loop.mesh.devices.flat[0].device_kind), reports)
+
+
+def compile_one(program: LoopProgram) -> tuple[ProgramReport, jax.stages.Compiled | None]:
+    """A program's report and its compiled form; None for one that the compiler finds too large for the device."""
+    start = time.perf_counter()
+    built, arguments = program.make()
+    try:
+        compiled = built.compile(arguments)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return report_refused(program, str(error), time.perf_counter() - start, _host_bytes()), None
+    seconds = time.perf_counter() - start
+    return report_of(program, compiled, seconds, _host_bytes()), compiled
+
+
+def compile_config(
+    config: Config,
+    topology: str | None = None,
+    num_slices: int = 1,
+    devices: str | None = None,
+    save: str | None = None,
+) -> Report:
+    """`grpo compile` as a function; its arguments are the command's.
+
+    Raises:
+      ValueError: whatever is wrong with them, or an unknown chip.
+    """
+    found = find_devices(topology, num_slices, devices)
+    kind = found[0].device_kind
+    if topology is not None and kind not in CHIPS:
+        raise ValueError(f"--topology must be of a chip out of {[chip.name for chip in CHIPS.values()]}, got {kind!r}")
+    memory = CHIPS[kind].memory if topology is not None else None
+    return compile_loop(loop_programs(config, found, memory), save)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`grpo compile CONFIG [--topology T [--slices N] | --devices cpu:N] [--save FILE] [--json FILE] [key=value ...]`.
+
+    Returns 0 for a run that fits, 1 for one that does not.
+    """
+    parser = argparse.ArgumentParser(prog="grpo compile", description=__doc__)
+    parser.add_argument("config", help="a YAML recipe")
+    parser.add_argument("overrides", nargs="*", help="dotted.key=value")
+    parser.add_argument("--topology", default=None, help="a TPU topology such as v5e:8x8; needs libtpu, but no TPU")
+    parser.add_argument("--slices", type=int, default=1, help="that many of them, joined by the data center network")
+    parser.add_argument("--devices", default=None, help="cpu:N, virtual CPU devices")
+    parser.add_argument("--save", default=None, metavar="FILE", help="write the compiled programs, for compiled_file")
+    parser.add_argument("--json", default=None, metavar="FILE", help="write the report")
+    arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
+    config = load_config(arguments.config, arguments.overrides)
+    use_compilation_cache(config)
+    if arguments.topology is not None and jax.config.read("jax_platforms") is None:
+        jax.config.update("jax_platforms", "cpu")  # no device of this machine is used, so none is taken
+    # Where each operation comes from, written into a program of eighty layers, is a third of the host memory.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    report = compile_config(config, arguments.topology, arguments.slices, arguments.devices, arguments.save)
+    print(to_text(report))
+    if arguments.json is not None:
+        pathlib.Path(arguments.json).write_text(json.dumps(to_json(report), indent=1))
+    return 0 if report.fits else 1
+
+
+def _host_bytes() -> int:
+    """The largest size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""What compiled programs need of a device, whether a run fits, and which keys to change where it does not.
+
+In: a run's programs (`rl.tools.loop_programs`), each compiled. Out: `Report`, as JSON and as text. Bytes are those of
+one device; times are what the chip's FLOP/s and memory bandwidth allow at best, communication aside.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from rl.mesh import num_row_shards
+from rl.tools.hlo import Work, work_of
+from rl.tools.loop_programs import DECODE, PREFILL, Loop, LoopProgram
+from rl.tools.topologies import GIB, Chip
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramReport:
+    """One program on one device.
+
+    Attributes:
+      arguments, outputs, temporaries: bytes. aliased: of the outputs, those that take the place of arguments.
+      peak: bytes of all of these together. needed: peak, and what else the run holds meanwhile.
+      seconds, host_bytes: what compiling took; host_bytes is the largest size of the process so far.
+      refused: what the compiler said when the program does not fit; the numbers are then what it named, or 0.
+    """
+
+    name: str
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    peak: int
+    needed: int
+    work: Work | None
+    seconds: float
+    host_bytes: int
+    refused: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All programs of a run."""
+
+    loop: Loop
+    chip: Chip | None
+    programs: list[ProgramReport]
+
+    @property
+    def worst(self) -> ProgramReport:
+        """The program that needs most."""
+        return max(self.programs, key=lambda program: (program.refused is not None, program.needed))
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program fits beside what the run holds."""
+        return self.worst.refused is None and self.worst.needed <= self.loop.memory
+
+    def kv_budget(self) -> int:
+        """Bytes that are left for keys and values while drawing."""
+        decode = next((p for p in self.programs if p.name == DECODE), None)
+        held = self.loop.resident.state + self.loop.resident.reference
+        return max(self.loop.memory - held - (decode.temporaries if decode else 0), 0)
+
+    def terms(self) -> dict[str, int]:
+        """What takes memory, largest first."""
+        resident = self.loop.resident
+        terms = {
+            "weights": resident.weights,
+            "optimizer state": resident.moments,
+            "reference": resident.reference,
+            "keys and values": resident.cache,
+            **{f"temporaries of {p.name}": p.temporaries for p in self.programs},
+        }
+        return dict(sorted(((k, v) for k, v in terms.items() if v), key=lambda item: -item[1]))
+
+
+def report_of(program: LoopProgram, compiled: jax.stages.Compiled, seconds: float, host_bytes: int) -> ProgramReport:
+    """What a compiled program needs and does."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    text = compiled.as_text()
+    work = None if text is None else work_of(text, program.rounds)
+    sizes = [memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes]
+    arguments, outputs, aliased = (int(size) for size in sizes)
+    temporaries = int(memory.temp_size_in_bytes)
+    peak = arguments + outputs - aliased + temporaries
+    return ProgramReport(
+        *(program.name, arguments, outputs, aliased, temporaries, peak, peak + program.held, work, seconds, host_bytes)
+    )
+
+
+def report_refused(program: LoopProgram, message: str, seconds: float, host_bytes: int) -> ProgramReport:
+    """Of a program that the compiler found too large for the device."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    used = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    short = re.search(r"Used [^\n]*?\.(?=\s|$)", message)
+    said = short.group() if short else message.splitlines()[0][:200]
+    return ProgramReport(program.name, 0, 0, 0, 0, used, used + program.held, None, seconds, host_bytes, said)
+
+
+def advice(report: Report) -> list[str]:
+    """What to change, as keys, the most telling first; nothing for a run that fits."""
+    if report.fits:
+        budget, wanted = report.kv_budget(), report.loop.resident.cache
+        if wanted > budget:
+            return [_kv_memory(report)]
+        return []
+    loop = report.loop
+    resident, memory, worst = loop.resident, loop.memory, report.worst
+    held = resident.state + resident.reference
+    found: list[str] = []
+    if held > 0.6 * memory:
+        found += _smaller_state(report)
+    if worst.name in (PREFILL, DECODE):
+        found += _smaller_rollout(report)
+    else:
+        found += _smaller_pieces(report)
+    if not found or held > 0.6 * memory:
+        total = held * loop.mesh.size
+        found.append(f"more chips: weights, optimizer state and reference are {total / GIB:.0f} GiB in all")
+    return list(dict.fromkeys(found))
+
+
+def _smaller_state(report: Report) -> list[str]:
+    loop, config = report.loop, report.loop.config
+    found = []
+    whole = loop.policy.config.num_parameters * jax.numpy.dtype(loop.policy.config.param_dtype).itemsize
+    if loop.resident.weights * loop.mesh.size > 1.5 * whole:
+        found.append("mesh.data=1 mesh.fsdp=-1: no device holds parameters that another holds too")
+    if config.grpo.beta and loop.resident.reference:
+        found.append("grpo.beta=0: no reference beside the policy")
+    if config.model.param_dtype == "float32":
+        found.append("model.param_dtype=bfloat16: half the bytes of weights, gradients and moments")
+    elif config.optimizer.moment_dtype is None and config.optimizer.name == "adamw":
+        found.append("optimizer.name=adafactor: sums of rows and columns in place of the second moment")
+    if not config.lora.rank:
+        found.append("lora.rank=16: moments and gradients of adapters only, and the frozen weights are the reference")
+    elif config.lora.base_dtype is None:
+        found.append("lora.base_dtype=int8: the frozen weights in 8 bits")
+    return found
+
+
+def _smaller_rollout(report: Report) -> list[str]:
+    loop, config = report.loop, report.loop.config
+    found = [_kv_memory(report)] if config.sampling.slots is None else []
+    if config.sampling.slots is not None:
+        found.append(f"sampling.slots={max(config.sampling.slots // 2, num_row_shards(loop.mesh, config.mesh.rules))}")
+    if config.sampling.kv_dtype is None:
+        found.append("sampling.kv_dtype=int8: the cache in 8 bits")
+    return found + _more_tensor(report)
+
+
+def _smaller_pieces(report: Report) -> list[str]:
+    loop, config = report.loop, report.loop.config
+    found = []
+    if config.model.remat in ("none", "dots", "outputs"):
+        found.append("model.remat=block: of each layer only its input is kept")
+    elif config.model.remat == "block":
+        found.append("model.remat=full: inputs of every sqrt(num_layers)-th layer only are kept")
+    if not config.model.scan_layers and loop.policy.config.num_layers > 8:
+        found.append("model.scan_layers=true: layers in a loop, whose memory is that of one layer")
+    shards = num_row_shards(loop.mesh, config.mesh.rules)
+    least = shards * (config.data.max_prompt_length + config.sampling.max_completion_length)
+    if config.grpo.max_tokens_per_microbatch >= 2 * least:
+        found.append(f"grpo.max_tokens_per_microbatch={max(config.grpo.max_tokens_per_microbatch // 2, least)}")
+    if config.grpo.logprob_chunk > 128:
+        found.append("grpo.logprob_chunk=128: fewer logits at a time")
+    return found + _more_tensor(report)
+
+
+def _more_tensor(report: Report) -> list[str]:
+    loop = report.loop
+    tensor, heads = loop.config.mesh.tensor, loop.policy.config.num_kv_heads
+    larger = 2 * max(tensor, 1)
+    if tensor < 1 or loop.mesh.size % larger or heads % larger:
+        return []
+    return [f"mesh.tensor={larger}: heads, mlp and vocabulary on {larger} devices each"]
+
+
+def _kv_memory(report: Report) -> str:
+    share = report.kv_budget() / report.loop.memory
+    return f"sampling.kv_memory={max(int(share * 90), 1) / 100}: the share of memory that is left for keys and values"
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report as JSON values."""
+    loop, chip = report.loop, report.chip
+    programs = []
+    for program in report.programs:
+        entry = {k: v for k, v in vars(program).items() if k != "work"}
+        if program.work is not None:
+            work = program.work
+            entry |= {"flops": work.flops, "bytes": work.num_bytes, "intensity": _intensity(work)}
+            entry |= {"unknown_loops": work.unknown_loops, "roofline_seconds": roofline(work, chip)}
+            entry["collectives"] = {kind: vars(c) for kind, c in work.collectives.items()}
+        programs.append(entry)
+    return {
+        "devices": loop.mesh.size,
+        "device_kind": loop.mesh.devices.flat[0].device_kind,
+        "num_slices": num_slices(loop.mesh.devices.flat),
+        "mesh": {str(axis): int(size) for axis, size in loop.mesh.shape.items()},
+        "memory": loop.memory,
+        "chip": None if chip is None else vars(chip),
+        "flavour": loop.policy.flavour,
+        "parameters": loop.policy.config.num_parameters,
+        "packing": vars(loop.inputs.plan),
+        "resident": vars(loop.resident),
+        "kv_budget": report.kv_budget(),
+        "programs": programs,
+        "fits": report.fits,
+        "terms": report.terms(),
+        "advice": advice(report),
+    }
+
+
+def to_text(report: Report) -> str:
+    """The report for people."""
+    loop, chip, resident = report.loop, report.chip, report.loop.resident
+    plan, model = loop.inputs.plan, loop.policy.config
+    axes = " ".join(f"{axis}={size}" for axis, size in loop.mesh.shape.items())
+    slices = num_slices(loop.mesh.devices.flat)
+    name = chip.name if chip else loop.mesh.devices.flat[0].device_kind
+    lines = [
+        (
+            f"model    {model.family}, {model.num_parameters / 1e9:.2f}B parameters, {loop.policy.flavour}, "
+            f"{model.param_dtype} weights, {model.dtype} activations, attention {loop.policy.kernel.name}"
+        ),
+        (
+            f"devices  {loop.mesh.size} x {name}{f' in {slices} slices' if slices > 1 else ''}, {axes}, "
+            f"{gib(loop.memory)} GiB each"
+        ),
+        f"packing  {plan.num_microbatches} pieces of {plan.num_rows} rows x {plan.row_length} tokens an update",
+        "",
+    ]
+    header = ["program", "arguments", "outputs", "temporaries", "peak", "with held", "TFLOP", "GB moved"]
+    header += ["FLOP/byte", "best ms", "compiled s"]
+    rows = [header]
+    for program in report.programs:
+        if program.refused:
+            rows.append([program.name, *["-"] * 3, gib(program.peak), gib(program.needed), *["-"] * 4])
+        else:
+            sizes = (program.arguments, program.outputs, program.temporaries, program.peak, program.needed)
+            rows.append([program.name, *(gib(size) for size in sizes), *_work_columns(program.work, chip)])
+        rows[-1].append(f"{program.seconds:.0f}")
+    lines += _columns(rows)
+    lines += ["", "collectives of a device (times, GB received):"]
+    for program in report.programs:
+        if program.work is not None:
+            kinds = [f"{k} {c.count} x, {c.num_bytes / 1e9:.3g} GB" for k, c in program.work.collectives.items()]
+            lines.append(f"  {program.name}: {'; '.join(kinds) or 'none'}")
+    budget = report.kv_budget()
+    lines += [
+        "",
+        (
+            f"held     weights {gib(resident.weights)}, optimizer state {gib(resident.moments)}, "
+            f"reference {gib(resident.reference)} GiB"
+        ),
+        (
+            f"sampler  {gib(budget)} GiB are left for keys and values, {budget // resident.bytes_per_position:,} "
+            f"positions; the configuration takes up to {gib(resident.cache)} GiB"
+        ),
+    ]
+    for program in report.programs:
+        if program.refused:
+            lines.append(f"the compiler refuses {program.name}: {program.refused}")
+    verdict = "fits" if report.fits else "does not fit"
+    worst = report.worst
+    lines.append(f"{verdict}: {worst.name} needs {gib(worst.needed)} of {gib(loop.memory)} GiB")
+    largest = ", ".join(f"{name} {gib(size)}" for name, size in list(report.terms().items())[:5])
+    lines.append(f"largest terms (GiB): {largest}")
+    lines += [f"change:  {line}" for line in advice(report)]
+    return "\n".join(lines)
+
+
+def roofline(work: Work, chip: Chip | None) -> float | None:
+    """The least seconds that the chip's products and memory allow; None for an unknown chip."""
+    return None if chip is None else max(work.flops / chip.flops, work.num_bytes / chip.bandwidth)
+
+
+def num_slices(devices: Any) -> int:
+    """Slices that devices belong to."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, of small ones more digits."""
+    return f"{size / GIB:.2f}" if size >= 0.1 * GIB or not size else f"{size / GIB:.2g}"
+
+
+def _intensity(work: Work) -> float | None:
+    return work.flops / work.num_bytes if work.num_bytes else None
+
+
+def _work_columns(work: Work | None, chip: Chip | None) -> list[str]:
+    if work is None:
+        return ["-"] * 4
+    intensity, best = _intensity(work), roofline(work, chip)
+    return [
+        f"{work.flops / 1e12:.4g}",
+        f"{work.num_bytes / 1e9:.4g}",
+        "-" if intensity is None else f"{intensity:.3g}",
+        "-" if best is None else f"{1e3 * best:.3g}",
+    ]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]

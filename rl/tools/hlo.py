@@ -1,0 +1,317 @@
+"""What a compiled program does, read from its HLO text: FLOPs, bytes of memory traffic, collectives.
+
+In: the optimised HLO of one device (`jax.stages.Compiled.as_text()`). Out: `Work`, with the body of every loop counted
+as often as it runs; XLA's own cost analysis counts it once. A loop's number of rounds is read from its condition; loops
+whose length is a number of the input are named with `jax.named_scope`, and the caller says how often they run.
+
+FLOPs are those of matrix products (dot, and convolution, which XLA for TPU makes of them), two per multiply-add. Bytes
+are what instructions read and write outside of fusions, in the device's main memory (memory space 0).
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Instructions that move nothing: names for parts of others, control flow, the ends of asynchronous ones.
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "call",
+        "conditional",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "optimization-barrier",
+        "iota",
+        "domain",
+        "async-update",
+        "async-done",
+    ]
+)
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"(?:calls|(?:true|false)_computation|branch_computations|to_apply)=(\{[^}]*\}|%?[\w.\-]+)")
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind: how often one runs, and the bytes that a device gets out of them."""
+
+    count: int
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one device does in one run of a program. `unknown_loops` are loops counted once for want of a number."""
+
+    flops: int
+    num_bytes: int
+    collectives: Mapping[str, Collective]
+    unknown_loops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    opcode: str
+    result: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+
+def work_of(hlo: str, rounds: Mapping[str, int]) -> Work:
+    """Sums over a whole program.
+
+    Args:
+      rounds: how often the loops inside a named scope run, by the scope's name.
+    """
+    return _Reader(_parse(hlo), rounds).entry()
+
+
+def array_bytes(text: str, main_memory_only: bool = False) -> int:
+    """Bytes of an HLO shape, `(f32[2,3], bf16[4])` for instance; of those in main memory only."""
+    total = 0
+    for kind, dims, layout in _ARRAY.findall(text):
+        if main_memory_only and re.search(r"S\([1-9]", layout or ""):
+            continue
+        total += math.ceil(_bits(kind) * math.prod(_sizes(dims)) / 8)
+    return total
+
+
+def _bits(kind: str) -> int:
+    if kind in _BITS:
+        return _BITS[kind]
+    number = re.search(r"[0-9]+", kind)
+    return int(number.group()) if number else 0
+
+
+def _sizes(dims: str) -> list[int]:
+    return [int(size.lstrip("<=")) for size in dims.split(",") if size]
+
+
+def _parse(hlo: str) -> dict[str, list[_Instruction]]:
+    """Computations by name; the entry is also called "ENTRY"."""
+    computations: dict[str, list[_Instruction]] = {}
+    current: list[_Instruction] | None = None
+    for line in hlo.splitlines():
+        if current is None:
+            if start := _COMPUTATION.match(line):
+                current = computations[start[2]] = []
+                if start[1]:
+                    computations["ENTRY"] = current
+        elif line.startswith("}"):
+            current = None
+        elif found := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line)):
+            inside, rest = _closing(found[5])
+            operands = tuple(re.findall(r"%([\w.\-]+)", inside)) if found[4] != "constant" else (inside,)
+            if found[4] == "parameter":
+                operands = (inside,)
+            current.append(_Instruction(found[2], found[4], found[3], operands, rest, bool(found[1])))
+    return computations
+
+
+def _closing(text: str) -> tuple[str, str]:
+    """What stands before the parenthesis that closes the one already open, and what after it."""
+    depth = 1
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[:i], text[i + 1 :]
+    return text, ""
+
+
+class _Reader:
+    def __init__(self, computations: dict[str, list[_Instruction]], rounds: Mapping[str, int]) -> None:
+        self._computations, self._rounds = computations, rounds
+        self._shapes = {c: {i.name: i.result for i in body} for c, body in computations.items()}
+        self._of = functools.cache(self._sum)
+
+    def entry(self) -> Work:
+        return self._of("ENTRY")
+
+    def _sum(self, computation: str) -> Work:
+        total = Work(0, 0, {}, 0)
+        for instruction in self._computations[computation]:
+            total = _added(total, self._one(computation, instruction))
+        return total
+
+    def _one(self, computation: str, instruction: _Instruction) -> Work:
+        shapes, opcode = self._shapes[computation], instruction.opcode
+        called = [
+            name for group in _CALLED.findall(instruction.attributes) for name in re.findall(r"%?([\w.\-]+)", group)
+        ]
+        called = [name for name in called if name in self._computations]
+        kind = opcode.removesuffix("-start")
+        if opcode == "while":
+            times, unknown = self._times(instruction)
+            work = _times(self._of(_named(instruction.attributes, "body")), times)
+            return dataclasses.replace(work, unknown_loops=work.unknown_loops + unknown)
+        if opcode in ("call", "async-start", "fusion") or (opcode == "custom-call" and called):
+            inner = _added(*[self._of(name) for name in called], Work(0, 0, {}, 0))
+            if opcode in ("call", "async-start"):
+                return inner
+            return dataclasses.replace(inner, num_bytes=self._fusion_bytes(computation, instruction, called))
+        if opcode == "conditional":
+            return max((self._of(name) for name in called), key=lambda w: (w.flops, w.num_bytes))
+        flops = self._flops(shapes, instruction)
+        if kind in COLLECTIVES:
+            size = array_bytes(_last_part(instruction.result) if opcode.endswith("-start") else instruction.result)
+            moved = self._touched(shapes, instruction)
+            return Work(0, moved, {kind: Collective(1, size)}, 0)
+        if opcode in _FREE or opcode.endswith("-done"):
+            return Work(0, 0, {}, 0)
+        return Work(flops, self._touched(shapes, instruction), {}, 0)
+
+    def _touched(self, shapes: Mapping[str, str], instruction: _Instruction) -> int:
+        """Bytes of main memory that an instruction outside of a fusion reads and writes."""
+        operands = [shapes.get(name, "") for name in instruction.operands]
+        size = functools.partial(array_bytes, main_memory_only=True)
+        if instruction.opcode == "copy-start":
+            parts = _parts(instruction.result)
+            return sum(size(part) for part in parts[:2])
+        is_start = instruction.opcode.endswith("-start")
+        if is_start or instruction.opcode in ("dynamic-slice", "slice", "gather"):
+            result = _last_part(instruction.result) if is_start else instruction.result
+            read = array_bytes(result) if any(size(operand) for operand in operands) else 0
+            return read + size(result)
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * size(operands[1])
+        return size(instruction.result) + sum(size(operand) for operand in operands)
+
+    def _fusion_bytes(self, computation: str, instruction: _Instruction, called: list[str]) -> int:
+        """Operands and results of a fusion; of those that it slices, or updates in place, only the part in question."""
+        body = self._computations[called[0]]
+        inner, total = self._shapes[called[0]], 0
+        size = functools.partial(array_bytes, main_memory_only=True)
+        roots = [i for i in body if i.is_root]
+        written = {name for root in roots for name in (root.operands if root.opcode == "tuple" else (root.name,))}
+        updates = [i for i in body if i.opcode == "dynamic-update-slice"]
+        in_place = {i.operands[0] for i in updates}
+        for parameter in (i for i in body if i.opcode == "parameter"):
+            number = int(parameter.operands[0])
+            if number >= len(instruction.operands):
+                continue
+            operand = self._shapes[computation].get(instruction.operands[number], parameter.result)
+            if not size(operand):
+                continue
+            users = [i for i in body if parameter.name in i.operands]
+            if users and all(i.opcode in ("dynamic-slice", "slice", "gather") for i in users):
+                total += min(size(operand), sum(array_bytes(i.result) for i in users))
+            elif not (users and parameter.name in in_place and len(users) == 1):
+                total += size(operand)
+        results = _parts(instruction.result)
+        if updates and any(i.name in written for i in updates):
+            shrunk = sum(array_bytes(inner.get(i.operands[1], "")) for i in updates if i.name in written)
+            return total + 2 * min(shrunk, sum(size(part) for part in results))
+        return total + sum(size(part) for part in results)
+
+    def _flops(self, shapes: Mapping[str, str], instruction: _Instruction) -> int:
+        if instruction.opcode == "dot":
+            contracted = _sizes(_dims(instruction.attributes, "lhs_contracting_dims"))
+            left = _sizes(_ARRAY.findall(shapes[instruction.operands[0]])[0][1])
+            out = _sizes(_ARRAY.findall(instruction.result)[0][1])
+            return 2 * math.prod(out) * math.prod(left[dim] for dim in contracted)
+        if instruction.opcode == "custom-call":  # a kernel, which may state its cost
+            stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?([0-9]+)', instruction.attributes)
+            return int(stated[1]) if stated else 0
+        if instruction.opcode == "convolution":
+            left, right = (_sizes(_ARRAY.findall(shapes[name])[0][1]) for name in instruction.operands[:2])
+            return _convolution_flops(left, right, _sizes(_ARRAY.findall(instruction.result)[0][1]), instruction)
+        return 0
+
+    def _times(self, loop: _Instruction) -> tuple[int, int]:
+        """(rounds of a loop, 1 if that is a guess of one round)."""
+        known = re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*([0-9]+)', loop.attributes)
+        if known:
+            return int(known[1]), 0
+        scope = re.search(r'op_name="([^"]*)"', loop.attributes)
+        path = scope[1].split("/") if scope else []
+        if len(path) >= 2 and path[-1] == "while" and path[-2] in self._rounds:
+            return self._rounds[path[-2]], 0
+        condition = self._computations.get(_named(loop.attributes, "condition"), [])
+        constants = {i.name: i.operands[0] for i in condition if i.opcode == "constant"}
+        for compare in (i for i in condition if i.opcode == "compare" and i.is_root):
+            limits = [constants[name] for name in compare.operands if name in constants]
+            if "direction=LT" in compare.attributes and len(limits) == 1 and limits[0].isdigit():
+                return int(limits[0]), 0
+        return 1, 1
+
+
+def _convolution_flops(left: list[int], right: list[int], out: list[int], instruction: _Instruction) -> int:
+    """Two per product of an output with an input that is really there; padding and dilation holes cost nothing."""
+    labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", instruction.attributes)
+    assert labels is not None, instruction.attributes
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    settings = dict(pair.split("=") for pair in window[1].split()) if window else {}
+    num_spatial = sum(letter.isdigit() for letter in labels[1])
+    sizes = [int(x) for x in settings.get("size", "x".join("1" * num_spatial)).split("x")] if num_spatial else []
+
+    def each(name: str, default: str) -> list[str]:
+        return settings[name].split("x") if name in settings else [default] * num_spatial
+
+    products = 1
+    for dim in range(num_spatial):
+        stride, low = int(each("stride", "1")[dim]), int(each("pad", "0_0")[dim].split("_")[0])
+        left_hole, right_hole = int(each("lhs_dilate", "1")[dim]), int(each("rhs_dilate", "1")[dim])
+        num_in = left[labels[1].index(str(dim))]
+        num_out = out[labels[3].index(str(dim))]
+        valid = 0
+        for k in range(sizes[dim]):
+            for o in range(num_out):
+                place = o * stride - low + k * right_hole
+                valid += 0 <= place < (num_in - 1) * left_hole + 1 and place % left_hole == 0
+        products *= valid
+    groups = re.search(r"batch_group_count=([0-9]+)", instruction.attributes)
+    batch = out[labels[3].index("b")] if not groups else left[labels[1].index("b")] // int(groups[1])
+    return 2 * products * batch * right[labels[2].index("i")] * out[labels[3].index("f")]
+
+
+def _added(*works: Work) -> Work:
+    collectives: dict[str, Collective] = {}
+    for work in works:
+        for kind, other in work.collectives.items():
+            sofar = collectives.get(kind, Collective(0, 0))
+            collectives[kind] = Collective(sofar.count + other.count, sofar.num_bytes + other.num_bytes)
+    return Work(
+        sum(w.flops for w in works), sum(w.num_bytes for w in works), collectives, sum(w.unknown_loops for w in works)
+    )
+
+
+def _times(work: Work, times: int) -> Work:
+    collectives = {k: Collective(times * c.count, times * c.num_bytes) for k, c in work.collectives.items()}
+    return Work(times * work.flops, times * work.num_bytes, collectives, work.unknown_loops)
+
+
+def _named(attributes: str, name: str) -> str:
+    found = re.search(rf"\b{name}=%?([\w.\-]+)", attributes)
+    assert found is not None, attributes
+    return found[1]
+
+
+def _dims(attributes: str, name: str) -> str:
+    found = re.search(rf"\b{name}=\{{([0-9,]*)\}}", attributes)
+    return found[1] if found else ""
+
+
+def _parts(result: str) -> list[str]:
+    """The arrays of a result, each as text."""
+    return [found.group() for found in _ARRAY.finditer(result)]
+
+
+def _last_part(result: str) -> str:
+    """What an asynchronous instruction gives: of (operands, results, contexts) the largest array after the first."""
+    parts = _parts(result)
+    return max(parts[1:] or parts, key=array_bytes)

@@ -1,0 +1,198 @@
+"""Every program of a GRPO run, with abstract arguments: state init, prefill, decode chunk, log-probs, train step.
+
+In: a configuration and devices, which need not be there. Out: what the trainer would call on them, ready to compile,
+and what would lie in memory meanwhile. Shapes only: of a pretrained model its config.json is read, of the data nothing,
+the tokenizer if there is one. Prompts are taken to be as long as `data.max_prompt_length` allows.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rl.config import Config
+from rl.decoding import TOKEN_LOOP
+from rl.evaluation import create_sampler, sampling_params
+from rl.mesh import create_mesh, device_memory
+from rl.models.config import ModelConfig
+from rl.models.hf import SHAPE_PATTERNS, resolve_source
+from rl.models.policy import Policy, policy_from_config
+from rl.optimizer import create_training_optimizer
+from rl.programs import Program
+from rl.shaped_inputs import ShapedInputs, get_shaped_inputs
+from rl.states import BASE, WEIGHTS, InitStateFn, get_abstract_state, init_program
+from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
+from rl.train_step import MICROBATCH_LOOP, update_arguments
+from rl.update import LOGPROBS, REFERENCE_LOGPROBS, TRAIN_STEP, bare_batch, update_programs
+from rl.weights import eos_ids, model_shape
+
+PREFILL, DECODE = "prefill", "decode"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopProgram:
+    """One program.
+
+    Attributes:
+      name: for people. key: what the trainer asks for it by.
+      make: the program and its abstract arguments.
+      rounds: how often loops run whose length is a number of the input, by their name.
+      held: bytes on a device that lie there while it runs besides its arguments.
+      is_reported: False for smaller shapes of a program that is reported.
+    """
+
+    name: str
+    key: str
+    make: Callable[[], tuple[Program, tuple[Any, ...]]]
+    rounds: Mapping[str, int]
+    held: int
+    is_reported: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """Bytes on a device that a run holds all the time, and those of its key/value caches at their largest."""
+
+    weights: int
+    moments: int
+    adapters: int
+    reference: int
+    cache: int
+    bytes_per_position: int
+
+    @property
+    def state(self) -> int:
+        """Weights and moments."""
+        return self.weights + self.moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A run's programs, and what they are made for."""
+
+    config: Config
+    mesh: Mesh
+    policy: Policy
+    memory: int
+    inputs: ShapedInputs
+    resident: Resident
+    programs: list[LoopProgram]
+
+
+def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = None) -> Loop:
+    """The programs of a run of this configuration on these devices.
+
+    Args:
+      memory: bytes of one device; None: as the device itself says.
+
+    Raises:
+      ValueError: whatever is wrong with the configuration or the model's shape.
+    """
+    mesh = create_mesh(config.mesh, devices)
+    memory = device_memory(mesh) if memory is None else memory
+    tokenizer, model_config = read_shape(config)
+    policy = policy_from_config(config, model_config, mesh)
+    _, optimizer = create_training_optimizer(config, policy)
+    init_policy_fn = InitStateFn(policy, optimizer, config.seed)
+    inputs = get_shaped_inputs(config, mesh, init_policy_fn)
+    has_reference = bool(config.grpo.beta) and policy.config.lora is None
+    sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
+    sampler = create_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
+    sampler.expect_length(config.data.max_prompt_length)
+    rollout = sampler.rollout_programs(
+        inputs.state.params, config.grpo.prompts_per_step, config.grpo.group_size, sampling
+    )
+    shapes = sampler.shapes(config.grpo.prompts_per_step, config.grpo.group_size, sampling)
+    largest = max(shapes, key=lambda shape: (shape.num_slots * shape.length, shape.length))
+    per_position = sampler.engine.bytes_per_position()
+    rows = largest.num_slots * largest.length + largest.table_rows * largest.table_length
+    weights = shard_bytes(inputs.state.params, inputs.state_shardings.params)
+    trained = update_arguments(policy, inputs.state, inputs.minibatch)[0].params
+    trained_shardings = update_arguments(policy, inputs.state_shardings, inputs.minibatch_shardings)[0].params
+    resident = Resident(
+        weights=weights,
+        moments=shard_bytes(inputs.state.opt_state, inputs.state_shardings.opt_state),
+        adapters=shard_bytes(trained, trained_shardings) if policy.config.lora else 0,
+        reference=weights if has_reference else 0,
+        cache=per_position * rows // sampler.engine.num_shards,
+        bytes_per_position=per_position,
+    )
+    beside_weights = resident.moments + resident.reference
+    if config.sampling.weight_dtype is not None:
+        beside_weights += weights  # decoding reads quantised ones
+    programs = _init_programs(config, mesh, policy, init_policy_fn, has_reference, resident)
+    for key, make in rollout.items():
+        is_prefill = key[0] == "prefill"
+        is_largest = key[3] == largest.table_length if is_prefill else key[1] == largest
+        name = PREFILL if is_prefill else DECODE
+        held = beside_weights + (resident.cache if is_prefill else 0)
+        rounds = {} if is_prefill else {TOKEN_LOOP: key[3]}
+        programs.append(LoopProgram(name, repr(key), make, rounds, held, is_largest))
+    arguments = {
+        LOGPROBS: (inputs.state.params, bare_batch(inputs.minibatch.batch)),
+        TRAIN_STEP: update_arguments(policy, inputs.state, inputs.minibatch),
+    }
+    if policy.config.lora is not None:
+        frozen = update_arguments(policy, inputs.state, inputs.minibatch)[1]
+        arguments[REFERENCE_LOGPROBS] = (frozen, bare_batch(inputs.minibatch.batch))
+    held = {
+        LOGPROBS: beside_weights,
+        REFERENCE_LOGPROBS: resident.moments + resident.adapters,
+        TRAIN_STEP: resident.reference,
+    }
+    rounds = {MICROBATCH_LOOP: inputs.plan.num_microbatches}
+    for name, program in update_programs(config, policy, optimizer, inputs.state_shardings, mesh).items():
+        if name == REFERENCE_LOGPROBS and not config.grpo.beta:
+            continue
+        programs.append(LoopProgram(name, name, _made(program, arguments[name]), rounds, held[name]))
+    return Loop(config, mesh, policy, memory, inputs, resident, programs)
+
+
+def read_shape(config: Config) -> tuple[Tokenizer, ModelConfig]:
+    """The tokenizer, bytes where the model has none at hand, and the model's configuration; no weights are read."""
+    source = config.model.source
+    folder = None if source is None else pathlib.Path(resolve_source(source, SHAPE_PATTERNS))
+    name = config.tokenizer.source
+    if name is None and folder is not None and any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        name = str(folder)
+    tokenizer = load_tokenizer(name or BYTE_SOURCE, config.tokenizer.chat_template)
+    return tokenizer, model_shape(config, tokenizer, folder)
+
+
+def shard_bytes(shapes: Any, shardings: Any) -> int:
+    """Bytes of one device's share of a tree."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(int(np.prod(sharding.shard_shape(x.shape))) * x.dtype.itemsize for x, sharding in leaves)
+
+
+def _init_programs(
+    config: Config,
+    mesh: Mesh,
+    policy: Policy,
+    init_policy_fn: InitStateFn,
+    has_reference: bool,
+    resident: Resident,
+) -> list[LoopProgram]:
+    """State init, and that of a reference whose weights are drawn; pretrained weights are read, not compiled."""
+    given = None
+    if config.model.source is not None:
+        given = BASE if policy.config.lora is not None and config.lora.adapter is None else WEIGHTS
+    abstract = get_abstract_state(config, mesh, init_policy_fn)
+    held = resident.reference + (0 if given is None else resident.weights - resident.adapters)
+    name, program = init_program(init_policy_fn, abstract, given)
+    programs = [LoopProgram(name, name, _made(program, ()), {}, held)]
+    if has_reference and given is None:
+        init_reference_fn = InitStateFn(policy, None, config.seed)
+        abstract = get_abstract_state(config, mesh, init_reference_fn, is_training=False)
+        name, program = init_program(init_reference_fn, abstract)
+        programs.append(LoopProgram(name, name, _made(program, ()), {}, 0))
+    return programs
+
+
+def _made(program: Program, arguments: tuple[Any, ...]) -> Callable[[], tuple[Program, tuple[Any, ...]]]:
+    return lambda: (program, arguments)

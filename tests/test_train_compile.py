@@ -1,0 +1,403 @@
+"""Compiling a run ahead of time: what is compiled is what training runs, for devices that are there or not, in both
+flavours; programs come back from a file, or are refused."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rl.config import load_config
+from rl.executables import MAGIC, open_compiled, read_file
+from rl.grpo_trainer import train
+from rl.mesh import create_mesh, num_row_shards
+from rl.metrics import read_metrics
+from rl.models.policy import policy_from_config
+from rl.optimizer import create_training_optimizer
+from rl.packing import TrainCompletion, TrainGroup, pack
+from rl.programs import Program
+from rl.shaped_inputs import get_shaped_inputs
+from rl.states import InitStateFn, get_abstract_state
+from rl.tools.compile import compile_config, compile_loop, compile_one
+from rl.tools.compile_report import Report, advice, num_slices, to_json, to_text
+from rl.tools.hlo import Collective, array_bytes, work_of
+from rl.tools.loop_programs import loop_programs, read_shape
+from rl.tools.topologies import CHIPS, find_devices
+from rl.train_step import Minibatch
+from rl.weights import model_shape
+
+FLAVOURS = {"linen": False, "nnx": True}
+NAMES = ["state init", "reference init", "prefill", "decode", "logprobs", "train step"]
+TINY = [
+    *("model.arch.hidden_size=16", "model.arch.intermediate_size=24", "model.arch.num_layers=1"),
+    *("model.arch.num_heads=2", "model.arch.num_kv_heads=2", "model.arch.head_dim=8", "model.arch.vocab_size=259"),
+    *("data.source=arithmetic", "data.args={operation: add, digits: 1}", "data.max_prompt_length=5"),
+    'rewards.functions=[{function: "rewards.number:exact_number_strict", name: exact}]',
+    *("sampling.max_completion_length=4", "grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=2"),
+    *("grpo.max_tokens_per_microbatch=64", "mesh.num_devices=2", "eval.every=0"),
+]
+
+
+def tiny(*overrides: str, flavour: str = "nnx"):
+    return load_config(None, [*TINY, f"pure_nnx={str(FLAVOURS[flavour]).lower()}", *overrides])
+
+
+def parts_of(config):
+    mesh = create_mesh(config.mesh)
+    policy = policy_from_config(config, read_shape(config)[1], mesh)
+    return mesh, policy, InitStateFn(policy, create_training_optimizer(config, policy)[1], config.seed)
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def saved(request, tmp_path_factory):
+    """A tiny run's configuration, its report, and the file of its programs."""
+    path = tmp_path_factory.mktemp("compiled") / "programs.bin"
+    config = tiny(flavour=request.param)
+    return config, compile_config(config, devices="cpu:2", save=str(path)), path
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_shaped_inputs_are_those_of_the_state_and_the_minibatches_of_a_run(flavour):
+    config = tiny("grpo.minibatches=2", flavour=flavour)
+    mesh, _policy, init_state_fn = parts_of(config)
+    inputs = get_shaped_inputs(config, mesh, init_state_fn)
+    abstract = get_abstract_state(config, mesh, init_state_fn)
+    assert (inputs.state, inputs.state_shardings) == (abstract.shapes, abstract.shardings)
+    completion = TrainCompletion(np.int32([5, 6, 7]), 1.0, np.zeros(3), np.zeros(3))
+    batch = pack([TrainGroup(np.int32([1, 2]), [completion, completion])], inputs.plan)
+    fields = {
+        name: value for name, value in inputs.minibatch.batch._asdict().items() if not name.endswith("gprobs_MRCL")
+    }
+    assert shapes_of(fields) == shapes_of({name: np.asarray(getattr(batch, name)) for name in fields})
+    logprobs = ("old_logprobs_MRCL", "reference_logprobs_MRCL", "sampler_logprobs_MRCL")
+    assert {getattr(inputs.minibatch.batch, name).shape for name in logprobs} == {batch.mask_MRCL.shape}
+    assert num_row_shards(mesh, config.mesh.rules) == 2
+    assert (
+        inputs.minibatch_shardings.batch.tokens_MRT.shard_shape(batch.tokens_MRT.shape)[1] == inputs.plan.num_rows // 2
+    )
+    assert jax.tree.structure(inputs.minibatch) == jax.tree.structure(inputs.minibatch_shardings)
+
+
+def test_both_flavours_have_the_same_shaped_inputs():
+    linen, nnx = (get_shaped_inputs(c := tiny(flavour=f), *parts_of(c)[::2]) for f in FLAVOURS)
+    assert linen == nnx
+
+
+def test_a_minibatch_holds_only_what_its_loss_needs():
+    config = tiny("grpo.beta=0", "grpo.top_entropy_quantile=0.5")
+    inputs = get_shaped_inputs(config, *parts_of(config)[::2])
+    assert inputs.minibatch.batch.old_logprobs_MRCL is None
+    assert inputs.minibatch.batch.reference_logprobs_MRCL is None
+    assert inputs.minibatch.entropy_MRCL.shape == inputs.minibatch.batch.mask_MRCL.shape
+    assert isinstance(inputs.minibatch, Minibatch)
+
+
+def test_a_folder_without_weights_is_enough(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "architectures": ["LlamaForCausalLM"],
+                "vocab_size": 300,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "rms_norm_eps": 1e-6,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 64,
+                "eos_token_id": 7,
+                "hidden_act": "silu",
+            }
+        )
+    )
+    config = tiny(f"model.source={tmp_path}", "grpo.beta=0.1")
+    loop = loop_programs(config, jax.devices()[:2])
+    assert [program.name for program in loop.programs if program.is_reported] == [
+        n for n in NAMES if n != "reference init"
+    ]
+    assert loop.policy.config == model_shape(config, read_shape(config)[0], tmp_path)
+    assert loop.policy.config.vocab_size == 300
+    init, _ = loop.programs[0].make()
+    assert jax.eval_shape(init.function).params == {}  # pretrained weights are read
+
+
+# What a program does, from its text
+
+
+def compiled_on(mesh, function, *arguments):
+    """Compiled for arguments of these shapes and shardings, its result whole on every device."""
+    return Program(function, tuple(s for _, s in arguments), NamedSharding(mesh, P())).compile(
+        tuple(a for a, _ in arguments)
+    )
+
+
+def array(mesh, shape, *spec):
+    return jax.ShapeDtypeStruct(shape, jnp.float32), NamedSharding(mesh, P(*spec))
+
+
+def test_flops_are_two_per_multiply_add_in_every_round_of_a_loop():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w = array(mesh, (8, 32)), array(mesh, (5, 32, 32))
+
+    def scanned(x, w):
+        return jax.lax.scan(lambda y, kernel: (jnp.tanh(y @ kernel), None), x, w)[0]
+
+    work = work_of(compiled_on(mesh, scanned, x, w).as_text(), {})
+    assert work.flops == 5 * 2 * 8 * 32 * 32
+    assert work.unknown_loops == 0
+    kernels, rows = 4 * 5 * 32 * 32, 4 * 5 * 8 * 32
+    assert kernels + rows <= work.num_bytes <= 2 * kernels + 12 * rows
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_its_name_says():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def looped(x, w, n):
+        with jax.named_scope("pieces"):
+            return jax.lax.fori_loop(0, n[0].astype(jnp.int32), lambda _, y: jnp.tanh(y @ w), x)
+
+    text = compiled_on(mesh, looped, array(mesh, (8, 32)), array(mesh, (32, 32)), array(mesh, (1,))).as_text()
+    once, often = work_of(text, {}), work_of(text, {"pieces": 7})
+    assert (once.flops, once.unknown_loops) == (2 * 8 * 32 * 32, 1)
+    assert (often.flops, often.unknown_loops) == (7 * once.flops, 0)
+
+
+def test_collectives_are_counted_with_what_a_device_receives():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w = array(mesh, (16, 64), None, "x"), array(mesh, (64, 24), "x", None)
+    work = work_of(compiled_on(mesh, lambda x, w: x @ w, x, w).as_text(), {})
+    assert work.collectives == {"all-reduce": Collective(1, 4 * 16 * 24)}
+    assert work.flops == 2 * 16 * 8 * 24
+    gathered = work_of(compiled_on(mesh, lambda x: 2 * x, array(mesh, (16, 64), "x")).as_text(), {})
+    assert gathered.collectives == {"all-gather": Collective(1, 4 * 16 * 64)}
+
+
+def test_bytes_of_shapes_count_tuples_small_types_and_main_memory_only():
+    assert array_bytes("(f32[2,3]{1,0}, bf16[4]{0}, pred[], s4[8])") == 24 + 8 + 1 + 4
+    assert array_bytes("(f32[2]{0:T(8)S(1)}, f32[3]{0:T(8)})", main_memory_only=True) == 12
+
+
+# The report
+
+
+def test_every_program_of_the_loop_is_reported_and_the_run_fits(saved):
+    _config, report, _ = saved
+    assert [program.name for program in report.programs] == NAMES
+    by_name = {program.name: program for program in report.programs}
+    inputs = report.loop.inputs
+    state = report.loop.resident.state + 4 + 16  # a step and a key beside weights and moments
+    minibatch = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(inputs.minibatch))
+    assert state <= by_name["train step"].arguments <= state + minibatch
+    assert by_name["train step"].aliased >= report.loop.resident.state  # donated
+    assert by_name["train step"].needed == by_name["train step"].peak + report.loop.resident.reference
+    assert by_name["train step"].work.flops > 2.5 * by_name["logprobs"].work.flops > 0
+    assert by_name["train step"].work.collectives
+    assert by_name["decode"].work.num_bytes > 0
+    assert report.fits
+    assert not advice(report)
+    assert set(json.loads(json.dumps(to_json(report)))["terms"]) >= {"weights", "optimizer state", "reference"}
+    assert "fits: " in to_text(report)
+
+
+def test_what_does_not_fit_is_named_with_keys_to_change(saved):
+    report = saved[1]
+    small = dataclasses.replace(report.loop, memory=report.worst.needed - 1)
+    told = advice(short := Report(small, None, report.programs))
+    assert not short.fits
+    assert "does not fit: train step" in to_text(short)
+    assert any(line.startswith("model.remat=block") for line in told)
+    scarce = Report(dataclasses.replace(report.loop, memory=report.loop.resident.state), None, report.programs)
+    assert {"grpo.beta=0", "lora.rank=16"} <= {line.split(":")[0] for line in advice(scarce)}
+    keys = [line.partition(":")[0] for line in told + advice(scarce) if "=" in line.partition(":")[0]]
+    load_config(None, [key for line in keys for key in line.split()])  # each is a key with a value that it takes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("v5e:2x2", 1, "cpu:2"), "must not be given together"),
+        ((None, 2, None), "only with --topology"),
+        (("v5e-4", 1, None), "must look like v5e:4x4"),
+        ((None, 1, "gpu:2"), "must be cpu:N"),
+        ((None, 1, "cpu:9"), "got 8; set XLA_FLAGS"),
+    ],
+)
+def test_devices_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        find_devices(*arguments)
+
+
+# The file
+
+
+def measured(metrics):
+    """What training computed, without times and memory."""
+    told = ("seconds", "tokens_per_second", "compiles", "peak_memory")
+    return [{k: v for k, v in line.items() if not k.startswith(told)} for line in metrics]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The metrics of the run without a file, in NNX; those in Linen are the same."""
+    config = dataclasses.replace(tiny(), output_dir=str(tmp_path_factory.mktemp("plain") / "run"))
+    train(config)
+    return read_metrics(config.output_dir)
+
+
+@pytest.mark.slow
+def test_training_with_compiled_programs_gives_what_training_without_gives(saved, plain, tmp_path):
+    config, _, path = saved
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(json.dumps({}))
+    # In a process of its own: nothing of what was compiled here is there.
+    command = [sys.executable, "-m", "rl.grpo_trainer", str(recipe), *TINY, f"pure_nnx={str(config.pure_nnx).lower()}"]
+    command += [f"output_dir={tmp_path / 'compiled'}", f"compiled_file={path}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    compiled = read_metrics(tmp_path / "compiled")
+    assert measured(compiled) == measured(plain)
+    assert compiled[0]["grad_norm"] > 0
+    assert compiled[0]["compiles"] < plain[0]["compiles"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=1e-3", r"optimizer.lr must be 0.001, got 1e-06"),
+        ("sampling.max_completion_length=5", r"sampling.max_completion_length must be 5, got 4"),
+        ("data.max_prompt_length=6", r"data.max_prompt_length must be 6, got 5"),
+        ("mesh.tensor=2", r"mesh must be \{'data': 1, 'fsdp': 1, 'tensor': 2\}, got .*'fsdp': 2"),
+        ("mesh.num_devices=1", r"num_devices must be 1, got 2"),
+        ("seed=1", r"seed must be 1, got 0"),
+        ("model.arch.hidden_size=32", r"model must be .*'hidden_size': 32.*got .*'hidden_size': 16"),
+    ],
+)
+def test_a_file_compiled_for_another_run_is_refused_with_the_field(saved, override, message):
+    config, _, path = saved
+    other = tiny(override, f"compiled_file={path}", flavour="nnx" if config.pure_nnx else "linen")
+    mesh, policy, _ = parts_of(other)
+    with pytest.raises(ValueError, match=message):
+        open_compiled(other, policy, mesh)
+
+
+@pytest.mark.parametrize("field", ["jax", "jaxlib", "platform", "device_kind", "host_cpu", "config_hash", "x64"])
+def test_a_file_compiled_with_something_else_is_refused_with_the_field(saved, tmp_path, field):
+    config, _, path = saved
+    other = rewritten(path, tmp_path, lambda header: header["made_for"].update({field: "other"}))
+    with pytest.raises(ValueError, match=rf"{field} must be .*, got 'other'"):
+        open_compiled(dataclasses.replace(config, compiled_file=str(other)), *parts_of(config)[1::-1])
+
+
+def test_a_program_with_other_arguments_is_refused_with_the_argument(saved, tmp_path):
+    config, report, path = saved
+    changed = "float32[3] of [3]"
+
+    def change(header):
+        header["programs"]["logprobs"]["arguments"]["[0]['norm']['scale']"] = changed
+
+    other = rewritten(path, tmp_path, change)
+    programs = open_compiled(dataclasses.replace(config, compiled_file=str(other)), *parts_of(config)[1::-1])
+    (program, arguments) = next(p for p in report.loop.programs if p.name == "logprobs").make()
+    with pytest.raises(ValueError, match=r"\['norm'\]\['scale'\] must be 'float32\[16\] of \[16\]', got 'float32\[3\]"):
+        programs.get("logprobs", program)(*jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), arguments))
+
+
+def test_damaged_files_are_refused(saved, tmp_path):
+    path = saved[2]
+    whole = path.read_bytes()
+    middle = len(MAGIC) + 100
+    damages = {
+        "header": (whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "its header does not have"),
+        "program": (whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], "program 'train step' does not have"),
+        "end": (whole[:-100], "program 'train step' does not have"),
+        "other": (b"something else", "must begin with"),
+    }
+    for name, (content, message) in damages.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_file(tmp_path / name)
+    with pytest.raises(ValueError, match="not there"):
+        read_file(tmp_path / "nothing")
+
+
+def rewritten(path, folder, change):
+    """The file with another header, and the checksum that belongs to it."""
+    whole = path.read_bytes()
+    start = len(MAGIC) + 40
+    size = int.from_bytes(whole[len(MAGIC) : len(MAGIC) + 8], "little")
+    header = json.loads(whole[start : start + size])
+    change(header)
+    text = json.dumps(header).encode()
+    result = folder / "rewritten.bin"
+    head = MAGIC + len(text).to_bytes(8, "little") + hashlib.sha256(text).digest() + text
+    result.write_bytes(head + whole[start + size :])
+    return result
+
+
+# TPUs that are not there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_train_step_compiles_for_a_tpu_that_is_not_there(flavour):
+    pytest.importorskip("libtpu")
+    config = tiny("mesh.num_devices=null", "model.dtype=bfloat16", flavour=flavour)
+    chip = CHIPS["TPU v5 lite"]
+    loop = loop_programs(config, find_devices("v5e:2x2", 1, None), chip.memory)
+    assert [program.name for program in loop.programs if program.is_reported] == NAMES
+    kept = [program for program in loop.programs if program.name == "train step"]
+    report = compile_loop(dataclasses.replace(loop, programs=kept))
+    assert report.chip == chip
+    assert report.fits
+    (step,) = report.programs
+    assert step.work.flops > 0
+    assert step.work.num_bytes > step.arguments
+    assert step.work.collectives
+    assert to_json(report)["programs"][0]["roofline_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_what_the_compiler_finds_too_large_is_reported(tmp_path):
+    pytest.importorskip("libtpu")
+    overrides = ["model.arch.hidden_size=16384", "model.arch.vocab_size=300000", "mesh.fsdp=1", "mesh.data=-1"]
+    config = tiny("mesh.num_devices=null", *overrides)
+    loop = loop_programs(config, find_devices("v5e:2x2", 1, None), CHIPS["TPU v5 lite"].memory)
+    report, compiled = compile_one(next(p for p in loop.programs if p.name == "logprobs"))
+    assert compiled is None
+    assert report.needed > loop.memory
+    assert "hbm" in report.refused
+    told = advice(Report(loop, CHIPS["TPU v5 lite"], [report]))
+    assert any(line.startswith("mesh.data=1 mesh.fsdp=-1") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "number", "kind"),
+    [("v5p:2x2x1", 1, 4, "TPU v5"), ("v6e:2x2", 2, 8, "TPU v6 lite"), ("v4:2x2x1", 1, 4, "TPU v4")],
+)
+def test_topologies_are_chips_that_are_known(name, slices, number, kind):
+    pytest.importorskip("libtpu")
+    devices = find_devices(name, slices, None)
+    assert len(devices) == number
+    assert {device.device_kind for device in devices} == {kind} <= set(CHIPS)
+    assert num_slices(devices) == slices
+    assert [device.slice_index for device in devices] == sorted(device.slice_index for device in devices)
+
+
+def test_a_topology_that_libtpu_does_not_know_is_refused():
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match="must be one that libtpu knows"):
+        find_devices("v5e:3x7", 1, None)
