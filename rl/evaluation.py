@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
@@ -27,14 +27,16 @@ from rl.config import Config, load_config, require
 from rl.data import PromptRow, load_prompts
 from rl.mesh import device_memory
 from rl.metrics import Stopwatch
-from rl.models.policy import Policy
+from rl.models.policy import Policy, WavePolicy
 from rl.rollout import sample_and_score
 from rl.run_folder import read_run
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
+from rl.scheduling import CompletionSource
 from rl.states import InitStateFn, get_abstract_state
 from rl.tokenizer import Tokenizer
 from rl.trained import load_checkpoint, load_start
+from rl.wave_sampler import WaveSampler
 from rl.weights import eos_ids, use_compilation_cache
 
 
@@ -76,7 +78,7 @@ class EvalResult:
 
 
 def evaluate(
-    sampler: Sampler,
+    sampler: CompletionSource,
     params: Any,
     rows: Sequence[PromptRow],
     runner: RewardRunner,
@@ -129,9 +131,19 @@ def evaluate(
     )
 
 
-def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: Any, tokenizer: Tokenizer) -> Sampler:
+def create_sampler(
+    config: Config, policy: Policy, mesh: Mesh, param_shardings: Any, tokenizer: Tokenizer
+) -> CompletionSource:
     """The sampler of a run, for rollouts and evaluation alike."""
     section, rules, decode_shardings = config.sampling, config.mesh.rules, None
+    common: dict[str, Any] = {
+        "slots": section.slots,
+        # The least of all processes: they must come to the same number of slots.
+        "kv_bytes": int(section.kv_memory * min(hosts.gather(device_memory(mesh)))) if section.slots is None else None,
+        "decode_text": tokenizer.decode,
+    }
+    if policy.decodes_in_waves:
+        return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
     if config.mesh.rollout_rules:
         rules = {**rules, **config.mesh.rollout_rules}
         decoding = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules=rules))  # pyright: ignore[reportArgumentType]
@@ -143,12 +155,9 @@ def create_sampler(config: Config, policy: Policy, mesh: Mesh, param_shardings: 
         param_shardings,
         rules=rules,
         decode_shardings=decode_shardings,
-        slots=section.slots,
-        # The least of all processes: they must come to the same number of slots.
-        kv_bytes=int(section.kv_memory * min(hosts.gather(device_memory(mesh)))) if section.slots is None else None,
-        decode_text=tokenizer.decode,
         kv_dtype=section.kv_dtype,
         weight_dtype=section.weight_dtype,
+        **common,
     )
 
 

@@ -34,6 +34,7 @@ from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.models import foreign
 from rl.models.policy import Policy, policy_from_config
 from rl.models.train_state import PureState
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
@@ -112,6 +113,7 @@ def train(config: Config) -> pathlib.Path:
         if config.grpo.beta and policy.config.lora is not None:
             reference = frozen_reference(policy, state)  # with adapters the frozen base: no second copy
         first_step = get_first_step(policy, state, updates_per_step(config))
+        foreign.check_policy(policy, state.params, config.model.source)
         # -- sampler, train step
         sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer)
         sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
@@ -221,6 +223,7 @@ def plan_for(config: Config, data: PromptData, policy: Policy, num_row_shards: i
         max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
         num_row_shards=num_row_shards,
         preferred_row_length=policy.config.hidden_size,
+        packs_rows=policy.packs_rows,
     )
 
 
@@ -256,8 +259,10 @@ def announce(
     plan: PackingPlan,
 ) -> None:
     """Start-up information: what runs where, on what, and what a preset stands for."""
-    for message in data.messages:
+    for message in (*data.messages, *foreign.notes(policy)):
         console.message(message)
+    if problem := foreign.unsharded(policy, mesh.size):
+        console.warning(problem)
     grpo = config.grpo
     num_sequences = grpo.prompts_per_step * grpo.group_size
     per_step = f"{grpo.prompts_per_step} prompts x {grpo.group_size} completions = {num_sequences} sequences"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rl.models import foreign
 from rl.models.hf import save_folder
 from rl.models.lora import merge
 from rl.models.peft import save_adapter
@@ -49,7 +50,15 @@ def export_adapter(run: str | pathlib.Path, out: str | pathlib.Path, step: int |
 
 
 def write_folder(out: str | pathlib.Path, model_config: Any, params: Any, tokenizer: Any, dtype: str | None) -> None:
-    """Weights, adapters merged into them, model configuration, tokenizer and its chat template."""
+    """Weights, adapters merged into them, model configuration, tokenizer and its chat template.
+
+    Of a module of the user's own: model.safetensors alone, see `rl.models.foreign.save_folder`.
+    """
+    if model_config.kind != "decoder":
+        if dtype is not None:
+            raise ValueError(f"--dtype must be left out for a model of another library or your own, got {dtype!r}")
+        foreign.save_folder(out, model_config, params, tokenizer)
+        return
     save_folder(out, model_config, merge(model_config, params), tokenizer=tokenizer, dtype=dtype)
 
 
