@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _FREE_FORM = (
+    "model.args",
     "data.args",
     "data.eval_args",
     "data.columns",
@@ -85,6 +86,7 @@ OPEN_CHOICES = {
 }
 
 DType = Literal["float32", "bfloat16", "float64"]
+TUNIX_PREFIX = "tunix:"  # of model.source, before the folder of a model that tunix.models computes
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -110,6 +112,8 @@ class ModelSection:
     """Where the policy's weights come from and how they compute."""
 
     source: str | None
+    args: dict[str, Any]
+    weights: str | None
     param_dtype: DType
     dtype: DType
     remat: Literal["none", "dots", "outputs", "block", "full"]
@@ -512,6 +516,13 @@ def is_user_function(value: str) -> bool:
     return bool(re.search(r"\.py:\w+$", value))
 
 
+def source_kind(source: str | None) -> Literal["decoder", "own", "tunix"]:
+    """What model.source stands for: the toolkit's decoder (pretrained or fresh), a user's module, a Tunix model."""
+    if source is not None and is_user_function(source):
+        return "own"
+    return "tunix" if source is not None and source.startswith(TUNIX_PREFIX) else "decoder"
+
+
 def _packaged(name: str):
     return importlib.resources.files("configs") / name
 
@@ -672,6 +683,7 @@ def _check(config: Config) -> None:
     )
     _at_least(config, 0, "sampling.top_k", "sampling.temperature", "sampling.min_p", "sampling.min_completion_length")
     _at_least(config, 0, "seed")
+    _check_model(config)
     _check_lora(config)
     _check_group_sizes(config)
     _check_optimizer(config)
@@ -764,6 +776,41 @@ def _check_health(config: Config) -> None:
         value = getattr(section, name)
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"health.{name} must be a share in (0, 1] or null (off), got {value}")
+
+
+def _check_model(config: Config) -> None:
+    """Keys that only some kinds of model have."""
+    section, kind = config.model, source_kind(config.model.source)
+    if kind != "own":
+        for key, value in (("args", section.args), ("weights", section.weights)):
+            if value:
+                raise ValueError(
+                    f"model.{key} belongs to a module of your own (model.source: path/to/file.py:build), got {value!r} "
+                    f"with model.source {section.source!r}; leave it out"
+                )
+    if kind == "decoder":
+        return
+    rules = {
+        "lora.rank": (config.lora.rank, 0),
+        "sampling.kv_dtype": (config.sampling.kv_dtype, None),
+        "sampling.weight_dtype": (config.sampling.weight_dtype, None),
+        "model.scan_layers": (section.scan_layers, False),
+        "model.attention": (section.attention, "auto"),
+        "mesh.rollout_rules": (config.mesh.rollout_rules, {}),
+    }
+    if kind == "own":
+        rules["model.remat"] = (section.remat, "none")
+    if config.optimizer.name == "muon":
+        raise ValueError(
+            f"optimizer.name must not be muon with model.source {section.source!r}, whose matrices it cannot tell "
+            "inputs and outputs of; use adamw"
+        )
+    for key, (value, needed) in rules.items():
+        if value != needed:
+            raise ValueError(
+                f"{key} must be {json.dumps(needed)} with model.source {section.source!r}, got "
+                f"{value!r}: it is a part of the toolkit's own decoder; leave it out"
+            )
 
 
 def _check_lora(config: Config) -> None:

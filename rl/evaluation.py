@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
@@ -28,14 +28,16 @@ from rl.data import PromptRow, load_prompts
 from rl.mesh import device_memory
 from rl.metrics import Stopwatch
 from rl.models.config import Quantization
-from rl.models.policy import Policy
+from rl.models.policy import Policy, WavePolicy
 from rl.programs import Stored, not_stored
 from rl.rollout import sample_and_score
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
+from rl.scheduling import CompletionSource
 from rl.states import InitStateFn, get_abstract_state
 from rl.tokenizer import Tokenizer
 from rl.trained import load_source, resolve_model
+from rl.wave_sampler import WaveSampler
 from rl.weights import eos_ids, use_compilation_cache
 
 
@@ -77,7 +79,7 @@ class EvalResult:
 
 
 def evaluate(
-    sampler: Sampler,
+    sampler: CompletionSource,
     params: Any,
     rows: Sequence[PromptRow],
     runner: RewardRunner,
@@ -138,13 +140,29 @@ def create_sampler(
     tokenizer: Tokenizer,
     memory: int | None = None,
     stored: Stored = not_stored,
-) -> Sampler:
-    """The sampler of a run, for rollouts and evaluation alike.
+) -> CompletionSource:
+    """The sampler of a run, for rollouts and evaluation alike: the one that the policy asks for.
 
     Args:
       memory: bytes of a device of the mesh; None: as it says itself.
       stored: where compiled programs are taken from, if they are there.
     """
+    if not policy.decodes_in_waves:
+        return slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, stored)
+    rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory)
+    return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
+
+
+def slot_sampler(
+    config: Config,
+    policy: Policy,
+    mesh: Mesh,
+    param_shardings: Any,
+    tokenizer: Tokenizer,
+    memory: int | None = None,
+    stored: Stored = not_stored,
+) -> Sampler:
+    """The sampler of the toolkit's own decoder; arguments as in `create_sampler`."""
     section, rules, decode_shardings = config.sampling, config.mesh.rules, None
     if config.mesh.rollout_rules:
         rules = {**rules, **config.mesh.rollout_rules}
@@ -154,21 +172,24 @@ def create_sampler(
     weights = None
     if section.weight_dtype is not None:
         weights = Quantization(section.weight_dtype, section.weight_group_size, head=True)
-    if memory is None:
-        memory = min(hosts.gather(device_memory(mesh)))  # of all processes: they must come to the same number of slots
     return Sampler(
         policy,
         mesh,
         param_shardings,
         rules=rules,
         decode_shardings=decode_shardings,
-        slots=section.slots,
-        kv_bytes=int(section.kv_memory * memory) if section.slots is None else None,
-        decode_text=tokenizer.decode,
         kv_dtype=section.kv_dtype,
         weights=weights,
         stored=stored,
+        **_sampler_options(config, mesh, tokenizer, memory),
     )
+
+
+def _sampler_options(config: Config, mesh: Mesh, tokenizer: Tokenizer, memory: int | None) -> dict[str, Any]:
+    # The least memory of all processes: they must come to the same number of slots.
+    budget = config.sampling.kv_memory * (min(hosts.gather(device_memory(mesh))) if memory is None else memory)
+    slots = config.sampling.slots
+    return {"slots": slots, "kv_bytes": int(budget) if slots is None else None, "decode_text": tokenizer.decode}
 
 
 def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:

@@ -17,7 +17,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
@@ -36,6 +36,7 @@ from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.models import foreign
 from rl.models.lora import quantization_of
 from rl.models.policy import Policy, policy_from_config
 from rl.models.train_state import PureState
@@ -44,6 +45,7 @@ from rl.packing import PackingPlan
 from rl.reference import ReferenceSync
 from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
 from rl.run_folder import RunFolder
+from rl.sampler import Sampler
 from rl.sampling import SamplingParams
 from rl.shaped_inputs import plan_for
 from rl.states import (
@@ -117,13 +119,14 @@ def train(config: Config) -> pathlib.Path:
         if config.grpo.beta and policy.config.lora is not None:
             reference = frozen_reference(policy, state)  # with adapters the frozen base: no second copy
         first_step = get_first_step(policy, state, updates_per_step(config))
+        foreign.check_policy(policy, state.params, config.model.source)
         # -- sampler, train step
         memory = compiled.device_memory
         sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory, compiled.get)
         if compiled.prompt_length is None:
             sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
         else:
-            sampler.expect_length(compiled.prompt_length)
+            cast(Sampler, sampler).expect_length(compiled.prompt_length)  # only its programs can be stored
         if config.sampling.warm_up:
             sampler.warm_up(state.params, config.grpo.prompts_per_step, config.grpo.group_size, sampling)
         sync_reference = ReferenceSync(config, shardings.params)
@@ -271,8 +274,10 @@ def announce(
     plan: PackingPlan,
 ) -> None:
     """Start-up information: what runs where, on what, and what a preset stands for."""
-    for message in data.messages:
+    for message in (*data.messages, *foreign.notes(policy)):
         console.message(message)
+    if problem := foreign.unsharded(policy, mesh.size):
+        console.warning(problem)
     grpo = config.grpo
     num_sequences = grpo.prompts_per_step * grpo.group_size
     per_step = f"{grpo.prompts_per_step} prompts x {grpo.group_size} completions = {num_sequences} sequences"

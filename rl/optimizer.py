@@ -56,7 +56,8 @@ def create_training_optimizer(
     _check_length(section, num_updates)
     all_specs = parameter_specs(policy.config)
     specs = _by_name(split(policy.config, all_specs)[0])
-    for pattern in section.weight_decay_params:
+    is_own = policy.config.kind == "decoder"
+    for pattern in section.weight_decay_params if is_own or section.weight_decay else ():
         _check_pattern("optimizer.weight_decay_params", pattern, _by_name(all_specs))
     _check_groups(section.lr_groups, specs)
     schedule = _schedule(section, num_updates)

@@ -112,12 +112,17 @@ def plan_packing(
     max_tokens_per_microbatch: int,
     num_row_shards: int,
     preferred_row_length: int,
+    packs_rows: bool = True,
 ) -> PackingPlan:
     """Shapes that hold any minibatch of `num_groups` prompts with `group_size` completions each.
 
     Rows are as short as a whole group allows, because attention costs the square of a row, but not shorter than
     `preferred_row_length`, so that short groups fill rows well: at a length of the hidden size attention costs about a
     sixth of the rest of a layer, less than half-empty rows would.
+
+    Args:
+      packs_rows: False for a policy that cannot tell the sequences of a row apart: each row is one prompt with one
+        completion.
 
     Raises:
       ValueError: the budget does not hold one longest sequence per row shard.
@@ -129,6 +134,16 @@ def plan_packing(
             f"grpo.max_tokens_per_microbatch must be >= {sequence * num_row_shards} (longest prompt "
             f"{max_prompt_length} + longest completion {max_completion_length}, on {num_row_shards} device(s) that "
             f"share the rows), got {max_tokens_per_microbatch}"
+        )
+    if not packs_rows:
+        row_length = min(_round_up(sequence), budget)
+        shard_rows = min(budget // row_length, math.ceil(num_groups * group_size / num_row_shards))
+        return PackingPlan(
+            num_microbatches=math.ceil(num_groups * group_size / (shard_rows * num_row_shards)),
+            num_rows=shard_rows * num_row_shards,
+            row_length=row_length,
+            completions_per_row=1,
+            completion_length=max_completion_length,
         )
     group = max_prompt_length + group_size * max_completion_length
     row_length = min(_round_up(max(group, preferred_row_length)), budget)

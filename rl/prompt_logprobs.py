@@ -46,7 +46,9 @@ def prompt_logprobs(
     longest = max((len(prompt) for prompt in prompts), default=0)
     length = scheduling.size_at_least(max(longest, scheduling.MIN_TABLE_LENGTH))
     num_shards = num_row_shards(mesh, rules)
-    rows = scheduling.pack_rows([len(prompt) for prompt in prompts], length, prompts_per_row=length)
+    rows = scheduling.pack_rows(
+        [len(prompt) for prompt in prompts], length, prompts_per_row=length if policy.packs_rows else 1
+    )
     most = max(TOKENS_PER_CALL // length // num_shards, 1)
     num_rows = num_shards * min(most, scheduling.size_at_least(-(-len(rows) // num_shards)))
 

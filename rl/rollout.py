@@ -24,9 +24,8 @@ from rl.data import Prompt, PromptRow
 from rl.mesh import no_implicit_transfers
 from rl.metrics import Stopwatch
 from rl.packing import TrainCompletion, TrainGroup
-from rl.sampler import Completion, Sampler
 from rl.sampling import SamplingParams
-from rl.scheduling import requests_for
+from rl.scheduling import Completion, CompletionSource, requests_for
 from rl.tokenizer import Tokenizer
 from rl.user_functions import estimator_of, label
 
@@ -185,7 +184,7 @@ def to_rollout(config: Config, judged: Judged) -> Rollout:
 
 
 def sample_and_score(
-    sampler: Sampler,
+    sampler: CompletionSource,
     params: Any,
     rows: Sequence[PromptRow],
     num_samples: int,

@@ -184,9 +184,11 @@ def describe(
         digest = hashlib.sha256((source.run / "config.yml").read_bytes())
         model = {"run": read_run(source.run)[1], "run_config": digest.hexdigest(), "step": source.step}
     elif origin.folder is not None:
-        model = {name: origin.identity[name] for name in ("hash", "adapter_hash") if name in origin.identity}
+        names = ("hash", "adapter_hash", "file", "args")
+        model = {name: origin.identity[name] for name in names if name in origin.identity}
     else:
-        model = {**origin.identity, "arch": repr(origin.model_config)}
+        shape = repr(origin.model_config) if origin.model_config.kind == "decoder" else origin.model_config.family
+        model = {**origin.identity, "arch": shape}
     if origin.model_config.lora is not None:
         model["lora"] = repr(origin.model_config.lora)
     model |= {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}

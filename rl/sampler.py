@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from rl import scheduling
 from rl.engine import DecodeState, Engine, Shape, generate_key, prefill_key, prefill_pieces
 from rl.models.cache import CachePart
-from rl.models.config import Quantization
+from rl.models.config import ModelConfig, Quantization
 from rl.models.lora import quantization_of
 from rl.models.policy import Params, Policy
 from rl.models.quantized import quantize_params, quantized_shardings
@@ -191,7 +191,7 @@ class Sampler:
         The limit of a request may be below `sampling.max_completion_length`; one with a seed depends on (seed, sample
         index) and on nothing else. Memory does not grow with the number of requests. Raises as `sample` does.
         """
-        self._check(prompts, requests, sampling)
+        check_requests(self._policy.config, self._decode_text, prompts, requests, sampling)
         return self._stream(params, prompts, requests, sampling, key)
 
     def warm_up(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
@@ -434,38 +434,43 @@ class Sampler:
     def _chunk_of(self, sampling: SamplingParams) -> int:
         return self._stop_chunk if sampling.stop_strings else self._chunk
 
-    def _check(
-        self, prompts: Sequence[Sequence[int] | np.ndarray], requests: Sequence[Request], sampling: SamplingParams
-    ) -> None:
-        config = self._policy.config
-        if sampling.stop_strings and self._decode_text is None:
+
+def check_requests(
+    config: ModelConfig,
+    decode_text: Callable[[Sequence[int]], str] | None,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+) -> None:
+    """ValueError for what no sampler can draw, see `Sampler.sample`."""
+    if sampling.stop_strings and decode_text is None:
+        raise ValueError(
+            f"sampling.stop_strings needs a tokenizer to see text, got {sampling.stop_strings} without decode_text"
+        )
+    if any(i >= config.vocab_size for i in sampling.eos_ids):
+        raise ValueError(
+            f"sampling.eos_ids must be below the vocabulary size {config.vocab_size}, got {sampling.eos_ids}"
+        )
+    for number, request in enumerate(requests):
+        if not 1 <= request.limit <= sampling.max_completion_length:
             raise ValueError(
-                f"sampling.stop_strings needs a tokenizer to see text, got {sampling.stop_strings} without decode_text"
+                f"requests[{number}].limit must be between 1 and sampling.max_completion_length "
+                f"({sampling.max_completion_length}), got {request.limit}"
             )
-        if any(i >= config.vocab_size for i in sampling.eos_ids):
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{number}] must have at least one token, got none")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(
-                f"sampling.eos_ids must be below the vocabulary size {config.vocab_size}, got {sampling.eos_ids}"
+                f"prompts[{number}] must have token ids in [0, {config.vocab_size}), got {min(prompt)} to "
+                f"{max(prompt)}; the tokenizer and the model do not fit"
             )
-        for number, request in enumerate(requests):
-            if not 1 <= request.limit <= sampling.max_completion_length:
-                raise ValueError(
-                    f"requests[{number}].limit must be between 1 and sampling.max_completion_length "
-                    f"({sampling.max_completion_length}), got {request.limit}"
-                )
-        for number, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompts[{number}] must have at least one token, got none")
-            if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-                raise ValueError(
-                    f"prompts[{number}] must have token ids in [0, {config.vocab_size}), got {min(prompt)} to "
-                    f"{max(prompt)}; the tokenizer and the model do not fit"
-                )
-            if len(prompt) + sampling.max_completion_length > config.max_position_embeddings:
-                raise ValueError(
-                    f"prompts[{number}] with sampling.max_completion_length must fit in the model's "
-                    f"{config.max_position_embeddings} positions, got {len(prompt)} + "
-                    f"{sampling.max_completion_length}; shorten one of them"
-                )
+        if len(prompt) + sampling.max_completion_length > config.max_position_embeddings:
+            raise ValueError(
+                f"prompts[{number}] with sampling.max_completion_length must fit in the model's "
+                f"{config.max_position_embeddings} positions, got {len(prompt)} + "
+                f"{sampling.max_completion_length}; shorten one of them"
+            )
 
 
 def _usable_common_length(length: int, num_prompts: int) -> int:

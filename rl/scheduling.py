@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -66,6 +66,29 @@ def requests_for(prompt_indices: Sequence[int], num_samples: int, limit: int) ->
         for place, index in enumerate(prompt_indices)
         for sample in range(num_samples)
     ]
+
+
+class CompletionSource(Protocol):
+    """What draws completions: `rl.sampler.Sampler`, or `rl.wave_sampler.WaveSampler`, as the policy asks for."""
+
+    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
+        """Plans shapes for prompts like these."""
+        ...
+
+    def stream(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        key: Any,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Draws the requests and yields (its place in `requests`, completion) of each as it ends."""
+        ...
+
+    def warm_up(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+        """Compiles what calls of this size can need."""
+        ...
 
 
 # Sizes: few, so that few programs are compiled
@@ -223,6 +246,33 @@ def find_stop(
         if stop is not None:
             return num_tokens, stop
     raise AssertionError("a stop string that is in the whole is in one of its beginnings")
+
+
+def find_end(
+    tokens: np.ndarray,
+    num_checked: int,
+    num_tokens: int,
+    limit: int,
+    sampling: SamplingParams,
+    decode_text: Callable[[Sequence[int]], str] | None,
+) -> tuple[int, str, int | str | None] | None:
+    """(length, finish reason, stop reason) of a completion that ends among its newest tokens, or None.
+
+    Args:
+      tokens: all `num_tokens` tokens with stop strings, else only those after the `num_checked` older ones.
+      limit: tokens it may have.
+    """
+    new_tokens = tokens[len(tokens) - (num_tokens - num_checked) :]
+    eos_at = np.flatnonzero(np.isin(new_tokens, sampling.eos_ids))
+    num_text = num_checked + int(eos_at[0]) if eos_at.size else num_tokens
+    if sampling.stop_strings:
+        assert decode_text is not None
+        stop = find_stop(tokens[:num_text].tolist(), num_checked, sampling, decode_text)
+        if stop is not None:
+            return stop[0], "stop", stop[1]
+    if eos_at.size:
+        return num_text + 1, "eos", int(new_tokens[eos_at[0]])
+    return (num_tokens, "length", None) if num_tokens == limit else None
 
 
 class Drawing:
@@ -424,7 +474,8 @@ class Schedule:
         num_checked = drawing.num_tokens
         drawing.add(columns)
         tokens = columns[0] if not self._sampling.stop_strings else drawing.columns()[0]
-        end = self._find_end(request, tokens, num_checked, drawing.num_tokens)
+        limit = self._requests[request].limit
+        end = find_end(tokens, num_checked, drawing.num_tokens, limit, self._sampling, self._decode_text)
         if end is None:
             return None
         length, finish_reason, stop_reason = end
@@ -447,22 +498,3 @@ class Schedule:
             top_ids,
             top_logprobs,
         )
-
-    def _find_end(
-        self, request: int, tokens: np.ndarray, num_checked: int, num_tokens: int
-    ) -> tuple[int, str, int | str | None] | None:
-        """(length, finish reason, stop reason) of a completion that ends among its newest tokens.
-
-        `tokens` are all tokens with stop strings, else only those after the `num_checked` older ones.
-        """
-        new_tokens = tokens[len(tokens) - (num_tokens - num_checked) :]
-        eos_at = np.flatnonzero(np.isin(new_tokens, self._sampling.eos_ids))
-        num_text = num_checked + int(eos_at[0]) if eos_at.size else num_tokens
-        if self._sampling.stop_strings:
-            assert self._decode_text is not None
-            stop = find_stop(tokens[:num_text].tolist(), num_checked, self._sampling, self._decode_text)
-            if stop is not None:
-                return stop[0], "stop", stop[1]
-        if eos_at.size:
-            return num_text + 1, "eos", int(new_tokens[eos_at[0]])
-        return (num_tokens, "length", None) if num_tokens == self._requests[request].limit else None

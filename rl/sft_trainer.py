@@ -26,6 +26,7 @@ from rl.interrupt import StopRequest
 from rl.loss_types import LossConfig
 from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards, replicated
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.models import foreign
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
 from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
@@ -64,6 +65,7 @@ def train(config: Config) -> pathlib.Path:
             max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
             num_row_shards=num_row_shards(mesh, config.mesh.rules),
             preferred_row_length=policy.config.hidden_size,
+            packs_rows=policy.packs_rows,
         )
         # -- run folder, state: whatever is wrong up to here has touched nothing on disk
         identity = {"policy": origin.identity, "data": fingerprint(pairs.rows)}
@@ -86,6 +88,7 @@ def train(config: Config) -> pathlib.Path:
             health = HealthState(**loop["health"])
             console.message(f"resumed at step {loop['step']} of {config.sft.steps}")
         first_step = get_first_step(policy, state)
+        foreign.check_policy(policy, state.params, config.model.source)
         # -- train step
         train_step = jit_train_step(
             policy,
@@ -98,7 +101,7 @@ def train(config: Config) -> pathlib.Path:
             chunk_size=config.grpo.logprob_chunk,
             minibatches_per_rollout=1,
         )
-        for message in pairs.messages:
+        for message in (*pairs.messages, *foreign.notes(policy)):
             console.message(message)
         rows = {"run folder": run.path, "policy": policy.flavour, "pairs": len(pairs.rows), "held out": len(held_out)}
         console.table("grpo sft", {**rows, "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M"})

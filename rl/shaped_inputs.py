@@ -77,4 +77,5 @@ def plan_for(config: Config, max_prompt_length: int, policy: Policy, num_row_sha
         max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
         num_row_shards=num_row_shards,
         preferred_row_length=policy.config.hidden_size,
+        packs_rows=policy.packs_rows,
     )

@@ -1,17 +1,19 @@
 """What a run starts from: tokenizer, model shape and pretrained weights, from the `model` and `tokenizer` sections."""
 
 import dataclasses
+import hashlib
 import pathlib
 from typing import Any
 
 import jax
 
-from rl.config import Config
-from rl.models import hf, param_folder
+from rl.config import TUNIX_PREFIX, Config, source_kind
+from rl.models import foreign, hf, param_folder
 from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.hf import read_config, resolve_source
 from rl.models.lora import join
 from rl.models.peft import adapter_for, adapter_hash, check_adapter, load_adapter
+from rl.models.policy import foreign_config
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
 
 
@@ -21,8 +23,8 @@ class Origin:
 
     Attributes:
       model_config: shape, dtypes, and adapters if the run trains some.
-      folder: local Hugging Face folder or parameter-only checkpoint with the weights of the base alone; None for a
-        fresh random model.
+      folder: local Hugging Face folder or parameter-only checkpoint with the weights of the base alone, or the file of
+        model.weights; None for a fresh random model.
       identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and
         reference.
       adapter: folder of the adapter that training starts from; None for a fresh one, or none.
@@ -35,9 +37,15 @@ class Origin:
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
-    """tokenizer.source, else model.source, else the byte tokenizer."""
-    source = config.tokenizer.source or config.model.source or BYTE_SOURCE
+    """tokenizer.source, else the model's folder, else the byte tokenizer."""
+    source = config.tokenizer.source or _folder_source(config) or BYTE_SOURCE
     return load_tokenizer(source, config.tokenizer.chat_template)
+
+
+def _folder_source(config: Config) -> str | None:
+    """The folder or hub id in model.source; None for a fresh model and for a module of the user's own."""
+    source = config.model.source
+    return None if source is None or source_kind(source) == "own" else source.removeprefix(TUNIX_PREFIX)
 
 
 def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
@@ -47,6 +55,8 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
       ValueError: no such model, an unsupported architecture, missing or damaged weights, or a tokenizer with ids beyond
         the model's vocabulary.
     """
+    if source_kind(config.model.source) != "decoder":
+        return _foreign_origin(config, tokenizer)
     folder = None if config.model.source is None else pathlib.Path(resolve_source(config.model.source))
     model_config = model_shape(config, tokenizer, folder)
     if folder is None:
@@ -81,11 +91,7 @@ def model_shape(config: Config, tokenizer: Tokenizer, folder: pathlib.Path | Non
         )
     else:
         model_config = read_config(folder)
-    if tokenizer.vocab_size > model_config.vocab_size:
-        raise ValueError(
-            f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer "
-            f"of {tokenizer.vocab_size}; set tokenizer.source to the model's own tokenizer"
-        )
+    _check_vocabulary(tokenizer, model_config)
     model_config = dataclasses.replace(
         model_config,
         dtype=section.dtype,
@@ -99,6 +105,40 @@ def model_shape(config: Config, tokenizer: Tokenizer, folder: pathlib.Path | Non
 def _files_of(folder: pathlib.Path) -> Any:
     """The module that reads a folder's weights; both have `check_weights`, `weights_hash` and `load_params`."""
     return param_folder if param_folder.is_param_folder(folder) else hf
+
+
+def _foreign_origin(config: Config, tokenizer: Tokenizer) -> Origin:
+    """That of a model which is not the toolkit's own decoder: a module of the user's, or a Tunix model."""
+    section, folder_source = config.model, _folder_source(config)
+    folder = None if folder_source is None else pathlib.Path(resolve_source(folder_source))
+    model_config: Any = foreign_config(
+        config,
+        folder,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_ids=tokenizer.eos_ids,
+        bos_token_id=tokenizer.bos_id,
+        pad_token_id=tokenizer.pad_id,
+    )
+    _check_vocabulary(tokenizer, model_config)
+    identity: dict[str, Any] = {"source": section.source}
+    if folder is not None:
+        return Origin(model_config, folder, {**identity, "hash": hf.weights_hash(folder)})
+    file = pathlib.Path(str(section.source).rpartition(":")[0]).expanduser()
+    identity |= {"file": hashlib.sha256(file.read_bytes()).hexdigest(), "args": section.args}
+    if section.weights is None:
+        return Origin(model_config, None, {**identity, "seed": config.seed})
+    weights = pathlib.Path(section.weights).expanduser()
+    if not weights.is_file():
+        raise ValueError(f"model.weights must be a safetensors file, got {section.weights!r}; check the path")
+    return Origin(model_config, weights, {**identity, "hash": hashlib.sha256(weights.read_bytes()).hexdigest()})
+
+
+def _check_vocabulary(tokenizer: Tokenizer, model_config: Any) -> None:
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer "
+            f"of {tokenizer.vocab_size}; set tokenizer.source to the model's own tokenizer"
+        )
 
 
 def _lora(config: Config, model_config: ModelConfig) -> LoRAConfig | None:
@@ -120,6 +160,8 @@ def pretrained_params(origin: Origin, shardings: Any) -> Any | None:
     """
     if origin.folder is None:
         return None
+    if origin.model_config.kind != "decoder":
+        return foreign.load_weights(origin.folder, origin.model_config, shardings)
     base = _files_of(origin.folder).load_params(origin.folder, origin.model_config, shardings)
     return base if origin.adapter is None else join(load_adapter(origin.adapter, origin.model_config, shardings), base)
 

@@ -8,7 +8,7 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -139,6 +139,8 @@ class ModelConfig:
     scan_layers: bool = False
     quantization: Quantization | None = None
 
+    kind: ClassVar[str] = "decoder"
+
     def __post_init__(self) -> None:
         _check(self)
 
@@ -224,6 +226,11 @@ class ModelConfig:
         )
 
     @property
+    def specs(self) -> dict[str, Any]:
+        """The parameter tree without adapters, with a `ParameterSpec` at every leaf."""
+        return _decoder_specs(self)
+
+    @property
     def is_gemma(self) -> bool:
         """Gemma's own choices: 1 + scale norms (four per block), scaled embeddings."""
         return self.family == "gemma3_text"
@@ -249,6 +256,39 @@ class ModelConfig:
         return sum(_product(spec.shape) for _, spec in flatten_specs(parameter_specs(self)))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ForeignConfig:
+    """What the toolkit reads of a model that is not its own decoder, under the names of `ModelConfig`.
+
+    Attributes:
+      kind: which implementation of the policy computes it: "own" (a user's module) or "tunix".
+      family: for messages.
+      specs: the parameter tree with a `ParameterSpec` at every leaf; a dim without a logical axis has the name None.
+      model: what that implementation is made of.
+    """
+
+    kind: str
+    family: str
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    dtype: str
+    param_dtype: str
+    remat: str
+    specs: Mapping[str, Any]
+    model: Any
+
+    lora: ClassVar[None] = None
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the parameter tree holds."""
+        return sum(_product(spec.shape) for _, spec in flatten_specs(self.specs))
+
+
 class ParameterSpec(NamedTuple):
     """Shape of one parameter, the logical name of each of its dims, and the dims that its matrix product sums over.
 
@@ -256,7 +296,7 @@ class ParameterSpec(NamedTuple):
     """
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     contract_dims: tuple[int, ...] = ()
 
 
@@ -272,8 +312,12 @@ def parameter_specs(config: ModelConfig) -> dict[str, Any]:
     return specs if config.lora is None else _with_adapters(specs, config.lora)
 
 
-def base_specs(config: ModelConfig) -> dict[str, Any]:
+def base_specs(config: ModelConfig | ForeignConfig) -> dict[str, Any]:
     """The same tree without adapters: what a model's own files hold."""
+    return dict(config.specs)
+
+
+def _decoder_specs(config: ModelConfig) -> dict[str, Any]:
     tree = {
         "embed_tokens": {"embedding": ParameterSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"), (1,))},
         **{f"layers_{i}": _layer_specs(config) for i in range(config.num_layers)},

@@ -114,7 +114,7 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     try:
-        return _parse_config(raw, generation)
+        return parse_config(raw, generation)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -182,7 +182,8 @@ def generation_json(config: ModelConfig) -> dict[str, Any]:
     return {"_from_model_config": True, **_token_ids_json(config)}
 
 
-def _parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
+def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
+    """The same from the contents of config.json and generation_config.json ({} without one)."""
     family = _family(raw)
     values = {**FAMILY_DEFAULTS[family], **{key: value for key, value in raw.items() if value is not None}}
     _refuse_unsupported(raw, family)

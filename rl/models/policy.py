@@ -1,11 +1,13 @@
 """The seam between Linen and NNX: the `Policy` protocol, its two implementations, and the one reader of `pure_nnx`.
 
 In: a `ModelConfig`. Out: an object of pure functions over one parameter tree (`rl.models.config.parameter_specs`), the
-same in both flavours. Nothing after this module knows the flavour; the optimizer and the train state are not here.
+same in both flavours. Nothing after this module knows the flavour; the optimizer and the train state are not here, nor
+are models that are not the toolkit's own decoder (`rl.models.own`, `rl.models.tunix_policy`).
 Legend: B sequences, T token positions, V vocab, D model.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -15,10 +17,10 @@ from flax import nnx
 from flax.core import unfreeze
 from jax.sharding import Mesh
 
-from rl.models import linen_model, nnx_model
+from rl.models import linen_model, nnx_model, own
 from rl.models.attention_kernels import XLA, AttentionKernel, choose_kernel
 from rl.models.cache import KVCache
-from rl.models.config import ModelConfig, parameter_specs
+from rl.models.config import ForeignConfig, ModelConfig, parameter_specs
 from rl.models.train_state import TrainState, TrainStateNNX
 
 Params = dict[str, Any]
@@ -29,11 +31,13 @@ class Policy(Protocol):
 
     Tokens, positions, group and branch ids are int [B, T]: a token sees the earlier positions of its own group that are
     in branch 0 (the prompt) or in its own branch; padding has group -1. A `rl.models.quantized.QuantizedArray` may
-    stand in the place of any matrix. `flavour` is for messages only.
+    stand in the place of any matrix of the toolkit's own decoder. `flavour` is for messages only.
     """
 
     @property
-    def config(self) -> ModelConfig: ...
+    def config(self) -> ModelConfig:
+        """The architecture; a `ForeignConfig` where the model is not the toolkit's own decoder."""
+        ...
 
     @property
     def flavour(self) -> str: ...
@@ -53,8 +57,19 @@ class Policy(Protocol):
         """The flavour's training state; `state_class.build(policy, params, tx, rng)` makes one."""
         ...
 
+    @property
+    def packs_rows(self) -> bool:
+        """Whether a row may hold several sequences, which group and branch ids tell apart; else it holds one, from its
+        start on, with padding behind it."""
+        ...
+
+    @property
+    def decodes_in_waves(self) -> bool:
+        """Whether `extend` takes a cache of the policy's own in place of a `KVCache`; see `WavePolicy`."""
+        ...
+
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters in `config.param_dtype`; the same numbers in both flavours."""
+        """Fresh parameters in `config.param_dtype`; the same numbers in both flavours of the toolkit's own decoder."""
         ...
 
     def hidden(
@@ -85,11 +100,25 @@ class Policy(Protocol):
         ...
 
 
+class WavePolicy(Policy, Protocol):
+    """A policy with a cache of its own, in which all rows stand at the same position (`decodes_in_waves`).
+
+    Its `extend` takes tokens at positions s, s + 1, ..., the same in every row, after the cache was given all those
+    before s. Group and branch ids have no meaning there.
+    """
+
+    def empty_cache(self, params: Params, num_rows: int, length: int) -> Any:
+        """A cache with room for `length` positions; the first dim of each of its arrays is the row, scalars aside."""
+        ...
+
+
 class LinenPolicy:
     """The policy computed by `rl.models.linen_model.CausalLM`."""
 
     flavour = "linen"
     state_class = TrainState
+    packs_rows = True
+    decodes_in_waves = False
 
     def __init__(self, config: ModelConfig, kernel: AttentionKernel = XLA) -> None:
         self.config = config
@@ -134,6 +163,8 @@ class NNXPolicy:
 
     flavour = "nnx"
     state_class = TrainStateNNX
+    packs_rows = True
+    decodes_in_waves = False
 
     def __init__(self, config: ModelConfig, kernel: AttentionKernel = XLA) -> None:
         self.config = config
@@ -151,7 +182,7 @@ class NNXPolicy:
         group_ids_BT: jax.Array,
         branch_ids_BT: jax.Array,
     ) -> jax.Array:
-        return self._model(params).hidden(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT)
+        return self.model(params).hidden(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT)
 
     def extend(
         self,
@@ -162,19 +193,55 @@ class NNXPolicy:
         branch_ids_BT: jax.Array,
         cache: KVCache,
     ) -> tuple[jax.Array, KVCache]:
-        return self._model(params).extend(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT, cache)
+        return self.model(params).extend(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT, cache)
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
-        return self._model(params).unembed(hidden)
+        return self.model(params).unembed(hidden)
 
-    def _model(self, params: Params) -> nnx_model.CausalLM:
+    def model(self, params: Params) -> nnx_model.CausalLM:
+        """The module with these parameters."""
         _check_tree(parameter_specs(self.config), params)
         return nnx.merge(self.module, params)
 
 
-def create_policy(model_config: ModelConfig, pure_nnx: bool, kernel: AttentionKernel = XLA) -> Policy:
-    """The NNX policy if `pure_nnx`, else the Linen one."""
+def create_policy(model_config: Any, pure_nnx: bool, kernel: AttentionKernel = XLA) -> Policy:
+    """The NNX policy if `pure_nnx`, else the Linen one, of the implementation that `model_config.kind` names.
+
+    Args:
+      model_config: a `ModelConfig` or a `ForeignConfig`.
+      kernel: of the toolkit's own decoder.
+    """
+    if model_config.kind == "tunix":
+        from rl.models.tunix_policy import TunixPolicy
+
+        return TunixPolicy(model_config)
+    if model_config.kind == "own":
+        return own.NNXModulePolicy(model_config) if pure_nnx else own.LinenModulePolicy(model_config)
     return NNXPolicy(model_config, kernel) if pure_nnx else LinenPolicy(model_config, kernel)
+
+
+def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> ForeignConfig:
+    """What the toolkit needs to know of the model in model.source where that is not its own decoder.
+
+    Args:
+      config: the run's typed configuration.
+      folder: of a Tunix model.
+      tokens: vocab_size, eos_token_ids, bos_token_id, pad_token_id of the tokenizer.
+
+    Raises:
+      ValueError: the module is of the other flavour, or breaks the contract of docs/models.md; a Tunix model in Linen,
+        or one whose options Tunix does not compute.
+    """
+    if folder is None:
+        return own.describe(config.model, "nnx" if config.pure_nnx else "linen", **tokens)
+    if not config.pure_nnx:
+        raise ValueError(
+            f"pure_nnx must be true with model.source {config.model.source!r}, got false: tunix.models are NNX "
+            "modules; give the folder without 'tunix:' to compute it with the toolkit's own Linen decoder"
+        )
+    from rl.models.tunix_config import describe
+
+    return describe(config.model, folder)
 
 
 def without_adapters(policy: Policy) -> Policy:
@@ -189,7 +256,9 @@ def policy_from_config(config: Any, model_config: ModelConfig, mesh: Mesh | None
     Args:
       mesh: where it is trained, which decides on the attention kernel; None: it only decodes, without one.
     """
-    kernel = XLA if mesh is None else choose_kernel(config.model.attention, model_config, mesh, config.mesh.rules)
+    if mesh is None or model_config.kind != "decoder":
+        return create_policy(model_config, config.pure_nnx)
+    kernel = choose_kernel(config.model.attention, model_config, mesh, config.mesh.rules)
     return create_policy(model_config, config.pure_nnx, kernel)
 
 

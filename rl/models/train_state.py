@@ -74,7 +74,7 @@ class TrainStateNNX(nnx.Module):
         cls, policy: Any, params: Any, tx: optax.GradientTransformation | None, rng: jax.Array
     ) -> "TrainStateNNX":
         """A state at step 0 around a model that holds `params`."""
-        model = nnx.merge(policy.module, params)
+        model = policy.model(params)
         wrt = nnx.Param if policy.config.lora is None else nnx.LoRAParam
         return cls(model, None if tx is None else nnx.Optimizer(model, tx, wrt=wrt), rng)
 
@@ -82,13 +82,18 @@ class TrainStateNNX(nnx.Module):
         """The same state as a plain pytree: nested dicts, and the optax state as `tx.init` builds it over nested
         dicts.
         """
-        params = nnx.to_pure_dict(nnx.state(self.model, nnx.Param))
+        params = string_keys(nnx.to_pure_dict(nnx.state(self.model, nnx.Param)))
         if self.optimizer is None:
             return PureState(jnp.zeros((), jnp.int32), params, (), self.rng[...])
-        trained = nnx.to_pure_dict(nnx.state(self.model, self.optimizer.wrt))
+        trained = string_keys(nnx.to_pure_dict(nnx.state(self.model, self.optimizer.wrt)))
         template = jax.eval_shape(self.optimizer.tx.init, trained)
         opt_state = _refill(template, self.optimizer.opt_state)
         return PureState(self.optimizer.step[...].astype(jnp.int32), params, opt_state, self.rng[...])
+
+
+def string_keys(tree: Any) -> Any:
+    """Nested dicts with strings for keys: NNX numbers the entries of a list."""
+    return {str(key): string_keys(child) for key, child in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _refill(template: Any, variables: Any) -> Any:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rl.models import foreign
 from rl.models.config import ModelConfig
 from rl.models.hf import save_folder
 from rl.models.lora import merge
@@ -73,7 +74,18 @@ def write_folder(
     dtype: str | None,
     kind: str = "huggingface",
 ) -> None:
-    """Weights, adapters merged into them, model configuration, tokenizer and its chat template."""
+    """Weights, adapters merged into them, model configuration, tokenizer and its chat template.
+
+    Of a module of the user's own: model.safetensors alone, see `rl.models.foreign.save_folder`.
+    """
+    if model_config.kind != "decoder":
+        if dtype is not None or kind != "huggingface":
+            raise ValueError(
+                f"--dtype and --format must be left out for a model of another library or your own, got {dtype!r} and "
+                f"{kind!r}"
+            )
+        foreign.save_folder(out, model_config, params, tokenizer)
+        return
     merged = merge(model_config, params)
     FORMATS[kind](out, _with_token_ids(model_config, tokenizer), merged, tokenizer=tokenizer, dtype=dtype)
 

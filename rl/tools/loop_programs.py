@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rl.config import Config
+from rl.config import Config, source_kind
 from rl.decoding import TOKEN_LOOP
-from rl.evaluation import create_sampler, sampling_params
+from rl.evaluation import sampling_params, slot_sampler
 from rl.mesh import create_mesh, device_memory
 from rl.models.config import ModelConfig
 from rl.models.hf import SHAPE_PATTERNS, resolve_source
@@ -93,6 +93,11 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     Raises:
       ValueError: whatever is wrong with the configuration or the model's shape.
     """
+    if source_kind(config.model.source) != "decoder":
+        raise ValueError(
+            "grpo compile needs a model of the toolkit's own decoder (a Hugging Face folder or model.arch), got "
+            f"model.source {config.model.source!r}"
+        )
     mesh = create_mesh(config.mesh, devices)
     memory = device_memory(mesh) if memory is None else memory
     tokenizer, model_config = read_shape(config)
@@ -102,7 +107,7 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     inputs = get_shaped_inputs(config, mesh, init_policy_fn)
     has_reference = bool(config.grpo.beta) and policy.config.lora is None
     sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
-    sampler = create_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
+    sampler = slot_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
     sampler.expect_length(config.data.max_prompt_length)
     rollout = sampler.rollout_programs(
         inputs.state.params, config.grpo.prompts_per_step, config.grpo.group_size, sampling

@@ -1,0 +1,118 @@
+"""Weights of a Tunix model from and to a Hugging Face folder, through the table of Tunix's own loader.
+
+In: the `ForeignConfig` of `rl.models.tunix_config`, and a folder or parameters. Out: parameters under Tunix's names, or
+files like those that they came from. Two defects of Tunix 0.1.7 are corrected: its loader reads a file of several
+dtypes as if it had one, and puts a norm of Gemma 1 where Gemma 2 has it.
+"""
+
+import importlib
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+
+from rl.models.config import ForeignConfig
+from rl.models.hf import write_json
+from rl.models.hf_config import read_json
+from rl.models.ops import dtype_of
+from rl.models.train_state import string_keys
+from rl.models.tunix_config import TunixModel, with_globals
+
+Params = dict[str, Any]
+
+
+def load_weights(folder: pathlib.Path, config: ForeignConfig, shardings: Any) -> Params:
+    """The weights in `folder` by Tunix's own loader, in `config.param_dtype`, placed by `shardings`.
+
+    Raises:
+      ValueError: a weight that the loader left out.
+    """
+    model: TunixModel = config.model
+    # The fast mode takes all tensors of a file for the dtype of the first; the other one reads each as what it is.
+    is_mixed = any(
+        len({entry["dtype"] for entry in _header(file).values()}) > 1 for file in folder.glob("*.safetensors")
+    )
+    load = with_globals(
+        model.loader.create_model_from_safe_tensors, _get_key_and_transform_mapping=lambda _: _table(model)
+    )
+    mode = "original" if is_mixed else "optimized"
+    loaded = load(str(folder), model.config, dtype=dtype_of(config.param_dtype), mode=mode)
+    params = string_keys(nnx.to_pure_dict(nnx.state(loaded, nnx.Param)))
+
+    def place(path: tuple, leaf: Any, sharding: Any) -> jax.Array:
+        if not hasattr(leaf, "devices"):
+            name = "/".join(str(part.key) for part in path)
+            raise ValueError(f"{folder}: Tunix's loader must fill every weight, and left {name} out")
+        return jax.device_put(leaf.astype(dtype_of(config.param_dtype)), sharding)
+
+    return jax.tree_util.tree_map_with_path(place, params, shardings)
+
+
+def write_weights(out: pathlib.Path, config: ForeignConfig, params: Params) -> None:
+    """Writes into `out` what the model's own folder holds, with `params` as weights, in `config.param_dtype`."""
+    model: TunixModel = config.model
+    table = _table(model)
+    raw = read_json(model.folder / "config.json")
+    for key in {"dtype", "torch_dtype"} & set(raw):
+        raw[key] = config.param_dtype
+    write_json(out / "config.json", raw)
+    for name in ("generation_config.json", "model.safetensors.index.json"):
+        if (model.folder / name).exists():
+            shutil.copyfile(model.folder / name, out / name)
+    for file in sorted(model.folder.glob("*.safetensors")):
+        tensors = {name: _stored(params, table, name, tuple(entry["shape"])) for name, entry in _header(file).items()}
+        safetensors.numpy.save_file(tensors, out / file.name, metadata={"format": "pt"})
+
+
+def _table(model: TunixModel) -> dict[str, Any]:
+    """Pattern of a tensor's name -> (where it goes, (axes are permuted so, then reshaped so))."""
+    return {**model.loader._get_key_and_transform_mapping(model.config), **model.key_changes}
+
+
+def _stored(params: Params, table: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor called `name` in a checkpoint, where its shape is `shape`: what the loader does, the other way."""
+    find = importlib.import_module("tunix.utils.torch_utils").torch_key_to_jax_key
+    key, transform = find(table, name)
+    if name == "lm_head.weight" and "lm_head" not in params:
+        key, transform = "embedder.input_embedding", None
+    value = _value(params, key)
+    permuted, reshaped = transform or (None, None)
+    if permuted and reshaped:
+        value = value.reshape([shape[axis] for axis in permuted])
+    if permuted:
+        value = value.transpose(np.argsort(permuted))
+    assert value.shape == shape, (name, value.shape, shape)
+    return np.ascontiguousarray(value)
+
+
+def _value(params: Params, key: str) -> np.ndarray:
+    """The part of a parameter that `key` means in the loader's table: it merges q, k, v and stacks experts."""
+    if match := re.fullmatch(r"tmp\.layers\.(\d+)\.attn\.([qkv])", key):
+        attention = params["layers"][match[1]]["attn"]
+        part = "qkv".index(match[2])
+        if "qkv_einsum" in attention:
+            value = attention["qkv_einsum"]["w"][part]
+        else:
+            value = attention["q_einsum"]["w"] if part == 0 else attention["kv_einsum"]["w"][part - 1]
+        return np.asarray(jax.device_get(value)).transpose(1, 0, 2)
+    if match := re.fullmatch(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.kernel", key):
+        return np.asarray(jax.device_get(params["layers"][match[1]]["mlp"][match[3]][int(match[2])]))
+    value: Any = params
+    for part in key.split("."):
+        value = value[part]
+    return np.asarray(jax.device_get(value))
+
+
+def _header(file: pathlib.Path) -> dict[str, Any]:
+    """dtype and shape of every tensor in a safetensors file."""
+    with file.open("rb") as stream:
+        size = int(np.frombuffer(stream.read(8), "<u8")[0])
+        header = json.loads(stream.read(size))
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
