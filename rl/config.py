@@ -797,6 +797,7 @@ def _check_model(config: Config) -> None:
         "model.scan_layers": (section.scan_layers, False),
         "model.attention": (section.attention, "auto"),
         "mesh.rollout_rules": (config.mesh.rollout_rules, {}),
+        "compiled_file": (config.compiled_file, None),
     }
     if kind == "own":
         rules["model.remat"] = (section.remat, "none")
