@@ -86,6 +86,7 @@ class Launched:
             *overrides,
         ]
         environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling takes most of the time
         self.said = folder.with_suffix(".stderr")
         with self.said.open("w") as stderr:
             self.process = subprocess.Popen(
