@@ -152,7 +152,7 @@ def create_sampler(
         init_state_fn = InitStateFn(policy, None, config.seed)
         decode_shardings = get_abstract_state(decoding, mesh, init_state_fn, is_training=False).shardings.params
     # The least of all processes: they must come to the same number of slots.
-    memory = min(hosts.gather(device_memory(mesh))) if memory is None else memory
+    device_bytes = min(hosts.gather(device_memory(mesh))) if memory is None else memory
     return Sampler(
         policy,
         mesh,
@@ -160,7 +160,7 @@ def create_sampler(
         rules=rules,
         decode_shardings=decode_shardings,
         slots=section.slots,
-        kv_bytes=int(section.kv_memory * memory) if section.slots is None else None,
+        kv_bytes=int(section.kv_memory * device_bytes) if section.slots is None else None,
         decode_text=tokenizer.decode,
         kv_dtype=section.kv_dtype,
         weight_dtype=section.weight_dtype,
