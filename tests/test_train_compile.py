@@ -25,7 +25,7 @@ from rl.packing import TrainCompletion, TrainGroup, pack
 from rl.programs import Program
 from rl.shaped_inputs import get_shaped_inputs
 from rl.states import InitStateFn, get_abstract_state
-from rl.tools.compile import compile_config, compile_loop, compile_one
+from rl.tools.compile import compile_config, compile_loop, compile_one, main
 from rl.tools.compile_report import Report, advice, num_slices, to_json, to_text
 from rl.tools.hlo import Collective, array_bytes, work_of
 from rl.tools.loop_programs import loop_programs, read_shape
@@ -401,3 +401,5 @@ def test_a_topology_that_libtpu_does_not_know_is_refused():
     pytest.importorskip("libtpu")
     with pytest.raises(ValueError, match="must be one that libtpu knows"):
         find_devices("v5e:3x7", 1, None)
+    with pytest.raises(ValueError, match="must be one that libtpu knows"):
+        main(["base.yml", "--topology", "v5e:3x7", "mesh.tensor=2"])

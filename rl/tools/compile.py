@@ -9,6 +9,7 @@ weights nor data are read.
 import argparse
 import gc
 import json
+import os
 import pathlib
 import resource
 import sys
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     config = load_config(arguments.config, arguments.overrides)
     use_compilation_cache(config)
-    if arguments.topology is not None and jax.config.read("jax_platforms") is None:
+    if arguments.topology is not None and not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # no device of this machine is used, so none is taken
     # Where each operation comes from, written into a program of eighty layers, is a third of the host memory.
     jax.config.update("jax_traceback_in_locations_limit", 0)
