@@ -72,11 +72,11 @@ def compare_memory(console: Console, platform: str, settings: list[str], tiny: b
     )
     where = f"{len(devices)} x {devices[0].device_kind}"
     console.print(
-        f"{where}, V = {large.vocab_size}: {own / 1e9:.2f} GB of temporaries a device; with V = {small.vocab_size} and "
-        f"the embedding's gradient {(own_small + embedding) / 1e9:.2f} GB: {_verdict(found.growth, MAX_GROWTH)}"
+        f"{where}, V = {large.vocab_size}: {own / 1e9:.3f} GB of temporaries a device; with V = {small.vocab_size} and "
+        f"the embedding's gradient {(own_small + embedding) / 1e9:.3f} GB: {_verdict(found.growth, MAX_GROWTH, tiny)}"
     )
     if tunix is not None:
-        console.print(f"Tunix' step: {tunix / 1e9:.2f} GB: {_verdict(own / tunix, MAX_SHARE)}")
+        console.print(f"Tunix' step: {tunix / 1e9:.3f} GB: {_verdict(own / tunix, MAX_SHARE, tiny)}")
     return found._asdict()
 
 
@@ -99,5 +99,6 @@ def _devices(platform: str) -> list[Any]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=TPU_TOPOLOGY).devices)
 
 
-def _verdict(ratio: float, limit: float) -> str:
-    return f"ratio {ratio:.2f}, may be {limit} ({'met' if ratio <= limit else 'missed'})"
+def _verdict(ratio: float, limit: float, tiny: bool) -> str:
+    verdict = "" if tiny else f", may be {limit} ({'met' if ratio <= limit else 'missed'})"
+    return f"ratio {ratio:.2f}{verdict}"
