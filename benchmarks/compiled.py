@@ -19,7 +19,7 @@ from weights import tunix_architecture
 from rl.config import load_config
 from rl.mesh import create_mesh
 from rl.models.config import ModelConfig
-from rl.models.policy import create_policy
+from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
 from rl.packing import PackingPlan, pack
 from rl.states import InitStateFn, get_abstract_state
@@ -49,8 +49,8 @@ def compile_tandem(
       plan: the shapes of the packed batch.
       settings: `key=value` of the configuration.
     """
-    config = tandem_config(workload, settings)
-    policy = create_policy(model_config, pure_nnx)
+    config = tandem_config(workload, [f"pure_nnx={pure_nnx}".lower(), *settings])
+    policy = policy_from_config(config, model_config, mesh)
     _, optimizer = create_training_optimizer(config, policy)
     abstract = get_abstract_state(config, mesh, InitStateFn(policy, optimizer, 0))
     train_step = jit_train_step(

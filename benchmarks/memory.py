@@ -28,14 +28,20 @@ TPU_TOPOLOGY = (
 
 
 class Memory(NamedTuple):
-    """Bytes of temporaries, per device. growth: over the small vocabulary. share: of Tunix'; None without it."""
+    """Bytes of temporaries.
+
+    one_device, one_device_small_vocabulary: of Tandem's step on a single device, where nothing is gathered.
+    growth: over the small vocabulary there, with the gradient of the large embedding added to it.
+    tandem, tunix: a device's, on all of them. share: of Tunix'; both None without it.
+    """
 
     platform: str
     num_devices: int
-    tandem: int
-    tandem_small_vocabulary: int
-    tunix: int | None
+    one_device: int
+    one_device_small_vocabulary: int
     growth: float
+    tandem: int
+    tunix: int | None
     share: float | None
 
 
@@ -44,9 +50,8 @@ def compare_memory(console: Console, platform: str, settings: list[str], tiny: b
     devices = _devices(platform)
     length = 32 if tiny else LENGTH
     small, large = (_body(vocab_size, tiny) for vocab_size in MEMORY_VOCABULARIES)
-    mesh = topology_mesh(devices)
 
-    def tandem(config: ModelConfig) -> int:
+    def tandem(config: ModelConfig, mesh: Mesh) -> int:
         # A row holds all of its tokens but the last, which predicts nothing.
         workload = Workload(NUM_ROWS // 2, 2, (length // 2, length // 2), length // 2)
         plan = PackingPlan(1, NUM_ROWS, length, completions_per_row=1, completion_length=length // 2)
@@ -54,39 +59,33 @@ def compare_memory(console: Console, platform: str, settings: list[str], tiny: b
         step = compile_tandem(config, workload, plan, [*options, *settings], mesh, pure_nnx=True)
         return step.compiled.memory_analysis().temp_size_in_bytes
 
-    own, own_small = tandem(large), tandem(small)
-    embedding = (large.vocab_size - small.vocab_size) * large.hidden_size * 4 // len(devices)
+    alone, everywhere = topology_mesh(devices[:1]), topology_mesh(devices)
+    one_device, one_device_small = tandem(large, alone), tandem(small, alone)
+    own = tandem(large, everywhere) if len(devices) > 1 else one_device
+    allowed = one_device_small + (large.vocab_size - small.vocab_size) * large.hidden_size * 4
     tunix = None
     if is_installed("tunix"):
         tunix_mesh = Mesh(np.array(devices).reshape(-1, 1), ("fsdp", "tp"))
         compiled = compile_tunix(large, NUM_ROWS, length // 2, length // 2, tunix_mesh)
         tunix = compiled.memory_analysis().temp_size_in_bytes
-    found = Memory(
-        platform=platform,
-        num_devices=len(devices),
-        tandem=own,
-        tandem_small_vocabulary=own_small,
-        tunix=tunix,
-        growth=own / (own_small + embedding),
-        share=None if tunix is None else own / tunix,
-    )
-    where = f"{len(devices)} x {devices[0].device_kind}"
+    growth, share = one_device / allowed, None if tunix is None else own / tunix
+    kind = devices[0].device_kind
     console.print(
-        f"{where}, V = {large.vocab_size}: {own / 1e9:.3f} GB of temporaries a device; with V = {small.vocab_size} and "
-        f"the embedding's gradient {(own_small + embedding) / 1e9:.3f} GB: {_verdict(found.growth, MAX_GROWTH, tiny)}"
+        f"1 x {kind}, V = {large.vocab_size}: {one_device / 1e9:.3f} GB of temporaries; with V = {small.vocab_size} "
+        f"and the embedding's gradient {allowed / 1e9:.3f} GB: {_verdict(growth, MAX_GROWTH, tiny)}"
     )
-    if tunix is not None:
-        console.print(f"Tunix' step: {tunix / 1e9:.3f} GB: {_verdict(own / tunix, MAX_SHARE, tiny)}")
-    return found._asdict()
+    if tunix is not None and share is not None:
+        console.print(
+            f"{len(devices)} x {kind}, V = {large.vocab_size}: {own / 1e9:.3f} GB of temporaries a device, Tunix' step "
+            f"{tunix / 1e9:.3f} GB: {_verdict(share, MAX_SHARE, tiny)}"
+        )
+    return Memory(platform, len(devices), one_device, one_device_small, growth, own, tunix, share)._asdict()
 
 
 def _body(vocab_size: int, tiny: bool) -> ModelConfig:
-    config = dataclasses.replace(MEMORY_BODY, vocab_size=vocab_size, remat="block")
-    if tiny:
-        config = dataclasses.replace(tiny_shape(config), vocab_size=vocab_size // 64)
     # XLA for CPU merges the second forward pass of layers that are not scanned with the first again.
-    is_scannable = any(field.name == "scan_layers" for field in dataclasses.fields(ModelConfig))
-    return dataclasses.replace(config, **({"scan_layers": True} if is_scannable else {}))
+    config = dataclasses.replace(MEMORY_BODY, vocab_size=vocab_size, remat="block", scan_layers=True)
+    return dataclasses.replace(tiny_shape(config), vocab_size=vocab_size // 64) if tiny else config
 
 
 def _devices(platform: str) -> list[Any]:

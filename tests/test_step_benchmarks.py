@@ -71,9 +71,9 @@ def test_whole_steps_of_all_installed_trainers_are_compared(benchmark):
 def test_memory_of_compiled_steps_is_compared(benchmark):
     found = benchmark.train_step.main(["--memory", "--tiny", "--set", "grpo.loss_type=dapo"])["memory"]
     assert (found["platform"], found["num_devices"]) == ("cpu", 1)
-    assert found["tandem"] > found["tandem_small_vocabulary"] > 0
+    assert found["tandem"] == found["one_device"] > found["one_device_small_vocabulary"] > 0
     embedding = (151936 // 64 - 1024 // 64) * 32 * 4
-    assert found["growth"] == pytest.approx(found["tandem"] / (found["tandem_small_vocabulary"] + embedding))
+    assert found["growth"] == pytest.approx(found["one_device"] / (found["one_device_small_vocabulary"] + embedding))
     if benchmark.trainers.is_installed("tunix"):
         assert found["share"] == pytest.approx(found["tandem"] / found["tunix"])
 
@@ -130,7 +130,7 @@ def test_batches_have_the_lengths_of_their_workload(benchmark):
         eos_ids, pad = workload.eos_ids(4096), benchmark.trainers.PAD_ID
         assert pad not in eos_ids
         lengths = [len(completion) for batch in batches for completion in batch.completions]
-        assert abs(np.mean(lengths) - mean) < 5
+        assert abs(np.mean(lengths) - mean) < 8  # about three standard errors
         assert max(lengths) == cap
         for batch in batches:
             assert ([len(ids) for ids in batch.prompts], len(batch.completions)) == ([prompt] * 4, 32)
