@@ -4,7 +4,6 @@ All hold the same weights: Tandem's own, and for the peers those of the Hugging 
 `check_same_logits` proves it. What is measured, and how often, is `rollout.py`.
 """
 
-import importlib.util
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -14,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from shapes import Workload
+from weights import TokenIds, Weights, has_library, tunix_model
 
-from rl.config import load_config
-from rl.mesh import create_mesh, tree_shardings
 from rl.metrics import CompileCounter
-from rl.models.config import ModelConfig, logical_axes
-from rl.models.policy import policy_from_config
+from rl.models.config import ModelConfig
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
 
@@ -43,27 +40,6 @@ class Engine(Protocol):
     def kv_bytes(self) -> int | None:
         """Size of the KV cache at its peak so far; None if the engine does not tell."""
         ...
-
-
-class Weights:
-    """A random model on the first device: matrices normal(0.02), norms 1."""
-
-    def __init__(self, model_config: ModelConfig, seed: int = 0) -> None:
-        self.run_config = load_config(None)
-        rules = self.run_config.mesh.rules
-        self.mesh = create_mesh(self.run_config.mesh, jax.devices()[:1])
-        self.policy = policy_from_config(self.run_config, model_config)
-        abstract = jax.eval_shape(self.policy.init, jax.random.key(0))
-        self.shardings = tree_shardings(abstract, logical_axes(model_config), self.mesh, rules)
-        rng = np.random.default_rng(seed)
-
-        # In numpy: XLA takes seconds to compile the random numbers of a tiny model, minutes for a large one.
-        def fill(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-            is_norm = len(leaf.shape) == 1
-            value = np.ones(leaf.shape) if is_norm else 0.02 * rng.standard_normal(leaf.shape, np.float32)
-            return jax.device_put(value.astype(leaf.dtype), sharding)
-
-        self.params = jax.tree.map(fill, abstract, self.shardings)
 
 
 def warm_up(engine: Engine, workload: Workload, vocab_size: int) -> None:
@@ -133,7 +109,7 @@ class Tunix:
         self._workload = workload
         self._eos_ids = workload.eos_ids(config.vocab_size)
         self._tokenizer = TokenIds(config.vocab_size)
-        self._model = _tunix_model(config, folder)
+        self._model = tunix_model(config, folder)
         num_slots = workload.prompt_lengths[1] + workload.cap
         self._cache = sampler.CacheConfig(num_slots, config.num_layers, config.num_kv_heads, config.head_dim)
         # Any: its type wants strings, but what it does with them is the tokenizer's affair.
@@ -167,58 +143,6 @@ class Tunix:
         cache = self._cache
         values_per_row = cache.cache_size * cache.num_layers * 2 * cache.num_kv_heads * cache.head_dim
         return self._workload.num_rows * values_per_row * jnp.dtype(self._config.dtype).itemsize
-
-
-class TokenIds:
-    """What Tunix takes for a tokenizer, when its prompts are token ids already: so it spends no time on text.
-
-    The special ids are outside the vocabulary. Tunix hides from attention every token that equals its padding, drawn
-    ones too; and an EOS that is never drawn gives completions of full length.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-
-    def encode(self, text: Sequence[int], **_: Any) -> list[int]:
-        return list(text)
-
-    def decode(self, ids: Sequence[int], **_: Any) -> str:
-        return ""
-
-    def bos_id(self) -> None:
-        return None
-
-    def pad_id(self) -> int:
-        return self._vocab_size
-
-    def eos_id(self) -> int:
-        return self._vocab_size + 1
-
-
-def _tunix_model(config: ModelConfig, folder: pathlib.Path) -> Any:
-    model: Any
-    params: Any
-    options: dict[str, Any] = {
-        "num_layers": config.num_layers,
-        "vocab_size": config.vocab_size,
-        "embed_dim": config.hidden_size,
-        "hidden_dim": config.intermediate_size,
-        "num_heads": config.num_heads,
-        "head_dim": config.head_dim,
-        "num_kv_heads": config.num_kv_heads,
-        "rope_theta": int(config.rope_theta),
-        "norm_eps": config.norm_eps,
-    }
-    if config.family == "qwen3":
-        from tunix.models.qwen3 import model, params
-
-        dtype = jnp.dtype(config.dtype)
-        options |= {"use_tied_embedding": config.tie_word_embeddings, "dtype": dtype, "param_dtype": dtype}
-    else:
-        from tunix.models.llama3 import model, params
-
-        options["weight_tying"] = config.tie_word_embeddings
-    return params.create_model_from_safe_tensors(str(folder), model.ModelConfig(**options))
 
 
 class Transformers:
@@ -283,7 +207,7 @@ LIBRARIES = {"tunix": "tunix", "trl": "torch"}
 
 def is_installed(name: str) -> bool:
     """Whether the library behind an engine can be imported."""
-    return name not in LIBRARIES or importlib.util.find_spec(LIBRARIES[name]) is not None
+    return name not in LIBRARIES or has_library(LIBRARIES[name])
 
 
 def build_engine(

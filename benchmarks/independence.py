@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from engines import Weights
 from shapes import CPU_SHAPES, CPU_WORKLOADS, tiny_shape
+from weights import Weights
 
 from rl.sampler import Completion, Sampler
 from rl.sampling import SamplingParams

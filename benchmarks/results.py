@@ -8,28 +8,9 @@ import jax.numpy as jnp
 from engines import Tandem
 from rich.table import Table
 from shapes import Workload
+from turns import Call
 
 from rl.models.config import ModelConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One timed call.
-
-    seconds: from prompts to token ids on the host. cpu_seconds: of all threads of this process meanwhile.
-    num_tokens: of all completions, up to and including the EOS.
-    num_compiles: programs compiled meanwhile, 0 after a good warm-up.
-    """
-
-    seconds: float
-    cpu_seconds: float
-    num_tokens: int
-    num_compiles: int
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return self.num_tokens / self.seconds
 
 
 @dataclasses.dataclass(frozen=True)

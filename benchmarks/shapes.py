@@ -1,6 +1,6 @@
 """What is measured: model shapes, and the prompts and lengths of a workload. No model, no clock.
 
-Prompts and EOS ids follow from a seed and the size of the vocabulary, so every engine gets the same ones.
+Prompts, completions and EOS ids follow from a seed and the size of the vocabulary, so every engine gets the same ones.
 """
 
 import dataclasses
@@ -48,6 +48,15 @@ class Workload(NamedTuple):
         lengths = rng.integers(shortest, longest + 1, self.num_prompts)
         return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
 
+    def completions(self, vocab_size: int, seed: int) -> list[list[int]]:
+        """Completions of every prompt in turn as a model would draw them to which all tokens are equally likely: each
+        up to and including its first EOS, or `cap` tokens long.
+        """
+        drawn = np.random.default_rng((seed, 1)).integers(0, vocab_size, (self.num_rows, self.cap))
+        is_eos = np.isin(drawn, self.eos_ids(vocab_size))
+        lengths = np.where(is_eos.any(axis=1), is_eos.argmax(axis=1) + 1, self.cap)
+        return [row[:length].tolist() for row, length in zip(drawn, lengths, strict=True)]
+
 
 def mean_length(hazard: np.ndarray, cap: int) -> np.ndarray:
     """Mean of min(L, cap) for a geometric L: the sum over t < cap of (1 - hazard)^t, the chance to draw token t + 1."""
@@ -81,6 +90,9 @@ CPU_WORKLOADS = {
     "dense": Workload(4, 8, (64, 64), 128),
     "ragged": Workload(8, 8, (192, 192), 256, mean_share=0.4),
 }
+# Of the comparison of memory, which gives it the two vocabularies.
+MEMORY_BODY = _qwen3(8, 512, 8, 2, 64, 1536, 1024, "float32")
+MEMORY_VOCABULARIES = (1024, 151936)
 GPU_SHAPES = {
     "0.6b": _qwen3(28, 1024, 16, 8, 128, 3072, 151936, "bfloat16"),
     "1.7b": _qwen3(28, 2048, 16, 8, 128, 6144, 151936, "bfloat16"),
@@ -89,5 +101,14 @@ GPU_WORKLOADS = {f"rows{rows}": Workload(rows // 8, 8, (256, 256), 256) for rows
 # Every call has other prompt lengths and, through the EOS, other completion lengths.
 STEADY_WORKLOAD = Workload(8, 8, (32, 192), 256, mean_share=0.4)
 
+TRAIN_WORKLOADS = {
+    "i": Workload(4, 8, (64, 64), 128),
+    "i-ragged": Workload(4, 8, (64, 64), 128, mean_share=0.5),
+    "ii": Workload(4, 8, (192, 192), 256, mean_share=0.4),
+}
+
 # Tokens per second to reach over those of the better peer, by shape and workload.
 TARGETS = {("a", "dense"): 2.5, ("b", "dense"): 2.0, ("a", "ragged"): 3.0, ("b", "ragged"): 2.5}
+# Seconds of an update, and of a whole step with its rollout, to reach over those of the better peer.
+UPDATE_TARGETS = {("b", "i"): 0.8, ("b", "i-ragged"): 0.6, ("b", "ii"): 0.35}
+STEP_TARGETS = {("b", "i"): 1 / 1.5, ("b", "i-ragged"): 1 / 2, ("b", "ii"): 1 / 3}

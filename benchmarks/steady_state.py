@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from engines import Tandem, Weights, warm_up
+from engines import Tandem, warm_up
 from machine import resident_bytes
 from shapes import Workload
+from weights import Weights
 
 from rl.metrics import CompileCounter
 from rl.models.config import ModelConfig

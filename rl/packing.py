@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PADDING_GROUP = -1
+_MIN_PIECES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +117,13 @@ def plan_packing(
 ) -> PackingPlan:
     """Shapes that hold any minibatch of `num_groups` prompts with `group_size` completions each.
 
-    Rows are as short as a whole group allows, because attention costs the square of a row, but not shorter than
-    `preferred_row_length`, so that short groups fill rows well: at a length of the hidden size attention costs about a
-    sixth of the rest of a layer, less than half-empty rows would.
+    Rows have the length at which a minibatch of the longest sequences costs least (`_row_length`). A piece has as many
+    rows as the budget allows, but not more than a part in `_MIN_PIECES` of such a minibatch: shorter completions need
+    fewer rows, and the last piece that they need is computed whole.
 
     Args:
+      preferred_row_length: rows are not shorter, unless the budget is; the hidden size, because at that length
+        attention costs about a sixth of the rest of a layer, less than half-empty rows would.
       packs_rows: False for a policy that cannot tell the sequences of a row apart: each row is one prompt with one
         completion.
 
@@ -145,19 +148,16 @@ def plan_packing(
             completions_per_row=1,
             completion_length=max_completion_length,
         )
-    group = max_prompt_length + group_size * max_completion_length
-    row_length = min(_round_up(max(group, preferred_row_length)), budget)
-    num_rows = num_row_shards * max(budget // row_length, 1)
+    row_length = _row_length(group_size, max_prompt_length, max_completion_length, preferred_row_length, budget)
     completions_per_group_row = min(group_size, (row_length - max_prompt_length) // max_completion_length)
-    rows_per_group = math.ceil(group_size / completions_per_group_row)
-    worst_rows = num_groups * rows_per_group
-    completions_per_row = min(max(completions_per_group_row, row_length // 8), num_groups * group_size)
-    num_rows = min(num_rows, math.ceil(worst_rows / num_row_shards) * num_row_shards)
+    worst_rows = num_groups * math.ceil(group_size / completions_per_group_row)
+    rows_per_shard = math.ceil(worst_rows / num_row_shards)
+    num_microbatches = math.ceil(rows_per_shard / min(budget // row_length, max(rows_per_shard // _MIN_PIECES, 1)))
     return PackingPlan(
-        num_microbatches=math.ceil(worst_rows / num_rows),
-        num_rows=num_rows,
+        num_microbatches=num_microbatches,
+        num_rows=num_row_shards * math.ceil(rows_per_shard / num_microbatches),  # pieces alike: none is half empty
         row_length=row_length,
-        completions_per_row=completions_per_row,
+        completions_per_row=min(max(completions_per_group_row, row_length // 8), num_groups * group_size),
         completion_length=max_completion_length,
     )
 
@@ -304,7 +304,32 @@ def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
             t, n, c = t + count - 1, n + count, c + 1
 
 
+def _row_length(
+    group_size: int, max_prompt_length: int, max_completion_length: int, preferred_row_length: int, budget: int
+) -> int:
+    """The length of rows at which a group of the longest sequences costs least, of all that hold 1, 2, ... completions.
+
+    A shorter row repeats the prompt more often, a longer one has every token attend to more of others' completions:
+    plain operations compute a whole row's scores. A token costs 1 for the rest of a layer and a sixth for attention
+    over `preferred_row_length` positions.
+    """
+
+    def cost(row_length: int) -> float:
+        completions = min(group_size, (row_length - max_prompt_length) // max_completion_length)
+        rows = math.ceil(group_size / completions)
+        if completions == group_size:
+            rows = 1 / (row_length // (max_prompt_length + group_size * max_completion_length))
+        return rows * row_length * (1 + row_length / (6 * preferred_row_length))
+
+    lengths = []
+    for completions in range(1, group_size + 1):
+        needed = max_prompt_length + completions * max_completion_length
+        if needed <= budget:
+            lengths.append(min(_round_up(max(needed, preferred_row_length)), budget))
+    return min(reversed(lengths), key=cost)  # of two that cost the same the one that repeats prompts less
+
+
 def _round_up(length: int) -> int:
-    """The next length of a geometric ladder with four rungs per octave: tidy shapes, at most a quarter of padding."""
-    step = max(8, 2 ** (max(length - 1, 1).bit_length() - 3))
+    """The next length of a geometric ladder with 16 rungs per octave: tidy shapes, at most a 16th of padding."""
+    step = max(8, 2 ** (max(length - 1, 1).bit_length() - 5))
     return math.ceil(length / step) * step

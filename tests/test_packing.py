@@ -33,7 +33,7 @@ def ragged_groups(seed, num_groups=5, group_size=4, max_prompt=6, max_completion
     ]
 
 
-def plan_for(num_groups=5, group_size=4, max_prompt=6, max_completion=7, budget=64, shards=1, preferred=8):
+def plan_for(num_groups=5, group_size=4, max_prompt=6, max_completion=7, budget=64, shards=1, preferred=16):
     return plan_packing(
         num_groups=num_groups,
         group_size=group_size,
@@ -281,29 +281,48 @@ def test_the_plan_of_a_typical_run_packs_short_groups_and_wastes_little():
         preferred_row_length=128,
     )
     assert plan == PackingPlan(
-        num_microbatches=2, num_rows=32, row_length=128, completions_per_row=16, completion_length=6
+        num_microbatches=8, num_rows=8, row_length=128, completions_per_row=16, completion_length=6
     )
 
 
-def test_a_row_is_at_most_a_quarter_longer_than_a_whole_group():
+def test_a_row_is_at_most_a_sixteenth_longer_than_a_whole_group():
     for group in range(8, 3000):
         plan = plan_for(1, 1, max_prompt=1, max_completion=group - 1, budget=10_000, preferred=1)
-        assert group <= plan.row_length <= max(1.25 * group, group + 7)
+        assert group <= plan.row_length <= max(17 / 16 * group, group + 7)
 
 
 def test_rows_are_never_longer_than_the_budget_of_a_shard():
     assert plan_for(budget=64).row_length == 40
-    assert plan_for(budget=33).row_length == 33
-    assert plan_for(budget=66, shards=2).row_length == 33
+    assert plan_for(budget=33).row_length == 24  # two rows of two completions rather than of three and one
+    assert plan_for(2, 6, budget=22).row_length == 22
+    assert plan_for(2, 6, budget=45, shards=2).row_length == 22
 
 
 def test_work_is_dealt_evenly_over_the_pieces_in_use():
-    groups = ragged_groups(13, num_groups=6, full=True)
-    plan = plan_for(6, 4, budget=160)
-    batch = pack(groups, plan)
+    plan = plan_for(30, 4, budget=160)
+    assert (plan.num_microbatches, plan.num_rows) == (10, 3)
+    batch = pack(ragged_groups(13, num_groups=14, full=True), plan)
     rows_M = (batch.group_ids_MRT >= 0).any(axis=2).sum(axis=1)[: batch.num_microbatches]
-    assert batch.num_microbatches == math.ceil(6 / plan.num_rows) == 2
-    assert rows_M.tolist() == [3, 3]
+    assert batch.num_microbatches == math.ceil(14 / 3)
+    assert rows_M.tolist() == [3, 3, 3, 3, 2]
+
+
+def test_pieces_are_alike_at_the_longest_lengths_and_small_enough_for_shorter_ones():
+    whole = plan_packing(
+        num_groups=4,
+        group_size=8,
+        max_prompt_length=64,
+        max_completion_length=128,
+        max_tokens_per_microbatch=4096,
+        num_row_shards=1,
+        preferred_row_length=512,
+    )
+    # Half a group per row: one prompt more, half of the scores.
+    assert (whole.num_microbatches, whole.num_rows, whole.row_length) == (8, 1, 576)
+    for num_groups in range(1, 40):
+        plan = plan_for(num_groups, 4, budget=400)
+        assert (plan.num_microbatches - 1) * plan.num_rows < num_groups <= plan.num_microbatches * plan.num_rows
+        assert plan.num_rows <= max(num_groups // 7, 1)
 
 
 @pytest.mark.parametrize(("budget", "shards"), [(12, 1), (25, 2), (103, 8)])

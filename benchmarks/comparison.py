@@ -1,0 +1,113 @@
+"""Whole trainers side by side: builds them on the same weights and batches, checks them, lets them take turns."""
+
+import argparse
+import contextlib
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import shapes
+from command import add_options, check_options
+from machine import matmul_probe
+from peer_trainers import PEER_TRAINERS
+from rich.console import Console
+from step_results import StepResult, model_operations, steps_table, summarize_steps
+from trainers import TandemTrainer, Trainer, check_same_outcome, is_installed, make_batches
+from turns import Call, alternate, timed
+from weights import Weights
+
+from rl.models import hf
+
+TRAINERS = (TandemTrainer.name, *PEER_TRAINERS)
+TOLERANCE = 1e-3  # of loss and gradient norm, as a share
+
+
+def trainer_parser(docstring: str | None) -> argparse.ArgumentParser:
+    """The options of both comparisons of trainers."""
+    parser = argparse.ArgumentParser(description=(docstring or "").split("\n\n")[0])
+    add_options(parser, "a,b,c (default: b)", "i,i-ragged,ii (default: all)", repeats=3)
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of Tandem's configuration, such as grpo.max_tokens_per_microbatch=2048; may be given again",
+    )
+    return parser
+
+
+def check_trainer_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Fills in what was left open and refuses names that mean nothing."""
+    arguments.shapes = arguments.shapes or ["b"]
+    arguments.workloads = arguments.workloads or list(shapes.TRAIN_WORKLOADS)
+    if arguments.engines is None:
+        arguments.engines = [name for name in TRAINERS if is_installed(name)]
+    known = {"shapes": shapes.CPU_SHAPES, "workloads": shapes.TRAIN_WORKLOADS, "engines": TRAINERS}
+    check_options(parser, arguments, known, is_installed)
+
+
+def compare_trainers(
+    arguments: argparse.Namespace,
+    console: Console,
+    draw: bool,
+    targets: Mapping[tuple[str, str], float],
+) -> dict[str, Any]:
+    """Measures every shape and workload asked for, and prints the table.
+
+    Args:
+      draw: whole steps with their rollout; otherwise updates with their reference pass, on completions that are given,
+        and a reference that differs from the policy, so that there is a KL term to compare.
+    """
+    results: list[StepResult] = []
+    all_peaks: list[float] = []
+    probe = matmul_probe(256 if arguments.tiny else 2048)
+    for shape in arguments.shapes:
+        config = shapes.tiny_shape(shapes.CPU_SHAPES[shape]) if arguments.tiny else shapes.CPU_SHAPES[shape]
+        with tempfile.TemporaryDirectory() as scratch:
+            weights = Weights(config)
+            reference = weights if draw else Weights(config, seed=1)
+            folders = [pathlib.Path(scratch) / name for name in ("policy", "reference")]
+            for folder, side in zip(folders, (weights, reference), strict=True):
+                hf.save_folder(folder, config, side.params)
+            for name in arguments.workloads:
+                console.print(f"{shape} ({config.num_parameters / 1e6:.1f}M parameters), {name} ...")
+                workload = shapes.TRAIN_WORKLOADS[name]
+                workload = shapes.tiny_workload(workload) if arguments.tiny else workload
+                batches = make_batches(workload, config.vocab_size, 1 + arguments.repeats, with_completions=not draw)
+                with contextlib.ExitStack() as stack:
+                    trainers: list[Trainer] = []
+                    for engine in arguments.engines:
+                        if engine == TandemTrainer.name:
+                            trainer = TandemTrainer(weights, reference, workload, batches, arguments.settings)
+                        else:
+                            trainer = PEER_TRAINERS[engine](config, *folders, workload, batches)
+                        stack.callback(trainer.close)
+                        trainers.append(trainer)
+                    first = {trainer.name: trainer.step() for trainer in trainers}  # compiles
+                    if not draw:
+                        check_same_outcome(first, TOLERANCE)
+                    calls, peaks = alternate(trainers, arguments.repeats, probe, _timed_step)
+                results += summarize_steps(
+                    shape,
+                    name,
+                    workload.num_rows,
+                    calls,
+                    None if draw else [model_operations(config, batch) for batch in batches[1:]],
+                    statistics.median(peaks),
+                    None if arguments.tiny else targets.get((shape, name)),
+                )
+                all_peaks += peaks
+    peak = statistics.median(all_peaks)
+    caption = "ratio: to the better peer's time; target: what it may be at most"
+    if not draw:
+        caption += f"; share: of the {peak / 1e9:.1f}e9 operations per second of float32 matrix products meanwhile"
+    console.print(steps_table(results, caption))
+    return {"peak_per_second": peak, "results": [dataclasses.asdict(result) for result in results]}
+
+
+def _timed_step(trainer: Trainer, _: int) -> Call:
+    return timed(lambda: trainer.step().num_tokens)
