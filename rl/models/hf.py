@@ -6,6 +6,7 @@ read and written by `rl.models.hf_config`.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -346,6 +347,7 @@ def save_folder(
     and an index. The folder appears at once and whole, or not at all. Raises ValueError if it exists and is not empty,
     if `params` is not the tree of `config`, or if what was read back is not what was written.
     """
+    config = dataclasses.replace(config, quantization=None)  # plain weights, whatever their base was stored in
     check_tree(config, params)
     dtype = config.param_dtype if dtype is None else dtype
     with new_folder(folder) as draft:

@@ -58,7 +58,7 @@ def export_adapter(run: str | pathlib.Path, out: str | pathlib.Path, step: int |
       ValueError: not a run folder, no such checkpoint, a run without adapters, or `out` holds something.
     """
     config, _ = read_run(run)
-    if not config.lora.rank:
+    if not config.lora.rank and config.lora.adapter is None:
         raise ValueError(f"--adapter needs a run that trained adapters (lora.rank), got {str(run)!r} with lora.rank 0")
     trained = load_checkpoint(config, run, step)
     save_adapter(out, trained.policy.config, trained.params, config.model.source)
