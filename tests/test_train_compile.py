@@ -4,6 +4,7 @@ flavours; programs come back from a file, or are refused."""
 import dataclasses
 import hashlib
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -35,11 +36,12 @@ from rl.weights import model_shape
 
 FLAVOURS = {"linen": False, "nnx": True}
 NAMES = ["state init", "reference init", "prefill", "decode", "logprobs", "train step"]
+REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
 TINY = [
     *("model.arch.hidden_size=16", "model.arch.intermediate_size=24", "model.arch.num_layers=1"),
     *("model.arch.num_heads=2", "model.arch.num_kv_heads=2", "model.arch.head_dim=8", "model.arch.vocab_size=259"),
     *("data.source=arithmetic", "data.args={operation: add, digits: 1}", "data.max_prompt_length=5"),
-    'rewards.functions=[{function: "rewards.number:exact_number_strict", name: exact}]',
+    f'rewards.functions=[{{function: "{REWARDS}:digit_share", name: digits}}]',
     *("sampling.max_completion_length=4", "grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=2"),
     *("grpo.max_tokens_per_microbatch=64", "mesh.num_devices=2", "eval.every=0"),
 ]
@@ -379,7 +381,7 @@ def test_what_the_compiler_finds_too_large_is_reported(tmp_path):
     report, compiled = compile_one(next(p for p in loop.programs if p.name == "logprobs"))
     assert compiled is None
     assert report.needed > loop.memory
-    assert "hbm" in report.refused
+    assert "memory" in report.refused.lower()
     told = advice(Report(loop, CHIPS["TPU v5 lite"], [report]))
     assert any(line.startswith("mesh.data=1 mesh.fsdp=-1") for line in told)
 
@@ -394,7 +396,8 @@ def test_topologies_are_chips_that_are_known(name, slices, number, kind):
     assert len(devices) == number
     assert {device.device_kind for device in devices} == {kind} <= set(CHIPS)
     assert num_slices(devices) == slices
-    assert [device.slice_index for device in devices] == sorted(device.slice_index for device in devices)
+    indices = [getattr(device, "slice_index", 0) for device in devices]  # devices of a single slice have none
+    assert indices == sorted(indices)
 
 
 def test_a_topology_that_libtpu_does_not_know_is_refused():

@@ -126,8 +126,10 @@ class LinenPolicy:
         self.module = linen_model.CausalLM(config, kernel.attend)
 
     def init(self, key: jax.Array) -> Params:
-        labels = jnp.zeros((1, 1), jnp.int32)
-        return unfreeze(self.module.init({"params": key}, labels, labels, labels, labels))["params"]
+        labels = jnp.zeros((1, 1), jnp.int32)  # one row, which a kernel that spreads rows over devices would not take
+        return unfreeze(linen_model.CausalLM(self.config).init({"params": key}, labels, labels, labels, labels))[
+            "params"
+        ]
 
     def hidden(
         self,

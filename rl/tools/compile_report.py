@@ -97,10 +97,10 @@ def report_of(program: LoopProgram, compiled: jax.stages.Compiled, seconds: floa
 
 def report_refused(program: LoopProgram, message: str, seconds: float, host_bytes: int) -> ProgramReport:
     """Of a program that the compiler found too large for the device."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    # libtpu has said it in either way.
+    found = re.search(r"(?:Used |total memory required[^(]*\()([\d.]+)([KMGT]?)", message)
     used = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    short = re.search(r"Used [^\n]*?\.(?=\s|$)", message)
-    said = short.group() if short else message.splitlines()[0][:200]
+    said = message[found.start() :].splitlines()[0][:200] if found else message.splitlines()[0][:200]
     return ProgramReport(program.name, 0, 0, 0, 0, used, used + program.held, None, seconds, host_bytes, said)
 
 

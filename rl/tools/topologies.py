@@ -39,6 +39,8 @@ CHIPS = {
     "NVIDIA H100 80GB HBM3": _H100,
 }
 
+_MEGACORE = ("v4", "v5p")  # chips of two cores, which are one device to a program
+
 
 def find_devices(topology: str | None, num_slices: int, devices: str | None) -> list[Any]:
     """The devices that the arguments of `grpo compile` name; those at hand for none.
@@ -64,7 +66,9 @@ def tpu_topology(name: str, num_slices: int = 1) -> list[Any]:
         raise ValueError(f'--topology {name} needs libtpu, which is not installed; pip install "tandem-grpo[aot]"')
     # A compiler only: it opens no TPU, so it needs not be the one process that has libtpu loaded.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    arguments = {"num_slices": num_slices} if num_slices > 1 else {}
+    arguments: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    if name.partition(":")[0] in _MEGACORE:
+        arguments["chip_config_name"] = "megacore"
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **arguments)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
