@@ -19,6 +19,7 @@ from typing import Any
 import shapes
 from command import add_options, check_options, run_and_report, set_environment
 from engines import PEERS, Engine, Tandem, build_engine, check_same_logits, is_installed, warm_up
+from floor import products_probe
 from machine import copy_probe, matmul_probe
 from results import Result, bandwidth_share, compute_share, summarize, table_of
 from rich.console import Console
@@ -124,6 +125,8 @@ def run_comparison(arguments: argparse.Namespace, console: Console) -> dict[str,
                 target = None if arguments.tiny else shapes.TARGETS.get((shape, name))
                 results += summarize(shape, name, workload, calls, kv_bytes, share, target)
                 all_peaks += peaks
+                if arguments.preset == "cpu" and workload.mean_share is None:
+                    console.print(floor_line(weights, workload, results[-len(engines) :]))
     peak = statistics.median(all_peaks)
     console.print(table_of(results, f"share: of what the machine can do, meanwhile {peak / 1e9:.1f}e9 {unit}"))
     return {"peak_per_second": peak, "results": [dataclasses.asdict(result) for result in results]}
@@ -143,6 +146,16 @@ def run_steady_state(arguments: argparse.Namespace, console: Console) -> dict[st
         f"(may grow by {MAX_GROWTH:.0%}): {'met' if steady.met else 'missed'}"
     )
     return {"shape": shape, **dataclasses.asdict(steady)}
+
+
+def floor_line(weights: Weights, workload: shapes.Workload, results: Sequence[Result]) -> str:
+    """How fast the matrix products alone would let a dense engine be, measured after the calls, and how it compares."""
+    measure = products_probe(weights, workload.num_rows)
+    seconds = statistics.median(measure() for _ in range(5))
+    rate = workload.num_rows / seconds
+    line = f"matrix products alone: {1000 * seconds:.2f} ms a step, at most {rate:.0f} tokens/s"
+    peers = [result.tokens_per_second for result in results if result.engine != Tandem.name]
+    return f"{line}, {rate / max(peers):.2f}x the better peer" if peers else line
 
 
 if __name__ == "__main__":

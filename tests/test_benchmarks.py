@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import pathlib
+import re
 import statistics
 import types
 
@@ -25,7 +26,7 @@ def benchmark(monkeypatch):
     return types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
-def test_one_run_compares_all_installed_engines(benchmark, tmp_path):
+def test_one_run_compares_all_installed_engines(benchmark, tmp_path, capsys):
     file = tmp_path / "rollout.json"
     arguments = ["--tiny", "--repeats", "2", "--shapes", "a", "--workloads", "dense", "--json", str(file)]
     report = benchmark.rollout.main(arguments)
@@ -43,6 +44,7 @@ def test_one_run_compares_all_installed_engines(benchmark, tmp_path):
         assert result["tokens_per_second"] == pytest.approx(statistics.median(rates))
         assert result["ratio"] == pytest.approx(result["tokens_per_second"] / fastest_peer)
         assert result["target"] is None  # a tiny run reaches nothing and misses nothing
+    assert re.search(r"matrix products alone: .* tokens/s, [\d.]+x the better peer", capsys.readouterr().out)
 
 
 def test_without_a_peer_there_is_no_ratio(benchmark):
