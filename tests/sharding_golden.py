@@ -70,7 +70,7 @@ def describe(case: Case, flavour: str) -> dict:
     sizes = {axis: 1 if size == -1 else size for axis, size in axis_sizes(config.mesh).items()}
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     model_config = ModelConfig.from_arch(*case.arch, tie_word_embeddings=not case.untied)
-    policy = policy_from_config(config, dataclasses.replace(model_config, lora=_lora(config)))
+    policy = policy_from_config(config, dataclasses.replace(model_config, lora=_lora(config, model_config)))
     init_state_fn = InitStateFn(policy, create_training_optimizer(config, policy)[1], 0)
     state = get_abstract_state(config, mesh, init_state_fn)
     plan = plan_packing(
