@@ -1,5 +1,6 @@
 """Adapters as PEFT's files: names and layouts, there and back, refusals, and that peft computes what Tandem does."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -23,8 +24,7 @@ LORA = LoRAConfig(rank=3, alpha=6.0, targets=("*_proj",))
 
 
 def golden_config(name, lora=LORA) -> ModelConfig:
-    raw = hf.read_config(GOLDEN / name)
-    return type(raw)(**{field: getattr(raw, field) for field in raw.__dataclass_fields__} | {"lora": lora})
+    return dataclasses.replace(hf.read_config(GOLDEN / name), lora=lora)
 
 
 def edit_settings(folder, **changes):
