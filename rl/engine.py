@@ -342,7 +342,7 @@ class Engine:
         return key, lambda: self._build(key, *self.generate_program(params, shape, sampling, chunk))
 
     def _build(self, key: tuple, program: Program, arguments: tuple) -> Callable:
-        return self._stored(repr(key), program) or program.compile(arguments)
+        return self._stored(repr(key), program) or program.prepare(arguments)
 
     def _put_build(self, name: str, array: Any, num_new: int, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
         sharding = self._array_shardings[name]

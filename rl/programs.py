@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Build = Callable[[], Any]
 
@@ -42,6 +43,14 @@ class Program:
     def compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         """Compiled for arguments (arrays or `jax.ShapeDtypeStruct`s) of these shapes; nothing runs."""
         return self.jit().lower(*arguments).compile()
+
+    def prepare(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        """What to call with arguments of these shapes: compiled already, but for 4-bit ones. XLA for CPU gives their
+        arrays another layout than jax makes a compiled program ask for, so those compile when they are called first.
+        """
+        if any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(arguments)):
+            return self.jit()
+        return self.compile(arguments)
 
 
 # Where a program comes from that was compiled before: its name and what it is -> the function to call, None: nowhere.

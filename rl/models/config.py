@@ -282,6 +282,7 @@ class ForeignConfig:
     model: Any
 
     lora: ClassVar[None] = None
+    quantization: ClassVar[None] = None
 
     @property
     def num_parameters(self) -> int:
