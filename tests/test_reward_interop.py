@@ -144,14 +144,18 @@ def test_ready_made_rewards_run_unchanged_in_tunix():
         ),
     )
     probe, logged = Probe(), []
-    log = cluster.buffer_metrics_async
 
-    def keep(metrics, **kwargs):
-        if "rewards/exact_number_flexible" in metrics:
-            logged.append(np.asarray(metrics["rewards/exact_number_flexible"][0]))
-        return log(metrics, **kwargs)
+    def keep(log):
+        def logging(metrics, **kwargs):
+            if "rewards/exact_number_flexible" in metrics:
+                logged.append(np.asarray(metrics["rewards/exact_number_flexible"][0]))
+            return log(metrics, **kwargs)
 
-    cluster.buffer_metrics_async = keep
+        return logging
+
+    # Which of the two Tunix calls depends on whether it knows the step.
+    cluster.buffer_metrics_async = keep(cluster.buffer_metrics_async)
+    cluster.buffer_metrics = keep(cluster.buffer_metrics)
     learner = grpo_learner.GRPOLearner(
         rl_cluster=cluster,
         algo_config=grpo_learner.GRPOConfig(num_generations=GROUP, beta=0.0),
