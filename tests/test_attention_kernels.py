@@ -1,8 +1,6 @@
 """Every back end of attention computes what plain operations do, on the masks of packed rows with shared prompts."""
 
 import dataclasses
-import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +12,7 @@ from rl.config import load_config
 from rl.mesh import create_mesh
 from rl.models import attention_kernels, ops
 from rl.models.policy import create_policy, policy_from_config
+from rl.tools.topologies import find_devices
 from tests.tiny_models import VOCAB, noisy_params, tiny_config
 
 RULES = load_config(None).mesh.rules
@@ -114,18 +113,11 @@ def test_a_platform_gets_what_it_has():
     assert policy_from_config(run, config, mesh).kernel is attention_kernels.XLA
 
 
-@functools.cache
-def tpu_devices():
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-
-
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for a TPU that is not there")
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("float32", 64)])
 def test_splash_attention_compiles_for_a_tpu_forward_and_backward(dtype, head_dim):
+    pytest.importorskip("libtpu")
     section = load_config(None, ["mesh.data=2", "mesh.fsdp=1", "mesh.tensor=2"]).mesh
-    mesh = create_mesh(section, tpu_devices())
+    mesh = create_mesh(section, find_devices("v5e:2x2", 1, None))
     config = tiny_config(num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
     kernel = attention_kernels.choose_kernel("auto", config, mesh, RULES)
     assert kernel.name == "splash"
