@@ -186,10 +186,12 @@ def slot_sampler(
 
 
 def _sampler_options(config: Config, mesh: Mesh, tokenizer: Tokenizer, memory: int | None) -> dict[str, Any]:
-    # The least memory of all processes: they must come to the same number of slots.
-    budget = config.sampling.kv_memory * (min(hosts.gather(device_memory(mesh))) if memory is None else memory)
-    slots = config.sampling.slots
-    return {"slots": slots, "kv_bytes": int(budget) if slots is None else None, "decode_text": tokenizer.decode}
+    slots, kv_bytes = config.sampling.slots, None
+    if slots is None:
+        # The least memory of all processes: they must come to the same number of slots.
+        available = min(hosts.gather(device_memory(mesh))) if memory is None else memory
+        kv_bytes = int(config.sampling.kv_memory * available)
+    return {"slots": slots, "kv_bytes": kv_bytes, "decode_text": tokenizer.decode}
 
 
 def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
