@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rl.config import Config, DataSection, require
+from rl.config import Config, require
+from rl.config_sections import DataSection
 from rl.sources import list_columns, load_rows
 from rl.tasks import Row
 from rl.tokenizer import Tokenizer

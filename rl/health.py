@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from rl.config import HealthSection
+from rl.config_sections import HealthSection
 
 _MIN_HISTORY = 10  # steps, before a value can be called unusual
 _NORMAL_SPREAD = 1.4826  # standard deviation of normal numbers / median of their absolute deviations

@@ -21,7 +21,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rl.cli import TRACEBACK_VARIABLE, raised_by_tandem
-from rl.config import Config, DistributedSection, require, to_dict
+from rl.config import Config, require
+from rl.config_sections import DistributedSection, to_dict
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rl.config import MeshSection
+from rl.config_sections import MeshSection
 
 AXES = ("data", "fsdp", "tensor")  # a configuration may add more, between the last two
 LOGICAL_AXES = ("batch", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "lora")  # of Tandem's models

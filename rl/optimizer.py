@@ -19,7 +19,8 @@ import numpy as np
 import optax
 import optax.contrib
 
-from rl.config import Config, LearningRateGroup, OptimizerSection
+from rl.config import Config
+from rl.config_sections import LearningRateGroup, OptimizerSection
 from rl.models.config import LORA_A, LORA_B, ParameterSpec, flatten_specs, parameter_specs
 from rl.models.lora import split
 from rl.models.policy import Policy

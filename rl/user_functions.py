@@ -22,7 +22,8 @@ import numpy as np
 
 from rewards.contract import import_function
 from rl.advantages import check_modes, compute_advantages
-from rl.config import Config, is_user_function
+from rl.config import Config
+from rl.config_sections import is_user_function
 from rl.loss_types import LossConfig, LossInputs, loss_type_of
 from rl.losses import denominators_for, grpo_loss, prepare
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from rl.config import TUNIX_PREFIX, Config, source_kind
+from rl.config import Config
+from rl.config_sections import TUNIX_PREFIX, source_kind
 from rl.models import foreign, hf, param_folder
 from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.hf import read_config, resolve_source

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from rl.config import _flatten, load_config, to_dict
+from rl.config import load_config
+from rl.config_sections import flatten, to_dict
 from rl.loss_types import LossConfig
 from rl.mesh import AXES
 
@@ -170,7 +171,7 @@ def test_every_config_key_is_read_by_some_code():
     # Sections whose keys are taken all at once, by the names that another list spells out.
     by_name = {"mesh": AXES, "grpo": [field.name for field in dataclasses.fields(LossConfig)]}
     unread = []
-    for key in _flatten(to_dict(load_config(None))):
+    for key in flatten(to_dict(load_config(None))):
         section, _, leaf = key.rpartition(".")
         if section in ("mesh.rules", "model.arch"):
             continue  # read as whole mappings

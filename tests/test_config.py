@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from rl.advantages import check_modes
-from rl.config import differences, dump_config, load_config, preset_values, read_preset, require, to_dict
+from rl.config import differences, dump_config, load_config, preset_values, read_preset, require
+from rl.config_sections import to_dict
 from rl.update import loss_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rl.advantages import ESTIMATORS, compute_advantages
-from rl.config import OPEN_CHOICES, load_config
+from rl.config import load_config
+from rl.config_sections import OPEN_CHOICES
 from rl.grpo_trainer import train
 from rl.loss_types import LOSS_TYPES
 from rl.metrics import read_metrics

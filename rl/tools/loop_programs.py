@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rl.config import Config, source_kind
+from rl.config import Config
+from rl.config_sections import source_kind
 from rl.decoding import TOKEN_LOOP
 from rl.evaluation import sampling_params, slot_sampler
 from rl.mesh import create_mesh, device_memory

@@ -1,0 +1,279 @@
+"""Ranges and cross-field rules of a configuration, checked before anything heavy starts.
+
+In: a `Config` whose keys have the right types. Out: nothing, or a ValueError with key, rule, value and way out. Rules
+that need devices, data, a tokenizer or the model live where those are loaded.
+"""
+
+import json
+
+from rl.config_sections import OPEN_CHOICES, Config, flatten, is_user_function, source_kind, to_dict
+
+
+def check(config: Config) -> None:
+    """Ranges and cross-field rules that hold for every command."""
+    grpo, sampling = config.grpo, config.sampling
+    if grpo.group_size < 2:
+        raise ValueError(f"grpo.group_size must be >= 2 for a group baseline, got {grpo.group_size}")
+    _at_least(config, 1, "grpo.steps", "grpo.prompts_per_step", "grpo.minibatches", "grpo.epochs", "grpo.logprob_chunk")
+    _at_least(config, 1, "grpo.max_tokens_per_microbatch", "sampling.max_completion_length")
+    _at_least(config, 1, "sft.steps", "sft.batch_size", "sft.max_completion_length", "data.max_prompt_length")
+    _at_least(config, 1, "rewards.num_workers", "checkpoint.every", "checkpoint.keep", "eval.max_prompts")
+    _at_least(config, 1, "mesh.num_devices", "sampling.slots")
+    _at_least(config, 1, "distributed.num_processes", "distributed.initialization_timeout_seconds")
+    _at_least(config, 5, "distributed.heartbeat_timeout_seconds")
+    _at_least(config, 0, "distributed.process_id", "mesh.max_unsharded_share")
+    if not 0 < sampling.kv_memory <= 1:
+        raise ValueError(f"sampling.kv_memory must be a share of memory in (0, 1], got {sampling.kv_memory}")
+    _at_least(
+        config,
+        0,
+        "eval.every",
+        "grpo.dynamic_sampling_rounds",
+        "rewards.overlong_buffer",
+        "rewards.overlong_factor",
+        "reference.sync_every",
+        "data.eval_size",
+        "logging.samples_per_step",
+        "grpo.beta",
+        "grpo.epsilon",
+    )
+    _at_least(config, 0, "sampling.top_k", "sampling.temperature", "sampling.min_p", "sampling.min_completion_length")
+    _at_least(config, 0, "seed")
+    _check_model(config)
+    _check_lora(config)
+    _check_group_sizes(config)
+    _check_optimizer(config)
+    _check_health(config)
+    if grpo.prompts_per_step % grpo.minibatches:
+        fits = [n for n in range(1, grpo.prompts_per_step + 1) if grpo.prompts_per_step % n == 0]
+        raise ValueError(
+            f"grpo.minibatches must divide grpo.prompts_per_step ({grpo.prompts_per_step}), got {grpo.minibatches}; "
+            f"these fit: {fits}"
+        )
+    if sampling.min_completion_length > sampling.max_completion_length:
+        raise ValueError(
+            "sampling.min_completion_length must be <= sampling.max_completion_length "
+            f"({sampling.max_completion_length}), got {sampling.min_completion_length}"
+        )
+    for key, value, low in (
+        ("sampling.top_p", sampling.top_p, 0.0),
+        ("grpo.top_entropy_quantile", grpo.top_entropy_quantile, -1e-9),
+    ):
+        if not low < value <= 1.0:
+            raise ValueError(f"{key} must be in (0, 1], got {value}")
+    if not sampling.min_p < 1.0:
+        raise ValueError(f"sampling.min_p must be in [0, 1), got {sampling.min_p}")
+    if not sampling.repetition_penalty > 0:
+        raise ValueError(f"sampling.repetition_penalty must be > 0 (1 is off), got {sampling.repetition_penalty}")
+    for key, ids in (("logit_bias", sampling.logit_bias), ("forbidden_ids", sampling.forbidden_ids)):
+        if any(token < 0 for token in ids):
+            raise ValueError(f"sampling.{key} must hold token ids >= 0, got {sorted(ids)}")
+    if not config.rewards.timeout_seconds > 0:
+        raise ValueError(f"rewards.timeout_seconds must be > 0, got {config.rewards.timeout_seconds}")
+    for key, choices in OPEN_CHOICES.items():
+        value = getattr(grpo, key)
+        if value not in choices and not is_user_function(value):
+            raise ValueError(f"grpo.{key}: must be one of {list(choices)} or path/to/file.py:function, got {value!r}")
+    if grpo.loss_type == "cispo" and grpo.epsilon_high is None:
+        raise ValueError(
+            "grpo.epsilon_high must be set with loss_type cispo, where it is the cap of the ratio itself and not a "
+            "distance from 1, got null; for example grpo.epsilon_high=5.0"
+        )
+    if grpo.old_logprobs == "sampler" and grpo.sampler_is_correction:
+        raise ValueError(
+            "grpo.sampler_is_correction must be false with grpo.old_logprobs=sampler, whose ratio of old to sampler is "
+            "1, got true; set grpo.old_logprobs=recompute to correct for the difference"
+        )
+    if grpo.loss_type == "vespo" and grpo.sampler_is_correction and not grpo.sampler_is_mode.startswith("token_"):
+        raise ValueError(
+            "grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, "
+            f"got {grpo.sampler_is_mode!r}"
+        )
+    if config.reference.sync_every and not grpo.beta:
+        raise ValueError(
+            f"grpo.beta must be > 0 with reference.sync_every {config.reference.sync_every}, got {grpo.beta}: without "
+            "a KL term there is no reference; set reference.sync_every to 0"
+        )
+    if not 0 < config.reference.ema <= 1:
+        raise ValueError(f"reference.ema must be in (0, 1], got {config.reference.ema}; 1 copies the policy")
+    if config.reference.ema != 1 and not config.reference.sync_every:
+        raise ValueError(
+            f"reference.sync_every must be > 0 with reference.ema {config.reference.ema}, got 0: it never moves"
+        )
+    if config.rewards.overlong_buffer > 1:
+        raise ValueError(
+            "rewards.overlong_buffer must be a share of sampling.max_completion_length in [0, 1], got "
+            f"{config.rewards.overlong_buffer}; 0 turns the punishment off"
+        )
+    names = [function.name or function.function for function in config.rewards.functions]
+    if config.rewards.overlong_buffer and "overlong" in names:
+        raise ValueError(
+            "rewards.functions must not name a function 'overlong' while rewards.overlong_buffer is set, whose "
+            f"punishment has this name, got {names}; give it another `name`"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"rewards.functions must have distinct names, got {names}; set `name` on each")
+    if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in names:
+        raise ValueError(f"eval.reward must name one of rewards.functions {names}, got {config.eval.reward!r}")
+    if config.data.eval_source is not None and config.data.eval_size:
+        raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
+
+
+def _check_health(config: Config) -> None:
+    section = config.health
+    _at_least(config, 1, "health.max_skipped_updates", "health.patience")
+    _at_least(config, 10, "health.spike_window")
+    _at_least(config, 0, "health.entropy_floor")
+    for name in ("kl_spike", "grad_norm_spike"):
+        value = getattr(section, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"health.{name} must be > 0 or null (off), got {value}")
+    for name in ("equal_rewards_share", "truncated_share"):
+        value = getattr(section, name)
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"health.{name} must be a share in (0, 1] or null (off), got {value}")
+
+
+def _check_model(config: Config) -> None:
+    """Keys that only some kinds of model have."""
+    section, kind = config.model, source_kind(config.model.source)
+    if kind != "own":
+        for key, value in (("args", section.args), ("weights", section.weights)):
+            if value:
+                raise ValueError(
+                    f"model.{key} belongs to a module of your own (model.source: path/to/file.py:build), got {value!r} "
+                    f"with model.source {section.source!r}; leave it out"
+                )
+    if kind == "decoder":
+        return
+    rules = {
+        "lora.rank": (config.lora.rank, 0),
+        "sampling.kv_dtype": (config.sampling.kv_dtype, None),
+        "sampling.weight_dtype": (config.sampling.weight_dtype, None),
+        "model.scan_layers": (section.scan_layers, False),
+        "model.attention": (section.attention, "auto"),
+        "mesh.rollout_rules": (config.mesh.rollout_rules, {}),
+        "compiled_file": (config.compiled_file, None),
+    }
+    if kind == "own":
+        rules["model.remat"] = (section.remat, "none")
+    if config.optimizer.name == "muon":
+        raise ValueError(
+            f"optimizer.name must not be muon with model.source {section.source!r}, whose matrices it cannot tell "
+            "inputs and outputs of; use adamw"
+        )
+    for key, (value, needed) in rules.items():
+        if value != needed:
+            raise ValueError(
+                f"{key} must be {json.dumps(needed)} with model.source {section.source!r}, got "
+                f"{value!r}: it is a part of the toolkit's own decoder; leave it out"
+            )
+
+
+def _check_lora(config: Config) -> None:
+    """Ranges, and keys that contradict a frozen base. Whether a target matches is known with the model only."""
+    section = config.lora
+    _at_least(config, 0, "lora.rank")
+    if not section.rank and section.adapter is None:
+        for key in ("base_dtype", "base_group_size"):
+            value = getattr(section, key)
+            if value is not None:
+                raise ValueError(
+                    f"lora.{key} must be null without adapters (lora.rank 0, no lora.adapter), got {value!r}; "
+                    "set lora.rank"
+                )
+        return
+    if not section.alpha > 0:
+        raise ValueError(f"lora.alpha must be > 0, got {section.alpha}")
+    if not section.targets:
+        raise ValueError('lora.targets must hold a pattern, got []; "*_proj" is every matrix of attention and mlp')
+    if section.adapter is not None and config.model.source is None:
+        raise ValueError(
+            f"lora.adapter needs the model that it belongs to, got {section.adapter!r} with model.source null; "
+            "set model.source"
+        )
+    if config.reference.sync_every:
+        raise ValueError(
+            f"reference.sync_every must be 0 with adapters, whose reference is the frozen base, got "
+            f"{config.reference.sync_every}"
+        )
+    if section.base_dtype == config.model.param_dtype:
+        raise ValueError(
+            f"lora.base_dtype must be another than model.param_dtype, got {section.base_dtype!r} for both; leave it out"
+        )
+    if section.base_dtype not in (None, "bfloat16") and config.sampling.weight_dtype is not None:
+        raise ValueError(
+            f"sampling.weight_dtype must be null with lora.base_dtype {section.base_dtype}, which is read in decoding "
+            f"as well, got {config.sampling.weight_dtype!r}"
+        )
+
+
+def _check_group_sizes(config: Config) -> None:
+    """Groups are of quantised weights only. Whether they divide a matrix is known with the model only."""
+    for section, size_key, dtype_key in (
+        ("lora", "base_group_size", "base_dtype"),
+        ("sampling", "weight_group_size", "weight_dtype"),
+    ):
+        values = getattr(config, section)
+        size, dtype = getattr(values, size_key), getattr(values, dtype_key)
+        if size is None:
+            continue
+        if size < 1:
+            raise ValueError(f"{section}.{size_key} must be >= 1 or null, got {size}")
+        if dtype in (None, "bfloat16"):
+            raise ValueError(
+                f"{section}.{size_key} must be null where no weights are quantised, got {size} with "
+                f"{section}.{dtype_key} {dtype!r}"
+            )
+
+
+def _check_optimizer(config: Config) -> None:
+    """Ranges, and settings that the chosen optimizer or schedule needs or cannot have."""
+    section = config.optimizer
+    _at_least(
+        config, 0, "optimizer.lr", "optimizer.warmup_updates", "optimizer.weight_decay", "optimizer.max_grad_norm"
+    )
+    _at_least(config, 1, "optimizer.decay_updates", "optimizer.adafactor_min_dim")
+    for name in ("b1", "b2", "lion_b1", "lion_b2", "muon_momentum", "sgd_momentum"):
+        value = getattr(section, name)
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"optimizer.{name} must be in [0, 1), got {value}")
+    for name, value in (("eps", section.eps), ("muon_rms", section.muon_rms)):
+        if value is not None and not value > 0:
+            raise ValueError(f"optimizer.{name} must be > 0, got {value}")
+    if not 0.0 <= section.final_lr_ratio <= 1.0:
+        raise ValueError(f"optimizer.final_lr_ratio must be in [0, 1], got {section.final_lr_ratio}")
+    for index, group in enumerate(section.lr_groups):
+        if not group.lr_scale >= 0:
+            raise ValueError(f"optimizer.lr_groups.{index}.lr_scale must be >= 0, got {group.lr_scale}")
+    if section.schedule == "wsd" and section.decay_updates is None:
+        raise ValueError(
+            "optimizer.decay_updates must be set with optimizer.schedule wsd, got null; about a tenth of the run's "
+            "updates is usual"
+        )
+    if section.second_moment_dtype is not None and section.name not in ("adamw", "muon"):
+        raise ValueError(
+            f"optimizer.second_moment_dtype must be null with optimizer.name {section.name}, which has no full second "
+            f"moment, got {section.second_moment_dtype!r}; leave it out"
+        )
+    # A change below half of the last of 8 bits is lost: the moment stands still a share of 2^-8 / (1 - b2) from its
+    # target, here at most a quarter.
+    if section.second_moment_dtype == "bfloat16" and 1 - section.b2 < 2**-6:
+        raise ValueError(
+            f"optimizer.b2 must be <= {1 - 2**-6:.3f} with optimizer.second_moment_dtype bfloat16, got {section.b2}: "
+            "the moment's changes would be lost to rounding; lower b2, 0.98 for instance, or keep it in float32"
+        )
+    no_moment = section.name == "adafactor" or (section.name == "sgd" and not section.sgd_momentum)
+    if section.moment_dtype is not None and no_moment:
+        way_out = "set optimizer.sgd_momentum or leave it out" if section.name == "sgd" else "leave it out"
+        raise ValueError(
+            f"optimizer.moment_dtype must be null with optimizer.name {section.name}, which keeps no first moment "
+            f"here, got {section.moment_dtype!r}; {way_out}"
+        )
+
+
+def _at_least(config: Config, minimum: int | float, *keys: str) -> None:
+    flat = flatten(to_dict(config))
+    for key in keys:
+        if flat[key] is not None and not flat[key] >= minimum:
+            raise ValueError(f"{key} must be >= {minimum}, got {flat[key]}")
