@@ -117,18 +117,28 @@ def cache_sizes(most_slots: int, limit: int) -> list[CacheSize]:
     """The sizes that the own cache may have while completions of at most `limit` tokens are drawn.
 
     Slots are up to three times halved and lengths double until the limit. Three quarters of the slots go with one and a
-    half of the lengths: where completions end at a steady rate, growing from size to size then never takes more than
-    an eighth above what the first size takes.
+    half of the lengths, and where memory is at its highest there are steps between these: five eighths and five
+    sixteenths of the slots with the lengths from the second on, half of the slots with five quarters of these. Where
+    completions end at a steady rate, growing from size to size then takes no more than a quarter above the
+    first size, not even in a call whose completions happen to end late (99 of 100 at a mean of 0.4 times the limit).
     """
     halved = [most_slots]
     while halved[-1] > MIN_SLOTS and len(halved) <= MAX_HALVINGS:
         halved.append(max(math.ceil(halved[-1] / 2), MIN_SLOTS))
-    between = [slots * 3 // 4 for slots in halved if slots * 3 // 4 >= MIN_SLOTS]
     last = LENGTH_UNIT * math.ceil(limit / LENGTH_UNIT)
     doubled = [MIN_LENGTH << k for k in range(limit.bit_length()) if MIN_LENGTH << k < last]
-    halfway = [length * 3 // 2 for length in doubled if length * 3 // 2 < last]
-    by_halves = [CacheSize(slots, length) for length in (*doubled, last) for slots in halved]
-    return by_halves + [CacheSize(slots, length) for length in (*halfway, last) for slots in between if doubled]
+    quarters = [count for slots in halved if (count := slots * 3 // 4) >= MIN_SLOTS]
+    eighths = [count for slots in halved[:2] if (count := slots * 5 // 8) >= MIN_SLOTS]
+
+    def sizes(slots: Sequence[int], lengths: Sequence[int]) -> list[CacheSize]:
+        return [CacheSize(count, length) for length in lengths for count in slots]
+
+    if not doubled:
+        return sizes(halved, [last])
+    between = sizes(quarters, [*(length * 3 // 2 for length in doubled if length * 3 // 2 < last), last])
+    between += sizes(eighths, [*doubled[1:], last])
+    between += sizes(halved[1:2], [length * 5 // 4 for length in doubled[1:] if length * 5 // 4 < last])
+    return sizes(halved, [*doubled, last]) + between
 
 
 def next_cache_size(sizes: Sequence[CacheSize], now: CacheSize, needed: int, filled: int) -> CacheSize:

@@ -78,6 +78,21 @@ def test_splash_attention_gives_the_values_and_gradients_of_plain_operations(siz
     assert_close(value_and_gradients(kernel.attend, *inputs), value_and_gradients(ops.attention, *inputs))
 
 
+@pytest.mark.parametrize(("num_tokens", "window"), [(50, None), (130, 7), (600, None)])
+def test_blocks_of_queries_over_the_keys_before_them_give_the_values_and_gradients_of_whole_rows(num_tokens, window):
+    inputs = attention_inputs(2, num_tokens, 4, 2, 8, window)
+    assert_close(value_and_gradients(ops.causal_attention, *inputs), value_and_gradients(ops.attention, *inputs))
+
+
+def test_blocks_of_queries_compute_little_more_than_the_causal_half():
+    qkv, mask, _ = attention_inputs(2, 512, 4, 2, 8)
+
+    def flops(attend):
+        return jax.jit(attend, static_argnums=4).lower(*qkv, mask, 0.3).compile().cost_analysis()["flops"]
+
+    assert flops(ops.causal_attention) < (0.5 + 0.5 / 8 + 0.02) * flops(ops.attention)
+
+
 def test_the_arguments_for_cudnn_mean_what_plain_operations_mean():
     attend = attention_kernels.CudnnAttention(implementation="xla")
     inputs = attention_inputs(2, 61, 4, 2, 8)

@@ -57,12 +57,14 @@ def test_sizes_are_few_and_close():
         assert all(n <= size <= max(n * (1 + 1 / steps), n) for n, size in enumerate(sizes, start=1))
 
 
-def test_cache_sizes_halve_and_double_and_have_a_step_between():
+def test_cache_sizes_halve_and_double_and_have_steps_between():
     assert cache_sizes(64, 16) == [(64, 16), (32, 16), (16, 16), (8, 16)]
-    assert cache_sizes(16, 100) == [(16, 64), (8, 64), (16, 112), (8, 112), (12, 96), (12, 112)]
+    assert cache_sizes(16, 100) == [(16, 64), (8, 64), (16, 112), (8, 112), (12, 96), (12, 112), (10, 112)]
+    assert len(cache_sizes(64, 256)) == 26
     assert cache_sizes(3, 64) == [(3, 64)]
-    assert {slots for slots, _ in cache_sizes(1024, 300)} == {1024, 768, 512, 384, 256, 192, 128, 96}
+    assert {slots for slots, _ in cache_sizes(1024, 300)} == {1024, 768, 640, 512, 384, 320, 256, 192, 128, 96}
     assert {length for _, length in cache_sizes(1, 300)} == {64, 128, 256, 304}
+    assert {length for slots, length in cache_sizes(1024, 300) if slots == 512} == {64, 128, 160, 256, 304}
 
 
 def test_half_of_the_slots_go_once_they_can_and_a_full_cache_grows():
@@ -73,6 +75,8 @@ def test_half_of_the_slots_go_once_they_can_and_a_full_cache_grows():
     assert next_cache_size(sizes, CacheSize(64, 64), 64, 64) == (64, 128)
     assert next_cache_size(sizes, CacheSize(64, 64), 37, 64) == (48, 96)
     assert next_cache_size(sizes, CacheSize(48, 96), 28, 96) == (32, 128)
+    assert next_cache_size(sizes, CacheSize(48, 96), 33, 96) == (40, 128)
+    assert next_cache_size(sizes, CacheSize(40, 128), 32, 128) == (32, 160)
     assert next_cache_size(sizes, CacheSize(48, 192), 48, 192) == (48, 256)
 
 
@@ -106,6 +110,18 @@ def test_completions_that_end_at_a_steady_rate_never_need_much_more_than_they_st
         areas.append(now.slots * now.length)
     assert now.length == 1024
     assert max(areas[:256]) <= 64 * 64 * 9 / 8
+
+
+def test_of_random_calls_one_in_fifty_at_most_needs_a_quarter_more_than_it_started_with():
+    rng, sizes, areas = np.random.default_rng(0), cache_sizes(64, 256), []
+    for _ in range(200):
+        lengths = rng.geometric(0.0088, 64).clip(max=256)  # a mean of 102
+        now, largest = CacheSize(64, 64), 0
+        for step in range(int(lengths.max())):
+            now = next_cache_size(sizes, now, int((lengths > step).sum()), step)
+            largest = max(largest, now.slots * now.length)
+        areas.append(largest)
+    assert np.mean(np.array(areas) > 64 * 64 * 5 / 4) <= 1 / 50
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 8])

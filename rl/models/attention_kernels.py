@@ -1,9 +1,10 @@
 """The attention of training passes behind one function, computed by whatever the platform is best at.
 
-In: queries, keys, values of packed rows and the boolean mask of `ops.visible`. Out: the same numbers from every back
-end, up to rounding, in value and in gradient: `xla` (plain operations; any platform and dtype), `splash` (the Pallas
-kernel for TPU, which skips blocks of the mask that are empty, so that completions which do not see one another cost
-nothing), `cudnn` (flash attention on NVIDIA GPUs, bfloat16 or float16).
+In: queries, keys, values of packed rows and the boolean mask of `ops.visible`; in a packed row nothing sees what stands
+after it. Out: the same numbers from every back end, up to rounding, in value and in gradient: `xla` (plain operations
+on the causal half of the scores; any platform and dtype), `splash` (the Pallas kernel for TPU, which skips blocks of
+the mask that are empty, so that completions which do not see one another cost nothing), `cudnn` (flash attention on
+NVIDIA GPUs, bfloat16 or float16).
 Not here: decoding (`ops.attention_over_parts`).
 
 Legend: B rows, T query positions, S key positions, N query heads, K kv heads, H head dim.
@@ -36,7 +37,7 @@ class AttentionKernel:
     attend: ops.AttentionFn
 
 
-XLA = AttentionKernel("xla", ops.attention)
+XLA = AttentionKernel("xla", ops.causal_attention)
 
 
 def choose_kernel(

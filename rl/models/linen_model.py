@@ -155,7 +155,7 @@ class CausalLM(nn.Module):
     """
 
     config: ModelConfig
-    attention_fn: ops.AttentionFn = ops.attention
+    attention_fn: ops.AttentionFn = ops.causal_attention
 
     def setup(self) -> None:
         config = self.config

@@ -156,7 +156,9 @@ class CausalLM(nnx.Module):
     construction: both twins draw the same numbers.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, attention_fn: ops.AttentionFn = ops.attention) -> None:
+    def __init__(
+        self, config: ModelConfig, rngs: nnx.Rngs, attention_fn: ops.AttentionFn = ops.causal_attention
+    ) -> None:
         self.config = config
         self.attention_fn = attention_fn
         key = rngs.params.key[...]

@@ -32,6 +32,8 @@ AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], jax.
 # Names of what `remat: outputs` keeps of a layer.
 ATTENTION_OUTPUT, MLP_OUTPUT = "attention_output", "mlp_output"
 
+_CAUSAL_BLOCKS, _MIN_CAUSAL_BLOCK = 8, 64  # of the queries of a row, and the fewest queries of one
+
 
 def remat_options(mode: str) -> dict[str, Any]:
     """Arguments of `jax.checkpoint` around one layer: what of it, besides its inputs, the backward pass finds kept.
@@ -297,6 +299,24 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS:
     weights_BKTJS = jax.nn.softmax(scores_BKTJS, axis=-1).astype(q_BTNH.dtype)
     output_BTKJH = jnp.einsum("BKTJS,BSKH->BTKJH", weights_BKTJS, v_BSKH)
     return output_BTKJH.reshape(num_sequences, num_tokens, num_heads, head_dim)
+
+
+def causal_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTT: jax.Array, scale: float
+) -> jax.Array:
+    """`attention` where no query sees a key that stands after it in the row, as in packed rows, whatever the mask says.
+
+    Each of at most `_CAUSAL_BLOCKS` blocks of queries meets the keys up to its own end only: of a long row little more
+    than half of the scores are computed, and those of a whole row never exist at once.
+    """
+    num_tokens = q_BTNH.shape[1]
+    block = _MIN_CAUSAL_BLOCK * math.ceil(num_tokens / (_MIN_CAUSAL_BLOCK * _CAUSAL_BLOCKS))
+    outputs = []
+    for start in range(0, num_tokens, block):
+        end = min(start + block, num_tokens)
+        queries, mask_BTS = q_BTNH[:, start:end], mask_BTT[:, start:end, :end]
+        outputs.append(attention(queries, k_BTKH[:, :end], v_BTKH[:, :end], mask_BTS, scale))
+    return jnp.concatenate(outputs, axis=1)
 
 
 class _Partial(NamedTuple):
