@@ -10,7 +10,7 @@ from weights import Weights
 from rl.metrics import CompileCounter
 from rl.models.config import ModelConfig
 
-MAX_GROWTH = 0.02  # of resident memory; allocators keep a little more or less from call to call
+MAX_GROWTH = 0.02  # of resident memory
 
 
 @dataclasses.dataclass(frozen=True)

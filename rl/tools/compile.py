@@ -14,7 +14,7 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -26,20 +26,24 @@ from rl.tools.topologies import CHIPS, find_devices
 from rl.weights import use_compilation_cache
 
 
-def compile_loop(loop: Loop, save: str | None = None) -> Report:
+def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None] | None = None) -> Report:
     """Compiles the programs of a run, one after the other, and reports on them.
 
     Args:
       save: file to write all of them to; None: only those that are reported on are compiled.
+      tell: gets a line when a program is begun, and one when it is compiled.
 
     Raises:
       ValueError: `save`, and a program does not fit or the back end cannot serialise it.
     """
     reports: list[ProgramReport] = []
     kept = []
+    tell = tell or (lambda line: None)
     for program in loop.programs:
         if program.is_reported or save is not None:
+            tell(f"{program.name} ...")
             report, compiled = compile_one(program)
+            tell(f"{program.name}: {report.seconds:.0f} s, {report.host_bytes / 1e9:.1f} GB of host memory so far")
             if program.is_reported:
                 reports.append(report)
             if save is not None:
@@ -73,8 +77,9 @@ def compile_config(
     num_slices: int = 1,
     devices: str | None = None,
     save: str | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Report:
-    """`grpo compile` as a function; its arguments are the command's.
+    """`grpo compile` as a function; its arguments are the command's, `tell` is that of `compile_loop`.
 
     Raises:
       ValueError: whatever is wrong with them, or an unknown chip.
@@ -84,7 +89,7 @@ def compile_config(
     if topology is not None and kind not in CHIPS:
         raise ValueError(f"--topology must be of a chip out of {[chip.name for chip in CHIPS.values()]}, got {kind!r}")
     memory = CHIPS[kind].memory if topology is not None else None
-    return compile_loop(loop_programs(config, found, memory), save)
+    return compile_loop(loop_programs(config, found, memory), save, tell)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         jax.config.update("jax_platforms", "cpu")  # no device of this machine is used, so none is taken
     # Where each operation comes from, written into a program of eighty layers, is a third of the host memory.
     jax.config.update("jax_traceback_in_locations_limit", 0)
-    report = compile_config(config, arguments.topology, arguments.slices, arguments.devices, arguments.save)
+    devices = (arguments.topology, arguments.slices, arguments.devices)
+    report = compile_config(config, *devices, arguments.save, lambda line: print(line, file=sys.stderr))
     print(to_text(report))
     if arguments.json is not None:
         pathlib.Path(arguments.json).write_text(json.dumps(to_json(report), indent=1))
