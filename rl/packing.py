@@ -163,14 +163,13 @@ def plan_packing(
 
 
 def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float32) -> Batch:
-    """Packs groups by first-fit decreasing over their lengths; deterministic, and every completion keeps its
+    """Packs groups by first-fit decreasing over their lengths (`_rows`); deterministic, and every completion keeps its
     `sequence_ids` index.
 
     Groups without completions are left out. A minibatch without any completion gives a batch of padding. `dtype` is
     that of the batch's floating-point fields: float32, or float64 for a float64 model.
     """
-    units = _units(groups, plan)
-    rows = _first_fit_decreasing(units, plan)
+    rows = _rows(groups, plan)
     num_microbatches = max(math.ceil(len(rows) / plan.num_rows), 1)
     assert num_microbatches <= plan.num_microbatches, (len(rows), plan)
     batch = _empty_batch(plan, num_microbatches, np.dtype(dtype))
@@ -204,40 +203,47 @@ class _Unit(NamedTuple):
         return len(self.prompt_ids) + sum(len(c.token_ids) - 1 for c in self.completions)
 
 
-def _units(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[_Unit]:
-    units: list[_Unit] = []
-    next_id = 0
-    for group in groups:
-        unit = _Unit(group.prompt_ids, [], [])
-        for completion in group.completions:
-            assert len(group.prompt_ids) > 0
-            assert 0 < len(completion.token_ids) <= plan.completion_length
-            full = unit.num_tokens + len(completion.token_ids) - 1 > plan.row_length
-            if unit.completions and (full or len(unit.completions) == plan.completions_per_row):
-                units.append(unit)
-                unit = _Unit(group.prompt_ids, [], [])
-            unit.completions.append(completion)
-            unit.sequence_ids.append(next_id)
-            next_id += 1
-        if unit.completions:
-            units.append(unit)
-    return units
-
-
-def _first_fit_decreasing(units: list[_Unit], plan: PackingPlan) -> list[list[_Unit]]:
-    rows: list[list[_Unit]] = []
+def _rows(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[list[_Unit]]:
+    """The units of each row. Groups come in decreasing order of their tokens, and each goes whole to the fullest row that
+    holds it. Of a group that is longer than a row the completions come in decreasing order of theirs; each goes beside
+    others of its group where it fits, else to the fullest row where its prompt fits as well.
+    """
+    rows: list[dict[int, _Unit]] = []  # by group
     free: list[tuple[int, int]] = []  # tokens and completions that still fit in each row
-    for unit in sorted(units, key=lambda u: -u.num_tokens):  # stable: ties keep their order
-        need = (unit.num_tokens, len(unit.completions))
-        for i, (tokens, completions) in enumerate(free):
-            if need[0] <= tokens and need[1] <= completions:
-                rows[i].append(unit)
-                free[i] = (tokens - need[0], completions - need[1])
-                break
+
+    def put(index: int, places: Sequence[int]) -> None:
+        """These completions of a group into one row, a new one where there is none for them."""
+        group = groups[index]
+        # The last token of a completion predicts nothing, so it is never an input.
+        num_tokens = sum(len(group.completions[place].token_ids) - 1 for place in places)
+        needs = [num_tokens + (0 if index in row else len(group.prompt_ids)) for row in rows]
+        fitting = [r for r, need in enumerate(needs) if need <= free[r][0] and len(places) <= free[r][1]]
+        if fitting:
+            r = min(fitting, key=lambda r: (index not in rows[r], free[r][0]))
         else:
-            rows.append([unit])
-            free.append((plan.row_length - need[0], plan.completions_per_row - need[1]))
-    return rows
+            r = len(rows)
+            rows.append({})
+            free.append((plan.row_length, plan.completions_per_row))
+            needs.append(num_tokens + len(group.prompt_ids))
+        unit = rows[r].setdefault(index, _Unit(group.prompt_ids, [], []))
+        unit.completions.extend(group.completions[place] for place in places)
+        unit.sequence_ids.extend(first_ids[index] + place for place in places)
+        free[r] = (free[r][0] - needs[r], free[r][1] - len(places))
+
+    first_ids = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
+    lengths = [[len(completion.token_ids) for completion in group.completions] for group in groups]
+    assert all(0 < length <= plan.completion_length for group in lengths for length in group)
+    sizes = [len(g.prompt_ids) + sum(group) - len(group) for g, group in zip(groups, lengths, strict=True)]
+    for index in sorted(range(len(groups)), key=lambda i: -sizes[i]):  # stable: ties keep their order
+        assert len(groups[index].prompt_ids) > 0
+        places = sorted(range(len(lengths[index])), key=lambda i: -lengths[index][i])
+        if sizes[index] <= plan.row_length and len(places) <= plan.completions_per_row:
+            if places:
+                put(index, sorted(places))
+            continue
+        for place in places:
+            put(index, [place])
+    return [list(row.values()) for row in rows]
 
 
 def batch_fields(plan: PackingPlan, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any, Any]]:
