@@ -123,7 +123,7 @@ def plan_packing(
 
     Args:
       preferred_row_length: rows are not shorter, unless the budget is; the hidden size, because at that length
-        attention costs about a sixth of the rest of a layer, less than half-empty rows would.
+        attention costs about a twelfth of the rest of a layer, less than half-empty rows would.
       packs_rows: False for a policy that cannot tell the sequences of a row apart: each row is one prompt with one
         completion.
 
@@ -204,9 +204,9 @@ class _Unit(NamedTuple):
 
 
 def _rows(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[list[_Unit]]:
-    """The units of each row. Groups come in decreasing order of their tokens, and each goes whole to the fullest row that
-    holds it. Of a group that is longer than a row the completions come in decreasing order of theirs; each goes beside
-    others of its group where it fits, else to the fullest row where its prompt fits as well.
+    """The units of each row. Groups come in decreasing order of their tokens, each whole to the fullest row that holds
+    it. Of a group that is longer than a row the completions come in decreasing order of theirs; each goes beside others
+    of its group where it fits, else to the fullest row where its prompt fits as well.
     """
     rows: list[dict[int, _Unit]] = []  # by group
     free: list[tuple[int, int]] = []  # tokens and completions that still fit in each row
@@ -316,8 +316,8 @@ def _row_length(
     """The length of rows at which a group of the longest sequences costs least, of all that hold 1, 2, ... completions.
 
     A shorter row repeats the prompt more often, a longer one has every token attend to more of others' completions:
-    plain operations compute a whole row's scores. A token costs 1 for the rest of a layer and a sixth for attention
-    over `preferred_row_length` positions.
+    plain operations compute half of a row's scores. A token costs 1 for the rest of a layer and a twelfth for attention
+    in rows of `preferred_row_length` positions.
     """
 
     def cost(row_length: int) -> float:
@@ -325,7 +325,7 @@ def _row_length(
         rows = math.ceil(group_size / completions)
         if completions == group_size:
             rows = 1 / (row_length // (max_prompt_length + group_size * max_completion_length))
-        return rows * row_length * (1 + row_length / (6 * preferred_row_length))
+        return rows * row_length * (1 + row_length / (12 * preferred_row_length))
 
     lengths = []
     for completions in range(1, group_size + 1):

@@ -39,24 +39,36 @@ def assert_trees_identical(left, right):
 # The parameter tree
 
 
+def own_initialisations(config):
+    """What each twin's modules make of a key."""
+    labels = jnp.zeros((1, 1), jnp.int32)
+    linen = linen_model.CausalLM(config)
+    return (
+        lambda key: linen.init({"params": key}, labels, labels, labels, labels)["params"],
+        lambda key: nnx.to_pure_dict(nnx.state(nnx_model.CausalLM(config, nnx.Rngs(params=key)))),
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_both_twins_declare_the_specified_tree(family, tied):
     config = tiny_config(family, tie_word_embeddings=tied)
     shapes = {path: spec.shape for path, spec in flatten_specs(parameter_specs(config))}
-    for policy in both(config):
-        leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(policy.init, jax.random.key(0)))
+    for init in own_initialisations(config):
+        leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, jax.random.key(0)))
         assert {tuple(k.key for k in path): leaf.shape for path, leaf in leaves} == shapes
         assert all(leaf.dtype == jnp.float32 for _, leaf in leaves)
         assert config.num_parameters == sum(leaf.size for _, leaf in leaves)
 
 
-def test_both_twins_draw_the_same_numbers():
-    config = tiny_config("gemma3_text", tie_word_embeddings=False, attention_bias=True)
+@pytest.mark.parametrize("lora", [None, LoRAConfig(2, 2.0, ("*_proj", "lm_head"))])
+def test_both_twins_draw_the_same_numbers(lora):
+    config = tiny_config("gemma3_text", tie_word_embeddings=False, attention_bias=True, lora=lora)
     key = jax.random.key(11)
-    linen, nnx_params = (policy.init(key) for policy in both(config))
+    linen, nnx_params = (init(key) for init in own_initialisations(config))
     assert_trees_identical(linen, nnx_params)
-    assert_trees_identical(linen, ops.init_params(config, key))
+    for policy in both(config):
+        assert_trees_identical(linen, policy.init(key))
 
 
 def test_biases_exist_where_the_family_has_them():

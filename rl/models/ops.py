@@ -128,28 +128,54 @@ def initial_value(config: ModelConfig, key: jax.Array, path: Sequence[str], shap
     in +-1 / sqrt(inputs) and B is 0, so that it starts as nothing (as in https://github.com/huggingface/peft). The draw
     depends on (key, path) only, so that both twins, and any subset of the layers, draw the same numbers.
     """
-    dtype = dtype_of(config.param_dtype)
     name = path[-1]
-    if name == LORA_B or name == "bias" or (name == "scale" and config.is_gemma):
-        return jnp.zeros(shape, dtype)
-    if name == "scale":
-        return jnp.ones(shape, dtype)
-    path_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+    if _is_drawn(name):
+        return _draw(config, jax.random.fold_in(key, _path_hash(path)), name, shape)
+    value = 1.0 if name == "scale" and not config.is_gemma else 0.0
+    return jnp.full(shape, value, dtype_of(config.param_dtype))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """The whole parameter tree at its initial values; what either twin's own initialisation gives, without a module.
+
+    Matrices of one shape are drawn together: a model of 28 layers is 6 draws to compile instead of 197.
+    """
+    specs = list(flatten_specs(parameter_specs(config)))
+    values: dict[tuple[str, ...], jax.Array] = {}
+    alike: dict[tuple[bool, tuple[int, ...]], list[tuple[str, ...]]] = {}
+    for path, spec in specs:
+        if _is_drawn(path[-1]):
+            alike.setdefault((path[-1] == LORA_A, spec.shape), []).append(path)
+        else:
+            values[path] = initial_value(config, key, path, spec.shape)
+    for (_, shape), paths in alike.items():
+        hashes = jnp.asarray([_path_hash(path) for path in paths], jnp.uint32)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(hashes)
+        drawn = jax.vmap(lambda path_key, name=paths[0][-1], shape=shape: _draw(config, path_key, name, shape))(keys)
+        values.update(zip(paths, drawn, strict=True))
+    params: dict[str, Any] = {}
+    for path, _ in specs:
+        node = params
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = values[path]
+    return params
+
+
+def _is_drawn(name: str) -> bool:
+    return name not in (LORA_B, "bias", "scale")
+
+
+def _path_hash(path: Sequence[str]) -> int:
+    return zlib.crc32("/".join(path).encode())
+
+
+def _draw(config: ModelConfig, path_key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
+    dtype = dtype_of(config.param_dtype)
     if name == LORA_A:
         bound = float(np.prod(shape[:-1])) ** -0.5
         return jax.random.uniform(path_key, shape, widen(dtype), -bound, bound).astype(dtype)
     return (config.initializer_range * jax.random.normal(path_key, shape, widen(dtype))).astype(dtype)
-
-
-def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """The whole parameter tree at its initial values; what either twin's own initialisation gives, without a module."""
-    params: dict[str, Any] = {}
-    for path, spec in flatten_specs(parameter_specs(config)):
-        node = params
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = initial_value(config, key, path, spec.shape)
-    return params
 
 
 # Projections, norms, activations

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from flax.core import unfreeze
 from jax.sharding import Mesh
 
-from rl.models import linen_model, nnx_model, own
+from rl.models import linen_model, nnx_model, ops, own
 from rl.models.attention_kernels import XLA, AttentionKernel, choose_kernel
 from rl.models.cache import KVCache
 from rl.models.config import ForeignConfig, ModelConfig, parameter_specs
@@ -126,10 +124,7 @@ class LinenPolicy:
         self.module = linen_model.CausalLM(config, kernel.attend)
 
     def init(self, key: jax.Array) -> Params:
-        labels = jnp.zeros((1, 1), jnp.int32)  # one row, which a kernel that spreads rows over devices would not take
-        return unfreeze(linen_model.CausalLM(self.config).init({"params": key}, labels, labels, labels, labels))[
-            "params"
-        ]
+        return ops.init_params(self.config, key)
 
     def hidden(
         self,
@@ -174,7 +169,7 @@ class NNXPolicy:
         self.module = nnx.graphdef(nnx.eval_shape(lambda: nnx_model.CausalLM(config, nnx.Rngs(0), kernel.attend)))
 
     def init(self, key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(nnx_model.CausalLM(self.config, nnx.Rngs(params=key))))
+        return ops.init_params(self.config, key)
 
     def hidden(
         self,
