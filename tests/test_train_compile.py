@@ -141,9 +141,9 @@ def test_a_folder_without_weights_is_enough(tmp_path):
 # What a program does, from its text
 
 
-def compiled_on(mesh, function, *arguments):
-    """Compiled for arguments of these shapes and shardings, its result whole on every device."""
-    return Program(function, tuple(s for _, s in arguments), NamedSharding(mesh, P())).compile(
+def compiled_on(mesh, function, *arguments, out=()):
+    """Compiled for arguments of these shapes and shardings, its result whole on every device, or laid out as `out`."""
+    return Program(function, tuple(s for _, s in arguments), NamedSharding(mesh, P(*out))).compile(
         tuple(a for a, _ in arguments)
     )
 
@@ -370,6 +370,18 @@ def test_the_train_step_compiles_for_a_tpu_that_is_not_there(flavour):
     assert step.work.num_bytes > step.arguments
     assert step.work.collectives
     assert to_json(report)["programs"][0]["roofline_seconds"] > 0
+
+
+def test_what_crosses_the_network_between_slices_is_counted_apart():
+    pytest.importorskip("libtpu")
+    section = load_config(None, ["mesh.data=2", "mesh.fsdp=4"]).mesh
+    mesh = create_mesh(section, find_devices("v5e:2x2", 2, None))
+    x, w = array(mesh, (64, 1024), ("data", "fsdp"), None), array(mesh, (1024, 1024), "fsdp", None)
+    compiled = compiled_on(mesh, jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), w, x, out=("fsdp",))
+    collectives = work_of(compiled.as_text(), {}).collectives
+    # A device's quarter of the gradient is added up over both slices.
+    assert collectives["all-reduce between slices"] == Collective(1, 4 * 1024 * 1024 // 4)
+    assert "all-gather" in collectives
 
 
 @pytest.mark.slow

@@ -41,6 +41,8 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|(?:true|false)_computation|branch_computations|to_apply)=(\{[^}]*\}|%?[\w.\-]+)")
+# What the TPU compiler makes of the part of a collective that crosses the network between slices.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 
@@ -167,6 +169,10 @@ class _Reader:
         if opcode == "conditional":
             return max((self._of(name) for name in called), key=lambda w: (w.flops, w.num_bytes))
         flops = self._flops(shapes, instruction)
+        if opcode == "recv" and (transfer := _BETWEEN_SLICES.search(instruction.attributes)):
+            size = array_bytes(_parts(instruction.result)[0])
+            name = f"{transfer[1].lower().replace('_', '-')} between slices"
+            return Work(0, self._touched(shapes, instruction), {name: Collective(1, size)}, 0)
         if kind in COLLECTIVES:
             size = array_bytes(_last_part(instruction.result) if opcode.endswith("-start") else instruction.result)
             moved = self._touched(shapes, instruction)
