@@ -15,8 +15,8 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not _IS_WORKER:
-    # Many tests train the same small models, in all processes of the session and in those that they start: each program is
-    # compiled once for all of them, in a folder that goes with the session.
+    # Many tests train the same small models, in all processes of the session and in those that they start: each program
+    # is compiled once for all of them, in a folder that goes with the session.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tandem-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
