@@ -7,6 +7,7 @@ weights nor data are read.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -14,9 +15,10 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from rl.config import Config, load_config
 from rl.executables import save_compiled
@@ -42,7 +44,9 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
     for program in loop.programs:
         if program.is_reported or save is not None:
             tell(f"{program.name} ...")
-            report, compiled = compile_one(program)
+            # What comes out of the persistent cache cannot be written again (jax 0.12 loses a part of it).
+            with contextlib.nullcontext() if save is None else _compiled_anew():
+                report, compiled = compile_one(program)
             tell(f"{program.name}: {report.seconds:.0f} s, {report.host_bytes / 1e9:.1f} GB of host memory so far")
             if program.is_reported:
                 reports.append(report)
@@ -118,6 +122,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json is not None:
         pathlib.Path(arguments.json).write_text(json.dumps(to_json(report), indent=1))
     return 0 if report.fits else 1
+
+
+@contextlib.contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """Leaves the persistent compilation cache alone."""
+    enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether there is one is otherwise decided only once
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def _host_bytes() -> int:

@@ -39,6 +39,7 @@ _FREE = frozenset(
 )
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|(?:true|false)_computation|branch_computations|to_apply)=(\{[^}]*\}|%?[\w.\-]+)")
 # What the TPU compiler makes of the part of a collective that crosses the network between slices.
@@ -114,7 +115,7 @@ def _parse(hlo: str) -> dict[str, list[_Instruction]]:
                 current = computations[start[2]] = []
                 if start[1]:
                     computations["ENTRY"] = current
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         elif found := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line)):
             inside, rest = _closing(found[5])
@@ -122,6 +123,8 @@ def _parse(hlo: str) -> dict[str, list[_Instruction]]:
             if found[4] == "parameter":
                 operands = (inside,)
             current.append(_Instruction(found[2], found[4], found[3], operands, rest, bool(found[1])))
+        elif current:  # what a kernel says of itself has lines of its own
+            current[-1] = dataclasses.replace(current[-1], attributes=current[-1].attributes + line)
     return computations
 
 
