@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -259,6 +260,33 @@ def plain(tmp_path_factory):
     config = dataclasses.replace(tiny(), output_dir=str(tmp_path_factory.mktemp("plain") / "run"))
     train(config)
     return read_metrics(config.output_dir)
+
+
+def test_programs_to_save_do_not_come_out_of_the_persistent_cache(tmp_path):
+    loop = loop_programs(tiny(), jax.devices()[:2])
+    loop = dataclasses.replace(loop, programs=loop.programs[:1])
+    settings = {"compilation_cache_dir": str(tmp_path / "cache"), "persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, f"jax_{name}") for name in settings}
+
+    def set_cache(values):
+        for name, value in values.items():
+            jax.config.update(f"jax_{name}", value)
+        compilation_cache.reset_cache()
+
+    def cached():
+        return [path for path in (tmp_path / "cache").glob("jit_init*") if path.name.endswith("-cache")]
+
+    set_cache(settings)
+    try:
+        compile_loop(loop)
+        (entry,) = cached()
+        entry.unlink()
+        jax.clear_caches()
+        compile_loop(loop, save=str(tmp_path / "programs.bin"))
+        assert not cached()
+    finally:
+        set_cache(before)
+    assert set(read_file(tmp_path / "programs.bin")[1]) == {loop.programs[0].key}
 
 
 @pytest.mark.slow
