@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -295,7 +296,9 @@ def test_ctrl_c_ends_cleanly_and_keeps_whole_lines(folder, tmp_path):
     options = ["--prompt", "1+2=", "--n", "20000", "--output", str(output), "sampling.slots=2"]
     command = [sys.executable, "-m", "rl.cli", "sample", str(folder / "recipe.yml"), *options]
     environment = {**os.environ, "XLA_FLAGS": ""}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background of a shell, SIGINT is ignored, by them and by what they start.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while process.poll() is None and (not output.exists() or output.stat().st_size == 0):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
