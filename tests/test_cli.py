@@ -140,6 +140,15 @@ def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(tmp_path):
     assert process.returncode == 141
 
 
+def test_help_whose_reader_is_gone_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "rl.cli", "--help"]
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
 def test_a_commands_exit_status_is_kept(add_command):
     add_command("status", "return len(argv)")
     assert main(["status", "a", "b", "c"]) == 3
