@@ -216,19 +216,20 @@ def _rows(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[list[_Unit]]:
         group = groups[index]
         # The last token of a completion predicts nothing, so it is never an input.
         num_tokens = sum(len(group.completions[place].token_ids) - 1 for place in places)
-        needs = [num_tokens + (0 if index in row else len(group.prompt_ids)) for row in rows]
-        fitting = [r for r, need in enumerate(needs) if need <= free[r][0] and len(places) <= free[r][1]]
-        if fitting:
-            r = min(fitting, key=lambda r: (index not in rows[r], free[r][0]))
-        else:
-            r = len(rows)
+
+        def need(r: int) -> int:
+            return num_tokens + (0 if index in rows[r] else len(group.prompt_ids))
+
+        fitting = [r for r in range(len(rows)) if need(r) <= free[r][0] and len(places) <= free[r][1]]
+        if not fitting:
+            fitting = [len(rows)]
             rows.append({})
             free.append((plan.row_length, plan.completions_per_row))
-            needs.append(num_tokens + len(group.prompt_ids))
+        r = min(fitting, key=lambda r: (index not in rows[r], free[r][0]))
+        free[r] = (free[r][0] - need(r), free[r][1] - len(places))
         unit = rows[r].setdefault(index, _Unit(group.prompt_ids, [], []))
         unit.completions.extend(group.completions[place] for place in places)
         unit.sequence_ids.extend(first_ids[index] + place for place in places)
-        free[r] = (free[r][0] - needs[r], free[r][1] - len(places))
 
     first_ids = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
     lengths = [[len(completion.token_ids) for completion in group.completions] for group in groups]
@@ -236,12 +237,13 @@ def _rows(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[list[_Unit]]:
     sizes = [len(g.prompt_ids) + sum(group) - len(group) for g, group in zip(groups, lengths, strict=True)]
     for index in sorted(range(len(groups)), key=lambda i: -sizes[i]):  # stable: ties keep their order
         assert len(groups[index].prompt_ids) > 0
-        places = sorted(range(len(lengths[index])), key=lambda i: -lengths[index][i])
-        if sizes[index] <= plan.row_length and len(places) <= plan.completions_per_row:
-            if places:
-                put(index, sorted(places))
+        places = range(len(lengths[index]))
+        if not places:
             continue
-        for place in places:
+        if sizes[index] <= plan.row_length and len(places) <= plan.completions_per_row:
+            put(index, places)
+            continue
+        for place in sorted(places, key=lambda i: -lengths[index][i]):
             put(index, [place])
     return [list(row.values()) for row in rows]
 

@@ -28,8 +28,10 @@ class Policy(Protocol):
     """A decoder as pure functions of its parameters.
 
     Tokens, positions, group and branch ids are int [B, T]: a token sees the earlier positions of its own group that are
-    in branch 0 (the prompt) or in its own branch; padding has group -1. A `rl.models.quantized.QuantizedArray` may
-    stand in the place of any matrix of the toolkit's own decoder. `flavour` is for messages only.
+    in branch 0 (the prompt) or in its own branch; padding has group -1. In the rows of `hidden` no token sees one that
+    stands after it: positions grow along each sequence, and a prompt stands before its completions. A
+    `rl.models.quantized.QuantizedArray` may stand in the place of any matrix of the toolkit's own decoder. `flavour` is
+    for messages only.
     """
 
     @property

@@ -28,7 +28,7 @@ from rl.tools.topologies import CHIPS, find_devices
 from rl.weights import use_compilation_cache
 
 
-def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None] | None = None) -> Report:
+def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None] = lambda line: None) -> Report:
     """Compiles the programs of a run, one after the other, and reports on them.
 
     Args:
@@ -40,7 +40,6 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
     """
     reports: list[ProgramReport] = []
     kept = []
-    tell = tell or (lambda line: None)
     for program in loop.programs:
         if program.is_reported or save is not None:
             tell(f"{program.name} ...")
@@ -81,7 +80,7 @@ def compile_config(
     num_slices: int = 1,
     devices: str | None = None,
     save: str | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """`grpo compile` as a function; its arguments are the command's, `tell` is that of `compile_loop`.
 
