@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import jax
 import numpy as np
@@ -294,11 +293,12 @@ def test_a_file_of_another_program_is_refused_until_overwrite(folder, tmp_path, 
 def test_ctrl_c_ends_cleanly_and_keeps_whole_lines(folder, tmp_path):
     output = tmp_path / "out.jsonl"
     options = ["--prompt", "1+2=", "--n", "20000", "--output", str(output), "sampling.slots=2"]
-    command = [sys.executable, "-m", "rl.cli", "sample", str(folder / "recipe.yml"), *options]
-    environment = {**os.environ, "XLA_FLAGS": ""}
     # Where the tests run in the background of a shell, SIGINT is ignored, by them and by what they start.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = f"{heed}; from rl.cli import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", start, "sample", str(folder / "recipe.yml"), *options]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and (not output.exists() or output.stat().st_size == 0):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
