@@ -6,16 +6,17 @@ import dataclasses
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import shapes
 from command import add_options, check_options
-from machine import matmul_probe
+from machine import Probe, matmul_probe, return_memory
 from peer_trainers import PEER_TRAINERS
 from rich.console import Console
 from step_results import StepResult, model_operations, steps_table, summarize_steps
-from trainers import TandemTrainer, Trainer, check_same_outcome, is_installed, make_batches
+from trainers import Batch, TandemTrainer, Trainer, check_same_outcome, is_installed, make_batches
 from turns import Call, alternate, timed
 from weights import Weights
 
@@ -69,29 +70,17 @@ def compare_trainers(
         config = shapes.tiny_shape(shapes.CPU_SHAPES[shape]) if arguments.tiny else shapes.CPU_SHAPES[shape]
         with tempfile.TemporaryDirectory() as scratch:
             weights = Weights(config)
-            reference = weights if draw else Weights(config, seed=1)
-            folders = [pathlib.Path(scratch) / name for name in ("policy", "reference")]
-            for folder, side in zip(folders, (weights, reference), strict=True):
-                hf.save_folder(folder, config, side.params)
+            sides = Sides(weights, weights if draw else Weights(config, seed=1), pathlib.Path(scratch))
             for name in arguments.workloads:
                 console.print(f"{shape} ({config.num_parameters / 1e6:.1f}M parameters), {name} ...")
                 workload = shapes.TRAIN_WORKLOADS[name]
                 workload = shapes.tiny_workload(workload) if arguments.tiny else workload
                 batches = make_batches(workload, config.vocab_size, 1 + arguments.repeats, with_completions=not draw)
-                with contextlib.ExitStack() as stack:
-                    trainers: list[Trainer] = []
-                    for engine in arguments.engines:
-                        if engine == TandemTrainer.name:
-                            trainer = TandemTrainer(weights, reference, workload, batches, arguments.settings)
-                        else:
-                            trainer = PEER_TRAINERS[engine](config, *folders, workload, batches)
-                        stack.callback(trainer.close)
-                        trainers.append(trainer)
-                    first = {trainer.name: trainer.step() for trainer in trainers}  # compiles
-                    if not draw:
-                        check_same_outcome(first, TOLERANCE)
-                    calls, peaks = alternate(trainers, arguments.repeats, probe, _timed_step)
-                results += summarize_steps(
+                calls, peaks = _take_turns(arguments, sides, workload, batches, probe)
+                # What a peer's programs and loops hold would add up over the workloads.
+                jax.clear_caches()
+                return_memory()
+                added = summarize_steps(
                     shape,
                     name,
                     workload.num_rows,
@@ -100,6 +89,8 @@ def compare_trainers(
                     statistics.median(peaks),
                     None if arguments.tiny else targets.get((shape, name)),
                 )
+                console.print("  " + ", ".join(f"{result.engine} {result.seconds:.4g} s" for result in added))
+                results += added
                 all_peaks += peaks
     peak = statistics.median(all_peaks)
     caption = "ratio: to the better peer's time; target: what it may be at most"
@@ -107,6 +98,35 @@ def compare_trainers(
         caption += f"; share: of the {peak / 1e9:.1f}e9 operations per second of float32 matrix products meanwhile"
     console.print(steps_table(results, caption))
     return {"peak_per_second": peak, "results": [dataclasses.asdict(result) for result in results]}
+
+
+class Sides:
+    """Policy and reference, as weights and as Hugging Face folders below `scratch`."""
+
+    def __init__(self, policy: Weights, reference: Weights, scratch: pathlib.Path) -> None:
+        self.policy, self.reference = policy, reference
+        self.folders = (scratch / "policy", scratch / "reference")
+        for folder, side in zip(self.folders, (policy, reference), strict=True):
+            hf.save_folder(folder, policy.policy.config, side.params)
+
+
+def _take_turns(
+    arguments: argparse.Namespace, sides: Sides, workload: shapes.Workload, batches: Sequence[Batch], probe: Probe
+) -> tuple[dict[str, list[Call]], list[float]]:
+    """The timed calls by engine, and what `probe` measured between them; the first step of each is not timed."""
+    with contextlib.ExitStack() as stack:
+        trainers: list[Trainer] = []
+        for engine in arguments.engines:
+            if engine == TandemTrainer.name:
+                trainer = TandemTrainer(sides.policy, sides.reference, workload, batches, arguments.settings)
+            else:
+                trainer = PEER_TRAINERS[engine](sides.policy.policy.config, *sides.folders, workload, batches)
+            stack.callback(trainer.close)
+            trainers.append(trainer)
+        first = {trainer.name: trainer.step() for trainer in trainers}  # compiles
+        if batches[0].completions is not None:
+            check_same_outcome(first, TOLERANCE)
+        return alternate(trainers, arguments.repeats, probe, _timed_step)
 
 
 def _timed_step(trainer: Trainer, _: int) -> Call:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import pathlib
 import time
 from collections.abc import Callable
@@ -24,10 +25,16 @@ def copy_probe(num_bytes: int) -> Probe:
     return _probe(jax.jit(lambda x: x + 1), (x,), 2 * x.nbytes)
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM, as Linux tells it, without what glibc keeps of memory that was freed."""
+def return_memory() -> None:
+    """Gives what Python and glibc keep of memory that was freed back to the system."""
+    gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, as Linux tells it, without what glibc keeps of memory that was freed."""
+    return_memory()
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 

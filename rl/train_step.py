@@ -28,7 +28,7 @@ from rl.models.lora import join, split
 from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState
 from rl.optimizer import rounding_loss
-from rl.packing import Batch
+from rl.packing import PADDING_GROUP, Batch, row_lengths
 from rl.programs import Program
 
 MICROBATCH_LOOP = "microbatches"  # name, in compiled programs, of the loop whose length is a number of the batch
@@ -183,8 +183,8 @@ def update_program(
 
         def add_piece(m, carry):
             loss, grads, sums, difference = carry
-            (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(
-                state.params, frozen, _piece(batch, m), *constants
+            (piece_value, (piece_sums, piece_difference)), piece_grads = _at_its_length(
+                lambda piece: gradient(state.params, frozen, piece, *constants), _piece(batch, m)
             )
             grads = jax.tree.map(jnp.add, grads, piece_grads)
             return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
@@ -251,7 +251,10 @@ def token_logprobs_program(
 
     def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         def fill(m, outputs):
-            values = _piece_logprobs(policy, params, _piece(batch, m), temperature, chunk_size, mesh, rules)
+            values = _at_its_length(
+                lambda piece: _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules),
+                _piece(batch, m),
+            )
             return tuple(
                 jax.lax.dynamic_update_index_in_dim(output, value.reshape(output.shape[1:]), m, 0)
                 for output, value in zip(outputs, values, strict=True)
@@ -310,6 +313,23 @@ def _piece(batch: Batch, m: Any) -> Batch:
     """Micro-batch m, without its leading dim."""
     fields = batch._replace(num_microbatches=None)
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, 0, keepdims=False), fields)
+
+
+def _at_its_length(function: Callable[[Batch], Any], piece: Batch) -> Any:
+    """function(piece), with rows cut to the shortest of `row_lengths` that holds what is in them."""
+    num_completions, completion_length = piece.mask_MRCL.shape[-2:]
+    *shorter, row_length = row_lengths(piece.tokens_MRT.shape[-1], completion_length)
+    filled = jnp.max(jnp.where(piece.group_ids_MRT == PADDING_GROUP, 0, jnp.arange(1, row_length + 1)))
+
+    def at(length: int) -> Callable[[Batch], Any]:
+        # What is predicted stands at the front as well: of each completion one token more than it puts into the row.
+        ends = {"MRT": length, "MRN": length + num_completions}
+        of_field = {name: ends[name[-3:]] for name in Batch._fields if name[-3:] in ends}
+        return lambda piece: function(
+            piece._replace(**{name: getattr(piece, name)[:, :end] for name, end in of_field.items()})
+        )
+
+    return jax.lax.switch(sum(filled > length for length in shorter), [at(n) for n in (*shorter, row_length)], piece)
 
 
 def _piece_logprobs(

@@ -5,12 +5,22 @@ Legend: M micro-batches, R rows, T token positions, N completion tokens of a row
 completion.
 """
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from rl.packing import Batch, PackingPlan, TrainCompletion, TrainGroup, pack, plan_packing, unpack
+from rl.packing import (
+    Batch,
+    PackingPlan,
+    TrainCompletion,
+    TrainGroup,
+    pack,
+    plan_packing,
+    row_lengths,
+    unpack,
+)
 
 LAST = 999  # the last token of every completion in `ragged_groups`, and of nothing else
 
@@ -238,6 +248,23 @@ def test_unpack_gives_values_back_in_the_order_of_the_groups():
     assert len(values) == len(in_order(groups))
     for value, (_, completion) in zip(values, in_order(groups), strict=True):
         np.testing.assert_array_equal(value, completion.sampler_logprobs)
+
+
+def test_rows_that_are_not_full_share_the_last_micro_batches():
+    plan = plan_for(4, 3, budget=64, max_prompt=6, max_completion=9)
+    plan = dataclasses.replace(plan, num_rows=2)
+    for seed in range(10):
+        batch = pack(ragged_groups(seed, 4, 3, max_prompt=6, max_completion=9), plan)
+        fill = (batch.group_ids_MRT >= 0).sum(axis=2).ravel()[: 2 * batch.num_microbatches]
+        assert fill.tolist() == sorted(fill, reverse=True)
+
+
+def test_only_long_rows_of_few_completions_are_computed_at_another_length():
+    assert row_lengths(1216, 256) == [960, 1216]  # 912 in steps of 64, as 1,216 is one
+    assert row_lengths(1024, 256) == [768, 1024]
+    assert row_lengths(2048, 256) == [1536, 2048]
+    assert row_lengths(504, 256) == [504]
+    assert row_lengths(2112, 256) == [2112]
 
 
 # The plan

@@ -401,6 +401,29 @@ def test_how_a_minibatch_is_cut_changes_nothing(cut, flavour, problem, plain, tr
     assert_close_leaf_by_leaf(gradient, want_gradient, 1e-11)
 
 
+@pytest.mark.parametrize("lengths", [(8, 24), (17, 24), (22, 24)], ids=str)
+def test_rows_computed_at_less_than_their_length_change_nothing(lengths, problem, plain, monkeypatch):
+    computed = []
+
+    def recorded(self, params, tokens_BT, *others):
+        jax.debug.callback(lambda: computed.append(tokens_BT.shape[1]))
+        return hidden(self, params, tokens_BT, *others)
+
+    monkeypatch.setattr("rl.train_step.row_lengths", lambda *_: list(lengths))
+    with jax.enable_x64(True):
+        packed = make_trainer("nnx", "float64", plan=dataclasses.replace(PLAN, num_rows=1))
+        hidden = type(packed.policy).hidden
+        monkeypatch.setattr(type(packed.policy), "hidden", recorded)
+        batch = packed.minibatch(problem).batch
+        loss, gradient, _ = packed.loss_and_gradient(problem)
+        jax.effects_barrier()
+    fill = (batch.group_ids_MRT >= 0).sum(axis=(1, 2))[: batch.num_microbatches]
+    assert set(computed) == {min(length for length in lengths if n <= length) for n in fill}
+    want_loss, want_gradient = plain("float64")
+    assert abs(loss - want_loss) <= 1e-11 * abs(want_loss)
+    assert_close_leaf_by_leaf(gradient, want_gradient, 1e-11)
+
+
 def test_the_order_of_the_groups_changes_nothing(problem, plain, trainer):
     with jax.enable_x64(True):
         loss, gradient, _ = trainer("nnx", "float64").loss_and_gradient(problem, order=(2, 0, 1))
