@@ -123,6 +123,21 @@ class Checkpoints:
         loop = {key: value for key, value in restored["loop"].items() if key != ADAPTER}
         return state._replace(params=join(state.params, base or {})), loop
 
+    def restore_weights(self, step: int | None = None, base: Params | None = None) -> tuple[Params, Any]:
+        """(weights, random key) of checkpoint `step`, placed and checked as `restore` does it: all that decoding needs.
+
+        Nothing of the optimizer's state is read, or takes memory.
+        """
+        _, folder, target = self.check(step)
+        wanted = {name: target[name] for name in ("params", "rng")}
+        places = ocp.checkpoint_utils.construct_restore_args(wanted)
+        with _explain_read_errors(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(
+                folder.absolute() / "state",
+                args=ocp.args.PyTreeRestore(wanted, restore_args=places, partial_restore=True),
+            )
+        return join(restored["params"], base or {}), restored["rng"]
+
     def check(self, step: int | None = None) -> tuple[int, pathlib.Path, dict[str, Any]]:
         """Compares what checkpoint `step` (None: the newest) says that it holds with what this run wants; reads no
         array.

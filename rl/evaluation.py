@@ -6,13 +6,15 @@ function.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -191,7 +193,15 @@ def _sampler_options(config: Config, mesh: Mesh, tokenizer: Tokenizer, memory: i
         # The least memory of all processes: they must come to the same number of slots.
         available = min(hosts.gather(device_memory(mesh))) if memory is None else memory
         kv_bytes = int(config.sampling.kv_memory * available)
-    return {"slots": slots, "kv_bytes": kv_bytes, "decode_text": tokenizer.decode}
+    return {"slots": slots, "kv_bytes": kv_bytes, "decode_text": stop_text(config, tokenizer)}
+
+
+def stop_text(config: Config, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """The text of token ids in which stop strings are looked for: with the special tokens in it where one of the stop
+    strings is, or holds, a special token.
+    """
+    special = any(token in stop for stop in config.sampling.stop_strings for token in tokenizer.special_tokens)
+    return partial(tokenizer.decode, skip_special_tokens=not special)
 
 
 def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
@@ -262,10 +272,10 @@ def evaluate_source(
         rows = load_prompts(config, trained.tokenizer).held_out[: config.eval.max_prompts]
         if not rows:
             raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
-        sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
-        sampler.expect([row.prompt_ids for row in rows])
         sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
-        with start_rewards(config, rows, None) as runner:
+        sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
+        with contextlib.closing(sampler), start_rewards(config, rows, None) as runner:
+            sampler.expect([row.prompt_ids for row in rows])
             result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
         return result, "model.source" if trained.step is None else f"step {trained.step}"
 

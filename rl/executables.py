@@ -9,6 +9,7 @@ Layout: MAGIC, the header's length (8 bytes, little endian), its sha256 (32 byte
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -27,6 +28,7 @@ from jaxlib import xla_client
 from rl.config import Config, program_keys
 from rl.models.policy import Policy
 from rl.programs import Program
+from rl.user_functions import file_hashes
 
 MAGIC = b"tandem compiled programs 1\n"
 MAX_NAMED = 8  # differences that a message lists
@@ -181,7 +183,7 @@ def read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def fingerprint(config: Config, policy: Policy, mesh: Mesh) -> dict[str, Any]:
-    """Everything that compiled programs depend on besides the code: {field: JSON value}."""
+    """Everything that compiled programs depend on: {field: JSON value}."""
     device = mesh.devices.flat[0]
     fields = {
         "jax": jax.__version__,
@@ -195,6 +197,8 @@ def fingerprint(config: Config, policy: Policy, mesh: Mesh) -> dict[str, Any]:
         "host_cpu": _cpu_features() if device.platform == "cpu" else None,
         "x64": bool(jax.config.read("jax_enable_x64")),
         "model": dataclasses.asdict(policy.config),
+        "code of the toolkit": _code_hash(),
+        **file_hashes(config),
     }
     keys = program_keys(config)
     fields["config_hash"] = hashlib.sha256(json.dumps(keys, sort_keys=True, default=str).encode()).hexdigest()
@@ -272,6 +276,15 @@ def _libtpu_version() -> str | None:
         return importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@functools.cache
+def _code_hash() -> str:
+    """Of every module of the package: another version may compute something else in programs of the same shapes."""
+    digest, folder = hashlib.sha256(), pathlib.Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _cpu_features() -> str:

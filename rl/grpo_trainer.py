@@ -123,6 +123,7 @@ def train(config: Config) -> pathlib.Path:
         # -- sampler, train step
         memory = compiled.device_memory
         sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory, compiled.get)
+        stack.callback(sampler.close)
         if compiled.prompt_length is None:
             sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
         else:

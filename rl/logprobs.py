@@ -42,7 +42,7 @@ def token_logprobs(
         targets_BT: int token ids in [0, V) where the mask is not 0.
         temperature: of the distribution that the tokens were drawn from; above 0.
         chunk_size: positions of each sequence whose logits exist at one time (B * chunk_size * V numbers). It changes
-            memory and speed, never the result. Where the mask is 0 in a whole chunk nothing is computed.
+            memory and speed, never the result.
         with_entropy: also give entropies.
         mask_BT: where it is 0, values are exactly 0, no gradient flows, and hidden state and target are arbitrary.
             None: all positions count.
@@ -70,53 +70,31 @@ def token_logprobs(
         logits_BCV = logits_BCV.astype(jnp.promote_types(logits_BCV.dtype, jnp.float32))
         return _of_logits(with_entropy, logits_BCV / temperature, targets_BC)
 
-    results = _map_chunks(of_chunk, params, hidden_BTD, targets_BT, chunk_size, mask_BT)
+    results = _map_chunks(of_chunk, params, hidden_BTD, targets_BT, chunk_size)
     if mask_BT is not None:
         results = tuple(jnp.where(mask_BT, values_BT, 0) for values_BT in results)
     return (results[0], results[1]) if with_entropy else (results[0], None)
 
 
-def _map_chunks(
-    function: Any,
-    params: Any,
-    hidden_BTD: jax.Array,
-    targets_BT: jax.Array,
-    chunk_size: int,
-    mask_BT: jax.Array | None,
-) -> Any:
-    """function(params, hidden_BCD, targets_BC) -> arrays [B, C], run over chunks of T and put together to [B, T].
-
-    Chunks where the mask is 0 throughout are not computed; their values are arbitrary.
-    """
-    B, T = targets_BT.shape
+def _map_chunks(function: Any, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk_size: int) -> Any:
+    """function(params, hidden_BCD, targets_BC) -> arrays [B, C], run over chunks of T and put together to [B, T]."""
+    B, T, D = hidden_BTD.shape
     num_chunks = -(-T // chunk_size)
     if num_chunks <= 1:
         # One chunk holds everything: its logits are kept, since computing them again would save nothing.
         return function(params, hidden_BTD, targets_BT)
     chunk_size = -(-T // num_chunks)  # even chunks: less padding, the same number of them
     padding = num_chunks * chunk_size - T
-
-    def cut(x_BT: jax.Array) -> jax.Array:
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, padding), *((0, 0),) * (x_BT.ndim - 2)))
-        return jnp.moveaxis(x_BT.reshape(B, num_chunks, chunk_size, *x_BT.shape[2:]), 1, 0)
-
-    chunks: tuple[jax.Array, ...] = (cut(hidden_BTD), cut(targets_BT))
-    if mask_BT is not None:
-        function = functools.partial(_where_used, function)
-        chunks += (jnp.any(cut(mask_BT), axis=(1, 2)),)
+    hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
+    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
+    chunks = (
+        jnp.moveaxis(hidden_BTD.reshape(B, num_chunks, chunk_size, D), 1, 0),
+        jnp.moveaxis(targets_BT.reshape(B, num_chunks, chunk_size), 1, 0),
+    )
     # Inside a scan nothing can be merged with the first computation, so the barrier of prevent_cse is not needed.
     function = jax.checkpoint(function, prevent_cse=False)
     _, results = jax.lax.scan(lambda carry, chunk: (carry, function(params, *chunk)), None, chunks)
     return jax.tree.map(lambda x_NBC: jnp.moveaxis(x_NBC, 0, 1).reshape(B, num_chunks * chunk_size)[:, :T], results)
-
-
-def _where_used(
-    function: Any, params: Any, hidden_BCD: jax.Array, targets_BC: jax.Array, is_used: jax.Array
-) -> tuple[jax.Array, ...]:
-    def zeros(*inputs: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *inputs))
-
-    return jax.lax.cond(is_used, function, zeros, params, hidden_BCD, targets_BC)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -53,14 +53,20 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
     by a slower one, `section.dcn` says which axes cross it.
 
     Raises:
-      ValueError: more devices asked for than there are, sizes that do not multiply to their number, more than one -1, a
-        size below 1, a rule that names an axis which does not exist, or slices that do not fit the axes.
+      ValueError: more devices asked for than there are, or fewer than processes need, sizes that do not multiply to
+        their number, more than one -1, a size below 1, a rule that names an axis which does not exist, or slices that
+        do not fit the axes.
     """
     devices = list(jax.devices() if devices is None else devices)
     if section.num_devices is not None and section.num_devices > len(devices):
         raise ValueError(f"mesh.num_devices must be <= {len(devices)}, the devices present, got {section.num_devices}")
     is_part = section.num_devices not in (None, len(devices))
     devices = devices[: section.num_devices]
+    if is_part and all(device.process_index != jax.process_index() for device in devices):
+        raise ValueError(
+            f"mesh.num_devices must leave each of {jax.process_count()} processes a device, got {section.num_devices}, "
+            f"none of which belong to process {jax.process_index()}; start fewer processes, or leave it out"
+        )
     sizes = axis_sizes(section)
     for key, rules in (("rules", section.rules), ("rollout_rules", section.rollout_rules)):
         for logical, axes in rules.items():
@@ -249,13 +255,14 @@ def from_host_memory(tree: Any, shardings: Any) -> Any:
     """Inside jit: the arrays whose sharding is in the hosts' memory, brought to their devices; the others as they
     are."""
     return jax.tree.map(
-        lambda x, sharding: jax.device_put(x, sharding.with_memory_kind(_DEVICE)) if _on_host(sharding) else x,
+        lambda x, sharding: jax.device_put(x, sharding.with_memory_kind(_DEVICE)) if on_host(sharding) else x,
         tree,
         shardings,
     )
 
 
-def _on_host(sharding: NamedSharding) -> bool:
+def on_host(sharding: NamedSharding) -> bool:
+    """Whether arrays of this sharding lie in the memory of the devices' hosts."""
     return sharding.memory_kind == _HOST
 
 

@@ -62,7 +62,7 @@ def create_training_optimizer(
         _check_pattern("optimizer.weight_decay_params", pattern, _by_name(all_specs))
     _check_groups(section.lr_groups, specs)
     schedule = _schedule(section, num_updates)
-    direction = _DIRECTIONS[section.name](section, section.moment_dtype or policy.config.param_dtype, specs)
+    direction = _DIRECTIONS[section.name](section, section.moment_dtype or _wide(policy.config.param_dtype), specs)
     decay = optax.add_decayed_weights(
         section.weight_decay, mask=functools.partial(decay_mask, patterns=section.weight_decay_params)
     )
@@ -133,21 +133,26 @@ def rounding_problems(metrics: Mapping[str, float]) -> list[str]:
     return [f"{problem}; set model.param_dtype to float32 (model.dtype may stay as it is), or raise optimizer.lr"]
 
 
+def _wide(dtype: Any) -> str:
+    """Of the moments where nothing is set: float32, of float64 weights float64."""
+    return str(jnp.promote_types(dtype, jnp.float32))
+
+
 # -- directions: what the learning rate multiplies, before weight decay
 
 
 def _adamw(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:
-    """Adam's (https://arxiv.org/abs/1412.6980); the second moment has the dtype of the weights unless the config gives
-    another. It is computed in the wider one of that and the gradient's.
+    """Adam's (https://arxiv.org/abs/1412.6980); the second moment is float32 at least, unless the config says bfloat16:
+    of one in bfloat16 b2 = 0.999 takes less than rounding gives back, and after a spike it would never come down.
     """
     adam = optax.scale_by_adam(section.b1, section.b2, section.eps, mu_dtype=moment_dtype)
-    if section.second_moment_dtype is None:
-        return adam
 
     def init(params: Any) -> optax.ScaleByAdamState:
         state: Any = adam.init(params)
         # An update keeps the dtype that it finds.
-        return state._replace(nu=optax.tree.cast(state.nu, section.second_moment_dtype))
+        return state._replace(
+            nu=jax.tree.map(lambda x: x.astype(section.second_moment_dtype or _wide(x.dtype)), state.nu)
+        )
 
     return optax.GradientTransformation(init, adam.update)
 

@@ -4,6 +4,7 @@ In: a run folder and which completion. Out: its text, and whether it is the one 
 checkpoints only; nothing is trained again.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -91,7 +92,8 @@ def replayed_text(run: str | os.PathLike, step: int, prompt: int, sample: int, o
     key = jax.random.fold_in(jax.random.wrap_key_data(trained.rng), step - 1)
     request = Request(prompt, prompt, sample, sampling.max_completion_length)
     prompts = [row.prompt_ids for row in rows]
-    ((_, completion),) = sampler.stream(trained.params, prompts, [request], sampling, key)
+    with contextlib.closing(sampler):
+        ((_, completion),) = sampler.stream(trained.params, prompts, [request], sampling, key)
     return trained.tokenizer.decode(completion.token_ids)
 
 

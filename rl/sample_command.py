@@ -100,11 +100,12 @@ def draw(
     seed: int,
 ) -> Iterator[tuple[int, Completion]]:
     """(prompt index, completion) of each request as it ends."""
+    prompts, key = [row.prompt_ids for row in samples], jax.random.key(seed)
     sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
-    prompts = [row.prompt_ids for row in samples]
-    sampler.expect(prompts)  # of all of them, so that what is left of a stopped file is drawn in the same shapes
-    for number, completion in sampler.stream(trained.params, prompts, requests, sampling, jax.random.key(seed)):
-        yield requests[number].prompt, completion
+    with contextlib.closing(sampler):
+        sampler.expect(prompts)  # of all of them, so that what is left of a stopped file is drawn in the same shapes
+        for number, completion in sampler.stream(trained.params, prompts, requests, sampling, key):
+            yield requests[number].prompt, completion
 
 
 def to_record(
@@ -158,10 +159,10 @@ def check_rows(samples: Sequence[SampleRow], sampling: SamplingParams, model_con
             raise ValueError(
                 f"{row.where}: prompt_ids must be below {model_config.vocab_size}, got {max(row.prompt_ids)}"
             )
-        if len(row.prompt_ids) + sampling.max_completion_length > model_config.max_position_embeddings:
+        if len(row.prompt_ids) + row.limit > model_config.max_position_embeddings:
             raise ValueError(
                 f"{row.where}: prompt and completion must fit in the model's {model_config.max_position_embeddings} "
-                f"positions, got {len(row.prompt_ids)} + {sampling.max_completion_length} tokens; lower "
+                f"positions, got {len(row.prompt_ids)} + {row.limit} tokens; lower "
                 "sampling.max_completion_length or max_tokens"
             )
     if sampling.top_logprobs > model_config.vocab_size:

@@ -428,6 +428,10 @@ class Sampler:
         chunk = _prefill_chunk(tokens.shape[0])
         return self.engine.prefill(params, tokens, positions, np.zeros_like(tokens), chunk=chunk)
 
+    def close(self) -> None:
+        """Drops what is still to be compiled in the background; the program need not wait for it to end."""
+        self.engine.programs.close()
+
     def _decode_params(self, params: Params) -> Params:
         return params if self._convert is None else self._convert(params)
 
@@ -457,6 +461,9 @@ def check_requests(
                 f"requests[{number}].limit must be between 1 and sampling.max_completion_length "
                 f"({sampling.max_completion_length}), got {request.limit}"
             )
+    limits = dict.fromkeys(range(len(prompts)), 0)
+    for request in requests:
+        limits[request.prompt] = max(limits[request.prompt], request.limit)
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompts[{number}] must have at least one token, got none")
@@ -465,11 +472,10 @@ def check_requests(
                 f"prompts[{number}] must have token ids in [0, {config.vocab_size}), got {min(prompt)} to "
                 f"{max(prompt)}; the tokenizer and the model do not fit"
             )
-        if len(prompt) + sampling.max_completion_length > config.max_position_embeddings:
+        if len(prompt) + limits[number] > config.max_position_embeddings:
             raise ValueError(
-                f"prompts[{number}] with sampling.max_completion_length must fit in the model's "
-                f"{config.max_position_embeddings} positions, got {len(prompt)} + "
-                f"{sampling.max_completion_length}; shorten one of them"
+                f"prompts[{number}] with its completion (sampling.max_completion_length) must fit in the model's "
+                f"{config.max_position_embeddings} positions, got {len(prompt)} + {limits[number]}; shorten one of them"
             )
 
 

@@ -90,6 +90,10 @@ class CompletionSource(Protocol):
         """Compiles what calls of this size can need."""
         ...
 
+    def close(self) -> None:
+        """Drops what is still to be compiled in the background; the program need not wait for it to end."""
+        ...
+
 
 # Sizes: few, so that few programs are compiled
 
@@ -178,17 +182,16 @@ def deal(requests: Sequence[Request], num_shards: int) -> list[list[list[int]]]:
     for number, request in enumerate(requests):
         groups.setdefault(request.prompt, []).append(number)
     num_parts = math.ceil(num_shards / max(len(groups), 1))
-    pieces = []
-    for group in groups.values():
-        size = math.ceil(len(group) / num_parts)
-        pieces += [group[first : first + size] for first in range(0, len(group), size)]
-    shards: list[list[list[int]]] = [[] for _ in range(num_shards)]
+    shards: list[dict[int, list[int]]] = [{} for _ in range(num_shards)]  # by prompt: none is twice in a shard
     loads = [0] * num_shards
-    for piece in pieces:
-        shard = loads.index(min(loads))
-        shards[shard].append(piece)
-        loads[shard] += len(piece)
-    return shards
+    for prompt, group in groups.items():
+        size = math.ceil(len(group) / num_parts)
+        for first in range(0, len(group), size):
+            piece = group[first : first + size]
+            shard = loads.index(min(loads))
+            shards[shard].setdefault(prompt, []).extend(piece)
+            loads[shard] += len(piece)
+    return [list(pieces.values()) for pieces in shards]
 
 
 def pack_rows(lengths: Sequence[int], row_length: int, prompts_per_row: int) -> list[list[int]]:

@@ -152,6 +152,7 @@ def train(config: Config) -> pathlib.Path:
         if held_out and config.rewards.functions:
             eos = eos_ids(config, origin.model_config, tokenizer)
             sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer)
+            stack.callback(sampler.close)
             with start_rewards(config, held_out, run.path / "rewards.log") as runner:
                 sampling = sampling_params(config, eos)
                 result = evaluate(sampler, state.params, held_out, runner, tokenizer, sampling, config.eval.reward)

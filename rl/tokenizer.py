@@ -101,6 +101,11 @@ class Tokenizer:
         # apply_chat_template renders and encodes like this inside, but what it returns differs between versions.
         return self.encode(self.render_chat(messages), add_bos=False)
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """As text."""
+        return list(self.backend.all_special_tokens)
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids, exactly: no clean-up of spaces, whatever the tokenizer's settings say."""
         ids = [int(token_id) for token_id in ids]

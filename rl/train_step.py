@@ -31,7 +31,8 @@ from rl.optimizer import rounding_loss
 from rl.packing import PADDING_GROUP, Batch, row_lengths
 from rl.programs import Program
 
-MICROBATCH_LOOP = "microbatches"  # name, in compiled programs, of the loop whose length is a number of the batch
+# Names, in compiled programs, of the loops whose lengths are numbers of the batch.
+MICROBATCH_LOOP, SHORT_MICROBATCH_LOOP = "microbatches", "short microbatches"
 
 
 class Minibatch(NamedTuple):
@@ -108,7 +109,7 @@ def jit_train_step(
       state_shardings: a `NamedSharding` per leaf of the state, in and out.
       mesh: where everything runs; rows are spread over the axes that `rules["batch"]` names.
       temperature: of the rollouts; all log-probs are at it.
-      chunk_size: tokens of a piece whose logits exist at one time.
+      chunk_size: tokens of each row of a piece whose logits exist at one time.
       minibatches_per_rollout: updates of one pass over a rollout batch.
     """
     program = update_program(
@@ -181,19 +182,21 @@ def update_program(
         gradient = jax.value_and_grad(piece_loss, has_aux=True)
         constants = (denominators, minibatch.on_policy)
 
-        def add_piece(m, carry):
+        def add_piece(m, piece, carry):
             loss, grads, sums, difference = carry
-            (piece_value, (piece_sums, piece_difference)), piece_grads = _at_its_length(
-                lambda piece: gradient(state.params, frozen, piece, *constants), _piece(batch, m)
+            (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(
+                state.params, frozen, piece, *constants
             )
-            grads = jax.tree.map(jnp.add, grads, piece_grads)
+            grads = jax.tree.map(lambda total, part: total + part.astype(total.dtype), grads, piece_grads)
             return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
 
         (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, frozen, _piece(batch, 0), *constants)
-        start = (_zeros(loss), _zeros(grads), zero_sums(sums), _zeros(difference))
-        with jax.named_scope(MICROBATCH_LOOP):
-            loss, grads, sums, difference = jax.lax.fori_loop(0, batch.num_microbatches, add_piece, start)
-        grad_norm = optax.tree.norm(grads)
+        # In bfloat16 a sum of hundreds of pieces would lose those below 2^-9 of it.
+        wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)), grads)
+        start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference))
+        loss, sum_of_grads, sums, difference = _over_pieces(batch, add_piece, start)
+        grads = jax.tree.map(lambda total, like: total.astype(like.dtype), sum_of_grads, grads)
+        grad_norm = optax.tree.norm(sum_of_grads)
         is_applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         def apply(_, carry):
@@ -250,11 +253,8 @@ def token_logprobs_program(
     """What `jit_token_logprobs` compiles."""
 
     def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        def fill(m, outputs):
-            values = _at_its_length(
-                lambda piece: _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules),
-                _piece(batch, m),
-            )
+        def fill(m, piece, outputs):
+            values = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules)
             return tuple(
                 jax.lax.dynamic_update_index_in_dim(output, value.reshape(output.shape[1:]), m, 0)
                 for output, value in zip(outputs, values, strict=True)
@@ -264,8 +264,7 @@ def token_logprobs_program(
             lambda: policy.unembed(params, jnp.zeros((1, policy.config.hidden_size), policy.config.dtype))
         ).dtype
         empty = jnp.zeros(batch.mask_MRCL.shape, dtype)
-        with jax.named_scope(MICROBATCH_LOOP):
-            return jax.lax.fori_loop(0, batch.num_microbatches, fill, (empty, empty))
+        return _over_pieces(batch, fill, (empty, empty))
 
     rows = row_sharding(mesh, rules, dim=1)
     return Program(logprobs, (param_shardings, batch_shardings(mesh, rules)), (rows, rows))
@@ -315,21 +314,34 @@ def _piece(batch: Batch, m: Any) -> Batch:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, 0, keepdims=False), fields)
 
 
-def _at_its_length(function: Callable[[Batch], Any], piece: Batch) -> Any:
-    """function(piece), with rows cut to the shortest of `row_lengths` that holds what is in them."""
-    num_completions, completion_length = piece.mask_MRCL.shape[-2:]
-    *shorter, row_length = row_lengths(piece.tokens_MRT.shape[-1], completion_length)
-    filled = jnp.max(jnp.where(piece.group_ids_MRT == PADDING_GROUP, 0, jnp.arange(1, row_length + 1)))
+def _over_pieces(batch: Batch, body: Callable[[Any, Batch, Any], Any], carry: Any) -> Any:
+    """carry = body(m, micro-batch m, carry) for every micro-batch in use.
 
-    def at(length: int) -> Callable[[Batch], Any]:
+    The first of them are computed whole, those after the last that needs it with rows cut to the shorter of
+    `row_lengths`, in a loop of their own.
+    """
+    num_completions, completion_length = batch.mask_MRCL.shape[-2:]
+    *shorter, row_length = row_lengths(batch.tokens_MRT.shape[-1], completion_length)
+
+    def loop(name: str, start: Any, end: Any, length: int, carry: Any) -> Any:
         # What is predicted stands at the front as well: of each completion one token more than it puts into the row.
         ends = {"MRT": length, "MRN": length + num_completions}
         of_field = {name: ends[name[-3:]] for name in Batch._fields if name[-3:] in ends}
-        return lambda piece: function(
-            piece._replace(**{name: getattr(piece, name)[:, :end] for name, end in of_field.items()})
-        )
 
-    return jax.lax.switch(sum(filled > length for length in shorter), [at(n) for n in (*shorter, row_length)], piece)
+        def cut(m: Any) -> Batch:
+            piece = _piece(batch, m)
+            return piece._replace(**{name: getattr(piece, name)[:, :end] for name, end in of_field.items()})
+
+        with jax.named_scope(name):
+            return jax.lax.fori_loop(start, end, lambda m, carry: body(m, cut(m), carry), carry)
+
+    if not shorter:
+        return loop(MICROBATCH_LOOP, 0, batch.num_microbatches, row_length, carry)
+    (short,) = shorter
+    needs_more_M = jnp.any(batch.group_ids_MRT[:, :, short:] != PADDING_GROUP, axis=(1, 2))
+    num_whole = jnp.max(jnp.where(needs_more_M, jnp.arange(1, needs_more_M.size + 1, dtype=jnp.int32), 0))
+    carry = loop(MICROBATCH_LOOP, 0, num_whole, row_length, carry)
+    return loop(SHORT_MICROBATCH_LOOP, num_whole, batch.num_microbatches, short, carry)
 
 
 def _piece_logprobs(

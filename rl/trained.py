@@ -139,8 +139,8 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
                 f"run folder {str(folder)!r} must hold a checkpoint, and it has none; let the run reach "
                 "checkpoint.every"
             )
-        state, _ = checkpoints.restore(step, frozen_base(config, mesh, init_state_fn, origin))
+        params, rng = checkpoints.restore_weights(step, frozen_base(config, mesh, init_state_fn, origin))
     finally:
         checkpoints.close()
     shardings = checkpoints.abstract.shardings.params
-    return TrainedPolicy(init_state_fn.policy, state.params, shardings, mesh, tokenizer, origin, state.rng, step)
+    return TrainedPolicy(init_state_fn.policy, params, shardings, mesh, tokenizer, origin, rng, step)

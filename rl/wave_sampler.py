@@ -91,6 +91,9 @@ class WaveSampler:
         """Plans shapes for prompts like these: calls with such prompts then share their programs."""
         self._longest = max(self._longest, *(len(prompt) for prompt in prompts))
 
+    def close(self) -> None:
+        """Nothing is compiled in the background here."""
+
     def stream(
         self,
         params: Params,

@@ -192,3 +192,4 @@ def use_compilation_cache(config: Config) -> None:
     """
     if config.logging.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", config.logging.compilation_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a run has dozens of small programs

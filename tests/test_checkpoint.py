@@ -90,6 +90,21 @@ def test_one_flavour_reads_what_the_other_wrote_bit_for_bit(tmp_path, written_by
     assert np.any(state.rng)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weights_are_read_without_the_moments(tmp_path, optimizer):
+    settings = f"optimizer.name={optimizer}", "optimizer.weight_decay=0"
+    numbers = write(tmp_path, 7, *settings)
+    checkpoints = open_checkpoints(tmp_path, *settings, read_only=True)
+    before = {id(array) for array in jax.live_arrays()}
+    params, rng = checkpoints.restore_weights()
+    read = [array for array in jax.live_arrays() if id(array) not in before]
+    checkpoints.close()
+    assert_equal(host(params), numbers.params)
+    np.testing.assert_array_equal(rng, numbers.rng)
+    sizes = [leaf.nbytes for leaf in (*jax.tree.leaves(numbers.params), numbers.rng)]
+    assert sum(array.nbytes for array in read) <= sum(sizes) + 8  # and the number of the step
+
+
 def test_both_flavours_write_the_same_paths(tmp_path):
     listings = []
     for flavour in ("true", "false"):

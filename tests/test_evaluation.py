@@ -10,7 +10,7 @@ import pytest
 from rl.cli import main
 from rl.config import load_config
 from rl.console import Console
-from rl.evaluation import evaluate_source, sampling_params, wilson_interval
+from rl.evaluation import evaluate_source, sampling_params, stop_text, wilson_interval
 from rl.grpo_trainer import train, warn_about_sampling
 from rl.metrics import read_metrics
 from rl.models.hf_config import read_config
@@ -81,6 +81,14 @@ def test_evaluation_leaves_penalties_out_and_keeps_forbidden_ids_and_bias(run):
     only_a_and_b = completions(f"sampling.forbidden_ids={forbidden}")
     assert all(len(text) == 4 and set(text) <= {"a", "b"} for text in only_a_and_b)
     assert not set("".join(plain)) <= {"a", "b"}
+
+
+def test_stop_strings_that_are_special_tokens_are_looked_for_in_text_that_shows_them():
+    tokenizer = load_tokenizer("byte", None)
+    eos = tokenizer.special_tokens[0]
+    ids = [*tokenizer.encode("ab", add_bos=False), tokenizer.backend.convert_tokens_to_ids(eos)]
+    for stop, text in (("b", "ab"), (eos, f"ab{eos}"), (f"b{eos}", f"ab{eos}")):
+        assert stop_text(load_config(None, [f"sampling.stop_strings=['{stop}']"]), tokenizer)(ids) == text
 
 
 def test_every_sampling_key_reaches_the_sampler():

@@ -133,32 +133,6 @@ def test_masked_positions_are_zero_and_reach_no_gradient(garbage: float, chunk_s
     assert not np.any(actual[1][~mask_BT])
 
 
-def test_chunks_without_a_token_are_not_computed_forward_or_backward() -> None:
-    problem = random_problem(np.float32)
-    mask_BT = jnp.arange(T) < jnp.asarray([[5], [0], [3]])  # in two of the four chunks
-    computed = []
-
-    class Recorder(Head):
-        def unembed(self, params: Any, hidden: jax.Array) -> jax.Array:
-            jax.debug.callback(lambda: computed.append(1))
-            return super().unembed(params, hidden)
-
-    def values(*problem: Any) -> Any:
-        return token_logprobs(Recorder(), *problem, TEMPERATURE, 3, with_entropy=True, mask_BT=mask_BT)
-
-    jax.block_until_ready(jax.jit(values)(*problem))
-    jax.effects_barrier()
-    assert len(computed) == 2
-    gradient = jax.jit(jax.grad(weighted(values), argnums=(0, 1)))(*problem)
-    jax.effects_barrier()
-    assert len(computed) == 6
-    whole = functools.partial(chunked(64), mask_BT=mask_BT)
-    for leaf, expected in zip(
-        jax.tree.leaves(gradient), jax.tree.leaves(jax.grad(weighted(whole), argnums=(0, 1))(*problem)), strict=True
-    ):
-        np.testing.assert_allclose(leaf, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
-
-
 def test_forbidden_tokens_keep_values_and_gradients_finite() -> None:
     params, hidden_BTD, targets_BT = random_problem(np.float32)
     allowed_V = jnp.arange(V) % 2 == 0

@@ -32,6 +32,13 @@ def rules_of(*overrides):
 # Sizes
 
 
+def test_a_process_without_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"mesh.num_devices must leave each of 2 processes a device, got 4, none of"):
+        mesh_of("mesh.num_devices=4")
+
+
 @pytest.mark.parametrize(
     ("overrides", "shape"),
     [

@@ -139,6 +139,19 @@ def test_every_request_is_dealt_once_and_evenly(num_prompts, num_samples, num_sh
         assert {len(piece) for pieces in shards for piece in pieces} == {num_samples}
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_no_shard_gets_a_prompt_twice_however_uneven_the_requests(seed):
+    """Its row would hold the prompt twice under one number, and slots would see every key of it twice."""
+    rng = np.random.default_rng(seed)
+    counts = [15, 15, 3] if seed == 0 else rng.integers(1, 20, rng.integers(1, 7)).tolist()
+    requests = [Request(p, p, s, 9) for p, count in enumerate(counts) for s in range(count)]
+    shards = deal(requests, 8)
+    assert sorted(number for pieces in shards for piece in pieces for number in piece) == list(range(len(requests)))
+    for pieces in shards:
+        prompts = [requests[piece[0]].prompt for piece in pieces]
+        assert len(set(prompts)) == len(prompts)
+
+
 def test_rows_hold_every_prompt_once_within_their_length_and_nearly_in_order():
     lengths = np.random.default_rng(0).integers(1, 50, 300).tolist()
     rows = pack_rows(lengths, 64, 4)

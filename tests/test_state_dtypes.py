@@ -40,16 +40,16 @@ def dtypes(state) -> dict[str, str]:
     ("overrides", "expected"),
     [
         ((), ("float32", "float32", "float32")),
-        (("model.param_dtype=bfloat16",), ("bfloat16", "bfloat16", "bfloat16")),
+        (("model.param_dtype=bfloat16",), ("bfloat16", "float32", "float32")),
         (("optimizer.moment_dtype=bfloat16",), ("float32", "bfloat16", "float32")),
         (("optimizer.second_moment_dtype=bfloat16",), ("float32", "float32", "bfloat16")),
         (
-            ("model.param_dtype=bfloat16", "optimizer.moment_dtype=float32", "optimizer.second_moment_dtype=float32"),
-            ("bfloat16", "float32", "float32"),
+            ("model.param_dtype=bfloat16", "optimizer.moment_dtype=bfloat16", "optimizer.second_moment_dtype=bfloat16"),
+            ("bfloat16", "bfloat16", "bfloat16"),
         ),
         (("optimizer.name=muon", "optimizer.second_moment_dtype=bfloat16"), ("float32", "float32", "bfloat16")),
     ],
-    ids=["default", "weights", "first moment", "second moment", "weights only", "muon"],
+    ids=["default", "weights", "first moment", "second moment", "all", "muon"],
 )
 def test_each_dtype_of_the_state_is_float32_unless_set_and_survives_updates(flavour, overrides, expected):
     state, optimizer = state_and_optimizer(flavour, *overrides)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rl.config import load_config
-from rl.executables import MAGIC, open_compiled, read_file
+from rl.executables import MAGIC, fingerprint, open_compiled, read_file
 from rl.grpo_trainer import train
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import read_metrics
@@ -332,6 +332,39 @@ def test_a_file_compiled_with_something_else_is_refused_with_the_field(saved, tm
         open_compiled(dataclasses.replace(config, compiled_file=str(other)), *parts_of(config)[1::-1])
 
 
+def test_a_file_compiled_with_another_loss_or_another_tandem_is_refused(saved, tmp_path, monkeypatch):
+    config, mesh, policy = saved[0], *parts_of(saved[0])[:2]
+    file = tmp_path / "my_losses.py"
+    file.write_text("def own(*inputs): return 1\n")
+    own = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, loss_type=f"{file}:own"))
+    before = fingerprint(own, policy, mesh)
+    assert before == fingerprint(own, policy, mesh)
+    file.write_text("def own(*inputs): return 2\n")
+    assert [name for name, value in fingerprint(own, policy, mesh).items() if before[name] != value] == [
+        "file of grpo.loss_type"
+    ]
+    monkeypatch.setattr("rl.executables._code_hash", lambda: "another")
+    with pytest.raises(ValueError, match="code of the toolkit must be 'another', got"):
+        open_compiled(dataclasses.replace(config, compiled_file=str(saved[2])), policy, mesh)
+
+
+def test_the_report_counts_weights_of_the_rollouts_and_moments_on_the_devices_only():
+    devices = find_devices(None, 1, "cpu:2")
+    plain, quantised, spread, offloaded = (
+        loop_programs(tiny(*overrides), devices, None).resident
+        for overrides in (
+            (),
+            ("sampling.weight_dtype=int8",),
+            ("mesh.rollout_rules={embed: []}",),
+            ("optimizer.offload=true",),
+        )
+    )
+    assert plain.copy == 0
+    assert 0 < quantised.copy < plain.weights < spread.copy
+    assert plain.moments > plain.weights
+    assert offloaded.moments < plain.moments / 100
+
+
 def test_a_program_with_other_arguments_is_refused_with_the_argument(saved, tmp_path):
     config, report, path = saved
     changed = "float32[3] of [3]"
@@ -425,6 +458,11 @@ def test_what_the_compiler_finds_too_large_is_reported(tmp_path):
     assert compiled is None
     assert report.needed > loop.memory
     assert "memory" in report.refused.lower()
+    file, lines = tmp_path / "programs.bin", []
+    loop = dataclasses.replace(loop, programs=[next(p for p in loop.programs if p.name == "logprobs")])
+    assert not compile_loop(loop, str(file), lines.append).fits
+    assert not file.exists()
+    assert lines[-1] == "nothing is saved: all programs must fit, and logprobs does not"
     told = advice(Report(loop, CHIPS["TPU v5 lite"], [report]))
     assert any(line.startswith("mesh.data=1 mesh.fsdp=-1") for line in told)
 

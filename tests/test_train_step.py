@@ -424,6 +424,24 @@ def test_rows_computed_at_less_than_their_length_change_nothing(lengths, problem
     assert_close_leaf_by_leaf(gradient, want_gradient, 1e-11)
 
 
+def test_bfloat16_gradients_of_many_pieces_are_added_up_in_float32(problem):
+    """300 times the same group, a piece each: summed in bfloat16 the last 44 would be lost to rounding."""
+    alone = make_trainer("nnx", "bfloat16", plan=PackingPlan(1, 1, 16, 3, MAX_COMPLETION))
+    many = dataclasses.replace(alone, plan=dataclasses.replace(alone.plan, num_microbatches=300))
+    part = problem.part([0])
+    size = len(part.groups[0])
+    repeated = Problem(
+        part.prompts * 300,
+        [[*range(size * k, size * (k + 1))] for k in range(300)],
+        *(np.tile(field, (300,) + (1,) * (field.ndim - 1)) for field in part[2:]),
+    )
+    expected, gradient = (trainer.loss_and_gradient(p)[1] for trainer, p in ((alone, part), (many, repeated)))
+    for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(gradient), strict=True):
+        assert got.dtype == jnp.bfloat16
+        want, got = want.astype(np.float32), got.astype(np.float32)
+        assert np.abs(got - want).max() <= 0.02 * np.abs(want).max()
+
+
 def test_the_order_of_the_groups_changes_nothing(problem, plain, trainer):
     with jax.enable_x64(True):
         loss, gradient, _ = trainer("nnx", "float64").loss_and_gradient(problem, order=(2, 0, 1))

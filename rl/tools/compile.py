@@ -32,14 +32,14 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
     """Compiles the programs of a run, one after the other, and reports on them.
 
     Args:
-      save: file to write all of them to; None: only those that are reported on are compiled.
+      save: file to write all of them to, if all fit; None: only those that are reported on are compiled.
       tell: gets a line when a program is begun, and one when it is compiled.
 
     Raises:
-      ValueError: `save`, and a program does not fit or the back end cannot serialise it.
+      ValueError: `save`, and the back end cannot serialise a program.
     """
     reports: list[ProgramReport] = []
-    kept = []
+    kept, refused = [], []
     for program in loop.programs:
         if program.is_reported or save is not None:
             tell(f"{program.name} ...")
@@ -49,13 +49,17 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
             tell(f"{program.name}: {report.seconds:.0f} s, {report.host_bytes / 1e9:.1f} GB of host memory so far")
             if program.is_reported:
                 reports.append(report)
-            if save is not None:
-                if compiled is None:
-                    raise ValueError(f"--save needs programs that fit, and {program.name} does not: {report.refused}")
+            if compiled is None:
+                refused.append(program.name)
+                if report not in reports:
+                    reports.append(report)
+            elif save is not None:
                 kept.append((program.key, *program.make(), compiled))
             del compiled
             gc.collect()
-    if save is not None:
+    if save is not None and refused:
+        tell(f"nothing is saved: all programs must fit, and {', '.join(dict.fromkeys(refused))} does not")
+    elif save is not None:
         save_compiled(save, loop.config, loop.policy, loop.mesh, loop.memory, kept)
     return Report(loop, CHIPS.get(loop.mesh.devices.flat[0].device_kind), reports)
 

@@ -64,7 +64,8 @@ class Report:
     def kv_budget(self) -> int:
         """Bytes that are left for keys and values while drawing."""
         decode = next((p for p in self.programs if p.name == DECODE), None)
-        held = self.loop.resident.state + self.loop.resident.reference
+        resident = self.loop.resident
+        held = resident.state + resident.reference + resident.copy
         return max(self.loop.memory - held - (decode.temporaries if decode else 0), 0)
 
     def terms(self) -> dict[str, int]:
@@ -74,6 +75,7 @@ class Report:
             "weights": resident.weights,
             "optimizer state": resident.moments,
             "reference": resident.reference,
+            "weights of the rollouts": resident.copy,
             "keys and values": resident.cache,
             **{f"temporaries of {p.name}": p.temporaries for p in self.programs},
         }
@@ -136,9 +138,11 @@ def _smaller_state(report: Report) -> list[str]:
     if config.grpo.beta and loop.resident.reference:
         found.append("grpo.beta=0: no reference beside the policy")
     if config.model.param_dtype == "float32":
-        found.append("model.param_dtype=bfloat16: half the bytes of weights, gradients and moments")
+        found.append("model.param_dtype=bfloat16: half the bytes of weights and gradients")
     elif config.optimizer.moment_dtype is None and config.optimizer.name == "adamw":
         found.append("optimizer.name=adafactor: sums of rows and columns in place of the second moment")
+    if not config.optimizer.offload and loop.resident.moments:
+        found.append("optimizer.offload=true: moments in the hosts' memory but for the update itself")
     if not config.lora.rank:
         found.append("lora.rank=16: moments and gradients of adapters only, and the frozen weights are the reference")
     elif config.lora.base_dtype is None:

@@ -18,7 +18,7 @@ from rl.config import Config
 from rl.config_sections import source_kind
 from rl.decoding import TOKEN_LOOP
 from rl.evaluation import sampling_params, slot_sampler
-from rl.mesh import create_mesh, device_memory
+from rl.mesh import create_mesh, device_memory, on_host
 from rl.models.config import ModelConfig
 from rl.models.hf import SHAPE_PATTERNS, resolve_source
 from rl.models.policy import Policy, policy_from_config
@@ -27,7 +27,7 @@ from rl.programs import Program
 from rl.shaped_inputs import ShapedInputs, get_shaped_inputs
 from rl.states import BASE, WEIGHTS, InitStateFn, get_abstract_state, init_program
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
-from rl.train_step import MICROBATCH_LOOP, update_arguments
+from rl.train_step import MICROBATCH_LOOP, SHORT_MICROBATCH_LOOP, update_arguments
 from rl.update import LOGPROBS, REFERENCE_LOGPROBS, TRAIN_STEP, bare_batch, update_programs
 from rl.weights import eos_ids, model_shape
 
@@ -57,12 +57,17 @@ class LoopProgram:
 
 @dataclasses.dataclass(frozen=True)
 class Resident:
-    """Bytes on a device that a run holds all the time, and those of its key/value caches at their largest."""
+    """Bytes on a device that a run holds all the time, and those of its key/value caches at their largest.
+
+    moments: those that stay on the device, see `optimizer.offload`. copy: weights of the rollouts' own, quantised or
+    sharded otherwise, which exist beside the trained ones while drawing.
+    """
 
     weights: int
     moments: int
     adapters: int
     reference: int
+    copy: int
     cache: int
     bytes_per_position: int
 
@@ -125,18 +130,19 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         moments=shard_bytes(inputs.state.opt_state, inputs.state_shardings.opt_state),
         adapters=shard_bytes(trained, trained_shardings) if policy.config.lora else 0,
         reference=weights if has_reference else 0,
+        copy=_copy_bytes(config, rollout),
         cache=per_position * rows // sampler.engine.num_shards,
         bytes_per_position=per_position,
     )
     beside_weights = resident.moments + resident.reference
-    if config.sampling.weight_dtype is not None:
-        beside_weights += weights  # decoding reads quantised ones
+    # While drawing, where rollouts have weights of their own, beside those that are trained.
+    beside_rollout = beside_weights + (weights if resident.copy else 0)
     programs = _init_programs(config, mesh, policy, init_policy_fn, has_reference, resident)
     for key, make in rollout.items():
         is_prefill = key[0] == "prefill"
         is_largest = key[3] == largest.table_length if is_prefill else key[1] == largest
         name = PREFILL if is_prefill else DECODE
-        held = beside_weights + (resident.cache if is_prefill else 0)
+        held = beside_rollout + (resident.cache if is_prefill else 0)
         rounds = {} if is_prefill else {TOKEN_LOOP: key[3]}
         programs.append(LoopProgram(name, repr(key), make, rounds, held, is_largest))
     arguments = {
@@ -151,7 +157,7 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         REFERENCE_LOGPROBS: resident.moments + resident.adapters,
         TRAIN_STEP: resident.reference,
     }
-    rounds = {MICROBATCH_LOOP: inputs.plan.num_microbatches}
+    rounds = {MICROBATCH_LOOP: inputs.plan.num_microbatches, SHORT_MICROBATCH_LOOP: 0}  # every row full
     for name, program in update_programs(config, policy, optimizer, inputs.state_shardings, mesh).items():
         if name == REFERENCE_LOGPROBS and not config.grpo.beta:
             continue
@@ -171,9 +177,18 @@ def read_shape(config: Config) -> tuple[Tokenizer, ModelConfig]:
 
 
 def shard_bytes(shapes: Any, shardings: Any) -> int:
-    """Bytes of one device's share of a tree."""
+    """Bytes of one device's share of a tree, without what lies in its host's memory."""
     leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    return sum(int(np.prod(sharding.shard_shape(x.shape))) * x.dtype.itemsize for x, sharding in leaves)
+    here = [(sharding.shard_shape(x.shape), x.dtype.itemsize) for x, sharding in leaves if not on_host(sharding)]
+    return sum(int(np.prod(shape)) * itemsize for shape, itemsize in here)
+
+
+def _copy_bytes(config: Config, rollout: Mapping[Any, Callable[[], tuple[Program, tuple[Any, ...]]]]) -> int:
+    """Of the weights that decoding reads, where they are not the trained ones."""
+    if config.sampling.weight_dtype is None and not config.mesh.rollout_rules:
+        return 0
+    program, (params, *_) = next(iter(rollout.values()))()
+    return shard_bytes(params, program.in_shardings[0])
 
 
 def _init_programs(
