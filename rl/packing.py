@@ -165,8 +165,8 @@ def plan_packing(
 
 
 def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float32) -> Batch:
-    """Packs groups by first-fit decreasing over their lengths (`_rows`); deterministic, and every completion keeps its
-    `sequence_ids` index.
+    """Packs groups in decreasing order of their lengths, each into the fullest row that holds it (`_rows`);
+    deterministic, and every completion keeps its `sequence_ids` index.
 
     Groups without completions are left out. A minibatch without any completion gives a batch of padding. `dtype` is
     that of the batch's floating-point fields: float32, or float64 for a float64 model.

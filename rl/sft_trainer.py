@@ -103,7 +103,8 @@ def train(config: Config) -> pathlib.Path:
         )
         for message in (*pairs.messages, *foreign.notes(policy)):
             console.message(message)
-        rows = {"run folder": run.path, "policy": policy.flavour, "pairs": len(pairs.rows), "held out": len(held_out)}
+        computed = f"{policy.flavour}, {policy.kernel.name} attention"
+        rows = {"run folder": run.path, "policy": computed, "pairs": len(pairs.rows), "held out": len(held_out)}
         console.table("grpo sft", {**rows, "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M"})
         # -- loop
         writer = stack.enter_context(MetricsWriter(run.path if hosts.is_first() else None, first_step + 1))

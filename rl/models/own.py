@@ -26,6 +26,7 @@ from rewards.contract import import_function
 from rl.models import ops
 from rl.models.attention_kernels import AttentionKernel
 from rl.models.config import ForeignConfig, ParameterSpec, flatten_specs
+from rl.models.hf import save_tensors
 from rl.models.ops import dtype_of, visible, widen
 from rl.models.train_state import TrainState, TrainStateNNX, string_keys
 
@@ -339,8 +340,8 @@ def _require(holds: bool, source: str, rule: str, got: object) -> None:
 
 
 def save_weights(file: pathlib.Path, params: Any) -> None:
-    """Writes every parameter under its name, "blocks/0/kernel" for instance, as a safetensors file."""
-    safetensors.numpy.save_file({name: np.asarray(jax.device_get(leaf)) for name, leaf in _leaves(params)}, file)
+    """Writes every parameter under its name, "blocks/0/kernel" for instance, to a safetensors file and reads it."""
+    save_tensors(file, {name: np.asarray(jax.device_get(leaf)) for name, leaf in _leaves(params)})
 
 
 def load_weights(file: pathlib.Path, config: ForeignConfig, shardings: Any) -> Params:

@@ -15,11 +15,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 from rl.models.config import ForeignConfig
-from rl.models.hf import write_json
+from rl.models.hf import save_tensors, write_json
 from rl.models.hf_config import read_json
 from rl.models.ops import dtype_of
 from rl.models.train_state import string_keys
@@ -68,7 +67,7 @@ def write_weights(out: pathlib.Path, config: ForeignConfig, params: Params) -> N
             shutil.copyfile(model.folder / name, out / name)
     for file in sorted(model.folder.glob("*.safetensors")):
         tensors = {name: _stored(params, table, name, tuple(entry["shape"])) for name, entry in _header(file).items()}
-        safetensors.numpy.save_file(tensors, out / file.name, metadata={"format": "pt"})
+        save_tensors(out / file.name, tensors)
 
 
 def _table(model: TunixModel) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""Every command that needs a state takes it from `init_state_fn`, in both flavours, from one recipe and one run."""
+
+import ast
+import json
+import pathlib
+
+import jax
+import pytest
+
+from rl.cli import COMMANDS, main
+from rl.states import InitStateFn
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FLAVOURS = {"linen": False, "nnx": True}
+RECIPE = """
+output_dir: {folder}/run
+seed: 3
+pure_nnx: {pure_nnx}
+tokenizer: {{source: byte}}
+model:
+  arch:
+    {{family: qwen3, hidden_size: 16, intermediate_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8}}
+data:
+  {{source: "{folder}/rows.jsonl", columns: {{prompt: question, answer: answer}}, eval_size: 2, max_prompt_length: 8}}
+rewards: {{functions: [{{function: "{rewards}:digit_share", name: digits}}]}}
+sampling: {{max_completion_length: 4, slots: 2}}
+grpo: {{steps: 1, prompts_per_step: 2, group_size: 2, max_tokens_per_microbatch: 64}}
+sft: {{steps: 1, batch_size: 2, completion_column: answer}}
+lora: {{rank: {rank}}}
+eval: {{every: 0}}
+mesh: {{num_devices: 1}}
+"""
+# `launch` starts others; the rest work on files, layer by layer or adapter by adapter, and hold no state.
+NO_STATE = {"launch", "report", "lora", "quantize"}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, monkeypatch, capsys):
+    rows = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipes = {}
+    for name, rank in (("whole", 0), ("adapters", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+        recipes[name] = tmp_path / name / "recipe.yml"
+        recipes[name].write_text(
+            RECIPE.format(
+                folder=tmp_path / name,
+                pure_nnx=str(FLAVOURS[flavour]).lower(),
+                rewards=ROOT / "tests" / "reward_functions.py",
+                rank=rank,
+            )
+        )
+    built: list[tuple[str, bool]] = []
+    call = InitStateFn.__call__
+
+    def recorded(self: InitStateFn):
+        built.append((self.policy.flavour, self.optimizer is not None))
+        return call(self)
+
+    monkeypatch.setattr(InitStateFn, "__call__", recorded)
+    whole, adapters = recipes["whole"], recipes["adapters"]
+    run, tuned = whole.parent / "run", adapters.parent / "run"
+    walk = {
+        "train": [[whole], [adapters]],
+        "sft": [[whole, f"output_dir={tmp_path / 'sft'}"]],
+        "eval": [[run], [whole]],
+        "sample": [[run, "--prompt", "1+1="], [whole, "--prompt", "1+1="], ["--replay", run, 1, 0, 0]],
+        "export": [
+            [run, tmp_path / "folder"],
+            [run, tmp_path / "params", "--format", "params"],
+            [tuned, tmp_path / "adapter", "--adapter"],
+        ],
+        "checkpoint": [["verify", run], ["bench", whole, "--steps", 1]],
+        "compile": [[whole, "--devices", "cpu:1"]],
+    }
+    assert {*walk, *NO_STATE} == set(COMMANDS)
+    for command, calls in walk.items():
+        for arguments in calls:
+            built.clear()
+            jax.clear_caches()
+            status = main([command, *map(str, arguments)])
+            said = capsys.readouterr()
+            assert status in (0, None), (command, arguments, said.err)
+            assert built, f"grpo {command} {arguments} built no state through init_state_fn"
+            assert {name for name, _ in built} == {flavour}, (command, arguments)
+
+
+def test_nothing_else_draws_the_weights_of_a_policy():
+    """`policy.init` is called by `init_state_fn` alone; the wave sampler asks for its shapes."""
+    callers = set()
+    for path in (ROOT / "rl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "init":
+                owner = ast.unparse(node.func.value)
+                if owner.endswith("policy"):
+                    callers.add(path.relative_to(ROOT).as_posix())
+    assert callers == {"rl/states.py", "rl/wave_sampler.py"}
+    assert "jax.eval_shape(lambda: self._policy.init(" in (ROOT / "rl" / "wave_sampler.py").read_text()
