@@ -12,6 +12,7 @@ and grows the cache.
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -47,6 +48,22 @@ class _Expected:
     common: tuple[int, ...] = ()
     longest: int = 0
     mean: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prefix:
+    """Keys and values of a common prefix, and the weights that they were computed with."""
+
+    token_ids: tuple[int, ...]
+    weights: list[weakref.ref]
+    part: CachePart
+
+    def holds(self, token_ids: tuple[int, ...], params: Params) -> bool:
+        """Whether they are those of this prefix and these very arrays."""
+        leaves = jax.tree.leaves(params)
+        if token_ids != self.token_ids or len(leaves) != len(self.weights):
+            return False
+        return all(seen() is leaf for seen, leaf in zip(self.weights, leaves, strict=True))
 
 
 class Sampler:
@@ -110,6 +127,7 @@ class Sampler:
         self._decode_text = decode_text
         self._chunk, self._stop_chunk = chunk, min(stop_chunk, chunk)
         self._expected = _Expected()
+        self._prefix: _Prefix | None = None
 
     @property
     def num_compiles(self) -> int:
@@ -200,7 +218,7 @@ class Sampler:
         Prefill compiles here and now (on prompts of nothing), decoding in the background: `engine.programs.wait()`
         returns when all is ready.
         """
-        params = self._decode_params(params)
+        version, params = params, self._decode_params(params)
         shapes = self.shapes(num_prompts, num_samples, sampling)
         first, num_shards = shapes[0], self.engine.num_shards
         sizes = scheduling.cache_sizes(first.num_slots // num_shards, sampling.max_completion_length)
@@ -209,7 +227,7 @@ class Sampler:
         for shape in shapes:
             for later in scheduling.later_cache_sizes(sizes, self._size_of(shape)):
                 self.engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)
-        common = self._prefill_common(params, self._expected) if self._expected.common else None
+        common = self._prefill_common(version, params, self._expected.common) if self._expected.common else None
         state = self.engine.init_state(first, sampling, jax.random.key(0), common)
         nothing = np.zeros((first.prefill_rows, first.table_length), np.int32)
         places = np.full((num_shards, first.prefill_rows // num_shards), first.table_rows, np.int32)
@@ -260,12 +278,12 @@ class Sampler:
         if not requests:
             return
         engine = self.engine
-        params = self._decode_params(params)
+        version, params = params, self._decode_params(params)
         expected = self._plan(prompts)
         common_length = len(expected.common)
         shards = scheduling.deal(requests, engine.num_shards)
         shape = self._shape(shards, expected, sampling)
-        common = self._prefill_common(params, expected) if common_length else None
+        common = self._prefill_common(version, params, expected.common) if common_length else None
         prompts_per_row = _prompts_per_row(expected)
         rows = []
         for pieces in shards:
@@ -422,11 +440,20 @@ class Sampler:
             f"bytes of keys and values, got {kv_bytes:,}; raise it, or shorten sampling.max_completion_length"
         )
 
-    def _prefill_common(self, params: Params, expected: _Expected) -> CachePart:
-        tokens = np.tile(np.asarray(expected.common, np.int32), (self.engine.num_shards, 1))
-        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-        chunk = _prefill_chunk(tokens.shape[0])
-        return self.engine.prefill(params, tokens, positions, np.zeros_like(tokens), chunk=chunk)
+    def _prefill_common(self, version: Params, params: Params, prefix: tuple[int, ...]) -> CachePart:
+        """Keys and values of the common prefix; those of the last call where the weights are the same arrays.
+
+        Args:
+          version: the weights as the caller has them; `params` may be a copy made for this call.
+        """
+        if self._prefix is None or not self._prefix.holds(prefix, version):
+            tokens = np.tile(np.asarray(prefix, np.int32), (self.engine.num_shards, 1))
+            positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+            chunk = _prefill_chunk(tokens.shape[0])
+            self._prefix = None  # its memory goes before the new one's comes
+            part = self.engine.prefill(params, tokens, positions, np.zeros_like(tokens), chunk=chunk)
+            self._prefix = _Prefix(prefix, [weakref.ref(leaf) for leaf in jax.tree.leaves(version)], part)
+        return self._prefix.part
 
     def close(self) -> None:
         """Drops what is still to be compiled in the background; the program need not wait for it to end."""

@@ -305,6 +305,27 @@ def test_a_common_prefix_is_cached_once_and_changes_nothing(qwen):
     assert {(shape.common_length, shape.table_length) for shape in shapes} == {(96, 16)}
 
 
+def test_a_common_prefix_is_prefilled_once_for_the_same_weights(qwen):
+    rng = np.random.default_rng(3)
+    head = rng.integers(3, VOCAB, 100).tolist()
+    prompts = [[*head, 5, 6], [*head, 7]]
+    setup = with_sampler(qwen)
+    calls = record_prefills(setup)
+
+    def prefixes() -> int:
+        return sum(tokens_PT.tolist() == [head[:96]] for tokens_PT, _ in calls)
+
+    first = sample(setup, prompts=prompts)
+    assert_same(flatten(sample(setup, prompts=prompts[::-1], prompt_indices=[1, 0])[::-1]), flatten(first))
+    assert prefixes() == 1
+    doubled = setup._replace(params=jax.tree.map(lambda leaf: leaf * 2, setup.params))
+    others = sample(doubled, prompts=prompts)
+    assert prefixes() == 2
+    assert_same(flatten(others), flatten(sample(with_sampler(doubled), prompts=prompts)))
+    assert_same(flatten(sample(setup, prompts=prompts)), flatten(first))
+    assert prefixes() == 3
+
+
 def test_prompts_of_different_lengths_share_rows_of_the_table(qwen):
     rng = np.random.default_rng(4)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (65, 9, 20, 11, 14, 30, 8, 10)]
