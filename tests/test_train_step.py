@@ -477,12 +477,14 @@ def test_what_lies_in_padding_changes_nothing(problem, trainer):
 # Shared prompts in every family
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_states_with_a_shared_prompt_are_those_of_each_sequence_alone(family):
+def test_hidden_states_with_a_shared_prompt_are_those_of_each_sequence_alone_and_so_is_the_gradient(family, flavour):
     sliding = {"sliding_window": 3, "layer_types": ("sliding_attention", "full_attention")}
     with jax.enable_x64(True):
         config = tiny_config(family, "float64", num_layers=2, **(sliding if family == "gemma3_text" else {}))
-        policy, params, rng = create_policy(config, True), noisy_params(config), np.random.default_rng(3)
+        policy, params = create_policy(config, FLAVOURS[flavour]), noisy_params(config)
+        rng = np.random.default_rng(3)
         completion = lambda count: TrainCompletion(rng.integers(0, VOCAB, count).astype(np.int32))  # noqa: E731
         groups = [
             TrainGroup(rng.integers(0, VOCAB, 4).astype(np.int32), [completion(6), completion(3)]),
@@ -490,24 +492,34 @@ def test_hidden_states_with_a_shared_prompt_are_those_of_each_sequence_alone(fam
         ]
         batch = pack(groups, PackingPlan(1, 1, 24, 4, 7))
         labels = (batch.tokens_MRT, batch.positions_MRT, batch.group_ids_MRT, batch.branch_ids_MRT)
-        sequences = [[*g.prompt_ids, *c.token_ids[:-1]] for g in groups for c in g.completions]
+        predictors = []
+        for c in range(3):
+            _, _, place = np.argwhere(batch.sequence_ids_MRC == c)[0]
+            slots = batch.slots_MRCL[0, 0, place][batch.mask_MRCL[0, 0, place] > 0]
+            predictors.append(batch.predictors_MRN[0, 0, slots])
 
-        @jax.jit
-        def packed_and_alone(params):
-            alone = []
-            for sequence in sequences:
-                zeros_BT = np.zeros((1, len(sequence)), np.int32)
-                positions_BT = np.arange(len(sequence), dtype=np.int32)[None]
-                alone.append(policy.hidden(params, np.array([sequence]), positions_BT, zeros_BT, zeros_BT)[0])
-            return policy.hidden(params, *(x[0] for x in labels))[0], alone
+        def packed(params):
+            return policy.hidden(params, *(x[0] for x in labels))[0, np.concatenate(predictors)]
 
-        packed_TD, alone = packed_and_alone(params)
-    packed_TD = np.asarray(packed_TD)
-    for c, (sequence, alone_TD) in enumerate(zip(sequences, alone, strict=True)):
-        _, _, place = np.argwhere(batch.sequence_ids_MRC == c)[0]
-        slots = batch.slots_MRCL[0, 0, place][batch.mask_MRCL[0, 0, place] > 0]
-        predictors = batch.predictors_MRN[0, 0, slots]
-        np.testing.assert_allclose(packed_TD[predictors], alone_TD[len(sequence) - len(slots) :], rtol=0, atol=1e-12)
+        def alone(params):
+            parts = []
+            completions = [(group, completion) for group in groups for completion in group.completions]
+            for group, completion in completions:
+                sequence = np.array([[*group.prompt_ids, *completion.token_ids[:-1]]])
+                zeros_BT, positions_BT = np.zeros_like(sequence), np.arange(sequence.size, dtype=np.int32)[None]
+                hidden_BTD = policy.hidden(params, sequence, positions_BT, zeros_BT, zeros_BT)
+                parts.append(hidden_BTD[0, sequence.size - len(completion.token_ids) :])
+            return jnp.concatenate(parts)
+
+        weights_TD = rng.normal(size=(16, config.hidden_size))
+        results = []
+        for hidden in (packed, alone):
+            scalar = lambda params, hidden=hidden: (jnp.sum(weights_TD * (values := hidden(params))), values)  # noqa: E731
+            results.append(jax.device_get(jax.jit(jax.value_and_grad(scalar, has_aux=True))(params)))
+    ((_, got_TD), got), ((_, want_TD), want) = results
+    np.testing.assert_allclose(got_TD, want_TD, rtol=0, atol=1e-12)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(left - right).max() <= 1e-12 * max(np.abs(right).max(), 1.0)
 
 
 # Sharded == single device
