@@ -194,7 +194,7 @@ def update_program(
         # In bfloat16 a sum of hundreds of pieces would lose those below 2^-9 of it.
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)), grads)
         start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference))
-        loss, sum_of_grads, sums, difference = _over_pieces(batch, add_piece, start)
+        loss, sum_of_grads, sums, difference = _over_pieces(batch, mesh, add_piece, start)
         grads = jax.tree.map(lambda total, like: total.astype(like.dtype), sum_of_grads, grads)
         grad_norm = optax.tree.norm(sum_of_grads)
         is_applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -264,7 +264,7 @@ def token_logprobs_program(
             lambda: policy.unembed(params, jnp.zeros((1, policy.config.hidden_size), policy.config.dtype))
         ).dtype
         empty = jnp.zeros(batch.mask_MRCL.shape, dtype)
-        return _over_pieces(batch, fill, (empty, empty))
+        return _over_pieces(batch, mesh, fill, (empty, empty))
 
     rows = row_sharding(mesh, rules, dim=1)
     return Program(logprobs, (param_shardings, batch_shardings(mesh, rules)), (rows, rows))
@@ -314,14 +314,17 @@ def _piece(batch: Batch, m: Any) -> Batch:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, 0, keepdims=False), fields)
 
 
-def _over_pieces(batch: Batch, body: Callable[[Any, Batch, Any], Any], carry: Any) -> Any:
+def _over_pieces(batch: Batch, mesh: Mesh, body: Callable[[Any, Batch, Any], Any], carry: Any) -> Any:
     """carry = body(m, micro-batch m, carry) for every micro-batch in use.
 
     The first of them are computed whole, those after the last that needs it with rows cut to the shorter of
-    `row_lengths`, in a loop of their own.
+    `row_lengths`, in a loop of their own. So on CPU only: a second loop takes as long to compile as the first, seconds
+    there, minutes for a TPU.
     """
     num_completions, completion_length = batch.mask_MRCL.shape[-2:]
     *shorter, row_length = row_lengths(batch.tokens_MRT.shape[-1], completion_length)
+    if mesh.devices.flat[0].platform != "cpu":
+        shorter = []
 
     def loop(name: str, start: Any, end: Any, length: int, carry: Any) -> Any:
         # What is predicted stands at the front as well: of each completion one token more than it puts into the row.
