@@ -23,6 +23,7 @@ from rl.config import Config
 from rl.config_sections import LearningRateGroup, OptimizerSection
 from rl.models.config import LORA_A, LORA_B, ParameterSpec, flatten_specs, parameter_specs
 from rl.models.lora import split
+from rl.models.ops import widen
 from rl.models.policy import Policy
 
 _MAX_LOST_SHARE = 0.5  # of an update's non-zero entries, before a run is warned about it
@@ -62,7 +63,7 @@ def create_training_optimizer(
         _check_pattern("optimizer.weight_decay_params", pattern, _by_name(all_specs))
     _check_groups(section.lr_groups, specs)
     schedule = _schedule(section, num_updates)
-    direction = _DIRECTIONS[section.name](section, section.moment_dtype or _wide(policy.config.param_dtype), specs)
+    direction = _DIRECTIONS[section.name](section, section.moment_dtype or str(widen(policy.config.param_dtype)), specs)
     decay = optax.add_decayed_weights(
         section.weight_decay, mask=functools.partial(decay_mask, patterns=section.weight_decay_params)
     )
@@ -133,11 +134,6 @@ def rounding_problems(metrics: Mapping[str, float]) -> list[str]:
     return [f"{problem}; set model.param_dtype to float32 (model.dtype may stay as it is), or raise optimizer.lr"]
 
 
-def _wide(dtype: Any) -> str:
-    """Of the moments where nothing is set: float32, of float64 weights float64."""
-    return str(jnp.promote_types(dtype, jnp.float32))
-
-
 # -- directions: what the learning rate multiplies, before weight decay
 
 
@@ -151,7 +147,7 @@ def _adamw(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, Par
         state: Any = adam.init(params)
         # An update keeps the dtype that it finds.
         return state._replace(
-            nu=jax.tree.map(lambda x: x.astype(section.second_moment_dtype or _wide(x.dtype)), state.nu)
+            nu=jax.tree.map(lambda x: x.astype(section.second_moment_dtype or widen(x.dtype)), state.nu)
         )
 
     return optax.GradientTransformation(init, adam.update)

@@ -25,6 +25,7 @@ from rl.loss_types import Denominators, LossConfig, LossInputs
 from rl.losses import denominators_for, grpo_loss
 from rl.mesh import from_host_memory, replicated, row_sharding
 from rl.models.lora import join, split
+from rl.models.ops import widen
 from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState
 from rl.optimizer import rounding_loss
@@ -192,7 +193,7 @@ def update_program(
 
         (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, frozen, _piece(batch, 0), *constants)
         # In bfloat16 a sum of hundreds of pieces would lose those below 2^-9 of it.
-        wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)), grads)
+        wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, widen(x.dtype)), grads)
         start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference))
         loss, sum_of_grads, sums, difference = _over_pieces(batch, mesh, add_piece, start)
         grads = jax.tree.map(lambda total, like: total.astype(like.dtype), sum_of_grads, grads)

@@ -37,11 +37,10 @@ NO_STATE = {"launch", "report", "lora", "quantize"}
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, monkeypatch, capsys):
     rows = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipes = {}
     for name, rank in (("whole", 0), ("adapters", 2)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         recipes[name] = tmp_path / name / "recipe.yml"
         recipes[name].write_text(
             RECIPE.format(

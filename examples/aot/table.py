@@ -37,10 +37,14 @@ class Case(NamedTuple):
     rows: int = 2
 
     @property
+    def trained(self) -> str:
+        """What is trained: adapters, or all weights."""
+        return "LoRA" if self.settings[: len(LORA)] == LORA else "full"
+
+    @property
     def name(self) -> str:
-        kind = "lora" if self.settings[:1] == LORA[:1] else "full"
         slices = f"_{self.slices}slices" if self.slices > 1 else ""
-        return f"{self.recipe}_{kind}_{self.topology.replace(':', '_')}{slices}"
+        return f"{self.recipe}_{self.trained.lower()}_{self.topology.replace(':', '_')}{slices}"
 
     @property
     def num_devices(self) -> int:
@@ -94,7 +98,7 @@ def line(case: Case, report: dict[str, Any]) -> str:
     gib = 2**30
     cells = [
         case.recipe.replace("_", "-"),
-        "LoRA" if case.settings[:1] == LORA[:1] else "full",
+        case.trained,
         f"{case.topology}{f' x {case.slices}' if case.slices > 1 else ''} ({report['devices']})",
         " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1),
         f"{step['peak'] / gib:.1f}",

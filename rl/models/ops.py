@@ -117,7 +117,7 @@ def dtype_of(name: str) -> Any:
 
 
 def widen(dtype: Any) -> Any:
-    """`dtype`, or float32 where that is wider: the type of norms, softmax and logits."""
+    """`dtype`, or float32 where that is wider: the type of norms, softmax, logits, sums of gradients and moments."""
     return jnp.promote_types(dtype, jnp.float32)
 
 

@@ -39,7 +39,7 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
       ValueError: `save`, and the back end cannot serialise a program.
     """
     reports: list[ProgramReport] = []
-    kept, refused = [], []
+    kept = []
     for program in loop.programs:
         if program.is_reported or save is not None:
             tell(f"{program.name} ...")
@@ -47,18 +47,15 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
             with contextlib.nullcontext() if save is None else _compiled_anew():
                 report, compiled = compile_one(program)
             tell(f"{program.name}: {report.seconds:.0f} s, {report.host_bytes / 1e9:.1f} GB of host memory so far")
-            if program.is_reported:
+            if program.is_reported or compiled is None:
                 reports.append(report)
-            if compiled is None:
-                refused.append(program.name)
-                if report not in reports:
-                    reports.append(report)
-            elif save is not None:
+            if save is not None and compiled is not None:
                 kept.append((program.key, *program.make(), compiled))
             del compiled
             gc.collect()
+    refused = dict.fromkeys(report.name for report in reports if report.refused is not None)
     if save is not None and refused:
-        tell(f"nothing is saved: all programs must fit, and {', '.join(dict.fromkeys(refused))} does not")
+        tell(f"nothing is saved: all programs must fit, and {', '.join(refused)} does not")
     elif save is not None:
         save_compiled(save, loop.config, loop.policy, loop.mesh, loop.memory, kept)
     return Report(loop, CHIPS.get(loop.mesh.devices.flat[0].device_kind), reports)
