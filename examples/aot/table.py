@@ -82,10 +82,11 @@ def run(case: Case, folder: pathlib.Path) -> dict[str, Any] | str:
     if not report.exists():
         # One arena of malloc per core holds on to what others have freed; programs come off one after the other.
         environment = {"MALLOC_ARENA_MAX": "2", "JAX_PLATFORMS": "cpu", **os.environ}
-        done = subprocess.run(case.command(report), capture_output=True, text=True, env=environment)
-        (folder / f"{case.name}.txt").write_text(done.stdout + done.stderr)
+        said = folder / f"{case.name}.txt"
+        with said.open("w") as file:
+            subprocess.run(case.command(report), stdout=file, stderr=subprocess.STDOUT, env=environment)
         if not report.exists():
-            return "\n".join(done.stderr.splitlines()[-3:])
+            return "\n".join(said.read_text().splitlines()[-3:])
     return json.loads(report.read_text())
 
 
