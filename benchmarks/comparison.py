@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import shapes
 from command import add_options, check_options
-from machine import Probe, matmul_probe, return_memory
+from machine import Probe, matmul_probe
 from peer_trainers import PEER_TRAINERS
 from rich.console import Console
 from step_results import StepResult, model_operations, steps_table, summarize_steps
@@ -20,6 +20,7 @@ from trainers import Batch, TandemTrainer, Trainer, check_same_outcome, is_insta
 from turns import Call, alternate, timed
 from weights import Weights
 
+from rl.host_memory import return_memory
 from rl.models import hf
 
 TRAINERS = (TandemTrainer.name, *PEER_TRAINERS)

@@ -1,9 +1,5 @@
-"""What the machine can do: matrix-product rate and copy bandwidth; and the memory that this process holds."""
+"""What the machine can do: matrix-product rate and copy bandwidth."""
 
-import contextlib
-import ctypes
-import gc
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -23,20 +19,6 @@ def copy_probe(num_bytes: int) -> Probe:
     """Measures bytes per second, read and written together, of a pass over an array of `num_bytes` into another one."""
     x = jnp.ones(num_bytes // 4, jnp.float32)
     return _probe(jax.jit(lambda x: x + 1), (x,), 2 * x.nbytes)
-
-
-def return_memory() -> None:
-    """Gives what Python and glibc keep of memory that was freed back to the system."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM, as Linux tells it, without what glibc keeps of memory that was freed."""
-    return_memory()
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
 def _probe(function: Callable, arguments: tuple[jax.Array, ...], amount: float) -> Probe:

@@ -3,10 +3,10 @@
 import dataclasses
 
 from engines import Tandem, warm_up
-from machine import resident_bytes
 from shapes import Workload
 from weights import Weights
 
+from rl.host_memory import resident_bytes
 from rl.metrics import CompileCounter
 from rl.models.config import ModelConfig
 

@@ -12,12 +12,12 @@ import json
 import math
 import os
 import pathlib
-import resource
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from rl import host_memory
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -178,13 +178,7 @@ def peak_memory_bytes() -> int:
     device_peaks = [stats["peak_bytes_in_use"] for stats in device_stats if stats and "peak_bytes_in_use" in stats]
     if device_peaks:
         return max(device_peaks)
-    return peak_host_bytes()
-
-
-def peak_host_bytes() -> int:
-    """Peak bytes of the host's memory that this process has had so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return host_memory.peak_bytes()
 
 
 def _with_step_first(metrics: Mapping[str, Any]) -> dict[str, Any]:

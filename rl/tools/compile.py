@@ -8,11 +8,9 @@ weights nor data are read.
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import pathlib
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rl.config import Config, load_config
 from rl.executables import save_compiled
+from rl.host_memory import peak_bytes, start_peak
 from rl.tools.compile_report import ProgramReport, Report, report_of, report_refused, to_json, to_text
 from rl.tools.loop_programs import Loop, LoopProgram, loop_programs
 from rl.tools.topologies import CHIPS, find_devices
@@ -46,13 +45,12 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
             # What comes out of the persistent cache cannot be written again (jax 0.12 loses a part of it).
             with contextlib.nullcontext() if save is None else _compiled_anew():
                 report, compiled = compile_one(program)
-            tell(f"{program.name}: {report.seconds:.0f} s, {report.host_bytes / 1e9:.1f} GB of host memory so far")
+            tell(f"{program.name}: {report.seconds:.0f} s, {report.host_bytes / 1e9:.1f} GB of host memory")
             if program.is_reported or compiled is None:
                 reports.append(report)
             if save is not None and compiled is not None:
                 kept.append((program.key, *program.make(), compiled))
             del compiled
-            gc.collect()
     refused = dict.fromkeys(report.name for report in reports if report.refused is not None)
     if save is not None and refused:
         tell(f"nothing is saved: all programs must fit, and {', '.join(refused)} does not")
@@ -63,6 +61,7 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
 
 def compile_one(program: LoopProgram) -> tuple[ProgramReport, jax.stages.Compiled | None]:
     """A program's report and its compiled form; None for one that the compiler finds too large for the device."""
+    start_peak()
     start = time.perf_counter()
     built, arguments = program.make()
     try:
@@ -70,9 +69,9 @@ def compile_one(program: LoopProgram) -> tuple[ProgramReport, jax.stages.Compile
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return report_refused(program, str(error), time.perf_counter() - start, _host_bytes()), None
+        return report_refused(program, str(error), time.perf_counter() - start, peak_bytes()), None
     seconds = time.perf_counter() - start
-    return report_of(program, compiled, seconds, _host_bytes()), compiled
+    return report_of(program, compiled, seconds, peak_bytes()), compiled
 
 
 def compile_config(
@@ -135,11 +134,6 @@ def _compiled_anew() -> Iterator[None]:
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
         compilation_cache.reset_cache()
-
-
-def _host_bytes() -> int:
-    """The largest size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

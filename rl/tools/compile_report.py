@@ -26,7 +26,7 @@ class ProgramReport:
     Attributes:
       arguments, outputs, temporaries: bytes. aliased: of the outputs, those that take the place of arguments.
       peak: bytes of all of these together. needed: peak, and what else the run holds meanwhile.
-      seconds, host_bytes: what compiling took; host_bytes is the largest size of the process so far.
+      seconds, host_bytes: what compiling took; host_bytes is the largest size of the process meanwhile.
       refused: what the compiler said when the program does not fit; the numbers are then what it named, or 0.
     """
 

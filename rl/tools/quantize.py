@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl.metrics import peak_host_bytes
+from rl.host_memory import peak_bytes, return_memory
 from rl.models.config import (
     ATTENTION_AND_MLP,
     QUANTIZED_DTYPES,
@@ -104,7 +104,7 @@ def quantize_folder(
       ValueError: no such model, one that is quantised already, nothing to quantise, a group size that does not fit, or
         `out` holds something.
     """
-    start_bytes = peak_host_bytes()
+    start_bytes = peak_bytes()
     folder = resolve_source(source)
     config = read_config(folder)
     if config.quantization is not None:
@@ -134,7 +134,8 @@ def quantize_folder(
             del tensors
             error = None if passage is None else _advance(passage, config, read, name, unit)
             layers.append(_layer_report(name, unit, error))
-            del unit  # before the next is read
+            del unit
+            return_memory()  # before the next is read
         write_index(draft, weight_map, bytes_after)
         raw = read_json(folder / "config.json")
         write_json(draft / "config.json", raw | {"quantization_config": quantization_json(quantization)})
@@ -147,7 +148,7 @@ def quantize_folder(
         perplexity=None if passage is None else passage.perplexities(),
         num_tokens=0 if passage is None else passage.num_tokens,
         start_bytes=start_bytes,
-        peak_bytes=peak_host_bytes(),
+        peak_bytes=peak_bytes(),
     )
 
 

@@ -1,0 +1,43 @@
+"""The memory of this process on its host: giving back what was freed, and the largest size since a point in time."""
+
+import contextlib
+import ctypes
+import gc
+import pathlib
+import resource
+import sys
+
+_STATUS, _CLEAR_REFS = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
+
+
+def return_memory() -> None:
+    """Gives what Python and glibc keep of memory that was freed back to the system."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, as Linux tells it, without what glibc keeps of memory that was freed."""
+    return_memory()
+    return _status_bytes("VmRSS")
+
+
+def start_peak() -> None:
+    """Lets `peak_bytes` count from now on where the system can (Linux)."""
+    return_memory()
+    with contextlib.suppress(OSError):
+        _CLEAR_REFS.write_text("5")  # see proc_pid_clear_refs(5)
+
+
+def peak_bytes() -> int:
+    """The largest size of this process in RAM since `start_peak`, or since it began."""
+    with contextlib.suppress(OSError):
+        return _status_bytes("VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, other systems KiB
+
+
+def _status_bytes(name: str) -> int:
+    lines = _STATUS.read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
