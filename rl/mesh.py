@@ -19,7 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rl.config_sections import MeshSection
 
 AXES = ("data", "fsdp", "tensor")  # a configuration may add more, between the last two
-LOGICAL_AXES = ("batch", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "lora")  # of Tandem's models
+ROWS = "batch"  # the logical axis of the rows of a batch
+LOGICAL_AXES = (ROWS, "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "lora")  # of Tandem's models
 _LARGE = 2**20  # bytes from which on an array should not be on every device
 _HOST, _DEVICE = "pinned_host", "device"  # kinds of memory
 
@@ -266,9 +267,21 @@ def on_host(sharding: NamedSharding) -> bool:
     return sharding.memory_kind == _HOST
 
 
+def input_sharding(logical_axes: Sequence[str | None], mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> NamedSharding:
+    """The sharding of an input by its logical axes, through the rules that lay out the state.
+
+    The toolkit makes its inputs in sizes that the axes divide (`num_row_shards`), so no shape is needed.
+
+    Raises:
+      ValueError: a logical axis without a rule.
+    """
+    divisible = (0,) * len(logical_axes)  # by any number of devices
+    return NamedSharding(mesh, partition_spec(logical_axes, divisible, mesh, rules))
+
+
 def row_axes(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Mesh axes, of size above 1, over which the rows of a batch are spread."""
-    return tuple(axis for axis in rules["batch"] if mesh.shape[axis] > 1)
+    return tuple(axis for axis in rules[ROWS] if mesh.shape[axis] > 1)
 
 
 def num_row_shards(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> int:
@@ -278,8 +291,7 @@ def num_row_shards(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> int:
 
 def row_sharding(mesh: Mesh, rules: Mapping[str, Sequence[str]], dim: int = 0) -> NamedSharding:
     """The sharding of an array whose dim `dim` runs over rows of a batch; its other dims are whole on every device."""
-    axes = row_axes(mesh, rules)
-    return NamedSharding(mesh, PartitionSpec(*([None] * dim), axes if axes else None))
+    return input_sharding((*[None] * dim, ROWS), mesh, rules)
 
 
 def device_memory(mesh: Mesh) -> int:

@@ -1,7 +1,7 @@
 """What the compiled update takes, without its numbers: `get_shaped_inputs`, the same call for both flavours.
 
-In: the configuration, a mesh, an `init_state_fn`. Out: shapes and shardings of the state and of one minibatch. Neither
-weights nor data are read: prompts are taken to be as long as `data.max_prompt_length` allows.
+In: the configuration, a mesh, an `init_state_fn`. Out: shapes, logical axes and shardings of the state and of one
+minibatch. Neither weights nor data are read: prompts are taken to be as long as `data.max_prompt_length` allows.
 """
 
 from typing import Any, NamedTuple
@@ -17,18 +17,20 @@ from rl.models.policy import Policy
 from rl.models.train_state import PureState
 from rl.packing import Batch, PackingPlan, batch_fields, plan_packing
 from rl.states import AbstractState, InitStateFn, get_abstract_state
-from rl.train_step import Minibatch, minibatch_shardings
+from rl.train_step import Minibatch, minibatch_axes, minibatch_shardings
 from rl.update import batch_dtype, loss_config, needs_old_logprobs
 
 
 class ShapedInputs(NamedTuple):
-    """Shapes (`jax.ShapeDtypeStruct`) and shardings of the arguments of the train step; `plan` is the packing behind
-    the minibatch's.
+    """Shapes (`jax.ShapeDtypeStruct`), logical axes (a tuple of names per leaf) and shardings of the arguments of the
+    train step; `plan` is the packing behind the minibatch's.
     """
 
     state: PureState
+    state_annotations: PureState
     state_shardings: PureState
     minibatch: Minibatch
+    minibatch_annotations: Minibatch
     minibatch_shardings: Minibatch
     plan: PackingPlan
 
@@ -40,12 +42,15 @@ def get_shaped_inputs(config: Config, mesh: Mesh, init_state_fn: InitStateFn) ->
     shards = num_row_shards(mesh, config.mesh.rules)
     plan = plan_for(config, config.data.max_prompt_length, policy, shards)
     shapes = minibatch_shapes(config, policy, plan)
-    shardings = minibatch_shardings(mesh, config.mesh.rules)
-    if shapes.entropy_MRCL is None:
-        shardings = shardings._replace(entropy_MRCL=None)
-    missing = {name: None for name, shape in shapes.batch._asdict().items() if shape is None}
-    shardings = shardings._replace(batch=shardings.batch._replace(**missing))
-    return ShapedInputs(abstract.shapes, abstract.shardings, shapes, shardings, plan)
+    return ShapedInputs(
+        state=abstract.shapes,
+        state_annotations=abstract.annotations,
+        state_shardings=abstract.shardings,
+        minibatch=shapes,
+        minibatch_annotations=_of_present_fields(minibatch_axes(), shapes),
+        minibatch_shardings=_of_present_fields(minibatch_shardings(mesh, config.mesh.rules), shapes),
+        plan=plan,
+    )
 
 
 def minibatch_shapes(config: Config, policy: Policy, plan: PackingPlan) -> Minibatch:
@@ -65,6 +70,13 @@ def minibatch_shapes(config: Config, policy: Policy, plan: PackingPlan) -> Minib
     )
     entropies = logprobs if loss_config(config).selects_by_entropy else None
     return Minibatch(batch, shape((), np.int32), shape((), dtype), entropies, shape((), np.bool_))
+
+
+def _of_present_fields(values: Minibatch, shapes: Minibatch) -> Minibatch:
+    """`values` with None for the fields that are None in `shapes`."""
+    absent = {name: None for name, shape in shapes.batch._asdict().items() if shape is None}
+    batch = values.batch._replace(**absent)
+    return values._replace(batch=batch, entropy_MRCL=None if shapes.entropy_MRCL is None else values.entropy_MRCL)
 
 
 def plan_for(config: Config, max_prompt_length: int, policy: Policy, num_row_shards: int) -> PackingPlan:

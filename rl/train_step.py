@@ -23,7 +23,7 @@ from rl.logprobs import token_logprobs
 from rl.loss_metrics import MetricSums, combine_sums, zero_sums
 from rl.loss_types import Denominators, LossConfig, LossInputs
 from rl.losses import denominators_for, grpo_loss
-from rl.mesh import from_host_memory, replicated, row_sharding
+from rl.mesh import ROWS, from_host_memory, input_sharding, replicated, row_sharding
 from rl.models.lora import join, split
 from rl.models.ops import widen
 from rl.models.policy import Params, Policy
@@ -271,22 +271,28 @@ def token_logprobs_program(
     return Program(logprobs, (param_shardings, batch_shardings(mesh, rules)), (rows, rows))
 
 
+def minibatch_axes() -> Minibatch:
+    """The tuple of logical axis names, or None for a dim that is never cut, of every field of a `Minibatch`."""
+    batch = Batch(**{name: _axes_of(name) for name in Batch._fields})
+    return Minibatch(batch, **{name: _axes_of(name) for name in Minibatch._fields if name != "batch"})
+
+
 def minibatch_shardings(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Minibatch:
-    """A sharding per field of a `Minibatch`."""
-    everywhere = replicated(mesh)
-    return Minibatch(
-        batch=batch_shardings(mesh, rules),
-        num_items_in_batch=everywhere,
-        entropy_coef=everywhere,
-        entropy_MRCL=row_sharding(mesh, rules, dim=1),
-        on_policy=everywhere,
+    """A sharding per field of a `Minibatch`: the rules applied to its `minibatch_axes`."""
+    return jax.tree.map(
+        lambda names: input_sharding(names, mesh, rules), minibatch_axes(), is_leaf=lambda x: type(x) is tuple
     )
 
 
 def batch_shardings(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Batch:
-    """A sharding per field of a `Batch`: rows over the row axes."""
-    rows = row_sharding(mesh, rules, dim=1)
-    return Batch(**{name: replicated(mesh) if name == "num_microbatches" else rows for name in Batch._fields})
+    """A sharding per field of a `Batch`, as `minibatch_shardings` has them."""
+    return minibatch_shardings(mesh, rules).batch
+
+
+def _axes_of(field: str) -> tuple[str | None, ...]:
+    """The logical axes of an input, whose dims are the capital letters at the end of its name; () of a scalar."""
+    dims = field.rpartition("_")[2]
+    return tuple(ROWS if dim == "R" else None for dim in dims) if dims.isupper() else ()
 
 
 def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_rollout: int) -> Denominators:

@@ -19,9 +19,8 @@ from rl.mesh import axis_sizes, num_row_shards
 from rl.models.config import ModelConfig
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
-from rl.packing import pack, plan_packing
-from rl.states import InitStateFn, get_abstract_state
-from rl.train_step import batch_shardings
+from rl.shaped_inputs import get_shaped_inputs
+from rl.states import InitStateFn
 from rl.weights import _lora
 
 FOLDER = pathlib.Path(__file__).with_name("golden")
@@ -29,6 +28,15 @@ QWEN3_8B = ("qwen3", 151_936, 4096, 12_288, 2, 32, 8, 128)
 LLAMA_70B = ("llama", 128_256, 8192, 28_672, 2, 64, 8, 128)
 GEMMA_1B = ("gemma3_text", 262_144, 1152, 6912, 2, 4, 1, 256)
 SMALL = ("qwen2", 259, 48, 96, 1, 4, 2, 12)  # biases, a vocabulary that nothing divides
+
+BATCH = (  # a minibatch with every field that a loss may need
+    "grpo.prompts_per_step=64",
+    "grpo.group_size=8",
+    "grpo.epochs=2",
+    "grpo.top_entropy_quantile=0.2",
+    "data.max_prompt_length=256",
+    "sampling.max_completion_length=256",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,27 +74,19 @@ CASES = {
 
 def describe(case: Case, flavour: str) -> dict:
     """What a golden holds: the mesh, and per leaf shape, logical axes, mesh axes and shape on one device."""
-    config = load_config(None, [f"pure_nnx={str(flavour == 'nnx').lower()}", *case.overrides])
+    config = load_config(None, [f"pure_nnx={str(flavour == 'nnx').lower()}", *BATCH, *case.overrides])
     sizes = {axis: 1 if size == -1 else size for axis, size in axis_sizes(config.mesh).items()}
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     model_config = ModelConfig.from_arch(*case.arch, tie_word_embeddings=not case.untied)
     policy = policy_from_config(config, dataclasses.replace(model_config, lora=_lora(config, model_config)))
     init_state_fn = InitStateFn(policy, create_training_optimizer(config, policy)[1], 0)
-    state = get_abstract_state(config, mesh, init_state_fn)
-    plan = plan_packing(
-        num_groups=64,
-        group_size=8,
-        max_prompt_length=256,
-        max_completion_length=256,
-        max_tokens_per_microbatch=4096 * num_row_shards(mesh, config.mesh.rules),
-        num_row_shards=num_row_shards(mesh, config.mesh.rules),
-        preferred_row_length=model_config.hidden_size,
-    )
-    batch, rows = pack([], plan), batch_shardings(mesh, config.mesh.rules)
-    leaves = [*_leaves("state", state.shapes, state.shardings, state.annotations)]
-    for name, array in batch._asdict().items():
-        if array is not None:
-            leaves.append((f"batch.{name}", _entry(array, getattr(rows, name), None)))
+    budget = 4096 * num_row_shards(mesh, config.mesh.rules)
+    grpo = dataclasses.replace(config.grpo, max_tokens_per_microbatch=budget)
+    inputs = get_shaped_inputs(dataclasses.replace(config, grpo=grpo), mesh, init_state_fn)
+    leaves = [
+        *_leaves("state", inputs.state, inputs.state_shardings, inputs.state_annotations),
+        *_leaves("minibatch", inputs.minibatch, inputs.minibatch_shardings, inputs.minibatch_annotations),
+    ]
     return {"mesh": sizes, "leaves": dict(leaves)}
 
 
@@ -101,11 +101,13 @@ def _leaves(prefix, shapes, shardings, annotations):
 
 
 def _entry(shape, sharding, axes) -> dict:
-    spec = [list(part) if isinstance(part, tuple) else part for part in sharding.spec]
-    entry = {"shape": [*map(int, shape.shape)], "dtype": str(shape.dtype)}
-    if axes is not None:
-        entry["logical"] = list(axes)
-    return {**entry, "spec": spec, "on_one_device": [*map(int, sharding.shard_shape(tuple(shape.shape)))]}
+    return {
+        "shape": [*map(int, shape.shape)],
+        "dtype": str(shape.dtype),
+        "logical": list(axes),
+        "spec": [list(part) if isinstance(part, tuple) else part for part in sharding.spec],
+        "on_one_device": [*map(int, sharding.shard_shape(tuple(shape.shape)))],
+    }
 
 
 def to_text(description: dict) -> str:

@@ -12,6 +12,7 @@ from rl.mesh import (
     AXES,
     check_rules_are_used,
     create_mesh,
+    input_sharding,
     num_row_shards,
     partition_spec,
     replicated,
@@ -150,6 +151,13 @@ def test_rows_are_cut_over_the_axes_of_the_batch_rule(overrides, axes, count):
     rows = jax.device_put(np.zeros((3, 8, 5)), row_sharding(mesh, rules, dim=1))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(3, 8 // count, 5)}
     assert replicated(mesh).is_fully_replicated
+    by_name = input_sharding((None, "batch", None), mesh, rules)
+    assert by_name.is_equivalent_to(rows.sharding, rows.ndim)
+
+
+def test_inputs_with_an_axis_that_no_rule_has_are_refused():
+    with pytest.raises(ValueError, match=r"mesh\.rules must have an entry for the logical axis 'length'"):
+        input_sharding(("length",), mesh_of(), rules_of())
 
 
 def test_matrix_products_of_sharded_arrays_need_no_output_sharding():

@@ -1,5 +1,6 @@
 """Where every leaf of the state and of the inputs lies is what the goldens say: `python tests/sharding_golden.py`."""
 
+import dataclasses
 import json
 import math
 
@@ -12,9 +13,12 @@ from rl.mesh import check_sharded, create_mesh
 from rl.models.config import ModelConfig
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
+from rl.packing import Batch
 from rl.states import InitStateFn, get_abstract_state
+from rl.train_step import batch_shardings
 
 REGENERATE = "python tests/sharding_golden.py"
+INPUTS = [f"minibatch.batch.{name}" for name in Batch._fields if name != "num_microbatches"]
 
 
 @pytest.mark.parametrize("flavour", ["nnx", "linen"])
@@ -39,12 +43,31 @@ def test_differences_name_leaf_and_field():
     other = json.loads(path_of("odd_vocabulary").read_text())
     path = "state.params['embed_tokens']['embedding']"
     other["leaves"][path]["spec"] = ["tensor", "fsdp"]
+    other["leaves"]["minibatch.batch.mask_MRCL"]["logical"] = [None, None, "batch", None]
     other["leaves"]["state.params['extra']"] = other["leaves"].pop("state.rng")
     assert differences(golden, other) == [
         f"{path}: spec was [None, 'fsdp'], is ['tensor', 'fsdp']",
         "state.rng: is gone",
+        "minibatch.batch.mask_MRCL: logical was [None, 'batch', None, None], is [None, None, 'batch', None]",
         "state.params['extra']: is new",
     ]
+
+
+def test_every_leaf_of_state_and_minibatch_has_logical_and_physical_axes_per_dim():
+    for name in CASES:
+        leaves = json.loads(path_of(name).read_text())["leaves"]
+        assert {"state.step", "minibatch.on_policy", *INPUTS} <= set(leaves)
+        for path, leaf in leaves.items():
+            assert len(leaf["logical"]) == len(leaf["spec"]) == len(leaf["shape"]) == len(leaf["on_one_device"]), path
+
+
+def test_inputs_follow_the_rule_of_their_logical_axis():
+    case = CASES["odd_vocabulary"]
+    elsewhere = dataclasses.replace(case, overrides=(*case.overrides, "mesh.rules.batch=[tensor]"))
+    usual, moved = (describe(case, "nnx")["leaves"] for case in (case, elsewhere))
+    for path in INPUTS:
+        assert (usual[path]["logical"], usual[path]["spec"][1]) == (moved[path]["logical"], ["data", "fsdp"])
+        assert moved[path]["spec"] == ["tensor" if name == "batch" else None for name in moved[path]["logical"]]
 
 
 @pytest.mark.parametrize("name", ["qwen3_8b_fsdp8", "llama_70b_v5e_16x16", "llama_70b_two_slices"])
@@ -75,6 +98,9 @@ def test_a_real_mesh_gives_the_specs_of_the_golden(flavour):
         assert len(sharding.device_set) == 8
         assert [list(leaf.shape), str(leaf.dtype)] == [want["shape"], want["dtype"]], path
         assert list(sharding.shard_shape(leaf.shape)) == want["on_one_device"], path
+    for name, sharding in batch_shardings(create_mesh(config.mesh), config.mesh.rules)._asdict().items():
+        want = golden[f"minibatch.batch.{name}"]
+        assert list(sharding.shard_shape(tuple(want["shape"]))) == want["on_one_device"], name
 
 
 # Nothing large is whole on every device by accident

@@ -93,6 +93,10 @@ def test_shaped_inputs_are_those_of_the_state_and_the_minibatches_of_a_run(flavo
         inputs.minibatch_shardings.batch.tokens_MRT.shard_shape(batch.tokens_MRT.shape)[1] == inputs.plan.num_rows // 2
     )
     assert jax.tree.structure(inputs.minibatch) == jax.tree.structure(inputs.minibatch_shardings)
+    assert inputs.state_annotations == abstract.annotations
+    axes = jax.tree.structure(inputs.minibatch).flatten_up_to(inputs.minibatch_annotations)
+    assert [len(names) for names in axes] == [shape.ndim for shape in jax.tree.leaves(inputs.minibatch)]
+    assert inputs.minibatch_annotations.batch.tokens_MRT == (None, "batch", None)
 
 
 def test_both_flavours_have_the_same_shaped_inputs():
@@ -105,6 +109,7 @@ def test_a_minibatch_holds_only_what_its_loss_needs():
     inputs = get_shaped_inputs(config, *parts_of(config)[::2])
     assert inputs.minibatch.batch.old_logprobs_MRCL is None
     assert inputs.minibatch.batch.reference_logprobs_MRCL is None
+    assert inputs.minibatch_annotations.batch.old_logprobs_MRCL is None
     assert inputs.minibatch.entropy_MRCL.shape == inputs.minibatch.batch.mask_MRCL.shape
     assert isinstance(inputs.minibatch, Minibatch)
 
