@@ -474,15 +474,21 @@ def test_arguments_of_convert_that_do_not_apply_are_refused(run, tmp_path, capsy
 
 
 @pytest.mark.parametrize("kind", ["run", "adapter_run"])
-def test_bench_measures_the_state_of_a_run_and_leaves_nothing_behind(kind, request, capsys):
+def test_bench_measures_the_state_of_a_run_and_leaves_nothing_behind(kind, request, capsys, tmp_path):
     folder = request.getfixturevalue(kind)
     before = sorted(folder.parent.iterdir()), sorted(folder.rglob("*"))
-    assert grpo(["checkpoint", "bench", str(folder), "--steps", "2", "mesh.num_devices=2"]) == 0
+    out = tmp_path / "bench.json"
+    assert grpo(["checkpoint", "bench", str(folder), "--steps", "2", "--json", str(out), "mesh.num_devices=2"]) == 0
     assert (sorted(folder.parent.iterdir()), sorted(folder.rglob("*"))) == before
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"step {4 if kind == 'run' else 1} of {folder}: ")
-    assert [line.split()[0] for line in lines[1:]] == ["round", "1", "2", "median"]
-    assert all(line.count(" GB/s") == 3 for line in lines[2:])
+    assert [line.split()[0] for line in lines[1:]] == ["restore", "fill", "round", "1", "2", "median"]
+    assert [line.count(" GB/s") for line in lines[1:]] == [1, 1, 0, 3, 3, 3]
+    written = json.loads(out.read_text())
+    assert [phase["name"] for phase in written["phases"]] == ["restore", "fill"]
+    assert set(written["phases"][0]) == {"name", "seconds", "num_bytes", "gigabytes_per_second"}
+    assert [list(timing) for timing in written["timings"]] == [["blocking", "complete", "restore"]] * 2
+    assert written["phases"][0]["num_bytes"] == written["num_bytes"]
 
 
 def test_bench_of_a_recipe_counts_every_array_of_the_state(recipe, run):
@@ -490,6 +496,12 @@ def test_bench_of_a_recipe_counts_every_array_of_the_state(recipe, run):
     assert result.source == f"the state at the start of {recipe}"
     assert result.num_bytes == sum(array.nbytes for array in arrays_of(run, 4).values())
     assert result.num_disk_bytes > 0.8 * result.num_bytes
+    init, fill = result.phases
+    assert (init.name, init.num_bytes) == ("init", result.num_bytes)
+    moments = [array for path, array in arrays_of(run, 4).items() if "opt_state" in path and array.ndim]
+    assert (fill.name, fill.num_bytes) == ("fill", sum(array.nbytes for array in moments))
+    assert init.seconds > 0
+    assert fill.seconds > 0
     assert len(result.timings) == 1
     assert 0 < result.timings[0].blocking <= result.timings[0].complete
     assert not (recipe.parent / "measured").exists()

@@ -33,7 +33,7 @@ from rl.checkpoint_files import (
 from rl.models.hf import write_json
 from rl.models.maxtext import ROPES, layout_of
 from rl.run_folder import checkpoint_steps, is_run_folder, read_run
-from rl.tools.checkpoint_bench import bench, report
+from rl.tools.checkpoint_bench import bench, report, to_json
 from rl.tools.convert import convert_maxtext, missing_record_keys, upgrade_run
 from rl.trained import training_setup
 from rl.weights import find_origin, tokenizer_of
@@ -257,6 +257,8 @@ def _convert_command(arguments: argparse.Namespace) -> int:
 def _bench_command(arguments: argparse.Namespace) -> int:
     result = bench(arguments.source, arguments.steps, tuple(arguments.overrides))
     print("\n".join(report(result)))
+    if arguments.json is not None:
+        write_json(pathlib.Path(arguments.json), to_json(result))
     return 0
 
 
@@ -277,6 +279,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
     if name == "bench":
         parser.add_argument("source", help="run folder, or YAML recipe")
         parser.add_argument("--steps", type=int, default=3, help="how often to save and restore")
+        parser.add_argument("--json", default=None, metavar="FILE", help="write the seconds and GB/s of every phase")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
     return parser
 

@@ -1,10 +1,11 @@
 """`grpo checkpoint bench`: how fast checkpoints of a run are written and read here (MaxText:
 `standalone_checkpointer`).
 
-In: a configuration, or a run's checkpoint. Out: seconds and GB/s of each save and restore, through the same
-`rl.checkpoint` as training. Moments are filled with random bits, because zeros would be compressed away. Files are
-written beside the run folder, on its disk, and removed. What is read was just written, so that it may come from memory:
-a restore from the disk itself can be slower.
+In: a configuration, or a run's checkpoint. Out: seconds and GB/s of the init or the restore at the start, of filling
+the moments, and of each save and restore after that, through the same `rl.checkpoint` as training. Moments are filled
+with random bits, because zeros would be compressed away. Files are written beside the run folder, on its disk, and
+removed. What a round reads was just written, so that it may come from memory: a restore from the disk itself, like the
+one at the start, can be slower.
 """
 
 import contextlib
@@ -13,8 +14,8 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +32,29 @@ from rl.states import frozen_base, setup_training_state
 from rl.trained import training_setup
 from rl.weights import find_origin, pretrained_params, tokenizer_of, use_compilation_cache
 
+T = TypeVar("T")
+
 
 class Timing(NamedTuple):
     """Seconds of one round.
 
     Attributes:
-      blocking: until `save` returned and training could go on. complete: until the checkpoint was complete on disk,
-      from
-        the same start. restore: until the state was on the devices again.
+      blocking: until `save` returned and training could go on.
+      complete: until the checkpoint was complete on disk, from the same start.
+      restore: until the state was on the devices again.
     """
 
     blocking: float
     complete: float
     restore: float
+
+
+class Phase(NamedTuple):
+    """Something done once, until its arrays were on the devices: its seconds, and the bytes of those arrays."""
+
+    name: str
+    seconds: float
+    num_bytes: int
 
 
 class BenchResult(NamedTuple):
@@ -52,11 +63,15 @@ class BenchResult(NamedTuple):
     Attributes:
       source: of the state, in words.
       num_bytes: of the arrays of one checkpoint. num_disk_bytes: of its files.
+      phases: before the first round: "init" (with compilation, and reading what weights the model starts from) or
+        "restore", then "fill", that of the moments.
+      timings: of the rounds.
     """
 
     source: str
     num_bytes: int
     num_disk_bytes: int
+    phases: list[Phase]
     timings: list[Timing]
 
 
@@ -82,18 +97,24 @@ def bench(source: str | pathlib.Path, num_rounds: int = 3, overrides: tuple[str,
                 base = frozen_base(config, mesh, init_state_fn, origin)
                 reader = create_checkpoint_manager(_at(config, path), mesh, init_state_fn, read_only=True)
                 with contextlib.closing(reader):
-                    state, loop = reader.restore(base=base)
+                    (state, loop), seconds = _timed(lambda: reader.restore(base=base))
                 words = f"step {loop['step']} of {path}"
             else:
-                params = pretrained_params(origin, checkpoints.abstract.shardings.params)
-                state, _ = setup_training_state(config, mesh, init_state_fn, params)
+
+                def init() -> PureState:
+                    params = pretrained_params(origin, checkpoints.abstract.shardings.params)
+                    return setup_training_state(config, mesh, init_state_fn, params)[0]
+
+                state, seconds = _timed(init)
                 words = f"the state at the start of {path}"
-            state = fill_moments(state)
             trained, frozen = split(init_state_fn.policy.config, state.params)
+            num_bytes = _num_bytes(state._replace(params=trained))
+            start = Phase("restore", seconds, num_bytes) if is_run else Phase("init", seconds, _num_bytes(state))
+            state, seconds = _timed(lambda: fill_moments(state))
+            fill = Phase("fill", seconds, _num_bytes(_moments(state)))
             timings = [_round(checkpoints, state, step, frozen) for step in range(1, num_rounds + 1)]
         num_disk_bytes = folder_size(scratch / "checkpoints" / str(num_rounds))
-    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state._replace(params=trained)))
-    return BenchResult(words, num_bytes, num_disk_bytes, timings)
+    return BenchResult(words, num_bytes, num_disk_bytes, [start, fill], timings)
 
 
 def fill_moments(state: PureState) -> PureState:
@@ -102,12 +123,20 @@ def fill_moments(state: PureState) -> PureState:
     All bits are random but the highest of the exponent, so that no compressor gains more than that one. Counts stay.
     """
     leaves, tree = jax.tree.flatten(state.opt_state)
-    return state._replace(opt_state=tree.unflatten([_random_like(i, leaf) for i, leaf in enumerate(leaves)]))
+    filled = [_random_like(i, leaf) if _is_moment(leaf) else leaf for i, leaf in enumerate(leaves)]
+    return state._replace(opt_state=tree.unflatten(filled))
+
+
+def _moments(state: PureState) -> list[jax.Array]:
+    """The arrays that `fill_moments` fills."""
+    return [leaf for leaf in jax.tree.leaves(state.opt_state) if _is_moment(leaf)]
+
+
+def _is_moment(leaf: jax.Array) -> bool:
+    return leaf.ndim > 0 and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def _random_like(seed: int, leaf: jax.Array) -> jax.Array:
-    if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf
     unsigned = np.dtype(f"uint{8 * leaf.dtype.itemsize}")
     highest_exponent_bit = unsigned.type(1 << (8 * leaf.dtype.itemsize - 2))
     bits = np.frombuffer(np.random.default_rng(seed).bytes(leaf.nbytes), unsigned) & ~highest_exponent_bit
@@ -116,17 +145,42 @@ def _random_like(seed: int, leaf: jax.Array) -> jax.Array:
 
 def report(result: BenchResult) -> list[str]:
     """The result as lines of a table, the median of the rounds last."""
-    gigabytes = result.num_bytes / 1e9
     lines = [
-        f"{result.source}: {gigabytes:.3f} GB of arrays, {result.num_disk_bytes / 1e9:.3f} GB of files",
+        f"{result.source}: {result.num_bytes / 1e9:.3f} GB of arrays, {result.num_disk_bytes / 1e9:.3f} GB of files",
+        *(f"{phase.name:>8}{_speed(phase.seconds, phase.num_bytes)}" for phase in result.phases),
         f"{'round':>8}" + "".join(f"{phase:>24}" for phase in ("save, blocking", "save, complete", "restore")),
     ]
     medians = Timing(*(statistics.median(phase) for phase in zip(*result.timings, strict=True)))
     for name, timing in [*enumerate(result.timings, 1), ("median", medians)]:
-        lines.append(
-            f"{name:>8}" + "".join(f"{seconds:>11.3f} s {gigabytes / seconds:>6.2f} GB/s" for seconds in timing)
-        )
+        lines.append(f"{name:>8}" + "".join(_speed(seconds, result.num_bytes) for seconds in timing))
     return lines
+
+
+def to_json(result: BenchResult) -> dict[str, Any]:
+    """The result as an object for JSON: every phase in seconds and GB/s, the rounds in both as well."""
+    phases = [phase._asdict() | {"gigabytes_per_second": _rate(*phase[1:])} for phase in result.phases]
+    rates = [{name: _rate(s, result.num_bytes) for name, s in round_._asdict().items()} for round_ in result.timings]
+    seconds = [timing._asdict() for timing in result.timings]
+    return result._asdict() | {"phases": phases, "timings": seconds, "gigabytes_per_second": rates}
+
+
+def _rate(seconds: float, num_bytes: int) -> float:
+    return num_bytes / 1e9 / seconds
+
+
+def _speed(seconds: float, num_bytes: int) -> str:
+    return f"{seconds:>11.3f} s {_rate(seconds, num_bytes):>6.2f} GB/s"
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _timed(function: Callable[[], T]) -> tuple[T, float]:
+    """What `function` returns, and the seconds until all arrays in it were computed."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(function())
+    return result, time.perf_counter() - start
 
 
 def _round(checkpoints: Checkpoints, state: PureState, step: int, frozen: Params) -> Timing:
@@ -136,9 +190,8 @@ def _round(checkpoints: Checkpoints, state: PureState, step: int, frozen: Params
     blocking = time.perf_counter() - start
     checkpoints.wait()
     complete = time.perf_counter() - start
-    start = time.perf_counter()
-    jax.block_until_ready(checkpoints.restore(step, frozen)[0])
-    return Timing(blocking, complete, time.perf_counter() - start)
+    _, restore = _timed(lambda: checkpoints.restore(step, frozen))
+    return Timing(blocking, complete, restore)
 
 
 @contextlib.contextmanager
