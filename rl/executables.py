@@ -28,7 +28,7 @@ from jaxlib import xla_client
 from rl.config import Config, program_keys
 from rl.models.policy import Policy
 from rl.programs import Program
-from rl.user_functions import file_hashes
+from rl.user_functions import COMPILED_KEYS, file_hashes
 
 MAGIC = b"tandem compiled programs 1\n"
 MAX_NAMED = 8  # differences that a message lists
@@ -198,7 +198,7 @@ def fingerprint(config: Config, policy: Policy, mesh: Mesh) -> dict[str, Any]:
         "x64": bool(jax.config.read("jax_enable_x64")),
         "model": dataclasses.asdict(policy.config),
         "code of the toolkit": _code_hash(),
-        **file_hashes(config),
+        **file_hashes(config, COMPILED_KEYS),
     }
     keys = program_keys(config)
     fields["config_hash"] = hashlib.sha256(json.dumps(keys, sort_keys=True, default=str).encode()).hexdigest()

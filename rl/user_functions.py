@@ -13,7 +13,7 @@ A path is relative to the working directory, as those of reward functions are.
 
 import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,8 @@ from rl.config_sections import is_user_function
 from rl.loss_types import LossConfig, LossInputs, loss_type_of
 from rl.losses import denominators_for, grpo_loss, prepare
 
-KEYS = ("loss_type", "advantage_estimator")  # of the section grpo
+COMPILED_KEYS = ("loss_type",)  # of the section grpo: what they name is part of compiled programs
+KEYS = (*COMPILED_KEYS, "advantage_estimator")
 
 
 def resolve(name: str, key: str) -> Callable[..., Any] | None:
@@ -45,9 +46,12 @@ def estimator_of(config: Config) -> str | Callable[..., Any]:
     return resolve(name, "grpo.advantage_estimator") or name
 
 
-def file_hashes(config: Config) -> dict[str, str]:
-    """SHA-256 of each file in use by configuration key: with another content it is another run."""
-    names = {f"grpo.{key}": getattr(config.grpo, key) for key in KEYS}
+def file_hashes(config: Config, keys: Sequence[str] = KEYS) -> dict[str, str]:
+    """SHA-256 of each file that `keys` bring into use, by configuration key.
+
+    Another content of any is another run, of those of COMPILED_KEYS other programs as well.
+    """
+    names = {f"grpo.{key}": getattr(config.grpo, key) for key in keys}
     paths = {key: pathlib.Path(name.rpartition(":")[0]) for key, name in names.items() if is_user_function(name)}
     return {f"file of {key}": hashlib.sha256(path.expanduser().read_bytes()).hexdigest() for key, path in paths.items()}
 

@@ -353,6 +353,19 @@ def test_a_file_compiled_with_another_loss_or_another_tandem_is_refused(saved, t
         open_compiled(dataclasses.replace(config, compiled_file=str(saved[2])), policy, mesh)
 
 
+def test_another_advantage_function_needs_no_other_programs(saved, tmp_path):
+    config, _, path = saved
+    file = tmp_path / "my_advantages.py"
+    own = dataclasses.replace(
+        config,
+        grpo=dataclasses.replace(config.grpo, advantage_estimator=f"{file}:own"),
+        compiled_file=str(path),
+    )
+    for content in ("def own(*inputs): return 1\n", "def own(*inputs): return 2\n"):
+        file.write_text(content)
+        assert open_compiled(own, *parts_of(own)[1::-1]).executables
+
+
 def test_the_report_counts_weights_of_the_rollouts_and_moments_on_the_devices_only():
     devices = find_devices(None, 1, "cpu:2")
     plain, quantised, spread, offloaded = (

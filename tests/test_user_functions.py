@@ -103,6 +103,8 @@ def test_a_run_is_not_resumed_with_another_file(tmp_path):
     assert [line["step"] for line in read_metrics(train(recipe(tmp_path, *settings)))] == [1, 2]
     assert list(file_hashes(recipe(tmp_path, *settings))) == ["file of grpo.loss_type"]
     assert file_hashes(recipe(tmp_path)) == {}
+    estimator = f"grpo.advantage_estimator={write(tmp_path, 'estimator.py', GRPO)}:estimator"
+    assert list(file_hashes(recipe(tmp_path, estimator))) == ["file of grpo.advantage_estimator"]
 
 
 BAD_LOSSES = {
