@@ -5,9 +5,11 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
+import yaml
 
 from rl.cli import COMMANDS
 from rl.config import load_config
@@ -19,8 +21,16 @@ SBATCH = ("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-tas
 SBATCH += ("open-mode", "output")
 # Of `xpk workload create`: https://github.com/AI-Hypercomputer/xpk/blob/main/src/xpk/parser/workload.py
 XPK = ("cluster", "workload", "tpu-type", "num-slices", "docker-image", "max-restarts", "command")
-XPK += ("termination-grace-period-seconds",)
-XPK_FLAGS = ("restart-on-user-code-failure", "dry-run", "skip-validation")
+XPK += ("termination-grace-period-seconds", "restart-on-exit-codes", "project", "zone")
+XPK_FLAGS = ("dry-run", "skip-validation")
+GKE = {
+    "CLUSTER": "c",
+    "IMAGE": "i",
+    "TPU_TYPE": "v5litepod-16",
+    "NUM_SLICES": "2",
+    "PROJECT": "p",
+    "ZONE": "us-west4-a",
+}
 
 
 @pytest.fixture
@@ -100,9 +110,8 @@ def test_slurm_queues_a_run_again_that_failed_but_not_one_that_was_refused(run, 
 
 @pytest.mark.parametrize("dry", ["0", "1"])
 def test_xpk_gets_options_that_it_has_and_a_command_that_grpo_takes(run, dry):
-    environment = {"CLUSTER": "c", "IMAGE": "i", "TPU_TYPE": "v5litepod-16", "NUM_SLICES": "2", "DRY_RUN": dry}
     overrides = ["grpo.steps=7", "mesh.dcn={data: 2}"]
-    process, calls = run("gke_xpk.sh", "name", "recipe.yml", "/shared/my run", *overrides, **environment)
+    process, calls = run("gke_xpk.sh", "name", "recipe.yml", "/shared/my run", *overrides, **GKE, DRY_RUN=dry)
     assert process.returncode == 0, process.stderr
     ((tool, *arguments),) = calls
     assert [tool, *arguments[:2]] == ["xpk", "workload", "create"]
@@ -115,6 +124,47 @@ def test_xpk_gets_options_that_it_has_and_a_command_that_grpo_takes(run, dry):
     assert (parsed.cluster, parsed.workload, parsed.tpu_type, parsed.num_slices) == ("c", "name", "v5litepod-16", "2")
     assert parsed.dry_run is (dry == "1")
     assert_grpo_takes(shlex.split(parsed.command), "recipe.yml", overrides)
+
+
+@pytest.mark.skipif(shutil.which("xpk") is None, reason="xpk is not on the PATH")
+def test_xpks_own_dry_run_takes_the_recipe_and_makes_a_job_of_it(tmp_path):
+    overrides = ["grpo.steps=7", "mesh.dcn={data: 2}"]
+    process = subprocess.run(
+        [str(FOLDER / "gke_xpk.sh"), "name", "recipe.yml", "/shared/my run", *overrides],
+        env={**os.environ, **GKE, "DRY_RUN": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    jobset = yaml.safe_load(re.search(r"^apiVersion: jobset.*?(?=^\[XPK\])", process.stdout, re.M | re.S).group())
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 5
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert (replicated["replicas"], job["parallelism"]) == (2, 4)  # slices, and hosts of 16 chips
+    (rule,) = job["podFailurePolicy"]["rules"]
+    statuses = rule["onExitCodes"]
+    assert (rule["action"], statuses["operator"]) == ("FailJob", "NotIn")
+    assert [status in statuses["values"] for status in (1, 134, 2)] == [True, True, False]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (pod["terminationGracePeriodSeconds"], container["image"]) == (300, "i")
+    command = re.search(r"\((grpo .*)\) & PID", container["command"][-1]).group(1)
+    assert_grpo_takes(shlex.split(command), "recipe.yml", overrides)
+
+
+def test_a_dry_run_needs_a_zone(run):
+    environment = {name: value for name, value in GKE.items() if name != "ZONE"}
+    process, calls = run("gke_xpk.sh", "name", "recipe.yml", "/shared/out", **environment, DRY_RUN="1")
+    assert process.returncode != 0
+    assert not calls
+    assert "ZONE: a dry run does not ask gcloud for it" in process.stderr
+
+
+def test_zone_and_project_of_gcloud_are_left_to_xpk(run):
+    environment = {name: value for name, value in GKE.items() if name not in ("ZONE", "PROJECT")}
+    process, calls = run("gke_xpk.sh", "name", "recipe.yml", "/shared/out", **environment)
+    assert process.returncode == 0, process.stderr
+    assert not {"--zone", "--project"} & set(calls[0])
 
 
 def test_xpk_needs_a_cluster(run):

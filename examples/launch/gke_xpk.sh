@@ -3,8 +3,9 @@
 #
 # One process per TPU host, on one slice or several (NUM_SLICES=2), as a workload of xpk on GKE. jax finds the processes
 # by what GKE puts into their environment. IMAGE holds Tandem and the recipe (see Dockerfile); OUTPUT_DIR is on a
-# Filestore share that the cluster mounts (`xpk storage attach`). The same command again, under another NAME, resumes.
-# DRY_RUN=1 prints what xpk would do.
+# Filestore share that the cluster mounts (`xpk storage attach ... --auto-mount=true`). The same command again, under
+# another NAME, resumes. PROJECT and ZONE are those of gcloud when left out. DRY_RUN=1 ZONE=... prints what xpk would do,
+# the JobSet included, and needs neither gcloud nor a cluster.
 
 set -euo pipefail
 
@@ -19,15 +20,23 @@ output_dir=$3
 shift 3
 
 options=()
+if [[ -n ${PROJECT:-} ]]; then
+  options+=(--project "$PROJECT")
+fi
+if [[ -n ${ZONE:-} ]]; then
+  options+=(--zone "$ZONE")
+fi
 if [[ ${DRY_RUN:-0} == 1 ]]; then
+  : "${ZONE:?a dry run does not ask gcloud for it; for example us-west4-a}"
   options+=(--dry-run --skip-validation)
 fi
 
 # Quoted once more, for the shell in the container.
 command=$(printf '%q ' grpo train "$recipe" "output_dir=$output_dir" "$@")
 
-# --restart-on-user-code-failure: a host that is lost ends the others with an error, and all start again from the last
-# checkpoint. The grace period is for the last step and its checkpoint.
+# A host that is lost ends the others with exit status 134, for which xpk starts all again, from the last checkpoint. So
+# it does here after an exception (1), but not for a command that was wrong (2). The grace period is for the last step
+# and its checkpoint.
 xpk workload create \
   --cluster "$CLUSTER" \
   --workload "$name" \
@@ -35,7 +44,7 @@ xpk workload create \
   --num-slices "${NUM_SLICES:-1}" \
   --docker-image "$IMAGE" \
   --max-restarts 5 \
-  --restart-on-user-code-failure \
+  --restart-on-exit-codes 1 \
   --termination-grace-period-seconds 300 \
   --command "$command" \
   "${options[@]}"
