@@ -2,7 +2,7 @@
 them.
 
 In: the state, the reference, groups with advantages. Out: the next state and what training measured. Old log-probs are
-frozen before the first update (and not computed at all for a single one, nor where the sampler's stand in); epochs go
+frozen before the first update, but not computed for it (they are its own), nor where the sampler's stand in; epochs go
 over the same minibatches again. Not here: the loss and the compiled functions themselves.
 """
 
@@ -96,14 +96,16 @@ class Updater:
           `logprob_difference` is that of the first update, where policy and sampler have the same weights.
         """
         from_sampler = self._config.grpo.old_logprobs == "sampler"
-        needs_old = updates_per_step(self._config) > 1 and not from_sampler
+        recomputes_old = updates_per_step(self._config) > 1 and not from_sampler
         num_items = sum(len(c.token_ids) for minibatch in groups for group in minibatch for c in group.completions)
         batches = []
-        for minibatch in groups:
+        for number, minibatch in enumerate(groups):
             bare: Batch = hosts.put(pack(minibatch, self._plan, self._dtype), self._batch_shardings)
-            # With the sampler's, the ratio corrects for what sampler and trainer compute differently.
-            old = bare.sampler_logprobs_MRCL if from_sampler else None
-            old = self._token_logprobs(state.params, bare)[0] if needs_old else old
+            # With the sampler's, the ratio corrects for what sampler and trainer compute differently. Of a minibatch
+            # whose only update is the first one they stand in for old ones that this update does not read.
+            old = bare.sampler_logprobs_MRCL if needs_old_logprobs(self._config) else None
+            if recomputes_old and (number > 0 or self._config.grpo.epochs > 1):
+                old = self._token_logprobs(state.params, bare)[0]
             reference_logprobs = None if reference is None else self._reference_logprobs(reference.params, bare)[0]
             batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
         measured: list[_Measured] = []

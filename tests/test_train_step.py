@@ -28,7 +28,7 @@ from rl.models.train_state import PureState
 from rl.packing import PackingPlan, TrainCompletion, TrainGroup, pack
 from rl.states import AbstractState, InitStateFn, get_abstract_state
 from rl.train_step import Minibatch, jit_token_logprobs, jit_train_step
-from rl.update import Updater, loss_config
+from rl.update import LOGPROBS, TRAIN_STEP, Updater, bare_batch, loss_config
 
 VOCAB = 61  # no other dim of the tiny model is 61, so that arrays over the vocabulary are known by their shape
 TEMPERATURE = 0.8
@@ -57,7 +57,8 @@ KEEP_GRADIENT = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, gradient), gradient),
 )
-ADAM = optax.adam(1e-3)
+LEARNING_RATE = 0.05
+ADAM, DESCENT = optax.adam(1e-3), optax.sgd(LEARNING_RATE)
 
 
 # The model and the data
@@ -773,31 +774,68 @@ def test_the_ratio_is_exactly_one_before_the_first_update_and_no_longer_after_it
     assert float(second["ratio_max"]) > 1.01
 
 
-def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem):
+HALVES = ([0, 1], [2])
+
+
+@pytest.fixture(scope="module")
+def step_of_halves(problem, trainer):
+    """(epochs, old_of=None) -> (state, metrics, names of the programs that ran) of a step of two minibatches.
+
+    Plain gradient descent in float64, with programs that are compiled once. `old_of` names the number of an update that
+    is given old log-probs of its weights, in place of what it has.
+    """
+    programs = {}
+
+    def step(epochs: int, old_of: int | None = None):
+        settings = ("grpo.minibatches=2", f"grpo.epochs={epochs}", "grpo.prompts_per_step=4", "mesh.fsdp=1")
+        settings += (f"grpo.logprob_chunk={CHUNK_SIZE}", f"sampling.temperature={TEMPERATURE}")
+        ran = []
+
+        def stored(name, program):
+            compiled = programs.setdefault(name, program.jit())
+
+            def call(*arguments):
+                ran.append(name)
+                if name == TRAIN_STEP and ran.count(name) - 1 == old_of:
+                    state, minibatch = arguments
+                    old = programs[LOGPROBS](state.params, bare_batch(minibatch.batch))[0]
+                    arguments = state, minibatch._replace(batch=minibatch.batch._replace(old_logprobs_MRCL=old))
+                result = compiled(*arguments)
+                assert compiled._cache_size() == 1
+                return result
+
+            return call
+
+        with jax.enable_x64(True):
+            packed = trainer("nnx", "float64", optimizer=DESCENT)
+            other = jax.device_put(noisy_params(packed.policy.config, seed=1), packed.abstract.shardings.params)
+            updater = Updater(
+                load_config(None, [*COMPOSITE, *settings]),
+                packed.policy,
+                packed.optimizer,
+                packed.plan,
+                packed.abstract.shardings,
+                mesh=packed.mesh,
+                stored=stored,
+            )
+            state, _, metrics = updater.step(
+                packed.fresh_state(),
+                packed.fresh_state()._replace(params=other, opt_state=()),
+                [problem.train_groups(half) for half in HALVES],
+                EntropyCoefState(ENTROPY_COEF, float("inf")),
+            )
+            return jax.device_get(state), metrics, ran
+
+    return step
+
+
+def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem, trainer, step_of_halves):
     """Two minibatches, two epochs, plain gradient descent: where four plain updates with frozen old log-probs lead."""
-    learning_rate, halves = 0.05, ([0, 1], [2])
-    settings = (
-        "grpo.minibatches=2",
-        "grpo.epochs=2",
-        "grpo.prompts_per_step=4",
-        f"grpo.logprob_chunk={CHUNK_SIZE}",
-        "mesh.fsdp=1",
-    )
-    config = load_config(None, [*COMPOSITE, *settings, f"sampling.temperature={TEMPERATURE}"])
+    state, metrics, _ = step_of_halves(epochs=2)
     with jax.enable_x64(True):
-        packed = make_trainer("nnx", "float64", optimizer=optax.sgd(learning_rate))
-        start, other = noisy_params(packed.policy.config), noisy_params(packed.policy.config, seed=1)
-        reference = jax.device_put(other, packed.abstract.shardings.params)
-        state, _, metrics = Updater(
-            config, packed.policy, packed.optimizer, packed.plan, packed.abstract.shardings, mesh=packed.mesh
-        ).step(
-            packed.fresh_state(),
-            packed.fresh_state()._replace(params=reference, opt_state=()),
-            [problem.train_groups(half) for half in halves],
-            EntropyCoefState(ENTROPY_COEF, float("inf")),
-        )
-        state, parts = jax.device_get(state), [problem.part(half) for half in halves]
-        frozen, refreshed, gap_BL = plain_updates(packed.policy, parts, start, other, learning_rate)
+        policy, parts = trainer("nnx", "float64", optimizer=DESCENT).policy, [problem.part(half) for half in HALVES]
+        start, other = noisy_params(policy.config), noisy_params(policy.config, seed=1)
+        frozen, refreshed, gap_BL = plain_updates(policy, parts, start, other, LEARNING_RATE)
     assert int(state.step) == 4
     for got, want, wrong, before in zip(*map(jax.tree.leaves, (state.params, frozen, refreshed, start)), strict=True):
         moved = np.abs(want - before).max()
@@ -807,6 +845,16 @@ def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem):
     gap = gap_BL[parts[0].mask_BL > 0]
     np.testing.assert_allclose(metrics["logprob_difference/mean"], gap.mean(), rtol=1e-9)
     np.testing.assert_allclose(metrics["logprob_difference/max"], gap.max(), rtol=1e-9)
+
+
+def test_old_logprobs_that_no_update_reads_are_not_computed(step_of_halves):
+    """Those of the first minibatch in the only epoch; its update gives the same when it has them."""
+    state, metrics, ran = step_of_halves(epochs=1)
+    # Of the policy: old ones of the second minibatch, and entropies at both updates. Of the reference: both.
+    assert ran.count(LOGPROBS) == 1 + 2 + 2
+    assert step_of_halves(epochs=2)[2].count(LOGPROBS) == 2 + 4 + 2
+    jax.tree.map(np.testing.assert_array_equal, (state, metrics), step_of_halves(epochs=1, old_of=0)[:2])
+    assert step_of_halves(epochs=1, old_of=1)[1]["ratio_max"] != metrics["ratio_max"]
 
 
 def test_token_means_are_over_the_tokens_of_the_whole_rollout_batch(problem):
