@@ -5,7 +5,7 @@ In: a `PureState` and a packed `Minibatch`. Out: the next state (argument 0 is d
 made of. The pieces of a minibatch run one after the other inside the function; every denominator is that of the whole
 minibatch, so neither their number nor their size changes the result. An update whose loss or gradient norm is not
 finite is skipped: weights and optimizer state stay as they are, bit for bit. `jit_token_logprobs` runs the same rows
-without gradient, for old and reference log-probs.
+without gradient, for old and reference log-probs, or entropies.
 
 Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
 completion, B = R * C sequences of a piece, D model.
@@ -168,7 +168,7 @@ def update_program(
 
     def piece_loss(trained: Params, frozen: Params, piece: Batch, denominators: Denominators, on_policy: jax.Array):
         params = join(trained, frozen)
-        logprobs_BL, entropy_BL = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules)
+        logprobs_BL, entropy_BL = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules, True)
         constant_BL = jax.lax.stop_gradient(logprobs_BL)  # for old log-probs and a measurement, neither trained on
         inputs = _loss_inputs(piece)
         if inputs.old_logprobs_BT is not None:
@@ -231,13 +231,21 @@ def jit_token_logprobs(
     rules: Mapping[str, Sequence[str]],
     temperature: float,
     chunk_size: int,
-) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """The compiled pass without gradient: `(params, batch) -> (log-probs, entropies)`, both [M, R, C, L], 0 on padding.
+    with_entropy: bool,
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array | None]]:
+    """The compiled pass without gradient: `(params, batch) -> (log-probs, entropies)`, both [M, R, C, L], 0 on padding;
+    entropies only `with_entropy`, otherwise None.
 
     It runs the rows that the update runs, through the same operations; the compiler may still round them otherwise.
     """
     program = token_logprobs_program(
-        policy, param_shardings, mesh=mesh, rules=rules, temperature=temperature, chunk_size=chunk_size
+        policy,
+        param_shardings,
+        mesh=mesh,
+        rules=rules,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        with_entropy=with_entropy,
     )
     return program.jit()
 
@@ -250,22 +258,26 @@ def token_logprobs_program(
     rules: Mapping[str, Sequence[str]],
     temperature: float,
     chunk_size: int,
+    with_entropy: bool,
 ) -> Program:
     """What `jit_token_logprobs` compiles."""
 
-    def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         def fill(m, piece, outputs):
-            values = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules)
-            return tuple(
-                jax.lax.dynamic_update_index_in_dim(output, value.reshape(output.shape[1:]), m, 0)
-                for output, value in zip(outputs, values, strict=True)
+            values = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules, with_entropy)
+            return jax.tree.map(
+                lambda output, value: jax.lax.dynamic_update_index_in_dim(
+                    output, value.reshape(output.shape[1:]), m, 0
+                ),
+                outputs,
+                values,
             )
 
         dtype = jax.eval_shape(
             lambda: policy.unembed(params, jnp.zeros((1, policy.config.hidden_size), policy.config.dtype))
         ).dtype
         empty = jnp.zeros(batch.mask_MRCL.shape, dtype)
-        return _over_pieces(batch, mesh, fill, (empty, empty))
+        return _over_pieces(batch, mesh, fill, (empty, empty if with_entropy else None))
 
     rows = row_sharding(mesh, rules, dim=1)
     return Program(logprobs, (param_shardings, batch_shardings(mesh, rules)), (rows, rows))
@@ -362,8 +374,9 @@ def _piece_logprobs(
     chunk_size: int,
     mesh: Mesh,
     rules: Mapping[str, Sequence[str]],
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies [B, L] of the completion tokens of one piece, 0 on padding."""
+    with_entropy: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Log-probs and, if asked for, entropies [B, L] of the completion tokens of one piece, 0 on padding."""
     rows: NamedSharding = row_sharding(mesh, rules)
     hidden_RTD = policy.hidden(params, piece.tokens_MRT, piece.positions_MRT, piece.group_ids_MRT, piece.branch_ids_MRT)
     hidden_RND = jnp.take_along_axis(hidden_RTD, piece.predictors_MRN[..., None], axis=1)
@@ -375,17 +388,16 @@ def _piece_logprobs(
         piece.targets_MRN,
         temperature,
         chunk_size,
-        with_entropy=True,
+        with_entropy=with_entropy,
         mask_BT=piece.target_mask_MRN,
     )
-    assert entropy_RN is not None
     R, C, L = piece.slots_MRCL.shape
 
     def place(values_RN: jax.Array) -> jax.Array:
         values_RCL = jnp.take_along_axis(values_RN, piece.slots_MRCL.reshape(R, C * L), axis=1)
         return jnp.where(piece.mask_MRCL.reshape(R * C, L) > 0, values_RCL.reshape(R * C, L), 0)
 
-    return place(logprobs_RN), place(entropy_RN)
+    return place(logprobs_RN), None if entropy_RN is None else place(entropy_RN)
 
 
 def _loss_inputs(piece: Batch) -> LossInputs:

@@ -37,7 +37,7 @@ from rl.train_step import (
 )
 from rl.user_functions import resolve
 
-LOGPROBS, REFERENCE_LOGPROBS, TRAIN_STEP = "logprobs", "reference logprobs", "train step"
+LOGPROBS, REFERENCE_LOGPROBS, ENTROPIES, TRAIN_STEP = "logprobs", "reference logprobs", "entropies", "train step"
 
 
 class _Measured(NamedTuple):
@@ -70,8 +70,7 @@ class Updater:
         self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
         programs = update_programs(config, policy, optimizer, state_shardings, mesh)
         calls = {name: stored(name, program) or program.jit() for name, program in programs.items()}
-        self._token_logprobs = calls[LOGPROBS]
-        self._reference_logprobs = calls.get(REFERENCE_LOGPROBS, self._token_logprobs)
+        self._calls = calls
         self._train_step = train_step_of(policy, calls[TRAIN_STEP])
         self._finish_metrics = jax.jit(finish_metrics, out_shardings=self._replicated)
 
@@ -96,7 +95,7 @@ class Updater:
           `logprob_difference` is that of the first update, where policy and sampler have the same weights.
         """
         from_sampler = self._config.grpo.old_logprobs == "sampler"
-        recomputes_old = updates_per_step(self._config) > 1 and not from_sampler
+        reference_name = REFERENCE_LOGPROBS if REFERENCE_LOGPROBS in self._calls else LOGPROBS
         num_items = sum(len(c.token_ids) for minibatch in groups for group in minibatch for c in group.completions)
         batches = []
         for number, minibatch in enumerate(groups):
@@ -104,9 +103,9 @@ class Updater:
             # With the sampler's, the ratio corrects for what sampler and trainer compute differently. Of a minibatch
             # whose only update is the first one they stand in for old ones that this update does not read.
             old = bare.sampler_logprobs_MRCL if needs_old_logprobs(self._config) else None
-            if recomputes_old and (number > 0 or self._config.grpo.epochs > 1):
-                old = self._token_logprobs(state.params, bare)[0]
-            reference_logprobs = None if reference is None else self._reference_logprobs(reference.params, bare)[0]
+            if _recomputes_old(self._config) and (number > 0 or self._config.grpo.epochs > 1):
+                old = self._calls[LOGPROBS](state.params, bare)[0]
+            reference_logprobs = None if reference is None else self._calls[reference_name](reference.params, bare)[0]
             batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
         measured: list[_Measured] = []
         for _ in range(self._config.grpo.epochs):
@@ -130,9 +129,7 @@ class Updater:
         coef = applied_entropy_coef(entropy.coef, entropy.last_entropy, self._loss_config)
         scalars = hosts.put((np.int32(num_items), self._dtype.type(coef), np.bool_(on_policy)), self._replicated)
         # The quantile is one of the policy as it is at this update, over the whole minibatch: a pass of its own.
-        entropies = (
-            self._token_logprobs(state.params, bare_batch(batch))[1] if self._loss_config.selects_by_entropy else None
-        )
+        entropies = self._calls[ENTROPIES](state.params, bare_batch(batch))[1] if ENTROPIES in self._calls else None
         num_items_in_batch, entropy_coef, is_first = scalars
         return Minibatch(batch, num_items_in_batch, entropy_coef, entropies, on_policy=is_first)
 
@@ -156,8 +153,8 @@ class Updater:
 def update_programs(
     config: Config, policy: Policy, optimizer: optax.GradientTransformation, state_shardings: PureState, mesh: Mesh
 ) -> dict[str, Program]:
-    """What `Updater` calls, by name. With adapters the log-probs of the reference, the base alone, are a program of
-    their own.
+    """What an `Updater` of this configuration calls, by name. Reference and old log-probs are of one program; with
+    adapters those of the reference, the base alone, are of their own.
     """
     common: dict[str, Any] = {
         "mesh": mesh,
@@ -165,10 +162,14 @@ def update_programs(
         "temperature": config.sampling.temperature,
         "chunk_size": config.grpo.logprob_chunk,
     }
-    programs = {LOGPROBS: token_logprobs_program(policy, state_shardings.params, **common)}
-    if policy.config.lora is not None:
-        frozen_shardings = split(policy.config, state_shardings.params)[1]
-        programs[REFERENCE_LOGPROBS] = token_logprobs_program(without_adapters(policy), frozen_shardings, **common)
+    programs, has_adapters = {}, policy.config.lora is not None
+    if _recomputes_old(config) or (config.grpo.beta and not has_adapters):
+        programs[LOGPROBS] = token_logprobs_program(policy, state_shardings.params, with_entropy=False, **common)
+    if config.grpo.beta and has_adapters:
+        base, shardings = without_adapters(policy), split(policy.config, state_shardings.params)[1]
+        programs[REFERENCE_LOGPROBS] = token_logprobs_program(base, shardings, with_entropy=False, **common)
+    if loss_config(config).selects_by_entropy:
+        programs[ENTROPIES] = token_logprobs_program(policy, state_shardings.params, with_entropy=True, **common)
     programs[TRAIN_STEP] = update_program(
         policy,
         optimizer,
@@ -192,8 +193,13 @@ def needs_old_logprobs(config: Config) -> bool:
     return updates_per_step(config) > 1 or config.grpo.old_logprobs == "sampler"
 
 
+def _recomputes_old(config: Config) -> bool:
+    """Whether the policy scores old log-probs itself: several updates follow a rollout, and the sampler's do not do."""
+    return updates_per_step(config) > 1 and config.grpo.old_logprobs != "sampler"
+
+
 def bare_batch(batch: Batch) -> Batch:
-    """`batch` without log-probs of policy and reference, as `jit_token_logprobs` was compiled for it."""
+    """`batch` without log-probs of policy and reference, as `token_logprobs_program` takes it."""
     return batch._replace(old_logprobs_MRCL=None, reference_logprobs_MRCL=None)
 
 

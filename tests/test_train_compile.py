@@ -114,6 +114,29 @@ def test_a_minibatch_holds_only_what_its_loss_needs():
     assert isinstance(inputs.minibatch, Minibatch)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ("", {"logprobs"}),
+        ("grpo.beta=0", set()),
+        ("grpo.beta=0 grpo.minibatches=2", {"logprobs"}),
+        ("grpo.beta=0 grpo.epochs=2 grpo.old_logprobs=sampler", set()),
+        ("grpo.top_entropy_quantile=0.5", {"logprobs", "entropies"}),
+        ("lora.rank=2", {"reference logprobs"}),
+        ("lora.rank=2 grpo.epochs=2 grpo.beta=0", {"logprobs"}),
+    ],
+)
+def test_a_run_has_only_the_passes_without_gradient_that_its_loss_reads(overrides, names):
+    programs = loop_programs(tiny(*overrides.split()), jax.devices()[:2]).programs
+    passes = {"logprobs", "reference logprobs", "entropies"}
+    assert {program.name for program in programs} & passes == names
+    for program in programs:
+        if program.name in passes:
+            function, arguments = program.make()
+            results = jax.eval_shape(function.function, *arguments)
+            assert [result is not None for result in results] == [True, program.name == "entropies"]
+
+
 def test_a_folder_without_weights_is_enough(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(

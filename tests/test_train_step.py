@@ -28,7 +28,7 @@ from rl.models.train_state import PureState
 from rl.packing import PackingPlan, TrainCompletion, TrainGroup, pack
 from rl.states import AbstractState, InitStateFn, get_abstract_state
 from rl.train_step import Minibatch, jit_token_logprobs, jit_train_step
-from rl.update import LOGPROBS, TRAIN_STEP, Updater, bare_batch, loss_config
+from rl.update import ENTROPIES, LOGPROBS, TRAIN_STEP, Updater, bare_batch, loss_config
 
 VOCAB = 61  # no other dim of the tiny model is 61, so that arrays over the vocabulary are known by their shape
 TEMPERATURE = 0.8
@@ -746,7 +746,7 @@ def test_transfer_that_the_code_does_not_ask_for_raises_in_a_step(problem, train
 # Several updates per rollout
 
 
-def token_logprobs_of(packed: Trainer):
+def token_logprobs_of(packed: Trainer, with_entropy=False):
     return jit_token_logprobs(
         packed.policy,
         packed.abstract.shardings.params,
@@ -754,6 +754,7 @@ def token_logprobs_of(packed: Trainer):
         rules=packed.rules,
         temperature=TEMPERATURE,
         chunk_size=CHUNK_SIZE,
+        with_entropy=with_entropy,
     )
 
 
@@ -829,6 +830,21 @@ def step_of_halves(problem, trainer):
     return step
 
 
+def test_entropies_are_computed_only_where_they_are_asked_for(problem, trainer):
+    """The pass for old and reference log-probs does less work without them, and gives the same log-probs."""
+    packed = trainer("nnx", "float32")
+    arguments = packed.fresh_state().params, bare_batch(packed.minibatch(problem).batch)
+    both, alone = (
+        token_logprobs_of(packed, with_entropy).lower(*arguments).compile() for with_entropy in (True, False)
+    )
+    (logprobs, entropies), (logprobs_alone, none) = (jax.device_get(program(*arguments)) for program in (both, alone))
+    assert none is None
+    assert entropies.max() > 1
+    np.testing.assert_array_equal(logprobs, logprobs_alone)
+    exponentials, fewer = (program.cost_analysis()["transcendentals"] for program in (both, alone))
+    assert exponentials - fewer >= packed.plan.num_rows * CHUNK_SIZE * VOCAB  # one less for each logit of a chunk
+
+
 def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem, trainer, step_of_halves):
     """Two minibatches, two epochs, plain gradient descent: where four plain updates with frozen old log-probs lead."""
     state, metrics, _ = step_of_halves(epochs=2)
@@ -850,9 +866,9 @@ def test_updates_of_a_step_keep_the_old_logprobs_of_before_the_first(problem, tr
 def test_old_logprobs_that_no_update_reads_are_not_computed(step_of_halves):
     """Those of the first minibatch in the only epoch; its update gives the same when it has them."""
     state, metrics, ran = step_of_halves(epochs=1)
-    # Of the policy: old ones of the second minibatch, and entropies at both updates. Of the reference: both.
-    assert ran.count(LOGPROBS) == 1 + 2 + 2
-    assert step_of_halves(epochs=2)[2].count(LOGPROBS) == 2 + 4 + 2
+    assert (ran.count(LOGPROBS), ran.count(ENTROPIES)) == (1 + 2, 2)  # old ones of the second, the reference's of both
+    ran = step_of_halves(epochs=2)[2]
+    assert (ran.count(LOGPROBS), ran.count(ENTROPIES)) == (2 + 2, 4)
     jax.tree.map(np.testing.assert_array_equal, (state, metrics), step_of_halves(epochs=1, old_of=0)[:2])
     assert step_of_halves(epochs=1, old_of=1)[1]["ratio_max"] != metrics["ratio_max"]
 

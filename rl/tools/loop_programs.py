@@ -21,6 +21,7 @@ from rl.evaluation import sampling_params, slot_sampler
 from rl.mesh import create_mesh, device_memory, on_host
 from rl.models.config import ModelConfig
 from rl.models.hf import SHAPE_PATTERNS, resolve_source
+from rl.models.lora import split
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer
 from rl.programs import Program
@@ -28,7 +29,7 @@ from rl.shaped_inputs import ShapedInputs, get_shaped_inputs
 from rl.states import BASE, WEIGHTS, InitStateFn, get_abstract_state, init_program
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
 from rl.train_step import MICROBATCH_LOOP, SHORT_MICROBATCH_LOOP, update_arguments
-from rl.update import LOGPROBS, REFERENCE_LOGPROBS, TRAIN_STEP, bare_batch, update_programs
+from rl.update import ENTROPIES, LOGPROBS, REFERENCE_LOGPROBS, TRAIN_STEP, bare_batch, update_programs
 from rl.weights import eos_ids, model_shape
 
 PREFILL, DECODE = "prefill", "decode"
@@ -145,22 +146,21 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         held = beside_rollout + (resident.cache if is_prefill else 0)
         rounds = {} if is_prefill else {TOKEN_LOOP: key[3]}
         programs.append(LoopProgram(name, repr(key), make, rounds, held, is_largest))
+    bare = bare_batch(inputs.minibatch.batch)
     arguments = {
-        LOGPROBS: (inputs.state.params, bare_batch(inputs.minibatch.batch)),
+        LOGPROBS: (inputs.state.params, bare),
+        REFERENCE_LOGPROBS: (split(policy.config, inputs.state.params)[1], bare),
+        ENTROPIES: (inputs.state.params, bare),
         TRAIN_STEP: update_arguments(policy, inputs.state, inputs.minibatch),
     }
-    if policy.config.lora is not None:
-        frozen = update_arguments(policy, inputs.state, inputs.minibatch)[1]
-        arguments[REFERENCE_LOGPROBS] = (frozen, bare_batch(inputs.minibatch.batch))
     held = {
         LOGPROBS: beside_weights,
+        ENTROPIES: beside_weights,
         REFERENCE_LOGPROBS: resident.moments + resident.adapters,
         TRAIN_STEP: resident.reference,
     }
     rounds = {MICROBATCH_LOOP: inputs.plan.num_microbatches, SHORT_MICROBATCH_LOOP: 0}  # every row full
     for name, program in update_programs(config, policy, optimizer, inputs.state_shardings, mesh).items():
-        if name == REFERENCE_LOGPROBS and not config.grpo.beta:
-            continue
         programs.append(LoopProgram(name, name, _made(program, arguments[name]), rounds, held[name]))
     return Loop(config, mesh, policy, memory, inputs, resident, programs)
 
