@@ -74,6 +74,21 @@ def test_dense_with_an_adapter_is_dense_with_the_sum(shape, num_input_dims):
     assert low.dtype == jnp.float32
 
 
+def test_no_kernel_sized_array_is_made_of_an_adapter_nor_of_its_gradient():
+    x, kernel = jnp.ones((2, 16)), jnp.ones((16, 4, 6))
+
+    def loss(a, b):
+        return jnp.sum(ops.dense(x, kernel, adapter=ops.Adapter(a, b, 0.7)) ** 2)
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(jnp.ones((16, 3)), jnp.ones((3, 4, 6)))
+    sizes = {equation.primitive.name: set() for equation in jaxpr.eqns}
+    for equation in jaxpr.eqns:
+        sizes[equation.primitive.name] |= {out.aval.size for out in equation.outvars}
+    # The one array of that size is the kernel itself as a matrix.
+    assert {name for name, found in sizes.items() if kernel.size in found} == {"reshape"}
+    assert {16 * 3, 3 * 24} <= sizes["dot_general"]
+
+
 def test_scale_is_alpha_over_rank_or_over_its_root():
     assert LoRAConfig(16, 32.0, ("*",)).scale == 2.0
     assert LoRAConfig(16, 32.0, ("*",), rank_stabilized=True).scale == 8.0
@@ -374,8 +389,11 @@ def test_an_update_moves_the_adapters_and_leaves_the_very_arrays_of_the_base(fla
 
 def test_both_flavours_make_the_same_update_with_a_quantised_base(problem):
     lora = dataclasses.replace(LORA, base_dtype="int4", base_group_size=4)
-    results = []
-    for flavour in FLAVOURS:
-        trainer = trainer_of(flavour, lora, packed.ADAM, remat="block")
-        results.append(trainer.train_step(fresh_state(trainer), trainer.minibatch(problem)))
+    trainers = [trainer_of(flavour, lora, packed.ADAM, remat="block") for flavour in FLAVOURS]
+    results = [t.train_step(fresh_state(t), t.minibatch(problem)) for t in trainers]
     jax.tree.map(np.testing.assert_array_equal, *results)
+    host = [
+        packed.host_calls(t.train_step, state, jax.device_put(t.minibatch(problem)))
+        for t, (state, _) in zip(trainers, results, strict=True)
+    ]
+    assert host[0] == host[1] > 0

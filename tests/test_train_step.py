@@ -7,7 +7,9 @@ Legend: B sequences, T token positions, L tokens of a completion, V vocab, D mod
 
 import dataclasses
 import functools
+import gc
 import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -607,6 +609,28 @@ def test_neither_flavour_computes_or_moves_more_than_the_other(rank, scan_layers
         costs.append({name: analysis[name] for name in ("flops", "bytes accessed")})
     assert costs[0] == costs[1]
     assert costs[0]["flops"] > 1e5
+
+
+def host_calls(train_step, state, minibatch) -> int:
+    """How many functions, of Python or C, the host runs to start one step that is compiled already."""
+    state, _ = jax.block_until_ready(train_step(state, minibatch))
+    calls = []
+    gc.disable()  # its callbacks would be counted where it happens to run
+    sys.setprofile(lambda frame, event, argument: calls.append(event))
+    try:
+        result = train_step(state, minibatch)
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    jax.block_until_ready(result)
+    return sum(event in ("call", "c_call") for event in calls)
+
+
+def test_a_step_is_as_much_work_for_the_host_in_either_flavour(problem, trainer):
+    """Of the same functions, so that it also takes as long."""
+    trainers = [trainer(flavour, "float32") for flavour in FLAVOURS]
+    counts = [host_calls(t.train_step, t.fresh_state(), jax.device_put(t.minibatch(problem))) for t in trainers]
+    assert counts[0] == counts[1] > 0
 
 
 def arrays_of(jaxpr):
