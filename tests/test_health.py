@@ -4,6 +4,7 @@ it.
 
 import math
 import pathlib
+import re
 
 import pytest
 
@@ -193,6 +194,20 @@ def test_run_without_a_finite_update_ends_and_can_go_on_with_a_higher_limit(reci
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in lines] == [pytest.approx(0.005)] * 6  # the schedule has not moved
+
+
+def test_run_tells_of_spikes_and_signs_of_collapse_and_saves_the_samples_of_spikes(recipe, capsys):
+    """Thresholds are such that ordinary steps cross them: spikes can be told after ten steps."""
+    spikes = ("health.grad_norm_spike=null", "health.kl_spike=0.01", "grpo.steps=11", "checkpoint.every=99")
+    signs = ("health.equal_rewards_share=0.01", "health.entropy_floor=99", "health.truncated_share=0.01")
+    folder = start(recipe, "watched", *spikes, *signs, "health.patience=8")
+    told = capsys.readouterr().out
+    for problem, key in (("have the same reward", "grpo.group_size"), ("entropy", "grpo.entropy_coef")):
+        assert re.search(rf"warning: .*{problem}.*raise {key}", told)
+    assert re.search(r"warning: .*were cut at the length limit; raise sampling\.max_completion_length", told)
+    assert re.search(r"warning: kl [\d.]+ is a spike.*raise grpo\.beta", told)
+    steps = [sample["step"] for sample in read_samples(folder)]
+    assert [steps.count(step) for step in range(1, 12)] == [2] * 10 + [8]
 
 
 def test_run_with_skipped_updates_resumes_as_if_it_had_never_stopped(recipe):

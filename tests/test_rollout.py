@@ -4,12 +4,14 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from rewards.contract import RewardSpec
 from rewards.runner import RewardRunner
+from rl.config import load_config
 from rl.data import PromptRow
 from rl.metrics import Stopwatch
-from rl.rollout import sample_and_score
+from rl.rollout import Judged, minibatches, sample_and_score, to_rollout
 from rl.sampling import SamplingParams
 from rl.scheduling import Completion
 
@@ -63,3 +65,26 @@ def test_completions_are_judged_while_others_are_drawn_and_stand_in_order(tmp_pa
     assert scored.result.rewards == [[0.0], [1.0], [1.0], [0.0], [0.0], [0.0]]
     assert [[c.sample_index for c in group] for group in scored.completions] == [[0, 1]] * 3
     assert {"seconds/rollout", "seconds/reward"} <= watch.lap().keys()
+
+
+def completion_of(p, g, finish_reason):
+    tokens, logprobs, none = np.array([p, g], np.int32), np.zeros(2, np.float32), np.zeros((2, 0), np.float32)
+    return Completion(p, g, tokens, logprobs, logprobs, finish_reason, None, none, none)
+
+
+@pytest.mark.parametrize(("is_masked", "kept"), [("true", [[0, 2], [1]]), ("false", [[0, 1, 2], [0, 1, 2]])])
+def test_truncated_completions_can_stay_out_of_the_loss_but_never_out_of_the_baseline(is_masked, kept):
+    """Section 3.4 of https://arxiv.org/abs/2503.14476; advantages by hand."""
+    config = load_config(None, [f"grpo.mask_truncated={is_masked}", "grpo.group_size=3", "grpo.scale_rewards=none"])
+    rows = [PromptRow(text, np.array([7], np.int32), {}, i) for i, text in enumerate("ab")]
+    reasons = [["eos", "length", "stop"], ["length", "eos", "length"]]
+    completions = [[completion_of(p, g, reason) for g, reason in enumerate(group)] for p, group in enumerate(reasons)]
+    rewards = [[3.0], [0.0], [0.0], [1.0], [2.0], [0.0]]
+    rollout = to_rollout(config, Judged(rows, completions, ["x"] * 6, rewards, ["mine"], [1.0], {}, []))
+    np.testing.assert_allclose(rollout.advantages_B, [2, -1, -1, 0, 1, -1])
+    assert rollout.metrics["truncated_share"] == 0.5
+    assert rollout.metrics["masked_share"] == pytest.approx(1 - sum(map(len, kept)) / 6)
+    (groups,) = minibatches(rollout, 1)
+    assert [[int(c.token_ids[1]) for c in group.completions] for group in groups] == kept
+    expected = [rollout.advantages_B[3 * p + g] for p, group in enumerate(kept) for g in group]
+    assert [c.advantage for group in groups for c in group.completions] == expected
