@@ -253,10 +253,14 @@ class Engine:
 
     def bytes_per_position(self) -> int:
         """Bytes of one cache position of one row in all layers, on the device that holds most of it."""
-        total = 0
-        for name, array in named_arrays(self._abstract_part(self.num_shards, 1)):
-            total += int(np.prod(self._array_shardings[name].shard_shape(array.shape))) * array.dtype.itemsize
-        return total
+        return sum(self.array_bytes_per_position())
+
+    def array_bytes_per_position(self) -> list[int]:
+        """The same for every array of a cache."""
+        return [
+            int(np.prod(self._array_shardings[name].shard_shape(array.shape))) * array.dtype.itemsize
+            for name, array in named_arrays(self._abstract_part(self.num_shards, 1))
+        ]
 
     # Programs, by everything that their shapes depend on
 

@@ -11,7 +11,6 @@ and grows the cache.
 """
 
 import dataclasses
-import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -31,23 +30,12 @@ from rl.models.quantized import quantize_params, quantized_shardings
 from rl.programs import Program, Stored, not_stored
 from rl.sampling import SamplingParams
 from rl.scheduling import CacheSize, Completion, Request, Schedule
+from rl.shape_plan import Expected, KVBudget, first_shape, usable_common_length
 
 __all__ = ["Completion", "Sampler"]
 
-MAX_DERIVED_SLOTS = 256  # when a memory budget sets the number: more make a step longer and hardly cheaper per token
-MIN_COMMON_LENGTH = 64
-MAX_PROMPTS_PER_ROW = 4
 PREFILL_TOKENS = 4096  # of one piece of prefill, over all rows
 MIN_PREFILL_CHUNK = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class _Expected:
-    """What calls are planned for: the prefix of all prompts, and the longest and mean rest of a prompt, in tokens."""
-
-    common: tuple[int, ...] = ()
-    longest: int = 0
-    mean: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +62,8 @@ class Sampler:
       decode_shardings: where parameters lie while they are decoded with, by `rules`; every call copies them there, from
         device to device. None: where they are.
       slots: completions decoded at a time, over all devices; None: as many as `kv_bytes` allows, up to 256.
-      kv_bytes: bytes on each device that the key/value cache may take; None: no bound.
+      kv_bytes: bytes on each device that keys and values may take, those of prompts that are being prefilled included;
+        None: no bound.
       decode_text: token ids -> text; needed for stop strings only.
       chunk: tokens decoded between two looks of the host.
       stop_chunk: the same when there are stop strings, which only the host can see.
@@ -126,7 +115,7 @@ class Sampler:
         self._slots, self._kv_bytes = slots, kv_bytes
         self._decode_text = decode_text
         self._chunk, self._stop_chunk = chunk, min(stop_chunk, chunk)
-        self._expected = _Expected()
+        self._expected = Expected()
         self._prefix: _Prefix | None = None
 
     @property
@@ -145,15 +134,15 @@ class Sampler:
         The prefix that all of them start with is cached once per call, and the prompt table is as long as the longest.
         """
         common = scheduling.common_prefix_length(prompts)
-        common = _usable_common_length(common, len(prompts))
+        common = usable_common_length(common, len(prompts))
         rests = [len(prompt) - 1 - common for prompt in prompts]
         head = tuple(int(token) for token in prompts[0][:common])
-        self._expected = _Expected(head, max(rests), sum(rests) / len(rests))
+        self._expected = Expected(head, max(rests), sum(rests) / len(rests))
 
     def expect_length(self, prompt_length: int) -> None:
         """Plans shapes for prompts of up to so many tokens, whatever they hold: none is taken for a common prefix."""
         longest = max(prompt_length - 1, 1)
-        self._expected = _Expected((), longest, float(longest))
+        self._expected = Expected((), longest, float(longest))
 
     def sample(
         self,
@@ -283,12 +272,13 @@ class Sampler:
         common_length = len(expected.common)
         shards = scheduling.deal(requests, engine.num_shards)
         shape = self._shape(shards, expected, sampling)
+        if not common_length:
+            self._prefix = None  # no memory is left for one that nobody reads
         common = self._prefill_common(version, params, expected.common) if common_length else None
-        prompts_per_row = _prompts_per_row(expected)
         rows = []
         for pieces in shards:
             lengths = [len(prompts[requests[piece[0]].prompt]) - 1 - common_length for piece in pieces]
-            packed = scheduling.pack_rows(lengths, shape.table_length, prompts_per_row)
+            packed = scheduling.pack_rows(lengths, shape.table_length, expected.prompts_per_row)
             rows.append([[pieces[number] for number in row] for row in packed])
         schedule = Schedule(
             prompts,
@@ -365,80 +355,23 @@ class Sampler:
 
     # Plans
 
-    def _plan(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> _Expected:
+    def _plan(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> Expected:
         """The expected prefix if these prompts start with it, else their own; lengths at least the expected ones."""
         expected = self._expected
         head = np.asarray(expected.common, np.int32)
         fits = all(len(p) > head.size and np.array_equal(np.asarray(p[: head.size]), head) for p in prompts)
         if expected.longest == 0 or not fits:
-            common = _usable_common_length(scheduling.common_prefix_length(prompts), len(prompts))
-            expected = _Expected(tuple(int(token) for token in prompts[0][:common]))
+            common = usable_common_length(scheduling.common_prefix_length(prompts), len(prompts))
+            expected = Expected(tuple(int(token) for token in prompts[0][:common]))
         rests = [len(prompt) - 1 - len(expected.common) for prompt in prompts]
         if max(rests) <= expected.longest:
             return expected
         return dataclasses.replace(expected, longest=max(rests), mean=expected.mean or sum(rests) / len(rests))
 
-    def _shape(self, shards: list[list[list[int]]], expected: _Expected, sampling: SamplingParams) -> Shape:
+    def _shape(self, shards: list[list[list[int]]], expected: Expected, sampling: SamplingParams) -> Shape:
         """The shape that decoding starts with."""
-        num_shards = self.engine.num_shards
-        num_requests = max(sum(len(piece) for piece in pieces) for pieces in shards)
-        num_pieces = max(len(pieces) for pieces in shards)
-        piece_size = max(len(piece) for pieces in shards for piece in pieces)
-        table_length = max(scheduling.MIN_TABLE_LENGTH, scheduling.size_at_least(expected.longest))
-        prompts_per_row = _prompts_per_row(expected)
-        limit = sampling.max_completion_length
-        lengths = [size.length for size in scheduling.cache_sizes(1, limit)]
-
-        def most_in_flight(num_slots: int) -> int:
-            # Prompts whose samples are being drawn, half as many again for stragglers and for those that come next.
-            return math.ceil(1.5 * num_slots / piece_size) + 1
-
-        def table_rows(num_slots: int) -> int:
-            in_flight = min(num_pieces, most_in_flight(num_slots))
-            density = min(prompts_per_row, table_length / max(expected.mean, 1.0)) if prompts_per_row > 1 else 1
-            return scheduling.size_at_least(min(in_flight, math.ceil(1.25 * in_flight / density) + 1), 4)
-
-        most = scheduling.size_at_least(num_requests, 4)
-        if self._slots is not None:
-            most = min(most, self._slots // num_shards)
-        else:
-            most = min(most, MAX_DERIVED_SLOTS // num_shards or 1)
-            if self._kv_bytes is not None:
-                positions = table_length, len(expected.common)
-                most = self._affordable_slots(self._kv_bytes, most, lengths[-1], table_rows, *positions)
-        rows = table_rows(most)
-        return Shape(
-            num_slots=most * num_shards,
-            length=lengths[0],
-            table_rows=rows * num_shards,
-            table_length=table_length,
-            prefill_rows=(rows if num_pieces <= most_in_flight(most) else math.ceil(rows / 4)) * num_shards,
-            num_readers=min(piece_size * prompts_per_row, most),
-            common_length=len(expected.common),
-            num_waiting=2 * most,
-        )
-
-    def _affordable_slots(
-        self,
-        kv_bytes: int,
-        most: int,
-        own_length: int,
-        table_rows: Callable[[int], int],
-        table_length: int,
-        common_length: int,
-    ) -> int:
-        per_position = self.engine.bytes_per_position()
-        num_slots = most
-        while num_slots:
-            positions = num_slots * own_length + table_rows(num_slots) * table_length + common_length
-            if positions * per_position <= kv_bytes:
-                return num_slots
-            num_slots -= 1
-        least = (own_length + table_rows(1) * table_length + common_length) * per_position
-        raise ValueError(
-            f"sampling.kv_memory must allow at least one completion of {own_length} tokens, which takes {least:,} "
-            f"bytes of keys and values, got {kv_bytes:,}; raise it, or shorten sampling.max_completion_length"
-        )
+        budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
+        return first_shape(shards, expected, sampling.max_completion_length, self._slots, budget)
 
     def _prefill_common(self, version: Params, params: Params, prefix: tuple[int, ...]) -> CachePart:
         """Keys and values of the common prefix; those of the last call where the weights are the same arrays.
@@ -506,17 +439,6 @@ def check_requests(
             )
 
 
-def _usable_common_length(length: int, num_prompts: int) -> int:
-    """Tokens of a common prefix that get a cache of their own: a size, so that few programs are compiled, or none."""
-    return scheduling.size_at_most(length) if num_prompts > 1 and length >= MIN_COMMON_LENGTH else 0
-
-
 def _prefill_chunk(num_rows: int) -> int:
     """Positions of one piece of a prefill of so many rows."""
     return max(PREFILL_TOKENS // num_rows, MIN_PREFILL_CHUNK)
-
-
-def _prompts_per_row(expected: _Expected) -> int:
-    """Prompts that may share a row of the prompt table."""
-    table_length = max(scheduling.MIN_TABLE_LENGTH, scheduling.size_at_least(expected.longest))
-    return min(max(int(table_length / max(expected.mean, 1.0)), 1), MAX_PROMPTS_PER_ROW)

@@ -297,12 +297,15 @@ def test_a_common_prefix_is_cached_once_and_changes_nothing(qwen):
     rng = np.random.default_rng(3)
     head = rng.integers(3, VOCAB, 100).tolist()
     prompts = [[*head, 5, 6], [*head, 7], [*head, 8, 9, 10, 11]]
-    setup = with_sampler(qwen)
-    shared = sample(setup, prompts=prompts)
+    before = set(qwen.sampler.engine.programs)
+    shared = sample(qwen, prompts=prompts)
+    shapes = {name[1] for name in set(qwen.sampler.engine.programs) - before if name[0] == "generate"}
+    assert {(shape.common_length, shape.table_length) for shape in shapes} == {(96, 16)}
+    held = sum(array.nbytes for array in jax.live_arrays())
     alone = [sample(qwen, prompts=[prompt], prompt_indices=[i])[0] for i, prompt in enumerate(prompts)]
     assert_same(flatten(shared), flatten(alone), 1e-5)
-    shapes = {name[1] for name in setup.sampler.engine.programs if name[0] == "generate"}
-    assert {(shape.common_length, shape.table_length) for shape in shapes} == {(96, 16)}
+    given_back = held - sum(array.nbytes for array in jax.live_arrays())
+    assert given_back == 96 * qwen.sampler.engine.bytes_per_position(), "a call without a prefix has its memory"
 
 
 def test_a_common_prefix_is_prefilled_once_for_the_same_weights(qwen):
@@ -478,6 +481,16 @@ def test_the_number_of_slots_follows_from_the_memory_budget(qwen, qwen_completio
 
 
 # How completions end
+
+
+def test_the_memory_budget_counts_prompts_that_are_prefilled_beside_the_full_caches(qwen):
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in rng.integers(90, 128, 64)]
+    per_position = qwen.sampler.engine.bytes_per_position()
+    budget = per_position * 24 * (128 + 16)
+    setup = with_sampler(qwen, kv_bytes=budget)
+    sample(setup, changed(max_completion_length=12), prompts=prompts, num_samples=1)
+    assert 0.75 * budget < setup.sampler.peak_kv_bytes <= budget
 
 
 def test_eos_is_kept_and_nothing_follows(qwen_completions):

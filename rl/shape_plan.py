@@ -1,0 +1,141 @@
+"""The shapes that a call of the sampler decodes in: what is expected of its prompts, and what fits in a memory budget.
+
+In: how requests are dealt to the shards, the lengths of prompts, a limit in tokens, a number of slots or of bytes. Out:
+the `rl.engine.Shape` that decoding starts with. Arithmetic only; the sizes that follow it are `rl.scheduling`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rl import scheduling
+from rl.engine import Shape
+
+MAX_DERIVED_SLOTS = 256  # when a memory budget sets the number: more make a step longer and hardly cheaper per token
+MIN_COMMON_LENGTH = 64
+MAX_PROMPTS_PER_ROW = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What calls are planned for: the prefix of all prompts, and the longest and mean rest of a prompt, in tokens."""
+
+    common: tuple[int, ...] = ()
+    longest: int = 0
+    mean: float = 0.0
+
+    @property
+    def table_length(self) -> int:
+        """Positions of a row of the prompt table."""
+        return max(scheduling.MIN_TABLE_LENGTH, scheduling.size_at_least(self.longest))
+
+    @property
+    def prompts_per_row(self) -> int:
+        """Prompts that may share a row of the prompt table."""
+        return min(max(int(self.table_length / max(self.mean, 1.0)), 1), MAX_PROMPTS_PER_ROW)
+
+
+class KVBudget(NamedTuple):
+    """Bytes on a device: what keys, values and their labels may take, and one position of each of the arrays."""
+
+    allowed: int
+    per_position: list[int]
+
+
+class _Load(NamedTuple):
+    """The most of any shard: requests, prompts or parts of them, and requests of one of these."""
+
+    requests: int
+    pieces: int
+    piece_size: int
+
+    def in_flight(self, num_slots: int) -> int:
+        """Prompts whose samples are being drawn, half as many again for stragglers and for those that come next."""
+        return math.ceil(1.5 * num_slots / self.piece_size) + 1
+
+    def table_rows(self, num_slots: int, expected: Expected) -> int:
+        """Rows of the prompt table."""
+        in_flight = min(self.pieces, self.in_flight(num_slots))
+        shares_rows = expected.prompts_per_row > 1
+        density = min(expected.prompts_per_row, expected.table_length / max(expected.mean, 1.0)) if shares_rows else 1
+        return scheduling.size_at_least(min(in_flight, math.ceil(1.25 * in_flight / density) + 1), 4)
+
+    def prefill_rows(self, num_slots: int, expected: Expected) -> int:
+        """Rows that one prefill fills: all of the table where it holds all prompts, else a quarter."""
+        rows = self.table_rows(num_slots, expected)
+        return rows if self.pieces <= self.in_flight(num_slots) else math.ceil(rows / 4)
+
+
+def usable_common_length(length: int, num_prompts: int) -> int:
+    """Tokens of a common prefix that get a cache of their own: a size, so that few programs are compiled, or none."""
+    return scheduling.size_at_most(length) if num_prompts > 1 and length >= MIN_COMMON_LENGTH else 0
+
+
+def first_shape(
+    shards: Sequence[Sequence[Sequence[int]]],
+    expected: Expected,
+    limit: int,
+    slots: int | None,
+    budget: KVBudget | None,
+) -> Shape:
+    """The shape that decoding starts with.
+
+    Args:
+      shards: as `scheduling.deal` gives them.
+      limit: tokens of a completion.
+      slots: over all shards; None: as many as the budget allows, without one as there are requests, up to 256.
+
+    Raises:
+      ValueError: the budget does not hold one completion.
+    """
+    num_shards = len(shards)
+    load = _Load(
+        max(sum(len(piece) for piece in pieces) for pieces in shards),
+        max(len(pieces) for pieces in shards),
+        max(len(piece) for pieces in shards for piece in pieces),
+    )
+    lengths = [size.length for size in scheduling.cache_sizes(1, limit)]
+    most = scheduling.size_at_least(load.requests, 4)
+    if slots is not None:
+        most = min(most, slots // num_shards)
+    else:
+        most = min(most, MAX_DERIVED_SLOTS // num_shards or 1)
+        if budget is not None:
+            most = _affordable_slots(budget, most, lengths[-1], load, expected)
+    return Shape(
+        num_slots=most * num_shards,
+        length=lengths[0],
+        table_rows=load.table_rows(most, expected) * num_shards,
+        table_length=expected.table_length,
+        prefill_rows=load.prefill_rows(most, expected) * num_shards,
+        num_readers=min(load.piece_size * expected.prompts_per_row, most),
+        common_length=len(expected.common),
+        num_waiting=2 * most,
+    )
+
+
+def _affordable_slots(budget: KVBudget, most: int, own_length: int, load: _Load, expected: Expected) -> int:
+    num_slots = most
+    while num_slots and _peak_bytes(budget, num_slots, own_length, load, expected) > budget.allowed:
+        num_slots -= 1
+    if not num_slots:
+        least = _peak_bytes(budget, 1, own_length, load, expected)
+        raise ValueError(
+            f"sampling.kv_memory must allow at least one completion of {own_length} tokens, which takes {least:,} "
+            f"bytes of keys and values, got {budget.allowed:,}; raise it, or shorten sampling.max_completion_length"
+        )
+    return num_slots
+
+
+def _peak_bytes(budget: KVBudget, num_slots: int, own_length: int, load: _Load, expected: Expected) -> int:
+    """The most bytes that keys and values of a shard take at one time: own cache, prompt table, common prefix, prompts
+    that are prefilled meanwhile, and one array that exists twice while a cache becomes longer or loses rows.
+    """
+    own, prefill_rows = num_slots * own_length, load.prefill_rows(num_slots, expected)
+    prefilled = prefill_rows * expected.table_length
+    held = own + load.table_rows(num_slots, expected) * expected.table_length + len(expected.common)
+    # Where one prefill is all there is, it becomes the table.
+    beside = prefilled if load.pieces > prefill_rows else 0
+    whole, largest = sum(budget.per_position), max(budget.per_position)
+    return held * whole + max(beside * whole + prefilled * largest, own * largest)
