@@ -151,13 +151,7 @@ class Engine:
         self, shape: Shape, sampling: SamplingParams, key: jax.Array, common: CachePart | None = None
     ) -> DecodeState:
         """Idle slots, no prompts."""
-        key = hosts.put_key(key, self._everywhere)
-
-        def build() -> Callable:
-            function = self._empty_slots(shape.num_slots, sampling)
-            return Program(function, (self._everywhere,), self._slots_shardings(sampling)).compile((key,))
-
-        slots = self.programs.get(("slots", shape.num_slots, sampling.needs_counts), build)(key)
+        slots = self.programs.get(*self._slots_build(shape, sampling))(hosts.put_key(key, self._everywhere))
         own = self._empty(shape.num_slots, shape.length)
         self._count_bytes(own, common)
         return DecodeState(shape, sampling, own, slots, None, common)
@@ -233,8 +227,27 @@ class Engine:
         """Has the decode program of a shape compiled in the background."""
         self.programs.prepare(*self._generate_build(_abstract(params), shape, sampling, chunk))
 
+    def prepare_state(self, shape: Shape, sampling: SamplingParams) -> None:
+        """Has the programs compiled, in the background, that make a state of this shape."""
+        self.programs.prepare(*self._slots_build(shape, sampling))
+        self.programs.prepare(*self._empty_build(shape.num_slots, shape.length))
+
+    def prepare_prefill(
+        self, params: Params, num_rows: int, num_positions: int, chunk: int, common_length: int
+    ) -> None:
+        """Has the programs of a prefill of this size compiled in the background."""
+        part_length = size = min(chunk, num_positions)
+        self.programs.prepare(*self._empty_build(num_rows, size))
+        for _, length in prefill_pieces(num_positions, size):
+            if length > part_length:
+                for name, array in named_arrays(self._abstract_part(num_rows, part_length)):
+                    self.programs.prepare(*self._grow_build(name, array, length))
+                part_length = length
+            self.programs.prepare(*self._prefill_build(_abstract(params), num_rows, size, length, common_length))
+
     def prepare_insert(self, shape: Shape, num_rows: int) -> None:
         """Has the programs compiled, in the background, that put `num_rows` prefilled rows into a prompt table."""
+        self.programs.prepare(*self._empty_build(shape.table_rows, shape.table_length))
         index_shape = (self.num_shards, num_rows // self.num_shards)
         for name, array in named_arrays(self._abstract_part(shape.table_rows, shape.table_length)):
             self.programs.prepare(*self._put_build(name, array, num_rows, index_shape))
@@ -380,10 +393,19 @@ class Engine:
         return key, partial(Program(function, (sharding,), sharding).compile, (_abstract(array),))
 
     def _empty(self, num_rows: int, length: int) -> CachePart:
+        return self.programs.get(*self._empty_build(num_rows, length))()
+
+    def _empty_build(self, num_rows: int, length: int) -> tuple[tuple, Build]:
         function = partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype)
-        return self.programs.get(
-            ("empty", num_rows, length), lambda: Program(function, (), self._shard_part()).compile(())
-        )()
+        return ("empty", num_rows, length), lambda: Program(function, (), self._shard_part()).compile(())
+
+    def _slots_build(self, shape: Shape, sampling: SamplingParams) -> tuple[tuple, Build]:
+        def build() -> Callable:
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            function = self._empty_slots(shape.num_slots, sampling)
+            return Program(function, (self._everywhere,), self._slots_shardings(sampling)).compile((key,))
+
+        return ("slots", shape.num_slots, sampling.needs_counts), build
 
     # Shapes, shardings, bytes
 

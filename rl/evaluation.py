@@ -96,18 +96,8 @@ def evaluate(
         stop strings, logit bias and forbidden ids stay.
       accuracy_reward: name of the reward function that counts; None: the first.
     """
-    greedy = dataclasses.replace(
-        sampling,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        frequency_penalty=0.0,
-        presence_penalty=0.0,
-    )
-    key = jax.random.key(0)
-    groups, texts, result = sample_and_score(sampler, params, rows, 1, greedy, key, runner, tokenizer, Stopwatch())
+    plain, key = greedy(sampling), jax.random.key(0)
+    groups, texts, result = sample_and_score(sampler, params, rows, 1, plain, key, runner, tokenizer, Stopwatch())
     completions = [group[0] for group in groups]
     names = [spec.name for spec in runner.specs]
     judged = [row[names.index(accuracy_reward) if accuracy_reward else 0] for row in result.rewards]
@@ -131,6 +121,20 @@ def evaluate(
         completion_length=sum(len(done.token_ids) for done in completions) / len(rows),
         truncated_share=sum(done.finish_reason == "length" for done in completions) / len(rows),
         samples=samples,
+    )
+
+
+def greedy(sampling: SamplingParams) -> SamplingParams:
+    """How an evaluation draws, see `evaluate`."""
+    return dataclasses.replace(
+        sampling,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        frequency_penalty=0.0,
+        presence_penalty=0.0,
     )
 
 

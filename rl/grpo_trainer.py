@@ -30,7 +30,7 @@ from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
 from rl.dynamic_sampling import collect
 from rl.entropy_coef import EntropyCoefState
-from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
+from rl.evaluation import create_sampler, evaluate, greedy, sampling_params, start_rewards
 from rl.executables import open_compiled
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
@@ -124,12 +124,16 @@ def train(config: Config) -> pathlib.Path:
         memory = compiled.device_memory
         sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory, compiled.get)
         stack.callback(sampler.close)
+        call_size = config.grpo.prompts_per_step, config.grpo.group_size
         if compiled.prompt_length is None:
-            sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
+            sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)], *call_size)
         else:
-            cast(Sampler, sampler).expect_length(compiled.prompt_length)  # only its programs can be stored
+            cast(Sampler, sampler).expect_length(compiled.prompt_length, *call_size)  # only its programs can be stored
+        eval_rows = data.held_out[: config.eval.max_prompts] if config.eval.every else []
         if config.sampling.warm_up:
-            sampler.warm_up(state.params, config.grpo.prompts_per_step, config.grpo.group_size, sampling)
+            sampler.warm_up(state.params, *call_size, sampling)
+            if eval_rows:
+                sampler.warm_up(state.params, len(eval_rows), 1, greedy(sampling))
         sync_reference = ReferenceSync(config, shardings.params)
         updater = Updater(config, policy, optimizer, plan, shardings, mesh=mesh, stored=compiled.get)
         if first_step == 0 and config.rewards.check_on_gold:
@@ -141,11 +145,10 @@ def train(config: Config) -> pathlib.Path:
         stop = stack.enter_context(StopRequest(console.message))
 
         def evaluation(step: int) -> dict[str, float | None]:
-            if not (config.eval.every and data.held_out) or (step % config.eval.every and step != config.grpo.steps):
+            if not eval_rows or (step % config.eval.every and step != config.grpo.steps):
                 return {}
             with watch.timer("eval"):
-                rows = data.held_out[: config.eval.max_prompts]
-                result = evaluate(sampler, state.params, rows, runner, tokenizer, sampling, config.eval.reward)
+                result = evaluate(sampler, state.params, eval_rows, runner, tokenizer, sampling, config.eval.reward)
             return result.metrics()
 
         def draw(state: PureState, step: int, rows: Sequence[PromptRow], indices: Sequence[int]) -> Judged:

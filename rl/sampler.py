@@ -27,10 +27,10 @@ from rl.models.config import ModelConfig, Quantization
 from rl.models.lora import quantization_of
 from rl.models.policy import Params, Policy
 from rl.models.quantized import quantize_params, quantized_shardings
-from rl.programs import Program, Stored, not_stored
+from rl.programs import Build, Program, Stored, not_stored
 from rl.sampling import SamplingParams
 from rl.scheduling import CacheSize, Completion, Request, Schedule
-from rl.shape_plan import Expected, KVBudget, first_shape, usable_common_length
+from rl.shape_plan import Expected, KVBudget, Load, first_shape, usable_common_length
 
 __all__ = ["Completion", "Sampler"]
 
@@ -102,11 +102,8 @@ class Sampler:
                 )
             shardings = quantized_shardings(policy.config, shardings, weights)
             convert = partial(quantize_params, policy.config, quantization=weights)
-        self._convert: Callable[[Params], Params] | None = None
-        if shardings is not param_shardings:
-            self._convert = jax.jit(convert, in_shardings=(param_shardings,), out_shardings=shardings)
-            param_shardings = shardings
-        self.engine = Engine(policy, mesh, param_shardings, rules=rules, kv_dtype=kv_dtype, stored=stored)
+        self._convert = None if shardings is param_shardings else Program(convert, (param_shardings,), shardings)
+        self.engine = Engine(policy, mesh, shardings, rules=rules, kv_dtype=kv_dtype, stored=stored)
         if slots is not None and slots < self.engine.num_shards:
             raise ValueError(
                 f"sampling.slots must be >= {self.engine.num_shards}, the devices rows are spread over, got {slots}"
@@ -116,6 +113,7 @@ class Sampler:
         self._decode_text = decode_text
         self._chunk, self._stop_chunk = chunk, min(stop_chunk, chunk)
         self._expected = Expected()
+        self._planned: Load | None = None
         self._prefix: _Prefix | None = None
 
     @property
@@ -128,21 +126,31 @@ class Sampler:
         """The most bytes that keys and values (and their labels) took at any moment so far, over all devices."""
         return self.engine.peak_kv_bytes
 
-    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
+    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
         """Plans shapes for prompts like these: calls with such prompts then share their programs, whatever they hold.
 
         The prefix that all of them start with is cached once per call, and the prompt table is as long as the longest.
+
+        Args:
+          num_prompts, num_samples: calls of no more prompts and samples of each than these share their programs as
+            well: they take the shapes of a call of just so many, and begin by dropping the slots that stay idle. 0:
+            every call has the shapes that fit it.
         """
         common = scheduling.common_prefix_length(prompts)
         common = usable_common_length(common, len(prompts))
         rests = [len(prompt) - 1 - common for prompt in prompts]
         head = tuple(int(token) for token in prompts[0][:common])
         self._expected = Expected(head, max(rests), sum(rests) / len(rests))
+        self._planned = self._load(num_prompts, num_samples)
 
-    def expect_length(self, prompt_length: int) -> None:
-        """Plans shapes for prompts of up to so many tokens, whatever they hold: none is taken for a common prefix."""
+    def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
+        """Plans shapes for prompts of up to so many tokens, whatever they hold: none is taken for a common prefix.
+
+        num_prompts, num_samples: as in `expect`.
+        """
         longest = max(prompt_length - 1, 1)
         self._expected = Expected((), longest, float(longest))
+        self._planned = self._load(num_prompts, num_samples)
 
     def sample(
         self,
@@ -202,33 +210,36 @@ class Sampler:
         return self._stream(params, prompts, requests, sampling, key)
 
     def warm_up(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
-        """Compiles every program that calls of this size can need, whatever is drawn; see `expect`.
+        """Has every program compiled, in the background, that calls of this size can need, whatever is drawn.
 
-        Prefill compiles here and now (on prompts of nothing), decoding in the background: `engine.programs.wait()`
-        returns when all is ready.
+        Nothing runs, and a call that comes before all is ready waits for the programs that it needs only. See `expect`;
+        `engine.programs.wait()` returns when all is ready.
         """
-        version, params = params, self._decode_params(params)
-        shapes = self.shapes(num_prompts, num_samples, sampling)
-        first, num_shards = shapes[0], self.engine.num_shards
+        engine, num_shards = self.engine, self.engine.num_shards
+        if self._convert is not None:
+            engine.programs.prepare(*self._convert_build(params))
+        params = self._abstract_decode_params(params)
+        shapes, common_length = self.shapes(num_prompts, num_samples, sampling), len(self._expected.common)
+        first = shapes[0]
         sizes = scheduling.cache_sizes(first.num_slots // num_shards, sampling.max_completion_length)
         for shape in shapes:
-            self.engine.prepare(params, shape, sampling, self._chunk_of(sampling))
+            engine.prepare(params, shape, sampling, self._chunk_of(sampling))
+        # After these, so that a call at once compiles prefill while the background is at its decoding.
+        engine.prepare_state(first, sampling)
+        if common_length:
+            engine.prepare_prefill(params, num_shards, common_length, _prefill_chunk(num_shards), 0)
+        chunk = _prefill_chunk(first.prefill_rows)
+        engine.prepare_prefill(params, first.prefill_rows, first.table_length, chunk, common_length)
+        engine.prepare_insert(first, first.prefill_rows)
         for shape in shapes:
             for later in scheduling.later_cache_sizes(sizes, self._size_of(shape)):
-                self.engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)
-        common = self._prefill_common(version, params, self._expected.common) if self._expected.common else None
-        state = self.engine.init_state(first, sampling, jax.random.key(0), common)
-        nothing = np.zeros((first.prefill_rows, first.table_length), np.int32)
-        places = np.full((num_shards, first.prefill_rows // num_shards), first.table_rows, np.int32)
-        # The first rows may become the table, later ones are put into it.
-        self._admit(params, state, (nothing, nothing, nothing - 1), places)
-        self.engine.prepare_insert(first, first.prefill_rows)
+                engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)
 
     def shapes(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> list[Shape]:
         """Every shape that decoding can have in a call of this size, whatever is drawn; it starts with the first."""
         limit, num_shards = sampling.max_completion_length, self.engine.num_shards
         requests = scheduling.requests_for(range(num_prompts), num_samples, limit)
-        first = self._shape(scheduling.deal(requests, num_shards), self._expected, sampling)
+        first = self._shape(Load.of(scheduling.deal(requests, num_shards)), self._expected, sampling)
         sizes = scheduling.cache_sizes(first.num_slots // num_shards, limit)
         reachable = [self._size_of(first)]
         for size in reachable:  # grows meanwhile
@@ -243,7 +254,7 @@ class Sampler:
 
         `params` may be abstract. Small programs that move rows of the cache are not among them.
         """
-        decode_params = params if self._convert is None else jax.eval_shape(self._convert, params)
+        decode_params = self._abstract_decode_params(params)
         shapes = self.shapes(num_prompts, num_samples, sampling)
         num_rows, num_positions = shapes[0].prefill_rows, shapes[0].table_length
         chunk = min(_prefill_chunk(num_rows), num_positions)
@@ -271,7 +282,7 @@ class Sampler:
         expected = self._plan(prompts)
         common_length = len(expected.common)
         shards = scheduling.deal(requests, engine.num_shards)
-        shape = self._shape(shards, expected, sampling)
+        shape = self._shape(Load.of(shards), expected, sampling)
         if not common_length:
             self._prefix = None  # no memory is left for one that nobody reads
         common = self._prefill_common(version, params, expected.common) if common_length else None
@@ -368,10 +379,18 @@ class Sampler:
             return expected
         return dataclasses.replace(expected, longest=max(rests), mean=expected.mean or sum(rests) / len(rests))
 
-    def _shape(self, shards: list[list[list[int]]], expected: Expected, sampling: SamplingParams) -> Shape:
-        """The shape that decoding starts with."""
+    def _load(self, num_prompts: int, num_samples: int) -> Load | None:
+        """What the shards get of a call of this size; None where it is empty."""
+        requests = scheduling.requests_for(range(num_prompts), num_samples, 1)
+        return Load.of(scheduling.deal(requests, self.engine.num_shards)) if requests else None
+
+    def _shape(self, load: Load, expected: Expected, sampling: SamplingParams) -> Shape:
+        """The shape that decoding starts with: that of the planned calls where it is large enough."""
+        if self._planned is not None and load.within(self._planned):
+            load = self._planned
         budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
-        return first_shape(shards, expected, sampling.max_completion_length, self._slots, budget)
+        limit = sampling.max_completion_length
+        return first_shape(self.engine.num_shards, load, expected, limit, self._slots, budget)
 
     def _prefill_common(self, version: Params, params: Params, prefix: tuple[int, ...]) -> CachePart:
         """Keys and values of the common prefix; those of the last call where the weights are the same arrays.
@@ -393,7 +412,14 @@ class Sampler:
         self.engine.programs.close()
 
     def _decode_params(self, params: Params) -> Params:
-        return params if self._convert is None else self._convert(params)
+        return params if self._convert is None else self.engine.programs.get(*self._convert_build(params))(params)
+
+    def _abstract_decode_params(self, params: Params) -> Params:
+        return params if self._convert is None else jax.eval_shape(self._convert.function, params)
+
+    def _convert_build(self, params: Params) -> tuple[tuple, Build]:
+        assert self._convert is not None
+        return ("weights",), partial(self._convert.prepare, (params,))
 
     def _chunk_of(self, sampling: SamplingParams) -> int:
         return self._stop_chunk if sampling.stop_strings else self._chunk

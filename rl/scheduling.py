@@ -71,8 +71,8 @@ def requests_for(prompt_indices: Sequence[int], num_samples: int, limit: int) ->
 class CompletionSource(Protocol):
     """What draws completions: `rl.sampler.Sampler`, or `rl.wave_sampler.WaveSampler`, as the policy asks for."""
 
-    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
-        """Plans shapes for prompts like these."""
+    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
+        """Plans shapes for prompts like these, and for calls of up to so many prompts and samples of each."""
         ...
 
     def stream(
@@ -87,7 +87,7 @@ class CompletionSource(Protocol):
         ...
 
     def warm_up(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
-        """Compiles what calls of this size can need."""
+        """Compiles what calls of this size can need, in the background where it can."""
         ...
 
     def close(self) -> None:
@@ -175,17 +175,17 @@ def later_cache_sizes(sizes: Sequence[CacheSize], now: CacheSize) -> list[CacheS
 def deal(requests: Sequence[Request], num_shards: int) -> list[list[list[int]]]:
     """Requests (by number) of each prompt, dealt to the shards: [shard][piece][request]; the busiest shard gets least.
 
-    Pieces are whole prompts, or parts of them where there are fewer prompts than shards: then several shards prefill
-    the same prompt, at the same time.
+    Pieces are whole prompts, or parts of those that have more requests than a shard's share of all: then several shards
+    prefill the same prompt, at the same time. Of prompts with equally many requests, fewer prompts never give a shard
+    more requests, more pieces or larger ones.
     """
     groups: dict[int, list[int]] = {}
     for number, request in enumerate(requests):
         groups.setdefault(request.prompt, []).append(number)
-    num_parts = math.ceil(num_shards / max(len(groups), 1))
     shards: list[dict[int, list[int]]] = [{} for _ in range(num_shards)]  # by prompt: none is twice in a shard
     loads = [0] * num_shards
     for prompt, group in groups.items():
-        size = math.ceil(len(group) / num_parts)
+        size = math.ceil(len(group) / max(len(group) * num_shards // len(requests), 1))
         for first in range(0, len(group), size):
             piece = group[first : first + size]
             shard = loads.index(min(loads))

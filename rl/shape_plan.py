@@ -1,6 +1,6 @@
 """The shapes that a call of the sampler decodes in: what is expected of its prompts, and what fits in a memory budget.
 
-In: how requests are dealt to the shards, the lengths of prompts, a limit in tokens, a number of slots or of bytes. Out:
+In: what a shard gets of the requests, the lengths of prompts, a limit in tokens, a number of slots or of bytes. Out:
 the `rl.engine.Shape` that decoding starts with. Arithmetic only; the sizes that follow it are `rl.scheduling`.
 """
 
@@ -43,12 +43,25 @@ class KVBudget(NamedTuple):
     per_position: list[int]
 
 
-class _Load(NamedTuple):
+class Load(NamedTuple):
     """The most of any shard: requests, prompts or parts of them, and requests of one of these."""
 
     requests: int
     pieces: int
     piece_size: int
+
+    @classmethod
+    def of(cls, shards: Sequence[Sequence[Sequence[int]]]) -> "Load":
+        """Of what `scheduling.deal` gives."""
+        return cls(
+            max(sum(len(piece) for piece in pieces) for pieces in shards),
+            max(len(pieces) for pieces in shards),
+            max(len(piece) for pieces in shards for piece in pieces),
+        )
+
+    def within(self, other: "Load") -> bool:
+        """Whether shapes for the other one hold this one."""
+        return all(mine <= others for mine, others in zip(self, other, strict=True))
 
     def in_flight(self, num_slots: int) -> int:
         """Prompts whose samples are being drawn, half as many again for stragglers and for those that come next."""
@@ -73,28 +86,17 @@ def usable_common_length(length: int, num_prompts: int) -> int:
 
 
 def first_shape(
-    shards: Sequence[Sequence[Sequence[int]]],
-    expected: Expected,
-    limit: int,
-    slots: int | None,
-    budget: KVBudget | None,
+    num_shards: int, load: Load, expected: Expected, limit: int, slots: int | None, budget: KVBudget | None
 ) -> Shape:
     """The shape that decoding starts with.
 
     Args:
-      shards: as `scheduling.deal` gives them.
       limit: tokens of a completion.
       slots: over all shards; None: as many as the budget allows, without one as there are requests, up to 256.
 
     Raises:
       ValueError: the budget does not hold one completion.
     """
-    num_shards = len(shards)
-    load = _Load(
-        max(sum(len(piece) for piece in pieces) for pieces in shards),
-        max(len(pieces) for pieces in shards),
-        max(len(piece) for pieces in shards for piece in pieces),
-    )
     lengths = [size.length for size in scheduling.cache_sizes(1, limit)]
     most = scheduling.size_at_least(load.requests, 4)
     if slots is not None:
@@ -115,7 +117,7 @@ def first_shape(
     )
 
 
-def _affordable_slots(budget: KVBudget, most: int, own_length: int, load: _Load, expected: Expected) -> int:
+def _affordable_slots(budget: KVBudget, most: int, own_length: int, load: Load, expected: Expected) -> int:
     num_slots = most
     while num_slots and _peak_bytes(budget, num_slots, own_length, load, expected) > budget.allowed:
         num_slots -= 1
@@ -128,7 +130,7 @@ def _affordable_slots(budget: KVBudget, most: int, own_length: int, load: _Load,
     return num_slots
 
 
-def _peak_bytes(budget: KVBudget, num_slots: int, own_length: int, load: _Load, expected: Expected) -> int:
+def _peak_bytes(budget: KVBudget, num_slots: int, own_length: int, load: Load, expected: Expected) -> int:
     """The most bytes that keys and values of a shard take at one time: own cache, prompt table, common prefix, prompts
     that are prefilled meanwhile, and one array that exists twice while a cache becomes longer or loses rows.
     """

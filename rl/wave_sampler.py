@@ -84,12 +84,18 @@ class WaveSampler:
         self._rows, self._everywhere = row_sharding(mesh, rules), replicated(mesh)
         self._request_keys = jax.jit(_request_keys, out_shardings=self._rows)
         self._longest = 0  # tokens of the longest prompt expected
+        self._most_requests = 0  # of the calls that are planned
         # (rows, cache length) -> its compiled functions, so that each wave of a run finds them again.
         self._programs = functools.cache(self._compile)
 
-    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
-        """Plans shapes for prompts like these: calls with such prompts then share their programs."""
+    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
+        """Plans shapes for prompts like these: calls with such prompts then share their programs.
+
+        Calls of no more than `num_prompts * num_samples` requests share them as well: they have the rows of a call of
+        just so many, of which some draw nothing.
+        """
         self._longest = max(self._longest, *(len(prompt) for prompt in prompts))
+        self._most_requests = num_prompts * num_samples
 
     def close(self) -> None:
         """Nothing is compiled in the background here."""
@@ -206,7 +212,7 @@ class WaveSampler:
         length = size_at_least(self._longest + sampling.max_completion_length, 4)
         limit = self._policy.config.max_position_embeddings
         length = min(length, limit)
-        most = size_at_least(-(-num_requests // self._num_shards), 4)
+        most = size_at_least(-(-max(num_requests, self._most_requests) // self._num_shards), 4)
         most = min(most, (self._slots or max(MAX_DERIVED_ROWS, self._num_shards)) // self._num_shards)
         if self._slots is None and self._kv_bytes is not None:
             per_row = self._bytes_per_row(length)

@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from rl.config import load_config
 from rl.data import PromptRow, next_indices, step_indices
 from rl.dynamic_sampling import collect, has_spread
+from rl.evaluation import create_sampler
 from rl.grpo_trainer import train
 from rl.metrics import read_metrics, read_samples
 from rl.replay import replayed_text
@@ -41,7 +43,9 @@ def recipe(folder: pathlib.Path, *overrides: str):
 
 
 def stable(folder: pathlib.Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(folder)]
+    """The lines of the steps, without what depends on the machine and without evaluations."""
+    lines = [line for line in read_metrics(folder) if line["step"]]
+    return [{k: v for k, v in line.items() if not k.startswith((*VOLATILE, "eval/"))} for line in lines]
 
 
 def final_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -145,17 +149,58 @@ def test_next_rows_pass_over_those_taken_and_cross_epochs_without_a_repetition()
 # In whole runs
 
 
-def test_a_run_resumed_in_the_other_flavour_refills_as_the_uninterrupted_one(tmp_path):
-    whole = train(recipe(tmp_path, f"output_dir={tmp_path / 'whole'}"))
-    lines = read_metrics(whole)
+class Whole(NamedTuple):
+    """A run with evaluations, and the keys of its sampler's programs when all was warm and at the end."""
+
+    folder: pathlib.Path
+    warm: set
+    last: set
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Whole:
+    samplers, warm = [], set()
+
+    def create(*args: Any) -> Any:
+        sampler: Any = create_sampler(*args)
+        warm_up = sampler.warm_up
+
+        def warm_up_and_wait(*args: Any) -> None:
+            warm_up(*args)
+            sampler.engine.programs.wait()
+            warm.update(sampler.engine.programs)
+
+        sampler.warm_up = warm_up_and_wait
+        samplers.append(sampler)
+        return sampler
+
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rl.grpo_trainer.create_sampler", create)
+        run = train(recipe(folder, "eval.every=1", "data.eval_size=5", "sampling.warm_up=true"))
+    return Whole(run, warm, set(samplers[0].engine.programs))
+
+
+def test_refills_and_evaluations_compile_nothing_after_the_warm_up(whole):
+    lines = read_metrics(whole.folder)
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [0, 1, 2, 3, 4]
+    assert len({line["dynamic_sampling/prompts"] for line in lines[1:]} - {4}) > 1, "refills of different sizes"
+    assert whole.last == whole.warm
+    assert [line["compiles"] for line in lines[2:]] == [0, 0, 0]
+
+
+def test_a_run_resumed_in_the_other_flavour_refills_as_the_uninterrupted_one(tmp_path, whole):
+    whole = whole.folder
+    lines = read_metrics(whole)[1:]
     assert sum(line["dynamic_sampling/refilled"] for line in lines) > 2
     assert any(line["dynamic_sampling/rounds"] == 2 for line in lines)
     used = np.cumsum([line["dynamic_sampling/prompts"] for line in lines])
     assert used[1] > 2 * 4
     records = [loop_record(whole, step) for step in (2, 4)]
     assert [100 * r["epoch"] + r["position"] for r in records] == [used[1], used[3]]
-    train(recipe(tmp_path, f"output_dir={tmp_path / 'halves'}", "grpo.steps=2"))
-    train(recipe(tmp_path, f"output_dir={tmp_path / 'halves'}", "pure_nnx=false"))
+    halves = f"output_dir={tmp_path / 'halves'}", "data.eval_size=5"
+    train(recipe(tmp_path, *halves, "grpo.steps=2"))
+    train(recipe(tmp_path, *halves, "pure_nnx=false"))
     assert stable(whole) == stable(tmp_path / "halves")
     assert read_samples(whole) == read_samples(tmp_path / "halves")
     left, right = final_weights(whole), final_weights(tmp_path / "halves")

@@ -1,5 +1,6 @@
 """Who waits where: sizes, dealing, packing, stop strings. No model."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -17,9 +18,11 @@ from rl.scheduling import (
     later_cache_sizes,
     next_cache_size,
     pack_rows,
+    requests_for,
     size_at_least,
     size_at_most,
 )
+from rl.shape_plan import Load
 
 
 def test_sizes_are_few_and_close():
@@ -137,6 +140,19 @@ def test_every_request_is_dealt_once_and_evenly(num_prompts, num_samples, num_sh
     assert max(loads) - min(loads) <= largest_piece
     if num_prompts >= num_shards:
         assert {len(piece) for pieces in shards for piece in pieces} == {num_samples}
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_samples", [1, 3, 8])
+def test_fewer_prompts_fit_in_the_shapes_of_more(num_samples, num_shards):
+    loads = [Load.of(deal(requests_for(range(count), num_samples, 9), num_shards)) for count in range(1, 20)]
+    assert all(few.within(many) for few, many in itertools.pairwise(loads))
+    assert not loads[-1].within(loads[0])
+
+
+def test_a_prompt_with_most_of_the_requests_is_dealt_to_several_shards():
+    requests = [Request(p, p, s, 9) for p, count in enumerate([100, 1, 1, 1, 1, 1, 1, 1, 1]) for s in range(count)]
+    assert max(sum(map(len, pieces)) for pieces in deal(requests, 8)) <= 17
 
 
 @pytest.mark.parametrize("seed", range(20))

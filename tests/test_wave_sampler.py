@@ -8,6 +8,7 @@ import pytest
 
 from rl.config import load_config
 from rl.mesh import create_mesh, no_implicit_transfers, tree_shardings
+from rl.metrics import CompileCounter
 from rl.models.cache import init_cache
 from rl.models.config import logical_axes
 from rl.models.policy import NNXPolicy
@@ -91,6 +92,17 @@ def test_waves_do_not_depend_on_rows_or_devices():
         sampler.warm_up(params, len(PROMPTS), 2, SAMPLING)
         results.append(drawn(sampler, params, SAMPLING, requests_for(range(len(PROMPTS)), 2, 12)))
     assert_same(*results)
+
+
+def test_smaller_calls_than_the_planned_ones_compile_nothing():
+    config, mesh, params, shardings = setup()
+    sampler = WaveSampler(AlignedDecoder(config), mesh, shardings, rules=RULES)
+    sampler.expect(PROMPTS, len(PROMPTS), 2)
+    requests = requests_for(range(len(PROMPTS)), 2, 12)
+    expected = drawn(sampler, params, SAMPLING, requests)
+    with CompileCounter() as compiles:
+        assert_same(drawn(sampler, params, SAMPLING, requests[:3]), {i: expected[i] for i in range(3)})
+        assert compiles.count == 0
 
 
 def test_memory_bounds_the_rows_of_a_wave_and_too_little_is_refused():

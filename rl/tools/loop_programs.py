@@ -115,7 +115,7 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     has_reference = bool(config.grpo.beta) and policy.config.lora is None
     sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
     sampler = slot_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
-    sampler.expect_length(config.data.max_prompt_length)
+    sampler.expect_length(config.data.max_prompt_length, config.grpo.prompts_per_step, config.grpo.group_size)
     rollout = sampler.rollout_programs(
         inputs.state.params, config.grpo.prompts_per_step, config.grpo.group_size, sampling
     )
