@@ -309,9 +309,7 @@ class Sampler:
         prefill_rows = shape.prefill_rows // engine.num_shards
         filled = 0  # positions of the own cache that the busiest slot has filled
         while schedule.num_left:
-            while schedule.num_pending_rows and (
-                schedule.free_rows() >= prefill_rows or (schedule.free_rows() and schedule.is_hungry())
-            ):
+            while schedule.wants_prefill(prefill_rows):
                 state = self._admit(params, state, *schedule.admit(prefill_rows))
             state = self._fit(state, schedule, filled, sizes)
             waiting, num_waiting = schedule.waiting()

@@ -348,18 +348,16 @@ class Schedule:
         """The most rows that any shard still has to prefill."""
         return max(len(shard) for shard in self._pending)
 
-    def free_rows(self) -> int:
-        """Table rows that nobody reads, in the shard with pending rows that has least of them."""
-        free = [int(np.sum(left == 0)) for left, rows in zip(self._left, self._pending, strict=True) if rows]
-        return min(free, default=0)
-
-    def is_hungry(self) -> bool:
-        """Whether some shard has a free slot, pending prompts, and no waiting request."""
-        busy = self._slots.reshape(len(self._pending), -1) >= 0
-        return any(
-            bool(rows) and not waiting and not slots.all()
-            for rows, waiting, slots in zip(self._pending, self._waiting, busy, strict=True)
-        )
+    def wants_prefill(self, num_rows: int) -> bool:
+        """Whether to prefill now, `num_rows` rows of each shard: all shards with pending prompts have so many that
+        nobody reads, or one of them has at least one, and free slots with no request waiting for them.
+        """
+        busy = self.busy_slots()
+        pending = [shard for shard, rows in enumerate(self._pending) if rows]
+        free = {shard: int(np.sum(self._left[shard] == 0)) for shard in pending}
+        if pending and min(free.values()) >= num_rows:
+            return True
+        return any(free[shard] and not self._waiting[shard] and not busy[shard].all() for shard in pending)
 
     def admit(self, num_rows: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
         """Up to `num_rows` pending rows of each shard get a place in the table, and their requests wait from now on.

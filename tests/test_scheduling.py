@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from rl.decoding import Columns, Report
 from rl.sampling import SamplingParams
 from rl.scheduling import (
     CacheSize,
     Request,
+    Schedule,
     cache_sizes,
     common_prefix_length,
     deal,
@@ -210,3 +212,24 @@ def test_a_stop_string_is_found_at_the_first_completing_token_across_boundaries(
     assert find([1, 2, 1, 2], ("bc",), minimum=2) == (4, "bc")
     assert find([1, 2, 4], ("cde",), minimum=2) == (3, "cde")
     assert find([1, 2], ("bc",), minimum=2) is None
+
+
+def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_draw():
+    prompts, requests = [[5, 6], [7, 8], [9, 10], [11, 12]], requests_for(range(4), 1, 3)
+    sampling = SamplingParams(max_completion_length=3, eos_ids=(1,))
+    rows = [[[[0]], [[1]]], [[[2]], [[3]]]]  # two prompts a shard, and one row of the table
+    schedule = Schedule(prompts, requests, sampling, None, 0, rows, 1, 16, 2, 48)
+    schedule.set_slots(2)
+    assert schedule.wants_prefill(1)
+    assert schedule.admit(1)[1].tolist() == [[0], [0]]
+    assert not schedule.wants_prefill(1)
+    # A step in which request 0 of the first shard goes on and request 2 of the second one ends.
+    numbers = np.array([[0.5, 0.5]])
+    columns = Columns(np.array([[0, 2]]), np.array([[4, 1]]), numbers, numbers, *[np.zeros((1, 2, 0))] * 2)
+    report = Report(columns, np.array(1), np.array([0, -1]), np.array([1, 1]), np.array([1, 1]))
+    assert [number for number, _ in schedule.read(report)] == [2]
+    assert schedule.wants_prefill(1)
+    (tokens, _, group_ids), places = schedule.admit(1)
+    assert places.tolist() == [[1], [0]], "nothing new in the first shard"
+    assert (tokens[1, 0], group_ids[:, 0].tolist()) == (11, [-1, 3])
+    assert not schedule.wants_prefill(1)
