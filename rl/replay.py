@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import jax
 
-from rl.config import differences, load_config
-from rl.data import fingerprint, load_prompts, step_indices
+from rl.checkpoint_files import read_record
+from rl.config import Config, differences, load_config
+from rl.data import fingerprint, load_prompts, next_indices
 from rl.evaluation import create_sampler, sampling_params
 from rl.metrics import read_metrics, read_samples
-from rl.run_folder import checkpoint_steps, read_run
+from rl.run_folder import checkpoint_folder, checkpoint_steps, read_run
 from rl.scheduling import Request
 from rl.trained import load_checkpoint, load_start
 from rl.weights import eos_ids, tokenizer_of, use_compilation_cache
@@ -27,7 +28,8 @@ def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[st
 
     Args:
       run: a folder of `grpo train`.
-      step: from 1, as in metrics.jsonl and samples.jsonl. prompt, sample: from 0, as in samples.jsonl.
+      step: from 1, as in metrics.jsonl and samples.jsonl. prompt, sample: from 0, as in samples.jsonl; the prompts of
+        dynamic sampling's refills come after those that the step began with.
       overrides: of keys that do not change what a step computes, such as `mesh.num_devices`.
 
     Returns:
@@ -67,16 +69,9 @@ def replayed_text(run: str | os.PathLike, step: int, prompt: int, sample: int, o
     changed = differences(own, config)
     if changed:
         raise ValueError(f"--replay must keep the run's own settings, got other values for {sorted(changed)}")
-    if config.grpo.dynamic_sampling_rounds:
-        raise ValueError(
-            f"--replay needs a run without dynamic sampling, got grpo.dynamic_sampling_rounds="
-            f"{config.grpo.dynamic_sampling_rounds}: which prompts such a step took depends on the rewards before it"
-        )
     _check_replayable(folder, step)
-    for name, number, count in (
-        ("PROMPT", prompt, config.grpo.prompts_per_step),
-        ("SAMPLE", sample, config.grpo.group_size),
-    ):
+    num_prompts = _num_prompts(config, folder, step)
+    for name, number, count in (("PROMPT", prompt, num_prompts), ("SAMPLE", sample, config.grpo.group_size)):
         if number >= count:
             raise ValueError(f"--replay: {name} must be from 0 to {count - 1}, got {number}")
     use_compilation_cache(config)
@@ -85,13 +80,15 @@ def replayed_text(run: str | os.PathLike, step: int, prompt: int, sample: int, o
     trained = load_start(config) if step == 1 else load_checkpoint(config, folder, step - 1)
     if step == 1:
         _check_same("policy", trained.origin.identity, identity["policy"])
-    rows = [data.train[i] for i in step_indices(len(data.train), config.seed, step - 1, config.grpo.prompts_per_step)]
+    # Refills take the prompts that come next, so all prompts of a step follow from how many were used up before it.
+    position = _position(folder, step, len(data.train))
+    indices, _ = next_indices(len(data.train), config.seed, position, num_prompts, config.grpo.prompts_per_step)
     sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
     sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
     sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
     key = jax.random.fold_in(jax.random.wrap_key_data(trained.rng), step - 1)
     request = Request(prompt, prompt, sample, sampling.max_completion_length)
-    prompts = [row.prompt_ids for row in rows]
+    prompts = [data.train[i].prompt_ids for i in indices]
     with contextlib.closing(sampler):
         ((_, completion),) = sampler.stream(trained.params, prompts, [request], sampling, key)
     return trained.tokenizer.decode(completion.token_ids)
@@ -112,6 +109,22 @@ def _check_replayable(folder: pathlib.Path, step: int) -> None:
     else:
         rule += f"; the run has done {num_done} steps"
     raise ValueError(rule)
+
+
+def _num_prompts(config: Config, folder: pathlib.Path, step: int) -> int:
+    """Prompts that the step drew completions of; those of groups that dynamic sampling replaced included."""
+    (line,) = [line for line in read_metrics(folder) if line["step"] == step]
+    return int(line.get("dynamic_sampling/prompts", config.grpo.prompts_per_step))
+
+
+def _position(folder: pathlib.Path, step: int, num_rows: int) -> int:
+    """Prompts of the run's order that the steps before this one have used up, of `num_rows` in an epoch."""
+    if step == 1:
+        return 0
+    loop = read_record(checkpoint_folder(folder, step - 1))
+    if loop is None:
+        raise ValueError(f"--replay: checkpoint {step - 1} of {folder} must hold a loop record, and it does not")
+    return loop["epoch"] * num_rows + loop["position"]
 
 
 def _check_same(what: str, now: object, then: object) -> None:

@@ -112,6 +112,11 @@ def is_run_folder(path: str | os.PathLike) -> bool:
     return (folder / _IDENTITY).is_file() and (folder / _CONFIG).is_file()
 
 
+def checkpoint_folder(path: str | os.PathLike, step: int) -> pathlib.Path:
+    """Where a run folder has the checkpoint of this step."""
+    return pathlib.Path(path) / _CHECKPOINTS / str(step)
+
+
 def checkpoint_steps(path: str | os.PathLike) -> list[int]:
     """Steps of the complete checkpoints of a run folder, rising."""
     folder = pathlib.Path(path) / _CHECKPOINTS

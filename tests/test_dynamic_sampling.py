@@ -210,8 +210,17 @@ def test_a_run_resumed_in_the_other_flavour_refills_as_the_uninterrupted_one(tmp
     # A refilled group has a number of its own in the step, and with it random numbers of its own.
     assert max(sample["prompt_index"] for sample in read_samples(whole)) >= 4
     assert len({(s["step"], s["prompt_index"]) for s in read_samples(whole)}) == 16
-    with pytest.raises(ValueError, match=r"needs a run without dynamic sampling, got grpo\.dynamic_sampling_rounds=2"):
-        replayed_text(whole, 1, 0, 0)
+
+
+def test_refilled_completions_are_drawn_again_alone(whole):
+    records = [record for record in read_samples(whole.folder) if record["prompt_index"] >= 4]
+    for step in (1, 3):
+        record = next(record for record in reversed(records) if record["step"] == step)
+        place = record["step"], record["prompt_index"], record["sample_index"]
+        assert replayed_text(whole.folder, *place) == record["completion"]
+    num_prompts = int(read_metrics(whole.folder)[1]["dynamic_sampling/prompts"])
+    with pytest.raises(ValueError, match=f"PROMPT must be from 0 to {num_prompts - 1}, got {num_prompts}"):
+        replayed_text(whole.folder, 1, num_prompts, 0)
 
 
 def test_overlong_completions_are_punished_and_it_shows_as_a_metric_of_its_own(tmp_path):
