@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from rl.config import load_config
 from rl.mesh import create_mesh, tree_shardings
@@ -20,6 +21,7 @@ from rl.models.quantized import quantize_params
 from rl.sampler import Completion, Sampler
 from rl.sampling import SamplingParams, truncate
 from rl.scheduling import Request
+from rl.weights import use_compilation_cache
 
 VOCAB = 48
 PLAIN = SamplingParams(
@@ -613,6 +615,44 @@ def test_nothing_is_compiled_after_warm_up_whatever_the_lengths(qwen):
             prompts = [dataset[i] for i in rng.integers(0, len(dataset), 8)]
             setup.sampler.sample(setup.params, prompts, 8, sampling, jax.random.key(call))
     assert not compiled
+
+
+def test_a_second_run_finds_every_program_in_the_persistent_cache(qwen, tmp_path):
+    config = load_config(None, [f"logging.compilation_cache={tmp_path}"])
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    events: list[str] = []
+
+    def listen(event: str, **kwargs: Any) -> None:
+        events.append(event.removeprefix("/jax/compilation_cache/"))
+
+    def run() -> tuple[list[list[Completion]], int, int, int]:
+        jax.clear_caches()  # what a process of its own does not have
+        events.clear()
+        setup = with_sampler(qwen, slots=16)
+        setup.sampler.expect(PROMPTS, len(PROMPTS), NUM_SAMPLES)
+        setup.sampler.warm_up(setup.params, len(PROMPTS), NUM_SAMPLES, short)
+        setup.sampler.engine.programs.wait()
+        completions = sample(setup, short)
+        hits, misses = events.count("cache_hits"), events.count("cache_misses")
+        return completions, setup.sampler.num_compiles, hits, misses
+
+    short = changed(max_completion_length=16)
+    jax.monitoring.register_event_listener(listen)
+    try:
+        use_compilation_cache(config)
+        compilation_cache.reset_cache()
+        first, num_programs, _, misses = run()
+        assert misses >= num_programs > 5
+        second, same_number, hits, misses = run()
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert (misses, same_number) == (0, num_programs)
+    assert hits >= num_programs
+    assert_same(flatten(second), flatten(first))
 
 
 @pytest.mark.parametrize(
