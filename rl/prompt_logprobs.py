@@ -1,7 +1,8 @@
 """The log-prob of every token of given prompts, under the policy: how likely it finds a text that it did not write.
 
 In: prompts as token ids. Out: one array per prompt. Prompts are packed into rows of one fixed size, so that one program
-serves them all. Not here: completions, whose log-probs the sampler reports.
+serves them all. Not here: whose weights these are (see `rl.sampler`), and completions, whose log-probs the sampler
+reports.
 Legend: R rows, T token positions.
 """
 

@@ -22,17 +22,15 @@ import jax
 import numpy as np
 
 from rl.completion_file import CompletionFile
-from rl.config import Config
 from rl.evaluation import create_sampler, sampling_params
 from rl.models.config import ModelConfig
-from rl.prompt_logprobs import prompt_logprobs
 from rl.prompt_rows import SampleRow, read_prompts, to_sample_rows
 from rl.replay import replay
 from rl.run_folder import read_run
 from rl.sampling import SamplingParams
-from rl.scheduling import Completion, Request
+from rl.scheduling import Completion, CompletionSource, Request
 from rl.tokenizer import Tokenizer
-from rl.trained import Source, TrainedPolicy, load_source, resolve_model
+from rl.trained import Source, load_source, resolve_model
 from rl.weights import Origin, eos_ids, find_origin, tokenizer_of, use_compilation_cache
 
 REFRESH_SECONDS = 0.1  # between two looks of the progress bar
@@ -78,8 +76,12 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
         num_done, before = 0, len(file.done) if arguments.output is not None else 0
         advance = stack.enter_context(progress(before, before + len(requests), show_bar))
         try:
-            scores = _prompt_scores(config, trained, samples, requests, sampling) if arguments.prompt_logprobs else {}
-            for prompt, completion in draw(config, trained, samples, requests, sampling, seed):
+            where = trained.policy, trained.mesh, trained.shardings, trained.tokenizer
+            sampler = stack.enter_context(contextlib.closing(create_sampler(config, *where)))
+            scores = {}
+            if arguments.prompt_logprobs:
+                scores = _prompt_scores(sampler, trained.params, samples, requests, sampling, config.grpo.logprob_chunk)
+            for prompt, completion in draw(sampler, trained.params, samples, requests, sampling, seed):
                 record = to_record(samples[prompt], completion, trained.tokenizer, sampling, scores.get(prompt))
                 write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
                 num_done += 1
@@ -92,8 +94,8 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
 
 
 def draw(
-    config: Config,
-    trained: TrainedPolicy,
+    sampler: CompletionSource,
+    params: Any,
     samples: Sequence[SampleRow],
     requests: Sequence[Request],
     sampling: SamplingParams,
@@ -101,11 +103,9 @@ def draw(
 ) -> Iterator[tuple[int, Completion]]:
     """(prompt index, completion) of each request as it ends."""
     prompts, key = [row.prompt_ids for row in samples], jax.random.key(seed)
-    sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
-    with contextlib.closing(sampler):
-        sampler.expect(prompts)  # of all of them, so that what is left of a stopped file is drawn in the same shapes
-        for number, completion in sampler.stream(trained.params, prompts, requests, sampling, key):
-            yield requests[number].prompt, completion
+    sampler.expect(prompts)  # of all of them, so that what is left of a stopped file is drawn in the same shapes
+    for number, completion in sampler.stream(params, prompts, requests, sampling, key):
+        yield requests[number].prompt, completion
 
 
 def to_record(
@@ -127,8 +127,9 @@ def to_record(
         really drawn from, after penalties and truncations; 0 when greedy.
       finish_reason: eos, stop or length. stop_reason: the EOS id, the stop string, or null.
       top_logprobs: per position a list of [token id, log-prob], best first; with --top-logprobs only.
-      prompt_token_ids, prompt_logprobs: with --prompt-logprobs only; the first log-prob is null, for nothing comes
-        before the first token of a prompt.
+      prompt_token_ids, prompt_logprobs: with --prompt-logprobs only, under softmax(logits / temperature) of the weights
+        that the completions are drawn with (those of sampling.weight_dtype); the first log-prob is null, for nothing
+        comes before the first token of a prompt.
     """
     record: dict[str, Any] = {"prompt_index": completion.prompt_index, "sample_index": completion.sample_index}
     if row.row_id is not None:
@@ -300,24 +301,17 @@ def _prompt_overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def _prompt_scores(
-    config: Config,
-    trained: TrainedPolicy,
+    sampler: CompletionSource,
+    params: Any,
     samples: Sequence[SampleRow],
     requests: Sequence[Request],
     sampling: SamplingParams,
+    chunk_size: int,
 ) -> dict[int, np.ndarray]:
     """Log-probs of the prompts that have requests, by prompt index."""
     numbers = sorted({request.prompt for request in requests})
-    scores = prompt_logprobs(
-        trained.policy,
-        trained.mesh,
-        trained.shardings,
-        config.mesh.rules,
-        trained.params,
-        [samples[number].prompt_ids for number in numbers],
-        sampling.temperature,
-        config.grpo.logprob_chunk,
-    )
+    prompts = [samples[number].prompt_ids for number in numbers]
+    scores = sampler.prompt_logprobs(params, prompts, sampling.temperature, chunk_size)
     return dict(zip(numbers, scores, strict=True))
 
 

@@ -86,6 +86,12 @@ class CompletionSource(Protocol):
         """Draws the requests and yields (its place in `requests`, completion) of each as it ends."""
         ...
 
+    def prompt_logprobs(
+        self, params: Any, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int
+    ) -> list[np.ndarray]:
+        """Log-probs of prompt tokens under the weights that completions are drawn with."""
+        ...
+
     def warm_up(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
         """Compiles what calls of this size can need, in the background where it can."""
         ...

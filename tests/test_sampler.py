@@ -469,6 +469,14 @@ def test_quantised_weights_draw_from_the_model_they_are(mesh, weights):
     assert 1e-5 < exact.mean() < 0.2
     rounded = setup._replace(params=quantize_params(setup.policy.config, setup.params, weights))
     assert logprob_differences(rounded, completions, PLAIN.temperature).max() <= 1e-4
+    # Those of prompts are, too: here a prompt is taken for the completion of its first token.
+    found = small.sampler.prompt_logprobs(setup.params, PROMPTS, PLAIN.temperature, 16)
+    for prompt, logprobs in zip(PROMPTS[:3], found[:3], strict=True):
+        as_completion = dataclasses.replace(completions[0][0], token_ids=np.asarray(prompt[1:]), sample_index=0)
+        (logits_LV,) = full_forward_logits(rounded, prompt[:1], [as_completion])
+        expected = logprobs_of(logits_LV / PLAIN.temperature, as_completion.token_ids)
+        np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-4)
+    assert found[3].size == 0
 
 
 def test_the_number_of_slots_follows_from_the_memory_budget(qwen, qwen_completions):
