@@ -33,8 +33,8 @@ class Requests(NamedTuple):
     request_ids: any number >= 0. prompt_indices, sample_indices: their randomness, see `request_key`; seeds uint32 and
     seeded bool: a seed in place of the call's key and the prompt index. last_tokens: of the prompts. prompt_lengths:
     all tokens of the prompt. limits: tokens to draw at most. prefix_rows: of the prompt table, counted in the shard.
-    group_ids: the labels of the prompts in the table. prompt_seen: bool [shards, W, V], tokens of the prompts, if there
-    are penalties.
+    group_ids: the labels of the prompts in the table. prompt_tokens: [shards, W, T], the whole prompts, -1 behind each,
+    if there are penalties.
     """
 
     request_ids: Any
@@ -47,7 +47,7 @@ class Requests(NamedTuple):
     limits: Any
     prefix_rows: Any
     group_ids: Any
-    prompt_seen: Any = None
+    prompt_tokens: Any = None
 
 
 @struct.dataclass
@@ -274,9 +274,20 @@ def _take_requests(
         limits=replace(picked.limits, slots.limits),
         prefix_rows=replace(picked.prefix_rows, slots.prefix_rows),
         group_ids=replace(picked.group_ids, slots.group_ids),
-        counts=None if counts is None else reset_rows(counts, taken_B, picked.prompt_seen),
+        counts=None if counts is None else reset_rows(counts, taken_B, _seen(picked.prompt_tokens, counts)),
     )
     return slots, taken_B, num_taken + jnp.sum(taken, axis=1, dtype=jnp.int32)
+
+
+def _seen(tokens_BT: jax.Array, counts: TokenCounts) -> jax.Array:
+    """Which tokens of the vocabulary the prompts hold, bool [B, V]."""
+    vocab_size = counts.prompt_BV.shape[-1]
+    places_BT = jnp.where(tokens_BT < 0, vocab_size, tokens_BT)
+
+    def mark(places_T: jax.Array) -> jax.Array:
+        return jnp.zeros(vocab_size, bool).at[places_T].set(True, mode="drop")
+
+    return jax.vmap(mark)(places_BT)
 
 
 def _reader_maps(slots: Slots, shape: tuple, num_rows: int, num_readers: int) -> SharedRows:

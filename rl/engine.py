@@ -313,12 +313,12 @@ class Engine:
         def integers(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(dims, dtype)
 
-        vocab_size = self.policy.config.vocab_size
         waiting = (self.num_shards, shape.num_waiting)
         requests = Requests(*(integers(*waiting),) * 10)
         requests = requests._replace(seeds=integers(*waiting, dtype=jnp.uint32), seeded=integers(*waiting, dtype=bool))
         if sampling.needs_counts:
-            requests = requests._replace(prompt_seen=integers(*waiting, vocab_size, dtype=bool))
+            longest = shape.common_length + shape.table_length + 1
+            requests = requests._replace(prompt_tokens=integers(*waiting, longest))
         arguments = (
             _abstract(params),
             self._abstract_part(shape.num_slots, shape.length),

@@ -311,7 +311,6 @@ class Sampler:
             shape.table_rows // engine.num_shards,
             shape.table_length,
             shape.num_waiting,
-            self._policy.config.vocab_size,
         )
         state = engine.init_state(shape, sampling, key, common)
         schedule.set_slots(shape.num_slots)

@@ -331,12 +331,11 @@ class Schedule:
         table_rows: int,
         table_length: int,
         num_waiting: int,
-        vocab_size: int,
     ) -> None:
         self._prompts, self._requests = prompts, requests
         self._sampling, self._decode_text = sampling, decode_text
         self._common_length, self._table_length = common_length, table_length
-        self._num_waiting, self._vocab_size = num_waiting, vocab_size
+        self._num_waiting = num_waiting
         num_shards = len(rows)
         self._pending = [collections.deque(shard) for shard in rows]
         self._waiting: list[collections.deque[int]] = [collections.deque() for _ in range(num_shards)]
@@ -434,7 +433,8 @@ class Schedule:
         shape = (len(self._waiting), self._num_waiting)
         fields: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in Requests._fields[:-1]}
         fields["seeds"], fields["seeded"] = np.zeros(shape, np.uint32), np.zeros(shape, bool)
-        seen = np.zeros((*shape, self._vocab_size), bool) if self._sampling.needs_counts else None
+        longest = self._common_length + self._table_length + 1
+        prompt_tokens = np.full((*shape, longest), -1, np.int32) if self._sampling.needs_counts else None
         counts = np.zeros(shape[0], np.int32)
         for shard, waiting in enumerate(self._waiting):
             counts[shard] = min(len(waiting), self._num_waiting)
@@ -455,9 +455,9 @@ class Schedule:
                 }
                 for name, value in values.items():
                     fields[name][shard, i] = value
-                if seen is not None:
-                    seen[shard, i, np.asarray(prompt)] = True
-        return Requests(**fields, prompt_seen=seen), counts
+                if prompt_tokens is not None:
+                    prompt_tokens[shard, i, : len(prompt)] = prompt
+        return Requests(**fields, prompt_tokens=prompt_tokens), counts
 
     def cancelled(self) -> np.ndarray:
         """Slots whose completions ended by a stop string, bool [B]; told once."""

@@ -218,7 +218,7 @@ def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_
     prompts, requests = [[5, 6], [7, 8], [9, 10], [11, 12]], requests_for(range(4), 1, 3)
     sampling = SamplingParams(max_completion_length=3, eos_ids=(1,))
     rows = [[[[0]], [[1]]], [[[2]], [[3]]]]  # two prompts a shard, and one row of the table
-    schedule = Schedule(prompts, requests, sampling, None, 0, rows, 1, 16, 2, 48)
+    schedule = Schedule(prompts, requests, sampling, None, 0, rows, 1, 16, 2)
     schedule.set_slots(2)
     assert schedule.wants_prefill(1)
     assert schedule.admit(1)[1].tolist() == [[0], [0]]
@@ -233,3 +233,18 @@ def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_
     assert places.tolist() == [[1], [0]], "nothing new in the first shard"
     assert (tokens[1, 0], group_ids[:, 0].tolist()) == (11, [-1, 3])
     assert not schedule.wants_prefill(1)
+
+
+def test_penalties_take_the_tokens_of_waiting_prompts_and_nothing_as_long_as_the_vocabulary():
+    prompts, requests = [[5, 6, 7], [5, 6, 8, 9, 8]], requests_for(range(2), 1, 3)
+    tokens = {}
+    for penalty in (1.0, 1.2):
+        sampling = SamplingParams(max_completion_length=3, eos_ids=(), repetition_penalty=penalty)
+        schedule = Schedule(prompts, requests, sampling, None, 2, [[[[0], [1]]]], 1, 4, 2)
+        schedule.set_slots(1)
+        schedule.admit(1)
+        waiting, _ = schedule.waiting()
+        tokens[penalty] = waiting.prompt_tokens
+    assert tokens[1.0] is None
+    # Two tokens of the common prefix, four positions of the table, and the last token, which is in neither.
+    assert tokens[1.2].tolist() == [[[5, 6, 7, -1, -1, -1, -1], [5, 6, 8, 9, 8, -1, -1]]]
