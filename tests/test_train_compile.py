@@ -245,6 +245,28 @@ def test_every_program_of_the_loop_is_reported_and_the_run_fits(saved):
     assert "fits: " in to_text(report)
 
 
+def test_a_program_whose_text_jaxlib_cannot_read_is_reported_without_its_operations(saved, monkeypatch):
+    """As with what libtpu 0.0.52 compiles for v5p, in jaxlib 0.10."""
+    loop = saved[1].loop
+    program = next(p for p in loop.programs if p.name == "reference init")
+
+    def as_text(compiled):
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.stages.Compiled, "as_text", as_text)
+        found, compiled = compile_one(program)
+    assert compiled is not None
+    assert found.work is None
+    assert found.peak > found.outputs > 0
+    report = Report(loop, None, [found, *(p for p in saved[1].programs if p.name != found.name)])
+    assert report.fits
+    assert "flops" not in to_json(report)["programs"][0]
+    told = "operations of reference init are not counted, jaxlib cannot read them: INTERNAL: async-update"
+    assert told in to_text(report)
+    assert "more" not in found.unread
+
+
 def test_what_does_not_fit_is_named_with_keys_to_change(saved):
     report = saved[1]
     small = dataclasses.replace(report.loop, memory=report.worst.needed - 1)

@@ -72,7 +72,7 @@ CASES = (
     Case("llama3.1_70b", "v5e:16x16", 8, slices=2),
     Case("llama3.1_70b", "v6e:4x8", 8, LORA),
     Case("llama3.1_70b", "v5p:4x4x8", 8),
-    Case("llama3.1_70b", "v5p:8x16x16", 8, ("grpo.prompts_per_step=512",)),
+    Case("llama3.1_70b", "v5p:8x16x16", 8, ("grpo.prompts_per_step=512", "mesh.data=16", "mesh.fsdp=16")),
 )
 
 

@@ -27,7 +27,9 @@ class ProgramReport:
       arguments, outputs, temporaries: bytes. aliased: of the outputs, those that take the place of arguments.
       peak: bytes of all of these together. needed: peak, and what else the run holds meanwhile.
       seconds, host_bytes: what compiling took; host_bytes is the largest size of the process meanwhile.
+      work: what it does; None for one that is refused, and where its text cannot be read.
       refused: what the compiler said when the program does not fit; the numbers are then what it named, or 0.
+      unread: why the text cannot be read.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ProgramReport:
     seconds: float
     host_bytes: int
     refused: str | None = None
+    unread: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +89,24 @@ def report_of(program: LoopProgram, compiled: jax.stages.Compiled, seconds: floa
     """What a compiled program needs and does."""
     memory = compiled.memory_analysis()
     assert memory is not None
-    text = compiled.as_text()
+    text, unread = _text_of(compiled)
     work = None if text is None else work_of(text, program.rounds)
     sizes = [memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes]
     arguments, outputs, aliased = (int(size) for size in sizes)
     temporaries = int(memory.temp_size_in_bytes)
     peak = arguments + outputs - aliased + temporaries
     return ProgramReport(
-        *(program.name, arguments, outputs, aliased, temporaries, peak, peak + program.held, work, seconds, host_bytes)
+        *(program.name, arguments, outputs, aliased, temporaries, peak, peak + program.held, work, seconds, host_bytes),
+        unread=unread,
     )
+
+
+def _text_of(compiled: jax.stages.Compiled) -> tuple[str | None, str | None]:
+    """A program as text, or None and why. A libtpu may write instructions that this jaxlib does not know."""
+    try:
+        return compiled.as_text(), None
+    except jax.errors.JaxRuntimeError as error:
+        return None, str(error).splitlines()[0][:200]
 
 
 def report_refused(program: LoopProgram, message: str, seconds: float, host_bytes: int) -> ProgramReport:
@@ -273,6 +285,8 @@ def to_text(report: Report) -> str:
     for program in report.programs:
         if program.refused:
             lines.append(f"the compiler refuses {program.name}: {program.refused}")
+        if program.unread:
+            lines.append(f"operations of {program.name} are not counted, jaxlib cannot read them: {program.unread}")
     verdict = "fits" if report.fits else "does not fit"
     worst = report.worst
     lines.append(f"{verdict}: {worst.name} needs {gib(worst.needed)} of {gib(loop.memory)} GiB")
