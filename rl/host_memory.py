@@ -32,12 +32,13 @@ def start_peak() -> None:
 
 def peak_bytes() -> int:
     """The largest size of this process in RAM since `start_peak`, or since it began."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, LookupError):
         return _status_bytes("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, other systems KiB
 
 
 def _status_bytes(name: str) -> int:
-    lines = _STATUS.read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    """LookupError where the system has a status file without it, as gVisor has for VmHWM."""
+    sizes = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+    return 1024 * int(sizes[name].split()[0])

@@ -133,9 +133,9 @@ class Sampler:
         The prefix that all of them start with is cached once per call, and the prompt table is as long as the longest.
 
         Args:
-          num_prompts, num_samples: calls of no more prompts and samples of each than these share their programs as
-            well: they take the shapes of a call of just so many, and begin by dropping the slots that stay idle. 0:
-            every call has the shapes that fit it.
+          num_prompts, num_samples: calls of no more prompts than these, with as many samples of each, share their
+            programs as well: they take the shapes of a call of just so many, and begin by dropping the slots that stay
+            idle. 0: every call has the shapes that fit it.
         """
         common = scheduling.common_prefix_length(prompts)
         common = usable_common_length(common, len(prompts))
@@ -392,12 +392,18 @@ class Sampler:
         return Load.of(scheduling.deal(requests, self.engine.num_shards)) if requests else None
 
     def _shape(self, load: Load, expected: Expected, sampling: SamplingParams) -> Shape:
-        """The shape that decoding starts with: that of the planned calls where it is large enough."""
-        if self._planned is not None and load.within(self._planned):
-            load = self._planned
+        """The shape that decoding starts with: that of the planned calls where it serves."""
+        num_shards, limit = self.engine.num_shards, sampling.max_completion_length
         budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
-        limit = sampling.max_completion_length
-        return first_shape(self.engine.num_shards, load, expected, limit, self._slots, budget)
+
+        def shape_of(load: Load) -> Shape:
+            return first_shape(num_shards, load, expected, limit, self._slots, budget)
+
+        if self._planned is not None:
+            shape = shape_of(self._planned)
+            if load.fits(self._planned, shape.num_slots // num_shards):
+                return shape
+        return shape_of(load)
 
     def _prefill_common(self, version: Params, params: Params, prefix: tuple[int, ...]) -> CachePart:
         """Keys and values of the common prefix; those of the last call where the weights are the same arrays.
@@ -415,7 +421,7 @@ class Sampler:
         return self._prefix.part
 
     def close(self) -> None:
-        """Drops what is still to be compiled in the background; the program need not wait for it to end."""
+        """Drops what waits to be compiled in the background; what is being compiled already comes to its end first."""
         self.engine.programs.close()
 
     def _decode_params(self, params: Params) -> Params:
@@ -426,7 +432,7 @@ class Sampler:
 
     def _convert_build(self, params: Params) -> tuple[tuple, Build]:
         assert self._convert is not None
-        return ("weights",), partial(self._convert.prepare, (params,))
+        return ("weights",), partial(self._convert.prepare, (jax.eval_shape(lambda params: params, params),))
 
     def _chunk_of(self, sampling: SamplingParams) -> int:
         return self._stop_chunk if sampling.stop_strings else self._chunk

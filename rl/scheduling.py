@@ -97,7 +97,7 @@ class CompletionSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Drops what is still to be compiled in the background; the program need not wait for it to end."""
+        """Drops what waits to be compiled in the background; what is being compiled already comes to its end first."""
         ...
 
 

@@ -59,17 +59,24 @@ class Load(NamedTuple):
             max(len(piece) for pieces in shards for piece in pieces),
         )
 
-    def within(self, other: "Load") -> bool:
-        """Whether shapes for the other one hold this one."""
-        return all(mine <= others for mine, others in zip(self, other, strict=True))
+    def fits(self, other: "Load", num_slots: int) -> bool:
+        """Whether a shape of so many slots for the other one serves this one: fewer samples of a prompt than the other
+        has need more prompts at a time to keep the slots busy.
+        """
+        is_within = all(mine <= others for mine, others in zip(self, other, strict=True))
+        return is_within and self.prompts_at_once(num_slots) <= other.prompts_at_once(num_slots)
 
     def in_flight(self, num_slots: int) -> int:
         """Prompts whose samples are being drawn, half as many again for stragglers and for those that come next."""
         return math.ceil(1.5 * num_slots / self.piece_size) + 1
 
+    def prompts_at_once(self, num_slots: int) -> int:
+        """Prompts that the table holds at one time."""
+        return min(self.pieces, self.in_flight(num_slots))
+
     def table_rows(self, num_slots: int, expected: Expected) -> int:
         """Rows of the prompt table."""
-        in_flight = min(self.pieces, self.in_flight(num_slots))
+        in_flight = self.prompts_at_once(num_slots)
         shares_rows = expected.prompts_per_row > 1
         density = min(expected.prompts_per_row, expected.table_length / max(expected.mean, 1.0)) if shares_rows else 1
         return scheduling.size_at_least(min(in_flight, math.ceil(1.25 * in_flight / density) + 1), 4)

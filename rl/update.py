@@ -20,7 +20,7 @@ from rl.config import Config
 from rl.entropy_coef import EntropyCoefState, applied_entropy_coef, next_entropy_coef
 from rl.loss_metrics import finish_metrics
 from rl.loss_types import LossConfig, validate_loss_config
-from rl.mesh import replicated, row_sharding
+from rl.mesh import replicated
 from rl.models.lora import split
 from rl.models.policy import Policy, without_adapters
 from rl.models.train_state import PureState
@@ -66,7 +66,6 @@ class Updater:
         self._loss_config = loss_config(config)
         self._dtype = batch_dtype(policy)
         self._replicated = replicated(mesh)
-        self._rows = row_sharding(mesh, config.mesh.rules, dim=1)
         self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
         programs = update_programs(config, policy, optimizer, state_shardings, mesh)
         calls = {name: stored(name, program) or program.jit() for name, program in programs.items()}

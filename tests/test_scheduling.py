@@ -148,8 +148,16 @@ def test_every_request_is_dealt_once_and_evenly(num_prompts, num_samples, num_sh
 @pytest.mark.parametrize("num_samples", [1, 3, 8])
 def test_fewer_prompts_fit_in_the_shapes_of_more(num_samples, num_shards):
     loads = [Load.of(deal(requests_for(range(count), num_samples, 9), num_shards)) for count in range(1, 20)]
-    assert all(few.within(many) for few, many in itertools.pairwise(loads))
-    assert not loads[-1].within(loads[0])
+    assert all(few.fits(many, many.requests) for few, many in itertools.pairwise(loads))
+    assert not loads[-1].fits(loads[0], loads[0].requests)
+
+
+@pytest.mark.parametrize(("num_prompts", "num_samples", "does_fit"), [(3, 16, True), (64, 1, False), (6, 1, True)])
+def test_a_call_of_fewer_samples_needs_a_table_for_more_prompts(num_prompts, num_samples, does_fit):
+    """64 slots hold seven groups of 16 with what waits for them: a table for these keeps 7 slots busy with one each."""
+    planned, load = (Load.of(deal(requests_for(range(p), g, 9), 1)) for p, g in ((64, 16), (num_prompts, num_samples)))
+    assert planned.prompts_at_once(64) == 7
+    assert load.fits(planned, 64) == does_fit
 
 
 def test_a_prompt_with_most_of_the_requests_is_dealt_to_several_shards():
