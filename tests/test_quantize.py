@@ -277,6 +277,24 @@ def test_sampling_reads_a_quantised_folder_alike_in_both_flavours(small, capsys)
     assert json.loads(lines[0])["token_ids"]
 
 
+@pytest.mark.slow
+def test_evaluation_reads_a_quantised_folder_alike_in_both_flavours(small, tmp_path):
+    """Its greedy completions are those that sampling draws."""
+    rewards = f"rewards.functions=[{{function: '{REWARDS}:digit_share', name: digits}}]"
+    data = ["data.source=arithmetic", "data.args={operation: add, digits: 1}", "data.eval_size=3", rewards]
+    limits = ["mesh.num_devices=1", "sampling.max_completion_length=8", "sampling.slots=2"]
+    results = []
+    for flavour in ("pure_nnx=true", "pure_nnx=false"):
+        assert main(["eval", str(small), *data, *limits, flavour, "--output", str(tmp_path / flavour)]) == 0
+        results.append([json.loads(line) for line in (tmp_path / flavour).read_text().splitlines()])
+    assert results[0] == results[1]
+    assert len(results[0]) == 3
+    one = results[0][0]
+    drawn = ["--prompt", one["prompt"], "sampling.temperature=0", "--output", str(tmp_path / "drawn")]
+    assert main(["sample", str(small), *drawn, *limits]) == 0
+    assert json.loads((tmp_path / "drawn").read_text())["text"] == one["completion"]
+
+
 MEASURE = """
 import sys
 from rl.models.config import Quantization
