@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import pytest
+import yaml
 
 from rl.cli import COMMANDS, main
 from rl.states import InitStateFn
@@ -30,12 +31,13 @@ lora: {{rank: {rank}}}
 eval: {{every: 0}}
 mesh: {{num_devices: 1}}
 """
-# `launch` starts others; the rest work on files, layer by layer or adapter by adapter, and hold no state.
-NO_STATE = {"launch", "report", "lora", "quantize"}
+# `launch` starts others; the rest work on files, `quantize` layer by layer, and hold no state.
+NO_STATE = {"launch", "report", "quantize"}
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, monkeypatch, capsys):
+    is_nnx = str(FLAVOURS[flavour]).lower()
     rows = [{"question": f"{i}+1=", "answer": str(i + 1)} for i in range(6)]
     recipes = {}
     for name, rank in (("whole", 0), ("adapters", 2)):
@@ -45,7 +47,7 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
         recipes[name].write_text(
             RECIPE.format(
                 folder=tmp_path / name,
-                pure_nnx=str(FLAVOURS[flavour]).lower(),
+                pure_nnx=is_nnx,
                 rewards=ROOT / "tests" / "reward_functions.py",
                 rank=rank,
             )
@@ -60,6 +62,10 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
     monkeypatch.setattr(InitStateFn, "__call__", recorded)
     whole, adapters = recipes["whole"], recipes["adapters"]
     run, tuned = whole.parent / "run", adapters.parent / "run"
+    beside = tmp_path / "beside.yml"
+    beside.write_text(
+        yaml.safe_dump(yaml.safe_load(adapters.read_text()) | {"model": {"source": f"{tmp_path}/folder"}})
+    )
     walk = {
         "train": [[whole], [adapters]],
         "sft": [[whole, f"output_dir={tmp_path / 'sft'}"]],
@@ -69,6 +75,10 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
             [run, tmp_path / "folder"],
             [run, tmp_path / "params", "--format", "params"],
             [tuned, tmp_path / "adapter", "--adapter"],
+        ],
+        "lora": [
+            ["merge", tmp_path / "folder", tmp_path / "adapter", tmp_path / "merged", f"pure_nnx={is_nnx}"],
+            ["convert", tmp_path / "adapter", tmp_path / "back", beside],
         ],
         "checkpoint": [["verify", run], ["bench", whole, "--steps", 1]],
         "compile": [[whole, "--devices", "cpu:1"]],
