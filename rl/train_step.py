@@ -279,8 +279,8 @@ def token_logprobs_program(
         empty = jnp.zeros(batch.mask_MRCL.shape, dtype)
         return _over_pieces(batch, mesh, fill, (empty, empty if with_entropy else None))
 
-    rows = row_sharding(mesh, rules, dim=1)
-    return Program(logprobs, (param_shardings, batch_shardings(mesh, rules)), (rows, rows))
+    rows = batch_shardings(mesh, rules)
+    return Program(logprobs, (param_shardings, rows), (rows.mask_MRCL, rows.mask_MRCL))
 
 
 def minibatch_axes() -> Minibatch:

@@ -24,6 +24,7 @@ LAYERS = [
         "rl.config_rules",
         "rl.config",
         "rl.models.config",
+        "rl.host_memory",
         "rl.metrics",
         "rl.interrupt",
         "rl.tools.launch",
