@@ -322,12 +322,15 @@ checkpoints.check_disk_space()
 checkpoints.save(1, state_of(checkpoints.abstract), LOOP)
 checkpoints.wait()
 
-def largest(checkpoint):
-    return max((path for path in checkpoint.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+def contents(checkpoint):
+    # All of them: which file holds which array is decided by how fast each was written.
+    paths = [path for path in checkpoint.rglob("d/*") if path.is_file()]
+    assert paths
+    return paths
 
 damages = {
-    "cut": lambda checkpoint: os.truncate(largest(checkpoint), largest(checkpoint).stat().st_size // 2),
-    "deleted": lambda checkpoint: largest(checkpoint).unlink(),
+    "cut": lambda checkpoint: [os.truncate(path, path.stat().st_size // 2) for path in contents(checkpoint)],
+    "deleted": lambda checkpoint: [path.unlink() for path in contents(checkpoint)],
     "no record": lambda checkpoint: (checkpoint / "loop" / "metadata").unlink(),
 }
 for name, damage in damages.items():
