@@ -35,7 +35,7 @@ COMMANDS = {
         summary="train a policy with GRPO",
         details="""\
             CONFIG      a YAML recipe; it inherits every key it does not state from configs/base.yml
-            key=value   overrides with dotted keys, for example grpo.steps=100 optimizer.lr=1e-6 pure_nnx=false
+            key=value   overrides with dotted keys, for example grpo.steps=100 optimizer.lr=1e-6
 
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
     ),

@@ -4,8 +4,8 @@ and loss.
 In: a `PureState` and a packed `Minibatch`. Out: the next state (argument 0 is donated) and the sums the metrics are
 made of. The pieces of a minibatch run one after the other inside the function; every denominator is that of the whole
 minibatch, so neither their number nor their size changes the result. An update whose loss or gradient norm is not
-finite is skipped: weights and optimizer state stay as they are, bit for bit. `jit_token_logprobs` runs the same rows
-without gradient, for old and reference log-probs, or entropies.
+finite is skipped: weights and optimizer state stay as they are, bit for bit. `token_logprobs_program` runs the same
+rows without gradient, for old and reference log-probs, or entropies.
 
 Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
 completion, B = R * C sequences of a piece, D model.
@@ -223,33 +223,6 @@ def update_program(
     return Program(update, arguments, (moving, everywhere), (0,))
 
 
-def jit_token_logprobs(
-    policy: Policy,
-    param_shardings: Any,
-    *,
-    mesh: Mesh,
-    rules: Mapping[str, Sequence[str]],
-    temperature: float,
-    chunk_size: int,
-    with_entropy: bool,
-) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array | None]]:
-    """The compiled pass without gradient: `(params, batch) -> (log-probs, entropies)`, both [M, R, C, L], 0 on padding;
-    entropies only `with_entropy`, otherwise None.
-
-    It runs the rows that the update runs, through the same operations; the compiler may still round them otherwise.
-    """
-    program = token_logprobs_program(
-        policy,
-        param_shardings,
-        mesh=mesh,
-        rules=rules,
-        temperature=temperature,
-        chunk_size=chunk_size,
-        with_entropy=with_entropy,
-    )
-    return program.jit()
-
-
 def token_logprobs_program(
     policy: Policy,
     param_shardings: Any,
@@ -260,7 +233,11 @@ def token_logprobs_program(
     chunk_size: int,
     with_entropy: bool,
 ) -> Program:
-    """What `jit_token_logprobs` compiles."""
+    """The pass without gradient: (params, batch) -> (log-probs, entropies), both [M, R, C, L], 0 on padding; entropies
+    only `with_entropy`, otherwise None.
+
+    It runs the rows that the update runs, through the same operations; the compiler may still round them otherwise.
+    """
 
     def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         def fill(m, piece, outputs):

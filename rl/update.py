@@ -68,9 +68,8 @@ class Updater:
         self._replicated = replicated(mesh)
         self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
         programs = update_programs(config, policy, optimizer, state_shardings, mesh)
-        calls = {name: stored(name, program) or program.jit() for name, program in programs.items()}
-        self._calls = calls
-        self._train_step = train_step_of(policy, calls[TRAIN_STEP])
+        self._calls = {name: stored(name, program) or program.jit() for name, program in programs.items()}
+        self._train_step = train_step_of(policy, self._calls[TRAIN_STEP])
         self._finish_metrics = jax.jit(finish_metrics, out_shardings=self._replicated)
 
     def step(
@@ -189,7 +188,7 @@ def needs_old_logprobs(config: Config) -> bool:
     """Whether a batch holds old log-probs: the policy changes between the rollout and an update on it, or they are the
     sampler's.
     """
-    return updates_per_step(config) > 1 or config.grpo.old_logprobs == "sampler"
+    return _recomputes_old(config) or config.grpo.old_logprobs == "sampler"
 
 
 def _recomputes_old(config: Config) -> bool:

@@ -29,7 +29,7 @@ from rl.models.policy import Policy, create_policy
 from rl.models.train_state import PureState
 from rl.packing import PackingPlan, TrainCompletion, TrainGroup, pack
 from rl.states import AbstractState, InitStateFn, get_abstract_state
-from rl.train_step import Minibatch, jit_token_logprobs, jit_train_step
+from rl.train_step import Minibatch, jit_train_step, token_logprobs_program
 from rl.update import ENTROPIES, LOGPROBS, TRAIN_STEP, Updater, bare_batch, loss_config
 
 VOCAB = 61  # no other dim of the tiny model is 61, so that arrays over the vocabulary are known by their shape
@@ -771,7 +771,7 @@ def test_transfer_that_the_code_does_not_ask_for_raises_in_a_step(problem, train
 
 
 def token_logprobs_of(packed: Trainer, with_entropy=False):
-    return jit_token_logprobs(
+    return token_logprobs_program(
         packed.policy,
         packed.abstract.shardings.params,
         mesh=packed.mesh,
@@ -779,7 +779,7 @@ def token_logprobs_of(packed: Trainer, with_entropy=False):
         temperature=TEMPERATURE,
         chunk_size=CHUNK_SIZE,
         with_entropy=with_entropy,
-    )
+    ).jit()
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
