@@ -161,6 +161,14 @@ def own_keys(template: Any, params: Any) -> Any:
 # From a file to a description
 
 
+class OtherFlavourError(Exception):
+    """`source` returned a module of class `found`, whose flavours `kinds` are not the one that is asked for."""
+
+    def __init__(self, source: str, found: str, kinds: list[str]) -> None:
+        super().__init__(source, found, kinds)
+        self.source, self.found, self.kinds = source, found, kinds
+
+
 def describe(
     section: Any,
     flavour: str,
@@ -173,7 +181,8 @@ def describe(
     """Builds the module that `section` (the configuration's `model`) names, without numbers, and checks its contract.
 
     Raises:
-      ValueError: naming model.source, what the module must be or have, and what it is.
+      ValueError: naming model.source, what the module must have, and what it has.
+      OtherFlavourError: the module is not of `flavour`.
     """
     source = section.source
     offered = {"vocab_size": vocab_size, "dtype": dtype_of(section.dtype), "param_dtype": dtype_of(section.param_dtype)}
@@ -232,12 +241,7 @@ def _maker(source: str, build: Callable[..., Any], offered: Mapping[str, Any], a
 def _of_kind(source: str, module: Any, flavour: str) -> Any:
     kinds = [name for name, base in MODULE_CLASSES.items() if base in type(module).__mro__]
     if kinds != [flavour]:
-        wanted = {"nnx": "a flax.nnx.Module with pure_nnx=true", "linen": "a flax.linen.Module with pure_nnx=false"}
-        way_out = f"; set pure_nnx={str(kinds == ['nnx']).lower()}" if kinds else ""
-        raise ValueError(
-            f"model.source {source} must return {wanted[flavour]}, got {type(module).__module__}."
-            f"{type(module).__name__}{way_out}"
-        )
+        raise OtherFlavourError(source, f"{type(module).__module__}.{type(module).__name__}", kinds)
     return module
 
 

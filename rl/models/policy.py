@@ -232,7 +232,15 @@ def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> F
         or one whose options Tunix does not compute.
     """
     if folder is None:
-        return own.describe(config.model, "nnx" if config.pure_nnx else "linen", **tokens)
+        flavour = "nnx" if config.pure_nnx else "linen"
+        try:
+            return own.describe(config.model, flavour, **tokens)
+        except own.OtherFlavourError as error:
+            way_out = f"; set pure_nnx={str(error.kinds == ['nnx']).lower()}" if error.kinds else ""
+            raise ValueError(
+                f"model.source {error.source} must return a flax.{flavour}.Module with "
+                f"pure_nnx={str(config.pure_nnx).lower()}, got {error.found}{way_out}"
+            ) from error
     if not config.pure_nnx:
         raise ValueError(
             f"pure_nnx must be true with model.source {config.model.source!r}, got false: tunix.models are NNX "
