@@ -126,7 +126,7 @@ def run_comparison(arguments: argparse.Namespace, console: Console) -> dict[str,
                 results += summarize(shape, name, workload, calls, kv_bytes, share, target)
                 all_peaks += peaks
                 if arguments.preset == "cpu" and workload.mean_share is None:
-                    console.print(floor_line(weights, workload, results[-len(engines) :]))
+                    print_floors(console, weights, workload, results[-len(engines) :])
     peak = statistics.median(all_peaks)
     console.print(table_of(results, f"share: of what the machine can do, meanwhile {peak / 1e9:.1f}e9 {unit}"))
     return {"peak_per_second": peak, "results": [dataclasses.asdict(result) for result in results]}
@@ -148,14 +148,21 @@ def run_steady_state(arguments: argparse.Namespace, console: Console) -> dict[st
     return {"shape": shape, **dataclasses.asdict(steady)}
 
 
-def floor_line(weights: Weights, workload: shapes.Workload, results: Sequence[Result]) -> str:
+def print_floors(console: Console, weights: Weights, workload: shapes.Workload, results: Sequence[Result]) -> None:
     """How fast the matrix products alone would let a dense engine be, measured after the calls, and how it compares."""
-    measure = products_probe(weights, workload.num_rows)
-    seconds = statistics.median(measure() for _ in range(5))
-    rate = workload.num_rows / seconds
-    line = f"matrix products alone: {1000 * seconds:.2f} ms a step, at most {rate:.0f} tokens/s"
+    probes = {
+        "matrix products with weights alone": products_probe(weights, workload),
+        "and those of attention": products_probe(weights, workload, with_attention=True),
+    }
     peers = [result.tokens_per_second for result in results if result.engine != Tandem.name]
-    return f"{line}, {rate / max(peers):.2f}x the better peer" if peers else line
+    seconds: dict[str, list[float]] = {name: [] for name in probes}
+    for _ in range(5):
+        for name, measure in probes.items():
+            seconds[name].append(measure())
+    for name, measured in seconds.items():
+        rate = workload.num_rows / statistics.median(measured)
+        line = f"{name}: {1000 * statistics.median(measured):.2f} ms a step, at most {rate:.0f} tokens/s"
+        console.print(f"{line}, {rate / max(peers):.2f}x the better peer" if peers else line)
 
 
 if __name__ == "__main__":

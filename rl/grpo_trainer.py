@@ -167,6 +167,7 @@ def train(config: Config) -> pathlib.Path:
         for step in range(first_step, config.grpo.steps):
             collected = collect(config, data.train, position, functools.partial(draw, state, step))
             rollout, position = to_rollout(config, collected.judged), collected.position
+            sampler.release()
             with watch.timer("train"), no_implicit_transfers():
                 groups = minibatches(rollout, config.grpo.minibatches)
                 state, entropy, trained = updater.step(state, reference, groups, entropy)

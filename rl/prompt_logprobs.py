@@ -1,12 +1,12 @@
 """The log-prob of every token of given prompts, under the policy: how likely it finds a text that it did not write.
 
 In: prompts as token ids. Out: one array per prompt. Prompts are packed into rows of one fixed size, so that one program
-serves them all. Not here: whose weights these are (see `rl.sampler`), and completions, whose log-probs the sampler
-reports.
+serves all of a call, and calls of the same sizes. Not here: whose weights these are (see `rl.sampler`), and
+completions, whose log-probs the sampler reports.
 Legend: R rows, T token positions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,71 +18,83 @@ from rl import scheduling
 from rl.logprobs import token_logprobs
 from rl.mesh import num_row_shards, row_sharding
 from rl.models.policy import Params, Policy
+from rl.programs import Program, Programs
 
 TOKENS_PER_CALL = 4096  # over all rows, unless one prompt is longer
 
 
-def prompt_logprobs(
-    policy: Policy,
-    mesh: Mesh,
-    param_shardings: Any,
-    rules: Mapping[str, Sequence[str]],
-    params: Params,
-    prompts: Sequence[Sequence[int] | np.ndarray],
-    temperature: float,
-    chunk_size: int,
-) -> list[np.ndarray]:
-    """Log-probs of prompt tokens under softmax(logits / temperature), in nats.
+class PromptScorer:
+    """Scores prompts; holds compiled programs, one per size of rows, and no parameters.
 
     Args:
       policy, mesh, param_shardings, rules: as `rl.engine.Engine` takes them.
-      prompts: token ids, at least one each.
-      temperature: above 0; 0 (greedy) counts as 1, as it does for completions.
-      chunk_size: positions of each row whose logits exist at one time; changes memory only.
-
-    Returns:
-      Per prompt [T - 1], float32 or wider: entry t is token t + 1 given the tokens before it. The first token of a
-      prompt has no log-prob: nothing comes before it.
     """
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    length = scheduling.size_at_least(max(longest, scheduling.MIN_TABLE_LENGTH))
-    num_shards = num_row_shards(mesh, rules)
-    rows = scheduling.pack_rows(
-        [len(prompt) for prompt in prompts], length, prompts_per_row=length if policy.packs_rows else 1
-    )
-    most = max(TOKENS_PER_CALL // length // num_shards, 1)
-    num_rows = num_shards * min(most, scheduling.size_at_least(-(-len(rows) // num_shards)))
 
-    def of_rows(params: Params, tokens_RT: jax.Array, positions_RT: jax.Array, group_ids_RT: jax.Array) -> jax.Array:
-        hidden_RTD = policy.hidden(params, tokens_RT, positions_RT, group_ids_RT, jnp.zeros_like(group_ids_RT))
-        follows_RT = (group_ids_RT[:, 1:] == group_ids_RT[:, :-1]) & (group_ids_RT[:, 1:] >= 0)
-        scale = temperature or 1.0
-        return token_logprobs(
-            policy,
-            params,
-            hidden_RTD[:, :-1],
-            tokens_RT[:, 1:],
-            scale,
-            chunk_size,
-            with_entropy=False,
-            mask_BT=follows_RT,
-        )[0]
+    def __init__(self, policy: Policy, mesh: Mesh, param_shardings: Any, rules: Mapping[str, Sequence[str]]) -> None:
+        self._policy, self._param_shardings = policy, param_shardings
+        self._rows, self._num_shards = row_sharding(mesh, rules), num_row_shards(mesh, rules)
+        self._programs = Programs()
 
-    over_rows = row_sharding(mesh, rules)
-    program = jax.jit(of_rows, in_shardings=(param_shardings, *[over_rows] * 3), out_shardings=over_rows)
-    results: dict[int, np.ndarray] = {}
-    for first in range(0, len(rows), num_rows):
-        part = rows[first : first + num_rows]
-        inputs = np.zeros((3, num_rows, length), np.int32)
-        inputs[2] = -1
-        for number, row, span in _spans(part, prompts):
-            inputs[0, row, span] = prompts[number]
-            inputs[1, row, span] = np.arange(len(prompts[number]))
-            inputs[2, row, span] = number
-        logprobs_RT = np.asarray(program(params, *inputs))
-        for number, row, span in _spans(part, prompts):
-            results[number] = logprobs_RT[row, span.start : span.stop - 1]
-    return [results[number] for number in range(len(prompts))]
+    def logprobs(
+        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int
+    ) -> list[np.ndarray]:
+        """Log-probs of prompt tokens under softmax(logits / temperature), in nats.
+
+        Args:
+          prompts: token ids, at least one each.
+          temperature: above 0; 0 (greedy) counts as 1, as it does for completions.
+          chunk_size: positions of each row whose logits exist at one time; changes memory only.
+
+        Returns:
+          Per prompt [T - 1], float32 or wider: entry t is token t + 1 given the tokens before it. The first token of a
+          prompt has no log-prob: nothing comes before it.
+        """
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        length = scheduling.size_at_least(max(longest, scheduling.MIN_TABLE_LENGTH))
+        most_per_row = length if self._policy.packs_rows else 1
+        rows = scheduling.pack_rows([len(prompt) for prompt in prompts], length, most_per_row)
+        most = max(TOKENS_PER_CALL // length // self._num_shards, 1)
+        num_rows = self._num_shards * min(most, scheduling.size_at_least(-(-len(rows) // self._num_shards)))
+        key = num_rows, length, temperature or 1.0, chunk_size
+        program = self._programs.get(key, lambda: self._compile(params, *key))
+        results: dict[int, np.ndarray] = {}
+        for first in range(0, len(rows), num_rows):
+            part = rows[first : first + num_rows]
+            inputs = np.zeros((3, num_rows, length), np.int32)
+            inputs[2] = -1
+            for number, row, span in _spans(part, prompts):
+                inputs[0, row, span] = prompts[number]
+                inputs[1, row, span] = np.arange(len(prompts[number]))
+                inputs[2, row, span] = number
+            logprobs_RT = np.asarray(program(params, *inputs))
+            for number, row, span in _spans(part, prompts):
+                results[number] = logprobs_RT[row, span.start : span.stop - 1]
+        return [results[number] for number in range(len(prompts))]
+
+    def _compile(
+        self, params: Params, num_rows: int, length: int, temperature: float, chunk_size: int
+    ) -> Callable[..., jax.Array]:
+        policy = self._policy
+
+        def of_rows(
+            params: Params, tokens_RT: jax.Array, positions_RT: jax.Array, group_ids_RT: jax.Array
+        ) -> jax.Array:
+            hidden_RTD = policy.hidden(params, tokens_RT, positions_RT, group_ids_RT, jnp.zeros_like(group_ids_RT))
+            follows_RT = (group_ids_RT[:, 1:] == group_ids_RT[:, :-1]) & (group_ids_RT[:, 1:] >= 0)
+            return token_logprobs(
+                policy,
+                params,
+                hidden_RTD[:, :-1],
+                tokens_RT[:, 1:],
+                temperature,
+                chunk_size,
+                with_entropy=False,
+                mask_BT=follows_RT,
+            )[0]
+
+        labels = (jax.ShapeDtypeStruct((num_rows, length), jnp.int32),) * 3
+        shardings = (self._param_shardings, *[self._rows] * 3)
+        return Program(of_rows, shardings, self._rows).prepare((params, *labels))
 
 
 def _spans(

@@ -28,7 +28,7 @@ from rl.models.lora import quantization_of
 from rl.models.policy import Params, Policy
 from rl.models.quantized import quantize_params, quantized_shardings
 from rl.programs import Build, Program, Stored, not_stored
-from rl.prompt_logprobs import prompt_logprobs
+from rl.prompt_logprobs import PromptScorer
 from rl.sampling import SamplingParams
 from rl.scheduling import CacheSize, Completion, Request, Schedule
 from rl.shape_plan import Expected, KVBudget, Load, first_shape, usable_common_length
@@ -109,7 +109,7 @@ class Sampler:
             raise ValueError(
                 f"sampling.slots must be >= {self.engine.num_shards}, the devices rows are spread over, got {slots}"
             )
-        self._policy, self._mesh, self._rules, self._shardings = policy, mesh, rules, shardings
+        self._policy, self._scorer = policy, PromptScorer(policy, mesh, shardings, rules)
         self._slots, self._kv_bytes = slots, kv_bytes
         self._decode_text = decode_text
         self._chunk, self._stop_chunk = chunk, min(stop_chunk, chunk)
@@ -216,8 +216,11 @@ class Sampler:
         """Log-probs of prompt tokens, see `rl.prompt_logprobs`, under the very weights that completions are drawn with:
         those that `weights` rounds them to, if so, where `decode_shardings` puts them. No cache is read.
         """
-        where = self._policy, self._mesh, self._shardings, self._rules
-        return prompt_logprobs(*where, self._decode_params(params), prompts, temperature, chunk_size)
+        return self._scorer.logprobs(self._decode_params(params), prompts, temperature, chunk_size)
+
+    def release(self) -> None:
+        """Drops the keys and values of a common prefix, which calls with the same weights share."""
+        self._prefix = None
 
     def warm_up(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
         """Has every program compiled, in the background, that calls of this size can need, whatever is drawn.

@@ -92,6 +92,10 @@ class CompletionSource(Protocol):
         """Log-probs of prompt tokens under the weights that completions are drawn with."""
         ...
 
+    def release(self) -> None:
+        """Drops what calls with the same weights share: the weights are about to change."""
+        ...
+
     def warm_up(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
         """Compiles what calls of this size can need, in the background where it can."""
         ...

@@ -22,7 +22,7 @@ from rl import hosts
 from rl.decoding import request_key
 from rl.mesh import num_row_shards, replicated, row_sharding
 from rl.models.policy import Params, WavePolicy
-from rl.prompt_logprobs import prompt_logprobs
+from rl.prompt_logprobs import PromptScorer
 from rl.sampler import check_requests
 from rl.sampling import Draw, SamplingParams, TokenCounts, add_token, draw
 from rl.scheduling import Completion, Drawing, Request, find_end, size_at_least, size_at_most
@@ -74,7 +74,8 @@ class WaveSampler:
         chunk: int = 32,
         stop_chunk: int = 8,
     ) -> None:
-        self._policy, self._mesh, self._rules, self._param_shardings = policy, mesh, rules, param_shardings
+        self._policy, self._param_shardings = policy, param_shardings
+        self._scorer = PromptScorer(policy, mesh, param_shardings, rules)
         self._num_shards = num_row_shards(mesh, rules)
         if slots is not None and slots < self._num_shards:
             raise ValueError(
@@ -124,8 +125,10 @@ class WaveSampler:
         self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int
     ) -> list[np.ndarray]:
         """Log-probs of prompt tokens, see `rl.prompt_logprobs`."""
-        where = self._policy, self._mesh, self._param_shardings, self._rules
-        return prompt_logprobs(*where, params, prompts, temperature, chunk_size)
+        return self._scorer.logprobs(params, prompts, temperature, chunk_size)
+
+    def release(self) -> None:
+        """Nothing is kept from call to call."""
 
     def warm_up(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
         """Compiles what a call of this size needs, here and now, for prompts of any length up to the expected one."""

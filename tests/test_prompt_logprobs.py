@@ -44,11 +44,13 @@ def test_packed_prompts_have_the_log_probs_of_each_alone_from_one_program(mesh, 
         expected.append(scores[np.arange(len(prompt) - 1), prompt[1:]] - log_total[:-1])
 
     placed = jax.device_put(params, shardings)
+    scorer = module.PromptScorer(policy, device_mesh, shardings, config.mesh.rules)
     with CompileCounter() as compiles:
-        got = module.prompt_logprobs(
-            policy, device_mesh, shardings, config.mesh.rules, placed, prompts, temperature=0.7, chunk_size=7
-        )
+        got = scorer.logprobs(placed, prompts, temperature=0.7, chunk_size=7)
         assert compiles.count == 1
+        again = scorer.logprobs(placed, prompts[::-1], temperature=0.7, chunk_size=7)
+        assert compiles.count == 1, "other prompts of these sizes"
+    np.testing.assert_allclose(np.concatenate(again[::-1]), np.concatenate(expected), atol=1e-5)
     assert [len(values) for values in got] == [len(prompt) - 1 for prompt in prompts]
     assert all(values.dtype == np.float32 for values in got)
     np.testing.assert_allclose(np.concatenate(got), np.concatenate(expected), atol=1e-5)
