@@ -490,10 +490,13 @@ SCANNED = {
     "llama": {},
     "qwen2": {"lora": LoRAConfig(2, 4.0, ("layers_[12]/self_attn/*_proj",))},  # three runs: 1, 2 and 2 layers
     "gemma3_text": {"lora": LoRAConfig(2, 4.0, ("*_proj",), base_dtype="int8")},
+    "qwen3": {},
 }
 
 
-@pytest.mark.parametrize(("family", "remat"), [*zip(SCANNED, ("none", "dots", "full"), strict=True)])
+@pytest.mark.parametrize(
+    ("family", "remat"), [*zip(SCANNED, ("none", "dots", "full", "outputs"), strict=True), ("llama", "block")]
+)
 def test_scanned_layers_give_the_hidden_states_and_gradients_of_unrolled_ones(family, remat):
     with jax.enable_x64(True):
         # Five layers, so that "full" has segments of two and a shorter last one.
@@ -512,7 +515,9 @@ def test_scanned_layers_give_the_hidden_states_and_gradients_of_unrolled_ones(fa
             gradient = jax.jit(jax.value_and_grad(loss_of(policy)))
             gradients.append(gradient(trained))
             texts.append(gradient.lower(trained).as_text())
-            assert str(jax.make_jaxpr(loss_of(policy))(trained)).count("scan") >= len(scanned.layer_runs(config))
+            program = str(jax.make_jaxpr(jax.grad(loss_of(policy)))(trained))
+            assert program.count("scan") >= len(scanned.layer_runs(config))
+            assert ("remat" in program) == (remat != "none")
         assert texts[0] == texts[1]
         assert_trees_identical(*gradients)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), expected, gradients[0])
