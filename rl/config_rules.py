@@ -264,6 +264,11 @@ def _check_optimizer(config: Config) -> None:
             "the moment's changes would be lost to rounding; lower b2, 0.98 for instance, or keep it in float32"
         )
     no_moment = section.name == "adafactor" or (section.name == "sgd" and not section.sgd_momentum)
+    if section.offload and section.name == "sgd" and not section.sgd_momentum:
+        raise ValueError(
+            "optimizer.offload must be false with optimizer.name sgd and optimizer.sgd_momentum 0, which keep no "
+            "moments, got true; leave it out"
+        )
     if section.moment_dtype is not None and no_moment:
         way_out = "set optimizer.sgd_momentum or leave it out" if section.name == "sgd" else "leave it out"
         raise ValueError(

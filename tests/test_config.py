@@ -290,6 +290,10 @@ def test_a_missing_recipe_is_refused(tmp_path):
             r"moment_dtype must be null with optimizer\.name sgd, .*'bfloat16'; set optimizer\.sgd_momentum",
         ),
         (
+            ["optimizer.name=sgd", "optimizer.offload=true"],
+            r"optimizer\.offload must be false with optimizer\.name sgd and .*, which keep no moments, got true",
+        ),
+        (
             ["optimizer.name=lion", "optimizer.second_moment_dtype=float32"],
             r"second_moment_dtype must be null with optimizer\.name lion, .* got 'float32'; leave it out",
         ),

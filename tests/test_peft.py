@@ -13,7 +13,7 @@ from rl.config import load_config
 from rl.models import hf
 from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.lora import join, split
-from rl.models.peft import check_adapter, load_adapter, read_adapter, save_adapter
+from rl.models.peft import adapter_for, check_adapter, load_adapter, read_adapter, save_adapter
 from rl.models.policy import create_policy
 from rl.trained import load_start
 from tests.tiny_models import noisy_params, tiny_config
@@ -126,6 +126,43 @@ def test_a_run_starts_from_an_adapter_beside_its_base(tmp_path):
         load_config(None, [*settings, "model.source=null"])
 
 
+def logits_of(config, adapters, base, tokens):
+    params = join(adapters, hf.load_params(base, config))
+    policy, zeros = create_policy(config, True), np.zeros(tokens.shape, int)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    logits = lambda params: policy.unembed(params, policy.hidden(params, tokens, positions, zeros, zeros))  # noqa: E731
+    return jax.jit(logits)(params)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_an_adapter_that_peft_wrote_computes_here_what_it_does_there(tmp_path, use_rslora):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / "qwen2", dtype=torch.float32).eval()
+    settings = peft.LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=["q_proj", "o_proj", "down_proj"],
+        use_rslora=use_rslora,
+        init_lora_weights=False,  # B is not zero then
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, settings).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = np.array(json.loads((GOLDEN / "qwen2" / "expected.json").read_text())["token_ids"])
+    with torch.no_grad(), model.disable_adapter():
+        plain = model(torch.tensor(tokens)).logits.numpy()
+    with torch.no_grad():
+        want = model(torch.tensor(tokens)).logits.numpy()
+    config = golden_config("qwen2", None)
+    config = dataclasses.replace(config, lora=adapter_for(tmp_path / "adapter", config))
+    assert config.lora == LoRAConfig(3, 6.0, ("*/q_proj", "*/o_proj", "*/down_proj"), use_rslora)
+    got = logits_of(config, load_adapter(tmp_path / "adapter", config), GOLDEN / "qwen2", tokens)
+    assert np.abs(want - plain).max() > 0.01
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_peft_computes_what_tandem_does(tmp_path, name):
     """Logits of transformers with the adapter that peft opened, against ours with the same files."""
@@ -139,9 +176,6 @@ def test_peft_computes_what_tandem_does(tmp_path, name):
     with torch.no_grad():
         plain = base(torch.tensor(tokens)).logits.numpy()
         want = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()(torch.tensor(tokens)).logits.numpy()
-    params = join(load_adapter(tmp_path / "out", config), hf.load_params(GOLDEN / name, config))
-    policy, zeros = create_policy(config, True), np.zeros(tokens.shape, int)
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    got = jax.jit(lambda params: policy.unembed(params, policy.hidden(params, tokens, positions, zeros, zeros)))(params)
+    got = logits_of(config, load_adapter(tmp_path / "out", config), GOLDEN / name, tokens)
     assert np.abs(want - plain).max() > 0.1
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-4)
