@@ -133,7 +133,8 @@ class TandemTrainer:
             self._tokenizer,
             Stopwatch(),
         )
-        return minibatches(to_rollout(self.config, judge(self.config, rows, scored, self._runner.specs)), 1)[0]
+        judged = judge(self.config, rows, scored, self._runner.specs)
+        return minibatches(to_rollout(self.config, judged), self.config)[0]
 
     def _replay(self, batch: Batch) -> list[TrainGroup]:
         assert batch.completions is not None

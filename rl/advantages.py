@@ -8,8 +8,8 @@ completion and a few numbers to look at. Not here: calling reward functions (`re
 - rloo, leave one out: https://arxiv.org/abs/2402.14740
 - maxrl, divided by the mean reward of the group: https://arxiv.org/abs/2602.02710
 - reinforce++, whitened over the batch, and reinforce++_baseline, with the group's mean as baseline before that:
-  https://arxiv.org/abs/2501.03262. Mean and deviation are those of the completions, whatever their length; the penalty
-  for the distance to the reference stays in the loss (`grpo.beta`), it is not subtracted from the reward.
+  https://arxiv.org/abs/2501.03262. Mean and deviation are those of the completions, whatever their length. With
+  `grpo.kl_in_reward` training goes on from the rewards themselves: advantages belong to tokens (`rl.token_advantages`).
 - normalize_then_sum (GDPO): https://arxiv.org/abs/2601.05242
 
 Standard deviations have ddof 1 and get 1e-4 added (outside the root), as in TRL 1.16.

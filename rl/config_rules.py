@@ -8,6 +8,8 @@ import json
 
 from rl.config_sections import OPEN_CHOICES, Config, flatten, is_user_function, source_kind, to_dict
 
+_LOSSES_OF_SEQUENCES = ("gmpo", "vespo")  # which cannot take an advantage for each token
+
 
 def check(config: Config) -> None:
     """Ranges and cross-field rules that hold for every command."""
@@ -89,6 +91,8 @@ def check(config: Config) -> None:
             "grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, "
             f"got {grpo.sampler_is_mode!r}"
         )
+    if grpo.kl_in_reward:
+        _check_kl_in_reward(config)
     if config.reference.sync_every and not grpo.beta:
         raise ValueError(
             f"grpo.beta must be > 0 with reference.sync_every {config.reference.sync_every}, got {grpo.beta}: without "
@@ -117,6 +121,30 @@ def check(config: Config) -> None:
         raise ValueError(f"eval.reward must name one of rewards.functions {names}, got {config.eval.reward!r}")
     if config.data.eval_source is not None and config.data.eval_size:
         raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
+
+
+def _check_kl_in_reward(config: Config) -> None:
+    """An advantage belongs to a token then, and the KL estimate to the old policy."""
+    grpo, way_out = config.grpo, "or set grpo.kl_in_reward to false"
+    for key, needed, why in (
+        ("advantage_estimator", "reinforce++", "whose advantages are whitened over tokens"),
+        ("importance_sampling_level", "token", "to which advantages belong"),
+        ("use_bias_correction_kl", False, "which is for a KL term of the loss"),
+        ("old_logprobs", "recompute", "of which the KL estimate is made"),
+        ("off_policy_mask_threshold", None, "which is for whole completions"),
+        ("positive_nll_coef", 0.0, "which is for whole completions"),
+    ):
+        value = getattr(grpo, key)
+        if value != needed:
+            must = f"grpo.{key} must be {json.dumps(needed)} with grpo.kl_in_reward"
+            raise ValueError(f"{must}, {why}, got {json.dumps(value)}; {way_out}")
+    if not grpo.beta:
+        raise ValueError(f"grpo.beta must be > 0 with grpo.kl_in_reward, got {grpo.beta}; {way_out}")
+    if grpo.loss_type in _LOSSES_OF_SEQUENCES:
+        raise ValueError(
+            f"grpo.loss_type must be none of {', '.join(_LOSSES_OF_SEQUENCES)} with grpo.kl_in_reward, for they are of "
+            f"whole completions, got {grpo.loss_type!r}; take dapo, {way_out}"
+        )
 
 
 def _check_health(config: Config) -> None:

@@ -168,6 +168,7 @@ class GRPOSection:
     beta: float
     kl_estimator: Literal["k1", "k2", "k3"]
     use_bias_correction_kl: bool
+    kl_in_reward: bool
     advantage_estimator: str
     scale_rewards: Literal["group", "batch", "none"]
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"]

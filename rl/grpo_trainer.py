@@ -169,7 +169,7 @@ def train(config: Config) -> pathlib.Path:
             rollout, position = to_rollout(config, collected.judged), collected.position
             sampler.release()
             with watch.timer("train"), no_implicit_transfers():
-                groups = minibatches(rollout, config.grpo.minibatches)
+                groups = minibatches(rollout, config)
                 state, entropy, trained = updater.step(state, reference, groups, entropy)
                 reference = sync_reference(reference, state, step + 1)
             done = step + 1

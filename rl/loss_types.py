@@ -82,6 +82,7 @@ class LossInputs(NamedTuple):
     mask_BT: jax.Array  # 1 (or True) for the tokens that are trained on
     advantages_B: jax.Array
     sequence_mask_B: jax.Array  # 1 for a real sequence, even an empty one; 0 for a row that only fills a bucket
+    advantages_BT: jax.Array | None = None  # of each token, in the place of advantages_B
 
 
 class Denominators(NamedTuple):
@@ -107,7 +108,7 @@ class Rows(NamedTuple):
     drawn_BT: jax.Array  # log-probs of the sampler where it has scored the token, else old
     log_ratio_BT: jax.Array
     ratio_BX: jax.Array
-    advantages_B1: jax.Array
+    advantages_BX: jax.Array  # [B, 1]; [B, T] where each token has its own
     mask_BT: jax.Array  # bool
     lengths_B1: jax.Array  # at least 1
     sampler_ratio_BX: jax.Array | None
@@ -241,10 +242,10 @@ def _clipped_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, 
     # Conditions instead of minimum and clip: at a tie those would hand half of the gradient to a constant.
     clipped = jnp.where(ratio < low, low, jnp.where(ratio > high, high, ratio))
     capped = ratio if config.delta is None else jnp.where(ratio > config.delta, config.delta, ratio)
-    unclipped_gain, clipped_gain = capped * rows.advantages_B1, clipped * rows.advantages_B1
+    unclipped_gain, clipped_gain = capped * rows.advantages_BX, clipped * rows.advantages_BX
     term = -jnp.where(clipped_gain < unclipped_gain, clipped_gain, unclipped_gain)
-    is_low = (capped < low) & (rows.advantages_B1 < 0)
-    is_high = (capped > high) & (rows.advantages_B1 > 0)
+    is_low = (capped < low) & (rows.advantages_BX < 0)
+    is_high = (capped > high) & (rows.advantages_BX > 0)
     return term, {
         "clip_ratio_low_mean": is_low,
         "clip_ratio_high_mean": is_high,
@@ -255,15 +256,15 @@ def _clipped_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, 
 def _cispo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     # The weight is a constant by definition: every token keeps the REINFORCE gradient, at a capped strength.
     weight = stop_gradient(jnp.minimum(rows.ratio_BX, config.upper_epsilon))
-    is_capped = (rows.ratio_BX > config.upper_epsilon) & (rows.advantages_B1 > 0)
-    return -weight * rows.advantages_B1 * rows.logprobs_BT, {"cispo_clip_ratio": is_capped}
+    is_capped = (rows.ratio_BX > config.upper_epsilon) & (rows.advantages_BX > 0)
+    return -weight * rows.advantages_BX * rows.logprobs_BT, {"cispo_clip_ratio": is_capped}
 
 
 def _sapo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    temperature = jnp.where(rows.advantages_B1 > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+    temperature = jnp.where(rows.advantages_BX > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
     temperature = temperature.astype(rows.logprobs_BT.dtype)
     gate = jax.nn.sigmoid(temperature * (rows.ratio_BX - 1)) * 4 / temperature
-    return -gate * rows.advantages_B1, {}
+    return -gate * rows.advantages_BX, {}
 
 
 def _vespo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -273,14 +274,14 @@ def _vespo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, ja
         log_weight_BT += jnp.clip(jnp.log(rows.sampler_ratio_BX), VESPO_LOG_FLOOR, VESPO_LOG_CEILING)
     log_weight_B1 = jnp.sum(jnp.where(rows.mask_BT, log_weight_BT, 0), axis=1, keepdims=True)
     log_weight_B1 = jnp.clip(log_weight_B1, VESPO_LOG_FLOOR, VESPO_LOG_CEILING)
-    is_positive = rows.advantages_B1 >= 0
+    is_positive = rows.advantages_BX >= 0
     exponent = jnp.where(is_positive, config.vespo_k_pos, config.vespo_k_neg).astype(dtype)
     decay = jnp.where(is_positive, config.vespo_lambda_pos, config.vespo_lambda_neg).astype(dtype)
     decay = jnp.maximum(decay, VESPO_MIN_LAMBDA)
     phi_B1 = jnp.exp(decay + exponent * log_weight_B1 - decay * jnp.exp(log_weight_B1))
     # A constant by definition (as in cispo): it weights the REINFORCE gradient of the whole sequence.
     phi_B1 = stop_gradient(jnp.where(jnp.isfinite(phi_B1), phi_B1, 0))
-    return -phi_B1 * rows.advantages_B1 * rows.logprobs_BT, {"vespo_phi_mean": phi_B1}
+    return -phi_B1 * rows.advantages_BX * rows.logprobs_BT, {"vespo_phi_mean": phi_B1}
 
 
 def _dppo_tv_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -304,7 +305,7 @@ def _dppo_term(rows: Rows, config: LossConfig, divergence_BT: jax.Array) -> tupl
     """REINFORCE with the ratio to the sampler mu as weight, without the tokens that leave the trust region: those that
     are further from mu than allowed and that the gradient would move further still.
     """
-    is_positive = rows.advantages_B1 > 0
+    is_positive = rows.advantages_BX > 0
     away_BT = jnp.where(is_positive, rows.logprobs_BT > rows.drawn_BT, rows.logprobs_BT < rows.drawn_BT)
     masked_BT = away_BT & (divergence_BT > jnp.where(is_positive, config.upper_epsilon, config.epsilon))
     weight_BT = saturating_exp(rows.logprobs_BT - rows.drawn_BT)
@@ -312,16 +313,16 @@ def _dppo_term(rows: Rows, config: LossConfig, divergence_BT: jax.Array) -> tupl
         weight_BT = jnp.minimum(weight_BT, config.delta)
     # weight * gradient of log p is the gradient of the ratio; a capped ratio itself would have none.
     weight_BT = stop_gradient(jnp.where(masked_BT, 0, weight_BT))
-    return -weight_BT * rows.advantages_B1 * rows.logprobs_BT, {"dppo_masked": masked_BT}
+    return -weight_BT * rows.advantages_BX * rows.logprobs_BT, {"dppo_masked": masked_BT}
 
 
 def _gmpo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The geometric mean of the token ratios, each clipped in log space on the side to which its advantage pulls."""
-    is_low = (rows.advantages_B1 < 0) & (rows.log_ratio_BT < -config.epsilon)
-    is_high = (rows.advantages_B1 > 0) & (rows.log_ratio_BT > config.upper_epsilon)
+    is_low = (rows.advantages_BX < 0) & (rows.log_ratio_BT < -config.epsilon)
+    is_high = (rows.advantages_BX > 0) & (rows.log_ratio_BT > config.upper_epsilon)
     clipped_BT = jnp.where(is_low, -config.epsilon, jnp.where(is_high, config.upper_epsilon, rows.log_ratio_BT))
     ratio_B1 = importance_ratio(clipped_BT, rows.mask_BT, "sequence")
-    return -ratio_B1 * rows.advantages_B1, {"gmpo_clip_ratio": is_low | is_high}
+    return -ratio_B1 * rows.advantages_BX, {"gmpo_clip_ratio": is_low | is_high}
 
 
 # ---- Normalisers: what the sum over the minibatch is divided by, before gradient accumulation ----

@@ -153,13 +153,16 @@ def prepare(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConfi
         drawn_BT = stop_gradient(jnp.where(scored_BT, inputs.sampler_logprobs_BT, old_BT)).astype(dtype)  # data, too
     if config.sampler_is_correction and inputs.sampler_logprobs_BT is not None:
         ratio_of_sampler_BX = sampler_ratio(old_BT, inputs.sampler_logprobs_BT.astype(dtype), mask_BT, config)
+    advantages_BX, where_BX = inputs.advantages_B[:, None], real_B1
+    if inputs.advantages_BT is not None:
+        advantages_BX, where_BX = inputs.advantages_BT, mask_BT
     return Rows(
         logprobs_BT=logprobs_BT,
         old_BT=old_BT,
         drawn_BT=drawn_BT,
         log_ratio_BT=log_ratio_BT,
         ratio_BX=importance_ratio(log_ratio_BT, mask_BT, config.importance_sampling_level),
-        advantages_B1=jnp.where(real_B1, stop_gradient(inputs.advantages_B)[:, None], 0).astype(dtype),
+        advantages_BX=jnp.where(where_BX, stop_gradient(advantages_BX), 0).astype(dtype),
         mask_BT=mask_BT,
         lengths_B1=lengths(mask_BT, dtype),
         sampler_ratio_BX=ratio_of_sampler_BX,
@@ -171,7 +174,7 @@ def _kept_on_policy(rows: Rows, sampler_logprobs_BT: jax.Array | None, threshold
     drawn_BT = rows.old_BT if sampler_logprobs_BT is None else sampler_logprobs_BT
     fall_BT, _ = sampler_difference(rows.logprobs_BT, drawn_BT, rows.mask_BT)
     fall_B1 = -jnp.sum(fall_BT, axis=1, keepdims=True) / rows.lengths_B1
-    return (rows.advantages_B1 >= 0) | (fall_B1 <= threshold)
+    return (rows.advantages_BX >= 0) | (fall_B1 <= threshold)
 
 
 def grpo_loss(
@@ -238,7 +241,7 @@ def grpo_loss(
         sums.numerators["selected_entropy"] = selected_entropy
         sums.weights["selected_entropy"] = jnp.sum(selected_BT, dtype=dtype)
     if config.positive_nll_coef:
-        positive_BT = mask_BT & (rows.advantages_B1 > 0)
+        positive_BT = mask_BT & (rows.advantages_BX > 0)
         nll = -jnp.sum(jnp.where(positive_BT, rows.logprobs_BT, 0))
         mean_nll = nll / jnp.maximum(denominators.num_positive_tokens, 1).astype(dtype)
         loss += config.positive_nll_coef * mean_nll / denominators.gradient_accumulation_steps.astype(dtype)

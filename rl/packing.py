@@ -29,7 +29,7 @@ class TrainCompletion:
 
     Attributes:
       token_ids: int32 [L], EOS included.
-      advantage: constant of all its tokens.
+      advantage: constant of all its tokens. With `grpo.kl_in_reward` its reward: `rl.token_advantages` goes on from it.
       sampler_logprobs: float [L] under the distribution the tokens were drawn from; None when unknown.
       rollout_logprobs: float [L] under the policy's plain softmax at the sampling temperature, as the sampler computed
         it; None when unknown.
@@ -79,10 +79,11 @@ class Batch(NamedTuple):
       slots_MRCL: int32, index n of token l of completion c.
       mask_MRCL: 1.0 where completion c has a token l.
       sequence_mask_MRC: 1.0 where there is a completion c.
-      advantages_MRC: a constant per completion.
+      advantages_MRC: a constant per completion (see `TrainCompletion`).
       sampler_logprobs_MRCL, rollout_logprobs_MRCL: (see `TrainCompletion`), NaN where unknown.
       old_logprobs_MRCL, reference_logprobs_MRCL: log-probs of the policy before the first update and of the reference,
         put in by the trainer when the loss needs them; None otherwise.
+      advantages_MRCL: of each token, put in by the trainer with `grpo.kl_in_reward`; None otherwise.
       sequence_ids_MRC: int32, index of the completion in the order in which the groups were given; -1 on padding.
       num_microbatches: int32 [], micro-batches in use.
     """
@@ -104,6 +105,7 @@ class Batch(NamedTuple):
     num_microbatches: Any
     old_logprobs_MRCL: Any = None
     reference_logprobs_MRCL: Any = None
+    advantages_MRCL: Any = None
 
 
 def plan_packing(

@@ -218,17 +218,18 @@ def sample_and_score(
     return ScoredCompletions(groups, [texts[b] for b in range(len(requests))], result)
 
 
-def minibatches(rollout: Rollout, num_minibatches: int) -> list[list[TrainGroup]]:
+def minibatches(rollout: Rollout, config: Config) -> list[list[TrainGroup]]:
     """The rollout's groups, cut into minibatches of whole prompts in order; completions that the loss must not see are
-    left out.
+    left out. With `grpo.kl_in_reward` they carry their rewards: the advantages follow when the KL is known.
     """
+    values_B = rollout.weighted_B if config.grpo.kl_in_reward else rollout.advantages_B
     num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
     groups = []
     for p, row in enumerate(rollout.rows):
         kept = [
             TrainCompletion(
                 completion.token_ids,
-                float(rollout.advantages_B[b]),
+                float(values_B[b]),
                 completion.sampler_logprobs,
                 completion.policy_logprobs,
             )
@@ -236,7 +237,7 @@ def minibatches(rollout: Rollout, num_minibatches: int) -> list[list[TrainGroup]
             if rollout.kept_B[b]
         ]
         groups.append(TrainGroup(np.asarray(row.prompt_ids, np.int32), kept))
-    size = num_prompts // num_minibatches
+    size = num_prompts // config.grpo.minibatches
     return [groups[i : i + size] for i in range(0, num_prompts, size)]
 
 

@@ -66,7 +66,8 @@ def minibatch_shapes(config: Config, policy: Policy, plan: PackingPlan) -> Minib
         **fields,
         num_microbatches=shape((), np.int32),
         old_logprobs_MRCL=logprobs if needs_old_logprobs(config) else None,
-        reference_logprobs_MRCL=logprobs if config.grpo.beta else None,
+        reference_logprobs_MRCL=logprobs if config.grpo.beta and not config.grpo.kl_in_reward else None,
+        advantages_MRCL=logprobs if config.grpo.kl_in_reward else None,
     )
     entropies = logprobs if loss_config(config).selects_by_entropy else None
     return Minibatch(batch, shape((), np.int32), shape((), dtype), entropies, shape((), np.bool_))

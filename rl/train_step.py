@@ -387,6 +387,7 @@ def _loss_inputs(piece: Batch) -> LossInputs:
         mask_BT=piece.mask_MRCL.reshape(-1, length),
         advantages_B=piece.advantages_MRC.reshape(-1),
         sequence_mask_B=piece.sequence_mask_MRC.reshape(-1),
+        advantages_BT=_flat(piece.advantages_MRCL, length),
     )
 
 

@@ -27,6 +27,7 @@ from rl.models.train_state import PureState
 from rl.optimizer import updates_per_step
 from rl.packing import Batch, PackingPlan, TrainGroup, pack
 from rl.programs import Program, Stored, not_stored
+from rl.token_advantages import TokenRewards, token_advantages_program
 from rl.train_step import (
     Minibatch,
     UpdateMetrics,
@@ -38,6 +39,7 @@ from rl.train_step import (
 from rl.user_functions import resolve
 
 LOGPROBS, REFERENCE_LOGPROBS, ENTROPIES, TRAIN_STEP = "logprobs", "reference logprobs", "entropies", "train step"
+TOKEN_ADVANTAGES = "token advantages"
 
 
 class _Measured(NamedTuple):
@@ -101,10 +103,14 @@ class Updater:
             # With the sampler's, the ratio corrects for what sampler and trainer compute differently. Of a minibatch
             # whose only update is the first one they stand in for old ones that this update does not read.
             old = bare.sampler_logprobs_MRCL if needs_old_logprobs(self._config) else None
-            if _recomputes_old(self._config) and (number > 0 or self._config.grpo.epochs > 1):
+            is_read = number > 0 or self._config.grpo.epochs > 1 or self._config.grpo.kl_in_reward
+            if _recomputes_old(self._config) and is_read:
                 old = self._calls[LOGPROBS](state.params, bare)[0]
             reference_logprobs = None if reference is None else self._calls[reference_name](reference.params, bare)[0]
             batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
+        kl_metric: dict[str, float] = {}
+        if TOKEN_ADVANTAGES in self._calls:
+            batches, kl_metric = self._with_token_advantages(batches)
         measured: list[_Measured] = []
         for _ in range(self._config.grpo.epochs):
             for batch in batches:
@@ -113,7 +119,15 @@ class Updater:
                 state, update = self._train_step(state, minibatch)
                 measured.append(_Measured(*jax.device_get((update, self._finish_metrics(update.sums)))))
                 entropy = self._next_entropy(entropy, measured[-1])
-        return state, entropy, self._metrics(measured, entropy)
+        return state, entropy, self._metrics(measured, entropy) | kl_metric
+
+    def _with_token_advantages(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
+        """The minibatches of a step with an advantage for each token; nothing else needs the reference's log-probs."""
+        rewards = tuple(TokenRewards.of(batch) for batch in batches)
+        advantages, kl = self._calls[TOKEN_ADVANTAGES](rewards)
+        pairs = zip(batches, advantages, strict=True)
+        batches = [batch._replace(advantages_MRCL=each, reference_logprobs_MRCL=None) for batch, each in pairs]
+        return batches, {"kl": float(jax.device_get(kl))}
 
     def _next_entropy(self, entropy: EntropyCoefState, measured: _Measured) -> EntropyCoefState:
         if not (self._loss_config.has_entropy_bonus and measured.update.is_applied):
@@ -168,6 +182,10 @@ def update_programs(
         programs[REFERENCE_LOGPROBS] = token_logprobs_program(base, shardings, with_entropy=False, **common)
     if loss_config(config).selects_by_entropy:
         programs[ENTROPIES] = token_logprobs_program(policy, state_shardings.params, with_entropy=True, **common)
+    if config.grpo.kl_in_reward:
+        programs[TOKEN_ADVANTAGES] = token_advantages_program(
+            config.grpo.minibatches, config.grpo.beta, config.grpo.kl_estimator, mesh=mesh, rules=config.mesh.rules
+        )
     programs[TRAIN_STEP] = update_program(
         policy,
         optimizer,
@@ -192,18 +210,22 @@ def needs_old_logprobs(config: Config) -> bool:
 
 
 def _recomputes_old(config: Config) -> bool:
-    """Whether the policy scores old log-probs itself: several updates follow a rollout, and the sampler's do not do."""
-    return updates_per_step(config) > 1 and config.grpo.old_logprobs != "sampler"
+    """Whether the policy scores old log-probs itself: several updates follow a rollout, or rewards hold a KL estimate,
+    and the sampler's do not do.
+    """
+    is_needed = updates_per_step(config) > 1 or config.grpo.kl_in_reward
+    return is_needed and config.grpo.old_logprobs != "sampler"
 
 
 def bare_batch(batch: Batch) -> Batch:
-    """`batch` without log-probs of policy and reference, as `token_logprobs_program` takes it."""
-    return batch._replace(old_logprobs_MRCL=None, reference_logprobs_MRCL=None)
+    """`batch` without what the trainer puts in, as `token_logprobs_program` takes it."""
+    return batch._replace(old_logprobs_MRCL=None, reference_logprobs_MRCL=None, advantages_MRCL=None)
 
 
 def loss_config(config: Config) -> LossConfig:
     """The loss's settings out of the `grpo` section; ValueError when they contradict each other."""
     section = dataclasses.asdict(config.grpo)  # pyright: ignore[reportArgumentType]
+    section["beta"] = 0.0 if config.grpo.kl_in_reward else config.grpo.beta  # the advantages hold the KL then
     names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length", "custom_term"}
     result = LossConfig(
         **{name: section[name] for name in names},

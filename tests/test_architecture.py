@@ -91,6 +91,7 @@ LAYERS = [
         "rl.run_folder",
     ],
     ["rl.checkpoint", "rl.scheduling", "rl.engine", "rl.train_step", "rl.executables"],
+    ["rl.token_advantages"],
     ["rl.shape_plan", "rl.prompt_logprobs"],
     ["rl.sampler"],
     ["rl.wave_sampler"],

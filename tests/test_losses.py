@@ -286,12 +286,12 @@ def padded_rows(problem: Problem, num_rows: int) -> Problem:
     def pad(x: np.ndarray, fill: float) -> np.ndarray:
         return np.concatenate([x, np.full((num_rows - len(x), *x.shape[1:]), fill, x.dtype)])
 
-    fills = LossInputs(math.nan, math.nan, math.nan, 1, math.nan, 0)
+    fills = LossInputs(math.nan, math.nan, math.nan, 1, math.nan, 0, math.nan)
     return dataclasses.replace(
         problem,
         policy_logprobs_BT=pad(problem.policy_logprobs_BT, math.nan),
         entropy_BT=pad(problem.entropy_BT, math.nan),
-        inputs=LossInputs(*(pad(x, fill) for x, fill in zip(problem.inputs, fills, strict=True))),
+        inputs=LossInputs(*(x if x is None else pad(x, fill) for x, fill in zip(problem.inputs, fills, strict=True))),
     )
 
 
@@ -321,6 +321,30 @@ def test_any_split_into_pieces_gives_the_same_loss_gradient_and_metrics(loss_typ
         assert metrics.keys() == total_metrics.keys()
         for name in metrics:
             assert float(total_metrics[name]) == pytest.approx(float(metrics[name]), rel=1e-12, abs=1e-15), name
+
+
+@pytest.mark.parametrize("loss_type", sorted({*loss_types.LOSS_TYPES} - {"gmpo", "vespo"}))
+def test_advantages_of_tokens_that_are_alike_are_that_of_their_sequence(loss_type: str) -> None:
+    """And where they differ, each token is pulled by its own."""
+    changes = {"off_policy_mask_threshold": None, "positive_nll_coef": 0.0, "sampler_is_mode": "token_mask"}
+    plain = random_problem(loss_type, seed=5, **changes)
+    advantages_BT = np.where(plain.inputs.mask_BT > 0, plain.inputs.advantages_B[:, None], math.nan)
+    other_BT = advantages_BT * np.where(np.arange(advantages_BT.shape[1]) == 1, -2, 1)
+    with jax.enable_x64(True):
+        results = [
+            dataclasses.replace(plain, inputs=plain.inputs._replace(advantages_B=advantages_B, advantages_BT=values_BT))
+            for advantages_B, values_BT in (
+                (plain.inputs.advantages_B, None),
+                (np.zeros_like(plain.inputs.advantages_B), advantages_BT),
+                (np.zeros_like(plain.inputs.advantages_B), other_BT),
+            )
+        ]
+        (loss, grad_BT, *_), (same_loss, same_grad_BT, *_), (_, other_grad_BT, *_) = (p.evaluate() for p in results)
+    assert float(loss) == pytest.approx(float(same_loss), rel=1e-14)
+    np.testing.assert_allclose(same_grad_BT, grad_BT, rtol=1e-14)
+    moved_BT = np.abs(other_grad_BT - grad_BT) > 1e-6
+    assert moved_BT[:, 1].any()
+    assert not np.delete(moved_BT, 1, axis=1).any()
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])

@@ -84,7 +84,7 @@ def test_truncated_completions_can_stay_out_of_the_loss_but_never_out_of_the_bas
     np.testing.assert_allclose(rollout.advantages_B, [2, -1, -1, 0, 1, -1])
     assert rollout.metrics["truncated_share"] == 0.5
     assert rollout.metrics["masked_share"] == pytest.approx(1 - sum(map(len, kept)) / 6)
-    (groups,) = minibatches(rollout, 1)
+    (groups,) = minibatches(rollout, config)
     assert [[int(c.token_ids[1]) for c in group.completions] for group in groups] == kept
     expected = [rollout.advantages_B[3 * p + g] for p, group in enumerate(kept) for g in group]
     assert [c.advantage for group in groups for c in group.completions] == expected

@@ -83,7 +83,9 @@ def test_shaped_inputs_are_those_of_the_state_and_the_minibatches_of_a_run(flavo
     completion = TrainCompletion(np.int32([5, 6, 7]), 1.0, np.zeros(3), np.zeros(3))
     batch = pack([TrainGroup(np.int32([1, 2]), [completion, completion])], inputs.plan)
     fields = {
-        name: value for name, value in inputs.minibatch.batch._asdict().items() if not name.endswith("gprobs_MRCL")
+        name: value
+        for name, value in inputs.minibatch.batch._asdict().items()
+        if value is not None and not name.endswith("gprobs_MRCL")
     }
     assert shapes_of(fields) == shapes_of({name: np.asarray(getattr(batch, name)) for name in fields})
     logprobs = ("old_logprobs_MRCL", "reference_logprobs_MRCL", "sampler_logprobs_MRCL")
@@ -122,6 +124,7 @@ def test_a_minibatch_holds_only_what_its_loss_needs():
         ("grpo.beta=0 grpo.minibatches=2", {"logprobs"}),
         ("grpo.beta=0 grpo.epochs=2 grpo.old_logprobs=sampler", set()),
         ("grpo.top_entropy_quantile=0.5", {"logprobs", "entropies"}),
+        ("grpo.preset=reinforce++", {"logprobs"}),
         ("lora.rank=2", {"reference logprobs"}),
         ("lora.rank=2 grpo.epochs=2 grpo.beta=0", {"logprobs"}),
     ],
@@ -135,6 +138,18 @@ def test_a_run_has_only_the_passes_without_gradient_that_its_loss_reads(override
             function, arguments = program.make()
             results = jax.eval_shape(function.function, *arguments)
             assert [result is not None for result in results] == [True, program.name == "entropies"]
+
+
+def test_a_run_with_the_kl_in_its_rewards_has_a_program_for_the_advantages_of_its_update():
+    loop = loop_programs(tiny("grpo.preset=reinforce++", "grpo.minibatches=2"), jax.devices()[:2])
+    (program,) = (program for program in loop.programs if program.name == "token advantages")
+    function, arguments = program.make()
+    advantages, kl = jax.eval_shape(function.function, *arguments)
+    batch = loop.inputs.minibatch.batch
+    assert [(x.shape, x.dtype) for x in advantages] == [(batch.advantages_MRCL.shape, batch.advantages_MRCL.dtype)] * 2
+    assert kl.shape == ()
+    assert batch.reference_logprobs_MRCL is None
+    assert batch.old_logprobs_MRCL is not None
 
 
 def test_a_folder_without_weights_is_enough(tmp_path):

@@ -945,6 +945,49 @@ def test_token_means_are_over_the_tokens_of_the_whole_rollout_batch(problem):
     assert abs(metrics["ratio_max"] - 1) < 1e-5
 
 
+def test_with_the_kl_in_the_reward_each_token_has_the_advantage_of_what_follows(problem, trainer):
+    """Two minibatches of REINFORCE++, plain gradient descent: where two plain updates lead."""
+    settings = ("grpo.preset=reinforce++", "grpo.minibatches=2", "grpo.prompts_per_step=4", f"grpo.beta={BETA}")
+    settings += ("mesh.fsdp=1", f"grpo.logprob_chunk={CHUNK_SIZE}", f"sampling.temperature={TEMPERATURE}")
+    with jax.enable_x64(True):
+        packed = trainer("nnx", "float64", optimizer=DESCENT)
+        config = load_config(None, settings)
+        other = jax.device_put(noisy_params(packed.policy.config, seed=1), packed.abstract.shardings.params)
+        updater = Updater(
+            config, packed.policy, packed.optimizer, packed.plan, packed.abstract.shardings, mesh=packed.mesh
+        )
+        groups = [problem.train_groups(half) for half in HALVES]
+        reference = packed.fresh_state()._replace(params=other, opt_state=())
+        start = EntropyCoefState(0.0, float("inf"))
+        state, _, metrics = updater.step(packed.fresh_state(), reference, groups, start)
+        # The plain way. The problem's advantages are the rewards here.
+        params = before = noisy_params(packed.policy.config)
+        old_BL = np.asarray(jax.jit(plain_logprobs(packed.policy, problem))(params)[0])
+        reference_BL = np.asarray(jax.jit(plain_logprobs(packed.policy, problem))(other)[0])
+        kl_BL = (old_BL - reference_BL) * problem.mask_BL
+        returns_BL = problem.advantages_B[:, None] - BETA * np.cumsum(kl_BL[:, ::-1], axis=1)[:, ::-1]
+        tokens = returns_BL[problem.mask_BL > 0]
+        advantages_BL = (returns_BL - tokens.mean()) / (tokens.std(ddof=1) + 1e-4)
+        for half in HALVES:
+            rows = [b for g in half for b in problem.groups[g]]
+            logprobs = plain_logprobs(packed.policy, problem.part(half))
+
+            def loss(params, rows=rows, logprobs=logprobs):
+                ratio_BL = jnp.exp(logprobs(params)[0] - old_BL[rows])
+                gain_BL = jnp.minimum(
+                    ratio_BL * advantages_BL[rows], jnp.clip(ratio_BL, 0.8, 1.2) * advantages_BL[rows]
+                )
+                return -jnp.sum(gain_BL * problem.mask_BL[rows]) / (len(tokens) / 2)
+
+            params = jax.tree.map(
+                lambda leaf, slope: leaf - LEARNING_RATE * slope, params, jax.jit(jax.grad(loss))(params)
+            )
+    for got, want, old in zip(*map(jax.tree.leaves, (*jax.device_get((state.params, params)), before)), strict=True):
+        assert np.abs(got - want).max() <= 1e-9 * np.abs(want - old).max()
+    np.testing.assert_allclose(metrics["kl"], kl_BL.sum() / len(tokens), rtol=1e-9)
+    assert abs(metrics["kl"]) > 0.01
+
+
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_logprobs_of_the_sampler_can_stand_in_for_old_ones(flavour, problem):
     """The ratio is then that of policy to sampler from the first update on, and 1 for a token that was not scored."""

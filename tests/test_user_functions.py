@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 def term(rows, config):
     clipped = jnp.clip(rows.ratio_BX, 1 - config.epsilon, 1 + config.upper_epsilon)
-    return -jnp.minimum(rows.ratio_BX * rows.advantages_B1, clipped * rows.advantages_B1), {}
+    return -jnp.minimum(rows.ratio_BX * rows.advantages_BX, clipped * rows.advantages_BX), {}
 """
 GRPO = """
 import numpy as np
@@ -108,13 +108,13 @@ def test_a_run_is_not_resumed_with_another_file(tmp_path):
 
 
 BAD_LOSSES = {
-    "bare": ("return -rows.ratio_BX * rows.advantages_B1", r"must return \(term, metrics\), .* `return term, {}`"),
+    "bare": ("return -rows.ratio_BX * rows.advantages_BX", r"must return \(term, metrics\), .* `return term, {}`"),
     "wide": (
         "return rows.logprobs_BT.T, {}",
         r"the term must have shape \[B, T\] or \[B, 1\], here \(4, 3\) or \(4, 1\)",
     ),
     "number": ("return 1.0, {}", r"the term must have shape .* got float"),
-    "metric": ("return rows.logprobs_BT, {'m': rows.advantages_B1[0]}", r"metric 'm' must have shape .* shape \(1,\)"),
+    "metric": ("return rows.logprobs_BT, {'m': rows.advantages_BX[0]}", r"metric 'm' must have shape .* shape \(1,\)"),
     "infinite": ("return rows.logprobs_BT / 0, {}", "must give a finite loss and gradient"),
     "constant": ("return jax.lax.stop_gradient(rows.logprobs_BT), {}", "must have a gradient by rows.logprobs_BT"),
     "mixed": ("return rows.logprobs_BT - rows.logprobs_BT.mean() ** 2, {}", "nothing in it may depend on other seq"),

@@ -27,9 +27,18 @@ from rl.optimizer import create_training_optimizer
 from rl.programs import Program
 from rl.shaped_inputs import ShapedInputs, get_shaped_inputs
 from rl.states import BASE, WEIGHTS, InitStateFn, get_abstract_state, init_program
+from rl.token_advantages import TokenRewards
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
 from rl.train_step import MICROBATCH_LOOP, SHORT_MICROBATCH_LOOP, update_arguments
-from rl.update import ENTROPIES, LOGPROBS, REFERENCE_LOGPROBS, TRAIN_STEP, bare_batch, update_programs
+from rl.update import (
+    ENTROPIES,
+    LOGPROBS,
+    REFERENCE_LOGPROBS,
+    TOKEN_ADVANTAGES,
+    TRAIN_STEP,
+    bare_batch,
+    update_programs,
+)
 from rl.weights import eos_ids, model_shape
 
 PREFILL, DECODE = "prefill", "decode"
@@ -153,10 +162,17 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         ENTROPIES: (inputs.state.params, bare),
         TRAIN_STEP: update_arguments(policy, inputs.state, inputs.minibatch),
     }
+    if config.grpo.kl_in_reward:
+        scored = bare._replace(
+            old_logprobs_MRCL=inputs.minibatch.batch.old_logprobs_MRCL,
+            reference_logprobs_MRCL=inputs.minibatch.batch.old_logprobs_MRCL,
+        )
+        arguments[TOKEN_ADVANTAGES] = ((TokenRewards.of(scored),) * config.grpo.minibatches,)
     held = {
         LOGPROBS: beside_weights,
         ENTROPIES: beside_weights,
         REFERENCE_LOGPROBS: resident.moments + resident.adapters,
+        TOKEN_ADVANTAGES: resident.weights + beside_weights,
         TRAIN_STEP: resident.reference,
     }
     rounds = {MICROBATCH_LOOP: inputs.plan.num_microbatches, SHORT_MICROBATCH_LOOP: 0}  # every row full
