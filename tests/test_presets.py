@@ -96,6 +96,8 @@ OWN_METRICS = {
     "gmpo": {"gmpo_clip_ratio"},
     "positive_nll": {"positive_nll"},
 }
+# So that what a preset does after many steps is done in two.
+CHANGES = {"adaptive_entropy": ["grpo.entropy_target=99"], "tr_grpo": ["reference.sync_every=1"]}
 WITH_REFERENCE = {"gdpo", "grpo", "reinforce++", "reinforce++_baseline", "rloo", "tr_grpo"}
 
 
@@ -105,7 +107,7 @@ def test_a_preset_trains_with_the_advantages_and_parts_of_its_paper(name, tmp_pa
     recipe.write_text(RECIPE)
     flavour = f"pure_nnx={PRESETS.index(name) % 2 == 0}".lower()
     settings = [f"output_dir={tmp_path / 'run'}", f"grpo.preset={name}", flavour]
-    settings += ["reference.sync_every=1"] if name == "tr_grpo" else []
+    settings += CHANGES.get(name, [])
     update = Updater.step
 
     @functools.wraps(update)
@@ -131,6 +133,9 @@ def test_a_preset_trains_with_the_advantages_and_parts_of_its_paper(name, tmp_pa
         own = set().union(*OWN_METRICS.values())
         assert own & line.keys() == OWN_METRICS.get(name, set())
     assert (tmp_path / "run" / "checkpoints" / "2" / "reference").exists() == (name == "tr_grpo")
+    if name == "adaptive_entropy":
+        # Two updates a step, each of which raises it.
+        assert [line["entropy_coef"] for line in lines] == pytest.approx([0.01, 0.02])
     config = read_run(tmp_path / "run")[0]
     weights_K = np.array([1.0, 0.5] + [config.rewards.overlong_factor] * (name == "dapo_full"))
     for step in (1, 2):
