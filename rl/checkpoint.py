@@ -126,10 +126,9 @@ class Checkpoints:
     def restore_weights(self, step: int | None = None, base: Params | None = None) -> tuple[Params, Any]:
         """(weights, random key) of checkpoint `step`, placed and checked as `restore` does it: all that decoding needs.
 
-        Nothing of the optimizer's state is read, or takes memory.
+        Nothing of the optimizer's state is compared or read, or takes memory: this run's state may be without one.
         """
-        _, folder, target = self.check(step)
-        wanted = {name: target[name] for name in ("params", "rng")}
+        _, folder, wanted = self.check(step, parts=("params", "rng"))
         places = ocp.checkpoint_utils.construct_restore_args(wanted)
         with _explain_read_errors(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             restored = reader.restore(
@@ -138,9 +137,14 @@ class Checkpoints:
             )
         return join(restored["params"], base or {}), restored["rng"]
 
-    def check(self, step: int | None = None) -> tuple[int, pathlib.Path, dict[str, Any]]:
+    def check(
+        self, step: int | None = None, parts: tuple[str, ...] | None = None
+    ) -> tuple[int, pathlib.Path, dict[str, Any]]:
         """Compares what checkpoint `step` (None: the newest) says that it holds with what this run wants; reads no
         array.
+
+        Args:
+          parts: of the layout on disk (`to_tree`), those to compare and to read; None: all.
 
         Returns:
           Its step, its folder, and the shapes and places of the arrays to read.
@@ -152,6 +156,8 @@ class Checkpoints:
         self._check_adapter(step, folder)
         with _explain_read_errors(folder):
             written = _plain_metadata(self._manager.item_metadata(step)["state"])
+        if parts is not None:
+            written, target = ({name: tree[name] for name in parts if name in tree} for tree in (written, target))
         check_same_tree(written.get("params", {}), target["params"], f"the weights of {folder}")
         check_same_tree(written, target, f"the arrays of {folder}")
         return step, folder, target

@@ -103,14 +103,10 @@ def load_source(source: Source) -> TrainedPolicy:
 
 def load_start(config: Config) -> TrainedPolicy:
     """The weights that a run with this configuration would start from."""
-    tokenizer = tokenizer_of(config)
-    origin = find_origin(config, tokenizer)
-    mesh = create_mesh(config.mesh)
-    policy = policy_from_config(config, origin.model_config)
-    init_state_fn = InitStateFn(policy, None, config.seed)
+    tokenizer, origin, mesh, init_state_fn = _decode_setup(config)
     shardings = get_abstract_state(config, mesh, init_state_fn, is_training=False).shardings.params
     state, _ = setup_decode_state(config, mesh, init_state_fn, pretrained_params(origin, shardings))
-    return TrainedPolicy(policy, state.params, shardings, mesh, tokenizer, origin, state.rng, None)
+    return TrainedPolicy(init_state_fn.policy, state.params, shardings, mesh, tokenizer, origin, state.rng, None)
 
 
 def training_setup(config: Config, origin: Origin) -> tuple[Mesh, InitStateFn]:
@@ -124,12 +120,12 @@ def training_setup(config: Config, origin: Origin) -> tuple[Mesh, InitStateFn]:
 def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None = None) -> TrainedPolicy:
     """The weights of a run's checkpoint; None: the newest. `config` is the run's own (see `rl.run_folder.read_run`).
 
+    Nothing of the optimizer is built or read: its section of the configuration has no say here.
+
     Raises:
       ValueError: the run has no such checkpoint.
     """
-    tokenizer = tokenizer_of(config)
-    origin = find_origin(config, tokenizer)
-    mesh, init_state_fn = training_setup(config, origin)
+    tokenizer, origin, mesh, init_state_fn = _decode_setup(config)
     config = dataclasses.replace(config, output_dir=str(pathlib.Path(folder)))
     checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, read_only=True)
     try:
@@ -142,5 +138,14 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
         params, rng = checkpoints.restore_weights(step, frozen_base(config, mesh, init_state_fn, origin))
     finally:
         checkpoints.close()
-    shardings = checkpoints.abstract.shardings.params
-    return TrainedPolicy(init_state_fn.policy, params, shardings, mesh, tokenizer, origin, rng, step)
+    state, abstract = setup_decode_state(config, mesh, init_state_fn, params)
+    shardings = abstract.shardings.params
+    return TrainedPolicy(init_state_fn.policy, state.params, shardings, mesh, tokenizer, origin, rng, step)
+
+
+def _decode_setup(config: Config) -> tuple[Tokenizer, Origin, Mesh, InitStateFn]:
+    """Tokenizer, model and mesh, and the `init_state_fn` of a state to decode with: parameters, no optimizer."""
+    tokenizer = tokenizer_of(config)
+    origin = find_origin(config, tokenizer)
+    policy = policy_from_config(config, origin.model_config)
+    return tokenizer, origin, create_mesh(config.mesh), InitStateFn(policy, None, config.seed)

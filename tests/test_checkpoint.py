@@ -1,5 +1,6 @@
 """Checkpoints: one layout for both flavours and every mesh, checked before a restore, safe when the disk is full."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,13 +15,15 @@ import pytest
 from rl.checkpoint import create_checkpoint_manager, from_tree, to_tree
 from rl.config import load_config
 from rl.mesh import create_mesh
-from rl.models.config import ModelConfig
+from rl.models.config import LoRAConfig, ModelConfig
+from rl.models.lora import split
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
 from rl.states import InitStateFn, get_abstract_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHAPE = ModelConfig.from_arch("qwen2", 24, 16, 32, 1, 4, 2, 8)
+WITH_ADAPTERS = dataclasses.replace(SHAPE, lora=LoRAConfig(rank=2, alpha=4.0, targets=("*_proj",)))
 DEEPER = ModelConfig.from_arch("qwen2", 24, 16, 32, 2, 4, 2, 8)
 LOOP = {"step": 7, "entropy": {"coef": 0.1, "last_entropy": float("inf")}, "flavour": "nnx"}
 
@@ -103,6 +106,23 @@ def test_weights_are_read_without_the_moments(tmp_path, optimizer):
     np.testing.assert_array_equal(rng, numbers.rng)
     sizes = [leaf.nbytes for leaf in (*jax.tree.leaves(numbers.params), numbers.rng)]
     assert sum(array.nbytes for array in read) <= sum(sizes) + 8  # and the number of the step
+
+
+@pytest.mark.parametrize("pure_nnx", ["true", "false"])
+@pytest.mark.parametrize("shape", [SHAPE, WITH_ADAPTERS], ids=["whole", "adapters"])
+def test_a_state_without_optimizer_reads_what_any_optimizer_wrote_beside(tmp_path, pure_nnx, shape):
+    numbers = write(tmp_path, 7, "optimizer.name=adafactor", f"pure_nnx={pure_nnx}", shape=shape)
+    config, mesh, init_state_fn = setup(tmp_path, "optimizer.name=sgd", f"pure_nnx={pure_nnx}", shape=shape)
+    decoding = dataclasses.replace(init_state_fn, optimizer=None)
+    checkpoints = create_checkpoint_manager(config, mesh, decoding, read_only=True)
+    assert checkpoints.abstract.shapes.opt_state == ()
+    base = split(shape, numbers.params)[1] if shape.lora else None
+    params, rng = checkpoints.restore_weights(7, base)
+    assert_equal(host(params), numbers.params)
+    np.testing.assert_array_equal(rng, numbers.rng)
+    with pytest.raises(ValueError, match=r"the arrays of .*: unexpected \['opt_state'\]"):
+        checkpoints.restore(7, base)  # a whole state needs the optimizer that wrote it
+    checkpoints.close()
 
 
 def test_both_flavours_write_the_same_paths(tmp_path):

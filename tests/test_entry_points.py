@@ -1,4 +1,6 @@
-"""Every command that needs a state takes it from `init_state_fn`, in both flavours, from one recipe and one run."""
+"""Every command that needs a state takes it from `init_state_fn`, in both flavours, from one recipe and one run; those
+that decode or export build it without an optimizer.
+"""
 
 import ast
 import json
@@ -33,6 +35,7 @@ mesh: {{num_devices: 1}}
 """
 # `launch` starts others; the rest work on files, `quantize` layer by layer, and hold no state.
 NO_STATE = {"launch", "report", "quantize"}
+NO_OPTIMIZER = {"eval", "sample", "export"}  # parameters only, of whole weights and of adapters beside their base
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -69,8 +72,11 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
     walk = {
         "train": [[whole], [adapters]],
         "sft": [[whole, f"output_dir={tmp_path / 'sft'}"]],
-        "eval": [[run], [whole]],
-        "sample": [[run, "--prompt", "1+1="], [whole, "--prompt", "1+1="], ["--replay", run, 1, 0, 0]],
+        "eval": [[run], [whole], [tuned]],
+        "sample": [
+            *([model, "--prompt", "1+1="] for model in (run, whole, tuned)),
+            ["--replay", run, 1, 0, 0],
+        ],
         "export": [
             [run, tmp_path / "folder"],
             [run, tmp_path / "params", "--format", "params"],
@@ -93,6 +99,8 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
             assert status in (0, None), (command, arguments, said.err)
             assert built, f"grpo {command} {arguments} built no state through init_state_fn"
             assert {name for name, _ in built} == {flavour}, (command, arguments)
+            if command in NO_OPTIMIZER:
+                assert not any(has_optimizer for _, has_optimizer in built), (command, arguments)
 
 
 def test_nothing_else_draws_the_weights_of_a_policy():
