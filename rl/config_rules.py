@@ -5,6 +5,7 @@ that need devices, data, a tokenizer or the model live where those are loaded.
 """
 
 import json
+from typing import Any
 
 from rl.config_sections import OPEN_CHOICES, Config, flatten, is_user_function, source_kind, to_dict
 
@@ -162,6 +163,27 @@ def _check_health(config: Config) -> None:
             raise ValueError(f"health.{name} must be a share in (0, 1] or null (off), got {value}")
 
 
+def decoder_keys(config: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys that belong to the toolkit's own decoder and that this run's model is not: their values, and what they must
+    be. None of a run with that decoder.
+    """
+    section, kind = config.model, source_kind(config.model.source)
+    if kind == "decoder":
+        return {}
+    keys: dict[str, tuple[Any, Any]] = {
+        "lora.rank": (config.lora.rank, 0),
+        "sampling.kv_dtype": (config.sampling.kv_dtype, None),
+        "sampling.weight_dtype": (config.sampling.weight_dtype, None),
+        "model.scan_layers": (section.scan_layers, False),
+        "model.attention": (section.attention, "auto"),
+        "mesh.rollout_rules": (config.mesh.rollout_rules, {}),
+        "compiled_file": (config.compiled_file, None),
+    }
+    if kind == "own":
+        keys["model.remat"] = (section.remat, "none")
+    return keys
+
+
 def _check_model(config: Config) -> None:
     """Keys that only some kinds of model have."""
     section, kind = config.model, source_kind(config.model.source)
@@ -174,23 +196,12 @@ def _check_model(config: Config) -> None:
                 )
     if kind == "decoder":
         return
-    rules = {
-        "lora.rank": (config.lora.rank, 0),
-        "sampling.kv_dtype": (config.sampling.kv_dtype, None),
-        "sampling.weight_dtype": (config.sampling.weight_dtype, None),
-        "model.scan_layers": (section.scan_layers, False),
-        "model.attention": (section.attention, "auto"),
-        "mesh.rollout_rules": (config.mesh.rollout_rules, {}),
-        "compiled_file": (config.compiled_file, None),
-    }
-    if kind == "own":
-        rules["model.remat"] = (section.remat, "none")
     if config.optimizer.name == "muon":
         raise ValueError(
             f"optimizer.name must not be muon with model.source {section.source!r}, whose matrices it cannot tell "
             "inputs and outputs of; use adamw"
         )
-    for key, (value, needed) in rules.items():
+    for key, (value, needed) in decoder_keys(config).items():
         if value != needed:
             raise ValueError(
                 f"{key} must be {json.dumps(needed)} with model.source {section.source!r}, got "

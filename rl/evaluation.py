@@ -153,8 +153,15 @@ def create_sampler(
       memory: bytes of a device of the mesh; None: as it says itself.
       stored: where compiled programs are taken from, if they are there.
     """
-    if not policy.decodes_in_waves:
-        return slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, stored)
+    if policy.decodes_in_waves:
+        return wave_sampler(config, policy, mesh, param_shardings, tokenizer, memory)
+    return slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, stored)
+
+
+def wave_sampler(
+    config: Config, policy: Policy, mesh: Mesh, param_shardings: Any, tokenizer: Tokenizer, memory: int | None = None
+) -> WaveSampler:
+    """The sampler of a policy with a cache of its own; arguments as in `create_sampler`."""
     rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory)
     return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
 

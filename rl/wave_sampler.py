@@ -19,9 +19,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from rl import hosts
-from rl.decoding import request_key
+from rl.decoding import TOKEN_LOOP, request_key
 from rl.mesh import num_row_shards, replicated, row_sharding
 from rl.models.policy import Params, WavePolicy
+from rl.programs import Program
 from rl.prompt_logprobs import PromptScorer
 from rl.sampler import check_requests
 from rl.sampling import Draw, SamplingParams, TokenCounts, add_token, draw
@@ -87,8 +88,8 @@ class WaveSampler:
         self._request_keys = jax.jit(_request_keys, out_shardings=self._rows)
         self._longest = 0  # tokens of the longest prompt expected
         self._most_requests = 0  # of the calls that are planned
-        # (rows, cache length) -> its compiled functions, so that each wave of a run finds them again.
-        self._programs = functools.cache(self._compile)
+        # (rows, cache length) -> its programs, so that each wave of a run finds them, and what they compiled to, again.
+        self._programs = functools.cache(self._programs_of)
 
     def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
         """Plans shapes for prompts like these: calls with such prompts then share their programs.
@@ -96,7 +97,11 @@ class WaveSampler:
         Calls of no more than `num_prompts * num_samples` requests share them as well: they have the rows of a call of
         just so many, of which some draw nothing.
         """
-        self._longest = max(self._longest, *(len(prompt) for prompt in prompts))
+        self.expect_length(max(len(prompt) for prompt in prompts), num_prompts, num_samples)
+
+    def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
+        """The same for prompts of up to so many tokens."""
+        self._longest = max(self._longest, prompt_length)
         self._most_requests = num_prompts * num_samples
 
     def close(self) -> None:
@@ -134,12 +139,47 @@ class WaveSampler:
         """Compiles what a call of this size needs, here and now, for prompts of any length up to the expected one."""
         num_rows, length = self._shape(num_prompts * num_samples, sampling)
         programs = self._programs(num_rows, length)
-        for start in sorted({size_at_most(n) for n in range(1, self._longest)}):
+        for start in self._starts():
             programs.prefill(params, programs.empty_cache(params), self._put(np.zeros((num_rows, start), np.int32)))
         wave = self._wave([], [], [], num_rows, length, sampling, jax.random.key(0))
-        programs.chunk(
-            params, programs.empty_cache(params), self._begin(wave, 0, 0), wave, sampling, self._steps(sampling)
+        programs.chunk(sampling, self._steps(sampling))(
+            params, programs.empty_cache(params), self._begin(wave, 0, 0), wave
         )
+
+    def rollout_plan(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> "WavePlan":
+        """What a call of this size runs and keeps, for prompts of up to the expected length; nothing runs.
+
+        Raises:
+          ValueError: a cache that does not fit in `kv_bytes`.
+        """
+        num_rows, length = self._shape(num_prompts * num_samples, sampling)
+        programs = self._programs(num_rows, length)
+        params, cache = self._param_shapes, programs.cache_shapes
+        rows = {name: jax.ShapeDtypeStruct((num_rows,), name) for name in ("int32", "bool")}
+        seen = counts = None
+        if sampling.needs_counts:
+            num_entries = self._policy.config.vocab_size
+            counts = jax.eval_shape(
+                lambda: TokenCounts(*(jnp.zeros((num_rows, num_entries), dtype) for dtype in (jnp.int32, jnp.bool_)))
+            )
+            seen = counts.prompt_BV
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
+        prompts = jax.ShapeDtypeStruct((num_rows, length), jnp.int32)
+        wave = Wave(prompts, rows["int32"], rows["int32"], keys, seen)
+        progress = Progress(jax.ShapeDtypeStruct((), jnp.int32), rows["int32"], rows["bool"], counts)
+        steps = self._steps(sampling)
+        starts = self._starts()
+        head = jax.ShapeDtypeStruct((num_rows, starts[-1]), jnp.int32) if starts else None
+        return WavePlan(
+            prefill=None if head is None else (programs.prefill_program, (params, cache, head)),
+            chunk=(programs.chunk_program(sampling, steps), (params, cache, progress, wave)),
+            num_steps=steps,
+            cache_bytes=num_rows // self._num_shards * self._bytes_per_row(length),
+        )
+
+    def _starts(self) -> list[int]:
+        """How many positions waves may begin with: those that the shortest prompt has, but for its last one."""
+        return sorted({size_at_most(n) for n in range(1, self._longest)})
 
     def _stream(
         self,
@@ -180,8 +220,9 @@ class WaveSampler:
             cache = programs.prefill(params, cache, self._put(head_BP))
         progress = self._begin(wave, len(numbers), start)
         drawings = {row: Drawing() for row in range(len(numbers))}
+        chunk = programs.chunk(sampling, self._steps(sampling))
         while drawings:
-            cache, progress, report = programs.chunk(params, cache, progress, wave, sampling, self._steps(sampling))
+            cache, progress, report = chunk(params, cache, progress, wave)
             num_steps, is_drawn_CB, drawn = jax.device_get(report)
             for row in list(drawings):
                 request = requests[numbers[row]]
@@ -288,36 +329,52 @@ class WaveSampler:
 
     # Programs
 
-    def _compile(self, num_rows: int, length: int) -> "_Programs":
+    def _programs_of(self, num_rows: int, length: int) -> "_Programs":
         policy, rows, everywhere = self._policy, self._rows, self._everywhere
         shapes = jax.eval_shape(lambda params: policy.empty_cache(params, num_rows, length), self._param_shapes)
         cache = jax.tree.map(lambda leaf: rows if leaf.ndim else everywhere, shapes)
+        progress = Progress(everywhere, rows, rows, rows)
+        params = self._param_shardings
+
+        def empty_cache(params: Params) -> Any:
+            return policy.empty_cache(params, num_rows, length)
+
+        def chunk_program(sampling: SamplingParams, num_steps: int) -> Program:
+            decode = functools.partial(_decode_chunk, policy, rows, sampling, num_steps)
+            where = (params, cache, progress, Wave(rows, rows, rows, rows, rows))
+            return Program(decode, where, (cache, progress, everywhere), donate=(1,))
+
+        prefill = Program(functools.partial(_prefill, policy), (params, cache, rows), cache, donate=(1,))
         return _Programs(
-            empty_cache=jax.jit(
-                lambda params: policy.empty_cache(params, num_rows, length),
-                in_shardings=(self._param_shardings,),
-                out_shardings=cache,
-            ),
-            prefill=jax.jit(
-                functools.partial(_prefill, policy),
-                in_shardings=(self._param_shardings, cache, rows),
-                out_shardings=cache,
-                donate_argnums=1,
-            ),
-            chunk=jax.jit(
-                functools.partial(_decode_chunk, policy, rows),
-                in_shardings=(self._param_shardings, cache, None, None),
-                out_shardings=(cache, Progress(everywhere, rows, rows, rows), everywhere),
-                static_argnums=(4, 5),
-                donate_argnums=1,
-            ),
+            cache_shapes=shapes,
+            empty_cache=Program(empty_cache, (params,), cache).jit(),
+            prefill_program=prefill,
+            prefill=prefill.jit(),
+            chunk_program=chunk_program,
+            chunk=functools.cache(lambda sampling, num_steps: chunk_program(sampling, num_steps).jit()),
         )
 
 
+class WavePlan(NamedTuple):
+    """What rollouts run: programs with their abstract arguments, of prefill the one for the longest prompts (None where
+    these have one token); steps of a chunk; bytes of the cache on a device.
+    """
+
+    prefill: tuple[Program, tuple[Any, ...]] | None
+    chunk: tuple[Program, tuple[Any, ...]]
+    num_steps: int
+    cache_bytes: int
+
+
 class _Programs(NamedTuple):
+    """Of waves with so many rows and positions. chunk, chunk_program: of (sampling, steps)."""
+
+    cache_shapes: Any
     empty_cache: Callable[..., Any]
+    prefill_program: Program
     prefill: Callable[..., Any]
-    chunk: Callable[..., Any]
+    chunk_program: Callable[[SamplingParams, int], Program]
+    chunk: Callable[[SamplingParams, int], Callable[..., Any]]
 
 
 def _request_keys(
@@ -337,12 +394,12 @@ def _prefill(policy: WavePolicy, params: Params, cache: Any, tokens_BP: jax.Arra
 def _decode_chunk(
     policy: WavePolicy,
     rows: NamedSharding,
+    sampling: SamplingParams,
+    num_steps: int,
     params: Params,
     cache: Any,
     progress: Progress,
     wave: Wave,
-    sampling: SamplingParams,
-    num_steps: int,
 ) -> tuple[Any, Progress, tuple[jax.Array, jax.Array, Draw]]:
     """Up to `num_steps` positions more for every row; stops before when all rows have ended.
 
@@ -384,7 +441,9 @@ def _decode_chunk(
 
     shapes = jax.eval_shape(advance, cache, progress)[2:]
     columns = jax.tree.map(lambda like: jnp.zeros((num_steps, *like.shape), like.dtype), shapes)
-    cache, progress, num_made, columns = jax.lax.while_loop(unfinished, step, (cache, progress, jnp.int32(0), columns))
+    with jax.named_scope(TOKEN_LOOP):
+        start = (cache, progress, jnp.int32(0), columns)
+        cache, progress, num_made, columns = jax.lax.while_loop(unfinished, step, start)
     return cache, progress, (num_made, *columns)
 
 

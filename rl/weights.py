@@ -39,11 +39,11 @@ class Origin:
 
 def tokenizer_of(config: Config) -> Tokenizer:
     """tokenizer.source, else the model's folder, else the byte tokenizer."""
-    source = config.tokenizer.source or _folder_source(config) or BYTE_SOURCE
+    source = config.tokenizer.source or folder_source(config) or BYTE_SOURCE
     return load_tokenizer(source, config.tokenizer.chat_template)
 
 
-def _folder_source(config: Config) -> str | None:
+def folder_source(config: Config) -> str | None:
     """The folder or hub id in model.source; None for a fresh model and for a module of the user's own."""
     source = config.model.source
     return None if source is None or source_kind(source) == "own" else source.removeprefix(TUNIX_PREFIX)
@@ -75,12 +75,25 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
 
 
 def model_shape(config: Config, tokenizer: Tokenizer, folder: pathlib.Path | None) -> ModelConfig:
-    """The model of a run, from `model.arch`, or from the config.json in `folder`; no weights are looked at.
+    """The model of a run, from `model.arch`, from the config.json in `folder`, or from the function that model.source
+    names; no weights are looked at.
 
     Raises:
-      ValueError: an unsupported architecture, or a tokenizer with ids beyond the model's vocabulary.
+      ValueError: an unsupported architecture, a module that breaks its contract, or a tokenizer with ids beyond the
+        model's vocabulary.
     """
     section, arch = config.model, config.model.arch
+    if source_kind(section.source) != "decoder":
+        foreign_shape: Any = foreign_config(
+            config,
+            folder,
+            vocab_size=tokenizer.vocab_size,
+            eos_token_ids=tokenizer.eos_ids,
+            bos_token_id=tokenizer.bos_id,
+            pad_token_id=tokenizer.pad_id,
+        )
+        _check_vocabulary(tokenizer, foreign_shape)
+        return foreign_shape
     if folder is None:
         shape = {name: value for name, value in dataclasses.asdict(arch).items() if name != "vocab_size"}  # pyright: ignore[reportArgumentType]
         model_config = ModelConfig.from_arch(
@@ -110,19 +123,12 @@ def _files_of(folder: pathlib.Path) -> Any:
 
 def _foreign_origin(config: Config, tokenizer: Tokenizer) -> Origin:
     """That of a model which is not the toolkit's own decoder: a module of the user's, or a Tunix model."""
-    section, folder_source = config.model, _folder_source(config)
-    folder = None if folder_source is None else pathlib.Path(resolve_source(folder_source))
-    model_config: Any = foreign_config(
-        config,
-        folder,
-        vocab_size=tokenizer.vocab_size,
-        eos_token_ids=tokenizer.eos_ids,
-        bos_token_id=tokenizer.bos_id,
-        pad_token_id=tokenizer.pad_id,
-    )
-    _check_vocabulary(tokenizer, model_config)
+    section, source = config.model, folder_source(config)
+    folder = None if source is None else pathlib.Path(resolve_source(source))
+    model_config = model_shape(config, tokenizer, folder)
     identity: dict[str, Any] = {"source": section.source}
     if folder is not None:
+        foreign.check_weights(folder, model_config)
         return Origin(model_config, folder, {**identity, "hash": hf.weights_hash(folder)})
     file = pathlib.Path(str(section.source).rpartition(":")[0]).expanduser()
     identity |= {"file": hashlib.sha256(file.read_bytes()).hexdigest(), "args": section.args}

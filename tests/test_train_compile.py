@@ -1,6 +1,7 @@
 """Compiling a run ahead of time: what is compiled is what training runs, for devices that are there or not, in both
 flavours; programs come back from a file, or are refused."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -37,6 +38,8 @@ from rl.weights import model_shape
 
 FLAVOURS = {"linen": False, "nnx": True}
 NAMES = ["state init", "reference init", "prefill", "decode", "logprobs", "train step"]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MODELS = ROOT / "tests" / "data" / "models"
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
 TINY = [
     *("model.arch.hidden_size=16", "model.arch.intermediate_size=24", "model.arch.num_layers=1"),
@@ -60,6 +63,24 @@ def parts_of(config):
 
 def shapes_of(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@contextlib.contextmanager
+def persistent_cache(folder):
+    """Compiled programs are kept in `folder` meanwhile."""
+    settings = {"compilation_cache_dir": str(folder), "persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, f"jax_{name}") for name in settings}
+
+    def set_cache(values):
+        for name, value in values.items():
+            jax.config.update(f"jax_{name}", value)
+        compilation_cache.reset_cache()
+
+    set_cache(settings)
+    try:
+        yield
+    finally:
+        set_cache(before)
 
 
 @pytest.fixture(scope="module", params=FLAVOURS)
@@ -180,6 +201,81 @@ def test_a_folder_without_weights_is_enough(tmp_path):
     assert loop.policy.config.vocab_size == 300
     init, _ = loop.programs[0].make()
     assert jax.eval_shape(init.function).params == {}  # pretrained weights are read
+
+
+# Models that are not the own decoder
+
+
+OWN_MODULES = {"nnx": "gpt", "linen": "ssm"}
+
+
+def own_module(flavour, *overrides):
+    source = f"model.source={ROOT / 'examples/own_model' / OWN_MODULES[flavour]}.py:build"
+    kept = [setting for setting in TINY if not setting.startswith("model.arch")]
+    size = "model.args={hidden_size: 16, num_layers: 1}"
+    return load_config(None, [*kept, source, size, f"pure_nnx={flavour == 'nnx'}".lower(), *overrides])
+
+
+@contextlib.contextmanager
+def compilations(caplog):
+    """A list that holds afterwards what jax said of each program compiled meanwhile: its name, and the shapes, dtypes
+    and shardings of its arguments.
+    """
+    said = []
+    caplog.clear()
+    with jax.log_compiles():
+        yield said
+    said += [text for text in (record.getMessage() for record in caplog.records) if text.startswith("Compiling ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_module_of_ones_own_is_compiled_as_its_training_runs_it(flavour, tmp_path, caplog):
+    config = own_module(flavour, f"output_dir={tmp_path / 'run'}")
+    loop = loop_programs(config, jax.devices()[:2])
+    assert [program.name for program in loop.programs] == NAMES
+    functions = [program.make()[0].function for program in loop.programs]
+    names = [f"Compiling jit({getattr(function, 'func', function).__name__}) " for function in functions]
+    with compilations(caplog) as ahead:
+        report = Report(loop, None, [compile_one(program)[0] for program in loop.programs])
+    ahead = [text for text in ahead if text.startswith(tuple(names))]
+    assert len(ahead) == len(loop.programs)
+    with compilations(caplog) as during:
+        train(config)
+    assert not [text for text in ahead if text not in during]
+    assert report.fits
+    decode = next(program for program in report.programs if program.name == "decode")
+    assert decode.work.unknown_loops == 0
+    assert loop.resident.cache > 0
+    assert "are left for keys and values; the configuration" in to_text(report)
+    # Of what does not fit only keys are named that such a model has.
+    scarce = Report(dataclasses.replace(loop, memory=loop.resident.weights), None, report.programs)
+    told = [line.partition(":")[0] for line in advice(scarce) if "=" in line.partition(":")[0]]
+    assert "model.param_dtype=bfloat16" in told
+    own_module(flavour, *(key for keys in told for key in keys.split()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of interfaces that Tunix 0.1.7 uses
+def test_a_tunix_model_is_compiled_without_its_weights(tmp_path):
+    raw = json.loads((MODELS / "qwen3" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"vocab_size": 259}))
+    kept = [setting for setting in TINY if not setting.startswith("model.arch")]
+    config = load_config(None, [*kept, f"model.source=tunix:{tmp_path}", "tokenizer.source=byte"])
+    loop = loop_programs(config, jax.devices()[:2])
+    reported = [program for program in loop.programs if program.is_reported]
+    assert [program.name for program in reported] == [name for name in NAMES if name != "reference init"]
+    report = compile_loop(
+        dataclasses.replace(loop, programs=[p for p in reported if p.name in ("decode", "train step")])
+    )
+    assert report.fits
+    assert all(program.work.flops > 0 for program in report.programs)
+    init, _ = loop.programs[0].make()
+    assert jax.eval_shape(init.function).params == {}
+
+
+def test_programs_of_a_module_of_ones_own_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"--save must go with a model of the toolkit's own decoder.*gpt.py:build"):
+        compile_config(own_module("nnx"), devices="cpu:2", save=str(tmp_path / "programs.bin"))
 
 
 # What a program does, from its text
@@ -330,27 +426,17 @@ def plain(tmp_path_factory):
 def test_programs_to_save_do_not_come_out_of_the_persistent_cache(tmp_path):
     loop = loop_programs(tiny(), jax.devices()[:2])
     loop = dataclasses.replace(loop, programs=loop.programs[:1])
-    settings = {"compilation_cache_dir": str(tmp_path / "cache"), "persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, f"jax_{name}") for name in settings}
-
-    def set_cache(values):
-        for name, value in values.items():
-            jax.config.update(f"jax_{name}", value)
-        compilation_cache.reset_cache()
 
     def cached():
         return [path for path in (tmp_path / "cache").glob("jit_init*") if path.name.endswith("-cache")]
 
-    set_cache(settings)
-    try:
+    with persistent_cache(tmp_path / "cache"):
         compile_loop(loop)
         (entry,) = cached()
         entry.unlink()
         jax.clear_caches()
         compile_loop(loop, save=str(tmp_path / "programs.bin"))
         assert not cached()
-    finally:
-        set_cache(before)
     assert set(read_file(tmp_path / "programs.bin")[1]) == {loop.programs[0].key}
 
 

@@ -23,6 +23,13 @@ LENGTH = 6  # tokens of the trial
 TOLERANCES = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 0.2}  # of hidden states, relative to the largest
 
 
+def check_weights(folder: pathlib.Path, config: Any) -> None:
+    """Compares the headers of a Tunix model's files with what `config` wants; ValueError naming what does not fit."""
+    from rl.models import tunix_config
+
+    tunix_config.check_files(folder, config)
+
+
 def load_weights(path: pathlib.Path, config: Any, shardings: Any) -> Params:
     """The weights of a `ForeignConfig`'s model, placed by `shardings`.
 

@@ -95,7 +95,6 @@ def describe(section: Any, folder: pathlib.Path) -> ForeignConfig:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model = dataclasses.replace(model, folder=folder, tensor_names=frozenset(_tensor_names(family, raw, shape)))
-    _check_files(folder, model.tensor_names)
     abstract = nnx.eval_shape(lambda: model.make(jax.random.key(0)))
     shapes = string_keys(nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
     return ForeignConfig(
@@ -359,9 +358,9 @@ def _tensor_names(family: str, raw: Mapping[str, Any], shape: ModelConfig) -> It
             yield name
 
 
-def _check_files(folder: pathlib.Path, expected: frozenset[str]) -> None:
+def check_files(folder: pathlib.Path, config: ForeignConfig) -> None:
     """ValueError for tensors that are missing or that Tunix would leave out."""
-    found: set[str] = set()
+    expected, found = config.model.tensor_names, set()
     for file in sorted(folder.glob("*.safetensors")):
         with safetensors.safe_open(file, framework="numpy") as tensors:
             found |= set(tensors.keys())

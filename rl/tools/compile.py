@@ -19,6 +19,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from rl.config import Config, load_config
+from rl.config_sections import source_kind
 from rl.executables import save_compiled
 from rl.host_memory import peak_bytes, start_peak
 from rl.tools.compile_report import ProgramReport, Report, report_of, report_refused, to_json, to_text
@@ -85,8 +86,14 @@ def compile_config(
     """`grpo compile` as a function; its arguments are the command's, `tell` is that of `compile_loop`.
 
     Raises:
-      ValueError: whatever is wrong with them, or an unknown chip.
+      ValueError: whatever is wrong with them, an unknown chip, or `save` for a model whose training takes no
+        compiled_file.
     """
+    if save is not None and source_kind(config.model.source) != "decoder":
+        raise ValueError(
+            "--save must go with a model of the toolkit's own decoder, the only one whose training takes a "
+            f"compiled_file, got model.source {config.model.source!r}; leave --save out"
+        )
     found = find_devices(topology, num_slices, devices)
     kind = found[0].device_kind
     if topology is not None and kind not in CHIPS:

@@ -11,7 +11,10 @@ from typing import Any
 
 import jax
 
+from rl.config_rules import decoder_keys
+from rl.config_sections import source_kind
 from rl.mesh import num_row_shards
+from rl.models.config import base_specs, flatten_specs
 from rl.tools.hlo import Work, work_of
 from rl.tools.loop_programs import DECODE, PREFILL, Loop, LoopProgram
 from rl.tools.topologies import GIB, Chip
@@ -138,7 +141,8 @@ def advice(report: Report) -> list[str]:
     if not found or held > 0.6 * memory:
         total = held * loop.mesh.size
         found.append(f"more chips: weights, optimizer state and reference are {total / GIB:.0f} GiB in all")
-    return list(dict.fromkeys(found))
+    others = tuple(f"{key}=" for key in decoder_keys(loop.config))  # keys that this model does not have
+    return [line for line in dict.fromkeys(found) if not line.startswith(others)]
 
 
 def _smaller_state(report: Report) -> list[str]:
@@ -150,7 +154,8 @@ def _smaller_state(report: Report) -> list[str]:
     if config.grpo.beta and loop.resident.reference:
         found.append("grpo.beta=0: no reference beside the policy")
     if config.model.param_dtype == "float32":
-        found.append("model.param_dtype=bfloat16: half the bytes of weights and gradients")
+        both = " model.dtype=bfloat16" if source_kind(config.model.source) == "tunix" else ""  # which has one for both
+        found.append(f"model.param_dtype=bfloat16{both}: half the bytes of weights and gradients")
     elif config.optimizer.moment_dtype is None and config.optimizer.name == "adamw":
         found.append("optimizer.name=adafactor: sums of rows and columns in place of the second moment")
     if not config.optimizer.offload and loop.resident.moments:
@@ -174,12 +179,12 @@ def _smaller_rollout(report: Report) -> list[str]:
 
 def _smaller_pieces(report: Report) -> list[str]:
     loop, config = report.loop, report.loop.config
-    found = []
+    found, is_decoder = [], source_kind(config.model.source) == "decoder"
     if config.model.remat in ("none", "dots", "outputs"):
         found.append("model.remat=block: of each layer only its input is kept")
-    elif config.model.remat == "block":
+    elif config.model.remat == "block" and is_decoder:
         found.append("model.remat=full: inputs of every sqrt(num_layers)-th layer only are kept")
-    if not config.model.scan_layers and loop.policy.config.num_layers > 8:
+    if is_decoder and not config.model.scan_layers and loop.policy.config.num_layers > 8:
         found.append("model.scan_layers=true: layers in a loop, whose memory is that of one layer")
     shards = num_row_shards(loop.mesh, config.mesh.rules)
     least = shards * (config.data.max_prompt_length + config.sampling.max_completion_length)
@@ -192,9 +197,10 @@ def _smaller_pieces(report: Report) -> list[str]:
 
 def _more_tensor(report: Report) -> list[str]:
     loop = report.loop
-    tensor, heads = loop.config.mesh.tensor, loop.policy.config.num_kv_heads
+    tensor, specs = loop.config.mesh.tensor, flatten_specs(base_specs(loop.policy.config))
+    sizes = [size for _, spec in specs for size, axis in zip(spec.shape, spec.axes, strict=True) if axis == "kv_heads"]
     larger = 2 * max(tensor, 1)
-    if tensor < 1 or loop.mesh.size % larger or heads % larger:
+    if tensor < 1 or loop.mesh.size % larger or not sizes or any(size % larger for size in sizes):
         return []
     return [f"mesh.tensor={larger}: heads, mlp and vocabulary on {larger} devices each"]
 
@@ -271,6 +277,7 @@ def to_text(report: Report) -> str:
             kinds = [f"{k} {c.count} x, {c.num_bytes / 1e9:.3g} GB" for k, c in program.work.collectives.items()]
             lines.append(f"  {program.name}: {'; '.join(kinds) or 'none'}")
     budget = report.kv_budget()
+    positions = f", {budget // resident.bytes_per_position:,} positions" if resident.bytes_per_position else ""
     lines += [
         "",
         (
@@ -278,8 +285,8 @@ def to_text(report: Report) -> str:
             f"reference {gib(resident.reference)} GiB"
         ),
         (
-            f"sampler  {gib(budget)} GiB are left for keys and values, {budget // resident.bytes_per_position:,} "
-            f"positions; the configuration takes up to {gib(resident.cache)} GiB"
+            f"sampler  {gib(budget)} GiB are left for keys and values{positions}; the configuration takes up to "
+            f"{gib(resident.cache)} GiB"
         ),
     ]
     for program in report.programs:

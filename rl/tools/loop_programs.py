@@ -1,23 +1,23 @@
 """Every program of a GRPO run, with abstract arguments: state init, prefill, decode chunk, log-probs, train step.
 
 In: a configuration and devices, which need not be there. Out: what the trainer would call on them, ready to compile,
-and what would lie in memory meanwhile. Shapes only: of a pretrained model its config.json is read, of the data nothing,
-the tokenizer if there is one. Prompts are taken to be as long as `data.max_prompt_length` allows.
+and what would lie in memory meanwhile. Shapes only: of a pretrained model its config.json is read, of a module of the
+user's own its shapes are traced, of the data nothing, the tokenizer if there is one. Prompts are taken to be as long as
+`data.max_prompt_length` allows.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from rl.config import Config
-from rl.config_sections import source_kind
 from rl.decoding import TOKEN_LOOP
-from rl.evaluation import sampling_params, slot_sampler
+from rl.evaluation import sampling_params, slot_sampler, wave_sampler
 from rl.mesh import create_mesh, device_memory, on_host
 from rl.models.config import ModelConfig
 from rl.models.hf import SHAPE_PATTERNS, resolve_source
@@ -25,6 +25,7 @@ from rl.models.lora import split
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer
 from rl.programs import Program
+from rl.sampling import SamplingParams
 from rl.shaped_inputs import ShapedInputs, get_shaped_inputs
 from rl.states import BASE, WEIGHTS, InitStateFn, get_abstract_state, init_program
 from rl.token_advantages import TokenRewards
@@ -39,7 +40,7 @@ from rl.update import (
     bare_batch,
     update_programs,
 )
-from rl.weights import eos_ids, model_shape
+from rl.weights import eos_ids, folder_source, model_shape
 
 PREFILL, DECODE = "prefill", "decode"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -70,7 +71,8 @@ class Resident:
     """Bytes on a device that a run holds all the time, and those of its key/value caches at their largest.
 
     moments: those that stay on the device, see `optimizer.offload`. copy: weights of the rollouts' own, quantised or
-    sharded otherwise, which exist beside the trained ones while drawing.
+    sharded otherwise, which exist beside the trained ones while drawing. bytes_per_position: of keys and values; 0 for
+    a model with a cache of its own.
     """
 
     weights: int
@@ -109,11 +111,6 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     Raises:
       ValueError: whatever is wrong with the configuration or the model's shape.
     """
-    if source_kind(config.model.source) != "decoder":
-        raise ValueError(
-            "grpo compile needs a model of the toolkit's own decoder (a Hugging Face folder or model.arch), got "
-            f"model.source {config.model.source!r}"
-        )
     mesh = create_mesh(config.mesh, devices)
     memory = device_memory(mesh) if memory is None else memory
     tokenizer, model_config = read_shape(config)
@@ -123,15 +120,8 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     inputs = get_shaped_inputs(config, mesh, init_policy_fn)
     has_reference = bool(config.grpo.beta) and policy.config.lora is None
     sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
-    sampler = slot_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
-    sampler.expect_length(config.data.max_prompt_length, config.grpo.prompts_per_step, config.grpo.group_size)
-    rollout = sampler.rollout_programs(
-        inputs.state.params, config.grpo.prompts_per_step, config.grpo.group_size, sampling
-    )
-    shapes = sampler.shapes(config.grpo.prompts_per_step, config.grpo.group_size, sampling)
-    largest = max(shapes, key=lambda shape: (shape.num_slots * shape.length, shape.length))
-    per_position = sampler.engine.bytes_per_position()
-    rows = largest.num_slots * largest.length + largest.table_rows * largest.table_length
+    make_rollout = _wave_rollout if policy.decodes_in_waves else _slot_rollout
+    rollout = make_rollout(config, policy, mesh, inputs, tokenizer, sampling, memory)
     weights = shard_bytes(inputs.state.params, inputs.state_shardings.params)
     trained = update_arguments(policy, inputs.state, inputs.minibatch)[0].params
     trained_shardings = update_arguments(policy, inputs.state_shardings, inputs.minibatch_shardings)[0].params
@@ -140,21 +130,17 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         moments=shard_bytes(inputs.state.opt_state, inputs.state_shardings.opt_state),
         adapters=shard_bytes(trained, trained_shardings) if policy.config.lora else 0,
         reference=weights if has_reference else 0,
-        copy=_copy_bytes(config, rollout),
-        cache=per_position * rows // sampler.engine.num_shards,
-        bytes_per_position=per_position,
+        copy=rollout.copy,
+        cache=rollout.cache,
+        bytes_per_position=rollout.bytes_per_position,
     )
     beside_weights = resident.moments + resident.reference
     # While drawing, where rollouts have weights of their own, beside those that are trained.
     beside_rollout = beside_weights + (weights if resident.copy else 0)
     programs = _init_programs(config, mesh, policy, init_policy_fn, has_reference, resident)
-    for key, make in rollout.items():
-        is_prefill = key[0] == "prefill"
-        is_largest = key[3] == largest.table_length if is_prefill else key[1] == largest
-        name = PREFILL if is_prefill else DECODE
-        held = beside_rollout + (resident.cache if is_prefill else 0)
-        rounds = {} if is_prefill else {TOKEN_LOOP: key[3]}
-        programs.append(LoopProgram(name, repr(key), make, rounds, held, is_largest))
+    for program in rollout.programs:
+        held = beside_rollout + (resident.cache if program.name == PREFILL else 0)
+        programs.append(dataclasses.replace(program, held=held))
     bare = bare_batch(inputs.minibatch.batch)
     arguments = {
         LOGPROBS: (inputs.state.params, bare),
@@ -181,9 +167,66 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     return Loop(config, mesh, policy, memory, inputs, resident, programs)
 
 
+class _Rollout(NamedTuple):
+    """What rollouts run, `held` aside, and keep; the numbers are those of `Resident`."""
+
+    programs: list[LoopProgram]
+    copy: int
+    cache: int
+    bytes_per_position: int
+
+
+def _slot_rollout(
+    config: Config,
+    policy: Policy,
+    mesh: Mesh,
+    inputs: ShapedInputs,
+    tokenizer: Tokenizer,
+    sampling: SamplingParams,
+    memory: int,
+) -> _Rollout:
+    """Of the toolkit's own decoder."""
+    call_size = config.grpo.prompts_per_step, config.grpo.group_size
+    sampler = slot_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
+    sampler.expect_length(config.data.max_prompt_length, *call_size)
+    rollout = sampler.rollout_programs(inputs.state.params, *call_size, sampling)
+    shapes = sampler.shapes(*call_size, sampling)
+    largest = max(shapes, key=lambda shape: (shape.num_slots * shape.length, shape.length))
+    per_position = sampler.engine.bytes_per_position()
+    rows = largest.num_slots * largest.length + largest.table_rows * largest.table_length
+    programs = []
+    for key, make in rollout.items():
+        is_prefill = key[0] == "prefill"
+        is_largest = key[3] == largest.table_length if is_prefill else key[1] == largest
+        name, rounds = (PREFILL, {}) if is_prefill else (DECODE, {TOKEN_LOOP: key[3]})
+        programs.append(LoopProgram(name, repr(key), make, rounds, 0, is_largest))
+    return _Rollout(
+        programs, _copy_bytes(config, rollout), per_position * rows // sampler.engine.num_shards, per_position
+    )
+
+
+def _wave_rollout(
+    config: Config,
+    policy: Policy,
+    mesh: Mesh,
+    inputs: ShapedInputs,
+    tokenizer: Tokenizer,
+    sampling: SamplingParams,
+    memory: int,
+) -> _Rollout:
+    """Of a policy with a cache of its own, of which nothing is known but its bytes."""
+    call_size = config.grpo.prompts_per_step, config.grpo.group_size
+    sampler = wave_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
+    sampler.expect_length(config.data.max_prompt_length, *call_size)
+    plan = sampler.rollout_plan(*call_size, sampling)
+    programs = [LoopProgram(PREFILL, PREFILL, _made(*plan.prefill), {}, 0)] if plan.prefill else []
+    programs.append(LoopProgram(DECODE, DECODE, _made(*plan.chunk), {TOKEN_LOOP: plan.num_steps}, 0))
+    return _Rollout(programs, 0, plan.cache_bytes, 0)
+
+
 def read_shape(config: Config) -> tuple[Tokenizer, ModelConfig]:
     """The tokenizer, bytes where the model has none at hand, and the model's configuration; no weights are read."""
-    source = config.model.source
+    source = folder_source(config)
     folder = None if source is None else pathlib.Path(resolve_source(source, SHAPE_PATTERNS))
     name = config.tokenizer.source
     if name is None and folder is not None and any((folder / file).is_file() for file in _TOKENIZER_FILES):
@@ -217,7 +260,7 @@ def _init_programs(
 ) -> list[LoopProgram]:
     """State init, and that of a reference whose weights are drawn; pretrained weights are read, not compiled."""
     given = None
-    if config.model.source is not None:
+    if folder_source(config) is not None or config.model.weights is not None:
         given = BASE if policy.config.lora is not None and config.lora.adapter is None else WEIGHTS
     abstract = get_abstract_state(config, mesh, init_policy_fn)
     held = resident.reference + (0 if given is None else resident.weights - resident.adapters)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl.config_sections import source_kind
 from rl.host_memory import peak_bytes, return_memory
 from rl.models.config import (
     ATTENTION_AND_MLP,
@@ -105,6 +106,15 @@ def quantize_folder(
         `out` holds something.
     """
     start_bytes = peak_bytes()
+    kind = source_kind(str(source))
+    if kind != "decoder":
+        way_out = (
+            "give its folder without 'tunix:'" if kind == "tunix" else "which dims a module sums over is not known"
+        )
+        raise ValueError(
+            "MODEL must be a folder or hub id that the toolkit's own decoder reads, whose layers it takes one by one, "
+            f"got {str(source)!r}; {way_out}"
+        )
     folder = resolve_source(source)
     config = read_config(folder)
     if config.quantization is not None:
