@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from rl.user_functions import COMPILED_KEYS, file_hashes
 
 MAGIC = b"tandem compiled programs 1\n"
 MAX_NAMED = 8  # differences that a message lists
+_CALLS_PYTHON = re.compile(r"python_\w*callback|is_host_transfer ?= ?true")  # on CPU and GPU, on TPU
 
 
 class LoadedProgram:
@@ -123,12 +125,12 @@ def save_compiled(
     """Writes (name, program, abstract arguments, its compiled form) of each to one file, atomically.
 
     Raises:
-      ValueError: the back end cannot serialise its executables by itself.
+      ValueError: the back end cannot serialise its executables by itself, or a program calls Python.
     """
     path = pathlib.Path(path)
     entries, blobs, offset = {}, [], 0
     for name, program, arguments, compiled in programs:
-        blob = _serialized(name, compiled)
+        blob = _serialized(name, program, arguments, compiled)
         results = jax.eval_shape(program.function, *arguments)
         entries[name] = {
             "arguments": _describe(arguments, _per_leaf(program.in_shardings, arguments)),
@@ -222,15 +224,32 @@ def refuse_differences(what: str, here: Mapping[str, Any], there: Mapping[str, A
         )
 
 
-def _serialized(name: str, compiled: jax.stages.Compiled) -> bytes:
-    executable: Any = compiled.runtime_executable()
+def _serialized(name: str, program: Program, arguments: tuple, compiled: jax.stages.Compiled) -> bytes:
+    if _CALLS_PYTHON.search(_text(program, arguments, compiled)):
+        raise ValueError(
+            f"--save must have programs that a runtime can run by itself, and {name!r} calls Python (jax.debug.print, "
+            "jax.pure_callback or the like), which exists in this process only; take that out of your own code, or "
+            "leave --save out"
+        )
     try:
+        executable: Any = compiled.runtime_executable()
+        if executable is None:  # what jax documents for a back end without one
+            raise NotImplementedError("it has no executable of its own")
         return bytes(executable.serialize())
-    except jax.errors.JaxRuntimeError as error:
+    # A status of the runtime is a JaxRuntimeError, what a back end does not have a NotImplementedError: both are these.
+    except RuntimeError as error:
         raise ValueError(
             f"--save must have a back end that serialises its executables, and this one does not for {name!r}: "
             f"{error}; leave --save out; logging.compilation_cache keeps compiled programs between runs as well"
         ) from error
+
+
+def _text(program: Program, arguments: tuple, compiled: jax.stages.Compiled) -> str:
+    """The program's operations: as compiled, or where jaxlib cannot read those, as they were before."""
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        return program.jit().lower(*arguments).as_text()
 
 
 def _placed(leaf: Any, sharding: Sharding) -> jax.Array:

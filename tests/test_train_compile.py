@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rl.config import load_config
-from rl.executables import MAGIC, fingerprint, open_compiled, read_file
+from rl.executables import MAGIC, fingerprint, open_compiled, read_file, save_compiled
 from rl.grpo_trainer import train
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import read_metrics
@@ -438,6 +438,59 @@ def test_programs_to_save_do_not_come_out_of_the_persistent_cache(tmp_path):
         compile_loop(loop, save=str(tmp_path / "programs.bin"))
         assert not cached()
     assert set(read_file(tmp_path / "programs.bin")[1]) == {loop.programs[0].key}
+
+
+class Unserialisable:
+    def serialize(self):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: Serializing executables is not supported")
+
+
+def without_executable(compiled):
+    raise NotImplementedError("compiled executable carries no runtime executable")
+
+
+@pytest.mark.parametrize(
+    ("runtime_executable", "message"),
+    [
+        (lambda compiled: Unserialisable(), "UNIMPLEMENTED: Serializing executables is not supported"),
+        (without_executable, "compiled executable carries no runtime executable"),
+        (lambda compiled: None, "it has no executable of its own"),
+    ],
+)
+def test_what_a_back_end_cannot_serialise_is_not_saved(tmp_path, monkeypatch, runtime_executable, message):
+    loop = loop_programs(tiny(), jax.devices()[:2])
+    loop = dataclasses.replace(loop, programs=loop.programs[:1])
+    monkeypatch.setattr(jax.stages.Compiled, "runtime_executable", runtime_executable)
+    told = rf"--save must have a back end that serialises .* not for 'state init': {message}; leave --save out"
+    with pytest.raises(ValueError, match=told):
+        compile_loop(loop, save=str(tmp_path / "programs.bin"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_calls_python_is_not_saved(tmp_path, monkeypatch):
+    """The runtime would serialise it, with an address of this process in it: another one crashes on that."""
+    config = tiny()
+    mesh, policy, _ = parts_of(config)
+    everywhere = NamedSharding(mesh, P())
+
+    def told(x):
+        jax.debug.print("{x}", x=x)
+        return x + 1
+
+    program = Program(told, (everywhere,), everywhere)
+    arguments = (jax.ShapeDtypeStruct((2,), jnp.float32),)
+    saving = [("told", program, arguments, program.compile(arguments))]
+    message = "'told' calls Python .*leave --save out"
+    with pytest.raises(ValueError, match=message):
+        save_compiled(tmp_path / "programs.bin", config, policy, mesh, 1, saving)
+
+    def as_text(compiled):
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    with pytest.raises(ValueError, match=message):
+        save_compiled(tmp_path / "programs.bin", config, policy, mesh, 1, saving)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
