@@ -21,6 +21,7 @@ from rl.models.policy import NNXPolicy, create_policy, foreign_config
 from rl.models.tunix_files import write_weights
 from rl.models.tunix_policy import TunixPolicy
 from rl.weights import find_origin, tokenizer_of
+from tests import tunix_golden
 from tests.tiny_models import noisy_params, tiny_config
 
 # Tunix 0.1.7 uses interfaces that jax and flax are about to drop, and says so at every call.
@@ -161,44 +162,28 @@ def test_linen_and_dtypes_that_tunix_does_not_have_are_refused():
         load_config(None, [f"model.source=tunix:{GOLDEN / 'qwen3'}", "lora.rank=4"])
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gemma", "gemma2"])
+def expected_of(family):
+    """(token ids, logits by transformers) of a golden of tests/tunix_golden.py."""
+    expected = json.loads((tunix_golden.FOLDER / family / "expected.json").read_text())
+    return np.array(expected["token_ids"]), np.array(expected["logits"])
+
+
+@pytest.mark.parametrize("family", tunix_golden.FAMILIES)
 def test_families_without_an_own_decoder_give_the_logits_of_transformers(tmp_path, family):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    common = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 48,
-        "initializer_range": 0.2,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-6,
-        "eos_token_id": 1,
-    }
-    special = {
-        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
-        "gemma": {},
-        "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
-    }[family]
-    torch.manual_seed(0)
-    settings = transformers.AutoConfig.for_model(family, **common, **special)
-    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / family)
-    policy, params = tunix_policy(tmp_path / family)
-    tokens = np.random.default_rng(0).integers(0, 61, (2, 14))
-    with torch.no_grad():
-        expected = model(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(logits_of(policy, params, jnp.asarray(tokens)), expected, atol=2e-3)
+    folder = tunix_golden.FOLDER / family
+    policy, params = tunix_policy(folder)
+    tokens, logits = expected_of(family)
+    np.testing.assert_allclose(logits_of(policy, params, jnp.asarray(tokens)), logits, atol=5e-5)
     check_policy(policy, params, family)
-    assert_exported_files_are_the_loaded_ones(policy, params, tmp_path / family, tmp_path / "out")
+    assert_exported_files_are_the_loaded_ones(policy, params, folder, tmp_path / "out")
     assert policy.packs_rows == (family != "gemma2")
+
+
+@pytest.mark.parametrize("family", tunix_golden.FAMILIES)
+def test_the_goldens_are_what_transformers_computes(family):
+    pytest.importorskip("torch")
+    tokens, logits = expected_of(family)
+    np.testing.assert_allclose(tunix_golden.logits_of(tunix_golden.FOLDER / family, tokens), logits, atol=2e-5)
 
 
 @pytest.mark.slow
