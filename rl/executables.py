@@ -233,15 +233,20 @@ def _serialized(name: str, program: Program, arguments: tuple, compiled: jax.sta
         )
     try:
         executable: Any = compiled.runtime_executable()
-        if executable is None:  # what jax documents for a back end without one
-            raise NotImplementedError("it has no executable of its own")
-        return bytes(executable.serialize())
-    # A status of the runtime is a JaxRuntimeError, what a back end does not have a NotImplementedError: both are these.
+        blob = None if executable is None else bytes(executable.serialize())
+    # A status of the runtime, and what jax raises where a back end has no executable to show, are both of this class.
     except RuntimeError as error:
-        raise ValueError(
-            f"--save must have a back end that serialises its executables, and this one does not for {name!r}: "
-            f"{error}; leave --save out; logging.compilation_cache keeps compiled programs between runs as well"
-        ) from error
+        raise ValueError(_refusal(name, error)) from error
+    if blob is None:  # what jax documents for a back end without one
+        raise ValueError(_refusal(name, "it has no executable of its own"))
+    return blob
+
+
+def _refusal(name: str, reason: object) -> str:
+    return (
+        f"--save must have a back end that serialises its executables, and this one does not for {name!r}: {reason}; "
+        "leave --save out; logging.compilation_cache keeps compiled programs between runs as well"
+    )
 
 
 def _text(program: Program, arguments: tuple, compiled: jax.stages.Compiled) -> str:

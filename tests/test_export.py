@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from rl import sft_trainer
 from rl.checkpoint_files import stored_arrays
 from rl.cli import main as grpo
 from rl.config import load_config
@@ -212,6 +213,34 @@ def test_arguments_that_do_not_go_together_are_refused(run, tmp_path, capsys):
         assert f"{option} must be left out with --adapter" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", ["true", "false"])
+def test_a_run_with_layers_in_a_loop_is_exported_layer_by_layer(recipe, tmp_path, flavour):
+    settings = [
+        "model.scan_layers=true",
+        "model.arch.num_layers=3",
+        "sft.steps=2",
+        "eval.every=0",
+        f"pure_nnx={flavour}",
+    ]
+    run = sft_trainer.train(load_config(recipe, [f"output_dir={tmp_path / 'run'}", *settings]))
+    assert read_metrics(run)[0]["grad_norm"] > 0
+    for name, form in (("folder", "huggingface"), ("params", "params")):
+        assert grpo(["export", str(run), str(tmp_path / name), "--format", form]) == 0
+    names = safetensors.numpy.load_file(tmp_path / "folder" / "model.safetensors")
+    assert {f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)} <= set(names)
+    trained = load_checkpoint(load_config(run / "config.yml"), run)
+    assert trained.policy.config.scan_layers
+    expected = logits_of(trained.policy, trained.params)
+    for name in ("folder", "params"):
+        start = load_start(load_config(None, [f"model.source={tmp_path / name}", "mesh.num_devices=1"]))
+        assert not start.policy.config.scan_layers
+        assert_equal(start.params, trained.params)
+        np.testing.assert_allclose(logits_of(start.policy, start.params), expected, rtol=0, atol=1e-5)
+    layers = [start.params[f"layers_{layer}"]["mlp"]["up_proj"]["kernel"] for layer in range(3)]
+    assert not np.allclose(layers[0], layers[1])  # no layer stands for another
+
+
 # Other programs
 
 TOKENS = np.arange(2, 26).reshape(2, 12)
@@ -225,10 +254,14 @@ def exported(folder, family, **changes):
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert (folder / "model.safetensors.index.json").exists()
     assert_equal(hf.load_params(folder, config), params)
-    policy = create_policy(config, True)
+    return config, logits_of(create_policy(config, True), params)
+
+
+def logits_of(policy, params):
+    """Of TOKENS."""
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
     zeros = jnp.zeros_like(positions)
-    return config, policy.unembed(params, jax.jit(policy.hidden)(params, TOKENS, positions, zeros, zeros))
+    return policy.unembed(params, jax.jit(policy.hidden)(params, TOKENS, positions, zeros, zeros))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen2"])
@@ -247,7 +280,7 @@ def tunix_model(folder, config):
     """Tunix's own model of the family with the folder's weights."""
     import importlib
 
-    family = {"llama": "llama3", "gemma3_text": "gemma3", "qwen3": "qwen3"}[config.family]
+    family = {"llama": "llama3", "gemma3_text": "gemma3"}.get(config.family, config.family)
     model = pytest.importorskip(f"tunix.models.{family}.model")
     module = "params_safetensors" if config.is_gemma else "params"
     params = importlib.import_module(f"tunix.models.{family}.{module}")
@@ -264,25 +297,34 @@ def tunix_model(folder, config):
         arguments |= {"global_base_frequency": 1_000_000, "param_dtype": jnp.float32}
         return params.create_model_from_safe_tensors(str(folder), model.ModelConfig(**arguments), dtype=jnp.float32)
     arguments |= {"vocab_size": config.vocab_size, "norm_eps": config.norm_eps, "rope_theta": int(config.rope_theta)}
+    tied = {"llama": "weight_tying"}.get(config.family, "use_tied_embedding")
+    arguments |= {tied: config.tie_word_embeddings}
     return params.create_model_from_safe_tensors(str(folder), model.ModelConfig(**arguments))
 
 
-# The theta of every model is what Tunix rotates by whatever its configuration says. Its Gemma 3 makes every sixth layer
-# global.
+# The theta of every model but Qwen2 is what Tunix rotates by whatever its configuration says. Its Gemma 3 makes every
+# sixth layer global, and ties head and embedding.
 TUNIX = {
-    "qwen3": {"rope_theta": 1_000_000.0, "tie_word_embeddings": False},
-    "llama": {"rope_theta": 1_000_000.0, "tie_word_embeddings": False},
-    "gemma3_text": {"num_layers": 6, "layer_types": ("sliding_attention",) * 5 + ("full_attention",)},
+    "qwen3": ("qwen3", {"rope_theta": 1_000_000.0, "tie_word_embeddings": False}),
+    "qwen3_tied": ("qwen3", {"rope_theta": 1_000_000.0, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {"rope_theta": 50_000.0, "tie_word_embeddings": False}),
+    "qwen2_tied": ("qwen2", {"rope_theta": 50_000.0, "tie_word_embeddings": True}),
+    "llama": ("llama", {"rope_theta": 1_000_000.0, "tie_word_embeddings": False}),
+    "llama_tied": ("llama", {"rope_theta": 1_000_000.0, "tie_word_embeddings": True}),
+    "gemma3_text": ("gemma3_text", {"num_layers": 6, "layer_types": ("sliding_attention",) * 5 + ("full_attention",)}),
 }
 
 
-@pytest.mark.parametrize("family", TUNIX)
+@pytest.mark.parametrize("name", TUNIX)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tunix names its shardings as older flax did
-def test_tunix_computes_the_same_from_a_folder_of_several_files(tmp_path, family):
+def test_tunix_computes_the_same_from_a_folder_of_several_files(tmp_path, name):
     pytest.importorskip("tunix")
     from flax import nnx
 
-    config, ours = exported(tmp_path / "out", family, **TUNIX[family])
+    family, changes = TUNIX[name]
+    config, ours = exported(tmp_path / "out", family, **changes)
+    heads = [name for file in (tmp_path / "out").glob("*.safetensors") for name in safetensors.numpy.load_file(file)]
+    assert ("lm_head.weight" in heads) != config.tie_word_embeddings
     peer = tunix_model(tmp_path / "out", config)
     length = TOKENS.shape[1]
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (len(TOKENS), length, length))
