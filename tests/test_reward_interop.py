@@ -1,9 +1,16 @@
-"""The ready-made rewards, unchanged, in two other trainers: TRL's GRPOTrainer and Tunix's GRPOLearner."""
+"""The ready-made rewards, unchanged, in two other trainers: TRL's GRPOTrainer and Tunix's GRPOLearner. Some need a
+column of the dataset, some have settings, some cannot judge every row, one counts tokens.
+"""
+
+import functools
 
 import numpy as np
 import pytest
 
-from rewards.number import exact_number_flexible
+from rewards.format import format_regex
+from rewards.length import length_penalty
+from rewards.number import exact_number_flexible, exact_number_strict
+from rewards.verify import math_verified
 
 CHARACTERS = "0123+="
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
@@ -11,6 +18,22 @@ QUESTIONS = [("1+1=", "2"), ("1+2=", "3"), ("0+0=", "no number"), ("0+1=", "1")]
 GROUP = 8
 # What other libraries warn about while they train is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def with_settings(function, **settings):
+    """A function whose settings are bound, under its own name, which both trainers log it by."""
+    return functools.update_wrapper(functools.partial(function, **settings), function)
+
+
+def functions(unit):
+    """Ready-made rewards; the length is counted in `unit`."""
+    return [
+        exact_number_flexible,
+        exact_number_strict,
+        math_verified,
+        with_settings(format_regex, pattern="[0-9]+"),
+        with_settings(length_penalty, limit=2, buffer=2, unit=unit),
+    ]
 
 
 class Probe:
@@ -21,15 +44,18 @@ class Probe:
     def __init__(self):
         self.seen = []
 
-    def __call__(self, prompts, completions, answer, **columns):
-        self.seen.append((list(prompts), list(completions), [str(gold) for gold in answer]))
+    def __call__(self, prompts, completions, answer, completion_ids=None, **columns):
+        # Everything that a trainer hands over, as the other functions get it.
+        ids = None if completion_ids is None else [list(row) for row in completion_ids]
+        seen = {"prompts": list(prompts), "completions": list(completions), "answer": [str(gold) for gold in answer]}
+        self.seen.append(seen | ({} if ids is None else {"completion_ids": ids}))
         return [0.0] * len(prompts)
 
 
-def expected_means(probe):
+def expected_means(function, probe):
     """Mean of each call over the rows that could be judged."""
-    calls = [[r for r in exact_number_flexible(*seen) if r is not None] for seen in probe.seen]
-    assert any(0.0 < np.mean(rewards) < 1.0 for rewards in calls), "a comparison of zeros says nothing"
+    calls = [[r for r in function(**seen) if r is not None] for seen in probe.seen]
+    assert any(len(set(rewards)) > 1 for rewards in calls), f"{function.__name__} gave every row the same"
     return [float(np.mean(rewards)) for rewards in calls]
 
 
@@ -60,10 +86,10 @@ def test_ready_made_rewards_run_unchanged_in_trl(tmp_path):
             pad_token_id=PAD,
         )
     )
-    probe = Probe()
+    probe, rewards = Probe(), functions("tokens")
     trainer = trl.GRPOTrainer(
         model=model,
-        reward_funcs=[exact_number_flexible, probe],
+        reward_funcs=[*rewards, probe],
         args=trl.GRPOConfig(
             output_dir=str(tmp_path),
             per_device_train_batch_size=4 * GROUP,
@@ -82,8 +108,11 @@ def test_ready_made_rewards_run_unchanged_in_trl(tmp_path):
         processing_class=tokenizer,
     )
     trainer.train()
-    logged = [line["rewards/exact_number_flexible/mean"] for line in trainer.state.log_history if "reward" in line]
-    np.testing.assert_allclose(logged, expected_means(probe), rtol=1e-6)
+    assert all("completion_ids" in seen for seen in probe.seen)
+    lines = [line for line in trainer.state.log_history if "reward" in line]
+    for function in rewards:
+        logged = [line[f"rewards/{function.__name__}/mean"] for line in lines]
+        np.testing.assert_allclose(logged, expected_means(function, probe), rtol=1e-6, err_msg=function.__name__)
 
 
 class CharacterTokenizer:
@@ -143,12 +172,14 @@ def test_ready_made_rewards_run_unchanged_in_tunix():
             ),
         ),
     )
-    probe, logged = Probe(), []
+    probe, rewards = Probe(), functions("characters")
+    logged = {function.__name__: [] for function in rewards}
 
     def keep(log):
         def logging(metrics, **kwargs):
-            if "rewards/exact_number_flexible" in metrics:
-                logged.append(np.asarray(metrics["rewards/exact_number_flexible"][0]))
+            for name, values in logged.items():
+                if f"rewards/{name}" in metrics:
+                    values.append(np.asarray(metrics[f"rewards/{name}"][0]))
             return log(metrics, **kwargs)
 
         return logging
@@ -159,10 +190,13 @@ def test_ready_made_rewards_run_unchanged_in_tunix():
     learner = grpo_learner.GRPOLearner(
         rl_cluster=cluster,
         algo_config=grpo_learner.GRPOConfig(num_generations=GROUP, beta=0.0),
-        reward_fns=[exact_number_flexible, probe],
+        reward_fns=[*rewards, probe],
     )
     prompts, answers = (np.array(column) for column in zip(*QUESTIONS, strict=True))
     learner.train({"prompts": prompts, "answer": answers} for _ in range(2))
-    np.testing.assert_allclose([np.nanmean(rewards) for rewards in logged], expected_means(probe), rtol=1e-6)
+    for function in rewards:
+        means = [np.nanmean(values) for values in logged[function.__name__]]
+        np.testing.assert_allclose(means, expected_means(function, probe), rtol=1e-6, err_msg=function.__name__)
     # "Cannot judge" arrives as NaN, which Tunix leaves out of its sum.
-    assert all(np.isnan(rewards).sum() == GROUP for rewards in logged)
+    for name, num_unjudged in (("exact_number_flexible", GROUP), ("exact_number_strict", GROUP), ("format_regex", 0)):
+        assert all(np.isnan(values).sum() == num_unjudged for values in logged[name]), name
