@@ -1,4 +1,6 @@
-"""Dtypes of a training state: float32 unless told otherwise, each settable, equal in both flavours, kept by updates."""
+"""Dtypes of a training state on eight devices: float32 unless told otherwise, each settable, equal in both flavours,
+kept by updates.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +10,24 @@ import pytest
 from tiny_models import tiny_config
 
 from rl.config import load_config
+from rl.mesh import create_mesh
 from rl.models.policy import create_policy
 from rl.optimizer import create_training_optimizer
-from rl.states import InitStateFn
+from rl.states import InitStateFn, setup_training_state
 
 FLAVOURS = {"linen": False, "nnx": True}
 KINDS = ("weights", "first", "second")
+EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 
 
 def state_and_optimizer(flavour: str, *overrides: str):
-    config = load_config(None, ["optimizer.b2=0.98", "optimizer.lr=0.01", *overrides])
+    """A state on the mesh, its shardings, and its optimizer."""
+    config = load_config(None, ["optimizer.b2=0.98", "optimizer.lr=0.01", *EIGHT, *overrides])
     shape = tiny_config(param_dtype=config.model.param_dtype, num_layers=1)
     policy = create_policy(shape, FLAVOURS[flavour])
     _, optimizer = create_training_optimizer(config, policy)
-    return InitStateFn(policy, optimizer, 0)().pure(), optimizer
+    state, abstract = setup_training_state(config, create_mesh(config.mesh), InitStateFn(policy, optimizer, 0))
+    return state, abstract.shardings, optimizer
 
 
 def dtypes(state) -> dict[str, str]:
@@ -52,12 +58,21 @@ def dtypes(state) -> dict[str, str]:
     ids=["default", "weights", "first moment", "second moment", "all", "muon"],
 )
 def test_each_dtype_of_the_state_is_float32_unless_set_and_survives_updates(flavour, overrides, expected):
-    state, optimizer = state_and_optimizer(flavour, *overrides)
+    state, shardings, optimizer = state_and_optimizer(flavour, *overrides)
     assert dtypes(state) == dict(zip(KINDS, expected, strict=True))
-    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), state.params)
-    updates, opt_state = jax.jit(optimizer.update)(gradient, state.opt_state, state.params)
-    state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-    assert dtypes(state) == dict(zip(KINDS, expected, strict=True))
+    kernel = state.params["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert (len(kernel.sharding.device_set), kernel.addressable_shards[0].data.size) == (8, kernel.size // 4)
+
+    def update(state):
+        gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), state.params)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+
+    updated = jax.jit(update, out_shardings=shardings)(state)
+    assert dtypes(updated) == dict(zip(KINDS, expected, strict=True))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), updated) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state
+    )
 
 
 def test_second_moment_in_bfloat16_follows_the_one_in_float32():
@@ -65,13 +80,16 @@ def test_second_moment_in_bfloat16_follows_the_one_in_float32():
     settings = ("optimizer.b2=0.984", "optimizer.max_grad_norm=0")
     results = {}
     for dtype in ("float32", "bfloat16"):
-        state, optimizer = state_and_optimizer("nnx", *settings, f"optimizer.second_moment_dtype={dtype}")
+        state, shardings, optimizer = state_and_optimizer("nnx", *settings, f"optimizer.second_moment_dtype={dtype}")
         gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), state.params)
 
         def update(_, opt_state, optimizer=optimizer, gradient=gradient, params=state.params):
             return optimizer.update(gradient, opt_state, params)[1]
 
-        opt_state = jax.jit(lambda s, update=update: jax.lax.fori_loop(0, 1000, update, s))(state.opt_state)
+        steps = jax.jit(
+            lambda s, update=update: jax.lax.fori_loop(0, 1000, update, s), out_shardings=shardings.opt_state
+        )
+        opt_state = steps(state.opt_state)
         leaves = jax.tree_util.tree_leaves_with_path(opt_state)
         results[dtype] = next(leaf for path, leaf in leaves if ".nu[" in jax.tree_util.keystr(path))
     assert np.asarray(results["float32"]).ravel()[0] == pytest.approx(0.01, rel=0.03)

@@ -1,5 +1,5 @@
 """Compiling a run ahead of time: what is compiled is what training runs, for devices that are there or not, in both
-flavours; programs come back from a file, or are refused."""
+flavours, on eight devices; programs come back from a file, or are refused."""
 
 import contextlib
 import dataclasses
@@ -47,8 +47,9 @@ TINY = [
     *("data.source=arithmetic", "data.args={operation: add, digits: 1}", "data.max_prompt_length=5"),
     f'rewards.functions=[{{function: "{REWARDS}:digit_share", name: digits}}]',
     *("sampling.max_completion_length=4", "grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=2"),
-    *("grpo.max_tokens_per_microbatch=64", "mesh.num_devices=2", "eval.every=0"),
+    *("grpo.max_tokens_per_microbatch=64", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "eval.every=0"),
 ]
+FOUR = ("mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1")  # as v5e:2x2 has, in place of eight
 
 
 def tiny(*overrides: str, flavour: str = "nnx"):
@@ -88,7 +89,7 @@ def saved(request, tmp_path_factory):
     """A tiny run's configuration, its report, and the file of its programs."""
     path = tmp_path_factory.mktemp("compiled") / "programs.bin"
     config = tiny(flavour=request.param)
-    return config, compile_config(config, devices="cpu:2", save=str(path)), path
+    return config, compile_config(config, devices="cpu:8", save=str(path)), path
 
 
 # Shapes
@@ -111,9 +112,9 @@ def test_shaped_inputs_are_those_of_the_state_and_the_minibatches_of_a_run(flavo
     assert shapes_of(fields) == shapes_of({name: np.asarray(getattr(batch, name)) for name in fields})
     logprobs = ("old_logprobs_MRCL", "reference_logprobs_MRCL", "sampler_logprobs_MRCL")
     assert {getattr(inputs.minibatch.batch, name).shape for name in logprobs} == {batch.mask_MRCL.shape}
-    assert num_row_shards(mesh, config.mesh.rules) == 2
+    assert (mesh.size, num_row_shards(mesh, config.mesh.rules)) == (8, 4)
     assert (
-        inputs.minibatch_shardings.batch.tokens_MRT.shard_shape(batch.tokens_MRT.shape)[1] == inputs.plan.num_rows // 2
+        inputs.minibatch_shardings.batch.tokens_MRT.shard_shape(batch.tokens_MRT.shape)[1] == inputs.plan.num_rows // 4
     )
     assert jax.tree.structure(inputs.minibatch) == jax.tree.structure(inputs.minibatch_shardings)
     assert inputs.state_annotations == abstract.annotations
@@ -151,7 +152,7 @@ def test_a_minibatch_holds_only_what_its_loss_needs():
     ],
 )
 def test_a_run_has_only_the_passes_without_gradient_that_its_loss_reads(overrides, names):
-    programs = loop_programs(tiny(*overrides.split()), jax.devices()[:2]).programs
+    programs = loop_programs(tiny(*overrides.split()), jax.devices()).programs
     passes = {"logprobs", "reference logprobs", "entropies"}
     assert {program.name for program in programs} & passes == names
     for program in programs:
@@ -193,7 +194,7 @@ def test_a_folder_without_weights_is_enough(tmp_path):
         )
     )
     config = tiny(f"model.source={tmp_path}", "grpo.beta=0.1")
-    loop = loop_programs(config, jax.devices()[:2])
+    loop = loop_programs(config, jax.devices())
     assert [program.name for program in loop.programs if program.is_reported] == [
         n for n in NAMES if n != "reference init"
     ]
@@ -232,7 +233,7 @@ def compilations(caplog):
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_module_of_ones_own_is_compiled_as_its_training_runs_it(flavour, tmp_path, caplog):
     config = own_module(flavour, f"output_dir={tmp_path / 'run'}")
-    loop = loop_programs(config, jax.devices()[:2])
+    loop = loop_programs(config, jax.devices())
     assert [program.name for program in loop.programs] == NAMES
     functions = [program.make()[0].function for program in loop.programs]
     names = [f"Compiling jit({getattr(function, 'func', function).__name__}) " for function in functions]
@@ -261,7 +262,7 @@ def test_a_tunix_model_is_compiled_without_its_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw | {"vocab_size": 259}))
     kept = [setting for setting in TINY if not setting.startswith("model.arch")]
     config = load_config(None, [*kept, f"model.source=tunix:{tmp_path}", "tokenizer.source=byte"])
-    loop = loop_programs(config, jax.devices()[:2])
+    loop = loop_programs(config, jax.devices())
     reported = [program for program in loop.programs if program.is_reported]
     assert [program.name for program in reported] == [name for name in NAMES if name != "reference init"]
     report = compile_loop(
@@ -275,7 +276,7 @@ def test_a_tunix_model_is_compiled_without_its_weights(tmp_path):
 
 def test_programs_of_a_module_of_ones_own_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"--save must go with a model of the toolkit's own decoder.*gpt.py:build"):
-        compile_config(own_module("nnx"), devices="cpu:2", save=str(tmp_path / "programs.bin"))
+        compile_config(own_module("nnx"), devices="cpu:8", save=str(tmp_path / "programs.bin"))
 
 
 # What a program does, from its text
@@ -424,7 +425,7 @@ def plain(tmp_path_factory):
 
 
 def test_programs_to_save_do_not_come_out_of_the_persistent_cache(tmp_path):
-    loop = loop_programs(tiny(), jax.devices()[:2])
+    loop = loop_programs(tiny(), jax.devices())
     loop = dataclasses.replace(loop, programs=loop.programs[:1])
 
     def cached():
@@ -458,7 +459,7 @@ def without_executable(compiled):
     ],
 )
 def test_what_a_back_end_cannot_serialise_is_not_saved(tmp_path, monkeypatch, runtime_executable, message):
-    loop = loop_programs(tiny(), jax.devices()[:2])
+    loop = loop_programs(tiny(), jax.devices())
     loop = dataclasses.replace(loop, programs=loop.programs[:1])
     monkeypatch.setattr(jax.stages.Compiled, "runtime_executable", runtime_executable)
     told = rf"--save must have a back end that serialises .* not for 'state init': {message}; leave --save out"
@@ -514,8 +515,8 @@ def test_training_with_compiled_programs_gives_what_training_without_gives(saved
         ("optimizer.lr=1e-3", r"optimizer.lr must be 0.001, got 1e-06"),
         ("sampling.max_completion_length=5", r"sampling.max_completion_length must be 5, got 4"),
         ("data.max_prompt_length=6", r"data.max_prompt_length must be 6, got 5"),
-        ("mesh.tensor=2", r"mesh must be \{'data': 1, 'fsdp': 1, 'tensor': 2\}, got .*'fsdp': 2"),
-        ("mesh.num_devices=1", r"num_devices must be 1, got 2"),
+        ("mesh={data: 1, fsdp: 4}", r"mesh must be \{'data': 1, 'fsdp': 4, 'tensor': 2\}, got .*'fsdp': 2"),
+        ("mesh={num_devices: 1, data: 1, fsdp: 1, tensor: 1}", r"num_devices must be 1, got 8"),
         ("seed=1", r"seed must be 1, got 0"),
         ("model.arch.hidden_size=32", r"model must be .*'hidden_size': 32.*got .*'hidden_size': 16"),
     ],
@@ -566,7 +567,7 @@ def test_another_advantage_function_needs_no_other_programs(saved, tmp_path):
 
 
 def test_the_report_counts_weights_of_the_rollouts_and_moments_on_the_devices_only():
-    devices = find_devices(None, 1, "cpu:2")
+    devices = find_devices(None, 1, "cpu:8")
     plain, quantised, spread, offloaded = (
         loop_programs(tiny(*overrides), devices, None).resident
         for overrides in (
@@ -635,7 +636,7 @@ def rewritten(path, folder, change):
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_train_step_compiles_for_a_tpu_that_is_not_there(flavour):
     pytest.importorskip("libtpu")
-    config = tiny("mesh.num_devices=null", "model.dtype=bfloat16", flavour=flavour)
+    config = tiny(*FOUR, "model.dtype=bfloat16", flavour=flavour)
     chip = CHIPS["TPU v5 lite"]
     loop = loop_programs(config, find_devices("v5e:2x2", 1, None), chip.memory)
     assert [program.name for program in loop.programs if program.is_reported] == NAMES
@@ -668,8 +669,14 @@ def test_what_crosses_the_network_between_slices_is_counted_apart():
 @pytest.mark.slow
 def test_what_the_compiler_finds_too_large_is_reported(tmp_path):
     pytest.importorskip("libtpu")
-    overrides = ["model.arch.hidden_size=16384", "model.arch.vocab_size=300000", "mesh.fsdp=1", "mesh.data=-1"]
-    config = tiny("mesh.num_devices=null", *overrides)
+    overrides = [
+        "model.arch.hidden_size=16384",
+        "model.arch.vocab_size=300000",
+        "mesh.fsdp=1",
+        "mesh.data=-1",
+        "mesh.tensor=1",
+    ]
+    config = tiny(*overrides)
     loop = loop_programs(config, find_devices("v5e:2x2", 1, None), CHIPS["TPU v5 lite"].memory)
     report, compiled = compile_one(next(p for p in loop.programs if p.name == "logprobs"))
     assert compiled is None
