@@ -1,6 +1,9 @@
 """Session setup: eight virtual CPU devices, before anything imports jax."""
 
 import os
+import pathlib
+
+import pytest
 
 # Assigned, not defaulted: a platform or flag from the caller's shell must not change what the tests test.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,3 +15,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Two test processes may describe TPU chips at a time; none of them opens a real one.
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+
+# A process may have 65,530 memory maps (vm.max_map_count) and each compiled program takes about six; where none is
+# left, the compiler crashes.
+MOST_MAPS = 30_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs():
+    """Drops what earlier modules compiled before there is too much of it."""
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
