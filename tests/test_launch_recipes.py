@@ -16,9 +16,19 @@ from rl.config import load_config
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "launch"
 SCRIPTS = ("slurm.sh", "gke_xpk.sh")
-# https://slurm.schedmd.com/sbatch.html
-SBATCH = ("job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal", "requeue")
-SBATCH += ("open-mode", "output")
+# Options and the form of their values, https://slurm.schedmd.com/sbatch.html; None: the option takes none.
+SBATCH = {
+    "job-name": r"\S+",
+    "nodes": r"\d+(-\d+)?",
+    "ntasks-per-node": r"\d+",
+    "gpus-per-node": r"([a-z]\w*:)?\d+",
+    "cpus-per-task": r"\d+",
+    "time": r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}",
+    "signal": r"([RB]{1,2}:)?(\d+|[A-Z]+\d?)(@\d+)?",
+    "requeue": None,
+    "open-mode": "append|truncate",
+    "output": r"(%\d*[%AaJjNnstuxbh]|[^%\s])+",
+}
 # Of `xpk workload create`: https://github.com/AI-Hypercomputer/xpk/blob/main/src/xpk/parser/workload.py
 XPK = ("cluster", "workload", "tpu-type", "num-slices", "docker-image", "max-restarts", "command")
 XPK += ("termination-grace-period-seconds", "restart-on-exit-codes", "project", "zone")
@@ -81,11 +91,29 @@ def assert_grpo_takes(command: list[str], recipe: str, overrides: list[str]) -> 
 
 def test_slurm_options_are_those_of_sbatch():
     lines = re.findall(r"^#SBATCH (.*)$", (FOLDER / "slurm.sh").read_text(), re.MULTILINE)
-    names = [re.fullmatch(r"--([a-z-]+)(=\S+)?", line).group(1) for line in lines]
-    assert sorted(names) == sorted(SBATCH)
+    options = dict(re.fullmatch(r"--([a-z-]+)(?:=(\S+))?", line).groups() for line in lines)
+    assert (len(lines), set(options)) == (len(SBATCH), set(SBATCH))
+    for name, value in options.items():
+        form = SBATCH[name]
+        assert value is None if form is None else re.fullmatch(form, value or ""), (name, value)
     # sbatch stops to read options at the first line that is neither empty nor a comment.
     text = (FOLDER / "slurm.sh").read_text()
     assert text.rindex("#SBATCH") < text.index("set -euo")
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="sbatch is not on the PATH")
+def test_sbatch_itself_reads_the_recipe_up_to_the_call_of_a_controller(tmp_path):
+    """sbatch reads all options before it asks a controller, and none is there."""
+    settings = "ClusterName=none\nSlurmctldHost=none(127.0.0.1)\nSlurmctldPort=1\nGresTypes=gpu\n"
+    (tmp_path / "slurm.conf").write_text(settings)
+    wrong = tmp_path / "wrong.sh"
+    wrong.write_text((FOLDER / "slurm.sh").read_text().replace("--signal=TERM@300", "--signal=TERM@soon"))
+    for script, told in ((FOLDER / "slurm.sh", "Unable to contact slurm controller"), (wrong, "Invalid --signal")):
+        command = ["sbatch", "--test-only", str(script), "recipe.yml", "/shared/out"]
+        environment = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert told in process.stderr
+        assert ("error" in process.stderr) == (script == wrong)
 
 
 def test_slurm_starts_one_command_on_all_processes(run):
