@@ -188,13 +188,13 @@ def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Mapping[
     )
 
 
-def check_rules_are_used(logical_axes: Any, rules: Mapping[str, Sequence[str]]) -> None:
-    """ValueError for a rule that no array has: its name is misspelt, or the model has no such axis."""
+def check_rules_are_used(logical_axes: Any, rules: Mapping[str, Sequence[str]], key: str = "mesh.rules") -> None:
+    """ValueError for a rule of `key` that no array has: its name is misspelt, or the model has no such axis."""
     used = {name for names in jax.tree.leaves(logical_axes, is_leaf=_is_names) for name in names}
     unused = [name for name in rules if name not in {*LOGICAL_AXES, *used}]
     if unused:
         raise ValueError(
-            f"mesh.rules.{unused[0]} must name a logical axis of the model, which has {sorted(used - {None})}; "
+            f"{key}.{unused[0]} must name a logical axis of the model, which has {sorted(used - {None})}; "
             f"rows of a batch are 'batch'"
         )
 

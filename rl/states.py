@@ -73,6 +73,7 @@ def get_abstract_state(
     # Evaluated outside of any mesh context: some states cannot be traced inside one.
     shapes = jax.eval_shape(lambda: _select(pure_state(init_state_fn()), is_training))
     annotations = _annotate(shapes, init_state_fn.policy)
+    check_rules_are_used(annotations.params, config.mesh.rollout_rules, "mesh.rollout_rules")
     check_rules_are_used(annotations.params, config.mesh.rules)
     shardings = tree_shardings(shapes, annotations, mesh, config.mesh.rules)
     if config.optimizer.offload:
