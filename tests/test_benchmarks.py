@@ -44,7 +44,9 @@ def test_one_run_compares_all_installed_engines(benchmark, tmp_path, capsys):
         assert result["tokens_per_second"] == pytest.approx(statistics.median(rates))
         assert result["ratio"] == pytest.approx(result["tokens_per_second"] / fastest_peer)
         assert result["target"] is None  # a tiny run reaches nothing and misses nothing
-    assert re.search(r"matrix products alone: .* tokens/s, [\d.]+x the better peer", capsys.readouterr().out)
+    told = capsys.readouterr().out
+    for floor in ("matrix products with weights alone", "and those of attention"):
+        assert re.search(rf"{floor}: .* tokens/s, [\d.]+x the better peer", told)
 
 
 def test_without_a_peer_there_is_no_ratio(benchmark):

@@ -330,7 +330,8 @@ def test_a_common_prefix_is_prefilled_once_for_the_same_weights(qwen):
         return sum(tokens_PT.tolist() == [head[:96]] for tokens_PT, _ in calls)
 
     first = sample(setup, prompts=prompts)
-    assert_same(flatten(sample(setup, prompts=prompts[::-1], prompt_indices=[1, 0])[::-1]), flatten(first))
+    turned = sample(setup, prompts=prompts[::-1], prompt_indices=[1, 0])[::-1]
+    assert_same(flatten(turned), flatten(first), 1e-5)  # other rows of the table may round differently
     assert prefixes() == 1
     doubled = setup._replace(params=jax.tree.map(lambda leaf: leaf * 2, setup.params))
     held = sum(array.nbytes for array in jax.live_arrays())

@@ -18,7 +18,12 @@ from rl.states import InitStateFn, get_abstract_state
 from rl.train_step import batch_shardings
 
 REGENERATE = "python tests/sharding_golden.py"
-INPUTS = [f"minibatch.batch.{name}" for name in Batch._fields if name != "num_microbatches"]
+
+
+def inputs_of(name):
+    """Paths of a case's inputs that are cut by rows: either the reference's log-probs or advantages of tokens."""
+    left_out = "reference_logprobs_MRCL" if name == "kl_in_reward" else "advantages_MRCL"
+    return [f"minibatch.batch.{field}" for field in Batch._fields if field not in ("num_microbatches", left_out)]
 
 
 @pytest.mark.parametrize("flavour", ["nnx", "linen"])
@@ -56,16 +61,17 @@ def test_differences_name_leaf_and_field():
 def test_every_leaf_of_state_and_minibatch_has_logical_and_physical_axes_per_dim():
     for name in CASES:
         leaves = json.loads(path_of(name).read_text())["leaves"]
-        assert {"state.step", "minibatch.on_policy", *INPUTS} <= set(leaves)
+        assert {"state.step", "minibatch.on_policy", *inputs_of(name)} <= set(leaves)
         for path, leaf in leaves.items():
             assert len(leaf["logical"]) == len(leaf["spec"]) == len(leaf["shape"]) == len(leaf["on_one_device"]), path
 
 
-def test_inputs_follow_the_rule_of_their_logical_axis():
-    case = CASES["odd_vocabulary"]
+@pytest.mark.parametrize("name", ["odd_vocabulary", "kl_in_reward"])
+def test_inputs_follow_the_rule_of_their_logical_axis(name):
+    case = CASES[name]
     elsewhere = dataclasses.replace(case, overrides=(*case.overrides, "mesh.rules.batch=[tensor]"))
     usual, moved = (describe(case, "nnx")["leaves"] for case in (case, elsewhere))
-    for path in INPUTS:
+    for path in inputs_of(name):
         assert (usual[path]["logical"], usual[path]["spec"][1]) == (moved[path]["logical"], ["data", "fsdp"])
         assert moved[path]["spec"] == ["tensor" if name == "batch" else None for name in moved[path]["logical"]]
 
@@ -98,6 +104,7 @@ def test_a_real_mesh_gives_the_specs_of_the_golden(flavour):
         assert len(sharding.device_set) == 8
         assert [list(leaf.shape), str(leaf.dtype)] == [want["shape"], want["dtype"]], path
         assert list(sharding.shard_shape(leaf.shape)) == want["on_one_device"], path
+    golden = json.loads(path_of("kl_in_reward").read_text())["leaves"] | golden
     for name, sharding in batch_shardings(create_mesh(config.mesh), config.mesh.rules)._asdict().items():
         want = golden[f"minibatch.batch.{name}"]
         assert list(sharding.shard_shape(tuple(want["shape"]))) == want["on_one_device"], name

@@ -163,7 +163,7 @@ def test_a_run_has_only_the_passes_without_gradient_that_its_loss_reads(override
 
 
 def test_a_run_with_the_kl_in_its_rewards_has_a_program_for_the_advantages_of_its_update():
-    loop = loop_programs(tiny("grpo.preset=reinforce++", "grpo.minibatches=2"), jax.devices()[:2])
+    loop = loop_programs(tiny("grpo.preset=reinforce++", "grpo.minibatches=2"), jax.devices())
     (program,) = (program for program in loop.programs if program.name == "token advantages")
     function, arguments = program.make()
     advantages, kl = jax.eval_shape(function.function, *arguments)
