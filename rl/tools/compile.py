@@ -21,11 +21,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from rl.config import Config, load_config
 from rl.config_sections import source_kind
 from rl.executables import save_compiled
-from rl.host_memory import peak_bytes, start_peak
+from rl.host_memory import limit_arenas, peak_bytes, start_peak
 from rl.tools.compile_report import ProgramReport, Report, report_of, report_refused, to_json, to_text
 from rl.tools.loop_programs import Loop, LoopProgram, loop_programs
 from rl.tools.topologies import CHIPS, find_devices
 from rl.weights import use_compilation_cache
+
+MALLOC_ARENAS = 2  # with one, three compilers at a time were ten times as slow; with more, memory piles up
 
 
 def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None] = lambda line: None) -> Report:
@@ -118,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     config = load_config(arguments.config, arguments.overrides)
     use_compilation_cache(config)
+    limit_arenas(MALLOC_ARENAS)
     if arguments.topology is not None and not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # no device of this machine is used, so none is taken
     # Where each operation comes from, written into a program of eighty layers, is a third of the host memory.

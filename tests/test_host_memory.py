@@ -1,0 +1,52 @@
+"""What a process keeps of memory that was freed: measured in processes of their own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+ALLOCATE = """
+import ctypes, os, sys, threading
+from rl.host_memory import limit_arenas
+
+if sys.argv[1] != "0":
+    limit_arenas(int(sys.argv[1]))
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype = ctypes.c_void_p
+together = threading.Barrier(12)
+
+
+def allocate():
+    together.wait()
+    for _ in range(2000):
+        libc.malloc(1000)
+    together.wait()
+
+
+threads = [threading.Thread(target=allocate) for _ in range(12)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc.fdopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fdopen(os.dup(1), b"w"))
+libc.malloc_info(0, file)
+libc.fflush(file)
+"""
+
+
+def num_arenas(limit: int, **environment: str) -> int:
+    """Pools of memory that twelve threads made glibc open."""
+    inherited = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    command = [sys.executable, "-c", ALLOCATE, str(limit)]
+    told = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=True).stdout
+    return len(re.findall("<heap nr=", told))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pools of memory are glibc's")
+def test_threads_share_as_many_pools_of_memory_as_they_may():
+    assert num_arenas(0) > 3
+    assert num_arenas(2) == 2
+    assert num_arenas(2, MALLOC_ARENA_MAX="3") == 3
