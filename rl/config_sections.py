@@ -164,7 +164,7 @@ class GRPOSection:
     minibatches: int
     epochs: int
     max_tokens_per_microbatch: int
-    logprob_chunk: int
+    logprob_chunk: int | None
     beta: float
     kl_estimator: Literal["k1", "k2", "k3"]
     use_bias_correction_kl: bool

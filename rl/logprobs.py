@@ -3,7 +3,8 @@
 In: final hidden states at the positions that predict, and the tokens that followed. Out: the log-prob of each token
 under softmax(logits / temperature), and the entropy of that distribution. The vocabulary is the largest dim of
 training, so logits exist for one chunk of positions at a time, in the forward and in the backward pass; the backward
-pass computes them again. Not here: the model, the alignment of positions and targets, the loss.
+pass computes them again, unless all fit in one chunk. Not here: the model, the alignment of positions and targets, the
+loss.
 
 Shapes: B sequences, T token positions, C positions of a chunk, V vocabulary, D model.
 """
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+
+FEWEST_POSITIONS, FEW_LOGITS = 512, 2**24  # of a chunk whose size is left open; 64 MiB of float32
 
 
 class Unembedding(Protocol):
@@ -29,7 +32,7 @@ def token_logprobs(
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
     temperature: jax.Array | float,
-    chunk_size: int,
+    chunk_size: int | None,
     with_entropy: bool,
     mask_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -42,7 +45,7 @@ def token_logprobs(
         targets_BT: int token ids in [0, V) where the mask is not 0.
         temperature: of the distribution that the tokens were drawn from; above 0.
         chunk_size: positions of each sequence whose logits exist at one time (B * chunk_size * V numbers). It changes
-            memory and speed, never the result.
+            memory and speed, never the result. None: 512, or as many as have `FEW_LOGITS` logits together.
         with_entropy: also give entropies.
         mask_BT: where it is 0, values are exactly 0, no gradient flows, and hidden state and target are arbitrary.
             None: all positions count.
@@ -53,13 +56,16 @@ def token_logprobs(
     Raises:
         ValueError: chunk_size is below 1, or the shapes do not fit.
     """
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be >= 1, got {chunk_size}; 512 is a good start")
     if hidden_BTD.shape[:2] != targets_BT.shape:
         raise ValueError(
             f"hidden states [B, T, D] and targets [B, T] must have the same B and T, got {hidden_BTD.shape} and "
             f"{targets_BT.shape}; cut the hidden states to the positions that predict the targets"
         )
+    if chunk_size is None:
+        row = jax.eval_shape(policy.unembed, params, hidden_BTD[:, :1])
+        chunk_size = max(FEWEST_POSITIONS, FEW_LOGITS // max(row.size, 1))
     if mask_BT is not None:
         mask_BT = mask_BT.astype(bool)
         # 0 in place of garbage before it meets a matrix: 0 * NaN in a sum would reach the gradient of the parameters.

@@ -36,7 +36,7 @@ class PromptScorer:
         self._programs = Programs()
 
     def logprobs(
-        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int
+        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
     ) -> list[np.ndarray]:
         """Log-probs of prompt tokens under softmax(logits / temperature), in nats.
 
@@ -72,7 +72,7 @@ class PromptScorer:
         return [results[number] for number in range(len(prompts))]
 
     def _compile(
-        self, params: Params, num_rows: int, length: int, temperature: float, chunk_size: int
+        self, params: Params, num_rows: int, length: int, temperature: float, chunk_size: int | None
     ) -> Callable[..., jax.Array]:
         policy = self._policy
 

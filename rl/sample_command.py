@@ -306,7 +306,7 @@ def _prompt_scores(
     samples: Sequence[SampleRow],
     requests: Sequence[Request],
     sampling: SamplingParams,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> dict[int, np.ndarray]:
     """Log-probs of the prompts that have requests, by prompt index."""
     numbers = sorted({request.prompt for request in requests})

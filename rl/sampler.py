@@ -211,7 +211,7 @@ class Sampler:
         return self._stream(params, prompts, requests, sampling, key)
 
     def prompt_logprobs(
-        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int
+        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
     ) -> list[np.ndarray]:
         """Log-probs of prompt tokens, see `rl.prompt_logprobs`, under the very weights that completions are drawn with:
         those that `weights` rounds them to, if so, where `decode_shardings` puts them. No cache is read.

@@ -87,7 +87,7 @@ class CompletionSource(Protocol):
         ...
 
     def prompt_logprobs(
-        self, params: Any, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int
+        self, params: Any, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
     ) -> list[np.ndarray]:
         """Log-probs of prompt tokens under the weights that completions are drawn with."""
         ...

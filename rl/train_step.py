@@ -98,7 +98,7 @@ def jit_train_step(
     mesh: Mesh,
     rules: Mapping[str, Sequence[str]],
     temperature: float,
-    chunk_size: int,
+    chunk_size: int | None,
     minibatches_per_rollout: int,
 ) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
     """The compiled update. The state is donated: the caller must not use the one it passed in again.
@@ -159,7 +159,7 @@ def update_program(
     mesh: Mesh,
     rules: Mapping[str, Sequence[str]],
     temperature: float,
-    chunk_size: int,
+    chunk_size: int | None,
     minibatches_per_rollout: int,
 ) -> Program:
     """What `jit_train_step` compiles: (state, minibatch) -> (state, metrics), or with adapters (state of what moves,
@@ -230,7 +230,7 @@ def token_logprobs_program(
     mesh: Mesh,
     rules: Mapping[str, Sequence[str]],
     temperature: float,
-    chunk_size: int,
+    chunk_size: int | None,
     with_entropy: bool,
 ) -> Program:
     """The pass without gradient: (params, batch) -> (log-probs, entropies), both [M, R, C, L], 0 on padding; entropies
@@ -348,7 +348,7 @@ def _piece_logprobs(
     params: Params,
     piece: Batch,
     temperature: float,
-    chunk_size: int,
+    chunk_size: int | None,
     mesh: Mesh,
     rules: Mapping[str, Sequence[str]],
     with_entropy: bool,

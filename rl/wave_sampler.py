@@ -127,7 +127,7 @@ class WaveSampler:
         return self._stream(params, prompts, requests, sampling, key)
 
     def prompt_logprobs(
-        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int
+        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
     ) -> list[np.ndarray]:
         """Log-probs of prompt tokens, see `rl.prompt_logprobs`."""
         return self._scorer.logprobs(params, prompts, temperature, chunk_size)

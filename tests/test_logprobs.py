@@ -47,7 +47,7 @@ def naive(params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array) -> tuple[ja
     return logprobs_BT, -jnp.sum(jnp.exp(log_probabilities_BTV) * log_probabilities_BTV, axis=-1)
 
 
-def chunked(chunk_size: int, with_entropy: bool = True) -> Any:
+def chunked(chunk_size: int | None, with_entropy: bool = True) -> Any:
     def values(params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array | None = None) -> Any:
         return token_logprobs(Head(), params, hidden_BTD, targets_BT, TEMPERATURE, chunk_size, with_entropy, mask_BT)
 
@@ -112,6 +112,21 @@ def test_entropy_is_not_computed_unless_asked_for() -> None:
 
     assert count(with_entropy=False) == 1
     assert count(with_entropy=True) == 2
+
+
+@pytest.mark.parametrize(("num_words", "num_positions"), [(37, 1700), (6000, 850), (40000, 425)])
+def test_a_chunk_of_open_size_holds_512_positions_or_more_where_logits_are_few(
+    num_words: int, num_positions: int
+) -> None:
+    """2^24 logits in 3 rows are 151,146, 932 and 139 positions: all 1,700, half of them, a quarter (512 at most)."""
+    problem = Problem(
+        {"kernel": jnp.zeros((D, num_words)), "bias": jnp.zeros(num_words)},
+        jnp.zeros((3, 1700, D)),
+        jnp.zeros((3, 1700), jnp.int32),
+    )
+    jaxpr = jax.make_jaxpr(chunked(None))(*problem)
+    shapes = [v.aval.shape for e in equations(jaxpr.jaxpr) for v in e.outvars if hasattr(v.aval, "shape")]
+    assert {shape[1] for shape in shapes if shape[::2] == (3, num_words)} == {num_positions}
 
 
 @pytest.mark.parametrize("chunk_size", [4, 64])

@@ -13,6 +13,7 @@ import jax
 
 from rl.config_rules import decoder_keys
 from rl.config_sections import source_kind
+from rl.logprobs import FEWEST_POSITIONS
 from rl.mesh import num_row_shards
 from rl.models.config import base_specs, flatten_specs
 from rl.tools.hlo import Work, work_of
@@ -190,7 +191,7 @@ def _smaller_pieces(report: Report) -> list[str]:
     least = shards * (config.data.max_prompt_length + config.sampling.max_completion_length)
     if config.grpo.max_tokens_per_microbatch >= 2 * least:
         found.append(f"grpo.max_tokens_per_microbatch={max(config.grpo.max_tokens_per_microbatch // 2, least)}")
-    if config.grpo.logprob_chunk > 128:
+    if (config.grpo.logprob_chunk or FEWEST_POSITIONS) > 128:
         found.append("grpo.logprob_chunk=128: fewer logits at a time")
     return found + _more_tensor(report)
 
