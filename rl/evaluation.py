@@ -146,7 +146,7 @@ def create_sampler(
     tokenizer: Tokenizer,
     memory: int | None = None,
     stored: Stored = not_stored,
-) -> CompletionSource:
+) -> Sampler | WaveSampler:
     """The sampler of a run, for rollouts and evaluation alike: the one that the policy asks for.
 
     Args:
@@ -154,26 +154,19 @@ def create_sampler(
       stored: where compiled programs are taken from, if they are there.
     """
     if policy.decodes_in_waves:
-        return wave_sampler(config, policy, mesh, param_shardings, tokenizer, memory)
-    return slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, stored)
+        rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory)
+        return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
+    return _slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, stored)
 
 
-def wave_sampler(
-    config: Config, policy: Policy, mesh: Mesh, param_shardings: Any, tokenizer: Tokenizer, memory: int | None = None
-) -> WaveSampler:
-    """The sampler of a policy with a cache of its own; arguments as in `create_sampler`."""
-    rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory)
-    return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
-
-
-def slot_sampler(
+def _slot_sampler(
     config: Config,
     policy: Policy,
     mesh: Mesh,
     param_shardings: Any,
     tokenizer: Tokenizer,
-    memory: int | None = None,
-    stored: Stored = not_stored,
+    memory: int | None,
+    stored: Stored,
 ) -> Sampler:
     """The sampler of the toolkit's own decoder; arguments as in `create_sampler`."""
     section, rules, decode_shardings = config.sampling, config.mesh.rules, None

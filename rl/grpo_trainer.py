@@ -17,7 +17,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -45,7 +45,6 @@ from rl.packing import PackingPlan
 from rl.reference import ReferenceSync
 from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
 from rl.run_folder import RunFolder
-from rl.sampler import Sampler
 from rl.sampling import SamplingParams
 from rl.shaped_inputs import plan_for
 from rl.states import (
@@ -128,7 +127,7 @@ def train(config: Config) -> pathlib.Path:
         if compiled.prompt_length is None:
             sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)], *call_size)
         else:
-            cast(Sampler, sampler).expect_length(compiled.prompt_length, *call_size)  # only its programs can be stored
+            sampler.expect_length(compiled.prompt_length, *call_size)  # only its programs can be stored
         eval_rows = data.held_out[: config.eval.max_prompts] if config.eval.every else []
         if config.sampling.warm_up:
             sampler.warm_up(state.params, *call_size, sampling)

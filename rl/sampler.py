@@ -297,7 +297,7 @@ class Sampler:
         shards = scheduling.deal(requests, engine.num_shards)
         shape = self._shape(Load.of(shards), expected, sampling)
         if not common_length:
-            self._prefix = None  # no memory is left for one that nobody reads
+            self.release()  # no memory is left for one that nobody reads
         common = self._prefill_common(version, params, expected.common) if common_length else None
         rows = []
         for pieces in shards:

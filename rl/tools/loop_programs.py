@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rl.config import Config
 from rl.decoding import TOKEN_LOOP
-from rl.evaluation import sampling_params, slot_sampler, wave_sampler
+from rl.evaluation import create_sampler, sampling_params
 from rl.mesh import create_mesh, device_memory, on_host
 from rl.models.config import ModelConfig
 from rl.models.hf import SHAPE_PATTERNS, resolve_source
@@ -25,6 +25,7 @@ from rl.models.lora import split
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer
 from rl.programs import Program
+from rl.sampler import Sampler
 from rl.sampling import SamplingParams
 from rl.shaped_inputs import ShapedInputs, get_shaped_inputs
 from rl.states import BASE, WEIGHTS, InitStateFn, get_abstract_state, init_program
@@ -40,6 +41,7 @@ from rl.update import (
     bare_batch,
     update_programs,
 )
+from rl.wave_sampler import WaveSampler
 from rl.weights import eos_ids, folder_source, model_shape
 
 PREFILL, DECODE = "prefill", "decode"
@@ -120,8 +122,13 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     inputs = get_shaped_inputs(config, mesh, init_policy_fn)
     has_reference = bool(config.grpo.beta) and policy.config.lora is None
     sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
-    make_rollout = _wave_rollout if policy.decodes_in_waves else _slot_rollout
-    rollout = make_rollout(config, policy, mesh, inputs, tokenizer, sampling, memory)
+    call_size = config.grpo.prompts_per_step, config.grpo.group_size
+    sampler = create_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
+    sampler.expect_length(config.data.max_prompt_length, *call_size)
+    if isinstance(sampler, WaveSampler):
+        rollout = _wave_rollout(sampler, *call_size, sampling)
+    else:
+        rollout = _slot_rollout(config, sampler, inputs.state.params, *call_size, sampling)
     weights = shard_bytes(inputs.state.params, inputs.state_shardings.params)
     trained = update_arguments(policy, inputs.state, inputs.minibatch)[0].params
     trained_shardings = update_arguments(policy, inputs.state_shardings, inputs.minibatch_shardings)[0].params
@@ -177,20 +184,11 @@ class _Rollout(NamedTuple):
 
 
 def _slot_rollout(
-    config: Config,
-    policy: Policy,
-    mesh: Mesh,
-    inputs: ShapedInputs,
-    tokenizer: Tokenizer,
-    sampling: SamplingParams,
-    memory: int,
+    config: Config, sampler: Sampler, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams
 ) -> _Rollout:
     """Of the toolkit's own decoder."""
-    call_size = config.grpo.prompts_per_step, config.grpo.group_size
-    sampler = slot_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
-    sampler.expect_length(config.data.max_prompt_length, *call_size)
-    rollout = sampler.rollout_programs(inputs.state.params, *call_size, sampling)
-    shapes = sampler.shapes(*call_size, sampling)
+    rollout = sampler.rollout_programs(params, num_prompts, num_samples, sampling)
+    shapes = sampler.shapes(num_prompts, num_samples, sampling)
     largest = max(shapes, key=lambda shape: (shape.num_slots * shape.length, shape.length))
     per_position = sampler.engine.bytes_per_position()
     rows = largest.num_slots * largest.length + largest.table_rows * largest.table_length
@@ -205,20 +203,9 @@ def _slot_rollout(
     )
 
 
-def _wave_rollout(
-    config: Config,
-    policy: Policy,
-    mesh: Mesh,
-    inputs: ShapedInputs,
-    tokenizer: Tokenizer,
-    sampling: SamplingParams,
-    memory: int,
-) -> _Rollout:
+def _wave_rollout(sampler: WaveSampler, num_prompts: int, num_samples: int, sampling: SamplingParams) -> _Rollout:
     """Of a policy with a cache of its own, of which nothing is known but its bytes."""
-    call_size = config.grpo.prompts_per_step, config.grpo.group_size
-    sampler = wave_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
-    sampler.expect_length(config.data.max_prompt_length, *call_size)
-    plan = sampler.rollout_plan(*call_size, sampling)
+    plan = sampler.rollout_plan(num_prompts, num_samples, sampling)
     programs = [LoopProgram(PREFILL, PREFILL, _made(*plan.prefill), {}, 0)] if plan.prefill else []
     programs.append(LoopProgram(DECODE, DECODE, _made(*plan.chunk), {TOKEN_LOOP: plan.num_steps}, 0))
     return _Rollout(programs, 0, plan.cache_bytes, 0)
