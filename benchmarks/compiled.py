@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from peer_trainers import Numbers, tunix_learner, tunix_optimizer
 from shapes import Workload, tiny_shape
-from trainers import tandem_config
+from trainers import plan_for, tandem_config
 from weights import tunix_architecture
 
 from rl.config import load_config
@@ -41,18 +41,24 @@ def topology_mesh(devices: list[Any] | None = None) -> Mesh:
 
 
 def compile_tandem(
-    model_config: ModelConfig, workload: Workload, plan: PackingPlan, settings: list[str], mesh: Mesh, pure_nnx: bool
+    model_config: ModelConfig,
+    workload: Workload,
+    plan: PackingPlan | None,
+    settings: list[str],
+    mesh: Mesh,
+    pure_nnx: bool,
 ) -> Step:
     """The update that `rl.update` runs, with reference log-probs in the batch.
 
     Args:
-      plan: the shapes of the packed batch.
+      plan: the shapes of the packed batch; None: those of a run with this workload.
       settings: `key=value` of the configuration.
     """
     config = tandem_config(workload, [f"pure_nnx={pure_nnx}".lower(), *settings])
     policy = policy_from_config(config, model_config, mesh)
     _, optimizer = create_training_optimizer(config, policy)
     abstract = get_abstract_state(config, mesh, InitStateFn(policy, optimizer, 0))
+    plan = plan_for(workload, config, policy, mesh) if plan is None else plan
     train_step = jit_train_step(
         policy,
         optimizer,
@@ -63,6 +69,7 @@ def compile_tandem(
         temperature=config.sampling.temperature,
         chunk_size=config.grpo.logprob_chunk,
         minibatches_per_rollout=1,
+        shorter_lengths=plan.shorter_lengths,
     )
     batch = pack([], plan)
     batch = batch._replace(reference_logprobs_MRCL=batch.mask_MRCL)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from compiled import Step, compile_tandem, topology_mesh
 from rich.console import Console
 from shapes import CPU_SHAPES, TRAIN_WORKLOADS, tiny_shape, tiny_workload
-from trainers import plan_for, tandem_config
 
 FLAVOURS = {"nnx": True, "linen": False}
 NUM_CALLS = 30
@@ -40,11 +39,10 @@ def compare_flavours(console: Console, names: Sequence[str], settings: list[str]
     for name in names:
         config = tiny_shape(CPU_SHAPES[name]) if tiny else CPU_SHAPES[name]
         workload = tiny_workload(TRAIN_WORKLOADS["i"]) if tiny else TRAIN_WORKLOADS["i"]
-        mesh, run_config = topology_mesh(), tandem_config(workload, settings)
+        mesh = topology_mesh()
 
-        def build(config, pure_nnx, workload=workload, mesh=mesh, run_config=run_config) -> Step:
-            plan = plan_for(workload, run_config, config.hidden_size)
-            return compile_tandem(config, workload, plan, settings, mesh, pure_nnx)
+        def build(config, pure_nnx, workload=workload, mesh=mesh) -> Step:
+            return compile_tandem(config, workload, None, settings, mesh, pure_nnx)
 
         narrow = dataclasses.replace(tiny_shape(config), num_layers=config.num_layers, layer_types=config.layer_types)
         steps = {flavour: build(narrow, pure_nnx) for flavour, pure_nnx in FLAVOURS.items()}

@@ -24,10 +24,12 @@ from rl.data import PromptRow
 from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import sampling_params, start_rewards
 from rl.metrics import Stopwatch
+from rl.models.policy import Policy
 from rl.optimizer import create_training_optimizer
 from rl.packing import PackingPlan, TrainCompletion, TrainGroup, plan_packing
 from rl.rollout import judge, minibatches, sample_and_score, to_rollout
 from rl.sampler import Sampler
+from rl.shaped_inputs import packing_options
 from rl.states import InitStateFn, setup_decode_state, setup_training_state
 from rl.tokenizer import Tokenizer
 from rl.update import Updater
@@ -96,7 +98,7 @@ class TandemTrainer:
         params = jax.tree.map(jnp.copy, weights.params)
         self._state, abstract = setup_training_state(config, mesh, init_policy_fn, params)
         self._reference, _ = setup_decode_state(config, mesh, init_reference_fn, reference.params)
-        self.plan = plan_for(workload, config, policy.config.hidden_size)
+        self.plan = plan_for(workload, config, policy, mesh)
         self._updater = Updater(config, policy, optimizer, self.plan, abstract.shardings, mesh=mesh)
         self._entropy = EntropyCoefState(0.0, 0.0)
         self._stack = contextlib.ExitStack()
@@ -176,16 +178,14 @@ def tandem_config(workload: Workload, settings: Sequence[str] = ()) -> Any:
     )
 
 
-def plan_for(workload: Workload, config: Any, hidden_size: int) -> PackingPlan:
-    """The packing of a run with this workload, on one device."""
+def plan_for(workload: Workload, config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> PackingPlan:
+    """The packing of a run with this workload."""
     return plan_packing(
         num_groups=workload.num_prompts,
         group_size=workload.num_samples,
         max_prompt_length=workload.prompt_lengths[1],
         max_completion_length=workload.cap,
-        max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
-        num_row_shards=1,
-        preferred_row_length=hidden_size,
+        **packing_options(config, policy, mesh),
     )
 
 

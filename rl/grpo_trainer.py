@@ -34,7 +34,7 @@ from rl.evaluation import create_sampler, evaluate, greedy, sampling_params, sta
 from rl.executables import open_compiled
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
-from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards
+from rl.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models import foreign
 from rl.models.lora import quantization_of
@@ -81,7 +81,7 @@ def train(config: Config) -> pathlib.Path:
         schedule, optimizer = create_training_optimizer(config, policy)
         compiled = open_compiled(config, policy, mesh)
         longest = compiled.prompt_length or max(len(row.prompt_ids) for row in data.train)
-        plan = plan_for(config, longest, policy, num_row_shards(mesh, config.mesh.rules))
+        plan = plan_for(config, longest, policy, mesh)
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
         identity = run_identity(config, origin, data)
         hosts.check_same(config, identity)

@@ -289,6 +289,11 @@ def num_row_shards(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> int:
     return math.prod(mesh.shape[axis] for axis in row_axes(mesh, rules))
 
 
+def is_on_cpu(mesh: Mesh) -> bool:
+    """Whether its devices are CPUs; an abstract mesh has no devices."""
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+
+
 def row_sharding(mesh: Mesh, rules: Mapping[str, Sequence[str]], dim: int = 0) -> NamedSharding:
     """The sharding of an array whose dim `dim` runs over rows of a batch; its other dims are whole on every device."""
     return input_sharding((*[None] * dim, ROWS), mesh, rules)

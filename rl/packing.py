@@ -19,8 +19,9 @@ import numpy as np
 
 PADDING_GROUP = -1
 _MIN_PIECES = 8
-_KERNEL_BLOCK = 128  # attention kernels like lengths that are multiples of it
-_SHORTEST_CUT, _FEW_COMPLETIONS = 512, 8  # of rows that may be cut, see `row_lengths`
+_LONG_ROW = 8192  # positions; the mask of a row is a square of booleans, 64 MiB at this length
+# Of `_shorter_lengths`: shares of a row, what they are multiples of, and the shortest row that is cut.
+_CUTS, _CUT_STEP, _SHORTEST_CUT = (5 / 8, 13 / 16), 64, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ class PackingPlan:
       row_length: T.
       completions_per_row: C, upper bound.
       completion_length: L, upper bound.
+      shorter_lengths: in increasing order, positions less than T at which a micro-batch is computed whose rows hold no
+        more; one compiled program holds them all.
     """
 
     num_microbatches: int
@@ -66,6 +69,7 @@ class PackingPlan:
     row_length: int
     completions_per_row: int
     completion_length: int
+    shorter_lengths: tuple[int, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -118,6 +122,8 @@ def plan_packing(
     num_row_shards: int,
     preferred_row_length: int,
     packs_rows: bool = True,
+    skips_blocks: bool = True,
+    cuts_rows: bool = False,
 ) -> PackingPlan:
     """Shapes that hold any minibatch of `num_groups` prompts with `group_size` completions each.
 
@@ -126,10 +132,12 @@ def plan_packing(
     fewer rows, and the last piece that they need is computed whole.
 
     Args:
-      preferred_row_length: rows are not shorter, unless the budget is; the hidden size, because at that length
-        attention costs about a twelfth of the rest of a layer, less than half-empty rows would.
+      preferred_row_length: rows are not shorter, unless the budget is; the hidden size, because at that length even all
+        scores of a row cost about a sixth of the rest of a layer, less than half-empty rows would.
       packs_rows: False for a policy that cannot tell the sequences of a row apart: each row is one prompt with one
         completion.
+      skips_blocks: attention to what nobody in a row sees costs nothing; otherwise long rows cost more per token.
+      cuts_rows: micro-batches of rows with gaps may be computed at less than their length.
 
     Raises:
       ValueError: the budget does not hold one longest sequence per row shard.
@@ -152,7 +160,8 @@ def plan_packing(
             completions_per_row=1,
             completion_length=max_completion_length,
         )
-    row_length = _row_length(group_size, max_prompt_length, max_completion_length, preferred_row_length, budget)
+    sizes = (num_groups, group_size, max_prompt_length, max_completion_length)
+    row_length = _row_length(*sizes, num_row_shards, preferred_row_length, budget, skips_blocks)
     completions_per_group_row = min(group_size, (row_length - max_prompt_length) // max_completion_length)
     worst_rows = num_groups * math.ceil(group_size / completions_per_group_row)
     rows_per_shard = math.ceil(worst_rows / num_row_shards)
@@ -163,36 +172,29 @@ def plan_packing(
         row_length=row_length,
         completions_per_row=min(max(completions_per_group_row, row_length // 8), num_groups * group_size),
         completion_length=max_completion_length,
+        shorter_lengths=_shorter_lengths(row_length) if cuts_rows else (),
     )
 
 
 def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float32) -> Batch:
-    """Packs groups in decreasing order of their lengths, each into the fullest row that holds it (`_rows`);
-    deterministic, and every completion keeps its `sequence_ids` index.
+    """Packs groups in decreasing order of their lengths, each into the fullest row that holds it (`_rows`). Rows are
+    filled up to that one of the plan's lengths with which the fewest positions are computed. Deterministic, and every
+    completion keeps its `sequence_ids` index.
 
     Groups without completions are left out. A minibatch without any completion gives a batch of padding. `dtype` is
     that of the batch's floating-point fields: float32, or float64 for a float64 model.
     """
-    rows = _rows(groups, plan)
+    rows = _rows(groups, plan, plan.row_length)
+    for length in reversed(plan.shorter_lengths):
+        others = _rows(groups, plan, length) if _fits(groups, length) else []
+        if 0 < len(others) <= plan.num_microbatches * plan.num_rows and _cost(others, plan) < _cost(rows, plan):
+            rows = others
     num_microbatches = max(math.ceil(len(rows) / plan.num_rows), 1)
     assert num_microbatches <= plan.num_microbatches, (len(rows), plan)
     batch = _empty_batch(plan, num_microbatches, np.dtype(dtype))
-    # Rows that are not full share a micro-batch, which may be computed at less than their length (`row_lengths`).
-    for index, row in enumerate(sorted(rows, key=lambda row: -sum(unit.num_tokens for unit in row))):
+    for index, row in enumerate(rows):
         _fill_row(batch, *divmod(index, plan.num_rows), row)
     return batch
-
-
-def row_lengths(row_length: int, completion_length: int) -> list[int]:
-    """The lengths, in increasing order, at which the rows of a micro-batch may be computed; one program holds them all.
-
-    Long rows that hold few of the longest completions have gaps: of their positions a fifth or so is padding. Where all
-    rows of a micro-batch are at most three quarters full, that much of them is computed.
-    """
-    if row_length < _SHORTEST_CUT or row_length > _FEW_COMPLETIONS * completion_length:
-        return [row_length]
-    step = _KERNEL_BLOCK if row_length % _KERNEL_BLOCK == 0 else _KERNEL_BLOCK // 2
-    return [step * math.ceil(3 * row_length / (4 * step)), row_length]
 
 
 def unpack(batch: Batch, values_MRCL: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
@@ -219,10 +221,26 @@ class _Unit(NamedTuple):
         return len(self.prompt_ids) + sum(len(c.token_ids) - 1 for c in self.completions)
 
 
-def _rows(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[list[_Unit]]:
-    """The units of each row. Groups come in decreasing order of their tokens, each whole to the fullest row that holds
-    it. Of a group that is longer than a row the completions come in decreasing order of theirs; each goes beside others
-    of its group where it fits, else to the fullest row where its prompt fits as well.
+def _fits(groups: Sequence[TrainGroup], row_length: int) -> bool:
+    """Whether a row of this length holds every sequence."""
+    longest = (len(g.prompt_ids) + max(len(c.token_ids) for c in g.completions) - 1 for g in groups if g.completions)
+    return max(longest, default=0) <= row_length
+
+
+def _cost(rows: Sequence[Sequence[_Unit]], plan: PackingPlan) -> int:
+    """Positions of each of a micro-batch's rows that are computed, over all micro-batches."""
+    longest_rows = rows[:: plan.num_rows]  # in decreasing order of their tokens
+    filled = [sum(unit.num_tokens for unit in row) for row in longest_rows]
+    return sum(min(length for length in (*plan.shorter_lengths, plan.row_length) if n <= length) for n in filled)
+
+
+def _rows(groups: Sequence[TrainGroup], plan: PackingPlan, row_length: int) -> list[list[_Unit]]:
+    """The units of each row of at most so many tokens, the fullest row first: rows that are not full share a
+    micro-batch.
+
+    Groups come in decreasing order of their tokens, each whole to the fullest row that holds it. Of a group that is
+    longer than a row the completions come in decreasing order of theirs; each goes beside others of its group where it
+    fits, else to the fullest row where its prompt fits as well.
     """
     rows: list[dict[int, _Unit]] = []  # by group
     free: list[tuple[int, int]] = []  # tokens and completions that still fit in each row
@@ -240,7 +258,7 @@ def _rows(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[list[_Unit]]:
         if not fitting:
             fitting = [len(rows)]
             rows.append({})
-            free.append((plan.row_length, plan.completions_per_row))
+            free.append((row_length, plan.completions_per_row))
         r = min(fitting, key=lambda r: (index not in rows[r], free[r][0]))
         free[r] = (free[r][0] - need(r), free[r][1] - len(places))
         unit = rows[r].setdefault(index, _Unit(group.prompt_ids, [], []))
@@ -256,12 +274,12 @@ def _rows(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[list[_Unit]]:
         places = range(len(lengths[index]))
         if not places:
             continue
-        if sizes[index] <= plan.row_length and len(places) <= plan.completions_per_row:
+        if sizes[index] <= row_length and len(places) <= plan.completions_per_row:
             put(index, places)
             continue
         for place in sorted(places, key=lambda i: -lengths[index][i]):
             put(index, [place])
-    return [list(row.values()) for row in rows]
+    return [list(row.values()) for row, _ in sorted(zip(rows, free, strict=True), key=lambda pair: pair[1][0])]
 
 
 def batch_fields(plan: PackingPlan, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any, Any]]:
@@ -329,28 +347,49 @@ def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
 
 
 def _row_length(
-    group_size: int, max_prompt_length: int, max_completion_length: int, preferred_row_length: int, budget: int
+    num_groups: int,
+    group_size: int,
+    max_prompt_length: int,
+    max_completion_length: int,
+    num_row_shards: int,
+    preferred_row_length: int,
+    budget: int,
+    skips_blocks: bool,
 ) -> int:
-    """The length of rows at which a group of the longest sequences costs least, of all that hold 1, 2, ... completions.
+    """The length of rows at which a minibatch of the longest sequences costs least, of all that hold 1, 2, ...
+    completions of a group.
 
-    A shorter row repeats the prompt more often, a longer one has every token attend to more of others' completions:
-    plain operations compute half of a row's scores. A token costs 1 for the rest of a layer and a twelfth for attention
-    in rows of `preferred_row_length` positions.
+    Rows of more than `_LONG_ROW` positions hold one completion. A shorter row repeats the prompt more often; few long
+    rows leave shards without any. Where nothing is skipped, every
+    token of a longer row pays for more of others' completions: a token costs 1 for the rest of a layer and a sixth for
+    attention in rows of `preferred_row_length` positions.
     """
 
     def cost(row_length: int) -> float:
         completions = min(group_size, (row_length - max_prompt_length) // max_completion_length)
-        rows = math.ceil(group_size / completions)
+        rows = num_groups * math.ceil(group_size / completions)
         if completions == group_size:
-            rows = 1 / (row_length // (max_prompt_length + group_size * max_completion_length))
-        return rows * row_length * (1 + row_length / (12 * preferred_row_length))
+            groups = row_length // (max_prompt_length + group_size * max_completion_length)
+            rows = math.ceil(num_groups / groups)
+        attention = 0 if skips_blocks else row_length / (6 * preferred_row_length)
+        return math.ceil(rows / num_row_shards) * row_length * (1 + attention)
 
     lengths = []
     for completions in range(1, group_size + 1):
         needed = max_prompt_length + completions * max_completion_length
-        if needed <= budget:
+        if completions == 1 or needed <= min(budget, _LONG_ROW):
             lengths.append(min(_round_up(max(needed, preferred_row_length)), budget))
     return min(reversed(lengths), key=cost)  # of two that cost the same the one that repeats prompts less
+
+
+def _shorter_lengths(row_length: int) -> tuple[int, ...]:
+    """Long rows that hold few groups have gaps: at their full length a quarter or so of what is computed is padding.
+
+    Two lengths more make it a tenth, for which each takes as long to compile as the first.
+    """
+    if row_length < _SHORTEST_CUT:
+        return ()
+    return tuple(_CUT_STEP * math.ceil(share * row_length / _CUT_STEP) for share in _CUTS)
 
 
 def _round_up(length: int) -> int:

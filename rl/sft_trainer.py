@@ -24,13 +24,14 @@ from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewar
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.loss_types import LossConfig
-from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, num_row_shards, replicated
+from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, replicated
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models import foreign
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
 from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
 from rl.run_folder import RunFolder
+from rl.shaped_inputs import packing_options
 from rl.states import InitStateFn, frozen_base, get_first_step, setup_training_state
 from rl.tools.export import write_folder
 from rl.train_step import Minibatch, batch_shardings, jit_train_step
@@ -62,10 +63,7 @@ def train(config: Config) -> pathlib.Path:
             group_size=1,
             max_prompt_length=max(len(row.prompt_ids) for row in pairs.rows),
             max_completion_length=max(len(row.completion_ids) for row in pairs.rows),
-            max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
-            num_row_shards=num_row_shards(mesh, config.mesh.rules),
-            preferred_row_length=policy.config.hidden_size,
-            packs_rows=policy.packs_rows,
+            **packing_options(config, policy, mesh),
         )
         # -- run folder, state: whatever is wrong up to here has touched nothing on disk
         identity = {"policy": origin.identity, "data": fingerprint(pairs.rows)}
@@ -100,6 +98,7 @@ def train(config: Config) -> pathlib.Path:
             temperature=1.0,
             chunk_size=config.grpo.logprob_chunk,
             minibatches_per_rollout=1,
+            shorter_lengths=plan.shorter_lengths,
         )
         for message in (*pairs.messages, *foreign.notes(policy)):
             console.message(message)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rl.config import Config
-from rl.mesh import num_row_shards
+from rl.mesh import is_on_cpu, num_row_shards
 from rl.models.policy import Policy
 from rl.models.train_state import PureState
 from rl.packing import Batch, PackingPlan, batch_fields, plan_packing
@@ -39,8 +39,7 @@ def get_shaped_inputs(config: Config, mesh: Mesh, init_state_fn: InitStateFn) ->
     """Shapes and shardings of the state that `init_state_fn` builds, and of the minibatches of its run."""
     abstract: AbstractState = get_abstract_state(config, mesh, init_state_fn)
     policy = init_state_fn.policy
-    shards = num_row_shards(mesh, config.mesh.rules)
-    plan = plan_for(config, config.data.max_prompt_length, policy, shards)
+    plan = plan_for(config, config.data.max_prompt_length, policy, mesh)
     shapes = minibatch_shapes(config, policy, plan)
     return ShapedInputs(
         state=abstract.shapes,
@@ -80,15 +79,25 @@ def _of_present_fields(values: Minibatch, shapes: Minibatch) -> Minibatch:
     return values._replace(batch=batch, entropy_MRCL=None if shapes.entropy_MRCL is None else values.entropy_MRCL)
 
 
-def plan_for(config: Config, max_prompt_length: int, policy: Policy, num_row_shards: int) -> PackingPlan:
+def plan_for(config: Config, max_prompt_length: int, policy: Policy, mesh: Mesh) -> PackingPlan:
     """Static shapes that hold every minibatch of a run with prompts of up to so many tokens."""
     return plan_packing(
         num_groups=config.grpo.prompts_per_step // config.grpo.minibatches,
         group_size=config.grpo.group_size,
         max_prompt_length=max_prompt_length,
         max_completion_length=config.sampling.max_completion_length,
-        max_tokens_per_microbatch=config.grpo.max_tokens_per_microbatch,
-        num_row_shards=num_row_shards,
-        preferred_row_length=policy.config.hidden_size,
-        packs_rows=policy.packs_rows,
+        **packing_options(config, policy, mesh),
     )
+
+
+def packing_options(config: Config, policy: Policy, mesh: Mesh) -> dict[str, Any]:
+    """What `plan_packing` asks for besides the numbers and lengths of sequences."""
+    return {
+        "max_tokens_per_microbatch": config.grpo.max_tokens_per_microbatch,
+        "num_row_shards": num_row_shards(mesh, config.mesh.rules),
+        "preferred_row_length": policy.config.hidden_size,
+        "packs_rows": policy.packs_rows,
+        "skips_blocks": policy.kernel.skips_blocks,
+        # A program of several lengths takes as many times as long to compile: seconds for a CPU, minutes for a TPU.
+        "cuts_rows": is_on_cpu(mesh),
+    }

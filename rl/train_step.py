@@ -29,7 +29,7 @@ from rl.models.ops import widen
 from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState
 from rl.optimizer import rounding_loss
-from rl.packing import PADDING_GROUP, Batch, row_lengths
+from rl.packing import PADDING_GROUP, Batch
 from rl.programs import Program
 
 # Names, in compiled programs, of the loops whose lengths are numbers of the batch.
@@ -100,6 +100,7 @@ def jit_train_step(
     temperature: float,
     chunk_size: int | None,
     minibatches_per_rollout: int,
+    shorter_lengths: Sequence[int] = (),
 ) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
     """The compiled update. The state is donated: the caller must not use the one it passed in again.
 
@@ -112,6 +113,7 @@ def jit_train_step(
       temperature: of the rollouts; all log-probs are at it.
       chunk_size: tokens of each row of a piece whose logits exist at one time.
       minibatches_per_rollout: updates of one pass over a rollout batch.
+      shorter_lengths: of the `PackingPlan` of the minibatches.
     """
     program = update_program(
         policy,
@@ -123,6 +125,7 @@ def jit_train_step(
         temperature=temperature,
         chunk_size=chunk_size,
         minibatches_per_rollout=minibatches_per_rollout,
+        shorter_lengths=shorter_lengths,
     )
     return train_step_of(policy, program.jit())
 
@@ -161,6 +164,7 @@ def update_program(
     temperature: float,
     chunk_size: int | None,
     minibatches_per_rollout: int,
+    shorter_lengths: Sequence[int] = (),
 ) -> Program:
     """What `jit_train_step` compiles: (state, minibatch) -> (state, metrics), or with adapters (state of what moves,
     frozen weights, minibatch) -> (state of what moves, metrics). Argument 0 is donated.
@@ -195,7 +199,7 @@ def update_program(
         # In bfloat16 a sum of hundreds of pieces would lose those below 2^-9 of it.
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, widen(x.dtype)), grads)
         start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference))
-        loss, sum_of_grads, sums, difference = _over_pieces(batch, mesh, add_piece, start)
+        loss, sum_of_grads, sums, difference = _over_pieces(batch, shorter_lengths, add_piece, start)
         grads = jax.tree.map(lambda total, like: total.astype(like.dtype), sum_of_grads, grads)
         grad_norm = optax.tree.norm(sum_of_grads)
         is_applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -232,6 +236,7 @@ def token_logprobs_program(
     temperature: float,
     chunk_size: int | None,
     with_entropy: bool,
+    shorter_lengths: Sequence[int] = (),
 ) -> Program:
     """The pass without gradient: (params, batch) -> (log-probs, entropies), both [M, R, C, L], 0 on padding; entropies
     only `with_entropy`, otherwise None.
@@ -254,7 +259,7 @@ def token_logprobs_program(
             lambda: policy.unembed(params, jnp.zeros((1, policy.config.hidden_size), policy.config.dtype))
         ).dtype
         empty = jnp.zeros(batch.mask_MRCL.shape, dtype)
-        return _over_pieces(batch, mesh, fill, (empty, empty if with_entropy else None))
+        return _over_pieces(batch, shorter_lengths, fill, (empty, empty if with_entropy else None))
 
     rows = batch_shardings(mesh, rules)
     return Program(logprobs, (param_shardings, rows), (rows.mask_MRCL, rows.mask_MRCL))
@@ -310,17 +315,15 @@ def _piece(batch: Batch, m: Any) -> Batch:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, 0, keepdims=False), fields)
 
 
-def _over_pieces(batch: Batch, mesh: Mesh, body: Callable[[Any, Batch, Any], Any], carry: Any) -> Any:
+def _over_pieces(
+    batch: Batch, shorter_lengths: Sequence[int], body: Callable[[Any, Batch, Any], Any], carry: Any
+) -> Any:
     """carry = body(m, micro-batch m, carry) for every micro-batch in use.
 
-    The first of them are computed whole, those after the last that needs it with rows cut to the shorter of
-    `row_lengths`, in a loop of their own. So on CPU only: a second loop takes as long to compile as the first, seconds
-    there, minutes for a TPU.
+    The first of them are computed whole, those after the last that needs it with rows cut to the longest of the shorter
+    lengths, and so on: a loop for each length, over micro-batches whose rows `pack` filled in decreasing order.
     """
-    num_completions, completion_length = batch.mask_MRCL.shape[-2:]
-    *shorter, row_length = row_lengths(batch.tokens_MRT.shape[-1], completion_length)
-    if mesh.devices.flat[0].platform != "cpu":
-        shorter = []
+    num_completions = batch.mask_MRCL.shape[-2]
 
     def loop(name: str, start: Any, end: Any, length: int, carry: Any) -> Any:
         # What is predicted stands at the front as well: of each completion one token more than it puts into the row.
@@ -334,13 +337,13 @@ def _over_pieces(batch: Batch, mesh: Mesh, body: Callable[[Any, Batch, Any], Any
         with jax.named_scope(name):
             return jax.lax.fori_loop(start, end, lambda m, carry: body(m, cut(m), carry), carry)
 
-    if not shorter:
-        return loop(MICROBATCH_LOOP, 0, batch.num_microbatches, row_length, carry)
-    (short,) = shorter
-    needs_more_M = jnp.any(batch.group_ids_MRT[:, :, short:] != PADDING_GROUP, axis=(1, 2))
-    num_whole = jnp.max(jnp.where(needs_more_M, jnp.arange(1, needs_more_M.size + 1, dtype=jnp.int32), 0))
-    carry = loop(MICROBATCH_LOOP, 0, num_whole, row_length, carry)
-    return loop(SHORT_MICROBATCH_LOOP, num_whole, batch.num_microbatches, short, carry)
+    name, start, length = MICROBATCH_LOOP, jnp.int32(0), batch.tokens_MRT.shape[-1]
+    for shorter in sorted(shorter_lengths, reverse=True):
+        needs_more_M = jnp.any(batch.group_ids_MRT[:, :, shorter:] != PADDING_GROUP, axis=(1, 2))
+        end = jnp.max(jnp.where(needs_more_M, jnp.arange(1, needs_more_M.size + 1, dtype=jnp.int32), 0))
+        carry = loop(name, start, end, length, carry)
+        name, start, length = SHORT_MICROBATCH_LOOP, end, shorter
+    return loop(name, start, batch.num_microbatches, length, carry)
 
 
 def _piece_logprobs(

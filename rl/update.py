@@ -69,7 +69,7 @@ class Updater:
         self._dtype = batch_dtype(policy)
         self._replicated = replicated(mesh)
         self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
-        programs = update_programs(config, policy, optimizer, state_shardings, mesh)
+        programs = update_programs(config, policy, optimizer, state_shardings, plan, mesh)
         self._calls = {name: stored(name, program) or program.jit() for name, program in programs.items()}
         self._train_step = train_step_of(policy, self._calls[TRAIN_STEP])
         self._finish_metrics = jax.jit(finish_metrics, out_shardings=self._replicated)
@@ -163,7 +163,12 @@ class Updater:
 
 
 def update_programs(
-    config: Config, policy: Policy, optimizer: optax.GradientTransformation, state_shardings: PureState, mesh: Mesh
+    config: Config,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    state_shardings: PureState,
+    plan: PackingPlan,
+    mesh: Mesh,
 ) -> dict[str, Program]:
     """What an `Updater` of this configuration calls, by name. Reference and old log-probs are of one program; with
     adapters those of the reference, the base alone, are of their own.
@@ -173,6 +178,7 @@ def update_programs(
         "rules": config.mesh.rules,
         "temperature": config.sampling.temperature,
         "chunk_size": config.grpo.logprob_chunk,
+        "shorter_lengths": plan.shorter_lengths,
     }
     programs, has_adapters = {}, policy.config.lora is not None
     if _recomputes_old(config) or (config.grpo.beta and not has_adapters):

@@ -49,6 +49,7 @@ LAYERS = [
     ],
     ["rl.models.ops", "rl.loss_types"],
     [
+        "rl.models.block_attention",
         "rl.models.cache",
         "rl.models.lora",
         "rl.models.scanned",

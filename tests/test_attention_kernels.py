@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rl.config import load_config
 from rl.mesh import create_mesh
 from rl.models import attention_kernels, ops
+from rl.models.block_attention import BLOCK, block_attention
 from rl.models.policy import create_policy, policy_from_config
 from rl.tools.topologies import find_devices
 from tests.tiny_models import VOCAB, noisy_params, tiny_config
@@ -78,19 +79,44 @@ def test_splash_attention_gives_the_values_and_gradients_of_plain_operations(siz
     assert_close(value_and_gradients(kernel.attend, *inputs), value_and_gradients(ops.attention, *inputs))
 
 
-@pytest.mark.parametrize(("num_tokens", "window"), [(50, None), (130, 7), (600, None)])
-def test_blocks_of_queries_over_the_keys_before_them_give_the_values_and_gradients_of_whole_rows(num_tokens, window):
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("num_tokens", [50, 64, 65, 130, 600])
+def test_visible_blocks_give_the_values_and_gradients_of_whole_rows(num_tokens, window):
     inputs = attention_inputs(2, num_tokens, 4, 2, 8, window)
-    assert_close(value_and_gradients(ops.causal_attention, *inputs), value_and_gradients(ops.attention, *inputs))
+    assert_close(value_and_gradients(block_attention, *inputs), value_and_gradients(ops.attention, *inputs))
 
 
-def test_blocks_of_queries_compute_little_more_than_the_causal_half():
-    qkv, mask, _ = attention_inputs(2, 512, 4, 2, 8)
+def test_visible_blocks_in_float64_are_exact():
+    with jax.enable_x64(True):
+        (qkv, mask, is_real), scale = attention_inputs(1, 200, 4, 2, 8), 0.3
+        qkv = tuple(x.astype(jnp.float64) for x in qkv)
+        got, expected = (value_and_gradients(f, qkv, mask, is_real, scale) for f in (block_attention, ops.attention))
+        assert got[0].dtype == jnp.float64
+        assert_close(got, expected, 1e-13)
 
-    def flops(attend):
-        return jax.jit(attend, static_argnums=4).lower(*qkv, mask, 0.3).compile().cost_analysis()["flops"]
 
-    assert flops(ops.causal_attention) < (0.5 + 0.5 / 8 + 0.02) * flops(ops.attention)
+def test_only_blocks_in_which_a_query_sees_a_key_are_computed():
+    """Rows of a prompt of 70 positions and completions of 40, 100 and 64, two such groups: what happens to keys and
+    values of a block that nobody sees cannot be found in the result.
+    """
+    labels = []
+    for group in range(2):
+        labels += [(position, group, 0) for position in range(70)]
+        for branch, length in enumerate((40, 100, 64), start=1):
+            labels += [(70 + i, group, branch) for i in range(length)]
+    labels = tuple(jnp.asarray([x], jnp.int32) for x in zip(*labels, strict=True))
+    mask = ops.visible(*labels, *labels)
+    num_tokens = mask.shape[1]
+    seen = {(i, j) for _, q, k in np.argwhere(mask).tolist() for i, j in [(q // BLOCK, k // BLOCK)]}
+    num_blocks = -(-num_tokens // BLOCK)
+    assert len(seen) < 0.8 * num_blocks * (num_blocks + 1) / 2
+    qkv = [jax.random.normal(jax.random.key(n), (1, num_tokens, heads, 8)) for n, heads in enumerate((4, 2, 2))]
+    attend = jax.jit(lambda v: block_attention(qkv[0], qkv[1], v, mask, 0.3))
+    for j in range(num_blocks):
+        # 0 times NaN is NaN: every query whose block was multiplied with this block of values shows it.
+        poisoned = qkv[2].at[:, j * BLOCK : (j + 1) * BLOCK].set(np.nan)
+        touched = {int(t) // BLOCK for _, t, *_ in np.argwhere(np.isnan(attend(poisoned)))}
+        assert touched == {i for i, block in seen if block == j}
 
 
 def test_the_arguments_for_cudnn_mean_what_plain_operations_mean():

@@ -18,7 +18,6 @@ from rl.packing import (
     TrainGroup,
     pack,
     plan_packing,
-    row_lengths,
     unpack,
 )
 
@@ -43,7 +42,7 @@ def ragged_groups(seed, num_groups=5, group_size=4, max_prompt=6, max_completion
     ]
 
 
-def plan_for(num_groups=5, group_size=4, max_prompt=6, max_completion=7, budget=64, shards=1, preferred=16):
+def plan_for(num_groups=5, group_size=4, max_prompt=6, max_completion=7, budget=64, shards=1, preferred=16, **others):
     return plan_packing(
         num_groups=num_groups,
         group_size=group_size,
@@ -52,6 +51,7 @@ def plan_for(num_groups=5, group_size=4, max_prompt=6, max_completion=7, budget=
         max_tokens_per_microbatch=budget,
         num_row_shards=shards,
         preferred_row_length=preferred,
+        **others,
     )
 
 
@@ -259,12 +259,40 @@ def test_rows_that_are_not_full_share_the_last_micro_batches():
         assert fill.tolist() == sorted(fill, reverse=True)
 
 
-def test_only_long_rows_of_few_completions_are_computed_at_another_length():
-    assert row_lengths(1216, 256) == [960, 1216]  # 912 in steps of 64, as 1,216 is one
-    assert row_lengths(1024, 256) == [768, 1024]
-    assert row_lengths(2048, 256) == [1536, 2048]
-    assert row_lengths(504, 256) == [504]
-    assert row_lengths(2112, 256) == [2112]
+def test_long_rows_may_be_computed_at_less_than_their_length():
+    def lengths(max_completion, **others):
+        sizes = {"max_prompt": 192, "budget": 4096, "preferred": 512}
+        plan = plan_for(4, 8, max_completion=max_completion, **sizes, **others)
+        return *plan.shorter_lengths, plan.row_length
+
+    assert lengths(256, cuts_rows=True) == (1472, 1920, 2304)  # 5/8 and 13/16 in steps of 64
+    assert lengths(104, cuts_rows=True) == (640, 832, 1024)
+    assert lengths(100, cuts_rows=True) == (992,)
+    assert lengths(256) == (2304,)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_rows_are_filled_up_to_the_length_with_which_least_is_computed(seed, num_rows):
+    groups = ragged_groups(seed, num_groups=7, group_size=3)
+    plan = PackingPlan(21, num_rows, 40, 12, 7)
+
+    def computed(plan, lengths):
+        batch = pack(groups, plan)
+        assert_holds(batch, groups)
+        fill = (batch.group_ids_MRT >= 0).sum(axis=2).max(axis=1)[: batch.num_microbatches]
+        return sum(min(length for length in lengths if n <= length) for n in fill)
+
+    lengths = (16, 24, 40)
+    best = min(computed(dataclasses.replace(plan, row_length=length), lengths) for length in lengths)
+    assert computed(dataclasses.replace(plan, shorter_lengths=lengths[:-1]), lengths) == best
+
+
+def test_a_short_length_that_needs_more_rows_than_there_are_is_not_filled():
+    groups = ragged_groups(0, num_groups=4, group_size=2, full=True)  # of 18 positions, 12 for one completion
+    plan = PackingPlan(2, 1, 40, 12, 7, shorter_lengths=(20,))
+    assert pack(groups, plan).num_microbatches == 2
+    assert pack(groups, dataclasses.replace(plan, num_microbatches=4)).num_microbatches == 2  # 4 x 20 is no less
 
 
 # The plan
@@ -335,21 +363,26 @@ def test_work_is_dealt_evenly_over_the_pieces_in_use():
 
 
 def test_pieces_are_alike_at_the_longest_lengths_and_small_enough_for_shorter_ones():
-    whole = plan_packing(
-        num_groups=4,
-        group_size=8,
-        max_prompt_length=64,
-        max_completion_length=128,
-        max_tokens_per_microbatch=4096,
-        num_row_shards=1,
-        preferred_row_length=512,
-    )
-    # Half a group per row: one prompt more, half of the scores.
-    assert (whole.num_microbatches, whole.num_rows, whole.row_length) == (8, 1, 576)
+    sizes = {"num_groups": 4, "group_size": 8, "max_prompt": 64, "max_completion": 128, "budget": 4096}
+    whole = plan_for(**sizes, preferred=512)
+    assert (whole.num_microbatches, whole.num_rows, whole.row_length) == (4, 1, 1088)
+    # Where nothing is skipped, half a group per row: one prompt more, half of the scores.
+    half = plan_for(**sizes, preferred=512, skips_blocks=False)
+    assert (half.num_microbatches, half.num_rows, half.row_length) == (8, 1, 576)
+    # Four rows would leave half of eight shards without one.
+    spread = plan_for(**sizes | {"budget": 8 * 4096}, preferred=512, shards=8)
+    assert (spread.num_microbatches, spread.num_rows, spread.row_length) == (1, 8, 576)
     for num_groups in range(1, 40):
         plan = plan_for(num_groups, 4, budget=400)
         assert (plan.num_microbatches - 1) * plan.num_rows < num_groups <= plan.num_microbatches * plan.num_rows
         assert plan.num_rows <= max(num_groups // 7, 1)
+
+
+def test_the_mask_of_a_row_stays_small():
+    sizes = {"max_prompt": 500, "budget": 100_000, "preferred": 512}
+    assert plan_for(4, 16, max_completion=480, **sizes).row_length == 8192  # a whole group
+    assert plan_for(4, 16, max_completion=1000, **sizes).row_length <= 8192  # several completions of one
+    assert plan_for(4, 16, max_completion=9000, **sizes).row_length == 9728  # one
 
 
 @pytest.mark.parametrize(("budget", "shards"), [(12, 1), (25, 2), (103, 8)])

@@ -1,10 +1,10 @@
 """The attention of training passes behind one function, computed by whatever the platform is best at.
 
 In: queries, keys, values of packed rows and the boolean mask of `ops.visible`; in a packed row nothing sees what stands
-after it. Out: the same numbers from every back end, up to rounding, in value and in gradient: `xla` (plain operations
-on the causal half of the scores; any platform and dtype), `splash` (the Pallas kernel for TPU, which skips blocks of
-the mask that are empty, so that completions which do not see one another cost nothing), `cudnn` (flash attention on
-NVIDIA GPUs, bfloat16 or float16).
+after it. Out: the same numbers from every back end, up to rounding, in value and in gradient: `xla` (plain operations,
+`rl.models.block_attention`; any platform and dtype), `splash` (the Pallas kernel for TPU), `cudnn` (flash attention on
+NVIDIA GPUs, bfloat16 or float16). The first two skip blocks of the mask that are empty, so that completions which do
+not see one another cost nothing.
 Not here: decoding (`ops.attention_over_parts`).
 
 Legend: B rows, T query positions, S key positions, N query heads, K kv heads, H head dim.
@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from rl.mesh import partition_spec, row_axes
 from rl.models import ops
+from rl.models.block_attention import block_attention
 from rl.models.config import ModelConfig
 
 ATTENTION_KERNELS = ("xla", "splash", "cudnn")
@@ -31,13 +32,19 @@ _CUDNN_HEAD_DIM = 128  # the largest on every GPU that has the kernel
 
 @dataclasses.dataclass(frozen=True)
 class AttentionKernel:
-    """A back end: its name, and (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H]."""
+    """A back end.
+
+    Attributes:
+      attend: (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H].
+      skips_blocks: what nobody in a row sees costs nothing.
+    """
 
     name: str
     attend: ops.AttentionFn
+    skips_blocks: bool = True
 
 
-XLA = AttentionKernel("xla", ops.causal_attention)
+XLA = AttentionKernel("xla", block_attention)
 
 
 def choose_kernel(
@@ -65,7 +72,7 @@ def choose_kernel(
     if problem := _problem(name, config):
         raise ValueError(f"model.attention={name} {problem}; set model.attention to xla or auto")
     if name == "cudnn":
-        return AttentionKernel("cudnn", CudnnAttention())
+        return AttentionKernel("cudnn", CudnnAttention(), skips_blocks=False)
     # Query heads and the kv heads that they read must lie on the same device.
     heads = partition_spec(("heads",), (config.num_heads,), mesh, rules)[0]
     kv_heads = partition_spec(("kv_heads",), (config.num_kv_heads,), mesh, rules)[0]

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rl.models import cache as kv
 from rl.models import ops, scanned
+from rl.models.block_attention import block_attention
 from rl.models.config import LORA_A, LORA_B, ModelConfig
 
 
@@ -155,7 +156,7 @@ class CausalLM(nn.Module):
     """
 
     config: ModelConfig
-    attention_fn: ops.AttentionFn = ops.causal_attention
+    attention_fn: ops.AttentionFn = block_attention
 
     def setup(self) -> None:
         config = self.config

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rl.models import cache as kv
 from rl.models import ops, scanned
+from rl.models.block_attention import block_attention
 from rl.models.config import LORA_A, LORA_B, ModelConfig
 
 Path = tuple[str, ...]
@@ -156,9 +157,7 @@ class CausalLM(nnx.Module):
     construction: both twins draw the same numbers.
     """
 
-    def __init__(
-        self, config: ModelConfig, rngs: nnx.Rngs, attention_fn: ops.AttentionFn = ops.causal_attention
-    ) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, attention_fn: ops.AttentionFn = block_attention) -> None:
         self.config = config
         self.attention_fn = attention_fn
         key = rngs.params.key[...]

@@ -33,8 +33,6 @@ AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], jax.
 # Names of what `remat: outputs` keeps of a layer.
 ATTENTION_OUTPUT, MLP_OUTPUT = "attention_output", "mlp_output"
 
-_CAUSAL_BLOCKS, _MIN_CAUSAL_BLOCK = 8, 64  # of the queries of a row, and the fewest queries of one
-
 
 def remat_options(mode: str) -> dict[str, Any]:
     """Arguments of `jax.checkpoint` around one layer: what of it, besides its inputs, the backward pass finds kept.
@@ -327,80 +325,6 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS:
     weights_BKTJS = jax.nn.softmax(scores_BKTJS, axis=-1).astype(q_BTNH.dtype)
     output_BTKJH = jnp.einsum("BKTJS,BSKH->BTKJH", weights_BKTJS, v_BSKH)
     return output_BTKJH.reshape(num_sequences, num_tokens, num_heads, head_dim)
-
-
-def causal_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTT: jax.Array, scale: float
-) -> jax.Array:
-    """`attention` of packed rows, where every query sees itself and none a key that stands after it in the row.
-
-    Each of at most `_CAUSAL_BLOCKS` blocks of queries meets the keys up to its own end only: of a long row little more
-    than half of the scores are computed. None is kept for the backward pass, which computes them again.
-    """
-    num_sequences, num_tokens, _, head_dim = q_BTNH.shape
-    q_BKTJH = jnp.swapaxes(q_BTNH.reshape(num_sequences, num_tokens, k_BTKH.shape[2], -1, head_dim), 1, 2)
-    k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
-    # The logarithm has a cost in the compiler's eyes, so it is taken once; the mask would be fused into every pass over
-    # the scores of every layer, down to the comparison of labels.
-    bias_BTT = jnp.log(mask_BTT.astype(widen(q_BTNH.dtype)))
-    block = _MIN_CAUSAL_BLOCK * math.ceil(num_tokens / (_MIN_CAUSAL_BLOCK * _CAUSAL_BLOCKS))
-    outputs = []
-    for start in range(0, num_tokens, block):
-        end = min(start + block, num_tokens)
-        queries, bias_BTS = q_BKTJH[:, :, start:end], bias_BTT[:, start:end, :end]
-        outputs.append(_attend_again(queries, k_BKTH[:, :, :end], v_BKTH[:, :, :end], bias_BTS, scale))
-    return jnp.swapaxes(jnp.concatenate(outputs, axis=2), 1, 2).reshape(q_BTNH.shape)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_again(
-    q_BKTJH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, bias_BTS: jax.Array, scale: float
-) -> jax.Array:
-    """Softmax attention [B, K, T, J, H] whose backward pass computes the scores again, as in Dao et al.,
-    "FlashAttention", https://arxiv.org/abs/2205.14135, appendix B. Every query must see a key.
-    """
-    return _attend_forward(q_BKTJH, k_BKSH, v_BKSH, bias_BTS, scale)[0]
-
-
-def _attend_forward(
-    q_BKTJH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, bias_BTS: jax.Array, scale: float
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    dtype = q_BKTJH.dtype
-    scores_BKTJS = _biased_scores(q_BKTJH, k_BKSH, bias_BTS, scale)
-    highest_BKTJ1 = jnp.max(scores_BKTJS, axis=-1, keepdims=True)
-    weights_BKTJS = jnp.exp(scores_BKTJS - highest_BKTJ1)
-    total_BKTJ1 = jnp.sum(weights_BKTJS, axis=-1, keepdims=True)
-    output_BKTJH = _product("BKTJS,BKSH->BKTJH", weights_BKTJS.astype(dtype), v_BKSH) / total_BKTJ1
-    output_BKTJH = output_BKTJH.astype(dtype)
-    log_total_BKTJ1 = highest_BKTJ1 + jnp.log(total_BKTJ1)
-    return output_BKTJH, (q_BKTJH, k_BKSH, v_BKSH, bias_BTS, output_BKTJH, log_total_BKTJ1)
-
-
-def _attend_backward(
-    scale: float, residuals: tuple[jax.Array, ...], grad_BKTJH: jax.Array
-) -> tuple[jax.Array | None, ...]:
-    q_BKTJH, k_BKSH, v_BKSH, bias_BTS, output_BKTJH, log_total_BKTJ1 = residuals
-    dtype, wide = q_BKTJH.dtype, log_total_BKTJ1.dtype
-    weights_BKTJS = jnp.exp(_biased_scores(q_BKTJH, k_BKSH, bias_BTS, scale) - log_total_BKTJ1)
-    drift_BKTJ1 = jnp.sum(grad_BKTJH.astype(wide) * output_BKTJH.astype(wide), axis=-1, keepdims=True)
-    slopes_BKTJS = _product("BKTJH,BKSH->BKTJS", grad_BKTJH, v_BKSH)
-    slopes_BKTJS = (weights_BKTJS * (slopes_BKTJS - drift_BKTJ1) * scale).astype(dtype)
-    grad_q = _product("BKTJS,BKSH->BKTJH", slopes_BKTJS, k_BKSH)
-    # Asked for with the positions last, so that what is turned over for the products is small, not the scores.
-    grad_k = jnp.swapaxes(_product("BKTJH,BKTJS->BKHS", q_BKTJH, slopes_BKTJS), 2, 3)
-    grad_v = jnp.swapaxes(_product("BKTJH,BKTJS->BKHS", grad_BKTJH, weights_BKTJS.astype(dtype)), 2, 3)
-    return grad_q.astype(dtype), grad_k.astype(dtype), grad_v.astype(dtype), None
-
-
-_attend_again.defvjp(_attend_forward, _attend_backward)
-
-
-def _biased_scores(q_BKTJH: jax.Array, k_BKSH: jax.Array, bias_BTS: jax.Array, scale: float) -> jax.Array:
-    return _product("BKTJH,BKSH->BKTJS", q_BKTJH, k_BKSH) * scale + bias_BTS[:, None, :, None, :]
-
-
-def _product(dims: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(dims, x, y, preferred_element_type=widen(x.dtype))
 
 
 class _Partial(NamedTuple):

@@ -30,7 +30,9 @@ from rl.models.hf import save_tensors
 from rl.models.ops import dtype_of, visible, widen
 from rl.models.train_state import TrainState, TrainStateNNX, string_keys
 
-OWN_KERNEL = AttentionKernel("its own", ops.attention)  # `hidden` is the model's; the function is not called
+OWN_KERNEL = AttentionKernel(
+    "its own", ops.attention, skips_blocks=False
+)  # of `hidden`, which calls no function of ours
 INPUTS = ("tokens", "positions", "attention_mask")
 MODULE_CLASSES = {"nnx": nnx.Module, "linen": flax.linen.Module}
 

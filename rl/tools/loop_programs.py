@@ -7,6 +7,7 @@ user's own its shapes are traced, of the data nothing, the tokenizer if there is
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from rl.config import Config
 from rl.decoding import TOKEN_LOOP
 from rl.evaluation import create_sampler, sampling_params
 from rl.mesh import create_mesh, device_memory, on_host
+from rl.models.block_attention import BLOCK, KEY_BLOCK_LOOP
 from rl.models.config import ModelConfig
 from rl.models.hf import SHAPE_PATTERNS, resolve_source
 from rl.models.lora import split
@@ -168,8 +170,15 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         TOKEN_ADVANTAGES: resident.weights + beside_weights,
         TRAIN_STEP: resident.reference,
     }
-    rounds = {MICROBATCH_LOOP: inputs.plan.num_microbatches, SHORT_MICROBATCH_LOOP: 0}  # every row full
-    for name, program in update_programs(config, policy, optimizer, inputs.state_shardings, mesh).items():
+    # Every row full; its last query sees the longest prompt and the longest completion, which need not start a block.
+    sequence = config.data.max_prompt_length + config.sampling.max_completion_length
+    key_blocks = math.ceil(min(sequence + BLOCK, inputs.plan.row_length) / BLOCK)
+    rounds = {
+        MICROBATCH_LOOP: inputs.plan.num_microbatches,
+        SHORT_MICROBATCH_LOOP: 0,
+        KEY_BLOCK_LOOP: key_blocks,
+    }
+    for name, program in update_programs(config, policy, optimizer, inputs.state_shardings, inputs.plan, mesh).items():
         programs.append(LoopProgram(name, name, _made(program, arguments[name]), rounds, held[name]))
     return Loop(config, mesh, policy, memory, inputs, resident, programs)
 
