@@ -320,6 +320,100 @@ def test_a_loop_of_unknown_length_runs_as_often_as_its_name_says():
     assert (often.flops, often.unknown_loops) == (7 * once.flops, 0)
 
 
+# A loop without XLA's own count of its rounds.
+LOOP = """
+%round (carry.1: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {{
+  %carry.1 = (u32[], f32[8,8]{{1,0}}) parameter(0)
+  %counter.1 = u32[] get-tuple-element(%carry.1), index=0
+  %copy.1 = u32[] copy(%counter.1)
+  %step.1 = u32[] constant({step})
+  %next.1 = u32[] add(%copy.1, %step.1)
+  %x.1 = f32[8,8]{{1,0}} get-tuple-element(%carry.1), index=1
+  %dot.1 = f32[8,8]{{1,0}} dot(%x.1, %x.1), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %tuple.1 = (u32[], f32[8,8]{{1,0}}) tuple(%next.1, %dot.1)
+}}
+
+%goes_on (carry.2: (u32[], f32[8,8])) -> pred[] {{
+  %carry.2 = (u32[], f32[8,8]{{1,0}}) parameter(0)
+  %counter.2 = u32[] get-tuple-element(%carry.2), index=0
+  %limit.2 = u32[] constant({limit})
+  ROOT %compare.2 = pred[] compare(%counter.2, %limit.2), direction=LT
+}}
+
+ENTRY %main (x.3: f32[8,8]) -> f32[8,8] {{
+  %x.3 = f32[8,8]{{1,0}} parameter(0)
+  %start.3 = u32[] constant({start})
+  %tuple.3 = (u32[], f32[8,8]{{1,0}}) tuple(%start.3, %x.3)
+  %while.3 = (u32[], f32[8,8]{{1,0}}) while(%tuple.3), condition=%goes_on, body=%round
+  ROOT %result.3 = f32[8,8]{{1,0}} get-tuple-element(%while.3), index=1
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "limit", "rounds"), [(0, 1, 7, 7), (0, 2, 16, 8), (1, 1, 4, 3), (1, 2, 4, 2)]
+)
+def test_rounds_of_a_loop_follow_from_where_it_starts_and_how_it_counts(start, step, limit, rounds):
+    # A TPU's products that overlap with communication count by two, and loops whose first round is taken out from one.
+    work = work_of(LOOP.format(start=start, step=step, limit=limit), {})
+    assert (work.flops, work.unknown_loops) == (rounds * 2 * 8**3, 0)
+    assert work_of(LOOP.format(start=start, step=0, limit=limit), {}).unknown_loops == 1
+
+
+# A collective in three fusions, as XLA for TPU spreads it over the products beside it.
+SHARD, WHOLE, MARK, SQUARE = "f32[4,8]{1,0}", "f32[16,8]{1,0}", "u32[]{:S(2)}", "f32[8,8]{1,0}"
+SPREAD = f"""
+%begin (p.1: f32[4,8]) -> (f32[4,8], f32[16,8], u32[]) {{
+  %p.1 = {SHARD} parameter(0)
+  %all-gather.1 = {WHOLE} all-gather(%p.1), channel_id=7, dimensions={{0}}
+  ROOT %call.1 = ({SHARD}, {WHOLE}, {MARK}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}}
+
+%meanwhile (p.2: f32[4,8], q.2: f32[16,8], s.2: u32[], x.2: f32[8,8]) -> (f32[8,8], f32[4,8], f32[16,8], u32[]) {{
+  %p.2 = {SHARD} parameter(0)
+  %q.2 = {WHOLE} parameter(1)
+  %s.2 = {MARK} parameter(2)
+  %x.2 = {SQUARE} parameter(3)
+  %dot.2 = {SQUARE} dot(%x.2, %x.2), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %all-gather.2 = {WHOLE} all-gather(%p.2), channel_id=7, dimensions={{0}}
+  ROOT %tuple.2 = ({SQUARE}, {SHARD}, {WHOLE}, {WHOLE}, {MARK}) tuple(%dot.2, %p.2, %q.2, %all-gather.2, %s.2)
+}}
+
+%end (p.3: f32[4,8], q.3: f32[16,8], s.3: u32[]) -> f32[16,8] {{
+  %p.3 = {SHARD} parameter(0)
+  %q.3 = {WHOLE} parameter(1)
+  %all-gather.3 = {WHOLE} all-gather(%p.3), channel_id=7, dimensions={{0}}
+  %s.3 = {MARK} parameter(2)
+  ROOT %call.3 = {WHOLE} custom-call(%p.3, %q.3, %all-gather.3, %s.3), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (p.4: f32[4,8], x.4: f32[8,8]) -> (f32[8,8], f32[16,8]) {{
+  %p.4 = {SHARD} parameter(0)
+  %x.4 = {SQUARE} parameter(1)
+  %begun.4 = ({SHARD}, {WHOLE}, {MARK}) fusion(%p.4), output_to_operand_aliasing={{{{0}}: (0, {{}})}}, calls=%begin
+  %p.5 = {SHARD} get-tuple-element(%begun.4), index=0
+  %q.5 = {WHOLE} get-tuple-element(%begun.4), index=1
+  %s.5 = {MARK} get-tuple-element(%begun.4), index=2
+  %meanwhile.5 = ({SQUARE}, {SHARD}, {WHOLE}, {WHOLE}, {MARK}) fusion(%p.5, %q.5, %s.5, %x.4), \
+output_to_operand_aliasing={{{{1}}: (0, {{}}), {{2}}: (1, {{}}), {{3}}: (1, {{}}), {{4}}: (2, {{}})}}, calls=%meanwhile
+  %y.6 = {SQUARE} get-tuple-element(%meanwhile.5), index=0
+  %p.6 = {SHARD} get-tuple-element(%meanwhile.5), index=1
+  %q.6 = {WHOLE} get-tuple-element(%meanwhile.5), index=3
+  %s.6 = {MARK} get-tuple-element(%meanwhile.5), index=4
+  %done.6 = {WHOLE} fusion(%p.6, %q.6, %s.6), output_to_operand_aliasing={{{{}}: (1, {{}})}}, calls=%end
+  ROOT %tuple.6 = ({SQUARE}, {WHOLE}) tuple(%y.6, %done.6)
+}}
+"""
+
+
+def test_a_collective_spread_over_the_fusions_that_compute_meanwhile_is_counted_once():
+    work = work_of(SPREAD, {})
+    assert work.collectives == {"all-gather": Collective(1, 4 * 16 * 8)}
+    assert work.flops == 2 * 8**3
+    shard, whole, matrix = 4 * 4 * 8, 4 * 16 * 8, 4 * 8 * 8
+    assert work.num_bytes == shard + whole + 2 * matrix  # read and written where it begins, and by the product
+
+
 def test_collectives_are_counted_with_what_a_device_receives():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     x, w = array(mesh, (16, 64), None, "x"), array(mesh, (64, 24), "x", None)

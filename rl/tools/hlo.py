@@ -44,6 +44,8 @@ _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|(?:true|false)_computation|branch_computations|to_apply)=(\{[^}]*\}|%?[\w.\-]+)")
 # What the TPU compiler makes of the part of a collective that crosses the network between slices.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_COPIES = ("copy", "bitcast", "convert", "copy-done", "copy-start")  # the same number elsewhere
+_BEGIN = 'custom_call_target="AsyncCollectiveStart"'  # where XLA for TPU begins a collective that others go on with
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 
@@ -142,6 +144,11 @@ class _Reader:
     def __init__(self, computations: dict[str, list[_Instruction]], rounds: Mapping[str, int]) -> None:
         self._computations, self._rounds = computations, rounds
         self._shapes = {c: {i.name: i.result for i in body} for c, body in computations.items()}
+        self._by_name = {c: {i.name: i for i in body} for c, body in computations.items()}
+        begun = [c for c, body in computations.items() if any(_BEGIN in i.attributes for i in body)]
+        self._begun_in: dict[str | None, str] = {
+            channel: c for c in begun for i in computations[c] if (channel := _channel(i))
+        }
         self._of = functools.cache(self._sum)
 
     def entry(self) -> Work:
@@ -161,7 +168,7 @@ class _Reader:
         called = [name for name in called if name in self._computations]
         kind = opcode.removesuffix("-start")
         if opcode == "while":
-            times, unknown = self._times(instruction)
+            times, unknown = self._times(computation, instruction)
             work = _times(self._of(_named(instruction.attributes, "body")), times)
             return dataclasses.replace(work, unknown_loops=work.unknown_loops + unknown)
         if opcode in ("call", "async-start", "fusion") or (opcode == "custom-call" and called):
@@ -176,6 +183,8 @@ class _Reader:
             size = array_bytes(_parts(instruction.result)[0])
             name = f"{transfer[1].lower().replace('_', '-')} between slices"
             return Work(0, self._touched(shapes, instruction), {name: Collective(1, size)}, 0)
+        if self._goes_on(computation, instruction):
+            return Work(0, 0, {}, 0)
         if kind in COLLECTIVES:
             size = array_bytes(_last_part(instruction.result) if opcode.endswith("-start") else instruction.result)
             moved = self._touched(shapes, instruction)
@@ -209,9 +218,10 @@ class _Reader:
         written = {name for root in roots for name in (root.operands if root.opcode == "tuple" else (root.name,))}
         updates = [i for i in body if i.opcode == "dynamic-update-slice"]
         in_place = {i.operands[0] for i in updates}
+        passing = self._passing(called[0])
         for parameter in (i for i in body if i.opcode == "parameter"):
             number = int(parameter.operands[0])
-            if number >= len(instruction.operands):
+            if number >= len(instruction.operands) or number in passing:
                 continue
             operand = self._shapes[computation].get(instruction.operands[number], parameter.result)
             if not size(operand):
@@ -221,11 +231,33 @@ class _Reader:
                 total += min(size(operand), sum(array_bytes(i.result) for i in users))
             elif not (users and parameter.name in in_place and len(users) == 1):
                 total += size(operand)
-        results = _parts(instruction.result)
+        aliases = re.findall(r"\{(\d*)\}: \((\d+),", instruction.attributes)
+        begins = called[0] in self._begun_in.values()
+        given_on = {int(result or 0) for result, operand in aliases if begins or int(operand) in passing}
+        results = [part for place, part in enumerate(_parts(instruction.result)) if place not in given_on]
         if updates and any(i.name in written for i in updates):
             shrunk = sum(array_bytes(inner.get(i.operands[1], "")) for i in updates if i.name in written)
             return total + 2 * min(shrunk, sum(size(part) for part in results))
         return total + sum(size(part) for part in results)
+
+    def _goes_on(self, computation: str, instruction: _Instruction) -> bool:
+        """Whether this is a later part of a collective. XLA for TPU spreads one over the fusions that compute
+        meanwhile: each of them holds the instruction again, with the channel of the first.
+        """
+        return self._begun_in.get(_channel(instruction), computation) != computation
+
+    def _passing(self, computation: str) -> set[int]:
+        """Parameters of a fusion that only a collective going on there reads; what it moves is counted at its begin."""
+        body = self._computations[computation]
+        parts = {i.name for i in body if self._goes_on(computation, i)}
+        if not parts:
+            return set()
+        ends = parts | {i.name for i in body if i.is_root and i.opcode in ("tuple", "custom-call")}
+        passing = set()
+        for parameter in (i for i in body if i.opcode == "parameter"):
+            if {i.name for i in body if parameter.name in i.operands} <= ends:
+                passing.add(int(parameter.operands[0]))
+        return passing
 
     def _flops(self, shapes: Mapping[str, str], instruction: _Instruction) -> int:
         if instruction.opcode == "dot":
@@ -241,7 +273,7 @@ class _Reader:
             return _convolution_flops(left, right, _sizes(_ARRAY.findall(instruction.result)[0][1]), instruction)
         return 0
 
-    def _times(self, loop: _Instruction) -> tuple[int, int]:
+    def _times(self, computation: str, loop: _Instruction) -> tuple[int, int]:
         """(rounds of a loop, 1 if that is a guess of one round)."""
         known = re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*([0-9]+)', loop.attributes)
         if known:
@@ -250,13 +282,44 @@ class _Reader:
         path = scope[1].split("/") if scope else []
         if len(path) >= 2 and path[-1] == "while" and path[-2] in self._rounds:
             return self._rounds[path[-2]], 0
-        condition = self._computations.get(_named(loop.attributes, "condition"), [])
-        constants = {i.name: i.operands[0] for i in condition if i.opcode == "constant"}
-        for compare in (i for i in condition if i.opcode == "compare" and i.is_root):
-            limits = [constants[name] for name in compare.operands if name in constants]
-            if "direction=LT" in compare.attributes and len(limits) == 1 and limits[0].isdigit():
-                return int(limits[0]), 0
-        return 1, 1
+        counted = self._counted_rounds(computation, loop)
+        return (1, 1) if counted is None else (counted, 0)
+
+    def _counted_rounds(self, computation: str, loop: _Instruction) -> int | None:
+        """Rounds of a loop that counts from one constant to another; None for any other. The step need not be 1: XLA
+        for TPU lets one round do the work of two where it takes a product apart to overlap it with communication.
+        """
+        condition, body = _named(loop.attributes, "condition"), _named(loop.attributes, "body")
+        compare = self._root(condition)
+        if compare is None or compare.opcode != "compare" or "direction=LT" not in compare.attributes:
+            return None
+        counter, limit = (self._source(condition, name) for name in compare.operands)
+        place = _place(counter)
+        if place is None:
+            return None
+        start = self._part(computation, self._source(computation, loop.operands[0]), place)
+        following = self._part(body, self._root(body), place)
+        if following is None or following.opcode != "add":
+            return None
+        added = sorted((self._source(body, name) for name in following.operands), key=lambda i: _place(i) != place)
+        begin, end, step = (_constant(number) for number in (start, limit, added[1]))
+        if _place(added[0]) != place or begin is None or end is None or not step:
+            return None
+        return len(range(begin, end, step))
+
+    def _part(self, computation: str, made: _Instruction | None, place: int) -> _Instruction | None:
+        """What stands at a place of a tuple."""
+        return self._source(computation, made.operands[place]) if made and made.opcode == "tuple" else None
+
+    def _root(self, computation: str) -> _Instruction | None:
+        return next((i for i in self._computations.get(computation, ()) if i.is_root), None)
+
+    def _source(self, computation: str, name: str) -> _Instruction | None:
+        """The instruction that made a value, behind copies of it."""
+        found = self._by_name[computation].get(name)
+        while found is not None and found.opcode in _COPIES:
+            found = self._by_name[computation].get(found.operands[0])
+        return found
 
 
 def _convolution_flops(left: list[int], right: list[int], out: list[int], instruction: _Instruction) -> int:
@@ -304,10 +367,30 @@ def _times(work: Work, times: int) -> Work:
     return Work(times * work.flops, times * work.num_bytes, collectives, work.unknown_loops)
 
 
+def _channel(instruction: _Instruction) -> str | None:
+    """What the parts of one collective have in common."""
+    found = re.search(r"\bchannel_id=(\d+)", instruction.attributes) if instruction.opcode in COLLECTIVES else None
+    return found[1] if found else None
+
+
+def _constant(instruction: _Instruction | None) -> int | None:
+    """The number that an instruction is; None for another than a whole constant."""
+    if instruction is None or instruction.opcode != "constant" or not re.fullmatch(r"-?\d+", instruction.operands[0]):
+        return None
+    return int(instruction.operands[0])
+
+
 def _named(attributes: str, name: str) -> str:
     found = re.search(rf"\b{name}=%?([\w.\-]+)", attributes)
     assert found is not None, attributes
     return found[1]
+
+
+def _place(instruction: _Instruction | None) -> int | None:
+    """Which part of a tuple an instruction takes; None for one that takes none."""
+    if instruction is None or instruction.opcode != "get-tuple-element":
+        return None
+    return int(re.findall(r"\bindex=(\d+)", instruction.attributes)[0])
 
 
 def _dims(attributes: str, name: str) -> str:
