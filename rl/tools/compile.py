@@ -54,6 +54,7 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
             if save is not None and compiled is not None:
                 kept.append((program.key, *program.make(), compiled))
             del compiled
+            jax.clear_caches()  # jax would hold every program to the end, about as much as compiling the next one takes
     refused = dict.fromkeys(report.name for report in reports if report.refused is not None)
     if save is not None and refused:
         tell(f"nothing is saved: all programs must fit, and {', '.join(refused)} does not")
