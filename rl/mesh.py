@@ -6,6 +6,7 @@ the one module that spells mesh axis names. How processes find each other is `rl
 
 import collections
 import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -297,6 +298,42 @@ def is_on_cpu(mesh: Mesh) -> bool:
 def row_sharding(mesh: Mesh, rules: Mapping[str, Sequence[str]], dim: int = 0) -> NamedSharding:
     """The sharding of an array whose dim `dim` runs over rows of a batch; its other dims are whole on every device."""
     return input_sharding((*[None] * dim, ROWS), mesh, rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowExchange:
+    """Makes rows of a table whose columns are spread over devices lie there as the rows of a batch do.
+
+    Both layouts are named, so that devices exchange what each needs, forwards and for the gradient. Left to itself, XLA
+    for TPU gives every device the gradient of all rows and columns: 3 GiB for a piece of a 70B model on 256 chips.
+
+    Attributes:
+      by_column, by_row: layouts of [B, T, D].
+    """
+
+    by_column: NamedSharding
+    by_row: NamedSharding
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """x, laid out by row; as it is where the rows do not divide among the devices."""
+        try:
+            self.by_row.shard_shape(x_BTD.shape)
+        except ValueError:
+            return x_BTD
+        x_BTD = jax.lax.with_sharding_constraint(x_BTD, self.by_column)
+        return jax.lax.with_sharding_constraint(x_BTD, self.by_row)
+
+
+def embedding_exchange(mesh: Mesh, rules: Mapping[str, Sequence[str]], hidden_size: int) -> RowExchange | None:
+    """The exchange between the embedding table [V, D] and rows of a batch; None where no axis has both of them."""
+    (columns,) = partition_spec(("embed",), (hidden_size,), mesh, rules)
+    columns = (columns,) if isinstance(columns, str) else columns or ()
+    rows = row_axes(mesh, rules)
+    if not set(columns) & set(rows):
+        return None
+    left = tuple(axis for axis in rows if axis not in columns)
+    by_column = NamedSharding(mesh, PartitionSpec(left or None, None, columns))
+    return RowExchange(by_column, NamedSharding(mesh, PartitionSpec(rows)))
 
 
 def device_memory(mesh: Mesh) -> int:

@@ -12,6 +12,7 @@ from rl.mesh import (
     AXES,
     check_rules_are_used,
     create_mesh,
+    embedding_exchange,
     input_sharding,
     num_row_shards,
     partition_spec,
@@ -20,6 +21,7 @@ from rl.mesh import (
     row_sharding,
     tree_shardings,
 )
+from rl.tools.hlo import work_of
 
 
 def mesh_of(*overrides, devices=None):
@@ -168,6 +170,42 @@ def test_matrix_products_of_sharded_arrays_need_no_output_sharding():
 
 
 # More axes, and slices
+
+
+@pytest.mark.parametrize("overrides", [(), ("mesh.data=2",)])
+def test_rows_of_a_table_and_their_gradient_go_between_devices_without_any_device_holding_all(overrides):
+    mesh, rules = mesh_of(*overrides), rules_of(*overrides)
+    exchange = embedding_exchange(mesh, rules, 16)
+    rng = np.random.default_rng(0)
+    table_VD, tokens_BT = rng.normal(size=(24, 16)).astype(np.float32), rng.integers(0, 24, (8, 5))
+
+    def loss(table_VD, tokens_BT, change=lambda x_BTD: x_BTD):
+        return jnp.sum(jnp.sin(change(jnp.take(table_VD, tokens_BT, axis=0))))
+
+    shardings = (
+        NamedSharding(mesh, partition_spec(("vocab", "embed"), (24, 16), mesh, rules)),
+        row_sharding(mesh, rules),
+    )
+    spread = jax.jit(
+        jax.value_and_grad(lambda *arguments: loss(*arguments, exchange)),
+        in_shardings=shardings,
+        out_shardings=(replicated(mesh), shardings[0]),
+    )
+    sent = work_of(spread.lower(table_VD, tokens_BT).compile().as_text(), {}).collectives
+    assert sent["all-to-all"].num_bytes == 2 * 4 * 8 * 5 * 16 // mesh.size  # a device's own rows, there and back
+    others = sum(collective.num_bytes for kind, collective in sent.items() if kind != "all-to-all")
+    assert (
+        others < table_VD.nbytes // 2
+    )  # token ids, and where rows lie over an axis without columns the gradient's sum
+    got, expected = spread(table_VD, tokens_BT), jax.value_and_grad(loss)(table_VD, tokens_BT)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_rows_stay_where_they_are_without_an_axis_in_common_or_where_they_do_not_divide():
+    assert embedding_exchange(mesh_of("mesh.data=8", "mesh.fsdp=1"), rules_of(), 16) is None
+    exchange, x_BTD = embedding_exchange(mesh_of(), rules_of(), 16), jnp.ones((3, 5, 16))
+    assert exchange is not None
+    assert exchange(x_BTD) is x_BTD
 
 
 def test_the_configuration_adds_axes_between_fsdp_and_tensor():

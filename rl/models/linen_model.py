@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 
+from rl.mesh import RowExchange
 from rl.models import cache as kv
 from rl.models import ops, scanned
 from rl.models.block_attention import block_attention
@@ -152,11 +153,13 @@ class Block(nn.Module):
 class CausalLM(nn.Module):
     """The decoder. `__call__` gives logits of every position; training and decoding use the three methods below it.
 
-    `attention_fn` computes attention where there is no cache.
+    `attention_fn` computes attention where there is no cache; `exchange_fn` is what is done there to the rows of the
+    embedding table.
     """
 
     config: ModelConfig
     attention_fn: ops.AttentionFn = block_attention
+    exchange_fn: RowExchange | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -179,9 +182,11 @@ class CausalLM(nn.Module):
     ) -> jax.Array:
         """Final hidden states [B, T, D] of tokens that attend to one another."""
         contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, self.attention_fn)
+        x_BTD = self.embed_tokens(tokens_BT)
+        x_BTD = x_BTD if self.exchange_fn is None else self.exchange_fn(x_BTD)
         if self.config.scan_layers and not self.is_initializing():
-            return self._scan(tokens_BT, contexts)
-        hidden_BTD, _ = self._run(tokens_BT, contexts, [None] * self.config.num_layers)
+            return self._scan(x_BTD, contexts)
+        hidden_BTD, _ = self._run(x_BTD, contexts, [None] * self.config.num_layers)
         return hidden_BTD
 
     def extend(
@@ -195,7 +200,7 @@ class CausalLM(nn.Module):
         """Final hidden states [B, T, D] of tokens appended to the cache, and the cache with them."""
         cache = kv.label_positions(cache, positions_BT, group_ids_BT, branch_ids_BT)
         contexts = kv.cached_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, cache)
-        hidden_BTD, layers = self._run(tokens_BT, contexts, kv.layer_caches(cache))
+        hidden_BTD, layers = self._run(self.embed_tokens(tokens_BT), contexts, kv.layer_caches(cache))
         return hidden_BTD, kv.advance(cache, layers, tokens_BT.shape[1])
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -204,8 +209,8 @@ class CausalLM(nn.Module):
             return self.embed_tokens.attend(hidden)
         return self.lm_head(hidden, out_dtype=ops.widen(hidden.dtype))
 
-    def _run(self, tokens_BT, contexts, caches):
-        x_BTD, new_caches = self.embed_tokens(tokens_BT), []
+    def _run(self, x_BTD, contexts, caches):
+        new_caches = []
         for segment in ops.remat_segments(self.config):
             run_segment = functools.partial(_run_layers, segment)
             if self.config.remat == "full" and not self.is_initializing():
@@ -215,8 +220,7 @@ class CausalLM(nn.Module):
             new_caches.extend(own_caches)
         return self.norm(x_BTD), new_caches
 
-    def _scan(self, tokens_BT, contexts):
-        x_BTD = self.embed_tokens(tokens_BT)
+    def _scan(self, x_BTD, contexts):
         # A model of its own applies one layer, under the name of the first of its run, to one slice of the stack.
         model = CausalLM(dataclasses.replace(self.config, remat="none"), parent=None)
         params = self.variables["params"]

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from rl.mesh import RowExchange
 from rl.models import cache as kv
 from rl.models import ops, scanned
 from rl.models.block_attention import block_attention
@@ -151,15 +152,22 @@ class Block(nnx.Module):
 
 class CausalLM(nnx.Module):
     """The decoder. `__call__` gives logits of every position; training and decoding use the three methods below it.
-    `attention_fn` is what computes attention where there is no cache.
+    `attention_fn` is what computes attention where there is no cache, `exchange_fn` what is done there to the rows of
+    the embedding table.
 
     Initial values depend on the key of the `params` stream of `rngs` and on each parameter's path, not on the order of
     construction: both twins draw the same numbers.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, attention_fn: ops.AttentionFn = block_attention) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        attention_fn: ops.AttentionFn = block_attention,
+        exchange_fn: RowExchange | None = None,
+    ) -> None:
         self.config = config
-        self.attention_fn = attention_fn
+        self.attention_fn, self.exchange_fn = attention_fn, exchange_fn
         key = rngs.params.key[...]
         self.embed_tokens = Embedding(config, key, ("embed_tokens",))
         for name in self._layer_names():
@@ -178,9 +186,11 @@ class CausalLM(nnx.Module):
     ) -> jax.Array:
         """Final hidden states [B, T, D] of tokens that attend to one another."""
         contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, self.attention_fn)
+        x_BTD = self.embed_tokens(tokens_BT)
+        x_BTD = x_BTD if self.exchange_fn is None else self.exchange_fn(x_BTD)
         if self.config.scan_layers:
-            return self._scan(tokens_BT, contexts)
-        hidden_BTD, _ = self._run(tokens_BT, contexts, [None] * self.config.num_layers)
+            return self._scan(x_BTD, contexts)
+        hidden_BTD, _ = self._run(x_BTD, contexts, [None] * self.config.num_layers)
         return hidden_BTD
 
     def extend(
@@ -194,7 +204,7 @@ class CausalLM(nnx.Module):
         """Final hidden states [B, T, D] of tokens appended to the cache, and the cache with them."""
         cache = kv.label_positions(cache, positions_BT, group_ids_BT, branch_ids_BT)
         contexts = kv.cached_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, cache)
-        hidden_BTD, layers = self._run(tokens_BT, contexts, kv.layer_caches(cache))
+        hidden_BTD, layers = self._run(self.embed_tokens(tokens_BT), contexts, kv.layer_caches(cache))
         return hidden_BTD, kv.advance(cache, layers, tokens_BT.shape[1])
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -207,8 +217,8 @@ class CausalLM(nnx.Module):
         # Attributes, not a list: a list's state has integer keys, the parameter tree has names.
         return [f"layers_{i}" for i in range(self.config.num_layers)]
 
-    def _run(self, tokens_BT, contexts, caches):
-        x_BTD, new_caches = self.embed_tokens(tokens_BT), []
+    def _run(self, x_BTD, contexts, caches):
+        new_caches = []
         run_segment = _rematerialised(_run_layers) if self.config.remat == "full" else _run_layers
         for segment in ops.remat_segments(self.config):
             layers = [getattr(self, self._layer_names()[i]) for i in segment]
@@ -217,8 +227,7 @@ class CausalLM(nnx.Module):
             new_caches.extend(own_caches)
         return self.norm(x_BTD), new_caches
 
-    def _scan(self, tokens_BT, contexts):
-        x_BTD = self.embed_tokens(tokens_BT)
+    def _scan(self, x_BTD, contexts):
         for run in scanned.layer_runs(self.config):
             graphdef, _ = nnx.split(getattr(self, self._layer_names()[run[0]]))
             layers = [nnx.to_pure_dict(nnx.state(getattr(self, self._layer_names()[i]))) for i in run]

@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from rl.mesh import RowExchange, embedding_exchange
 from rl.models import linen_model, nnx_model, ops, own
 from rl.models.attention_kernels import XLA, AttentionKernel, choose_kernel
 from rl.models.cache import KVCache
@@ -120,10 +121,12 @@ class LinenPolicy:
     packs_rows = True
     decodes_in_waves = False
 
-    def __init__(self, config: ModelConfig, kernel: AttentionKernel = XLA) -> None:
+    def __init__(
+        self, config: ModelConfig, kernel: AttentionKernel = XLA, exchange_fn: RowExchange | None = None
+    ) -> None:
         self.config = config
-        self.kernel = kernel
-        self.module = linen_model.CausalLM(config, kernel.attend)
+        self.kernel, self.exchange_fn = kernel, exchange_fn
+        self.module = linen_model.CausalLM(config, kernel.attend, exchange_fn)
 
     def init(self, key: jax.Array) -> Params:
         return ops.init_params(self.config, key)
@@ -165,10 +168,13 @@ class NNXPolicy:
     packs_rows = True
     decodes_in_waves = False
 
-    def __init__(self, config: ModelConfig, kernel: AttentionKernel = XLA) -> None:
+    def __init__(
+        self, config: ModelConfig, kernel: AttentionKernel = XLA, exchange_fn: RowExchange | None = None
+    ) -> None:
         self.config = config
-        self.kernel = kernel
-        self.module = nnx.graphdef(nnx.eval_shape(lambda: nnx_model.CausalLM(config, nnx.Rngs(0), kernel.attend)))
+        self.kernel, self.exchange_fn = kernel, exchange_fn
+        parts = kernel.attend, exchange_fn
+        self.module = nnx.graphdef(nnx.eval_shape(lambda: nnx_model.CausalLM(config, nnx.Rngs(0), *parts)))
 
     def init(self, key: jax.Array) -> Params:
         return ops.init_params(self.config, key)
@@ -203,12 +209,14 @@ class NNXPolicy:
         return nnx.merge(self.module, params)
 
 
-def create_policy(model_config: Any, pure_nnx: bool, kernel: AttentionKernel = XLA) -> Policy:
+def create_policy(
+    model_config: Any, pure_nnx: bool, kernel: AttentionKernel = XLA, exchange_fn: RowExchange | None = None
+) -> Policy:
     """The NNX policy if `pure_nnx`, else the Linen one, of the implementation that `model_config.kind` names.
 
     Args:
       model_config: a `ModelConfig` or a `ForeignConfig`.
-      kernel: of the toolkit's own decoder.
+      kernel, exchange_fn: of the toolkit's own decoder.
     """
     if model_config.kind == "tunix":
         from rl.models.tunix_policy import TunixPolicy
@@ -216,7 +224,7 @@ def create_policy(model_config: Any, pure_nnx: bool, kernel: AttentionKernel = X
         return TunixPolicy(model_config)
     if model_config.kind == "own":
         return own.NNXModulePolicy(model_config) if pure_nnx else own.LinenModulePolicy(model_config)
-    return NNXPolicy(model_config, kernel) if pure_nnx else LinenPolicy(model_config, kernel)
+    return (NNXPolicy if pure_nnx else LinenPolicy)(model_config, kernel, exchange_fn)
 
 
 def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> ForeignConfig:
@@ -254,19 +262,22 @@ def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> F
 def without_adapters(policy: Policy) -> Policy:
     """The policy of the same flavour that computes with the base alone."""
     config = dataclasses.replace(policy.config, lora=None)
-    return type(policy)(config, policy.kernel)  # pyright: ignore[reportCallIssue]
+    # Only the toolkit's own decoder has adapters.
+    return type(policy)(config, policy.kernel, policy.exchange_fn)  # pyright: ignore
 
 
 def policy_from_config(config: Any, model_config: ModelConfig, mesh: Mesh | None = None) -> Policy:
     """The policy of a run, from the run's typed configuration.
 
     Args:
-      mesh: where it is trained, which decides on the attention kernel; None: it only decodes, without one.
+      mesh: where it is trained, which decides on the attention kernel and on the way of rows between devices; None: it
+        only decodes, without either.
     """
     if mesh is None or model_config.kind != "decoder":
         return create_policy(model_config, config.pure_nnx)
     kernel = choose_kernel(config.model.attention, model_config, mesh, config.mesh.rules)
-    return create_policy(model_config, config.pure_nnx, kernel)
+    exchange_fn = embedding_exchange(mesh, config.mesh.rules, model_config.hidden_size)
+    return create_policy(model_config, config.pure_nnx, kernel, exchange_fn)
 
 
 def _check_tree(expected: Mapping[str, Any], params: Any, path: str = "") -> None:
