@@ -12,7 +12,7 @@ completion.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -184,13 +184,12 @@ def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float3
     Groups without completions are left out. A minibatch without any completion gives a batch of padding. `dtype` is
     that of the batch's floating-point fields: float32, or float64 for a float64 model.
     """
-    rows = _rows(groups, plan, plan.row_length)
-    for length in reversed(plan.shorter_lengths):
-        others = _rows(groups, plan, length) if _fits(groups, length) else []
-        if 0 < len(others) <= plan.num_microbatches * plan.num_rows and _cost(others, plan) < _cost(rows, plan):
-            rows = others
+    shorter = [length for length in reversed(plan.shorter_lengths) if _fits(groups, length)]
+    packings = [_rows(groups, plan, length) for length in (plan.row_length, *shorter)]
+    most = plan.num_microbatches * plan.num_rows
+    assert len(packings[0]) <= most, (len(packings[0]), plan)
+    rows = min((rows for rows in packings if len(rows) <= most), key=lambda rows: _cost(rows, plan))
     num_microbatches = max(math.ceil(len(rows) / plan.num_rows), 1)
-    assert num_microbatches <= plan.num_microbatches, (len(rows), plan)
     batch = _empty_batch(plan, num_microbatches, np.dtype(dtype))
     for index, row in enumerate(rows):
         _fill_row(batch, *divmod(index, plan.num_rows), row)
@@ -217,14 +216,17 @@ class _Unit(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        # The last token of a completion predicts nothing, so it is never an input.
-        return len(self.prompt_ids) + sum(len(c.token_ids) - 1 for c in self.completions)
+        return len(self.prompt_ids) + _num_inputs(self.completions)
+
+
+def _num_inputs(completions: Iterable[TrainCompletion]) -> int:
+    """Tokens that completions put into a row: the last one of each predicts nothing, so it is never an input."""
+    return sum(len(completion.token_ids) - 1 for completion in completions)
 
 
 def _fits(groups: Sequence[TrainGroup], row_length: int) -> bool:
     """Whether a row of this length holds every sequence."""
-    longest = (len(g.prompt_ids) + max(len(c.token_ids) for c in g.completions) - 1 for g in groups if g.completions)
-    return max(longest, default=0) <= row_length
+    return all(len(g.prompt_ids) + _num_inputs([c]) <= row_length for g in groups for c in g.completions)
 
 
 def _cost(rows: Sequence[Sequence[_Unit]], plan: PackingPlan) -> int:
@@ -248,8 +250,7 @@ def _rows(groups: Sequence[TrainGroup], plan: PackingPlan, row_length: int) -> l
     def put(index: int, places: Sequence[int]) -> None:
         """These completions of a group into one row, a new one where there is none for them."""
         group = groups[index]
-        # The last token of a completion predicts nothing, so it is never an input.
-        num_tokens = sum(len(group.completions[place].token_ids) - 1 for place in places)
+        num_tokens = _num_inputs(group.completions[place] for place in places)
 
         def need(r: int) -> int:
             return num_tokens + (0 if index in rows[r] else len(group.prompt_ids))
@@ -268,7 +269,7 @@ def _rows(groups: Sequence[TrainGroup], plan: PackingPlan, row_length: int) -> l
     first_ids = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
     lengths = [[len(completion.token_ids) for completion in group.completions] for group in groups]
     assert all(0 < length <= plan.completion_length for group in lengths for length in group)
-    sizes = [len(g.prompt_ids) + sum(group) - len(group) for g, group in zip(groups, lengths, strict=True)]
+    sizes = [len(group.prompt_ids) + _num_inputs(group.completions) for group in groups]
     for index in sorted(range(len(groups)), key=lambda i: -sizes[i]):  # stable: ties keep their order
         assert len(groups[index].prompt_ids) > 0
         places = range(len(lengths[index]))

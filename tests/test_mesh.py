@@ -194,9 +194,8 @@ def test_rows_of_a_table_and_their_gradient_go_between_devices_without_any_devic
     sent = work_of(spread.lower(table_VD, tokens_BT).compile().as_text(), {}).collectives
     assert sent["all-to-all"].num_bytes == 2 * 4 * 8 * 5 * 16 // mesh.size  # a device's own rows, there and back
     others = sum(collective.num_bytes for kind, collective in sent.items() if kind != "all-to-all")
-    assert (
-        others < table_VD.nbytes // 2
-    )  # token ids, and where rows lie over an axis without columns the gradient's sum
+    # Token ids, and where rows lie over an axis without columns the gradient's sum.
+    assert others < table_VD.nbytes // 2
     got, expected = spread(table_VD, tokens_BT), jax.value_and_grad(loss)(table_VD, tokens_BT)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, expected)
 

@@ -44,7 +44,7 @@ def block_attention(
     """`ops.attention` of packed rows [B, T, N, H] for rows in which every query sees a key; scores and sums in float32
     or wider. Blocks are those of all rows together: one is computed where a query of any row sees one of its keys.
     """
-    num_rows, num_tokens, num_heads, head_dim = q_BTNH.shape
+    (num_rows, num_tokens, num_heads, head_dim), num_kv_heads = q_BTNH.shape, k_BTKH.shape[2]
     if num_tokens <= BLOCK:
         return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, scale)
     added = -num_tokens % BLOCK
@@ -58,11 +58,11 @@ def block_attention(
     def blocks(x_BTXH: jax.Array) -> jax.Array:
         """[I, B, K, P * X / K, H], so that the block of one product lies together."""
         x_BTXH = jnp.pad(x_BTXH, ((0, 0), (0, added), (0, 0), (0, 0)))
-        x_BIPKJH = jnp.reshape(x_BTXH, (num_rows, num_blocks, BLOCK, k_BTKH.shape[2], -1, head_dim))
-        return jnp.transpose(x_BIPKJH, (1, 0, 3, 2, 4, 5)).reshape(num_blocks, num_rows, k_BTKH.shape[2], -1, head_dim)
+        x_BIPKJH = jnp.reshape(x_BTXH, (num_rows, num_blocks, BLOCK, num_kv_heads, -1, head_dim))
+        return jnp.transpose(x_BIPKJH, (1, 0, 3, 2, 4, 5)).reshape(num_blocks, num_rows, num_kv_heads, -1, head_dim)
 
     output_IBKMH: Any = _attend(blocks(q_BTNH), blocks(k_BTKH), blocks(v_BTKH), visible, scale)
-    output_IBKPJH = output_IBKMH.reshape(num_blocks, num_rows, k_BTKH.shape[2], BLOCK, -1, head_dim)
+    output_IBKPJH = output_IBKMH.reshape(num_blocks, num_rows, num_kv_heads, BLOCK, -1, head_dim)
     output_BTNH = jnp.transpose(output_IBKPJH, (1, 0, 3, 2, 4, 5)).reshape(num_rows, -1, num_heads, head_dim)
     return output_BTNH[:, :num_tokens]
 

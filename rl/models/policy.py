@@ -263,7 +263,7 @@ def without_adapters(policy: Policy) -> Policy:
     """The policy of the same flavour that computes with the base alone."""
     config = dataclasses.replace(policy.config, lora=None)
     # Only the toolkit's own decoder has adapters.
-    return type(policy)(config, policy.kernel, policy.exchange_fn)  # pyright: ignore
+    return type(policy)(config, policy.kernel, policy.exchange_fn)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
 def policy_from_config(config: Any, model_config: ModelConfig, mesh: Mesh | None = None) -> Policy:
