@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from peer_trainers import Numbers, tunix_learner, tunix_optimizer
 from shapes import Workload, tiny_shape
-from trainers import plan_for, tandem_config
+from trainers import tandem_config
 from weights import tunix_architecture
 
 from rl.config import load_config
@@ -22,6 +22,7 @@ from rl.models.config import ModelConfig
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
 from rl.packing import PackingPlan, pack
+from rl.shaped_inputs import plan_for
 from rl.states import InitStateFn, get_abstract_state
 from rl.train_step import Minibatch, jit_train_step
 from rl.update import loss_config
@@ -58,7 +59,7 @@ def compile_tandem(
     policy = policy_from_config(config, model_config, mesh)
     _, optimizer = create_training_optimizer(config, policy)
     abstract = get_abstract_state(config, mesh, InitStateFn(policy, optimizer, 0))
-    plan = plan_for(workload, config, policy, mesh) if plan is None else plan
+    plan = plan_for(config, workload.prompt_lengths[1], policy, mesh) if plan is None else plan
     train_step = jit_train_step(
         policy,
         optimizer,

@@ -24,12 +24,11 @@ from rl.data import PromptRow
 from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import sampling_params, start_rewards
 from rl.metrics import Stopwatch
-from rl.models.policy import Policy
 from rl.optimizer import create_training_optimizer
-from rl.packing import PackingPlan, TrainCompletion, TrainGroup, plan_packing
+from rl.packing import TrainCompletion, TrainGroup
 from rl.rollout import judge, minibatches, sample_and_score, to_rollout
 from rl.sampler import Sampler
-from rl.shaped_inputs import packing_options
+from rl.shaped_inputs import plan_for
 from rl.states import InitStateFn, setup_decode_state, setup_training_state
 from rl.tokenizer import Tokenizer
 from rl.update import Updater
@@ -98,7 +97,7 @@ class TandemTrainer:
         params = jax.tree.map(jnp.copy, weights.params)
         self._state, abstract = setup_training_state(config, mesh, init_policy_fn, params)
         self._reference, _ = setup_decode_state(config, mesh, init_reference_fn, reference.params)
-        self.plan = plan_for(workload, config, policy, mesh)
+        self.plan = plan_for(config, workload.prompt_lengths[1], policy, mesh)
         self._updater = Updater(config, policy, optimizer, self.plan, abstract.shardings, mesh=mesh)
         self._entropy = EntropyCoefState(0.0, 0.0)
         self._stack = contextlib.ExitStack()
@@ -175,17 +174,6 @@ def tandem_config(workload: Workload, settings: Sequence[str] = ()) -> Any:
             f"rewards.functions=[{{function: '{REWARD_FILE}:even_share'}}]",
             *settings,
         ],
-    )
-
-
-def plan_for(workload: Workload, config: Any, policy: Policy, mesh: jax.sharding.Mesh) -> PackingPlan:
-    """The packing of a run with this workload."""
-    return plan_packing(
-        num_groups=workload.num_prompts,
-        group_size=workload.num_samples,
-        max_prompt_length=workload.prompt_lengths[1],
-        max_completion_length=workload.cap,
-        **packing_options(config, policy, mesh),
     )
 
 
