@@ -1,4 +1,4 @@
-"""Whole trainers side by side: builds them on the same weights and batches, checks them, lets them take turns."""
+"""Whole trainers side by side: builds them on the same weights and batches, checks them, times them."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ from machine import Probe, matmul_probe
 from peer_trainers import PEER_TRAINERS
 from rich.console import Console
 from step_results import StepResult, model_operations, steps_table, summarize_steps
-from trainers import Batch, TandemTrainer, Trainer, check_same_outcome, is_installed, make_batches
+from trainers import Batch, Outcome, TandemTrainer, Trainer, check_same_outcome, is_installed, make_batches
 from turns import Call, alternate, timed
 from weights import Weights
 
@@ -38,6 +38,11 @@ def trainer_parser(docstring: str | None) -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         help="a setting of Tandem's configuration, such as grpo.max_tokens_per_microbatch=2048; may be given again",
+    )
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="one trainer after the other instead of in turn: for shapes of which two do not fit into memory",
     )
     return parser
 
@@ -77,10 +82,7 @@ def compare_trainers(
                 workload = shapes.TRAIN_WORKLOADS[name]
                 workload = shapes.tiny_workload(workload) if arguments.tiny else workload
                 batches = make_batches(workload, config.vocab_size, 1 + arguments.repeats, with_completions=not draw)
-                calls, peaks = _take_turns(arguments, sides, workload, batches, probe)
-                # What a peer's programs and loops hold would add up over the workloads.
-                jax.clear_caches()
-                return_memory()
+                calls, peaks = _measure(arguments, sides, workload, batches, probe)
                 added = summarize_steps(
                     shape,
                     name,
@@ -111,20 +113,43 @@ class Sides:
             hf.save_folder(folder, policy.policy.config, side.params)
 
 
-def _take_turns(
+def _measure(
     arguments: argparse.Namespace, sides: Sides, workload: shapes.Workload, batches: Sequence[Batch], probe: Probe
 ) -> tuple[dict[str, list[Call]], list[float]]:
     """The timed calls by engine, and what `probe` measured between them; the first step of each is not timed."""
+    first: dict[str, Outcome] = {}
+    calls: dict[str, list[Call]] = {}
+    peaks: list[float] = []
+    for engines in [[engine] for engine in arguments.engines] if arguments.apart else [arguments.engines]:
+        own_calls, own_peaks = _take_turns(engines, first, arguments, sides, workload, batches, probe)
+        calls |= own_calls
+        peaks += own_peaks
+        # What a trainer's programs and loops hold would add up.
+        jax.clear_caches()
+        return_memory()
+    return calls, peaks
+
+
+def _take_turns(
+    engines: Sequence[str],
+    first: dict[str, Outcome],
+    arguments: argparse.Namespace,
+    sides: Sides,
+    workload: shapes.Workload,
+    batches: Sequence[Batch],
+    probe: Probe,
+) -> tuple[dict[str, list[Call]], list[float]]:
+    """Those of `engines`, which are in memory together; adds their first outcomes to `first`."""
     with contextlib.ExitStack() as stack:
         trainers: list[Trainer] = []
-        for engine in arguments.engines:
+        for engine in engines:
             if engine == TandemTrainer.name:
                 trainer = TandemTrainer(sides.policy, sides.reference, workload, batches, arguments.settings)
             else:
                 trainer = PEER_TRAINERS[engine](sides.policy.policy.config, *sides.folders, workload, batches)
             stack.callback(trainer.close)
             trainers.append(trainer)
-        first = {trainer.name: trainer.step() for trainer in trainers}  # compiles
+        first.update((trainer.name, trainer.step()) for trainer in trainers)  # compiles
         if batches[0].completions is not None:
             check_same_outcome(first, TOLERANCE)
         return alternate(trainers, arguments.repeats, probe, _timed_step)

@@ -1,12 +1,12 @@
 """Seconds of an update, its reference pass included: Tandem next to the trainers of Tunix and TRL.
 
-    python benchmarks/train_step.py [--shapes a,b,c] [--workloads i,i-ragged,ii] [--engines ...] [--json FILE]
+    python benchmarks/train_step.py [--shapes a,b,c] [--workloads i,i-ragged,ii] [--engines ...] [--apart] [--json FILE]
     python benchmarks/train_step.py --memory [--platform tpu]
 
-All trainers run in this process, in turn, each in its own loop, from the same random weights and on the same prompts,
-completions and rewards; loss and gradient norm of the first batch must agree before anything is timed. Tandem's step
-is also compiled in both flavours, whose operations and bytes must be equal. `--memory` compiles steps with a large
-vocabulary instead, and runs nothing. Shapes, workloads and targets are in `shapes.py`.
+All trainers run in this process, in turn (`--apart`: one after the other), each in its own loop, from the same random
+weights and on the same prompts, completions and rewards; loss and gradient norm of the first batch must agree before
+anything is timed. Tandem's step is also compiled in both flavours, whose operations and bytes must be equal. `--memory`
+compiles steps with a large vocabulary instead, and runs nothing. Shapes, workloads and targets are in `shapes.py`.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from comparison import check_trainer_options, compare_trainers, trainer_parser
 from flavours import compare_flavours
 from memory import compare_memory
 from rich.console import Console
+from trainers import TandemTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def run(console: Console) -> dict[str, Any]:
         if arguments.memory:
             return {"memory": compare_memory(console, arguments.platform, arguments.settings, arguments.tiny)}
-        flavours = compare_flavours(console, arguments.shapes, arguments.settings, arguments.tiny)
+        flavours = {}
+        if TandemTrainer.name in arguments.engines:
+            flavours = compare_flavours(console, arguments.shapes, arguments.settings, arguments.tiny)
         return flavours | compare_trainers(arguments, console, draw=False, targets=shapes.UPDATE_TARGETS)
 
     return run_and_report(arguments, run)

@@ -21,7 +21,7 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    names = ("grpo_step", "shapes", "step_results", "stepped", "train_step", "trainers", "turns")
+    names = ("comparison", "grpo_step", "shapes", "step_results", "stepped", "train_step", "trainers", "turns")
     return types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -65,6 +65,20 @@ def test_whole_steps_of_all_installed_trainers_are_compared(benchmark):
             assert 6 <= call["num_tokens"] <= 6 * 12  # 2 prompts x 3 samples, up to the cap
         assert (result["share"], result["target"]) == (None, None)
     assert any(result["mean_length"] < 12 for result in results)
+
+
+@pytest.mark.slow
+def test_trainers_measured_apart_are_compared_as_well(benchmark, monkeypatch):
+    events = []
+    for trainer in (benchmark.trainers.TandemTrainer, benchmark.comparison.PEER_TRAINERS["tunix"]):
+        step, close = trainer.step, trainer.close
+        monkeypatch.setattr(trainer, "step", lambda self, step=step: events.append(self.name) or step(self))
+        monkeypatch.setattr(trainer, "close", lambda self, close=close: events.append("end") or close(self))
+    arguments = ["--tiny", "--repeats", "2", "--shapes", "a", "--workloads", "i", "--apart"]
+    peer, own = benchmark.grpo_step.main([*arguments, "--engines", "tunix,tandem"])["results"]
+    assert events == ["tunix"] * 3 + ["end"] + ["tandem"] * 3 + ["end"]
+    assert (peer["engine"], own["engine"]) == ("tunix", "tandem")
+    assert own["ratio"] == pytest.approx(own["seconds"] / peer["seconds"])
 
 
 @pytest.mark.slow
