@@ -1,6 +1,7 @@
 """Every back end of attention computes what plain operations do, on the masks of packed rows with shared prompts."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -80,10 +81,13 @@ def test_splash_attention_gives_the_values_and_gradients_of_plain_operations(siz
 
 
 @pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("num_tokens", [50, 64, 65, 130, 600])
-def test_visible_blocks_give_the_values_and_gradients_of_whole_rows(num_tokens, window):
+@pytest.mark.parametrize(
+    ("num_tokens", "kernel"),
+    [(n, attention_kernels.XLA) for n in (50, 64, 65, 130, 600)] + [(600, attention_kernels.XLA_ON_ACCELERATORS)],
+)
+def test_visible_blocks_give_the_values_and_gradients_of_whole_rows(num_tokens, kernel, window):
     inputs = attention_inputs(2, num_tokens, 4, 2, 8, window)
-    assert_close(value_and_gradients(block_attention, *inputs), value_and_gradients(ops.attention, *inputs))
+    assert_close(value_and_gradients(kernel.attend, *inputs), value_and_gradients(ops.attention, *inputs))
 
 
 def test_visible_blocks_in_float64_are_exact():
@@ -150,6 +154,9 @@ def test_a_platform_gets_what_it_has():
     wide = dataclasses.replace(config, dtype="float64")
     with pytest.raises(ValueError, match=r"model.attention=splash needs model.dtype float32 or narrower, got float64"):
         attention_kernels.choose_kernel("splash", wide, mesh, RULES, interpret=True)
+    gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
+    assert config.dtype == "float32"  # which cuDNN does not take
+    assert attention_kernels.choose_kernel("auto", config, gpu, RULES) is attention_kernels.XLA_ON_ACCELERATORS
     run = load_config(None, ["model.attention=xla", "pure_nnx=false"])
     assert policy_from_config(run, config, mesh).kernel is attention_kernels.XLA
 

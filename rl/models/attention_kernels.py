@@ -11,6 +11,7 @@ Legend: B rows, T query positions, S key positions, N query heads, K kv heads, H
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from rl.mesh import partition_spec, row_axes
 from rl.models import ops
-from rl.models.block_attention import block_attention
+from rl.models.block_attention import BLOCK, LARGE_BLOCK, block_attention
 from rl.models.config import ModelConfig
 
 ATTENTION_KERNELS = ("xla", "splash", "cudnn")
@@ -37,14 +38,17 @@ class AttentionKernel:
     Attributes:
       attend: (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H].
       skips_blocks: what nobody in a row sees costs nothing.
+      block: positions of the blocks of `block_attention`, where that is the back end.
     """
 
     name: str
     attend: ops.AttentionFn
     skips_blocks: bool = True
+    block: int = BLOCK
 
 
 XLA = AttentionKernel("xla", block_attention)
+XLA_ON_ACCELERATORS = AttentionKernel("xla", functools.partial(block_attention, block=LARGE_BLOCK), block=LARGE_BLOCK)
 
 
 def choose_kernel(
@@ -64,7 +68,7 @@ def choose_kernel(
         fitting = [kernel for kernel, home in _PLATFORMS.items() if home == platform and not _problem(kernel, config)]
         name = fitting[0] if fitting else "xla"
     if name == "xla":
-        return XLA
+        return XLA if platform == "cpu" else XLA_ON_ACCELERATORS
     if _PLATFORMS[name] != platform and not interpret:
         raise ValueError(
             f"model.attention must be xla or auto on {platform}, got {name}, which runs on {_PLATFORMS[name]} only"

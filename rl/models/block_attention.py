@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from rl.models.ops import attention, widen
 
 BLOCK = 64  # positions; 96 to 192 skip less and were slower on CPUs
+# Where a round of a loop costs the start of its kernels, and on a GPU a wait for the host: a sixteenth of the rounds.
+LARGE_BLOCK = 256
 
 # Name, in compiled programs, of the loop over the key blocks that a block of queries sees.
 KEY_BLOCK_LOOP = "visible key blocks"
@@ -39,18 +41,21 @@ class _Visible(NamedTuple):
 
 
 def block_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTT: jax.Array, scale: float
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTT: jax.Array, scale: float, block: int = BLOCK
 ) -> jax.Array:
     """`ops.attention` of packed rows [B, T, N, H] for rows in which every query sees a key; scores and sums in float32
     or wider. Blocks are those of all rows together: one is computed where a query of any row sees one of its keys.
+
+    Args:
+      block: positions of a block.
     """
     (num_rows, num_tokens, num_heads, head_dim), num_kv_heads = q_BTNH.shape, k_BTKH.shape[2]
-    if num_tokens <= BLOCK:
+    if num_tokens <= block:
         return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, scale)
-    added = -num_tokens % BLOCK
+    added = -num_tokens % block
     mask_BTT = jnp.pad(mask_BTT, ((0, 0), (0, added), (0, added)))
-    num_blocks = (num_tokens + added) // BLOCK
-    mask_BIPIS = jnp.reshape(mask_BTT, (num_rows, num_blocks, BLOCK, num_blocks, BLOCK))
+    num_blocks = (num_tokens + added) // block
+    mask_BIPIS = jnp.reshape(mask_BTT, (num_rows, num_blocks, block, num_blocks, block))
     seen_II = jnp.any(mask_BIPIS, axis=(0, 2, 4))
     order_II = jnp.argsort(~seen_II, axis=1, stable=True).astype(jnp.int32)
     visible = _Visible(mask_BTT, order_II, jnp.sum(seen_II, axis=1, dtype=jnp.int32))
@@ -58,11 +63,11 @@ def block_attention(
     def blocks(x_BTXH: jax.Array) -> jax.Array:
         """[I, B, K, P * X / K, H], so that the block of one product lies together."""
         x_BTXH = jnp.pad(x_BTXH, ((0, 0), (0, added), (0, 0), (0, 0)))
-        x_BIPKJH = jnp.reshape(x_BTXH, (num_rows, num_blocks, BLOCK, num_kv_heads, -1, head_dim))
+        x_BIPKJH = jnp.reshape(x_BTXH, (num_rows, num_blocks, block, num_kv_heads, -1, head_dim))
         return jnp.transpose(x_BIPKJH, (1, 0, 3, 2, 4, 5)).reshape(num_blocks, num_rows, num_kv_heads, -1, head_dim)
 
     output_IBKMH: Any = _attend(blocks(q_BTNH), blocks(k_BTKH), blocks(v_BTKH), visible, scale)
-    output_IBKPJH = output_IBKMH.reshape(num_blocks, num_rows, num_kv_heads, BLOCK, -1, head_dim)
+    output_IBKPJH = output_IBKMH.reshape(num_blocks, num_rows, num_kv_heads, block, -1, head_dim)
     output_BTNH = jnp.transpose(output_IBKPJH, (1, 0, 3, 2, 4, 5)).reshape(num_rows, -1, num_heads, head_dim)
     return output_BTNH[:, :num_tokens]
 
@@ -156,11 +161,11 @@ def _scores(
     """Scores [B, K, M, S] of a block of queries with a block of keys, the lowest number where the mask, which comes
     along, is False.
     """
-    num_rows, num_kv_heads, num_queries, _ = q_BKMH.shape
-    mask_BPS = jax.lax.dynamic_slice(visible.mask_BTT, (jnp.int32(0), i * BLOCK, j * BLOCK), (num_rows, BLOCK, BLOCK))
+    (num_rows, num_kv_heads, num_queries, _), block = q_BKMH.shape, k_BKSH.shape[2]
+    mask_BPS = jax.lax.dynamic_slice(visible.mask_BTT, (jnp.int32(0), i * block, j * block), (num_rows, block, block))
     mask_BKMS = jnp.broadcast_to(
-        mask_BPS[:, None, :, None], (num_rows, num_kv_heads, BLOCK, num_queries // BLOCK, BLOCK)
-    ).reshape(num_rows, num_kv_heads, num_queries, BLOCK)
+        mask_BPS[:, None, :, None], (num_rows, num_kv_heads, block, num_queries // block, block)
+    ).reshape(num_rows, num_kv_heads, num_queries, block)
     scores_BKMS = _product("BKMH,BKSH->BKMS", q_BKMH, k_BKSH) * scale
     return jnp.where(mask_BKMS, scores_BKMS, jnp.finfo(scores_BKMS.dtype).min), mask_BKMS
 

@@ -20,7 +20,7 @@ from rl.config import Config
 from rl.decoding import TOKEN_LOOP
 from rl.evaluation import create_sampler, sampling_params
 from rl.mesh import create_mesh, device_memory, on_host
-from rl.models.block_attention import BLOCK, KEY_BLOCK_LOOP
+from rl.models.block_attention import KEY_BLOCK_LOOP
 from rl.models.config import ModelConfig
 from rl.models.hf import SHAPE_PATTERNS, resolve_source
 from rl.models.lora import split
@@ -172,7 +172,8 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     }
     # Every row full; its last query sees the longest prompt and the longest completion, which need not start a block.
     sequence = config.data.max_prompt_length + config.sampling.max_completion_length
-    key_blocks = math.ceil(min(sequence + BLOCK, inputs.plan.row_length) / BLOCK)
+    block = policy.kernel.block
+    key_blocks = math.ceil(min(sequence + block, inputs.plan.row_length) / block)
     rounds = {
         MICROBATCH_LOOP: inputs.plan.num_microbatches,
         SHORT_MICROBATCH_LOOP: 0,
