@@ -67,7 +67,7 @@ def create_training_optimizer(
     decay = optax.add_decayed_weights(
         section.weight_decay, mask=functools.partial(decay_mask, patterns=section.weight_decay_params)
     )
-    clip = [optax.clip_by_global_norm(section.max_grad_norm)] if section.max_grad_norm else []
+    clip = [_clip_by_global_norm(section.max_grad_norm)] if section.max_grad_norm else []
     groups = [_scale_by_name(functools.partial(_lr_scale, section.lr_groups))] if section.lr_groups else []
     update = optax.chain(direction, decay, optax.scale_by_learning_rate(schedule))
     return schedule, optax.chain(*clip, update, *groups)
@@ -132,6 +132,18 @@ def rounding_problems(metrics: Mapping[str, float]) -> list[str]:
         return []
     problem = f"{share:.1%} of the weight updates were lost to rounding"
     return [f"{problem}; set model.param_dtype to float32 (model.dtype may stay as it is), or raise optimizer.lr"]
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` that takes the norm from the caller of `update`, who may have it, as `grad_norm`."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        is_short = norm < max_norm
+        clipped = jax.tree.map(lambda x: jnp.where(is_short, x, x / norm.astype(x.dtype) * max_norm), updates)
+        return clipped, state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 # -- directions: what the learning rate multiplies, before weight decay

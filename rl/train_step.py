@@ -27,6 +27,7 @@ from rl.mesh import ROWS, from_host_memory, input_sharding, replicated, row_shar
 from rl.models.lora import join, split
 from rl.models.ops import widen
 from rl.models.policy import Params, Policy
+from rl.models.scanned import stack_runs, unstack_runs
 from rl.models.train_state import PureState
 from rl.optimizer import rounding_loss
 from rl.packing import PADDING_GROUP, Batch
@@ -170,6 +171,8 @@ def update_program(
     frozen weights, minibatch) -> (state of what moves, metrics). Argument 0 is donated.
     """
 
+    transformation = optax.with_extra_args_support(optimizer)
+
     def piece_loss(trained: Params, frozen: Params, piece: Batch, denominators: Denominators, on_policy: jax.Array):
         params = join(trained, frozen)
         logprobs_BL, entropy_BL = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules, True)
@@ -184,18 +187,21 @@ def update_program(
     def update(state: PureState, frozen: Params, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
         batch = minibatch.batch
         denominators = _denominators(minibatch, loss_config, minibatches_per_rollout)
-        gradient = jax.value_and_grad(piece_loss, has_aux=True)
+        value_and_grad = jax.value_and_grad(piece_loss, has_aux=True)
         constants = (denominators, minibatch.on_policy)
+
+        def gradient(piece: Batch):
+            value, grads = value_and_grad(state.params, frozen, piece, *constants)
+            # Of layers in a loop the gradient comes stacked; added up and measured as it is, it is a few arrays.
+            return value, stack_runs(policy.config, grads)
 
         def add_piece(m, piece, carry):
             loss, grads, sums, difference = carry
-            (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(
-                state.params, frozen, piece, *constants
-            )
+            (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(piece)
             grads = jax.tree.map(lambda total, part: total + part.astype(total.dtype), grads, piece_grads)
             return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
 
-        (loss, (sums, difference)), grads = jax.eval_shape(gradient, state.params, frozen, _piece(batch, 0), *constants)
+        (loss, (sums, difference)), grads = jax.eval_shape(lambda: gradient(_piece(batch, 0)))
         # In bfloat16 a sum of hundreds of pieces would lose those below 2^-9 of it.
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, widen(x.dtype)), grads)
         start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference))
@@ -206,7 +212,8 @@ def update_program(
 
         def apply(_, carry):
             params, opt_state, lost_share = carry
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            by_layer = unstack_runs(policy.config, grads)
+            updates, opt_state = transformation.update(by_layer, opt_state, params, grad_norm=grad_norm)
             if lost_share is not None:
                 lost_share = rounding_loss(params, updates)
             return optax.apply_updates(params, updates), opt_state, lost_share

@@ -237,8 +237,10 @@ def test_gradients_are_clipped_by_their_global_norm(limit, factor):
     _, optimizer = create("optimizer.name=sgd", f"optimizer.max_grad_norm={limit}", "optimizer.lr=1.0")
     grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([0.0, -4.0])}  # norm 5
     steps, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    told, _ = optimizer.update(grads, optimizer.init(grads), grads, grad_norm=jnp.float32(200))
     for name, grad in grads.items():
         np.testing.assert_allclose(steps[name], -factor * grad, rtol=1e-6)
+        np.testing.assert_allclose(told[name], -min(float(limit) / 200 or 1.0, 1.0) * grad, rtol=1e-6)
 
 
 def test_weight_decay_applies_to_the_names_that_match_and_to_no_others():

@@ -25,8 +25,10 @@ from rl.entropy_coef import EntropyCoefState
 from rl.loss_metrics import finish_metrics
 from rl.mesh import create_mesh, no_implicit_transfers
 from rl.models.config import FAMILIES, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
+from rl.models.lora import split
 from rl.models.policy import Policy, create_policy
 from rl.models.train_state import PureState
+from rl.optimizer import create_training_optimizer
 from rl.packing import PackingPlan, TrainCompletion, TrainGroup, pack
 from rl.states import AbstractState, InitStateFn, get_abstract_state
 from rl.train_step import Minibatch, jit_train_step, token_logprobs_program
@@ -246,7 +248,8 @@ class Trainer:
 
     def fresh_state(self) -> PureState:
         params = noisy_params(self.policy.config)
-        state = PureState(np.int32(0), params, self.optimizer.init(params), np.zeros(2, np.uint32))
+        opt_state = self.optimizer.init(split(self.policy.config, params)[0])
+        state = PureState(np.int32(0), params, opt_state, np.zeros(2, np.uint32))
         return jax.device_put(state, self.abstract.shardings)
 
     def minibatch(self, problem: Problem, order=None) -> Minibatch:
@@ -289,12 +292,20 @@ def make_trainer(
     vocab=VOCAB,
     optimizer=KEEP_GRADIENT,
     overrides=(),
+    **model,
 ) -> Trainer:
-    """One device, several pieces of several rows, and several chunks of a row, unless told otherwise."""
+    """One device, several pieces of several rows, and several chunks of a row, unless told otherwise.
+
+    Args:
+      optimizer: None for that of the configuration.
+      model: fields of the `ModelConfig`.
+    """
     sizes = (f"mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), mesh, strict=True))
     config = load_config(None, [*COMPOSITE, *sizes, *overrides])
     devices = create_mesh(config.mesh, jax.devices()[: int(np.prod(mesh))])
-    policy = create_policy(tiny_config(dtype=dtype, vocab_size=vocab), FLAVOURS[flavour])
+    model_config = dataclasses.replace(tiny_config(dtype=dtype, vocab_size=vocab), **model)
+    policy = create_policy(model_config, FLAVOURS[flavour])
+    optimizer = create_training_optimizer(config, policy)[1] if optimizer is None else optimizer
     abstract = get_abstract_state(config, devices, InitStateFn(policy, optimizer, 0))
     train_step = jit_train_step(
         policy,
@@ -610,6 +621,32 @@ def test_batches_of_any_raggedness_run_through_one_trace(trainer):
         assert np.isfinite(update.loss)
     assert len(pieces) > 1
     assert packed.train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("lora", [None, LoRAConfig(2, 4.0, ("layers_[12]/*_proj",))])
+def test_an_update_is_the_same_with_layers_in_a_loop(flavour, lora, problem):
+    """On one device and on a mesh; of adapters, which are on two of the three layers, as of all weights."""
+    limit = 0.02
+    overrides = ("optimizer.lr=1e-2", f"optimizer.max_grad_norm={limit}", "optimizer.weight_decay=0.1")
+    layers = {"num_layers": 3, "layer_types": ("full_attention",) * 3, "lora": lora}
+    results = []
+    with jax.enable_x64(True):
+        for scan_layers, mesh, plan in (
+            (False, ONE_DEVICE, PLAN),
+            (True, ONE_DEVICE, PLAN),
+            (True, (1, 4, 2), SHARDED_PLAN),
+        ):
+            kinds = {"optimizer": None, "overrides": overrides, "scan_layers": scan_layers, **layers}
+            trainer = make_trainer(flavour, "float64", mesh, plan, **kinds)
+            state, update = trainer.train_step(trainer.fresh_state(), trainer.minibatch(problem))
+            assert jax.tree.map(lambda leaf: leaf.sharding, state) == trainer.abstract.shardings
+            results.append(jax.device_get((state, update.loss, update.grad_norm)))
+    assert results[0][2] > limit
+    start = jax.tree.leaves(noisy_params(trainer.policy.config))
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(results[0][0].params), start, strict=True))
+    for result in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), results[0], result)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])

@@ -9,6 +9,7 @@ Layers with a cache (prefill, decoding) are not scanned: stacking would copy the
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,37 @@ def layer_runs(config: ModelConfig) -> list[range]:
 
     runs = itertools.groupby(range(config.num_layers), key=kind)
     return [range(layers[0], layers[-1] + 1) for layers in (list(run) for _, run in runs)]
+
+
+def stack_runs(config: Any, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with the layers of each run as one child, named after the first of them, whose leaves have the layers on a
+    new first axis. It is the tree itself where layers are not scanned.
+
+    Args:
+      config: of the policy, whatever its kind.
+      tree: like the parameters, or those of them that are trained.
+    """
+    stacked = dict(tree)
+    for first, *others in _scanned_names(config, tree):
+        layers = [stacked.pop(name) for name in (first, *others)]
+        stacked[first] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return stacked
+
+
+def unstack_runs(config: Any, stacked: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree that `stack_runs` made `stacked` of."""
+    tree = dict(stacked)
+    for names in _scanned_names(config, stacked):
+        layers = tree.pop(names[0])
+        tree |= {name: jax.tree.map(operator.itemgetter(i), layers) for i, name in enumerate(names)}
+    return tree
+
+
+def _scanned_names(config: Any, tree: Mapping[str, Any]) -> list[list[str]]:
+    """The layers' names in each run that is a loop, without runs of which nothing is in `tree`."""
+    runs = layer_runs(config) if config.kind == "decoder" and config.scan_layers else []
+    names = [[f"layers_{i}" for i in run] for run in runs]
+    return [run for run in names if run[0] in tree]
 
 
 def scan_layers(
