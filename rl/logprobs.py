@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+TILE_ROWS = 16  # of bfloat16 numbers in a tile of a TPU's memory; of wider ones there are fewer
 FEWEST_POSITIONS, FEW_LOGITS = 512, 2**24  # of a chunk whose size is left open; 64 MiB of float32
 
 
@@ -89,7 +90,9 @@ def _map_chunks(function: Any, params: Any, hidden_BTD: jax.Array, targets_BT: j
     if num_chunks <= 1:
         # One chunk holds everything: its logits are kept, since computing them again would save nothing.
         return function(params, hidden_BTD, targets_BT)
-    chunk_size = -(-T // num_chunks)  # even chunks: less padding, the same number of them
+    # Even chunks: less padding, the same number of them. They end where tiles of a TPU's memory do if that makes none
+    # larger than asked for: moving all hidden states within tiles is more code than the rest of the loss.
+    chunk_size = min(chunk_size, -(-T // (num_chunks * TILE_ROWS)) * TILE_ROWS)
     padding = num_chunks * chunk_size - T
     hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
     targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
