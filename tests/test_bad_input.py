@@ -98,10 +98,11 @@ def reward(folder, name):
 
 
 def snapshot(folder):
-    """{path: (content, time of the last change)} of everything below a folder."""
+    """{path: (content, time of the last change)} of everything below a folder but what Python keeps of a module."""
     return {
         str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else None, path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
     }
 
 
