@@ -523,6 +523,43 @@ def test_scanned_layers_give_the_hidden_states_and_gradients_of_unrolled_ones(fa
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), expected, gradients[0])
 
 
+@pytest.mark.parametrize(("family", "kv_dtype"), [("llama", "int8"), ("qwen2", None), ("gemma3_text", None)])
+def test_a_scanned_prefill_gives_the_hidden_states_and_the_cache_of_an_unrolled_one(family, kv_dtype):
+    """Two pieces after a common prefix that all rows share; then a token alone, which no loop runs over."""
+    changes = {"num_layers": 5, "layer_types": None, "dtype": "float64", "param_dtype": "float64"}
+    with jax.enable_x64(True):
+        config = dataclasses.replace(tiny_config(family, **changes), **SCANNED[family])
+        params = freeze(config, noisy_params(config))
+        tokens, positions, zeros, _ = plain_batch(num_tokens=11)
+
+        def steps(policy, params):
+            _, prefix = policy.extend(
+                params,
+                *(x[:1, :3] for x in (tokens, positions, zeros, zeros)),
+                kv.init_cache(config, 1, 3, (), kv_dtype),
+            )
+            cache = kv.init_cache(config, 3, 8, [kv.share_evenly(prefix.own, 3, any_group=True)], kv_dtype)
+            hiddens = []
+            for start, stop in ((3, 7), (7, 10), (10, 11)):
+                labels = (x[:, start:stop] for x in (tokens, positions, zeros, zeros))
+                hidden, cache = policy.extend(params, *labels, cache)
+                hiddens.append(hidden)
+            return hiddens, cache.own
+
+        expected = jax.jit(steps, static_argnums=0)(NNXPolicy(config), params)
+        results, texts = [], []
+        for policy in both(dataclasses.replace(config, scan_layers=True, remat="full")):
+            lowered = jax.jit(steps, static_argnums=0).lower(policy, params)
+            texts.append(lowered.as_text())
+            results.append(lowered.compile()(params))
+            program = jax.make_jaxpr(steps, static_argnums=0)(policy, params)
+            scans = sum(equation.primitive.name == "scan" for equation in program.eqns)
+            assert scans == 3 * len(scanned.layer_runs(config))
+        assert texts[0] == texts[1]
+        assert_trees_identical(*results)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), expected, results[0])
+
+
 def test_layers_are_scanned_in_runs_of_equal_structure():
     config = dataclasses.replace(tiny_config("qwen2", num_layers=5), **SCANNED["qwen2"])
     assert scanned.layer_runs(config) == [range(1), range(1, 3), range(3, 5)]

@@ -184,10 +184,7 @@ class CausalLM(nn.Module):
         contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, self.attention_fn)
         x_BTD = self.embed_tokens(tokens_BT)
         x_BTD = x_BTD if self.exchange_fn is None else self.exchange_fn(x_BTD)
-        if self.config.scan_layers and not self.is_initializing():
-            return self._scan(x_BTD, contexts)
-        hidden_BTD, _ = self._run(x_BTD, contexts, [None] * self.config.num_layers)
-        return hidden_BTD
+        return self._run(x_BTD, contexts, [None] * self.config.num_layers)[0]
 
     def extend(
         self,
@@ -210,6 +207,11 @@ class CausalLM(nn.Module):
         return self.lm_head(hidden, out_dtype=ops.widen(hidden.dtype))
 
     def _run(self, x_BTD, contexts, caches):
+        is_scanned = scanned.is_scanned(self.config, x_BTD.shape[1]) and not self.is_initializing()
+        x_BTD, caches = (self._scan if is_scanned else self._unrolled)(x_BTD, contexts, caches)
+        return self.norm(x_BTD), caches
+
+    def _unrolled(self, x_BTD, contexts, caches):
         new_caches = []
         for segment in ops.remat_segments(self.config):
             run_segment = functools.partial(_run_layers, segment)
@@ -218,22 +220,24 @@ class CausalLM(nn.Module):
             own_contexts = [contexts[self.config.layer_types[i]] for i in segment]
             x_BTD, own_caches = run_segment(self, x_BTD, own_contexts, [caches[i] for i in segment])
             new_caches.extend(own_caches)
-        return self.norm(x_BTD), new_caches
+        return x_BTD, new_caches
 
-    def _scan(self, x_BTD, contexts):
+    def _scan(self, x_BTD, contexts, caches):
         # A model of its own applies one layer, under the name of the first of its run, to one slice of the stack.
         model = CausalLM(dataclasses.replace(self.config, remat="none"), parent=None)
-        params = self.variables["params"]
+        params, new_caches = self.variables["params"], []
         for run in scanned.layer_runs(self.config):
 
-            def apply_layer(layer_params, x_BTD, context, first=run[0]) -> jax.Array:
+            def apply_layer(layer_params, *arguments, first=run[0]) -> Any:
                 variables = {"params": {f"layers_{first}": layer_params}}
-                output: Any = model.apply(variables, x_BTD, context, method=lambda m, *args: m.layers[first](*args))
-                return output[0]
+                return model.apply(variables, *arguments, method=lambda m, *args: m.layers[first](*args))
 
             layers, types = [params[f"layers_{i}"] for i in run], [self.config.layer_types[i] for i in run]
-            x_BTD = scanned.scan_layers(self.config, apply_layer, layers, types, contexts, x_BTD)
-        return self.norm(x_BTD)
+            x_BTD, own_caches = scanned.scan_layers(
+                self.config, apply_layer, layers, types, contexts, [caches[i] for i in run], x_BTD
+            )
+            new_caches.extend(own_caches)
+        return x_BTD, new_caches
 
 
 def _run_layers(segment, model, x_BTD, contexts, caches):

@@ -188,10 +188,7 @@ class CausalLM(nnx.Module):
         contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, self.attention_fn)
         x_BTD = self.embed_tokens(tokens_BT)
         x_BTD = x_BTD if self.exchange_fn is None else self.exchange_fn(x_BTD)
-        if self.config.scan_layers:
-            return self._scan(x_BTD, contexts)
-        hidden_BTD, _ = self._run(x_BTD, contexts, [None] * self.config.num_layers)
-        return hidden_BTD
+        return self._run(x_BTD, contexts, [None] * self.config.num_layers)[0]
 
     def extend(
         self,
@@ -218,6 +215,11 @@ class CausalLM(nnx.Module):
         return [f"layers_{i}" for i in range(self.config.num_layers)]
 
     def _run(self, x_BTD, contexts, caches):
+        is_scanned = scanned.is_scanned(self.config, x_BTD.shape[1])
+        x_BTD, caches = (self._scan if is_scanned else self._unrolled)(x_BTD, contexts, caches)
+        return self.norm(x_BTD), caches
+
+    def _unrolled(self, x_BTD, contexts, caches):
         new_caches = []
         run_segment = _rematerialised(_run_layers) if self.config.remat == "full" else _run_layers
         for segment in ops.remat_segments(self.config):
@@ -225,19 +227,23 @@ class CausalLM(nnx.Module):
             own_contexts = [contexts[self.config.layer_types[i]] for i in segment]
             x_BTD, own_caches = run_segment(layers, x_BTD, own_contexts, [caches[i] for i in segment])
             new_caches.extend(own_caches)
-        return self.norm(x_BTD), new_caches
+        return x_BTD, new_caches
 
-    def _scan(self, x_BTD, contexts):
+    def _scan(self, x_BTD, contexts, caches):
+        new_caches = []
         for run in scanned.layer_runs(self.config):
             graphdef, _ = nnx.split(getattr(self, self._layer_names()[run[0]]))
             layers = [nnx.to_pure_dict(nnx.state(getattr(self, self._layer_names()[i]))) for i in run]
 
-            def apply_layer(layer_params, x_BTD, context, graphdef=graphdef):
-                return nnx.merge(graphdef, layer_params)(x_BTD, context)[0]
+            def apply_layer(layer_params, *arguments, graphdef=graphdef):
+                return nnx.merge(graphdef, layer_params)(*arguments)
 
-            types = [self.config.layer_types[i] for i in run]
-            x_BTD = scanned.scan_layers(self.config, apply_layer, layers, types, contexts, x_BTD)
-        return self.norm(x_BTD)
+            types, own_caches = [self.config.layer_types[i] for i in run], [caches[i] for i in run]
+            x_BTD, own_caches = scanned.scan_layers(
+                self.config, apply_layer, layers, types, contexts, own_caches, x_BTD
+            )
+            new_caches.extend(own_caches)
+        return x_BTD, new_caches
 
 
 def _run_layers(layers, x_BTD, contexts, caches):

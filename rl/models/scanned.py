@@ -1,11 +1,11 @@
 """The layers of a decoder as a loop: one compiled layer that runs over stacked parameters, for both twins.
 
 In: the parameters of consecutive layers, each a tree of its own, and a function that applies one layer. Out: the hidden
-states after the last of them. Parameters, moments and checkpoints keep a tree per layer, whether layers are scanned or
-not: they are stacked inside the compiled function, in the compute dtype, which costs one more copy of the layers while
-it runs. What it gives: the time and memory to compile do not grow with the number of layers, and rematerialisation
-holds on every backend (XLA for CPU merges the second forward pass of unrolled layers with the first).
-Layers with a cache (prefill, decoding) are not scanned: stacking would copy the weights for every token.
+states after the last of them. Parameters, moments, caches and checkpoints keep a tree per layer, whether layers are
+scanned or not: they are stacked inside the compiled function, matrices in the compute dtype, which costs one more copy
+of the layers while it runs. What it gives: the time and memory to compile do not grow with the number of layers, and
+rematerialisation holds on every backend (XLA for CPU merges the second forward pass of unrolled layers with the first).
+Training and prefill are scanned (`is_scanned`); decoding is not, as stacking would copy the weights for every token.
 """
 
 import itertools
@@ -17,10 +17,17 @@ import jax
 import jax.numpy as jnp
 
 from rl.models import ops
+from rl.models.cache import LayerCache, LayerKV
 from rl.models.config import ModelConfig, parameter_specs
 from rl.models.quantized import QuantizedArray, chosen_matrices
 
-ApplyLayer = Callable[[Any, jax.Array, ops.LayerContext], jax.Array]
+# (parameters of a layer, x [B, T, D], its context, its cache or None) -> (x [B, T, D], the cache)
+ApplyLayer = Callable[[Any, jax.Array, ops.LayerContext, LayerCache | None], tuple[jax.Array, LayerCache | None]]
+
+
+def is_scanned(config: ModelConfig, num_tokens: int) -> bool:
+    """Whether the layers run as a loop for `num_tokens` positions of each row: not for one, which is a decode step."""
+    return config.scan_layers and num_tokens > 1
 
 
 def layer_runs(config: ModelConfig) -> list[range]:
@@ -78,42 +85,54 @@ def scan_layers(
     layers: Sequence[Any],
     layer_types: Sequence[str],
     contexts: Mapping[str, ops.LayerContext],
+    caches: Sequence[LayerCache | None],
     x_BTD: jax.Array,
-) -> jax.Array:
-    """Hidden states [B, T, D] after `layers`, whose trees have the same structure.
+) -> tuple[jax.Array, list[LayerCache | None]]:
+    """Hidden states [B, T, D] after `layers`, whose trees have the same structure, and the layers' caches.
 
     Args:
-      apply_layer: (parameters of one layer, x_BTD, its context) -> x_BTD, without rematerialisation of its own.
+      apply_layer: applies one layer, without rematerialisation of its own.
       layer_types: the attention type of each layer; `contexts` has a context for each.
+      caches: of each layer; None for all of them where tokens attend to one another, as in training.
     """
     used = [name for name in contexts if name in layer_types]
     stacked_contexts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(contexts[name] for name in used))
     types_L = jnp.asarray([used.index(name) for name in layer_types], jnp.int32)
 
-    def step(x_BTD: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
-        params, layer_type = layer
+    def step(x_BTD: jax.Array, layer: tuple[Any, jax.Array, LayerCache | None]) -> tuple[jax.Array, LayerKV | None]:
+        params, layer_type, cache = layer
         # One type needs no choice, which would keep its masks once per layer.
         context = contexts[used[0]] if len(used) == 1 else jax.tree.map(lambda x: x[layer_type], stacked_contexts)
-        return apply_layer(params, x_BTD, context), None
+        x_BTD, cache = apply_layer(params, x_BTD, context, cache)
+        return x_BTD, None if cache is None else cache.own
 
-    if config.remat != "none":
+    remat = "none" if caches[0] is not None else config.remat  # a cache has no backward pass
+    if remat != "none":
         # Inside a loop nothing can be merged with the first computation, so the barrier of prevent_cse is not needed.
-        step = jax.checkpoint(step, prevent_cse=False, **ops.remat_options(config.remat))
+        step = jax.checkpoint(step, prevent_cse=False, **ops.remat_options(remat))
 
-    def run(x_BTD: jax.Array, stacked: Any) -> jax.Array:
-        return jax.lax.scan(step, x_BTD, stacked)[0]
+    stacked_params = jax.tree.map(lambda *leaves: _stack(config, leaves), *layers, is_leaf=_is_quantized)
+    stacked = (stacked_params, types_L, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches))
+    if remat != "full":
+        x_BTD, own = jax.lax.scan(step, x_BTD, stacked)
+        return x_BTD, [_with_own(cache, own, i) for i, cache in enumerate(caches)]
 
-    stacked = (jax.tree.map(lambda *leaves: _stack(config, leaves), *layers, is_leaf=_is_quantized), types_L)
-    if config.remat != "full":
-        return run(x_BTD, stacked)
+    def run(x_BTD: jax.Array, stacked: Any) -> tuple[jax.Array, None]:
+        return jax.lax.scan(step, x_BTD, stacked)[0], None
+
     size = len(ops.remat_segments(config)[0])
     num_whole = len(layers) // size * size
     segments = jax.tree.map(lambda leaf: leaf[:num_whole].reshape(-1, size, *leaf.shape[1:]), stacked)
-    segment = jax.checkpoint(lambda x_BTD, stacked: (run(x_BTD, stacked), None), prevent_cse=False)
+    segment = jax.checkpoint(run, prevent_cse=False)
     x_BTD, _ = jax.lax.scan(segment, x_BTD, segments)
-    if num_whole == len(layers):
-        return x_BTD
-    return segment(x_BTD, jax.tree.map(lambda leaf: leaf[num_whole:], stacked))[0]
+    if num_whole < len(layers):
+        x_BTD, _ = segment(x_BTD, jax.tree.map(lambda leaf: leaf[num_whole:], stacked))
+    return x_BTD, list(caches)
+
+
+def _with_own(cache: LayerCache | None, own: LayerKV | None, index: int) -> LayerCache | None:
+    """The cache of layer `index` with its part of the stacked keys and values."""
+    return None if cache is None else cache._replace(own=jax.tree.map(operator.itemgetter(index), own))
 
 
 def _stack(config: ModelConfig, leaves: Sequence[Any]) -> Any:
