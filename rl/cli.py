@@ -157,7 +157,7 @@ COMMANDS = {
         details="""\
             extract RUN OUT [--step N]          a run's adapter as a folder in PEFT's format
             merge MODEL ADAPTER OUT             MODEL + ADAPTER as a Hugging Face folder
-            unmerge MODEL ADAPTER OUT           MODEL - ADAPTER: the base that MODEL was merged from
+            unmerge MODEL ADAPTER OUT           MODEL - ADAPTER: the base that MODEL was merged from, bit for bit
             inspect ADAPTER_OR_RUN [--json]     rank, alpha, base, dtype, parameters, and norms of each matrix
             convert RUN OUT                     the same as extract
             convert ADAPTER RUN RECIPE          a run folder with the adapter as its checkpoint 0, which grpo train
@@ -167,6 +167,8 @@ COMMANDS = {
             ADAPTER        a folder in PEFT's format; rank, alpha and targets are its own
             OUT, RUN       what is written: new or empty, and there at once and whole
             --dtype DTYPE  of merge and unmerge: float32, bfloat16 or float16; MODEL's own when left out
+            --no-remainder of merge: leave out lora_remainder.npz, what rounding took away; unmerge is then exact to a
+                           unit in the last place
             key=value      overrides of merge, unmerge and convert, for example tokenizer.source=byte""",
     ),
     "quantize": Command(

@@ -52,7 +52,6 @@ LAYERS = [
         "rl.models.block_attention",
         "rl.models.cache",
         "rl.models.lora",
-        "rl.models.scanned",
         "rl.loss_metrics",
         "rl.entropy_coef",
         "rl.advantages",
@@ -60,6 +59,7 @@ LAYERS = [
         "rl.sources",
         "rl.tools.report",
     ],
+    ["rl.models.scanned", "rl.models.lora_remainder"],
     [
         "rl.losses",
         "rl.models.attention_kernels",

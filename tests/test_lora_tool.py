@@ -1,10 +1,12 @@
 """`grpo lora`, and adapters beside a base in `grpo sample` and `grpo eval`."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,8 +16,9 @@ from rl.config import load_config
 from rl.grpo_trainer import train
 from rl.metrics import read_metrics
 from rl.models.config import LoRAConfig
-from rl.models.hf import load_params, read_config, save_folder
+from rl.models.hf import load_params, read_config, same_bits, save_folder
 from rl.models.lora import join, merge, split
+from rl.models.lora_remainder import REMAINDER_FILE
 from rl.models.peft import adapter_for, load_adapter, save_adapter
 from rl.run_folder import checkpoint_steps
 from rl.tokenizer import load_tokenizer
@@ -79,11 +82,57 @@ def test_merged_is_base_plus_adapter_and_unmerged_is_the_base_again(folder, tmp_
         > 0.1
     )
     grpo("lora", "unmerge", tmp_path / "merged", folder / "adapter", tmp_path / "again")
-    ulp = np.finfo(np.float32).eps
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights(tmp_path / "again")):
+    jax.tree.map(assert_same_bits, weights(tmp_path / "again"), base)
+    grpo("lora", "merge", folder / "base", folder / "adapter", tmp_path / "bare", "--no-remainder")
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("merged", "bare")]
+    assert names[0] == sorted([*names[1], REMAINDER_FILE])
+    grpo("lora", "unmerge", tmp_path / "bare", folder / "adapter", tmp_path / "close")
+    ulp, differing = np.finfo(np.float32).eps, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights(tmp_path / "close")):
         start, summed = (np.asarray(_at(tree, path)) for tree in (base, want))
         assert (np.abs(leaf - start) <= ulp * np.maximum(np.abs(start), np.abs(summed))).all(), path
+        differing += int((leaf != start).sum())
+    assert differing  # so the remainder was needed
     assert load_tokenizer(tmp_path / "merged").encode("1+") == load_tokenizer("byte").encode("1+")
+
+
+def assert_same_bits(left, right):
+    assert same_bits(np.asarray(left), np.asarray(right))
+
+
+@pytest.mark.parametrize(("base", "dtype"), [("base16", "bfloat16"), ("base16", "float32"), ("base", "float16")])
+def test_unmerged_is_the_base_bit_for_bit_in_the_dtype_of_the_merged_folder(folder, tmp_path, base, dtype):
+    grpo("lora", "merge", folder / base, folder / "adapter", tmp_path / "merged", "--dtype", dtype)
+    grpo("lora", "unmerge", tmp_path / "merged", folder / "adapter", tmp_path / "again")
+    assert read_config(tmp_path / "again").param_dtype == dtype
+    want = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), weights(folder / base))
+    jax.tree.map(assert_same_bits, weights(tmp_path / "again"), want)
+
+
+def test_a_remainder_of_other_weights_another_adapter_or_a_damaged_one_is_refused(folder, tmp_path, capsys):
+    grpo("lora", "merge", folder / "base", folder / "adapter", tmp_path / "merged")
+    other = LoRAConfig(rank=3, alpha=6.0, targets=("layers_1/mlp/up_proj",))
+    narrower = dataclasses.replace(CONFIG, lora=other)
+    save_adapter(tmp_path / "narrower", narrower, split(narrower, noisy_params(narrower))[0], None)
+    close = jax.tree.map(lambda leaf: leaf * 1.001, split(CONFIG, noisy_params(CONFIG))[0])
+    save_adapter(tmp_path / "close", CONFIG, close, None)
+    for adapter in ("narrower", "close"):
+        said = failure(capsys, "lora", "unmerge", tmp_path / "merged", tmp_path / adapter, tmp_path / "out")
+        assert "lora_remainder.npz must be of these weights and this adapter" in said
+    shutil.copytree(tmp_path / "merged", tmp_path / "trained")
+    config = read_config(tmp_path / "merged")
+    changed = weights(tmp_path / "merged")
+    kernel = changed["layers_1"]["mlp"]["up_proj"]["kernel"]
+    changed["layers_1"]["mlp"]["up_proj"]["kernel"] = kernel + 0.5
+    save_folder(tmp_path / "other", config, changed)
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "trained")
+    said = failure(capsys, "lora", "unmerge", tmp_path / "trained", folder / "adapter", tmp_path / "out")
+    assert "remove it to subtract without it" in said
+    file = tmp_path / "merged" / REMAINDER_FILE
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    said = failure(capsys, "lora", "unmerge", tmp_path / "merged", folder / "adapter", tmp_path / "out")
+    assert "cannot be read" in said
+    assert not (tmp_path / "out").exists()
 
 
 def _at(tree, path):

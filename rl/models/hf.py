@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -339,13 +339,15 @@ def save_folder(
     tokenizer: Any = None,
     dtype: str | None = None,
     max_shard_bytes: float = 5e9,
+    write_more: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes a folder that transformers, TRL and vLLM open, and reads it back: config, weights, and the tokenizer if
     one is given.
 
     `dtype` is the stored type, None keeps `config.param_dtype`. More weights than `max_shard_bytes` make several files
-    and an index. The folder appears at once and whole, or not at all. Raises ValueError if it exists and is not empty,
-    if `params` is not the tree of `config`, or if what was read back is not what was written.
+    and an index. `write_more` puts further files into the folder, which appears at once and whole, or not at all.
+    Raises ValueError if it exists and is not empty, if `params` is not the tree of `config`, or if what was read back
+    is not what was written.
     """
     config = dataclasses.replace(config, quantization=None)  # plain weights, whatever their base was stored in
     check_tree(config, params)
@@ -354,6 +356,8 @@ def save_folder(
         write_model_files(draft, config, dtype, tokenizer)
         _write_weights(draft, config, params, dtype, max_shard_bytes)
         check_weights(draft, config)
+        if write_more is not None:
+            write_more(draft)
 
 
 def write_model_files(folder: pathlib.Path, config: ModelConfig, dtype: str, tokenizer: Any) -> None:

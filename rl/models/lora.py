@@ -92,7 +92,7 @@ def merge(config: ModelConfig, params: Mapping[str, Any], sign: int = 1) -> Para
 
     Each sum is formed in float64 on the host, quantised kernels dequantised before, and rounded once to `param_dtype`.
     So it is W + scale A B to half a unit in the last place, and `unmerge` of it gives W back to a unit in the last
-    place of the larger of the two; only the base itself has W bit for bit.
+    place of the larger of the two; `rl.models.lora_remainder` keeps what is missing to have W bit for bit.
 
     Args:
       params: the tree of `config`, with adapters.
@@ -108,9 +108,9 @@ def merge(config: ModelConfig, params: Mapping[str, Any], sign: int = 1) -> Para
         if isinstance(child, Mapping):
             merged[name] = merge(config, child, sign)
         elif name not in (LORA_A, LORA_B):
-            wide = _to_float64(child)
+            wide = to_float64(child)
             if name == "kernel" and LORA_A in params:
-                wide = wide + sign * _delta(params[LORA_A], params[LORA_B], config.lora.scale)
+                wide = wide + sign * low_rank_product(params[LORA_A], params[LORA_B], config.lora.scale)
             merged[name] = wide.astype(jnp.dtype(config.param_dtype))
     return merged
 
@@ -120,12 +120,13 @@ def unmerge(config: ModelConfig, merged: Mapping[str, Any], adapters: Mapping[st
     return merge(config, join(adapters, merged), sign=-1)
 
 
-def _delta(a: Any, b: Any, scale: float) -> np.ndarray:
+def low_rank_product(a: Any, b: Any, scale: float) -> np.ndarray:
     """scale A B [*inputs, *outputs] in float64, in which the products of float32 numbers are exact."""
-    return scale * np.tensordot(_to_float64(a), _to_float64(b), axes=1)
+    return scale * np.tensordot(to_float64(a), to_float64(b), axes=1)
 
 
-def _to_float64(leaf: Any) -> np.ndarray:
+def to_float64(leaf: Any) -> np.ndarray:
+    """A weight or an adapter on the host, dequantised."""
     if isinstance(leaf, QuantizedArray):
-        return _to_float64(leaf.values) * _to_float64(leaf.spread_scale())
+        return to_float64(leaf.values) * to_float64(leaf.spread_scale())
     return np.asarray(jax.device_get(leaf)).astype(np.float64)

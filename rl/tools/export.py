@@ -87,11 +87,11 @@ def write_folder(
         foreign.save_folder(out, model_config, params, tokenizer)
         return
     merged = merge(model_config, params)
-    FORMATS[kind](out, _with_token_ids(model_config, tokenizer), merged, tokenizer=tokenizer, dtype=dtype)
+    FORMATS[kind](out, with_token_ids(model_config, tokenizer), merged, tokenizer=tokenizer, dtype=dtype)
 
 
-def _with_token_ids(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The special tokens that the run went by: the model's own, then the tokenizer's."""
+def with_token_ids(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The configuration with the special tokens that a run goes by: the model's own, then the tokenizer's."""
     eos_ids = tuple(dict.fromkeys((*model_config.eos_token_ids, *tokenizer.eos_ids)))
     bos_id, pad_id = model_config.bos_token_id, model_config.pad_token_id
     return dataclasses.replace(

@@ -23,13 +23,14 @@ from rl.data import load_prompts
 from rl.grpo_trainer import check, loop_record, run_identity, start_of_loop
 from rl.mesh import create_mesh
 from rl.models.hf import read_config, save_folder
-from rl.models.lora import join, split, unmerge
+from rl.models.lora import join, merge, split, unmerge
+from rl.models.lora_remainder import REMAINDER_FILE, read_remainder, remainder_of, restore_base, write_remainder
 from rl.models.peft import base_name, load_adapter, read_adapter, stored_matrices
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
 from rl.run_folder import RunFolder, is_run_folder
 from rl.states import InitStateFn, frozen_base, setup_training_state
-from rl.tools.export import export_adapter, write_folder
+from rl.tools.export import export_adapter, with_token_ids
 from rl.trained import TrainedPolicy, load_start, resolve_model
 from rl.weights import find_origin, tokenizer_of
 
@@ -37,33 +38,50 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def merge_into(
-    base: str, adapter: str, out: str, dtype: str | None = None, overrides: Sequence[str] = ()
+    base: str,
+    adapter: str,
+    out: str,
+    dtype: str | None = None,
+    overrides: Sequence[str] = (),
+    keep_remainder: bool = True,
 ) -> TrainedPolicy:
     """Writes base + adapter as a Hugging Face folder, with the base's tokenizer; gives what was read.
 
     Args:
       dtype: of the folder; None: that of the base.
+      keep_remainder: also writes the file with which `unmerge_from` gives the base back bit for bit.
 
     Raises:
       ValueError: no such base or adapter, an adapter that does not fit the base, or `out` holds something.
     """
     trained = load_start(resolve_model(base, overrides, adapter=adapter).config)
-    dtype = dtype or _stored_dtype(trained)
-    write_folder(out, trained.origin.model_config, trained.params, trained.tokenizer, dtype)
+    config, dtype = trained.origin.model_config, dtype or _stored_dtype(trained)
+    merged = merge(config, trained.params)
+
+    def write_more(folder: pathlib.Path) -> None:
+        if keep_remainder:
+            write_remainder(remainder_of(config, trained.params, merged, dtype), folder)
+
+    own_config = with_token_ids(config, trained.tokenizer)
+    save_folder(out, own_config, merged, tokenizer=trained.tokenizer, dtype=dtype, write_more=write_more)
     return trained
 
 
 def unmerge_from(
     merged: str, adapter: str, out: str, dtype: str | None = None, overrides: Sequence[str] = ()
 ) -> TrainedPolicy:
-    """Writes merged - adapter, the base, as a Hugging Face folder; see `rl.models.lora.merge` for how exact it is.
+    """Writes merged - adapter, the base, as a Hugging Face folder: bit for bit where `merge_into` left a remainder,
+    else see `rl.models.lora.merge` for how exact it is.
 
-    Arguments and errors are those of `merge_into`.
+    Arguments and errors are those of `merge_into`; so is a remainder of other weights or another adapter.
     """
     trained = load_start(resolve_model(merged, overrides, adapter=adapter).config)
     config, dtype = trained.origin.model_config, dtype or _stored_dtype(trained)
     adapters, whole = split(config, trained.params)
-    save_folder(out, config, unmerge(config, whole, adapters), tokenizer=trained.tokenizer, dtype=dtype)
+    assert trained.origin.folder is not None  # an adapter is refused beside a fresh model
+    remainder = read_remainder(trained.origin.folder)
+    base = unmerge(config, whole, adapters) if remainder is None else restore_base(config, whole, adapters, remainder)
+    save_folder(out, config, base, tokenizer=trained.tokenizer, dtype=dtype)
     return trained
 
 
@@ -207,10 +225,18 @@ def _main_sum(name: str, function: Callable[..., TrainedPolicy], argv: Sequence[
     parser.add_argument("out", help="Hugging Face folder to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="of the folder; the model's own when left out")
-    arguments = parser.parse_intermixed_args(argv)
-    function(arguments.model, arguments.adapter, arguments.out, arguments.dtype, arguments.overrides)
+    if name == "merge":
+        parser.add_argument(
+            "--no-remainder",
+            dest="keep_remainder",
+            action="store_false",
+            help=f"leave out {REMAINDER_FILE}, with which unmerge gives MODEL back bit for bit",
+        )
+    arguments = vars(parser.parse_intermixed_args(argv))
+    model, adapter, out = (arguments.pop(key) for key in ("model", "adapter", "out"))
+    function(model, adapter, out, **arguments)
     sign = "+" if name == "merge" else "-"
-    print(f"{arguments.model} {sign} {arguments.adapter} written to {arguments.out}")
+    print(f"{model} {sign} {adapter} written to {out}")
 
 
 def _main_inspect(argv: Sequence[str]) -> None:
