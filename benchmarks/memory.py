@@ -19,7 +19,6 @@ from rl.models.config import ModelConfig
 from rl.packing import PackingPlan
 
 NUM_ROWS, LENGTH = 16, 1024
-LOGPROB_CHUNK = 16  # tokens of a row whose logits exist at one time: 256 of the piece
 MAX_SHARE = 0.25  # of Tunix' temporaries
 MAX_GROWTH = 1.3  # over the step with the small vocabulary, the gradient of the large embedding added
 TPU_TOPOLOGY = (
@@ -55,7 +54,7 @@ def compare_memory(console: Console, platform: str, settings: list[str], tiny: b
         # A row holds all of its tokens but the last, which predicts nothing.
         workload = Workload(NUM_ROWS // 2, 2, (length // 2, length // 2), length // 2)
         plan = PackingPlan(1, NUM_ROWS, length, completions_per_row=1, completion_length=length // 2)
-        options = [f"grpo.logprob_chunk={LOGPROB_CHUNK}", f"grpo.max_tokens_per_microbatch={NUM_ROWS * length}"]
+        options = [f"grpo.max_tokens_per_microbatch={NUM_ROWS * length}"]
         step = compile_tandem(config, workload, plan, [*options, *settings], mesh, pure_nnx=True)
         return step.compiled.memory_analysis().temp_size_in_bytes
 

@@ -3,20 +3,26 @@
 In: final hidden states at the positions that predict, and the tokens that followed. Out: the log-prob of each token
 under softmax(logits / temperature), and the entropy of that distribution. The vocabulary is the largest dim of
 training, so logits exist for one chunk of positions at a time, in the forward and in the backward pass; the backward
-pass computes them again, unless all fit in one chunk. Not here: the model, the alignment of positions and targets, the
-loss.
+pass computes them again, unless all of them are few. Chunks behind the last position that counts are not computed.
+Not here: the model, the alignment of positions and targets, the loss.
 
 Shapes: B sequences, T token positions, C positions of a chunk, V vocabulary, D model.
 """
 
-import functools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
+from rl.models.ops import widen
+
+# The name, in compiled programs, of the loops over chunks, whose length is a number of the batch.
+CHUNK_LOOP = "logits"
 TILE_ROWS = 16  # of bfloat16 numbers in a tile of a TPU's memory; of wider ones there are fewer
-FEWEST_POSITIONS, FEW_LOGITS = 512, 2**24  # of a chunk whose size is left open; 64 MiB of float32
+CHUNK_POSITIONS = 512  # of all sequences on a device together: fewer read the head more often than its products take
+FEW_LOGITS = 2**24  # on a device; 64 MiB of float32
 
 
 class Unembedding(Protocol):
@@ -36,8 +42,9 @@ def token_logprobs(
     chunk_size: int | None,
     with_entropy: bool,
     mask_BT: jax.Array | None = None,
+    num_shards: int = 1,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Log-probs of target tokens and, if asked for, entropies. Differentiable in `params` and `hidden_BTD`.
+    """Log-probs of target tokens and, if asked for, entropies. Differentiable, once, in `params` and `hidden_BTD`.
 
     Args:
         policy: gives logits, see `Unembedding`.
@@ -46,10 +53,12 @@ def token_logprobs(
         targets_BT: int token ids in [0, V) where the mask is not 0.
         temperature: of the distribution that the tokens were drawn from; above 0.
         chunk_size: positions of each sequence whose logits exist at one time (B * chunk_size * V numbers). It changes
-            memory and speed, never the result. None: 512, or as many as have `FEW_LOGITS` logits together.
+            memory and speed, never the result. None: see `default_chunk_size`.
         with_entropy: also give entropies.
         mask_BT: where it is 0, values are exactly 0, no gradient flows, and hidden state and target are arbitrary.
-            None: all positions count.
+            Chunks of which nothing counts in any sequence and that come after all that do cost nothing. None: all
+            positions count.
+        num_shards: devices that share the sequences.
 
     Returns:
         (logprobs_BT, entropy_BT or None) in nats, of the dtype of the logits, float32 at least.
@@ -58,65 +67,147 @@ def token_logprobs(
         ValueError: chunk_size is below 1, or the shapes do not fit.
     """
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be >= 1, got {chunk_size}; 512 is a good start")
+        raise ValueError(f"chunk_size must be >= 1, got {chunk_size}; 128 is a good start")
     if hidden_BTD.shape[:2] != targets_BT.shape:
         raise ValueError(
             f"hidden states [B, T, D] and targets [B, T] must have the same B and T, got {hidden_BTD.shape} and "
             f"{targets_BT.shape}; cut the hidden states to the positions that predict the targets"
         )
-    if chunk_size is None:
-        row = jax.eval_shape(policy.unembed, params, hidden_BTD[:, :1])
-        chunk_size = max(FEWEST_POSITIONS, FEW_LOGITS // max(row.size, 1))
-    if mask_BT is not None:
+    B, T, _ = hidden_BTD.shape
+    num_rows = -(-B // num_shards)
+    if mask_BT is None:
+        num_used = T
+    else:
         mask_BT = mask_BT.astype(bool)
         # 0 in place of garbage before it meets a matrix: 0 * NaN in a sum would reach the gradient of the parameters.
         hidden_BTD = jnp.where(mask_BT[..., None], hidden_BTD, 0)
+        num_used = jnp.max(jnp.where(jnp.any(mask_BT, axis=0), jnp.arange(1, T + 1), 0), initial=0)
 
-    def of_chunk(params: Any, hidden_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
+    def logits_of(hidden_BCD: jax.Array) -> jax.Array:
         logits_BCV = policy.unembed(params, hidden_BCD)
-        logits_BCV = logits_BCV.astype(jnp.promote_types(logits_BCV.dtype, jnp.float32))
-        return _of_logits(with_entropy, logits_BCV / temperature, targets_BC)
+        return logits_BCV.astype(widen(logits_BCV.dtype)) / temperature
 
-    results = _map_chunks(of_chunk, params, hidden_BTD, targets_BT, chunk_size)
+    size = chunk_length(num_rows, T, chunk_size)
+    num_chunks = max(-(-T // size), 1)
+    num_words = jax.eval_shape(logits_of, hidden_BTD[:, :1]).shape[-1]
+    are_few = chunk_size is None and num_rows * T * num_words <= FEW_LOGITS
+    padding = num_chunks * size - T
+    hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
+    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
+    # What is not an argument has no gradient, so the parameters that `logits_of` reads become arguments.
+    unembed, read = jax.closure_convert(logits_of, hidden_BTD[:, :size])
+    # One chunk holds everything: its logits are kept, since computing them again would save nothing.
+    over_chunks = _over_chunks(unembed, size, with_entropy, are_few or num_chunks == 1)
+    results = over_chunks(read, hidden_BTD, targets_BT, jnp.asarray(-(-num_used // size), jnp.int32))
+    results = [values_BT[:, :T] for values_BT in results]
     if mask_BT is not None:
-        results = tuple(jnp.where(mask_BT, values_BT, 0) for values_BT in results)
+        results = [jnp.where(mask_BT, values_BT, 0) for values_BT in results]
     return (results[0], results[1]) if with_entropy else (results[0], None)
 
 
-def _map_chunks(function: Any, params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk_size: int) -> Any:
-    """function(params, hidden_BCD, targets_BC) -> arrays [B, C], run over chunks of T and put together to [B, T]."""
-    B, T, D = hidden_BTD.shape
-    num_chunks = -(-T // chunk_size)
-    if num_chunks <= 1:
-        # One chunk holds everything: its logits are kept, since computing them again would save nothing.
-        return function(params, hidden_BTD, targets_BT)
-    # Even chunks: less padding, the same number of them. They end where tiles of a TPU's memory do if that makes none
-    # larger than asked for: moving all hidden states within tiles is more code than the rest of the loss.
-    chunk_size = min(chunk_size, -(-T // (num_chunks * TILE_ROWS)) * TILE_ROWS)
-    padding = num_chunks * chunk_size - T
-    hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
-    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
-    chunks = (
-        jnp.moveaxis(hidden_BTD.reshape(B, num_chunks, chunk_size, D), 1, 0),
-        jnp.moveaxis(targets_BT.reshape(B, num_chunks, chunk_size), 1, 0),
-    )
-    # Inside a scan nothing can be merged with the first computation, so the barrier of prevent_cse is not needed.
-    function = jax.checkpoint(function, prevent_cse=False)
-    _, results = jax.lax.scan(lambda carry, chunk: (carry, function(params, *chunk)), None, chunks)
-    return jax.tree.map(lambda x_NBC: jnp.moveaxis(x_NBC, 0, 1).reshape(B, num_chunks * chunk_size)[:, :T], results)
+def chunk_length(num_rows: int, num_positions: int, chunk_size: int | None = None) -> int:
+    """Positions of each of `num_rows` sequences on a device in one chunk.
+
+    Args:
+        chunk_size: at most so many; None: so many that `CHUNK_POSITIONS` of all sequences have logits at one time.
+
+    Chunks are even, so that there is less padding in the same number of them, and end where tiles of a TPU's memory do
+    if that makes none larger than asked for: moving hidden states within tiles is more code than the rest of the loss.
+    """
+    if chunk_size is None:
+        chunk_size = max(TILE_ROWS, CHUNK_POSITIONS // max(num_rows, 1) // TILE_ROWS * TILE_ROWS)
+    if num_positions <= chunk_size:
+        return max(num_positions, 1)
+    num_chunks = -(-num_positions // chunk_size)
+    return min(chunk_size, -(-num_positions // (num_chunks * TILE_ROWS)) * TILE_ROWS)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _of_logits(with_entropy: bool, logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, ...]:
-    """(log-prob of the target,) or (log-prob, entropy) of softmax(logits).
+def _over_chunks(unembed: Any, size: int, with_entropy: bool, keeps_logits: bool) -> Any:
+    """(arrays that `unembed` reads, hidden_BTD, targets_BT, chunks to compute) -> [log-probs_BT] or [.., entropies_BT],
+    0 in chunks that are not computed. T is a multiple of `size`.
+
+    Loops of a number of rounds that the batch decides have no automatic gradient; this one is a loop over the same
+    chunks, which adds up the gradient of the arrays that move.
+    """
+
+    def chunk(array: jax.Array, i: Any) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(array, i * size, size, axis=1)
+
+    def put(array: jax.Array, values: jax.Array, i: Any) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(array, values, i * size, axis=1)
+
+    def loop(num_chunks: jax.Array, step: Any, carry: Any) -> Any:
+        with jax.named_scope(CHUNK_LOOP):
+            return jax.lax.fori_loop(0, num_chunks, step, carry)
+
+    def run(read: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, num_chunks: jax.Array, keeps: bool) -> Any:
+        def of_chunk(i: Any) -> tuple[Any, Any]:
+            logits_BCV = unembed(chunk(hidden_BTD, i), *read)
+            values, residuals = _of_logits(with_entropy, logits_BCV, chunk(targets_BT, i))
+            return values, residuals[:-1] if keeps else ()
+
+        def whole(like: jax.ShapeDtypeStruct) -> jax.Array:
+            return jnp.zeros((like.shape[0], hidden_BTD.shape[1], *like.shape[2:]), like.dtype)
+
+        def step(i: Any, carry: Any) -> Any:
+            return jax.tree.map(lambda array, part: put(array, part, i), carry, of_chunk(i))
+
+        return loop(num_chunks, step, jax.tree.map(whole, jax.eval_shape(of_chunk, 0)))
+
+    @jax.custom_vjp
+    def over_chunks(read: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, num_chunks: jax.Array) -> Any:
+        return run(read, hidden_BTD, targets_BT, num_chunks, keeps=False)[0]
+
+    def forward(*arguments: Any) -> tuple[Any, Any]:
+        moves = tuple(primal.perturbed for primal in arguments[0])
+        read, hidden_BTD, targets_BT, num_chunks = jax.tree.map(lambda primal: primal.value, arguments)
+        values, kept = run(read, hidden_BTD, targets_BT, num_chunks, keeps_logits)
+        moving = [array if moves else None for array, moves in zip(read, moves, strict=True)]
+        still = [None if moves else array for array, moves in zip(read, moves, strict=True)]
+        return values, (moving, still, hidden_BTD, targets_BT, num_chunks, kept)
+
+    def backward(residuals: Any, gradients: Any) -> Any:
+        moving, still, hidden_BTD, targets_BT, num_chunks, kept = residuals
+        gradients = [_zeros_of(g) if isinstance(g, SymbolicZero) else g for g in gradients]
+
+        def step(i: Any, carry: Any) -> Any:
+            def logits_of(moving: Any, hidden_BCD: jax.Array) -> jax.Array:
+                arrays = [b if a is None else a for a, b in zip(moving, still, strict=True)]
+                return unembed(hidden_BCD, *arrays)
+
+            targets_BC = chunk(targets_BT, i)
+            logits_BCV, pull_back = jax.vjp(logits_of, moving, chunk(hidden_BTD, i))
+            if keeps_logits:
+                of_logits = (*jax.tree.map(lambda array: chunk(array, i), kept), targets_BC)
+            else:
+                _, of_logits = _of_logits(with_entropy, logits_BCV, targets_BC)
+            parts = tuple(chunk(gradient_BT, i) for gradient_BT in gradients)
+            logits_gradient_BCV = _logits_gradient(with_entropy, of_logits, parts)
+            moving_gradient, hidden_gradient_BCD = pull_back(logits_gradient_BCV)
+            total, hidden_gradient_BTD = carry
+            total = jax.tree.map(lambda sum_of, part: sum_of + part.astype(sum_of.dtype), total, moving_gradient)
+            return total, put(hidden_gradient_BTD, hidden_gradient_BCD, i)
+
+        # In bfloat16 a sum of many chunks would lose those below 2^-9 of it.
+        start = [None if array is None else jnp.zeros(array.shape, widen(array.dtype)) for array in moving]
+        total, hidden_gradient_BTD = loop(num_chunks, step, (start, jnp.zeros_like(hidden_BTD)))
+        total = jax.tree.map(lambda sum_of, array: sum_of.astype(array.dtype), total, moving)
+        return total, hidden_gradient_BTD, None, None
+
+    over_chunks.defvjp(forward, backward, symbolic_zeros=True)
+    return over_chunks
+
+
+def _zeros_of(like: Any) -> jax.Array:
+    return jnp.zeros(like.shape, like.dtype)
+
+
+def _of_logits(with_entropy: bool, logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[Any, Any]:
+    """((log-prob of the target,) or (log-prob, entropy) of softmax(logits), what the gradient needs of them).
 
     The gradient is written out: the automatic one keeps several arrays of the size of the logits and scatters into
     another, this one is a single pass over the logits. Logits of -inf (forbidden tokens) are fine if one is finite.
     """
-    return _of_logits_forward(with_entropy, logits_BCV, targets_BC)[0]
-
-
-def _of_logits_forward(with_entropy: bool, logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[Any, Any]:
     shifted_BCV = logits_BCV - jnp.max(logits_BCV, axis=-1, keepdims=True)
     log_sum_BC = jnp.log(jnp.sum(jnp.exp(shifted_BCV), axis=-1))
     # A masked sum instead of a gather: it stays local where the vocabulary is spread over devices.
@@ -128,7 +219,7 @@ def _of_logits_forward(with_entropy: bool, logits_BCV: jax.Array, targets_BC: ja
     return (logprobs_BC, entropy_BC), (shifted_BCV, log_sum_BC, entropy_BC, targets_BC)
 
 
-def _of_logits_backward(with_entropy: bool, residuals: Any, gradients: tuple[jax.Array, ...]) -> tuple[Any, None]:
+def _logits_gradient(with_entropy: bool, residuals: Any, gradients: Sequence[jax.Array]) -> jax.Array:
     """d logprob / d logit_v = [v is target] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)."""
     shifted_BCV, log_sum_BC, entropy_BC, targets_BC = residuals
     log_probabilities_BCV = shifted_BCV - log_sum_BC[..., None]
@@ -139,10 +230,7 @@ def _of_logits_backward(with_entropy: bool, residuals: Any, gradients: tuple[jax
     if with_entropy:
         surprise_BCV = _finite(log_probabilities_BCV) + entropy_BC[..., None]
         logits_gradient_BCV -= gradients[1][..., None] * probabilities_BCV * surprise_BCV
-    return logits_gradient_BCV, None
-
-
-_of_logits.defvjp(_of_logits_forward, _of_logits_backward)
+    return logits_gradient_BCV
 
 
 def _is_target(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:

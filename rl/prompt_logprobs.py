@@ -74,7 +74,7 @@ class PromptScorer:
     def _compile(
         self, params: Params, num_rows: int, length: int, temperature: float, chunk_size: int | None
     ) -> Callable[..., jax.Array]:
-        policy = self._policy
+        policy, num_shards = self._policy, self._num_shards
 
         def of_rows(
             params: Params, tokens_RT: jax.Array, positions_RT: jax.Array, group_ids_RT: jax.Array
@@ -90,6 +90,7 @@ class PromptScorer:
                 chunk_size,
                 with_entropy=False,
                 mask_BT=follows_RT,
+                num_shards=num_shards,
             )[0]
 
         labels = (jax.ShapeDtypeStruct((num_rows, length), jnp.int32),) * 3

@@ -48,8 +48,8 @@ def naive(params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array) -> tuple[ja
 
 
 def chunked(chunk_size: int | None, with_entropy: bool = True) -> Any:
-    def values(params: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array | None = None) -> Any:
-        return token_logprobs(Head(), params, hidden_BTD, targets_BT, TEMPERATURE, chunk_size, with_entropy, mask_BT)
+    def values(*problem: Any, **more: Any) -> Any:
+        return token_logprobs(Head(), *problem, TEMPERATURE, chunk_size, with_entropy, **more)
 
     return values
 
@@ -114,18 +114,67 @@ def test_entropy_is_not_computed_unless_asked_for() -> None:
     assert count(with_entropy=True) == 2
 
 
-@pytest.mark.parametrize(("num_words", "num_positions"), [(37, 1700), (6000, 864), (40000, 432)])
-def test_a_chunk_of_open_size_holds_512_positions_or_more_where_logits_are_few(
-    num_words: int, num_positions: int
+@pytest.mark.parametrize(
+    ("num_rows", "num_shards", "num_positions"), [(2, 1, 256), (3, 1, 160), (12, 4, 160), (16, 1, 32), (100, 1, 16)]
+)
+def test_a_chunk_of_open_size_holds_512_positions_of_the_rows_of_a_device(
+    num_rows: int, num_shards: int, num_positions: int
 ) -> None:
-    """2^24 logits in 3 rows are 151,146, 932 and 139 positions: all 1,700, half of them, a quarter (512 at most), in
-    tiles of 16."""
-    problem = Problem(
-        {"kernel": jnp.zeros((D, num_words)), "bias": jnp.zeros(num_words)},
-        jnp.zeros((3, 1700, D)),
-        jnp.zeros((3, 1700), jnp.int32),
-    )
-    assert chunk_sizes(None, problem) == {num_positions}
+    """Whatever the vocabulary: 256 of each of two rows, 160 of three, in tiles of 16."""
+    for num_words in (37, 151936):
+        params = {"kernel": jnp.zeros((1, num_words)), "bias": jnp.zeros(num_words)}
+        problem = Problem(params, jnp.zeros((num_rows, 1700, 1)), jnp.zeros((num_rows, 1700), jnp.int32))
+        assert chunk_sizes(functools.partial(chunked(None), num_shards=num_shards), problem) == {num_positions}
+
+
+@pytest.mark.parametrize(("num_words", "num_products"), [(4096, 3), (4097, 4)])
+def test_logits_are_kept_where_all_of_them_are_few_and_computed_again_otherwise(
+    num_words: int, num_products: int
+) -> None:
+    """2^24 logits are few; products with the head: forward, its gradient, that of hidden states, and forward again."""
+    problem = random_problem(np.float32, (8, 512, 4, num_words))
+    gradient = jax.jit(jax.grad(weighted(chunked(None)), argnums=(0, 1))).lower(*problem).compile()
+    assert gradient.as_text().count(" dot(") == num_products
+    expected = jax.jit(jax.grad(weighted(naive), argnums=(0, 1)))(*problem)
+    for leaf, expected_leaf in zip(jax.tree.leaves(gradient(*problem)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, expected_leaf, rtol=0, atol=1e-5 * np.abs(expected_leaf).max())
+
+
+@pytest.mark.parametrize(("lengths", "num_chunks"), [((64, 3), 4), ((33, 20), 3), ((16, 0), 1), ((0, 0), 0)])
+def test_chunks_behind_the_last_position_that_counts_are_not_computed(
+    lengths: tuple[int, int], num_chunks: int
+) -> None:
+    """Forward and backward, of four chunks of 16; what is left out has no value and no gradient."""
+    seen: list[int] = []
+
+    class Watched(Head):
+        def unembed(self, params: Any, hidden: jax.Array) -> jax.Array:
+            jax.debug.callback(lambda: seen.append(hidden.shape[1]))
+            return super().unembed(params, hidden)
+
+    problem = random_problem(np.float32, (2, 64, D, V))
+    mask_BT = jnp.arange(64) < jnp.asarray(lengths)[:, None]
+
+    def masked(policy: Any, chunk_size: int) -> Any:
+        return lambda *problem: token_logprobs(policy, *problem, TEMPERATURE, chunk_size, True, mask_BT)
+
+    gradient = jax.jit(jax.value_and_grad(weighted(masked(Watched(), 16)), argnums=(0, 1)))
+    actual = gradient(*problem)
+    jax.effects_barrier()
+    assert seen == [16] * 2 * num_chunks
+    expected = jax.value_and_grad(weighted(masked(Head(), 64)), argnums=(0, 1))(*problem)
+    for leaf, expected_leaf in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, expected_leaf, rtol=0, atol=1e-5 * max(np.abs(expected_leaf).max(), 1e-3))
+
+
+def test_parameters_that_do_not_move_cost_no_gradient() -> None:
+    """Those of a frozen head: one product less, that of its gradient."""
+    problem = random_problem(np.float32, (8, 512, 4, 4097))
+
+    def gradient_of(arguments: tuple[int, ...]) -> str:
+        return jax.jit(jax.grad(weighted(chunked(None)), argnums=arguments)).lower(*problem).compile().as_text()
+
+    assert [gradient_of(arguments).count(" dot(") for arguments in ((0, 1), (1,))] == [4, 3]
 
 
 @pytest.mark.parametrize(("chunk_size", "num_positions"), [(512, 496), (350, 350), (40, 40)])
@@ -134,16 +183,16 @@ def test_chunks_end_where_tiles_of_16_do_unless_that_makes_them_larger_than_aske
 ) -> None:
     """Of 3,458 positions seven chunks of 494, of which TPUs move every number within its tile, would be even."""
     problem = random_problem(np.float32, (3, 3458, D, V))
-    assert chunk_sizes(chunk_size, problem) == {num_positions}
+    assert chunk_sizes(chunked(chunk_size), problem) == {num_positions}
     if num_positions == 496:
         for actual, plain in zip(jax.jit(chunked(chunk_size))(*problem), jax.jit(naive)(*problem), strict=True):
             np.testing.assert_allclose(actual, plain, rtol=2e-6, atol=2e-6)
 
 
-def chunk_sizes(chunk_size: int | None, problem: Problem) -> set[int]:
+def chunk_sizes(function: Any, problem: Problem) -> set[int]:
     """How many positions of a row have logits at one time."""
     rows, num_words = len(problem.targets_BT), len(problem.params["bias"])
-    jaxpr = jax.make_jaxpr(chunked(chunk_size))(*problem)
+    jaxpr = jax.make_jaxpr(function)(*problem)
     shapes = [v.aval.shape for e in equations(jaxpr.jaxpr) for v in e.outvars if hasattr(v.aval, "shape")]
     return {shape[1] for shape in shapes if len(shape) == 3 and shape[::2] == (rows, num_words)}
 

@@ -13,7 +13,7 @@ import jax
 
 from rl.config_rules import decoder_keys
 from rl.config_sections import source_kind
-from rl.logprobs import FEWEST_POSITIONS
+from rl.logprobs import TILE_ROWS, chunk_length
 from rl.mesh import num_row_shards
 from rl.models.config import base_specs, flatten_specs
 from rl.tools.hlo import Work, work_of
@@ -191,8 +191,10 @@ def _smaller_pieces(report: Report) -> list[str]:
     least = shards * (config.data.max_prompt_length + config.sampling.max_completion_length)
     if config.grpo.max_tokens_per_microbatch >= 2 * least:
         found.append(f"grpo.max_tokens_per_microbatch={max(config.grpo.max_tokens_per_microbatch // 2, least)}")
-    if (config.grpo.logprob_chunk or FEWEST_POSITIONS) > 128:
-        found.append("grpo.logprob_chunk=128: fewer logits at a time")
+    num_rows, num_positions = loop.inputs.minibatch.batch.targets_MRN.shape[1:]
+    chunk = chunk_length(num_rows // shards, num_positions, config.grpo.logprob_chunk)
+    if chunk > TILE_ROWS:
+        found.append(f"grpo.logprob_chunk={max(chunk // 4, TILE_ROWS)}: fewer logits at a time")
     return found + _more_tensor(report)
 
 

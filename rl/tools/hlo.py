@@ -280,8 +280,10 @@ class _Reader:
             return int(known[1]), 0
         scope = re.search(r'op_name="([^"]*)"', loop.attributes)
         path = scope[1].split("/") if scope else []
-        if len(path) >= 2 and path[-1] == "while" and path[-2] in self._rounds:
-            return self._rounds[path[-2]], 0
+        # The scope inside the names of the transformations that it was traced in: transpose(jvp(scope)).
+        name = re.sub(r"^(\w+\()+(.*?)\)+$", r"\2", path[-2]) if len(path) >= 2 and path[-1] == "while" else ""
+        if name in self._rounds:
+            return self._rounds[name], 0
         counted = self._counted_rounds(computation, loop)
         return (1, 1) if counted is None else (counted, 0)
 

@@ -19,13 +19,15 @@ from jax.sharding import Mesh
 from rl.config import Config
 from rl.decoding import TOKEN_LOOP
 from rl.evaluation import create_sampler, sampling_params
-from rl.mesh import create_mesh, device_memory, on_host
+from rl.logprobs import CHUNK_LOOP, chunk_length
+from rl.mesh import create_mesh, device_memory, num_row_shards, on_host
 from rl.models.block_attention import KEY_BLOCK_LOOP
 from rl.models.config import ModelConfig
 from rl.models.hf import SHAPE_PATTERNS, resolve_source
 from rl.models.lora import split
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer
+from rl.packing import PackingPlan, batch_fields
 from rl.programs import Program
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
@@ -178,10 +180,22 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         MICROBATCH_LOOP: inputs.plan.num_microbatches,
         SHORT_MICROBATCH_LOOP: 0,
         KEY_BLOCK_LOOP: key_blocks,
+        CHUNK_LOOP: _logit_chunks(config, inputs.plan, mesh),
     }
     for name, program in update_programs(config, policy, optimizer, inputs.state_shardings, inputs.plan, mesh).items():
         programs.append(LoopProgram(name, name, _made(program, arguments[name]), rounds, held[name]))
     return Loop(config, mesh, policy, memory, inputs, resident, programs)
+
+
+def _logit_chunks(config: Config, plan: PackingPlan, mesh: Mesh) -> int:
+    """Chunks of logits of a micro-batch of the longest prompts and completions."""
+    length, group_size = config.sampling.max_completion_length, config.grpo.group_size
+    group = config.data.max_prompt_length + group_size * (length - 1)
+    alone = (plan.row_length - config.data.max_prompt_length) // (length - 1) if length > 1 else group_size
+    num_positions = batch_fields(plan, np.float32)["targets_MRN"][0][-1]
+    num_targets = min((plan.row_length // group * group_size or min(alone, group_size)) * length, num_positions)
+    num_rows = plan.num_rows // num_row_shards(mesh, config.mesh.rules)
+    return math.ceil(num_targets / chunk_length(num_rows, num_positions, config.grpo.logprob_chunk))
 
 
 class _Rollout(NamedTuple):
