@@ -57,6 +57,9 @@ COMPOSITE = (
 ONE_DEVICE = (1, 1, 1)
 FLAVOURS = {"linen": False, "nnx": True}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-11}  # of the largest entry of each leaf
+PACKED_TOLERANCE = {"float32": 1e-5, "float64": 1e-12}  # likewise, of packing alone
+TWO_LAYERS = {family: {"num_layers": 2, "layer_types": ("full_attention",) * 2} for family in FAMILIES}
+TWO_LAYERS["gemma3_text"] |= {"sliding_window": 3, "layer_types": ("sliding_attention", "full_attention")}
 # The gradient takes the place of the optimizer state, bit for bit, and the parameters stay.
 KEEP_GRADIENT = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -127,8 +130,10 @@ class Problem(NamedTuple):
         return Problem([self.prompts[g] for g in order], groups, *(values[rows] for values in self[2:]))
 
 
-def random_problem(lengths=LENGTHS, seed=3) -> Problem:
-    """Ragged groups whose log-probs of all kinds differ; some ratios are clipped, one token is unscored."""
+def random_problem(lengths=LENGTHS, seed=3, **model) -> Problem:
+    """Ragged groups whose log-probs of all kinds differ; some ratios are clipped, one token is unscored. `model` is
+    what `tiny_config` takes.
+    """
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, VOCAB, prompt).astype(np.int32) for prompt, _ in lengths]
     counts = [count for _, completions in lengths for count in completions]
@@ -139,7 +144,7 @@ def random_problem(lengths=LENGTHS, seed=3) -> Problem:
     completions_BL = np.where(mask_BL, rng.integers(0, VOCAB, shape), 0).astype(np.int32)
     bare = Problem(prompts, groups, completions_BL, mask_BL, rng.normal(size=len(counts)), *[np.zeros(shape)] * 5)
     with jax.enable_x64(True):
-        config = tiny_config(dtype="float64")
+        config = tiny_config(dtype="float64", **model)
         now_BL, entropy_BL = jax.jit(plain_logprobs(create_policy(config, True), bare))(noisy_params(config))
     near = lambda values: np.asarray(values) + 0.4 * rng.normal(size=shape)  # noqa: E731
     old_BL, reference_BL = near(now_BL), near(now_BL)
@@ -215,20 +220,20 @@ def plain_value_and_gradient(policy: Policy, problem: Problem):
     return jax.jit(jax.value_and_grad(loss))
 
 
+def plain_result(problem: Problem, dtype: str, **model):
+    """(loss, gradient) of the plain way."""
+    with jax.enable_x64(dtype == "float64"):
+        config = tiny_config(dtype=dtype, **model)
+        typed = problem._replace(**{name: getattr(problem, name).astype(dtype) for name in Problem._fields[3:]})
+        function = plain_value_and_gradient(create_policy(config, False), typed)
+        constants = (typed.old_BL, typed.reference_BL, typed.entropy_BL)
+        return jax.device_get(function(noisy_params(config), *constants))
+
+
 @pytest.fixture(scope="module")
 def plain(problem):
     """dtype -> (loss, gradient) of the plain way; the same for every test of the module."""
-
-    @functools.cache
-    def result(dtype: str):
-        with jax.enable_x64(dtype == "float64"):
-            config = tiny_config(dtype=dtype)
-            typed = problem._replace(**{name: getattr(problem, name).astype(dtype) for name in Problem._fields[3:]})
-            function = plain_value_and_gradient(create_policy(config, False), typed)
-            constants = (typed.old_BL, typed.reference_BL, typed.entropy_BL)
-            return jax.device_get(function(noisy_params(config), *constants))
-
-    return result
+    return functools.cache(functools.partial(plain_result, problem))
 
 
 # The packed way
@@ -292,6 +297,7 @@ def make_trainer(
     vocab=VOCAB,
     optimizer=KEEP_GRADIENT,
     overrides=(),
+    family="qwen3",
     **model,
 ) -> Trainer:
     """One device, several pieces of several rows, and several chunks of a row, unless told otherwise.
@@ -303,7 +309,7 @@ def make_trainer(
     sizes = (f"mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), mesh, strict=True))
     config = load_config(None, [*COMPOSITE, *sizes, *overrides])
     devices = create_mesh(config.mesh, jax.devices()[: int(np.prod(mesh))])
-    model_config = dataclasses.replace(tiny_config(dtype=dtype, vocab_size=vocab), **model)
+    model_config = dataclasses.replace(tiny_config(family, dtype, vocab_size=vocab), **model)
     policy = create_policy(model_config, FLAVOURS[flavour])
     optimizer = create_training_optimizer(config, policy)[1] if optimizer is None else optimizer
     abstract = get_abstract_state(config, devices, InitStateFn(policy, optimizer, 0))
@@ -341,20 +347,34 @@ def assert_close_leaf_by_leaf(got, want, tolerance: float) -> None:
 # Packed == plain
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_packed_loss_and_gradient_equal_the_plain_ones(flavour, dtype, problem, plain, trainer):
+@functools.cache
+def problem_of(family: str) -> Problem:
+    return random_problem(family=family, **TWO_LAYERS[family])
+
+
+# Every family in both dtypes and both flavours, of which each dtype takes the other one from family to family.
+@pytest.mark.parametrize(
+    ("family", "flavour", "dtype"),
+    [
+        (family, flavour, dtype)
+        for i, family in enumerate(FAMILIES)
+        for dtype, flavour in zip(PACKED_TOLERANCE, [*FLAVOURS][:: (-1) ** i], strict=True)
+    ],
+)
+def test_packed_loss_and_gradient_equal_the_plain_ones(family, flavour, dtype):
+    """A prompt is shared by completions that reach beyond Gemma's window, of which the prompt itself is longer too."""
+    problem, tolerance = problem_of(family), PACKED_TOLERANCE[dtype]
     with jax.enable_x64(dtype == "float64"):
-        packed = trainer(flavour, dtype)
+        packed = make_trainer(flavour, dtype, family=family, **TWO_LAYERS[family])
         batch = packed.minibatch(problem).batch
         assert batch.num_microbatches > 1
         assert (batch.sequence_ids_MRC >= 0).any(axis=(0, 2)).all()  # in every row of a piece
         loss, gradient, update = packed.loss_and_gradient(problem)
-    want_loss, want_gradient = plain(dtype)
-    assert abs(loss - want_loss) <= TOLERANCE[dtype] * abs(want_loss)
-    assert_close_leaf_by_leaf(gradient, want_gradient, TOLERANCE[dtype])
+    want_loss, want_gradient = plain_result(problem, dtype, family=family, **TWO_LAYERS[family])
+    assert abs(loss - want_loss) <= tolerance * abs(want_loss)
+    assert_close_leaf_by_leaf(gradient, want_gradient, tolerance)
     norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(want_gradient)))
-    np.testing.assert_allclose(update.grad_norm, norm, rtol=TOLERANCE[dtype])
+    np.testing.assert_allclose(update.grad_norm, norm, rtol=tolerance)
 
 
 def test_the_problem_puts_every_part_of_the_loss_to_work(problem, trainer):
