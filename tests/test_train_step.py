@@ -30,6 +30,7 @@ from rl.models.policy import Policy, create_policy
 from rl.models.train_state import PureState
 from rl.optimizer import create_training_optimizer
 from rl.packing import PackingPlan, TrainCompletion, TrainGroup, pack
+from rl.shaped_inputs import plan_for
 from rl.states import AbstractState, InitStateFn, get_abstract_state
 from rl.train_step import Minibatch, jit_train_step, token_logprobs_program
 from rl.update import ENTROPIES, LOGPROBS, TRAIN_STEP, Updater, bare_batch, loss_config
@@ -422,11 +423,12 @@ CUTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("cut", CUTS)
-def test_how_a_minibatch_is_cut_changes_nothing(cut, flavour, problem, plain, trainer):
-    with jax.enable_x64(True):
-        packed = trainer(flavour, "float64", **CUTS[cut])
+def test_how_a_minibatch_is_cut_changes_nothing(cut, flavour, dtype, problem, plain, trainer):
+    with jax.enable_x64(dtype == "float64"):
+        packed = trainer(flavour, dtype, **CUTS[cut])
         batch = packed.minibatch(problem).batch
         loss, gradient, _ = packed.loss_and_gradient(problem)
     if cut.startswith("one piece"):
@@ -436,9 +438,32 @@ def test_how_a_minibatch_is_cut_changes_nothing(cut, flavour, problem, plain, tr
     if cut.startswith("a group"):
         num_members = (batch.sequence_ids_MRC[:, 0] >= 0).sum(axis=-1)
         assert sorted(num_members) == [1, 2, 3, 3]  # of four completions one has a row, and a prompt, of its own
-    want_loss, want_gradient = plain("float64")
-    assert abs(loss - want_loss) <= 1e-11 * abs(want_loss)
-    assert_close_leaf_by_leaf(gradient, want_gradient, 1e-11)
+    want_loss, want_gradient = plain(dtype)
+    assert abs(loss - want_loss) <= TOLERANCE[dtype] * abs(want_loss)
+    assert_close_leaf_by_leaf(gradient, want_gradient, TOLERANCE[dtype])
+
+
+# The pieces that each leads to, and how many of them the problem fills: one sequence, a row of two groups.
+BUDGETS = {13: (12, 1, 13, 9), 34: (3, 1, 34, 2)}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_token_budget_of_a_micro_batch_changes_nothing(budget, flavour, dtype, problem, plain, trainer):
+    """Through the plan of a run, as `grpo train` makes it."""
+    settings = (f"grpo.max_tokens_per_microbatch={budget}", "grpo.prompts_per_step=3", "grpo.group_size=4")
+    config = load_config(None, [*settings, f"sampling.max_completion_length={MAX_COMPLETION}", "mesh.num_devices=1"])
+    policy, longest = create_policy(tiny_config(dtype=dtype), FLAVOURS[flavour]), max(map(len, problem.prompts))
+    plan = plan_for(config, longest, policy, create_mesh(config.mesh))
+    with jax.enable_x64(dtype == "float64"):
+        packed = trainer(flavour, dtype, plan=plan)
+        used = int(packed.minibatch(problem).batch.num_microbatches)
+        loss, gradient, _ = packed.loss_and_gradient(problem)
+    assert (plan.num_microbatches, plan.num_rows, plan.row_length, used) == BUDGETS[budget]
+    want_loss, want_gradient = plain(dtype)
+    assert abs(loss - want_loss) <= TOLERANCE[dtype] * abs(want_loss)
+    assert_close_leaf_by_leaf(gradient, want_gradient, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("shorter", [(8,), (17,), (22,), (8, 14), (13, 17, 22)], ids=str)
