@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rl import grpo_trainer
 from rl.cli import main
 from rl.metrics import read_metrics, read_samples
 from rl.run_folder import read_run
@@ -108,22 +109,31 @@ def test_a_preset_trains_with_the_advantages_and_parts_of_its_paper(name, tmp_pa
     flavour = f"pure_nnx={PRESETS.index(name) % 2 == 0}".lower()
     settings = [f"output_dir={tmp_path / 'run'}", f"grpo.preset={name}", flavour]
     settings += CHANGES.get(name, [])
-    update = Updater.step
+    update, build = Updater.step, grpo_trainer.setup_decode_state
+    references = []
+
+    def recorded(*arguments):
+        """The reference, counted."""
+        references.append(arguments)
+        return build(*arguments)
 
     @functools.wraps(update)
     def guarded(*arguments):
         """An update, in which a transfer that nobody asked for raises."""
+        assert (arguments[2] is not None) == (name in WITH_REFERENCE)
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
             jnp.add(np.ones(2, np.float32), np.float32(1))
         return update(*arguments)
 
     monkeypatch.setattr(Updater, "step", guarded)
+    monkeypatch.setattr(grpo_trainer, "setup_decode_state", recorded)
     assert not main(["train", str(recipe), *settings])
     told = capsys.readouterr().out
     assert f"preset {name}" in told
     assert "xla attention" in told
     lines, samples = read_metrics(tmp_path / "run"), read_samples(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2]
+    assert len(references) == (name in WITH_REFERENCE)
     for line in lines:
         assert line["skipped_updates"] == 0
         assert line["grad_norm"] > 0
