@@ -250,6 +250,29 @@ def test_unpack_gives_values_back_in_the_order_of_the_groups():
         np.testing.assert_array_equal(value, completion.sampler_logprobs)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rows", "rows_in_given_order"),
+    [
+        # 12 and 10 begin a row each; 9 and 6 fit one of them only; 1 fits both (first fit: beside 12) and fills one.
+        ((6, 9, 1, 10, 12), [[3, 1, 2], [4, 0]], 3),
+        ((4, 11, 11), [[1, 0], [2]], 2),  # of two that are as full, the first
+    ],
+)
+def test_a_group_goes_to_the_fullest_row_that_holds_it_the_longest_group_first(sizes, rows, rows_in_given_order):
+    """Rows of 20 tokens; `sizes` are those of the prompts, whose only completion, of one token, needs no place."""
+    completion = TrainCompletion(np.int32([LAST]), 1.0)
+    groups = [TrainGroup(np.arange(1, size + 1, dtype=np.int32), [completion]) for size in sizes]
+    batch = pack(groups, PackingPlan(3, 1, 20, 5, 7))
+    assert [[i for i in row if i >= 0] for row in batch.sequence_ids_MRC[: len(rows), 0].tolist()] == rows
+    assert batch.num_microbatches == len(rows)
+    free = []
+    for size in sizes:
+        fitting = [r for r in range(len(free)) if size <= free[r]] or [len(free)]
+        free += [20] if fitting == [len(free)] else []
+        free[min(fitting, key=lambda r: free[r])] -= size
+    assert len(free) == rows_in_given_order >= len(rows)
+
+
 def test_rows_that_are_not_full_share_the_last_micro_batches():
     plan = plan_for(4, 3, budget=64, max_prompt=6, max_completion=9)
     plan = dataclasses.replace(plan, num_rows=2)
