@@ -16,7 +16,13 @@ from rl.config_sections import HealthSection
 _MIN_HISTORY = 10  # steps, before a value can be called unusual
 _NORMAL_SPREAD = 1.4826  # standard deviation of normal numbers / median of their absolute deviations
 _MIN_SPREAD = 0.05  # of the median: values that hardly differ from one another must not make small steps look large
-_WAY_OUT = {"kl": "lower optimizer.lr or raise grpo.beta", "grad_norm": "lower optimizer.lr or optimizer.max_grad_norm"}
+_MISMATCH = "logprob_difference/mean"
+_MIN_SPREADS = {_MISMATCH: 1e-3}  # nats: with a threshold of 10 a hundredth, far above what float32 rounds
+_WAY_OUT = {
+    "kl": "lower optimizer.lr or raise grpo.beta",
+    _MISMATCH: "set grpo.sampler_is_correction=true, lower optimizer.lr, or set model.dtype to float32",
+    "grad_norm": "lower optimizer.lr or optimizer.max_grad_norm",
+}
 _SAMPLES = "samples.jsonl of a GRPO run holds every completion of the step"
 
 
@@ -71,7 +77,7 @@ def check_step(
     in_a_row = state.num_skipped_last + skipped if skipped == num_updates else 0
     recent = {
         name: [*state.recent.get(name, []), float(metrics[name])][-section.spike_window :]
-        for name in _WAY_OUT
+        for name in _watched(section, metrics)
         if math.isfinite(metrics.get(name, math.nan))
     }
     state = HealthState(state.num_skipped + skipped, in_a_row, {**state.recent, **recent}, lasting)
@@ -97,29 +103,43 @@ def _skips(num_skipped: int) -> list[str]:
     return [f"{problem}; weights and optimizer are as before; {_SAMPLES}"]
 
 
+def _watched(section: HealthSection, metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Thresholds of the metrics that are watched for spikes.
+
+    Without a reference there is no `kl`. How far the trainer's log-probs are from the sampler's stands in for it: an
+    estimate of the divergence between the policy that draws and the one that learns, which have the same weights where
+    they are compared. It grows when the policy becomes so sharp that rounding counts.
+    """
+    distance = "kl" if "kl" in metrics else _MISMATCH
+    return {distance: section.kl_spike, "grad_norm": section.grad_norm_spike}
+
+
 def _spikes(section: HealthSection, state: HealthState, metrics: Mapping[str, float]) -> list[str]:
-    thresholds = {"kl": section.kl_spike, "grad_norm": section.grad_norm_spike}
+    def is_unusual(name: str, threshold: float | None) -> bool:
+        recent, least = state.recent.get(name, []), _MIN_SPREADS.get(name, 0.0)
+        return threshold is not None and name in metrics and is_spike(metrics[name], recent, threshold, least)
+
     return [
         f"{name} {metrics[name]:.3g} is a spike, its median over the last {len(state.recent[name])} steps is "
         f"{statistics.median(state.recent[name]):.3g}; {_SAMPLES}; if it comes again, "
         f"{_WAY_OUT[name]}"
-        for name, threshold in thresholds.items()
-        if threshold is not None and name in metrics and is_spike(metrics[name], state.recent.get(name, []), threshold)
+        for name, threshold in _watched(section, metrics).items()
+        if is_unusual(name, threshold)
     ]
 
 
-def is_spike(value: float, recent: list[float], threshold: float) -> bool:
+def is_spike(value: float, recent: list[float], threshold: float, least_spread: float = 0.0) -> bool:
     """Whether `value` is more than `threshold` spreads above the median of `recent`.
 
     The spread is the median absolute deviation, scaled to the standard deviation of normal numbers, which a few earlier
-    spikes do not move; and at least a twentieth of the median. Without enough values, or among zeros only, nothing is a
-    spike; NaN is none.
+    spikes do not move; and at least a twentieth of the median, and `least_spread`. Without enough values, or with a
+    spread of zero, nothing is a spike; NaN is none.
     """
     if len(recent) < _MIN_HISTORY:
         return False
     median = statistics.median(recent)
     deviation = statistics.median(abs(number - median) for number in recent)
-    spread = max(_NORMAL_SPREAD * deviation, _MIN_SPREAD * abs(median))
+    spread = max(_NORMAL_SPREAD * deviation, _MIN_SPREAD * abs(median), least_spread)
     return spread > 0 and value > median + threshold * spread
 
 

@@ -106,6 +106,44 @@ def test_run_without_kl_is_watched_all_the_same():
     assert list(checkup.state.recent) == ["grad_norm"]
 
 
+def without_reference(num_steps: int, scale: float) -> list[dict]:
+    """Ordinary steps of a run with grpo.beta 0: in place of the KL how far sampler and trainer are apart."""
+    return [{"grad_norm": 1.0, "logprob_difference/mean": scale * (1 + 0.2 * math.sin(i))} for i in range(num_steps)]
+
+
+def bare_run(steps: list[dict], *overrides: str):
+    state, checkups = healthy(), []
+    for metrics in steps:
+        checkups.append(check_step(section(*overrides), state, {"skipped_updates": 0, **metrics}))
+        state = checkups[-1].state
+    return checkups
+
+
+def test_without_a_reference_the_distance_to_the_sampler_is_watched_in_the_place_of_the_kl():
+    spike = {"grad_norm": 1.0, "logprob_difference/mean": 0.5}
+    steps = without_reference(20, scale=0.01)
+    checkups = bare_run([*steps, spike, *steps[:3]])
+    assert [i for i, checkup in enumerate(checkups) if checkup.keep_samples] == [20]
+    (warning,) = checkups[20].warnings
+    assert warning.startswith("logprob_difference/mean 0.5 is a spike, its median over the last 20 steps is 0.01")
+    assert "grpo.sampler_is_correction" in warning
+    assert set(checkups[-1].state.recent) == {"logprob_difference/mean", "grad_norm"}
+    assert not any(checkup.keep_samples for checkup in bare_run([*steps, spike], "health.kl_spike=null"))
+
+
+def test_with_a_reference_the_kl_is_watched_alone():
+    steps = [step | {"kl": 0.1} for step in without_reference(20, scale=0.01)]
+    checkups = bare_run([*steps, steps[0] | {"logprob_difference/mean": 0.5}])
+    assert not any(checkup.keep_samples for checkup in checkups)
+    assert set(checkups[-1].state.recent) == {"kl", "grad_norm"}
+
+
+def test_what_float32_rounds_is_no_spike_however_often_it_doubles():
+    steps = without_reference(20, scale=1e-7)
+    assert not bare_run([*steps, steps[0] | {"logprob_difference/mean": 1e-4}])[-1].keep_samples
+    assert bare_run([*steps, steps[0] | {"logprob_difference/mean": 0.02}])[-1].keep_samples
+
+
 # Signs of collapse
 
 

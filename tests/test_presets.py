@@ -139,6 +139,7 @@ def test_a_preset_trains_with_the_advantages_and_parts_of_its_paper(name, tmp_pa
         assert line["grad_norm"] > 0
         assert np.isfinite(line["loss"])
         assert ("kl" in line) == (name in WITH_REFERENCE)
+        assert line["logprob_difference/mean"] < 1e-5  # where there is no kl, `rl.health` watches it
         assert line["masked_share"] == pytest.approx(line["truncated_share"] if name == "dapo" else 0.0)
         own = set().union(*OWN_METRICS.values())
         assert own & line.keys() == OWN_METRICS.get(name, set())
