@@ -169,10 +169,24 @@ def _adafactor(section: OptimizerSection, moment_dtype: str, specs: Mapping[str,
     """https://arxiv.org/abs/1804.04235, algorithms 4 and 5 without a first moment: decay 1 - t^-0.8, clipped at 1."""
     scale = [optax.scale_by_param_block_rms()] if section.adafactor_parameter_scale else []
     return optax.chain(
-        optax.scale_by_factored_rms(min_dim_size_to_factor=section.adafactor_min_dim),
+        _wide(optax.scale_by_factored_rms(min_dim_size_to_factor=section.adafactor_min_dim)),
         optax.clip_by_block_rms(1.0),
         *scale,
     )
+
+
+def _wide(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """With a state of float32 at least, where optax gives it the dtype of the weights: after a hundred updates a moment
+    in bfloat16 takes in a fortieth of each gradient's square, after 5000 less than rounding gives back.
+    """
+
+    def widened(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(widen(x.dtype)), tree)
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return transformation.update(widened(updates), state, widened(params))
+
+    return optax.GradientTransformation(lambda params: transformation.init(widened(params)), update)
 
 
 def _lion(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:

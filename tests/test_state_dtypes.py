@@ -17,6 +17,8 @@ from rl.states import InitStateFn, setup_training_state
 
 FLAVOURS = {"linen": False, "nnx": True}
 KINDS = ("weights", "first", "second")
+SECOND = (".nu[", ".v[", ".v_row[", ".v_col[")  # the last three are Adafactor's: whole, or means of rows and columns
+ADAFACTOR = ("optimizer.name=adafactor", "optimizer.adafactor_min_dim=8")
 EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 
 
@@ -31,11 +33,12 @@ def state_and_optimizer(flavour: str, *overrides: str):
 
 
 def dtypes(state) -> dict[str, str]:
-    """The one dtype of weights, first and second moments."""
+    """The one dtype of weights, first and second moments; those that the optimizer does not keep are left out."""
     found = {kind: set() for kind in KINDS}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path)
-        kind = {".params": "weights"}.get(name[:7], "first" if ".mu[" in name else "second" if ".nu[" in name else None)
+        moment = "first" if ".mu[" in name else "second" if any(key in name for key in SECOND) else None
+        kind = {".params": "weights"}.get(name[:7], moment)
         if kind:
             found[kind].add(str(leaf.dtype))
     return {kind: names.pop() for kind, names in found.items() if len(names) == 1}
@@ -54,12 +57,14 @@ def dtypes(state) -> dict[str, str]:
             ("bfloat16", "bfloat16", "bfloat16"),
         ),
         (("optimizer.name=muon", "optimizer.second_moment_dtype=bfloat16"), ("float32", "float32", "bfloat16")),
+        ((*ADAFACTOR, "model.param_dtype=bfloat16"), ("bfloat16", None, "float32")),
     ],
-    ids=["default", "weights", "first moment", "second moment", "all", "muon"],
+    ids=["default", "weights", "first moment", "second moment", "all", "muon", "adafactor"],
 )
 def test_each_dtype_of_the_state_is_float32_unless_set_and_survives_updates(flavour, overrides, expected):
     state, shardings, optimizer = state_and_optimizer(flavour, *overrides)
-    assert dtypes(state) == dict(zip(KINDS, expected, strict=True))
+    expected = {kind: dtype for kind, dtype in zip(KINDS, expected, strict=True) if dtype}
+    assert dtypes(state) == expected
     kernel = state.params["layers_0"]["mlp"]["up_proj"]["kernel"]
     assert (len(kernel.sharding.device_set), kernel.addressable_shards[0].data.size) == (8, kernel.size // 4)
 
@@ -69,10 +74,28 @@ def test_each_dtype_of_the_state_is_float32_unless_set_and_survives_updates(flav
         return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
     updated = jax.jit(update, out_shardings=shardings)(state)
-    assert dtypes(updated) == dict(zip(KINDS, expected, strict=True))
+    assert dtypes(updated) == expected
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), updated) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state
     )
+
+
+def test_second_moment_of_adafactor_is_the_same_for_weights_in_bfloat16():
+    """Of gradients that bfloat16 holds; at the end it moves by a thousandth of a gradient's square in an update."""
+    settings, moments = (*ADAFACTOR, "optimizer.max_grad_norm=0"), []
+    for dtype in ("float32", "bfloat16"):
+        state, shardings, optimizer = state_and_optimizer("nnx", *settings, f"model.param_dtype={dtype}")
+
+        def update(i, opt_state, optimizer=optimizer, params=state.params):
+            gradient = jax.tree.map(lambda leaf: jnp.where(i < 4000, 0.125, 0.5).astype(leaf.dtype) + 0 * leaf, params)
+            return optimizer.update(gradient, opt_state, params)[1]
+
+        steps = jax.jit(
+            lambda s, update=update: jax.lax.fori_loop(0, 5000, update, s), out_shardings=shardings.opt_state
+        )
+        moments.append(steps(state.opt_state))
+    for wide, narrow in zip(*map(jax.tree.leaves, moments), strict=True):
+        np.testing.assert_allclose(narrow, wide, rtol=1e-5)
 
 
 def test_second_moment_in_bfloat16_follows_the_one_in_float32():
