@@ -290,7 +290,7 @@ def announce(
     rows = {
         "run folder": run.path,
         "model": f"{origin.identity['source'] or 'fresh'}, {origin.model_config.family}, {size}",
-        "policy": f"{policy.flavour}, {origin.model_config.dtype}, {policy.kernel.name} attention",
+        "policy": f"{policy.flavour}, {origin.model_config.dtype}, {policy.kernel.title}",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}",
         "prompts": f"{len(data.train)} train, {len(data.held_out)} held out",
         "step": f"{per_step}, {updates_per_step(config)} update(s)",

@@ -102,7 +102,7 @@ def train(config: Config) -> pathlib.Path:
         )
         for message in (*pairs.messages, *foreign.notes(policy)):
             console.message(message)
-        computed = f"{policy.flavour}, {policy.kernel.name} attention"
+        computed = f"{policy.flavour}, {policy.kernel.title}"
         rows = {"run folder": run.path, "policy": computed, "pairs": len(pairs.rows), "held out": len(held_out)}
         console.table("grpo sft", {**rows, "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M"})
         # -- loop

@@ -1,6 +1,11 @@
 """Every back end of attention computes what plain operations do, on the masks of packed rows with shared prompts."""
 
 import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -18,6 +23,7 @@ from rl.tools.topologies import find_devices
 from tests.tiny_models import VOCAB, noisy_params, tiny_config
 
 RULES = load_config(None).mesh.rules
+DEV = pathlib.Path("/dev")
 
 
 def mesh_of(**sizes):
@@ -146,6 +152,7 @@ def test_a_policy_with_another_kernel_gives_the_same_hidden_states(pure_nnx, sca
 def test_a_platform_gets_what_it_has():
     config, mesh = tiny_config(), mesh_of(data=1)
     assert attention_kernels.choose_kernel("auto", config, mesh, RULES) is attention_kernels.XLA
+    assert attention_kernels.choose_kernel("auto", config, mesh, RULES).title == "xla attention"
     for name, home in (("splash", "tpu"), ("cudnn", "gpu")):
         with pytest.raises(
             ValueError, match=f"model.attention must be xla or auto on cpu, got {name}, which runs on {home}"
@@ -154,11 +161,87 @@ def test_a_platform_gets_what_it_has():
     wide = dataclasses.replace(config, dtype="float64")
     with pytest.raises(ValueError, match=r"model.attention=splash needs model.dtype float32 or narrower, got float64"):
         attention_kernels.choose_kernel("splash", wide, mesh, RULES, interpret=True)
-    gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
-    assert config.dtype == "float32"  # which cuDNN does not take
-    assert attention_kernels.choose_kernel("auto", config, gpu, RULES) is attention_kernels.XLA_ON_ACCELERATORS
     run = load_config(None, ["model.attention=xla", "pure_nnx=false"])
     assert policy_from_config(run, config, mesh).kernel is attention_kernels.XLA
+
+
+def mesh_of_gpus(kind, capability):
+    """What is read of a mesh on such GPUs; jax reports the capability of ROCm's by name."""
+    device = types.SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    return types.SimpleNamespace(devices=np.array([device, device]))
+
+
+AMPERE, HOPPER = ("NVIDIA A100-SXM4-80GB", "8.0"), ("NVIDIA H100 80GB HBM3", "9.0")
+TURING, BLACKWELL, ROCM = ("Tesla T4", "7.5"), ("NVIDIA B200", "10.0"), ("AMD Instinct MI300X", "gfx942")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "head_dim", "problem"),
+    [
+        (AMPERE, "bfloat16", 128, None),
+        (AMPERE, "float16", 64, None),
+        (HOPPER, "bfloat16", 256, None),
+        (BLACKWELL, "bfloat16", 128, None),
+        (
+            AMPERE,
+            "bfloat16",
+            256,
+            "needs heads of at most 128 on NVIDIA A100-SXM4-80GB and a multiple of 8, got head_dim",
+        ),
+        (BLACKWELL, "bfloat16", 256, "needs heads of at most 128 on NVIDIA B200 and a multiple of 8, got head_dim 256"),
+        (HOPPER, "bfloat16", 264, "needs heads of at most 256 on NVIDIA H100 80GB HBM3 and a multiple of 8"),
+        (HOPPER, "bfloat16", 100, "a multiple of 8, got head_dim 100"),
+        (HOPPER, "float32", 64, "needs model.dtype bfloat16 or float16, got float32"),
+        (TURING, "float16", 64, "needs compute capability 8.0 or higher, got 7.5 of Tesla T4"),
+        (ROCM, "bfloat16", 64, "needs an NVIDIA GPU, got AMD Instinct MI300X"),
+    ],
+)
+def test_a_gpu_gets_cudnn_where_it_has_the_kernel_and_says_why_where_not(gpu, dtype, head_dim, problem):
+    config, mesh = tiny_config(dtype=dtype, head_dim=head_dim), mesh_of_gpus(*gpu)
+    chosen = attention_kernels.choose_kernel("auto", config, mesh, RULES)
+    if problem is None:
+        assert (chosen.name, chosen.title, chosen.skips_blocks) == ("cudnn", "cudnn attention", False)
+        assert attention_kernels.choose_kernel("cudnn", config, mesh, RULES) == chosen
+        return
+    assert chosen == attention_kernels.XLA_ON_ACCELERATORS
+    assert chosen.title.startswith("xla attention (cudnn needs ")
+    assert problem in chosen.title
+    with pytest.raises(ValueError, match=f"model.attention=cudnn .*{problem}.*; set model.attention to xla or auto"):
+        attention_kernels.choose_kernel("cudnn", config, mesh, RULES)
+
+
+def compare_on_accelerator(name="auto"):
+    """Prints the platform and the back end that it gets, after comparing values and gradients in bfloat16 with plain
+    operations in float32, of a model with two kv heads of 64, in rows of 600 positions.
+    """
+    config = tiny_config(num_heads=4, num_kv_heads=2, head_dim=64, dtype="bfloat16")
+    kernel = attention_kernels.choose_kernel(name, config, mesh_of(data=1), RULES)
+    for window in (None, 7):
+        qkv, mask, is_real = attention_inputs(2, 600, 4, 2, 64, window)
+        rounded = tuple(x.astype(jnp.bfloat16) for x in qkv)
+        got = value_and_gradients(kernel.attend, rounded, mask, is_real, 0.125)
+        with jax.default_matmul_precision("highest"):
+            exact = tuple(x.astype(jnp.float32) for x in rounded)
+            expected = value_and_gradients(ops.attention, exact, mask, is_real, 0.125)
+        assert_close([x.astype(jnp.float32) for x in got], expected, 2e-2)
+    print(f"{jax.devices()[0].platform} {kernel.title}")
+
+
+def test_the_back_end_of_an_accelerator_gives_the_values_and_gradients_of_plain_operations():
+    """In a process of its own, because this one has virtual CPU devices only."""
+    found = [path for pattern in ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*") for path in DEV.glob(pattern)]
+    if not found:
+        pytest.skip("no GPU or TPU in /dev")
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    command = "from tests.test_attention_kernels import compare_on_accelerator as compare; compare()"
+    root = pathlib.Path(__file__).resolve().parent.parent
+    ended = subprocess.run([sys.executable, "-c", command], cwd=root, env=kept, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    if ended.stdout.startswith("cpu "):
+        pytest.skip("this jax does not see the accelerator")
+    assert re.fullmatch(
+        r"gpu cudnn attention|gpu xla attention \(cudnn .*\)|tpu splash attention", ended.stdout.strip()
+    )
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("float32", 64)])

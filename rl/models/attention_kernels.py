@@ -3,8 +3,8 @@
 In: queries, keys, values of packed rows and the boolean mask of `ops.visible`; in a packed row nothing sees what stands
 after it. Out: the same numbers from every back end, up to rounding, in value and in gradient: `xla` (plain operations,
 `rl.models.block_attention`; any platform and dtype), `splash` (the Pallas kernel for TPU), `cudnn` (flash attention on
-NVIDIA GPUs, bfloat16 or float16). The first two skip blocks of the mask that are empty, so that completions which do
-not see one another cost nothing.
+NVIDIA GPUs from Ampere on, bfloat16 or float16). The first two skip blocks of the mask that are empty, so that
+completions which do not see one another cost nothing.
 Not here: decoding (`ops.attention_over_parts`).
 
 Legend: B rows, T query positions, S key positions, N query heads, K kv heads, H head dim.
@@ -12,6 +12,7 @@ Legend: B rows, T query positions, S key positions, N query heads, K kv heads, H
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,11 @@ ATTENTION_KERNELS = ("xla", "splash", "cudnn")
 _PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 _LANES = 128  # of a TPU's vector unit: the smallest block of the kernel
 _HALF_TYPES = ("bfloat16", "float16")
-_CUDNN_HEAD_DIM = 128  # the largest on every GPU that has the kernel
+_CUDNN_CAPABILITY = (8, 0)  # compute capability of Ampere, the first to have the kernel
+# The largest heads. jax allows 256 from Hopper on, forward and backward (`check_is_flash_attention` in
+# jax/_src/cudnn/fused_attention_stablehlo.py); on what came after Hopper cuDNN may have no backward pass for them
+# (https://github.com/pytorch/pytorch/pull/152076).
+_CUDNN_HEAD_DIM, _HOPPER, _HOPPER_HEAD_DIM = 128, 9, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +44,19 @@ class AttentionKernel:
       attend: (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H].
       skips_blocks: what nobody in a row sees costs nothing.
       block: positions of the blocks of `block_attention`, where that is the back end.
+      reason: why "auto" did not take what the platform is best at; empty where it did.
     """
 
     name: str
     attend: ops.AttentionFn
     skips_blocks: bool = True
     block: int = BLOCK
+    reason: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def title(self) -> str:
+        """For people: the name, and the reason where there is one."""
+        return f"{self.name} attention" + (f" ({self.reason})" if self.reason else "")
 
 
 XLA = AttentionKernel("xla", block_attention)
@@ -54,26 +66,30 @@ XLA_ON_ACCELERATORS = AttentionKernel("xla", functools.partial(block_attention, 
 def choose_kernel(
     name: str, config: ModelConfig, mesh: Mesh, rules: Mapping[str, Sequence[str]], interpret: bool = False
 ) -> AttentionKernel:
-    """The back end called `name`, or for "auto" the best that platform, dtype and head size allow.
+    """The back end called `name`, or for "auto" the best that devices, dtype and head size allow.
 
     Args:
       mesh, rules: where rows and heads lie; a kernel runs on every device's own share of them.
       interpret: run the TPU's kernel anywhere, slowly, as plain operations; for tests.
 
     Raises:
-      ValueError: a back end that this platform does not have, or that does not take the dtype or the head size.
+      ValueError: a back end that this platform or device does not have, or that does not take the dtype or the head
+        size.
     """
-    platform = mesh.devices.flat[0].platform
+    device, reason = mesh.devices.flat[0], ""
+    platform = device.platform
     if name == "auto":
-        fitting = [kernel for kernel, home in _PLATFORMS.items() if home == platform and not _problem(kernel, config)]
-        name = fitting[0] if fitting else "xla"
+        name = next((kernel for kernel, home in _PLATFORMS.items() if home == platform), "xla")
+        if problem := _problem(name, config, device):
+            name, reason = "xla", f"{name} {problem}"
     if name == "xla":
-        return XLA if platform == "cpu" else XLA_ON_ACCELERATORS
+        kernel = XLA if platform == "cpu" else XLA_ON_ACCELERATORS
+        return dataclasses.replace(kernel, reason=reason) if reason else kernel
     if _PLATFORMS[name] != platform and not interpret:
         raise ValueError(
             f"model.attention must be xla or auto on {platform}, got {name}, which runs on {_PLATFORMS[name]} only"
         )
-    if problem := _problem(name, config):
+    if problem := _problem(name, config, device):
         raise ValueError(f"model.attention={name} {problem}; set model.attention to xla or auto")
     if name == "cudnn":
         return AttentionKernel("cudnn", CudnnAttention(), skips_blocks=False)
@@ -84,15 +100,30 @@ def choose_kernel(
     return AttentionKernel("splash", SplashAttention(mesh, rows or None, heads, heads != kv_heads, interpret))
 
 
-def _problem(name: str, config: ModelConfig) -> str | None:
-    """What keeps a model from this back end, None if nothing does."""
-    if name == "cudnn" and config.dtype not in _HALF_TYPES:
-        return f"needs model.dtype {' or '.join(_HALF_TYPES)}, got {config.dtype}"
-    if name == "cudnn" and (config.head_dim > _CUDNN_HEAD_DIM or config.head_dim % 8):
-        return f"needs heads of at most {_CUDNN_HEAD_DIM} and a multiple of 8, got head_dim {config.head_dim}"
+def _problem(name: str, config: ModelConfig, device: Any) -> str | None:
+    """What keeps a model on such devices from this back end, None if nothing does."""
     if name == "splash" and config.dtype == "float64":
         return "needs model.dtype float32 or narrower, got float64"
+    if name != "cudnn":
+        return None
+    capability, kind = _compute_capability(device), device.device_kind
+    if capability is None:
+        return f"needs an NVIDIA GPU, got {kind}"
+    if capability < _CUDNN_CAPABILITY:
+        least, own = (".".join(map(str, pair)) for pair in (_CUDNN_CAPABILITY, capability))
+        return f"needs compute capability {least} or higher, got {own} of {kind}"
+    if config.dtype not in _HALF_TYPES:
+        return f"needs model.dtype {' or '.join(_HALF_TYPES)}, got {config.dtype}"
+    largest = _HOPPER_HEAD_DIM if capability[0] == _HOPPER else _CUDNN_HEAD_DIM
+    if config.head_dim > largest or config.head_dim % 8:
+        return f"needs heads of at most {largest} on {kind} and a multiple of 8, got head_dim {config.head_dim}"
     return None
+
+
+def _compute_capability(device: Any) -> tuple[int, int] | None:
+    """(8, 0) of an NVIDIA GPU; None of others: ROCm reports a name such as gfx942."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return (int(found[1]), int(found[2])) if found else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -254,7 +254,7 @@ def to_text(report: Report) -> str:
     lines = [
         (
             f"model    {model.family}, {model.num_parameters / 1e9:.2f}B parameters, {loop.policy.flavour}, "
-            f"{model.param_dtype} weights, {model.dtype} activations, attention {loop.policy.kernel.name}"
+            f"{model.param_dtype} weights, {model.dtype} activations, {loop.policy.kernel.title}"
         ),
         (
             f"devices  {loop.mesh.size} x {name}{f' in {slices} slices' if slices > 1 else ''}, {axes}, "
