@@ -138,6 +138,18 @@ COMMANDS = {
             CHECKPOINT     a run folder (its newest checkpoint, or --step N), or any folder that Orbax wrote
             --write FILE   the content hashes as JSON; --against FILE compares with such a file""",
     ),
+    "data": Command(
+        module="rl.tools.data",
+        arguments="bench CONFIG [--steps N] [--json FILE] [key=value ...]",
+        summary="time the reading of a run's prompts",
+        details="""\
+            bench          reads, filters and tokenises the prompts as training does, without model or device: rows and
+                           tokens per second, what was kept and dropped, lengths, memory
+            CONFIG         a YAML recipe
+            --steps N      of how many steps the rows are chosen; 10 when left out
+            --json FILE    write the same numbers
+            key=value      overrides with dotted keys, for example data.max_prompt_length=512""",
+    ),
     "launch": Command(
         module="rl.tools.launch",
         arguments="--processes N [--cpu-devices K] -- COMMAND ...",

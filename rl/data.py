@@ -43,10 +43,13 @@ class PromptRow:
 
 @dataclasses.dataclass(frozen=True)
 class PromptData:
-    """Train and held-out rows; `num_dropped` counts prompts that were too long, `messages` says it in words."""
+    """Train and held-out rows; `num_rows` counts rows that were read, `num_dropped` prompts that were too long,
+    `messages` says it in words.
+    """
 
     train: list[PromptRow]
     held_out: list[PromptRow]
+    num_rows: int
     num_dropped: int
     messages: list[str]
 
@@ -87,7 +90,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     messages: list[str] = []
     rows = load_rows(source, data.args, data.columns, config.seed)
     candidates = _tokenize(rows, data, tokenizer, "data.source", messages)
-    num_dropped = len(rows) - len(candidates)
+    num_rows, num_dropped = len(rows), len(rows) - len(candidates)
     questions = [question_key(row["prompt"]) for row in rows]
     if data.eval_source is None:
         chosen = _held_out_questions({questions[row.index] for row in candidates}, config.seed, data.eval_size)
@@ -99,6 +102,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     else:
         eval_rows = load_rows(data.eval_source, data.eval_args, data.columns, config.seed)
         held_out = _tokenize(eval_rows, data, tokenizer, "data.eval_source", messages)
+        num_rows += len(eval_rows)
         num_dropped += len(eval_rows) - len(held_out)
         chosen = {question_key(row["prompt"]) for row in eval_rows}
     train = [row for row in candidates if questions[row.index] not in chosen]
@@ -111,7 +115,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
             f"removed {len(candidates) - len(train)} of {len(candidates)} training rows whose question is held out in "
             "data.eval_source"
         )
-    return PromptData(train, held_out, num_dropped, messages)
+    return PromptData(train, held_out, num_rows, num_dropped, messages)
 
 
 def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:

@@ -103,6 +103,7 @@ LAYERS = [
         "rl.dynamic_sampling",
         "rl.tools.export",
         "rl.tools.convert",
+        "rl.tools.data",
         "rl.tools.checkpoint_bench",
         "rl.tools.layerwise",
         "rl.tools.quantize",

@@ -34,7 +34,7 @@ eval: {{every: 0}}
 mesh: {{num_devices: 1}}
 """
 # `launch` starts others; the rest work on files, `quantize` layer by layer, and hold no state.
-NO_STATE = {"launch", "report", "quantize"}
+NO_STATE = {"data", "launch", "report", "quantize"}
 NO_OPTIMIZER = {"eval", "sample", "export"}  # parameters only, of whole weights and of adapters beside their base
 
 

@@ -1,0 +1,144 @@
+"""`grpo data bench`: how fast the prompts of a recipe are read, filtered and tokenised here (MaxText:
+`standalone_dataloader`).
+
+In: a configuration. Out: rows and tokens per second, what was kept and what was left out, lengths, and the memory of
+this process. The rows are those of training, through the same `rl.data.load_prompts`; no model is read and no device is
+touched. All of it happens once, before the first step: a step then chooses rows that lie in memory, which is timed too.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rl.config import load_config
+from rl.data import load_prompts, step_indices
+from rl.host_memory import peak_bytes, start_peak
+from rl.models.hf import write_json
+from rl.weights import tokenizer_of
+
+
+class DataBench(NamedTuple):
+    """What was measured.
+
+    Attributes:
+      source: data.source.
+      num_rows: read, of data.source and data.eval_source. Each is one of num_train, num_held_out, num_dropped (the
+        prompt is longer than data.max_prompt_length) and num_removed (its question is held out in another row).
+      num_tokens: of the prompts in num_train and num_held_out; longest_prompt and mean_prompt are of the same, in
+        tokens.
+      tokenizer_seconds: until the tokenizer was there. seconds: from then until all rows were. step_seconds: of
+        choosing the rows of one step, on average.
+      start_bytes: the most memory that this process had on the host before it read the first row. peak_bytes: the same
+        after the last one.
+      messages: what training says of these rows.
+    """
+
+    source: str
+    num_rows: int
+    num_train: int
+    num_held_out: int
+    num_dropped: int
+    num_removed: int
+    num_tokens: int
+    longest_prompt: int
+    mean_prompt: float
+    tokenizer_seconds: float
+    seconds: float
+    step_seconds: float
+    start_bytes: int
+    peak_bytes: int
+    messages: list[str]
+
+
+def bench(recipe: str | pathlib.Path, num_steps: int = 10, overrides: Sequence[str] = ()) -> DataBench:
+    """Loads the prompts of a recipe as `grpo train` does, and chooses those of its first `num_steps` steps.
+
+    Raises:
+      ValueError: whatever `grpo train` refuses in its data, fewer rows than grpo.prompts_per_step, or `num_steps` below
+        1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"--steps must be >= 1, got {num_steps}")
+    config = load_config(recipe, overrides)
+    start = time.perf_counter()
+    tokenizer = tokenizer_of(config)
+    tokenizer_seconds = time.perf_counter() - start
+    start_peak()
+    start_bytes, start = peak_bytes(), time.perf_counter()
+    data = load_prompts(config, tokenizer)
+    seconds = time.perf_counter() - start
+    peak, start = peak_bytes(), time.perf_counter()
+    for step in range(num_steps):
+        step_indices(len(data.train), config.seed, step, config.grpo.prompts_per_step)
+    step_seconds = (time.perf_counter() - start) / num_steps
+    lengths = [len(row.prompt_ids) for row in (*data.train, *data.held_out)]
+    assert config.data.source is not None  # load_prompts refuses it
+    return DataBench(
+        source=config.data.source,
+        num_rows=data.num_rows,
+        num_train=len(data.train),
+        num_held_out=len(data.held_out),
+        num_dropped=data.num_dropped,
+        num_removed=data.num_rows - len(lengths) - data.num_dropped,
+        num_tokens=sum(lengths),
+        longest_prompt=max(lengths),
+        mean_prompt=sum(lengths) / len(lengths),
+        tokenizer_seconds=tokenizer_seconds,
+        seconds=seconds,
+        step_seconds=step_seconds,
+        start_bytes=start_bytes,
+        peak_bytes=peak,
+        messages=data.messages,
+    )
+
+
+def report(result: DataBench) -> list[str]:
+    """The result in words."""
+    rates = to_json(result)
+    speed = f"{rates['rows_per_second']:,.0f} rows/s, {rates['tokens_per_second']:,.0f} tokens/s"
+    kept = f"{result.num_train + result.num_held_out:,}"
+    parts = f"{result.num_train:,} to train, {result.num_held_out:,} held out"
+    left_out = f"dropped {result.num_dropped:,} as too long, {result.num_removed:,} as questions that are held out"
+    lengths = f"{result.mean_prompt:.1f} tokens on average, {result.longest_prompt:,} at most"
+    memory = f"{result.peak_bytes / 1e6:,.0f} MB at most, {result.start_bytes / 1e6:,.0f} MB before the first row"
+    return [
+        f"{result.source}: {result.num_rows:,} rows in {result.seconds:.3f} s, {speed}",
+        f"kept {kept} ({parts}), {left_out}",
+        f"prompts: {lengths}, {result.num_tokens:,} in all",
+        f"tokenizer: {result.tokenizer_seconds:.3f} s; the rows of a step: {1000 * result.step_seconds:.3f} ms",
+        f"memory of this process: {memory}",
+        *result.messages,
+    ]
+
+
+def to_json(result: DataBench) -> dict[str, Any]:
+    """The result as an object for JSON, with rows and tokens per second."""
+    rates = {
+        "rows_per_second": result.num_rows / result.seconds,
+        "tokens_per_second": result.num_tokens / result.seconds,
+    }
+    return result._asdict() | rates
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`grpo data bench CONFIG [--steps N] [--json FILE] [key=value ...]`."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    if name != "bench":
+        raise ValueError(f"grpo data needs bench, got {name!r}")
+    parser = argparse.ArgumentParser(prog="grpo data bench", description=__doc__)
+    parser.add_argument("config", help="YAML recipe")
+    parser.add_argument("--steps", type=int, default=10, help="of how many steps the rows are chosen")
+    parser.add_argument("--json", default=None, metavar="FILE", help="write the same numbers")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
+    arguments = parser.parse_intermixed_args(rest)
+    result = bench(arguments.config, arguments.steps, arguments.overrides)
+    print("\n".join(report(result)))
+    if arguments.json is not None:
+        write_json(pathlib.Path(arguments.json), to_json(result))
+
+
+if __name__ == "__main__":
+    main()
