@@ -106,7 +106,7 @@ COMMANDS = {
     ),
     "export": Command(
         module="rl.tools.export",
-        arguments="RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE | --adapter]",
+        arguments="RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE] [--no-remainder] [--adapter]",
         summary="write a run's weights as a folder of their own",
         details="""\
             RUN              a run folder
@@ -115,7 +115,9 @@ COMMANDS = {
             --format FORMAT  huggingface (when left out): transformers, TRL and vLLM open it; params: a parameter-only
                              checkpoint as Orbax writes it. model.source takes both
             --dtype DTYPE    float32, bfloat16 or float16; the checkpoint's own when left out
-            --adapter        of a run with adapters (lora.rank): these alone, in PEFT's format; else they are merged""",
+            --adapter        of a run with adapters (lora.rank): these alone, in PEFT's format; else they are merged
+            --no-remainder   of merged adapters: leave out lora_remainder.npz, with which `grpo lora unmerge` gives the
+                             base back bit for bit""",
     ),
     "checkpoint": Command(
         module="rl.tools.checkpoint",

@@ -17,9 +17,10 @@ from rl.grpo_trainer import train
 from rl.metrics import read_metrics
 from rl.models.config import LoRAConfig
 from rl.models.hf import load_params, read_config, same_bits, save_folder
-from rl.models.lora import join, merge, split
+from rl.models.lora import join, merge, split, to_float64
 from rl.models.lora_remainder import REMAINDER_FILE
 from rl.models.peft import adapter_for, load_adapter, save_adapter
+from rl.models.quantized import QuantizedArray
 from rl.run_folder import checkpoint_steps
 from rl.tokenizer import load_tokenizer
 from rl.tools.lora import inspect
@@ -198,6 +199,41 @@ def test_an_adapter_becomes_a_run_and_comes_out_of_it_again(folder, run, tmp_pat
     assert before.keys() == after.keys()
     assert all((before[name] == after[name]).all() for name in before)
     assert inspect(str(run))["matrices"] == inspect(str(folder / "adapter"))["matrices"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_exported_run_is_unmerged_to_its_base_bit_for_bit(folder, run, tmp_path, dtype):
+    grpo("export", run, tmp_path / "merged", "--dtype", dtype)
+    grpo("lora", "extract", run, tmp_path / "adapter")
+    grpo("lora", "unmerge", tmp_path / "merged", tmp_path / "adapter", tmp_path / "base")
+    want = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), weights(folder / "base"))
+    jax.tree.map(assert_same_bits, weights(tmp_path / "base"), want)
+
+
+def test_an_export_beside_an_8_bit_base_is_unmerged_to_the_dequantised_base(folder, tmp_path):
+    grpo("lora", "convert", folder / "adapter", tmp_path / "run", folder / "recipe.yml", "lora.base_dtype=int8")
+    grpo("export", tmp_path / "run", tmp_path / "merged")
+    grpo("lora", "extract", tmp_path / "run", tmp_path / "adapter")
+    grpo("lora", "unmerge", tmp_path / "merged", tmp_path / "adapter", tmp_path / "base")
+    trained = load_checkpoint(load_config(tmp_path / "run" / "config.yml"), tmp_path / "run")
+    base = split(trained.policy.config, trained.params)[1]
+    assert isinstance(base["layers_0"]["mlp"]["up_proj"]["kernel"], QuantizedArray)
+    want = jax.tree.map(
+        lambda leaf: to_float64(leaf).astype(np.float32), base, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray)
+    )
+    jax.tree.map(assert_same_bits, weights(tmp_path / "base"), want)
+
+
+def test_an_export_may_leave_out_the_remainder_and_a_parameter_only_checkpoint_has_none(run, tmp_path, capsys):
+    grpo("export", run, tmp_path / "merged")
+    grpo("export", run, tmp_path / "bare", "--no-remainder")
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("merged", "bare")]
+    assert names[0] == sorted([*names[1], REMAINDER_FILE])
+    grpo("export", run, tmp_path / "params", "--format", "params")
+    assert not (tmp_path / "params" / REMAINDER_FILE).exists()
+    for options in (["--adapter"], ["--format", "params"]):
+        said = failure(capsys, "export", run, tmp_path / "out", "--no-remainder", *options)
+        assert "--no-remainder must be left out" in said
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
 In: a run's checkpoint. Out: a Hugging Face folder that transformers, TRL, vLLM and Tandem open, or with `--format
 params` a parameter-only checkpoint that Orbax and Tandem read (see `rl.models.param_folder`; MaxText:
 `generate_param_only_checkpoint`), both with configuration, token ids, tokenizer and chat template. Adapters are merged
-into the weights, or with `--adapter` written alone in PEFT's format. What is written is read back and compared, then it
-appears at its place at once.
+into the weights, in a Hugging Face folder beside what is needed to take them out again (`rl.models.lora_remainder`), or
+with `--adapter` written alone in PEFT's format. What is written is read back and compared, then it appears at its place
+at once.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from rl.models import foreign
 from rl.models.config import ModelConfig
 from rl.models.hf import save_folder
 from rl.models.lora import merge
+from rl.models.lora_remainder import REMAINDER_FILE, remainder_of, write_remainder
 from rl.models.param_folder import save_params
 from rl.models.peft import save_adapter
 from rl.run_folder import read_run
@@ -33,6 +35,7 @@ def export(
     step: int | None = None,
     dtype: str | None = None,
     kind: str = "huggingface",
+    keep_remainder: bool = True,
 ) -> int:
     """Writes checkpoint `step` (None: the newest) of a run folder to `out`; returns the step written.
 
@@ -40,13 +43,14 @@ def export(
       out: must not exist or be empty; written atomically.
       dtype: float32, bfloat16 or float16; None keeps the dtype of the checkpoint.
       kind: a name of `FORMATS`.
+      keep_remainder: see `write_folder`.
 
     Raises:
       ValueError: not a run folder, no such checkpoint, or `out` holds something.
     """
     config, _ = read_run(run)
     trained = load_checkpoint(config, run, step)
-    write_folder(out, trained.origin.model_config, trained.params, trained.tokenizer, dtype, kind)
+    write_folder(out, trained.origin.model_config, trained.params, trained.tokenizer, dtype, kind, keep_remainder)
     assert trained.step is not None
     return trained.step
 
@@ -73,10 +77,15 @@ def write_folder(
     tokenizer: Tokenizer,
     dtype: str | None,
     kind: str = "huggingface",
+    keep_remainder: bool = True,
 ) -> None:
     """Weights, adapters merged into them, model configuration, tokenizer and its chat template.
 
     Of a module of the user's own: model.safetensors alone, see `rl.models.foreign.save_folder`.
+
+    Args:
+      keep_remainder: where adapters were merged into a Hugging Face folder, also writes the file with which `grpo lora
+        unmerge` gives the base back bit for bit (a quantised one dequantised).
     """
     if model_config.kind != "decoder":
         if dtype is not None or kind != "huggingface":
@@ -87,7 +96,15 @@ def write_folder(
         foreign.save_folder(out, model_config, params, tokenizer)
         return
     merged = merge(model_config, params)
-    FORMATS[kind](out, with_token_ids(model_config, tokenizer), merged, tokenizer=tokenizer, dtype=dtype)
+    own_config = with_token_ids(model_config, tokenizer)
+    if kind != "huggingface" or model_config.lora is None or not keep_remainder:
+        FORMATS[kind](out, own_config, merged, tokenizer=tokenizer, dtype=dtype)
+        return
+
+    def write_more(folder: pathlib.Path) -> None:
+        write_remainder(remainder_of(model_config, params, merged, dtype or model_config.param_dtype), folder)
+
+    save_folder(out, own_config, merged, tokenizer=tokenizer, dtype=dtype, write_more=write_more)
 
 
 def with_token_ids(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -103,7 +120,7 @@ def with_token_ids(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConf
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo export RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE | --adapter]`."""
+    """`grpo export RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE] [--no-remainder] [--adapter]`."""
     parser = argparse.ArgumentParser(prog="grpo export", description=__doc__)
     parser.add_argument("run", help="run folder")
     parser.add_argument("out", help="folder to write")
@@ -113,15 +130,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="the checkpoint's own when left out"
     )
     parser.add_argument("--adapter", action="store_true", help="write the adapter alone, in PEFT's format")
+    parser.add_argument(
+        "--no-remainder",
+        dest="keep_remainder",
+        action="store_false",
+        help=f"of merged adapters: leave out {REMAINDER_FILE}, with which grpo lora unmerge gives the base bit for bit",
+    )
     arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     run, out = arguments.run, arguments.out
+    if not arguments.keep_remainder and (arguments.adapter or arguments.format == "params"):
+        raise ValueError(
+            f"--no-remainder must be left out with --adapter and --format params, which have no {REMAINDER_FILE}"
+        )
     if arguments.adapter:
         for name in ("dtype", "format"):
             if value := getattr(arguments, name):
                 raise ValueError(f"--{name} must be left out with --adapter, got {value}; adapters keep their own")
         step = export_adapter(run, out, arguments.step)
     else:
-        step = export(run, out, arguments.step, arguments.dtype, arguments.format or "huggingface")
+        kind = arguments.format or "huggingface"
+        step = export(run, out, arguments.step, arguments.dtype, kind, arguments.keep_remainder)
     print(f"exported step {step} of {run} to {out}")
 
 

@@ -23,14 +23,14 @@ from rl.data import load_prompts
 from rl.grpo_trainer import check, loop_record, run_identity, start_of_loop
 from rl.mesh import create_mesh
 from rl.models.hf import read_config, save_folder
-from rl.models.lora import join, merge, split, unmerge
-from rl.models.lora_remainder import REMAINDER_FILE, read_remainder, remainder_of, restore_base, write_remainder
+from rl.models.lora import join, split, unmerge
+from rl.models.lora_remainder import REMAINDER_FILE, read_remainder, restore_base
 from rl.models.peft import base_name, load_adapter, read_adapter, stored_matrices
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
 from rl.run_folder import RunFolder, is_run_folder
 from rl.states import InitStateFn, frozen_base, setup_training_state
-from rl.tools.export import export_adapter, with_token_ids
+from rl.tools.export import export_adapter, write_folder
 from rl.trained import TrainedPolicy, load_start, resolve_model
 from rl.weights import find_origin, tokenizer_of
 
@@ -56,22 +56,15 @@ def merge_into(
     """
     trained = load_start(resolve_model(base, overrides, adapter=adapter).config)
     config, dtype = trained.origin.model_config, dtype or _stored_dtype(trained)
-    merged = merge(config, trained.params)
-
-    def write_more(folder: pathlib.Path) -> None:
-        if keep_remainder:
-            write_remainder(remainder_of(config, trained.params, merged, dtype), folder)
-
-    own_config = with_token_ids(config, trained.tokenizer)
-    save_folder(out, own_config, merged, tokenizer=trained.tokenizer, dtype=dtype, write_more=write_more)
+    write_folder(out, config, trained.params, trained.tokenizer, dtype, keep_remainder=keep_remainder)
     return trained
 
 
 def unmerge_from(
     merged: str, adapter: str, out: str, dtype: str | None = None, overrides: Sequence[str] = ()
 ) -> TrainedPolicy:
-    """Writes merged - adapter, the base, as a Hugging Face folder: bit for bit where `merge_into` left a remainder,
-    else see `rl.models.lora.merge` for how exact it is.
+    """Writes merged - adapter, the base, as a Hugging Face folder: bit for bit where `merge_into` or an export left
+    a remainder, else see `rl.models.lora.merge` for how exact it is.
 
     Arguments and errors are those of `merge_into`; so is a remainder of other weights or another adapter.
     """
