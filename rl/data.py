@@ -2,7 +2,8 @@
 
 Everything is a pure function of the configuration: no global random state, the same rows in every process. A prompt
 that is too long is dropped and counted, never cut. Train and held-out rows never share a question. Where rows come
-from is in `rl.sources`.
+from is in `rl.sources`. Of several processes each tokenizes one block of the rows, and has the ids of the others from
+them.
 
 Legend: P prompts, T token positions.
 """
@@ -10,11 +11,13 @@ Legend: P prompts, T token positions.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from rl import hosts
 from rl.config import Config, require
 from rl.config_sections import DataSection
 from rl.sources import list_columns, load_rows
@@ -84,7 +87,10 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
 
     Raises:
       ValueError: no row left, a prompt that is neither text nor messages, or a chat prompt without a chat template.
+        Also another configuration, tokenizer or size of a source in another process.
     """
+    if jax.process_count() > 1:
+        hosts.check_same(config, {"the tokenizer": tokenizer.content_hash()})
     data = config.data
     source = require(data.source, "data.source", "train.jsonl")
     messages: list[str] = []
@@ -134,16 +140,20 @@ def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
         )
     split = load_prompts(config, tokenizer)
     column, limit = config.sft.completion_column, config.sft.max_completion_length
-    pairs, lengths = [], []
-    for row in split.train:
-        completion_ids = [*_completion_ids(row, column, tokenizer), tokenizer.eos_ids[0]]
-        lengths.append(len(completion_ids))
-        if len(completion_ids) <= limit:
-            pairs.append(PairRow(row.prompt_ids, np.asarray(completion_ids, np.int32)))
+
+    def encode(index: int) -> list[int]:
+        return [*_completion_ids(split.train[index], column, tokenizer), tokenizer.eos_ids[0]]
+
+    completions, shortest = _encode_together(len(split.train), encode, limit)
+    pairs = [
+        PairRow(row.prompt_ids, completion_ids)
+        for row, completion_ids in zip(split.train, completions, strict=True)
+        if completion_ids is not None
+    ]
     if not pairs:
         raise ValueError(
             f"sft.max_completion_length must let a completion through, got {limit}; the shortest has "
-            f"{min(lengths)} tokens with EOS"
+            f"{shortest} tokens with EOS"
         )
     num_long = len(split.train) - len(pairs)
     messages = list(split.messages)
@@ -259,20 +269,25 @@ def _tokenize(
     rows: list[Row], data: DataSection, tokenizer: Tokenizer, key: str, messages: list[str]
 ) -> list[PromptRow]:
     """Rows whose prompt fits; what was dropped is said in `messages`."""
-    kept, lengths, limit = [], [], data.max_prompt_length
-    for index, row in enumerate(rows):
-        prompt = build_prompt(row["prompt"], data, f"{key} row {index}")
+    kept, limit = [], data.max_prompt_length
+    prompts = [build_prompt(row["prompt"], data, f"{key} row {index}") for index, row in enumerate(rows)]
+
+    def encode(index: int) -> list[int]:
+        prompt = prompts[index]
         prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
         if not prompt_ids:
             raise ValueError(f"{key} row {index}: the prompt must hold at least one token, got {prompt!r}")
-        lengths.append(len(prompt_ids))
-        if len(prompt_ids) <= limit:
+        return prompt_ids
+
+    encoded, shortest = _encode_together(len(rows), encode, limit)
+    for index, (row, prompt, prompt_ids) in enumerate(zip(rows, prompts, encoded, strict=True)):
+        if prompt_ids is not None:
             columns = {name: value for name, value in row.items() if name != "prompt"}
-            kept.append(PromptRow(prompt, np.asarray(prompt_ids, np.int32), columns, index))
+            kept.append(PromptRow(prompt, prompt_ids, columns, index))
     if not kept:
         raise ValueError(
             f"data.max_prompt_length must let a prompt of {key} through, got {limit}; the shortest of {len(rows)} has "
-            f"{min(lengths)} tokens"
+            f"{shortest} tokens"
         )
     if len(kept) < len(rows):
         messages.append(
@@ -280,6 +295,29 @@ def _tokenize(
             f"data.max_prompt_length={limit} tokens"
         )
     return kept
+
+
+def _encode_together(size: int, encode: Callable[[int], list[int]], limit: int) -> tuple[list[np.ndarray | None], int]:
+    """What `encode` makes of 0 to size - 1, each process of its own block.
+
+    Returns:
+      int32 ids of each, None where they are more than `limit`; and how many the fewest are, of which there must be one.
+    """
+
+    def encode_block() -> tuple[np.ndarray, np.ndarray]:
+        lengths, kept = [], []
+        for index in range(*hosts.block(size)):
+            ids = encode(index)
+            lengths.append(len(ids))
+            if len(ids) <= limit:
+                kept.append(np.asarray(ids, np.int32))
+        return np.asarray(lengths, np.int32), np.concatenate([np.zeros(0, np.int32), *kept])
+
+    own = hosts.together(encode_block)
+    lengths, flat = (np.frombuffer(b"".join(hosts.gather_bytes(part.tobytes())), np.int32) for part in own)
+    fits = lengths <= limit
+    pieces = iter(np.split(flat, np.cumsum(lengths[fits])[:-1]))
+    return [next(pieces) if is_kept else None for is_kept in fits], int(lengths.min())
 
 
 def is_conversation(messages: list[Any]) -> bool:

@@ -1,10 +1,10 @@
 """The processes of a run: how they find each other, which of them writes, and what they tell each other.
 
-Every process runs the same program on the same numbers: it reads the same rows, makes the same decisions about the
+Every process runs the same program on the same numbers: it has the same rows, makes the same decisions about the
 same reports of the devices, and holds the whole of every small host array. So arrays go to the mesh by `put`, to which
-each process hands its own shards only, and reports come back as replicated arrays. What only one process knows (the
-rewards of its share of completions, a signal, the state of the run folder) goes through `gather`. Alone, a process
-talks to nobody: each function is then what it would be without this module.
+each process hands its own shards only, and reports come back as replicated arrays. What only one process knows (its
+block of the data, the rewards of its share of completions, a signal, the state of the run folder) goes through
+`gather`. Alone, a process talks to nobody: each function is then what it would be without this module.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from rl.config_sections import DistributedSection, to_dict
 T = TypeVar("T")
 
 _SMALLEST_MESSAGE = 1024  # bytes; lengths are rounded up to powers of two, for each is a program of its own
+_LARGEST_ROUND = 1 << 26  # bytes of all processes together, which every device holds at a time
 
 
 def join(section: DistributedSection) -> None:
@@ -148,11 +149,32 @@ def gather(value: Any) -> list[Any]:
     """The JSON-able `value` of every process, in the order of processes; floats keep every digit."""
     if jax.process_count() == 1:
         return [value]
-    message = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(message.size))
-    length = max(_SMALLEST_MESSAGE, 1 << int(sizes.max() - 1).bit_length())
-    messages = multihost_utils.process_allgather(np.pad(message, (0, length - message.size)))
-    return [json.loads(bytes(row[:size])) for row, size in zip(messages, sizes, strict=True)]
+    return [json.loads(message) for message in gather_bytes(json.dumps(value).encode())]
+
+
+def gather_bytes(message: bytes) -> list[bytes]:
+    """The `message` of every process, in the order of processes; a long one goes in rounds."""
+    count = jax.process_count()
+    if count == 1:
+        return [message]
+    longest = max(_SMALLEST_MESSAGE, 1 << (_LARGEST_ROUND // count).bit_length() - 1)
+    # As whole rounds and a rest, for a number of jax has 32 bits.
+    rounds_and_rest = multihost_utils.process_allgather(np.array(divmod(len(message), longest), np.int32))
+    sizes = [int(rounds) * longest + int(rest) for rounds, rest in rounds_and_rest]
+    own, parts = np.frombuffer(message, np.uint8), [bytearray() for _ in sizes]
+    for start in range(0, max(sizes), longest):
+        length = min(longest, max(_SMALLEST_MESSAGE, 1 << (max(sizes) - start - 1).bit_length()))
+        piece = own[start : start + length]
+        received = multihost_utils.process_allgather(np.pad(piece, (0, length - piece.size)))
+        for part, row, size in zip(parts, received, sizes, strict=True):
+            part += row[: max(size - start, 0)].tobytes()
+    return [bytes(part) for part in parts]
+
+
+def block(size: int) -> tuple[int, int]:
+    """Start and end of the part of range(size) that is this process's; those of all processes follow each other."""
+    index, count = jax.process_index(), jax.process_count()
+    return size * index // count, size * (index + 1) // count
 
 
 def any_process(flag: bool) -> bool:
@@ -183,12 +205,36 @@ def from_first(function: Callable[[], T]) -> T:
     return answer["value"]
 
 
+def together(function: Callable[[], T]) -> T:
+    """What `function` returns in this process, once it is through in all of them.
+
+    Raises:
+      ValueError: that of the first process that has one, in all of them.
+    """
+    if jax.process_count() == 1:
+        return function()
+    value, problem = None, None
+    try:
+        value = function()
+    except ValueError as error:
+        problem = str(error)
+    for text in gather(problem):
+        if text is not None:
+            raise ValueError(text)
+    return cast(T, value)
+
+
 def check_same(config: Config, identity: Mapping[str, Any]) -> None:
     """ValueError where a process has another configuration, other data or other weights than the first."""
     sections = {
         f"the configuration's {name}": value for name, value in to_dict(config).items() if name != "distributed"
     }
-    everywhere = gather({**sections, **identity})
+    check_equal({**sections, **identity})
+
+
+def check_equal(values: Mapping[str, Any]) -> None:
+    """ValueError where one of these JSON-able values, by what it is called, is another than in the first process."""
+    everywhere = gather(dict(values))
     for number, other in enumerate(everywhere):
         for name, value in everywhere[0].items():
             if other[name] != value:

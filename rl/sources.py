@@ -1,16 +1,22 @@
 """Rows from a source: a file, a data set of the hub, or a procedural task in; dicts under Tandem's column names out.
 
-Nothing here knows about tokens or splits. pyarrow and datasets are imported only by the sources that need them.
+Each process of a run reads one block of the source, and gets the rows of the others from them. Nothing here knows about
+tokens or splits. pyarrow and datasets are imported only by the sources that need them.
 """
 
+import dataclasses
 import difflib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
+import jax
+
+from rl import hosts
 from rl.tasks import Row, is_procedural, procedural_rows
 
 _SOURCE_RULE = (
@@ -20,8 +26,22 @@ _SOURCE_RULE = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Rows that can be read in parts.
+
+    Attributes:
+      size: of the whole, in what it is cut by; `unit` says what that is: bytes or rows.
+      read: (start, end) -> the rows that begin there.
+    """
+
+    size: int
+    unit: str
+    read: Callable[[int, int], list[Row]]
+
+
 def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | None], seed: int) -> list[Row]:
-    """The rows of a source, with columns under Tandem's names.
+    """The rows of a source, with columns under Tandem's names; all of them, in every process of the run.
 
     Args:
       source: x.jsonl, x.parquet, a hub id, a folder that `datasets.load_dataset` reads, `arithmetic` or
@@ -31,12 +51,23 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
       seed: the run's seed, for procedural sources.
 
     Raises:
-      ValueError: the source cannot be read, is empty, or lacks a column.
+      ValueError: the source cannot be read, is empty, lacks a column, or has another size in another process.
     """
+    opened = hosts.together(lambda: open_source(source, args, seed))
+    hosts.check_equal({f"the number of {opened.unit} of data source {source!r}": opened.size})
+    rows = _read_together(opened)
+    if not rows:
+        raise ValueError(f"data source {source!r} must hold at least one row, got an empty data set")
+    return _map_columns(rows, columns, source)
+
+
+def open_source(source: str, args: Mapping[str, Any], seed: int) -> Source:
+    """A source by its name, arguments as of `load_rows`; of a file no row is read yet."""
     args = {name: value for name, value in args.items() if value is not None}
     if is_procedural(source):
         rows = procedural_rows(source, args, seed)
-    elif source.endswith((".jsonl", ".parquet")):
+        return Source(len(rows), "rows", lambda start, end: rows[start:end])
+    if source.endswith((".jsonl", ".parquet")):
         if args:
             raise ValueError(
                 f"data.args must be empty for a file such as {source!r}, got {args}; "
@@ -45,30 +76,79 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
         path = pathlib.Path(source).expanduser()
         if not path.is_file():
             raise ValueError(f"data source {source!r} must be an existing file (working directory {os.getcwd()})")
-        is_jsonl = source.endswith(".jsonl")
-        rows = [row for _, row in read_jsonl(path)] if is_jsonl else _read_parquet(path)
-    else:
-        rows = _read_data_set(source, args)
-    if not rows:
-        raise ValueError(f"data source {source!r} must hold at least one row, got an empty data set")
-    return _map_columns(rows, columns, source)
+        if source.endswith(".jsonl"):
+            return Source(path.stat().st_size, "bytes", partial(_read_jsonl_part, path))
+        return _open_parquet(path)
+    return _open_data_set(source, args)
+
+
+def _read_together(source: Source) -> list[Row]:
+    """All rows: each process reads one block of them and sends it to the others.
+
+    What JSON would change on its way, such as dates and bytes, cannot be sent: then each process reads the whole.
+    """
+    own = hosts.together(lambda: source.read(*hosts.block(source.size)))
+    if jax.process_count() == 1:
+        return own
+    message = _as_json(own)
+    if any(hosts.gather(message is None)):
+        return hosts.together(lambda: source.read(0, source.size))
+    assert message is not None
+    return [row for part in hosts.gather_bytes(message) for row in json.loads(part)]
+
+
+def _as_json(rows: list[Row]) -> bytes | None:
+    """The rows as JSON; None where they would not come back as they are."""
+    try:
+        text = json.dumps(rows)
+    except (TypeError, ValueError):
+        return None
+    return text.encode() if repr(json.loads(text)) == repr(rows) else None
 
 
 def read_jsonl(path: pathlib.Path) -> list[tuple[int, Row]]:
     """(line number from 1, row) of every line that is not blank; ValueError, with the number, for no JSON object."""
+    with path.open("rb") as file:
+        return [(number, _json_row(line, path, number)) for number, line in enumerate(file, start=1) if line.strip()]
+
+
+def _read_jsonl_part(path: pathlib.Path, start: int, end: int) -> list[Row]:
+    """The rows whose line begins at one of these bytes."""
     rows = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
-                raise ValueError(f"{path}:{number} must be one JSON object, got {line[:80]!r}: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number} must be one JSON object, got {type(row).__name__}: {line[:80]!r}")
-            rows.append((number, row))
+        if start:
+            file.seek(start - 1)
+            file.readline()  # a line that crosses the border is of the part before
+        while (place := file.tell()) < end:
+            line = file.readline()
+            if not line:
+                break
+            if line.strip():
+                rows.append(_json_row(line, path, partial(_line_number, path, place)))
     return rows
+
+
+def _json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) -> Row:
+    """The row that a line holds; `number` of the line, or how to find it out."""
+    try:
+        row = json.loads(line)
+        problem = None if isinstance(row, dict) else f"{type(row).__name__}: {line[:80]!r}"
+    except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
+        row, problem = {}, f"{line[:80]!r}: {error}"
+    if problem is not None:
+        number = number if isinstance(number, int) else number()
+        raise ValueError(f"{path}:{number} must be one JSON object, got {problem}")
+    return row
+
+
+def _line_number(path: pathlib.Path, place: int) -> int:
+    """The number, from 1, of the line that begins at this byte."""
+    number = 1
+    with path.open("rb") as file:
+        while file.tell() < place:
+            file.readline()
+            number += 1
+    return number
 
 
 def list_columns(name: str, existing: Iterable[str]) -> str:
@@ -78,18 +158,34 @@ def list_columns(name: str, existing: Iterable[str]) -> str:
     return f"; the columns are {existing}" + (f", did you mean {near[0]!r}?" if near else "")
 
 
-def _read_parquet(path: pathlib.Path) -> list[Row]:
+def _open_parquet(path: pathlib.Path) -> Source:
     import pyarrow
     import pyarrow.parquet
 
+    def read(start: int, end: int) -> list[Row]:
+        """Of the groups of rows that the file is made of, those that lie there are read."""
+        rows, first = [], 0
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    last = first + file.metadata.row_group(group).num_rows
+                    if first < end and start < last:
+                        table = file.read_row_group(group)
+                        rows += table.slice(max(start - first, 0), min(end, last) - max(start, first)).to_pylist()
+                    first = last
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path} must be a parquet file, got: {error}") from error
+        return rows
+
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return Source(file.metadata.num_rows, "rows", read)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} must be a parquet file, got: {error}") from error
 
 
-def _read_data_set(source: str, args: Mapping[str, Any]) -> list[Row]:
-    """Rows of a hub data set, or of a local folder that `datasets` understands."""
+def _open_data_set(source: str, args: Mapping[str, Any]) -> Source:
+    """A hub data set, or a local folder that `datasets` understands."""
     if not pathlib.Path(source).is_dir() and not _HUB_ID.fullmatch(source):
         raise ValueError(f"{_SOURCE_RULE}, got {source!r}, which does not exist (working directory {os.getcwd()})")
     import datasets
@@ -110,7 +206,7 @@ def _read_data_set(source: str, args: Mapping[str, Any]) -> list[Row]:
         raise ValueError(
             f"data.args must load {source!r} as a whole, got {type(loaded).__name__}; set data.args.streaming=null"
         )
-    return loaded.to_list()
+    return Source(len(loaded), "rows", lambda start, end: loaded.select(range(start, end)).to_list())
 
 
 def _map_columns(rows: list[Row], columns: Mapping[str, str | None], source: str) -> list[Row]:

@@ -5,6 +5,7 @@ that needs no file and loses nothing. The tokenizer's own rules decide about BOS
 truncates or pads. transformers is imported only when a tokenizer is loaded.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -112,6 +113,11 @@ class Tokenizer:
         text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+    def content_hash(self) -> str:
+        """Of all that its ids follow from."""
+        parts = [self.backend.backend_tokenizer.to_str(), json.dumps(self.backend.chat_template), repr(self.eos_ids)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes the tokenizer's files into a Hugging Face folder, chat template included."""

@@ -1,5 +1,6 @@
 """Rows, columns, prompts, the train/held-out split, the order of steps, and pairs for supervised fine-tuning."""
 
+import itertools
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from rl.config import load_config
 from rl.data import check_enough_rows, fingerprint, load_pairs, load_prompts, question_key, step_indices
-from rl.sources import load_rows
+from rl.sources import load_rows, open_source
 from rl.tokenizer import Tokenizer, load_tokenizer
 
 COLUMNS = {"prompt": "prompt", "answer": "answer"}
@@ -57,6 +58,24 @@ def test_jsonl_and_parquet_and_datasets_give_the_same_rows(tmp_path):
         load_rows(str(folder), {**args, "split": "tset"}, COLUMNS, 0)
     with pytest.raises(ValueError, match=r"as a whole, got IterableDataset"):
         load_rows(str(folder), {**args, "streaming": True}, COLUMNS, 0)
+
+
+def test_parts_of_a_source_are_disjoint_and_complete(tmp_path):
+    rows = [{"prompt": "x" * (5 * n % 17), "answer": n} for n in range(23)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n" + "\n\n".join(json.dumps(row) for row in rows))
+    parquet = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet, row_group_size=5)
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", rows)
+    data_set = {"split": "train", "cache_dir": str(tmp_path / "cache")}
+    for source, args in ((str(path), {}), (str(parquet), {}), (str(tmp_path / "set"), data_set)):
+        opened = open_source(source, args, 0)
+        for count in (1, 2, 7, 100):
+            borders = [opened.size * i // count for i in range(count + 1)]
+            parts = [opened.read(start, end) for start, end in itertools.pairwise(borders)]
+            assert [row for part in parts for row in part] == rows
+            assert len(parts[0]) < 23 // count + 3
 
 
 def test_columns_are_renamed_and_the_others_pass_through(tmp_path):

@@ -4,6 +4,7 @@ The run is of 2 processes with 4 CPU devices each, on loopback, against one proc
 other flavour and stopped, all in one, for each start of jax costs seconds.
 """
 
+import datetime
 import json
 import os
 import pathlib
@@ -12,16 +13,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from rl import hosts
 from rl.config import load_config
+from rl.data import fingerprint, load_pairs, load_prompts
 from rl.grpo_trainer import train
 from rl.metrics import read_metrics, read_samples
+from rl.tokenizer import load_tokenizer
 from rl.tools import launch
 from rl.trained import load_checkpoint
 
@@ -196,13 +202,37 @@ def test_weights_of_two_processes_are_read_on_other_devices_and_another_mesh(rec
 
 
 TELL = """
-import json, sys
+import json, pathlib, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rl import hosts
+from rl import hosts, sources
 from rl.config import load_config
+from rl.data import fingerprint, load_pairs, load_prompts
+from rl.tokenizer import Tokenizer, load_tokenizer
 def refuse():
     raise ValueError("output_dir is taken")
+class Recorder(Tokenizer):
+    def encode(self, text, add_bos=True):
+        encoded.append(text)
+        return super().encode(text, add_bos)
+encoded, lines, json_row = [], [], sources._json_row
+def recorded_row(line, *place):
+    lines.append(line.decode())
+    return json_row(line, *place)
+def data_of(overrides):
+    tokenizer = Recorder(load_tokenizer("byte").backend)
+    sources._json_row = recorded_row
+    prompts = load_prompts(load_config(None, overrides), tokenizer)
+    told = {"read": lines[:], "encoded": encoded[:], "train": fingerprint(prompts.train), "messages": prompts.messages}
+    told["held_out"] = fingerprint(prompts.held_out)
+    told["prompts"] = [row.prompt for row in [*prompts.train, *prompts.held_out]]
+    told["pairs"] = fingerprint(load_pairs(load_config(None, overrides), tokenizer).rows)
+    broken = load_config(None, [*overrides, overrides[0] + ".broken.jsonl"])
+    try:
+        load_prompts(broken, tokenizer)
+    except ValueError as error:
+        told["broken"] = str(error)
+    return told
 def tell(config):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -218,7 +248,10 @@ def tell(config):
         "own": sorted(float(shard.data[0]) for shard in array.addressable_shards), "number": int(number),
         "key": jax.random.key_data(key).tolist() == jax.random.key_data(fresh).tolist(),
         "fetched": hosts.fetch({"a": array})["a"].tolist(), "quiet": hosts.console_stream() is not None,
+        "data": data_of(sys.argv[2:]),
     }
+    hosts._LARGEST_ROUND = 4096
+    told["in_rounds"] = [part.decode() for part in hosts.gather_bytes(b"abcdefg" * (1 + 900 * jax.process_index()))]
     try:
         hosts.from_first(refuse)
     except ValueError as error:
@@ -235,35 +268,88 @@ with hosts.joined(config.distributed):
 """
 
 
-def start_two(*arguments: str) -> list[subprocess.Popen]:
-    """Two processes as SLURM starts them, each with an argument of its own."""
+def start_two(*arguments: str, overrides: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """Two processes as SLURM starts them, each with an argument of its own, and overrides of both."""
     shared = {**os.environ, **SLURM, "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
     shared |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", TELL, argument], cwd=ROOT, env={**shared, "SLURM_PROCID": str(number)}, **pipes
+            [sys.executable, "-c", TELL, argument, *overrides],
+            cwd=ROOT,
+            env={**shared, "SLURM_PROCID": str(number)},
+            **pipes,
         )
         for number, argument in enumerate(arguments)
     ]
 
 
-def test_processes_of_a_cluster_understand_each_other_and_an_error_of_one_ends_it_at_once():
-    processes = start_two("tell", "tell")
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> list[str]:
+    """Overrides that name rows of two files: lines of any length, and rows with a date, which JSON does not carry."""
+    folder = tmp_path_factory.mktemp("sources")
+    rows = [{"prompt": f"{n} \u00e9" + "x" * (n % 7), "answer": n, "level": n / 3} for n in range(41)]
+    lines = [json.dumps({**row, "tags": [1]} if row["answer"] > 30 else row) + "\n" for row in rows]
+    (folder / "train.jsonl").write_text("\n" + "".join(lines))
+    (folder / "train.jsonl.broken.jsonl").write_text("".join(lines[:38]) + "{broken\n")
+    days = [{"prompt": f"day {n}", "answer": n, "day": datetime.date(2024, 1, 1 + n)} for n in range(9)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(days), folder / "eval.parquet", row_group_size=4)
+    files = [f"data.source={folder / 'train.jsonl'}", f"data.eval_source={folder / 'eval.parquet'}"]
+    return [*files, "data.chat=true", "data.max_prompt_length=27"]
+
+
+class Told(NamedTuple):
+    """What two processes that SLURM started say of each other, and how the second ends."""
+
+    reports: list[dict]
+    status: int
+    said: str
+
+
+@pytest.fixture(scope="module")
+def told(sources) -> Told:
+    processes = start_two("tell", "tell", overrides=sources)
     outputs = [processes[1].communicate(timeout=120)]
     processes[0].kill()  # it waits for the other, until the heartbeat tells it
     outputs.insert(0, processes[0].communicate(timeout=60))
-    assert processes[1].returncode == 2
-    assert "error: process 1: unknown config key 'no.such.key'" in outputs[1][1]
-    first, second = (json.loads(re.search(r"^{.*}$", output, re.MULTILINE).group()) for output, _ in outputs)
+    found = [re.search(r"^{.*}$", output, re.MULTILINE) for output, _ in outputs]
+    assert all(found), outputs
+    return Told([json.loads(match.group()) for match in found], processes[1].returncode, outputs[1][1])
+
+
+def test_each_process_reads_and_tokenizes_one_block_of_the_rows_and_has_all_of_them(sources, told):
+    config = load_config(None, sources)
+    alone, pairs = (load(config, load_tokenizer("byte")) for load in (load_prompts, load_pairs))
+    parts = [report["data"] for report in told.reports]
+    lines = pathlib.Path(config.data.source).read_text().splitlines(keepends=True)[1:]
+    assert parts[0]["read"] + parts[1]["read"] == lines
+    encoded = [text for part in parts for text in part["encoded"]]
+    assert len(set(encoded)) == len(encoded) == len(lines) + 9
+    assert {len(part["encoded"]) for part in parts} == {24, 26}
+    for part in parts:
+        assert part["train"] == fingerprint(alone.train)
+        assert part["held_out"] == fingerprint(alone.held_out)
+        assert part["prompts"] == [row.prompt for row in [*alone.train, *alone.held_out]]
+        assert part["pairs"] == fingerprint(pairs.rows)
+        assert part["messages"] == alone.messages
+        assert "train.jsonl.broken.jsonl:39 must be one JSON object, got b'{broken" in part["broken"]
+    assert 30 < len(alone.train) < 41  # some are too long
+    assert alone.held_out[0].columns["day"] == datetime.date(2024, 1, 1)
+
+
+def test_processes_of_a_cluster_understand_each_other_and_an_error_of_one_ends_it_at_once(told):
+    assert told.status == 2
+    assert "error: process 1: unknown config key 'no.such.key'" in told.said
+    first, second = told.reports
     assert [first["first"], second["first"]] == [True, False]
     assert [first["quiet"], second["quiet"]] == [False, True]
-    for told in (first, second):
-        assert told["gathered"] == [[0.0, "x" * 2000], [1 / 3]]
-        assert told["any"] is True
-        assert told["from_first"] == 7
-        assert told["number"] == 3
-        assert told["key"] is True
+    for report in (first, second):
+        assert report["gathered"] == [[0.0, "x" * 2000], [1 / 3]]
+        assert report["any"] is True
+        assert report["from_first"] == 7
+        assert report["number"] == 3
+        assert report["key"] is True
+        assert report["in_rounds"] == ["abcdefg", "abcdefg" * 901]
     assert [first["own"], second["own"]] == [[0.0, 1.0], [2.0, 3.0]]
     assert [first["fetched"], second["fetched"]] == [[0.0, 1.0, 2.0, 3.0], []]
     assert [first["refused"], second["refused"]] == ["output_dir is taken", "process 0: output_dir is taken"]
