@@ -1,5 +1,9 @@
 """Reward functions that tests name by path."""
 
+import json
+import os
+import pathlib
+
 
 def digit_share(prompts, completions, **columns):
     """Share of the characters that are digits: a random byte policy scores about 0.04."""
@@ -41,6 +45,20 @@ def huge_for_even_answers(completion, answer):
 def low_characters(completion):
     """The share of low characters, of one completion by itself."""
     return sum(ord(character) < 90 for character in completion) / max(len(completion), 1)
+
+
+def recorded(completion, folder):
+    """Notes what it judged, under the process of the run whose worker this is."""
+    with (pathlib.Path(folder) / f"{os.getppid()}-{os.getpid()}.jsonl").open("a") as file:
+        file.write(json.dumps(completion) + "\n")
+    return 0.0
+
+
+def recorded_batch(completions, folder):
+    """The same for one call with the whole batch."""
+    with (pathlib.Path(folder) / f"{os.getppid()}-batches.jsonl").open("a") as file:
+        file.write(json.dumps(completions) + "\n")
+    return [0.0] * len(completions)
 
 
 def rank_in_batch(prompts, completions, **columns):

@@ -4,6 +4,7 @@ The run is of 2 processes with 4 CPU devices each, on loopback, against one proc
 other flavour and stopped, all in one, for each start of jax costs seconds.
 """
 
+import collections
 import datetime
 import json
 import os
@@ -46,6 +47,8 @@ rewards:
   - {{function: "{REWARDS}:digit_share", name: digits}}
   - {{function: "{REWARDS}:rank_in_batch", name: rank, weight: 0.1}}
   - {{function: "{REWARDS}:low_characters", name: low}}
+  - {{function: "{REWARDS}:recorded", name: recorded, weight: 0, kwargs: {{folder: FOLDER}}}}
+  - {{function: "{REWARDS}:recorded_batch", name: recorded_batch, weight: 0, kwargs: {{folder: FOLDER}}}}
 sampling: {{max_completion_length: 6}}
 grpo: {{steps: {STEPS}, prompts_per_step: 4, group_size: 4, minibatches: 2, max_tokens_per_microbatch: 1024}}
 optimizer: {{lr: 3e-3}}
@@ -67,7 +70,9 @@ VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
 def recipe(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("hosts")
     path = folder / "recipe.yml"
-    path.write_text(RECIPE + f"logging: {{compilation_cache: {folder / 'cache'}, samples_per_step: 16}}\n")
+    (folder / "judged").mkdir()
+    recipe = RECIPE.replace("FOLDER", str(folder / "judged"))
+    path.write_text(recipe + f"logging: {{compilation_cache: {folder / 'cache'}, samples_per_step: 16}}\n")
     return path
 
 
@@ -116,13 +121,15 @@ class Launched:
 
 
 class Together(NamedTuple):
-    """The run of two processes: how its two starts ended, lines written by the kill, seconds from there to the end."""
+    """The run of two processes: how its two starts ended, lines written by the kill, seconds from there to the end, and
+    the pids of the second start."""
 
     folder: pathlib.Path
     killed: tuple[int, str]
     stopped: tuple[int, str]
     lines_at_kill: list[dict]
     seconds: float
+    pids: list[int]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +144,7 @@ def together(recipe) -> Together:
     second = Launched(recipe, folder, "pure_nnx=false")
     second.wait_for_step(4)
     os.kill(second.child(1), signal.SIGTERM)
-    return Together(folder, killed, second.end(), lines, seconds)
+    return Together(folder, killed, second.end(), lines, seconds, [second.child(number) for number in (0, 1)])
 
 
 def stable(lines):
@@ -162,6 +169,24 @@ def test_two_processes_draw_and_judge_what_one_does(alone, together):
     for name in ("step", "prompt_index", "sample_index", "completion", "rewards"):
         assert [row[name] for row in one] == [row[name] for row in two], name
     assert len({json.dumps(row["rewards"]) for row in one}) > 3
+
+
+def test_each_process_judges_one_half_of_the_completions_and_they_are_all_together(recipe, together):
+    """Those of the second start, which began behind the checkpoint of step 2."""
+    rows = [row for row in read_samples(together.folder) if row["step"] > 2]
+    rows.sort(key=lambda row: (row["step"], row["prompt_index"], row["sample_index"]))
+    halves = [[row["completion"] for row in rows if row["prompt_index"] // 2 == number] for number in (0, 1)]
+    assert len(halves[0]) == len(halves[1]) == 8 * len({row["step"] for row in rows}) > 0
+    assert collections.Counter(halves[0]) != collections.Counter(halves[1])
+    for pid, half in zip(together.pids, halves, strict=True):
+        files = (recipe.parent / "judged").glob(f"{pid}-[0-9]*.jsonl")
+        judged = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+        assert collections.Counter(judged) == collections.Counter(half)
+    # The function of the whole batch, the fifth, is of process 0.
+    first, second = (recipe.parent / "judged" / f"{pid}-batches.jsonl" for pid in together.pids)
+    batches = [json.loads(line) for line in first.read_text().splitlines()]
+    assert batches == [[row["completion"] for row in rows[start : start + 16]] for start in range(0, len(rows), 16)]
+    assert not second.exists()
 
 
 def test_the_launcher_names_the_process_that_was_killed_within_a_minute(together):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewards.batch import COUNTS
+from rewards.batch import COUNTS, Share, merge_results
 from rewards.contract import RewardSpec
 from rewards.runner import RewardRunner, check_on_gold
 
@@ -637,3 +637,25 @@ def test_ready_made_functions_run_in_workers_and_a_hanging_expression_costs_its_
     assert result.counts["math"] == counts(timeout=1)
     assert column(result, 3) == [1.0, 0.0, 1.0, 1.0]
     assert column(result, 4) == [0.0, -0.5, -1.0, -1.0]
+
+
+# Several processes
+
+
+def test_shares_of_a_batch_are_disjoint_and_make_the_whole(write):
+    spec = write("""
+        def length(completion):
+            return float(len(completion))
+        def rank(prompts, completions):
+            return [float(sorted(completions).index(text)) for text in completions]
+        def last(prompts, completions):
+            return [float(text == completions[-1]) for text in completions]
+    """)
+    specs, completions = [spec("length"), spec("rank"), spec("last")], ["a", "ccc", "bb", "dddd", "eeeee", "ffffff", ""]
+    whole = run(specs, completions)
+    parts = [run(specs, completions, share=Share(index, 3, lambda result: [result])) for index in range(3)]
+    judged = [[[b for b, row in enumerate(part.rewards) if row[k] is not None] for part in parts] for k in range(3)]
+    assert judged[0] == [[0, 1, 2], [3, 4], [5, 6]]  # blocks
+    assert judged[1:] == [[[], [*range(7)], []], [[], [], [*range(7)]]]  # of the whole batch: functions in turns
+    assert merge_results(parts).rewards == whole.rewards
+    assert merge_results(parts).counts == whole.counts
