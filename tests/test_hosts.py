@@ -389,7 +389,52 @@ def test_processes_with_different_configurations_say_so_and_end():
         assert f"error: process {number}: {problem}" in said
 
 
+WAIT = """
+import sys, time
+from rl import hosts
+from rl.config import load_config
+with hosts.joined(load_config(None, sys.argv[1:]).distributed):
+    hosts.gather("here")
+    print("joined", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_the_runtime_ends_whoever_a_killed_process_leaves_alone():
+    """Without the launcher, and in no collective: of two runs at a time, one loses its process 1, the other process 0."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    runs = []
+    for _ in range(2):
+        keys = [
+            f"coordinator_address=127.0.0.1:{launch._free_port()}",
+            "num_processes=2",
+            "heartbeat_timeout_seconds=5",
+        ]
+        commands = [
+            [sys.executable, "-c", WAIT, *(f"distributed.{key}" for key in (*keys, f"process_id={number}"))]
+            for number in (0, 1)
+        ]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        runs.append([subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for command in commands])
+    try:
+        for process in (*runs[0], *runs[1]):
+            assert process.stdout.readline() == "joined\n", process.communicate()
+        runs[0][1].kill()
+        runs[1][0].kill()
+        for survivor in (runs[0][0], runs[1][1]):
+            _, said = survivor.communicate(timeout=60)  # the heartbeat and slack; by itself it would sleep on
+            assert survivor.returncode == -signal.SIGABRT, said
+    finally:
+        for process in (*runs[0], *runs[1]):
+            process.kill()
+            process.communicate()
+
+
 # What needs no second process
+
+
+def test_a_process_is_silent_for_twenty_seconds_before_it_counts_as_dead():
+    assert load_config(None).distributed.heartbeat_timeout_seconds == 20
 
 
 @pytest.mark.parametrize(("tasks", "found"), [("2", True), ("1", False), (None, False)])
