@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from rl import hosts
 from rl.config import load_config
@@ -443,6 +444,34 @@ def test_a_cluster_counts_when_it_has_more_than_one_process(monkeypatch, tasks, 
         monkeypatch.setenv(name, value) if tasks else monkeypatch.delenv(name, raising=False)
     if tasks:
         monkeypatch.setenv("SLURM_NTASKS", tasks)
+    assert hosts._is_in_a_cluster() is found
+
+
+@pytest.fixture
+def tpu_vm(monkeypatch) -> dict[str, str]:
+    """A machine that jax takes for one with TPUs; what its metadata server answers, by the name of the attribute."""
+    metadata: dict[str, str] = {}
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(
+        cloud_tpu_cluster, "get_metadata", lambda name: (metadata[name], 200) if name in metadata else ("", 404)
+    )
+    for name in (*SLURM, "TPU_SKIP_MDS_QUERY", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    return metadata
+
+
+@pytest.mark.parametrize(("names", "slices", "found"), [("a,b", "1", True), ("a", "2", True), ("a", "1", False)])
+def test_the_workers_of_gke_are_found_by_their_names(monkeypatch, tpu_vm, names, slices, found):
+    variables = {"TPU_WORKER_HOSTNAMES": names, "TPU_WORKER_ID": "0", "MEGASCALE_NUM_SLICES": slices}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._is_in_a_cluster() is found
+
+
+@pytest.mark.parametrize(("workers", "found"), [("a:b:10.0.0.1,c:d:10.0.0.2", True), ("host-0", False)])
+def test_the_workers_of_a_cloud_tpu_are_found_by_its_metadata(tpu_vm, workers, found):
+    assert hosts._is_in_a_cluster() is False
+    tpu_vm |= {"agent-worker-number": "0", "worker-network-endpoints": workers, "tpu-env": "ZONE: 'x'"}
     assert hosts._is_in_a_cluster() is found
 
 
