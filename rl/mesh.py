@@ -22,7 +22,7 @@ from rl.config_sections import MeshSection
 AXES = ("data", "fsdp", "tensor")  # a configuration may add more, between the last two
 ROWS = "batch"  # the logical axis of the rows of a batch
 LOGICAL_AXES = (ROWS, "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "lora")  # of Tandem's models
-_LARGE = 2**20  # bytes from which on an array should not be on every device
+_LARGE = 2**20  # bytes on a device from which on other devices should have a share of an array
 _HOST, _DEVICE = "pinned_host", "device"  # kinds of memory
 
 
@@ -205,30 +205,38 @@ def _is_names(tree: Any) -> bool:
 
 
 def check_sharded(shapes: Any, shardings: Any, section: MeshSection, mesh: Mesh) -> None:
-    """ValueError when too much of a state lies whole on every device of a mesh whose devices should share it.
+    """ValueError when devices that should share a state hold too much of it more than once.
 
-    Arrays under a MiB do not count. On a mesh of the data axis alone nothing does: there all is whole by design.
+    Compared are the bytes of every array on one device and those that it would hold if all devices shared the array
+    evenly, the axes of copies aside (`_copied_axes`). Arrays of which a device holds less than a MiB do not count.
     """
-    if mesh.size == mesh.shape[AXES[0]]:
-        return
-    sizes = {
-        jax.tree_util.keystr(path): (math.prod(leaf.shape) * leaf.dtype.itemsize, sharding.is_fully_replicated)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
-        )
-    }
-    whole = {path: size for path, (size, is_whole) in sizes.items() if is_whole and size >= _LARGE}
-    share = sum(whole.values()) / sum(size for size, _ in sizes.values())
+    num_parts = mesh.size // math.prod(mesh.shape[axis] for axis in _copied_axes(section))
+    held: dict[str, tuple[int, float]] = {}  # bytes on a device, and those of them that it could leave to others
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+    ):
+        here, whole = (math.prod(s) * leaf.dtype.itemsize for s in (sharding.shard_shape(leaf.shape), leaf.shape))
+        excess = max(here - whole / num_parts, 0.0) if here >= _LARGE else 0.0
+        held[jax.tree_util.keystr(path)] = here, excess
+    share = sum(excess for _, excess in held.values()) / sum(here for here, _ in held.values())
     if share > section.max_unsharded_share:
-        largest = sorted(whole.items(), key=lambda item: -item[1])[:5]
-        text = ", ".join(f"{path} ({size / 2**20:.1f} MiB)" for path, size in largest)
+        worst = sorted(((path, *sizes) for path, sizes in held.items() if sizes[1]), key=lambda item: -item[2])
+        text = ", ".join(f"{path} ({here / 2**20:.1f} MiB)" for path, here, _ in worst[:5])
         axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         raise ValueError(
-            f"mesh.max_unsharded_share must be at least the share of the state that lies whole on every device, "
-            f"{share:.3f} on the mesh {axes}, got {section.max_unsharded_share}; largest of {len(whole)} such arrays: "
-            f"{text}. Choose axis sizes that divide their dims, or name these axes in mesh.rules; raise the bound if "
-            "this is meant"
+            f"mesh.max_unsharded_share must be at least the share of a device's state that other devices hold as well, "
+            f"{share:.3f} on the mesh {axes}, got {section.max_unsharded_share}; largest of {len(worst)} such arrays: "
+            f"{text}, each on one device. Choose axis sizes that divide their dims, or name these axes in mesh.rules; "
+            "raise the bound if this is meant"
         )
+
+
+def _copied_axes(section: MeshSection) -> tuple[str, ...]:
+    """Axes along which devices hold the same parameters by design: data, and those of the configuration's own that
+    only the rule of the rows names.
+    """
+    named = {axis for logical, axes in section.rules.items() if logical != ROWS for axis in axes}
+    return (AXES[0], *(axis for axis in section.axes if axis in section.rules[ROWS] and axis not in named))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
