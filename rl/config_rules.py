@@ -47,6 +47,7 @@ def check(config: Config) -> None:
     _check_group_sizes(config)
     _check_optimizer(config)
     _check_health(config)
+    _check_mesh(config)
     if grpo.prompts_per_step % grpo.minibatches:
         fits = [n for n in range(1, grpo.prompts_per_step + 1) if grpo.prompts_per_step % n == 0]
         raise ValueError(
@@ -182,6 +183,19 @@ def decoder_keys(config: Config) -> dict[str, tuple[Any, Any]]:
     if kind == "own":
         keys["model.remat"] = (section.remat, "none")
     return keys
+
+
+def _check_mesh(config: Config) -> None:
+    """Which axes there are is known only with the devices: `rl.mesh`."""
+    for key, rules in (("rules", config.mesh.rules), ("rollout_rules", config.mesh.rollout_rules)):
+        for logical, rule in rules.items():
+            is_flat = all(isinstance(axis, str) for axis in rule)
+            lists = [axes for axes in rule if isinstance(axes, list) and all(isinstance(axis, str) for axis in axes)]
+            if not is_flat and len(lists) < len(rule):
+                raise ValueError(
+                    f"mesh.{key}.{logical} must be a list of mesh axes, like [fsdp, tensor], or of such lists, like "
+                    f"[[fsdp, tensor], [fsdp]], of which the first that fits counts, got {rule!r}"
+                )
 
 
 def _check_model(config: Config) -> None:

@@ -268,8 +268,8 @@ class MeshSection:
     dcn: dict[str, int]
     slice_is: Literal["slice", "process"]
     max_unsharded_share: float
-    rules: dict[str, list[str]]
-    rollout_rules: dict[str, list[str]]
+    rules: dict[str, list[Any]]  # of names, or of lists of names: `rl.config_rules`
+    rollout_rules: dict[str, list[Any]]
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -25,6 +25,9 @@ LOGICAL_AXES = (ROWS, "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", 
 _LARGE = 2**20  # bytes on a device from which on other devices should have a share of an array
 _HOST, _DEVICE = "pinned_host", "device"  # kinds of memory
 
+Rule = Sequence[str] | Sequence[Sequence[str]]  # mesh axes, or lists of them of which the first that fits counts
+Rules = Mapping[str, Rule]  # by logical axis
+
 
 def no_implicit_transfers() -> contextlib.AbstractContextManager:
     """A context in which numbers move between host and devices by `jax.device_put` and `jax.device_get` only; any other
@@ -71,12 +74,8 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
         )
     sizes = axis_sizes(section)
     for key, rules in (("rules", section.rules), ("rollout_rules", section.rollout_rules)):
-        for logical, axes in rules.items():
-            for axis in axes:
-                if axis not in sizes:
-                    raise ValueError(f"mesh.{key}.{logical} must name mesh axes out of {list(sizes)}, got {axis!r}")
-                if axes.count(axis) > 1:
-                    raise ValueError(f"mesh.{key}.{logical} must name each mesh axis once, got {axes}")
+        for logical, rule in rules.items():
+            _check_rule(f"mesh.{key}.{logical}", rule, list(sizes))
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             raise ValueError(f"mesh.{axis} must be a number of devices >= 1, or -1 for what is left, got {size}")
@@ -99,6 +98,32 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
     # Auto axes: jax.make_mesh would give Explicit ones, where sharded matrix products need an output sharding spelled
     # out.
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _check_rule(key: str, rule: Rule, names: list[str]) -> None:
+    """ValueError for axes that do not exist or stand twice in a list, and for alternatives that are never taken."""
+    lists = _lists_of(rule)
+    for number, axes in enumerate(lists):
+        for axis in axes:
+            if axis not in names:
+                raise ValueError(f"{key} must name mesh axes out of {names}, got {axis!r}")
+            if axes.count(axis) > 1:
+                raise ValueError(f"{key} must name each mesh axis once, got {axes}")
+        for earlier in lists[:number]:
+            if set(earlier) <= set(axes):  # which divides and is free wherever the later one does
+                raise ValueError(
+                    f"{key} must have its longer alternatives first, got {axes} behind {earlier}, which fits wherever "
+                    "that does and comes first; swap them, or leave one out"
+                )
+
+
+def _lists_of(rule: Rule) -> list[list[str]]:
+    """The alternatives of a rule; a flat list is the only one of its own."""
+    return [list(axes) for axes in rule] if _has_alternatives(rule) else [[*map(str, rule)]]
+
+
+def _has_alternatives(rule: Rule) -> bool:
+    return bool(rule) and not isinstance(rule[0], str)
 
 
 def _arrange(devices: Sequence[Any], sizes: Mapping[str, int], section: MeshSection, is_part: bool) -> np.ndarray:
@@ -154,11 +179,11 @@ def _slices_per_axis(sizes: Mapping[str, int], dcn: Mapping[str, int], counts: M
     return {**across, **dcn}
 
 
-def partition_spec(
-    logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Mapping[str, Sequence[str]]
-) -> PartitionSpec:
-    """Mesh axes for each dim of an array: a rule's axes are taken in order while they divide the dim and are not used
-    by another dim.
+def partition_spec(logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """Mesh axes for each dim of an array, by the rule of its logical axis.
+
+    Of a list of axes those are taken, in order, that divide the dim and are not used by another dim. Of a list of such
+    lists the first is taken, and whole, whose axes all divide the dim and are all free; none where no list fits.
 
     Raises:
       ValueError: a logical axis without a rule, or names that do not match the rank.
@@ -170,17 +195,26 @@ def partition_spec(
     for name, size in zip(logical_axes, shape, strict=True):
         if name is not None and name not in rules:
             raise ValueError(f"mesh.rules must have an entry for the logical axis {name!r}, got only {sorted(rules)}")
-        taken: list[str] = []
-        for axis in rules[name] if name is not None else ():
-            parts = math.prod(mesh.shape[a] for a in (*taken, axis))
-            if mesh.shape[axis] > 1 and axis not in used and size % parts == 0:
-                taken.append(axis)
+        taken = _axes_that_fit(rules[name], size, mesh, used) if name is not None else []
         used.update(taken)
         spec.append(tuple(taken) if len(taken) > 1 else taken[0] if taken else None)
     return PartitionSpec(*spec)
 
 
-def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Any:
+def _axes_that_fit(rule: Rule, size: int, mesh: Mesh, used: set[str]) -> list[str]:
+    """Mesh axes, of size above 1, for a dim of this size of an array whose other dims have the axes `used`."""
+    for axes in _lists_of(rule):
+        taken: list[str] = []
+        for axis in axes:
+            parts = math.prod(mesh.shape[a] for a in (*taken, axis))
+            if mesh.shape[axis] > 1 and axis not in used and size % parts == 0:
+                taken.append(axis)
+        if not _has_alternatives(rule) or len(taken) == sum(mesh.shape[axis] > 1 for axis in axes):
+            return taken
+    return []
+
+
+def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Rules) -> Any:
     """A `NamedSharding` for every leaf of `abstract` (arrays or ShapeDtypeStructs); `logical_axes` has a tuple of names
     in its place.
     """
@@ -189,7 +223,7 @@ def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Mapping[
     )
 
 
-def check_rules_are_used(logical_axes: Any, rules: Mapping[str, Sequence[str]], key: str = "mesh.rules") -> None:
+def check_rules_are_used(logical_axes: Any, rules: Rules, key: str = "mesh.rules") -> None:
     """ValueError for a rule of `key` that no array has: its name is misspelt, or the model has no such axis."""
     used = {name for names in jax.tree.leaves(logical_axes, is_leaf=_is_names) for name in names}
     unused = [name for name in rules if name not in {*LOGICAL_AXES, *used}]
@@ -235,8 +269,9 @@ def _copied_axes(section: MeshSection) -> tuple[str, ...]:
     """Axes along which devices hold the same parameters by design: data, and those of the configuration's own that
     only the rule of the rows names.
     """
-    named = {axis for logical, axes in section.rules.items() if logical != ROWS for axis in axes}
-    return (AXES[0], *(axis for axis in section.axes if axis in section.rules[ROWS] and axis not in named))
+    named = {name: set().union(*_lists_of(rule)) for name, rule in section.rules.items()}
+    of_parameters = set().union(*(axes for name, axes in named.items() if name != ROWS))
+    return (AXES[0], *(axis for axis in section.axes if axis in named[ROWS] - of_parameters))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -276,7 +311,7 @@ def on_host(sharding: NamedSharding) -> bool:
     return sharding.memory_kind == _HOST
 
 
-def input_sharding(logical_axes: Sequence[str | None], mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> NamedSharding:
+def input_sharding(logical_axes: Sequence[str | None], mesh: Mesh, rules: Rules) -> NamedSharding:
     """The sharding of an input by its logical axes, through the rules that lay out the state.
 
     The toolkit makes its inputs in sizes that the axes divide (`num_row_shards`), so no shape is needed.
@@ -288,12 +323,13 @@ def input_sharding(logical_axes: Sequence[str | None], mesh: Mesh, rules: Mappin
     return NamedSharding(mesh, partition_spec(logical_axes, divisible, mesh, rules))
 
 
-def row_axes(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def row_axes(mesh: Mesh, rules: Rules) -> tuple[str, ...]:
     """Mesh axes, of size above 1, over which the rows of a batch are spread."""
-    return tuple(axis for axis in rules[ROWS] if mesh.shape[axis] > 1)
+    (axes,) = partition_spec((ROWS,), (0,), mesh, rules)  # rows are made in sizes that they divide
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
-def num_row_shards(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> int:
+def num_row_shards(mesh: Mesh, rules: Rules) -> int:
     """Number of pieces into which the rows of a batch are cut."""
     return math.prod(mesh.shape[axis] for axis in row_axes(mesh, rules))
 
@@ -303,7 +339,7 @@ def is_on_cpu(mesh: Mesh) -> bool:
     return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
 
 
-def row_sharding(mesh: Mesh, rules: Mapping[str, Sequence[str]], dim: int = 0) -> NamedSharding:
+def row_sharding(mesh: Mesh, rules: Rules, dim: int = 0) -> NamedSharding:
     """The sharding of an array whose dim `dim` runs over rows of a batch; its other dims are whole on every device."""
     return input_sharding((*[None] * dim, ROWS), mesh, rules)
 
@@ -332,7 +368,7 @@ class RowExchange:
         return jax.lax.with_sharding_constraint(x_BTD, self.by_row)
 
 
-def embedding_exchange(mesh: Mesh, rules: Mapping[str, Sequence[str]], hidden_size: int) -> RowExchange | None:
+def embedding_exchange(mesh: Mesh, rules: Rules, hidden_size: int) -> RowExchange | None:
     """The exchange between the embedding table [V, D] and rows of a batch; None where no axis has both of them."""
     (columns,) = partition_spec(("embed",), (hidden_size,), mesh, rules)
     columns = (columns,) if isinstance(columns, str) else columns or ()

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rl.config import load_config
+from rl.config import dump_config, load_config
 from rl.mesh import (
     AXES,
     check_rules_are_used,
@@ -78,6 +78,16 @@ def test_a_mesh_over_some_devices_uses_only_those():
         (("mesh.tensor=0",), r"mesh\.tensor must be a number of devices >= 1, or -1 for what is left, got 0"),
         (("mesh.rules.mlp=[tensors]",), r"mesh\.rules\.mlp must name mesh axes out of \['data', .*, got 'tensors'"),
         (("mesh.rules.mlp=[tensor, tensor]",), r"mesh\.rules\.mlp must name each mesh axis once"),
+        (("mesh.rules.mlp=[[tensors], []]",), r"mesh\.rules\.mlp must name mesh axes out of \['data', .*got 'tensors'"),
+        (("mesh.rules.mlp=[[tensor, tensor]]",), r"mesh\.rules\.mlp must name each mesh axis once, got \['tensor', "),
+        (
+            ("mesh.rules.mlp=[[tensor], [fsdp], [tensor, fsdp]]",),
+            r"mlp must have its longer alternatives first, got \['tensor', 'fsdp'\] behind \['tensor'\].*; swap them",
+        ),
+        (("mesh.rollout_rules={mlp: [[], [fsdp]]}",), r"rollout_rules\.mlp must .* got \['fsdp'\] behind \[\]"),
+        (("mesh.rules.mlp=[tensor, [fsdp]]",), r"mlp must be a list of mesh axes, .*, got \['tensor', \['fsdp'\]\]"),
+        (("mesh.rules.mlp=[[[fsdp]]]",), r"mlp must be a list of mesh axes, .*\[\[fsdp, tensor\], \[fsdp\]\], .*, got"),
+        (("mesh.rollout_rules={mlp: [1]}",), r"mesh\.rollout_rules\.mlp must be a list of mesh axes, .*, got \[1\]"),
     ],
 )
 def test_sizes_and_rules_that_do_not_fit_say_what_would(overrides, message):
@@ -114,6 +124,43 @@ def test_rules_come_from_the_configuration():
     rules = rules_of("mesh.rules.embed=[]", "mesh.rules.mlp=[fsdp, tensor]")
     mesh = mesh_of("mesh.data=2", "mesh.tensor=2")
     assert partition_spec(("embed", "mlp"), (16, 32), mesh, rules) == P(None, ("fsdp", "tensor"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "axes", "shape", "spec"),
+    [
+        # data=2, fsdp=2, tensor=2
+        ("[[fsdp, tensor], [fsdp]]", ("embed",), (16,), P(("fsdp", "tensor"))),
+        ("[[fsdp, tensor], [fsdp]]", ("embed",), (6,), P("fsdp")),  # four devices do not divide it, two do
+        ("[[fsdp, tensor], [fsdp]]", ("mlp", "embed"), (16, 16), P("tensor", "fsdp")),  # the other dim has one of them
+        ("[[fsdp, tensor], [fsdp]]", ("embed", "mlp"), (16, 16), P(("fsdp", "tensor"), None)),  # dims in their order
+        ("[[fsdp, tensor], [data]]", ("embed",), (6,), P("data")),  # all of a list or none of it
+        ("[fsdp, tensor]", ("embed",), (6,), P("fsdp")),  # of a flat list those that fit
+        ("[[fsdp, tensor], [fsdp], []]", ("embed",), (7,), P(None)),
+        ("[[fsdp, tensor]]", ("embed",), (7,), P(None)),
+        ("[[expert, tensor], [fsdp]]", ("embed",), (6,), P("tensor")),  # of size one: it cuts nothing
+    ],
+)
+def test_of_alternatives_the_first_whose_axes_all_divide_and_are_free_wins(rule, axes, shape, spec):
+    overrides = ("mesh.data=2", "mesh.tensor=2", "mesh.axes={expert: 1}", f"mesh.rules.embed={rule}")
+    assert partition_spec(axes, shape, mesh_of(*overrides), rules_of(*overrides)) == spec
+
+
+def test_rows_go_by_the_first_alternative():
+    overrides = ("mesh.data=2", "mesh.tensor=2", "mesh.rules.batch=[[data, tensor], [data]]")
+    mesh, rules = mesh_of(*overrides), rules_of(*overrides)
+    assert (row_axes(mesh, rules), num_row_shards(mesh, rules)) == (("data", "tensor"), 4)
+    assert row_sharding(mesh, rules, dim=1).spec == P(None, ("data", "tensor"))
+    assert row_axes(mesh, rules_of("mesh.rules.batch=[[data], []]")) == ("data",)
+    assert embedding_exchange(mesh, rules | {"embed": [["tensor", "fsdp"], ["fsdp"]]}, 16) is not None
+
+
+def test_alternatives_survive_the_configuration_that_a_run_writes(tmp_path):
+    config = load_config(
+        None, ["mesh.rules.embed=[[fsdp, tensor], [fsdp]]", "mesh.rollout_rules={mlp: [[tensor], []]}"]
+    )
+    (tmp_path / "config.yml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yml") == config
 
 
 def test_names_that_do_not_match_the_array_are_refused():
