@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rl.config import load_config
-from rl.executables import MAGIC, fingerprint, open_compiled, read_file, save_compiled
+from rl.executables import MAGIC, LoadedProgram, fingerprint, open_compiled, read_file, save_compiled
 from rl.grpo_trainer import train
 from rl.mesh import create_mesh, num_row_shards
 from rl.metrics import read_metrics
@@ -588,6 +590,28 @@ def test_a_program_that_calls_python_is_not_saved(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_pickled_while_programs_are_saved_loaded_and_called(saved, tmp_path, monkeypatch):
+    config, report, path = saved
+    loop = dataclasses.replace(report.loop, programs=report.loop.programs[:1])
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("pickle was used")
+
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    for name in ("serialize", "deserialize_and_load"):
+        monkeypatch.setattr(serialize_executable, name, refuse)
+    compile_loop(loop, save=str(tmp_path / "programs.bin"))
+    names = {loop.programs[0].key: tmp_path / "programs.bin", "train step": path}
+    programs = {program.key: program.make()[0] for program in report.loop.programs if program.key in names}
+    for name, file in names.items():
+        opened = open_compiled(dataclasses.replace(config, compiled_file=str(file)), *parts_of(config)[1::-1])
+        call = opened.get(name, programs[name])
+        assert isinstance(call, LoadedProgram)
+        if name == "state init":
+            assert int(call().step) == 0
+
+
 @pytest.mark.slow
 def test_training_with_compiled_programs_gives_what_training_without_gives(saved, plain, tmp_path):
     config, _, path = saved
@@ -623,7 +647,13 @@ def test_a_file_compiled_for_another_run_is_refused_with_the_field(saved, overri
         open_compiled(other, policy, mesh)
 
 
-@pytest.mark.parametrize("field", ["jax", "jaxlib", "platform", "device_kind", "host_cpu", "config_hash", "x64"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("jax", "jaxlib", "libtpu", "platform", "device_kind", "num_devices", "device_ids", "host_cpu"),
+        *("config_hash", "x64"),
+    ],
+)
 def test_a_file_compiled_with_something_else_is_refused_with_the_field(saved, tmp_path, field):
     config, _, path = saved
     other = rewritten(path, tmp_path, lambda header: header["made_for"].update({field: "other"}))
