@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import pickle
 import subprocess
@@ -31,7 +32,7 @@ from rl.programs import Program
 from rl.shaped_inputs import get_shaped_inputs
 from rl.states import InitStateFn, get_abstract_state
 from rl.tools.compile import compile_config, compile_loop, compile_one, main
-from rl.tools.compile_report import Report, advice, num_slices, to_json, to_text
+from rl.tools.compile_report import Report, advice, num_slices, roofline, to_json, to_text
 from rl.tools.hlo import Collective, array_bytes, work_of
 from rl.tools.loop_programs import loop_programs, read_shape
 from rl.tools.topologies import CHIPS, find_devices
@@ -451,6 +452,57 @@ def test_every_program_of_the_loop_is_reported_and_the_run_fits(saved):
     assert not advice(report)
     assert set(json.loads(json.dumps(to_json(report)))["terms"]) >= {"weights", "optimizer state", "reference"}
     assert "fits: " in to_text(report)
+
+
+def test_figures_of_the_report_are_those_worked_out_by_hand(saved):
+    report = saved[1]
+    decode = next(program for program in report.programs if program.name == "decode")
+    # On fsdp=2 x tensor=2: 259 rows, which two do not divide; q, k, v, o; gate, up, down; norms, whole on each device.
+    weights = 4 * (259 * 16 // 2 + 4 * (16 * 2 * 8) // 4 + 3 * (16 * 24) // 4 + 3 * 16 + 2 * 8)
+    moments = 2 * weights + 2 * 4  # and the counts of the optimizer and of its schedule
+    held = 2 * weights + moments  # the reference has weights of its own
+    assert (report.loop.resident.weights, report.loop.resident.moments) == (weights, moments)
+    ample, scarce = (
+        Report(dataclasses.replace(report.loop, memory=held + decode.temporaries + more), None, report.programs)
+        for more in (12_345, -1)
+    )
+    assert (ample.kv_budget(), scarce.kv_budget()) == (12_345, 0)
+    assert to_json(ample)["kv_budget"] == 12_345
+    position = (
+        2 * (2 * 8 // 2) * 4 + 3 * 4
+    )  # keys and values of a layer, heads on two devices; where and whose they are
+    assert report.loop.resident.bytes_per_position == position
+    assert f"{12_345 // position:,} positions" in to_text(ample)
+    chip = CHIPS["TPU v5 lite"]
+    for program in to_json(Report(report.loop, chip, report.programs))["programs"]:
+        assert program["intensity"] == program["flops"] / program["bytes"]
+        assert program["roofline_seconds"] == max(program["flops"] / 197e12, program["bytes"] / 819e9) > 0
+    fast, slow = (dataclasses.replace(chip, flops=flops) for flops in (1e30, 1.0))  # bound by memory, by products
+    step = next(program for program in report.programs if program.name == "train step").work
+    assert roofline(step, fast) == step.num_bytes / chip.bandwidth
+    assert roofline(step, slow) == step.flops
+    assert roofline(step, None) is None
+
+
+def test_the_command_fails_for_a_run_that_does_not_fit_and_writes_what_it_says(tmp_path, monkeypatch, capsys):
+    one = ("mesh.num_devices=1", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1", "grpo.beta=0")
+    memory, sysconf = 2**16, os.sysconf
+    sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory * jax.local_device_count()}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sysconf", lambda name: sizes[name] if name in sizes else sysconf(name))
+        status = main(["base.yml", "--devices", "cpu:1", "--json", str(tmp_path / "report.json"), *TINY, *one])
+    found, text = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+    assert (status, found["fits"], found["memory"]) == (1, False, memory)
+    programs = {program["name"]: program for program in found["programs"]}
+    assert set(programs) == {"state init", "prefill", "decode", "train step"}
+    step = programs["train step"]
+    assert step["needed"] == step["peak"] > memory  # no reference beside it
+    assert step["peak"] == step["arguments"] + step["outputs"] - step["aliased"] + step["temporaries"]
+    assert step["intensity"] == step["flops"] / step["bytes"]
+    assert found["terms"]["weights"] == found["resident"]["weights"]
+    assert "does not fit: train step needs" in text
+    assert found["advice"]
+    assert all(f"change:  {line}" in text for line in found["advice"])
 
 
 def test_a_program_whose_text_jaxlib_cannot_read_is_reported_without_its_operations(saved, monkeypatch):
