@@ -21,7 +21,7 @@ from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
 from rl.packing import Batch
 from rl.states import InitStateFn, get_abstract_state
-from rl.tools.loop_programs import read_shape
+from rl.tools.loop_programs import loop_programs, read_shape
 from rl.train_step import batch_shardings
 from rl.weights import _lora as lora_of
 
@@ -162,6 +162,21 @@ def test_large_arrays_that_are_whole_everywhere_end_the_start_and_are_named():
     )
     with pytest.raises(ValueError, match=message):
         check("mesh.fsdp=8", "mesh.rules.embed=[]")
+
+
+def test_compiling_ahead_of_time_refuses_what_training_refuses():
+    shape = (
+        "hidden_size=512",
+        "intermediate_size=1536",
+        "num_layers=1",
+        "num_heads=8",
+        "num_kv_heads=8",
+        "head_dim=64",
+    )
+    arch = ["data.max_prompt_length=64", *(f"model.arch.{setting}" for setting in shape)]
+    assert loop_programs(load_config(None, [*arch, "mesh.fsdp=8"]), jax.devices(), 2**30).programs
+    with pytest.raises(ValueError, match=r"mesh\.max_unsharded_share must be at least"):
+        loop_programs(load_config(None, [*arch, "mesh.fsdp=8", "mesh.rules.embed=[]"]), jax.devices(), 2**30)
 
 
 def test_an_axis_that_divides_nothing_is_seen():

@@ -20,7 +20,7 @@ from rl.config import Config
 from rl.decoding import TOKEN_LOOP
 from rl.evaluation import create_sampler, sampling_params
 from rl.logprobs import CHUNK_LOOP, chunk_length
-from rl.mesh import create_mesh, device_memory, num_row_shards, on_host
+from rl.mesh import check_sharded, create_mesh, device_memory, num_row_shards, on_host
 from rl.models.block_attention import KEY_BLOCK_LOOP
 from rl.models.config import ModelConfig
 from rl.models.hf import SHAPE_PATTERNS, resolve_source
@@ -115,7 +115,7 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
       memory: bytes of one device; None: as the device itself says.
 
     Raises:
-      ValueError: whatever is wrong with the configuration or the model's shape.
+      ValueError: whatever is wrong with the configuration or the model's shape, and a mesh that training refuses.
     """
     mesh = create_mesh(config.mesh, devices)
     memory = device_memory(mesh) if memory is None else memory
@@ -124,6 +124,7 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     _, optimizer = create_training_optimizer(config, policy)
     init_policy_fn = InitStateFn(policy, optimizer, config.seed)
     inputs = get_shaped_inputs(config, mesh, init_policy_fn)
+    check_sharded(inputs.state, inputs.state_shardings, config.mesh, mesh)
     has_reference = bool(config.grpo.beta) and policy.config.lora is None
     sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
     call_size = config.grpo.prompts_per_step, config.grpo.group_size
