@@ -1,5 +1,5 @@
 """Every command that needs a state takes it from `init_state_fn`, in both flavours, from one recipe and one run; those
-that decode or export build it without an optimizer.
+that decode or export build it without an optimizer, those that work on files build none.
 """
 
 import ast
@@ -12,6 +12,7 @@ import yaml
 
 from rl.cli import COMMANDS, main
 from rl.states import InitStateFn
+from rl.tools import checkpoint, lora
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAVOURS = {"linen": False, "nnx": True}
@@ -33,9 +34,17 @@ lora: {{rank: {rank}}}
 eval: {{every: 0}}
 mesh: {{num_devices: 1}}
 """
-# `launch` starts others; the rest work on files, `quantize` layer by layer, and hold no state.
-NO_STATE = {"data", "launch", "report", "quantize"}
-NO_OPTIMIZER = {"eval", "sample", "export"}  # parameters only, of whole weights and of adapters beside their base
+# `launch` starts others, `report` reads metrics, `data` prompts; what works on files, `quantize` layer by layer, is walked as well, and
+# holds no state.
+NOT_WALKED = {"data", "launch", "report"}
+ON_FILES = {("quantize",), ("checkpoint", "inspect"), ("checkpoint", "convert")}
+# Parameters only, of whole weights and of adapters beside their base.
+NO_OPTIMIZER = {
+    ("eval",),
+    ("sample",),
+    ("export",),
+    *(("lora", name) for name in ("extract", "merge", "unmerge", "inspect")),
+}
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -84,12 +93,23 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
         ],
         "lora": [
             ["merge", tmp_path / "folder", tmp_path / "adapter", tmp_path / "merged", f"pure_nnx={is_nnx}"],
+            ["unmerge", tmp_path / "merged", tmp_path / "adapter", tmp_path / "unmerged", f"pure_nnx={is_nnx}"],
+            ["extract", tuned, tmp_path / "extracted"],
+            ["inspect", tuned],
             ["convert", tmp_path / "adapter", tmp_path / "back", beside],
         ],
-        "checkpoint": [["verify", run], ["bench", whole, "--steps", 1]],
-        "compile": [[whole, "--devices", "cpu:1"]],
+        "checkpoint": [
+            ["verify", run],
+            ["bench", whole, "--steps", 1],
+            ["inspect", run],
+            ["convert", run, tmp_path / "converted"],
+        ],
+        "quantize": [[tmp_path / "folder", tmp_path / "quantized"]],
+        "compile": [[whole, "--devices", "cpu:1", "--json", tmp_path / "report.json"]],
     }
-    assert {*walk, *NO_STATE} == set(COMMANDS)
+    assert {*walk, *NOT_WALKED} == set(COMMANDS)
+    assert {name for name, *_ in walk["lora"]} == set(lora._SUBCOMMANDS)
+    assert {name for name, *_ in walk["checkpoint"]} == set(checkpoint._COMMANDS)
     for command, calls in walk.items():
         for arguments in calls:
             built.clear()
@@ -97,10 +117,15 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
             status = main([command, *map(str, arguments)])
             said = capsys.readouterr()
             assert status in (0, None), (command, arguments, said.err)
+            names = {(command,), (command, str(arguments[0]))}
+            if names & ON_FILES:
+                assert not built, f"grpo {command} {arguments} built a state"
+                continue
             assert built, f"grpo {command} {arguments} built no state through init_state_fn"
             assert {name for name, _ in built} == {flavour}, (command, arguments)
-            if command in NO_OPTIMIZER:
+            if names & NO_OPTIMIZER:
                 assert not any(has_optimizer for _, has_optimizer in built), (command, arguments)
+    assert json.loads((tmp_path / "report.json").read_text())["fits"]
 
 
 def test_nothing_else_draws_the_weights_of_a_policy():
