@@ -32,7 +32,7 @@ from rl.programs import Program
 from rl.shaped_inputs import get_shaped_inputs
 from rl.states import InitStateFn, get_abstract_state
 from rl.tools.compile import compile_config, compile_loop, compile_one, main
-from rl.tools.compile_report import Report, advice, num_slices, roofline, to_json, to_text
+from rl.tools.compile_report import ProgramReport, Report, advice, num_slices, roofline, to_json, to_text
 from rl.tools.hlo import Collective, array_bytes, work_of
 from rl.tools.loop_programs import loop_programs, read_shape
 from rl.tools.topologies import CHIPS, find_devices
@@ -538,6 +538,34 @@ def test_what_does_not_fit_is_named_with_keys_to_change(saved):
     assert {"grpo.beta=0", "lora.rank=16"} <= {line.split(":")[0] for line in advice(scarce)}
     keys = [line.partition(":")[0] for line in told + advice(scarce) if "=" in line.partition(":")[0]]
     load_config(None, [key for line in keys for key in line.split()])  # each is a key with a value that it takes
+
+
+def test_the_first_piece_of_advice_makes_a_run_fit(saved):
+    config, report, _ = saved
+    assert report.worst.name == "train step"
+    key = "mesh.data=1 mesh.fsdp=-1"
+    other = tiny(*key.split(), flavour="nnx" if config.pure_nnx else "linen")
+    loop = loop_programs(other, jax.devices(), report.loop.memory)
+    step = next(program for program in loop.programs if program.name == report.worst.name)
+    changed = compile_one(step)[0]
+    memory = (report.worst.needed + changed.needed) // 2
+    assert changed.needed < memory < report.worst.needed
+    short = Report(dataclasses.replace(report.loop, memory=memory), None, report.programs)
+    assert not short.fits
+    assert advice(short)[0].partition(":")[0] == key
+    assert Report(dataclasses.replace(loop, memory=memory), None, [changed]).fits
+
+
+def test_advice_is_in_the_order_of_what_it_saves():
+    """Of 70B on 256 chips, as docs/compile.md tells it: with two devices on tensor it needed 12.31 GiB."""
+    pytest.importorskip("libtpu")
+    config = load_config(ROOT / "examples/aot/llama3.1_70b.yml", ["grpo.max_tokens_per_microbatch=393216"])
+    loop = loop_programs(config, find_devices("v5e:16x16", 1, None), CHIPS["TPU v5 lite"].memory)
+    needed, temporaries = int(15.37 * 2**30), int(11.75 * 2**30)
+    peak = needed - loop.resident.reference
+    step = ProgramReport("train step", peak - temporaries, 0, 0, temporaries, peak, needed, None, 0.0, 0)
+    told = advice(Report(loop, None, [step]))
+    assert [line.partition(":")[0] for line in told] == ["mesh.tensor=2", "model.remat=full", "grpo.logprob_chunk=128"]
 
 
 @pytest.mark.parametrize(

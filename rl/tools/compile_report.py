@@ -4,10 +4,12 @@ In: a run's programs (`rl.tools.loop_programs`), each compiled. Out: `Report`, a
 one device; times are what the chip's FLOP/s and memory bandwidth allow at best, communication aside.
 """
 
+import collections
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,6 +21,7 @@ from rl.models.config import base_specs, flatten_specs
 from rl.tools.hlo import Work, work_of
 from rl.tools.loop_programs import DECODE, PREFILL, Loop, LoopProgram
 from rl.tools.topologies import GIB, Chip
+from rl.update import TRAIN_STEP
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -122,95 +125,179 @@ def report_refused(program: LoopProgram, message: str, seconds: float, host_byte
     return ProgramReport(program.name, 0, 0, 0, 0, used, used + program.held, None, seconds, host_bytes, said)
 
 
+class _Change(NamedTuple):
+    """A key to change, in words, and the bytes that it takes off the largest need of a device: a rough estimate, by
+    which changes are ordered.
+    """
+
+    text: str
+    saves: float
+
+
 def advice(report: Report) -> list[str]:
     """What to change, as keys, the most telling first; nothing for a run that fits."""
     if report.fits:
         budget, wanted = report.kv_budget(), report.loop.resident.cache
         if wanted > budget:
-            return [_kv_memory(report)]
+            return [_kv_memory(report).text]
         return []
     loop = report.loop
-    resident, memory, worst = loop.resident, loop.memory, report.worst
-    held = resident.state + resident.reference
-    found: list[str] = []
-    if held > 0.6 * memory:
+    held = loop.resident.state + loop.resident.reference
+    found = _fewer_copies(report)
+    if held > 0.6 * loop.memory:
         found += _smaller_state(report)
-    if worst.name in (PREFILL, DECODE):
-        found += _smaller_rollout(report)
-    else:
-        found += _smaller_pieces(report)
-    if not found or held > 0.6 * memory:
+    found += _smaller_rollout(report) if report.worst.name in (PREFILL, DECODE) else _smaller_pieces(report)
+    lines = [change.text for change in sorted(found, key=lambda change: -change.saves)]
+    if not found or held > 0.6 * loop.memory:
         total = held * loop.mesh.size
-        found.append(f"more chips: weights, optimizer state and reference are {total / GIB:.0f} GiB in all")
+        lines.append(f"more chips: weights, optimizer state and reference are {total / GIB:.0f} GiB in all")
     others = tuple(f"{key}=" for key in decoder_keys(loop.config))  # keys that this model does not have
-    return [line for line in dict.fromkeys(found) if not line.startswith(others)]
+    return [line for line in dict.fromkeys(lines) if not line.startswith(others)]
 
 
-def _smaller_state(report: Report) -> list[str]:
-    loop, config = report.loop, report.loop.config
+def _fewer_copies(report: Report) -> list[_Change]:
+    loop, resident = report.loop, report.loop.resident
+    share = loop.policy.config.num_parameters * _itemsize(loop.policy.config.param_dtype) / loop.mesh.size
+    if resident.weights <= 1.5 * share:
+        return []
+    saves = (resident.state + resident.reference + _gradients(report)) * (1 - share / resident.weights)
+    return [_Change("mesh.data=1 mesh.fsdp=-1: no device holds parameters that another holds too", saves)]
+
+
+def _smaller_state(report: Report) -> list[_Change]:
+    loop, config, resident = report.loop, report.loop.config, report.loop.resident
+    weights, moments, reference, gradients = resident.weights, resident.moments, resident.reference, _gradients(report)
     found = []
-    whole = loop.policy.config.num_parameters * jax.numpy.dtype(loop.policy.config.param_dtype).itemsize
-    if loop.resident.weights * loop.mesh.size > 1.5 * whole:
-        found.append("mesh.data=1 mesh.fsdp=-1: no device holds parameters that another holds too")
-    if config.grpo.beta and loop.resident.reference:
-        found.append("grpo.beta=0: no reference beside the policy")
+    if config.grpo.beta and reference:
+        found.append(_Change("grpo.beta=0: no reference beside the policy", reference))
     if config.model.param_dtype == "float32":
         both = " model.dtype=bfloat16" if source_kind(config.model.source) == "tunix" else ""  # which has one for both
-        found.append(f"model.param_dtype=bfloat16{both}: half the bytes of weights and gradients")
+        text = f"model.param_dtype=bfloat16{both}: half the bytes of weights and gradients"
+        stored = weights if config.lora.base_dtype is None else resident.adapters
+        found.append(_Change(text, (stored + reference + gradients) / 2))
     elif config.optimizer.moment_dtype is None and config.optimizer.name == "adamw":
-        found.append("optimizer.name=adafactor: sums of rows and columns in place of the second moment")
-    if not config.optimizer.offload and loop.resident.moments:
-        found.append("optimizer.offload=true: moments in the hosts' memory but for the update itself")
+        text = "optimizer.name=adafactor: sums of rows and columns in place of both moments"
+        found.append(_Change(text, moments))
+    if not config.optimizer.offload and moments:
+        # In the update they take the place of what the backward pass needed.
+        room = max(report.worst.temporaries - gradients, 0) if report.worst.name == TRAIN_STEP else moments
+        text = "optimizer.offload=true: moments in the hosts' memory but for the update itself"
+        found.append(_Change(text, min(moments, room)))
     if not config.lora.rank:
-        found.append("lora.rank=16: moments and gradients of adapters only, and the frozen weights are the reference")
+        text = "lora.rank=16: moments and gradients of adapters only, and the frozen weights are the reference"
+        specs = [spec for _, spec in flatten_specs(base_specs(loop.policy.config))]
+        specs = [spec for spec in specs if len(spec.shape) > 1 and "vocab" not in spec.axes]
+        inputs = [math.prod(spec.shape[dim] for dim in spec.contract_dims) for spec in specs]
+        sides = sum(n + math.prod(spec.shape) // n for n, spec in zip(inputs, specs, strict=True))
+        adapters = 4 * 16 * sides * 4 / loop.mesh.size  # weights, moments and gradients in float32
+        found.append(_Change(text, moments + reference + gradients - adapters))
     elif config.lora.base_dtype is None:
-        found.append("lora.base_dtype=int8: the frozen weights in 8 bits")
+        saves = (weights - resident.adapters) * (1 - 1 / _itemsize(config.model.param_dtype))
+        found.append(_Change("lora.base_dtype=int8: the frozen weights in 8 bits", saves))
     return found
 
 
-def _smaller_rollout(report: Report) -> list[str]:
-    loop, config = report.loop, report.loop.config
-    found = [_kv_memory(report)] if config.sampling.slots is None else []
-    if config.sampling.slots is not None:
-        found.append(f"sampling.slots={max(config.sampling.slots // 2, num_row_shards(loop.mesh, config.mesh.rules))}")
+def _smaller_rollout(report: Report) -> list[_Change]:
+    loop, config, cache = report.loop, report.loop.config, report.loop.resident.cache
+    slots = config.sampling.slots
+    found = [_kv_memory(report)] if slots is None else []
+    fewer = 0 if slots is None else max(slots // 2, num_row_shards(loop.mesh, config.mesh.rules))
+    if slots is not None and fewer < slots:
+        found.append(_Change(f"sampling.slots={fewer}", cache * (1 - fewer / slots)))
     if config.sampling.kv_dtype is None:
-        found.append("sampling.kv_dtype=int8: the cache in 8 bits")
+        saves = cache * (1 - 1 / _itemsize(loop.policy.config.dtype))
+        found.append(_Change("sampling.kv_dtype=int8: the cache in 8 bits", saves))
     return found + _more_tensor(report)
 
 
-def _smaller_pieces(report: Report) -> list[str]:
-    loop, config = report.loop, report.loop.config
+def _smaller_pieces(report: Report) -> list[_Change]:
+    loop, config, model = report.loop, report.loop.config, report.loop.policy.config
     found, is_decoder = [], source_kind(config.model.source) == "decoder"
-    if config.model.remat in ("none", "dots", "outputs"):
-        found.append("model.remat=block: of each layer only its input is kept")
-    elif config.model.remat == "block" and is_decoder:
-        found.append("model.remat=full: inputs of every sqrt(num_layers)-th layer only are kept")
-    if is_decoder and not config.model.scan_layers and loop.policy.config.num_layers > 8:
-        found.append("model.scan_layers=true: layers in a loop, whose memory is that of one layer")
+    num_layers = model.num_layers if is_decoder else 1
     shards = num_row_shards(loop.mesh, config.mesh.rules)
+    # What there is besides gradients and gathered weights grows with the tokens of a piece.
+    activations = max(report.worst.temporaries - _gradients(report) - _gathered(report), 0)
+    if config.model.remat in ("none", "dots", "outputs"):
+        text = "model.remat=block: of each layer only its input is kept"
+        found.append(_Change(text, activations * (1 - 1 / (num_layers + 1))))  # the head is like one more
+    elif config.model.remat == "block" and is_decoder:
+        text = "model.remat=full: inputs of every sqrt(num_layers)-th layer only are kept"
+        found.append(_Change(text, _hidden(report) * max(num_layers - 2 * math.sqrt(num_layers), 0)))
+    if is_decoder and not config.model.scan_layers and num_layers > 8:
+        # As if one more layer were gathered while one is computed.
+        text = "model.scan_layers=true: layers in a loop, whose memory is that of one layer"
+        found.append(_Change(text, _gathered(report) / 2))
+    tokens = config.grpo.max_tokens_per_microbatch
     least = shards * (config.data.max_prompt_length + config.sampling.max_completion_length)
-    if config.grpo.max_tokens_per_microbatch >= 2 * least:
-        found.append(f"grpo.max_tokens_per_microbatch={max(config.grpo.max_tokens_per_microbatch // 2, least)}")
+    if tokens >= 2 * least:
+        fewer = max(tokens // 2, least)
+        found.append(_Change(f"grpo.max_tokens_per_microbatch={fewer}", activations * (1 - fewer / tokens)))
     num_rows, num_positions = loop.inputs.minibatch.batch.targets_MRN.shape[1:]
-    chunk = chunk_length(num_rows // shards, num_positions, config.grpo.logprob_chunk)
+    rows = num_rows // shards
+    chunk = chunk_length(rows, num_positions, config.grpo.logprob_chunk)
     if chunk > TILE_ROWS:
-        found.append(f"grpo.logprob_chunk={max(chunk // 4, TILE_ROWS)}: fewer logits at a time")
+        fewer = max(chunk // 4, TILE_ROWS)
+        logits = 2 * rows * (chunk - fewer) * model.vocab_size * 4 / max(config.mesh.tensor, 1)  # and their gradient
+        found.append(_Change(f"grpo.logprob_chunk={fewer}: fewer logits at a time", min(logits, activations)))
     return found + _more_tensor(report)
 
 
-def _more_tensor(report: Report) -> list[str]:
+def _more_tensor(report: Report) -> list[_Change]:
     loop = report.loop
     tensor, specs = loop.config.mesh.tensor, flatten_specs(base_specs(loop.policy.config))
     sizes = [size for _, spec in specs for size, axis in zip(spec.shape, spec.axes, strict=True) if axis == "kv_heads"]
     larger = 2 * max(tensor, 1)
     if tensor < 1 or loop.mesh.size % larger or not sizes or any(size % larger for size in sizes):
         return []
-    return [f"mesh.tensor={larger}: heads, mlp and vocabulary on {larger} devices each"]
+    saves = _gathered(report) / 2
+    if report.worst.name == TRAIN_STEP and source_kind(loop.config.model.source) == "decoder":
+        # A device then has twice the rows, and the input of every layer that is kept.
+        num_layers = loop.policy.config.num_layers
+        kept = 2 * math.sqrt(num_layers) if loop.config.model.remat == "full" else num_layers
+        saves -= _hidden(report) * kept
+    return [_Change(f"mesh.tensor={larger}: heads, mlp and vocabulary on {larger} devices each", saves)]
 
 
-def _kv_memory(report: Report) -> str:
-    share = report.kv_budget() / report.loop.memory
-    return f"sampling.kv_memory={max(int(share * 90), 1) / 100}: the share of memory that is left for keys and values"
+def _itemsize(dtype: str) -> int:
+    return jax.numpy.dtype(dtype).itemsize
+
+
+def _gradients(report: Report) -> int:
+    """Bytes of the gradients that the program which needs most has; those of weights that are trained."""
+    resident = report.loop.resident
+    return (resident.adapters or resident.weights) if report.worst.name == TRAIN_STEP else 0
+
+
+def _hidden(report: Report) -> int:
+    """Bytes of the hidden states of a piece between two layers."""
+    loop, plan = report.loop, report.loop.inputs.plan
+    rows, model = plan.num_rows // num_row_shards(loop.mesh, loop.config.mesh.rules), loop.policy.config
+    return rows * plan.row_length * model.hidden_size * _itemsize(model.dtype)
+
+
+def _gathered(report: Report) -> float:
+    """Bytes of the largest layer and of the largest table as their products have them: whole but for the tensor axis,
+    in the dtype of the activations, in the train step with a gradient that is not added up yet. 0 where they lie so.
+    """
+    loop, model = report.loop, report.loop.policy.config
+    parts = max(loop.config.mesh.tensor, 1)
+    if 1.5 * parts * loop.resident.weights > model.num_parameters * _itemsize(model.param_dtype):
+        return 0
+    layers, tables = collections.Counter(), [0]
+    for path, spec in flatten_specs(base_specs(model)):
+        if "vocab" in spec.axes:
+            tables.append(math.prod(spec.shape))
+        else:
+            layers[path[0]] += math.prod(spec.shape)
+    gradient = _itemsize(model.param_dtype) if _gradients(report) and model.lora is None else 0
+    return (max(layers.values(), default=0) + max(tables)) * (_itemsize(model.dtype) + gradient) / parts
+
+
+def _kv_memory(report: Report) -> _Change:
+    budget = report.kv_budget()
+    share = max(int(budget / report.loop.memory * 90), 1) / 100
+    text = f"sampling.kv_memory={share}: the share of memory that is left for keys and values"
+    return _Change(text, max(report.loop.resident.cache - share * report.loop.memory, 0))
 
 
 def to_json(report: Report) -> dict[str, Any]:
