@@ -33,7 +33,8 @@ from rl.user_functions import COMPILED_KEYS, file_hashes
 
 MAGIC = b"tandem compiled programs 1\n"
 MAX_NAMED = 8  # differences that a message lists
-_CALLS_PYTHON = re.compile(r"python_\w*callback|is_host_transfer ?= ?true")  # on CPU and GPU, on TPU
+# On CPU and GPU, on TPU; there what crosses the network between slices goes through the hosts as well, by the runtime.
+_CALLS_PYTHON = re.compile(r'python_\w*callback|is_host_transfer ?= ?true(?!.*"xla_megascale_runtime")')
 
 
 class LoadedProgram:

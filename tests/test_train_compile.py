@@ -20,6 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rl.cli import main as grpo
 from rl.config import load_config
 from rl.executables import MAGIC, LoadedProgram, fingerprint, open_compiled, read_file, save_compiled
 from rl.grpo_trainer import train
@@ -692,6 +693,32 @@ def test_nothing_is_pickled_while_programs_are_saved_loaded_and_called(saved, tm
             assert int(call().step) == 0
 
 
+def test_transfers_between_slices_are_saved_and_calls_of_python_are_not(tmp_path):
+    pytest.importorskip("libtpu")
+    config = tiny("mesh.data=2", "mesh.fsdp=4", "mesh.tensor=1")
+    mesh, policy = create_mesh(config.mesh, find_devices("v5e:2x2", 2, None)), parts_of(tiny())[1]
+    rows, everywhere = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P())
+
+    def summed(x):
+        return jnp.sum(x, axis=0)  # over both slices
+
+    def told(x):
+        jax.debug.print("{x}", x=x[0, 0])
+        return jnp.sum(x, axis=0)
+
+    def save(function):
+        program, arguments = Program(function, (rows,), everywhere), (jax.ShapeDtypeStruct((8, 16), jnp.float32),)
+        compiled = program.compile(arguments)
+        assert '"xla_megascale_runtime"' in compiled.as_text()
+        save_compiled(tmp_path / "programs.bin", config, policy, mesh, 1, [("sum", program, arguments, compiled)])
+
+    with pytest.raises(ValueError, match=r"'sum' calls Python"):
+        save(told)
+    assert not list(tmp_path.iterdir())
+    save(summed)
+    assert set(read_file(tmp_path / "programs.bin")[1]) == {"sum"}
+
+
 @pytest.mark.slow
 def test_training_with_compiled_programs_gives_what_training_without_gives(saved, plain, tmp_path):
     config, _, path = saved
@@ -856,6 +883,32 @@ def test_the_train_step_compiles_for_a_tpu_that_is_not_there(flavour):
     assert step.work.num_bytes > loop.resident.state  # every weight and moment is read at least
     assert step.work.collectives
     assert to_json(report)["programs"][0]["roofline_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_the_command_compiles_every_program_for_two_slices_and_saves_them(tmp_path):
+    pytest.importorskip("libtpu")
+    recipe, told, file = tmp_path / "recipe.yml", tmp_path / "report.json", tmp_path / "programs.bin"
+    recipe.write_text("pure_nnx: false\n")
+    arguments = ["compile", recipe, "--topology", "v5e:2x2", "--slices", 2, "--json", told, "--save", file, *TINY]
+    status = grpo([*map(str, arguments)])
+    header, executables = read_file(file)
+    made_for = header["made_for"]
+    assert (made_for["platform"], made_for["device_kind"], made_for["num_devices"]) == ("tpu", "TPU v5 lite", 8)
+    assert made_for["libtpu"] is not None
+    assert set(executables) >= {"state init", "reference init", "logprobs", "train step"}
+    assert all(executables.values())
+    report = json.loads(told.read_text())
+    assert (status, report["fits"]) == (0, True)
+    assert (report["devices"], report["num_slices"], report["chip"]["name"]) == (8, 2, "v5e")
+    assert [program["name"] for program in report["programs"]] == NAMES
+    for program in report["programs"]:
+        assert (program["refused"], program["unread"]) == (None, None)
+        assert 0 < program["peak"] <= program["needed"] <= report["memory"]
+        assert program["bytes"] > 0
+        assert program["roofline_seconds"] == max(program["flops"] / 197e12, program["bytes"] / 819e9)
+    between = [kind for program in report["programs"] for kind in program["collectives"] if "between slices" in kind]
+    assert between  # the copies along data are in different slices
 
 
 def test_what_crosses_the_network_between_slices_is_counted_apart():
