@@ -183,7 +183,7 @@ def _wide(transformation: optax.GradientTransformation) -> optax.GradientTransfo
     def widened(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(widen(x.dtype)), tree)
 
-    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return transformation.update(widened(updates), state, widened(params))
 
     return optax.GradientTransformation(lambda params: transformation.init(widened(params)), update)

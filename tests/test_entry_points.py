@@ -34,8 +34,8 @@ lora: {{rank: {rank}}}
 eval: {{every: 0}}
 mesh: {{num_devices: 1}}
 """
-# `launch` starts others, `report` reads metrics, `data` prompts; what works on files, `quantize` layer by layer, is walked as well, and
-# holds no state.
+# `launch` starts others, `report` reads metrics, `data` prompts; what works on files, `quantize` layer by layer, is
+# walked as well, and holds no state.
 NOT_WALKED = {"data", "launch", "report"}
 ON_FILES = {("quantize",), ("checkpoint", "inspect"), ("checkpoint", "convert")}
 # Parameters only, of whole weights and of adapters beside their base.

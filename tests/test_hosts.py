@@ -402,7 +402,7 @@ with hosts.joined(load_config(None, sys.argv[1:]).distributed):
 
 
 def test_the_runtime_ends_whoever_a_killed_process_leaves_alone():
-    """Without the launcher, and in no collective: of two runs at a time, one loses its process 1, the other process 0."""
+    """Without the launcher, and in no collective: of two runs at a time one loses process 1, the other process 0."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     runs = []
     for _ in range(2):
