@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rl.models.config import ModelConfig
+from rl.packing import PackingPlan
 
 ROPE_THETA = 1_000_000.0  # Tunix 0.1.7 rotates by this theta, whatever its configuration says
 
@@ -76,6 +77,29 @@ def tiny_workload(workload: Workload) -> Workload:
     return workload._replace(num_prompts=2, num_samples=3, prompt_lengths=(shortest, 10), cap=12)
 
 
+def row_workload(name: str, tiny: bool = False) -> Workload:
+    """Prompts with eight completions each, as many as fill an update, of which each group fills a row of so many tokens
+    (a key of `ROW_LENGTHS`): an eighth of it is the prompt, and the last token of a completion is no input.
+    """
+    row_length, _, update = _row_sizes(name, tiny)
+    prompt = row_length // ROW_SAMPLES
+    cap = (row_length - prompt) // ROW_SAMPLES + 1
+    return Workload(update // row_length, ROW_SAMPLES, (prompt, prompt), cap)
+
+
+def row_plan(name: str, tiny: bool = False) -> PackingPlan:
+    """The packing of `row_workload`: pieces of equally many tokens whatever the length of a row."""
+    row_length, piece, update = _row_sizes(name, tiny)
+    cap = row_workload(name, tiny).cap
+    return PackingPlan(update // piece, piece // row_length, row_length, ROW_SAMPLES, cap)
+
+
+def _row_sizes(name: str, tiny: bool) -> tuple[int, int, int]:
+    """Tokens of a row, of a piece and of an update."""
+    sizes = ROW_LENGTHS[name], max(ROW_LENGTHS.values()), 4 * max(ROW_LENGTHS.values())
+    return tuple(size // 64 for size in sizes) if tiny else sizes
+
+
 def _qwen3(layers: int, width: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int, dtype: str):
     sizes = (vocab, width, mlp, layers, heads, kv_heads, head_dim)
     return ModelConfig.from_arch("qwen3", *sizes, rope_theta=ROPE_THETA, dtype=dtype, param_dtype=dtype)
@@ -98,6 +122,9 @@ GPU_SHAPES = {
     "1.7b": _qwen3(28, 2048, 16, 8, 128, 6144, 151936, "bfloat16"),
 }
 GPU_WORKLOADS = {f"rows{rows}": Workload(rows // 8, 8, (256, 256), 256) for rows in (64, 128, 256)}
+# Tokens of a row, and completions of a prompt, of updates on an accelerator.
+ROW_LENGTHS = {"4k": 4096, "8k": 8192, "16k": 16384}
+ROW_SAMPLES = 8
 # Every call has other prompt lengths and, through the EOS, other completion lengths.
 STEADY_WORKLOAD = Workload(8, 8, (32, 192), 256, mean_share=0.4)
 

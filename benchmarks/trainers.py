@@ -24,8 +24,9 @@ from rl.data import PromptRow
 from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import sampling_params, start_rewards
 from rl.metrics import Stopwatch
+from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
-from rl.packing import TrainCompletion, TrainGroup
+from rl.packing import PackingPlan, TrainCompletion, TrainGroup
 from rl.rollout import judge, minibatches, sample_and_score, to_rollout
 from rl.sampler import Sampler
 from rl.shaped_inputs import plan_for
@@ -87,17 +88,20 @@ class TandemTrainer:
         workload: Workload,
         batches: Sequence[Batch],
         settings: Sequence[str] = (),
+        plan: PackingPlan | None = None,
     ) -> None:
+        """`plan`: the packing; None: that of a run with this workload."""
         self._batches = iter(enumerate(batches))
         self.config = tandem_config(workload, settings)
-        config, mesh, policy = self.config, weights.mesh, weights.policy
+        config, mesh = self.config, weights.mesh
+        self.policy = policy = policy_from_config(config, weights.policy.config, mesh)
         _, optimizer = create_training_optimizer(config, policy)
         init_policy_fn, init_reference_fn = InitStateFn(policy, optimizer, 0), InitStateFn(policy, None, 0)
         # Copies, because the policy's memory is donated to its first update.
         params = jax.tree.map(jnp.copy, weights.params)
         self._state, abstract = setup_training_state(config, mesh, init_policy_fn, params)
         self._reference, _ = setup_decode_state(config, mesh, init_reference_fn, reference.params)
-        self.plan = plan_for(config, workload.prompt_lengths[1], policy, mesh)
+        self.plan = plan_for(config, workload.prompt_lengths[1], policy, mesh) if plan is None else plan
         self._updater = Updater(config, policy, optimizer, self.plan, abstract.shardings, mesh=mesh)
         self._entropy = EntropyCoefState(0.0, 0.0)
         self._stack = contextlib.ExitStack()

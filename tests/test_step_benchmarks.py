@@ -10,6 +10,8 @@ import types
 import numpy as np
 import pytest
 
+from rl.packing import TrainCompletion, TrainGroup, pack
+
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 # Tunix names its shardings as older flax did, and calls its own cache for Llama deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -21,7 +23,17 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    names = ("comparison", "grpo_step", "shapes", "step_results", "stepped", "train_step", "trainers", "turns")
+    names = (
+        "accelerator",
+        "comparison",
+        "grpo_step",
+        "shapes",
+        "step_results",
+        "stepped",
+        "train_step",
+        "trainers",
+        "turns",
+    )
     return types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -90,6 +102,59 @@ def test_memory_of_compiled_steps_is_compared(benchmark):
     assert found["growth"] == pytest.approx(found["one_device"] / (found["one_device_small_vocabulary"] + embedding))
     if benchmark.trainers.is_installed("tunix"):
         assert found["share"] == pytest.approx(found["tandem"] / found["tunix"])
+
+
+def test_updates_on_an_accelerator_are_timed_alone(benchmark, tmp_path, capsys):
+    file = tmp_path / "updates.json"
+    arguments = ["--preset", "gpu", "--tiny", "--repeats", "2", "--shapes", "0.6b", "--workloads", "4k"]
+    report = benchmark.train_step.main([*arguments, "--set", "model.remat=block", "--json", str(file)])
+    (result,) = json.loads(file.read_text())["updates"]
+    assert result == report["updates"][0]
+    assert (result["shape"], result["workload"], result["attention"]) == ("0.6b", "4k", "xla attention")
+    assert result["num_tokens"] == 1024
+    assert [call["num_tokens"] for call in result["calls"]] == [16 * 8 * 8] * 2  # prompts x completions x tokens
+    assert result["seconds"] == statistics.median(call["seconds"] for call in result["calls"])
+    assert result["tokens_per_second"] == pytest.approx(1024 / result["seconds"])
+    assert (result["mfu"], result["peak_bytes"], result["num_compiles"]) == (None, None, 0)  # of a CPU
+    assert "rows of 4k tokens" in capsys.readouterr().out
+
+
+def test_mfu_and_peak_memory_are_those_of_the_device(benchmark):
+    accelerator, plan = benchmark.accelerator, benchmark.shapes.row_plan("16k")
+    calls = [benchmark.turns.Call(seconds, seconds, 640, 1) for seconds in (1.0, 2.0, 9.0)]
+
+    def result(kind, peaks):
+        setting = ("0.6b", "16k", kind, "cudnn attention")
+        return accelerator.summarize_updates(setting, plan, calls, [989.4e12, 0.4 * 2 * 989.4e12, 989.4e12], peaks)
+
+    own, other, unknown = (
+        result("NVIDIA H100 80GB HBM3", (5 * 10**9, 7 * 10**9)),
+        result("NVIDIA H100 80GB HBM3", (7 * 10**9, 7 * 10**9)),
+        result("cpu", (None, None)),
+    )
+    assert (own.seconds, own.min_seconds, own.max_seconds, own.num_compiles) == (2.0, 1.0, 9.0, 3)
+    assert (own.num_tokens, own.tokens_per_second, own.mfu) == (65536, 32768.0, pytest.approx(0.4))
+    assert (own.is_own_peak, other.is_own_peak, unknown.is_own_peak) == (True, False, False)
+    columns = accelerator.updates_table([own, other, unknown]).columns
+    cells = {column.header: list(column.cells) for column in columns}
+    assert cells["peak GB"] == ["7.0", "<= 7.0", "n/a"]
+    assert cells["MFU"] == ["40.0%", "40.0%", "n/a"]
+    assert cells["ms/update"] == ["2000"] * 3
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+@pytest.mark.parametrize("name", ["4k", "8k", "16k"])
+def test_rows_on_an_accelerator_are_full(benchmark, name, tiny):
+    workload, plan = benchmark.shapes.row_workload(name, tiny), benchmark.shapes.row_plan(name, tiny)
+    prompts, completions = workload.prompts(64, 0), iter(workload.completions(64, 0))
+    groups = [
+        TrainGroup(np.int32(prompt), [TrainCompletion(np.int32(next(completions))) for _ in range(8)])
+        for prompt in prompts
+    ]
+    batch = pack(groups, plan)
+    assert batch.tokens_MRT.size == 65536 // (64 if tiny else 1)
+    assert batch.num_microbatches == plan.num_microbatches
+    assert (batch.group_ids_MRT == 0).all()  # one group in each row, and no padding
 
 
 def test_trainers_that_compute_something_else_are_not_compared(benchmark):
@@ -203,3 +268,18 @@ def test_arguments_that_mean_nothing_are_refused(benchmark, capsys, arguments, m
         with pytest.raises(SystemExit):
             program.main(arguments)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "a"], "--shapes must name some of 0.6b, 1.7b, got 'a'"),
+        (["--workloads", "i"], "--workloads must name some of 4k, 8k, 16k, got 'i'"),
+        (["--engines", "trl"], "--engines must name some of tandem, got 'trl'"),
+        (["--memory"], "--preset gpu must be given without --memory and --apart"),
+    ],
+)
+def test_arguments_that_mean_nothing_on_an_accelerator_are_refused(benchmark, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        benchmark.train_step.main(["--preset", "gpu", *arguments])
+    assert message in capsys.readouterr().err

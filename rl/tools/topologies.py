@@ -37,6 +37,7 @@ CHIPS = {
     "TPU v5": Chip("v5p", 459 * TERA, 95 * GIB, 2765e9, _CLOUD + "v5p"),
     "TPU v6 lite": Chip("v6e", 918 * TERA, 32 * GB, 1638e9, _CLOUD + "v6e"),
     "NVIDIA H100 80GB HBM3": _H100,
+    "NVIDIA H200": Chip("H200 SXM", 989.4 * TERA, 141 * GB, 4.8e12, "https://www.nvidia.com/en-us/data-center/h200/"),
 }
 
 _MEGACORE = ("v4", "v5p")  # chips of two cores, which are one device to a program
