@@ -302,8 +302,10 @@ def test_evaluation_reads_a_quantised_folder_alike_in_both_flavours(small, tmp_p
 
 MEASURE = """
 import sys
+from rl.host_memory import limit_arenas
 from rl.models.config import Quantization
-from rl.tools.quantize import quantize_folder
+from rl.tools.quantize import MALLOC_ARENAS, quantize_folder
+limit_arenas(MALLOC_ARENAS)  # as the command does
 small, large, out = sys.argv[1:]
 quantize_folder(small, out + "_small", Quantization("int4", 32), list(range(20)))  # what compiling and one layer take
 report = quantize_folder(large, out, Quantization("int4", 32), list(range(20)))
@@ -331,4 +333,4 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path):
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     size, start, peak = map(int, output.split())
     assert size > 230e6
-    assert peak - start < 0.5 * size
+    assert peak - start < 0.3 * size
