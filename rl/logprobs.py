@@ -21,7 +21,9 @@ from rl.models.ops import widen
 # The name, in compiled programs, of the loops over chunks, whose length is a number of the batch.
 CHUNK_LOOP = "logits"
 TILE_ROWS = 16  # of bfloat16 numbers in a tile of a TPU's memory; of wider ones there are fewer
-CHUNK_POSITIONS = 512  # of all sequences on a device together: fewer read the head more often than its products take
+# Positions of all sequences on a device together. An accelerator reads the head in about the time of 512 positions'
+# products; on a CPU fewer leave less of the last chunk empty.
+CHUNK_POSITIONS, CPU_CHUNK_POSITIONS = 512, 256
 FEW_LOGITS = 2**24  # on a device; 64 MiB of float32
 
 
@@ -43,6 +45,7 @@ def token_logprobs(
     with_entropy: bool,
     mask_BT: jax.Array | None = None,
     num_shards: int = 1,
+    on_cpu: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Log-probs of target tokens and, if asked for, entropies. Differentiable, once, in `params` and `hidden_BTD`.
 
@@ -53,12 +56,12 @@ def token_logprobs(
         targets_BT: int token ids in [0, V) where the mask is not 0.
         temperature: of the distribution that the tokens were drawn from; above 0.
         chunk_size: positions of each sequence whose logits exist at one time (B * chunk_size * V numbers). It changes
-            memory and speed, never the result. None: see `default_chunk_size`.
+            memory and speed, never the result. None: see `chunk_length`.
         with_entropy: also give entropies.
         mask_BT: where it is 0, values are exactly 0, no gradient flows, and hidden state and target are arbitrary.
             Chunks of which nothing counts in any sequence and that come after all that do cost nothing. None: all
             positions count.
-        num_shards: devices that share the sequences.
+        num_shards: devices that share the sequences; `on_cpu`: which are CPUs.
 
     Returns:
         (logprobs_BT, entropy_BT or None) in nats, of the dtype of the logits, float32 at least.
@@ -87,7 +90,7 @@ def token_logprobs(
         logits_BCV = policy.unembed(params, hidden_BCD)
         return logits_BCV.astype(widen(logits_BCV.dtype)) / temperature
 
-    size = chunk_length(num_rows, T, chunk_size)
+    size = chunk_length(num_rows, T, chunk_size, on_cpu)
     num_chunks = max(-(-T // size), 1)
     num_words = jax.eval_shape(logits_of, hidden_BTD[:, :1]).shape[-1]
     are_few = chunk_size is None and num_rows * T * num_words <= FEW_LOGITS
@@ -105,17 +108,19 @@ def token_logprobs(
     return (results[0], results[1]) if with_entropy else (results[0], None)
 
 
-def chunk_length(num_rows: int, num_positions: int, chunk_size: int | None = None) -> int:
+def chunk_length(num_rows: int, num_positions: int, chunk_size: int | None = None, on_cpu: bool = False) -> int:
     """Positions of each of `num_rows` sequences on a device in one chunk.
 
     Args:
-        chunk_size: at most so many; None: so many that `CHUNK_POSITIONS` of all sequences have logits at one time.
+        chunk_size: at most so many; None: so many that `CHUNK_POSITIONS` of all sequences have logits at one time, or
+            `CPU_CHUNK_POSITIONS`.
 
     Chunks are even, so that there is less padding in the same number of them, and end where tiles of a TPU's memory do
     if that makes none larger than asked for: moving hidden states within tiles is more code than the rest of the loss.
     """
     if chunk_size is None:
-        chunk_size = max(TILE_ROWS, CHUNK_POSITIONS // max(num_rows, 1) // TILE_ROWS * TILE_ROWS)
+        together = CPU_CHUNK_POSITIONS if on_cpu else CHUNK_POSITIONS
+        chunk_size = max(TILE_ROWS, together // max(num_rows, 1) // TILE_ROWS * TILE_ROWS)
     if num_positions <= chunk_size:
         return max(num_positions, 1)
     num_chunks = -(-num_positions // chunk_size)

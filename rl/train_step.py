@@ -23,7 +23,7 @@ from rl.logprobs import token_logprobs
 from rl.loss_metrics import MetricSums, combine_sums, zero_sums
 from rl.loss_types import Denominators, LossConfig, LossInputs
 from rl.losses import denominators_for, grpo_loss
-from rl.mesh import ROWS, from_host_memory, input_sharding, num_row_shards, replicated, row_sharding
+from rl.mesh import ROWS, from_host_memory, input_sharding, is_on_cpu, num_row_shards, replicated, row_sharding
 from rl.models.lora import join, split
 from rl.models.ops import widen
 from rl.models.policy import Params, Policy
@@ -378,6 +378,7 @@ def _piece_logprobs(
         with_entropy=with_entropy,
         mask_BT=piece.target_mask_MRN,
         num_shards=num_row_shards(mesh, rules),
+        on_cpu=is_on_cpu(mesh),
     )
     R, C, L = piece.slots_MRCL.shape
 

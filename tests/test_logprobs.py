@@ -115,16 +115,25 @@ def test_entropy_is_not_computed_unless_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_shards", "num_positions"), [(2, 1, 256), (3, 1, 160), (12, 4, 160), (16, 1, 32), (100, 1, 16)]
+    ("num_rows", "num_shards", "on_cpu", "num_positions"),
+    [
+        (2, 1, False, 256),
+        (3, 1, False, 160),
+        (12, 4, False, 160),
+        (12, 4, True, 80),
+        (16, 1, False, 32),
+        (100, 1, True, 16),
+    ],
 )
-def test_a_chunk_of_open_size_holds_512_positions_of_the_rows_of_a_device(
-    num_rows: int, num_shards: int, num_positions: int
+def test_a_chunk_of_open_size_holds_512_positions_of_the_rows_of_a_device_or_256_on_a_cpu(
+    num_rows: int, num_shards: int, on_cpu: bool, num_positions: int
 ) -> None:
     """Whatever the vocabulary: 256 of each of two rows, 160 of three, in tiles of 16."""
     for num_words in (37, 151936):
         params = {"kernel": jnp.zeros((1, num_words)), "bias": jnp.zeros(num_words)}
         problem = Problem(params, jnp.zeros((num_rows, 1700, 1)), jnp.zeros((num_rows, 1700), jnp.int32))
-        assert chunk_sizes(functools.partial(chunked(None), num_shards=num_shards), problem) == {num_positions}
+        function = functools.partial(chunked(None), num_shards=num_shards, on_cpu=on_cpu)
+        assert chunk_sizes(function, problem) == {num_positions}
 
 
 @pytest.mark.parametrize(("num_words", "num_products"), [(4096, 3), (4097, 4)])

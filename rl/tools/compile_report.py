@@ -16,7 +16,7 @@ import jax
 from rl.config_rules import decoder_keys
 from rl.config_sections import source_kind
 from rl.logprobs import TILE_ROWS, chunk_length
-from rl.mesh import num_row_shards
+from rl.mesh import is_on_cpu, num_row_shards
 from rl.models.config import base_specs, flatten_specs
 from rl.tools.hlo import Work, work_of
 from rl.tools.loop_programs import DECODE, PREFILL, Loop, LoopProgram
@@ -234,7 +234,7 @@ def _smaller_pieces(report: Report) -> list[_Change]:
         found.append(_Change(f"grpo.max_tokens_per_microbatch={fewer}", activations * (1 - fewer / tokens)))
     num_rows, num_positions = loop.inputs.minibatch.batch.targets_MRN.shape[1:]
     rows = num_rows // shards
-    chunk = chunk_length(rows, num_positions, config.grpo.logprob_chunk)
+    chunk = chunk_length(rows, num_positions, config.grpo.logprob_chunk, is_on_cpu(loop.mesh))
     if chunk > TILE_ROWS:
         fewer = max(chunk // 4, TILE_ROWS)
         logits = 2 * rows * (chunk - fewer) * model.vocab_size * 4 / max(config.mesh.tensor, 1)  # and their gradient

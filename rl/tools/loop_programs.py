@@ -20,7 +20,7 @@ from rl.config import Config
 from rl.decoding import TOKEN_LOOP
 from rl.evaluation import create_sampler, sampling_params
 from rl.logprobs import CHUNK_LOOP, chunk_length
-from rl.mesh import check_sharded, create_mesh, device_memory, num_row_shards, on_host
+from rl.mesh import check_sharded, create_mesh, device_memory, is_on_cpu, num_row_shards, on_host
 from rl.models.block_attention import KEY_BLOCK_LOOP
 from rl.models.config import ModelConfig
 from rl.models.hf import SHAPE_PATTERNS, resolve_source
@@ -196,7 +196,8 @@ def _logit_chunks(config: Config, plan: PackingPlan, mesh: Mesh) -> int:
     num_positions = batch_fields(plan, np.float32)["targets_MRN"][0][-1]
     num_targets = min((plan.row_length // group * group_size or min(alone, group_size)) * length, num_positions)
     num_rows = plan.num_rows // num_row_shards(mesh, config.mesh.rules)
-    return math.ceil(num_targets / chunk_length(num_rows, num_positions, config.grpo.logprob_chunk))
+    size = chunk_length(num_rows, num_positions, config.grpo.logprob_chunk, is_on_cpu(mesh))
+    return math.ceil(num_targets / size)
 
 
 class _Rollout(NamedTuple):
