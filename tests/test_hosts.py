@@ -359,7 +359,7 @@ def test_each_process_reads_and_tokenizes_one_block_of_the_rows_and_has_all_of_t
         assert part["pairs"] == fingerprint(pairs.rows)
         assert part["messages"] == alone.messages
         assert "train.jsonl.broken.jsonl:39 must be one JSON object, got b'{broken" in part["broken"]
-    assert 30 < len(alone.train) < 41  # some are too long
+    assert 0 < alone.num_dropped < len(alone.train)  # some are too long
     assert alone.held_out[0].columns["day"] == datetime.date(2024, 1, 1)
 
 

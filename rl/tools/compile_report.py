@@ -217,9 +217,16 @@ def _smaller_pieces(report: Report) -> list[_Change]:
     shards = num_row_shards(loop.mesh, config.mesh.rules)
     # What there is besides gradients and gathered weights grows with the tokens of a piece.
     activations = max(report.worst.temporaries - _gradients(report) - _gathered(report), 0)
+    num_rows, num_positions = loop.inputs.minibatch.batch.targets_MRN.shape[1:]
+    rows = num_rows // shards
+    chunk = chunk_length(rows, num_positions, config.grpo.logprob_chunk, is_on_cpu(loop.mesh))
+    position = 2 * rows * model.vocab_size * 4 / max(config.mesh.tensor, 1)  # logits of one in each row, their gradient
     if config.model.remat in ("none", "dots", "outputs"):
         text = "model.remat=block: of each layer only its input is kept"
-        found.append(_Change(text, activations * (1 - 1 / (num_layers + 1))))  # the head is like one more
+        layers = max(activations - chunk * position, 0)
+        found.append(
+            _Change(text, layers * (1 - 1 / (num_layers + 1)))
+        )  # one is still whole while it is computed again
     elif config.model.remat == "block" and is_decoder:
         text = "model.remat=full: inputs of every sqrt(num_layers)-th layer only are kept"
         found.append(_Change(text, _hidden(report) * max(num_layers - 2 * math.sqrt(num_layers), 0)))
@@ -232,13 +239,10 @@ def _smaller_pieces(report: Report) -> list[_Change]:
     if tokens >= 2 * least:
         fewer = max(tokens // 2, least)
         found.append(_Change(f"grpo.max_tokens_per_microbatch={fewer}", activations * (1 - fewer / tokens)))
-    num_rows, num_positions = loop.inputs.minibatch.batch.targets_MRN.shape[1:]
-    rows = num_rows // shards
-    chunk = chunk_length(rows, num_positions, config.grpo.logprob_chunk, is_on_cpu(loop.mesh))
     if chunk > TILE_ROWS:
-        fewer = max(chunk // 4, TILE_ROWS)
-        logits = 2 * rows * (chunk - fewer) * model.vocab_size * 4 / max(config.mesh.tensor, 1)  # and their gradient
-        found.append(_Change(f"grpo.logprob_chunk={fewer}: fewer logits at a time", min(logits, activations)))
+        fewer = max(chunk // 4 // TILE_ROWS, 1) * TILE_ROWS
+        logits = min((chunk - fewer) * position, activations)
+        found.append(_Change(f"grpo.logprob_chunk={fewer}: fewer logits at a time", logits))
     return found + _more_tensor(report)
 
 
