@@ -164,11 +164,11 @@ def _over_chunks(unembed: Any, size: int, with_entropy: bool, keeps_logits: bool
         return run(read, hidden_BTD, targets_BT, num_chunks, keeps=False)[0]
 
     def forward(*arguments: Any) -> tuple[Any, Any]:
-        moves = tuple(primal.perturbed for primal in arguments[0])
+        are_moving = [primal.perturbed for primal in arguments[0]]
         read, hidden_BTD, targets_BT, num_chunks = jax.tree.map(lambda primal: primal.value, arguments)
         values, kept = run(read, hidden_BTD, targets_BT, num_chunks, keeps_logits)
-        moving = [array if moves else None for array, moves in zip(read, moves, strict=True)]
-        still = [None if moves else array for array, moves in zip(read, moves, strict=True)]
+        moving = [array if is_moving else None for array, is_moving in zip(read, are_moving, strict=True)]
+        still = [None if is_moving else array for array, is_moving in zip(read, are_moving, strict=True)]
         return values, (moving, still, hidden_BTD, targets_BT, num_chunks, kept)
 
     def backward(residuals: Any, gradients: Any) -> Any:
