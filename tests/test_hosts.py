@@ -419,7 +419,7 @@ def test_the_runtime_ends_whoever_a_killed_process_leaves_alone():
         runs.append([subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for command in commands])
     try:
         for process in (*runs[0], *runs[1]):
-            assert process.stdout.readline() == "joined\n", process.communicate()
+            assert "joined\n" in iter(process.stdout.readline, ""), process.stderr.read()  # gloo says something before
         runs[0][1].kill()
         runs[1][0].kill()
         for survivor in (runs[0][0], runs[1][1]):
