@@ -3,7 +3,7 @@
 Everything is a pure function of the configuration: no global random state, the same rows in every process. A prompt
 that is too long is dropped and counted, never cut. Train and held-out rows never share a question. Where rows come
 from is in `rl.sources`. Of several processes each tokenizes one block of the rows, and has the ids of the others from
-them.
+them; jax, through which they talk, is imported only to read.
 
 Legend: P prompts, T token positions.
 """
@@ -14,10 +14,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from rl import hosts
 from rl.config import Config, require
 from rl.config_sections import DataSection
 from rl.sources import list_columns, load_rows
@@ -89,7 +87,9 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
       ValueError: no row left, a prompt that is neither text nor messages, or a chat prompt without a chat template.
         Also another configuration, tokenizer or size of a source in another process.
     """
-    if jax.process_count() > 1:
+    from rl import hosts
+
+    if hosts.num_processes() > 1:
         hosts.check_same(config, {"the tokenizer": tokenizer.content_hash()})
     data = config.data
     source = require(data.source, "data.source", "train.jsonl")
@@ -303,6 +303,8 @@ def _encode_together(size: int, encode: Callable[[int], list[int]], limit: int) 
     Returns:
       int32 ids of each, None where they are more than `limit`; and how many the fewest are, of which there must be one.
     """
+
+    from rl import hosts
 
     def encode_block() -> tuple[np.ndarray, np.ndarray]:
         lengths, kept = [], []

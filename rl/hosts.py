@@ -108,7 +108,7 @@ def console_stream() -> TextIO | None:
 
 def put(tree: Any, shardings: Any) -> Any:
     """`tree` of host arrays, the same in every process, on the devices; `shardings` may be a prefix of its tree."""
-    if jax.process_count() == 1:
+    if num_processes() == 1:
         return jax.device_put(tree, shardings)
 
     def place(sharding: jax.sharding.Sharding, part: Any) -> Any:
@@ -135,7 +135,7 @@ def fetch(tree: Any) -> Any:
 
     All processes must call it; one array at a time is whole in their memory.
     """
-    if jax.process_count() == 1:
+    if num_processes() == 1:
         return jax.device_get(tree)
 
     def whole(array: jax.Array) -> np.ndarray:
@@ -147,14 +147,14 @@ def fetch(tree: Any) -> Any:
 
 def gather(value: Any) -> list[Any]:
     """The JSON-able `value` of every process, in the order of processes; floats keep every digit."""
-    if jax.process_count() == 1:
+    if num_processes() == 1:
         return [value]
     return [json.loads(message) for message in gather_bytes(json.dumps(value).encode())]
 
 
 def gather_bytes(message: bytes) -> list[bytes]:
     """The `message` of every process, in the order of processes; a long one goes in rounds."""
-    count = jax.process_count()
+    count = num_processes()
     if count == 1:
         return [message]
     longest = max(_SMALLEST_MESSAGE, 1 << (_LARGEST_ROUND // count).bit_length() - 1)
@@ -171,9 +171,15 @@ def gather_bytes(message: bytes) -> list[bytes]:
     return [bytes(part) for part in parts]
 
 
+def num_processes() -> int:
+    """Of the run. Alone, this asks for no device."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
 def block(size: int) -> tuple[int, int]:
     """Start and end of the part of range(size) that is this process's; those of all processes follow each other."""
-    index, count = jax.process_index(), jax.process_count()
+    count = num_processes()
+    index = jax.process_index() if count > 1 else 0
     return size * index // count, size * (index + 1) // count
 
 
@@ -190,7 +196,7 @@ def from_first(function: Callable[[], T]) -> T:
     Raises:
       ValueError: that of the first process, in all of them.
     """
-    if jax.process_count() == 1:
+    if num_processes() == 1:
         return function()
     value = None
     if is_first():
@@ -211,7 +217,7 @@ def together(function: Callable[[], T]) -> T:
     Raises:
       ValueError: that of the first process that has one, in all of them.
     """
-    if jax.process_count() == 1:
+    if num_processes() == 1:
         return function()
     value, problem = None, None
     try:

@@ -1,7 +1,7 @@
 """Rows from a source: a file, a data set of the hub, or a procedural task in; dicts under Tandem's column names out.
 
 Each process of a run reads one block of the source, and gets the rows of the others from them. Nothing here knows about
-tokens or splits. pyarrow and datasets are imported only by the sources that need them.
+tokens or splits. pyarrow and datasets are imported only by the sources that need them, jax only to read.
 """
 
 import dataclasses
@@ -14,9 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import jax
-
-from rl import hosts
 from rl.tasks import Row, is_procedural, procedural_rows
 
 _SOURCE_RULE = (
@@ -53,6 +50,8 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
     Raises:
       ValueError: the source cannot be read, is empty, lacks a column, or has another size in another process.
     """
+    from rl import hosts
+
     opened = hosts.together(lambda: open_source(source, args, seed))
     hosts.check_equal({f"the number of {opened.unit} of data source {source!r}": opened.size})
     rows = _read_together(opened)
@@ -87,8 +86,10 @@ def _read_together(source: Source) -> list[Row]:
 
     What JSON would change on its way, such as dates and bytes, cannot be sent: then each process reads the whole.
     """
+    from rl import hosts
+
     own = hosts.together(lambda: source.read(*hosts.block(source.size)))
-    if jax.process_count() == 1:
+    if hosts.num_processes() == 1:
         return own
     message = _as_json(own)
     if any(hosts.gather(message is None)):

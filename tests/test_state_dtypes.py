@@ -81,17 +81,17 @@ def test_each_dtype_of_the_state_is_float32_unless_set_and_survives_updates(flav
 
 
 def test_second_moment_of_adafactor_is_the_same_for_weights_in_bfloat16():
-    """Of gradients that bfloat16 holds; at the end it moves by a thousandth of a gradient's square in an update."""
+    """Of gradients that bfloat16 holds; at the end it takes in a hundredth of a gradient's square in an update."""
     settings, moments = (*ADAFACTOR, "optimizer.max_grad_norm=0"), []
     for dtype in ("float32", "bfloat16"):
         state, shardings, optimizer = state_and_optimizer("nnx", *settings, f"model.param_dtype={dtype}")
 
         def update(i, opt_state, optimizer=optimizer, params=state.params):
-            gradient = jax.tree.map(lambda leaf: jnp.where(i < 4000, 0.125, 0.5).astype(leaf.dtype) + 0 * leaf, params)
+            gradient = jax.tree.map(lambda leaf: jnp.where(i < 200, 0.125, 0.5).astype(leaf.dtype) + 0 * leaf, params)
             return optimizer.update(gradient, opt_state, params)[1]
 
         steps = jax.jit(
-            lambda s, update=update: jax.lax.fori_loop(0, 5000, update, s), out_shardings=shardings.opt_state
+            lambda s, update=update: jax.lax.fori_loop(0, 300, update, s), out_shardings=shardings.opt_state
         )
         moments.append(steps(state.opt_state))
     for wide, narrow in zip(*map(jax.tree.leaves, moments), strict=True):
