@@ -469,9 +469,8 @@ def test_figures_of_the_report_are_those_worked_out_by_hand(saved):
     )
     assert (ample.kv_budget(), scarce.kv_budget()) == (12_345, 0)
     assert to_json(ample)["kv_budget"] == 12_345
-    position = (
-        2 * (2 * 8 // 2) * 4 + 3 * 4
-    )  # keys and values of a layer, heads on two devices; where and whose they are
+    # Keys and values of a layer, heads on two devices; where and whose they are.
+    position = 2 * (2 * 8 // 2) * 4 + 3 * 4
     assert report.loop.resident.bytes_per_position == position
     assert f"{12_345 // position:,} positions" in to_text(ample)
     chip = CHIPS["TPU v5 lite"]

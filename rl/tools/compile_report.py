@@ -224,9 +224,8 @@ def _smaller_pieces(report: Report) -> list[_Change]:
     if config.model.remat in ("none", "dots", "outputs"):
         text = "model.remat=block: of each layer only its input is kept"
         layers = max(activations - chunk * position, 0)
-        found.append(
-            _Change(text, layers * (1 - 1 / (num_layers + 1)))
-        )  # one is still whole while it is computed again
+        saves = layers * (1 - 1 / (num_layers + 1))  # one is still whole while it is computed again
+        found.append(_Change(text, saves))
     elif config.model.remat == "block" and is_decoder:
         text = "model.remat=full: inputs of every sqrt(num_layers)-th layer only are kept"
         found.append(_Change(text, _hidden(report) * max(num_layers - 2 * math.sqrt(num_layers), 0)))
