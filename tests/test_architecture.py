@@ -59,7 +59,7 @@ LAYERS = [
         "rl.sources",
         "rl.tools.report",
     ],
-    ["rl.models.scanned", "rl.models.lora_remainder"],
+    ["rl.models.scanned"],
     [
         "rl.losses",
         "rl.models.attention_kernels",
@@ -82,6 +82,7 @@ LAYERS = [
         "rl.models.param_folder",
         "rl.models.maxtext",
         "rl.models.peft",
+        "rl.models.lora_remainder",
         "rl.models.foreign",
         "rl.user_functions",
         "rl.reference",

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl.models.config import LORA_A, LORA_B, ModelConfig
+from rl.models.hf import leaf_at
 from rl.models.lora import Params, join, low_rank_product, to_float64, unmerge
 
 REMAINDER_FILE = "lora_remainder.npz"
@@ -53,7 +54,7 @@ def remainder_of(config: ModelConfig, params: Mapping[str, Any], merged: Mapping
     for name, module in _adapted_modules(params):
         a, b, scale = to_float64(module[LORA_A]), to_float64(module[LORA_B]), config.lora.scale
         base = _as_bits(_stored(config, to_float64(module["kernel"]), dtype))
-        summed = to_float64(_stored(config, _module_at(merged, name)["kernel"], dtype))
+        summed = to_float64(_stored(config, leaf_at(merged, (*name.split("/"), "kernel")), dtype))
         difference = summed - low_rank_product(a, b, scale)
         # Two orders of the same sum of R products differ by less than R units of its largest partial sum.
         rank = a.shape[-1]
@@ -80,7 +81,7 @@ def restore_base(
     names = [name for name, _ in _adapted_modules(join(adapters, merged))]
     fits = names == sorted(remainder.places)
     for name in names if fits else ():
-        module = _module_at(base, name)
+        module = leaf_at(base, tuple(name.split("/")))
         stored = _stored(config, module["kernel"], remainder.dtype)
         bits, places = _as_bits(stored).copy(), remainder.places[name]
         fits = fits and (not places.size or int(places.max()) < bits.size)
@@ -133,12 +134,6 @@ def _adapted_modules(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
             if LORA_A in child:
                 yield prefix + name, child
             yield from _adapted_modules(child, f"{prefix}{name}/")
-
-
-def _module_at(tree: Any, name: str) -> Any:
-    for part in name.split("/"):
-        tree = tree[part]
-    return tree
 
 
 def _stored(config: ModelConfig, value: Any, dtype: str) -> np.ndarray:

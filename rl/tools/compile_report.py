@@ -15,11 +15,11 @@ import jax
 
 from rl.config_rules import decoder_keys
 from rl.config_sections import source_kind
-from rl.logprobs import TILE_ROWS, chunk_length
-from rl.mesh import is_on_cpu, num_row_shards
+from rl.logprobs import TILE_ROWS
+from rl.mesh import num_row_shards
 from rl.models.config import base_specs, flatten_specs
 from rl.tools.hlo import Work, work_of
-from rl.tools.loop_programs import DECODE, PREFILL, Loop, LoopProgram
+from rl.tools.loop_programs import DECODE, PREFILL, Loop, LoopProgram, logit_chunk
 from rl.tools.topologies import GIB, Chip
 from rl.update import TRAIN_STEP
 
@@ -217,9 +217,7 @@ def _smaller_pieces(report: Report) -> list[_Change]:
     shards = num_row_shards(loop.mesh, config.mesh.rules)
     # What there is besides gradients and gathered weights grows with the tokens of a piece.
     activations = max(report.worst.temporaries - _gradients(report) - _gathered(report), 0)
-    num_rows, num_positions = loop.inputs.minibatch.batch.targets_MRN.shape[1:]
-    rows = num_rows // shards
-    chunk = chunk_length(rows, num_positions, config.grpo.logprob_chunk, is_on_cpu(loop.mesh))
+    rows, chunk = loop.inputs.plan.num_rows // shards, logit_chunk(config, loop.inputs, loop.mesh)
     position = 2 * rows * model.vocab_size * 4 / max(config.mesh.tensor, 1)  # logits of one in each row, their gradient
     if config.model.remat in ("none", "dots", "outputs"):
         text = "model.remat=block: of each layer only its input is kept"

@@ -96,7 +96,7 @@ def write_folder(
         foreign.save_folder(out, model_config, params, tokenizer)
         return
     merged = merge(model_config, params)
-    own_config = with_token_ids(model_config, tokenizer)
+    own_config = _with_token_ids(model_config, tokenizer)
     if kind != "huggingface" or model_config.lora is None or not keep_remainder:
         FORMATS[kind](out, own_config, merged, tokenizer=tokenizer, dtype=dtype)
         return
@@ -107,7 +107,7 @@ def write_folder(
     save_folder(out, own_config, merged, tokenizer=tokenizer, dtype=dtype, write_more=write_more)
 
 
-def with_token_ids(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+def _with_token_ids(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The configuration with the special tokens that a run goes by: the model's own, then the tokenizer's."""
     eos_ids = tuple(dict.fromkeys((*model_config.eos_token_ids, *tokenizer.eos_ids)))
     bos_id, pad_id = model_config.bos_token_id, model_config.pad_token_id

@@ -27,7 +27,6 @@ from rl.models.hf import SHAPE_PATTERNS, resolve_source
 from rl.models.lora import split
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer
-from rl.packing import PackingPlan, batch_fields
 from rl.programs import Program
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
@@ -181,23 +180,28 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         MICROBATCH_LOOP: inputs.plan.num_microbatches,
         SHORT_MICROBATCH_LOOP: 0,
         KEY_BLOCK_LOOP: key_blocks,
-        CHUNK_LOOP: _logit_chunks(config, inputs.plan, mesh),
+        CHUNK_LOOP: _logit_chunks(config, inputs, mesh),
     }
     for name, program in update_programs(config, policy, optimizer, inputs.state_shardings, inputs.plan, mesh).items():
         programs.append(LoopProgram(name, name, _made(program, arguments[name]), rounds, held[name]))
     return Loop(config, mesh, policy, memory, inputs, resident, programs)
 
 
-def _logit_chunks(config: Config, plan: PackingPlan, mesh: Mesh) -> int:
+def logit_chunk(config: Config, inputs: ShapedInputs, mesh: Mesh) -> int:
+    """Positions of each row of a micro-batch whose logits exist at one time."""
+    num_rows, num_positions = inputs.minibatch.batch.targets_MRN.shape[1:]
+    num_rows //= num_row_shards(mesh, config.mesh.rules)
+    return chunk_length(num_rows, num_positions, config.grpo.logprob_chunk, is_on_cpu(mesh))
+
+
+def _logit_chunks(config: Config, inputs: ShapedInputs, mesh: Mesh) -> int:
     """Chunks of logits of a micro-batch of the longest prompts and completions."""
+    row_length, num_positions = inputs.plan.row_length, inputs.minibatch.batch.targets_MRN.shape[-1]
     length, group_size = config.sampling.max_completion_length, config.grpo.group_size
     group = config.data.max_prompt_length + group_size * (length - 1)
-    alone = (plan.row_length - config.data.max_prompt_length) // (length - 1) if length > 1 else group_size
-    num_positions = batch_fields(plan, np.float32)["targets_MRN"][0][-1]
-    num_targets = min((plan.row_length // group * group_size or min(alone, group_size)) * length, num_positions)
-    num_rows = plan.num_rows // num_row_shards(mesh, config.mesh.rules)
-    size = chunk_length(num_rows, num_positions, config.grpo.logprob_chunk, is_on_cpu(mesh))
-    return math.ceil(num_targets / size)
+    alone = (row_length - config.data.max_prompt_length) // (length - 1) if length > 1 else group_size
+    num_targets = min((row_length // group * group_size or min(alone, group_size)) * length, num_positions)
+    return math.ceil(num_targets / logit_chunk(config, inputs, mesh))
 
 
 class _Rollout(NamedTuple):

@@ -71,8 +71,7 @@ def unmerge_from(
     trained = load_start(resolve_model(merged, overrides, adapter=adapter).config)
     config, dtype = trained.origin.model_config, dtype or _stored_dtype(trained)
     adapters, whole = split(config, trained.params)
-    assert trained.origin.folder is not None  # an adapter is refused beside a fresh model
-    remainder = read_remainder(trained.origin.folder)
+    remainder = read_remainder(_folder(trained))
     base = unmerge(config, whole, adapters) if remainder is None else restore_base(config, whole, adapters, remainder)
     save_folder(out, config, base, tokenizer=trained.tokenizer, dtype=dtype)
     return trained
@@ -184,8 +183,12 @@ def _as_peft(source: str, step: int | None) -> Iterator[pathlib.Path]:
 
 
 def _stored_dtype(trained: TrainedPolicy) -> str:
+    return read_config(_folder(trained)).param_dtype
+
+
+def _folder(trained: TrainedPolicy) -> pathlib.Path:
     assert trained.origin.folder is not None  # an adapter is refused beside a fresh model
-    return read_config(trained.origin.folder).param_dtype
+    return trained.origin.folder
 
 
 def _print_inspection(found: dict[str, Any]) -> None:
