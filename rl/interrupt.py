@@ -1,8 +1,11 @@
 """Ctrl-C and SIGTERM: the running step is finished, the state saved, the process ends cleanly."""
 
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType
+
+_STDERR = 2  # the file descriptor: a write to it needs no lock and no buffer
 
 
 class StopRequest:
@@ -33,4 +36,8 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        self._say(f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again to stop at once)")
+        text = f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again to stop at once)"
+        try:
+            self._say(text)
+        except RuntimeError:  # the signal came amid a write to the same stream, which cannot be entered again
+            os.write(_STDERR, f"{text}\n".encode())

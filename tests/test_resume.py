@@ -1,5 +1,6 @@
 """Promise 4: a run that is killed and started again ends as one that never stopped, bit for bit."""
 
+import io
 import os
 import pathlib
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from rl.config import load_config
+from rl.interrupt import StopRequest
 from rl.metrics import read_metrics, read_samples
 from rl.run_folder import read_run
 from rl.trained import load_checkpoint
@@ -112,6 +114,33 @@ def test_sigterm_saves_and_the_next_start_goes_on_in_the_other_flavour(recipe, u
     assert process.wait() == 0
     assert start(recipe, folder).wait() == 0
     assert_same_run(folder, uninterrupted)
+
+
+def test_a_signal_amid_a_write_of_the_console_is_a_request_like_any_other(capfd):
+    class Interrupted(io.RawIOBase):
+        """The first write to it is interrupted by SIGTERM."""
+
+        num_writes = 0
+
+        def writable(self):
+            return True
+
+        def write(self, data):
+            self.num_writes += 1
+            if self.num_writes == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return len(data)
+
+    stream = io.TextIOWrapper(io.BufferedWriter(Interrupted()))
+
+    def say(text):
+        stream.write(text)
+        stream.flush()
+
+    with StopRequest(say) as stop:
+        say("step 1")
+    assert stop.requested
+    assert "SIGTERM: finishing this step" in capfd.readouterr().err
 
 
 def test_reference_is_the_same_after_a_resume(uninterrupted):
