@@ -6,8 +6,8 @@ where is `rl.scheduling`, jit, shardings and shapes are `rl.engine`.
 A slot is a row of the own cache. It feeds the last token of its prompt first, so that handing a slot to the next
 request needs nothing but new labels, and can be done inside the loop. Slots and requests are cut into shards, one per
 piece that rows are cut into on the mesh; a slot takes requests and reads prompts of its own shard only.
-Legend: B slots, P rows of the prompt table, Q readers of such a row, W waiting requests of a shard, C tokens of a
-chunk, S cache positions, T prompt positions, V vocab, D model, N most likely tokens.
+Legend: B slots, P rows of the prompt table, Q readers of such a row, M rows that the longest prompt takes, W waiting
+requests of a shard, C tokens of a chunk, S cache positions, T prompt positions, V vocab, D model, N most likely tokens.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class Requests(NamedTuple):
 
     request_ids: any number >= 0. prompt_indices, sample_indices: their randomness, see `request_key`; seeds uint32 and
     seeded bool: a seed in place of the call's key and the prompt index. last_tokens: of the prompts. prompt_lengths:
-    all tokens of the prompt. limits: tokens to draw at most. prefix_rows: of the prompt table, counted in the shard.
-    group_ids: the labels of the prompts in the table. prompt_tokens: [shards, W, T], the whole prompts, -1 behind each,
-    if there are penalties.
+    all tokens of the prompt. limits: tokens to draw at most. prefix_rows: [shards, W, M], rows of the prompt table,
+    counted in the shard, -1 where the prompt takes fewer. group_ids: the labels of the prompts in the table.
+    prompt_tokens: [shards, W, T], the whole prompts, -1 behind each, if there are penalties.
     """
 
     request_ids: Any
@@ -52,7 +52,9 @@ class Requests(NamedTuple):
 
 @struct.dataclass
 class Slots:
-    """What every slot draws, each [B]: request_ids is -1 in an idle slot, `tokens` is fed next, `num_drawn` counts."""
+    """What every slot draws, each [B] but prefix_rows [B, M]: request_ids is -1 in an idle slot, `tokens` is fed next,
+    `num_drawn` counts.
+    """
 
     request_ids: jax.Array
     keys: jax.Array
@@ -108,7 +110,9 @@ def prefill_chunk(
     return cache.own
 
 
-def empty_slots(num_slots: int, key: jax.Array, sampling: SamplingParams, vocab_size: int) -> Slots:
+def empty_slots(
+    num_slots: int, key: jax.Array, sampling: SamplingParams, vocab_size: int, rows_per_prompt: int
+) -> Slots:
     """Idle slots."""
 
     def zeros() -> jax.Array:
@@ -118,7 +122,8 @@ def empty_slots(num_slots: int, key: jax.Array, sampling: SamplingParams, vocab_
     if sampling.needs_counts:
         counts = TokenCounts(jnp.zeros((num_slots, vocab_size), jnp.int32), jnp.zeros((num_slots, vocab_size), bool))
     keys = jnp.broadcast_to(key, (num_slots,))
-    return Slots(zeros() - 1, keys, zeros(), zeros(), zeros() + 1, zeros(), zeros(), zeros() - 1, counts)
+    prefix_rows = jnp.zeros((num_slots, rows_per_prompt), jnp.int32)
+    return Slots(zeros() - 1, keys, zeros(), zeros(), zeros() + 1, zeros(), prefix_rows, zeros() - 1, counts)
 
 
 def generate(
@@ -160,7 +165,8 @@ def generate(
     columns = _empty_columns(policy, sampling, chunk, num_slots)
     num_taken = jnp.zeros(num_shards, jnp.int32)
     common_length = 0 if common is None else common.length
-    rope = rope_tables(policy.config, common_length + table.length + own.length + 1)
+    longest_prefix = slots.prefix_rows.shape[1] * table.length
+    rope = rope_tables(policy.config, common_length + longest_prefix + own.length + 1)
 
     def unfinished(carry: tuple) -> jax.Array:
         own, slots, _, num_taken, step, _ = carry
@@ -239,10 +245,15 @@ def request_key(
     return jax.random.fold_in(base, sample_index)
 
 
-def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
-    """`array` with `rows` at the places `index` [shards, R], counted in each shard; those past the end are dropped."""
+def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """`array` with `rows` at the places `index` [shards, R, M], counted in each shard; those past the end are dropped.
+
+    `axis` counts positions: each of the rows is cut into M of the array's length.
+    """
     by_shard = array.reshape(index.shape[0], -1, *array.shape[1:])
-    new = rows.reshape(*index.shape, *rows.shape[1:])
+    cut = rows.reshape(*rows.shape[:axis], index.shape[2], array.shape[axis], *rows.shape[axis + 1 :])
+    new = jnp.moveaxis(cut, axis, 1).reshape(index.shape[0], -1, *array.shape[1:])
+    index = index.reshape(index.shape[0], -1)
     put = jax.vmap(lambda values, picked, row: values.at[picked].set(row, mode="drop"))(by_shard, index, new)
     return put.reshape(array.shape)
 
@@ -262,7 +273,7 @@ def _take_requests(
     )
 
     def replace(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(taken_B, new, old)
+        return jnp.where(taken_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
     counts = slots.counts
     slots = Slots(
@@ -293,15 +304,21 @@ def _seen(tokens_BT: jax.Array, counts: TokenCounts) -> jax.Array:
 def _reader_maps(slots: Slots, shape: tuple, num_rows: int, num_readers: int) -> SharedRows:
     """Which slots read which rows of the prompt table; `num_rows` of them belong to each shard."""
 
-    def in_shard(prefix_rows: jax.Array, live: jax.Array) -> tuple[jax.Array, jax.Array]:
-        reads = (prefix_rows[:, None] == jnp.arange(num_rows)) & live[:, None]
-        rank = jnp.sum(jnp.where(reads, jnp.cumsum(reads, axis=0) - 1, 0), axis=1)
-        places = jnp.where(live, prefix_rows * num_readers + rank, 0).astype(jnp.int32)
-        readers = jnp.zeros(num_rows * num_readers, jnp.int32)
-        target = jnp.where(live, places, num_rows * num_readers)
-        return readers.at[target].set(jnp.arange(live.size, dtype=jnp.int32), mode="drop"), places
+    def in_shard(rows_BM: jax.Array, live_B: jax.Array) -> SharedRows:
+        reads_BMP = (rows_BM[..., None] == jnp.arange(num_rows)) & live_B[:, None, None]
+        earlier_BP = jnp.cumsum(jnp.any(reads_BMP, axis=1), axis=0) - 1  # slots before this one that read the row
+        rank_BM = jnp.sum(jnp.where(reads_BMP, earlier_BP[:, None], 0), axis=2)
+        places_BM = (rows_BM * num_readers + rank_BM).astype(jnp.int32)
+        target_BM = jnp.where(jnp.any(reads_BMP, axis=2), places_BM, num_rows * num_readers)
+        slots_BM = jnp.broadcast_to(jnp.arange(live_B.size, dtype=jnp.int32)[:, None], rows_BM.shape)
+        readers = jnp.zeros(num_rows * num_readers, jnp.int32).at[target_BM].set(slots_BM, mode="drop")
+        if rows_BM.shape[1] == 1:
+            return SharedRows(readers, places=jnp.where(live_B, places_BM[:, 0], 0))
+        reads = jnp.any(target_BM[..., None] == jnp.arange(num_rows * num_readers), axis=1)
+        return SharedRows(readers, reads=reads)
 
-    return SharedRows(*jax.vmap(in_shard)(slots.prefix_rows.reshape(shape), (slots.request_ids >= 0).reshape(shape)))
+    rows = slots.prefix_rows.reshape(*shape, -1)
+    return jax.vmap(in_shard)(rows, (slots.request_ids >= 0).reshape(shape))
 
 
 def _empty_columns(policy: Policy, sampling: SamplingParams, chunk: int, num_slots: int) -> Columns:

@@ -7,10 +7,12 @@ A decode state has `num_slots` slots, each drawing one completion into its row o
 that slots read in place. `generate` hands a slot whose completion ended to the next waiting request inside the compiled
 loop. The own cache grows, and idle slots are dropped, between calls: shapes come from a short ladder, and every shape
 is one compiled program.
-Legend: B slots, P rows of the prompt table, T prompt positions, S cache positions.
+Legend: B slots, P rows of prompts, M rows of the prompt table that the longest prompt takes, T prompt positions, S
+cache positions.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -43,18 +45,30 @@ from rl.sampling import SamplingParams
 class Shape:
     """What the programs of a decode state depend on, over all shards.
 
-    Slots, and positions of their own cache; rows of the prompt table, its positions, rows that one prefill fills, slots
-    that may read one row at a time; positions of the common prefix (0: none); waiting requests per shard.
+    Slots, and positions of their own cache; rows of the prompt table, its positions, rows that the longest prompt
+    takes, slots that may read one row at a time; rows that one prefill fills, each as long as the longest prompt;
+    positions of the common prefix (0: none); waiting requests per shard.
     """
 
     num_slots: int
     length: int
     table_rows: int
     table_length: int
-    prefill_rows: int
+    rows_per_prompt: int
     num_readers: int
+    prefill_rows: int
     common_length: int
     num_waiting: int
+
+    @property
+    def prefill_length(self) -> int:
+        """Positions of a row that prefill fills: a whole number of rows of the table."""
+        return self.rows_per_prompt * self.table_length
+
+    def resized(self, num_slots: int, length: int, num_shards: int) -> "Shape":
+        """That of fewer slots, or a longer own cache. A row of the table has no more readers than a shard has slots."""
+        num_readers = min(self.num_readers, num_slots // num_shards)
+        return dataclasses.replace(self, num_slots=num_slots, length=length, num_readers=num_readers)
 
 
 @dataclasses.dataclass
@@ -118,6 +132,7 @@ class Engine:
         state: DecodeState | None = None,
     ) -> CachePart:
         """Runs packed prompts, `chunk` positions at a time (all at once by default), over a cache that grows with them.
+        Pieces behind the last token of all rows are not run.
 
         Args:
           tokens_PT, positions_PT, group_ids_PT: int32; a row holds one or more prompts, see `decoding.prefill_chunk`. P
@@ -133,12 +148,17 @@ class Engine:
         held = (common,) if state is None else (common, state.own, state.table)
         part = self._empty(num_rows, size)
         common_length = 0 if common is None else common.length
+        num_filled = int(np.max(np.flatnonzero(np.any(group_ids_PT >= 0, axis=0)), initial=-1)) + 1
+        num_done = 0
         for start, length in prefill_pieces(num_positions, size):
             if length > part.length:
                 self._note_growth(part, length, *held)
                 part = self._grow(part, length)
             self._count_bytes(part, *held)
-            piece = slice(start, start + size)
+            if num_done >= num_filled:
+                continue
+            num_done = start + size
+            piece = slice(start, num_done)
             inputs = (tokens_PT[:, piece], positions_PT[:, piece], group_ids_PT[:, piece])
             inputs, first = hosts.put((inputs, np.int32(start)), (self._rows, self._everywhere))
             program = self.programs.get(*self._prefill_build(params, num_rows, size, length, common_length))
@@ -157,15 +177,16 @@ class Engine:
         return DecodeState(shape, sampling, own, slots, None, common)
 
     def insert(self, state: DecodeState, prefix: CachePart, rows: np.ndarray) -> DecodeState:
-        """Puts prefilled rows into the rows [shards, R] of the prompt table, counted inside each shard; those past its
-        end are dropped. The first ones become the table where they are all of it, in order.
+        """Puts prefilled rows, each cut into M, into the rows [shards, R, M] of the prompt table, counted inside each
+        shard; those past its end are dropped. The first ones become the table where they are all of it, in order.
         """
         shape = state.shape
-        assert prefix.length == shape.table_length, (prefix.length, shape.table_length)
-        in_order = np.arange(rows.shape[1])
+        assert prefix.length == shape.prefill_length, (prefix.length, shape.prefill_length)
+        in_order = np.arange(rows[0].size).reshape(rows.shape[1:])
         if state.table is None:
             rows_per_shard = shape.table_rows // self.num_shards
-            if prefix.num_rows == shape.table_rows and np.all((rows == in_order) | (rows >= rows_per_shard)):
+            is_all = prefix.num_rows == shape.table_rows and prefix.length == shape.table_length
+            if is_all and np.all((rows == in_order) | (rows >= rows_per_shard)):
                 state.table = prefix
                 return state
             state.table = self._empty(shape.table_rows, shape.table_length)
@@ -174,7 +195,7 @@ class Engine:
 
         def put(name: str, array: jax.Array) -> jax.Array:
             _, rows_of_array = next(new)
-            program = self.programs.get(*self._put_build(name, array, rows_of_array.shape[0], rows.shape))
+            program = self.programs.get(*self._put_build(name, array, rows.shape))
             return program(array, rows_of_array, rows_on_device)
 
         state.table = map_arrays(state.table, put)
@@ -218,7 +239,7 @@ class Engine:
         if length > state.own.length:
             self._note_growth(state.own, length, state.table, state.common)
             state.own = self._grow(state.own, length)
-        state.shape = dataclasses.replace(state.shape, num_slots=state.own.num_rows, length=length)
+        state.shape = state.shape.resized(state.own.num_rows, length, self.num_shards)
         return state
 
     # What will be needed, ahead of time
@@ -248,16 +269,16 @@ class Engine:
     def prepare_insert(self, shape: Shape, num_rows: int) -> None:
         """Has the programs compiled, in the background, that put `num_rows` prefilled rows into a prompt table."""
         self.programs.prepare(*self._empty_build(shape.table_rows, shape.table_length))
-        index_shape = (self.num_shards, num_rows // self.num_shards)
+        index_shape = (self.num_shards, num_rows // self.num_shards, shape.rows_per_prompt)
         for name, array in named_arrays(self._abstract_part(shape.table_rows, shape.table_length)):
-            self.programs.prepare(*self._put_build(name, array, num_rows, index_shape))
+            self.programs.prepare(*self._put_build(name, array, index_shape))
 
     def prepare_resize(self, shape: Shape, sampling: SamplingParams, num_slots: int, length: int) -> None:
         """Has the programs compiled, in the background, that make a state of `shape` one of fewer slots or longer."""
         arrays = named_arrays(self._abstract_part(shape.num_slots, shape.length))
         if num_slots != shape.num_slots:
             index_shape = (self.num_shards, num_slots // self.num_shards)
-            slots = jax.tree.leaves(self._abstract_slots(shape.num_slots, sampling))
+            slots = jax.tree.leaves(self._abstract_slots(shape.num_slots, sampling, shape.rows_per_prompt))
             for name, array in [*arrays, *(("slots", leaf) for leaf in slots)]:
                 self.programs.prepare(*self._take_build(name, array, index_shape))
         if length != shape.length:
@@ -315,14 +336,18 @@ class Engine:
 
         waiting = (self.num_shards, shape.num_waiting)
         requests = Requests(*(integers(*waiting),) * 10)
-        requests = requests._replace(seeds=integers(*waiting, dtype=jnp.uint32), seeded=integers(*waiting, dtype=bool))
+        requests = requests._replace(
+            seeds=integers(*waiting, dtype=jnp.uint32),
+            seeded=integers(*waiting, dtype=bool),
+            prefix_rows=integers(*waiting, shape.rows_per_prompt),
+        )
         if sampling.needs_counts:
-            longest = shape.common_length + shape.table_length + 1
+            longest = shape.common_length + shape.prefill_length + 1
             requests = requests._replace(prompt_tokens=integers(*waiting, longest))
         arguments = (
             _abstract(params),
             self._abstract_part(shape.num_slots, shape.length),
-            self._abstract_slots(shape.num_slots, sampling),
+            self._abstract_slots(shape.num_slots, sampling, shape.rows_per_prompt),
             self._abstract_part(shape.table_rows, shape.table_length),
             self._abstract_part(self.num_shards, shape.common_length) if shape.common_length else None,
             requests,
@@ -361,13 +386,16 @@ class Engine:
     def _build(self, key: tuple, program: Program, arguments: tuple) -> Callable:
         return self._stored(repr(key), program) or program.prepare(arguments)
 
-    def _put_build(self, name: str, array: Any, num_new: int, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
-        sharding = self._array_shardings[name]
-        new = jax.ShapeDtypeStruct((num_new, *array.shape[1:]), array.dtype)
+    def _put_build(self, name: str, array: Any, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
+        sharding, axis = self._array_shardings[name], position_axis(name)
+        new_shape = list(array.shape)
+        new_shape[0], new_shape[axis] = math.prod(index_shape[:2]), index_shape[2] * array.shape[axis]
+        new = jax.ShapeDtypeStruct(tuple(new_shape), array.dtype)
         arguments = (_abstract(array), new, jax.ShapeDtypeStruct(index_shape, jnp.int32))
-        shardings = (sharding, sharding, self._rows)
-        key = ("put", array.shape, array.dtype, num_new)
-        return key, partial(Program(decoding.put_rows, shardings, sharding, donate=(0,)).compile, arguments)
+        program = Program(
+            partial(decoding.put_rows, axis=axis), (sharding, sharding, self._rows), sharding, donate=(0,)
+        )
+        return ("put", axis, array.shape, array.dtype, index_shape), partial(program.compile, arguments)
 
     def _take_rows(self, index: jax.Array, name: str, array: jax.Array) -> jax.Array:
         return _consume(self.programs.get(*self._take_build(name, array, index.shape)), array, index)
@@ -402,10 +430,10 @@ class Engine:
     def _slots_build(self, shape: Shape, sampling: SamplingParams) -> tuple[tuple, Build]:
         def build() -> Callable:
             key = jax.eval_shape(lambda: jax.random.key(0))
-            function = self._empty_slots(shape.num_slots, sampling)
+            function = self._empty_slots(shape.num_slots, sampling, shape.rows_per_prompt)
             return Program(function, (self._everywhere,), self._slots_shardings(sampling)).compile((key,))
 
-        return ("slots", shape.num_slots, sampling.needs_counts), build
+        return ("slots", shape.num_slots, sampling.needs_counts, shape.rows_per_prompt), build
 
     # Shapes, shardings, bytes
 
@@ -425,14 +453,18 @@ class Engine:
     def _abstract_part(self, num_rows: int, length: int) -> Any:
         return jax.eval_shape(partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype))
 
-    def _empty_slots(self, num_slots: int, sampling: SamplingParams) -> Callable[[jax.Array], Slots]:
-        return partial(decoding.empty_slots, num_slots, sampling=sampling, vocab_size=self.policy.config.vocab_size)
+    def _empty_slots(
+        self, num_slots: int, sampling: SamplingParams, rows_per_prompt: int
+    ) -> Callable[[jax.Array], Slots]:
+        sizes = {"vocab_size": self.policy.config.vocab_size, "rows_per_prompt": rows_per_prompt}
+        return partial(decoding.empty_slots, num_slots, sampling=sampling, **sizes)
 
-    def _abstract_slots(self, num_slots: int, sampling: SamplingParams) -> Any:
-        return jax.eval_shape(self._empty_slots(num_slots, sampling), jax.eval_shape(lambda: jax.random.key(0)))
+    def _abstract_slots(self, num_slots: int, sampling: SamplingParams, rows_per_prompt: int) -> Any:
+        function = self._empty_slots(num_slots, sampling, rows_per_prompt)
+        return jax.eval_shape(function, jax.eval_shape(lambda: jax.random.key(0)))
 
     def _slots_shardings(self, sampling: SamplingParams) -> Any:
-        return jax.tree.map(lambda _: self._rows, self._abstract_slots(self.num_shards, sampling))
+        return jax.tree.map(lambda _: self._rows, self._abstract_slots(self.num_shards, sampling, 1))
 
     def _count_bytes(self, *parts: CachePart | None) -> None:
         self.peak_kv_bytes = max(self.peak_kv_bytes, sum(_nbytes(part) for part in parts))

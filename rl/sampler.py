@@ -11,6 +11,7 @@ and grows the cache.
 """
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -31,12 +32,13 @@ from rl.programs import Build, Program, Stored, not_stored
 from rl.prompt_logprobs import PromptScorer
 from rl.sampling import SamplingParams
 from rl.scheduling import CacheSize, Completion, Request, Schedule
-from rl.shape_plan import Expected, KVBudget, Load, first_shape, usable_common_length
+from rl.shape_plan import Expected, KVBudget, Load, first_shape, rest_lengths, usable_common_length
 
 __all__ = ["Completion", "Sampler"]
 
 PREFILL_TOKENS = 4096  # of one piece of prefill, over all rows
 MIN_PREFILL_CHUNK = 128
+MAX_PREFILL_CHUNK = 512  # so that rows for the longest prompt cost what those in them need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,8 @@ class Sampler:
     def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
         """Plans shapes for prompts like these: calls with such prompts then share their programs, whatever they hold.
 
-        The prefix that all of them start with is cached once per call, and the prompt table is as long as the longest.
+        The prefix that all of them start with is cached once per call, and rows of the prompt table get the length in
+        which such prompts take least.
 
         Args:
           num_prompts, num_samples: calls of no more prompts than these, with as many samples of each, share their
@@ -139,9 +142,8 @@ class Sampler:
         """
         common = scheduling.common_prefix_length(prompts)
         common = usable_common_length(common, len(prompts))
-        rests = [len(prompt) - 1 - common for prompt in prompts]
         head = tuple(int(token) for token in prompts[0][:common])
-        self._expected = Expected(head, max(rests), sum(rests) / len(rests))
+        self._expected = Expected(head, rest_lengths(prompts, common))
         self._planned = self._load(num_prompts, num_samples)
 
     def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
@@ -149,8 +151,7 @@ class Sampler:
 
         num_prompts, num_samples: as in `expect`.
         """
-        longest = max(prompt_length - 1, 1)
-        self._expected = Expected((), longest, float(longest))
+        self._expected = Expected((), (max(prompt_length - 1, 1),))
         self._planned = self._load(num_prompts, num_samples)
 
     def sample(
@@ -241,9 +242,10 @@ class Sampler:
         engine.prepare_state(first, sampling)
         if common_length:
             engine.prepare_prefill(params, num_shards, common_length, _prefill_chunk(num_shards), 0)
-        chunk = _prefill_chunk(first.prefill_rows)
-        engine.prepare_prefill(params, first.prefill_rows, first.table_length, chunk, common_length)
-        engine.prepare_insert(first, first.prefill_rows)
+        for num_rows in self._prefill_sizes(first):
+            chunk = _prefill_chunk(num_rows)
+            engine.prepare_prefill(params, num_rows, first.prefill_length, chunk, common_length)
+            engine.prepare_insert(first, num_rows)
         for shape in shapes:
             for later in scheduling.later_cache_sizes(sizes, self._size_of(shape)):
                 engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)
@@ -258,7 +260,7 @@ class Sampler:
         for size in reachable:  # grows meanwhile
             later = scheduling.later_cache_sizes(sizes, size)
             reachable += [other for other in later if other not in reachable]
-        return [dataclasses.replace(first, num_slots=s.slots * num_shards, length=s.length) for s in reachable]
+        return [first.resized(size.slots * num_shards, size.length, num_shards) for size in reachable]
 
     def rollout_programs(
         self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams
@@ -269,12 +271,13 @@ class Sampler:
         """
         decode_params = self._abstract_decode_params(params)
         shapes = self.shapes(num_prompts, num_samples, sampling)
-        num_rows, num_positions = shapes[0].prefill_rows, shapes[0].table_length
-        chunk = min(_prefill_chunk(num_rows), num_positions)
+        num_positions = shapes[0].prefill_length
         programs: dict[tuple, Callable[[], tuple[Program, tuple]]] = {}
-        for _, length in prefill_pieces(num_positions, chunk):
-            arguments = (num_rows, chunk, length, shapes[0].common_length)
-            programs[prefill_key(*arguments)] = partial(self.engine.prefill_program, decode_params, *arguments)
+        for num_rows in self._prefill_sizes(shapes[0]):
+            chunk = min(_prefill_chunk(num_rows), num_positions)
+            for _, length in prefill_pieces(num_positions, chunk):
+                arguments = (num_rows, chunk, length, shapes[0].common_length)
+                programs[prefill_key(*arguments)] = partial(self.engine.prefill_program, decode_params, *arguments)
         for shape in shapes:
             arguments = (shape, sampling, self._chunk_of(sampling))
             programs[generate_key(*arguments)] = partial(self.engine.generate_program, decode_params, *arguments)
@@ -299,20 +302,16 @@ class Sampler:
         if not common_length:
             self.release()  # no memory is left for one that nobody reads
         common = self._prefill_common(version, params, expected.common) if common_length else None
-        rows = []
-        for pieces in shards:
-            lengths = [len(prompts[requests[piece[0]].prompt]) - 1 - common_length for piece in pieces]
-            packed = scheduling.pack_rows(lengths, shape.table_length, expected.prompts_per_row)
-            rows.append([[pieces[number] for number in row] for row in packed])
         schedule = Schedule(
             prompts,
             requests,
             sampling,
             self._decode_text,
             common_length,
-            rows,
+            shards,
             shape.table_rows // engine.num_shards,
             shape.table_length,
+            shape.rows_per_prompt,
             shape.num_waiting,
         )
         state = engine.init_state(shape, sampling, key, common)
@@ -322,7 +321,7 @@ class Sampler:
         filled = 0  # positions of the own cache that the busiest slot has filled
         while schedule.num_left:
             while schedule.wants_prefill(prefill_rows):
-                state = self._admit(params, state, *schedule.admit(prefill_rows))
+                state = self._admit(params, state, schedule, prefill_rows)
             state = self._fit(state, schedule, filled, sizes)
             waiting, num_waiting = schedule.waiting()
             few = self._few(state, schedule, sizes)
@@ -334,19 +333,23 @@ class Sampler:
             filled = int(np.max(np.where(report.request_ids >= 0, report.num_drawn, 0), initial=0))
             yield from schedule.read(report)
 
-    def _admit(
-        self, params: Params, state: DecodeState, inputs: Sequence[np.ndarray], places: np.ndarray
-    ) -> DecodeState:
-        chunk = _prefill_chunk(inputs[0].shape[0])
-        prefix = self.engine.prefill(params, *inputs, common=state.common, chunk=chunk, state=state)
-        return self.engine.insert(state, prefix, places)
+    def _admit(self, params: Params, state: DecodeState, schedule: Schedule, prefill_rows: int) -> DecodeState:
+        """Prefills what fits into `prefill_rows` rows of each shard; a few rows at a time where half stay empty."""
+        few = _few_rows(prefill_rows)
+        count = math.ceil(schedule.num_to_prefill(prefill_rows) / few)
+        for num_rows in [few] * count if 2 * count * few <= prefill_rows else [prefill_rows]:
+            inputs, places = schedule.admit(num_rows)
+            chunk = _prefill_chunk(inputs[0].shape[0])
+            prefix = self.engine.prefill(params, *inputs, common=state.common, chunk=chunk, state=state)
+            state = self.engine.insert(state, prefix, places)
+        return state
 
     def _fit(self, state: DecodeState, schedule: Schedule, filled: int, sizes: Sequence[CacheSize]) -> DecodeState:
         """Drops idle slots once half of them can go, and grows the own cache where the busiest slot has filled it."""
         busy = schedule.busy_slots()
         now = self._cache_size(state)
         needed = int(busy.sum(axis=1).max()) + schedule.num_waiting
-        if schedule.num_pending_rows:
+        if schedule.has_pending():
             needed = now.slots
         size = scheduling.next_cache_size(sizes, now, min(needed, now.slots), filled)
         index = None
@@ -376,18 +379,26 @@ class Sampler:
 
     # Plans
 
+    def _prefill_sizes(self, shape: Shape) -> list[int]:
+        """Rows over all shards that prefills of this shape may have."""
+        few = _few_rows(shape.prefill_rows // self.engine.num_shards) * self.engine.num_shards
+        return list(dict.fromkeys((shape.prefill_rows, few)))
+
     def _plan(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> Expected:
         """The expected prefix if these prompts start with it, else their own; lengths at least the expected ones."""
         expected = self._expected
         head = np.asarray(expected.common, np.int32)
         fits = all(len(p) > head.size and np.array_equal(np.asarray(p[: head.size]), head) for p in prompts)
-        if expected.longest == 0 or not fits:
+        if not expected.lengths or not fits:
             common = usable_common_length(scheduling.common_prefix_length(prompts), len(prompts))
             expected = Expected(tuple(int(token) for token in prompts[0][:common]))
-        rests = [len(prompt) - 1 - len(expected.common) for prompt in prompts]
-        if max(rests) <= expected.longest:
+        lengths = rest_lengths(prompts, len(expected.common))
+        if not expected.lengths:
+            return dataclasses.replace(expected, lengths=lengths)
+        longest = max(lengths)
+        if longest <= max(expected.lengths):
             return expected
-        return dataclasses.replace(expected, longest=max(rests), mean=expected.mean or sum(rests) / len(rests))
+        return dataclasses.replace(expected, lengths=(*expected.lengths, longest))
 
     def _load(self, num_prompts: int, num_samples: int) -> Load | None:
         """What the shards get of a call of this size; None where it is empty."""
@@ -481,6 +492,11 @@ def check_requests(
             )
 
 
+def _few_rows(prefill_rows: int) -> int:
+    """Rows of a shard in a prefill of few prompts, where it could be `prefill_rows`."""
+    return math.ceil(prefill_rows / 4)
+
+
 def _prefill_chunk(num_rows: int) -> int:
     """Positions of one piece of a prefill of so many rows."""
-    return max(PREFILL_TOKENS // num_rows, MIN_PREFILL_CHUNK)
+    return min(max(PREFILL_TOKENS // num_rows, MIN_PREFILL_CHUNK), MAX_PREFILL_CHUNK)

@@ -1,12 +1,14 @@
-"""The host side of decoding: which prompts share a row of the prompt table, which requests wait, what became of each.
+"""The host side of decoding: where prompts lie in the prompt table, which requests wait, what became of each.
 
 In: requests, the reports of the engine. Out: packed prompts to prefill, waiting requests as arrays, completions as they
 end. No model, no jit.
-Legend: B slots, P rows of prompts, T prompt positions, W waiting requests of a shard, C tokens of a chunk.
+Legend: B slots, P rows of prompts, M rows of the prompt table that the longest prompt takes, T prompt positions, W
+waiting requests of a shard, C tokens of a chunk.
 """
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +23,7 @@ MAX_HALVINGS = 3  # of the slots: each is a program to compile
 MIN_LENGTH = 64  # of the own cache, where completions may be longer
 LENGTH_UNIT = 16
 MIN_TABLE_LENGTH = 16
-OPEN_ROWS = 8  # of the prompt table, to which a prompt may still be added while rows are packed
+OPEN_ROWS = 8  # to which a sequence may still be added while rows are packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +116,10 @@ def size_at_least(n: int, steps: int = 2) -> int:
     return math.ceil(max(n, 1) / unit) * unit
 
 
-def size_at_most(n: int) -> int:
-    """The largest of 1, 2, 3, 4, 6, 8, 12, 16, ... that is <= n, for n >= 1."""
-    power = 1 << (n.bit_length() - 1)
-    return power * 3 // 2 if power >= 2 and power * 3 // 2 <= n else power
+def size_at_most(n: int, steps: int = 2) -> int:
+    """The largest of the same sizes that is <= n, for n >= 1."""
+    unit = max((1 << n.bit_length() - 1) // steps, 1)
+    return n // unit * unit
 
 
 class CacheSize(NamedTuple):
@@ -202,6 +204,11 @@ def deal(requests: Sequence[Request], num_shards: int) -> list[list[list[int]]]:
             shards[shard].setdefault(prompt, []).extend(piece)
             loads[shard] += len(piece)
     return [list(pieces.values()) for pieces in shards]
+
+
+def rows_taken(length: int, table_length: int) -> int:
+    """Rows of the prompt table that a prompt of so many cached tokens takes; one at least, as its readers read one."""
+    return max(math.ceil(length / table_length), 1)
 
 
 def pack_rows(lengths: Sequence[int], row_length: int, prompts_per_row: int) -> list[list[int]]:
@@ -313,14 +320,29 @@ class Drawing:
         return [np.concatenate(part) for part in zip(*self.parts, strict=True)]
 
 
+class _Fitting(NamedTuple):
+    """Where the next pending prompts of a shard would be prefilled, (row, first of its parts) of each.
+
+    is_table_full: whether it is for want of room in the prompt table that there are no more.
+    """
+
+    places: list[tuple[int, int]]
+    is_table_full: bool
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self.places)
+
+
 class Schedule:
     """Requests on their way: waiting for prefill, waiting for a slot, being drawn, ended.
 
     Args:
       prompts: token ids by place; `requests` name them.
       common_length: tokens at the start of every prompt that are cached elsewhere.
-      rows: prompts of each shard's table rows to come, [shard][row][piece][request].
-      table_rows, table_length: of the prompt table, rows per shard.
+      shards: from `deal`: the requests of each shard, by prompt, in the order in which prompts are prefilled.
+      table_rows, table_length, rows_per_prompt: of the prompt table, rows per shard. A prompt takes as many whole rows
+        as it needs, at most `rows_per_prompt`, which are no more than there are.
       num_waiting: W, requests per shard that the device may see waiting.
     """
 
@@ -331,20 +353,22 @@ class Schedule:
         sampling: SamplingParams,
         decode_text: Callable[[Sequence[int]], str] | None,
         common_length: int,
-        rows: Sequence[Sequence[Sequence[Sequence[int]]]],
+        shards: Sequence[Sequence[Sequence[int]]],
         table_rows: int,
         table_length: int,
+        rows_per_prompt: int,
         num_waiting: int,
     ) -> None:
+        assert rows_per_prompt <= table_rows, (rows_per_prompt, table_rows)
         self._prompts, self._requests = prompts, requests
         self._sampling, self._decode_text = sampling, decode_text
-        self._common_length, self._table_length = common_length, table_length
-        self._num_waiting = num_waiting
-        num_shards = len(rows)
-        self._pending = [collections.deque(shard) for shard in rows]
+        self._common_length, self._num_waiting = common_length, num_waiting
+        self._table_length, self._rows_per_prompt = table_length, rows_per_prompt
+        num_shards = len(shards)
+        self._pending = [collections.deque(pieces) for pieces in shards]
         self._waiting: list[collections.deque[int]] = [collections.deque() for _ in range(num_shards)]
         self._left = np.zeros((num_shards, table_rows), np.int64)  # requests of each table row that have not ended
-        self._row_of: dict[int, tuple[int, int]] = {}
+        self._rows_of: dict[int, tuple[int, np.ndarray]] = {}  # shard and rows of the prompt of each begun request
         self._drawing: dict[int, Drawing] = {}
         self._slots = np.zeros(0, np.int64)
         self._cancelled = np.zeros(0, bool)  # slots that the device takes for busy, though the host has ended them
@@ -352,52 +376,82 @@ class Schedule:
 
     # Prompts to prefill
 
-    @property
-    def num_pending_rows(self) -> int:
-        """The most rows that any shard still has to prefill."""
-        return max(len(shard) for shard in self._pending)
+    def has_pending(self) -> bool:
+        """Whether there are prompts to prefill."""
+        return any(self._pending)
 
     def wants_prefill(self, num_rows: int) -> bool:
-        """Whether to prefill now, `num_rows` rows of each shard: all shards with pending prompts have so many that
-        nobody reads, or one of them has at least one, and free slots with no request waiting for them.
+        """Whether to prefill now, `num_rows` rows of each shard: in all shards with pending prompts either these rows
+        would be full or nothing would be pending any more; or one of them could prefill at least one prompt, and has
+        free slots with no request waiting for them.
         """
         busy = self.busy_slots()
-        pending = [shard for shard, rows in enumerate(self._pending) if rows]
-        free = {shard: int(np.sum(self._left[shard] == 0)) for shard in pending}
-        if pending and min(free.values()) >= num_rows:
+        pending = [shard for shard, pieces in enumerate(self._pending) if pieces]
+        fitting = {shard: self._fitting(shard, num_rows) for shard in pending}
+        if pending and all(fits.num_pieces and not fits.is_table_full for fits in fitting.values()):
             return True
-        return any(free[shard] and not self._waiting[shard] and not busy[shard].all() for shard in pending)
+        return any(
+            fitting[shard].num_pieces and not self._waiting[shard] and not busy[shard].all() for shard in pending
+        )
+
+    def num_to_prefill(self, num_rows: int) -> int:
+        """How many of `num_rows` rows of a shard `admit` would put prompts into, the most of any shard."""
+        return max(
+            len({row for row, _ in self._fitting(shard, num_rows).places}) for shard in range(len(self._pending))
+        )
 
     def admit(self, num_rows: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-        """Up to `num_rows` pending rows of each shard get a place in the table, and their requests wait from now on.
+        """As many pending prompts of each shard as `num_rows` rows hold and the table has room for get their places in
+        it, and their requests wait from now on.
 
         Returns:
-          tokens, positions and group ids [shards * num_rows, T], int32; and the places [shards, num_rows] in the table
-          (past its end where a shard has fewer).
+          tokens, positions and group ids [shards * num_rows, T], int32; and where in the table each of the M parts of a
+          row goes, [shards, num_rows, M] (past its end where a part is empty).
         """
         num_shards, table_rows = self._left.shape
-        shape = (num_shards, num_rows, self._table_length)
+        shape = (num_shards, num_rows, self._rows_per_prompt * self._table_length)
         tokens, positions, group_ids = (np.zeros(shape, np.int32) for _ in range(3))
         group_ids -= 1
-        places = np.full((num_shards, num_rows), table_rows, np.int32)
+        places = np.full((num_shards, num_rows, self._rows_per_prompt), table_rows, np.int32)
         for shard, pending in enumerate(self._pending):
-            free = np.flatnonzero(self._left[shard] == 0)
-            for row, place in zip(range(min(num_rows, len(pending))), free, strict=False):
-                places[shard, row] = place
-                cursor = 0
-                for piece in pending.popleft():
-                    prompt_number = self._requests[piece[0]].prompt
-                    prefix = np.asarray(self._prompts[prompt_number][self._common_length : -1], np.int32)
-                    span = slice(cursor, cursor + prefix.size)
-                    tokens[shard, row, span] = prefix
-                    positions[shard, row, span] = self._common_length + np.arange(prefix.size)
-                    group_ids[shard, row, span] = prompt_number
-                    cursor += prefix.size
-                    self._left[shard, place] += len(piece)
-                    self._waiting[shard].extend(piece)
-                    self._row_of.update((request, (shard, int(place))) for request in piece)
-        length = self._table_length
+            fits = self._fitting(shard, num_rows)
+            free = iter(np.flatnonzero(self._left[shard] == 0))
+            for row, first_part in fits.places:
+                piece = pending.popleft()
+                prompt_number = self._requests[piece[0]].prompt
+                prefix = np.asarray(self._prompts[prompt_number][self._common_length : -1], np.int32)
+                rows = np.fromiter(itertools.islice(free, self._num_rows(piece)), np.int64)
+                places[shard, row, first_part : first_part + rows.size] = rows
+                first = first_part * self._table_length
+                span = slice(first, first + prefix.size)
+                tokens[shard, row, span] = prefix
+                positions[shard, row, span] = self._common_length + np.arange(prefix.size)
+                group_ids[shard, row, span] = prompt_number
+                self._left[shard, rows] += len(piece)
+                self._waiting[shard].extend(piece)
+                self._rows_of.update((request, (shard, rows)) for request in piece)
+        length = shape[-1]
         return (tokens.reshape(-1, length), positions.reshape(-1, length), group_ids.reshape(-1, length)), places
+
+    def _num_rows(self, piece: Sequence[int]) -> int:
+        """Rows of the table that the prompt of these requests takes."""
+        length = len(self._prompts[self._requests[piece[0]].prompt]) - 1 - self._common_length
+        return rows_taken(length, self._table_length)
+
+    def _fitting(self, shard: int, num_rows: int) -> _Fitting:
+        """Which of the next pending prompts of a shard `num_rows` rows hold and the table has room for, in order."""
+        places: list[tuple[int, int]] = []
+        used = [0] * num_rows
+        num_free = int(np.sum(self._left[shard] == 0))
+        for piece in self._pending[shard]:
+            size = self._num_rows(piece)
+            row = next((row for row in range(num_rows) if used[row] + size <= self._rows_per_prompt), None)
+            if row is None or size > num_free:
+                return _Fitting(places, is_table_full=row is not None)
+            places.append((row, used[row]))
+            used[row] += size
+            num_free -= size
+        return _Fitting(places, is_table_full=False)
 
     # Requests to draw
 
@@ -408,7 +462,7 @@ class Schedule:
 
     def has_more(self) -> bool:
         """Whether there are requests that the device is not told of yet."""
-        return self.num_pending_rows > 0 or self.num_waiting > self._num_waiting
+        return self.has_pending() or self.num_waiting > self._num_waiting
 
     def num_soon_busy(self) -> int:
         """Slots that draw once the waiting requests have taken the idle ones."""
@@ -437,7 +491,8 @@ class Schedule:
         shape = (len(self._waiting), self._num_waiting)
         fields: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in Requests._fields[:-1]}
         fields["seeds"], fields["seeded"] = np.zeros(shape, np.uint32), np.zeros(shape, bool)
-        longest = self._common_length + self._table_length + 1
+        fields["prefix_rows"] = np.full((*shape, self._rows_per_prompt), -1, np.int32)
+        longest = self._common_length + self._rows_per_prompt * self._table_length + 1
         prompt_tokens = np.full((*shape, longest), -1, np.int32) if self._sampling.needs_counts else None
         counts = np.zeros(shape[0], np.int32)
         for shard, waiting in enumerate(self._waiting):
@@ -454,11 +509,12 @@ class Schedule:
                     "last_tokens": prompt[-1],
                     "prompt_lengths": len(prompt),
                     "limits": request.limit,
-                    "prefix_rows": self._row_of[waiting[i]][1],
                     "group_ids": request.prompt,
                 }
                 for name, value in values.items():
                     fields[name][shard, i] = value
+                _, rows = self._rows_of[waiting[i]]
+                fields["prefix_rows"][shard, i, : rows.size] = rows
                 if prompt_tokens is not None:
                     prompt_tokens[shard, i, : len(prompt)] = prompt
         return Requests(**fields, prompt_tokens=prompt_tokens), counts
@@ -504,8 +560,8 @@ class Schedule:
             column[:length] for column in drawing.columns()
         )
         del self._drawing[request]
-        shard, place = self._row_of.pop(request)
-        self._left[shard, place] -= 1
+        shard, rows = self._rows_of.pop(request)
+        self._left[shard, rows] -= 1
         self.num_left -= 1
         asked = self._requests[request]
         return Completion(

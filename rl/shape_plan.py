@@ -5,35 +5,52 @@ the `rl.engine.Shape` that decoding starts with. Arithmetic only; the sizes that
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from rl import scheduling
 from rl.engine import Shape
 
 MAX_DERIVED_SLOTS = 256  # when a memory budget sets the number: more make a step longer and hardly cheaper per token
 MIN_COMMON_LENGTH = 64
-MAX_PROMPTS_PER_ROW = 4
+MIN_CUT_LENGTH = 32  # of a row of the prompt table that is shorter than the longest prompt
+MIN_SAVED = 1 / 8  # of the positions that prompts take, for rows half as long
 
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What calls are planned for: the prefix of all prompts, and the longest and mean rest of a prompt, in tokens."""
+    """What calls are planned for: the prefix of all prompts, and how many tokens of each are cached behind it."""
 
     common: tuple[int, ...] = ()
-    longest: int = 0
-    mean: float = 0.0
+    lengths: tuple[int, ...] = ()
 
-    @property
+    @functools.cached_property
     def table_length(self) -> int:
-        """Positions of a row of the prompt table."""
-        return max(scheduling.MIN_TABLE_LENGTH, scheduling.size_at_least(self.longest))
+        """Positions of a row of the prompt table. A prompt takes whole rows, as many as it needs: rows for the longest
+        are halved for as long as that saves an eighth of the positions that all prompts take.
+        """
+        lengths = np.asarray(self.lengths)
+        length = max(scheduling.MIN_TABLE_LENGTH, scheduling.size_at_least(int(lengths.max())))
+        half = _half(length)
+        while half >= MIN_CUT_LENGTH and _rows_taken(lengths, half).sum() * half <= (1 - MIN_SAVED) * (
+            _rows_taken(lengths, length).sum() * length
+        ):
+            length, half = half, _half(half)
+        return length
 
-    @property
-    def prompts_per_row(self) -> int:
-        """Prompts that may share a row of the prompt table."""
-        return min(max(int(self.table_length / max(self.mean, 1.0)), 1), MAX_PROMPTS_PER_ROW)
+    @functools.cached_property
+    def rows_per_prompt(self) -> int:
+        """Rows of the prompt table that the longest prompt takes."""
+        return int(_rows_taken(np.asarray(self.lengths), self.table_length).max())
+
+    @functools.cached_property
+    def mean_rows(self) -> float:
+        """Rows of the prompt table that a prompt takes on average."""
+        return float(_rows_taken(np.asarray(self.lengths), self.table_length).mean())
 
 
 class KVBudget(NamedTuple):
@@ -75,21 +92,27 @@ class Load(NamedTuple):
         return min(self.pieces, self.in_flight(num_slots))
 
     def table_rows(self, num_slots: int, expected: Expected) -> int:
-        """Rows of the prompt table."""
-        in_flight = self.prompts_at_once(num_slots)
-        shares_rows = expected.prompts_per_row > 1
-        density = min(expected.prompts_per_row, expected.table_length / max(expected.mean, 1.0)) if shares_rows else 1
-        return scheduling.size_at_least(min(in_flight, math.ceil(1.25 * in_flight / density) + 1), 4)
+        """Rows of the prompt table: for prompts of mean length a quarter more than they take, or for the longest."""
+        in_flight, most = self.prompts_at_once(num_slots), expected.rows_per_prompt
+        rows = max(math.ceil(1.25 * in_flight * expected.mean_rows), most)
+        return scheduling.size_at_least(min(rows, in_flight * most), 4)
 
     def prefill_rows(self, num_slots: int, expected: Expected) -> int:
-        """Rows that one prefill fills: all of the table where it holds all prompts, else a quarter."""
-        rows = self.table_rows(num_slots, expected)
+        """Rows for the longest prompt that one prefill fills: as many as fill the table where it holds all prompts,
+        else a quarter of them.
+        """
+        rows = math.ceil(self.table_rows(num_slots, expected) / expected.rows_per_prompt)
         return rows if self.pieces <= self.in_flight(num_slots) else math.ceil(rows / 4)
+
+
+def rest_lengths(prompts: Sequence[Sequence[int] | np.ndarray], common_length: int) -> tuple[int, ...]:
+    """Tokens of each prompt that are cached behind a common prefix: all but the last, which decoding feeds."""
+    return tuple(len(prompt) - 1 - common_length for prompt in prompts)
 
 
 def usable_common_length(length: int, num_prompts: int) -> int:
     """Tokens of a common prefix that get a cache of their own: a size, so that few programs are compiled, or none."""
-    return scheduling.size_at_most(length) if num_prompts > 1 and length >= MIN_COMMON_LENGTH else 0
+    return scheduling.size_at_most(length, 8) if num_prompts > 1 and length >= MIN_COMMON_LENGTH else 0
 
 
 def first_shape(
@@ -117,11 +140,22 @@ def first_shape(
         length=lengths[0],
         table_rows=load.table_rows(most, expected) * num_shards,
         table_length=expected.table_length,
+        rows_per_prompt=expected.rows_per_prompt,
         prefill_rows=load.prefill_rows(most, expected) * num_shards,
-        num_readers=min(load.piece_size * expected.prompts_per_row, most),
+        num_readers=min(load.piece_size, most),
         common_length=len(expected.common),
         num_waiting=2 * most,
     )
+
+
+def _half(table_length: int) -> int:
+    """Half of a length, in whole units of the shortest."""
+    return math.ceil(table_length / 2 / scheduling.MIN_TABLE_LENGTH) * scheduling.MIN_TABLE_LENGTH
+
+
+def _rows_taken(lengths: np.ndarray, table_length: int) -> np.ndarray:
+    """`scheduling.rows_taken` of each length."""
+    return np.maximum(-(-lengths // table_length), 1)
 
 
 def _affordable_slots(budget: KVBudget, most: int, own_length: int, load: Load, expected: Expected) -> int:
@@ -142,9 +176,10 @@ def _peak_bytes(budget: KVBudget, num_slots: int, own_length: int, load: Load, e
     that are prefilled meanwhile, and one array that exists twice while a cache becomes longer or loses rows.
     """
     own, prefill_rows = num_slots * own_length, load.prefill_rows(num_slots, expected)
-    prefilled = prefill_rows * expected.table_length
+    prefilled = prefill_rows * expected.rows_per_prompt * expected.table_length
     held = own + load.table_rows(num_slots, expected) * expected.table_length + len(expected.common)
-    # Where one prefill is all there is, it becomes the table.
-    beside = prefilled if load.pieces > prefill_rows else 0
+    # Where one prefill is all there is, and its rows are not cut, it becomes the table.
+    becomes_table = load.pieces <= prefill_rows and expected.rows_per_prompt == 1
+    beside = 0 if becomes_table else prefilled
     whole, largest = sum(budget.per_position), max(budget.per_position)
     return held * whole + max(beside * whole + prefilled * largest, own * largest)

@@ -359,6 +359,51 @@ def test_prompts_of_different_lengths_share_rows_of_the_table(qwen):
     assert np.sum(group_ids_PT >= 0) == sum(len(prompt) - 1 for prompt in prompts)
 
 
+@pytest.mark.parametrize(
+    ("family", "mesh", "options"),
+    [
+        ("qwen3", (), {}),
+        ("qwen3", (), {"kv_dtype": "int8", "slots": 8}),
+        ("gemma3_text", ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), {}),
+    ],
+)
+def test_one_long_prompt_among_short_ones_is_cut_and_changes_nothing(family, mesh, options):
+    """Alone, each prompt lies in a row of its own length; together, the long one takes eight rows of the table."""
+    rng = np.random.default_rng(9)
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (20, 250, 9, 30, 17, 25, 12, 28)]
+    setup = with_sampler(build(family, mesh=mesh), **options)
+    together = sample(setup, prompts=prompts)
+    shapes = [name[1] for name in setup.sampler.engine.programs if name[0] == "generate"]
+    assert {(shape.table_length, shape.rows_per_prompt) for shape in shapes} == {(32, 8)}
+    one_device = with_sampler(build(family), kv_dtype=options.get("kv_dtype"))
+    some = (0, 1, 7)
+    alone = [sample(one_device, prompts=[prompts[i]], prompt_indices=[i])[0] for i in some]
+    assert_same(flatten([together[i] for i in some]), flatten(alone), 1e-5)
+
+
+def test_rows_for_the_longest_prompt_are_prefilled_as_far_as_they_are_filled(qwen, monkeypatch):
+    rng = np.random.default_rng(10)
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (20, 9, 30, 17)]
+    expected = sample(qwen, prompts=prompts)
+    monkeypatch.setattr("rl.sampler.MAX_PREFILL_CHUNK", 64)
+    setup = with_sampler(qwen)
+    setup.sampler.expect([*prompts, [5] * 500])
+    pieces, get = [], setup.sampler.engine.programs.get
+    setup.sampler.engine.programs.get = lambda key, build: pieces.append(key) or get(key, build)
+    assert_same(flatten(sample(setup, prompts=prompts)), flatten(expected), 1e-5)
+    starts = [key for key in pieces if key[0] == "prefill"]
+    assert len(starts) == 2, "128 positions hold all four prompts, 32 each; the row has 512"
+
+
+def test_few_prompts_of_a_large_plan_are_prefilled_in_few_rows(qwen):
+    setup = with_sampler(qwen)
+    setup.sampler.expect([[5] * 14] * 16, 16, NUM_SAMPLES)
+    prefills = record_prefills(setup)
+    for count in (16, 8, 9, 1):
+        sample(setup, prompts=[[3 + i] * 14 for i in range(count)])
+    assert [len(tokens_PT) for tokens_PT, _ in prefills] == [16, 4, 4, 16, 4]
+
+
 def test_long_prompts_are_prefilled_in_chunks_over_a_growing_cache(qwen, monkeypatch):
     rng = np.random.default_rng(5)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (150, 40, 130)]

@@ -24,7 +24,7 @@ from rl.scheduling import (
     size_at_least,
     size_at_most,
 )
-from rl.shape_plan import Load
+from rl.shape_plan import Expected, Load, first_shape
 
 
 def test_sizes_are_few_and_close():
@@ -225,11 +225,11 @@ def test_a_stop_string_is_found_at_the_first_completing_token_across_boundaries(
 def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_draw():
     prompts, requests = [[5, 6], [7, 8], [9, 10], [11, 12]], requests_for(range(4), 1, 3)
     sampling = SamplingParams(max_completion_length=3, eos_ids=(1,))
-    rows = [[[[0]], [[1]]], [[[2]], [[3]]]]  # two prompts a shard, and one row of the table
-    schedule = Schedule(prompts, requests, sampling, None, 0, rows, 1, 16, 2)
+    shards = [[[0], [1]], [[2], [3]]]  # two prompts a shard, and one row of the table
+    schedule = Schedule(prompts, requests, sampling, None, 0, shards, 1, 16, 1, 2)
     schedule.set_slots(2)
     assert schedule.wants_prefill(1)
-    assert schedule.admit(1)[1].tolist() == [[0], [0]]
+    assert schedule.admit(1)[1].tolist() == [[[0]], [[0]]]
     assert not schedule.wants_prefill(1)
     # A step in which request 0 of the first shard goes on and request 2 of the second one ends.
     numbers = np.array([[0.5, 0.5]])
@@ -238,9 +238,70 @@ def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_
     assert [number for number, _ in schedule.read(report)] == [2]
     assert schedule.wants_prefill(1)
     (tokens, _, group_ids), places = schedule.admit(1)
-    assert places.tolist() == [[1], [0]], "nothing new in the first shard"
+    assert places.tolist() == [[[1]], [[0]]], "nothing new in the first shard"
     assert (tokens[1, 0], group_ids[:, 0].tolist()) == (11, [-1, 3])
     assert not schedule.wants_prefill(1)
+
+
+def test_a_long_prompt_takes_rows_of_the_table_and_short_ones_one_each():
+    """Rows of 4 positions, 3 for the longest; 2 rows of 12 positions are prefilled at a time into a table of 5."""
+    lengths = (3, 13, 6, 2, 9)
+    prompts = [[10 * n + i for i in range(length)] for n, length in enumerate(lengths)]
+    requests = requests_for(range(5), 2, 3)
+    sampling = SamplingParams(max_completion_length=3, eos_ids=(1,))
+    shards = [[[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]]
+    schedule = Schedule(prompts, requests, sampling, None, 0, shards, 5, 4, 3, 4)
+    schedule.set_slots(4)
+    (tokens, positions, group_ids), places = schedule.admit(2)
+    assert places.tolist() == [[[0, 5, 5], [1, 2, 3]]], "the third prompt needs two rows, and one is left"
+    assert group_ids.tolist() == [[0, 0, *[-1] * 10], [1] * 12]
+    assert tokens[1].tolist() == prompts[1][:-1]
+    assert positions[1].tolist() == list(range(12))
+    waiting, count = schedule.waiting()
+    assert count.tolist() == [4]
+    assert waiting.prefix_rows.tolist() == [[[0, -1, -1], [0, -1, -1], [1, 2, 3], [1, 2, 3]]]
+
+    # Both completions of the long prompt end, and its rows are free.
+    numbers, empty = np.full((1, 4), 0.5), np.zeros((1, 4, 0))
+    columns = Columns(np.array([[0, 1, 2, 3]]), np.array([[4, 4, 1, 1]]), numbers, numbers, empty, empty)
+    report = Report(columns, np.array(1), np.array([0, 1, -1, -1]), np.array([1, 1, 1, 1]), np.array([4]))
+    assert [number for number, _ in schedule.read(report)] == [2, 3]
+    assert schedule.wants_prefill(2)
+    (_, _, group_ids), places = schedule.admit(2)
+    assert places.tolist() == [[[1, 2, 3], [5, 5, 5]]], "two prompts in one row, the first of them in two parts"
+    assert group_ids.tolist() == [[*[2] * 5, *[-1] * 3, 3, *[-1] * 3], [-1] * 12]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "table_length", "rows_per_prompt"),
+    [
+        ([191] * 8, 192, 1),
+        ([150, 160, 191], 192, 1),  # halves save nothing
+        ([63] * 8, 64, 1),
+        ([100] * 63 + [2000], 128, 16),  # of 2048, 1024, ... positions each
+        ([20] * 63 + [2000], 32, 63),
+        ([32, 64, 96, 128, 160, 192], 96, 2),
+        ([8, 9, 10], 16, 1),
+        ([0], 16, 1),
+    ],
+)
+def test_rows_of_the_prompt_table_have_the_length_in_which_prompts_take_least(lengths, table_length, rows_per_prompt):
+    expected = Expected((), tuple(lengths))
+    assert (expected.table_length, expected.rows_per_prompt) == (table_length, rows_per_prompt)
+
+
+def test_one_long_prompt_costs_what_it_holds():
+    """Of 64 prompts of 100 tokens one has 2,000: what a step attends to is about what all hold, not 64 times 2,000."""
+    expected = Expected((), (100,) * 63 + (2000,))
+    load = Load.of(deal(requests_for(range(64), 8, 128), 1))
+    shape = first_shape(1, load, expected, 128, None, None)
+    held = sum(expected.lengths)
+    assert shape.num_slots == 256, "the slots of 32 prompts: 48 lie in the table at a time, and one more"
+    assert shape.table_rows * shape.table_length < 1.5 * held
+    assert shape.num_readers == 8
+    assert shape.prefill_rows * shape.prefill_length <= shape.table_rows * shape.table_length
+    alike = first_shape(1, load, Expected((), (100,) * 64), 128, None, None)
+    assert alike.table_rows * alike.table_length < 1.5 * 49 * 100
 
 
 def test_penalties_take_the_tokens_of_waiting_prompts_and_nothing_as_long_as_the_vocabulary():
@@ -248,9 +309,9 @@ def test_penalties_take_the_tokens_of_waiting_prompts_and_nothing_as_long_as_the
     tokens = {}
     for penalty in (1.0, 1.2):
         sampling = SamplingParams(max_completion_length=3, eos_ids=(), repetition_penalty=penalty)
-        schedule = Schedule(prompts, requests, sampling, None, 2, [[[[0], [1]]]], 1, 4, 2)
+        schedule = Schedule(prompts, requests, sampling, None, 2, [[[0], [1]]], 2, 4, 1, 2)
         schedule.set_slots(1)
-        schedule.admit(1)
+        schedule.admit(2)
         waiting, _ = schedule.waiting()
         tokens[penalty] = waiting.prompt_tokens
     assert tokens[1.0] is None

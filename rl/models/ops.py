@@ -1,7 +1,7 @@
 """The pure maths that the Linen and the NNX twin share: no modules, no state, no mesh.
 
-Legend of shape suffixes: B sequences, R rows of a cache part, Q readers of a shared row, T token positions, S cache
-positions, V vocab, D model, N query heads, K kv heads, J = N / K query heads per kv head, H head dim, F mlp.
+Legend of shape suffixes: B sequences, R rows of a cache part, Q readers of a shared row, E = R * Q, T token positions,
+S cache positions, V vocab, D model, N query heads, K kv heads, J = N / K query heads per kv head, H head dim, F mlp.
 """
 
 import math
@@ -69,15 +69,18 @@ class LayerContext:
 
 
 class SharedRows(NamedTuple):
-    """Which own rows read which row of a shared part.
+    """Which own rows read which rows of a shared part, counted inside each shard, in either of two forms.
 
-    readers: int32 [shards, R / shards * Q]: the own rows that read each row, counted inside the shard. A row with fewer
-      than Q readers names any own row instead; what that one reads there is dropped.
-    places: int32 [shards, B / shards]: where in `readers` each own row stands.
+    readers: int32 [shards, R / shards * Q]: the own rows that read each row. A row with fewer than Q readers names any
+      own row instead; what that one reads there is dropped.
+    places: int32 [shards, B / shards]: where in `readers` each own row stands, if each reads exactly one row.
+    reads: bool [shards, B / shards, R / shards * Q]: at which places of `readers` each own row stands, if it reads any
+      number of rows.
     """
 
     readers: jax.Array
-    places: jax.Array
+    places: jax.Array | None = None
+    reads: jax.Array | None = None
 
 
 class AttentionPart(NamedTuple):
@@ -368,23 +371,41 @@ def to_readers(x: jax.Array, rows: SharedRows, num_rows: int) -> jax.Array:
     return take_in_shards(x, rows.readers).reshape(num_rows, -1, *x.shape[1:])
 
 
-def _from_readers(x: jax.Array, rows: SharedRows) -> jax.Array:
-    """The inverse of `to_readers`: [R, Q, ...] -> [B, ...]."""
-    return take_in_shards(x.reshape(-1, *x.shape[2:]), rows.places)
-
-
 def _attend_shared(q_BTKJH: jax.Array, part: AttentionPart, scale: float) -> _Partial:
     assert part.rows is not None
     num_rows, num_tokens = part.keys_RKHS.shape[0], q_BTKJH.shape[1]
     q_RQTKJH = to_readers(q_BTKJH, part.rows, num_rows)
-    num_readers = q_RQTKJH.shape[1]
     partial = _attend(q_RQTKJH.reshape(num_rows, -1, *q_BTKJH.shape[2:]), part, scale)
+    partial = _Partial(*(x.reshape(-1, num_tokens, *x.shape[2:]) for x in partial))  # by row and reader [E, T, ...]
+    if part.rows.places is None:
+        return _merge_rows(partial, part.rows)
+    return _Partial(*(take_in_shards(x, part.rows.places) for x in partial))
 
-    def back(x: jax.Array) -> jax.Array:
-        assert part.rows is not None
-        return _from_readers(x.reshape(num_rows, num_readers, num_tokens, *x.shape[2:]), part.rows)
 
-    return _Partial(*(back(x) for x in partial))
+def _merge_rows(partial: _Partial, rows: SharedRows) -> _Partial:
+    """Partials [E, T, ...] of readers and rows -> [B, T, ...], each of all the rows that an own row reads.
+
+    The sums are a product with `reads`: what one own row reads is few of E, and gathering it takes many times as long.
+    """
+    reads = rows.reads
+    assert reads is not None
+    num_shards, num_own, num_places = reads.shape
+    dtype = partial.output_BTKJH.dtype
+
+    def by_shard(x: jax.Array) -> jax.Array:
+        return x.reshape(num_shards, num_places, *x.shape[1:])
+
+    highest = jnp.where(reads[..., None, None, None], by_shard(partial.highest_BTKJ)[:, None], _masked_score(dtype))
+    highest_BTKJ = jnp.max(highest, axis=2).reshape(num_shards * num_own, *partial.highest_BTKJ.shape[1:])
+    # What a row reads has no higher score than this; of places that nobody reads at, numbers that stay finite.
+    weight_ETKJ = jnp.exp(jnp.minimum(partial.highest_BTKJ - take_in_shards(highest_BTKJ, rows.readers), 0))
+
+    def total(x: jax.Array) -> jax.Array:
+        summed = jnp.einsum("sbe,se...->sb...", reads.astype(dtype), by_shard(x), precision="highest")
+        return summed.reshape(num_shards * num_own, *x.shape[1:])
+
+    output_BTKJH = total(weight_ETKJ[..., None] * partial.output_BTKJH)
+    return _Partial(output_BTKJH, total(weight_ETKJ * partial.total_BTKJ), highest_BTKJ)
 
 
 def _attend(q_RTKJH: jax.Array, part: AttentionPart, scale: float) -> _Partial:

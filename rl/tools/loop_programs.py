@@ -225,7 +225,8 @@ def _slot_rollout(
     programs = []
     for key, make in rollout.items():
         is_prefill = key[0] == "prefill"
-        is_largest = key[3] == largest.table_length if is_prefill else key[1] == largest
+        whole = (largest.prefill_rows, largest.prefill_length)
+        is_largest = (key[1], key[3]) == whole if is_prefill else key[1] == largest
         name, rounds = (PREFILL, {}) if is_prefill else (DECODE, {TOKEN_LOOP: key[3]})
         programs.append(LoopProgram(name, repr(key), make, rounds, 0, is_largest))
     return _Rollout(
