@@ -133,6 +133,8 @@ def assert_same(left: Sequence[Completion], right: Sequence[Completion], toleran
         assert a.finish_reason == b.finish_reason
         np.testing.assert_allclose(a.sampler_logprobs, b.sampler_logprobs, rtol=0, atol=tolerance)
         np.testing.assert_allclose(a.policy_logprobs, b.policy_logprobs, rtol=0, atol=tolerance)
+        np.testing.assert_array_equal(a.top_ids, b.top_ids)
+        np.testing.assert_allclose(a.top_logprobs, b.top_logprobs, rtol=0, atol=tolerance)
 
 
 def full_forward_logits(
@@ -185,6 +187,11 @@ def qwen() -> Setup:
 @pytest.fixture(scope="module")
 def qwen_completions(qwen) -> list[list[Completion]]:
     return sample(qwen)
+
+
+@pytest.fixture(scope="module")
+def sharded_qwen() -> Setup:
+    return build("qwen3", pure_nnx=False, mesh=("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"))
 
 
 @pytest.fixture(scope="module")
@@ -486,6 +493,33 @@ def test_dropping_idle_slots_changes_nothing(qwen):
 def test_eight_devices_draw_the_same_completions(family, pure_nnx, mesh, slots, one_device_completions):
     setup = build(family, pure_nnx, mesh=mesh, slots=slots)
     assert_same(flatten(sample(setup)), flatten(one_device_completions(family)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "common_length", "tolerance"),
+    [
+        ({"kv_dtype": "int8"}, {}, 0, 1e-3),  # a key whose last bit differs may round to the next integer
+        ({"weights": Quantization("int8", head=True)}, {}, 0, 1e-5),
+        ({}, {}, 100, 1e-5),
+        ({}, {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "top_logprobs": 3}, 0, 1e-5),
+    ],
+    ids=["int8_cache", "int8_weights", "common_prefix", "penalties_and_top_logprobs"],
+)
+def test_eight_devices_draw_the_same_with_every_option(
+    qwen, sharded_qwen, qwen_completions, options, changes, common_length, tolerance
+):
+    head = np.random.default_rng(3).integers(3, VOCAB, common_length).tolist()
+    prompts, sampling = [[*head, *prompt] for prompt in PROMPTS], changed(**changes)
+    # Two slots in each of four shards: every slot is handed over.
+    one, sharded = (with_sampler(setup, slots=8, **options) for setup in (qwen, sharded_qwen))
+    completions = flatten(sample(one, sampling, prompts=prompts))
+    assert_same(flatten(sample(sharded, sampling, prompts=prompts)), completions, tolerance)
+    shapes = {name[1] for name in sharded.sampler.engine.programs if name[0] == "generate"}
+    assert {shape.common_length > 0 for shape in shapes} == {common_length > 0}
+    plain = flatten(qwen_completions)
+    differences = [abs(a.sampler_logprobs[0] - b.sampler_logprobs[0]) for a, b in zip(completions, plain, strict=True)]
+    assert max(differences) > 1e-3, "the option does something"
+    assert all(c.top_ids.shape[1] == sampling.top_logprobs for c in completions)
 
 
 def test_sharded_decoding_moves_no_cache_between_devices():
