@@ -714,12 +714,35 @@ def test_nothing_is_compiled_after_warm_up_whatever_the_lengths(qwen):
     sampling = changed(max_completion_length=140, eos_ids=(1, 2, 3))
     setup.sampler.warm_up(setup.params, 8, 8, sampling)
     setup.sampler.engine.programs.wait()
-    sample(setup, sampling, prompts=dataset[-8:], num_samples=8)
+    keys = [jax.random.key(call) for call in range(6)]
     with counted_compiles() as compiled:
-        for call in range(6):
+        for key in keys:
             prompts = [dataset[i] for i in rng.integers(0, len(dataset), 8)]
-            setup.sampler.sample(setup.params, prompts, 8, sampling, jax.random.key(call))
+            setup.sampler.sample(setup.params, prompts, 8, sampling, key)
     assert not compiled
+
+
+@pytest.mark.parametrize("company", ["one_device", "eight_devices"])
+def test_warm_up_alone_is_enough_for_prompts_and_completions_of_every_length(company, qwen, sharded_qwen):
+    lengths, rng = range(1, 13), np.random.default_rng(2)
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in lengths]
+    setup = with_sampler({"one_device": qwen, "eight_devices": sharded_qwen}[company])
+    sampling, key = changed(max_completion_length=max(lengths), eos_ids=()), jax.random.key(0)
+    setup.sampler.expect(prompts, len(prompts), 1)
+    setup.sampler.warm_up(setup.params, len(prompts), 1, sampling)
+    setup.sampler.engine.programs.wait()
+    # Every prompt with every limit, all prompts together and each of them alone.
+    calls = [[Request(p, p, 0, limit=1 + (p + shift) % 12) for p in range(12)] for shift in range(12)]
+    calls += [[request] for call in calls for request in call]
+    num_compiles, seen = setup.sampler.num_compiles, set()
+    with counted_compiles() as compiled:
+        for requests in calls:
+            for number, completion in setup.sampler.stream(setup.params, prompts, requests, sampling, key):
+                request = requests[number]
+                assert len(completion.token_ids) == request.limit
+                seen.add((len(requests), len(prompts[request.prompt]), request.limit))
+    assert seen == {(size, length, limit) for size in (1, 12) for length in lengths for limit in lengths}
+    assert (compiled, setup.sampler.num_compiles) == ([], num_compiles)
 
 
 def test_a_second_run_finds_every_program_in_the_persistent_cache(qwen, tmp_path):
