@@ -728,12 +728,12 @@ def test_warm_up_alone_is_enough_for_prompts_and_completions_of_every_length(com
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in lengths]
     setup = with_sampler({"one_device": qwen, "eight_devices": sharded_qwen}[company])
     sampling, key = changed(max_completion_length=max(lengths), eos_ids=()), jax.random.key(0)
-    setup.sampler.expect(prompts, len(prompts), 1)
-    setup.sampler.warm_up(setup.params, len(prompts), 1, sampling)
+    setup.sampler.expect(prompts, len(prompts), 2)
+    setup.sampler.warm_up(setup.params, len(prompts), 2, sampling)
     setup.sampler.engine.programs.wait()
-    # Every prompt with every limit, all prompts together and each of them alone.
-    calls = [[Request(p, p, 0, limit=1 + (p + shift) % 12) for p in range(12)] for shift in range(12)]
-    calls += [[request] for call in calls for request in call]
+    # Every prompt with every limit: two samples of all prompts together (slots are dropped as these end), and each alone.
+    calls = [[Request(p, p, s, limit=1 + (p + shift) % 12) for p in range(12) for s in (0, 1)] for shift in range(12)]
+    calls += [[request] for call in calls for request in call[::2]]
     num_compiles, seen = setup.sampler.num_compiles, set()
     with counted_compiles() as compiled:
         for requests in calls:
@@ -741,7 +741,7 @@ def test_warm_up_alone_is_enough_for_prompts_and_completions_of_every_length(com
                 request = requests[number]
                 assert len(completion.token_ids) == request.limit
                 seen.add((len(requests), len(prompts[request.prompt]), request.limit))
-    assert seen == {(size, length, limit) for size in (1, 12) for length in lengths for limit in lengths}
+    assert seen == {(size, length, limit) for size in (1, 24) for length in lengths for limit in lengths}
     assert (compiled, setup.sampler.num_compiles) == ([], num_compiles)
 
 
