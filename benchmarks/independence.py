@@ -1,4 +1,4 @@
-"""How often a completion depends on its company: the same requests drawn in other slots, batches and orders.
+"""How often a completion depends on its company: the same requests drawn in other slots, batches, orders and caches.
 
 A completion is a function of (key, prompt index, sample index, position), up to rounding: in another shape sums are
 rounded differently, and a token may change where its random number falls within that rounding of a boundary between two
@@ -9,16 +9,35 @@ tokens. After the first changed token the rest is another completion, so only to
 
 import argparse
 from collections.abc import Sequence
+from typing import NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
 from shapes import CPU_SHAPES, CPU_WORKLOADS, tiny_shape
 from weights import Weights
 
+from rl import scheduling
 from rl.sampler import Completion, Sampler
 from rl.sampling import SamplingParams
+from rl.scheduling import Request
 
-COMPANIES = {"seven at a time": {"slots": 7}, "half at a time, short chunks": {"slots": 32, "chunk": 5}}
+WORKLOAD = CPU_WORKLOADS["ragged"]
+
+
+class Company(NamedTuple):
+    """Slots, tokens between two looks of the host, and the length of the own cache to begin with, which doubles."""
+
+    slots: int
+    chunk: int = 32
+    first_length: int = scheduling.MIN_LENGTH
+
+
+COMPANIES = {
+    "seven at a time": Company(7),
+    "half at a time, short chunks, caches that never grow": Company(32, 5, WORKLOAD.cap),
+}
+ALONE = "alone in one slot"  # as `grpo sample --replay` draws; one sample of each prompt, for it takes long
 
 
 def changed_tokens(expected: Sequence[Completion], got: Sequence[Completion]) -> tuple[int, int]:
@@ -33,37 +52,49 @@ def changed_tokens(expected: Sequence[Completion], got: Sequence[Completion]) ->
 
 
 def measure(shape: str, num_tokens: int, tiny: bool) -> dict[str, tuple[int, int]]:
-    """(changed, compared) by company, over at least `num_tokens` tokens each."""
+    """(changed, compared) by company: over at least `num_tokens` tokens each, alone over an eighth of them or so."""
     config = tiny_shape(CPU_SHAPES[shape]) if tiny else CPU_SHAPES[shape]
-    workload, weights = CPU_WORKLOADS["ragged"], Weights(config)
-    sampling = SamplingParams(max_completion_length=workload.cap, eos_ids=workload.eos_ids(config.vocab_size))
+    weights, num_samples = Weights(config), WORKLOAD.num_samples
+    sampling = SamplingParams(max_completion_length=WORKLOAD.cap, eos_ids=WORKLOAD.eos_ids(config.vocab_size))
     rules = weights.run_config.mesh.rules
 
     def sampler(**options: int) -> Sampler:
         return Sampler(weights.policy, weights.mesh, weights.shardings, rules=rules, **options)
 
     def draw(sampler: Sampler, call: int, reverse: bool) -> list[Completion]:
-        prompts = workload.prompts(config.vocab_size, call)
+        prompts = WORKLOAD.prompts(config.vocab_size, call)
         order = list(range(len(prompts)))[:: -1 if reverse else 1]
         groups = sampler.sample(
             weights.params,
             [prompts[i] for i in order],
-            workload.num_samples,
+            num_samples,
             sampling,
             jax.random.key(call),
             prompt_indices=order,
         )
         return [completion for group in (groups[::-1] if reverse else groups) for completion in group]
 
-    together = sampler()
-    others = {name: sampler(**options) for name, options in COMPANIES.items()}
-    found = dict.fromkeys(others, (0, 0))
+    def draw_alone(sampler: Sampler, call: int, number: int) -> Completion:
+        prompts = WORKLOAD.prompts(config.vocab_size, call)
+        request = Request(number // num_samples, number // num_samples, number % num_samples, WORKLOAD.cap)
+        ((_, completion),) = sampler.stream(weights.params, prompts, [request], sampling, jax.random.key(call))
+        return completion
+
+    def count(name: str, expected: Sequence[Completion], got: Sequence[Completion]) -> None:
+        changed, compared = changed_tokens(expected, got)
+        found[name] = found[name][0] + changed, found[name][1] + compared
+
+    together, alone = sampler(), sampler()
+    others = {name: sampler(slots=company.slots, chunk=company.chunk) for name, company in COMPANIES.items()}
+    found = dict.fromkeys([*others, ALONE], (0, 0))
     call = 0
-    while min(compared for _, compared in found.values()) < num_tokens:
+    while min(found[name][1] for name in others) < num_tokens:
         expected = draw(together, call, reverse=False)
         for name, other in others.items():
-            changed, compared = changed_tokens(expected, draw(other, call, reverse=True))
-            found[name] = found[name][0] + changed, found[name][1] + compared
+            with mock.patch.object(scheduling, "MIN_LENGTH", COMPANIES[name].first_length):
+                count(name, expected, draw(other, call, reverse=True))
+        numbers = range(call % num_samples, len(expected), num_samples)
+        count(ALONE, [expected[i] for i in numbers], [draw_alone(alone, call, i) for i in numbers])
         call += 1
     return found
 
@@ -77,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
     arguments = parser.parse_args(argv)
     found = measure(arguments.shape, arguments.tokens, arguments.tiny)
     for name, (changed, compared) in found.items():
-        print(f"{name}, prompts reversed: {changed} of {compared:,} tokens changed ({changed / compared:.1e})")
+        name = name if name == ALONE else f"{name}, prompts reversed"
+        print(f"{name}: {changed} of {compared:,} tokens changed ({changed / compared:.1e})")
     return found
 
 

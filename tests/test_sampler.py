@@ -731,7 +731,7 @@ def test_warm_up_alone_is_enough_for_prompts_and_completions_of_every_length(com
     setup.sampler.expect(prompts, len(prompts), 2)
     setup.sampler.warm_up(setup.params, len(prompts), 2, sampling)
     setup.sampler.engine.programs.wait()
-    # Every prompt with every limit: two samples of all prompts together (slots are dropped as these end), and each alone.
+    # Every prompt with every limit: two samples of all together, whose slots are dropped as they end, and each alone.
     calls = [[Request(p, p, s, limit=1 + (p + shift) % 12) for p in range(12) for s in (0, 1)] for shift in range(12)]
     calls += [[request] for call in calls for request in call[::2]]
     num_compiles, seen = setup.sampler.num_compiles, set()
