@@ -1,8 +1,10 @@
 """`grpo sample`: what it draws, what it writes, how it goes on after a stop, and what it refuses."""
 
+import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from rl import sample_command
 from rl.cli import main
 from rl.config import load_config
 from rl.grpo_trainer import train
@@ -308,6 +311,74 @@ def test_ctrl_c_ends_cleanly_and_keeps_whole_lines(folder, tmp_path):
     lines = by_place(read(output))
     assert 0 < len(lines) < 20000
     assert f"stopped after {len(lines)} of 20000 completions" in said
+
+
+# The progress bar
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal, and keeps what it is told."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def open_terminal(monkeypatch) -> Terminal:
+    """What standard error is for the rest of the test; no fixture, for pytest puts its own back after those."""
+    for name, value in {"TERM": "xterm", "COLUMNS": "100", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+def test_the_bar_counts_the_completions_of_a_file_those_it_held_before_included(
+    folder, finished, tmp_path, monkeypatch
+):
+    output = tmp_path / "cut.jsonl"
+    output.write_bytes(b"".join(finished.read_bytes().splitlines(keepends=True)[:4]))
+    (tmp_path / "cut.jsonl.meta.json").write_bytes((folder / "finished.jsonl.meta.json").read_bytes())
+    command = [folder / "recipe.yml", "--prompts", folder / "prompts.jsonl", "--output", output, "--n", 2]
+    terminal = open_terminal(monkeypatch)
+    assert sample(*command) == 0
+    shown = [int(number) for number in re.findall(r"(\d+)/9 ", terminal.getvalue())]
+    assert (shown[0], shown[-1]) == (4, 9)
+    assert shown == sorted(shown)
+
+
+@pytest.mark.parametrize(
+    ("stdout", "to_file", "is_shown"),
+    [(Terminal, True, True), (io.StringIO, False, True), (Terminal, False, False)],
+    ids=["file", "stdout_in_a_pipe", "stdout_on_the_same_terminal"],
+)
+def test_the_bar_is_on_a_terminal_that_completions_do_not_go_to(
+    folder, tmp_path, monkeypatch, stdout, to_file, is_shown
+):
+    terminal = open_terminal(monkeypatch)
+    monkeypatch.setattr(sys, "stdout", stdout())
+    options = ["--output", tmp_path / "out.jsonl"] if to_file else []
+    assert sample(folder / "recipe.yml", "--prompt", "1+2=", *options) == 0
+    assert ("1/1 " in terminal.getvalue()) == is_shown
+    assert ("token_ids" in sys.stdout.getvalue()) != to_file
+
+
+def test_there_is_no_bar_in_a_pipe(folder, tmp_path, capsys):
+    assert sample(folder / "recipe.yml", "--prompt", "1+2=", "--output", tmp_path / "out.jsonl") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_bar_shows_the_tokens_of_a_second_since_it_began_and_is_not_drawn_all_the_time(monkeypatch):
+    terminal, now = open_terminal(monkeypatch), 100.0
+    monkeypatch.setattr(sample_command.time, "monotonic", lambda: now)
+    with sample_command.progress(5, 8, show=True) as advance:
+        now = 102.0
+        advance(50)
+        now = 102.05
+        advance(1)
+        now = 104.0
+        advance(49)
+    drawn = re.findall(r"(\d/8) .* ([\d,]+) tokens/s", terminal.getvalue().replace("\r", "\n"))
+    assert list(dict.fromkeys(drawn)) == [("5/8", "0"), ("6/8", "25"), ("8/8", "25")]
 
 
 # Bad input
