@@ -49,7 +49,7 @@ def set_environment() -> None:
 
 def run_and_report(arguments: argparse.Namespace, run: Callable[[Console], Mapping[str, Any]]) -> dict[str, Any]:
     """Runs, prints the load of the machine before and after, and returns what `--json` writes."""
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     report: dict[str, Any] = {"arguments": vars(arguments), "load_at_start": os.getloadavg(), **run(console)}
     report["load_at_end"] = os.getloadavg()
     console.print(

@@ -21,6 +21,8 @@ class Result:
       waits for something: for a GPU, or for a core that another process has.
     ratio: tokens_per_second over that of the fastest peer; None without a peer.
     target: what `ratio` should reach; None for the peers and where none is set. met: whether it does.
+    kv_ratio: kv_bytes over those of the peer that takes least; None where that is not known.
+    kv_target: what `kv_ratio` may be at most; None as for `target`. kv_met: whether it is.
     share: of what the machine can do, see `compute_share` and `bandwidth_share`.
     """
 
@@ -34,6 +36,9 @@ class Result:
     seconds: float
     cores: float
     kv_bytes: int | None
+    kv_ratio: float | None
+    kv_target: float | None
+    kv_met: bool | None
     ratio: float | None
     target: float | None
     met: bool | None
@@ -50,6 +55,7 @@ def summarize(
     kv_bytes: Mapping[str, int | None],
     share_per_rate: float,
     target: float | None,
+    kv_target: float | None,
 ) -> list[Result]:
     """One result per engine, all measured on the same shape and workload.
 
@@ -57,13 +63,17 @@ def summarize(
       calls, kv_bytes: by engine.
       share_per_rate: share of what the machine can do, per token per second.
       target: what Tandem's ratio should reach, None if nothing is set.
+      kv_target: what Tandem's `kv_ratio` may be at most, None if nothing is set.
     """
     rates = {engine: statistics.median(call.rate for call in calls[engine]) for engine in calls}
     fastest_peer = max((rate for engine, rate in rates.items() if engine != Tandem.name), default=None)
+    of_peers = [size for engine, size in kv_bytes.items() if engine in calls and engine != Tandem.name and size]
     results = []
     for engine, rate in rates.items():
         ratio = None if fastest_peer is None else rate / fastest_peer
-        goal = target if engine == Tandem.name else None
+        goal, kv_goal = (target, kv_target) if engine == Tandem.name else (None, None)
+        size = kv_bytes[engine]
+        kv_ratio = None if size is None or not of_peers else size / min(of_peers)
         results.append(
             Result(
                 shape=shape,
@@ -75,7 +85,10 @@ def summarize(
                 mean_length=statistics.mean(call.num_tokens for call in calls[engine]) / workload.num_rows,
                 seconds=statistics.median(call.seconds for call in calls[engine]),
                 cores=statistics.median(call.cpu_seconds / call.seconds for call in calls[engine]),
-                kv_bytes=kv_bytes[engine],
+                kv_bytes=size,
+                kv_ratio=kv_ratio,
+                kv_target=kv_goal,
+                kv_met=None if kv_ratio is None or kv_goal is None else kv_ratio <= kv_goal,
                 ratio=ratio,
                 target=goal,
                 met=None if ratio is None or goal is None else ratio >= goal,
@@ -121,6 +134,8 @@ def table_of(results: Sequence[Result], caption: str) -> Table:
         "ms/call",
         "cores",
         "KV MB",
+        "KV ratio",
+        "KV target",
         "share",
         "ratio",
         "target",
@@ -138,6 +153,8 @@ def table_of(results: Sequence[Result], caption: str) -> Table:
             f"{1000 * result.seconds:.0f}",
             f"{result.cores:.1f}",
             "n/a" if result.kv_bytes is None else f"{result.kv_bytes / 1e6:.1f}",
+            "n/a" if result.kv_ratio is None else f"{result.kv_ratio:.3f}x",
+            "" if result.kv_met is None else f"{result.kv_target}x {'met' if result.kv_met else 'missed'}",
             f"{result.share:.1%}",
             "n/a" if result.ratio is None else f"{result.ratio:.2f}x",
             "" if result.met is None else f"{result.target}x {'met' if result.met else 'missed'}",

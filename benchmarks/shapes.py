@@ -136,6 +136,9 @@ TRAIN_WORKLOADS = {
 
 # Tokens per second to reach over those of the better peer, by shape and workload.
 TARGETS = {("a", "dense"): 2.5, ("b", "dense"): 2.0, ("a", "ragged"): 3.0, ("b", "ragged"): 2.5}
+# Bytes of keys and values to stay within, over those of the peer that takes least of them: all peers pad prompts to the
+# longest and copy them for every completion. By workload.
+KV_TARGETS = {"ragged": 1 / 4}
 # Seconds of an update, and of a whole step with its rollout, to reach over those of the better peer.
 UPDATE_TARGETS = {("b", "i"): 0.8, ("b", "i-ragged"): 0.6, ("b", "ii"): 0.35}
 STEP_TARGETS = {("b", "i"): 1 / 1.5, ("b", "i-ragged"): 1 / 2, ("b", "ii"): 1 / 3}

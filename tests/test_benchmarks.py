@@ -102,10 +102,11 @@ def test_ratio_is_to_the_faster_peer_and_decides_the_target(benchmark):
     calls = {name: [results.Call(s, 1.5 * s, 4096, 0) for s in times] for name, times in seconds.items()}
     workload = benchmark.shapes.CPU_WORKLOADS["dense"]
     kv_bytes = {"tandem": None, "tunix": 1, "trl": 2}
-    by_target = {
-        target: results.summarize("a", "dense", workload, calls, kv_bytes, share_per_rate=0.001, target=target)
-        for target in (2.5, 2.0, None)
-    }
+
+    def summarize(calls, target):
+        return results.summarize("a", "dense", workload, calls, kv_bytes, 0.001, target, kv_target=0.25)
+
+    by_target = {target: summarize(calls, target) for target in (2.5, 2.0, None)}
     tandem, tunix, trl = by_target[2.5]
     assert (tandem.tokens_per_second, tandem.min_tokens_per_second, tandem.max_tokens_per_second) == (2048, 409.6, 4096)
     assert (tandem.ratio, tunix.ratio, trl.ratio) == (2.0, 1.0, 0.4)
@@ -116,8 +117,40 @@ def test_ratio_is_to_the_faster_peer_and_decides_the_target(benchmark):
     row = {column.header: next(iter(column.cells)) for column in table.columns}
     assert (row["tokens/s"], row["min-max"], row["ms/call"], row["cores"]) == ("2048", "410-4096", "2000", "1.5")
     assert (row["KV MB"], row["share"], row["ratio"], row["target"]) == ("n/a", "204.8%", "2.00x", "2.5x missed")
-    alone = results.summarize("a", "dense", workload, {"tandem": calls["tandem"]}, kv_bytes, 0.001, 2.5)[0]
+    (alone,) = summarize({"tandem": calls["tandem"]}, 2.5)
     assert (alone.ratio, alone.target, alone.met) == (None, 2.5, None)
+
+
+def test_memory_of_the_cache_is_compared_with_the_peer_that_takes_least(benchmark):
+    results, workload = benchmark.results, benchmark.shapes.CPU_WORKLOADS["ragged"]
+
+    def summarize(engines=("tandem", "tunix", "trl"), target=0.25, **kv_bytes):
+        calls = {name: [results.Call(1.0, 1.0, 4096, 0)] for name in engines}
+        return results.summarize("a", "ragged", workload, calls, kv_bytes, 0.001, None, target)
+
+    met, tunix, trl = summarize(tandem=1_000_000, tunix=4_000_000, trl=5_000_000)
+    assert (met.kv_ratio, met.kv_target, met.kv_met) == (0.25, 0.25, True)
+    assert (tunix.kv_ratio, tunix.kv_target, tunix.kv_met) == (1.0, None, None)
+    assert (trl.kv_ratio, trl.kv_met) == (1.25, None)
+    missed = summarize(tandem=1_001_000, tunix=4_000_000, trl=None)
+    assert (missed[0].kv_met, missed[2].kv_ratio) == (False, None)
+    told = []
+    for found in ([met, tunix, trl], missed):
+        table = results.table_of(found, "")
+        columns = {column.header: list(column.cells) for column in table.columns}
+        told.append([columns[name] for name in ("KV MB", "KV ratio", "KV target")])
+    assert told[0] == [["1.0", "4.0", "5.0"], ["0.250x", "1.000x", "1.250x"], ["0.25x met", "", ""]]
+    assert told[1] == [["1.0", "4.0", "n/a"], ["0.250x", "1.000x", "n/a"], ["0.25x missed", "", ""]]
+    (alone,) = summarize(("tandem",), tandem=1, tunix=8, trl=8)
+    assert (alone.kv_ratio, alone.kv_met) == (None, None)
+    assert summarize(tandem=1, tunix=8, trl=8, target=None)[0].kv_met is None
+
+
+def test_the_bars_are_those_that_were_set(benchmark):
+    shapes = benchmark.shapes
+    assert shapes.TARGETS == {("a", "dense"): 2.5, ("b", "dense"): 2.0, ("a", "ragged"): 3.0, ("b", "ragged"): 2.5}
+    assert shapes.KV_TARGETS == {"ragged": 0.25}
+    assert shapes.CPU_WORKLOADS["ragged"].prompt_lengths == (192, 192)
 
 
 def test_shares_count_weights_and_cache_as_computed_by_hand(benchmark):
