@@ -1,0 +1,93 @@
+"""Programs by key: each is built once, in the background or where it is needed first, and nobody waits for others."""
+
+import threading
+
+import pytest
+
+from rl.programs import Programs
+
+SECONDS = 30  # that a test waits for what must happen at once
+
+
+class Gate:
+    """A build that says when it has begun, and ends when it is let through."""
+
+    def __init__(self):
+        self.begun, self.open = threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.begun.set()
+        assert self.open.wait(SECONDS)
+        return "through the gate"
+
+
+def thread_name():
+    return threading.current_thread().name
+
+
+def test_a_program_is_built_once_by_whoever_asks_first():
+    programs, built = Programs(), []
+
+    def build():
+        built.append(thread_name())
+        return len(built)
+
+    assert [programs.get("a", build) for _ in range(3)] == [1, 1, 1]
+    programs.prepare("a", build)
+    programs.prepare("b", build)
+    programs.prepare("b", build)
+    programs.wait()
+    assert programs.get("b", build) == 2
+    assert built[0] == thread_name() != built[1]
+    assert (len(programs), set(programs)) == (2, {"a", "b"})
+
+
+def test_what_is_asked_for_is_not_waiting_behind_others_in_the_background():
+    programs, gate = Programs(), Gate()
+    programs.prepare("slow", gate)
+    programs.prepare("wanted", thread_name)
+    assert gate.begun.wait(SECONDS)
+    assert programs.get("wanted", thread_name) == thread_name(), "built here, while the background is at another"
+    assert not gate.open.is_set()
+    gate.open.set()
+    assert programs.get("slow", thread_name) == "through the gate"
+    programs.wait()
+
+
+def test_one_that_is_being_built_is_waited_for_and_not_built_again():
+    programs, gate, got = Programs(), Gate(), []
+    programs.prepare("slow", gate)
+    assert gate.begun.wait(SECONDS)
+    waiting = threading.Thread(target=lambda: got.append(programs.get("slow", thread_name)))
+    waiting.start()
+    gate.open.set()
+    waiting.join(SECONDS)
+    assert got == ["through the gate"]
+
+
+def test_a_failure_shows_where_the_program_is_asked_for():
+    programs = Programs()
+
+    def fail():
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        programs.get("a", fail)
+    assert programs.get("a", thread_name) == thread_name(), "asked again it is built again"
+    programs.prepare("b", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        programs.wait()
+    with pytest.raises(RuntimeError, match="no memory"):
+        programs.get("b", thread_name)
+
+
+def test_close_drops_what_waits_and_lets_what_is_being_built_come_to_its_end():
+    programs, gate, built = Programs(), Gate(), []
+    programs.prepare("slow", gate)
+    programs.prepare("never", lambda: built.append("never"))
+    assert gate.begun.wait(SECONDS)
+    threading.Timer(0.05, gate.open.set).start()
+    programs.close()
+    assert programs.get("slow", thread_name) == "through the gate"
+    assert not built
+    programs.wait()
