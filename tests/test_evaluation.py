@@ -14,6 +14,7 @@ from rl.evaluation import evaluate_source, sampling_params, stop_text, wilson_in
 from rl.grpo_trainer import train, warn_about_sampling
 from rl.metrics import read_metrics
 from rl.models.hf_config import read_config
+from rl.sampler import Sampler
 from rl.sampling import SamplingParams
 from rl.tokenizer import load_tokenizer
 from rl.weights import eos_ids
@@ -40,10 +41,29 @@ mesh: {{num_devices: 1}}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluation")
+def trained(tmp_path_factory):
+    """The run, and each call of a sampler in it: the sampler, and the number of requests."""
+    folder, calls, stream = tmp_path_factory.mktemp("evaluation"), [], Sampler.stream
     (folder / "recipe.yml").write_text(RECIPE)
-    return train(load_config(folder / "recipe.yml", [f"output_dir={folder / 'run'}"]))
+
+    def recorded(self, params, prompts, requests, *arguments):
+        calls.append((self, len(requests)))
+        return stream(self, params, prompts, requests, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "stream", recorded)
+        return train(load_config(folder / "recipe.yml", [f"output_dir={folder / 'run'}"])), calls
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained[0]
+
+
+def test_rollouts_and_evaluation_have_one_sampler(trained):
+    samplers, sizes = zip(*trained[1], strict=True)
+    assert sizes == (13, 4, 13, 4, 13), "evaluation before the first step, and after each rollout and update"
+    assert len(set(samplers)) == 1
 
 
 def test_every_held_out_prompt_counts_once_though_there_are_fewer_slots(run):

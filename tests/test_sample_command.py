@@ -200,6 +200,14 @@ def test_a_run_a_model_folder_and_a_recipe_give_their_own_weights(folder, run, m
     assert first["logprobs"] != third["logprobs"]
 
 
+def test_several_prompts_are_given_on_the_command_line_each_with_n_completions(folder, capsys):
+    assert sample(folder / "recipe.yml", "--prompt", "1+2=", "--prompt", "3+4=", "--n", 2) == 0
+    lines = by_place([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert {place: line["prompt"] for place, line in lines.items()} == {
+        (prompt, number): text for prompt, text in enumerate(("1+2=", "3+4=")) for number in range(2)
+    }
+
+
 def test_chat_and_system_wrap_a_text_prompt_in_the_template(folder, capsys):
     options = ["--prompt", "hi", "--prompt-logprobs"]
     sample(folder / "recipe.yml", *options, "--chat", "--system", "be: brief")

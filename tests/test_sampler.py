@@ -467,6 +467,20 @@ def test_a_long_completion_outlives_several_sizes_of_the_cache(qwen):
     assert logprob_differences(qwen, completions, sampling.temperature, length=512).max() <= 1e-4
 
 
+def test_the_lengths_that_the_cache_grows_through_change_nothing(qwen, monkeypatch):
+    sampling = changed(eos_ids=(), max_completion_length=140)
+
+    def drawn(*lengths: int) -> list[Completion]:
+        setup = with_sampler(qwen)
+        completions = sample(setup, sampling, num_samples=1)
+        assert {name[1].length for name in setup.sampler.engine.programs if name[0] == "generate"} == set(lengths)
+        return flatten(completions)
+
+    growing = drawn(64, 128, 144)
+    monkeypatch.setattr("rl.scheduling.MIN_LENGTH", 144)
+    assert_same(drawn(144), growing, 1e-5)
+
+
 def test_dropping_idle_slots_changes_nothing(qwen):
     # So many tokens end a completion that most of the 64 rows finish early and a few go on.
     sampling = changed(eos_ids=(0, 1, 2, 3, 4), max_completion_length=32)
@@ -536,6 +550,33 @@ def test_sharded_decoding_moves_no_cache_between_devices():
 
 
 # How the cache is kept
+
+
+def test_more_samples_of_the_same_prompts_store_no_more_of_them(qwen):
+    rng = np.random.default_rng(9)
+    prompts = [rng.integers(3, VOCAB, 90).tolist() for _ in range(3)]
+    peaks = []
+    for num_samples in (2, 32):
+        setup = with_sampler(qwen, slots=4)
+        sample(setup, changed(max_completion_length=4), prompts=prompts, num_samples=num_samples)
+        peaks.append(setup.sampler.peak_kv_bytes)
+    assert peaks[1] <= peaks[0]
+    # Four slots of 16 positions, and each prompt once in a row of 96.
+    assert peaks[0] <= (4 * 16 + 3 * 96) * qwen.sampler.engine.bytes_per_position()
+
+
+def test_decoding_holds_no_second_copy_of_the_weights():
+    setup = build(hidden_size=128, intermediate_size=256)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(setup.params))
+    requests = [Request(p, p, s, limit=24) for p in range(4) for s in range(4)]
+    before = {id(array) for array in jax.live_arrays()}
+    held = [
+        sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+        for _ in setup.sampler.stream(setup.params, PROMPTS, requests, PLAIN, jax.random.key(0))
+    ]
+    assert len(held) == 16
+    assert setup.sampler.peak_kv_bytes < weights / 2
+    assert max(held) < weights
 
 
 def test_an_int8_cache_is_a_quarter_and_its_log_probs_stay_close(qwen):
