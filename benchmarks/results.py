@@ -24,6 +24,7 @@ class Result:
     kv_ratio: kv_bytes over those of the peer that takes least; None where that is not known.
     kv_target: what `kv_ratio` may be at most; None as for `target`. kv_met: whether it is.
     share: of what the machine can do, see `compute_share` and `bandwidth_share`.
+    share_target: what `share` should reach; None as for `target`. share_met: whether it does.
     """
 
     shape: str
@@ -43,6 +44,8 @@ class Result:
     target: float | None
     met: bool | None
     share: float
+    share_target: float | None
+    share_met: bool | None
     num_compiles: int
     calls: list[Call]
 
@@ -56,6 +59,7 @@ def summarize(
     share_per_rate: float,
     target: float | None,
     kv_target: float | None,
+    share_target: float | None,
 ) -> list[Result]:
     """One result per engine, all measured on the same shape and workload.
 
@@ -64,6 +68,7 @@ def summarize(
       share_per_rate: share of what the machine can do, per token per second.
       target: what Tandem's ratio should reach, None if nothing is set.
       kv_target: what Tandem's `kv_ratio` may be at most, None if nothing is set.
+      share_target: what Tandem's share should reach, None if nothing is set.
     """
     rates = {engine: statistics.median(call.rate for call in calls[engine]) for engine in calls}
     fastest_peer = max((rate for engine, rate in rates.items() if engine != Tandem.name), default=None)
@@ -71,8 +76,9 @@ def summarize(
     results = []
     for engine, rate in rates.items():
         ratio = None if fastest_peer is None else rate / fastest_peer
-        goal, kv_goal = (target, kv_target) if engine == Tandem.name else (None, None)
-        size = kv_bytes[engine]
+        bars = (target, kv_target, share_target) if engine == Tandem.name else (None, None, None)
+        goal, kv_goal, share_goal = bars
+        size, share = kv_bytes[engine], rate * share_per_rate
         kv_ratio = None if size is None or not of_peers else size / min(of_peers)
         results.append(
             Result(
@@ -92,7 +98,9 @@ def summarize(
                 ratio=ratio,
                 target=goal,
                 met=None if ratio is None or goal is None else ratio >= goal,
-                share=rate * share_per_rate,
+                share=share,
+                share_target=share_goal,
+                share_met=None if share_goal is None else share >= share_goal,
                 num_compiles=sum(call.num_compiles for call in calls[engine]),
                 calls=list(calls[engine]),
             )
@@ -137,6 +145,7 @@ def table_of(results: Sequence[Result], caption: str) -> Table:
         "KV ratio",
         "KV target",
         "share",
+        "share target",
         "ratio",
         "target",
         "compiles",
@@ -156,6 +165,7 @@ def table_of(results: Sequence[Result], caption: str) -> Table:
             "n/a" if result.kv_ratio is None else f"{result.kv_ratio:.3f}x",
             "" if result.kv_met is None else f"{result.kv_target}x {'met' if result.kv_met else 'missed'}",
             f"{result.share:.1%}",
+            "" if result.share_met is None else f"{result.share_target:.0%} {'met' if result.share_met else 'missed'}",
             "n/a" if result.ratio is None else f"{result.ratio:.2f}x",
             "" if result.met is None else f"{result.target}x {'met' if result.met else 'missed'}",
             str(result.num_compiles),

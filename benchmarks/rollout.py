@@ -124,7 +124,9 @@ def run_comparison(arguments: argparse.Namespace, console: Console) -> dict[str,
                     share = bandwidth_share(config, workload, peak)
                 target = None if arguments.tiny else shapes.TARGETS.get((shape, name))
                 kv_target = None if arguments.tiny else shapes.KV_TARGETS.get(name)
-                results += summarize(shape, name, workload, calls, kv_bytes, share, target, kv_target)
+                share_target = None if arguments.tiny else shapes.SHARE_TARGETS.get(shape)
+                bars = target, kv_target, share_target
+                results += summarize(shape, name, workload, calls, kv_bytes, share, *bars)
                 all_peaks += peaks
                 if arguments.preset == "cpu" and workload.mean_share is None:
                     print_floors(console, weights, workload, results[-len(engines) :])

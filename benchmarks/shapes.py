@@ -139,6 +139,8 @@ TARGETS = {("a", "dense"): 2.5, ("b", "dense"): 2.0, ("a", "ragged"): 3.0, ("b",
 # Bytes of keys and values to stay within, over those of the peer that takes least of them: all peers pad prompts to the
 # longest and copy them for every completion. By workload.
 KV_TARGETS = {"ragged": 1 / 4}
+# Share of the machine's matrix-product rate that decoding should reach, by shape.
+SHARE_TARGETS = {"b": 0.5}
 # Seconds of an update, and of a whole step with its rollout, to reach over those of the better peer.
 UPDATE_TARGETS = {("b", "i"): 0.8, ("b", "i-ragged"): 0.6, ("b", "ii"): 0.35}
 STEP_TARGETS = {("b", "i"): 1 / 1.5, ("b", "i-ragged"): 1 / 2, ("b", "ii"): 1 / 3}

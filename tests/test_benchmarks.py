@@ -104,7 +104,7 @@ def test_ratio_is_to_the_faster_peer_and_decides_the_target(benchmark):
     kv_bytes = {"tandem": None, "tunix": 1, "trl": 2}
 
     def summarize(calls, target):
-        return results.summarize("a", "dense", workload, calls, kv_bytes, 0.001, target, kv_target=0.25)
+        return results.summarize("a", "dense", workload, calls, kv_bytes, 0.001, target, 0.25, share_target=0.5)
 
     by_target = {target: summarize(calls, target) for target in (2.5, 2.0, None)}
     tandem, tunix, trl = by_target[2.5]
@@ -117,21 +117,24 @@ def test_ratio_is_to_the_faster_peer_and_decides_the_target(benchmark):
     row = {column.header: next(iter(column.cells)) for column in table.columns}
     assert (row["tokens/s"], row["min-max"], row["ms/call"], row["cores"]) == ("2048", "410-4096", "2000", "1.5")
     assert (row["KV MB"], row["share"], row["ratio"], row["target"]) == ("n/a", "204.8%", "2.00x", "2.5x missed")
+    assert row["share target"] == "50% met"
     (alone,) = summarize({"tandem": calls["tandem"]}, 2.5)
     assert (alone.ratio, alone.target, alone.met) == (None, 2.5, None)
 
 
-def test_memory_of_the_cache_is_compared_with_the_peer_that_takes_least(benchmark):
+def test_memory_of_the_cache_and_the_share_of_the_machine_have_bars_too(benchmark):
     results, workload = benchmark.results, benchmark.shapes.CPU_WORKLOADS["ragged"]
 
     def summarize(engines=("tandem", "tunix", "trl"), target=0.25, **kv_bytes):
         calls = {name: [results.Call(1.0, 1.0, 4096, 0)] for name in engines}
-        return results.summarize("a", "ragged", workload, calls, kv_bytes, 0.001, None, target)
+        return results.summarize("a", "ragged", workload, calls, kv_bytes, 0.001, None, target, 5.0)
 
     met, tunix, trl = summarize(tandem=1_000_000, tunix=4_000_000, trl=5_000_000)
     assert (met.kv_ratio, met.kv_target, met.kv_met) == (0.25, 0.25, True)
     assert (tunix.kv_ratio, tunix.kv_target, tunix.kv_met) == (1.0, None, None)
     assert (trl.kv_ratio, trl.kv_met) == (1.25, None)
+    # 4,096 tokens a second at 0.001 of the machine each are less than five machines.
+    assert [(found.share_target, found.share_met) for found in (met, tunix)] == [(5.0, False), (None, None)]
     missed = summarize(tandem=1_001_000, tunix=4_000_000, trl=None)
     assert (missed[0].kv_met, missed[2].kv_ratio) == (False, None)
     told = []
@@ -150,6 +153,7 @@ def test_the_bars_are_those_that_were_set(benchmark):
     shapes = benchmark.shapes
     assert shapes.TARGETS == {("a", "dense"): 2.5, ("b", "dense"): 2.0, ("a", "ragged"): 3.0, ("b", "ragged"): 2.5}
     assert shapes.KV_TARGETS == {"ragged": 0.25}
+    assert shapes.SHARE_TARGETS == {"b": 0.5}
     assert shapes.CPU_WORKLOADS["ragged"].prompt_lengths == (192, 192)
 
 
