@@ -208,6 +208,13 @@ def test_several_prompts_are_given_on_the_command_line_each_with_n_completions(f
     }
 
 
+def test_the_other_flavour_draws_the_same_bit_for_bit(folder, finished, tmp_path):
+    output = tmp_path / "out.jsonl"
+    files = ["--prompts", folder / "prompts.jsonl", "--output", output]
+    assert sample(folder / "recipe.yml", *files, "--n", 2, "pure_nnx=false") == 0
+    assert by_place(read(output)) == by_place(read(finished))
+
+
 def test_chat_and_system_wrap_a_text_prompt_in_the_template(folder, capsys):
     options = ["--prompt", "hi", "--prompt-logprobs"]
     sample(folder / "recipe.yml", *options, "--chat", "--system", "be: brief")
@@ -471,6 +478,13 @@ def test_completions_of_every_step_are_drawn_again_alone(run, capsys):
         assert captured.out == record["completion"] + "\n"
         assert "equal to the text in samples.jsonl" in captured.err
         assert "NOT" not in captured.err
+
+
+def test_a_completion_is_drawn_again_on_another_mesh_and_in_the_other_flavour(run, capsys):
+    record = next(record for record in read_samples(run) if record["step"] == 3)
+    place = record["step"], record["prompt_index"], record["sample_index"]
+    assert sample("--replay", run, *place, "mesh.num_devices=2", "pure_nnx=false") == 0
+    assert capsys.readouterr().out == record["completion"] + "\n"
 
 
 def test_a_step_whose_weights_were_not_kept_cannot_be_replayed(folder, capsys):
