@@ -186,10 +186,9 @@ def test_rows_are_inserted_where_told_past_the_end_nowhere_and_others_stay(setup
     engine, num_shards = setup.engine, setup.engine.num_shards
     state = engine.init_state(shape_of(setup, 2, 16, table_rows=3, prefill_rows=2), GREEDY, jax.random.key(0))
 
-    def insert(state: DecodeState, rows: np.ndarray, turned: bool) -> tuple[DecodeState, Any]:
-        """A prefill with a row for each prompt, and what it held; the rows are those of every shard."""
-        order = [1, 0] if turned else [0, 1]
-        prefix = engine.prefill(setup.params, *pack([[prompts[i]] for prompts in setup.prompts for i in order]))
+    def insert(state: DecodeState, rows: np.ndarray) -> tuple[DecodeState, Any]:
+        """A prefill with a row for each prompt goes to these rows of the table; and what it held."""
+        prefix = engine.prefill(setup.params, *pack([[prompt] for prompts in setup.prompts for prompt in prompts]))
         held = jax.device_get(prefix)
         return engine.insert(state, prefix, rows.astype(np.int32)), held
 
@@ -197,11 +196,11 @@ def test_rows_are_inserted_where_told_past_the_end_nowhere_and_others_stay(setup
     shift = np.arange(num_shards)[:, None]
     first, second = (np.array([[2, 0]]) + shift) % 3, (np.array([[1]]) + shift) % 3
     second = np.concatenate([second, np.full((num_shards, 1), 3)], axis=1)
-    state, first_held = insert(state, first, turned=False)
+    state, first_held = insert(state, first)
     assert state.table is not None
     empty = np.asarray(state.table.group_ids).reshape(num_shards, 3, -1)[shift[:, 0], second[:, 0]]
     assert (empty == -1).all()
-    state, second_held = insert(state, second, turned=True)
+    state, second_held = insert(state, second)
     assert state.table is not None
     parts = (state.table, first_held, second_held)
     for (name, table), (_, one), (_, two) in zip(*map(named_arrays, parts), strict=True):
