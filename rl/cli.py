@@ -187,11 +187,13 @@ COMMANDS = {
     ),
     "quantize": Command(
         module="rl.tools.quantize",
-        arguments="MODEL OUT [--dtype DTYPE] [--group-size N] [--text FILE] ...",
+        arguments="MODEL OUT [--dtype DTYPE] [--group-size N] [--text FILE] ... [key=value ...]",
         summary="write a model's matrices in 8 or 4 bits, layer by layer",
         details="""\
-            MODEL              a Hugging Face folder or hub id, of any size: one layer is in memory at a time
-            OUT                the folder to write, new or empty; model.source takes it: for sampling, evaluation, QLoRA
+            MODEL              a Hugging Face folder or hub id, of any size: one layer is in memory at a time;
+                               or tunix:FOLDER, or path/to/file.py:build, or a YAML recipe of such a model
+            OUT                the folder to write, new or empty; model.source takes it: for sampling, evaluation, QLoRA.
+                               Of a Tunix model tunix:OUT, of a module of your own model.weights=OUT, without QLoRA
             --dtype DTYPE      int8 (when left out), int4 or float8_e4m3fn
             --group-size N     inputs of an output that share a scale; all of them when left out. int4 wants 32 to 128
             --only REGEX       the matrices to quantise, for example 'mlp/.*/kernel'; may be given several times. All of
@@ -201,6 +203,7 @@ COMMANDS = {
             --max-tokens N     of the text that are read; 8192 when left out
             --context N        tokens that the model sees of it at a time; 512 when left out
             --tokenizer SOURCE a folder, a hub id or byte; MODEL when left out
+            key=value          overrides of a recipe, a Tunix model or a module of your own
 
             Prints the relative error of each layer, sizes, and the peak memory of the process.""",
     ),

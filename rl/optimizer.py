@@ -49,9 +49,15 @@ def create_training_optimizer(
     """
     section = config.optimizer
     if policy.config.quantization is not None and policy.config.lora is None:
+        stored = policy.config.quantization.dtype
+        if policy.config.kind != "decoder":
+            raise ValueError(
+                f"a model other than the toolkit's own decoder has no adapters to train, got one stored in {stored}; "
+                "set model.source or model.weights to the weights it was quantised from"
+            )
         raise ValueError(
-            f"a model stored in {policy.config.quantization.dtype} must be trained through adapters, got lora.rank 0; "
-            "set lora.rank (QLoRA), or model.source to the weights it was quantised from"
+            f"a model stored in {stored} must be trained through adapters, got lora.rank 0; set lora.rank (QLoRA), or "
+            "model.source to the weights it was quantised from"
         )
     if num_updates is None:
         num_updates = config.grpo.steps * updates_per_step(config)

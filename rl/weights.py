@@ -24,8 +24,8 @@ class Origin:
 
     Attributes:
       model_config: shape, dtypes, and adapters if the run trains some.
-      folder: local Hugging Face folder or parameter-only checkpoint with the weights of the base alone, or the file of
-        model.weights; None for a fresh random model.
+      folder: local Hugging Face folder or parameter-only checkpoint with the weights of the base alone, or what
+        model.weights names; None for a fresh random model.
       identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and
         reference.
       adapter: folder of the adapter that training starts from; None for a fresh one, or none.
@@ -135,8 +135,14 @@ def _foreign_origin(config: Config, tokenizer: Tokenizer) -> Origin:
     if section.weights is None:
         return Origin(model_config, None, {**identity, "seed": config.seed})
     weights = pathlib.Path(section.weights).expanduser()
+    if model_config.quantization is not None:
+        foreign.check_weights(weights, model_config)
+        return Origin(model_config, weights, {**identity, "hash": hf.weights_hash(weights)})
     if not weights.is_file():
-        raise ValueError(f"model.weights must be a safetensors file, got {section.weights!r}; check the path")
+        raise ValueError(
+            f"model.weights must be a safetensors file, or a folder of grpo quantize, got {section.weights!r}; check "
+            "the path"
+        )
     return Origin(model_config, weights, {**identity, "hash": hashlib.sha256(weights.read_bytes()).hexdigest()})
 
 

@@ -158,11 +158,6 @@ def test_the_command_prints_errors_sizes_perplexity_and_memory(folder, tmp_path,
         (["qwen2", "new", "--text", "missing.txt"], "--text must be an existing file"),
         (["qwen2", "new", "--text", "text.txt", "--max-tokens", "1"], "must hold at least two tokens"),
         (["recipe.yml", "new"], "model source must be a folder"),
-        (
-            ["tunix:qwen3", "new"],
-            "own decoder reads, whose layers it takes one by one, got 'tunix:qwen3'; give its folder",
-        ),
-        (["my/module.py:build", "new"], "got 'my/module.py:build'; which dims a module sums over is not known"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused(folder, small, capsys, monkeypatch, arguments, message):

@@ -265,6 +265,7 @@ class ForeignConfig:
       family: for messages.
       specs: the parameter tree with a `ParameterSpec` at every leaf; a dim without a logical axis has the name None.
       model: what that implementation is made of.
+      quantization: that of the model's files, whose weights then stay as they are stored.
     """
 
     kind: str
@@ -280,9 +281,9 @@ class ForeignConfig:
     remat: str
     specs: Mapping[str, Any]
     model: Any
+    quantization: Quantization | None = None
 
     lora: ClassVar[None] = None
-    quantization: ClassVar[None] = None
 
     @property
     def num_parameters(self) -> int:
@@ -293,7 +294,8 @@ class ForeignConfig:
 class ParameterSpec(NamedTuple):
     """Shape of one parameter, the logical name of each of its dims, and the dims that its matrix product sums over.
 
-    Norms and biases have none. For the embedding table it is the product with hidden states that counts.
+    Norms and biases have none. For the embedding table it is the product with hidden states that counts. Of a module of
+    the user's own they are not known; what stands there is what shares a scale when it is quantised.
     """
 
     shape: tuple[int, ...]
@@ -307,7 +309,7 @@ def alternating_layer_types(num_layers: int, pattern: int) -> tuple[str, ...]:
     return tuple(SLIDING_ATTENTION if (i + 1) % pattern else FULL_ATTENTION for i in range(num_layers))
 
 
-def parameter_specs(config: ModelConfig) -> dict[str, Any]:
+def parameter_specs(config: ModelConfig | ForeignConfig) -> dict[str, Any]:
     """The parameter tree of both twins, with a `ParameterSpec` at every leaf; adapters lie beside their kernels."""
     specs = base_specs(config)
     return specs if config.lora is None else _with_adapters(specs, config.lora)
@@ -316,6 +318,14 @@ def parameter_specs(config: ModelConfig) -> dict[str, Any]:
 def base_specs(config: ModelConfig | ForeignConfig) -> dict[str, Any]:
     """The same tree without adapters: what a model's own files hold."""
     return dict(config.specs)
+
+
+def spec_at(config: ModelConfig | ForeignConfig, path: Iterable[str]) -> ParameterSpec:
+    """That of one parameter of `base_specs`."""
+    spec: Any = config.specs
+    for name in path:
+        spec = spec[name]
+    return spec
 
 
 def _decoder_specs(config: ModelConfig) -> dict[str, Any]:

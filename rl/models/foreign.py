@@ -7,14 +7,14 @@ Legend: B rows, T token positions, D model.
 """
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl.models import own
+from rl.models import own, quantized_files
 from rl.models.config import flatten_specs
 from rl.models.hf import SINGLE_FILE, new_folder
 from rl.models.policy import Params, Policy, WavePolicy
@@ -24,7 +24,12 @@ TOLERANCES = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 0.2}  # of hidden st
 
 
 def check_weights(folder: pathlib.Path, config: Any) -> None:
-    """Compares the headers of a Tunix model's files with what `config` wants; ValueError naming what does not fit."""
+    """Compares the headers of a Tunix model's files, or of quantised ones, with what `config` wants; ValueError naming
+    what does not fit.
+    """
+    if config.quantization is not None:
+        quantized_files.check_weights(folder, config)
+        return
     from rl.models import tunix_config
 
     tunix_config.check_files(folder, config)
@@ -34,16 +39,27 @@ def load_weights(path: pathlib.Path, config: Any, shardings: Any) -> Params:
     """The weights of a `ForeignConfig`'s model, placed by `shardings`.
 
     Args:
-      path: a Tunix model's folder, or the file of model.weights.
+      path: a Tunix model's folder, or what model.weights names.
 
     Raises:
       ValueError: weights that are missing, extra or misshapen, naming each.
     """
+    if config.quantization is not None:
+        return quantized_files.load_params(path, config, shardings)
     if config.kind == "own":
         return own.load_weights(path, config, shardings)
     from rl.models import tunix_files
 
     return tunix_files.load_weights(path, config, shardings)
+
+
+def weight_reader(path: pathlib.Path, config: Any) -> Callable[[tuple[str, ...]], np.ndarray]:
+    """A function that reads one parameter of such a model, plain and in its stored type; the rest stays on the disk."""
+    if config.kind == "own":
+        return own.weight_reader(path, config)
+    from rl.models import tunix_files
+
+    return tunix_files.weight_reader(path, config)
 
 
 def save_folder(out: str | pathlib.Path, config: Any, params: Params, tokenizer: Any) -> None:

@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weigh
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SCALE = "_scale"  # end of the name of the scale of a quantised tensor
+_OTHERS = ("*.json", "*.txt", "*.model", "*.jinja")
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 SHAPE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub repository: all but weights
 HUB_PATTERNS = (*SHAPE_PATTERNS, "*.safetensors")
@@ -129,7 +131,7 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
     are missing or cut short, naming file and tensor.
     """
     folder = pathlib.Path(folder)
-    locations = _tensor_locations(folder)
+    locations = tensor_locations(folder)
     names = _stored_tensors(config)
     _check_tensor_names(folder, names, locations, config)
     for file in sorted({locations[name] for name in names}):
@@ -254,7 +256,7 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     return weight_map
 
 
-def _tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """The file of every tensor, from the files themselves; the index, if there is one, must agree."""
     locations: dict[str, pathlib.Path] = {}
     for file in _weight_files(folder):
@@ -380,6 +382,14 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
         draft.mkdir()
         yield draft
         os.replace(draft, folder)
+
+
+def copy_others(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """Copies what a model's folder holds besides weights and config.json: tokenizer, chat template, and so on."""
+    for pattern in _OTHERS:
+        for file in sorted(folder.glob(pattern)):
+            if file.name not in ("config.json", INDEX_FILE):
+                shutil.copyfile(file, out / file.name)
 
 
 def check_tree(config: ModelConfig, params: Mapping[str, Any]) -> None:

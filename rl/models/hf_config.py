@@ -234,6 +234,12 @@ def quantization_json(quantization: Quantization) -> dict[str, Any]:
     return {"quant_method": QUANT_METHOD, **dataclasses.asdict(quantization)}
 
 
+def quantization_in(folder: pathlib.Path) -> Quantization | None:
+    """How the weights in a folder are quantised, as its config.json says; None: they are plain, or there is none."""
+    path = folder / "config.json"
+    return _quantization(read_json(path).get("quantization_config")) if path.is_file() else None
+
+
 def _quantization(raw: Any) -> Quantization | None:
     if not raw:
         return None

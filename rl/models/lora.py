@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl.models.config import LORA_A, LORA_B, QUANTIZED_DTYPES, ModelConfig, Quantization, base_specs
+from rl.models.config import LORA_A, LORA_B, QUANTIZED_DTYPES, ModelConfig, Quantization, spec_at
 from rl.models.ops import dtype_of
 from rl.models.quantized import QuantizedArray, is_chosen, quantize
 
@@ -79,10 +79,7 @@ def freeze_leaf(config: ModelConfig, path: tuple[str, ...], leaf: jax.Array) -> 
     if path[-1] in (LORA_A, LORA_B):
         return leaf
     if quantization is not None and is_chosen(config, quantization, path):
-        spec: Any = base_specs(config)
-        for name in path:
-            spec = spec[name]
-        return quantize(leaf, spec.contract_dims, quantization.dtype, quantization.group_size)
+        return quantize(leaf, spec_at(config, path).contract_dims, quantization.dtype, quantization.group_size)
     base_dtype = None if config.lora is None else config.lora.base_dtype
     return leaf if base_dtype is None or base_dtype in QUANTIZED_DTYPES else leaf.astype(dtype_of(base_dtype))
 

@@ -18,7 +18,6 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 from flax.core import unfreeze
 
@@ -26,8 +25,10 @@ from rewards.contract import import_function
 from rl.models import ops
 from rl.models.attention_kernels import AttentionKernel
 from rl.models.config import ForeignConfig, ParameterSpec, flatten_specs
-from rl.models.hf import save_tensors
+from rl.models.hf import open_tensors, save_tensors
+from rl.models.hf_config import quantization_in
 from rl.models.ops import dtype_of, visible, widen
+from rl.models.quantized import dequantize_params
 from rl.models.train_state import TrainState, TrainStateNNX, string_keys
 
 OWN_KERNEL = AttentionKernel(
@@ -63,7 +64,7 @@ class _ModulePolicy:
 
     decodes_in_waves = True
     kernel = OWN_KERNEL
-    _call: Callable[..., Any]  # (params, name of a method, arguments by name) -> what the method returns
+    _apply: Callable[..., Any]  # (plain parameters, name of a method, arguments by name) -> what the method returns
 
     def __init__(self, config: ForeignConfig) -> None:
         self.config: Any = config
@@ -73,6 +74,10 @@ class _ModulePolicy:
     @property
     def packs_rows(self) -> bool:
         return "attention_mask" in self._own.inputs
+
+    def _call(self, params: Params, method: str, **arguments: Any) -> Any:
+        # The module knows plain arrays only, so quantised ones become such at each call.
+        return self._apply(dequantize_params(params, dtype_of(self.config.param_dtype)), method, **arguments)
 
     def hidden(
         self,
@@ -128,7 +133,7 @@ class LinenModulePolicy(_ModulePolicy):
         variables = self.module.init({"params": key}, **_sample_inputs(self._own.inputs), method=_all_of_it)
         return unfreeze(flax.linen.meta.unbox(variables["params"]))
 
-    def _call(self, params: Params, method: str, **arguments: Any) -> Any:
+    def _apply(self, params: Params, method: str, **arguments: Any) -> Any:
         return self.module.apply({"params": params}, **arguments, method=method)
 
 
@@ -146,7 +151,7 @@ class NNXModulePolicy(_ModulePolicy):
         """The module with these parameters."""
         return nnx.merge(self.module, own_keys(self._own.template, params))
 
-    def _call(self, params: Params, method: str, **arguments: Any) -> Any:
+    def _apply(self, params: Params, method: str, **arguments: Any) -> Any:
         return getattr(self.model(params), method)(**arguments)
 
 
@@ -218,6 +223,7 @@ def describe(
         remat=section.remat,
         specs=_specs(source, shapes, getattr(module, "logical_axes", {})),
         model=own,
+        quantization=None if section.weights is None else quantization_in(pathlib.Path(section.weights).expanduser()),
     )
     policy = NNXModulePolicy(config) if flavour == "nnx" else LinenModulePolicy(config)
     hidden_size, vocab_size = _check_forms(source, policy, shapes)
@@ -293,8 +299,17 @@ def _specs(source: str, shapes: Any, logical_axes: Mapping[str, Any], prefix: tu
         axes = tuple(matches[0]) if matches else (None,) * len(child.shape)
         rule = f"give {'/'.join(path)} {list(child.shape)} as many logical_axes as it has dims"
         _require(len(axes) == len(child.shape), source, rule, axes)
-        specs[name] = ParameterSpec(tuple(child.shape), axes)
+        specs[name] = ParameterSpec(tuple(child.shape), axes, _contract_dims(path, len(axes)))
     return specs
+
+
+def _contract_dims(path: tuple[str, ...], num_dims: int) -> tuple[int, ...]:
+    """The dim that a product with this parameter most likely sums over: of [..., inputs, outputs] the inputs, of an
+    embedding table the last. What it really sums over is not known; a scale for each of the others is never too few.
+    """
+    if num_dims < 2:
+        return ()
+    return (num_dims - 1,) if path[-1] == "embedding" else (num_dims - 2,)
 
 
 def _check_forms(source: str, policy: Any, shapes: Any) -> tuple[int, int]:
@@ -356,20 +371,31 @@ def load_weights(file: pathlib.Path, config: ForeignConfig, shardings: Any) -> P
     Raises:
       ValueError: weights that are missing, extra, or of another shape, naming each.
     """
-    stored = safetensors.numpy.load_file(file)
+    read, dtype = weight_reader(file, config), dtype_of(config.param_dtype)
+
+    def place(path: tuple, sharding: Any) -> jax.Array:
+        return jax.device_put(read(tuple(part.key for part in path)).astype(dtype), sharding)
+
+    return jax.tree_util.tree_map_with_path(place, shardings)
+
+
+def weight_reader(file: pathlib.Path, config: ForeignConfig) -> Callable[[tuple[str, ...]], np.ndarray]:
+    """A function that reads one parameter of such a file; ValueError as of `load_weights`, at once."""
     specs = {"/".join(path): spec for path, spec in flatten_specs(config.specs)}
-    problems = [f"missing {name}" for name in specs if name not in stored]
-    problems += [f"unexpected {name}" for name in stored if name not in specs]
+    with open_tensors(file) as tensors:
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+    problems = [f"missing {name}" for name in specs if name not in shapes]
+    problems += [f"unexpected {name}" for name in shapes if name not in specs]
     problems += [
-        f"{name} must be {list(specs[name].shape)}, got {list(value.shape)}"
-        for name, value in stored.items()
-        if name in specs and value.shape != specs[name].shape
+        f"{name} must be {list(specs[name].shape)}, got {list(shape)}"
+        for name, shape in shapes.items()
+        if name in specs and shape != specs[name].shape
     ]
     if problems:
         raise ValueError(f"model.weights {file} must hold the parameters of the module: {'; '.join(problems[:8])}")
-    dtype = dtype_of(config.param_dtype)
 
-    def place(path: tuple, sharding: Any) -> jax.Array:
-        return jax.device_put(stored["/".join(str(part.key) for part in path)].astype(dtype), sharding)
+    def read(path: tuple[str, ...]) -> np.ndarray:
+        with open_tensors(file) as tensors:
+            return tensors.get_tensor("/".join(path))
 
-    return jax.tree_util.tree_map_with_path(place, shardings)
+    return read

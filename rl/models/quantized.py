@@ -6,7 +6,8 @@ shared ops and both twins take as they take an array; a quarter or an eighth of 
 (https://github.com/google/qwix), plain jax, so it runs under `jit` (a policy's weights are quantised on their devices)
 and `eval_shape`. Products widen the values where they are used; XLA for CPU writes them out as a copy in the compute
 type first, kept for a whole decode loop, so there neither time nor memory is saved. Not here: those products
-(`rl.models.ops.dense`, `embed`), quantised activations, calibration on data, training.
+(`rl.models.ops.dense`, `embed`; other models take the whole tree widened, `dequantize_params`), quantised activations,
+calibration on data, training.
 """
 
 import math
@@ -23,11 +24,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rl.models.config import (
     QUANTIZED_DTYPES,
+    ForeignConfig,
     ModelConfig,
     ParameterSpec,
     Quantization,
     flatten_specs,
     parameter_specs,
+    spec_at,
 )
 
 
@@ -137,6 +140,12 @@ def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
     return (array.values.astype(wide) * array.spread_scale().astype(wide)).astype(dtype)
 
 
+def dequantize_params(params: Any, dtype: Any) -> Any:
+    """A tree of parameters with a plain array of `dtype` in place of each quantised one; the others as they are."""
+    is_small = lambda leaf: isinstance(leaf, QuantizedArray)  # noqa: E731
+    return jax.tree.map(lambda leaf: dequantize(leaf, dtype) if is_small(leaf) else leaf, params, is_leaf=is_small)
+
+
 def pack(values: np.ndarray) -> np.ndarray:
     """Quantised values as a file holds them: int8 as they are, float8 as bytes, of int4 two in a byte [..., n / 2], the
     first in the low half.
@@ -155,12 +164,16 @@ def unpack(stored: np.ndarray, dtype: str) -> np.ndarray:
     return stored.view(jnp.dtype(dtype))
 
 
-def is_chosen(config: ModelConfig, quantization: Quantization, path: Sequence[str]) -> bool:
-    """Whether the parameter at this path, which must be a kernel or an embedding table, is quantised."""
+def is_chosen(config: ModelConfig | ForeignConfig, quantization: Quantization, path: Sequence[str]) -> bool:
+    """Whether the parameter at this path is quantised; of the toolkit's own decoder it must be a kernel or an embedding
+    table, of another model have `contract_dims`.
+    """
     name = "/".join(path)
+    found = any(re.search(pattern, name) for pattern in quantization.patterns)
+    if isinstance(config, ForeignConfig):
+        return found and bool(spec_at(config, path).contract_dims)
     is_head = name == ("embed_tokens/embedding" if config.tie_word_embeddings else "lm_head/kernel")
     is_matrix = path[-1] in ("kernel", "embedding")
-    found = any(re.search(pattern, name) for pattern in quantization.patterns)
     return is_matrix and (found or (quantization.head and is_head))
 
 
@@ -202,7 +215,7 @@ def quantized_shardings(config: ModelConfig, shardings: dict[str, Any], quantiza
     return _map_chosen(config, shardings, quantization, of_matrix)
 
 
-def chosen_matrices(config: ModelConfig, quantization: Quantization) -> dict[str, ParameterSpec]:
+def chosen_matrices(config: ModelConfig | ForeignConfig, quantization: Quantization) -> dict[str, ParameterSpec]:
     """The matrices to quantise, by path ("layers_0/mlp/up_proj/kernel").
 
     Raises:

@@ -28,17 +28,18 @@ DTYPES = ("float32", "bfloat16")
 FIXED_NORM_EPS = 1e-6  # of Tunix's Gemma models
 GEMMA3_PERIOD = 6  # of Tunix's Gemma 3, whose every sixth layer is global
 
-# Pattern of a parameter's name -> logical axes of its last dims; dims before them (stacked matrices) have none.
-LOGICAL_AXES = {
-    r"embedder/input_embedding$": ("vocab", "embed"),
-    r"lm_head/w$": ("embed", "vocab"),
-    r"attn/q_proj/w$": ("embed", "heads", "head_dim"),
-    r"attn/[kv]_proj/w$": ("embed", "kv_heads", "head_dim"),
-    r"attn/o_proj/w$|attn_vec_einsum/w$": ("heads", "head_dim", "embed"),
-    r"attn/q_einsum/w$|attn/qkv_einsum/w$": ("heads", "embed", "head_dim"),
-    r"attn/kv_einsum/w$": ("kv_heads", "embed", "head_dim"),
-    r"mlp/(gate|up)_proj(/kernel)?$": ("embed", "mlp"),
-    r"mlp/down_proj(/kernel)?$": ("mlp", "embed"),
+# Pattern of a parameter's name -> logical axes of its last dims, and which of these its product sums over; dims before
+# them (stacked matrices) have no axes.
+MATRICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    r"embedder/input_embedding$": (("vocab", "embed"), ("embed",)),
+    r"lm_head/w$": (("embed", "vocab"), ("embed",)),
+    r"attn/q_proj/w$": (("embed", "heads", "head_dim"), ("embed",)),
+    r"attn/[kv]_proj/w$": (("embed", "kv_heads", "head_dim"), ("embed",)),
+    r"attn/o_proj/w$|attn_vec_einsum/w$": (("heads", "head_dim", "embed"), ("heads", "head_dim")),
+    r"attn/q_einsum/w$|attn/qkv_einsum/w$": (("heads", "embed", "head_dim"), ("embed",)),
+    r"attn/kv_einsum/w$": (("kv_heads", "embed", "head_dim"), ("embed",)),
+    r"mlp/(gate|up)_proj(/kernel)?$": (("embed", "mlp"), ("embed",)),
+    r"mlp/down_proj(/kernel)?$": (("mlp", "embed"), ("mlp",)),
 }
 
 
@@ -111,6 +112,7 @@ def describe(section: Any, folder: pathlib.Path) -> ForeignConfig:
         remat=section.remat,
         specs=_specs(shapes),
         model=model,
+        quantization=shape.quantization,
     )
 
 
@@ -339,8 +341,10 @@ def _specs(shapes: Any, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
     for name, child in shapes.items():
         path = (*prefix, name)
         if hasattr(child, "shape"):
-            axes = next((axes for rule, axes in LOGICAL_AXES.items() if re.search(rule, "/".join(path))), ())
-            specs[name] = ParameterSpec(tuple(child.shape), (*[None] * (len(child.shape) - len(axes)), *axes))
+            matches = (matrix for rule, matrix in MATRICES.items() if re.search(rule, "/".join(path)))
+            axes, inputs = next(matches, ((), ()))
+            axes = (*[None] * (len(child.shape) - len(axes)), *axes)
+            specs[name] = ParameterSpec(tuple(child.shape), axes, tuple(axes.index(axis) for axis in inputs))
         else:
             specs[name] = _specs(child, path)
     return specs

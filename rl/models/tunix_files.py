@@ -10,15 +10,15 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-from rl.models.config import ForeignConfig
-from rl.models.hf import save_tensors, write_json
+from rl.models.config import ForeignConfig, spec_at
+from rl.models.hf import leaf_at, open_tensors, save_tensors, write_json
 from rl.models.hf_config import read_json
 from rl.models.ops import dtype_of
 from rl.models.train_state import string_keys
@@ -52,6 +52,33 @@ def load_weights(folder: pathlib.Path, config: ForeignConfig, shardings: Any) ->
         return jax.device_put(leaf.astype(dtype_of(config.param_dtype)), sharding)
 
     return jax.tree_util.tree_map_with_path(place, params, shardings)
+
+
+def weight_reader(folder: pathlib.Path, config: ForeignConfig) -> Callable[[tuple[str, ...]], np.ndarray]:
+    """A function that reads one parameter of the model, under Tunix's name, with no other in memory: what the loader
+    makes of it, in its stored type.
+    """
+    table = _table(config.model)
+    find = importlib.import_module("tunix.utils.torch_utils").torch_key_to_jax_key
+    parts: dict[tuple[str, ...], list[tuple[_Part, pathlib.Path, str, Any]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name in config.model.tensor_names & _header(file).keys():
+            key, transform = find(table, name)
+            part = _part_of(config.specs, key)
+            parts.setdefault(part.path, []).append((part, file, name, transform))
+
+    def read(path: tuple[str, ...]) -> np.ndarray:
+        values = []
+        for part, file, name, transform in sorted(parts[path], key=lambda found: found[0].index or 0):
+            permuted, reshaped = transform or (None, None)
+            with open_tensors(file) as tensors:
+                value = tensors.get_tensor(name)
+            value = value.transpose(permuted) if permuted else value
+            value = value.reshape(reshaped) if reshaped else value
+            values.append(value.transpose(1, 0, 2) if part.is_swapped else value)
+        return np.stack(values).reshape(spec_at(config, path).shape)
+
+    return read
 
 
 def write_weights(out: pathlib.Path, config: ForeignConfig, params: Params) -> None:
@@ -91,22 +118,39 @@ def _stored(params: Params, table: Mapping[str, Any], name: str, shape: tuple[in
     return np.ascontiguousarray(value)
 
 
-def _value(params: Params, key: str) -> np.ndarray:
-    """The part of a parameter that `key` means in the loader's table: it merges q, k, v and stacks experts."""
+class _Part(NamedTuple):
+    """The part of a parameter that a key of the loader's table means: it merges q, k, v and stacks experts.
+
+    Attributes:
+      path, index: which parameter, and which entry of its first dim; None: all of it.
+      is_swapped: whether the first two dims of what the key means change places in the parameter.
+    """
+
+    path: tuple[str, ...]
+    index: int | None = None
+    is_swapped: bool = False
+
+
+def _part_of(tree: Mapping[str, Any], key: str) -> _Part:
+    """That of `key`, for a model whose parameters or specs are `tree`."""
     if match := re.fullmatch(r"tmp\.layers\.(\d+)\.attn\.([qkv])", key):
-        attention = params["layers"][match[1]]["attn"]
-        part = "qkv".index(match[2])
-        if "qkv_einsum" in attention:
-            value = attention["qkv_einsum"]["w"][part]
-        else:
-            value = attention["q_einsum"]["w"] if part == 0 else attention["kv_einsum"]["w"][part - 1]
-        return np.asarray(jax.device_get(value)).transpose(1, 0, 2)
+        attention, part = ("layers", match[1], "attn"), "qkv".index(match[2])
+        if "qkv_einsum" in leaf_at(tree, attention):
+            return _Part((*attention, "qkv_einsum", "w"), part, True)
+        if part == 0:
+            return _Part((*attention, "q_einsum", "w"), None, True)
+        return _Part((*attention, "kv_einsum", "w"), part - 1, True)
     if match := re.fullmatch(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.kernel", key):
-        return np.asarray(jax.device_get(params["layers"][match[1]]["mlp"][match[3]][int(match[2])]))
-    value: Any = params
-    for part in key.split("."):
-        value = value[part]
-    return np.asarray(jax.device_get(value))
+        return _Part(("layers", match[1], "mlp", match[3]), int(match[2]))
+    return _Part(tuple(key.split(".")))
+
+
+def _value(params: Params, key: str) -> np.ndarray:
+    """What `key` means in the loader's table."""
+    part = _part_of(params, key)
+    value = leaf_at(params, part.path)
+    value = np.asarray(jax.device_get(value if part.index is None else value[part.index]))
+    return value.transpose(1, 0, 2) if part.is_swapped else value
 
 
 def _header(file: pathlib.Path) -> dict[str, Any]:

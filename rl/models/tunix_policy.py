@@ -16,6 +16,7 @@ from flax import nnx
 from rl.models.config import ForeignConfig
 from rl.models.ops import apply_rope, dtype_of, rope_tables, visible, widen
 from rl.models.own import OWN_KERNEL, own_keys
+from rl.models.quantized import dequantize_params
 from rl.models.train_state import TrainStateNNX, string_keys
 from rl.models.tunix_config import TunixModel, with_globals
 
@@ -83,17 +84,21 @@ class TunixPolicy:
         return self._run(params, tokens_BT, positions_BT, cache, mask_BTS)
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
-        model = self.model(params)
+        model = self.model(self._plain(params))
         head = model.lm_head if hasattr(model, "lm_head") else model.embedder.decode
         logits = head(hidden.reshape(1, -1, hidden.shape[-1]))
         logits = logits.astype(widen(logits.dtype)).reshape(*hidden.shape[:-1], -1)
         cap = self._tunix.softcap
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
+    def _plain(self, params: Params) -> Params:
+        """The parameters as Tunix takes them: quantised ones widened, at each call."""
+        return dequantize_params(params, dtype_of(self.config.param_dtype))
+
     def _run(
         self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Any, mask: jax.Array
     ) -> tuple[jax.Array, Any]:
-        model = nnx.merge(self._headless, own_keys(self._template, params))
+        model = nnx.merge(self._headless, own_keys(self._template, self._plain(params)))
         hidden_BTD, cache = model(tokens_BT, positions_BT, cache, mask)
         return hidden_BTD.astype(dtype_of(self.config.dtype)), cache
 

@@ -1,25 +1,24 @@
-"""`grpo quantize MODEL OUT`: a Hugging Face folder with its matrices in int8, int4 or float8, made layer by layer.
+"""`grpo quantize MODEL OUT`: a model's folder with its matrices in int8, int4 or float8, made layer by layer.
 
 In: a folder or hub id, of any size: weights are read one layer at a time and written before the next is read. Out: a
 folder that `model.source` takes for sampling, evaluation and QLoRA, there at once and whole; the error of each layer;
 with a text, how well the model predicts it before and after, by the same passage through the layers. Rounding is
-`rl.models.quantized`, tensors and names are `rl.models.hf`.
+`rl.models.quantized`, tensors and names are `rl.models.hf`. Models that are not the toolkit's own decoder go to
+`rl.tools.quantize_foreign`.
 """
 
 import argparse
-import dataclasses
 import functools
 import math
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from rl.config import Config
 from rl.config_sections import source_kind
 from rl.host_memory import limit_arenas, peak_bytes, return_memory
 from rl.models.config import (
@@ -32,8 +31,8 @@ from rl.models.config import (
     flatten_specs,
 )
 from rl.models.hf import (
-    INDEX_FILE,
     check_weights,
+    copy_others,
     new_folder,
     read_config,
     read_weight,
@@ -44,50 +43,17 @@ from rl.models.hf import (
     write_json,
 )
 from rl.models.hf_config import quantization_json, read_json
-from rl.models.quantized import QuantizedArray, chosen_matrices, dequantize, is_chosen, quantize, tile_of
-from rl.tokenizer import load_tokenizer
+from rl.models.quantized import QuantizedArray, chosen_matrices, is_chosen, tile_of
+from rl.tokenizer import Tokenizer, load_tokenizer
 from rl.tools import layerwise
+from rl.tools.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
+from rl.tools.quantize_report import Report, layer_report, print_report, quantize_and_compare, relative
+from rl.trained import resolve_model
+from rl.weights import tokenizer_of
 
 MALLOC_ARENAS = 2  # more keep parts of earlier layers: up to a third of a model of 235 MB, with two a sixteenth
 
 Path = tuple[str, ...]
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # besides the weights: tokenizer, chat template, generation config
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerReport:
-    """One layer, or what stands before or behind them.
-
-    Attributes:
-      error: |W - dequantised W| / |W| over all its quantised matrices (Frobenius norms); None without any.
-      worst: the matrix with the largest error, and that error.
-      hidden_error: the same of the hidden states that leave it, with a text; all errors of earlier layers are in it.
-    """
-
-    name: str
-    error: float | None
-    worst: tuple[str, float] | None
-    hidden_error: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What `quantize_folder` did.
-
-    Attributes:
-      num_matrices: how many were quantised. bytes_before, bytes_after: of all tensors.
-      perplexity: of the text before and after, and num_tokens: how many tokens it is over; None and 0 without a text.
-      peak_bytes: the most memory that this process has had on the host; start_bytes: the same before the first layer.
-    """
-
-    layers: list[LayerReport]
-    num_matrices: int
-    bytes_before: int
-    bytes_after: int
-    perplexity: tuple[float, ...] | None
-    num_tokens: int
-    start_bytes: int
-    peak_bytes: int
 
 
 def quantize_folder(
@@ -108,15 +74,6 @@ def quantize_folder(
         `out` holds something.
     """
     start_bytes = peak_bytes()
-    kind = source_kind(str(source))
-    if kind != "decoder":
-        way_out = (
-            "give its folder without 'tunix:'" if kind == "tunix" else "which dims a module sums over is not known"
-        )
-        raise ValueError(
-            "MODEL must be a folder or hub id that the toolkit's own decoder reads, whose layers it takes one by one, "
-            f"got {str(source)!r}; {way_out}"
-        )
     folder = resolve_source(source)
     config = read_config(folder)
     if config.quantization is not None:
@@ -128,7 +85,7 @@ def quantize_folder(
     num_matrices = len(_check_matrices(config, quantization))
     locations = check_weights(folder, config)
     units = _units(config)
-    program = jax.jit(_quantize_and_compare, static_argnums=(1, 2, 3))
+    program = jax.jit(quantize_and_compare, static_argnums=(1, 2, 3))
     read = functools.partial(_read_unit, config, quantization, locations, units, program)
     passage = None if tokens is None else layerwise.Passage(config, tokens, context)
     layers, weight_map, bytes_before, bytes_after = [], {}, 0, 0
@@ -145,13 +102,13 @@ def quantize_folder(
             bytes_after += sum(tensor.nbytes for tensor in tensors.values())
             del tensors
             error = None if passage is None else _advance(passage, config, read, name, unit)
-            layers.append(_layer_report(name, unit, error))
+            layers.append(layer_report(name, unit.squares, error))
             del unit
             return_memory()  # before the next is read
         write_index(draft, weight_map, bytes_after)
         raw = read_json(folder / "config.json")
         write_json(draft / "config.json", raw | {"quantization_config": quantization_json(quantization)})
-        _copy_others(folder, draft)
+        copy_others(folder, draft)
     return Report(
         layers=layers,
         num_matrices=num_matrices,
@@ -214,27 +171,6 @@ def _read_unit(
     return unit
 
 
-def _quantize_and_compare(
-    array: jax.Array, contract_dims: tuple[int, ...], dtype: str, group_size: int | None
-) -> tuple[QuantizedArray, jax.Array, jax.Array]:
-    """The quantised array, |array - quantised|^2 and |array|^2."""
-    quantized, wide = quantize(array, contract_dims, dtype, group_size), array.astype(jnp.float32)
-    return quantized, jnp.sum(jnp.square(wide - dequantize(quantized))), jnp.sum(jnp.square(wide))
-
-
-def _layer_report(name: str, unit: _Unit, hidden_error: float | None) -> LayerReport:
-    if not unit.squares:
-        return LayerReport(name, None, None, hidden_error)
-    errors = {matrix: _relative(*squares) for matrix, squares in unit.squares.items()}
-    worst = max(errors, key=lambda matrix: errors[matrix])
-    differences, wholes = zip(*unit.squares.values(), strict=True)
-    return LayerReport(name, _relative(sum(differences), sum(wholes)), (worst, errors[worst]), hidden_error)
-
-
-def _relative(difference: float, whole: float) -> float:
-    return math.sqrt(difference / whole) if whole else 0.0
-
-
 def _advance(
     passage: layerwise.Passage, config: ModelConfig, read: Callable[[str], _Unit], name: str, unit: _Unit
 ) -> float | None:
@@ -250,7 +186,7 @@ def _advance(
         passage.finish(unit.plain["norm", "scale"], [tree[path] for tree in (heads.plain, heads.stored)])
         return None
     plain, quantized = passage.hidden
-    return _relative(float(np.sum((plain - quantized) ** 2)), float(np.sum(plain**2)))
+    return relative(float(np.sum((plain - quantized) ** 2)), float(np.sum(plain**2)))
 
 
 def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
@@ -264,38 +200,12 @@ def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def _copy_others(folder: pathlib.Path, draft: pathlib.Path) -> None:
-    for pattern in _COPIED:
-        for file in sorted(folder.glob(pattern)):
-            if file.name not in ("config.json", INDEX_FILE):
-                shutil.copyfile(file, draft / file.name)
-
-
-def _print_report(report: Report, quantization: Quantization) -> None:
-    width = max(len(layer.name) for layer in report.layers)
-    print(f"{'':<{width}}  {'error':>9}  {'hidden states':>13}  worst matrix")
-    for layer in report.layers:
-        error = "as it was" if layer.error is None else f"{layer.error:9.5f}"
-        hidden = "" if layer.hidden_error is None else f"{layer.hidden_error:.5f}"
-        worst = "" if layer.worst is None else f"{layer.worst[0]} {layer.worst[1]:.5f}"
-        print(f"{layer.name:<{width}}  {error:>9}  {hidden:>13}  {worst}".rstrip())
-    groups = (
-        "a scale per output" if quantization.group_size is None else f"a scale per {quantization.group_size} inputs"
-    )
-    print(f"{report.num_matrices} matrices in {quantization.dtype}, {groups}")
-    print(f"tensors: {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after")
-    if report.perplexity is not None:
-        before, after = report.perplexity
-        print(f"perplexity on {report.num_tokens:,} tokens: {before:.4f} before, {after:.4f} after")
-    peak, start = report.peak_bytes / 1e6, report.start_bytes / 1e6
-    print(f"peak memory: {peak:,.0f} MB, of which {start:,.0f} MB before the first weight was read")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo quantize MODEL OUT [--dtype DTYPE] [--group-size N] [--only REGEX] [--head] [--text FILE]`."""
+    """`grpo quantize MODEL OUT [--dtype DTYPE] [--group-size N] [--only REGEX] [--head] [--text FILE] [key=value]`."""
     parser = argparse.ArgumentParser(prog="grpo quantize", description=__doc__)
-    parser.add_argument("model", help="Hugging Face folder or hub id")
+    parser.add_argument("model", help="Hugging Face folder or hub id, tunix:FOLDER, path/to/file.py:build or a recipe")
     parser.add_argument("out", help="folder to write")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of a recipe, Tunix model or own module")
     parser.add_argument("--dtype", choices=QUANTIZED_DTYPES, default="int8")
     parser.add_argument("--group-size", type=int, default=None, metavar="N", help="inputs that share a scale")
     parser.add_argument("--only", action="append", metavar="REGEX", help="matrices to quantise, by path")
@@ -304,25 +214,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="of the text that are read")
     parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens the model sees at a time")
     parser.add_argument("--tokenizer", metavar="SOURCE", help="folder, hub id or byte; MODEL when left out")
-    arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
-    patterns = tuple(arguments.only) if arguments.only else (ATTENTION_AND_MLP,)
+    arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
+    config = _config_of(arguments.model, arguments.overrides)
+    kind = "decoder" if config is None else source_kind(config.model.source)
+    patterns = tuple(arguments.only or [DEFAULT_PATTERNS.get(kind, ATTENTION_AND_MLP)])
     quantization = Quantization(arguments.dtype, arguments.group_size, patterns, arguments.head)
     tokens = None
     if arguments.text is not None:
-        tokens = _read_text(arguments.text, arguments.tokenizer or arguments.model, arguments.max_tokens)
+        if config is None or arguments.tokenizer is not None:
+            tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
+        else:
+            tokenizer = tokenizer_of(config)
+        tokens = _read_text(arguments.text, tokenizer, arguments.max_tokens)
     if arguments.context < 2:
         raise ValueError(f"--context must be >= 2, got {arguments.context}")
     limit_arenas(MALLOC_ARENAS)
-    report = quantize_folder(arguments.model, arguments.out, quantization, tokens, arguments.context)
-    _print_report(report, quantization)
+    options = (arguments.out, quantization, tokens, arguments.context)
+    report = quantize_folder(arguments.model, *options) if config is None else quantize_foreign(config, *options)
+    print_report(report, quantization)
     print(f"written to {arguments.out}")
 
 
-def _read_text(file: str, tokenizer: str, max_tokens: int) -> list[int]:
+def _config_of(model: str, overrides: Sequence[str]) -> Config | None:
+    """That of a model which is not the toolkit's own decoder; None for a folder or hub id of one that is."""
+    is_recipe = pathlib.Path(model).suffix in (".yml", ".yaml")
+    if source_kind(model) == "decoder" and not is_recipe:
+        if overrides:
+            raise ValueError(f"MODEL {model!r} is read by its own config.json and takes no key=value, got {overrides}")
+        return None
+    config = resolve_model(model, overrides).config
+    if source_kind(config.model.source) == "decoder":
+        raise ValueError(
+            f"model source must be a folder or hub id to quantise, a recipe only of a Tunix model or a module of your "
+            f"own, got {model!r} with model.source {config.model.source!r}; give the folder itself"
+        )
+    return config
+
+
+def _read_text(file: str, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
     path = pathlib.Path(file)
     if not path.is_file():
         raise ValueError(f"--text must be an existing file, got {file!r}")
-    tokens = load_tokenizer(tokenizer).encode(path.read_text(encoding="utf-8"))[:max_tokens]
+    tokens = tokenizer.encode(path.read_text(encoding="utf-8"))[:max_tokens]
     if len(tokens) < 2:
         raise ValueError(
             f"--text must hold at least two tokens, got {len(tokens)} of {file!r} (--max-tokens {max_tokens})"

@@ -1,0 +1,98 @@
+"""How far quantised matrices are from what they were, layer by layer, and what `grpo quantize` says in the end.
+
+In: the matrices of a layer, one at a time. Out: each quantised, with its error; `Report`, as text. Not here: reading
+and writing of models.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from rl.models.config import Quantization
+from rl.models.quantized import QuantizedArray, dequantize, quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One layer, or what stands before or behind them.
+
+    Attributes:
+      error: |W - dequantised W| / |W| over all its quantised matrices (Frobenius norms); None without any.
+      worst: the matrix with the largest error, and that error.
+      hidden_error: the same of the hidden states that leave it, with a text and the toolkit's own decoder; all errors
+        of earlier layers are in it.
+    """
+
+    name: str
+    error: float | None
+    worst: tuple[str, float] | None
+    hidden_error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What quantising a model did.
+
+    Attributes:
+      num_matrices: how many were quantised. bytes_before, bytes_after: of all tensors.
+      perplexity: of the text before and after, and num_tokens: how many tokens it is over; None and 0 without a text.
+      peak_bytes: the most memory that this process has had on the host; start_bytes: the same before the first layer.
+    """
+
+    layers: list[LayerReport]
+    num_matrices: int
+    bytes_before: int
+    bytes_after: int
+    perplexity: tuple[float, ...] | None
+    num_tokens: int
+    start_bytes: int
+    peak_bytes: int
+
+
+def quantize_and_compare(
+    array: jax.Array, contract_dims: tuple[int, ...], dtype: str, group_size: int | None
+) -> tuple[QuantizedArray, jax.Array, jax.Array]:
+    """The quantised array, |array - quantised|^2 and |array|^2."""
+    quantized, wide = quantize(array, contract_dims, dtype, group_size), array.astype(jnp.float32)
+    return quantized, jnp.sum(jnp.square(wide - dequantize(quantized))), jnp.sum(jnp.square(wide))
+
+
+def layer_report(
+    name: str, squares: Mapping[str, tuple[float, float]], hidden_error: float | None = None
+) -> LayerReport:
+    """That of one layer, from the last two results of `quantize_and_compare` for each matrix."""
+    if not squares:
+        return LayerReport(name, None, None, hidden_error)
+    errors = {matrix: relative(*pair) for matrix, pair in squares.items()}
+    worst = max(errors, key=lambda matrix: errors[matrix])
+    differences, wholes = zip(*squares.values(), strict=True)
+    return LayerReport(name, relative(sum(differences), sum(wholes)), (worst, errors[worst]), hidden_error)
+
+
+def relative(difference: float, whole: float) -> float:
+    """The root of a ratio of squared norms; 0 of nothing."""
+    return math.sqrt(difference / whole) if whole else 0.0
+
+
+def print_report(report: Report, quantization: Quantization) -> None:
+    """The report for people."""
+    width = max(len(layer.name) for layer in report.layers)
+    print(f"{'':<{width}}  {'error':>9}  {'hidden states':>13}  worst matrix")
+    for layer in report.layers:
+        error = "as it was" if layer.error is None else f"{layer.error:9.5f}"
+        hidden = "" if layer.hidden_error is None else f"{layer.hidden_error:.5f}"
+        worst = "" if layer.worst is None else f"{layer.worst[0]} {layer.worst[1]:.5f}"
+        print(f"{layer.name:<{width}}  {error:>9}  {hidden:>13}  {worst}".rstrip())
+    groups = (
+        "a scale per output" if quantization.group_size is None else f"a scale per {quantization.group_size} inputs"
+    )
+    print(f"{report.num_matrices} matrices in {quantization.dtype}, {groups}")
+    print(f"tensors: {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after")
+    if report.perplexity is not None:
+        before, after = report.perplexity
+        print(f"perplexity on {report.num_tokens:,} tokens: {before:.4f} before, {after:.4f} after")
+    peak, start = report.peak_bytes / 1e6, report.start_bytes / 1e6
+    print(f"peak memory: {peak:,.0f} MB, of which {start:,.0f} MB before the first weight was read")
