@@ -192,8 +192,8 @@ COMMANDS = {
         details="""\
             MODEL              a Hugging Face folder or hub id, of any size: one layer is in memory at a time;
                                or tunix:FOLDER, or path/to/file.py:build, or a YAML recipe of such a model
-            OUT                the folder to write, new or empty; model.source takes it: for sampling, evaluation, QLoRA.
-                               Of a Tunix model tunix:OUT, of a module of your own model.weights=OUT, without QLoRA
+            OUT                the folder to write, new or empty; model.source takes it: for sampling, evaluation, QLoRA
+                               (tunix:OUT of a Tunix model, model.weights=OUT of a module of your own; no QLoRA there)
             --dtype DTYPE      int8 (when left out), int4 or float8_e4m3fn
             --group-size N     inputs of an output that share a scale; all of them when left out. int4 wants 32 to 128
             --only REGEX       the matrices to quantise, for example 'mlp/.*/kernel'; may be given several times. All of

@@ -114,6 +114,8 @@ LAYERS = [
     ],
     ["rl.tools.loop_programs"],
     ["rl.tools.compile_report"],
+    ["rl.tools.compile_advice"],
+    ["rl.tools.compile_text"],
     ["rl.grpo_trainer", "rl.sft_trainer", "rl.replay", "rl.tools.compile"],
     ["rl.sample_command", "rl.tools.checkpoint", "rl.tools.lora"],
 ]

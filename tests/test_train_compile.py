@@ -33,7 +33,9 @@ from rl.programs import Program
 from rl.shaped_inputs import get_shaped_inputs
 from rl.states import InitStateFn, get_abstract_state
 from rl.tools.compile import compile_config, compile_loop, compile_one, main
-from rl.tools.compile_report import ProgramReport, Report, advice, num_slices, roofline, to_json, to_text
+from rl.tools.compile_advice import advice
+from rl.tools.compile_report import ProgramReport, Report
+from rl.tools.compile_text import num_slices, roofline, to_json, to_text
 from rl.tools.hlo import Collective, array_bytes, work_of
 from rl.tools.loop_programs import loop_programs, read_shape
 from rl.tools.topologies import CHIPS, find_devices

@@ -22,7 +22,8 @@ from rl.config import Config, load_config
 from rl.config_sections import source_kind
 from rl.executables import save_compiled
 from rl.host_memory import limit_arenas, peak_bytes, start_peak
-from rl.tools.compile_report import ProgramReport, Report, report_of, report_refused, to_json, to_text
+from rl.tools.compile_report import ProgramReport, Report, report_of, report_refused
+from rl.tools.compile_text import to_json, to_text
 from rl.tools.loop_programs import Loop, LoopProgram, loop_programs
 from rl.tools.topologies import CHIPS, find_devices
 from rl.weights import use_compilation_cache
