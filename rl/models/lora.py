@@ -6,7 +6,7 @@ fewer bits (QLoRA, https://arxiv.org/abs/2305.14314), or plain weights. Not here
 (`rl.models.ops.dense`), shapes and names (`rl.models.config`), files (`rl.models.peft`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from rl.models.ops import dtype_of
 from rl.models.quantized import QuantizedArray, is_chosen, quantize
 
 Params = dict[str, Any]
+# (path of a module with an adapter, joined by slashes; its parameters; scale A B in float64; its merged kernel)
+Visit = Callable[[str, Mapping[str, Any], np.ndarray, np.ndarray], None]
 
 
 def split(config: ModelConfig, params: Any) -> tuple[Any, Any]:
@@ -98,18 +100,26 @@ def merge(config: ModelConfig, params: Mapping[str, Any], sign: int = 1) -> Para
     Returns:
       The tree of `config` without `lora`, as numpy arrays. Without `lora`: `params`, as it is.
     """
-    if config.lora is None:
-        return dict(params)
+    return dict(params) if config.lora is None else merge_each(config, params, sign, lambda *_: None)
+
+
+def merge_each(config: ModelConfig, params: Mapping[str, Any], sign: int, visit: Visit, path: str = "") -> Params:
+    """`merge` of a tree with adapters, which shows `visit` each matrix that is merged, in the order of their paths."""
+    assert config.lora is not None
     merged: Params = {}
-    for name, child in params.items():
+    for name in sorted(params):
+        child = params[name]
         if isinstance(child, Mapping):
-            merged[name] = merge(config, child, sign)
+            merged[name] = merge_each(config, child, sign, visit, f"{path}/{name}" if path else name)
         elif name not in (LORA_A, LORA_B):
-            wide = to_float64(child)
+            wide, dtype = to_float64(child), jnp.dtype(config.param_dtype)
             if name == "kernel" and LORA_A in params:
-                wide = wide + sign * low_rank_product(params[LORA_A], params[LORA_B], config.lora.scale)
-            merged[name] = wide.astype(jnp.dtype(config.param_dtype))
-    return merged
+                product = low_rank_product(params[LORA_A], params[LORA_B], config.lora.scale)
+                merged[name] = (wide + sign * product).astype(dtype)
+                visit(path, params, product, merged[name])
+            else:
+                merged[name] = wide.astype(dtype)
+    return {name: merged[name] for name in params if name in merged}
 
 
 def unmerge(config: ModelConfig, merged: Mapping[str, Any], adapters: Mapping[str, Any]) -> Params:

@@ -21,7 +21,7 @@ import numpy as np
 
 from rl.models.config import LORA_A, LORA_B, ModelConfig
 from rl.models.hf import leaf_at
-from rl.models.lora import Params, join, low_rank_product, to_float64, unmerge
+from rl.models.lora import Params, join, merge_each, to_float64, unmerge
 
 REMAINDER_FILE = "lora_remainder.npz"
 _FORMAT = 1
@@ -43,19 +43,21 @@ class Remainder(NamedTuple):
     digest: str
 
 
-def remainder_of(config: ModelConfig, params: Mapping[str, Any], merged: Mapping[str, Any], dtype: str) -> Remainder:
-    """What `restore_base` needs beside the weights `merged` that base and adapters `params` gave.
+def merge_with_remainder(config: ModelConfig, params: Mapping[str, Any], dtype: str) -> tuple[Params, Remainder]:
+    """What `merge` gives of base and adapters `params`, and what `restore_base` needs beside it.
 
     Args:
       dtype: that the merged weights are stored in, and the base is restored in.
     """
-    assert config.lora is not None
-    places, bits, digest = {}, {}, hashlib.sha256()
-    for name, module in _adapted_modules(params):
-        a, b, scale = to_float64(module[LORA_A]), to_float64(module[LORA_B]), config.lora.scale
+    lora, digest = config.lora, hashlib.sha256()
+    assert lora is not None
+    places: dict[str, np.ndarray] = {}
+    bits: dict[str, np.ndarray] = {}
+
+    def visit(name: str, module: Mapping[str, Any], product: np.ndarray, kernel: np.ndarray) -> None:
+        a, b, scale = to_float64(module[LORA_A]), to_float64(module[LORA_B]), lora.scale
         base = _as_bits(_stored(config, to_float64(module["kernel"]), dtype))
-        summed = to_float64(_stored(config, leaf_at(merged, (*name.split("/"), "kernel")), dtype))
-        difference = summed - low_rank_product(a, b, scale)
+        difference = to_float64(_stored(config, kernel, dtype)) - product
         # Two orders of the same sum of R products differ by less than R units of its largest partial sum.
         rank = a.shape[-1]
         slack = abs(scale) * rank**2 * np.finfo(np.float64).eps * np.max(np.abs(a)) * np.max(np.abs(b))
@@ -66,7 +68,9 @@ def remainder_of(config: ModelConfig, params: Mapping[str, Any], merged: Mapping
         places[name] = found.astype(np.uint32) if base.size <= 1 << 32 else found
         bits[name] = base[found]
         digest.update(base.data)
-    return Remainder(dtype, places, bits, digest.hexdigest())
+
+    merged = merge_each(config, params, 1, visit)
+    return merged, Remainder(dtype, places, bits, digest.hexdigest())
 
 
 def restore_base(

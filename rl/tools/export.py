@@ -10,6 +10,7 @@ at once.
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from rl.models import foreign
 from rl.models.config import ModelConfig
 from rl.models.hf import save_folder
 from rl.models.lora import merge
-from rl.models.lora_remainder import REMAINDER_FILE, remainder_of, write_remainder
+from rl.models.lora_remainder import REMAINDER_FILE, merge_with_remainder, write_remainder
 from rl.models.param_folder import save_params
 from rl.models.peft import save_adapter
 from rl.run_folder import read_run
@@ -95,15 +96,12 @@ def write_folder(
             )
         foreign.save_folder(out, model_config, params, tokenizer)
         return
-    merged = merge(model_config, params)
     own_config = _with_token_ids(model_config, tokenizer)
     if kind != "huggingface" or model_config.lora is None or not keep_remainder:
-        FORMATS[kind](out, own_config, merged, tokenizer=tokenizer, dtype=dtype)
+        FORMATS[kind](out, own_config, merge(model_config, params), tokenizer=tokenizer, dtype=dtype)
         return
-
-    def write_more(folder: pathlib.Path) -> None:
-        write_remainder(remainder_of(model_config, params, merged, dtype or model_config.param_dtype), folder)
-
+    merged, remainder = merge_with_remainder(model_config, params, dtype or model_config.param_dtype)
+    write_more = functools.partial(write_remainder, remainder)
     save_folder(out, own_config, merged, tokenizer=tokenizer, dtype=dtype, write_more=write_more)
 
 
