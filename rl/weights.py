@@ -143,7 +143,8 @@ def _foreign_origin(config: Config, tokenizer: Tokenizer) -> Origin:
             f"model.weights must be a safetensors file, or a folder of grpo quantize, got {section.weights!r}; check "
             "the path"
         )
-    return Origin(model_config, weights, {**identity, "hash": hashlib.sha256(weights.read_bytes()).hexdigest()})
+    with weights.open("rb") as stream:  # piece by piece: the file may be larger than memory
+        return Origin(model_config, weights, {**identity, "hash": hashlib.file_digest(stream, "sha256").hexdigest()})
 
 
 def _check_vocabulary(tokenizer: Tokenizer, model_config: Any) -> None:

@@ -5,6 +5,8 @@ import json
 import math
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +21,12 @@ from rl.logprobs import token_logprobs
 from rl.models import own
 from rl.models.config import Quantization, flatten_specs, spec_at
 from rl.models.foreign import weight_reader
+from rl.models.hf import set_leaf
 from rl.models.quantized import QuantizedArray, dequantize, quantize
 from rl.tokenizer import load_tokenizer
 from rl.tools.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
 from rl.trained import load_start
+from rl.weights import find_origin
 from tests import tunix_golden
 
 # Tunix 0.1.7 uses interfaces that jax and flax are about to drop, and says so at every call.
@@ -253,3 +257,41 @@ def test_what_cannot_be_done_with_such_models_is_refused_with_a_way_out(module, 
     safetensors.numpy.save_file(tensors | {name: np.repeat(tensors[name], 2, 0)}, file)
     with pytest.raises(ValueError, match=rf"{name} must be F32 \[1, \d+\], got F32 \[2, \d+\]"):
         load_start(load_config(None, quantized))
+
+
+MEASURE = """
+import sys
+from rl.config import load_config
+from rl.host_memory import limit_arenas
+from rl.models.config import Quantization
+from rl.tools.quantize import MALLOC_ARENAS
+from rl.tools.quantize_foreign import quantize_foreign
+limit_arenas(MALLOC_ARENAS)  # as the command does
+for weights, num_layers in zip(sys.argv[1:], (2, 14)):  # what compiling and one layer take, then the rest
+    sizes = f"model.args={{hidden_size: 512, num_layers: {num_layers}}}"
+    source = ["pure_nnx=false", "model.source=examples/own_model/ssm.py:build", f"model.weights={weights}"]
+    config = load_config(None, [*source, sizes])
+    report = quantize_foreign(config, weights + ".out", Quantization("int4", 32, ("kernel$",)))
+print(report.bytes_before, report.start_bytes, report.peak_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_one_layer_of_a_module_of_ones_own_is_in_memory_at_a_time(tmp_path):
+    """With 14 layers the process is hardly larger than with 2 of the same shape."""
+    files = []
+    for num_layers in (2, 14):
+        sizes = f"model.args={{hidden_size: 512, num_layers: {num_layers}}}"
+        config = load_config(None, ["pure_nnx=false", f"model.source={EXAMPLES['linen']}:build", sizes])
+        specs = flatten_specs(find_origin(config, load_tokenizer("byte")).model_config.specs)
+        params: dict = {}
+        for path, spec in specs:
+            set_leaf(params, path, np.full(spec.shape, 0.01, np.float32))
+        files.append(str(tmp_path / f"{num_layers}.safetensors"))
+        own.save_weights(pathlib.Path(files[-1]), params)
+    output = subprocess.run(
+        [sys.executable, "-c", MEASURE, *files], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    size, start, peak = map(int, output.split())
+    assert size > 150e6
+    assert peak - start < 0.3 * size
