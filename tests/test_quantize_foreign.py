@@ -20,10 +20,12 @@ from rl.grpo_trainer import train
 from rl.logprobs import token_logprobs
 from rl.models import own
 from rl.models.config import Quantization, flatten_specs, spec_at
-from rl.models.foreign import weight_reader
+from rl.models.foreign import check_weights, weight_reader
 from rl.models.hf import set_leaf
+from rl.models.policy import foreign_config
 from rl.models.quantized import QuantizedArray, dequantize, quantize
 from rl.tokenizer import load_tokenizer
+from rl.tools.quantize import quantize_folder
 from rl.tools.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
 from rl.trained import load_start
 from rl.weights import find_origin
@@ -158,6 +160,13 @@ def test_one_parameter_is_read_as_tunix_loads_it_with_all(family):
         np.testing.assert_array_equal(read(path), leaf, err_msg="/".join(path))
 
 
+def test_a_folder_quantised_for_the_own_decoder_is_no_tunix_model(tmp_path):
+    quantize_folder(GOLDEN / "qwen3", tmp_path / "out", Quantization("int8"))
+    config = load_config(None, [f"model.source=tunix:{tmp_path / 'out'}"])
+    with pytest.raises(ValueError, match=r"writes for this model\.source: missing embedder/input_embedding"):
+        check_weights(tmp_path / "out", foreign_config(config, tmp_path / "out"))
+
+
 @pytest.mark.slow
 def test_a_tunix_model_of_experts_is_quantised_and_read(moe, tmp_path, capsys):
     (tmp_path / "text").write_text(TEXT)
@@ -240,6 +249,11 @@ def test_what_cannot_be_done_with_such_models_is_refused_with_a_way_out(module, 
     for settings, options, message in (
         (own_settings(flavour, "null"), (), r"model\.weights must name the weights of .*:build, got null"),
         (quantized, (), "must hold plain weights, got int8 already"),
+        (
+            own_settings(flavour, tmp_path),
+            (),
+            r"model\.weights must be a safetensors file, or a folder of grpo",
+        ),
         (own_settings(flavour, file), (None, ("nothing",)), "must each find a matrix, got 'nothing'"),
         (
             own_settings(flavour, file),

@@ -51,7 +51,10 @@ def check_weights(folder: pathlib.Path, config: ForeignConfig) -> dict[str, path
         if got[0] != shape or got[1] not in types:
             problems.append(f"{name} must be {' or '.join(types)} {list(shape)}, got {got[1]} {list(got[0])}")
     if problems:
-        raise ValueError(f"{folder} must hold the quantised parameters of the model: {'; '.join(problems[:8])}")
+        raise ValueError(
+            f"{folder} must hold the parameters that grpo quantize writes for this model.source: "
+            f"{'; '.join(problems[:8])}"
+        )
     return locations
 
 
