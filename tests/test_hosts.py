@@ -22,11 +22,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
 from jax._src.clusters import cloud_tpu_cluster
 
-from rl import hosts
+from rl import hosts, sft_trainer
 from rl.config import load_config
 from rl.data import fingerprint, load_pairs, load_prompts
+from rl.evaluation import evaluate_source
 from rl.grpo_trainer import train
 from rl.metrics import read_metrics, read_samples
 from rl.tokenizer import load_tokenizer
@@ -85,18 +87,12 @@ def alone(recipe) -> pathlib.Path:
 
 
 class Launched:
-    """`grpo launch` with two processes, and what it says."""
+    """`grpo launch` of a command with two processes, and what it says."""
 
-    def __init__(self, recipe: pathlib.Path, folder: pathlib.Path, *overrides: str):
+    def __init__(self, folder: pathlib.Path, *arguments: str):
         self.folder = folder
         command = [sys.executable, "-m", "rl.cli", "launch", "--processes", "2", "--cpu-devices", "4", "--"]
-        command += [
-            "train",
-            str(recipe),
-            f"output_dir={folder}",
-            "distributed.heartbeat_timeout_seconds=10",
-            *overrides,
-        ]
+        command += [*arguments, "distributed.heartbeat_timeout_seconds=10"]
         environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling takes most of the time
         self.said = folder.with_suffix(".stderr")
@@ -136,13 +132,13 @@ class Together(NamedTuple):
 @pytest.fixture(scope="module")
 def together(recipe) -> Together:
     folder = recipe.parent / "together"
-    first = Launched(recipe, folder)
+    first = Launched(folder, "train", str(recipe), f"output_dir={folder}")
     first.wait_for_step(3)
     started = time.monotonic()
     os.kill(first.child(1), signal.SIGKILL)
     killed = first.end()
     seconds, lines = time.monotonic() - started, read_metrics(folder)
-    second = Launched(recipe, folder, "pure_nnx=false")
+    second = Launched(folder, "train", str(recipe), f"output_dir={folder}", "pure_nnx=false")
     second.wait_for_step(4)
     os.kill(second.child(1), signal.SIGTERM)
     return Together(folder, killed, second.end(), lines, seconds, [second.child(number) for number in (0, 1)])
@@ -222,6 +218,34 @@ def test_weights_of_two_processes_are_read_on_other_devices_and_another_mesh(rec
     assert len(jax.tree.leaves(two)[0].sharding.device_set) == 4
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(np.asarray(left), np.asarray(right), atol=2e-5)
+
+
+def test_sft_and_evaluation_of_two_processes_are_those_of_one(recipe, alone):
+    """Losses and weights of the one, completions and rewards of the other; both are written once."""
+    sft = ["sft.steps=2", "sft.batch_size=8", "sft.max_completion_length=4", "checkpoint.every=2"]
+    sft.append("data.eval_size=0")  # `grpo eval` beside it evaluates
+    together, evaluated = recipe.parent / "sft_together", recipe.parent / "evaluated.jsonl"
+    launched = [
+        Launched(together, "sft", str(recipe), f"output_dir={together}", *sft),
+        Launched(evaluated, "eval", str(alone), "--output", str(evaluated)),
+    ]
+    one = sft_trainer.train(load_config(recipe, [*sft, f"output_dir={recipe.parent / 'sft_alone'}"]))
+    result, _ = evaluate_source(alone)
+    for each in launched:
+        status, said = each.end()
+        assert status == 0, said
+    left, right = stable(read_metrics(one)), stable(read_metrics(together))
+    assert [line["step"] for line in right] == [1, 2]
+    for before, after in zip(left, right, strict=True):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            assert after[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    weights = [safetensors.numpy.load_file(folder / "export" / "model.safetensors") for folder in (one, together)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *weights)
+    samples = [json.loads(line) for line in evaluated.read_text().splitlines()]
+    assert [sample["completion"] for sample in samples] == [sample["completion"] for sample in result.samples]
+    assert [sample["rewards"] for sample in samples] == [sample["rewards"] for sample in result.samples]
+    assert len({sample["completion"] for sample in samples}) > 1
 
 
 # Two processes that SLURM started, as jax sees it by the environment
