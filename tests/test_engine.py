@@ -91,14 +91,17 @@ def pack(rows: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarra
     return tokens, positions, group_ids
 
 
-def shape_of(setup: Setup, slots: int, length: int, table_rows: int = 1, prefill_rows: int = 1) -> Shape:
+def shape_of(
+    setup: Setup, slots: int, length: int, table_rows: int = 1, prefill_rows: int = 1, rows_per_prompt: int = 1
+) -> Shape:
     """Slots and rows are those of a shard."""
     num_shards = setup.engine.num_shards
     return Shape(
         num_slots=slots * num_shards,
         length=length,
         table_rows=table_rows * num_shards,
-        table_length=TABLE_LENGTH,
+        table_length=TABLE_LENGTH // rows_per_prompt,
+        rows_per_prompt=rows_per_prompt,
         prefill_rows=prefill_rows * num_shards,
         num_readers=slots,
         common_length=0,
@@ -106,11 +109,13 @@ def shape_of(setup: Setup, slots: int, length: int, table_rows: int = 1, prefill
     )
 
 
-def start(setup: Setup, slots: int, length: int) -> DecodeState:
-    """Idle slots over a table with the two prompts of a shard in one row."""
-    state = setup.engine.init_state(shape_of(setup, slots, length), GREEDY, jax.random.key(0))
+def start(setup: Setup, slots: int, length: int, rows_per_prompt: int = 1) -> DecodeState:
+    """Idle slots over a table with the two prompts of a shard in one row, or cut into several, the last part first."""
+    shape = shape_of(setup, slots, length, table_rows=rows_per_prompt, rows_per_prompt=rows_per_prompt)
+    state = setup.engine.init_state(shape, GREEDY, jax.random.key(0))
     prefix = setup.engine.prefill(setup.params, *pack(setup.prompts))
-    return setup.engine.insert(state, prefix, np.zeros((setup.engine.num_shards, 1), np.int32))
+    backwards = np.arange(rows_per_prompt, dtype=np.int32)[::-1]
+    return setup.engine.insert(state, prefix, np.tile(backwards, (setup.engine.num_shards, 1, 1)))
 
 
 def generate(
@@ -124,12 +129,17 @@ def generate(
     num_shards, shape = setup.engine.num_shards, state.shape
     fields = {name: np.zeros((num_shards, shape.num_waiting), np.int32) for name in Requests._fields[:-1]}
     fields["seeds"], fields["seeded"] = fields["seeds"].astype(np.uint32), fields["seeded"].astype(bool)
+    fields["prefix_rows"] = np.full((num_shards, shape.num_waiting, shape.rows_per_prompt), -1, np.int32)
+    last_row = shape.rows_per_prompt - 1
     for shard, prompts in enumerate(setup.prompts):
         for place, (request, prompt, limit) in enumerate(asked):
             values = {"request_ids": request, "limits": limit, "group_ids": prompt}
             values |= {"last_tokens": prompts[prompt][-1], "prompt_lengths": len(prompts[prompt])}
             for name, value in values.items():
                 fields[name][shard, place] = value
+            # Where the table is cut, the first prompt ends in the first part and the second one goes on in the next.
+            rows = [last_row, last_row - 1][: min(prompt, last_row) + 1]
+            fields["prefix_rows"][shard, place, : len(rows)] = rows
     num_requests = np.full(num_shards, len(asked), np.int32)
     cancelled_B = np.tile(cancelled or [False] * (shape.num_slots // num_shards), num_shards)
     key = jax.random.key(0)
@@ -190,7 +200,7 @@ def test_rows_are_inserted_where_told_past_the_end_nowhere_and_others_stay(setup
         """A prefill with a row for each prompt goes to these rows of the table; and what it held."""
         prefix = engine.prefill(setup.params, *pack([[prompt] for prompts in setup.prompts for prompt in prompts]))
         held = jax.device_get(prefix)
-        return engine.insert(state, prefix, rows.astype(np.int32)), held
+        return engine.insert(state, prefix, rows[..., None].astype(np.int32)), held
 
     # Each shard has places of its own: 2 and 0 of the first, then 0 and 1 of the second, ...; 3 is past the end.
     shift = np.arange(num_shards)[:, None]
@@ -210,9 +220,10 @@ def test_rows_are_inserted_where_told_past_the_end_nowhere_and_others_stay(setup
             np.testing.assert_array_equal(table[shard, second[shard, 0]], two[shard, 0], err_msg=name)
 
 
-def test_a_slot_is_handed_over_in_the_chunk_and_greedy_tokens_are_those_of_an_argmax_loop(setup):
+@pytest.mark.parametrize("rows_per_prompt", [1, 2])
+def test_a_slot_is_handed_over_in_the_chunk_and_greedy_tokens_are_those_of_an_argmax_loop(setup, rows_per_prompt):
     asked = [(5, 0, 3), (6, 1, 9), (7, 0, 6)]
-    state, report = generate(setup, start(setup, slots=2, length=16), asked)
+    state, report = generate(setup, start(setup, slots=2, length=16, rows_per_prompt=rows_per_prompt), asked)
     assert slots_by_step(setup, report) == [[5, 6]] * 3 + [[7, 6]] * 6
     assert report.num_taken.tolist() == [3] * setup.engine.num_shards
     assert (report.request_ids == -1).all()
