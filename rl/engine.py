@@ -236,6 +236,7 @@ class Engine:
             kept = hosts.put(index, self._rows)
             state.own = map_arrays(state.own, partial(self._take_rows, kept))
             state.slots = jax.tree.map(partial(self._take_rows, kept, "slots"), state.slots)
+        assert length >= state.own.length, (length, state.own.length)
         if length > state.own.length:
             self._note_growth(state.own, length, state.table, state.common)
             state.own = self._grow(state.own, length)
