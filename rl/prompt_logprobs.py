@@ -21,6 +21,7 @@ from rl.models.policy import Params, Policy
 from rl.programs import Program, Programs
 
 TOKENS_PER_CALL = 4096  # over all rows, unless one prompt is longer
+OPEN_ROWS = 8  # to which a prompt may still be added while rows are packed
 
 
 class PromptScorer:
@@ -52,7 +53,7 @@ class PromptScorer:
         longest = max((len(prompt) for prompt in prompts), default=0)
         length = scheduling.size_at_least(max(longest, scheduling.MIN_TABLE_LENGTH))
         most_per_row = length if self._policy.packs_rows else 1
-        rows = scheduling.pack_rows([len(prompt) for prompt in prompts], length, most_per_row)
+        rows = pack_rows([len(prompt) for prompt in prompts], length, most_per_row)
         most = max(TOKENS_PER_CALL // length // self._num_shards, 1)
         num_rows = self._num_shards * min(most, scheduling.size_at_least(-(-len(rows) // self._num_shards)))
         key = num_rows, length, temperature or 1.0, chunk_size
@@ -96,6 +97,23 @@ class PromptScorer:
         labels = (jax.ShapeDtypeStruct((num_rows, length), jnp.int32),) * 3
         shardings = (self._param_shardings, *[self._rows] * 3)
         return Program(of_rows, shardings, self._rows).prepare((params, *labels))
+
+
+def pack_rows(lengths: Sequence[int], row_length: int, most_per_row: int) -> list[list[int]]:
+    """Prompts by number into rows of at most `row_length` tokens: first fit among the newest rows, nearly in order."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for number, length in enumerate(lengths):
+        first = max(len(rows) - OPEN_ROWS, 0)
+        fits = (row for row in range(first, len(rows)) if left[row] >= length and len(rows[row]) < most_per_row)
+        row = next(fits, None)
+        if row is None:
+            rows.append([])
+            left.append(row_length)
+            row = len(rows) - 1
+        rows[row].append(number)
+        left[row] -= length
+    return rows
 
 
 def _spans(

@@ -23,7 +23,6 @@ MAX_HALVINGS = 3  # of the slots: each is a program to compile
 MIN_LENGTH = 64  # of the own cache, where completions may be longer
 LENGTH_UNIT = 16
 MIN_TABLE_LENGTH = 16
-OPEN_ROWS = 8  # to which a sequence may still be added while rows are packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +180,7 @@ def later_cache_sizes(sizes: Sequence[CacheSize], now: CacheSize) -> list[CacheS
     return [size for size in dict.fromkeys(later) if size != now]
 
 
-# Prompts into rows
+# Prompts to shards and into rows
 
 
 def deal(requests: Sequence[Request], num_shards: int) -> list[list[list[int]]]:
@@ -209,23 +208,6 @@ def deal(requests: Sequence[Request], num_shards: int) -> list[list[list[int]]]:
 def rows_taken(length: int, table_length: int) -> int:
     """Rows of the prompt table that a prompt of so many cached tokens takes; one at least, as its readers read one."""
     return max(math.ceil(length / table_length), 1)
-
-
-def pack_rows(lengths: Sequence[int], row_length: int, prompts_per_row: int) -> list[list[int]]:
-    """Items by number into rows of at most `row_length` tokens: first fit among the newest rows, so nearly in order."""
-    rows: list[list[int]] = []
-    left: list[int] = []
-    for number, length in enumerate(lengths):
-        first = max(len(rows) - OPEN_ROWS, 0)
-        fits = (row for row in range(first, len(rows)) if left[row] >= length and len(rows[row]) < prompts_per_row)
-        row = next(fits, None)
-        if row is None:
-            rows.append([])
-            left.append(row_length)
-            row = len(rows) - 1
-        rows[row].append(number)
-        left[row] -= length
-    return rows
 
 
 def common_prefix_length(prompts: Iterable[Sequence[int] | np.ndarray]) -> int:

@@ -54,3 +54,15 @@ def test_packed_prompts_have_the_log_probs_of_each_alone_from_one_program(mesh, 
     assert [len(values) for values in got] == [len(prompt) - 1 for prompt in prompts]
     assert all(values.dtype == np.float32 for values in got)
     np.testing.assert_allclose(np.concatenate(got), np.concatenate(expected), atol=1e-5)
+
+
+def test_rows_hold_every_prompt_once_within_their_length_and_nearly_in_order():
+    lengths = np.random.default_rng(0).integers(1, 50, 300).tolist()
+    rows = module.pack_rows(lengths, 64, 4)
+    assert sorted(number for row in rows for number in row) == list(range(300))
+    assert all(sum(lengths[number] for number in row) <= 64 and len(row) <= 4 for row in rows)
+    assert len(rows) < 1.2 * sum(lengths) / 64 + 1
+    firsts = [row[0] for row in rows]
+    assert firsts == sorted(firsts), "a row is opened by the next prompt that fits nowhere"
+    assert module.pack_rows([64, 64], 64, 4) == [[0], [1]]
+    assert module.pack_rows([0, 0, 0, 0, 0], 16, 4) == [[0, 1, 2, 3], [4]]

@@ -19,7 +19,6 @@ from rl.scheduling import (
     find_stop,
     later_cache_sizes,
     next_cache_size,
-    pack_rows,
     requests_for,
     size_at_least,
     size_at_most,
@@ -176,18 +175,6 @@ def test_no_shard_gets_a_prompt_twice_however_uneven_the_requests(seed):
     for pieces in shards:
         prompts = [requests[piece[0]].prompt for piece in pieces]
         assert len(set(prompts)) == len(prompts)
-
-
-def test_rows_hold_every_prompt_once_within_their_length_and_nearly_in_order():
-    lengths = np.random.default_rng(0).integers(1, 50, 300).tolist()
-    rows = pack_rows(lengths, 64, 4)
-    assert sorted(number for row in rows for number in row) == list(range(300))
-    assert all(sum(lengths[number] for number in row) <= 64 and len(row) <= 4 for row in rows)
-    assert len(rows) < 1.2 * sum(lengths) / 64 + 1
-    firsts = [row[0] for row in rows]
-    assert firsts == sorted(firsts), "a row is opened by the next prompt that fits nowhere"
-    assert pack_rows([64, 64], 64, 4) == [[0], [1]]
-    assert pack_rows([0, 0, 0, 0, 0], 16, 4) == [[0, 1, 2, 3], [4]]
 
 
 def test_the_common_prefix_leaves_every_prompt_its_last_token():
