@@ -320,8 +320,8 @@ class Sampler:
         prefill_rows = shape.prefill_rows // engine.num_shards
         filled = 0  # positions of the own cache that the busiest slot has filled
         while schedule.num_left:
-            while schedule.wants_prefill(prefill_rows):
-                state = self._admit(params, state, schedule, prefill_rows)
+            while needed := schedule.num_to_prefill(prefill_rows):
+                state = self._admit(params, state, schedule, needed, prefill_rows)
             state = self._fit(state, schedule, filled, sizes)
             waiting, num_waiting = schedule.waiting()
             few = self._few(state, schedule, sizes)
@@ -333,10 +333,12 @@ class Sampler:
             filled = int(np.max(np.where(report.request_ids >= 0, report.num_drawn, 0), initial=0))
             yield from schedule.read(report)
 
-    def _admit(self, params: Params, state: DecodeState, schedule: Schedule, prefill_rows: int) -> DecodeState:
-        """Prefills what fits into `prefill_rows` rows of each shard; a few rows at a time where half stay empty."""
+    def _admit(
+        self, params: Params, state: DecodeState, schedule: Schedule, needed: int, prefill_rows: int
+    ) -> DecodeState:
+        """Prefills `needed` of `prefill_rows` rows of each shard; a few rows at a time where half would stay empty."""
         few = _few_rows(prefill_rows)
-        count = math.ceil(schedule.num_to_prefill(prefill_rows) / few)
+        count = math.ceil(needed / few)
         for num_rows in [few] * count if 2 * count * few <= prefill_rows else [prefill_rows]:
             inputs, places = schedule.admit(num_rows)
             chunk = _prefill_chunk(inputs[0].shape[0])

@@ -205,9 +205,11 @@ def deal(requests: Sequence[Request], num_shards: int) -> list[list[list[int]]]:
     return [list(pieces.values()) for pieces in shards]
 
 
-def rows_taken(length: int, table_length: int) -> int:
-    """Rows of the prompt table that a prompt of so many cached tokens takes; one at least, as its readers read one."""
-    return max(math.ceil(length / table_length), 1)
+def rows_taken(lengths: Any, table_length: int) -> Any:
+    """Rows of the prompt table that prompts of so many cached tokens (a number, or an array) take; one at least, as its
+    readers read one.
+    """
+    return np.maximum(-(-lengths // table_length), 1)
 
 
 def common_prefix_length(prompts: Iterable[Sequence[int] | np.ndarray]) -> int:
@@ -311,10 +313,6 @@ class _Fitting(NamedTuple):
     places: list[tuple[int, int]]
     is_table_full: bool
 
-    @property
-    def num_pieces(self) -> int:
-        return len(self.places)
-
 
 class Schedule:
     """Requests on their way: waiting for prefill, waiting for a slot, being drawn, ended.
@@ -362,25 +360,21 @@ class Schedule:
         """Whether there are prompts to prefill."""
         return any(self._pending)
 
-    def wants_prefill(self, num_rows: int) -> bool:
-        """Whether to prefill now, `num_rows` rows of each shard: in all shards with pending prompts either these rows
-        would be full or nothing would be pending any more; or one of them could prefill at least one prompt, and has
-        free slots with no request waiting for them.
-        """
-        busy = self.busy_slots()
-        pending = [shard for shard, pieces in enumerate(self._pending) if pieces]
-        fitting = {shard: self._fitting(shard, num_rows) for shard in pending}
-        if pending and all(fits.num_pieces and not fits.is_table_full for fits in fitting.values()):
-            return True
-        return any(
-            fitting[shard].num_pieces and not self._waiting[shard] and not busy[shard].all() for shard in pending
-        )
-
     def num_to_prefill(self, num_rows: int) -> int:
-        """How many of `num_rows` rows of a shard `admit` would put prompts into, the most of any shard."""
-        return max(
-            len({row for row, _ in self._fitting(shard, num_rows).places}) for shard in range(len(self._pending))
+        """How many of `num_rows` rows of each shard to prefill now, the most of any shard; 0: none.
+
+        Some, if in all shards with pending prompts either these rows would be full or nothing would be pending any
+        more; or if one of them could prefill at least one prompt, and has free slots with no request waiting for them.
+        """
+        fitting = {shard: self._fitting(shard, num_rows) for shard, pieces in enumerate(self._pending) if pieces}
+        busy = self.busy_slots()
+        is_full = all(fits.places and not fits.is_table_full for fits in fitting.values())
+        are_idle = any(
+            fits.places and not self._waiting[shard] and not busy[shard].all() for shard, fits in fitting.items()
         )
+        if not is_full and not are_idle:
+            return 0
+        return max((len({row for row, _ in fits.places}) for fits in fitting.values()), default=0)
 
     def admit(self, num_rows: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
         """As many pending prompts of each shard as `num_rows` rows hold and the table has room for get their places in
@@ -418,7 +412,7 @@ class Schedule:
     def _num_rows(self, piece: Sequence[int]) -> int:
         """Rows of the table that the prompt of these requests takes."""
         length = len(self._prompts[self._requests[piece[0]].prompt]) - 1 - self._common_length
-        return rows_taken(length, self._table_length)
+        return int(rows_taken(length, self._table_length))
 
     def _fitting(self, shard: int, num_rows: int) -> _Fitting:
         """Which of the next pending prompts of a shard `num_rows` rows hold and the table has room for, in order."""

@@ -36,8 +36,8 @@ class Expected:
         lengths = np.asarray(self.lengths)
         length = max(scheduling.MIN_TABLE_LENGTH, scheduling.size_at_least(int(lengths.max())))
         half = _half(length)
-        while half >= MIN_CUT_LENGTH and _rows_taken(lengths, half).sum() * half <= (1 - MIN_SAVED) * (
-            _rows_taken(lengths, length).sum() * length
+        while half >= MIN_CUT_LENGTH and scheduling.rows_taken(lengths, half).sum() * half <= (1 - MIN_SAVED) * (
+            scheduling.rows_taken(lengths, length).sum() * length
         ):
             length, half = half, _half(half)
         return length
@@ -45,12 +45,12 @@ class Expected:
     @functools.cached_property
     def rows_per_prompt(self) -> int:
         """Rows of the prompt table that the longest prompt takes."""
-        return int(_rows_taken(np.asarray(self.lengths), self.table_length).max())
+        return int(scheduling.rows_taken(np.asarray(self.lengths), self.table_length).max())
 
     @functools.cached_property
     def mean_rows(self) -> float:
         """Rows of the prompt table that a prompt takes on average."""
-        return float(_rows_taken(np.asarray(self.lengths), self.table_length).mean())
+        return float(scheduling.rows_taken(np.asarray(self.lengths), self.table_length).mean())
 
 
 class KVBudget(NamedTuple):
@@ -151,11 +151,6 @@ def first_shape(
 def _half(table_length: int) -> int:
     """Half of a length, in whole units of the shortest."""
     return math.ceil(table_length / 2 / scheduling.MIN_TABLE_LENGTH) * scheduling.MIN_TABLE_LENGTH
-
-
-def _rows_taken(lengths: np.ndarray, table_length: int) -> np.ndarray:
-    """`scheduling.rows_taken` of each length."""
-    return np.maximum(-(-lengths // table_length), 1)
 
 
 def _affordable_slots(budget: KVBudget, most: int, own_length: int, load: Load, expected: Expected) -> int:

@@ -31,17 +31,7 @@ from rl.trained import load_start
 from rl.weights import find_origin
 from tests import tunix_golden
 
-# Tunix 0.1.7 uses interfaces that jax and flax are about to drop, and says so at every call.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{text}:DeprecationWarning")
-    for text in (
-        "jax.experimental.shard_map is deprecated",
-        "jax.interpreters.pxla.thread_resources is deprecated",
-        "'sharding' is deprecated",
-        "'.value' access is now deprecated",
-        "`flax.nnx.State` will be deprecated",
-    )
-]
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in tunix_golden.IGNORED_WARNINGS]
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "data" / "models"
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")

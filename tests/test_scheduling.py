@@ -215,19 +215,19 @@ def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_
     shards = [[[0], [1]], [[2], [3]]]  # two prompts a shard, and one row of the table
     schedule = Schedule(prompts, requests, sampling, None, 0, shards, 1, 16, 1, 2)
     schedule.set_slots(2)
-    assert schedule.wants_prefill(1)
+    assert schedule.num_to_prefill(1)
     assert schedule.admit(1)[1].tolist() == [[[0]], [[0]]]
-    assert not schedule.wants_prefill(1)
+    assert not schedule.num_to_prefill(1)
     # A step in which request 0 of the first shard goes on and request 2 of the second one ends.
     numbers = np.array([[0.5, 0.5]])
     columns = Columns(np.array([[0, 2]]), np.array([[4, 1]]), numbers, numbers, *[np.zeros((1, 2, 0))] * 2)
     report = Report(columns, np.array(1), np.array([0, -1]), np.array([1, 1]), np.array([1, 1]))
     assert [number for number, _ in schedule.read(report)] == [2]
-    assert schedule.wants_prefill(1)
+    assert schedule.num_to_prefill(1)
     (tokens, _, group_ids), places = schedule.admit(1)
     assert places.tolist() == [[[1]], [[0]]], "nothing new in the first shard"
     assert (tokens[1, 0], group_ids[:, 0].tolist()) == (11, [-1, 3])
-    assert not schedule.wants_prefill(1)
+    assert not schedule.num_to_prefill(1)
 
 
 def test_a_long_prompt_takes_rows_of_the_table_and_short_ones_one_each():
@@ -253,7 +253,7 @@ def test_a_long_prompt_takes_rows_of_the_table_and_short_ones_one_each():
     columns = Columns(np.array([[0, 1, 2, 3]]), np.array([[4, 4, 1, 1]]), numbers, numbers, empty, empty)
     report = Report(columns, np.array(1), np.array([0, 1, -1, -1]), np.array([1, 1, 1, 1]), np.array([4]))
     assert [number for number, _ in schedule.read(report)] == [2, 3]
-    assert schedule.wants_prefill(2)
+    assert schedule.num_to_prefill(2)
     (_, _, group_ids), places = schedule.admit(2)
     assert places.tolist() == [[[1, 2, 3], [5, 5, 5]]], "two prompts in one row, the first of them in two parts"
     assert group_ids.tolist() == [[*[2] * 5, *[-1] * 3, 3, *[-1] * 3], [-1] * 12]

@@ -24,17 +24,7 @@ from rl.weights import find_origin, tokenizer_of
 from tests import tunix_golden
 from tests.tiny_models import noisy_params, tiny_config
 
-# Tunix 0.1.7 uses interfaces that jax and flax are about to drop, and says so at every call.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{text}:DeprecationWarning")
-    for text in (
-        "jax.experimental.shard_map is deprecated",
-        "jax.interpreters.pxla.thread_resources is deprecated",
-        "'sharding' is deprecated",
-        "'.value' access is now deprecated",
-        "`flax.nnx.State` will be deprecated",
-    )
-]
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in tunix_golden.IGNORED_WARNINGS]
 GOLDEN = pathlib.Path(__file__).parent / "data" / "models"
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
 FAMILIES = ["qwen3", "qwen2", "llama_tied", "llama3_scaled_rope", "gemma3_text"]

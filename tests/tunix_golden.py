@@ -11,6 +11,17 @@ from typing import Any
 
 import numpy as np
 
+# Tunix 0.1.7 uses interfaces that jax and flax are about to drop, and says so at every call.
+IGNORED_WARNINGS = [
+    f"ignore:{text}:DeprecationWarning"
+    for text in (
+        "jax.experimental.shard_map is deprecated",
+        "jax.interpreters.pxla.thread_resources is deprecated",
+        "'sharding' is deprecated",
+        "'.value' access is now deprecated",
+        "`flax.nnx.State` will be deprecated",
+    )
+]
 FOLDER = pathlib.Path(__file__).with_name("data") / "tunix_models"
 VOCAB = 61
 COMMON = {

@@ -322,10 +322,14 @@ def base_specs(config: ModelConfig | ForeignConfig) -> dict[str, Any]:
 
 def spec_at(config: ModelConfig | ForeignConfig, path: Iterable[str]) -> ParameterSpec:
     """That of one parameter of `base_specs`."""
-    spec: Any = config.specs
+    return leaf_at(config.specs, path)
+
+
+def leaf_at(tree: Any, path: Iterable[str]) -> Any:
+    """The value at a path."""
     for name in path:
-        spec = spec[name]
-    return spec
+        tree = tree[name]
+    return tree
 
 
 def _decoder_specs(config: ModelConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs
+from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs, leaf_at
 from rl.models.hf_config import config_json, generation_json, read_config, read_json
 from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
@@ -37,9 +37,9 @@ __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weigh
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SCALE = "_scale"  # end of the name of the scale of a quantised tensor
-_OTHERS = ("*.json", "*.txt", "*.model", "*.jinja")
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-SHAPE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub repository: all but weights
+QUANTIZED_TYPES = {"int8": ("I8",), "int4": ("U8",), "float8_e4m3fn": ("U8",)}
+SHAPE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub repository or a folder: all but weights
 HUB_PATTERNS = (*SHAPE_PATTERNS, "*.safetensors")
 
 
@@ -172,7 +172,7 @@ def _stored_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tup
             continue
         sizes = scale_shape(spec.shape, spec.contract_dims, quantization.group_size)
         packed = (*shape[:-1], shape[-1] // 2) if quantization.dtype == "int4" else shape
-        tensors[name] = (packed, ("I8",) if quantization.dtype == "int8" else ("U8",))
+        tensors[name] = (packed, QUANTIZED_TYPES[quantization.dtype])
         tensors[name + SCALE] = (_stored_shape(path, sizes), ("F32",))
     return tensors
 
@@ -386,7 +386,7 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 def copy_others(folder: pathlib.Path, out: pathlib.Path) -> None:
     """Copies what a model's folder holds besides weights and config.json: tokenizer, chat template, and so on."""
-    for pattern in _OTHERS:
+    for pattern in SHAPE_PATTERNS:
         for file in sorted(folder.glob(pattern)):
             if file.name not in ("config.json", INDEX_FILE):
                 shutil.copyfile(file, out / file.name)
@@ -467,13 +467,6 @@ def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[t
             yield from _leaves(child, (*prefix, name))
         else:
             yield (*prefix, name), child
-
-
-def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
-    """The value at a path."""
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 def set_leaf(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

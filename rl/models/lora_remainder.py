@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl.models.config import LORA_A, LORA_B, ModelConfig
-from rl.models.hf import leaf_at
+from rl.models.config import LORA_A, LORA_B, ModelConfig, leaf_at
 from rl.models.lora import Params, join, merge_each, to_float64, unmerge
 
 REMAINDER_FILE = "lora_remainder.npz"

@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rl.checkpoint_files import StoredArray, item_folders, read_array, stored_arrays
-from rl.models.config import ModelConfig, base_specs, flatten_specs
-from rl.models.hf import check_tree, content_hash, leaf_at, new_folder, place, same_bits, set_leaf, write_model_files
+from rl.models.config import ModelConfig, base_specs, flatten_specs, leaf_at
+from rl.models.hf import check_tree, content_hash, new_folder, place, same_bits, set_leaf, write_model_files
 from rl.models.ops import dtype_of
 
 FOLDER = "params"

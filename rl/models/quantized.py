@@ -142,8 +142,13 @@ def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
 
 def dequantize_params(params: Any, dtype: Any) -> Any:
     """A tree of parameters with a plain array of `dtype` in place of each quantised one; the others as they are."""
-    is_small = lambda leaf: isinstance(leaf, QuantizedArray)  # noqa: E731
-    return jax.tree.map(lambda leaf: dequantize(leaf, dtype) if is_small(leaf) else leaf, params, is_leaf=is_small)
+    widen = lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf  # noqa: E731
+    return jax.tree.map(widen, params, is_leaf=is_quantized)
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a node of a tree of parameters is a quantised one, and no subtree."""
+    return isinstance(leaf, QuantizedArray)
 
 
 def pack(values: np.ndarray) -> np.ndarray:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl.models.config import ForeignConfig, Quantization, flatten_specs
-from rl.models.hf import FLOAT_TYPES, SCALE, leaf_at, open_tensors, place, set_leaf, tensor_locations
+from rl.models.config import ForeignConfig, Quantization, flatten_specs, leaf_at
+from rl.models.hf import FLOAT_TYPES, QUANTIZED_TYPES, SCALE, open_tensors, place, set_leaf, tensor_locations
 from rl.models.ops import dtype_of
 from rl.models.quantized import QuantizedArray, is_chosen, pack, scale_shape, unpack
 
@@ -90,9 +90,9 @@ def _forms(config: ForeignConfig) -> dict[str, tuple[tuple[int, ...], tuple[str,
             forms[name] = (spec.shape, FLOAT_TYPES)
             continue
         size = int(np.prod(spec.shape))
-        forms[name] = ((size + 1) // 2,) if quantization.dtype == "int4" else spec.shape, _TYPES[quantization.dtype]
+        forms[name] = (
+            ((size + 1) // 2,) if quantization.dtype == "int4" else spec.shape,
+            QUANTIZED_TYPES[quantization.dtype],
+        )
         forms[name + SCALE] = (scale_shape(spec.shape, spec.contract_dims, quantization.group_size), ("F32",))
     return forms
-
-
-_TYPES = {"int8": ("I8",), "int4": ("U8",), "float8_e4m3fn": ("U8",)}

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from rl.models import ops
 from rl.models.cache import LayerCache, LayerKV
 from rl.models.config import ModelConfig, parameter_specs
-from rl.models.quantized import QuantizedArray, chosen_matrices
+from rl.models.quantized import chosen_matrices, is_quantized
 
 # (parameters of a layer, x [B, T, D], its context, its cache or None) -> (x [B, T, D], the cache)
 ApplyLayer = Callable[[Any, jax.Array, ops.LayerContext, LayerCache | None], tuple[jax.Array, LayerCache | None]]
@@ -111,7 +111,7 @@ def scan_layers(
         # Inside a loop nothing can be merged with the first computation, so the barrier of prevent_cse is not needed.
         step = jax.checkpoint(step, prevent_cse=False, **ops.remat_options(remat))
 
-    stacked_params = jax.tree.map(lambda *leaves: _stack(config, leaves), *layers, is_leaf=_is_quantized)
+    stacked_params = jax.tree.map(lambda *leaves: _stack(config, leaves), *layers, is_leaf=is_quantized)
     stacked = (stacked_params, types_L, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches))
     if remat != "full":
         x_BTD, own = jax.lax.scan(step, x_BTD, stacked)
@@ -137,12 +137,8 @@ def _with_own(cache: LayerCache | None, own: LayerKV | None, index: int) -> Laye
 
 def _stack(config: ModelConfig, leaves: Sequence[Any]) -> Any:
     """The leaves on a new first axis; matrices in the compute dtype, to which each product casts them anyway."""
-    if _is_quantized(leaves[0]):
+    if is_quantized(leaves[0]):
         return jax.tree.map(lambda *parts: jnp.stack(parts), *leaves)
     if leaves[0].ndim > 1:
         leaves = [leaf.astype(ops.dtype_of(config.dtype)) for leaf in leaves]
     return jnp.stack(leaves)
-
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedArray)

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from rl.models.config import ForeignConfig, spec_at
-from rl.models.hf import leaf_at, open_tensors, save_tensors, write_json
+from rl.models.config import ForeignConfig, leaf_at, spec_at
+from rl.models.hf import open_tensors, save_tensors, write_json
 from rl.models.hf_config import read_json
 from rl.models.ops import dtype_of
 from rl.models.train_state import string_keys

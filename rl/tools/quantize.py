@@ -47,7 +47,7 @@ from rl.models.quantized import QuantizedArray, chosen_matrices, is_chosen, tile
 from rl.tokenizer import Tokenizer, load_tokenizer
 from rl.tools import layerwise
 from rl.tools.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
-from rl.tools.quantize_report import Report, layer_report, print_report, quantize_and_compare, relative
+from rl.tools.quantize_report import Report, check_start, layer_report, print_report, quantize_and_compare, relative
 from rl.trained import resolve_model
 from rl.weights import tokenizer_of
 
@@ -76,12 +76,7 @@ def quantize_folder(
     start_bytes = peak_bytes()
     folder = resolve_source(source)
     config = read_config(folder)
-    if config.quantization is not None:
-        raise ValueError(
-            f"{folder} must hold plain weights, got {config.quantization.dtype} already; take what it was made from"
-        )
-    if tokens is not None and max(tokens) >= config.vocab_size:
-        raise ValueError(f"tokens of the text must be below {config.vocab_size}, got {max(tokens)}; check --tokenizer")
+    check_start(folder, config, tokens)
     num_matrices = len(_check_matrices(config, quantization))
     locations = check_weights(folder, config)
     units = _units(config)

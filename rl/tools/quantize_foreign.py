@@ -25,7 +25,7 @@ from rl.models.ops import dtype_of
 from rl.models.quantized import chosen_matrices, tile_of
 from rl.models.quantized_files import stored_form
 from rl.prompt_logprobs import PromptScorer
-from rl.tools.quantize_report import Report, layer_report, quantize_and_compare
+from rl.tools.quantize_report import Report, check_start, layer_report, quantize_and_compare
 from rl.trained import load_start
 from rl.weights import find_origin, tokenizer_of
 
@@ -118,17 +118,12 @@ def _check(
         raise ValueError(
             f"model.weights must name the weights of {config.model.source}, got null; grpo export writes such a file"
         )
-    if model.quantization is not None:
-        raise ValueError(
-            f"{folder} must hold plain weights, got {model.quantization.dtype} already; take what it was made from"
-        )
+    check_start(folder, model, tokens)
     if quantization.head:
         raise ValueError(
             f"--head must be left out with model.source {config.model.source!r}, whose head is not known by name; find "
             "it with --only"
         )
-    if tokens is not None and max(tokens) >= model.vocab_size:
-        raise ValueError(f"tokens of the text must be below {model.vocab_size}, got {max(tokens)}; check --tokenizer")
     return folder
 
 

@@ -1,4 +1,5 @@
-"""How far quantised matrices are from what they were, layer by layer, and what `grpo quantize` says in the end.
+"""What quantising any model has in common: what is refused, how far matrices are from what they were, layer by layer,
+and what `grpo quantize` says in the end.
 
 In: the matrices of a layer, one at a time. Out: each quantised, with its error; `Report`, as text. Not here: reading
 and writing of models.
@@ -6,12 +7,13 @@ and writing of models.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from rl.models.config import Quantization
+from rl.models.config import ForeignConfig, ModelConfig, Quantization
 from rl.models.quantized import QuantizedArray, dequantize, quantize
 
 
@@ -50,6 +52,16 @@ class Report:
     num_tokens: int
     start_bytes: int
     peak_bytes: int
+
+
+def check_start(folder: pathlib.Path, config: ModelConfig | ForeignConfig, tokens: Sequence[int] | None) -> None:
+    """ValueError for weights in `folder` that are quantised already, and for tokens outside of the vocabulary."""
+    if config.quantization is not None:
+        raise ValueError(
+            f"{folder} must hold plain weights, got {config.quantization.dtype} already; take what it was made from"
+        )
+    if tokens is not None and max(tokens) >= config.vocab_size:
+        raise ValueError(f"tokens of the text must be below {config.vocab_size}, got {max(tokens)}; check --tokenizer")
 
 
 def quantize_and_compare(
