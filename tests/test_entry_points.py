@@ -11,8 +11,11 @@ import pytest
 import yaml
 
 from rl.cli import COMMANDS, main
+from rl.config import load_config
+from rl.models import own
 from rl.states import InitStateFn
 from rl.tools import checkpoint, lora
+from rl.trained import load_start
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAVOURS = {"linen": False, "nnx": True}
@@ -34,15 +37,16 @@ lora: {{rank: {rank}}}
 eval: {{every: 0}}
 mesh: {{num_devices: 1}}
 """
-# `launch` starts others, `report` reads metrics, `data` prompts; what works on files, `quantize` layer by layer, is
-# walked as well, and holds no state.
+# `launch` starts others, `report` reads metrics, `data` prompts; what works on files, `quantize` of a folder layer by
+# layer, is walked as well, and holds no state.
 NOT_WALKED = {"data", "launch", "report"}
-ON_FILES = {("quantize",), ("checkpoint", "inspect"), ("checkpoint", "convert")}
+ON_FILES = {("quantize", "folder"), ("checkpoint", "inspect"), ("checkpoint", "convert")}
 # Parameters only, of whole weights and of adapters beside their base.
 NO_OPTIMIZER = {
     ("eval",),
     ("sample",),
     ("export",),
+    ("quantize", "own.yml"),
     *(("lora", name) for name in ("extract", "merge", "unmerge", "inspect")),
 }
 
@@ -64,6 +68,11 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
                 rank=rank,
             )
         )
+    own_module, own_weights = tmp_path / "own.yml", tmp_path / "own.safetensors"
+    source = f"{ROOT}/examples/own_model/{'gpt' if FLAVOURS[flavour] else 'ssm'}.py:build"
+    model = {"source": source, "args": {"hidden_size": 16, "num_layers": 1}}
+    own_module.write_text(yaml.safe_dump({"pure_nnx": FLAVOURS[flavour], "model": model, "mesh": {"num_devices": 1}}))
+    own.save_weights(own_weights, load_start(load_config(own_module, ())).params)
     built: list[tuple[str, bool]] = []
     call = InitStateFn.__call__
 
@@ -104,7 +113,10 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
             ["inspect", run],
             ["convert", run, tmp_path / "converted"],
         ],
-        "quantize": [[tmp_path / "folder", tmp_path / "quantized"]],
+        "quantize": [
+            [tmp_path / "folder", tmp_path / "quantized"],
+            [own_module, tmp_path / "quantized_own", "--text", own_module, f"model.weights={own_weights}"],
+        ],
         "compile": [[whole, "--devices", "cpu:1", "--json", tmp_path / "report.json"]],
     }
     assert {*walk, *NOT_WALKED} == set(COMMANDS)
@@ -117,7 +129,7 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
             status = main([command, *map(str, arguments)])
             said = capsys.readouterr()
             assert status in (0, None), (command, arguments, said.err)
-            names = {(command,), (command, str(arguments[0]))}
+            names = {(command,), (command, pathlib.Path(arguments[0]).name)}
             if names & ON_FILES:
                 assert not built, f"grpo {command} {arguments} built a state"
                 continue

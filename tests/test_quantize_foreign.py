@@ -21,7 +21,7 @@ from rl.logprobs import token_logprobs
 from rl.models import own
 from rl.models.config import Quantization, flatten_specs, spec_at
 from rl.models.foreign import check_weights, weight_reader
-from rl.models.hf import set_leaf
+from rl.models.hf import save_folder, set_leaf
 from rl.models.policy import foreign_config
 from rl.models.quantized import QuantizedArray, dequantize, quantize
 from rl.tokenizer import load_tokenizer
@@ -30,6 +30,7 @@ from rl.tools.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
 from rl.trained import load_start
 from rl.weights import find_origin
 from tests import tunix_golden
+from tests.tiny_models import noisy_params, tiny_config
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in tunix_golden.IGNORED_WARNINGS]
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -267,38 +268,50 @@ def test_what_cannot_be_done_with_such_models_is_refused_with_a_way_out(module, 
 
 
 MEASURE = """
-import sys
+import json, sys
 from rl.config import load_config
 from rl.host_memory import limit_arenas
 from rl.models.config import Quantization
 from rl.tools.quantize import MALLOC_ARENAS
-from rl.tools.quantize_foreign import quantize_foreign
+from rl.tools.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
 limit_arenas(MALLOC_ARENAS)  # as the command does
-for weights, num_layers in zip(sys.argv[1:], (2, 14)):  # what compiling and one layer take, then the rest
-    sizes = f"model.args={{hidden_size: 512, num_layers: {num_layers}}}"
-    source = ["pure_nnx=false", "model.source=examples/own_model/ssm.py:build", f"model.weights={weights}"]
-    config = load_config(None, [*source, sizes])
-    report = quantize_foreign(config, weights + ".out", Quantization("int4", 32, ("kernel$",)))
+kind, out, *models = sys.argv[1:]
+for number, settings in enumerate(models):  # what compiling and one layer take, then the rest
+    quantization = Quantization("int4", 32, (DEFAULT_PATTERNS[kind],))
+    report = quantize_foreign(load_config(None, json.loads(settings)), f"{out}/{number}", quantization)
 print(report.bytes_before, report.start_bytes, report.peak_bytes)
 """
 
 
+def own_module_of(num_layers, folder):
+    """Writes the weights of a module of the user's own; the settings that name it."""
+    sizes = f"model.args={{hidden_size: 512, num_layers: {num_layers}}}"
+    settings = ["pure_nnx=false", f"model.source={EXAMPLES['linen']}:build", sizes]
+    specs = flatten_specs(find_origin(load_config(None, settings), load_tokenizer("byte")).model_config.specs)
+    params: dict = {}
+    for path, spec in specs:
+        set_leaf(params, path, np.full(spec.shape, 0.01, np.float32))
+    file = folder / f"{num_layers}.safetensors"
+    own.save_weights(file, params)
+    return [*settings, f"model.weights={file}"]
+
+
+def tunix_model_of(num_layers, folder):
+    """Writes a Qwen3 for Tunix; the settings that name it."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
+    config = tiny_config(vocab_size=259, num_layers=num_layers, **sizes)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), noisy_params(config))
+    save_folder(folder / str(num_layers), config, params, max_shard_bytes=1e8)
+    return [f"model.source=tunix:{folder / str(num_layers)}", "tokenizer.source=byte"]
+
+
 @pytest.mark.slow
-def test_one_layer_of_a_module_of_ones_own_is_in_memory_at_a_time(tmp_path):
+@pytest.mark.parametrize(("kind", "model_of"), [("own", own_module_of), ("tunix", tunix_model_of)])
+def test_one_layer_is_in_memory_at_a_time(kind, model_of, tmp_path):
     """With 14 layers the process is hardly larger than with 2 of the same shape."""
-    files = []
-    for num_layers in (2, 14):
-        sizes = f"model.args={{hidden_size: 512, num_layers: {num_layers}}}"
-        config = load_config(None, ["pure_nnx=false", f"model.source={EXAMPLES['linen']}:build", sizes])
-        specs = flatten_specs(find_origin(config, load_tokenizer("byte")).model_config.specs)
-        params: dict = {}
-        for path, spec in specs:
-            set_leaf(params, path, np.full(spec.shape, 0.01, np.float32))
-        files.append(str(tmp_path / f"{num_layers}.safetensors"))
-        own.save_weights(pathlib.Path(files[-1]), params)
-    output = subprocess.run(
-        [sys.executable, "-c", MEASURE, *files], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
+    models = [json.dumps(model_of(num_layers, tmp_path)) for num_layers in (2, 14)]
+    command = [sys.executable, "-c", MEASURE, kind, str(tmp_path / "out"), *models]
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     size, start, peak = map(int, output.split())
-    assert size > 150e6
+    assert size > 140e6
     assert peak - start < 0.3 * size
