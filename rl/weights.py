@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 from typing import Any
 
@@ -200,9 +201,26 @@ def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> 
 
 
 def use_compilation_cache(config: Config) -> None:
-    """Points XLA's persistent compilation cache at logging.compilation_cache; null leaves it off. Call before the first
-    compilation.
+    """Points XLA's persistent compilation cache at logging.compilation_cache: "auto" is ~/.cache/tandem/programs, null
+    leaves it as jax has it. Call before the first compilation.
     """
-    if config.logging.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", config.logging.compilation_cache)
+    folder = config.logging.compilation_cache
+    if folder == "auto":
+        folder = _own_cache()
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a run has dozens of small programs
+
+
+def _own_cache() -> str | None:
+    """A folder in the user's cache; None where JAX_COMPILATION_CACHE_DIR is set, which jax follows by itself (empty: no
+    cache), and where no such folder can be made.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return None
+    try:
+        folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tandem" / "programs"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: nobody's home is known
+        return None
+    return str(folder)

@@ -12,6 +12,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 # No test may reach for a hub: a missing file should fail at once, not after a network time-out.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What one test compiled is not what another finds compiled; a recipe can still name a cache of its own.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Two test processes may describe TPU chips at a time; none of them opens a real one.
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"

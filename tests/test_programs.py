@@ -1,10 +1,16 @@
-"""Programs by key: each is built once, in the background or where it is needed first, and nobody waits for others."""
+"""Programs by key: each is built once, in the background or where it is needed first, and nobody waits for others; and
+the folder in which they are kept for the next process.
+"""
 
+import pathlib
 import threading
 
+import jax
 import pytest
 
+from rl.config import load_config
 from rl.programs import Programs
+from rl.weights import use_compilation_cache
 
 SECONDS = 30  # that a test waits for what must happen at once
 
@@ -91,3 +97,36 @@ def test_close_drops_what_waits_and_lets_what_is_being_built_come_to_its_end():
     assert programs.get("slow", thread_name) == "through the gate"
     assert not built
     programs.wait()
+
+
+@pytest.fixture
+def cache_settings():
+    """What jax is told of its cache, as a function; as it was before, afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield lambda: tuple(getattr(jax.config, name) for name in names)
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_programs_are_kept_in_the_users_cache_unless_something_else_is_said(cache_settings, tmp_path, monkeypatch):
+    before = cache_settings()
+    auto = load_config(None, [])
+    use_compilation_cache(auto)  # JAX_COMPILATION_CACHE_DIR is set
+    assert cache_settings() == before
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where no folder can be made
+    use_compilation_cache(auto)
+    use_compilation_cache(load_config(None, ["logging.compilation_cache=null"]))
+    assert cache_settings() == before
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    use_compilation_cache(auto)
+    assert cache_settings() == (str(tmp_path / "cache" / "tandem" / "programs"), 0)
+    assert pathlib.Path(cache_settings()[0]).is_dir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    use_compilation_cache(load_config(None, ["logging.compilation_cache=~/programs"]))
+    assert cache_settings() == (str(tmp_path / "programs"), 0)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    use_compilation_cache(auto)
+    assert cache_settings() == (str(tmp_path / ".cache" / "tandem" / "programs"), 0)

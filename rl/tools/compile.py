@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", default=None, metavar="FILE", help="write the report")
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     config = load_config(arguments.config, arguments.overrides)
-    use_compilation_cache(config)
+    if config.logging.compilation_cache != "auto":  # what compiling takes is told only of what is compiled
+        use_compilation_cache(config)
     limit_arenas(MALLOC_ARENAS)
     if arguments.topology is not None and not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # no device of this machine is used, so none is taken
