@@ -71,6 +71,11 @@ class Shape:
         return dataclasses.replace(self, num_slots=num_slots, length=length, num_readers=num_readers)
 
 
+# XLA for TPU takes a product over shards apart into a loop that passes pieces on, to overlap it with their transport.
+# One token of each slot is too little for that: each piece waits for the one before, and each product is a loop to compile.
+WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**40}
+
+
 @dataclasses.dataclass
 class DecodeState:
     """What decoding changes, and the prompts it reads (no table before the first `insert`). Passed on and never copied;
@@ -118,6 +123,7 @@ class Engine:
         self._everywhere = replicated(mesh)
         self._rows = row_sharding(mesh, rules)
         self._array_shardings = self._part_shardings(mesh, rules)
+        self._decode_options = WHOLE_PRODUCTS if mesh.devices.flat[0].platform == "tpu" else None
 
     # Prefill: prompts into rows of a cache
 
@@ -371,7 +377,8 @@ class Engine:
             self._everywhere,
         )
         function = partial(decoding.generate, self.policy, sampling, chunk, shape.num_readers, self._rows)
-        return Program(function, shardings, (parts, slots, self._everywhere), donate=(1, 2)), arguments
+        results = (parts, slots, self._everywhere)
+        return Program(function, shardings, results, donate=(1, 2), compiler_options=self._decode_options), arguments
 
     def _prefill_build(
         self, params: Any, num_rows: int, chunk: int, length: int, common_length: int

@@ -4,7 +4,7 @@ first asked for, or before that by a thread in the background. Not here: compile
 
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,12 +23,14 @@ class Program:
       in_shardings: per argument a tree of shardings, or one sharding for all of it.
       out_shardings: the same for the result.
       donate: which arguments lose their memory to the result.
+      compiler_options: for XLA; None: its own choice.
     """
 
     function: Callable[..., Any]
     in_shardings: tuple[Any, ...]
     out_shardings: Any
     donate: tuple[int, ...] = ()
+    compiler_options: Mapping[str, Any] | None = None
 
     def jit(self) -> Any:
         """The function under `jax.jit`. Arguments that it does not read stay parameters of the executable."""
@@ -38,6 +40,7 @@ class Program:
             out_shardings=self.out_shardings,
             donate_argnums=self.donate,
             keep_unused=True,
+            compiler_options=self.compiler_options,
         )
 
     def compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:

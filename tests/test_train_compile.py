@@ -915,6 +915,21 @@ def test_the_command_compiles_every_program_for_two_slices_and_saves_them(tmp_pa
     assert between  # the copies along data are in different slices
 
 
+@pytest.mark.slow
+def test_decoding_on_tpus_computes_products_of_large_matrices_whole():
+    """Left to itself the compiler makes some of them loops over shards."""
+    pytest.importorskip("libtpu")
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_heads": 64, "num_kv_heads": 8, "head_dim": 128}
+    arch = {**sizes, "vocab_size": 1024, "num_layers": 1}
+    mesh = ("mesh.data=1", "mesh.fsdp=16", "mesh.tensor=8", "grpo.max_tokens_per_microbatch=4096")
+    config = tiny(f"model.arch={json.dumps(arch)}", "model.dtype=bfloat16", *mesh)
+    loop = loop_programs(config, find_devices("v5p:4x4x8", 1, None), CHIPS["TPU v5"].memory)
+    _, compiled = compile_one(next(p for p in loop.programs if p.name == "decode" and p.is_reported))
+    loops = [line for line in compiled.as_text().splitlines() if " while(" in line]
+    assert loops
+    assert not [line for line in loops if "dot_general" in line]
+
+
 def test_what_crosses_the_network_between_slices_is_counted_apart():
     pytest.importorskip("libtpu")
     section = load_config(None, ["mesh.data=2", "mesh.fsdp=4"]).mesh
