@@ -72,7 +72,7 @@ class Shape:
 
 
 # XLA for TPU takes a product over shards apart into a loop that passes pieces on, to overlap it with their transport.
-# One token of each slot is too little for that: each piece waits for the one before, and each product is a loop to compile.
+# One token of each slot is too little for that: each piece waits for the one before, and each loop must be compiled.
 WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**40}
 
 

@@ -40,7 +40,7 @@ class Program:
             out_shardings=self.out_shardings,
             donate_argnums=self.donate,
             keep_unused=True,
-            compiler_options=self.compiler_options,
+            compiler_options=None if self.compiler_options is None else dict(self.compiler_options),
         )
 
     def compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
