@@ -239,27 +239,51 @@ def find_stop(
 ) -> tuple[int, str] | None:
     """(number of tokens up to the one that completes the first stop string, that string), or None.
 
-    The text is that of the tokens together, so a stop string is found across token boundaries. One that the first
-    `min_completion_length` tokens complete does not count.
+    The text is that of the tokens together, so a stop string is found across token boundaries. One that the
+    first `min_completion_length` tokens or fewer show does not count.
 
     Args:
       num_checked: tokens known to complete none.
     """
-    num_ignored = len(decode_text(token_ids[: sampling.min_completion_length]))
+    stops, minimum = sampling.stop_strings, sampling.min_completion_length
 
-    def completed(num_tokens: int) -> str | None:
-        text = decode_text(token_ids[:num_tokens])
-        stops = sampling.stop_strings
-        return next((stop for stop in stops if text.find(stop, max(0, num_ignored - len(stop) + 1)) >= 0), None)
+    def completed(text: str) -> str | None:
+        held = [stop for stop in stops if stop in text]
+        num_ignored = _num_shown(token_ids[:minimum], text, decode_text) if held else 0
+        return next((stop for stop in held if text.find(stop, max(0, num_ignored - len(stop) + 1)) >= 0), None)
 
-    first = max(num_checked, sampling.min_completion_length) + 1
-    if first > len(token_ids) or completed(len(token_ids)) is None:
+    first = max(num_checked, minimum) + 1
+    if first > len(token_ids):
+        return None
+    if completed(decode_text(token_ids)) is None:
         return None
     for num_tokens in range(first, len(token_ids) + 1):
-        stop = completed(num_tokens)
+        stop = completed(decode_text(token_ids[:num_tokens]))
         if stop is not None:
             return num_tokens, stop
     raise AssertionError("a stop string that is in the whole is in one of its beginnings")
+
+
+def _num_shown(token_ids: Sequence[int], text: str, decode_text: Callable[[Sequence[int]], str]) -> int:
+    """Characters at the start of a text that some of the first of these tokens show as they are there.
+
+    The text of all of them may end in characters that are not finished; then that of fewer tokens shows more.
+    """
+    num_shown = 0
+    for num_tokens in range(len(token_ids), 0, -1):
+        beginning = decode_text(token_ids[:num_tokens])
+        num_shared = _num_shared(beginning, text)
+        num_shown = max(num_shown, num_shared)
+        if num_shared == len(beginning):
+            break
+    return num_shown
+
+
+def _num_shared(left: str, right: str) -> int:
+    """Characters that both texts start with."""
+    if right.startswith(left):
+        return len(left)
+    return next(i for i, (a, b) in enumerate(itertools.zip_longest(left, right)) if a != b)
 
 
 def find_end(

@@ -209,6 +209,30 @@ def test_a_stop_string_is_found_at_the_first_completing_token_across_boundaries(
     assert find([1, 2], ("bc",), minimum=2) is None
 
 
+def bytes_text(ids: Sequence[int]) -> str:
+    """As byte-level tokenizers decode: an unfinished character is one U+FFFD."""
+    return bytes(ids).decode(errors="replace")
+
+
+def stop_in_chunks(ids, stops, text, chunk, minimum=0):
+    sampling = SamplingParams(max_completion_length=24, stop_strings=stops, min_completion_length=minimum)
+    for num_checked in range(0, len(ids), chunk):
+        stop = find_stop(ids[: num_checked + chunk], num_checked, sampling, text)
+        if stop is not None:
+            return stop
+    return None
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8])
+def test_a_stop_string_counts_where_the_minimum_length_ends_inside_its_last_character(chunk):
+    def find(stop: str, minimum: int) -> tuple[int, str] | None:
+        return stop_in_chunks(list("xy\u20acab".encode()), (stop,), bytes_text, chunk, minimum)
+
+    assert [find("y\u20ac", minimum) for minimum in range(7)] == [(5, "y\u20ac")] * 5 + [None] * 2
+    assert [find("\u20ac", minimum) for minimum in range(7)] == [(5, "\u20ac")] * 5 + [None] * 2
+    assert [find("\u20aca", minimum) for minimum in range(7)] == [(6, "\u20aca")] * 6 + [None]
+
+
 def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_draw():
     prompts, requests = [[5, 6], [7, 8], [9, 10], [11, 12]], requests_for(range(4), 1, 3)
     sampling = SamplingParams(max_completion_length=3, eos_ids=(1,))
