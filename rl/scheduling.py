@@ -23,6 +23,7 @@ MAX_HALVINGS = 3  # of the slots: each is a program to compile
 MIN_LENGTH = 64  # of the own cache, where completions may be longer
 LENGTH_UNIT = 16
 MIN_TABLE_LENGTH = 16
+REPLACEMENT = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,8 @@ def find_stop(
 ) -> tuple[int, str] | None:
     """(number of tokens up to the one that completes the first stop string, that string), or None.
 
-    The text is that of the tokens together, so a stop string is found across token boundaries. One that the
+    The text is that of the tokens together, so a stop string is found across token boundaries. It ends a completion
+    after the fewest tokens whose text shows it, however many are looked at together and whatever follows. One that the
     first `min_completion_length` tokens or fewer show does not count.
 
     Args:
@@ -255,13 +257,14 @@ def find_stop(
     first = max(num_checked, minimum) + 1
     if first > len(token_ids):
         return None
-    if completed(decode_text(token_ids)) is None:
+    text = decode_text(token_ids)
+    if completed(text) is None and not _may_hide(text, token_ids[: first - 1], stops, decode_text):
         return None
     for num_tokens in range(first, len(token_ids) + 1):
         stop = completed(decode_text(token_ids[:num_tokens]))
         if stop is not None:
             return num_tokens, stop
-    raise AssertionError("a stop string that is in the whole is in one of its beginnings")
+    return None
 
 
 def _num_shown(token_ids: Sequence[int], text: str, decode_text: Callable[[Sequence[int]], str]) -> int:
@@ -277,6 +280,19 @@ def _num_shown(token_ids: Sequence[int], text: str, decode_text: Callable[[Seque
         if num_shared == len(beginning):
             break
     return num_shown
+
+
+def _may_hide(
+    text: str, checked: Sequence[int], stops: Sequence[str], decode_text: Callable[[Sequence[int]], str]
+) -> bool:
+    """Whether the text of fewer tokens, but more than the checked ones, may show what that of all does not.
+
+    Decoders put U+FFFD for bytes that are no character, and some of them for every byte of a run until the last
+    character of the run is finished. All else only grows.
+    """
+    if any(REPLACEMENT in stop for stop in stops):
+        return True
+    return REPLACEMENT in text and REPLACEMENT in text[_num_shared(decode_text(checked), text) :]
 
 
 def _num_shared(left: str, right: str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from tokenizers import decoders
 
 from rl.decoding import Columns, Report
 from rl.sampling import SamplingParams
@@ -214,6 +215,15 @@ def bytes_text(ids: Sequence[int]) -> str:
     return bytes(ids).decode(errors="replace")
 
 
+def byte_fallback_text(ids: Sequence[int]) -> str:
+    """As tokenizers of Llama 2 and Mistral decode: of bytes in a row all are U+FFFD while one character is unfinished.
+    256 and what follows are whole words.
+    """
+    words = ("\u2581hi", "yo")
+    decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return decoder.decode([f"<0x{i:02X}>" if i < 256 else words[i - 256] for i in ids])
+
+
 def stop_in_chunks(ids, stops, text, chunk, minimum=0):
     sampling = SamplingParams(max_completion_length=24, stop_strings=stops, min_completion_length=minimum)
     for num_checked in range(0, len(ids), chunk):
@@ -231,6 +241,46 @@ def test_a_stop_string_counts_where_the_minimum_length_ends_inside_its_last_char
     assert [find("y\u20ac", minimum) for minimum in range(7)] == [(5, "y\u20ac")] * 5 + [None] * 2
     assert [find("\u20ac", minimum) for minimum in range(7)] == [(5, "\u20ac")] * 5 + [None] * 2
     assert [find("\u20aca", minimum) for minimum in range(7)] == [(6, "\u20aca")] * 6 + [None]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("last", [257, ord("!"), 0xF0])
+def test_bytes_that_hide_a_stop_string_for_a_while_or_for_good_change_nothing(chunk, last):
+    newline, emoji = ord("\n"), list("\U0001f600".encode())
+    ids = [*[256] * 6, newline, *emoji, last, newline, 257]
+    shown = [byte_fallback_text(ids[:count]).count("\n") for count in range(6, 12)]
+    assert shown == [0, 1, 0, 0, 0, 1]
+    assert stop_in_chunks(ids, ("\n",), byte_fallback_text, chunk) == (7, "\n")
+    assert stop_in_chunks(ids[:9], ("\n",), byte_fallback_text, chunk) == (7, "\n")
+    assert stop_in_chunks([*ids[:9], 257], ("\n",), byte_fallback_text, chunk) == (7, "\n")
+    # What the first tokens complete does not count when it is seen again.
+    later = None if last == 0xF0 else (13, "\n")
+    for minimum in range(7, 12):
+        assert stop_in_chunks(ids, ("\n",), byte_fallback_text, chunk, minimum) == later
+
+
+@pytest.mark.parametrize("text", [bytes_text, byte_fallback_text])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stop_string_does_not_depend_on_how_many_tokens_are_looked_at_together(text, seed):
+    """The completion ends with the first token after which the text holds one, whatever follows."""
+    rng = np.random.default_rng(seed)
+    pieces = [b"a", b"\n", "\u20ac".encode(), "\U0001f600".encode(), b"\xf0\x9f", b"\x80"]
+    pieces = [*pieces, b"", b""]  # nothing stands for a word
+    ids: list[int] = []
+    while len(ids) < 20:
+        ids += list(pieces[rng.integers(len(pieces))]) or ([256] if text is byte_fallback_text else [32])
+    for stops in (("\n",), ("a\n", "\u20ac"), ("\U0001f600\u20ac", "\u20aca"), ("\ufffd",)):
+        for minimum in (0, 3, 6):
+            found = {stop_in_chunks(ids, stops, text, chunk, minimum) for chunk in (1, 2, 5, 8, 40)}
+            assert len(found) == 1
+            texts = [text(ids[:count]) for count in range(len(ids) + 1)]
+            first = next((n for n, shown in enumerate(texts) if any(stop in shown for stop in stops)), None)
+            stop = found.pop()
+            if minimum == 0:
+                assert (None if stop is None else stop[0]) == first
+            elif first is not None and first > minimum:
+                assert stop is not None
+                assert stop[0] == first
 
 
 def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_draw():
