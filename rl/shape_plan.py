@@ -60,32 +60,53 @@ class KVBudget(NamedTuple):
     per_position: list[int]
 
 
-class Load(NamedTuple):
-    """The most of any shard: requests, prompts or parts of them, and requests of one of these."""
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What the shards get: how many requests each prompt, or part of one, has there, in the order of their prefill."""
 
-    requests: int
-    pieces: int
-    piece_size: int
+    shards: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, shards: Sequence[Sequence[Sequence[int]]]) -> "Load":
         """Of what `scheduling.deal` gives."""
-        return cls(
-            max(sum(len(piece) for piece in pieces) for pieces in shards),
-            max(len(pieces) for pieces in shards),
-            max(len(piece) for pieces in shards for piece in pieces),
-        )
+        return cls(tuple(tuple(len(piece) for piece in pieces) for pieces in shards))
+
+    @functools.cached_property
+    def requests(self) -> int:
+        """The most of any shard."""
+        return max(sum(sizes) for sizes in self.shards)
+
+    @functools.cached_property
+    def pieces(self) -> int:
+        """The most prompts, or parts of them, of any shard."""
+        return max(len(sizes) for sizes in self.shards)
+
+    @functools.cached_property
+    def piece_size(self) -> int:
+        """The most requests of one of these."""
+        return max(size for sizes in self.shards for size in sizes)
 
     def fits(self, other: "Load", num_slots: int) -> bool:
         """Whether a shape of so many slots for the other one serves this one: fewer samples of a prompt than the other
         has need more prompts at a time to keep the slots busy.
         """
-        is_within = all(mine <= others for mine, others in zip(self, other, strict=True))
-        return is_within and self.prompts_at_once(num_slots) <= other.prompts_at_once(num_slots)
+        return (
+            self.requests <= other.requests
+            and self.pieces <= other.pieces
+            and self.piece_size <= other.piece_size
+            and self.prompts_at_once(num_slots) <= other.prompts_at_once(num_slots)
+        )
 
     def in_flight(self, num_slots: int) -> int:
-        """Prompts whose samples are being drawn, half as many again for stragglers and for those that come next."""
-        return math.ceil(1.5 * num_slots / self.piece_size) + 1
+        """Prompts whose samples are being drawn, half as many again for stragglers and for those that come next: as
+        many as it takes where prompts in a row have fewest requests.
+        """
+        return max(_longest_run(totals, math.ceil(1.5 * num_slots)) for totals in self._running_totals) + 1
+
+    @functools.cached_property
+    def _running_totals(self) -> list[np.ndarray]:
+        """Requests of the first 0, 1, 2, ... pieces of each shard."""
+        return [np.cumsum((0, *sizes)) for sizes in self.shards]
 
     def prompts_at_once(self, num_slots: int) -> int:
         """Prompts that the table holds at one time."""
@@ -146,6 +167,12 @@ def first_shape(
         common_length=len(expected.common),
         num_waiting=2 * most,
     )
+
+
+def _longest_run(totals: np.ndarray, enough: int) -> int:
+    """The most pieces in a row that it takes to have enough requests, or that there are; see `Load._running_totals`."""
+    lasts = np.searchsorted(totals, totals[:-1] + enough).clip(max=len(totals) - 1)
+    return int(np.max(lasts - np.arange(len(lasts)), initial=0))
 
 
 def _half(table_length: int) -> int:

@@ -311,6 +311,18 @@ def test_a_long_queue_streams_through_a_table_of_constant_size(qwen):
     assert_same(flatten(few), flatten(expected[:12]), 1e-5)
 
 
+def test_one_prompt_of_many_samples_leaves_no_slot_idle_for_long(qwen):
+    """Requests of one token take a step each: eight slots draw 32 of them in four steps, and in a few more at most."""
+    counts = (8, *[1] * 24)
+    requests = [Request(p, p, s, 1) for p, count in enumerate(counts) for s in range(count)]
+    setup = with_sampler(qwen, slots=8)
+    reports = record_reports(setup)
+    prompts = [[3 + p] for p in range(len(counts))]
+    drawn = setup.sampler.stream(setup.params, prompts, requests, changed(max_completion_length=1), jax.random.key(0))
+    assert len(list(drawn)) == len(requests)
+    assert sum(int(report.num_steps) for report in reports) <= 6
+
+
 def test_a_common_prefix_is_cached_once_and_changes_nothing(qwen):
     rng = np.random.default_rng(3)
     head = rng.integers(3, VOCAB, 100).tolist()

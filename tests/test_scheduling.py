@@ -160,6 +160,27 @@ def test_a_call_of_fewer_samples_needs_a_table_for_more_prompts(num_prompts, num
     assert load.fits(planned, 64) == does_fit
 
 
+@pytest.mark.parametrize(
+    ("counts", "num_slots", "at_once"),
+    [
+        ([32, *[1] * 96], 32, 49),
+        ([*[1] * 96, 32], 32, 49),
+        ([64, *[4] * 1318], 256, 97),
+        ([1000, *[1] * 100], 256, 101),
+        ([*[64] * 20, *[4] * 10], 64, 11),
+        ([*[64] * 20, *[4] * 30], 64, 25),
+    ],
+)
+def test_one_prompt_of_many_samples_leaves_the_others_room_in_the_table(counts, num_slots, at_once):
+    """As many prompts as half as many requests again as there are slots, where they lie thinnest, and one more."""
+    requests = [Request(p, p, s, 9) for p, count in enumerate(counts) for s in range(count)]
+    load, expected = Load.of(deal(requests, 1)), Expected((), (40,) * len(counts))
+    shape = first_shape(1, load, expected, 9, num_slots, None)
+    assert load.prompts_at_once(num_slots) == at_once
+    assert (shape.num_slots, shape.num_readers) == (num_slots, min(max(counts), num_slots))
+    assert at_once <= shape.table_rows <= 1.25 * at_once
+
+
 def test_a_prompt_with_most_of_the_requests_is_dealt_to_several_shards():
     requests = [Request(p, p, s, 9) for p, count in enumerate([100, 1, 1, 1, 1, 1, 1, 1, 1]) for s in range(count)]
     assert max(sum(map(len, pieces)) for pieces in deal(requests, 8)) <= 17
