@@ -31,6 +31,7 @@ from rl.mesh import device_memory
 from rl.metrics import Stopwatch
 from rl.models.config import Quantization
 from rl.models.policy import Policy, WavePolicy
+from rl.output_file import check_writable
 from rl.programs import Stored, not_stored
 from rl.rollout import sample_and_score
 from rl.sampler import Sampler
@@ -255,10 +256,13 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 def evaluate_source(
-    model: str | os.PathLike, overrides: Sequence[str] = (), adapter: str | None = None
+    model: str | os.PathLike, overrides: Sequence[str] = (), adapter: str | None = None, output: str | None = None
 ) -> tuple[EvalResult, str]:
     """Evaluates a run (its newest checkpoint) or the weights of a recipe, Hugging Face folder or hub id on the held-out
     rows, with an adapter in PEFT's format beside the weights where one is given.
+
+    Args:
+      output: file that the caller's first process will write; whether it can is checked before anything is loaded.
 
     Returns:
       The result, and where the weights came from, in words.
@@ -270,6 +274,7 @@ def evaluate_source(
     source = resolve_model(model, overrides, adapter=adapter)
     config = source.config
     with hosts.joined(config.distributed):
+        hosts.from_first(lambda: check_writable(output, "--output"))
         use_compilation_cache(config)
         require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
         trained = load_source(source)
@@ -294,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", default=None, metavar="FOLDER", help="an adapter in PEFT's format")
     parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
-    result, where = evaluate_source(arguments.model, arguments.overrides, arguments.adapter)
+    result, where = evaluate_source(arguments.model, arguments.overrides, arguments.adapter, arguments.output)
     if not hosts.is_first():
         return
     if arguments.output is not None:

@@ -32,6 +32,7 @@ LAYERS = [
         "rl.categorical",
         "rl.programs",
         "rl.completion_file",
+        "rl.output_file",
         "rl.checkpoint_files",
     ],
     [

@@ -32,6 +32,7 @@ from rl.checkpoint_files import (
 )
 from rl.models.hf import write_json
 from rl.models.maxtext import ROPES, layout_of
+from rl.output_file import check_writable
 from rl.run_folder import checkpoint_steps, is_run_folder, read_run
 from rl.tools.checkpoint_bench import bench, report, to_json
 from rl.tools.convert import convert_maxtext, missing_record_keys, upgrade_run
@@ -220,6 +221,7 @@ def _inspect_command(arguments: argparse.Namespace) -> int:
 
 
 def _verify_command(arguments: argparse.Namespace) -> int:
+    check_writable(arguments.write, "--write")
     found = find(arguments.checkpoint, arguments.step)
     hashes, notes, problems = verify(found)
     for name, value in hashes.items():
@@ -255,6 +257,7 @@ def _convert_command(arguments: argparse.Namespace) -> int:
 
 
 def _bench_command(arguments: argparse.Namespace) -> int:
+    check_writable(arguments.json, "--json")
     result = bench(arguments.source, arguments.steps, tuple(arguments.overrides))
     print("\n".join(report(result)))
     if arguments.json is not None:

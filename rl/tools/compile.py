@@ -22,6 +22,7 @@ from rl.config import Config, load_config
 from rl.config_sections import source_kind
 from rl.executables import save_compiled
 from rl.host_memory import limit_arenas, peak_bytes, start_peak
+from rl.output_file import check_writable
 from rl.tools.compile_report import ProgramReport, Report, report_of, report_refused
 from rl.tools.compile_text import to_json, to_text
 from rl.tools.loop_programs import Loop, LoopProgram, loop_programs
@@ -90,9 +91,10 @@ def compile_config(
     """`grpo compile` as a function; its arguments are the command's, `tell` is that of `compile_loop`.
 
     Raises:
-      ValueError: whatever is wrong with them, an unknown chip, or `save` for a model whose training takes no
-        compiled_file.
+      ValueError: whatever is wrong with them, an unknown chip, or a `save` that cannot be written, or for a model whose
+        training takes no compiled_file.
     """
+    check_writable(save, "--save", makes_folders=True)
     if save is not None and source_kind(config.model.source) != "decoder":
         raise ValueError(
             "--save must go with a model of the toolkit's own decoder, the only one whose training takes a "
@@ -120,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", default=None, metavar="FILE", help="write the compiled programs, for compiled_file")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the report")
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
+    check_writable(arguments.json, "--json")
     config = load_config(arguments.config, arguments.overrides)
     if config.logging.compilation_cache != "auto":  # what compiling takes is told only of what is compiled
         use_compilation_cache(config)

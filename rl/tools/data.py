@@ -17,6 +17,7 @@ from rl.config import load_config
 from rl.data import load_prompts, step_indices
 from rl.host_memory import peak_bytes, start_peak
 from rl.models.hf import write_json
+from rl.output_file import check_writable
 from rl.weights import tokenizer_of
 
 
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", default=None, metavar="FILE", help="write the same numbers")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
     arguments = parser.parse_intermixed_args(rest)
+    check_writable(arguments.json, "--json")
     result = bench(arguments.config, arguments.steps, arguments.overrides)
     print("\n".join(report(result)))
     if arguments.json is not None:

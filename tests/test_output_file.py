@@ -1,0 +1,61 @@
+"""Files that commands write at their end: refused before any work where they cannot be written."""
+
+import os
+
+import pytest
+
+from rl.cli import main
+from rl.output_file import check_writable
+
+# Each with a source that is missing: whoever looks at that first says so.
+COMMANDS = {
+    "compile --json": ["compile", "absent.yml", "--json"],
+    "data bench --json": ["data", "bench", "absent.yml", "--json"],
+    "checkpoint bench --json": ["checkpoint", "bench", "absent.yml", "--json"],
+    "checkpoint verify --write": ["checkpoint", "verify", "absent", "--write"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_read(name, tmp_path, capsys):
+    option = name.split()[-1]
+    assert main([*COMMANDS[name], str(tmp_path)]) == 2
+    assert f"{option} must be a file to write, got the folder '{tmp_path}'" in capsys.readouterr().err
+    file = tmp_path / "none" / "file"
+    assert main([*COMMANDS[name], str(file)]) == 2
+    assert f"{option} must be a file in a folder that exists, got '{file}'" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_compiled_programs_that_cannot_be_written_are_refused_before_they_are_compiled(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text("model: {source: own.py:build}\n")  # which training takes no compiled programs for
+    assert main(["compile", str(recipe), "--save", str(tmp_path)]) == 2
+    assert f"--save must be a file to write, got the folder '{tmp_path}'" in capsys.readouterr().err
+    assert main(["compile", str(recipe), "--save", str(tmp_path / "none" / "programs")]) == 2  # makes its folder
+    assert "--save must go with a model of the toolkit's own decoder" in capsys.readouterr().err
+
+
+def test_evaluation_refuses_a_file_that_cannot_be_written_before_weights_are_read(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text("model: {source: no/such/folder}\n")
+    assert main(["eval", str(recipe), "--output", str(tmp_path / "none" / "samples.jsonl")]) == 2
+    assert "--output must be a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_made_only_by_a_writer_that_says_so(tmp_path):
+    check_writable(None, "--json")
+    check_writable(tmp_path / "new", "--json")
+    check_writable(tmp_path / "a" / "b" / "new", "--save", makes_folders=True)
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "file", "--json")
+    for path in (tmp_path / "file" / "new", tmp_path / "file" / "a" / "new"):
+        with pytest.raises(ValueError, match="--save must be a file in a folder that exists"):
+            check_writable(path, "--save", makes_folders=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who may run the tests, has every permission
+    with pytest.raises(ValueError, match="--json must be a file that can be written"):
+        check_writable(tmp_path / "new", "--json")
