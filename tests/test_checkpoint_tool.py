@@ -190,6 +190,25 @@ def test_written_content_hashes_find_the_arrays_that_differ(run, tmp_path, capsy
     assert compare_hashes({"a": "1"}, {"b": "1"}) == ["missing: b", "not there before: a"]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[1]", "it holds no object with a hash for each name"),
+        ('{"state/step": 3}', "it holds no object with a hash for each name"),
+    ],
+)
+def test_a_file_that_holds_no_content_hashes_is_refused_before_anything_is_read(tmp_path, capsys, content, message):
+    file = tmp_path / "hashes.json"
+    if content is not None:
+        file.write_text(content)
+    assert grpo(["checkpoint", "verify", "absent", "--against", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert f"--against must be a file that `grpo checkpoint verify --write` wrote, got {str(file)!r}: " in told
+    assert message in told
+
+
 def test_numbers_that_are_not_finite_are_counted_by_array(copy):
     config = load_config(copy / "config.yml", [f"output_dir={copy}"])
     mesh, init_state_fn = training_setup(config, find_origin(config, tokenizer_of(config)))

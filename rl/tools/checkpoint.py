@@ -222,14 +222,14 @@ def _inspect_command(arguments: argparse.Namespace) -> int:
 
 def _verify_command(arguments: argparse.Namespace) -> int:
     check_writable(arguments.write, "--write")
+    against = None if arguments.against is None else _read_hashes(arguments.against)
     found = find(arguments.checkpoint, arguments.step)
     hashes, notes, problems = verify(found)
     for name, value in hashes.items():
         print(f"{value}  {name}")
-    if arguments.against:
-        against = json.loads(pathlib.Path(arguments.against).read_text())
+    if against is not None:
         problems += [f"compared with {arguments.against}: {text}" for text in compare_hashes(hashes, against)]
-    if arguments.write:
+    if arguments.write is not None:
         write_json(pathlib.Path(arguments.write), hashes)
     total = hashlib.sha256("".join(f"{value} {name}\n" for name, value in hashes.items()).encode()).hexdigest()
     print(f"{total}  {found.folder}, {len(hashes)} arrays")
@@ -239,6 +239,18 @@ def _verify_command(arguments: argparse.Namespace) -> int:
         print(f"problem: {problem}", file=sys.stderr)
     print("damaged or unusable" if problems else "whole")
     return 1 if problems else 0
+
+
+def _read_hashes(path: str) -> dict[str, str]:
+    """Content hashes by the name of the array, of a file that --write wrote."""
+    rule = f"--against must be a file that `grpo checkpoint verify --write` wrote, got {path!r}"
+    try:
+        hashes = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{rule}: {error}") from error
+    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+        raise ValueError(f"{rule}: it holds no object with a hash for each name")
+    return hashes
 
 
 def _convert_command(arguments: argparse.Namespace) -> int:
