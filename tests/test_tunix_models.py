@@ -143,6 +143,17 @@ def test_files_that_do_not_hold_the_model_are_refused_before_they_are_read(tmp_p
         find_origin(config, tokenizer_of(config))
 
 
+def test_damaged_files_are_refused_before_they_are_read(tmp_path):
+    folder = edited(tmp_path, "qwen3", vocab_size=259)
+    file = folder / "model.safetensors"
+    config = load_config(None, [f"model.source=tunix:{folder}", "tokenizer.source=byte"])
+    content = file.read_bytes()
+    for damaged in (content[:-1], content[:100], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file, got"):
+            find_origin(config, tokenizer_of(config))
+
+
 def test_linen_and_dtypes_that_tunix_does_not_have_are_refused():
     with pytest.raises(ValueError, match=r"pure_nnx must be true with model.source 'tunix:.*NNX modules"):
         describe(GOLDEN / "qwen3", "pure_nnx=false")

@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import nnx
 
 from rl.models.config import SLIDING_ATTENTION, ForeignConfig, ModelConfig, ParameterSpec, base_specs, flatten_specs
-from rl.models.hf import tensor_name
+from rl.models.hf import open_tensors, tensor_name
 from rl.models.hf_config import parse_config, read_json
 from rl.models.ops import rope_frequencies
 from rl.models.train_state import string_keys
@@ -363,10 +362,10 @@ def _tensor_names(family: str, raw: Mapping[str, Any], shape: ModelConfig) -> It
 
 
 def check_files(folder: pathlib.Path, config: ForeignConfig) -> None:
-    """ValueError for tensors that are missing or that Tunix would leave out."""
+    """ValueError for damaged files, and for tensors that are missing or that Tunix would leave out."""
     expected, found = config.model.tensor_names, set()
     for file in sorted(folder.glob("*.safetensors")):
-        with safetensors.safe_open(file, framework="numpy") as tensors:
+        with open_tensors(file) as tensors:
             found |= set(tensors.keys())
     missing = sorted(expected - found)
     # A tied head may be stored beside the embedding.
