@@ -132,6 +132,17 @@ def test_what_tunix_ignores_is_refused(tmp_path, name, changes, message):
         describe(edited(tmp_path, name, **changes))
 
 
+@pytest.mark.parametrize("key", ["num_experts", "num_experts_per_tok", "moe_intermediate_size"])
+def test_a_config_of_experts_that_lacks_a_number_is_refused(tmp_path, key):
+    raw = json.loads((tunix_golden.FOLDER / "qwen3_moe" / "config.json").read_text())
+    raw["num_experts"] = raw.pop("num_local_experts")  # as older transformers write it
+    del raw[key]
+    for value in (None, True, "4"):
+        (tmp_path / "config.json").write_text(json.dumps(raw if value is None else {**raw, key: value}))
+        with pytest.raises(ValueError, match=rf"config\.json: {key} must be given as int, got {value!r}"):
+            describe(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"tie_word_embeddings": False, "num_hidden_layers": 4}, "missing"), ({"num_hidden_layers": 2}, "extra")],
