@@ -167,6 +167,22 @@ def test_what_cannot_be_quantised_is_refused(folder, small, capsys, monkeypatch,
     assert not (folder / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "mlp/", "--only", "["], "--only must be a regular expression, got '[': unterminated character set"),
+        (["--text", "latin.txt", "--tokenizer", "byte"], "--text must be text in UTF-8, got 'latin.txt': "),
+    ],
+)
+def test_options_that_cannot_be_read_are_named_before_the_model_is_looked_for(
+    tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    assert main(["quantize", "absent/folder", "new", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_int4_of_an_odd_number_of_inputs_is_refused(tmp_path):
     config = tiny_config(intermediate_size=25)
     save_folder(tmp_path / "odd", config, noisy_params(config))

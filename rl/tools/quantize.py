@@ -11,6 +11,7 @@ import argparse
 import functools
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -210,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens the model sees at a time")
     parser.add_argument("--tokenizer", metavar="SOURCE", help="folder, hub id or byte; MODEL when left out")
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
+    _check_patterns(arguments.only or ())
     config = _config_of(arguments.model, arguments.overrides)
     kind = "decoder" if config is None else source_kind(config.model.source)
     patterns = tuple(arguments.only or [DEFAULT_PATTERNS.get(kind, ATTENTION_AND_MLP)])
@@ -228,6 +230,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = quantize_folder(arguments.model, *options) if config is None else quantize_foreign(config, *options)
     print_report(report, quantization)
     print(f"written to {arguments.out}")
+
+
+def _check_patterns(patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"--only must be a regular expression, got {pattern!r}: {error}; a backslash makes a character plain"
+            ) from error
 
 
 def _config_of(model: str, overrides: Sequence[str]) -> Config | None:
@@ -250,7 +262,11 @@ def _read_text(file: str, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
     path = pathlib.Path(file)
     if not path.is_file():
         raise ValueError(f"--text must be an existing file, got {file!r}")
-    tokens = tokenizer.encode(path.read_text(encoding="utf-8"))[:max_tokens]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text must be text in UTF-8, got {file!r}: {error}; convert it first") from error
+    tokens = tokenizer.encode(text)[:max_tokens]
     if len(tokens) < 2:
         raise ValueError(
             f"--text must hold at least two tokens, got {len(tokens)} of {file!r} (--max-tokens {max_tokens})"
