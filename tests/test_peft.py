@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from rl.cli import main
 from rl.config import load_config
 from rl.models import hf
 from rl.models.config import LoRAConfig, ModelConfig
@@ -105,6 +106,19 @@ def test_adapters_of_other_matrices_shapes_or_tensors_are_refused(tmp_path):
     safetensors.numpy.save_file(tensors, file)
     with pytest.raises(ValueError, match="lora_embedding_A must be A or B of a matrix"):
         read_adapter(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("lost", "left"), [("A", "B"), ("B", "A")])
+def test_an_adapter_that_lacks_one_of_two_tensors_of_a_matrix_is_refused(tmp_path, capsys, lost, left):
+    config = tiny_config(lora=LORA)
+    save_adapter(tmp_path / "out", config, noisy_params(config), None)
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    del tensors[f"base_model.model.model.layers.1.mlp.up_proj.lora_{lost}.weight"]
+    safetensors.numpy.save_file(tensors, file)
+    assert main(["lora", "inspect", str(tmp_path / "out")]) == 2
+    message = f"{file}: every matrix must have lora_A and lora_B, got layers_1/mlp/up_proj with lora_{left} alone"
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_starts_from_an_adapter_beside_its_base(tmp_path):

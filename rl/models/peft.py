@@ -23,7 +23,7 @@ from rl.models.ops import dtype_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SUFFIXES = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight"}
-_TENSOR = re.compile(r"^base_model\.model\.(?:model\.layers\.(\d+)\.(.+)|(lm_head))\.lora_[AB]\.weight$")
+_TENSOR = re.compile(r"^base_model\.model\.(?:model\.layers\.(\d+)\.(.+)|(lm_head))\.(lora_[AB])\.weight$")
 # Settings that change what an adapter computes, with the values under which it computes what is done here.
 _NEUTRAL = {
     "peft_type": ("LORA",),
@@ -99,14 +99,20 @@ def read_adapter(folder: str | pathlib.Path) -> LoRAConfig:
     for key, kind in (("r", int), ("lora_alpha", int | float)):
         if not isinstance(settings.get(key), kind):
             raise ValueError(f"{folder / CONFIG_FILE}: {key} must be a number, got {settings.get(key)!r}")
-    modules: dict[str, None] = {}
+    modules: dict[str, set[str]] = {}
     with open_tensors(folder / WEIGHTS_FILE) as tensors:
         for name in tensors.keys():  # noqa: SIM118 (not a mapping)
             match = _TENSOR.match(name)
             if match is None:
                 raise ValueError(f"{folder / WEIGHTS_FILE}: tensor {name} must be A or B of a matrix, and it is not")
-            layer, module, head = match.groups()
-            modules[head or f"layers_{layer}/{module.replace('.', '/')}"] = None
+            layer, module, head, part = match.groups()
+            modules.setdefault(head or f"layers_{layer}/{module.replace('.', '/')}", set()).add(part)
+    for module, parts in modules.items():
+        if len(parts) == 1:
+            raise ValueError(
+                f"{folder / WEIGHTS_FILE}: every matrix must have lora_A and lora_B, got {module} with {parts.pop()} "
+                "alone; fetch or export the adapter again"
+            )
     return LoRAConfig(
         settings["r"], float(settings["lora_alpha"]), tuple(modules), bool(settings.get("use_rslora", False))
     )
