@@ -113,7 +113,8 @@ COMMANDS = {
             OUT              the folder to write, new or empty; it appears when all of it was read back
             --step N         the checkpoint to export; the newest when left out
             --format FORMAT  huggingface (when left out): transformers, TRL and vLLM open it; params: a parameter-only
-                             checkpoint as Orbax writes it. model.source takes both
+                             checkpoint as Orbax writes it, not of a Tunix model or a module of your own. model.source
+                             takes both
             --dtype DTYPE    float32, bfloat16 or float16; the checkpoint's own when left out
             --adapter        of a run with adapters (lora.rank): these alone, in PEFT's format; else they are merged
             --no-remainder   of merged adapters: leave out lora_remainder.npz, with which `grpo lora unmerge` gives the

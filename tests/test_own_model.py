@@ -6,13 +6,14 @@ import re
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from rl.config import load_config
 from rl.grpo_trainer import train
 from rl.metrics import read_metrics, read_samples
-from rl.models.foreign import check_policy
+from rl.models.foreign import check_policy, load_weights
 from rl.models.policy import policy_from_config
-from rl.tools.export import export
+from rl.tools.export import export, write_folder
 from rl.trained import load_checkpoint, load_start
 from rl.weights import find_origin, tokenizer_of
 
@@ -110,6 +111,23 @@ def build(vocab_size, rngs):
 
 def bag(folder, arguments="tokens", hidden="jnp.cumsum(x, axis=1)", init="pass", more="pass"):
     return write_module(folder, BAG.format(arguments=arguments, hidden=hidden, init=init, more=more))
+
+
+def test_an_export_has_the_dtype_that_is_asked_for_and_no_other_format(tmp_path):
+    trained = load_start(load_config(None, bag(tmp_path)))
+    model, params, tokenizer = trained.origin.model_config, trained.params, trained.tokenizer
+    for dtype in (None, "float32", "bfloat16", "float16"):
+        write_folder(tmp_path / str(dtype), model, params, tokenizer, dtype)
+        file = tmp_path / str(dtype) / "model.safetensors"
+        stored = safetensors.numpy.load_file(file)["embed/embedding"]
+        assert stored.dtype == (dtype or "float32")
+        np.testing.assert_array_equal(stored, params["embed"]["embedding"].astype(stored.dtype))
+        again = load_weights(file, model, trained.shardings)
+        np.testing.assert_array_equal(again["embed"]["embedding"], stored.astype("float32"), strict=True)
+    with pytest.raises(ValueError, match=r"--format must be huggingface, or left out, .*, got 'params'") as refused:
+        write_folder(tmp_path / "params", model, params, tokenizer, None, "params")
+    assert "--dtype" not in str(refused.value)
+    assert not (tmp_path / "params").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from rl.models.hf import load_params, read_config, save_folder
 from rl.models.policy import NNXPolicy, create_policy, foreign_config
 from rl.models.tunix_files import write_weights
 from rl.models.tunix_policy import TunixPolicy
+from rl.tokenizer import load_tokenizer
+from rl.tools.export import write_folder
 from rl.weights import find_origin, tokenizer_of
 from tests import tunix_golden
 from tests.tiny_models import noisy_params, tiny_config
@@ -107,6 +109,22 @@ def test_a_file_of_mixed_dtypes_is_read_as_what_it_holds(tmp_path):
     own, own_params = own_policy(folder)
     tokens_BT = jax.random.randint(jax.random.key(1), (1, 12), 0, 101)
     np.testing.assert_allclose(logits_of(policy, params, tokens_BT), logits_of(own, own_params, tokens_BT), atol=3e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_export_has_the_dtype_that_is_asked_for_and_is_read_again(tmp_path, dtype):
+    policy, params = tunix_policy(GOLDEN / "llama_tied")
+    write_folder(tmp_path / "out", policy.config, params, load_tokenizer("byte"), dtype)
+    stored = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in safetensors.numpy.load_file(GOLDEN / "llama_tied" / "model.safetensors").items():
+        np.testing.assert_array_equal(stored[name], value.astype(dtype), err_msg=name, strict=True)
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {raw[key] for key in ("dtype", "torch_dtype") if key in raw} == {dtype}
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    again = tunix_policy(tmp_path / "out")[1]
+    jax.tree.map(
+        lambda old, new: np.testing.assert_array_equal(old.astype(dtype).astype("float32"), new), params, again
+    )
 
 
 def edited(tmp_path, name, **changes):

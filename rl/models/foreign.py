@@ -6,6 +6,7 @@ In: a policy (`rl.models.own`, `rl.models.tunix_policy`). Not here: its contract
 Legend: B rows, T token positions, D model.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -17,6 +18,7 @@ import numpy as np
 from rl.models import own, quantized_files
 from rl.models.config import flatten_specs
 from rl.models.hf import SINGLE_FILE, new_folder
+from rl.models.ops import dtype_of
 from rl.models.policy import Params, Policy, WavePolicy
 
 LENGTH = 6  # tokens of the trial
@@ -62,10 +64,15 @@ def weight_reader(path: pathlib.Path, config: Any) -> Callable[[tuple[str, ...]]
     return tunix_files.weight_reader(path, config)
 
 
-def save_folder(out: str | pathlib.Path, config: Any, params: Params, tokenizer: Any) -> None:
+def save_folder(out: str | pathlib.Path, config: Any, params: Params, tokenizer: Any, dtype: str | None = None) -> None:
     """Writes the folder `out`, which must be new or empty: of a Tunix model a Hugging Face folder like the one it came
     from; of a module of the user's own a model.safetensors with every parameter under its name, for model.weights.
+
+    `dtype` is the stored type, None keeps `config.param_dtype`.
     """
+    if dtype is not None:
+        config = dataclasses.replace(config, param_dtype=dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype_of(dtype)), params)
     with new_folder(out) as folder:
         if config.kind == "own":
             own.save_weights(folder / SINGLE_FILE, params)

@@ -82,19 +82,20 @@ def write_folder(
 ) -> None:
     """Weights, adapters merged into them, model configuration, tokenizer and its chat template.
 
-    Of a module of the user's own: model.safetensors alone, see `rl.models.foreign.save_folder`.
+    Of a module of the user's own: model.safetensors alone, see `rl.models.foreign.save_folder`; of that, as of a model
+    of another library, `kind` must be huggingface, else ValueError.
 
     Args:
       keep_remainder: where adapters were merged into a Hugging Face folder, also writes the file with which `grpo lora
         unmerge` gives the base back bit for bit (a quantised one dequantised).
     """
     if model_config.kind != "decoder":
-        if dtype is not None or kind != "huggingface":
+        if kind != "huggingface":
             raise ValueError(
-                f"--dtype and --format must be left out for a model of another library or your own, got {dtype!r} and "
-                f"{kind!r}"
+                "--format must be huggingface, or left out, for a model of another library or a module of your own, "
+                f"got {kind!r}, which is of the toolkit's own decoder alone"
             )
-        foreign.save_folder(out, model_config, params, tokenizer)
+        foreign.save_folder(out, model_config, params, tokenizer, dtype)
         return
     own_config = _with_token_ids(model_config, tokenizer)
     if kind != "huggingface" or model_config.lora is None or not keep_remainder:
