@@ -17,7 +17,7 @@ from rl.config import load_config
 from rl.grpo_trainer import train
 from rl.logprobs import token_logprobs
 from rl.models.config import FAMILIES, Quantization
-from rl.models.hf import load_params, read_config, save_folder
+from rl.models.hf import load_params, read_config, save_folder, write_model_files
 from rl.models.lora import join, merge, split
 from rl.models.policy import create_policy
 from rl.models.quantized import QuantizedArray, dequantize, quantize_params
@@ -181,6 +181,15 @@ def test_options_that_cannot_be_read_are_named_before_the_model_is_looked_for(
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     assert main(["quantize", "absent/folder", "new", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_parameter_only_checkpoint_is_refused_with_the_command_that_writes_another(tmp_path, capsys):
+    (tmp_path / "own" / "params").mkdir(parents=True)
+    (tmp_path / "own" / "params" / "_METADATA").write_text("{}")
+    write_model_files(tmp_path / "own", tiny_config(), "float32", None)
+    assert main(["quantize", str(tmp_path / "own"), str(tmp_path / "new")]) == 2
+    told = capsys.readouterr().err
+    assert f"got the parameter-only checkpoint {str(tmp_path / 'own')!r}; `grpo export` without --format params" in told
 
 
 def test_int4_of_an_odd_number_of_inputs_is_refused(tmp_path):

@@ -44,6 +44,7 @@ from rl.models.hf import (
     write_json,
 )
 from rl.models.hf_config import quantization_json, read_json
+from rl.models.param_folder import is_param_folder
 from rl.models.quantized import QuantizedArray, chosen_matrices, is_chosen, tile_of
 from rl.tokenizer import Tokenizer, load_tokenizer
 from rl.tools import layerwise
@@ -71,11 +72,16 @@ def quantize_folder(
       context: tokens that the model sees of it at a time.
 
     Raises:
-      ValueError: no such model, one that is quantised already, nothing to quantise, a group size that does not fit, or
-        `out` holds something.
+      ValueError: no such model, a parameter-only checkpoint, one that is quantised already, nothing to quantise, a
+        group size that does not fit, or `out` holds something.
     """
     start_bytes = peak_bytes()
     folder = resolve_source(source)
+    if is_param_folder(folder):
+        raise ValueError(
+            f"MODEL must be a Hugging Face folder, got the parameter-only checkpoint {str(folder)!r}; `grpo export` "
+            "without --format params writes one of the same run"
+        )
     config = read_config(folder)
     check_start(folder, config, tokens)
     num_matrices = len(_check_matrices(config, quantization))
