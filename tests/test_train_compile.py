@@ -486,6 +486,14 @@ def test_figures_of_the_report_are_those_worked_out_by_hand(saved):
     assert roofline(step, None) is None
 
 
+def test_a_folder_in_place_of_a_recipe_is_refused_with_the_recipe_in_it(tmp_path):
+    with pytest.raises(ValueError, match=rf"CONFIG must be a YAML recipe, got the folder '{tmp_path}'; name a file$"):
+        main([str(tmp_path)])
+    (tmp_path / "config.yml").write_text("seed: 1\n")
+    with pytest.raises(ValueError, match=rf"got the folder '{tmp_path}'; name '{tmp_path}/config\.yml'$"):
+        main([str(tmp_path)])
+
+
 def test_the_command_fails_for_a_run_that_does_not_fit_and_writes_what_it_says(tmp_path, monkeypatch, capsys):
     one = ("mesh.num_devices=1", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1", "grpo.beta=0")
     memory, sysconf = 2**16, os.sysconf
