@@ -135,8 +135,9 @@ COMMANDS = {
                 a run of an older version as one that this version resumes
             convert CHECKPOINT OUT --like MODEL [--dtype DTYPE] [--rope interleaved|halves]
                 weights that MaxText wrote (Linen or NNX) as a Hugging Face folder; MODEL has config.json and tokenizer
-            bench RUN_OR_CONFIG [--steps N] [key=value ...]
-                saves and restores the state N times (3 when left out): seconds and GB/s; the files are removed
+            bench RUN_OR_CONFIG [--steps N] [--json FILE] [key=value ...]
+                saves and restores the state N times (3 when left out): seconds and GB/s; the files are removed;
+                --json FILE has the same numbers
 
             CHECKPOINT     a run folder (its newest checkpoint, or --step N), or any folder that Orbax wrote
             --write FILE   the content hashes as JSON; --against FILE compares with such a file""",
@@ -173,7 +174,8 @@ COMMANDS = {
             extract RUN OUT [--step N]          a run's adapter as a folder in PEFT's format
             merge MODEL ADAPTER OUT             MODEL + ADAPTER as a Hugging Face folder
             unmerge MODEL ADAPTER OUT           MODEL - ADAPTER: the base that MODEL was merged from, bit for bit
-            inspect ADAPTER_OR_RUN [--json]     rank, alpha, base, dtype, parameters, and norms of each matrix
+            inspect ADAPTER_OR_RUN [--step N] [--json]
+                                                rank, alpha, base, dtype, parameters, and norms of each matrix
             convert RUN OUT                     the same as extract
             convert ADAPTER RUN RECIPE          a run folder with the adapter as its checkpoint 0, which grpo train
                                                 goes on from

@@ -54,6 +54,24 @@ def test_help_of_a_command_explains_each_argument(name, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_names_each_option_of_its_parsers(name, capsys):
+    spec = importlib.util.find_spec(COMMANDS[name].module)
+    options = re.findall(r'add_argument\(\s*"(--[\w-]+)"', pathlib.Path(spec.origin).read_text())
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert [option for option in options if not re.search(rf"{option}\b", text)] == []
+
+
+def test_help_names_the_options_of_each_subcommand(capsys):
+    for command, words in (
+        ("checkpoint", r"bench RUN_OR_CONFIG \[--steps N\] \[--json FILE\] \[key=value \.\.\.\]"),
+        ("lora", r"inspect ADAPTER_OR_RUN \[--step N\] \[--json\]"),
+    ):
+        assert main([command, "--help"]) == 0
+        assert re.search(words, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_without_arguments_shows_its_help_as_an_error(name, capsys):
     assert main([name]) == 2
     captured = capsys.readouterr()
