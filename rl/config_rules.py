@@ -173,6 +173,7 @@ def decoder_keys(config: Config) -> dict[str, tuple[Any, Any]]:
         return {}
     keys: dict[str, tuple[Any, Any]] = {
         "lora.rank": (config.lora.rank, 0),
+        "lora.adapter": (config.lora.adapter, None),
         "sampling.kv_dtype": (config.sampling.kv_dtype, None),
         "sampling.weight_dtype": (config.sampling.weight_dtype, None),
         "model.scan_layers": (section.scan_layers, False),

@@ -28,6 +28,7 @@ from rl.trained import load_checkpoint
 from tests.tiny_models import noisy_params, tiny_config
 
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
+GPT = pathlib.Path(__file__).resolve().parent.parent / "examples/own_model/gpt.py"
 LORA = LoRAConfig(rank=3, alpha=6.0, targets=("*/self_attn/*", "layers_1/mlp/up_proj"))
 CONFIG = tiny_config("qwen2", vocab_size=300, eos_token_ids=(258,), lora=LORA)
 RECIPE = f"""
@@ -292,3 +293,30 @@ def test_what_does_not_fit_is_refused(folder, capsys, monkeypatch, arguments, me
     assert message in failure(capsys, *arguments)
     assert not (folder / "new").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base", "base16", "other", "recipe.yml"]
+
+
+@pytest.mark.parametrize("source", ["tunix:base", "own.yml"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "MODEL", "--adapter", "adapter", "--prompt", "a"],
+        ["eval", "MODEL", "--adapter", "adapter"],
+        ["train", "RECIPE", "lora.adapter=adapter", "lora.base_dtype=int8"],
+        ["quantize", "MODEL", "new", "lora.adapter=adapter"],
+        ["lora", "merge", "MODEL", "adapter", "new"],
+        ["lora", "unmerge", "MODEL", "adapter", "new"],
+        ["lora", "convert", "adapter", "new", "RECIPE"],
+    ],
+)
+def test_an_adapter_is_refused_where_the_model_is_not_the_toolkits_own_decoder(
+    folder, tmp_path, capsys, monkeypatch, source, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "adapter"):
+        (tmp_path / name).symlink_to(folder / name)
+    model = source if source.startswith("tunix:") else f"{GPT}:build"
+    (tmp_path / "own.yml").write_text(f"model: {{source: '{model}'}}\n")
+    names = {"MODEL": source, "RECIPE": "own.yml"}
+    said = failure(capsys, *(names.get(argument, argument) for argument in arguments))
+    assert f"lora.adapter must be null with model.source {model!r}, got 'adapter'" in said
+    assert not (tmp_path / "new").exists()
