@@ -6,6 +6,7 @@ other flavour and stopped, all in one, for each start of jax costs seconds.
 
 import collections
 import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -31,9 +32,14 @@ from rl.data import fingerprint, load_pairs, load_prompts
 from rl.evaluation import evaluate_source
 from rl.grpo_trainer import train
 from rl.metrics import read_metrics, read_samples
+from rl.models.config import flatten_specs
+from rl.models.hf import save_folder
 from rl.tokenizer import load_tokenizer
 from rl.tools import launch
-from rl.trained import load_checkpoint
+from rl.trained import load_checkpoint, load_start
+from rl.weights import model_shape
+from tests import tunix_golden
+from tests.tiny_models import noisy_params, tiny_config
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -453,6 +459,71 @@ def test_the_runtime_ends_whoever_a_killed_process_leaves_alone():
         for process in (*runs[0], *runs[1]):
             process.kill()
             process.communicate()
+
+
+SHARDS = """
+import hashlib, json, sys
+import jax, numpy as np
+from rl import hosts
+from rl.config import load_config
+from rl.trained import load_start
+*sources, processes = map(json.loads, sys.argv[1:])
+with hosts.joined(load_config(None, processes).distributed):
+    for overrides in sources:
+        for path, array in jax.tree_util.tree_leaves_with_path(load_start(load_config(None, overrides)).params):
+            for shard in array.addressable_shards:
+                place = [[part.start, part.stop] for part in shard.index]
+                told = {"source": overrides[0], "name": jax.tree_util.keystr(path), "place": place}
+                print(json.dumps({**told, "sha256": hashlib.sha256(np.asarray(shard.data)).hexdigest()}), flush=True)
+"""
+
+
+@pytest.mark.filterwarnings(*tunix_golden.IGNORED_WARNINGS)
+def test_each_process_keeps_its_shards_of_a_tunix_model_and_of_a_module_of_ones_own(tmp_path):
+    tokenizer, decoder = load_tokenizer("byte"), tiny_config("qwen3", vocab_size=300, eos_token_ids=(258,))
+    save_folder(tmp_path / "decoder", decoder, noisy_params(decoder), tokenizer=tokenizer)
+    module = [f"model.source={ROOT / 'examples/own_model/gpt.py'}:build", "model.args={hidden_size: 8, num_layers: 1}"]
+    shape = model_shape(load_config(None, module), tokenizer, None)
+    rng, file = np.random.default_rng(0), tmp_path / "model.safetensors"
+    values = {"/".join(path): rng.normal(size=spec.shape) for path, spec in flatten_specs(shape.specs)}
+    safetensors.numpy.save_file({name: value.astype(np.float32) for name, value in values.items()}, file)
+    sources = [[f"model.source=tunix:{tmp_path / 'decoder'}"], [*module, f"model.weights={file}"]]
+    printed = run_two(SHARDS, *map(json.dumps, sources))
+    for overrides in sources:
+        is_cut = False
+        for path, whole in jax.tree_util.tree_leaves_with_path(load_start(load_config(None, overrides)).params):
+            wanted = {"source": overrides[0], "name": jax.tree_util.keystr(path)}
+            shards = [[line for line in lines if wanted.items() <= line.items()] for lines in printed]
+            assert [len(found) for found in shards] == [1, 1], wanted
+            for (shard,) in shards:
+                part = np.asarray(whole)[tuple(slice(*ends) for ends in shard["place"])]
+                assert hashlib.sha256(np.ascontiguousarray(part)).hexdigest() == shard["sha256"], wanted
+            is_cut |= shards[0][0]["place"] != shards[1][0]["place"]
+        assert is_cut
+
+
+def run_two(script: str, *arguments: str) -> list[list[dict]]:
+    """Two processes of one device each that run `script`, whose last argument are the keys of each; the lines of JSON
+    that they print."""
+    keys = [f"distributed.coordinator_address=127.0.0.1:{launch._free_port()}", "distributed.num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *arguments, json.dumps([*keys, f"distributed.process_id={number}"])],
+            cwd=ROOT,
+            env=launch.environment_of(os.environ, 1),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said for _, said in outputs)
+    return [[json.loads(line) for line in printed.splitlines() if line.startswith("{")] for printed, _ in outputs]
 
 
 # What needs no second process

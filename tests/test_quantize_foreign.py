@@ -13,17 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from rl.cli import main
 from rl.config import load_config
 from rl.grpo_trainer import train
 from rl.logprobs import token_logprobs
-from rl.models import own
-from rl.models.config import Quantization, flatten_specs, spec_at
+from rl.models import own, tunix_files
+from rl.models.config import Quantization, flatten_specs, leaf_at, spec_at
 from rl.models.foreign import check_weights, weight_reader
 from rl.models.hf import save_folder, set_leaf
 from rl.models.policy import foreign_config
 from rl.models.quantized import QuantizedArray, dequantize, quantize
+from rl.models.train_state import string_keys
+from rl.models.tunix_config import with_globals
 from rl.tokenizer import load_tokenizer
 from rl.tools.quantize import quantize_folder
 from rl.tools.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
@@ -136,19 +139,18 @@ def assert_sampling_and_evaluation_read(model, settings, tmp_path, trained, caps
     np.testing.assert_allclose(drawn["logprobs"], want, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", [*tunix_golden.FAMILIES, "qwen2"])
+@pytest.mark.parametrize("family", [*tunix_golden.FAMILIES, "qwen2", "qwen3", "llama_tied", "gemma3_text"])
 def test_one_parameter_is_read_as_tunix_loads_it_with_all(family):
     """Stacked experts, merged q, k and v, biases: the very bits that Tunix's loader gives."""
     folder = (tunix_golden.FOLDER if family in tunix_golden.FAMILIES else GOLDEN) / family
-    from tests.test_tunix_models import tunix_policy
-
-    policy, params = tunix_policy(folder)
-    read = weight_reader(folder, policy.config)
-    for path, _ in flatten_specs(policy.config.specs):
-        leaf = params
-        for name in path:
-            leaf = leaf[name]
-        np.testing.assert_array_equal(read(path), leaf, err_msg="/".join(path))
+    config = foreign_config(load_config(None, [f"model.source=tunix:{folder}"]), folder)
+    table = tunix_files._table(config.model)  # with the corrections
+    loader = config.model.loader.create_model_from_safe_tensors
+    load = with_globals(loader, _get_key_and_transform_mapping=lambda _: table)
+    loaded = nnx.state(load(str(folder), config.model.config, dtype=jnp.float32, mode="optimized"), nnx.Param)
+    params, read = string_keys(nnx.to_pure_dict(loaded)), weight_reader(folder, config)
+    for path, _ in flatten_specs(config.specs):
+        np.testing.assert_array_equal(read(path), leaf_at(params, path), err_msg="/".join(path))
 
 
 def test_a_folder_quantised_for_the_own_decoder_is_no_tunix_model(tmp_path):

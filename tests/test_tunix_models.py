@@ -40,8 +40,9 @@ def describe(folder, *overrides):
 def tunix_policy(folder, *overrides):
     config = describe(folder, *overrides)
     policy = TunixPolicy(config)
-    devices = jax.tree.map(lambda _: jax.devices()[0], jax.eval_shape(lambda: policy.init(jax.random.key(0))))
-    return policy, load_weights(pathlib.Path(folder), config, devices)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: place, jax.eval_shape(lambda: policy.init(jax.random.key(0))))
+    return policy, load_weights(pathlib.Path(folder), config, shardings)
 
 
 def assert_exported_files_are_the_loaded_ones(policy, params, folder, out):

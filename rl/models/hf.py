@@ -181,16 +181,17 @@ def place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray | Quanti
     """One weight on its devices (None: the default one), stored as `config.lora` says."""
     if isinstance(value, QuantizedArray):
         places = QuantizedArray(None, None) if sharding is None else sharding  # pyright: ignore[reportArgumentType]
-        return QuantizedArray(_put(value.values, places.values), _put(value.scale, places.scale))
+        return QuantizedArray(put_shards(value.values, places.values), put_shards(value.scale, places.scale))
     if sharding is None:
         return freeze_leaf(config, path, jax.device_put(value))
-    array = _put(value, sharding.values if isinstance(sharding, QuantizedArray) else sharding)
+    array = put_shards(value, sharding.values if isinstance(sharding, QuantizedArray) else sharding)
     if config.lora is None or config.lora.base_dtype is None:
         return array
     return jax.jit(functools.partial(freeze_leaf, config, path), out_shardings=sharding)(array)
 
 
-def _put(value: Any, sharding: Any) -> jax.Array:
+def put_shards(value: Any, sharding: Any) -> jax.Array:
+    """One host array, the same in every process, on the devices of `sharding` (None: the default one)."""
     if sharding is None:
         return jax.device_put(value)
     # By callback, so that several processes each hand over only their own shards.

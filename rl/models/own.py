@@ -25,7 +25,7 @@ from rewards.contract import import_function
 from rl.models import ops
 from rl.models.attention_kernels import AttentionKernel
 from rl.models.config import ForeignConfig, ParameterSpec, flatten_specs
-from rl.models.hf import open_tensors, save_tensors
+from rl.models.hf import open_tensors, put_shards, save_tensors
 from rl.models.hf_config import quantization_in
 from rl.models.ops import dtype_of, visible, widen
 from rl.models.quantized import dequantize_params
@@ -371,10 +371,14 @@ def load_weights(file: pathlib.Path, config: ForeignConfig, shardings: Any) -> P
     Raises:
       ValueError: weights that are missing, extra, or of another shape, naming each.
     """
-    read, dtype = weight_reader(file, config), dtype_of(config.param_dtype)
+    return place_weights(weight_reader(file, config), config, shardings)
+
+
+def place_weights(read: Callable[[tuple[str, ...]], np.ndarray], config: ForeignConfig, shardings: Any) -> Params:
+    """What `read` gives for each path of `shardings`, placed by it in `config.param_dtype`; one is read at a time."""
 
     def place(path: tuple, sharding: Any) -> jax.Array:
-        return jax.device_put(read(tuple(part.key for part in path)).astype(dtype), sharding)
+        return put_shards(read(tuple(part.key for part in path)).astype(dtype_of(config.param_dtype)), sharding)
 
     return jax.tree_util.tree_map_with_path(place, shardings)
 

@@ -15,48 +15,34 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
-from rl.models.config import ForeignConfig, leaf_at, spec_at
+from rl.models.config import ForeignConfig, flatten_specs, leaf_at, spec_at
 from rl.models.hf import open_tensors, save_tensors, write_json
 from rl.models.hf_config import read_json
-from rl.models.ops import dtype_of
-from rl.models.train_state import string_keys
-from rl.models.tunix_config import TunixModel, with_globals
+from rl.models.own import place_weights
+from rl.models.tunix_config import TunixModel
 
 Params = dict[str, Any]
 
 
 def load_weights(folder: pathlib.Path, config: ForeignConfig, shardings: Any) -> Params:
-    """The weights in `folder` by Tunix's own loader, in `config.param_dtype`, placed by `shardings`.
+    """The weights in `folder` in `config.param_dtype`, placed by `shardings`; one parameter at a time is read.
+
+    Tunix's own function is not called: it puts all of them on the first device of all processes, which the others do
+    not reach.
 
     Raises:
-      ValueError: a weight that the loader left out.
+      ValueError: as `weight_reader`.
     """
-    model: TunixModel = config.model
-    # The fast mode takes all tensors of a file for the dtype of the first; the other one reads each as what it is.
-    is_mixed = any(
-        len({entry["dtype"] for entry in _header(file).values()}) > 1 for file in folder.glob("*.safetensors")
-    )
-    load = with_globals(
-        model.loader.create_model_from_safe_tensors, _get_key_and_transform_mapping=lambda _: _table(model)
-    )
-    mode = "original" if is_mixed else "optimized"
-    loaded = load(str(folder), model.config, dtype=dtype_of(config.param_dtype), mode=mode)
-    params = string_keys(nnx.to_pure_dict(nnx.state(loaded, nnx.Param)))
-
-    def place(path: tuple, leaf: Any, sharding: Any) -> jax.Array:
-        if not hasattr(leaf, "devices"):
-            name = "/".join(str(part.key) for part in path)
-            raise ValueError(f"{folder}: Tunix's loader must fill every weight, and left {name} out")
-        return jax.device_put(leaf.astype(dtype_of(config.param_dtype)), sharding)
-
-    return jax.tree_util.tree_map_with_path(place, params, shardings)
+    return place_weights(weight_reader(folder, config), config, shardings)
 
 
 def weight_reader(folder: pathlib.Path, config: ForeignConfig) -> Callable[[tuple[str, ...]], np.ndarray]:
     """A function that reads one parameter of the model, under Tunix's name, with no other in memory: what the loader
     makes of it, in its stored type.
+
+    Raises:
+      ValueError: a weight that the loader would leave out.
     """
     table = _table(config.model)
     find = importlib.import_module("tunix.utils.torch_utils").torch_key_to_jax_key
@@ -66,6 +52,9 @@ def weight_reader(folder: pathlib.Path, config: ForeignConfig) -> Callable[[tupl
             key, transform = find(table, name)
             part = _part_of(config.specs, key)
             parts.setdefault(part.path, []).append((part, file, name, transform))
+    left_out = ["/".join(path) for path, _ in flatten_specs(config.specs) if path not in parts]
+    if left_out:
+        raise ValueError(f"{folder}: Tunix's loader must fill every weight, and leaves {', '.join(left_out[:8])} out")
 
     def read(path: tuple[str, ...]) -> np.ndarray:
         values = []
