@@ -178,6 +178,10 @@ def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dic
         packaged = _packaged(path.name)
         if len(path.parts) == 1 and packaged.is_file():
             path = pathlib.Path(str(packaged))
+        elif path.is_dir():
+            inside = path / "config.yml"  # of a run
+            way_out = f"name {str(inside)!r}" if inside.is_file() else "name a file"
+            raise ValueError(f"a config must be a YAML recipe, got the folder {str(path)!r}; {way_out}")
         else:
             raise ValueError(f"config file {str(path)!r} does not exist (working directory {os.getcwd()})")
     path = path.resolve()

@@ -487,7 +487,7 @@ def test_figures_of_the_report_are_those_worked_out_by_hand(saved):
 
 
 def test_a_folder_in_place_of_a_recipe_is_refused_with_the_recipe_in_it(tmp_path):
-    with pytest.raises(ValueError, match=rf"CONFIG must be a YAML recipe, got the folder '{tmp_path}'; name a file$"):
+    with pytest.raises(ValueError, match=rf"a config must be a YAML recipe, got the folder '{tmp_path}'; name a file$"):
         main([str(tmp_path)])
     (tmp_path / "config.yml").write_text("seed: 1\n")
     with pytest.raises(ValueError, match=rf"got the folder '{tmp_path}'; name '{tmp_path}/config\.yml'$"):

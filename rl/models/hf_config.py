@@ -187,9 +187,9 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Model
     family = _family(raw)
     values = {**FAMILY_DEFAULTS[family], **{key: value for key, value in raw.items() if value is not None}}
     _refuse_unsupported(raw, family)
-    num_heads = _required(values, "num_attention_heads", int)
-    num_layers = _required(values, "num_hidden_layers", int)
-    hidden_size = _required(values, "hidden_size", int)
+    num_heads = required(values, "num_attention_heads", int)
+    num_layers = required(values, "num_hidden_layers", int)
+    hidden_size = required(values, "hidden_size", int)
     num_kv_heads = num_heads if family == "llama" and "num_key_value_heads" not in values else None
     head_dim = values.get("head_dim")
     if head_dim is None:
@@ -199,14 +199,14 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Model
     gemma = family == "gemma3_text"
     return ModelConfig(
         family=family,
-        vocab_size=_required(values, "vocab_size", int),
+        vocab_size=required(values, "vocab_size", int),
         hidden_size=hidden_size,
-        intermediate_size=_required(values, "intermediate_size", int),
+        intermediate_size=required(values, "intermediate_size", int),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=_required(values, "num_key_value_heads", int) if num_kv_heads is None else num_kv_heads,
+        num_kv_heads=required(values, "num_key_value_heads", int) if num_kv_heads is None else num_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=_required(values, "max_position_embeddings", int),
+        max_position_embeddings=required(values, "max_position_embeddings", int),
         norm_eps=float(values["rms_norm_eps"]),
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
         rope_theta=rope_theta,
@@ -288,7 +288,8 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: str) -> None:
         raise ValueError(f"mlp_bias = {raw['mlp_bias']!r} is not supported for {family}")
 
 
-def _required(values: Mapping[str, Any], key: str, kind: type) -> Any:
+def required(values: Mapping[str, Any], key: str, kind: type) -> Any:
+    """The value of a key that a config.json must have; ValueError where it lacks it or holds another kind."""
     value = values.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{key} must be given as {kind.__name__}, got {value!r}")

@@ -19,7 +19,7 @@ from flax import nnx
 
 from rl.models.config import SLIDING_ATTENTION, ForeignConfig, ModelConfig, ParameterSpec, base_specs, flatten_specs
 from rl.models.hf import open_tensors, tensor_name
-from rl.models.hf_config import parse_config, read_json
+from rl.models.hf_config import parse_config, read_json, required
 from rl.models.ops import rope_frequencies
 from rl.models.train_state import string_keys
 
@@ -129,8 +129,10 @@ def _qwen3_moe(raw: Mapping[str, Any], generation: Mapping[str, Any], section: A
     _require(raw.get("norm_topk_prob", False), "norm_topk_prob", "true", raw.get("norm_topk_prob", False))
     _require(raw.get("decoder_sparse_step", 1) == 1, "decoder_sparse_step", "1", raw.get("decoder_sparse_step"))
     _require(not raw.get("mlp_only_layers"), "mlp_only_layers", "empty", raw.get("mlp_only_layers"))
-    shape = _as_family("qwen3", raw, generation, own, {"intermediate_size": _number(raw, "moe_intermediate_size")})
-    experts = {"num_experts": _num_experts(raw), "num_experts_per_tok": _number(raw, "num_experts_per_tok")}
+    shape = _as_family(
+        "qwen3", raw, generation, own, {"intermediate_size": required(raw, "moe_intermediate_size", int)}
+    )
+    experts = {"num_experts": _num_experts(raw), "num_experts_per_tok": required(raw, "num_experts_per_tok", int)}
     frequencies = _frequencies(shape)
     return shape, _qwen("qwen3", "Qwen3", shape, section, frequencies, rope_theta=shape.rope_theta, **experts)
 
@@ -138,14 +140,7 @@ def _qwen3_moe(raw: Mapping[str, Any], generation: Mapping[str, Any], section: A
 def _num_experts(raw: Mapping[str, Any]) -> int:
     """Newer transformers write it under another name."""
     is_new = "num_experts" not in raw and "num_local_experts" in raw
-    return _number(raw, "num_local_experts" if is_new else "num_experts")
-
-
-def _number(raw: Mapping[str, Any], key: str) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{key} must be given as int, got {value!r}")
-    return value
+    return required(raw, "num_local_experts" if is_new else "num_experts", int)
 
 
 def _qwen2(raw: Mapping[str, Any], generation: Mapping[str, Any], section: Any) -> tuple[ModelConfig, TunixModel]:

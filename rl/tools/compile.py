@@ -123,11 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", default=None, metavar="FILE", help="write the report")
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     check_writable(arguments.json, "--json")
-    folder = pathlib.Path(arguments.config)
-    if folder.is_dir():
-        recipe = folder / "config.yml"  # of a run
-        way_out = f"name {str(recipe)!r}" if recipe.is_file() else "name a file"
-        raise ValueError(f"CONFIG must be a YAML recipe, got the folder {arguments.config!r}; {way_out}")
     config = load_config(arguments.config, arguments.overrides)
     if config.logging.compilation_cache != "auto":  # what compiling takes is told only of what is compiled
         use_compilation_cache(config)
