@@ -32,7 +32,7 @@ from rl.programs import Build, Program, Stored, not_stored
 from rl.prompt_logprobs import PromptScorer
 from rl.sampling import SamplingParams
 from rl.scheduling import CacheSize, Completion, Request, Schedule
-from rl.shape_plan import Expected, KVBudget, Load, first_shape, rest_lengths, usable_common_length
+from rl.shape_plan import Expected, KVBudget, Load, few_rows, first_shape, rest_lengths, usable_common_length
 
 __all__ = ["Completion", "Sampler"]
 
@@ -337,7 +337,7 @@ class Sampler:
         self, params: Params, state: DecodeState, schedule: Schedule, needed: int, prefill_rows: int
     ) -> DecodeState:
         """Prefills `needed` of `prefill_rows` rows of each shard; a few rows at a time where half would stay empty."""
-        few = _few_rows(prefill_rows)
+        few = few_rows(prefill_rows)
         count = math.ceil(needed / few)
         for num_rows in [few] * count if 2 * count * few <= prefill_rows else [prefill_rows]:
             inputs, places = schedule.admit(num_rows)
@@ -383,7 +383,7 @@ class Sampler:
 
     def _prefill_sizes(self, shape: Shape) -> list[int]:
         """Rows over all shards that prefills of this shape may have."""
-        few = _few_rows(shape.prefill_rows // self.engine.num_shards) * self.engine.num_shards
+        few = few_rows(shape.prefill_rows // self.engine.num_shards) * self.engine.num_shards
         return list(dict.fromkeys((shape.prefill_rows, few)))
 
     def _plan(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> Expected:
@@ -412,11 +412,11 @@ class Sampler:
         num_shards, limit = self.engine.num_shards, sampling.max_completion_length
         budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
 
-        def shape_of(load: Load) -> Shape:
-            return first_shape(num_shards, load, expected, limit, self._slots, budget)
+        def shape_of(load: Load, serves_fewer: bool = False) -> Shape:
+            return first_shape(num_shards, load, expected, limit, self._slots, budget, serves_fewer)
 
         if self._planned is not None:
-            shape = shape_of(self._planned)
+            shape = shape_of(self._planned, serves_fewer=True)
             if load.fits(self._planned, shape.num_slots // num_shards):
                 return shape
         return shape_of(load)
@@ -492,11 +492,6 @@ def check_requests(
                 f"prompts[{number}] with its completion (sampling.max_completion_length) must fit in the model's "
                 f"{config.max_position_embeddings} positions, got {len(prompt)} + {limits[number]}; shorten one of them"
             )
-
-
-def _few_rows(prefill_rows: int) -> int:
-    """Rows of a shard in a prefill of few prompts, where it could be `prefill_rows`."""
-    return math.ceil(prefill_rows / 4)
 
 
 def _prefill_chunk(num_rows: int) -> int:

@@ -136,14 +136,26 @@ def usable_common_length(length: int, num_prompts: int) -> int:
     return scheduling.size_at_most(length, 8) if num_prompts > 1 and length >= MIN_COMMON_LENGTH else 0
 
 
+def few_rows(prefill_rows: int) -> int:
+    """Rows of a shard in a prefill of few prompts, where it could be `prefill_rows`."""
+    return math.ceil(prefill_rows / 4)
+
+
 def first_shape(
-    num_shards: int, load: Load, expected: Expected, limit: int, slots: int | None, budget: KVBudget | None
+    num_shards: int,
+    load: Load,
+    expected: Expected,
+    limit: int,
+    slots: int | None,
+    budget: KVBudget | None,
+    serves_fewer: bool = False,
 ) -> Shape:
     """The shape that decoding starts with.
 
     Args:
       limit: tokens of a completion.
       slots: over all shards; None: as many as the budget allows, without one as there are requests, up to 256.
+      serves_fewer: whether calls of fewer prompts take this shape as well.
 
     Raises:
       ValueError: the budget does not hold one completion.
@@ -155,7 +167,7 @@ def first_shape(
     else:
         most = min(most, MAX_DERIVED_SLOTS // num_shards or 1)
         if budget is not None:
-            most = _affordable_slots(budget, most, lengths[-1], load, expected)
+            most = _affordable_slots(budget, most, lengths, load, expected, serves_fewer)
     return Shape(
         num_slots=most * num_shards,
         length=lengths[0],
@@ -180,28 +192,40 @@ def _half(table_length: int) -> int:
     return math.ceil(table_length / 2 / scheduling.MIN_TABLE_LENGTH) * scheduling.MIN_TABLE_LENGTH
 
 
-def _affordable_slots(budget: KVBudget, most: int, own_length: int, load: Load, expected: Expected) -> int:
+def _affordable_slots(
+    budget: KVBudget, most: int, lengths: Sequence[int], load: Load, expected: Expected, serves_fewer: bool
+) -> int:
     num_slots = most
-    while num_slots and _peak_bytes(budget, num_slots, own_length, load, expected) > budget.allowed:
+    while num_slots and _peak_bytes(budget, num_slots, lengths, load, expected, serves_fewer) > budget.allowed:
         num_slots -= 1
     if not num_slots:
-        least = _peak_bytes(budget, 1, own_length, load, expected)
+        least = _peak_bytes(budget, 1, lengths, load, expected, serves_fewer)
         raise ValueError(
-            f"sampling.kv_memory must allow at least one completion of {own_length} tokens, which takes {least:,} "
+            f"sampling.kv_memory must allow at least one completion of {lengths[-1]} tokens, which takes {least:,} "
             f"bytes of keys and values, got {budget.allowed:,}; raise it, or shorten sampling.max_completion_length"
         )
     return num_slots
 
 
-def _peak_bytes(budget: KVBudget, num_slots: int, own_length: int, load: Load, expected: Expected) -> int:
+def _peak_bytes(
+    budget: KVBudget, num_slots: int, lengths: Sequence[int], load: Load, expected: Expected, serves_fewer: bool
+) -> int:
     """The most bytes that keys and values of a shard take at one time: own cache, prompt table, common prefix, prompts
     that are prefilled meanwhile, and one array that exists twice while a cache becomes longer or loses rows.
+
+    Args:
+      lengths: of the own cache, in order.
     """
-    own, prefill_rows = num_slots * own_length, load.prefill_rows(num_slots, expected)
+    whole, largest = sum(budget.per_position), max(budget.per_position)
+    own, prefill_rows = num_slots * lengths[-1], load.prefill_rows(num_slots, expected)
     prefilled = prefill_rows * expected.rows_per_prompt * expected.table_length
-    held = own + load.table_rows(num_slots, expected) * expected.table_length + len(expected.common)
+    read = load.table_rows(num_slots, expected) * expected.table_length + len(expected.common)
     # Where one prefill is all there is, and its rows are not cut, it becomes the table.
     becomes_table = load.pieces <= prefill_rows and expected.rows_per_prompt == 1
     beside = 0 if becomes_table else prefilled
-    whole, largest = sum(budget.per_position), max(budget.per_position)
-    return held * whole + max(beside * whole + prefilled * largest, own * largest)
+    peak = (own + read) * whole + max(beside * whole + prefilled * largest, own * largest)
+    if serves_fewer and becomes_table and prefill_rows > 1:
+        # That of a few rows does not, and lies beside the table before anything is drawn.
+        few = few_rows(prefill_rows) * expected.table_length
+        peak = max(peak, (num_slots * lengths[0] + read + few) * whole + few * largest)
+    return peak

@@ -653,6 +653,16 @@ def test_the_memory_budget_counts_prompts_that_are_prefilled_beside_the_full_cac
     assert 0.75 * budget < setup.sampler.peak_kv_bytes <= budget
 
 
+def test_the_memory_budget_counts_few_prompts_that_are_prefilled_beside_the_table_of_a_large_plan():
+    setup = build(num_layers=3)
+    budget = setup.sampler.engine.bytes_per_position() * 2700  # 16 rows of 128 positions, 16 slots of 16, and a sixth
+    setup = with_sampler(setup, kv_bytes=budget)
+    setup.sampler.expect([[5] * 120] * 16, 16, 1)
+    prompts = [[3 + i] * 120 for i in range(2)]
+    sample(setup, changed(max_completion_length=2), prompts=prompts, num_samples=1)
+    assert setup.sampler.peak_kv_bytes <= budget
+
+
 def test_eos_is_kept_and_nothing_follows(qwen_completions):
     reasons = [c.finish_reason for c in flatten(qwen_completions)]
     assert {"eos", "length"} <= set(reasons)
