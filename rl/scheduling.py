@@ -343,6 +343,10 @@ class Drawing:
     def columns(self) -> list[np.ndarray]:
         return [np.concatenate(part) for part in zip(*self.parts, strict=True)]
 
+    def token_ids(self) -> np.ndarray:
+        """The first column alone."""
+        return np.concatenate([part[0] for part in self.parts])
+
 
 class _Fitting(NamedTuple):
     """Where the next pending prompts of a shard would be prefilled, (row, first of its parts) of each.
@@ -566,7 +570,7 @@ class Schedule:
         drawing = self._drawing.setdefault(request, Drawing())
         num_checked = drawing.num_tokens
         drawing.add(columns)
-        tokens = columns[0] if not self._sampling.stop_strings else drawing.columns()[0]
+        tokens = columns[0] if not self._sampling.stop_strings else drawing.token_ids()
         limit = self._requests[request].limit
         end = find_end(tokens, num_checked, drawing.num_tokens, limit, self._sampling, self._decode_text)
         if end is None:

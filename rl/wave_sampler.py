@@ -240,7 +240,7 @@ class WaveSampler:
     ) -> Completion | None:
         num_checked = drawing.num_tokens
         drawing.add(columns)
-        tokens = drawing.columns()[0] if sampling.stop_strings else columns[0]
+        tokens = drawing.token_ids() if sampling.stop_strings else columns[0]
         end = find_end(tokens, num_checked, drawing.num_tokens, request.limit, sampling, self._decode_text)
         if end is None:
             return None
