@@ -5,6 +5,7 @@ that need devices, data, a tokenizer or the model live where those are loaded.
 """
 
 import json
+import re
 from typing import Any
 
 from rl.config_sections import OPEN_CHOICES, Config, flatten, is_user_function, source_kind, to_dict
@@ -48,6 +49,7 @@ def check(config: Config) -> None:
     _check_optimizer(config)
     _check_health(config)
     _check_mesh(config)
+    _check_distributed(config)
     if grpo.prompts_per_step % grpo.minibatches:
         fits = [n for n in range(1, grpo.prompts_per_step + 1) if grpo.prompts_per_step % n == 0]
         raise ValueError(
@@ -197,6 +199,24 @@ def _check_mesh(config: Config) -> None:
                     f"mesh.{key}.{logical} must be a list of mesh axes, like [fsdp, tensor], or of such lists, like "
                     f"[[fsdp, tensor], [fsdp]], of which the first that fits counts, got {rule!r}"
                 )
+
+
+def _check_distributed(config: Config) -> None:
+    """That the three keys come together is checked by who joins: `rl.hosts`."""
+    section = config.distributed
+    process_id, num_processes, address = section.process_id, section.num_processes, section.coordinator_address
+    if process_id is not None and num_processes is not None and process_id >= num_processes:
+        raise ValueError(
+            f"distributed.process_id must be < distributed.num_processes ({num_processes}), got {process_id}; "
+            "processes are numbered from 0"
+        )
+    if address is not None:
+        match = re.fullmatch(r"(?:[^\s:]+|\[[^\s\]]+\]):([0-9]{1,5})", address)
+        if match is None or not 0 < int(match[1]) < 65536:
+            raise ValueError(
+                f"distributed.coordinator_address must be host:port, a port from 1 to 65535, got {address!r}; for "
+                "example 10.0.0.1:1234"
+            )
 
 
 def _check_model(config: Config) -> None:

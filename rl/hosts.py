@@ -10,7 +10,9 @@ block of the data, the rewards of its share of completions, a signal, the state 
 import contextlib
 import json
 import os
+import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +39,10 @@ def join(section: DistributedSection) -> None:
     Kubernetes, GKE and Cloud TPU) when these are more than one. On CPU, collectives go by gloo, jax's own choice.
 
     Raises:
-      ValueError: some of the three keys are set and others are not, or the others could not be reached.
+      ValueError: some of the three keys are set and others are not, or they name a process 0 that does not listen.
+
+    Where process 0 waits for another in vain, or one that a cluster started does not reach it, jax's runtime ends the
+    process itself, with exit status 134.
     """
     given = {name: getattr(section, name) for name in ("coordinator_address", "num_processes", "process_id")}
     options: dict[str, Any] = {}
@@ -45,6 +50,8 @@ def join(section: DistributedSection) -> None:
         for name, example in zip(given, ("10.0.0.1:1234", "2", "0"), strict=True):
             if given[name] is None:
                 require(None, f"distributed.{name}", f"{example}, as other keys of distributed are set")
+        if section.process_id:
+            _wait_for_the_first(section)
         options = {**given, "cluster_detection_method": "deactivate"}
     elif not (section.auto and _is_in_a_cluster()):
         return
@@ -55,6 +62,27 @@ def join(section: DistributedSection) -> None:
         heartbeat_timeout_seconds=section.heartbeat_timeout_seconds,
         initialization_timeout=section.initialization_timeout_seconds,
     )
+
+
+def _wait_for_the_first(section: DistributedSection) -> None:
+    """Returns when process 0 listens. jax's own client, when its time is over, aborts with a dump of its stack."""
+    address, seconds = section.coordinator_address, section.initialization_timeout_seconds
+    assert address is not None
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            remaining = max(deadline - time.monotonic(), 0.1)
+            socket.create_connection((host.strip("[]"), int(port)), timeout=remaining).close()
+            return
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    "distributed.coordinator_address must be where process 0 listens within "
+                    f"distributed.initialization_timeout_seconds ({seconds}), got {address!r}, which says: {error}; "
+                    "start process 0, or check host, port and firewall"
+                ) from error
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -321,6 +321,16 @@ def test_a_missing_recipe_is_refused(tmp_path):
         ),
         (["data.eval_source=x.jsonl", "data.eval_size=5"], r"data\.eval_size must be 0 when data\.eval_source is set"),
         (["checkpoint.keep=0"], r"checkpoint\.keep must be >= 1, got 0"),
+        (
+            ["distributed.num_processes=2", "distributed.process_id=2"],
+            r"distributed\.process_id must be < distributed\.num_processes \(2\), got 2; .* from 0",
+        ),
+        (
+            ["distributed.coordinator_address=foo"],
+            r"coordinator_address must be host:port, .* got 'foo'; .* 10\.0\.0\.1:1",
+        ),
+        (["distributed.coordinator_address='::1:1234'"], r"coordinator_address must be host:port, .* got '::1:1234'"),
+        (["distributed.coordinator_address='a:65536'"], r"coordinator_address must be host:port, .* got 'a:65536'"),
     ],
 )
 def test_ranges_and_contradictions_are_refused(overrides, message):

@@ -576,6 +576,15 @@ def test_keys_that_name_the_processes_come_together():
         hosts.join(section)
 
 
+def test_a_first_process_that_nobody_reaches_is_an_error_with_its_address():
+    address = f"127.0.0.1:{launch._free_port()}"
+    keys = [f"coordinator_address={address}", "num_processes=2", "process_id=1", "initialization_timeout_seconds=1"]
+    section = load_config(None, [f"distributed.{key}" for key in keys]).distributed
+    message = rf"must be where process 0 listens within .* \(1\), got '{address}', .*refused; start process 0"
+    with pytest.raises(ValueError, match=message):
+        hosts.join(section)
+
+
 def test_alone_every_function_of_the_hosts_is_what_it_would_be_without():
     hosts.join(load_config(None, ["distributed.auto=false"]).distributed)
     assert hosts.is_first()
