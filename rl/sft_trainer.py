@@ -46,6 +46,11 @@ def train(config: Config) -> pathlib.Path:
       ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy
         starts.
     """
+    if config.compiled_file is not None:
+        raise ValueError(
+            "compiled_file must be null in grpo sft, for it holds the programs of grpo train, got "
+            f"{config.compiled_file!r}; leave it out"
+        )
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console(config.sft.steps, hosts.console_stream()))
         # -- tokenizer, pairs

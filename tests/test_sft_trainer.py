@@ -88,3 +88,10 @@ def test_resumed_run_equals_the_uninterrupted_one_in_the_other_flavour(recipe, r
 def test_grpo_refuses_the_folder_of_a_supervised_run(recipe, run):
     with pytest.raises(ValueError, match="holds a run of kind 'sft', this is 'grpo'"):
         grpo_trainer.train(load_config(recipe, [f"output_dir={run}"]))
+
+
+def test_compiled_programs_of_grpo_are_refused(recipe):
+    config = load_config(recipe, [f"output_dir={recipe.parent / 'none'}", "compiled_file=programs.bin"])
+    with pytest.raises(ValueError, match=r"compiled_file must be null in grpo sft, .*got 'programs.bin'; leave it out"):
+        sft_trainer.train(config)
+    assert not (recipe.parent / "none").exists()
