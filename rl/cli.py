@@ -163,7 +163,7 @@ COMMANDS = {
             --cpu-devices K    virtual CPU devices of each; whatever devices jax finds when left out
             COMMAND ...        train, sft or eval with its arguments
 
-            When a process dies, says which one was first, ends the others, and returns 1. The same command again
+            When a process dies, says which one was first, ends the others, and returns 1. The same train or sft again
             resumes the run. For several machines see examples/launch.""",
     ),
     "lora": Command(

@@ -619,6 +619,23 @@ def test_a_command_that_every_process_refuses_is_no_crash(tmp_path, capfd):
     assert re.search(r"process [01] of 2 was the first to fail, with exit status 2; the others are ended$", said, re.M)
 
 
+@pytest.mark.parametrize(
+    ("command", "ending", "goes_on"),
+    [
+        ("train", "os.kill(os.getpid(), 9)", True),
+        ("sft", "os._exit(134)", True),
+        ("train", "os._exit(1)", False),
+        ("eval", "os.kill(os.getpid(), 9)", False),
+    ],
+)
+def test_the_launcher_promises_to_go_on_only_where_the_same_command_does(capfd, command, ending, goes_on):
+    process = subprocess.Popen([sys.executable, "-S", "-c", f"import os; {ending}"])
+    assert launch._watch([process], command) == 1
+    said = capfd.readouterr().err
+    assert "process 0 of 1 was the first to" in said
+    assert ("The same command again goes on from the last checkpoint" in said) is goes_on
+
+
 def test_virtual_devices_replace_those_of_the_shell():
     given = {"XLA_FLAGS": "--xla_a=1 --xla_force_host_platform_device_count=8", "HOME": "/here"}
     made = launch.environment_of(given, 4)

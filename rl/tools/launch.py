@@ -17,7 +17,8 @@ from types import FrameType
 
 _SECONDS_TO_FINISH = 5.0  # for the others to say what they have to say, when the first has ended with an error
 COMMANDS = ("train", "sft", "eval")  # that several processes can do together
-_REFUSED = 2  # the exit status of a user's error, see `rl.cli`
+_RESUMABLE = ("train", "sft")
+_ABORTED = 128 + signal.SIGABRT  # the exit status of a shell whose command aborted, as jax's runtime does
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes += [subprocess.Popen(command, env=environment, start_new_session=True) for command in commands]
         numbers = ", ".join(f"{number} (pid {process.pid})" for number, process in enumerate(processes))
         print(f"processes {numbers}", file=sys.stderr)
-        return _watch(processes)
+        return _watch(processes, arguments.command[0])
     finally:
         _end(processes)
         for number, handler in previous.items():
@@ -101,8 +102,8 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _watch(processes: list[subprocess.Popen]) -> int:
-    """Waits until all have ended well, or one has not; then says which."""
+def _watch(processes: list[subprocess.Popen], command: str) -> int:
+    """Waits until all have ended well, or one has not; then says which, and whether `command` goes on from there."""
     number_of = {process.pid: number for number, process in enumerate(processes)}
     while any(process.returncode is None for process in processes):
         # The one that ends first is seen first, though those it leaves alone may follow within milliseconds.
@@ -114,7 +115,9 @@ def _watch(processes: list[subprocess.Popen]) -> int:
         returncode = processes[number].returncode
         if returncode:
             cause = f"error: process {number} of {len(processes)} {_cause(returncode)}; the others are ended"
-            way_out = "" if returncode == _REFUSED else ". The same command again goes on from the last checkpoint"
+            # What came from outside is gone with the process; an error of its own would come again.
+            goes_on = command in _RESUMABLE and (returncode < 0 or returncode == _ABORTED)
+            way_out = ". The same command again goes on from the last checkpoint" if goes_on else ""
             print(cause + way_out, file=sys.stderr)
             if returncode > 0:  # of a killed one the others know nothing
                 _wait_for(processes, _SECONDS_TO_FINISH)
