@@ -271,7 +271,7 @@ def evaluate_source(
       ValueError: no reward function, no held-out rows, or whatever is wrong with the configuration, the data or the
         checkpoint.
     """
-    source = resolve_model(model, overrides, adapter=adapter)
+    source = resolve_model(model, overrides, adapter=adapter, alone=False)
     config = source.config
     with hosts.joined(config.distributed):
         hosts.from_first(lambda: check_writable(output, "--output"))

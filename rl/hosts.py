@@ -28,6 +28,7 @@ from rl.config_sections import DistributedSection, to_dict
 
 T = TypeVar("T")
 
+NAMES = ("coordinator_address", "num_processes", "process_id")  # keys of `distributed` that name the processes
 _SMALLEST_MESSAGE = 1024  # bytes; lengths are rounded up to powers of two, for each is a program of its own
 _LARGEST_ROUND = 1 << 26  # bytes of all processes together, which every device holds at a time
 
@@ -44,11 +45,10 @@ def join(section: DistributedSection) -> None:
     Where process 0 waits for another in vain, or one that a cluster started does not reach it, jax's runtime ends the
     process itself, with exit status 134.
     """
-    given = {name: getattr(section, name) for name in ("coordinator_address", "num_processes", "process_id")}
-    options: dict[str, Any] = {}
-    if any(value is not None for value in given.values()):
-        for name, example in zip(given, ("10.0.0.1:1234", "2", "0"), strict=True):
-            if given[name] is None:
+    given, options = named(section), {}
+    if given:
+        for name, example in zip(NAMES, ("10.0.0.1:1234", "2", "0"), strict=True):
+            if name not in given:
                 require(None, f"distributed.{name}", f"{example}, as other keys of distributed are set")
         if section.process_id:
             _wait_for_the_first(section)
@@ -62,6 +62,20 @@ def join(section: DistributedSection) -> None:
         heartbeat_timeout_seconds=section.heartbeat_timeout_seconds,
         initialization_timeout=section.initialization_timeout_seconds,
     )
+
+
+def named(section: DistributedSection) -> dict[str, Any]:
+    """Those of the three keys that are set."""
+    return {name: getattr(section, name) for name in NAMES if getattr(section, name) is not None}
+
+
+def check_alone(section: DistributedSection) -> None:
+    """ValueError where keys name processes that the command, which runs in one, does not join."""
+    for name, value in named(section).items():
+        raise ValueError(
+            f"distributed.{name} must be null for a command of one process (train, sft and eval run in several), got "
+            f"{value!r}; leave it out"
+        )
 
 
 def _wait_for_the_first(section: DistributedSection) -> None:

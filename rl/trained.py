@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from rl import hosts
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config
 from rl.mesh import create_mesh
@@ -52,19 +53,31 @@ class Source:
 
 
 def resolve_model(
-    model: str | os.PathLike, overrides: Sequence[str], step: int | None = None, adapter: str | None = None
+    model: str | os.PathLike,
+    overrides: Sequence[str],
+    step: int | None = None,
+    adapter: str | None = None,
+    alone: bool = True,
 ) -> Source:
-    """What MODEL stands for; loads nothing.
+    """What MODEL stands for; loads nothing. A run's own processes are not those of who reads it.
 
     Args:
       model: a run folder, a YAML recipe, a Hugging Face folder or a hub id.
       step: of a run's checkpoint; None: the newest.
       adapter: folder in PEFT's format to put beside the weights of model.source.
+      alone: whether the command runs in one process.
 
     Raises:
       ValueError: none of these, no such checkpoint, a step for something that is no run, an adapter for a run, a wrong
-        override.
+        override, keys that name the processes of a command that runs in one.
     """
+    source = _resolve(model, overrides, step, adapter)
+    if alone:
+        hosts.check_alone(source.config.distributed)
+    return source
+
+
+def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | None, adapter: str | None) -> Source:
     path = pathlib.Path(model).expanduser()
     if is_run_folder(path):
         if adapter is not None:
@@ -72,7 +85,7 @@ def resolve_model(
                 f"--adapter needs a Hugging Face folder, a hub id or a recipe, got the run {str(model)!r}, which has "
                 "weights of its own; name its base, or leave --adapter out"
             )
-        config = load_config(path / "config.yml", overrides)
+        config = load_config(path / "config.yml", [*(f"distributed.{name}=null" for name in hosts.NAMES), *overrides])
         steps = checkpoint_steps(path)
         if not steps:
             raise ValueError(

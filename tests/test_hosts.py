@@ -27,7 +27,8 @@ import safetensors.numpy
 from jax._src.clusters import cloud_tpu_cluster
 
 from rl import hosts, sft_trainer
-from rl.config import load_config
+from rl.cli import main
+from rl.config import dump_config, load_config
 from rl.data import fingerprint, load_pairs, load_prompts
 from rl.evaluation import evaluate_source
 from rl.grpo_trainer import train
@@ -36,7 +37,7 @@ from rl.models.config import flatten_specs
 from rl.models.hf import save_folder
 from rl.tokenizer import load_tokenizer
 from rl.tools import launch
-from rl.trained import load_checkpoint, load_start
+from rl.trained import load_checkpoint, load_start, resolve_model
 from rl.weights import model_shape
 from tests import tunix_golden
 from tests.tiny_models import noisy_params, tiny_config
@@ -574,6 +575,33 @@ def test_keys_that_name_the_processes_come_together():
     section = load_config(None, ["distributed.num_processes=2", "distributed.process_id=0"]).distributed
     with pytest.raises(ValueError, match=r"distributed\.coordinator_address must be set, got None; .*10\.0\.0\.1:1234"):
         hosts.join(section)
+
+
+def test_commands_of_one_process_refuse_keys_that_name_processes_but_read_a_run_of_several(tmp_path, capsys):
+    """The folder has the keys of its process 0, which neither of them nor `grpo eval` may wait for others by."""
+    keys = ["coordinator_address=127.0.0.1:1", "num_processes=2", "process_id=0"]
+    overrides, run = [f"distributed.{key}" for key in keys], tmp_path / "run"
+    (run / "checkpoints" / "7").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / "config.yml").write_text(dump_config(load_config(None, [*overrides, "distributed.auto=false", "seed=3"])))
+    source = resolve_model(run, ["seed=4"])
+    assert (source.step, source.config.seed, source.config.distributed.auto) == (7, 4, False)
+    assert hosts.named(source.config.distributed) == {}
+    hosts.join(source.config.distributed)  # at once: it is alone
+    asked = resolve_model(run, overrides, alone=False).config.distributed
+    assert list(hosts.named(asked).values()) == ["127.0.0.1:1", 2, 0]
+    (tmp_path / "recipe.yml").write_text("distributed: {num_processes: 2}")
+    recipe, base = str(tmp_path / "recipe.yml"), ROOT / "tests/data/models/qwen3"
+    for command in (
+        ["sample", str(run), "--prompt", "a", overrides[1]],
+        ["sample", recipe, "--prompt", "a"],
+        ["quantize", f"tunix:{base}", str(tmp_path / "new"), overrides[1]],
+        ["lora", "merge", str(base), str(base), str(tmp_path / "new"), overrides[1]],
+        ["lora", "convert", str(base), str(tmp_path / "new"), recipe, f"model.source={base}"],
+    ):
+        assert main(command) == 2
+        said = "distributed.num_processes must be null for a command of one process"
+        assert f"{said} (train, sft and eval run in several), got 2; leave it out" in capsys.readouterr().err
 
 
 def test_a_first_process_that_nobody_reaches_is_an_error_with_its_address():

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from rl import hosts
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config
 from rl.data import load_prompts
@@ -156,6 +157,7 @@ def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = ()) -
 def _run_config(adapter: str, run: str, recipe: str, overrides: Sequence[str]) -> Config:
     """The recipe with the adapter's rank, alpha and targets spelled out, and without its folder."""
     start = load_config(recipe, [*overrides, "lora.rank=0", f"lora.adapter={json.dumps(adapter)}"])
+    hosts.check_alone(start.distributed)
     lora = find_origin(start, tokenizer_of(start)).model_config.lora
     assert lora is not None
     values = {
