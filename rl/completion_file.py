@@ -27,7 +27,7 @@ class CompletionFile:
 
         Args:
           settings: JSON-able, flat; whatever decides what the lines hold.
-          overwrite: start again, whatever the file holds.
+          overwrite: start again, whatever the file holds; that stays until the first new line is written.
 
         Raises:
           ValueError: it cannot be written, another process writes it, it was written with other settings or by another
@@ -35,6 +35,7 @@ class CompletionFile:
         """
         self._path = pathlib.Path(path)
         self._meta = self._path.with_name(self._path.name + ".meta.json")
+        self._new_meta = self._path.with_name(self._path.name + ".meta.json.tmp")
         settings = json.loads(json.dumps(settings))
         self._is_new = not self._path.exists()
         self._file = _open(self._path)
@@ -45,30 +46,35 @@ class CompletionFile:
             whole = content[: content.rfind(b"\n") + 1]
             self.cut = len(content) - len(whole)
             self.done = {_names(self._path, number, line) for number, line in enumerate(whole.splitlines(), start=1)}
-            # Emptied before the settings are replaced: a kill in between leaves no line under settings not its own.
-            self._file.truncate(len(whole))
-            self._file.seek(len(whole))
-            if not content:
-                temporary = self._meta.with_name(self._meta.name + ".tmp")
-                temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-                os.replace(temporary, self._meta)
+            self._starts_again = not content
+            if self._starts_again:
+                self._new_meta.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            else:
+                self._file.truncate(len(whole))
+                self._file.seek(len(whole))
         except BaseException:
             self._file.close()
             raise
 
     def write(self, line: str) -> None:
         """Appends one line, line end included, which then is with the operating system."""
+        if self._starts_again:
+            # Emptied before the settings are replaced: a kill in between leaves no line under settings not its own.
+            self._file.truncate(0)
+            self._file.seek(0)
+            os.replace(self._new_meta, self._meta)
+            self._starts_again = False
         self._file.write(line.encode("utf-8"))
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; a new one that got no line is removed."""
+        """Closes the file; a new one that got no line is removed, and one to be overwritten stays as it was."""
         if self._file.closed:
             return
-        is_empty = self._file.tell() == 0
-        if self._is_new and is_empty:
-            self._path.unlink(missing_ok=True)
-            self._meta.unlink(missing_ok=True)
+        if self._starts_again:
+            self._new_meta.unlink(missing_ok=True)
+            if self._is_new:
+                self._path.unlink(missing_ok=True)
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -160,6 +160,12 @@ def create_sampler(
     return _slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, stored)
 
 
+def check_memory(sampler: Sampler | WaveSampler, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+    """ValueError where `sampling.kv_memory` is too small for a call of this size with expected prompts."""
+    plan = sampler.rollout_plan if isinstance(sampler, WaveSampler) else sampler.shapes
+    plan(num_prompts, num_samples, sampling)
+
+
 def _slot_sampler(
     config: Config,
     policy: Policy,

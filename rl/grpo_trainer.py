@@ -2,7 +2,7 @@
 
 Reads top to bottom in data-flow order:
     config -> tokenizer, prompts -> mesh -> policy (linen or nnx) -> optimizer
-    -> init_state_fn of policy and reference -> sharded states -> restore -> sampler -> rewards
+    -> init_state_fn of policy and reference -> sampler -> rewards -> sharded states -> restore
     -> jit_train_step(mesh=mesh)
     each step: prompts -> rollouts -> rewards -> advantages -> train step -> metrics, samples, checkpoint, evaluation
 
@@ -30,7 +30,7 @@ from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
 from rl.dynamic_sampling import collect
 from rl.entropy_coef import EntropyCoefState
-from rl.evaluation import create_sampler, evaluate, greedy, sampling_params, start_rewards
+from rl.evaluation import check_memory, create_sampler, evaluate, greedy, sampling_params, start_rewards
 from rl.executables import open_compiled
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
@@ -45,12 +45,13 @@ from rl.packing import PackingPlan
 from rl.reference import ReferenceSync
 from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
 from rl.run_folder import RunFolder
-from rl.sampling import SamplingParams
+from rl.sampling import SamplingParams, check_vocabulary
 from rl.shaped_inputs import plan_for
 from rl.states import (
     InitStateFn,
     frozen_base,
     frozen_reference,
+    get_abstract_state,
     get_first_step,
     setup_decode_state,
     setup_training_state,
@@ -75,6 +76,7 @@ def train(config: Config) -> pathlib.Path:
         origin = find_origin(config, tokenizer)
         check(config, data, origin.model_config.max_position_embeddings)
         sampling = sampling_params(config, eos_ids(config, origin.model_config, tokenizer))
+        check_vocabulary(sampling, origin.model_config.vocab_size)
         # -- mesh, policy, optimizer
         mesh = create_mesh(config.mesh)
         policy = policy_from_config(config, origin.model_config, mesh)
@@ -82,24 +84,37 @@ def train(config: Config) -> pathlib.Path:
         compiled = open_compiled(config, policy, mesh)
         longest = compiled.prompt_length or max(len(row.prompt_ids) for row in data.train)
         plan = plan_for(config, longest, policy, mesh)
-        # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
         identity = run_identity(config, origin, data)
         hosts.check_same(config, identity)
+        # -- init_state_fn: policy and reference are two, each from its own; sampler
+        init_policy_fn = InitStateFn(policy, optimizer, config.seed)
+        init_reference_fn = InitStateFn(policy, None, config.seed)
+        abstract = get_abstract_state(config, mesh, init_policy_fn)
+        check_sharded(abstract.shapes, abstract.shardings, config.mesh, mesh)
+        shardings, memory = abstract.shardings, compiled.device_memory
+        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory, compiled.get)
+        stack.callback(sampler.close)
+        call_size = config.grpo.prompts_per_step, config.grpo.group_size
+        if compiled.prompt_length is None:
+            sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)], *call_size)
+        else:
+            sampler.expect_length(compiled.prompt_length, *call_size)  # only its programs can be stored
+        eval_rows = data.held_out[: config.eval.max_prompts] if config.eval.every else []
+        check_memory(sampler, *call_size, sampling)
+        if eval_rows:
+            check_memory(sampler, len(eval_rows), 1, greedy(sampling))
+        # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
         run = RunFolder(config, "grpo", identity)
         stack.callback(run.close)
         runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
         run.begin()
-        # -- states: policy and reference are two, each from its own init_state_fn
-        init_policy_fn = InitStateFn(policy, optimizer, config.seed)
-        init_reference_fn = InitStateFn(policy, None, config.seed)
+        # -- sharded states
         moves = bool(config.reference.sync_every)
         checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn, with_reference=moves)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
-        check_sharded(checkpoints.abstract.shapes, checkpoints.abstract.shardings, config.mesh, mesh)
         announce(console, config, data, origin, policy, mesh, run, plan)
         warn_about_sampling(console, config, sampling)
-        shardings = checkpoints.abstract.shardings
         reference = None
         if config.grpo.beta and policy.config.lora is None:
             is_saved = moves and checkpoints.latest_step is not None
@@ -119,16 +134,7 @@ def train(config: Config) -> pathlib.Path:
             reference = frozen_reference(policy, state)  # with adapters the frozen base: no second copy
         first_step = get_first_step(policy, state, updates_per_step(config))
         foreign.check_policy(policy, state.params, config.model.source)
-        # -- sampler, train step
-        memory = compiled.device_memory
-        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory, compiled.get)
-        stack.callback(sampler.close)
-        call_size = config.grpo.prompts_per_step, config.grpo.group_size
-        if compiled.prompt_length is None:
-            sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)], *call_size)
-        else:
-            sampler.expect_length(compiled.prompt_length, *call_size)  # only its programs can be stored
-        eval_rows = data.held_out[: config.eval.max_prompts] if config.eval.every else []
+        # -- train step
         if config.sampling.warm_up:
             sampler.warm_up(state.params, *call_size, sampling)
             if eval_rows:

@@ -27,7 +27,7 @@ from rl.models.config import ModelConfig
 from rl.prompt_rows import SampleRow, read_prompts, to_sample_rows
 from rl.replay import replay
 from rl.run_folder import read_run
-from rl.sampling import SamplingParams
+from rl.sampling import SamplingParams, check_vocabulary
 from rl.scheduling import Completion, CompletionSource, Request
 from rl.tokenizer import Tokenizer
 from rl.trained import Source, load_source, resolve_model
@@ -52,6 +52,7 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
         top_logprobs=arguments.top_logprobs,
     )
     check_rows(samples, sampling, origin.model_config)
+    check_vocabulary(sampling, origin.model_config.vocab_size)
     seed = config.seed if arguments.seed is None else arguments.seed
     requests = [
         Request(prompt, prompt, number, row.limit, row.seed)

@@ -30,7 +30,7 @@ from rl.models.policy import Params, Policy
 from rl.models.quantized import quantize_params, quantized_shardings
 from rl.programs import Build, Program, Stored, not_stored
 from rl.prompt_logprobs import PromptScorer
-from rl.sampling import SamplingParams
+from rl.sampling import SamplingParams, check_vocabulary
 from rl.scheduling import CacheSize, Completion, Request, Schedule
 from rl.shape_plan import Expected, KVBudget, Load, few_rows, first_shape, rest_lengths, usable_common_length
 
@@ -470,6 +470,7 @@ def check_requests(
         raise ValueError(
             f"sampling.eos_ids must be below the vocabulary size {config.vocab_size}, got {sampling.eos_ids}"
         )
+    check_vocabulary(sampling, config.vocab_size)
     for number, request in enumerate(requests):
         if not 1 <= request.limit <= sampling.max_completion_length:
             raise ValueError(

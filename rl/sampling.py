@@ -163,7 +163,7 @@ def draw(
       ValueError: counts are missing; an id of the bias or of forbidden_ids is not in the vocabulary; no token is left;
         top_logprobs is larger than the vocabulary. All at trace time.
     """
-    _check_vocabulary(sampling, logits_BV.shape[-1])
+    check_vocabulary(sampling, logits_BV.shape[-1])
     adjusted_BV = _forbid(adjust(logits_BV, sampling, counts), sampling, forbid_eos_B)
     if sampling.greedy:
         scaled_BV = logits_BV
@@ -185,6 +185,23 @@ def draw(
     top_ids_BN, top_scores_BN = _most_likely(scaled_BV, sampling.top_logprobs)
     top_logprobs_BN = top_scores_BN - policy_total_B[:, None] if sampling.top_logprobs else top_scores_BN
     return Draw(token_B, sampler_logprob_B, policy_logprob_B, top_ids_BN, top_logprobs_BN)
+
+
+def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
+    """ValueError for rules that a vocabulary of this size cannot have, see `draw`."""
+    _require(
+        sampling.top_logprobs <= vocab_size, "top_logprobs", f"<= vocabulary ({vocab_size})", sampling.top_logprobs
+    )
+    for name, ids in (
+        ("forbidden_ids", sampling.forbidden_ids),
+        ("logit_bias", [token for token, _ in sampling.logit_bias]),
+    ):
+        outside = sorted({token for token in ids if token >= vocab_size})
+        _require(not outside, name, f"on token ids below the vocabulary's size ({vocab_size})", outside)
+    never = {*sampling.forbidden_ids, *(sampling.eos_ids if _may_forbid_eos(sampling) else ())}
+    num_never = sum(token < vocab_size for token in never)
+    rule = f"fewer, with the EOS ids that a minimum length forbids, than the {vocab_size} tokens of the vocabulary"
+    _require(num_never < vocab_size, "forbidden_ids", rule, num_never)
 
 
 def add_token(counts: TokenCounts, token_B: jax.Array, live_B: jax.Array) -> TokenCounts:
@@ -279,22 +296,6 @@ def _most_likely(scores_BV: jax.Array, num_tokens: int) -> tuple[jax.Array, jax.
         return jnp.asarray(empty, jnp.int32), jnp.asarray(empty, scores_BV.dtype)
     top_scores_BN, top_ids_BN = jax.lax.top_k(scores_BV, num_tokens)
     return top_ids_BN, top_scores_BN
-
-
-def _check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
-    _require(
-        sampling.top_logprobs <= vocab_size, "top_logprobs", f"<= vocabulary ({vocab_size})", sampling.top_logprobs
-    )
-    for name, ids in (
-        ("forbidden_ids", sampling.forbidden_ids),
-        ("logit_bias", [token for token, _ in sampling.logit_bias]),
-    ):
-        outside = sorted({token for token in ids if token >= vocab_size})
-        _require(not outside, name, f"on token ids below the vocabulary's size ({vocab_size})", outside)
-    never = {*sampling.forbidden_ids, *(sampling.eos_ids if _may_forbid_eos(sampling) else ())}
-    num_never = sum(token < vocab_size for token in never)
-    rule = f"fewer, with the EOS ids that a minimum length forbids, than the {vocab_size} tokens of the vocabulary"
-    _require(num_never < vocab_size, "forbidden_ids", rule, num_never)
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:

@@ -20,7 +20,7 @@ from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config
 from rl.console import Console
 from rl.data import PairRow, check_enough_rows, fingerprint, load_pairs, step_indices
-from rl.evaluation import create_sampler, evaluate, sampling_params, start_rewards
+from rl.evaluation import check_memory, create_sampler, evaluate, greedy, sampling_params, start_rewards
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.loss_types import LossConfig
@@ -31,8 +31,9 @@ from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
 from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
 from rl.run_folder import RunFolder
+from rl.sampling import check_vocabulary
 from rl.shaped_inputs import packing_options
-from rl.states import InitStateFn, frozen_base, get_first_step, setup_training_state
+from rl.states import InitStateFn, frozen_base, get_abstract_state, get_first_step, setup_training_state
 from rl.tools.export import write_folder
 from rl.train_step import Minibatch, batch_shardings, jit_train_step
 from rl.update import loss_config
@@ -70,18 +71,28 @@ def train(config: Config) -> pathlib.Path:
             max_completion_length=max(len(row.completion_ids) for row in pairs.rows),
             **packing_options(config, policy, mesh),
         )
-        # -- run folder, state: whatever is wrong up to here has touched nothing on disk
         identity = {"policy": origin.identity, "data": fingerprint(pairs.rows)}
         hosts.check_same(config, identity)
+        init_state_fn = InitStateFn(policy, optimizer, config.seed)
+        abstract = get_abstract_state(config, mesh, init_state_fn)
+        check_sharded(abstract.shapes, abstract.shardings, config.mesh, mesh)
+        shardings = abstract.shardings
+        # -- sampler, where there is something to judge the end by
+        sampling = sampling_params(config, eos_ids(config, origin.model_config, tokenizer))
+        sampler = None
+        if held_out and config.rewards.functions:
+            check_vocabulary(sampling, origin.model_config.vocab_size)
+            sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer)
+            stack.callback(sampler.close)
+            sampler.expect([row.prompt_ids for row in held_out])
+            check_memory(sampler, len(held_out), 1, greedy(sampling))
+        # -- run folder, state: whatever is wrong up to here has touched nothing on disk
         run = RunFolder(config, "sft", identity)
         stack.callback(run.close)
         run.begin()
-        init_state_fn = InitStateFn(policy, optimizer, config.seed)
         checkpoints = create_checkpoint_manager(config, mesh, init_state_fn)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
-        check_sharded(checkpoints.abstract.shapes, checkpoints.abstract.shardings, config.mesh, mesh)
-        shardings = checkpoints.abstract.shardings
         # -- restore, or start
         if checkpoints.latest_step is None:
             state, _ = setup_training_state(config, mesh, init_state_fn, pretrained_params(origin, shardings.params))
@@ -154,12 +165,8 @@ def train(config: Config) -> pathlib.Path:
         if int(state.step) < config.sft.steps:
             return run.path
         # -- held-out accuracy, and the policy to take home
-        if held_out and config.rewards.functions:
-            eos = eos_ids(config, origin.model_config, tokenizer)
-            sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer)
-            stack.callback(sampler.close)
+        if sampler is not None:
             with start_rewards(config, held_out, run.path / "rewards.log") as runner:
-                sampling = sampling_params(config, eos)
                 result = evaluate(sampler, state.params, held_out, runner, tokenizer, sampling, config.eval.reward)
             console.message(f"held-out greedy accuracy {result.accuracy:.1%} on {result.num_prompts} prompts")
         params = hosts.fetch(state.params)

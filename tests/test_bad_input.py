@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from rl import sft_trainer
 from rl.checkpoint import create_checkpoint_manager
 from rl.cli import main
 from rl.config import load_config
@@ -362,9 +363,35 @@ def test_a_bad_start_with_overwrite_leaves_the_old_run(run_of_someone, tmp_path)
         ("mesh.data=3", "mesh sizes must multiply"),
         ("grpo.max_tokens_per_microbatch=40", r"max_tokens_per_microbatch must be >="),
         ("data.columns.prompt=question", "must name a column"),
+        ("sampling.forbidden_ids=[99999]", r"sampling\.forbidden_ids must be on token ids below .* \(259\)"),
+        ("sampling.logit_bias={99999: 1.0}", r"sampling\.logit_bias must be on token ids below .* \(259\)"),
+        ("sampling.slots=4", r"sampling\.slots must be >= 8"),
+        ("sampling.kv_memory=1e-12", r"sampling\.kv_memory must allow at least one completion of 16 tokens"),
+        ("mesh.rules={heds: [fsdp]}", r"mesh\.rules"),
     ):
         refuse(recipe, *overrides, "checkpoint.overwrite=true", change, match=message)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sampling.forbidden_ids=[99999]", r"sampling\.forbidden_ids must be on token ids below .* \(259\)"),
+        ("sampling.slots=4", r"sampling\.slots must be >= 8"),
+        ("sampling.kv_memory=1e-12", r"sampling\.kv_memory must allow at least one completion of 16 tokens"),
+    ],
+)
+def test_fine_tuning_that_could_not_be_evaluated_leaves_the_old_run(recipe, change, message):
+    folder = recipe.parent / "run"
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+    for name in ("run.json", "config.yml", "metrics.jsonl"):
+        (folder / name).write_text("{}\n")
+    changes = ["sft.batch_size=2", "data.eval_size=1", "checkpoint.overwrite=true", change]
+    before = snapshot(recipe.parent)
+    with CompileCounter() as compiles, pytest.raises(ValueError, match=message):
+        sft_trainer.train(load_config(recipe, changes))
+    assert compiles.count == 0
+    assert snapshot(recipe.parent) == before
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_path(run_of_someone, tmp_path):

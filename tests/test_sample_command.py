@@ -42,6 +42,7 @@ eval: {{every: 0}}
 checkpoint: {{every: 1, keep: 3}}
 mesh: {{num_devices: 1}}
 """
+SLOTS = ["sampling.slots=null"]  # as many as memory allows
 ROWS = [
     {"prompt": "1+2=", "n": 3, "id": "first", "level": 2},
     {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5},
@@ -92,6 +93,10 @@ def sample(*arguments: object) -> int:
 
 def read(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def by_place(lines: list[dict]) -> dict[tuple[int, int], dict]:
@@ -306,6 +311,31 @@ def test_a_file_of_another_program_is_refused_until_overwrite(folder, tmp_path, 
     assert output.read_text() == "my notes\n"
     assert sample(*command, "--overwrite") == 0
     assert len(read(output)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.jsonl", "notes.jsonl.meta.json"]
+    assert sample(*command) == 0
+    assert "holds 1 completions, 0 are left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "is_seen_early"),
+    [
+        ("sampling.forbidden_ids=[99999]", "sampling.forbidden_ids must be on token ids below", True),
+        ("sampling.logit_bias={99999: 1.0}", "sampling.logit_bias must be on token ids below", True),
+        ("sampling.kv_memory=1e-12", "sampling.kv_memory must allow at least one completion", False),
+    ],
+)
+def test_overwrite_deletes_nothing_before_there_is_a_new_line(
+    folder, finished, tmp_path, capsys, change, message, is_seen_early
+):
+    output = tmp_path / "out.jsonl"
+    shutil.copy(finished, output)
+    shutil.copy(folder / "finished.jsonl.meta.json", tmp_path / "out.jsonl.meta.json")
+    before = snapshot(tmp_path)
+    with CompileCounter() as compiles:
+        assert sample(folder / "recipe.yml", "--prompt", "a", "--output", output, "--overwrite", change, *SLOTS) == 2
+        assert compiles.count == 0 or not is_seen_early
+    assert message in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
 
 
 def test_ctrl_c_ends_cleanly_and_keeps_whole_lines(folder, tmp_path):
