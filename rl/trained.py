@@ -17,7 +17,7 @@ from rl.config import Config, load_config
 from rl.mesh import create_mesh
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer, shortest_run
-from rl.run_folder import checkpoint_steps, is_run_folder
+from rl.run_folder import checkpoint_steps, is_run_folder, read_run
 from rl.states import InitStateFn, frozen_base, get_abstract_state, setup_decode_state
 from rl.tokenizer import Tokenizer
 from rl.weights import Origin, find_origin, pretrained_params, tokenizer_of
@@ -136,9 +136,11 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
     Nothing of the optimizer is built or read: its section of the configuration has no say here.
 
     Raises:
-      ValueError: the run has no such checkpoint.
+      ValueError: the run has no such checkpoint, or holds adapters, and the base is not the one of their training.
     """
     tokenizer, origin, mesh, init_state_fn = _decode_setup(config)
+    if origin.model_config.lora is not None:
+        _check_base(folder, origin)
     config = dataclasses.replace(config, output_dir=str(pathlib.Path(folder)))
     checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, read_only=True)
     try:
@@ -154,6 +156,19 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
     state, abstract = setup_decode_state(config, mesh, init_state_fn, params)
     shardings = abstract.shardings.params
     return TrainedPolicy(init_state_fn.policy, state.params, shardings, mesh, tokenizer, origin, rng, step)
+
+
+def _check_base(folder: str | os.PathLike, origin: Origin) -> None:
+    """Adapters are a difference to the weights that they were trained beside, which a checkpoint does not hold."""
+    then, now = (
+        {name: identity[name] for name in ("hash", "seed") if name in identity}
+        for identity in (read_run(folder)[1]["policy"], origin.identity)
+    )
+    if now != then:
+        raise ValueError(
+            f"the base of the adapters in {folder} must be what they were trained beside, {then}, got {now}; put the "
+            "old weights back, or name a copy of them (model.source); a base without a source is drawn from `seed`"
+        )
 
 
 def _decode_setup(config: Config) -> tuple[Tokenizer, Origin, Mesh, InitStateFn]:

@@ -202,6 +202,16 @@ def test_an_adapter_becomes_a_run_and_comes_out_of_it_again(folder, run, tmp_pat
     assert inspect(str(run))["matrices"] == inspect(str(folder / "adapter"))["matrices"]
 
 
+def test_a_run_is_refused_beside_another_base_and_finds_its_own_under_any_name(folder, run, tmp_path, capsys):
+    other, copy = f"model.source={folder / 'base16'}", shutil.copytree(folder / "base", tmp_path / "copy")
+    for command in (["sample", run, "--prompt", "1+2=", other], ["eval", run, other]):
+        said = failure(capsys, *command)
+        assert f"the base of the adapters in {run} must be what they were trained beside, {{'hash': '" in said
+        assert "put the old weights back" in said
+    trained = load_checkpoint(load_config(run / "config.yml", [f"model.source={copy}"]), run)
+    jax.tree.map(np.testing.assert_array_equal, trained.params, noisy_params(CONFIG))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_exported_run_is_unmerged_to_its_base_bit_for_bit(folder, run, tmp_path, dtype):
     grpo("export", run, tmp_path / "merged", "--dtype", dtype)
