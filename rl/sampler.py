@@ -206,7 +206,11 @@ class Sampler:
         """Draws the requests and yields (its place in `requests`, completion) of each as it ends.
 
         The limit of a request may be below `sampling.max_completion_length`; one with a seed depends on (seed, sample
-        index) and on nothing else. Memory does not grow with the number of requests. Raises as `sample` does.
+        index) and on nothing else. Memory does not grow with the number of requests.
+
+        Raises:
+          ValueError: as `sample` does; a request with a prompt that is not there, an index outside [0, 2**31), a seed
+            outside [0, 2**32), or a limit below 1 or above `sampling.max_completion_length`.
         """
         check_requests(self._policy.config, self._decode_text, prompts, requests, sampling)
         return self._stream(params, prompts, requests, sampling, key)
@@ -461,7 +465,7 @@ def check_requests(
     requests: Sequence[Request],
     sampling: SamplingParams,
 ) -> None:
-    """ValueError for what no sampler can draw, see `Sampler.sample`."""
+    """ValueError for what no sampler can draw, see `Sampler.sample` and `Sampler.stream`."""
     if sampling.stop_strings and decode_text is None:
         raise ValueError(
             f"sampling.stop_strings needs a tokenizer to see text, got {sampling.stop_strings} without decode_text"
@@ -471,7 +475,13 @@ def check_requests(
             f"sampling.eos_ids must be below the vocabulary size {config.vocab_size}, got {sampling.eos_ids}"
         )
     check_vocabulary(sampling, config.vocab_size)
+    # What the device holds: places are int32 there, seeds uint32.
+    ends = {"prompt": len(prompts), "prompt_index": 2**31, "sample_index": 2**31, "seed": 2**32}
     for number, request in enumerate(requests):
+        for name, end in ends.items():
+            value = getattr(request, name)
+            if value is not None and not 0 <= value < end:
+                raise ValueError(f"requests[{number}].{name} must be in [0, {end}), got {value}")
         if not 1 <= request.limit <= sampling.max_completion_length:
             raise ValueError(
                 f"requests[{number}].limit must be between 1 and sampling.max_completion_length "

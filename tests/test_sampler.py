@@ -863,6 +863,28 @@ def test_bad_input_is_refused_before_anything_runs(qwen, prompts, changes, messa
     assert qwen.sampler.num_compiles == num_compiles
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": 4}, r"requests\[1\]\.prompt must be in \[0, 4\), got 4"),
+        ({"prompt": -1}, r"requests\[1\]\.prompt must be in \[0, 4\), got -1"),
+        ({"prompt_index": 2**31}, r"requests\[1\]\.prompt_index must be in \[0, 2147483648\), got 2147483648"),
+        ({"prompt_index": -1}, r"requests\[1\]\.prompt_index must be in \[0, 2147483648\), got -1"),
+        ({"sample_index": 2**31}, r"requests\[1\]\.sample_index must be in \[0, 2147483648\), got 2147483648"),
+        ({"seed": -1}, r"requests\[1\]\.seed must be in \[0, 4294967296\), got -1"),
+        ({"seed": 2**32}, r"requests\[1\]\.seed must be in \[0, 4294967296\), got 4294967296"),
+        ({"limit": 0}, r"requests\[1\]\.limit must be between 1 and sampling\.max_completion_length \(24\), got 0"),
+        ({"limit": 25}, r"requests\[1\]\.limit must be between 1 and sampling\.max_completion_length \(24\), got 25"),
+    ],
+)
+def test_requests_that_cannot_be_drawn_are_refused_before_anything_runs(qwen, changes, message):
+    requests = [Request(0, 0, 0, limit=24), dataclasses.replace(Request(1, 1, 0, limit=24), **changes)]
+    num_compiles = qwen.sampler.num_compiles
+    with pytest.raises(ValueError, match=message):
+        qwen.sampler.stream(qwen.params, PROMPTS, requests, PLAIN, jax.random.key(0))
+    assert qwen.sampler.num_compiles == num_compiles
+
+
 def test_bad_arguments_are_refused(qwen):
     with pytest.raises(ValueError, match="num_samples must be >= 1"):
         sample(qwen, num_samples=0)
