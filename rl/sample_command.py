@@ -46,12 +46,10 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     tokenizer = tokenizer_of(config)
     samples = to_sample_rows(rows, config.data, tokenizer, arguments.n, config.sampling.max_completion_length)
     origin = find_origin(config, tokenizer)
-    sampling = dataclasses.replace(
-        sampling_params(config, eos_ids(config, origin.model_config, tokenizer)),
-        max_completion_length=max(row.limit for row in samples),
-        top_logprobs=arguments.top_logprobs,
-    )
+    sampling = sampling_params(config, eos_ids(config, origin.model_config, tokenizer))
+    sampling = dataclasses.replace(sampling, top_logprobs=arguments.top_logprobs)
     check_rows(samples, sampling, origin.model_config)
+    sampling = dataclasses.replace(sampling, max_completion_length=max(row.limit for row in samples))
     check_vocabulary(sampling, origin.model_config.vocab_size)
     seed = config.seed if arguments.seed is None else arguments.seed
     requests = [
@@ -155,11 +153,16 @@ def to_record(
 
 
 def check_rows(samples: Sequence[SampleRow], sampling: SamplingParams, model_config: ModelConfig) -> None:
-    """ValueError, naming the row, for token ids or lengths that the model does not have."""
+    """ValueError, naming the row, for token ids or lengths that the model does not have, and limits below the least."""
     for row in samples:
         if max(row.prompt_ids) >= model_config.vocab_size:
             raise ValueError(
                 f"{row.where}: prompt_ids must be below {model_config.vocab_size}, got {max(row.prompt_ids)}"
+            )
+        if row.limit < sampling.min_completion_length:
+            raise ValueError(
+                f"{row.where}: max_tokens must be >= {sampling.min_completion_length}, the "
+                f"sampling.min_completion_length, got {row.limit}; raise it, or lower the minimum"
             )
         if len(row.prompt_ids) + row.limit > model_config.max_position_embeddings:
             raise ValueError(

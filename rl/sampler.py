@@ -210,7 +210,7 @@ class Sampler:
 
         Raises:
           ValueError: as `sample` does; a request with a prompt that is not there, an index outside [0, 2**31), a seed
-            outside [0, 2**32), or a limit below 1 or above `sampling.max_completion_length`.
+            outside [0, 2**32), or a limit below 1 or outside `sampling`'s lengths.
         """
         check_requests(self._policy.config, self._decode_text, prompts, requests, sampling)
         return self._stream(params, prompts, requests, sampling, key)
@@ -475,16 +475,18 @@ def check_requests(
             f"sampling.eos_ids must be below the vocabulary size {config.vocab_size}, got {sampling.eos_ids}"
         )
     check_vocabulary(sampling, config.vocab_size)
-    # What the device holds: places are int32 there, seeds uint32.
+    least = max(sampling.min_completion_length, 1)
+    # The device holds indices as int32 and seeds as uint32.
     ends = {"prompt": len(prompts), "prompt_index": 2**31, "sample_index": 2**31, "seed": 2**32}
     for number, request in enumerate(requests):
         for name, end in ends.items():
             value = getattr(request, name)
             if value is not None and not 0 <= value < end:
                 raise ValueError(f"requests[{number}].{name} must be in [0, {end}), got {value}")
-        if not 1 <= request.limit <= sampling.max_completion_length:
+        if not least <= request.limit <= sampling.max_completion_length:
+            low = f"sampling.min_completion_length ({least})" if sampling.min_completion_length else "1"
             raise ValueError(
-                f"requests[{number}].limit must be between 1 and sampling.max_completion_length "
+                f"requests[{number}].limit must be between {low} and sampling.max_completion_length "
                 f"({sampling.max_completion_length}), got {request.limit}"
             )
     limits = dict.fromkeys(range(len(prompts)), 0)

@@ -449,6 +449,7 @@ def test_the_bar_shows_the_tokens_of_a_second_since_it_began_and_is_not_drawn_al
         (['{"prompt": "a", "seed": 4294967296}'], "seed must be at most 4294967295"),
         (['{"prompt": "a", "max_tokens": 1.5}'], "max_tokens must be a whole number >= 1, got 1.5"),
         (['{"prompt": "a", "max_tokens": 5000}'], "must fit in the model's 2048 positions"),
+        (['{"prompt": "a", "max_tokens": 3}', '{"prompt": "a", "max_tokens": 2}'], "jsonl:2: max_tokens must be >= 3"),
         (['{"prompt": "a", "id": [1]}'], "id must be text or a whole number"),
         (['{"prompt": "a", "score": NaN}'], "columns must hold what can be written as JSON"),
     ],
@@ -457,7 +458,7 @@ def test_a_wrong_row_is_named_before_anything_is_compiled_or_written(folder, tmp
     (tmp_path / "prompts.jsonl").write_text("".join(row + "\n" for row in rows))
     with CompileCounter() as compiles:
         files = ["--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "out.jsonl"]
-        assert sample(folder / "recipe.yml", *files) == 2
+        assert sample(folder / "recipe.yml", *files, "sampling.min_completion_length=3") == 2
         assert compiles.count == 0
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]

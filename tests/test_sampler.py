@@ -875,13 +875,18 @@ def test_bad_input_is_refused_before_anything_runs(qwen, prompts, changes, messa
         ({"seed": 2**32}, r"requests\[1\]\.seed must be in \[0, 4294967296\), got 4294967296"),
         ({"limit": 0}, r"requests\[1\]\.limit must be between 1 and sampling\.max_completion_length \(24\), got 0"),
         ({"limit": 25}, r"requests\[1\]\.limit must be between 1 and sampling\.max_completion_length \(24\), got 25"),
+        (
+            {"limit": 1},
+            r"requests\[1\]\.limit must be between sampling\.min_completion_length \(2\) and .* \(24\), got 1",
+        ),
     ],
 )
 def test_requests_that_cannot_be_drawn_are_refused_before_anything_runs(qwen, changes, message):
     requests = [Request(0, 0, 0, limit=24), dataclasses.replace(Request(1, 1, 0, limit=24), **changes)]
+    sampling = changed(min_completion_length=2 if changes.get("limit") == 1 else 0)
     num_compiles = qwen.sampler.num_compiles
     with pytest.raises(ValueError, match=message):
-        qwen.sampler.stream(qwen.params, PROMPTS, requests, PLAIN, jax.random.key(0))
+        qwen.sampler.stream(qwen.params, PROMPTS, requests, sampling, jax.random.key(0))
     assert qwen.sampler.num_compiles == num_compiles
 
 
