@@ -10,6 +10,7 @@ from typing import Any
 
 from rl.config_sections import OPEN_CHOICES, Config, flatten, is_user_function, source_kind, to_dict
 
+LARGEST_SEED = 2**32 - 1  # of which jax.random.key sees every bit
 _LOSSES_OF_SEQUENCES = ("gmpo", "vespo")  # which cannot take an advantage for each token
 
 
@@ -43,6 +44,8 @@ def check(config: Config) -> None:
     )
     _at_least(config, 0, "sampling.top_k", "sampling.temperature", "sampling.min_p", "sampling.min_completion_length")
     _at_least(config, 0, "seed")
+    if config.seed > LARGEST_SEED:
+        raise ValueError(f"seed must be <= {LARGEST_SEED}, got {config.seed}; larger ones would repeat smaller ones")
     _check_model(config)
     _check_lora(config)
     _check_group_sizes(config)

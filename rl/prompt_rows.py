@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from rl.config_rules import LARGEST_SEED
 from rl.config_sections import DataSection
 from rl.data import Prompt, build_prompt, is_conversation
 from rl.sources import read_jsonl
@@ -19,7 +20,6 @@ from rl.tokenizer import Tokenizer
 
 KINDS = ("prompt", "messages", "prompt_ids")
 WISHES = ("n", "max_tokens", "seed", "id")
-LARGEST_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from rl.completion_file import CompletionFile
+from rl.config_rules import LARGEST_SEED
 from rl.evaluation import create_sampler, sampling_params
 from rl.models.config import ModelConfig
 from rl.prompt_rows import SampleRow, read_prompts, to_sample_rows
@@ -292,6 +293,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}")
+    if arguments.seed is not None and arguments.seed > LARGEST_SEED:
+        raise ValueError(f"--seed must be <= {LARGEST_SEED}, got {arguments.seed}")
     return arguments, positional[0], positional[1:]
 
 

@@ -255,6 +255,7 @@ def test_a_missing_recipe_is_refused(tmp_path):
         (["grpo.steps=0"], r"grpo\.steps must be >= 1, got 0"),
         (["optimizer.lr=-1e-6"], r"optimizer\.lr must be >= 0, got -1e-06"),
         (["seed=-1"], r"seed must be >= 0, got -1"),
+        (["seed=4294967296"], r"seed must be <= 4294967295, got 4294967296"),
         (
             ["grpo.prompts_per_step=6", "grpo.minibatches=4"],
             r"grpo\.minibatches must divide grpo\.prompts_per_step \(6\), got 4; these fit: \[1, 2, 3, 6\]",

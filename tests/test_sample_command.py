@@ -474,6 +474,8 @@ def test_a_wrong_row_is_named_before_anything_is_compiled_or_written(folder, tmp
         (["RECIPE", "--prompts", "x.jsonl", "--output", "y.jsonl"], "--prompts must be an existing JSON-lines file"),
         (["RECIPE", "--prompt", ""], "--prompt 1: the prompt must hold text"),
         (["RECIPE", "--prompt", "a", "--n", "0"], "--n must be >= 1, got 0"),
+        (["RECIPE", "--prompt", "a", "--seed", "-1"], "--seed must be >= 0, got -1"),
+        (["RECIPE", "--prompt", "a", "--seed", "4294967296"], "--seed must be <= 4294967295, got 4294967296"),
         (["RECIPE", "--prompt", "a", "--top-logprobs", "300"], "--top-logprobs must be <= the vocabulary, 259"),
         (["RECIPE", "--prompt", "a", "sampling.temprature=1"], "did you mean"),
         (["RECIPE", "--prompt", "a", "--step", "1"], "--step needs a run folder"),
