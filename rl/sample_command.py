@@ -277,8 +277,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     arguments = parser.parse_intermixed_args(argv)
     positional = arguments.positional
     if arguments.replay is not None:
-        names = ("prompts", "prompt", "output", "step", "adapter")
-        others = [f"--{name}" for name in names if getattr(arguments, name) is not None]
+        given = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
+        others = [f"--{name.replace('_', '-')}" for name in given if name not in ("replay", "positional")]
         if others or any("=" not in text for text in positional):
             raise ValueError(f"--replay takes RUN STEP PROMPT SAMPLE and overrides only, got {[*others, *positional]}")
         return arguments, "", positional

@@ -487,7 +487,21 @@ def test_a_wrong_row_is_named_before_anything_is_compiled_or_written(folder, tmp
         (["--replay", "RUN", "1", "0", "2"], "SAMPLE must be from 0 to 1, got 2"),
         (["--replay", "RUN", "5", "0", "0"], "STEP must be one of [1, 2, 3], got 5; the run has done 3 steps"),
         (["--replay", "RUN", "1", "0", "0", "sampling.temperature=2"], "got other values for ['sampling.temperature']"),
-        (["--replay", "RUN", "1", "0", "0", "--prompt", "a"], "--replay takes RUN STEP PROMPT SAMPLE"),
+        *[
+            (
+                ["--replay", "RUN", "1", "0", "0", *option],
+                f"takes RUN STEP PROMPT SAMPLE and overrides only, got {named}",
+            )
+            for option, named in (
+                (["--prompt", "a"], "['--prompt']"),
+                (["--prompts", "a", "--output", "b"], "['--prompts', '--output']"),
+                (["--step", "1", "--adapter", "a"], "['--step', '--adapter']"),
+                (["--seed", "0", "--n", "2"], "['--n', '--seed']"),
+                (["--chat", "--system", "", "--overwrite"], "['--overwrite', '--chat', '--system']"),
+                (["--top-logprobs", "3", "--prompt-logprobs"], "['--top-logprobs', '--prompt-logprobs']"),
+                (["5"], "['5']"),
+            )
+        ],
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_compiled(folder, run, tmp_path, capsys, arguments, message):
