@@ -5,6 +5,7 @@ write more. Beside FILE stands FILE.meta.json with the settings; a file of other
 a line means is not decided here, except that `prompt_index` and `sample_index` name it.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -34,11 +35,21 @@ class CompletionFile:
             program, or a whole line is no completion.
         """
         self._path = pathlib.Path(path)
+        if not self._path.name:
+            raise ValueError(f"--output must be a file that can be written, got {path}, which is a folder")
         self._meta = self._path.with_name(self._path.name + ".meta.json")
         self._new_meta = self._path.with_name(self._path.name + ".meta.json.tmp")
         settings = json.loads(json.dumps(settings))
-        self._is_new = not self._path.exists()
-        self._file = _open(self._path)
+        try:
+            self._is_new = not self._path.exists()
+            self._file = _open(self._path)
+            self._begin(settings, overwrite)
+        except OSError as error:
+            raise ValueError(f"--output must be a file that can be written, got {path}: {error}") from error
+
+    def _begin(self, settings: dict[str, Any], overwrite: bool) -> None:
+        """Reads what the file holds, and cuts off half a line."""
+        self._starts_again = self._is_new
         try:
             content = b"" if overwrite else self._file.read()
             if content:
@@ -53,7 +64,7 @@ class CompletionFile:
                 self._file.truncate(len(whole))
                 self._file.seek(len(whole))
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def write(self, line: str) -> None:
@@ -72,7 +83,8 @@ class CompletionFile:
         if self._file.closed:
             return
         if self._starts_again:
-            self._new_meta.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where its name is too long, it was never there
+                self._new_meta.unlink(missing_ok=True)
             if self._is_new:
                 self._path.unlink(missing_ok=True)
         self._file.close()
@@ -104,11 +116,11 @@ class CompletionFile:
 
 def _open(path: pathlib.Path) -> Any:
     """The file, open for reading and writing, locked until it is closed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-    except OSError as error:
-        raise ValueError(f"--output must be a file that can be written, got {path}: {error}") from error
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or a pipe"
+        raise ValueError(f"--output must be a file that can be written, got {path}, which is a {kind}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

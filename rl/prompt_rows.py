@@ -89,7 +89,10 @@ def _to_sample_row(
         # Messages say themselves that they are a chat.
         section = dataclasses.replace(data, chat=True) if isinstance(row[kind], list) else data
         prompt = build_prompt(row[kind], section, where)
-        prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        try:
+            prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     if not prompt_ids:
         raise ValueError(f"{where}: the prompt must hold at least one token, got {row[kind]!r}")
     row_id = row.get("id")
@@ -98,7 +101,7 @@ def _to_sample_row(
     columns = {name: value for name, value in row.items() if name not in KINDS + WISHES}
     try:
         json.dumps([row_id, columns], allow_nan=False, ensure_ascii=False).encode("utf-8")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: columns must hold what can be written as JSON again, got {error}") from error
     seed = _whole(row, "seed", 0, where)
     if seed is not None and seed > LARGEST_SEED:

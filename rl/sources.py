@@ -134,7 +134,7 @@ def _json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) 
     try:
         row = json.loads(line)
         problem = None if isinstance(row, dict) else f"{type(row).__name__}: {line[:80]!r}"
-    except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # malformed, bytes that are not UTF-8, lists in lists in lists
         row, problem = {}, f"{line[:80]!r}: {error}"
     if problem is not None:
         number = number if isinstance(number, int) else number()

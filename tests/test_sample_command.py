@@ -452,6 +452,9 @@ def test_the_bar_shows_the_tokens_of_a_second_since_it_began_and_is_not_drawn_al
         (['{"prompt": "a", "max_tokens": 3}', '{"prompt": "a", "max_tokens": 2}'], "jsonl:2: max_tokens must be >= 3"),
         (['{"prompt": "a", "id": [1]}'], "id must be text or a whole number"),
         (['{"prompt": "a", "score": NaN}'], "columns must hold what can be written as JSON"),
+        (['{"prompt": "a", "x": ' + "[" * 3000 + "]" * 3000 + "}"], "prompts.jsonl:1 must be one JSON object, got b'{"),
+        (['{"prompt": "a"}', '{"prompt": "a\\ud800"}'], "prompts.jsonl:2: text must be valid Unicode"),
+        (['{"messages": [{"role": "user", "content": "\\ud800"}]}'], "prompts.jsonl:1: text must be valid Unicode"),
     ],
 )
 def test_a_wrong_row_is_named_before_anything_is_compiled_or_written(folder, tmp_path, capsys, rows, message):
@@ -462,6 +465,21 @@ def test_a_wrong_row_is_named_before_anything_is_compiled_or_written(folder, tmp
         assert compiles.count == 0
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize("name", [".", "/", "..", "device", "folder", "recipe.yml/out.jsonl", "o" * 248 + ".jsonl"])
+def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(folder, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "recipe.yml", tmp_path)
+    (tmp_path / "device").symlink_to("/dev/null")
+    (tmp_path / "folder").mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for overwrite in ([], ["--overwrite"]):
+        assert sample("recipe.yml", "--prompt", "a", "--output", name, *overwrite) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: --output must be a file that can be written, got {name}")
+        assert "Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
