@@ -2,7 +2,7 @@
 
 Reads top to bottom in data-flow order:
     config -> tokenizer, prompts -> mesh -> policy (linen or nnx) -> optimizer
-    -> init_state_fn of policy and reference -> sampler -> rewards -> sharded states -> restore
+    -> init_state_fn of policy and reference -> sharded states -> restore -> sampler -> rewards
     -> jit_train_step(mesh=mesh)
     each step: prompts -> rollouts -> rewards -> advantages -> train step -> metrics, samples, checkpoint, evaluation
 
@@ -31,7 +31,7 @@ from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_
 from rl.dynamic_sampling import collect
 from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import check_memory, create_sampler, evaluate, greedy, sampling_params, start_rewards
-from rl.executables import open_compiled
+from rl.executables import CompiledPrograms, open_compiled
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.mesh import check_sharded, create_mesh, no_implicit_transfers
@@ -45,6 +45,7 @@ from rl.packing import PackingPlan
 from rl.reference import ReferenceSync
 from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
 from rl.run_folder import RunFolder
+from rl.sampler import Sampler
 from rl.sampling import SamplingParams, check_vocabulary
 from rl.shaped_inputs import plan_for
 from rl.states import (
@@ -56,8 +57,10 @@ from rl.states import (
     setup_decode_state,
     setup_training_state,
 )
+from rl.tokenizer import Tokenizer
 from rl.update import Updater, loss_config
 from rl.user_functions import check_estimator, check_loss, file_hashes
+from rl.wave_sampler import WaveSampler
 from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
 
 
@@ -86,23 +89,19 @@ def train(config: Config) -> pathlib.Path:
         plan = plan_for(config, longest, policy, mesh)
         identity = run_identity(config, origin, data)
         hosts.check_same(config, identity)
-        # -- init_state_fn: policy and reference are two, each from its own; sampler
+        # -- init_state_fn: policy and reference are two, each from its own
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
         init_reference_fn = InitStateFn(policy, None, config.seed)
         abstract = get_abstract_state(config, mesh, init_policy_fn)
         check_sharded(abstract.shapes, abstract.shardings, config.mesh, mesh)
-        shardings, memory = abstract.shardings, compiled.device_memory
-        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory, compiled.get)
-        stack.callback(sampler.close)
-        call_size = config.grpo.prompts_per_step, config.grpo.group_size
-        if compiled.prompt_length is None:
-            sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)], *call_size)
-        else:
-            sampler.expect_length(compiled.prompt_length, *call_size)  # only its programs can be stored
+        shardings = abstract.shardings
         eval_rows = data.held_out[: config.eval.max_prompts] if config.eval.every else []
-        check_memory(sampler, *call_size, sampling)
-        if eval_rows:
-            check_memory(sampler, len(eval_rows), 1, greedy(sampling))
+        calls = [(config.grpo.prompts_per_step, config.grpo.group_size, sampling)]
+        calls += [(len(eval_rows), 1, greedy(sampling))] if eval_rows else []
+        new_sampler = functools.partial(sampler_of, config, data, policy, mesh, shardings.params, tokenizer, compiled)
+        with contextlib.closing(new_sampler()) as planned:
+            for call in calls:
+                check_memory(planned, *call)
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
         run = RunFolder(config, "grpo", identity)
         stack.callback(run.close)
@@ -134,11 +133,10 @@ def train(config: Config) -> pathlib.Path:
             reference = frozen_reference(policy, state)  # with adapters the frozen base: no second copy
         first_step = get_first_step(policy, state, updates_per_step(config))
         foreign.check_policy(policy, state.params, config.model.source)
-        # -- train step
-        if config.sampling.warm_up:
-            sampler.warm_up(state.params, *call_size, sampling)
-            if eval_rows:
-                sampler.warm_up(state.params, len(eval_rows), 1, greedy(sampling))
+        # -- sampler, train step
+        sampler = stack.enter_context(contextlib.closing(new_sampler()))
+        for call in calls if config.sampling.warm_up else ():
+            sampler.warm_up(state.params, *call)
         sync_reference = ReferenceSync(config, shardings.params)
         updater = Updater(config, policy, optimizer, plan, shardings, mesh=mesh, stored=compiled.get)
         if first_step == 0 and config.rewards.check_on_gold:
@@ -229,6 +227,25 @@ def check(config: Config, data: PromptData, max_positions: int) -> None:
         )
     check_loss(loss_config(config))
     check_estimator(config)
+
+
+def sampler_of(
+    config: Config,
+    data: PromptData,
+    policy: Policy,
+    mesh: Mesh,
+    param_shardings: Any,
+    tokenizer: Tokenizer,
+    compiled: CompiledPrograms,
+) -> Sampler | WaveSampler:
+    """The sampler of a run, which knows what prompts to expect."""
+    memory, call_size = compiled.device_memory, (config.grpo.prompts_per_step, config.grpo.group_size)
+    sampler = create_sampler(config, policy, mesh, param_shardings, tokenizer, memory, compiled.get)
+    if compiled.prompt_length is None:
+        sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)], *call_size)
+    else:
+        sampler.expect_length(compiled.prompt_length, *call_size)  # only its programs can be stored
+    return sampler
 
 
 def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
