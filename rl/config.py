@@ -52,7 +52,7 @@ RESUMABLE_KEYS = (
 # Sections, and keys of others, that change no compiled program.
 _NO_PROGRAM = (
     *("output_dir", "compiled_file", "tokenizer", "data", "rewards", "sft"),
-    *("checkpoint", "eval", "health", "logging"),
+    *("distributed", "checkpoint", "eval", "health", "logging"),
 )
 _NO_PROGRAM_KEYS = (
     *("model.source", "lora.adapter", "sampling.warm_up", "grpo.preset", "grpo.advantage_estimator"),

@@ -99,11 +99,17 @@ def open_compiled(config: Config, policy: Policy, mesh: Mesh) -> CompiledProgram
     """The programs of `config.compiled_file`, checked; none without one.
 
     Raises:
-      ValueError: no such file, a damaged one, or one that was compiled for something else, naming what differs.
+      ValueError: no such file, a damaged one, one that was compiled for something else, naming what differs, or several
+        processes on CPU.
     """
     if config.compiled_file is None:
         return CompiledPrograms()
     path = pathlib.Path(config.compiled_file)
+    if jax.process_count() > 1 and mesh.devices.flat[0].platform == "cpu":
+        raise ValueError(
+            "compiled_file must be null for several processes on CPU, whose devices have numbers of their own that "
+            f"`grpo compile`, one process, cannot compile for, got {str(path)!r}; leave it out"
+        )
     header, executables = read_file(path)
     refuse_differences(f"compiled_file {str(path)!r}", fingerprint(config, policy, mesh), header["made_for"])
     return CompiledPrograms(

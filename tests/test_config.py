@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rl.advantages import check_modes
-from rl.config import differences, dump_config, load_config, preset_values, read_preset, require
+from rl.config import differences, dump_config, load_config, preset_values, program_keys, read_preset, require
 from rl.config_sections import to_dict
 from rl.update import loss_config
 
@@ -414,6 +414,13 @@ def test_the_number_of_steps_belongs_to_the_run_where_the_learning_rate_falls_to
     for schedule, expected in (("constant", {}), ("linear", {"grpo.steps": (100, 200)})):
         old = load_config(None, [f"optimizer.schedule={schedule}"])
         assert differences(old, load_config(None, [f"optimizer.schedule={schedule}", "grpo.steps=200"])) == expected
+
+
+def test_who_computes_together_changes_no_program():
+    keys = ["coordinator_address=10.0.0.1:1234", "num_processes=2", "process_id=1", "heartbeat_timeout_seconds=30"]
+    named = load_config(None, [f"distributed.{key}" for key in keys])
+    assert program_keys(named) == program_keys(load_config(None))
+    assert program_keys(load_config(None, ["seed=1"])) != program_keys(load_config(None))
 
 
 def test_a_config_cannot_be_changed_in_place():

@@ -265,6 +265,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rl import hosts, sources
 from rl.config import load_config
 from rl.data import fingerprint, load_pairs, load_prompts
+from rl.executables import open_compiled
 from rl.tokenizer import Tokenizer, load_tokenizer
 def refuse():
     raise ValueError("output_dir is taken")
@@ -313,6 +314,10 @@ def tell(config):
         hosts.from_first(refuse)
     except ValueError as error:
         told["refused"] = str(error)
+    try:
+        open_compiled(load_config(None, ["compiled_file=programs.bin"]), None, mesh)
+    except ValueError as error:
+        told["compiled_file"] = str(error)
     print(json.dumps(told), flush=True)
     if not hosts.is_first():
         load_config(None, ["no.such.key=1"])  # an error of this process alone: the first waits for it in vain
@@ -406,6 +411,7 @@ def test_processes_of_a_cluster_understand_each_other_and_an_error_of_one_ends_i
         assert report["from_first"] == 7
         assert report["number"] == 3
         assert report["key"] is True
+        assert "compiled_file must be null for several processes on CPU, " in report["compiled_file"]
         assert report["in_rounds"] == ["abcdefg", "abcdefg" * 901]
     assert [first["own"], second["own"]] == [[0.0, 1.0], [2.0, 3.0]]
     assert [first["fetched"], second["fetched"]] == [[0.0, 1.0, 2.0, 3.0], []]
