@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from rl.models.config import LORA_A, LORA_B, LoRAConfig, ModelConfig, adaptable_modules, flatten_specs, parameter_specs
-from rl.models.hf import new_folder, open_tensors, save_tensors, tensor_name, write_json
+from rl.models.hf import new_folder, open_tensors, put_shards, save_tensors, tensor_name, write_json
 from rl.models.hf_config import read_json
 from rl.models.lora import Params, split
 from rl.models.ops import dtype_of
@@ -178,7 +178,7 @@ def load_adapter(folder: str | pathlib.Path, config: ModelConfig, shardings: Any
             value, node, places = np.ascontiguousarray(stored.T).reshape(spec.shape), adapters, shardings or {}
             for name in path[:-1]:
                 node, places = node.setdefault(name, {}), places.get(name, {})
-            node[path[-1]] = _place(value, places.get(path[-1]))
+            node[path[-1]] = put_shards(value, places.get(path[-1]))
     return adapters
 
 
@@ -205,12 +205,6 @@ def adapter_hash(folder: str | pathlib.Path) -> str:
     digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes())
     digest.update((folder / WEIGHTS_FILE).read_bytes())
     return digest.hexdigest()
-
-
-def _place(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    if sharding is None:
-        return jax.device_put(value)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _target_modules(config: ModelConfig, modules: set[str]) -> list[str]:
