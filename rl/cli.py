@@ -83,7 +83,8 @@ COMMANDS = {
             --prompt-logprobs    add the log-probs of the prompt's tokens; null for the first, which has none
             --replay RUN STEP PROMPT SAMPLE
                              in place of MODEL and prompts: draw one completion of a training run again, numbered as in
-                             its samples.jsonl, and compare; needs the checkpoint of the step before
+                             its samples.jsonl, print it as JSON, and compare; needs the checkpoint of the step before.
+                             Exit status 1 where samples.jsonl has other tokens
             key=value        overrides with dotted keys, for example sampling.temperature=0.7 sampling.top_p=0.9
 
             Log-probs are at sampling.temperature, and at temperature 1 when that is 0 (greedy).""",

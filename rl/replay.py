@@ -1,30 +1,70 @@
 """One completion of a training run again, alone: from the weights, the prompt and the random numbers of its step.
 
-In: a run folder and which completion. Out: its text, and whether it is the one that the run recorded. Weights exist at
-checkpoints only; nothing is trained again.
+In: a run folder and which completion. Out: the completion, and whether it is the one that the run recorded. Weights
+exist at checkpoints only; nothing is trained again.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import jax
 
 from rl.checkpoint_files import read_record
 from rl.config import Config, differences, load_config
-from rl.data import fingerprint, load_prompts, next_indices
+from rl.data import PromptRow, fingerprint, load_prompts, next_indices
 from rl.evaluation import create_sampler, sampling_params
 from rl.metrics import read_metrics, read_samples
 from rl.run_folder import checkpoint_folder, checkpoint_steps, read_run
-from rl.scheduling import Request
+from rl.sampling import SamplingParams
+from rl.scheduling import Completion, Request
+from rl.tokenizer import Tokenizer
 from rl.trained import load_checkpoint, load_start
 from rl.weights import eos_ids, tokenizer_of, use_compilation_cache
 
 
-def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[str] = ()) -> int:
-    """Prints the text of a completion and, on stderr, whether samples.jsonl has the same; the exit status.
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """A completion of a step, drawn anew, with its prompt, the rules that it was drawn by and the run's tokenizer."""
+
+    step: int
+    row: PromptRow
+    completion: Completion
+    sampling: SamplingParams
+    tokenizer: Tokenizer
+
+    @property
+    def text(self) -> str:
+        """What it says, without special tokens."""
+        return self.tokenizer.decode(self.completion.token_ids)
+
+
+def compare(run: str | os.PathLike, replayed: Replayed) -> tuple[bool, str]:
+    """Whether samples.jsonl holds nothing else for this completion, and in words what it holds."""
+    completion = replayed.completion
+    place = replayed.step, completion.prompt_index, completion.sample_index
+    recorded = [row for row in read_samples(run) if (row["step"], row["prompt_index"], row["sample_index"]) == place]
+    if not recorded:
+        return True, "samples.jsonl does not hold this completion (logging.samples_per_step decides how many it holds)"
+    record, token_ids = recorded[-1], completion.token_ids.tolist()
+    now = {"completion": replayed.text, "tokens": len(token_ids), "finish_reason": completion.finish_reason}
+    differing = [
+        f"{name} was {record[name]!r}, is {value!r}" for name, value in now.items() if record.get(name, value) != value
+    ]
+    # Text is without special tokens, and bytes that are no characters all look alike in it.
+    pairs = enumerate(zip(record.get("token_ids", []), token_ids, strict=False))
+    differing += [f"token {number} was {then}, is {token}" for number, (then, token) in pairs if then != token][:1]
+    if differing:
+        return False, f"NOT equal to samples.jsonl: {'; '.join(differing)}"
+    if "token_ids" in record:
+        return True, "its tokens are equal to those in samples.jsonl"
+    return True, "text, number of tokens and finish_reason are equal to those in samples.jsonl, which has no token ids"
+
+
+def draw_again(run: str | os.PathLike, step: int, prompt: int, sample: int, overrides: Sequence[str] = ()) -> Replayed:
+    """One completion of a run's rollouts.
 
     Args:
       run: a folder of `grpo train`.
@@ -32,35 +72,9 @@ def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[st
         dynamic sampling's refills come after those that the step began with.
       overrides: of keys that do not change what a step computes, such as `mesh.num_devices`.
 
-    Returns:
-      0; 1 when the run recorded another text.
-
     Raises:
       ValueError: no such run, step or completion, no checkpoint of the step before, other data or other weights.
     """
-    numbers = {"STEP": step, "PROMPT": prompt, "SAMPLE": sample}
-    for name, text in numbers.items():
-        if not text.isdecimal():
-            raise ValueError(f"--replay: {name} must be a whole number, got {text!r}")
-    text = replayed_text(run, int(step), int(prompt), int(sample), overrides)
-    print(text)
-    recorded = [
-        row["completion"]
-        for row in read_samples(run)
-        if (row["step"], row["prompt_index"], row["sample_index"]) == (int(step), int(prompt), int(sample))
-    ]
-    if not recorded:
-        verdict = "samples.jsonl does not hold this completion (logging.samples_per_step decides how many it holds)"
-    elif recorded[-1] == text:
-        verdict = "equal to the text in samples.jsonl"
-    else:
-        verdict = f"NOT equal to the text in samples.jsonl, which is {recorded[-1]!r}"
-    print(f"step {step}, prompt {prompt}, sample {sample}: {verdict}", file=sys.stderr)
-    return int(bool(recorded) and recorded[-1] != text)
-
-
-def replayed_text(run: str | os.PathLike, step: int, prompt: int, sample: int, overrides: Sequence[str] = ()) -> str:
-    """The completion's text, drawn anew; see `replay`."""
     folder = pathlib.Path(run)
     own, identity = read_run(folder)
     config = load_config(folder / "config.yml", overrides)
@@ -91,7 +105,7 @@ def replayed_text(run: str | os.PathLike, step: int, prompt: int, sample: int, o
     prompts = [data.train[i].prompt_ids for i in indices]
     with contextlib.closing(sampler):
         ((_, completion),) = sampler.stream(trained.params, prompts, [request], sampling, key)
-    return trained.tokenizer.decode(completion.token_ids)
+    return Replayed(step, data.train[indices[prompt]], completion, sampling, trained.tokenizer)
 
 
 def _check_replayable(folder: pathlib.Path, step: int) -> None:

@@ -262,6 +262,7 @@ def sample_records(rollout: Rollout, count: int) -> list[dict[str, Any]]:
                 "rewards": rewards,
                 "advantage": float(rollout.advantages_B[b]),
                 "tokens": len(completion.token_ids),
+                "token_ids": completion.token_ids.tolist(),
                 "finish_reason": completion.finish_reason,
             }
         )

@@ -26,7 +26,7 @@ from rl.config_rules import LARGEST_SEED
 from rl.evaluation import create_sampler, sampling_params
 from rl.models.config import ModelConfig
 from rl.prompt_rows import SampleRow, read_prompts, to_sample_rows
-from rl.replay import replay
+from rl.replay import compare, draw_again
 from rl.run_folder import read_run
 from rl.sampling import SamplingParams, check_vocabulary
 from rl.scheduling import Completion, CompletionSource, Request
@@ -83,7 +83,7 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
                 scores = _prompt_scores(sampler, trained.params, samples, requests, sampling, config.grpo.logprob_chunk)
             for prompt, completion in draw(sampler, trained.params, samples, requests, sampling, seed):
                 record = to_record(samples[prompt], completion, trained.tokenizer, sampling, scores.get(prompt))
-                write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+                write(to_line(record))
                 num_done += 1
                 advance(len(completion.token_ids))
         except KeyboardInterrupt:
@@ -91,6 +91,23 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
             _say(f"stopped after {num_done} of {len(requests)} completions{kept}")
             return 130
     return 0
+
+
+def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[str] = ()) -> int:
+    """Prints a completion of a training run, drawn again (see `rl.replay.draw_again`), as a line of output without the
+    row's other columns and, on stderr, whether samples.jsonl has the same; the exit status: 1 where it has another.
+    """
+    for name, text in (("STEP", step), ("PROMPT", prompt), ("SAMPLE", sample)):
+        if not text.isdecimal():
+            raise ValueError(f"--replay: {name} must be a whole number, got {text!r}")
+    replayed = draw_again(run, int(step), int(prompt), int(sample), overrides)
+    source, limit = replayed.row, replayed.sampling.max_completion_length
+    row = SampleRow("", source.prompt, source.prompt_ids.tolist(), 1, limit, seed=None, row_id=None, columns={})
+    record = to_record(row, replayed.completion, replayed.tokenizer, replayed.sampling)
+    _print_line(to_line(record))
+    is_same, verdict = compare(run, replayed)
+    _say(f"step {step}, prompt {prompt}, sample {sample}: {verdict}")
+    return 0 if is_same else 1
 
 
 def draw(
@@ -151,6 +168,11 @@ def to_record(
     if scores is not None:
         record |= {"prompt_token_ids": row.prompt_ids, "prompt_logprobs": [None, *_numbers(scores)]}
     return record
+
+
+def to_line(record: dict[str, Any]) -> str:
+    """The record as JSON, line end included."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_rows(samples: Sequence[SampleRow], sampling: SamplingParams, model_config: ModelConfig) -> None:
@@ -252,8 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`grpo sample MODEL --prompts FILE --output FILE [key=value ...]`; the exit status."""
     arguments, model, overrides = parse(sys.argv[1:] if argv is None else list(argv))
     if arguments.replay is not None:
-        run, step, prompt, number = arguments.replay
-        return replay(run, step, prompt, number, overrides)
+        return replay(*arguments.replay, overrides=overrides)
     return sample(arguments, model, overrides)
 
 

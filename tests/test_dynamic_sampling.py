@@ -14,7 +14,7 @@ from rl.dynamic_sampling import collect, has_spread
 from rl.evaluation import create_sampler
 from rl.grpo_trainer import train
 from rl.metrics import read_metrics, read_samples
-from rl.replay import replayed_text
+from rl.replay import compare, draw_again
 from rl.rollout import Judged
 from rl.scheduling import Completion
 
@@ -217,10 +217,13 @@ def test_refilled_completions_are_drawn_again_alone(whole):
     for step in (1, 3):
         record = next(record for record in reversed(records) if record["step"] == step)
         place = record["step"], record["prompt_index"], record["sample_index"]
-        assert replayed_text(whole.folder, *place) == record["completion"]
+        replayed = draw_again(whole.folder, *place)
+        assert replayed.text == record["completion"]
+        assert replayed.completion.token_ids.tolist() == record["token_ids"]
+        assert compare(whole.folder, replayed)[0]
     num_prompts = int(read_metrics(whole.folder)[1]["dynamic_sampling/prompts"])
     with pytest.raises(ValueError, match=f"PROMPT must be from 0 to {num_prompts - 1}, got {num_prompts}"):
-        replayed_text(whole.folder, 1, num_prompts, 0)
+        draw_again(whole.folder, 1, num_prompts, 0)
 
 
 def test_overlong_completions_are_punished_and_it_shows_as_a_metric_of_its_own(tmp_path):

@@ -22,6 +22,7 @@ from rl.config import load_config
 from rl.grpo_trainer import train
 from rl.metrics import CompileCounter, read_samples
 from rl.models.hf import save_folder
+from rl.replay import compare, draw_again
 from rl.tokenizer import load_tokenizer
 from rl.trained import load_checkpoint, load_start
 
@@ -540,8 +541,11 @@ def test_completions_of_every_step_are_drawn_again_alone(run, capsys):
         place = record["step"], record["prompt_index"], record["sample_index"]
         assert sample("--replay", run, *place) == 0
         captured = capsys.readouterr()
-        assert captured.out == record["completion"] + "\n"
-        assert "equal to the text in samples.jsonl" in captured.err
+        line = json.loads(captured.out)
+        assert (line["text"], line["token_ids"]) == (record["completion"], record["token_ids"])
+        assert (line["prompt"], line["finish_reason"]) == (record["prompt"], record["finish_reason"])
+        assert len(line["logprobs"]) == record["tokens"]
+        assert "its tokens are equal to those in samples.jsonl" in captured.err
         assert "NOT" not in captured.err
 
 
@@ -549,7 +553,8 @@ def test_a_completion_is_drawn_again_on_another_mesh_and_in_the_other_flavour(ru
     record = next(record for record in read_samples(run) if record["step"] == 3)
     place = record["step"], record["prompt_index"], record["sample_index"]
     assert sample("--replay", run, *place, "mesh.num_devices=2", "pure_nnx=false") == 0
-    assert capsys.readouterr().out == record["completion"] + "\n"
+    line = json.loads(capsys.readouterr().out)
+    assert (line["text"], line["token_ids"]) == (record["completion"], record["token_ids"])
 
 
 def test_a_step_whose_weights_were_not_kept_cannot_be_replayed(folder, capsys):
@@ -562,10 +567,31 @@ def test_a_step_whose_weights_were_not_kept_cannot_be_replayed(folder, capsys):
     assert sample("--replay", sparse, 3, record["prompt_index"], record["sample_index"]) == 0
 
 
-def test_a_recorded_text_that_differs_is_said(run, folder, capsys):
+def test_a_recorded_completion_that_differs_is_said(run, folder, capsys):
     copy = shutil.copytree(run, folder / "forged")
-    lines = (copy / "samples.jsonl").read_text().splitlines()
-    first = json.loads(lines[0]) | {"completion": "forged"}
-    (copy / "samples.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
-    assert sample("--replay", copy, 1, first["prompt_index"], first["sample_index"]) == 1
-    assert "NOT equal to the text in samples.jsonl, which is 'forged'" in capsys.readouterr().err
+    first, *others = map(json.loads, (copy / "samples.jsonl").read_text().splitlines())
+
+    def forge(record: dict) -> pathlib.Path:
+        (copy / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (record, *others)))
+        return copy
+
+    place = first["prompt_index"], first["sample_index"]
+    assert sample("--replay", forge(first | {"completion": "forged"}), 1, *place) == 1
+    assert "NOT equal to samples.jsonl: completion was 'forged', is " in capsys.readouterr().err
+    replayed = draw_again(run, 1, *place)
+    assert compare(forge(first), replayed) == (True, "its tokens are equal to those in samples.jsonl")
+    for change, message in (
+        ({"finish_reason": "stop"}, f"finish_reason was 'stop', is '{first['finish_reason']}'"),
+        ({"tokens": 99}, f"tokens was 99, is {first['tokens']}"),
+        ({"token_ids": [258, *first["token_ids"][1:]]}, f"token 0 was 258, is {first['token_ids'][0]}"),
+    ):
+        is_same, said = compare(forge(first | change), replayed)
+        assert not is_same
+        assert said == f"NOT equal to samples.jsonl: {message}"
+    old = {name: value for name, value in first.items() if name != "token_ids"}
+    is_same, said = compare(forge(old), replayed)
+    assert is_same
+    assert "samples.jsonl, which has no token ids" in said
+    assert not compare(forge(old | {"tokens": 99}), replayed)[0]
+    others = [line for line in others if (line["step"], line["prompt_index"], line["sample_index"]) != (1, *place)]
+    assert compare(forge(others[0]), replayed)[1].startswith("samples.jsonl does not hold this completion")
