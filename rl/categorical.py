@@ -46,7 +46,8 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 def inverse_cdf(scores_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The token at which the running sum of exp(scores) passes uniform * total, and log(total).
 
-    Two levels: first the block, then the lane. Weights of the vocabulary are summed but never stored.
+    Two levels: first the block, then the lane. Weights of the vocabulary are summed but never stored. Scores of which
+    nothing can be drawn, NaN or inf, give a token of the vocabulary all the same.
     """
     padding = -scores_BV.shape[-1] % BLOCK_LANES
     padded_BV = jnp.pad(scores_BV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
@@ -57,11 +58,13 @@ def inverse_cdf(scores_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, 
     total_B = cumulative_BK[:, -1]
     target_B = uniform_B * total_B
     block_B = _first_above(block_weights_BK, cumulative_BK, target_B)
-    before_B = take(cumulative_BK, block_B) - take(block_weights_BK, block_B)
+    before_B = take(cumulative_BK - block_weights_BK, block_B)
     lane_scores_BL = jnp.take_along_axis(scores_BKL, block_B[:, None, None], axis=1)[:, 0]
     weights_BL = jnp.exp(lane_scores_BL - highest_B[:, None])
     lane_B = _first_above(weights_BL, jnp.cumsum(weights_BL, axis=-1), target_B - before_B)
-    return block_B * BLOCK_LANES + lane_B, highest_B + jnp.log(total_B)
+    # Without a positive weight the lane is the last one, which may be padding.
+    token_B = jnp.minimum(block_B * BLOCK_LANES + lane_B, scores_BV.shape[-1] - 1)
+    return token_B, highest_B + jnp.log(total_B)
 
 
 def _first_above(weights_BN: jax.Array, cumulative_BN: jax.Array, target_B: jax.Array) -> jax.Array:

@@ -102,7 +102,8 @@ def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[st
             raise ValueError(f"--replay: {name} must be a whole number, got {text!r}")
     replayed = draw_again(run, int(step), int(prompt), int(sample), overrides)
     source, limit = replayed.row, replayed.sampling.max_completion_length
-    row = SampleRow("", source.prompt, source.prompt_ids.tolist(), 1, limit, seed=None, row_id=None, columns={})
+    where = f"--replay: prompt {prompt}"
+    row = SampleRow(where, source.prompt, source.prompt_ids.tolist(), 1, limit, seed=None, row_id=None, columns={})
     record = to_record(row, replayed.completion, replayed.tokenizer, replayed.sampling)
     _print_line(to_line(record))
     is_same, verdict = compare(run, replayed)
@@ -147,7 +148,19 @@ def to_record(
       prompt_token_ids, prompt_logprobs: with --prompt-logprobs only, under softmax(logits / temperature) of the weights
         that the completions are drawn with (those of sampling.weight_dtype); the first log-prob is null, for nothing
         comes before the first token of a prompt.
+
+    Raises:
+      ValueError: a log-prob of a token is not finite.
     """
+    finite = np.isfinite(completion.policy_logprobs) & np.isfinite(completion.sampler_logprobs)
+    if not finite.all():
+        place = int(np.argmin(finite))
+        values = completion.policy_logprobs[place], completion.sampler_logprobs[place]
+        value = next(value for value in values if not math.isfinite(value))
+        raise ValueError(
+            f"{row.where}: log-probs must be finite, got {value} at token {place} of sample {completion.sample_index}; "
+            "look for weights that are not (`grpo checkpoint verify` of a run), or raise sampling.temperature"
+        )
     record: dict[str, Any] = {"prompt_index": completion.prompt_index, "sample_index": completion.sample_index}
     if row.row_id is not None:
         record["id"] = row.row_id

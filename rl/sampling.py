@@ -23,6 +23,7 @@ from rl.categorical import in_nucleus, inverse_cdf, take
 
 # Keeps biased logits finite in float32, after the division by any sensible temperature too.
 LARGEST_BIAS = 1e30
+LEAST_TEMPERATURE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class SamplingParams:
 
     max_completion_length, min_completion_length: tokens; the end (EOS, stop string) comes after at least the minimum.
     eos_ids: tokens that end a completion. stop_strings: a completion ends with the token that completes one of them.
-    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
+    temperature: 0 is greedy, else at least 1e-6. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
     repetition_penalty: for tokens of the prompt or the completion so far; > 1 makes them rarer, 1 is off.
     frequency_penalty, presence_penalty: logits that a token of the completion loses per occurrence, and once; 0 is off.
     logit_bias: pairs of a token id and what its logit gains. forbidden_ids: tokens that are never drawn.
@@ -56,6 +57,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 0, "temperature", ">= 0 (0 is greedy)", self.temperature)
+        rule = f"0 (greedy) or >= {LEAST_TEMPERATURE:g}, below which scores overflow"
+        _require(self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE, "temperature", rule, self.temperature)
         _require(self.top_k >= 0, "top_k", ">= 0 (0 is off)", self.top_k)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1] (1 is off)", self.top_p)
         _require(0 <= self.min_p < 1, "min_p", "in [0, 1) (0 is off)", self.min_p)
@@ -148,7 +151,8 @@ def draw(
     """Draws one token per row.
 
     Args:
-      logits_BV: finite logits, float32 or wider; log-probs come back in this dtype.
+      logits_BV: finite logits, float32 or wider; log-probs come back in this dtype. Where they are not finite, a token
+        of the vocabulary comes whose policy_logprob is not finite.
       uniform_B: numbers in [0, 1), one per row; unused when greedy.
       sampling: the rules; static under jit.
       forbid_eos_B: bool; rows where no token of `sampling.eos_ids` may come.

@@ -22,7 +22,10 @@ from rl.config import load_config
 from rl.grpo_trainer import train
 from rl.metrics import CompileCounter, read_samples
 from rl.models.hf import save_folder
+from rl.prompt_rows import SampleRow
 from rl.replay import compare, draw_again
+from rl.sampling import SamplingParams
+from rl.scheduling import Completion
 from rl.tokenizer import load_tokenizer
 from rl.trained import load_checkpoint, load_start
 
@@ -182,6 +185,17 @@ def test_greedy_log_probs_are_at_temperature_one(folder, capsys):
     rest = line["prompt_token_ids"][1:]
     np.testing.assert_allclose(line["prompt_logprobs"][1:], expected[np.arange(len(rest)), rest], atol=1e-5)
     assert set(line["sampler_logprobs"]) == {0.0}
+
+
+def test_log_probs_that_are_no_numbers_are_told_and_not_written():
+    tokens, good = np.array([5, 6, 7], np.int32), np.zeros(3, np.float32)
+    bad = np.array([-1.0, np.nan, -np.inf], np.float32)
+    row = SampleRow("x.jsonl:3", "a", [1], 2, 3, seed=None, row_id=None, columns={})
+    for of_sampler, of_policy in ((good, bad), (bad, good)):
+        nothing = np.zeros((3, 0))
+        completion = Completion(2, 1, tokens, of_sampler, of_policy, "length", None, nothing, nothing)
+        with pytest.raises(ValueError, match=r"x\.jsonl:3: .* got nan at token 1 of sample 1; look"):
+            sample_command.to_record(row, completion, load_tokenizer("byte"), SamplingParams(3))
 
 
 # Models
@@ -493,6 +507,10 @@ def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(folder, 
         (["RECIPE", "--prompts", "x.jsonl", "--output", "y.jsonl"], "--prompts must be an existing JSON-lines file"),
         (["RECIPE", "--prompt", ""], "--prompt 1: the prompt must hold text"),
         (["RECIPE", "--prompt", "a", "--n", "0"], "--n must be >= 1, got 0"),
+        (
+            ["RECIPE", "--prompt", "a", "sampling.temperature=1e-40"],
+            "sampling.temperature must be 0 (greedy) or >= 1e-06",
+        ),
         (["RECIPE", "--prompt", "a", "--seed", "-1"], "--seed must be >= 0, got -1"),
         (["RECIPE", "--prompt", "a", "--seed", "4294967296"], "--seed must be <= 4294967295, got 4294967296"),
         (["RECIPE", "--prompt", "a", "--top-logprobs", "300"], "--top-logprobs must be <= the vocabulary, 259"),

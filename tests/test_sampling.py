@@ -141,6 +141,18 @@ def test_float64_draw_is_the_plain_inverse_cdf_for_any_vocabulary_size(vocab_siz
     np.testing.assert_array_equal(drawn.policy_logprob_B, drawn.sampler_logprob_B)
 
 
+@pytest.mark.parametrize("vocab_size", [1, 97, 128, 259])
+@pytest.mark.parametrize("rules", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0.0}])
+def test_logits_that_are_not_finite_draw_tokens_of_the_vocabulary_with_log_probs_that_say_so(vocab_size, rules):
+    logits_BV = logits_of(5, vocab_size)
+    for row, value in enumerate((np.nan, np.inf, -np.inf)):
+        logits_BV[row] = value
+    logits_BV[3, -1], logits_BV[4, 0] = np.nan, np.inf
+    drawn = draw_once(logits_BV, np.linspace(0, 0.99, 5), params(**rules))
+    assert np.all((drawn.token_B >= 0) & (drawn.token_B < vocab_size))
+    assert not np.any(np.isfinite(drawn.policy_logprob_B))
+
+
 def test_nucleus_agrees_with_sorting_on_many_rows_in_both_precisions():
     for dtype, x64 in ((np.float32, False), (np.float64, True)):
         logits_BV = logits_of(200, 50, dtype=dtype)
@@ -448,6 +460,7 @@ def test_the_largest_bias_keeps_every_number_finite():
     [
         ({"temperature": -0.1}, "temperature must be >= 0"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-40}, r"temperature must be 0 \(greedy\) or >= 1e-06, .*, got 1e-40"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p must be in"),
         ({"top_p": 1.1}, "top_p"),
