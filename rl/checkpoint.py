@@ -283,18 +283,25 @@ def _explain_read_errors(folder: pathlib.Path) -> Iterator[None]:
 
 
 def create_checkpoint_manager(
-    config: Config, mesh: Mesh, init_state_fn: InitStateFn, read_only: bool = False, with_reference: bool = False
+    config: Config,
+    mesh: Mesh,
+    init_state_fn: InitStateFn,
+    read_only: bool = False,
+    with_reference: bool = False,
+    abstract: AbstractState | None = None,
 ) -> Checkpoints:
     """The checkpoints of `config.output_dir` for the state that `init_state_fn` builds.
 
     Args:
       read_only: for a reader of a run that may be going on: nothing on disk is changed.
       with_reference: a reference that moves is written, too.
+      abstract: that state, where it is known already; None: it is worked out.
     """
     folder = pathlib.Path(require(config.output_dir, "output_dir", "runs/my_run")) / "checkpoints"
     if not read_only:
         folder.mkdir(parents=True, exist_ok=True)
-    abstract = get_abstract_state(config, mesh, init_state_fn)
+    if abstract is None:
+        abstract = get_abstract_state(config, mesh, init_state_fn)
     model_config = init_state_fn.policy.config
     return Checkpoints(folder, abstract, config.checkpoint.keep, model_config, read_only, with_reference)
 

@@ -109,7 +109,7 @@ def train(config: Config) -> pathlib.Path:
         run.begin()
         # -- sharded states
         moves = bool(config.reference.sync_every)
-        checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn, with_reference=moves)
+        checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn, with_reference=moves, abstract=abstract)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
         announce(console, config, data, origin, policy, mesh, run, plan)

@@ -4,7 +4,7 @@ first asked for, or before that by a thread in the background. Not here: compile
 
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -30,7 +30,7 @@ class Program:
     in_shardings: tuple[Any, ...]
     out_shardings: Any
     donate: tuple[int, ...] = ()
-    compiler_options: Mapping[str, Any] | None = None
+    compiler_options: dict[str, Any] | None = None
 
     def jit(self) -> Any:
         """The function under `jax.jit`. Arguments that it does not read stay parameters of the executable."""
@@ -40,7 +40,7 @@ class Program:
             out_shardings=self.out_shardings,
             donate_argnums=self.donate,
             keep_unused=True,
-            compiler_options=None if self.compiler_options is None else dict(self.compiler_options),
+            compiler_options=self.compiler_options,
         )
 
     def compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:

@@ -90,7 +90,7 @@ def train(config: Config) -> pathlib.Path:
         run = RunFolder(config, "sft", identity)
         stack.callback(run.close)
         run.begin()
-        checkpoints = create_checkpoint_manager(config, mesh, init_state_fn)
+        checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, abstract=abstract)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
         # -- restore, or start
