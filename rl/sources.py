@@ -20,6 +20,8 @@ _SOURCE_RULE = (
     "data source must be x.jsonl, x.parquet, a folder, a hub id that this machine can reach, arithmetic or "
     "reasoning_gym:TASK"
 )
+# Deeper rows would end in a RecursionError further on, at a depth that depends on the version of Python.
+MOST_NESTED = 100
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -134,12 +136,24 @@ def _json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) 
     try:
         row = json.loads(line)
         problem = None if isinstance(row, dict) else f"{type(row).__name__}: {line[:80]!r}"
+        # Counted first: an exact look at every row would take longer than its parsing.
+        if line.count(b"[") + line.count(b"{") > MOST_NESTED and (depth := _depth(row)) > MOST_NESTED:
+            problem = f"{line[:80]!r}: lists and objects within each other {depth} deep, the most is {MOST_NESTED}"
     except (ValueError, RecursionError) as error:  # malformed, bytes that are not UTF-8, lists in lists in lists
         row, problem = {}, f"{line[:80]!r}: {error}"
     if problem is not None:
         number = number if isinstance(number, int) else number()
         raise ValueError(f"{path}:{number} must be one JSON object, got {problem}")
     return row
+
+
+def _depth(value: object) -> int:
+    """How many lists and objects lie within each other; 0 for a value that is neither."""
+    depth, level = 0, [value]
+    while level := [inner for inner in level if isinstance(inner, list | dict)]:
+        depth += 1
+        level = [value for inner in level for value in (inner.values() if isinstance(inner, dict) else inner)]
+    return depth
 
 
 def _line_number(path: pathlib.Path, place: int) -> int:

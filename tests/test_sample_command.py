@@ -467,6 +467,7 @@ def test_the_bar_shows_the_tokens_of_a_second_since_it_began_and_is_not_drawn_al
         (['{"prompt": "a", "max_tokens": 3}', '{"prompt": "a", "max_tokens": 2}'], "jsonl:2: max_tokens must be >= 3"),
         (['{"prompt": "a", "id": [1]}'], "id must be text or a whole number"),
         (['{"prompt": "a", "score": NaN}'], "columns must hold what can be written as JSON"),
+        (['{"prompt": "a", "x": ' + "[" * 100 + "]" * 100 + "}"], "within each other 101 deep, the most is 100"),
         (['{"prompt": "a", "x": ' + "[" * 3000 + "]" * 3000 + "}"], "prompts.jsonl:1 must be one JSON object, got b'{"),
         (['{"prompt": "a"}', '{"prompt": "a\\ud800"}'], "prompts.jsonl:2: text must be valid Unicode"),
         (['{"messages": [{"role": "user", "content": "\\ud800"}]}'], "prompts.jsonl:1: text must be valid Unicode"),
