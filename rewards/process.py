@@ -1,13 +1,17 @@
-"""One worker process as the runner sees it: its pipes, what it has loaded, what it is doing, and how it is ended."""
+"""One worker process as the runner sees it: its pipes, what it has loaded, what it is doing, and how it is ended.
+
+The worker is a child of its supervisor (`rewards.supervisor`), whose input and output it takes over: the two speak to
+each other directly.
+"""
 
 import collections
 import contextlib
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,41 +21,54 @@ from rewards.batch import Task
 from rewards.contract import RewardSpec
 from rewards.protocol import encode, pack, unpack
 
-_POLL_SECONDS = 0.1  # how soon a death is seen that leaves the pipe open, held by a forked grandchild
-_EXIT_SECONDS = 1.0  # between the end of a process's output and its own
-_DUMP_SECONDS = 0.05  # for the signal handler that writes the stack of a hung worker to the log
+_POLL_SECONDS = 0.1  # how soon the death of a supervisor is seen
+_EXIT_SECONDS = 1.0  # between the end of a worker's output and the word of its supervisor that nothing is left
+_KILL_SECONDS = 5.0  # for a supervisor to end everything; longer than that takes only what the kernel holds
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
 class WorkerProcess:
     """One worker process: its pipes, what it has loaded and what it is doing."""
 
     def __init__(
-        self, load_requests: Sequence[dict[str, Any]], start_timeout: float, log_path: str | os.PathLike[str] | None
+        self,
+        load_requests: Sequence[dict[str, Any]],
+        start_timeout: float,
+        log_path: str | os.PathLike[str] | None,
+        environment: Mapping[str, str],
+        memory_gb: float | None = None,
     ):
         self._load_requests, self._start_timeout = load_requests, start_timeout
         self._log_path = None if log_path is None else Path(log_path).absolute()
+        self._environment, self._memory_gb = environment, memory_gb
         self._directory = os.getcwd()
         self.to_load: collections.deque[int] = collections.deque()
         self._start()
 
     def _start(self) -> None:
-        with contextlib.nullcontext() if self._log_path is None else self._log_path.open("ab") as log:
+        limit = 0 if self._memory_gb is None else int(self._memory_gb * 1e9)
+        # -P: a folder called `rewards` in the working directory must not hide this package.
+        worker = [sys.executable, "-P", "-m", "rewards.worker"]
+        self.control, theirs = socket.socketpair()
+        with theirs, contextlib.nullcontext() if self._log_path is None else self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                # -P: a folder called `rewards` in the working directory must not hide this package.
-                [sys.executable, "-P", "-m", "rewards.worker"],
+                [sys.executable, "-I", "-S", str(_SUPERVISOR), str(theirs.fileno()), str(limit), *worker],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 bufsize=0,
                 cwd=self._directory,
-                env=_environment(),
-                start_new_session=True,  # out of reach of a terminal's Ctrl-C, and killable with all it started
+                env=self._environment,
+                start_new_session=True,  # out of reach of a terminal's Ctrl-C
+                pass_fds=[theirs.fileno()],
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self.stdin, self.stdout = self._process.stdin, self._process.stdout
         os.set_blocking(self.stdin.fileno(), False)
         os.set_blocking(self.stdout.fileno(), False)
+        self.control.setblocking(False)
+        self._told = bytearray()  # what the supervisor has said
         self.outgoing = memoryview(b"")
         self._incoming = bytearray()
         self.closed = False
@@ -70,7 +87,7 @@ class WorkerProcess:
         if task is None:
             return
         self.task, self._task_started = task, time.monotonic()
-        if self._process.poll() is not None:  # died while idle, by a thread or timer of user code
+        if self._has_ended():  # while idle, by a thread or timer of user code
             self._kill()
             self._start()
             self.task = task
@@ -115,13 +132,10 @@ class WorkerProcess:
 
     def failure(self) -> tuple[str, str] | None:
         """(kind, message) when the worker is dead or past its deadline, else None."""
-        if self.closed or self._process.poll() is not None:
-            try:
-                code = self._process.wait(_EXIT_SECONDS)
-            except subprocess.TimeoutExpired:
-                return "crash", "the worker process closed its connection"
-            how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with exit code {code}"
-            return "crash", f"the worker process died {how}"
+        if self.closed or self._has_ended():
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it lives, or something that cannot be killed does
+                self._process.wait(_EXIT_SECONDS)
+            return "crash", self._cause_of_death()
         if time.monotonic() > self.deadline:
             limit = self._start_timeout if self.loading is not None or self.task is None else self.task.limit
             return "timeout", f"no answer within {limit:g} s; the worker process was killed, its stack is in the log"
@@ -129,10 +143,7 @@ class WorkerProcess:
 
     def restart(self) -> None:
         """Kill the process with everything it started; a fresh one loads functions when it needs them."""
-        if self._process.poll() is None:
-            os.kill(self._process.pid, signal.SIGUSR1)
-            time.sleep(_DUMP_SECONDS)
-        self._kill()
+        self._kill(b"d")
         self._start()
 
     def hang_up(self) -> None:
@@ -156,21 +167,59 @@ class WorkerProcess:
     def _send(self, message: Mapping[str, Any]) -> None:
         self.outgoing = memoryview(bytes(self.outgoing) + pack(message))
 
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it left nothing behind
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+    def _has_ended(self) -> bool:
+        return self._process.poll() is not None or "exit" in self._reports()
+
+    def _reports(self) -> dict[str, int]:
+        """What the supervisor has said of its worker so far, by the first word of a line."""
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):  # nothing new; it was killed
+            while chunk := self.control.recv(1 << 12):
+                self._told += chunk
+        lines = self._told.decode().split("\n")[:-1]  # the last one may be cut off
+        return {word: int(number) for word, number in map(str.split, lines)}
+
+    def _cause_of_death(self) -> str:
+        reports = self._reports()
+        if "memory" in reports:
+            return (
+                f"the worker's processes held {reports['memory'] / 1e9:.2f} GB of memory together, more than "
+                f"rewards.memory_gb ({self._memory_gb:g}) allows; they were killed"
+            )
+        if "exit" in reports:
+            return f"the worker process died {_how(reports['exit'])}"
+        code = self._process.poll()
+        if code is None:
+            return "the worker process closed its connection"
+        return f"the supervisor of the worker process died {_how(code)}, and the worker with it"
+
+    def _kill(self, order: bytes = b"k") -> None:
+        """End everything. order: see `rewards.supervisor`."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGCONT)  # user code can stop what it may signal
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended
+            self.control.send(order)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # killed next
+            self._process.wait(_KILL_SECONDS)
+        reports = self._reports()
+        if "exit" not in reports:  # it was killed, or cannot do it
+            self._process.kill()
+            self._process.wait()
+            if "worker" in reports:
+                with contextlib.suppress(ProcessLookupError):  # it left nothing behind
+                    os.killpg(reports["worker"], signal.SIGKILL)
+        self.control.close()
         self.stdin.close()
         self.stdout.close()
 
 
 def poll(workers: Sequence[WorkerProcess]) -> None:
     """Wait until one of the workers has something to say or takes input, one is overdue, or a moment has passed."""
+    if any(worker.closed for worker in workers):  # it is dead or dying, which `failure` waits for
+        return
     now = time.monotonic()
     with selectors.DefaultSelector() as selector:
         for worker in workers:
-            if not worker.closed:
-                selector.register(worker.stdout, selectors.EVENT_READ)
+            selector.register(worker.stdout, selectors.EVENT_READ)
             if worker.outgoing:
                 selector.register(worker.stdin, selectors.EVENT_WRITE, worker)
         wait = min([_POLL_SECONDS, *(max(0.0, worker.deadline - now) for worker in workers)])
@@ -188,13 +237,5 @@ def load_request(key: int, spec: RewardSpec, columns: Sequence[str]) -> dict[str
     return {"op": "load", "key": key, "spec": {**fields, "kwargs": kwargs}, "columns": list(columns), "path": path}
 
 
-def _environment() -> dict[str, str]:
-    """The environment of a worker: this package importable, string hashes equal in every worker and every run."""
-    environment = dict(os.environ)
-    root = str(Path(__file__).resolve().parent.parent)
-    if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        # Not for an installed package: site-packages on PYTHONPATH would come before the standard library.
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    # A function that iterates over a set of strings gives the same rewards after a resume.
-    environment.setdefault("PYTHONHASHSEED", "0")
-    return environment
+def _how(code: int) -> str:
+    return f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with exit code {code}"

@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from rewards.batch import Batch, BatchInputs, LoadedFunction, RewardResult, Share, merge_results
 from rewards.contract import RewardSpec, check_specs
+from rewards.environment import check_memory_gb, worker_environment
 from rewards.process import WorkerProcess, load_request, poll
 from rewards.protocol import encode
 
@@ -38,6 +39,9 @@ class RewardRunner:
     timeout_seconds: hard limit of one sample in one function (a batch call gets this times its number of samples).
     start_timeout_seconds: limit for importing one function.
     log_path: file that takes what the functions print, and tracebacks; None: this process's stderr.
+    env: names of the variables of this process's environment that workers get beside `rewards.environment.VARIABLES`.
+    memory_gb: resident memory of a worker together with all it started, in 1e9 bytes, beyond which they are killed;
+        Linux only. None: no limit.
     share: what of each batch is judged here, where several processes call this with the same batches; results are of
         the whole batch in all of them. None: everything.
 
@@ -54,6 +58,8 @@ class RewardRunner:
         *,
         start_timeout_seconds: float = 120.0,
         log_path: str | os.PathLike[str] | None = None,
+        env: Sequence[str] = (),
+        memory_gb: float | None = None,
         share: Share | None = None,
     ):
         check_specs(specs)
@@ -61,12 +67,16 @@ class RewardRunner:
             raise ValueError(f"rewards.num_workers must be >= 1, got {num_workers}")
         if not timeout_seconds > 0:
             raise ValueError(f"rewards.timeout_seconds must be > 0, got {timeout_seconds}")
+        check_memory_gb(memory_gb)
+        environment = worker_environment(env, os.environ)
         self.specs = tuple(specs)
         self.columns = tuple(columns)
         self._timeout = timeout_seconds
         self._share = share
         requests = [load_request(key, spec, self.columns) for key, spec in enumerate(specs)]
-        self._workers = [WorkerProcess(requests, start_timeout_seconds, log_path) for _ in range(num_workers)]
+        self._workers = [
+            WorkerProcess(requests, start_timeout_seconds, log_path, environment, memory_gb) for _ in range(num_workers)
+        ]
         try:
             self._functions = self._load()
         except BaseException:  # no worker may outlive a failed start, Ctrl-C included

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from rewards.contract import BoundReward, RewardSpec, bind, load_function
+from rewards.environment import missing_variable
 from rewards.protocol import HEADER, pack, unpack
 
 # How long a hung worker may outlive its time limit, or a busy one its parent, before it ends itself.
@@ -137,7 +138,7 @@ class _Worker:
         try:
             bound = bind(load_function(spec), request["columns"], spec.kwargs, spec.name)
         except ValueError as error:
-            self._reply(op="refused", error=str(error))
+            self._reply(op="refused", error=f"{error}{missing_variable(error)}")
             return
         self._rewards[request["key"]] = bound
         told = ("style", "is_async", "elementwise", "columns", "takes_completion_ids", "needs_completion_ids")
@@ -210,7 +211,7 @@ class _Worker:
         if (type(error).__name__, place) not in self._logged:
             self._logged.add((type(error).__name__, place))
             traceback.print_exception(error)
-        return "exception", f"{last_line} ({place})"
+        return "exception", f"{last_line} ({place}){missing_variable(error)}"
 
     def _report(self, index: int, value: float | None, failure: _Failure | None) -> None:
         kind, message = failure or (None, None)

@@ -37,6 +37,8 @@ RESUMABLE_KEYS = (
     "model.attention",
     "optimizer.offload",
     "rewards.num_workers",
+    "rewards.memory_gb",
+    "rewards.env",
     "rewards.check_on_gold",
     "sampling.slots",
     "sampling.kv_memory",

@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any
 
+from rewards.environment import check_memory_gb, check_names
 from rl.config_sections import OPEN_CHOICES, Config, flatten, is_user_function, source_kind, to_dict
 
 LARGEST_SEED = 2**32 - 1  # of which jax.random.key sees every bit
@@ -79,6 +80,8 @@ def check(config: Config) -> None:
             raise ValueError(f"sampling.{key} must hold token ids >= 0, got {sorted(ids)}")
     if not config.rewards.timeout_seconds > 0:
         raise ValueError(f"rewards.timeout_seconds must be > 0, got {config.rewards.timeout_seconds}")
+    check_memory_gb(config.rewards.memory_gb)
+    check_names(config.rewards.env)
     for key, choices in OPEN_CHOICES.items():
         value = getattr(grpo, key)
         if value not in choices and not is_user_function(value):

@@ -123,6 +123,8 @@ class RewardsSection:
     functions: list[RewardFunction]
     num_workers: int
     timeout_seconds: float
+    memory_gb: float | None
+    env: list[str]
     check_on_gold: bool
     overlong_buffer: float
     overlong_factor: float

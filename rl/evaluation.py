@@ -248,7 +248,16 @@ def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.P
         return [RewardResult(**part) for part in hosts.gather(dataclasses.asdict(result))]
 
     share = None if jax.process_count() == 1 else Share(jax.process_index(), jax.process_count(), gather)
-    return RewardRunner(specs, columns, section.num_workers, section.timeout_seconds, log_path=log_path, share=share)
+    return RewardRunner(
+        specs,
+        columns,
+        section.num_workers,
+        section.timeout_seconds,
+        log_path=log_path,
+        env=section.env,
+        memory_gb=section.memory_gb,
+        share=share,
+    )
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

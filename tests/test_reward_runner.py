@@ -14,6 +14,7 @@ import pytest
 
 from rewards.batch import COUNTS, Share, merge_results
 from rewards.contract import RewardSpec
+from rewards.environment import check_memory_gb
 from rewards.runner import RewardRunner, check_on_gold
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,7 @@ def is_running(pid: int) -> bool:
     try:
         is_zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
         return not is_zombie or len(os.listdir(f"/proc/{pid}/task")) > 1
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -519,33 +520,218 @@ def test_close_ends_the_workers_and_lets_exit_handlers_run(write, tmp_path):
     assert (tmp_path / "left").read_text() == "properly"
 
 
-def test_workers_die_with_their_parent_also_when_busy(write, tmp_path):
+# A process that leaves its session, whose parent is dead, that ignores what it can, and that holds none of our pipes.
+DAEMON = """
+    import signal
+    def daemon(note):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                    signal.signal(number, signal.SIG_IGN)
+                os.closerange(0, 256)
+                with open(f"{note}.new", "w") as file:
+                    file.write(str(os.getpid()))
+                os.rename(f"{note}.new", note)
+                time.sleep(600)
+            os._exit(0)
+        os.wait()
+        while not os.path.exists(note):
+            time.sleep(0.01)
+"""
+
+
+def read_pid(path: Path) -> int:
+    return int(path.read_text())
+
+
+def environment_of(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it died meanwhile, or is dying
+        return b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only the process group can be ended")
+@pytest.mark.parametrize("end", ["hang", "crash", "close"])
+def test_what_a_worker_started_dies_with_it_also_outside_its_session(write, tmp_path, end):
+    spec = write(
+        DAEMON
+        + f"""
+    def start(completion):
+        daemon({str(tmp_path / "daemon")!r})
+        if completion == "hang": time.sleep(600)
+        if completion == "crash": os._exit(1)
+        return 1
+    """
+    )
+    with RewardRunner([spec("start")], [], 1, 1.0) as runner:
+        result = runner.score(["p"], [end], {})
+        assert column(result) == [1 if end == "close" else None]
+        assert is_running(read_pid(tmp_path / "daemon")) == (end == "close")
+    assert not is_running(read_pid(tmp_path / "daemon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only the process group can be ended")
+def test_processes_that_go_on_forking_are_all_ended(write, tmp_path, monkeypatch):
+    # Eight chains of processes, each of which starts the next one and dies at once; the worker dies among them.
     spec = write(f"""
-        open(f"{tmp_path}/pid{{os.getpid()}}", "w").close()
-        def busy(completions):
-            while True:
-                pass
+        def chains(completion):
+            for number in range(8):
+                if os.fork() == 0:
+                    os.setsid()
+                    deadline = time.monotonic() + 60
+                    while time.monotonic() < deadline:
+                        if os.fork() != 0:
+                            os._exit(0)
+                        with open(f"{tmp_path}/link{{number}}", "w") as file:
+                            file.write(str(os.getpid()))
+                    os._exit(0)
+            while len([name for name in os.listdir({str(tmp_path)!r}) if name.startswith("link")]) < 8:
+                time.sleep(0.01)
+            os._exit(1)
     """)
+    monkeypatch.setenv("CHAINS_OF", str(tmp_path))
+    result = run([spec("chains")], ["c"], 1, timeout=20.0, env=["CHAINS_OF"])
+    assert result.counts["chains"] == counts(crash=1)
+    assert len([*tmp_path.glob("link*")]) == 8
+    mark = f"CHAINS_OF={tmp_path}".encode()
+    assert not [number for number in filter(str.isdigit, os.listdir("/proc")) if mark in environment_of(number)]
+
+
+def test_nothing_is_left_of_a_trainer_that_is_killed(write, tmp_path):
+    is_linux = sys.platform == "linux"
+    spec = write(
+        DAEMON
+        + f"""
+    open(f"{tmp_path}/worker{{os.getpid()}}", "w").close()
+    def idle(completion): return 1
+    def busy(completions):
+        if {is_linux}:
+            daemon({str(tmp_path / "daemon")!r})
+        print("busy", file=sys.stderr, flush=True)
+        while True:
+            pass
+    """
+    )
     code = f"""
+        import os, time
         from rewards.contract import RewardSpec
         from rewards.runner import RewardRunner
-        specs = [RewardSpec(name, {spec("busy").function!r}, 1.0, {{}}) for name in ("a", "b")]
+        functions = {{"busy": {spec("busy").function!r}, "idle": {spec("idle").function!r}}}
+        specs = [RewardSpec(name, function, 1.0, {{}}) for name, function in functions.items()]
         runner = RewardRunner(specs, [], 2, 60.0)
-        print("ready", flush=True)
+        if (fork := os.fork()) == 0:  # which holds all that the trainer holds
+            os.setsid()
+            time.sleep(60)
+            os._exit(0)
+        with open({str(tmp_path / "fork")!r}, "w") as file:
+            file.write(str(fork))
         runner.score(["p"], ["c"], {{}})
     """
     parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    assert parent.stdout is not None
-    assert parent.stdout.readline() == "ready\n"
-    time.sleep(0.3)
+    assert parent.stderr is not None
+    assert parent.stderr.readline() == "busy\n"
     parent.kill()
     parent.wait()
-    parent.stdout.close()
-    pids = [int(path.name.removeprefix("pid")) for path in tmp_path.glob("pid*")]
+    parent.stderr.close()
+    pids = [int(path.name.removeprefix("worker")) for path in tmp_path.glob("worker*")]
     assert len(pids) == 2
+    pids += [read_pid(tmp_path / "daemon")] if is_linux else []
     assert wait_until(lambda: not any(is_running(pid) for pid in pids), 15.0)
+    os.kill(read_pid(tmp_path / "fork"), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL])
+def test_a_worker_cannot_get_rid_of_its_supervisor(write, tmp_path, number):
+    spec = write(f"""
+        def rebel(completion):
+            with open({str(tmp_path / "pid")!r}, "w") as file:
+                file.write(str(os.getpid()))
+            if completion == "bad":
+                os.kill(os.getppid(), {int(number)})
+                time.sleep(600)
+            return 1
+    """)
+    with RewardRunner([spec("rebel")], [], 1, 0.8) as runner:
+        result = runner.score(["p"] * 3, ["a", "bad", "b"], {})
+        assert column(result) == [1, None, 1]
+        if number == signal.SIGKILL and sys.platform == "linux":
+            assert "the supervisor of the worker process died by signal 9" in result.problems[0]
+        else:
+            assert "no answer within 0.8 s" in result.problems[0]
+    assert not is_running(read_pid(tmp_path / "pid"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+def test_processes_that_hold_more_memory_than_allowed_together_are_ended(write, tmp_path):
+    spec = write("""
+        def hoard(completion):
+            if completion == "bad":
+                for _ in range(3):
+                    if os.fork() == 0:
+                        os.setsid()
+                        held = b"x" * 60_000_000
+                        time.sleep(600)
+                time.sleep(600)
+            if completion == "greedy":
+                return len(bytearray(1_000_000_000))
+            return 1
+    """)
+    result = run([spec("hoard")], ["a", "bad", "greedy", "b"], 1, 20.0, memory_gb=0.15, log_path=tmp_path / "log")
+    assert column(result) == [1, None, None, 1]
+    assert result.counts["hoard"] == counts(crash=1, exception=1)
+    assert re.search(r"held 0\.\d\d GB of memory together, more than rewards.memory_gb \(0.15\)", result.problems[0])
+    assert "MemoryError" in result.problems[1]
+    assert "allowed are 150000000" in (tmp_path / "log").read_text()
+
+
+# What a worker sees of the environment.
+
+
+def test_a_worker_sees_the_variables_it_needs_and_those_that_are_named(write, monkeypatch):
+    for name, value in (("SECRET_TOKEN", "s"), ("JUDGE_KEY", "k"), ("LC_TIME", "C"), ("HF_HOME", "/hf"), ("TZ", "UTC")):
+        monkeypatch.setenv(name, value)
+    spec = write("""
+        def names(completion): return 1 / 0 if set(os.environ) & {"SECRET_TOKEN"} else 1
+        def seen(completion): return len([os.environ[n] for n in ("JUDGE_KEY", "LC_TIME", "HF_HOME", "TZ", "PATH")])
+        def parent(completion): return float(b"SECRET_TOKEN" in open(f"/proc/{os.getppid()}/environ", "rb").read())
+    """)
+    specs = [spec("names"), spec("seen")] + ([spec("parent")] if sys.platform == "linux" else [])
+    result = run(specs, ["c"], 1, env=["JUDGE_KEY"])
+    assert result.problems == []
+    assert result.rewards == [[1, 5, 0][: len(specs)]]
+
+
+def test_a_variable_that_is_missing_in_the_worker_is_named_with_the_key_that_passes_it(write, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "s")
+    spec = write("""
+        def plain(completion): return len(os.environ["SECRET_TOKEN"])
+        def wrapped(completion):
+            try:
+                return len(os.environ["SECRET_TOKEN"])
+            except KeyError:
+                raise RuntimeError("no token")
+        def other(completion): return {}["SECRET_TOKEN"]
+    """)
+    result = run([spec("plain"), spec("wrapped"), spec("other")], ["c"], 1)
+    words = "the worker's environment does not hold SECRET_TOKEN: rewards.env: [SECRET_TOKEN] passes it"
+    assert [words in problem for problem in result.problems] == [True, True, False]
+    spec = write("TOKEN = os.environ['SECRET_TOKEN']\ndef f(completion): return 1")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RewardRunner([spec("f")], [], 1, 5.0)
+
+
+def test_a_variable_that_is_to_be_passed_must_be_set_and_be_a_name(monkeypatch):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    spec = RewardSpec("f", "rewards.number:exact_number_strict", 1.0, {})
+    with pytest.raises(ValueError, match=r"rewards.env passes JUDGE_KEY .*holds no such variable"):
+        RewardRunner([spec], [], 1, 5.0, env=["JUDGE_KEY"])
+    with pytest.raises(ValueError, match=r"names of environment variables.*'JUDGE_KEY=\.\.\.'") as caught:
+        RewardRunner([spec], [], 1, 5.0, env=["JUDGE_KEY=sk-123"])
+    assert "sk-123" not in str(caught.value)
 
 
 # Refusals at start.
@@ -578,6 +764,12 @@ def test_senseless_settings_are_refused(num_workers, timeout, word):
     spec = RewardSpec("f", "rewards.number:exact_number_strict", 1.0, {})
     with pytest.raises(ValueError, match=word):
         RewardRunner([spec], ["answer"], num_workers, timeout)
+
+
+@pytest.mark.parametrize("memory_gb", [0.0, -1.0, float("nan"), float("inf")])
+def test_senseless_memory_limit_is_refused(memory_gb):
+    with pytest.raises(ValueError, match=r"rewards.memory_gb must be > 0 and finite"):
+        check_memory_gb(memory_gb)
 
 
 def test_kwargs_that_json_cannot_hold_are_refused():
