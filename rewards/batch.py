@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rewards.contract import RewardSpec, Style
+from rewards.contract import RewardSpec
+from rewards.replies import FAILURES, BrokenWorker, Done, Failure, LoadedFunction, Result
 
-FAILURES = ("exception", "timeout", "crash", "wrong_length", "not_a_number")
 COUNTS = (*FAILURES, "none")
 
 _PIECES_PER_WORKER = 4  # small enough to level the load, large enough to keep the message overhead low
@@ -77,18 +77,6 @@ def merge_results(results: Sequence[RewardResult]) -> RewardResult:
     }
     seconds = {name: sum(result.seconds[name] for result in results) for name in first.seconds}
     return RewardResult(rewards, counts, [line for result in results for line in result.problems], seconds)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedFunction:
-    """What a worker says of a function it loaded."""
-
-    style: Style
-    is_async: bool
-    elementwise: bool
-    columns: Sequence[str]
-    takes_completion_ids: bool
-    needs_completion_ids: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,23 +158,30 @@ class Batch:
                 return self._task(key, mode, [arrived.popleft() for _ in range(length)])
         return None
 
-    def record(self, task: Task, message: Mapping[str, Any]) -> None:
-        """The result of one sample."""
-        task.answered.add(message["index"])
-        sample = task.samples[message["index"]]
-        if message["kind"] is not None:
-            self._lose(task.key, sample, (message["kind"], message["message"]))
-        elif message["value"] is None:
+    def record(self, task: Task, result: Result) -> None:
+        """The result of one sample; BrokenWorker where the worker cannot have come to it yet, or has given it."""
+        is_next = result.index == len(task.answered) or task.mode == "together"
+        if result.index in task.answered or not is_next:
+            raise BrokenWorker(f"a reward for sample {result.index} of its task out of turn")
+        task.answered.add(result.index)
+        sample = task.samples[result.index]
+        if result.failure is not None:
+            self._lose(task.key, sample, result.failure)
+        elif result.value is None:
             self._counts[task.key]["none"] += 1
-        self._rewards[sample][task.key] = message["value"]
+        self._rewards[sample][task.key] = result.value
 
-    def finish(self, task: Task, message: Mapping[str, Any], seconds: float) -> None:
-        """The worker is done with a task; a whole-batch call may have failed."""
-        self.seconds[task.key] += seconds
-        if message["kind"] is not None:
-            self._retry_one_by_one(task, (message["kind"], message["message"]))
+    def finish(self, task: Task, done: Done) -> None:
+        """The worker is done with a task; a whole-batch call may have failed. BrokenWorker where it cannot be done."""
+        failed = done.failure is not None and task.mode == "batch" and not task.answered
+        if not failed and (done.failure is not None or task.unanswered()):
+            raise BrokenWorker(
+                f"the end of a task with {len(task.unanswered())} of {len(task.samples)} rewards missing"
+            )
+        if done.failure is not None:
+            self._retry_one_by_one(task, done.failure)
 
-    def interrupted(self, task: Task, failure: tuple[str, str]) -> None:
+    def interrupted(self, task: Task, failure: Failure) -> None:
         """The worker died or had to be killed in the middle of a task."""
         left = task.unanswered()
         if not left:
@@ -202,7 +197,7 @@ class Batch:
         else:  # several were running: which one did it shows when each runs alone
             self._spread(task.key, left, "each")
 
-    def lose_all(self, task: Task, failure: tuple[str, str]) -> None:
+    def lose_all(self, task: Task, failure: Failure) -> None:
         """The function is gone in that worker: its samples cannot be judged."""
         for sample in task.unanswered():
             self._lose(task.key, sample, failure)
@@ -219,7 +214,7 @@ class Batch:
         counts = dict(zip(names, self._counts, strict=True))
         return RewardResult(self._rewards, counts, problems, dict(zip(names, self.seconds, strict=True)))
 
-    def _retry_one_by_one(self, task: Task, failure: tuple[str, str]) -> None:
+    def _retry_one_by_one(self, task: Task, failure: Failure) -> None:
         if len(task.samples) == 1:
             self._lose(task.key, task.samples[0], failure)
             return
@@ -257,7 +252,7 @@ class Batch:
         }
         return Task(key, mode, samples, limits[mode], request)
 
-    def _lose(self, key: int, sample: int, failure: tuple[str, str]) -> None:
+    def _lose(self, key: int, sample: int, failure: Failure) -> None:
         kind, message = failure
         self._counts[key][kind] += 1
         self._messages[key].append((sample, f"{kind}: {message}"))

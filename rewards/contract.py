@@ -32,6 +32,8 @@ Style = Literal["batch", "sample", "verl"]
 # These names carry the prompt and the completion themselves, so that a dataset column never hides them.
 RESERVED_COLUMNS = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 
+_MAX_WEIGHT = 1e30  # weighted sums of rewards stay finite, in float32 too
+
 _PROVIDED: dict[Style, tuple[str, ...]] = {
     "batch": ("prompts", "completions", "completion_ids"),
     "sample": ("prompt", "completion", "completion_ids", "state", "info", "task"),
@@ -218,7 +220,7 @@ def bind(
 
 
 def check_specs(specs: Sequence[RewardSpec]) -> None:
-    """Raise ValueError for an empty list, a name used twice, or a weight that is not a finite number."""
+    """Raise ValueError for an empty list, a name used twice, or a weight that is no number or larger than 1e30."""
     if not specs:
         raise ValueError("rewards.functions must name at least one reward function, got none")
     names = [spec.name for spec in specs]
@@ -228,8 +230,9 @@ def check_specs(specs: Sequence[RewardSpec]) -> None:
                 f"reward names must differ, got {name!r} {names.count(name)} times; give each function a `name`"
             )
     for spec in specs:
-        if isinstance(spec.weight, bool) or not -float("inf") < spec.weight < float("inf"):
-            raise ValueError(f"reward {spec.name!r}: weight must be a finite number, got {spec.weight!r}")
+        if isinstance(spec.weight, bool) or not -_MAX_WEIGHT <= spec.weight <= _MAX_WEIGHT:
+            rule = f"a finite number between -{_MAX_WEIGHT:g} and {_MAX_WEIGHT:g}"
+            raise ValueError(f"reward {spec.name!r}: weight must be {rule}, got {spec.weight!r}")
 
 
 def _import_file(path: Path) -> ModuleType:

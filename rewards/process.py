@@ -7,23 +7,26 @@ each other directly.
 import collections
 import contextlib
 import os
+import secrets
 import selectors
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rewards.batch import Task
 from rewards.contract import RewardSpec
-from rewards.protocol import encode, pack, unpack
+from rewards.protocol import encode, pack
+from rewards.replies import MAX_FRAME, BrokenWorker, Reply, ReplyReader, read_load_reply, read_run_reply
 
 _POLL_SECONDS = 0.1  # how soon the death of a supervisor is seen
 _EXIT_SECONDS = 1.0  # between the end of a worker's output and the word of its supervisor that nothing is left
 _KILL_SECONDS = 5.0  # for a supervisor to end everything; longer than that takes only what the kernel holds
+_MAX_READ = 2 * MAX_FRAME  # bytes taken from a worker at a time, more than a pipe holds
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
@@ -70,7 +73,7 @@ class WorkerProcess:
         self.control.setblocking(False)
         self._told = bytearray()  # what the supervisor has said
         self.outgoing = memoryview(b"")
-        self._incoming = bytearray()
+        self._replies, self._nonce = ReplyReader(), ""
         self.closed = False
         self.loaded: set[int] = set()
         self.loading: int | None = None
@@ -87,7 +90,8 @@ class WorkerProcess:
         if task is None:
             return
         self.task, self._task_started = task, time.monotonic()
-        if self._has_ended():  # while idle, by a thread or timer of user code
+        # Ended while idle, by a thread or timer of user code, or said something without being asked.
+        if self._has_ended() or self._has_output():
             self._kill()
             self._start()
             self.task = task
@@ -110,16 +114,23 @@ class WorkerProcess:
         self.task = None
         return time.monotonic() - self._task_started
 
-    def receive(self) -> list[dict[str, Any]]:
-        """Messages that have arrived in full."""
-        while not self.closed:
+    def receive(self) -> Iterator[Reply]:
+        """Replies that have arrived in full; BrokenWorker for what is none to the request under way."""
+        taken = 0
+        while not self.closed and taken < _MAX_READ:  # one that never stops talking must not hold the runner up
             try:
-                chunk = os.read(self.stdout.fileno(), 1 << 20)
+                chunk = os.read(self.stdout.fileno(), _MAX_READ)
             except BlockingIOError:
                 break
-            self.closed = not chunk
-            self._incoming += chunk
-        return unpack(self._incoming)
+            self.closed, taken = not chunk, taken + len(chunk)
+            self._replies.feed(chunk)
+        for frame in self._replies.frames():
+            if self.loading is not None:
+                yield read_load_reply(frame, self._nonce, self._load_requests[self.loading]["columns"])
+            elif self.task is not None:
+                yield read_run_reply(frame, self._nonce, len(self.task.samples))
+            else:
+                raise BrokenWorker("a message without having been asked")
 
     def flush(self) -> None:
         """Write as much of what is to be sent as the pipe takes."""
@@ -164,8 +175,17 @@ class WorkerProcess:
         self._send(self._load_requests[key])
         self.deadline = time.monotonic() + self._start_timeout
 
+    def _has_output(self) -> bool:
+        """Whether a worker that has nothing to say has said something, or closed its pipe."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.stdout.fileno(), 1)
+            return True
+        return False
+
     def _send(self, message: Mapping[str, Any]) -> None:
-        self.outgoing = memoryview(bytes(self.outgoing) + pack(message))
+        # A reply names the request: one that a thread of user code sends late is not taken for one to the next.
+        self._nonce = secrets.token_hex(8)
+        self.outgoing = memoryview(bytes(self.outgoing) + pack({**message, "nonce": self._nonce}))
 
     def _has_ended(self) -> bool:
         return self._process.poll() is not None or "exit" in self._reports()

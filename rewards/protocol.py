@@ -1,7 +1,8 @@
 """Frames between the runner and its workers: an 8-byte length, then JSON.
 
-JSON and not pickle: what a worker sends, where a user's code runs, can never execute anything in the trainer.
-Values that JSON lacks (bytes, dates, decimals) are tagged, so that a reward function gets the type the dataset holds.
+JSON and not pickle: what a worker sends, where a user's code runs, can never execute anything in the trainer. How the
+runner reads what comes from there is in `rewards.replies`. Values that JSON lacks (bytes, dates, decimals) are tagged,
+so that a reward function gets the type the dataset holds.
 """
 
 import base64
@@ -13,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 HEADER = struct.Struct(">Q")
+# Bound here, before any of a user's code runs: what that patches in `json` does not reach a worker's replies.
+_dumps = json.JSONEncoder().encode
 
 _TAG = "__tandem_type__"
 
@@ -63,12 +66,12 @@ def decode(value: dict[str, Any]) -> Any:
 
 def pack(message: Mapping[str, Any]) -> bytes:
     """One frame."""
-    body = json.dumps(message).encode("ascii")
+    body = _dumps(message).encode("ascii")
     return HEADER.pack(len(body)) + body
 
 
 def unpack(buffer: bytearray) -> list[dict[str, Any]]:
-    """Take the complete frames off the front of `buffer` (which is shortened in place)."""
+    """Take the complete requests off the front of `buffer` (which is shortened in place)."""
     messages = []
     start = 0
     while len(buffer) - start >= HEADER.size:

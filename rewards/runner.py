@@ -12,21 +12,23 @@ workers. A worker that hangs or dies is killed with everything it started, and r
 POSIX only (process groups, selectable pipes). Not thread-safe: one batch at a time.
 """
 
-import dataclasses
+import functools
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-from rewards.batch import Batch, BatchInputs, LoadedFunction, RewardResult, Share, merge_results
+from rewards.batch import Batch, BatchInputs, RewardResult, Share, merge_results
 from rewards.contract import RewardSpec, check_specs
 from rewards.environment import check_memory_gb, worker_environment
 from rewards.process import WorkerProcess, load_request, poll
 from rewards.protocol import encode
+from rewards.replies import BrokenWorker, Failure, LoadedFunction, Refused, Reply, Result
 
+_LOAD_TRIES = 3  # a worker that dies while it imports a function may do better next time
 _CLOSE_SECONDS = 3.0  # for exit handlers of user code
 
 
@@ -143,26 +145,34 @@ class RewardRunner:
         for key in range(len(self.specs)):
             self._home(key).to_load.append(key)
         functions: dict[int, LoadedFunction] = {}
+        tries = [0] * len(self.specs)
+
+        def take(worker: WorkerProcess, reply: Reply) -> None:
+            if isinstance(reply, Refused):
+                raise ValueError(reply.error)
+            assert isinstance(reply, LoadedFunction), reply
+            assert worker.loading is not None, reply
+            functions[worker.loading] = reply
+            worker.loaded.add(worker.loading)
+            worker.loading = None
+            worker.load_next()
+
         for worker in self._workers:
             worker.load_next()
         while busy := [worker for worker in self._workers if worker.loading is not None]:
             poll(busy)
             for worker in busy:
-                failure = worker.failure()
-                messages = worker.receive()
-                for message in messages:
-                    key = worker.loading
-                    assert key is not None, message
-                    if message["op"] == "refused":
-                        raise ValueError(message["error"])
-                    fields = {field.name: message[field.name] for field in dataclasses.fields(LoadedFunction)}
-                    functions[key] = LoadedFunction(**fields)
-                    worker.loaded.add(key)
-                    worker.loading = None
-                    worker.load_next()
-                if worker.loading is not None and not messages and failure is not None:
-                    spec = self.specs[worker.loading]
-                    raise ValueError(f"reward {spec.name!r}: importing {spec.function!r} failed: {failure[1]}")
+                failure = _listen(worker, functools.partial(take, worker))
+                key = worker.loading
+                if failure is None or key is None:
+                    continue
+                tries[key] += 1
+                if failure[0] == "timeout" or tries[key] == _LOAD_TRIES:
+                    spec, times = self.specs[key], f" {tries[key]} times" if tries[key] > 1 else ""
+                    raise ValueError(f"reward {spec.name!r}: importing {spec.function!r} failed{times}: {failure[1]}")
+                worker.restart()
+                worker.to_load.appendleft(key)
+                worker.load_next()
         return [functions[key] for key in range(len(self.specs))]
 
     def _home(self, key: int) -> WorkerProcess:
@@ -288,33 +298,53 @@ class Scoring:
     def _advance(self, worker: WorkerProcess) -> None:
         """Take what a busy worker has to say, and notice when it will say nothing any more."""
         batch = self._batch
-        failure = worker.failure()  # asked before reading: what a dead worker said has then all arrived
-        messages = worker.receive()
-        for message in messages:
-            task = worker.task
-            assert task is not None, message
-            if message["op"] == "result":
-                batch.record(task, message)
-                worker.extend_deadline(task)
-            elif message["op"] == "loaded":
-                worker.loaded.add(task.key)
-                worker.loading = None
-                worker.send_task(task)
-            elif message["op"] == "refused":  # the file changed since the start
-                worker.loading = None
-                batch.lose_all(task, ("exception", message["error"]))
-                worker.finish()
-            else:
-                batch.finish(task, message, worker.finish())
-        if worker.task is None or messages or failure is None:
-            return
+        failure = _listen(worker, functools.partial(self._take, worker))
         task, was_loading = worker.task, worker.loading is not None
+        if failure is None:
+            return
+        if task is None:  # it had answered before it broke
+            worker.restart()
+            return
         batch.seconds[task.key] += worker.finish()
         worker.restart()
         if was_loading:
             batch.lose_all(task, (failure[0], f"while importing: {failure[1]}"))
         else:
             batch.interrupted(task, failure)
+
+    def _take(self, worker: WorkerProcess, reply: Reply) -> None:
+        task = worker.task
+        assert task is not None, reply
+        if isinstance(reply, Result):
+            self._batch.record(task, reply)
+            worker.extend_deadline(task)
+        elif isinstance(reply, LoadedFunction):
+            if reply != self._functions[task.key]:  # the file changed since the start: another way to call it
+                raise BrokenWorker("another signature than at the start")
+            worker.loaded.add(task.key)
+            worker.loading = None
+            worker.send_task(task)
+        elif isinstance(reply, Refused):  # the file changed since the start
+            worker.loading = None
+            self._batch.lose_all(task, ("exception", reply.error))
+            worker.finish()
+        else:
+            self._batch.finish(task, reply)
+            self._batch.seconds[task.key] += worker.finish()
+
+
+def _listen(worker: WorkerProcess, take: Callable[[Reply], None]) -> Failure | None:
+    """Hand on what a busy worker has to say; why it will say nothing any more, if so."""
+    failure = worker.failure()  # asked before reading: what a dead worker said has then all arrived
+    has_spoken = False
+    try:
+        for reply in worker.receive():
+            take(reply)
+            has_spoken = True
+    except BrokenWorker as error:
+        return "crash", f"the worker process sent {error}; it was killed"
+    is_over = worker.task is None and worker.loading is None
+    return None if has_spoken or is_over else failure
 
 
 def _check_lengths(given: Mapping[str, Sequence[Any] | None], what: str, count: int) -> None:

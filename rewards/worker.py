@@ -5,10 +5,11 @@ functions in its main thread, where `signal.alarm` works, and turns whatever the
 failure. What it cannot survive (a hang, a crash) the runner sees from outside. It never imports jax.
 
     {"op": "load", "key": k, "spec": {...}, "columns": [...], "path": [...]}
-        -> {"op": "loaded", "style", "is_async", "elementwise", "columns", "takes_completion_ids",
-            "needs_completion_ids"} or {"op": "refused", "error"}
+        -> "loaded" or "refused"
     {"op": "run", "key": k, "mode": m, "limit": seconds, "prompts", "completions", "columns", "completion_ids"}
-        -> {"op": "result", "index", "value", "kind", "message"} per sample, then {"op": "done", "kind", "message"}
+        -> a "result" for each sample, then "done"
+
+The fields of a reply are in `rewards.replies`; each repeats the nonce of its request.
 
 Modes: "batch" is one call for all samples, and its `done` may carry a failure; "each" is one call after another;
 "together" runs an async function on all samples at once.
@@ -19,7 +20,6 @@ import contextlib
 import faulthandler
 import functools
 import inspect
-import math
 import os
 import queue
 import signal
@@ -28,16 +28,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from math import isfinite  # by name, before a user's code can replace it
 from typing import Any, BinaryIO
 
 from rewards.contract import BoundReward, RewardSpec, bind, load_function
 from rewards.environment import missing_variable
 from rewards.protocol import HEADER, pack, unpack
+from rewards.replies import MAX_TEXT, Failure, one_line
 
 # How long a hung worker may outlive its time limit, or a busy one its parent, before it ends itself.
 _ORPHAN_SECONDS = 5.0
 
-_Failure = tuple[str, str]  # kind, message
+_MAX_TRACEBACK = 1 << 14  # characters in the log
 
 
 class _Rejected(Exception):
@@ -67,18 +69,22 @@ def main() -> None:
 def as_reward(value: Any) -> float | None:
     """The reward that a function's return value stands for: None, or a finite float.
 
-    Anything with `__float__` counts (bool, int, numpy and torch scalars, Decimal), strings and containers do not.
+    Anything with `__float__` counts (bool, int, numpy and torch scalars, Decimal). Text, complex numbers and containers
+    do not, also where numpy gives them a `__float__`. How large it may be is the runner's rule.
     """
     if value is None:
         return None
+    dtype = getattr(value, "dtype", None)
+    is_other = getattr(dtype, "kind", "") in (*"SUOMm",) or "complex" in str(dtype)
     # A numpy array of one element has __float__ too, and is a wrong shape all the same.
-    if not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
+    has_other_shape = getattr(value, "ndim", 0) != 0
+    if not hasattr(value, "__float__") or isinstance(value, (str, bytes, complex)) or is_other or has_other_shape:
         raise _Rejected("not_a_number", f"returned {_short(value)}, a reward must be a number or None")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise _Rejected("not_a_number", f"returned {_short(value)}, which is no float: {error}") from error
-    if not math.isfinite(number):
+    if not isfinite(number):
         raise _Rejected("not_a_number", f"returned {number}, a reward must be finite")
     return number
 
@@ -124,6 +130,7 @@ class _Worker:
 
     def handle(self, request: Mapping[str, Any]) -> None:
         """Answer one request."""
+        self._nonce = request["nonce"]
         if request["op"] == "load":
             self._load(request)
             return
@@ -138,13 +145,13 @@ class _Worker:
         try:
             bound = bind(load_function(spec), request["columns"], spec.kwargs, spec.name)
         except ValueError as error:
-            self._reply(op="refused", error=f"{error}{missing_variable(error)}")
+            self._reply(op="refused", error=f"{one_line(str(error), MAX_TEXT // 2)}{missing_variable(error)}")
             return
         self._rewards[request["key"]] = bound
         told = ("style", "is_async", "elementwise", "columns", "takes_completion_ids", "needs_completion_ids")
         self._reply(op="loaded", **{name: getattr(bound, name) for name in told})
 
-    def _run_batch(self, bound: BoundReward, request: Mapping[str, Any]) -> _Failure | None:
+    def _run_batch(self, bound: BoundReward, request: Mapping[str, Any]) -> Failure | None:
         size = len(request["prompts"])
         values, failure = self._isolated(
             lambda: _batch_rewards(self._finished(bound.function(**_arguments(bound, request, slice(None)))), size),
@@ -193,7 +200,7 @@ class _Worker:
 
         return self._loop.run(wait())
 
-    def _isolated(self, call: Callable[[], Any], limit: float) -> tuple[Any, _Failure | None]:
+    def _isolated(self, call: Callable[[], Any], limit: float) -> tuple[Any, Failure | None]:
         """What user code returns, or how it failed."""
         with _watchdog(limit):
             try:
@@ -201,7 +208,7 @@ class _Worker:
             except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
                 return None, self._failure(error)
 
-    def _failure(self, error: BaseException) -> _Failure:
+    def _failure(self, error: BaseException) -> Failure:
         """Kind and one-line message of a failure. The traceback goes to the log once per kind of error and place."""
         if isinstance(error, _Rejected):
             return error.kind, str(error)
@@ -210,15 +217,18 @@ class _Worker:
         place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"
         if (type(error).__name__, place) not in self._logged:
             self._logged.add((type(error).__name__, place))
-            traceback.print_exception(error)
-        return "exception", f"{last_line} ({place}){missing_variable(error)}"
+            trace = "".join(traceback.format_exception(error))
+            more = len(trace) - _MAX_TRACEBACK
+            cut = f"... ({more} more characters were cut)\n" if more > 0 else ""
+            print(trace[:_MAX_TRACEBACK] + cut, end="", file=sys.stderr)
+        return "exception", f"{one_line(last_line, MAX_TEXT // 2)} ({place}){missing_variable(error)}"
 
-    def _report(self, index: int, value: float | None, failure: _Failure | None) -> None:
+    def _report(self, index: int, value: float | None, failure: Failure | None) -> None:
         kind, message = failure or (None, None)
-        self._reply(op="result", index=index, value=value, kind=kind, message=message)
+        self._reply(op="result", index=index, value=value, kind=kind, message=message and one_line(message))
 
     def _reply(self, **message: Any) -> None:
-        frame = memoryview(pack(message))
+        frame = memoryview(pack({"nonce": self._nonce, **message}))
         while frame:
             frame = frame[os.write(self._replies.fileno(), frame) :]
 

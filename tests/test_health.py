@@ -211,8 +211,8 @@ def recipe(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def reward(name: str) -> str:
-    return f'rewards.functions=[{{function: "{REWARDS}:{name}", name: shown}}]'
+def reward(name: str, weight: float = 1.0) -> str:
+    return f'rewards.functions=[{{function: "{REWARDS}:{name}", name: shown, weight: {weight}}}]'
 
 
 def start(recipe: pathlib.Path, name: str, *overrides: str, train=grpo_trainer.train) -> pathlib.Path:
@@ -220,7 +220,7 @@ def start(recipe: pathlib.Path, name: str, *overrides: str, train=grpo_trainer.t
 
 
 def test_run_without_a_finite_update_ends_and_can_go_on_with_a_higher_limit(recipe, capsys):
-    broken = (reward("huge"), "grpo.scale_rewards=none", "health.max_skipped_updates=4")
+    broken = (reward("huge", 1e30), "grpo.scale_rewards=none", "health.max_skipped_updates=4")
     with pytest.raises(ValueError, match=r"got 4 with 4 skipped.*optimizer\.lr"):
         start(recipe, "stuck", *broken)
     folder = recipe.parent / "stuck"
@@ -249,7 +249,7 @@ def test_run_tells_of_spikes_and_signs_of_collapse_and_saves_the_samples_of_spik
 
 
 def test_run_with_skipped_updates_resumes_as_if_it_had_never_stopped(recipe):
-    settings = (reward("huge_for_even_answers"), "grpo.scale_rewards=none", "health.max_skipped_updates=null")
+    settings = (reward("huge_for_even_answers", 1e30), "grpo.scale_rewards=none", "health.max_skipped_updates=null")
     whole = start(recipe, "whole", *settings)
     skipped = [line["skipped_updates"] for line in read_metrics(whole)]
     assert 0 < sum(skipped) < 12

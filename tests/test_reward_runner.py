@@ -352,6 +352,90 @@ def test_processes_started_by_a_hung_function_die_with_it(write, tmp_path):
     assert wait_until(lambda: not is_running(child), 5.0)
 
 
+HOSTILE = """
+    import gc, json, math, struct, threading
+    import numpy as np
+    json.dumps = json.JSONEncoder.encode = lambda *args, **kwargs: "{"
+    math.isfinite = lambda value: True
+    def pipe():
+        return next(thing for thing in gc.get_objects() if type(thing).__name__ == "_Worker")
+    def raw(data):
+        os.write(pipe()._replies.fileno(), data)
+        time.sleep(30)  # nothing but the forged frame may end the wait
+    def frame(text):
+        raw(struct.pack(">Q", len(text)) + text.encode())
+    def reply(**fields):
+        pipe()._reply(**fields)
+        time.sleep(30)
+    def result(index, value):
+        reply(op="result", index=index, value=value, kind=None, message=None)
+    ACTS = {
+        "1e6": lambda: 1e6, "1e200": lambda: 1e200, "over": lambda: -1000001, "nan": lambda: math.nan,
+        "str": lambda: np.str_("1.5"), "bytes": lambda: np.bytes_(b"1.5"), "text array": lambda: np.array("1.5"),
+        "complex": lambda: 1j, "complex64": lambda: np.complex64(1.5), "delta": lambda: np.timedelta64(1),
+        "long": lambda: exec("raise ValueError('x' * 50_000_000)"),
+        "escape": lambda: exec("raise ValueError(chr(27) + '[2J' + chr(10) + 'next')"),
+        "index": lambda: result(99, 1.0), "early done": lambda: reply(op="done", kind=None, message=None),
+        "garbage": lambda: raw(b"x" * 100), "deep": lambda: frame("[" * 500_000),
+        "NaN": lambda: frame('{"value": NaN}'), "digits": lambda: frame("1" * 500_000),
+    }
+    def act(completion):
+        return ACTS[completion]()
+"""
+
+
+def test_whatever_a_function_returns_or_writes_costs_its_sample_alone(write, tmp_path):
+    invalid = {
+        **dict.fromkeys(("1e200", "over"), ("out_of_range", "must be within 1e+06 of 0")),
+        **dict.fromkeys(("str", "bytes", "text array", "complex", "complex64", "delta"), ("not_a_number", "must be a")),
+        "nan": ("not_a_number", "returned nan"),
+        "long": ("exception", "more characters were cut) (<string>:1)"),
+        "escape": ("exception", r"\x1b[2J\nnext"),
+        "index": ("crash", "sent a reward for sample 99 of"),
+        "early done": ("crash", "sent the end of a task with "),
+        "garbage": ("crash", f"sent a message of {int.from_bytes(b'x' * 8)} bytes, over the limit"),
+        "deep": ("crash", "sent what is no JSON (RecursionError"),
+        "NaN": ("crash", "NaN is no number"),
+        "digits": ("crash", "sent what is no JSON (ValueError"),
+    }
+    with RewardRunner([write(HOSTILE)("act")], [], 2, 5.0, log_path=tmp_path / "log") as runner:
+        for completion, (kind, message) in invalid.items():  # a call each: only the first few problems are shown
+            result = runner.score(["p"] * 2, [completion, "1e6"], {})
+            assert column(result) == [None, 1e6], completion
+            assert result.counts["act"] == counts(**{kind: 1}), completion
+            assert message in result.problems[0]
+            assert len(result.problems[0]) < 4200
+            assert result.problems[0].isprintable()
+
+
+def test_what_a_function_says_without_being_asked_is_never_taken_for_a_reply(write):
+    spec = write("""
+        import gc, threading
+        def act(completion):
+            worker = next(thing for thing in gc.get_objects() if type(thing).__name__ == "_Worker")
+            nonce = worker._nonce
+            def late():
+                while worker._nonce == nonce and completion == "next task":
+                    time.sleep(0.001)
+                worker._nonce = nonce
+                worker._reply(op="result", index=0, value=9.0, kind=None, message=None)
+                open(__file__ + completion, "w").close()
+            if completion in ("next task", "idle"):
+                threading.Timer(0.05, late).start()
+            if completion == "wait":
+                time.sleep(30)
+            return os.getpid()
+    """)
+    with RewardRunner([spec("act")], [], 1, 5.0) as runner:
+        (first,) = column(runner.score(["p"], ["idle"], {}))
+        assert wait_until(Path(spec("act").function.partition(":")[0] + "idle").exists, 5.0)
+        (second,) = column(runner.score(["p"], ["next task"], {}))
+        assert second not in (None, first)  # replaced before it was asked again
+        result = runner.score(["p"], ["wait"], {})
+        assert result.rewards == [[None]]
+        assert "sent a reply to something else than it was asked" in result.problems[0]
+
+
 def test_crash_is_seen_although_a_forked_child_holds_the_pipe(write):
     spec = write("""
         def orphan(completion):
@@ -737,6 +821,17 @@ def test_a_variable_that_is_to_be_passed_must_be_set_and_be_a_name(monkeypatch):
 # Refusals at start.
 
 
+def test_worker_that_dies_while_importing_at_the_start_is_started_again(write):
+    spec = write("""
+        if not os.path.exists(__file__ + ".tried"):
+            open(__file__ + ".tried", "w").close()
+            os._exit(3)
+        def other(completion): return 2.0
+        def f(completion): return 1.0
+    """)
+    assert run([spec("f"), spec("other")], ["c"], num_workers=1).rewards == [[1.0, 2.0]]
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [
@@ -744,7 +839,7 @@ def test_a_variable_that_is_to_be_passed_must_be_set_and_be_a_name(monkeypatch):
         ("f = 3", ["must be callable"]),
         ("import no_such_module_here", ["does not import", "no_such_module_here"]),
         ("def f(completion, anwser): ...", ["nothing provides", "'anwser'", "did you mean the column 'answer'"]),
-        ("os._exit(3)", ["importing", "exit code 3"]),
+        ("os._exit(3)", ["importing", "failed 3 times", "exit code 3"]),
         ("time.sleep(60)", ["importing", "no answer within 0.8 s"]),
     ],
 )

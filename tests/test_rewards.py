@@ -236,6 +236,7 @@ def test_function_that_does_not_load_is_refused(tmp_path, restored_imports, func
         ([RewardSpec("a", "m:f", 1.0, {}), RewardSpec("a", "m:g", 1.0, {})], "'a' 2 times"),
         ([RewardSpec("a", "m:f", math.nan, {})], "finite"),
         ([RewardSpec("a", "m:f", math.inf, {})], "finite"),
+        ([RewardSpec("a", "m:f", -1e31, {})], r"got -1e\+31"),
     ],
 )
 def test_bad_list_of_specs_is_refused(specs, word):

@@ -1,0 +1,194 @@
+"""What a worker says, as far as it may be believed.
+
+In: bytes out of a worker's pipe, where a user's code can write too, and what the worker was asked. Out: typed replies.
+Whatever is no reply to what was asked raises `BrokenWorker`; nothing here costs more than a frame of `MAX_FRAME` bytes.
+Texts come out on one line and at most `MAX_TEXT` bytes long. What a function does inside its own worker to its own
+rewards cannot be seen from here: a reply that is well formed and to the point is taken.
+
+    {"nonce": n, "op": "loaded", "style", "is_async", "elementwise", "columns", "takes_completion_ids",
+        "needs_completion_ids"}
+    {"nonce": n, "op": "refused", "error"}
+    {"nonce": n, "op": "result", "index", "value", "kind", "message"}
+    {"nonce": n, "op": "done", "kind", "message"}
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Never, get_args
+
+from rewards.contract import Style
+from rewards.protocol import HEADER
+
+MAX_FRAME = 1 << 20  # bytes
+MAX_TEXT = 4096  # bytes of UTF-8
+MAX_REWARD = 1e6  # size beyond which a number is no reward: squares and sums of such ones stay finite everywhere
+FAILURES = ("exception", "timeout", "crash", "wrong_length", "not_a_number", "out_of_range")
+
+Failure = tuple[str, str]  # one of FAILURES, message
+
+
+class BrokenWorker(Exception):
+    """A worker sent what is no reply to what it was asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedFunction:
+    """What a worker says of a function it loaded."""
+
+    style: Style
+    is_async: bool
+    elementwise: bool
+    columns: tuple[str, ...]
+    takes_completion_ids: bool
+    needs_completion_ids: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """The function does not load."""
+
+    error: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The reward of one sample: a finite number within MAX_REWARD, None, or a failure.
+
+    index: position among the samples of the task.
+    """
+
+    index: int
+    value: float | None
+    failure: Failure | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """The task is over; a call for several samples may have failed as a whole."""
+
+    failure: Failure | None
+
+
+Reply = LoadedFunction | Refused | Result | Done
+
+
+class ReplyReader:
+    """Takes the frames of one worker apart."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """More bytes have come."""
+        self._buffer += data
+
+    def frames(self) -> Iterator[bytes]:
+        """Complete frames, without their lengths; BrokenWorker for one that claims to be longer than MAX_FRAME."""
+        while len(self._buffer) >= HEADER.size:
+            (length,) = HEADER.unpack_from(self._buffer)
+            if length > MAX_FRAME:
+                raise BrokenWorker(f"a message of {length} bytes, over the limit of {MAX_FRAME}")
+            if len(self._buffer) < HEADER.size + length:
+                return
+            frame = bytes(self._buffer[HEADER.size : HEADER.size + length])
+            del self._buffer[: HEADER.size + length]
+            yield frame
+
+
+def read_load_reply(frame: bytes, nonce: str, columns: Collection[str]) -> LoadedFunction | Refused:
+    """The reply to a request to load a function of a data set with these columns; else BrokenWorker."""
+    fields = _fields(frame, nonce)
+    if fields["op"] == "refused":
+        _check(fields, {"error": str})
+        return Refused(one_line(fields["error"]))
+    if fields["op"] != "loaded":
+        raise BrokenWorker(f"the operation {_shown(fields['op'])} where a function was to be loaded")
+    flags = ("is_async", "elementwise", "takes_completion_ids", "needs_completion_ids")
+    _check(fields, dict.fromkeys(flags, bool) | {"style": str, "columns": list})
+    if fields["style"] not in get_args(Style):
+        raise BrokenWorker(f"the style {_shown(fields['style'])}")
+    read = fields["columns"]
+    if not all(isinstance(name, str) and name in columns for name in read) or len({*read}) < len(read):
+        raise BrokenWorker(f"columns that are not the data set's: {_shown(read)}")
+    return LoadedFunction(style=fields["style"], columns=tuple(read), **{name: fields[name] for name in flags})
+
+
+def read_run_reply(frame: bytes, nonce: str, size: int) -> Result | Done:
+    """A reply to a request to run a function on `size` samples; else BrokenWorker."""
+    fields = _fields(frame, nonce)
+    if fields["op"] == "done":
+        return Done(_failure(fields))
+    if fields["op"] != "result":
+        raise BrokenWorker(f"the operation {_shown(fields['op'])} where a function was run")
+    failure = _failure(fields, {"index": int, "value": (float, type(None))})
+    index, value = fields["index"], fields["value"]
+    if not 0 <= index < size:
+        raise BrokenWorker(f"a reward for sample {index} of {size}")
+    if value is not None and (failure is not None or not math.isfinite(value)):
+        raise BrokenWorker(f"the reward {value} with the failure {failure}")
+    if value is not None and abs(value) > MAX_REWARD:
+        rule = f"a reward must be within {MAX_REWARD:g} of 0; scale it down, and raise the function's weight instead"
+        return Result(index, None, ("out_of_range", f"returned {value:g}, {rule}"))
+    return Result(index, value, failure)
+
+
+def one_line(text: str, limit: int = MAX_TEXT) -> str:
+    """A text that is safe to show: on one line, without control characters, cut to `limit` bytes, saying so."""
+    kept, size, used = [], 0, 0
+    for character in text:
+        shown = character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        size += len(shown.encode())
+        if size > limit - _CUT_NOTE:
+            break
+        kept.append(shown)
+        used += 1
+    if used == len(text):
+        return "".join(kept)
+    return f"{''.join(kept)}... ({len(text) - used} more characters were cut)"
+
+
+_CUT_NOTE = 64  # bytes
+
+
+def _fields(frame: bytes, nonce: str) -> dict[str, Any]:
+    """The fields of a reply to the request with this nonce."""
+    try:
+        fields = json.loads(frame.decode("ascii"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BrokenWorker(f"what is no JSON ({type(error).__name__}: {error}): {_shown(frame)}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("op"), str):
+        raise BrokenWorker(f"what is no message: {_shown(frame)}")
+    if fields.get("nonce") != nonce:
+        raise BrokenWorker(f"a reply to something else than it was asked: {_shown(frame)}")
+    return fields
+
+
+def _no_constant(name: str) -> Never:
+    raise ValueError(f"{name} is no number")
+
+
+def _check(fields: dict[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
+    """BrokenWorker unless the fields are these, and nonce and op, of exactly these types (a bool is no int)."""
+    if fields.keys() != {*types, "nonce", "op"}:
+        raise BrokenWorker(f"a message with the fields {_shown(sorted(fields))}")
+    for name, wanted in types.items():
+        if type(fields[name]) not in (wanted if isinstance(wanted, tuple) else (wanted,)):
+            raise BrokenWorker(f"a message whose field {name} is {_shown(fields[name])}")
+
+
+def _failure(fields: dict[str, Any], others: Mapping[str, type | tuple[type, ...]] | None = None) -> Failure | None:
+    text = (str, type(None))
+    _check(fields, {"kind": text, "message": text, **(others or {})})
+    kind, message = fields["kind"], fields["message"]
+    if kind is None and message is None:
+        return None
+    if kind not in FAILURES or message is None:
+        raise BrokenWorker(f"a failure of the kind {_shown(kind)}")
+    return kind, one_line(message)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return one_line(text if len(text) <= 80 else f"{text[:77]}...")
