@@ -9,7 +9,16 @@ import re
 from typing import Any
 
 from rewards.environment import check_memory_gb, check_names
-from rl.config_sections import OPEN_CHOICES, Config, flatten, is_user_function, source_kind, to_dict
+from rl.config_sections import (
+    OPEN_CHOICES,
+    TUNIX_PREFIX,
+    Config,
+    flatten,
+    is_user_function,
+    source_kind,
+    to_dict,
+)
+from rl.remote import check_path
 
 LARGEST_SEED = 2**32 - 1  # of which jax.random.key sees every bit
 _LOSSES_OF_SEQUENCES = ("gmpo", "vespo")  # which cannot take an advantage for each token
@@ -17,6 +26,7 @@ _LOSSES_OF_SEQUENCES = ("gmpo", "vespo")  # which cannot take an advantage for e
 
 def check(config: Config) -> None:
     """Ranges and cross-field rules that hold for every command."""
+    _check_paths(config)
     grpo, sampling = config.grpo, config.sampling
     if grpo.group_size < 2:
         raise ValueError(f"grpo.group_size must be >= 2 for a group baseline, got {grpo.group_size}")
@@ -131,6 +141,30 @@ def check(config: Config) -> None:
         raise ValueError(f"eval.reward must name one of rewards.functions {names}, got {config.eval.reward!r}")
     if config.data.eval_source is not None and config.data.eval_size:
         raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
+
+
+def _check_paths(config: Config) -> None:
+    """Which keys may name objects of a store; a scheme that nothing opens would become a folder of that name."""
+    model = config.model.source
+    for key, value in (
+        ("model.source", None if model is None else model.removeprefix(TUNIX_PREFIX)),
+        ("model.weights", config.model.weights),
+        ("lora.adapter", config.lora.adapter),
+        ("tokenizer.source", config.tokenizer.source),
+        ("tokenizer.chat_template", config.tokenizer.chat_template),
+        ("data.source", config.data.source),
+        ("data.eval_source", config.data.eval_source),
+    ):
+        check_path(value, key, may_be_remote=not (value and is_user_function(value)))
+    for key, value in (
+        ("output_dir", config.output_dir),
+        ("compiled_file", config.compiled_file),
+        ("logging.compilation_cache", config.logging.compilation_cache),
+        ("grpo.loss_type", config.grpo.loss_type),
+        ("grpo.advantage_estimator", config.grpo.advantage_estimator),
+        *((f"rewards.functions.{i}.function", entry.function) for i, entry in enumerate(config.rewards.functions)),
+    ):
+        check_path(value, key, may_be_remote=False)
 
 
 def _check_kl_in_reward(config: Config) -> None:

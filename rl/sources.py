@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from rl.remote import is_remote, local_copy
 from rl.tasks import Row, is_procedural, procedural_rows
 
 _SOURCE_RULE = (
@@ -68,6 +69,8 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> Source:
     if is_procedural(source):
         rows = procedural_rows(source, args, seed)
         return Source(len(rows), "rows", lambda start, end: rows[start:end])
+    if is_remote(source):
+        source = str(local_copy(source))
     if source.endswith((".jsonl", ".parquet")):
         if args:
             raise ValueError(

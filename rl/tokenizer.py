@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from rl.remote import local_copy
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -143,7 +145,7 @@ def load_tokenizer(source: str | os.PathLike, chat_template_path: str | os.PathL
     source = os.fspath(source)
     backend = _byte_backend() if source == BYTE_SOURCE else _load_backend(source)
     if chat_template_path is not None:
-        path = pathlib.Path(chat_template_path)
+        path = local_copy(chat_template_path)
         if not path.is_file():
             raise ValueError(f"tokenizer.chat_template must be a Jinja file, got {str(path)!r}, which does not exist")
         backend.chat_template = path.read_text(encoding="utf-8")
@@ -151,7 +153,7 @@ def load_tokenizer(source: str | os.PathLike, chat_template_path: str | os.PathL
 
 
 def _load_backend(source: str) -> "PreTrainedTokenizerFast":
-    folder = pathlib.Path(source).expanduser()
+    folder = local_copy(source)
     if not folder.is_dir():
         folder = _download(source)
     if not (folder / "tokenizer.json").is_file():

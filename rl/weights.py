@@ -16,6 +16,7 @@ from rl.models.hf import read_config, resolve_source
 from rl.models.lora import join
 from rl.models.peft import adapter_for, adapter_hash, check_adapter, load_adapter
 from rl.models.policy import foreign_config
+from rl.remote import local_copy
 from rl.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
 
 
@@ -69,7 +70,7 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
         identity = {"source": config.model.source, "hash": files.weights_hash(folder)}
     if config.lora.adapter is None:
         return Origin(model_config, folder, identity)
-    adapter = pathlib.Path(config.lora.adapter).expanduser()
+    adapter = local_copy(config.lora.adapter)
     check_adapter(adapter, model_config)
     identity |= {"adapter": config.lora.adapter, "adapter_hash": adapter_hash(adapter)}
     return Origin(model_config, folder, identity, adapter)
@@ -135,7 +136,7 @@ def _foreign_origin(config: Config, tokenizer: Tokenizer) -> Origin:
     identity |= {"file": hashlib.sha256(file.read_bytes()).hexdigest(), "args": section.args}
     if section.weights is None:
         return Origin(model_config, None, {**identity, "seed": config.seed})
-    weights = pathlib.Path(section.weights).expanduser()
+    weights = local_copy(section.weights)
     if model_config.quantization is not None:
         foreign.check_weights(weights, model_config)
         return Origin(model_config, weights, {**identity, "hash": hf.weights_hash(weights)})
@@ -162,7 +163,7 @@ def _lora(config: Config, model_config: ModelConfig) -> LoRAConfig | None:
     if section.rank:
         found = LoRAConfig(section.rank, section.alpha, tuple(section.targets), section.rank_stabilized)
     elif section.adapter is not None:
-        found = adapter_for(pathlib.Path(section.adapter).expanduser(), model_config)
+        found = adapter_for(local_copy(section.adapter), model_config)
     else:
         return None
     return dataclasses.replace(found, base_dtype=section.base_dtype, base_group_size=section.base_group_size)

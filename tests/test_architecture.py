@@ -20,6 +20,7 @@ SOURCES = sorted((ROOT / "rl").rglob("*.py")) + sorted((ROOT / "rewards").rglob(
 # From the ground up: a module may import those of its own line and of the lines above it.
 LAYERS = [
     [
+        "rl.remote",
         "rl.config_sections",
         "rl.config_rules",
         "rl.config",

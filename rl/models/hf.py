@@ -31,6 +31,7 @@ from rl.models.hf_config import config_json, generation_json, read_config, read_
 from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
 from rl.models.quantized import QuantizedArray, is_chosen, pack, scale_shape, unpack
+from rl.remote import local_copy
 
 __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weights_hash"]
 
@@ -52,7 +53,7 @@ def resolve_source(source: str | pathlib.Path, patterns: Sequence[str] = HUB_PAT
 
     Raises ValueError if it is neither, or if the hub cannot be reached and has no copy on this machine.
     """
-    path = pathlib.Path(source).expanduser()
+    path = local_copy(source)
     if path.is_dir():
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source)):

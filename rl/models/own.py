@@ -30,6 +30,7 @@ from rl.models.hf_config import quantization_in
 from rl.models.ops import dtype_of, visible, widen
 from rl.models.quantized import dequantize_params
 from rl.models.train_state import TrainState, TrainStateNNX, string_keys
+from rl.remote import local_copy
 
 OWN_KERNEL = AttentionKernel(
     "its own", ops.attention, skips_blocks=False
@@ -223,7 +224,7 @@ def describe(
         remat=section.remat,
         specs=_specs(source, shapes, getattr(module, "logical_axes", {})),
         model=own,
-        quantization=None if section.weights is None else quantization_in(pathlib.Path(section.weights).expanduser()),
+        quantization=None if section.weights is None else quantization_in(local_copy(section.weights)),
     )
     policy = NNXModulePolicy(config) if flavour == "nnx" else LinenModulePolicy(config)
     hidden_size, vocab_size = _check_forms(source, policy, shapes)
