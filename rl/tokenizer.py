@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from rl.json_file import Fields, read_object, shown
 from rl.remote import local_copy
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ _BYTE_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+MAX_TEMPLATE_BYTES = 1_000_000
+MOST_FREE_IDS = 100_000  # of a vocabulary, besides as many as it has tokens
 _TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -145,11 +148,20 @@ def load_tokenizer(source: str | os.PathLike, chat_template_path: str | os.PathL
     source = os.fspath(source)
     backend = _byte_backend() if source == BYTE_SOURCE else _load_backend(source)
     if chat_template_path is not None:
-        path = local_copy(chat_template_path)
-        if not path.is_file():
-            raise ValueError(f"tokenizer.chat_template must be a Jinja file, got {str(path)!r}, which does not exist")
-        backend.chat_template = path.read_text(encoding="utf-8")
+        backend.chat_template = _read_template(local_copy(chat_template_path))
     return Tokenizer(backend)
+
+
+def _read_template(path: pathlib.Path) -> str:
+    rule = f"tokenizer.chat_template must be a Jinja file in UTF-8 of at most {MAX_TEMPLATE_BYTES} bytes"
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(content) > MAX_TEMPLATE_BYTES:
+            raise ValueError(f"{rule}, got {str(path)!r}, which is larger")
+        return content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{rule}, got {str(path)!r}: {error}") from error
 
 
 def _load_backend(source: str) -> "PreTrainedTokenizerFast":
@@ -161,14 +173,41 @@ def _load_backend(source: str) -> "PreTrainedTokenizerFast":
             f"tokenizer {source!r} must hold tokenizer.json, got a folder without it; convert an older tokenizer with "
             "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
+    _check_ids(folder / "tokenizer.json")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)
+    for path in sorted(folder.glob("*.jinja")):
+        _read_template(path)
     # Not AutoTokenizer: it may rebuild the tokenizer from its class name instead of reading tokenizer.json as it is.
     fast_class = _fast_tokenizer_class()
     try:
         return fast_class.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ValueError(
-            f"tokenizer folder {str(folder)!r} must hold a tokenizer that transformers can read, got {error}"
+            f"tokenizer folder {str(folder)!r} must hold a tokenizer that transformers can read, got "
+            f"{type(error).__name__}: {error}; fetch its files again"
         ) from error
+
+
+def _check_ids(path: pathlib.Path) -> None:
+    """ValueError for a file that is no tokenizer, and for ids with so many free ones between them that the tokenizers
+    library, which prints each of those, would not come to an end.
+    """
+    fields = Fields(read_object(path), f"{path}: ")
+    vocabulary = fields.section("model").values.get("vocab")
+    if not isinstance(vocabulary, dict | list) or not vocabulary:
+        raise ValueError(f"{path} must hold a tokenizer with a vocabulary (model.vocab), got {shown(vocabulary)}")
+    limit = 2 * len(vocabulary) + MOST_FREE_IDS
+    if isinstance(vocabulary, dict):
+        for token, token_id in vocabulary.items():
+            if type(token_id) is not int or not 0 <= token_id < limit:
+                raise ValueError(
+                    f"{path}: the ids of {len(vocabulary)} tokens must be whole numbers from 0 to {limit - 1}, got "
+                    f"{shown(token_id)} for {shown(token)}"
+                )
+    for token in fields.sections("added_tokens"):
+        token.whole("id", 0, limit - 1)
 
 
 def _download(source: str) -> pathlib.Path:
@@ -194,7 +233,12 @@ def _fast_tokenizer_class() -> "type[PreTrainedTokenizerFast]":
 
 
 def _token_id(backend: "PreTrainedTokenizerFast", token: Any) -> int | None:
-    return None if token is None else backend.get_vocab()[str(token)]
+    if token is None:
+        return None
+    token_id = backend.get_vocab().get(str(token))
+    if token_id is None:
+        raise ValueError(f"the tokenizer's special tokens must be in its vocabulary, got {str(token)!r}, which is not")
+    return token_id
 
 
 def _prefix_ids(backend: "PreTrainedTokenizerFast") -> list[int]:

@@ -26,6 +26,7 @@ LAYERS = [
         "rl.config",
         "rl.models.config",
         "rl.host_memory",
+        "rl.json_file",
         "rl.metrics",
         "rl.interrupt",
         "rl.tools.launch",

@@ -183,10 +183,18 @@ def test_eos_ids_of_both_files_are_joined(tmp_path):
         ("llama_tied", {"model_type": "gemma3"}, "model_type must be one of .* got 'gemma3'"),
         ("llama_tied", {"model_type": "qwen3_moe"}, "got 'qwen3_moe', which is not supported"),
         ("llama_tied", {"architectures": ["LlamaForSequenceClassification"]}, "architectures must be"),
-        ("llama_tied", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type must be .* got 'yarn'"),
+        (
+            "llama_tied",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_parameters\\.rope_type must be one of .* got 'yarn'",
+        ),
         ("llama_tied", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "got 'dynamic'"),
-        ("llama_tied", {"rope_scaling": {"type": "linear"}}, "rope option factor must be a number"),
-        ("llama_tied", {"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 32}}, "rope option beta_fast"),
+        ("llama_tied", {"rope_scaling": {"type": "linear"}}, "rope_scaling\\.factor must be a number from"),
+        (
+            "llama_tied",
+            {"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 32}},
+            "rope_scaling.beta_fast = 32 is not supported with rope type 'linear'",
+        ),
         ("llama_tied", {"rope_scaling": {"type": "linear", "factor": 2}}, "and rope_scaling must agree"),
         ("llama_tied", {"partial_rotary_factor": 0.5}, "option partial_rotary_factor = 0.5 is not supported"),
         ("llama_tied", {"rope_interleaved": True}, "option rope_interleaved = True"),
@@ -196,10 +204,10 @@ def test_eos_ids_of_both_files_are_joined(tmp_path):
             {"quantization_config": {"bits": 4}},
             "quantization_config must be of quant_method 'tandem', got None",
         ),
-        ("llama_tied", {"hidden_act": "relu2"}, "activation must be one of .* got 'relu2'"),
+        ("llama_tied", {"hidden_act": "relu2"}, "hidden_act must be one of .* got 'relu2'"),
         ("llama_tied", {"attention_dropout": 0.1}, "attention_dropout must be 0, got 0.1"),
         ("llama_tied", {"dtype": "float8_e4m3fn"}, "got 'float8_e4m3fn', which is not supported"),
-        ("llama_tied", {"num_hidden_layers": ...}, "num_hidden_layers must be given as int, got None"),
+        ("llama_tied", {"num_hidden_layers": ...}, "num_hidden_layers must be a whole number from 1 to 4096, got None"),
         ("llama_tied", {"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True is not supported for qwen2"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types with"),
@@ -217,6 +225,71 @@ def test_an_unsupported_option_is_refused_by_name(tmp_path, name, changes, messa
     with pytest.raises(ValueError, match=message) as caught:
         hf.read_config(folder)
     assert str(folder / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama_tied", {"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 4096, got 10"),
+        ("llama_tied", {"vocab_size": "101"}, "vocab_size must be a whole number from 1 to .* got '101'"),
+        ("llama_tied", {"vocab_size": True}, "vocab_size must be a whole number from 1 to .* got True"),
+        ("llama_tied", {"hidden_size": 32.5}, "hidden_size must be a whole number from 1 to .* got 32.5"),
+        ("llama_tied", {"num_attention_heads": 0}, "num_attention_heads must be a whole number from 1 to"),
+        (
+            "llama_tied",
+            {"hidden_size": 2**20, "intermediate_size": 2**22},
+            "must multiply to at most 1e\\+13 parameters",
+        ),
+        ("llama_tied", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number from 0 to 1, got nan"),
+        ("llama_tied", {"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number from 0 to 1, got '1e-6'"),
+        ("llama_tied", {"rms_norm_eps": 0}, "norm_eps must be > 0, got 0"),
+        ("llama_tied", {"initializer_range": 10**400}, "initializer_range must be a number .* got 1000.*characters"),
+        ("llama_tied", {"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
+        ("llama_tied", {"attention_bias": 0}, "attention_bias must be true or false, got 0"),
+        ("llama_tied", {"rope_scaling": [1]}, r"rope_scaling must be an object, got \[1\]"),
+        ("llama_tied", {"rope_parameters": {"rope_theta": "1e4"}}, r"rope_parameters\.rope_theta must be a number"),
+        ("llama_tied", {"rope_parameters": {"rope_type": []}}, r"rope_parameters\.rope_type must be one of"),
+        ("llama_tied", {"eos_token_id": "2"}, "eos_token_id must be a whole number .* or a list of such, got '2'"),
+        ("llama_tied", {"eos_token_id": [1, "x"]}, r"eos_token_id must be a whole number .* got \[1, 'x'\]"),
+        ("llama_tied", {"eos_token_id": 5000}, r"eos_token_ids must be in \[0, vocab_size = \d+\), got 5000"),
+        ("llama_tied", {"pad_token_id": 0.5}, "pad_token_id must be a whole number from -1 to"),
+        ("llama_tied", {"model_type": ["llama"]}, r"model_type must be one of .* got \['llama'\]"),
+        ("llama_tied", {"architectures": "LlamaForCausalLM"}, "architectures must be a list of texts"),
+        ("llama_tied", {"dtype": ["float32"]}, "dtype must be one of"),
+        ("llama_tied", {"hidden_act": {}}, "hidden_act must be one of"),
+        ("llama_tied", {"quantization_config": [4]}, "quantization_config must be an object"),
+        (
+            "llama_tied",
+            {"quantization_config": {"quant_method": "tandem", "dtype": "int8", "patterns": ["("], "head": False}},
+            r"patterns of quantised weights must be regular expressions, got '\('",
+        ),
+        ("qwen3", {"layer_types": "full_attention"}, "layer_types must be a list of texts, got 'full_attention'"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types must name"),
+        ("gemma3_text", {"sliding_window": -1}, "sliding_window must be a whole number from 1 to"),
+        ("gemma3_text", {"query_pre_attn_scalar": "x"}, "query_pre_attn_scalar must be a number"),
+    ],
+)
+def test_a_value_of_another_type_or_range_is_refused_by_its_key(tmp_path, name, changes, message):
+    folder = golden_copy(tmp_path, name)
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        hf.read_config(folder)
+    assert str(folder / "config.json") in str(caught.value)
+
+
+def test_generation_config_is_read_by_type(tmp_path):
+    folder = golden_copy(tmp_path)
+    for content, message in (
+        ('{"eos_token_id": "x"}', "eos_token_id must be a whole number from 0 to .* got 'x'"),
+        ('{"eos_token_id": null, "pad_token_id": [1]}', r"pad_token_id must be a whole number .* got \[1\]"),
+        ("[]", "must hold a JSON object, got list"),
+        ("[" * 100_000, "must be valid JSON: .*recursion"),
+        ('{"a": ' + "9" * 5000 + "}", "must be valid JSON: Exceeds the limit"),
+        ("\udcff", "must be a JSON file, but it cannot be read"),
+    ):
+        (folder / "generation_config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ValueError, match=rf"generation_config\.json:? {message}"):
+            hf.read_config(folder)
 
 
 def test_options_that_switch_nothing_on_are_read(tmp_path):
@@ -275,6 +348,59 @@ def test_a_truncated_file_and_a_folder_without_weights_are_refused(tmp_path):
             load(folder)
     path.unlink()
     with pytest.raises(ValueError, match=r"must hold model\.safetensors or model\.safetensors\.index\.json"):
+        load(folder)
+
+
+def test_an_index_names_files_of_its_own_folder_only(tmp_path):
+    folder = golden_copy(tmp_path)
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    for file in (
+        "../elsewhere.safetensors",
+        str(tmp_path / "elsewhere.safetensors"),
+        3,
+        None,
+        "",
+        "a\0b",
+        "config.json",
+    ):
+        (folder / hf.INDEX_FILE).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+        with pytest.raises(
+            ValueError, match=r"index\.json: weight_map must name a safetensors file in the same folder"
+        ):
+            load(folder)
+    for content in ("[]", '{"weight_map": []}', "{}", "{"):
+        (folder / hf.INDEX_FILE).write_text(content)
+        with pytest.raises(ValueError, match=r"index\.json must "):
+            load(folder)
+
+
+def test_a_header_that_is_too_large_or_no_json_is_refused(tmp_path):
+    folder = golden_copy(tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes((100_000_001).to_bytes(8, "little") + b"{" * 100)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors must have a header of at most 100000000 bytes, got 10000000"
+    ):
+        load(folder)
+    for header in (
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 400]}}',
+        b"[" * 90_000,
+    ):
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file, got "):
+            load(folder)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file, got .*irectory"):
+        load(folder)
+
+
+def test_more_layers_than_the_files_hold_are_refused(tmp_path):
+    folder = golden_copy(tmp_path)
+    edit_config(folder, num_hidden_layers=4000)
+    with pytest.raises(ValueError, match=r"config\.json says 4000 layers, the files hold 3"):
         load(folder)
 
 

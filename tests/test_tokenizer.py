@@ -1,5 +1,6 @@
 """Text and token ids: BOS and EOS rules, chat templates, the byte tokenizer, saving and loading."""
 
+import json
 import subprocess
 import sys
 
@@ -174,14 +175,53 @@ def test_source_that_is_nowhere_is_refused(source):
 def test_folder_without_a_fast_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{not json")
-    with pytest.raises(ValueError, match="must hold a tokenizer"):
+    word = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    for content, message in (
+        ("{not json", "must be valid JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        ("{}", r"must hold a tokenizer with a vocabulary \(model\.vocab\), got None"),
+        ({"model": []}, "model must be an object"),
+        ({"model": {"vocab": {}}}, r"model\.vocab\), got \{\}"),
+        ({"model": {"vocab": {"a": "0"}}}, "must be whole numbers from 0 to 100001, got '0' for 'a'"),
+        ({"model": {"vocab": {"a": 4_000_000_000}}}, "must be whole numbers from 0 to 100001, got 4000000000 for 'a'"),
+        ({"model": word, "added_tokens": [1]}, "added_tokens must be a list of objects"),
+        ({"model": word, "added_tokens": [{"id": 10**9, "content": "b"}]}, r"added_tokens\[0\]\.id must be a whole"),
+        ({"model": word}, "must hold a tokenizer that transformers can read, got KeyError"),
+        (
+            {"model": {"vocab": ["a"], "type": "Unigram"}, "added_tokens": []},
+            "that transformers can read, got Exception",
+        ),
+    ):
+        (tmp_path / "tokenizer.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(ValueError, match=message) as caught:
+            load_tokenizer(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_the_files_beside_tokenizer_json_are_read_by_type(tmp_path):
+    load_tokenizer("byte").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    good = json.loads(path.read_text())
+    for content, message in (
+        ([], "must hold a JSON object, got list"),
+        (good | {"eos_token": 7}, "that transformers can read, got "),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path)
+    path.write_text(json.dumps(good))
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template must be a Jinja file in UTF-8 .*chat_template\.jinja"):
         load_tokenizer(tmp_path)
 
 
 def test_template_file_that_is_missing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.chat_template must be a Jinja file"):
         load_tokenizer("byte", tmp_path / "missing.jinja")
+    for content, problem in ((b"\xff{{ messages }}", "codec can't decode"), (b"x" * 1_000_001, "which is larger")):
+        (tmp_path / "other.jinja").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"must be a Jinja file in UTF-8 .*other\.jinja.*{problem}"):
+            load_tokenizer("byte", tmp_path / "other.jinja")
 
 
 def test_importing_the_modules_loads_no_heavy_package():

@@ -6,6 +6,7 @@ Out: one frozen, hashable description that both twins are built from. The maths 
 
 import dataclasses
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +20,19 @@ FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
 QUANTIZED_DTYPES = ("int8", "int4", "float8_e4m3fn")
 ATTENTION_AND_MLP = r"^layers_\d+/(self_attn|mlp)/\w+_proj/kernel$"
+LARGEST_ID = 2**31 - 1
+# What no model has come near to: more is a slip, or meant to make the reader allocate or loop without an end.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_layers": 4096,
+    "num_heads": 2**14,
+    "num_kv_heads": 2**14,
+    "head_dim": 2**14,
+    "max_position_embeddings": LARGEST_ID,
+}
+LARGEST_MODEL = 10**13  # parameters
 LORA_A, LORA_B = "lora_a", "lora_b"  # names of an adapter's two matrices, beside the "kernel" that they belong to
 
 
@@ -35,7 +49,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise ValueError(f"rope_scaling kind must be one of {', '.join(ROPE_KINDS)}, got {self.kind!r}")
-        if self.factor < 1.0:
+        if not 1.0 <= self.factor < math.inf:
             raise ValueError(f"rope_scaling factor must be >= 1, got {self.factor}")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
@@ -62,6 +76,13 @@ class Quantization:
         _check_choice("dtype of quantised weights", self.dtype, QUANTIZED_DTYPES)
         if self.group_size is not None:
             _check_positive("group size of quantised weights", self.group_size)
+        for pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"patterns of quantised weights must be regular expressions, got {pattern!r}: {error}"
+                ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +203,7 @@ class ModelConfig:
         every sixth layer global, as Gemma 3 does.
         """
         _check_choice("family", family, FAMILIES)
+        _check_size("num_layers", num_layers)
         gemma = family == "gemma3_text"
         if head_dim is None:
             _check_positive("num_heads", num_heads)
@@ -439,8 +461,16 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if value <= 0:
+    if not value > 0:
         raise ValueError(f"{name} must be > 0, got {value}")
+    if value == math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check_size(name: str, value: int) -> None:
+    _check_positive(name, value)
+    if value > LARGEST[name]:
+        raise ValueError(f"{name} must be at most {LARGEST[name]}, got {value}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -457,22 +487,19 @@ def _check(config: ModelConfig) -> None:
         ("remat", REMAT_MODES),
     ):
         _check_choice(name, getattr(config, name), choices)
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "norm_eps",
-        "rope_theta",
-        "rope_local_theta",
-        "query_pre_attn_scalar",
-        "initializer_range",
-    ):
+    for name in LARGEST:
+        _check_size(name, getattr(config, name))
+    for name in ("norm_eps", "rope_theta", "rope_local_theta", "query_pre_attn_scalar", "initializer_range"):
         _check_positive(name, getattr(config, name))
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    num_parameters = config.hidden_size * (
+        config.vocab_size + config.num_layers * (heads + 3 * config.intermediate_size)
+    )
+    if num_parameters > LARGEST_MODEL:
+        raise ValueError(
+            f"the sizes of a model must multiply to at most {LARGEST_MODEL:.0e} parameters, got {num_parameters:.1e}: "
+            + ", ".join(f"{name} {getattr(config, name)}" for name in LARGEST)
+        )
     if config.num_heads % config.num_kv_heads:
         raise ValueError(
             f"num_heads must be a multiple of num_kv_heads, got {config.num_heads} and {config.num_kv_heads}"

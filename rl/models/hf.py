@@ -26,8 +26,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from rl.json_file import read_object, shown
 from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs, leaf_at
-from rl.models.hf_config import config_json, generation_json, read_config, read_json
+from rl.models.hf_config import config_json, generation_json, read_config
 from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
 from rl.models.quantized import QuantizedArray, is_chosen, pack, scale_shape, unpack
@@ -37,6 +38,8 @@ __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weigh
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the format's own reader
+_FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
 SCALE = "_scale"  # end of the name of the scale of a quantised tensor
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 QUANTIZED_TYPES = {"int8": ("I8",), "int4": ("U8",), "float8_e4m3fn": ("U8",)}
@@ -252,9 +255,17 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _weight_map(folder: pathlib.Path) -> dict[str, str]:
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    path = folder / INDEX_FILE
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / INDEX_FILE} must hold a weight_map from tensor to file, got {weight_map!r}")
+        raise ValueError(f"{path} must hold a weight_map from tensor to file, got {shown(weight_map)}")
+    for name, file in weight_map.items():
+        # A name, no path: nothing outside of the folder is read because a file in it says so.
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise ValueError(
+                f"{path}: weight_map must name a safetensors file in the same folder for each tensor, got "
+                f"{shown(file)} for {shown(name)}"
+            )
     return weight_map
 
 
@@ -277,8 +288,15 @@ def tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def open_tensors(file: pathlib.Path) -> Any:
-    """A safetensors file to read from; ValueError where it is missing or cut short."""
+    """A safetensors file to read from; ValueError where it is missing or cut short, or its header is too large."""
     try:
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(
+                f"{file} must have a header of at most {MAX_HEADER_BYTES} bytes, got {header_bytes}; it is no "
+                "safetensors file, or a damaged one: fetch the model again"
+            )
         return safetensors.safe_open(file, framework="np")
     except FileNotFoundError:
         raise ValueError(f"{file} must exist, but it does not; fetch the model again") from None
@@ -298,7 +316,11 @@ def _check_tensor_names(
     missing = sorted(set(names) - set(locations))
     extra = sorted(set(locations) - set(names) - ignorable)
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors of {config.family} are missing: {_some(missing)}")
+        layers = {name.split(".")[2] for name in locations if re.match(r"model\.layers\.\d+\.", name)}
+        raise ValueError(
+            f"{folder}: {len(missing)} tensors of {config.family} are missing: {_some(missing)}; config.json says "
+            f"{config.num_layers} layers, the files hold {len(layers)}"
+        )
     if extra:
         raise ValueError(
             f"{folder}: {len(extra)} tensors have no place in this {config.family}: {_some(extra)}; check config.json"

@@ -5,14 +5,17 @@ could change the maths. Weights are in `rl.models.hf`. Imports no jax.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from rl.json_file import Fields, read_object, shown
 from rl.models.config import (
     DTYPES,
     FULL_ATTENTION,
+    LARGEST,
+    LARGEST_ID,
+    QUANTIZED_DTYPES,
     SLIDING_ATTENTION,
     ModelConfig,
     Quantization,
@@ -98,38 +101,46 @@ FAMILY_KEYS = {
     }),
 }
 # fmt: on
+_SIZE_NAMES = {  # of config.json, whose names here are others
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+}
+_LARGEST_NUMBER = 1e15  # of what may be any number: thetas, factors
 NEUTRAL_VALUES: tuple[Any, ...] = (None, False, 0, 1.0, "", [], {})
 NEUTRAL_ROPE_VALUES = {"partial_rotary_factor": (None, 1.0), "mrope_section": (None,)}
+
+
+class SpecialIds(NamedTuple):
+    """What generation_config.json says of the tokens that end a text and fill it up."""
+
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
 
 
 def read_config(folder: str | pathlib.Path) -> ModelConfig:
     """The architecture of a Hugging Face folder, with `dtype` and `param_dtype` those of its weights, and remat "none".
 
     EOS ids are those of generation_config.json (first) and config.json together. Raises ValueError, naming the file and
-    the key, for an architecture or an option that is not supported.
+    the key, for a value of another type or range, and for an architecture or an option that is not supported.
     """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
-    raw = read_json(path)
-    generation_path = folder / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.exists() else {}
+    raw = read_object(path)
+    special_ids = read_special_ids(folder)
     try:
-        return parse_config(raw, generation)
+        return parse_config(raw, special_ids)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError naming the file if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} must exist in a Hugging Face model folder, but it does not; check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be valid JSON: {error}; fetch it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+def read_special_ids(folder: pathlib.Path) -> SpecialIds:
+    """What the generation_config.json of a folder says; nothing where there is none."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return SpecialIds()
+    fields = Fields(read_object(path), f"{path}: ")
+    return SpecialIds(tuple(fields.wholes("eos_token_id", 0, LARGEST_ID)), _token_id(fields, "pad_token_id"))
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -182,50 +193,48 @@ def generation_json(config: ModelConfig) -> dict[str, Any]:
     return {"_from_model_config": True, **_token_ids_json(config)}
 
 
-def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
-    """The same from the contents of config.json and generation_config.json ({} without one)."""
-    family = _family(raw)
+def parse_config(raw: Mapping[str, Any], special_ids: SpecialIds) -> ModelConfig:
+    """The same from the contents of config.json and generation_config.json."""
+    family = _family(Fields(raw))
     values = {**FAMILY_DEFAULTS[family], **{key: value for key, value in raw.items() if value is not None}}
-    _refuse_unsupported(raw, family)
-    num_heads = required(values, "num_attention_heads", int)
-    num_layers = required(values, "num_hidden_layers", int)
-    hidden_size = required(values, "hidden_size", int)
-    num_kv_heads = num_heads if family == "llama" and "num_key_value_heads" not in values else None
-    head_dim = values.get("head_dim")
-    if head_dim is None:
-        head_dim = hidden_size // max(num_heads, 1)
-    rope_theta, rope_scaling, rope_local_theta = _rope(raw, values, family)
-    dtype = _dtype(raw)
+    fields = Fields(values)
+    _refuse_unsupported(raw, fields, family)
+    num_heads, num_layers = _size(fields, "num_attention_heads"), _size(fields, "num_hidden_layers")
+    hidden_size = _size(fields, "hidden_size")
+    own_heads = family == "llama" and not fields.has("num_key_value_heads")
+    head_dim = _size(fields, "head_dim") if fields.has("head_dim") else hidden_size // num_heads
+    rope_theta, rope_scaling, rope_local_theta = _rope(Fields(raw), fields, family)
+    dtype = _dtype(Fields(raw))
     gemma = family == "gemma3_text"
     return ModelConfig(
         family=family,
-        vocab_size=required(values, "vocab_size", int),
+        vocab_size=_size(fields, "vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=required(values, "intermediate_size", int),
+        intermediate_size=_size(fields, "intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=required(values, "num_key_value_heads", int) if num_kv_heads is None else num_kv_heads,
+        num_kv_heads=num_heads if own_heads else _size(fields, "num_key_value_heads"),
         head_dim=head_dim,
-        max_position_embeddings=required(values, "max_position_embeddings", int),
-        norm_eps=float(values["rms_norm_eps"]),
-        tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        max_position_embeddings=_size(fields, "max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", 0, 1),
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         rope_local_theta=rope_local_theta,
-        activation=_activation(values["hidden_activation" if gemma else "hidden_act"]),
-        attention_bias=bool(values["attention_bias"]),
-        mlp_bias=bool(values["mlp_bias"]),
-        sliding_window=values["sliding_window"] if gemma else None,
-        layer_types=_layer_types(raw, values, family, num_layers),
-        query_pre_attn_scalar=float(values["query_pre_attn_scalar"] if gemma else head_dim),
-        initializer_range=float(values["initializer_range"]),
-        eos_token_ids=_eos_token_ids(generation, raw),
-        bos_token_id=raw.get("bos_token_id"),
-        pad_token_id=raw.get("pad_token_id", generation.get("pad_token_id")),
+        activation=ACTIVATION_NAMES[fields.choice("hidden_activation" if gemma else "hidden_act", ACTIVATION_NAMES)],
+        attention_bias=fields.flag("attention_bias"),
+        mlp_bias=fields.flag("mlp_bias"),
+        sliding_window=fields.whole("sliding_window", 1, LARGEST_ID) if gemma else None,
+        layer_types=_layer_types(fields, family, num_layers),
+        query_pre_attn_scalar=fields.number("query_pre_attn_scalar", 0, _LARGEST_NUMBER) if gemma else float(head_dim),
+        initializer_range=fields.number("initializer_range", 0, _LARGEST_NUMBER),
+        eos_token_ids=tuple(dict.fromkeys((*special_ids.eos, *fields.wholes("eos_token_id", 0, LARGEST_ID)))),
+        bos_token_id=_token_id(fields, "bos_token_id"),
+        pad_token_id=_token_id(fields, "pad_token_id") if "pad_token_id" in raw else special_ids.pad,
         dtype=dtype,
         param_dtype=dtype,
         remat="none",
-        quantization=_quantization(raw.get("quantization_config")),
+        quantization=_quantization(fields),
     )
 
 
@@ -237,37 +246,50 @@ def quantization_json(quantization: Quantization) -> dict[str, Any]:
 def quantization_in(folder: pathlib.Path) -> Quantization | None:
     """How the weights in a folder are quantised, as its config.json says; None: they are plain, or there is none."""
     path = folder / "config.json"
-    return _quantization(read_json(path).get("quantization_config")) if path.is_file() else None
-
-
-def _quantization(raw: Any) -> Quantization | None:
-    if not raw:
+    if not path.is_file():
         return None
-    method = raw.get("quant_method")
+    raw = read_object(path)
+    try:
+        return _quantization(Fields(raw))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _quantization(fields: Fields) -> Quantization | None:
+    raw = fields.section("quantization_config")
+    if not raw.values:
+        return None
+    method = raw.values.get("quant_method")
     if method != QUANT_METHOD:
         raise ValueError(
-            f"quantization_config must be of quant_method {QUANT_METHOD!r}, got {method!r}, which is not supported; "
-            "take the model's plain weights and grpo quantize"
+            f"quantization_config must be of quant_method {QUANT_METHOD!r}, got {shown(method)}, which is not "
+            "supported; take the model's plain weights and grpo quantize"
         )
-    try:
-        return Quantization(raw["dtype"], raw["group_size"], tuple(raw["patterns"]), raw["head"])
-    except KeyError as error:
-        raise ValueError(f"quantization_config must have {error}, got {raw!r}; quantise the model again") from None
+    return Quantization(
+        raw.choice("dtype", QUANTIZED_DTYPES),
+        raw.whole("group_size", 1, LARGEST["intermediate_size"], None),
+        tuple(raw.texts("patterns")),
+        raw.flag("head"),
+    )
 
 
-def _family(raw: Mapping[str, Any]) -> str:
-    family = raw.get("model_type")
-    if family not in ARCHITECTURES:
-        raise ValueError(
-            f"model_type must be one of {', '.join(ARCHITECTURES)}, got {family!r}, which is not supported"
-        )
-    architectures = raw.get("architectures") or [ARCHITECTURES[family]]
+def _size(fields: Fields, key: str) -> int:
+    return fields.whole(key, 1, LARGEST[_SIZE_NAMES.get(key, key)])
+
+
+def _token_id(fields: Fields, key: str) -> int | None:
+    return fields.whole(key, -1, LARGEST_ID, None)  # -1: some files say so that they have none
+
+
+def _family(fields: Fields) -> str:
+    family = fields.choice("model_type", ARCHITECTURES)
+    architectures = fields.texts("architectures", []) or [ARCHITECTURES[family]]
     if architectures != [ARCHITECTURES[family]]:
-        raise ValueError(f"architectures must be [{ARCHITECTURES[family]!r}] for {family}, got {architectures!r}")
+        raise fields.refuse("architectures", f"[{ARCHITECTURES[family]!r}] for {family}")
     return family
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], family: str) -> None:
+def _refuse_unsupported(raw: Mapping[str, Any], fields: Fields, family: str) -> None:
     """Refuses every key that is neither read, nor known to be harmless, nor at a value that switches nothing on."""
     known = READ_KEYS | HARMLESS_KEYS | FAMILY_KEYS.get(family, frozenset())
     for key, value in raw.items():
@@ -275,107 +297,79 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: str) -> None:
             type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_VALUES
         ):
             raise ValueError(
-                f"option {key} = {value!r} is not supported for {family}; remove it from the file only if it does not "
-                "change what the model computes"
+                f"option {key} = {shown(value)} is not supported for {family}; remove it from the file only if it does "
+                "not change what the model computes"
             )
-    if raw.get("attention_dropout"):
+    if fields.number("attention_dropout", 0, 1, 0.0):
         raise ValueError(f"attention_dropout must be 0, got {raw['attention_dropout']!r}: dropout is not supported")
-    if raw.get("use_sliding_window"):
-        raise ValueError(f"use_sliding_window = {raw['use_sliding_window']!r} is not supported for {family}")
-    if family == "qwen2" and raw.get("attention_bias") is False:
+    if fields.flag("use_sliding_window", False):
+        raise ValueError(f"use_sliding_window = True is not supported for {family}")
+    if family == "qwen2" and not fields.flag("attention_bias"):
         raise ValueError("attention_bias = False is not supported for qwen2, whose q, k and v always have a bias")
-    if family != "llama" and raw.get("mlp_bias"):
-        raise ValueError(f"mlp_bias = {raw['mlp_bias']!r} is not supported for {family}")
+    if family != "llama" and fields.flag("mlp_bias"):
+        raise ValueError(f"mlp_bias = True is not supported for {family}")
 
 
-def required(values: Mapping[str, Any], key: str, kind: type) -> Any:
-    """The value of a key that a config.json must have; ValueError where it lacks it or holds another kind."""
-    value = values.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{key} must be given as {kind.__name__}, got {value!r}")
-    return value
+def _dtype(fields: Fields) -> str:
+    return fields.choice("dtype" if fields.has("dtype") else "torch_dtype", DTYPES, "float32")
 
 
-def _activation(name: Any) -> str:
-    if name not in ACTIVATION_NAMES:
-        raise ValueError(
-            f"activation must be one of {', '.join(ACTIVATION_NAMES)}, got {name!r}, which is not supported"
-        )
-    return ACTIVATION_NAMES[name]
-
-
-def _dtype(raw: Mapping[str, Any]) -> str:
-    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if name not in DTYPES:
-        raise ValueError(
-            f"dtype (or torch_dtype) must be one of {', '.join(DTYPES)}, got {name!r}, which is not supported"
-        )
-    return name
-
-
-def _layer_types(raw: Mapping[str, Any], values: Mapping[str, Any], family: str, num_layers: int) -> tuple[str, ...]:
-    if raw.get("layer_types") is not None:
-        layer_types = tuple(raw["layer_types"])
+def _layer_types(fields: Fields, family: str, num_layers: int) -> tuple[str, ...]:
+    if fields.has("layer_types"):
+        layer_types = tuple(fields.texts("layer_types"))
         if family != "gemma3_text" and SLIDING_ATTENTION in layer_types:
             raise ValueError(f"layer_types with {SLIDING_ATTENTION!r} is not supported for {family}")
         return layer_types
     if family == "gemma3_text":
         # transformers 5 writes the pattern back under a private name.
-        pattern = values.get("_sliding_window_pattern", values["sliding_window_pattern"])
-        return alternating_layer_types(num_layers, pattern)
+        key = "_sliding_window_pattern" if fields.has("_sliding_window_pattern") else "sliding_window_pattern"
+        return alternating_layer_types(num_layers, fields.whole(key, 1, LARGEST["num_layers"]))
     return (FULL_ATTENTION,) * num_layers
 
 
-def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], family: str) -> tuple[float, RopeScaling, float]:
+def _rope(raw: Fields, fields: Fields, family: str) -> tuple[float, RopeScaling, float]:
     """Theta, scaling, and the theta of sliding layers; newer files have rope_parameters, older ones rope_scaling."""
-    newer, older = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    local_theta = float(values.get("rope_local_base_freq", 10_000.0))
-    if FULL_ATTENTION in newer or SLIDING_ATTENTION in newer:
+    newer, older = raw.section("rope_parameters"), raw.section("rope_scaling")
+    local_theta = fields.number("rope_local_base_freq", 0, _LARGEST_NUMBER, 10_000.0)
+    if newer.values.keys() & {FULL_ATTENTION, SLIDING_ATTENTION}:
         if family != "gemma3_text":
-            raise ValueError(f"rope_parameters by layer type are not supported for {family}, got {newer!r}")
-        local = newer.get(SLIDING_ATTENTION) or {}
-        if _rope_scaling(local, values).kind != "none":
-            raise ValueError(f"rope_parameters of {SLIDING_ATTENTION} must be of type 'default', got {local!r}")
-        local_theta = float(local.get("rope_theta", local_theta))
-        newer = newer.get(FULL_ATTENTION) or {}
+            raise raw.refuse("rope_parameters", f"one set for all layers for {family}")
+        local = newer.section(SLIDING_ATTENTION)
+        if _rope_scaling(local, fields).kind != "none":
+            raise newer.refuse(SLIDING_ATTENTION, "of type 'default'")
+        local_theta = local.number("rope_theta", 0, _LARGEST_NUMBER, local_theta)
+        newer = newer.section(FULL_ATTENTION)
+    theta = fields.number("rope_theta", 0, _LARGEST_NUMBER)
     readings = {
-        (float(parameters.get("rope_theta", values["rope_theta"])), _rope_scaling(parameters, values))
-        for parameters in ([newer, older] if newer and older else [newer or older])
+        (parameters.number("rope_theta", 0, _LARGEST_NUMBER, theta), _rope_scaling(parameters, fields))
+        for parameters in ([newer, older] if newer.values and older.values else [newer if newer.values else older])
     }
     if len(readings) > 1:
-        raise ValueError(f"rope_parameters and rope_scaling must agree, got {newer!r} and {older!r}; remove one")
+        raise ValueError(
+            f"rope_parameters and rope_scaling must agree, got {shown(newer.values)} and {shown(older.values)}; "
+            "remove one"
+        )
     theta, scaling = readings.pop()
     return theta, scaling, local_theta
 
 
-def _rope_scaling(parameters: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    fields = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    if kind not in fields:
-        raise ValueError(f"rope type must be one of {', '.join(fields)}, got {kind!r}, which is not supported")
+def _rope_scaling(parameters: Fields, fields: Fields) -> RopeScaling:
+    known = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    kind = parameters.choice("rope_type" if parameters.has("rope_type") else "type", known, "default")
     extra = ("original_max_position_embeddings",) if kind == "llama3" else ()
-    for key, value in parameters.items():
-        known = key in ("rope_type", "type", "rope_theta", *fields[kind], *extra)
-        if not known and value not in NEUTRAL_ROPE_VALUES.get(key, (None,)):
-            raise ValueError(f"rope option {key} = {value!r} is not supported with rope type {kind!r}")
+    for key, value in parameters.values.items():
+        is_read = key in ("rope_type", "type", "rope_theta", *known[kind], *extra)
+        if not is_read and value not in NEUTRAL_ROPE_VALUES.get(key, (None,)):
+            raise ValueError(f"{parameters.prefix}{key} = {shown(value)} is not supported with rope type {kind!r}")
     if kind == "default":
         return RopeScaling()
-    for key in fields[kind]:
-        if not isinstance(parameters.get(key), int | float):
-            raise ValueError(f"rope option {key} must be a number with rope type {kind!r}, got {parameters.get(key)!r}")
-    scaling: dict[str, Any] = {key: float(parameters[key]) for key in fields[kind]}
+    scaling: dict[str, Any] = {key: parameters.number(key, 0, _LARGEST_NUMBER) for key in known[kind]}
     if kind == "llama3":
-        original = values.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-        scaling["original_max_position_embeddings"] = original or values["max_position_embeddings"]
+        of_model = _size(fields, "max_position_embeddings")
+        for source in (parameters, fields):
+            of_model = source.whole("original_max_position_embeddings", 1, LARGEST_ID, of_model)
+        scaling["original_max_position_embeddings"] = of_model
     return RopeScaling(kind=kind, **scaling)
-
-
-def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
-    ids: list[int] = []
-    for source in sources:
-        value = source.get("eos_token_id")
-        ids += [value] if isinstance(value, int) else value or []
-    return tuple(dict.fromkeys(ids))
 
 
 def _rope_scaling_json(scaling: RopeScaling) -> dict[str, Any] | None:

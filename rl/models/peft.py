@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from rl.json_file import read_object
 from rl.models.config import LORA_A, LORA_B, LoRAConfig, ModelConfig, adaptable_modules, flatten_specs, parameter_specs
 from rl.models.hf import new_folder, open_tensors, put_shards, save_tensors, tensor_name, write_json
-from rl.models.hf_config import read_json
 from rl.models.lora import Params, split
 from rl.models.ops import dtype_of
 
@@ -88,7 +88,7 @@ def read_adapter(folder: str | pathlib.Path) -> LoRAConfig:
       ValueError: no such folder, a kind of adapter that is not computed here, or tensors that are no LoRA.
     """
     folder = pathlib.Path(folder)
-    settings = read_json(folder / CONFIG_FILE)
+    settings = read_object(folder / CONFIG_FILE)
     for key, allowed in _NEUTRAL.items():
         value = settings.get(key, allowed[0])
         value = tuple(value) if isinstance(value, list) else value
@@ -196,7 +196,7 @@ def stored_matrices(folder: str | pathlib.Path) -> Iterator[tuple[str, np.ndarra
 
 def base_name(folder: str | pathlib.Path) -> str | None:
     """What the adapter calls the model that it was trained beside."""
-    return read_json(pathlib.Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
+    return read_object(pathlib.Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
 
 
 def adapter_hash(folder: str | pathlib.Path) -> str:

@@ -17,14 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rl.models.config import SLIDING_ATTENTION, ForeignConfig, ModelConfig, ParameterSpec, base_specs, flatten_specs
+from rl.json_file import Fields, read_object
+from rl.models.config import (
+    LARGEST,
+    SLIDING_ATTENTION,
+    ForeignConfig,
+    ModelConfig,
+    ParameterSpec,
+    base_specs,
+    flatten_specs,
+)
 from rl.models.hf import open_tensors, tensor_name
-from rl.models.hf_config import parse_config, read_json, required
+from rl.models.hf_config import SpecialIds, parse_config, read_special_ids
 from rl.models.ops import rope_frequencies
 from rl.models.train_state import string_keys
 
 DTYPES = ("float32", "bfloat16")
 FIXED_NORM_EPS = 1e-6  # of Tunix's Gemma models
+LARGEST_EXPERTS = 4096  # of a layer
 GEMMA3_PERIOD = 6  # of Tunix's Gemma 3, whose every sixth layer is global
 
 # Pattern of a parameter's name -> logical axes of its last dims, and which of these its product sums over; dims before
@@ -84,14 +94,10 @@ def describe(section: Any, folder: pathlib.Path) -> ForeignConfig:
       ValueError: an architecture that Tunix does not have, or an option that it ignores.
     """
     path = folder / "config.json"
-    raw = read_json(path)
-    generation_path = folder / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.exists() else {}
-    family = raw.get("model_type")
-    if family not in _FAMILIES:
-        raise ValueError(f"{path}: model_type must be one of {', '.join(_FAMILIES)} for tunix.models, got {family!r}")
+    raw, special_ids = read_object(path), read_special_ids(folder)
     try:
-        shape, model = _FAMILIES[family](raw, generation, section)
+        family = Fields(raw).choice("model_type", _FAMILIES)
+        shape, model = _FAMILIES[family](raw, special_ids, section)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model = dataclasses.replace(model, folder=folder, tensor_names=frozenset(_tensor_names(family, raw, shape)))
@@ -118,21 +124,23 @@ def describe(section: Any, folder: pathlib.Path) -> ForeignConfig:
 # Families
 
 
-def _qwen3(raw: Mapping[str, Any], generation: Mapping[str, Any], section: Any) -> tuple[ModelConfig, TunixModel]:
-    shape = parse_config(raw, generation)
+def _qwen3(raw: Mapping[str, Any], special_ids: SpecialIds, section: Any) -> tuple[ModelConfig, TunixModel]:
+    shape = parse_config(raw, special_ids)
     return shape, _qwen("qwen3", "Qwen3", shape, section, _frequencies(shape), rope_theta=shape.rope_theta)
 
 
-def _qwen3_moe(raw: Mapping[str, Any], generation: Mapping[str, Any], section: Any) -> tuple[ModelConfig, TunixModel]:
+def _qwen3_moe(raw: Mapping[str, Any], special_ids: SpecialIds, section: Any) -> tuple[ModelConfig, TunixModel]:
     own = {"norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "num_experts", "num_experts_per_tok"}
     own |= {"moe_intermediate_size", "output_router_logits", "router_aux_loss_coef", "num_local_experts"}
-    _require(raw.get("norm_topk_prob", False), "norm_topk_prob", "true", raw.get("norm_topk_prob", False))
-    _require(raw.get("decoder_sparse_step", 1) == 1, "decoder_sparse_step", "1", raw.get("decoder_sparse_step"))
+    fields = Fields(raw)
+    _require(fields.flag("norm_topk_prob", False), "norm_topk_prob", "true", False)
+    step = fields.whole("decoder_sparse_step", 1, LARGEST["num_layers"], 1)
+    _require(step == 1, "decoder_sparse_step", "1", step)
     _require(not raw.get("mlp_only_layers"), "mlp_only_layers", "empty", raw.get("mlp_only_layers"))
-    shape = _as_family(
-        "qwen3", raw, generation, own, {"intermediate_size": required(raw, "moe_intermediate_size", int)}
-    )
-    experts = {"num_experts": _num_experts(raw), "num_experts_per_tok": required(raw, "num_experts_per_tok", int)}
+    width = fields.whole("moe_intermediate_size", 1, LARGEST["intermediate_size"])
+    shape = _as_family("qwen3", raw, special_ids, own, {"intermediate_size": width})
+    num_experts = _num_experts(raw)
+    experts = {"num_experts": num_experts, "num_experts_per_tok": fields.whole("num_experts_per_tok", 1, num_experts)}
     frequencies = _frequencies(shape)
     return shape, _qwen("qwen3", "Qwen3", shape, section, frequencies, rope_theta=shape.rope_theta, **experts)
 
@@ -140,11 +148,11 @@ def _qwen3_moe(raw: Mapping[str, Any], generation: Mapping[str, Any], section: A
 def _num_experts(raw: Mapping[str, Any]) -> int:
     """Newer transformers write it under another name."""
     is_new = "num_experts" not in raw and "num_local_experts" in raw
-    return required(raw, "num_local_experts" if is_new else "num_experts", int)
+    return Fields(raw).whole("num_local_experts" if is_new else "num_experts", 1, LARGEST_EXPERTS)
 
 
-def _qwen2(raw: Mapping[str, Any], generation: Mapping[str, Any], section: Any) -> tuple[ModelConfig, TunixModel]:
-    shape = parse_config(raw, generation)
+def _qwen2(raw: Mapping[str, Any], special_ids: SpecialIds, section: Any) -> tuple[ModelConfig, TunixModel]:
+    shape = parse_config(raw, special_ids)
     _require(shape.rope_scaling.kind == "none", "rope scaling", "off in Tunix's Qwen2", shape.rope_scaling.kind)
     return shape, _qwen("qwen2", "Qwen2", shape, section, None, rope_theta=shape.rope_theta)
 
@@ -171,8 +179,8 @@ def _qwen(
     )
 
 
-def _llama(raw: Mapping[str, Any], generation: Mapping[str, Any], section: Any) -> tuple[ModelConfig, TunixModel]:
-    shape = parse_config(raw, generation)
+def _llama(raw: Mapping[str, Any], special_ids: SpecialIds, section: Any) -> tuple[ModelConfig, TunixModel]:
+    shape = parse_config(raw, special_ids)
     _require(shape.activation == "silu", "hidden_act", "silu", shape.activation)
     _require(not (shape.attention_bias or shape.mlp_bias), "attention_bias and mlp_bias", "false", True)
     _check_one_dtype(section)
@@ -185,10 +193,10 @@ def _llama(raw: Mapping[str, Any], generation: Mapping[str, Any], section: Any) 
     return shape, _model("llama3", "Llama3", shape, section, _frequencies(shape), options)
 
 
-def _gemma(raw: Mapping[str, Any], generation: Mapping[str, Any], section: Any) -> tuple[ModelConfig, TunixModel]:
+def _gemma(raw: Mapping[str, Any], special_ids: SpecialIds, section: Any) -> tuple[ModelConfig, TunixModel]:
     changes = {"hidden_act": raw.get("hidden_activation") or raw.get("hidden_act"), "tie_word_embeddings": True}
     own = {"hidden_activation", "use_bidirectional_attention"}
-    shape = _as_family("llama", raw, generation, own, changes)
+    shape = _as_family("llama", raw, special_ids, own, changes)
     options = {"final_logit_softcap": None, "use_post_attn_norm": False, "use_post_ffw_norm": False}
     model = _gemma_model(raw, shape, section, options, ("GLOBAL",) * shape.num_layers)
     # The loader knows Gemma 2's norms only: what is after the attention there is before the MLP here.
@@ -196,20 +204,25 @@ def _gemma(raw: Mapping[str, Any], generation: Mapping[str, Any], section: Any) 
     return shape, dataclasses.replace(model, key_changes=norm)
 
 
-def _gemma2(raw: Mapping[str, Any], generation: Mapping[str, Any], section: Any) -> tuple[ModelConfig, TunixModel]:
+def _gemma2(raw: Mapping[str, Any], special_ids: SpecialIds, section: Any) -> tuple[ModelConfig, TunixModel]:
     own = {"attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"}
-    shape = _as_family("gemma3_text", raw, generation, own, {"sliding_window_pattern": 2})
-    scalar = raw.get("query_pre_attn_scalar", 256)
+    shape = _as_family("gemma3_text", raw, special_ids, own, {"sliding_window_pattern": 2})
+    scalar = shape.query_pre_attn_scalar
     _require(scalar == shape.head_dim, "query_pre_attn_scalar", f"head_dim ({shape.head_dim})", scalar)
     types = ["LOCAL_SLIDING" if kind == SLIDING_ATTENTION else "GLOBAL" for kind in shape.layer_types]
     options = {
-        "final_logit_softcap": raw.get("final_logit_softcapping", 30.0),
-        "attn_logits_soft_cap": raw.get("attn_logit_softcapping", 50.0),
+        "final_logit_softcap": _softcap(raw, "final_logit_softcapping", 30.0),
+        "attn_logits_soft_cap": _softcap(raw, "attn_logit_softcapping", 50.0),
         "sliding_window_size": shape.sliding_window,
         "use_post_attn_norm": True,
         "use_post_ffw_norm": True,
     }
     return shape, _gemma_model(raw, shape, section, options, types)
+
+
+def _softcap(raw: Mapping[str, Any], key: str, default: float) -> float | None:
+    """A cap of logits; null switches it off, a file without the key has the default."""
+    return Fields(raw).number(key, 1e-6, 1e6, None if key in raw else default)
 
 
 def _gemma_model(
@@ -223,8 +236,8 @@ def _gemma_model(
     return dataclasses.replace(model, packs_rows="LOCAL_SLIDING" not in types, softcap=options["final_logit_softcap"])
 
 
-def _gemma3(raw: Mapping[str, Any], generation: Mapping[str, Any], section: Any) -> tuple[ModelConfig, TunixModel]:
-    shape = parse_config(raw, generation)
+def _gemma3(raw: Mapping[str, Any], special_ids: SpecialIds, section: Any) -> tuple[ModelConfig, TunixModel]:
+    shape = parse_config(raw, special_ids)
     _check_gemma(raw, shape, section)
     expected = tuple((i + 1) % GEMMA3_PERIOD != 0 for i in range(shape.num_layers))
     is_local = tuple(kind == SLIDING_ATTENTION for kind in shape.layer_types)
@@ -303,13 +316,13 @@ def _model(
 
 
 def _as_family(
-    family: str, raw: Mapping[str, Any], generation: Mapping[str, Any], own: set[str], changes: Mapping[str, Any]
+    family: str, raw: Mapping[str, Any], special_ids: SpecialIds, own: set[str], changes: Mapping[str, Any]
 ) -> ModelConfig:
     """The numbers of an architecture that the toolkit has no decoder for, read as those of one that it has; the keys
     in `own` are the caller's to read.
     """
     rest = {key: value for key, value in raw.items() if key not in own and key != "architectures"}
-    return parse_config({**rest, **changes, "model_type": family}, generation)
+    return parse_config({**rest, **changes, "model_type": family}, special_ids)
 
 
 def _frequencies(shape: ModelConfig) -> np.ndarray:
@@ -320,9 +333,11 @@ def _check_gemma(raw: Mapping[str, Any], shape: ModelConfig, section: Any) -> No
     _check_one_dtype(section)
     _require(shape.activation == "gelu_tanh", "hidden_activation", "gelu_pytorch_tanh", shape.activation)
     _require(shape.norm_eps == FIXED_NORM_EPS, "rms_norm_eps", f"{FIXED_NORM_EPS}", shape.norm_eps)
-    _require(raw.get("tie_word_embeddings", True), "tie_word_embeddings", "true", False)
+    fields = Fields(raw)
+    _require(fields.flag("tie_word_embeddings", True), "tie_word_embeddings", "true", False)
     _require(not shape.attention_bias, "attention_bias", "false", shape.attention_bias)
-    _require(not raw.get("use_bidirectional_attention"), "use_bidirectional_attention", "false", True)
+    is_causal = not fields.flag("use_bidirectional_attention", False)
+    _require(is_causal, "use_bidirectional_attention", "false", True)
 
 
 def _check_one_dtype(section: Any) -> None:

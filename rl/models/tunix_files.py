@@ -6,7 +6,6 @@ dtypes as if it had one, and puts a norm of Gemma 1 where Gemma 2 has it.
 """
 
 import importlib
-import json
 import pathlib
 import re
 import shutil
@@ -16,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rl.json_file import read_object
 from rl.models.config import ForeignConfig, flatten_specs, leaf_at, spec_at
 from rl.models.hf import open_tensors, save_tensors, write_json
-from rl.models.hf_config import read_json
 from rl.models.own import place_weights
 from rl.models.tunix_config import TunixModel
 
@@ -48,7 +47,7 @@ def weight_reader(folder: pathlib.Path, config: ForeignConfig) -> Callable[[tupl
     find = importlib.import_module("tunix.utils.torch_utils").torch_key_to_jax_key
     parts: dict[tuple[str, ...], list[tuple[_Part, pathlib.Path, str, Any]]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        for name in config.model.tensor_names & _header(file).keys():
+        for name in config.model.tensor_names & _shapes(file).keys():
             key, transform = find(table, name)
             part = _part_of(config.specs, key)
             parts.setdefault(part.path, []).append((part, file, name, transform))
@@ -74,7 +73,7 @@ def write_weights(out: pathlib.Path, config: ForeignConfig, params: Params) -> N
     """Writes into `out` what the model's own folder holds, with `params` as weights, in `config.param_dtype`."""
     model: TunixModel = config.model
     table = _table(model)
-    raw = read_json(model.folder / "config.json")
+    raw = read_object(model.folder / "config.json")
     for key in {"dtype", "torch_dtype"} & set(raw):
         raw[key] = config.param_dtype
     write_json(out / "config.json", raw)
@@ -82,7 +81,7 @@ def write_weights(out: pathlib.Path, config: ForeignConfig, params: Params) -> N
         if (model.folder / name).exists():
             shutil.copyfile(model.folder / name, out / name)
     for file in sorted(model.folder.glob("*.safetensors")):
-        tensors = {name: _stored(params, table, name, tuple(entry["shape"])) for name, entry in _header(file).items()}
+        tensors = {name: _stored(params, table, name, shape) for name, shape in _shapes(file).items()}
         save_tensors(out / file.name, tensors)
 
 
@@ -142,9 +141,7 @@ def _value(params: Params, key: str) -> np.ndarray:
     return value.transpose(1, 0, 2) if part.is_swapped else value
 
 
-def _header(file: pathlib.Path) -> dict[str, Any]:
-    """dtype and shape of every tensor in a safetensors file."""
-    with file.open("rb") as stream:
-        size = int(np.frombuffer(stream.read(8), "<u8")[0])
-        header = json.loads(stream.read(size))
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+def _shapes(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a safetensors file."""
+    with open_tensors(file) as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)

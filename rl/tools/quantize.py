@@ -22,6 +22,7 @@ import numpy as np
 from rl.config import Config
 from rl.config_sections import source_kind
 from rl.host_memory import limit_arenas, peak_bytes, return_memory
+from rl.json_file import read_object
 from rl.models.config import (
     ATTENTION_AND_MLP,
     QUANTIZED_DTYPES,
@@ -43,7 +44,7 @@ from rl.models.hf import (
     write_index,
     write_json,
 )
-from rl.models.hf_config import quantization_json, read_json
+from rl.models.hf_config import quantization_json
 from rl.models.param_folder import is_param_folder
 from rl.models.quantized import QuantizedArray, chosen_matrices, is_chosen, tile_of
 from rl.tokenizer import Tokenizer, load_tokenizer
@@ -108,7 +109,7 @@ def quantize_folder(
             del unit
             return_memory()  # before the next is read
         write_index(draft, weight_map, bytes_after)
-        raw = read_json(folder / "config.json")
+        raw = read_object(folder / "config.json")
         write_json(draft / "config.json", raw | {"quantization_config": quantization_json(quantization)})
         copy_others(folder, draft)
     return Report(

@@ -17,10 +17,11 @@ import numpy as np
 from rl.config import Config
 from rl.config_sections import TUNIX_PREFIX
 from rl.host_memory import peak_bytes, return_memory
+from rl.json_file import read_object
 from rl.models import foreign
 from rl.models.config import ForeignConfig, ParameterSpec, Quantization, flatten_specs
 from rl.models.hf import copy_others, new_folder, save_tensors, write_index, write_json
-from rl.models.hf_config import quantization_json, read_json
+from rl.models.hf_config import quantization_json
 from rl.models.ops import dtype_of
 from rl.models.quantized import chosen_matrices, tile_of
 from rl.models.quantized_files import stored_form
@@ -85,7 +86,7 @@ def quantize_foreign(
             del tensors
             return_memory()  # before the next is read
         write_index(draft, weight_map, bytes_after)
-        raw = read_json(folder / "config.json") if model.kind == "tunix" else {}
+        raw = read_object(folder / "config.json") if model.kind == "tunix" else {}
         write_json(draft / "config.json", raw | {"quantization_config": quantization_json(quantization)})
         if model.kind == "tunix":
             copy_others(folder, draft)
