@@ -7,6 +7,7 @@ command line. No ML library is imported here, so that a mistake is reported at o
 
 import dataclasses
 import difflib
+import functools
 import importlib.resources
 import json
 import os
@@ -16,10 +17,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic
-import yaml
 
+from rl.config_ranges import check_plain, check_possible_path
 from rl.config_rules import check
 from rl.config_sections import FREE_FORM, LIST_ENTRIES, Config, flatten, to_dict
+from rl.yaml_text import MOST_DEPTH, read_yaml, write_yaml
 
 # Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step
 # computes.
@@ -61,30 +63,12 @@ _NO_PROGRAM_KEYS = (
     *("grpo.scale_rewards", "grpo.aggregation", "grpo.dynamic_sampling_rounds"),
 )
 
-_MERGE_TAG = "tag:yaml.org,2002:merge"  # of the key `<<`
-_FLOAT = re.compile(
-    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-    r"|\.(?:inf|Inf|INF)|[-+]?\.(?:nan|NaN|NAN))$"
-)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-6 as a float (YAML 1.1 wants a dot) and refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE_TAG]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"{node.start_mark.name}: key {key!r} is given twice, line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes the strings which `_Loader` would read as numbers."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+# Where text stands for another type, as it does in YAML 1.1, by the first word of pydantic's name of the problem.
+_WAYS_OUT = {
+    "int": "; write plain digits, such as 1000, without quotes",
+    "float": "; write a plain number, such as 0.5 or 1e-6, without quotes",
+    "bool": "; write true or false, without quotes",
+}
 
 
 def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> Config:
@@ -99,7 +83,7 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
       ValueError: file missing or not YAML, unknown key (with the nearest name), wrong type, or keys that contradict
         each other.
     """
-    base = _read_yaml(_packaged("base.yml"))
+    base = _base()
     recipe = _read_recipe(pathlib.Path(path)) if path is not None else {}
     command_line = _parse_overrides(overrides)
     known = set(flatten(base))
@@ -111,6 +95,9 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     merged: dict = {}
     for layer in layers:
         merged = _merge(merged, layer)
+    for key in ("output_dir", "compiled_file"):
+        if isinstance(merged[key], str):
+            merged[key] = os.path.expanduser(merged[key])
     config = _build(merged)
     check(config)
     return config
@@ -141,7 +128,7 @@ def preset_values(config: Config) -> dict[str, Any]:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(to_dict(config))
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -170,12 +157,19 @@ def require(value: Any, key: str, example: str) -> Any:
     return value
 
 
+@functools.cache
+def _base() -> dict:
+    """The defaults, which nobody changes in place."""
+    return _read_yaml(_packaged("base.yml"))
+
+
 def _packaged(name: str):
     return importlib.resources.files("configs") / name
 
 
 def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict:
     """A recipe with what it inherits merged in; base.yml itself is layered below by the caller."""
+    check_possible_path("a config", str(path))
     if not path.is_file():
         packaged = _packaged(path.name)
         if len(path.parts) == 1 and packaged.is_file():
@@ -191,25 +185,33 @@ def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dic
         return {}  # its values are the defaults; as a recipe's own they would win over a preset
     if path in seen:
         raise ValueError(f"config file {path} inherits from itself")
+    if len(seen) >= MOST_DEPTH:
+        raise ValueError(f"config files must inherit over at most {MOST_DEPTH} others, got {path} as one more")
     recipe = _read_yaml(path)
     parent = recipe.pop("inherit", "base.yml")
     if not isinstance(parent, str):
         raise ValueError(f"{path}: inherit must be the path of one recipe, got {parent!r}")
     if parent == "base.yml":
         return recipe
+    check_possible_path(f"{path}: inherit", parent)
     beside = path.parent / parent
     return _merge(_read_recipe(beside if beside.is_file() else pathlib.Path(parent), (*seen, path)), recipe)
 
 
 def _read_yaml(path) -> dict:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except OSError as error:
+        raise ValueError(f"config file {path} cannot be read: {error.strerror}; choose another one") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of keys, got {type(content).__name__}")
+    for key in content:
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: a key must be text, got {key!r}")
     return content
 
 
@@ -219,11 +221,9 @@ def _parse_overrides(overrides: Sequence[str]) -> dict:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ValueError(f"an override must look like dotted.key=value, got {text!r}")
-        try:
-            parsed = yaml.load(value, Loader=_Loader) if value else None
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value of override {text!r} is not valid YAML: {error}") from error
-        nested: Any = parsed
+        if key.count(".") > MOST_DEPTH:
+            raise ValueError(f"an override must be nested at most {MOST_DEPTH} deep, got {text[:80]!r}...")
+        nested: Any = read_yaml(value, f"the value of override {_short(text)}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         result = _merge(result, nested)
@@ -245,11 +245,11 @@ def _check_keys(layer: Mapping, known: set[str]) -> None:
     sections = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
     for key, value in flatten(layer).items():
         if key in sections or (key in FREE_FORM and not isinstance(value, Mapping)):
-            raise ValueError(f"{key} must be a mapping of keys, got {value!r}")
+            raise ValueError(f"{key} must be a mapping of keys, got {_short(value)}")
         if key not in known:
-            near = _nearest(key, sorted(known))
+            near = _nearest(key, sorted(known)) if len(key) < 100 else None  # comparing takes the square of its length
             hint = f"; did you mean {near!r}?" if near else ""
-            raise ValueError(f"unknown config key {key!r}{hint} (configs/base.yml lists every key)")
+            raise ValueError(f"unknown config key {_short(key)}{hint} (configs/base.yml lists every key)")
 
 
 def _nearest(key: str, known: Sequence[str]) -> str | None:
@@ -265,21 +265,25 @@ def _nearest(key: str, known: Sequence[str]) -> str | None:
 
 
 def _build(merged: dict) -> Config:
+    check_plain(merged)
     try:
         # Through JSON, because pydantic's strict mode takes mappings for dataclasses only there.
         return pydantic.TypeAdapter(Config).validate_json(json.dumps(merged))
-    except TypeError as error:
-        raise ValueError(
-            f"invalid configuration: {error}; values are numbers, strings, booleans, null, lists and mappings"
-        ) from error
     except pydantic.ValidationError as error:
         raise ValueError("invalid configuration: " + "; ".join(map(_problem, error.errors()))) from error
 
 
 def _problem(item: Mapping[str, Any]) -> str:
-    key = ".".join(map(str, item["loc"]))
+    key, value = ".".join(map(str, item["loc"])), item["input"]
     if item["type"] == "unexpected_keyword_argument":  # in a list entry; other keys are compared with base.yml before
         entries = ".".join(map(str, item["loc"][:2]))
         names = [field.name for field in dataclasses.fields(LIST_ENTRIES[entries])]
         return f"unknown config key {key!r}; an entry of {entries} has {names}"
-    return f"{key}: {item['msg']}, got {item['input']!r}"
+    kind = item["type"].partition("_")[0]
+    way_out = _WAYS_OUT.get(kind, "") if isinstance(value, str) else ""
+    return f"{key}: {item['msg']}, got {_short(value)}{way_out}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:150]}... ({len(text)} characters)"

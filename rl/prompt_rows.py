@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from rl.config_rules import LARGEST_SEED
+from rl.config_ranges import LARGEST_SEED
 from rl.config_sections import DataSection
 from rl.data import Prompt, build_prompt, is_conversation
 from rl.sources import read_jsonl

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from rl.completion_file import CompletionFile
-from rl.config_rules import LARGEST_SEED
+from rl.config_ranges import LARGEST_SEED
 from rl.evaluation import create_sampler, sampling_params
 from rl.models.config import ModelConfig
 from rl.prompt_rows import SampleRow, read_prompts, to_sample_rows

@@ -21,7 +21,9 @@ SOURCES = sorted((ROOT / "rl").rglob("*.py")) + sorted((ROOT / "rewards").rglob(
 LAYERS = [
     [
         "rl.remote",
+        "rl.yaml_text",
         "rl.config_sections",
+        "rl.config_ranges",
         "rl.config_rules",
         "rl.config",
         "rl.models.config",

@@ -4,13 +4,15 @@ import dataclasses
 import importlib.resources
 import pathlib
 import re
+import typing
 
 import pytest
 import yaml
 
 from rl.advantages import check_modes
 from rl.config import differences, dump_config, load_config, preset_values, program_keys, read_preset, require
-from rl.config_sections import to_dict
+from rl.config_ranges import RANGES
+from rl.config_sections import Config, to_dict
 from rl.update import loss_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -151,9 +153,8 @@ def test_whole_numbers_are_taken_as_floats_but_not_the_other_way_round():
         ("pure_nnx=1", r"pure_nnx: .*valid boolean, got 1"),
         ("grpo.loss_type=ppo", r"grpo\.loss_type: .*'grpo'.*, got 'ppo'"),
         ("model.dtype=float16", r"model\.dtype: .*'float32', 'bfloat16' or 'float64', got 'float16'"),
-        ("optimizer.lr=.nan", r"optimizer\.lr: .*finite number, got nan"),
-        ("grpo.delta=.inf", r"grpo\.delta: .*finite number, got inf"),
-        ("data.args={since: 2024-01-01}", r"date is not JSON serializable; values are numbers, strings"),
+        ("optimizer.lr=.nan", r"optimizer\.lr must be a finite number, got nan"),
+        ("grpo.delta=.inf", r"grpo\.delta must be a finite number, got inf"),
         ("mesh.rules.vocab=tensor", r"mesh\.rules\.vocab: .*valid array, got 'tensor'"),
         ("rewards.functions=x:y", r"rewards\.functions: .*valid array, got 'x:y'"),
         ("rewards.functions=[{weight: 1.0}]", r"rewards\.functions\.0\.function: "),
@@ -174,6 +175,66 @@ def test_whole_numbers_are_taken_as_floats_but_not_the_other_way_round():
 def test_a_value_of_the_wrong_type_is_refused_with_key_and_value(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(None, [override])
+
+
+def numeric_keys():
+    """{key, with * for the entries of a list or mapping: whether it is an int} of the typed classes."""
+
+    def walk(section, prefix):
+        for name, kind in typing.get_type_hints(section).items():
+            kinds = [kind, *(part for part in typing.get_args(kind) if part is not type(None))]
+            if dataclasses.is_dataclass(kind):
+                yield from walk(kind, f"{prefix}{name}.")
+                continue
+            for part in kinds:
+                if part in (int, float):
+                    yield f"{prefix}{name}", part is int
+                    break
+                if typing.get_origin(part) in (list, dict):
+                    entry = typing.get_args(part)[-1]
+                    if dataclasses.is_dataclass(entry):
+                        yield from walk(entry, f"{prefix}{name}.*.")
+                    elif entry in (int, float):
+                        yield f"{prefix}{name}.*", entry is int
+                    break
+
+    return dict(walk(Config, ""))
+
+
+def override(key, value):
+    """`value`, as YAML, for a key of `numeric_keys`."""
+    if key.startswith("rewards.functions.*."):
+        return f"rewards.functions=[{{function: 'a:b', {key.rpartition('.')[2]}: {value}}}]"
+    if key.startswith("optimizer.lr_groups.*."):
+        return f"optimizer.lr_groups=[{{pattern: '*', {key.rpartition('.')[2]}: {value}}}]"
+    if key in ("sampling.forbidden_ids.*", "sampling.eos_ids.*"):
+        return f"{key.removesuffix('.*')}=[{value}]"
+    if key.endswith(".*"):
+        return f"{key.removesuffix('.*')}={{7: {value}}}" if "bias" in key else f"{key.removesuffix('.*')}.fsdp={value}"
+    return f"{key}={value}"
+
+
+def test_every_number_of_the_configuration_has_a_range():
+    assert set(numeric_keys()) == set(RANGES)
+
+
+@pytest.mark.parametrize(
+    "value", [".nan", ".inf", "-.inf", "1e308", "1e-320", str(10**30), "1:30", "1_000", "0o17", "yes", "true", "[1]"]
+)
+def test_a_number_that_no_device_holds_and_what_is_none_are_refused_for_every_key_by_its_name(value):
+    for key, is_int in numeric_keys().items():
+        given = value if value != "1e308" or is_int else "3.1e38"  # which float64 alone holds
+        name = re.escape(key).replace(r"\*", r"(\d+|fsdp)")
+        with pytest.raises(ValueError, match=name):
+            load_config(None, [override(key, given)])
+
+
+def test_no_key_without_a_sign_takes_a_negative_number():
+    signed = ("weight", "penalty", "logit_bias")
+    for key, is_int in numeric_keys().items():
+        if not any(word in key for word in signed) and not key.startswith("mesh."):
+            with pytest.raises(ValueError, match=re.escape(key).replace(r"\*", r"(\d+|fsdp)")):
+                load_config(None, [override(key, "-1" if is_int else "-1.0")])
 
 
 @pytest.mark.parametrize("text", ["", "grpo: {}\n", "# only a comment\n"])
@@ -231,8 +292,8 @@ def test_a_section_must_be_a_mapping(override):
     [
         ("grpo: {steps: 1\n", "is not valid YAML"),
         ("- a\n- b\n", "must hold a mapping of keys, got list"),
-        ("grpo: {steps: 1, steps: 2}\n", "key 'steps' is given twice, line 1"),
-        ("seed: 1\ngrpo: {}\nseed: 2\n", "key 'seed' is given twice"),
+        ("grpo: {steps: 1, steps: 2}\n", r"recipe\.yml, line 1: key 'steps' is given twice"),
+        ("seed: 1\ngrpo: {}\nseed: 2\n", r"recipe\.yml, line 3: key 'seed' is given twice"),
         ("grpo:\n", "grpo must be a mapping of keys, got None"),
     ],
 )
@@ -264,11 +325,11 @@ def test_a_missing_recipe_is_refused(tmp_path):
         (["sampling.top_p=0"], r"sampling\.top_p must be in \(0, 1\], got 0"),
         (["sampling.min_p=1.0"], r"sampling\.min_p must be in \[0, 1\), got 1"),
         (["sampling.repetition_penalty=0"], r"sampling\.repetition_penalty must be > 0 \(1 is off\), got 0"),
-        (["sampling.frequency_penalty=.inf"], r"sampling\.frequency_penalty: .* finite"),
+        (["sampling.frequency_penalty=.inf"], r"sampling\.frequency_penalty must be a finite"),
         (["sampling.logit_bias={-5: 1.0}"], r"sampling\.logit_bias must hold token ids >= 0, got \[-5\]"),
         (["sampling.logit_bias={a: 1.0}"], r"sampling\.logit_bias\.a.* integer"),
-        (["sampling.logit_bias={5: .nan}"], r"sampling\.logit_bias\.5: .* finite"),
-        (["sampling.forbidden_ids=[3, -1]"], r"sampling\.forbidden_ids must hold token ids >= 0"),
+        (["sampling.logit_bias={5: .nan}"], r"sampling\.logit_bias\.5 must be a finite"),
+        (["sampling.forbidden_ids=[3, -1]"], r"sampling\.forbidden_ids\.1 must be >= 0, got -1"),
         (["optimizer.b2=1.0"], r"optimizer\.b2 must be in \[0, 1\), got 1"),
         (["optimizer.muon_momentum=-0.1"], r"optimizer\.muon_momentum must be in \[0, 1\), got -0\.1"),
         (["optimizer.eps=0"], r"optimizer\.eps must be > 0, got 0"),
@@ -346,6 +407,102 @@ def test_a_key_without_a_usable_default_must_be_set():
             require(value, "output_dir", "runs/my_run")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "grpo.steps=1:30",
+            r"grpo\.steps: .*valid integer, got '1:30'; write plain digits, such as 1000, without quotes",
+        ),
+        ("grpo.steps=1_000", r"grpo\.steps: .*got '1_000'; write plain digits"),
+        ("grpo.steps=0o17", r"grpo\.steps: .*got '0o17'; write plain digits"),
+        ("grpo.steps=017", r"grpo\.steps: .*got '017'; write plain digits"),
+        ("optimizer.lr=1_0.5", r"optimizer\.lr: .*got '1_0\.5'; write a plain number, such as 0\.5 or 1e-6"),
+        ("pure_nnx=yes", r"pure_nnx: .*got 'yes'; write true or false, without quotes"),
+        ("data.args={n: !!int '1:30'}", r"override .*, line 1: a value must be of a type that JSON has, got '1:30'"),
+        ("data.args={n: !!python/name:os.system x}", r"line 1: a value must be of a type that JSON has"),
+        ("data.args={1.5: x}", r"line 1: a key must be text or a whole number, got '1\.5'"),
+        ('data.args={x: "\\ud800"}', r"data\.args\.x must be text in Unicode"),
+        (f"data.args={{x: {'9' * 50}}}", r"data\.args\.x must be a number of at most 64 bits"),
+        (f"data.args={{x: {'9' * 5000}}}", r"line 1: a number must have at most 100 digits, got 5000"),
+        ("data.args=" + "[" * 2000, r"line 1: values must be nested at most 50 deep"),
+        ("data.args" + ".a" * 2000 + "=1", r"an override must be nested at most 50 deep"),
+        ('output_dir="a\\0b"', r"output_dir must be without NUL characters, got 'a\\x00b'"),
+        (
+            "output_dir=runs/" + "a" * 300,
+            r"output_dir must have at most 255 bytes between slashes .*; name a shorter path",
+        ),
+        ("data.source=" + "é" * 150 + ".jsonl", r"data\.source must have at most 255 bytes between slashes"),
+        ("lora.adapter=" + "a/" * 3000, r"lora\.adapter must have at most .* 4095 in all"),
+        (
+            "output_dir=~nobody-at-all/x",
+            r"output_dir must be below a home folder that exists, got .*; write the path in",
+        ),
+        ("x" * 100_000 + "=1", r"unknown config key 'xxx.*\(100002 characters\)"),
+    ],
+)
+def test_text_that_yaml_1_2_does_not_take_for_a_number_and_values_beyond_every_bound_are_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, [override])
+
+
+def test_scalars_are_those_of_yaml_1_2():
+    config = load_config(
+        None, ["data.args={a: 1:30, b: yes, c: 2024-01-01, d: 1e3, e: 0x1F, f: ~, g: 017, h: .5, i: <<}"]
+    )
+    expected = {
+        "a": "1:30",
+        "b": "yes",
+        "c": "2024-01-01",
+        "d": 1e3,
+        "e": 31,
+        "f": None,
+        "g": "017",
+        "h": 0.5,
+        "i": "<<",
+    }
+    assert config.data.args == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {args: &a {x: *a}}", r"recipe\.yml, line 1: the alias \*a must not stand within what it stands for"),
+        ("a: &a {x: 1}\nb: &a {y: 1}", r"line 2: the anchor &a is given twice"),
+        ("a: *b", r"line 1: the alias \*b must stand for an anchor above it"),
+        ("\n".join("- " * depth + "x" for depth in (60,)), r"line 1: values must be nested at most 50 deep"),
+        (
+            "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)),
+            r"line \d+: there must be at most 100,000 values, aliases counted in full",
+        ),
+        ("a: 1\n--- \nb: 1", r"line 2: there must be one document, got a second one"),
+        ('a: "\\UFFFFFFFF"', r"is not valid YAML"),
+        ("a: \x07", r"is not valid YAML: character 4: special characters"),
+        ("<<: 3\n", r"line 1: the merge key << must stand before a mapping"),
+        ("#" * 1_000_001, r"recipe\.yml must have at most 1,000,000 characters, got 1,000,001"),
+        ("inherit: " + "a" * 300 + ".yml", r"recipe\.yml: inherit must have at most 255 bytes"),
+        ("1: 2", r"recipe\.yml: a key must be text, got 1"),
+    ],
+)
+def test_a_recipe_that_is_a_trap_is_refused_with_file_and_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_a_recipe_that_cannot_be_read_or_inherits_without_end_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a config must have at most 255 bytes between slashes"):
+        load_config("a" * 300)
+    for number in range(60):
+        write(tmp_path, f"inherit: r{number + 1}.yml\n", f"r{number}.yml")
+    with pytest.raises(ValueError, match=r"config files must inherit over at most 50 others"):
+        load_config(tmp_path / "r0.yml")
+
+
+def test_a_home_folder_is_meant_where_a_run_folder_begins_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/someone")
+    assert load_config(None, ["output_dir=~/runs/a"]).output_dir == "/home/of/someone/runs/a"
+
+
 # Round trip and identity of a run
 
 
@@ -356,6 +513,7 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
         "optimizer.lr=2.5e-7",
         'sampling.stop_strings=["1e5", "\\n", "null", "0x1", "caf\\u00e9: #", ".5", "yes"]',
         "data.args={name: '1e-6', list: [1, 2.5, null, true], nested: {a: '007'}}",
+        'data.args.texts=["+.5", 017, 0o17, 1:30, 2024-01-01, "<<", "=", "\\0\\x85\\u2028", "5.", "0x1"]',
         "data.columns.answer=null",
         "rewards.functions=[{function: 'a:b', weight: 0.0, kwargs: {limit: 3}}]",
         "sampling.eos_ids=[1, 2]",
