@@ -200,6 +200,8 @@ def train(config: Config) -> pathlib.Path:
                 loop = loop_record(done, position, len(data.train), policy, entropy, health)
                 with watch.timer("checkpoint"):  # part of the next step's seconds
                     checkpoints.save(done, state, loop, reference)
+            for message in run.recorded():
+                console.message(message)
             if is_last:
                 break
         checkpoints.wait()
@@ -301,7 +303,7 @@ def announce(
     plan: PackingPlan,
 ) -> None:
     """Start-up information: what runs where, on what, and what a preset stands for."""
-    for message in (*data.messages, *foreign.notes(policy)):
+    for message in (*data.messages, *foreign.notes(policy), *run.messages):
         console.message(message)
     if problem := foreign.unsharded(policy, mesh.size):
         console.warning(problem)

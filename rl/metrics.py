@@ -31,25 +31,26 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: str | os.PathLike | None, start_step: int):
-        """Opens both files for appending, without the lines of steps that will be run again.
+        """Reads both files; the first write opens them for appending, without the lines of steps that are run again.
 
         Args:
-          folder: the run folder; created when missing. None: nothing is written, another process does that.
+          folder: the run folder; created by the first write when missing. None: nothing is written, another process
+            does that.
           start_step: the first step this process will write. Lines of this step and later ones are dropped, and so is a
-            last line that a kill cut short; each file is replaced atomically.
+            last line that a kill cut short; each file is replaced atomically. A process that writes nothing drops
+            nothing.
 
         Raises:
           ValueError: a complete line in either file is not a JSON object with a `step`.
         """
-        self._metrics_file = self._samples_file = None
-        if folder is None:
-            return
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, SAMPLES_FILE):
-            _drop_steps_from(folder / name, start_step)
-        self._metrics_file = open(folder / METRICS_FILE, "ab")  # noqa: SIM115 - open for the life of the run
-        self._samples_file = open(folder / SAMPLES_FILE, "ab")  # noqa: SIM115
+        self._folder = None if folder is None else pathlib.Path(folder)
+        self._files: dict[str, Any] = {}
+        self._kept: dict[str, bytes] = {}  # what is left of a file of which lines are dropped
+        if self._folder is not None:
+            for name in (METRICS_FILE, SAMPLES_FILE):
+                kept = _steps_before(self._folder / name, start_step)
+                if kept is not None:
+                    self._kept[name] = kept
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl: `step` first, then the other keys in the mapping's own order.
@@ -58,17 +59,27 @@ class MetricsWriter:
           metrics: must have an integer `step`. Values are Python, numpy or zero-dimensional jax scalars, or strings;
             floats are written with every digit, numbers that JSON lacks (NaN and the infinities) as null.
         """
-        _append_lines(self._metrics_file, [_with_step_first(metrics)])
+        self._append(METRICS_FILE, [_with_step_first(metrics)])
 
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Appends one line per sample to samples.jsonl: `step`, then the sample's own keys; all in one write."""
-        _append_lines(self._samples_file, [{"step": step, **sample} for sample in samples])
+        self._append(SAMPLES_FILE, [{"step": step, **sample} for sample in samples])
 
     def close(self) -> None:
         """Closes both files; calling it again does nothing."""
-        for file in (self._metrics_file, self._samples_file):
-            if file is not None:
-                file.close()
+        for file in self._files.values():
+            file.close()
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        if self._folder is None:
+            return
+        if not self._files:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for each, kept in self._kept.items():
+                _replace(self._folder / each, kept)
+            for each in (METRICS_FILE, SAMPLES_FILE):
+                self._files[each] = open(self._folder / each, "ab")  # noqa: SIM115 - open for the life of the run
+        _append_lines(self._files[name], rows)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -187,8 +198,6 @@ def _with_step_first(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _append_lines(file: Any, rows: Iterable[Mapping[str, Any]]) -> None:
-    if file is None:
-        return
     text = "".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows)
     file.write(text.encode("ascii"))
     file.flush()
@@ -208,17 +217,20 @@ def _to_json(value: Any) -> Any:
     return _to_json(value.tolist())  # numpy and jax scalars and arrays
 
 
-def _drop_steps_from(path: pathlib.Path, start_step: int) -> None:
+def _steps_before(path: pathlib.Path, start_step: int) -> bytes | None:
+    """The complete lines of steps before this one; None where there are no others, or no file."""
     if not path.exists():
-        return
+        return None
     content = path.read_bytes()
     lines = _complete_lines(content)
     kept = b"".join(line for number, line in enumerate(lines, 1) if _parse(path, number, line)["step"] < start_step)
-    if kept == content:
-        return
+    return None if kept == content else kept
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
     replacement = path.with_name(path.name + ".new")
     with open(replacement, "wb") as file:
-        file.write(kept)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(replacement, path)

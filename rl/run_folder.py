@@ -1,34 +1,68 @@
 """The folder of one run: who owns it, and whether this configuration may go on in it.
- `output_dir` holds config.yml (the resolved configuration that started the run), run.json (what kind of run, and which
-weights it started from), metrics.jsonl, samples.jsonl, rewards.log and checkpoints/. A folder that holds anything else,
-or another run, is never touched; a run that recorded nothing, because its start failed or was killed, is no run.
+
+`output_dir` holds config.yml (the resolved configuration that started the run), run.json (what kind of run, and which
+weights it started from), metrics.jsonl, samples.jsonl, rewards.log and checkpoints/, after `grpo sft` export/. A folder
+that holds anything else and is not shown to be a run's (`rl.run_files`), or another run, is refused and left as it is.
+A start that fails before it has recorded anything leaves the folder as it found it.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
 import shutil
+import time
+from collections.abc import Callable
 from typing import Any
 
 from rl import hosts
-from rl.config import Config, differences, dump_config, load_config, require
+from rl.config import Config, differences, dump_config, require
+from rl.replaced_run import move_aside, recover, remove, replaced_runs, restore
+from rl.run_files import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    EXPORT_RECORD,
+    FILES_KEY,
+    FORMAT_KEY,
+    IDENTITY,
+    LOCK,
+    LOG,
+    METRICS,
+    SAMPLES,
+    UNFINISHED,
+    checkpoint_steps,
+    describe_files,
+    has_work,
+    identify,
+    is_own_export,
+    is_own_identity,
+    is_run_folder,
+    is_start_alone,
+    own_entries,
+    strange_steps,
+    unfinished_steps,
+    write_file,
+    write_identity,
+)
 
-_CONFIG, _IDENTITY, _METRICS, _CHECKPOINTS = "config.yml", "run.json", "metrics.jsonl", "checkpoints"
-_LOCK, _LOG = ".lock", "rewards.log"
-FILES = ("samples.jsonl", "reward.png", _METRICS, _CONFIG, _IDENTITY)
-FOLDERS = (_CHECKPOINTS, "export")
+__all__ = ("RunFolder", "checkpoint_folder", "checkpoint_steps", "is_run_folder", "read_run")
+
+_UNFINISHED_EXPORT = UNFINISHED + EXPORT
 
 
 class RunFolder:
     """An output folder that this run owns until `close` or its end.
 
-    Opening it changes nothing that it holds; `begin` does, and comes after everything that can be checked before. Of a
-    run's processes the first one does all this, and the others wait for it.
+    Opening it changes nothing that it holds, except to make good what a kill has left half-moved; `begin` does, and
+    comes after everything that can be checked before. Of a run's processes the first one does all this, and the others
+    wait for it.
 
     Attributes:
       path: the folder.
       resumed: whether it already held this run.
+      messages: what there is to say about the folder, for the console.
     """
 
     def __init__(self, config: Config, kind: str, origin: dict[str, Any]):
@@ -43,9 +77,13 @@ class RunFolder:
             or other weights, or is in use by another process.
         """
         self.path = pathlib.Path(require(config.output_dir, "output_dir", "runs/my_run"))
+        self.messages: list[str] = []
         self._config, self._identity = config, {"kind": kind, **origin}
+        self._has_begun = self._has_recorded = False
+        self._replaced_kind: str | None = None  # of the run that this one takes the place of
+        self._old: pathlib.Path | None = None  # where that is
         self.resumed = hosts.from_first(self._open)
-        if not (self.path / _LOCK).exists():
+        if not (self.path / LOCK).exists():
             raise ValueError(
                 f"output_dir must be on a disk that all processes of the run share, got {self.path}, which process 0 "
                 "has opened and this one cannot see"
@@ -55,83 +93,198 @@ class RunFolder:
         """Takes the folder; whether it holds this run."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir must be a folder, got the file {self.path}")
-        self._is_new = not self.path.exists()
-        found = set() if self._is_new else {entry.name for entry in self.path.iterdir()}
-        # Before its first line a run may be killed: a folder with only a lock and a log is as good as empty.
-        if found - {_LOCK, _LOG, _temporary(_IDENTITY)} and _IDENTITY not in found:
-            raise ValueError(
-                f"output_dir must be empty or hold a run, got {self.path} with {sorted(found)[:5]}; "
-                "choose another output_dir"
-            )
-        self._lock = _lock(self.path)
+        if not replaced_runs(self.path):
+            self._check_ours()
+        self._place = _Place(self.path)
         try:
-            resumed = _has_work(self.path) and not self._config.checkpoint.overwrite
-            if resumed:
-                _check_same_run(self.path, self._config, self._identity)
-        except ValueError:
-            os.close(self._lock)
+            self.messages += recover(self.path, lambda: _clear_start(self.path))
+            found = self._check_ours()  # again: now nobody else writes
+            resumed = False
+            if found is not None and has_work(self.path):
+                old_config, old_identity = found
+                resumed = not self._config.checkpoint.overwrite
+                if resumed:
+                    _check_same_run(self.path, old_config, old_identity, self._config, self._identity)
+                else:
+                    self._replaced_kind = old_identity["kind"]
+        except BaseException:
+            self._place.give_back(is_used=False)
             raise
         return resumed
 
+    def _check_ours(self) -> tuple[Config, dict[str, Any]] | None:
+        """Configuration and run.json of the run that the folder holds, None where it holds none; ValueError where it
+        holds anything else. Changes nothing.
+        """
+        if not self.path.exists() or is_start_alone(self.path):
+            return None
+        names = sorted(entry.name for entry in self.path.iterdir())
+        what = f"output_dir must be empty or hold a run, got {self.path} with {names[:5]}"
+        if IDENTITY not in names:
+            raise ValueError(f"{what}; choose another output_dir")
+        try:
+            found = identify(self.path)
+        except ValueError as error:
+            raise ValueError(
+                f"{what}, which is not shown to be a run: {error}; choose another output_dir, or remove what is not "
+                "wanted by hand"
+            ) from error
+        if strange := strange_steps(self.path):
+            raise ValueError(
+                f"{what}, and {strange[0]}, which is no checkpoint; move it away, or choose another output_dir"
+            )
+        return found
+
     def begin(self) -> None:
-        """Makes the folder this run's: as it is when it is resumed, else without what an earlier run left in it."""
+        """Makes the folder this run's: as it is when it is resumed, else with a new config.yml and run.json. A run that
+        it takes the place of is moved beside it.
+
+        Raises:
+          ValueError: it cannot be moved.
+        """
         hosts.from_first(self._begin)
 
     def _begin(self) -> None:
         if self.resumed:
             return
-        _clear(self.path)
-        # The identity first: a folder that has it is ours, whatever a kill left out.
-        _write(self.path / _IDENTITY, json.dumps(self._identity, indent=2) + "\n")
-        _write(self.path / _CONFIG, dump_config(self._config))
+        self._has_begun = True
+        if self._replaced_kind is None:
+            _clear_start(self.path)
+        else:
+            self._old = move_aside(self.path, own_entries(self.path, self._replaced_kind))
+            self.messages.append(
+                f"the run that was here is in {self._old} until this one has saved its first checkpoint"
+            )
+        text = dump_config(self._config)
+        try:
+            # The identity first: it shows the folder to be ours, whatever a kill leaves out.
+            write_identity(self.path, self._identity, text)
+            write_file(self.path / CONFIG, text)
+        except OSError as error:
+            raise ValueError(
+                f"output_dir {self.path} must be a folder that can be written: {error}; make room, or choose another"
+            ) from error
+
+    def recorded(self) -> list[str]:
+        """To be called when a step is recorded; once a checkpoint is complete, it removes the run that this one has
+        taken the place of. What there is to say, in words.
+        """
+        self._has_recorded = True
+        return self._remove_replaced() if hosts.is_first() else []
+
+    def _remove_replaced(self) -> list[str]:
+        done = []
+        if checkpoint_steps(self.path):
+            for old in replaced_runs(self.path):
+                try:
+                    done += remove(self.path, old)
+                except OSError as error:  # no reason to end a run
+                    done.append(f"{old} holds the run that was here before, and cannot be removed: {error}")
+        return done
+
+    def replace_export(self, write: Callable[[pathlib.Path], None]) -> list[str]:
+        """Puts what `write` makes of a new folder at export/, whole and at once. What is there goes if a run left it
+        so, else it stays as export.old-TIME. What there is to say, in words.
+        """
+        export, draft = self.path / EXPORT, self.path / _UNFINISHED_EXPORT
+        previous = self.path / (_UNFINISHED_EXPORT + ".old")
+        for left in (draft, previous):
+            shutil.rmtree(left, ignore_errors=True)
+        write(draft)
+        said = []
+        if is_own_export(self.path):
+            os.rename(export, previous)
+        elif os.path.lexists(export):
+            kept = self.path / f"{EXPORT}.old-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+            os.rename(export, kept)
+            said.append(f"{kept} is what was in {export}; it stays, for no run wrote it as it is")
+        os.rename(draft, export)
+        write_file(self.path / EXPORT_RECORD, json.dumps(describe_files(export), indent=1) + "\n")
+        shutil.rmtree(previous, ignore_errors=True)
+        return said
 
     def close(self) -> None:
-        """Lets another run open the folder. A run that recorded nothing leaves nothing behind."""
+        """Lets another run open the folder. A run that recorded nothing leaves it as it was."""
         if not hosts.is_first():
             return
-        if not _has_work(self.path):
-            _clear(self.path)
-            for name in (_LOG, _LOCK):
-                (self.path / name).unlink(missing_ok=True)
-            if self._is_new and not any(self.path.iterdir()):
-                self.path.rmdir()
+        if self._has_begun and not has_work(self.path):
+            _clear_start(self.path)
+            if self._old is not None:
+                restore(self.path, self._old)
+            self._place.give_back(is_used=False)
+            return
+        is_used = self._has_begun or self._has_recorded
+        if is_used:
+            self._remove_replaced()
+        self._place.give_back(is_used)
+
+
+class _Place:
+    """The folder itself: made if it was not there, and locked; what this changed can be taken back."""
+
+    def __init__(self, path: pathlib.Path):
+        """Takes the lock, which the process's end gives back, however it comes."""
+        self._path = path
+        missing = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
+        self._made = [folder.absolute() for folder in missing]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._had_lock = (path / LOCK).exists()
+            self._lock = _lock(path)
+        except OSError as error:
+            self._remove_made()
+            raise ValueError(
+                f"output_dir must be a folder that can be written, got {path}: {error}; choose another output_dir"
+            ) from error
+        log = path / LOG
+        self._log = (log.stat().st_size, log.stat().st_mtime_ns) if log.is_file() else None
+
+    def give_back(self, is_used: bool) -> None:
+        """Gives the lock back; where the folder is not used, log, lock and folders are what they were before."""
+        if not is_used:
+            log = self._path / LOG
+            if self._log is None:
+                log.unlink(missing_ok=True)
+            elif log.is_file() and log.stat().st_size > self._log[0]:
+                os.truncate(log, self._log[0])
+                os.utime(log, ns=(log.stat().st_atime_ns, self._log[1]))
+            if not self._had_lock:
+                (self._path / LOCK).unlink(missing_ok=True)
+            self._remove_made()
         os.close(self._lock)
+
+    def _remove_made(self) -> None:
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it holds something by now
+                folder.rmdir()
 
 
 def read_run(path: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
-    """The configuration and run.json of a run folder; ValueError when there is none."""
+    """The configuration and the identity in run.json of a run folder; ValueError when it is none."""
     folder = pathlib.Path(path)
     if not is_run_folder(folder):
-        raise ValueError(f"{str(folder)!r} must be a run folder with {_CONFIG} and {_IDENTITY}, and it is not")
-    return load_config(folder / _CONFIG), json.loads((folder / _IDENTITY).read_text())
-
-
-def is_run_folder(path: str | os.PathLike) -> bool:
-    """Whether the folder holds a run's identity and configuration."""
-    folder = pathlib.Path(path)
-    return (folder / _IDENTITY).is_file() and (folder / _CONFIG).is_file()
+        raise ValueError(f"{str(folder)!r} must be a run folder with {CONFIG} and {IDENTITY}, and it is not")
+    try:
+        config, identity = identify(folder)
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r} must be a run folder: {error}") from error
+    return config, {name: value for name, value in identity.items() if name not in (FORMAT_KEY, FILES_KEY)}
 
 
 def checkpoint_folder(path: str | os.PathLike, step: int) -> pathlib.Path:
     """Where a run folder has the checkpoint of this step."""
-    return pathlib.Path(path) / _CHECKPOINTS / str(step)
+    return pathlib.Path(path) / CHECKPOINTS / str(step)
 
 
-def checkpoint_steps(path: str | os.PathLike) -> list[int]:
-    """Steps of the complete checkpoints of a run folder, rising."""
-    folder = pathlib.Path(path) / _CHECKPOINTS
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()) if folder.is_dir() else []
-
-
-def _has_work(path: pathlib.Path) -> bool:
-    """Whether a run has recorded anything here: a line of metrics, or a checkpoint."""
-    metrics = path / _METRICS
-    return (metrics.is_file() and metrics.stat().st_size > 0) or bool(checkpoint_steps(path))
-
-
-def _check_same_run(path: pathlib.Path, config: Config, identity: dict[str, Any]) -> None:
-    old_config, old_identity = read_run(path)
-    way_out = "choose another output_dir, or pass checkpoint.overwrite=true to delete that run"
+def _check_same_run(
+    path: pathlib.Path,
+    old_config: Config,
+    old_identity: dict[str, Any],
+    config: Config,
+    identity: dict[str, Any],
+) -> None:
+    """ValueError, naming what differs, where the run in a folder is not the one to be resumed."""
+    way_out = "choose another output_dir, or pass checkpoint.overwrite=true to replace that run"
     if old_identity["kind"] != identity["kind"]:
         raise ValueError(
             f"output_dir {path} holds a run of kind {old_identity['kind']!r}, this is {identity['kind']!r}; {way_out}"
@@ -151,43 +304,32 @@ def _check_same_run(path: pathlib.Path, config: Config, identity: dict[str, Any]
 
 
 def _lock(path: pathlib.Path) -> int:
-    """Creates the folder and takes its lock, which the process's end gives back, however it comes."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir must be a folder that can be written, got {path}: {error}; choose another output_dir"
-        ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise ValueError(
-            f"output_dir {path} is in use by another process; stop that one or choose another output_dir"
-        ) from error
-    return handle
+    """The descriptor of the lock file, locked."""
+    while True:
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ValueError(
+                f"output_dir {path} is in use by another process; stop that one or choose another output_dir"
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path / LOCK)):
+                return handle
+        os.close(handle)  # of a start that failed, which has removed it meanwhile
 
 
-def _clear(path: pathlib.Path) -> None:
-    """Deletes what a run writes, except for the log, which reward workers may hold open. The identity goes last."""
-    for name in FOLDERS:
-        temporary = path / _temporary(name)
-        if temporary.exists():  # of a kill in the lines below
-            shutil.rmtree(temporary)
-        if (path / name).exists():
-            # Renamed first: a kill must not leave half a checkpoint under its own name.
-            os.rename(path / name, temporary)
-            shutil.rmtree(temporary)
-    for name in FILES:
+def _clear_start(path: pathlib.Path) -> None:
+    """Removes what a start leaves that recorded nothing, run.json last: files that it wrote, and checkpoints/ if it is
+    empty. Nothing where run.json is not ours.
+    """
+    drafts = (UNFINISHED + IDENTITY, UNFINISHED + CONFIG)
+    written = (METRICS, SAMPLES, CONFIG, IDENTITY) if is_own_identity(path) else ()
+    for step in unfinished_steps(path) if written else ():
+        shutil.rmtree(step)
+    checkpoints = path / CHECKPOINTS
+    if written and checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    for name in (*drafts, *written):
         (path / name).unlink(missing_ok=True)
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(_temporary(path.name))
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _temporary(name: str) -> str:
-    return name + ".tmp"

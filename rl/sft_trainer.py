@@ -8,7 +8,6 @@ one update. At the end the policy is written to output_dir/export as a Hugging F
 import contextlib
 import dataclasses
 import pathlib
-import shutil
 import sys
 from collections.abc import Sequence
 
@@ -116,7 +115,7 @@ def train(config: Config) -> pathlib.Path:
             minibatches_per_rollout=1,
             shorter_lengths=plan.shorter_lengths,
         )
-        for message in (*pairs.messages, *foreign.notes(policy)):
+        for message in (*pairs.messages, *foreign.notes(policy), *run.messages):
             console.message(message)
         computed = f"{policy.flavour}, {policy.kernel.title}"
         rows = {"run folder": run.path, "policy": computed, "pairs": len(pairs.rows), "held out": len(held_out)}
@@ -159,6 +158,8 @@ def train(config: Config) -> pathlib.Path:
             if done % config.checkpoint.every == 0 or is_last:
                 with watch.timer("checkpoint"):  # part of the next step's seconds
                     checkpoints.save(done, state, {"step": done, "flavour": policy.flavour, "health": health._asdict()})
+            for message in run.recorded():
+                console.message(message)
             if is_last:
                 break
         checkpoints.wait()
@@ -171,11 +172,11 @@ def train(config: Config) -> pathlib.Path:
             console.message(f"held-out greedy accuracy {result.accuracy:.1%} on {result.num_prompts} prompts")
         params = hosts.fetch(state.params)
 
-        def write() -> None:
-            shutil.rmtree(run.path / "export", ignore_errors=True)  # of an earlier, shorter run in this folder
-            write_folder(run.path / "export", origin.model_config, params, tokenizer, None)
+        def write(folder: pathlib.Path) -> None:
+            write_folder(folder, origin.model_config, params, tokenizer, None)
 
-        hosts.from_first(write)
+        for message in hosts.from_first(lambda: run.replace_export(write)):
+            console.message(message)
         console.message(f"policy written to {run.path / 'export'}")
         return run.path
 

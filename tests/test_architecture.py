@@ -38,6 +38,8 @@ LAYERS = [
         "rl.completion_file",
         "rl.output_file",
         "rl.checkpoint_files",
+        "rl.run_files",
+        "rl.replaced_run",
     ],
     [
         "rl.mesh",

@@ -1,46 +1,76 @@
 """Whose a run folder is: opened, begun, resumed, refused, and never damaged."""
 
+import functools
+import itertools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from rl.config import load_config
+from rl.checkpoint_files import write_hashes
+from rl.config import dump_config, load_config
+from rl.metrics import MetricsWriter
 from rl.run_folder import RunFolder, read_run
 
 ORIGIN = {"policy": {"source": "some/model", "hash": "abc"}, "reference": None}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+IDENTITY, CONFIG = json.dumps({"kind": "grpo", **ORIGIN}), "model: {source: some/model}\n"
+MARKED = json.dumps({"format": "tandem run 1", "kind": "grpo", **ORIGIN, "files": {"config.yml": "0"}})
+LATER = json.dumps({"format": "tandem run 2", "kind": "grpo", **ORIGIN})
 
 
+@functools.cache
 def config_for(folder, *overrides):
-    return load_config(None, [f"output_dir={folder}", *overrides])
+    return load_config(None, [f"output_dir={folder}", "model.source=some/model", *overrides])
 
 
 def open_folder(folder, *overrides, kind="grpo", origin=ORIGIN):
     return RunFolder(config_for(folder, *overrides), kind, origin)
 
 
+def save_checkpoint(folder, step, content="weights"):
+    """As Orbax and the hashes written with it leave one on disk."""
+    (folder / "checkpoints" / str(step) / "state").mkdir(parents=True)
+    (folder / "checkpoints" / str(step) / "state" / "data").write_text(content)
+    (folder / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").write_text("{}")
+    write_hashes(folder / "checkpoints" / str(step))
+
+
+def record(folder, *steps):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(f'{{"step": {step}}}\n' for step in steps)
+
+
 def make_run(folder, *overrides, **arguments):
     """A run that has recorded one step and a checkpoint."""
     run = open_folder(folder, *overrides, **arguments)
     run.begin()
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    record(folder, 1)
     (folder / "samples.jsonl").write_text('{"step": 1}\n')
     (folder / "rewards.log").write_text("said\n")
-    (folder / "checkpoints" / "1").mkdir(parents=True)
-    (folder / "checkpoints" / "1" / "data").write_text("weights")
+    save_checkpoint(folder, 1)
     run.close()
 
 
 def snapshot(folder):
     """{path: (content, time of the last change)} of everything below a folder."""
     return {
-        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else None, path.stat().st_mtime_ns)
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
         for path in folder.rglob("*")
     }
+
+
+def contents(folder):
+    return {name: entry and entry[0] for name, entry in snapshot(folder).items()}
+
+
+def killed(run):
+    """What a killed process leaves: the lock is free, nothing is closed."""
+    os.close(run._place._lock)
 
 
 # A new run
@@ -65,38 +95,52 @@ def test_a_new_run_writes_its_configuration_and_identity(tmp_path, exists):
 
 
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
-    run = open_folder(tmp_path / "new")
-    (tmp_path / "new" / "rewards.log").write_text("a traceback")
+    run = open_folder(tmp_path / "some" / "new")
+    (tmp_path / "some" / "new" / "rewards.log").write_text("a traceback")
     run.close()
-    assert not (tmp_path / "new").exists()
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "empty").mkdir()
     run = open_folder(tmp_path / "empty")
     run.begin()
-    (tmp_path / "empty" / "checkpoints").mkdir()  # as the checkpoint manager makes it
+    (tmp_path / "empty" / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)  # as Orbax makes it
     (tmp_path / "empty" / "metrics.jsonl").touch()
     run.close()
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "left", [(".lock",), (".lock", "rewards.log"), (".lock", "run.json.tmp"), (".lock", "run.json")]
-)
-def test_a_start_that_was_killed_is_no_run(tmp_path, left):
+@pytest.mark.parametrize("left", [(), (".lock",), (".lock", "rewards.log"), (".lock", ".tandem-run.json")])
+def test_a_start_that_was_killed_before_its_identity_is_no_run(tmp_path, left):
     folder = tmp_path / "a"
     folder.mkdir()
     for name in left:
-        (folder / name).write_text("{}")
+        (folder / name).write_text("" if name == ".lock" else "{")
+    before = snapshot(tmp_path)
+    open_folder(folder).close()
+    assert snapshot(tmp_path) == before
     run = open_folder(folder)
     assert not run.resumed
     run.begin()
     assert read_run(folder)[1] == {"kind": "grpo", **ORIGIN}
+    assert not list(folder.glob(".tandem-*"))
     run.close()
+
+
+def test_a_start_that_is_killed_between_two_files_is_no_run_and_in_nobodys_way(tmp_path):
+    folder = tmp_path / "a"
+    start = open_folder(folder, "optimizer.lr=1e-3")
+    start.begin()
+    killed(start)
+    (folder / "config.yml").unlink()
+    again = open_folder(folder)
+    again.begin()
+    again.close()
+    assert not folder.exists() or [entry.name for entry in folder.iterdir()] == [".lock"]
 
 
 def test_other_settings_may_take_over_a_folder_in_which_nothing_was_recorded(tmp_path):
     first = open_folder(tmp_path / "a", "optimizer.lr=1e-3")
     first.begin()
-    os.close(first._lock)  # killed: no close
+    killed(first)
     second = open_folder(tmp_path / "a", "optimizer.lr=1e-4")
     second.begin()
     assert read_run(tmp_path / "a")[0].optimizer.lr == 1e-4
@@ -116,34 +160,255 @@ def test_the_same_settings_resume_and_change_nothing(tmp_path):
     assert snapshot(tmp_path / "a") == before
 
 
-def test_overwrite_deletes_the_old_run_at_begin_and_not_before(tmp_path):
+def test_a_resumed_start_that_fails_leaves_every_byte(tmp_path):
+    folder = tmp_path / "a"
+    make_run(folder)
+    (folder / ".lock").unlink()
+    before = snapshot(folder)
+    run = open_folder(folder)
+    with (folder / "rewards.log").open("a") as log:
+        log.write("a traceback")
+    run.begin()
+    MetricsWriter(folder, 1)  # would write step 1 again
+    run.close()
+    assert snapshot(folder) == before
+
+
+# A run in the place of another
+
+
+def overwrite(folder, **arguments):
+    run = open_folder(folder, "checkpoint.overwrite=true", "optimizer.lr=1e-3", **arguments)
+    assert not run.resumed
+    return run
+
+
+def moved(folder):
+    return sorted(folder.parent.glob(f"{folder.name}.old-*"))
+
+
+def test_overwrite_moves_the_old_run_at_begin_and_removes_it_after_the_first_checkpoint(tmp_path):
     folder = tmp_path / "a"
     make_run(folder)
     before = snapshot(folder)
-    run = open_folder(folder, "checkpoint.overwrite=true", "optimizer.lr=1e-3")
-    assert not run.resumed
+    run = overwrite(folder)
     assert snapshot(folder) == before
     run.begin()
-    assert {path.name for path in folder.iterdir()} == {"config.yml", "run.json", "rewards.log", ".lock"}
+    assert {path.name for path in folder.iterdir()} == {"config.yml", "run.json", "rewards.log", ".lock", "checkpoints"}
     assert read_run(folder)[0].optimizer.lr == 1e-3
+    (old,) = moved(folder)
+    assert read_run(old)[0].optimizer.lr == 1e-6  # whole, and a run by itself
+    assert f"the run that was here is in {old} until this one has saved its first checkpoint" in run.messages
+    record(folder, 1)
+    assert run.recorded() == []
+    assert moved(folder) == [old]
+    save_checkpoint(folder, 1, "new")
+    assert run.recorded() == []
+    assert moved(folder) == []
     run.close()
+    assert (folder / "checkpoints/1/state/data").read_text() == "new"
 
 
-def test_a_start_with_overwrite_that_fails_leaves_the_old_run(tmp_path):
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_start_with_overwrite_that_fails_leaves_the_old_run(tmp_path, begins):
     make_run(tmp_path / "a")
-    before = snapshot(tmp_path / "a")
-    run = open_folder(tmp_path / "a", "checkpoint.overwrite=true", "optimizer.lr=1e-3")
+    before = snapshot(tmp_path)
+    run = overwrite(tmp_path / "a")
+    if begins:
+        run.begin()
+        (tmp_path / "a" / "metrics.jsonl").touch()
+        with (tmp_path / "a" / "rewards.log").open("a") as log:
+            log.write("a traceback")
     run.close()
-    assert snapshot(tmp_path / "a") == before
+    assert snapshot(tmp_path) == before
 
 
-def test_overwrite_leaves_files_that_are_not_the_runs(tmp_path):
-    make_run(tmp_path / "a")
-    (tmp_path / "a" / "notes.txt").write_text("mine")
-    run = open_folder(tmp_path / "a", "checkpoint.overwrite=true")
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_overwrite_leaves_every_file_that_no_run_wrote(tmp_path, kind):
+    folder = tmp_path / "a"
+    make_run(folder, kind=kind)
+    strange = [
+        "notes.txt",
+        "checkpoints/notes.txt",
+        "checkpoints/best/x",
+        "checkpoints/1/notes.txt",
+        "export/notes.txt",
+    ]
+    strange += ["checkpoints/1/state/notes.txt"]
+    for name in strange:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"mine: {name}")
+    run = overwrite(folder, kind=kind)
     run.begin()
+    (old,) = moved(folder)
+    record(folder, 1)
+    save_checkpoint(folder, 1, "new")
+    (said,) = run.recorded()
+    assert said.startswith(f"{old} stays, for it holds what no run wrote")
     run.close()
-    assert (tmp_path / "a" / "notes.txt").read_text() == "mine"
+    for name in strange:
+        places = [place / name for place in (folder, old) if (place / name).is_file()]
+        assert [place.read_text() for place in places] == [f"mine: {name}"], name
+    for again in (folder, old):  # and in nobody's way
+        assert (again / "checkpoints/1/state/data").is_file()
+    next_one = open_folder(folder, "optimizer.lr=1e-3", kind=kind)
+    assert next_one.resumed
+    next_one.close()
+
+
+def test_an_export_that_fine_tuning_wrote_is_replaced_and_anything_else_stays(tmp_path):
+    folder = tmp_path / "a"
+    make_run(folder, kind="sft")
+    run = open_folder(folder, kind="sft")
+
+    def write(text):
+        def make(out):
+            out.mkdir()
+            (out / "model").write_text(text)
+
+        return make
+
+    assert run.replace_export(write("first")) == []
+    assert run.replace_export(write("second")) == []
+    assert contents(folder / "export") == {"model": b"second"}
+    assert not [path for path in folder.iterdir() if "old" in path.name]
+    (folder / "export" / "notes.txt").write_text("mine")
+    (said,) = run.replace_export(write("third"))
+    (kept,) = folder.glob("export.old-*")
+    assert said == f"{kept} is what was in {folder / 'export'}; it stays, for no run wrote it as it is"
+    assert contents(kept) == {"model": b"second", "notes.txt": b"mine"}
+    assert contents(folder / "export") == {"model": b"third"}
+    run.close()
+    new = overwrite(folder, kind="sft")
+    new.begin()
+    record(folder, 1)
+    save_checkpoint(folder, 1)
+    assert new.recorded() == []  # with what it had exported
+    new.close()
+    assert moved(folder) == []
+    assert not (folder / "export").exists()
+    assert kept.is_dir()
+
+
+class Killed(BaseException):
+    """In the place of a signal that cannot be caught."""
+
+
+@pytest.fixture
+def kill_after(monkeypatch):
+    """kill_after(k): the k-th change of the disk from now on (counted from 1) does not happen, nor anything after it;
+    kill_after(None): everything happens again.
+    """
+    left = None
+    plain = {name: getattr(os, name) for name in ("rename", "replace", "unlink", "mkdir", "rmdir")}
+
+    def guarded(name):
+        def call(*arguments, **options):
+            nonlocal left
+            if left is not None:
+                left -= 1
+                if left <= 0:
+                    raise Killed
+            return plain[name](*arguments, **options)
+
+        return call
+
+    for name in plain:
+        monkeypatch.setattr(os, name, guarded(name))
+
+    def set_left(count):
+        nonlocal left
+        left = count
+
+    return set_left
+
+
+def is_killed(kill_after, number, action):
+    """Whether the action had a change of that number, at which it was killed."""
+    kill_after(number)
+    try:
+        action()
+    except Killed:
+        return True
+    finally:
+        kill_after(None)
+    return False
+
+
+def test_a_kill_while_the_old_run_is_moved_and_again_while_it_is_moved_back_keeps_it_whole(tmp_path, kill_after):
+    make_run(tmp_path / "start")
+    (tmp_path / "start" / "notes.txt").write_text("mine")
+    old_run = contents(tmp_path / "start")
+    for number in itertools.count(1):
+        folder = tmp_path / str(number) / "a"
+        shutil.copytree(tmp_path / "start", folder)
+        run = overwrite(folder)
+        was_killed = is_killed(kill_after, number, run.begin)
+        killed(run)
+        second = 1 + number * 5 % 16
+        is_killed(kill_after, second, lambda folder=folder: killed(open_folder(folder)))
+        again = open_folder(folder)
+        assert again.resumed
+        again.close()
+        assert contents(folder) == old_run
+        assert moved(folder) == []
+        if not was_killed:  # begun, and nothing recorded
+            assert number > 10
+            return
+
+
+def test_a_kill_while_the_old_run_is_removed_keeps_the_new_one(tmp_path, kill_after):
+    make_run(tmp_path / "start" / "a")
+    run = overwrite(tmp_path / "start" / "a")
+    run.begin()
+    record(run.path, 1)
+    save_checkpoint(run.path, 1, "new")
+    new_run = contents(run.path)
+    killed(run)
+    for number in itertools.count(1):
+        shutil.copytree(tmp_path / "start", tmp_path / str(number))
+        folder = tmp_path / str(number) / "a"
+        was_killed = is_killed(kill_after, number, lambda folder=folder: open_folder(folder, "optimizer.lr=1e-3"))
+        again = open_folder(folder, "optimizer.lr=1e-3") if was_killed else None
+        assert contents(folder) == new_run
+        assert moved(folder) == []
+        if again is None:
+            assert number > 10
+            return
+        assert again.resumed
+        again.close()
+
+
+def test_a_new_run_that_recorded_steps_and_no_checkpoint_goes_on_and_the_old_one_waits(tmp_path):
+    folder = tmp_path / "a"
+    make_run(folder)
+    run = overwrite(folder)
+    run.begin()
+    record(folder, 1)
+    killed(run)
+    again = open_folder(folder, "optimizer.lr=1e-3")
+    assert again.resumed
+    assert len(moved(folder)) == 1
+    save_checkpoint(folder, 1, "new")
+    again.recorded()
+    again.close()
+    assert moved(folder) == []
+
+
+def test_what_lies_in_the_way_of_the_old_run_is_named_and_nothing_is_lost(tmp_path):
+    folder = tmp_path / "a"
+    make_run(folder)
+    run = overwrite(folder)
+    run.begin()
+    killed(run)
+    (folder / "reward.png").write_text("mine")
+    (moved(folder)[0] / "reward.png").write_text("the run's")
+    note = moved(folder)[0] / ".tandem-moved.json"
+    note.write_text(note.read_text().replace('"metrics.jsonl"', '"metrics.jsonl", "reward.png"'))
+    with pytest.raises(ValueError, match=r"must go back to .*, and .*reward\.png is in its way; move one of the two"):
+        open_folder(folder)
+    assert (folder / "reward.png").read_text() == "mine"
+    assert (moved(folder)[0] / "checkpoints/1/state/data").read_text() == "weights"
 
 
 # Refusals
@@ -171,20 +436,61 @@ def test_another_run_is_refused_and_left_as_it_is(tmp_path, overrides, arguments
     for _ in range(2):  # the lock is given back, too
         with pytest.raises(ValueError, match=message) as error:
             open_folder(tmp_path / "a", *overrides, **arguments)
-        assert "checkpoint.overwrite=true to delete that run" in str(error.value)
+        assert "checkpoint.overwrite=true to replace that run" in str(error.value)
     assert snapshot(tmp_path / "a") == before
 
 
+FOREIGN = {
+    "a thesis": {"thesis.tex": "mine"},
+    "a configuration": {"config.yml": "mine"},
+    "numbers": {"checkpoints/1/x": "mine"},
+    "a lock": {".lock": "mine"},
+    "an identity that says nothing": {"run.json": "{}", "export/model": "mine"},
+    "an identity that is no JSON": {"run.json": "\x00", "metrics.jsonl": '{"step": 1}\n'},
+    "an identity that is too deep": {"run.json": "[" * 100_000},
+    "an identity and no run": {"run.json": IDENTITY, "config.yml": CONFIG, "checkpoints/1/x": "mine"},
+    "an identity and other lines": {"run.json": IDENTITY, "config.yml": CONFIG, "metrics.jsonl": "1,2,3\n"},
+    "another configuration": {"run.json": IDENTITY, "config.yml": "seed: 3\n", "metrics.jsonl": '{"step": 1}\n'},
+    "no configuration": {"run.json": IDENTITY, "config.yml": "- 1\n", "metrics.jsonl": '{"step": 1}\n'},
+    "another kind": {
+        "run.json": IDENTITY.replace("grpo", "ppo"),
+        "config.yml": CONFIG,
+        "metrics.jsonl": '{"step": 1}\n',
+    },
+    "a later format": {"run.json": LATER, "config.yml": CONFIG, "metrics.jsonl": '{"step": 1}\n'},
+    "our identity and another configuration": {"run.json": MARKED, "config.yml": CONFIG, "export/model": "mine"},
+    "our identity and a file": {"run.json": MARKED, "export/model": "mine"},
+    "a run with a folder named as a step": {
+        "run.json": IDENTITY,
+        "config.yml": CONFIG,
+        "metrics.jsonl": '{"step": 1}\n',
+        "checkpoints/2024/photo": "mine",
+    },
+}
+
+
 @pytest.mark.parametrize("overwrite", ["true", "false"])
-@pytest.mark.parametrize("content", ["thesis.tex", "config.yml", "checkpoints/1/x"])
-def test_a_folder_with_something_else_is_refused_and_left_as_it_is(tmp_path, content, overwrite):
-    path = tmp_path / "a" / content
-    path.parent.mkdir(parents=True)
-    path.write_text("mine")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_that_is_not_shown_to_be_a_run_is_refused_and_left_as_it_is(tmp_path, name, overwrite):
+    for place, text in FOREIGN[name].items():
+        (tmp_path / "a" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / place).write_text(text)
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=r"output_dir must be empty or hold a run, got .*choose another output_dir"):
         open_folder(tmp_path / "a", f"checkpoint.overwrite={overwrite}")
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/3/state/_METADATA"])
+def test_a_run_of_an_older_version_is_recognised_and_resumes(tmp_path, left):
+    folder = tmp_path / "a"
+    (folder / left).parent.mkdir(parents=True)
+    (folder / "config.yml").write_text(dump_config(config_for(folder)))
+    (folder / "run.json").write_text(json.dumps({"kind": "grpo", **ORIGIN}))
+    (folder / left).write_text('{"step": 1}\n')
+    run = open_folder(folder)
+    assert run.resumed
+    run.close()
 
 
 def test_a_file_or_no_folder_at_all_is_refused(tmp_path):

@@ -34,8 +34,9 @@ from rl.checkpoint_files import (
 from rl.config import Config, dump_config, load_config
 from rl.data import fingerprint, load_pairs, load_prompts
 from rl.health import healthy
-from rl.models.hf import new_folder, read_config, resolve_source, save_folder, set_leaf, write_json
+from rl.models.hf import new_folder, read_config, resolve_source, save_folder, set_leaf
 from rl.models.maxtext import read_params, weight_names
+from rl.run_files import write_identity
 from rl.run_folder import checkpoint_steps, read_run
 from rl.tokenizer import load_tokenizer
 from rl.weights import tokenizer_of
@@ -64,7 +65,7 @@ def upgrade_run(run: str | pathlib.Path, out: str | pathlib.Path) -> list[str]:
         shutil.copytree(run, draft, dirs_exist_ok=True, ignore=hidden)
         changes += _upgrade_config(draft / "config.yml", out)
         config, identity = read_run(draft)
-        changes += _upgrade_identity(draft / "run.json", config, identity)
+        changes += _upgrade_identity(draft, config, identity)
         for step in checkpoint_steps(draft):
             folder = draft / "checkpoints" / str(step)
             own = _upgrade_record(folder, config, identity["kind"]) + _upgrade_sgd(folder, config)
@@ -114,14 +115,16 @@ def _upgrade_config(path: pathlib.Path, out: pathlib.Path) -> list[str]:
     return ["config.yml: sampling.max_rows is sampling.slots"] if renamed != text else []
 
 
-def _upgrade_identity(path: pathlib.Path, config: Config, identity: dict[str, Any]) -> list[str]:
-    if "data" in identity:
-        return []
-    tokenizer = tokenizer_of(config)
-    is_grpo = identity["kind"] == "grpo"
-    rows = load_prompts(config, tokenizer).train if is_grpo else load_pairs(config, tokenizer).rows
-    write_json(path, {**identity, "data": fingerprint(rows)})
-    return ["run.json: data is what data.source gives now; that the run began with it is not known"]
+def _upgrade_identity(folder: pathlib.Path, config: Config, identity: dict[str, Any]) -> list[str]:
+    changes = []
+    if "data" not in identity:
+        tokenizer = tokenizer_of(config)
+        is_grpo = identity["kind"] == "grpo"
+        rows = load_prompts(config, tokenizer).train if is_grpo else load_pairs(config, tokenizer).rows
+        identity = {**identity, "data": fingerprint(rows)}
+        changes.append("run.json: data is what data.source gives now; that the run began with it is not known")
+    write_identity(folder, identity, (folder / "config.yml").read_text(encoding="utf-8"))
+    return changes
 
 
 def _upgrade_record(folder: pathlib.Path, config: Config, kind: str) -> list[str]:
