@@ -4,6 +4,7 @@ No command is imported before it is chosen, so that `grpo --help` answers at onc
 its arguments; each module's `main(argv)` reads its own, and `python -m <module>` does the same as the command.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -12,7 +13,8 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
 TRACEBACK_VARIABLE = "GRPO_TRACEBACK"
 OWN_PACKAGES = ("configs", "rewards", "rl")
@@ -230,21 +232,75 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0, or what the command's `main` returned; 2 for a user's error, told without a traceback unless
-      `--traceback` is given or GRPO_TRACEBACK is set; 130 after Ctrl-C, 141 when the reader of stdout is gone, as a
-      shell gives for a process that a signal ended.
+      `--traceback` is given or GRPO_TRACEBACK is set, and where stdout cannot be written, on a full disk for instance;
+      130 after Ctrl-C, 141 when the reader of stdout is gone, as a shell gives for a process that a signal ended.
 
     Raises:
       ValueError: one that no code of Tandem raised. It is a bug, not a user's error, and nobody could find it without
         its traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    stdout = sys.stdout
+    sys.stdout = _Output(stdout)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        # Whoever read the output (`| head`) has seen enough. Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        status = status_without_stdout(error)
+        if status is None:
+            raise
+        return status
+    finally:
+        sys.stdout = stdout
+
+
+class _Output:
+    """A stream that knows the error with which it failed."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.failure: OSError | None = None
+
+    def write(self, text: str) -> int:
+        with self._remembering():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._remembering():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def status_without_stdout(error: BaseException) -> int | None:
+    """The exit status of a command that ended with this error because its stdout takes nothing any more; None where
+    that is not why. What stdout still holds is dropped, or Python would complain of it once more in the end.
+    """
+    if not isinstance(error, OSError) or error is not getattr(sys.stdout, "failure", None):
+        return None
+    silence(sys.stdout)
+    if isinstance(error, BrokenPipeError):  # whoever read the output (`| head`) has seen enough
         return 141
+    return _fail(f"standard output must take what the command prints, got: {error.strerror}; write it elsewhere")
+
+
+def silence(stream: TextIO) -> None:
+    """Sends to nowhere what the stream holds and what will be written to it; it stays open."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _run(arguments: list[str]) -> int:
@@ -313,7 +369,8 @@ def raised_by_tandem(error: BaseException) -> bool:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # there is nowhere left to say it
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 

@@ -1,18 +1,23 @@
 """What a person sees while a run goes on: a live line on a terminal, one plain line per step in a log.
 
 In: the same mapping of metrics that goes to metrics.jsonl. Out: text on a stream. Not here: files (`rl/metrics.py`).
+Where the stream takes nothing any more, on a full disk for instance, a run goes on without it; a reader that has left
+(`| head`) ends it, unless it was asked to stop and has to save.
 """
 
 import collections
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import rich.console
 import rich.live
 import rich.text
+
+from rl.cli import silence
 
 _STEPS_FOR_TIME_LEFT = 50  # enough to hold an evaluation or a checkpoint now and then
 _BAR_WIDTH = 20  # characters
@@ -28,6 +33,12 @@ _WATCHED = (
 _SPEEDS = (("tokens_per_second/rollout", "rollout"), ("tokens_per_second/train", "train"))
 
 
+class _RichConsole(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves the error to the caller, in the place of an end of its own with exit status 1."""
+        raise  # this is called where the error is handled
+
+
 class Console:
     """Prints the progress of a run of `total_steps` steps to `stream` (standard output when None).
 
@@ -39,7 +50,8 @@ class Console:
         output: TextIO = sys.stdout if stream is None else stream
         self._total_steps = total_steps
         self._is_live = output.isatty()
-        self._console = rich.console.Console(
+        self._stream, self._is_stopping = output, False
+        self._console = _RichConsole(
             file=output, force_terminal=self._is_live, highlight=False, markup=False, emoji=False, soft_wrap=True
         )
         self._live: rich.live.Live | None = None
@@ -57,7 +69,7 @@ class Console:
         counter = f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
         fields = format_fields(metrics)
         if not self._is_live:
-            self._console.print("  ".join([counter, *fields, time_left]))
+            self._print("  ".join([counter, *fields, time_left]))
             return
         if metrics.get("eval/accuracy") is not None:
             self.message("  ".join([counter, *fields]))
@@ -66,23 +78,31 @@ class Console:
 
     def message(self, text: str) -> None:
         """Prints `text` as it is, on lines of its own."""
-        self._console.print(text)
+        self._print(text)
+
+    def stopping(self, text: str) -> None:
+        """Prints `text`, the last that a reader of the output may see: from here on a reader that has left is no reason
+        to end.
+        """
+        self._is_stopping = True
+        self._print(text)
 
     def warning(self, text: str) -> None:
         """Prints `warning: text`, in yellow on a terminal."""
-        self._console.print(f"warning: {text}", style="yellow")
+        self._print(f"warning: {text}", style="yellow")
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         """Prints a title and under it names and values in two columns."""
         width = max(map(len, rows), default=0)
-        self._console.print(title, style="bold")
+        self._print(title, style="bold")
         for name, value in rows.items():
-            self._console.print(f"  {name:<{width}}  {value}")
+            self._print(f"  {name:<{width}}  {value}")
 
     def close(self) -> None:
         """Leaves the live line as it stands and gives the terminal back; calling it again does nothing."""
         if self._live is not None:
-            self._live.stop()
+            with self._writing():
+                self._live.stop()
             self._live = None
 
     def __enter__(self) -> "Console":
@@ -106,8 +126,30 @@ class Console:
         if self._live is None:
             # Once per step is often enough, and needs no thread beside jax.
             self._live = rich.live.Live(console=self._console, auto_refresh=False)
-            self._live.start()
-        self._live.update(rich.text.Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+            with self._writing():
+                self._live.start()
+        with self._writing():
+            self._live.update(rich.text.Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        with self._writing():
+            self._console.print(text, style=style)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around a write to the stream: what happens when it fails."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and not self._is_stopping:
+                raise
+            silence(self._stream)
+            with contextlib.suppress(OSError):  # stderr may be the same file
+                print(
+                    f"warning: standard output takes nothing any more ({error.strerror}); the run goes on without it, "
+                    "and its files have every step",
+                    file=sys.stderr,
+                )
 
 
 def format_fields(metrics: Mapping[str, Any]) -> list[str]:

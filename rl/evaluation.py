@@ -41,7 +41,7 @@ from rl.states import InitStateFn, get_abstract_state
 from rl.tokenizer import Tokenizer
 from rl.trained import load_source, resolve_model
 from rl.wave_sampler import WaveSampler
-from rl.weights import eos_ids, use_compilation_cache
+from rl.weights import eos_ids, tokenizer_of, use_compilation_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,10 +292,10 @@ def evaluate_source(
         hosts.from_first(lambda: check_writable(output, "--output"))
         use_compilation_cache(config)
         require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
-        trained = load_source(source)
-        rows = load_prompts(config, trained.tokenizer).held_out[: config.eval.max_prompts]
+        rows = load_prompts(config, tokenizer_of(config)).held_out[: config.eval.max_prompts]
         if not rows:
             raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
+        trained = load_source(source)
         sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
         sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
         with contextlib.closing(sampler), start_rewards(config, rows, None) as runner:

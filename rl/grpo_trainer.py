@@ -145,7 +145,7 @@ def train(config: Config) -> pathlib.Path:
         first_line = first_step + 1 if run.resumed and first_step else 0
         writer = stack.enter_context(MetricsWriter(run.path if hosts.is_first() else None, first_line))
         compiles, watch = stack.enter_context(CompileCounter()), Stopwatch()
-        stop = stack.enter_context(StopRequest(console.message))
+        stop = stack.enter_context(StopRequest(console.stopping))
 
         def evaluation(step: int) -> dict[str, float | None]:
             if not eval_rows or (step % config.eval.every and step != config.grpo.steps):

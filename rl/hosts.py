@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rl.cli import TRACEBACK_VARIABLE, raised_by_tandem
+from rl.cli import TRACEBACK_VARIABLE, raised_by_tandem, status_without_stdout
 from rl.config import Config, require
 from rl.config_sections import DistributedSection, to_dict
 
@@ -118,6 +118,8 @@ def joined(section: DistributedSection) -> Iterator[None]:
 
 def _report(error: BaseException) -> int:
     """Says what ended this process; the exit status that it has alone."""
+    if (status := status_without_stdout(error)) is not None:
+        return status
     is_plain = isinstance(error, ValueError) and raised_by_tandem(error) and not os.environ.get(TRACEBACK_VARIABLE)
     if is_plain:
         print(f"error: process {jax.process_index()}: {error}", file=sys.stderr)

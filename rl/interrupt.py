@@ -39,5 +39,7 @@ class StopRequest:
         text = f"{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again to stop at once)"
         try:
             self._say(text)
-        except RuntimeError:  # the signal came amid a write to the same stream, which cannot be entered again
+        except (OSError, RuntimeError):
+            # Who reads the output may have got the same signal, `| tee` for instance, which must not cost the step. Or
+            # it came amid a write to the same stream, which cannot be entered again.
             os.write(_STDERR, f"{text}\n".encode())

@@ -123,7 +123,7 @@ def train(config: Config) -> pathlib.Path:
         # -- loop
         writer = stack.enter_context(MetricsWriter(run.path if hosts.is_first() else None, first_step + 1))
         compiles, watch = stack.enter_context(CompileCounter()), Stopwatch()
-        stop = stack.enter_context(StopRequest(console.message))
+        stop = stack.enter_context(StopRequest(console.stopping))
         for step in range(first_step, config.sft.steps):
             batch_rows = [
                 pairs.rows[i] for i in step_indices(len(pairs.rows), config.seed, step, config.sft.batch_size)

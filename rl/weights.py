@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -203,25 +204,35 @@ def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> 
 
 def use_compilation_cache(config: Config) -> None:
     """Points XLA's persistent compilation cache at logging.compilation_cache: "auto" is ~/.cache/tandem/programs, null
-    leaves it as jax has it. Call before the first compilation.
+    leaves it as jax has it. Call before the first compilation, which makes the folder.
+
+    Raises:
+      ValueError: a folder that cannot be written. With "auto" that is said on stderr, and nothing is kept.
     """
     folder = config.logging.compilation_cache
     if folder == "auto":
-        folder = _own_cache()
+        if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # which jax follows by itself; empty: no cache
+            return
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tandem", "programs")
+        if problem := _cache_problem(folder):
+            print(f"warning: compiled programs are not kept for the next start: {problem}", file=sys.stderr)
+            return
+    elif folder is not None and (problem := _cache_problem(folder)):
+        raise ValueError(
+            f"logging.compilation_cache must be a folder that can be written, got {folder!r}: {problem}; choose "
+            "another one, or null for none"
+        )
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a run has dozens of small programs
 
 
-def _own_cache() -> str | None:
-    """A folder in the user's cache; None where JAX_COMPILATION_CACHE_DIR is set, which jax follows by itself (empty: no
-    cache), and where no such folder can be made.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return None
-    try:
-        folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tandem" / "programs"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: nobody's home is known
-        return None
-    return str(folder)
+def _cache_problem(folder: str) -> str | None:
+    """Why no file can be written below a folder, which need not be there yet; None where one can."""
+    path = pathlib.Path(os.path.expanduser(folder)).absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is no folder"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"{nearest} cannot be written"
+    return None

@@ -18,6 +18,7 @@ from rl import sft_trainer
 from rl.checkpoint import create_checkpoint_manager
 from rl.cli import main
 from rl.config import load_config
+from rl.evaluation import evaluate_source
 from rl.grpo_trainer import train
 from rl.mesh import create_mesh
 from rl.metrics import CompileCounter, read_metrics, read_samples
@@ -224,6 +225,15 @@ def test_a_tokenizer_of_another_model_is_refused(recipe):
 
 
 # Data
+
+
+def test_an_evaluation_without_held_out_rows_is_refused_before_anything_is_compiled(recipe):
+    with (
+        CompileCounter() as compiles,
+        pytest.raises(ValueError, match=r"evaluation needs held-out rows, got none; set"),
+    ):
+        evaluate_source(recipe)
+    assert compiles.count == 0
 
 
 def test_a_prompt_column_that_does_not_exist_is_refused(recipe):

@@ -158,13 +158,60 @@ def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(tmp_path):
     assert process.returncode == 141
 
 
-def test_help_whose_reader_is_gone_ends_quietly():
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "rl.cli", "--help"]
-    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False)
-    os.close(writer)
-    assert (process.returncode, process.stderr) == (141, b"")
+@pytest.fixture
+def broken_stdout(monkeypatch):
+    """Makes a file that takes nothing the stdout of this process: a pipe without a reader, or a full device."""
+    opened = []
+
+    def replace(kind):
+        if kind == "pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+            stream = os.fdopen(writer, "w")
+        else:
+            stream = open("/dev/full", "w")  # noqa: SIM115
+        opened.append(stream)
+        monkeypatch.setattr(sys, "stdout", stream)
+
+    yield replace
+    for stream in opened:
+        stream.close()  # as the interpreter does in the end: what it still held must not be an error once more
+
+
+needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+PRINTS = {"little": "print('line')", "much": "print('line' * 100_000)", "rich": "Console(1).message('line')"}
+
+
+@pytest.mark.parametrize("body", PRINTS.values(), ids=PRINTS)
+def test_a_command_whose_reader_is_gone_ends_with_141_and_without_a_word(add_command, broken_stdout, capsys, body):
+    add_command("prints", f"from rl.console import Console; {body}")
+    broken_stdout("pipe")
+    assert main(["prints", "x"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+@needs_dev_full
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["prints", "x"]])
+def test_a_command_whose_output_cannot_be_written_says_so(add_command, broken_stdout, capsys, arguments):
+    add_command("prints", PRINTS["much"])
+    broken_stdout("full device")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == (
+        "error: standard output must take what the command prints, got: No space left on device; write it elsewhere\n"
+    )
+
+
+@needs_dev_full
+def test_another_full_disk_is_not_taken_for_that_of_the_output(add_command):
+    add_command("writes", "raise OSError(28, 'No space left on device')")
+    with pytest.raises(OSError, match="No space left"):
+        main(["writes", "x"])
+
+
+def test_a_closed_stdout_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["--help"]) == 0
+    sys.stdout.close()
 
 
 def test_a_commands_exit_status_is_kept(add_command):

@@ -219,6 +219,33 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_a_reader_that_has_left_ends_a_run_unless_it_was_asked_to_stop(capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, Console(2, stream) as console:
+        for _ in range(2):
+            with pytest.raises(BrokenPipeError):
+                console.message("hello")
+        console.stopping("SIGINT: finishing this step")
+        console.step_line({"step": 2})
+    assert capsys.readouterr().err.count("standard output takes nothing any more (Broken pipe)") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_run_goes_on_when_its_output_is_full_and_says_it_once(capsys, monkeypatch, is_terminal):
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(stream, "isatty", lambda: is_terminal, raising=False)
+        with Console(2, stream) as console:
+            console.table("grpo train", {"run folder": "runs/a"})
+            for step in (1, 2):
+                console.step_line({"step": step})
+            console.warning("loss is high")
+    error = capsys.readouterr().err
+    assert error.count("warning: standard output takes nothing any more (No space left on device)") == 1
+    assert len(error.splitlines()) == 1
+
+
 def test_a_terminal_gets_a_line_that_is_redrawn_and_fits(monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     monkeypatch.setenv("TERM", "xterm")

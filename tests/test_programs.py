@@ -109,7 +109,9 @@ def cache_settings():
         jax.config.update(name, value)
 
 
-def test_programs_are_kept_in_the_users_cache_unless_something_else_is_said(cache_settings, tmp_path, monkeypatch):
+def test_programs_are_kept_in_the_users_cache_unless_something_else_is_said(
+    cache_settings, tmp_path, monkeypatch, capsys
+):
     before = cache_settings()
     auto = load_config(None, [])
     use_compilation_cache(auto)  # JAX_COMPILATION_CACHE_DIR is set
@@ -118,12 +120,18 @@ def test_programs_are_kept_in_the_users_cache_unless_something_else_is_said(cach
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where no folder can be made
     use_compilation_cache(auto)
+    said = f"warning: compiled programs are not kept for the next start: {tmp_path / 'file'} is no folder\n"
+    assert capsys.readouterr().err == said
+    with pytest.raises(
+        ValueError, match=r"logging\.compilation_cache must be a folder .*/file is no folder; choose ano"
+    ):
+        use_compilation_cache(load_config(None, [f"logging.compilation_cache={tmp_path / 'file' / 'x'}"]))
     use_compilation_cache(load_config(None, ["logging.compilation_cache=null"]))
     assert cache_settings() == before
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     use_compilation_cache(auto)
     assert cache_settings() == (str(tmp_path / "cache" / "tandem" / "programs"), 0)
-    assert pathlib.Path(cache_settings()[0]).is_dir()
+    assert not pathlib.Path(cache_settings()[0]).exists()  # the first compilation makes it
     monkeypatch.setenv("HOME", str(tmp_path))
     use_compilation_cache(load_config(None, ["logging.compilation_cache=~/programs"]))
     assert cache_settings() == (str(tmp_path / "programs"), 0)
