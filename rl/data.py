@@ -274,7 +274,10 @@ def _tokenize(
 
     def encode(index: int) -> list[int]:
         prompt = prompts[index]
-        prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        try:
+            prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        except ValueError as error:
+            raise ValueError(f"{key} row {index}: {error}") from error
         if not prompt_ids:
             raise ValueError(f"{key} row {index}: the prompt must hold at least one token, got {prompt!r}")
         return prompt_ids

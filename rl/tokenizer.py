@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl.json_file import Fields, read_object, shown
 from rl.remote import local_copy
+from rl.untrusted import Untrusted, UntrustedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,8 +45,12 @@ class Tokenizer:
       vocab_size: highest token id + 1, special and added tokens included.
     """
 
-    def __init__(self, backend: "PreTrainedTokenizerFast") -> None:
+    def __init__(
+        self, backend: "PreTrainedTokenizerFast", template_name: str = "the tokenizer's chat template"
+    ) -> None:
         self.backend = backend
+        self._template_name = template_name  # for messages
+        self._untrusted: Untrusted | None = None  # renders chats; there from the first one on
         eos_id = _token_id(backend, backend.eos_token)
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
         self.bos_id: int | None = _token_id(backend, backend.bos_token)
@@ -81,26 +86,53 @@ class Tokenizer:
     def render_chat(self, messages: Messages) -> str:
         """The messages as text by the tokenizer's own Jinja template, up to where the assistant's next answer begins.
 
-        Raises:
-          ValueError: no chat template, or the template refuses the messages (Gemma's wants user and assistant in turn).
-        """
-        import jinja2
+        The template is somebody else's program: it runs in a process of its own, which is ended when it takes too long.
 
+        Raises:
+          ValueError: no chat template, or it refuses the messages (Gemma's wants user and assistant in turn), fails,
+            takes or writes too much, or ignores what the messages say.
+        """
         if not self.has_chat_template:
             raise ValueError(
                 "the tokenizer must have a chat template for a chat prompt, got none; set tokenizer.chat_template to a "
                 "Jinja file, use an instruction-tuned model's tokenizer, or set data.chat=false"
             )
+        is_first = self._untrusted is None
         try:
-            text = self.backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except jinja2.TemplateError as error:
+            text = self._render(messages)
+        except UntrustedError as error:
             roles = [message.get("role") for message in messages]
             raise ValueError(
-                f"the tokenizer's chat template must accept messages with roles {roles}, got {type(error).__name__}: "
-                f"{error}; change data.system_prompt or the messages, or set tokenizer.chat_template to a Jinja file"
+                f"{self._template_name} must accept messages with roles {shown(roles)}, got {error}; change "
+                "data.system_prompt or the messages, or set tokenizer.chat_template to another Jinja file"
             ) from error
-        assert isinstance(text, str)
+        if is_first:
+            self._check_that_messages_matter(messages, text)
         return text
+
+    def _render(self, messages: Messages) -> str:
+        if self._untrusted is None:
+            self._untrusted = Untrusted()
+        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        return self._untrusted.render(
+            self.backend.get_chat_template(), {**self.backend.special_tokens_map, **variables}
+        )
+
+    def _check_that_messages_matter(self, messages: Messages, text: str) -> None:
+        """ValueError where the first or the last message may say something else and the text stays the same."""
+        for index in sorted({0, len(messages) - 1}):
+            message = messages[index]
+            changed = [*messages[:index], {**message, "content": f"{message['content']} 7 "}, *messages[index + 1 :]]
+            try:
+                is_ignored = self._render(changed) == text
+            except UntrustedError:  # it wants certain words: then it looks at them
+                is_ignored = False
+            if is_ignored:
+                raise ValueError(
+                    f"{self._template_name} must write what the messages say, got the same text for other words of the "
+                    f"{message['role']!r} message; set tokenizer.chat_template to another Jinja file, leave such "
+                    "messages out (data.system_prompt=null), or set data.chat=false"
+                )
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """Token ids of `render_chat(messages)`. BOS is there when the template writes it, and never twice."""
@@ -149,7 +181,22 @@ def load_tokenizer(source: str | os.PathLike, chat_template_path: str | os.PathL
     backend = _byte_backend() if source == BYTE_SOURCE else _load_backend(source)
     if chat_template_path is not None:
         backend.chat_template = _read_template(local_copy(chat_template_path))
-    return Tokenizer(backend)
+        return Tokenizer(backend, f"tokenizer.chat_template {os.fspath(chat_template_path)!r}")
+    _check_template(source, backend)
+    return Tokenizer(backend, f"the chat template of tokenizer {source!r}")
+
+
+def _check_template(source: str, backend: "PreTrainedTokenizerFast") -> None:
+    """ValueError for a template that is no text, is too long, or is one of several without a name to choose it by."""
+    template = backend.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if backend.chat_template and (not isinstance(template, str) or len(template) > MAX_TEMPLATE_BYTES):
+        raise ValueError(
+            f"the chat template of tokenizer {source!r} must be text of at most {MAX_TEMPLATE_BYTES} characters, or "
+            f"have a version called default, got {shown(backend.chat_template)}; set tokenizer.chat_template to a "
+            "Jinja file"
+        )
 
 
 def _read_template(path: pathlib.Path) -> str:

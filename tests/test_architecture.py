@@ -29,6 +29,8 @@ LAYERS = [
         "rl.models.config",
         "rl.host_memory",
         "rl.json_file",
+        "rl.untrusted",
+        "rl.untrusted_worker",
         "rl.metrics",
         "rl.interrupt",
         "rl.tools.launch",

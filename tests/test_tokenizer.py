@@ -10,6 +10,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from rl import untrusted
 from rl.tokenizer import Tokenizer, load_tokenizer
 
 ODD_TEXTS = (
@@ -132,11 +133,65 @@ def test_template_that_refuses_a_role_says_why():
         tokenizer.encode_chat([{"role": "system", "content": "x"}, *USER])
 
 
-def test_template_that_is_not_jinja_is_refused(tmp_path):
+def test_a_template_that_fails_or_does_not_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(untrusted, "SECONDS", 0.3)
     path = tmp_path / "broken.jinja"
-    path.write_text("{% for m in %}")
-    with pytest.raises(ValueError, match="TemplateSyntaxError"):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}WRITE{% endfor %}{% endfor %}"
+    for template, problem in (
+        ("{% for m in %}", "TemplateSyntaxError in line 1: "),
+        ("a\nb {{ 1/0 }}", "ZeroDivisionError in line 2: division by zero"),
+        ("{{ messages + 3 }}", "TypeError in line 1: can only concatenate list"),
+        ("{{ messages.__class__.__mro__ }}", "SecurityError in line 1: "),
+        (endless.replace("WRITE", ""), "it took more than 0.3 s of processor time"),
+        (endless.replace("WRITE", "x" * 1000), "ValueError: its text is longer than 1000"),
+    ):
+        path.write_text(template)
+        with pytest.raises(ValueError, match=r"chat_template '.*broken.jinja' must accept messages .*'user'") as caught:
+            load_tokenizer("byte", path).encode_chat(USER)
+        assert problem in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit the memory of a process")
+def test_a_template_that_asks_for_all_memory_is_refused(tmp_path):
+    path = tmp_path / "large.jinja"
+    path.write_text("{{ 'a' * 100000000000 }}")
+    with pytest.raises(ValueError, match="MemoryError in line 1"):
         load_tokenizer("byte", path).encode_chat(USER)
+
+
+def test_a_template_that_ignores_the_messages_is_refused():
+    system = [{"role": "system", "content": "Be brief."}, *USER]
+    last_only = "{{ messages[-1]['content'] }}"
+    assert word_tokenizer("$A", template=last_only).render_chat(USER) == "hi"
+    for template, messages, role in (("{{ bos_token }}", USER, "user"), (last_only, system, "system")):
+        with pytest.raises(ValueError, match=f"got the same text for other words of the '{role}' message"):
+            word_tokenizer("$A", template=template).render_chat(messages)
+
+
+def test_a_tokenizer_renders_on_after_a_chat_that_was_refused():
+    tokenizer = word_tokenizer(
+        "$A", template="{{ 1 // (messages[0]['content']|length - 1) }}{{ messages[0]['content'] }}"
+    )
+    assert tokenizer.render_chat(USER) == "1hi"
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        tokenizer.render_chat([{"role": "user", "content": "a"}])
+    assert tokenizer.render_chat(USER) == "1hi"
+
+
+TEMPLATE_OF_MANY_PARTS = (
+    "{%- for m in messages %}\n  {%- if loop.first %}{{ bos_token }}{% endif %}\n  {% if m.role == 'user' %}\n"
+    "{{ m | tojson(indent=1) }} {{ m.content.strip() }}\n  {% continue %}\n  {% endif %}\n"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}\n{% endfor %}{{ strftime_now('%Y') }}"
+    "{% if tools is none and not documents %} - {% endif %}{{ add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, TEMPLATE_OF_MANY_PARTS])
+def test_chats_are_rendered_as_transformers_renders_them(template):
+    tokenizer = word_tokenizer("$A", template=template)
+    chat = [{"role": "system", "content": "b"}, {"role": "user", "content": " \u65e5\ud800 "}, *USER]
+    peer = tokenizer.backend.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.render_chat(chat) == peer
 
 
 def test_decode_does_not_clean_up_spaces():
