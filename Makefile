@@ -1,22 +1,25 @@
-# make quickstart | test | check | format | clean. Needs Python 3.11 to 3.13 and a network to PyPI on the first call, nothing else.
+# make quickstart | test | test-fast | test-long | check | format | clean. Needs Python 3.11 to 3.13 and a network to PyPI on the first call, nothing else.
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# The newest interpreter that is supported and really runs: a version manager may leave shims that only print an error.
+# The newest interpreter on the PATH that is supported and really runs, with the modules that an installation needs: a
+# version manager may leave shims that only print an error, in front of others of the same name.
 # Override with `make PYTHON=/path/to/python3.12 ...`.
-PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
-	"$$python" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1 \
-	&& { command -v "$$python"; break; }; done)
+PYTHON ?= $(shell IFS=:; for name in python3.13 python3.12 python3.11 python3 python; do for folder in $$PATH; do \
+	"$$folder/$$name" -c 'import bz2, ctypes, ensurepip, lzma, ssl, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	>/dev/null 2>&1 && { echo "$$folder/$$name"; exit; }; done; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format clean
+.PHONY: help install quickstart test test-fast test-long check format clean
 
 help:
 	@echo "make quickstart  train a small policy on arithmetic, SFT then GRPO (minutes, CPU)"
-	@echo "make test        the whole test suite"
-	@echo "make check       format, lint and type checks, then the test suite"
+	@echo "make test        every promise (at most 35 minutes on two cores)"
+	@echo "make test-fast   what builds no model (under three minutes)"
+	@echo "make test-long   what make test leaves out: chaos, fuzzing, whole matrices, packages that are no dependency"
+	@echo "make check       format, lint and type checks, then make test"
 	@echo "make format      rewrite the sources in the project's format"
 	@echo "make clean       remove the virtual environment and the caches, never a run"
 
@@ -36,6 +39,12 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-fast: $(INSTALLED)
+	@$(BIN)/python -m pytest -q -n 2 --fast --durations=5 --durations-min=2
+
+test-long: $(INSTALLED)
+	@$(BIN)/python -m pytest -q -m long
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
-"""Session setup: eight virtual CPU devices, before anything imports jax."""
+"""Session setup: eight virtual CPU devices, before anything imports jax; and what `--fast` leaves out."""
 
+import ast
 import os
 import pathlib
 
@@ -17,6 +18,51 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Two test processes may describe TPU chips at a time; none of them opens a real one.
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+# What builds a model, holds its state or trains it; compiling that is most of the suite's time.
+BUILDERS = {
+    "rl.checkpoint",
+    "rl.grpo_trainer",
+    "rl.models.hf",
+    "rl.models.linen_model",
+    "rl.models.nnx_model",
+    "rl.models.own",
+    "rl.models.policy",
+    "rl.optimizer",
+    "rl.sampler",
+    "rl.sft_trainer",
+    "rl.train_step",
+    "rl.trained",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fast", action="store_true", help="only files that build no model, without what is marked slow or long"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--fast"):
+        config.option.markexpr = "not slow and not long"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `--fast`, whether a test file or a helper that it imports imports one of the builders."""
+    if config.getoption("--fast") and collection_path.name.startswith("test_"):
+        return True if _imports_a_builder(collection_path) else None
+    return None
+
+
+def _imports_a_builder(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    helpers = [path.parent / f"{name.removeprefix('tests.')}.py" for name in names if name.startswith("tests.")]
+    return bool(names & BUILDERS) or any(_imports_a_builder(helper) for helper in helpers if helper.exists())
 
 
 # A process may have 65,530 memory maps (vm.max_map_count) and each compiled program takes about six; where none is
