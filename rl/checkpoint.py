@@ -26,11 +26,12 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from rl.checkpoint_files import folder_size, hash_unfinished
-from rl.config import Config, require
+from rl.config import Config
 from rl.models.config import ModelConfig
 from rl.models.lora import join, split
 from rl.models.policy import Params
 from rl.models.train_state import PureState
+from rl.remote_run import Mirror, run_path
 from rl.states import AbstractState, InitStateFn, check_same_tree, get_abstract_state
 
 ADAPTER = "adapter"  # the key of the loop record that holds an adapter's rank, alpha and targets
@@ -51,8 +52,10 @@ class Checkpoints:
         model_config: ModelConfig,
         read_only: bool = False,
         with_reference: bool = False,
+        mirror: Mirror | None = None,
     ):
         self._folder = folder
+        self._mirror = mirror
         self._with_reference = with_reference
         self.abstract = abstract
         self._keep = keep
@@ -96,6 +99,8 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        if self._mirror is not None:
+            self._mirror.before_save()
         with _explain_write_errors(self._folder):
             tree, record = to_tree(self._trained(state)), {**loop, **self._adapter_settings()}
             items: dict[str, Any] = {"state": ocp.args.StandardSave(tree), "loop": ocp.args.JsonSave(record)}
@@ -103,6 +108,8 @@ class Checkpoints:
                 assert reference is not None
                 items["reference"] = ocp.args.StandardSave(reference.params)
             self._manager.save(step, args=ocp.args.Composite(**items))
+        if self._mirror is not None:
+            self._mirror.saved(step)
 
     def restore(self, step: int | None = None, base: Params | None = None) -> tuple[PureState, dict[str, Any]]:
         """The state, placed by the shardings of this run's mesh, and the loop record of checkpoint `step` (None: the
@@ -239,9 +246,11 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when every checkpoint asked for is complete on disk. ValueError when writing one failed."""
+        """Returns when every checkpoint asked for is complete, uploads included. ValueError when writing one failed."""
         with _explain_write_errors(self._folder):
             self._manager.wait_until_finished()
+        if self._mirror is not None:
+            self._mirror.before_save()
 
     def close(self) -> None:
         """Finishes writing and releases the folder."""
@@ -289,6 +298,7 @@ def create_checkpoint_manager(
     read_only: bool = False,
     with_reference: bool = False,
     abstract: AbstractState | None = None,
+    mirror: Mirror | None = None,
 ) -> Checkpoints:
     """The checkpoints of `config.output_dir` for the state that `init_state_fn` builds.
 
@@ -296,14 +306,15 @@ def create_checkpoint_manager(
       read_only: for a reader of a run that may be going on: nothing on disk is changed.
       with_reference: a reference that moves is written, too.
       abstract: that state, where it is known already; None: it is worked out.
+      mirror: of the run whose checkpoints are written; None: they are not uploaded.
     """
-    folder = pathlib.Path(require(config.output_dir, "output_dir", "runs/my_run")) / "checkpoints"
+    folder = run_path(config) / "checkpoints"
     if not read_only:
         folder.mkdir(parents=True, exist_ok=True)
     if abstract is None:
         abstract = get_abstract_state(config, mesh, init_state_fn)
     model_config = init_state_fn.policy.config
-    return Checkpoints(folder, abstract, config.checkpoint.keep, model_config, read_only, with_reference)
+    return Checkpoints(folder, abstract, config.checkpoint.keep, model_config, read_only, with_reference, mirror)
 
 
 def to_tree(state: PureState) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def _check_paths(config: Config) -> None:
     """Which keys may name objects of a store; a scheme that nothing opens would become a folder of that name."""
     model = config.model.source
     for key, value in (
+        ("output_dir", config.output_dir),
         ("model.source", None if model is None else model.removeprefix(TUNIX_PREFIX)),
         ("model.weights", config.model.weights),
         ("lora.adapter", config.lora.adapter),
@@ -108,8 +109,8 @@ def _check_paths(config: Config) -> None:
     ):
         check_path(value, key, may_be_remote=not (value and is_user_function(value)))
     for key, value in (
-        ("output_dir", config.output_dir),
         ("compiled_file", config.compiled_file),
+        ("checkpoint.staging", config.checkpoint.staging),
         ("logging.compilation_cache", config.logging.compilation_cache),
         ("grpo.loss_type", config.grpo.loss_type),
         ("grpo.advantage_estimator", config.grpo.advantage_estimator),

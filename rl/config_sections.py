@@ -293,6 +293,7 @@ class CheckpointSection:
     every: int
     keep: int
     overwrite: bool
+    staging: str | None
 
 
 @dataclass(frozen=True, config=_STRICT)

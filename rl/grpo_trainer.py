@@ -43,6 +43,7 @@ from rl.models.train_state import PureState
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
 from rl.packing import PackingPlan
 from rl.reference import ReferenceSync
+from rl.remote_run import Mirror
 from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
 from rl.run_folder import RunFolder
 from rl.sampler import Sampler
@@ -103,13 +104,17 @@ def train(config: Config) -> pathlib.Path:
             for call in calls:
                 check_memory(planned, *call)
         # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
+        mirror = stack.enter_context(Mirror(config, console.message))
         run = RunFolder(config, "grpo", identity)
         stack.callback(run.close)
         runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
         run.begin()
+        mirror.begin()
         # -- sharded states
         moves = bool(config.reference.sync_every)
-        checkpoints = create_checkpoint_manager(config, mesh, init_policy_fn, with_reference=moves, abstract=abstract)
+        checkpoints = create_checkpoint_manager(
+            config, mesh, init_policy_fn, with_reference=moves, abstract=abstract, mirror=mirror
+        )
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
         announce(console, config, data, origin, policy, mesh, run, plan)
@@ -195,6 +200,7 @@ def train(config: Config) -> pathlib.Path:
             for problem in problems:
                 console.warning(problem)
             check_progress(config.health, health)
+            mirror.check()
             is_last = hosts.any_process(stop.requested) or done == config.grpo.steps
             if done % config.checkpoint.every == 0 or is_last:
                 loop = loop_record(done, position, len(data.train), policy, entropy, health)

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rl import hosts
-from rl.config import Config, differences, dump_config, require
+from rl.config import Config, differences, dump_config
+from rl.remote_run import run_path
 from rl.replaced_run import move_aside, recover, remove, replaced_runs, restore
 from rl.run_files import (
     CHECKPOINTS,
@@ -76,7 +77,7 @@ class RunFolder:
           ValueError: the folder cannot be written, holds something else, another kind of run, a run with other settings
             or other weights, or is in use by another process.
         """
-        self.path = pathlib.Path(require(config.output_dir, "output_dir", "runs/my_run"))
+        self.path = run_path(config)
         self.messages: list[str] = []
         self._config, self._identity = config, {"kind": kind, **origin}
         self._has_begun = self._has_recorded = False

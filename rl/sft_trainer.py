@@ -29,6 +29,7 @@ from rl.models import foreign
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
 from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
+from rl.remote_run import Mirror
 from rl.run_folder import RunFolder
 from rl.sampling import check_vocabulary
 from rl.shaped_inputs import packing_options
@@ -86,10 +87,12 @@ def train(config: Config) -> pathlib.Path:
             sampler.expect([row.prompt_ids for row in held_out])
             check_memory(sampler, len(held_out), 1, greedy(sampling))
         # -- run folder, state: whatever is wrong up to here has touched nothing on disk
+        mirror = stack.enter_context(Mirror(config, console.message))
         run = RunFolder(config, "sft", identity)
         stack.callback(run.close)
         run.begin()
-        checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, abstract=abstract)
+        mirror.begin()
+        checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, abstract=abstract, mirror=mirror)
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space()
         # -- restore, or start
@@ -154,6 +157,7 @@ def train(config: Config) -> pathlib.Path:
             for problem in [*rounding_problems(metrics), *checkup.warnings]:
                 console.warning(problem)
             check_progress(config.health, health)
+            mirror.check()
             is_last = hosts.any_process(stop.requested) or done == config.sft.steps
             if done % config.checkpoint.every == 0 or is_last:
                 with watch.timer("checkpoint"):  # part of the next step's seconds

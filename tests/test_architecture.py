@@ -21,6 +21,8 @@ SOURCES = sorted((ROOT / "rl").rglob("*.py")) + sorted((ROOT / "rewards").rglob(
 LAYERS = [
     [
         "rl.remote",
+        "rl.remote_lease",
+        "rl.remote_steps",
         "rl.yaml_text",
         "rl.config_sections",
         "rl.config_ranges",
@@ -56,7 +58,7 @@ LAYERS = [
         "rl.tools.hlo",
         "rl.tools.topologies",
     ],
-    ["rl.models.ops", "rl.loss_types"],
+    ["rl.models.ops", "rl.loss_types", "rl.remote_run"],
     [
         "rl.models.block_attention",
         "rl.models.cache",

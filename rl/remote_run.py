@@ -1,0 +1,413 @@
+"""A run folder in a store: worked on in a local staging folder, and uploaded from there.
+
+In: an output_dir that is a URL. Out: `run_path`, the local folder that stands for it everywhere else, and `Mirror`,
+which fetches the run into it at the start and uploads every checkpoint that is complete there. Local paths pass through
+both unchanged. In the store the run has the same names as on disk, and two more kinds:
+
+    lease.json                      who may write, see `rl.remote_lease`
+    checkpoints/STEP/uploaded.json  the marker, written last and removed first: a step without it is no step
+
+The marker holds the run's id and size and hash of every file of the step. Which of the two, staging or store, a start
+goes on from is decided by these, never by time: see `settle`.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from rl import hosts
+from rl.config import Config, require
+from rl.remote import Store, cache_folder, download_all, file_names, is_remote, open_store, short_name
+from rl.remote_lease import LEASE, Lease
+from rl.remote_steps import HASHES, MARKER, STEPS, Marker, fetch_step, read_markers, sha256
+
+_UNFINISHED = ".tandem-"  # begins the name of a file that is being written, see `rl.run_files`
+_UNSHARED = (".lock",)  # files of a run folder that mean something on their machine alone
+_POLL_SECONDS = 0.05
+
+
+class Record(NamedTuple):
+    """What a staging folder knows of itself.
+
+    Attributes:
+      token: names the folder to leases. run: the id of its run.
+      step, digest: of the newest step that folder and store were seen to have in common; None before the first.
+    """
+
+    token: str
+    run: str
+    step: int | None
+    digest: str | None
+
+
+def run_path(config: Config) -> pathlib.Path:
+    """The local folder that `output_dir` stands for: itself, or of a URL the run in its staging folder."""
+    output_dir = require(config.output_dir, "output_dir", "runs/my_run")
+    return _staging(config) / "run" if is_remote(output_dir) else pathlib.Path(output_dir)
+
+
+def _staging(config: Config) -> pathlib.Path:
+    assert config.output_dir is not None
+    parent = config.checkpoint.staging
+    folder = cache_folder() / "staging" if parent is None else pathlib.Path(parent).expanduser()
+    return folder / short_name(config.output_dir)
+
+
+class Mirror:
+    """The store's side of a run folder; of a local one it does nothing. A context, which comes before the run folder's.
+
+    Entering it takes the lease and settles what is in the staging folder; nothing in the store is changed before
+    `begin`. Of a run's processes the first does all this, and the others wait for it.
+    """
+
+    def __init__(self, config: Config, say: Callable[[str], None]):
+        self._say, self._config = say, config
+        self._store: Store | None = None
+        self._is_active = is_remote(require(config.output_dir, "output_dir", "runs/my_run"))
+
+    def __enter__(self) -> "Mirror":
+        if self._is_active:
+            hosts.from_first(self._open)
+        return self
+
+    def _open(self) -> None:
+        assert self._config.output_dir is not None
+        self._store = open_store(self._config.output_dir)
+        self._staging = Staging(self._store, _staging(self._config), self._config.checkpoint.keep)
+        message = self._staging.open(self._config.checkpoint.overwrite)
+        self._staging.lease.start()
+        self._say(message)
+
+    def begin(self) -> None:
+        """The run folder is this run's: what the store lacks of it is uploaded, in the background."""
+        if self._store is not None:
+            self._staging.begin()
+
+    def check(self) -> None:
+        """ValueError where the lease is lost."""
+        if self._store is not None:
+            self._staging.lease.check()
+
+    def before_save(self) -> None:
+        """Returns when the step before is uploaded, so that at most one waits. ValueError where that failed."""
+        if self._is_active:
+            hosts.from_first(lambda: self._staging.wait())
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is being written: it is uploaded, in the background, as soon as it is complete."""
+        if self._store is not None:
+            self._staging.saved(step)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._store is None:
+            return
+        try:
+            self._staging.close(abandon=kind is not None and not issubclass(kind, Exception))
+        except ValueError as error:
+            if kind is None:
+                raise
+            self._say(str(error))
+
+
+class Staging:
+    """A staging folder and the store that it is uploaded to.
+
+    Its `root` holds run/ (the run folder), record.json, a lock, and while a run is fetched fetch/ and old/.
+    """
+
+    def __init__(self, store: Store, root: pathlib.Path, keep: int, now: Callable[[], float] = time.time):
+        self._store, self._root, self._keep, self._now = store, root, keep, now
+        self.run = root / "run"
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: Future | None = None
+        self._closing, self._abandoned = threading.Event(), threading.Event()
+        self._sent: dict[str, tuple[int, int]] = {}  # of files outside of checkpoints: size and time when uploaded
+        self._has_begun = False
+        self._lock: int | None = None
+
+    def open(self, overwrite: bool = False) -> str:
+        """Locks the folder, takes the lease and makes the folder hold the run; what was done, in words.
+
+        Raises:
+          ValueError: another process has the folder or the lease, or `settle` refuses.
+        """
+        self._lock = _lock(self._root)
+        try:
+            self._record = _read_record(self._root)
+            stats = self._store.stats()
+            if stats and LEASE not in stats:
+                raise ValueError(
+                    f"output_dir must be empty or hold a run, got {self._store.url} with {list(stats)[:5]} and without "
+                    f"{LEASE}, which every run writes first; choose another output_dir"
+                )
+            self.lease = Lease(self._store, self._record.token, self._now)
+            self.lease.take()
+            try:
+                return self._settle(overwrite)
+            except BaseException:
+                self.lease.release()
+                raise
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _settle(self, overwrite: bool) -> str:
+        markers = read_markers(self._store)
+        if overwrite and markers:
+            raise ValueError(
+                f"checkpoint.overwrite must be false while {self._store.url} holds a run (step {max(markers)}), got "
+                "true: what is in a store is never replaced; choose another output_dir, or remove that folder and "
+                f"{self._root} first"
+            )
+        for name in ("fetch", "old"):  # of a kill amid a fetch
+            if (self._root / name).exists():
+                shutil.rmtree(self._root / name)
+        message, step = settle(self._store.url, self._root, markers, local_steps(self.run), self._record)
+        if step is not None:
+            self._fetch(step, markers[step])
+        return message
+
+    def _fetch(self, step: int, marker: Marker) -> None:
+        """Puts the run as the store has it into the place of what is in run/."""
+        draft = self._root / "fetch"
+        files = [name for name in self._store.stats() if "/" not in name and name != LEASE]
+        download_all(self._store, {name: draft / name for name in files})
+        fetch_step(self._store, step, marker, draft / STEPS / str(step))
+        # The record first: a kill after it finds a folder that is behind, and fetches again.
+        self._note(step, marker)
+        if self.run.exists():
+            os.rename(self.run, self._root / "old")
+        os.rename(draft, self.run)
+        shutil.rmtree(self._root / "old", ignore_errors=True)
+
+    def begin(self) -> None:
+        """What is newer here than in the store is uploaded, and what a kill left over there removed, in the background."""
+        self._pool = ThreadPoolExecutor(1, "upload")
+        self._has_begun = True
+        if steps := local_steps(self.run):
+            self.saved(max(steps))
+
+    def saved(self, step: int) -> None:
+        """Uploads a step, in the background, when it is complete."""
+        assert self._pool is not None
+        self._pending = self._pool.submit(self._upload_when_complete, step)
+
+    def wait(self) -> None:
+        """Returns when nothing is being uploaded. ValueError where it failed."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+        self.lease.check()
+
+    def close(self, abandon: bool = False) -> None:
+        """Ends uploading, with the files that changed since, and gives the lease and the folder back.
+
+        Args:
+          abandon: leave what is being uploaded where it is; the next start takes it up.
+
+        Raises:
+          ValueError: something could not be uploaded.
+        """
+        try:
+            self._closing.set()
+            if abandon:
+                self._abandoned.set()
+            if self._has_begun:
+                self.wait()
+                if not abandon and self._record.step is not None:
+                    self._upload_files()
+        finally:
+            if self._pool is not None:
+                self._abandoned.set()
+                self._pool.shutdown()
+            try:
+                self.lease.release()
+            finally:
+                self._unlock()
+
+    def _upload_when_complete(self, step: int) -> None:
+        folder = self.run / STEPS / str(step)
+        while not (folder / HASHES).is_file():  # Orbax gives a step its name when all of it is there
+            if self._closing.wait(_POLL_SECONDS):
+                return
+        try:
+            self.upload(step)
+        except OSError as error:
+            raise ValueError(f"step {step} could not be read from {folder} for its upload: {error}") from error
+
+    def upload(self, step: int) -> None:
+        """Uploads a complete step: the run's other files, the step's, the marker; then removes what is beyond `keep`.
+
+        Raises:
+          ValueError: the store cannot be written, or the lease is lost.
+        """
+        folder = self.run / STEPS / str(step)
+        markers = read_markers(self._store)
+        self._remove_leftovers(markers)
+        if step in markers and markers[step].digest != sha256(folder / HASHES):
+            # The run went back to an earlier step, for this one was damaged, and has come here again.
+            self._remove_step(step)
+            del markers[step]
+        if step not in markers:
+            self._upload_files()
+            marker = markers[step] = _describe(self._record.run, folder)
+            for name in marker.files:
+                if self._abandoned.is_set():
+                    return
+                self._store.upload(folder / name, f"{STEPS}{step}/{name}")
+            self.lease.renew()  # whoever writes a marker holds the lease at that moment
+            text = json.dumps(marker._asdict(), indent=1) + "\n"
+            self._store.write(f"{STEPS}{step}/{MARKER}", text.encode())
+        self._note(step, markers[step])
+        for old in sorted(markers)[: -self._keep]:
+            self._remove_step(old)
+
+    def _upload_files(self) -> None:
+        """What a run writes beside its checkpoints, where it changed; copies, for a run goes on writing."""
+        names = [name for name in file_names(self.run) if not name.startswith(STEPS) and _is_shared(name)]
+        names.sort(key=lambda name: name.endswith("config.json"))  # without which a folder is no model: last
+        outgoing = self._root / "outgoing"
+        outgoing.unlink(missing_ok=True)
+        for name in names:
+            path = self.run / name
+            try:
+                status = path.stat()
+                stamp = status.st_size, status.st_mtime_ns
+                if self._sent.get(name) == stamp:
+                    continue
+                shutil.copyfile(path, outgoing)
+            except FileNotFoundError:
+                continue  # the run has just replaced or removed it
+            self._store.upload(outgoing, name)
+            self._sent[name] = stamp
+
+    def _remove_leftovers(self, markers: dict[int, Marker]) -> None:
+        """Files of steps without a marker: of an upload, or a removal, that a kill cut short."""
+        for name in self._store.stats(STEPS):
+            number = name.removeprefix(STEPS).partition("/")[0]
+            if number.isdecimal() and int(number) not in markers:
+                self._store.remove([name])
+
+    def _remove_step(self, step: int) -> None:
+        names = list(self._store.stats(f"{STEPS}{step}/"))
+        marker = f"{STEPS}{step}/{MARKER}"
+        self._store.remove([marker, *(name for name in names if name != marker)])
+
+    def _note(self, step: int, marker: Marker) -> None:
+        self._record = Record(self._record.token, marker.run, step, marker.digest)
+        _write_record(self._root, self._record)
+
+
+def settle(
+    url: str, root: pathlib.Path, markers: dict[int, Marker], local: dict[int, str], record: Record
+) -> tuple[str, int | None]:
+    """Which of store and staging folder a start goes on from.
+
+    Args:
+      markers: the steps of the store. local: those of the staging folder `root`, with their digests.
+
+    Returns:
+      What is done, in words, and the step to fetch from the store; None: the folder is right as it is.
+
+    Raises:
+      ValueError: both hold steps, and neither goes on from the other.
+    """
+    way_out = f"to go on from the store remove {root}; to keep what is there copy {root}/run to another output_dir"
+    if not markers:
+        if local and record.step is not None:
+            raise ValueError(
+                f"{url} no longer holds the run whose step {record.step} was uploaded to it from {root}; to start "
+                f"afresh remove {root}, to keep that run copy {root}/run to another output_dir"
+            )
+        return f"{url} holds no step; the run is written to {root}/run and uploaded from there", None
+    newest = max(markers)
+    if not local:
+        return f"fetched step {newest} of {url} to {root}/run", newest
+    if record.run != markers[newest].run:
+        raise ValueError(f"{url} holds another run than its staging folder {root}; {way_out}")
+    for step in sorted(local.keys() & markers.keys()):
+        if local[step] != markers[step].digest:
+            raise ValueError(f"step {step} of {url} is another than in its staging folder {root}; {way_out}")
+    if newest in local and max(local) == newest:
+        return f"step {newest} of {url} is in {root}/run already", None
+    if newest > max(local):
+        return f"fetched step {newest} of {url} to {root}/run, which had step {max(local)}", newest
+    if newest in local or (record.step, record.digest) == (newest, markers[newest].digest):
+        return f"step {max(local)} of {root}/run is newer than step {newest} of {url} and is uploaded now", None
+    raise ValueError(
+        f"step {max(local)} of the staging folder {root} does not go on from step {newest} of {url}, which another "
+        f"machine wrote; {way_out}"
+    )
+
+
+def local_steps(run: pathlib.Path) -> dict[int, str]:
+    """The complete steps of a run folder, with their digests."""
+    folder = run / STEPS
+    entries = folder.iterdir() if folder.is_dir() else []
+    return {
+        int(entry.name): sha256(entry / HASHES)
+        for entry in entries
+        if entry.name.isdecimal() and (entry / HASHES).is_file()
+    }
+
+
+def _describe(run: str, folder: pathlib.Path) -> Marker:
+    """The marker of a complete step."""
+    names = [name for name in file_names(folder) if name != MARKER]
+    files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names}
+    return Marker(run, files[HASHES][1], files)
+
+
+def _is_shared(name: str) -> bool:
+    return name not in _UNSHARED and not any(part.startswith(_UNFINISHED) for part in name.split("/"))
+
+
+def _lock(root: pathlib.Path) -> int:
+    """Creates a staging folder and locks it until the process ends."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint.staging must be a folder that can be written, got {root.parent}: {error}; set it to one"
+        ) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ValueError(
+            f"the staging folder {root} is in use by another process with this output_dir; stop that one or choose "
+            "another output_dir"
+        ) from error
+    return handle
+
+
+def _read_record(root: pathlib.Path) -> Record:
+    path = root / "record.json"
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        record = Record(uuid.uuid4().hex, uuid.uuid4().hex, None, None)
+        _write_record(root, record)
+        return record
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} must be the record of a staging folder, got: {error}; remove {root}") from error
+
+
+def _write_record(root: pathlib.Path, record: Record) -> None:
+    temporary = root / "record.json.tmp"
+    temporary.write_text(json.dumps(record._asdict()) + "\n", encoding="utf-8")
+    os.replace(temporary, root / "record.json")

@@ -1,0 +1,108 @@
+"""The steps of a run folder in a store, as readers see them: which are complete, and copies of them.
+
+In: a path or URL of a run. Out: a local run folder with the step that was asked for. Nothing here writes to a store;
+that is `rl.remote_run`.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import NamedTuple
+
+from rl.remote import Store, cache_folder, download_all, is_remote, new_copy, open_store, short_name
+
+STEPS = "checkpoints/"
+MARKER = "uploaded.json"
+HASHES = "hashes.json"  # of a checkpoint, see `rl.checkpoint_files`
+FILES = ("config.yml", "run.json", "metrics.jsonl", "samples.jsonl")
+
+
+class Marker(NamedTuple):
+    """What a complete step of a store holds.
+
+    Attributes:
+      run: id of the run that wrote it.
+      digest: hash of the step's hashes.json: equal for equal steps.
+      files: name -> (bytes, sha256), of every file of the step.
+    """
+
+    run: str
+    digest: str
+    files: dict[str, tuple[int, str]]
+
+
+def local_run(path: str | os.PathLike, step: int | None = None, with_samples: bool = False) -> pathlib.Path:
+    """A run folder to read: a path as it is; of a URL a copy of its files and of one step, verified and kept.
+
+    Args:
+      step: the step; None: the newest.
+      with_samples: samples.jsonl as well, which may be large.
+
+    Raises:
+      ValueError: no run is there, it has no such step, or a file is not what was uploaded.
+    """
+    if not is_remote(path):
+        return pathlib.Path(path)
+    return copy_of_run(open_store(os.fspath(path)), cache_folder() / "runs", step, with_samples)
+
+
+def copy_of_run(store: Store, cache: pathlib.Path, step: int | None, with_samples: bool = False) -> pathlib.Path:
+    """See `local_run`."""
+    markers = read_markers(store)
+    if not markers:
+        raise ValueError(f"{store.url} must be a run folder with a complete checkpoint, and it has none")
+    step = max(markers) if step is None else step
+    if step not in markers:
+        raise ValueError(f"--step must be one of the checkpoints of {store.url}, {sorted(markers)}, got {step}")
+    cache = cache / short_name(store.url)
+    place = cache / f"{step}-{markers[step].digest[:16]}"
+    if not place.is_dir():
+        with new_copy(place) as draft:
+            fetch_step(store, step, markers[step], draft)
+    names = FILES if with_samples else [name for name in FILES if name != "samples.jsonl"]
+    stats = {name: stat for name, stat in store.stats().items() if name in names}
+    view = cache / f"run-{hashlib.sha256(json.dumps([place.name, stats]).encode()).hexdigest()[:16]}"
+    if not view.is_dir():
+        with new_copy(view) as draft:
+            download_all(store, {name: draft / name for name in stats})
+            (draft / STEPS).mkdir()
+            (draft / STEPS / str(step)).symlink_to(place.absolute(), target_is_directory=True)
+    return view
+
+
+def fetch_step(store: Store, step: int, marker: Marker, folder: pathlib.Path) -> None:
+    """Downloads a step, and compares its files with the marker. ValueError where they differ."""
+    download_all(store, {f"{STEPS}{step}/{name}": folder / name for name in marker.files})
+    for name, (size, wanted) in marker.files.items():
+        path = folder / name
+        if path.stat().st_size != size or sha256(path) != wanted:
+            raise ValueError(
+                f"{store.url}/{STEPS}{step}/{name} must be what was uploaded, but it is damaged; remove "
+                f"{store.url}/{STEPS}{step}/{MARKER}, and the step before it counts"
+            )
+
+
+def read_markers(store: Store) -> dict[int, Marker]:
+    """The complete steps of a run in a store. ValueError where a marker cannot be read."""
+    markers = {}
+    for name in store.stats(STEPS):
+        number, _, rest = name.removeprefix(STEPS).partition("/")
+        if rest != MARKER or not number.isdecimal():
+            continue
+        content = store.read(name)
+        if content is None:
+            continue  # removed meanwhile, by the run that is going on
+        try:
+            fields = json.loads(content)
+            files = {file: (int(size), str(digest)) for file, (size, digest) in fields["files"].items()}
+            markers[int(number)] = Marker(str(fields["run"]), str(fields["digest"]), files)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{store.url}/{name} must be the marker of a step, got {content[:80]!r}") from error
+    return markers
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

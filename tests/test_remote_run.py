@@ -1,0 +1,366 @@
+"""A run folder in a store: uploads, kills between any two operations, which side a start goes on from, the lease."""
+
+import itertools
+import json
+import os
+import pathlib
+
+import pytest
+from remote_stores import CountingStore, clear, memory_store
+
+from rl import remote_lease
+from rl.config import load_config
+from rl.remote_lease import LEASE_SECONDS, Lease
+from rl.remote_run import Staging, local_steps, run_path
+from rl.remote_steps import MARKER, copy_of_run, read_markers
+
+
+@pytest.fixture(autouse=True)
+def _empty_stores(monkeypatch):
+    monkeypatch.setattr("rl.remote._NUM_TRANSFERS", 1)  # the operations in one order
+    yield
+    clear()
+
+
+class Killed(BaseException):
+    """What no `except` of the code under test catches, as for SIGKILL."""
+
+
+def write_step(run: pathlib.Path, step: int, text: str = "numbers") -> None:
+    """What a trainer leaves of a step: lines, and a checkpoint that appears whole."""
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "run.json").write_text('{"kind": "grpo"}')
+    (run / "config.yml").write_text("seed: 0\n")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step}) + "\n")
+    draft = run / "checkpoints" / f"{step}.orbax-tmp"
+    (draft / "state").mkdir(parents=True)
+    (draft / "state" / "a").write_text(f"{text} of {step}")
+    (draft / "loop").mkdir()
+    (draft / "loop" / "metadata").write_text(str(step))
+    (draft / "hashes.json").write_text(json.dumps({"files": {"state/a": f"{text} of {step}"}}))
+    os.rename(draft, run / "checkpoints" / str(step))
+
+
+def train(staging: Staging, last: int, keep: int = 2) -> int:
+    """Resumes from the newest step, or starts, and goes on to `last`; returns the step that it found."""
+    staging.open()
+    found = max(local_steps(staging.run), default=0)
+    check_whole(staging.run, found)
+    staging.begin()
+    for step in range(found + 1, last + 1):
+        staging.wait()
+        write_step(staging.run, step)
+        staging.saved(step)
+        staging.wait()
+        for old in sorted(local_steps(staging.run))[:-keep]:
+            remove(staging.run / "checkpoints" / str(old))
+    staging.wait()
+    staging.close()
+    return found
+
+
+def remove(folder: pathlib.Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+def check_whole(run: pathlib.Path, step: int) -> None:
+    """Every step that is there has all of its files, and the lines go as far as the newest."""
+    for number in local_steps(run):
+        folder = run / "checkpoints" / str(number)
+        assert (folder / "state" / "a").read_text() == f"numbers of {number}"
+        assert (folder / "loop" / "metadata").read_text() == str(number)
+    if step:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["step"] >= step
+        assert (run / "run.json").exists()
+        assert (run / "config.yml").exists()
+
+
+def kill(staging: Staging) -> None:
+    """What the end of a process does of itself: the lock of the folder is given back. The lease is not."""
+    staging._abandoned.set()
+    staging._closing.set()
+    staging.lease._stop.set() if hasattr(staging, "lease") else None
+    if staging._pool is not None:
+        staging._pool.shutdown()
+    staging._unlock()
+
+
+class KillingStore(CountingStore):
+    def before(self, operation: str) -> None:
+        try:
+            super().before(operation)
+        except OSError as error:
+            raise Killed(str(error)) from None
+
+
+def killing_store(name: str) -> KillingStore:
+    store = memory_store(name)
+    store.__class__ = KillingStore
+    return store  # pyright: ignore[reportReturnType]
+
+
+def later() -> float:
+    """The clock of a machine that comes when a killed process's lease is over."""
+    import time
+
+    return time.time() + LEASE_SECONDS + 1
+
+
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_a_kill_between_any_two_operations_leaves_the_earlier_or_the_later_step_whole(tmp_path, same_machine):
+    last_known = 0
+    for k in itertools.count(1):
+        clear()
+        root = tmp_path / str(k)
+        store = killing_store("run")
+        train(Staging(store, root / "a", keep=1), last=2)
+        store.fail_at(k)
+        staging = Staging(store, root / "a", keep=1)
+        try:
+            train(staging, last=4)
+            break
+        except Killed:
+            kill(staging)
+        store.fail_at(None)
+        markers = read_markers(store)
+        assert markers, "the store always has a complete step"
+        for step, marker in markers.items():  # and all of its objects
+            names = store.stats(f"checkpoints/{step}/")
+            assert names.keys() == {f"checkpoints/{step}/{name}" for name in (*marker.files, MARKER)}
+        again = Staging(store, root / ("a" if same_machine else "b"), 1, *([] if same_machine else [later]))
+        found = train(again, last=4)
+        assert found >= max(markers)
+        last_known = max(last_known, found)
+        assert set(read_markers(store)) == {4}
+        numbers = {name.split("/")[1] for name in store.stats("checkpoints/")}
+        assert numbers == {"4"}, "what was left over is gone"
+    assert k > 25
+    assert last_known == 4
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_kill_between_the_renames_of_a_fetch_is_mended_by_the_next_start(tmp_path, monkeypatch, number):
+    train(Staging(memory_store("run"), tmp_path / "a", 2), last=1)
+    train(Staging(memory_store("run"), tmp_path / "b", 2), last=3)
+    staging, rename, calls = Staging(memory_store("run"), tmp_path / "a", 2), os.rename, []
+
+    def failing(source, target):
+        calls.append(source)
+        if len(calls) == number:
+            raise Killed
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(Killed):
+        staging.open()
+    monkeypatch.setattr(os, "rename", rename)
+    again = Staging(memory_store("run"), tmp_path / "a", 2)
+    assert train(again, last=3) == 3
+
+
+def test_a_run_goes_on_from_another_machine_with_the_same_lines(tmp_path):
+    store = memory_store("run")
+    assert train(Staging(store, tmp_path / "a", 2), last=3) == 0
+    assert set(read_markers(store)) == {2, 3}
+    assert train(Staging(store, tmp_path / "b", 2), last=5) == 3
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+    assert store.read("metrics.jsonl") == (tmp_path / "b" / "run" / "metrics.jsonl").read_bytes()
+    downloads = store.count("download")
+    assert train(Staging(store, tmp_path / "b", 2), last=5) == 5
+    assert store.count("download") == downloads, "what the folder holds is not fetched again"
+    # The first machine is behind, and takes what the second has done.
+    assert train(Staging(store, tmp_path / "a", 2), last=5) == 5
+
+
+def test_a_folder_that_is_ahead_goes_on_from_its_own_step_and_uploads_it(tmp_path):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 1), last=1)
+    write_step(tmp_path / "a" / "run", 2)
+    remove(tmp_path / "a" / "run" / "checkpoints" / "1")  # checkpoint.keep is 1
+    assert train(Staging(store, tmp_path / "a", 1), last=2) == 2
+    assert set(read_markers(store)) == {2}
+
+
+def test_a_folder_that_neither_is_behind_nor_ahead_is_refused_with_the_way_out(tmp_path):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 1), last=1)
+    train(Staging(store, tmp_path / "b", 1), last=2)
+    write_step(tmp_path / "a" / "run", 2, "other numbers")
+    with pytest.raises(ValueError, match=r"step 2 of memory://bucket/run is another than in its staging.*remove .*/a;"):
+        Staging(store, tmp_path / "a", 1).open()
+    write_step(tmp_path / "a" / "run", 3)
+    remove(tmp_path / "a" / "run" / "checkpoints" / "2")
+    with pytest.raises(ValueError, match=r"step 3 of the staging folder .* does not go on from step 2"):
+        Staging(store, tmp_path / "a", 1).open()
+    assert local_steps(tmp_path / "a" / "run").keys() == {1, 3}, "nothing is lost"
+    assert set(read_markers(store)) == {2}
+
+
+def test_a_folder_of_another_run_and_a_store_that_was_emptied_are_refused(tmp_path):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 1), last=1)
+    clear()
+    with pytest.raises(ValueError, match="no longer holds the run whose step 1 was uploaded"):
+        Staging(store, tmp_path / "a", 1).open()
+    train(Staging(store, tmp_path / "b", 1), last=1)
+    with pytest.raises(ValueError, match="holds another run than its staging folder"):
+        Staging(store, tmp_path / "a", 1).open()
+
+
+def test_a_folder_that_no_run_made_is_not_touched(tmp_path):
+    store = memory_store("run")
+    store.write("run.json", b"{}")
+    store.write("checkpoints/1/a", b"mine")
+    with pytest.raises(ValueError, match=r"must be empty or hold a run, got memory://bucket/run"):
+        Staging(store, tmp_path / "a", 1).open()
+    assert list(store.stats()) == ["checkpoints/1/a", "run.json"]
+
+
+def test_a_run_in_a_store_is_not_overwritten(tmp_path):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 1), last=1)
+    before = store.stats("checkpoints/")
+    with pytest.raises(ValueError, match=r"checkpoint.overwrite must be false while memory://bucket/run holds a run"):
+        Staging(store, tmp_path / "a", 1).open(overwrite=True)
+    assert store.stats("checkpoints/") == before
+
+
+def test_a_start_that_fails_uploads_nothing(tmp_path):
+    store = memory_store("run")
+    staging = Staging(store, tmp_path / "a", 1)
+    staging.open()
+    write_step(staging.run, 1)
+    staging.close()  # without `begin`
+    assert list(store.stats()) == ["lease.json"]
+
+
+def test_a_second_start_is_refused_while_the_first_holds_the_lease(tmp_path):
+    store = memory_store("run")
+    first = Staging(store, tmp_path / "a", 1)
+    first.open()
+    with pytest.raises(ValueError, match=rf"is held by process {os.getpid()} on .*, which renewed it 0 s ago"):
+        Staging(store, tmp_path / "b", 1).open()
+    with pytest.raises(ValueError, match=r"staging folder .* is in use by another process"):
+        Staging(store, tmp_path / "a", 1).open()
+    first.close()
+    second = Staging(store, tmp_path / "b", 1)
+    second.open()
+    second.close()
+
+
+def test_a_lease_that_is_taken_over_stops_its_first_holder_before_it_marks_a_step(tmp_path):
+    store = memory_store("run")
+    first = Staging(store, tmp_path / "a", 1)
+    first.open()
+    first.begin()
+    second = Staging(store, tmp_path / "b", 1, later)
+    second.open()
+    write_step(first.run, 1)
+    first.saved(1)
+    with pytest.raises(ValueError, match=r"is now held by process .* so this run stops before two write"):
+        first.wait()
+    assert read_markers(store) == {}
+    with pytest.raises(ValueError, match="is now held by"):
+        first.close()
+    held = store.read("lease.json")
+    second.lease.renew()
+    second.close()
+    assert b'"token": null' not in (held or b"")
+    assert local_steps(first.run).keys() == {1}
+
+
+def test_a_lease_that_cannot_be_renewed_for_too_long_counts_as_lost():
+    times = [0.0]
+    lease = Lease(memory_store("run"), "token", lambda: times[0])
+    lease.take()
+    times[0] = LEASE_SECONDS
+    lease.check()
+    times[0] = LEASE_SECONDS + 1
+    with pytest.raises(ValueError, match="could not be renewed for 300 s"):
+        lease.check()
+
+
+def test_a_write_of_the_lease_whose_answer_was_lost_counts(monkeypatch):
+    store = memory_store("run")
+    write_if = type(store).write_if
+
+    def deaf(self, name, data, version):
+        write_if(self, name, data, version)
+        return write_if(self, name, data, version)  # repeated by the driver: the version is another now
+
+    monkeypatch.setattr(type(store), "write_if", deaf)
+    lease = Lease(store, "token")
+    lease.take()
+    lease.renew()
+    lease.release()
+    assert b'"token": null' in (store.read(remote_lease.LEASE) or b"")
+
+
+def test_an_upload_that_fails_ends_the_run_and_is_made_up_for_by_the_next_start(tmp_path):
+    store = memory_store("run")
+    staging = Staging(store, tmp_path / "a", 1)
+    staging.open()
+    staging.begin()
+    upload, store.upload = store.upload, refuse
+    write_step(staging.run, 1)
+    staging.saved(1)
+    with pytest.raises(ValueError, match="the store is full"):
+        staging.wait()
+    staging._pending = None
+    staging._record = staging._record._replace(step=None)
+    staging.close()
+    store.upload = upload
+    assert train(Staging(store, tmp_path / "a", 1), last=1) == 1
+    assert set(read_markers(store)) == {1}
+
+
+def refuse(path, name):
+    raise ValueError("the store is full")
+
+
+def test_a_step_that_is_made_again_replaces_the_one_that_was_uploaded(tmp_path):
+    store = memory_store("run")
+    staging = Staging(store, tmp_path / "a", 2)
+    staging.open()
+    staging.begin()
+    for text in ("numbers", "numbers again"):
+        write_step(staging.run, 1, text)
+        staging.saved(1)
+        staging.wait()
+        remove(staging.run / "checkpoints" / "1")
+    assert store.read("checkpoints/1/state/a") == b"numbers again of 1"
+    staging.close()
+
+
+def test_a_reader_gets_a_verified_copy_of_one_step_once(tmp_path):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 2), last=3)
+    view = copy_of_run(store, tmp_path / "cache", None)
+    assert [path.name for path in (view / "checkpoints").iterdir()] == ["3"]
+    assert (view / "checkpoints" / "3" / "state" / "a").read_text() == "numbers of 3"
+    assert (view / "config.yml").exists()
+    downloads = store.count("download")
+    assert copy_of_run(store, tmp_path / "cache", 3) == view
+    assert store.count("download") == downloads
+    with pytest.raises(ValueError, match=r"--step must be one of the checkpoints of .*, \[2, 3\], got 1"):
+        copy_of_run(store, tmp_path / "cache", 1)
+    store.write("checkpoints/2/state/a", b"numbers of 7")
+    with pytest.raises(ValueError, match="checkpoints/2/state/a must be what was uploaded, but it is damaged"):
+        copy_of_run(store, tmp_path / "cache", 2)
+    with pytest.raises(ValueError, match="must be a run folder with a complete checkpoint"):
+        copy_of_run(memory_store("nothing"), tmp_path / "cache", None)
+
+
+def test_one_local_folder_stands_for_a_url_and_a_local_path_for_itself(tmp_path):
+    local = load_config(None, [f"output_dir={tmp_path / 'run'}"])
+    assert run_path(local) == tmp_path / "run"
+    remote = load_config(None, ["output_dir=gs://bucket/run", f"checkpoint.staging={tmp_path}"])
+    other = load_config(None, ["output_dir=gs://other/run", f"checkpoint.staging={tmp_path}"])
+    assert run_path(remote).parent.parent == tmp_path
+    assert run_path(remote) != run_path(other)
+    assert run_path(remote).name == "run"
