@@ -194,7 +194,7 @@ class Staging:
         shutil.rmtree(self._root / "old", ignore_errors=True)
 
     def begin(self) -> None:
-        """What is newer here than in the store is uploaded, and what a kill left over there removed, in the background."""
+        """In the background, what is newer here is uploaded and what a kill left over in the store is removed."""
         self._pool = ThreadPoolExecutor(1, "upload")
         self._has_begun = True
         if steps := local_steps(self.run):

@@ -117,11 +117,11 @@ def test_a_kill_between_any_two_operations_leaves_the_earlier_or_the_later_step_
         clear()
         root = tmp_path / str(k)
         store = killing_store("run")
-        train(Staging(store, root / "a", keep=1), last=2)
+        train(Staging(store, root / "a", keep=1), last=1)
         store.fail_at(k)
         staging = Staging(store, root / "a", keep=1)
         try:
-            train(staging, last=4)
+            train(staging, last=2)
             break
         except Killed:
             kill(staging)
@@ -132,14 +132,14 @@ def test_a_kill_between_any_two_operations_leaves_the_earlier_or_the_later_step_
             names = store.stats(f"checkpoints/{step}/")
             assert names.keys() == {f"checkpoints/{step}/{name}" for name in (*marker.files, MARKER)}
         again = Staging(store, root / ("a" if same_machine else "b"), 1, *([] if same_machine else [later]))
-        found = train(again, last=4)
+        found = train(again, last=2)
         assert found >= max(markers)
         last_known = max(last_known, found)
-        assert set(read_markers(store)) == {4}
+        assert set(read_markers(store)) == {2}
         numbers = {name.split("/")[1] for name in store.stats("checkpoints/")}
-        assert numbers == {"4"}, "what was left over is gone"
+        assert numbers == {"2"}, "what was left over is gone"
     assert k > 25
-    assert last_known == 4
+    assert last_known == 2
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -311,9 +311,8 @@ def test_an_upload_that_fails_ends_the_run_and_is_made_up_for_by_the_next_start(
     staging.saved(1)
     with pytest.raises(ValueError, match="the store is full"):
         staging.wait()
-    staging._pending = None
-    staging._record = staging._record._replace(step=None)
-    staging.close()
+    with pytest.raises(ValueError, match="the store is full"):
+        staging.close()
     store.upload = upload
     assert train(Staging(store, tmp_path / "a", 1), last=1) == 1
     assert set(read_markers(store)) == {1}
