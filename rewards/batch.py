@@ -6,10 +6,10 @@ no clocks here.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from rewards.contract import RewardSpec
+from rewards.contract import Calls, RewardSpec
 from rewards.replies import FAILURES, BrokenWorker, Done, Failure, LoadedFunction, Result
 
 COUNTS = (*FAILURES, "none")
@@ -25,8 +25,7 @@ class RewardResult:
 
     rewards: per sample a list with one float or None per function, in the order of the specs.
     counts: per function the number of samples by failure (`FAILURES`), and "none" for samples the function declined
-    to judge.
-        A batch call that failed where no single sample did counts once.
+        to judge. A call that failed counts for each of its samples.
     problems: a few readable messages per function. seconds: per function, summed over workers.
     """
 
@@ -40,7 +39,8 @@ class RewardResult:
 class Share:
     """The part of every batch that this process judges, where several processes judge a batch together.
 
-    Completions are cut into equal blocks, one per process; a function of the whole batch runs in one process.
+    Completions are cut into equal blocks, one per process, for functions that need groups at the borders of groups; a
+    function of the whole batch runs in one process.
 
     index, count: which of how many processes. gather: what one process knows -> what each of them knows, in order.
     """
@@ -49,9 +49,9 @@ class Share:
     count: int
     gather: Callable[[RewardResult], list[RewardResult]]
 
-    def owns(self, sample: int, size: int) -> bool:
-        """Whether a sample of a batch of `size` is of this process's block."""
-        return sample * self.count // size == self.index
+    def owns(self, item: int, count: int) -> bool:
+        """Whether one of `count` samples or groups of a batch is of this process's block."""
+        return item * self.count // count == self.index
 
     def owns_function(self, key: int) -> bool:
         """Whether this process runs the function at this position of the specs, one of the whole batch."""
@@ -94,6 +94,7 @@ class Task:
     """One request to a worker: some samples of one function."""
 
     key: int  # position of the function in the specs
+    title: str  # of the call, in messages
     mode: str  # batch | each | together, see rewards.worker
     samples: list[int]  # positions in the batch
     limit: float  # seconds the worker may take until its next reply
@@ -107,20 +108,27 @@ class Task:
 class Batch:
     """The state of one batch: what is still to do, and what is known.
 
-    A function that judges each completion by itself gets those that arrived; one that takes the whole batch waits for
-    all of it.
+    A function that judges each completion by itself gets those that arrived; one that compares the completions of a
+    group waits for all of it, and so does one that takes the whole batch. None is ever called for less.
+
+    calls: how each function is called. keys: positions of the functions that are called at all. group_size: samples of
+    a group, which are consecutive.
     """
 
     def __init__(
         self,
         specs: Sequence[RewardSpec],
         functions: Sequence[LoadedFunction],
+        calls: Sequence[Calls],
+        keys: Collection[int],
         inputs: BatchInputs,
+        group_size: int,
         timeout: float,
         num_workers: int,
         share: Share | None = None,
     ):
         size = len(inputs.prompts)
+        self._calls, self._keys, self._group_size = calls, sorted(keys), group_size
         self._share = share
         self._size = size if share is None else sum(share.owns(sample, size) for sample in range(size))
         self.seconds = [0.0] * len(specs)
@@ -128,8 +136,7 @@ class Batch:
         self._timeout, self._num_workers = timeout, num_workers
         self._rewards: list[list[float | None]] = [[None] * len(specs) for _ in range(size)]
         self._counts: list[dict[str, int]] = [dict.fromkeys(COUNTS, 0) for _ in specs]
-        self._messages: list[list[tuple[int, str]]] = [[] for _ in specs]  # sample (-1: the whole batch), text
-        self._failed_batches: dict[int, str] = {}  # function -> kind
+        self._messages: list[list[tuple[int, str]]] = [[] for _ in specs]  # first sample, text
         self._at_home: list[collections.deque[Task]] = [collections.deque() for _ in range(num_workers)]
         self._anywhere: collections.deque[Task] = collections.deque()
         self._arrived: list[collections.deque[int]] = [collections.deque() for _ in functions]  # and in no task yet
@@ -139,12 +146,26 @@ class Batch:
         inputs, size = self._inputs, len(self._inputs.prompts)
         inputs.completions.update(completions)
         inputs.completion_ids.update(completion_ids or {})
-        for key, function in enumerate(self._functions):
-            if function.style != "batch" or function.elementwise:
-                own = [sample for sample in completions if self._share is None or self._share.owns(sample, size)]
+        own = [sample for sample in completions if self._share is None or self._share.owns(sample, size)]
+        for key in self._keys:
+            if self._calls[key] == "elementwise":
                 self._arrived[key].extend(own)
+            elif self._calls[key] == "needs_group":
+                self._anywhere.extend(self._group_tasks(key, completions))
             elif len(inputs.completions) == size and (self._share is None or self._share.owns_function(key)):
-                self._at_home[key % self._num_workers].append(self._task(key, "batch", list(range(size))))
+                task = self._task(key, "batch", list(range(size)), "the call with the whole batch")
+                self._at_home[key % self._num_workers].append(task)
+
+    def _group_tasks(self, key: int, arrived: Collection[int]) -> list[Task]:
+        """Calls for the groups that became whole as these samples arrived."""
+        known, size = self._inputs.completions, self._group_size
+        num_groups, tasks = len(self._inputs.prompts) // size, []
+        for group in sorted({sample // size for sample in arrived}):
+            members = list(range(group * size, (group + 1) * size))
+            is_own = self._share is None or self._share.owns(group, num_groups)
+            if is_own and all(sample in known for sample in members):
+                tasks.append(self._task(key, "batch", members, f"the call with group {group}"))
+        return tasks
 
     def take(self, worker: int) -> Task | None:
         """The next task for a worker. Whole-batch calls first: they take longest and run nowhere else."""
@@ -172,24 +193,22 @@ class Batch:
         self._rewards[sample][task.key] = result.value
 
     def finish(self, task: Task, done: Done) -> None:
-        """The worker is done with a task; a whole-batch call may have failed. BrokenWorker where it cannot be done."""
+        """The worker is done with a task; its one call may have failed. BrokenWorker where it cannot be done."""
         failed = done.failure is not None and task.mode == "batch" and not task.answered
         if not failed and (done.failure is not None or task.unanswered()):
             raise BrokenWorker(
                 f"the end of a task with {len(task.unanswered())} of {len(task.samples)} rewards missing"
             )
         if done.failure is not None:
-            self._retry_one_by_one(task, done.failure)
+            self._lose_call(task, done.failure)
 
     def interrupted(self, task: Task, failure: Failure) -> None:
         """The worker died or had to be killed in the middle of a task."""
         left = task.unanswered()
         if not left:
             return
-        if task.mode == "batch" and task.answered:  # the call was over: only its report was cut off
-            self._spread(task.key, left, "each")
-        elif task.mode == "batch":
-            self._retry_one_by_one(task, failure)
+        if task.mode == "batch":
+            self._lose_call(task, failure)
         elif task.mode == "each" or len(left) == 1:
             self._lose(task.key, left[0], failure)
             if left[1:]:
@@ -199,14 +218,14 @@ class Batch:
 
     def lose_all(self, task: Task, failure: Failure) -> None:
         """The function is gone in that worker: its samples cannot be judged."""
+        if task.mode == "batch":
+            self._lose_call(task, failure)
+            return
         for sample in task.unanswered():
             self._lose(task.key, sample, failure)
 
     def result(self) -> RewardResult:
         """What is known, once nothing is left to do."""
-        for key, kind in self._failed_batches.items():
-            if not self._counts[key][kind]:
-                self._counts[key][kind] = 1
         names = [spec.name for spec in self._specs]
         problems = [
             line for name, found in zip(names, self._messages, strict=True) for line in _problem_lines(name, found)
@@ -214,13 +233,11 @@ class Batch:
         counts = dict(zip(names, self._counts, strict=True))
         return RewardResult(self._rewards, counts, problems, dict(zip(names, self.seconds, strict=True)))
 
-    def _retry_one_by_one(self, task: Task, failure: Failure) -> None:
-        if len(task.samples) == 1:
-            self._lose(task.key, task.samples[0], failure)
-            return
-        self._failed_batches[task.key] = failure[0]
-        self._messages[task.key].append((-1, f"{failure[1]}; called again for one sample at a time"))
-        self._spread(task.key, task.samples, "each")
+    def _lose_call(self, task: Task, failure: Failure) -> None:
+        """One call for several samples failed. Calling it with fewer would give other rewards than the ones meant."""
+        lost, (kind, message) = task.unanswered(), failure
+        self._counts[task.key][kind] += len(lost)
+        self._messages[task.key].append((lost[0], f"{task.title}: {kind}: {message}; {len(lost)} not judged"))
 
     def _spread(self, key: int, samples: list[int], mode: str) -> None:
         length = self._piece_length(mode, len(samples))
@@ -231,7 +248,7 @@ class Batch:
         # Awaiting many at once is the point of an async function, so its pieces are as large as they can be.
         return -(-num_samples // (self._num_workers * (1 if mode == "together" else _PIECES_PER_WORKER)))
 
-    def _task(self, key: int, mode: str, samples: list[int]) -> Task:
+    def _task(self, key: int, mode: str, samples: list[int], title: str = "") -> Task:
         inputs = self._inputs
         function = self._functions[key]
         ids = inputs.completion_ids if function.takes_completion_ids and inputs.completion_ids else None
@@ -250,17 +267,17 @@ class Batch:
             "each": self._timeout,
             "together": self._timeout + _GRACE_SECONDS,
         }
-        return Task(key, mode, samples, limits[mode], request)
+        return Task(key, title, mode, samples, limits[mode], request)
 
     def _lose(self, key: int, sample: int, failure: Failure) -> None:
         kind, message = failure
         self._counts[key][kind] += 1
-        self._messages[key].append((sample, f"{kind}: {message}"))
+        self._messages[key].append((sample, f"sample {sample}: {kind}: {message}"))
 
 
 def _problem_lines(name: str, messages: Sequence[tuple[int, str]]) -> list[str]:
     """The first few messages of a function, by sample, and how many more there are."""
     first = sorted(messages)[:_PROBLEMS_PER_FUNCTION]
-    lines = [f"reward {name!r} {'batch call' if sample < 0 else f'sample {sample}'}: {text}" for sample, text in first]
+    lines = [f"reward {name!r} {text}" for _, text in first]
     more = len(messages) - len(first)
     return lines + ([f"reward {name!r}: {more} more"] if more else [])

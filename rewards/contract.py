@@ -28,6 +28,8 @@ from rewards.text import completion_text
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 Style = Literal["batch", "sample", "verl"]
+# How a function may be called: for one completion at a time, one whole group, or the whole batch.
+Calls = Literal["elementwise", "needs_group", "whole_batch"]
 
 # These names carry the prompt and the completion themselves, so that a dataset column never hides them.
 RESERVED_COLUMNS = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
@@ -47,12 +49,14 @@ class RewardSpec:
 
     name: unique, the name in metrics and messages. function: `module:function` or `path/to/file.py:function`.
     weight: factor in the weighted sum; 0 means metric only. kwargs: JSON constants handed to the function.
+    calls: how it may be called, which wins over how the function is marked; None: as it is marked.
     """
 
     name: str
     function: str
     weight: float
     kwargs: Mapping[str, Any]
+    calls: Calls | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ class BoundReward:
     function: Callable[..., Any]
     style: Style
     is_async: bool
-    elementwise: bool  # a batch function that judges each completion by itself
+    calls: Calls | None  # None: a batch function of which nothing is said
     parameters: frozenset[str]  # names the function spells out
     takes_any: bool  # has **kwargs
     columns: tuple[str, ...]  # dataset columns the function reads, in dataset order
@@ -123,9 +127,19 @@ def elementwise(function: _Function) -> _Function:
     """Mark a batch function that judges each completion by itself, as a decorator.
 
     The runner then calls it for one sample at a time: the work is spread over the workers, and the time limit holds
-    per sample. Unmarked batch functions may compare completions with each other, and get the whole batch in one call.
+    per sample. Batch functions without a mark are tried at the start (see `rewards.runner`); `function.elementwise =
+    False` says that a function needs the whole batch, or keeps state from call to call.
     """
     function.elementwise = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+def needs_group(function: _Function) -> _Function:
+    """Mark a batch function that compares the completions of one prompt with each other, as a decorator.
+
+    The runner calls it for one whole group at a time, as soon as the group is whole, and never for less.
+    """
+    function.needs_group = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
 
 
@@ -171,11 +185,13 @@ def bind(
     available_columns: Sequence[str],
     kwargs: Mapping[str, Any],
     name: str | None = None,
+    calls: Calls | None = None,
 ) -> BoundReward:
     """Recognise the style of a reward function and check that something provides each of its required arguments.
 
     `kwargs` win over a column of the same name. Columns called prompt(s), completion(s) or completion_ids are not
-    passed: those names carry the prompt and the completion themselves. `name` is used in messages only.
+    passed: those names carry the prompt and the completion themselves. `name` is used in messages only. `calls`: how it
+    may be called, where that is not left to the function's own mark.
 
     Raises ValueError naming the function, the argument, what is available, and the way out.
     """
@@ -209,7 +225,7 @@ def bind(
         function=function,
         style=style,
         is_async=inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__),
-        elementwise=getattr(function, "elementwise", False) is True,
+        calls=_calls(function, style, calls, label),
         parameters=frozenset(named),
         takes_any=takes_any,
         columns=tuple(column for column in columns if column in read),
@@ -217,6 +233,28 @@ def bind(
         needs_completion_ids=ids is not None and ids.default is ids.empty,
         kwargs=dict(kwargs),
     )
+
+
+def _calls(function: Callable[..., Any], style: Style, said: Calls | None, label: str) -> Calls | None:
+    """How the function may be called, as far as the recipe or its mark says."""
+    alone, group = (getattr(function, name, None) for name in ("elementwise", "needs_group"))
+    if said is None and group is True:
+        if alone is True:
+            raise ValueError(
+                f"{label}: it is marked elementwise and needs_group; it can be one of them, drop the other"
+            )
+        said = "needs_group"
+    if said is None and isinstance(alone, bool):
+        said = "elementwise" if alone else "whole_batch"
+    if style == "batch":
+        return said
+    if said in ("needs_group", "whole_batch"):
+        raise ValueError(
+            f"{label}: it takes one completion a call ({style} function) and cannot be called for several at once, as "
+            f"{'needs_group' if said == 'needs_group' else 'elementwise: false'} says; let it take prompts and "
+            "completions, or drop that"
+        )
+    return "elementwise"
 
 
 def check_specs(specs: Sequence[RewardSpec]) -> None:

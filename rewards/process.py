@@ -157,6 +157,11 @@ class WorkerProcess:
         self._kill(b"d")
         self._start()
 
+    def renew(self) -> None:
+        """Put a fresh process in the place of an idle one."""
+        self._kill()
+        self._start()
+
     def hang_up(self) -> None:
         """Close the worker's input, which ends it when it is idle."""
         self.stdin.close()
@@ -250,7 +255,7 @@ def poll(workers: Sequence[WorkerProcess]) -> None:
 
 def load_request(key: int, spec: RewardSpec, columns: Sequence[str]) -> dict[str, Any]:
     """The request that makes a worker load a function; raises ValueError for kwargs that JSON cannot hold."""
-    fields = {"name": spec.name, "function": spec.function, "weight": spec.weight}
+    fields = {"name": spec.name, "function": spec.function, "weight": spec.weight, "calls": spec.calls}
     kwargs = encode(spec.kwargs, f"reward {spec.name!r}: kwargs")
     # What imports here imports there; -P left out the working directory, where a user's modules are expected.
     path = [entry or os.getcwd() for entry in sys.path] + [os.getcwd()]

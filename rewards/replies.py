@@ -5,7 +5,7 @@ Whatever is no reply to what was asked raises `BrokenWorker`; nothing here costs
 Texts come out on one line and at most `MAX_TEXT` bytes long. What a function does inside its own worker to its own
 rewards cannot be seen from here: a reply that is well formed and to the point is taken.
 
-    {"nonce": n, "op": "loaded", "style", "is_async", "elementwise", "columns", "takes_completion_ids",
+    {"nonce": n, "op": "loaded", "style", "is_async", "calls", "columns", "takes_completion_ids",
         "needs_completion_ids"}
     {"nonce": n, "op": "refused", "error"}
     {"nonce": n, "op": "result", "index", "value", "kind", "message"}
@@ -18,7 +18,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Never, get_args
 
-from rewards.contract import Style
+from rewards.contract import Calls, Style
 from rewards.protocol import HEADER
 
 MAX_FRAME = 1 << 20  # bytes
@@ -39,7 +39,7 @@ class LoadedFunction:
 
     style: Style
     is_async: bool
-    elementwise: bool
+    calls: Calls | None
     columns: tuple[str, ...]
     takes_completion_ids: bool
     needs_completion_ids: bool
@@ -105,14 +105,17 @@ def read_load_reply(frame: bytes, nonce: str, columns: Collection[str]) -> Loade
         return Refused(one_line(fields["error"]))
     if fields["op"] != "loaded":
         raise BrokenWorker(f"the operation {_shown(fields['op'])} where a function was to be loaded")
-    flags = ("is_async", "elementwise", "takes_completion_ids", "needs_completion_ids")
-    _check(fields, dict.fromkeys(flags, bool) | {"style": str, "columns": list})
+    flags = ("is_async", "takes_completion_ids", "needs_completion_ids")
+    _check(fields, {**dict.fromkeys(flags, bool), "style": str, "calls": (str, type(None)), "columns": list})
     if fields["style"] not in get_args(Style):
         raise BrokenWorker(f"the style {_shown(fields['style'])}")
+    if fields["calls"] not in (*get_args(Calls), None):
+        raise BrokenWorker(f"the way to be called {_shown(fields['calls'])}")
     read = fields["columns"]
     if not all(isinstance(name, str) and name in columns for name in read) or len({*read}) < len(read):
         raise BrokenWorker(f"columns that are not the data set's: {_shown(read)}")
-    return LoadedFunction(style=fields["style"], columns=tuple(read), **{name: fields[name] for name in flags})
+    told = {name: fields[name] for name in ("style", "calls", *flags)}
+    return LoadedFunction(columns=tuple(read), **told)
 
 
 def read_run_reply(frame: bytes, nonce: str, size: int) -> Result | Done:

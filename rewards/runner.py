@@ -4,10 +4,15 @@ In: prompts, completions and dataset columns of one batch, all at once or as the
 number or None per sample and function, and an account of everything that went wrong. Not here: weights
 (`rewards.rubric`), what a function may look like (`rewards.contract`).
 
-A batch function gets the whole batch in one call, always in the same worker: it may compare completions with each
-other and keep state. When that call fails, it is called again for one sample at a time, so that only the culprit is
-lost. Per-sample functions, and batch functions marked `elementwise`, are called sample by sample and spread over the
-workers. A worker that hangs or dies is killed with everything it started, and replaced.
+How a function may be called is settled at the start, and it is never called with less than that:
+
+    elementwise   one completion a call, spread over the workers; per-sample functions, and batch functions so marked
+    needs_group   one group a call, anywhere; batch functions so marked
+    whole_batch   the whole batch in one call, always in the same worker: it may compare what it likes, and keep state
+
+A batch function without a mark is tried, in workers that are replaced afterwards: where one call with 16 varied rows
+gives what 16 calls with one give, bit for bit, it is elementwise, else whole_batch. A call that fails costs its
+samples. A worker that hangs, dies or sends what is no reply is killed with everything it started, and replaced.
 
 POSIX only (process groups, selectable pipes). Not thread-safe: one batch at a time.
 """
@@ -16,19 +21,24 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-from rewards.batch import Batch, BatchInputs, RewardResult, Share, merge_results
-from rewards.contract import RewardSpec, check_specs
+from rewards.batch import FAILURES, Batch, BatchInputs, RewardResult, Share, merge_results
+from rewards.contract import Calls, RewardSpec, check_specs
 from rewards.environment import check_memory_gb, worker_environment
+from rewards.probe import GROUP_SIZE, Probe, probe
 from rewards.process import WorkerProcess, load_request, poll
 from rewards.protocol import encode
 from rewards.replies import BrokenWorker, Failure, LoadedFunction, Refused, Reply, Result
 
 _LOAD_TRIES = 3  # a worker that dies while it imports a function may do better next time
+_CHECK_SECONDS = 10.0  # for trying one function that is not marked
+_PROBE_CALLS: tuple[Calls, ...] = ("whole_batch", "elementwise", "whole_batch")
+# From what asks least of a call to what asks most.
+_CAREFUL: tuple[Calls, ...] = ("elementwise", "needs_group", "whole_batch")
 _CLOSE_SECONDS = 3.0  # for exit handlers of user code
 
 
@@ -44,6 +54,8 @@ class RewardRunner:
     env: names of the variables of this process's environment that workers get beside `rewards.environment.VARIABLES`.
     memory_gb: resident memory of a worker together with all it started, in 1e9 bytes, beyond which they are killed;
         Linux only. None: no limit.
+    rows: prompt and columns of rows of the data set, with which functions that are not marked are tried; without any,
+        they get whole batches.
     share: what of each batch is judged here, where several processes call this with the same batches; results are of
         the whole batch in all of them. None: everything.
 
@@ -62,6 +74,7 @@ class RewardRunner:
         log_path: str | os.PathLike[str] | None = None,
         env: Sequence[str] = (),
         memory_gb: float | None = None,
+        rows: Sequence[tuple[Any, Mapping[str, Any]]] = (),
         share: Share | None = None,
     ):
         check_specs(specs)
@@ -81,6 +94,8 @@ class RewardRunner:
         ]
         try:
             self._functions = self._load()
+            self._reasons: dict[int, str] = {}  # why functions that were tried are not elementwise; "": they are
+            self._calls = self._settle(rows)
         except BaseException:  # no worker may outlive a failed start, Ctrl-C included
             self.close()
             raise
@@ -99,27 +114,100 @@ class RewardRunner:
         completions: Sequence[Any],
         columns: Mapping[str, Sequence[Any]],
         completion_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        group_size: int = 1,
+        names: Collection[str] | None = None,
     ) -> RewardResult:
         """Score one batch. Order and values depend on the functions only, never on which worker was faster.
 
         prompts, completions: strings or chat message lists, handed through unchanged.
         columns: one list per dataset column.
         completion_ids: token ids per completion.
+        group_size, names: see `begin`.
 
         Failures of a function never raise. ValueError is for arguments whose lengths differ, a missing column, a value
         that cannot be sent, and completion_ids missing where a function requires them.
         """
         given = {"prompts": prompts, **columns, "completion_ids": completion_ids}
         _check_lengths(given, "completion", len(completions))
-        with self.begin(prompts, columns) as scoring:
+        with self.begin(prompts, columns, group_size=group_size, names=names) as scoring:
             scoring.add(range(len(completions)), completions, completion_ids)
             return scoring.result()
 
-    def begin(self, prompts: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> "Scoring":
+    @property
+    def calls(self) -> dict[str, Calls]:
+        """How each function is called, by name."""
+        return {spec.name: calls for spec, calls in zip(self.specs, self._calls, strict=True)}
+
+    @property
+    def elementwise(self) -> list[str]:
+        """Names of the functions that judge each completion by itself."""
+        return [name for name, calls in self.calls.items() if calls == "elementwise"]
+
+    def adopt(self, calls: Mapping[str, Calls]) -> None:
+        """Of the functions that were tried, what another process or an earlier part of the run found counts as well:
+        each is called in the more careful of the two ways.
+        """
+        for key in self._reasons:
+            other = calls.get(self.specs[key].name, "elementwise")
+            if _CAREFUL.index(other) > _CAREFUL.index(self._calls[key]):
+                self._calls[key] = other
+                self._reasons[key] = "the check found a difference earlier in this run or in another process of it"
+
+    def notes(self) -> list[str]:
+        """What the start-up check found, in words: a line for each function that was tried."""
+        way_out = "in its entry of rewards.functions"
+        lines = []
+        for key, reason in self._reasons.items():
+            title = f"reward {self.specs[key].name!r}"
+            if reason:
+                lines.append(
+                    f"{title} is called with whole batches, for {reason}; {way_out}, elementwise: true says that it "
+                    "judges each completion by itself, needs_group: true that it compares those of one prompt"
+                )
+            else:
+                lines.append(
+                    f"{title} is called for one completion at a time, for in the start-up check that gave the "
+                    f"rewards of one call with all; {way_out}, elementwise: false keeps whole batches"
+                )
+        return lines
+
+    def begin(
+        self,
+        prompts: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        *,
+        group_size: int = 1,
+        names: Collection[str] | None = None,
+    ) -> "Scoring":
         """Begin to score a batch whose completions come later, in any order; see `Scoring`.
 
         prompts, columns: one entry per sample, as for `score`; a prompt stands once for each of its completions.
+        group_size: completions of each prompt, which are consecutive.
+        names: the functions to call; the others judge nothing. None: all.
+
+        ValueError where a function that needs groups would be called for groups of one.
         """
+        keys = [key for key, spec in enumerate(self.specs) if names is None or spec.name in names]
+        return self._begin(prompts, columns, self._calls, keys, group_size, self._share)
+
+    def _begin(
+        self,
+        prompts: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        calls: Sequence[Calls],
+        keys: Sequence[int],
+        group_size: int,
+        share: Share | None = None,
+    ) -> "Scoring":
+        if len(prompts) % group_size:
+            raise ValueError(f"the batch must hold whole groups of {group_size}, got {len(prompts)} samples")
+        for key in keys:
+            if calls[key] == "needs_group" and group_size < 2:
+                raise ValueError(
+                    f"reward {self.specs[key].name!r} compares the completions of a prompt (needs_group), and there is "
+                    "one for each here; leave it out, or draw more"
+                )
         wanted = {name for function in self._functions for name in function.columns}
         missing = sorted(wanted - {*columns})
         if missing:
@@ -129,8 +217,9 @@ class RewardRunner:
             prompts=encode(list(prompts), "prompts"),
             columns={name: encode(list(columns[name]), f"column {name!r}") for name in sorted(wanted)},
         )
-        batch = Batch(self.specs, self._functions, inputs, self._timeout, len(self._workers), self._share)
-        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), self._share)
+        num_workers = len(self._workers)
+        batch = Batch(self.specs, self._functions, calls, keys, inputs, group_size, self._timeout, num_workers, share)
+        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), share)
 
     def close(self) -> None:
         """End the workers; exit handlers of user code get a few seconds. Closing twice does nothing."""
@@ -174,6 +263,44 @@ class RewardRunner:
                 worker.to_load.appendleft(key)
                 worker.load_next()
         return [functions[key] for key in range(len(self.specs))]
+
+    def _settle(self, rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> list[Calls]:
+        """How each function is called from now on."""
+        tried = [key for key, function in enumerate(self._functions) if function.calls is None]
+        if not rows:
+            self._reasons = dict.fromkeys(tried, "there are no rows to try it with")
+        elif tried:
+            given = probe(rows, self.columns)
+            self._reasons = {key: self._try(key, given) for key in tried}
+            for worker in self._workers:
+                worker.renew()  # what the functions remember of the check is gone
+        return [
+            function.calls or ("whole_batch" if self._reasons[key] else "elementwise")
+            for key, function in enumerate(self._functions)
+        ]
+
+    def _try(self, key: int, given: Probe) -> str:
+        """Why a function cannot be called for one completion at a time; empty: it can.
+
+        It is called with the batch again in the end: what state, a clock or chance change shows then.
+        """
+        deadline, first = time.monotonic() + _CHECK_SECONDS, None
+        name = self.specs[key].name
+        for calls in _PROBE_CALLS:
+            of_all: list[Calls] = [calls] * len(self.specs)
+            with self._begin(given.prompts, given.columns, of_all, [key], GROUP_SIZE) as scoring:
+                scoring.add(range(len(given.prompts)), given.completions, given.completion_ids)
+                try:
+                    result = scoring.result(max(0.0, deadline - time.monotonic()))
+                except TimeoutError:
+                    return f"the start-up check took longer than {_CHECK_SECONDS:g} s"
+            if any(result.counts[name][kind] for kind in FAILURES):
+                return f"it failed in the start-up check ({result.problems[0]})"
+            rewards = [repr(row[key]) for row in result.rewards]  # tells 0.0 from -0.0
+            if first is not None and rewards != first:
+                return "in the start-up check calls with one completion gave other rewards than one call with all"
+            first = rewards
+        return ""
 
     def _home(self, key: int) -> WorkerProcess:
         return self._workers[key % len(self._workers)]
@@ -251,13 +378,13 @@ class Scoring:
             self._arrivals.append((ready, ids))
             self._changed.notify()
 
-    def result(self) -> RewardResult:
-        """Waits for the rewards of the whole batch, all of which must have come."""
+    def result(self, timeout: float | None = None) -> RewardResult:
+        """Waits for the rewards of the whole batch, all of which must have come; TimeoutError after so many seconds."""
         if self._left:
             raise ValueError(
                 f"the result needs the whole batch, {len(self._left)} of {self._size} completions are missing"
             )
-        self._done.result()
+        self._done.result(timeout)
         result = self._batch.result()
         return result if self._share is None else merge_results(self._share.gather(result))
 
@@ -357,12 +484,23 @@ def check_on_gold(runner: RewardRunner, prompt: Any, gold_completion: Any, colum
     """Score one row whose completion is a right answer, and say which functions fail on it or cannot judge it.
 
     columns: one value (not a list) per dataset column. Returns warnings, none when every function gave a number.
-    Token ids are not known here: a function that takes them gets an empty list.
+    Token ids are not known here: a function that takes them gets an empty list. A function that is not called for one
+    completion at a time gets a group in which all are this one.
     """
-    result = runner.score([prompt], [gold_completion], {name: [value] for name, value in columns.items()}, [[]])
-    declined = [
-        f"on a gold row, reward {spec.name!r} returned None: it cannot judge a right answer; check the answer column"
-        for spec in runner.specs
-        if result.counts[spec.name]["none"]
-    ]
-    return [f"on a gold row, {problem}" for problem in result.problems] + declined
+    alone = runner.elementwise
+    together = [spec.name for spec in runner.specs if spec.name not in alone]
+    warnings = []
+    for names, size in ((alone, 1), (together, GROUP_SIZE)):
+        if not names:
+            continue
+        repeated = {name: [value] * size for name, value in columns.items()}
+        result = runner.score(
+            [prompt] * size, [gold_completion] * size, repeated, [[]] * size, group_size=size, names=names
+        )
+        warnings += [f"on a gold row, {problem}" for problem in result.problems]
+        warnings += [
+            f"on a gold row, reward {name!r} returned None: it cannot judge a right answer; check the answer column"
+            for name in names
+            if result.counts[name]["none"]
+        ]
+    return warnings

@@ -11,8 +11,8 @@ failure. What it cannot survive (a hang, a crash) the runner sees from outside. 
 
 The fields of a reply are in `rewards.replies`; each repeats the nonce of its request.
 
-Modes: "batch" is one call for all samples, and its `done` may carry a failure; "each" is one call after another;
-"together" runs an async function on all samples at once.
+Modes: "batch" is one call for all samples of the task, and its `done` may carry a failure; "each" is one call after
+another; "together" runs an async function on all samples at once.
 """
 
 import asyncio
@@ -143,12 +143,12 @@ class _Worker:
         sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
         spec = RewardSpec(**request["spec"])
         try:
-            bound = bind(load_function(spec), request["columns"], spec.kwargs, spec.name)
+            bound = bind(load_function(spec), request["columns"], spec.kwargs, spec.name, spec.calls)
         except ValueError as error:
             self._reply(op="refused", error=f"{one_line(str(error), MAX_TEXT // 2)}{missing_variable(error)}")
             return
         self._rewards[request["key"]] = bound
-        told = ("style", "is_async", "elementwise", "columns", "takes_completion_ids", "needs_completion_ids")
+        told = ("style", "is_async", "calls", "columns", "takes_completion_ids", "needs_completion_ids")
         self._reply(op="loaded", **{name: getattr(bound, name) for name in told})
 
     def _run_batch(self, bound: BoundReward, request: Mapping[str, Any]) -> Failure | None:

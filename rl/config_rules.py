@@ -86,6 +86,12 @@ def check(config: Config) -> None:
             "rewards.functions must not name a function 'overlong' while rewards.overlong_buffer is set, whose "
             f"punishment has this name, got {names}; give it another `name`"
         )
+    for name, function in zip(names, config.rewards.functions, strict=True):
+        if function.needs_group and function.elementwise is not None:
+            raise ValueError(
+                f"rewards.functions: {name!r} must not have both needs_group: true and elementwise: "
+                f"{json.dumps(function.elementwise)}, which each say how it is called; drop one of them"
+            )
     if len(set(names)) < len(names):
         raise ValueError(f"rewards.functions must have distinct names, got {names}; set `name` on each")
     if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in names:

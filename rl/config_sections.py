@@ -114,6 +114,8 @@ class RewardFunction:
     weight: float = 1.0  # the neutral element of a list entry, which base.yml cannot hold
     name: str | None = None
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    elementwise: bool | None = None
+    needs_group: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -2,7 +2,7 @@
 
 In: a sampler, weights, held-out rows, reward functions. Out: the share of prompts whose greedy completion gets a reward
 of at least 1 from the function that counts (`eval.reward`), with a 95 % Wilson interval, and the mean of every reward
-function.
+function. There is one completion for each prompt, so functions that compare completions are left out.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from rewards.batch import RewardResult, Share
-from rewards.contract import RewardSpec
+from rewards.contract import Calls, RewardSpec
 from rewards.rubric import summarize
 from rewards.runner import RewardRunner
 from rl import hosts
@@ -43,6 +43,8 @@ from rl.trained import load_source, resolve_model
 from rl.wave_sampler import WaveSampler
 from rl.weights import eos_ids, tokenizer_of, use_compilation_cache
 
+_ROWS_TO_TRY = 100  # in which two with different prompts are looked for
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
@@ -53,7 +55,8 @@ class EvalResult:
       interval: 95 % Wilson score interval of the accuracy
         (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval).
       num_prompts: prompts evaluated. num_judged: those that the function that counts could judge.
-      means: mean reward per function; None where it judged nothing.
+      means: mean reward per function that was run; None where it judged nothing. left_out: names of the others, which
+        compare completions with each other.
       completion_length: mean tokens. truncated_share: completions that hit the length limit.
       samples: one dict per prompt: prompt, completion, rewards, finish_reason.
     """
@@ -63,6 +66,7 @@ class EvalResult:
     num_prompts: int
     num_judged: int
     means: dict[str, float | None]
+    left_out: list[str]
     completion_length: float
     truncated_share: float
     samples: list[dict[str, Any]]
@@ -95,13 +99,19 @@ def evaluate(
     Args:
       sampling: the run's; its temperature, truncations and penalties are replaced by plain greedy decoding. Lengths,
         stop strings, logit bias and forbidden ids stay.
-      accuracy_reward: name of the reward function that counts; None: the first.
+      accuracy_reward: name of the reward function that counts; None: the first that judges each completion by itself.
+        Where that is none, nothing is judged.
     """
     plain, key = greedy(sampling), jax.random.key(0)
-    groups, texts, result = sample_and_score(sampler, params, rows, 1, plain, key, runner, tokenizer, Stopwatch())
+    names = runner.elementwise
+    groups, texts, result = sample_and_score(
+        sampler, params, rows, 1, plain, key, runner, tokenizer, Stopwatch(), names=names
+    )
     completions = [group[0] for group in groups]
-    names = [spec.name for spec in runner.specs]
-    judged = [row[names.index(accuracy_reward) if accuracy_reward else 0] for row in result.rewards]
+    all_names = [spec.name for spec in runner.specs]
+    rewards = [[row[all_names.index(name)] for name in names] for row in result.rewards]
+    counts = accuracy_function(runner, accuracy_reward)
+    judged = [] if counts is None else [row[names.index(counts)] for row in rewards]
     judged = [value for value in judged if value is not None]
     correct = sum(value >= 1.0 for value in judged)
     samples = [
@@ -111,17 +121,43 @@ def evaluate(
             "rewards": dict(zip(names, values, strict=True)),
             "finish_reason": done.finish_reason,
         }
-        for row, text, values, done in zip(rows, texts, result.rewards, completions, strict=True)
+        for row, text, values, done in zip(rows, texts, rewards, completions, strict=True)
     ]
     return EvalResult(
         accuracy=correct / len(judged) if judged else math.nan,
         interval=wilson_interval(correct, len(judged)),
         num_prompts=len(rows),
         num_judged=len(judged),
-        means={name: summary.mean for name, summary in summarize(result.rewards, names).items()},
+        means={name: summary.mean for name, summary in summarize(rewards, names).items()},
+        left_out=[name for name in all_names if name not in names],
         completion_length=sum(len(done.token_ids) for done in completions) / len(rows),
         truncated_share=sum(done.finish_reason == "length" for done in completions) / len(rows),
         samples=samples,
+    )
+
+
+def accuracy_function(runner: RewardRunner, wanted: str | None) -> str | None:
+    """The name of the reward function that counts as accuracy; None where that one compares completions, or all do.
+
+    wanted: `eval.reward`.
+    """
+    names = runner.elementwise
+    if wanted is not None:
+        return wanted if wanted in names else None
+    return names[0] if names else None
+
+
+def left_out_of_evaluation(runner: RewardRunner, accuracy_reward: str | None) -> str | None:
+    """What an evaluation, with its one completion for each prompt, does not measure, in words."""
+    names = [name for name in runner.calls if name not in runner.elementwise]
+    if not names:
+        return None
+    has_accuracy = accuracy_function(runner, accuracy_reward) is not None
+    lost = "" if has_accuracy else ", and there is no accuracy without a function that does for eval.reward"
+    return (
+        f"evaluation leaves out {', '.join(names)}: it draws one completion for each prompt, and these functions are "
+        f"not called for one at a time (elementwise: true, in an entry of rewards.functions, says that a function "
+        f"judges each by itself){lost}"
     )
 
 
@@ -238,9 +274,20 @@ def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
 def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.Path | None) -> RewardRunner:
     """The worker processes with the run's reward functions; every column of the rows is offered to them.
 
-    Each process of the run has its own, which judge its share of the completions.
+    Each process of the run has its own, which judge its share of the completions. How the functions are called is
+    settled with some of the rows.
     """
-    specs = [RewardSpec(f.name or f.function, f.function, f.weight, f.kwargs) for f in config.rewards.functions]
+    said: dict[bool | None, Calls | None] = {None: None, True: "elementwise", False: "whole_batch"}
+    specs = [
+        RewardSpec(
+            f.name or f.function,
+            f.function,
+            f.weight,
+            f.kwargs,
+            "needs_group" if f.needs_group else said[f.elementwise],
+        )
+        for f in config.rewards.functions
+    ]
     columns = sorted({name for row in rows for name in row.columns})
     section = config.rewards
 
@@ -248,7 +295,7 @@ def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.P
         return [RewardResult(**part) for part in hosts.gather(dataclasses.asdict(result))]
 
     share = None if jax.process_count() == 1 else Share(jax.process_index(), jax.process_count(), gather)
-    return RewardRunner(
+    runner = RewardRunner(
         specs,
         columns,
         section.num_workers,
@@ -256,8 +303,12 @@ def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.P
         log_path=log_path,
         env=section.env,
         memory_gb=section.memory_gb,
+        rows=[(row.prompt, row.columns) for row in rows[:_ROWS_TO_TRY]],
         share=share,
     )
+    for calls in hosts.gather(runner.calls):
+        runner.adopt(calls)
+    return runner
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -299,6 +350,9 @@ def evaluate_source(
         sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
         sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
         with contextlib.closing(sampler), start_rewards(config, rows, None) as runner:
+            problem = left_out_of_evaluation(runner, config.eval.reward)
+            if problem and accuracy_function(runner, config.eval.reward) is None:
+                raise ValueError(problem)
             sampler.expect([row.prompt_ids for row in rows])
             result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
         return result, "model.source" if trained.step is None else f"step {trained.step}"
@@ -326,6 +380,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name, mean in result.means.items():
         print(f"  {name}: mean {mean if mean is None else round(mean, 4)}")
+    if result.left_out:
+        print(f"  left out, for they are not called for one completion at a time: {', '.join(result.left_out)}")
     print(f"  completion length {result.completion_length:.1f} tokens, {result.truncated_share:.1%} truncated")
 
 

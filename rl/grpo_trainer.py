@@ -30,7 +30,15 @@ from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
 from rl.dynamic_sampling import collect
 from rl.entropy_coef import EntropyCoefState
-from rl.evaluation import check_memory, create_sampler, evaluate, greedy, sampling_params, start_rewards
+from rl.evaluation import (
+    check_memory,
+    create_sampler,
+    evaluate,
+    greedy,
+    left_out_of_evaluation,
+    sampling_params,
+    start_rewards,
+)
 from rl.executables import CompiledPrograms, open_compiled
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
@@ -108,6 +116,7 @@ def train(config: Config) -> pathlib.Path:
         run = RunFolder(config, "grpo", identity)
         stack.callback(run.close)
         runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
+        check_group_size(config, runner)
         run.begin()
         mirror.begin()
         # -- sharded states
@@ -134,6 +143,7 @@ def train(config: Config) -> pathlib.Path:
             entropy, health = EntropyCoefState(**loop["entropy"]), HealthState(**loop["health"])
             position = loop["epoch"] * len(data.train) + loop["position"]  # prompts used up
             console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
+            runner.adopt(loop.get("reward_calls", {}))
         if config.grpo.beta and policy.config.lora is not None:
             reference = frozen_reference(policy, state)  # with adapters the frozen base: no second copy
         first_step = get_first_step(policy, state, updates_per_step(config))
@@ -146,6 +156,10 @@ def train(config: Config) -> pathlib.Path:
         updater = Updater(config, policy, optimizer, plan, shardings, mesh=mesh, stored=compiled.get)
         if first_step == 0 and config.rewards.check_on_gold:
             warn_about_rewards(console, runner, data.train[0])
+        for note in runner.notes():
+            console.message(note)
+        if eval_rows and (problem := left_out_of_evaluation(runner, config.eval.reward)):
+            console.warning(problem)
         # -- loop
         first_line = first_step + 1 if run.resumed and first_step else 0
         writer = stack.enter_context(MetricsWriter(run.path if hosts.is_first() else None, first_line))
@@ -204,6 +218,7 @@ def train(config: Config) -> pathlib.Path:
             is_last = hosts.any_process(stop.requested) or done == config.grpo.steps
             if done % config.checkpoint.every == 0 or is_last:
                 loop = loop_record(done, position, len(data.train), policy, entropy, health)
+                loop["reward_calls"] = runner.calls
                 with watch.timer("checkpoint"):  # part of the next step's seconds
                     checkpoints.save(done, state, loop, reference)
             for message in run.recorded():
@@ -275,6 +290,16 @@ def loop_record(
 def start_of_loop(config: Config) -> tuple[EntropyCoefState, HealthState, int]:
     """Entropy coefficient, health and position before the first step."""
     return EntropyCoefState(config.grpo.entropy_coef, math.inf), healthy(), 0
+
+
+def check_group_size(config: Config, runner: RewardRunner) -> None:
+    """ValueError where a reward function that compares the completions of a prompt would get one of them."""
+    names = [name for name, calls in runner.calls.items() if calls == "needs_group"]
+    if names and config.grpo.group_size < 2:
+        raise ValueError(
+            f"grpo.group_size must be >= 2 for reward {names[0]!r}, which compares the completions of a prompt "
+            f"(needs_group), got {config.grpo.group_size}"
+        )
 
 
 def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:

@@ -194,11 +194,13 @@ def sample_and_score(
     tokenizer: Tokenizer,
     watch: Stopwatch,
     prompt_indices: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
 ) -> ScoredCompletions:
     """Draws completions of every row, and runs the reward functions on each as it ends, while others are still drawn.
 
     Args:
       key, prompt_indices: all randomness, see `Sampler.sample`.
+      names: the reward functions to run; None: all.
       watch: "rollout" takes the time until the last completion, "reward" what the rewards take beyond that.
     """
     row_B = [row for row in rows for _ in range(num_samples)]
@@ -207,7 +209,8 @@ def sample_and_score(
     done: dict[int, Completion] = {}
     texts: dict[int, str] = {}
     columns = {name: [row.columns.get(name) for row in row_B] for name in runner.columns}
-    with runner.begin([row.prompt for row in row_B], columns) as scoring:
+    prompts = [row.prompt for row in row_B]
+    with runner.begin(prompts, columns, group_size=num_samples, names=names) as scoring:
         with watch.timer("rollout"), no_implicit_transfers():
             for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
                 done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)

@@ -19,7 +19,15 @@ from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config
 from rl.console import Console
 from rl.data import PairRow, check_enough_rows, fingerprint, load_pairs, step_indices
-from rl.evaluation import check_memory, create_sampler, evaluate, greedy, sampling_params, start_rewards
+from rl.evaluation import (
+    check_memory,
+    create_sampler,
+    evaluate,
+    greedy,
+    left_out_of_evaluation,
+    sampling_params,
+    start_rewards,
+)
 from rl.health import HealthState, check_progress, check_step, healthy
 from rl.interrupt import StopRequest
 from rl.loss_types import LossConfig
@@ -172,6 +180,8 @@ def train(config: Config) -> pathlib.Path:
         # -- held-out accuracy, and the policy to take home
         if sampler is not None:
             with start_rewards(config, held_out, run.path / "rewards.log") as runner:
+                if problem := left_out_of_evaluation(runner, config.eval.reward):
+                    console.warning(problem)
                 result = evaluate(sampler, state.params, held_out, runner, tokenizer, sampling, config.eval.reward)
             console.message(f"held-out greedy accuracy {result.accuracy:.1%} on {result.num_prompts} prompts")
         params = hosts.fetch(state.params)

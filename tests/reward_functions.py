@@ -4,17 +4,22 @@ import json
 import os
 import pathlib
 
+from rewards.contract import elementwise
 
+
+@elementwise
 def digit_share(prompts, completions, **columns):
     """Share of the characters that are digits: a random byte policy scores about 0.04."""
     return [sum(character in "0123456789" for character in text) / max(len(text), 1) for text in completions]
 
 
+@elementwise
 def constant(prompts, completions, **columns):
     """The same for everyone: nothing to learn."""
     return [0.5 for _ in completions]
 
 
+@elementwise
 def always_right(prompts, completions, **columns):
     """1 for everyone."""
     return [1.0 for _ in completions]
@@ -32,6 +37,7 @@ def flat_for_even_answers(completion, answer):
     return sum(ord(character) < 90 for character in completion) / max(len(completion), 1)
 
 
+@elementwise
 def huge(prompts, completions, **columns):
     """With a weight of 1e30 it is finite, but the squares of its gradient are not in float32: no update can be made."""
     return [sum(map(ord, text)) for text in completions]
@@ -61,7 +67,18 @@ def recorded_batch(completions, folder):
     return [0.0] * len(completions)
 
 
+recorded_batch.elementwise = False
+
+
 def rank_in_batch(prompts, completions, **columns):
     """The place of each among all completions of the batch, from 0 to 1: it needs the whole batch."""
     order = sorted(range(len(completions)), key=lambda b: completions[b])
     return [order.index(b) / len(completions) for b in range(len(completions))]
+
+
+def best_of_group(prompts, completions, **columns):
+    """1 for the longest completions of each prompt: alone, every completion is the best."""
+    best = {}
+    for prompt, completion in zip(prompts, completions, strict=True):
+        best[prompt] = max(best.get(prompt, 0), len(completion))
+    return [float(len(text) == best[prompt]) for prompt, text in zip(prompts, completions, strict=True)]

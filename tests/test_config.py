@@ -376,6 +376,10 @@ def test_a_missing_recipe_is_refused(tmp_path):
             ["grpo.loss_type=cispo"],
             r"epsilon_high must be set with loss_type cispo, .* the cap .*for example grpo\.epsilon_high=5\.0",
         ),
+        (
+            ["rewards.functions=[{function: 'a:b', needs_group: true, elementwise: false}]"],
+            r"'a:b' must not have both needs_group: true and elementwise: false",
+        ),
         (["rewards.functions=[{function: 'a:b'}, {function: 'a:b'}]"], r"must have distinct names, .* set `name`"),
         (
             ["rewards.functions=[{function: 'a:b', name: c}]", "eval.reward=d"],

@@ -82,6 +82,23 @@ def test_accuracy_is_the_share_of_the_function_that_counts(run):
     assert even.interval == wilson_interval(expected, 13)
 
 
+def test_function_that_compares_completions_is_left_out_by_name_and_is_no_accuracy(run, capsys):
+    functions = [
+        {"function": f"{REWARDS}:best_of_group", "name": "best", "weight": 1.0},
+        {"function": f"{REWARDS}:right_for_even_answers", "name": "even", "weight": 0.0},
+    ]
+    output = run.parent / "left_out.jsonl"
+    main(["eval", str(run), f"rewards.functions={json.dumps(functions)}", "--output", str(output)])
+    told = capsys.readouterr().out
+    assert "100" not in told.replace("(95%", "").splitlines()[0]
+    assert "left out, for they are not called for one completion at a time: best" in told
+    assert "best: mean" not in told
+    assert all(json.loads(line)["rewards"].keys() == {"even"} for line in output.read_text().splitlines())
+    for functions_left, reward in ((functions, "best"), (functions[:1], "null")):
+        with pytest.raises(ValueError, match=r"evaluation leaves out best: .*there is no accuracy"):
+            evaluate_source(run, [f"rewards.functions={json.dumps(functions_left)}", f"eval.reward={reward}"])
+
+
 def test_evaluation_is_greedy_whatever_the_training_temperature(run):
     cold, _ = evaluate_source(run, ["sampling.temperature=1.0"])
     hot, _ = evaluate_source(run, ["sampling.temperature=5.0", "sampling.top_k=3", "seed=0"])

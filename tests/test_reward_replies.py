@@ -24,8 +24,9 @@ LOADED = {
     "nonce": "n",
     "op": "loaded",
     "style": "batch",
+    "calls": None,
     "columns": ["answer"],
-    **dict.fromkeys(("is_async", "elementwise", "takes_completion_ids", "needs_completion_ids"), False),
+    **dict.fromkeys(("is_async", "takes_completion_ids", "needs_completion_ids"), False),
 }
 
 
@@ -42,7 +43,7 @@ def test_replies_are_read():
     assert run_reply(value=None) == Result(1, None, None)
     assert run_reply(value=None, kind="exception", message="no") == Result(1, None, ("exception", "no"))
     assert run_reply(value=-1e6) == Result(1, -1e6, None)
-    assert load_reply() == LoadedFunction("batch", False, False, ("answer",), False, False)
+    assert load_reply() == LoadedFunction("batch", False, None, ("answer",), False, False)
     done = {"nonce": "n", "op": "done", "kind": "wrong_length", "message": "two for three"}
     assert read_run_reply(json.dumps(done).encode(), "n", 2) == Done(("wrong_length", "two for three"))
     refused = json.dumps({"nonce": "n", "op": "refused", "error": "no such file"}).encode()
@@ -93,7 +94,8 @@ def test_what_is_no_reply_to_a_task_is_refused(changes, words):
     [
         ({"op": "result"}, "'result' where a function was to be loaded"),
         ({"style": "magic"}, "style 'magic'"),
-        ({"elementwise": 1}, "field elementwise is 1"),
+        ({"is_async": 1}, "field is_async is 1"),
+        ({"calls": "never"}, "the way to be called 'never'"),
         ({"columns": ["gold"]}, "columns that are not the data set's"),
         ({"columns": ["answer", "answer"]}, "columns that are not"),
         ({"columns": [["answer"]]}, "columns that are not"),

@@ -32,10 +32,10 @@ def write(tmp_path):
     return write_file
 
 
-def run(specs, completions, num_workers=2, timeout=5.0, columns=None, completion_ids=None, **options):
+def run(specs, completions, num_workers=2, timeout=5.0, columns=None, completion_ids=None, group_size=1, **options):
     columns = columns or {}
     with RewardRunner(specs, list(columns), num_workers, timeout, **options) as runner:
-        return runner.score(["p"] * len(completions), completions, columns, completion_ids)
+        return runner.score(["p"] * len(completions), completions, columns, completion_ids, group_size=group_size)
 
 
 def column(result, position=0):
@@ -211,6 +211,7 @@ CULPRITS = """
     def sample(completion): return act(completion)
     async def async_batch(completions): return [act(c) for c in completions]
     async def async_sample(completion): return act(completion)
+    batch.elementwise = async_batch.elementwise = True
 """
 STYLE_NAMES = ["batch", "sample", "async_batch", "async_sample"]
 
@@ -277,20 +278,138 @@ def test_several_culprits_of_different_kinds_are_each_counted(write, tmp_path):
     assert "reward 'sample': 3 more" in result.problems
 
 
-def test_wrong_length_costs_only_the_sample_that_causes_it(write):
-    spec = write("def drops(completions): return [len(c) for c in completions if c]")
-    result = run([spec("drops")], ["aa", "", "b"])
-    assert column(result) == [2, None, 1]
-    assert result.counts["drops"] == counts(wrong_length=1)
-    assert "batch call: returned 2 rewards for 3 completions" in result.problems[0]
+# How a function may be called.
+
+COMPARING = """
+    import random
+    from rewards.contract import elementwise, needs_group
+    def noted(name, completions):
+        with open(f"{__file__}.{name}", "a") as file:
+            file.write(f"{len(completions)}\\n")
+        if "bad" in completions: raise RuntimeError("bad one")
+        if "die" in completions: os._exit(3)
+        if "few" in completions: return [1.0]
+        return [float(len(c) == max(map(len, completions))) for c in completions]
+    def batch_best(completions): return noted("batch_best", completions)
+    @needs_group
+    def group_best(completions, answer):
+        return noted("group_best", completions)
+    @elementwise
+    def longest(completions): return noted("longest", completions)
+"""
 
 
-def test_failed_batch_call_is_counted_even_where_no_single_sample_fails(write):
-    spec = write("def one(completions): return [0.5]")
-    result = run([spec("one")], ["a", "b", "c"])
-    assert column(result) == [0.5] * 3
-    assert result.counts["one"] == counts(wrong_length=1)
-    assert "returned 1 rewards for 3 completions; called again for one sample at a time" in result.problems[0]
+@pytest.mark.parametrize(("text", "kind"), [("bad", "exception"), ("die", "crash"), ("few", "wrong_length")])
+def test_failed_call_costs_what_it_was_made_for_and_is_made_for_no_less(write, tmp_path, text, kind):
+    spec = write(COMPARING)
+    specs = [spec("batch_best"), spec("group_best"), spec("longest")]
+    completions, answers = ["a", "bbb", "cc", text, "d", "e", "ff", "ff", "g"], ["1"] * 9
+    with RewardRunner(specs, ["answer"], 2, 5.0) as runner:
+        result = runner.score(["p"] * 9, completions, {"answer": answers}, group_size=3)
+    whole, group, alone = (column(result, key) for key in range(3))
+    assert whole == [None] * 9
+    assert group == [0, 1, 0, None, None, None, 1, 1, 0]
+    assert alone == [1, 1, 1, 1 if text == "few" else None, 1, 1, 1, 1, 1]
+    assert result.counts["batch_best"] == counts(**{kind: 9})
+    assert result.counts["group_best"] == counts(**{kind: 3})
+    assert f"reward 'batch_best' the call with the whole batch: {kind}: " in result.problems[0]
+    assert f"reward 'group_best' the call with group 1: {kind}: " in result.problems[1]
+    assert "9 not judged" in result.problems[0]
+    sizes = {name: (tmp_path / f"my_rewards.py.{name}").read_text().split() for name in ("batch_best", "group_best")}
+    assert sizes == {"batch_best": ["9"], "group_best": ["3"] * 3}
+
+
+def test_group_is_judged_when_it_is_whole_and_never_in_part(write, tmp_path):
+    spec = write(COMPARING)
+    log = tmp_path / "my_rewards.py.group_best"
+    with RewardRunner([spec("group_best"), spec("longest")], ["answer"], 1, 5.0) as runner:
+        with runner.begin(["p"] * 4, {"answer": ["1"] * 4}, group_size=2) as scoring:
+            scoring.add([3, 0], ["aa", "b"])
+            scoring.add([2], ["a"])
+            assert wait_until(log.exists, 5.0)
+            scoring.add([1], ["bb"])
+            assert column(scoring.result()) == [0, 1, 0, 1]
+        assert log.read_text().split() == ["2", "2"]
+        with pytest.raises(ValueError, match=r"'group_best' compares the completions of a prompt.*leave it out"):
+            runner.begin(["p"] * 4, {"answer": ["1"] * 4})
+        with pytest.raises(ValueError, match="whole groups of 3, got 4"):
+            runner.begin(["p"] * 4, {"answer": ["1"] * 4}, group_size=3)
+        assert runner.elementwise == ["longest"]
+        alone = runner.score(["p"] * 2, ["a", "b"], {"answer": ["1"] * 2}, names=runner.elementwise)
+    assert alone.rewards == [[None, 1.0], [None, 1.0]]
+    assert alone.counts["group_best"] == counts()
+
+
+def test_start_up_check_settles_how_a_function_that_is_not_marked_is_called(write, monkeypatch):
+    monkeypatch.setattr("rewards.runner._CHECK_SECONDS", 1.0)
+    spec = write("""
+        import random
+        calls = []
+        def alone(prompts, completions, answer, completion_ids):
+            assert all(ids == list(c.encode()) for c, ids in zip(completions, completion_ids))
+            calls.append(completions)
+            return [float(a in c) if c else None for c, a in zip(completions, answer)]
+        def shortest_right(completions, answer):
+            lengths = [len(c) for c, a in zip(completions, answer) if a in c]
+            return [float(a in c and len(c) == min(lengths)) for c, a in zip(completions, answer)]
+        def counts(completions):
+            calls.append(1)
+            return [float(len(calls))] * len(completions)
+        def chance(completions): return [random.random() for _ in completions]
+        def needs_many(completions):
+            mean = sum(map(len, completions)) / (len(completions) - 1)
+            return [0.5] * len(completions)
+        def sleeps(completions): time.sleep(60)
+        def told_whole(completions): return [1.0] * len(completions)
+        told_whole.elementwise = False
+        def remembers(completions):
+            return [float(len(calls))] * len(completions)
+    """)
+    rows = [("1+1=", {"answer": "2"}), ("2+3=", {"answer": "5"})]
+    names = ["alone", "shortest_right", "counts", "chance", "needs_many", "sleeps", "told_whole", "remembers"]
+    with RewardRunner([spec(name) for name in names], ["answer"], 2, 5.0, rows=rows) as runner:
+        assert runner.elementwise[0] == "alone"
+        assert runner.calls["told_whole"] == "whole_batch"
+        notes = dict(zip([name for name in names if name != "told_whole"], runner.notes(), strict=True))
+        assert "is called for one completion at a time" in notes["alone"]
+        for name, reason in (
+            ("shortest_right", "gave other rewards"),
+            ("counts", "gave other rewards"),
+            ("chance", "gave other rewards"),
+            ("needs_many", "ZeroDivisionError"),
+            ("sleeps", "took longer than 1 s"),
+        ):
+            assert runner.calls[name] == "whole_batch"
+            assert f"{name!r} is called with whole batches, for " in notes[name]
+            assert reason in notes[name]
+        # What the check did to the functions is gone with its workers.
+        fresh = runner.score(["p"], ["c"], {"answer": ["2"]}, [[99]], names=["counts", "remembers"])
+        assert fresh.rewards[0][2] == 1.0
+        before = runner.calls
+        runner.adopt({"alone": "whole_batch", "chance": "elementwise", "told_whole": "elementwise"})
+        assert runner.calls == before | {"alone": "whole_batch"}
+
+
+def test_what_the_recipe_says_wins_over_marks_and_check(write):
+    spec = write("""
+        def f(completions): return [float(len(completions))] * len(completions)
+        def each(completion): return 1.0
+        def both(completions): ...
+        both.elementwise = both.needs_group = True
+    """)
+    function, rows = spec("f").function, [("p", {})]
+    said = [RewardSpec(calls, function, 1.0, {}, calls) for calls in ("elementwise", "needs_group", "whole_batch")]
+    with RewardRunner(said, [], 1, 5.0, rows=rows) as runner:
+        assert list(runner.calls.values()) == ["elementwise", "needs_group", "whole_batch"]
+        assert runner.notes() == []
+        assert runner.score(["p"] * 4, ["c"] * 4, {}, group_size=2).rewards == [[1.0, 2.0, 4.0]] * 4
+    for refused, message in (
+        (RewardSpec("each", spec("each").function, 1.0, {}, "needs_group"), "one completion a call .*needs_group says"),
+        (RewardSpec("each", spec("each").function, 1.0, {}, "whole_batch"), "elementwise: false says"),
+        (spec("both"), "elementwise and needs_group"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RewardRunner([refused], [], 1, 5.0)
 
 
 @pytest.mark.parametrize("value", ["None", "0.5", "'ab'", "{0: 1.0, 1: 2.0}"])
@@ -895,7 +1014,7 @@ def test_gold_check_warns_of_what_fails_on_a_right_answer(write):
     spec = write("""
         def good(completion, answer): return float(completion == answer)
         def raises(completion): return 1 / 0
-        def declines(completions, **kwargs): return [None]
+        def declines(completions, **kwargs): return [None] * len(completions)
         def text(completion): return "1"
         def hangs(completion): time.sleep(60)
     """)
@@ -935,14 +1054,20 @@ def test_shares_of_a_batch_are_disjoint_and_make_the_whole(write):
             return float(len(completion))
         def rank(prompts, completions):
             return [float(sorted(completions).index(text)) for text in completions]
+        def top(prompts, completions):
+            return [float(text == max(completions)) for text in completions]
+        top.needs_group = True
         def last(prompts, completions):
             return [float(text == completions[-1]) for text in completions]
     """)
-    specs, completions = [spec("length"), spec("rank"), spec("last")], ["a", "ccc", "bb", "dddd", "eeeee", "ffffff", ""]
-    whole = run(specs, completions)
-    parts = [run(specs, completions, share=Share(index, 3, lambda result: [result])) for index in range(3)]
-    judged = [[[b for b, row in enumerate(part.rewards) if row[k] is not None] for part in parts] for k in range(3)]
-    assert judged[0] == [[0, 1, 2], [3, 4], [5, 6]]  # blocks
-    assert judged[1:] == [[[], [*range(7)], []], [[], [], [*range(7)]]]  # of the whole batch: functions in turns
+    specs = [spec("length"), spec("rank"), spec("top"), spec("last")]
+    completions = ["a", "ccc", "bb", "dddd", "eeeee", "ffffff", "", "g"]
+    whole = run(specs, completions, group_size=2)
+    gathered = [Share(index, 3, lambda result: [result]) for index in range(3)]
+    parts = [run(specs, completions, share=share, group_size=2) for share in gathered]
+    judged = [[[b for b, row in enumerate(part.rewards) if row[k] is not None] for part in parts] for k in range(4)]
+    assert judged[0] == [[0, 1, 2], [3, 4, 5], [6, 7]]  # blocks
+    assert judged[2] == [[0, 1, 2, 3], [4, 5], [6, 7]]  # whole groups
+    assert judged[1::2] == [[[], [*range(8)], []], [[*range(8)], [], []]]  # of the whole batch: functions in turns
     assert merge_results(parts).rewards == whole.rewards
     assert merge_results(parts).counts == whole.counts
