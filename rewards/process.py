@@ -51,7 +51,7 @@ class WorkerProcess:
     def _start(self) -> None:
         limit = 0 if self._memory_gb is None else int(self._memory_gb * 1e9)
         # -P: a folder called `rewards` in the working directory must not hide this package.
-        worker = [sys.executable, "-P", "-m", "rewards.worker"]
+        worker = [sys.executable, *(["-B"] if sys.dont_write_bytecode else []), "-P", "-m", "rewards.worker"]
         self.control, theirs = socket.socketpair()
         with theirs, contextlib.nullcontext() if self._log_path is None else self._log_path.open("ab") as log:
             self._process = subprocess.Popen(

@@ -221,17 +221,21 @@ class Checkpoints:
                 "null stands for weights that are trained as a whole"
             )
 
-    def check_disk_space(self) -> None:
+    def check_disk_space(self, counts_existing: bool = True) -> None:
         """ValueError when the disk, or the process's file size limit, cannot hold the checkpoints that will exist at
         one time.
+
+        Args:
+          counts_existing: whether those that are there make room for those to come.
         """
         leaves = jax.tree.leaves(self._trained(self.abstract.shapes))
         if self._with_reference:
             leaves += jax.tree.leaves(self.abstract.shapes.params)
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        existing = folder_size(self._folder)
+        existing = folder_size(self._folder) if counts_existing else 0
         need = max(size * (self._keep + 1) - existing, size)  # one more than is kept, while the newest is being written
-        free = shutil.disk_usage(self._folder).free
+        folder = self._folder.absolute()
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         if need > free:
             raise ValueError(
                 f"{self._folder} needs about {need / 1e9:.2f} GB free for {self._keep} + 1 checkpoints of "
@@ -315,6 +319,19 @@ def create_checkpoint_manager(
         abstract = get_abstract_state(config, mesh, init_state_fn)
     model_config = init_state_fn.policy.config
     return Checkpoints(folder, abstract, config.checkpoint.keep, model_config, read_only, with_reference, mirror)
+
+
+def would_do(command: str, path: pathlib.Path, checkpoints: Checkpoints | None, num_steps: int) -> str:
+    """What a run in this folder would do, in a line; `checkpoints` of the run to be resumed, if there is one.
+
+    Raises:
+      ValueError: the newest of them cannot be resumed from.
+    """
+    step = None if checkpoints is None else checkpoints.latest_step
+    if checkpoints is None or step is None:
+        return f"{command} would start a run of {num_steps} steps in {path}; nothing was written"
+    checkpoints.check(step)
+    return f"{command} would go on from step {step} of {num_steps} in {path}; nothing was written"
 
 
 def to_tree(state: PureState) -> dict[str, Any]:

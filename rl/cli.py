@@ -33,20 +33,26 @@ class Command:
 COMMANDS = {
     "train": Command(
         module="rl.grpo_trainer",
-        arguments="CONFIG [key=value ...]",
+        arguments="CONFIG [--check] [key=value ...]",
         summary="train a policy with GRPO",
         details="""\
             CONFIG      a YAML recipe; it inherits every key it does not state from configs/base.yml
+            --check     do all that comes before the first compilation (configuration, data, tokenizer, headers of the
+                        weights, reward functions, memory, disk space, run folder), say what would be done, and leave;
+                        nothing on disk changes
             key=value   overrides with dotted keys, for example grpo.steps=100 optimizer.lr=1e-6
 
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
     ),
     "sft": Command(
         module="rl.sft_trainer",
-        arguments="CONFIG [key=value ...]",
+        arguments="CONFIG [--check] [key=value ...]",
         summary="warm-start a policy on prompt and completion rows",
         details="""\
             CONFIG      a YAML recipe; the sft section says how long and on which column
+            --check     do all that comes before the first compilation (configuration, data, tokenizer, headers of the
+                        weights, reward functions, memory, disk space, run folder), say what would be done, and leave;
+                        nothing on disk changes
             key=value   overrides with dotted keys, for example sft.steps=300 optimizer.lr=1e-3
 
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from rewards.runner import RewardRunner, check_on_gold
 from rl import hosts
-from rl.checkpoint import create_checkpoint_manager
+from rl.checkpoint import create_checkpoint_manager, would_do
 from rl.config import Config, load_config, preset_values, require
 from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
@@ -73,8 +73,12 @@ from rl.wave_sampler import WaveSampler
 from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
 
 
-def train(config: Config) -> pathlib.Path:
+def train(config: Config, check_only: bool = False) -> pathlib.Path:
     """Runs or resumes the training run that `config` describes; returns its folder.
+
+    Args:
+      check_only: everything before the first compilation is done, what the run would do is said, and nothing on disk
+        changes.
 
     Raises:
       ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy
@@ -111,23 +115,35 @@ def train(config: Config) -> pathlib.Path:
         with contextlib.closing(new_sampler()) as planned:
             for call in calls:
                 check_memory(planned, *call)
-        # -- run folder, rewards: whatever is wrong up to here has touched nothing on disk
-        mirror = stack.enter_context(Mirror(config, console.message))
-        run = RunFolder(config, "grpo", identity)
+        # -- run folder, rewards: whatever is wrong up to `begin` has touched nothing on disk
+        mirror = stack.enter_context(Mirror(config, console.message, look_only=check_only))
+        run = RunFolder(config, "grpo", identity, look_only=check_only)
         stack.callback(run.close)
-        runner = stack.enter_context(start_rewards(config, data.train, run.path / "rewards.log"))
+        runner = stack.enter_context(
+            start_rewards(config, data.train, None if check_only else run.path / "rewards.log")
+        )
         check_group_size(config, runner)
-        run.begin()
-        mirror.begin()
+        if not check_only:
+            run.begin()
+            mirror.begin()
         # -- sharded states
         moves = bool(config.reference.sync_every)
         checkpoints = create_checkpoint_manager(
-            config, mesh, init_policy_fn, with_reference=moves, abstract=abstract, mirror=mirror
+            config,
+            mesh,
+            init_policy_fn,
+            read_only=check_only,
+            with_reference=moves,
+            abstract=abstract,
+            mirror=mirror,
         )
         stack.callback(checkpoints.close)
-        checkpoints.check_disk_space()
+        checkpoints.check_disk_space(counts_existing=run.resumed)
         announce(console, config, data, origin, policy, mesh, run, plan)
         warn_about_sampling(console, config, sampling)
+        if check_only:
+            console.message(would_do("grpo train", run.path, checkpoints if run.resumed else None, config.grpo.steps))
+            return run.path
         reference = None
         if config.grpo.beta and policy.config.lora is None:
             is_saved = moves and checkpoints.latest_step is not None
@@ -374,14 +390,18 @@ def timing(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo train CONFIG [key=value ...]`."""
+    """`grpo train CONFIG [--check] [key=value ...]`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv:
+    if not [argument for argument in argv if argument != "--check"]:
         raise ValueError("grpo train needs a config file, for example: grpo train examples/arithmetic/grpo.yml")
-    config = load_config(argv[0], argv[1:])
+    check_only = "--check" in argv
+    if check_only:
+        sys.dont_write_bytecode = True  # of a user's modules
+    path, *overrides = (argument for argument in argv if argument != "--check")
+    config = load_config(path, overrides)
     with hosts.joined(config.distributed):
-        use_compilation_cache(config)
-        train(config)
+        use_compilation_cache(config, check_only)
+        train(config, check_only)
 
 
 if __name__ == "__main__":

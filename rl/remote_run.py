@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -65,11 +65,12 @@ class Mirror:
     """The store's side of a run folder; of a local one it does nothing. A context, which comes before the run folder's.
 
     Entering it takes the lease and settles what is in the staging folder; nothing in the store is changed before
-    `begin`. Of a run's processes the first does all this, and the others wait for it.
+    `begin`. Of a run's processes the first does all this, and the others wait for it. With `look_only` what the store
+    holds is looked at, and nothing else is done.
     """
 
-    def __init__(self, config: Config, say: Callable[[str], None]):
-        self._say, self._config = say, config
+    def __init__(self, config: Config, say: Callable[[str], None], look_only: bool = False):
+        self._say, self._config, self._look_only = say, config, look_only
         self._store: Store | None = None
         self._is_active = is_remote(require(config.output_dir, "output_dir", "runs/my_run"))
 
@@ -80,6 +81,13 @@ class Mirror:
 
     def _open(self) -> None:
         assert self._config.output_dir is not None
+        if self._look_only:
+            store = open_store(self._config.output_dir)
+            _check_own(store)
+            markers = read_markers(store)
+            _check_overwrite(store, _staging(self._config), markers, self._config.checkpoint.overwrite)
+            self._say(f"{store.url} holds {f'step {max(markers)} of a run' if markers else 'no step of a run'}")
+            return
         self._store = open_store(self._config.output_dir)
         self._staging = Staging(self._store, _staging(self._config), self._config.checkpoint.keep)
         message = self._staging.open(self._config.checkpoint.overwrite)
@@ -98,7 +106,7 @@ class Mirror:
 
     def before_save(self) -> None:
         """Returns when the step before is uploaded, so that at most one waits. ValueError where that failed."""
-        if self._is_active:
+        if self._is_active and not self._look_only:
             hosts.from_first(lambda: self._staging.wait())
 
     def saved(self, step: int) -> None:
@@ -115,6 +123,23 @@ class Mirror:
             if kind is None:
                 raise
             self._say(str(error))
+
+
+def _check_own(store: Store) -> None:
+    stats = store.stats()
+    if stats and LEASE not in stats:
+        raise ValueError(
+            f"output_dir must be empty or hold a run, got {store.url} with {list(stats)[:5]} and without {LEASE}, "
+            "which every run writes first; choose another output_dir"
+        )
+
+
+def _check_overwrite(store: Store, root: pathlib.Path, markers: Mapping[int, Marker], overwrite: bool) -> None:
+    if overwrite and markers:
+        raise ValueError(
+            f"checkpoint.overwrite must be false while {store.url} holds a run (step {max(markers)}), got true: what "
+            f"is in a store is never replaced; choose another output_dir, or remove that folder and {root} first"
+        )
 
 
 class Staging:
@@ -142,12 +167,7 @@ class Staging:
         self._lock = _lock(self._root)
         try:
             self._record = _read_record(self._root)
-            stats = self._store.stats()
-            if stats and LEASE not in stats:
-                raise ValueError(
-                    f"output_dir must be empty or hold a run, got {self._store.url} with {list(stats)[:5]} and without "
-                    f"{LEASE}, which every run writes first; choose another output_dir"
-                )
+            _check_own(self._store)
             self.lease = Lease(self._store, self._record.token, self._now)
             self.lease.take()
             try:
@@ -166,12 +186,7 @@ class Staging:
 
     def _settle(self, overwrite: bool) -> str:
         markers = read_markers(self._store)
-        if overwrite and markers:
-            raise ValueError(
-                f"checkpoint.overwrite must be false while {self._store.url} holds a run (step {max(markers)}), got "
-                "true: what is in a store is never replaced; choose another output_dir, or remove that folder and "
-                f"{self._root} first"
-            )
+        _check_overwrite(self._store, self._root, markers, overwrite)
         for name in ("fetch", "old"):  # of a kill amid a fetch
             if (self._root / name).exists():
                 shutil.rmtree(self._root / name)

@@ -66,12 +66,13 @@ class RunFolder:
       messages: what there is to say about the folder, for the console.
     """
 
-    def __init__(self, config: Config, kind: str, origin: dict[str, Any]):
+    def __init__(self, config: Config, kind: str, origin: dict[str, Any], look_only: bool = False):
         """Opens or creates `config.output_dir`.
 
         Args:
           kind: "grpo" or "sft".
           origin: JSON-able identity of what the run starts from: the policy's and the reference's source and hash.
+          look_only: whether it may be used is all that is wanted, and nothing on disk changes.
 
         Raises:
           ValueError: the folder cannot be written, holds something else, another kind of run, a run with other settings
@@ -80,11 +81,12 @@ class RunFolder:
         self.path = run_path(config)
         self.messages: list[str] = []
         self._config, self._identity = config, {"kind": kind, **origin}
+        self._look_only = look_only
         self._has_begun = self._has_recorded = False
         self._replaced_kind: str | None = None  # of the run that this one takes the place of
         self._old: pathlib.Path | None = None  # where that is
         self.resumed = hosts.from_first(self._open)
-        if not (self.path / LOCK).exists():
+        if not look_only and not (self.path / LOCK).exists():
             raise ValueError(
                 f"output_dir must be on a disk that all processes of the run share, got {self.path}, which process 0 "
                 "has opened and this one cannot see"
@@ -96,9 +98,10 @@ class RunFolder:
             raise ValueError(f"output_dir must be a folder, got the file {self.path}")
         if not replaced_runs(self.path):
             self._check_ours()
-        self._place = _Place(self.path)
+        self._place = _Seen(self.path) if self._look_only else _Place(self.path)
         try:
-            self.messages += recover(self.path, lambda: _clear_start(self.path))
+            if not self._look_only:
+                self.messages += recover(self.path, lambda: _clear_start(self.path))
             found = self._check_ours()  # again: now nobody else writes
             resumed = False
             if found is not None and has_work(self.path):
@@ -143,6 +146,7 @@ class RunFolder:
         Raises:
           ValueError: it cannot be moved.
         """
+        assert not self._look_only
         hosts.from_first(self._begin)
 
     def _begin(self) -> None:
@@ -258,6 +262,24 @@ class _Place:
         for folder in self._made:
             with contextlib.suppress(OSError):  # it holds something by now
                 folder.rmdir()
+
+
+class _Seen:
+    """The folder as a run could take it; nothing is made, and a lock is held only where there is a file for it."""
+
+    def __init__(self, path: pathlib.Path):
+        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"output_dir must be a folder that can be written, got {path}, and {nearest} is none; choose another "
+                "output_dir"
+            )
+        self._lock = _lock(path) if (path / LOCK).exists() else None
+
+    def give_back(self, is_used: bool) -> None:
+        """Gives the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
 
 
 def read_run(path: str | os.PathLike) -> tuple[Config, dict[str, Any]]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from rl import hosts
-from rl.checkpoint import create_checkpoint_manager
+from rl.checkpoint import create_checkpoint_manager, would_do
 from rl.config import Config, load_config
 from rl.console import Console
 from rl.data import PairRow, check_enough_rows, fingerprint, load_pairs, step_indices
@@ -48,8 +48,12 @@ from rl.update import loss_config
 from rl.weights import eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
 
 
-def train(config: Config) -> pathlib.Path:
+def train(config: Config, check_only: bool = False) -> pathlib.Path:
     """Runs or resumes supervised fine-tuning; returns the run folder.
+
+    Args:
+      check_only: everything before the first compilation is done, what the run would do is said, and nothing on disk
+        changes.
 
     Raises:
       ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy
@@ -94,15 +98,27 @@ def train(config: Config) -> pathlib.Path:
             stack.callback(sampler.close)
             sampler.expect([row.prompt_ids for row in held_out])
             check_memory(sampler, len(held_out), 1, greedy(sampling))
-        # -- run folder, state: whatever is wrong up to here has touched nothing on disk
-        mirror = stack.enter_context(Mirror(config, console.message))
-        run = RunFolder(config, "sft", identity)
+            start_rewards(config, held_out, None).close()  # refuses now what would be refused at the end
+        # -- run folder, state: whatever is wrong up to `begin` has touched nothing on disk
+        mirror = stack.enter_context(Mirror(config, console.message, look_only=check_only))
+        run = RunFolder(config, "sft", identity, look_only=check_only)
         stack.callback(run.close)
-        run.begin()
-        mirror.begin()
-        checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, abstract=abstract, mirror=mirror)
+        if not check_only:
+            run.begin()
+            mirror.begin()
+        checkpoints = create_checkpoint_manager(
+            config, mesh, init_state_fn, read_only=check_only, abstract=abstract, mirror=mirror
+        )
         stack.callback(checkpoints.close)
-        checkpoints.check_disk_space()
+        checkpoints.check_disk_space(counts_existing=run.resumed)
+        for message in (*pairs.messages, *foreign.notes(policy), *run.messages):
+            console.message(message)
+        computed = f"{policy.flavour}, {policy.kernel.title}"
+        rows = {"run folder": run.path, "policy": computed, "pairs": len(pairs.rows), "held out": len(held_out)}
+        console.table("grpo sft", {**rows, "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M"})
+        if check_only:
+            console.message(would_do("grpo sft", run.path, checkpoints if run.resumed else None, config.sft.steps))
+            return run.path
         # -- restore, or start
         if checkpoints.latest_step is None:
             state, _ = setup_training_state(config, mesh, init_state_fn, pretrained_params(origin, shardings.params))
@@ -126,11 +142,6 @@ def train(config: Config) -> pathlib.Path:
             minibatches_per_rollout=1,
             shorter_lengths=plan.shorter_lengths,
         )
-        for message in (*pairs.messages, *foreign.notes(policy), *run.messages):
-            console.message(message)
-        computed = f"{policy.flavour}, {policy.kernel.title}"
-        rows = {"run folder": run.path, "policy": computed, "pairs": len(pairs.rows), "held out": len(held_out)}
-        console.table("grpo sft", {**rows, "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M"})
         # -- loop
         writer = stack.enter_context(MetricsWriter(run.path if hosts.is_first() else None, first_step + 1))
         compiles, watch = stack.enter_context(CompileCounter()), Stopwatch()
@@ -219,14 +230,18 @@ def to_groups(rows: Sequence[PairRow]) -> list[TrainGroup]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo sft CONFIG [key=value ...]`."""
+    """`grpo sft CONFIG [--check] [key=value ...]`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv:
+    if not [argument for argument in argv if argument != "--check"]:
         raise ValueError("grpo sft needs a config file, for example: grpo sft examples/arithmetic/sft.yml")
-    config = load_config(argv[0], argv[1:])
+    check_only = "--check" in argv
+    if check_only:
+        sys.dont_write_bytecode = True  # of a user's modules
+    path, *overrides = (argument for argument in argv if argument != "--check")
+    config = load_config(path, overrides)
     with hosts.joined(config.distributed):
-        use_compilation_cache(config)
-        train(config)
+        use_compilation_cache(config, check_only)
+        train(config, check_only)
 
 
 if __name__ == "__main__":

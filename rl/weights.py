@@ -202,14 +202,19 @@ def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> 
     return tuple(sorted(set(ids)))
 
 
-def use_compilation_cache(config: Config) -> None:
+def use_compilation_cache(config: Config, check_only: bool = False) -> None:
     """Points XLA's persistent compilation cache at logging.compilation_cache: "auto" is ~/.cache/tandem/programs, null
     leaves it as jax has it. Call before the first compilation, which makes the folder.
+
+    Args:
+      check_only: nothing that is compiled in this process is kept.
 
     Raises:
       ValueError: a folder that cannot be written. With "auto" that is said on stderr, and nothing is kept.
     """
     folder = config.logging.compilation_cache
+    if check_only:
+        jax.config.update("jax_enable_compilation_cache", False)
     if folder == "auto":
         if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # which jax follows by itself; empty: no cache
             return

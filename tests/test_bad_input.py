@@ -180,6 +180,31 @@ def test_a_configuration_that_cannot_work_is_told_on_the_command_line(recipe, ca
     assert snapshot(recipe.parent) == before
 
 
+# A check alone
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "steps"), [("train", [], 2), ("sft", ["sft.batch_size=2", "data.eval_size=1"], 200)]
+)
+def test_a_check_says_what_a_run_would_do_and_changes_nothing(recipe, capsys, monkeypatch, command, overrides, steps):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    is_cache_on = jax.config.jax_enable_compilation_cache
+    before = snapshot(recipe.parent)
+    try:
+        with CompileCounter() as compiles:
+            assert main([command, "--check", str(recipe), *overrides]) == 0
+            last = capsys.readouterr().out.splitlines()[-1]
+            where = recipe.parent / "run"
+            assert last == f"grpo {command} would start a run of {steps} steps in {where}; nothing was written"
+            assert main([command, str(recipe), *overrides, "rewards.functions=[{function: 'nope:f'}]", "--check"]) == 2
+            assert "'nope' does not import" in capsys.readouterr().err
+        assert compiles.count == 0
+    finally:
+        jax.config.update("jax_enable_compilation_cache", is_cache_on)
+    assert snapshot(recipe.parent) == before
+    assert not (recipe.parent / "__pycache__").exists()
+
+
 # Weights
 
 
@@ -351,6 +376,19 @@ def test_a_folder_with_another_run_is_refused(run_of_someone, tmp_path):
             recipe, *overrides, change, match=rf"holds another run: {difference}; choose another output_dir, or pass"
         )
     assert main(["sft", str(recipe), *overrides, "sft.batch_size=2"]) == 2
+    assert snapshot(tmp_path) == before
+
+
+def test_a_check_of_a_run_that_is_there_says_where_it_would_go_on(run_of_someone, tmp_path, capsys):
+    recipe, overrides = run_of_someone
+    before = snapshot(tmp_path)
+    train(load_config(recipe, overrides), check_only=True)
+    assert "grpo train would go on from step 2 of 2 in" in capsys.readouterr().out
+    train(load_config(recipe, [*overrides, "checkpoint.overwrite=true"]), check_only=True)
+    assert "grpo train would start a run of 2 steps in" in capsys.readouterr().out
+    for change, message in (("optimizer.lr=1e-3", "holds another run"), ("mesh.data=3", "mesh sizes must multiply")):
+        with pytest.raises(ValueError, match=message):
+            train(load_config(recipe, [*overrides, change]), check_only=True)
     assert snapshot(tmp_path) == before
 
 
