@@ -62,6 +62,7 @@ class ModelSection:
     source: str | None
     args: dict[str, Any]
     weights: str | None
+    allow_nonfinite: bool
     param_dtype: DType
     dtype: DType
     remat: Literal["none", "dots", "outputs", "block", "full"]

@@ -32,12 +32,14 @@ class Origin:
       identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and
         reference.
       adapter: folder of the adapter that training starts from; None for a fresh one, or none.
+      allow_nonfinite: whether the files may hold NaN and infinity.
     """
 
     model_config: ModelConfig
     folder: pathlib.Path | None
     identity: dict[str, Any]
     adapter: pathlib.Path | None = None
+    allow_nonfinite: bool = False
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
@@ -59,6 +61,11 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
       ValueError: no such model, an unsupported architecture, missing or damaged weights, or a tokenizer with ids beyond
         the model's vocabulary.
     """
+    origin = _origin(config, tokenizer)
+    return dataclasses.replace(origin, allow_nonfinite=config.model.allow_nonfinite)
+
+
+def _origin(config: Config, tokenizer: Tokenizer) -> Origin:
     if source_kind(config.model.source) != "decoder":
         return _foreign_origin(config, tokenizer)
     folder = None if config.model.source is None else pathlib.Path(resolve_source(config.model.source))
@@ -177,10 +184,11 @@ def pretrained_params(origin: Origin, shardings: Any) -> Any | None:
     """
     if origin.folder is None:
         return None
+    options = (origin.model_config, shardings, origin.allow_nonfinite)
     if origin.model_config.kind != "decoder":
-        return foreign.load_weights(origin.folder, origin.model_config, shardings)
-    base = _files_of(origin.folder).load_params(origin.folder, origin.model_config, shardings)
-    return base if origin.adapter is None else join(load_adapter(origin.adapter, origin.model_config, shardings), base)
+        return foreign.load_weights(origin.folder, *options)
+    base = _files_of(origin.folder).load_params(origin.folder, *options)
+    return base if origin.adapter is None else join(load_adapter(origin.adapter, *options), base)
 
 
 def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

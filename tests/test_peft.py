@@ -73,12 +73,28 @@ def modules_of(trained):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora must be False, got True"),
+        ({"use_dora": True}, "use_dora must be False; anything else is not supported, got True"),
+        ({"use_dora": "false"}, "use_dora must be False; .* got 'false'"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens must be None"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern must be"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be"),
-        ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+        ({"peft_type": "IA3"}, "peft_type must be 'LORA'; anything else is not supported, got 'IA3'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save must be"),
-        ({"r": None}, "r must be a number, got None"),
+        ({"r": None}, "r must be a whole number from 1 to .* got None"),
+        ({"r": "3"}, "r must be a whole number from 1 to .* got '3'"),
+        ({"r": 2}, "lora.rank must be that of the adapter .*, 2, got 3"),
+        ({"lora_alpha": float("nan")}, r"adapter_config\.json: lora_alpha must be a number from 0 to .* got nan"),
+        ({"lora_alpha": 0}, r"adapter_config\.json: lora alpha must be > 0, got 0"),
+        ({"use_rslora": 1}, "use_rslora must be true or false, got 1"),
+        ({"target_modules": None}, "target_modules must be a list of texts, got None"),
+        (
+            {"target_modules": ["q_proj"]},
+            "target_modules must name the matrices in .* differs in 12 of them: layers_0/mlp",
+        ),
+        ({"target_modules": "(", "r": 3}, r"target_modules must be a list of names or a regular expression \(.*rror"),
+        ({"target_modules": r".*\.layers\.0\..*_proj"}, "which differs in 7 of them: layers_1/mlp/down_proj"),
+        ({"layers_to_transform": [1]}, "which differs in 7 of them: layers_0/mlp/down_proj"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be a whole number"),
         ({"lora_alpha": 7}, r"lora\.alpha must be that of the adapter .*, 7\.0, got 6\.0"),
         ({"use_rslora": True}, r"lora\.rank_stabilized must be that of the adapter"),
     ],
@@ -88,6 +104,38 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path, changes, message):
     save_adapter(tmp_path / "out", config, noisy_params(config), None)
     edit_settings(tmp_path / "out", **changes)
     with pytest.raises(ValueError, match=message):
+        check_adapter(tmp_path / "out", config)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj"])
+def test_target_modules_may_be_a_pattern_and_must_name_what_the_model_has(tmp_path, targets):
+    config = tiny_config(lora=LORA)
+    save_adapter(tmp_path / "out", config, noisy_params(config), None)
+    edit_settings(tmp_path / "out", target_modules=targets)
+    check_adapter(tmp_path / "out", config)
+    assert adapter_for(tmp_path / "out", config).rank == 3
+    with pytest.raises(ValueError, match=r"target_modules must name the matrices in .* differs in 7 of them: layers_2"):
+        adapter_for(tmp_path / "out", dataclasses.replace(tiny_config(num_layers=3)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_in_an_adapter_are_refused(tmp_path, value):
+    config = tiny_config(lora=LORA)
+    save_adapter(tmp_path / "out", config, noisy_params(config), None)
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    tensors[name][1, 2] = value
+    safetensors.numpy.save_file(tensors, file)
+    message = rf"out: tensor {name} must hold finite numbers, got 1 of 48 .*, the first at \[1, 2\]"
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path / "out", config)
+    assert main(["lora", "inspect", str(tmp_path / "out")]) == 2
+    loaded = load_adapter(tmp_path / "out", config, allow_nonfinite=True)
+    assert not np.isfinite(loaded["layers_1"]["mlp"]["up_proj"]["lora_a"]).all()
+    tensors[name] = np.ones((3, 16), np.int32)
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"tensor {name} must be one of F64, F32, F16, BF16, got I32"):
         check_adapter(tmp_path / "out", config)
 
 
@@ -104,7 +152,7 @@ def test_adapters_of_other_matrices_shapes_or_tensors_are_refused(tmp_path):
     tensors = safetensors.numpy.load_file(file)
     tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = np.zeros((3, 97), np.float32)
     safetensors.numpy.save_file(tensors, file)
-    with pytest.raises(ValueError, match="lora_embedding_A must be A or B of a matrix"):
+    with pytest.raises(ValueError, match="lora_embedding_A' must be A or B of a matrix"):
         read_adapter(tmp_path / "out")
 
 

@@ -37,22 +37,22 @@ def check_weights(folder: pathlib.Path, config: Any) -> None:
     tunix_config.check_files(folder, config)
 
 
-def load_weights(path: pathlib.Path, config: Any, shardings: Any) -> Params:
+def load_weights(path: pathlib.Path, config: Any, shardings: Any, allow_nonfinite: bool = False) -> Params:
     """The weights of a `ForeignConfig`'s model, placed by `shardings`.
 
     Args:
       path: a Tunix model's folder, or what model.weights names.
 
     Raises:
-      ValueError: weights that are missing, extra or misshapen, naming each.
+      ValueError: weights that are missing, extra or misshapen, naming each; NaN or infinity, unless `allow_nonfinite`.
     """
     if config.quantization is not None:
-        return quantized_files.load_params(path, config, shardings)
+        return quantized_files.load_params(path, config, shardings, allow_nonfinite)
     if config.kind == "own":
-        return own.load_weights(path, config, shardings)
+        return own.load_weights(path, config, shardings, allow_nonfinite)
     from rl.models import tunix_files
 
-    return tunix_files.load_weights(path, config, shardings)
+    return tunix_files.load_weights(path, config, shardings, allow_nonfinite)
 
 
 def weight_reader(path: pathlib.Path, config: Any) -> Callable[[tuple[str, ...]], np.ndarray]:

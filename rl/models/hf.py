@@ -28,6 +28,7 @@ import safetensors.numpy
 
 from rl.json_file import read_object, shown
 from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs, leaf_at
+from rl.models.finite import as_finite, check_finite
 from rl.models.hf_config import config_json, generation_json, read_config
 from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
@@ -105,23 +106,28 @@ def content_hash(folder: pathlib.Path, files: list[pathlib.Path], full_bytes: in
 # Weights in
 
 
-def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None) -> dict[str, Any]:
+def load_params(
+    folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None, allow_nonfinite: bool = False
+) -> dict[str, Any]:
     """The parameter tree of a folder as jax arrays in `config.param_dtype`, read tensor by tensor.
 
     Of a model with adapters it is the base, each weight stored as `config.lora` says as soon as it is read. Quantised
     weights stay as they are stored.
 
     `shardings`: a tree like the parameters with a `jax.sharding.Sharding` at each leaf, or None for the default device.
-    Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, and for files that
-    are missing or cut short, naming file and tensor.
+    Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, for files that are
+    missing or cut short, and, unless `allow_nonfinite`, for NaN and infinity, naming file and tensor.
     """
     param_dtype = dtype_of(config.param_dtype)
     locations = check_weights(folder, config)
     params: dict[str, Any] = {}
     for path, spec in flatten_specs(base_specs(config)):
-        value = read_weight(locations, config, path, spec)
-        if not isinstance(value, QuantizedArray):
-            value = value.astype(param_dtype)
+        value, name = read_weight(locations, config, path, spec), tensor_name(path)
+        name = f"{locations[name]}: tensor {name}"
+        if isinstance(value, QuantizedArray):
+            check_quantized(value, name, allow_nonfinite)
+        else:
+            value = as_finite(value, param_dtype, name, allow_nonfinite)
         set_leaf(params, path, place(config, path, value, leaf_at(shardings, path) if shardings else None))
     if config.tie_word_embeddings and "lm_head.weight" in locations:
         _check_tied(locations)
@@ -179,6 +185,13 @@ def _stored_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tup
         tensors[name] = (packed, QUANTIZED_TYPES[quantization.dtype])
         tensors[name + SCALE] = (_stored_shape(path, sizes), ("F32",))
     return tensors
+
+
+def check_quantized(value: QuantizedArray, name: str, allow_nonfinite: bool) -> None:
+    """ValueError where a quantised weight, numpy, or its scale has NaN or infinity; `name` is the subject."""
+    if not allow_nonfinite:
+        for part, end in ((value.values, ""), (value.scale, SCALE)):
+            check_finite(part, f"{name}{end}")  # pyright: ignore[reportArgumentType]
 
 
 def place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray | QuantizedArray, sharding: Any) -> Any:

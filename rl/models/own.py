@@ -25,7 +25,8 @@ from rewards.contract import import_function
 from rl.models import ops
 from rl.models.attention_kernels import AttentionKernel
 from rl.models.config import ForeignConfig, ParameterSpec, flatten_specs
-from rl.models.hf import open_tensors, put_shards, save_tensors
+from rl.models.finite import as_finite
+from rl.models.hf import FLOAT_TYPES, open_tensors, put_shards, save_tensors
 from rl.models.hf_config import quantization_in
 from rl.models.ops import dtype_of, visible, widen
 from rl.models.quantized import dequantize_params
@@ -366,20 +367,32 @@ def save_weights(file: pathlib.Path, params: Any) -> None:
     save_tensors(file, {name: np.asarray(jax.device_get(leaf)) for name, leaf in _leaves(params)})
 
 
-def load_weights(file: pathlib.Path, config: ForeignConfig, shardings: Any) -> Params:
+def load_weights(file: pathlib.Path, config: ForeignConfig, shardings: Any, allow_nonfinite: bool = False) -> Params:
     """The parameters in a file that `save_weights` wrote, placed by `shardings`.
 
     Raises:
-      ValueError: weights that are missing, extra, or of another shape, naming each.
+      ValueError: weights that are missing, extra, or of another shape, naming each; NaN or infinity, unless
+        `allow_nonfinite`.
     """
-    return place_weights(weight_reader(file, config), config, shardings)
+    return place_weights(weight_reader(file, config), config, shardings, str(file), allow_nonfinite)
 
 
-def place_weights(read: Callable[[tuple[str, ...]], np.ndarray], config: ForeignConfig, shardings: Any) -> Params:
-    """What `read` gives for each path of `shardings`, placed by it in `config.param_dtype`; one is read at a time."""
+def place_weights(
+    read: Callable[[tuple[str, ...]], np.ndarray],
+    config: ForeignConfig,
+    shardings: Any,
+    source: str,
+    allow_nonfinite: bool,
+) -> Params:
+    """What `read` gives for each path of `shardings`, placed by it in `config.param_dtype`; one is read at a time.
 
-    def place(path: tuple, sharding: Any) -> jax.Array:
-        return put_shards(read(tuple(part.key for part in path)).astype(dtype_of(config.param_dtype)), sharding)
+    `source` is where it comes from, for messages. ValueError for NaN and infinity, unless `allow_nonfinite`.
+    """
+
+    def place(keys: tuple, sharding: Any) -> jax.Array:
+        path = tuple(part.key for part in keys)
+        name = f"{source}: {'/'.join(path)}"
+        return put_shards(as_finite(read(path), dtype_of(config.param_dtype), name, allow_nonfinite), sharding)
 
     return jax.tree_util.tree_map_with_path(place, shardings)
 
@@ -388,13 +401,20 @@ def weight_reader(file: pathlib.Path, config: ForeignConfig) -> Callable[[tuple[
     """A function that reads one parameter of such a file; ValueError as of `load_weights`, at once."""
     specs = {"/".join(path): spec for path, spec in flatten_specs(config.specs)}
     with open_tensors(file) as tensors:
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+        views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+        shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
+        types = {name: view.get_dtype() for name, view in views.items()}
     problems = [f"missing {name}" for name in specs if name not in shapes]
     problems += [f"unexpected {name}" for name in shapes if name not in specs]
     problems += [
         f"{name} must be {list(specs[name].shape)}, got {list(shape)}"
         for name, shape in shapes.items()
         if name in specs and shape != specs[name].shape
+    ]
+    problems += [
+        f"{name} must be one of {', '.join(FLOAT_TYPES)}, got {kind}"
+        for name, kind in types.items()
+        if name in specs and kind not in FLOAT_TYPES
     ]
     if problems:
         raise ValueError(f"model.weights {file} must hold the parameters of the module: {'; '.join(problems[:8])}")

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 
 from rl.checkpoint_files import StoredArray, item_folders, read_array, stored_arrays
 from rl.models.config import ModelConfig, base_specs, flatten_specs, leaf_at
+from rl.models.finite import as_finite
 from rl.models.hf import check_tree, content_hash, new_folder, place, same_bits, set_leaf, write_model_files
 from rl.models.ops import dtype_of
 
@@ -56,11 +57,14 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> None:
     _arrays(pathlib.Path(folder), config)
 
 
-def load_params(folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None) -> dict[str, Any]:
+def load_params(
+    folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None, allow_nonfinite: bool = False
+) -> dict[str, Any]:
     """The parameter tree of a folder in `config.param_dtype`, placed by `shardings`; see `rl.models.hf.load_params`."""
     params: dict[str, Any] = {}
     for path, array in _arrays(pathlib.Path(folder), config).items():
-        value = read_array(array).astype(dtype_of(config.param_dtype))
+        name = f"{array.folder}: {'/'.join(path)}"
+        value = as_finite(read_array(array), dtype_of(config.param_dtype), name, allow_nonfinite)
         set_leaf(params, path, place(config, path, value, leaf_at(shardings, path) if shardings else None))
     return params
 

@@ -15,30 +15,49 @@ from typing import Any
 import jax
 import numpy as np
 
-from rl.json_file import read_object
-from rl.models.config import LORA_A, LORA_B, LoRAConfig, ModelConfig, adaptable_modules, flatten_specs, parameter_specs
-from rl.models.hf import new_folder, open_tensors, put_shards, save_tensors, tensor_name, write_json
+from rl.json_file import Fields, read_object, shown
+from rl.models.config import (
+    LARGEST,
+    LORA_A,
+    LORA_B,
+    LoRAConfig,
+    ModelConfig,
+    adaptable_modules,
+    flatten_specs,
+    parameter_specs,
+)
+from rl.models.finite import as_finite, check_finite
+from rl.models.hf import FLOAT_TYPES, new_folder, open_tensors, put_shards, save_tensors, tensor_name, write_json
 from rl.models.lora import Params, split
 from rl.models.ops import dtype_of
+from rl.untrusted import Untrusted, UntrustedError
 
+_LARGEST_ALPHA = 1e9
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SUFFIXES = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight"}
 _TENSOR = re.compile(r"^base_model\.model\.(?:model\.layers\.(\d+)\.(.+)|(lm_head))\.(lora_[AB])\.weight$")
 # Settings that change what an adapter computes, with the values under which it computes what is done here.
-_NEUTRAL = {
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
     "use_dora": (False,),
-    "modules_to_save": ((), None),
+    "use_qalora": (False,),
+    "lora_bias": (False,),
+    "modules_to_save": ([], None),
+    "exclude_modules": ([], None),
+    "target_parameters": ([], None),
+    "layers_pattern": ([], None, "layers", ["layers"]),
     "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "layer_replication": (None,),
     # The other ways of starting an adapter take a part of the base away.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-    "lora_bias": (False,),
 }
+_ALL_LINEAR = "all-linear"  # as target_modules: every matrix of the layers
 
 
 def save_adapter(folder: str | pathlib.Path, config: ModelConfig, params: Params, base: str | None) -> None:
@@ -85,26 +104,27 @@ def read_adapter(folder: str | pathlib.Path) -> LoRAConfig:
     """Rank, alpha and targets (the names of the adapted modules, one by one) of a folder.
 
     Raises:
-      ValueError: no such folder, a kind of adapter that is not computed here, or tensors that are no LoRA.
+      ValueError: no such folder, a kind of adapter that is not computed here, tensors that are no LoRA, or others than
+        the target_modules of its settings.
     """
     folder = pathlib.Path(folder)
-    settings = read_object(folder / CONFIG_FILE)
+    fields = _settings(folder)
     for key, allowed in _NEUTRAL.items():
-        value = settings.get(key, allowed[0])
-        value = tuple(value) if isinstance(value, list) else value
-        if value not in allowed:
-            raise ValueError(
-                f"{folder / CONFIG_FILE}: {key} must be {allowed[0]!r}, got {value!r}; it is not supported"
-            )
-    for key, kind in (("r", int), ("lora_alpha", int | float)):
-        if not isinstance(settings.get(key), kind):
-            raise ValueError(f"{folder / CONFIG_FILE}: {key} must be a number, got {settings.get(key)!r}")
+        value = fields.values.get(key, allowed[0])
+        # By type as well: 0 is not false, and text is neither.
+        if not any(type(value) is type(neutral) and value == neutral for neutral in allowed):
+            raise fields.refuse(key, f"{allowed[0]!r}; anything else is not supported")
+    rank = fields.whole("r", 1, LARGEST["hidden_size"])
+    alpha = fields.number("lora_alpha", 0, _LARGEST_ALPHA)
+    rank_stabilized = fields.flag("use_rslora", False)
     modules: dict[str, set[str]] = {}
     with open_tensors(folder / WEIGHTS_FILE) as tensors:
         for name in tensors.keys():  # noqa: SIM118 (not a mapping)
             match = _TENSOR.match(name)
             if match is None:
-                raise ValueError(f"{folder / WEIGHTS_FILE}: tensor {name} must be A or B of a matrix, and it is not")
+                raise ValueError(
+                    f"{folder / WEIGHTS_FILE}: tensor {shown(name)} must be A or B of a matrix, and it is not"
+                )
             layer, module, head, part = match.groups()
             modules.setdefault(head or f"layers_{layer}/{module.replace('.', '/')}", set()).add(part)
     for module, parts in modules.items():
@@ -113,9 +133,58 @@ def read_adapter(folder: str | pathlib.Path) -> LoRAConfig:
                 f"{folder / WEIGHTS_FILE}: every matrix must have lora_A and lora_B, got {module} with {parts.pop()} "
                 "alone; fetch or export the adapter again"
             )
-    return LoRAConfig(
-        settings["r"], float(settings["lora_alpha"]), tuple(modules), bool(settings.get("use_rslora", False))
-    )
+    _check_targets(folder, fields, list(modules), set(modules))
+    try:
+        return LoRAConfig(rank, alpha, tuple(modules), rank_stabilized)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def _settings(folder: pathlib.Path) -> Fields:
+    path = folder / CONFIG_FILE
+    return Fields(read_object(path, "check the path of the adapter"), f"{path}: ")
+
+
+def _check_targets(folder: pathlib.Path, fields: Fields, modules: list[str], stored: set[str]) -> None:
+    """ValueError where, of `modules`, target_modules names others than are stored: peft ignores what is not named, and
+    leaves what is not stored at its start.
+    """
+    names = [tensor_name((*module.split("/"), "kernel")).removesuffix(".weight") for module in modules]
+    targets = fields.values.get("target_modules")
+    if targets == _ALL_LINEAR:
+        is_named = [name != "lm_head" for name in names]
+    elif isinstance(targets, str):
+        try:
+            is_named = _match(targets, names)
+        except UntrustedError as error:
+            raise fields.refuse("target_modules", f"a list of names or a regular expression ({error})") from error
+    else:
+        targets = fields.texts("target_modules")
+        ends = tuple(f".{target}" for target in targets)
+        layers = fields.wholes("layers_to_transform", 0, LARGEST["num_layers"])
+        is_named = [name in targets or (name.endswith(ends) and _is_of(name, layers)) for name in names]
+    different = sorted({module for module, named in zip(modules, is_named, strict=True) if named} ^ stored)
+    if different:
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: target_modules must name the matrices in {WEIGHTS_FILE}, got "
+            f"{shown(fields.values.get('target_modules'))}, which differs in {len(different)} of them: "
+            f"{', '.join(different[:5])}; fetch or export the adapter again"
+        )
+
+
+def _is_of(name: str, layers: list[int]) -> bool:
+    """Whether a module lies in one of these layers; [] stands for all."""
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    return not layers or (match is not None and int(match[1]) in layers)
+
+
+def _match(pattern: str, names: list[str]) -> list[bool]:
+    # Somebody else's pattern may take for ever.
+    untrusted = Untrusted()
+    try:
+        return untrusted.match(pattern, names)
+    finally:
+        untrusted.close()
 
 
 def adapter_for(folder: str | pathlib.Path, config: ModelConfig) -> LoRAConfig:
@@ -132,6 +201,7 @@ def adapter_for(folder: str | pathlib.Path, config: ModelConfig) -> LoRAConfig:
             f"the adapter {folder} must fit the model, a {config.family} of {config.num_layers} layers, got "
             f"{len(foreign)} matrices that it does not have: {', '.join(foreign[:5])}; choose the adapter's own base"
         )
+    _check_targets(pathlib.Path(folder), _settings(pathlib.Path(folder)), modules, set(found.targets))
     short = []
     for module, is_whole in _adapted(config, set(found.targets)):
         last = module.rpartition("/")[2]
@@ -161,20 +231,29 @@ def check_adapter(folder: str | pathlib.Path, config: ModelConfig) -> None:
         stored = set(tensors.keys())
         for path, spec in flatten_specs(split(config, parameter_specs(config))[0]):
             name, shape = _stored_name(path), _stored_shape(spec.shape, path[-1])
-            got = tuple(tensors.get_slice(name).get_shape()) if name in stored else "no such tensor"
+            view = tensors.get_slice(name) if name in stored else None
+            got = "no such tensor" if view is None else tuple(view.get_shape())
             if got != shape:
                 raise ValueError(f"{folder / WEIGHTS_FILE}: tensor {name} must have shape {shape}, got {got}")
+            if view is not None and view.get_dtype() not in FLOAT_TYPES:
+                raise ValueError(
+                    f"{folder / WEIGHTS_FILE}: tensor {name} must be one of {', '.join(FLOAT_TYPES)}, got "
+                    f"{view.get_dtype()}"
+                )
 
 
-def load_adapter(folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None) -> Params:
+def load_adapter(
+    folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None, allow_nonfinite: bool = False
+) -> Params:
     """The adapters of a folder in `config.param_dtype`, placed by `shardings` (a tree like the parameters; None: the
-    default device). Raises ValueError as `check_adapter` does.
+    default device). Raises ValueError as `check_adapter` does, and for NaN and infinity, unless `allow_nonfinite`.
     """
     check_adapter(folder, config)
     adapters: Params = {}
     with open_tensors(pathlib.Path(folder) / WEIGHTS_FILE) as tensors:
         for path, spec in flatten_specs(split(config, parameter_specs(config))[0]):
-            stored = tensors.get_tensor(_stored_name(path)).astype(dtype_of(config.param_dtype))
+            stored, name = tensors.get_tensor(_stored_name(path)), f"{folder}: tensor {_stored_name(path)}"
+            stored = as_finite(stored, dtype_of(config.param_dtype), name, allow_nonfinite)
             value, node, places = np.ascontiguousarray(stored.T).reshape(spec.shape), adapters, shardings or {}
             for name in path[:-1]:
                 node, places = node.setdefault(name, {}), places.get(name, {})
@@ -190,13 +269,13 @@ def stored_matrices(folder: str | pathlib.Path) -> Iterator[tuple[str, np.ndarra
     with open_tensors(pathlib.Path(folder) / WEIGHTS_FILE) as tensors:
         for module in read_adapter(folder).targets:
             names = [_stored_name((*module.split("/"), name)) for name in (LORA_A, LORA_B)]
-            a, b = (tensors.get_tensor(name) for name in names)
+            a, b = (check_finite(tensors.get_tensor(name), f"{folder}: tensor {name}") for name in names)
             yield module, a, b
 
 
 def base_name(folder: str | pathlib.Path) -> str | None:
     """What the adapter calls the model that it was trained beside."""
-    return read_object(pathlib.Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
+    return _settings(pathlib.Path(folder)).text("base_model_name_or_path", None)
 
 
 def adapter_hash(folder: str | pathlib.Path) -> str:

@@ -15,7 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl.models.config import ForeignConfig, Quantization, flatten_specs, leaf_at
-from rl.models.hf import FLOAT_TYPES, QUANTIZED_TYPES, SCALE, open_tensors, place, set_leaf, tensor_locations
+from rl.models.finite import as_finite
+from rl.models.hf import (
+    FLOAT_TYPES,
+    QUANTIZED_TYPES,
+    SCALE,
+    check_quantized,
+    open_tensors,
+    place,
+    set_leaf,
+    tensor_locations,
+)
 from rl.models.ops import dtype_of
 from rl.models.quantized import QuantizedArray, is_chosen, pack, scale_shape, unpack
 
@@ -58,19 +68,21 @@ def check_weights(folder: pathlib.Path, config: ForeignConfig) -> dict[str, path
     return locations
 
 
-def load_params(folder: pathlib.Path, config: ForeignConfig, shardings: Any) -> Params:
+def load_params(folder: pathlib.Path, config: ForeignConfig, shardings: Any, allow_nonfinite: bool = False) -> Params:
     """The parameter tree in a folder, placed by `shardings`, quantised where it is stored so, else in
-    `config.param_dtype`. ValueError as of `check_weights`.
+    `config.param_dtype`. ValueError as of `check_weights`, and, unless `allow_nonfinite`, for NaN and infinity.
     """
     assert config.quantization is not None
     locations, params = check_weights(folder, config), {}
     for path, spec in flatten_specs(config.specs):
-        value = _read(locations, "/".join(path))
+        value, name = _read(locations, "/".join(path)), "/".join(path)
+        name = f"{locations[name]}: tensor {name}"
         if is_chosen(config, config.quantization, path):
             values = unpack(value, config.quantization.dtype).reshape(-1)[: np.prod(spec.shape)].reshape(spec.shape)
             value = QuantizedArray(values, _read(locations, "/".join(path) + SCALE))  # pyright: ignore[reportArgumentType]
+            check_quantized(value, name, allow_nonfinite)
         else:
-            value = value.astype(dtype_of(config.param_dtype))
+            value = as_finite(value, dtype_of(config.param_dtype), name, allow_nonfinite)
         set_leaf(params, path, place(config, path, value, leaf_at(shardings, path)))  # pyright: ignore[reportArgumentType]
     return params
 

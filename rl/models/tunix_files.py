@@ -17,23 +17,23 @@ import numpy as np
 
 from rl.json_file import read_object
 from rl.models.config import ForeignConfig, flatten_specs, leaf_at, spec_at
-from rl.models.hf import open_tensors, save_tensors, write_json
+from rl.models.hf import FLOAT_TYPES, open_tensors, save_tensors, write_json
 from rl.models.own import place_weights
 from rl.models.tunix_config import TunixModel
 
 Params = dict[str, Any]
 
 
-def load_weights(folder: pathlib.Path, config: ForeignConfig, shardings: Any) -> Params:
+def load_weights(folder: pathlib.Path, config: ForeignConfig, shardings: Any, allow_nonfinite: bool = False) -> Params:
     """The weights in `folder` in `config.param_dtype`, placed by `shardings`; one parameter at a time is read.
 
     Tunix's own function is not called: it puts all of them on the first device of all processes, which the others do
     not reach.
 
     Raises:
-      ValueError: as `weight_reader`.
+      ValueError: as `weight_reader`; NaN or infinity, unless `allow_nonfinite`.
     """
-    return place_weights(weight_reader(folder, config), config, shardings)
+    return place_weights(weight_reader(folder, config), config, shardings, str(folder), allow_nonfinite)
 
 
 def weight_reader(folder: pathlib.Path, config: ForeignConfig) -> Callable[[tuple[str, ...]], np.ndarray]:
@@ -41,7 +41,7 @@ def weight_reader(folder: pathlib.Path, config: ForeignConfig) -> Callable[[tupl
     makes of it, in its stored type.
 
     Raises:
-      ValueError: a weight that the loader would leave out.
+      ValueError: a weight that the loader would leave out; when one is read, that it is not floating point.
     """
     table = _table(config.model)
     find = importlib.import_module("tunix.utils.torch_utils").torch_key_to_jax_key
@@ -60,6 +60,9 @@ def weight_reader(folder: pathlib.Path, config: ForeignConfig) -> Callable[[tupl
         for part, file, name, transform in sorted(parts[path], key=lambda found: found[0].index or 0):
             permuted, reshaped = transform or (None, None)
             with open_tensors(file) as tensors:
+                kind = tensors.get_slice(name).get_dtype()
+                if kind not in FLOAT_TYPES:
+                    raise ValueError(f"{file}: tensor {name} must be one of {', '.join(FLOAT_TYPES)}, got {kind}")
                 value = tensors.get_tensor(name)
             value = value.transpose(permuted) if permuted else value
             value = value.reshape(reshaped) if reshaped else value
