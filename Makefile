@@ -12,13 +12,14 @@ PYTHON ?= $(shell IFS=:; for name in python3.13 python3.12 python3.11 python3 py
 	>/dev/null 2>&1 && { echo "$$folder/$$name"; exit; }; done; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast test-long check format clean
+.PHONY: help install quickstart test test-fast test-long fuzz check format clean
 
 help:
 	@echo "make quickstart  train a small policy on arithmetic, SFT then GRPO (minutes, CPU)"
 	@echo "make test        every promise (at most 35 minutes on two cores)"
 	@echo "make test-fast   what builds no model (under three minutes)"
-	@echo "make test-long   what make test leaves out: chaos, fuzzing, whole matrices, packages that are no dependency"
+	@echo "make test-long   what make test leaves out: chaos, whole matrices, packages that are no dependency"
+	@echo "make fuzz        new hostile input to everything before the first compilation, for an hour or FUZZ_SECONDS"
 	@echo "make check       format, lint and type checks, then make test"
 	@echo "make format      rewrite the sources in the project's format"
 	@echo "make clean       remove the virtual environment and the caches, never a run"
@@ -45,6 +46,9 @@ test-fast: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	@$(BIN)/python -m pytest -q -m long
+
+fuzz: $(INSTALLED)
+	@FUZZ_SECONDS=$${FUZZ_SECONDS:-3600} $(BIN)/python -m pytest -q -s tests/test_fuzz.py
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check .

@@ -25,7 +25,7 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux and macOS (1,023 the
 PATH_KEYS = (
     *("output_dir", "compiled_file", "model.source", "model.weights", "lora.adapter", "tokenizer.source"),
     *("data.source", "data.eval_source", "rewards.functions.*.function", "logging.compilation_cache"),
-    *("grpo.loss_type", "grpo.advantage_estimator"),
+    *("grpo.loss_type", "grpo.advantage_estimator", "checkpoint.staging"),
 )
 
 
