@@ -54,6 +54,29 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of each test marked `matrix`, the combinations beyond those that hold every value of each parameter are long."""
+    matrices = {}
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            matrices.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for combinations in matrices.values():
+        values = {item: {(name, id(value)) for name, value in item.callspec.params.items()} for item in combinations}
+        used = dict.fromkeys(set().union(*values.values()), 0)
+        while not all(used.values()):
+
+            def worth(item, values=values, used=used):  # new values, then those that were used least
+                return sum(not used[value] for value in values[item]), -sum(used[value] for value in values[item])
+
+            best = max(combinations, key=worth)
+            combinations.remove(best)
+            for value in values[best]:
+                used[value] += 1
+        for item in combinations:
+            item.add_marker("long")
+
+
 def _imports_a_builder(path):
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):

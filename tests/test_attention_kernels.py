@@ -135,6 +135,7 @@ def test_the_arguments_for_cudnn_mean_what_plain_operations_mean():
     assert_close(value_and_gradients(attend, *inputs), value_and_gradients(ops.attention, *inputs))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("pure_nnx", [True, False])
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_a_policy_with_another_kernel_gives_the_same_hidden_states(pure_nnx, scan_layers):

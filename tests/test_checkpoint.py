@@ -108,6 +108,7 @@ def test_weights_are_read_without_the_moments(tmp_path, optimizer):
     assert sum(array.nbytes for array in read) <= sum(sizes) + 8  # and the number of the step
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("pure_nnx", ["true", "false"])
 @pytest.mark.parametrize("shape", [SHAPE, WITH_ADAPTERS], ids=["whole", "adapters"])
 def test_a_state_without_optimizer_reads_what_any_optimizer_wrote_beside(tmp_path, pure_nnx, shape):

@@ -51,6 +51,7 @@ def plain_labels(shape):
 # Golden models
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("flavour", [False, True])
 def test_logprobs_are_those_of_transformers(name, flavour):
@@ -68,6 +69,7 @@ def test_logprobs_are_those_of_transformers(name, flavour):
     np.testing.assert_allclose(logits[:, -1], expected["last_logits"], rtol=0, atol=5e-5)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("flavour", [False, True])
 def test_greedy_continuation_through_the_cache_is_that_of_transformers(name, flavour):

@@ -155,6 +155,7 @@ def golden_metrics(case: dict[str, Any], problem: Problem, sums: MetricSums) -> 
     return metrics | {name: of_all_rows[name] for name in names}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype_name", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_golden_case_has_the_loss_gradients_and_metrics_of_trl(name: str, dtype_name: str) -> None:

@@ -14,6 +14,7 @@ from rl.models.policy import create_policy
 VOCAB = 40
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("mesh", [["mesh.num_devices=1"], ["mesh.data=4", "mesh.fsdp=2"]])
 @pytest.mark.parametrize("pure_nnx", [True, False])
 def test_packed_prompts_have_the_log_probs_of_each_alone_from_one_program(mesh, pure_nnx, monkeypatch):

@@ -257,6 +257,7 @@ def test_models_compute_with_quantised_params_as_with_the_params_they_stand_for(
         jax.tree.map(np.testing.assert_array_equal, run(LinenPolicy(config), params), got)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [*QUANTIZED_DTYPES, "int4/4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_twins_are_the_same_program_with_quantised_params(family, dtype):

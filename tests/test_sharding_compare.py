@@ -34,6 +34,7 @@ def inputs_of(name):
     return [f"minibatch.batch.{field}" for field in Batch._fields if field not in ("num_microbatches", left_out)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("flavour", ["nnx", "linen"])
 @pytest.mark.parametrize("name", CASES)
 def test_shardings_are_those_of_the_golden(name, flavour):

@@ -44,6 +44,7 @@ def dtypes(state) -> dict[str, str]:
     return {kind: names.pop() for kind, names in found.items() if len(names) == 1}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize(
     ("overrides", "expected"),

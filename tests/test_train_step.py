@@ -550,6 +550,7 @@ def test_what_lies_in_padding_changes_nothing(problem, trainer):
 # Shared prompts in every family
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -674,6 +675,7 @@ def test_batches_of_any_raggedness_run_through_one_trace(trainer):
     assert packed.train_step._cache_size() == 1
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("lora", [None, LoRAConfig(2, 4.0, ("layers_[12]/*_proj",))])
 def test_an_update_is_the_same_with_layers_in_a_loop(flavour, lora, problem):
@@ -700,6 +702,7 @@ def test_an_update_is_the_same_with_layers_in_a_loop(flavour, lora, problem):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), results[0], result)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_neither_flavour_computes_or_moves_more_than_the_other(rank, scan_layers, problem):
