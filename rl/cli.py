@@ -7,6 +7,7 @@ its arguments; each module's `main(argv)` reads its own, and `python -m <module>
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -18,6 +19,10 @@ from typing import Any, TextIO
 
 TRACEBACK_VARIABLE = "GRPO_TRACEBACK"
 OWN_PACKAGES = ("configs", "rewards", "rl")
+# What a path can be that a user named: too long, without permission, a loop of links, through a file, or a folder.
+_PATH_ERRORS = frozenset(
+    {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,6 +340,14 @@ def _run(arguments: list[str]) -> int:
         if show_traceback:
             traceback.print_exc()
         return _fail(str(error))
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS or error.filename is None:
+            raise
+        if show_traceback:
+            traceback.print_exc()
+        path = str(error.filename)
+        shown = path if len(path) <= 160 else f"{path[:150]}..."
+        return _fail(f"{shown!r} must be a path that can be used: {error.strerror}; name another one")
     except KeyboardInterrupt:
         return 130
 

@@ -321,6 +321,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     if (arguments.prompts is None) == (arguments.prompt is None):
         both = "both" if arguments.prompts is not None else "neither"
         raise ValueError(f"grpo sample needs either --prompts FILE or --prompt TEXT, got {both}")
+    if arguments.prompts == "":
+        raise ValueError("--prompts must be a file, got ''; name one, or give --prompt TEXT")
     if arguments.prompts is not None and arguments.output is None:
         raise ValueError("--prompts needs --output FILE for the completions, got none")
     for name, least in (("n", 1), ("top_logprobs", 0), ("seed", 0)):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rl import hosts
 from rl.checkpoint import create_checkpoint_manager
 from rl.config import Config, load_config
+from rl.config_ranges import check_possible_path
 from rl.mesh import create_mesh
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer, shortest_run
@@ -78,6 +79,7 @@ def resolve_model(
 
 
 def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | None, adapter: str | None) -> Source:
+    check_possible_path("MODEL", str(model))
     path = pathlib.Path(model).expanduser()
     if is_run_folder(path):
         if adapter is not None:

@@ -180,6 +180,19 @@ def test_a_configuration_that_cannot_work_is_told_on_the_command_line(recipe, ca
     assert snapshot(recipe.parent) == before
 
 
+# Paths on the command line
+
+
+def test_models_and_prompts_that_cannot_be_are_refused(capsys):
+    for arguments, message in (
+        (["eval", "~nobody-at-all/run"], "MODEL must be below a home folder that exists"),
+        (["sample", "a" * 300, "--prompt", "x"], "MODEL must have at most 255 bytes between slashes"),
+        (["sample", "base.yml", "--prompts", "", "--output", "x"], "--prompts must be a file, got ''"),
+    ):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
 # A check alone
 
 

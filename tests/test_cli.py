@@ -138,6 +138,22 @@ def test_a_value_error_that_tandem_did_not_raise_keeps_its_traceback(add_command
         main(["broken", "x"])
 
 
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [("a" * 300, "File name too long"), ("{file}/b", "Not a directory"), ("{folder}", "Is a directory")],
+)
+def test_a_path_that_cannot_be_used_is_told_without_a_traceback(add_command, tmp_path, capsys, argument, reason):
+    (tmp_path / "file").touch()
+    add_command("opens", "open(argv[0])")
+    argument = argument.format(file=tmp_path / "file", folder=tmp_path)
+    assert main(["opens", argument]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: '{argument[:100]}")
+    assert error.endswith(f" must be a path that can be used: {reason}; name another one\n")
+    with pytest.raises(FileNotFoundError):  # may be a bug
+        main(["opens", str(tmp_path / "nothing")])
+
+
 def test_interruption_exits_with_130(add_command):
     add_command("interrupted", "raise KeyboardInterrupt")
     assert main(["interrupted", "x"]) == 130
