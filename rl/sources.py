@@ -12,8 +12,9 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
+from rl.parquet_pages import check_pages
 from rl.remote import is_remote, local_copy
 from rl.tasks import Row, is_procedural, procedural_rows
 
@@ -23,6 +24,7 @@ _SOURCE_RULE = (
 )
 # Deeper rows would end in a RecursionError further on, at a depth that depends on the version of Python.
 MOST_NESTED = 100
+MAX_LINE_BYTES = 100_000_000  # of a row in JSON; what it becomes in memory is up to a few dozen times as much
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -115,7 +117,8 @@ def _as_json(rows: list[Row]) -> bytes | None:
 def read_jsonl(path: pathlib.Path) -> list[tuple[int, Row]]:
     """(line number from 1, row) of every line that is not blank; ValueError, with the number, for no JSON object."""
     with path.open("rb") as file:
-        return [(number, _json_row(line, path, number)) for number, line in enumerate(file, start=1) if line.strip()]
+        lines = enumerate(iter(lambda: _next_line(file, path), b""), start=1)
+        return [(number, _json_row(line, path, number)) for number, line in lines if line.strip()]
 
 
 def _read_jsonl_part(path: pathlib.Path, start: int, end: int) -> list[Row]:
@@ -124,14 +127,25 @@ def _read_jsonl_part(path: pathlib.Path, start: int, end: int) -> list[Row]:
     with path.open("rb") as file:
         if start:
             file.seek(start - 1)
-            file.readline()  # a line that crosses the border is of the part before
+            while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass  # a line that crosses the border is of the part before
         while (place := file.tell()) < end:
-            line = file.readline()
+            line = _next_line(file, path)
             if not line:
                 break
             if line.strip():
                 rows.append(_json_row(line, path, partial(_line_number, path, place)))
     return rows
+
+
+def _next_line(file: BinaryIO, path: pathlib.Path) -> bytes:
+    place = file.tell()
+    line = file.readline(MAX_LINE_BYTES + 1)
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(
+            f"{path} must hold rows of at most {MAX_LINE_BYTES} bytes, got more in the line that begins at byte {place}"
+        )
+    return line
 
 
 def _json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) -> Row:
@@ -191,14 +205,15 @@ def _open_parquet(path: pathlib.Path) -> Source:
                         table = file.read_row_group(group)
                         rows += table.slice(max(start - first, 0), min(end, last) - max(start, first)).to_pylist()
                     first = last
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:  # of damaged metadata pyarrow raises OSError
             raise ValueError(f"{path} must be a parquet file, got: {error}") from error
         return rows
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            check_pages(path, file.metadata)
             return Source(file.metadata.num_rows, "rows", read)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} must be a parquet file, got: {error}") from error
 
 
@@ -209,6 +224,8 @@ def _open_data_set(source: str, args: Mapping[str, Any]) -> Source:
     import datasets
     from datasets.exceptions import DatasetsError
 
+    for path in sorted(pathlib.Path(source).rglob("*.parquet")):
+        _open_parquet(path)  # for its pages: `datasets` would decompress whatever they say
     try:
         loaded = datasets.load_dataset(source, **args)
     except (DatasetsError, OSError, TypeError, ValueError) as error:

@@ -31,6 +31,7 @@ LAYERS = [
         "rl.models.config",
         "rl.host_memory",
         "rl.json_file",
+        "rl.parquet_pages",
         "rl.models.finite",
         "rl.untrusted",
         "rl.untrusted_worker",

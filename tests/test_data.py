@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import numpy as np
 import pyarrow
@@ -11,6 +12,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
+from rl import parquet_pages, sources
 from rl.config import load_config
 from rl.data import check_enough_rows, fingerprint, load_pairs, load_prompts, question_key, step_indices
 from rl.sources import load_rows, open_source
@@ -131,6 +133,75 @@ def test_missing_file_is_refused(source):
 def test_source_that_is_nowhere_is_refused(source):
     with pytest.raises(ValueError, match=r"data source must be x\.jsonl, .*reasoning_gym:TASK, got"):
         load_rows(source, {}, COLUMNS, 0)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_pages_of_ordinary_parquet_files_are_found(tmp_path, version, compression):
+    path = tmp_path / "x.parquet"
+    rows = [{"prompt": f"question {i % 7} " * 20, "answer": str(i), "tags": ["a", None] * (i % 3)} for i in range(500)]
+    table = pyarrow.Table.from_pylist(rows)
+    options = {"data_page_version": version, "compression": compression, "data_page_size": 1000, "row_group_size": 200}
+    pyarrow.parquet.write_table(table, path, **options, write_batch_size=50, write_page_checksum=True)
+    assert load_rows(str(path), {}, {"prompt": "prompt"}, 0) == rows
+    metadata = pyarrow.parquet.read_metadata(path)
+    column = metadata.row_group(1).column(0)
+    with path.open("rb") as file:
+        headers = parquet_pages._check_column(file, column, path.stat().st_size, "")
+        # The metadata counts the headers as well.
+        assert 0 <= column.total_uncompressed_size - headers < 0.2 * column.total_uncompressed_size + 500
+
+
+def page_sizes(path):
+    """Where the header of the first page says how large it is: (place of the number, place behind it)."""
+    column = pyarrow.parquet.read_metadata(path).row_group(0).column(0)
+    place = column.data_page_offset + 3  # the page's type, then the header of the next field
+    data = path.read_bytes()
+    end = place
+    while data[end] >= 128:
+        end += 1
+    return place, end + 1
+
+
+def test_a_parquet_page_that_decompresses_to_too_much_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.parquet"
+    table = pyarrow.Table.from_pylist([{"prompt": "x" * 100_000_000}])
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+    assert path.stat().st_size < 100_000
+    start, end = page_sizes(path)
+    assert end - start == 4
+    data = bytearray(path.read_bytes())
+    data[start:end] = b"\xfe\xff\xff\x7f"  # what a header says counts, whatever the metadata says: 2^27 - 1
+    (tmp_path / "lies.parquet").write_bytes(data)
+    monkeypatch.setattr(parquet_pages, "MAX_PAGE_BYTES", 120_000_000)
+    assert len(load_rows(str(path), {}, {"prompt": "prompt"}, 0)) == 1
+    message = (
+        r"lies\.parquet: column 'prompt' of row group 0 must have pages of at most 120000000 .* got 134217727; write"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path / "lies.parquet"), {}, {"prompt": "prompt"}, 0)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path), {"split": "train"}, {"prompt": "prompt"}, 0)
+    data[start - 3 : end] = b"\xff" * (end - start + 3)
+    (tmp_path / "lies.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match="must have a page header at byte 4, and it cannot be read"):
+        load_rows(str(tmp_path / "lies.parquet"), {}, {"prompt": "prompt"}, 0)
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+    with pytest.raises(
+        ValueError, match="row group 0 must decompress to what fits in memory, got 100000010 bytes of 10"
+    ):
+        load_rows(str(path), {}, {"prompt": "prompt"}, 0)
+
+
+def test_rows_of_json_have_a_largest_size(tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a"}\n' + '{"prompt": "' + "b" * 100 + '"}\n')
+    assert len(load_rows(str(path), {}, {"prompt": "prompt"}, 0)) == 2
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 50)
+    for read in (lambda: load_rows(str(path), {}, {"prompt": "prompt"}, 0), lambda: sources.read_jsonl(path)):
+        with pytest.raises(ValueError, match=r"x\.jsonl must hold rows of at most 50 bytes, .* begins at byte 16"):
+            read()
+    assert sources._read_jsonl_part(path, 60, 70) == []  # inside of the long line
 
 
 def test_file_that_is_not_parquet_is_refused(tmp_path):
