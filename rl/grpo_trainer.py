@@ -48,6 +48,7 @@ from rl.models import foreign
 from rl.models.lora import quantization_of
 from rl.models.policy import Policy, policy_from_config
 from rl.models.train_state import PureState
+from rl.not_finite import cause_of_skips
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
 from rl.packing import PackingPlan
 from rl.reference import ReferenceSync
@@ -211,7 +212,10 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
                 state, entropy, trained = updater.step(state, reference, groups, entropy)
                 reference = sync_reference(reference, state, step + 1)
             done = step + 1
-            checkup = check_step(config.health, health, rollout.metrics | trained, updates_per_step(config))
+            num_updates, cause = updates_per_step(config), None
+            if trained["skipped_updates"] == num_updates:
+                cause = cause_of_skips(trained, state.params, rollout.advantages_B)
+            checkup = check_step(config.health, health, rollout.metrics | trained, num_updates, cause)
             health = checkup.state
             metrics = {
                 "step": done,
@@ -229,7 +233,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
             problems = [*rollout.problems, *collected.problems, *rounding_problems(trained), *checkup.warnings]
             for problem in problems:
                 console.warning(problem)
-            check_progress(config.health, health)
+            check_progress(config.health, health, cause)
             mirror.check()
             is_last = hosts.any_process(stop.requested) or done == config.grpo.steps
             if done % config.checkpoint.every == 0 or is_last:

@@ -7,10 +7,12 @@ rounding of updates (`rl.optimizer`).
 """
 
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from rewards.batch import COUNTS
 from rl.config_sections import HealthSection
 
 _MIN_HISTORY = 10  # steps, before a value can be called unusual
@@ -23,6 +25,8 @@ _WAY_OUT = {
     _MISMATCH: "set grpo.sampler_is_correction=true, lower optimizer.lr, or set model.dtype to float32",
     "grad_norm": "lower optimizer.lr or optimizer.max_grad_norm",
 }
+_SKIPPED = "loss or gradient norm was not finite"
+_FAILURE = re.compile(rf"reward/(?P<name>.+)/(?P<kind>{'|'.join(COUNTS)})", re.DOTALL)  # a metric
 _SAMPLES = "samples.jsonl of a GRPO run holds every completion of the step"
 
 
@@ -62,18 +66,25 @@ def healthy() -> HealthState:
 
 
 def check_step(
-    section: HealthSection, state: HealthState, metrics: Mapping[str, float], num_updates: int = 1
+    section: HealthSection,
+    state: HealthState,
+    metrics: Mapping[str, float],
+    num_updates: int = 1,
+    cause_of_skips: str | None = None,
 ) -> Checkup:
     """Looks at the metrics of one step of `num_updates` updates.
 
     Args:
       metrics: `skipped_updates` is needed; of the others those that are there are looked at.
+      cause_of_skips: why updates of the step were skipped, in words.
     """
     skipped = int(metrics["skipped_updates"])
-    unusual = _skips(skipped) + _spikes(section, state, metrics)
-    signs = _signs(section, metrics)
+    unusual = _skips(skipped, cause_of_skips or _SKIPPED) + _spikes(section, state, metrics)
+    nothing = _nothing_to_learn_from(metrics)
+    signs = nothing or _signs(section, metrics)
+    patience = 1 if nothing else section.patience
     lasting = {sign: state.lasting.get(sign, 0) + 1 for sign in signs}
-    warnings = [*unusual, *(text for sign, text in signs.items() if _is_due(lasting[sign], section.patience))]
+    warnings = [*unusual, *(text for sign, text in signs.items() if _is_due(lasting[sign], patience))]
     in_a_row = state.num_skipped_last + skipped if skipped == num_updates else 0
     recent = {
         name: [*state.recent.get(name, []), float(metrics[name])][-section.spike_window :]
@@ -84,22 +95,26 @@ def check_step(
     return Checkup(state, warnings, bool(unusual))
 
 
-def check_progress(section: HealthSection, state: HealthState) -> None:
-    """ValueError when so many updates in a row were skipped that going on is pointless."""
+def check_progress(section: HealthSection, state: HealthState, cause_of_skips: str | None = None) -> None:
+    """ValueError when so many updates in a row were skipped that going on is pointless.
+
+    Args:
+      cause_of_skips: why those of the last step were, and the way out, in words.
+    """
     limit = section.max_skipped_updates
     if limit is not None and state.num_skipped_last >= limit:
         raise ValueError(
             f"health.max_skipped_updates must be above the number of updates skipped in a row, got {limit} with "
-            f"{state.num_skipped_last} skipped; loss or gradient were not finite in any of them, and the weights stay "
-            "those of the last update that was made. Look at the last lines of samples.jsonl and metrics.jsonl; lower "
-            "optimizer.lr or optimizer.max_grad_norm, or set model.dtype to float32, in a new output_dir"
+            f"{state.num_skipped_last} skipped; the weights stay those of the last update that was made. In the last "
+            f"step {cause_of_skips or _SKIPPED}. A change of these keys wants a new output_dir; the last lines of "
+            "samples.jsonl and metrics.jsonl show more"
         )
 
 
-def _skips(num_skipped: int) -> list[str]:
+def _skips(num_skipped: int, cause: str) -> list[str]:
     if not num_skipped:
         return []
-    problem = f"{num_skipped} update(s) skipped: loss or gradient norm was not finite"
+    problem = f"{num_skipped} update(s) skipped: {cause}"
     return [f"{problem}; weights and optimizer are as before; {_SAMPLES}"]
 
 
@@ -141,6 +156,34 @@ def is_spike(value: float, recent: list[float], threshold: float, least_spread: 
     deviation = statistics.median(abs(number - median) for number in recent)
     spread = max(_NORMAL_SPREAD * deviation, _MIN_SPREAD * abs(median), least_spread)
     return spread > 0 and value > median + threshold * spread
+
+
+def _nothing_to_learn_from(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The sign that no completion of the step reached the loss, in words, by name. What else the metrics show of such a
+    step says nothing of the policy.
+    """
+    if metrics.get("unjudged_share", 0.0) == 1:
+        return {"unjudged": f"no reward could be judged, nothing is learned from this step: {_main_failure(metrics)}"}
+    if metrics.get("masked_share", 0.0) == 1:
+        return {
+            "masked": "every completion of the step that could be judged was cut at the length limit and left out by "
+            "grpo.mask_truncated, nothing is learned from it; raise sampling.max_completion_length, set "
+            "sampling.stop_strings, or turn grpo.mask_truncated off"
+        }
+    return {}
+
+
+def _main_failure(metrics: Mapping[str, float]) -> str:
+    """The most frequent reason why reward functions gave nothing."""
+    counts = {(match["name"], match["kind"]): metrics[name] for name in metrics if (match := _FAILURE.fullmatch(name))}
+    if not counts:
+        return "all functions that count in the sum left it open; look at rewards.functions"
+    name, kind = max(counts, key=lambda key: counts[key])
+    if kind == "none":
+        how, way_out = "returned None", "look at the columns that it compares with (data.columns) and at its rules"
+    else:
+        how, way_out = f"failed with {kind}", "the warnings above and rewards.log say how"
+    return f"{name!r} {how} {counts[name, kind]:.0f} times, more often than anything else; {way_out}"
 
 
 def _signs(section: HealthSection, metrics: Mapping[str, float]) -> dict[str, str]:

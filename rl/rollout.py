@@ -152,12 +152,15 @@ def to_rollout(config: Config, judged: Judged) -> Rollout:
     kept_B = advantages.valid_B & ~truncated_B if config.grpo.mask_truncated else advantages.valid_B
     lengths_B = np.array([len(completion.token_ids) for completion in flat])
     judged_B = weighted_B[advantages.valid_B]
+    # Where nothing was judged there is nothing to learn from either.
+    zero_variance = advantages.stats["frac_reward_zero_std"] if judged_B.size else 1.0
     metrics = {
         "reward/mean": float(np.mean(judged_B)) if judged_B.size else math.nan,
         "reward/std": float(np.std(judged_B)) if judged_B.size else math.nan,
         "advantage/mean": float(np.mean(advantages.advantages_B)),
         "advantage/std": float(np.std(advantages.advantages_B)),
-        "zero_variance_share": advantages.stats["frac_reward_zero_std"],
+        "zero_variance_share": zero_variance,
+        "unjudged_share": float(1.0 - advantages.valid_B.mean()),
         "completion_length/mean": float(lengths_B.mean()),
         "completion_length/max": float(lengths_B.max()),
         "truncated_share": float(truncated_B.mean()),

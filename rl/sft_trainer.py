@@ -35,6 +35,7 @@ from rl.mesh import check_sharded, create_mesh, no_implicit_transfers, replicate
 from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 from rl.models import foreign
 from rl.models.policy import policy_from_config
+from rl.not_finite import cause_of_skips
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
 from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
 from rl.remote_run import Mirror
@@ -164,7 +165,8 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
                 "grad_norm": float(update.grad_norm),
                 "skipped_updates": int(not update.is_applied),
             }
-            checkup = check_step(config.health, health, metrics)
+            cause = None if update.is_applied else cause_of_skips(metrics, state.params)
+            checkup = check_step(config.health, health, metrics, cause_of_skips=cause)
             health = checkup.state
             metrics["lr"] = last_lr(schedule, done, health.num_skipped)
             if update.lost_share is not None:
@@ -175,7 +177,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
             console.step_line(metrics)
             for problem in [*rounding_problems(metrics), *checkup.warnings]:
                 console.warning(problem)
-            check_progress(config.health, health)
+            check_progress(config.health, health, cause)
             mirror.check()
             is_last = hosts.any_process(stop.requested) or done == config.sft.steps
             if done % config.checkpoint.every == 0 or is_last:

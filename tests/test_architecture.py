@@ -53,6 +53,7 @@ LAYERS = [
         "rl.models.quantized",
         "rl.console",
         "rl.health",
+        "rl.not_finite",
         "rl.models.hf_config",
         "rl.sampling",
         "rl.tokenizer",

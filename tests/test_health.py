@@ -6,12 +6,15 @@ import math
 import pathlib
 import re
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from rl import grpo_trainer, sft_trainer
 from rl.config import load_config
 from rl.health import HealthState, check_progress, check_step, healthy, is_spike
 from rl.metrics import read_metrics, read_samples
+from rl.not_finite import cause_of_skips, sizes_of
 from rl.run_folder import checkpoint_steps
 
 FINE = {"skipped_updates": 0, "kl": 0.1, "grad_norm": 1.0, "entropy": 1.0, "zero_variance_share": 0.2}
@@ -164,6 +167,49 @@ def test_sign_that_lasts_is_named_with_the_key_to_change_and_ever_more_seldom(ba
     assert not any(checkup.warnings for checkup in run_of([bad] * 13, f"health.{switch}=null"))
 
 
+# Nothing to learn from
+
+
+def test_step_without_a_judged_completion_names_the_function_and_its_failure_and_nothing_else():
+    step = {"unjudged_share": 1.0, "masked_share": 1.0, "zero_variance_share": 1.0, "entropy": 0.0}
+    step |= {"reward/a/b/exception": 3, "reward/a/b/none": 2, "reward/late/timeout": 1, "reward/late/mean": math.nan}
+    checkups = run_of([step] * 4)
+    assert [len(checkup.warnings) for checkup in checkups] == [1, 1, 0, 1]
+    (warning,) = checkups[0].warnings
+    assert "no reward could be judged" in warning
+    assert "'a/b' failed with exception 3 times" in warning
+    assert "rewards.log" in warning
+    (declined,) = run_of([step | {"reward/late/none": 9}])[0].warnings
+    assert "'late' returned None 9 times" in declined
+    assert "data.columns" in declined
+    assert "look at rewards.functions" in run_of([{"unjudged_share": 1.0}])[0].warnings[0]
+
+
+def test_step_whose_completions_were_all_masked_names_the_length_limit_and_nothing_else():
+    step = {"masked_share": 1.0, "truncated_share": 1.0, "entropy": 0.0, "unjudged_share": 0.0}
+    (warning,) = run_of([step])[0].warnings
+    assert "every completion of the step that could be judged was cut at the length limit" in warning
+    assert "raise sampling.max_completion_length" in warning
+    assert "turn grpo.mask_truncated off" in warning
+    assert run_of([step | {"masked_share": 0.9}])[0].warnings == []
+
+
+def test_what_is_not_finite_is_named_with_its_way_out():
+    whole = {"layer": {"kernel": jnp.ones((2, 3)), "steps": jnp.int32(3)}, "head": jnp.ones(2, jnp.bfloat16)}
+    broken = whole | {"head": jnp.array([1.0, jnp.nan], jnp.bfloat16)}
+    assert sizes_of(whole) == {"layer/kernel": 1.0, "head": 1.0}
+    assert math.isnan(sizes_of(broken)["head"])
+    lost, fine = {"loss": math.nan, "grad_norm": math.nan}, np.array([1.0, -1.0])
+    assert re.search(r"1 arrays of weights .*head.*earlier checkpoint", cause_of_skips(lost, broken, fine))
+    large = cause_of_skips(lost, whole, 1e30 * fine)
+    assert re.search(r"the loss is not finite, .*up to 1e\+30: .*rewards\.functions", large)
+    large = cause_of_skips(lost, {"head": jnp.array([1e8])})
+    assert re.search(r"weights go up to 1e\+08 \(head\).*optimizer\.lr", large)
+    assert re.search(r"the loss is not finite: log-probs .*model\.dtype", cause_of_skips(lost, whole, fine))
+    overflown = cause_of_skips({"loss": 0.5, "grad_norm": math.inf}, whole)
+    assert re.search(r"the gradient is not finite, while the loss is: .*model\.dtype", overflown)
+
+
 # Skipped updates
 
 
@@ -176,8 +222,8 @@ def test_skipped_updates_in_a_row_end_the_run_and_one_that_was_made_breaks_the_r
     assert "1 update(s) skipped" in checkups[0].warnings[0]
     check_progress(section("health.max_skipped_updates=3"), checkups[-1].state)
     check_progress(section("health.max_skipped_updates=null"), checkups[-1].state)
-    with pytest.raises(ValueError, match=r"2 skipped.*lower optimizer\.lr"):
-        check_progress(section("health.max_skipped_updates=2"), checkups[-1].state)
+    with pytest.raises(ValueError, match=r"2 skipped.*In the last step the loss is NaN\."):
+        check_progress(section("health.max_skipped_updates=2"), checkups[-1].state, "the loss is NaN")
 
 
 def test_step_of_several_updates_counts_each_of_them():
@@ -192,7 +238,7 @@ def test_step_of_several_updates_counts_each_of_them():
         ("health.max_skipped_updates=0", "health.max_skipped_updates must be >= 1, got 0"),
         ("health.spike_window=9", "health.spike_window must be >= 10, got 9"),
         ("health.kl_spike=0", "health.kl_spike must be > 0 or null"),
-        ("health.truncated_share=1.5", "health.truncated_share must be a share in"),
+        ("health.truncated_share=1.5", "health.truncated_share must be in"),
         ("health.patience=0", "health.patience must be >= 1, got 0"),
     ],
 )
@@ -221,7 +267,7 @@ def start(recipe: pathlib.Path, name: str, *overrides: str, train=grpo_trainer.t
 
 def test_run_without_a_finite_update_ends_and_can_go_on_with_a_higher_limit(recipe, capsys):
     broken = (reward("huge", 1e30), "grpo.scale_rewards=none", "health.max_skipped_updates=4")
-    with pytest.raises(ValueError, match=r"got 4 with 4 skipped.*optimizer\.lr"):
+    with pytest.raises(ValueError, match=r"got 4 with 4 skipped.*advantages go up to .*rewards\.functions"):
         start(recipe, "stuck", *broken)
     folder = recipe.parent / "stuck"
     assert [(line["step"], line["skipped_updates"]) for line in read_metrics(folder)] == [(1, 2), (2, 2)]
@@ -273,7 +319,7 @@ def test_run_with_skipped_updates_resumes_as_if_it_had_never_stopped(recipe):
 
 
 def test_supervised_run_skips_and_ends_likewise(recipe):
-    with pytest.raises(ValueError, match="got 3 with 3 skipped"):
+    with pytest.raises(ValueError, match=r"got 3 with 3 skipped.*weights go up to .*lower optimizer\.lr"):
         start(recipe, "sft", "optimizer.lr=1e35", "health.max_skipped_updates=3", train=sft_trainer.train)
     folder = recipe.parent / "sft"
     assert [line["skipped_updates"] for line in read_metrics(folder)] == [0, 1, 1, 1]

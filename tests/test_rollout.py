@@ -1,5 +1,6 @@
 """From prompts to scored completions: who is judged when, and in which order the results stand."""
 
+import dataclasses
 import time
 
 import jax
@@ -80,7 +81,11 @@ def test_truncated_completions_can_stay_out_of_the_loss_but_never_out_of_the_bas
     reasons = [["eos", "length", "stop"], ["length", "eos", "length"]]
     completions = [[completion_of(p, g, reason) for g, reason in enumerate(group)] for p, group in enumerate(reasons)]
     rewards = [[3.0], [0.0], [0.0], [1.0], [2.0], [0.0]]
-    rollout = to_rollout(config, Judged(rows, completions, ["x"] * 6, rewards, ["mine"], [1.0], {}, []))
+    judged = Judged(rows, completions, ["x"] * 6, rewards, ["mine"], [1.0], {}, [])
+    unjudged = to_rollout(config, dataclasses.replace(judged, rewards=[[None]] * 6)).metrics
+    assert (unjudged["unjudged_share"], unjudged["zero_variance_share"], unjudged["masked_share"]) == (1, 1, 1)
+    rollout = to_rollout(config, judged)
+    assert rollout.metrics["unjudged_share"] == 0
     np.testing.assert_allclose(rollout.advantages_B, [2, -1, -1, 0, 1, -1])
     assert rollout.metrics["truncated_share"] == 0.5
     assert rollout.metrics["masked_share"] == pytest.approx(1 - sum(map(len, kept)) / 6)
