@@ -37,12 +37,12 @@ class WorkerProcess:
         self,
         load_requests: Sequence[dict[str, Any]],
         start_timeout: float,
-        log_path: str | os.PathLike[str] | None,
+        log: int | None,
         environment: Mapping[str, str],
         memory_gb: float | None = None,
     ):
         self._load_requests, self._start_timeout = load_requests, start_timeout
-        self._log_path = None if log_path is None else Path(log_path).absolute()
+        self._log = log  # the descriptor that takes what is printed; None: this process's stderr
         self._environment, self._memory_gb = environment, memory_gb
         self._directory = os.getcwd()
         self.to_load: collections.deque[int] = collections.deque()
@@ -53,12 +53,12 @@ class WorkerProcess:
         # -P: a folder called `rewards` in the working directory must not hide this package.
         worker = [sys.executable, *(["-B"] if sys.dont_write_bytecode else []), "-P", "-m", "rewards.worker"]
         self.control, theirs = socket.socketpair()
-        with theirs, contextlib.nullcontext() if self._log_path is None else self._log_path.open("ab") as log:
+        with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_SUPERVISOR), str(theirs.fileno()), str(limit), *worker],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=self._log,
                 bufsize=0,
                 cwd=self._directory,
                 env=self._environment,

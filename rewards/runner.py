@@ -29,6 +29,7 @@ from typing import Any, Self
 from rewards.batch import FAILURES, Batch, BatchInputs, RewardResult, Share, merge_results
 from rewards.contract import Calls, RewardSpec, check_specs
 from rewards.environment import check_memory_gb, worker_environment
+from rewards.log import RewardLog
 from rewards.probe import GROUP_SIZE, Probe, probe
 from rewards.process import WorkerProcess, load_request, poll
 from rewards.protocol import encode
@@ -50,7 +51,7 @@ class RewardRunner:
     num_workers: processes, >= 1.
     timeout_seconds: hard limit of one sample in one function (a batch call gets this times its number of samples).
     start_timeout_seconds: limit for importing one function.
-    log_path: file that takes what the functions print, and tracebacks; None: this process's stderr.
+    log_path: file that takes what the functions print, and tracebacks (`rewards.log`); None: this process's stderr.
     env: names of the variables of this process's environment that workers get beside `rewards.environment.VARIABLES`.
     memory_gb: resident memory of a worker together with all it started, in 1e9 bytes, beyond which they are killed;
         Linux only. None: no limit.
@@ -89,8 +90,10 @@ class RewardRunner:
         self._timeout = timeout_seconds
         self._share = share
         requests = [load_request(key, spec, self.columns) for key, spec in enumerate(specs)]
+        self._log = None if log_path is None else RewardLog(log_path)
+        log = None if self._log is None else self._log.descriptor
         self._workers = [
-            WorkerProcess(requests, start_timeout_seconds, log_path, environment, memory_gb) for _ in range(num_workers)
+            WorkerProcess(requests, start_timeout_seconds, log, environment, memory_gb) for _ in range(num_workers)
         ]
         try:
             self._functions = self._load()
@@ -228,6 +231,8 @@ class RewardRunner:
         deadline = time.monotonic() + _CLOSE_SECONDS
         for worker in self._workers:
             worker.end(deadline)
+        if self._log is not None:
+            self._log.close()
 
     def _load(self) -> list[LoadedFunction]:
         """Load each function in one worker, in parallel; the other workers load it when they first need it."""

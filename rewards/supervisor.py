@@ -122,7 +122,7 @@ def _watch(control: int, woken: int, runner: int, worker: int, limit: int) -> in
                 deadline = time.monotonic() + _EXIT_SECONDS
                 poll.unregister(control)
         if limit and _IS_LINUX and (held := _held_beyond(limit)):
-            os.write(2, f"the worker's processes held {held} bytes of memory, allowed are {limit}: ended\n".encode())
+            _tell(2, f"the worker's processes held {held} bytes of memory, allowed are {limit}: ended")
             _tell(control, f"memory {held}")
             return None
     return None

@@ -18,6 +18,7 @@ from rl.config import Config, load_config
 CONFIG, IDENTITY, METRICS, SAMPLES = "config.yml", "run.json", "metrics.jsonl", "samples.jsonl"
 CHECKPOINTS, EXPORT, EXPORT_RECORD = "checkpoints", "export", "export.json"
 LOCK, LOG, CURVES = ".lock", "rewards.log", "reward.png"
+LOG_BEFORE = LOG + ".1"  # what came before, see `rewards.log`
 FORMAT = "tandem run 1"
 KINDS = ("grpo", "sft")
 # Keys of run.json that are about the file, not about what the run starts from.
@@ -89,7 +90,7 @@ def is_start_alone(folder: pathlib.Path) -> bool:
         return False
     if IDENTITY in names and not is_own_identity(folder):
         return False
-    return names <= {LOCK, LOG, IDENTITY}
+    return names <= {LOCK, LOG, LOG_BEFORE, IDENTITY}
 
 
 def is_own_identity(folder: pathlib.Path) -> bool:

@@ -30,6 +30,7 @@ from rl.run_files import (
     IDENTITY,
     LOCK,
     LOG,
+    LOG_BEFORE,
     METRICS,
     SAMPLES,
     UNFINISHED,
@@ -242,12 +243,15 @@ class _Place:
                 f"output_dir must be a folder that can be written, got {path}: {error}; choose another output_dir"
             ) from error
         log = path / LOG
+        self._had_log_before = (path / LOG_BEFORE).exists()
         self._log = (log.stat().st_size, log.stat().st_mtime_ns) if log.is_file() else None
 
     def give_back(self, is_used: bool) -> None:
         """Gives the lock back; where the folder is not used, log, lock and folders are what they were before."""
         if not is_used:
             log = self._path / LOG
+            if not self._had_log_before and (self._path / LOG_BEFORE).is_file():
+                os.replace(self._path / LOG_BEFORE, log)  # begins with what the log was
             if self._log is None:
                 log.unlink(missing_ok=True)
             elif log.is_file() and log.stat().st_size > self._log[0]:

@@ -15,6 +15,7 @@ import pytest
 from rewards.batch import COUNTS, Share, merge_results
 from rewards.contract import RewardSpec
 from rewards.environment import check_memory_gb
+from rewards.log import RewardLog
 from rewards.runner import RewardRunner, check_on_gold
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -449,6 +450,37 @@ def test_prints_and_reads_of_user_code_do_not_touch_the_protocol(write, tmp_path
     log = (tmp_path / "log").read_text()
     for line in ("hello from import", "hello from call c", "raw", "descriptor one", "from a shell"):
         assert line in log
+
+
+def test_log_of_a_function_that_prints_without_end_stays_within_two_files(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("rewards.log.MAX_BYTES", 100_000)
+    spec = write("""
+        def loud(completion):
+            for number in range(10_000):
+                print(f"{number:06d}", "x" * 92)  # 100 bytes
+            return 1.0
+    """)
+    (tmp_path / "log").write_text("of an earlier run\n")
+    assert column(run([spec("loud")], ["c"], log_path=tmp_path / "log")) == [1.0]
+    new, old = ((tmp_path / name).read_text() for name in ("log", "log.1"))
+    assert max(len(new), len(old)) <= 100_000 + 200
+    first, _, rest = new.partition("\n")
+    num_cut = int(re.fullmatch(r"\[this log goes on from log\.1; (\d+) bytes before that were cut\]", first)[1])
+    notes = sum(len(line) + 1 for line in old.splitlines() if line.startswith("[this log"))
+    assert "009999 xxx" in rest
+    assert num_cut + len(old) - notes + len(rest) >= 1_000_000
+
+
+def test_what_cannot_be_logged_is_counted_and_stops_nobody(tmp_path):
+    log = RewardLog(tmp_path / "folder" / "log")
+    os.write(log.descriptor, b"lost\n")
+    assert wait_until(lambda: log._num_lost == 5, 5.0)
+    (tmp_path / "folder").mkdir()
+    os.write(log.descriptor, b"kept\n")
+    log.close()
+    log.close()
+    text = (tmp_path / "folder" / "log").read_text()
+    assert text == "[5 bytes of the log could not be written here]\nkept\n"
 
 
 def test_traceback_goes_to_the_log_once(write, tmp_path):

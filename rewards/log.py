@@ -1,0 +1,75 @@
+"""The log of the reward workers: what they print goes through a pipe into a file that never grows beyond a limit.
+
+In: bytes that anything writes into `descriptor`. Out: PATH, and what came before in PATH.1, each at most `MAX_BYTES`
+long. A thread takes them, whatever else this process does, so nobody who prints has to wait for long.
+"""
+
+import contextlib
+import os
+import selectors
+import threading
+from pathlib import Path
+
+MAX_BYTES = 10_000_000  # of each of the two files
+_CHUNK = 1 << 16
+_LAST_BYTES = 1 << 20  # taken when it is closed: more than a pipe holds, should something print for ever
+
+
+class RewardLog:
+    """A log file with a pipe that leads into it; `close` writes what the pipe holds and ends it.
+
+    The file is opened anew for each piece: a folder that is moved or made meanwhile changes nothing but the place.
+    What cannot be written is left out, and the log says how much that was when it can.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._path = Path(path).absolute()
+        self.previous = self._path.with_name(f"{self._path.name}.1")
+        self._num_cut = self._num_lost = 0  # bytes
+        self._output, self.descriptor = os.pipe()
+        self._woken, self._wakes = os.pipe()
+        os.set_blocking(self._output, False)
+        self._thread = threading.Thread(target=self._run, name="reward log", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write what is left. Closing twice does nothing."""
+        if self._wakes < 0:
+            return
+        os.close(self._wakes)
+        self._wakes = -1
+        self._thread.join()
+        for descriptor in (self._output, self.descriptor, self._woken):
+            os.close(descriptor)
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._output, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            while all(key.fd != self._woken for key, _ in selector.select()):
+                self._take()
+        left = _LAST_BYTES
+        while left > 0 and (taken := self._take()):
+            left -= taken
+
+    def _take(self) -> int:
+        """Move a piece from the pipe to the file; its length."""
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._output, _CHUNK)
+            self._write(data)
+            return len(data)
+        return 0
+
+    def _write(self, data: bytes) -> None:
+        try:
+            size = self._path.stat().st_size if self._path.exists() else 0
+            note = f"[{self._num_lost} bytes of the log could not be written here]\n" if self._num_lost else ""
+            if size + len(data) > MAX_BYTES:
+                self._num_cut += self.previous.stat().st_size if self.previous.exists() else 0
+                os.replace(self._path, self.previous)
+                note += f"[this log goes on from {self.previous.name}; {self._num_cut} bytes before that were cut]\n"
+            with self._path.open("ab") as file:
+                file.write(note.encode() + data)
+            self._num_lost = 0
+        except OSError:  # a full disk, for example: nobody who prints is to suffer from it
+            self._num_lost += len(data)
