@@ -5,12 +5,13 @@ that needs no file and loses nothing. The tokenizer's own rules decide about BOS
 truncates or pads. transformers is imported only when a tokenizer is loaded.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rl.json_file import Fields, read_object, shown
@@ -78,7 +79,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"text must be valid Unicode, got {text[:80]!r}: {error}") from error
-        ids = list(self.backend.encode(text, add_special_tokens=False))
+        with _explain_failures(f"the tokenizer must encode {text[:80]!r}"):
+            ids = list(self.backend.encode(text, add_special_tokens=False))
         if add_bos and ids[: len(self._prefix_ids)] != self._prefix_ids:
             return self._prefix_ids + ids
         return ids
@@ -228,13 +230,25 @@ def _load_backend(source: str) -> "PreTrainedTokenizerFast":
         _read_template(path)
     # Not AutoTokenizer: it may rebuild the tokenizer from its class name instead of reading tokenizer.json as it is.
     fast_class = _fast_tokenizer_class()
+    with _explain_failures(f"tokenizer folder {str(folder)!r} must hold a tokenizer that transformers can work with"):
+        backend = fast_class.from_pretrained(str(folder), local_files_only=True)
+        for adds in (False, True):
+            backend.decode(backend.encode("a 1", add_special_tokens=adds))
+    return backend
+
+
+@contextlib.contextmanager
+def _explain_failures(rule: str) -> Iterator[None]:
+    """ValueError for what the libraries raise for files that contradict themselves: anything, and where their Rust code
+    panics what is no `Exception`.
+    """
     try:
-        return fast_class.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"tokenizer folder {str(folder)!r} must hold a tokenizer that transformers can read, got "
-            f"{type(error).__name__}: {error}; fetch its files again"
-        ) from error
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"{rule}, got {problem}; fetch the tokenizer's files again") from error
 
 
 def _check_ids(path: pathlib.Path) -> None:

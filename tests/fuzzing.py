@@ -20,6 +20,7 @@ import hypothesis
 from hypothesis import strategies as st
 
 from rl.cli import raised_by_tandem
+from rl.config_ranges import LARGEST_FLOAT, LARGEST_INT, RANGES
 from rl.config_sections import OPEN_CHOICES, Config
 
 HANG_SECONDS = 60  # of one example, on a busy machine
@@ -199,14 +200,28 @@ def plausible(kind, key=""):
     return st.sampled_from((*choices, *WORDS_OF_USERS)) if kind is str else JSON_VALUES
 
 
+def within(key):
+    """Numbers in the range of a key, the ends among them; of the right type for other keys."""
+    if key not in RANGES:
+        return plausible(KEYS[key], key)
+    limits, is_int = RANGES[key], int in (KEYS[key], *typing.get_args(KEYS[key]))
+    low = -2 if limits.low is None else limits.low
+    high = limits.high if limits.high is not None else LARGEST_INT if is_int else LARGEST_FLOAT
+    numbers = [low, low + 1, 1, 2, 3, 4, 8, 16, 100, high] if is_int else [low, low + 1e-6, 0.1, 0.5, 1.0, 2.0, high]
+    return st.sampled_from([number for number in numbers if limits.contains(number)])
+
+
 @st.composite
 def overrides(draw, keys=tuple(KEYS), most=4, hostile=True):
     """A few `key=value` of the schema: right ones mostly, else of any type, or no YAML at all."""
     chosen = draw(st.lists(st.sampled_from(keys), min_size=1, max_size=most, unique=True))
     texts = []
     for key in chosen:
-        kind = draw(st.integers(0, 9)) if hostile else 0
-        value = draw(plausible(KEYS[key], key)) if kind < 7 else draw(JSON_VALUES)
+        kind = draw(st.integers(0, 9)) if hostile else draw(st.integers(0, 3))
+        if kind < 3:
+            value = draw(within(key))
+        else:
+            value = draw(plausible(KEYS[key], key)) if kind < 7 else draw(JSON_VALUES)
         text = draw(st.sampled_from(RAW)) if kind == 9 else json.dumps(value)
         texts.append(f"{key}={text}")
     return texts

@@ -107,7 +107,12 @@ def test_any_start_comes_to_its_run_folder_or_is_refused(tmp_path, start):
         assert compiles.count == 0
         assert snapshot(tmp_path) == before
 
-    search(check, overrides(keys, most=3), 100 if start is train else 40, share=0.2 if start is train else 0.1)
+    search(
+        check,
+        overrides(keys, most=5, hostile=False) | overrides(keys, most=3),
+        100 if start is train else 40,
+        share=0.2 if start is train else 0.1,
+    )
 
 
 SFT_KEYS = ("sft.", "data.", "optimizer.", "tokenizer.", "mesh.", "lora.", "model.", "sampling.")
