@@ -230,7 +230,7 @@ def _load_backend(source: str) -> "PreTrainedTokenizerFast":
         _read_template(path)
     # Not AutoTokenizer: it may rebuild the tokenizer from its class name instead of reading tokenizer.json as it is.
     fast_class = _fast_tokenizer_class()
-    with _explain_failures(f"tokenizer folder {str(folder)!r} must hold a tokenizer that transformers can work with"):
+    with _explain_failures(f"tokenizer folder {str(folder)!r} must hold a tokenizer that transformers can read"):
         backend = fast_class.from_pretrained(str(folder), local_files_only=True)
         for adds in (False, True):
             backend.decode(backend.encode("a 1", add_special_tokens=adds))
