@@ -12,7 +12,7 @@ import yaml
 from rl.advantages import check_modes
 from rl.config import differences, dump_config, load_config, preset_values, program_keys, read_preset, require
 from rl.config_ranges import RANGES
-from rl.config_sections import Config, to_dict
+from rl.config_sections import Config, flatten, to_dict
 from rl.update import loss_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -59,6 +59,18 @@ def test_a_recipe_inherits_from_the_file_beside_it(tmp_path):
     config = load_config(path)
     assert (config.grpo.steps, config.grpo.group_size) == (8, 3)
     assert config.sampling.stop_strings == ["c"]  # a list is replaced, not merged
+
+
+def test_every_recipe_of_the_repository_is_read_as_yaml_1_1_reads_it():
+    recipes = [path for name in ("examples", "benchmarks") for path in (ROOT / name).rglob("*.yml")]
+    assert recipes
+    for path in recipes:
+        stated = flatten(yaml.safe_load(path.read_text()))
+        read = flatten(to_dict(load_config(path)))
+        for key, value in stated.items():
+            is_number = isinstance(value, str) and isinstance(read.get(key), float)  # 1e-6, text in YAML 1.1
+            if key not in ("inherit", "rewards.functions"):
+                assert (float(value) if is_number else value) == read[key], (path, key)
 
 
 def test_a_recipe_cannot_inherit_from_itself_or_from_nothing(tmp_path):

@@ -10,12 +10,14 @@ import shutil
 import struct
 
 import pytest
+import yaml
 from fuzzing import JSON_VALUES, KEYS, mutated, mutated_json, overrides, refused_or_done, search, snapshot
 from hypothesis import strategies as st
 
 from rewards.protocol import HEADER
 from rewards.replies import BrokenWorker, ReplyReader, read_load_reply, read_run_reply
 from rl.config import dump_config, load_config
+from rl.config_sections import to_dict
 from rl.data import load_pairs, load_prompts
 from rl.grpo_trainer import train
 from rl.mesh import create_mesh
@@ -49,6 +51,7 @@ def test_any_overrides_give_a_configuration_that_reads_back_or_are_refused(tmp_p
         if config is not None:
             path.write_text(dump_config(config), encoding="utf-8")
             assert load_config(path) == config
+            assert yaml.safe_load(path.read_text(encoding="utf-8")) == to_dict(config)  # a reader of YAML 1.1
 
     search(check, overrides(), 250, share=0.15)
 
