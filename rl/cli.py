@@ -38,39 +38,44 @@ class Command:
 COMMANDS = {
     "train": Command(
         module="rl.grpo_trainer",
-        arguments="CONFIG [--check] [key=value ...]",
+        arguments="CONFIG [--check] [--trust] [key=value ...]",
         summary="train a policy with GRPO",
         details="""\
-            CONFIG      a YAML recipe; it inherits every key it does not state from configs/base.yml
+            CONFIG      a YAML recipe; it inherits every key it does not state from configs/base.yml. A run folder is
+                        gone on with, where it is
             --check     do all that comes before the first compilation (configuration, data, tokenizer, headers of the
                         weights, reward functions, memory, disk space, run folder), say what would be done, and leave;
                         nothing on disk changes
+            --trust     run code that a run folder names although it is not shown to be yours (docs/security.md)
             key=value   overrides with dotted keys, for example grpo.steps=100 optimizer.lr=1e-6
 
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
     ),
     "sft": Command(
         module="rl.sft_trainer",
-        arguments="CONFIG [--check] [key=value ...]",
+        arguments="CONFIG [--check] [--trust] [key=value ...]",
         summary="warm-start a policy on prompt and completion rows",
         details="""\
-            CONFIG      a YAML recipe; the sft section says how long and on which column
+            CONFIG      a YAML recipe; the sft section says how long and on which column. A run folder is gone on with,
+                        where it is
             --check     do all that comes before the first compilation (configuration, data, tokenizer, headers of the
                         weights, reward functions, memory, disk space, run folder), say what would be done, and leave;
                         nothing on disk changes
+            --trust     run code that a run folder names although it is not shown to be yours (docs/security.md)
             key=value   overrides with dotted keys, for example sft.steps=300 optimizer.lr=1e-3
 
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
     ),
     "eval": Command(
         module="rl.evaluation",
-        arguments="MODEL [--adapter FOLDER] [--output FILE] [key=value ...]",
+        arguments="MODEL [--adapter FOLDER] [--output FILE] [--trust] [key=value ...]",
         summary="greedy accuracy on the held-out rows",
         details="""\
             MODEL            a run folder (its newest checkpoint), a YAML recipe (the weights of model.source), or a
                              Hugging Face folder or hub id with data and rewards as key=value
             --adapter FOLDER an adapter in PEFT's format beside the weights; not for a run, which has its own
             --output FILE    JSON lines to write: every prompt, completion and reward
+            --trust          run code that a run folder names although it is not shown to be yours (docs/security.md)
             key=value        overrides with dotted keys, for example eval.max_prompts=200""",
     ),
     "sample": Command(
@@ -98,13 +103,16 @@ COMMANDS = {
                              in place of MODEL and prompts: draw one completion of a training run again, numbered as in
                              its samples.jsonl, print it as JSON, and compare; needs the checkpoint of the step before.
                              Exit status 1 where samples.jsonl has other tokens
+            --trust          run code that a run folder names although it is not shown to be yours (docs/security.md)
             key=value        overrides with dotted keys, for example sampling.temperature=0.7 sampling.top_p=0.9
 
             Log-probs are at sampling.temperature, and at temperature 1 when that is 0 (greedy).""",
     ),
     "compile": Command(
         module="rl.tools.compile",
-        arguments="CONFIG [--topology T [--slices N] | --devices cpu:N] [--save FILE] [--json FILE] [key=value ...]",
+        arguments=(
+            "CONFIG [--topology T [--slices N] | --devices cpu:N] [--save FILE] [--json FILE] [--trust] [key=value ...]"
+        ),
         summary="compile a run ahead of time and say whether it fits",
         details="""\
             CONFIG         a YAML recipe; neither weights nor data are read
@@ -114,13 +122,14 @@ COMMANDS = {
             --devices cpu:N  virtual CPU devices; without this and --topology the devices at hand
             --save FILE    write the compiled programs; training takes them with compiled_file=FILE
             --json FILE    write the report
+            --trust        run code that a run folder names although it is not shown to be yours (docs/security.md)
             key=value      overrides with dotted keys, for example mesh.tensor=8 model.remat=block
 
             Exit status 0: the run fits; 1: it does not.""",
     ),
     "export": Command(
         module="rl.tools.export",
-        arguments="RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE] [--no-remainder] [--adapter]",
+        arguments="RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE] [--no-remainder] [--adapter] [--trust]",
         summary="write a run's weights as a folder of their own",
         details="""\
             RUN              a run folder
@@ -132,7 +141,9 @@ COMMANDS = {
             --dtype DTYPE    float32, bfloat16 or float16; the checkpoint's own when left out
             --adapter        of a run with adapters (lora.rank): these alone, in PEFT's format; else they are merged
             --no-remainder   of merged adapters: leave out lora_remainder.npz, with which `grpo lora unmerge` gives the
-                             base back bit for bit""",
+                             base back bit for bit
+            --trust          run code that the run folder names although it is not shown to be yours
+                             (docs/security.md)""",
     ),
     "checkpoint": Command(
         module="rl.tools.checkpoint",
@@ -154,7 +165,9 @@ COMMANDS = {
                 --json FILE has the same numbers
 
             CHECKPOINT     a run folder (its newest checkpoint, or --step N), or any folder that Orbax wrote
-            --write FILE   the content hashes as JSON; --against FILE compares with such a file""",
+            --write FILE   the content hashes as JSON; --against FILE compares with such a file
+            --trust        of verify and bench: run code that a run folder names although it is not shown to be yours
+                           (docs/security.md); without it verify leaves the comparison with the configuration out""",
     ),
     "data": Command(
         module="rl.tools.data",
@@ -200,6 +213,8 @@ COMMANDS = {
             --dtype DTYPE  of merge and unmerge: float32, bfloat16 or float16; MODEL's own when left out
             --no-remainder of merge: leave out lora_remainder.npz, what rounding took away; unmerge is then exact to a
                            unit in the last place
+            --trust        of merge, unmerge and convert: run code that the run folder of a recipe names although it is
+                           not shown to be yours (docs/security.md)
             key=value      overrides of merge, unmerge and convert, for example tokenizer.source=byte""",
     ),
     "quantize": Command(
@@ -220,6 +235,7 @@ COMMANDS = {
             --max-tokens N     of the text that are read; 8192 when left out
             --context N        tokens that the model sees of it at a time; 512 when left out
             --tokenizer SOURCE a folder, a hub id or byte; MODEL when left out
+            --trust            run code that a run folder names although it is not shown to be yours (docs/security.md)
             key=value          overrides of a recipe, a Tunix model or a module of your own
 
             Prints the relative error of each layer, sizes, and the peak memory of the process.""",

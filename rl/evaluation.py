@@ -34,12 +34,14 @@ from rl.models.policy import Policy, WavePolicy
 from rl.output_file import check_writable
 from rl.programs import Stored, not_stored
 from rl.rollout import sample_and_score
+from rl.run_folder import check_trust
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams
 from rl.scheduling import CompletionSource
 from rl.states import InitStateFn, get_abstract_state
 from rl.tokenizer import Tokenizer
 from rl.trained import load_source, resolve_model
+from rl.trust import TO_EVALUATE
 from rl.wave_sampler import WaveSampler
 from rl.weights import eos_ids, tokenizer_of, use_compilation_cache
 
@@ -322,13 +324,18 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 
 def evaluate_source(
-    model: str | os.PathLike, overrides: Sequence[str] = (), adapter: str | None = None, output: str | None = None
+    model: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    adapter: str | None = None,
+    output: str | None = None,
+    trust: bool = False,
 ) -> tuple[EvalResult, str]:
     """Evaluates a run (its newest checkpoint) or the weights of a recipe, Hugging Face folder or hub id on the held-out
     rows, with an adapter in PEFT's format beside the weights where one is given.
 
     Args:
       output: file that the caller's first process will write; whether it can is checked before anything is loaded.
+      trust: see `rl.run_folder.check_trust`.
 
     Returns:
       The result, and where the weights came from, in words.
@@ -340,6 +347,7 @@ def evaluate_source(
     source = resolve_model(model, overrides, adapter=adapter, alone=False)
     config = source.config
     with hosts.joined(config.distributed):
+        check_trust(model, config, overrides, TO_EVALUATE, trust)
         hosts.from_first(lambda: check_writable(output, "--output"))
         use_compilation_cache(config)
         require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
@@ -359,7 +367,7 @@ def evaluate_source(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo eval MODEL [key=value ...] [--adapter FOLDER] [--output FILE]`."""
+    """`grpo eval MODEL [key=value ...] [--adapter FOLDER] [--output FILE] [--trust]`."""
     parser = argparse.ArgumentParser(prog="grpo eval", description="greedy accuracy on the held-out rows")
     parser.add_argument(
         "model", help="run folder (its newest checkpoint), or YAML recipe, Hugging Face folder or hub id"
@@ -367,8 +375,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
     parser.add_argument("--adapter", default=None, metavar="FOLDER", help="an adapter in PEFT's format")
     parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
+    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
-    result, where = evaluate_source(arguments.model, arguments.overrides, arguments.adapter, arguments.output)
+    result, where = evaluate_source(
+        arguments.model, arguments.overrides, arguments.adapter, arguments.output, arguments.trust
+    )
     if not hosts.is_first():
         return
     if arguments.output is not None:

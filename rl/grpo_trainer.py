@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from rewards.runner import RewardRunner, check_on_gold
 from rl import hosts
 from rl.checkpoint import create_checkpoint_manager, would_do
-from rl.config import Config, load_config, preset_values, require
+from rl.config import Config, preset_values, require
 from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
 from rl.dynamic_sampling import collect
@@ -54,7 +54,7 @@ from rl.packing import PackingPlan
 from rl.reference import ReferenceSync
 from rl.remote_run import Mirror
 from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
-from rl.run_folder import RunFolder
+from rl.run_folder import RunFolder, check_trust, load_run_config
 from rl.sampler import Sampler
 from rl.sampling import SamplingParams, check_vocabulary
 from rl.shaped_inputs import plan_for
@@ -394,16 +394,18 @@ def timing(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo train CONFIG [--check] [key=value ...]`."""
+    """`grpo train CONFIG [--check] [--trust] [key=value ...]`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not [argument for argument in argv if argument != "--check"]:
+    check_only, trust = "--check" in argv, "--trust" in argv
+    argv = [argument for argument in argv if argument not in ("--check", "--trust")]
+    if not argv:
         raise ValueError("grpo train needs a config file, for example: grpo train examples/arithmetic/grpo.yml")
-    check_only = "--check" in argv
     if check_only:
         sys.dont_write_bytecode = True  # of a user's modules
-    path, *overrides = (argument for argument in argv if argument != "--check")
-    config = load_config(path, overrides)
+    path, *overrides = argv
+    config = load_run_config(path, overrides)
     with hosts.joined(config.distributed):
+        check_trust(path, config, overrides, trust=trust)
         use_compilation_cache(config, check_only)
         train(config, check_only)
 

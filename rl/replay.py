@@ -17,11 +17,12 @@ from rl.config import Config, differences, load_config
 from rl.data import PromptRow, fingerprint, load_prompts, next_indices
 from rl.evaluation import create_sampler, sampling_params
 from rl.metrics import read_metrics, read_samples
-from rl.run_folder import checkpoint_folder, checkpoint_steps, read_run
+from rl.run_folder import check_trust, checkpoint_folder, checkpoint_steps, read_run
 from rl.sampling import SamplingParams
 from rl.scheduling import Completion, Request
 from rl.tokenizer import Tokenizer
 from rl.trained import load_checkpoint, load_start
+from rl.trust import TO_SAMPLE
 from rl.weights import eos_ids, tokenizer_of, use_compilation_cache
 
 
@@ -63,7 +64,9 @@ def compare(run: str | os.PathLike, replayed: Replayed) -> tuple[bool, str]:
     return True, "text, number of tokens and finish_reason are equal to those in samples.jsonl, which has no token ids"
 
 
-def draw_again(run: str | os.PathLike, step: int, prompt: int, sample: int, overrides: Sequence[str] = ()) -> Replayed:
+def draw_again(
+    run: str | os.PathLike, step: int, prompt: int, sample: int, overrides: Sequence[str] = (), trust: bool = False
+) -> Replayed:
     """One completion of a run's rollouts.
 
     Args:
@@ -71,6 +74,7 @@ def draw_again(run: str | os.PathLike, step: int, prompt: int, sample: int, over
       step: from 1, as in metrics.jsonl and samples.jsonl. prompt, sample: from 0, as in samples.jsonl; the prompts of
         dynamic sampling's refills come after those that the step began with.
       overrides: of keys that do not change what a step computes, such as `mesh.num_devices`.
+      trust: see `rl.run_folder.check_trust`.
 
     Raises:
       ValueError: no such run, step or completion, no checkpoint of the step before, other data or other weights.
@@ -83,6 +87,7 @@ def draw_again(run: str | os.PathLike, step: int, prompt: int, sample: int, over
     changed = differences(own, config)
     if changed:
         raise ValueError(f"--replay must keep the run's own settings, got other values for {sorted(changed)}")
+    check_trust(folder, config, overrides, TO_SAMPLE, trust)
     _check_replayable(folder, step)
     num_prompts = _num_prompts(config, folder, step)
     for name, number, count in (("PROMPT", prompt, num_prompts), ("SAMPLE", sample, config.grpo.group_size)):

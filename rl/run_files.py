@@ -180,13 +180,6 @@ def is_own_export(folder: pathlib.Path) -> bool:
     return False
 
 
-def write_identity(folder: pathlib.Path, identity: dict[str, Any], config_text: str) -> None:
-    """Writes run.json of a run with this config.yml."""
-    files = {CONFIG: hashlib.sha256(config_text.encode()).hexdigest()}
-    record = {FORMAT_KEY: FORMAT, **identity, FILES_KEY: files}
-    write_file(folder / IDENTITY, json.dumps(record, indent=2) + "\n")
-
-
 def write_file(path: pathlib.Path, text: str) -> None:
     """Writes a file that is there whole, or as it was before."""
     draft = path.with_name(UNFINISHED + path.name)

@@ -13,11 +13,11 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from rl import hosts
-from rl.config import Config, differences, dump_config
+from rl.config import Config, differences, dump_config, load_config
 from rl.remote_run import run_path
 from rl.replaced_run import move_aside, recover, remove, replaced_runs, restore
 from rl.run_files import (
@@ -25,8 +25,6 @@ from rl.run_files import (
     CONFIG,
     EXPORT,
     EXPORT_RECORD,
-    FILES_KEY,
-    FORMAT_KEY,
     IDENTITY,
     LOCK,
     LOG,
@@ -43,13 +41,12 @@ from rl.run_files import (
     is_run_folder,
     is_start_alone,
     own_entries,
+    read_json,
     strange_steps,
     unfinished_steps,
     write_file,
-    write_identity,
 )
-
-__all__ = ("RunFolder", "checkpoint_folder", "checkpoint_steps", "is_run_folder", "read_run")
+from rl.trust import FILE_KEYS, TO_TRAIN, code_of, digests, untrusted, write_identity
 
 _UNFINISHED_EXPORT = UNFINISHED + EXPORT
 
@@ -86,6 +83,7 @@ class RunFolder:
         self._has_begun = self._has_recorded = False
         self._replaced_kind: str | None = None  # of the run that this one takes the place of
         self._old: pathlib.Path | None = None  # where that is
+        self._to_sign: tuple[Config, dict[str, Any]] | None = None  # a run that goes on without a signature that holds
         self.resumed = hosts.from_first(self._open)
         if not look_only and not (self.path / LOCK).exists():
             raise ValueError(
@@ -110,6 +108,7 @@ class RunFolder:
                 resumed = not self._config.checkpoint.overwrite
                 if resumed:
                     _check_same_run(self.path, old_config, old_identity, self._config, self._identity)
+                    self._look_at_trust(old_config, old_identity)
                 else:
                     self._replaced_kind = old_identity["kind"]
         except BaseException:
@@ -140,6 +139,26 @@ class RunFolder:
             )
         return found
 
+    def _look_at_trust(self, config: Config, record: dict[str, Any]) -> None:
+        """Whether the first step of a resumed run is to sign run.json anew: where it names no code that this run does
+        not use.
+
+        Args:
+          config: that of the folder. record: run.json.
+        """
+        codes, own = code_of(config), {(code.key, code.name) for code in code_of(self._config)}
+        problem = untrusted(self.path, record, codes)
+        if problem is None:
+            return
+        if strange := [code for code in codes if (code.key, code.name) not in own]:
+            self.messages.append(
+                f"run.json is not signed: {CONFIG} of {self.path} names {strange[0]}, which this run does not use"
+            )
+            return
+        self._to_sign = config, record
+        if codes:
+            self.messages.append(f"run.json is signed anew with the first step: {problem}")
+
     def begin(self) -> None:
         """Makes the folder this run's: as it is when it is resumed, else with a new config.yml and run.json. A run that
         it takes the place of is moved beside it.
@@ -164,19 +183,31 @@ class RunFolder:
         text = dump_config(self._config)
         try:
             # The identity first: it shows the folder to be ours, whatever a kill leaves out.
-            write_identity(self.path, self._identity, text)
+            self._note_signature(write_identity(self.path, self._identity, self._config, text))
             write_file(self.path / CONFIG, text)
         except OSError as error:
             raise ValueError(
                 f"output_dir {self.path} must be a folder that can be written: {error}; make room, or choose another"
             ) from error
 
+    def _note_signature(self, problem: str | None) -> None:
+        if problem is not None and code_of(self._config):
+            self.messages.append(f"run.json is not signed, so commands that read this run will want --trust: {problem}")
+
     def recorded(self) -> list[str]:
-        """To be called when a step is recorded; once a checkpoint is complete, it removes the run that this one has
-        taken the place of. What there is to say, in words.
+        """To be called when a step is recorded: signs a resumed run that was not, and removes the run that this one has
+        taken the place of, once a checkpoint is complete. What there is to say, in words.
         """
         self._has_recorded = True
-        return self._remove_replaced() if hosts.is_first() else []
+        if not hosts.is_first():
+            return []
+        count = len(self.messages)
+        if self._to_sign is not None:
+            config, record = self._to_sign
+            self._to_sign = None
+            text = (self.path / CONFIG).read_text(encoding="utf-8")
+            self._note_signature(write_identity(self.path, _without_file_keys(record), config, text))
+        return [*self.messages[count:], *self._remove_replaced()]
 
     def _remove_replaced(self) -> list[str]:
         done = []
@@ -295,7 +326,96 @@ def read_run(path: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
         config, identity = identify(folder)
     except ValueError as error:
         raise ValueError(f"{str(folder)!r} must be a run folder: {error}") from error
-    return config, {name: value for name, value in identity.items() if name not in (FORMAT_KEY, FILES_KEY)}
+    return config, _without_file_keys(identity)
+
+
+def load_run_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """The configuration to train by: of a recipe, or of the run folder that `path` is, which then goes on in its place.
+
+    Raises:
+      ValueError: `path` is the config.yml of a run folder that is not the output_dir it names; it was moved or copied.
+    """
+    is_placed = "output_dir" in _keys(overrides)
+    if is_run_folder(path):
+        here = [] if is_placed else [f"output_dir={json.dumps(str(path))}"]
+        return load_config(pathlib.Path(path) / CONFIG, [*here, *overrides])
+    config, run = load_config(path, overrides), _run_of(path)
+    if run is None or is_placed or (config.output_dir is not None and run_path(config).resolve() == run.resolve()):
+        return config
+    there = config.output_dir is not None and pathlib.Path(config.output_dir).exists()
+    raise ValueError(
+        f"{os.fspath(path)} is the configuration of the run in {run}, and its output_dir is {config.output_dir!r}, "
+        f"{'another folder' if there else 'which does not exist'} (working directory {os.getcwd()}); if the run was "
+        f"moved or copied, output_dir={run} goes on with it where it is; another output_dir starts a new run"
+    )
+
+
+def check_trust(
+    path: str | os.PathLike,
+    config: Config,
+    overrides: Sequence[str],
+    kinds: Collection[str] = TO_TRAIN,
+    trust: bool = False,
+) -> None:
+    """To be called before anything runs that a configuration names: ValueError where it comes from a run folder and
+    names code that is not shown to be what this user ran (`rl.trust`).
+
+    Of the processes of a run the first looks at the signature, and each of them at the files of code on its own disk.
+
+    Args:
+      path: what the user gave: a run folder, a recipe or a model. Only a run folder and the config.yml in one are
+        looked at; a recipe is the user's own word.
+      config: read from it. overrides: of the command line; what they name is the user's own word as well.
+      kinds: of `rl.trust`, those that the command runs.
+      trust: the user has said to run it (`--trust`).
+    """
+    run = _run_of(path)
+    given = _keys(overrides)
+    codes = [code for code in code_of(config) if code.kind in kinds]
+    codes = [code for code in codes if not any(code.key == key or code.key.startswith(key + ".") for key in given)]
+    if run is None or trust or not codes:
+        return
+    code = "; ".join(map(str, codes))
+
+    def check() -> dict[str, str | None]:
+        try:
+            problem = untrusted(run, read_json(run / IDENTITY), codes)
+        except ValueError as error:
+            problem = str(error)
+        if problem is not None:
+            raise ValueError(
+                f"{run} names code that is not shown to be yours: {problem}. It would run {code}; look at that code, "
+                "then say --trust to run it"
+            )
+        return digests(codes)
+
+    signed = hosts.from_first(check)
+
+    def compare() -> None:
+        if digests(codes) != signed:
+            raise ValueError(f"the code that {run} names must be the same in every process, got other files of {code}")
+
+    hosts.together(compare)
+
+
+def _run_of(path: str | os.PathLike) -> pathlib.Path | None:
+    """The folder of a run that `path` is, or is the config.yml of; None for anything else."""
+    path = pathlib.Path(path).expanduser()
+    if is_run_folder(path):
+        return path
+    if not path.is_file():
+        return None
+    folder = path.resolve().parent
+    has_traces = (folder / IDENTITY).exists() or (folder / METRICS).exists() or bool(checkpoint_steps(folder))
+    return folder if path.resolve().name == CONFIG and has_traces else None
+
+
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {text.partition("=")[0] for text in overrides}
+
+
+def _without_file_keys(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in FILE_KEYS}
 
 
 def checkpoint_folder(path: str | os.PathLike, step: int) -> pathlib.Path:

@@ -41,7 +41,7 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     """Draws what the arguments ask for; the exit status."""
     rows = read_prompts(pathlib.Path(arguments.prompts)) if arguments.prompts else _given_prompts(arguments.prompt)
     overrides = [*_prompt_overrides(arguments), *overrides]
-    source = resolve_model(model, overrides, arguments.step, arguments.adapter)
+    source = resolve_model(model, overrides, arguments.step, arguments.adapter, trust=arguments.trust)
     config = source.config
     use_compilation_cache(config)
     tokenizer = tokenizer_of(config)
@@ -93,14 +93,14 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     return 0
 
 
-def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[str] = ()) -> int:
+def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[str] = (), trust: bool = False) -> int:
     """Prints a completion of a training run, drawn again (see `rl.replay.draw_again`), as a line of output without the
     row's other columns and, on stderr, whether samples.jsonl has the same; the exit status: 1 where it has another.
     """
     for name, text in (("STEP", step), ("PROMPT", prompt), ("SAMPLE", sample)):
         if not text.isdecimal():
             raise ValueError(f"--replay: {name} must be a whole number, got {text!r}")
-    replayed = draw_again(run, int(step), int(prompt), int(sample), overrides)
+    replayed = draw_again(run, int(step), int(prompt), int(sample), overrides, trust)
     source, limit = replayed.row, replayed.sampling.max_completion_length
     where = f"--replay: prompt {prompt}"
     row = SampleRow(where, source.prompt, source.prompt_ids.tolist(), 1, limit, seed=None, row_id=None, columns={})
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`grpo sample MODEL --prompts FILE --output FILE [key=value ...]`; the exit status."""
     arguments, model, overrides = parse(sys.argv[1:] if argv is None else list(argv))
     if arguments.replay is not None:
-        return replay(*arguments.replay, overrides=overrides)
+        return replay(*arguments.replay, overrides=overrides, trust=arguments.trust)
     return sample(arguments, model, overrides)
 
 
@@ -308,11 +308,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     parser.add_argument("--top-logprobs", type=int, default=0, metavar="N", help="the N most likely tokens, too")
     parser.add_argument("--prompt-logprobs", action="store_true", help="log-probs of the prompt's tokens, too")
     parser.add_argument("--replay", nargs=4, metavar=("RUN", "STEP", "PROMPT", "SAMPLE"), help="a rollout's completion")
+    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
     arguments = parser.parse_intermixed_args(argv)
     positional = arguments.positional
     if arguments.replay is not None:
         given = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
-        others = [f"--{name.replace('_', '-')}" for name in given if name not in ("replay", "positional")]
+        others = [f"--{name.replace('_', '-')}" for name in given if name not in ("replay", "positional", "trust")]
         if others or any("=" not in text for text in positional):
             raise ValueError(f"--replay takes RUN STEP PROMPT SAMPLE and overrides only, got {[*others, *positional]}")
         return arguments, "", positional

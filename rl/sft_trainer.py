@@ -16,7 +16,7 @@ import numpy as np
 
 from rl import hosts
 from rl.checkpoint import create_checkpoint_manager, would_do
-from rl.config import Config, load_config
+from rl.config import Config
 from rl.console import Console
 from rl.data import PairRow, check_enough_rows, fingerprint, load_pairs, step_indices
 from rl.evaluation import (
@@ -39,7 +39,7 @@ from rl.not_finite import cause_of_skips
 from rl.optimizer import create_training_optimizer, last_lr, rounding_problems
 from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
 from rl.remote_run import Mirror
-from rl.run_folder import RunFolder
+from rl.run_folder import RunFolder, check_trust, load_run_config
 from rl.sampling import check_vocabulary
 from rl.shaped_inputs import packing_options
 from rl.states import InitStateFn, frozen_base, get_abstract_state, get_first_step, setup_training_state
@@ -232,16 +232,18 @@ def to_groups(rows: Sequence[PairRow]) -> list[TrainGroup]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo sft CONFIG [--check] [key=value ...]`."""
+    """`grpo sft CONFIG [--check] [--trust] [key=value ...]`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not [argument for argument in argv if argument != "--check"]:
+    check_only, trust = "--check" in argv, "--trust" in argv
+    argv = [argument for argument in argv if argument not in ("--check", "--trust")]
+    if not argv:
         raise ValueError("grpo sft needs a config file, for example: grpo sft examples/arithmetic/sft.yml")
-    check_only = "--check" in argv
     if check_only:
         sys.dont_write_bytecode = True  # of a user's modules
-    path, *overrides = (argument for argument in argv if argument != "--check")
-    config = load_config(path, overrides)
+    path, *overrides = argv
+    config = load_run_config(path, overrides)
     with hosts.joined(config.distributed):
+        check_trust(path, config, overrides, trust=trust)
         use_compilation_cache(config, check_only)
         train(config, check_only)
 

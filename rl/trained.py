@@ -18,9 +18,10 @@ from rl.config_ranges import check_possible_path
 from rl.mesh import create_mesh
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer, shortest_run
-from rl.run_folder import checkpoint_steps, is_run_folder, read_run
+from rl.run_folder import check_trust, checkpoint_steps, is_run_folder, read_run
 from rl.states import InitStateFn, frozen_base, get_abstract_state, setup_decode_state
 from rl.tokenizer import Tokenizer
+from rl.trust import TO_SAMPLE
 from rl.weights import Origin, find_origin, pretrained_params, tokenizer_of
 
 
@@ -59,22 +60,29 @@ def resolve_model(
     step: int | None = None,
     adapter: str | None = None,
     alone: bool = True,
+    trust: bool = False,
 ) -> Source:
     """What MODEL stands for; loads nothing. A run's own processes are not those of who reads it.
+
+    Whether code that a run folder names may run is looked at here where the command runs in one process, else it is
+    the caller's to do when all of them are there (`rl.run_folder.check_trust`).
 
     Args:
       model: a run folder, a YAML recipe, a Hugging Face folder or a hub id.
       step: of a run's checkpoint; None: the newest.
       adapter: folder in PEFT's format to put beside the weights of model.source.
-      alone: whether the command runs in one process.
+      alone: whether the command runs in one process; it then runs code of the model, but no rewards.
+      trust: see `rl.run_folder.check_trust`.
 
     Raises:
       ValueError: none of these, no such checkpoint, a step for something that is no run, an adapter for a run, a wrong
-        override, keys that name the processes of a command that runs in one.
+        override, keys that name the processes of a command that runs in one, a run folder that names code which is not
+        shown to be the user's.
     """
     source = _resolve(model, overrides, step, adapter)
     if alone:
         hosts.check_alone(source.config.distributed)
+        check_trust(model, source.config, overrides, TO_SAMPLE, trust)
     return source
 
 

@@ -101,3 +101,9 @@ def _room_for_programs():
         import jax
 
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_key(tmp_path_factory):
+    """Run folders are signed with a key of the session's own, not with the user's."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))

@@ -46,6 +46,7 @@ LAYERS = [
         "rl.checkpoint_files",
         "rl.run_files",
         "rl.replaced_run",
+        "rl.trust",
     ],
     [
         "rl.mesh",

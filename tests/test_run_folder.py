@@ -14,7 +14,7 @@ import pytest
 from rl.checkpoint_files import write_hashes
 from rl.config import dump_config, load_config
 from rl.metrics import MetricsWriter
-from rl.run_folder import RunFolder, read_run
+from rl.run_folder import RunFolder, load_run_config, read_run
 
 ORIGIN = {"policy": {"source": "some/model", "hash": "abc"}, "reference": None}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -531,3 +531,40 @@ def test_a_folder_without_a_run_cannot_be_read(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"kind": "grpo"}))
     with pytest.raises(ValueError, match="must be a run folder"):
         read_run(tmp_path)
+
+
+# A run folder that was moved
+
+
+def test_a_run_goes_on_where_it_is_and_a_moved_one_says_so(tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    make_run(old)
+    assert load_run_config(old / "config.yml").output_dir == str(old)
+    os.rename(old, new)
+    said = (
+        r"new/config\.yml is the configuration of the run in .*new, and its output_dir is '.*old', {} \(working .*\); "
+    )
+    way_out = rf"if the run was moved or copied, output_dir={new} goes on with it where it is"
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=said.format("which does not exist") + way_out):
+        load_run_config(new / "config.yml")
+    assert snapshot(tmp_path) == before
+    shutil.copytree(new, old)  # a copy, and both are there
+    (tmp_path / "link.yml").symlink_to(new / "config.yml")
+    for name in (new / "config.yml", tmp_path / "link.yml"):
+        with pytest.raises(
+            ValueError, match=r"another folder \(working directory .*\); if the run was moved or copied"
+        ):
+            load_run_config(name)
+    for config in (load_run_config(new / "config.yml", [f"output_dir={new}"]), load_run_config(new)):
+        assert config.output_dir == str(new)
+        run = RunFolder(config, "grpo", ORIGIN)
+        assert run.resumed
+        run.close()
+    assert load_run_config(new, ["output_dir=elsewhere"]).output_dir == "elsewhere"
+    make_run(tmp_path / "other", f"output_dir={os.path.relpath(tmp_path / 'other')}")
+    assert load_run_config(tmp_path / "other" / "config.yml").output_dir == os.path.relpath(tmp_path / "other")
+    monkeypatch.chdir(new)  # from where the relative path is another one
+    with pytest.raises(ValueError, match="if the run was moved or copied"):
+        load_run_config(tmp_path / "other" / "config.yml")
+    assert load_run_config(tmp_path / "other").output_dir == str(tmp_path / "other")

@@ -33,10 +33,11 @@ from rl.checkpoint_files import (
 from rl.models.hf import write_json
 from rl.models.maxtext import ROPES, layout_of
 from rl.output_file import check_writable
-from rl.run_folder import checkpoint_steps, is_run_folder, read_run
+from rl.run_folder import check_trust, checkpoint_steps, is_run_folder, read_run
 from rl.tools.checkpoint_bench import bench, report, to_json
 from rl.tools.convert import convert_maxtext, missing_record_keys, upgrade_run
 from rl.trained import training_setup
+from rl.trust import MODEL
 from rl.weights import find_origin, tokenizer_of
 
 _MAX_NAMED = 5  # arrays named for one problem
@@ -120,9 +121,9 @@ def inspect(found: Found) -> list[str]:
     return lines
 
 
-def verify(found: Found) -> Verification:
+def verify(found: Found, trust: bool = False) -> Verification:
     """Compares a checkpoint's files with their hashes, reads every array, and compares what is there with what the
-    run's configuration wants.
+    run's configuration wants; this last not where that takes code which `rl.run_folder.check_trust` refuses.
 
     Raises:
       ValueError: not a checkpoint.
@@ -156,7 +157,12 @@ def verify(found: Found) -> Verification:
     elif unreadable:
         notes.append("not compared with the run's configuration, because of the damage")
     else:
-        problems += _misfits(found)
+        try:
+            check_trust(found.run, read_run(found.run)[0], (), (MODEL,), trust)
+        except ValueError as error:
+            notes.append(f"not compared with the run's configuration: {error}")
+        else:
+            problems += _misfits(found)
     return Verification(hashes, notes, problems)
 
 
@@ -224,7 +230,7 @@ def _verify_command(arguments: argparse.Namespace) -> int:
     check_writable(arguments.write, "--write")
     against = None if arguments.against is None else _read_hashes(arguments.against)
     found = find(arguments.checkpoint, arguments.step)
-    hashes, notes, problems = verify(found)
+    hashes, notes, problems = verify(found, arguments.trust)
     for name, value in hashes.items():
         print(f"{value}  {name}")
     if against is not None:
@@ -270,7 +276,7 @@ def _convert_command(arguments: argparse.Namespace) -> int:
 
 def _bench_command(arguments: argparse.Namespace) -> int:
     check_writable(arguments.json, "--json")
-    result = bench(arguments.source, arguments.steps, tuple(arguments.overrides))
+    result = bench(arguments.source, arguments.steps, tuple(arguments.overrides), arguments.trust)
     print("\n".join(report(result)))
     if arguments.json is not None:
         write_json(pathlib.Path(arguments.json), to_json(result))
@@ -285,6 +291,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
     if name == "verify":
         parser.add_argument("--write", default=None, help="JSON file for the content hashes")
         parser.add_argument("--against", default=None, help="JSON file of content hashes to compare with")
+    if name in ("verify", "bench"):
+        parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
     if name == "convert":
         parser.add_argument("checkpoint", help="run folder, or folder of a MaxText checkpoint")
         parser.add_argument("out", help="folder to write")

@@ -27,9 +27,10 @@ from rl.config import Config, load_config
 from rl.models.lora import split
 from rl.models.policy import Params
 from rl.models.train_state import PureState
-from rl.run_folder import is_run_folder
+from rl.run_folder import check_trust, is_run_folder
 from rl.states import frozen_base, setup_training_state
 from rl.trained import training_setup
+from rl.trust import TO_SAMPLE
 from rl.weights import find_origin, pretrained_params, tokenizer_of, use_compilation_cache
 
 T = TypeVar("T")
@@ -75,8 +76,12 @@ class BenchResult(NamedTuple):
     timings: list[Timing]
 
 
-def bench(source: str | pathlib.Path, num_rounds: int = 3, overrides: tuple[str, ...] = ()) -> BenchResult:
+def bench(
+    source: str | pathlib.Path, num_rounds: int = 3, overrides: tuple[str, ...] = (), trust: bool = False
+) -> BenchResult:
     """Saves and restores the state of a run (its newest checkpoint) or of a recipe (a fresh state) `num_rounds` times.
+
+    `trust` is that of `rl.run_folder.check_trust`.
 
     Raises:
       ValueError: no such run or recipe, too little room on the disk, or `num_rounds` below 1.
@@ -86,6 +91,7 @@ def bench(source: str | pathlib.Path, num_rounds: int = 3, overrides: tuple[str,
     path = pathlib.Path(source)
     is_run = is_run_folder(path)
     config = load_config(path / "config.yml" if is_run else path, overrides)
+    check_trust(source, config, overrides, TO_SAMPLE, trust)
     use_compilation_cache(config)
     origin = find_origin(config, tokenizer_of(config))
     mesh, init_state_fn = training_setup(config, origin)

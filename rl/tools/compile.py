@@ -23,10 +23,12 @@ from rl.config_sections import source_kind
 from rl.executables import save_compiled
 from rl.host_memory import limit_arenas, peak_bytes, start_peak
 from rl.output_file import check_writable
+from rl.run_folder import check_trust
 from rl.tools.compile_report import ProgramReport, Report, report_of, report_refused
 from rl.tools.compile_text import to_json, to_text
 from rl.tools.loop_programs import Loop, LoopProgram, loop_programs
 from rl.tools.topologies import CHIPS, find_devices
+from rl.trust import TO_COMPILE
 from rl.weights import use_compilation_cache
 
 MALLOC_ARENAS = 2  # with one, three compilers at a time were ten times as slow; with more, memory piles up
@@ -121,9 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", default=None, help="cpu:N, virtual CPU devices")
     parser.add_argument("--save", default=None, metavar="FILE", help="write the compiled programs, for compiled_file")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the report")
+    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     check_writable(arguments.json, "--json")
     config = load_config(arguments.config, arguments.overrides)
+    check_trust(arguments.config, config, arguments.overrides, TO_COMPILE, arguments.trust)
     if config.logging.compilation_cache != "auto":  # what compiling takes is told only of what is compiled
         use_compilation_cache(config)
     limit_arenas(MALLOC_ARENAS)

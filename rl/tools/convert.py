@@ -36,9 +36,10 @@ from rl.data import fingerprint, load_pairs, load_prompts
 from rl.health import healthy
 from rl.models.hf import new_folder, read_config, resolve_source, save_folder, set_leaf
 from rl.models.maxtext import read_params, weight_names
-from rl.run_files import write_identity
+from rl.run_files import read_json
 from rl.run_folder import checkpoint_steps, read_run
 from rl.tokenizer import load_tokenizer
+from rl.trust import code_of, untrusted, write_identity
 from rl.weights import tokenizer_of
 
 _RECORD_KEYS = {
@@ -60,12 +61,13 @@ def upgrade_run(run: str | pathlib.Path, out: str | pathlib.Path) -> list[str]:
     """
     run, out = pathlib.Path(run), pathlib.Path(out)
     changes = []
+    is_trusted = _is_trusted(run)
     with new_folder(out) as draft:
         hidden = shutil.ignore_patterns(".lock", "*.orbax-checkpoint-tmp*", "*.tmp")
         shutil.copytree(run, draft, dirs_exist_ok=True, ignore=hidden)
         changes += _upgrade_config(draft / "config.yml", out)
         config, identity = read_run(draft)
-        changes += _upgrade_identity(draft, config, identity)
+        changes += _upgrade_identity(draft, config, identity, is_trusted)
         for step in checkpoint_steps(draft):
             folder = draft / "checkpoints" / str(step)
             own = _upgrade_record(folder, config, identity["kind"]) + _upgrade_sgd(folder, config)
@@ -115,7 +117,16 @@ def _upgrade_config(path: pathlib.Path, out: pathlib.Path) -> list[str]:
     return ["config.yml: sampling.max_rows is sampling.slots"] if renamed != text else []
 
 
-def _upgrade_identity(folder: pathlib.Path, config: Config, identity: dict[str, Any]) -> list[str]:
+def _is_trusted(run: pathlib.Path) -> bool:
+    """Whether all code that a run folder names is shown to be this user's."""
+    try:
+        config, _ = read_run(run)
+        return untrusted(run, read_json(run / "run.json"), code_of(config)) is None
+    except ValueError:  # config.yml of an older version
+        return False
+
+
+def _upgrade_identity(folder: pathlib.Path, config: Config, identity: dict[str, Any], is_trusted: bool) -> list[str]:
     changes = []
     if "data" not in identity:
         tokenizer = tokenizer_of(config)
@@ -123,7 +134,9 @@ def _upgrade_identity(folder: pathlib.Path, config: Config, identity: dict[str, 
         rows = load_prompts(config, tokenizer).train if is_grpo else load_pairs(config, tokenizer).rows
         identity = {**identity, "data": fingerprint(rows)}
         changes.append("run.json: data is what data.source gives now; that the run began with it is not known")
-    write_identity(folder, identity, (folder / "config.yml").read_text(encoding="utf-8"))
+    # With a signature only where the old one holds, or there is nothing to run.
+    text = (folder / "config.yml").read_text(encoding="utf-8")
+    write_identity(folder, identity, config, text, is_signed=is_trusted or not code_of(config))
     return changes
 
 

@@ -23,9 +23,10 @@ from rl.models.lora import merge
 from rl.models.lora_remainder import REMAINDER_FILE, merge_with_remainder, write_remainder
 from rl.models.param_folder import save_params
 from rl.models.peft import save_adapter
-from rl.run_folder import read_run
+from rl.run_folder import check_trust, read_run
 from rl.tokenizer import Tokenizer
 from rl.trained import load_checkpoint
+from rl.trust import MODEL
 
 FORMATS = {"huggingface": save_folder, "params": save_params}
 
@@ -37,6 +38,7 @@ def export(
     dtype: str | None = None,
     kind: str = "huggingface",
     keep_remainder: bool = True,
+    trust: bool = False,
 ) -> int:
     """Writes checkpoint `step` (None: the newest) of a run folder to `out`; returns the step written.
 
@@ -45,11 +47,13 @@ def export(
       dtype: float32, bfloat16 or float16; None keeps the dtype of the checkpoint.
       kind: a name of `FORMATS`.
       keep_remainder: see `write_folder`.
+      trust: see `rl.run_folder.check_trust`.
 
     Raises:
       ValueError: not a run folder, no such checkpoint, or `out` holds something.
     """
     config, _ = read_run(run)
+    check_trust(run, config, (), (MODEL,), trust)
     trained = load_checkpoint(config, run, step)
     write_folder(out, trained.origin.model_config, trained.params, trained.tokenizer, dtype, kind, keep_remainder)
     assert trained.step is not None
@@ -135,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_false",
         help=f"of merged adapters: leave out {REMAINDER_FILE}, with which grpo lora unmerge gives the base bit for bit",
     )
+    parser.add_argument("--trust", action="store_true", help="run code that the run folder names, whoever wrote it")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     run, out = arguments.run, arguments.out
     if not arguments.keep_remainder and (arguments.adapter or arguments.format == "params"):
@@ -148,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         step = export_adapter(run, out, arguments.step)
     else:
         kind = arguments.format or "huggingface"
-        step = export(run, out, arguments.step, arguments.dtype, kind, arguments.keep_remainder)
+        step = export(run, out, arguments.step, arguments.dtype, kind, arguments.keep_remainder, arguments.trust)
     print(f"exported step {step} of {run} to {out}")
 
 

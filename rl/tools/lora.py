@@ -29,7 +29,7 @@ from rl.models.lora_remainder import REMAINDER_FILE, read_remainder, restore_bas
 from rl.models.peft import base_name, load_adapter, read_adapter, stored_matrices
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
-from rl.run_folder import RunFolder, is_run_folder
+from rl.run_folder import RunFolder, check_trust, is_run_folder
 from rl.states import InitStateFn, frozen_base, setup_training_state
 from rl.tools.export import export_adapter, write_folder
 from rl.trained import TrainedPolicy, load_start, resolve_model
@@ -45,31 +45,38 @@ def merge_into(
     dtype: str | None = None,
     overrides: Sequence[str] = (),
     keep_remainder: bool = True,
+    trust: bool = False,
 ) -> TrainedPolicy:
     """Writes base + adapter as a Hugging Face folder, with the base's tokenizer; gives what was read.
 
     Args:
       dtype: of the folder; None: that of the base.
       keep_remainder: also writes the file with which `unmerge_from` gives the base back bit for bit.
+      trust: see `rl.run_folder.check_trust`.
 
     Raises:
       ValueError: no such base or adapter, an adapter that does not fit the base, or `out` holds something.
     """
-    trained = load_start(resolve_model(base, overrides, adapter=adapter).config)
+    trained = load_start(resolve_model(base, overrides, adapter=adapter, trust=trust).config)
     config, dtype = trained.origin.model_config, dtype or _stored_dtype(trained)
     write_folder(out, config, trained.params, trained.tokenizer, dtype, keep_remainder=keep_remainder)
     return trained
 
 
 def unmerge_from(
-    merged: str, adapter: str, out: str, dtype: str | None = None, overrides: Sequence[str] = ()
+    merged: str,
+    adapter: str,
+    out: str,
+    dtype: str | None = None,
+    overrides: Sequence[str] = (),
+    trust: bool = False,
 ) -> TrainedPolicy:
     """Writes merged - adapter, the base, as a Hugging Face folder: bit for bit where `merge_into` or an export left
     a remainder, else see `rl.models.lora.merge` for how exact it is.
 
     Arguments and errors are those of `merge_into`; so is a remainder of other weights or another adapter.
     """
-    trained = load_start(resolve_model(merged, overrides, adapter=adapter).config)
+    trained = load_start(resolve_model(merged, overrides, adapter=adapter, trust=trust).config)
     config, dtype = trained.origin.model_config, dtype or _stored_dtype(trained)
     adapters, whole = split(config, trained.params)
     remainder = read_remainder(_folder(trained))
@@ -116,19 +123,20 @@ def inspect(source: str, step: int | None = None) -> dict[str, Any]:
     }
 
 
-def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = ()) -> pathlib.Path:
+def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = (), trust: bool = False) -> pathlib.Path:
     """Makes a run folder whose checkpoint 0 holds the adapter: `grpo train RUN/config.yml` goes on from it, `grpo eval`
     and `grpo sample` read it. The adapter's folder is not needed any more; the base of `model.source` is.
 
     Args:
       recipe: of the run; rank, alpha and targets are the adapter's.
+      trust: see `rl.run_folder.check_trust`.
 
     Raises:
       ValueError: whatever `grpo train` refuses, an adapter that does not fit, or `run` holds something.
     """
     if pathlib.Path(run).exists() and (not pathlib.Path(run).is_dir() or any(pathlib.Path(run).iterdir())):
         raise ValueError(f"the run folder must be new or empty, got {run}; choose another one or remove it")
-    config = _run_config(adapter, run, recipe, overrides)
+    config = _run_config(adapter, run, recipe, overrides, trust)
     tokenizer = tokenizer_of(config)
     data = load_prompts(config, tokenizer)
     origin = find_origin(config, tokenizer)
@@ -154,10 +162,11 @@ def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = ()) -
         return folder.path
 
 
-def _run_config(adapter: str, run: str, recipe: str, overrides: Sequence[str]) -> Config:
+def _run_config(adapter: str, run: str, recipe: str, overrides: Sequence[str], trust: bool) -> Config:
     """The recipe with the adapter's rank, alpha and targets spelled out, and without its folder."""
     start = load_config(recipe, [*overrides, "lora.rank=0", f"lora.adapter={json.dumps(adapter)}"])
     hosts.check_alone(start.distributed)
+    check_trust(recipe, start, overrides, trust=trust)
     lora = find_origin(start, tokenizer_of(start)).model_config.lora
     assert lora is not None
     values = {
@@ -230,6 +239,7 @@ def _main_sum(name: str, function: Callable[..., TrainedPolicy], argv: Sequence[
             action="store_false",
             help=f"leave out {REMAINDER_FILE}, with which unmerge gives MODEL back bit for bit",
         )
+    _add_trust(parser)
     arguments = vars(parser.parse_intermixed_args(argv))
     model, adapter, out = (arguments.pop(key) for key in ("model", "adapter", "out"))
     function(model, adapter, out, **arguments)
@@ -255,6 +265,7 @@ def _main_convert(argv: Sequence[str]) -> None:
     parser.add_argument("source", help="PEFT folder, or run that trained adapters")
     parser.add_argument("out", help="what to write: a run, or a PEFT folder")
     parser.add_argument("recipe", nargs="*", metavar="RECIPE key=value", help="of the run to write")
+    _add_trust(parser)
     arguments = parser.parse_intermixed_args(argv)
     if is_run_folder(arguments.source):
         if arguments.recipe:
@@ -266,8 +277,12 @@ def _main_convert(argv: Sequence[str]) -> None:
             "prompts and its rewards, got none"
         )
     else:
-        folder = to_run(arguments.source, arguments.out, arguments.recipe[0], arguments.recipe[1:])
+        folder = to_run(arguments.source, arguments.out, arguments.recipe[0], arguments.recipe[1:], arguments.trust)
         print(f"{arguments.source} is checkpoint 0 of {folder}; grpo train {folder}/config.yml goes on from it")
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
 
 
 _SUBCOMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {

@@ -217,9 +217,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="of the text that are read")
     parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens the model sees at a time")
     parser.add_argument("--tokenizer", metavar="SOURCE", help="folder, hub id or byte; MODEL when left out")
+    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     _check_patterns(arguments.only or ())
-    config = _config_of(arguments.model, arguments.overrides)
+    config = _config_of(arguments.model, arguments.overrides, arguments.trust)
     kind = "decoder" if config is None else source_kind(config.model.source)
     patterns = tuple(arguments.only or [DEFAULT_PATTERNS.get(kind, ATTENTION_AND_MLP)])
     quantization = Quantization(arguments.dtype, arguments.group_size, patterns, arguments.head)
@@ -249,14 +250,14 @@ def _check_patterns(patterns: Sequence[str]) -> None:
             ) from error
 
 
-def _config_of(model: str, overrides: Sequence[str]) -> Config | None:
+def _config_of(model: str, overrides: Sequence[str], trust: bool) -> Config | None:
     """That of a model which is not the toolkit's own decoder; None for a folder or hub id of one that is."""
     is_recipe = pathlib.Path(model).suffix in (".yml", ".yaml")
     if source_kind(model) == "decoder" and not is_recipe:
         if overrides:
             raise ValueError(f"MODEL {model!r} is read by its own config.json and takes no key=value, got {overrides}")
         return None
-    config = resolve_model(model, overrides).config
+    config = resolve_model(model, overrides, trust=trust).config
     if source_kind(config.model.source) == "decoder":
         raise ValueError(
             f"model source must be a folder or hub id to quantise, a recipe only of a Tunix model or a module of your "
