@@ -317,7 +317,7 @@ def test_a_command_runs_nothing_that_a_strange_run_folder_names_unless_told_so(t
             f"model.source={code}:build",
             rewards(f"{code}:score"),
             f"grpo.loss_type={code}:loss",
-            *("data.source=arithmetic", "data.args={operation: add, digits: 1}"),
+            *("data.source=arithmetic", "data.args={operation: add, digits: 1}", "data.eval_size=2"),
         ),
     )
     edit(run / "run.json", lambda record: record.pop("hmac"))
