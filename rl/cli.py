@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 TRACEBACK_VARIABLE = "GRPO_TRACEBACK"
+READER_GONE = 141  # exit status
 OWN_PACKAGES = ("configs", "rewards", "rl")
 # What a path can be that a user named: too long, without permission, a loop of links, through a file, or a folder.
 _PATH_ERRORS = frozenset(
@@ -319,7 +320,7 @@ def status_without_stdout(error: BaseException) -> int | None:
         return None
     silence(sys.stdout)
     if isinstance(error, BrokenPipeError):  # whoever read the output (`| head`) has seen enough
-        return 141
+        return READER_GONE
     return _fail(f"standard output must take what the command prints, got: {error.strerror}; write it elsewhere")
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from rl.cli import COMMANDS, Command, main
 from rl.metrics import MetricsWriter
+from rl.tools import launch
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEAVY = ("jax", "flax", "numpy", "transformers", "datasets", "matplotlib", "rich", "pydantic", "yaml")
@@ -203,6 +204,13 @@ def test_a_command_whose_reader_is_gone_ends_with_141_and_without_a_word(add_com
     add_command("prints", f"from rl.console import Console; {body}")
     broken_stdout("pipe")
     assert main(["prints", "x"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_launcher_whose_processes_lose_their_reader_ends_as_they_do(capsys):
+    with subprocess.Popen(["sh", "-c", "exit 141"]) as ended, subprocess.Popen(["sleep", "60"]) as other:
+        assert launch._watch([other, ended], "train") == 141
+        launch._end([other])
     assert capsys.readouterr().err == ""
 
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from rl.cli import READER_GONE
+
 _SECONDS_TO_FINISH = 5.0  # for the others to say what they have to say, when the first has ended with an error
 COMMANDS = ("train", "sft", "eval")  # that several processes can do together
 _RESUMABLE = ("train", "sft")
@@ -113,6 +115,8 @@ def _watch(processes: list[subprocess.Popen], command: str) -> int:
         number = number_of[pid]
         processes[number].returncode = os.waitstatus_to_exitcode(status)
         returncode = processes[number].returncode
+        if returncode == READER_GONE:
+            return returncode  # whoever reads the output has seen enough: no failure, and nothing to say
         if returncode:
             cause = f"error: process {number} of {len(processes)} {_cause(returncode)}; the others are ended"
             # What came from outside is gone with the process; an error of its own would come again.
