@@ -143,6 +143,8 @@ class Batch:
 
     def add(self, completions: Mapping[int, Any], completion_ids: Mapping[int, list[int]] | None) -> None:
         """Completions arrived, by sample, in their JSON form."""
+        if not completions:  # an empty batch is nothing to call a function with
+            return
         inputs, size = self._inputs, len(self._inputs.prompts)
         inputs.completions.update(completions)
         inputs.completion_ids.update(completion_ids or {})

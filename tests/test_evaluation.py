@@ -66,6 +66,11 @@ def test_rollouts_and_evaluation_have_one_sampler(trained):
     assert len(set(samplers)) == 1
 
 
+def test_checkpoint_keeps_how_the_reward_functions_are_called(run):
+    loop = json.loads((run / "checkpoints" / "2" / "loop" / "metadata").read_text())
+    assert loop["reward_calls"] == dict.fromkeys(("digits", "right", "even"), "elementwise")
+
+
 def test_every_held_out_prompt_counts_once_though_there_are_fewer_slots(run):
     result, where = evaluate_source(run)
     assert where == "step 2"

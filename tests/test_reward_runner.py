@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewards.batch import COUNTS, Share, merge_results
+from rewards.batch import COUNTS, Batch, BatchInputs, Share, merge_results
 from rewards.contract import RewardSpec
 from rewards.environment import check_memory_gb
 from rewards.log import RewardLog
@@ -171,8 +171,13 @@ def test_large_batch_passes_the_pipes(write):
 
 def test_empty_batch_is_an_empty_result(write):
     spec = write("def f(completions): raise RuntimeError")
-    result = run([spec("f")], [])
+    with RewardRunner([spec("f")], [], 1, 5.0) as runner, runner.begin([], {}) as scoring:
+        scoring.add([], [])
+        result = scoring.result()
     assert (result.rewards, result.counts["f"], result.problems) == ([], counts(), [])
+    batch = Batch(runner.specs, [], ["whole_batch"], [0], BatchInputs([], {}), 1, 5.0, 1)
+    batch.add({}, None)
+    assert batch.take(0) is None
 
 
 def test_worker_imports_neither_jax_nor_the_toolkit(write):

@@ -96,7 +96,8 @@ def test_a_new_run_writes_its_configuration_and_identity(tmp_path, exists):
 
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
     run = open_folder(tmp_path / "some" / "new")
-    (tmp_path / "some" / "new" / "rewards.log").write_text("a traceback")
+    for name in ("rewards.log", "rewards.log.1"):
+        (tmp_path / "some" / "new" / name).write_text("a traceback")
     run.close()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "empty").mkdir()
@@ -108,7 +109,9 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-@pytest.mark.parametrize("left", [(), (".lock",), (".lock", "rewards.log"), (".lock", ".tandem-run.json")])
+@pytest.mark.parametrize(
+    "left", [(), (".lock",), (".lock", "rewards.log", "rewards.log.1"), (".lock", ".tandem-run.json")]
+)
 def test_a_start_that_was_killed_before_its_identity_is_no_run(tmp_path, left):
     folder = tmp_path / "a"
     folder.mkdir()
@@ -160,7 +163,8 @@ def test_the_same_settings_resume_and_change_nothing(tmp_path):
     assert snapshot(tmp_path / "a") == before
 
 
-def test_a_resumed_start_that_fails_leaves_every_byte(tmp_path):
+@pytest.mark.parametrize("is_rotated", [False, True])
+def test_a_resumed_start_that_fails_leaves_every_byte(tmp_path, is_rotated):
     folder = tmp_path / "a"
     make_run(folder)
     (folder / ".lock").unlink()
@@ -168,6 +172,9 @@ def test_a_resumed_start_that_fails_leaves_every_byte(tmp_path):
     run = open_folder(folder)
     with (folder / "rewards.log").open("a") as log:
         log.write("a traceback")
+    if is_rotated:
+        (folder / "rewards.log").rename(folder / "rewards.log.1")
+        (folder / "rewards.log").write_text("another")
     run.begin()
     MetricsWriter(folder, 1)  # would write step 1 again
     run.close()
