@@ -1,8 +1,10 @@
 """Reward functions that tests name by path."""
 
+import functools
 import json
 import os
 import pathlib
+import subprocess
 
 from rewards.contract import elementwise
 
@@ -53,16 +55,23 @@ def low_characters(completion):
     return sum(ord(character) < 90 for character in completion) / max(len(completion), 1)
 
 
+@functools.cache
+def run_process():
+    """The process of the run: the parent of the supervisor, whose child a worker is."""
+    command = ["ps", "-o", "ppid=", "-p", str(os.getppid())]
+    return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+
 def recorded(completion, folder):
     """Notes what it judged, under the process of the run whose worker this is."""
-    with (pathlib.Path(folder) / f"{os.getppid()}-{os.getpid()}.jsonl").open("a") as file:
+    with (pathlib.Path(folder) / f"{run_process()}-{os.getpid()}.jsonl").open("a") as file:
         file.write(json.dumps(completion) + "\n")
     return 0.0
 
 
 def recorded_batch(completions, folder):
     """The same for one call with the whole batch."""
-    with (pathlib.Path(folder) / f"{os.getppid()}-batches.jsonl").open("a") as file:
+    with (pathlib.Path(folder) / f"{run_process()}-batches.jsonl").open("a") as file:
         file.write(json.dumps(completions) + "\n")
     return [0.0] * len(completions)
 
