@@ -273,25 +273,33 @@ class _Place:
             raise ValueError(
                 f"output_dir must be a folder that can be written, got {path}: {error}; choose another output_dir"
             ) from error
-        log = path / LOG
+        self._log = (path / LOG).stat() if (path / LOG).is_file() else None
         self._had_log_before = (path / LOG_BEFORE).exists()
-        self._log = (log.stat().st_size, log.stat().st_mtime_ns) if log.is_file() else None
 
     def give_back(self, is_used: bool) -> None:
         """Gives the lock back; where the folder is not used, log, lock and folders are what they were before."""
         if not is_used:
-            log = self._path / LOG
-            if not self._had_log_before and (self._path / LOG_BEFORE).is_file():
-                os.replace(self._path / LOG_BEFORE, log)  # begins with what the log was
-            if self._log is None:
-                log.unlink(missing_ok=True)
-            elif log.is_file() and log.stat().st_size > self._log[0]:
-                os.truncate(log, self._log[0])
-                os.utime(log, ns=(log.stat().st_atime_ns, self._log[1]))
+            self._take_back_log()
             if not self._had_lock:
                 (self._path / LOCK).unlink(missing_ok=True)
             self._remove_made()
         os.close(self._lock)
+
+    def _take_back_log(self) -> None:
+        """Makes the log what it was. What rewards.log.1 held is lost where a start has written 10 MB."""
+        log, older = self._path / LOG, self._path / LOG_BEFORE
+        if self._log is None:
+            log.unlink(missing_ok=True)
+            if not self._had_log_before:
+                older.unlink(missing_ok=True)
+            return
+        if not log.is_file() or not os.path.samestat(log.stat(), self._log):
+            if not older.is_file() or not os.path.samestat(older.stat(), self._log):
+                return  # it is nowhere
+            os.replace(older, log)
+        if log.stat().st_size > self._log.st_size:
+            os.truncate(log, self._log.st_size)
+            os.utime(log, ns=(log.stat().st_atime_ns, self._log.st_mtime_ns))
 
     def _remove_made(self) -> None:
         for folder in self._made:

@@ -181,6 +181,24 @@ def test_a_resumed_start_that_fails_leaves_every_byte(tmp_path, is_rotated):
     assert snapshot(folder) == before
 
 
+def test_a_start_that_fails_takes_back_a_log_that_was_moved_on(tmp_path):
+    folder = tmp_path / "a"
+    make_run(folder)
+    before = snapshot(folder)
+    run = open_folder(folder)
+    with (folder / "rewards.log").open("a") as log:
+        log.write("a long traceback")
+    os.rename(folder / "rewards.log", folder / "rewards.log.1")
+    (folder / "rewards.log").write_text("and more")
+    run.close()
+    assert snapshot(folder) == before
+    new = open_folder(tmp_path / "new")
+    for name in ("rewards.log", "rewards.log.1"):
+        (new.path / name).write_text("a traceback")
+    new.close()
+    assert not new.path.exists()
+
+
 # A run in the place of another
 
 
