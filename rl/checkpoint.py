@@ -6,35 +6,68 @@ dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). Every ar
 before a restore, so that no value silently stays at its initialisation. Of a model with adapters only these are
 written, with their settings in `loop`; the frozen base is read from its own source, which `run.json` identifies. The
 meaning of the loop record belongs to the trainer. Each checkpoint has the hashes of its files, see
-`rl.checkpoint_files`.
+`rl.checkpoint_files`; whoever reads one compares them while it reads, and gives nothing away before that is done. Of
+damaged checkpoints the newest before them is taken, by a run, which sets them aside, and by readers, which change
+nothing; a step that somebody asked for by its number is refused.
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
+import logging
 import math
+import os
 import pathlib
 import resource
 import shutil
-from collections.abc import Iterator
-from typing import Any
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar
 
 import flax.serialization
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
-from rl.checkpoint_files import folder_size, hash_unfinished
+from rl import hosts
+from rl.checkpoint_files import (
+    UNFINISHED,
+    HashCheck,
+    folder_size,
+    remove_unfinished,
+    set_aside,
+    size_text,
+    write_hashes,
+)
+from rl.cli import TRACEBACK_VARIABLE
 from rl.config import Config
 from rl.models.config import ModelConfig
 from rl.models.lora import join, split
 from rl.models.policy import Params
 from rl.models.train_state import PureState
+from rl.output_file import disk_trouble
 from rl.remote_run import Mirror, run_path
 from rl.states import AbstractState, InitStateFn, check_same_tree, get_abstract_state
 
 ADAPTER = "adapter"  # the key of the loop record that holds an adapter's rank, alpha and targets
+_OVERHEAD = 1 << 10, 1 << 16  # bytes of a checkpoint beside its numbers: per array, and per process that writes
+_DELETION_SECONDS = 60.0  # to wait for the files of an old checkpoint to go, before a disk counts as full
+
+T = TypeVar("T")
+
+
+class DamagedCheckpointError(ValueError):
+    """Files of a checkpoint are not those that were written. `folder`: the checkpoint; `problems`: a line per file."""
+
+    def __init__(self, folder: pathlib.Path, problems: list[str]):
+        more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
+        super().__init__(
+            f"checkpoint {folder} must be whole, and {problems[0]}{more}; leave --step out, or name another one, and "
+            "`grpo checkpoint verify` lists the damage"
+        )
+        self.folder, self.problems = folder, problems
 
 
 class Checkpoints:
@@ -42,6 +75,7 @@ class Checkpoints:
 
     Attributes:
       abstract: shapes, annotations and shardings of the whole state.
+      restored_step: the checkpoint that was read last.
     """
 
     def __init__(
@@ -53,29 +87,37 @@ class Checkpoints:
         read_only: bool = False,
         with_reference: bool = False,
         mirror: Mirror | None = None,
+        verify: bool = True,
+        warn: Callable[[str], None] | None = None,
     ):
         self._folder = folder
         self._mirror = mirror
         self._with_reference = with_reference
         self.abstract = abstract
+        self.restored_step: int | None = None
         self._keep = keep
         self._model_config = model_config
-        if read_only:  # changes nothing: the half-written checkpoint that it finds may be one that a run is writing
-            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        self._read_only = read_only
+        self._verify = verify
+        self._warn = warn or _warn_on_stderr
+        self._whole: set[int] = set()  # steps whose files were compared
+        if not read_only:
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).addFilter(_is_news)
+            _quiet_tensorstore()
+            hosts.from_first(lambda: remove_unfinished(folder))
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options: dict[str, Any] = {"lightweight_initialize": True}  # one damaged step must not hide the others
+        if self._read_only:  # changes nothing: the half-written checkpoint that it finds may be one that a run writes
+            options |= {"read_only": True, "create": False, "save_interval_steps": 0}
         else:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-                enable_background_delete=True,
-                # Runs in the background when all files are complete, before the step gets its name.
-                async_options=ocp.AsyncOptions(
-                    post_finalization_callback=functools.partial(_hash_files, folder.absolute())
-                ),
-            )
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=options,
+            options |= {"max_to_keep": self._keep, "enable_async_checkpointing": True, "enable_background_delete": True}
+            options |= {"temporary_path_class": _StepPath}
+        return ocp.CheckpointManager(
+            self._folder.absolute(),
+            options=ocp.CheckpointManagerOptions(**options),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "loop": ocp.JsonCheckpointHandler(),
@@ -85,7 +127,7 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step; None when there is none."""
+        """The newest checkpoint's step, damaged or not; None when there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: PureState, loop: dict[str, Any], reference: PureState | None = None) -> None:
@@ -95,12 +137,12 @@ class Checkpoints:
           reference: written as well where these checkpoints are `with_reference`.
 
         Raises:
-          ValueError: an earlier asynchronous write failed, for instance on a full disk.
+          ValueError: the disk has too little room, or an earlier asynchronous write failed.
         """
         if step in self._manager.all_steps():
             return
-        if self._mirror is not None:
-            self._mirror.before_save()
+        self.wait()
+        hosts.from_first(self._check_room)
         with _explain_write_errors(self._folder):
             tree, record = to_tree(self._trained(state)), {**loop, **self._adapter_settings()}
             items: dict[str, Any] = {"state": ocp.args.StandardSave(tree), "loop": ocp.args.JsonSave(record)}
@@ -113,7 +155,7 @@ class Checkpoints:
 
     def restore(self, step: int | None = None, base: Params | None = None) -> tuple[PureState, dict[str, Any]]:
         """The state, placed by the shardings of this run's mesh, and the loop record of checkpoint `step` (None: the
-        newest).
+        newest that is whole).
 
         Args:
           base: the frozen weights that stand beside adapters, from `rl.states.frozen_base`.
@@ -122,27 +164,102 @@ class Checkpoints:
           ValueError: no such checkpoint, one of another model, optimizer or adapter (naming the paths or settings), or
             a damaged one.
         """
-        step, folder, target = self.check(step)
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), loop=ocp.args.JsonRestore())
-        with _explain_read_errors(folder):
-            restored = self._manager.restore(step, args=arguments)
-        state = from_tree(restored["state"], self.abstract.shapes)
-        loop = {key: value for key, value in restored["loop"].items() if key != ADAPTER}
-        return state._replace(params=join(state.params, base or {})), loop
+
+        def read(step: int | None) -> tuple[PureState, dict[str, Any]]:
+            found, folder, target = self.check(step)
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), loop=ocp.args.JsonRestore())
+            with _explain_read_errors(folder):
+                restored = self._manager.restore(found, args=arguments)
+            state = from_tree(restored["state"], self.abstract.shapes)
+            loop = {key: value for key, value in restored["loop"].items() if key != ADAPTER}
+            return state._replace(params=join(state.params, base or {})), loop
+
+        return self._read_whole(step, read)
 
     def restore_weights(self, step: int | None = None, base: Params | None = None) -> tuple[Params, Any]:
         """(weights, random key) of checkpoint `step`, placed and checked as `restore` does it: all that decoding needs.
 
         Nothing of the optimizer's state is compared or read, or takes memory: this run's state may be without one.
         """
-        _, folder, wanted = self.check(step, parts=("params", "rng"))
-        places = ocp.checkpoint_utils.construct_restore_args(wanted)
-        with _explain_read_errors(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            restored = reader.restore(
-                folder.absolute() / "state",
-                args=ocp.args.PyTreeRestore(wanted, restore_args=places, partial_restore=True),
-            )
-        return join(restored["params"], base or {}), restored["rng"]
+
+        def read(step: int | None) -> tuple[Params, Any]:
+            _, folder, wanted = self.check(step, parts=("params", "rng"))
+            places = ocp.checkpoint_utils.construct_restore_args(wanted)
+            with _explain_read_errors(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                restored = reader.restore(
+                    folder.absolute() / "state",
+                    args=ocp.args.PyTreeRestore(wanted, restore_args=places, partial_restore=True),
+                )
+            return join(restored["params"], base or {}), restored["rng"]
+
+        return self._read_whole(step, read)
+
+    def _read_whole(self, step: int | None, read: Callable[[int | None], T]) -> T:
+        """What `read` makes of checkpoint `step`, or of the newest that is whole (None)."""
+        candidates = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        damaged: list[DamagedCheckpointError] = []
+        for candidate in candidates or [None]:
+            try:
+                value = self._read_compared(candidate, read)
+            except DamagedCheckpointError as error:
+                if step is not None:
+                    raise
+                damaged.append(error)
+            else:
+                self.restored_step = candidate
+                self._leave_out(damaged)
+                return value
+        raise ValueError(
+            f"{self._folder} must hold a checkpoint that is whole, and of steps {sorted(candidates)} none is: "
+            f"{damaged[0].problems[0]}; `grpo checkpoint verify` lists the damage; put back a copy, or choose another "
+            "output_dir to start again"
+        )
+
+    def _read_compared(self, step: int | None, read: Callable[[int | None], T]) -> T:
+        """What `read` makes of a checkpoint while its files are compared with their hashes.
+
+        Raises:
+          DamagedCheckpointError: they differ, whatever `read` made of that.
+        """
+        folder = self._folder / str(step)
+        if not self._verify or step in self._whole or not folder.is_dir():
+            return read(step)
+        count = hosts.num_processes()
+        with HashCheck(folder, jax.process_index() if count > 1 else 0, count) as check:
+
+            def compare() -> None:
+                problems = [problem for part in hosts.gather(check.problems()) for problem in part]
+                if problems:
+                    raise DamagedCheckpointError(folder, list(dict.fromkeys(problems)))
+
+            if count > 1:  # before any of them waits for the others in the middle of a file that it cannot read
+                compare()
+                value = read(step)
+            else:
+                try:
+                    value = read(step)
+                except ValueError:
+                    compare()  # names the file, where it is one
+                    raise
+                compare()
+        if check.note is not None and hosts.is_first():
+            self._warn(f"checkpoint {folder} is not compared as a whole with what was written: {check.note}")
+        assert step is not None
+        self._whole.add(step)
+        return value
+
+    def _leave_out(self, damaged: list[DamagedCheckpointError]) -> None:
+        """Says which checkpoints were passed over; a run gives them another name."""
+        for error in damaged:
+            told = f"checkpoint {error.folder} is DAMAGED and is not used: {'; '.join(error.problems[:3])}"
+            if not self._read_only:
+                new = hosts.from_first(lambda folder=error.folder: str(set_aside(folder)))
+                told += f"; it is now {new}"
+            if hosts.is_first():
+                self._warn(f"{told}; checkpoint {self.restored_step} is taken in its place")
+        if damaged and not self._read_only:
+            self._manager.close()
+            self._manager = self._open()
 
     def check(
         self, step: int | None = None, parts: tuple[str, ...] | None = None
@@ -178,11 +295,15 @@ class Checkpoints:
         return step, folder, target
 
     def restore_reference(self, step: int | None = None) -> Any:
-        """The reference's weights in checkpoint `step` (None: the newest), placed and checked as `restore` does."""
-        step, folder, target = self.check_reference(step)
-        arguments = ocp.args.Composite(reference=ocp.args.StandardRestore(target["params"]))
-        with _explain_read_errors(folder):
-            return self._manager.restore(step, args=arguments)["reference"]
+        """The reference's weights in checkpoint `step`, chosen, placed and checked as `restore` does."""
+
+        def read(step: int | None) -> Any:
+            found, folder, target = self.check_reference(step)
+            arguments = ocp.args.Composite(reference=ocp.args.StandardRestore(target["params"]))
+            with _explain_read_errors(folder):
+                return self._manager.restore(found, args=arguments)["reference"]
+
+        return self._read_whole(step, read)
 
     def _find(self, step: int | None) -> tuple[int, pathlib.Path, dict[str, Any]]:
         """A checkpoint's step, its folder, and the shapes and places of what is to be read from it."""
@@ -228,26 +349,56 @@ class Checkpoints:
         Args:
           counts_existing: whether those that are there make room for those to come.
         """
-        leaves = jax.tree.leaves(self._trained(self.abstract.shapes))
-        if self._with_reference:
-            leaves += jax.tree.leaves(self.abstract.shapes.params)
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        existing = folder_size(self._folder) if counts_existing else 0
+        hosts.from_first(lambda: self._check_disk_space(counts_existing))
+
+    def _check_disk_space(self, counts_existing: bool) -> None:
+        size = self._size()
+        existing = sum(map(folder_size, self._steps_on_disk())) if counts_existing else 0
         need = max(size * (self._keep + 1) - existing, size)  # one more than is kept, while the newest is being written
         folder = self._folder.absolute()
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         if need > free:
             raise ValueError(
-                f"{self._folder} needs about {need / 1e9:.2f} GB free for {self._keep} + 1 checkpoints of "
-                f"{size / 1e9:.2f} GB, got {free / 1e9:.2f} GB; "
+                f"{self._folder} needs about {size_text(need)} free for {self._keep} + 1 checkpoints of "
+                f"{size_text(size)}, got {size_text(free)}; "
                 "free some space, lower checkpoint.keep, or set output_dir on another disk"
             )
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        if limit != resource.RLIM_INFINITY and size > limit:
+        limit, largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0], self._num_bytes()
+        if limit != resource.RLIM_INFINITY and largest > limit:
             raise ValueError(
-                f"files may be at most {limit / 1e9:.3f} GB here (ulimit -f), a checkpoint of {size / 1e9:.3f} GB may "
+                f"files may be at most {size_text(limit)} here (ulimit -f), a checkpoint of {size_text(largest)} may "
                 "need more; raise the limit"
             )
+
+    def _check_room(self) -> None:
+        """ValueError when the disk has no room for one more checkpoint now."""
+        size, deadline = self._size(), time.monotonic() + _DELETION_SECONDS
+        while (free := shutil.disk_usage(self._folder).free) < size:
+            # What is beyond `keep` is deleted in the background.
+            if len(self._steps_on_disk()) <= len(self._manager.all_steps()) or time.monotonic() > deadline:
+                raise ValueError(
+                    f"the next checkpoint needs {size_text(size)} in {self._folder}, and {size_text(free)} are free; "
+                    "the complete ones there are untouched: make room, then start the same command again to go on "
+                    "from the newest of them"
+                )
+            time.sleep(0.02)
+
+    def _size(self) -> int:
+        """Bytes that a checkpoint takes of the disk: as much as the largest that is there, or an estimate."""
+        per_array, per_process = _OVERHEAD
+        estimate = self._num_bytes() + per_array * len(self._leaves()) + per_process * hosts.num_processes()
+        return max(map(folder_size, self._steps_on_disk()), default=estimate)
+
+    def _num_bytes(self) -> int:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self._leaves())
+
+    def _leaves(self) -> list[Any]:
+        """The arrays of a checkpoint."""
+        leaves = jax.tree.leaves(self._trained(self.abstract.shapes))
+        return leaves + (jax.tree.leaves(self.abstract.shapes.params) if self._with_reference else [])
+
+    def _steps_on_disk(self) -> list[pathlib.Path]:
+        return [path for path in self._folder.iterdir() if path.name.isdecimal()] if self._folder.is_dir() else []
 
     def wait(self) -> None:
         """Returns when every checkpoint asked for is complete, uploads included. ValueError when writing one failed."""
@@ -262,9 +413,64 @@ class Checkpoints:
             self._manager.close()
 
 
-def _hash_files(folder: pathlib.Path) -> None:
-    if jax.process_index() == 0:
-        hash_unfinished(folder)
+class _StepPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """Orbax's way of writing a folder under another name first, with one more name for a step: under that it is whole,
+    and its hashes are written.
+    """
+
+    _step: pathlib.Path | None = None  # None: an item of a step
+
+    @classmethod
+    def from_final(cls, final_path: epath.Path, **options: Any) -> Self:
+        if not final_path.name.isdecimal():
+            return super().from_final(final_path, **options)  # pyright: ignore[reportReturnType]
+        path = super().from_final(final_path.with_name(final_path.name + UNFINISHED + ".whole"), **options)
+        assert isinstance(path, cls)
+        path._step = pathlib.Path(final_path)
+        return path
+
+    def get_final(self) -> epath.Path:
+        return super().get_final() if self._step is None else epath.Path(self._step)
+
+    async def finalize(self) -> None:
+        await super().finalize()
+        if self._step is not None:
+            written = pathlib.Path(super().get_final())
+            write_hashes(written)
+            written.rename(self._step)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what Orbax, and asyncio for it, log of errors that Orbax raises as well: a run says it once."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None or os.environ.get(TRACEBACK_VARIABLE):
+        return True
+    is_of_orbax = record.name == "absl" and "orbax" in record.pathname
+    return not is_of_orbax and not (isinstance(error, Exception) and disk_trouble(error))
+
+
+def _quiet_tensorstore() -> None:
+    """Keeps what tensorstore's threads print off stderr when a write failed while they had others under way: that
+    nobody waits for these any more.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "is_quiet", False) or os.environ.get(TRACEBACK_VARIABLE):
+        return
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    hook.is_quiet = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = hook
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _warn_on_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -275,8 +481,9 @@ def _explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        reason = disk_trouble(error) or _first_line(error)
         raise ValueError(
-            f"a checkpoint could not be written to {folder}: {error}; the complete ones there are untouched: make "
+            f"a checkpoint could not be written to {folder}: {reason}; the complete ones there are untouched: make "
             "room, then start the same command again to go on from the newest of them"
         ) from error
 
@@ -303,6 +510,7 @@ def create_checkpoint_manager(
     with_reference: bool = False,
     abstract: AbstractState | None = None,
     mirror: Mirror | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Checkpoints:
     """The checkpoints of `config.output_dir` for the state that `init_state_fn` builds.
 
@@ -311,6 +519,7 @@ def create_checkpoint_manager(
       with_reference: a reference that moves is written, too.
       abstract: that state, where it is known already; None: it is worked out.
       mirror: of the run whose checkpoints are written; None: they are not uploaded.
+      warn: takes what there is to say of checkpoints that are damaged; None: a line on stderr.
     """
     folder = run_path(config) / "checkpoints"
     if not read_only:
@@ -318,7 +527,10 @@ def create_checkpoint_manager(
     if abstract is None:
         abstract = get_abstract_state(config, mesh, init_state_fn)
     model_config = init_state_fn.policy.config
-    return Checkpoints(folder, abstract, config.checkpoint.keep, model_config, read_only, with_reference, mirror)
+    section = config.checkpoint
+    return Checkpoints(
+        folder, abstract, section.keep, model_config, read_only, with_reference, mirror, section.verify, warn
+    )
 
 
 def would_do(command: str, path: pathlib.Path, checkpoints: Checkpoints | None, num_steps: int) -> str:

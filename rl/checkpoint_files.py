@@ -6,25 +6,30 @@ the files are still those that were written. Damage is a ValueError that names t
 find (see `rl.checkpoint`).
 
 Orbax keeps no checksum of the data of an array, and a changed byte often decodes to other numbers, so a step has the
-sha256 of each of its files in `hashes.json`, written before the step appears under its name.
+sha256 of each of its files in `hashes.json`, written before the step appears under its name, and in it the sha256 of
+this list. Steps of older versions have no such file, or one without the last and with fewer files.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import tensorstore
 
 HASHES = "hashes.json"
 _METADATA, _RECORD, _STEP_METADATA = "_METADATA", "metadata", "_CHECKPOINT_METADATA"
-_UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
-_MARKS = ("commit_success.txt",)  # written after everything else
+UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
+_DAMAGED = ".damaged"  # ends the name of a step that was set aside
+_ALGORITHM = "sha256"
+_THREADS = 4  # that hash; more than a disk has use for
 _NAMED_FILE = re.compile(r'local file "([^"]+[^/"])"')  # in the messages of tensorstore
 
 
@@ -157,56 +162,147 @@ def read_step_metadata(folder: pathlib.Path) -> dict[str, Any]:
     return _read_json(path) if path.is_file() else {}
 
 
-def hash_unfinished(checkpoints: pathlib.Path) -> None:
-    """Writes `hashes.json` into the step that is being written below `checkpoints`, when all else is on disk."""
-    for folder in checkpoints.glob(f"*{_UNFINISHED}*"):
-        write_hashes(folder)
-
-
 def write_hashes(folder: pathlib.Path) -> None:
-    """Writes `hashes.json` of a step as it is now."""
-    files = {name: file_hash(folder / name) for name in _hashed_files(folder)}
-    (folder / HASHES).write_text(json.dumps({"algorithm": "sha256", "files": files}, indent=1) + "\n")
+    """Writes `hashes.json` of a step, or of an item, as it is now."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [name for name in names if name != HASHES]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        hashes = pool.map(lambda name: file_hash(folder / name), names)
+        body = {"algorithm": _ALGORITHM, "files": dict(zip(names, hashes, strict=True))}
+    text = json.dumps({**body, "digest": _digest(body)}, indent=1) + "\n"
+    (folder / HASHES).write_text(text, encoding="utf-8")
+
+
+class HashCheck:
+    """The comparison of a folder's files with its `hashes.json`, in threads, while somebody else reads them.
+
+    Attributes:
+      note: what is not compared, in words; None where everything is.
+    """
+
+    def __init__(self, folder: pathlib.Path, part: int = 0, num_parts: int = 1):
+        """Begins it.
+
+        Args:
+          part, num_parts: which part of the files, of how many; each process of a run takes one.
+        """
+        self.note: str | None = None
+        self._problems: list[str] = []
+        self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "hash")
+        self._compared: list[concurrent.futures.Future[str | None]] = []
+        path = folder / HASHES
+        if not path.is_file():
+            self.note = f"the files have no {HASHES}: a changed byte that still decodes to a number is not noticed"
+            return
+        listed = _read_hashes(path)
+        if isinstance(listed, str):
+            self._problems.append(listed)
+            return
+        files, is_complete = listed
+        if not is_complete:
+            self.note = f"{HASHES} is of an older version: not all files are compared with it"
+        for name, wanted in list(files.items())[part::num_parts]:
+            self._compared.append(self._pool.submit(_compare, folder / name, wanted))
+
+    def problems(self) -> list[str]:
+        """What is wrong, in words, a line per file; waits for the comparison to end."""
+        problems = [future.result() for future in self._compared]
+        return [*self._problems, *filter(None, problems)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def damaged_files(folder: pathlib.Path) -> list[str] | None:
-    """What is wrong with the files of a step by its `hashes.json`, in words, a line per file; None without one.
-
-    Raises:
-      ValueError: `hashes.json` itself cannot be read.
-    """
-    if not (folder / HASHES).is_file():
+    """What is wrong with the files of a step by its `hashes.json`, in words, a line per file; None without one."""
+    if not (folder / HASHES).exists():
         return None
-    problems = []
-    for name, wanted in _read_json(folder / HASHES)["files"].items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif file_hash(path) != wanted:
-            problems.append(f"{path} is damaged: it is not what was written")
-    return problems
+    with HashCheck(folder) as check:
+        return check.problems()
 
 
 def file_hash(path: pathlib.Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, _ALGORITHM).hexdigest()
+
+
+def _compare(path: pathlib.Path, wanted: str) -> str | None:
+    try:
+        found = file_hash(path)
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return None if found == wanted else f"{path} is damaged: it is not what was written"
+
+
+def _read_hashes(path: pathlib.Path) -> tuple[dict[str, str], bool] | str:
+    """The hashes by file, and whether they are of all files; or what is wrong with the list itself.
+
+    Raises:
+      ValueError: it is whole, and this version does not know its algorithm.
+    """
+    damage = f"{path} is damaged: it is not what was written"
+    try:
+        listed = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return damage
+    # The names are compared too: a changed one must not turn a list into one of an older version.
+    if not isinstance(listed, dict) or set(listed) - {"digest"} != {"algorithm", "files"}:
+        return damage
+    if not isinstance(listed["files"], dict):
+        return damage
+    digest = listed.pop("digest", None)
+    if digest is not None and digest != _digest(listed):
+        return damage
+    if digest is None and listed["algorithm"] != _ALGORITHM:
+        return damage
+    if listed["algorithm"] != _ALGORITHM:
+        raise ValueError(f"{path} must have hashes by {_ALGORITHM}, got {listed['algorithm']!r}; use a newer version")
+    return listed["files"], digest is not None
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def set_aside(folder: pathlib.Path) -> pathlib.Path:
+    """Gives a damaged step a name that no reader takes for one; deletes nothing. The new path."""
+    number, path = 1, folder.with_name(folder.name + _DAMAGED)
+    while path.exists():
+        number += 1
+        path = folder.with_name(f"{folder.name}{_DAMAGED}.{number}")
+    return folder.rename(path)
+
+
+def remove_unfinished(checkpoints: pathlib.Path) -> None:
+    """Removes the steps that were being written when the run ended. Only for the one who writes there."""
+    for folder in checkpoints.glob(f"*{UNFINISHED}*"):
+        shutil.rmtree(folder)
 
 
 def folder_size(folder: os.PathLike | str) -> int:
-    """Bytes of all files below a folder; those that are taken away meanwhile do not count."""
+    """Bytes that all files below a folder take of a disk; those that are taken away meanwhile do not count."""
     total = 0
     for path, _, names in os.walk(folder):  # os.walk passes over folders that vanish
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                total += os.stat(os.path.join(path, name)).st_size
+                status = os.stat(os.path.join(path, name))
+                # Whole blocks. Some file systems give a new file its blocks late, and say less until then.
+                total += max(status.st_size, status.st_blocks * 512)
     return total
 
 
-def _hashed_files(folder: pathlib.Path) -> list[str]:
-    """The files of the items; those beside them are Orbax's own notes on its progress."""
-    files = [path for path in sorted(folder.glob("*/**/*")) if path.is_file() and path.name not in _MARKS]
-    return [path.relative_to(folder).as_posix() for path in files]
+def size_text(num_bytes: float) -> str:
+    """A number of bytes for a person."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes:.0f} bytes"
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

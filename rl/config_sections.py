@@ -291,10 +291,11 @@ class DistributedSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class CheckpointSection:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, how many stay, and whether reading one checks it."""
 
     every: int
     keep: int
+    verify: bool
     overwrite: bool
     staging: str | None
 

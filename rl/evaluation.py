@@ -31,7 +31,7 @@ from rl.mesh import device_memory
 from rl.metrics import Stopwatch
 from rl.models.config import Quantization
 from rl.models.policy import Policy, WavePolicy
-from rl.output_file import check_writable
+from rl.output_file import check_writable, writing
 from rl.programs import Stored, not_stored
 from rl.rollout import sample_and_score
 from rl.run_folder import check_trust
@@ -384,7 +384,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments.output is not None:
         lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in result.samples)
-        pathlib.Path(arguments.output).write_text(lines, encoding="utf-8")
+        with writing(arguments.output):
+            pathlib.Path(arguments.output).write_text(lines, encoding="utf-8")
     low, high = result.interval
     print(
         f"{where}: accuracy {result.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}) on {result.num_judged} prompts"

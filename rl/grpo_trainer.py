@@ -137,6 +137,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
             with_reference=moves,
             abstract=abstract,
             mirror=mirror,
+            warn=console.warning,
         )
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space(counts_existing=run.resumed)

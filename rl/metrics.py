@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rl import host_memory
+from rl.output_file import writing
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -41,7 +42,8 @@ class MetricsWriter:
             nothing.
 
         Raises:
-          ValueError: a complete line in either file is not a JSON object with a `step`.
+          ValueError: a complete line in either file is not a JSON object with a `step`, or the disk is full; the
+            latter from all that writes here.
         """
         self._folder = None if folder is None else pathlib.Path(folder)
         self._files: dict[str, Any] = {}
@@ -68,17 +70,22 @@ class MetricsWriter:
     def close(self) -> None:
         """Closes both files; calling it again does nothing."""
         for file in self._files.values():
-            file.close()
+            with writing(file.name):
+                file.close()
 
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         if self._folder is None:
             return
         if not self._files:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            with writing(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
             for each, kept in self._kept.items():
-                _replace(self._folder / each, kept)
+                with writing(self._folder / each):
+                    _replace(self._folder / each, kept)
             for each in (METRICS_FILE, SAMPLES_FILE):
-                self._files[each] = open(self._folder / each, "ab")  # noqa: SIM115 - open for the life of the run
+                # For the life of the run. Without a buffer: what a full disk refused is not tried again at the end.
+                with writing(self._folder / each):
+                    self._files[each] = open(self._folder / each, "ab", buffering=0)  # noqa: SIM115
         _append_lines(self._files[name], rows)
 
     def __enter__(self) -> "MetricsWriter":
@@ -198,10 +205,11 @@ def _with_step_first(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _append_lines(file: Any, rows: Iterable[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows)
-    file.write(text.encode("ascii"))
-    file.flush()
-    os.fsync(file.fileno())
+    content = "".join(json.dumps(_to_json(row), allow_nan=False) + "\n" for row in rows).encode("ascii")
+    with writing(file.name):
+        while content:
+            content = content[file.write(content) :]
+        os.fsync(file.fileno())
 
 
 def _to_json(value: Any) -> Any:

@@ -1,11 +1,47 @@
-"""A file that a command writes when its work is done, checked before that work begins.
+"""A file that a command writes when its work is done, checked before that work begins; and what it means for a user
+when a disk takes no more.
 
-In: a path, and the option that names it. Out: nothing, or a ValueError. Not here: writing it; nor files that are open
-from the start (`rl.completion_file`), nor folders (`rl.models.hf.new_folder`).
+In: a path, and the option that names it; or an error of the system or of a library that writes. Out: nothing, or a
+ValueError. Not here: writing it; nor files that are open from the start (`rl.completion_file`), nor folders
+(`rl.models.hf.new_folder`).
 """
 
+import contextlib
+import errno
 import os
 import pathlib
+import re
+from collections.abc import Iterator
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
+_NUMBER = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")  # in the messages of tensorstore and of safetensors
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """A context that writes `path`.
+
+    Raises:
+      ValueError: the disk is full or broken. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = disk_trouble(error)
+        if reason is None:
+            raise
+        raise ValueError(
+            f"{path} could not be written: {reason}; make room or choose another disk, then start the same command "
+            "again"
+        ) from error
+
+
+def disk_trouble(error: Exception) -> str | None:
+    """The system's own words where an error says that a disk is full or broken; None for every other one."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := _NUMBER.search(str(error))):
+        number = int(found[1] or found[2])
+    return os.strerror(number) if number in _OF_THE_DISK else None
 
 
 def check_writable(path: str | os.PathLike | None, option: str, makes_folders: bool = False) -> None:

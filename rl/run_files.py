@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from rl.config import Config, load_config
+from rl.output_file import writing
 
 CONFIG, IDENTITY, METRICS, SAMPLES = "config.yml", "run.json", "metrics.jsonl", "samples.jsonl"
 CHECKPOINTS, EXPORT, EXPORT_RECORD = "checkpoints", "export", "export.json"
@@ -32,6 +33,7 @@ _STEP_ENTRIES = (
     *("state", "loop", "reference", "hashes.json", "_CHECKPOINT_METADATA", "commit_success.txt"),
     *("metrics", "descriptor"),
 )
+_OWN_STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp.*|\.damaged(\.\d+)?)?", re.ASCII)  # the damaged were set aside
 _STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?", re.ASCII)
 
 
@@ -145,7 +147,7 @@ def own_entries(folder: pathlib.Path, kind: str) -> list[str]:
         entries.append(EXPORT)
     checkpoints = folder / CHECKPOINTS
     if checkpoints.is_dir() and not checkpoints.is_symlink():
-        steps = sorted(entry for entry in checkpoints.iterdir() if _STEP.fullmatch(entry.name))
+        steps = sorted(entry for entry in checkpoints.iterdir() if _OWN_STEP.fullmatch(entry.name))
         entries += [f"{CHECKPOINTS}/{step.name}" for step in steps if not step.name.isdecimal() or is_checkpoint(step)]
     return entries + [name for name in _FILES if (folder / name).is_file() and not (folder / name).is_symlink()]
 
@@ -183,11 +185,12 @@ def is_own_export(folder: pathlib.Path) -> bool:
 def write_file(path: pathlib.Path, text: str) -> None:
     """Writes a file that is there whole, or as it was before."""
     draft = path.with_name(UNFINISHED + path.name)
-    with draft.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, path)
+    with writing(path):
+        with draft.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, path)
 
 
 def _steps(folder: pathlib.Path) -> list[pathlib.Path]:

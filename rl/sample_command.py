@@ -21,13 +21,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from rl.checkpoint_files import damaged_files
 from rl.completion_file import CompletionFile
 from rl.config_ranges import LARGEST_SEED
 from rl.evaluation import create_sampler, sampling_params
 from rl.models.config import ModelConfig
 from rl.prompt_rows import SampleRow, read_prompts, to_sample_rows
 from rl.replay import compare, draw_again
-from rl.run_folder import read_run
+from rl.run_folder import checkpoint_folder, checkpoint_steps, read_run
 from rl.sampling import SamplingParams, check_vocabulary
 from rl.scheduling import Completion, CompletionSource, Request
 from rl.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     """Draws what the arguments ask for; the exit status."""
     rows = read_prompts(pathlib.Path(arguments.prompts)) if arguments.prompts else _given_prompts(arguments.prompt)
     overrides = [*_prompt_overrides(arguments), *overrides]
-    source = resolve_model(model, overrides, arguments.step, arguments.adapter, trust=arguments.trust)
+    source = _with_step(resolve_model(model, overrides, arguments.step, arguments.adapter, trust=arguments.trust))
     config = source.config
     use_compilation_cache(config)
     tokenizer = tokenizer_of(config)
@@ -91,6 +92,21 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
             _say(f"stopped after {num_done} of {len(requests)} completions{kept}")
             return 130
     return 0
+
+
+def _with_step(source: Source) -> Source:
+    """The source with its step, which the output file names before the weights are loaded."""
+    if source.run is None or source.step is not None:
+        return source
+    steps = checkpoint_steps(source.run)
+    if not source.config.checkpoint.verify:
+        return dataclasses.replace(source, step=steps[-1])
+    for step in reversed(steps):
+        problems = damaged_files(checkpoint_folder(source.run, step))
+        if not problems:
+            return dataclasses.replace(source, step=step)
+        _say(f"warning: checkpoint {step} is DAMAGED and is not used: {'; '.join(problems[:3])}")
+    raise ValueError(f"{source.run} must hold a checkpoint that is whole, and of steps {steps} none is")
 
 
 def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[str] = (), trust: bool = False) -> int:

@@ -108,7 +108,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
             run.begin()
             mirror.begin()
         checkpoints = create_checkpoint_manager(
-            config, mesh, init_state_fn, read_only=check_only, abstract=abstract, mirror=mirror
+            config, mesh, init_state_fn, read_only=check_only, abstract=abstract, mirror=mirror, warn=console.warning
         )
         stack.callback(checkpoints.close)
         checkpoints.check_disk_space(counts_existing=run.resumed)

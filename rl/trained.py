@@ -47,7 +47,9 @@ class TrainedPolicy:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where weights come from: the configuration, and the run folder and checkpoint, or None for model.source."""
+    """Where weights come from: the configuration, and the run folder (None: model.source) and its checkpoint, None for
+    the newest that is whole.
+    """
 
     config: Config
     run: pathlib.Path | None
@@ -103,7 +105,7 @@ def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | Non
             )
         if step is not None and step not in steps:
             raise ValueError(f"--step must be one of the checkpoints of {str(model)!r}, {steps}, got {step}")
-        return Source(config, path, steps[-1] if step is None else step)
+        return Source(config, path, step)
     if step is not None:
         raise ValueError(f"--step needs a run folder, got {str(model)!r}")
     if adapter is not None:
@@ -141,12 +143,14 @@ def training_setup(config: Config, origin: Origin) -> tuple[Mesh, InitStateFn]:
 
 
 def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None = None) -> TrainedPolicy:
-    """The weights of a run's checkpoint; None: the newest. `config` is the run's own (see `rl.run_folder.read_run`).
+    """The weights of a run's checkpoint; None: the newest that is whole. `config` is the run's own (see
+    `rl.run_folder.read_run`).
 
     Nothing of the optimizer is built or read: its section of the configuration has no say here.
 
     Raises:
-      ValueError: the run has no such checkpoint, or holds adapters, and the base is not the one of their training.
+      ValueError: the run has no such checkpoint or a damaged one, or holds adapters, and the base is not the one of
+        their training.
     """
     tokenizer, origin, mesh, init_state_fn = _decode_setup(config)
     if origin.model_config.lora is not None:
@@ -154,8 +158,7 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
     config = dataclasses.replace(config, output_dir=str(pathlib.Path(folder)))
     checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, read_only=True)
     try:
-        step = checkpoints.latest_step if step is None else step
-        if step is None:
+        if step is None and checkpoints.latest_step is None:
             raise ValueError(
                 f"run folder {str(folder)!r} must hold a checkpoint, and it has none; let the run reach "
                 "checkpoint.every"
@@ -165,6 +168,7 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
         checkpoints.close()
     state, abstract = setup_decode_state(config, mesh, init_state_fn, params)
     shardings = abstract.shardings.params
+    step = checkpoints.restored_step
     return TrainedPolicy(init_state_fn.policy, state.params, shardings, mesh, tokenizer, origin, rng, step)
 
 

@@ -1,9 +1,11 @@
 """Checkpoints: one layout for both flavours and every mesh, checked before a restore, safe when the disk is full."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from rl.checkpoint import create_checkpoint_manager, from_tree, to_tree
+from rl.checkpoint import DamagedCheckpointError, create_checkpoint_manager, from_tree, to_tree
+from rl.checkpoint_files import damaged_files, write_hashes
 from rl.config import load_config
 from rl.mesh import create_mesh
 from rl.models.config import LoRAConfig, ModelConfig
@@ -36,8 +39,14 @@ def setup(folder, *overrides, shape=SHAPE, devices=None):
     return config, create_mesh(config.mesh, devices), InitStateFn(policy, optimizer, 0)
 
 
-def open_checkpoints(folder, *overrides, read_only=False, **arguments):
-    return create_checkpoint_manager(*setup(folder, *overrides, **arguments), read_only=read_only)
+def open_checkpoints(folder, *overrides, read_only=False, warn=None, **arguments):
+    abstract = abstract_of(overrides, **arguments)
+    return create_checkpoint_manager(*setup(folder, *overrides, **arguments), read_only, abstract=abstract, warn=warn)
+
+
+@functools.cache
+def abstract_of(overrides, **arguments):
+    return get_abstract_state(*setup("of_no_importance", *overrides, **arguments))
 
 
 def state_of(abstract, salt=0.0):
@@ -143,7 +152,7 @@ def test_both_flavours_write_the_same_paths(tmp_path):
 )
 def test_a_checkpoint_is_restored_onto_another_mesh(tmp_path, overrides, num_devices):
     numbers = write(tmp_path, 7, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
-    checkpoints = open_checkpoints(tmp_path, *overrides, devices=jax.devices()[:num_devices])
+    checkpoints = open_checkpoints(tmp_path, *overrides, devices=tuple(jax.devices()[:num_devices]))
     state, _ = checkpoints.restore()
     checkpoints.close()
     assert_equal(host(state), numbers)
@@ -281,6 +290,137 @@ def test_a_checkpoint_of_another_optimizer_never_leaves_moments_at_zero(tmp_path
     checkpoints.close()
 
 
+# Files that are not those that were written
+
+
+def flip_a_bit(path, position=None):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if position is None else position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    checkpoints = open_checkpoints(folder)
+    for step in (3, 5):
+        checkpoints.save(step, state_of(checkpoints.abstract, salt=step), LOOP)
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def copied(two_steps, tmp_path):
+    """A copy of the run that may be damaged."""
+    return pathlib.Path(shutil.copytree(two_steps, tmp_path / "run"))
+
+
+def files_of(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_no_file_of_a_checkpoint_can_change_unseen(two_steps, tmp_path):
+    whole = two_steps / "checkpoints" / "5"
+    assert damaged_files(whole) == []
+    step = tmp_path / "5"
+    names = files_of(whole)
+    assert {"_CHECKPOINT_METADATA", "loop/metadata", "state/_METADATA", "hashes.json"} < set(names)
+    damages = {
+        "is damaged": flip_a_bit,
+        "is damaged: it": lambda path: os.truncate(path, path.stat().st_size // 2),
+        "is missing": pathlib.Path.unlink,
+    }
+    shutil.copytree(whole, step)
+    for name in names:
+        for told, damage in damages.items():
+            damage(step / name)
+            found = damaged_files(step)
+            if (name, told) == ("hashes.json", "is missing"):
+                assert found is None  # as of an older version, which is said
+            else:
+                (problem,) = found
+                assert problem.startswith(f"{step / name} {told}")
+            shutil.copy(whole / name, step / name)
+
+
+def test_no_byte_of_the_list_of_hashes_can_change_unseen(tmp_path):
+    (tmp_path / "one").write_text("content")
+    write_hashes(tmp_path)
+    path = tmp_path / "hashes.json"
+    content = path.read_bytes()
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        assert damaged_files(tmp_path) == [f"{path} is damaged: it is not what was written"], position
+
+
+@pytest.mark.parametrize("name", ["state/manifest.ocdbt", "loop/metadata", "_CHECKPOINT_METADATA", "hashes.json"])
+def test_a_run_sets_a_damaged_checkpoint_aside_and_goes_on_from_the_one_before(copied, name):
+    folder = copied / "checkpoints"
+    flip_a_bit(folder / "5" / name)
+    (folder / "5.damaged").mkdir()  # of an earlier time
+    before = {path: (folder / "5" / path).read_bytes() for path in files_of(folder / "5")}
+    reader_said, said = [], []
+    reader = open_checkpoints(copied, read_only=True, warn=reader_said.append)
+    params, _ = reader.restore_weights()
+    assert_equal(host(params), host(state_of(reader.abstract, salt=3).params))
+    assert reader.restored_step == 3
+    with pytest.raises(DamagedCheckpointError, match=f"checkpoint {folder}/5 must be whole, and {folder}/5/{name} is"):
+        reader.restore_weights(5)
+    reader.close()
+    assert steps_in(copied) == [3, 5]  # a reader changes nothing
+    writer = open_checkpoints(copied, warn=said.append)
+    assert writer.latest_step == 5
+    state, _ = writer.restore()
+    assert_equal(host(state), host(state_of(writer.abstract, salt=3)))
+    assert writer.latest_step == 3
+    writer.save(5, state_of(writer.abstract, salt=6), LOOP)
+    assert_equal(host(writer.restore()[0]), host(state_of(writer.abstract, salt=6)))
+    writer.close()
+    assert steps_in(copied) == [3, 5]
+    assert before == {path: (folder / "5.damaged.2" / path).read_bytes() for path in files_of(folder / "5.damaged.2")}
+    told = f"checkpoint {folder}/5 is DAMAGED and is not used: {folder}/5/{name} is damaged: it is not what was written"
+    taken = "checkpoint 3 is taken in its place"
+    assert reader_said == [f"{told}; {taken}"]
+    assert said == [f"{told}; it is now {folder}/5.damaged.2; {taken}"]
+
+
+def test_where_no_checkpoint_is_whole_all_stay_and_nothing_begins(copied):
+    for step in (3, 5):
+        flip_a_bit(copied / "checkpoints" / str(step) / "loop" / "metadata", 0)
+    checkpoints = open_checkpoints(copied)
+    with pytest.raises(ValueError, match=r"is whole, and of steps \[3, 5\] none is: .*/5/loop/metadata is damaged"):
+        checkpoints.restore()
+    checkpoints.close()
+    assert steps_in(copied) == [3, 5]
+
+
+@pytest.mark.parametrize("version", ["without hashes", "with hashes of some files"])
+def test_checkpoints_of_older_versions_are_read_with_a_line_about_it(copied, version):
+    path = copied / "checkpoints" / "5" / "hashes.json"
+    hashes = json.loads(path.read_text())
+    path.unlink()
+    if version == "with hashes of some files":
+        some = {name: value for name, value in hashes["files"].items() if name.startswith("state/")}
+        path.write_text(json.dumps({"algorithm": "sha256", "files": some}))
+    said = []
+    checkpoints = open_checkpoints(copied, read_only=True, warn=said.append)
+    state, _ = checkpoints.restore()
+    assert_equal(host(state), host(state_of(checkpoints.abstract, salt=5)))
+    assert len(said) == 1
+    assert "is not compared as a whole with what was written" in said[0]
+    checkpoints.close()
+
+
+def test_comparing_can_be_switched_off(copied):
+    flip_a_bit(copied / "checkpoints" / "5" / "state" / "commit_success.txt")
+    checkpoints = open_checkpoints(copied, "checkpoint.verify=false", read_only=True)
+    checkpoints.restore()
+    assert checkpoints.restored_step == 5
+    checkpoints.close()
+
+
 # Disk space
 
 
@@ -288,40 +428,57 @@ def bytes_of(abstract):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.shapes))
 
 
-def test_disk_space_is_estimated_from_the_size_of_the_state(tmp_path, monkeypatch):
+def on_disk(folder):
+    return sum(max(path.stat().st_size, path.stat().st_blocks * 512) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """The free bytes of a disk that a test may change."""
+    free = {"bytes": 0}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1 << 40, 0, free["bytes"]))
+    return free
+
+
+def test_disk_space_is_estimated_for_the_first_checkpoint_and_measured_from_then_on(tmp_path, disk):
     checkpoints = open_checkpoints(tmp_path, "checkpoint.keep=2")
-    size = bytes_of(checkpoints.abstract)
-    assert size > 3 * 4 * 2000  # weights and two moments
-    free = 3 * size  # two are kept, one is being written
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2 * free, free, free))
-    checkpoints.check_disk_space()
-    free -= 1
     with pytest.raises(
-        ValueError, match=r"needs about .* GB free for 2 \+ 1 checkpoints .*lower checkpoint\.keep, or set output_dir"
-    ):
+        ValueError, match=r"needs about .* kB free for 2 \+ 1 checkpoints of .*, got 0 bytes; .*lower checkpoint\.keep"
+    ) as error:
         checkpoints.check_disk_space()
-    checkpoints.close()
-
-
-def test_checkpoints_that_are_there_already_count_as_space(tmp_path, monkeypatch):
-    write(tmp_path, 1)
-    checkpoints = open_checkpoints(tmp_path, "checkpoint.keep=2")
-    size = bytes_of(checkpoints.abstract)
-    there = sum(path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
-    free = max(3 * size - there, size)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(free, 0, free))
+    estimate = float(re.search(r"checkpoints of ([0-9.]+) kB", str(error.value))[1]) * 1e3
+    disk["bytes"] = 1 << 30
     checkpoints.check_disk_space()
-    free = size - 1  # the one that is being written needs room in any case
+    checkpoints.save(1, state_of(checkpoints.abstract), LOOP)
+    checkpoints.wait()
+    size = on_disk(tmp_path / "checkpoints" / "1")
+    assert min(size, estimate) > 1.5 * bytes_of(checkpoints.abstract)  # small files take whole blocks
+    disk["bytes"] = 2 * size  # two are kept, of which one is there, and one is being written
+    checkpoints.check_disk_space()
+    disk["bytes"] -= 1
     with pytest.raises(ValueError, match="free some space"):
         checkpoints.check_disk_space()
     checkpoints.close()
+
+
+def test_a_checkpoint_without_room_is_not_begun(copied, disk):
+    checkpoints = open_checkpoints(copied)
+    disk["bytes"] = max(on_disk(copied / "checkpoints" / step) for step in "35") - 1
+    with pytest.raises(ValueError, match=r"the next checkpoint needs .* kB in .*/checkpoints, and .* kB are free; the"):
+        checkpoints.save(7, state_of(checkpoints.abstract), LOOP)
+    disk["bytes"] += 1
+    checkpoints.save(7, state_of(checkpoints.abstract), LOOP)
+    checkpoints.close()
+    assert steps_in(copied) == [5, 7]
 
 
 # In a process of its own: for the limit, and because Orbax leaves threads and warnings behind where it fails.
 IN_TROUBLE = """
 import os, pathlib, resource, shutil, sys
 sys.path.insert(0, "tests")
-from test_checkpoint import LOOP, bytes_of, open_checkpoints, state_of
+from rl.metrics import MetricsWriter
+from rl.tools.export import FORMATS
+from test_checkpoint import LOOP, SHAPE, bytes_of, open_checkpoints, state_of
 
 folder = pathlib.Path(sys.argv[1])
 checkpoints = open_checkpoints(folder / "run")
@@ -357,10 +514,18 @@ damages = {
 for name, damage in damages.items():
     shutil.copytree(folder / "run", folder / name)
     damage(folder / name / "checkpoints" / "1")
+    (folder / name / "checkpoints" / "1" / "hashes.json").unlink()
     told(name, open_checkpoints(folder / name).restore)
 
+metrics = MetricsWriter(folder, 1)
+params = state_of(checkpoints.abstract).params
 limit(2000)
 told("save", lambda: (checkpoints.save(2, state_of(checkpoints.abstract, salt=2.0), LOOP), checkpoints.wait()))
+limit(10)
+told("metrics", lambda: metrics.write({"step": 1}))
+metrics.close()
+for kind, write in FORMATS.items():
+    told(kind, lambda: write(folder / kind, SHAPE, params))
 sys.stdout.flush()
 os._exit(0)
 """
@@ -374,13 +539,21 @@ def trouble(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
     return folder, dict(line.split(": ", 1) for line in result.stdout.splitlines() if ": " in line)
 
 
 def test_a_file_size_limit_below_the_size_of_the_state_is_refused_at_the_start(trouble):
     message = trouble[1]["limit"]
-    assert message.startswith("files may be at most ")
+    assert re.match(r"files may be at most [0-9.]+ kB here \(ulimit -f\), a checkpoint of [0-9.]+ kB ", message)
     assert message.endswith("raise the limit")
+
+
+@pytest.mark.parametrize(("what", "name"), [("metrics", "metrics.jsonl"), ("huggingface",) * 2, ("params",) * 2])
+def test_a_disk_that_takes_no_more_is_one_line_whatever_was_written(trouble, what, name):
+    folder, told = trouble
+    assert told[what].startswith(f"{folder / name} could not be written: File too large; make room or choose another")
+    assert not (folder / name).is_dir()
 
 
 @pytest.mark.parametrize("damage", ["cut", "deleted", "no record"])
@@ -392,8 +565,7 @@ def test_a_damaged_checkpoint_is_refused_with_a_way_out(trouble, damage):
 
 def test_a_write_that_fails_says_so_and_leaves_older_checkpoints_valid(trouble):
     folder, told = trouble[0] / "run", trouble[1]
-    assert told["save"].startswith(f"a checkpoint could not be written to {folder}/checkpoints: ")
-    assert "File too large" in told["save"]
+    assert told["save"].startswith(f"a checkpoint could not be written to {folder}/checkpoints: File too large; the ")
     assert told["save"].endswith("start the same command again to go on from the newest of them")
     checkpoints = open_checkpoints(folder)
     assert checkpoints.latest_step == 1

@@ -143,15 +143,6 @@ def test_a_checkpoint_as_it_was_written_is_whole(kind, request, capsys):
     assert capsys.readouterr().out.endswith("whole\n")
 
 
-def test_the_hashes_are_of_all_files_of_the_items(run):
-    folder = run / "checkpoints" / "4"
-    listed = set(json.loads((folder / "hashes.json").read_text())["files"])
-    files = {p.relative_to(folder).as_posix() for p in folder.glob("*/**/*") if p.is_file()}
-    assert listed == {name for name in files if not name.endswith("commit_success.txt")}
-    assert any("/d/" in name for name in listed)
-    assert "loop/metadata" in listed
-
-
 @pytest.mark.parametrize("damage", ["flipped", "cut", "deleted"])
 def test_a_damaged_file_is_named_with_exit_status_1(copy, damage, capsys):
     path = largest_file(copy / "checkpoints" / "4" / "state")

@@ -591,7 +591,7 @@ def test_commands_of_one_process_refuse_keys_that_name_processes_but_read_a_run_
     (run / "run.json").write_text("{}")
     (run / "config.yml").write_text(dump_config(load_config(None, [*overrides, "distributed.auto=false", "seed=3"])))
     source = resolve_model(run, ["seed=4"])
-    assert (source.step, source.config.seed, source.config.distributed.auto) == (7, 4, False)
+    assert (source.run, source.config.seed, source.config.distributed.auto) == (run, 4, False)
     assert hosts.named(source.config.distributed) == {}
     hosts.join(source.config.distributed)  # at once: it is alone
     asked = resolve_model(run, overrides, alone=False).config.distributed

@@ -1,11 +1,13 @@
 """Files that commands write at their end: refused before any work where they cannot be written."""
 
+import errno
 import os
+import re
 
 import pytest
 
 from rl.cli import main
-from rl.output_file import check_writable
+from rl.output_file import check_writable, disk_trouble, writing
 
 # Each with a source that is missing: whoever looks at that first says so.
 COMMANDS = {
@@ -59,3 +61,22 @@ def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who may run the tests, has every permission
     with pytest.raises(ValueError, match="--json must be a file that can be written"):
         check_writable(tmp_path / "new", "--json")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "whatever"), "No space left on device"),
+        (OSError(errno.EIO, "whatever"), "Input/output error"),
+        (OSError(errno.EDQUOT, "whatever"), os.strerror(errno.EDQUOT)),
+        (ValueError("RESOURCE_EXHAUSTED: Failed writing: \"a/b\": [os_error_code='28']"), "No space left on device"),
+        (RuntimeError("Error while serializing: I/O error: Input/output error (os error 5)"), "Input/output error"),
+        (OSError(errno.EACCES, "whatever"), None),
+        (ValueError("28"), None),
+    ],
+)
+def test_a_full_or_broken_disk_is_told_from_other_errors(tmp_path, error, words):
+    assert disk_trouble(error) == words
+    message = f"{tmp_path} could not be written: {words}; make room" if words else str(error)
+    with pytest.raises(ValueError if words else type(error), match=re.escape(message)), writing(tmp_path):
+        raise error

@@ -33,6 +33,7 @@ from rl.models.hf_config import config_json, generation_json, read_config
 from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
 from rl.models.quantized import QuantizedArray, is_chosen, pack, scale_shape, unpack
+from rl.output_file import writing
 from rl.remote import local_copy
 
 __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weights_hash"]
@@ -416,9 +417,10 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         draft = pathlib.Path(scratch) / folder.name
-        draft.mkdir()
-        yield draft
-        os.replace(draft, folder)
+        with writing(folder):
+            draft.mkdir()
+            yield draft
+            os.replace(draft, folder)
 
 
 def copy_others(folder: pathlib.Path, out: pathlib.Path) -> None:

@@ -2,7 +2,8 @@
 
 A folder holds `params/` (one Orbax item, the tree of `rl.models.config.base_specs`), config.json,
 generation_config.json and the tokenizer. In and out are what `rl.models.hf` has for safetensors, under the same names:
-weights are read one by one, into whatever shardings, and checked by path, shape and dtype.
+weights are read one by one, into whatever shardings, and checked by path, shape, dtype and, where `params/hashes.json`
+has them, the hashes of the files.
 """
 
 import pathlib
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rl.checkpoint_files import StoredArray, item_folders, read_array, stored_arrays
+from rl.checkpoint_files import HashCheck, StoredArray, item_folders, read_array, stored_arrays, write_hashes
 from rl.models.config import ModelConfig, base_specs, flatten_specs, leaf_at
 from rl.models.finite import as_finite
 from rl.models.hf import check_tree, content_hash, new_folder, place, same_bits, set_leaf, write_model_files
@@ -50,6 +51,7 @@ def save_params(
         for path, array in _arrays(draft, config).items():
             if not same_bits(read_array(array), np.asarray(jax.device_get(leaf_at(stored, path)))):
                 raise ValueError(f"{'/'.join(path)} was not read back as it was written to {folder}; check the disk")
+        write_hashes(draft / FOLDER)
 
 
 def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> None:
@@ -60,13 +62,28 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> None:
 def load_params(
     folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None, allow_nonfinite: bool = False
 ) -> dict[str, Any]:
-    """The parameter tree of a folder in `config.param_dtype`, placed by `shardings`; see `rl.models.hf.load_params`."""
+    """The parameter tree of a folder in `config.param_dtype`, placed by `shardings`; see `rl.models.hf.load_params`.
+
+    Raises:
+      ValueError: as `check_weights`, numbers that are not finite, or a file that is damaged.
+    """
     params: dict[str, Any] = {}
-    for path, array in _arrays(pathlib.Path(folder), config).items():
-        name = f"{array.folder}: {'/'.join(path)}"
-        value = as_finite(read_array(array), dtype_of(config.param_dtype), name, allow_nonfinite)
-        set_leaf(params, path, place(config, path, value, leaf_at(shardings, path) if shardings else None))
+    with HashCheck(pathlib.Path(folder) / FOLDER) as check:  # in threads, beside the reading
+        try:
+            for path, array in _arrays(pathlib.Path(folder), config).items():
+                name = f"{array.folder}: {'/'.join(path)}"
+                value = as_finite(read_array(array), dtype_of(config.param_dtype), name, allow_nonfinite)
+                set_leaf(params, path, place(config, path, value, leaf_at(shardings, path) if shardings else None))
+        except ValueError:
+            _check_whole(check)  # names the file, where it is one
+            raise
+        _check_whole(check)
     return params
+
+
+def _check_whole(check: HashCheck) -> None:
+    if problems := check.problems():
+        raise ValueError(f"weights must be those that were written, and {problems[0]}; export them again")
 
 
 def weights_hash(folder: str | pathlib.Path) -> str:

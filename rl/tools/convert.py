@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from rl.checkpoint_files import (
     HASHES,
     StoredArray,
+    damaged_files,
     item_folders,
     read_array,
     read_record,
@@ -37,7 +38,7 @@ from rl.health import healthy
 from rl.models.hf import new_folder, read_config, resolve_source, save_folder, set_leaf
 from rl.models.maxtext import read_params, weight_names
 from rl.run_files import read_json
-from rl.run_folder import checkpoint_steps, read_run
+from rl.run_folder import checkpoint_folder, checkpoint_steps, read_run
 from rl.tokenizer import load_tokenizer
 from rl.trust import code_of, untrusted, write_identity
 from rl.weights import tokenizer_of
@@ -60,6 +61,8 @@ def upgrade_run(run: str | pathlib.Path, out: str | pathlib.Path) -> list[str]:
       ValueError: no run folder, `out` is there, or the run lacks what cannot be filled in.
     """
     run, out = pathlib.Path(run), pathlib.Path(out)
+    for step in checkpoint_steps(run):
+        _check_whole(checkpoint_folder(run, step))
     changes = []
     is_trusted = _is_trusted(run)
     with new_folder(out) as draft:
@@ -95,6 +98,8 @@ def convert_maxtext(
     Raises:
       ValueError: no checkpoint of MaxText's, one of another model, or `out` holds something.
     """
+    for folder in (pathlib.Path(checkpoint), pathlib.Path(checkpoint).absolute().parent):
+        _check_whole(folder)
     items = item_folders(pathlib.Path(checkpoint))
     arrays = {array.path: array for item in items.values() for array in stored_arrays(item)}
     names = weight_names(arrays)
@@ -106,6 +111,14 @@ def convert_maxtext(
     save_folder(out, config, params, load_tokenizer(folder), dtype)
     others = sorted({name.partition("/")[0] for name in left_out})
     return [f"left out {len(left_out)} arrays of {', '.join(others)}: the model is text only"] if others else []
+
+
+def _check_whole(folder: pathlib.Path) -> None:
+    """ValueError where files of a checkpoint are not those that were written."""
+    if problems := damaged_files(folder):
+        raise ValueError(
+            f"checkpoint {folder} must be whole, and {problems[0]}; put back a copy, or remove that folder"
+        )
 
 
 def _upgrade_config(path: pathlib.Path, out: pathlib.Path) -> list[str]:
