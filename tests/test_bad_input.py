@@ -6,6 +6,7 @@ Everything goes through the real entry points. Faults of reward functions at run
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -333,7 +334,7 @@ def test_a_reward_that_cannot_be_called_is_refused(recipe, function, message):
 
 def test_too_little_disk_space_is_refused(recipe, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    refuse(recipe, match=r"needs about .* GB free for 2 \+ 1 checkpoints .*; free some space, lower checkpoint\.keep")
+    refuse(recipe, match=r"needs about .* free for 2 \+ 1 checkpoints .*; free some space, lower checkpoint\.keep")
 
 
 def test_a_file_size_limit_below_a_checkpoint_is_refused(recipe):
@@ -343,8 +344,8 @@ def test_a_file_size_limit_below_a_checkpoint_is_refused(recipe):
         ["sh", "-c", command], cwd=recipe.parent, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert (
-        "files may be at most 0.000 GB here (ulimit -f), a checkpoint of 0.000 GB may need more; raise" in result.stderr
+    assert re.search(
+        r"files may be at most [0-9.]+ kB here \(ulimit -f\), a checkpoint of [0-9.]+ kB may need more", result.stderr
     )
     assert not (recipe.parent / "run").exists()
 
