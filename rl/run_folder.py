@@ -223,21 +223,22 @@ class RunFolder:
         """Puts what `write` makes of a new folder at export/, whole and at once. What is there goes if a run left it
         so, else it stays as export.old-TIME. What there is to say, in words.
         """
-        export, draft = self.path / EXPORT, self.path / _UNFINISHED_EXPORT
-        previous = self.path / (_UNFINISHED_EXPORT + ".old")
-        for left in (draft, previous):
-            shutil.rmtree(left, ignore_errors=True)
+        export, scratch = self.path / EXPORT, self.path / _UNFINISHED_EXPORT
+        shutil.rmtree(scratch, ignore_errors=True)  # of a start that was stopped, with all that it was writing there
+        scratch.mkdir()
+        draft = scratch / EXPORT
         write(draft)
         said = []
         if is_own_export(self.path):
-            os.rename(export, previous)
+            os.rename(export, scratch / "previous")
         elif os.path.lexists(export):
             kept = self.path / f"{EXPORT}.old-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
             os.rename(export, kept)
             said.append(f"{kept} is what was in {export}; it stays, for no run wrote it as it is")
+        # The record first: an export without one, after a kill, would be taken for somebody else's.
+        write_file(self.path / EXPORT_RECORD, json.dumps(describe_files(draft), indent=1) + "\n")
         os.rename(draft, export)
-        write_file(self.path / EXPORT_RECORD, json.dumps(describe_files(export), indent=1) + "\n")
-        shutil.rmtree(previous, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         return said
 
     def close(self) -> None:

@@ -37,8 +37,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODES = {"count": 0, "kill": 1, "tear": 2, "full": 3, "broken": 4}
@@ -54,13 +54,25 @@ data: {{source: arithmetic, args: {{operation: add, digits: 1}}, eval_size: 2, m
 rewards: {{functions: [{{function: "{ROOT}/tests/reward_functions.py:flat_for_even_answers", name: low}}]}}
 sampling: {{max_completion_length: 4}}
 optimizer: {{lr: 3e-3}}
-checkpoint: {{every: 1, keep: 2}}
+grpo: {{steps: STEPS, prompts_per_step: 2, group_size: 2}}
+sft: {{steps: STEPS, batch_size: 2, max_completion_length: 4}}
 """
+
+
+class Recipe(NamedTuple):
+    """One kind of run: its command, what it has beside COMMON, and its steps."""
+
+    command: str
+    settings: str
+    steps: int
+
+
 RECIPES = {
-    "train": COMMON + "grpo: {steps: 3, prompts_per_step: 2, group_size: 2}\neval: {every: 1}\n",
-    "sft": COMMON + "sft: {steps: 2, batch_size: 2, max_completion_length: 4}\neval: {every: 0}\n",
+    "train": Recipe("train", "checkpoint: {every: 1, keep: 2}\neval: {every: 1}\n", 3),
+    "short": Recipe("train", "checkpoint: {every: 1, keep: 1}\neval: {every: 0}\n", 2),
+    "sft": Recipe("sft", "checkpoint: {every: 1, keep: 2}\neval: {every: 0}\n", 2),
 }
-STEPS = {"train": 3, "sft": 2}
+FAULTY = ("short", "sft")  # what full and broken disks are tried on, at every k in this order
 
 # Where each phase of a command begins (what is wrapped, as the trainer looks it up), and how often it does.
 PHASES = {
@@ -90,20 +102,23 @@ class Fault:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A command with what happens to it; the start after the last fault is in the other flavour, if `is_switched`."""
+    """A recipe's name with what happens to its run.
 
-    command: str
+    is_switched: whether the start after the last fault is in the other flavour.
+    """
+
+    recipe: str
     faults: tuple[Fault, ...]
     is_switched: bool
 
     def __str__(self) -> str:
-        return f"{self.command}: {'; '.join(map(str, self.faults))}{'; then Linen' if self.is_switched else ''}"
+        return f"{self.recipe}: {'; '.join(map(str, self.faults))}{'; then Linen' if self.is_switched else ''}"
 
 
 class Chaos:
     """The runs, one after another, and what an undisturbed one looks like."""
 
-    def __init__(self, folder: pathlib.Path, library: str):
+    def __init__(self, folder: pathlib.Path, library: str, names: Sequence[str]):
         self._folder = folder
         self._library = ctypes.CDLL(library)
         self._library.chaos_arm.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_long)
@@ -113,25 +128,26 @@ class Chaos:
         self.seconds: dict[str, float] = {}
         self.num_kills = 0  # that have met a run which was not done yet
         self._wanted: dict[str, dict[str, Any]] = {}
-        for command, recipe in RECIPES.items():
-            path = folder / f"{command}.yml"
-            path.write_text(recipe + f"logging: {{compilation_cache: {folder / 'cache'}}}\n")
-            for flavour in ("false", "true"):  # the first one fills the cache
-                out = self._fresh(command)
+        for name in names:
+            text = COMMON.replace("STEPS", str(RECIPES[name].steps)) + RECIPES[name].settings
+            text += f"logging: {{compilation_cache: {folder / 'cache'}}}\n"
+            (folder / f"{name}.yml").write_text(text)
+            for flavour in ("false", "true") if name == "train" else ("true",):  # the first run fills the cache
+                out = self._fresh(name)
                 start = time.monotonic()
-                status, log = self._run(command, out, f"pure_nnx={flavour}", Fault("count", 0))
-                self.seconds[command] = time.monotonic() - start
+                status, log = self._run(name, out, f"pure_nnx={flavour}", Fault("count", 0))
+                self.seconds[name] = time.monotonic() - start
                 if status != 0:
                     raise RuntimeError(f"the undisturbed run failed with {status}:\n{log}")
             counted = json.loads((folder / "counts.json").read_text())
-            self.changes[command], self.failures[command] = counted["changes"], counted["failures"]
-            self._wanted[command] = self._outcome(command, out)
+            self.changes[name], self.failures[name] = counted["changes"], counted["failures"]
+            self._wanted[name] = self._outcome(name, out)
 
     def check(self, case: Case) -> list[str]:
         """What is wrong with the end of a case, in words; nothing where it is right."""
-        out, problems = self._fresh(case.command), []
+        out, problems = self._fresh(case.recipe), []
         for fault in case.faults:
-            status, log = self._run(case.command, out, None, fault)
+            status, log = self._run(case.recipe, out, None, fault)
             self.num_kills += status == -signal.SIGKILL
             if fault.kind in ("full", "broken"):
                 problems += _problems_of_end(status, log)
@@ -140,42 +156,40 @@ class Chaos:
                 problems.append(f"status {status} in place of a kill: {log[-3000:]}")
             elif fault.phase and status == 0:
                 problems.append(f"phase {fault.phase} did not come to its entry {fault.entry}")
-        status, log = self._run(case.command, out, "pure_nnx=false" if case.is_switched else None, None)
+        status, log = self._run(case.recipe, out, "pure_nnx=false" if case.is_switched else None, None)
         if status != 0:
             return [*problems, f"the next start ended with {status}: {log[-3000:]}"]
-        outcome = self._outcome(case.command, out)
+        outcome = self._outcome(case.recipe, out)
         problems += [
             f"{name} differ: {_difference(outcome[name], wanted)}"
-            for name, wanted in self._wanted[case.command].items()
+            for name, wanted in self._wanted[case.recipe].items()
             if outcome[name] != wanted
         ]
         return problems
 
-    def _fresh(self, command: str) -> pathlib.Path:
-        out = self._folder / "runs" / command
+    def _fresh(self, name: str) -> pathlib.Path:
+        out = self._folder / "runs" / name
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
         return out
 
-    def _run(
-        self, command: str, out: pathlib.Path, override: str | None, fault: Fault | None
-    ) -> tuple[int | None, str]:
+    def _run(self, name: str, out: pathlib.Path, override: str | None, fault: Fault | None) -> tuple[int | None, str]:
         """(exit status, console) of one start; None when it hangs. Afterwards no process of it is left."""
         log = self._folder / "log"
         child = os.fork()
         if child == 0:
-            self._become(command, out, override, fault, log)
-        is_timed = fault is not None and fault.kind == "time"
-        status = _wait(child, fault.at if is_timed else LIMIT_SECONDS)
+            self._become(name, out, override, fault, log)
+        timed = fault if fault is not None and fault.kind == "time" else None
+        status = _wait(child, timed.at if timed else LIMIT_SECONDS)
         if status is None:
             os.kill(child, signal.SIGKILL)
             killed = _wait(child, LIMIT_SECONDS)
-            status = killed if is_timed else None
+            status = killed if timed else None
         _wait_for_orphans()
         return status, log.read_text(errors="replace")
 
     def _become(
-        self, command: str, out: pathlib.Path, override: str | None, fault: Fault | None, log: pathlib.Path
+        self, name: str, out: pathlib.Path, override: str | None, fault: Fault | None, log: pathlib.Path
     ) -> NoReturn:
         """Turn this fork into `grpo COMMAND`."""
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -189,14 +203,14 @@ class Chaos:
                 _kill_in(fault)
             elif fault is not None and fault.kind in MODES:
                 self._library.chaos_arm(os.fsencode(out), MODES[fault.kind], int(fault.at))
-            arguments = [command, str(self._folder / f"{command}.yml"), f"output_dir={out}"]
+            arguments = [RECIPES[name].command, str(self._folder / f"{name}.yml"), f"output_dir={out}"]
             status = cli.main([*arguments, *([override] if override else [])])
             if fault is not None and fault.kind == "count":
                 counts = {"changes": self._library.chaos_changes(), "failures": self._library.chaos_failures()}
                 (self._folder / "counts.json").write_text(json.dumps(counts))
             if status == 0:
                 self._library.chaos_arm(b"", 0, 0)
-                arrays = _array_hashes(out / "checkpoints" / str(STEPS[command]) / "state")
+                arrays = _array_hashes(out / "checkpoints" / str(RECIPES[name].steps) / "state")
                 (self._folder / "arrays.json").write_text(json.dumps(arrays))
         except BaseException:  # noqa: BLE001  what Python itself would do at the end of a program
             traceback.print_exc()
@@ -208,14 +222,15 @@ class Chaos:
             sys.stderr.flush()
             os._exit(status)
 
-    def _outcome(self, command: str, out: pathlib.Path) -> dict[str, Any]:
+    def _outcome(self, name: str, out: pathlib.Path) -> dict[str, Any]:
         """What must be the same in every complete run."""
         from rl.metrics import read_metrics, read_samples
 
         metrics = [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(out)]
         files = {path.relative_to(out).as_posix() for path in out.glob("*")}
         # A kill may leave an old checkpoint more than are kept; a run that has nothing left to do lets it lie.
-        steps = {path.name for path in out.glob("checkpoints/*")} - {str(s) for s in range(STEPS[command] - 1)}
+        older = {str(step) for step in range(RECIPES[name].steps)}
+        steps = {path.name for path in out.glob("checkpoints/*")} - older
         files |= {f"checkpoints/{step}" for step in steps}
         exported = {path.name: path.read_bytes() for path in sorted(out.glob("export/*"))}
         return {
@@ -233,24 +248,28 @@ def cases(chaos: Chaos, num_kills: int, faults: int | None, seed: int) -> Iterat
     phases, done, turn = list(PHASES), 0, 0
     while done < num_kills:
         kind = "phase" if turn < len(phases) else numbers.choice(["phase", "change", "time"])
-        command = "sft" if kind != "phase" and numbers.random() < 0.2 else "train"
+        name = "sft" if kind == "change" and numbers.random() < 0.3 else "train"
         if kind == "phase":
             phase = phases[turn % len(phases)]
-            command, _, _, entries = PHASES[phase]
-            events = int(10 ** numbers.uniform(0, 4))
-            kills = [Fault("kill", events, phase, numbers.randint(1, entries))]
+            name, _, _, entries = PHASES[phase]
+            kills = [Fault("kill", int(10 ** numbers.uniform(0, 4)), phase, numbers.randint(1, entries))]
         elif kind == "change":
-            kills = [Fault(numbers.choice(["kill", "tear"]), numbers.randint(1, chaos.changes[command]))]
+            kills = [Fault(numbers.choice(["kill", "tear"]), numbers.randint(1, chaos.changes[name]))]
         else:
-            kills = [Fault("time", round(numbers.uniform(0, chaos.seconds[command]), 3))]
+            kills = [Fault("time", round(numbers.uniform(0, chaos.seconds[name]), 3))]
         while len(kills) < 4 and done + len(kills) < num_kills and numbers.random() < 0.5:
-            kills.append(Fault("kill", numbers.randint(1, chaos.changes[command] // 3)))  # what is left is less
-        yield Case(command, tuple(kills), numbers.random() < 0.5)
+            kills.append(Fault("kill", numbers.randint(1, chaos.changes[name] // 3)))  # what is left is less
+        yield Case(name, tuple(kills), numbers.random() < 0.5)
         done, turn = done + len(kills), turn + 1
-    places = [(c, kind, k) for c in RECIPES for kind in ("full", "broken") for k in range(1, chaos.failures[c] + 1)]
-    chosen = places if faults is None else sorted(numbers.sample(places, min(faults, len(places))))
-    for number, (command, kind, k) in enumerate(chosen):
-        yield Case(command, (Fault(kind, k),), number % 2 == 1)
+    if faults == 0:
+        return
+    places = [
+        (name, k, kind) for name in FAULTY for k in range(1, chaos.failures[name] + 1) for kind in ("full", "broken")
+    ]
+    if faults is not None:
+        places = numbers.sample(places, min(faults, len(places)))
+    for number, (name, k, kind) in enumerate(places):
+        yield Case(name, (Fault(kind, k),), number % 4 in (1, 2))
 
 
 def _kill_in(fault: Fault) -> None:
@@ -342,7 +361,7 @@ def build(folder: pathlib.Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Kills, and full and broken disks, at every moment of a tiny run.")
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--faults", default="12", help="how many full and broken disks; all: at every k, both")
     parser.add_argument("--seed", type=int, default=0)
@@ -368,7 +387,8 @@ def main() -> int:
     assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork would lose the other threads"
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    chaos = Chaos(pathlib.Path(arguments.folder), arguments.library)
+    names = [*(("train", "sft") if arguments.kills else ()), *(FAULTY if arguments.faults != "0" else ())]
+    chaos = Chaos(pathlib.Path(arguments.folder), arguments.library, list(dict.fromkeys(names)))
     print(f"changes {chaos.changes}, that can fail {chaos.failures}, seconds {chaos.seconds}", flush=True)
     faults = None if arguments.faults == "all" else int(arguments.faults)
     num_wrong = num_cases = 0

@@ -315,6 +315,33 @@ def test_an_export_that_fine_tuning_wrote_is_replaced_and_anything_else_stays(tm
     assert kept.is_dir()
 
 
+def test_an_export_that_was_stopped_leaves_nothing_and_the_next_one_is_not_taken_for_anothers(tmp_path):
+    folder = tmp_path / "a"
+    make_run(folder, kind="sft")
+    run = open_folder(folder, kind="sft")
+
+    def stop(out):  # as `rl.models.hf.new_folder` does, which writes beside the folder it makes
+        (out.parent / f".{out.name}.scratch").mkdir()
+        raise KeyboardInterrupt
+
+    def write(out):
+        out.mkdir()
+        (out / "model").write_text("weights")
+
+    with pytest.raises(KeyboardInterrupt):
+        run.replace_export(stop)
+    (folder / "export.json").mkdir()  # so that it cannot be written
+    with pytest.raises(OSError, match=r"export\.json"):
+        run.replace_export(write)
+    (folder / "export.json").rmdir()
+    assert run.replace_export(write) == []
+    assert contents(folder / "export") == {"model": b"weights"}
+    assert not [
+        path for path in folder.iterdir() if "export" in path.name and path.name not in ("export", "export.json")
+    ]
+    run.close()
+
+
 class Killed(BaseException):
     """In the place of a signal that cannot be caught."""
 
