@@ -156,7 +156,7 @@ def foreign_in(path: pathlib.Path) -> list[pathlib.Path]:
     """What no run wrote into something that `own_entries` names: into a step, or into export/."""
     if path.name == EXPORT:
         return [] if is_own_export(path.parent) else [path]
-    if path.parent.name != CHECKPOINTS or not path.name.isdecimal():
+    if path.parent.name != CHECKPOINTS or (_STEP.fullmatch(path.name) and not path.name.isdecimal()):
         return []
     foreign = [entry for entry in path.iterdir() if entry.name not in _STEP_ENTRIES]
     with contextlib.suppress(ValueError):  # without hashes the items of a step are Orbax's, as their names say

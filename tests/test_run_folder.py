@@ -259,7 +259,7 @@ def test_overwrite_leaves_every_file_that_no_run_wrote(tmp_path, kind):
         "checkpoints/1/notes.txt",
         "export/notes.txt",
     ]
-    strange += ["checkpoints/1/state/notes.txt"]
+    strange += ["checkpoints/1/state/notes.txt", "checkpoints/2.damaged/notes.txt"]
     for name in strange:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"mine: {name}")
