@@ -12,6 +12,7 @@ from typing import Any
 
 MAX_FILE_BYTES = 100_000_000
 _SHOWN = 120  # characters of a value in a message
+_SHOWN_ERROR = 400  # of what a library says
 _MISSING: Any = object()
 
 
@@ -34,11 +35,13 @@ def read_object(path: pathlib.Path, missing: str = "check the path") -> dict[str
     except FileNotFoundError:
         raise ValueError(f"{path} must exist, but it does not; {missing}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be a JSON file, but it cannot be read: {error}; fetch it again") from error
+        raise ValueError(
+            f"{path} must be a JSON file, but it cannot be read: {briefly(error)}; fetch it again"
+        ) from error
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
-        raise ValueError(f"{path} must be valid JSON: {error}; fetch it again") from error
+        raise ValueError(f"{path} must be valid JSON: {briefly(error)}; fetch it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
@@ -48,6 +51,12 @@ def shown(value: object) -> str:
     """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+
+
+def briefly(error: object) -> str:
+    """What a library says, for a message: some of them say all that they were given."""
+    text = str(error)
+    return text if len(text) <= _SHOWN_ERROR else f"{text[:_SHOWN_ERROR]}... ({len(text)} characters)"
 
 
 class Fields:

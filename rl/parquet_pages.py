@@ -1,8 +1,9 @@
 """What the pages of a parquet file say they decompress to: read from their headers, before anything is decompressed.
 
-In: a file and its metadata as pyarrow reads it. Out: nothing, or a ValueError for a page, or a group of rows, that is
-larger than it may be. A reader allocates what a page header says, whatever the metadata of the file says, so that it is
-the headers that are looked at (https://parquet.apache.org/docs/file-format/data-pages/).
+In: a file. Out: nothing, or a ValueError for a page, or a group of rows, that is larger than it may be. A reader
+allocates what a page header says, whatever the metadata of the file says, so that it is the headers that are looked at
+(https://parquet.apache.org/docs/file-format/). pyarrow is not asked where they are: it ends the whole process over some
+kinds of damage to the metadata.
 """
 
 import os
@@ -10,44 +11,76 @@ import pathlib
 from typing import Any, BinaryIO
 
 MAX_PAGE_BYTES = 1_000_000_000
-_MAX_HEADER_BYTES = 16 << 20  # as in the C++ reader
-_UNCOMPRESSED, _COMPRESSED = 2, 3  # numbers of the fields of a page header
+_MAX_METADATA_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 16 << 20  # of a page, as in the C++ reader
+_MAGIC = b"PAR1"
+
+# Numbers of fields in https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
+_ROW_GROUPS, _COLUMNS, _COLUMN = 4, 1, 3
+_PATH, _CHUNK_COMPRESSED, _DATA_PAGE, _DICTIONARY_PAGE = 3, 7, 9, 11
+_UNCOMPRESSED, _COMPRESSED = 2, 3
 
 # Types of Thrift's compact protocol.
 _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 12
 _VARINTS = (4, 5, 6)
-_MAX_DEPTH = 8  # of structs within each other
+_MAX_DEPTH = 16  # of structs and lists within each other
 
 
-def check_pages(path: pathlib.Path, metadata: Any) -> None:
-    """Reads the header of every page.
+def check_pages(path: pathlib.Path) -> None:
+    """Reads the header of every page of a parquet file; of another file nothing.
 
     Raises:
       ValueError: a page that decompresses to more than `MAX_PAGE_BYTES`, a group of rows whose pages together are more
-        than the memory of this machine, or a header that cannot be read.
+        than the memory of this machine, or metadata or a header that cannot be read.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        for group in range(metadata.num_row_groups):
-            row_group, total = metadata.row_group(group), 0
-            for index in range(row_group.num_columns):
-                column = row_group.column(index)
-                name = f"{path}: column {column.path_in_schema!r} of row group {group}"
-                total += _check_column(file, column, size, name)
+        file.seek(max(size - 8, 0))
+        end = file.read(8)
+        if end[4:] != _MAGIC:
+            return  # encrypted, or none: the reader says so
+        length = int.from_bytes(end[:4], "little")
+        if length > min(_MAX_METADATA_BYTES, size - 8):
+            raise ValueError(
+                f"{path} must have metadata of at most {_MAX_METADATA_BYTES} bytes, got {length} of {size}"
+            )
+        file.seek(size - 8 - length)
+        try:
+            groups = _row_groups(_Thrift(file.read(length)).struct())
+        except (IndexError, TypeError, ValueError, KeyError) as error:  # it ends too early, or is something else
+            raise ValueError(
+                f"{path} must be a parquet file, and its metadata cannot be read; it is damaged"
+            ) from error
+        for number, columns in enumerate(groups):
+            total = 0
+            for name, first, length in columns:
+                described = f"{path}: column {name!r} of row group {number}"
+                total += _check_column(file, first, min(first + length, size), described)
             if total > memory:
                 raise ValueError(
-                    f"{path}: row group {group} must decompress to what fits in memory, got {total} bytes of {memory}; "
-                    "write the file with smaller row groups"
+                    f"{path}: row group {number} must decompress to what fits in memory, got {total} bytes of "
+                    f"{memory}; write the file with smaller row groups"
                 )
 
 
-def _check_column(file: BinaryIO, column: Any, size: int, name: str) -> int:
-    """Bytes of a column's pages when they are decompressed."""
-    first = column.data_page_offset
-    if column.dictionary_page_offset:  # 0 and None: there is none
-        first = min(first, column.dictionary_page_offset)
-    place, end, total = first, min(first + column.total_compressed_size, size), 0
+def _row_groups(metadata: dict[int, Any]) -> list[list[tuple[str, int, int]]]:
+    """(name, place of the first page, bytes) of every column of every row group."""
+    groups = []
+    for group in metadata.get(_ROW_GROUPS, []):
+        columns = []
+        for chunk in group[_COLUMNS]:
+            column = chunk[_COLUMN]
+            name = ".".join(str(part, "utf-8") for part in column[_PATH])
+            first = min(place for place in (column[_DATA_PAGE], column.get(_DICTIONARY_PAGE)) if place)  # 0: none
+            columns.append((name[:100], first + 0, column[_CHUNK_COMPRESSED] + 0))  # TypeError: no numbers
+        groups.append(columns)
+    return groups
+
+
+def _check_column(file: BinaryIO, place: int, end: int, name: str) -> int:
+    """Bytes of a column's pages, which lie from `place` to `end`, when they are decompressed."""
+    total = 0
     while 0 < place < end:
         uncompressed, compressed, header_bytes = _read_header(file, place, name)
         if not 0 <= uncompressed <= MAX_PAGE_BYTES:
@@ -68,17 +101,18 @@ def _read_header(file: BinaryIO, place: int, name: str) -> tuple[int, int, int]:
         file.seek(place)
         thrift = _Thrift(file.read(limit))
         try:
-            fields = thrift.numbers(depth=0)
+            fields = thrift.struct()
         except IndexError:  # it is longer
             continue
-        if _UNCOMPRESSED in fields and _COMPRESSED in fields:
-            return fields[_UNCOMPRESSED], fields[_COMPRESSED], thrift.place
+        sizes = fields.get(_UNCOMPRESSED), fields.get(_COMPRESSED)
+        if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+            return sizes[0], sizes[1], thrift.place
         break
     raise ValueError(f"{name} must have a page header at byte {place}, and it cannot be read; the file is damaged")
 
 
 class _Thrift:
-    """A message in Thrift's compact protocol, of which whole numbers are kept and all else is passed over.
+    """A message in Thrift's compact protocol.
 
     https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md. IndexError: it goes on.
     """
@@ -87,47 +121,42 @@ class _Thrift:
         self.data = data
         self.place = 0
 
-    def numbers(self, depth: int) -> dict[int, int]:
-        """The whole numbers of a struct by the numbers of their fields."""
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        """The values of a struct by the numbers of their fields: int, bytes, list or again a dict; None for others."""
         found, field = {}, 0
         while (header := self._byte()) != _STOP:
             delta, kind = header >> 4, header & 15
             field = field + delta if delta else self._zigzag()
-            if kind in _VARINTS:
-                found[field] = self._zigzag()
-            else:
-                self._pass(kind, depth, in_list=False)
+            found[field] = None if kind in (_TRUE, _FALSE) else self._value(kind, depth)  # its type is its value
         return found
 
-    def _pass(self, kind: int, depth: int, in_list: bool) -> None:
+    def _value(self, kind: int, depth: int) -> Any:
         if depth > _MAX_DEPTH:
             raise IndexError(depth)
-        if kind in (_TRUE, _FALSE):
-            self.place += in_list  # as a field its type is its value
-        elif kind == _BYTE:
-            self.place += 1
-        elif kind in _VARINTS:
-            self._varint()
-        elif kind == _DOUBLE:
-            self.place += 8
-        elif kind == _BINARY:
-            size = self._varint()
-            self.place += size
-        elif kind in (_LIST, _SET):
+        if kind in _VARINTS:
+            return self._zigzag()
+        if kind == _BINARY:
+            return self._bytes(self._varint())
+        if kind == _STRUCT:
+            return self.struct(depth + 1)
+        if kind in (_LIST, _SET):
             header = self._byte()
             count = header >> 4 if header >> 4 != 15 else self._varint()
-            for _ in range(min(count, len(self.data) + 1)):
-                self._pass(header & 15, depth + 1, in_list=True)
-                self._check()
-        elif kind == _STRUCT:
-            self.numbers(depth + 1)
-        else:  # maps are in no page header
-            raise IndexError(kind)
-        self._check()
+            if count > len(self.data) - self.place:  # each takes a byte at least
+                raise IndexError(count)
+            return [self._value(header & 15, depth + 1) for _ in range(count)]
+        if kind in (_TRUE, _FALSE, _BYTE):
+            return self._byte()
+        if kind == _DOUBLE:
+            return self._bytes(8)
+        raise IndexError(kind)  # maps are in no such message
 
-    def _check(self) -> None:
+    def _bytes(self, count: int) -> bytes:
+        start = self.place
+        self.place += count
         if self.place > len(self.data):
             raise IndexError(self.place)
+        return self.data[start : self.place]
 
     def _byte(self) -> int:
         self.place += 1

@@ -205,15 +205,16 @@ def _open_parquet(path: pathlib.Path) -> Source:
                         table = file.read_row_group(group)
                         rows += table.slice(max(start - first, 0), min(end, last) - max(start, first)).to_pylist()
                     first = last
-        except (pyarrow.ArrowException, OSError) as error:  # of damaged metadata pyarrow raises OSError
+        # OSError: of damaged metadata; UnicodeDecodeError: of text that is none.
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} must be a parquet file, got: {error}") from error
         return rows
 
     try:
+        check_pages(path)
         with pyarrow.parquet.ParquetFile(path) as file:
-            check_pages(path, file.metadata)
             return Source(file.metadata.num_rows, "rows", read)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be a parquet file, got: {error}") from error
 
 

@@ -185,7 +185,10 @@ def load_tokenizer(source: str | os.PathLike, chat_template_path: str | os.PathL
         backend.chat_template = _read_template(local_copy(chat_template_path))
         return Tokenizer(backend, f"tokenizer.chat_template {os.fspath(chat_template_path)!r}")
     _check_template(source, backend)
-    return Tokenizer(backend, f"the chat template of tokenizer {source!r}")
+    try:
+        return Tokenizer(backend, f"the chat template of tokenizer {source!r}")
+    except ValueError as error:
+        raise ValueError(f"tokenizer {source!r}: {error}") from error
 
 
 def _check_template(source: str, backend: "PreTrainedTokenizerFast") -> None:
@@ -298,7 +301,9 @@ def _token_id(backend: "PreTrainedTokenizerFast", token: Any) -> int | None:
         return None
     token_id = backend.get_vocab().get(str(token))
     if token_id is None:
-        raise ValueError(f"the tokenizer's special tokens must be in its vocabulary, got {str(token)!r}, which is not")
+        raise ValueError(
+            f"the tokenizer's special tokens must be in its vocabulary, got {shown(str(token))}, which is not"
+        )
     return token_id
 
 

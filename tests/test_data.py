@@ -146,8 +146,9 @@ def test_pages_of_ordinary_parquet_files_are_found(tmp_path, version, compressio
     assert load_rows(str(path), {}, {"prompt": "prompt"}, 0) == rows
     metadata = pyarrow.parquet.read_metadata(path)
     column = metadata.row_group(1).column(0)
+    first = column.dictionary_page_offset or column.data_page_offset
     with path.open("rb") as file:
-        headers = parquet_pages._check_column(file, column, path.stat().st_size, "")
+        headers = parquet_pages._check_column(file, first, first + column.total_compressed_size, "")
         # The metadata counts the headers as well.
         assert 0 <= column.total_uncompressed_size - headers < 0.2 * column.total_uncompressed_size + 500
 

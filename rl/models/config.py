@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+from rl.json_file import briefly, shown
+
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -81,7 +83,7 @@ class Quantization:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(
-                    f"patterns of quantised weights must be regular expressions, got {pattern!r}: {error}"
+                    f"patterns of quantised weights must be regular expressions, got {shown(pattern)}: {briefly(error)}"
                 ) from error
 
 
@@ -475,7 +477,7 @@ def _check_size(name: str, value: int) -> None:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
 
 
 def _check(config: ModelConfig) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rl.json_file import read_object, shown
+from rl.json_file import briefly, read_object, shown
 from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs, leaf_at
 from rl.models.finite import as_finite, check_finite
 from rl.models.hf_config import config_json, generation_json, read_config
@@ -143,7 +143,10 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
     """
     folder = pathlib.Path(folder)
     locations = tensor_locations(folder)
-    names = _stored_tensors(config)
+    try:
+        names = _stored_tensors(config)
+    except ValueError as error:  # a group size that does not fit
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     _check_tensor_names(folder, names, locations, config)
     for file in sorted({locations[name] for name in names}):
         with open_tensors(file) as tensors:
@@ -315,7 +318,9 @@ def open_tensors(file: pathlib.Path) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{file} must exist, but it does not; fetch the model again") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file} must be a whole safetensors file, got {error}; fetch the model again") from error
+        raise ValueError(
+            f"{file} must be a whole safetensors file, got {briefly(error)}; fetch the model again"
+        ) from error
 
 
 def _check_tensor_names(
@@ -342,7 +347,7 @@ def _check_tensor_names(
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return briefly(", ".join(names[:5]) + (", ..." if len(names) > 5 else ""))
 
 
 def _check_tensor(
