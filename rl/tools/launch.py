@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Starts the processes and waits for them.
 
     Returns:
-      0 when all of them ended well; 1 when one did not, which has then been named on stderr and the others ended.
+      0 when all of them ended well; 1 when one did not, which has then been named on stderr and the others ended; 141
+      when the reader of stdout is gone.
     """
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
     address = f"127.0.0.1:{_free_port()}"
