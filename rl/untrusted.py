@@ -48,13 +48,13 @@ class Untrusted:
             raise UntrustedError(f"it gave {type(answer).__name__} in place of text")
         return answer
 
-    def match(self, pattern: str, texts: list[str]) -> list[bool]:
-        """Which texts a regular expression describes as a whole.
+    def match(self, pattern: str, texts: list[str], whole: bool = True) -> list[bool]:
+        """Which texts a regular expression describes as a whole, or, without `whole`, is found in.
 
         Raises:
           UntrustedError: it is none, or takes too long.
         """
-        answer = self._ask({"kind": "match", "pattern": pattern, "texts": texts}, 10 * len(texts))
+        answer = self._ask({"kind": "match", "pattern": pattern, "texts": texts, "whole": whole}, 10 * len(texts))
         if not isinstance(answer, list) or [type(item) for item in answer] != [bool] * len(texts):
             raise UntrustedError("it gave something else than an answer for each text")
         return answer

@@ -49,10 +49,11 @@ def render(template: str, variables: dict[str, Any], most: int) -> str:
     return "".join(pieces)
 
 
-def match(pattern: str, texts: list[str]) -> list[bool]:
-    """Which texts a regular expression describes as a whole."""
+def match(pattern: str, texts: list[str], whole: bool) -> list[bool]:
+    """Which texts a regular expression describes as a whole, or else is found in."""
     compiled = re.compile(pattern)
-    return [compiled.fullmatch(text) is not None for text in texts]
+    find = compiled.fullmatch if whole else compiled.search
+    return [find(text) is not None for text in texts]
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from rl import untrusted
 from rl.config import load_config
 from rl.models import hf, own, param_folder, quantized_files
 from rl.models.config import ForeignConfig, ParameterSpec, Quantization
@@ -82,7 +83,7 @@ def test_nan_in_the_weights_of_a_run_ends_its_start_unless_it_is_allowed(tmp_pat
     assert np.isnan(params["layers_1"]["mlp"]["up_proj"]["kernel"]).sum() == 1
 
 
-def test_nan_in_quantised_weights_and_their_scales_is_refused(tmp_path):
+def test_nan_in_quantised_weights_and_patterns_without_an_end_are_refused(tmp_path, monkeypatch):
     quantize_folder(GOLDEN / "llama_tied", tmp_path / "out", Quantization("float8_e4m3fn"))
     config = hf.read_config(tmp_path / "out")
     index = json.loads((tmp_path / "out" / hf.INDEX_FILE).read_text())["weight_map"]
@@ -91,6 +92,12 @@ def test_nan_in_quantised_weights_and_their_scales_is_refused(tmp_path):
         with pytest.raises(ValueError, match=rf"tensor {tensor} must hold finite numbers"):
             hf.load_params(tmp_path / "out", config)
     assert hf.load_params(tmp_path / "out", config, allow_nonfinite=True)
+    monkeypatch.setattr(untrusted, "SECONDS", 0.3)
+    endless = dataclasses.replace(config, quantization=Quantization("float8_e4m3fn", patterns=("(.|.)*!",)))
+    with pytest.raises(
+        ValueError, match=r"config.json: patterns of quantised weights must be .* it took more than 0.3 s"
+    ):
+        hf.check_weights(tmp_path / "out", endless)
 
 
 def test_nan_in_a_parameter_only_checkpoint_is_refused(tmp_path):

@@ -32,7 +32,7 @@ from rl.models.finite import as_finite, check_finite
 from rl.models.hf_config import config_json, generation_json, read_config
 from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
-from rl.models.quantized import QuantizedArray, is_chosen, pack, scale_shape, unpack
+from rl.models.quantized import QuantizedArray, check_patterns, is_chosen, pack, scale_shape, unpack
 from rl.output_file import writing
 from rl.remote import local_copy
 
@@ -144,8 +144,9 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
     folder = pathlib.Path(folder)
     locations = tensor_locations(folder)
     try:
+        check_patterns(config)
         names = _stored_tensors(config)
-    except ValueError as error:  # a group size that does not fit
+    except ValueError as error:  # such a pattern, or a group size that does not fit
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     _check_tensor_names(folder, names, locations, config)
     for file in sorted({locations[name] for name in names}):

@@ -22,7 +22,9 @@ import qwix
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rl.json_file import shown
 from rl.models.config import (
+    ATTENTION_AND_MLP,
     QUANTIZED_DTYPES,
     ForeignConfig,
     ModelConfig,
@@ -32,6 +34,7 @@ from rl.models.config import (
     parameter_specs,
     spec_at,
 )
+from rl.untrusted import Untrusted, UntrustedError
 
 
 @struct.dataclass
@@ -180,6 +183,27 @@ def is_chosen(config: ModelConfig | ForeignConfig, quantization: Quantization, p
     is_head = name == ("embed_tokens/embedding" if config.tie_word_embeddings else "lm_head/kernel")
     is_matrix = path[-1] in ("kernel", "embedding")
     return is_matrix and (found or (quantization.head and is_head))
+
+
+def check_patterns(config: ModelConfig | ForeignConfig) -> None:
+    """ValueError where a pattern in a model's own files takes too long to look for in the names of its parameters; it
+    comes before the first `is_chosen`.
+    """
+    patterns = () if config.quantization is None else config.quantization.patterns
+    names = ["/".join(path) for path, _ in flatten_specs(config.specs)]
+    for pattern in patterns:
+        if pattern == ATTENTION_AND_MLP:  # our own
+            continue
+        untrusted = Untrusted()
+        try:
+            untrusted.match(pattern, names, whole=False)
+        except UntrustedError as error:
+            raise ValueError(
+                f"patterns of quantised weights must be looked for in {len(names)} names of parameters quickly, got "
+                f"{shown(pattern)}: {error}; quantise the model again"
+            ) from error
+        finally:
+            untrusted.close()
 
 
 def quantize_params(config: ModelConfig, params: dict[str, Any], quantization: Quantization) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from rl.models.hf import (
     tensor_locations,
 )
 from rl.models.ops import dtype_of
-from rl.models.quantized import QuantizedArray, is_chosen, pack, scale_shape, unpack
+from rl.models.quantized import QuantizedArray, check_patterns, is_chosen, pack, scale_shape, unpack
 
 Params = dict[str, Any]
 Path = tuple[str, ...]
@@ -50,6 +50,7 @@ def check_weights(folder: pathlib.Path, config: ForeignConfig) -> dict[str, path
     """The file of every tensor in a folder, after comparing the files' headers with what `config` wants; ValueError
     naming what is missing, extra or of another form.
     """
+    check_patterns(config)
     locations, wanted = tensor_locations(folder), _forms(config)
     problems = [f"missing {name}" for name in sorted(wanted.keys() - locations.keys())]
     problems += [f"unexpected {name}" for name in sorted(locations.keys() - wanted.keys())]
