@@ -112,6 +112,7 @@ class Checkpoints:
         options: dict[str, Any] = {"lightweight_initialize": True}  # one damaged step must not hide the others
         if self._read_only:  # changes nothing: the half-written checkpoint that it finds may be one that a run writes
             options |= {"read_only": True, "create": False, "save_interval_steps": 0}
+            logging.getLogger("absl").addFilter(_is_unexpected)
         else:
             options |= {"max_to_keep": self._keep, "enable_async_checkpointing": True, "enable_background_delete": True}
             options |= {"temporary_path_class": _StepPath}
@@ -438,6 +439,11 @@ class _StepPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
             written = pathlib.Path(super().get_final())
             write_hashes(written)
             written.rename(self._step)
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """False for Orbax's warning that it was asked to read only."""
+    return not str(record.msg).startswith("Given directory is read only")
 
 
 def _is_news(record: logging.LogRecord) -> bool:

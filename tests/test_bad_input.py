@@ -200,16 +200,20 @@ def test_models_and_prompts_that_cannot_be_are_refused(capsys):
 @pytest.mark.parametrize(
     ("command", "overrides", "steps"), [("train", [], 2), ("sft", ["sft.batch_size=2", "data.eval_size=1"], 200)]
 )
-def test_a_check_says_what_a_run_would_do_and_changes_nothing(recipe, capsys, monkeypatch, command, overrides, steps):
+def test_a_check_says_what_a_run_would_do_and_changes_nothing(
+    recipe, capsys, caplog, monkeypatch, command, overrides, steps
+):
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     is_cache_on = jax.config.jax_enable_compilation_cache
     before = snapshot(recipe.parent)
     try:
         with CompileCounter() as compiles:
             assert main([command, "--check", str(recipe), *overrides]) == 0
-            last = capsys.readouterr().out.splitlines()[-1]
+            captured = capsys.readouterr()
+            last = captured.out.splitlines()[-1]
             where = recipe.parent / "run"
             assert last == f"grpo {command} would start a run of {steps} steps in {where}; nothing was written"
+            assert "read only" not in captured.err + caplog.text
             assert main([command, str(recipe), *overrides, "rewards.functions=[{function: 'nope:f'}]", "--check"]) == 2
             assert "'nope' does not import" in capsys.readouterr().err
         assert compiles.count == 0
