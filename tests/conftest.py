@@ -13,7 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 # No test may reach for a hub: a missing file should fail at once, not after a network time-out.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# What one test compiled is not what another finds compiled; a recipe can still name a cache of its own.
+# Processes that tests start find nothing compiled, unless their recipe names a cache.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Two test processes may describe TPU chips at a time; none of them opens a real one.
@@ -75,17 +75,62 @@ def pytest_collection_modifyitems(items):
                 used[value] += 1
         for item in combinations:
             item.add_marker("long")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # files go to the processes in this order: the largest must not be the last
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        sizes = {path: path.stat().st_size for path in {item.path for item in items}}
+        items.sort(key=lambda item: (item.path not in slow, -sizes[item.path], str(item.path)))
 
 
 def _imports_a_builder(path):
+    names = _imported(path)
+    helpers = [path.parent / f"{name.removeprefix('tests.')}.py" for name in names if name.startswith("tests.")]
+    return bool(names & BUILDERS) or any(_imports_a_builder(helper) for helper in helpers if helper.exists())
+
+
+def _imported(path):
+    """The names of all modules, and of what is taken from them, that a file imports anywhere."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    helpers = [path.parent / f"{name.removeprefix('tests.')}.py" for name in names if name.startswith("tests.")]
-    return bool(names & BUILDERS) or any(_imports_a_builder(helper) for helper in helpers if helper.exists())
+    return names
+
+
+@pytest.fixture(scope="session")
+def _programs(tmp_path_factory):
+    """Where this process keeps what it compiled; of two, one would read what the other has half written."""
+    return str(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(request, _programs):
+    """A file that starts whole runs finds the programs compiled that an earlier run of this process had.
+
+    Not one that looks at programs themselves: what is loaded has the names and lines of where it was compiled.
+    """
+    names = _imported(request.path)
+    if not names & {"rl.cli", "rl.grpo_trainer", "rl.sft_trainer"} or names & {"rl.executables", "rl.tools.hlo"}:
+        yield
+        return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def use(settings):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # whether there is one is otherwise decided only once
+
+    settings = {
+        "jax_compilation_cache_dir": _programs,
+        "jax_enable_compilation_cache": True,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,  # what is faster compiled than read
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    use(settings)
+    yield
+    use(before)
 
 
 # A process may have 65,530 memory maps (vm.max_map_count) and each compiled program takes about six; where none is

@@ -13,7 +13,7 @@ import pytest
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 # Tunix names its shardings as older flax did, and calls its own cache for Llama deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.slow]
 
 
 @pytest.fixture

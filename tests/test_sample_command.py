@@ -14,7 +14,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from rl import sample_command
 from rl.cli import main
@@ -53,20 +52,6 @@ ROWS = [
     {"prompt_ids": [1, 52, 53], "seed": 11, "n": 2},
     {"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "id": 7},
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs_are_compiled_once(tmp_path_factory):
-    """Every call compiles its own programs; most are the same, and one takes seconds."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("programs")), 0.5), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
