@@ -12,6 +12,7 @@ import os
 import pathlib
 from typing import Any, Self
 
+META_SUFFIX = ".meta.json"  # of the settings beside the file
 MAX_NAMED_DIFFERENCES = 5
 
 
@@ -37,8 +38,8 @@ class CompletionFile:
         self._path = pathlib.Path(path)
         if not self._path.name:
             raise ValueError(f"--output must be a file that can be written, got {path}, which is a folder")
-        self._meta = self._path.with_name(self._path.name + ".meta.json")
-        self._new_meta = self._path.with_name(self._path.name + ".meta.json.tmp")
+        self._meta = self._path.with_name(self._path.name + META_SUFFIX)
+        self._new_meta = self._path.with_name(self._path.name + META_SUFFIX + ".tmp")
         settings = json.loads(json.dumps(settings))
         try:
             self._is_new = not self._path.exists()

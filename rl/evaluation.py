@@ -33,6 +33,7 @@ from rl.models.config import Quantization
 from rl.models.policy import Policy, WavePolicy
 from rl.output_file import check_writable, writing
 from rl.programs import Stored, not_stored
+from rl.remote import written_file
 from rl.rollout import sample_and_score
 from rl.run_folder import check_trust
 from rl.sampler import Sampler
@@ -347,7 +348,7 @@ def evaluate_source(
     source = resolve_model(model, overrides, adapter=adapter, alone=False)
     config = source.config
     with hosts.joined(config.distributed):
-        check_trust(model, config, overrides, TO_EVALUATE, trust)
+        check_trust(source.run or model, config, overrides, TO_EVALUATE, trust)
         hosts.from_first(lambda: check_writable(output, "--output"))
         use_compilation_cache(config)
         require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
@@ -384,8 +385,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments.output is not None:
         lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in result.samples)
-        with writing(arguments.output):
-            pathlib.Path(arguments.output).write_text(lines, encoding="utf-8")
+        with writing(arguments.output), written_file(arguments.output) as path:
+            path.write_text(lines, encoding="utf-8")
     low, high = result.interval
     print(
         f"{where}: accuracy {result.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}) on {result.num_judged} prompts"

@@ -44,6 +44,9 @@ def disk_trouble(error: Exception) -> str | None:
     return os.strerror(number) if number in _OF_THE_DISK else None
 
 
+from rl.remote import check_path, is_remote
+
+
 def check_writable(path: str | os.PathLike | None, option: str, makes_folders: bool = False) -> None:
     """Refuses a file that could not be written later; writes nothing.
 
@@ -57,6 +60,9 @@ def check_writable(path: str | os.PathLike | None, option: str, makes_folders: b
     """
     if path is None:
         return
+    check_path(os.fspath(path), option, may_be_remote=True)
+    if is_remote(path):
+        return  # whether it can be written is seen when it is
     path = pathlib.Path(path)
     if path.is_dir():
         raise ValueError(f"{option} must be a file to write, got the folder {str(path)!r}; name a file in it")

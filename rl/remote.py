@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -26,6 +26,7 @@ T = TypeVar("T")
 EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> the extra of the package that has its driver
 _SCHEME = re.compile(r"[A-Za-z][\w+.:-]*(?=://)")
 _RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)  # beside the retries of the drivers themselves
+_LAST = ("config.json", "adapter_config.json")
 _NUM_TRANSFERS = 8  # files on their way at a time
 
 
@@ -155,11 +156,13 @@ class _GoogleVersions:
                 uploadType="media",
                 name=name,
                 ifGenerationMatch=version or "0",
-                headers={"Content-Type": "application/json"},
+                headers={"Content-Type": "application/octet-stream"},
                 data=data,
                 json_out=True,
             )
-        except HttpError as error:
+        except FileExistsError:  # what the driver makes of 412, "condition not met"
+            return None
+        except HttpError as error:  # what older ones do
             if str(error.code) == "412":
                 return None
             raise
@@ -336,33 +339,22 @@ def file_names(folder: pathlib.Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def written_folder(out: str | os.PathLike, last: str) -> Iterator[pathlib.Path]:
-    """A path to write a new folder to; of a URL it is a local one, whose files are uploaded at the end.
-
-    Args:
-      last: the file without which readers take the folder for none; it is uploaded last.
+def uploaded_folder(store: Store) -> Iterator[pathlib.Path]:
+    """A new local folder, whose files are uploaded to the store's URL at the end; config.json last, without which
+    readers take it for no model.
 
     Raises:
-      ValueError: of a URL: something is there, or it cannot be written.
+      ValueError: something is there already, or it cannot be written.
     """
-    if not is_remote(out):
-        yield pathlib.Path(out)
-        return
-    with _written(open_store(os.fspath(out)), last) as folder:
-        yield folder
-
-
-@contextlib.contextmanager
-def _written(store: Store, last: str) -> Iterator[pathlib.Path]:
     if store.stats():
         raise ValueError(f"export folder must be new or empty, got {store.url}; choose another one or remove it")
     with _scratch() as scratch:
         folder = scratch / "out"
+        folder.mkdir()
         yield folder
         names = file_names(folder)
-        upload_all(store, {name: folder / name for name in names if name != last})
-        if last in names:
-            store.upload(folder / last, last)
+        for part in ([name for name in names if name not in _LAST], [name for name in names if name in _LAST]):
+            upload_all(store, {name: folder / name for name in part})
 
 
 @contextlib.contextmanager
@@ -376,6 +368,46 @@ def written_file(out: str | os.PathLike) -> Iterator[pathlib.Path]:
     with _scratch() as scratch:
         yield scratch / name
         store.upload(scratch / name, name)
+
+
+@contextlib.contextmanager
+def continued_file(out: str | os.PathLike, suffixes: Sequence[str]) -> Iterator[pathlib.Path]:
+    """A path of a file that is appended to, with others beside it, whose names are the file's with these suffixes; ""
+    is the file itself. Of a URL they are local ones that outlive the process: what is newer there or here is gone on
+    with, and at the end, however it comes, they are uploaded, the file itself last.
+
+    Raises:
+      ValueError: there and here are two different files.
+    """
+    if not is_remote(out):
+        yield pathlib.Path(out)
+        return
+    folder, _, name = os.fspath(out).rpartition("/")
+    store = open_store(folder)
+    with continued_copy(store, name, suffixes, cache_folder() / "outputs" / short_name(os.fspath(out))) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def continued_copy(store: Store, name: str, suffixes: Sequence[str], folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """See `continued_file`."""
+    path, there = folder / name, store.read(name)
+    here = path.read_bytes() if path.is_file() else None
+    if there is not None and (here is None or not here.startswith(there)):
+        if here is not None and not there.startswith(here):
+            raise ValueError(
+                f"{store.url}/{name} does not go on from its copy {path}, nor the other way round; remove the one that "
+                "is not wanted"
+            )
+        for suffix in suffixes:
+            store.download(name + suffix, folder / (name + suffix))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    finally:
+        for suffix in sorted(suffixes, reverse=True):
+            if (folder / (name + suffix)).is_file():
+                store.upload(folder / (name + suffix), name + suffix)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,17 @@ import os
 import pathlib
 from typing import NamedTuple
 
-from rl.remote import Store, cache_folder, download_all, is_remote, new_copy, open_store, short_name
+from rl.remote import (
+    Store,
+    cache_folder,
+    check_path,
+    download_all,
+    is_remote,
+    local_copy,
+    new_copy,
+    open_store,
+    short_name,
+)
 
 STEPS = "checkpoints/"
 MARKER = "uploaded.json"
@@ -32,23 +42,42 @@ class Marker(NamedTuple):
     files: dict[str, tuple[int, str]]
 
 
-def local_run(path: str | os.PathLike, step: int | None = None, with_samples: bool = False) -> pathlib.Path:
-    """A run folder to read: a path as it is; of a URL a copy of its files and of one step, verified and kept.
+def local_source(path: str | os.PathLike, step: int | None = None, with_samples: bool = False) -> pathlib.Path:
+    """Something to read: a path as it is; of the URL of a run a copy of its files and of one step, verified and kept;
+    of another URL `rl.remote.local_copy`.
 
     Args:
-      step: the step; None: the newest.
+      step: of a run; None: the newest.
       with_samples: samples.jsonl as well, which may be large.
 
     Raises:
-      ValueError: no run is there, it has no such step, or a file is not what was uploaded.
+      ValueError: nothing is there, a run has no such step, or a file is not what was uploaded.
     """
+    check_path(os.fspath(path), "what is read", may_be_remote=True)
+    if not is_remote(path):
+        return pathlib.Path(path).expanduser()
+    store = open_store(os.fspath(path))
+    if store.read("run.json") is None:
+        return local_copy(path)
+    return copy_of_run(store, cache_folder() / "runs", step, with_samples)
+
+
+def local_metrics(path: str | os.PathLike) -> pathlib.Path:
+    """A folder with the metrics.jsonl of a run as it is now, for a URL; a path as it is.
+
+    Raises:
+      ValueError: there is none at the URL.
+    """
+    check_path(os.fspath(path), "a run", may_be_remote=True)
     if not is_remote(path):
         return pathlib.Path(path)
-    return copy_of_run(open_store(os.fspath(path)), cache_folder() / "runs", step, with_samples)
+    place = cache_folder() / "metrics" / short_name(os.fspath(path))
+    open_store(os.fspath(path)).download("metrics.jsonl", place / "metrics.jsonl")
+    return place
 
 
 def copy_of_run(store: Store, cache: pathlib.Path, step: int | None, with_samples: bool = False) -> pathlib.Path:
-    """See `local_run`."""
+    """See `local_source`."""
     markers = read_markers(store)
     if not markers:
         raise ValueError(f"{store.url} must be a run folder with a complete checkpoint, and it has none")

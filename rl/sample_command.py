@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +21,13 @@ import jax
 import numpy as np
 
 from rl.checkpoint_files import damaged_files
-from rl.completion_file import CompletionFile
+from rl.completion_file import META_SUFFIX, CompletionFile
 from rl.config_ranges import LARGEST_SEED
 from rl.evaluation import create_sampler, sampling_params
 from rl.models.config import ModelConfig
 from rl.prompt_rows import SampleRow, read_prompts, to_sample_rows
+from rl.remote import check_path, continued_file, local_copy
+from rl.remote_steps import local_source
 from rl.replay import compare, draw_again
 from rl.run_folder import checkpoint_folder, checkpoint_steps, read_run
 from rl.sampling import SamplingParams, check_vocabulary
@@ -40,7 +41,9 @@ REFRESH_SECONDS = 0.1  # between two looks of the progress bar
 
 def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) -> int:
     """Draws what the arguments ask for; the exit status."""
-    rows = read_prompts(pathlib.Path(arguments.prompts)) if arguments.prompts else _given_prompts(arguments.prompt)
+    check_path(arguments.prompts, "--prompts", may_be_remote=True)
+    rows = read_prompts(local_copy(arguments.prompts)) if arguments.prompts else _given_prompts(arguments.prompt)
+    check_path(arguments.output, "--output", may_be_remote=True)
     overrides = [*_prompt_overrides(arguments), *overrides]
     source = _with_step(resolve_model(model, overrides, arguments.step, arguments.adapter, trust=arguments.trust))
     config = source.config
@@ -63,7 +66,8 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
         write: Callable[[str], None] = _print_line
         if arguments.output is not None:
             settings = describe(source, origin, samples, sampling, seed, arguments.prompt_logprobs)
-            file = stack.enter_context(CompletionFile(arguments.output, settings, arguments.overwrite))
+            path = stack.enter_context(continued_file(arguments.output, ("", META_SUFFIX)))
+            file = stack.enter_context(CompletionFile(path, settings, arguments.overwrite))
             if file.cut:
                 _say(f"cut off a half-written last line of {arguments.output} ({file.cut} bytes)")
             if file.done:
@@ -116,13 +120,14 @@ def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[st
     for name, text in (("STEP", step), ("PROMPT", prompt), ("SAMPLE", sample)):
         if not text.isdecimal():
             raise ValueError(f"--replay: {name} must be a whole number, got {text!r}")
-    replayed = draw_again(run, int(step), int(prompt), int(sample), overrides, trust)
+    folder = local_source(run, int(step) - 1 if int(step) > 1 else None, with_samples=True)
+    replayed = draw_again(folder, int(step), int(prompt), int(sample), overrides, trust)
     source, limit = replayed.row, replayed.sampling.max_completion_length
     where = f"--replay: prompt {prompt}"
     row = SampleRow(where, source.prompt, source.prompt_ids.tolist(), 1, limit, seed=None, row_id=None, columns={})
     record = to_record(row, replayed.completion, replayed.tokenizer, replayed.sampling)
     _print_line(to_line(record))
-    is_same, verdict = compare(run, replayed)
+    is_same, verdict = compare(folder, replayed)
     _say(f"step {step}, prompt {prompt}, sample {sample}: {verdict}")
     return 0 if is_same else 1
 

@@ -18,6 +18,8 @@ from rl.config_ranges import check_possible_path
 from rl.mesh import create_mesh
 from rl.models.policy import Policy, policy_from_config
 from rl.optimizer import create_training_optimizer, shortest_run
+from rl.remote import check_path, is_remote
+from rl.remote_steps import local_source
 from rl.run_folder import check_trust, checkpoint_steps, is_run_folder, read_run
 from rl.states import InitStateFn, frozen_base, get_abstract_state, setup_decode_state
 from rl.tokenizer import Tokenizer
@@ -84,13 +86,15 @@ def resolve_model(
     source = _resolve(model, overrides, step, adapter)
     if alone:
         hosts.check_alone(source.config.distributed)
-        check_trust(model, source.config, overrides, TO_SAMPLE, trust)
+        check_trust(source.run or model, source.config, overrides, TO_SAMPLE, trust)
     return source
 
 
 def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | None, adapter: str | None) -> Source:
     check_possible_path("MODEL", str(model))
-    path = pathlib.Path(model).expanduser()
+    if str(model).endswith((".yml", ".yaml")):
+        check_path(str(model), "a recipe", may_be_remote=False)
+    path = local_source(model, step)
     if is_run_folder(path):
         if adapter is not None:
             raise ValueError(
@@ -117,7 +121,7 @@ def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | Non
             f"MODEL must be a run folder (run.json), a Hugging Face folder (config.json), a hub id or a YAML recipe, "
             f"got {str(model)!r}"
         )
-    source = str(path) if path.is_dir() else str(model)
+    source = str(path) if path.is_dir() and not is_remote(model) else str(model)
     return Source(load_config(None, [f"model.source={json.dumps(source)}", *overrides]), None, None)
 
 

@@ -37,6 +37,7 @@ class CountingStore(Store):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self.log: list[str] = []
+        self.uploaded: list[str] = []
         self._last: int | None = None
         self._counting = threading.Lock()
 
@@ -63,6 +64,8 @@ def _counted(operation: str):
                 Store.remove(self, [name])
             return None
         self.before(operation)
+        if operation == "upload":
+            self.uploaded.append(arguments[1])
         return getattr(Store, operation)(self, *arguments, **options)
 
     return call

@@ -5,7 +5,15 @@ import pytest
 from remote_stores import clear, memory_store
 
 from rl.config import load_config
-from rl.remote import check_path, copy_of, is_remote, scheme_of, upload_all
+from rl.remote import (
+    check_path,
+    continued_copy,
+    copy_of,
+    is_remote,
+    scheme_of,
+    upload_all,
+    uploaded_folder,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +134,45 @@ def test_the_url_of_one_object_is_a_file_and_of_nothing_an_error(tmp_path):
     assert [path.name for path in copy.parent.iterdir()] == ["rows.jsonl"]
     with pytest.raises(ValueError, match="must be a file or a folder with files, and nothing is there"):
         copy_of(memory_store("data/rows"), tmp_path)
+
+
+def test_a_folder_is_uploaded_with_the_file_that_makes_it_a_model_last_and_never_over_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = memory_store("out")
+    with uploaded_folder(store) as folder:
+        for name in ("config.json", "a.safetensors", "z.json"):
+            (folder / name).write_text(name)
+        assert store.stats() == {}
+    assert list(store.stats()) == ["a.safetensors", "config.json", "z.json"]
+    assert store.uploaded[-1] == "config.json"
+    with pytest.raises(ValueError, match="export folder must be new or empty, got memory://bucket/out"):
+        uploaded_folder(store).__enter__()
+    stopped = uploaded_folder(memory_store("other"))
+    (stopped.__enter__() / "a").write_text("half")
+    assert not stopped.__exit__(KeyError, KeyError(), None)
+    assert memory_store("other").stats() == {}
+    assert not list((tmp_path / "tandem" / "outputs").iterdir())
+
+
+def test_a_file_that_is_appended_to_goes_on_from_the_copy_that_is_ahead(tmp_path):
+    store, names = memory_store("out"), ("", ".meta")
+    stopped = continued_copy(store, "x", names, tmp_path / "a")
+    path = stopped.__enter__()
+    path.write_text("one\n")
+    path.with_name("x.meta").write_text("settings")
+    assert not stopped.__exit__(KeyError, KeyError(), None)  # what there is is uploaded
+    assert store.read("x") == b"one\n"
+    with continued_copy(store, "x", names, tmp_path / "b") as path:
+        assert path.with_name("x.meta").read_text() == "settings"
+        path.write_text(path.read_text() + "two\n")
+    with continued_copy(store, "x", names, tmp_path / "a") as path:
+        assert path.read_text() == "one\ntwo\n"
+        path.write_text("one\ntwo\nthree\n")
+    with continued_copy(store, "x", names, tmp_path / "a") as path:
+        assert path.read_text() == "one\ntwo\nthree\n"
+    (tmp_path / "a" / "x").write_text("other\n")
+    with pytest.raises(ValueError, match="does not go on from its copy"):
+        continued_copy(store, "x", names, tmp_path / "a").__enter__()
 
 
 def test_a_download_that_fails_leaves_no_copy(tmp_path):

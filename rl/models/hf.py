@@ -34,7 +34,7 @@ from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
 from rl.models.quantized import QuantizedArray, check_patterns, is_chosen, pack, scale_shape, unpack
 from rl.output_file import writing
-from rl.remote import local_copy
+from rl.remote import is_remote, local_copy, open_store, uploaded_folder
 
 __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weights_hash"]
 
@@ -416,7 +416,14 @@ def write_model_files(folder: pathlib.Path, config: ModelConfig, dtype: str, tok
 
 @contextlib.contextmanager
 def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into that appears at its place whole, or not at all; ValueError if something is there."""
+    """A folder to write into that appears at its place whole, or not at all; ValueError if something is there.
+
+    The folder of a URL appears file by file, config.json last.
+    """
+    if is_remote(folder):
+        with uploaded_folder(open_store(str(folder))) as draft:
+            yield draft
+        return
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"export folder must be new or empty, got {folder}; choose another one or remove it")

@@ -33,6 +33,8 @@ from rl.checkpoint_files import (
 from rl.models.hf import write_json
 from rl.models.maxtext import ROPES, layout_of
 from rl.output_file import check_writable
+from rl.remote import check_path
+from rl.remote_steps import local_source
 from rl.run_folder import check_trust, checkpoint_steps, is_run_folder, read_run
 from rl.tools.checkpoint_bench import bench, report, to_json
 from rl.tools.convert import convert_maxtext, missing_record_keys, upgrade_run
@@ -70,7 +72,7 @@ def find(path: str | pathlib.Path, step: int | None = None) -> Found:
     Raises:
       ValueError: there is none.
     """
-    path = pathlib.Path(path)
+    path = local_source(path, step)
     if is_run_folder(path):
         steps = checkpoint_steps(path)
         wanted = steps[-1] if step is None and steps else step
@@ -228,6 +230,8 @@ def _inspect_command(arguments: argparse.Namespace) -> int:
 
 def _verify_command(arguments: argparse.Namespace) -> int:
     check_writable(arguments.write, "--write")
+    for name, value in (("--write", arguments.write), ("--against", arguments.against)):
+        check_path(value, name, may_be_remote=False)
     against = None if arguments.against is None else _read_hashes(arguments.against)
     found = find(arguments.checkpoint, arguments.step)
     hashes, notes, problems = verify(found, arguments.trust)
@@ -261,6 +265,8 @@ def _read_hashes(path: str) -> dict[str, str]:
 
 def _convert_command(arguments: argparse.Namespace) -> int:
     source, out = arguments.checkpoint, arguments.out
+    check_path(source, "the checkpoint to convert", may_be_remote=False)
+    check_path(out, "OUT", may_be_remote=False)
     if is_run_folder(source):
         given = [name for name in ("like", "dtype", "rope") if getattr(arguments, name) is not None]
         if given:
@@ -276,6 +282,9 @@ def _convert_command(arguments: argparse.Namespace) -> int:
 
 def _bench_command(arguments: argparse.Namespace) -> int:
     check_writable(arguments.json, "--json")
+    check_path(arguments.source, "what is timed", may_be_remote=False)
+    check_path(arguments.json, "--json", may_be_remote=False)
+    result = bench(arguments.source, arguments.steps, tuple(arguments.overrides))
     result = bench(arguments.source, arguments.steps, tuple(arguments.overrides), arguments.trust)
     print("\n".join(report(result)))
     if arguments.json is not None:

@@ -23,6 +23,7 @@ from rl.models.lora import merge
 from rl.models.lora_remainder import REMAINDER_FILE, merge_with_remainder, write_remainder
 from rl.models.param_folder import save_params
 from rl.models.peft import save_adapter
+from rl.remote_steps import local_source
 from rl.run_folder import check_trust, read_run
 from rl.tokenizer import Tokenizer
 from rl.trained import load_checkpoint
@@ -52,9 +53,10 @@ def export(
     Raises:
       ValueError: not a run folder, no such checkpoint, or `out` holds something.
     """
-    config, _ = read_run(run)
-    check_trust(run, config, (), (MODEL,), trust)
-    trained = load_checkpoint(config, run, step)
+    folder = local_source(run, step)
+    config, _ = read_run(folder)
+    check_trust(folder, config, (), (MODEL,), trust)
+    trained = load_checkpoint(config, folder, step)
     write_folder(out, trained.origin.model_config, trained.params, trained.tokenizer, dtype, kind, keep_remainder)
     assert trained.step is not None
     return trained.step
@@ -66,10 +68,11 @@ def export_adapter(run: str | pathlib.Path, out: str | pathlib.Path, step: int |
     Raises:
       ValueError: not a run folder, no such checkpoint, a run without adapters, or `out` holds something.
     """
-    config, _ = read_run(run)
+    folder = local_source(run, step)
+    config, _ = read_run(folder)
     if not config.lora.rank and config.lora.adapter is None:
         raise ValueError(f"--adapter needs a run that trained adapters (lora.rank), got {str(run)!r} with lora.rank 0")
-    trained = load_checkpoint(config, run, step)
+    trained = load_checkpoint(config, folder, step)
     save_adapter(out, trained.policy.config, trained.params, config.model.source)
     assert trained.step is not None
     return trained.step

@@ -29,6 +29,8 @@ from rl.models.lora_remainder import REMAINDER_FILE, read_remainder, restore_bas
 from rl.models.peft import base_name, load_adapter, read_adapter, stored_matrices
 from rl.models.policy import policy_from_config
 from rl.optimizer import create_training_optimizer
+from rl.remote import check_path
+from rl.remote_steps import local_source
 from rl.run_folder import RunFolder, check_trust, is_run_folder
 from rl.states import InitStateFn, frozen_base, setup_training_state
 from rl.tools.export import export_adapter, write_folder
@@ -183,13 +185,14 @@ def _run_config(adapter: str, run: str, recipe: str, overrides: Sequence[str], t
 @contextlib.contextmanager
 def _as_peft(source: str, step: int | None) -> Iterator[pathlib.Path]:
     """A folder in PEFT's format: `source` itself, or for as long as it is needed the adapter of a run."""
-    if not is_run_folder(source):
+    path = local_source(source, step)
+    if not is_run_folder(path):
         if step is not None:
             raise ValueError(f"--step needs a run folder, got {source!r}")
-        yield pathlib.Path(source)
+        yield path
         return
     with tempfile.TemporaryDirectory() as scratch:
-        export_adapter(source, pathlib.Path(scratch) / "adapter", step)
+        export_adapter(path, pathlib.Path(scratch) / "adapter", step)
         yield pathlib.Path(scratch) / "adapter"
 
 
@@ -267,17 +270,19 @@ def _main_convert(argv: Sequence[str]) -> None:
     parser.add_argument("recipe", nargs="*", metavar="RECIPE key=value", help="of the run to write")
     _add_trust(parser)
     arguments = parser.parse_intermixed_args(argv)
-    if is_run_folder(arguments.source):
+    check_path(arguments.out, "OUT", may_be_remote=not arguments.recipe)
+    source = str(local_source(arguments.source))
+    if is_run_folder(source):
         if arguments.recipe:
             raise ValueError(f"a run is converted without a recipe, got {' '.join(arguments.recipe)}")
-        _main_extract([arguments.source, arguments.out])
+        _main_extract([source, arguments.out])
     elif not arguments.recipe:
         raise ValueError(
             f"{arguments.source!r} is no run, and an adapter becomes a run only with a RECIPE that names its base, its "
             "prompts and its rewards, got none"
         )
     else:
-        folder = to_run(arguments.source, arguments.out, arguments.recipe[0], arguments.recipe[1:], arguments.trust)
+        folder = to_run(source, arguments.out, arguments.recipe[0], arguments.recipe[1:], arguments.trust)
         print(f"{arguments.source} is checkpoint 0 of {folder}; grpo train {folder}/config.yml goes on from it")
 
 

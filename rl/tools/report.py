@@ -16,6 +16,8 @@ from typing import Any
 
 from rl.console import format_count, format_seconds
 from rl.metrics import read_metrics
+from rl.remote import check_path, written_file
+from rl.remote_steps import local_metrics
 
 # Metric, title, companion metric drawn dashed, fixed vertical range. The first row of panels, then the second.
 _MAIN_PANELS = (
@@ -57,8 +59,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", metavar="PNG", help="picture to write; default: reward.png in the first run folder")
     arguments = parser.parse_args(argv)
     runs = read_runs(arguments.runs)
-    output = pathlib.Path(arguments.output or pathlib.Path(arguments.runs[0]) / "reward.png")
-    write_plot(runs, output)
+    output = arguments.output or f"{arguments.runs[0].rstrip('/')}/reward.png"
+    check_path(output, "--output", may_be_remote=True)
+    with written_file(output) as path:
+        write_plot(runs, path)
     print(format_table(runs))
     print(f"\ncurves: {output}")
     return 0
@@ -73,8 +77,8 @@ def read_runs(folders: Sequence[str | os.PathLike]) -> list[Run]:
     paths = [pathlib.Path(folder) for folder in folders]
     names = [path.resolve().name for path in paths]
     runs = []
-    for path, name in zip(paths, names, strict=True):
-        rows = read_metrics(path)
+    for folder, path, name in zip(folders, paths, names, strict=True):
+        rows = read_metrics(local_metrics(folder))
         if not rows:
             raise ValueError(f"{path} must hold at least one step, got an empty metrics.jsonl; run a step first")
         runs.append(Run(name if names.count(name) == 1 else str(path), rows))
