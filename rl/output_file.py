@@ -13,6 +13,8 @@ import pathlib
 import re
 from collections.abc import Iterator
 
+from rl.remote import check_path, is_remote
+
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
 _NUMBER = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")  # in the messages of tensorstore and of safetensors
 
@@ -42,9 +44,6 @@ def disk_trouble(error: Exception) -> str | None:
     if number is None and (found := _NUMBER.search(str(error))):
         number = int(found[1] or found[2])
     return os.strerror(number) if number in _OF_THE_DISK else None
-
-
-from rl.remote import check_path, is_remote
 
 
 def check_writable(path: str | os.PathLike | None, option: str, makes_folders: bool = False) -> None:

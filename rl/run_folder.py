@@ -18,6 +18,7 @@ from typing import Any
 
 from rl import hosts
 from rl.config import Config, differences, dump_config, load_config
+from rl.remote import is_remote
 from rl.remote_run import run_path
 from rl.replaced_run import move_aside, recover, remove, replaced_runs, restore
 from rl.run_files import (
@@ -86,8 +87,9 @@ class RunFolder:
         self._to_sign: tuple[Config, dict[str, Any]] | None = None  # a run that goes on without a signature that holds
         self.resumed = hosts.from_first(self._open)
         if not look_only and not (self.path / LOCK).exists():
+            key = "checkpoint.staging" if is_remote(str(config.output_dir)) else "output_dir"
             raise ValueError(
-                f"output_dir must be on a disk that all processes of the run share, got {self.path}, which process 0 "
+                f"{key} must be on a disk that all processes of the run share, got {self.path}, which process 0 "
                 "has opened and this one cannot see"
             )
 

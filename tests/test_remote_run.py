@@ -11,7 +11,7 @@ from remote_stores import CountingStore, clear, memory_store
 from rl import remote_lease
 from rl.config import load_config
 from rl.remote_lease import LEASE_SECONDS, Lease
-from rl.remote_run import Staging, local_steps, run_path
+from rl.remote_run import Mirror, Staging, local_steps, run_path
 from rl.remote_steps import MARKER, copy_of_run, read_markers
 
 
@@ -363,3 +363,41 @@ def test_one_local_folder_stands_for_a_url_and_a_local_path_for_itself(tmp_path)
     assert run_path(remote).parent.parent == tmp_path
     assert run_path(remote) != run_path(other)
     assert run_path(remote).name == "run"
+
+
+def test_a_mirror_uploads_what_was_saved_and_of_a_local_run_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("rl.remote_run.open_store", lambda url: memory_store("run"))
+    store, said = memory_store("run"), []
+    config = load_config(None, ["output_dir=gs://bucket/run", f"checkpoint.staging={tmp_path}"])
+    with Mirror(config, said.append, look_only=True):
+        assert store.stats() == {}
+    with Mirror(config, said.append) as mirror:
+        mirror.begin()
+        mirror.check()
+        mirror.before_save()
+        write_step(run_path(config), 1)
+        mirror.saved(1)
+        mirror.before_save()
+        assert set(read_markers(store)) == {1}
+        (run_path(config) / "export").mkdir()
+        (run_path(config) / "export" / "config.json").write_text("{}")
+        (run_path(config) / ".tandem-draft").write_text("half")
+    assert store.read("export/config.json") == b"{}", "what is written after the last step is uploaded at the end"
+    assert ".tandem-draft" not in store.stats()
+    assert len(said) == 2
+    mirror = Mirror(config, said.append).__enter__()
+    mirror.begin()
+    mirror.before_save()
+    write_step(run_path(config), 2)
+    mirror.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert set(read_markers(store)) == {1}, "a second Ctrl-C does not wait for an upload"
+    with Mirror(config, said.append) as mirror:
+        mirror.begin()
+    assert set(read_markers(store)) == {1, 2}, "the next start makes it"
+    local = load_config(None, [f"output_dir={tmp_path / 'local'}"])
+    with Mirror(local, said.append) as mirror:
+        mirror.begin()
+        mirror.saved(1)
+        mirror.before_save()
+        mirror.check()
+    assert not (tmp_path / "local").exists()
