@@ -168,7 +168,7 @@ def test_a_run_killed_on_two_machines_equals_the_uninterrupted_run_and_every_com
     assert lines == ""
     assert len((open_store(f"{url}-out").read("samples.jsonl") or b"").splitlines()) == 1
     open_store(f"{url}-data").write("rows.jsonl", b'{"prompt": "1+1=", "answer": "2"}\n' * 3)
-    overrides = [f"data.eval_source={url}-data/rows.jsonl", "data.eval_size=0"]
+    overrides = [f"data.eval_source={url}-data/rows.jsonl", "data.args={operation: add, digits: 1}"]
     assert "on 3 prompts" in grpo("eval", f"{url}-model", *overrides, "data.source=arithmetic", *rewards())
     with pytest.raises(subprocess.CalledProcessError) as caught:
         grpo("export", url, f"{url}-model")
