@@ -21,6 +21,7 @@ import pydantic
 from rl.config_ranges import check_plain, check_possible_path
 from rl.config_rules import check
 from rl.config_sections import FREE_FORM, LIST_ENTRIES, Config, flatten, to_dict
+from rl.json_file import shown
 from rl.yaml_text import MOST_DEPTH, read_yaml, write_yaml
 
 # Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step
@@ -111,7 +112,7 @@ def read_preset(name: str) -> dict[str, Any]:
     folder = _packaged("presets")
     names = sorted(entry.name.removesuffix(".yml") for entry in folder.iterdir() if entry.name.endswith(".yml"))
     if name not in names:
-        raise ValueError(f"grpo.preset must be one of {names}, got {name!r}")
+        raise ValueError(f"grpo.preset must be one of {names}, got {shown(name)}")
     keys = _read_yaml(folder / f"{name}.yml")
     sections = {key: value for key, value in keys.items() if isinstance(value, dict)}
     return {"grpo": {key: value for key, value in keys.items() if key not in sections}, **sections}
@@ -153,7 +154,7 @@ def program_keys(config: Config) -> dict[str, Any]:
 def require(value: Any, key: str, example: str) -> Any:
     """Returns `value`; ValueError when a key without a usable default was not set."""
     if value in (None, [], ""):
-        raise ValueError(f"{key} must be set, got {value!r}; for example {key}={example}")
+        raise ValueError(f"{key} must be set, got {shown(value)}; for example {key}={example}")
     return value
 
 
@@ -179,7 +180,7 @@ def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dic
             way_out = f"name {str(inside)!r}" if inside.is_file() else "name a file"
             raise ValueError(f"a config must be a YAML recipe, got the folder {str(path)!r}; {way_out}")
         else:
-            raise ValueError(f"config file {str(path)!r} does not exist (working directory {os.getcwd()})")
+            raise ValueError(f"config file {shown(str(path))} does not exist (working directory {os.getcwd()})")
     path = path.resolve()
     if path == pathlib.Path(str(_packaged("base.yml"))).resolve():
         return {}  # its values are the defaults; as a recipe's own they would win over a preset
@@ -190,7 +191,7 @@ def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dic
     recipe = _read_yaml(path)
     parent = recipe.pop("inherit", "base.yml")
     if not isinstance(parent, str):
-        raise ValueError(f"{path}: inherit must be the path of one recipe, got {parent!r}")
+        raise ValueError(f"{path}: inherit must be the path of one recipe, got {shown(parent)}")
     if parent == "base.yml":
         return recipe
     check_possible_path(f"{path}: inherit", parent)
@@ -220,10 +221,10 @@ def _parse_overrides(overrides: Sequence[str]) -> dict:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ValueError(f"an override must look like dotted.key=value, got {text!r}")
+            raise ValueError(f"an override must look like dotted.key=value, got {shown(text)}")
         if key.count(".") > MOST_DEPTH:
-            raise ValueError(f"an override must be nested at most {MOST_DEPTH} deep, got {text[:80]!r}...")
-        nested: Any = read_yaml(value, f"the value of override {_short(text)}")
+            raise ValueError(f"an override must be nested at most {MOST_DEPTH} deep, got {shown(text)}")
+        nested: Any = read_yaml(value, f"the value of override {shown(text)}")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         result = _merge(result, nested)
@@ -245,11 +246,11 @@ def _check_keys(layer: Mapping, known: set[str]) -> None:
     sections = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
     for key, value in flatten(layer).items():
         if key in sections or (key in FREE_FORM and not isinstance(value, Mapping)):
-            raise ValueError(f"{key} must be a mapping of keys, got {_short(value)}")
+            raise ValueError(f"{key} must be a mapping of keys, got {shown(value)}")
         if key not in known:
             near = _nearest(key, sorted(known)) if len(key) < 100 else None  # comparing takes the square of its length
             hint = f"; did you mean {near!r}?" if near else ""
-            raise ValueError(f"unknown config key {_short(key)}{hint} (configs/base.yml lists every key)")
+            raise ValueError(f"unknown config key {shown(key)}{hint} (configs/base.yml lists every key)")
 
 
 def _nearest(key: str, known: Sequence[str]) -> str | None:
@@ -278,12 +279,7 @@ def _problem(item: Mapping[str, Any]) -> str:
     if item["type"] == "unexpected_keyword_argument":  # in a list entry; other keys are compared with base.yml before
         entries = ".".join(map(str, item["loc"][:2]))
         names = [field.name for field in dataclasses.fields(LIST_ENTRIES[entries])]
-        return f"unknown config key {key!r}; an entry of {entries} has {names}"
+        return f"unknown config key {shown(key)}; an entry of {entries} has {names}"
     kind = item["type"].partition("_")[0]
     way_out = _WAYS_OUT.get(kind, "") if isinstance(value, str) else ""
-    return f"{key}: {item['msg']}, got {_short(value)}{way_out}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 160 else f"{text[:150]}... ({len(text)} characters)"
+    return f"{key}: {item['msg']}, got {shown(value)}{way_out}"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rl.config_sections import LIST_ENTRIES, Config, flatten, to_dict
+from rl.json_file import shown
 
 # Steps, sizes and ids become int32 on a device, numbers float32.
 LARGEST_SEED = 2**32 - 1  # of which jax.random.key sees every bit
@@ -194,9 +195,9 @@ def check_plain(values: Any, key: str = "") -> None:
     elif isinstance(values, str):
         _check_text(key, values)
     elif isinstance(values, float) and not math.isfinite(values):
-        raise ValueError(f"{key} must be a finite number, got {values}")
+        raise ValueError(f"{key} must be a finite number, got {shown(values)}")
     elif isinstance(values, int) and not -(2**63) <= values < 2**63:
-        raise ValueError(f"{key} must be a number of at most 64 bits, got {values}")
+        raise ValueError(f"{key} must be a number of at most 64 bits, got {shown(values)}")
 
 
 def check_ranges(config: Config) -> None:
@@ -211,19 +212,19 @@ def check_ranges(config: Config) -> None:
 def check_possible_path(key: str, value: str) -> None:
     """Refuses what no file or folder can be called; whether it exists is another question."""
     if "\0" in value:
-        raise ValueError(f"{key} must be without NUL characters, got {value[:160]!r}")
+        raise ValueError(f"{key} must be without NUL characters, got {shown(value)}")
     longest = max(len(os.fsencode(part)) for part in value.split("/"))
     if longest > _LONGEST_NAME or len(os.fsencode(value)) > _LONGEST_PATH:
         raise ValueError(
             f"{key} must have at most {_LONGEST_NAME} bytes between slashes and {_LONGEST_PATH} in all, got {longest} "
-            f"and {len(value)} in {value[:80]!r}...; name a shorter path"
+            f"and {len(value)} in {shown(value)}; name a shorter path"
         )
     if value.startswith("~"):
         try:
             pathlib.Path(value).expanduser()
         except RuntimeError as error:
             raise ValueError(
-                f"{key} must be below a home folder that exists, got {value!r}; write the path in full"
+                f"{key} must be below a home folder that exists, got {shown(value)}; write the path in full"
             ) from error
 
 
@@ -252,7 +253,7 @@ def _check_text(key: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{key} must be text in Unicode, got {text[:80]!r} with half of a surrogate pair; save it as UTF-8"
+            f"{key} must be text in Unicode, got {shown(text)} with half of a surrogate pair; save it as UTF-8"
         ) from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from rewards.environment import check_memory_gb, check_names
 from rl.config_ranges import check_ranges
 from rl.config_sections import OPEN_CHOICES, TUNIX_PREFIX, Config, is_user_function, source_kind
+from rl.json_file import shown
 from rl.remote import check_path
 
 _LOSSES_OF_SEQUENCES = ("gmpo", "vespo")  # which cannot take an advantage for each token
@@ -41,11 +42,13 @@ def check(config: Config) -> None:
     check_memory_gb(config.rewards.memory_gb)
     check_names(config.rewards.env)
     if any(token < 0 for token in sampling.logit_bias):
-        raise ValueError(f"sampling.logit_bias must hold token ids >= 0, got {sorted(sampling.logit_bias)}")
+        raise ValueError(f"sampling.logit_bias must hold token ids >= 0, got {shown(sorted(sampling.logit_bias))}")
     for key, choices in OPEN_CHOICES.items():
         value = getattr(grpo, key)
         if value not in choices and not is_user_function(value):
-            raise ValueError(f"grpo.{key}: must be one of {list(choices)} or path/to/file.py:function, got {value!r}")
+            raise ValueError(
+                f"grpo.{key}: must be one of {list(choices)} or path/to/file.py:function, got {shown(value)}"
+            )
     if grpo.loss_type == "cispo" and grpo.epsilon_high is None:
         raise ValueError(
             "grpo.epsilon_high must be set with loss_type cispo, where it is the cap of the ratio itself and not a "
@@ -84,18 +87,20 @@ def check(config: Config) -> None:
     if config.rewards.overlong_buffer and "overlong" in names:
         raise ValueError(
             "rewards.functions must not name a function 'overlong' while rewards.overlong_buffer is set, whose "
-            f"punishment has this name, got {names}; give it another `name`"
+            f"punishment has this name, got {shown(names)}; give it another `name`"
         )
     for name, function in zip(names, config.rewards.functions, strict=True):
         if function.needs_group and function.elementwise is not None:
             raise ValueError(
-                f"rewards.functions: {name!r} must not have both needs_group: true and elementwise: "
+                f"rewards.functions: {shown(name)} must not have both needs_group: true and elementwise: "
                 f"{json.dumps(function.elementwise)}, which each say how it is called; drop one of them"
             )
     if len(set(names)) < len(names):
-        raise ValueError(f"rewards.functions must have distinct names, got {names}; set `name` on each")
+        raise ValueError(f"rewards.functions must have distinct names, got {shown(names)}; set `name` on each")
     if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in names:
-        raise ValueError(f"eval.reward must name one of rewards.functions {names}, got {config.eval.reward!r}")
+        raise ValueError(
+            f"eval.reward must name one of rewards.functions {shown(names)}, got {shown(config.eval.reward)}"
+        )
     if config.data.eval_source is not None and config.data.eval_size:
         raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
 
@@ -180,7 +185,7 @@ def _check_mesh(config: Config) -> None:
             if not is_flat and len(lists) < len(rule):
                 raise ValueError(
                     f"mesh.{key}.{logical} must be a list of mesh axes, like [fsdp, tensor], or of such lists, like "
-                    f"[[fsdp, tensor], [fsdp]], of which the first that fits counts, got {rule!r}"
+                    f"[[fsdp, tensor], [fsdp]], of which the first that fits counts, got {shown(rule)}"
                 )
 
 
@@ -197,7 +202,7 @@ def _check_distributed(config: Config) -> None:
         match = re.fullmatch(r"(?:[^\s:]+|\[[^\s\]]+\]):([0-9]{1,5})", address)
         if match is None or not 0 < int(match[1]) < 65536:
             raise ValueError(
-                f"distributed.coordinator_address must be host:port, a port from 1 to 65535, got {address!r}; for "
+                f"distributed.coordinator_address must be host:port, a port from 1 to 65535, got {shown(address)}; for "
                 "example 10.0.0.1:1234"
             )
 
@@ -209,21 +214,21 @@ def _check_model(config: Config) -> None:
         for key, value in (("args", section.args), ("weights", section.weights)):
             if value:
                 raise ValueError(
-                    f"model.{key} belongs to a module of your own (model.source: path/to/file.py:build), got {value!r} "
-                    f"with model.source {section.source!r}; leave it out"
+                    f"model.{key} belongs to a module of your own (model.source: path/to/file.py:build), got "
+                    f"{shown(value)} with model.source {shown(section.source)}; leave it out"
                 )
     if kind == "decoder":
         return
     if config.optimizer.name == "muon":
         raise ValueError(
-            f"optimizer.name must not be muon with model.source {section.source!r}, whose matrices it cannot tell "
+            f"optimizer.name must not be muon with model.source {shown(section.source)}, whose matrices it cannot tell "
             "inputs and outputs of; use adamw"
         )
     for key, (value, needed) in decoder_keys(config).items():
         if value != needed:
             raise ValueError(
-                f"{key} must be {json.dumps(needed)} with model.source {section.source!r}, got "
-                f"{value!r}: it is a part of the toolkit's own decoder; leave it out"
+                f"{key} must be {json.dumps(needed)} with model.source {shown(section.source)}, got "
+                f"{shown(value)}: it is a part of the toolkit's own decoder; leave it out"
             )
 
 
@@ -235,7 +240,7 @@ def _check_lora(config: Config) -> None:
             value = getattr(section, key)
             if value is not None:
                 raise ValueError(
-                    f"lora.{key} must be null without adapters (lora.rank 0, no lora.adapter), got {value!r}; "
+                    f"lora.{key} must be null without adapters (lora.rank 0, no lora.adapter), got {shown(value)}; "
                     "set lora.rank"
                 )
         return
@@ -243,7 +248,7 @@ def _check_lora(config: Config) -> None:
         raise ValueError('lora.targets must hold a pattern, got []; "*_proj" is every matrix of attention and mlp')
     if section.adapter is not None and config.model.source is None:
         raise ValueError(
-            f"lora.adapter needs the model that it belongs to, got {section.adapter!r} with model.source null; "
+            f"lora.adapter needs the model that it belongs to, got {shown(section.adapter)} with model.source null; "
             "set model.source"
         )
     if config.reference.sync_every:

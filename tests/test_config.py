@@ -454,6 +454,7 @@ def test_a_key_without_a_usable_default_must_be_set():
             "output_dir=~nobody-at-all/x",
             r"output_dir must be below a home folder that exists, got .*; write the path in",
         ),
+        (f"distributed.coordinator_address={'a/' * 2000}", r"got 'a/a/.*\(4002 characters\); for example"),
         ("x" * 100_000 + "=1", r"unknown config key 'xxx.*\(100002 characters\)"),
     ],
 )
