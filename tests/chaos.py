@@ -256,8 +256,8 @@ def cases(chaos: Chaos, num_kills: int, faults: int | None, seed: int) -> Iterat
         elif kind == "change":
             kills = [Fault(numbers.choice(["kill", "tear"]), numbers.randint(1, chaos.changes[name]))]
         else:
-            kills = [Fault("time", round(numbers.uniform(0, chaos.seconds[name]), 3))]
-        while len(kills) < 4 and done + len(kills) < num_kills and numbers.random() < 0.5:
+            kills = [Fault("time", round(numbers.uniform(0, chaos.seconds[name] / 2), 3))]
+        while turn >= len(phases) and len(kills) < 4 and done + len(kills) < num_kills and numbers.random() < 0.5:
             kills.append(Fault("kill", numbers.randint(1, chaos.changes[name] // 3)))  # what is left is less
         yield Case(name, tuple(kills), numbers.random() < 0.5)
         done, turn = done + len(kills), turn + 1
