@@ -123,7 +123,6 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
         runner = stack.enter_context(
             start_rewards(config, data.train, None if check_only else run.path / "rewards.log")
         )
-        check_group_size(config, runner)
         if not check_only:
             run.begin()
             mirror.begin()
@@ -311,16 +310,6 @@ def loop_record(
 def start_of_loop(config: Config) -> tuple[EntropyCoefState, HealthState, int]:
     """Entropy coefficient, health and position before the first step."""
     return EntropyCoefState(config.grpo.entropy_coef, math.inf), healthy(), 0
-
-
-def check_group_size(config: Config, runner: RewardRunner) -> None:
-    """ValueError where a reward function that compares the completions of a prompt would get one of them."""
-    names = [name for name, calls in runner.calls.items() if calls == "needs_group"]
-    if names and config.grpo.group_size < 2:
-        raise ValueError(
-            f"grpo.group_size must be >= 2 for reward {names[0]!r}, which compares the completions of a prompt "
-            f"(needs_group), got {config.grpo.group_size}"
-        )
 
 
 def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:
