@@ -244,13 +244,22 @@ def _merge(low: Mapping, high: Mapping) -> dict:
 
 def _check_keys(layer: Mapping, known: set[str]) -> None:
     sections = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
-    for key, value in flatten(layer).items():
-        if key in sections or (key in FREE_FORM and not isinstance(value, Mapping)):
+    for key, value in (flatten(layer) | _empty_mappings(layer)).items():
+        if (key in sections and value != {}) or (key in FREE_FORM and not isinstance(value, Mapping)):
             raise ValueError(f"{key} must be a mapping of keys, got {shown(value)}")
-        if key not in known:
+        if key not in known and key not in sections:
             near = _nearest(key, sorted(known)) if len(key) < 100 else None  # comparing takes the square of its length
             hint = f"; did you mean {near!r}?" if near else ""
             raise ValueError(f"unknown config key {shown(key)}{hint} (configs/base.yml lists every key)")
+
+
+def _empty_mappings(layer: Mapping, prefix: str = "") -> dict[str, Mapping]:
+    """{dotted key: {}} of the mappings that `flatten` gives no key of."""
+    found: dict[str, Mapping] = {}
+    for name, value in layer.items():
+        if isinstance(value, Mapping) and f"{prefix}{name}" not in FREE_FORM:
+            found |= _empty_mappings(value, f"{prefix}{name}.") if value else {f"{prefix}{name}": value}
+    return found
 
 
 def _nearest(key: str, known: Sequence[str]) -> str | None:

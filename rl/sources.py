@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
+from rl.json_file import shown
 from rl.parquet_pages import check_pages
 from rl.remote import is_remote, local_copy
 from rl.tasks import Row, is_procedural, procedural_rows
@@ -76,7 +77,7 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> Source:
     if source.endswith((".jsonl", ".parquet")):
         if args:
             raise ValueError(
-                f"data.args must be empty for a file such as {source!r}, got {args}; "
+                f"data.args must be empty for a file such as {source!r}, got {shown(args)}; "
                 f"set data.args.{next(iter(args))}=null"
             )
         path = pathlib.Path(source).expanduser()
@@ -231,7 +232,8 @@ def _open_data_set(source: str, args: Mapping[str, Any]) -> Source:
         loaded = datasets.load_dataset(source, **args)
     except (DatasetsError, OSError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{_SOURCE_RULE}, got {source!r} with arguments {dict(args)}, which datasets.load_dataset cannot load: "
+            f"{_SOURCE_RULE}, got {source!r} with arguments {shown(dict(args))}, which datasets.load_dataset cannot "
+            "load: "
             f"{type(error).__name__}: {error}"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):

@@ -268,8 +268,11 @@ def test_every_config_file_is_package_data():
 
 def test_every_third_party_import_is_a_dependency():
     project = read_pyproject()["project"]
-    names = {re.split(r"[<>=]", requirement)[0].lower().replace("-", "_") for requirement in project["dependencies"]}
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["gcs"], *extras["s3"]]
+    names = {re.split(r"[<>=]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
     distributions = {"google": "google_tunix", "tunix": "google_tunix", "orbax": "orbax_checkpoint", "yaml": "pyyaml"}
+    distributions |= {"aiohttp": "gcsfs", "botocore": "s3fs", "etils": "orbax_checkpoint"}  # which need them
     own = {"rl", "rewards", "configs"}
     for top in ("rl", "rewards"):
         for path in (ROOT / top).rglob("*.py"):

@@ -307,6 +307,9 @@ def test_a_section_must_be_a_mapping(override):
         ("grpo: {steps: 1, steps: 2}\n", r"recipe\.yml, line 1: key 'steps' is given twice"),
         ("seed: 1\ngrpo: {}\nseed: 2\n", r"recipe\.yml, line 3: key 'seed' is given twice"),
         ("grpo:\n", "grpo must be a mapping of keys, got None"),
+        ("grpo: {stesp: {}}\n", "unknown config key 'grpo.stesp'; did you mean 'grpo.steps'"),
+        ("grpo: {steps: {}}\n", "grpo.steps: Input should be a valid integer, got {}"),
+        ("grop: {}\n", "unknown config key 'grop'"),
     ],
 )
 def test_a_malformed_recipe_is_refused(tmp_path, text, message):
