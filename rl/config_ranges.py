@@ -211,6 +211,8 @@ def check_ranges(config: Config) -> None:
 
 def check_possible_path(key: str, value: str) -> None:
     """Refuses what no file or folder can be called; whether it exists is another question."""
+    if not value:  # as a path it would be the working directory
+        raise ValueError(f"{key} must be a name or path, got ''; name one, or leave it out")
     if "\0" in value:
         raise ValueError(f"{key} must be without NUL characters, got {shown(value)}")
     longest = max(len(os.fsencode(part)) for part in value.split("/"))
