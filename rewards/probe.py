@@ -1,16 +1,30 @@
 """The rows with which the start-up check tries a batch function: what one call with all of them gives, against calls
 with one of them each.
 
-In: rows of the data set. Out: two groups of 8 completions, of two rows where there are two. Right and wrong answers,
-long and short ones, equal ones, an empty one and a long one are among them, so that a function that compares
-completions has something to compare.
+In: rows of the data set. Out: probes, each two groups of completions, of two rows where there are two. The first holds
+right and wrong answers in the usual formats, each of them short and long, equal completions, an empty one and a long
+one, so that a function that compares completions has something to compare; the second, for functions that see nothing
+in the first, holds other formats, the words of the row and words that rewards like to look for.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-GROUP_SIZE = 8
+from rewards.text import boxed
+
 _LONG = 2000  # characters
+_REASONING = "Let us see. "
+# What data sets call the column with the right answer, the likeliest first.
+_GOLD_NAMES = (
+    *("answer", "final_answer", "ground_truth", "gold", "solution", "expected_answer", "correct_answer", "target"),
+    *("label", "labels", "expected", "reference", "output", "response", "result", "completion", "chosen"),
+)
+_WORDS = (
+    "please Please, thank you. Sure! Sorry? Yes, no. First, second, then; next, finally, because, therefore, so: "
+    "however, wait, hmm, let me think step by step, check, maybe. I am happy to help, hello, good, great, love :) "
+    "the a an and is not 0 1 2 3 4 5 6 7 8 9 http://example.com"
+)
 
 
 class Probe(NamedTuple):
@@ -20,41 +34,135 @@ class Probe(NamedTuple):
     completions: list[Any]
     columns: dict[str, list[Any]]
     completion_ids: list[list[int]]
+    group_size: int
 
 
-def probe(rows: Sequence[tuple[Any, Mapping[str, Any]]], columns: Sequence[str]) -> Probe:
+def probes(rows: Sequence[tuple[Any, Mapping[str, Any]]], columns: Sequence[str]) -> list[Probe]:
     """rows: prompt and columns of at least one row of the data set; columns: the names of all of them."""
     first = rows[0]
     second = next((row for row in rows if row[0] != first[0]), first)
-    answers = [_answer(row) for row in (first, second)]
-    texts = _texts(*answers) + _texts(*reversed(answers))[::-1]
-    row_of = [first] * GROUP_SIZE + [second] * GROUP_SIZE
-    return Probe(
-        prompts=[prompt for prompt, _ in row_of],
-        completions=[
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for (prompt, _), text in zip(row_of, texts, strict=True)
-        ],
-        columns={name: [values.get(name) for _, values in row_of] for name in columns},
-        completion_ids=[list(text.encode()) for text in texts],
-    )
+    made = []
+    for texts_of in (_usual_texts, _other_texts):
+        texts = [texts_of(first, second), texts_of(second, first)[::-1]]
+        row_of = [row for row, group in zip((first, second), texts, strict=True) for _ in group]
+        flat = [text for group in texts for text in group]
+        probe = Probe(
+            prompts=[prompt for prompt, _ in row_of],
+            completions=[
+                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                for (prompt, _), text in zip(row_of, flat, strict=True)
+            ],
+            columns={name: [values.get(name) for _, values in row_of] for name in columns},
+            completion_ids=[list(text.encode()) for text in flat],
+            group_size=len(texts[0]),
+        )
+        made.append(probe)
+    return made
 
 
-def _answer(row: tuple[Any, Mapping[str, Any]]) -> str:
-    answer = row[1].get("answer")
-    text = str(answer) if answer is not None else str(row[0])
-    return text.encode(errors="replace").decode()[:_LONG]
+def shows_how_it_judges(probe: Probe, rewards: Sequence[float | None]) -> bool:
+    """Whether a function that compares completions could have shown it: two completions of one group got more than the
+    lowest reward of all. One that is alone in that wins among all as it does by itself. None is lower than any reward.
+    """
+    values = [float("-inf") if reward is None else reward for reward in rewards]
+    lowest = min(values)
+    for start in range(0, len(values), probe.group_size):
+        group = range(start, start + probe.group_size)
+        if sum(values[b] > lowest for b in group) > 1:
+            return True
+    return False
 
 
-def _texts(answer: str, other: str) -> list[str]:
-    reasoning = "Let us see. "
+def _gold(row: tuple[Any, Mapping[str, Any]]) -> str:
+    """The right answer as the row has it, or else its prompt."""
+    named = {name.lower(): value for name, value in _leaves(row[1])}
+    for name in _GOLD_NAMES:
+        if named.get(name) not in (None, ""):
+            return _text(named[name])
+    return _text(next((value for value in named.values() if value not in (None, "")), _prompt_text(row[0])))
+
+
+def _prompt_text(prompt: Any) -> str:
+    """A prompt, or what the last message of a chat says."""
+    is_chat = isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[-1], Mapping)
+    return _text(prompt[-1].get("content") if is_chat else prompt)
+
+
+def _leaves(columns: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Name and value of the columns, and of the entries of those that are mappings or lists of one value."""
+    for name, value in columns.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        elif isinstance(value, (list, tuple)):
+            if value and not isinstance(value[0], (Mapping, list, tuple)):
+                yield name, value[0]
+        else:
+            yield name, value
+
+
+def _text(value: Any) -> str:
+    return str(value).encode(errors="replace").decode()[:_LONG]
+
+
+def _final(gold: str) -> str:
+    """The answer at the end of a worked solution: after "####" (GSM8K), in \\boxed{}, else all of it."""
+    if "####" in gold:
+        return gold.rpartition("####")[2].strip()
+    in_box = [inside for inside in boxed(gold) if inside is not None]
+    if in_box:
+        return in_box[-1]
+    tag = re.search(r"<answer>(.*?)</answer>", gold, re.DOTALL)
+    return tag[1].strip() if tag else gold
+
+
+def _usual_texts(row: tuple[Any, Mapping[str, Any]], other_row: tuple[Any, Mapping[str, Any]]) -> list[str]:
+    whole, answer, other = _gold(row), _final(_gold(row)), _final(_gold(other_row))
     return [
-        answer,
-        f"{reasoning}The answer is {answer}.",
+        whole,
+        f"{_REASONING}The answer is {answer}.",
         "",
         f"\\boxed{{{answer}}}",
-        answer,
+        whole,
+        f" {answer}\n",
+        f"{answer} is right.",
         f"{other} or 7 or x",
-        reasoning * (_LONG // len(reasoning)) + answer,
-        f"<think>{reasoning}It is {other}.</think>\n<answer>{answer}</answer>\n#### {answer}",
+        _REASONING * (_LONG // len(_REASONING)) + answer,
+        f"{_REASONING}It is \\boxed{{{answer}}}.\n#### {answer}",
+        f"<think>{_REASONING}It is {other}.</think>\n<answer>{answer}</answer>\n#### {answer}",
+        f"<think>{_REASONING}</think>\n<answer>{answer}</answer>",
+    ]
+
+
+def _other_texts(row: tuple[Any, Mapping[str, Any]], other_row: tuple[Any, Mapping[str, Any]]) -> list[str]:
+    answer, other = _final(_gold(row)), _final(_gold(other_row))
+    prompt = _prompt_text(row[0])
+    values = " ".join(_text(value) for _, value in _leaves(row[1]))
+    quoted = answer.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    as_json = f'{{"answer": "{quoted}"}}'
+    lines = "\n".join(f"{number}. {_REASONING}" for number in range(1, 4))
+    return [
+        "",
+        as_json,
+        f'{{"reasoning": "{_REASONING}", "answer": "{quoted}"}}',
+        f"{_REASONING}\n```json\n{as_json}\n```",
+        f'```python\nprint("{quoted}")\n```',
+        f'{_REASONING}\n```python\n# {_REASONING}\nprint("{quoted}")\n```\n',
+        f"<reasoning>\n{_REASONING}\n</reasoning>\n<answer>\n{answer}\n</answer>\n",
+        f"<reasoning>\n{_REASONING * 2}\n</reasoning>\n<answer>\n{answer}\n</answer>\n",
+        f"<think>\n{_REASONING}\n</think>\n<answer>\n{answer}\n</answer>",
+        f"<think>\n{_REASONING * 2}\n</think>\n<answer>\n{answer}\n</answer>",
+        f"**{answer}**",
+        f"# {_REASONING}\n\n{lines}\n\n- **Final Answer:** **{answer}**",
+        f"Final Answer: The final answer is ${answer}$. I hope it is correct.",
+        f"Answer: {answer}",
+        f"{_REASONING}\n\nAnswer: {answer}",
+        f"<SOLUTION>{answer}</SOLUTION>",
+        f"<solution>{answer}</solution> <SOLUTION>{_REASONING}{answer}</SOLUTION>",
+        prompt,
+        f"{prompt} {values}",
+        f"{values} {other}",
+        f"{_WORDS} {answer}",
+        f"{_WORDS.lower()} {_REASONING}",
+        f"{_WORDS} {answer} {prompt}".upper(),
+        f"{_REASONING}{_WORDS}".upper(),
     ]

@@ -10,8 +10,9 @@ How a function may be called is settled at the start, and it is never called wit
     needs_group   one group a call, anywhere; batch functions so marked
     whole_batch   the whole batch in one call, always in the same worker: it may compare what it likes, and keep state
 
-A batch function without a mark is tried, in workers that are replaced afterwards: where one call with 16 varied rows
-gives what 16 calls with one give, bit for bit, it is elementwise, else whole_batch. A call that fails costs its
+A batch function without a mark is tried, in workers that are replaced afterwards: where one call with varied rows
+gives what calls with one of them each give, bit for bit, it is elementwise, else whole_batch. Where its rewards for
+them hardly differ (see `rewards.probe`), equal calls show nothing, and it is whole_batch. A call that fails costs its
 samples. A worker that hangs, dies or sends what is no reply is killed with everything it started, and replaced.
 
 POSIX only (process groups, selectable pipes). Not thread-safe: one batch at a time.
@@ -30,13 +31,14 @@ from rewards.batch import FAILURES, Batch, BatchInputs, RewardResult, Share, mer
 from rewards.contract import Calls, RewardSpec, check_specs
 from rewards.environment import check_memory_gb, worker_environment
 from rewards.log import RewardLog
-from rewards.probe import GROUP_SIZE, Probe, probe
+from rewards.probe import Probe, probes, shows_how_it_judges
 from rewards.process import WorkerProcess, load_request, poll
 from rewards.protocol import encode
 from rewards.replies import BrokenWorker, Failure, LoadedFunction, Refused, Reply, Result
 
 _LOAD_TRIES = 3  # a worker that dies while it imports a function may do better next time
 _CHECK_SECONDS = 10.0  # for trying one function that is not marked
+_GOLD_GROUP = 8  # completions of the gold row, for a function that compares
 _PROBE_CALLS: tuple[Calls, ...] = ("whole_batch", "elementwise", "whole_batch")
 # From what asks least of a call to what asks most.
 _CAREFUL: tuple[Calls, ...] = ("elementwise", "needs_group", "whole_batch")
@@ -157,6 +159,11 @@ class RewardRunner:
                 self._calls[key] = other
                 self._reasons[key] = "the check found a difference earlier in this run or in another process of it"
 
+    def why_not_alone(self, name: str) -> str:
+        """Why this function is not called for one completion at a time, in words."""
+        key = next(key for key, spec in enumerate(self.specs) if spec.name == name)
+        return self._reasons.get(key) or f"it is marked so ({self._calls[key]})"
+
     def notes(self) -> list[str]:
         """What the start-up check found, in words: a line for each function that was tried."""
         way_out = "in its entry of rewards.functions"
@@ -275,7 +282,7 @@ class RewardRunner:
         if not rows:
             self._reasons = dict.fromkeys(tried, "there are no rows to try it with")
         elif tried:
-            given = probe(rows, self.columns)
+            given = probes(rows, self.columns)
             self._reasons = {key: self._try(key, given) for key in tried}
             for worker in self._workers:
                 worker.renew()  # what the functions remember of the check is gone
@@ -284,28 +291,40 @@ class RewardRunner:
             for key, function in enumerate(self._functions)
         ]
 
-    def _try(self, key: int, given: Probe) -> str:
-        """Why a function cannot be called for one completion at a time; empty: it can.
+    def _try(self, key: int, given: Sequence[Probe]) -> str:
+        """Why a function cannot be called for one completion at a time; empty: it can."""
+        deadline = time.monotonic() + _CHECK_SECONDS
+        for probe in given:
+            reason, rewards = self._try_with(key, probe, deadline)
+            if reason or shows_how_it_judges(probe, rewards):
+                return reason
+        return (
+            "in the start-up check no two completions of a prompt got more than the rest, which does not show whether "
+            "it compares completions"
+        )
+
+    def _try_with(self, key: int, given: Probe, deadline: float) -> tuple[str, list[float | None]]:
+        """Why a function cannot be called for one completion at a time, and its rewards where that is empty.
 
         It is called with the batch again in the end: what state, a clock or chance change shows then.
         """
-        deadline, first = time.monotonic() + _CHECK_SECONDS, None
-        name = self.specs[key].name
+        first, values, name = None, [], self.specs[key].name
         for calls in _PROBE_CALLS:
             of_all: list[Calls] = [calls] * len(self.specs)
-            with self._begin(given.prompts, given.columns, of_all, [key], GROUP_SIZE) as scoring:
+            with self._begin(given.prompts, given.columns, of_all, [key], given.group_size) as scoring:
                 scoring.add(range(len(given.prompts)), given.completions, given.completion_ids)
                 try:
                     result = scoring.result(max(0.0, deadline - time.monotonic()))
                 except TimeoutError:
-                    return f"the start-up check took longer than {_CHECK_SECONDS:g} s"
+                    return f"the start-up check took longer than {_CHECK_SECONDS:g} s", []
             if any(result.counts[name][kind] for kind in FAILURES):
-                return f"it failed in the start-up check ({result.problems[0]})"
-            rewards = [repr(row[key]) for row in result.rewards]  # tells 0.0 from -0.0
+                return f"it failed in the start-up check ({result.problems[0]})", []
+            values = [row[key] for row in result.rewards]
+            rewards = [repr(value) for value in values]  # tells 0.0 from -0.0
             if first is not None and rewards != first:
-                return "in the start-up check calls with one completion gave other rewards than one call with all"
+                return "in the start-up check calls with one completion gave other rewards than one call with all", []
             first = rewards
-        return ""
+        return "", values
 
     def _home(self, key: int) -> WorkerProcess:
         return self._workers[key % len(self._workers)]
@@ -495,7 +514,7 @@ def check_on_gold(runner: RewardRunner, prompt: Any, gold_completion: Any, colum
     alone = runner.elementwise
     together = [spec.name for spec in runner.specs if spec.name not in alone]
     warnings = []
-    for names, size in ((alone, 1), (together, GROUP_SIZE)):
+    for names, size in ((alone, 1), (together, _GOLD_GROUP)):
         if not names:
             continue
         repeated = {name: [value] * size for name, value in columns.items()}

@@ -157,10 +157,11 @@ def left_out_of_evaluation(runner: RewardRunner, accuracy_reward: str | None) ->
         return None
     has_accuracy = accuracy_function(runner, accuracy_reward) is not None
     lost = "" if has_accuracy else ", and there is no accuracy without a function that does for eval.reward"
+    reasons = "; ".join(f"{name}: {runner.why_not_alone(name)}" for name in names)
     return (
         f"evaluation leaves out {', '.join(names)}: it draws one completion for each prompt, and these functions are "
-        f"not called for one at a time (elementwise: true, in an entry of rewards.functions, says that a function "
-        f"judges each by itself){lost}"
+        f"not called for one at a time ({reasons}); elementwise: true, in an entry of rewards.functions, says that a "
+        f"function judges each by itself{lost}"
     )
 
 

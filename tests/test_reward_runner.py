@@ -16,6 +16,7 @@ from rewards.batch import COUNTS, Batch, BatchInputs, Share, merge_results
 from rewards.contract import RewardSpec
 from rewards.environment import check_memory_gb
 from rewards.log import RewardLog
+from rewards.probe import probes
 from rewards.runner import RewardRunner, check_on_gold
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -394,6 +395,75 @@ def test_start_up_check_settles_how_a_function_that_is_not_marked_is_called(writ
         before = runner.calls
         runner.adopt({"alone": "whole_batch", "chance": "elementwise", "told_whole": "elementwise"})
         assert runner.calls == before | {"alone": "whole_batch"}
+
+
+def test_a_function_is_elementwise_only_where_the_check_could_have_shown_that_it_compares(write):
+    spec = write(r"""
+        import re
+        def best(prompts, completions, right):
+            shortest = {}
+            for p, c, r in zip(prompts, completions, right):
+                if r:
+                    shortest[p] = min(shortest.get(p, len(c)), len(c))
+            places = zip(prompts, completions, right)
+            return [(1.0 if len(c) == shortest[p] else 0.5) if r else 0.0 for p, c, r in places]
+        def brevity_json(prompts, completions, solution):
+            return best(prompts, completions, [f'{{"answer": "{s}"}}' in c for c, s in zip(completions, solution)])
+        def brevity_boxed(prompts, completions, solution):
+            return best(prompts, completions, [f"\\boxed{{{s}}}" in c for c, s in zip(completions, solution)])
+        def brevity_unknown(prompts, completions, solution):
+            return best(prompts, completions, [f"@@{s}@@" in c for c, s in zip(completions, solution)])
+        def declines(completions): return [None] * len(completions)
+        def one_wins(completions): return [float(c.startswith("# Let")) for c in completions]
+        # What a first reward function looks like.
+        def polite(prompts, completions, **columns):
+            return [1.0 if "please" in str(completion) else 0.0 for completion in completions]
+        def exact(completions, solution): return [float(c == s) for c, s in zip(completions, solution)]
+        def tagged(completions, solution):
+            found = [re.search("<answer>(.*?)</answer>", c, re.DOTALL) for c in completions]
+            return [float(bool(f) and f[1].strip() == s) for f, s in zip(found, solution)]
+        def layout(completions):
+            lines = r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$"
+            return [0.5 if re.match(lines, c, re.DOTALL) else 0.0 for c in completions]
+        def code(completions): return [float("```python" in c) for c in completions]
+        def shouts(completions): return [float(c.isupper()) for c in completions]
+        def on_topic(prompts, completions): return [float(p in c) for p, c in zip(prompts, completions)]
+    """)
+    differ, unseen = ["brevity_json", "brevity_boxed"], ["brevity_unknown", "declines", "one_wins"]
+    alone = ["polite", "exact", "tagged", "layout", "code", "shouts", "on_topic"]
+    rows = [("What is it?", {"level": 3, "solution": "11"}), ("And now?", {"level": 4, "solution": "22"})]
+    specs = [spec(name) for name in [*differ, *unseen, *alone]]
+    with RewardRunner(specs, ["level", "solution"], 2, 5.0, rows=rows) as runner:
+        assert runner.elementwise == alone
+        for name in differ:
+            assert "gave other rewards" in runner.why_not_alone(name)
+        for name in unseen:
+            assert "does not show whether it compares" in runner.why_not_alone(name)
+            note = next(note for note in runner.notes() if repr(name) in note)
+            assert "is called with whole batches, for " in note
+            assert "elementwise: true says that it judges each completion by itself" in note
+        completions = ['{"answer": "11"}', 'so {"answer": "11"}', "no", ""]
+        result = runner.score(
+            ["p"] * 4, completions, {"level": [3] * 4, "solution": ["11"] * 4}, group_size=4, names=["brevity_json"]
+        )
+    assert column(result) == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_the_check_finds_the_right_answer_in_the_columns_of_usual_data_sets():
+    for columns in (
+        {"ANSWER": "6 * 7 = 42\n#### 42"},  # GSM8K
+        {"level": 5, "solution": r"So it is $\boxed{42}$."},  # MATH
+        {"data_source": "x", "reward_model": {"style": "rule", "ground_truth": "42"}},  # verl
+        {"id": None, "answers": ["42", "forty-two"]},
+    ):
+        row = ([{"role": "user", "content": "6*7?"}], columns)
+        for probe in probes([row], [*columns]):
+            texts = [messages[0]["content"] for messages in probe.completions]
+            assert len(texts) == len(probe.prompts) == 2 * probe.group_size
+            assert probe.columns == {name: [value] * len(texts) for name, value in columns.items()}
+            assert "<answer>42</answer>" in "".join(texts).replace("\n", "")
+            assert any(text.strip("$*#. \n").endswith("42") for text in texts)
+    assert any(text == "6*7?" for text in probes([("6*7?", {})], [])[1].completions)
 
 
 def test_what_the_recipe_says_wins_over_marks_and_check(write):
