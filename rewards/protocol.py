@@ -34,7 +34,9 @@ def encode(value: Any, where: str) -> Any:
             raise ValueError(
                 f"{where}: keys of a mapping must be strings to reach a reward function; convert them in the dataset"
             )
-        return {key: encode(item, where) for key, item in value.items()}
+        plain = {key: encode(item, where) for key, item in value.items()}
+        # A cell of the data set may hold the tag itself: as pairs, it is no object that `decode` would take for tagged.
+        return {_TAG: "mapping", "value": [[key, item] for key, item in plain.items()]} if _TAG in plain else plain
     if isinstance(value, bytes):
         return {_TAG: "bytes", "value": base64.b64encode(value).decode("ascii")}
     if isinstance(value, decimal.Decimal):
@@ -54,9 +56,11 @@ def encode(value: Any, where: str) -> Any:
 def decode(value: dict[str, Any]) -> Any:
     """`json.loads` object hook: turns the tagged values of `encode` back."""
     kind = value.get(_TAG)
-    if kind is None:
+    if not isinstance(kind, str):  # a column may have that name, too; its values are a list
         return value
     text = value["value"]
+    if kind == "mapping":
+        return dict(text)
     if kind == "bytes":
         return base64.b64decode(text)
     if kind == "decimal":

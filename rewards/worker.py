@@ -103,12 +103,16 @@ def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 def _read_requests(requests: BinaryIO, inbox: queue.SimpleQueue) -> None:
     buffer = bytearray()
-    while chunk := os.read(requests.fileno(), 1 << 20):
-        buffer += chunk
-        if len(buffer) >= HEADER.size:
-            for message in unpack(buffer):
-                inbox.put(message)
-    inbox.put(None)  # the parent closed the pipe, or is gone
+    try:
+        while chunk := os.read(requests.fileno(), 1 << 20):
+            buffer += chunk
+            if len(buffer) >= HEADER.size:
+                for message in unpack(buffer):
+                    inbox.put(message)
+    finally:
+        # The parent closed the pipe, or is gone; or a request cannot be read. No request will come any more: a worker
+        # that ends is noticed and replaced, one that waited for ever would cost the time limit of every call.
+        inbox.put(None)
     time.sleep(_ORPHAN_SECONDS)
     _end_process_group()
 

@@ -2,7 +2,10 @@
 
 import datetime
 import functools
+import json
 import math
+import os
+import queue
 import re
 import subprocess
 import sys
@@ -17,10 +20,11 @@ from rewards.contract import RewardSpec, bind, check_specs, elementwise, load_fu
 from rewards.format import format_regex
 from rewards.length import length_penalty
 from rewards.number import exact_number_flexible, exact_number_strict, gold_number, last_number, strict_number
-from rewards.protocol import decode, encode, pack, unpack
+from rewards.protocol import HEADER, decode, encode, pack, unpack
 from rewards.rubric import RewardSummary, summarize, weighted_sum
 from rewards.text import after_thinking, boxed, completion_text
 from rewards.verify import math_verified
+from rewards.worker import _read_requests
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -242,6 +246,32 @@ def test_function_that_does_not_load_is_refused(tmp_path, restored_imports, func
 def test_bad_list_of_specs_is_refused(specs, word):
     with pytest.raises(ValueError, match=word):
         check_specs(specs)
+
+
+def test_every_value_of_a_data_set_arrives_as_it_was_also_one_with_the_tag_of_the_protocol():
+    tag = "__tandem_type__"
+    values = [
+        {tag: "bytes", "value": 5},
+        {tag: "bytes", "value": "aGk="},
+        {tag: "date"},
+        {tag: "mapping", "value": [["a", 1]]},
+        {tag: None},
+        {tag: {tag: b"hi"}, "value": [{tag: "decimal", "value": "1.5"}], "when": datetime.date(2020, 1, 2)},
+        [b"\x00", Decimal("1.50"), datetime.datetime(2020, 1, 2, 3, 4), {"plain": {"nested": None}}],
+    ]
+    buffer = bytearray(pack({"columns": {tag: encode(values, "column 'meta'")}}))
+    assert unpack(buffer) == [{"columns": {tag: values}}]
+    assert not buffer
+
+
+def test_a_worker_that_cannot_read_a_request_ends_and_does_not_wait_for_the_next():
+    inbox = queue.SimpleQueue()
+    read, write = os.pipe()
+    with open(read, "rb", buffering=0) as requests, open(write, "wb", buffering=0) as other_end:
+        other_end.write(HEADER.pack(1) + b"{")
+        with pytest.raises(json.JSONDecodeError):
+            _read_requests(requests, inbox)
+    assert inbox.get_nowait() is None
 
 
 def test_ready_made_functions_judge_each_completion_by_itself():
