@@ -15,7 +15,8 @@ import sys
 import weakref
 from typing import Any
 
-SECONDS = 1.0
+SECONDS = 1.0  # of processor time
+CLOCK_SECONDS = 60.0  # for the same on a machine with much else to do
 MAX_TEXT = 1_000_000  # characters that a template may write, besides those that it was given
 _WORKER = pathlib.Path(__file__).with_name("untrusted_worker.py")
 _VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "TZ")
@@ -70,9 +71,9 @@ class Untrusted:
             self._end = weakref.finalize(self, _end, self._process)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        line = b""
+        limits, line = {"seconds": SECONDS, "clock_seconds": CLOCK_SECONDS}, b""
         try:
-            self._process.stdin.write(json.dumps({**request, "seconds": SECONDS}).encode() + b"\n")
+            self._process.stdin.write(json.dumps({**request, **limits}).encode() + b"\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline(most + 1000)
             message = json.loads(line)
@@ -86,6 +87,8 @@ class Untrusted:
             raise UntrustedError(message["error"])
         if code == -signal.SIGPROF:
             raise UntrustedError(f"it took more than {SECONDS:g} s of processor time")
+        if code == -signal.SIGALRM:
+            raise UntrustedError(f"it took more than {CLOCK_SECONDS:g} s")
         raise UntrustedError(f"its process ended with {code} and said {line[:80]!r}")
 
 

@@ -1,6 +1,7 @@
 """Text and token ids: BOS and EOS rules, chat templates, the byte tokenizer, saving and loading."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -149,6 +150,25 @@ def test_a_template_that_fails_or_does_not_end_is_refused(tmp_path, monkeypatch)
         with pytest.raises(ValueError, match=r"chat_template '.*broken.jinja' must accept messages .*'user'") as caught:
             load_tokenizer("byte", path).encode_chat(USER)
         assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("SECONDS", "0.3 s of processor time"), ("CLOCK_SECONDS", "0.3 s")])
+def test_a_template_is_stopped_also_where_the_trainer_ignores_the_signals_that_do_it(
+    tmp_path, monkeypatch, name, reason
+):
+    monkeypatch.setattr(untrusted, name, 0.3)
+    path = tmp_path / "endless.jinja"
+    path.write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    stopping = (signal.SIGPROF, signal.SIGALRM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in stopping}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+    try:
+        with pytest.raises(ValueError, match=f"it took more than {reason}"):
+            load_tokenizer("byte", path).encode_chat(USER)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit the memory of a process")
