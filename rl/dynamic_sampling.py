@@ -6,6 +6,9 @@ step and the new count. The places are refilled from the rows that come next in 
 `grpo.dynamic_sampling_rounds`; what is still equal then is trained on as it is. All of it follows from the seed, the
 step and the count of rows, so a resumed run refills as the uninterrupted one did.
 
+A refill is judged alone. A function of the whole batch would compare its completions with fewer than those of the first
+draw, and both would be trained on side by side: with such a function a run does not start (`check_calls`).
+
 Legend: P prompts of a step, G completions per prompt.
 """
 
@@ -13,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rewards.rubric import weighted_sum
+from rewards.runner import RewardRunner
 from rl.advantages import ZERO_STD
 from rl.config import Config
 from rl.data import PromptRow, next_indices
@@ -38,6 +42,20 @@ class Collected(NamedTuple):
     problems: list[str]
 
 
+def check_calls(config: Config, runner: RewardRunner) -> None:
+    """Raises ValueError where refills would be judged by a function that takes whole batches and has a weight."""
+    rounds = config.grpo.dynamic_sampling_rounds
+    for spec in runner.specs if rounds else ():
+        if spec.weight and runner.calls[spec.name] == "whole_batch":
+            raise ValueError(
+                f"grpo.dynamic_sampling_rounds must be 0 with a reward function that is called with whole batches, got "
+                f"{rounds} with {spec.name!r} ({runner.why_not_alone(spec.name)}): refilled groups are judged without "
+                "those beside which they are trained on; say elementwise: true in its entry of rewards.functions if it "
+                "judges each completion by itself, or needs_group: true if it compares those of one prompt, give it "
+                "weight 0, or set grpo.dynamic_sampling_rounds=0"
+            )
+
+
 def collect(config: Config, rows: Sequence[PromptRow], position: int, draw: DrawFn) -> Collected:
     """Draws and judges P groups from the rows at `position` on, and refills those without a spread of rewards."""
     num_prompts, max_rounds = config.grpo.prompts_per_step, config.grpo.dynamic_sampling_rounds
@@ -56,11 +74,17 @@ def collect(config: Config, rows: Sequence[PromptRow], position: int, draw: Draw
         taken, equal = [*taken, *new], equal[len(useful) :]
         num_refilled, num_rounds = num_refilled + len(useful), num_rounds + 1
     problems = []
-    if equal:
+    unjudged = [p for p in equal if not _known(judged, p)]
+    count = f"of {num_prompts} groups still {{}} after {num_rounds} rounds and {len(taken)} prompts, and"
+    if unjudged:
         problems.append(
-            f"dynamic sampling: {len(equal)} of {num_prompts} groups still have equal rewards after {num_rounds} "
-            f"rounds and {len(taken)} prompts, and are trained on as they are; prompts that are less easy or less "
-            "hard, or a higher grpo.dynamic_sampling_rounds, would help"
+            f"dynamic sampling: {len(unjudged)} {count.format('have no reward at all')} teach nothing; no function "
+            "with a weight could judge them: look at what the reward functions report"
+        )
+    if len(equal) > len(unjudged):
+        problems.append(
+            f"dynamic sampling: {len(equal) - len(unjudged)} {count.format('have equal rewards')} are trained on as "
+            "they are; prompts that are less easy or less hard, or a higher grpo.dynamic_sampling_rounds, would help"
         )
     metrics = {"refilled": num_refilled, "unfilled": len(equal), "rounds": num_rounds, "prompts": len(taken)}
     return Collected(judged, position, {f"dynamic_sampling/{k}": float(v) for k, v in metrics.items()}, problems)
@@ -68,6 +92,11 @@ def collect(config: Config, rows: Sequence[PromptRow], position: int, draw: Draw
 
 def has_spread(judged: Judged, p: int) -> bool:
     """Whether two completions of group p have different rewards."""
-    sums = [weighted_sum(row, judged.weights) for row in judged.rewards_of(p)]
-    known = [value for value in sums if value is not None]
+    known = _known(judged, p)
     return bool(known) and max(known) - min(known) > ZERO_STD
+
+
+def _known(judged: Judged, p: int) -> list[float]:
+    """Weighted rewards of the completions of group p that could be judged."""
+    sums = [weighted_sum(row, judged.weights) for row in judged.rewards_of(p)]
+    return [value for value in sums if value is not None]

@@ -28,7 +28,7 @@ from rl.checkpoint import create_checkpoint_manager, would_do
 from rl.config import Config, preset_values, require
 from rl.console import Console
 from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
-from rl.dynamic_sampling import collect
+from rl.dynamic_sampling import check_calls, collect
 from rl.entropy_coef import EntropyCoefState
 from rl.evaluation import (
     check_memory,
@@ -123,6 +123,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
         runner = stack.enter_context(
             start_rewards(config, data.train, None if check_only else run.path / "rewards.log")
         )
+        check_calls(config, runner)
         if not check_only:
             run.begin()
             mirror.begin()
@@ -161,6 +162,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
             position = loop["epoch"] * len(data.train) + loop["position"]  # prompts used up
             console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
             runner.adopt(loop.get("reward_calls", {}))
+            check_calls(config, runner)
         if config.grpo.beta and policy.config.lora is not None:
             reference = frozen_reference(policy, state)  # with adapters the frozen base: no second copy
         first_step = get_first_step(policy, state, updates_per_step(config))

@@ -1,5 +1,6 @@
 """Refilled groups and the overlong punishment: on groups made by hand, and in whole runs that are resumed."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ import pytest
 
 from rl.config import load_config
 from rl.data import PromptRow, next_indices, step_indices
-from rl.dynamic_sampling import collect, has_spread
-from rl.evaluation import create_sampler
+from rl.dynamic_sampling import check_calls, collect, has_spread
+from rl.evaluation import create_sampler, start_rewards
 from rl.grpo_trainer import train
 from rl.metrics import read_metrics, read_samples
 from rl.replay import compare, draw_again
@@ -74,7 +75,9 @@ class Draws:
     def __call__(self, rows: Sequence[PromptRow], indices: Sequence[int]) -> Judged:
         self.asked.append(([row.index for row in rows], list(indices)))
         texts = [f"{row.index}/{sample}" for row in rows for sample in range(2)]
-        rewards = [[float(sample and row.index in self.useful)] for row in rows for sample in range(2)]
+        rewards: list[list[float | None]] = [
+            [float(sample and row.index in self.useful)] for row in rows for sample in range(2)
+        ]
         counts = {"right": {"none": 0, "exception": len(rows)}}
         completions: list[list[Completion]] = [[None, None] for _ in rows]  # pyright: ignore[reportAssignmentType]
         return Judged(list(rows), completions, texts, rewards, ["right"], [1.0], counts, ["slow"])
@@ -114,6 +117,40 @@ def test_the_run_goes_on_with_what_it_has_when_the_rounds_or_the_rows_are_used_u
     few = collect(recipe(tmp_path, "grpo.group_size=2"), prompt_rows(6), 0, draw := Draws(set()))
     assert [len(rows) for rows, _ in draw.asked] == [4, 2]
     assert (few.position, few.metrics["dynamic_sampling/rounds"]) == (6, 1)
+
+
+def test_groups_that_nothing_could_judge_are_not_put_down_to_the_prompts(tmp_path):
+    class Unjudged(Draws):
+        def __call__(self, rows: Sequence[PromptRow], indices: Sequence[int]) -> Judged:
+            judged = super().__call__(rows, indices)
+            failed = [row.index in (draw.asked[0][0][0], draw.asked[0][0][2]) for row in rows for _ in range(2)]
+            rewards = [[None] if lost else row for row, lost in zip(judged.rewards, failed, strict=True)]
+            return dataclasses.replace(judged, rewards=rewards)
+
+    draw = Unjudged(set())
+    collected = collect(recipe(tmp_path, "grpo.group_size=2"), prompt_rows(20), 0, draw)
+    first, second = collected.problems
+    assert "2 of 4 groups still have no reward at all after 2 rounds and 12 prompts" in first
+    assert "less easy" not in first
+    assert "2 of 4 groups still have equal rewards after 2 rounds and 12 prompts" in second
+
+
+def test_a_weighted_function_of_whole_batches_is_refused_beside_refills(tmp_path):
+    def functions(**fields: Any) -> str:
+        return f"rewards.functions={json.dumps([{'function': f'{REWARDS}:rank_in_batch', 'name': 'rank', **fields}])}"
+
+    message = r"dynamic_sampling_rounds must be 0 .* got 2 with 'rank' \(.* gave other rewards .*needs_group: true"
+    with pytest.raises(ValueError, match=message):
+        train(recipe(tmp_path, functions()))
+    assert not (tmp_path / "run").exists()
+    for fields, override in (
+        ({"weight": 0.0}, "grpo.dynamic_sampling_rounds=2"),
+        ({"needs_group": True}, "grpo.dynamic_sampling_rounds=2"),
+        ({}, "grpo.dynamic_sampling_rounds=0"),
+    ):
+        config = recipe(tmp_path, functions(**fields), override)
+        with start_rewards(config, prompt_rows(2), None) as runner:
+            check_calls(config, runner)
 
 
 def test_without_dynamic_sampling_there_is_one_draw_and_no_metric(tmp_path):
@@ -249,8 +286,8 @@ def test_overlong_completions_are_punished_and_it_shows_as_a_metric_of_its_own(t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rewards.overlong_buffer=512"], r"must be a share of sampling\.max_completion_length in \[0, 1\], got 512"),
-        (["rewards.overlong_buffer=-0.1"], r"rewards\.overlong_buffer must be >= 0, got -0\.1"),
+        (["rewards.overlong_buffer=512"], r"must be in \[0, 1\], a share of sampling\.max_completion_length.* got 512"),
+        (["rewards.overlong_buffer=-0.1"], r"rewards\.overlong_buffer must be in \[0, 1\].* got -0\.1"),
         (["grpo.dynamic_sampling_rounds=-1"], r"grpo\.dynamic_sampling_rounds must be >= 0, got -1"),
         (
             ["rewards.overlong_buffer=0.2", "rewards.functions=[{function: a:b, name: overlong}]"],
