@@ -284,7 +284,6 @@ def _bench_command(arguments: argparse.Namespace) -> int:
     check_writable(arguments.json, "--json")
     check_path(arguments.source, "what is timed", may_be_remote=False)
     check_path(arguments.json, "--json", may_be_remote=False)
-    result = bench(arguments.source, arguments.steps, tuple(arguments.overrides))
     result = bench(arguments.source, arguments.steps, tuple(arguments.overrides), arguments.trust)
     print("\n".join(report(result)))
     if arguments.json is not None:
