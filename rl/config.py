@@ -104,6 +104,14 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     return config
 
 
+def override_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """What the command line gives: {dotted key of one value: value}, those of a section given as a mapping as well.
+
+    Raises ValueError for an override that cannot be read.
+    """
+    return flatten(_parse_overrides(overrides))
+
+
 def read_preset(name: str) -> dict[str, Any]:
     """What a preset sets, by section. Its file holds keys of `grpo`, and those of another section below its name.
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from rl import hosts
-from rl.config import Config, differences, dump_config, load_config
+from rl.config import Config, differences, dump_config, load_config, override_values
 from rl.remote import is_remote
 from rl.remote_run import run_path
 from rl.replaced_run import move_aside, recover, remove, replaced_runs, restore
@@ -346,7 +346,7 @@ def load_run_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> C
     Raises:
       ValueError: `path` is the config.yml of a run folder that is not the output_dir it names; it was moved or copied.
     """
-    is_placed = "output_dir" in _keys(overrides)
+    is_placed = "output_dir" in override_values(overrides)
     if is_run_folder(path):
         here = [] if is_placed else [f"output_dir={json.dumps(str(path))}"]
         return load_config(pathlib.Path(path) / CONFIG, [*here, *overrides])
@@ -381,9 +381,8 @@ def check_trust(
       trust: the user has said to run it (`--trust`).
     """
     run = _run_of(path)
-    given = _keys(overrides)
-    codes = [code for code in code_of(config) if code.kind in kinds]
-    codes = [code for code in codes if not any(code.key == key or code.key.startswith(key + ".") for key in given)]
+    given = override_values(overrides)
+    codes = [code for code in code_of(config) if code.kind in kinds and code.key not in given]
     if run is None or trust or not codes:
         return
     code = "; ".join(map(str, codes))
@@ -419,10 +418,6 @@ def _run_of(path: str | os.PathLike) -> pathlib.Path | None:
     folder = path.resolve().parent
     has_traces = (folder / IDENTITY).exists() or (folder / METRICS).exists() or bool(checkpoint_steps(folder))
     return folder if path.resolve().name == CONFIG and has_traces else None
-
-
-def _keys(overrides: Sequence[str]) -> set[str]:
-    return {text.partition("=")[0] for text in overrides}
 
 
 def _without_file_keys(record: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rl.checkpoint_files import write_hashes
 from rl.cli import main
 from rl.config import load_config
 from rl.run_folder import RunFolder, check_trust
-from rl.trust import READY_MADE, TO_EVALUATE, TO_SAMPLE, code_of, untrusted
+from rl.trust import READY_MADE, TO_EVALUATE, TO_SAMPLE, TO_TRAIN, code_of, untrusted
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REFUSAL = "names code that is not shown to be yours: "
@@ -243,6 +243,26 @@ def test_what_the_command_line_names_is_the_users_own_word(tmp_path, code):
     (strange / "checkpoints" / "1").mkdir(parents=True)
     os.rename(recipe, strange / "config.yml")
     assert "run.json cannot be read" in _of_recipe(strange)
+
+
+@pytest.mark.parametrize(
+    "override", ["rewards={num_workers: 1}", "rewards={}", "grpo={beta: 0}", "model={dtype: float32}", "logging={}"]
+)
+def test_a_section_on_the_command_line_is_no_word_for_the_keys_that_it_leaves_out(tmp_path, code, override):
+    make_run(tmp_path / "run", *all_code(code))
+    edit(tmp_path / "run" / "run.json", lambda record: record.pop("hmac"))
+    said = problem_of(tmp_path / "run", override, kinds=TO_TRAIN) or ""
+    for key in ("rewards.functions", "model.source", "grpo.loss_type", "logging.compilation_cache"):
+        assert f"{key} '" in said
+
+
+def all_code(code):
+    return (
+        rewards(f"{code}:score"),
+        f"model.source={code}:build",
+        f"grpo.loss_type={code}:loss",
+        f"logging.compilation_cache={code.parent}",
+    )
 
 
 def _of_recipe(folder):
