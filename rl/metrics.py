@@ -236,7 +236,7 @@ def _steps_before(path: pathlib.Path, start_step: int) -> bytes | None:
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
-    replacement = path.with_name(path.name + ".new")
+    replacement = path.with_name(".tandem-" + path.name)  # a name of ours, see `rl.run_files`
     with open(replacement, "wb") as file:
         file.write(content)
         file.flush()

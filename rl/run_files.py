@@ -27,7 +27,9 @@ FORMAT_KEY, FILES_KEY = "format", "files"
 UNFINISHED = ".tandem-"  # begins the name of a file that is being written, and is nothing without its end
 
 # Written anew, or gone on with, by each run of a folder; rewards.log is the folder's, whichever run it has.
-_FILES = (METRICS, SAMPLES, METRICS + ".new", SAMPLES + ".new", CURVES, EXPORT_RECORD, CONFIG, IDENTITY)
+_FILES = (METRICS, SAMPLES, CONFIG, IDENTITY)
+CURVES_MARK = "Tandem: grpo report"  # in every picture that it draws, whatever the format
+_LARGEST_CURVES = 1 << 25  # bytes
 # What Orbax and `rl.checkpoint_files` put into a step, beside files that hashes.json lists.
 _STEP_ENTRIES = (
     *("state", "loop", "reference", "hashes.json", "_CHECKPOINT_METADATA", "commit_success.txt"),
@@ -149,7 +151,18 @@ def own_entries(folder: pathlib.Path, kind: str) -> list[str]:
     if checkpoints.is_dir() and not checkpoints.is_symlink():
         steps = sorted(entry for entry in checkpoints.iterdir() if _OWN_STEP.fullmatch(entry.name))
         entries += [f"{CHECKPOINTS}/{step.name}" for step in steps if not step.name.isdecimal() or is_checkpoint(step)]
-    return entries + [name for name in _FILES if (folder / name).is_file() and not (folder / name).is_symlink()]
+    if kind == "sft" and _is_export_record(folder / EXPORT_RECORD):
+        entries.append(EXPORT_RECORD)
+    if is_own_curves(folder / CURVES):
+        entries.append(CURVES)
+    return entries + [name for name in _FILES if _is_plain_file(folder / name)]
+
+
+def is_own_curves(path: pathlib.Path) -> bool:
+    """Whether a file is a picture that `grpo report` drew."""
+    if not _is_plain_file(path) or path.stat().st_size > _LARGEST_CURVES:
+        return False
+    return CURVES_MARK.encode() in path.read_bytes()
 
 
 def foreign_in(path: pathlib.Path) -> list[pathlib.Path]:
@@ -191,6 +204,18 @@ def write_file(path: pathlib.Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, path)
+
+
+def _is_plain_file(path: pathlib.Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _is_export_record(path: pathlib.Path) -> bool:
+    """Whether a file is what `describe_files` says of an export."""
+    with contextlib.suppress(ValueError):
+        sizes = read_json(path).values() if _is_plain_file(path) else ()
+        return bool(sizes) and all(isinstance(size, list) and list(map(type, size)) == [int, int] for size in sizes)
+    return False
 
 
 def _steps(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -134,3 +134,21 @@ def test_null_values_are_left_out_of_a_series():
     run = Run("x", [{"step": 1, "kl": 0.5}, {"step": 2, "kl": None}, {"step": 3}, {"step": 4, "kl": 0.25}])
     assert run.series("kl") == ([1, 4], [0.5, 0.25])
     assert format_table([run]).splitlines()[1].split() == ["steps", "4"]
+
+
+@pytest.mark.parametrize("name", ["reward.png", "curves.pdf", "curves.svg"])
+def test_a_picture_takes_the_place_of_one_that_a_report_drew_and_of_nothing_else(tmp_path, name):
+    write_run(tmp_path / "run", seed=0, num_steps=2)
+    path, mine = tmp_path / "run" / name, tmp_path / "mine"
+    mine.write_text("mine")
+    command = [str(tmp_path / "run"), "--output", str(path)]
+    for make in (path.symlink_to, lambda mine: path.write_text(mine.read_text())):
+        make(mine)
+        with pytest.raises(ValueError, match="move it away, or name another one by --output"):
+            main(command)
+        assert path.read_text() == mine.read_text() == "mine"
+        path.unlink()
+    for _ in range(2):
+        assert main(command) == 0
+    assert path.stat().st_size > 1000
+    assert not list(path.parent.glob(".tandem-*"))

@@ -260,6 +260,7 @@ def test_overwrite_leaves_every_file_that_no_run_wrote(tmp_path, kind):
         "export/notes.txt",
     ]
     strange += ["checkpoints/1/state/notes.txt", "checkpoints/2.damaged/notes.txt"]
+    strange += ["reward.png", "metrics.jsonl.new", "samples.jsonl.new", "export.json"]  # by their names ours
     for name in strange:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"mine: {name}")
@@ -274,6 +275,8 @@ def test_overwrite_leaves_every_file_that_no_run_wrote(tmp_path, kind):
     for name in strange:
         places = [place / name for place in (folder, old) if (place / name).is_file()]
         assert [place.read_text() for place in places] == [f"mine: {name}"], name
+    assert (folder / "reward.png").is_file()
+    assert (folder / "export.json").is_file()
     for again in (folder, old):  # and in nobody's way
         assert (again / "checkpoints/1/state/data").is_file()
     next_one = open_folder(folder, "optimizer.lr=1e-3", kind=kind)

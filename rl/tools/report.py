@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from rl.console import format_count, format_seconds
 from rl.metrics import read_metrics
 from rl.remote import check_path, written_file
 from rl.remote_steps import local_metrics
+from rl.run_files import CURVES_MARK, UNFINISHED, is_own_curves
 
 # Metric, title, companion metric drawn dashed, fixed vertical range. The first row of panels, then the second.
 _MAIN_PANELS = (
@@ -52,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     """Writes the picture and prints the table.
 
     Raises:
-      ValueError: a folder holds no metrics, or the output's ending is not one that can be written.
+      ValueError: a folder holds no metrics, the output's ending is not one that can be written, or something lies there
+        that this command did not draw.
     """
     parser = argparse.ArgumentParser(prog="grpo report", description="Plot a run's curves and print its summary.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
@@ -62,10 +65,24 @@ def main(argv: Sequence[str]) -> int:
     output = arguments.output or f"{arguments.runs[0].rstrip('/')}/reward.png"
     check_path(output, "--output", may_be_remote=True)
     with written_file(output) as path:
-        write_plot(runs, path)
+        _check_place(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as scratch:
+            draft = pathlib.Path(scratch) / path.name
+            write_plot(runs, draft)
+            os.replace(draft, path)
     print(format_table(runs))
     print(f"\ncurves: {output}")
     return 0
+
+
+def _check_place(path: pathlib.Path) -> None:
+    """ValueError where something lies that this command did not draw; a run folder can be a stranger's, with a link."""
+    if os.path.lexists(path) and not is_own_curves(path):
+        raise ValueError(
+            f"the picture must be a new file, or one that grpo report drew, got {str(path)!r}, which is "
+            f"{'a link' if path.is_symlink() else 'something else'}; move it away, or name another one by --output"
+        )
 
 
 def read_runs(folders: Sequence[str | os.PathLike]) -> list[Run]:
@@ -159,7 +176,8 @@ def format_table(runs: Sequence[Run]) -> str:
 
 
 def write_plot(runs: Sequence[Run], path: pathlib.Path) -> None:
-    """Draws the panels that at least one run has data for, and writes them to `path`; its folder is made when missing.
+    """Draws the panels that at least one run has data for, and writes them to `path`, with the mark of
+    `rl.run_files` in it.
 
     Raises:
       ValueError: the path's ending is not .png, .pdf or .svg, or no run has anything to draw.
@@ -187,8 +205,8 @@ def write_plot(runs: Sequence[Run], path: pathlib.Path) -> None:
         }
         names = [run.name for run in runs if run.name in lines]
         figure.legend([lines[name] for name in names], names, loc="outside upper center", ncols=4, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    mark = "Software" if path.suffix.lower() == ".png" else "Creator"
+    figure.savefig(path, metadata={mark: CURVES_MARK})
 
 
 def _draw_panel(
