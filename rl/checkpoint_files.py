@@ -191,6 +191,9 @@ class HashCheck:
         self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "hash")
         self._compared: list[concurrent.futures.Future[str | None]] = []
         path = folder / HASHES
+        if (missing := _missing_hashes(folder)) is not None:
+            self._problems.append(missing)
+            return
         if not path.is_file():
             self.note = f"the files have no {HASHES}: a changed byte that still decodes to a number is not noticed"
             return
@@ -218,10 +221,27 @@ class HashCheck:
 
 def damaged_files(folder: pathlib.Path) -> list[str] | None:
     """What is wrong with the files of a step by its `hashes.json`, in words, a line per file; None without one."""
-    if not (folder / HASHES).exists():
+    if not (folder / HASHES).exists() and _missing_hashes(folder) is None:
         return None
     with HashCheck(folder) as check:
         return check.problems()
+
+
+def _missing_hashes(folder: pathlib.Path) -> str | None:
+    """What is wrong where the list of hashes is no file, in words; None where it is one, or of an older version, which
+    wrote none: a run whose earlier step has one wrote one into each that followed.
+    """
+    path = folder / HASHES
+    if path.is_file():
+        return None
+    if os.path.lexists(path):
+        return f"{path} is damaged: it is no file"
+    if not folder.name.isdecimal():
+        return None
+    earlier = (entry for entry in folder.parent.iterdir() if entry.name.isdecimal())
+    if any(int(entry.name) < int(folder.name) and (entry / HASHES).is_file() for entry in earlier):
+        return f"{path} is missing, which an earlier step has"
+    return None
 
 
 def file_hash(path: pathlib.Path) -> str:

@@ -95,6 +95,12 @@ class RunFolder:
 
     def _open(self) -> bool:
         """Takes the folder; whether it holds this run."""
+        for folder in (self.path, *self.path.absolute().parents):
+            if folder.is_symlink() and not folder.exists():
+                raise ValueError(
+                    f"output_dir must be a folder, or one that can be made, got {self.path}, and {folder} is a link to "
+                    "nothing; remove that link, or choose another output_dir"
+                )
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir must be a folder, got the file {self.path}")
         if not replaced_runs(self.path):

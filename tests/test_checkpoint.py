@@ -396,11 +396,28 @@ def test_where_no_checkpoint_is_whole_all_stay_and_nothing_begins(copied):
     assert steps_in(copied) == [3, 5]
 
 
+@pytest.mark.parametrize("damage", ["is missing, which an earlier step has", "is damaged: it is no file"])
+def test_a_step_that_lost_its_list_of_hashes_is_damaged(copied, damage):
+    path = copied / "checkpoints" / "5" / "hashes.json"
+    path.unlink()
+    if "no file" in damage:
+        path.mkdir()
+    assert damaged_files(path.parent) == [f"{path} {damage}"]
+    said = []
+    checkpoints = open_checkpoints(copied, warn=said.append)
+    checkpoints.restore()
+    assert (checkpoints.restored_step, checkpoints.latest_step) == (3, 3)
+    checkpoints.close()
+    assert steps_in(copied) == [3]
+    assert f"5 is DAMAGED and is not used: {path} {damage}" in said[0]
+
+
 @pytest.mark.parametrize("version", ["without hashes", "with hashes of some files"])
 def test_checkpoints_of_older_versions_are_read_with_a_line_about_it(copied, version):
     path = copied / "checkpoints" / "5" / "hashes.json"
     hashes = json.loads(path.read_text())
-    path.unlink()
+    for step in (3, 5):
+        (copied / "checkpoints" / str(step) / "hashes.json").unlink()
     if version == "with hashes of some files":
         some = {name: value for name, value in hashes["files"].items() if name.startswith("state/")}
         path.write_text(json.dumps({"algorithm": "sha256", "files": some}))

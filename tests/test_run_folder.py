@@ -94,6 +94,16 @@ def test_a_new_run_writes_its_configuration_and_identity(tmp_path, exists):
     assert {"config.yml", "run.json", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("look_only", [True, False])
+@pytest.mark.parametrize("target", ["nowhere", "link"])  # the second is the link itself
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_link_to_nothing_is_no_folder_for_a_run(tmp_path, look_only, target, below):
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=f"{tmp_path}/link is a link to nothing; remove that link"):
+        RunFolder(config_for(tmp_path / "link" / below), "grpo", ORIGIN, look_only)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
     run = open_folder(tmp_path / "some" / "new")
     for name in ("rewards.log", "rewards.log.1"):
