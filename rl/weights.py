@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -246,6 +247,8 @@ def _cache_problem(folder: str) -> str | None:
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir():
         return f"{nearest} is no folder"
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        return f"{nearest} cannot be written"
-    return None
+    try:  # permissions alone do not tell: nobody can make a folder in /proc
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".tandem-"):
+            return None
+    except OSError as error:
+        return f"{nearest} cannot be written: {error.strerror}"

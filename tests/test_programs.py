@@ -2,6 +2,7 @@
 the folder in which they are kept for the next process.
 """
 
+import os
 import pathlib
 import threading
 
@@ -126,6 +127,9 @@ def test_programs_are_kept_in_the_users_cache_unless_something_else_is_said(
         ValueError, match=r"logging\.compilation_cache must be a folder .*/file is no folder; choose ano"
     ):
         use_compilation_cache(load_config(None, [f"logging.compilation_cache={tmp_path / 'file' / 'x'}"]))
+    if os.path.isdir("/proc/self"):  # where permissions do not tell
+        with pytest.raises(ValueError, match="/proc cannot be written"):
+            use_compilation_cache(load_config(None, ["logging.compilation_cache=/proc/nope"]))
     use_compilation_cache(load_config(None, ["logging.compilation_cache=null"]))
     assert cache_settings() == before
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
