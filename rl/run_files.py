@@ -151,7 +151,7 @@ def own_entries(folder: pathlib.Path, kind: str) -> list[str]:
     if checkpoints.is_dir() and not checkpoints.is_symlink():
         steps = sorted(entry for entry in checkpoints.iterdir() if _OWN_STEP.fullmatch(entry.name))
         entries += [f"{CHECKPOINTS}/{step.name}" for step in steps if not step.name.isdecimal() or is_checkpoint(step)]
-    if kind == "sft" and _is_export_record(folder / EXPORT_RECORD):
+    if kind == "sft" and is_export_record(folder / EXPORT_RECORD):
         entries.append(EXPORT_RECORD)
     if is_own_curves(folder / CURVES):
         entries.append(CURVES)
@@ -210,7 +210,7 @@ def _is_plain_file(path: pathlib.Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _is_export_record(path: pathlib.Path) -> bool:
+def is_export_record(path: pathlib.Path) -> bool:
     """Whether a file is what `describe_files` says of an export."""
     with contextlib.suppress(ValueError):
         sizes = read_json(path).values() if _is_plain_file(path) else ()

@@ -37,6 +37,7 @@ from rl.run_files import (
     describe_files,
     has_work,
     identify,
+    is_export_record,
     is_own_export,
     is_own_identity,
     is_run_folder,
@@ -243,8 +244,13 @@ class RunFolder:
             kept = self.path / f"{EXPORT}.old-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
             os.rename(export, kept)
             said.append(f"{kept} is what was in {export}; it stays, for no run wrote it as it is")
+        record = self.path / EXPORT_RECORD
+        if record.is_file() and not is_export_record(record):
+            kept = record.with_name(f"{EXPORT_RECORD}.old-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
+            os.rename(record, kept)
+            said.append(f"{kept} is what was {record}; it stays, for no run wrote it")
         # The record first: an export without one, after a kill, would be taken for somebody else's.
-        write_file(self.path / EXPORT_RECORD, json.dumps(describe_files(draft), indent=1) + "\n")
+        write_file(record, json.dumps(describe_files(draft), indent=1) + "\n")
         os.rename(draft, export)
         shutil.rmtree(scratch, ignore_errors=True)
         return said

@@ -306,7 +306,11 @@ def test_an_export_that_fine_tuning_wrote_is_replaced_and_anything_else_stays(tm
 
         return make
 
-    assert run.replace_export(write("first")) == []
+    (folder / "export.json").write_text("mine")
+    (said,) = run.replace_export(write("first"))
+    assert "export.json; it stays, for no run wrote it" in said
+    assert [path.read_text() for path in folder.glob("export.json.old-*")] == ["mine"]
+    next(folder.glob("export.json.old-*")).unlink()
     assert run.replace_export(write("second")) == []
     assert contents(folder / "export") == {"model": b"second"}
     assert not [path for path in folder.iterdir() if "old" in path.name]
