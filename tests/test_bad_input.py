@@ -44,6 +44,8 @@ def good(completion, answer):
 def wrong_count(completions, kind):
     return [1.0] * (len(completions) + ("bad" in kind))
 
+wrong_count.elementwise = True  # a function of whole batches would lose them all
+
 def strings(completion, kind):
     return "1.0" if kind == "bad" else 1.0
 

@@ -122,7 +122,10 @@ def test_a_synced_reference_is_the_policy_of_that_step_and_survives_a_resume_in_
     [
         (["reference.sync_every=2", "grpo.beta=0"], r"grpo\.beta must be > 0 with reference\.sync_every 2, got 0"),
         (["reference.sync_every=-1"], r"reference\.sync_every must be >= 0, got -1"),
-        (["reference.sync_every=2", "reference.ema=0"], r"reference\.ema must be in \(0, 1\], got 0"),
+        (
+            ["reference.sync_every=2", "reference.ema=0"],
+            r"reference\.ema must be in \(0, 1\]; 1 copies the policy, got 0",
+        ),
         (["reference.ema=0.5"], r"reference\.sync_every must be > 0 with reference\.ema 0\.5, got 0"),
     ],
 )

@@ -494,7 +494,7 @@ def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(folder, 
         (["RECIPE", "--prompt", ""], "--prompt 1: the prompt must hold text"),
         (["RECIPE", "--prompt", "a", "--n", "0"], "--n must be >= 1, got 0"),
         (
-            ["RECIPE", "--prompt", "a", "sampling.temperature=1e-40"],
+            ["RECIPE", "--prompt", "a", "sampling.temperature=1e-7"],
             "sampling.temperature must be 0 (greedy) or >= 1e-06",
         ),
         (["RECIPE", "--prompt", "a", "--seed", "-1"], "--seed must be >= 0, got -1"),
