@@ -67,12 +67,15 @@ class Store:
         self._root = fs._strip_protocol(self.url).rstrip("/")
 
     def stats(self, under: str = "") -> dict[str, Stat]:
-        """The objects whose names begin with `under`, "" or a folder's name with "/"; sorted by name."""
+        """The objects whose names begin with `under`, "" or a folder's name with "/"; sorted by name. ValueError where
+        one has a name that no file below a folder can have.
+        """
         found = self._try("list", under, lambda: self._fs.find(f"{self._root}/{under}".rstrip("/"), detail=True)) or {}
         stats = {}
         for path, info in sorted(found.items()):
             name = path[len(self._root) + 1 :] if path.startswith(self._root + "/") else ""
             if name.startswith(under) and not name.endswith("/") and name:  # a folder may have an object of its own
+                check_name(name, self.url)
                 stamp = [info.get(key) for key in ("generation", "ETag", "md5Hash", "created") if info.get(key)]
                 stats[name] = Stat(info["size"], json.dumps(stamp, default=str))
         return stats
@@ -221,6 +224,19 @@ def check_path(value: str | None, key: str, may_be_remote: bool) -> None:
         raise ValueError(
             f"{key} must name a bucket and a folder or file in it, like gs://bucket/name, got {value!r}; put it into a "
             "folder of the bucket"
+        )
+
+
+def check_name(name: str, url: str) -> None:
+    """Refuses the name of an object whose copy would not lie in the folder that it is copied to.
+
+    Raises:
+      ValueError: a part of it is empty, `.` or `..`, or it has a backslash or a null character.
+    """
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name:
+        raise ValueError(
+            f"{url} must hold objects with the names of files below it, got {name[:200]!r}; remove that object, or use "
+            "another folder"
         )
 
 

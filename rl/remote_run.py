@@ -28,8 +28,8 @@ from rl.config import Config, require
 from rl.remote import Store, cache_folder, download_all, file_names, is_remote, open_store, short_name
 from rl.remote_lease import LEASE, Lease
 from rl.remote_steps import HASHES, MARKER, STEPS, Marker, fetch_step, read_markers, sha256
+from rl.run_files import FORMAT, FORMAT_KEY, IDENTITY, UNFINISHED
 
-_UNFINISHED = ".tandem-"  # begins the name of a file that is being written, see `rl.run_files`
 _UNSHARED = (".lock",)  # files of a run folder that mean something on their machine alone
 _POLL_SECONDS = 0.05
 
@@ -126,11 +126,20 @@ class Mirror:
 
 
 def _check_own(store: Store) -> None:
-    stats = store.stats()
-    if stats and LEASE not in stats:
+    """ValueError where there is anything but a lease and the run.json of a run, which every run uploads first, is not
+    there.
+    """
+    names = [name for name in store.stats() if name != LEASE]
+    if not names:
+        return
+    try:
+        found = json.loads(store.read(IDENTITY) or b"null")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or found.get(FORMAT_KEY) != FORMAT:
         raise ValueError(
-            f"output_dir must be empty or hold a run, got {store.url} with {list(stats)[:5]} and without {LEASE}, "
-            "which every run writes first; choose another output_dir"
+            f"output_dir must be empty or hold a run, got {store.url} with {names[:5]} and without the {IDENTITY} of "
+            "one; choose another output_dir"
         )
 
 
@@ -293,7 +302,8 @@ class Staging:
     def _upload_files(self) -> None:
         """What a run writes beside its checkpoints, where it changed; copies, for a run goes on writing."""
         names = [name for name in file_names(self.run) if not name.startswith(STEPS) and _is_shared(name)]
-        names.sort(key=lambda name: name.endswith("config.json"))  # without which a folder is no model: last
+        # First what shows the folder to be a run's, last what makes a folder a model.
+        names.sort(key=lambda name: (name != IDENTITY, name.endswith("config.json")))
         outgoing = self._root / "outgoing"
         outgoing.unlink(missing_ok=True)
         for name in names:
@@ -387,7 +397,7 @@ def _describe(run: str, folder: pathlib.Path) -> Marker:
 
 
 def _is_shared(name: str) -> bool:
-    return name not in _UNSHARED and not any(part.startswith(_UNFINISHED) for part in name.split("/"))
+    return name not in _UNSHARED and not any(part.startswith(UNFINISHED) for part in name.split("/"))
 
 
 def _lock(root: pathlib.Path) -> int:

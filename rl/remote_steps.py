@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import NamedTuple
 
 from rl.remote import (
     Store,
     cache_folder,
+    check_name,
     check_path,
     download_all,
     is_remote,
@@ -25,6 +27,7 @@ from rl.remote import (
 STEPS = "checkpoints/"
 MARKER = "uploaded.json"
 HASHES = "hashes.json"  # of a checkpoint, see `rl.checkpoint_files`
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 FILES = ("config.yml", "run.json", "metrics.jsonl", "samples.jsonl")
 
 
@@ -125,7 +128,11 @@ def read_markers(store: Store) -> dict[int, Marker]:
         try:
             fields = json.loads(content)
             files = {file: (int(size), str(digest)) for file, (size, digest) in fields["files"].items()}
-            markers[int(number)] = Marker(str(fields["run"]), str(fields["digest"]), files)
+            for file in files:
+                check_name(file, store.url)
+            if not _DIGEST.fullmatch(fields["digest"]):  # which becomes part of a path
+                raise ValueError("a digest that is none")
+            markers[int(number)] = Marker(str(fields["run"]), fields["digest"], files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{store.url}/{name} must be the marker of a step, got {content[:80]!r}") from error
     return markers

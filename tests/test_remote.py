@@ -126,6 +126,16 @@ def test_a_copy_is_made_once_per_version_and_whole(tmp_path):
     assert (first / "a.json").read_text() == "one"
 
 
+@pytest.mark.parametrize("name", ["../bad", "sub/../../bad", "/bad", "sub//bad", "./bad", "a\\bad"])
+def test_an_object_whose_copy_would_lie_elsewhere_is_refused(tmp_path, name):
+    store = memory_store("model")
+    store.write("config.json", b"{}")
+    store._fs.store[f"/bucket/model/{name}"] = store._fs.store["/bucket/model/config.json"]
+    with pytest.raises(ValueError, match="must hold objects with the names of files below it, got"):
+        copy_of(store, tmp_path / "cache")
+    assert not list(tmp_path.rglob("bad"))
+
+
 def test_the_url_of_one_object_is_a_file_and_of_nothing_an_error(tmp_path):
     memory_store("data").write("rows.jsonl", b"{}\n")
     memory_store("data").write("rows.jsonl.more", b"other")

@@ -29,7 +29,7 @@ class Killed(BaseException):
 def write_step(run: pathlib.Path, step: int, text: str = "numbers") -> None:
     """What a trainer leaves of a step: lines, and a checkpoint that appears whole."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (run / "run.json").write_text('{"kind": "grpo"}')
+    (run / "run.json").write_text('{"format": "tandem run 1", "kind": "grpo"}')
     (run / "config.yml").write_text("seed: 0\n")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step}) + "\n")
@@ -212,13 +212,31 @@ def test_a_folder_of_another_run_and_a_store_that_was_emptied_are_refused(tmp_pa
         Staging(store, tmp_path / "a", 1).open()
 
 
-def test_a_folder_that_no_run_made_is_not_touched(tmp_path):
+@pytest.mark.parametrize("lease", [None, b'{"time": 0}'])
+def test_a_folder_that_no_run_made_is_not_touched(tmp_path, lease):
     store = memory_store("run")
     store.write("run.json", b"{}")
     store.write("checkpoints/1/a", b"mine")
+    if lease is not None:
+        store.write("lease.json", lease)
+    before = store.stats()
     with pytest.raises(ValueError, match=r"must be empty or hold a run, got memory://bucket/run"):
         Staging(store, tmp_path / "a", 1).open()
-    assert list(store.stats()) == ["checkpoints/1/a", "run.json"]
+    assert store.stats() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("files", {"../../../../bad": [1, ""]}), ("files", {"/bad": [1, ""]}), ("digest", "../../../bad" + "0" * 52)],
+)
+def test_a_marker_of_others_names_no_place_outside_of_its_step(tmp_path, field, value):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 1), last=1)
+    marker = json.loads(store.read(f"checkpoints/1/{MARKER}"))
+    store.write(f"checkpoints/1/{MARKER}", json.dumps(marker | {field: value}).encode())
+    with pytest.raises(ValueError, match=r"checkpoints/1/uploaded\.json must be the marker of a step"):
+        copy_of_run(store, tmp_path / "cache", None)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_run_in_a_store_is_not_overwritten(tmp_path):
