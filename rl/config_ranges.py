@@ -24,7 +24,8 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux and macOS (1,023 the
 
 # Keys whose value may be a path. In their place may also stand a name, which is no longer.
 PATH_KEYS = (
-    *("output_dir", "compiled_file", "model.source", "model.weights", "lora.adapter", "tokenizer.source"),
+    *("output_dir", "compiled_file", "model.source", "model.weights", "lora.adapter"),
+    *("tokenizer.source", "tokenizer.chat_template"),
     *("data.source", "data.eval_source", "rewards.functions.*.function", "logging.compilation_cache"),
     *("grpo.loss_type", "grpo.advantage_estimator", "checkpoint.staging"),
 )

@@ -7,6 +7,7 @@ and the field. Nothing is converted: a number in quotes is text, true is no numb
 import json
 import math
 import pathlib
+import stat
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,6 +15,12 @@ MAX_FILE_BYTES = 100_000_000
 _SHOWN = 120  # characters of a value in a message
 _SHOWN_ERROR = 400  # of what a library says
 _MISSING: Any = object()
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def read_object(path: pathlib.Path, missing: str = "check the path") -> dict[str, Any]:
@@ -26,6 +33,7 @@ def read_object(path: pathlib.Path, missing: str = "check the path") -> dict[str
       ValueError: there is none, it is over `MAX_FILE_BYTES`, or it is not JSON.
     """
     try:
+        check_is_file(path)
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise ValueError(
@@ -45,6 +53,30 @@ def read_object(path: pathlib.Path, missing: str = "check the path") -> dict[str
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def check_is_file(path: pathlib.Path) -> None:
+    """Refuses a pipe, a socket or a device, of which reading may never end. What is not there is somebody else's error.
+
+    Raises:
+      ValueError: it is neither a file nor a folder; links are followed.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path} must be a file, got {_KINDS.get(stat.S_IFMT(mode), 'something else')}; remove it")
+
+
+def check_files(folder: pathlib.Path) -> None:
+    """The same of everything that lies in a folder of somebody else's, before any of it is read.
+
+    Raises:
+      ValueError: something in it is neither a file nor a folder.
+    """
+    for path in sorted(folder.iterdir()):
+        check_is_file(path)
 
 
 def shown(value: object) -> str:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rl.json_file import Fields, read_object, shown
+from rl.json_file import Fields, check_files, check_is_file, read_object, shown
 from rl.remote import local_copy
 from rl.untrusted import Untrusted, UntrustedError
 
@@ -206,6 +206,7 @@ def _check_template(source: str, backend: "PreTrainedTokenizerFast") -> None:
 
 def _read_template(path: pathlib.Path) -> str:
     rule = f"tokenizer.chat_template must be a Jinja file in UTF-8 of at most {MAX_TEMPLATE_BYTES} bytes"
+    check_is_file(path)
     try:
         with path.open("rb") as file:
             content = file.read(MAX_TEMPLATE_BYTES + 1)
@@ -220,6 +221,7 @@ def _load_backend(source: str) -> "PreTrainedTokenizerFast":
     folder = local_copy(source)
     if not folder.is_dir():
         folder = _download(source)
+    check_files(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(
             f"tokenizer {source!r} must hold tokenizer.json, got a folder without it; convert an older tokenizer with "

@@ -447,6 +447,7 @@ def test_a_key_without_a_usable_default_must_be_set():
         ("data.args=" + "[" * 2000, r"line 1: values must be nested at most 50 deep"),
         ("data.args" + ".a" * 2000 + "=1", r"an override must be nested at most 50 deep"),
         ('output_dir="a\\0b"', r"output_dir must be without NUL characters, got 'a\\x00b'"),
+        ('tokenizer.chat_template="a\\0b"', r"tokenizer.chat_template must be without NUL characters, got 'a\\x00b'"),
         (
             "output_dir=runs/" + "a" * 300,
             r"output_dir must have at most 255 bytes between slashes .*; name a shorter path",

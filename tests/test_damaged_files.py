@@ -6,6 +6,7 @@ a bit of a binary file.
 
 import copy
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -17,7 +18,7 @@ import pytest
 
 from rl.models import hf
 from rl.models.config import LoRAConfig
-from rl.models.peft import CONFIG_FILE, adapter_for, load_adapter, save_adapter
+from rl.models.peft import CONFIG_FILE, adapter_for, load_adapter, read_adapter, save_adapter
 from rl.sources import load_rows
 from rl.tokenizer import load_tokenizer
 from tests.tiny_models import noisy_params, tiny_config
@@ -140,3 +141,26 @@ def test_a_damaged_parquet_file_is_read_or_refused_by_name(tmp_path):
     read = lambda: load_rows(str(file), {}, {"prompt": "prompt"}, 0)  # noqa: E731
     counts = outcomes(read, file, damaged_bytes(content, 300, len(content)), "x.parquet")
     assert min(counts.values()) > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json", "a.jinja"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{}")
+        os.mkfifo(folder / name)
+        for read in (hf.resolve_source, load_tokenizer):
+            with pytest.raises(ValueError, match=f"{name} must be a file, got a named pipe; remove it"):
+                read(folder)
+        with pytest.raises(ValueError, match=f"{name} must be a file, got a named pipe"):
+            load_tokenizer("byte", folder / name)
+    os.mkfifo(tmp_path / CONFIG_FILE)
+    with pytest.raises(ValueError, match=f"{CONFIG_FILE} must be a file, got a named pipe"):
+        read_adapter(tmp_path)
+    os.mkfifo(tmp_path / "weights")
+    with (
+        pytest.raises(ValueError, match="weights must be a file, got a named pipe"),
+        hf.open_tensors(tmp_path / "weights"),
+    ):
+        pass

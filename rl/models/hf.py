@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rl.json_file import briefly, read_object, shown
+from rl.json_file import briefly, check_files, check_is_file, read_object, shown
 from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs, leaf_at
 from rl.models.finite import as_finite, check_finite
 from rl.models.hf_config import config_json, generation_json, read_config
@@ -56,10 +56,12 @@ def resolve_source(source: str | pathlib.Path, patterns: Sequence[str] = HUB_PAT
     """The local folder of a model: `source` itself if it is one, else the hub repository of that name, of which the
     files that match `patterns` are downloaded.
 
-    Raises ValueError if it is neither, or if the hub cannot be reached and has no copy on this machine.
+    Raises ValueError if it is neither, if the hub cannot be reached and has no copy on this machine, or if a pipe or a
+    device lies in the folder.
     """
     path = local_copy(source)
     if path.is_dir():
+        check_files(path)
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source)):
         raise ValueError(
@@ -307,6 +309,7 @@ def tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def open_tensors(file: pathlib.Path) -> Any:
     """A safetensors file to read from; ValueError where it is missing or cut short, or its header is too large."""
+    check_is_file(file)
     try:
         with file.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
