@@ -46,7 +46,7 @@ COMMANDS = {
                         gone on with, where it is
             --check     do all that comes before the first compilation (configuration, data, tokenizer, headers of the
                         weights, reward functions, memory, disk space, run folder), say what would be done, and leave;
-                        nothing on disk changes
+                        nothing on disk changes, but for the caches of what is downloaded or read by `datasets`
             --trust     run code that a run folder names although it is not shown to be yours (docs/security.md)
             key=value   overrides with dotted keys, for example grpo.steps=100 optimizer.lr=1e-6
 
@@ -61,7 +61,7 @@ COMMANDS = {
                         where it is
             --check     do all that comes before the first compilation (configuration, data, tokenizer, headers of the
                         weights, reward functions, memory, disk space, run folder), say what would be done, and leave;
-                        nothing on disk changes
+                        nothing on disk changes, but for the caches of what is downloaded or read by `datasets`
             --trust     run code that a run folder names although it is not shown to be yours (docs/security.md)
             key=value   overrides with dotted keys, for example sft.steps=300 optimizer.lr=1e-3
 
