@@ -54,7 +54,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
 
     Args:
       check_only: everything before the first compilation is done, what the run would do is said, and nothing on disk
-        changes.
+        changes but caches of downloads and of `datasets`.
 
     Raises:
       ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy
