@@ -1,6 +1,7 @@
 """Session setup: eight virtual CPU devices, before anything imports jax; and what `--fast` leaves out."""
 
 import ast
+import itertools
 import os
 import pathlib
 
@@ -138,14 +139,25 @@ def _compiled_once(request, _programs):
 MOST_MAPS = 30_000
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _room_for_programs():
-    """Drops what earlier modules compiled before there is too much of it."""
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
-        import jax
+TESTS_BETWEEN = 5  # looks at the maps, for counting tens of thousands takes a moment
 
-        jax.clear_caches()
+
+@pytest.fixture(scope="session")
+def _tests_since_a_look():
+    return itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _room_for_programs(_tests_since_a_look):
+    """Drops what earlier tests compiled before there is too much of it; one file alone may fill a process."""
+    maps = pathlib.Path("/proc/self/maps")
+    if next(_tests_since_a_look) % TESTS_BETWEEN == 0 and maps.exists():
+        with maps.open("rb") as lines:
+            is_full = sum(1 for _ in lines) > MOST_MAPS
+        if is_full:
+            import jax
+
+            jax.clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)
