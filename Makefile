@@ -39,7 +39,7 @@ quickstart: $(INSTALLED)
 	@$(BIN)/python examples/arithmetic/run.py
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-fast: $(INSTALLED)
 	@$(BIN)/python -m pytest -q -n 2 --fast --durations=5 --durations-min=2
