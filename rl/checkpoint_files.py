@@ -24,11 +24,13 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import tensorstore
 
-HASHES = "hashes.json"
+from rl.local_files import file_hash
+from rl.run_files import HASHES
+
 _METADATA, _RECORD, _STEP_METADATA = "_METADATA", "metadata", "_CHECKPOINT_METADATA"
 UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
 _DAMAGED = ".damaged"  # ends the name of a step that was set aside
-_ALGORITHM = "sha256"
+_ALGORITHM = "sha256"  # of `file_hash`
 _THREADS = 4  # that hash; more than a disk has use for
 _NAMED_FILE = re.compile(r'local file "([^"]+[^/"])"')  # in the messages of tensorstore
 
@@ -242,12 +244,6 @@ def _missing_hashes(folder: pathlib.Path) -> str | None:
     if any(int(entry.name) < int(folder.name) and (entry / HASHES).is_file() for entry in earlier):
         return f"{path} is missing, which an earlier step has"
     return None
-
-
-def file_hash(path: pathlib.Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, _ALGORITHM).hexdigest()
 
 
 def _compare(path: pathlib.Path, wanted: str) -> str | None:

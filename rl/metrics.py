@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rl import host_memory
+from rl.local_files import write_file
 from rl.output_file import writing
 
 METRICS_FILE = "metrics.jsonl"
@@ -80,8 +81,7 @@ class MetricsWriter:
             with writing(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
             for each, kept in self._kept.items():
-                with writing(self._folder / each):
-                    _replace(self._folder / each, kept)
+                write_file(self._folder / each, kept)
             for each in (METRICS_FILE, SAMPLES_FILE):
                 # For the life of the run. Without a buffer: what a full disk refused is not tried again at the end.
                 with writing(self._folder / each):
@@ -233,15 +233,6 @@ def _steps_before(path: pathlib.Path, start_step: int) -> bytes | None:
     lines = _complete_lines(content)
     kept = b"".join(line for number, line in enumerate(lines, 1) if _parse(path, number, line)["step"] < start_step)
     return None if kept == content else kept
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    replacement = path.with_name(".tandem-" + path.name)  # a name of ours, see `rl.run_files`
-    with open(replacement, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(replacement, path)
 
 
 def _read_existing(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ The marker holds the run's id and size and hash of every file of the step. Which
 goes on from is decided by these, never by time: see `settle`.
 """
 
-import fcntl
 import json
 import os
 import pathlib
@@ -25,12 +24,13 @@ from typing import NamedTuple
 
 from rl import hosts
 from rl.config import Config, require
+from rl.local_files import UNFINISHED, file_hash, lock_file, write_file
 from rl.remote import Store, cache_folder, download_all, file_names, is_remote, open_store, short_name
 from rl.remote_lease import LEASE, Lease
-from rl.remote_steps import HASHES, MARKER, STEPS, Marker, fetch_step, read_markers, sha256
-from rl.run_files import FORMAT, FORMAT_KEY, IDENTITY, UNFINISHED
+from rl.remote_steps import MARKER, STEPS, Marker, fetch_step, read_markers
+from rl.run_files import FORMAT, FORMAT_KEY, HASHES, IDENTITY, LOCK
 
-_UNSHARED = (".lock",)  # files of a run folder that mean something on their machine alone
+_UNSHARED = (LOCK,)  # files of a run folder that mean something on their machine alone
 _POLL_SECONDS = 0.05
 
 
@@ -281,7 +281,7 @@ class Staging:
         folder = self.run / STEPS / str(step)
         markers = read_markers(self._store)
         self._remove_leftovers(markers)
-        if step in markers and markers[step].digest != sha256(folder / HASHES):
+        if step in markers and markers[step].digest != file_hash(folder / HASHES):
             # The run went back to an earlier step, for this one was damaged, and has come here again.
             self._remove_step(step)
             del markers[step]
@@ -383,7 +383,7 @@ def local_steps(run: pathlib.Path) -> dict[int, str]:
     folder = run / STEPS
     entries = folder.iterdir() if folder.is_dir() else []
     return {
-        int(entry.name): sha256(entry / HASHES)
+        int(entry.name): file_hash(entry / HASHES)
         for entry in entries
         if entry.name.isdecimal() and (entry / HASHES).is_file()
     }
@@ -392,7 +392,7 @@ def local_steps(run: pathlib.Path) -> dict[int, str]:
 def _describe(run: str, folder: pathlib.Path) -> Marker:
     """The marker of a complete step."""
     names = [name for name in file_names(folder) if name != MARKER]
-    files = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names}
+    files = {name: ((folder / name).stat().st_size, file_hash(folder / name)) for name in names}
     return Marker(run, files[HASHES][1], files)
 
 
@@ -404,20 +404,15 @@ def _lock(root: pathlib.Path) -> int:
     """Creates a staging folder and locks it until the process ends."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        return lock_file(
+            root / LOCK,
+            f"the staging folder {root} is in use by another process with this output_dir; stop that one or choose "
+            "another output_dir",
+        )
     except OSError as error:
         raise ValueError(
             f"checkpoint.staging must be a folder that can be written, got {root.parent}: {error}; set it to one"
         ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise ValueError(
-            f"the staging folder {root} is in use by another process with this output_dir; stop that one or choose "
-            "another output_dir"
-        ) from error
-    return handle
 
 
 def _read_record(root: pathlib.Path) -> Record:
@@ -433,6 +428,4 @@ def _read_record(root: pathlib.Path) -> Record:
 
 
 def _write_record(root: pathlib.Path, record: Record) -> None:
-    temporary = root / "record.json.tmp"
-    temporary.write_text(json.dumps(record._asdict()) + "\n", encoding="utf-8")
-    os.replace(temporary, root / "record.json")
+    write_file(root / "record.json", f"{json.dumps(record._asdict())}\n".encode())

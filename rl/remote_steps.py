@@ -11,6 +11,7 @@ import pathlib
 import re
 from typing import NamedTuple
 
+from rl.local_files import file_hash
 from rl.remote import (
     Store,
     cache_folder,
@@ -23,12 +24,12 @@ from rl.remote import (
     open_store,
     short_name,
 )
+from rl.run_files import CHECKPOINTS, CONFIG, IDENTITY, METRICS, SAMPLES
 
-STEPS = "checkpoints/"
+STEPS = f"{CHECKPOINTS}/"
 MARKER = "uploaded.json"
-HASHES = "hashes.json"  # of a checkpoint, see `rl.checkpoint_files`
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-FILES = ("config.yml", "run.json", "metrics.jsonl", "samples.jsonl")
+FILES = (CONFIG, IDENTITY, METRICS, SAMPLES)
 
 
 class Marker(NamedTuple):
@@ -108,7 +109,7 @@ def fetch_step(store: Store, step: int, marker: Marker, folder: pathlib.Path) ->
     download_all(store, {f"{STEPS}{step}/{name}": folder / name for name in marker.files})
     for name, (size, wanted) in marker.files.items():
         path = folder / name
-        if path.stat().st_size != size or sha256(path) != wanted:
+        if path.stat().st_size != size or file_hash(path) != wanted:
             raise ValueError(
                 f"{store.url}/{STEPS}{step}/{name} must be what was uploaded, but it is damaged; remove "
                 f"{store.url}/{STEPS}{step}/{MARKER}, and the step before it counts"
@@ -136,9 +137,3 @@ def read_markers(store: Store) -> dict[int, Marker]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{store.url}/{name} must be the marker of a step, got {content[:80]!r}") from error
     return markers
-
-
-def sha256(path: pathlib.Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rl.run_files import CHECKPOINTS, UNFINISHED, checkpoint_steps, foreign_in, has_work, read_json, write_file
+from rl.local_files import UNFINISHED, write_file
+from rl.run_files import CHECKPOINTS, checkpoint_steps, foreign_in, has_work, read_json
 
 _NOTE = ".tandem-moved.json"
 _FORMAT = "tandem replaced run 1"
@@ -160,7 +161,7 @@ def _remove_if_empty(folder: pathlib.Path) -> None:
 
 def _write(old: pathlib.Path, folder: pathlib.Path, phase: str, entries: Sequence[str]) -> None:
     note = {"format": _FORMAT, "folder": folder.name, "phase": phase, "entries": list(entries)}
-    write_file(old / _NOTE, json.dumps(note, indent=1) + "\n")
+    write_file(old / _NOTE, f"{json.dumps(note, indent=1)}\n".encode())
 
 
 def _read(old: pathlib.Path, folder: pathlib.Path) -> dict[str, Any] | None:

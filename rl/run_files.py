@@ -14,17 +14,17 @@ import re
 from typing import Any
 
 from rl.config import Config, load_config
-from rl.output_file import writing
+from rl.local_files import UNFINISHED
 
 CONFIG, IDENTITY, METRICS, SAMPLES = "config.yml", "run.json", "metrics.jsonl", "samples.jsonl"
 CHECKPOINTS, EXPORT, EXPORT_RECORD = "checkpoints", "export", "export.json"
+HASHES = "hashes.json"  # of a checkpoint, see `rl.checkpoint_files`
 LOCK, LOG, CURVES = ".lock", "rewards.log", "reward.png"
 LOG_BEFORE = LOG + ".1"  # what came before, see `rewards.log`
 FORMAT = "tandem run 1"
 KINDS = ("grpo", "sft")
 # Keys of run.json that are about the file, not about what the run starts from.
 FORMAT_KEY, FILES_KEY = "format", "files"
-UNFINISHED = ".tandem-"  # begins the name of a file that is being written, and is nothing without its end
 
 # Written anew, or gone on with, by each run of a folder; rewards.log is the folder's, whichever run it has.
 _FILES = (METRICS, SAMPLES, CONFIG, IDENTITY)
@@ -32,7 +32,7 @@ CURVES_MARK = "Tandem: grpo report"  # in every picture that it draws, whatever 
 _LARGEST_CURVES = 1 << 25  # bytes
 # What Orbax and `rl.checkpoint_files` put into a step, beside files that hashes.json lists.
 _STEP_ENTRIES = (
-    *("state", "loop", "reference", "hashes.json", "_CHECKPOINT_METADATA", "commit_success.txt"),
+    *("state", "loop", "reference", HASHES, "_CHECKPOINT_METADATA", "commit_success.txt"),
     *("metrics", "descriptor"),
 )
 _OWN_STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp.*|\.damaged(\.\d+)?)?", re.ASCII)  # the damaged were set aside
@@ -117,7 +117,7 @@ def checkpoint_steps(path: str | os.PathLike) -> list[int]:
 
 def is_checkpoint(folder: pathlib.Path) -> bool:
     """Whether the folder of a step has what Orbax, or `rl.checkpoint_files`, writes into one."""
-    marks = ("_CHECKPOINT_METADATA", "hashes.json", "state/_METADATA", "loop/metadata")
+    marks = ("_CHECKPOINT_METADATA", HASHES, "state/_METADATA", "loop/metadata")
     return folder.is_dir() and any((folder / mark).is_file() for mark in marks)
 
 
@@ -173,7 +173,7 @@ def foreign_in(path: pathlib.Path) -> list[pathlib.Path]:
         return []
     foreign = [entry for entry in path.iterdir() if entry.name not in _STEP_ENTRIES]
     with contextlib.suppress(ValueError):  # without hashes the items of a step are Orbax's, as their names say
-        files = read_json(path / "hashes.json").get("files")
+        files = read_json(path / HASHES).get("files")
         if isinstance(files, dict):
             below = (
                 file for file in sorted(path.glob("*/**/*")) if file.is_file() and file.name != "commit_success.txt"
@@ -193,17 +193,6 @@ def is_own_export(folder: pathlib.Path) -> bool:
     with contextlib.suppress(ValueError):
         return describe_files(folder / EXPORT).items() <= read_json(folder / EXPORT_RECORD).items()
     return False
-
-
-def write_file(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is there whole, or as it was before."""
-    draft = path.with_name(UNFINISHED + path.name)
-    with writing(path):
-        with draft.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, path)
 
 
 def _is_plain_file(path: pathlib.Path) -> bool:

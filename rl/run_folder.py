@@ -7,7 +7,6 @@ A start that fails before it has recorded anything leaves the folder as it found
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ from typing import Any
 
 from rl import hosts
 from rl.config import Config, differences, dump_config, load_config, override_values
+from rl.local_files import UNFINISHED, lock_file, write_file
 from rl.remote import is_remote
 from rl.remote_run import run_path
 from rl.replaced_run import move_aside, recover, remove, replaced_runs, restore
@@ -32,7 +32,6 @@ from rl.run_files import (
     LOG_BEFORE,
     METRICS,
     SAMPLES,
-    UNFINISHED,
     checkpoint_steps,
     describe_files,
     has_work,
@@ -46,7 +45,6 @@ from rl.run_files import (
     read_json,
     strange_steps,
     unfinished_steps,
-    write_file,
 )
 from rl.trust import FILE_KEYS, TO_TRAIN, code_of, digests, untrusted, write_identity
 
@@ -193,7 +191,7 @@ class RunFolder:
         try:
             # The identity first: it shows the folder to be ours, whatever a kill leaves out.
             self._note_signature(write_identity(self.path, self._identity, self._config, text))
-            write_file(self.path / CONFIG, text)
+            write_file(self.path / CONFIG, text.encode())
         except OSError as error:
             raise ValueError(
                 f"output_dir {self.path} must be a folder that can be written: {error}; make room, or choose another"
@@ -250,7 +248,7 @@ class RunFolder:
             os.rename(record, kept)
             said.append(f"{kept} is what was {record}; it stays, for no run wrote it")
         # The record first: an export without one, after a kill, would be taken for somebody else's.
-        write_file(record, json.dumps(describe_files(draft), indent=1) + "\n")
+        write_file(record, f"{json.dumps(describe_files(draft), indent=1)}\n".encode())
         os.rename(draft, export)
         shutil.rmtree(scratch, ignore_errors=True)
         return said
@@ -470,19 +468,9 @@ def _check_same_run(
 
 def _lock(path: pathlib.Path) -> int:
     """The descriptor of the lock file, locked."""
-    while True:
-        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            raise ValueError(
-                f"output_dir {path} is in use by another process; stop that one or choose another output_dir"
-            ) from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(path / LOCK)):
-                return handle
-        os.close(handle)  # of a start that failed, which has removed it meanwhile
+    return lock_file(
+        path / LOCK, f"output_dir {path} is in use by another process; stop that one or choose another output_dir"
+    )
 
 
 def _clear_start(path: pathlib.Path) -> None:

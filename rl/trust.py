@@ -22,7 +22,8 @@ from typing import Any
 
 from rl.config import Config
 from rl.config_sections import is_user_function, source_kind
-from rl.run_files import CONFIG, FILES_KEY, FORMAT, FORMAT_KEY, IDENTITY, write_file
+from rl.local_files import file_hash, write_file
+from rl.run_files import CONFIG, FILES_KEY, FORMAT, FORMAT_KEY, IDENTITY
 
 HMAC_KEY = "hmac"
 FILE_KEYS = (FORMAT_KEY, FILES_KEY, HMAC_KEY)  # of run.json, about the file and not about what the run starts from
@@ -104,7 +105,7 @@ def write_identity(
             record[HMAC_KEY] = _hmac(record, _key(make=True))
         except NoKeyError as error:
             problem = str(error)
-    write_file(folder / IDENTITY, json.dumps(record, indent=2) + "\n")
+    write_file(folder / IDENTITY, f"{json.dumps(record, indent=2)}\n".encode())
     return problem
 
 
@@ -198,8 +199,7 @@ def _digest(code: Code) -> str | None:
     if code.kind == CACHE or code.file is None:
         return None
     try:
-        with code.file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(code.file)
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return None
 

@@ -12,6 +12,7 @@ import jax
 
 from rl.config import Config
 from rl.config_sections import TUNIX_PREFIX, source_kind
+from rl.local_files import UNFINISHED, file_hash
 from rl.models import foreign, hf, param_folder
 from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.hf import read_config, resolve_source
@@ -154,8 +155,7 @@ def _foreign_origin(config: Config, tokenizer: Tokenizer) -> Origin:
             f"model.weights must be a safetensors file, or a folder of grpo quantize, got {section.weights!r}; check "
             "the path"
         )
-    with weights.open("rb") as stream:  # piece by piece: the file may be larger than memory
-        return Origin(model_config, weights, {**identity, "hash": hashlib.file_digest(stream, "sha256").hexdigest()})
+    return Origin(model_config, weights, {**identity, "hash": file_hash(weights)})
 
 
 def _check_vocabulary(tokenizer: Tokenizer, model_config: Any) -> None:
@@ -248,7 +248,7 @@ def _cache_problem(folder: str) -> str | None:
     if not nearest.is_dir():
         return f"{nearest} is no folder"
     try:  # permissions alone do not tell: nobody can make a folder in /proc
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=".tandem-"):
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=UNFINISHED):
             return None
     except OSError as error:
         return f"{nearest} cannot be written: {error.strerror}"

@@ -43,6 +43,7 @@ LAYERS = [
         "rl.programs",
         "rl.completion_file",
         "rl.output_file",
+        "rl.local_files",
         "rl.checkpoint_files",
         "rl.run_files",
         "rl.replaced_run",

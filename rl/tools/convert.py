@@ -22,7 +22,6 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from rl.checkpoint_files import (
-    HASHES,
     StoredArray,
     damaged_files,
     item_folders,
@@ -37,7 +36,7 @@ from rl.data import fingerprint, load_pairs, load_prompts
 from rl.health import healthy
 from rl.models.hf import new_folder, read_config, resolve_source, save_folder, set_leaf
 from rl.models.maxtext import read_params, weight_names
-from rl.run_files import read_json
+from rl.run_files import HASHES, read_json
 from rl.run_folder import checkpoint_folder, checkpoint_steps, read_run
 from rl.tokenizer import load_tokenizer
 from rl.trust import code_of, untrusted, write_identity

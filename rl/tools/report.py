@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rl.console import format_count, format_seconds
+from rl.local_files import UNFINISHED
 from rl.metrics import read_metrics
 from rl.remote import check_path, written_file
 from rl.remote_steps import local_metrics
-from rl.run_files import CURVES_MARK, UNFINISHED, is_own_curves
+from rl.run_files import CURVES_MARK, is_own_curves
 
 # Metric, title, companion metric drawn dashed, fixed vertical range. The first row of panels, then the second.
 _MAIN_PANELS = (
