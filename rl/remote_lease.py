@@ -28,6 +28,7 @@ class Lease:
         self._store, self._token, self._now = store, token, now
         self._host = socket.gethostname()
         self._version: str | None = None
+        self._is_made_here = False
         self._renewed = 0.0
         self._problem: str | None = None
         self._lock = threading.Lock()
@@ -44,11 +45,14 @@ class Lease:
         content = self._store.read(LEASE)
         if version is not None and content is not None:
             self._check_free(content)
+        else:
+            version = None  # its holder may have removed it in between
         if not self._write(version, self._token):
             raise ValueError(
                 f"output_dir {self._store.url} was taken by another process just now; stop that one or choose another "
                 "output_dir"
             )
+        self._is_made_here = version is None
 
     def start(self) -> None:
         """Renews the lease from now on, in a thread."""
@@ -74,14 +78,23 @@ class Lease:
                 "staging folder: see that no other run has this output_dir, then start the same command again"
             )
 
-    def release(self) -> None:
-        """Lets anyone take it; a lease that is lost already stays as it is."""
+    def release(self, is_unused: bool = False) -> None:
+        """Lets anyone take it; a lease that is lost already stays as it is.
+
+        Args:
+          is_unused: nothing was written under it: it is removed, unless it was there before `take`.
+        """
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
         with self._lock:
-            if self._problem is None:
+            if self._problem is not None:
+                return
+            if not (is_unused and self._is_made_here):
                 self._write(self._version, None)
+            elif self._write(self._version, self._token):
+                # It was held a moment ago, so for a while nobody can take it, and none but this one is removed.
+                self._store.remove([LEASE])
 
     def _renew_often(self) -> None:
         while not self._stop.wait(RENEWAL_SECONDS):
@@ -131,7 +144,7 @@ def _describe(content: bytes, now: float) -> str:
 def _parse(content: bytes) -> dict:
     try:
         lease = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         lease = None
     if not isinstance(lease, dict) or not isinstance(lease.get("time"), int | float):
         raise ValueError(f"{LEASE} must be the lease of a run, got {content[:80]!r}; choose another output_dir")

@@ -5,6 +5,7 @@ which fetches the run into it at the start and uploads every checkpoint that is 
 both unchanged. In the store the run has the same names as on disk, and two more kinds:
 
     lease.json                      who may write, see `rl.remote_lease`
+    uploads.json                    what the run has written, see `rl.remote_ledger`; nothing else is ever touched
     checkpoints/STEP/uploaded.json  the marker, written last and removed first: a step without it is no step
 
 The marker holds the run's id and size and hash of every file of the step. Which of the two, staging or store, a start
@@ -18,7 +19,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -27,10 +28,13 @@ from rl.config import Config, require
 from rl.local_files import UNFINISHED, file_hash, lock_file, write_file
 from rl.remote import Store, cache_folder, download_all, file_names, is_remote, open_store, short_name
 from rl.remote_lease import LEASE, Lease
-from rl.remote_steps import MARKER, STEPS, Marker, fetch_step, read_markers
-from rl.run_files import FORMAT, FORMAT_KEY, HASHES, IDENTITY, LOCK
+from rl.remote_ledger import LEDGER, Ledger, read_ledger
+from rl.remote_steps import FILES, MARKER, STEPS, Marker, fetch_step, read_markers, step_of
+from rl.run_files import CURVES, HASHES, IDENTITY, LOCK, LOG, LOG_BEFORE
 
-_UNSHARED = (LOCK,)  # files of a run folder that mean something on their machine alone
+# Files of a run folder that mean something on their machine alone, or in the store; a report is drawn in either.
+_UNSHARED = (LOCK, CURVES, LEASE, LEDGER)
+_GONE_ON_WITH = (*FILES, LOG, LOG_BEFORE)  # files beside its checkpoints that a run needs to go on
 _POLL_SECONDS = 0.05
 
 
@@ -126,20 +130,12 @@ class Mirror:
 
 
 def _check_own(store: Store) -> None:
-    """ValueError where there is anything but a lease and the run.json of a run, which every run uploads first, is not
-    there.
-    """
+    """ValueError where there is anything but a lease, and not the ledger of a run, which is uploaded first."""
     names = [name for name in store.stats() if name != LEASE]
-    if not names:
-        return
-    try:
-        found = json.loads(store.read(IDENTITY) or b"null")
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found.get(FORMAT_KEY) != FORMAT:
+    if names and read_ledger(store) is None:
         raise ValueError(
-            f"output_dir must be empty or hold a run, got {store.url} with {names[:5]} and without the {IDENTITY} of "
-            "one; choose another output_dir"
+            f"output_dir must be empty or hold a run that was uploaded, got {store.url} with {names[:5]} and "
+            f"without the {LEDGER} of one; choose another output_dir"
         )
 
 
@@ -182,7 +178,7 @@ class Staging:
             try:
                 return self._settle(overwrite)
             except BaseException:
-                self.lease.release()
+                self.lease.release(is_unused=True)
                 raise
         except BaseException:
             self._unlock()
@@ -194,27 +190,36 @@ class Staging:
             self._lock = None
 
     def _settle(self, overwrite: bool) -> str:
-        markers = read_markers(self._store)
+        ledger, markers = read_ledger(self._store), read_markers(self._store)
         _check_overwrite(self._store, self._root, markers, overwrite)
         for name in ("fetch", "old"):  # of a kill amid a fetch
             if (self._root / name).exists():
                 shutil.rmtree(self._root / name)
-        message, step = settle(self._store.url, self._root, markers, local_steps(self.run), self._record)
-        if step is not None:
-            self._fetch(step, markers[step])
+        run = None if ledger is None else ledger.run
+        message, step = settle(self._store.url, self._root, run, markers, local_steps(self.run), self._record)
+        if ledger is not None and (step is not None or ledger.run != self._record.run):
+            self._fetch(ledger, step, markers)
+        self._ledger = ledger or Ledger(self._store, self._record.run)
         return message
 
-    def _fetch(self, step: int, marker: Marker) -> None:
-        """Puts the run as the store has it into the place of what is in run/."""
+    def _fetch(self, ledger: Ledger, step: int | None, markers: Mapping[int, Marker]) -> None:
+        """Puts the run as the store has it into the place of what is in run/; with step None it has none yet."""
         draft = self._root / "fetch"
-        files = [name for name in self._store.stats() if "/" not in name and name != LEASE]
+        draft.mkdir()
+        there = self._store.stats()
+        files = [name for name in _GONE_ON_WITH if name in there and name in ledger.files]
         download_all(self._store, {name: draft / name for name in files})
-        fetch_step(self._store, step, marker, draft / STEPS / str(step))
-        # The record first: a kill after it finds a folder that is behind, and fetches again.
-        self._note(step, marker)
+        if step is not None:
+            fetch_step(self._store, step, markers[step], draft / STEPS / str(step))
+            # The record first: a kill after it finds a folder that is behind, and fetches again.
+            self._note(step, markers[step])
         if self.run.exists():
             os.rename(self.run, self._root / "old")
         os.rename(draft, self.run)
+        if step is None:
+            # The record last: a kill before it finds a folder of another run, and fetches again.
+            self._record = Record(self._record.token, ledger.run, None, None)
+            _write_record(self._root, self._record)
         shutil.rmtree(self._root / "old", ignore_errors=True)
 
     def begin(self) -> None:
@@ -252,13 +257,13 @@ class Staging:
             if self._has_begun:
                 self.wait()
                 if not abandon and self._record.step is not None:
-                    self._upload_files()
+                    self._upload_files(self._claim_files())
         finally:
             if self._pool is not None:
                 self._abandoned.set()
                 self._pool.shutdown()
             try:
-                self.lease.release()
+                self.lease.release(is_unused=not self._has_begun or self._ledger.is_new)
             finally:
                 self._unlock()
 
@@ -276,18 +281,21 @@ class Staging:
         """Uploads a complete step: the run's other files, the step's, the marker; then removes what is beyond `keep`.
 
         Raises:
-          ValueError: the store cannot be written, or the lease is lost.
+          ValueError: the store cannot be written, an object is in the way that the run did not write, or the lease is
+            lost.
         """
         folder = self.run / STEPS / str(step)
+        self.lease.renew()  # whoever removes something holds the lease at that moment
         markers = read_markers(self._store)
-        self._remove_leftovers(markers)
+        # What an upload, or a removal, left behind that a kill cut short.
+        self._remove([name for name in self._ledger.files if step_of(name) not in (None, *markers)])
         if step in markers and markers[step].digest != file_hash(folder / HASHES):
             # The run went back to an earlier step, for this one was damaged, and has come here again.
             self._remove_step(step)
             del markers[step]
         if step not in markers:
-            self._upload_files()
             marker = markers[step] = _describe(self._record.run, folder)
+            self._upload_files(self._claim_files(f"{STEPS}{step}/{name}" for name in (*marker.files, MARKER)))
             for name in marker.files:
                 if self._abandoned.is_set():
                     return
@@ -299,11 +307,15 @@ class Staging:
         for old in sorted(markers)[: -self._keep]:
             self._remove_step(old)
 
-    def _upload_files(self) -> None:
-        """What a run writes beside its checkpoints, where it changed; copies, for a run goes on writing."""
+    def _claim_files(self, others: Iterable[str] = ()) -> list[str]:
+        """What a run has written beside its checkpoints, in the order of its upload; it and others are claimed."""
         names = [name for name in file_names(self.run) if not name.startswith(STEPS) and _is_shared(name)]
+        self._ledger.claim([*names, *others])
         # First what shows the folder to be a run's, last what makes a folder a model.
-        names.sort(key=lambda name: (name != IDENTITY, name.endswith("config.json")))
+        return sorted(names, key=lambda name: (name != IDENTITY, name.endswith("config.json")))
+
+    def _upload_files(self, names: Iterable[str]) -> None:
+        """Uploads files beside the checkpoints where they changed; copies, for a run goes on writing."""
         outgoing = self._root / "outgoing"
         outgoing.unlink(missing_ok=True)
         for name in names:
@@ -319,17 +331,17 @@ class Staging:
             self._store.upload(outgoing, name)
             self._sent[name] = stamp
 
-    def _remove_leftovers(self, markers: dict[int, Marker]) -> None:
-        """Files of steps without a marker: of an upload, or a removal, that a kill cut short."""
-        for name in self._store.stats(STEPS):
-            number = name.removeprefix(STEPS).partition("/")[0]
-            if number.isdecimal() and int(number) not in markers:
-                self._store.remove([name])
-
     def _remove_step(self, step: int) -> None:
-        names = list(self._store.stats(f"{STEPS}{step}/"))
-        marker = f"{STEPS}{step}/{MARKER}"
-        self._store.remove([marker, *(name for name in names if name != marker)])
+        self._remove([name for name in self._ledger.files if step_of(name) == step])
+
+    def _remove(self, names: Sequence[str]) -> None:
+        """Removes objects of steps that the run has uploaded, markers first."""
+        if not names:
+            return
+        there = self._store.stats(STEPS)
+        names = sorted(names, key=lambda name: (not name.endswith(f"/{MARKER}"), name))
+        self._store.remove([name for name in names if name in there])
+        self._ledger.forget(names)
 
     def _note(self, step: int, marker: Marker) -> None:
         self._record = Record(self._record.token, marker.run, step, marker.digest)
@@ -337,21 +349,32 @@ class Staging:
 
 
 def settle(
-    url: str, root: pathlib.Path, markers: dict[int, Marker], local: dict[int, str], record: Record
+    url: str,
+    root: pathlib.Path,
+    run: str | None,
+    markers: Mapping[int, Marker],
+    local: Mapping[int, str],
+    record: Record,
 ) -> tuple[str, int | None]:
     """Which of store and staging folder a start goes on from.
 
     Args:
-      markers: the steps of the store. local: those of the staging folder `root`, with their digests.
+      run: id of the run in the store; None: it is empty.
+      markers: its steps. local: those of the staging folder `root`, with their digests.
 
     Returns:
-      What is done, in words, and the step to fetch from the store; None: the folder is right as it is.
+      What is done, in words, and the step to fetch from the store. None: the folder is right as it is, or, where the
+      store has another run than it, that run's lines are to be fetched.
 
     Raises:
       ValueError: both hold steps, and neither goes on from the other.
     """
     way_out = f"to go on from the store remove {root}; to keep what is there copy {root}/run to another output_dir"
+    if run not in (None, record.run) and local:
+        raise ValueError(f"{url} holds another run than its staging folder {root}; {way_out}")
     if not markers:
+        if run not in (None, record.run):
+            return f"{url} holds the start of a run, without a complete step; it is gone on with in {root}/run", None
         if local and record.step is not None:
             raise ValueError(
                 f"{url} no longer holds the run whose step {record.step} was uploaded to it from {root}; to start "
@@ -361,8 +384,6 @@ def settle(
     newest = max(markers)
     if not local:
         return f"fetched step {newest} of {url} to {root}/run", newest
-    if record.run != markers[newest].run:
-        raise ValueError(f"{url} holds another run than its staging folder {root}; {way_out}")
     for step in sorted(local.keys() & markers.keys()):
         if local[step] != markers[step].digest:
             raise ValueError(f"step {step} of {url} is another than in its staging folder {root}; {way_out}")

@@ -24,6 +24,7 @@ from rl.remote import (
     open_store,
     short_name,
 )
+from rl.remote_ledger import read_ledger
 from rl.run_files import CHECKPOINTS, CONFIG, IDENTITY, METRICS, SAMPLES
 
 STEPS = f"{CHECKPOINTS}/"
@@ -116,12 +117,23 @@ def fetch_step(store: Store, step: int, marker: Marker, folder: pathlib.Path) ->
             )
 
 
+def step_of(name: str) -> int | None:
+    """The step that an object of a run's folder lies in; None where it lies in none."""
+    number, slash, _ = name.removeprefix(STEPS).partition("/")
+    is_step = name.startswith(STEPS) and slash and number.isascii() and number.isdecimal()
+    return int(number) if is_step and number == str(int(number)) else None
+
+
 def read_markers(store: Store) -> dict[int, Marker]:
-    """The complete steps of a run in a store. ValueError where a marker cannot be read."""
-    markers = {}
+    """The complete steps of the run in a store; what its ledger does not list is no step. ValueError where ledger or
+    marker cannot be read.
+    """
+    markers, ledger = {}, read_ledger(store)
+    if ledger is None:
+        return {}
     for name in store.stats(STEPS):
-        number, _, rest = name.removeprefix(STEPS).partition("/")
-        if rest != MARKER or not number.isdecimal():
+        step = step_of(name)
+        if step is None or name != f"{STEPS}{step}/{MARKER}" or name not in ledger.files:
             continue
         content = store.read(name)
         if content is None:
@@ -133,7 +145,9 @@ def read_markers(store: Store) -> dict[int, Marker]:
                 check_name(file, store.url)
             if not _DIGEST.fullmatch(fields["digest"]):  # which becomes part of a path
                 raise ValueError("a digest that is none")
-            markers[int(number)] = Marker(str(fields["run"]), fields["digest"], files)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            marker = Marker(str(fields["run"]), fields["digest"], files)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{store.url}/{name} must be the marker of a step, got {content[:80]!r}") from error
+        if marker.run == ledger.run:
+            markers[step] = marker
     return markers

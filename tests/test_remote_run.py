@@ -8,9 +8,10 @@ import pathlib
 import pytest
 from remote_stores import CountingStore, clear, memory_store
 
-from rl import remote_lease
 from rl.config import load_config
-from rl.remote_lease import LEASE_SECONDS, Lease
+from rl.remote import Store, file_names
+from rl.remote_lease import LEASE, LEASE_SECONDS, Lease
+from rl.remote_ledger import LEDGER, Ledger, read_ledger
 from rl.remote_run import Mirror, Staging, local_steps, run_path
 from rl.remote_steps import MARKER, copy_of_run, read_markers
 
@@ -110,6 +111,27 @@ def later() -> float:
     return time.time() + LEASE_SECONDS + 1
 
 
+# What somebody else has put into the folder of a run: beside the files of its steps, and where no step of its is.
+BEFORE = {
+    "notes.txt": b"theirs",
+    "checkpoints/1/theirs": b"theirs",
+    "checkpoints/2/state/theirs": b"theirs",
+    "checkpoints/01/uploaded.json": b"theirs",
+    "checkpoints/7/uploaded.json": b"theirs",
+    "checkpoints/7/state/a": b"theirs",
+}
+AFTER = {"checkpoints/2/later": b"theirs", "checkpoints/8/state/a": b"theirs", "export/config.json": b"theirs"}
+
+
+def put(store: Store, objects: dict[str, bytes]) -> None:
+    for name, data in objects.items():
+        store.write(name, data)
+
+
+def check_kept(store: Store, objects: dict[str, bytes]) -> None:
+    assert {name: store.read(name) for name in objects} == objects, "what others have put there stays as it is"
+
+
 @pytest.mark.parametrize("same_machine", [True, False])
 def test_a_kill_between_any_two_operations_leaves_the_earlier_or_the_later_step_whole(tmp_path, same_machine):
     last_known = 0
@@ -118,6 +140,7 @@ def test_a_kill_between_any_two_operations_leaves_the_earlier_or_the_later_step_
         root = tmp_path / str(k)
         store = killing_store("run")
         train(Staging(store, root / "a", keep=1), last=1)
+        put(store, BEFORE)
         store.fail_at(k)
         staging = Staging(store, root / "a", keep=1)
         try:
@@ -129,17 +152,123 @@ def test_a_kill_between_any_two_operations_leaves_the_earlier_or_the_later_step_
         markers = read_markers(store)
         assert markers, "the store always has a complete step"
         for step, marker in markers.items():  # and all of its objects
-            names = store.stats(f"checkpoints/{step}/")
-            assert names.keys() == {f"checkpoints/{step}/{name}" for name in (*marker.files, MARKER)}
+            names = store.stats(f"checkpoints/{step}/").keys() - BEFORE.keys()
+            assert names == {f"checkpoints/{step}/{name}" for name in (*marker.files, MARKER)}
+        put(store, AFTER)
         again = Staging(store, root / ("a" if same_machine else "b"), 1, *([] if same_machine else [later]))
         found = train(again, last=2)
         assert found >= max(markers)
         last_known = max(last_known, found)
         assert set(read_markers(store)) == {2}
-        numbers = {name.split("/")[1] for name in store.stats("checkpoints/")}
+        check_kept(store, BEFORE | AFTER)
+        numbers = {name.split("/")[1] for name in store.stats("checkpoints/").keys() - (BEFORE | AFTER).keys()}
         assert numbers == {"2"}, "what was left over is gone"
     assert k > 25
     assert last_known == 2
+
+
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_a_kill_between_any_two_operations_of_a_first_upload_is_gone_on_from_anywhere(tmp_path, same_machine):
+    for k in itertools.count(1):
+        clear()
+        root = tmp_path / str(k)
+        store = killing_store("run")
+        store.fail_at(k)
+        staging = Staging(store, root / "a", keep=1)
+        try:
+            train(staging, last=1)
+            break
+        except Killed:
+            kill(staging)
+        store.fail_at(None)
+        ledger, lines = read_ledger(store), store.read("metrics.jsonl") or b""
+        assert store.stats().keys() <= {LEASE, LEDGER} | (ledger.files if ledger else set()), "nothing is unlisted"
+        strangers = {"checkpoints/1/later": b"theirs"} if ledger else {}
+        put(store, strangers)
+        again = Staging(store, root / ("a" if same_machine else "b"), 1, *([] if same_machine else [later]))
+        train(again, last=1)
+        assert set(read_markers(store)) == {1}
+        check_kept(store, strangers)
+        assert (store.read("metrics.jsonl") or b"").startswith(lines), "the lines of a start are gone on with"
+        after = read_ledger(store)
+        assert ledger is None or (after is not None and after.run == ledger.run), "it is the same run"
+    assert k > 15
+
+
+def test_an_object_of_others_in_the_way_of_an_upload_ends_the_run_and_stays(tmp_path):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 1), last=1)
+    put(store, {"checkpoints/2/state/a": b"theirs"})
+    staging = Staging(store, tmp_path / "a", 1)
+    with pytest.raises(ValueError, match=r"run/checkpoints/2/state/a must be free for an upload .*; move that away"):
+        train(staging, last=2)
+    with pytest.raises(ValueError, match="must be free"):
+        staging.close()
+    check_kept(store, {"checkpoints/2/state/a": b"theirs"})
+    assert set(read_markers(store)) == {1}
+    store.remove(["checkpoints/2/state/a"])
+    assert train(Staging(store, tmp_path / "a", 1), last=2) == 2, "the staging folder has kept the step"
+    assert set(read_markers(store)) == {2}
+    put(store, {"export/config.json": b"theirs"})
+    staging = Staging(store, tmp_path / "a", 1)
+    staging.open()
+    staging.begin()
+    (staging.run / "export").mkdir()
+    (staging.run / "export" / "config.json").write_text("ours")
+    with pytest.raises(ValueError, match=r"run/export/config\.json must be free"):
+        staging.close()
+    check_kept(store, {"export/config.json": b"theirs"})
+
+
+def test_a_local_run_that_was_copied_into_a_store_is_refused_and_not_touched(tmp_path):
+    store = memory_store("run")
+    write_step(tmp_path / "local", 1)
+    for name in file_names(tmp_path / "local"):
+        store.upload(tmp_path / "local" / name, name)
+    before = store.stats()
+    with pytest.raises(ValueError, match=r"hold a run that was uploaded, .* without the uploads\.json of one"):
+        Staging(store, tmp_path / "a", 1).open()
+    assert store.stats() == before
+
+
+def test_files_that_mean_something_elsewhere_are_not_uploaded(tmp_path):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 1), last=1)
+    put(store, {"reward.png": b"drawn in the store"})
+    for name in (LEASE, LEDGER, "reward.png", ".lock"):
+        (tmp_path / "a" / "run" / name).write_text("of the staging folder")
+    train(Staging(store, tmp_path / "a", 1), last=2)
+    assert set(read_markers(store)) == {2}
+    check_kept(store, {"reward.png": b"drawn in the store"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"{", b"[" * 100_000, b'{"run": "a", "files": ["../a"]}', b'{"run": 1, "files": []}', b'{"run": "a"}'],
+)
+def test_a_ledger_that_is_none_is_refused_and_not_touched(tmp_path, content):
+    store = memory_store("run")
+    put(store, {LEDGER: content, "checkpoints/1/a": b"theirs"})
+    before = store.stats()
+    with pytest.raises(ValueError, match=r"run/uploads\.json must list what a run uploaded"):
+        Staging(store, tmp_path / "a", 1).open()
+    assert store.stats() == before
+
+
+def test_a_ledger_that_another_process_changed_is_not_replaced():
+    store = memory_store("run")
+    first = Ledger(store, "a")
+    first.claim(["x"])
+    second = read_ledger(store)
+    assert second is not None
+    second.claim(["y"])
+    with pytest.raises(ValueError, match=r"uploads\.json was changed by another process"):
+        first.claim(["z"])
+    with pytest.raises(ValueError, match=r"uploads\.json was changed by another process"):
+        Ledger(store, "b").claim(["z"])
+    ledger = read_ledger(store)
+    assert ledger is not None
+    assert (ledger.run, ledger.files) == ("a", {"x", "y"})
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -220,7 +349,7 @@ def test_a_folder_that_no_run_made_is_not_touched(tmp_path, lease):
     if lease is not None:
         store.write("lease.json", lease)
     before = store.stats()
-    with pytest.raises(ValueError, match=r"must be empty or hold a run, got memory://bucket/run"):
+    with pytest.raises(ValueError, match=r"must be empty or hold a run that was uploaded, got memory://bucket/run"):
         Staging(store, tmp_path / "a", 1).open()
     assert store.stats() == before
 
@@ -232,7 +361,7 @@ def test_a_folder_that_no_run_made_is_not_touched(tmp_path, lease):
 def test_a_marker_of_others_names_no_place_outside_of_its_step(tmp_path, field, value):
     store = memory_store("run")
     train(Staging(store, tmp_path / "a", 1), last=1)
-    marker = json.loads(store.read(f"checkpoints/1/{MARKER}"))
+    marker = json.loads(store.read(f"checkpoints/1/{MARKER}") or b"")
     store.write(f"checkpoints/1/{MARKER}", json.dumps(marker | {field: value}).encode())
     with pytest.raises(ValueError, match=r"checkpoints/1/uploaded\.json must be the marker of a step"):
         copy_of_run(store, tmp_path / "cache", None)
@@ -248,13 +377,54 @@ def test_a_run_in_a_store_is_not_overwritten(tmp_path):
     assert store.stats("checkpoints/") == before
 
 
-def test_a_start_that_fails_uploads_nothing(tmp_path):
+def test_a_start_that_fails_leaves_nothing(tmp_path):
     store = memory_store("run")
-    staging = Staging(store, tmp_path / "a", 1)
+    for begins in (False, True):
+        staging = Staging(store, tmp_path / "a", 1)
+        staging.open()
+        assert list(store.stats()) == [LEASE]
+        if begins:
+            staging.begin()
+        staging.close()
+        assert store.stats() == {}
+    train(Staging(store, tmp_path / "b", 1), last=1)
+    store.remove([LEASE])
+    before = store.stats()
+    write_step(tmp_path / "a" / "run", 1)
+    with pytest.raises(ValueError, match="holds another run"):
+        Staging(store, tmp_path / "a", 1).open()
+    staging = Staging(store, tmp_path / "b", 1)
     staging.open()
-    write_step(staging.run, 1)
-    staging.close()  # without `begin`
-    assert list(store.stats()) == ["lease.json"]
+    staging.close()
+    assert store.stats() == before
+
+
+def test_a_lease_that_was_there_before_or_is_another_s_by_now_is_not_removed():
+    store = memory_store("run")
+    first, second = Lease(store, "a"), Lease(store, "b", later)
+    first.take()
+    second.take()  # for the first one's is too old by now
+    first.release(is_unused=True)
+    second.renew()
+    second.release(is_unused=True)
+    assert b'"token": null' in (store.read(LEASE) or b"")
+
+
+def test_a_lease_that_is_removed_while_it_is_taken_is_taken():
+    class Removing(CountingStore):
+        def read(self, name):
+            store.__class__ = CountingStore
+            first.release(is_unused=True)
+            return store.read(name)
+
+    store = memory_store("run")
+    first = Lease(store, "a")
+    first.take()
+    held = store.read(LEASE)
+    store.__class__ = Removing
+    second = Lease(store, "b")
+    second.take()
+    assert store.read(LEASE) not in (held, None)
 
 
 def test_a_second_start_is_refused_while_the_first_holds_the_lease(tmp_path):
@@ -316,7 +486,7 @@ def test_a_write_of_the_lease_whose_answer_was_lost_counts(monkeypatch):
     lease.take()
     lease.renew()
     lease.release()
-    assert b'"token": null' in (store.read(remote_lease.LEASE) or b"")
+    assert b'"token": null' in (store.read(LEASE) or b"")
 
 
 def test_an_upload_that_fails_ends_the_run_and_is_made_up_for_by_the_next_start(tmp_path):
