@@ -120,7 +120,7 @@ BEFORE = {
     "checkpoints/7/uploaded.json": b"theirs",
     "checkpoints/7/state/a": b"theirs",
 }
-AFTER = {"checkpoints/2/later": b"theirs", "checkpoints/8/state/a": b"theirs", "export/config.json": b"theirs"}
+AFTER = {"checkpoints/2/later": b"theirs", "checkpoints/8/state/a": b"theirs", "rewards.log": b"theirs"}
 
 
 def put(store: Store, objects: dict[str, bytes]) -> None:
