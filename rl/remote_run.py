@@ -2,14 +2,14 @@
 
 In: an output_dir that is a URL. Out: `run_path`, the local folder that stands for it everywhere else, and `Mirror`,
 which fetches the run into it at the start and uploads every checkpoint that is complete there. Local paths pass through
-both unchanged. In the store the run has the same names as on disk, and two more kinds:
+both unchanged. In the store the run has the same names as on disk, and three kinds more:
 
     lease.json                      who may write, see `rl.remote_lease`
     uploads.json                    what the run has written, see `rl.remote_ledger`; nothing else is ever touched
     checkpoints/STEP/uploaded.json  the marker, written last and removed first: a step without it is no step
 
 The marker holds the run's id and size and hash of every file of the step. Which of the two, staging or store, a start
-goes on from is decided by these, never by time: see `settle`.
+goes on from is decided by these, never by time: see `rl.remote_settle`.
 """
 
 import json
@@ -18,38 +18,23 @@ import pathlib
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 from rl import hosts
 from rl.config import Config, require
-from rl.local_files import UNFINISHED, file_hash, lock_file, write_file
+from rl.local_files import UNFINISHED, file_hash, lock_file
 from rl.remote import Store, cache_folder, download_all, file_names, is_remote, open_store, short_name
 from rl.remote_lease import LEASE, Lease
 from rl.remote_ledger import LEDGER, Ledger, read_ledger
-from rl.remote_steps import FILES, MARKER, STEPS, Marker, fetch_step, read_markers, step_of
+from rl.remote_settle import Record, local_steps, read_record, settle, write_record
+from rl.remote_steps import FILES, MARKER, STEPS, DamagedStepError, Marker, fetch_step, read_markers, step_of
 from rl.run_files import CURVES, HASHES, IDENTITY, LOCK, LOG, LOG_BEFORE
 
 # Files of a run folder that mean something on their machine alone, or in the store; a report is drawn in either.
 _UNSHARED = (LOCK, CURVES, LEASE, LEDGER)
 _GONE_ON_WITH = (*FILES, LOG, LOG_BEFORE)  # files beside its checkpoints that a run needs to go on
 _POLL_SECONDS = 0.05
-
-
-class Record(NamedTuple):
-    """What a staging folder knows of itself.
-
-    Attributes:
-      token: names the folder to leases. run: the id of its run.
-      step, digest: of the newest step that folder and store were seen to have in common; None before the first.
-    """
-
-    token: str
-    run: str
-    step: int | None
-    digest: str | None
 
 
 def run_path(config: Config) -> pathlib.Path:
@@ -171,7 +156,7 @@ class Staging:
         """
         self._lock = _lock(self._root)
         try:
-            self._record = _read_record(self._root)
+            self._record = read_record(self._root)
             _check_own(self._store)
             self.lease = Lease(self._store, self._record.token, self._now)
             self.lease.take()
@@ -195,22 +180,40 @@ class Staging:
         for name in ("fetch", "old"):  # of a kill amid a fetch
             if (self._root / name).exists():
                 shutil.rmtree(self._root / name)
-        run = None if ledger is None else ledger.run
-        message, step = settle(self._store.url, self._root, run, markers, local_steps(self.run), self._record)
-        if ledger is not None and (step is not None or ledger.run != self._record.run):
-            self._fetch(ledger, step, markers)
         self._ledger = ledger or Ledger(self._store, self._record.run)
-        return message
+        if self._ledger.run != self._record.run:
+            self._record = self._record._replace(damaged=())
+        local, said = local_steps(self.run), ""
+        # Those that the folder has passed; another may have been mended, and is looked at again.
+        aside = {step for step in self._record.damaged if local and step <= max(local)}
+        while True:
+            good = {step: marker for step, marker in markers.items() if step not in aside} or markers
+            run = None if ledger is None else ledger.run
+            message, step = settle(self._store.url, self._root, run, good, local, self._record)
+            try:
+                if step is not None or self._ledger.run != self._record.run:
+                    self._fetch(step, markers)
+                return said + message
+            except DamagedStepError as error:
+                assert step is not None
+                aside.add(step)
+                if aside >= markers.keys():
+                    raise
+                self._record = self._record._replace(damaged=sorted({*self._record.damaged, step}))
+                write_record(self._root, self._record)
+                said += f"step {step} is left out, and the one before is taken: {error}. "
 
-    def _fetch(self, ledger: Ledger, step: int | None, markers: Mapping[int, Marker]) -> None:
+    def _fetch(self, step: int | None, markers: Mapping[int, Marker]) -> None:
         """Puts the run as the store has it into the place of what is in run/; with step None it has none yet."""
         draft = self._root / "fetch"
+        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         there = self._store.stats()
-        files = [name for name in _GONE_ON_WITH if name in there and name in ledger.files]
-        download_all(self._store, {name: draft / name for name in files})
+        files = [name for name in _GONE_ON_WITH if name in there and name in self._ledger.files]
         if step is not None:
             fetch_step(self._store, step, markers[step], draft / STEPS / str(step))
+        download_all(self._store, {name: draft / name for name in files})
+        if step is not None:
             # The record first: a kill after it finds a folder that is behind, and fetches again.
             self._note(step, markers[step])
         if self.run.exists():
@@ -218,8 +221,8 @@ class Staging:
         os.rename(draft, self.run)
         if step is None:
             # The record last: a kill before it finds a folder of another run, and fetches again.
-            self._record = Record(self._record.token, ledger.run, None, None)
-            _write_record(self._root, self._record)
+            self._record = Record(self._record.token, self._ledger.run, None, None)
+            write_record(self._root, self._record)
         shutil.rmtree(self._root / "old", ignore_errors=True)
 
     def begin(self) -> None:
@@ -289,7 +292,8 @@ class Staging:
         markers = read_markers(self._store)
         # What an upload, or a removal, left behind that a kill cut short.
         self._remove([name for name in self._ledger.files if step_of(name) not in (None, *markers)])
-        if step in markers and markers[step].digest != file_hash(folder / HASHES):
+        is_other = step in markers and markers[step].digest != file_hash(folder / HASHES)
+        if step in markers and (is_other or step in self._record.damaged):
             # The run went back to an earlier step, for this one was damaged, and has come here again.
             self._remove_step(step)
             del markers[step]
@@ -303,8 +307,11 @@ class Staging:
             self.lease.renew()  # whoever writes a marker holds the lease at that moment
             text = json.dumps(marker._asdict(), indent=1) + "\n"
             self._store.write(f"{STEPS}{step}/{MARKER}", text.encode())
+        damaged = {old for old in self._record.damaged if old < step}
+        for old in sorted(damaged & markers.keys()):
+            self._remove_step(old)
         self._note(step, markers[step])
-        for old in sorted(markers)[: -self._keep]:
+        for old in sorted(markers.keys() - damaged)[: -self._keep]:
             self._remove_step(old)
 
     def _claim_files(self, others: Iterable[str] = ()) -> list[str]:
@@ -344,70 +351,9 @@ class Staging:
         self._ledger.forget(names)
 
     def _note(self, step: int, marker: Marker) -> None:
-        self._record = Record(self._record.token, marker.run, step, marker.digest)
-        _write_record(self._root, self._record)
-
-
-def settle(
-    url: str,
-    root: pathlib.Path,
-    run: str | None,
-    markers: Mapping[int, Marker],
-    local: Mapping[int, str],
-    record: Record,
-) -> tuple[str, int | None]:
-    """Which of store and staging folder a start goes on from.
-
-    Args:
-      run: id of the run in the store; None: it is empty.
-      markers: its steps. local: those of the staging folder `root`, with their digests.
-
-    Returns:
-      What is done, in words, and the step to fetch from the store. None: the folder is right as it is, or, where the
-      store has another run than it, that run's lines are to be fetched.
-
-    Raises:
-      ValueError: both hold steps, and neither goes on from the other.
-    """
-    way_out = f"to go on from the store remove {root}; to keep what is there copy {root}/run to another output_dir"
-    if run not in (None, record.run) and local:
-        raise ValueError(f"{url} holds another run than its staging folder {root}; {way_out}")
-    if not markers:
-        if run not in (None, record.run):
-            return f"{url} holds the start of a run, without a complete step; it is gone on with in {root}/run", None
-        if local and record.step is not None:
-            raise ValueError(
-                f"{url} no longer holds the run whose step {record.step} was uploaded to it from {root}; to start "
-                f"afresh remove {root}, to keep that run copy {root}/run to another output_dir"
-            )
-        return f"{url} holds no step; the run is written to {root}/run and uploaded from there", None
-    newest = max(markers)
-    if not local:
-        return f"fetched step {newest} of {url} to {root}/run", newest
-    for step in sorted(local.keys() & markers.keys()):
-        if local[step] != markers[step].digest:
-            raise ValueError(f"step {step} of {url} is another than in its staging folder {root}; {way_out}")
-    if newest in local and max(local) == newest:
-        return f"step {newest} of {url} is in {root}/run already", None
-    if newest > max(local):
-        return f"fetched step {newest} of {url} to {root}/run, which had step {max(local)}", newest
-    if newest in local or (record.step, record.digest) == (newest, markers[newest].digest):
-        return f"step {max(local)} of {root}/run is newer than step {newest} of {url} and is uploaded now", None
-    raise ValueError(
-        f"step {max(local)} of the staging folder {root} does not go on from step {newest} of {url}, which another "
-        f"machine wrote; {way_out}"
-    )
-
-
-def local_steps(run: pathlib.Path) -> dict[int, str]:
-    """The complete steps of a run folder, with their digests."""
-    folder = run / STEPS
-    entries = folder.iterdir() if folder.is_dir() else []
-    return {
-        int(entry.name): file_hash(entry / HASHES)
-        for entry in entries
-        if entry.name.isdecimal() and (entry / HASHES).is_file()
-    }
+        damaged = [other for other in self._record.damaged if other > step]
+        self._record = Record(self._record.token, marker.run, step, marker.digest, damaged)
+        write_record(self._root, self._record)
 
 
 def _describe(run: str, folder: pathlib.Path) -> Marker:
@@ -434,19 +380,3 @@ def _lock(root: pathlib.Path) -> int:
         raise ValueError(
             f"checkpoint.staging must be a folder that can be written, got {root.parent}: {error}; set it to one"
         ) from error
-
-
-def _read_record(root: pathlib.Path) -> Record:
-    path = root / "record.json"
-    try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        record = Record(uuid.uuid4().hex, uuid.uuid4().hex, None, None)
-        _write_record(root, record)
-        return record
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} must be the record of a staging folder, got: {error}; remove {root}") from error
-
-
-def _write_record(root: pathlib.Path, record: Record) -> None:
-    write_file(root / "record.json", f"{json.dumps(record._asdict())}\n".encode())

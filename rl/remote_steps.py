@@ -33,6 +33,10 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 FILES = (CONFIG, IDENTITY, METRICS, SAMPLES)
 
 
+class DamagedStepError(ValueError):
+    """A step is not what was uploaded."""
+
+
 class Marker(NamedTuple):
     """What a complete step of a store holds.
 
@@ -106,15 +110,21 @@ def copy_of_run(store: Store, cache: pathlib.Path, step: int | None, with_sample
 
 
 def fetch_step(store: Store, step: int, marker: Marker, folder: pathlib.Path) -> None:
-    """Downloads a step, and compares its files with the marker. ValueError where they differ."""
+    """Downloads a step, and compares its files with the marker. DamagedStepError where they differ."""
     download_all(store, {f"{STEPS}{step}/{name}": folder / name for name in marker.files})
-    for name, (size, wanted) in marker.files.items():
-        path = folder / name
-        if path.stat().st_size != size or file_hash(path) != wanted:
-            raise ValueError(
-                f"{store.url}/{STEPS}{step}/{name} must be what was uploaded, but it is damaged; remove "
-                f"{store.url}/{STEPS}{step}/{MARKER}, and the step before it counts"
-            )
+    for name, wanted in marker.files.items():
+        if _is_other(folder / name, wanted):
+            store.download(f"{STEPS}{step}/{name}", folder / name)  # again: it may have been the network
+            if _is_other(folder / name, wanted):
+                raise DamagedStepError(
+                    f"{store.url}/{STEPS}{step}/{name} must be what was uploaded, but it is damaged; remove "
+                    f"{store.url}/{STEPS}{step}/{MARKER}, and the step before it counts"
+                )
+
+
+def _is_other(path: pathlib.Path, wanted: tuple[int, str]) -> bool:
+    size, digest = wanted
+    return path.stat().st_size != size or file_hash(path) != digest
 
 
 def step_of(name: str) -> int | None:

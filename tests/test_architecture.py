@@ -23,6 +23,7 @@ LAYERS = [
         "rl.remote",
         "rl.remote_lease",
         "rl.remote_ledger",
+        "rl.remote_settle",
         "rl.remote_steps",
         "rl.yaml_text",
         "rl.config_sections",

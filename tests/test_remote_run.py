@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 
 import pytest
 from remote_stores import CountingStore, clear, memory_store
@@ -12,7 +13,8 @@ from rl.config import load_config
 from rl.remote import Store, file_names
 from rl.remote_lease import LEASE, LEASE_SECONDS, Lease
 from rl.remote_ledger import LEDGER, Ledger, read_ledger
-from rl.remote_run import Mirror, Staging, local_steps, run_path
+from rl.remote_run import Mirror, Staging, run_path
+from rl.remote_settle import local_steps
 from rl.remote_steps import MARKER, copy_of_run, read_markers
 
 
@@ -269,6 +271,90 @@ def test_a_ledger_that_another_process_changed_is_not_replaced():
     ledger = read_ledger(store)
     assert ledger is not None
     assert (ledger.run, ledger.files) == ("a", {"x", "y"})
+
+
+def check_whole_store(store: Store, cache: pathlib.Path, steps: set[int]) -> None:
+    assert set(read_markers(store)) == steps
+    for step in steps:
+        assert copy_of_run(store, cache, step)
+
+
+@pytest.mark.parametrize("machine", ["a", "b", "c"])
+def test_a_damaged_newest_step_is_left_out_said_and_replaced_when_the_run_comes_there_again(tmp_path, machine):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 2), last=1)
+    train(Staging(store, tmp_path / "b", 2), last=2)
+    train(Staging(store, tmp_path / "c", 2), last=3)
+    if machine == "c":
+        remove(tmp_path / "c" / "run" / "checkpoints" / "3")
+    store.write("checkpoints/3/state/a", b"damaged")
+    before = store.stats("checkpoints/")
+    staging = Staging(store, tmp_path / machine, 2)
+    assert re.match(
+        r"step 3 is left out, and the one before is taken: .*checkpoints/3/state/a .* damaged.*step 2", staging.open()
+    )
+    staging.begin()
+    staging.close()
+    assert store.stats("checkpoints/") == before, "nothing is replaced before there is something better"
+    assert train(Staging(store, tmp_path / machine, 2), last=4) == 2
+    check_whole_store(store, tmp_path / "cache", {3, 4})
+
+
+@pytest.mark.parametrize("machine", ["a", "b"])
+@pytest.mark.parametrize("made", [[3], [3, 4], [4]])
+def test_a_damaged_step_that_the_folder_has_made_again_or_passed_is_replaced(tmp_path, machine, made):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 2), last=3)
+    remove(tmp_path / "a" / "run" / "checkpoints" / "3")
+    store.write("checkpoints/3/state/a", b"damaged")
+    staging = Staging(store, tmp_path / machine, 2)
+    staging.open()
+    staging.close()
+    for step in made:  # and killed before an upload
+        write_step(staging.run, step)
+    assert train(Staging(store, tmp_path / machine, 2), last=max(made)) == max(made)
+    check_whole_store(store, tmp_path / "cache", {2, max(made)})
+
+
+def test_a_damaged_step_that_was_mended_in_the_store_counts_again(tmp_path):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 2), last=3)
+    store.write("checkpoints/3/state/a", b"damaged")
+    staging = Staging(store, tmp_path / "b", 2)
+    staging.open()
+    staging.close()
+    store.write("checkpoints/3/state/a", b"numbers of 3")
+    assert train(Staging(store, tmp_path / "b", 2), last=3) == 3
+
+
+def test_a_damaged_step_that_is_the_only_one_is_refused_with_the_way_out_and_not_touched(tmp_path):
+    store = memory_store("run")
+    train(Staging(store, tmp_path / "a", 1), last=1)
+    store.write("checkpoints/1/state/a", b"damaged")
+    before = store.stats("checkpoints/")
+    with pytest.raises(ValueError, match=r"state/a must be what was uploaded, but it is damaged; remove .*uploaded"):
+        Staging(store, tmp_path / "b", 1).open()
+    assert store.stats("checkpoints/") == before
+
+
+def test_a_kill_between_any_two_operations_after_a_damaged_step_leaves_a_whole_one(tmp_path):
+    for k in itertools.count(1):
+        clear()
+        root = tmp_path / str(k)
+        store = killing_store("run")
+        train(Staging(store, root / "a", keep=2), last=3)
+        store.write("checkpoints/3/state/a", b"damaged")
+        store.fail_at(k)
+        staging = Staging(store, root / "b", keep=2)
+        try:
+            train(staging, last=4)
+            break
+        except Killed:
+            kill(staging)
+        store.fail_at(None)
+        assert train(Staging(store, root / "b", 2, later), last=4) >= 2
+        check_whole_store(store, root / "cache", {3, 4})
+    assert k > 40
 
 
 @pytest.mark.parametrize("number", [1, 2])
