@@ -236,7 +236,7 @@ class RunFolder:
         draft = scratch / EXPORT
         write(draft)
         said = []
-        if is_own_export(self.path):
+        if os.path.lexists(export) and is_own_export(self.path):
             os.rename(export, scratch / "previous")
         elif os.path.lexists(export):
             kept = self.path / f"{EXPORT}.old-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"

@@ -320,6 +320,9 @@ def test_an_export_that_fine_tuning_wrote_is_replaced_and_anything_else_stays(tm
     assert said == f"{kept} is what was in {folder / 'export'}; it stays, for no run wrote it as it is"
     assert contents(kept) == {"model": b"second", "notes.txt": b"mine"}
     assert contents(folder / "export") == {"model": b"third"}
+    shutil.rmtree(folder / "export")  # by hand, or it never came with its record
+    assert run.replace_export(write("fourth")) == []
+    assert contents(folder / "export") == {"model": b"fourth"}
     run.close()
     new = overwrite(folder, kind="sft")
     new.begin()
