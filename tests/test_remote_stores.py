@@ -18,8 +18,9 @@ from rl.config import load_config
 from rl.metrics import read_metrics
 from rl.remote import copy_of, open_store
 from rl.remote_lease import LEASE, LEASE_SECONDS
+from rl.remote_ledger import Ledger, read_ledger
 from rl.remote_run import Staging, run_path
-from rl.remote_steps import local_source, read_markers
+from rl.remote_steps import MARKER, local_source, read_markers
 
 NEEDED = ("gcsfs", "s3fs", "moto", "flask", "gcp_storage_emulator")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -98,6 +99,31 @@ def test_a_write_under_a_condition_is_made_by_one_writer_only(url):
     assert store.read("lease") == b"renewed"
 
 
+def test_a_start_that_uploads_nothing_leaves_nothing(url, tmp_path):
+    store = open_store(url)
+    staging = Staging(store, tmp_path / "a", 1)
+    staging.open()
+    assert list(store.stats()) == [LEASE]
+    with pytest.raises(ValueError, match="is held by process"):
+        Staging(store, tmp_path / "b", 1).open()
+    staging.close()
+    assert store.stats() == {}
+
+
+def test_a_ledger_that_another_process_changed_is_not_replaced(url):
+    store = open_store(url)
+    first = Ledger(store, "a")
+    first.claim(["x"])
+    second = read_ledger(store)
+    assert second is not None
+    second.claim(["y"])
+    with pytest.raises(ValueError, match="was changed by another process"):
+        first.claim(["z"])
+    store.write("z", b"theirs")
+    with pytest.raises(ValueError, match="/z must be free for an upload"):
+        second.claim(["z"])
+
+
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_a_bucket_that_is_not_there_is_said(environment, scheme, tmp_path):
     with pytest.raises(ValueError, match=r"could not be written .*check the name of the bucket"):
@@ -128,7 +154,8 @@ def test_a_run_killed_on_two_machines_equals_the_uninterrupted_run_and_every_com
         override = f"checkpoint.staging={machine}"
         return start(recipe, url, override), run_path(load_config(recipe, [f"output_dir={url}", override]))  # pyright: ignore[reportArgumentType]
 
-    store = open_store(url)
+    store, step = open_store(url), 0
+    theirs: list[str] = []
     # Between checkpoints, amid an upload, near the end; on the same machine, then on another.
     for lines, machine in ((4, 0), (7, 0), (10, 1)):
         process, folder = begin(machines[machine])
@@ -141,12 +168,19 @@ def test_a_run_killed_on_two_machines_equals_the_uninterrupted_run_and_every_com
             assert process.wait() != 0
             lease = json.loads(store.read(LEASE) or b"")
             store.write(LEASE, json.dumps({**lease, "time": lease["time"] - LEASE_SECONDS}).encode())
+            step = min(read_markers(store))  # which is removed later
+            theirs = [f"checkpoints/{step}/theirs", "checkpoints/1000/state/a", f"checkpoints/1000/{MARKER}"]
+            for name in theirs:
+                store.write(name, b"theirs")
     process, folder = begin(machines[1])
     assert process.wait() == 0
     assert_same_run(folder, uninterrupted)
     assert_same_run(local_source(url, with_samples=True), uninterrupted)
     assert max(read_markers(store)) == STEPS
     assert len(read_markers(store)) == 2
+    assert step not in read_markers(store)
+    assert list(store.stats(f"checkpoints/{step}/")) == [theirs[0]]
+    assert [store.read(name) for name in theirs] == [b"theirs"] * 3
     # The first machine is behind by now, or has diverged from what the second made of the same step.
     process, folder = begin(machines[0])
     assert process.wait() == 0
@@ -173,6 +207,23 @@ def test_a_run_killed_on_two_machines_equals_the_uninterrupted_run_and_every_com
     with pytest.raises(subprocess.CalledProcessError) as caught:
         grpo("export", url, f"{url}-model")
     assert "must be new or empty" in caught.value.stderr
+
+
+@pytest.mark.parametrize("url", ["s3"], indirect=True)
+def test_a_run_that_was_killed_amid_its_first_upload_is_begun_again_on_another_machine(
+    url, recipe, uninterrupted, tmp_path
+):
+    store, ledger = open_store(url), Ledger(open_store(url), "a")
+    files = ("run.json", "config.yml", "metrics.jsonl")
+    ledger.claim([*files, "checkpoints/2/hashes.json", "checkpoints/2/state/a"])
+    for name in files:
+        store.upload(uninterrupted / name, name)
+    store.write("checkpoints/2/state/a", b"half")
+    process = start(recipe, url, f"checkpoint.staging={tmp_path}")  # pyright: ignore[reportArgumentType]
+    assert process.wait() == 0
+    assert_same_run(local_source(url, with_samples=True), uninterrupted)
+    assert {marker.run for marker in read_markers(store).values()} == {"a"}
+    assert store.stats("checkpoints/2/") == {}
 
 
 def rewards() -> list[str]:
