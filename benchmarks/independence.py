@@ -23,19 +23,22 @@ from rl.sampling import SamplingParams
 from rl.scheduling import Request
 
 WORKLOAD = CPU_WORKLOADS["ragged"]
+TINY_WORKLOAD = WORKLOAD._replace(num_prompts=3, prompt_lengths=(10, 10), cap=96)  # more than a cache's first length
 
 
 class Company(NamedTuple):
-    """Slots, tokens between two looks of the host, and the length of the own cache to begin with, which doubles."""
+    """Slots (None: for half of the completions), tokens between two looks of the host, and the length of the own cache
+    to begin with, which doubles.
+    """
 
-    slots: int
+    slots: int | None
     chunk: int = 32
     first_length: int = scheduling.MIN_LENGTH
 
 
 COMPANIES = {
     "seven at a time": Company(7),
-    "half at a time, short chunks, caches that never grow": Company(32, 5, WORKLOAD.cap),
+    "half at a time, short chunks, caches that never grow": Company(None, 5, WORKLOAD.cap),
 }
 ALONE = "alone in one slot"  # as `grpo sample --replay` draws; one sample of each prompt, for it takes long
 
@@ -54,15 +57,16 @@ def changed_tokens(expected: Sequence[Completion], got: Sequence[Completion]) ->
 def measure(shape: str, num_tokens: int, tiny: bool) -> dict[str, tuple[int, int]]:
     """(changed, compared) by company: over at least `num_tokens` tokens each, alone over an eighth of them or so."""
     config = tiny_shape(CPU_SHAPES[shape]) if tiny else CPU_SHAPES[shape]
-    weights, num_samples = Weights(config), WORKLOAD.num_samples
-    sampling = SamplingParams(max_completion_length=WORKLOAD.cap, eos_ids=WORKLOAD.eos_ids(config.vocab_size))
+    workload = TINY_WORKLOAD if tiny else WORKLOAD
+    weights, num_samples = Weights(config), workload.num_samples
+    sampling = SamplingParams(max_completion_length=workload.cap, eos_ids=workload.eos_ids(config.vocab_size))
     rules = weights.run_config.mesh.rules
 
     def sampler(**options: int) -> Sampler:
         return Sampler(weights.policy, weights.mesh, weights.shardings, rules=rules, **options)
 
     def draw(sampler: Sampler, call: int, reverse: bool) -> list[Completion]:
-        prompts = WORKLOAD.prompts(config.vocab_size, call)
+        prompts = workload.prompts(config.vocab_size, call)
         order = list(range(len(prompts)))[:: -1 if reverse else 1]
         groups = sampler.sample(
             weights.params,
@@ -75,8 +79,8 @@ def measure(shape: str, num_tokens: int, tiny: bool) -> dict[str, tuple[int, int
         return [completion for group in (groups[::-1] if reverse else groups) for completion in group]
 
     def draw_alone(sampler: Sampler, call: int, number: int) -> Completion:
-        prompts = WORKLOAD.prompts(config.vocab_size, call)
-        request = Request(number // num_samples, number // num_samples, number % num_samples, WORKLOAD.cap)
+        prompts = workload.prompts(config.vocab_size, call)
+        request = Request(number // num_samples, number // num_samples, number % num_samples, workload.cap)
         ((_, completion),) = sampler.stream(weights.params, prompts, [request], sampling, jax.random.key(call))
         return completion
 
@@ -85,7 +89,8 @@ def measure(shape: str, num_tokens: int, tiny: bool) -> dict[str, tuple[int, int
         found[name] = found[name][0] + changed, found[name][1] + compared
 
     together, alone = sampler(), sampler()
-    others = {name: sampler(slots=company.slots, chunk=company.chunk) for name, company in COMPANIES.items()}
+    half = workload.num_rows // 2
+    others = {name: sampler(slots=company.slots or half, chunk=company.chunk) for name, company in COMPANIES.items()}
     found = dict.fromkeys([*others, ALONE], (0, 0))
     call = 0
     while min(found[name][1] for name in others) < num_tokens:
@@ -104,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--shape", choices=sorted(CPU_SHAPES), default="a", help="model shape (default: a)")
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens to compare (default: 100,000)")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark itself")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and workload, to try the benchmark itself")
     arguments = parser.parse_args(argv)
     found = measure(arguments.shape, arguments.tokens, arguments.tiny)
     for name, (changed, compared) in found.items():

@@ -220,10 +220,10 @@ def test_companies_are_compared_up_to_the_first_changed_token(benchmark, capsys)
     expected = [completion(1, 2, 3), completion(4, 5, 6, 7), completion(8)]
     got = [completion(1, 2, 3), completion(4, 9, 9), completion(8)]
     assert independence.changed_tokens(expected, got) == (1, 3 + 2 + 1)
-    found = independence.main(["--tiny", "--tokens", "2000"])
+    found = independence.main(["--tiny", "--tokens", "500"])
     assert set(found) == {*independence.COMPANIES, independence.ALONE}
     for name, (changed, compared) in found.items():
-        assert compared >= 2000 // (8 if name == independence.ALONE else 1)
+        assert compared >= 500 // (8 if name == independence.ALONE else 1)
         assert changed <= 2
     told = capsys.readouterr().out
     for name in found:

@@ -147,41 +147,58 @@ def test_twins_agree_bit_for_bit_through_the_cache(family):
     assert_trees_identical(*results)
 
 
-@pytest.mark.parametrize("remat", ["dots", "outputs", "block", "full"])
-def test_rematerialisation_changes_gradients_in_no_twin_and_is_really_on(remat):
+def compile_all(functions, *arguments, **options):
+    """The functions, compiled; those that are one program before compilation are one after it, and compiled once."""
+    lowered = [jax.jit(function, **options).lower(*arguments) for function in functions]
+    programs = {program.as_text(): program for program in lowered}
+    compiled = {text: program.compile() for text, program in programs.items()}
+    return [compiled[program.as_text()] for program in lowered]
+
+
+@pytest.fixture(scope="module")
+def unrolled():
+    """A model with parameters, a batch, and their gradients by the plain backward pass."""
     # Five layers, so that "full" has segments of two and a shorter last one.
     config = tiny_config("gemma3_text", layer_types=None, num_layers=5)
     params, batch = noisy_params(config), plain_batch()
-    plain = jax.jit(jax.grad(_hidden_loss(NNXPolicy(config), batch)))(params)
-    linen, nnx_policy = both(dataclasses.replace(config, remat=remat))
-    gradients = []
-    for policy in (linen, nnx_policy):
-        gradient = jax.grad(_hidden_loss(policy, batch))
-        gradients.append(jax.jit(gradient)(params))
-        assert str(jax.make_jaxpr(gradient)(params)).count("remat") >= config.num_layers
+    return config, params, batch, jax.jit(jax.grad(_hidden_loss(NNXPolicy(config), batch)))(params)
+
+
+@pytest.mark.parametrize("remat", ["dots", "outputs", "block", "full"])
+def test_rematerialisation_changes_gradients_in_no_twin_and_is_really_on(remat, unrolled):
+    config, params, batch, plain = unrolled
+    twins = both(dataclasses.replace(config, remat=remat))
+    functions = [jax.grad(_hidden_loss(policy, batch)) for policy in twins]
+    for function in functions:
+        assert str(jax.make_jaxpr(function)(params)).count("remat") >= config.num_layers
+    gradients = [program(params) for program in compile_all(functions, params)]
     assert_trees_identical(*gradients)
-    texts = [jax.jit(policy.hidden).lower(params, *batch).as_text() for policy in (linen, nnx_policy)]
+    texts = [jax.jit(policy.hidden).lower(params, *batch).as_text() for policy in twins]
     assert texts[0] == texts[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, gradients[0])
 
 
-@pytest.mark.parametrize("flavour", ["linen", "nnx"])
-def test_rematerialisation_keeps_ever_less_for_the_backward_pass(flavour):
+def test_rematerialisation_keeps_ever_less_for_the_backward_pass_in_either_flavour():
     """Counted between the passes, and compiled: there without the steps of XLA for CPU that merge the second forward
     pass of unrolled layers with the first, which it does on no other backend.
     """
     options = {"xla_disable_hlo_passes": "optimization-barrier-expander,cse,cse_barrier_expander"}
     config = tiny_config(num_layers=9, hidden_size=32, intermediate_size=96)
     params, batch = noisy_params(config), plain_batch(num_tokens=64)
-    kept, temporaries = {}, {}
+    kept, temporaries = {}, {"linen": {}, "nnx": {}}
     for remat in ("none", "dots", "outputs", "block", "full"):
-        policy = dict(zip(("linen", "nnx"), both(dataclasses.replace(config, remat=remat)), strict=True))[flavour]
-        loss = _hidden_loss(policy, batch)
-        kept[remat] = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], params)))
-        compiled = jax.jit(jax.grad(loss)).lower(params).compile(compiler_options=options)
-        temporaries[remat] = compiled.memory_analysis().temp_size_in_bytes
-    assert temporaries["none"] > 2 * temporaries["dots"] > 2 * temporaries["outputs"]
-    assert temporaries["outputs"] > temporaries["block"] > temporaries["full"]
+        losses = [_hidden_loss(policy, batch) for policy in both(dataclasses.replace(config, remat=remat))]
+        kept[remat], of_nnx = (
+            sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], params)))
+            for loss in losses
+        )
+        assert kept[remat] == of_nnx
+        programs = compile_all(map(jax.grad, losses), params, compiler_options=options)
+        for of_flavour, program in zip(temporaries.values(), programs, strict=True):
+            of_flavour[remat] = program.memory_analysis().temp_size_in_bytes
+    for of_flavour in temporaries.values():
+        assert of_flavour["none"] > 2 * of_flavour["dots"] > 2 * of_flavour["outputs"]
+        assert of_flavour["outputs"] > of_flavour["block"] > of_flavour["full"]
     assert sorted(kept, key=kept.__getitem__, reverse=True) == ["none", "dots", "outputs", "block", "full"]
     assert len(set(kept.values())) == 5
     assert kept["block"] < 0.1 * kept["none"]
@@ -510,17 +527,15 @@ def test_scanned_layers_give_the_hidden_states_and_gradients_of_unrolled_ones(fa
             return lambda trained: _hidden_loss(policy, batch)(join(trained, frozen))
 
         expected = jax.jit(jax.value_and_grad(loss_of(NNXPolicy(config))))(trained)
-        gradients, texts = [], []
-        for policy in both(scanned_config):
-            gradient = jax.jit(jax.value_and_grad(loss_of(policy)))
-            gradients.append(gradient(trained))
-            texts.append(gradient.lower(trained).as_text())
+        twins = both(scanned_config)
+        for policy in twins:
             program = str(jax.make_jaxpr(jax.grad(loss_of(policy)))(trained))
             assert program.count("scan") >= len(scanned.layer_runs(config))
             assert ("remat" in program) == (remat != "none")
-        assert texts[0] == texts[1]
-        assert_trees_identical(*gradients)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), expected, gradients[0])
+        programs = compile_all([jax.value_and_grad(loss_of(policy)) for policy in twins], trained)
+        assert programs[0] is programs[1]
+        got = programs[0](trained)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), expected, got)
 
 
 @pytest.mark.parametrize(("family", "kv_dtype"), [("llama", "int8"), ("qwen2", None), ("gemma3_text", None)])
@@ -547,17 +562,15 @@ def test_a_scanned_prefill_gives_the_hidden_states_and_the_cache_of_an_unrolled_
             return hiddens, cache.own
 
         expected = jax.jit(steps, static_argnums=0)(NNXPolicy(config), params)
-        results, texts = [], []
-        for policy in both(dataclasses.replace(config, scan_layers=True, remat="full")):
-            lowered = jax.jit(steps, static_argnums=0).lower(policy, params)
-            texts.append(lowered.as_text())
-            results.append(lowered.compile()(params))
+        twins = both(dataclasses.replace(config, scan_layers=True, remat="full"))
+        for policy in twins:
             program = jax.make_jaxpr(steps, static_argnums=0)(policy, params)
             scans = sum(equation.primitive.name == "scan" for equation in program.eqns)
             assert scans == 3 * len(scanned.layer_runs(config))
-        assert texts[0] == texts[1]
-        assert_trees_identical(*results)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), expected, results[0])
+        programs = compile_all([lambda params, policy=policy: steps(policy, params) for policy in twins], params)
+        assert programs[0] is programs[1]
+        got = programs[0](params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), expected, got)
 
 
 def test_layers_are_scanned_in_runs_of_equal_structure():
@@ -566,19 +579,20 @@ def test_layers_are_scanned_in_runs_of_equal_structure():
     assert scanned.layer_runs(dataclasses.replace(config, lora=None)) == [range(5)]
 
 
-@pytest.mark.parametrize("flavour", [True, False])
-def test_rematerialised_scanned_layers_save_memory_on_cpu_and_any_number_of_them_compiles_to_one(flavour):
+def test_rematerialised_scanned_layers_save_memory_on_cpu_and_any_number_of_them_compiles_to_one():
     config = dataclasses.replace(tiny_config(num_layers=16), scan_layers=True)
     params, batch = noisy_params(config), plain_batch(num_rows=32, num_tokens=64)
     temporaries = {}
     for remat in ("none", "block", "full"):
-        policy = create_policy(dataclasses.replace(config, remat=remat), flavour)
-        compiled = jax.jit(jax.grad(_hidden_loss(policy, batch))).lower(params).compile()
-        temporaries[remat] = compiled.memory_analysis().temp_size_in_bytes
+        twins = both(dataclasses.replace(config, remat=remat))
+        programs = compile_all([jax.grad(_hidden_loss(policy, batch)) for policy in twins], params)
+        assert programs[0] is programs[1]
+        temporaries[remat] = programs[0].memory_analysis().temp_size_in_bytes
     assert temporaries["none"] > 2 * temporaries["block"] > 2 * temporaries["full"]
     short = dataclasses.replace(config, num_layers=4, layer_types=config.layer_types[:4])
-    sizes = [
-        str(jax.make_jaxpr(create_policy(c, flavour).hidden)(noisy_params(c), *batch)).count("dot_general")
-        for c in (short, config)
-    ]
-    assert sizes[0] == sizes[1]
+    for flavour in (True, False):
+        sizes = [
+            str(jax.make_jaxpr(create_policy(c, flavour).hidden)(noisy_params(c), *batch)).count("dot_general")
+            for c in (short, config)
+        ]
+        assert sizes[0] == sizes[1]
