@@ -86,6 +86,7 @@ def test_splash_attention_gives_the_values_and_gradients_of_plain_operations(siz
     assert_close(value_and_gradients(kernel.attend, *inputs), value_and_gradients(ops.attention, *inputs))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize(
     ("num_tokens", "kernel"),

@@ -353,15 +353,10 @@ def problem_of(family: str) -> Problem:
     return random_problem(family=family, **TWO_LAYERS[family])
 
 
-# Every family in both dtypes and both flavours, of which each dtype takes the other one from family to family.
-@pytest.mark.parametrize(
-    ("family", "flavour", "dtype"),
-    [
-        (family, flavour, dtype)
-        for i, family in enumerate(FAMILIES)
-        for dtype, flavour in zip(PACKED_TOLERANCE, [*FLAVOURS][:: (-1) ** i], strict=True)
-    ],
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", PACKED_TOLERANCE)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_loss_and_gradient_equal_the_plain_ones(family, flavour, dtype):
     """A prompt is shared by completions that reach beyond Gemma's window, of which the prompt itself is longer too."""
     problem, tolerance = problem_of(family), PACKED_TOLERANCE[dtype]
@@ -423,14 +418,10 @@ CUTS = {
 }
 
 
-# Each in both flavours and float64, and in one of them, in turn, in float32.
-@pytest.mark.parametrize(
-    ("cut", "flavour", "dtype"),
-    [
-        *itertools.product(CUTS, FLAVOURS, ["float64"]),
-        *zip(CUTS, itertools.cycle(FLAVOURS), itertools.repeat("float32")),
-    ],
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("cut", CUTS)
 def test_how_a_minibatch_is_cut_changes_nothing(cut, flavour, dtype, problem, plain, trainer):
     with jax.enable_x64(dtype == "float64"):
         packed = trainer(flavour, dtype, **CUTS[cut])
@@ -452,10 +443,10 @@ def test_how_a_minibatch_is_cut_changes_nothing(cut, flavour, dtype, problem, pl
 BUDGETS = {13: (12, 1, 13, 9), 34: (3, 1, 34, 3)}
 
 
-@pytest.mark.parametrize(
-    ("budget", "flavour", "dtype"),
-    [(13, "linen", "float64"), (34, "nnx", "float64"), (13, "nnx", "float32"), (34, "linen", "float32")],
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("budget", BUDGETS)
 def test_the_token_budget_of_a_micro_batch_changes_nothing(budget, flavour, dtype, problem, plain, trainer):
     """Through the plan of a run, as `grpo train` makes it."""
     settings = (f"grpo.max_tokens_per_microbatch={budget}", "grpo.prompts_per_step=3", "grpo.group_size=4")
