@@ -2,8 +2,8 @@
 
 MFU is what an update with its reference pass needs at least (`step_results.model_operations`, so neither padding nor
 what the backward pass computes again) over its time, as a share of the operations per second that the vendor states for
-the device (`rl.tools.topologies.CHIPS`). Peak memory is the device's own count for the process so far: of a line that
-did not raise it is known only that it needs no more.
+the device (`rl.tools.programs.topologies.CHIPS`). Peak memory is the device's own count for the process so far: of a
+line that did not raise it is known only that it needs no more.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from trainers import Batch, TandemTrainer, make_batches
 from turns import Call, timed
 from weights import Weights
 
-from rl.config import load_config
+from rl.config.load import load_config
 from rl.models.config import ModelConfig
-from rl.packing import PackingPlan
-from rl.tools.topologies import CHIPS
+from rl.tools.programs.topologies import CHIPS
+from rl.training.packing import PackingPlan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from trainers import Batch, Outcome, TandemTrainer, Trainer, check_same_outcome,
 from turns import Call, alternate, timed
 from weights import Weights
 
-from rl.host_memory import return_memory
-from rl.models import hf
+from rl.devices.host_memory import return_memory
+from rl.models.files import hf
 
 TRAINERS = (TandemTrainer.name, *PEER_TRAINERS)
 TOLERANCE = 1e-3  # of loss and gradient norm, as a share

@@ -15,10 +15,10 @@ from flax import nnx
 from shapes import Workload
 from weights import TokenIds, Weights, has_library, tunix_model
 
-from rl.metrics import CompileCounter
 from rl.models.config import ModelConfig
-from rl.sampler import Sampler
-from rl.sampling import SamplingParams
+from rl.run.metrics import CompileCounter
+from rl.sampler.slot_sampler import Sampler
+from rl.sampler.token_draw import SamplingParams
 
 MAX_WARM_UP_CALLS = 6
 NUM_EXPECTED_CALLS = 50  # whose prompts the declared warm-up is shown
@@ -54,7 +54,7 @@ def warm_up(engine: Engine, workload: Workload, vocab_size: int) -> None:
 
 
 class Tandem:
-    """`rl.sampler.Sampler`; it always returns two log-probs per token along with the ids."""
+    """`rl.sampler.slot_sampler.Sampler`; it always returns two log-probs per token along with the ids."""
 
     name = "tandem"
 

@@ -17,10 +17,10 @@ import numpy as np
 from shapes import CPU_SHAPES, CPU_WORKLOADS, tiny_shape
 from weights import Weights
 
-from rl import scheduling
-from rl.sampler import Completion, Sampler
-from rl.sampling import SamplingParams
-from rl.scheduling import Request
+from rl.sampler import request_queue as scheduling
+from rl.sampler.request_queue import Request
+from rl.sampler.slot_sampler import Completion, Sampler
+from rl.sampler.token_draw import SamplingParams
 
 WORKLOAD = CPU_WORKLOADS["ragged"]
 TINY_WORKLOAD = WORKLOAD._replace(num_prompts=3, prompt_lengths=(10, 10), cap=96)  # more than a cache's first length

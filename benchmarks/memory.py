@@ -16,7 +16,7 @@ from shapes import MEMORY_BODY, MEMORY_VOCABULARIES, Workload, tiny_shape
 from trainers import is_installed
 
 from rl.models.config import ModelConfig
-from rl.packing import PackingPlan
+from rl.training.packing import PackingPlan
 
 NUM_ROWS, LENGTH = 16, 1024
 MAX_SHARE = 0.25  # of Tunix' temporaries

@@ -27,7 +27,7 @@ from steady_state import MAX_GROWTH, measure_steady_state
 from turns import Call, alternate, timed
 from weights import Weights
 
-from rl.models import hf
+from rl.models.files import hf
 
 LOGIT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 ENGINES = (Tandem.name, *PEERS)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rl.models.config import ModelConfig
-from rl.packing import PackingPlan
+from rl.training.packing import PackingPlan
 
 ROPE_THETA = 1_000_000.0  # Tunix 0.1.7 rotates by this theta, whatever its configuration says
 

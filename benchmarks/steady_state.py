@@ -6,9 +6,9 @@ from engines import Tandem, warm_up
 from shapes import Workload
 from weights import Weights
 
-from rl.host_memory import resident_bytes
-from rl.metrics import CompileCounter
+from rl.devices.host_memory import resident_bytes
 from rl.models.config import ModelConfig
+from rl.run.metrics import CompileCounter
 
 MAX_GROWTH = 0.02  # of resident memory
 

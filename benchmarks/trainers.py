@@ -18,21 +18,21 @@ import numpy as np
 from shapes import Workload
 from weights import Weights, has_library
 
-from rl.advantages import compute_advantages
-from rl.config import load_config
-from rl.data import PromptRow
-from rl.entropy_coef import EntropyCoefState
-from rl.evaluation import sampling_params, start_rewards
-from rl.metrics import Stopwatch
+from rl.algorithms.advantages import compute_advantages
+from rl.algorithms.entropy_coef import EntropyCoefState
+from rl.config.load import load_config
+from rl.data.prompts import PromptRow
+from rl.data.tokenizer import Tokenizer
 from rl.models.policy import policy_from_config
-from rl.optimizer import create_training_optimizer
-from rl.packing import PackingPlan, TrainCompletion, TrainGroup
-from rl.rollout import judge, minibatches, sample_and_score, to_rollout
-from rl.sampler import Sampler
-from rl.shaped_inputs import plan_for
-from rl.states import InitStateFn, setup_decode_state, setup_training_state
-from rl.tokenizer import Tokenizer
-from rl.update import Updater
+from rl.rollout.evaluation import sampling_params, start_rewards
+from rl.rollout.groups import judge, minibatches, sample_and_score, to_rollout
+from rl.run.metrics import Stopwatch
+from rl.sampler.slot_sampler import Sampler
+from rl.state.optimizer import create_training_optimizer
+from rl.state.states import InitStateFn, setup_decode_state, setup_training_state
+from rl.training.packing import PackingPlan, TrainCompletion, TrainGroup
+from rl.training.shaped_inputs import plan_for
+from rl.training.update import Updater
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.04, 1e-6, 1.0  # Adam's other numbers are everybody's defaults
 PAD_ID = 1  # Tunix learns of padding by this id alone, and embeds it; no prompt holds it, and no EOS id is so small

@@ -7,7 +7,7 @@ from typing import Any
 
 from machine import Probe
 
-from rl.metrics import CompileCounter
+from rl.run.metrics import CompileCounter
 
 
 @dataclasses.dataclass(frozen=True)

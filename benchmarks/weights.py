@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl.config import load_config
-from rl.mesh import create_mesh, tree_shardings
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models.config import ModelConfig, logical_axes
 from rl.models.policy import policy_from_config
 

@@ -68,7 +68,7 @@ COMMANDS = {
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
     ),
     "eval": Command(
-        module="rl.evaluation",
+        module="rl.rollout.evaluation",
         arguments="MODEL [--adapter FOLDER] [--output FILE] [--trust] [key=value ...]",
         summary="greedy accuracy on the held-out rows",
         details="""\
@@ -80,7 +80,7 @@ COMMANDS = {
             key=value        overrides with dotted keys, for example eval.max_prompts=200""",
     ),
     "sample": Command(
-        module="rl.sample_command",
+        module="rl.tools.samples.sample",
         arguments="MODEL --prompts FILE --output FILE [key=value ...]",
         summary="draw completions of given prompts",
         details="""\
@@ -110,7 +110,7 @@ COMMANDS = {
             Log-probs are at sampling.temperature, and at temperature 1 when that is 0 (greedy).""",
     ),
     "compile": Command(
-        module="rl.tools.compile",
+        module="rl.tools.programs.compile",
         arguments=(
             "CONFIG [--topology T [--slices N] | --devices cpu:N] [--save FILE] [--json FILE] [--trust] [key=value ...]"
         ),
@@ -129,7 +129,7 @@ COMMANDS = {
             Exit status 0: the run fits; 1: it does not.""",
     ),
     "export": Command(
-        module="rl.tools.export",
+        module="rl.tools.checkpoints.export",
         arguments="RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE] [--no-remainder] [--adapter] [--trust]",
         summary="write a run's weights as a folder of their own",
         details="""\
@@ -147,7 +147,7 @@ COMMANDS = {
                              (docs/security.md)""",
     ),
     "checkpoint": Command(
-        module="rl.tools.checkpoint",
+        module="rl.tools.checkpoints.checkpoint",
         arguments="inspect | verify | convert | bench ...",
         summary="look into, check, convert and time checkpoints",
         details="""\
@@ -195,7 +195,7 @@ COMMANDS = {
             resumes the run. For several machines see examples/launch.""",
     ),
     "lora": Command(
-        module="rl.tools.lora",
+        module="rl.tools.checkpoints.lora",
         arguments="extract|merge|unmerge|inspect|convert ...",
         summary="take adapters out of runs, put them into weights, look at them",
         details="""\
@@ -219,7 +219,7 @@ COMMANDS = {
             key=value      overrides of merge, unmerge and convert, for example tokenizer.source=byte""",
     ),
     "quantize": Command(
-        module="rl.tools.quantize",
+        module="rl.tools.quantization.quantize",
         arguments="MODEL OUT [--dtype DTYPE] [--group-size N] [--text FILE] ... [key=value ...]",
         summary="write a model's matrices in 8 or 4 bits, layer by layer",
         details="""\

@@ -7,8 +7,8 @@ Reads top to bottom in data-flow order:
     each step: prompts -> rollouts -> rewards -> advantages -> train step -> metrics, samples, checkpoint, evaluation
 
 Step k in metrics and checkpoints means: k steps are done. Everything random is derived from (seed, step), so that a
-resumed run repeats what an uninterrupted one does, bit for bit. Not here: the loss (`rl.losses`), packing
-(`rl.packing`), drawing (`rl.sampler`).
+resumed run repeats what an uninterrupted one does, bit for bit. Not here: the loss (`rl.algorithms.losses`), packing
+(`rl.training.packing`), drawing (`rl.sampler.slot_sampler`).
 """
 
 import contextlib
@@ -23,14 +23,18 @@ import jax
 from jax.sharding import Mesh
 
 from rewards.runner import RewardRunner, check_on_gold
-from rl import hosts
-from rl.checkpoint import create_checkpoint_manager, would_do
-from rl.config import Config, preset_values, require
-from rl.console import Console
-from rl.data import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
-from rl.dynamic_sampling import check_calls, collect
-from rl.entropy_coef import EntropyCoefState
-from rl.evaluation import (
+from rl.algorithms.entropy_coef import EntropyCoefState
+from rl.algorithms.from_config import check_estimator, check_loss, file_hashes
+from rl.config.load import Config, preset_values, require
+from rl.data.prompts import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
+from rl.data.tokenizer import Tokenizer
+from rl.devices import hosts
+from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
+from rl.models.foreign import files as foreign
+from rl.models.lora import quantization_of
+from rl.models.policy import Policy, policy_from_config
+from rl.models.train_state import PureState
+from rl.rollout.evaluation import (
     check_memory,
     create_sampler,
     evaluate,
@@ -39,26 +43,24 @@ from rl.evaluation import (
     sampling_params,
     start_rewards,
 )
-from rl.executables import CompiledPrograms, open_compiled
-from rl.health import HealthState, check_progress, check_step, healthy
-from rl.interrupt import StopRequest
-from rl.mesh import check_sharded, create_mesh, no_implicit_transfers
-from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
-from rl.models import foreign
-from rl.models.lora import quantization_of
-from rl.models.policy import Policy, policy_from_config
-from rl.models.train_state import PureState
-from rl.not_finite import cause_of_skips
-from rl.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
-from rl.packing import PackingPlan
-from rl.reference import ReferenceSync
-from rl.remote_run import Mirror
-from rl.rollout import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
-from rl.run_folder import RunFolder, check_trust, load_run_config
-from rl.sampler import Sampler
-from rl.sampling import SamplingParams, check_vocabulary
-from rl.shaped_inputs import plan_for
-from rl.states import (
+from rl.rollout.groups import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
+from rl.rollout.step_prompts import check_calls, collect
+from rl.run.console import Console
+from rl.run.executables import CompiledPrograms, open_compiled
+from rl.run.health import HealthState, check_progress, check_step, healthy
+from rl.run.interrupt import StopRequest
+from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.run.not_finite import cause_of_skips
+from rl.run_folder.folder import RunFolder, check_trust, load_run_config
+from rl.run_folder.mirror import Mirror
+from rl.sampler.slot_sampler import Sampler
+from rl.sampler.token_draw import SamplingParams, check_vocabulary
+from rl.sampler.wave_sampler import WaveSampler
+from rl.state.checkpoint import create_checkpoint_manager, would_do
+from rl.state.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
+from rl.state.origin import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
+from rl.state.reference_sync import ReferenceSync
+from rl.state.states import (
     InitStateFn,
     frozen_base,
     frozen_reference,
@@ -67,11 +69,9 @@ from rl.states import (
     setup_decode_state,
     setup_training_state,
 )
-from rl.tokenizer import Tokenizer
-from rl.update import Updater, loss_config
-from rl.user_functions import check_estimator, check_loss, file_hashes
-from rl.wave_sampler import WaveSampler
-from rl.weights import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
+from rl.training.packing import PackingPlan
+from rl.training.shaped_inputs import plan_for
+from rl.training.update import Updater, loss_config
 
 
 def train(config: Config, check_only: bool = False) -> pathlib.Path:

@@ -80,8 +80,8 @@ PHASES = {
     "compile": ("train", "jax._src.compiler", "compile_or_get_cached", 10),
     "rollout": ("train", "rl.grpo_trainer", "sample_and_score", 3),
     "judging": ("train", "rewards.runner", "Scoring.result", 7),
-    "update": ("train", "rl.update", "Updater.step", 3),
-    "save": ("train", "rl.checkpoint", "Checkpoints.save", 3),
+    "update": ("train", "rl.training.update", "Updater.step", 3),
+    "save": ("train", "rl.state.checkpoint", "Checkpoints.save", 3),
     "evaluation": ("train", "rl.grpo_trainer", "evaluate", 4),
     "export": ("sft", "rl.sft_trainer", "write_folder", 1),
 }
@@ -224,7 +224,7 @@ class Chaos:
 
     def _outcome(self, name: str, out: pathlib.Path) -> dict[str, Any]:
         """What must be the same in every complete run."""
-        from rl.metrics import read_metrics, read_samples
+        from rl.run.metrics import read_metrics, read_samples
 
         metrics = [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(out)]
         files = {path.relative_to(out).as_posix() for path in out.glob("*")}
@@ -311,7 +311,7 @@ def _problems_of_end(status: int | None, log: str) -> list[str]:
 
 
 def _array_hashes(item: pathlib.Path) -> dict[str, str]:
-    from rl.checkpoint_files import array_hash, read_array, stored_arrays
+    from rl.state.checkpoint_files import array_hash, read_array, stored_arrays
 
     return {"/".join(array.path): array_hash(read_array(array)) for array in stored_arrays(item)}
 
@@ -382,7 +382,12 @@ def main() -> int:
         finally:
             if arguments.folder is None:
                 shutil.rmtree(folder, ignore_errors=True)
-    for module in ("rl.grpo_trainer", "rl.sft_trainer", "rl.checkpoint_files", "transformers.tokenization_utils_fast"):
+    for module in (
+        "rl.grpo_trainer",
+        "rl.sft_trainer",
+        "rl.state.checkpoint_files",
+        "transformers.tokenization_utils_fast",
+    ):
         importlib.import_module(module)
     assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork would lose the other threads"
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)

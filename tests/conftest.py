@@ -22,18 +22,18 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 # What builds a model, holds its state or trains it; compiling that is most of the suite's time.
 BUILDERS = {
-    "rl.checkpoint",
+    "rl.state.checkpoint",
     "rl.grpo_trainer",
-    "rl.models.hf",
+    "rl.models.files.hf",
     "rl.models.linen_model",
     "rl.models.nnx_model",
-    "rl.models.own",
+    "rl.models.foreign.own_config",
     "rl.models.policy",
-    "rl.optimizer",
-    "rl.sampler",
+    "rl.state.optimizer",
+    "rl.sampler.slot_sampler",
     "rl.sft_trainer",
-    "rl.train_step",
-    "rl.trained",
+    "rl.training.train_step",
+    "rl.tools.trained",
 }
 
 
@@ -112,7 +112,10 @@ def _compiled_once(request, _programs):
     Not one that looks at programs themselves: what is loaded has the names and lines of where it was compiled.
     """
     names = _imported(request.path)
-    if not names & {"rl.cli", "rl.grpo_trainer", "rl.sft_trainer"} or names & {"rl.executables", "rl.tools.hlo"}:
+    if not names & {"rl.cli", "rl.grpo_trainer", "rl.sft_trainer"} or names & {
+        "rl.run.executables",
+        "rl.tools.programs.hlo",
+    }:
         yield
         return
     import jax

@@ -20,8 +20,8 @@ import hypothesis
 from hypothesis import strategies as st
 
 from rl.cli import raised_by_tandem
-from rl.config_ranges import LARGEST_FLOAT, LARGEST_INT, RANGES
-from rl.config_sections import OPEN_CHOICES, Config
+from rl.config.ranges import LARGEST_FLOAT, LARGEST_INT, RANGES
+from rl.config.sections import OPEN_CHOICES, Config
 
 HANG_SECONDS = 60  # of one example, on a busy machine
 LONGEST_MESSAGE = 2500

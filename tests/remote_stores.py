@@ -7,7 +7,7 @@ from typing import Any
 
 import fsspec.implementations.memory
 
-from rl.remote import Store
+from rl.files.stores import Store
 
 _LOCK = threading.Lock()
 _OPERATIONS = ("stats", "read", "write", "upload", "download", "remove", "version", "write_if")

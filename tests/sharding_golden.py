@@ -14,14 +14,14 @@ import sys
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from rl.config import load_config
-from rl.mesh import axis_sizes, num_row_shards
+from rl.config.load import load_config
+from rl.devices.mesh import axis_sizes, num_row_shards
 from rl.models.config import ModelConfig
 from rl.models.policy import policy_from_config
-from rl.optimizer import create_training_optimizer
-from rl.shaped_inputs import get_shaped_inputs
-from rl.states import InitStateFn
-from rl.weights import _lora
+from rl.state.optimizer import create_training_optimizer
+from rl.state.origin import _lora
+from rl.state.states import InitStateFn
+from rl.training.shaped_inputs import get_shaped_inputs
 
 FOLDER = pathlib.Path(__file__).with_name("golden")
 QWEN3_8B = ("qwen3", 151_936, 4096, 12_288, 2, 32, 8, 128)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl.advantages import Advantages, compute_advantages
+from rl.algorithms.advantages import Advantages, compute_advantages
 
 DATA = json.loads((pathlib.Path(__file__).parent / "data" / "grpo_losses.json").read_text())
 CASES = {case["name"]: case for case in DATA["advantage_cases"]}

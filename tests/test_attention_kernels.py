@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rl.config import load_config
-from rl.mesh import create_mesh
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh
 from rl.models import attention_kernels, ops
 from rl.models.block_attention import BLOCK, block_attention
 from rl.models.policy import create_policy, policy_from_config
-from rl.tools.topologies import find_devices
+from rl.tools.programs.topologies import find_devices
 from tests.tiny_models import VOCAB, noisy_params, tiny_config
 
 RULES = load_config(None).mesh.rules

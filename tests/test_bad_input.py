@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 
 from rl import sft_trainer
-from rl.checkpoint import create_checkpoint_manager
 from rl.cli import main
-from rl.config import load_config
-from rl.evaluation import evaluate_source
+from rl.config.load import load_config
+from rl.data.tokenizer import load_tokenizer
+from rl.devices.mesh import create_mesh
 from rl.grpo_trainer import train
-from rl.mesh import create_mesh
-from rl.metrics import CompileCounter, read_metrics, read_samples
 from rl.models.config import ModelConfig, parameter_specs
-from rl.models.hf import save_folder
+from rl.models.files.hf import save_folder
 from rl.models.policy import policy_from_config
-from rl.optimizer import create_training_optimizer
-from rl.states import InitStateFn
-from rl.tokenizer import load_tokenizer
+from rl.rollout.evaluation import evaluate_source
+from rl.run.metrics import CompileCounter, read_metrics, read_samples
+from rl.state.checkpoint import create_checkpoint_manager
+from rl.state.optimizer import create_training_optimizer
+from rl.state.states import InitStateFn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}

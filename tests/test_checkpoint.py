@@ -14,15 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-from rl.checkpoint import DamagedCheckpointError, create_checkpoint_manager, from_tree, to_tree
-from rl.checkpoint_files import damaged_files, write_hashes
-from rl.config import load_config
-from rl.mesh import create_mesh
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh
 from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.lora import split
 from rl.models.policy import policy_from_config
-from rl.optimizer import create_training_optimizer
-from rl.states import InitStateFn, get_abstract_state
+from rl.state.checkpoint import DamagedCheckpointError, create_checkpoint_manager, from_tree, to_tree
+from rl.state.checkpoint_files import damaged_files, write_hashes
+from rl.state.optimizer import create_training_optimizer
+from rl.state.states import InitStateFn, get_abstract_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHAPE = ModelConfig.from_arch("qwen2", 24, 16, 32, 1, 4, 2, 8)
@@ -493,8 +493,8 @@ def test_a_checkpoint_without_room_is_not_begun(copied, disk):
 IN_TROUBLE = """
 import os, pathlib, resource, shutil, sys
 sys.path.insert(0, "tests")
-from rl.metrics import MetricsWriter
-from rl.tools.export import FORMATS
+from rl.run.metrics import MetricsWriter
+from rl.tools.checkpoints.export import FORMATS
 from test_checkpoint import LOOP, SHAPE, bytes_of, open_checkpoints, state_of
 
 folder = pathlib.Path(sys.argv[1])

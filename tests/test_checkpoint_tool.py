@@ -12,24 +12,24 @@ import orbax.checkpoint as ocp
 import pytest
 
 from rl import grpo_trainer
-from rl.checkpoint import create_checkpoint_manager
-from rl.checkpoint_files import damaged_files, item_folders, read_array, read_record, stored_arrays, write_record
 from rl.cli import main as grpo
-from rl.config import load_config
-from rl.data import fingerprint, load_pairs, load_prompts
-from rl.health import healthy
+from rl.config.load import load_config
+from rl.data.prompts import fingerprint, load_pairs, load_prompts
+from rl.data.tokenizer import load_tokenizer
 from rl.models.config import LORA_A, RopeScaling, flatten_specs, parameter_specs
-from rl.models.hf import load_params, read_config, save_folder
-from rl.models.maxtext import layout_of, read_params, weight_names
+from rl.models.files.hf import load_params, read_config, save_folder
+from rl.models.files.maxtext import layout_of, read_params, weight_names
 from rl.models.policy import create_policy
-from rl.run_folder import RunFolder, read_run
-from rl.states import setup_training_state
-from rl.tokenizer import load_tokenizer
-from rl.tools.checkpoint import compare_hashes, find, inspect, verify
-from rl.tools.checkpoint_bench import bench, fill_moments
-from rl.tools.convert import upgrade_run
-from rl.trained import training_setup
-from rl.weights import find_origin, tokenizer_of
+from rl.run.health import healthy
+from rl.run_folder.folder import RunFolder, read_run
+from rl.state.checkpoint import create_checkpoint_manager
+from rl.state.checkpoint_files import damaged_files, item_folders, read_array, read_record, stored_arrays, write_record
+from rl.state.origin import find_origin, tokenizer_of
+from rl.state.states import setup_training_state
+from rl.tools.checkpoints.checkpoint import compare_hashes, find, inspect, verify
+from rl.tools.checkpoints.checkpoint_bench import bench, fill_moments
+from rl.tools.checkpoints.convert import upgrade_run
+from rl.tools.trained import training_setup
 from tests.test_sft_trainer import RECIPE
 from tests.tiny_models import noisy_params, tiny_config
 

@@ -11,7 +11,7 @@ import tomllib
 import pytest
 
 from rl.cli import COMMANDS, Command, main
-from rl.metrics import MetricsWriter
+from rl.run.metrics import MetricsWriter
 from rl.tools import launch
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -201,7 +201,7 @@ PRINTS = {"little": "print('line')", "much": "print('line' * 100_000)", "rich": 
 
 @pytest.mark.parametrize("body", PRINTS.values(), ids=PRINTS)
 def test_a_command_whose_reader_is_gone_ends_with_141_and_without_a_word(add_command, broken_stdout, capsys, body):
-    add_command("prints", f"from rl.console import Console; {body}")
+    add_command("prints", f"from rl.run.console import Console; {body}")
     broken_stdout("pipe")
     assert main(["prints", "x"]) == 141
     assert capsys.readouterr().err == ""
@@ -307,7 +307,7 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
     subprocess.run(install, check=True, capture_output=True, cwd=tmp_path)
     code = """
 import rl, sys
-from rl.config import load_config, read_preset
+from rl.config.load import load_config, read_preset
 assert rl.__file__.startswith(sys.argv[1]), rl.__file__
 config = load_config(None, ["grpo.preset=dapo"])
 print(config.grpo.group_size, read_preset("dapo")["grpo"]["loss_type"])

@@ -9,11 +9,11 @@ import typing
 import pytest
 import yaml
 
-from rl.advantages import check_modes
-from rl.config import differences, dump_config, load_config, preset_values, program_keys, read_preset, require
-from rl.config_ranges import RANGES
-from rl.config_sections import Config, flatten, to_dict
-from rl.update import loss_config
+from rl.algorithms.advantages import check_modes
+from rl.config.load import differences, dump_config, load_config, preset_values, program_keys, read_preset, require
+from rl.config.ranges import RANGES
+from rl.config.sections import Config, flatten, to_dict
+from rl.training.update import loss_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

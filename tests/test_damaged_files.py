@@ -16,11 +16,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rl.models import hf
+from rl.data.sources import load_rows
+from rl.data.tokenizer import load_tokenizer
 from rl.models.config import LoRAConfig
-from rl.models.peft import CONFIG_FILE, adapter_for, load_adapter, read_adapter, save_adapter
-from rl.sources import load_rows
-from rl.tokenizer import load_tokenizer
+from rl.models.files import hf
+from rl.models.files.peft import CONFIG_FILE, adapter_for, load_adapter, read_adapter, save_adapter
 from tests.tiny_models import noisy_params, tiny_config
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "models"

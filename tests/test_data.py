@@ -12,11 +12,11 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from rl import parquet_pages, sources
-from rl.config import load_config
-from rl.data import check_enough_rows, fingerprint, load_pairs, load_prompts, question_key, step_indices
-from rl.sources import load_rows, open_source
-from rl.tokenizer import Tokenizer, load_tokenizer
+from rl.config.load import load_config
+from rl.data import parquet_pages, sources
+from rl.data.prompts import check_enough_rows, fingerprint, load_pairs, load_prompts, question_key, step_indices
+from rl.data.sources import load_rows, open_source
+from rl.data.tokenizer import Tokenizer, load_tokenizer
 
 COLUMNS = {"prompt": "prompt", "answer": "answer"}
 ARITHMETIC = ("data.source=arithmetic", "data.args.operation=add", "data.args.digits=1")

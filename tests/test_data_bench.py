@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from rl.cli import main
-from rl.config import load_config
-from rl.data import load_prompts
-from rl.tokenizer import load_tokenizer
+from rl.config.load import load_config
+from rl.data.prompts import load_prompts
+from rl.data.tokenizer import load_tokenizer
 from rl.tools.data import bench
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from rl.config import load_config
-from rl.data import PromptRow, next_indices, step_indices
-from rl.dynamic_sampling import check_calls, collect, has_spread
-from rl.evaluation import create_sampler, start_rewards
+from rl.config.load import load_config
+from rl.data.prompts import PromptRow, next_indices, step_indices
 from rl.grpo_trainer import train
-from rl.metrics import read_metrics, read_samples
-from rl.replay import compare, draw_again
-from rl.rollout import Judged
-from rl.scheduling import Completion
+from rl.rollout.evaluation import create_sampler, start_rewards
+from rl.rollout.groups import Judged
+from rl.rollout.step_prompts import check_calls, collect, has_spread
+from rl.run.metrics import read_metrics, read_samples
+from rl.sampler.request_queue import Completion
+from rl.tools.samples.replay import compare, draw_again
 
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
 RECIPE = f"""

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl.config import load_config
-from rl.decoding import Report, Requests
-from rl.engine import DecodeState, Engine, Shape
-from rl.mesh import create_mesh, tree_shardings
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models.cache import named_arrays, position_axis
 from rl.models.config import logical_axes
 from rl.models.policy import Policy, create_policy
-from rl.sampling import SamplingParams
+from rl.sampler.decoding import Report, Requests
+from rl.sampler.engine import DecodeState, Engine, Shape
+from rl.sampler.token_draw import SamplingParams
 from tests.tiny_models import VOCAB, noisy_params, tiny_config
 
 GREEDY = SamplingParams(max_completion_length=12, temperature=0.0, eos_ids=())

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from rl.cli import COMMANDS, main
-from rl.config import load_config
-from rl.models import own
-from rl.states import InitStateFn
-from rl.tools import checkpoint, lora
-from rl.trained import load_start
+from rl.config.load import load_config
+from rl.models.foreign import own_config as own
+from rl.state.states import InitStateFn
+from rl.tools.checkpoints import checkpoint, lora
+from rl.tools.trained import load_start
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLAVOURS = {"linen": False, "nnx": True}
@@ -149,5 +149,5 @@ def test_nothing_else_draws_the_weights_of_a_policy():
                 owner = ast.unparse(node.func.value)
                 if owner.endswith("policy"):
                     callers.add(path.relative_to(ROOT).as_posix())
-    assert callers == {"rl/states.py", "rl/wave_sampler.py"}
+    assert callers == {"rl/state/states.py", "rl/sampler/wave_sampler.py"}
     assert "jax.eval_shape(lambda: self._policy.init(" in (ROOT / "rl" / "wave_sampler.py").read_text()

@@ -8,16 +8,16 @@ import shutil
 import pytest
 
 from rl.cli import main
-from rl.config import load_config
-from rl.console import Console
-from rl.evaluation import evaluate_source, sampling_params, stop_text, wilson_interval
+from rl.config.load import load_config
+from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train, warn_about_sampling
-from rl.metrics import read_metrics
-from rl.models.hf_config import read_config
-from rl.sampler import Sampler
-from rl.sampling import SamplingParams
-from rl.tokenizer import load_tokenizer
-from rl.weights import eos_ids
+from rl.models.files.hf_config import read_config
+from rl.rollout.evaluation import evaluate_source, sampling_params, stop_text, wilson_interval
+from rl.run.console import Console
+from rl.run.metrics import read_metrics
+from rl.sampler.slot_sampler import Sampler
+from rl.sampler.token_draw import SamplingParams
+from rl.state.origin import eos_ids
 
 MODELS = pathlib.Path(__file__).parent / "data" / "models"
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")

@@ -11,19 +11,20 @@ import pytest
 import safetensors.numpy
 
 from rl import sft_trainer
-from rl.checkpoint_files import stored_arrays
 from rl.cli import main as grpo
-from rl.config import load_config
-from rl.mesh import create_mesh
-from rl.metrics import read_metrics
-from rl.models import hf, param_folder
+from rl.config.load import load_config
+from rl.data.tokenizer import load_tokenizer
+from rl.devices.mesh import create_mesh
 from rl.models.config import flatten_specs, parameter_specs
+from rl.models.files import hf
 from rl.models.policy import create_policy
-from rl.states import InitStateFn, get_abstract_state, setup_decode_state
-from rl.tokenizer import load_tokenizer
-from rl.tools.export import export, write_folder
-from rl.trained import load_checkpoint, load_start
-from rl.weights import find_origin, pretrained_params, tokenizer_of
+from rl.run.metrics import read_metrics
+from rl.state import param_folder
+from rl.state.checkpoint_files import stored_arrays
+from rl.state.origin import find_origin, pretrained_params, tokenizer_of
+from rl.state.states import InitStateFn, get_abstract_state, setup_decode_state
+from rl.tools.checkpoints.export import export, write_folder
+from rl.tools.trained import load_checkpoint, load_start
 from tests.test_checkpoint_tool import write_run
 from tests.test_sft_trainer import RECIPE
 from tests.tiny_models import noisy_params, tiny_config

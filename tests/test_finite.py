@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rl import untrusted
-from rl.config import load_config
-from rl.models import hf, own, param_folder, quantized_files
+from rl.config.load import load_config
+from rl.files import untrusted
 from rl.models.config import ForeignConfig, ParameterSpec, Quantization
-from rl.models.finite import as_finite, is_finite
-from rl.tools.quantize import quantize_folder
-from rl.weights import find_origin, pretrained_params, tokenizer_of
+from rl.models.files import hf, quantized_files
+from rl.models.files.finite import as_finite, is_finite
+from rl.models.foreign import own_config as own
+from rl.state import param_folder
+from rl.state.origin import find_origin, pretrained_params, tokenizer_of
+from rl.tools.quantization.quantize import quantize_folder
 from tests.tiny_models import noisy_params, tiny_config
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "models"

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from rl.cli import COMMANDS
-from rl.config import load_config
-from rl.config_sections import flatten, to_dict
+from rl.config.load import load_config
+from rl.config.sections import flatten, to_dict
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "from-maxtext.md"

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 
 from rewards.protocol import HEADER
 from rewards.replies import BrokenWorker, ReplyReader, read_load_reply, read_run_reply
-from rl.config import dump_config, load_config
-from rl.config_sections import to_dict
-from rl.data import load_pairs, load_prompts
+from rl.config.load import dump_config, load_config
+from rl.config.sections import to_dict
+from rl.data.prompts import load_pairs, load_prompts
+from rl.data.tokenizer import load_tokenizer
+from rl.devices.mesh import create_mesh
 from rl.grpo_trainer import train
-from rl.mesh import create_mesh
-from rl.metrics import CompileCounter
 from rl.models.policy import policy_from_config
+from rl.run.metrics import CompileCounter
 from rl.sft_trainer import train as train_sft
-from rl.states import InitStateFn, get_abstract_state
-from rl.tokenizer import load_tokenizer
-from rl.weights import eos_ids, find_origin, pretrained_params, tokenizer_of
+from rl.state.origin import eos_ids, find_origin, pretrained_params, tokenizer_of
+from rl.state.states import InitStateFn, get_abstract_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODELS = ROOT / "tests" / "data" / "models"

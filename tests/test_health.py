@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from rl import grpo_trainer, sft_trainer
-from rl.config import load_config
-from rl.health import HealthState, check_progress, check_step, healthy, is_spike
-from rl.metrics import read_metrics, read_samples
-from rl.not_finite import cause_of_skips, sizes_of
-from rl.run_folder import checkpoint_steps
+from rl.config.load import load_config
+from rl.run.health import HealthState, check_progress, check_step, healthy, is_spike
+from rl.run.metrics import read_metrics, read_samples
+from rl.run.not_finite import cause_of_skips, sizes_of
+from rl.run_folder.folder import checkpoint_steps
 
 FINE = {"skipped_updates": 0, "kl": 0.1, "grad_norm": 1.0, "entropy": 1.0, "zero_variance_share": 0.2}
 FINE |= {"truncated_share": 0.1}

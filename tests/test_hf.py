@@ -14,8 +14,9 @@ import safetensors.numpy
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rl.models import cache as kv
-from rl.models import hf, ops
+from rl.models import ops
 from rl.models.config import ModelConfig, RopeScaling, parameter_specs
+from rl.models.files import hf
 from rl.models.policy import create_policy
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "models"

@@ -9,7 +9,7 @@ import pytest
 
 ALLOCATE = """
 import ctypes, os, sys, threading
-from rl.host_memory import limit_arenas
+from rl.devices.host_memory import limit_arenas
 
 if sys.argv[1] != "0":
     limit_arenas(int(sys.argv[1]))

@@ -26,19 +26,20 @@ import pytest
 import safetensors.numpy
 from jax._src.clusters import cloud_tpu_cluster
 
-from rl import hosts, sft_trainer
+from rl import sft_trainer
 from rl.cli import main
-from rl.config import dump_config, load_config
-from rl.data import fingerprint, load_pairs, load_prompts
-from rl.evaluation import evaluate_source
+from rl.config.load import dump_config, load_config
+from rl.data.prompts import fingerprint, load_pairs, load_prompts
+from rl.data.tokenizer import load_tokenizer
+from rl.devices import hosts
 from rl.grpo_trainer import train
-from rl.metrics import read_metrics, read_samples
 from rl.models.config import flatten_specs
-from rl.models.hf import save_folder
-from rl.tokenizer import load_tokenizer
+from rl.models.files.hf import save_folder
+from rl.rollout.evaluation import evaluate_source
+from rl.run.metrics import read_metrics, read_samples
+from rl.state.origin import model_shape
 from rl.tools import launch
-from rl.trained import load_checkpoint, load_start, resolve_model
-from rl.weights import model_shape
+from rl.tools.trained import load_checkpoint, load_start, resolve_model
 from tests import tunix_golden
 from tests.tiny_models import noisy_params, tiny_config
 
@@ -263,10 +264,10 @@ import json, pathlib, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rl import hosts, sources
-from rl.config import load_config
-from rl.data import fingerprint, load_pairs, load_prompts
-from rl.executables import open_compiled
-from rl.tokenizer import Tokenizer, load_tokenizer
+from rl.config.load import load_config
+from rl.data.prompts import fingerprint, load_pairs, load_prompts
+from rl.run.executables import open_compiled
+from rl.data.tokenizer import Tokenizer, load_tokenizer
 def refuse():
     raise ValueError("output_dir is taken")
 class Recorder(Tokenizer):
@@ -430,7 +431,7 @@ def test_processes_with_different_configurations_say_so_and_end():
 WAIT = """
 import sys, time
 from rl import hosts
-from rl.config import load_config
+from rl.config.load import load_config
 with hosts.joined(load_config(None, sys.argv[1:]).distributed):
     hosts.gather("here")
     print("joined", flush=True)
@@ -472,8 +473,8 @@ SHARDS = """
 import hashlib, json, sys
 import jax, numpy as np
 from rl import hosts
-from rl.config import load_config
-from rl.trained import load_start
+from rl.config.load import load_config
+from rl.tools.trained import load_start
 *sources, processes = map(json.loads, sys.argv[1:])
 with hosts.joined(load_config(None, processes).distributed):
     for overrides in sources:

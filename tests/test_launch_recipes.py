@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from rl.cli import COMMANDS
-from rl.config import load_config
+from rl.config.load import load_config
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "launch"
 SCRIPTS = ("slurm.sh", "gke_xpk.sh")

@@ -4,9 +4,9 @@ import pathlib
 
 import pytest
 
-from rl.config import load_config
+from rl.config.load import load_config
 from rl.grpo_trainer import train
-from rl.metrics import read_metrics
+from rl.run.metrics import read_metrics
 
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
 DIGITS = f"{{function: '{REWARDS}:digit_share', name: digits, weight: %s}}"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl.logprobs import token_logprobs
+from rl.models.logprobs import token_logprobs
 
 B, T, D, V = 3, 11, 4, 37
 TEMPERATURE = 0.7

@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from rl.config import load_config
+from rl.config.load import load_config
 from rl.grpo_trainer import train
-from rl.metrics import read_metrics, read_samples
 from rl.models.config import LORA_A, LORA_B
-from rl.models.hf import load_params, read_config
+from rl.models.files.hf import load_params, read_config
+from rl.models.files.peft import load_adapter
 from rl.models.lora import split
-from rl.models.peft import load_adapter
 from rl.models.policy import without_adapters
-from rl.tools.export import export, export_adapter
-from rl.trained import load_checkpoint
+from rl.run.metrics import read_metrics, read_samples
+from rl.tools.checkpoints.export import export, export_adapter
+from rl.tools.trained import load_checkpoint
 from tests.test_learning import DIGITS, RECIPE
 from tests.test_parity import Runs, final_arrays, stable_metrics
 

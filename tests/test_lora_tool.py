@@ -12,19 +12,19 @@ import pytest
 import safetensors.numpy
 
 from rl.cli import main
-from rl.config import load_config
+from rl.config.load import load_config
+from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
-from rl.metrics import read_metrics
 from rl.models.config import LoRAConfig
-from rl.models.hf import load_params, read_config, same_bits, save_folder
+from rl.models.files.hf import load_params, read_config, same_bits, save_folder
+from rl.models.files.lora_remainder import REMAINDER_FILE
+from rl.models.files.peft import adapter_for, load_adapter, save_adapter
 from rl.models.lora import join, merge, split, to_float64
-from rl.models.lora_remainder import REMAINDER_FILE
-from rl.models.peft import adapter_for, load_adapter, save_adapter
 from rl.models.quantized import QuantizedArray
-from rl.run_folder import checkpoint_steps
-from rl.tokenizer import load_tokenizer
-from rl.tools.lora import inspect
-from rl.trained import load_checkpoint
+from rl.run.metrics import read_metrics
+from rl.run_folder.folder import checkpoint_steps
+from rl.tools.checkpoints.lora import inspect
+from rl.tools.trained import load_checkpoint
 from tests.tiny_models import noisy_params, tiny_config
 
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl import entropy_coef, loss_metrics, loss_types, losses
-from rl.loss_metrics import MetricSums
-from rl.loss_types import Denominators, LossConfig, LossInputs
+from rl.algorithms import entropy_coef, loss_metrics, loss_types, losses
+from rl.algorithms.loss_metrics import MetricSums
+from rl.algorithms.loss_types import Denominators, LossConfig, LossInputs
 
 DATA = json.loads((pathlib.Path(__file__).parent / "data" / "grpo_losses.json").read_text())
 CASES = {case["name"]: case for case in DATA["cases"]}

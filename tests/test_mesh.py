@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rl.config import dump_config, load_config
-from rl.mesh import (
+from rl.config.load import dump_config, load_config
+from rl.devices.mesh import (
     AXES,
     check_rules_are_used,
     create_mesh,
@@ -21,7 +21,7 @@ from rl.mesh import (
     row_sharding,
     tree_shardings,
 )
-from rl.tools.hlo import work_of
+from rl.tools.programs.hlo import work_of
 
 
 def mesh_of(*overrides, devices=None):

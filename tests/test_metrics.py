@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl.console import Console, format_bar, format_count, format_seconds
-from rl.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes, read_metrics, read_samples
+from rl.run.console import Console, format_bar, format_count, format_seconds
+from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes, read_metrics, read_samples
 
 
 def write_steps(folder, start_step, steps):
@@ -87,7 +87,7 @@ def test_a_step_is_on_disk_when_write_returns(tmp_path):
 def test_a_killed_writer_leaves_readable_files(tmp_path):
     script = """
 import itertools, sys
-from rl.metrics import MetricsWriter
+from rl.run.metrics import MetricsWriter
 writer = MetricsWriter(sys.argv[1], 0)
 for step in itertools.count(1):
     writer.write({"step": step, "text": "x" * 5000})

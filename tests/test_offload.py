@@ -5,13 +5,13 @@ import numpy as np
 import optax
 import pytest
 
-from rl import mesh as meshes
-from rl.checkpoint import create_checkpoint_manager
-from rl.config import load_config
-from rl.mesh import create_mesh, from_host_memory
+from rl.config.load import load_config
+from rl.devices import mesh as meshes
+from rl.devices.mesh import create_mesh, from_host_memory
 from rl.models.policy import create_policy
-from rl.optimizer import create_training_optimizer
-from rl.states import InitStateFn, get_abstract_state, setup_training_state
+from rl.state.checkpoint import create_checkpoint_manager
+from rl.state.optimizer import create_training_optimizer
+from rl.state.states import InitStateFn, get_abstract_state, setup_training_state
 from tests.tiny_models import tiny_config
 
 FLAVOURS = {"linen": False, "nnx": True}

@@ -15,17 +15,17 @@ import optax
 import pytest
 
 from rl import grpo_trainer, sft_trainer
-from rl.checkpoint import create_checkpoint_manager
-from rl.config import load_config
-from rl.mesh import create_mesh
-from rl.metrics import read_metrics
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh
 from rl.models.config import ModelConfig, parameter_specs
 from rl.models.policy import policy_from_config
 from rl.models.train_state import PureState
-from rl.optimizer import create_training_optimizer, decay_mask, rounding_loss, rounding_problems, updates_per_step
-from rl.run_folder import read_run
-from rl.states import InitStateFn, create_sharded_state, get_abstract_state
-from rl.trained import load_checkpoint
+from rl.run.metrics import read_metrics
+from rl.run_folder.folder import read_run
+from rl.state.checkpoint import create_checkpoint_manager
+from rl.state.optimizer import create_training_optimizer, decay_mask, rounding_loss, rounding_problems, updates_per_step
+from rl.state.states import InitStateFn, create_sharded_state, get_abstract_state
+from rl.tools.trained import load_checkpoint
 
 SHAPE = ModelConfig.from_arch("qwen3", 12, 8, 16, 1, 2, 1, 4, tie_word_embeddings=False)
 BIASED = ModelConfig.from_arch("qwen2", 12, 8, 16, 1, 2, 1, 4)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from rl.cli import main
-from rl.output_file import check_writable, disk_trouble, writing
+from rl.files.output_file import check_writable, disk_trouble, writing
 
 # Each with a source that is missing: whoever looks at that first says so.
 COMMANDS = {

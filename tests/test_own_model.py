@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rl.config import load_config
+from rl.config.load import load_config
 from rl.grpo_trainer import train
-from rl.metrics import read_metrics, read_samples
-from rl.models.foreign import check_policy, load_weights
+from rl.models.foreign.files import check_policy, load_weights
 from rl.models.policy import policy_from_config
-from rl.tools.export import export, write_folder
-from rl.trained import load_checkpoint, load_start
-from rl.weights import find_origin, tokenizer_of
+from rl.run.metrics import read_metrics, read_samples
+from rl.state.origin import find_origin, tokenizer_of
+from rl.tools.checkpoints.export import export, write_folder
+from rl.tools.trained import load_checkpoint, load_start
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")

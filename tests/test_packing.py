@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 
-from rl.packing import (
+from rl.training.packing import (
     Batch,
     PackingPlan,
     TrainCompletion,

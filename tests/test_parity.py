@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from rl.metrics import read_metrics, read_samples
+from rl.run.metrics import read_metrics, read_samples
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 20

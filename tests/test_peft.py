@@ -10,13 +10,13 @@ import pytest
 import safetensors.numpy
 
 from rl.cli import main
-from rl.config import load_config
-from rl.models import hf
+from rl.config.load import load_config
 from rl.models.config import LoRAConfig, ModelConfig
+from rl.models.files import hf
+from rl.models.files.peft import adapter_for, check_adapter, load_adapter, read_adapter, save_adapter
 from rl.models.lora import join, split
-from rl.models.peft import adapter_for, check_adapter, load_adapter, read_adapter, save_adapter
 from rl.models.policy import create_policy
-from rl.trained import load_start
+from rl.tools.trained import load_start
 from tests.tiny_models import noisy_params, tiny_config
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "models"

@@ -13,9 +13,9 @@ import pytest
 
 from rl import grpo_trainer
 from rl.cli import main
-from rl.metrics import read_metrics, read_samples
-from rl.run_folder import read_run
-from rl.update import Updater
+from rl.run.metrics import read_metrics, read_samples
+from rl.run_folder.folder import read_run
+from rl.training.update import Updater
 
 PRESETS = sorted(path.stem for path in (pathlib.Path(__file__).parents[1] / "configs" / "presets").glob("*.yml"))
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
@@ -139,7 +139,7 @@ def test_a_preset_trains_with_the_advantages_and_parts_of_its_paper(name, tmp_pa
         assert line["grad_norm"] > 0
         assert np.isfinite(line["loss"])
         assert ("kl" in line) == (name in WITH_REFERENCE)
-        assert line["logprob_difference/mean"] < 1e-5  # where there is no kl, `rl.health` watches it
+        assert line["logprob_difference/mean"] < 1e-5  # where there is no kl, `rl.run.health` watches it
         assert line["masked_share"] == pytest.approx(line["truncated_share"] if name == "dapo" else 0.0)
         own = set().union(*OWN_METRICS.values())
         assert own & line.keys() == OWN_METRICS.get(name, set())

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from rl import prompt_logprobs as module
-from rl.config import load_config
-from rl.mesh import create_mesh, tree_shardings
-from rl.metrics import CompileCounter
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models.config import ModelConfig, logical_axes
 from rl.models.policy import create_policy
+from rl.run.metrics import CompileCounter
+from rl.sampler import prompt_logprobs as module
 
 VOCAB = 40
 

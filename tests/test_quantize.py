@@ -13,17 +13,17 @@ import pytest
 import safetensors.numpy
 
 from rl.cli import main
-from rl.config import load_config
+from rl.config.load import load_config
+from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
-from rl.logprobs import token_logprobs
 from rl.models.config import FAMILIES, Quantization
-from rl.models.hf import load_params, read_config, save_folder, write_model_files
+from rl.models.files.hf import load_params, read_config, save_folder, write_model_files
+from rl.models.logprobs import token_logprobs
 from rl.models.lora import join, merge, split
 from rl.models.policy import create_policy
 from rl.models.quantized import QuantizedArray, dequantize, quantize_params
-from rl.tokenizer import load_tokenizer
-from rl.tools.quantize import quantize_folder
-from rl.trained import load_checkpoint, load_start
+from rl.tools.quantization.quantize import quantize_folder
+from rl.tools.trained import load_checkpoint, load_start
 from tests.tiny_models import noisy_params, tiny_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -322,9 +322,9 @@ def test_evaluation_reads_a_quantised_folder_alike_in_both_flavours(small, tmp_p
 
 MEASURE = """
 import sys
-from rl.host_memory import limit_arenas
+from rl.devices.host_memory import limit_arenas
 from rl.models.config import Quantization
-from rl.tools.quantize import MALLOC_ARENAS, quantize_folder
+from rl.tools.quantization.quantize import MALLOC_ARENAS, quantize_folder
 limit_arenas(MALLOC_ARENAS)  # as the command does
 small, large, out = sys.argv[1:]
 quantize_folder(small, out + "_small", Quantization("int4", 32), list(range(20)))  # what compiling and one layer take

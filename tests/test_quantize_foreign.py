@@ -16,22 +16,23 @@ import safetensors.numpy
 from flax import nnx
 
 from rl.cli import main
-from rl.config import load_config
+from rl.config.load import load_config
+from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
-from rl.logprobs import token_logprobs
-from rl.models import own, tunix_files
 from rl.models.config import Quantization, flatten_specs, leaf_at, spec_at
-from rl.models.foreign import check_weights, weight_reader
-from rl.models.hf import save_folder, set_leaf
+from rl.models.files.hf import save_folder, set_leaf
+from rl.models.foreign import own_config as own
+from rl.models.foreign import tunix_files
+from rl.models.foreign.files import check_weights, weight_reader
+from rl.models.foreign.tunix_config import with_globals
+from rl.models.logprobs import token_logprobs
 from rl.models.policy import foreign_config
 from rl.models.quantized import QuantizedArray, dequantize, quantize
 from rl.models.train_state import string_keys
-from rl.models.tunix_config import with_globals
-from rl.tokenizer import load_tokenizer
-from rl.tools.quantize import quantize_folder
-from rl.tools.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
-from rl.trained import load_start
-from rl.weights import find_origin
+from rl.state.origin import find_origin
+from rl.tools.quantization.quantize import quantize_folder
+from rl.tools.quantization.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
+from rl.tools.trained import load_start
 from tests import tunix_golden
 from tests.tiny_models import noisy_params, tiny_config
 
@@ -271,11 +272,11 @@ def test_what_cannot_be_done_with_such_models_is_refused_with_a_way_out(module, 
 
 MEASURE = """
 import json, sys
-from rl.config import load_config
-from rl.host_memory import limit_arenas
+from rl.config.load import load_config
+from rl.devices.host_memory import limit_arenas
 from rl.models.config import Quantization
-from rl.tools.quantize import MALLOC_ARENAS
-from rl.tools.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
+from rl.tools.quantization.quantize import MALLOC_ARENAS
+from rl.tools.quantization.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
 limit_arenas(MALLOC_ARENAS)  # as the command does
 kind, out, *models = sys.argv[1:]
 for number, settings in enumerate(models):  # what compiling and one layer take, then the rest

@@ -13,8 +13,8 @@ import pytest
 from flax.errors import ScopeParamShapeError
 from jax.sharding import PartitionSpec
 
-from rl.config import load_config
-from rl.mesh import create_mesh, tree_shardings
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models import cache as kv
 from rl.models import ops
 from rl.models.config import FAMILIES, QUANTIZED_DTYPES, Quantization, logical_axes

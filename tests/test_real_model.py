@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rl.models import cache as kv
-from rl.models import hf
+from rl.models.files import hf
 from rl.models.policy import create_policy
 
 ROWS = json.loads((pathlib.Path(__file__).parent / "data" / "smollm2_135m_instruct.json").read_text())["rows"]

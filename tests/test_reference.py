@@ -8,11 +8,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from rl.config import load_config
+from rl.config.load import load_config
 from rl.grpo_trainer import train
-from rl.metrics import read_metrics
 from rl.models.train_state import PureState
-from rl.reference import ReferenceSync
+from rl.run.metrics import read_metrics
+from rl.state.reference_sync import ReferenceSync
 
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
 RECIPE = f"""

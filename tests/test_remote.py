@@ -4,8 +4,8 @@ import fsspec
 import pytest
 from remote_stores import clear, memory_store
 
-from rl.config import load_config
-from rl.remote import (
+from rl.config.load import load_config
+from rl.files.stores import (
     check_path,
     continued_copy,
     copy_of,
@@ -98,7 +98,7 @@ def test_a_scheme_behind_tunix_and_before_a_reward_function_is_looked_at():
 
 
 def test_the_driver_of_a_scheme_is_named_with_its_extra_when_it_is_missing(monkeypatch):
-    from rl.remote import open_store
+    from rl.files.stores import open_store
 
     def missing(scheme, **options):
         raise ImportError(f"Install the driver of {scheme}")

@@ -9,18 +9,18 @@ import re
 import pytest
 from remote_stores import CountingStore, clear, memory_store
 
-from rl.config import load_config
-from rl.remote import Store, file_names
-from rl.remote_lease import LEASE, LEASE_SECONDS, Lease
-from rl.remote_ledger import LEDGER, Ledger, read_ledger
-from rl.remote_run import Mirror, Staging, run_path
-from rl.remote_settle import local_steps
-from rl.remote_steps import MARKER, copy_of_run, read_markers
+from rl.config.load import load_config
+from rl.files.stores import Store, file_names
+from rl.run_folder.lease import LEASE, LEASE_SECONDS, Lease
+from rl.run_folder.ledger import LEDGER, Ledger, read_ledger
+from rl.run_folder.mirror import Mirror, Staging, run_path
+from rl.run_folder.remote_steps import MARKER, copy_of_run, read_markers
+from rl.run_folder.settle import local_steps
 
 
 @pytest.fixture(autouse=True)
 def _empty_stores(monkeypatch):
-    monkeypatch.setattr("rl.remote._NUM_TRANSFERS", 1)  # the operations in one order
+    monkeypatch.setattr("rl.files.stores._NUM_TRANSFERS", 1)  # the operations in one order
     yield
     clear()
 
@@ -640,7 +640,7 @@ def test_one_local_folder_stands_for_a_url_and_a_local_path_for_itself(tmp_path)
 
 
 def test_a_mirror_uploads_what_was_saved_and_of_a_local_run_does_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("rl.remote_run.open_store", lambda url: memory_store("run"))
+    monkeypatch.setattr("rl.run_folder.mirror.open_store", lambda url: memory_store("run"))
     store, said = memory_store("run"), []
     config = load_config(None, ["output_dir=gs://bucket/run", f"checkpoint.staging={tmp_path}"])
     with Mirror(config, said.append, look_only=True):

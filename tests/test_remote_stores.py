@@ -14,13 +14,13 @@ import uuid
 import pytest
 from test_resume import RECIPE, ROOT, STEPS, assert_same_run, start, wait_for_lines
 
-from rl.config import load_config
-from rl.metrics import read_metrics
-from rl.remote import copy_of, open_store
-from rl.remote_lease import LEASE, LEASE_SECONDS
-from rl.remote_ledger import Ledger, read_ledger
-from rl.remote_run import Staging, run_path
-from rl.remote_steps import MARKER, local_source, read_markers
+from rl.config.load import load_config
+from rl.files.stores import copy_of, open_store
+from rl.run.metrics import read_metrics
+from rl.run_folder.lease import LEASE, LEASE_SECONDS
+from rl.run_folder.ledger import Ledger, read_ledger
+from rl.run_folder.mirror import Staging, run_path
+from rl.run_folder.remote_steps import MARKER, local_source, read_markers
 
 NEEDED = ("gcsfs", "s3fs", "moto", "flask", "gcp_storage_emulator")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from rl.metrics import MetricsWriter
+from rl.run.metrics import MetricsWriter
 from rl.tools.report import Run, format_table, main, read_runs, smooth, summarize
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

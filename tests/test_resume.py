@@ -11,11 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from rl.config import load_config
-from rl.interrupt import StopRequest
-from rl.metrics import read_metrics, read_samples
-from rl.run_folder import read_run
-from rl.trained import load_checkpoint
+from rl.config.load import load_config
+from rl.run.interrupt import StopRequest
+from rl.run.metrics import read_metrics, read_samples
+from rl.run_folder.folder import read_run
+from rl.tools.trained import load_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 14

@@ -9,12 +9,12 @@ import pytest
 
 from rewards.contract import RewardSpec
 from rewards.runner import RewardRunner
-from rl.config import load_config
-from rl.data import PromptRow
-from rl.metrics import Stopwatch
-from rl.rollout import Judged, minibatches, sample_and_score, to_rollout
-from rl.sampling import SamplingParams
-from rl.scheduling import Completion
+from rl.config.load import load_config
+from rl.data.prompts import PromptRow
+from rl.rollout.groups import Judged, minibatches, sample_and_score, to_rollout
+from rl.run.metrics import Stopwatch
+from rl.sampler.request_queue import Completion
+from rl.sampler.token_draw import SamplingParams
 
 
 class Letters:

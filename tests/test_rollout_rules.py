@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 from tiny_models import VOCAB, noisy_params, tiny_config
 
-from rl.config import load_config
-from rl.evaluation import create_sampler
-from rl.mesh import create_mesh, no_implicit_transfers
+from rl.config.load import load_config
+from rl.data.tokenizer import load_tokenizer
+from rl.devices.mesh import create_mesh, no_implicit_transfers
 from rl.models.policy import policy_from_config
-from rl.sampling import SamplingParams
-from rl.scheduling import requests_for
-from rl.states import InitStateFn, get_abstract_state
-from rl.tokenizer import load_tokenizer
-from rl.tools.compile import compile_one
-from rl.tools.loop_programs import DECODE, loop_programs
+from rl.rollout.evaluation import create_sampler
+from rl.sampler.request_queue import requests_for
+from rl.sampler.token_draw import SamplingParams
+from rl.state.states import InitStateFn, get_abstract_state
+from rl.tools.programs.compile import compile_one
+from rl.tools.programs.loop_programs import DECODE, loop_programs
 
 SAMPLING = SamplingParams(max_completion_length=6, eos_ids=(0,))
 COMPILED = [

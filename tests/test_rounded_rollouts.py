@@ -7,11 +7,11 @@ import weakref
 
 import pytest
 
-from rl.config import load_config
+from rl.config.load import load_config
 from rl.grpo_trainer import train
-from rl.metrics import read_metrics
-from rl.sampler import Sampler
-from rl.update import Updater
+from rl.run.metrics import read_metrics
+from rl.sampler.slot_sampler import Sampler
+from rl.training.update import Updater
 
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")
 RECIPE = f"""

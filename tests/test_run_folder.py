@@ -11,10 +11,10 @@ import sys
 
 import pytest
 
-from rl.checkpoint_files import write_hashes
-from rl.config import dump_config, load_config
-from rl.metrics import MetricsWriter
-from rl.run_folder import RunFolder, load_run_config, read_run
+from rl.config.load import dump_config, load_config
+from rl.run.metrics import MetricsWriter
+from rl.run_folder.folder import RunFolder, load_run_config, read_run
+from rl.state.checkpoint_files import write_hashes
 
 ORIGIN = {"policy": {"source": "some/model", "hash": "abc"}, "reference": None}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -340,7 +340,7 @@ def test_an_export_that_was_stopped_leaves_nothing_and_the_next_one_is_not_taken
     make_run(folder, kind="sft")
     run = open_folder(folder, kind="sft")
 
-    def stop(out):  # as `rl.models.hf.new_folder` does, which writes beside the folder it makes
+    def stop(out):  # as `rl.models.files.hf.new_folder` does, which writes beside the folder it makes
         (out.parent / f".{out.name}.scratch").mkdir()
         raise KeyboardInterrupt
 

@@ -15,18 +15,18 @@ import jax
 import numpy as np
 import pytest
 
-from rl import sample_command
 from rl.cli import main
-from rl.config import load_config
+from rl.config.load import load_config
+from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
-from rl.metrics import CompileCounter, read_samples
-from rl.models.hf import save_folder
-from rl.prompt_rows import SampleRow
-from rl.replay import compare, draw_again
-from rl.sampling import SamplingParams
-from rl.scheduling import Completion
-from rl.tokenizer import load_tokenizer
-from rl.trained import load_checkpoint, load_start
+from rl.models.files.hf import save_folder
+from rl.run.metrics import CompileCounter, read_samples
+from rl.sampler.request_queue import Completion
+from rl.sampler.token_draw import SamplingParams
+from rl.tools.samples import sample as sample_command
+from rl.tools.samples.replay import compare, draw_again
+from rl.tools.samples.sample_prompts import SampleRow
+from rl.tools.trained import load_checkpoint, load_start
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")

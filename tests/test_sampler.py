@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from rl.config import load_config
-from rl.mesh import create_mesh, tree_shardings
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models.config import ModelConfig, Quantization, logical_axes
 from rl.models.policy import Policy, create_policy
 from rl.models.quantized import quantize_params
-from rl.sampler import Completion, Sampler
-from rl.sampling import SamplingParams, truncate
-from rl.scheduling import Request
-from rl.weights import use_compilation_cache
+from rl.sampler.request_queue import Request
+from rl.sampler.slot_sampler import Completion, Sampler
+from rl.sampler.token_draw import SamplingParams, truncate
+from rl.state.origin import use_compilation_cache
 
 VOCAB = 48
 PLAIN = SamplingParams(
@@ -404,7 +404,7 @@ def test_rows_for_the_longest_prompt_are_prefilled_as_far_as_they_are_filled(qwe
     rng = np.random.default_rng(10)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (20, 9, 30, 17)]
     expected = sample(qwen, prompts=prompts)
-    monkeypatch.setattr("rl.sampler.MAX_PREFILL_CHUNK", 64)
+    monkeypatch.setattr("rl.sampler.slot_sampler.MAX_PREFILL_CHUNK", 64)
     setup = with_sampler(qwen)
     setup.sampler.expect([*prompts, [5] * 500])
     pieces, get = [], setup.sampler.engine.programs.get
@@ -427,8 +427,8 @@ def test_long_prompts_are_prefilled_in_chunks_over_a_growing_cache(qwen, monkeyp
     rng = np.random.default_rng(5)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (150, 40, 130)]
     expected = sample(qwen, prompts=prompts)
-    monkeypatch.setattr("rl.sampler.PREFILL_TOKENS", 32)
-    monkeypatch.setattr("rl.sampler.MIN_PREFILL_CHUNK", 32)
+    monkeypatch.setattr("rl.sampler.slot_sampler.PREFILL_TOKENS", 32)
+    monkeypatch.setattr("rl.sampler.slot_sampler.MIN_PREFILL_CHUNK", 32)
     setup = with_sampler(qwen)
     assert_same(flatten(sample(setup, prompts=prompts)), flatten(expected), 1e-5)
     chunks = {name[2:4] for name in setup.sampler.engine.programs if name[0] == "prefill"}
@@ -489,7 +489,7 @@ def test_the_lengths_that_the_cache_grows_through_change_nothing(qwen, monkeypat
         return flatten(completions)
 
     growing = drawn(64, 128, 144)
-    monkeypatch.setattr("rl.scheduling.MIN_LENGTH", 144)
+    monkeypatch.setattr("rl.sampler.request_queue.MIN_LENGTH", 144)
     assert_same(drawn(144), growing, 1e-5)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl.sampling import SamplingParams, TokenCounts, add_token, adjust, draw, reset_rows, truncate
+from rl.sampler.token_draw import SamplingParams, TokenCounts, add_token, adjust, draw, reset_rows, truncate
 
 PLAIN = SamplingParams(max_completion_length=8)
 # What came before the drawn token: tokens of both signs, one in both, some often.

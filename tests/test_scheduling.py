@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import decoders
 
-from rl.decoding import Columns, Report
-from rl.sampling import SamplingParams
-from rl.scheduling import (
+from rl.sampler.decoding import Columns, Report
+from rl.sampler.request_queue import (
     CacheSize,
     Request,
     Schedule,
@@ -24,7 +23,8 @@ from rl.scheduling import (
     size_at_least,
     size_at_most,
 )
-from rl.shape_plan import Expected, Load, first_shape
+from rl.sampler.shape_plan import Expected, Load, first_shape
+from rl.sampler.token_draw import SamplingParams
 
 
 def test_sizes_are_few_and_close():

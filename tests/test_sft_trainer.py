@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from rl import grpo_trainer, sft_trainer
-from rl.config import load_config
-from rl.data import load_pairs, step_indices
-from rl.metrics import read_metrics
+from rl.config.load import load_config
+from rl.data.prompts import load_pairs, step_indices
 from rl.models.policy import policy_from_config
-from rl.states import InitStateFn
-from rl.trained import load_checkpoint
-from rl.weights import find_origin, tokenizer_of
+from rl.run.metrics import read_metrics
+from rl.state.origin import find_origin, tokenizer_of
+from rl.state.states import InitStateFn
+from rl.tools.trained import load_checkpoint
 
 RECIPE = """
 model:
@@ -72,7 +72,7 @@ def test_exported_policy_has_the_weights_of_the_last_checkpoint_and_grpo_starts_
     config = load_config(recipe, overrides)
     started = grpo_trainer.train(config)
     assert read_metrics(started)[0]["step"] == 1
-    from rl.trained import load_start
+    from rl.tools.trained import load_start
 
     for left, right in zip(jax.tree.leaves(trained.params), jax.tree.leaves(load_start(config).params), strict=True):
         np.testing.assert_array_equal(left, right)

@@ -13,17 +13,17 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from sharding_golden import BATCH, CASES, Case, describe, differences, path_of, to_text
 
-from rl.config import load_config
-from rl.config_sections import Config
-from rl.mesh import axis_sizes, check_sharded, create_mesh, partition_spec, tree_shardings
+from rl.config.load import load_config
+from rl.config.sections import Config
+from rl.devices.mesh import axis_sizes, check_sharded, create_mesh, partition_spec, tree_shardings
 from rl.models.config import ModelConfig
 from rl.models.policy import policy_from_config
-from rl.optimizer import create_training_optimizer
-from rl.packing import Batch
-from rl.states import InitStateFn, get_abstract_state
-from rl.tools.loop_programs import loop_programs, read_shape
-from rl.train_step import batch_shardings
-from rl.weights import _lora as lora_of
+from rl.state.optimizer import create_training_optimizer
+from rl.state.origin import _lora as lora_of
+from rl.state.states import InitStateFn, get_abstract_state
+from rl.tools.programs.loop_programs import loop_programs, read_shape
+from rl.training.packing import Batch
+from rl.training.train_step import batch_shardings
 
 REGENERATE = "python tests/sharding_golden.py"
 

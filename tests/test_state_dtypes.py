@@ -9,11 +9,11 @@ import optax
 import pytest
 from tiny_models import tiny_config
 
-from rl.config import load_config
-from rl.mesh import create_mesh
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh
 from rl.models.policy import create_policy
-from rl.optimizer import create_training_optimizer
-from rl.states import InitStateFn, setup_training_state
+from rl.state.optimizer import create_training_optimizer
+from rl.state.states import InitStateFn, setup_training_state
 
 FLAVOURS = {"linen": False, "nnx": True}
 KINDS = ("weights", "first", "second")

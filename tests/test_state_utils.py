@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from rl.config import load_config
-from rl.mesh import create_mesh, partition_spec, replicated
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh, partition_spec, replicated
 from rl.models.config import ModelConfig, logical_axes
 from rl.models.policy import policy_from_config
 from rl.models.train_state import PureState, TrainState, TrainStateNNX, pure_state
-from rl.optimizer import create_training_optimizer
-from rl.states import (
+from rl.state.optimizer import create_training_optimizer
+from rl.state.states import (
     InitStateFn,
     check_same_tree,
     get_abstract_state,

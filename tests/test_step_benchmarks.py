@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from rl.packing import TrainCompletion, TrainGroup, pack
+from rl.training.packing import TrainCompletion, TrainGroup, pack
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 # Tunix names its shardings as older flax did, and calls its own cache for Llama deprecated.

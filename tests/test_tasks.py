@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rl.tasks import arithmetic_rows, is_procedural, procedural_rows, reasoning_gym_rows
+from rl.data.tasks import arithmetic_rows, is_procedural, procedural_rows, reasoning_gym_rows
 
 SUMS = {"size": 60, "seed": 1, "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 

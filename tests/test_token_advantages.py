@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl.config import load_config
-from rl.mesh import create_mesh
-from rl.token_advantages import TokenRewards, token_advantages, token_advantages_program
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh
+from rl.training.token_advantages import TokenRewards, token_advantages, token_advantages_program
 
 # Log-ratios of old to reference, for completions with the rewards 1, 0 and 4.
 LOG_RATIOS = ([0.5, -1.0, 2.0], [1.0, 0.0], [0.25])

@@ -11,8 +11,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from rl import untrusted
-from rl.tokenizer import Tokenizer, load_tokenizer
+from rl.data.tokenizer import Tokenizer, load_tokenizer
+from rl.files import untrusted
 
 ODD_TEXTS = (
     "47+38=",
@@ -301,6 +301,7 @@ def test_template_file_that_is_missing_is_refused(tmp_path):
 
 def test_importing_the_modules_loads_no_heavy_package():
     heavy = ["jax", "transformers", "tokenizers", "datasets", "pyarrow", "reasoning_gym", "huggingface_hub"]
-    code = f"import sys, rl.data, rl.tokenizer, rl.tasks; print([name for name in {heavy} if name in sys.modules])"
+    modules = "rl.data.prompts, rl.data.tokenizer, rl.data.tasks"
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

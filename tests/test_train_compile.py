@@ -21,26 +21,26 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rl.cli import main as grpo
-from rl.config import load_config
-from rl.executables import MAGIC, LoadedProgram, fingerprint, open_compiled, read_file, save_compiled
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh, num_row_shards
+from rl.devices.programs import Program
 from rl.grpo_trainer import train
-from rl.mesh import create_mesh, num_row_shards
-from rl.metrics import read_metrics
 from rl.models.policy import policy_from_config
-from rl.optimizer import create_training_optimizer
-from rl.packing import TrainCompletion, TrainGroup, pack
-from rl.programs import Program
-from rl.shaped_inputs import get_shaped_inputs
-from rl.states import InitStateFn, get_abstract_state
-from rl.tools.compile import compile_config, compile_loop, compile_one, main
-from rl.tools.compile_advice import advice
-from rl.tools.compile_report import ProgramReport, Report
-from rl.tools.compile_text import num_slices, roofline, to_json, to_text
-from rl.tools.hlo import Collective, array_bytes, work_of
-from rl.tools.loop_programs import loop_programs, read_shape
-from rl.tools.topologies import CHIPS, find_devices
-from rl.train_step import Minibatch
-from rl.weights import model_shape
+from rl.run.executables import MAGIC, LoadedProgram, fingerprint, open_compiled, read_file, save_compiled
+from rl.run.metrics import read_metrics
+from rl.state.optimizer import create_training_optimizer
+from rl.state.origin import model_shape
+from rl.state.states import InitStateFn, get_abstract_state
+from rl.tools.programs.compile import compile_config, compile_loop, compile_one, main
+from rl.tools.programs.compile_advice import advice
+from rl.tools.programs.compile_report import ProgramReport, Report
+from rl.tools.programs.compile_text import num_slices, roofline, to_json, to_text
+from rl.tools.programs.hlo import Collective, array_bytes, work_of
+from rl.tools.programs.loop_programs import loop_programs, read_shape
+from rl.tools.programs.topologies import CHIPS, find_devices
+from rl.training.packing import TrainCompletion, TrainGroup, pack
+from rl.training.shaped_inputs import get_shaped_inputs
+from rl.training.train_step import Minibatch
 
 FLAVOURS = {"linen": False, "nnx": True}
 NAMES = ["state init", "reference init", "prefill", "decode", "logprobs", "train step"]
@@ -791,7 +791,7 @@ def test_a_file_compiled_with_another_loss_or_another_tandem_is_refused(saved, t
     assert [name for name, value in fingerprint(own, policy, mesh).items() if before[name] != value] == [
         "file of grpo.loss_type"
     ]
-    monkeypatch.setattr("rl.executables._code_hash", lambda: "another")
+    monkeypatch.setattr("rl.run.executables._code_hash", lambda: "another")
     with pytest.raises(ValueError, match="code of the toolkit must be 'another', got"):
         open_compiled(dataclasses.replace(config, compiled_file=str(saved[2])), policy, mesh)
 

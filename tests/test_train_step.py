@@ -2,7 +2,7 @@
 
 The plain one has a row per sequence, right padding, logits of the whole batch, `log_softmax`, and the loss's formula
 written out once more.
-Legend: B sequences, T token positions, L tokens of a completion, V vocab, D model; M, R, C as in `rl.packing`.
+Legend: B sequences, T token positions, L tokens of a completion, V vocab, D model; M, R, C as in `rl.training.packing`.
 """
 
 import dataclasses
@@ -20,20 +20,20 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from rl.config import load_config
-from rl.entropy_coef import EntropyCoefState
-from rl.loss_metrics import finish_metrics
-from rl.mesh import create_mesh, no_implicit_transfers
+from rl.algorithms.entropy_coef import EntropyCoefState
+from rl.algorithms.loss_metrics import finish_metrics
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh, no_implicit_transfers
 from rl.models.config import FAMILIES, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
 from rl.models.lora import split
 from rl.models.policy import Policy, create_policy
 from rl.models.train_state import PureState
-from rl.optimizer import create_training_optimizer
-from rl.packing import PackingPlan, TrainCompletion, TrainGroup, pack
-from rl.shaped_inputs import plan_for
-from rl.states import AbstractState, InitStateFn, get_abstract_state
-from rl.train_step import Minibatch, jit_train_step, token_logprobs_program
-from rl.update import ENTROPIES, LOGPROBS, TRAIN_STEP, Updater, bare_batch, loss_config
+from rl.state.optimizer import create_training_optimizer
+from rl.state.states import AbstractState, InitStateFn, get_abstract_state
+from rl.training.packing import PackingPlan, TrainCompletion, TrainGroup, pack
+from rl.training.shaped_inputs import plan_for
+from rl.training.train_step import Minibatch, jit_train_step, token_logprobs_program
+from rl.training.update import ENTROPIES, LOGPROBS, TRAIN_STEP, Updater, bare_batch, loss_config
 
 # No other dim of the tiny model is 88: arrays over the vocabulary are known by their shape. 8 devices divide it.
 VOCAB = 88

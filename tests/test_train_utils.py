@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from tiny_models import VOCAB, tiny_config
 
-from rl import hosts
-from rl.checkpoint import create_checkpoint_manager
-from rl.config import load_config
-from rl.mesh import create_mesh, replicated
+from rl.config.load import load_config
+from rl.devices import hosts
+from rl.devices.mesh import create_mesh, replicated
 from rl.models.policy import policy_from_config
-from rl.optimizer import create_training_optimizer, updates_per_step
-from rl.packing import TrainCompletion, TrainGroup, pack, plan_packing
-from rl.states import InitStateFn, get_abstract_state, get_first_step, setup_training_state
-from rl.train_step import Minibatch, batch_shardings, jit_train_step
-from rl.update import loss_config
+from rl.state.checkpoint import create_checkpoint_manager
+from rl.state.optimizer import create_training_optimizer, updates_per_step
+from rl.state.states import InitStateFn, get_abstract_state, get_first_step, setup_training_state
+from rl.training.packing import TrainCompletion, TrainGroup, pack, plan_packing
+from rl.training.train_step import Minibatch, batch_shardings, jit_train_step
+from rl.training.update import loss_config
 
 FLAVOURS = ["nnx", "linen"]
 EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")

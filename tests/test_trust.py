@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rl.checkpoint_files import write_hashes
 from rl.cli import main
-from rl.config import load_config
-from rl.run_folder import RunFolder, check_trust
-from rl.trust import READY_MADE, TO_EVALUATE, TO_SAMPLE, TO_TRAIN, code_of, untrusted
+from rl.config.load import load_config
+from rl.run_folder.folder import RunFolder, check_trust
+from rl.run_folder.trust import READY_MADE, TO_EVALUATE, TO_SAMPLE, TO_TRAIN, code_of, untrusted
+from rl.state.checkpoint_files import write_hashes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REFUSAL = "names code that is not shown to be yours: "
@@ -370,27 +370,34 @@ def test_a_report_and_a_look_at_checkpoints_import_nothing(tmp_path, code, capsy
 
 READERS = {
     # Reads a configuration and looks at whose its code is, or leaves it to who calls it.
-    "checks": {"rl.grpo_trainer", "rl.sft_trainer", "rl.trained", "rl.replay", "rl.tools.compile", "rl.tools.lora"}
-    | {"rl.tools.export", "rl.tools.checkpoint_bench", "rl.tools.checkpoint"},
+    "checks": {
+        "rl.grpo_trainer",
+        "rl.sft_trainer",
+        "rl.tools.trained",
+        "rl.tools.samples.replay",
+        "rl.tools.programs.compile",
+        "rl.tools.checkpoints.lora",
+    }
+    | {"rl.tools.checkpoints.export", "rl.tools.checkpoints.checkpoint_bench", "rl.tools.checkpoints.checkpoint"},
     # Runs no code that a configuration names: data and tokenizers are read, not run.
     "runs nothing": {
-        "rl.config",
-        "rl.run_files",
-        "rl.run_folder",
+        "rl.config.load",
+        "rl.run_folder.contents",
+        "rl.run_folder.folder",
         "rl.tools.data",
-        "rl.tools.convert",
-        "rl.sample_command",
+        "rl.tools.checkpoints.convert",
+        "rl.tools.samples.sample",
     },
 }
 IMPORTERS = {
-    # Of a user's functions, and of compiled programs; what they take must be in `rl.trust.code_of`.
+    # Of a user's functions, and of compiled programs; what they take must be in `rl.run_folder.trust.code_of`.
     r"\bimport_function\(|\bload_function\(": {
         "rewards.contract",
         "rewards.worker",
-        "rl.user_functions",
-        "rl.models.own",
+        "rl.algorithms.from_config",
+        "rl.models.foreign.own_config",
     },
-    r"deserialize_executable|jax_compilation_cache_dir": {"rl.executables", "rl.weights"},
+    r"deserialize_executable|jax_compilation_cache_dir": {"rl.run.executables", "rl.state.origin"},
     r"exec_module|runpy|\beval\(|\bexec\(|pickle\.load": {"rewards.contract"},
 }
 

@@ -12,17 +12,17 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from rl.config import load_config
+from rl.config.load import load_config
+from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
-from rl.metrics import read_metrics, read_samples
-from rl.models.foreign import check_policy, load_weights
-from rl.models.hf import load_params, read_config, save_folder
+from rl.models.files.hf import load_params, read_config, save_folder
+from rl.models.foreign.files import check_policy, load_weights
+from rl.models.foreign.tunix_files import write_weights
+from rl.models.foreign.tunix_policy import TunixPolicy
 from rl.models.policy import NNXPolicy, create_policy, foreign_config
-from rl.models.tunix_files import write_weights
-from rl.models.tunix_policy import TunixPolicy
-from rl.tokenizer import load_tokenizer
-from rl.tools.export import write_folder
-from rl.weights import find_origin, tokenizer_of
+from rl.run.metrics import read_metrics, read_samples
+from rl.state.origin import find_origin, tokenizer_of
+from rl.tools.checkpoints.export import write_folder
 from tests import tunix_golden
 from tests.tiny_models import noisy_params, tiny_config
 

@@ -6,14 +6,14 @@ import re
 import numpy as np
 import pytest
 
-from rl.advantages import ESTIMATORS, compute_advantages
-from rl.config import load_config
-from rl.config_sections import OPEN_CHOICES
+from rl.algorithms.advantages import ESTIMATORS, compute_advantages
+from rl.algorithms.from_config import check_estimator, check_loss, file_hashes
+from rl.algorithms.loss_types import LOSS_TYPES
+from rl.config.load import load_config
+from rl.config.sections import OPEN_CHOICES
 from rl.grpo_trainer import train
-from rl.loss_types import LOSS_TYPES
-from rl.metrics import read_metrics
-from rl.update import loss_config
-from rl.user_functions import check_estimator, check_loss, file_hashes
+from rl.run.metrics import read_metrics
+from rl.training.update import loss_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REWARDS = pathlib.Path(__file__).with_name("reward_functions.py")

@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from rl.config import load_config
-from rl.mesh import create_mesh, no_implicit_transfers, tree_shardings
-from rl.metrics import CompileCounter
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh, no_implicit_transfers, tree_shardings
 from rl.models.cache import init_cache
 from rl.models.config import logical_axes
 from rl.models.policy import NNXPolicy
-from rl.sampler import Sampler
-from rl.sampling import SamplingParams
-from rl.scheduling import Request, requests_for
-from rl.wave_sampler import WaveSampler
+from rl.run.metrics import CompileCounter
+from rl.sampler.request_queue import Request, requests_for
+from rl.sampler.slot_sampler import Sampler
+from rl.sampler.token_draw import SamplingParams
+from rl.sampler.wave_sampler import WaveSampler
 from tests.tiny_models import noisy_params, tiny_config
 
 RULES = load_config(None).mesh.rules

@@ -10,10 +10,10 @@ import sys
 import time
 
 from rl import grpo_trainer, sft_trainer
-from rl.config import load_config
-from rl.evaluation import evaluate_source
+from rl.config.load import load_config
+from rl.rollout.evaluation import evaluate_source
+from rl.state.origin import use_compilation_cache
 from rl.tools import report
-from rl.weights import use_compilation_cache
 
 HERE = pathlib.Path(__file__).resolve().parent
 

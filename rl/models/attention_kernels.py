@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from rl.mesh import partition_spec, row_axes
+from rl.devices.mesh import partition_spec, row_axes
 from rl.models import ops
 from rl.models.block_attention import BLOCK, LARGE_BLOCK, block_attention
 from rl.models.config import ModelConfig

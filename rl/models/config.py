@@ -1,6 +1,7 @@
 """What a decoder is: `ModelConfig`, and the shapes and logical axes of its parameters. Imports no jax.
 
-In: the numbers of an architecture, by hand (`ModelConfig.from_arch`) or from a Hugging Face folder (`rl.models.hf`).
+In: the numbers of an architecture, by hand (`ModelConfig.from_arch`) or from a Hugging Face folder
+(`rl.models.files.hf`).
 Out: one frozen, hashable description that both twins are built from. The maths is in `rl.models.ops`.
 """
 
@@ -11,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from rl.json_file import briefly, shown
+from rl.files.json_file import briefly, shown
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 
-from rl.mesh import RowExchange
+from rl.devices.mesh import RowExchange
 from rl.models import cache as kv
 from rl.models import ops, scanned
 from rl.models.block_attention import block_attention

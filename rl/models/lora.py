@@ -3,7 +3,7 @@ how the frozen rest is stored, and how they are added into it.
 
 In: parameter trees of a policy whose `ModelConfig` has `lora`. Out: the trainable and the frozen half of one, a base in
 fewer bits (QLoRA, https://arxiv.org/abs/2305.14314), or plain weights. Not here: the product with an adapter
-(`rl.models.ops.dense`), shapes and names (`rl.models.config`), files (`rl.models.peft`).
+(`rl.models.ops.dense`), shapes and names (`rl.models.config`), files (`rl.models.files.peft`).
 """
 
 from collections.abc import Callable, Mapping
@@ -91,7 +91,7 @@ def merge(config: ModelConfig, params: Mapping[str, Any], sign: int = 1) -> Para
 
     Each sum is formed in float64 on the host, quantised kernels dequantised before, and rounded once to `param_dtype`.
     So it is W + scale A B to half a unit in the last place, and `unmerge` of it gives W back to a unit in the last
-    place of the larger of the two; `rl.models.lora_remainder` keeps what is missing to have W bit for bit.
+    place of the larger of the two; `rl.models.files.lora_remainder` keeps what is missing to have W bit for bit.
 
     Args:
       params: the tree of `config`, with adapters.

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from rl.mesh import RowExchange
+from rl.devices.mesh import RowExchange
 from rl.models import cache as kv
 from rl.models import ops, scanned
 from rl.models.block_attention import block_attention

@@ -2,7 +2,7 @@
 
 In: a `ModelConfig`. Out: an object of pure functions over one parameter tree (`rl.models.config.parameter_specs`), the
 same in both flavours. Nothing after this module knows the flavour; the optimizer and the train state are not here, nor
-are models that are not the toolkit's own decoder (`rl.models.own`, `rl.models.tunix_policy`).
+are models that are not the toolkit's own decoder (`rl.models.foreign.own_config`, `rl.models.foreign.tunix_policy`).
 Legend: B sequences, T token positions, V vocab, D model.
 """
 
@@ -15,11 +15,12 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from rl.mesh import RowExchange, embedding_exchange
-from rl.models import linen_model, nnx_model, ops, own
+from rl.devices.mesh import RowExchange, embedding_exchange
+from rl.models import linen_model, nnx_model, ops
 from rl.models.attention_kernels import XLA, AttentionKernel, choose_kernel
 from rl.models.cache import KVCache
 from rl.models.config import ForeignConfig, ModelConfig, parameter_specs
+from rl.models.foreign import own_config as own
 from rl.models.train_state import TrainState, TrainStateNNX
 
 Params = dict[str, Any]
@@ -219,7 +220,7 @@ def create_policy(
       kernel, exchange_fn: of the toolkit's own decoder.
     """
     if model_config.kind == "tunix":
-        from rl.models.tunix_policy import TunixPolicy
+        from rl.models.foreign.tunix_policy import TunixPolicy
 
         return TunixPolicy(model_config)
     if model_config.kind == "own":
@@ -254,7 +255,7 @@ def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> F
             f"pure_nnx must be true with model.source {config.model.source!r}, got false: tunix.models are NNX "
             "modules; give the folder without 'tunix:' to compute it with the toolkit's own Linen decoder"
         )
-    from rl.models.tunix_config import describe
+    from rl.models.foreign.tunix_config import describe
 
     return describe(config.model, folder)
 

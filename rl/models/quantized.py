@@ -22,7 +22,8 @@ import qwix
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rl.json_file import shown
+from rl.files.json_file import shown
+from rl.files.untrusted import Untrusted, UntrustedError
 from rl.models.config import (
     ATTENTION_AND_MLP,
     QUANTIZED_DTYPES,
@@ -34,7 +35,6 @@ from rl.models.config import (
     parameter_specs,
     spec_at,
 )
-from rl.untrusted import Untrusted, UntrustedError
 
 
 @struct.dataclass

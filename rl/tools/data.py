@@ -2,8 +2,9 @@
 `standalone_dataloader`).
 
 In: a configuration. Out: rows and tokens per second, what was kept and what was left out, lengths, and the memory of
-this process. The rows are those of training, through the same `rl.data.load_prompts`; no model is read and no device is
-touched. All of it happens once, before the first step: a step then chooses rows that lie in memory, which is timed too.
+this process. The rows are those of training, through the same `rl.data.prompts.load_prompts`; no model is read and no
+device is touched. All of it happens once, before the first step: a step then chooses rows that lie in memory, which is
+timed too.
 """
 
 import argparse
@@ -13,12 +14,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rl.config import load_config
-from rl.data import load_prompts, step_indices
-from rl.host_memory import peak_bytes, start_peak
-from rl.models.hf import write_json
-from rl.output_file import check_writable
-from rl.weights import tokenizer_of
+from rl.config.load import load_config
+from rl.data.prompts import load_prompts, step_indices
+from rl.devices.host_memory import peak_bytes, start_peak
+from rl.files.output_file import check_writable
+from rl.models.files.hf import write_json
+from rl.state.origin import tokenizer_of
 
 
 class DataBench(NamedTuple):

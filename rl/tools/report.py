@@ -15,12 +15,12 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from rl.console import format_count, format_seconds
-from rl.local_files import UNFINISHED
-from rl.metrics import read_metrics
-from rl.remote import check_path, written_file
-from rl.remote_steps import local_metrics
-from rl.run_files import CURVES_MARK, is_own_curves
+from rl.files.local_files import UNFINISHED
+from rl.files.stores import check_path, written_file
+from rl.run.console import format_count, format_seconds
+from rl.run.metrics import read_metrics
+from rl.run_folder.contents import CURVES_MARK, is_own_curves
+from rl.run_folder.remote_steps import local_metrics
 
 # Metric, title, companion metric drawn dashed, fixed vertical range. The first row of panels, then the second.
 _MAIN_PANELS = (
@@ -178,7 +178,7 @@ def format_table(runs: Sequence[Run]) -> str:
 
 def write_plot(runs: Sequence[Run], path: pathlib.Path) -> None:
     """Draws the panels that at least one run has data for, and writes them to `path`, with the mark of
-    `rl.run_files` in it.
+    `rl.run_folder.contents` in it.
 
     Raises:
       ValueError: the path's ending is not .png, .pdf or .svg, or no run has anything to draw.

@@ -1,0 +1,1 @@
+"""The mathematics: advantages and losses, and what they are configured by."""

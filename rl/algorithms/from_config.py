@@ -1,0 +1,151 @@
+"""A loss or an advantage from a user's file: `path/to/file.py:function` as grpo.loss_type or grpo.advantage_estimator.
+
+Out: the function, tried on a tiny problem before a run starts, and the hash of its file, which is part of the run's
+identity. The contracts, with an example each, are in docs/algorithms.md:
+
+- loss: `function(rows, config) -> (term, metrics)`, like the policy terms of `rl.algorithms.loss_types`: `Rows` and
+  `LossConfig` in, the term [B, T] or [B, 1] out, and metrics {name: [B, T] or [B, 1]}. Each sequence stands for itself.
+  The sum over the tokens is divided by the trained tokens of the rollout batch.
+- advantage: `function(rewards_BK, weights_K, group_size) -> advantages_B`, numpy, see `rl.algorithms.advantages`.
+
+A path is relative to the working directory, as those of reward functions are.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rewards.contract import import_function
+from rl.algorithms.advantages import check_modes, compute_advantages
+from rl.algorithms.loss_types import LossConfig, LossInputs, loss_type_of
+from rl.algorithms.losses import denominators_for, grpo_loss, prepare
+from rl.config.load import Config
+from rl.config.sections import is_user_function
+
+COMPILED_KEYS = ("loss_type",)  # of the section grpo: what they name is part of compiled programs
+KEYS = (*COMPILED_KEYS, "advantage_estimator")
+
+
+def resolve(name: str, key: str) -> Callable[..., Any] | None:
+    """The function that `name` means, the value of `key`; None for a name of the toolkit's own.
+
+    Raises:
+        ValueError: the file does not import, or has no such function.
+    """
+    return import_function(name, key) if is_user_function(name) else None
+
+
+def estimator_of(config: Config) -> str | Callable[..., Any]:
+    """What `compute_advantages` takes for `grpo.advantage_estimator`."""
+    name = config.grpo.advantage_estimator
+    return resolve(name, "grpo.advantage_estimator") or name
+
+
+def file_hashes(config: Config, keys: Sequence[str] = KEYS) -> dict[str, str]:
+    """SHA-256 of each file that `keys` bring into use, by configuration key.
+
+    Another content of any is another run, of those of COMPILED_KEYS other programs as well.
+    """
+    names = {f"grpo.{key}": getattr(config.grpo, key) for key in keys}
+    paths = {key: pathlib.Path(name.rpartition(":")[0]) for key, name in names.items() if is_user_function(name)}
+    return {f"file of {key}": hashlib.sha256(path.expanduser().read_bytes()).hexdigest() for key, path in paths.items()}
+
+
+def check_estimator(config: Config) -> None:
+    """Refuses settings that contradict each other, and tries a user's estimator on two groups and a completion that no
+    function judged.
+
+    Raises:
+        ValueError: naming the setting, or the function, what it must return, and what it did.
+    """
+    estimator, grpo = estimator_of(config), config.grpo
+    if isinstance(estimator, str):
+        check_modes(grpo.scale_rewards, grpo.aggregation, estimator)
+        return
+    num_functions = sum(function.weight != 0 for function in config.rewards.functions)
+    num_functions += bool(config.rewards.overlong_buffer and config.rewards.overlong_factor)
+    rewards_BK = np.linspace(0.0, 1.0, 2 * grpo.group_size * num_functions).reshape(-1, num_functions)
+    rewards_BK[-1] = np.nan
+    compute_advantages(
+        rewards_BK, None, grpo.group_size, grpo.scale_rewards, grpo.aggregation, estimator, label(config)
+    )
+
+
+def label(config: Config) -> str:
+    """How messages name the estimator."""
+    return f"grpo.advantage_estimator {config.grpo.advantage_estimator}"
+
+
+def check_loss(config: LossConfig) -> None:
+    """Tries a user's loss on a tiny minibatch with an empty sequence, padding and both signs of the advantage.
+
+    Raises:
+        ValueError: naming the function, what it must return, and what it did.
+    """
+    if config.custom_term is None:
+        return
+    name = f"grpo.loss_type {config.loss_type}"
+    # 4 sequences of up to 3 tokens; the third is empty.
+    mask_BT = jnp.asarray([[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 0]], bool)
+    logprobs_BT = -jnp.linspace(0.1, 2.0, 12).reshape(4, 3)
+    advantages_B, ones_B = jnp.asarray([1.0, -0.5, 0.5, -1.0]), jnp.ones(4)
+    inputs = LossInputs(logprobs_BT - 0.1, logprobs_BT, logprobs_BT - 0.2, mask_BT, advantages_B, ones_B)
+    denominators = denominators_for(mask_BT, ones_B, -logprobs_BT, config, entropy_coef=0.0, advantages_B=advantages_B)
+
+    def term_of(logprobs_BT: jax.Array) -> Any:
+        return loss_type_of(config).policy_term(prepare(logprobs_BT, inputs, config), config)
+
+    def loss(part: slice) -> jax.Array:
+        piece = LossInputs(*jax.tree.map(lambda x: x[part], tuple(inputs)))
+        return grpo_loss(logprobs_BT[part], -logprobs_BT[part], piece, denominators, config)[0]
+
+    try:
+        _check_shapes(name, term_of(logprobs_BT), logprobs_BT.shape)
+        # Of the term alone: the KL term and the bonus have a gradient whatever the term is.
+        gradient_BT = jax.grad(lambda x: jnp.sum(jnp.where(mask_BT, term_of(x)[0], 0)))(logprobs_BT)
+    except _WrongResult:
+        raise
+    except Exception as error:  # the user's code can raise anything
+        raise ValueError(f"{name} failed on a minibatch of 4 x 3 tokens: {type(error).__name__}: {error}") from error
+    whole = loss(slice(0, 4))
+    if not (jnp.isfinite(whole) and jnp.all(jnp.isfinite(gradient_BT))):
+        raise ValueError(
+            f"{name} must give a finite loss and gradient, got {whole} and {gradient_BT.tolist()} for log-probs "
+            f"{logprobs_BT.tolist()}; give `where` finite values in both branches"
+        )
+    if not jnp.any(gradient_BT):
+        raise ValueError(
+            f"{name} must have a gradient by rows.logprobs_BT (rows.log_ratio_BT and rows.ratio_BX carry it too), got "
+            "0 everywhere; is all of it inside stop_gradient?"
+        )
+    pieces = loss(slice(0, 1)) + loss(slice(1, 4))
+    if not jnp.allclose(pieces, whole, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"{name} must be a term of each sequence by itself, got {whole} for a minibatch and {pieces} for the sum "
+            "of its pieces; nothing in it may depend on other sequences (no mean or sum over B)"
+        )
+
+
+class _WrongResult(ValueError):
+    """What the function returned has the wrong form; said in full by the message."""
+
+
+def _check_shapes(name: str, result: Any, shape: tuple[int, ...]) -> None:
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise _WrongResult(
+            f"{name} must return (term, metrics), where metrics is a dict, got {type(result).__name__}; "
+            "without metrics `return term, {}`"
+        )
+    for what, value in (("the term", result[0]), *((f"metric {key!r}", value) for key, value in result[1].items())):
+        found = getattr(value, "shape", None)
+        if found not in (shape, (shape[0], 1)):
+            got = type(value).__name__ if found is None else f"shape {found}"
+            raise _WrongResult(
+                f"{name}: {what} must have shape [B, T] or [B, 1], here {shape} or {(shape[0], 1)}, got {got}; the "
+                "loss masks and sums it"
+            )

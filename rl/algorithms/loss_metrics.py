@@ -1,0 +1,135 @@
+"""Metrics of a loss in a form that merges exactly: sums of a piece, sums of the minibatch, then scalars by name.
+
+Not here: what a policy term measures (`rl.algorithms.loss_types`).
+
+Shapes: B sequences, T token positions; _B1 means one value for each sequence, _BX means [B, T] or [B, 1].
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rl.algorithms.loss_types import LossConfig, LossInputs, Rows, sampler_difference
+
+# What a metric of the loss is the mean over, where that is not what the policy ratio belongs to.
+BELONGS_TO = {
+    "kl": "token",
+    "dppo_masked": "token",
+    "gmpo_clip_ratio": "token",
+    "vespo_phi_mean": "sequence",
+    "off_policy_kept": "sequence",
+}
+
+
+class MetricSums(NamedTuple):
+    """Metrics of a piece in a form that merges exactly: ratios as numerator and weight, totals, extremes."""
+
+    numerators: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+    totals: dict[str, jax.Array]
+    maxima: dict[str, jax.Array]
+    minima: dict[str, jax.Array]
+
+
+def metric_sums(
+    rows: Rows, means: dict[str, jax.Array], entropy_BT: jax.Array | None, inputs: LossInputs, config: LossConfig
+) -> MetricSums:
+    """Sums of every metric of a piece. `means` holds arrays that belong to tokens [B, T] or to sequences [B, 1]."""
+    dtype, mask_BT = rows.logprobs_BT.dtype, rows.mask_BT
+    real_B1 = inputs.sequence_mask_B.astype(bool)[:, None]
+    by_sequence = config.importance_sampling_level == "sequence"
+    ratio_where = real_B1 if by_sequence else mask_BT
+    sums = MetricSums({}, {}, {}, {}, {})
+
+    def add_mean(name: str, values_BX: jax.Array, where_BX: jax.Array) -> None:
+        sums.numerators[name] = jnp.sum(jnp.where(where_BX, values_BX, 0), dtype=dtype)
+        sums.weights[name] = jnp.sum(where_BX, dtype=dtype)
+
+    def add_max(name: str, values_BX: jax.Array, where_BX: jax.Array) -> None:
+        sums.maxima[name] = jnp.max(values_BX, initial=-jnp.inf, where=where_BX).astype(dtype)
+
+    def add_min(name: str, values_BX: jax.Array, where_BX: jax.Array) -> None:
+        sums.minima[name] = jnp.min(values_BX, initial=jnp.inf, where=where_BX).astype(dtype)
+
+    if entropy_BT is not None:
+        add_mean("entropy", entropy_BT, mask_BT)
+    add_mean("ratio_mean", rows.ratio_BX, ratio_where)
+    add_max("ratio_max", rows.ratio_BX, ratio_where)
+    for name, values_BX in means.items():
+        if config.custom_term is not None and name not in BELONGS_TO:
+            where_BX = mask_BT if values_BX.shape == mask_BT.shape else real_B1
+        else:
+            where_BX = {"token": mask_BT, "sequence": real_B1}.get(BELONGS_TO.get(name, ""), ratio_where)
+        add_mean(name, values_BX, where_BX)
+    if "clip_ratio_low_mean" in means:
+        # The extremes are over the means of the rows; a row without tokens has a mean only at sequence level.
+        row_where_B1 = real_B1 if by_sequence else jnp.any(mask_BT, axis=1, keepdims=True)
+        width_B1 = jnp.ones_like(rows.lengths_B1) if by_sequence else rows.lengths_B1
+
+        def row_means(name: str) -> jax.Array:
+            return jnp.sum(jnp.where(ratio_where, means[name], 0), axis=1, keepdims=True, dtype=dtype) / width_B1
+
+        add_min("clip_ratio_low_min", row_means("clip_ratio_low_mean"), row_where_B1)
+        add_max("clip_ratio_high_max", row_means("clip_ratio_high_mean"), row_where_B1)
+    if inputs.sampler_logprobs_BT is not None:
+        difference_BT, scored_BT = sampler_difference(rows.old_BT, inputs.sampler_logprobs_BT.astype(dtype), mask_BT)
+        add_mean("sampler_logprob_difference_mean", jnp.abs(difference_BT), scored_BT)
+        add_max("sampler_logprob_difference_max", jnp.abs(difference_BT), scored_BT)
+    if rows.sampler_ratio_BX is not None:
+        sampler_where = real_B1 if config.sampler_is_mode.startswith("sequence") else mask_BT
+        add_min("sampler_ratio_min", rows.sampler_ratio_BX, sampler_where)
+        add_mean("sampler_ratio_mean", rows.sampler_ratio_BX, sampler_where)
+        add_max("sampler_ratio_max", rows.sampler_ratio_BX, sampler_where)
+    return sums
+
+
+def zero_sums(like: MetricSums) -> MetricSums:
+    """The neutral element of `combine_sums`. `like`: sums, or their shapes as `jax.eval_shape` gives them."""
+
+    def filled(tree: dict[str, jax.Array], value: float) -> dict[str, jax.Array]:
+        return {name: jnp.full(leaf.shape, value, leaf.dtype) for name, leaf in tree.items()}
+
+    return MetricSums(
+        numerators=filled(like.numerators, 0),
+        weights=filled(like.weights, 0),
+        totals=filled(like.totals, 0),
+        maxima=filled(like.maxima, -jnp.inf),
+        minima=filled(like.minima, jnp.inf),
+    )
+
+
+def combine_sums(left: MetricSums, right: MetricSums) -> MetricSums:
+    """Sums of two pieces together. The same metrics must be present in both."""
+    return MetricSums(
+        numerators=jax.tree.map(jnp.add, left.numerators, right.numerators),
+        weights=jax.tree.map(jnp.add, left.weights, right.weights),
+        totals=jax.tree.map(jnp.add, left.totals, right.totals),
+        maxima=jax.tree.map(jnp.maximum, left.maxima, right.maxima),
+        minima=jax.tree.map(jnp.minimum, left.minima, right.minima),
+    )
+
+
+def finish_metrics(sums: MetricSums) -> dict[str, jax.Array]:
+    """Scalars by name, from the sums over all pieces of a minibatch.
+
+    Means are over the trained tokens, or over the sequences where a quantity belongs to a sequence (ratio and clip
+    metrics at importance_sampling_level "sequence"); 0 over nothing. Extremes over nothing are NaN.
+
+    - policy_loss: the loss without entropy bonus and positive NLL, before division by the accumulation steps;
+    - kl: of the estimator in use, times the policy ratio if use_bias_correction_kl;
+    - entropy, selected_entropy: nats per token, over all tokens and over those of the entropy quantile;
+    - ratio_mean, ratio_max: of policy to old probabilities;
+    - clip_ratio_{low,high,region}_mean: share where the clip holds the gradient back; low_min, high_max: of rows;
+    - cispo_clip_ratio, vespo_phi_mean, off_policy_kept: of the option they are named after;
+    - dppo_masked, gmpo_clip_ratio: share of tokens outside the trust region, or clipped;
+    - what a user's loss calls its metrics;
+    - positive_nll: nats per token of the completions with A > 0;
+    - sampler_logprob_difference_{mean,max}: absolute, old against sampler, in nats;
+    - sampler_ratio_{min,mean,max}: after truncation.
+    """
+    means = {name: value / jnp.maximum(sums.weights[name], 1) for name, value in sums.numerators.items()}
+    extremes = {
+        name: jnp.where(jnp.isfinite(value), value, jnp.nan) for name, value in (sums.maxima | sums.minima).items()
+    }
+    return sums.totals | means | extremes

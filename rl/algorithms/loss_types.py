@@ -1,0 +1,412 @@
+"""What one loss differs in from another: its settings, its policy term, and what the sum of that is divided by.
+
+In: the tokens of a piece as `Rows`, a `LossConfig`. Out: terms [B, T] or [B, 1] that `rl.algorithms.losses` masks,
+modifies and sums. A new loss_type is one function and one line in `LOSS_TYPES`. The papers are listed in
+`rl.algorithms.losses`.
+
+Shapes: B sequences, T token positions; _B1 means one value for each sequence, _BX means [B, T] or [B, 1].
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+SAMPLER_IS_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+VESPO_LOG_FLOOR = math.log(1e-8)
+VESPO_LOG_CEILING = 20.0
+VESPO_MIN_LAMBDA = 1e-4
+DPPO_MIN_REST = 1e-8  # least probability of "another token", so that its logarithm is finite
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Everything that selects and shapes a loss. Hashable, so that it can be a static argument of jit."""
+
+    loss_type: str  # a key of LOSS_TYPES, or where custom_term comes from
+    custom_term: Callable | None  # the policy term of a user's file; None: that of loss_type
+    importance_sampling_level: str  # "token" or "sequence": what one policy ratio belongs to
+    beta: float  # weight of the KL term; 0 leaves it out
+    kl_estimator: str  # a key of KL_ESTIMATORS
+    use_bias_correction_kl: bool  # multiply the KL estimate by the policy ratio, gradient included
+    # Lower clip: ratios are cut at 1 - epsilon, for gmpo at exp(-epsilon); for dppo the divergence allowed if A <= 0.
+    epsilon: float
+    # Upper clip: 1 + epsilon_high, exp(epsilon_high); for cispo the cap itself; for dppo the divergence allowed if
+    # A > 0. None: same as epsilon.
+    epsilon_high: float | None
+    delta: float | None  # cap of the unclipped ratio, for dppo of its weight; None: no cap
+    top_entropy_quantile: float  # share of tokens, highest entropy first, that carry the policy term; 1: all
+    off_policy_mask_threshold: float | None  # drop sequences with A < 0 that drifted more than this; None: off
+    sampler_is_correction: bool  # multiply by the ratio of old to sampler probabilities
+    sampler_is_mode: str  # one of SAMPLER_IS_MODES
+    sampler_is_clip_min: float | None  # None: no lower bound
+    sampler_is_clip_max: float | None  # None: no upper bound
+    entropy_coef: float  # weight of the entropy bonus (its first value, where it adapts)
+    use_adaptive_entropy: bool  # steer the coefficient so that the entropy stays near entropy_target
+    entropy_target: float  # nats per token
+    entropy_coef_delta: float  # change of the coefficient per update
+    entropy_coef_min: float
+    entropy_coef_max: float
+    positive_nll_coef: float  # weight of the mean -log p of the tokens of completions with A > 0; 0 leaves it out
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+    max_completion_length: int  # constant divisor of dr_grpo, in tokens
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        return self.entropy_coef != 0 or self.use_adaptive_entropy
+
+    @property
+    def selects_by_entropy(self) -> bool:
+        return self.top_entropy_quantile < 1
+
+    @property
+    def upper_epsilon(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+class LossInputs(NamedTuple):
+    """Constants of the loss: no gradient flows into them. Values where the mask is 0 are arbitrary, NaN included."""
+
+    old_logprobs_BT: jax.Array | None  # before the first update on these completions; None: the policy's own, now
+    reference_logprobs_BT: jax.Array | None  # needed if beta != 0
+    sampler_logprobs_BT: jax.Array | None  # when drawn; NaN where the sampler has no value
+    mask_BT: jax.Array  # 1 (or True) for the tokens that are trained on
+    advantages_B: jax.Array
+    sequence_mask_B: jax.Array  # 1 for a real sequence, even an empty one; 0 for a row that only fills a bucket
+    advantages_BT: jax.Array | None = None  # of each token, in the place of advantages_B
+
+
+class Denominators(NamedTuple):
+    """Scalars of the whole minibatch of one update, equal for each of its pieces. See `denominators_for`."""
+
+    num_sequences: jax.Array  # real rows
+    num_tokens: jax.Array  # sum of the mask
+    num_positive_tokens: jax.Array  # of completions with A > 0; 0 where positive_nll_coef is 0
+    num_entropy_tokens: jax.Array  # tokens selected by the entropy quantile
+    entropy_threshold: jax.Array  # nats; -inf where no quantile is taken
+    num_items_in_batch: jax.Array  # tokens of the whole rollout batch, over all processes
+    gradient_accumulation_steps: jax.Array
+    steps_per_generation: jax.Array
+    num_processes: jax.Array
+    entropy_coef: jax.Array  # the coefficient in force during this update
+
+
+class Rows(NamedTuple):
+    """Inputs of one piece in one dtype, with every value where the mask is 0 replaced by a harmless one."""
+
+    logprobs_BT: jax.Array  # carries the gradient
+    old_BT: jax.Array
+    drawn_BT: jax.Array  # log-probs of the sampler where it has scored the token, else old
+    log_ratio_BT: jax.Array
+    ratio_BX: jax.Array
+    advantages_BX: jax.Array  # [B, 1]; [B, T] where each token has its own
+    mask_BT: jax.Array  # bool
+    lengths_B1: jax.Array  # at least 1
+    sampler_ratio_BX: jax.Array | None
+
+
+def validate_loss_config(config: LossConfig) -> None:
+    """Refuse values and combinations that have no meaning.
+
+    Raises:
+        ValueError: naming the field, the rule, the value and the way out.
+    """
+    choices = (
+        *((("loss_type", tuple(LOSS_TYPES)),) if config.custom_term is None else ()),
+        ("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS),
+        ("kl_estimator", tuple(KL_ESTIMATORS)),
+        ("sampler_is_mode", SAMPLER_IS_MODES),
+    )
+    for name, allowed in choices:
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+    infinity = float("inf")
+    ranges = (
+        ("beta", 0, infinity, "0 turns the KL term off"),
+        ("epsilon", 0, infinity, "0.2 is usual, 3e-4 at sequence level"),
+        ("epsilon_high", 0, infinity, "null means the same as epsilon"),
+        ("delta", 0, infinity, "null turns the cap off"),
+        ("top_entropy_quantile", 0, 1, "1 keeps every token"),
+        ("sampler_is_clip_min", 0, infinity, "null means no lower bound"),
+        ("sampler_is_clip_max", 0, infinity, "null means no upper bound"),
+        ("positive_nll_coef", 0, infinity, "0 turns the term off"),
+        ("entropy_coef_delta", 0, infinity, "0 keeps the coefficient as it is"),
+        ("max_completion_length", 1, infinity, "it is the constant divisor of dr_grpo"),
+    )
+    for name, low, high, hint in ranges:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} must be in [{low}, {high}], got {value}; {hint}")
+    for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(config, name)}; 1.0 is usual")
+    for low, high in (("sampler_is_clip_min", "sampler_is_clip_max"), ("entropy_coef_min", "entropy_coef_max")):
+        low_value, high_value = getattr(config, low), getattr(config, high)
+        if low_value is not None and high_value is not None and low_value > high_value:
+            raise ValueError(f"{low} must not be above {high}, got {low_value} > {high_value}; exchange them")
+    _validate_sampler_is(config)
+    if config.beta != 0 and config.kl_estimator == "k1" and not config.use_bias_correction_kl:
+        raise ValueError(
+            "kl_estimator must be k2 or k3 while use_bias_correction_kl is false, got k1: the expected gradient of k1 "
+            "alone is zero, so it would regularise nothing; or set use_bias_correction_kl to true"
+        )
+
+
+def _validate_sampler_is(config: LossConfig) -> None:
+    modes = loss_type_of(config).sampler_is_modes
+    if not config.sampler_is_correction or config.sampler_is_mode in modes:
+        return
+    if not modes:
+        raise ValueError(
+            f"sampler_is_correction must be false with loss_type {config.loss_type}, whose ratio is that of policy to "
+            "sampler already, got true"
+        )
+    raise ValueError(
+        f"sampler_is_mode must be {' or '.join(modes)} with loss_type {config.loss_type}, which builds its own "
+        f"sequence weight, got {config.sampler_is_mode}; or set sampler_is_correction to false"
+    )
+
+
+def saturating_exp(x: jax.Array, function: Callable[[jax.Array], jax.Array] = jnp.exp) -> jax.Array:
+    """exp (or expm1) that stays finite: exact up to about e^40 in float32 (e^350 in float64), constant above.
+
+    An infinite ratio in the branch that a minimum does not choose would give 0 * inf = NaN in the gradient.
+    """
+    limit = (
+        math.log(float(jnp.finfo(x.dtype).max)) / 2 - 4
+    )  # the product of two saturated values, summed, is finite too
+    return function(jnp.minimum(x, limit))
+
+
+def importance_ratio(log_ratio_BT: jax.Array, mask_BT: jax.Array, level: str) -> jax.Array:
+    """Ratio of policy to old probabilities: [B, T] for level "token", [B, 1] (length-normalised) for "sequence".
+
+    The gradient flows through the masked mean at sequence level. Masked log-ratios must be finite.
+    """
+    if level == "token":
+        return saturating_exp(log_ratio_BT)
+    total_B1 = jnp.sum(jnp.where(mask_BT, log_ratio_BT, 0), axis=1, keepdims=True)
+    return saturating_exp(total_B1 / lengths(mask_BT, log_ratio_BT.dtype))
+
+
+def sampler_ratio(
+    old_logprobs_BT: jax.Array, sampler_logprobs_BT: jax.Array, mask_BT: jax.Array, config: LossConfig
+) -> jax.Array:
+    """Truncated importance ratio of old to sampler probabilities, [B, T] or [B, 1]: a constant.
+
+    The sequence modes use the sum of the log-ratios, not their mean. Masked tokens and tokens that the sampler did not
+    score (NaN) count as ratio 1. Source: https://fengyao.notion.site/off-policy-rl (TIS) and https://arxiv.org/abs/2510.18855.
+    """
+    difference_BX, _ = sampler_difference(old_logprobs_BT, sampler_logprobs_BT, mask_BT)
+    per_sequence = config.sampler_is_mode.startswith("sequence")
+    if per_sequence:
+        difference_BX = jnp.sum(difference_BX, axis=1, keepdims=True)
+    ratio_BX = saturating_exp(difference_BX)
+    low, high = config.sampler_is_clip_min, config.sampler_is_clip_max
+    if config.sampler_is_mode.endswith("truncate"):
+        ratio_BX = ratio_BX if low is None else jnp.maximum(ratio_BX, low)
+        ratio_BX = ratio_BX if high is None else jnp.minimum(ratio_BX, high)
+    else:
+        ratio_BX = ratio_BX if low is None else jnp.where(ratio_BX < low, 0, ratio_BX)
+        ratio_BX = ratio_BX if high is None else jnp.where(ratio_BX > high, 0, ratio_BX)
+    if not per_sequence:
+        ratio_BX = jnp.where(mask_BT, ratio_BX, 1)
+    return stop_gradient(ratio_BX)  # a weight of the sample, not a quantity to optimise
+
+
+def sampler_difference(old_BT: jax.Array, sampler_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """old - sampler, 0 where masked or unscored; and which tokens are valid and scored."""
+    scored_BT = mask_BT & ~jnp.isnan(sampler_BT)
+    return stop_gradient(jnp.where(scored_BT, old_BT - jnp.where(scored_BT, sampler_BT, 0), 0)), scored_BT
+
+
+def lengths(mask_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.maximum(jnp.sum(mask_BT, axis=1, keepdims=True, dtype=jnp.int32), 1).astype(dtype)
+
+
+# ---- Policy terms: (rows, config) -> (term [B, T] or [B, 1], metrics of the same shapes) ----
+
+
+def _clipped_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    low, high = 1 - config.epsilon, 1 + config.upper_epsilon
+    ratio = rows.ratio_BX
+    # Conditions instead of minimum and clip: at a tie those would hand half of the gradient to a constant.
+    clipped = jnp.where(ratio < low, low, jnp.where(ratio > high, high, ratio))
+    capped = ratio if config.delta is None else jnp.where(ratio > config.delta, config.delta, ratio)
+    unclipped_gain, clipped_gain = capped * rows.advantages_BX, clipped * rows.advantages_BX
+    term = -jnp.where(clipped_gain < unclipped_gain, clipped_gain, unclipped_gain)
+    is_low = (capped < low) & (rows.advantages_BX < 0)
+    is_high = (capped > high) & (rows.advantages_BX > 0)
+    return term, {
+        "clip_ratio_low_mean": is_low,
+        "clip_ratio_high_mean": is_high,
+        "clip_ratio_region_mean": is_low | is_high,
+    }
+
+
+def _cispo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    # The weight is a constant by definition: every token keeps the REINFORCE gradient, at a capped strength.
+    weight = stop_gradient(jnp.minimum(rows.ratio_BX, config.upper_epsilon))
+    is_capped = (rows.ratio_BX > config.upper_epsilon) & (rows.advantages_BX > 0)
+    return -weight * rows.advantages_BX * rows.logprobs_BT, {"cispo_clip_ratio": is_capped}
+
+
+def _sapo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    temperature = jnp.where(rows.advantages_BX > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+    temperature = temperature.astype(rows.logprobs_BT.dtype)
+    gate = jax.nn.sigmoid(temperature * (rows.ratio_BX - 1)) * 4 / temperature
+    return -gate * rows.advantages_BX, {}
+
+
+def _vespo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    dtype = rows.logprobs_BT.dtype
+    log_weight_BT = jnp.clip(rows.log_ratio_BT, -VESPO_LOG_CEILING, VESPO_LOG_CEILING)
+    if rows.sampler_ratio_BX is not None:
+        log_weight_BT += jnp.clip(jnp.log(rows.sampler_ratio_BX), VESPO_LOG_FLOOR, VESPO_LOG_CEILING)
+    log_weight_B1 = jnp.sum(jnp.where(rows.mask_BT, log_weight_BT, 0), axis=1, keepdims=True)
+    log_weight_B1 = jnp.clip(log_weight_B1, VESPO_LOG_FLOOR, VESPO_LOG_CEILING)
+    is_positive = rows.advantages_BX >= 0
+    exponent = jnp.where(is_positive, config.vespo_k_pos, config.vespo_k_neg).astype(dtype)
+    decay = jnp.where(is_positive, config.vespo_lambda_pos, config.vespo_lambda_neg).astype(dtype)
+    decay = jnp.maximum(decay, VESPO_MIN_LAMBDA)
+    phi_B1 = jnp.exp(decay + exponent * log_weight_B1 - decay * jnp.exp(log_weight_B1))
+    # A constant by definition (as in cispo): it weights the REINFORCE gradient of the whole sequence.
+    phi_B1 = stop_gradient(jnp.where(jnp.isfinite(phi_B1), phi_B1, 0))
+    return -phi_B1 * rows.advantages_BX * rows.logprobs_BT, {"vespo_phi_mean": phi_B1}
+
+
+def _dppo_tv_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mask by total variation between the Bernoulli distributions "this token or another", |p - mu|."""
+    return _dppo_term(rows, config, jnp.abs(jnp.exp(rows.logprobs_BT) - jnp.exp(rows.drawn_BT)))
+
+
+def _dppo_kl_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mask by KL(mu || p) between the same Bernoulli distributions."""
+
+    def log_rest(logprobs_BT: jax.Array) -> jax.Array:
+        return jnp.log(jnp.maximum(-jnp.expm1(logprobs_BT), DPPO_MIN_REST))
+
+    log_p_BT, log_mu_BT = jnp.minimum(rows.logprobs_BT, 0), jnp.minimum(rows.drawn_BT, 0)
+    mu_BT = jnp.exp(log_mu_BT)
+    divergence_BT = mu_BT * (log_mu_BT - log_p_BT) + (1 - mu_BT) * (log_rest(log_mu_BT) - log_rest(log_p_BT))
+    return _dppo_term(rows, config, divergence_BT)
+
+
+def _dppo_term(rows: Rows, config: LossConfig, divergence_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """REINFORCE with the ratio to the sampler mu as weight, without the tokens that leave the trust region: those that
+    are further from mu than allowed and that the gradient would move further still.
+    """
+    is_positive = rows.advantages_BX > 0
+    away_BT = jnp.where(is_positive, rows.logprobs_BT > rows.drawn_BT, rows.logprobs_BT < rows.drawn_BT)
+    masked_BT = away_BT & (divergence_BT > jnp.where(is_positive, config.upper_epsilon, config.epsilon))
+    weight_BT = saturating_exp(rows.logprobs_BT - rows.drawn_BT)
+    if config.delta is not None:
+        weight_BT = jnp.minimum(weight_BT, config.delta)
+    # weight * gradient of log p is the gradient of the ratio; a capped ratio itself would have none.
+    weight_BT = stop_gradient(jnp.where(masked_BT, 0, weight_BT))
+    return -weight_BT * rows.advantages_BX * rows.logprobs_BT, {"dppo_masked": masked_BT}
+
+
+def _gmpo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The geometric mean of the token ratios, each clipped in log space on the side to which its advantage pulls."""
+    is_low = (rows.advantages_BX < 0) & (rows.log_ratio_BT < -config.epsilon)
+    is_high = (rows.advantages_BX > 0) & (rows.log_ratio_BT > config.upper_epsilon)
+    clipped_BT = jnp.where(is_low, -config.epsilon, jnp.where(is_high, config.upper_epsilon, rows.log_ratio_BT))
+    ratio_B1 = importance_ratio(clipped_BT, rows.mask_BT, "sequence")
+    return -ratio_B1 * rows.advantages_BX, {"gmpo_clip_ratio": is_low | is_high}
+
+
+# ---- Normalisers: what the sum over the minibatch is divided by, before gradient accumulation ----
+
+
+def _num_sequences(denominators: Denominators, config: LossConfig) -> jax.Array:
+    return jnp.maximum(denominators.num_sequences, 1)
+
+
+def _num_tokens(denominators: Denominators, config: LossConfig) -> jax.Array:
+    return jnp.maximum(denominators.num_tokens, 1)
+
+
+def _num_token_slots(denominators: Denominators, config: LossConfig) -> jax.Array:
+    return jnp.maximum(denominators.num_sequences, 1) * config.max_completion_length
+
+
+class LossType(NamedTuple):
+    """How one loss_type differs from the others."""
+
+    policy_term: Callable[[Rows, LossConfig], tuple[jax.Array, dict[str, jax.Array]]]
+    normalizer: Callable[[Denominators, LossConfig], jax.Array] | None  # None: share of num_items_in_batch
+    averages_within_sequence: bool  # divide each sequence by its own length first
+    sampler_is_modes: tuple[str, ...] = SAMPLER_IS_MODES  # those that go with the term
+    builds_in_sampler_ratio: bool = False  # the term holds the sampler's ratio: it is not multiplied by it again
+
+
+LOSS_TYPES: dict[str, LossType] = {
+    "grpo": LossType(_clipped_term, _num_sequences, averages_within_sequence=True),
+    "bnpo": LossType(_clipped_term, _num_tokens, averages_within_sequence=False),
+    "dr_grpo": LossType(_clipped_term, _num_token_slots, averages_within_sequence=False),
+    "dapo": LossType(_clipped_term, None, averages_within_sequence=False),
+    "luspo": LossType(_clipped_term, _num_sequences, averages_within_sequence=False),
+    "cispo": LossType(_cispo_term, None, averages_within_sequence=False),
+    "sapo": LossType(_sapo_term, _num_sequences, averages_within_sequence=True),
+    "vespo": LossType(
+        _vespo_term,
+        None,
+        averages_within_sequence=False,
+        sampler_is_modes=("token_truncate", "token_mask"),
+        builds_in_sampler_ratio=True,
+    ),
+    "dppo_tv": LossType(_dppo_tv_term, None, averages_within_sequence=False, sampler_is_modes=()),
+    "dppo_kl": LossType(_dppo_kl_term, None, averages_within_sequence=False, sampler_is_modes=()),
+    "gmpo": LossType(
+        _gmpo_term,
+        _num_sequences,
+        averages_within_sequence=True,
+        sampler_is_modes=("sequence_truncate", "sequence_mask"),
+    ),
+}
+
+
+def loss_type_of(config: LossConfig) -> LossType:
+    """Of a user's term the sum is divided like that of dapo."""
+    if config.custom_term is None:
+        return LOSS_TYPES[config.loss_type]
+    return LOSS_TYPES["dapo"]._replace(policy_term=config.custom_term)
+
+
+def _kl_k1(log_ratio: jax.Array) -> jax.Array:
+    return -log_ratio
+
+
+def _kl_k2(log_ratio: jax.Array) -> jax.Array:
+    return jnp.square(log_ratio) / 2
+
+
+def _kl_k3(log_ratio: jax.Array) -> jax.Array:
+    return saturating_exp(log_ratio, jnp.expm1) - log_ratio
+
+
+# Of log(reference / policy). In a loss, the gradient of k2 is the one of the reverse KL on-policy; that of k3 is not,
+# and that of k1 averages to zero, unless use_bias_correction_kl multiplies the estimate by the policy ratio.
+KL_ESTIMATORS: dict[str, Callable[[jax.Array], jax.Array]] = {"k1": _kl_k1, "k2": _kl_k2, "k3": _kl_k3}
+
+
+def normalizers(denominators: Denominators, config: LossConfig, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """(divisor of the policy loss, further divisor for gradient accumulation)."""
+    accumulation = denominators.gradient_accumulation_steps.astype(dtype)
+    count = loss_type_of(config).normalizer
+    if count is not None:
+        return count(denominators, config).astype(dtype), accumulation
+    num_items = jnp.maximum(denominators.num_items_in_batch, 1).astype(dtype)
+    share = accumulation / denominators.steps_per_generation.astype(dtype)
+    return num_items / denominators.num_processes.astype(dtype) * share, jnp.ones((), dtype)

@@ -1,0 +1,1 @@
+"""The typed configuration: files and overrides in, one `Config` that keeps every rule out."""

@@ -1,0 +1,302 @@
+"""Configuration: YAML recipes plus `dotted.key=value` overrides in, one validated, frozen `Config` out.
+
+`configs/base.yml` owns every default, `rl.config.sections` names and types, `rl.config.rules` what must hold across
+keys. Layers, later ones winning: base.yml, the preset named by `grpo.preset`, the recipe (and what it inherits), the
+command line. No ML library is imported here, so that a mistake is reported at once.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib.resources
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pydantic
+
+from rl.config.ranges import check_plain, check_possible_path
+from rl.config.rules import check
+from rl.config.sections import FREE_FORM, LIST_ENTRIES, Config, flatten, to_dict
+from rl.config.yaml_text import MOST_DEPTH, read_yaml, write_yaml
+from rl.files.json_file import shown
+
+# Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step
+# computes.
+# (The number of steps does where the learning rate falls towards the last of them: see `differences`.)
+RESUMABLE_KEYS = (
+    "pure_nnx",
+    "output_dir",
+    "compiled_file",
+    "grpo.steps",
+    "grpo.max_tokens_per_microbatch",
+    "grpo.logprob_chunk",
+    "sft.steps",
+    "model.remat",
+    "model.scan_layers",
+    "model.attention",
+    "optimizer.offload",
+    "rewards.num_workers",
+    "rewards.memory_gb",
+    "rewards.env",
+    "rewards.check_on_gold",
+    "sampling.slots",
+    "sampling.kv_memory",
+    "sampling.warm_up",
+    "mesh",
+    "distributed",
+    "checkpoint",
+    "eval",
+    "health",
+    "logging",
+)
+
+# Sections, and keys of others, that change no compiled program.
+_NO_PROGRAM = (
+    *("output_dir", "compiled_file", "tokenizer", "data", "rewards", "sft"),
+    *("distributed", "checkpoint", "eval", "health", "logging"),
+)
+_NO_PROGRAM_KEYS = (
+    *("model.source", "lora.adapter", "sampling.warm_up", "grpo.preset", "grpo.advantage_estimator"),
+    *("grpo.scale_rewards", "grpo.aggregation", "grpo.dynamic_sampling_rounds"),
+)
+
+# Where text stands for another type, as it does in YAML 1.1, by the first word of pydantic's name of the problem.
+_WAYS_OUT = {
+    "int": "; write plain digits, such as 1000, without quotes",
+    "float": "; write a plain number, such as 0.5 or 1e-6, without quotes",
+    "bool": "; write true or false, without quotes",
+}
+
+
+def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe and applies overrides.
+
+    Args:
+      path: a YAML recipe; a bare name such as `base.yml` also finds a recipe shipped in the `configs` package. None:
+        defaults only.
+      overrides: `dotted.key=value` strings, values in YAML syntax.
+
+    Raises:
+      ValueError: file missing or not YAML, unknown key (with the nearest name), wrong type, or keys that contradict
+        each other.
+    """
+    base = _base()
+    recipe = _read_recipe(pathlib.Path(path)) if path is not None else {}
+    command_line = _parse_overrides(overrides)
+    known = set(flatten(base))
+    for layer in (recipe, command_line):
+        _check_keys(layer, known)
+    explicit = _merge(recipe, command_line)
+    preset = (explicit.get("grpo") or {}).get("preset")
+    layers = [base, read_preset(preset) if preset else {}, explicit]
+    merged: dict = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    for key in ("output_dir", "compiled_file"):
+        if isinstance(merged[key], str):
+            merged[key] = os.path.expanduser(merged[key])
+    config = _build(merged)
+    check(config)
+    return config
+
+
+def override_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """What the command line gives: {dotted key of one value: value}, those of a section given as a mapping as well.
+
+    Raises ValueError for an override that cannot be read.
+    """
+    return flatten(_parse_overrides(overrides))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """What a preset sets, by section. Its file holds keys of `grpo`, and those of another section below its name.
+
+    Raises ValueError for a name that has no file in configs/presets.
+    """
+    folder = _packaged("presets")
+    names = sorted(entry.name.removesuffix(".yml") for entry in folder.iterdir() if entry.name.endswith(".yml"))
+    if name not in names:
+        raise ValueError(f"grpo.preset must be one of {names}, got {shown(name)}")
+    keys = _read_yaml(folder / f"{name}.yml")
+    sections = {key: value for key, value in keys.items() if isinstance(value, dict)}
+    return {"grpo": {key: value for key, value in keys.items() if key not in sections}, **sections}
+
+
+def preset_values(config: Config) -> dict[str, Any]:
+    """The keys of the run's preset as they are now; other sections' with the name of the section."""
+    if config.grpo.preset is None:
+        return {}
+    keys = flatten(read_preset(config.grpo.preset))
+    values = flatten(to_dict(config))
+    return {key.removeprefix("grpo."): values[key] for key in keys}
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
+    return write_yaml(to_dict(config))
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys that decide what a step computes and differ: {dotted key: (old, new)}. Empty: `new` may resume `old`'s
+    run.
+    """
+    old_flat, new_flat = flatten(to_dict(old)), flatten(to_dict(new))
+    fixed = [key for key in new_flat if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)]
+    if new.optimizer.schedule != "constant":
+        fixed += ["grpo.steps", "sft.steps"]
+    return {key: (old_flat.get(key), new_flat[key]) for key in fixed if old_flat.get(key) != new_flat[key]}
+
+
+def program_keys(config: Config) -> dict[str, Any]:
+    """The keys that decide which programs a GRPO run compiles: {dotted key: value}."""
+    flat = flatten(to_dict(config))
+    free = [key for key in flat if key.split(".")[0] in _NO_PROGRAM and key != "data.max_prompt_length"]
+    free += ["grpo.steps"] if config.optimizer.schedule == "constant" else []
+    return {key: value for key, value in flat.items() if key not in free and key not in _NO_PROGRAM_KEYS}
+
+
+def require(value: Any, key: str, example: str) -> Any:
+    """Returns `value`; ValueError when a key without a usable default was not set."""
+    if value in (None, [], ""):
+        raise ValueError(f"{key} must be set, got {shown(value)}; for example {key}={example}")
+    return value
+
+
+@functools.cache
+def _base() -> dict:
+    """The defaults, which nobody changes in place."""
+    return _read_yaml(_packaged("base.yml"))
+
+
+def _packaged(name: str):
+    return importlib.resources.files("configs") / name
+
+
+def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict:
+    """A recipe with what it inherits merged in; base.yml itself is layered below by the caller."""
+    check_possible_path("a config", str(path))
+    if not path.is_file():
+        packaged = _packaged(path.name)
+        if len(path.parts) == 1 and packaged.is_file():
+            path = pathlib.Path(str(packaged))
+        elif path.is_dir():
+            inside = path / "config.yml"  # of a run
+            way_out = f"name {str(inside)!r}" if inside.is_file() else "name a file"
+            raise ValueError(f"a config must be a YAML recipe, got the folder {str(path)!r}; {way_out}")
+        else:
+            raise ValueError(f"config file {shown(str(path))} does not exist (working directory {os.getcwd()})")
+    path = path.resolve()
+    if path == pathlib.Path(str(_packaged("base.yml"))).resolve():
+        return {}  # its values are the defaults; as a recipe's own they would win over a preset
+    if path in seen:
+        raise ValueError(f"config file {path} inherits from itself")
+    if len(seen) >= MOST_DEPTH:
+        raise ValueError(f"config files must inherit over at most {MOST_DEPTH} others, got {path} as one more")
+    recipe = _read_yaml(path)
+    parent = recipe.pop("inherit", "base.yml")
+    if not isinstance(parent, str):
+        raise ValueError(f"{path}: inherit must be the path of one recipe, got {shown(parent)}")
+    if parent == "base.yml":
+        return recipe
+    check_possible_path(f"{path}: inherit", parent)
+    beside = path.parent / parent
+    return _merge(_read_recipe(beside if beside.is_file() else pathlib.Path(parent), (*seen, path)), recipe)
+
+
+def _read_yaml(path) -> dict:
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except OSError as error:
+        raise ValueError(f"config file {path} cannot be read: {error.strerror}; choose another one") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of keys, got {type(content).__name__}")
+    for key in content:
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: a key must be text, got {key!r}")
+    return content
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict:
+    result: dict = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"an override must look like dotted.key=value, got {shown(text)}")
+        if key.count(".") > MOST_DEPTH:
+            raise ValueError(f"an override must be nested at most {MOST_DEPTH} deep, got {shown(text)}")
+        nested: Any = read_yaml(value, f"the value of override {shown(text)}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        result = _merge(result, nested)
+    return result
+
+
+def _merge(low: Mapping, high: Mapping) -> dict:
+    """`high` over `low`, mappings merged key by key, everything else (lists too) replaced."""
+    result = dict(low)
+    for key, value in high.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = _merge(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _check_keys(layer: Mapping, known: set[str]) -> None:
+    sections = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
+    for key, value in (flatten(layer) | _empty_mappings(layer)).items():
+        if (key in sections and value != {}) or (key in FREE_FORM and not isinstance(value, Mapping)):
+            raise ValueError(f"{key} must be a mapping of keys, got {shown(value)}")
+        if key not in known and key not in sections:
+            near = _nearest(key, sorted(known)) if len(key) < 100 else None  # comparing takes the square of its length
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ValueError(f"unknown config key {shown(key)}{hint} (configs/base.yml lists every key)")
+
+
+def _empty_mappings(layer: Mapping, prefix: str = "") -> dict[str, Mapping]:
+    """{dotted key: {}} of the mappings that `flatten` gives no key of."""
+    found: dict[str, Mapping] = {}
+    for name, value in layer.items():
+        if isinstance(value, Mapping) and f"{prefix}{name}" not in FREE_FORM:
+            found |= _empty_mappings(value, f"{prefix}{name}.") if value else {f"{prefix}{name}": value}
+    return found
+
+
+def _nearest(key: str, known: Sequence[str]) -> str | None:
+    """The known key that was probably meant: its name in another section, else a similar key, else a similar name."""
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    leaf = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, [name for name in known if leaves[name] == leaf], n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(key, known, n=1)
+    if not near:
+        similar = difflib.get_close_matches(leaf, leaves.values(), n=1)
+        near = [name for name in known if leaves[name] in similar]
+    return near[0] if near else None
+
+
+def _build(merged: dict) -> Config:
+    check_plain(merged)
+    try:
+        # Through JSON, because pydantic's strict mode takes mappings for dataclasses only there.
+        return pydantic.TypeAdapter(Config).validate_json(json.dumps(merged))
+    except pydantic.ValidationError as error:
+        raise ValueError("invalid configuration: " + "; ".join(map(_problem, error.errors()))) from error
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    key, value = ".".join(map(str, item["loc"])), item["input"]
+    if item["type"] == "unexpected_keyword_argument":  # in a list entry; other keys are compared with base.yml before
+        entries = ".".join(map(str, item["loc"][:2]))
+        names = [field.name for field in dataclasses.fields(LIST_ENTRIES[entries])]
+        return f"unknown config key {shown(key)}; an entry of {entries} has {names}"
+    kind = item["type"].partition("_")[0]
+    way_out = _WAYS_OUT.get(kind, "") if isinstance(value, str) else ""
+    return f"{key}: {item['msg']}, got {shown(value)}{way_out}"

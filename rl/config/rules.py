@@ -1,0 +1,318 @@
+"""Ranges and cross-field rules of a configuration, checked before anything heavy starts.
+
+In: a `Config` whose keys have the right types. Out: nothing, or a ValueError with key, rule, value and way out. Rules
+that need devices, data, a tokenizer or the model live where those are loaded.
+"""
+
+import json
+import re
+from typing import Any
+
+from rewards.environment import check_memory_gb, check_names
+from rl.config.ranges import check_ranges
+from rl.config.sections import OPEN_CHOICES, TUNIX_PREFIX, Config, is_user_function, source_kind
+from rl.files.json_file import shown
+from rl.files.stores import check_path
+
+_LOSSES_OF_SEQUENCES = ("gmpo", "vespo")  # which cannot take an advantage for each token
+
+
+def check(config: Config) -> None:
+    """Ranges and cross-field rules that hold for every command."""
+    check_ranges(config)
+    _check_paths(config)
+    grpo, sampling = config.grpo, config.sampling
+    _check_model(config)
+    _check_lora(config)
+    _check_group_sizes(config)
+    _check_optimizer(config)
+    _check_mesh(config)
+    _check_distributed(config)
+    if grpo.prompts_per_step % grpo.minibatches:
+        fits = [n for n in range(1, min(grpo.prompts_per_step, 1000) + 1) if grpo.prompts_per_step % n == 0]
+        raise ValueError(
+            f"grpo.minibatches must divide grpo.prompts_per_step ({grpo.prompts_per_step}), got {grpo.minibatches}; "
+            f"these fit: {fits}"
+        )
+    if sampling.min_completion_length > sampling.max_completion_length:
+        raise ValueError(
+            "sampling.min_completion_length must be <= sampling.max_completion_length "
+            f"({sampling.max_completion_length}), got {sampling.min_completion_length}"
+        )
+    check_memory_gb(config.rewards.memory_gb)
+    check_names(config.rewards.env)
+    if any(token < 0 for token in sampling.logit_bias):
+        raise ValueError(f"sampling.logit_bias must hold token ids >= 0, got {shown(sorted(sampling.logit_bias))}")
+    for key, choices in OPEN_CHOICES.items():
+        value = getattr(grpo, key)
+        if value not in choices and not is_user_function(value):
+            raise ValueError(
+                f"grpo.{key}: must be one of {list(choices)} or path/to/file.py:function, got {shown(value)}"
+            )
+    if grpo.loss_type == "cispo" and grpo.epsilon_high is None:
+        raise ValueError(
+            "grpo.epsilon_high must be set with loss_type cispo, where it is the cap of the ratio itself and not a "
+            "distance from 1, got null; for example grpo.epsilon_high=5.0"
+        )
+    if grpo.old_logprobs == "sampler" and grpo.sampler_is_correction:
+        raise ValueError(
+            "grpo.sampler_is_correction must be false with grpo.old_logprobs=sampler, whose ratio of old to sampler is "
+            "1, got true; set grpo.old_logprobs=recompute to correct for the difference"
+        )
+    if grpo.loss_type == "vespo" and grpo.sampler_is_correction and not grpo.sampler_is_mode.startswith("token_"):
+        raise ValueError(
+            "grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, "
+            f"got {grpo.sampler_is_mode!r}"
+        )
+    low, high = grpo.sampler_is_clip_min, grpo.sampler_is_clip_max
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"grpo.sampler_is_clip_min must be <= grpo.sampler_is_clip_max ({high}), got {low}")
+    if grpo.entropy_coef_min > grpo.entropy_coef_max:
+        raise ValueError(
+            f"grpo.entropy_coef_min must be <= grpo.entropy_coef_max ({grpo.entropy_coef_max}), got "
+            f"{grpo.entropy_coef_min}"
+        )
+    if grpo.kl_in_reward:
+        _check_kl_in_reward(config)
+    if config.reference.sync_every and not grpo.beta:
+        raise ValueError(
+            f"grpo.beta must be > 0 with reference.sync_every {config.reference.sync_every}, got {grpo.beta}: without "
+            "a KL term there is no reference; set reference.sync_every to 0"
+        )
+    if config.reference.ema != 1 and not config.reference.sync_every:
+        raise ValueError(
+            f"reference.sync_every must be > 0 with reference.ema {config.reference.ema}, got 0: it never moves"
+        )
+    names = [function.name or function.function for function in config.rewards.functions]
+    if config.rewards.overlong_buffer and "overlong" in names:
+        raise ValueError(
+            "rewards.functions must not name a function 'overlong' while rewards.overlong_buffer is set, whose "
+            f"punishment has this name, got {shown(names)}; give it another `name`"
+        )
+    for name, function in zip(names, config.rewards.functions, strict=True):
+        if function.needs_group and function.elementwise is not None:
+            raise ValueError(
+                f"rewards.functions: {shown(name)} must not have both needs_group: true and elementwise: "
+                f"{json.dumps(function.elementwise)}, which each say how it is called; drop one of them"
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"rewards.functions must have distinct names, got {shown(names)}; set `name` on each")
+    if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in names:
+        raise ValueError(
+            f"eval.reward must name one of rewards.functions {shown(names)}, got {shown(config.eval.reward)}"
+        )
+    if config.data.eval_source is not None and config.data.eval_size:
+        raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
+
+
+def _check_paths(config: Config) -> None:
+    """Which keys may name objects of a store; a scheme that nothing opens would become a folder of that name."""
+    model = config.model.source
+    for key, value in (
+        ("output_dir", config.output_dir),
+        ("model.source", None if model is None else model.removeprefix(TUNIX_PREFIX)),
+        ("model.weights", config.model.weights),
+        ("lora.adapter", config.lora.adapter),
+        ("tokenizer.source", config.tokenizer.source),
+        ("tokenizer.chat_template", config.tokenizer.chat_template),
+        ("data.source", config.data.source),
+        ("data.eval_source", config.data.eval_source),
+    ):
+        check_path(value, key, may_be_remote=not (value and is_user_function(value)))
+    for key, value in (
+        ("compiled_file", config.compiled_file),
+        ("checkpoint.staging", config.checkpoint.staging),
+        ("logging.compilation_cache", config.logging.compilation_cache),
+        ("grpo.loss_type", config.grpo.loss_type),
+        ("grpo.advantage_estimator", config.grpo.advantage_estimator),
+        *((f"rewards.functions.{i}.function", entry.function) for i, entry in enumerate(config.rewards.functions)),
+    ):
+        check_path(value, key, may_be_remote=False)
+
+
+def _check_kl_in_reward(config: Config) -> None:
+    """An advantage belongs to a token then, and the KL estimate to the old policy."""
+    grpo, way_out = config.grpo, "or set grpo.kl_in_reward to false"
+    for key, needed, why in (
+        ("advantage_estimator", "reinforce++", "whose advantages are whitened over tokens"),
+        ("importance_sampling_level", "token", "to which advantages belong"),
+        ("use_bias_correction_kl", False, "which is for a KL term of the loss"),
+        ("old_logprobs", "recompute", "of which the KL estimate is made"),
+        ("off_policy_mask_threshold", None, "which is for whole completions"),
+        ("positive_nll_coef", 0.0, "which is for whole completions"),
+    ):
+        value = getattr(grpo, key)
+        if value != needed:
+            must = f"grpo.{key} must be {json.dumps(needed)} with grpo.kl_in_reward"
+            raise ValueError(f"{must}, {why}, got {json.dumps(value)}; {way_out}")
+    if not grpo.beta:
+        raise ValueError(f"grpo.beta must be > 0 with grpo.kl_in_reward, got {grpo.beta}; {way_out}")
+    if grpo.loss_type in _LOSSES_OF_SEQUENCES:
+        raise ValueError(
+            f"grpo.loss_type must be none of {', '.join(_LOSSES_OF_SEQUENCES)} with grpo.kl_in_reward, for they are of "
+            f"whole completions, got {grpo.loss_type!r}; take dapo, {way_out}"
+        )
+
+
+def decoder_keys(config: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys that belong to the toolkit's own decoder and that this run's model is not: their values, and what they must
+    be. None of a run with that decoder.
+    """
+    section, kind = config.model, source_kind(config.model.source)
+    if kind == "decoder":
+        return {}
+    keys: dict[str, tuple[Any, Any]] = {
+        "lora.rank": (config.lora.rank, 0),
+        "lora.adapter": (config.lora.adapter, None),
+        "sampling.kv_dtype": (config.sampling.kv_dtype, None),
+        "sampling.weight_dtype": (config.sampling.weight_dtype, None),
+        "model.scan_layers": (section.scan_layers, False),
+        "model.attention": (section.attention, "auto"),
+        "mesh.rollout_rules": (config.mesh.rollout_rules, {}),
+        "compiled_file": (config.compiled_file, None),
+    }
+    if kind == "own":
+        keys["model.remat"] = (section.remat, "none")
+    return keys
+
+
+def _check_mesh(config: Config) -> None:
+    """Which axes there are is known only with the devices: `rl.devices.mesh`."""
+    for key, rules in (("rules", config.mesh.rules), ("rollout_rules", config.mesh.rollout_rules)):
+        for logical, rule in rules.items():
+            is_flat = all(isinstance(axis, str) for axis in rule)
+            lists = [axes for axes in rule if isinstance(axes, list) and all(isinstance(axis, str) for axis in axes)]
+            if not is_flat and len(lists) < len(rule):
+                raise ValueError(
+                    f"mesh.{key}.{logical} must be a list of mesh axes, like [fsdp, tensor], or of such lists, like "
+                    f"[[fsdp, tensor], [fsdp]], of which the first that fits counts, got {shown(rule)}"
+                )
+
+
+def _check_distributed(config: Config) -> None:
+    """That the three keys come together is checked by who joins: `rl.devices.hosts`."""
+    section = config.distributed
+    process_id, num_processes, address = section.process_id, section.num_processes, section.coordinator_address
+    if process_id is not None and num_processes is not None and process_id >= num_processes:
+        raise ValueError(
+            f"distributed.process_id must be < distributed.num_processes ({num_processes}), got {process_id}; "
+            "processes are numbered from 0"
+        )
+    if address is not None:
+        match = re.fullmatch(r"(?:[^\s:]+|\[[^\s\]]+\]):([0-9]{1,5})", address)
+        if match is None or not 0 < int(match[1]) < 65536:
+            raise ValueError(
+                f"distributed.coordinator_address must be host:port, a port from 1 to 65535, got {shown(address)}; for "
+                "example 10.0.0.1:1234"
+            )
+
+
+def _check_model(config: Config) -> None:
+    """Keys that only some kinds of model have."""
+    section, kind = config.model, source_kind(config.model.source)
+    if kind != "own":
+        for key, value in (("args", section.args), ("weights", section.weights)):
+            if value:
+                raise ValueError(
+                    f"model.{key} belongs to a module of your own (model.source: path/to/file.py:build), got "
+                    f"{shown(value)} with model.source {shown(section.source)}; leave it out"
+                )
+    if kind == "decoder":
+        return
+    if config.optimizer.name == "muon":
+        raise ValueError(
+            f"optimizer.name must not be muon with model.source {shown(section.source)}, whose matrices it cannot tell "
+            "inputs and outputs of; use adamw"
+        )
+    for key, (value, needed) in decoder_keys(config).items():
+        if value != needed:
+            raise ValueError(
+                f"{key} must be {json.dumps(needed)} with model.source {shown(section.source)}, got "
+                f"{shown(value)}: it is a part of the toolkit's own decoder; leave it out"
+            )
+
+
+def _check_lora(config: Config) -> None:
+    """Ranges, and keys that contradict a frozen base. Whether a target matches is known with the model only."""
+    section = config.lora
+    if not section.rank and section.adapter is None:
+        for key in ("base_dtype", "base_group_size"):
+            value = getattr(section, key)
+            if value is not None:
+                raise ValueError(
+                    f"lora.{key} must be null without adapters (lora.rank 0, no lora.adapter), got {shown(value)}; "
+                    "set lora.rank"
+                )
+        return
+    if not section.targets:
+        raise ValueError('lora.targets must hold a pattern, got []; "*_proj" is every matrix of attention and mlp')
+    if section.adapter is not None and config.model.source is None:
+        raise ValueError(
+            f"lora.adapter needs the model that it belongs to, got {shown(section.adapter)} with model.source null; "
+            "set model.source"
+        )
+    if config.reference.sync_every:
+        raise ValueError(
+            f"reference.sync_every must be 0 with adapters, whose reference is the frozen base, got "
+            f"{config.reference.sync_every}"
+        )
+    if section.base_dtype == config.model.param_dtype:
+        raise ValueError(
+            f"lora.base_dtype must be another than model.param_dtype, got {section.base_dtype!r} for both; leave it out"
+        )
+    if section.base_dtype not in (None, "bfloat16") and config.sampling.weight_dtype is not None:
+        raise ValueError(
+            f"sampling.weight_dtype must be null with lora.base_dtype {section.base_dtype}, which is read in decoding "
+            f"as well, got {config.sampling.weight_dtype!r}"
+        )
+
+
+def _check_group_sizes(config: Config) -> None:
+    """Groups are of quantised weights only. Whether they divide a matrix is known with the model only."""
+    for section, size_key, dtype_key in (
+        ("lora", "base_group_size", "base_dtype"),
+        ("sampling", "weight_group_size", "weight_dtype"),
+    ):
+        values = getattr(config, section)
+        size, dtype = getattr(values, size_key), getattr(values, dtype_key)
+        if size is None:
+            continue
+        if dtype in (None, "bfloat16"):
+            raise ValueError(
+                f"{section}.{size_key} must be null where no weights are quantised, got {size} with "
+                f"{section}.{dtype_key} {dtype!r}"
+            )
+
+
+def _check_optimizer(config: Config) -> None:
+    """Ranges, and settings that the chosen optimizer or schedule needs or cannot have."""
+    section = config.optimizer
+    if section.schedule == "wsd" and section.decay_updates is None:
+        raise ValueError(
+            "optimizer.decay_updates must be set with optimizer.schedule wsd, got null; about a tenth of the run's "
+            "updates is usual"
+        )
+    if section.second_moment_dtype is not None and section.name not in ("adamw", "muon"):
+        raise ValueError(
+            f"optimizer.second_moment_dtype must be null with optimizer.name {section.name}, which has no full second "
+            f"moment, got {section.second_moment_dtype!r}; leave it out"
+        )
+    # A change below half of the last of 8 bits is lost: the moment stands still a share of 2^-8 / (1 - b2) from its
+    # target, here at most a quarter.
+    if section.second_moment_dtype == "bfloat16" and 1 - section.b2 < 2**-6:
+        raise ValueError(
+            f"optimizer.b2 must be <= {1 - 2**-6:.3f} with optimizer.second_moment_dtype bfloat16, got {section.b2}: "
+            "the moment's changes would be lost to rounding; lower b2, 0.98 for instance, or keep it in float32"
+        )
+    no_moment = section.name == "adafactor" or (section.name == "sgd" and not section.sgd_momentum)
+    if section.offload and section.name == "sgd" and not section.sgd_momentum:
+        raise ValueError(
+            "optimizer.offload must be false with optimizer.name sgd and optimizer.sgd_momentum 0, which keep no "
+            "moments, got true; leave it out"
+        )
+    if section.moment_dtype is not None and no_moment:
+        way_out = "set optimizer.sgd_momentum or leave it out" if section.name == "sgd" else "leave it out"
+        raise ValueError(
+            f"optimizer.moment_dtype must be null with optimizer.name {section.name}, which keeps no first moment "
+            f"here, got {section.moment_dtype!r}; {way_out}"
+        )

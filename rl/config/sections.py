@@ -1,0 +1,390 @@
+"""The sections of a configuration: names and types of every key, and what can be said of a key by itself.
+
+No defaults (`configs/base.yml` owns them), no files (`rl.config.load`), no rules across keys (`rl.config.rules`).
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pydantic
+from pydantic.dataclasses import dataclass
+
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+FREE_FORM = (
+    "model.args",
+    "data.args",
+    "data.eval_args",
+    "data.columns",
+    "sampling.logit_bias",
+    "mesh.axes",
+    "mesh.dcn",
+    "mesh.rules",
+    "mesh.rollout_rules",
+)
+
+# The choices of keys that take a function from a file as well; the tables of `rl.algorithms.loss_types` and
+# `rl.algorithms.advantages`.
+OPEN_CHOICES = {
+    "loss_type": (
+        *("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+        *("dppo_tv", "dppo_kl", "gmpo"),
+    ),
+    "advantage_estimator": ("grpo", "rloo", "maxrl", "reinforce++", "reinforce++_baseline"),
+}
+
+DType = Literal["float32", "bfloat16", "float64"]
+TUNIX_PREFIX = "tunix:"  # of model.source, before the folder of a model that tunix.models computes
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ArchConfig:
+    """Shape of a fresh random model."""
+
+    family: Literal["llama", "qwen2", "qwen3", "gemma3_text"]
+    vocab_size: int | None
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    initializer_range: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelSection:
+    """Where the policy's weights come from and how they compute."""
+
+    source: str | None
+    args: dict[str, Any]
+    weights: str | None
+    allow_nonfinite: bool
+    param_dtype: DType
+    dtype: DType
+    remat: Literal["none", "dots", "outputs", "block", "full"]
+    scan_layers: bool
+    attention: Literal["auto", "xla", "splash", "cudnn"]
+    arch: ArchConfig
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LoRASection:
+    """Low-rank adapters on a frozen base."""
+
+    rank: int
+    alpha: float
+    targets: list[str]
+    rank_stabilized: bool
+    base_dtype: Literal["bfloat16", "int8", "int4", "float8_e4m3fn"] | None
+    base_group_size: int | None
+    adapter: str | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TokenizerSection:
+    """Where the tokenizer comes from."""
+
+    source: str | None
+    chat_template: str | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataSection:
+    """Prompts: source, columns, held-out split."""
+
+    source: str | None
+    args: dict[str, Any]
+    columns: dict[str, str | None]
+    eval_source: str | None
+    eval_args: dict[str, Any]
+    eval_size: int
+    chat: bool
+    system_prompt: str | None
+    max_prompt_length: int
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RewardFunction:
+    """One reward function of the run."""
+
+    function: str
+    weight: float = 1.0  # the neutral element of a list entry, which base.yml cannot hold
+    name: str | None = None
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    elementwise: bool | None = None
+    needs_group: bool = False
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RewardsSection:
+    """Reward functions and the worker processes that run them."""
+
+    functions: list[RewardFunction]
+    num_workers: int
+    timeout_seconds: float
+    memory_gb: float | None
+    env: list[str]
+    check_on_gold: bool
+    overlong_buffer: float
+    overlong_factor: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SamplingSection:
+    """How completions are drawn."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: dict[int, float]
+    forbidden_ids: list[int]
+    max_completion_length: int
+    min_completion_length: int
+    stop_strings: list[str]
+    eos_ids: list[int] | None
+    slots: int | None
+    kv_memory: float
+    warm_up: bool
+    kv_dtype: Literal["int8"] | None
+    weight_dtype: Literal["int8", "int4", "float8_e4m3fn"] | None
+    weight_group_size: int | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GRPOSection:
+    """Batch sizes, the loss and the advantage."""
+
+    preset: str | None
+    steps: int
+    prompts_per_step: int
+    group_size: int
+    minibatches: int
+    epochs: int
+    max_tokens_per_microbatch: int
+    logprob_chunk: int | None
+    beta: float
+    kl_estimator: Literal["k1", "k2", "k3"]
+    use_bias_correction_kl: bool
+    kl_in_reward: bool
+    advantage_estimator: str
+    scale_rewards: Literal["group", "batch", "none"]
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    mask_truncated: bool
+    dynamic_sampling_rounds: int
+    loss_type: str
+    importance_sampling_level: Literal["token", "sequence"]
+    epsilon: float
+    epsilon_high: float | None
+    delta: float | None
+    off_policy_mask_threshold: float | None
+    top_entropy_quantile: float
+    old_logprobs: Literal["recompute", "sampler"]
+    sampler_is_correction: bool
+    sampler_is_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+    sampler_is_clip_min: float | None
+    sampler_is_clip_max: float | None
+    entropy_coef: float
+    use_adaptive_entropy: bool
+    entropy_target: float
+    entropy_coef_delta: float
+    entropy_coef_min: float
+    entropy_coef_max: float
+    positive_nll_coef: float
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ReferenceSection:
+    """When the reference of the KL term moves."""
+
+    sync_every: int
+    ema: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SFTSection:
+    """Supervised fine-tuning."""
+
+    steps: int
+    batch_size: int
+    completion_column: str
+    max_completion_length: int
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LearningRateGroup:
+    """Parameters whose updates are scaled."""
+
+    pattern: str
+    lr_scale: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimizerSection:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"]
+    lr: float
+    lr_groups: list[LearningRateGroup]
+    schedule: Literal["constant", "linear", "cosine", "wsd"]
+    warmup_updates: int
+    decay_updates: int | None
+    final_lr_ratio: float
+    b1: float
+    b2: float
+    eps: float
+    adafactor_min_dim: int
+    adafactor_parameter_scale: bool
+    lion_b1: float
+    lion_b2: float
+    muon_momentum: float
+    muon_rms: float | None
+    sgd_momentum: float
+    moment_dtype: Literal["float32", "bfloat16"] | None
+    second_moment_dtype: Literal["float32", "bfloat16"] | None
+    offload: bool
+    weight_decay: float
+    weight_decay_params: list[str]
+    max_grad_norm: float
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MeshSection:
+    """Devices per mesh axis, which axes go over the slow network, and logical axis -> mesh axes."""
+
+    num_devices: int | None
+    data: int
+    fsdp: int
+    tensor: int
+    axes: dict[str, int]
+    dcn: dict[str, int]
+    slice_is: Literal["slice", "process"]
+    max_unsharded_share: float
+    rules: dict[str, list[Any]]  # of names, or of lists of names: `rl.config.rules`
+    rollout_rules: dict[str, list[Any]]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DistributedSection:
+    """How the processes of a run find each other, and when one counts as dead."""
+
+    auto: bool
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    heartbeat_timeout_seconds: int
+    initialization_timeout_seconds: int
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CheckpointSection:
+    """When checkpoints are written, how many stay, and whether reading one checks it."""
+
+    every: int
+    keep: int
+    verify: bool
+    overwrite: bool
+    staging: str | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvalSection:
+    """Held-out evaluation."""
+
+    every: int
+    reward: str | None
+    max_prompts: int | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class HealthSection:
+    """What is warned about, and when a run ends because it does not get anywhere; None: off."""
+
+    max_skipped_updates: int | None
+    kl_spike: float | None
+    grad_norm_spike: float | None
+    spike_window: int
+    equal_rewards_share: float | None
+    entropy_floor: float | None
+    truncated_share: float | None
+    patience: int
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LoggingSection:
+    """What is written beside the metrics."""
+
+    samples_per_step: int
+    compilation_cache: str | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """A whole resolved configuration; the section classes mirror `configs/base.yml`."""
+
+    pure_nnx: bool
+    seed: int
+    output_dir: str | None
+    compiled_file: str | None
+    model: ModelSection
+    lora: LoRASection
+    tokenizer: TokenizerSection
+    data: DataSection
+    rewards: RewardsSection
+    sampling: SamplingSection
+    grpo: GRPOSection
+    reference: ReferenceSection
+    sft: SFTSection
+    optimizer: OptimizerSection
+    mesh: MeshSection
+    distributed: DistributedSection
+    checkpoint: CheckpointSection
+    eval: EvalSection
+    health: HealthSection
+    logging: LoggingSection
+
+
+LIST_ENTRIES = {"rewards.functions": RewardFunction, "optimizer.lr_groups": LearningRateGroup}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain dicts, in the order of base.yml."""
+    return dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value}; free-form mappings are values."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in FREE_FORM:
+            flat.update(flatten(value, key + "."))
+        else:
+            flat[key] = value
+    return flat
+
+
+def is_user_function(value: str) -> bool:
+    """Whether the value of a key in `OPEN_CHOICES` names a function in a file."""
+    return bool(re.search(r"\.py:\w+$", value))
+
+
+def source_kind(source: str | None) -> Literal["decoder", "own", "tunix"]:
+    """What model.source stands for: the toolkit's decoder (pretrained or fresh), a user's module, a Tunix model."""
+    if source is not None and is_user_function(source):
+        return "own"
+    return "tunix" if source is not None and source.startswith(TUNIX_PREFIX) else "decoder"

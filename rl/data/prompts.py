@@ -1,0 +1,397 @@
+"""Prompts: a source and a tokenizer in, tokenized train and held-out rows out, and the order in which steps take them.
+
+Everything is a pure function of the configuration: no global random state, the same rows in every process. A prompt
+that is too long is dropped and counted, never cut. Train and held-out rows never share a question. Where rows come
+from is in `rl.data.sources`. Of several processes each tokenizes one block of the rows, and has the ids of the others
+from them; jax, through which they talk, is imported only to read.
+
+Legend: P prompts, T token positions.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rl.config.load import Config, require
+from rl.config.sections import DataSection
+from rl.data.sources import list_columns, load_rows
+from rl.data.tasks import Row
+from rl.data.tokenizer import Tokenizer
+
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRow:
+    """One question, ready to be sampled.
+
+    Attributes:
+      prompt: what the policy is asked, as reward functions get it: text (system prompt in front) or chat messages.
+      prompt_ids: int32 [T], the tokenized prompt; no padding.
+      columns: every other column of the row, under Tandem's names.
+      index: position of the row in its source.
+    """
+
+    prompt: Prompt
+    prompt_ids: np.ndarray
+    columns: dict[str, Any]
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptData:
+    """Train and held-out rows; `num_rows` counts rows that were read, `num_dropped` prompts that were too long,
+    `messages` says it in words.
+    """
+
+    train: list[PromptRow]
+    held_out: list[PromptRow]
+    num_rows: int
+    num_dropped: int
+    messages: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairRow:
+    """One example to imitate: int32 ids of the prompt [T] and of the completion [T], EOS at its end."""
+
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class PairData:
+    """Rows for supervised fine-tuning, and the held-out prompts of the same split; `num_dropped` counts prompts and
+    completions over their limits."""
+
+    rows: list[PairRow]
+    held_out: list[PromptRow]
+    num_dropped: int
+    messages: list[str]
+
+
+def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
+    """Tokenized prompts, split into train and held-out rows by the question's text.
+
+    Without data.eval_source, data.eval_size distinct questions are held out: the ones with the smallest hash of (seed,
+    question), one row each. So a run on part of a source holds out, for the same seed and size, every question of its
+    part that a run on the whole source holds out: supervised fine-tuning on part of the data never trains on what GRPO
+    on all of it is evaluated on. With data.eval_source, all its rows are the held-out ones, and train rows with the
+    same question are removed. Questions are compared without case and spacing.
+
+    Raises:
+      ValueError: no row left, a prompt that is neither text nor messages, or a chat prompt without a chat template.
+        Also another configuration, tokenizer or size of a source in another process.
+    """
+    from rl.devices import hosts
+
+    if hosts.num_processes() > 1:
+        hosts.check_same(config, {"the tokenizer": tokenizer.content_hash()})
+    data = config.data
+    source = require(data.source, "data.source", "train.jsonl")
+    messages: list[str] = []
+    rows = load_rows(source, data.args, data.columns, config.seed)
+    candidates = _tokenize(rows, data, tokenizer, "data.source", messages)
+    num_rows, num_dropped = len(rows), len(rows) - len(candidates)
+    questions = [question_key(row["prompt"]) for row in rows]
+    if data.eval_source is None:
+        chosen = _held_out_questions({questions[row.index] for row in candidates}, config.seed, data.eval_size)
+        first_rows: dict[str, PromptRow] = {}
+        for row in candidates:
+            if questions[row.index] in chosen:
+                first_rows.setdefault(questions[row.index], row)
+        held_out = list(first_rows.values())
+    else:
+        eval_rows = load_rows(data.eval_source, data.eval_args, data.columns, config.seed)
+        held_out = _tokenize(eval_rows, data, tokenizer, "data.eval_source", messages)
+        num_rows += len(eval_rows)
+        num_dropped += len(eval_rows) - len(held_out)
+        chosen = {question_key(row["prompt"]) for row in eval_rows}
+    train = [row for row in candidates if questions[row.index] not in chosen]
+    if not train:
+        raise ValueError(
+            f"data.source must hold a question that data.eval_source does not, got {len(candidates)} rows, all held out"
+        )
+    if data.eval_source is not None and len(train) < len(candidates):
+        messages.append(
+            f"removed {len(candidates) - len(train)} of {len(candidates)} training rows whose question is held out in "
+            "data.eval_source"
+        )
+    return PromptData(train, held_out, num_rows, num_dropped, messages)
+
+
+def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
+    """Rows for supervised fine-tuning, from the train side of the same split as `load_prompts`.
+
+    The completion is the column sft.completion_column, with the tokenizer's EOS at its end.
+
+    Raises:
+      ValueError: as `load_prompts`, the column is missing or not text, the tokenizer has no EOS, or every completion is
+        too long.
+    """
+    if not tokenizer.eos_ids:
+        raise ValueError(
+            "the tokenizer must have an EOS token for supervised fine-tuning, got none; set eos_token in its "
+            "tokenizer_config.json"
+        )
+    split = load_prompts(config, tokenizer)
+    column, limit = config.sft.completion_column, config.sft.max_completion_length
+
+    def encode(index: int) -> list[int]:
+        return [*_completion_ids(split.train[index], column, tokenizer), tokenizer.eos_ids[0]]
+
+    completions, shortest = _encode_together(len(split.train), encode, limit)
+    pairs = [
+        PairRow(row.prompt_ids, completion_ids)
+        for row, completion_ids in zip(split.train, completions, strict=True)
+        if completion_ids is not None
+    ]
+    if not pairs:
+        raise ValueError(
+            f"sft.max_completion_length must let a completion through, got {limit}; the shortest has "
+            f"{shortest} tokens with EOS"
+        )
+    num_long = len(split.train) - len(pairs)
+    messages = list(split.messages)
+    if num_long:
+        messages.append(
+            f"dropped {num_long} of {len(split.train)} completions longer than sft.max_completion_length={limit} tokens"
+        )
+    return PairData(pairs, split.held_out, split.num_dropped + num_long, messages)
+
+
+def fingerprint(rows: Iterable[PromptRow] | Iterable[PairRow]) -> dict[str, Any]:
+    """Number and hash of tokenized rows in their order: a resumed run must see the rows it began with."""
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        completion = (
+            row.completion_ids.tobytes() if isinstance(row, PairRow) else repr(sorted(row.columns.items())).encode()
+        )
+        digest.update(b"%d %d " % (row.prompt_ids.nbytes, len(completion)) + row.prompt_ids.tobytes() + completion)
+        count += 1
+    return {"rows": count, "hash": digest.hexdigest()}
+
+
+def step_indices(num_rows: int, seed: int, step: int, prompts_per_step: int) -> np.ndarray:
+    """Which rows step `step` (from 0) takes: int64 [P], distinct, a pure function of the arguments.
+
+    Rows are used up in a fresh random order each epoch, and steps run across the border between epochs, so that every
+    row is taken equally often. Where a step takes the end of one epoch, the next begins with rows that are not in it.
+
+    Raises:
+      ValueError: prompts_per_step > num_rows.
+    """
+    position = step * prompts_per_step
+    return np.asarray(next_indices(num_rows, seed, position, prompts_per_step, prompts_per_step)[0], np.int64)
+
+
+def next_indices(
+    num_rows: int, seed: int, position: int, count: int, prompts_per_step: int, taken: Sequence[int] = ()
+) -> tuple[list[int], int]:
+    """The next `count` rows of the order that `step_indices` follows, and the position behind them.
+
+    Args:
+      position: rows of that order used up so far.
+      taken: rows that are passed over; as are those that this call has already chosen, across the border of an epoch.
+
+    Raises:
+      ValueError: prompts_per_step > num_rows.
+    """
+    check_enough_rows(num_rows, prompts_per_step)
+    assert count <= num_rows - len(taken), (count, num_rows, len(taken))
+    chosen: list[int] = []
+    seen = set(taken)
+    while len(chosen) < count:
+        epoch, offset = divmod(position, num_rows)
+        for index in _epoch_order(num_rows, seed, epoch, prompts_per_step)[offset:].tolist():
+            position += 1
+            if index not in seen:
+                chosen.append(index)
+                seen.add(index)
+                if len(chosen) == count:
+                    break
+    return chosen, position
+
+
+def check_enough_rows(num_rows: int, prompts_per_step: int, key: str = "grpo.prompts_per_step") -> None:
+    """ValueError when one step would need more distinct rows than there are; `key` names the setting."""
+    if prompts_per_step > num_rows:
+        raise ValueError(
+            f"{key} must be <= the number of training rows, got {prompts_per_step} for {num_rows} rows; lower {key} or "
+            "add data"
+        )
+
+
+def question_key(prompt: Prompt) -> str:
+    """The question of a prompt as rows are compared by it: no system message, case folded, spacing collapsed."""
+    if not isinstance(prompt, str):
+        prompt = "\n".join(message["content"] for message in prompt if message["role"] != "system")
+    return " ".join(prompt.casefold().split())
+
+
+def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
+    """The prompt with its system prompt: text, or chat messages when data.chat.
+
+    Raises:
+      ValueError: naming `where`: an empty prompt, one that is neither text nor messages, messages without data.chat, or
+        two system messages.
+    """
+    if isinstance(prompt, str) and prompt.strip():
+        if not data.chat:
+            return (data.system_prompt or "") + prompt
+        conversation: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, list) and is_conversation(prompt):
+        if not data.chat:
+            raise ValueError(
+                f"{where}: data.chat must be true for a prompt that is a list of messages; set data.chat=true"
+            )
+        conversation = [dict(message) for message in prompt]
+    else:
+        raise ValueError(
+            f"{where}: the prompt must be text or a list of messages with role and content, got {prompt!r}; "
+            "data.columns.prompt names the column it is read from"
+        )
+    if data.system_prompt is None:
+        return conversation
+    if conversation[0]["role"] == "system":
+        raise ValueError(
+            f"{where}: data.system_prompt must be null for a prompt with a system message of its own, "
+            f"got {data.system_prompt!r}"
+        )
+    return [{"role": "system", "content": data.system_prompt}, *conversation]
+
+
+def _tokenize(
+    rows: list[Row], data: DataSection, tokenizer: Tokenizer, key: str, messages: list[str]
+) -> list[PromptRow]:
+    """Rows whose prompt fits; what was dropped is said in `messages`."""
+    kept, limit = [], data.max_prompt_length
+    prompts = [build_prompt(row["prompt"], data, f"{key} row {index}") for index, row in enumerate(rows)]
+
+    def encode(index: int) -> list[int]:
+        prompt = prompts[index]
+        try:
+            prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+        except ValueError as error:
+            raise ValueError(f"{key} row {index}: {error}") from error
+        if not prompt_ids:
+            raise ValueError(f"{key} row {index}: the prompt must hold at least one token, got {prompt!r}")
+        return prompt_ids
+
+    encoded, shortest = _encode_together(len(rows), encode, limit)
+    for index, (row, prompt, prompt_ids) in enumerate(zip(rows, prompts, encoded, strict=True)):
+        if prompt_ids is not None:
+            columns = {name: value for name, value in row.items() if name != "prompt"}
+            kept.append(PromptRow(prompt, prompt_ids, columns, index))
+    if not kept:
+        raise ValueError(
+            f"data.max_prompt_length must let a prompt of {key} through, got {limit}; the shortest of {len(rows)} has "
+            f"{shortest} tokens"
+        )
+    if len(kept) < len(rows):
+        messages.append(
+            f"dropped {len(rows) - len(kept)} of {len(rows)} prompts of {key} longer than "
+            f"data.max_prompt_length={limit} tokens"
+        )
+    return kept
+
+
+def _encode_together(size: int, encode: Callable[[int], list[int]], limit: int) -> tuple[list[np.ndarray | None], int]:
+    """What `encode` makes of 0 to size - 1, each process of its own block.
+
+    Returns:
+      int32 ids of each, None where they are more than `limit`; and how many the fewest are, of which there must be one.
+    """
+
+    from rl.devices import hosts
+
+    def encode_block() -> tuple[np.ndarray, np.ndarray]:
+        lengths, kept = [], []
+        for index in range(*hosts.block(size)):
+            ids = encode(index)
+            lengths.append(len(ids))
+            if len(ids) <= limit:
+                kept.append(np.asarray(ids, np.int32))
+        return np.asarray(lengths, np.int32), np.concatenate([np.zeros(0, np.int32), *kept])
+
+    own = hosts.together(encode_block)
+    lengths, flat = (np.frombuffer(b"".join(hosts.gather_bytes(part.tobytes())), np.int32) for part in own)
+    fits = lengths <= limit
+    pieces = iter(np.split(flat, np.cumsum(lengths[fits])[:-1]))
+    return [next(pieces) if is_kept else None for is_kept in fits], int(lengths.min())
+
+
+def is_conversation(messages: list[Any]) -> bool:
+    """Whether these are chat messages, each with a role and a content of text."""
+    return bool(messages) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
+
+
+def _held_out_questions(questions: set[str], seed: int, size: int) -> set[str]:
+    """The `size` questions with the smallest hash of (seed, question)."""
+    if size >= len(questions):
+        raise ValueError(
+            f"data.eval_size must be < {len(questions)}, the number of distinct questions, got {size}; the rest is for "
+            "training"
+        )
+
+    def rank(question: str) -> bytes:
+        return hashlib.sha256(f"{seed}\n{question}".encode("utf-8", "surrogatepass")).digest()
+
+    return set(sorted(questions, key=rank)[:size])
+
+
+def _completion_ids(row: PromptRow, column: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of the completion as a continuation of the prompt's ids, without EOS."""
+    if column not in row.columns:
+        raise ValueError(
+            f"sft.completion_column must name a column of the data, got {column!r}{list_columns(column, row.columns)}"
+        )
+    completion = row.columns[column]
+    if isinstance(completion, int) and not isinstance(completion, bool):
+        completion = str(completion)
+    if not isinstance(completion, str):
+        raise ValueError(
+            f"data.source row {row.index}: sft.completion_column {column!r} must hold text or whole numbers, "
+            f"got {completion!r}"
+        )
+    # Encoded behind its prompt, because some tokenizers put a space in front of text that stands alone. When the border
+    # falls inside a token, the completion is encoded apart: generation will start from the prompt's own ids.
+    if isinstance(row.prompt, str):
+        whole = tokenizer.encode(row.prompt + completion)
+    else:
+        whole = tokenizer.encode(tokenizer.render_chat(row.prompt) + completion, add_bos=False)
+    num_prompt = len(row.prompt_ids)
+    if whole[:num_prompt] == row.prompt_ids.tolist():
+        return whole[num_prompt:]
+    return tokenizer.encode(completion, add_bos=False)
+
+
+def _epoch_order(num_rows: int, seed: int, epoch: int, prompts_per_step: int) -> np.ndarray:
+    """A permutation of the rows, int64 [num_rows]; its head repeats no row that its step took from the last epoch.
+
+    The repair of a head needs the order before it, and so on back to an epoch that begins with a step. It moves only
+    the first prompts_per_step entries, so with two steps' worth of rows no tail is moved and one epoch back is enough.
+    """
+    period = prompts_per_step // math.gcd(num_rows, prompts_per_step)
+    chain = epoch % period if num_rows < 2 * prompts_per_step else min(epoch % period, 1)
+    order = _shuffled(num_rows, seed, epoch - chain)
+    for current in range(epoch - chain + 1, epoch + 1):
+        num_taken = current * num_rows % prompts_per_step
+        taken = order[num_rows - num_taken :]
+        order = _shuffled(num_rows, seed, current)
+        untaken = np.flatnonzero(~np.isin(order[:prompts_per_step], taken))[: prompts_per_step - num_taken]
+        order = np.concatenate([order[untaken], np.delete(order, untaken)])
+    return order
+
+
+def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation from (seed, epoch). Sorted raw bits, because numpy promises a stable stream for those only."""
+    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
+    return np.argsort(bits, kind="stable")

@@ -1,0 +1,358 @@
+"""Text in, token ids out, and back: a thin wrapper around a Hugging Face fast tokenizer.
+
+Sources are a Hugging Face folder, a hub id, or `byte`: an in-memory tokenizer of 256 bytes and three special tokens
+that needs no file and loses nothing. The tokenizer's own rules decide about BOS and the chat template; nothing here
+truncates or pads. transformers is imported only when a tokenizer is loaded.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rl.files.json_file import Fields, check_files, check_is_file, read_object, shown
+from rl.files.stores import local_copy
+from rl.files.untrusted import Untrusted, UntrustedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Messages = list[dict[str, Any]]
+
+BYTE_SOURCE = "byte"
+_BYTE_SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+_BYTE_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+MAX_TEMPLATE_BYTES = 1_000_000
+MOST_FREE_IDS = 100_000  # of a vocabulary, besides as many as it has tokens
+_TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Tokenizer:
+    """A fast tokenizer with the few operations that training, sampling and export need.
+
+    Attributes:
+      backend: the wrapped `PreTrainedTokenizerFast`.
+      eos_ids: ids that end a completion by the tokenizer's own settings; empty when it has no EOS. A model may add
+        more.
+      bos_id, pad_id: None when the tokenizer has none. `pad_id` may equal an EOS id; masks never come from it.
+      vocab_size: highest token id + 1, special and added tokens included.
+    """
+
+    def __init__(
+        self, backend: "PreTrainedTokenizerFast", template_name: str = "the tokenizer's chat template"
+    ) -> None:
+        self.backend = backend
+        self._template_name = template_name  # for messages
+        self._untrusted: Untrusted | None = None  # renders chats; there from the first one on
+        eos_id = _token_id(backend, backend.eos_token)
+        self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
+        self.bos_id: int | None = _token_id(backend, backend.bos_token)
+        self.pad_id: int | None = _token_id(backend, backend.pad_token)
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1
+        self._prefix_ids = _prefix_ids(backend)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can work."""
+        return bool(self.backend.chat_template)
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Token ids of raw text.
+
+        With `add_bos` the text gets what the tokenizer by default puts in front of raw text (BOS for Llama and Gemma,
+        nothing for Qwen), unless the text itself already starts with it. An EOS that the tokenizer would append is left
+        out: what follows a prompt is for the policy to write. Without `add_bos` nothing is added: for text rendered by
+        a chat template, and for the continuation of a prompt.
+
+        Raises:
+          ValueError: the text is not valid Unicode (a lone surrogate, which JSON can carry).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text must be valid Unicode, got {text[:80]!r}: {error}") from error
+        with _explain_failures(f"the tokenizer must encode {text[:80]!r}"):
+            ids = list(self.backend.encode(text, add_special_tokens=False))
+        if add_bos and ids[: len(self._prefix_ids)] != self._prefix_ids:
+            return self._prefix_ids + ids
+        return ids
+
+    def render_chat(self, messages: Messages) -> str:
+        """The messages as text by the tokenizer's own Jinja template, up to where the assistant's next answer begins.
+
+        The template is somebody else's program: it runs in a process of its own, which is ended when it takes too long.
+
+        Raises:
+          ValueError: no chat template, or it refuses the messages (Gemma's wants user and assistant in turn), fails,
+            takes or writes too much, or ignores what the messages say.
+        """
+        if not self.has_chat_template:
+            raise ValueError(
+                "the tokenizer must have a chat template for a chat prompt, got none; set tokenizer.chat_template to a "
+                "Jinja file, use an instruction-tuned model's tokenizer, or set data.chat=false"
+            )
+        is_first = self._untrusted is None
+        try:
+            text = self._render(messages)
+        except UntrustedError as error:
+            roles = [message.get("role") for message in messages]
+            raise ValueError(
+                f"{self._template_name} must accept messages with roles {shown(roles)}, got {error}; change "
+                "data.system_prompt or the messages, or set tokenizer.chat_template to another Jinja file"
+            ) from error
+        if is_first:
+            self._check_that_messages_matter(messages, text)
+        return text
+
+    def _render(self, messages: Messages) -> str:
+        if self._untrusted is None:
+            self._untrusted = Untrusted()
+        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        return self._untrusted.render(
+            self.backend.get_chat_template(), {**self.backend.special_tokens_map, **variables}
+        )
+
+    def _check_that_messages_matter(self, messages: Messages, text: str) -> None:
+        """ValueError where the first or the last message may say something else and the text stays the same."""
+        for index in sorted({0, len(messages) - 1}):
+            message = messages[index]
+            changed = [*messages[:index], {**message, "content": f"{message['content']} 7 "}, *messages[index + 1 :]]
+            try:
+                is_ignored = self._render(changed) == text
+            except UntrustedError:  # it wants certain words: then it looks at them
+                is_ignored = False
+            if is_ignored:
+                raise ValueError(
+                    f"{self._template_name} must write what the messages say, got the same text for other words of the "
+                    f"{message['role']!r} message; set tokenizer.chat_template to another Jinja file, leave such "
+                    "messages out (data.system_prompt=null), or set data.chat=false"
+                )
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Token ids of `render_chat(messages)`. BOS is there when the template writes it, and never twice."""
+        # apply_chat_template renders and encodes like this inside, but what it returns differs between versions.
+        return self.encode(self.render_chat(messages), add_bos=False)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """As text."""
+        return list(self.backend.all_special_tokens)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids, exactly: no clean-up of spaces, whatever the tokenizer's settings say."""
+        ids = [int(token_id) for token_id in ids]
+        text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def content_hash(self) -> str:
+        """Of all that its ids follow from."""
+        parts = [self.backend.backend_tokenizer.to_str(), json.dumps(self.backend.chat_template), repr(self.eos_ids)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes the tokenizer's files into a Hugging Face folder, chat template included."""
+        self.backend.save_pretrained(os.fspath(folder))
+        # transformers 5 writes a class name that transformers 4 does not know; both know the older one.
+        path = pathlib.Path(folder) / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(source: str | os.PathLike, chat_template_path: str | os.PathLike | None = None) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Args:
+      source: a folder with tokenizer.json, a hub id, or `byte`. The network is used for a hub id only.
+      chat_template_path: a Jinja file that replaces the tokenizer's own chat template.
+
+    Raises:
+      ValueError: the folder or the template file is not there, the folder holds no fast tokenizer, or the hub id cannot
+        be loaded.
+    """
+    source = os.fspath(source)
+    backend = _byte_backend() if source == BYTE_SOURCE else _load_backend(source)
+    if chat_template_path is not None:
+        backend.chat_template = _read_template(local_copy(chat_template_path))
+        return Tokenizer(backend, f"tokenizer.chat_template {os.fspath(chat_template_path)!r}")
+    _check_template(source, backend)
+    try:
+        return Tokenizer(backend, f"the chat template of tokenizer {source!r}")
+    except ValueError as error:
+        raise ValueError(f"tokenizer {source!r}: {error}") from error
+
+
+def _check_template(source: str, backend: "PreTrainedTokenizerFast") -> None:
+    """ValueError for a template that is no text, is too long, or is one of several without a name to choose it by."""
+    template = backend.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if backend.chat_template and (not isinstance(template, str) or len(template) > MAX_TEMPLATE_BYTES):
+        raise ValueError(
+            f"the chat template of tokenizer {source!r} must be text of at most {MAX_TEMPLATE_BYTES} characters, or "
+            f"have a version called default, got {shown(backend.chat_template)}; set tokenizer.chat_template to a "
+            "Jinja file"
+        )
+
+
+def _read_template(path: pathlib.Path) -> str:
+    rule = f"tokenizer.chat_template must be a Jinja file in UTF-8 of at most {MAX_TEMPLATE_BYTES} bytes"
+    check_is_file(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(content) > MAX_TEMPLATE_BYTES:
+            raise ValueError(f"{rule}, got {str(path)!r}, which is larger")
+        return content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{rule}, got {str(path)!r}: {error}") from error
+
+
+def _load_backend(source: str) -> "PreTrainedTokenizerFast":
+    folder = local_copy(source)
+    if not folder.is_dir():
+        folder = _download(source)
+    check_files(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(
+            f"tokenizer {source!r} must hold tokenizer.json, got a folder without it; convert an older tokenizer with "
+            "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    _check_ids(folder / "tokenizer.json")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            read_object(folder / name)
+    for path in sorted(folder.glob("*.jinja")):
+        _read_template(path)
+    # Not AutoTokenizer: it may rebuild the tokenizer from its class name instead of reading tokenizer.json as it is.
+    fast_class = _fast_tokenizer_class()
+    with _explain_failures(f"tokenizer folder {str(folder)!r} must hold a tokenizer that transformers can read"):
+        backend = fast_class.from_pretrained(str(folder), local_files_only=True)
+        for adds in (False, True):
+            backend.decode(backend.encode("a 1", add_special_tokens=adds))
+    return backend
+
+
+@contextlib.contextmanager
+def _explain_failures(rule: str) -> Iterator[None]:
+    """ValueError for what the libraries raise for files that contradict themselves: anything, and where their Rust code
+    panics what is no `Exception`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"{rule}, got {problem}; fetch the tokenizer's files again") from error
+
+
+def _check_ids(path: pathlib.Path) -> None:
+    """ValueError for a file that is no tokenizer, and for ids with so many free ones between them that the tokenizers
+    library, which prints each of those, would not come to an end.
+    """
+    fields = Fields(read_object(path), f"{path}: ")
+    vocabulary = fields.section("model").values.get("vocab")
+    if not isinstance(vocabulary, dict | list) or not vocabulary:
+        raise ValueError(f"{path} must hold a tokenizer with a vocabulary (model.vocab), got {shown(vocabulary)}")
+    limit = 2 * len(vocabulary) + MOST_FREE_IDS
+    if isinstance(vocabulary, dict):
+        for token, token_id in vocabulary.items():
+            if type(token_id) is not int or not 0 <= token_id < limit:
+                raise ValueError(
+                    f"{path}: the ids of {len(vocabulary)} tokens must be whole numbers from 0 to {limit - 1}, got "
+                    f"{shown(token_id)} for {shown(token)}"
+                )
+    for token in fields.sections("added_tokens"):
+        token.whole("id", 0, limit - 1)
+
+
+def _download(source: str) -> pathlib.Path:
+    """The local copy of a hub repository's tokenizer files."""
+    rule = "tokenizer.source must be a folder that exists, a hub id that this machine can reach, or 'byte'"
+    hint = f"(working directory {os.getcwd()}); when it is null, model.source is used"
+    if not _HUB_ID.fullmatch(source):
+        raise ValueError(f"{rule}, got {source!r} {hint}")
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=_TOKENIZER_FILES))
+    except (OSError, ValueError) as error:  # no network and not in the cache, no such repository, no access
+        raise ValueError(f"{rule}, got {source!r} {hint}: {type(error).__name__}: {error}") from error
+
+
+def _fast_tokenizer_class() -> "type[PreTrainedTokenizerFast]":
+    # Without this transformers advises to install PyTorch, which is of no use here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast
+
+
+def _token_id(backend: "PreTrainedTokenizerFast", token: Any) -> int | None:
+    if token is None:
+        return None
+    token_id = backend.get_vocab().get(str(token))
+    if token_id is None:
+        raise ValueError(
+            f"the tokenizer's special tokens must be in its vocabulary, got {shown(str(token))}, which is not"
+        )
+    return token_id
+
+
+def _prefix_ids(backend: "PreTrainedTokenizerFast") -> list[int]:
+    """The ids that the tokenizer puts in front of raw text by default, found on a probe."""
+    probe = "a"
+    plain = list(backend.encode(probe, add_special_tokens=False))
+    full = list(backend.encode(probe, add_special_tokens=True))
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    raise ValueError(
+        f"the tokenizer must encode text the same with and without special tokens, got {full} and {plain} for {probe!r}"
+    )
+
+
+def _byte_backend() -> "PreTrainedTokenizerFast":
+    """Ids 0, 1, 2 are pad, bos, eos; byte b is 3 + b. Raw text gets a BOS in front."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    first_byte = len(_BYTE_SPECIAL_TOKENS)
+    vocabulary = {token: token_id for token_id, token in enumerate(_BYTE_SPECIAL_TOKENS)}
+    vocabulary |= {character: first_byte + byte for byte, character in enumerate(_byte_characters())}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    pad, bos, eos = _BYTE_SPECIAL_TOKENS
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, vocabulary[bos])]
+    )
+    return _fast_tokenizer_class()(
+        tokenizer_object=core,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        chat_template=_BYTE_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in byte-level tokenizers.
+
+    https://github.com/openai/gpt-2/blob/master/src/encoder.py (bytes_to_unicode): printable bytes stand for themselves,
+    the others take the code points from 256 on, in order.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]

@@ -1,0 +1,1 @@
+"""The machine: its devices as one mesh, its processes, its memory, and programs compiled for it."""

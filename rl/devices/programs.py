@@ -1,0 +1,123 @@
+"""What is compiled: a function with its shardings (`Program`), and compiled programs by key (`Programs`), made when
+first asked for, or before that by a thread in the background. Not here: compiled programs in files
+(`rl.run.executables`).
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Build = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A pure function and all that decides how it is compiled but the shapes of its arguments.
+
+    Attributes:
+      function: of positional arguments.
+      in_shardings: per argument a tree of shardings, or one sharding for all of it.
+      out_shardings: the same for the result.
+      donate: which arguments lose their memory to the result.
+      compiler_options: for XLA; None: its own choice.
+    """
+
+    function: Callable[..., Any]
+    in_shardings: tuple[Any, ...]
+    out_shardings: Any
+    donate: tuple[int, ...] = ()
+    compiler_options: dict[str, Any] | None = None
+
+    def jit(self) -> Any:
+        """The function under `jax.jit`. Arguments that it does not read stay parameters of the executable."""
+        return jax.jit(
+            self.function,
+            in_shardings=self.in_shardings,
+            out_shardings=self.out_shardings,
+            donate_argnums=self.donate,
+            keep_unused=True,
+            compiler_options=self.compiler_options,
+        )
+
+    def compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+        """Compiled for arguments (arrays or `jax.ShapeDtypeStruct`s) of these shapes; nothing runs."""
+        return self.jit().lower(*arguments).compile()
+
+    def prepare(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        """What to call with arguments of these shapes: compiled already, but for 4-bit ones. XLA for CPU gives their
+        arrays another layout than jax makes a compiled program ask for, so those compile when they are called first.
+        """
+        if any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(arguments)):
+            return self.jit()
+        return self.compile(arguments)
+
+
+# Where a program comes from that was compiled before: its name and what it is -> the function to call, None: nowhere.
+Stored = Callable[[str, Program], Callable[..., Any] | None]
+
+
+def not_stored(name: str, program: Program) -> None:
+    """The `Stored` of a run without a file of compiled programs."""
+    del name, program
+
+
+class Programs:
+    """Each program is built once. `get` never waits for others than the one it asks for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: dict[Hashable, Future] = {}
+        self._executor: ThreadPoolExecutor | None = None
+
+    def __len__(self) -> int:
+        """Programs that are built or being built."""
+        return len(self._futures)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The keys of these programs."""
+        return iter(list(self._futures))
+
+    def get(self, key: Hashable, build: Build) -> Any:
+        """The program called `key`; built here and now unless it is built, or being built, already."""
+        with self._lock:
+            future = self._futures.get(key)
+            if future is None or future.cancel():  # cancelled: it waited behind others in the background
+                future = self._futures[key] = Future()
+                future.set_running_or_notify_cancel()
+                mine = True
+            else:
+                mine = False
+        if mine:
+            try:
+                future.set_result(build())
+            except BaseException as error:
+                with self._lock:
+                    del self._futures[key]
+                future.set_exception(error)
+                raise
+        return future.result()
+
+    def prepare(self, key: Hashable, build: Build) -> None:
+        """Has the program built in the background. A failure shows when the program is asked for."""
+        with self._lock:
+            if key in self._futures:
+                return
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="compile")
+            self._futures[key] = self._executor.submit(build)
+
+    def wait(self) -> None:
+        """Returns when everything asked for is built; raises what a build raised."""
+        for future in list(self._futures.values()):
+            if not future.cancelled():
+                future.result()
+
+    def close(self) -> None:
+        """Drops what still waits in the background."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,54 @@
+"""Files on a local disk: written whole, hashed, and locked by one process at a time.
+
+In: paths. Out: files that are there whole or as they were before, hashes of what is in them, locks. Not here: which
+files a run has (`rl.run_folder.contents`), objects of a store (`rl.files.stores`).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pathlib
+
+from rl.files.output_file import writing
+
+UNFINISHED = ".tandem-"  # begins the name of a file that is being written, and is nothing without its end
+
+
+def write_file(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file that is there whole, or as it was before. ValueError where the disk is full or broken."""
+    draft = path.with_name(UNFINISHED + path.name)
+    with writing(path):
+        with draft.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, path)
+
+
+def file_hash(path: pathlib.Path) -> str:
+    """Hex sha256 of a file, which is read piece by piece."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def lock_file(path: pathlib.Path, in_use: str) -> int:
+    """The descriptor of a lock file, made where it is missing and locked until it is closed or the process ends.
+
+    Args:
+      in_use: what to say where another process holds it.
+
+    Raises:
+      ValueError: another process holds it. OSError: it cannot be made.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ValueError(in_use) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)  # its holder has removed it meanwhile

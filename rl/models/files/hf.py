@@ -1,0 +1,531 @@
+"""Hugging Face folders: weights in and out, and where a folder comes from.
+
+In: a folder or a hub id. Out: the parameter tree of `rl.models.config.base_specs`, or a ValueError that names the
+file and the tensor: no weight is ever missing, extra, reshaped or left at an initial value in silence. `config.json` is
+read and written by `rl.models.files.hf_config`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from rl.files.json_file import briefly, check_files, check_is_file, read_object, shown
+from rl.files.output_file import writing
+from rl.files.stores import is_remote, local_copy, open_store, uploaded_folder
+from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs, leaf_at
+from rl.models.files.finite import as_finite, check_finite
+from rl.models.files.hf_config import config_json, generation_json, read_config
+from rl.models.lora import freeze_leaf
+from rl.models.ops import dtype_of
+from rl.models.quantized import QuantizedArray, check_patterns, is_chosen, pack, scale_shape, unpack
+
+__all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weights_hash"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the format's own reader
+_FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
+SCALE = "_scale"  # end of the name of the scale of a quantised tensor
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+QUANTIZED_TYPES = {"int8": ("I8",), "int4": ("U8",), "float8_e4m3fn": ("U8",)}
+SHAPE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub repository or a folder: all but weights
+HUB_PATTERNS = (*SHAPE_PATTERNS, "*.safetensors")
+
+
+# Where a folder comes from
+
+
+def resolve_source(source: str | pathlib.Path, patterns: Sequence[str] = HUB_PATTERNS) -> pathlib.Path:
+    """The local folder of a model: `source` itself if it is one, else the hub repository of that name, of which the
+    files that match `patterns` are downloaded.
+
+    Raises ValueError if it is neither, if the hub cannot be reached and has no copy on this machine, or if a pipe or a
+    device lies in the folder.
+    """
+    path = local_copy(source)
+    if path.is_dir():
+        check_files(path)
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source)):
+        raise ValueError(
+            f"model source must be a folder that exists or a hub id such as owner/name, got {str(source)!r}"
+        )
+    import httpx
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        raise ValueError(
+            f"model source must be a folder that exists or a hub id that can be downloaded, got {str(source)!r}: "
+            f"{type(error).__name__}: {error}; give a local folder, or check the name, the network and your hub login"
+        ) from error
+
+
+def weights_hash(folder: str | pathlib.Path, full_bytes: int = 4 << 30) -> str:
+    """Hex sha256 over config.json and the safetensors files: what a checkpoint remembers a model by.
+
+    Files are read whole up to `full_bytes` in total; above that, of each file its name, its size, its first MiB (the
+    header) and 64 evenly spaced MiB.
+    """
+    folder = pathlib.Path(folder)
+    return content_hash(folder, _weight_files(folder), full_bytes)
+
+
+def content_hash(folder: pathlib.Path, files: list[pathlib.Path], full_bytes: int = 4 << 30) -> str:
+    """The same over the config.json of a folder and any files with weights."""
+    whole = sum(file.stat().st_size for file in files) <= full_bytes
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        chunk = 1 << 20
+        spaced = range(0, size, chunk) if whole else sorted({i * max(size - chunk, 0) // 64 for i in range(65)})
+        with file.open("rb") as stream:
+            for start in spaced:
+                stream.seek(start)
+                digest.update(stream.read(chunk))
+    return digest.hexdigest()
+
+
+# Weights in
+
+
+def load_params(
+    folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None, allow_nonfinite: bool = False
+) -> dict[str, Any]:
+    """The parameter tree of a folder as jax arrays in `config.param_dtype`, read tensor by tensor.
+
+    Of a model with adapters it is the base, each weight stored as `config.lora` says as soon as it is read. Quantised
+    weights stay as they are stored.
+
+    `shardings`: a tree like the parameters with a `jax.sharding.Sharding` at each leaf, or None for the default device.
+    Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, for files that are
+    missing or cut short, and, unless `allow_nonfinite`, for NaN and infinity, naming file and tensor.
+    """
+    param_dtype = dtype_of(config.param_dtype)
+    locations = check_weights(folder, config)
+    params: dict[str, Any] = {}
+    for path, spec in flatten_specs(base_specs(config)):
+        value, name = read_weight(locations, config, path, spec), tensor_name(path)
+        name = f"{locations[name]}: tensor {name}"
+        if isinstance(value, QuantizedArray):
+            check_quantized(value, name, allow_nonfinite)
+        else:
+            value = as_finite(value, param_dtype, name, allow_nonfinite)
+        set_leaf(params, path, place(config, path, value, leaf_at(shardings, path) if shardings else None))
+    if config.tie_word_embeddings and "lm_head.weight" in locations:
+        _check_tied(locations)
+    return params
+
+
+def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, pathlib.Path]:
+    """The file of every tensor in a folder, after checking against `config` what the files' headers say; reads no data.
+
+    Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, and for files that
+    are missing or cut short, naming file and tensor.
+    """
+    folder = pathlib.Path(folder)
+    locations = tensor_locations(folder)
+    try:
+        check_patterns(config)
+        names = _stored_tensors(config)
+    except ValueError as error:  # such a pattern, or a group size that does not fit
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    _check_tensor_names(folder, names, locations, config)
+    for file in sorted({locations[name] for name in names}):
+        with open_tensors(file) as tensors:
+            for name in sorted(name for name in names if locations[name] == file):
+                _check_tensor(tensors.get_slice(name), file, name, *names[name])
+    return locations
+
+
+def read_weight(
+    locations: Mapping[str, pathlib.Path], config: ModelConfig, path: tuple[str, ...], spec: ParameterSpec
+) -> np.ndarray | QuantizedArray:
+    """One parameter of a folder, on the host and in its stored type; `locations` are those of `check_weights`."""
+    name, quantization = tensor_name(path), config.quantization
+    value = _read(locations, name)
+    if quantization is None or not is_chosen(config, quantization, path):
+        return _from_stored(value, path, spec.shape)
+    sizes = scale_shape(spec.shape, spec.contract_dims, quantization.group_size)
+    values = _from_stored(unpack(value, quantization.dtype), path, spec.shape)
+    scale = _from_stored(_read(locations, name + SCALE), path, sizes)
+    return QuantizedArray(values, scale)  # pyright: ignore[reportArgumentType]
+
+
+def _read(locations: Mapping[str, pathlib.Path], name: str) -> np.ndarray:
+    # Opened for each tensor: what is mapped of a file counts as memory for as long as it is open.
+    with open_tensors(locations[name]) as tensors:
+        return tensors.get_tensor(name)
+
+
+def _stored_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and allowed types of every tensor of a folder. A quantised matrix is two: its values, and their scale."""
+    tensors = {}
+    quantization = config.quantization
+    for path, spec in flatten_specs(base_specs(config)):
+        name, shape = tensor_name(path), _stored_shape(path, spec.shape)
+        if quantization is None or not is_chosen(config, quantization, path):
+            tensors[name] = (shape, FLOAT_TYPES)
+            continue
+        sizes = scale_shape(spec.shape, spec.contract_dims, quantization.group_size)
+        packed = (*shape[:-1], shape[-1] // 2) if quantization.dtype == "int4" else shape
+        tensors[name] = (packed, QUANTIZED_TYPES[quantization.dtype])
+        tensors[name + SCALE] = (_stored_shape(path, sizes), ("F32",))
+    return tensors
+
+
+def check_quantized(value: QuantizedArray, name: str, allow_nonfinite: bool) -> None:
+    """ValueError where a quantised weight, numpy, or its scale has NaN or infinity; `name` is the subject."""
+    if not allow_nonfinite:
+        for part, end in ((value.values, ""), (value.scale, SCALE)):
+            check_finite(part, f"{name}{end}")  # pyright: ignore[reportArgumentType]
+
+
+def place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray | QuantizedArray, sharding: Any) -> Any:
+    """One weight on its devices (None: the default one), stored as `config.lora` says."""
+    if isinstance(value, QuantizedArray):
+        places = QuantizedArray(None, None) if sharding is None else sharding  # pyright: ignore[reportArgumentType]
+        return QuantizedArray(put_shards(value.values, places.values), put_shards(value.scale, places.scale))
+    if sharding is None:
+        return freeze_leaf(config, path, jax.device_put(value))
+    array = put_shards(value, sharding.values if isinstance(sharding, QuantizedArray) else sharding)
+    if config.lora is None or config.lora.base_dtype is None:
+        return array
+    return jax.jit(functools.partial(freeze_leaf, config, path), out_shardings=sharding)(array)
+
+
+def put_shards(value: Any, sharding: Any) -> jax.Array:
+    """One host array, the same in every process, on the devices of `sharding` (None: the default one)."""
+    if sharding is None:
+        return jax.device_put(value)
+    # By callback, so that several processes each hand over only their own shards.
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def tensor_name(path: tuple[str, ...]) -> str:
+    """The Hugging Face name of the parameter at `path`."""
+    *modules, leaf = path
+    modules = [re.sub(r"^layers_(\d+)$", r"layers.\1", module) for module in modules]
+    suffix = "bias" if leaf == "bias" else "weight"
+    prefix = [] if modules[0] == "lm_head" else ["model"]
+    return ".".join([*prefix, *modules, suffix])
+
+
+def _stored_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in the file: matrices are [out, in], heads are flat."""
+    if path[-1] == "kernel":
+        num_input_dims = len(shape) - 1 if path[-2] == "o_proj" else 1
+        return (math.prod(shape[num_input_dims:]), math.prod(shape[:num_input_dims]))
+    return shape if path[-1] == "embedding" else (math.prod(shape),)
+
+
+def _from_stored(value: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    return np.ascontiguousarray((value.T if path[-1] == "kernel" else value).reshape(shape))
+
+
+def stored_form(value: Any, path: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The tensors of a file, by name, that hold one parameter: itself, or the values and the scale of a quantised one.
+
+    Raises ValueError for int4 with an odd number of inputs, which do not fill bytes.
+    """
+    name, value = tensor_name(path), jax.device_get(value)
+    if not isinstance(value, QuantizedArray):
+        return {name: _to_stored(np.asarray(value), path)}
+    values = _to_stored(np.asarray(value.values), path)
+    if values.dtype == jnp.int4 and values.shape[-1] % 2:
+        raise ValueError(f"int4 needs an even number of inputs, got {values.shape[-1]} for {'/'.join(path)}; take int8")
+    return {name: pack(values), name + SCALE: _to_stored(np.asarray(value.scale), path)}
+
+
+def _to_stored(value: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
+    stored = _stored_shape(path, value.shape)
+    return np.ascontiguousarray(value.reshape(stored[::-1]).T if path[-1] == "kernel" else value.reshape(stored))
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files of a folder: one, or those of its index."""
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).exists():
+        raise ValueError(
+            f"{folder} must hold {SINGLE_FILE} or {INDEX_FILE}, but it has neither; "
+            "convert other formats to safetensors"
+        )
+    return [folder / name for name in sorted(set(_weight_map(folder).values()))]
+
+
+def _weight_map(folder: pathlib.Path) -> dict[str, str]:
+    path = folder / INDEX_FILE
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} must hold a weight_map from tensor to file, got {shown(weight_map)}")
+    for name, file in weight_map.items():
+        # A name, no path: nothing outside of the folder is read because a file in it says so.
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise ValueError(
+                f"{path}: weight_map must name a safetensors file in the same folder for each tensor, got "
+                f"{shown(file)} for {shown(name)}"
+            )
+    return weight_map
+
+
+def tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The file of every tensor, from the files themselves; the index, if there is one, must agree."""
+    locations: dict[str, pathlib.Path] = {}
+    for file in _weight_files(folder):
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                if name in locations:
+                    raise ValueError(f"{file}: tensor {name} must be stored once, it is in {locations[name].name} too")
+                locations[name] = file
+    if not (folder / SINGLE_FILE).exists():
+        for name, file_name in _weight_map(folder).items():
+            if locations.get(name) != folder / file_name:
+                raise ValueError(
+                    f"{folder / file_name}: tensor {name} is missing, although {INDEX_FILE} lists it there"
+                )
+    return locations
+
+
+def open_tensors(file: pathlib.Path) -> Any:
+    """A safetensors file to read from; ValueError where it is missing or cut short, or its header is too large."""
+    check_is_file(file)
+    try:
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(
+                f"{file} must have a header of at most {MAX_HEADER_BYTES} bytes, got {header_bytes}; it is no "
+                "safetensors file, or a damaged one: fetch the model again"
+            )
+        return safetensors.safe_open(file, framework="np")
+    except FileNotFoundError:
+        raise ValueError(f"{file} must exist, but it does not; fetch the model again") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} must be a whole safetensors file, got {briefly(error)}; fetch the model again"
+        ) from error
+
+
+def _check_tensor_names(
+    folder: pathlib.Path,
+    names: Mapping[str, Any],
+    locations: Mapping[str, pathlib.Path],
+    config: ModelConfig,
+) -> None:
+    ignorable = {name for name in locations if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        ignorable.add("lm_head.weight")
+    missing = sorted(set(names) - set(locations))
+    extra = sorted(set(locations) - set(names) - ignorable)
+    if missing:
+        layers = {name.split(".")[2] for name in locations if re.match(r"model\.layers\.\d+\.", name)}
+        raise ValueError(
+            f"{folder}: {len(missing)} tensors of {config.family} are missing: {_some(missing)}; config.json says "
+            f"{config.num_layers} layers, the files hold {len(layers)}"
+        )
+    if extra:
+        raise ValueError(
+            f"{folder}: {len(extra)} tensors have no place in this {config.family}: {_some(extra)}; check config.json"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return briefly(", ".join(names[:5]) + (", ..." if len(names) > 5 else ""))
+
+
+def _check_tensor(
+    view: Any, file: pathlib.Path, name: str, stored_shape: tuple[int, ...], types: tuple[str, ...]
+) -> None:
+    if tuple(view.get_shape()) != stored_shape:
+        raise ValueError(
+            f"{file}: tensor {name} must have shape {stored_shape}, got {tuple(view.get_shape())}; check config.json"
+        )
+    if view.get_dtype() not in types:
+        raise ValueError(f"{file}: tensor {name} must be one of {', '.join(types)}, got {view.get_dtype()}")
+
+
+def _check_tied(locations: Mapping[str, pathlib.Path]) -> None:
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    values = []
+    for name in names:
+        with open_tensors(locations[name]) as tensors:
+            values.append(tensors.get_tensor(name))
+    if values[0].shape != values[1].shape or not np.array_equal(*values):
+        raise ValueError(
+            f"{locations['lm_head.weight']}: lm_head.weight must equal model.embed_tokens.weight when "
+            "tie_word_embeddings is true, but it differs; set tie_word_embeddings to false in config.json"
+        )
+
+
+# Weights out
+
+
+def save_folder(
+    folder: str | pathlib.Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    max_shard_bytes: float = 5e9,
+    write_more: Callable[[pathlib.Path], None] | None = None,
+) -> None:
+    """Writes a folder that transformers, TRL and vLLM open, and reads it back: config, weights, and the tokenizer if
+    one is given.
+
+    `dtype` is the stored type, None keeps `config.param_dtype`. More weights than `max_shard_bytes` make several files
+    and an index. `write_more` puts further files into the folder, which appears at once and whole, or not at all.
+    Raises ValueError if it exists and is not empty, if `params` is not the tree of `config`, or if what was read back
+    is not what was written.
+    """
+    config = dataclasses.replace(config, quantization=None)  # plain weights, whatever their base was stored in
+    check_tree(config, params)
+    dtype = config.param_dtype if dtype is None else dtype
+    with new_folder(folder) as draft:
+        write_model_files(draft, config, dtype, tokenizer)
+        _write_weights(draft, config, params, dtype, max_shard_bytes)
+        check_weights(draft, config)
+        if write_more is not None:
+            write_more(draft)
+
+
+def write_model_files(folder: pathlib.Path, config: ModelConfig, dtype: str, tokenizer: Any) -> None:
+    """All of a model's folder but the weights: what it is, the ids that end a text, the tokenizer if one is given."""
+    write_json(folder / "config.json", config_json(config, dtype))
+    write_json(folder / "generation_config.json", generation_json(config))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write into that appears at its place whole, or not at all; ValueError if something is there.
+
+    The folder of a URL appears file by file, config.json last.
+    """
+    if is_remote(folder):
+        with uploaded_folder(open_store(str(folder))) as draft:
+            yield draft
+        return
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"export folder must be new or empty, got {folder}; choose another one or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        draft = pathlib.Path(scratch) / folder.name
+        with writing(folder):
+            draft.mkdir()
+            yield draft
+            os.replace(draft, folder)
+
+
+def copy_others(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """Copies what a model's folder holds besides weights and config.json: tokenizer, chat template, and so on."""
+    for pattern in SHAPE_PATTERNS:
+        for file in sorted(folder.glob(pattern)):
+            if file.name not in ("config.json", INDEX_FILE):
+                shutil.copyfile(file, out / file.name)
+
+
+def check_tree(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    """ValueError at the first parameter that is missing, has no place in the model, or has another shape."""
+    expected = {path: spec.shape for path, spec in flatten_specs(base_specs(config))}
+    got = {tuple(path): tuple(value.shape) for path, value in _leaves(params)}
+    for path in sorted(expected.keys() | got.keys()):
+        if expected.get(path) != got.get(path):
+            raise ValueError(
+                f"parameter {'/'.join(path)} must have shape {expected.get(path, 'none: it is not in the model')}, "
+                f"got {got.get(path, 'no such parameter')}"
+            )
+
+
+def _write_weights(
+    folder: pathlib.Path, config: ModelConfig, params: Mapping[str, Any], dtype: str, max_shard_bytes: float
+) -> None:
+    stored_dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    shards: list[list[tuple[str, ...]]] = [[]]
+    shard_bytes = total_bytes = 0
+    for path, spec in flatten_specs(base_specs(config)):
+        num_bytes = math.prod(spec.shape) * stored_dtype.itemsize
+        if shards[-1] and shard_bytes + num_bytes > max_shard_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(path)
+        shard_bytes, total_bytes = shard_bytes + num_bytes, total_bytes + num_bytes
+    weight_map = {}
+    for i, paths in enumerate(shards):
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, np.ndarray] = {}
+        for path in paths:
+            value = np.asarray(jax.device_get(leaf_at(params, path))).astype(stored_dtype)
+            tensors |= stored_form(value, path)
+        save_tensors(folder / name, tensors)
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        write_index(folder, weight_map, total_bytes)
+
+
+def write_index(folder: pathlib.Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Writes the list of which tensor is in which file."""
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)})
+
+
+def save_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file and reads it back; ValueError where it is not what was written."""
+    # transformers refuses a file whose metadata has no format.
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    with open_tensors(file) as written:
+        for name, value in tensors.items():
+            if not same_bits(written.get_tensor(name), value):
+                raise ValueError(f"{name} was not read back as it was written to {file}; check the disk")
+
+
+def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two arrays are alike in type, shape and every bit, NaN included."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    left, right = (np.ascontiguousarray(value).reshape(-1).view(np.uint8) for value in (left, right))
+    return np.array_equal(left, right)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file with sorted keys."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# Nested dicts by path
+
+
+def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, child in tree.items():
+        if isinstance(child, Mapping):
+            yield from _leaves(child, (*prefix, name))
+        else:
+            yield (*prefix, name), child
+
+
+def set_leaf(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Puts a value at a path, making the dicts on the way."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value

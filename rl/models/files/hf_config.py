@@ -1,0 +1,408 @@
+"""Hugging Face `config.json` in and out: old style (rope_theta, torch_dtype) and new (rope_parameters, dtype).
+
+In: a folder. Out: a `ModelConfig`, or a ValueError that names the option we cannot honour; nothing is ignored that
+could change the maths. Weights are in `rl.models.files.hf`. Imports no jax.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rl.files.json_file import Fields, read_object, shown
+from rl.models.config import (
+    DTYPES,
+    FULL_ATTENTION,
+    LARGEST,
+    LARGEST_ID,
+    QUANTIZED_DTYPES,
+    SLIDING_ATTENTION,
+    ModelConfig,
+    Quantization,
+    RopeScaling,
+    alternating_layer_types,
+)
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+
+QUANT_METHOD = "tandem"
+
+# What transformers' configuration class of each family takes where the file says nothing.
+_COMMON_DEFAULTS = {"hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {**_COMMON_DEFAULTS, "rope_theta": 10_000.0, "attention_bias": False, "mlp_bias": False},
+    "qwen2": {**_COMMON_DEFAULTS, "rope_theta": 10_000.0, "attention_bias": True, "mlp_bias": False},
+    "qwen3": {
+        **_COMMON_DEFAULTS,
+        "rope_theta": 10_000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": 128,
+    },
+    "gemma3_text": {
+        **_COMMON_DEFAULTS,
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+    },
+}
+
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+ACTIVATION_HF_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+# fmt: off
+# Keys that this module reads.
+READ_KEYS = frozenset({
+    "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+    "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "hidden_act",
+    "hidden_activation", "attention_bias", "mlp_bias", "initializer_range", "eos_token_id", "bos_token_id",
+    "pad_token_id", "dtype", "torch_dtype", "attention_dropout", "original_max_position_embeddings",
+    "quantization_config",
+})
+# Keys that say nothing about the maths: bookkeeping, and defaults of generation.
+HARMLESS_KEYS = frozenset({
+    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_from_model_config",
+    "transformers_version", "transformers.js_config", "auto_map", "use_cache", "cache_implementation",
+    "pretraining_tp", "is_llama_config", "tokenizer_class", "return_dict", "output_hidden_states",
+    "output_attentions", "torchscript", "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type",
+    "task_specific_params", "finetuning_task", "prefix", "sep_token_id", "decoder_start_token_id", "max_length",
+    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature",
+    "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "chunk_size_feed_forward",
+    "unsloth_fixed", "unsloth_version", "model_name", "mlx_version",
+})
+_QWEN_SLIDING_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+FAMILY_KEYS = {
+    "qwen2": _QWEN_SLIDING_KEYS,
+    "qwen3": _QWEN_SLIDING_KEYS,
+    "gemma3_text": frozenset({
+        "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "layer_types", "query_pre_attn_scalar",
+    }),
+}
+# fmt: on
+_SIZE_NAMES = {  # of config.json, whose names here are others
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+}
+_LARGEST_NUMBER = 1e15  # of what may be any number: thetas, factors
+NEUTRAL_VALUES: tuple[Any, ...] = (None, False, 0, 1.0, "", [], {})
+NEUTRAL_ROPE_VALUES = {"partial_rotary_factor": (None, 1.0), "mrope_section": (None,)}
+
+
+class SpecialIds(NamedTuple):
+    """What generation_config.json says of the tokens that end a text and fill it up."""
+
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+
+
+def read_config(folder: str | pathlib.Path) -> ModelConfig:
+    """The architecture of a Hugging Face folder, with `dtype` and `param_dtype` those of its weights, and remat "none".
+
+    EOS ids are those of generation_config.json (first) and config.json together. Raises ValueError, naming the file and
+    the key, for a value of another type or range, and for an architecture or an option that is not supported.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / "config.json"
+    raw = read_object(path)
+    special_ids = read_special_ids(folder)
+    try:
+        return parse_config(raw, special_ids)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_special_ids(folder: pathlib.Path) -> SpecialIds:
+    """What the generation_config.json of a folder says; nothing where there is none."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return SpecialIds()
+    fields = Fields(read_object(path), f"{path}: ")
+    return SpecialIds(tuple(fields.wholes("eos_token_id", 0, LARGEST_ID)), _token_id(fields, "pad_token_id"))
+
+
+def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The content of config.json for `config`, in the older form, which every transformers since 4.50 and vLLM read."""
+    raw: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _rope_scaling_json(config.rope_scaling),
+        "attention_dropout": 0.0,
+        "initializer_range": config.initializer_range,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        **_token_ids_json(config),
+    }
+    activation = ACTIVATION_HF_NAMES[config.activation]
+    if config.family == "gemma3_text":
+        raw |= {
+            "hidden_activation": activation,
+            "attention_bias": config.attention_bias,
+            "query_pre_attn_scalar": _whole(config.query_pre_attn_scalar),
+            "rope_local_base_freq": config.rope_local_theta,
+            "sliding_window": config.sliding_window,
+            "layer_types": list(config.layer_types),
+        }
+        pattern = _sliding_window_pattern(config.layer_types)
+        return raw if pattern is None else raw | {"sliding_window_pattern": pattern}
+    raw["hidden_act"] = activation
+    if config.family == "llama":
+        raw |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    else:
+        raw |= {"use_sliding_window": False, "sliding_window": None}
+    if config.family == "qwen3":
+        raw["attention_bias"] = config.attention_bias
+    return raw
+
+
+def generation_json(config: ModelConfig) -> dict[str, Any]:
+    """The content of generation_config.json: the special tokens only, no sampling defaults."""
+    return {"_from_model_config": True, **_token_ids_json(config)}
+
+
+def parse_config(raw: Mapping[str, Any], special_ids: SpecialIds) -> ModelConfig:
+    """The same from the contents of config.json and generation_config.json."""
+    family = _family(Fields(raw))
+    values = {**FAMILY_DEFAULTS[family], **{key: value for key, value in raw.items() if value is not None}}
+    fields = Fields(values)
+    _refuse_unsupported(raw, fields, family)
+    num_heads, num_layers = _size(fields, "num_attention_heads"), _size(fields, "num_hidden_layers")
+    hidden_size = _size(fields, "hidden_size")
+    own_heads = family == "llama" and not fields.has("num_key_value_heads")
+    head_dim = _size(fields, "head_dim") if fields.has("head_dim") else hidden_size // num_heads
+    rope_theta, rope_scaling, rope_local_theta = _rope(Fields(raw), fields, family)
+    dtype = _dtype(Fields(raw))
+    gemma = family == "gemma3_text"
+    return ModelConfig(
+        family=family,
+        vocab_size=_size(fields, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_size(fields, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads if own_heads else _size(fields, "num_key_value_heads"),
+        head_dim=head_dim,
+        max_position_embeddings=_size(fields, "max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", 0, 1),
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        rope_local_theta=rope_local_theta,
+        activation=ACTIVATION_NAMES[fields.choice("hidden_activation" if gemma else "hidden_act", ACTIVATION_NAMES)],
+        attention_bias=fields.flag("attention_bias"),
+        mlp_bias=fields.flag("mlp_bias"),
+        sliding_window=fields.whole("sliding_window", 1, LARGEST_ID) if gemma else None,
+        layer_types=_layer_types(fields, family, num_layers),
+        query_pre_attn_scalar=fields.number("query_pre_attn_scalar", 0, _LARGEST_NUMBER) if gemma else float(head_dim),
+        initializer_range=fields.number("initializer_range", 0, _LARGEST_NUMBER),
+        eos_token_ids=tuple(dict.fromkeys((*special_ids.eos, *fields.wholes("eos_token_id", 0, LARGEST_ID)))),
+        bos_token_id=_token_id(fields, "bos_token_id"),
+        pad_token_id=_token_id(fields, "pad_token_id") if "pad_token_id" in raw else special_ids.pad,
+        dtype=dtype,
+        param_dtype=dtype,
+        remat="none",
+        quantization=_quantization(fields),
+    )
+
+
+def quantization_json(quantization: Quantization) -> dict[str, Any]:
+    """The value of quantization_config in the config.json of a folder that `grpo quantize` writes."""
+    return {"quant_method": QUANT_METHOD, **dataclasses.asdict(quantization)}
+
+
+def quantization_in(folder: pathlib.Path) -> Quantization | None:
+    """How the weights in a folder are quantised, as its config.json says; None: they are plain, or there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    raw = read_object(path)
+    try:
+        return _quantization(Fields(raw))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _quantization(fields: Fields) -> Quantization | None:
+    raw = fields.section("quantization_config")
+    if not raw.values:
+        return None
+    method = raw.values.get("quant_method")
+    if method != QUANT_METHOD:
+        raise ValueError(
+            f"quantization_config must be of quant_method {QUANT_METHOD!r}, got {shown(method)}, which is not "
+            "supported; take the model's plain weights and grpo quantize"
+        )
+    return Quantization(
+        raw.choice("dtype", QUANTIZED_DTYPES),
+        raw.whole("group_size", 1, LARGEST["intermediate_size"], None),
+        tuple(raw.texts("patterns")),
+        raw.flag("head"),
+    )
+
+
+def _size(fields: Fields, key: str) -> int:
+    return fields.whole(key, 1, LARGEST[_SIZE_NAMES.get(key, key)])
+
+
+def _token_id(fields: Fields, key: str) -> int | None:
+    return fields.whole(key, -1, LARGEST_ID, None)  # -1: some files say so that they have none
+
+
+def _family(fields: Fields) -> str:
+    family = fields.choice("model_type", ARCHITECTURES)
+    architectures = fields.texts("architectures", []) or [ARCHITECTURES[family]]
+    if architectures != [ARCHITECTURES[family]]:
+        raise fields.refuse("architectures", f"[{ARCHITECTURES[family]!r}] for {family}")
+    return family
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], fields: Fields, family: str) -> None:
+    """Refuses every key that is neither read, nor known to be harmless, nor at a value that switches nothing on."""
+    known = READ_KEYS | HARMLESS_KEYS | FAMILY_KEYS.get(family, frozenset())
+    for key, value in raw.items():
+        if key not in known and not any(
+            type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_VALUES
+        ):
+            raise ValueError(
+                f"option {key} = {shown(value)} is not supported for {family}; remove it from the file only if it does "
+                "not change what the model computes"
+            )
+    if fields.number("attention_dropout", 0, 1, 0.0):
+        raise ValueError(f"attention_dropout must be 0, got {raw['attention_dropout']!r}: dropout is not supported")
+    if fields.flag("use_sliding_window", False):
+        raise ValueError(f"use_sliding_window = True is not supported for {family}")
+    if family == "qwen2" and not fields.flag("attention_bias"):
+        raise ValueError("attention_bias = False is not supported for qwen2, whose q, k and v always have a bias")
+    if family != "llama" and fields.flag("mlp_bias"):
+        raise ValueError(f"mlp_bias = True is not supported for {family}")
+
+
+def _dtype(fields: Fields) -> str:
+    return fields.choice("dtype" if fields.has("dtype") else "torch_dtype", DTYPES, "float32")
+
+
+def _layer_types(fields: Fields, family: str, num_layers: int) -> tuple[str, ...]:
+    if fields.has("layer_types"):
+        layer_types = tuple(fields.texts("layer_types"))
+        if family != "gemma3_text" and SLIDING_ATTENTION in layer_types:
+            raise ValueError(f"layer_types with {SLIDING_ATTENTION!r} is not supported for {family}")
+        return layer_types
+    if family == "gemma3_text":
+        # transformers 5 writes the pattern back under a private name.
+        key = "_sliding_window_pattern" if fields.has("_sliding_window_pattern") else "sliding_window_pattern"
+        return alternating_layer_types(num_layers, fields.whole(key, 1, LARGEST["num_layers"]))
+    return (FULL_ATTENTION,) * num_layers
+
+
+def _rope(raw: Fields, fields: Fields, family: str) -> tuple[float, RopeScaling, float]:
+    """Theta, scaling, and the theta of sliding layers; newer files have rope_parameters, older ones rope_scaling."""
+    newer, older = raw.section("rope_parameters"), raw.section("rope_scaling")
+    local_theta = fields.number("rope_local_base_freq", 0, _LARGEST_NUMBER, 10_000.0)
+    if newer.values.keys() & {FULL_ATTENTION, SLIDING_ATTENTION}:
+        if family != "gemma3_text":
+            raise raw.refuse("rope_parameters", f"one set for all layers for {family}")
+        local = newer.section(SLIDING_ATTENTION)
+        if _rope_scaling(local, fields).kind != "none":
+            raise newer.refuse(SLIDING_ATTENTION, "of type 'default'")
+        local_theta = local.number("rope_theta", 0, _LARGEST_NUMBER, local_theta)
+        newer = newer.section(FULL_ATTENTION)
+    theta = fields.number("rope_theta", 0, _LARGEST_NUMBER)
+    readings = {
+        (parameters.number("rope_theta", 0, _LARGEST_NUMBER, theta), _rope_scaling(parameters, fields))
+        for parameters in ([newer, older] if newer.values and older.values else [newer if newer.values else older])
+    }
+    if len(readings) > 1:
+        raise ValueError(
+            f"rope_parameters and rope_scaling must agree, got {shown(newer.values)} and {shown(older.values)}; "
+            "remove one"
+        )
+    theta, scaling = readings.pop()
+    return theta, scaling, local_theta
+
+
+def _rope_scaling(parameters: Fields, fields: Fields) -> RopeScaling:
+    known = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    kind = parameters.choice("rope_type" if parameters.has("rope_type") else "type", known, "default")
+    extra = ("original_max_position_embeddings",) if kind == "llama3" else ()
+    for key, value in parameters.values.items():
+        is_read = key in ("rope_type", "type", "rope_theta", *known[kind], *extra)
+        if not is_read and value not in NEUTRAL_ROPE_VALUES.get(key, (None,)):
+            raise ValueError(f"{parameters.prefix}{key} = {shown(value)} is not supported with rope type {kind!r}")
+    if kind == "default":
+        return RopeScaling()
+    scaling: dict[str, Any] = {key: parameters.number(key, 0, _LARGEST_NUMBER) for key in known[kind]}
+    if kind == "llama3":
+        of_model = _size(fields, "max_position_embeddings")
+        for source in (parameters, fields):
+            of_model = source.whole("original_max_position_embeddings", 1, LARGEST_ID, of_model)
+        scaling["original_max_position_embeddings"] = of_model
+    return RopeScaling(kind=kind, **scaling)
+
+
+def _rope_scaling_json(scaling: RopeScaling) -> dict[str, Any] | None:
+    if scaling.kind == "none":
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }
+
+
+def _whole(value: float) -> float | int:
+    """An int where the value is one: transformers 5 checks the type."""
+    return int(value) if value == int(value) else value
+
+
+def _token_ids_json(config: ModelConfig) -> dict[str, Any]:
+    eos = config.eos_token_ids
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def _sliding_window_pattern(layer_types: tuple[str, ...]) -> int | None:
+    """The period p with every p-th layer global, if the layers are so arranged."""
+    for pattern in range(1, len(layer_types) + 2):
+        if alternating_layer_types(len(layer_types), pattern) == layer_types:
+            return pattern
+    return None

@@ -1,0 +1,167 @@
+"""What runs with a model that is not the toolkit's own decoder do otherwise: weights in and out, what is said at the
+start, and a trial of its computation. Every function here is for any policy and does nothing, or says nothing, where
+the model is the toolkit's own.
+
+In: a policy (`rl.models.foreign.own_config`, `rl.models.foreign.tunix_policy`). Not here: its contract and its
+computation.
+Legend: B rows, T token positions, D model.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl.models.config import flatten_specs
+from rl.models.files import quantized_files
+from rl.models.files.hf import SINGLE_FILE, new_folder
+from rl.models.foreign import own_config as own
+from rl.models.ops import dtype_of
+from rl.models.policy import Params, Policy, WavePolicy
+
+LENGTH = 6  # tokens of the trial
+TOLERANCES = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 0.2}  # of hidden states, relative to the largest
+
+
+def check_weights(folder: pathlib.Path, config: Any) -> None:
+    """Compares the headers of a Tunix model's files, or of quantised ones, with what `config` wants; ValueError naming
+    what does not fit.
+    """
+    if config.quantization is not None:
+        quantized_files.check_weights(folder, config)
+        return
+    from rl.models.foreign import tunix_config
+
+    tunix_config.check_files(folder, config)
+
+
+def load_weights(path: pathlib.Path, config: Any, shardings: Any, allow_nonfinite: bool = False) -> Params:
+    """The weights of a `ForeignConfig`'s model, placed by `shardings`.
+
+    Args:
+      path: a Tunix model's folder, or what model.weights names.
+
+    Raises:
+      ValueError: weights that are missing, extra or misshapen, naming each; NaN or infinity, unless `allow_nonfinite`.
+    """
+    if config.quantization is not None:
+        return quantized_files.load_params(path, config, shardings, allow_nonfinite)
+    if config.kind == "own":
+        return own.load_weights(path, config, shardings, allow_nonfinite)
+    from rl.models.foreign import tunix_files
+
+    return tunix_files.load_weights(path, config, shardings, allow_nonfinite)
+
+
+def weight_reader(path: pathlib.Path, config: Any) -> Callable[[tuple[str, ...]], np.ndarray]:
+    """A function that reads one parameter of such a model, plain and in its stored type; the rest stays on the disk."""
+    if config.kind == "own":
+        return own.weight_reader(path, config)
+    from rl.models.foreign import tunix_files
+
+    return tunix_files.weight_reader(path, config)
+
+
+def save_folder(out: str | pathlib.Path, config: Any, params: Params, tokenizer: Any, dtype: str | None = None) -> None:
+    """Writes the folder `out`, which must be new or empty: of a Tunix model a Hugging Face folder like the one it came
+    from; of a module of the user's own a model.safetensors with every parameter under its name, for model.weights.
+
+    `dtype` is the stored type, None keeps `config.param_dtype`.
+    """
+    if dtype is not None:
+        config = dataclasses.replace(config, param_dtype=dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype_of(dtype)), params)
+    with new_folder(out) as folder:
+        if config.kind == "own":
+            own.save_weights(folder / SINGLE_FILE, params)
+            return
+        from rl.models.foreign import tunix_files
+
+        tunix_files.write_weights(folder, config, params)
+        tokenizer.save_pretrained(str(folder))
+
+
+def notes(policy: Policy) -> Iterator[str]:
+    """What a person should know at the start of a run about how the policy is computed."""
+    if policy.decodes_in_waves:
+        yield (
+            "the policy decodes in aligned waves with a cache of its own: every sample holds its own copy of the "
+            "prompt, and a wave lasts as long as its longest completion"
+        )
+    if not policy.packs_rows:
+        yield "the policy cannot tell the sequences of a row apart: each training row holds one prompt and completion"
+
+
+def unsharded(policy: Policy, num_devices: int) -> str | None:
+    """A warning about matrices without a logical axis, which every device holds whole; None when there is none."""
+    matrices = [(path, spec) for path, spec in flatten_specs(policy.config.specs) if len(spec.shape) > 1]
+    bare = ["/".join(path) for path, spec in matrices if not any(spec.axes)]
+    if num_devices == 1 or not bare:
+        return None
+    shown = ", ".join(bare[:4]) + (f" and {len(bare) - 4} more" if len(bare) > 4 else "")
+    return (
+        f"{len(bare)} of {len(matrices)} matrices have no logical axes, so that each of {num_devices} devices holds "
+        f"them and their moments whole: {shown}; give the module `logical_axes` (docs/models.md)"
+    )
+
+
+def check_policy(policy: Policy, params: Params, source: str | None) -> None:
+    """Tries a policy with a cache of its own on a few tokens.
+
+    Raises:
+      ValueError: a hidden state depends on later tokens; decoding does not give the hidden states of the whole
+        sequence; sequences of one row see each other.
+    """
+    if not policy.decodes_in_waves:
+        return
+    policy = cast(WavePolicy, policy)
+    tokens_1T = (7 * np.arange(LENGTH, dtype=np.int32) % policy.config.vocab_size)[None]
+    positions_1T, zeros_1T = np.arange(LENGTH, dtype=np.int32)[None], np.zeros((1, LENGTH), np.int32)
+    largest, errors = jax.jit(lambda *args: _trial(policy, *args))(params, tokens_1T, positions_1T, zeros_1T)
+    scale = max(float(largest), 1e-6)
+    rules = {
+        "causal": "a hidden state must not depend on later tokens",
+        "decoding": "`extend` must give the hidden states that the whole sequence gives",
+        "packing": "`attention_mask` must keep the sequences of a row apart (or leave that argument out)",
+    }
+    for name, error in errors.items():
+        relative = float(error) / scale
+        if not relative <= TOLERANCES[policy.config.dtype]:
+            raise ValueError(
+                f"model.source {source}: {rules[name]}, got a difference of {relative:.2g} times the largest hidden "
+                f"state on {LENGTH} tokens; see docs/models.md"
+            )
+
+
+def _trial(
+    policy: WavePolicy, params: Params, tokens_1T: jax.Array, positions_1T: jax.Array, zeros_1T: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The largest hidden state of a sequence, and how far three other ways to its hidden states are off at most."""
+
+    def difference(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.max(jnp.abs(a - b))
+
+    half = LENGTH // 2
+    whole_1TD = policy.hidden(params, tokens_1T, positions_1T, zeros_1T, zeros_1T)
+    other_1T = tokens_1T.at[:, half:].set(tokens_1T[:, :1])
+    other_1TD = policy.hidden(params, other_1T, positions_1T, zeros_1T, zeros_1T)
+    errors = {"causal": difference(whole_1TD[:, :half], other_1TD[:, :half])}
+    cache, parts = policy.empty_cache(params, 1, LENGTH + 1), []
+    for start, stop in ((0, half), *((t, t + 1) for t in range(half, LENGTH))):
+        tokens, positions, zeros = (x[:, start:stop] for x in (tokens_1T, positions_1T, zeros_1T))
+        part_1TD, cache = policy.extend(params, tokens, positions, zeros, zeros, cache)
+        parts.append(part_1TD)
+    errors["decoding"] = difference(whole_1TD, jnp.concatenate(parts, axis=1))
+    if policy.packs_rows:
+        # Three times the sequence: as another group, and its second half as another branch of the first.
+        tokens, positions = (jnp.concatenate([x, x, x[:, half:]], axis=1) for x in (tokens_1T, positions_1T))
+        groups_1T = jnp.concatenate([zeros_1T, zeros_1T + 1, zeros_1T[:, half:]], axis=1)
+        branches_1T = jnp.concatenate([(positions_1T >= half) * 1, zeros_1T, zeros_1T[:, half:] + 2], axis=1)
+        packed_1TD = policy.hidden(params, tokens, positions, groups_1T, branches_1T)
+        expected_1TD = jnp.concatenate([whole_1TD, whole_1TD, whole_1TD[:, half:]], axis=1)
+        errors["packing"] = difference(packed_1TD, expected_1TD)
+    return jnp.max(jnp.abs(whole_1TD)), errors

@@ -1,0 +1,426 @@
+"""A module of the user's own as the policy: `model.source: path/to/file.py:build`. docs/models.md has the contract.
+
+In: the function in the file. Out: a `ForeignConfig` that describes the module it returns, and a policy over its
+parameters, in either flavour. What the module does not say it has (a mask, a cache, logical axes) is not asked of it:
+without a mask each row holds one sequence, without a cache decoding computes all positions again for each token.
+Legend: B sequences, T token positions, S cache positions, D model.
+"""
+
+import dataclasses
+import fnmatch
+import inspect
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.core import unfreeze
+
+from rewards.contract import import_function
+from rl.files.stores import local_copy
+from rl.models import ops
+from rl.models.attention_kernels import AttentionKernel
+from rl.models.config import ForeignConfig, ParameterSpec, flatten_specs
+from rl.models.files.finite import as_finite
+from rl.models.files.hf import FLOAT_TYPES, open_tensors, put_shards, save_tensors
+from rl.models.files.hf_config import quantization_in
+from rl.models.ops import dtype_of, visible, widen
+from rl.models.quantized import dequantize_params
+from rl.models.train_state import TrainState, TrainStateNNX, string_keys
+
+OWN_KERNEL = AttentionKernel(
+    "its own", ops.attention, skips_blocks=False
+)  # of `hidden`, which calls no function of ours
+INPUTS = ("tokens", "positions", "attention_mask")
+MODULE_CLASSES = {"nnx": nnx.Module, "linen": flax.linen.Module}
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OwnModule:
+    """What a policy over a user's module is made of (`ForeignConfig.model`).
+
+    Attributes:
+      make: nnx.Rngs -> a new module; a Linen module has no use for the argument.
+      module: the Linen module, or the NNX graph definition.
+      template: an NNX module's parameter tree with its own keys (numbers for the entries of a list); {} of a Linen one.
+      inputs: those of `INPUTS` that `__call__` takes.
+      extend_inputs: those of tokens, positions and cache that `extend` takes; () without a cache.
+    """
+
+    make: Callable[[nnx.Rngs], Any]
+    module: Any
+    template: Mapping[Any, Any]
+    inputs: tuple[str, ...]
+    extend_inputs: tuple[str, ...]
+
+
+class _ModulePolicy:
+    """What both flavours share: which arguments a module is given, and decoding without a cache of its own."""
+
+    decodes_in_waves = True
+    kernel = OWN_KERNEL
+    _apply: Callable[..., Any]  # (plain parameters, name of a method, arguments by name) -> what the method returns
+
+    def __init__(self, config: ForeignConfig) -> None:
+        self.config: Any = config
+        self._own: OwnModule = config.model
+        self.module = self._own.module
+
+    @property
+    def packs_rows(self) -> bool:
+        return "attention_mask" in self._own.inputs
+
+    def _call(self, params: Params, method: str, **arguments: Any) -> Any:
+        # The module knows plain arrays only, so quantised ones become such at each call.
+        return self._apply(dequantize_params(params, dtype_of(self.config.param_dtype)), method, **arguments)
+
+    def hidden(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        group_ids_BT: jax.Array,
+        branch_ids_BT: jax.Array,
+    ) -> jax.Array:
+        inputs = {"tokens": tokens_BT, "positions": positions_BT}
+        if self.packs_rows:
+            labels = (positions_BT, group_ids_BT, branch_ids_BT)
+            inputs["attention_mask"] = visible(*labels, *labels)
+        return self._call(params, "__call__", **{name: inputs[name] for name in self._own.inputs})
+
+    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
+        logits = self._call(params, "unembed", hidden=hidden)
+        return logits.astype(widen(logits.dtype))
+
+    def empty_cache(self, params: Params, num_rows: int, length: int) -> Any:
+        if self._own.extend_inputs:
+            return self._call(params, "init_cache", num_rows=num_rows, length=length)
+        return jnp.zeros((num_rows, length), jnp.int32)
+
+    def extend(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        group_ids_BT: jax.Array,
+        branch_ids_BT: jax.Array,
+        cache: Any,
+    ) -> tuple[jax.Array, Any]:
+        if self._own.extend_inputs:
+            inputs = {"tokens": tokens_BT, "positions": positions_BT, "cache": cache}
+            return self._call(params, "extend", **{name: inputs[name] for name in self._own.extend_inputs})
+        # The cache is the tokens so far; what lies behind them has no influence, because a policy is causal.
+        start = positions_BT[0, 0]
+        cache_BS = jax.lax.dynamic_update_slice(cache, tokens_BT, (jnp.zeros_like(start), start))
+        positions_BS = jnp.broadcast_to(jnp.arange(cache_BS.shape[1], dtype=jnp.int32), cache_BS.shape)
+        labels_BS = jnp.zeros_like(cache_BS)
+        hidden_BSD = self.hidden(params, cache_BS, positions_BS, labels_BS, labels_BS)
+        return jax.lax.dynamic_slice_in_dim(hidden_BSD, start, tokens_BT.shape[1], axis=1), cache_BS
+
+
+class LinenModulePolicy(_ModulePolicy):
+    """The policy computed by a user's `linen.Module`."""
+
+    flavour = "linen"
+    state_class = TrainState
+
+    def init(self, key: jax.Array) -> Params:
+        variables = self.module.init({"params": key}, **_sample_inputs(self._own.inputs), method=_all_of_it)
+        return unfreeze(flax.linen.meta.unbox(variables["params"]))
+
+    def _apply(self, params: Params, method: str, **arguments: Any) -> Any:
+        return self.module.apply({"params": params}, **arguments, method=method)
+
+
+class NNXModulePolicy(_ModulePolicy):
+    """The policy computed by a user's `nnx.Module`."""
+
+    flavour = "nnx"
+    state_class = TrainStateNNX
+
+    def init(self, key: jax.Array) -> Params:
+        with nnx.use_eager_sharding(False):
+            return string_keys(nnx.to_pure_dict(nnx.state(self._own.make(nnx.Rngs(key)), nnx.Param)))
+
+    def model(self, params: Params) -> Any:
+        """The module with these parameters."""
+        return nnx.merge(self.module, own_keys(self._own.template, params))
+
+    def _apply(self, params: Params, method: str, **arguments: Any) -> Any:
+        return getattr(self.model(params), method)(**arguments)
+
+
+def own_keys(template: Any, params: Any) -> Any:
+    """`params` with the keys of `template`, whose text they have; the opposite of `train_state.string_keys`."""
+    if not isinstance(template, Mapping):
+        return params
+    names = {str(key) for key in template}
+    if names != set(params):
+        raise ValueError(f"parameters must be {sorted(names)}, got {sorted(params)}; they belong to another model")
+    return {key: own_keys(child, params[str(key)]) for key, child in template.items()}
+
+
+# From a file to a description
+
+
+class OtherFlavourError(Exception):
+    """`source` returned a module of class `found`, whose flavours `kinds` are not the one that is asked for."""
+
+    def __init__(self, source: str, found: str, kinds: list[str]) -> None:
+        super().__init__(source, found, kinds)
+        self.source, self.found, self.kinds = source, found, kinds
+
+
+def describe(
+    section: Any,
+    flavour: str,
+    *,
+    vocab_size: int,
+    eos_token_ids: tuple[int, ...],
+    bos_token_id: int | None,
+    pad_token_id: int | None,
+) -> ForeignConfig:
+    """Builds the module that `section` (the configuration's `model`) names, without numbers, and checks its contract.
+
+    Raises:
+      ValueError: naming model.source, what the module must have, and what it has.
+      OtherFlavourError: the module is not of `flavour`.
+    """
+    source = section.source
+    offered = {"vocab_size": vocab_size, "dtype": dtype_of(section.dtype), "param_dtype": dtype_of(section.param_dtype)}
+    make = _maker(source, import_function(source, "model.source"), offered, section.args)
+    if flavour == "nnx":
+        with nnx.use_eager_sharding(False):
+            module = nnx.eval_shape(lambda: _of_kind(source, make(nnx.Rngs(0)), flavour))
+        graph, weights, rest = nnx.split(module, nnx.Param, ...)
+        _require(not rest, source, "hold nothing but nnx.Param", _names(nnx.to_pure_dict(rest)))
+        template = nnx.to_pure_dict(weights)
+        own = OwnModule(make, graph, template, _inputs(source, module), _extend_inputs(source, module))
+        shapes = string_keys(template)
+    else:
+        module = _of_kind(source, make(nnx.Rngs(0)), flavour)
+        own = OwnModule(make, module, {}, _inputs(source, module), _extend_inputs(source, module))
+        inputs = _sample_inputs(own.inputs)
+        variables = jax.eval_shape(lambda: module.init({"params": jax.random.key(0)}, **inputs, method=_all_of_it))
+        _require(set(variables) == {"params"}, source, "hold the collection params alone", sorted(variables))
+        shapes = unfreeze(flax.linen.meta.unbox(variables["params"]))
+    config = ForeignConfig(
+        kind="own",
+        family=type(module).__name__,
+        vocab_size=vocab_size,
+        hidden_size=0,
+        max_position_embeddings=getattr(module, "max_positions", None) or sys.maxsize,
+        eos_token_ids=eos_token_ids,
+        bos_token_id=bos_token_id,
+        pad_token_id=pad_token_id,
+        dtype=section.dtype,
+        param_dtype=section.param_dtype,
+        remat=section.remat,
+        specs=_specs(source, shapes, getattr(module, "logical_axes", {})),
+        model=own,
+        quantization=None if section.weights is None else quantization_in(local_copy(section.weights)),
+    )
+    policy = NNXModulePolicy(config) if flavour == "nnx" else LinenModulePolicy(config)
+    hidden_size, vocab_size = _check_forms(source, policy, shapes)
+    return dataclasses.replace(config, hidden_size=hidden_size, vocab_size=vocab_size)
+
+
+def _maker(source: str, build: Callable[..., Any], offered: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
+    """`build` as a function of nnx.Rngs alone: of what is offered it gets what it names, and all of `args`."""
+    parameters = inspect.signature(build).parameters.values()
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    names = {parameter.name for parameter in parameters}
+    unknown = sorted(set(args) - names)
+    if unknown and not takes_all:
+        raise ValueError(f"model.args must be arguments of {source}, which are {sorted(names)}, got {unknown}")
+
+    def make(rngs: nnx.Rngs) -> Any:
+        given = {name: value for name, value in {**offered, "rngs": rngs}.items() if name in names}
+        return build(**{**given, **args})
+
+    return make
+
+
+def _of_kind(source: str, module: Any, flavour: str) -> Any:
+    kinds = [name for name, base in MODULE_CLASSES.items() if base in type(module).__mro__]
+    if kinds != [flavour]:
+        raise OtherFlavourError(source, f"{type(module).__module__}.{type(module).__name__}", kinds)
+    return module
+
+
+def _inputs(source: str, module: Any) -> tuple[str, ...]:
+    names = tuple(_parameters(type(module).__call__))
+    _require(names[:1] == INPUTS[:1] and set(names) <= set(INPUTS), source, f"have __call__{INPUTS}, or less", names)
+    _require(hasattr(module, "unembed"), source, "have unembed(hidden)", "none")
+    return names
+
+
+def _extend_inputs(source: str, module: Any) -> tuple[str, ...]:
+    has = [hasattr(module, name) for name in ("init_cache", "extend")]
+    _require(has[0] == has[1], source, "have both init_cache(num_rows, length) and extend, or neither", has)
+    names = tuple(_parameters(type(module).extend)) if has[1] else ()
+    known = ("tokens", "positions", "cache")
+    rule = f"have extend{known}, or less"
+    _require(not names or ({"tokens", "cache"} <= set(names) <= set(known)), source, rule, names)
+    return names
+
+
+def _parameters(method: Any) -> list[str]:
+    """Names of the arguments that have to be given, self left out."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+
+
+def _sample_inputs(names: tuple[str, ...], num_rows: int = 1, length: int = 2) -> dict[str, jax.Array]:
+    labels = jnp.zeros((num_rows, length), jnp.int32)
+    every = {"tokens": labels, "positions": labels, "attention_mask": jnp.ones((num_rows, length, length), bool)}
+    return {name: every[name] for name in names}
+
+
+def _all_of_it(module: Any, **inputs: Any) -> Any:
+    """Touches every parameter of a Linen module."""
+    return module.unembed(module(**inputs))
+
+
+def _specs(source: str, shapes: Any, logical_axes: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A `ParameterSpec` per leaf; its axes are those of the first pattern that matches its name."""
+    specs: dict[str, Any] = {}
+    for name, child in shapes.items():
+        path = (*prefix, name)
+        if isinstance(child, Mapping):
+            specs[name] = _specs(source, child, logical_axes, path)
+            continue
+        matches = [axes for pattern, axes in logical_axes.items() if fnmatch.fnmatchcase("/".join(path), pattern)]
+        axes = tuple(matches[0]) if matches else (None,) * len(child.shape)
+        rule = f"give {'/'.join(path)} {list(child.shape)} as many logical_axes as it has dims"
+        _require(len(axes) == len(child.shape), source, rule, axes)
+        specs[name] = ParameterSpec(tuple(child.shape), axes, _contract_dims(path, len(axes)))
+    return specs
+
+
+def _contract_dims(path: tuple[str, ...], num_dims: int) -> tuple[int, ...]:
+    """The dim that a product with this parameter most likely sums over: of [..., inputs, outputs] the inputs, of an
+    embedding table the last. What it really sums over is not known; a scale for each of the others is never too few.
+    """
+    if num_dims < 2:
+        return ()
+    return (num_dims - 1,) if path[-1] == "embedding" else (num_dims - 2,)
+
+
+def _check_forms(source: str, policy: Any, shapes: Any) -> tuple[int, int]:
+    """Checks the form of everything that the module computes; (hidden size, vocabulary)."""
+    config, num_rows, length = policy.config, 2, 4
+    for name, leaf in _leaves(shapes):
+        rule = f"have its weights in model.param_dtype ({config.param_dtype}), which `build` may take as param_dtype"
+        _require(leaf.dtype == dtype_of(config.param_dtype), source, rule, f"{name} in {leaf.dtype}")
+    labels = jax.ShapeDtypeStruct((num_rows, length), jnp.int32)
+    hidden = jax.eval_shape(policy.hidden, shapes, labels, labels, labels, labels)
+    form = getattr(hidden, "shape", None)
+    _require(form is not None and form[:-1] == labels.shape, source, "return hidden states [B, T, D]", form or hidden)
+    rule = f"compute in model.dtype ({config.dtype}), which `build` may take as dtype"
+    _require(hidden.dtype == dtype_of(config.dtype), source, rule, f"hidden states in {hidden.dtype}")
+    logits = jax.eval_shape(policy.unembed, shapes, hidden)
+    form = getattr(logits, "shape", None)
+    rule = "return logits [..., V] of hidden states [..., D] from unembed"
+    _require(form is not None and form[:-1] == labels.shape, source, rule, form or logits)
+    cache = jax.eval_shape(lambda: policy.empty_cache(_zeros(shapes), num_rows, length))
+    rows = [leaf.shape[:1] for leaf in jax.tree.leaves(cache)]
+    _require(set(rows) <= {(), (num_rows,)}, source, "have the row as first dim of all arrays in init_cache", rows)
+    extended = jax.eval_shape(policy.extend, shapes, labels, labels, labels, labels, cache)
+    forms = [[(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(tree)] for tree in ((hidden, cache), extended)]
+    rule = f"return (hidden states, cache) from extend, of the forms {forms[0]}"
+    _require(jax.tree.structure((hidden, cache)) == jax.tree.structure(extended), source, rule, extended)
+    _require(forms[0] == forms[1], source, rule, forms[1])
+    return hidden.shape[-1], logits.shape[-1]
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield "/".join(str(part.key) for part in path), leaf
+
+
+def _names(tree: Any) -> list[str]:
+    return [name for name, _ in _leaves(tree)]
+
+
+def _require(holds: bool, source: str, rule: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"model.source {source}: the module must {rule}, got {got}; see docs/models.md")
+
+
+# Weights in a file, by name
+
+
+def save_weights(file: pathlib.Path, params: Any) -> None:
+    """Writes every parameter under its name, "blocks/0/kernel" for instance, to a safetensors file and reads it."""
+    save_tensors(file, {name: np.asarray(jax.device_get(leaf)) for name, leaf in _leaves(params)})
+
+
+def load_weights(file: pathlib.Path, config: ForeignConfig, shardings: Any, allow_nonfinite: bool = False) -> Params:
+    """The parameters in a file that `save_weights` wrote, placed by `shardings`.
+
+    Raises:
+      ValueError: weights that are missing, extra, or of another shape, naming each; NaN or infinity, unless
+        `allow_nonfinite`.
+    """
+    return place_weights(weight_reader(file, config), config, shardings, str(file), allow_nonfinite)
+
+
+def place_weights(
+    read: Callable[[tuple[str, ...]], np.ndarray],
+    config: ForeignConfig,
+    shardings: Any,
+    source: str,
+    allow_nonfinite: bool,
+) -> Params:
+    """What `read` gives for each path of `shardings`, placed by it in `config.param_dtype`; one is read at a time.
+
+    `source` is where it comes from, for messages. ValueError for NaN and infinity, unless `allow_nonfinite`.
+    """
+
+    def place(keys: tuple, sharding: Any) -> jax.Array:
+        path = tuple(part.key for part in keys)
+        name = f"{source}: {'/'.join(path)}"
+        return put_shards(as_finite(read(path), dtype_of(config.param_dtype), name, allow_nonfinite), sharding)
+
+    return jax.tree_util.tree_map_with_path(place, shardings)
+
+
+def weight_reader(file: pathlib.Path, config: ForeignConfig) -> Callable[[tuple[str, ...]], np.ndarray]:
+    """A function that reads one parameter of such a file; ValueError as of `load_weights`, at once."""
+    specs = {"/".join(path): spec for path, spec in flatten_specs(config.specs)}
+    with open_tensors(file) as tensors:
+        views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+        shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
+        types = {name: view.get_dtype() for name, view in views.items()}
+    problems = [f"missing {name}" for name in specs if name not in shapes]
+    problems += [f"unexpected {name}" for name in shapes if name not in specs]
+    problems += [
+        f"{name} must be {list(specs[name].shape)}, got {list(shape)}"
+        for name, shape in shapes.items()
+        if name in specs and shape != specs[name].shape
+    ]
+    problems += [
+        f"{name} must be one of {', '.join(FLOAT_TYPES)}, got {kind}"
+        for name, kind in types.items()
+        if name in specs and kind not in FLOAT_TYPES
+    ]
+    if problems:
+        raise ValueError(f"model.weights {file} must hold the parameters of the module: {'; '.join(problems[:8])}")
+
+    def read(path: tuple[str, ...]) -> np.ndarray:
+        with open_tensors(file) as tensors:
+            return tensors.get_tensor("/".join(path))
+
+    return read

@@ -1,0 +1,1 @@
+"""A step's completions: drawn, judged, and formed into groups; evaluation."""

@@ -1,0 +1,282 @@
+"""The host side of a step before training: prompts in, completions with their rewards, advantages and minibatches out.
+
+A reward never becomes an advantage in place: `Rollout` keeps both.
+
+Legend: P prompts, G completions per prompt, B = P * G sequences, K reward functions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rewards.batch import RewardResult
+from rewards.contract import RewardSpec
+from rewards.length import soft_overlong
+from rewards.rubric import summarize, weighted_sum
+from rewards.runner import RewardRunner
+from rl.algorithms.advantages import compute_advantages
+from rl.algorithms.from_config import estimator_of, label
+from rl.config.load import Config
+from rl.data.prompts import Prompt, PromptRow
+from rl.data.tokenizer import Tokenizer
+from rl.devices.mesh import no_implicit_transfers
+from rl.run.metrics import Stopwatch
+from rl.sampler.request_queue import Completion, CompletionSource, requests_for
+from rl.sampler.token_draw import SamplingParams
+from rl.training.packing import TrainCompletion, TrainGroup
+
+OVERLONG = "overlong"  # the name of the punishment of eq. 13 of https://arxiv.org/abs/2503.14476 among the rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Groups of completions with their rewards.
+
+    Attributes:
+      rows: prompts [P]. completions: [P][G]. texts: decoded completions [B].
+      rewards: [B][K], None where a function could not judge. names, weights: [K] of the functions, and of the overlong
+        punishment where there is one.
+      counts: per function its failures, see `rewards.batch.RewardResult`; problems: what went wrong, in words. Both are
+        of all completions that were judged, those of groups that were replaced included.
+    """
+
+    rows: list[PromptRow]
+    completions: list[list[Completion]]
+    texts: list[str]
+    rewards: list[list[float | None]]
+    names: list[str]
+    weights: list[float]
+    counts: dict[str, dict[str, int]]
+    problems: list[str]
+
+    @property
+    def group_size(self) -> int:
+        """G."""
+        return len(self.completions[0])
+
+    def rewards_of(self, p: int) -> list[list[float | None]]:
+        """[G][K] of group p."""
+        return self.rewards[p * self.group_size : (p + 1) * self.group_size]
+
+    def replace(self, places: dict[int, int], other: "Judged") -> "Judged":
+        """With group `places[p]` of `other` in the place of group p."""
+        rows, completions = list(self.rows), list(self.completions)
+        texts, rewards, size = list(self.texts), list(self.rewards), self.group_size
+        for p, q in places.items():
+            rows[p], completions[p] = other.rows[q], other.completions[q]
+            texts[p * size : (p + 1) * size] = other.texts[q * size : (q + 1) * size]
+            rewards[p * size : (p + 1) * size] = other.rewards_of(q)
+        counts = {
+            name: {kind: count + other.counts[name][kind] for kind, count in kinds.items()}
+            for name, kinds in self.counts.items()
+        }
+        problems = list(dict.fromkeys([*self.problems, *other.problems]))
+        return Judged(rows, completions, texts, rewards, self.names, self.weights, counts, problems)
+
+
+class ScoredCompletions(NamedTuple):
+    """Completions [P][G], their texts [B], and the rewards of each."""
+
+    completions: list[list[Completion]]
+    texts: list[str]
+    result: RewardResult
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One step's completions with what became of them, groups consecutive.
+
+    Attributes:
+      rows: prompts [P]. completions: [P][G]. texts: decoded completions [B].
+      rewards_BK: per function, NaN where it could not judge. names: of the functions [K].
+      weighted_B: weighted sum, NaN where no function judged.
+      advantages_B: finite; 0 for rows that no function judged.
+      kept_B: bool, rows that the loss sees (judged, and not masked as truncated).
+      metrics: scalars for metrics.jsonl. problems: what went wrong in reward functions, in words.
+    """
+
+    rows: Sequence[PromptRow]
+    completions: list[list[Completion]]
+    texts: list[str]
+    rewards_BK: np.ndarray
+    names: list[str]
+    weighted_B: np.ndarray
+    advantages_B: np.ndarray
+    kept_B: np.ndarray
+    metrics: dict[str, float]
+    problems: list[str]
+
+
+def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, specs: Sequence[RewardSpec]) -> Judged:
+    """Groups of completions with all that their rewards are made of, one group per row."""
+    completions, texts, result = scored
+    flat = [completion for group in completions for completion in group]
+    rewards = result.rewards
+    names, weights = [spec.name for spec in specs], [spec.weight for spec in specs]
+    if config.rewards.overlong_buffer:
+        names, weights = [*names, OVERLONG], [*weights, config.rewards.overlong_factor]
+        limit = config.sampling.max_completion_length
+        buffer = config.rewards.overlong_buffer * limit
+        rewards = [
+            # What no function could judge must not count as judged because it has a length.
+            [*row, None if all(r is None for r in row) else soft_overlong(len(c.token_ids), limit, buffer)]
+            for row, c in zip(rewards, flat, strict=True)
+        ]
+    return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, list(result.problems))
+
+
+def to_rollout(config: Config, judged: Judged) -> Rollout:
+    """Turns rewards into advantages, and measures both."""
+    group_size, weights = config.grpo.group_size, judged.weights
+    flat = [completion for group in judged.completions for completion in group]
+    rewards_BK = np.array(
+        [[math.nan if value is None else value for value in row] for row in judged.rewards], np.float64
+    )
+    weighted = [weighted_sum(row, weights) for row in judged.rewards]
+    weighted_B = np.array([math.nan if value is None else value for value in weighted], np.float64)
+    advantages = compute_advantages(
+        # A function of weight 0 is a metric only: it must not make a row count as judged.
+        rewards_BK[:, [weight != 0 for weight in weights]],
+        np.array([weight for weight in weights if weight != 0]),
+        group_size,
+        config.grpo.scale_rewards,
+        config.grpo.aggregation,
+        estimator_of(config),
+        label(config),
+    )
+    truncated_B = np.array([completion.finish_reason == "length" for completion in flat])
+    kept_B = advantages.valid_B & ~truncated_B if config.grpo.mask_truncated else advantages.valid_B
+    lengths_B = np.array([len(completion.token_ids) for completion in flat])
+    judged_B = weighted_B[advantages.valid_B]
+    # Where nothing was judged there is nothing to learn from either.
+    zero_variance = advantages.stats["frac_reward_zero_std"] if judged_B.size else 1.0
+    metrics = {
+        "reward/mean": float(np.mean(judged_B)) if judged_B.size else math.nan,
+        "reward/std": float(np.std(judged_B)) if judged_B.size else math.nan,
+        "advantage/mean": float(np.mean(advantages.advantages_B)),
+        "advantage/std": float(np.std(advantages.advantages_B)),
+        "zero_variance_share": zero_variance,
+        "unjudged_share": float(1.0 - advantages.valid_B.mean()),
+        "completion_length/mean": float(lengths_B.mean()),
+        "completion_length/max": float(lengths_B.max()),
+        "truncated_share": float(truncated_B.mean()),
+        "masked_share": float(1.0 - kept_B.mean()),
+    }
+    for name, summary in summarize(judged.rewards, judged.names).items():
+        metrics[f"reward/{name}/mean"] = math.nan if summary.mean is None else summary.mean
+        metrics[f"reward/{name}/std"] = math.nan if summary.std is None else summary.std
+        for failure, count in judged.counts.get(name, {}).items():
+            if count:
+                metrics[f"reward/{name}/{failure}"] = count
+    return Rollout(
+        judged.rows,
+        judged.completions,
+        judged.texts,
+        rewards_BK,
+        judged.names,
+        weighted_B,
+        advantages.advantages_B,
+        kept_B,
+        metrics,
+        judged.problems,
+    )
+
+
+def sample_and_score(
+    sampler: CompletionSource,
+    params: Any,
+    rows: Sequence[PromptRow],
+    num_samples: int,
+    sampling: SamplingParams,
+    key: jax.Array,
+    runner: RewardRunner,
+    tokenizer: Tokenizer,
+    watch: Stopwatch,
+    prompt_indices: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> ScoredCompletions:
+    """Draws completions of every row, and runs the reward functions on each as it ends, while others are still drawn.
+
+    Args:
+      key, prompt_indices: all randomness, see `Sampler.sample`.
+      names: the reward functions to run; None: all.
+      watch: "rollout" takes the time until the last completion, "reward" what the rewards take beyond that.
+    """
+    row_B = [row for row in rows for _ in range(num_samples)]
+    indices = range(len(rows)) if prompt_indices is None else prompt_indices
+    requests = requests_for(indices, num_samples, sampling.max_completion_length)
+    done: dict[int, Completion] = {}
+    texts: dict[int, str] = {}
+    columns = {name: [row.columns.get(name) for row in row_B] for name in runner.columns}
+    prompts = [row.prompt for row in row_B]
+    with runner.begin(prompts, columns, group_size=num_samples, names=names) as scoring:
+        with watch.timer("rollout"), no_implicit_transfers():
+            for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
+                done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
+                scoring.add([b], [completion_form(row_B[b].prompt, texts[b])], [completion.token_ids.tolist()])
+        with watch.timer("reward"):
+            result = scoring.result()
+    groups = [[done[p * num_samples + g] for g in range(num_samples)] for p in range(len(rows))]
+    return ScoredCompletions(groups, [texts[b] for b in range(len(requests))], result)
+
+
+def minibatches(rollout: Rollout, config: Config) -> list[list[TrainGroup]]:
+    """The rollout's groups, cut into minibatches of whole prompts in order; completions that the loss must not see are
+    left out. With `grpo.kl_in_reward` they carry their rewards: the advantages follow when the KL is known.
+    """
+    values_B = rollout.weighted_B if config.grpo.kl_in_reward else rollout.advantages_B
+    num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
+    groups = []
+    for p, row in enumerate(rollout.rows):
+        kept = [
+            TrainCompletion(
+                completion.token_ids,
+                float(values_B[b]),
+                completion.sampler_logprobs,
+                completion.policy_logprobs,
+            )
+            for b, completion in enumerate(rollout.completions[p], start=p * group_size)
+            if rollout.kept_B[b]
+        ]
+        groups.append(TrainGroup(np.asarray(row.prompt_ids, np.int32), kept))
+    size = num_prompts // config.grpo.minibatches
+    return [groups[i : i + size] for i in range(0, num_prompts, size)]
+
+
+def sample_records(rollout: Rollout, count: int) -> list[dict[str, Any]]:
+    """The first completions of as many different prompts as possible, for samples.jsonl."""
+    num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
+    picks = [(p, g) for g in range(group_size) for p in range(num_prompts)][:count]
+    records = []
+    for p, g in picks:
+        b = p * group_size + g
+        completion = rollout.completions[p][g]
+        rewards = {
+            name: None if math.isnan(value) else value
+            for name, value in zip(rollout.names, rollout.rewards_BK[b], strict=True)
+        }
+        records.append(
+            {
+                "prompt_index": completion.prompt_index,
+                "sample_index": completion.sample_index,
+                "prompt": rollout.rows[p].prompt,
+                "completion": rollout.texts[b],
+                "rewards": rewards,
+                "advantage": float(rollout.advantages_B[b]),
+                "tokens": len(completion.token_ids),
+                "token_ids": completion.token_ids.tolist(),
+                "finish_reason": completion.finish_reason,
+            }
+        )
+    return records
+
+
+def completion_form(prompt: Prompt, text: str) -> Any:
+    """A completion as reward functions get it: text for a text prompt, an assistant message in a list for a chat
+    prompt.
+    """
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -1,0 +1,102 @@
+"""The completions of a step, and dynamic sampling (DAPO, section 3.2 of https://arxiv.org/abs/2503.14476): groups whose
+rewards are all equal teach nothing, so others take their place.
+
+In: the training rows, how many of them the run has used up, and a function that draws and judges. Out: groups for one
+step and the new count. The places are refilled from the rows that come next in the run's own order, in rounds, at most
+`grpo.dynamic_sampling_rounds`; what is still equal then is trained on as it is. All of it follows from the seed, the
+step and the count of rows, so a resumed run refills as the uninterrupted one did.
+
+A refill is judged alone. A function of the whole batch would compare its completions with fewer than those of the first
+draw, and both would be trained on side by side: with such a function a run does not start (`check_calls`).
+
+Legend: P prompts of a step, G completions per prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rewards.rubric import weighted_sum
+from rewards.runner import RewardRunner
+from rl.algorithms.advantages import ZERO_STD
+from rl.config.load import Config
+from rl.data.prompts import PromptRow, next_indices
+from rl.rollout.groups import Judged
+
+# (rows, the number that stands for each in its randomness) -> their groups with rewards
+DrawFn = Callable[[Sequence[PromptRow], Sequence[int]], Judged]
+
+
+class Collected(NamedTuple):
+    """What `collect` found.
+
+    Attributes:
+      judged: P groups.
+      position: rows of the run's order used up so far, those of the groups that were replaced included.
+      metrics: empty without dynamic sampling.
+      problems: what to warn of, in words.
+    """
+
+    judged: Judged
+    position: int
+    metrics: dict[str, float]
+    problems: list[str]
+
+
+def check_calls(config: Config, runner: RewardRunner) -> None:
+    """Raises ValueError where refills would be judged by a function that takes whole batches and has a weight."""
+    rounds = config.grpo.dynamic_sampling_rounds
+    for spec in runner.specs if rounds else ():
+        if spec.weight and runner.calls[spec.name] == "whole_batch":
+            raise ValueError(
+                f"grpo.dynamic_sampling_rounds must be 0 with a reward function that is called with whole batches, got "
+                f"{rounds} with {spec.name!r} ({runner.why_not_alone(spec.name)}): refilled groups are judged without "
+                "those beside which they are trained on; say elementwise: true in its entry of rewards.functions if it "
+                "judges each completion by itself, or needs_group: true if it compares those of one prompt, give it "
+                "weight 0, or set grpo.dynamic_sampling_rounds=0"
+            )
+
+
+def collect(config: Config, rows: Sequence[PromptRow], position: int, draw: DrawFn) -> Collected:
+    """Draws and judges P groups from the rows at `position` on, and refills those without a spread of rewards."""
+    num_prompts, max_rounds = config.grpo.prompts_per_step, config.grpo.dynamic_sampling_rounds
+    taken, position = next_indices(len(rows), config.seed, position, num_prompts, num_prompts)
+    judged = draw([rows[i] for i in taken], range(num_prompts))
+    if not max_rounds:
+        return Collected(judged, position, {}, [])
+    num_refilled = num_rounds = 0
+    equal = [p for p in range(num_prompts) if not has_spread(judged, p)]
+    while equal and num_rounds < max_rounds and len(taken) < len(rows):
+        count = min(len(equal), len(rows) - len(taken))
+        new, position = next_indices(len(rows), config.seed, position, count, num_prompts, taken)
+        other = draw([rows[i] for i in new], range(len(taken), len(taken) + count))
+        useful = [p for p in range(count) if has_spread(other, p)]
+        judged = judged.replace(dict(zip(equal, useful, strict=False)), other)
+        taken, equal = [*taken, *new], equal[len(useful) :]
+        num_refilled, num_rounds = num_refilled + len(useful), num_rounds + 1
+    problems = []
+    unjudged = [p for p in equal if not _known(judged, p)]
+    count = f"of {num_prompts} groups still {{}} after {num_rounds} rounds and {len(taken)} prompts, and"
+    if unjudged:
+        problems.append(
+            f"dynamic sampling: {len(unjudged)} {count.format('have no reward at all')} teach nothing; no function "
+            "with a weight could judge them: look at what the reward functions report"
+        )
+    if len(equal) > len(unjudged):
+        problems.append(
+            f"dynamic sampling: {len(equal) - len(unjudged)} {count.format('have equal rewards')} are trained on as "
+            "they are; prompts that are less easy or less hard, or a higher grpo.dynamic_sampling_rounds, would help"
+        )
+    metrics = {"refilled": num_refilled, "unfilled": len(equal), "rounds": num_rounds, "prompts": len(taken)}
+    return Collected(judged, position, {f"dynamic_sampling/{k}": float(v) for k, v in metrics.items()}, problems)
+
+
+def has_spread(judged: Judged, p: int) -> bool:
+    """Whether two completions of group p have different rewards."""
+    known = _known(judged, p)
+    return bool(known) and max(known) - min(known) > ZERO_STD
+
+
+def _known(judged: Judged, p: int) -> list[float]:
+    """Weighted rewards of the completions of group p that could be judged."""
+    sums = [weighted_sum(row, judged.weights) for row in judged.rewards_of(p)]
+    return [value for value in sums if value is not None]

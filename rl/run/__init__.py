@@ -1,0 +1,1 @@
+"""A run seen from outside: metrics, console, health, interrupts, saved programs."""

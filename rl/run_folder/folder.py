@@ -1,0 +1,488 @@
+"""The folder of one run: who owns it, and whether this configuration may go on in it.
+
+`output_dir` holds config.yml (the resolved configuration that started the run), run.json (what kind of run, and which
+weights it started from), metrics.jsonl, samples.jsonl, rewards.log and checkpoints/, after `grpo sft` export/. A folder
+that holds anything else and is not shown to be a run's (`rl.run_folder.contents`), or another run, is refused and left
+as it is. A start that fails before it has recorded anything leaves the folder as it found it.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from rl.config.load import Config, differences, dump_config, load_config, override_values
+from rl.devices import hosts
+from rl.files.local_files import UNFINISHED, lock_file, write_file
+from rl.files.stores import is_remote
+from rl.run_folder.contents import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    EXPORT_RECORD,
+    IDENTITY,
+    LOCK,
+    LOG,
+    LOG_BEFORE,
+    METRICS,
+    SAMPLES,
+    checkpoint_steps,
+    describe_files,
+    has_work,
+    identify,
+    is_export_record,
+    is_own_export,
+    is_own_identity,
+    is_run_folder,
+    is_start_alone,
+    own_entries,
+    read_json,
+    strange_steps,
+    unfinished_steps,
+)
+from rl.run_folder.mirror import run_path
+from rl.run_folder.replaced import move_aside, recover, remove, replaced_runs, restore
+from rl.run_folder.trust import FILE_KEYS, TO_TRAIN, code_of, digests, untrusted, write_identity
+
+_UNFINISHED_EXPORT = UNFINISHED + EXPORT
+
+
+class RunFolder:
+    """An output folder that this run owns until `close` or its end.
+
+    Opening it changes nothing that it holds, except to make good what a kill has left half-moved; `begin` does, and
+    comes after everything that can be checked before. Of a run's processes the first one does all this, and the others
+    wait for it.
+
+    Attributes:
+      path: the folder.
+      resumed: whether it already held this run.
+      messages: what there is to say about the folder, for the console.
+    """
+
+    def __init__(self, config: Config, kind: str, origin: dict[str, Any], look_only: bool = False):
+        """Opens or creates `config.output_dir`.
+
+        Args:
+          kind: "grpo" or "sft".
+          origin: JSON-able identity of what the run starts from: the policy's and the reference's source and hash.
+          look_only: whether it may be used is all that is wanted, and nothing on disk changes.
+
+        Raises:
+          ValueError: the folder cannot be written, holds something else, another kind of run, a run with other settings
+            or other weights, or is in use by another process.
+        """
+        self.path = run_path(config)
+        self.messages: list[str] = []
+        self._config, self._identity = config, {"kind": kind, **origin}
+        self._look_only = look_only
+        self._has_begun = self._has_recorded = False
+        self._replaced_kind: str | None = None  # of the run that this one takes the place of
+        self._old: pathlib.Path | None = None  # where that is
+        self._to_sign: tuple[Config, dict[str, Any]] | None = None  # a run that goes on without a signature that holds
+        self.resumed = hosts.from_first(self._open)
+        if not look_only and not (self.path / LOCK).exists():
+            key = "checkpoint.staging" if is_remote(str(config.output_dir)) else "output_dir"
+            raise ValueError(
+                f"{key} must be on a disk that all processes of the run share, got {self.path}, which process 0 "
+                "has opened and this one cannot see"
+            )
+
+    def _open(self) -> bool:
+        """Takes the folder; whether it holds this run."""
+        for folder in (self.path, *self.path.absolute().parents):
+            if folder.is_symlink() and not folder.exists():
+                raise ValueError(
+                    f"output_dir must be a folder, or one that can be made, got {self.path}, and {folder} is a link to "
+                    "nothing; remove that link, or choose another output_dir"
+                )
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output_dir must be a folder, got the file {self.path}")
+        if not replaced_runs(self.path):
+            self._check_ours()
+        self._place = _Seen(self.path) if self._look_only else _Place(self.path)
+        try:
+            if not self._look_only:
+                self.messages += recover(self.path, lambda: _clear_start(self.path))
+            found = self._check_ours()  # again: now nobody else writes
+            resumed = False
+            if found is not None and has_work(self.path):
+                old_config, old_identity = found
+                resumed = not self._config.checkpoint.overwrite
+                if resumed:
+                    _check_same_run(self.path, old_config, old_identity, self._config, self._identity)
+                    self._look_at_trust(old_config, old_identity)
+                else:
+                    self._replaced_kind = old_identity["kind"]
+        except BaseException:
+            self._place.give_back(is_used=False)
+            raise
+        return resumed
+
+    def _check_ours(self) -> tuple[Config, dict[str, Any]] | None:
+        """Configuration and run.json of the run that the folder holds, None where it holds none; ValueError where it
+        holds anything else. Changes nothing.
+        """
+        if not self.path.exists() or is_start_alone(self.path):
+            return None
+        names = sorted(entry.name for entry in self.path.iterdir())
+        what = f"output_dir must be empty or hold a run, got {self.path} with {names[:5]}"
+        if IDENTITY not in names:
+            raise ValueError(f"{what}; choose another output_dir")
+        try:
+            found = identify(self.path)
+        except ValueError as error:
+            raise ValueError(
+                f"{what}, which is not shown to be a run: {error}; choose another output_dir, or remove what is not "
+                "wanted by hand"
+            ) from error
+        if strange := strange_steps(self.path):
+            raise ValueError(
+                f"{what}, and {strange[0]}, which is no checkpoint; move it away, or choose another output_dir"
+            )
+        return found
+
+    def _look_at_trust(self, config: Config, record: dict[str, Any]) -> None:
+        """Whether the first step of a resumed run is to sign run.json anew: where it names no code that this run does
+        not use.
+
+        Args:
+          config: that of the folder. record: run.json.
+        """
+        codes, own = code_of(config), {(code.key, code.name) for code in code_of(self._config)}
+        problem = untrusted(self.path, record, codes)
+        if problem is None:
+            return
+        if strange := [code for code in codes if (code.key, code.name) not in own]:
+            self.messages.append(
+                f"run.json is not signed: {CONFIG} of {self.path} names {strange[0]}, which this run does not use"
+            )
+            return
+        self._to_sign = config, record
+        if codes:
+            self.messages.append(f"run.json is signed anew with the first step: {problem}")
+
+    def begin(self) -> None:
+        """Makes the folder this run's: as it is when it is resumed, else with a new config.yml and run.json. A run that
+        it takes the place of is moved beside it.
+
+        Raises:
+          ValueError: it cannot be moved.
+        """
+        assert not self._look_only
+        hosts.from_first(self._begin)
+
+    def _begin(self) -> None:
+        if self.resumed:
+            return
+        self._has_begun = True
+        if self._replaced_kind is None:
+            _clear_start(self.path)
+        else:
+            self._old = move_aside(self.path, own_entries(self.path, self._replaced_kind))
+            self.messages.append(
+                f"the run that was here is in {self._old} until this one has saved its first checkpoint"
+            )
+        text = dump_config(self._config)
+        try:
+            # The identity first: it shows the folder to be ours, whatever a kill leaves out.
+            self._note_signature(write_identity(self.path, self._identity, self._config, text))
+            write_file(self.path / CONFIG, text.encode())
+        except OSError as error:
+            raise ValueError(
+                f"output_dir {self.path} must be a folder that can be written: {error}; make room, or choose another"
+            ) from error
+
+    def _note_signature(self, problem: str | None) -> None:
+        if problem is not None and code_of(self._config):
+            self.messages.append(f"run.json is not signed, so commands that read this run will want --trust: {problem}")
+
+    def recorded(self) -> list[str]:
+        """To be called when a step is recorded: signs a resumed run that was not, and removes the run that this one has
+        taken the place of, once a checkpoint is complete. What there is to say, in words.
+        """
+        self._has_recorded = True
+        if not hosts.is_first():
+            return []
+        count = len(self.messages)
+        if self._to_sign is not None:
+            config, record = self._to_sign
+            self._to_sign = None
+            text = (self.path / CONFIG).read_text(encoding="utf-8")
+            self._note_signature(write_identity(self.path, _without_file_keys(record), config, text))
+        return [*self.messages[count:], *self._remove_replaced()]
+
+    def _remove_replaced(self) -> list[str]:
+        done = []
+        if checkpoint_steps(self.path):
+            for old in replaced_runs(self.path):
+                try:
+                    done += remove(self.path, old)
+                except OSError as error:  # no reason to end a run
+                    done.append(f"{old} holds the run that was here before, and cannot be removed: {error}")
+        return done
+
+    def replace_export(self, write: Callable[[pathlib.Path], None]) -> list[str]:
+        """Puts what `write` makes of a new folder at export/, whole and at once. What is there goes if a run left it
+        so, else it stays as export.old-TIME. What there is to say, in words.
+        """
+        export, scratch = self.path / EXPORT, self.path / _UNFINISHED_EXPORT
+        shutil.rmtree(scratch, ignore_errors=True)  # of a start that was stopped, with all that it was writing there
+        scratch.mkdir()
+        draft = scratch / EXPORT
+        write(draft)
+        said = []
+        if os.path.lexists(export) and is_own_export(self.path):
+            os.rename(export, scratch / "previous")
+        elif os.path.lexists(export):
+            kept = self.path / f"{EXPORT}.old-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+            os.rename(export, kept)
+            said.append(f"{kept} is what was in {export}; it stays, for no run wrote it as it is")
+        record = self.path / EXPORT_RECORD
+        if record.is_file() and not is_export_record(record):
+            kept = record.with_name(f"{EXPORT_RECORD}.old-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
+            os.rename(record, kept)
+            said.append(f"{kept} is what was {record}; it stays, for no run wrote it")
+        # The record first: an export without one, after a kill, would be taken for somebody else's.
+        write_file(record, f"{json.dumps(describe_files(draft), indent=1)}\n".encode())
+        os.rename(draft, export)
+        shutil.rmtree(scratch, ignore_errors=True)
+        return said
+
+    def close(self) -> None:
+        """Lets another run open the folder. A run that recorded nothing leaves it as it was."""
+        if not hosts.is_first():
+            return
+        if self._has_begun and not has_work(self.path):
+            _clear_start(self.path)
+            if self._old is not None:
+                restore(self.path, self._old)
+            self._place.give_back(is_used=False)
+            return
+        is_used = self._has_begun or self._has_recorded
+        if is_used:
+            self._remove_replaced()
+        self._place.give_back(is_used)
+
+
+class _Place:
+    """The folder itself: made if it was not there, and locked; what this changed can be taken back."""
+
+    def __init__(self, path: pathlib.Path):
+        """Takes the lock, which the process's end gives back, however it comes."""
+        self._path = path
+        missing = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
+        self._made = [folder.absolute() for folder in missing]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._had_lock = (path / LOCK).exists()
+            self._lock = _lock(path)
+        except OSError as error:
+            self._remove_made()
+            raise ValueError(
+                f"output_dir must be a folder that can be written, got {path}: {error}; choose another output_dir"
+            ) from error
+        self._log = (path / LOG).stat() if (path / LOG).is_file() else None
+        self._had_log_before = (path / LOG_BEFORE).exists()
+
+    def give_back(self, is_used: bool) -> None:
+        """Gives the lock back; where the folder is not used, log, lock and folders are what they were before."""
+        if not is_used:
+            self._take_back_log()
+            if not self._had_lock:
+                (self._path / LOCK).unlink(missing_ok=True)
+            self._remove_made()
+        os.close(self._lock)
+
+    def _take_back_log(self) -> None:
+        """Makes the log what it was. What rewards.log.1 held is lost where a start has written 10 MB."""
+        log, older = self._path / LOG, self._path / LOG_BEFORE
+        if self._log is None:
+            log.unlink(missing_ok=True)
+            if not self._had_log_before:
+                older.unlink(missing_ok=True)
+            return
+        if not log.is_file() or not os.path.samestat(log.stat(), self._log):
+            if not older.is_file() or not os.path.samestat(older.stat(), self._log):
+                return  # it is nowhere
+            os.replace(older, log)
+        if log.stat().st_size > self._log.st_size:
+            os.truncate(log, self._log.st_size)
+            os.utime(log, ns=(log.stat().st_atime_ns, self._log.st_mtime_ns))
+
+    def _remove_made(self) -> None:
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it holds something by now
+                folder.rmdir()
+
+
+class _Seen:
+    """The folder as a run could take it; nothing is made, and a lock is held only where there is a file for it."""
+
+    def __init__(self, path: pathlib.Path):
+        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"output_dir must be a folder that can be written, got {path}, and {nearest} is none; choose another "
+                "output_dir"
+            )
+        self._lock = _lock(path) if (path / LOCK).exists() else None
+
+    def give_back(self, is_used: bool) -> None:
+        """Gives the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
+
+
+def read_run(path: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the identity in run.json of a run folder; ValueError when it is none."""
+    folder = pathlib.Path(path)
+    if not is_run_folder(folder):
+        raise ValueError(f"{str(folder)!r} must be a run folder with {CONFIG} and {IDENTITY}, and it is not")
+    try:
+        config, identity = identify(folder)
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r} must be a run folder: {error}") from error
+    return config, _without_file_keys(identity)
+
+
+def load_run_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """The configuration to train by: of a recipe, or of the run folder that `path` is, which then goes on in its place.
+
+    Raises:
+      ValueError: `path` is the config.yml of a run folder that is not the output_dir it names; it was moved or copied.
+    """
+    is_placed = "output_dir" in override_values(overrides)
+    if is_run_folder(path):
+        here = [] if is_placed else [f"output_dir={json.dumps(str(path))}"]
+        return load_config(pathlib.Path(path) / CONFIG, [*here, *overrides])
+    config, run = load_config(path, overrides), _run_of(path)
+    if run is None or is_placed or (config.output_dir is not None and run_path(config).resolve() == run.resolve()):
+        return config
+    there = config.output_dir is not None and pathlib.Path(config.output_dir).exists()
+    raise ValueError(
+        f"{os.fspath(path)} is the configuration of the run in {run}, and its output_dir is {config.output_dir!r}, "
+        f"{'another folder' if there else 'which does not exist'} (working directory {os.getcwd()}); if the run was "
+        f"moved or copied, output_dir={run} goes on with it where it is; another output_dir starts a new run"
+    )
+
+
+def check_trust(
+    path: str | os.PathLike,
+    config: Config,
+    overrides: Sequence[str],
+    kinds: Collection[str] = TO_TRAIN,
+    trust: bool = False,
+) -> None:
+    """To be called before anything runs that a configuration names: ValueError where it comes from a run folder and
+    names code that is not shown to be what this user ran (`rl.run_folder.trust`).
+
+    Of the processes of a run the first looks at the signature, and each of them at the files of code on its own disk.
+
+    Args:
+      path: what the user gave: a run folder, a recipe or a model. Only a run folder and the config.yml in one are
+        looked at; a recipe is the user's own word.
+      config: read from it. overrides: of the command line; what they name is the user's own word as well.
+      kinds: of `rl.run_folder.trust`, those that the command runs.
+      trust: the user has said to run it (`--trust`).
+    """
+    run = _run_of(path)
+    given = override_values(overrides)
+    codes = [code for code in code_of(config) if code.kind in kinds and code.key not in given]
+    if run is None or trust or not codes:
+        return
+    code = "; ".join(map(str, codes))
+
+    def check() -> dict[str, str | None]:
+        try:
+            problem = untrusted(run, read_json(run / IDENTITY), codes)
+        except ValueError as error:
+            problem = str(error)
+        if problem is not None:
+            raise ValueError(
+                f"{run} names code that is not shown to be yours: {problem}. It would run {code}; look at that code, "
+                "then say --trust to run it"
+            )
+        return digests(codes)
+
+    signed = hosts.from_first(check)
+
+    def compare() -> None:
+        if digests(codes) != signed:
+            raise ValueError(f"the code that {run} names must be the same in every process, got other files of {code}")
+
+    hosts.together(compare)
+
+
+def _run_of(path: str | os.PathLike) -> pathlib.Path | None:
+    """The folder of a run that `path` is, or is the config.yml of; None for anything else."""
+    path = pathlib.Path(path).expanduser()
+    if is_run_folder(path):
+        return path
+    if not path.is_file():
+        return None
+    folder = path.resolve().parent
+    has_traces = (folder / IDENTITY).exists() or (folder / METRICS).exists() or bool(checkpoint_steps(folder))
+    return folder if path.resolve().name == CONFIG and has_traces else None
+
+
+def _without_file_keys(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in FILE_KEYS}
+
+
+def checkpoint_folder(path: str | os.PathLike, step: int) -> pathlib.Path:
+    """Where a run folder has the checkpoint of this step."""
+    return pathlib.Path(path) / CHECKPOINTS / str(step)
+
+
+def _check_same_run(
+    path: pathlib.Path,
+    old_config: Config,
+    old_identity: dict[str, Any],
+    config: Config,
+    identity: dict[str, Any],
+) -> None:
+    """ValueError, naming what differs, where the run in a folder is not the one to be resumed."""
+    way_out = "choose another output_dir, or pass checkpoint.overwrite=true to replace that run"
+    if old_identity["kind"] != identity["kind"]:
+        raise ValueError(
+            f"output_dir {path} holds a run of kind {old_identity['kind']!r}, this is {identity['kind']!r}; {way_out}"
+        )
+    changed = differences(old_config, config)
+    if changed:
+        text = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in list(changed.items())[:5])
+        raise ValueError(
+            f"output_dir {path} holds another run: {text}; {way_out}, or restore the old values to resume it"
+        )
+    for name, value in identity.items():
+        if old_identity.get(name) != value:
+            raise ValueError(
+                f"the {name} of the run in {path} was {old_identity.get(name)}, it is now {value}; "
+                f"a resumed run needs the same one; {way_out}"
+            )
+
+
+def _lock(path: pathlib.Path) -> int:
+    """The descriptor of the lock file, locked."""
+    return lock_file(
+        path / LOCK, f"output_dir {path} is in use by another process; stop that one or choose another output_dir"
+    )
+
+
+def _clear_start(path: pathlib.Path) -> None:
+    """Removes what a start leaves that recorded nothing, run.json last: files that it wrote, and checkpoints/ if it is
+    empty. Nothing where run.json is not ours.
+    """
+    drafts = (UNFINISHED + IDENTITY, UNFINISHED + CONFIG)
+    written = (METRICS, SAMPLES, CONFIG, IDENTITY) if is_own_identity(path) else ()
+    for step in unfinished_steps(path) if written else ():
+        shutil.rmtree(step)
+    checkpoints = path / CHECKPOINTS
+    if written and checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    for name in (*drafts, *written):
+        (path / name).unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""The steps of a run folder in a store, as readers see them: which are complete, and copies of them.
+
+In: a path or URL of a run. Out: a local run folder with the step that was asked for. Nothing here writes to a store;
+that is `rl.run_folder.mirror`.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+from rl.files.local_files import file_hash
+from rl.files.stores import (
+    Store,
+    cache_folder,
+    check_name,
+    check_path,
+    download_all,
+    is_remote,
+    local_copy,
+    new_copy,
+    open_store,
+    short_name,
+)
+from rl.run_folder.contents import CHECKPOINTS, CONFIG, IDENTITY, METRICS, SAMPLES
+from rl.run_folder.ledger import read_ledger
+
+STEPS = f"{CHECKPOINTS}/"
+MARKER = "uploaded.json"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+FILES = (CONFIG, IDENTITY, METRICS, SAMPLES)
+
+
+class DamagedStepError(ValueError):
+    """A step is not what was uploaded."""
+
+
+class Marker(NamedTuple):
+    """What a complete step of a store holds.
+
+    Attributes:
+      run: id of the run that wrote it.
+      digest: hash of the step's hashes.json: equal for equal steps.
+      files: name -> (bytes, sha256), of every file of the step.
+    """
+
+    run: str
+    digest: str
+    files: dict[str, tuple[int, str]]
+
+
+def local_source(path: str | os.PathLike, step: int | None = None, with_samples: bool = False) -> pathlib.Path:
+    """Something to read: a path as it is; of the URL of a run a copy of its files and of one step, verified and kept;
+    of another URL `rl.files.stores.local_copy`.
+
+    Args:
+      step: of a run; None: the newest.
+      with_samples: samples.jsonl as well, which may be large.
+
+    Raises:
+      ValueError: nothing is there, a run has no such step, or a file is not what was uploaded.
+    """
+    check_path(os.fspath(path), "what is read", may_be_remote=True)
+    if not is_remote(path):
+        return pathlib.Path(path).expanduser()
+    store = open_store(os.fspath(path))
+    if store.read("run.json") is None:
+        return local_copy(path)
+    return copy_of_run(store, cache_folder() / "runs", step, with_samples)
+
+
+def local_metrics(path: str | os.PathLike) -> pathlib.Path:
+    """A folder with the metrics.jsonl of a run as it is now, for a URL; a path as it is.
+
+    Raises:
+      ValueError: there is none at the URL.
+    """
+    check_path(os.fspath(path), "a run", may_be_remote=True)
+    if not is_remote(path):
+        return pathlib.Path(path)
+    place = cache_folder() / "metrics" / short_name(os.fspath(path))
+    open_store(os.fspath(path)).download("metrics.jsonl", place / "metrics.jsonl")
+    return place
+
+
+def copy_of_run(store: Store, cache: pathlib.Path, step: int | None, with_samples: bool = False) -> pathlib.Path:
+    """See `local_source`."""
+    markers = read_markers(store)
+    if not markers:
+        raise ValueError(f"{store.url} must be a run folder with a complete checkpoint, and it has none")
+    step = max(markers) if step is None else step
+    if step not in markers:
+        raise ValueError(f"--step must be one of the checkpoints of {store.url}, {sorted(markers)}, got {step}")
+    cache = cache / short_name(store.url)
+    place = cache / f"{step}-{markers[step].digest[:16]}"
+    if not place.is_dir():
+        with new_copy(place) as draft:
+            fetch_step(store, step, markers[step], draft)
+    names = FILES if with_samples else [name for name in FILES if name != "samples.jsonl"]
+    stats = {name: stat for name, stat in store.stats().items() if name in names}
+    view = cache / f"run-{hashlib.sha256(json.dumps([place.name, stats]).encode()).hexdigest()[:16]}"
+    if not view.is_dir():
+        with new_copy(view) as draft:
+            download_all(store, {name: draft / name for name in stats})
+            (draft / STEPS).mkdir()
+            (draft / STEPS / str(step)).symlink_to(place.absolute(), target_is_directory=True)
+    return view
+
+
+def fetch_step(store: Store, step: int, marker: Marker, folder: pathlib.Path) -> None:
+    """Downloads a step, and compares its files with the marker. DamagedStepError where they differ."""
+    download_all(store, {f"{STEPS}{step}/{name}": folder / name for name in marker.files})
+    for name, wanted in marker.files.items():
+        if _is_other(folder / name, wanted):
+            store.download(f"{STEPS}{step}/{name}", folder / name)  # again: it may have been the network
+            if _is_other(folder / name, wanted):
+                raise DamagedStepError(
+                    f"{store.url}/{STEPS}{step}/{name} must be what was uploaded, but it is damaged; remove "
+                    f"{store.url}/{STEPS}{step}/{MARKER}, and the step before it counts"
+                )
+
+
+def _is_other(path: pathlib.Path, wanted: tuple[int, str]) -> bool:
+    size, digest = wanted
+    return path.stat().st_size != size or file_hash(path) != digest
+
+
+def step_of(name: str) -> int | None:
+    """The step that an object of a run's folder lies in; None where it lies in none."""
+    number, slash, _ = name.removeprefix(STEPS).partition("/")
+    is_step = name.startswith(STEPS) and slash and number.isascii() and number.isdecimal()
+    return int(number) if is_step and number == str(int(number)) else None
+
+
+def read_markers(store: Store) -> dict[int, Marker]:
+    """The complete steps of the run in a store; what its ledger does not list is no step. ValueError where ledger or
+    marker cannot be read.
+    """
+    markers, ledger = {}, read_ledger(store)
+    if ledger is None:
+        return {}
+    for name in store.stats(STEPS):
+        step = step_of(name)
+        if step is None or name != f"{STEPS}{step}/{MARKER}" or name not in ledger.files:
+            continue
+        content = store.read(name)
+        if content is None:
+            continue  # removed meanwhile, by the run that is going on
+        try:
+            fields = json.loads(content)
+            files = {file: (int(size), str(digest)) for file, (size, digest) in fields["files"].items()}
+            for file in files:
+                check_name(file, store.url)
+            if not _DIGEST.fullmatch(fields["digest"]):  # which becomes part of a path
+                raise ValueError("a digest that is none")
+            marker = Marker(str(fields["run"]), fields["digest"], files)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{store.url}/{name} must be the marker of a step, got {content[:80]!r}") from error
+        if marker.run == ledger.run:
+            markers[step] = marker
+    return markers

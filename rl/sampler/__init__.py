@@ -1,0 +1,1 @@
+"""From prompts to completions: the engine that draws tokens, and its plan."""

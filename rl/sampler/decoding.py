@@ -1,0 +1,347 @@
+"""What the engine compiles: prefill, the decode loop, and the moves of cached rows.
+
+In: a policy, its parameters, requests as arrays. Out: drawn tokens and the cache. Pure functions; which request waits
+where is `rl.sampler.request_queue`, jit, shardings and shapes are `rl.sampler.engine`.
+
+A slot is a row of the own cache. It feeds the last token of its prompt first, so that handing a slot to the next
+request needs nothing but new labels, and can be done inside the loop. Slots and requests are cut into shards, one per
+piece that rows are cut into on the mesh; a slot takes requests and reads prompts of its own shard only.
+Legend: B slots, P rows of the prompt table, Q readers of such a row, M rows that the longest prompt takes, W waiting
+requests of a shard, C tokens of a chunk, S cache positions, T prompt positions, V vocab, D model, N most likely tokens.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import NamedSharding
+
+from rl.models.cache import CachePart, KVCache, SharedPart, rope_tables, share_evenly
+from rl.models.ops import SharedRows, take_in_shards
+from rl.models.policy import Params, Policy
+from rl.sampler.token_draw import Draw, SamplingParams, TokenCounts, add_token, draw, reset_rows
+
+OWN_BRANCH = 1  # prompts are branch 0, and no slot sees the own part of another
+TOKEN_LOOP = "tokens"  # name of the decode loop in compiled programs
+
+
+class Requests(NamedTuple):
+    """Completions that wait for a slot, each [shards, W]; int32 unless said.
+
+    request_ids: any number >= 0. prompt_indices, sample_indices: their randomness, see `request_key`; seeds uint32 and
+    seeded bool: a seed in place of the call's key and the prompt index. last_tokens: of the prompts. prompt_lengths:
+    all tokens of the prompt. limits: tokens to draw at most. prefix_rows: [shards, W, M], rows of the prompt table,
+    counted in the shard, -1 where the prompt takes fewer. group_ids: the labels of the prompts in the table.
+    prompt_tokens: [shards, W, T], the whole prompts, -1 behind each, if there are penalties.
+    """
+
+    request_ids: Any
+    prompt_indices: Any
+    sample_indices: Any
+    seeds: Any
+    seeded: Any
+    last_tokens: Any
+    prompt_lengths: Any
+    limits: Any
+    prefix_rows: Any
+    group_ids: Any
+    prompt_tokens: Any = None
+
+
+@struct.dataclass
+class Slots:
+    """What every slot draws, each [B] but prefix_rows [B, M]: request_ids is -1 in an idle slot, `tokens` is fed next,
+    `num_drawn` counts.
+    """
+
+    request_ids: jax.Array
+    keys: jax.Array
+    tokens: jax.Array
+    num_drawn: jax.Array
+    prompt_lengths: jax.Array
+    limits: jax.Array
+    prefix_rows: jax.Array
+    group_ids: jax.Array
+    counts: TokenCounts | None = None
+
+
+class Columns(NamedTuple):
+    """What one chunk drew, by step and slot [C, B]; request -1: nothing. Top tokens [C, B, N]."""
+
+    request_ids: jax.Array
+    tokens: jax.Array
+    sampler_logprobs: jax.Array
+    policy_logprobs: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+class Report(NamedTuple):
+    """What the host reads after a chunk: the columns (the first num_steps count), where every slot and queue stands."""
+
+    columns: Columns
+    num_steps: jax.Array
+    request_ids: jax.Array
+    num_drawn: jax.Array
+    num_taken: jax.Array
+
+
+def prefill_chunk(
+    policy: Policy,
+    params: Params,
+    part: CachePart,
+    common: CachePart | None,
+    num_shards: int,
+    tokens_PT: jax.Array,
+    positions_PT: jax.Array,
+    group_ids_PT: jax.Array,
+    start: jax.Array,
+) -> CachePart:
+    """Prompt tokens written into `part` (donated) from position `start` on. A row holds one or more prompts.
+
+    Group ids tell the prompts of a row apart, and are -1 for padding; positions are those in the whole prompt.
+    """
+    shared = () if common is None else (share_evenly(common, part.num_rows, num_shards, any_group=True),)
+    cursors = jnp.broadcast_to(start, (part.num_rows,))
+    cache = KVCache(own=part, cursors=cursors, shared=shared)
+    _, cache = policy.extend(params, tokens_PT, positions_PT, group_ids_PT, jnp.zeros_like(group_ids_PT), cache)
+    return cache.own
+
+
+def empty_slots(
+    num_slots: int, key: jax.Array, sampling: SamplingParams, vocab_size: int, rows_per_prompt: int
+) -> Slots:
+    """Idle slots."""
+
+    def zeros() -> jax.Array:
+        return jnp.zeros(num_slots, jnp.int32)
+
+    counts = None
+    if sampling.needs_counts:
+        counts = TokenCounts(jnp.zeros((num_slots, vocab_size), jnp.int32), jnp.zeros((num_slots, vocab_size), bool))
+    keys = jnp.broadcast_to(key, (num_slots,))
+    prefix_rows = jnp.zeros((num_slots, rows_per_prompt), jnp.int32)
+    return Slots(zeros() - 1, keys, zeros(), zeros(), zeros() + 1, zeros(), prefix_rows, zeros() - 1, counts)
+
+
+def generate(
+    policy: Policy,
+    sampling: SamplingParams,
+    chunk: int,
+    num_readers: int,
+    rows: NamedSharding,
+    params: Params,
+    own: CachePart,
+    slots: Slots,
+    table: CachePart,
+    common: CachePart | None,
+    requests: Requests,
+    num_requests: jax.Array,
+    key: jax.Array,
+    cancelled_B: jax.Array,
+    few: jax.Array,
+) -> tuple[CachePart, Slots, Report]:
+    """Draws up to `chunk` tokens per slot; a slot whose completion ends takes the next waiting request at once.
+
+    Stops before the chunk is over when nothing is left to draw, when a slot has filled its cache, or when no request
+    waits any more and at most `few` slots are busy (then a smaller cache is cheaper).
+
+    Args:
+      num_readers: Q; at most so many slots at a time read one row of the table.
+      own, slots: donated.
+      requests, num_requests: those that wait, and [shards] how many of each shard's W.
+      cancelled_B: slots whose completions the host has ended.
+
+    Returns:
+      The cache, the slots, and the report for the host.
+    """
+    num_slots, num_shards = own.num_rows, num_requests.shape[0]
+    shape = (num_shards, num_slots // num_shards)
+    eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32)
+    slots = dataclasses.replace(slots, request_ids=jnp.where(cancelled_B, -1, slots.request_ids))
+    maps = _reader_maps(slots, shape, table.num_rows // num_shards, num_readers)
+    columns = _empty_columns(policy, sampling, chunk, num_slots)
+    num_taken = jnp.zeros(num_shards, jnp.int32)
+    common_length = 0 if common is None else common.length
+    longest_prefix = slots.prefix_rows.shape[1] * table.length
+    rope = rope_tables(policy.config, common_length + longest_prefix + own.length + 1)
+
+    def unfinished(carry: tuple) -> jax.Array:
+        own, slots, _, num_taken, step, _ = carry
+        live_B = slots.request_ids >= 0
+        waiting = jnp.any(num_taken < num_requests)
+        room = jnp.max(jnp.where(live_B, slots.num_drawn, -1)) < own.length
+        return (step < chunk) & room & (waiting | (jnp.sum(live_B) > few))
+
+    def hand_over(own: CachePart, slots: Slots, num_taken: jax.Array) -> tuple:
+        slots, taken_B, num_taken = _take_requests(slots, requests, num_requests, num_taken, key, shape)
+        own = dataclasses.replace(own, group_ids=jnp.where(taken_B[:, None], -1, own.group_ids))
+        return own.group_ids, slots, _reader_maps(slots, shape, table.num_rows // num_shards, num_readers), num_taken
+
+    def step(carry: tuple) -> tuple:
+        own, slots, maps, num_taken, step, columns = carry
+        free = jnp.any((slots.request_ids < 0).reshape(shape) & (num_taken < num_requests)[:, None])
+        group_ids, slots, maps, num_taken = jax.lax.cond(
+            free,
+            hand_over,
+            lambda own, slots, num_taken: (own.group_ids, slots, maps, num_taken),
+            own,
+            slots,
+            num_taken,
+        )
+        own = dataclasses.replace(own, group_ids=group_ids)
+        live_B = slots.request_ids >= 0
+        tokens_B = jax.lax.with_sharding_constraint(slots.tokens, rows)
+        shared = (SharedPart(table, maps),)
+        if common is not None:
+            shared += (share_evenly(common, num_slots, num_shards, any_group=True),)
+        hidden_B1D, cache = policy.extend(
+            params,
+            tokens_B[:, None],
+            (slots.prompt_lengths - 1 + slots.num_drawn)[:, None],
+            slots.group_ids[:, None],
+            jnp.full((num_slots, 1), OWN_BRANCH, jnp.int32),
+            KVCache(own=own, cursors=slots.num_drawn, shared=shared, rope=rope),
+        )
+        drawn = draw_next(policy.unembed(params, hidden_B1D[:, 0]), slots, sampling)
+        columns = _write_columns(columns, step, slots.request_ids, drawn)
+        num_drawn = slots.num_drawn + live_B
+        ended_B = jnp.isin(drawn.token_B, eos_ids) | (num_drawn >= slots.limits)
+        slots = dataclasses.replace(
+            slots,
+            request_ids=jnp.where(ended_B, -1, slots.request_ids),
+            tokens=drawn.token_B,
+            num_drawn=num_drawn,
+            counts=None if slots.counts is None else add_token(slots.counts, drawn.token_B, live_B),
+        )
+        return cache.own, slots, maps, num_taken, step + 1, columns
+
+    carry = (own, slots, maps, num_taken, jnp.int32(0), columns)
+    with jax.named_scope(TOKEN_LOOP):
+        own, slots, _, num_taken, num_steps, columns = jax.lax.while_loop(unfinished, step, carry)
+    return own, slots, Report(columns, num_steps, slots.request_ids, slots.num_drawn, num_taken)
+
+
+def draw_next(logits_BV: jax.Array, slots: Slots, sampling: SamplingParams) -> Draw:
+    """The next token of every slot, with the slot's random number at this position of its completion."""
+
+    def uniform(key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), dtype=logits_BV.dtype)
+
+    uniform_B = jax.vmap(uniform)(slots.keys, slots.num_drawn)
+    return draw(logits_BV, uniform_B, sampling, slots.num_drawn < sampling.min_completion_length, slots.counts)
+
+
+def request_key(
+    key: jax.Array, prompt_index: jax.Array, sample_index: jax.Array, seed: jax.Array, seeded: jax.Array
+) -> jax.Array:
+    """The PRNG key of one completion: of (key, prompt index, sample index), or of (seed, sample index).
+
+    fold_in gives independent streams, whatever the order: https://docs.jax.dev/en/latest/random-numbers.html
+    """
+    base = jnp.where(seeded, jax.random.key(seed), jax.random.fold_in(key, prompt_index))
+    return jax.random.fold_in(base, sample_index)
+
+
+def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """`array` with `rows` at the places `index` [shards, R, M], counted in each shard; those past the end are dropped.
+
+    `axis` counts positions: each of the rows is cut into M of the array's length.
+    """
+    by_shard = array.reshape(index.shape[0], -1, *array.shape[1:])
+    cut = rows.reshape(*rows.shape[:axis], index.shape[2], array.shape[axis], *rows.shape[axis + 1 :])
+    new = jnp.moveaxis(cut, axis, 1).reshape(index.shape[0], -1, *array.shape[1:])
+    index = index.reshape(index.shape[0], -1)
+    put = jax.vmap(lambda values, picked, row: values.at[picked].set(row, mode="drop"))(by_shard, index, new)
+    return put.reshape(array.shape)
+
+
+def _take_requests(
+    slots: Slots, requests: Requests, num_requests: jax.Array, num_taken: jax.Array, key: jax.Array, shape: tuple
+) -> tuple[Slots, jax.Array, jax.Array]:
+    """Idle slots take the next waiting requests of their shard, in order: the slots, which did, how many were taken."""
+    free = (slots.request_ids < 0).reshape(shape)
+    index = num_taken[:, None] + jnp.cumsum(free, axis=1) - 1
+    taken = free & (index < num_requests[:, None])
+    index = jnp.minimum(index, requests.request_ids.shape[1] - 1)
+    picked = jax.tree.map(lambda x: take_in_shards(x.reshape(-1, *x.shape[2:]), index), requests)
+    taken_B = taken.reshape(-1)
+    keys_B = jax.vmap(request_key, (None, 0, 0, 0, 0))(
+        key, picked.prompt_indices, picked.sample_indices, picked.seeds, picked.seeded
+    )
+
+    def replace(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(taken_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    counts = slots.counts
+    slots = Slots(
+        request_ids=replace(picked.request_ids, slots.request_ids),
+        keys=replace(keys_B, slots.keys),
+        tokens=replace(picked.last_tokens, slots.tokens),
+        num_drawn=replace(jnp.int32(0), slots.num_drawn),
+        prompt_lengths=replace(picked.prompt_lengths, slots.prompt_lengths),
+        limits=replace(picked.limits, slots.limits),
+        prefix_rows=replace(picked.prefix_rows, slots.prefix_rows),
+        group_ids=replace(picked.group_ids, slots.group_ids),
+        counts=None if counts is None else reset_rows(counts, taken_B, _seen(picked.prompt_tokens, counts)),
+    )
+    return slots, taken_B, num_taken + jnp.sum(taken, axis=1, dtype=jnp.int32)
+
+
+def _seen(tokens_BT: jax.Array, counts: TokenCounts) -> jax.Array:
+    """Which tokens of the vocabulary the prompts hold, bool [B, V]."""
+    vocab_size = counts.prompt_BV.shape[-1]
+    places_BT = jnp.where(tokens_BT < 0, vocab_size, tokens_BT)
+
+    def mark(places_T: jax.Array) -> jax.Array:
+        return jnp.zeros(vocab_size, bool).at[places_T].set(True, mode="drop")
+
+    return jax.vmap(mark)(places_BT)
+
+
+def _reader_maps(slots: Slots, shape: tuple, num_rows: int, num_readers: int) -> SharedRows:
+    """Which slots read which rows of the prompt table; `num_rows` of them belong to each shard."""
+
+    def in_shard(rows_BM: jax.Array, live_B: jax.Array) -> SharedRows:
+        reads_BMP = (rows_BM[..., None] == jnp.arange(num_rows)) & live_B[:, None, None]
+        earlier_BP = jnp.cumsum(jnp.any(reads_BMP, axis=1), axis=0) - 1  # slots before this one that read the row
+        rank_BM = jnp.sum(jnp.where(reads_BMP, earlier_BP[:, None], 0), axis=2)
+        places_BM = (rows_BM * num_readers + rank_BM).astype(jnp.int32)
+        target_BM = jnp.where(jnp.any(reads_BMP, axis=2), places_BM, num_rows * num_readers)
+        slots_BM = jnp.broadcast_to(jnp.arange(live_B.size, dtype=jnp.int32)[:, None], rows_BM.shape)
+        readers = jnp.zeros(num_rows * num_readers, jnp.int32).at[target_BM].set(slots_BM, mode="drop")
+        if rows_BM.shape[1] == 1:
+            return SharedRows(readers, places=jnp.where(live_B, places_BM[:, 0], 0))
+        reads = jnp.any(target_BM[..., None] == jnp.arange(num_rows * num_readers), axis=1)
+        return SharedRows(readers, reads=reads)
+
+    rows = slots.prefix_rows.reshape(*shape, -1)
+    return jax.vmap(in_shard)(rows, (slots.request_ids >= 0).reshape(shape))
+
+
+def _empty_columns(policy: Policy, sampling: SamplingParams, chunk: int, num_slots: int) -> Columns:
+    logprob_dtype = jnp.promote_types(policy.config.dtype, jnp.float32)
+    shape, top = (chunk, num_slots), (chunk, num_slots, sampling.top_logprobs)
+    return Columns(
+        jnp.full(shape, -1, jnp.int32),
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, logprob_dtype),
+        jnp.zeros(shape, logprob_dtype),
+        jnp.zeros(top, jnp.int32),
+        jnp.zeros(top, logprob_dtype),
+    )
+
+
+def _write_columns(columns: Columns, step: jax.Array, request_ids_B: jax.Array, drawn: Draw) -> Columns:
+    new = Columns(
+        request_ids_B,
+        drawn.token_B,
+        drawn.sampler_logprob_B,
+        drawn.policy_logprob_B,
+        drawn.top_ids_BN,
+        drawn.top_logprobs_BN,
+    )
+    written = [jax.lax.dynamic_update_index_in_dim(column, x, step, 0) for column, x in zip(columns, new, strict=True)]
+    return Columns(*written)

@@ -1,0 +1,519 @@
+"""The decode engine: `prefill`, `insert`, `generate` on one mesh, in the terms of JetStream and MaxEngine.
+
+In: parameters, packed prompts, requests. Out: the decode state and what was drawn. The engine holds compiled programs
+and no parameters; which requests run when is `rl.sampler.request_queue`, whole calls are `rl.sampler.slot_sampler`.
+
+A decode state has `num_slots` slots, each drawing one completion into its row of the own cache, and a table of prompts
+that slots read in place. `generate` hands a slot whose completion ended to the next waiting request inside the compiled
+loop. The own cache grows, and idle slots are dropped, between calls: shapes come from a short ladder, and every shape
+is one compiled program.
+Legend: B slots, P rows of prompts, M rows of the prompt table that the longest prompt takes, T prompt positions, S
+cache positions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from rl.devices import hosts
+from rl.devices.mesh import num_row_shards, partition_spec, replicated, row_sharding
+from rl.devices.programs import Build, Program, Programs, Stored, not_stored
+from rl.models.cache import (
+    LABELS,
+    CachePart,
+    LayerKV,
+    empty_part,
+    map_arrays,
+    named_arrays,
+    pad_positions,
+    position_axis,
+)
+from rl.models.ops import take_in_shards
+from rl.models.policy import Params, Policy
+from rl.sampler import decoding
+from rl.sampler.decoding import Report, Requests, Slots
+from rl.sampler.token_draw import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the programs of a decode state depend on, over all shards.
+
+    Slots, and positions of their own cache; rows of the prompt table, its positions, rows that the longest prompt
+    takes, slots that may read one row at a time; rows that one prefill fills, each as long as the longest prompt;
+    positions of the common prefix (0: none); waiting requests per shard.
+    """
+
+    num_slots: int
+    length: int
+    table_rows: int
+    table_length: int
+    rows_per_prompt: int
+    num_readers: int
+    prefill_rows: int
+    common_length: int
+    num_waiting: int
+
+    @property
+    def prefill_length(self) -> int:
+        """Positions of a row that prefill fills: a whole number of rows of the table."""
+        return self.rows_per_prompt * self.table_length
+
+    def resized(self, num_slots: int, length: int, num_shards: int) -> "Shape":
+        """That of fewer slots, or a longer own cache. A row of the table has no more readers than a shard has slots."""
+        num_readers = min(self.num_readers, num_slots // num_shards)
+        return dataclasses.replace(self, num_slots=num_slots, length=length, num_readers=num_readers)
+
+
+# XLA for TPU takes a product over shards apart into a loop that passes pieces on, to overlap it with their transport.
+# One token of each slot is too little for that: each piece waits for the one before, and each loop must be compiled.
+WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**40}
+
+
+@dataclasses.dataclass
+class DecodeState:
+    """What decoding changes, and the prompts it reads (no table before the first `insert`). Passed on and never copied;
+    an old one is dead.
+    """
+
+    shape: Shape
+    sampling: SamplingParams
+    own: CachePart
+    slots: Slots
+    table: CachePart | None
+    common: CachePart | None
+
+
+class Engine:
+    """Compiled decoding for one policy on one mesh.
+
+    Args:
+      policy: what to sample from.
+      mesh: where the parameters live; slots are spread over the axes that `rules["batch"]` names, the heads of the
+        cache over those of `rules["kv_heads"]`.
+      param_shardings: a `NamedSharding` per parameter.
+      rules: logical axis -> mesh axes, the `mesh.rules` of the config.
+      kv_dtype: None: keys and values in the compute dtype; "int8".
+      stored: where compiled programs are taken from, if they are there, by their keys as text.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        mesh: Mesh,
+        param_shardings: Any,
+        *,
+        rules: Mapping[str, Sequence[str]],
+        kv_dtype: str | None = None,
+        stored: Stored = not_stored,
+    ) -> None:
+        self.policy = policy
+        self._stored = stored
+        self.num_shards = num_row_shards(mesh, rules)
+        self.programs = Programs()
+        self.peak_kv_bytes = 0
+        self._param_shardings = param_shardings
+        self._kv_dtype = kv_dtype
+        self._everywhere = replicated(mesh)
+        self._rows = row_sharding(mesh, rules)
+        self._array_shardings = self._part_shardings(mesh, rules)
+        self._decode_options = WHOLE_PRODUCTS if mesh.devices.flat[0].platform == "tpu" else None
+
+    # Prefill: prompts into rows of a cache
+
+    def prefill(
+        self,
+        params: Params,
+        tokens_PT: np.ndarray,
+        positions_PT: np.ndarray,
+        group_ids_PT: np.ndarray,
+        common: CachePart | None = None,
+        chunk: int | None = None,
+        state: DecodeState | None = None,
+    ) -> CachePart:
+        """Runs packed prompts, `chunk` positions at a time (all at once by default), over a cache that grows with them.
+        Pieces behind the last token of all rows are not run.
+
+        Args:
+          tokens_PT, positions_PT, group_ids_PT: int32; a row holds one or more prompts, see `decoding.prefill_chunk`. P
+            is a multiple of the shards.
+          common: the prefix that comes before every prompt, in its own cache of one row per shard.
+          state: what else is in memory meanwhile, for `peak_kv_bytes`.
+
+        Returns:
+          Their keys and values, one row per row of the input.
+        """
+        num_rows, num_positions = tokens_PT.shape
+        size = num_positions if chunk is None else min(chunk, num_positions)
+        held = (common,) if state is None else (common, state.own, state.table)
+        part = self._empty(num_rows, size)
+        common_length = 0 if common is None else common.length
+        num_filled = int(np.max(np.flatnonzero(np.any(group_ids_PT >= 0, axis=0)), initial=-1)) + 1
+        num_done = 0
+        for start, length in prefill_pieces(num_positions, size):
+            if length > part.length:
+                self._note_growth(part, length, *held)
+                part = self._grow(part, length)
+            self._count_bytes(part, *held)
+            if num_done >= num_filled:
+                continue
+            num_done = start + size
+            piece = slice(start, num_done)
+            inputs = (tokens_PT[:, piece], positions_PT[:, piece], group_ids_PT[:, piece])
+            inputs, first = hosts.put((inputs, np.int32(start)), (self._rows, self._everywhere))
+            program = self.programs.get(*self._prefill_build(params, num_rows, size, length, common_length))
+            part = program(params, part, common, *inputs, first)
+        return part
+
+    # The decode state
+
+    def init_state(
+        self, shape: Shape, sampling: SamplingParams, key: jax.Array, common: CachePart | None = None
+    ) -> DecodeState:
+        """Idle slots, no prompts."""
+        slots = self.programs.get(*self._slots_build(shape, sampling))(hosts.put_key(key, self._everywhere))
+        own = self._empty(shape.num_slots, shape.length)
+        self._count_bytes(own, common)
+        return DecodeState(shape, sampling, own, slots, None, common)
+
+    def insert(self, state: DecodeState, prefix: CachePart, rows: np.ndarray) -> DecodeState:
+        """Puts prefilled rows, each cut into M, into the rows [shards, R, M] of the prompt table, counted inside each
+        shard; those past its end are dropped. The first ones become the table where they are all of it, in order.
+        """
+        shape = state.shape
+        assert prefix.length == shape.prefill_length, (prefix.length, shape.prefill_length)
+        in_order = np.arange(rows[0].size).reshape(rows.shape[1:])
+        if state.table is None:
+            rows_per_shard = shape.table_rows // self.num_shards
+            is_all = prefix.num_rows == shape.table_rows and prefix.length == shape.table_length
+            if is_all and np.all((rows == in_order) | (rows >= rows_per_shard)):
+                state.table = prefix
+                return state
+            state.table = self._empty(shape.table_rows, shape.table_length)
+        self._count_bytes(state.own, state.table, state.common, prefix)
+        new, rows_on_device = iter(named_arrays(prefix)), hosts.put(rows, self._rows)
+
+        def put(name: str, array: jax.Array) -> jax.Array:
+            _, rows_of_array = next(new)
+            program = self.programs.get(*self._put_build(name, array, rows.shape))
+            return program(array, rows_of_array, rows_on_device)
+
+        state.table = map_arrays(state.table, put)
+        return state
+
+    def generate(
+        self,
+        params: Params,
+        state: DecodeState,
+        requests: Requests,
+        num_requests: np.ndarray,
+        key: jax.Array,
+        cancelled_B: np.ndarray,
+        few: int,
+        chunk: int,
+    ) -> tuple[DecodeState, Report]:
+        """Draws up to `chunk` tokens per slot, see `decoding.generate`; the report is on the host."""
+        program = self.programs.get(*self._generate_build(params, state.shape, state.sampling, chunk))
+        key = hosts.put_key(key, self._everywhere)
+        waiting = hosts.put((requests, num_requests), self._rows)
+        cancelled, minimum = hosts.put((cancelled_B, np.int32(few)), (self._rows, self._everywhere))
+        state.own, state.slots, report = program(
+            params,
+            state.own,
+            state.slots,
+            state.table,
+            state.common,
+            *waiting,
+            key,
+            cancelled,
+            minimum,
+        )
+        return state, jax.device_get(report)
+
+    def resize(self, state: DecodeState, index: np.ndarray | None, length: int) -> DecodeState:
+        """Keeps the slots `index` [shards, R] (None: all), counted in each shard; grows the own cache to `length`."""
+        if index is not None:
+            kept = hosts.put(index, self._rows)
+            state.own = map_arrays(state.own, partial(self._take_rows, kept))
+            state.slots = jax.tree.map(partial(self._take_rows, kept, "slots"), state.slots)
+        assert length >= state.own.length, (length, state.own.length)
+        if length > state.own.length:
+            self._note_growth(state.own, length, state.table, state.common)
+            state.own = self._grow(state.own, length)
+        state.shape = state.shape.resized(state.own.num_rows, length, self.num_shards)
+        return state
+
+    # What will be needed, ahead of time
+
+    def prepare(self, params: Params, shape: Shape, sampling: SamplingParams, chunk: int) -> None:
+        """Has the decode program of a shape compiled in the background."""
+        self.programs.prepare(*self._generate_build(_abstract(params), shape, sampling, chunk))
+
+    def prepare_state(self, shape: Shape, sampling: SamplingParams) -> None:
+        """Has the programs compiled, in the background, that make a state of this shape."""
+        self.programs.prepare(*self._slots_build(shape, sampling))
+        self.programs.prepare(*self._empty_build(shape.num_slots, shape.length))
+
+    def prepare_prefill(
+        self, params: Params, num_rows: int, num_positions: int, chunk: int, common_length: int
+    ) -> None:
+        """Has the programs of a prefill of this size compiled in the background."""
+        part_length = size = min(chunk, num_positions)
+        self.programs.prepare(*self._empty_build(num_rows, size))
+        for _, length in prefill_pieces(num_positions, size):
+            if length > part_length:
+                for name, array in named_arrays(self._abstract_part(num_rows, part_length)):
+                    self.programs.prepare(*self._grow_build(name, array, length))
+                part_length = length
+            self.programs.prepare(*self._prefill_build(_abstract(params), num_rows, size, length, common_length))
+
+    def prepare_insert(self, shape: Shape, num_rows: int) -> None:
+        """Has the programs compiled, in the background, that put `num_rows` prefilled rows into a prompt table."""
+        self.programs.prepare(*self._empty_build(shape.table_rows, shape.table_length))
+        index_shape = (self.num_shards, num_rows // self.num_shards, shape.rows_per_prompt)
+        for name, array in named_arrays(self._abstract_part(shape.table_rows, shape.table_length)):
+            self.programs.prepare(*self._put_build(name, array, index_shape))
+
+    def prepare_resize(self, shape: Shape, sampling: SamplingParams, num_slots: int, length: int) -> None:
+        """Has the programs compiled, in the background, that make a state of `shape` one of fewer slots or longer."""
+        arrays = named_arrays(self._abstract_part(shape.num_slots, shape.length))
+        if num_slots != shape.num_slots:
+            index_shape = (self.num_shards, num_slots // self.num_shards)
+            slots = jax.tree.leaves(self._abstract_slots(shape.num_slots, sampling, shape.rows_per_prompt))
+            for name, array in [*arrays, *(("slots", leaf) for leaf in slots)]:
+                self.programs.prepare(*self._take_build(name, array, index_shape))
+        if length != shape.length:
+            for name, array in named_arrays(self._abstract_part(num_slots, shape.length)):
+                self.programs.prepare(*self._grow_build(name, array, length))
+
+    def bytes_per_position(self) -> int:
+        """Bytes of one cache position of one row in all layers, on the device that holds most of it."""
+        return sum(self.array_bytes_per_position())
+
+    def array_bytes_per_position(self) -> list[int]:
+        """The same for every array of a cache."""
+        return [
+            int(np.prod(self._array_shardings[name].shard_shape(array.shape))) * array.dtype.itemsize
+            for name, array in named_arrays(self._abstract_part(self.num_shards, 1))
+        ]
+
+    # Programs, by everything that their shapes depend on
+
+    def prefill_program(
+        self, params: Any, num_rows: int, chunk: int, length: int, common_length: int
+    ) -> tuple[Program, tuple[Any, ...]]:
+        """What one piece of a prefill runs: `chunk` positions into a cache of `length`; and its abstract arguments."""
+
+        def function(params, part, common, tokens, positions, groups, start):
+            return decoding.prefill_chunk(
+                self.policy, params, part, common, self.num_shards, tokens, positions, groups, start
+            )
+
+        small = jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)
+        parts = self._shard_part()
+        arguments = (
+            _abstract(params),
+            self._abstract_part(num_rows, length),
+            self._abstract_part(self.num_shards, common_length) if common_length else None,
+            *(small,) * 3,
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        shardings = (
+            self._param_shardings,
+            parts,
+            parts if common_length else None,
+            *(self._rows,) * 3,
+            self._everywhere,
+        )
+        return Program(function, shardings, parts, donate=(1,)), arguments
+
+    def generate_program(
+        self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int
+    ) -> tuple[Program, tuple[Any, ...]]:
+        """What draws a chunk of tokens, and its abstract arguments."""
+
+        def integers(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(dims, dtype)
+
+        waiting = (self.num_shards, shape.num_waiting)
+        requests = Requests(*(integers(*waiting),) * 10)
+        requests = requests._replace(
+            seeds=integers(*waiting, dtype=jnp.uint32),
+            seeded=integers(*waiting, dtype=bool),
+            prefix_rows=integers(*waiting, shape.rows_per_prompt),
+        )
+        if sampling.needs_counts:
+            longest = shape.common_length + shape.prefill_length + 1
+            requests = requests._replace(prompt_tokens=integers(*waiting, longest))
+        arguments = (
+            _abstract(params),
+            self._abstract_part(shape.num_slots, shape.length),
+            self._abstract_slots(shape.num_slots, sampling, shape.rows_per_prompt),
+            self._abstract_part(shape.table_rows, shape.table_length),
+            self._abstract_part(self.num_shards, shape.common_length) if shape.common_length else None,
+            requests,
+            integers(self.num_shards),
+            jax.eval_shape(lambda: jax.random.key(0)),
+            integers(shape.num_slots, dtype=bool),
+            integers(),
+        )
+        parts, slots = self._shard_part(), self._slots_shardings(sampling)
+        shardings = (
+            self._param_shardings,
+            parts,
+            slots,
+            parts,
+            parts if shape.common_length else None,
+            jax.tree.map(lambda _: self._rows, requests),
+            self._rows,
+            self._everywhere,
+            self._rows,
+            self._everywhere,
+        )
+        function = partial(decoding.generate, self.policy, sampling, chunk, shape.num_readers, self._rows)
+        results = (parts, slots, self._everywhere)
+        return Program(function, shardings, results, donate=(1, 2), compiler_options=self._decode_options), arguments
+
+    def _prefill_build(
+        self, params: Any, num_rows: int, chunk: int, length: int, common_length: int
+    ) -> tuple[tuple, Build]:
+        key = prefill_key(num_rows, chunk, length, common_length)
+        return key, lambda: self._build(key, *self.prefill_program(params, num_rows, chunk, length, common_length))
+
+    def _generate_build(self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int) -> tuple[tuple, Build]:
+        """The key of a decode program, and what compiles it: all but the key costs time that a chunk must not take."""
+        key = generate_key(shape, sampling, chunk)
+        return key, lambda: self._build(key, *self.generate_program(params, shape, sampling, chunk))
+
+    def _build(self, key: tuple, program: Program, arguments: tuple) -> Callable:
+        return self._stored(repr(key), program) or program.prepare(arguments)
+
+    def _put_build(self, name: str, array: Any, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
+        sharding, axis = self._array_shardings[name], position_axis(name)
+        new_shape = list(array.shape)
+        new_shape[0], new_shape[axis] = math.prod(index_shape[:2]), index_shape[2] * array.shape[axis]
+        new = jax.ShapeDtypeStruct(tuple(new_shape), array.dtype)
+        arguments = (_abstract(array), new, jax.ShapeDtypeStruct(index_shape, jnp.int32))
+        program = Program(
+            partial(decoding.put_rows, axis=axis), (sharding, sharding, self._rows), sharding, donate=(0,)
+        )
+        return ("put", axis, array.shape, array.dtype, index_shape), partial(program.compile, arguments)
+
+    def _take_rows(self, index: jax.Array, name: str, array: jax.Array) -> jax.Array:
+        return _consume(self.programs.get(*self._take_build(name, array, index.shape)), array, index)
+
+    def _take_build(self, name: str, array: Any, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
+        sharding = self._array_shardings.get(name, self._rows)
+        arguments = (_abstract(array), jax.ShapeDtypeStruct(index_shape, jnp.int32))
+        key = ("take", sharding.spec, array.shape, array.dtype, index_shape)
+        return key, partial(Program(take_in_shards, (sharding, self._rows), sharding).compile, arguments)
+
+    def _grow(self, part: CachePart, length: int) -> CachePart:
+        """The part with `length` positions."""
+
+        def pad(name: str, array: jax.Array) -> jax.Array:
+            return _consume(self.programs.get(*self._grow_build(name, array, length)), array)
+
+        return map_arrays(part, pad)
+
+    def _grow_build(self, name: str, array: Any, length: int) -> tuple[tuple, Build]:
+        sharding = self._array_shardings[name]
+        function = partial(pad_positions, name, added=length - array.shape[position_axis(name)])
+        key = ("grow", name, array.shape, array.dtype, length)
+        return key, partial(Program(function, (sharding,), sharding).compile, (_abstract(array),))
+
+    def _empty(self, num_rows: int, length: int) -> CachePart:
+        return self.programs.get(*self._empty_build(num_rows, length))()
+
+    def _empty_build(self, num_rows: int, length: int) -> tuple[tuple, Build]:
+        function = partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype)
+        return ("empty", num_rows, length), lambda: Program(function, (), self._shard_part()).compile(())
+
+    def _slots_build(self, shape: Shape, sampling: SamplingParams) -> tuple[tuple, Build]:
+        def build() -> Callable:
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            function = self._empty_slots(shape.num_slots, sampling, shape.rows_per_prompt)
+            return Program(function, (self._everywhere,), self._slots_shardings(sampling)).compile((key,))
+
+        return ("slots", shape.num_slots, sampling.needs_counts, shape.rows_per_prompt), build
+
+    # Shapes, shardings, bytes
+
+    def _part_shardings(self, mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> dict[str, NamedSharding]:
+        config = self.policy.config
+        heads = partition_spec(("batch", "kv_heads"), (self.num_shards, config.num_kv_heads), mesh, rules)
+        heads = NamedSharding(mesh, heads)
+        arrays = dict.fromkeys(LayerKV._fields, heads)
+        return {**arrays, **dict.fromkeys(LABELS, self._rows)}
+
+    def _shard_part(self) -> Any:
+        scales = self._array_shardings["key_scales"] if self._kv_dtype else None
+        layer = LayerKV(self._array_shardings["keys"], self._array_shardings["values"], scales, scales)  # pyright: ignore[reportArgumentType]
+        labels = (self._array_shardings["positions"],) * 3
+        return CachePart((layer,) * self.policy.config.num_layers, *labels)  # pyright: ignore[reportArgumentType]
+
+    def _abstract_part(self, num_rows: int, length: int) -> Any:
+        return jax.eval_shape(partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype))
+
+    def _empty_slots(
+        self, num_slots: int, sampling: SamplingParams, rows_per_prompt: int
+    ) -> Callable[[jax.Array], Slots]:
+        sizes = {"vocab_size": self.policy.config.vocab_size, "rows_per_prompt": rows_per_prompt}
+        return partial(decoding.empty_slots, num_slots, sampling=sampling, **sizes)
+
+    def _abstract_slots(self, num_slots: int, sampling: SamplingParams, rows_per_prompt: int) -> Any:
+        function = self._empty_slots(num_slots, sampling, rows_per_prompt)
+        return jax.eval_shape(function, jax.eval_shape(lambda: jax.random.key(0)))
+
+    def _slots_shardings(self, sampling: SamplingParams) -> Any:
+        return jax.tree.map(lambda _: self._rows, self._abstract_slots(self.num_shards, sampling, 1))
+
+    def _count_bytes(self, *parts: CachePart | None) -> None:
+        self.peak_kv_bytes = max(self.peak_kv_bytes, sum(_nbytes(part) for part in parts))
+
+    def _note_growth(self, part: CachePart, length: int, *others: CachePart | None) -> None:
+        """The last array to grow exists twice for a moment, all the others have grown."""
+        grown = _nbytes(part) * length // part.length + max(array.nbytes for _, array in named_arrays(part))
+        self.peak_kv_bytes = max(self.peak_kv_bytes, grown + sum(_nbytes(other) for other in others))
+
+
+def prefill_pieces(num_positions: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first position, length of the cache) of every piece of a prefill, whose cache doubles when it is full."""
+    length = size
+    for start in range(0, num_positions, size):
+        stop = min(start + size, num_positions)
+        if stop > length:
+            length = min(2 * length, num_positions)
+        yield stop - size, length  # the last piece may run some positions again, so that all pieces have one shape
+
+
+def prefill_key(num_rows: int, chunk: int, length: int, common_length: int) -> tuple:
+    """What a prefill program is called; as text in files of compiled programs."""
+    return "prefill", num_rows, chunk, length, common_length
+
+
+def generate_key(shape: Shape, sampling: SamplingParams, chunk: int) -> tuple:
+    """What a decode program is called; as text in files of compiled programs."""
+    return "generate", shape, sampling, chunk
+
+
+def _consume(program: Callable, array: jax.Array, *arguments: Any) -> jax.Array:
+    """program(array, ...), and the memory of `array` is free once that has run."""
+    result = program(array, *arguments)
+    array.delete()
+    return result
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _nbytes(part: CachePart | None) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(part))

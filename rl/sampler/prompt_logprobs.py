@@ -1,0 +1,128 @@
+"""The log-prob of every token of given prompts, under the policy: how likely it finds a text that it did not write.
+
+In: prompts as token ids. Out: one array per prompt. Prompts are packed into rows of one fixed size, so that one program
+serves all of a call, and calls of the same sizes. Not here: whose weights these are (see `rl.sampler.slot_sampler`),
+and completions, whose log-probs the sampler reports.
+Legend: R rows, T token positions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rl.devices.mesh import num_row_shards, row_sharding
+from rl.devices.programs import Program, Programs
+from rl.models.logprobs import token_logprobs
+from rl.models.policy import Params, Policy
+from rl.sampler import request_queue as scheduling
+
+TOKENS_PER_CALL = 4096  # over all rows, unless one prompt is longer
+OPEN_ROWS = 8  # to which a prompt may still be added while rows are packed
+
+
+class PromptScorer:
+    """Scores prompts; holds compiled programs, one per size of rows, and no parameters.
+
+    Args:
+      policy, mesh, param_shardings, rules: as `rl.sampler.engine.Engine` takes them.
+    """
+
+    def __init__(self, policy: Policy, mesh: Mesh, param_shardings: Any, rules: Mapping[str, Sequence[str]]) -> None:
+        self._policy, self._param_shardings = policy, param_shardings
+        self._rows, self._num_shards = row_sharding(mesh, rules), num_row_shards(mesh, rules)
+        self._programs = Programs()
+
+    def logprobs(
+        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
+    ) -> list[np.ndarray]:
+        """Log-probs of prompt tokens under softmax(logits / temperature), in nats.
+
+        Args:
+          prompts: token ids, at least one each.
+          temperature: above 0; 0 (greedy) counts as 1, as it does for completions.
+          chunk_size: positions of each row whose logits exist at one time; changes memory only.
+
+        Returns:
+          Per prompt [T - 1], float32 or wider: entry t is token t + 1 given the tokens before it. The first token of a
+          prompt has no log-prob: nothing comes before it.
+        """
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        length = scheduling.size_at_least(max(longest, scheduling.MIN_TABLE_LENGTH))
+        most_per_row = length if self._policy.packs_rows else 1
+        rows = pack_rows([len(prompt) for prompt in prompts], length, most_per_row)
+        most = max(TOKENS_PER_CALL // length // self._num_shards, 1)
+        num_rows = self._num_shards * min(most, scheduling.size_at_least(-(-len(rows) // self._num_shards)))
+        key = num_rows, length, temperature or 1.0, chunk_size
+        program = self._programs.get(key, lambda: self._compile(params, *key))
+        results: dict[int, np.ndarray] = {}
+        for first in range(0, len(rows), num_rows):
+            part = rows[first : first + num_rows]
+            inputs = np.zeros((3, num_rows, length), np.int32)
+            inputs[2] = -1
+            for number, row, span in _spans(part, prompts):
+                inputs[0, row, span] = prompts[number]
+                inputs[1, row, span] = np.arange(len(prompts[number]))
+                inputs[2, row, span] = number
+            logprobs_RT = np.asarray(program(params, *inputs))
+            for number, row, span in _spans(part, prompts):
+                results[number] = logprobs_RT[row, span.start : span.stop - 1]
+        return [results[number] for number in range(len(prompts))]
+
+    def _compile(
+        self, params: Params, num_rows: int, length: int, temperature: float, chunk_size: int | None
+    ) -> Callable[..., jax.Array]:
+        policy, num_shards = self._policy, self._num_shards
+
+        def of_rows(
+            params: Params, tokens_RT: jax.Array, positions_RT: jax.Array, group_ids_RT: jax.Array
+        ) -> jax.Array:
+            hidden_RTD = policy.hidden(params, tokens_RT, positions_RT, group_ids_RT, jnp.zeros_like(group_ids_RT))
+            follows_RT = (group_ids_RT[:, 1:] == group_ids_RT[:, :-1]) & (group_ids_RT[:, 1:] >= 0)
+            return token_logprobs(
+                policy,
+                params,
+                hidden_RTD[:, :-1],
+                tokens_RT[:, 1:],
+                temperature,
+                chunk_size,
+                with_entropy=False,
+                mask_BT=follows_RT,
+                num_shards=num_shards,
+            )[0]
+
+        labels = (jax.ShapeDtypeStruct((num_rows, length), jnp.int32),) * 3
+        shardings = (self._param_shardings, *[self._rows] * 3)
+        return Program(of_rows, shardings, self._rows).prepare((params, *labels))
+
+
+def pack_rows(lengths: Sequence[int], row_length: int, most_per_row: int) -> list[list[int]]:
+    """Prompts by number into rows of at most `row_length` tokens: first fit among the newest rows, nearly in order."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for number, length in enumerate(lengths):
+        first = max(len(rows) - OPEN_ROWS, 0)
+        fits = (row for row in range(first, len(rows)) if left[row] >= length and len(rows[row]) < most_per_row)
+        row = next(fits, None)
+        if row is None:
+            rows.append([])
+            left.append(row_length)
+            row = len(rows) - 1
+        rows[row].append(number)
+        left[row] -= length
+    return rows
+
+
+def _spans(
+    rows: Sequence[Sequence[int]], prompts: Sequence[Sequence[int] | np.ndarray]
+) -> Iterator[tuple[int, int, slice]]:
+    """(prompt, row, its positions there) of packed prompts."""
+    for row, numbers in enumerate(rows):
+        start = 0
+        for number in numbers:
+            stop = start + len(prompts[number])
+            yield number, row, slice(start, stop)
+            start = stop

@@ -1,0 +1,512 @@
+"""Completions of prompts, drawn with the policy's own parameters on the policy's own mesh: no copy, no weight sync.
+
+In: parameters, prompts as token ids, a key. Out: per prompt and sample a `Completion`, all together or as they end. The
+rule that draws one token is `rl.sampler.token_draw`, compiled decoding is `rl.sampler.engine`, who waits where is
+`rl.sampler.request_queue`; tokenising, rewards and the choice of prompts are not here.
+
+Every prompt is prefilled once, packed with others, and read in place by all of its samples; what all prompts start with
+is prefilled once for all. Slots draw in chunks of a few tokens; a slot whose completion ends takes the next one inside
+the chunk. Between chunks the host reads what was drawn, looks for stop strings, prefills more prompts, drops idle slots
+and grows the cache.
+"""
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rl.devices.programs import Build, Program, Stored, not_stored
+from rl.models.cache import CachePart
+from rl.models.config import ModelConfig, Quantization
+from rl.models.lora import quantization_of
+from rl.models.policy import Params, Policy
+from rl.models.quantized import quantize_params, quantized_shardings
+from rl.sampler import request_queue as scheduling
+from rl.sampler.engine import DecodeState, Engine, Shape, generate_key, prefill_key, prefill_pieces
+from rl.sampler.prompt_logprobs import PromptScorer
+from rl.sampler.request_queue import CacheSize, Completion, Request, Schedule
+from rl.sampler.shape_plan import Expected, KVBudget, Load, few_rows, first_shape, rest_lengths, usable_common_length
+from rl.sampler.token_draw import SamplingParams, check_vocabulary
+
+__all__ = ["Completion", "Sampler"]
+
+PREFILL_TOKENS = 4096  # of one piece of prefill, over all rows
+MIN_PREFILL_CHUNK = 128
+MAX_PREFILL_CHUNK = 512  # so that rows for the longest prompt cost what those in them need
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prefix:
+    """Keys and values of a common prefix, and the weights that they were computed with."""
+
+    token_ids: tuple[int, ...]
+    weights: list[weakref.ref]
+    part: CachePart
+
+    def holds(self, token_ids: tuple[int, ...], params: Params) -> bool:
+        """Whether they are those of this prefix and these very arrays."""
+        leaves = jax.tree.leaves(params)
+        if token_ids != self.token_ids or len(leaves) != len(self.weights):
+            return False
+        return all(seen() is leaf for seen, leaf in zip(self.weights, leaves, strict=True))
+
+
+class Sampler:
+    """Draws completions; holds compiled programs and no parameters.
+
+    Args:
+      policy, mesh, param_shardings, rules: see `rl.sampler.engine.Engine`.
+      decode_shardings: where parameters lie while they are decoded with, by `rules`; every call copies them there, from
+        device to device. None: where they are.
+      slots: completions decoded at a time, over all devices; None: as many as `kv_bytes` allows, up to 256.
+      kv_bytes: bytes on each device that keys and values may take, those of prompts that are being prefilled included;
+        None: no bound.
+      decode_text: token ids -> text; needed for stop strings only.
+      chunk: tokens decoded between two looks of the host.
+      stop_chunk: the same when there are stop strings, which only the host can see.
+      kv_dtype: None: the cache is in the compute dtype; "int8".
+      weights: None: the parameters as they are. Else every call quantises the matrices so first, which takes a quarter
+        or an eighth of their float32 size in memory besides them, and reads those (see `rl.models.quantized`).
+      stored: see `rl.sampler.engine.Engine`.
+
+    Raises:
+      ValueError: fewer slots than pieces that rows are cut into on this mesh.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        mesh: Mesh,
+        param_shardings: Any,
+        *,
+        rules: Mapping[str, Sequence[str]],
+        decode_shardings: Any = None,
+        slots: int | None = None,
+        kv_bytes: int | None = None,
+        decode_text: Callable[[Sequence[int]], str] | None = None,
+        chunk: int = 32,
+        stop_chunk: int = 8,
+        kv_dtype: str | None = None,
+        weights: Quantization | None = None,
+        stored: Stored = not_stored,
+    ) -> None:
+        convert: Callable[[Params], Params] = lambda params: params  # noqa: E731
+        shardings = param_shardings if decode_shardings is None else decode_shardings
+        if weights is not None:
+            if quantization_of(policy.config) is not None:
+                raise ValueError(
+                    f"sampling.weight_dtype must be null for weights that are quantised already, got {weights.dtype!r}"
+                )
+            shardings = quantized_shardings(policy.config, shardings, weights)
+            convert = partial(quantize_params, policy.config, quantization=weights)
+        self._convert = None if shardings is param_shardings else Program(convert, (param_shardings,), shardings)
+        self.engine = Engine(policy, mesh, shardings, rules=rules, kv_dtype=kv_dtype, stored=stored)
+        if slots is not None and slots < self.engine.num_shards:
+            raise ValueError(
+                f"sampling.slots must be >= {self.engine.num_shards}, the devices rows are spread over, got {slots}"
+            )
+        self._policy, self._scorer = policy, PromptScorer(policy, mesh, shardings, rules)
+        self._slots, self._kv_bytes = slots, kv_bytes
+        self._decode_text = decode_text
+        self._chunk, self._stop_chunk = chunk, min(stop_chunk, chunk)
+        self._expected = Expected()
+        self._planned: Load | None = None
+        self._prefix: _Prefix | None = None
+
+    @property
+    def num_compiles(self) -> int:
+        """How many programs were compiled so far."""
+        return len(self.engine.programs)
+
+    @property
+    def peak_kv_bytes(self) -> int:
+        """The most bytes that keys and values (and their labels) took at any moment so far, over all devices."""
+        return self.engine.peak_kv_bytes
+
+    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
+        """Plans shapes for prompts like these: calls with such prompts then share their programs, whatever they hold.
+
+        The prefix that all of them start with is cached once per call, and rows of the prompt table get the length in
+        which such prompts take least.
+
+        Args:
+          num_prompts, num_samples: calls of no more prompts than these, with as many samples of each, share their
+            programs as well: they take the shapes of a call of just so many, and begin by dropping the slots that stay
+            idle. 0: every call has the shapes that fit it.
+        """
+        common = scheduling.common_prefix_length(prompts)
+        common = usable_common_length(common, len(prompts))
+        head = tuple(int(token) for token in prompts[0][:common])
+        self._expected = Expected(head, rest_lengths(prompts, common))
+        self._planned = self._load(num_prompts, num_samples)
+
+    def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
+        """Plans shapes for prompts of up to so many tokens, whatever they hold: none is taken for a common prefix.
+
+        num_prompts, num_samples: as in `expect`.
+        """
+        self._expected = Expected((), (max(prompt_length - 1, 1),))
+        self._planned = self._load(num_prompts, num_samples)
+
+    def sample(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        num_samples: int,
+        sampling: SamplingParams,
+        key: jax.Array,
+        prompt_indices: Sequence[int] | None = None,
+    ) -> list[list[Completion]]:
+        """Draws `num_samples` completions of every prompt.
+
+        Args:
+          params: the policy's parameters, laid out as `param_shardings` says; read, never copied or kept.
+          prompts: token ids of each prompt, without padding.
+          sampling: how to draw; a new value compiles anew.
+          key: one PRNG key.
+          prompt_indices: the number that stands for each prompt in its randomness; None: 0, 1, 2, ... A completion of
+            the same key, prompt index and sample index is the same whatever else is drawn with it.
+
+        Returns:
+          For every prompt its completions, in the order of prompts and samples.
+
+        Raises:
+          ValueError: an empty prompt, token ids outside the vocabulary, a length beyond the model's positions, stop
+            strings without `decode_text`, a cache that does not fit in `kv_bytes`.
+        """
+        indices = range(len(prompts)) if prompt_indices is None else prompt_indices
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be >= 1, got {num_samples}")
+        if len(indices) != len(prompts):
+            raise ValueError(
+                f"prompt_indices must have one entry for each of {len(prompts)} prompts, got {len(indices)}"
+            )
+        requests = scheduling.requests_for(indices, num_samples, sampling.max_completion_length)
+        completions: list[Completion | None] = [None] * len(requests)
+        for number, completion in self.stream(params, prompts, requests, sampling, key):
+            completions[number] = completion
+        done = [completion for completion in completions if completion is not None]
+        assert len(done) == len(requests)
+        return [done[first : first + num_samples] for first in range(0, len(done), num_samples)]
+
+    def stream(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Draws the requests and yields (its place in `requests`, completion) of each as it ends.
+
+        The limit of a request may be below `sampling.max_completion_length`; one with a seed depends on (seed, sample
+        index) and on nothing else. Memory does not grow with the number of requests.
+
+        Raises:
+          ValueError: as `sample` does; a request with a prompt that is not there, an index outside [0, 2**31), a seed
+            outside [0, 2**32), or a limit below 1 or outside `sampling`'s lengths.
+        """
+        check_requests(self._policy.config, self._decode_text, prompts, requests, sampling)
+        return self._stream(params, prompts, requests, sampling, key)
+
+    def prompt_logprobs(
+        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
+    ) -> list[np.ndarray]:
+        """Log-probs of prompt tokens, see `rl.sampler.prompt_logprobs`, under the very weights that completions are
+        drawn with: those that `weights` rounds them to, if so, where `decode_shardings` puts them. No cache is read.
+        """
+        return self._scorer.logprobs(self._decode_params(params), prompts, temperature, chunk_size)
+
+    def release(self) -> None:
+        """Drops the keys and values of a common prefix, which calls with the same weights share."""
+        self._prefix = None
+
+    def warm_up(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+        """Has every program compiled, in the background, that calls of this size can need, whatever is drawn.
+
+        Nothing runs, and a call that comes before all is ready waits for the programs that it needs only. See `expect`;
+        `engine.programs.wait()` returns when all is ready.
+        """
+        engine, num_shards = self.engine, self.engine.num_shards
+        if self._convert is not None:
+            engine.programs.prepare(*self._convert_build(params))
+        params = self._abstract_decode_params(params)
+        shapes, common_length = self.shapes(num_prompts, num_samples, sampling), len(self._expected.common)
+        first = shapes[0]
+        sizes = scheduling.cache_sizes(first.num_slots // num_shards, sampling.max_completion_length)
+        for shape in shapes:
+            engine.prepare(params, shape, sampling, self._chunk_of(sampling))
+        # After these, so that a call at once compiles prefill while the background is at its decoding.
+        engine.prepare_state(first, sampling)
+        if common_length:
+            engine.prepare_prefill(params, num_shards, common_length, _prefill_chunk(num_shards), 0)
+        for num_rows in self._prefill_sizes(first):
+            chunk = _prefill_chunk(num_rows)
+            engine.prepare_prefill(params, num_rows, first.prefill_length, chunk, common_length)
+            engine.prepare_insert(first, num_rows)
+        for shape in shapes:
+            for later in scheduling.later_cache_sizes(sizes, self._size_of(shape)):
+                engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)
+
+    def shapes(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> list[Shape]:
+        """Every shape that decoding can have in a call of this size, whatever is drawn; it starts with the first."""
+        limit, num_shards = sampling.max_completion_length, self.engine.num_shards
+        requests = scheduling.requests_for(range(num_prompts), num_samples, limit)
+        first = self._shape(Load.of(scheduling.deal(requests, num_shards)), self._expected, sampling)
+        sizes = scheduling.cache_sizes(first.num_slots // num_shards, limit)
+        reachable = [self._size_of(first)]
+        for size in reachable:  # grows meanwhile
+            later = scheduling.later_cache_sizes(sizes, size)
+            reachable += [other for other in later if other not in reachable]
+        return [first.resized(size.slots * num_shards, size.length, num_shards) for size in reachable]
+
+    def rollout_programs(
+        self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams
+    ) -> dict[tuple, Callable[[], tuple[Program, tuple]]]:
+        """The programs that prefill prompts without a common prefix and draw, by key: what each is, and its arguments.
+
+        `params` may be abstract. Small programs that move rows of the cache are not among them.
+        """
+        decode_params = self._abstract_decode_params(params)
+        shapes = self.shapes(num_prompts, num_samples, sampling)
+        num_positions = shapes[0].prefill_length
+        programs: dict[tuple, Callable[[], tuple[Program, tuple]]] = {}
+        for num_rows in self._prefill_sizes(shapes[0]):
+            chunk = min(_prefill_chunk(num_rows), num_positions)
+            for _, length in prefill_pieces(num_positions, chunk):
+                arguments = (num_rows, chunk, length, shapes[0].common_length)
+                programs[prefill_key(*arguments)] = partial(self.engine.prefill_program, decode_params, *arguments)
+        for shape in shapes:
+            arguments = (shape, sampling, self._chunk_of(sampling))
+            programs[generate_key(*arguments)] = partial(self.engine.generate_program, decode_params, *arguments)
+        return programs
+
+    def _stream(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Iterator[tuple[int, Completion]]:
+        if not requests:
+            return
+        engine = self.engine
+        version, params = params, self._decode_params(params)
+        expected = self._plan(prompts)
+        common_length = len(expected.common)
+        shards = scheduling.deal(requests, engine.num_shards)
+        shape = self._shape(Load.of(shards), expected, sampling)
+        if not common_length:
+            self.release()  # no memory is left for one that nobody reads
+        common = self._prefill_common(version, params, expected.common) if common_length else None
+        schedule = Schedule(
+            prompts,
+            requests,
+            sampling,
+            self._decode_text,
+            common_length,
+            shards,
+            shape.table_rows // engine.num_shards,
+            shape.table_length,
+            shape.rows_per_prompt,
+            shape.num_waiting,
+        )
+        state = engine.init_state(shape, sampling, key, common)
+        schedule.set_slots(shape.num_slots)
+        sizes = scheduling.cache_sizes(shape.num_slots // engine.num_shards, sampling.max_completion_length)
+        prefill_rows = shape.prefill_rows // engine.num_shards
+        filled = 0  # positions of the own cache that the busiest slot has filled
+        while schedule.num_left:
+            while needed := schedule.num_to_prefill(prefill_rows):
+                state = self._admit(params, state, schedule, needed, prefill_rows)
+            state = self._fit(state, schedule, filled, sizes)
+            waiting, num_waiting = schedule.waiting()
+            few = self._few(state, schedule, sizes)
+            cancelled_B = schedule.cancelled()
+            state, report = engine.generate(
+                params, state, waiting, num_waiting, key, cancelled_B, few, self._chunk_of(sampling)
+            )
+            assert report.num_steps > 0, "a chunk without a step, though there are requests left"
+            filled = int(np.max(np.where(report.request_ids >= 0, report.num_drawn, 0), initial=0))
+            yield from schedule.read(report)
+
+    def _admit(
+        self, params: Params, state: DecodeState, schedule: Schedule, needed: int, prefill_rows: int
+    ) -> DecodeState:
+        """Prefills `needed` of `prefill_rows` rows of each shard; a few rows at a time where half would stay empty."""
+        few = few_rows(prefill_rows)
+        count = math.ceil(needed / few)
+        for num_rows in [few] * count if 2 * count * few <= prefill_rows else [prefill_rows]:
+            inputs, places = schedule.admit(num_rows)
+            chunk = _prefill_chunk(inputs[0].shape[0])
+            prefix = self.engine.prefill(params, *inputs, common=state.common, chunk=chunk, state=state)
+            state = self.engine.insert(state, prefix, places)
+        return state
+
+    def _fit(self, state: DecodeState, schedule: Schedule, filled: int, sizes: Sequence[CacheSize]) -> DecodeState:
+        """Drops idle slots once half of them can go, and grows the own cache where the busiest slot has filled it."""
+        busy = schedule.busy_slots()
+        now = self._cache_size(state)
+        needed = int(busy.sum(axis=1).max()) + schedule.num_waiting
+        if schedule.has_pending():
+            needed = now.slots
+        size = scheduling.next_cache_size(sizes, now, min(needed, now.slots), filled)
+        index = None
+        if size.slots < now.slots:
+            index = np.argsort(~busy, axis=1, kind="stable")[:, : size.slots].astype(np.int32)
+            schedule.keep_slots(index)
+        return state if size == now else self.engine.resize(state, index, size.length)
+
+    def _few(self, state: DecodeState, schedule: Schedule, sizes: Sequence[CacheSize]) -> int:
+        """The number of busy slots at which the host is wanted, for more requests or to drop idle slots; 0: never."""
+        now = self._cache_size(state)
+        if schedule.has_more():
+            wanted = now.slots - 1
+        else:
+            fewer = [
+                scheduling.next_cache_size(sizes, now, size.slots, 0).slots for size in sizes if size.slots < now.slots
+            ]
+            wanted = max((slots for slots in fewer if slots < now.slots), default=0)
+        # At once it could do nothing about the slots that are idle now: it looks again when a completion has ended.
+        return min(wanted * self.engine.num_shards, schedule.num_soon_busy() - 1)
+
+    def _cache_size(self, state: DecodeState) -> CacheSize:
+        return CacheSize(state.own.num_rows // self.engine.num_shards, state.own.length)
+
+    def _size_of(self, shape: Shape) -> CacheSize:
+        return CacheSize(shape.num_slots // self.engine.num_shards, shape.length)
+
+    # Plans
+
+    def _prefill_sizes(self, shape: Shape) -> list[int]:
+        """Rows over all shards that prefills of this shape may have."""
+        few = few_rows(shape.prefill_rows // self.engine.num_shards) * self.engine.num_shards
+        return list(dict.fromkeys((shape.prefill_rows, few)))
+
+    def _plan(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> Expected:
+        """The expected prefix if these prompts start with it, else their own; lengths at least the expected ones."""
+        expected = self._expected
+        head = np.asarray(expected.common, np.int32)
+        fits = all(len(p) > head.size and np.array_equal(np.asarray(p[: head.size]), head) for p in prompts)
+        if not expected.lengths or not fits:
+            common = usable_common_length(scheduling.common_prefix_length(prompts), len(prompts))
+            expected = Expected(tuple(int(token) for token in prompts[0][:common]))
+        lengths = rest_lengths(prompts, len(expected.common))
+        if not expected.lengths:
+            return dataclasses.replace(expected, lengths=lengths)
+        longest = max(lengths)
+        if longest <= max(expected.lengths):
+            return expected
+        return dataclasses.replace(expected, lengths=(*expected.lengths, longest))
+
+    def _load(self, num_prompts: int, num_samples: int) -> Load | None:
+        """What the shards get of a call of this size; None where it is empty."""
+        requests = scheduling.requests_for(range(num_prompts), num_samples, 1)
+        return Load.of(scheduling.deal(requests, self.engine.num_shards)) if requests else None
+
+    def _shape(self, load: Load, expected: Expected, sampling: SamplingParams) -> Shape:
+        """The shape that decoding starts with: that of the planned calls where it serves."""
+        num_shards, limit = self.engine.num_shards, sampling.max_completion_length
+        budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
+
+        def shape_of(load: Load, serves_fewer: bool = False) -> Shape:
+            return first_shape(num_shards, load, expected, limit, self._slots, budget, serves_fewer)
+
+        if self._planned is not None:
+            shape = shape_of(self._planned, serves_fewer=True)
+            if load.fits(self._planned, shape.num_slots // num_shards):
+                return shape
+        return shape_of(load)
+
+    def _prefill_common(self, version: Params, params: Params, prefix: tuple[int, ...]) -> CachePart:
+        """Keys and values of the common prefix; those of the last call where the weights are the same arrays.
+
+        Args:
+          version: the weights as the caller has them; `params` may be a copy made for this call.
+        """
+        if self._prefix is None or not self._prefix.holds(prefix, version):
+            tokens = np.tile(np.asarray(prefix, np.int32), (self.engine.num_shards, 1))
+            positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+            chunk = _prefill_chunk(tokens.shape[0])
+            self._prefix = None  # its memory goes before the new one's comes
+            part = self.engine.prefill(params, tokens, positions, np.zeros_like(tokens), chunk=chunk)
+            self._prefix = _Prefix(prefix, [weakref.ref(leaf) for leaf in jax.tree.leaves(version)], part)
+        return self._prefix.part
+
+    def close(self) -> None:
+        """Drops what waits to be compiled in the background; what is being compiled already comes to its end first."""
+        self.engine.programs.close()
+
+    def _decode_params(self, params: Params) -> Params:
+        return params if self._convert is None else self.engine.programs.get(*self._convert_build(params))(params)
+
+    def _abstract_decode_params(self, params: Params) -> Params:
+        return params if self._convert is None else jax.eval_shape(self._convert.function, params)
+
+    def _convert_build(self, params: Params) -> tuple[tuple, Build]:
+        assert self._convert is not None
+        return ("weights",), partial(self._convert.prepare, (jax.eval_shape(lambda params: params, params),))
+
+    def _chunk_of(self, sampling: SamplingParams) -> int:
+        return self._stop_chunk if sampling.stop_strings else self._chunk
+
+
+def check_requests(
+    config: ModelConfig,
+    decode_text: Callable[[Sequence[int]], str] | None,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+) -> None:
+    """ValueError for what no sampler can draw, see `Sampler.sample` and `Sampler.stream`."""
+    if sampling.stop_strings and decode_text is None:
+        raise ValueError(
+            f"sampling.stop_strings needs a tokenizer to see text, got {sampling.stop_strings} without decode_text"
+        )
+    if any(i >= config.vocab_size for i in sampling.eos_ids):
+        raise ValueError(
+            f"sampling.eos_ids must be below the vocabulary size {config.vocab_size}, got {sampling.eos_ids}"
+        )
+    check_vocabulary(sampling, config.vocab_size)
+    least = max(sampling.min_completion_length, 1)
+    # The device holds indices as int32 and seeds as uint32.
+    ends = {"prompt": len(prompts), "prompt_index": 2**31, "sample_index": 2**31, "seed": 2**32}
+    for number, request in enumerate(requests):
+        for name, end in ends.items():
+            value = getattr(request, name)
+            if value is not None and not 0 <= value < end:
+                raise ValueError(f"requests[{number}].{name} must be in [0, {end}), got {value}")
+        if not least <= request.limit <= sampling.max_completion_length:
+            low = f"sampling.min_completion_length ({least})" if sampling.min_completion_length else "1"
+            raise ValueError(
+                f"requests[{number}].limit must be between {low} and sampling.max_completion_length "
+                f"({sampling.max_completion_length}), got {request.limit}"
+            )
+    limits = dict.fromkeys(range(len(prompts)), 0)
+    for request in requests:
+        limits[request.prompt] = max(limits[request.prompt], request.limit)
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{number}] must have at least one token, got none")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ValueError(
+                f"prompts[{number}] must have token ids in [0, {config.vocab_size}), got {min(prompt)} to "
+                f"{max(prompt)}; the tokenizer and the model do not fit"
+            )
+        if len(prompt) + limits[number] > config.max_position_embeddings:
+            raise ValueError(
+                f"prompts[{number}] with its completion (sampling.max_completion_length) must fit in the model's "
+                f"{config.max_position_embeddings} positions, got {len(prompt)} + {limits[number]}; shorten one of them"
+            )
+
+
+def _prefill_chunk(num_rows: int) -> int:
+    """Positions of one piece of a prefill of so many rows."""
+    return min(max(PREFILL_TOKENS // num_rows, MIN_PREFILL_CHUNK), MAX_PREFILL_CHUNK)

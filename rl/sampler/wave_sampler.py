@@ -1,0 +1,459 @@
+"""Completions from a policy whose cache is its own: decoded in waves of rows that stand at the same position.
+
+In: a `rl.models.policy.WavePolicy`, parameters, prompts as token ids, a key. Out: per request a `Completion`, as
+`rl.sampler.slot_sampler` gives them, with the same random numbers. Position and place in the cache are one: nothing is
+padded, a prompt longer than the shortest of its wave is read token by token while others draw. That is right for any
+causal model, whether its cache holds keys or a recurrent state. The price: each sample has its own copy of its prompt,
+and a wave lasts as long as its longest completion. Not here: the rule that draws a token (`rl.sampler.token_draw`), the
+toolkit's own decoder (`rl.sampler.slot_sampler`).
+Legend: B rows of a wave, P prompt positions, C steps of a chunk, V vocabulary, N most likely tokens.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from rl.devices import hosts
+from rl.devices.mesh import num_row_shards, replicated, row_sharding
+from rl.devices.programs import Program
+from rl.models.policy import Params, WavePolicy
+from rl.sampler.decoding import TOKEN_LOOP, request_key
+from rl.sampler.prompt_logprobs import PromptScorer
+from rl.sampler.request_queue import Completion, Drawing, Request, find_end, size_at_least, size_at_most
+from rl.sampler.slot_sampler import check_requests
+from rl.sampler.token_draw import Draw, SamplingParams, TokenCounts, add_token, draw
+
+MAX_DERIVED_ROWS = 256  # when a memory budget sets the number
+
+
+class Wave(NamedTuple):
+    """What the rows of a wave draw: prompts_BP int32, padded at the end; a row without a request has limit 0."""
+
+    prompts_BP: Any
+    lengths_B: Any
+    limits_B: Any
+    keys_B: Any
+    prompt_seen_BV: Any = None
+
+
+class Progress(NamedTuple):
+    """Where a wave stands: all positions before `position` are in the cache; tokens_B were drawn last; counts are
+    `TokenCounts` where a penalty is on, else None."""
+
+    position: Any
+    tokens_B: Any
+    done_B: Any
+    counts: Any
+
+
+class WaveSampler:
+    """Draws completions; holds compiled programs and no parameters.
+
+    Args:
+      policy, mesh, param_shardings, rules: as `rl.sampler.engine.Engine` takes them.
+      slots: rows of a wave, over all devices; None: as many as `kv_bytes` allows, up to 256.
+      kv_bytes: bytes on each device that the policy's cache may take; None: no bound.
+      decode_text: token ids -> text; needed for stop strings only.
+      chunk, stop_chunk: steps between two looks of the host, without and with stop strings.
+    """
+
+    def __init__(
+        self,
+        policy: WavePolicy,
+        mesh: Mesh,
+        param_shardings: Any,
+        *,
+        rules: Mapping[str, Sequence[str]],
+        slots: int | None = None,
+        kv_bytes: int | None = None,
+        decode_text: Callable[[Sequence[int]], str] | None = None,
+        chunk: int = 32,
+        stop_chunk: int = 8,
+    ) -> None:
+        self._policy, self._param_shardings = policy, param_shardings
+        self._scorer = PromptScorer(policy, mesh, param_shardings, rules)
+        self._num_shards = num_row_shards(mesh, rules)
+        if slots is not None and slots < self._num_shards:
+            raise ValueError(
+                f"sampling.slots must be >= {self._num_shards}, the devices rows are spread over, got {slots}"
+            )
+        self._slots, self._kv_bytes = slots, kv_bytes
+        self._decode_text, self._chunk, self._stop_chunk = decode_text, chunk, min(stop_chunk, chunk)
+        self._rows, self._everywhere = row_sharding(mesh, rules), replicated(mesh)
+        self._request_keys = jax.jit(_request_keys, out_shardings=self._rows)
+        self._longest = 0  # tokens of the longest prompt expected
+        self._most_requests = 0  # of the calls that are planned
+        # (rows, cache length) -> its programs, so that each wave of a run finds them, and what they compiled to, again.
+        self._programs = functools.cache(self._programs_of)
+
+    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
+        """Plans shapes for prompts like these: calls with such prompts then share their programs.
+
+        Calls of no more than `num_prompts * num_samples` requests share them as well: they have the rows of a call of
+        just so many, of which some draw nothing.
+        """
+        self.expect_length(max(len(prompt) for prompt in prompts), num_prompts, num_samples)
+
+    def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
+        """The same for prompts of up to so many tokens."""
+        self._longest = max(self._longest, prompt_length)
+        self._most_requests = num_prompts * num_samples
+
+    def close(self) -> None:
+        """Nothing is compiled in the background here."""
+
+    def stream(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Draws the requests and yields (its place in `requests`, completion) of each as it ends.
+
+        Args and randomness: as `rl.sampler.slot_sampler.Sampler.stream`.
+
+        Raises:
+          ValueError: an empty prompt, token ids outside the vocabulary, a length beyond the model's positions, stop
+            strings without `decode_text`, a cache that does not fit in `kv_bytes`.
+        """
+        check_requests(self._policy.config, self._decode_text, prompts, requests, sampling)
+        return self._stream(params, prompts, requests, sampling, key)
+
+    def prompt_logprobs(
+        self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
+    ) -> list[np.ndarray]:
+        """Log-probs of prompt tokens, see `rl.sampler.prompt_logprobs`."""
+        return self._scorer.logprobs(params, prompts, temperature, chunk_size)
+
+    def release(self) -> None:
+        """Nothing is kept from call to call."""
+
+    def warm_up(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+        """Compiles what a call of this size needs, here and now, for prompts of any length up to the expected one."""
+        num_rows, length = self._shape(num_prompts * num_samples, sampling)
+        programs = self._programs(num_rows, length)
+        for start in self._starts():
+            programs.prefill(params, programs.empty_cache(params), self._put(np.zeros((num_rows, start), np.int32)))
+        wave = self._wave([], [], [], num_rows, length, sampling, jax.random.key(0))
+        programs.chunk(sampling, self._steps(sampling))(
+            params, programs.empty_cache(params), self._begin(wave, 0, 0), wave
+        )
+
+    def rollout_plan(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> "WavePlan":
+        """What a call of this size runs and keeps, for prompts of up to the expected length; nothing runs.
+
+        Raises:
+          ValueError: a cache that does not fit in `kv_bytes`.
+        """
+        num_rows, length = self._shape(num_prompts * num_samples, sampling)
+        programs = self._programs(num_rows, length)
+        params, cache = self._param_shapes, programs.cache_shapes
+        rows = {name: jax.ShapeDtypeStruct((num_rows,), name) for name in ("int32", "bool")}
+        seen = counts = None
+        if sampling.needs_counts:
+            num_entries = self._policy.config.vocab_size
+            counts = jax.eval_shape(
+                lambda: TokenCounts(*(jnp.zeros((num_rows, num_entries), dtype) for dtype in (jnp.int32, jnp.bool_)))
+            )
+            seen = counts.prompt_BV
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
+        prompts = jax.ShapeDtypeStruct((num_rows, length), jnp.int32)
+        wave = Wave(prompts, rows["int32"], rows["int32"], keys, seen)
+        progress = Progress(jax.ShapeDtypeStruct((), jnp.int32), rows["int32"], rows["bool"], counts)
+        steps = self._steps(sampling)
+        starts = self._starts()
+        head = jax.ShapeDtypeStruct((num_rows, starts[-1]), jnp.int32) if starts else None
+        return WavePlan(
+            prefill=None if head is None else (programs.prefill_program, (params, cache, head)),
+            chunk=(programs.chunk_program(sampling, steps), (params, cache, progress, wave)),
+            num_steps=steps,
+            cache_bytes=num_rows // self._num_shards * self._bytes_per_row(length),
+        )
+
+    def _starts(self) -> list[int]:
+        """How many positions waves may begin with: those that the shortest prompt has, but for its last one."""
+        return sorted({size_at_most(n) for n in range(1, self._longest)})
+
+    def _stream(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Iterator[tuple[int, Completion]]:
+        self._longest = max([self._longest, *(len(prompts[request.prompt]) for request in requests)])
+        num_rows, length = self._shape(len(requests), sampling)
+        # Prompts of about one length go together: fewer of their tokens are read one by one.
+        order = sorted(range(len(requests)), key=lambda i: len(prompts[requests[i].prompt]))
+        for first in range(0, len(order), num_rows):
+            numbers = order[first : first + num_rows]
+            yield from self._draw_wave(params, prompts, requests, numbers, num_rows, length, sampling, key)
+
+    def _draw_wave(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        numbers: list[int],
+        num_rows: int,
+        length: int,
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Iterator[tuple[int, Completion]]:
+        programs = self._programs(num_rows, length)
+        wave = self._wave(prompts, requests, numbers, num_rows, length, sampling, key)
+        cache = programs.empty_cache(params)
+        shortest = min(len(prompts[requests[number].prompt]) for number in numbers)
+        start = size_at_most(shortest - 1) if shortest > 1 else 0
+        if start:
+            head_BP = np.zeros((num_rows, start), np.int32)
+            for row, number in enumerate(numbers):
+                head_BP[row] = prompts[requests[number].prompt][:start]
+            cache = programs.prefill(params, cache, self._put(head_BP))
+        progress = self._begin(wave, len(numbers), start)
+        drawings = {row: Drawing() for row in range(len(numbers))}
+        chunk = programs.chunk(sampling, self._steps(sampling))
+        while drawings:
+            cache, progress, report = chunk(params, cache, progress, wave)
+            num_steps, is_drawn_CB, drawn = jax.device_get(report)
+            for row in list(drawings):
+                request = requests[numbers[row]]
+                steps = np.flatnonzero(is_drawn_CB[:num_steps, row])
+                completion = self._add(drawings[row], tuple(column[steps, row] for column in drawn), request, sampling)
+                if completion is not None:
+                    del drawings[row]
+                    yield numbers[row], completion
+            if sampling.stop_strings:  # which the device cannot see
+                is_live_B = np.isin(np.arange(num_rows), list(drawings))
+                progress = progress._replace(done_B=self._put(~is_live_B))
+
+    def _add(
+        self, drawing: Drawing, columns: tuple[np.ndarray, ...], request: Request, sampling: SamplingParams
+    ) -> Completion | None:
+        num_checked = drawing.num_tokens
+        drawing.add(columns)
+        tokens = drawing.token_ids() if sampling.stop_strings else columns[0]
+        end = find_end(tokens, num_checked, drawing.num_tokens, request.limit, sampling, self._decode_text)
+        if end is None:
+            return None
+        count, finish_reason, stop_reason = end
+        token_ids, sampler_logprobs, policy_logprobs, *top = (column[:count] for column in drawing.columns())
+        return Completion(
+            request.prompt_index,
+            request.sample_index,
+            token_ids,
+            sampler_logprobs,
+            policy_logprobs,
+            finish_reason,
+            stop_reason,
+            *top,
+        )
+
+    # Plans
+
+    def _shape(self, num_requests: int, sampling: SamplingParams) -> tuple[int, int]:
+        """(rows of a wave, positions of the cache)."""
+        length = size_at_least(self._longest + sampling.max_completion_length, 4)
+        limit = self._policy.config.max_position_embeddings
+        length = min(length, limit)
+        most = size_at_least(-(-max(num_requests, self._most_requests) // self._num_shards), 4)
+        most = min(most, (self._slots or max(MAX_DERIVED_ROWS, self._num_shards)) // self._num_shards)
+        if self._slots is None and self._kv_bytes is not None:
+            per_row = self._bytes_per_row(length)
+            if per_row > self._kv_bytes:
+                raise ValueError(
+                    f"sampling.kv_memory must allow at least one sequence of {length} tokens, whose cache takes "
+                    f"{per_row:,} bytes, got {self._kv_bytes:,}; raise it, or shorten sampling.max_completion_length"
+                )
+            most = min(most, self._kv_bytes // max(per_row, 1))
+        return most * self._num_shards, length
+
+    def _bytes_per_row(self, length: int) -> int:
+        cache = jax.eval_shape(lambda params: self._policy.empty_cache(params, 1, length), self._param_shapes)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+    @functools.cached_property
+    def _param_shapes(self) -> Any:
+        return jax.eval_shape(lambda: self._policy.init(jax.random.key(0)))
+
+    def _steps(self, sampling: SamplingParams) -> int:
+        return self._stop_chunk if sampling.stop_strings else self._chunk
+
+    def _wave(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        numbers: Sequence[int],
+        num_rows: int,
+        length: int,
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Wave:
+        prompts_BP = np.zeros((num_rows, length), np.int32)
+        lengths_B, limits_B = np.ones(num_rows, np.int32), np.zeros(num_rows, np.int32)
+        indices_2B, seeds_B = np.zeros((2, num_rows), np.int32), np.zeros(num_rows, np.uint32)
+        seeded_B = np.zeros(num_rows, bool)
+        seen_BV = np.zeros((num_rows, self._policy.config.vocab_size), bool) if sampling.needs_counts else None
+        for row, number in enumerate(numbers):
+            request = requests[number]
+            prompt = np.asarray(prompts[request.prompt], np.int32)
+            prompts_BP[row, : prompt.size], lengths_B[row], limits_B[row] = prompt, prompt.size, request.limit
+            indices_2B[:, row] = request.prompt_index, request.sample_index
+            seeds_B[row], seeded_B[row] = request.seed or 0, request.seed is not None
+            if seen_BV is not None:
+                seen_BV[row, prompt] = True
+        randomness = map(self._put, (*indices_2B, seeds_B, seeded_B))
+        keys_B = self._request_keys(hosts.put_key(key, self._everywhere), *randomness)
+        fields = (prompts_BP, lengths_B, limits_B, None, seen_BV)
+        return Wave(*(None if field is None else self._put(field) for field in fields))._replace(keys_B=keys_B)
+
+    def _begin(self, wave: Wave, num_requests: int, start: int) -> Progress:
+        counts = None
+        if wave.prompt_seen_BV is not None:
+            none_drawn = self._put(np.zeros(wave.prompt_seen_BV.shape, np.int32))
+            counts = TokenCounts(none_drawn, wave.prompt_seen_BV)
+        done_B = np.arange(wave.limits_B.shape[0]) >= num_requests
+        position = hosts.put(np.int32(start), self._everywhere)
+        return Progress(position, self._put(np.zeros(done_B.size, np.int32)), self._put(done_B), counts)
+
+    def _put(self, rows: Any) -> jax.Array:
+        return hosts.put(rows, self._rows)
+
+    # Programs
+
+    def _programs_of(self, num_rows: int, length: int) -> "_Programs":
+        policy, rows, everywhere = self._policy, self._rows, self._everywhere
+        shapes = jax.eval_shape(lambda params: policy.empty_cache(params, num_rows, length), self._param_shapes)
+        cache = jax.tree.map(lambda leaf: rows if leaf.ndim else everywhere, shapes)
+        progress = Progress(everywhere, rows, rows, rows)
+        params = self._param_shardings
+
+        def empty_cache(params: Params) -> Any:
+            return policy.empty_cache(params, num_rows, length)
+
+        def chunk_program(sampling: SamplingParams, num_steps: int) -> Program:
+            decode = functools.partial(_decode_chunk, policy, rows, sampling, num_steps)
+            where = (params, cache, progress, Wave(rows, rows, rows, rows, rows))
+            return Program(decode, where, (cache, progress, everywhere), donate=(1,))
+
+        prefill = Program(functools.partial(_prefill, policy), (params, cache, rows), cache, donate=(1,))
+        return _Programs(
+            cache_shapes=shapes,
+            empty_cache=Program(empty_cache, (params,), cache).jit(),
+            prefill_program=prefill,
+            prefill=prefill.jit(),
+            chunk_program=chunk_program,
+            chunk=functools.cache(lambda sampling, num_steps: chunk_program(sampling, num_steps).jit()),
+        )
+
+
+class WavePlan(NamedTuple):
+    """What rollouts run: programs with their abstract arguments, of prefill the one for the longest prompts (None where
+    these have one token); steps of a chunk; bytes of the cache on a device.
+    """
+
+    prefill: tuple[Program, tuple[Any, ...]] | None
+    chunk: tuple[Program, tuple[Any, ...]]
+    num_steps: int
+    cache_bytes: int
+
+
+class _Programs(NamedTuple):
+    """Of waves with so many rows and positions. chunk, chunk_program: of (sampling, steps)."""
+
+    cache_shapes: Any
+    empty_cache: Callable[..., Any]
+    prefill_program: Program
+    prefill: Callable[..., Any]
+    chunk_program: Callable[[SamplingParams, int], Program]
+    chunk: Callable[[SamplingParams, int], Callable[..., Any]]
+
+
+def _request_keys(
+    key: jax.Array, prompt_indices_B: jax.Array, sample_indices_B: jax.Array, seeds_B: jax.Array, seeded_B: jax.Array
+) -> jax.Array:
+    keys_of = jax.vmap(request_key, (None, 0, 0, 0, 0))
+    return keys_of(key, prompt_indices_B, sample_indices_B, seeds_B, seeded_B)
+
+
+def _prefill(policy: WavePolicy, params: Params, cache: Any, tokens_BP: jax.Array) -> Any:
+    """The cache of the first positions of all rows."""
+    positions_BP = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1], dtype=jnp.int32), tokens_BP.shape)
+    labels_BP = jnp.zeros_like(tokens_BP)
+    return policy.extend(params, tokens_BP, positions_BP, labels_BP, labels_BP, cache)[1]
+
+
+def _decode_chunk(
+    policy: WavePolicy,
+    rows: NamedSharding,
+    sampling: SamplingParams,
+    num_steps: int,
+    params: Params,
+    cache: Any,
+    progress: Progress,
+    wave: Wave,
+) -> tuple[Any, Progress, tuple[jax.Array, jax.Array, Draw]]:
+    """Up to `num_steps` positions more for every row; stops before when all rows have ended.
+
+    Returns:
+      The cache, where the wave stands, and the report: (steps made, which rows drew a token [C, B], what they drew).
+    """
+    eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32)
+    last = wave.prompts_BP.shape[1] - 1
+
+    def advance(cache: Any, progress: Progress) -> tuple[Any, Progress, jax.Array, Draw]:
+        position, counts = progress.position, progress.counts
+        prompt_B = jax.lax.dynamic_index_in_dim(wave.prompts_BP, jnp.minimum(position, last), 1, keepdims=False)
+        fed_B = jnp.where(position < wave.lengths_B, prompt_B, progress.tokens_B)
+        fed_B1 = jax.lax.with_sharding_constraint(fed_B, rows)[:, None]
+        labels_B1 = jnp.zeros_like(fed_B1)
+        hidden_B1D, cache = policy.extend(params, fed_B1, jnp.full_like(fed_B1, position), labels_B1, labels_B1, cache)
+        num_drawn_B = position - (wave.lengths_B - 1)
+        is_drawn_B = (num_drawn_B >= 0) & ~progress.done_B
+        drawn = _draw(policy.unembed(params, hidden_B1D[:, 0]), wave, num_drawn_B, sampling, counts)
+        is_last_B = jnp.isin(drawn.token_B, eos_ids) | (num_drawn_B + 1 >= wave.limits_B)
+        progress = Progress(
+            position + 1,
+            jnp.where(is_drawn_B, drawn.token_B, progress.tokens_B),
+            progress.done_B | (is_drawn_B & is_last_B),
+            None if counts is None else add_token(counts, drawn.token_B, is_drawn_B),
+        )
+        return cache, progress, is_drawn_B, drawn
+
+    def step(carry: tuple) -> tuple:
+        cache, progress, index, columns = carry
+        cache, progress, *new = advance(cache, progress)
+        columns = jax.tree.map(
+            lambda old, x: jax.lax.dynamic_update_index_in_dim(old, x, index, 0), columns, tuple(new)
+        )
+        return cache, progress, index + 1, columns
+
+    def unfinished(carry: tuple) -> jax.Array:
+        return (carry[2] < num_steps) & ~jnp.all(carry[1].done_B)
+
+    shapes = jax.eval_shape(advance, cache, progress)[2:]
+    columns = jax.tree.map(lambda like: jnp.zeros((num_steps, *like.shape), like.dtype), shapes)
+    with jax.named_scope(TOKEN_LOOP):
+        start = (cache, progress, jnp.int32(0), columns)
+        cache, progress, num_made, columns = jax.lax.while_loop(unfinished, step, start)
+    return cache, progress, (num_made, *columns)
+
+
+def _draw(
+    logits_BV: jax.Array, wave: Wave, num_drawn_B: jax.Array, sampling: SamplingParams, counts: TokenCounts | None
+) -> Draw:
+    """The next token of every row, with the row's random number at this position of its completion."""
+
+    def uniform(key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), dtype=logits_BV.dtype)
+
+    uniform_B = jax.vmap(uniform)(wave.keys_B, jnp.maximum(num_drawn_B, 0))
+    return draw(logits_BV, uniform_B, sampling, num_drawn_B < sampling.min_completion_length, counts)

@@ -1,0 +1,328 @@
+"""The files of checkpoints as they lie on disk, whatever model and program wrote them.
+
+In: a folder that Orbax wrote: one item (a tree of arrays), or a step with several (`state`, `loop`, `reference`;
+MaxText's is `items`). Out: the arrays that it names and their contents one by one, the record of the loop, and whether
+the files are still those that were written. Damage is a ValueError that names the file. Not here: what a run wants to
+find (see `rl.state.checkpoint`).
+
+Orbax keeps no checksum of the data of an array, and a changed byte often decodes to other numbers, so a step has the
+sha256 of each of its files in `hashes.json`, written before the step appears under its name, and in it the sha256 of
+this list. Steps of older versions have no such file, or one without the last and with fewer files.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import tensorstore
+
+from rl.files.local_files import file_hash
+from rl.run_folder.contents import HASHES
+
+_METADATA, _RECORD, _STEP_METADATA = "_METADATA", "metadata", "_CHECKPOINT_METADATA"
+UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
+_DAMAGED = ".damaged"  # ends the name of a step that was set aside
+_ALGORITHM = "sha256"  # of `file_hash`
+_THREADS = 4  # that hash; more than a disk has use for
+_NAMED_FILE = re.compile(r'local file "([^"]+[^/"])"')  # in the messages of tensorstore
+
+
+class DamagedArrayError(ValueError):
+    """An array cannot be read. `where`: the file that is to blame, or the item's folder where none is known."""
+
+    def __init__(self, where: str, path: tuple[str, ...]):
+        super().__init__(f"{where} must hold {'/'.join(path)}, but it cannot be read; it is damaged")
+        self.where, self.path = where, path
+
+
+class StoredArray(NamedTuple):
+    """One array on disk.
+
+    Attributes:
+      path: names from the root of its item.
+      folder: of its item. driver: tensorstore's name of its format.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    folder: pathlib.Path
+    driver: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its numbers, uncompressed."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def item_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The trees of arrays in a checkpoint folder by name; a folder that is itself one has the name "".
+
+    Raises:
+      ValueError: there is none.
+    """
+    if (folder / _METADATA).is_file():
+        return {"": folder}
+    items = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{_METADATA}"))}
+    if not items:
+        raise ValueError(f"{folder} must be a checkpoint that Orbax wrote, and it holds no {_METADATA} of one")
+    return items
+
+
+def stored_arrays(item: pathlib.Path, damaged: list[DamagedArrayError] | None = None) -> list[StoredArray]:
+    """The arrays of an item in the order of their paths; reads no data.
+
+    Args:
+      damaged: takes the error of each array that cannot be opened, in place of raising it.
+
+    Raises:
+      ValueError: the item's own list of its arrays cannot be read.
+      DamagedArrayError: an array cannot be opened.
+    """
+    metadata, item = _read_json(item / _METADATA), item.absolute()
+    driver = "zarr3" if metadata.get("use_zarr3", False) else "zarr"
+    paths = sorted(
+        tuple(str(part["key"]) for part in entry["key_metadata"])
+        for entry in metadata["tree_metadata"].values()
+        # Empty containers are entries, too, and strings lie in a file of their own.
+        if not entry["value_metadata"]["skip_deserialize"] and entry["value_metadata"]["value_type"] != "string"
+    )
+    arrays = []
+    for path in paths:
+        try:
+            store = _open(item, path, driver)
+        except DamagedArrayError as error:
+            if damaged is None:
+                raise
+            damaged.append(error)
+        else:
+            arrays.append(StoredArray(path, tuple(store.shape), store.dtype.numpy_dtype, item, driver))
+    return arrays
+
+
+def read_array(array: StoredArray) -> np.ndarray:
+    """The numbers of one array, in the type they are stored in.
+
+    Raises:
+      DamagedArrayError: they cannot be read.
+    """
+    store = _open(array.folder, array.path, array.driver)
+    with _blaming_a_file(array.folder, array.path):
+        return np.asarray(store.read().result())
+
+
+def _open(item: pathlib.Path, path: tuple[str, ...], driver: str) -> Any:
+    key = ".".join(path)
+    if (item / "manifest.ocdbt").exists():
+        store = {"driver": "ocdbt", "base": f"file://{item}/", "path": f"{key}/"}
+    else:
+        store = {"driver": "file", "path": f"{item}/{key}/"}
+    with _blaming_a_file(item, path):
+        return tensorstore.open({"driver": driver, "kvstore": store}, open=True, read=True).result()
+
+
+@contextlib.contextmanager
+def _blaming_a_file(item: pathlib.Path, path: tuple[str, ...]) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # what tensorstore raises
+        named = [name for name in _NAMED_FILE.findall(str(error)) if pathlib.Path(name) != item]
+        raise DamagedArrayError(named[-1] if named else str(item), path) from error
+
+
+def array_hash(value: np.ndarray) -> str:
+    """Hex sha256 of type, shape and numbers: the same however the array was cut into files."""
+    digest = hashlib.sha256(f"{value.dtype.name}{list(value.shape)}".encode())
+    digest.update(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))  # pyright: ignore[reportArgumentType]
+    return digest.hexdigest()
+
+
+def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The loop record of a step; None where there is none. ValueError when it cannot be read."""
+    path = folder / "loop" / _RECORD
+    if not path.parent.is_dir():
+        return None
+    return _read_json(path)
+
+
+def write_record(folder: pathlib.Path, record: dict[str, Any]) -> None:
+    """Puts another loop record into a step that nobody else uses."""
+    (folder / "loop" / _RECORD).write_text(json.dumps(record))
+
+
+def read_step_metadata(folder: pathlib.Path) -> dict[str, Any]:
+    """What Orbax noted about a step: handlers, times in nanoseconds since 1970; {} where it noted nothing."""
+    path = folder / _STEP_METADATA
+    return _read_json(path) if path.is_file() else {}
+
+
+def write_hashes(folder: pathlib.Path) -> None:
+    """Writes `hashes.json` of a step, or of an item, as it is now."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [name for name in names if name != HASHES]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        hashes = pool.map(lambda name: file_hash(folder / name), names)
+        body = {"algorithm": _ALGORITHM, "files": dict(zip(names, hashes, strict=True))}
+    text = json.dumps({**body, "digest": _digest(body)}, indent=1) + "\n"
+    (folder / HASHES).write_text(text, encoding="utf-8")
+
+
+class HashCheck:
+    """The comparison of a folder's files with its `hashes.json`, in threads, while somebody else reads them.
+
+    Attributes:
+      note: what is not compared, in words; None where everything is.
+    """
+
+    def __init__(self, folder: pathlib.Path, part: int = 0, num_parts: int = 1):
+        """Begins it.
+
+        Args:
+          part, num_parts: which part of the files, of how many; each process of a run takes one.
+        """
+        self.note: str | None = None
+        self._problems: list[str] = []
+        self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "hash")
+        self._compared: list[concurrent.futures.Future[str | None]] = []
+        path = folder / HASHES
+        if (missing := _missing_hashes(folder)) is not None:
+            self._problems.append(missing)
+            return
+        if not path.is_file():
+            self.note = f"the files have no {HASHES}: a changed byte that still decodes to a number is not noticed"
+            return
+        listed = _read_hashes(path)
+        if isinstance(listed, str):
+            self._problems.append(listed)
+            return
+        files, is_complete = listed
+        if not is_complete:
+            self.note = f"{HASHES} is of an older version: not all files are compared with it"
+        for name, wanted in list(files.items())[part::num_parts]:
+            self._compared.append(self._pool.submit(_compare, folder / name, wanted))
+
+    def problems(self) -> list[str]:
+        """What is wrong, in words, a line per file; waits for the comparison to end."""
+        problems = [future.result() for future in self._compared]
+        return [*self._problems, *filter(None, problems)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def damaged_files(folder: pathlib.Path) -> list[str] | None:
+    """What is wrong with the files of a step by its `hashes.json`, in words, a line per file; None without one."""
+    if not (folder / HASHES).exists() and _missing_hashes(folder) is None:
+        return None
+    with HashCheck(folder) as check:
+        return check.problems()
+
+
+def _missing_hashes(folder: pathlib.Path) -> str | None:
+    """What is wrong where the list of hashes is no file, in words; None where it is one, or of an older version, which
+    wrote none: a run whose earlier step has one wrote one into each that followed.
+    """
+    path = folder / HASHES
+    if path.is_file():
+        return None
+    if os.path.lexists(path):
+        return f"{path} is damaged: it is no file"
+    if not folder.name.isdecimal():
+        return None
+    earlier = (entry for entry in folder.parent.iterdir() if entry.name.isdecimal())
+    if any(int(entry.name) < int(folder.name) and (entry / HASHES).is_file() for entry in earlier):
+        return f"{path} is missing, which an earlier step has"
+    return None
+
+
+def _compare(path: pathlib.Path, wanted: str) -> str | None:
+    try:
+        found = file_hash(path)
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return None if found == wanted else f"{path} is damaged: it is not what was written"
+
+
+def _read_hashes(path: pathlib.Path) -> tuple[dict[str, str], bool] | str:
+    """The hashes by file, and whether they are of all files; or what is wrong with the list itself.
+
+    Raises:
+      ValueError: it is whole, and this version does not know its algorithm.
+    """
+    damage = f"{path} is damaged: it is not what was written"
+    try:
+        listed = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return damage
+    # The names are compared too: a changed one must not turn a list into one of an older version.
+    if not isinstance(listed, dict) or set(listed) - {"digest"} != {"algorithm", "files"}:
+        return damage
+    if not isinstance(listed["files"], dict):
+        return damage
+    digest = listed.pop("digest", None)
+    if digest is not None and digest != _digest(listed):
+        return damage
+    if digest is None and listed["algorithm"] != _ALGORITHM:
+        return damage
+    if listed["algorithm"] != _ALGORITHM:
+        raise ValueError(f"{path} must have hashes by {_ALGORITHM}, got {listed['algorithm']!r}; use a newer version")
+    return listed["files"], digest is not None
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def set_aside(folder: pathlib.Path) -> pathlib.Path:
+    """Gives a damaged step a name that no reader takes for one; deletes nothing. The new path."""
+    number, path = 1, folder.with_name(folder.name + _DAMAGED)
+    while path.exists():
+        number += 1
+        path = folder.with_name(f"{folder.name}{_DAMAGED}.{number}")
+    return folder.rename(path)
+
+
+def remove_unfinished(checkpoints: pathlib.Path) -> None:
+    """Removes the steps that were being written when the run ended. Only for the one who writes there."""
+    for folder in checkpoints.glob(f"*{UNFINISHED}*"):
+        shutil.rmtree(folder)
+
+
+def folder_size(folder: os.PathLike | str) -> int:
+    """Bytes that all files below a folder take of a disk; those that are taken away meanwhile do not count."""
+    total = 0
+    for path, _, names in os.walk(folder):  # os.walk passes over folders that vanish
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(os.path.join(path, name))
+                # Whole blocks. Some file systems give a new file its blocks late, and say less until then.
+                total += max(status.st_size, status.st_blocks * 512)
+    return total
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes for a person."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} must be a JSON file, but it cannot be read: {error}") from error

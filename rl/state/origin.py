@@ -1,0 +1,256 @@
+"""What a run starts from: tokenizer, model shape and pretrained weights, from the `model` and `tokenizer` sections."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+import jax
+
+from rl.config.load import Config
+from rl.config.sections import TUNIX_PREFIX, source_kind
+from rl.data.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
+from rl.files.local_files import UNFINISHED, file_hash
+from rl.files.stores import local_copy
+from rl.models.config import LoRAConfig, ModelConfig
+from rl.models.files import hf
+from rl.models.files.hf import read_config, resolve_source
+from rl.models.files.peft import adapter_for, adapter_hash, check_adapter, load_adapter
+from rl.models.foreign import files as foreign
+from rl.models.lora import join
+from rl.models.policy import foreign_config
+from rl.state import param_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The model a run starts from.
+
+    Attributes:
+      model_config: shape, dtypes, and adapters if the run trains some.
+      folder: local Hugging Face folder or parameter-only checkpoint with the weights of the base alone, or what
+        model.weights names; None for a fresh random model.
+      identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and
+        reference.
+      adapter: folder of the adapter that training starts from; None for a fresh one, or none.
+      allow_nonfinite: whether the files may hold NaN and infinity.
+    """
+
+    model_config: ModelConfig
+    folder: pathlib.Path | None
+    identity: dict[str, Any]
+    adapter: pathlib.Path | None = None
+    allow_nonfinite: bool = False
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """tokenizer.source, else the model's folder, else the byte tokenizer."""
+    source = config.tokenizer.source or folder_source(config) or BYTE_SOURCE
+    return load_tokenizer(source, config.tokenizer.chat_template)
+
+
+def folder_source(config: Config) -> str | None:
+    """The folder or hub id in model.source; None for a fresh model and for a module of the user's own."""
+    source = config.model.source
+    return None if source is None or source_kind(source) == "own" else source.removeprefix(TUNIX_PREFIX)
+
+
+def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
+    """Reads the model's configuration, checks the headers of its weights and hashes them; loads nothing.
+
+    Raises:
+      ValueError: no such model, an unsupported architecture, missing or damaged weights, or a tokenizer with ids beyond
+        the model's vocabulary.
+    """
+    origin = _origin(config, tokenizer)
+    return dataclasses.replace(origin, allow_nonfinite=config.model.allow_nonfinite)
+
+
+def _origin(config: Config, tokenizer: Tokenizer) -> Origin:
+    if source_kind(config.model.source) != "decoder":
+        return _foreign_origin(config, tokenizer)
+    folder = None if config.model.source is None else pathlib.Path(resolve_source(config.model.source))
+    model_config = model_shape(config, tokenizer, folder)
+    if folder is None:
+        identity: dict[str, Any] = {"source": None, "seed": config.seed}
+    else:
+        files = _files_of(folder)
+        files.check_weights(folder, model_config)
+        identity = {"source": config.model.source, "hash": files.weights_hash(folder)}
+    if config.lora.adapter is None:
+        return Origin(model_config, folder, identity)
+    adapter = local_copy(config.lora.adapter)
+    check_adapter(adapter, model_config)
+    identity |= {"adapter": config.lora.adapter, "adapter_hash": adapter_hash(adapter)}
+    return Origin(model_config, folder, identity, adapter)
+
+
+def model_shape(config: Config, tokenizer: Tokenizer, folder: pathlib.Path | None) -> ModelConfig:
+    """The model of a run, from `model.arch`, from the config.json in `folder`, or from the function that model.source
+    names; no weights are looked at.
+
+    Raises:
+      ValueError: an unsupported architecture, a module that breaks its contract, or a tokenizer with ids beyond the
+        model's vocabulary.
+    """
+    section, arch = config.model, config.model.arch
+    if source_kind(section.source) != "decoder":
+        foreign_shape: Any = foreign_config(
+            config,
+            folder,
+            vocab_size=tokenizer.vocab_size,
+            eos_token_ids=tokenizer.eos_ids,
+            bos_token_id=tokenizer.bos_id,
+            pad_token_id=tokenizer.pad_id,
+        )
+        _check_vocabulary(tokenizer, foreign_shape)
+        return foreign_shape
+    if folder is None:
+        shape = {name: value for name, value in dataclasses.asdict(arch).items() if name != "vocab_size"}  # pyright: ignore[reportArgumentType]
+        model_config = ModelConfig.from_arch(
+            **shape,
+            vocab_size=arch.vocab_size or tokenizer.vocab_size,
+            eos_token_ids=tokenizer.eos_ids,
+            bos_token_id=tokenizer.bos_id,
+            pad_token_id=tokenizer.pad_id,
+        )
+    else:
+        model_config = read_config(folder)
+    _check_vocabulary(tokenizer, model_config)
+    model_config = dataclasses.replace(
+        model_config,
+        dtype=section.dtype,
+        param_dtype=section.param_dtype,
+        remat=section.remat,
+        scan_layers=section.scan_layers,
+    )
+    return dataclasses.replace(model_config, lora=_lora(config, model_config))
+
+
+def _files_of(folder: pathlib.Path) -> Any:
+    """The module that reads a folder's weights; both have `check_weights`, `weights_hash` and `load_params`."""
+    return param_folder if param_folder.is_param_folder(folder) else hf
+
+
+def _foreign_origin(config: Config, tokenizer: Tokenizer) -> Origin:
+    """That of a model which is not the toolkit's own decoder: a module of the user's, or a Tunix model."""
+    section, source = config.model, folder_source(config)
+    folder = None if source is None else pathlib.Path(resolve_source(source))
+    model_config = model_shape(config, tokenizer, folder)
+    identity: dict[str, Any] = {"source": section.source}
+    if folder is not None:
+        foreign.check_weights(folder, model_config)
+        return Origin(model_config, folder, {**identity, "hash": hf.weights_hash(folder)})
+    file = pathlib.Path(str(section.source).rpartition(":")[0]).expanduser()
+    identity |= {"file": hashlib.sha256(file.read_bytes()).hexdigest(), "args": section.args}
+    if section.weights is None:
+        return Origin(model_config, None, {**identity, "seed": config.seed})
+    weights = local_copy(section.weights)
+    if model_config.quantization is not None:
+        foreign.check_weights(weights, model_config)
+        return Origin(model_config, weights, {**identity, "hash": hf.weights_hash(weights)})
+    if not weights.is_file():
+        raise ValueError(
+            f"model.weights must be a safetensors file, or a folder of grpo quantize, got {section.weights!r}; check "
+            "the path"
+        )
+    return Origin(model_config, weights, {**identity, "hash": file_hash(weights)})
+
+
+def _check_vocabulary(tokenizer: Tokenizer, model_config: Any) -> None:
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"the model's vocabulary must hold every token id, got {model_config.vocab_size} entries for a tokenizer "
+            f"of {tokenizer.vocab_size}; set tokenizer.source to the model's own tokenizer"
+        )
+
+
+def _lora(config: Config, model_config: ModelConfig) -> LoRAConfig | None:
+    """The adapters of a run: as the configuration says, or with rank 0 as the adapter to start from says."""
+    section = config.lora
+    if section.rank:
+        found = LoRAConfig(section.rank, section.alpha, tuple(section.targets), section.rank_stabilized)
+    elif section.adapter is not None:
+        found = adapter_for(local_copy(section.adapter), model_config)
+    else:
+        return None
+    return dataclasses.replace(found, base_dtype=section.base_dtype, base_group_size=section.base_group_size)
+
+
+def pretrained_params(origin: Origin, shardings: Any) -> Any | None:
+    """The weights of the folder, placed by `shardings`; a new copy on every call. None for a fresh random model.
+
+    With adapters they are the base alone, or base and adapter where one is given to start from.
+    """
+    if origin.folder is None:
+        return None
+    options = (origin.model_config, shardings, origin.allow_nonfinite)
+    if origin.model_config.kind != "decoder":
+        return foreign.load_weights(origin.folder, *options)
+    base = _files_of(origin.folder).load_params(origin.folder, *options)
+    return base if origin.adapter is None else join(load_adapter(origin.adapter, *options), base)
+
+
+def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """sampling.eos_ids, else every EOS that the model or the tokenizer names.
+
+    Raises:
+      ValueError: an id outside the vocabulary, or no EOS at all.
+    """
+    ids = config.sampling.eos_ids
+    if ids is None:
+        ids = [*model_config.eos_token_ids, *tokenizer.eos_ids]
+    outside = [i for i in ids if not 0 <= i < model_config.vocab_size]
+    if outside:
+        raise ValueError(f"sampling.eos_ids must be token ids below {model_config.vocab_size}, got {outside}")
+    if not ids:
+        raise ValueError(
+            "a completion must be able to end: the model and the tokenizer name no EOS token; set sampling.eos_ids"
+        )
+    return tuple(sorted(set(ids)))
+
+
+def use_compilation_cache(config: Config, check_only: bool = False) -> None:
+    """Points XLA's persistent compilation cache at logging.compilation_cache: "auto" is ~/.cache/tandem/programs, null
+    leaves it as jax has it. Call before the first compilation, which makes the folder.
+
+    Args:
+      check_only: nothing that is compiled in this process is kept.
+
+    Raises:
+      ValueError: a folder that cannot be written. With "auto" that is said on stderr, and nothing is kept.
+    """
+    folder = config.logging.compilation_cache
+    if check_only:
+        jax.config.update("jax_enable_compilation_cache", False)
+    if folder == "auto":
+        if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # which jax follows by itself; empty: no cache
+            return
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tandem", "programs")
+        if problem := _cache_problem(folder):
+            print(f"warning: compiled programs are not kept for the next start: {problem}", file=sys.stderr)
+            return
+    elif folder is not None and (problem := _cache_problem(folder)):
+        raise ValueError(
+            f"logging.compilation_cache must be a folder that can be written, got {folder!r}: {problem}; choose "
+            "another one, or null for none"
+        )
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a run has dozens of small programs
+
+
+def _cache_problem(folder: str) -> str | None:
+    """Why no file can be written below a folder, which need not be there yet; None where one can."""
+    path = pathlib.Path(os.path.expanduser(folder)).absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is no folder"
+    try:  # permissions alone do not tell: nobody can make a folder in /proc
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=UNFINISHED):
+            return None
+    except OSError as error:
+        return f"{nearest} cannot be written: {error.strerror}"

@@ -1,0 +1,1 @@
+"""Commands on checkpoints: verify, convert, export, merge adapters."""

@@ -1,0 +1,164 @@
+"""`grpo export RUN OUT`: the weights of a run as a folder of their own, without optimizer.
+
+In: a run's checkpoint. Out: a Hugging Face folder that transformers, TRL, vLLM and Tandem open, or with `--format
+params` a parameter-only checkpoint that Orbax and Tandem read (see `rl.state.param_folder`; MaxText:
+`generate_param_only_checkpoint`), both with configuration, token ids, tokenizer and chat template. Adapters are merged
+into the weights, in a Hugging Face folder beside what is needed to take them out again
+(`rl.models.files.lora_remainder`), or with `--adapter` written alone in PEFT's format. What is written is read back and
+compared, then it appears at its place at once.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rl.data.tokenizer import Tokenizer
+from rl.models.config import ModelConfig
+from rl.models.files.hf import save_folder
+from rl.models.files.lora_remainder import REMAINDER_FILE, merge_with_remainder, write_remainder
+from rl.models.files.peft import save_adapter
+from rl.models.foreign import files as foreign
+from rl.models.lora import merge
+from rl.run_folder.folder import check_trust, read_run
+from rl.run_folder.remote_steps import local_source
+from rl.run_folder.trust import MODEL
+from rl.state.param_folder import save_params
+from rl.tools.trained import load_checkpoint
+
+FORMATS = {"huggingface": save_folder, "params": save_params}
+
+
+def export(
+    run: str | pathlib.Path,
+    out: str | pathlib.Path,
+    step: int | None = None,
+    dtype: str | None = None,
+    kind: str = "huggingface",
+    keep_remainder: bool = True,
+    trust: bool = False,
+) -> int:
+    """Writes checkpoint `step` (None: the newest) of a run folder to `out`; returns the step written.
+
+    Args:
+      out: must not exist or be empty; written atomically.
+      dtype: float32, bfloat16 or float16; None keeps the dtype of the checkpoint.
+      kind: a name of `FORMATS`.
+      keep_remainder: see `write_folder`.
+      trust: see `rl.run_folder.folder.check_trust`.
+
+    Raises:
+      ValueError: not a run folder, no such checkpoint, or `out` holds something.
+    """
+    folder = local_source(run, step)
+    config, _ = read_run(folder)
+    check_trust(folder, config, (), (MODEL,), trust)
+    trained = load_checkpoint(config, folder, step)
+    write_folder(out, trained.origin.model_config, trained.params, trained.tokenizer, dtype, kind, keep_remainder)
+    assert trained.step is not None
+    return trained.step
+
+
+def export_adapter(run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None) -> int:
+    """Writes the adapter of checkpoint `step` (None: the newest) as a folder that peft opens; returns the step written.
+
+    Raises:
+      ValueError: not a run folder, no such checkpoint, a run without adapters, or `out` holds something.
+    """
+    folder = local_source(run, step)
+    config, _ = read_run(folder)
+    if not config.lora.rank and config.lora.adapter is None:
+        raise ValueError(f"--adapter needs a run that trained adapters (lora.rank), got {str(run)!r} with lora.rank 0")
+    trained = load_checkpoint(config, folder, step)
+    save_adapter(out, trained.policy.config, trained.params, config.model.source)
+    assert trained.step is not None
+    return trained.step
+
+
+def write_folder(
+    out: str | pathlib.Path,
+    model_config: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    dtype: str | None,
+    kind: str = "huggingface",
+    keep_remainder: bool = True,
+) -> None:
+    """Weights, adapters merged into them, model configuration, tokenizer and its chat template.
+
+    Of a module of the user's own: model.safetensors alone, see `rl.models.foreign.files.save_folder`; of that, as of a
+    model of another library, `kind` must be huggingface, else ValueError.
+
+    Args:
+      keep_remainder: where adapters were merged into a Hugging Face folder, also writes the file with which `grpo lora
+        unmerge` gives the base back bit for bit (a quantised one dequantised).
+    """
+    if model_config.kind != "decoder":
+        if kind != "huggingface":
+            raise ValueError(
+                "--format must be huggingface, or left out, for a model of another library or a module of your own, "
+                f"got {kind!r}, which is of the toolkit's own decoder alone"
+            )
+        foreign.save_folder(out, model_config, params, tokenizer, dtype)
+        return
+    own_config = _with_token_ids(model_config, tokenizer)
+    if kind != "huggingface" or model_config.lora is None or not keep_remainder:
+        FORMATS[kind](out, own_config, merge(model_config, params), tokenizer=tokenizer, dtype=dtype)
+        return
+    merged, remainder = merge_with_remainder(model_config, params, dtype or model_config.param_dtype)
+    write_more = functools.partial(write_remainder, remainder)
+    save_folder(out, own_config, merged, tokenizer=tokenizer, dtype=dtype, write_more=write_more)
+
+
+def _with_token_ids(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The configuration with the special tokens that a run goes by: the model's own, then the tokenizer's."""
+    eos_ids = tuple(dict.fromkeys((*model_config.eos_token_ids, *tokenizer.eos_ids)))
+    bos_id, pad_id = model_config.bos_token_id, model_config.pad_token_id
+    return dataclasses.replace(
+        model_config,
+        eos_token_ids=eos_ids,
+        bos_token_id=tokenizer.bos_id if bos_id is None else bos_id,
+        pad_token_id=tokenizer.pad_id if pad_id is None else pad_id,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`grpo export RUN OUT [--step N] [--format FORMAT] [--dtype DTYPE] [--no-remainder] [--adapter]`."""
+    parser = argparse.ArgumentParser(prog="grpo export", description=__doc__)
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--step", type=int, default=None, help="checkpoint to export; the newest when left out")
+    parser.add_argument("--format", choices=tuple(FORMATS), default=None, help="huggingface when left out")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="the checkpoint's own when left out"
+    )
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone, in PEFT's format")
+    parser.add_argument(
+        "--no-remainder",
+        dest="keep_remainder",
+        action="store_false",
+        help=f"of merged adapters: leave out {REMAINDER_FILE}, with which grpo lora unmerge gives the base bit for bit",
+    )
+    parser.add_argument("--trust", action="store_true", help="run code that the run folder names, whoever wrote it")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    run, out = arguments.run, arguments.out
+    if not arguments.keep_remainder and (arguments.adapter or arguments.format == "params"):
+        raise ValueError(
+            f"--no-remainder must be left out with --adapter and --format params, which have no {REMAINDER_FILE}"
+        )
+    if arguments.adapter:
+        for name in ("dtype", "format"):
+            if value := getattr(arguments, name):
+                raise ValueError(f"--{name} must be left out with --adapter, got {value}; adapters keep their own")
+        step = export_adapter(run, out, arguments.step)
+    else:
+        kind = arguments.format or "huggingface"
+        step = export(run, out, arguments.step, arguments.dtype, kind, arguments.keep_remainder, arguments.trust)
+    print(f"exported step {step} of {run} to {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What compiled programs need of a device, and whether a run fits.
+
+In: a run's programs (`rl.tools.programs.loop_programs`), each compiled. Out: `Report`. Bytes are those of one device.
+Not here: which keys to change (`rl.tools.programs.compile_advice`), the report as JSON and text
+(`rl.tools.programs.compile_text`).
+"""
+
+import dataclasses
+import re
+
+import jax
+
+from rl.tools.programs.hlo import Work, work_of
+from rl.tools.programs.loop_programs import DECODE, Loop, LoopProgram
+from rl.tools.programs.topologies import Chip
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramReport:
+    """One program on one device.
+
+    Attributes:
+      arguments, outputs, temporaries: bytes. aliased: of the outputs, those that take the place of arguments.
+      peak: bytes of all of these together. needed: peak, and what else the run holds meanwhile.
+      seconds, host_bytes: what compiling took; host_bytes is the largest size of the process meanwhile.
+      work: what it does; None for one that is refused, and where its text cannot be read.
+      refused: what the compiler said when the program does not fit; the numbers are then what it named, or 0.
+      unread: why the text cannot be read.
+    """
+
+    name: str
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    peak: int
+    needed: int
+    work: Work | None
+    seconds: float
+    host_bytes: int
+    refused: str | None = None
+    unread: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All programs of a run."""
+
+    loop: Loop
+    chip: Chip | None
+    programs: list[ProgramReport]
+
+    @property
+    def worst(self) -> ProgramReport:
+        """The program that needs most."""
+        return max(self.programs, key=lambda program: (program.refused is not None, program.needed))
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program fits beside what the run holds."""
+        return self.worst.refused is None and self.worst.needed <= self.loop.memory
+
+    def kv_budget(self) -> int:
+        """Bytes that are left for keys and values while drawing."""
+        decode = next((p for p in self.programs if p.name == DECODE), None)
+        resident = self.loop.resident
+        held = resident.state + resident.reference + resident.copy
+        return max(self.loop.memory - held - (decode.temporaries if decode else 0), 0)
+
+    def terms(self) -> dict[str, int]:
+        """What takes memory, largest first."""
+        resident = self.loop.resident
+        terms = {
+            "weights": resident.weights,
+            "optimizer state": resident.moments,
+            "reference": resident.reference,
+            "weights of the rollouts": resident.copy,
+            "keys and values": resident.cache,
+            **{f"temporaries of {p.name}": p.temporaries for p in self.programs},
+        }
+        return dict(sorted(((k, v) for k, v in terms.items() if v), key=lambda item: -item[1]))
+
+
+def report_of(program: LoopProgram, compiled: jax.stages.Compiled, seconds: float, host_bytes: int) -> ProgramReport:
+    """What a compiled program needs and does."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    text, unread = _text_of(compiled)
+    work = None if text is None else work_of(text, program.rounds)
+    sizes = [memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes]
+    arguments, outputs, aliased = (int(size) for size in sizes)
+    temporaries = int(memory.temp_size_in_bytes)
+    peak = arguments + outputs - aliased + temporaries
+    return ProgramReport(
+        *(program.name, arguments, outputs, aliased, temporaries, peak, peak + program.held, work, seconds, host_bytes),
+        unread=unread,
+    )
+
+
+def _text_of(compiled: jax.stages.Compiled) -> tuple[str | None, str | None]:
+    """A program as text, or None and why. A libtpu may write instructions that this jaxlib does not know."""
+    try:
+        return compiled.as_text(), None
+    except jax.errors.JaxRuntimeError as error:
+        return None, str(error).splitlines()[0][:200]
+
+
+def report_refused(program: LoopProgram, message: str, seconds: float, host_bytes: int) -> ProgramReport:
+    """Of a program that the compiler found too large for the device."""
+    # libtpu has said it in either way.
+    found = re.search(r"(?:Used |total memory required[^(]*\()([\d.]+)([KMGT]?)", message)
+    used = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    said = message[found.start() :].splitlines()[0][:200] if found else message.splitlines()[0][:200]
+    return ProgramReport(program.name, 0, 0, 0, 0, used, used + program.held, None, seconds, host_bytes, said)

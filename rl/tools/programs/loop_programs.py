@@ -1,0 +1,296 @@
+"""Every program of a GRPO run, with abstract arguments: state init, prefill, decode chunk, log-probs, train step.
+
+In: a configuration and devices, which need not be there. Out: what the trainer would call on them, ready to compile,
+and what would lie in memory meanwhile. Shapes only: of a pretrained model its config.json is read, of a module of the
+user's own its shapes are traced, of the data nothing, the tokenizer if there is one. Prompts are taken to be as long as
+`data.max_prompt_length` allows.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rl.config.load import Config
+from rl.data.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
+from rl.devices.mesh import check_sharded, create_mesh, device_memory, is_on_cpu, num_row_shards, on_host
+from rl.devices.programs import Program
+from rl.models.block_attention import KEY_BLOCK_LOOP
+from rl.models.config import ModelConfig
+from rl.models.files.hf import SHAPE_PATTERNS, resolve_source
+from rl.models.logprobs import CHUNK_LOOP, chunk_length
+from rl.models.lora import split
+from rl.models.policy import Policy, policy_from_config
+from rl.rollout.evaluation import create_sampler, sampling_params
+from rl.sampler.decoding import TOKEN_LOOP
+from rl.sampler.slot_sampler import Sampler
+from rl.sampler.token_draw import SamplingParams
+from rl.sampler.wave_sampler import WaveSampler
+from rl.state.optimizer import create_training_optimizer
+from rl.state.origin import eos_ids, folder_source, model_shape
+from rl.state.states import BASE, WEIGHTS, InitStateFn, get_abstract_state, init_program
+from rl.training.shaped_inputs import ShapedInputs, get_shaped_inputs
+from rl.training.token_advantages import TokenRewards
+from rl.training.train_step import MICROBATCH_LOOP, SHORT_MICROBATCH_LOOP, update_arguments
+from rl.training.update import (
+    ENTROPIES,
+    LOGPROBS,
+    REFERENCE_LOGPROBS,
+    TOKEN_ADVANTAGES,
+    TRAIN_STEP,
+    bare_batch,
+    update_programs,
+)
+
+PREFILL, DECODE = "prefill", "decode"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopProgram:
+    """One program.
+
+    Attributes:
+      name: for people. key: what the trainer asks for it by.
+      make: the program and its abstract arguments.
+      rounds: how often loops run whose length is a number of the input, by their name.
+      held: bytes on a device that lie there while it runs besides its arguments.
+      is_reported: False for smaller shapes of a program that is reported.
+    """
+
+    name: str
+    key: str
+    make: Callable[[], tuple[Program, tuple[Any, ...]]]
+    rounds: Mapping[str, int]
+    held: int
+    is_reported: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """Bytes on a device that a run holds all the time, and those of its key/value caches at their largest.
+
+    moments: those that stay on the device, see `optimizer.offload`. copy: weights of the rollouts' own, quantised or
+    sharded otherwise, which exist beside the trained ones while drawing. bytes_per_position: of keys and values; 0 for
+    a model with a cache of its own.
+    """
+
+    weights: int
+    moments: int
+    adapters: int
+    reference: int
+    copy: int
+    cache: int
+    bytes_per_position: int
+
+    @property
+    def state(self) -> int:
+        """Weights and moments."""
+        return self.weights + self.moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A run's programs, and what they are made for."""
+
+    config: Config
+    mesh: Mesh
+    policy: Policy
+    memory: int
+    inputs: ShapedInputs
+    resident: Resident
+    programs: list[LoopProgram]
+
+
+def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = None) -> Loop:
+    """The programs of a run of this configuration on these devices.
+
+    Args:
+      memory: bytes of one device; None: as the device itself says.
+
+    Raises:
+      ValueError: whatever is wrong with the configuration or the model's shape, and a mesh that training refuses.
+    """
+    mesh = create_mesh(config.mesh, devices)
+    memory = device_memory(mesh) if memory is None else memory
+    tokenizer, model_config = read_shape(config)
+    policy = policy_from_config(config, model_config, mesh)
+    _, optimizer = create_training_optimizer(config, policy)
+    init_policy_fn = InitStateFn(policy, optimizer, config.seed)
+    inputs = get_shaped_inputs(config, mesh, init_policy_fn)
+    check_sharded(inputs.state, inputs.state_shardings, config.mesh, mesh)
+    has_reference = bool(config.grpo.beta) and policy.config.lora is None
+    sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
+    call_size = config.grpo.prompts_per_step, config.grpo.group_size
+    sampler = create_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
+    sampler.expect_length(config.data.max_prompt_length, *call_size)
+    if isinstance(sampler, WaveSampler):
+        rollout = _wave_rollout(sampler, *call_size, sampling)
+    else:
+        rollout = _slot_rollout(config, sampler, inputs.state.params, *call_size, sampling)
+    weights = shard_bytes(inputs.state.params, inputs.state_shardings.params)
+    trained = update_arguments(policy, inputs.state, inputs.minibatch)[0].params
+    trained_shardings = update_arguments(policy, inputs.state_shardings, inputs.minibatch_shardings)[0].params
+    resident = Resident(
+        weights=weights,
+        moments=shard_bytes(inputs.state.opt_state, inputs.state_shardings.opt_state),
+        adapters=shard_bytes(trained, trained_shardings) if policy.config.lora else 0,
+        reference=weights if has_reference else 0,
+        copy=rollout.copy,
+        cache=rollout.cache,
+        bytes_per_position=rollout.bytes_per_position,
+    )
+    beside_weights = resident.moments + resident.reference
+    # While drawing, where rollouts have weights of their own, beside those that are trained.
+    beside_rollout = beside_weights + (weights if resident.copy else 0)
+    programs = _init_programs(config, mesh, policy, init_policy_fn, has_reference, resident)
+    for program in rollout.programs:
+        held = beside_rollout + (resident.cache if program.name == PREFILL else 0)
+        programs.append(dataclasses.replace(program, held=held))
+    bare = bare_batch(inputs.minibatch.batch)
+    arguments = {
+        LOGPROBS: (inputs.state.params, bare),
+        REFERENCE_LOGPROBS: (split(policy.config, inputs.state.params)[1], bare),
+        ENTROPIES: (inputs.state.params, bare),
+        TRAIN_STEP: update_arguments(policy, inputs.state, inputs.minibatch),
+    }
+    if config.grpo.kl_in_reward:
+        scored = bare._replace(
+            old_logprobs_MRCL=inputs.minibatch.batch.old_logprobs_MRCL,
+            reference_logprobs_MRCL=inputs.minibatch.batch.old_logprobs_MRCL,
+        )
+        arguments[TOKEN_ADVANTAGES] = ((TokenRewards.of(scored),) * config.grpo.minibatches,)
+    held = {
+        LOGPROBS: beside_weights,
+        ENTROPIES: beside_weights,
+        REFERENCE_LOGPROBS: resident.moments + resident.adapters,
+        TOKEN_ADVANTAGES: resident.weights + beside_weights,
+        TRAIN_STEP: resident.reference,
+    }
+    # Every row full; its last query sees the longest prompt and the longest completion, which need not start a block.
+    sequence = config.data.max_prompt_length + config.sampling.max_completion_length
+    block = policy.kernel.block
+    key_blocks = math.ceil(min(sequence + block, inputs.plan.row_length) / block)
+    rounds = {
+        MICROBATCH_LOOP: inputs.plan.num_microbatches,
+        SHORT_MICROBATCH_LOOP: 0,
+        KEY_BLOCK_LOOP: key_blocks,
+        CHUNK_LOOP: _logit_chunks(config, inputs, mesh),
+    }
+    for name, program in update_programs(config, policy, optimizer, inputs.state_shardings, inputs.plan, mesh).items():
+        programs.append(LoopProgram(name, name, _made(program, arguments[name]), rounds, held[name]))
+    return Loop(config, mesh, policy, memory, inputs, resident, programs)
+
+
+def logit_chunk(config: Config, inputs: ShapedInputs, mesh: Mesh) -> int:
+    """Positions of each row of a micro-batch whose logits exist at one time."""
+    num_rows, num_positions = inputs.minibatch.batch.targets_MRN.shape[1:]
+    num_rows //= num_row_shards(mesh, config.mesh.rules)
+    return chunk_length(num_rows, num_positions, config.grpo.logprob_chunk, is_on_cpu(mesh))
+
+
+def _logit_chunks(config: Config, inputs: ShapedInputs, mesh: Mesh) -> int:
+    """Chunks of logits of a micro-batch of the longest prompts and completions."""
+    row_length, num_positions = inputs.plan.row_length, inputs.minibatch.batch.targets_MRN.shape[-1]
+    length, group_size = config.sampling.max_completion_length, config.grpo.group_size
+    group = config.data.max_prompt_length + group_size * (length - 1)
+    alone = (row_length - config.data.max_prompt_length) // (length - 1) if length > 1 else group_size
+    num_targets = min((row_length // group * group_size or min(alone, group_size)) * length, num_positions)
+    return math.ceil(num_targets / logit_chunk(config, inputs, mesh))
+
+
+class _Rollout(NamedTuple):
+    """What rollouts run, `held` aside, and keep; the numbers are those of `Resident`."""
+
+    programs: list[LoopProgram]
+    copy: int
+    cache: int
+    bytes_per_position: int
+
+
+def _slot_rollout(
+    config: Config, sampler: Sampler, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams
+) -> _Rollout:
+    """Of the toolkit's own decoder."""
+    rollout = sampler.rollout_programs(params, num_prompts, num_samples, sampling)
+    shapes = sampler.shapes(num_prompts, num_samples, sampling)
+    largest = max(shapes, key=lambda shape: (shape.num_slots * shape.length, shape.length))
+    per_position = sampler.engine.bytes_per_position()
+    rows = largest.num_slots * largest.length + largest.table_rows * largest.table_length
+    programs = []
+    for key, make in rollout.items():
+        is_prefill = key[0] == "prefill"
+        whole = (largest.prefill_rows, largest.prefill_length)
+        is_largest = (key[1], key[3]) == whole if is_prefill else key[1] == largest
+        name, rounds = (PREFILL, {}) if is_prefill else (DECODE, {TOKEN_LOOP: key[3]})
+        programs.append(LoopProgram(name, repr(key), make, rounds, 0, is_largest))
+    return _Rollout(
+        programs, _copy_bytes(config, rollout), per_position * rows // sampler.engine.num_shards, per_position
+    )
+
+
+def _wave_rollout(sampler: WaveSampler, num_prompts: int, num_samples: int, sampling: SamplingParams) -> _Rollout:
+    """Of a policy with a cache of its own, of which nothing is known but its bytes."""
+    plan = sampler.rollout_plan(num_prompts, num_samples, sampling)
+    programs = [LoopProgram(PREFILL, PREFILL, _made(*plan.prefill), {}, 0)] if plan.prefill else []
+    programs.append(LoopProgram(DECODE, DECODE, _made(*plan.chunk), {TOKEN_LOOP: plan.num_steps}, 0))
+    return _Rollout(programs, 0, plan.cache_bytes, 0)
+
+
+def read_shape(config: Config) -> tuple[Tokenizer, ModelConfig]:
+    """The tokenizer, bytes where the model has none at hand, and the model's configuration; no weights are read."""
+    source = folder_source(config)
+    folder = None if source is None else pathlib.Path(resolve_source(source, SHAPE_PATTERNS))
+    name = config.tokenizer.source
+    if name is None and folder is not None and any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        name = str(folder)
+    tokenizer = load_tokenizer(name or BYTE_SOURCE, config.tokenizer.chat_template)
+    return tokenizer, model_shape(config, tokenizer, folder)
+
+
+def shard_bytes(shapes: Any, shardings: Any) -> int:
+    """Bytes of one device's share of a tree, without what lies in its host's memory."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    here = [(sharding.shard_shape(x.shape), x.dtype.itemsize) for x, sharding in leaves if not on_host(sharding)]
+    return sum(int(np.prod(shape)) * itemsize for shape, itemsize in here)
+
+
+def _copy_bytes(config: Config, rollout: Mapping[Any, Callable[[], tuple[Program, tuple[Any, ...]]]]) -> int:
+    """Of the weights that decoding reads, where they are not the trained ones."""
+    if config.sampling.weight_dtype is None and not config.mesh.rollout_rules:
+        return 0
+    program, (params, *_) = next(iter(rollout.values()))()
+    return shard_bytes(params, program.in_shardings[0])
+
+
+def _init_programs(
+    config: Config,
+    mesh: Mesh,
+    policy: Policy,
+    init_policy_fn: InitStateFn,
+    has_reference: bool,
+    resident: Resident,
+) -> list[LoopProgram]:
+    """State init, and that of a reference whose weights are drawn; pretrained weights are read, not compiled."""
+    given = None
+    if folder_source(config) is not None or config.model.weights is not None:
+        given = BASE if policy.config.lora is not None and config.lora.adapter is None else WEIGHTS
+    abstract = get_abstract_state(config, mesh, init_policy_fn)
+    held = resident.reference + (0 if given is None else resident.weights - resident.adapters)
+    name, program = init_program(init_policy_fn, abstract, given)
+    programs = [LoopProgram(name, name, _made(program, ()), {}, held)]
+    if has_reference and given is None:
+        init_reference_fn = InitStateFn(policy, None, config.seed)
+        abstract = get_abstract_state(config, mesh, init_reference_fn, is_training=False)
+        name, program = init_program(init_reference_fn, abstract)
+        programs.append(LoopProgram(name, name, _made(program, ()), {}, 0))
+    return programs
+
+
+def _made(program: Program, arguments: tuple[Any, ...]) -> Callable[[], tuple[Program, tuple[Any, ...]]]:
+    return lambda: (program, arguments)

@@ -1,0 +1,125 @@
+"""The forward pass of a model with one layer in memory at a time: how well it predicts a text, although its weights are
+never all in one place.
+
+In: token ids, and the parameters of one layer after the other. Out: hidden states between layers, on the host, and the
+log-likelihood of the text at the end. The layers are the Linen twin's; nothing is sharded, cached or trained here.
+Shapes: R rows of a text, T token positions, D model, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rl.models import linen_model, ops
+from rl.models.config import ModelConfig
+from rl.models.logprobs import token_logprobs
+from rl.models.quantized import Weight
+
+LOGITS_CHUNK = 128  # token positions whose logits exist at one time
+
+
+class Rows(NamedTuple):
+    """A text in rows of one length, the last filled up: token ids [R, T], and 0, or -1 for filling, as group ids."""
+
+    tokens_RT: np.ndarray
+    group_ids_RT: np.ndarray
+
+
+def to_rows(tokens: Sequence[int], length: int) -> Rows:
+    """Consecutive pieces of `length` tokens. Each is predicted from its own beginning; its first token is not."""
+    num_rows = -(-len(tokens) // length)
+    padded = np.zeros((2, num_rows * length), np.int32)
+    padded[0, : len(tokens)] = tokens
+    padded[1, len(tokens) :] = -1
+    return Rows(*padded.reshape(2, num_rows, length))
+
+
+class Passage:
+    """A text on its way through several versions of a model, for instance with plain and with quantised weights.
+
+    `embed`, then `layer` for each layer in order, then `finish` take the parameters of each version.
+
+    Attributes:
+      hidden: hidden states [R, T, D] of each version, float32, on the host.
+      num_tokens: how many tokens are predicted; known at the end.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: Sequence[int], context: int) -> None:
+        self._config = dataclasses.replace(config, dtype="float32")
+        self._rows = to_rows(tokens, min(context, len(tokens)))
+        self._layers = _layer_programs(self._config)
+        self._log_likelihoods: list[float] = []
+        self.hidden: list[np.ndarray] = []
+        self.num_tokens = int(np.sum(self._rows.group_ids_RT[:, 1:] >= 0))
+
+    def embed(self, tables: Sequence[Weight]) -> None:
+        """The text as the first layer sees it."""
+        program = jax.jit(lambda table, tokens_RT: ops.embed(table, tokens_RT, self._config))
+        self.hidden = [
+            np.stack([np.asarray(program(table, tokens_T[None]))[0] for tokens_T in self._rows.tokens_RT])
+            for table in tables
+        ]
+
+    def layer(self, index: int, params: Sequence[Any]) -> None:
+        """Through one layer, whose parameters are nested dicts as its module takes them."""
+        program = self._layers[self._config.layer_types[index]]
+        for version, tree in enumerate(params):
+            rows = zip(self.hidden[version], self._rows.group_ids_RT, strict=True)
+            self.hidden[version] = np.stack([np.asarray(program(tree, x_TD[None], ids[None]))[0] for x_TD, ids in rows])
+
+    def finish(self, norm_scale: jax.Array, heads: Sequence[Weight]) -> None:
+        """Through the final norm and the head: its kernel [D, V], or the table [V, D] that is tied to it."""
+        program = jax.jit(self._row_log_likelihood)
+        for hidden_RTD, head in zip(self.hidden, heads, strict=True):
+            rows = zip(hidden_RTD, *self._rows, strict=True)
+            self._log_likelihoods.append(sum(float(program(norm_scale, head, *row)) for row in rows))
+
+    def perplexities(self) -> tuple[float, ...]:
+        """exp(- mean log-likelihood of a token) of each version."""
+        return tuple(math.exp(-total / self.num_tokens) for total in self._log_likelihoods)
+
+    def _row_log_likelihood(
+        self, norm_scale: jax.Array, head: Weight, x_TD: jax.Array, tokens_T: jax.Array, group_ids_T: jax.Array
+    ) -> jax.Array:
+        """Sum of log p(token | those before it in the row), in nats."""
+        hidden_TD = ops.rms_norm(x_TD, norm_scale, self._config)
+        kernel = head.T if self._config.tie_word_embeddings else head
+        logprobs_BT, _ = token_logprobs(
+            _Head(),
+            kernel,
+            hidden_TD[None, :-1],
+            tokens_T[None, 1:],
+            temperature=1.0,
+            chunk_size=LOGITS_CHUNK,
+            with_entropy=False,
+            mask_BT=group_ids_T[None, 1:] >= 0,
+        )
+        return jnp.sum(logprobs_BT)
+
+
+class _Head:
+    """What gives logits; see `rl.models.logprobs.Unembedding`."""
+
+    def unembed(self, params: Weight, hidden: jax.Array) -> jax.Array:
+        return ops.dense(hidden, params, out_dtype=ops.widen(hidden.dtype))
+
+
+def _layer_programs(config: ModelConfig) -> dict[str, Callable[..., jax.Array]]:
+    """By layer type: (parameters of a layer, hidden states [B, T, D], group ids [B, T]) -> hidden states after it."""
+    block = linen_model.Block(config)
+
+    def program(layer_type: str) -> Callable[..., jax.Array]:
+        def run(params: Any, x_BTD: jax.Array, group_ids_BT: jax.Array) -> jax.Array:
+            positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), group_ids_BT.shape)
+            labels = (positions_BT, group_ids_BT, jnp.zeros_like(group_ids_BT))
+            context = ops.plain_contexts(config, *labels, ops.attention)[layer_type]
+            return block.apply({"params": params}, x_BTD, context)[0]
+
+        return jax.jit(run)
+
+    return {layer_type: program(layer_type) for layer_type in ops.used_layer_types(config)}

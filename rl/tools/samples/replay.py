@@ -1,0 +1,151 @@
+"""One completion of a training run again, alone: from the weights, the prompt and the random numbers of its step.
+
+In: a run folder and which completion. Out: the completion, and whether it is the one that the run recorded. Weights
+exist at checkpoints only; nothing is trained again.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+
+from rl.config.load import Config, differences, load_config
+from rl.data.prompts import PromptRow, fingerprint, load_prompts, next_indices
+from rl.data.tokenizer import Tokenizer
+from rl.rollout.evaluation import create_sampler, sampling_params
+from rl.run.metrics import read_metrics, read_samples
+from rl.run_folder.folder import check_trust, checkpoint_folder, checkpoint_steps, read_run
+from rl.run_folder.trust import TO_SAMPLE
+from rl.sampler.request_queue import Completion, Request
+from rl.sampler.token_draw import SamplingParams
+from rl.state.checkpoint_files import read_record
+from rl.state.origin import eos_ids, tokenizer_of, use_compilation_cache
+from rl.tools.trained import load_checkpoint, load_start
+
+
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """A completion of a step, drawn anew, with its prompt, the rules that it was drawn by and the run's tokenizer."""
+
+    step: int
+    row: PromptRow
+    completion: Completion
+    sampling: SamplingParams
+    tokenizer: Tokenizer
+
+    @property
+    def text(self) -> str:
+        """What it says, without special tokens."""
+        return self.tokenizer.decode(self.completion.token_ids)
+
+
+def compare(run: str | os.PathLike, replayed: Replayed) -> tuple[bool, str]:
+    """Whether samples.jsonl holds nothing else for this completion, and in words what it holds."""
+    completion = replayed.completion
+    place = replayed.step, completion.prompt_index, completion.sample_index
+    recorded = [row for row in read_samples(run) if (row["step"], row["prompt_index"], row["sample_index"]) == place]
+    if not recorded:
+        return True, "samples.jsonl does not hold this completion (logging.samples_per_step decides how many it holds)"
+    record, token_ids = recorded[-1], completion.token_ids.tolist()
+    now = {"completion": replayed.text, "tokens": len(token_ids), "finish_reason": completion.finish_reason}
+    differing = [
+        f"{name} was {record[name]!r}, is {value!r}" for name, value in now.items() if record.get(name, value) != value
+    ]
+    # Text is without special tokens, and bytes that are no characters all look alike in it.
+    pairs = enumerate(zip(record.get("token_ids", []), token_ids, strict=False))
+    differing += [f"token {number} was {then}, is {token}" for number, (then, token) in pairs if then != token][:1]
+    if differing:
+        return False, f"NOT equal to samples.jsonl: {'; '.join(differing)}"
+    if "token_ids" in record:
+        return True, "its tokens are equal to those in samples.jsonl"
+    return True, "text, number of tokens and finish_reason are equal to those in samples.jsonl, which has no token ids"
+
+
+def draw_again(
+    run: str | os.PathLike, step: int, prompt: int, sample: int, overrides: Sequence[str] = (), trust: bool = False
+) -> Replayed:
+    """One completion of a run's rollouts.
+
+    Args:
+      run: a folder of `grpo train`.
+      step: from 1, as in metrics.jsonl and samples.jsonl. prompt, sample: from 0, as in samples.jsonl; the prompts of
+        dynamic sampling's refills come after those that the step began with.
+      overrides: of keys that do not change what a step computes, such as `mesh.num_devices`.
+      trust: see `rl.run_folder.folder.check_trust`.
+
+    Raises:
+      ValueError: no such run, step or completion, no checkpoint of the step before, other data or other weights.
+    """
+    folder = pathlib.Path(run)
+    own, identity = read_run(folder)
+    config = load_config(folder / "config.yml", overrides)
+    if identity["kind"] != "grpo":
+        raise ValueError(f"--replay needs a run of `grpo train`, {str(run)!r} is one of kind {identity['kind']!r}")
+    changed = differences(own, config)
+    if changed:
+        raise ValueError(f"--replay must keep the run's own settings, got other values for {sorted(changed)}")
+    check_trust(folder, config, overrides, TO_SAMPLE, trust)
+    _check_replayable(folder, step)
+    num_prompts = _num_prompts(config, folder, step)
+    for name, number, count in (("PROMPT", prompt, num_prompts), ("SAMPLE", sample, config.grpo.group_size)):
+        if number >= count:
+            raise ValueError(f"--replay: {name} must be from 0 to {count - 1}, got {number}")
+    use_compilation_cache(config)
+    data = load_prompts(config, tokenizer_of(config))
+    _check_same("data", fingerprint(data.train), identity["data"])
+    trained = load_start(config) if step == 1 else load_checkpoint(config, folder, step - 1)
+    if step == 1:
+        _check_same("policy", trained.origin.identity, identity["policy"])
+    # Refills take the prompts that come next, so all prompts of a step follow from how many were used up before it.
+    position = _position(folder, step, len(data.train))
+    indices, _ = next_indices(len(data.train), config.seed, position, num_prompts, config.grpo.prompts_per_step)
+    sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
+    sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
+    sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
+    key = jax.random.fold_in(jax.random.wrap_key_data(trained.rng), step - 1)
+    request = Request(prompt, prompt, sample, sampling.max_completion_length)
+    prompts = [data.train[i].prompt_ids for i in indices]
+    with contextlib.closing(sampler):
+        ((_, completion),) = sampler.stream(trained.params, prompts, [request], sampling, key)
+    return Replayed(step, data.train[indices[prompt]], completion, sampling, trained.tokenizer)
+
+
+def _check_replayable(folder: pathlib.Path, step: int) -> None:
+    num_done = max((line["step"] for line in read_metrics(folder)), default=0)
+    steps = sorted({1, *(saved + 1 for saved in checkpoint_steps(folder))})
+    steps = [number for number in steps if number <= num_done]
+    if step in steps:
+        return
+    rule = f"--replay: STEP must be one of {steps}, got {step}"
+    if 1 <= step <= num_done:
+        rule += (
+            f"; the weights before step {step} were not kept: checkpoint.every and checkpoint.keep decide which are, "
+            "step 1 needs none"
+        )
+    else:
+        rule += f"; the run has done {num_done} steps"
+    raise ValueError(rule)
+
+
+def _num_prompts(config: Config, folder: pathlib.Path, step: int) -> int:
+    """Prompts that the step drew completions of; those of groups that dynamic sampling replaced included."""
+    (line,) = [line for line in read_metrics(folder) if line["step"] == step]
+    return int(line.get("dynamic_sampling/prompts", config.grpo.prompts_per_step))
+
+
+def _position(folder: pathlib.Path, step: int, num_rows: int) -> int:
+    """Prompts of the run's order that the steps before this one have used up, of `num_rows` in an epoch."""
+    if step == 1:
+        return 0
+    loop = read_record(checkpoint_folder(folder, step - 1))
+    if loop is None:
+        raise ValueError(f"--replay: checkpoint {step - 1} of {folder} must hold a loop record, and it does not")
+    return loop["epoch"] * num_rows + loop["position"]
+
+
+def _check_same(what: str, now: object, then: object) -> None:
+    if now != then:
+        raise ValueError(f"--replay: the run's {what} must be what it was, {then}, got {now}; put the old files back")

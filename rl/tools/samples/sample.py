@@ -1,0 +1,400 @@
+"""Completions of given prompts: `grpo sample MODEL --prompts FILE.jsonl --output FILE.jsonl`, or `--prompt TEXT`.
+
+In: a model (run folder, Hugging Face folder or hub id, recipe) and prompts. Out: a JSON line per completion, written as
+it ends. A completion depends on the weights, its prompt, the seed, the prompt's index and the sample's index only, so a
+stopped file can be finished later. How a prompt row is read is `rl.tools.samples.sample_prompts`, the file is
+`rl.tools.samples.completion_file`, completions of a training run again are `rl.tools.samples.replay`, drawing is
+`rl.sampler.slot_sampler`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rl.config.ranges import LARGEST_SEED
+from rl.data.tokenizer import Tokenizer
+from rl.files.stores import check_path, continued_file, local_copy
+from rl.models.config import ModelConfig
+from rl.rollout.evaluation import create_sampler, sampling_params
+from rl.run_folder.folder import checkpoint_folder, checkpoint_steps, read_run
+from rl.run_folder.remote_steps import local_source
+from rl.sampler.request_queue import Completion, CompletionSource, Request
+from rl.sampler.token_draw import SamplingParams, check_vocabulary
+from rl.state.checkpoint_files import damaged_files
+from rl.state.origin import Origin, eos_ids, find_origin, tokenizer_of, use_compilation_cache
+from rl.tools.samples.completion_file import META_SUFFIX, CompletionFile
+from rl.tools.samples.replay import compare, draw_again
+from rl.tools.samples.sample_prompts import SampleRow, read_prompts, to_sample_rows
+from rl.tools.trained import Source, load_source, resolve_model
+
+REFRESH_SECONDS = 0.1  # between two looks of the progress bar
+
+
+def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) -> int:
+    """Draws what the arguments ask for; the exit status."""
+    check_path(arguments.prompts, "--prompts", may_be_remote=True)
+    rows = read_prompts(local_copy(arguments.prompts)) if arguments.prompts else _given_prompts(arguments.prompt)
+    check_path(arguments.output, "--output", may_be_remote=True)
+    overrides = [*_prompt_overrides(arguments), *overrides]
+    source = _with_step(resolve_model(model, overrides, arguments.step, arguments.adapter, trust=arguments.trust))
+    config = source.config
+    use_compilation_cache(config)
+    tokenizer = tokenizer_of(config)
+    samples = to_sample_rows(rows, config.data, tokenizer, arguments.n, config.sampling.max_completion_length)
+    origin = find_origin(config, tokenizer)
+    sampling = sampling_params(config, eos_ids(config, origin.model_config, tokenizer))
+    sampling = dataclasses.replace(sampling, top_logprobs=arguments.top_logprobs)
+    check_rows(samples, sampling, origin.model_config)
+    sampling = dataclasses.replace(sampling, max_completion_length=max(row.limit for row in samples))
+    check_vocabulary(sampling, origin.model_config.vocab_size)
+    seed = config.seed if arguments.seed is None else arguments.seed
+    requests = [
+        Request(prompt, prompt, number, row.limit, row.seed)
+        for prompt, row in enumerate(samples)
+        for number in range(row.num_samples)
+    ]
+    with contextlib.ExitStack() as stack:
+        write: Callable[[str], None] = _print_line
+        if arguments.output is not None:
+            settings = describe(source, origin, samples, sampling, seed, arguments.prompt_logprobs)
+            path = stack.enter_context(continued_file(arguments.output, ("", META_SUFFIX)))
+            file = stack.enter_context(CompletionFile(path, settings, arguments.overwrite))
+            if file.cut:
+                _say(f"cut off a half-written last line of {arguments.output} ({file.cut} bytes)")
+            if file.done:
+                requests = [r for r in requests if (r.prompt_index, r.sample_index) not in file.done]
+                _say(f"{arguments.output} holds {len(file.done)} completions, {len(requests)} are left")
+            write = file.write
+        if not requests:
+            return 0
+        trained = load_source(source)
+        show_bar = sys.stderr.isatty() and (arguments.output is not None or not sys.stdout.isatty())
+        num_done, before = 0, len(file.done) if arguments.output is not None else 0
+        advance = stack.enter_context(progress(before, before + len(requests), show_bar))
+        try:
+            where = trained.policy, trained.mesh, trained.shardings, trained.tokenizer
+            sampler = stack.enter_context(contextlib.closing(create_sampler(config, *where)))
+            scores = {}
+            if arguments.prompt_logprobs:
+                scores = _prompt_scores(sampler, trained.params, samples, requests, sampling, config.grpo.logprob_chunk)
+            for prompt, completion in draw(sampler, trained.params, samples, requests, sampling, seed):
+                record = to_record(samples[prompt], completion, trained.tokenizer, sampling, scores.get(prompt))
+                write(to_line(record))
+                num_done += 1
+                advance(len(completion.token_ids))
+        except KeyboardInterrupt:
+            kept = f"; {arguments.output} keeps them, the same command goes on" if arguments.output else ""
+            _say(f"stopped after {num_done} of {len(requests)} completions{kept}")
+            return 130
+    return 0
+
+
+def _with_step(source: Source) -> Source:
+    """The source with its step, which the output file names before the weights are loaded."""
+    if source.run is None or source.step is not None:
+        return source
+    steps = checkpoint_steps(source.run)
+    if not source.config.checkpoint.verify:
+        return dataclasses.replace(source, step=steps[-1])
+    for step in reversed(steps):
+        problems = damaged_files(checkpoint_folder(source.run, step))
+        if not problems:
+            return dataclasses.replace(source, step=step)
+        _say(f"warning: checkpoint {step} is DAMAGED and is not used: {'; '.join(problems[:3])}")
+    raise ValueError(f"{source.run} must hold a checkpoint that is whole, and of steps {steps} none is")
+
+
+def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[str] = (), trust: bool = False) -> int:
+    """Prints a completion of a training run, drawn again (see `rl.tools.samples.replay.draw_again`), as a line of
+    output without the row's other columns and, on stderr, whether samples.jsonl has the same; the exit status: 1 where
+    it has another.
+    """
+    for name, text in (("STEP", step), ("PROMPT", prompt), ("SAMPLE", sample)):
+        if not text.isdecimal():
+            raise ValueError(f"--replay: {name} must be a whole number, got {text!r}")
+    folder = local_source(run, int(step) - 1 if int(step) > 1 else None, with_samples=True)
+    replayed = draw_again(folder, int(step), int(prompt), int(sample), overrides, trust)
+    source, limit = replayed.row, replayed.sampling.max_completion_length
+    where = f"--replay: prompt {prompt}"
+    row = SampleRow(where, source.prompt, source.prompt_ids.tolist(), 1, limit, seed=None, row_id=None, columns={})
+    record = to_record(row, replayed.completion, replayed.tokenizer, replayed.sampling)
+    _print_line(to_line(record))
+    is_same, verdict = compare(folder, replayed)
+    _say(f"step {step}, prompt {prompt}, sample {sample}: {verdict}")
+    return 0 if is_same else 1
+
+
+def draw(
+    sampler: CompletionSource,
+    params: Any,
+    samples: Sequence[SampleRow],
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    seed: int,
+) -> Iterator[tuple[int, Completion]]:
+    """(prompt index, completion) of each request as it ends."""
+    prompts, key = [row.prompt_ids for row in samples], jax.random.key(seed)
+    sampler.expect(prompts)  # of all of them, so that what is left of a stopped file is drawn in the same shapes
+    for number, completion in sampler.stream(params, prompts, requests, sampling, key):
+        yield requests[number].prompt, completion
+
+
+def to_record(
+    row: SampleRow,
+    completion: Completion,
+    tokenizer: Tokenizer,
+    sampling: SamplingParams,
+    scores: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """One line of the output.
+
+    Keys:
+      prompt_index, sample_index: row of the input and completion of that row, from 0.
+      id: the row's, if it has one. row: the row's other columns, if any.
+      prompt: text or chat messages as the policy was asked, system prompt included; null for token ids.
+      text: what token_ids stand for, without special tokens; a stop string that ended it is included.
+      token_ids: the EOS or the token that completes a stop string included.
+      logprobs: under softmax(logits / temperature), temperature 1 when greedy. sampler_logprobs: under the distribution
+        really drawn from, after penalties and truncations; 0 when greedy.
+      finish_reason: eos, stop or length. stop_reason: the EOS id, the stop string, or null.
+      top_logprobs: per position a list of [token id, log-prob], best first; with --top-logprobs only.
+      prompt_token_ids, prompt_logprobs: with --prompt-logprobs only, under softmax(logits / temperature) of the weights
+        that the completions are drawn with (those of sampling.weight_dtype); the first log-prob is null, for nothing
+        comes before the first token of a prompt.
+
+    Raises:
+      ValueError: a log-prob of a token is not finite.
+    """
+    finite = np.isfinite(completion.policy_logprobs) & np.isfinite(completion.sampler_logprobs)
+    if not finite.all():
+        place = int(np.argmin(finite))
+        values = completion.policy_logprobs[place], completion.sampler_logprobs[place]
+        value = next(value for value in values if not math.isfinite(value))
+        raise ValueError(
+            f"{row.where}: log-probs must be finite, got {value} at token {place} of sample {completion.sample_index}; "
+            "look for weights that are not (`grpo checkpoint verify` of a run), or raise sampling.temperature"
+        )
+    record: dict[str, Any] = {"prompt_index": completion.prompt_index, "sample_index": completion.sample_index}
+    if row.row_id is not None:
+        record["id"] = row.row_id
+    if row.columns:
+        record["row"] = row.columns
+    record |= {
+        "prompt": row.prompt,
+        "text": tokenizer.decode(completion.token_ids),
+        "token_ids": completion.token_ids.tolist(),
+        "logprobs": _numbers(completion.policy_logprobs),
+        "sampler_logprobs": _numbers(completion.sampler_logprobs),
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+    if sampling.top_logprobs:
+        pairs = zip(completion.top_ids.tolist(), completion.top_logprobs, strict=True)
+        record["top_logprobs"] = [list(map(list, zip(ids, _numbers(values), strict=True))) for ids, values in pairs]
+    if scores is not None:
+        record |= {"prompt_token_ids": row.prompt_ids, "prompt_logprobs": [None, *_numbers(scores)]}
+    return record
+
+
+def to_line(record: dict[str, Any]) -> str:
+    """The record as JSON, line end included."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def check_rows(samples: Sequence[SampleRow], sampling: SamplingParams, model_config: ModelConfig) -> None:
+    """ValueError, naming the row, for token ids or lengths that the model does not have, and limits below the least."""
+    for row in samples:
+        if max(row.prompt_ids) >= model_config.vocab_size:
+            raise ValueError(
+                f"{row.where}: prompt_ids must be below {model_config.vocab_size}, got {max(row.prompt_ids)}"
+            )
+        if row.limit < sampling.min_completion_length:
+            raise ValueError(
+                f"{row.where}: max_tokens must be >= {sampling.min_completion_length}, the "
+                f"sampling.min_completion_length, got {row.limit}; raise it, or lower the minimum"
+            )
+        if len(row.prompt_ids) + row.limit > model_config.max_position_embeddings:
+            raise ValueError(
+                f"{row.where}: prompt and completion must fit in the model's {model_config.max_position_embeddings} "
+                f"positions, got {len(row.prompt_ids)} + {row.limit} tokens; lower "
+                "sampling.max_completion_length or max_tokens"
+            )
+    if sampling.top_logprobs > model_config.vocab_size:
+        raise ValueError(
+            f"--top-logprobs must be <= the vocabulary, {model_config.vocab_size}, got {sampling.top_logprobs}"
+        )
+
+
+def describe(
+    source: Source,
+    origin: Origin,
+    samples: Sequence[SampleRow],
+    sampling: SamplingParams,
+    seed: int,
+    with_prompt_logprobs: bool,
+) -> dict[str, Any]:
+    """What decides the lines of an output file, flat and JSON-able: weights, prompts, sampling, seed, fields."""
+    config = source.config
+    if source.run is not None:
+        digest = hashlib.sha256((source.run / "config.yml").read_bytes())
+        model = {"run": read_run(source.run)[1], "run_config": digest.hexdigest(), "step": source.step}
+    elif origin.folder is not None:
+        names = ("hash", "adapter_hash", "file", "args")
+        model = {name: origin.identity[name] for name in names if name in origin.identity}
+    else:
+        shape = repr(origin.model_config) if origin.model_config.kind == "decoder" else origin.model_config.family
+        model = {**origin.identity, "arch": shape}
+    if origin.model_config.lora is not None:
+        model["lora"] = repr(origin.model_config.lora)
+    model |= {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
+    rows = hashlib.sha256()
+    for row in samples:
+        fields = {name: value for name, value in dataclasses.asdict(row).items() if name != "where"}
+        rows.update(json.dumps(fields).encode() + b"\n")
+    settings = {f"model.{name}": value for name, value in model.items()}
+    settings |= {"tokenizer": config.tokenizer.source or config.model.source, "seed": seed}
+    settings |= {"prompts": f"{len(samples)} rows, sha256 {rows.hexdigest()}"}
+    settings |= {f"sampling.{name}": value for name, value in dataclasses.asdict(sampling).items()}
+    settings |= {
+        f"sampling.{name}": getattr(config.sampling, name) for name in ("kv_dtype", "weight_dtype", "weight_group_size")
+    }
+    return settings | {"prompt_logprobs": with_prompt_logprobs}
+
+
+@contextlib.contextmanager
+def progress(num_done: int, num_total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; the function it gives is told the tokens of each completion that ended."""
+    import rich.console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        console=rich.console.Console(stderr=True),
+        auto_refresh=False,  # drawn when something ended: needs no thread beside jax
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not show,
+    )
+    start = shown = time.monotonic()
+    num_tokens = 0
+    with bar:
+        task = bar.add_task("", total=num_total, completed=num_done, speed=0.0)
+        bar.refresh()
+
+        def advance(tokens: int) -> None:
+            nonlocal num_tokens, shown
+            num_tokens += tokens
+            now = time.monotonic()
+            is_due = now - shown >= REFRESH_SECONDS
+            shown = now if is_due else shown
+            bar.update(task, advance=1, speed=num_tokens / max(now - start, 1e-9), refresh=is_due)
+
+        yield advance
+        bar.refresh()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`grpo sample MODEL --prompts FILE --output FILE [key=value ...]`; the exit status."""
+    arguments, model, overrides = parse(sys.argv[1:] if argv is None else list(argv))
+    if arguments.replay is not None:
+        return replay(*arguments.replay, overrides=overrides, trust=arguments.trust)
+    return sample(arguments, model, overrides)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
+    """(options, MODEL, overrides); ValueError for options that contradict each other."""
+    parser = argparse.ArgumentParser(prog="grpo sample", description="completions of given prompts")
+    parser.add_argument("positional", nargs="*", metavar="MODEL and key=value")
+    parser.add_argument("--prompts", metavar="FILE", help="JSON lines, one prompt each")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="one prompt; may be given several times")
+    parser.add_argument("--output", metavar="FILE", help="JSON lines to write; with --prompt stdout when left out")
+    parser.add_argument("--overwrite", action="store_true", help="start the output file again, whatever it holds")
+    parser.add_argument("--step", type=int, help="the checkpoint of a run; the newest when left out")
+    parser.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format beside MODEL's weights")
+    parser.add_argument("--n", type=int, default=1, help="completions of each prompt that does not say")
+    parser.add_argument("--seed", type=int, help="of the draws; the configuration's seed when left out")
+    parser.add_argument("--chat", action="store_true", help="text prompts are user messages: data.chat=true")
+    parser.add_argument("--system", metavar="TEXT", help="system message: data.system_prompt=TEXT")
+    parser.add_argument("--top-logprobs", type=int, default=0, metavar="N", help="the N most likely tokens, too")
+    parser.add_argument("--prompt-logprobs", action="store_true", help="log-probs of the prompt's tokens, too")
+    parser.add_argument("--replay", nargs=4, metavar=("RUN", "STEP", "PROMPT", "SAMPLE"), help="a rollout's completion")
+    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
+    arguments = parser.parse_intermixed_args(argv)
+    positional = arguments.positional
+    if arguments.replay is not None:
+        given = {name: value for name, value in vars(arguments).items() if value != parser.get_default(name)}
+        others = [f"--{name.replace('_', '-')}" for name in given if name not in ("replay", "positional", "trust")]
+        if others or any("=" not in text for text in positional):
+            raise ValueError(f"--replay takes RUN STEP PROMPT SAMPLE and overrides only, got {[*others, *positional]}")
+        return arguments, "", positional
+    if not positional:
+        raise ValueError("grpo sample needs a MODEL: a run folder, a Hugging Face folder or hub id, or a YAML recipe")
+    if (arguments.prompts is None) == (arguments.prompt is None):
+        both = "both" if arguments.prompts is not None else "neither"
+        raise ValueError(f"grpo sample needs either --prompts FILE or --prompt TEXT, got {both}")
+    if arguments.prompts == "":
+        raise ValueError("--prompts must be a file, got ''; name one, or give --prompt TEXT")
+    if arguments.prompts is not None and arguments.output is None:
+        raise ValueError("--prompts needs --output FILE for the completions, got none")
+    for name, least in (("n", 1), ("top_logprobs", 0), ("seed", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}")
+    if arguments.seed is not None and arguments.seed > LARGEST_SEED:
+        raise ValueError(f"--seed must be <= {LARGEST_SEED}, got {arguments.seed}")
+    return arguments, positional[0], positional[1:]
+
+
+def _given_prompts(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    return [(f"--prompt {number}", {"prompt": text}) for number, text in enumerate(texts, start=1)]
+
+
+def _prompt_overrides(arguments: argparse.Namespace) -> list[str]:
+    chat = ["data.chat=true"] if arguments.chat else []
+    return chat if arguments.system is None else [*chat, f"data.system_prompt={json.dumps(arguments.system)}"]
+
+
+def _prompt_scores(
+    sampler: CompletionSource,
+    params: Any,
+    samples: Sequence[SampleRow],
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    chunk_size: int | None,
+) -> dict[int, np.ndarray]:
+    """Log-probs of the prompts that have requests, by prompt index."""
+    numbers = sorted({request.prompt for request in requests})
+    prompts = [samples[number].prompt_ids for number in numbers]
+    scores = sampler.prompt_logprobs(params, prompts, sampling.temperature, chunk_size)
+    return dict(zip(numbers, scores, strict=True))
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    """As short as they can be written in their own precision; null for what JSON has no number for."""
+    return [float(str(value)) if math.isfinite(value) else None for value in values]
+
+
+def _print_line(line: str) -> None:
+    sys.stdout.write(line)
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""A policy with weights, for evaluation, sampling and export: run folder, Hugging Face folder, hub id or recipe in,
+weights on a mesh out.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from rl.config.load import Config, load_config
+from rl.config.ranges import check_possible_path
+from rl.data.tokenizer import Tokenizer
+from rl.devices import hosts
+from rl.devices.mesh import create_mesh
+from rl.files.stores import check_path, is_remote
+from rl.models.policy import Policy, policy_from_config
+from rl.run_folder.folder import check_trust, checkpoint_steps, is_run_folder, read_run
+from rl.run_folder.remote_steps import local_source
+from rl.run_folder.trust import TO_SAMPLE
+from rl.state.checkpoint import create_checkpoint_manager
+from rl.state.optimizer import create_training_optimizer, shortest_run
+from rl.state.origin import Origin, find_origin, pretrained_params, tokenizer_of
+from rl.state.states import InitStateFn, frozen_base, get_abstract_state, setup_decode_state
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedPolicy:
+    """A policy with weights.
+
+    Attributes:
+      params, shardings: weights and where they are; the same tree.
+      rng: uint32 key data of the run's base key, see `rl.models.train_state.PureState`.
+      step: of the checkpoint they come from; None when they are those of model.source.
+    """
+
+    policy: Policy
+    params: Any
+    shardings: Any
+    mesh: Mesh
+    tokenizer: Tokenizer
+    origin: Origin
+    rng: Any
+    step: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where weights come from: the configuration, and the run folder (None: model.source) and its checkpoint, None for
+    the newest that is whole.
+    """
+
+    config: Config
+    run: pathlib.Path | None
+    step: int | None
+
+
+def resolve_model(
+    model: str | os.PathLike,
+    overrides: Sequence[str],
+    step: int | None = None,
+    adapter: str | None = None,
+    alone: bool = True,
+    trust: bool = False,
+) -> Source:
+    """What MODEL stands for; loads nothing. A run's own processes are not those of who reads it.
+
+    Whether code that a run folder names may run is looked at here where the command runs in one process, else it is
+    the caller's to do when all of them are there (`rl.run_folder.folder.check_trust`).
+
+    Args:
+      model: a run folder, a YAML recipe, a Hugging Face folder or a hub id.
+      step: of a run's checkpoint; None: the newest.
+      adapter: folder in PEFT's format to put beside the weights of model.source.
+      alone: whether the command runs in one process; it then runs code of the model, but no rewards.
+      trust: see `rl.run_folder.folder.check_trust`.
+
+    Raises:
+      ValueError: none of these, no such checkpoint, a step for something that is no run, an adapter for a run, a wrong
+        override, keys that name the processes of a command that runs in one, a run folder that names code which is not
+        shown to be the user's.
+    """
+    source = _resolve(model, overrides, step, adapter)
+    if alone:
+        hosts.check_alone(source.config.distributed)
+        check_trust(source.run or model, source.config, overrides, TO_SAMPLE, trust)
+    return source
+
+
+def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | None, adapter: str | None) -> Source:
+    check_possible_path("MODEL", str(model))
+    if str(model).endswith((".yml", ".yaml")):
+        check_path(str(model), "a recipe", may_be_remote=False)
+    path = local_source(model, step)
+    if is_run_folder(path):
+        if adapter is not None:
+            raise ValueError(
+                f"--adapter needs a Hugging Face folder, a hub id or a recipe, got the run {str(model)!r}, which has "
+                "weights of its own; name its base, or leave --adapter out"
+            )
+        config = load_config(path / "config.yml", [*(f"distributed.{name}=null" for name in hosts.NAMES), *overrides])
+        steps = checkpoint_steps(path)
+        if not steps:
+            raise ValueError(
+                f"run folder {str(model)!r} must hold a checkpoint, and it has none; let it reach checkpoint.every"
+            )
+        if step is not None and step not in steps:
+            raise ValueError(f"--step must be one of the checkpoints of {str(model)!r}, {steps}, got {step}")
+        return Source(config, path, step)
+    if step is not None:
+        raise ValueError(f"--step needs a run folder, got {str(model)!r}")
+    if adapter is not None:
+        overrides = [*overrides, f"lora.adapter={json.dumps(adapter)}"]
+    if path.suffix in (".yml", ".yaml"):
+        return Source(load_config(path, overrides), None, None)
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        raise ValueError(
+            f"MODEL must be a run folder (run.json), a Hugging Face folder (config.json), a hub id or a YAML recipe, "
+            f"got {str(model)!r}"
+        )
+    source = str(path) if path.is_dir() and not is_remote(model) else str(model)
+    return Source(load_config(None, [f"model.source={json.dumps(source)}", *overrides]), None, None)
+
+
+def load_source(source: Source) -> TrainedPolicy:
+    """The weights that a `Source` stands for."""
+    return load_start(source.config) if source.run is None else load_checkpoint(source.config, source.run, source.step)
+
+
+def load_start(config: Config) -> TrainedPolicy:
+    """The weights that a run with this configuration would start from."""
+    tokenizer, origin, mesh, init_state_fn = _decode_setup(config)
+    shardings = get_abstract_state(config, mesh, init_state_fn, is_training=False).shardings.params
+    state, _ = setup_decode_state(config, mesh, init_state_fn, pretrained_params(origin, shardings))
+    return TrainedPolicy(init_state_fn.policy, state.params, shardings, mesh, tokenizer, origin, state.rng, None)
+
+
+def training_setup(config: Config, origin: Origin) -> tuple[Mesh, InitStateFn]:
+    """The mesh, and the `init_state_fn` of the state that a run with this configuration trains."""
+    policy = policy_from_config(config, origin.model_config)
+    # The number of updates shapes the schedule only, never the optimizer's state.
+    _, optimizer = create_training_optimizer(config, policy, num_updates=shortest_run(config.optimizer))
+    return create_mesh(config.mesh), InitStateFn(policy, optimizer, config.seed)
+
+
+def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None = None) -> TrainedPolicy:
+    """The weights of a run's checkpoint; None: the newest that is whole. `config` is the run's own (see
+    `rl.run_folder.folder.read_run`).
+
+    Nothing of the optimizer is built or read: its section of the configuration has no say here.
+
+    Raises:
+      ValueError: the run has no such checkpoint or a damaged one, or holds adapters, and the base is not the one of
+        their training.
+    """
+    tokenizer, origin, mesh, init_state_fn = _decode_setup(config)
+    if origin.model_config.lora is not None:
+        _check_base(folder, origin)
+    config = dataclasses.replace(config, output_dir=str(pathlib.Path(folder)))
+    checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, read_only=True)
+    try:
+        if step is None and checkpoints.latest_step is None:
+            raise ValueError(
+                f"run folder {str(folder)!r} must hold a checkpoint, and it has none; let the run reach "
+                "checkpoint.every"
+            )
+        params, rng = checkpoints.restore_weights(step, frozen_base(config, mesh, init_state_fn, origin))
+    finally:
+        checkpoints.close()
+    state, abstract = setup_decode_state(config, mesh, init_state_fn, params)
+    shardings = abstract.shardings.params
+    step = checkpoints.restored_step
+    return TrainedPolicy(init_state_fn.policy, state.params, shardings, mesh, tokenizer, origin, rng, step)
+
+
+def _check_base(folder: str | os.PathLike, origin: Origin) -> None:
+    """Adapters are a difference to the weights that they were trained beside, which a checkpoint does not hold."""
+    then, now = (
+        {name: identity[name] for name in ("hash", "seed") if name in identity}
+        for identity in (read_run(folder)[1]["policy"], origin.identity)
+    )
+    if now != then:
+        raise ValueError(
+            f"the base of the adapters in {folder} must be what they were trained beside, {then}, got {now}; put the "
+            "old weights back, or name a copy of them (model.source); a base without a source is drawn from `seed`"
+        )
+
+
+def _decode_setup(config: Config) -> tuple[Tokenizer, Origin, Mesh, InitStateFn]:
+    """Tokenizer, model and mesh, and the `init_state_fn` of a state to decode with: parameters, no optimizer."""
+    tokenizer = tokenizer_of(config)
+    origin = find_origin(config, tokenizer)
+    policy = policy_from_config(config, origin.model_config)
+    return tokenizer, origin, create_mesh(config.mesh), InitStateFn(policy, None, config.seed)

@@ -1,0 +1,1 @@
+"""From scored completions to new weights: packing, the train step, the update."""

@@ -1,0 +1,400 @@
+"""Packs the groups of a minibatch into rows of tokens, on the host.
+
+In: prompts, their completions, one advantage per completion. Out: a `Batch` of numpy arrays in fixed shapes, that is
+micro-batches of rows without padding between sequences. A prompt is stored once per row and shared by its completions:
+row = prompt, completion 1, ..., completion G, next prompt, ...; `rl.models.ops.visible` keeps them apart, positions of
+every completion go on from its prompt. Groups that are longer than a row are cut between completions and the prompt is
+repeated. How a batch is cut never changes loss or gradient, because every denominator is that of the whole minibatch.
+
+Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
+completion.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PADDING_GROUP = -1
+_MIN_PIECES = 8
+_LONG_ROW = 8192  # positions; the mask of a row is a square of booleans, 64 MiB at this length
+# Of `_shorter_lengths`: shares of a row, what they are multiples of, and the shortest row that is cut.
+_CUTS, _CUT_STEP, _SHORTEST_CUT = (5 / 8, 13 / 16), 64, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainCompletion:
+    """A completion to learn from.
+
+    Attributes:
+      token_ids: int32 [L], EOS included.
+      advantage: constant of all its tokens. With `grpo.kl_in_reward` its reward: `rl.training.token_advantages` goes on
+        from it.
+      sampler_logprobs: float [L] under the distribution the tokens were drawn from; None when unknown.
+      rollout_logprobs: float [L] under the policy's plain softmax at the sampling temperature, as the sampler computed
+        it; None when unknown.
+    """
+
+    token_ids: np.ndarray
+    advantage: float = 0.0
+    sampler_logprobs: np.ndarray | None = None
+    rollout_logprobs: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainGroup:
+    """A prompt (int32 ids, at least one token) and the completions drawn for it."""
+
+    prompt_ids: np.ndarray
+    completions: Sequence[TrainCompletion]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingPlan:
+    """Static shapes of a run's batches, so that the train step compiles once.
+
+    Attributes:
+      num_microbatches: M, upper bound; a `Batch` says how many are used.
+      num_rows: R, a multiple of the number of row shards.
+      row_length: T.
+      completions_per_row: C, upper bound.
+      completion_length: L, upper bound.
+      shorter_lengths: in increasing order, positions less than T at which a micro-batch is computed whose rows hold no
+        more; one compiled program holds them all.
+    """
+
+    num_microbatches: int
+    num_rows: int
+    row_length: int
+    completions_per_row: int
+    completion_length: int
+    shorter_lengths: tuple[int, ...] = ()
+
+
+class Batch(NamedTuple):
+    """One minibatch as arrays; the dims of every field are in its name.
+
+    Attributes:
+      tokens_MRT, positions_MRT, group_ids_MRT, branch_ids_MRT: int32; padding has group -1.
+      predictors_MRN: int32, position in the row whose hidden state predicts completion token n.
+      targets_MRN: int32, completion token n.
+      target_mask_MRN: bool, False on padding.
+      slots_MRCL: int32, index n of token l of completion c.
+      mask_MRCL: 1.0 where completion c has a token l.
+      sequence_mask_MRC: 1.0 where there is a completion c.
+      advantages_MRC: a constant per completion (see `TrainCompletion`).
+      sampler_logprobs_MRCL, rollout_logprobs_MRCL: (see `TrainCompletion`), NaN where unknown.
+      old_logprobs_MRCL, reference_logprobs_MRCL: log-probs of the policy before the first update and of the reference,
+        put in by the trainer when the loss needs them; None otherwise.
+      advantages_MRCL: of each token, put in by the trainer with `grpo.kl_in_reward`; None otherwise.
+      sequence_ids_MRC: int32, index of the completion in the order in which the groups were given; -1 on padding.
+      num_microbatches: int32 [], micro-batches in use.
+    """
+
+    tokens_MRT: Any
+    positions_MRT: Any
+    group_ids_MRT: Any
+    branch_ids_MRT: Any
+    predictors_MRN: Any
+    targets_MRN: Any
+    target_mask_MRN: Any
+    slots_MRCL: Any
+    mask_MRCL: Any
+    sequence_mask_MRC: Any
+    advantages_MRC: Any
+    sampler_logprobs_MRCL: Any
+    rollout_logprobs_MRCL: Any
+    sequence_ids_MRC: Any
+    num_microbatches: Any
+    old_logprobs_MRCL: Any = None
+    reference_logprobs_MRCL: Any = None
+    advantages_MRCL: Any = None
+
+
+def plan_packing(
+    *,
+    num_groups: int,
+    group_size: int,
+    max_prompt_length: int,
+    max_completion_length: int,
+    max_tokens_per_microbatch: int,
+    num_row_shards: int,
+    preferred_row_length: int,
+    packs_rows: bool = True,
+    skips_blocks: bool = True,
+    cuts_rows: bool = False,
+) -> PackingPlan:
+    """Shapes that hold any minibatch of `num_groups` prompts with `group_size` completions each.
+
+    Rows have the length at which a minibatch of the longest sequences costs least (`_row_length`). A piece has as many
+    rows as the budget allows, but not more than a part in `_MIN_PIECES` of such a minibatch: shorter completions need
+    fewer rows, and the last piece that they need is computed whole.
+
+    Args:
+      preferred_row_length: rows are not shorter, unless the budget is; the hidden size, because at that length even all
+        scores of a row cost about a sixth of the rest of a layer, less than half-empty rows would.
+      packs_rows: False for a policy that cannot tell the sequences of a row apart: each row is one prompt with one
+        completion.
+      skips_blocks: attention to what nobody in a row sees costs nothing; otherwise long rows cost more per token.
+      cuts_rows: micro-batches of rows with gaps may be computed at less than their length.
+
+    Raises:
+      ValueError: the budget does not hold one longest sequence per row shard.
+    """
+    sequence = max_prompt_length + max_completion_length
+    budget = max_tokens_per_microbatch // num_row_shards
+    if sequence > budget:
+        raise ValueError(
+            f"grpo.max_tokens_per_microbatch must be >= {sequence * num_row_shards} (longest prompt "
+            f"{max_prompt_length} + longest completion {max_completion_length}, on {num_row_shards} device(s) that "
+            f"share the rows), got {max_tokens_per_microbatch}"
+        )
+    if not packs_rows:
+        row_length = min(_round_up(sequence), budget)
+        shard_rows = min(budget // row_length, math.ceil(num_groups * group_size / num_row_shards))
+        return PackingPlan(
+            num_microbatches=math.ceil(num_groups * group_size / (shard_rows * num_row_shards)),
+            num_rows=shard_rows * num_row_shards,
+            row_length=row_length,
+            completions_per_row=1,
+            completion_length=max_completion_length,
+        )
+    sizes = (num_groups, group_size, max_prompt_length, max_completion_length)
+    row_length = _row_length(*sizes, num_row_shards, preferred_row_length, budget, skips_blocks)
+    completions_per_group_row = min(group_size, (row_length - max_prompt_length) // max_completion_length)
+    worst_rows = num_groups * math.ceil(group_size / completions_per_group_row)
+    rows_per_shard = math.ceil(worst_rows / num_row_shards)
+    num_microbatches = math.ceil(rows_per_shard / min(budget // row_length, max(rows_per_shard // _MIN_PIECES, 1)))
+    return PackingPlan(
+        num_microbatches=num_microbatches,
+        num_rows=num_row_shards * math.ceil(rows_per_shard / num_microbatches),  # pieces alike: none is half empty
+        row_length=row_length,
+        completions_per_row=min(max(completions_per_group_row, row_length // 8), num_groups * group_size),
+        completion_length=max_completion_length,
+        shorter_lengths=_shorter_lengths(row_length) if cuts_rows else (),
+    )
+
+
+def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float32) -> Batch:
+    """Packs groups in decreasing order of their lengths, each into the fullest row that holds it (`_rows`). Rows are
+    filled up to that one of the plan's lengths with which the fewest positions are computed. Deterministic, and every
+    completion keeps its `sequence_ids` index.
+
+    Groups without completions are left out. A minibatch without any completion gives a batch of padding. `dtype` is
+    that of the batch's floating-point fields: float32, or float64 for a float64 model.
+    """
+    shorter = [length for length in reversed(plan.shorter_lengths) if _fits(groups, length)]
+    packings = [_rows(groups, plan, length) for length in (plan.row_length, *shorter)]
+    most = plan.num_microbatches * plan.num_rows
+    assert len(packings[0]) <= most, (len(packings[0]), plan)
+    rows = min((rows for rows in packings if len(rows) <= most), key=lambda rows: _cost(rows, plan))
+    num_microbatches = max(math.ceil(len(rows) / plan.num_rows), 1)
+    batch = _empty_batch(plan, num_microbatches, np.dtype(dtype))
+    for index, row in enumerate(rows):
+        _fill_row(batch, *divmod(index, plan.num_rows), row)
+    return batch
+
+
+def unpack(batch: Batch, values_MRCL: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
+    """Per-token values of every completion, in the order in which the groups were given to `pack`.
+
+    Args:
+      lengths: tokens of each completion.
+    """
+    values_MRCL, ids = np.asarray(values_MRCL), np.asarray(batch.sequence_ids_MRC)
+    places = {int(ids[place]): place for place in zip(*np.nonzero(ids >= 0), strict=True)}
+    return [values_MRCL[places[i]][:length] for i, length in enumerate(lengths)]
+
+
+class _Unit(NamedTuple):
+    """Completions that share one copy of their prompt, and the index of each in the minibatch."""
+
+    prompt_ids: np.ndarray
+    completions: list[TrainCompletion]
+    sequence_ids: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + _num_inputs(self.completions)
+
+
+def _num_inputs(completions: Iterable[TrainCompletion]) -> int:
+    """Tokens that completions put into a row: the last one of each predicts nothing, so it is never an input."""
+    return sum(len(completion.token_ids) - 1 for completion in completions)
+
+
+def _fits(groups: Sequence[TrainGroup], row_length: int) -> bool:
+    """Whether a row of this length holds every sequence."""
+    return all(len(g.prompt_ids) + _num_inputs([c]) <= row_length for g in groups for c in g.completions)
+
+
+def _cost(rows: Sequence[Sequence[_Unit]], plan: PackingPlan) -> int:
+    """Positions of each of a micro-batch's rows that are computed, over all micro-batches."""
+    longest_rows = rows[:: plan.num_rows]  # in decreasing order of their tokens
+    filled = [sum(unit.num_tokens for unit in row) for row in longest_rows]
+    return sum(min(length for length in (*plan.shorter_lengths, plan.row_length) if n <= length) for n in filled)
+
+
+def _rows(groups: Sequence[TrainGroup], plan: PackingPlan, row_length: int) -> list[list[_Unit]]:
+    """The units of each row of at most so many tokens, the fullest row first: rows that are not full share a
+    micro-batch.
+
+    Groups come in decreasing order of their tokens, each whole to the fullest row that holds it. Of a group that is
+    longer than a row the completions come in decreasing order of theirs; each goes beside others of its group where it
+    fits, else to the fullest row where its prompt fits as well.
+    """
+    rows: list[dict[int, _Unit]] = []  # by group
+    free: list[tuple[int, int]] = []  # tokens and completions that still fit in each row
+
+    def put(index: int, places: Sequence[int]) -> None:
+        """These completions of a group into one row, a new one where there is none for them."""
+        group = groups[index]
+        num_tokens = _num_inputs(group.completions[place] for place in places)
+
+        def need(r: int) -> int:
+            return num_tokens + (0 if index in rows[r] else len(group.prompt_ids))
+
+        fitting = [r for r in range(len(rows)) if need(r) <= free[r][0] and len(places) <= free[r][1]]
+        if not fitting:
+            fitting = [len(rows)]
+            rows.append({})
+            free.append((row_length, plan.completions_per_row))
+        r = min(fitting, key=lambda r: (index not in rows[r], free[r][0]))
+        free[r] = (free[r][0] - need(r), free[r][1] - len(places))
+        unit = rows[r].setdefault(index, _Unit(group.prompt_ids, [], []))
+        unit.completions.extend(group.completions[place] for place in places)
+        unit.sequence_ids.extend(first_ids[index] + place for place in places)
+
+    first_ids = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
+    lengths = [[len(completion.token_ids) for completion in group.completions] for group in groups]
+    assert all(0 < length <= plan.completion_length for group in lengths for length in group)
+    sizes = [len(group.prompt_ids) + _num_inputs(group.completions) for group in groups]
+    for index in sorted(range(len(groups)), key=lambda i: -sizes[i]):  # stable: ties keep their order
+        assert len(groups[index].prompt_ids) > 0
+        places = range(len(lengths[index]))
+        if not places:
+            continue
+        if sizes[index] <= row_length and len(places) <= plan.completions_per_row:
+            put(index, places)
+            continue
+        for place in sorted(places, key=lambda i: -lengths[index][i]):
+            put(index, [place])
+    return [list(row.values()) for row, _ in sorted(zip(rows, free, strict=True), key=lambda pair: pair[1][0])]
+
+
+def batch_fields(plan: PackingPlan, dtype: Any) -> dict[str, tuple[tuple[int, ...], Any, Any]]:
+    """(shape, dtype, value of padding) of each field of a `Batch` that `pack` fills."""
+    M, R, T = plan.num_microbatches, plan.num_rows, plan.row_length
+    C, L = plan.completions_per_row, plan.completion_length
+    N = min(T + C, C * L)  # every completion predicts one token more than it puts into the row
+    return {
+        "tokens_MRT": ((M, R, T), np.int32, 0),
+        "positions_MRT": ((M, R, T), np.int32, 0),
+        "group_ids_MRT": ((M, R, T), np.int32, PADDING_GROUP),
+        "branch_ids_MRT": ((M, R, T), np.int32, 0),
+        "predictors_MRN": ((M, R, N), np.int32, 0),
+        "targets_MRN": ((M, R, N), np.int32, 0),
+        "target_mask_MRN": ((M, R, N), bool, False),
+        "slots_MRCL": ((M, R, C, L), np.int32, 0),
+        "mask_MRCL": ((M, R, C, L), dtype, 0),
+        "sequence_mask_MRC": ((M, R, C), dtype, 0),
+        "advantages_MRC": ((M, R, C), dtype, 0),
+        "sampler_logprobs_MRCL": ((M, R, C, L), dtype, np.nan),
+        "rollout_logprobs_MRCL": ((M, R, C, L), dtype, np.nan),
+        "sequence_ids_MRC": ((M, R, C), np.int32, -1),
+    }
+
+
+def _empty_batch(plan: PackingPlan, num_microbatches: int, dtype: np.dtype) -> Batch:
+    arrays = {name: np.full(shape, value, kind) for name, (shape, kind, value) in batch_fields(plan, dtype).items()}
+    return Batch(**arrays, num_microbatches=np.int32(num_microbatches))
+
+
+def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
+    tokens_T, positions_T = batch.tokens_MRT[m, r], batch.positions_MRT[m, r]
+    groups_T, branches_T = batch.group_ids_MRT[m, r], batch.branch_ids_MRT[m, r]
+    t, n, c = 0, 0, 0
+    for group_id, unit in enumerate(units):
+        length = len(unit.prompt_ids)
+        tokens_T[t : t + length] = unit.prompt_ids
+        positions_T[t : t + length] = np.arange(length)
+        groups_T[t : t + unit.num_tokens] = group_id
+        t += length
+        prompt_end = t - 1
+        for branch, (completion, sequence_id) in enumerate(
+            zip(unit.completions, unit.sequence_ids, strict=True), start=1
+        ):
+            count = len(completion.token_ids)
+            inputs = slice(t, t + count - 1)
+            tokens_T[inputs] = completion.token_ids[:-1]
+            positions_T[inputs] = length + np.arange(count - 1)
+            branches_T[inputs] = branch
+            # The first token is predicted at the prompt's last position, the others at the token before them.
+            batch.predictors_MRN[m, r, n] = prompt_end
+            batch.predictors_MRN[m, r, n + 1 : n + count] = np.arange(t, t + count - 1)
+            batch.targets_MRN[m, r, n : n + count] = completion.token_ids
+            batch.target_mask_MRN[m, r, n : n + count] = True
+            batch.slots_MRCL[m, r, c, :count] = np.arange(n, n + count)
+            batch.mask_MRCL[m, r, c, :count] = 1.0
+            batch.sequence_mask_MRC[m, r, c] = 1.0
+            batch.advantages_MRC[m, r, c] = completion.advantage
+            batch.sequence_ids_MRC[m, r, c] = sequence_id
+            if completion.sampler_logprobs is not None:
+                batch.sampler_logprobs_MRCL[m, r, c, :count] = completion.sampler_logprobs
+            if completion.rollout_logprobs is not None:
+                batch.rollout_logprobs_MRCL[m, r, c, :count] = completion.rollout_logprobs
+            t, n, c = t + count - 1, n + count, c + 1
+
+
+def _row_length(
+    num_groups: int,
+    group_size: int,
+    max_prompt_length: int,
+    max_completion_length: int,
+    num_row_shards: int,
+    preferred_row_length: int,
+    budget: int,
+    skips_blocks: bool,
+) -> int:
+    """The length of rows at which a minibatch of the longest sequences costs least, of all that hold 1, 2, ...
+    completions of a group.
+
+    Rows of more than `_LONG_ROW` positions hold one completion. A shorter row repeats the prompt more often; few long
+    rows leave shards without any. Where nothing is skipped, every
+    token of a longer row pays for more of others' completions: a token costs 1 for the rest of a layer and a sixth for
+    attention in rows of `preferred_row_length` positions.
+    """
+
+    def cost(row_length: int) -> float:
+        completions = min(group_size, (row_length - max_prompt_length) // max_completion_length)
+        rows = num_groups * math.ceil(group_size / completions)
+        if completions == group_size:
+            groups = row_length // (max_prompt_length + group_size * max_completion_length)
+            rows = math.ceil(num_groups / groups)
+        attention = 0 if skips_blocks else row_length / (6 * preferred_row_length)
+        return math.ceil(rows / num_row_shards) * row_length * (1 + attention)
+
+    lengths = []
+    for completions in range(1, group_size + 1):
+        needed = max_prompt_length + completions * max_completion_length
+        if completions == 1 or needed <= min(budget, _LONG_ROW):
+            lengths.append(min(_round_up(max(needed, preferred_row_length)), budget))
+    return min(reversed(lengths), key=cost)  # of two that cost the same the one that repeats prompts less
+
+
+def _shorter_lengths(row_length: int) -> tuple[int, ...]:
+    """Long rows that hold few groups have gaps: at their full length a quarter or so of what is computed is padding.
+
+    Two lengths more make it a tenth, for which each takes as long to compile as the first.
+    """
+    if row_length < _SHORTEST_CUT:
+        return ()
+    return tuple(_CUT_STEP * math.ceil(share * row_length / _CUT_STEP) for share in _CUTS)
+
+
+def _round_up(length: int) -> int:
+    """The next length of a geometric ladder with 16 rungs per octave: tidy shapes, at most a 16th of padding."""
+    step = max(8, 2 ** (max(length - 1, 1).bit_length() - 5))
+    return math.ceil(length / step) * step

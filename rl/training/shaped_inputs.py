@@ -1,0 +1,103 @@
+"""What the compiled update takes, without its numbers: `get_shaped_inputs`, the same call for both flavours.
+
+In: the configuration, a mesh, an `init_state_fn`. Out: shapes, logical axes and shardings of the state and of one
+minibatch. Neither weights nor data are read: prompts are taken to be as long as `data.max_prompt_length` allows.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rl.config.load import Config
+from rl.devices.mesh import is_on_cpu, num_row_shards
+from rl.models.policy import Policy
+from rl.models.train_state import PureState
+from rl.state.states import AbstractState, InitStateFn, get_abstract_state
+from rl.training.packing import Batch, PackingPlan, batch_fields, plan_packing
+from rl.training.train_step import Minibatch, minibatch_axes, minibatch_shardings
+from rl.training.update import batch_dtype, loss_config, needs_old_logprobs
+
+
+class ShapedInputs(NamedTuple):
+    """Shapes (`jax.ShapeDtypeStruct`), logical axes (a tuple of names per leaf) and shardings of the arguments of the
+    train step; `plan` is the packing behind the minibatch's.
+    """
+
+    state: PureState
+    state_annotations: PureState
+    state_shardings: PureState
+    minibatch: Minibatch
+    minibatch_annotations: Minibatch
+    minibatch_shardings: Minibatch
+    plan: PackingPlan
+
+
+def get_shaped_inputs(config: Config, mesh: Mesh, init_state_fn: InitStateFn) -> ShapedInputs:
+    """Shapes and shardings of the state that `init_state_fn` builds, and of the minibatches of its run."""
+    abstract: AbstractState = get_abstract_state(config, mesh, init_state_fn)
+    policy = init_state_fn.policy
+    plan = plan_for(config, config.data.max_prompt_length, policy, mesh)
+    shapes = minibatch_shapes(config, policy, plan)
+    return ShapedInputs(
+        state=abstract.shapes,
+        state_annotations=abstract.annotations,
+        state_shardings=abstract.shardings,
+        minibatch=shapes,
+        minibatch_annotations=_of_present_fields(minibatch_axes(), shapes),
+        minibatch_shardings=_of_present_fields(minibatch_shardings(mesh, config.mesh.rules), shapes),
+        plan=plan,
+    )
+
+
+def minibatch_shapes(config: Config, policy: Policy, plan: PackingPlan) -> Minibatch:
+    """The shapes of every minibatch of a run, with the log-probs and entropies that its loss needs."""
+
+    def shape(dims: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    dtype = batch_dtype(policy)
+    fields = {name: shape(dims, kind) for name, (dims, kind, _) in batch_fields(plan, dtype).items()}
+    logprobs = shape(fields["slots_MRCL"].shape, jnp.promote_types(policy.config.dtype, jnp.float32))
+    batch = Batch(
+        **fields,
+        num_microbatches=shape((), np.int32),
+        old_logprobs_MRCL=logprobs if needs_old_logprobs(config) else None,
+        reference_logprobs_MRCL=logprobs if config.grpo.beta and not config.grpo.kl_in_reward else None,
+        advantages_MRCL=logprobs if config.grpo.kl_in_reward else None,
+    )
+    entropies = logprobs if loss_config(config).selects_by_entropy else None
+    return Minibatch(batch, shape((), np.int32), shape((), dtype), entropies, shape((), np.bool_))
+
+
+def _of_present_fields(values: Minibatch, shapes: Minibatch) -> Minibatch:
+    """`values` with None for the fields that are None in `shapes`."""
+    absent = {name: None for name, shape in shapes.batch._asdict().items() if shape is None}
+    batch = values.batch._replace(**absent)
+    return values._replace(batch=batch, entropy_MRCL=None if shapes.entropy_MRCL is None else values.entropy_MRCL)
+
+
+def plan_for(config: Config, max_prompt_length: int, policy: Policy, mesh: Mesh) -> PackingPlan:
+    """Static shapes that hold every minibatch of a run with prompts of up to so many tokens."""
+    return plan_packing(
+        num_groups=config.grpo.prompts_per_step // config.grpo.minibatches,
+        group_size=config.grpo.group_size,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=config.sampling.max_completion_length,
+        **packing_options(config, policy, mesh),
+    )
+
+
+def packing_options(config: Config, policy: Policy, mesh: Mesh) -> dict[str, Any]:
+    """What `plan_packing` asks for besides the numbers and lengths of sequences."""
+    return {
+        "max_tokens_per_microbatch": config.grpo.max_tokens_per_microbatch,
+        "num_row_shards": num_row_shards(mesh, config.mesh.rules),
+        "preferred_row_length": policy.config.hidden_size,
+        "packs_rows": policy.packs_rows,
+        "skips_blocks": policy.kernel.skips_blocks,
+        # A program of several lengths takes as many times as long to compile: seconds for a CPU, minutes for a TPU.
+        "cuts_rows": is_on_cpu(mesh),
+    }

@@ -1,0 +1,416 @@
+"""One optimizer update as one compiled function: `(state, minibatch) -> (state, metrics)`, the same for every policy
+and loss.
+
+In: a `PureState` and a packed `Minibatch`. Out: the next state (argument 0 is donated) and the sums the metrics are
+made of. The pieces of a minibatch run one after the other inside the function; every denominator is that of the whole
+minibatch, so neither their number nor their size changes the result. An update whose loss or gradient norm is not
+finite is skipped: weights and optimizer state stay as they are, bit for bit. `token_logprobs_program` runs the same
+rows without gradient, for old and reference log-probs, or entropies.
+
+Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
+completion, B = R * C sequences of a piece, D model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from rl.algorithms.loss_metrics import MetricSums, combine_sums, zero_sums
+from rl.algorithms.loss_types import Denominators, LossConfig, LossInputs
+from rl.algorithms.losses import denominators_for, grpo_loss
+from rl.devices.mesh import ROWS, from_host_memory, input_sharding, is_on_cpu, num_row_shards, replicated, row_sharding
+from rl.devices.programs import Program
+from rl.models.logprobs import token_logprobs
+from rl.models.lora import join, split
+from rl.models.ops import widen
+from rl.models.policy import Params, Policy
+from rl.models.scanned import stack_runs, unstack_runs
+from rl.models.train_state import PureState
+from rl.state.optimizer import rounding_loss
+from rl.training.packing import PADDING_GROUP, Batch
+
+# Names, in compiled programs, of the loops whose lengths are numbers of the batch.
+MICROBATCH_LOOP, SHORT_MICROBATCH_LOOP = "microbatches", "short microbatches"
+
+
+class Minibatch(NamedTuple):
+    """Everything one update depends on besides the state.
+
+    Attributes:
+      batch: packed rows of the minibatch.
+      num_items_in_batch: int32 [], trained tokens of the whole rollout batch that the minibatch is a part of.
+      entropy_coef: float [], coefficient of the entropy bonus during this update.
+      entropy_MRCL: the policy's entropies now, where the loss selects tokens by entropy; None otherwise.
+      on_policy: bool [], whether old log-probs, where the batch has any, are to be those of the update itself. Before
+        the first update since the rollout they are what it would be given but for rounding, and the ratio is exactly 1.
+        Of a token whose old log-prob is NaN (unknown) they always are.
+    """
+
+    batch: Batch
+    num_items_in_batch: Any
+    entropy_coef: Any
+    entropy_MRCL: Any = None
+    on_policy: Any = False
+
+
+class UpdateMetrics(NamedTuple):
+    """What one update measured.
+
+    Attributes:
+      loss: scalar.
+      sums: of the whole minibatch; `rl.algorithms.loss_metrics.finish_metrics` makes metrics of them.
+      grad_norm: global norm of the gradient before clipping.
+      is_applied: bool [], whether loss and gradient norm were finite; otherwise the update was skipped.
+      difference: absolute difference between the policy's log-probs now and those of the sampler.
+      lost_share: of the non-zero updates of single weights, those that rounding discarded; None for weights in float32
+        or wider.
+    """
+
+    loss: jax.Array
+    sums: MetricSums
+    grad_norm: jax.Array
+    is_applied: jax.Array
+    difference: "Difference"
+    lost_share: jax.Array | None
+
+
+class Difference(NamedTuple):
+    """Sum, maximum and number of absolute differences; pieces merge exactly."""
+
+    total: jax.Array
+    highest: jax.Array
+    count: jax.Array
+
+    def merge(self, other: "Difference") -> "Difference":
+        """Of both sets together."""
+        return Difference(self.total + other.total, jnp.maximum(self.highest, other.highest), self.count + other.count)
+
+
+def jit_train_step(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    loss_config: LossConfig,
+    state_shardings: PureState,
+    *,
+    mesh: Mesh,
+    rules: Mapping[str, Sequence[str]],
+    temperature: float,
+    chunk_size: int | None,
+    minibatches_per_rollout: int,
+    shorter_lengths: Sequence[int] = (),
+) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
+    """The compiled update. The state is donated: the caller must not use the one it passed in again.
+
+    With adapters only they and their moments are trained and donated; the frozen weights go in as they are, have no
+    gradient, and stand in the next state as the same arrays.
+
+    Args:
+      state_shardings: a `NamedSharding` per leaf of the state, in and out.
+      mesh: where everything runs; rows are spread over the axes that `rules["batch"]` names.
+      temperature: of the rollouts; all log-probs are at it.
+      chunk_size: tokens of each row of a piece whose logits exist at one time.
+      minibatches_per_rollout: updates of one pass over a rollout batch.
+      shorter_lengths: of the `PackingPlan` of the minibatches.
+    """
+    program = update_program(
+        policy,
+        optimizer,
+        loss_config,
+        state_shardings,
+        mesh=mesh,
+        rules=rules,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        minibatches_per_rollout=minibatches_per_rollout,
+        shorter_lengths=shorter_lengths,
+    )
+    return train_step_of(policy, program.jit())
+
+
+def train_step_of(
+    policy: Policy, update: Callable
+) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
+    """The train step that calls a compiled `update_program`."""
+    if policy.config.lora is None:
+        return update
+
+    def train_step(state: PureState, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
+        moving, frozen, minibatch = update_arguments(policy, state, minibatch)
+        moved, metrics = update(moving, frozen, minibatch)
+        return moved._replace(params=join(moved.params, frozen)), metrics
+
+    return train_step
+
+
+def update_arguments(policy: Policy, state: PureState, minibatch: Minibatch) -> tuple[Any, ...]:
+    """The arguments of `update_program` for this state and minibatch, of arrays, shapes or shardings."""
+    if policy.config.lora is None:
+        return state, minibatch
+    trained, frozen = split(policy.config, state.params)
+    return state._replace(params=trained), frozen, minibatch
+
+
+def update_program(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    loss_config: LossConfig,
+    state_shardings: PureState,
+    *,
+    mesh: Mesh,
+    rules: Mapping[str, Sequence[str]],
+    temperature: float,
+    chunk_size: int | None,
+    minibatches_per_rollout: int,
+    shorter_lengths: Sequence[int] = (),
+) -> Program:
+    """What `jit_train_step` compiles: (state, minibatch) -> (state, metrics), or with adapters (state of what moves,
+    frozen weights, minibatch) -> (state of what moves, metrics). Argument 0 is donated.
+    """
+
+    transformation = optax.with_extra_args_support(optimizer)
+
+    def piece_loss(trained: Params, frozen: Params, piece: Batch, denominators: Denominators, on_policy: jax.Array):
+        params = join(trained, frozen)
+        logprobs_BL, entropy_BL = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules, True)
+        constant_BL = jax.lax.stop_gradient(logprobs_BL)  # for old log-probs and a measurement, neither trained on
+        inputs = _loss_inputs(piece)
+        if inputs.old_logprobs_BT is not None:
+            is_now_BL = on_policy | jnp.isnan(inputs.old_logprobs_BT)
+            inputs = inputs._replace(old_logprobs_BT=jnp.where(is_now_BL, constant_BL, inputs.old_logprobs_BT))
+        loss, sums = grpo_loss(logprobs_BL, entropy_BL, inputs, denominators, loss_config)
+        return loss, (sums, _difference(constant_BL, piece))
+
+    def update(state: PureState, frozen: Params, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
+        batch = minibatch.batch
+        denominators = _denominators(minibatch, loss_config, minibatches_per_rollout)
+        value_and_grad = jax.value_and_grad(piece_loss, has_aux=True)
+        constants = (denominators, minibatch.on_policy)
+
+        def gradient(piece: Batch):
+            value, grads = value_and_grad(state.params, frozen, piece, *constants)
+            # Of layers in a loop the gradient comes stacked; added up and measured as it is, it is a few arrays.
+            return value, stack_runs(policy.config, grads)
+
+        def add_piece(m, piece, carry):
+            loss, grads, sums, difference = carry
+            (piece_value, (piece_sums, piece_difference)), piece_grads = gradient(piece)
+            grads = jax.tree.map(lambda total, part: total + part.astype(total.dtype), grads, piece_grads)
+            return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
+
+        (loss, (sums, difference)), grads = jax.eval_shape(lambda: gradient(_piece(batch, 0)))
+        # In bfloat16 a sum of hundreds of pieces would lose those below 2^-9 of it.
+        wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, widen(x.dtype)), grads)
+        start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference))
+        loss, sum_of_grads, sums, difference = _over_pieces(batch, shorter_lengths, add_piece, start)
+        grads = jax.tree.map(lambda total, like: total.astype(like.dtype), sum_of_grads, grads)
+        grad_norm = optax.tree.norm(sum_of_grads)
+        is_applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        def apply(_, carry):
+            params, opt_state, lost_share = carry
+            by_layer = unstack_runs(policy.config, grads)
+            updates, opt_state = transformation.update(by_layer, opt_state, params, grad_norm=grad_norm)
+            if lost_share is not None:
+                lost_share = rounding_loss(params, updates)
+            return optax.apply_updates(params, updates), opt_state, lost_share
+
+        # A loop of one round or none: its carry is updated in place, where a conditional would hold both states.
+        lost_share = jnp.float32(0) if jnp.finfo(policy.config.param_dtype).bits < 32 else None
+        # Moments that stay in the host's memory come to the devices here, and leave as outputs do.
+        carry = (state.params, from_host_memory(state.opt_state, state_shardings.opt_state), lost_share)
+        params, opt_state, lost_share = jax.lax.fori_loop(0, is_applied.astype(jnp.int32), apply, carry)
+        metrics = UpdateMetrics(loss, sums, grad_norm, is_applied, difference, lost_share)
+        return PureState(state.step + 1, params, opt_state, state.rng), metrics
+
+    everywhere: Any = replicated(mesh)
+    arguments = update_arguments(policy, state_shardings, minibatch_shardings(mesh, rules))
+    moving = arguments[0]
+    if policy.config.lora is None:
+        return Program(lambda state, minibatch: update(state, {}, minibatch), arguments, (moving, everywhere), (0,))
+    return Program(update, arguments, (moving, everywhere), (0,))
+
+
+def token_logprobs_program(
+    policy: Policy,
+    param_shardings: Any,
+    *,
+    mesh: Mesh,
+    rules: Mapping[str, Sequence[str]],
+    temperature: float,
+    chunk_size: int | None,
+    with_entropy: bool,
+    shorter_lengths: Sequence[int] = (),
+) -> Program:
+    """The pass without gradient: (params, batch) -> (log-probs, entropies), both [M, R, C, L], 0 on padding; entropies
+    only `with_entropy`, otherwise None.
+
+    It runs the rows that the update runs, through the same operations; the compiler may still round them otherwise.
+    """
+
+    def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        def fill(m, piece, outputs):
+            values = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules, with_entropy)
+            return jax.tree.map(
+                lambda output, value: jax.lax.dynamic_update_index_in_dim(
+                    output, value.reshape(output.shape[1:]), m, 0
+                ),
+                outputs,
+                values,
+            )
+
+        dtype = jax.eval_shape(
+            lambda: policy.unembed(params, jnp.zeros((1, policy.config.hidden_size), policy.config.dtype))
+        ).dtype
+        empty = jnp.zeros(batch.mask_MRCL.shape, dtype)
+        return _over_pieces(batch, shorter_lengths, fill, (empty, empty if with_entropy else None))
+
+    rows = batch_shardings(mesh, rules)
+    return Program(logprobs, (param_shardings, rows), (rows.mask_MRCL, rows.mask_MRCL))
+
+
+def minibatch_axes() -> Minibatch:
+    """The tuple of logical axis names, or None for a dim that is never cut, of every field of a `Minibatch`."""
+    batch = Batch(**{name: _axes_of(name) for name in Batch._fields})
+    return Minibatch(batch, **{name: _axes_of(name) for name in Minibatch._fields if name != "batch"})
+
+
+def minibatch_shardings(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Minibatch:
+    """A sharding per field of a `Minibatch`: the rules applied to its `minibatch_axes`."""
+    return jax.tree.map(
+        lambda names: input_sharding(names, mesh, rules), minibatch_axes(), is_leaf=lambda x: type(x) is tuple
+    )
+
+
+def batch_shardings(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Batch:
+    """A sharding per field of a `Batch`, as `minibatch_shardings` has them."""
+    return minibatch_shardings(mesh, rules).batch
+
+
+def _axes_of(field: str) -> tuple[str | None, ...]:
+    """The logical axes of an input, whose dims are the capital letters at the end of its name; () of a scalar."""
+    dims = field.rpartition("_")[2]
+    return tuple(ROWS if dim == "R" else None for dim in dims) if dims.isupper() else ()
+
+
+def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_rollout: int) -> Denominators:
+    """Counts of the whole minibatch. One minibatch is one update here, so nothing is accumulated over minibatches."""
+    batch = minibatch.batch
+    length = batch.mask_MRCL.shape[-1]
+    return denominators_for(
+        batch.mask_MRCL.reshape(-1, length),
+        batch.sequence_mask_MRC.reshape(-1),
+        _flat(minibatch.entropy_MRCL, length),
+        config,
+        entropy_coef=minibatch.entropy_coef,
+        advantages_B=batch.advantages_MRC.reshape(-1),
+        num_items_in_batch=minibatch.num_items_in_batch,
+        steps_per_generation=minibatches_per_rollout,
+    )
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
+
+
+def _piece(batch: Batch, m: Any) -> Batch:
+    """Micro-batch m, without its leading dim."""
+    fields = batch._replace(num_microbatches=None)
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, 0, keepdims=False), fields)
+
+
+def _over_pieces(
+    batch: Batch, shorter_lengths: Sequence[int], body: Callable[[Any, Batch, Any], Any], carry: Any
+) -> Any:
+    """carry = body(m, micro-batch m, carry) for every micro-batch in use.
+
+    The first of them are computed whole, those after the last that needs it with rows cut to the longest of the shorter
+    lengths, and so on: a loop for each length, over micro-batches whose rows `pack` filled in decreasing order.
+    """
+    num_completions = batch.mask_MRCL.shape[-2]
+
+    def loop(name: str, start: Any, end: Any, length: int, carry: Any) -> Any:
+        # What is predicted stands at the front as well: of each completion one token more than it puts into the row.
+        ends = {"MRT": length, "MRN": length + num_completions}
+        of_field = {name: ends[name[-3:]] for name in Batch._fields if name[-3:] in ends}
+
+        def cut(m: Any) -> Batch:
+            piece = _piece(batch, m)
+            return piece._replace(**{name: getattr(piece, name)[:, :end] for name, end in of_field.items()})
+
+        with jax.named_scope(name):
+            return jax.lax.fori_loop(start, end, lambda m, carry: body(m, cut(m), carry), carry)
+
+    name, start, length = MICROBATCH_LOOP, jnp.int32(0), batch.tokens_MRT.shape[-1]
+    for shorter in sorted(shorter_lengths, reverse=True):
+        needs_more_M = jnp.any(batch.group_ids_MRT[:, :, shorter:] != PADDING_GROUP, axis=(1, 2))
+        end = jnp.max(jnp.where(needs_more_M, jnp.arange(1, needs_more_M.size + 1, dtype=jnp.int32), 0))
+        carry = loop(name, start, end, length, carry)
+        name, start, length = SHORT_MICROBATCH_LOOP, end, shorter
+    return loop(name, start, batch.num_microbatches, length, carry)
+
+
+def _piece_logprobs(
+    policy: Policy,
+    params: Params,
+    piece: Batch,
+    temperature: float,
+    chunk_size: int | None,
+    mesh: Mesh,
+    rules: Mapping[str, Sequence[str]],
+    with_entropy: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Log-probs and, if asked for, entropies [B, L] of the completion tokens of one piece, 0 on padding."""
+    rows: NamedSharding = row_sharding(mesh, rules)
+    hidden_RTD = policy.hidden(params, piece.tokens_MRT, piece.positions_MRT, piece.group_ids_MRT, piece.branch_ids_MRT)
+    hidden_RND = jnp.take_along_axis(hidden_RTD, piece.predictors_MRN[..., None], axis=1)
+    hidden_RND = jax.lax.with_sharding_constraint(hidden_RND, rows)
+    logprobs_RN, entropy_RN = token_logprobs(
+        policy,
+        params,
+        hidden_RND,
+        piece.targets_MRN,
+        temperature,
+        chunk_size,
+        with_entropy=with_entropy,
+        mask_BT=piece.target_mask_MRN,
+        num_shards=num_row_shards(mesh, rules),
+        on_cpu=is_on_cpu(mesh),
+    )
+    R, C, L = piece.slots_MRCL.shape
+
+    def place(values_RN: jax.Array) -> jax.Array:
+        values_RCL = jnp.take_along_axis(values_RN, piece.slots_MRCL.reshape(R, C * L), axis=1)
+        return jnp.where(piece.mask_MRCL.reshape(R * C, L) > 0, values_RCL.reshape(R * C, L), 0)
+
+    return place(logprobs_RN), None if entropy_RN is None else place(entropy_RN)
+
+
+def _loss_inputs(piece: Batch) -> LossInputs:
+    """The piece as the loss sees it: R * C sequences, some of them padding."""
+    length = piece.mask_MRCL.shape[-1]
+    return LossInputs(
+        old_logprobs_BT=_flat(piece.old_logprobs_MRCL, length),
+        reference_logprobs_BT=_flat(piece.reference_logprobs_MRCL, length),
+        sampler_logprobs_BT=_flat(piece.sampler_logprobs_MRCL, length),
+        mask_BT=piece.mask_MRCL.reshape(-1, length),
+        advantages_B=piece.advantages_MRC.reshape(-1),
+        sequence_mask_B=piece.sequence_mask_MRC.reshape(-1),
+        advantages_BT=_flat(piece.advantages_MRCL, length),
+    )
+
+
+def _flat(values: jax.Array | None, length: int) -> jax.Array | None:
+    """[..., L] -> [B, L]; None stays None."""
+    return None if values is None else values.reshape(-1, length)
+
+
+def _difference(logprobs_BL: jax.Array, piece: Batch) -> Difference:
+    """|policy - sampler| over the tokens that the sampler scored."""
+    sampler_BL = piece.rollout_logprobs_MRCL.reshape(logprobs_BL.shape)
+    scored_BL = (piece.mask_MRCL.reshape(logprobs_BL.shape) > 0) & jnp.isfinite(sampler_BL)
+    difference_BL = jnp.where(scored_BL, jnp.abs(logprobs_BL - jnp.where(scored_BL, sampler_BL, 0)), 0)
+    return Difference(jnp.sum(difference_BL), jnp.max(difference_BL), jnp.sum(scored_BL.astype(logprobs_BL.dtype)))

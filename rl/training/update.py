@@ -1,0 +1,242 @@
+"""The updates of one step: packs the minibatches, scores them where the loss needs it, runs the compiled update over
+them.
+
+In: the state, the reference, groups with advantages. Out: the next state and what training measured. Old log-probs are
+frozen before the first update, but not computed for it (they are its own), nor where the sampler's stand in; epochs go
+over the same minibatches again. Not here: the loss and the compiled functions themselves.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from rl.algorithms.entropy_coef import EntropyCoefState, applied_entropy_coef, next_entropy_coef
+from rl.algorithms.from_config import resolve
+from rl.algorithms.loss_metrics import finish_metrics
+from rl.algorithms.loss_types import LossConfig, validate_loss_config
+from rl.config.load import Config
+from rl.devices import hosts
+from rl.devices.mesh import replicated
+from rl.devices.programs import Program, Stored, not_stored
+from rl.models.lora import split
+from rl.models.policy import Policy, without_adapters
+from rl.models.train_state import PureState
+from rl.state.optimizer import updates_per_step
+from rl.training.packing import Batch, PackingPlan, TrainGroup, pack
+from rl.training.token_advantages import TokenRewards, token_advantages_program
+from rl.training.train_step import (
+    Minibatch,
+    UpdateMetrics,
+    batch_shardings,
+    token_logprobs_program,
+    train_step_of,
+    update_program,
+)
+
+LOGPROBS, REFERENCE_LOGPROBS, ENTROPIES, TRAIN_STEP = "logprobs", "reference logprobs", "entropies", "train step"
+TOKEN_ADVANTAGES = "token advantages"
+
+
+class _Measured(NamedTuple):
+    """One update's measurements on the host, and the metrics that follow from its sums."""
+
+    update: UpdateMetrics
+    finished: dict[str, np.ndarray]
+
+
+class Updater:
+    """The compiled functions of a run's updates, and how one step calls them."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        optimizer: optax.GradientTransformation,
+        plan: PackingPlan,
+        state_shardings: PureState,
+        *,
+        mesh: Mesh,
+        stored: Stored = not_stored,
+    ):
+        self._config = config
+        self._plan = plan
+        self._loss_config = loss_config(config)
+        self._dtype = batch_dtype(policy)
+        self._replicated = replicated(mesh)
+        self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
+        programs = update_programs(config, policy, optimizer, state_shardings, plan, mesh)
+        self._calls = {name: stored(name, program) or program.jit() for name, program in programs.items()}
+        self._train_step = train_step_of(policy, self._calls[TRAIN_STEP])
+        self._finish_metrics = jax.jit(finish_metrics, out_shardings=self._replicated)
+
+    def step(
+        self,
+        state: PureState,
+        reference: PureState | None,
+        groups: Sequence[Sequence[TrainGroup]],
+        entropy: EntropyCoefState,
+    ) -> tuple[PureState, EntropyCoefState, dict[str, float]]:
+        """All updates of one step.
+
+        Args:
+          state: donated; do not use it again.
+          reference: None when there is no KL term; weights without adapters.
+          groups: per minibatch its groups.
+          entropy: of the adaptive entropy bonus.
+
+        Returns:
+          The next state, the entropy coefficient's next state, and metrics: means over the updates that were made (over
+          all when every one was skipped, to show what was not finite), the number of `skipped_updates`, and
+          `logprob_difference` is that of the first update, where policy and sampler have the same weights.
+        """
+        from_sampler = self._config.grpo.old_logprobs == "sampler"
+        reference_name = REFERENCE_LOGPROBS if REFERENCE_LOGPROBS in self._calls else LOGPROBS
+        num_items = sum(len(c.token_ids) for minibatch in groups for group in minibatch for c in group.completions)
+        batches = []
+        for number, minibatch in enumerate(groups):
+            bare: Batch = hosts.put(pack(minibatch, self._plan, self._dtype), self._batch_shardings)
+            # With the sampler's, the ratio corrects for what sampler and trainer compute differently. Of a minibatch
+            # whose only update is the first one they stand in for old ones that this update does not read.
+            old = bare.sampler_logprobs_MRCL if needs_old_logprobs(self._config) else None
+            is_read = number > 0 or self._config.grpo.epochs > 1 or self._config.grpo.kl_in_reward
+            if _recomputes_old(self._config) and is_read:
+                old = self._calls[LOGPROBS](state.params, bare)[0]
+            reference_logprobs = None if reference is None else self._calls[reference_name](reference.params, bare)[0]
+            batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
+        kl_metric: dict[str, float] = {}
+        if TOKEN_ADVANTAGES in self._calls:
+            batches, kl_metric = self._with_token_advantages(batches)
+        measured: list[_Measured] = []
+        for _ in range(self._config.grpo.epochs):
+            for batch in batches:
+                on_policy = not from_sampler and not any(update.is_applied for update, _ in measured)
+                minibatch = self._minibatch(state, batch, num_items, entropy, on_policy)
+                state, update = self._train_step(state, minibatch)
+                measured.append(_Measured(*jax.device_get((update, self._finish_metrics(update.sums)))))
+                entropy = self._next_entropy(entropy, measured[-1])
+        return state, entropy, self._metrics(measured, entropy) | kl_metric
+
+    def _with_token_advantages(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
+        """The minibatches of a step with an advantage for each token; nothing else needs the reference's log-probs."""
+        rewards = tuple(TokenRewards.of(batch) for batch in batches)
+        advantages, kl = self._calls[TOKEN_ADVANTAGES](rewards)
+        pairs = zip(batches, advantages, strict=True)
+        batches = [batch._replace(advantages_MRCL=each, reference_logprobs_MRCL=None) for batch, each in pairs]
+        return batches, {"kl": float(jax.device_get(kl))}
+
+    def _next_entropy(self, entropy: EntropyCoefState, measured: _Measured) -> EntropyCoefState:
+        if not (self._loss_config.has_entropy_bonus and measured.update.is_applied):
+            return entropy
+        now = float(measured.finished["selected_entropy"])
+        return EntropyCoefState(next_entropy_coef(entropy.coef, now, self._loss_config), now)
+
+    def _minibatch(
+        self, state: PureState, batch: Batch, num_items: int, entropy: EntropyCoefState, on_policy: bool
+    ) -> Minibatch:
+        coef = applied_entropy_coef(entropy.coef, entropy.last_entropy, self._loss_config)
+        scalars = hosts.put((np.int32(num_items), self._dtype.type(coef), np.bool_(on_policy)), self._replicated)
+        # The quantile is one of the policy as it is at this update, over the whole minibatch: a pass of its own.
+        entropies = self._calls[ENTROPIES](state.params, bare_batch(batch))[1] if ENTROPIES in self._calls else None
+        num_items_in_batch, entropy_coef, is_first = scalars
+        return Minibatch(batch, num_items_in_batch, entropy_coef, entropies, on_policy=is_first)
+
+    def _metrics(self, measured: list[_Measured], entropy: EntropyCoefState) -> dict[str, float]:
+        updates, applied = [], [one for one in measured if one.update.is_applied]
+        for update, finished in applied or measured:
+            updates.append({"loss": float(update.loss), "grad_norm": float(update.grad_norm)})
+            updates[-1] |= {name: float(value) for name, value in finished.items()}
+            if update.lost_share is not None:
+                updates[-1]["update/lost_share"] = float(update.lost_share)
+        metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+        metrics["skipped_updates"] = len(measured) - len(applied)
+        if self._loss_config.has_entropy_bonus:
+            metrics["entropy_coef"] = entropy.coef
+        first = measured[0].update.difference
+        metrics["logprob_difference/mean"] = float(first.total) / max(float(first.count), 1.0)
+        metrics["logprob_difference/max"] = float(first.highest)
+        return metrics
+
+
+def update_programs(
+    config: Config,
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    state_shardings: PureState,
+    plan: PackingPlan,
+    mesh: Mesh,
+) -> dict[str, Program]:
+    """What an `Updater` of this configuration calls, by name. Reference and old log-probs are of one program; with
+    adapters those of the reference, the base alone, are of their own.
+    """
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "rules": config.mesh.rules,
+        "temperature": config.sampling.temperature,
+        "chunk_size": config.grpo.logprob_chunk,
+        "shorter_lengths": plan.shorter_lengths,
+    }
+    programs, has_adapters = {}, policy.config.lora is not None
+    if _recomputes_old(config) or (config.grpo.beta and not has_adapters):
+        programs[LOGPROBS] = token_logprobs_program(policy, state_shardings.params, with_entropy=False, **common)
+    if config.grpo.beta and has_adapters:
+        base, shardings = without_adapters(policy), split(policy.config, state_shardings.params)[1]
+        programs[REFERENCE_LOGPROBS] = token_logprobs_program(base, shardings, with_entropy=False, **common)
+    if loss_config(config).selects_by_entropy:
+        programs[ENTROPIES] = token_logprobs_program(policy, state_shardings.params, with_entropy=True, **common)
+    if config.grpo.kl_in_reward:
+        programs[TOKEN_ADVANTAGES] = token_advantages_program(
+            config.grpo.minibatches, config.grpo.beta, config.grpo.kl_estimator, mesh=mesh, rules=config.mesh.rules
+        )
+    programs[TRAIN_STEP] = update_program(
+        policy,
+        optimizer,
+        loss_config(config),
+        state_shardings,
+        minibatches_per_rollout=config.grpo.minibatches,
+        **common,
+    )
+    return programs
+
+
+def batch_dtype(policy: Policy) -> np.dtype:
+    """Of a batch's floating-point fields: float32, float64 for a float64 model."""
+    return np.dtype(np.float64 if policy.config.dtype == "float64" else np.float32)
+
+
+def needs_old_logprobs(config: Config) -> bool:
+    """Whether a batch holds old log-probs: the policy changes between the rollout and an update on it, or they are the
+    sampler's.
+    """
+    return _recomputes_old(config) or config.grpo.old_logprobs == "sampler"
+
+
+def _recomputes_old(config: Config) -> bool:
+    """Whether the policy scores old log-probs itself: several updates follow a rollout, or rewards hold a KL estimate,
+    and the sampler's do not do.
+    """
+    is_needed = updates_per_step(config) > 1 or config.grpo.kl_in_reward
+    return is_needed and config.grpo.old_logprobs != "sampler"
+
+
+def bare_batch(batch: Batch) -> Batch:
+    """`batch` without what the trainer puts in, as `token_logprobs_program` takes it."""
+    return batch._replace(old_logprobs_MRCL=None, reference_logprobs_MRCL=None, advantages_MRCL=None)
+
+
+def loss_config(config: Config) -> LossConfig:
+    """The loss's settings out of the `grpo` section; ValueError when they contradict each other."""
+    section = dataclasses.asdict(config.grpo)  # pyright: ignore[reportArgumentType]
+    section["beta"] = 0.0 if config.grpo.kl_in_reward else config.grpo.beta  # the advantages hold the KL then
+    names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length", "custom_term"}
+    result = LossConfig(
+        **{name: section[name] for name in names},
+        custom_term=resolve(config.grpo.loss_type, "grpo.loss_type"),
+        max_completion_length=config.sampling.max_completion_length,
+    )
+    validate_loss_config(result)
+    return result
