@@ -48,7 +48,7 @@ test-long: $(INSTALLED)
 	@$(BIN)/python -m pytest -q -m long
 
 fuzz: $(INSTALLED)
-	@FUZZ_SECONDS=$${FUZZ_SECONDS:-3600} $(BIN)/python -m pytest -q -s tests/test_fuzz.py
+	@FUZZ_SECONDS=$${FUZZ_SECONDS:-3600} $(BIN)/python -m pytest -q -s tests/whole_runs/test_fuzz.py
 
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check .

@@ -84,7 +84,8 @@ def pytest_collection_modifyitems(items):
 
 def _imports_a_builder(path):
     names = _imported(path)
-    helpers = [path.parent / f"{name.removeprefix('tests.')}.py" for name in names if name.startswith("tests.")]
+    root = pathlib.Path(__file__).parents[1]
+    helpers = [root / f"{name.replace('.', '/')}.py" for name in names if name.startswith("tests.")]
     return bool(names & BUILDERS) or any(_imports_a_builder(helper) for helper in helpers if helper.exists())
 
 

@@ -13,8 +13,8 @@ from rl.algorithms.loss_types import LossConfig
 from rl.config.load import load_config
 from rl.config.sections import flatten, to_dict
 from rl.devices.mesh import AXES
+from tests.helpers.places import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "rl").rglob("*.py")) + sorted((ROOT / "rewards").rglob("*.py"))
 
 # From the ground up: a module may import those of its own line and of the lines above it.

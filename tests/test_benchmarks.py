@@ -11,7 +11,9 @@ import types
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+from tests.helpers.places import ROOT
+
+FOLDER = ROOT / "benchmarks"
 # Tunix names its shardings as older flax did, and calls its own cache for Llama deprecated.
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.slow]
 

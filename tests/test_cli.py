@@ -13,8 +13,8 @@ import pytest
 from rl.cli import COMMANDS, Command, main
 from rl.run.metrics import MetricsWriter
 from rl.tools import launch
+from tests.helpers.places import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 HEAVY = ("jax", "flax", "numpy", "transformers", "datasets", "matplotlib", "rich", "pydantic", "yaml")
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import pathlib
 import re
 
 import pytest
@@ -10,8 +9,8 @@ import pytest
 from rl.cli import COMMANDS
 from rl.config.load import load_config
 from rl.config.sections import flatten, to_dict
+from tests.helpers.places import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "from-maxtext.md"
 KINDS = ("name", "file", "test", "flag")
 # Of commit 3d17df04d: its files (below src/maxtext unless they are tests), the names that it adds or gives another
@@ -109,6 +108,8 @@ def test_what_it_calls_tandems_exists(name):
         assert_object_exists(name.partition("(")[0])
     elif name.startswith("grpo "):
         assert_command_exists(name.split()[1:])
+    elif name.startswith("python -m "):
+        assert importlib.util.find_spec(name.removeprefix("python -m ")) is not None
     elif "/" in name:
         assert (ROOT / name.removeprefix("python ")).exists()
     else:

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import pathlib
 import statistics
 import types
 
@@ -11,8 +10,9 @@ import numpy as np
 import pytest
 
 from rl.training.packing import TrainCompletion, TrainGroup, pack
+from tests.helpers.places import ROOT
 
-FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 # Tunix names its shardings as older flax did, and calls its own cache for Llama deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

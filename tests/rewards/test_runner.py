@@ -1,0 +1,1179 @@
+"""The isolated reward runner: what user code may do without harming a step. Every test runs real worker processes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rewards.batch import COUNTS, Batch, BatchInputs, Share, merge_results
+from rewards.contract import RewardSpec
+from rewards.environment import check_memory_gb
+from rewards.log import RewardLog
+from rewards.probe import probes
+from rewards.runner import RewardRunner, check_on_gold
+from tests.helpers.places import ROOT
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a reward file; the result makes a spec of one of its functions."""
+
+    def write_file(code: str):
+        path = tmp_path / "my_rewards.py"
+        path.write_text("import asyncio, os, sys, time\n" + textwrap.dedent(code))
+        return lambda name, weight=1.0, **kwargs: RewardSpec(name, f"{path}:{name}", weight, kwargs)
+
+    return write_file
+
+
+def run(specs, completions, num_workers=2, timeout=5.0, columns=None, completion_ids=None, group_size=1, **options):
+    columns = columns or {}
+    with RewardRunner(specs, list(columns), num_workers, timeout, **options) as runner:
+        return runner.score(["p"] * len(completions), completions, columns, completion_ids, group_size=group_size)
+
+
+def column(result, position=0):
+    return [row[position] for row in result.rewards]
+
+
+def counts(**expected):
+    return dict.fromkeys(COUNTS, 0) | expected
+
+
+def is_running(pid: int) -> bool:
+    """A dead process is a zombie without other threads: only then does its parent hear of the death."""
+    try:
+        is_zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not is_zombie or len(os.listdir(f"/proc/{pid}/task")) > 1
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.02)
+    return condition()
+
+
+# What a well-behaved function gets.
+
+STYLES = """
+    def batch(prompts, completions, answer, **kwargs):
+        return [float(c == a) for c, a in zip(completions, answer)]
+
+    def sample(completion, answer, offset): return len(completion) + offset
+
+    def compute_score(data_source, solution_str, ground_truth, extra_info):
+        return {"score": float(solution_str == ground_truth), "acc": 1}
+
+    async def async_batch(completions, completion_ids, **kwargs):
+        await asyncio.sleep(0.01)
+        return [len(ids) for ids in completion_ids]
+
+    async def async_sample(completion, state):
+        await asyncio.sleep(0.02 / (1 + len(completion)))
+        return state["answer"].count("a")
+"""
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_every_style_gives_the_same_rewards_for_any_number_of_workers(write, num_workers):
+    spec = write(STYLES)
+    specs = [spec("batch"), spec("sample", offset=10), spec("compute_score"), spec("async_batch"), spec("async_sample")]
+    completions = ["a", "bb", "", "aa", "c" * 50, "aab", "x"]
+    answers = ["a", "b", "", "aa", "", "aab", "y"]
+    ids = [[1] * n for n in (3, 1, 0, 2, 9, 4, 5)]
+    result = run(specs, completions, num_workers, columns={"answer": answers, "unused": [0] * 7}, completion_ids=ids)
+    equal = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0]
+    assert column(result, 0) == equal
+    assert column(result, 1) == [11, 12, 10, 12, 60, 13, 11]
+    assert column(result, 2) == equal
+    assert column(result, 3) == [3, 1, 0, 2, 9, 4, 5]
+    assert column(result, 4) == [1, 0, 0, 2, 0, 2, 0]
+    assert result.counts == {spec.name: counts() for spec in specs}
+    assert result.problems == []
+    assert set(result.seconds) == {spec.name for spec in specs}
+    assert all(seconds > 0 for seconds in result.seconds.values())
+
+
+def test_batch_function_sees_the_whole_batch_in_one_process_at_every_step(write):
+    spec = write("""
+        calls = []
+        def best(completions):
+            calls.append(len(completions))
+            longest = max(len(c) for c in completions)
+            return [float(len(c) == longest) + 10 * len(calls) for c in completions]
+    """)
+    with RewardRunner([spec("best")], [], 3, 5.0) as runner:
+        for step in (1, 2, 3):
+            result = runner.score(["p"] * 5, ["a", "aaa", "aa", "aaa", ""], {})
+            assert column(result) == [10 * step + value for value in (0, 1, 0, 1, 0)]
+
+
+def test_elementwise_function_is_spread_over_the_workers(write):
+    spec = write(f"""
+        sys.path.insert(0, {str(ROOT)!r})
+        from rewards.contract import elementwise
+        @elementwise
+        def pid(completions):
+            time.sleep(0.05)
+            return [os.getpid() + len(completions) / 10] * len(completions)
+    """)
+    pids = column(run([spec("pid")], ["c"] * 16, num_workers=2))
+    assert len(set(pids)) == 2
+    assert all(round(pid % 1, 3) == 0.1 for pid in pids)  # batches of one
+
+
+def test_async_samples_run_at_the_same_time(write):
+    spec = write("""
+        running, everyone = [], None
+        async def together(completion):
+            global everyone
+            everyone = everyone or asyncio.Event()
+            running.append(1)
+            if len(running) == 6:
+                everyone.set()
+            await everyone.wait()  # for ever, when called one after another
+            return 1
+    """)
+    assert column(run([spec("together")], ["c"] * 6, num_workers=1, timeout=3.0)) == [1] * 6
+
+
+def test_chat_messages_and_columns_arrive_unchanged(write):
+    spec = write("""
+        def seen(prompts, completions, row, image, **kwargs):
+            assert prompts[0] == [{"role": "user", "content": "hi"}], prompts
+            assert completions[0] == [{"role": "assistant", "content": "yo"}], completions
+            assert row == [{"x": [1, 2], "y": None}] and image == [b"\\x00\\xff"], (row, image)
+            return [1]
+    """)
+    columns = {"row": [{"x": np.array([1, 2]), "y": None}], "image": [b"\x00\xff"]}
+    with RewardRunner([spec("seen")], list(columns), 1, 5.0) as runner:
+        prompt, completion = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "yo"}]
+        result = runner.score([prompt], [completion], columns)
+    assert result.problems == []
+    assert column(result) == [1]
+
+
+def test_large_batch_passes_the_pipes(write):
+    spec = write("def size(completion, **kwargs): return len(completion)")
+    completions = ["x" * (10_000 + i) for i in range(300)]
+    assert column(run([spec("size")], completions)) == [10_000 + i for i in range(300)]
+
+
+def test_empty_batch_is_an_empty_result(write):
+    spec = write("def f(completions): raise RuntimeError")
+    with RewardRunner([spec("f")], [], 1, 5.0) as runner, runner.begin([], {}) as scoring:
+        scoring.add([], [])
+        result = scoring.result()
+    assert (result.rewards, result.counts["f"], result.problems) == ([], counts(), [])
+    batch = Batch(runner.specs, [], ["whole_batch"], [0], BatchInputs([], {}), 1, 5.0, 1)
+    batch.add({}, None)
+    assert batch.take(0) is None
+
+
+def test_worker_imports_neither_jax_nor_the_toolkit(write):
+    spec = write("def heavy(completion): return len({'jax', 'rl', 'numpy', 'sympy'} & set(sys.modules))")
+    assert column(run([spec("heavy")], ["c"])) == [0]
+
+
+def test_string_hashes_are_the_same_in_every_run(write, monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    spec = write("def first(completion): return hash(completion) % 1000003")
+    assert column(run([spec("first")], ["c", "d"])) == column(run([spec("first")], ["c", "d"]))
+
+
+def test_modules_come_from_the_working_directory_and_its_rewards_folder_hides_nothing(tmp_path, monkeypatch):
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
+    (tmp_path / "local_reward_module.py").write_text("def f(completion): return 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert column(run([RewardSpec("f", "local_reward_module:f", 1.0, {})], ["c"])) == [3]
+    assert column(run([RewardSpec("f", "./local_reward_module.py:f", 1.0, {})], ["c"])) == [3]
+
+
+# What a misbehaving function costs: the sample, never the step.
+
+CULPRITS = """
+    import ctypes, re
+    def act(text):
+        if text == "raise": raise KeyError("no such thing")
+        if text == "exit": sys.exit(0)
+        if text == "interrupt": raise KeyboardInterrupt
+        if text == "quit": os._exit(0)
+        if text == "segfault": ctypes.string_at(0)
+        if text == "sleep": time.sleep(60)
+        if text == "backtrack": re.match("(a+)+$", "a" * 60 + "b")
+        return {"nan": float("nan"), "inf": -float("inf"), "str": "1.0", "list": [1.0], "huge": 10**400}.get(text, 1)
+    def batch(prompts, completions, **kwargs): return [act(c) for c in completions]
+    def sample(completion): return act(completion)
+    async def async_batch(completions): return [act(c) for c in completions]
+    async def async_sample(completion): return act(completion)
+    batch.elementwise = async_batch.elementwise = True
+"""
+STYLE_NAMES = ["batch", "sample", "async_batch", "async_sample"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("raise", "exception", "KeyError: 'no such thing' (my_rewards.py:"),
+        ("exit", "exception", "SystemExit: 0"),
+        ("interrupt", "exception", "KeyboardInterrupt"),
+        ("quit", "crash", "died with exit code 0"),
+        ("segfault", "crash", "died by signal 11"),
+        ("nan", "not_a_number", "finite"),
+        ("inf", "not_a_number", "finite"),
+        ("str", "not_a_number", "'1.0'"),
+        ("list", "not_a_number", "list [1.0]"),
+        ("huge", "not_a_number", "int"),
+    ],
+)
+def test_failure_is_isolated_to_its_sample_counted_and_shown(write, tmp_path, text, kind, message):
+    spec = write(CULPRITS)
+    completions = ["fine", "ok", text, "good", "well"]
+    result = run([spec(name) for name in STYLE_NAMES], completions, log_path=tmp_path / "log")
+    for position, name in enumerate(STYLE_NAMES):
+        assert column(result, position) == [1, 1, None, 1, 1], name
+        assert result.counts[name] == counts(**{kind: 1}), name
+        shown = [problem for problem in result.problems if f"{name!r} sample 2: {kind}" in problem]
+        assert len(shown) == 1, result.problems
+        assert message in shown[0]
+
+
+@pytest.mark.parametrize("text", ["sleep", "backtrack"])  # the second holds the interpreter lock in C code
+def test_hang_is_isolated_to_its_sample(write, tmp_path, text):
+    spec = write(CULPRITS)
+    names = ["batch", "sample", "async_sample"]
+    result = run([spec(name) for name in names], ["fine", text, "good"], 3, timeout=0.6, log_path=tmp_path / "log")
+    for position, name in enumerate(names):
+        assert column(result, position) == [1, None, 1], name
+        assert result.counts[name] == counts(timeout=1), name
+    assert "in act" in (tmp_path / "log").read_text()  # the stack at the time of the kill
+
+
+def test_slow_async_sample_is_cancelled_and_the_others_are_kept(write):
+    spec = write("""
+        async def wait(completion):
+            await asyncio.sleep(60 if completion == "slow" else 0.01)
+            return os.getpid()
+    """)
+    with RewardRunner([spec("wait")], [], 1, 0.6) as runner:
+        first = runner.score(["p"] * 3, ["a", "slow", "b"], {})
+        second = runner.score(["p"] * 3, ["a", "slow", "b"], {})
+    assert first.counts["wait"] == counts(timeout=1)
+    assert column(first)[1] is None
+    assert column(first)[0] == column(second)[0] is not None  # no process had to die
+
+
+def test_several_culprits_of_different_kinds_are_each_counted(write, tmp_path):
+    spec = write(CULPRITS)
+    completions = ["quit", "a", "raise", "nan", "b", "sleep", "raise", "segfault"]
+    result = run([spec("batch"), spec("sample")], completions, timeout=0.6, log_path=tmp_path / "log")
+    for position, name in enumerate(["batch", "sample"]):
+        assert column(result, position) == [None, 1, None, None, 1, None, None, None]
+        assert result.counts[name] == counts(crash=2, exception=2, not_a_number=1, timeout=1)
+    assert "reward 'sample': 3 more" in result.problems
+
+
+# How a function may be called.
+
+COMPARING = """
+    import random
+    from rewards.contract import elementwise, needs_group
+    def noted(name, completions):
+        with open(f"{__file__}.{name}", "a") as file:
+            file.write(f"{len(completions)}\\n")
+        if "bad" in completions: raise RuntimeError("bad one")
+        if "die" in completions: os._exit(3)
+        if "few" in completions: return [1.0]
+        return [float(len(c) == max(map(len, completions))) for c in completions]
+    def batch_best(completions): return noted("batch_best", completions)
+    @needs_group
+    def group_best(completions, answer):
+        return noted("group_best", completions)
+    @elementwise
+    def longest(completions): return noted("longest", completions)
+"""
+
+
+@pytest.mark.parametrize(("text", "kind"), [("bad", "exception"), ("die", "crash"), ("few", "wrong_length")])
+def test_failed_call_costs_what_it_was_made_for_and_is_made_for_no_less(write, tmp_path, text, kind):
+    spec = write(COMPARING)
+    specs = [spec("batch_best"), spec("group_best"), spec("longest")]
+    completions, answers = ["a", "bbb", "cc", text, "d", "e", "ff", "ff", "g"], ["1"] * 9
+    with RewardRunner(specs, ["answer"], 2, 5.0) as runner:
+        result = runner.score(["p"] * 9, completions, {"answer": answers}, group_size=3)
+    whole, group, alone = (column(result, key) for key in range(3))
+    assert whole == [None] * 9
+    assert group == [0, 1, 0, None, None, None, 1, 1, 0]
+    assert alone == [1, 1, 1, 1 if text == "few" else None, 1, 1, 1, 1, 1]
+    assert result.counts["batch_best"] == counts(**{kind: 9})
+    assert result.counts["group_best"] == counts(**{kind: 3})
+    assert f"reward 'batch_best' the call with the whole batch: {kind}: " in result.problems[0]
+    assert f"reward 'group_best' the call with group 1: {kind}: " in result.problems[1]
+    assert "9 not judged" in result.problems[0]
+    sizes = {name: (tmp_path / f"my_rewards.py.{name}").read_text().split() for name in ("batch_best", "group_best")}
+    assert sizes == {"batch_best": ["9"], "group_best": ["3"] * 3}
+
+
+def test_group_is_judged_when_it_is_whole_and_never_in_part(write, tmp_path):
+    spec = write(COMPARING)
+    log = tmp_path / "my_rewards.py.group_best"
+    with RewardRunner([spec("group_best"), spec("longest")], ["answer"], 1, 5.0) as runner:
+        with runner.begin(["p"] * 4, {"answer": ["1"] * 4}, group_size=2) as scoring:
+            scoring.add([3, 0], ["aa", "b"])
+            scoring.add([2], ["a"])
+            assert wait_until(log.exists, 5.0)
+            scoring.add([1], ["bb"])
+            assert column(scoring.result()) == [0, 1, 0, 1]
+        assert log.read_text().split() == ["2", "2"]
+        with pytest.raises(ValueError, match=r"'group_best' compares the completions of a prompt.*leave it out"):
+            runner.begin(["p"] * 4, {"answer": ["1"] * 4})
+        with pytest.raises(ValueError, match="whole groups of 3, got 4"):
+            runner.begin(["p"] * 4, {"answer": ["1"] * 4}, group_size=3)
+        assert runner.elementwise == ["longest"]
+        alone = runner.score(["p"] * 2, ["a", "b"], {"answer": ["1"] * 2}, names=runner.elementwise)
+    assert alone.rewards == [[None, 1.0], [None, 1.0]]
+    assert alone.counts["group_best"] == counts()
+
+
+def test_start_up_check_settles_how_a_function_that_is_not_marked_is_called(write, monkeypatch):
+    monkeypatch.setattr("rewards.runner._CHECK_SECONDS", 1.0)
+    spec = write("""
+        import random
+        calls = []
+        def alone(prompts, completions, answer, completion_ids):
+            assert all(ids == list(c.encode()) for c, ids in zip(completions, completion_ids))
+            calls.append(completions)
+            return [float(a in c) if c else None for c, a in zip(completions, answer)]
+        def shortest_right(completions, answer):
+            lengths = [len(c) for c, a in zip(completions, answer) if a in c]
+            return [float(a in c and len(c) == min(lengths)) for c, a in zip(completions, answer)]
+        def counts(completions):
+            calls.append(1)
+            return [float(len(calls))] * len(completions)
+        def chance(completions): return [random.random() for _ in completions]
+        def needs_many(completions):
+            mean = sum(map(len, completions)) / (len(completions) - 1)
+            return [0.5] * len(completions)
+        def sleeps(completions): time.sleep(60)
+        def told_whole(completions): return [1.0] * len(completions)
+        told_whole.elementwise = False
+        def remembers(completions):
+            return [float(len(calls))] * len(completions)
+    """)
+    rows = [("1+1=", {"answer": "2"}), ("2+3=", {"answer": "5"})]
+    names = ["alone", "shortest_right", "counts", "chance", "needs_many", "sleeps", "told_whole", "remembers"]
+    with RewardRunner([spec(name) for name in names], ["answer"], 2, 5.0, rows=rows) as runner:
+        assert runner.elementwise[0] == "alone"
+        assert runner.calls["told_whole"] == "whole_batch"
+        notes = dict(zip([name for name in names if name != "told_whole"], runner.notes(), strict=True))
+        assert "is called for one completion at a time" in notes["alone"]
+        for name, reason in (
+            ("shortest_right", "gave other rewards"),
+            ("counts", "gave other rewards"),
+            ("chance", "gave other rewards"),
+            ("needs_many", "ZeroDivisionError"),
+            ("sleeps", "took longer than 1 s"),
+        ):
+            assert runner.calls[name] == "whole_batch"
+            assert f"{name!r} is called with whole batches, for " in notes[name]
+            assert reason in notes[name]
+        # What the check did to the functions is gone with its workers.
+        fresh = runner.score(["p"], ["c"], {"answer": ["2"]}, [[99]], names=["counts", "remembers"])
+        assert fresh.rewards[0][2] == 1.0
+        before = runner.calls
+        runner.adopt({"alone": "whole_batch", "chance": "elementwise", "told_whole": "elementwise"})
+        assert runner.calls == before | {"alone": "whole_batch"}
+
+
+def test_a_function_is_elementwise_only_where_the_check_could_have_shown_that_it_compares(write):
+    spec = write(r"""
+        import re
+        def best(prompts, completions, right):
+            shortest = {}
+            for p, c, r in zip(prompts, completions, right):
+                if r:
+                    shortest[p] = min(shortest.get(p, len(c)), len(c))
+            places = zip(prompts, completions, right)
+            return [(1.0 if len(c) == shortest[p] else 0.5) if r else 0.0 for p, c, r in places]
+        def brevity_json(prompts, completions, solution):
+            return best(prompts, completions, [f'{{"answer": "{s}"}}' in c for c, s in zip(completions, solution)])
+        def brevity_boxed(prompts, completions, solution):
+            return best(prompts, completions, [f"\\boxed{{{s}}}" in c for c, s in zip(completions, solution)])
+        def brevity_unknown(prompts, completions, solution):
+            return best(prompts, completions, [f"@@{s}@@" in c for c, s in zip(completions, solution)])
+        def declines(completions): return [None] * len(completions)
+        def one_wins(completions): return [float(c.startswith("# Let")) for c in completions]
+        # What a first reward function looks like.
+        def polite(prompts, completions, **columns):
+            return [1.0 if "please" in str(completion) else 0.0 for completion in completions]
+        def exact(completions, solution): return [float(c == s) for c, s in zip(completions, solution)]
+        def tagged(completions, solution):
+            found = [re.search("<answer>(.*?)</answer>", c, re.DOTALL) for c in completions]
+            return [float(bool(f) and f[1].strip() == s) for f, s in zip(found, solution)]
+        def layout(completions):
+            lines = r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$"
+            return [0.5 if re.match(lines, c, re.DOTALL) else 0.0 for c in completions]
+        def code(completions): return [float("```python" in c) for c in completions]
+        def shouts(completions): return [float(c.isupper()) for c in completions]
+        def on_topic(prompts, completions): return [float(p in c) for p, c in zip(prompts, completions)]
+    """)
+    differ, unseen = ["brevity_json", "brevity_boxed"], ["brevity_unknown", "declines", "one_wins"]
+    alone = ["polite", "exact", "tagged", "layout", "code", "shouts", "on_topic"]
+    rows = [("What is it?", {"level": 3, "solution": "11"}), ("And now?", {"level": 4, "solution": "22"})]
+    specs = [spec(name) for name in [*differ, *unseen, *alone]]
+    with RewardRunner(specs, ["level", "solution"], 2, 5.0, rows=rows) as runner:
+        assert runner.elementwise == alone
+        for name in differ:
+            assert "gave other rewards" in runner.why_not_alone(name)
+        for name in unseen:
+            assert "does not show whether it compares" in runner.why_not_alone(name)
+            note = next(note for note in runner.notes() if repr(name) in note)
+            assert "is called with whole batches, for " in note
+            assert "elementwise: true says that it judges each completion by itself" in note
+        completions = ['{"answer": "11"}', 'so {"answer": "11"}', "no", ""]
+        result = runner.score(
+            ["p"] * 4, completions, {"level": [3] * 4, "solution": ["11"] * 4}, group_size=4, names=["brevity_json"]
+        )
+    assert column(result) == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_the_check_finds_the_right_answer_in_the_columns_of_usual_data_sets():
+    for columns in (
+        {"ANSWER": "6 * 7 = 42\n#### 42"},  # GSM8K
+        {"level": 5, "solution": r"So it is $\boxed{42}$."},  # MATH
+        {"data_source": "x", "reward_model": {"style": "rule", "ground_truth": "42"}},  # verl
+        {"id": None, "answers": ["42", "forty-two"]},
+    ):
+        row = ([{"role": "user", "content": "6*7?"}], columns)
+        for probe in probes([row], [*columns]):
+            texts = [messages[0]["content"] for messages in probe.completions]
+            assert len(texts) == len(probe.prompts) == 2 * probe.group_size
+            assert probe.columns == {name: [value] * len(texts) for name, value in columns.items()}
+            assert "<answer>42</answer>" in "".join(texts).replace("\n", "")
+            assert any(text.strip("$*#. \n").endswith("42") for text in texts)
+    assert any(text == "6*7?" for text in probes([("6*7?", {})], [])[1].completions)
+
+
+def test_what_the_recipe_says_wins_over_marks_and_check(write):
+    spec = write("""
+        def f(completions): return [float(len(completions))] * len(completions)
+        def each(completion): return 1.0
+        def both(completions): ...
+        both.elementwise = both.needs_group = True
+    """)
+    function, rows = spec("f").function, [("p", {})]
+    said = [RewardSpec(calls, function, 1.0, {}, calls) for calls in ("elementwise", "needs_group", "whole_batch")]
+    with RewardRunner(said, [], 1, 5.0, rows=rows) as runner:
+        assert list(runner.calls.values()) == ["elementwise", "needs_group", "whole_batch"]
+        assert runner.notes() == []
+        assert runner.score(["p"] * 4, ["c"] * 4, {}, group_size=2).rewards == [[1.0, 2.0, 4.0]] * 4
+    for refused, message in (
+        (RewardSpec("each", spec("each").function, 1.0, {}, "needs_group"), "one completion a call .*needs_group says"),
+        (RewardSpec("each", spec("each").function, 1.0, {}, "whole_batch"), "elementwise: false says"),
+        (spec("both"), "elementwise and needs_group"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RewardRunner([refused], [], 1, 5.0)
+
+
+@pytest.mark.parametrize("value", ["None", "0.5", "'ab'", "{0: 1.0, 1: 2.0}"])
+def test_batch_function_that_returns_no_list_is_a_wrong_length(write, value):
+    spec = write(f"def f(completions): return {value}")
+    result = run([spec("f")], ["a", "b"])
+    assert column(result) == [None, None]
+    assert result.counts["f"] == counts(wrong_length=2)
+
+
+def test_whatever_has_a_float_is_a_reward(write):
+    spec = write("""
+        import numpy as np
+        from decimal import Decimal
+        values = [True, 2, np.float32(0.5), np.int64(3), Decimal("0.25"), np.array(4.0), None, np.ones(1), np.bool_(1)]
+        def sample(completion): return values[int(completion)]
+        def array(completions): return np.arange(len(completions))
+    """)
+    result = run([spec("sample"), spec("array")], [str(i) for i in range(9)])
+    assert column(result, 0) == [1.0, 2.0, 0.5, 3.0, 0.25, 4.0, None, None, 1.0]
+    assert result.counts["sample"] == counts(none=1, not_a_number=1)
+    assert column(result, 1) == list(range(9))
+
+
+def test_prints_and_reads_of_user_code_do_not_touch_the_protocol(write, tmp_path):
+    spec = write("""
+        print("hello from import")
+        def loud(completion):
+            print("hello from call", completion)
+            sys.__stdout__.write("raw"); sys.__stdout__.flush()
+            os.write(1, b"descriptor one\\n")
+            os.system("echo from a shell")
+            return len(sys.stdin.read())
+    """)
+    result = run([spec("loud")], ["c"], log_path=tmp_path / "log")
+    assert column(result) == [0]
+    log = (tmp_path / "log").read_text()
+    for line in ("hello from import", "hello from call c", "raw", "descriptor one", "from a shell"):
+        assert line in log
+
+
+def test_log_of_a_function_that_prints_without_end_stays_within_two_files(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("rewards.log.MAX_BYTES", 100_000)
+    spec = write("""
+        def loud(completion):
+            for number in range(10_000):
+                print(f"{number:06d}", "x" * 92)  # 100 bytes
+            return 1.0
+    """)
+    (tmp_path / "log").write_text("of an earlier run\n")
+    assert column(run([spec("loud")], ["c"], log_path=tmp_path / "log")) == [1.0]
+    new, old = ((tmp_path / name).read_text() for name in ("log", "log.1"))
+    assert max(len(new), len(old)) <= 100_000 + 200
+    first, _, rest = new.partition("\n")
+    num_cut = int(re.fullmatch(r"\[this log goes on from log\.1; (\d+) bytes before that were cut\]", first)[1])
+    notes = sum(len(line) + 1 for line in old.splitlines() if line.startswith("[this log"))
+    assert "009999 xxx" in rest
+    assert num_cut + len(old) - notes + len(rest) >= 1_000_000
+
+
+def test_what_cannot_be_logged_is_counted_and_stops_nobody(tmp_path):
+    log = RewardLog(tmp_path / "folder" / "log")
+    os.write(log.descriptor, b"lost\n")
+    assert wait_until(lambda: log._num_lost == 5, 5.0)
+    (tmp_path / "folder").mkdir()
+    os.write(log.descriptor, b"kept\n")
+    log.close()
+    log.close()
+    text = (tmp_path / "folder" / "log").read_text()
+    assert text == "[5 bytes of the log could not be written here]\nkept\n"
+
+
+def test_traceback_goes_to_the_log_once(write, tmp_path):
+    spec = write(CULPRITS)
+    run([spec("sample")], ["raise"] * 8, num_workers=1, log_path=tmp_path / "log")
+    assert (tmp_path / "log").read_text().count("Traceback") == 1
+
+
+def test_processes_started_by_a_hung_function_die_with_it(write, tmp_path):
+    spec = write(f"""
+        import subprocess
+        def hang(completion):
+            child = subprocess.Popen(["sleep", "60"])
+            open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+            child.wait()
+    """)
+    result = run([spec("hang")], ["c"], timeout=0.4)
+    assert result.counts["hang"] == counts(timeout=1)
+    child = int((tmp_path / "pid").read_text())
+    assert wait_until(lambda: not is_running(child), 5.0)
+
+
+HOSTILE = """
+    import gc, json, math, struct, threading
+    import numpy as np
+    json.dumps = json.JSONEncoder.encode = lambda *args, **kwargs: "{"
+    math.isfinite = lambda value: True
+    def pipe():
+        return next(thing for thing in gc.get_objects() if type(thing).__name__ == "_Worker")
+    def raw(data):
+        os.write(pipe()._replies.fileno(), data)
+        time.sleep(30)  # nothing but the forged frame may end the wait
+    def frame(text):
+        raw(struct.pack(">Q", len(text)) + text.encode())
+    def reply(**fields):
+        pipe()._reply(**fields)
+        time.sleep(30)
+    def result(index, value):
+        reply(op="result", index=index, value=value, kind=None, message=None)
+    ACTS = {
+        "1e6": lambda: 1e6, "1e200": lambda: 1e200, "over": lambda: -1000001, "nan": lambda: math.nan,
+        "str": lambda: np.str_("1.5"), "bytes": lambda: np.bytes_(b"1.5"), "text array": lambda: np.array("1.5"),
+        "complex": lambda: 1j, "complex64": lambda: np.complex64(1.5), "delta": lambda: np.timedelta64(1),
+        "long": lambda: exec("raise ValueError('x' * 50_000_000)"),
+        "escape": lambda: exec("raise ValueError(chr(27) + '[2J' + chr(10) + 'next')"),
+        "index": lambda: result(99, 1.0), "early done": lambda: reply(op="done", kind=None, message=None),
+        "garbage": lambda: raw(b"x" * 100), "deep": lambda: frame("[" * 500_000),
+        "NaN": lambda: frame('{"value": NaN}'), "digits": lambda: frame("1" * 500_000),
+    }
+    def act(completion):
+        return ACTS[completion]()
+"""
+
+
+def test_whatever_a_function_returns_or_writes_costs_its_sample_alone(write, tmp_path):
+    invalid = {
+        **dict.fromkeys(("1e200", "over"), ("out_of_range", "must be within 1e+06 of 0")),
+        **dict.fromkeys(("str", "bytes", "text array", "complex", "complex64", "delta"), ("not_a_number", "must be a")),
+        "nan": ("not_a_number", "returned nan"),
+        "long": ("exception", "more characters were cut) (<string>:1)"),
+        "escape": ("exception", r"\x1b[2J\nnext"),
+        "index": ("crash", "sent a reward for sample 99 of"),
+        "early done": ("crash", "sent the end of a task with "),
+        "garbage": ("crash", f"sent a message of {int.from_bytes(b'x' * 8)} bytes, over the limit"),
+        "deep": ("crash", "sent what is no JSON (RecursionError"),
+        "NaN": ("crash", "NaN is no number"),
+        "digits": ("crash", "sent what is no JSON (ValueError"),
+    }
+    with RewardRunner([write(HOSTILE)("act")], [], 2, 5.0, log_path=tmp_path / "log") as runner:
+        for completion, (kind, message) in invalid.items():  # a call each: only the first few problems are shown
+            result = runner.score(["p"] * 2, [completion, "1e6"], {})
+            assert column(result) == [None, 1e6], completion
+            assert result.counts["act"] == counts(**{kind: 1}), completion
+            assert message in result.problems[0]
+            assert len(result.problems[0]) < 4200
+            assert result.problems[0].isprintable()
+
+
+def test_what_a_function_says_without_being_asked_is_never_taken_for_a_reply(write):
+    spec = write("""
+        import gc, threading
+        def act(completion):
+            worker = next(thing for thing in gc.get_objects() if type(thing).__name__ == "_Worker")
+            nonce = worker._nonce
+            def late():
+                while worker._nonce == nonce and completion == "next task":
+                    time.sleep(0.001)
+                worker._nonce = nonce
+                worker._reply(op="result", index=0, value=9.0, kind=None, message=None)
+                open(__file__ + completion, "w").close()
+            if completion in ("next task", "idle"):
+                threading.Timer(0.05, late).start()
+            if completion == "wait":
+                time.sleep(30)
+            return os.getpid()
+    """)
+    with RewardRunner([spec("act")], [], 1, 5.0) as runner:
+        (first,) = column(runner.score(["p"], ["idle"], {}))
+        assert wait_until(Path(spec("act").function.partition(":")[0] + "idle").exists, 5.0)
+        (second,) = column(runner.score(["p"], ["next task"], {}))
+        assert second not in (None, first)  # replaced before it was asked again
+        result = runner.score(["p"], ["wait"], {})
+        assert result.rewards == [[None]]
+        assert "sent a reply to something else than it was asked" in result.problems[0]
+
+
+def test_crash_is_seen_although_a_forked_child_holds_the_pipe(write):
+    spec = write("""
+        def orphan(completion):
+            if completion == "bad":
+                if os.fork() == 0:
+                    time.sleep(30)
+                os._exit(3)
+            return 1
+    """)
+    result = run([spec("orphan")], ["a", "bad", "b"], timeout=20.0)
+    assert column(result) == [1, None, 1]
+    assert result.counts["orphan"] == counts(crash=1)
+
+
+def test_function_that_cannot_be_loaded_again_after_a_crash_loses_samples_not_the_step(write, tmp_path):
+    spec = write(CULPRITS)
+    with RewardRunner([spec("sample")], [], 1, 5.0) as runner:
+        write("def sample(:")
+        result = runner.score(["p"] * 8, ["a", "quit", "b", "c", "d", "e", "f", "g"], {})
+        assert column(result)[:2] == [1, None]
+        assert result.counts["sample"]["crash"] == 1
+        assert result.counts["sample"]["exception"] == 6
+        assert any("does not import: SyntaxError" in problem for problem in result.problems)
+        write(CULPRITS)
+        assert column(runner.score(["p"], ["a"], {})) == [1]
+
+
+def test_worker_that_dies_between_steps_is_replaced(write):
+    spec = write("def pid(completions): return [os.getpid()]")
+    with RewardRunner([spec("pid")], [], 1, 5.0) as runner:
+        pid = int(column(runner.score(["p"], ["a"], {}))[0])
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: not is_running(pid), 5.0)
+        result = runner.score(["p"], ["a"], {})
+    assert result.problems == []
+    assert column(result)[0] not in (None, pid)
+
+
+def test_interrupted_score_does_not_leak_into_the_next_one(write):
+    spec = write("""
+        def slow(completions):
+            time.sleep(0.5)
+            return [len(c) for c in completions]
+    """)
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(number, frame):
+        raise Interrupted
+
+    with RewardRunner([spec("slow")], [], 1, 5.0) as runner:
+        previous = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.15)
+            with pytest.raises(Interrupted):
+                runner.score(["p"] * 2, ["a", "bb"], {})
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+        assert column(runner.score(["p"], ["cccc"], {})) == [4]
+
+
+# A batch whose completions come one by one.
+
+
+def test_what_has_come_is_judged_while_the_rest_is_awaited(write, tmp_path):
+    spec = write(f"""
+        def seen(completion):
+            open(f"{tmp_path}/seen_{{completion}}", "w").close()
+            return float(len(completion))
+        def whole(completions):
+            open(f"{tmp_path}/whole_{{len(completions)}}", "w").close()
+            return [float(len(completions))] * len(completions)
+    """)
+    with RewardRunner([spec("seen"), spec("whole")], [], 1, 5.0) as runner, runner.begin(["p"] * 3, {}) as scoring:
+        for number, completion in ((2, "ccc"), (0, "a")):
+            scoring.add([number], [completion])
+            assert wait_until((tmp_path / f"seen_{completion}").exists, 5.0)
+        assert not list(tmp_path.glob("whole_*"))
+        scoring.add([1], ["bb"])
+        assert scoring.result().rewards == [[1.0, 3.0], [2.0, 3.0], [3.0, 3.0]]
+    assert [path.name for path in tmp_path.glob("whole_*")] == ["whole_3"]
+
+
+def test_one_by_one_gives_what_all_at_once_gives(write):
+    spec = write("""
+        def each(completion, answer):
+            if completion == "c3":
+                raise RuntimeError("no")
+            return float(completion == answer)
+        async def later(completion):
+            await asyncio.sleep(0.01)
+            return None if completion == "c1" else 1.0
+        def ranked(completions):
+            return [float(sorted(completions).index(c)) for c in completions]
+        def ids(completions, completion_ids):
+            return [float(sum(ids)) for ids in completion_ids]
+    """)
+    specs = [spec("each"), spec("later"), spec("ranked"), spec("ids")]
+    completions, answers = [f"c{i}" for i in range(7)], ["c0", "c1", "x", "c3", "c4", "x", "c6"]
+    ids = [[i, 1] for i in range(7)]
+    with RewardRunner(specs, ["answer"], 2, 5.0) as runner:
+        at_once = runner.score(["p"] * 7, completions, {"answer": answers}, ids)
+        with runner.begin(["p"] * 7, {"answer": answers}) as scoring:
+            for number in (4, 1, 0, 6, 5, 3, 2):
+                scoring.add([number], [completions[number]], [ids[number]])
+            one_by_one = scoring.result()
+    assert one_by_one.rewards == at_once.rewards
+    assert one_by_one.counts == at_once.counts
+    assert one_by_one.problems == at_once.problems
+    assert at_once.counts["each"]["exception"] == 1
+
+
+def test_a_batch_given_up_half_way_leaves_nothing_behind(write):
+    spec = write("""
+        def slow(completion):
+            time.sleep(0.3)
+            return float(len(completion))
+    """)
+    with RewardRunner([spec("slow")], [], 1, 5.0) as runner:
+        with runner.begin(["p"] * 4, {}) as scoring:
+            scoring.add([0, 1], ["a", "bb"])
+        assert column(runner.score(["p"] * 2, ["ccc", "dddd"], {})) == [3, 4]
+
+
+def test_completions_that_do_not_fit_the_batch_are_refused(write):
+    spec = write("def length(completion): return float(len(completion))")
+    with RewardRunner([spec("length")], [], 1, 5.0) as runner, runner.begin(["p"] * 2, {}) as scoring:
+        scoring.add([0], ["a"])
+        with pytest.raises(ValueError, match=r"sample 0 .*came before"):
+            scoring.add([0], ["a"])
+        with pytest.raises(ValueError, match="sample 2 is not in the batch of 2"):
+            scoring.add([2], ["a"])
+        with pytest.raises(ValueError, match=r"completions must have one entry per sample \(1\), got 2"):
+            scoring.add([1], ["a", "b"])
+        with pytest.raises(ValueError, match="1 of 2 completions are missing"):
+            scoring.result()
+        scoring.add([1], ["bb"])
+        assert column(scoring.result()) == [1, 2]
+
+
+# Life and death of the workers.
+
+
+def test_ctrl_c_does_not_reach_a_worker(write):
+    spec = write("def pid(completions): return [os.getpid()]")
+    with RewardRunner([spec("pid")], [], 1, 5.0) as runner:
+        pid = int(column(runner.score(["p"], ["a"], {}))[0])
+        assert os.getsid(pid) == pid  # no terminal of ours sends it signals
+        os.kill(pid, signal.SIGINT)
+        assert column(runner.score(["p"], ["a"], {})) == [pid]
+
+
+def test_close_ends_the_workers_and_lets_exit_handlers_run(write, tmp_path):
+    spec = write(f"""
+        import atexit
+        atexit.register(lambda: open({str(tmp_path / "left")!r}, "w").write("properly"))
+        def pid(completions): return [os.getpid()]
+    """)
+    runner = RewardRunner([spec("pid")], [], 1, 5.0)
+    pid = int(column(runner.score(["p"], ["a"], {}))[0])
+    runner.close()
+    runner.close()
+    assert not is_running(pid)
+    assert (tmp_path / "left").read_text() == "properly"
+
+
+# A process that leaves its session, whose parent is dead, that ignores what it can, and that holds none of our pipes.
+DAEMON = """
+    import signal
+    def daemon(note):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                    signal.signal(number, signal.SIG_IGN)
+                os.closerange(0, 256)
+                with open(f"{note}.new", "w") as file:
+                    file.write(str(os.getpid()))
+                os.rename(f"{note}.new", note)
+                time.sleep(600)
+            os._exit(0)
+        os.wait()
+        while not os.path.exists(note):
+            time.sleep(0.01)
+"""
+
+
+def read_pid(path: Path) -> int:
+    return int(path.read_text())
+
+
+def environment_of(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it died meanwhile, or is dying
+        return b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only the process group can be ended")
+@pytest.mark.parametrize("end", ["hang", "crash", "close"])
+def test_what_a_worker_started_dies_with_it_also_outside_its_session(write, tmp_path, end):
+    spec = write(
+        DAEMON
+        + f"""
+    def start(completion):
+        daemon({str(tmp_path / "daemon")!r})
+        if completion == "hang": time.sleep(600)
+        if completion == "crash": os._exit(1)
+        return 1
+    """
+    )
+    with RewardRunner([spec("start")], [], 1, 1.0) as runner:
+        result = runner.score(["p"], [end], {})
+        assert column(result) == [1 if end == "close" else None]
+        assert is_running(read_pid(tmp_path / "daemon")) == (end == "close")
+    assert not is_running(read_pid(tmp_path / "daemon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only the process group can be ended")
+def test_processes_that_go_on_forking_are_all_ended(write, tmp_path, monkeypatch):
+    # Eight chains of processes, each of which starts the next one and dies at once; the worker dies among them.
+    spec = write(f"""
+        def chains(completion):
+            for number in range(8):
+                if os.fork() == 0:
+                    os.setsid()
+                    deadline = time.monotonic() + 60
+                    while time.monotonic() < deadline:
+                        if os.fork() != 0:
+                            os._exit(0)
+                        with open(f"{tmp_path}/link{{number}}", "w") as file:
+                            file.write(str(os.getpid()))
+                    os._exit(0)
+            while len([name for name in os.listdir({str(tmp_path)!r}) if name.startswith("link")]) < 8:
+                time.sleep(0.01)
+            os._exit(1)
+    """)
+    monkeypatch.setenv("CHAINS_OF", str(tmp_path))
+    result = run([spec("chains")], ["c"], 1, timeout=20.0, env=["CHAINS_OF"])
+    assert result.counts["chains"] == counts(crash=1)
+    assert len([*tmp_path.glob("link*")]) == 8
+    mark = f"CHAINS_OF={tmp_path}".encode()
+    assert not [number for number in filter(str.isdigit, os.listdir("/proc")) if mark in environment_of(number)]
+
+
+def test_nothing_is_left_of_a_trainer_that_is_killed(write, tmp_path):
+    is_linux = sys.platform == "linux"
+    spec = write(
+        DAEMON
+        + f"""
+    open(f"{tmp_path}/worker{{os.getpid()}}", "w").close()
+    def idle(completion): return 1
+    def busy(completions):
+        if {is_linux}:
+            daemon({str(tmp_path / "daemon")!r})
+        print("busy", file=sys.stderr, flush=True)
+        while True:
+            pass
+    """
+    )
+    code = f"""
+        import os, time
+        from rewards.contract import RewardSpec
+        from rewards.runner import RewardRunner
+        functions = {{"busy": {spec("busy").function!r}, "idle": {spec("idle").function!r}}}
+        specs = [RewardSpec(name, function, 1.0, {{}}) for name, function in functions.items()]
+        runner = RewardRunner(specs, [], 2, 60.0)
+        if (fork := os.fork()) == 0:  # which holds all that the trainer holds
+            os.setsid()
+            time.sleep(60)
+            os._exit(0)
+        with open({str(tmp_path / "fork")!r}, "w") as file:
+            file.write(str(fork))
+        runner.score(["p"], ["c"], {{}})
+    """
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert parent.stderr is not None
+    assert parent.stderr.readline() == "busy\n"
+    parent.kill()
+    parent.wait()
+    parent.stderr.close()
+    pids = [int(path.name.removeprefix("worker")) for path in tmp_path.glob("worker*")]
+    assert len(pids) == 2
+    pids += [read_pid(tmp_path / "daemon")] if is_linux else []
+    assert wait_until(lambda: not any(is_running(pid) for pid in pids), 15.0)
+    os.kill(read_pid(tmp_path / "fork"), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL])
+def test_a_worker_cannot_get_rid_of_its_supervisor(write, tmp_path, number):
+    spec = write(f"""
+        def rebel(completion):
+            with open({str(tmp_path / "pid")!r}, "w") as file:
+                file.write(str(os.getpid()))
+            if completion == "bad":
+                os.kill(os.getppid(), {int(number)})
+                time.sleep(600)
+            return 1
+    """)
+    with RewardRunner([spec("rebel")], [], 1, 0.8) as runner:
+        result = runner.score(["p"] * 3, ["a", "bad", "b"], {})
+        assert column(result) == [1, None, 1]
+        if number == signal.SIGKILL and sys.platform == "linux":
+            assert "the supervisor of the worker process died by signal 9" in result.problems[0]
+        else:
+            assert "no answer within 0.8 s" in result.problems[0]
+    assert not is_running(read_pid(tmp_path / "pid"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")
+def test_processes_that_hold_more_memory_than_allowed_together_are_ended(write, tmp_path):
+    spec = write("""
+        def hoard(completion):
+            if completion == "bad":
+                for _ in range(3):
+                    if os.fork() == 0:
+                        os.setsid()
+                        held = b"x" * 60_000_000
+                        time.sleep(600)
+                time.sleep(600)
+            if completion == "greedy":
+                return len(bytearray(1_000_000_000))
+            return 1
+    """)
+    result = run([spec("hoard")], ["a", "bad", "greedy", "b"], 1, 20.0, memory_gb=0.15, log_path=tmp_path / "log")
+    assert column(result) == [1, None, None, 1]
+    assert result.counts["hoard"] == counts(crash=1, exception=1)
+    assert re.search(r"held 0\.\d\d GB of memory together, more than rewards.memory_gb \(0.15\)", result.problems[0])
+    assert "MemoryError" in result.problems[1]
+    assert "allowed are 150000000" in (tmp_path / "log").read_text()
+
+
+# What a worker sees of the environment.
+
+
+def test_a_worker_sees_the_variables_it_needs_and_those_that_are_named(write, monkeypatch):
+    for name, value in (("SECRET_TOKEN", "s"), ("JUDGE_KEY", "k"), ("LC_TIME", "C"), ("HF_HOME", "/hf"), ("TZ", "UTC")):
+        monkeypatch.setenv(name, value)
+    spec = write("""
+        def names(completion): return 1 / 0 if set(os.environ) & {"SECRET_TOKEN"} else 1
+        def seen(completion): return len([os.environ[n] for n in ("JUDGE_KEY", "LC_TIME", "HF_HOME", "TZ", "PATH")])
+        def parent(completion): return float(b"SECRET_TOKEN" in open(f"/proc/{os.getppid()}/environ", "rb").read())
+    """)
+    specs = [spec("names"), spec("seen")] + ([spec("parent")] if sys.platform == "linux" else [])
+    result = run(specs, ["c"], 1, env=["JUDGE_KEY"])
+    assert result.problems == []
+    assert result.rewards == [[1, 5, 0][: len(specs)]]
+
+
+def test_a_variable_that_is_missing_in_the_worker_is_named_with_the_key_that_passes_it(write, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "s")
+    spec = write("""
+        def plain(completion): return len(os.environ["SECRET_TOKEN"])
+        def wrapped(completion):
+            try:
+                return len(os.environ["SECRET_TOKEN"])
+            except KeyError:
+                raise RuntimeError("no token")
+        def other(completion): return {}["SECRET_TOKEN"]
+    """)
+    result = run([spec("plain"), spec("wrapped"), spec("other")], ["c"], 1)
+    words = "the worker's environment does not hold SECRET_TOKEN: rewards.env: [SECRET_TOKEN] passes it"
+    assert [words in problem for problem in result.problems] == [True, True, False]
+    spec = write("TOKEN = os.environ['SECRET_TOKEN']\ndef f(completion): return 1")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RewardRunner([spec("f")], [], 1, 5.0)
+
+
+def test_a_variable_that_is_to_be_passed_must_be_set_and_be_a_name(monkeypatch):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    spec = RewardSpec("f", "rewards.number:exact_number_strict", 1.0, {})
+    with pytest.raises(ValueError, match=r"rewards.env passes JUDGE_KEY .*holds no such variable"):
+        RewardRunner([spec], [], 1, 5.0, env=["JUDGE_KEY"])
+    with pytest.raises(ValueError, match=r"names of environment variables.*'JUDGE_KEY=\.\.\.'") as caught:
+        RewardRunner([spec], [], 1, 5.0, env=["JUDGE_KEY=sk-123"])
+    assert "sk-123" not in str(caught.value)
+
+
+# Refusals at start.
+
+
+def test_worker_that_dies_while_importing_at_the_start_is_started_again(write):
+    spec = write("""
+        if not os.path.exists(__file__ + ".tried"):
+            open(__file__ + ".tried", "w").close()
+            os._exit(3)
+        def other(completion): return 2.0
+        def f(completion): return 1.0
+    """)
+    assert run([spec("f"), spec("other")], ["c"], num_workers=1).rewards == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def other(completion): ...", ["'f'", "no attribute 'f'"]),
+        ("f = 3", ["must be callable"]),
+        ("import no_such_module_here", ["does not import", "no_such_module_here"]),
+        ("def f(completion, anwser): ...", ["nothing provides", "'anwser'", "did you mean the column 'answer'"]),
+        ("os._exit(3)", ["importing", "failed 3 times", "exit code 3"]),
+        ("time.sleep(60)", ["importing", "no answer within 0.8 s"]),
+    ],
+)
+def test_function_that_cannot_start_is_refused_before_the_run(write, code, words):
+    spec = write(code)
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        RewardRunner([spec("f")], ["answer"], 2, 5.0, start_timeout_seconds=0.8)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "timeout", "word"),
+    [(0, 1.0, "num_workers"), (1, 0.0, "timeout_seconds"), (1, float("nan"), "timeout")],
+)
+def test_senseless_settings_are_refused(num_workers, timeout, word):
+    spec = RewardSpec("f", "rewards.number:exact_number_strict", 1.0, {})
+    with pytest.raises(ValueError, match=word):
+        RewardRunner([spec], ["answer"], num_workers, timeout)
+
+
+@pytest.mark.parametrize("memory_gb", [0.0, -1.0, float("nan"), float("inf")])
+def test_senseless_memory_limit_is_refused(memory_gb):
+    with pytest.raises(ValueError, match=r"rewards.memory_gb must be > 0 and finite"):
+        check_memory_gb(memory_gb)
+
+
+def test_kwargs_that_json_cannot_hold_are_refused():
+    with pytest.raises(ValueError, match=r"'f': kwargs.*object"):
+        RewardRunner([RewardSpec("f", "rewards.format:format_regex", 1.0, {"pattern": object()})], [], 1, 1.0)
+
+
+def test_inputs_that_do_not_fit_together_are_refused(write):
+    spec = write("def f(completions, completion_ids, answer): return [1.0] * len(completions)")
+    with RewardRunner([spec("f")], ["answer"], 1, 5.0) as runner:
+        with pytest.raises(ValueError, match=r"prompts must have one entry per completion \(2\), got 1"):
+            runner.score(["p"], ["a", "b"], {"answer": ["1", "2"]}, [[1], [2]])
+        with pytest.raises(ValueError, match="answer must have one entry"):
+            runner.score(["p"], ["a"], {"answer": ["1", "2"]}, [[1]])
+        with pytest.raises(ValueError, match="got no 'answer'"):
+            runner.score(["p"], ["a"], {}, [[1]])
+        with pytest.raises(ValueError, match="requires completion_ids"):
+            runner.score(["p"], ["a"], {"answer": ["1"]})
+        with pytest.raises(ValueError, match=r"column 'answer'.*set"):
+            runner.score(["p"], ["a"], {"answer": [{1}]}, [[1]])
+        assert column(runner.score(["p"], ["a"], {"answer": ["1"]}, [[1]])) == [1.0]
+
+
+# The start-up check, and the ready-made functions in a worker.
+
+
+def test_gold_check_warns_of_what_fails_on_a_right_answer(write):
+    spec = write("""
+        def good(completion, answer): return float(completion == answer)
+        def raises(completion): return 1 / 0
+        def declines(completions, **kwargs): return [None] * len(completions)
+        def text(completion): return "1"
+        def hangs(completion): time.sleep(60)
+    """)
+    names = ["good", "raises", "declines", "text", "hangs"]
+    with RewardRunner([spec(name) for name in names], ["answer"], 2, 0.8) as runner:
+        warnings = check_on_gold(runner, "6*7?", "42", {"answer": "42"})
+    assert len(warnings) == 4
+    for name, word in [("raises", "ZeroDivisionError"), ("declines", "None"), ("text", "'1'"), ("hangs", "timeout")]:
+        assert sum(repr(name) in warning and word in warning for warning in warnings) == 1, warnings
+
+
+def test_ready_made_functions_run_in_workers_and_a_hanging_expression_costs_its_sample():
+    specs = [
+        RewardSpec("strict", "rewards.number:exact_number_strict", 1.0, {}),
+        RewardSpec("flexible", "rewards.number:exact_number_flexible", 0.0, {}),
+        RewardSpec("math", "rewards.verify:math_verified", 1.0, {}),
+        RewardSpec("format", "rewards.format:format_regex", 0.1, {"pattern": ".*boxed.*"}),
+        RewardSpec("length", "rewards.length:length_penalty", 1.0, {"limit": 4, "buffer": 2}),
+    ]
+    completions = [r"\boxed{42}", "it is 42", r"\boxed{3^{3^{3^{3}}}}", r"\boxed{41}"]
+    ids = [[1] * length for length in (2, 3, 5, 4)]
+    result = run(specs, completions, timeout=3.0, columns={"answer": ["42"] * 4}, completion_ids=ids)
+    assert column(result, 0) == [1.0, 0.0, 0.0, 0.0]
+    assert column(result, 1) == [1.0, 1.0, 0.0, 0.0]
+    assert column(result, 2) == [1.0, 1.0, None, 0.0]
+    assert result.counts["math"] == counts(timeout=1)
+    assert column(result, 3) == [1.0, 0.0, 1.0, 1.0]
+    assert column(result, 4) == [0.0, -0.5, -1.0, -1.0]
+
+
+# Several processes
+
+
+def test_shares_of_a_batch_are_disjoint_and_make_the_whole(write):
+    spec = write("""
+        def length(completion):
+            return float(len(completion))
+        def rank(prompts, completions):
+            return [float(sorted(completions).index(text)) for text in completions]
+        def top(prompts, completions):
+            return [float(text == max(completions)) for text in completions]
+        top.needs_group = True
+        def last(prompts, completions):
+            return [float(text == completions[-1]) for text in completions]
+    """)
+    specs = [spec("length"), spec("rank"), spec("top"), spec("last")]
+    completions = ["a", "ccc", "bb", "dddd", "eeeee", "ffffff", "", "g"]
+    whole = run(specs, completions, group_size=2)
+    gathered = [Share(index, 3, lambda result: [result]) for index in range(3)]
+    parts = [run(specs, completions, share=share, group_size=2) for share in gathered]
+    judged = [[[b for b, row in enumerate(part.rewards) if row[k] is not None] for part in parts] for k in range(4)]
+    assert judged[0] == [[0, 1, 2], [3, 4, 5], [6, 7]]  # blocks
+    assert judged[2] == [[0, 1, 2, 3], [4, 5], [6, 7]]  # whole groups
+    assert judged[1::2] == [[[], [*range(8)], []], [[*range(8)], [], []]]  # of the whole batch: functions in turns
+    assert merge_results(parts).rewards == whole.rewards
+    assert merge_results(parts).counts == whole.counts

@@ -1,0 +1,221 @@
+"""Held-out evaluation: what is counted, and how."""
+
+import io
+import json
+import shutil
+
+import pytest
+
+from rl.cli import main
+from rl.config.load import load_config
+from rl.data.tokenizer import load_tokenizer
+from rl.grpo_trainer import train, warn_about_sampling
+from rl.models.files.hf_config import read_config
+from rl.rollout.evaluation import evaluate_source, sampling_params, stop_text, wilson_interval
+from rl.run.console import Console
+from rl.run.metrics import read_metrics
+from rl.sampler.slot_sampler import Sampler
+from rl.sampler.token_draw import SamplingParams
+from rl.state.origin import eos_ids
+from tests.helpers.places import FILES, REWARDS
+
+MODELS = FILES / "models"
+RECIPE = f"""
+model:
+  arch:
+    {{family: qwen2, hidden_size: 16, intermediate_size: 32, num_layers: 1,
+     num_heads: 2, num_kv_heads: 1, head_dim: 8}}
+data: {{source: arithmetic, args: {{operation: add, digits: 1}}, eval_size: 13, max_prompt_length: 8}}
+rewards:
+  functions:
+    - {{function: "{REWARDS}:digit_share", name: digits}}
+    - {{function: "{REWARDS}:always_right", name: right, weight: 0.0}}
+    - {{function: "{REWARDS}:right_for_even_answers", name: even, weight: 0.0}}
+sampling: {{max_completion_length: 4, slots: 8}}
+grpo: {{steps: 2, prompts_per_step: 2, group_size: 2, max_tokens_per_microbatch: 64}}
+eval: {{every: 1}}
+checkpoint: {{every: 1}}
+mesh: {{num_devices: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run, and each call of a sampler in it: the sampler, and the number of requests."""
+    folder, calls, stream = tmp_path_factory.mktemp("evaluation"), [], Sampler.stream
+    (folder / "recipe.yml").write_text(RECIPE)
+
+    def recorded(self, params, prompts, requests, *arguments):
+        calls.append((self, len(requests)))
+        return stream(self, params, prompts, requests, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "stream", recorded)
+        return train(load_config(folder / "recipe.yml", [f"output_dir={folder / 'run'}"])), calls
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    return trained[0]
+
+
+def test_rollouts_and_evaluation_have_one_sampler(trained):
+    samplers, sizes = zip(*trained[1], strict=True)
+    assert sizes == (13, 4, 13, 4, 13), "evaluation before the first step, and after each rollout and update"
+    assert len(set(samplers)) == 1
+
+
+def test_checkpoint_keeps_how_the_reward_functions_are_called(run):
+    loop = json.loads((run / "checkpoints" / "2" / "loop" / "metadata").read_text())
+    assert loop["reward_calls"] == dict.fromkeys(("digits", "right", "even"), "elementwise")
+
+
+def test_every_held_out_prompt_counts_once_though_there_are_fewer_slots(run):
+    result, where = evaluate_source(run)
+    assert where == "step 2"
+    assert result.num_prompts == result.num_judged == len({sample["prompt"] for sample in result.samples}) == 13
+
+
+def test_accuracy_is_the_share_of_the_function_that_counts(run):
+    right, _ = evaluate_source(run, ["eval.reward=right"])
+    assert right.accuracy == 1.0
+    even, _ = evaluate_source(run, ["eval.reward=even"])
+    expected = sum(eval(sample["prompt"].rstrip("=")) % 2 == 0 for sample in even.samples)
+    assert even.accuracy == pytest.approx(expected / 13)
+    assert 0 < expected < 13
+    assert even.interval == wilson_interval(expected, 13)
+
+
+def test_function_that_compares_completions_is_left_out_by_name_and_is_no_accuracy(run, capsys):
+    functions = [
+        {"function": f"{REWARDS}:best_of_group", "name": "best", "weight": 1.0},
+        {"function": f"{REWARDS}:right_for_even_answers", "name": "even", "weight": 0.0},
+    ]
+    output = run.parent / "left_out.jsonl"
+    main(["eval", str(run), f"rewards.functions={json.dumps(functions)}", "--output", str(output)])
+    told = capsys.readouterr().out
+    assert "100" not in told.replace("(95%", "").splitlines()[0]
+    assert "left out, for they are not called for one completion at a time: best" in told
+    assert "best: mean" not in told
+    assert all(json.loads(line)["rewards"].keys() == {"even"} for line in output.read_text().splitlines())
+    for functions_left, reward in ((functions, "best"), (functions[:1], "null")):
+        with pytest.raises(
+            ValueError, match=r"leaves out best: .*\(best: .* gave other rewards .*there is no accuracy"
+        ):
+            evaluate_source(run, [f"rewards.functions={json.dumps(functions_left)}", f"eval.reward={reward}"])
+
+
+def test_evaluation_is_greedy_whatever_the_training_temperature(run):
+    cold, _ = evaluate_source(run, ["sampling.temperature=1.0"])
+    hot, _ = evaluate_source(run, ["sampling.temperature=5.0", "sampling.top_k=3", "seed=0"])
+    assert [sample["completion"] for sample in cold.samples] == [sample["completion"] for sample in hot.samples]
+
+
+def test_evaluation_leaves_penalties_out_and_keeps_forbidden_ids_and_bias(run):
+    def completions(*overrides):
+        return [sample["completion"] for sample in evaluate_source(run, overrides)[0].samples]
+
+    plain = completions()
+    penalties = ["repetition_penalty=9.0", "frequency_penalty=50.0", "presence_penalty=50.0"]
+    assert completions(*(f"sampling.{penalty}" for penalty in penalties)) == plain
+    first_byte = 3  # of the byte tokenizer, after its special tokens
+    assert completions(f"sampling.logit_bias={{{first_byte + ord('x')}: 1000.0}}") == ["xxxx"] * 13
+    forbidden = [i for i in range(259) if i not in (first_byte + ord("a"), first_byte + ord("b"))]
+    only_a_and_b = completions(f"sampling.forbidden_ids={forbidden}")
+    assert all(len(text) == 4 and set(text) <= {"a", "b"} for text in only_a_and_b)
+    assert not set("".join(plain)) <= {"a", "b"}
+
+
+def test_stop_strings_that_are_special_tokens_are_looked_for_in_text_that_shows_them():
+    tokenizer = load_tokenizer("byte", None)
+    eos = tokenizer.special_tokens[0]
+    ids = [*tokenizer.encode("ab", add_bos=False), tokenizer.backend.convert_tokens_to_ids(eos)]
+    for stop, text in (("b", "ab"), (eos, f"ab{eos}"), (f"b{eos}", f"ab{eos}")):
+        assert stop_text(load_config(None, [f"sampling.stop_strings=['{stop}']"]), tokenizer)(ids) == text
+
+
+def test_every_sampling_key_reaches_the_sampler():
+    config = load_config(
+        None,
+        [
+            "sampling={temperature: 0.5, top_k: 3, top_p: 0.9, min_p: 0.1, max_completion_length: 9}",
+            "sampling={min_completion_length: 2, stop_strings: [x], forbidden_ids: [4, 2]}",
+            "sampling={repetition_penalty: 1.5, frequency_penalty: 0.25, presence_penalty: -0.5}",
+            "sampling.logit_bias={7: -1, 3: 2.5}",
+        ],
+    )
+    assert sampling_params(config, (1,)) == SamplingParams(
+        max_completion_length=9,
+        eos_ids=(1,),
+        temperature=0.5,
+        top_k=3,
+        top_p=0.9,
+        min_p=0.1,
+        min_completion_length=2,
+        stop_strings=("x",),
+        repetition_penalty=1.5,
+        frequency_penalty=0.25,
+        presence_penalty=-0.5,
+        logit_bias=((3, 2.5), (7, -1.0)),
+        forbidden_ids=(4, 2),
+    )
+
+
+def test_sampling_defaults_of_a_model_folder_are_never_applied(tmp_path):
+    folder = shutil.copytree(MODELS / "qwen2", tmp_path / "model")
+    defaults = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.1}
+    defaults |= {"repetition_penalty": 1.05, "max_new_tokens": 5, "suppress_tokens": [3], "eos_token_id": [7, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    config = load_config(None, [f"model.source={folder}", "sampling.max_completion_length=64"])
+    model_config = read_config(folder)
+    assert {5, 7} <= set(model_config.eos_token_ids)
+    ids = eos_ids(config, model_config, load_tokenizer("byte"))
+    assert sampling_params(config, ids) == SamplingParams(max_completion_length=64, eos_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([], []),
+        (["sampling.temperature=0.5"], []),
+        (["sampling.top_p=0.9", "sampling.presence_penalty=1.0"], ["sampling.top_p", "sampling.presence_penalty"]),
+        (["sampling.logit_bias={3: 1.0}"], ["sampling.logit_bias"]),
+        (["sampling.forbidden_ids=[3]"], ["sampling.forbidden_ids"]),
+        (["sampling.top_k=5", "grpo.sampler_is_correction=true"], []),
+    ],
+)
+def test_training_warns_of_rules_that_the_loss_does_not_correct_for(overrides, named):
+    config, stream = load_config(None, overrides), io.StringIO()
+    with Console(1, stream) as console:
+        warn_about_sampling(console, config, sampling_params(config, (1,)))
+    printed = stream.getvalue()
+    assert bool(printed) == bool(named)
+    rules = [word.strip(",:") for word in printed.split() if word.startswith("sampling.")]
+    assert sorted(rules) == sorted(named)
+
+
+def test_run_evaluates_before_the_first_step_and_after_the_last(run):
+    lines = [line for line in read_metrics(run) if "eval/accuracy" in line]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    after, _ = evaluate_source(run)
+    assert lines[-1]["eval/reward/digits"] == pytest.approx(after.means["digits"])
+
+
+def test_eval_command_prints_the_interval_and_writes_every_sample(run, tmp_path, capsys):
+    assert main(
+        ["eval", str(run), "eval.max_prompts=5", "eval.reward=right", "--output", str(tmp_path / "samples.jsonl")]
+    ) in (0, None)
+    printed = capsys.readouterr().out
+    assert "step 2: accuracy 100.0% (95% interval 56.6% to 100.0%) on 5 prompts" in printed
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+    assert lines[0]["rewards"]["right"] == 1.0
+
+
+def test_wilson_interval_agrees_with_published_values():
+    # Newcombe 1998 (https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), table I.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    assert wilson_interval(0, 0) == (0.0, 1.0)

@@ -1,0 +1,326 @@
+"""Skipped updates, spikes and signs of collapse: what is said when, what ends a run, and that a resume changes none of
+it.
+"""
+
+import math
+import pathlib
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rl import grpo_trainer, sft_trainer
+from rl.config.load import load_config
+from rl.run.health import HealthState, check_progress, check_step, healthy, is_spike
+from rl.run.metrics import read_metrics, read_samples
+from rl.run.not_finite import cause_of_skips, sizes_of
+from rl.run_folder.folder import checkpoint_steps
+from tests.helpers.places import REWARDS
+
+FINE = {"skipped_updates": 0, "kl": 0.1, "grad_norm": 1.0, "entropy": 1.0, "zero_variance_share": 0.2}
+FINE |= {"truncated_share": 0.1}
+RECIPE = f"""
+model:
+  arch:
+    {{family: llama, hidden_size: 16, intermediate_size: 24, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8}}
+data: {{source: arithmetic, args: {{operation: add, digits: 1}}, max_prompt_length: 8}}
+rewards:
+  functions: [{{function: "{REWARDS}:digit_share", name: shown}}]
+sampling: {{max_completion_length: 4}}
+grpo: {{steps: 6, prompts_per_step: 4, group_size: 2, minibatches: 2, max_tokens_per_microbatch: 128}}
+sft: {{steps: 6, batch_size: 8, max_completion_length: 4}}
+optimizer: {{lr: 1e-2, warmup_updates: 2}}
+checkpoint: {{every: 1, keep: 9}}
+eval: {{every: 0}}
+mesh: {{num_devices: 1}}
+logging:
+  samples_per_step: 2
+"""
+
+
+def section(*overrides: str):
+    return load_config(None, overrides).health
+
+
+def run_of(steps: list[dict], *overrides: str, state: HealthState | None = None):
+    """The checkups of steps whose metrics are `FINE` but for what is given."""
+    state, checkups = state or healthy(), []
+    for changes in steps:
+        checkups.append(check_step(section(*overrides), state, FINE | changes))
+        state = checkups[-1].state
+    return checkups
+
+
+def wavy(num_steps: int) -> list[dict]:
+    """Ordinary steps, none like the other."""
+    return [{"kl": 0.1 + 0.01 * math.sin(i), "grad_norm": 1 + 0.2 * math.cos(2 * i)} for i in range(num_steps)]
+
+
+# Spikes
+
+
+@pytest.mark.parametrize(("name", "way_out"), [("kl", "grpo.beta"), ("grad_norm", "optimizer.max_grad_norm")])
+def test_spike_is_named_with_its_median_and_asks_for_all_samples(name, way_out):
+    checkups = run_of([*wavy(20), {name: 30.0}, *wavy(3)])
+    assert [i for i, checkup in enumerate(checkups) if checkup.keep_samples] == [20]
+    (warning,) = checkups[20].warnings
+    assert warning.startswith(f"{name} 30 is a spike, its median over the last 20 steps is ")
+    assert way_out in warning
+    assert not [warning for checkup in checkups[:20] + checkups[21:] for warning in checkup.warnings]
+
+
+def test_nothing_is_a_spike_before_ten_steps_or_when_switched_off():
+    assert not any(checkup.keep_samples for checkup in run_of([*wavy(9), {"kl": 99.0}]))
+    assert run_of([*wavy(10), {"kl": 99.0}])[-1].keep_samples
+    assert not run_of([*wavy(10), {"kl": 99.0}], "health.kl_spike=null")[-1].keep_samples
+    assert not run_of([*wavy(10), {"grad_norm": 99.0}], "health.grad_norm_spike=null")[-1].keep_samples
+
+
+def test_threshold_counts_spreads_above_the_median():
+    recent = [float(i) for i in range(1, 12)]  # median 6, median deviation 3, spread 4.4478
+    assert not is_spike(6 + 2 * 4.44, recent, threshold=2.0)
+    assert is_spike(6 + 2 * 4.45, recent, threshold=2.0)
+
+
+def test_values_that_hardly_differ_do_not_make_a_spike_of_a_small_step():
+    recent = [1.0] * 20
+    assert not is_spike(1.4, recent, threshold=10.0)
+    assert is_spike(1.6, recent, threshold=10.0)
+    assert not is_spike(1e-9, [0.0] * 20, threshold=10.0)
+    assert not is_spike(math.nan, recent, threshold=10.0)
+
+
+def test_only_the_last_steps_count_and_values_that_are_not_finite_are_none():
+    state = run_of([*wavy(30), {"kl": math.nan}], "health.spike_window=12")[-1].state
+    assert [len(values) for values in state.recent.values()] == [12, 12]
+    assert state.recent["kl"][-1] == wavy(30)[-1]["kl"]
+    # A new level is unusual once, or while most of the window is the old one, and ordinary afterwards.
+    checkups = run_of([*wavy(12), *[{"kl": 5.0}] * 12], "health.spike_window=12")
+    flagged = [checkup.keep_samples for checkup in checkups[12:]]
+    assert flagged[0]
+    assert not any(flagged[7:])
+
+
+def test_run_without_kl_is_watched_all_the_same():
+    metrics = {name: value for name, value in FINE.items() if name != "kl"}
+    checkup = check_step(section(), healthy(), metrics)
+    assert checkup.warnings == []
+    assert list(checkup.state.recent) == ["grad_norm"]
+
+
+def without_reference(num_steps: int, scale: float) -> list[dict]:
+    """Ordinary steps of a run with grpo.beta 0: in place of the KL how far sampler and trainer are apart."""
+    return [{"grad_norm": 1.0, "logprob_difference/mean": scale * (1 + 0.2 * math.sin(i))} for i in range(num_steps)]
+
+
+def bare_run(steps: list[dict], *overrides: str):
+    state, checkups = healthy(), []
+    for metrics in steps:
+        checkups.append(check_step(section(*overrides), state, {"skipped_updates": 0, **metrics}))
+        state = checkups[-1].state
+    return checkups
+
+
+def test_without_a_reference_the_distance_to_the_sampler_is_watched_in_the_place_of_the_kl():
+    spike = {"grad_norm": 1.0, "logprob_difference/mean": 0.5}
+    steps = without_reference(20, scale=0.01)
+    checkups = bare_run([*steps, spike, *steps[:3]])
+    assert [i for i, checkup in enumerate(checkups) if checkup.keep_samples] == [20]
+    (warning,) = checkups[20].warnings
+    assert warning.startswith("logprob_difference/mean 0.5 is a spike, its median over the last 20 steps is 0.01")
+    assert "grpo.sampler_is_correction" in warning
+    assert set(checkups[-1].state.recent) == {"logprob_difference/mean", "grad_norm"}
+    assert not any(checkup.keep_samples for checkup in bare_run([*steps, spike], "health.kl_spike=null"))
+
+
+def test_with_a_reference_the_kl_is_watched_alone():
+    steps = [step | {"kl": 0.1} for step in without_reference(20, scale=0.01)]
+    checkups = bare_run([*steps, steps[0] | {"logprob_difference/mean": 0.5}])
+    assert not any(checkup.keep_samples for checkup in checkups)
+    assert set(checkups[-1].state.recent) == {"kl", "grad_norm"}
+
+
+def test_what_float32_rounds_is_no_spike_however_often_it_doubles():
+    steps = without_reference(20, scale=1e-7)
+    assert not bare_run([*steps, steps[0] | {"logprob_difference/mean": 1e-4}])[-1].keep_samples
+    assert bare_run([*steps, steps[0] | {"logprob_difference/mean": 0.02}])[-1].keep_samples
+
+
+# Signs of collapse
+
+
+@pytest.mark.parametrize(
+    ("bad", "key", "switch"),
+    [
+        ({"zero_variance_share": 1.0}, "grpo.group_size", "equal_rewards_share"),
+        ({"entropy": 0.001}, "grpo.entropy_coef", "entropy_floor"),
+        ({"truncated_share": 0.6}, "sampling.max_completion_length", "truncated_share"),
+    ],
+)
+def test_sign_that_lasts_is_named_with_the_key_to_change_and_ever_more_seldom(bad, key, switch):
+    checkups = run_of([bad] * 13)
+    assert [i + 1 for i, checkup in enumerate(checkups) if checkup.warnings] == [3, 6, 12]
+    assert all(key in warning for checkup in checkups for warning in checkup.warnings)
+    assert not any(checkup.keep_samples for checkup in checkups)
+    assert not any(checkup.warnings for checkup in run_of([bad, bad, {}] * 3))  # a good step in between
+    assert not any(checkup.warnings for checkup in run_of([bad] * 13, f"health.{switch}=null"))
+
+
+# Nothing to learn from
+
+
+def test_step_without_a_judged_completion_names_the_function_and_its_failure_and_nothing_else():
+    step = {"unjudged_share": 1.0, "masked_share": 1.0, "zero_variance_share": 1.0, "entropy": 0.0}
+    step |= {"reward/a/b/exception": 3, "reward/a/b/none": 2, "reward/late/timeout": 1, "reward/late/mean": math.nan}
+    checkups = run_of([step] * 4)
+    assert [len(checkup.warnings) for checkup in checkups] == [1, 1, 0, 1]
+    (warning,) = checkups[0].warnings
+    assert "no reward could be judged" in warning
+    assert "'a/b' failed with exception 3 times" in warning
+    assert "rewards.log" in warning
+    (declined,) = run_of([step | {"reward/late/none": 9}])[0].warnings
+    assert "'late' returned None 9 times" in declined
+    assert "data.columns" in declined
+    assert "look at rewards.functions" in run_of([{"unjudged_share": 1.0}])[0].warnings[0]
+
+
+def test_step_whose_completions_were_all_masked_names_the_length_limit_and_nothing_else():
+    step = {"masked_share": 1.0, "truncated_share": 1.0, "entropy": 0.0, "unjudged_share": 0.0}
+    (warning,) = run_of([step])[0].warnings
+    assert "every completion of the step that could be judged was cut at the length limit" in warning
+    assert "raise sampling.max_completion_length" in warning
+    assert "turn grpo.mask_truncated off" in warning
+    assert run_of([step | {"masked_share": 0.9}])[0].warnings == []
+
+
+def test_what_is_not_finite_is_named_with_its_way_out():
+    whole = {"layer": {"kernel": jnp.ones((2, 3)), "steps": jnp.int32(3)}, "head": jnp.ones(2, jnp.bfloat16)}
+    broken = whole | {"head": jnp.array([1.0, jnp.nan], jnp.bfloat16)}
+    assert sizes_of(whole) == {"layer/kernel": 1.0, "head": 1.0}
+    assert math.isnan(sizes_of(broken)["head"])
+    lost, fine = {"loss": math.nan, "grad_norm": math.nan}, np.array([1.0, -1.0])
+    assert re.search(r"1 arrays of weights .*head.*earlier checkpoint", cause_of_skips(lost, broken, fine))
+    large = cause_of_skips(lost, whole, 1e30 * fine)
+    assert re.search(r"the loss is not finite, .*up to 1e\+30: .*rewards\.functions", large)
+    large = cause_of_skips(lost, {"head": jnp.array([1e8])})
+    assert re.search(r"weights go up to 1e\+08 \(head\).*optimizer\.lr", large)
+    assert re.search(r"the loss is not finite: log-probs .*model\.dtype", cause_of_skips(lost, whole, fine))
+    overflown = cause_of_skips({"loss": 0.5, "grad_norm": math.inf}, whole)
+    assert re.search(r"the gradient is not finite, while the loss is: .*model\.dtype", overflown)
+
+
+# Skipped updates
+
+
+def test_skipped_updates_in_a_row_end_the_run_and_one_that_was_made_breaks_the_row():
+    skipped = {"skipped_updates": 1}
+    checkups = run_of([skipped, skipped, {}, skipped, skipped])
+    assert [checkup.state.num_skipped_last for checkup in checkups] == [1, 2, 0, 1, 2]
+    assert checkups[-1].state.num_skipped == 4
+    assert checkups[0].keep_samples
+    assert "1 update(s) skipped" in checkups[0].warnings[0]
+    check_progress(section("health.max_skipped_updates=3"), checkups[-1].state)
+    check_progress(section("health.max_skipped_updates=null"), checkups[-1].state)
+    with pytest.raises(ValueError, match=r"2 skipped.*In the last step the loss is NaN\."):
+        check_progress(section("health.max_skipped_updates=2"), checkups[-1].state, "the loss is NaN")
+
+
+def test_step_of_several_updates_counts_each_of_them():
+    state = check_step(section(), healthy(), FINE | {"skipped_updates": 4}, num_updates=4).state
+    assert state.num_skipped_last == 4
+    assert check_step(section(), state, FINE | {"skipped_updates": 3}, num_updates=4).state[:2] == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("health.max_skipped_updates=0", "health.max_skipped_updates must be >= 1, got 0"),
+        ("health.spike_window=9", "health.spike_window must be >= 10, got 9"),
+        ("health.kl_spike=0", "health.kl_spike must be > 0 or null"),
+        ("health.truncated_share=1.5", "health.truncated_share must be in"),
+        ("health.patience=0", "health.patience must be >= 1, got 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(override, rule):
+    with pytest.raises(ValueError, match=rule):
+        load_config(None, [override])
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("health") / "recipe.yml"
+    path.write_text(RECIPE + f"  compilation_cache: {path.parent / 'cache'}\n")
+    return path
+
+
+def reward(name: str, weight: float = 1.0) -> str:
+    return f'rewards.functions=[{{function: "{REWARDS}:{name}", name: shown, weight: {weight}}}]'
+
+
+def start(recipe: pathlib.Path, name: str, *overrides: str, train=grpo_trainer.train) -> pathlib.Path:
+    return train(load_config(recipe, [f"output_dir={recipe.parent / name}", *overrides]))
+
+
+def test_run_without_a_finite_update_ends_and_can_go_on_with_a_higher_limit(recipe, capsys):
+    broken = (reward("huge", 1e30), "grpo.scale_rewards=none", "health.max_skipped_updates=4")
+    with pytest.raises(ValueError, match=r"got 4 with 4 skipped.*advantages go up to .*rewards\.functions"):
+        start(recipe, "stuck", *broken)
+    folder = recipe.parent / "stuck"
+    assert [(line["step"], line["skipped_updates"]) for line in read_metrics(folder)] == [(1, 2), (2, 2)]
+    assert capsys.readouterr().out.count("2 update(s) skipped") == 2
+    assert checkpoint_steps(folder) == [1]  # the step that ended the run saved nothing
+    assert len(read_samples(folder)) == 2 * 8  # all, not samples_per_step
+    start(recipe, "stuck", *broken[:2], "health.max_skipped_updates=99")
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["lr"] for line in lines] == [pytest.approx(0.005)] * 6  # the schedule has not moved
+
+
+def test_run_tells_of_spikes_and_signs_of_collapse_and_saves_the_samples_of_spikes(recipe, capsys):
+    """Thresholds are such that ordinary steps cross them: spikes can be told after ten steps."""
+    spikes = ("health.grad_norm_spike=null", "health.kl_spike=0.01", "grpo.steps=11", "checkpoint.every=99")
+    signs = ("health.equal_rewards_share=0.01", "health.entropy_floor=99", "health.truncated_share=0.01")
+    folder = start(recipe, "watched", *spikes, *signs, "health.patience=8")
+    told = capsys.readouterr().out
+    for problem, key in (("have the same reward", "grpo.group_size"), ("entropy", "grpo.entropy_coef")):
+        assert re.search(rf"warning: .*{problem}.*raise {key}", told)
+    assert re.search(r"warning: .*were cut at the length limit; raise sampling\.max_completion_length", told)
+    assert re.search(r"warning: kl [\d.]+ is a spike.*raise grpo\.beta", told)
+    steps = [sample["step"] for sample in read_samples(folder)]
+    assert [steps.count(step) for step in range(1, 12)] == [2] * 10 + [8]
+
+
+def test_run_with_skipped_updates_resumes_as_if_it_had_never_stopped(recipe):
+    settings = (reward("huge_for_even_answers", 1e30), "grpo.scale_rewards=none", "health.max_skipped_updates=null")
+    whole = start(recipe, "whole", *settings)
+    skipped = [line["skipped_updates"] for line in read_metrics(whole)]
+    assert 0 < sum(skipped) < 12
+    assert len(set(skipped)) > 1
+    lines = read_metrics(whole)
+    assert len({line["completion_length/mean"] for line in lines}) > 1
+    assert [line["compiles"] for line in lines[2:]] == [0] * 4  # whatever the lengths are
+    for line in lines[1:]:  # the time split holds every second of a step, that of the checkpoint before it included
+        seconds = {name: value for name, value in line.items() if name.startswith("seconds/")}
+        assert {"seconds/rollout", "seconds/reward", "seconds/train", "seconds/checkpoint"} < seconds.keys()
+        assert sum(seconds.values()) == pytest.approx(2 * line["seconds/step"])
+        assert seconds["seconds/other"] >= 0
+    start(recipe, "halves", *settings, "grpo.steps=3")
+    halves = start(recipe, "halves", *settings)
+    stable = lambda folder: [  # noqa: E731
+        {k: line[k] for k in ("step", "loss", "grad_norm", "lr", "skipped_updates", "kl", "reward/mean")}
+        for line in read_metrics(folder)
+    ]
+    assert stable(halves) == stable(whole)
+    assert read_samples(halves) == read_samples(whole)
+
+
+def test_supervised_run_skips_and_ends_likewise(recipe):
+    with pytest.raises(ValueError, match=r"got 3 with 3 skipped.*weights go up to .*lower optimizer\.lr"):
+        start(recipe, "sft", "optimizer.lr=1e35", "health.max_skipped_updates=3", train=sft_trainer.train)
+    folder = recipe.parent / "sft"
+    assert [line["skipped_updates"] for line in read_metrics(folder)] == [0, 1, 1, 1]
+    assert checkpoint_steps(folder) == [1, 2, 3]
