@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 TRACEBACK_VARIABLE = "GRPO_TRACEBACK"
 READER_GONE = 141  # exit status
-OWN_PACKAGES = ("configs", "rewards", "rl")
+OWN_PACKAGES = ("rewards", "rl")
 # What a path can be that a user named: too long, without permission, a loop of links, through a file, or a folder.
 _PATH_ERRORS = frozenset(
     {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}

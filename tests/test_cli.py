@@ -1,4 +1,5 @@
 import ast
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -245,25 +246,13 @@ def test_a_commands_exit_status_is_kept(add_command):
     assert main(["silent", "a"]) == 0
 
 
+DIST_INFO = f"tandem_grpo-{importlib.metadata.version('tandem-grpo')}.dist-info"
+# Programs that another process runs: importing them starts them, or moves streams about.
+RUN_ALONE = ("rl.files.untrusted_worker",)
+
+
 def read_pyproject():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
-
-
-def test_every_package_is_listed():
-    listed = read_pyproject()["tool"]["setuptools"]["packages"]
-    found = {
-        ".".join(path.relative_to(ROOT).parts[:-1])
-        for top in ("rl", "rewards", "configs")
-        for path in (ROOT / top).rglob("*.py")
-    }
-    assert set(listed) == found
-
-
-def test_every_config_file_is_package_data():
-    patterns = read_pyproject()["tool"]["setuptools"]["package-data"]["configs"]
-    matched = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
-    assert matched == set((ROOT / "configs").rglob("*.yml"))
-    assert ROOT / "configs" / "base.yml" in matched
 
 
 def test_every_third_party_import_is_a_dependency():
@@ -273,7 +262,7 @@ def test_every_third_party_import_is_a_dependency():
     names = {re.split(r"[<>=]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
     distributions = {"google": "google_tunix", "tunix": "google_tunix", "orbax": "orbax_checkpoint", "yaml": "pyyaml"}
     distributions |= {"aiohttp": "gcsfs", "botocore": "s3fs", "etils": "orbax_checkpoint"}  # which need them
-    own = {"rl", "rewards", "configs"}
+    own = {"rl", "rewards"}
     for top in ("rl", "rewards"):
         for path in (ROOT / top).rglob("*.py"):
             for module in imported_modules(path):
@@ -290,13 +279,30 @@ def imported_modules(path):
             yield node.module.partition(".")[0]
 
 
+def files_below(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*.yml")}
+
+
+def module_names():
+    paths = [path for top in ("rl", "rewards") for path in sorted((ROOT / top).rglob("*.py"))]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+
+
+def test_a_package_of_the_same_name_that_comes_first_on_the_path_is_named(tmp_path):
+    (tmp_path / "rewards").mkdir()
+    (tmp_path / "rewards" / "__init__.py").touch()
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import rl"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert re.search(rf"ImportError: .*'rewards' .*{re.escape(str(ROOT))}.*{re.escape(str(tmp_path))}", result.stderr)
+
+
 @pytest.mark.slow
 def test_a_wheel_works_outside_the_checkout(tmp_path):
     source, wheels, target = tmp_path / "source", tmp_path / "wheels", tmp_path / "target"
-    packages = [ROOT / name for name in ("rl", "rewards", "configs")]
-    for package in packages:
-        shutil.copytree(package, source / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("rl", "rewards", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     # Neither step needs a network: setuptools is a dev dependency, and what the wheel needs is installed already.
@@ -305,12 +311,17 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
     (wheel,) = wheels.glob("tandem_grpo-*.whl")
     install = [*pip, "install", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(install, check=True, capture_output=True, cwd=tmp_path)
-    code = """
-import rl, sys
+    assert {path.name for path in target.iterdir() if path.is_dir()} - {"bin"} == {"rl", "rewards", DIST_INFO}
+    assert files_below(target / "rl/configs") == files_below(ROOT / "configs")
+    modules = [name for name in module_names() if name not in RUN_ALONE]
+    code = f"""
+import importlib, rl, sys
 from rl.config.load import load_config, read_preset
 assert rl.__file__.startswith(sys.argv[1]), rl.__file__
 config = load_config(None, ["grpo.preset=dapo"])
 print(config.grpo.group_size, read_preset("dapo")["grpo"]["loss_type"])
+for name in {modules}:
+    assert importlib.import_module(name).__file__.startswith(sys.argv[1]), name
 """
     environment = {**os.environ, "PYTHONPATH": str(target)}
     command = [sys.executable, "-P", "-c", code, str(target)]

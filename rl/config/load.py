@@ -8,7 +8,6 @@ command line. No ML library is imported here, so that a mistake is reported at o
 import dataclasses
 import difflib
 import functools
-import importlib.resources
 import json
 import os
 import pathlib
@@ -172,8 +171,11 @@ def _base() -> dict:
     return _read_yaml(_packaged("base.yml"))
 
 
-def _packaged(name: str):
-    return importlib.resources.files("configs") / name
+def _packaged(name: str) -> pathlib.Path:
+    """A file of configs/, which lies beside `rl` in a checkout and inside it in a wheel."""
+    package = pathlib.Path(__file__).parents[1]
+    inside = package / "configs"
+    return (inside if inside.is_dir() else package.parent / "configs") / name
 
 
 def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict:
@@ -182,7 +184,7 @@ def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dic
     if not path.is_file():
         packaged = _packaged(path.name)
         if len(path.parts) == 1 and packaged.is_file():
-            path = pathlib.Path(str(packaged))
+            path = packaged
         elif path.is_dir():
             inside = path / "config.yml"  # of a run
             way_out = f"name {str(inside)!r}" if inside.is_file() else "name a file"
@@ -190,7 +192,7 @@ def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dic
         else:
             raise ValueError(f"config file {shown(str(path))} does not exist (working directory {os.getcwd()})")
     path = path.resolve()
-    if path == pathlib.Path(str(_packaged("base.yml"))).resolve():
+    if path == _packaged("base.yml").resolve():
         return {}  # its values are the defaults; as a recipe's own they would win over a preset
     if path in seen:
         raise ValueError(f"config file {path} inherits from itself")

@@ -1,7 +1,6 @@
 """Recipes, presets and overrides: how they are layered, what is refused, what makes another run."""
 
 import dataclasses
-import importlib.resources
 import re
 import typing
 
@@ -28,7 +27,7 @@ def write(folder, text, name="recipe.yml"):
 
 
 def test_without_a_recipe_every_value_is_that_of_base_yml():
-    base = yaml.safe_load((importlib.resources.files("configs") / "base.yml").read_text())
+    base = yaml.safe_load((ROOT / "configs" / "base.yml").read_text())
     base["optimizer"] |= {"lr": 1e-6, "eps": 1e-8}  # which YAML 1.1 reads as strings
     assert to_dict(load_config(None)) == base
 
@@ -124,7 +123,7 @@ def test_every_preset_stands_in_the_documentation_with_its_paper():
 
 @pytest.mark.parametrize("parent", ["base.yml", "{packaged}"])
 def test_a_preset_wins_over_base_yml_however_base_yml_is_named(tmp_path, parent):
-    packaged = importlib.resources.files("configs") / "base.yml"
+    packaged = ROOT / "configs" / "base.yml"
     path = write(tmp_path, f"inherit: {parent.format(packaged=packaged)}\ngrpo: {{preset: dapo}}\n")
     assert load_config(path).grpo.loss_type == "dapo"
     assert load_config(str(packaged), ["grpo.preset=dapo"]).grpo.beta == 0.0
