@@ -16,16 +16,16 @@ from shapes import Workload, tiny_shape
 from trainers import tandem_config
 from weights import tunix_architecture
 
+from rl.algorithms.from_config import loss_config
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh
 from rl.models.config import ModelConfig
-from rl.models.policy import policy_from_config
+from rl.models.flavours import policy_from_config
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn, get_abstract_state
 from rl.training.packing import PackingPlan, pack
 from rl.training.shaped_inputs import plan_for
 from rl.training.train_step import Minibatch, jit_train_step
-from rl.training.update import loss_config
 
 
 class Step(NamedTuple):

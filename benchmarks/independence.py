@@ -17,8 +17,8 @@ import numpy as np
 from shapes import CPU_SHAPES, CPU_WORKLOADS, tiny_shape
 from weights import Weights
 
-from rl.sampler import request_queue as scheduling
-from rl.sampler.request_queue import Request
+from rl.sampler import sizes
+from rl.sampler.contract import Request
 from rl.sampler.slot_sampler import Completion, Sampler
 from rl.sampler.token_draw import SamplingParams
 
@@ -33,7 +33,7 @@ class Company(NamedTuple):
 
     slots: int | None
     chunk: int = 32
-    first_length: int = scheduling.MIN_LENGTH
+    first_length: int = sizes.MIN_LENGTH
 
 
 COMPANIES = {
@@ -96,7 +96,7 @@ def measure(shape: str, num_tokens: int, tiny: bool) -> dict[str, tuple[int, int
     while min(found[name][1] for name in others) < num_tokens:
         expected = draw(together, call, reverse=False)
         for name, other in others.items():
-            with mock.patch.object(scheduling, "MIN_LENGTH", COMPANIES[name].first_length):
+            with mock.patch.object(sizes, "MIN_LENGTH", COMPANIES[name].first_length):
                 count(name, expected, draw(other, call, reverse=True))
         numbers = range(call % num_samples, len(expected), num_samples)
         count(ALONE, [expected[i] for i in numbers], [draw_alone(alone, call, i) for i in numbers])

@@ -23,10 +23,11 @@ from rl.algorithms.entropy_coef import EntropyCoefState
 from rl.config.load import load_config
 from rl.data.prompts import PromptRow
 from rl.data.tokenizer import Tokenizer
-from rl.models.policy import policy_from_config
-from rl.rollout.evaluation import sampling_params, start_rewards
-from rl.rollout.groups import judge, minibatches, sample_and_score, to_rollout
+from rl.models.flavours import policy_from_config
+from rl.rollout.groups import judge, minibatches, to_rollout
+from rl.rollout.scoring import sample_and_score, start_rewards
 from rl.run.metrics import Stopwatch
+from rl.sampler.create import sampling_params
 from rl.sampler.slot_sampler import Sampler
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn, setup_decode_state, setup_training_state

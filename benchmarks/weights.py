@@ -16,7 +16,7 @@ import numpy as np
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models.config import ModelConfig, logical_axes
-from rl.models.policy import policy_from_config
+from rl.models.flavours import policy_from_config
 
 
 def has_library(library: str) -> bool:

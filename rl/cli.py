@@ -17,9 +17,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-TRACEBACK_VARIABLE = "GRPO_TRACEBACK"
-READER_GONE = 141  # exit status
-OWN_PACKAGES = ("rewards", "rl")
+from rl.errors import TRACEBACK_VARIABLE, fail, raised_by_tandem, status_without_stdout
+
 # What a path can be that a user named: too long, without permission, a loop of links, through a file, or a folder.
 _PATH_ERRORS = frozenset(
     {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
@@ -68,7 +67,7 @@ COMMANDS = {
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
     ),
     "eval": Command(
-        module="rl.rollout.evaluation",
+        module="rl.tools.evaluate",
         arguments="MODEL [--adapter FOLDER] [--output FILE] [--trust] [key=value ...]",
         summary="greedy accuracy on the held-out rows",
         details="""\
@@ -312,25 +311,6 @@ class _Output:
             raise
 
 
-def status_without_stdout(error: BaseException) -> int | None:
-    """The exit status of a command that ended with this error because its stdout takes nothing any more; None where
-    that is not why. What stdout still holds is dropped, or Python would complain of it once more in the end.
-    """
-    if not isinstance(error, OSError) or error is not getattr(sys.stdout, "failure", None):
-        return None
-    silence(sys.stdout)
-    if isinstance(error, BrokenPipeError):  # whoever read the output (`| head`) has seen enough
-        return READER_GONE
-    return _fail(f"standard output must take what the command prints, got: {error.strerror}; write it elsewhere")
-
-
-def silence(stream: TextIO) -> None:
-    """Sends to nowhere what the stream holds and what will be written to it; it stays open."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
-
-
 def _run(arguments: list[str]) -> int:
     show_traceback = "--traceback" in arguments or bool(os.environ.get(TRACEBACK_VARIABLE))
     arguments = [argument for argument in arguments if argument != "--traceback"]
@@ -342,7 +322,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        return _fail(_unknown_command(name))
+        return fail(_unknown_command(name))
     if not rest:
         print(_command_help(name), file=sys.stderr)
         return 2
@@ -356,7 +336,7 @@ def _run(arguments: list[str]) -> int:
             raise
         if show_traceback:
             traceback.print_exc()
-        return _fail(str(error))
+        return fail(str(error))
     except OSError as error:
         if error.errno not in _PATH_ERRORS or error.filename is None:
             raise
@@ -364,7 +344,7 @@ def _run(arguments: list[str]) -> int:
             traceback.print_exc()
         path = str(error.filename)
         shown = path if len(path) <= 160 else f"{path[:150]}..."
-        return _fail(f"{shown!r} must be a path that can be used: {error.strerror}; name another one")
+        return fail(f"{shown!r} must be a path that can be used: {error.strerror}; name another one")
     except KeyboardInterrupt:
         return 130
 
@@ -396,18 +376,6 @@ def _unknown_command(name: str) -> str:
     nearest = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     return f"unknown command {name!r}; {hint}Commands: {', '.join(COMMANDS)}"
-
-
-def raised_by_tandem(error: BaseException) -> bool:
-    """Whether an error comes from Tandem's own code: a user's then, if it is a ValueError."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_globals["__name__"].partition(".")[0] in OWN_PACKAGES
-
-
-def _fail(message: str) -> int:
-    with contextlib.suppress(OSError):  # there is nowhere left to say it
-        print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ resumed run repeats what an uninterrupted one does, bit for bit. Not here: the l
 
 import contextlib
 import functools
-import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -22,43 +21,39 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from rewards.runner import RewardRunner, check_on_gold
 from rl.algorithms.entropy_coef import EntropyCoefState
-from rl.algorithms.from_config import check_estimator, check_loss, file_hashes
-from rl.config.load import Config, preset_values, require
-from rl.data.prompts import PromptData, PromptRow, check_enough_rows, fingerprint, load_prompts
+from rl.config.load import Config
+from rl.data.prompts import PromptData, PromptRow, load_prompts
 from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
+from rl.devices.programs import use_compilation_cache
+from rl.models.flavours import policy_from_config
 from rl.models.foreign import files as foreign
-from rl.models.lora import quantization_of
-from rl.models.policy import Policy, policy_from_config
+from rl.models.policy import Policy
 from rl.models.train_state import PureState
-from rl.rollout.evaluation import (
-    check_memory,
-    create_sampler,
-    evaluate,
-    greedy,
-    left_out_of_evaluation,
-    sampling_params,
-    start_rewards,
-)
-from rl.rollout.groups import Judged, completion_form, judge, minibatches, sample_and_score, sample_records, to_rollout
+from rl.rollout.evaluation import evaluate, left_out_of_evaluation
+from rl.rollout.groups import Judged, judge, minibatches, sample_records, to_rollout
+from rl.rollout.scoring import sample_and_score, start_rewards, warn_about_rewards
 from rl.rollout.step_prompts import check_calls, collect
+from rl.run.announce import announce, warn_about_sampling
+from rl.run.checks import check
 from rl.run.console import Console
 from rl.run.executables import CompiledPrograms, open_compiled
-from rl.run.health import HealthState, check_progress, check_step, healthy
+from rl.run.health import HealthState, check_progress, check_step
 from rl.run.interrupt import StopRequest
-from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+from rl.run.loop import loop_record, run_identity, start_of_loop
+from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, timing
 from rl.run.not_finite import cause_of_skips
 from rl.run_folder.folder import RunFolder, check_trust, load_run_config
 from rl.run_folder.mirror import Mirror
+from rl.sampler.create import check_memory, create_sampler, eos_ids, greedy, sampling_params
 from rl.sampler.slot_sampler import Sampler
-from rl.sampler.token_draw import SamplingParams, check_vocabulary
+from rl.sampler.token_draw import check_vocabulary
 from rl.sampler.wave_sampler import WaveSampler
 from rl.state.checkpoint import create_checkpoint_manager, would_do
 from rl.state.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
-from rl.state.origin import Origin, eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
+from rl.state.origin import find_origin, pretrained_params, tokenizer_of
 from rl.state.reference_sync import ReferenceSync
 from rl.state.states import (
     InitStateFn,
@@ -69,9 +64,8 @@ from rl.state.states import (
     setup_decode_state,
     setup_training_state,
 )
-from rl.training.packing import PackingPlan
 from rl.training.shaped_inputs import plan_for
-from rl.training.update import Updater, loss_config
+from rl.training.update import Updater
 
 
 def train(config: Config, check_only: bool = False) -> pathlib.Path:
@@ -251,29 +245,6 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
         return run.path
 
 
-def check(config: Config, data: PromptData, max_positions: int) -> None:
-    """Rules that need the data and the model's shape; ValueError when one is broken."""
-    require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
-    if not any(function.weight for function in config.rewards.functions):
-        raise ValueError(
-            "rewards.functions must hold a weight other than 0, got only metrics; there is nothing to learn from"
-        )
-    check_enough_rows(len(data.train), config.grpo.prompts_per_step)
-    if not config.sampling.temperature > 0:
-        raise ValueError(
-            f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; "
-            "evaluation is greedy anyway"
-        )
-    longest = max(len(row.prompt_ids) for row in [*data.train, *data.held_out]) + config.sampling.max_completion_length
-    if longest > max_positions:
-        raise ValueError(
-            f"prompt and completion must fit the model's {max_positions} positions, got up to {longest}; lower "
-            "data.max_prompt_length or sampling.max_completion_length"
-        )
-    check_loss(loss_config(config))
-    check_estimator(config)
-
-
 def sampler_of(
     config: Config,
     data: PromptData,
@@ -291,98 +262,6 @@ def sampler_of(
     else:
         sampler.expect_length(compiled.prompt_length, *call_size)  # only its programs can be stored
     return sampler
-
-
-def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
-    """What `run.json` keeps of a run: the sources and hashes of policy, reference, prompts and a user's own files."""
-    reference = origin.identity if config.grpo.beta else None
-    hashes = {"data": fingerprint(data.train), **file_hashes(config)}
-    return {"policy": origin.identity, "reference": reference, **hashes}
-
-
-def loop_record(
-    step: int, position: int, num_rows: int, policy: Policy, entropy: EntropyCoefState, health: HealthState
-) -> dict[str, Any]:
-    """What a checkpoint keeps of the loop after `step` steps, which used up `position` prompts of `num_rows` rows."""
-    epoch, offset = divmod(position, num_rows)
-    record = {"step": step, "epoch": epoch, "position": offset, "flavour": policy.flavour}
-    return record | {"entropy": entropy._asdict(), "health": health._asdict()}
-
-
-def start_of_loop(config: Config) -> tuple[EntropyCoefState, HealthState, int]:
-    """Entropy coefficient, health and position before the first step."""
-    return EntropyCoefState(config.grpo.entropy_coef, math.inf), healthy(), 0
-
-
-def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:
-    """Scores one row's own answer, so that a reward function that cannot work is seen before the first step."""
-    gold = row.columns.get("answer")
-    if gold is None:
-        return
-    for warning in check_on_gold(runner, row.prompt, completion_form(row.prompt, str(gold)), row.columns):
-        console.warning(warning)
-
-
-def warn_about_sampling(console: Console, config: Config, sampling: SamplingParams) -> None:
-    """Says when completions come from another distribution than the policy's and the loss does not correct for it."""
-    section = config.sampling
-    rounding = [name for name in ("kv_dtype", "weight_dtype") if getattr(section, name) is not None]
-    if (sampling.reshaping_rules or rounding) and not config.grpo.sampler_is_correction:
-        rules = ", ".join(f"sampling.{name}" for name in (*sampling.reshaping_rules, *rounding))
-        console.warning(
-            f"{rules}: completions come from another distribution than the policy's, and the loss takes them for the "
-            "policy's own; set grpo.sampler_is_correction=true, or turn these rules off"
-        )
-
-
-def announce(
-    console: Console,
-    config: Config,
-    data: PromptData,
-    origin: Origin,
-    policy: Policy,
-    mesh: Mesh,
-    run: RunFolder,
-    plan: PackingPlan,
-) -> None:
-    """Start-up information: what runs where, on what, and what a preset stands for."""
-    for message in (*data.messages, *foreign.notes(policy), *run.messages):
-        console.message(message)
-    if problem := foreign.unsharded(policy, mesh.size):
-        console.warning(problem)
-    grpo = config.grpo
-    num_sequences = grpo.prompts_per_step * grpo.group_size
-    per_step = f"{grpo.prompts_per_step} prompts x {grpo.group_size} completions = {num_sequences} sequences"
-    size = f"{origin.model_config.num_parameters / 1e6:.1f}M parameters"
-    axes = " ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
-    rows = {
-        "run folder": run.path,
-        "model": f"{origin.identity['source'] or 'fresh'}, {origin.model_config.family}, {size}",
-        "policy": f"{policy.flavour}, {origin.model_config.dtype}, {policy.kernel.title}",
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}",
-        "prompts": f"{len(data.train)} train, {len(data.held_out)} held out",
-        "step": f"{per_step}, {updates_per_step(config)} update(s)",
-        "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
-    }
-    if lora := policy.config.lora:
-        quantization = quantization_of(policy.config)
-        base = quantization.dtype if quantization else lora.base_dtype or policy.config.param_dtype
-        rows["adapters"] = f"rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.targets)}; frozen base in {base}"
-    if grpo.preset:
-        rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())
-    console.table("grpo train", rows)
-
-
-def timing(
-    watch: Stopwatch, metrics: dict[str, float], num_sequences: int, compiles: CompileCounter
-) -> dict[str, float]:
-    """Seconds and tokens per second by phase, compilations of the step, peak memory so far."""
-    seconds = watch.lap()
-    tokens = metrics["completion_length/mean"] * num_sequences
-    speeds = {
-        f"tokens_per_second/{phase}": tokens / seconds[f"seconds/{phase}"] for phase in ("rollout", "train", "step")
-    }
-    return {**seconds, **speeds, "compiles": compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,22 +14,17 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from rl.algorithms.from_config import loss_config
 from rl.algorithms.loss_types import LossConfig
 from rl.config.load import Config
 from rl.data.prompts import PairRow, check_enough_rows, fingerprint, load_pairs, step_indices
 from rl.devices import hosts
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers, replicated
+from rl.devices.programs import use_compilation_cache
+from rl.models.flavours import policy_from_config
 from rl.models.foreign import files as foreign
-from rl.models.policy import policy_from_config
-from rl.rollout.evaluation import (
-    check_memory,
-    create_sampler,
-    evaluate,
-    greedy,
-    left_out_of_evaluation,
-    sampling_params,
-    start_rewards,
-)
+from rl.rollout.evaluation import evaluate, left_out_of_evaluation
+from rl.rollout.scoring import start_rewards
 from rl.run.console import Console
 from rl.run.health import HealthState, check_progress, check_step, healthy
 from rl.run.interrupt import StopRequest
@@ -37,16 +32,16 @@ from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory
 from rl.run.not_finite import cause_of_skips
 from rl.run_folder.folder import RunFolder, check_trust, load_run_config
 from rl.run_folder.mirror import Mirror
+from rl.sampler.create import check_memory, create_sampler, eos_ids, greedy, sampling_params
 from rl.sampler.token_draw import check_vocabulary
 from rl.state.checkpoint import create_checkpoint_manager, would_do
+from rl.state.export import write_folder
 from rl.state.optimizer import create_training_optimizer, last_lr, rounding_problems
-from rl.state.origin import eos_ids, find_origin, pretrained_params, tokenizer_of, use_compilation_cache
+from rl.state.origin import find_origin, pretrained_params, tokenizer_of
 from rl.state.states import InitStateFn, frozen_base, get_abstract_state, get_first_step, setup_training_state
-from rl.tools.checkpoints.export import write_folder
 from rl.training.packing import TrainCompletion, TrainGroup, pack, plan_packing
 from rl.training.shaped_inputs import packing_options
 from rl.training.train_step import Minibatch, batch_shardings, jit_train_step
-from rl.training.update import loss_config
 
 
 def train(config: Config, check_only: bool = False) -> pathlib.Path:

@@ -11,9 +11,9 @@ import time
 
 from rl import grpo_trainer, sft_trainer
 from rl.config.load import load_config
-from rl.rollout.evaluation import evaluate_source
-from rl.state.origin import use_compilation_cache
+from rl.devices.programs import use_compilation_cache
 from rl.tools import report
+from rl.tools.evaluate import evaluate_source
 
 HERE = pathlib.Path(__file__).resolve().parent
 

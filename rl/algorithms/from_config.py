@@ -11,6 +11,7 @@ identity. The contracts, with an example each, are in docs/algorithms.md:
 A path is relative to the working directory, as those of reward functions are.
 """
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rewards.contract import import_function
+from rewards.importing import import_function
 from rl.algorithms.advantages import check_modes, compute_advantages
-from rl.algorithms.loss_types import LossConfig, LossInputs, loss_type_of
+from rl.algorithms.loss_types import LossConfig, LossInputs, loss_type_of, validate_loss_config
 from rl.algorithms.losses import denominators_for, grpo_loss, prepare
 from rl.config.load import Config
 from rl.config.sections import is_user_function
@@ -149,3 +150,17 @@ def _check_shapes(name: str, result: Any, shape: tuple[int, ...]) -> None:
                 f"{name}: {what} must have shape [B, T] or [B, 1], here {shape} or {(shape[0], 1)}, got {got}; the "
                 "loss masks and sums it"
             )
+
+
+def loss_config(config: Config) -> LossConfig:
+    """The loss's settings out of the `grpo` section; ValueError when they contradict each other."""
+    section = dataclasses.asdict(config.grpo)  # pyright: ignore[reportArgumentType]
+    section["beta"] = 0.0 if config.grpo.kl_in_reward else config.grpo.beta  # the advantages hold the KL then
+    names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length", "custom_term"}
+    result = LossConfig(
+        **{name: section[name] for name in names},
+        custom_term=resolve(config.grpo.loss_type, "grpo.loss_type"),
+        max_completion_length=config.sampling.max_completion_length,
+    )
+    validate_loss_config(result)
+    return result

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rl.cli import TRACEBACK_VARIABLE, raised_by_tandem, status_without_stdout
 from rl.config.load import Config, require
 from rl.config.sections import DistributedSection, to_dict
+from rl.errors import TRACEBACK_VARIABLE, raised_by_tandem, status_without_stdout
 
 T = TypeVar("T")
 

@@ -4,6 +4,10 @@ first asked for, or before that by a thread in the background. Not here: compile
 """
 
 import dataclasses
+import os
+import pathlib
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from rl.config.load import Config
+from rl.files.local_files import UNFINISHED
 
 Build = Callable[[], Any]
 
@@ -121,3 +128,46 @@ class Programs:
         """Drops what still waits in the background."""
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def use_compilation_cache(config: Config, check_only: bool = False) -> None:
+    """Points XLA's persistent compilation cache at logging.compilation_cache: "auto" is ~/.cache/tandem/programs, null
+    leaves it as jax has it. Call before the first compilation, which makes the folder.
+
+    Args:
+      check_only: nothing that is compiled in this process is kept.
+
+    Raises:
+      ValueError: a folder that cannot be written. With "auto" that is said on stderr, and nothing is kept.
+    """
+    folder = config.logging.compilation_cache
+    if check_only:
+        jax.config.update("jax_enable_compilation_cache", False)
+    if folder == "auto":
+        if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # which jax follows by itself; empty: no cache
+            return
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tandem", "programs")
+        if problem := _cache_problem(folder):
+            print(f"warning: compiled programs are not kept for the next start: {problem}", file=sys.stderr)
+            return
+    elif folder is not None and (problem := _cache_problem(folder)):
+        raise ValueError(
+            f"logging.compilation_cache must be a folder that can be written, got {folder!r}: {problem}; choose "
+            "another one, or null for none"
+        )
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a run has dozens of small programs
+
+
+def _cache_problem(folder: str) -> str | None:
+    """Why no file can be written below a folder, which need not be there yet; None where one can."""
+    path = pathlib.Path(os.path.expanduser(folder)).absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is no folder"
+    try:  # permissions alone do not tell: nobody can make a folder in /proc
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=UNFINISHED):
+            return None
+    except OSError as error:
+        return f"{nearest} cannot be written: {error.strerror}"

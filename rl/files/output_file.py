@@ -3,7 +3,7 @@ when a disk takes no more.
 
 In: a path, and the option that names it; or an error of the system or of a library that writes. Out: nothing, or a
 ValueError. Not here: writing it; nor files that are open from the start (`rl.tools.samples.completion_file`), nor
-folders (`rl.models.files.hf.new_folder`).
+folders (`rl.models.files.folders.new_folder`).
 """
 
 import contextlib

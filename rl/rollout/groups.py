@@ -8,25 +8,19 @@ Legend: P prompts, G completions per prompt, B = P * G sequences, K reward funct
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
-from rewards.batch import RewardResult
 from rewards.contract import RewardSpec
 from rewards.length import soft_overlong
 from rewards.rubric import summarize, weighted_sum
-from rewards.runner import RewardRunner
 from rl.algorithms.advantages import compute_advantages
 from rl.algorithms.from_config import estimator_of, label
 from rl.config.load import Config
-from rl.data.prompts import Prompt, PromptRow
-from rl.data.tokenizer import Tokenizer
-from rl.devices.mesh import no_implicit_transfers
-from rl.run.metrics import Stopwatch
-from rl.sampler.request_queue import Completion, CompletionSource, requests_for
-from rl.sampler.token_draw import SamplingParams
+from rl.data.prompts import PromptRow
+from rl.rollout.scoring import ScoredCompletions
+from rl.sampler.contract import Completion
 from rl.training.packing import TrainCompletion, TrainGroup
 
 OVERLONG = "overlong"  # the name of the punishment of eq. 13 of https://arxiv.org/abs/2503.14476 among the rewards
@@ -76,14 +70,6 @@ class Judged:
         }
         problems = list(dict.fromkeys([*self.problems, *other.problems]))
         return Judged(rows, completions, texts, rewards, self.names, self.weights, counts, problems)
-
-
-class ScoredCompletions(NamedTuple):
-    """Completions [P][G], their texts [B], and the rewards of each."""
-
-    completions: list[list[Completion]]
-    texts: list[str]
-    result: RewardResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,44 +172,6 @@ def to_rollout(config: Config, judged: Judged) -> Rollout:
     )
 
 
-def sample_and_score(
-    sampler: CompletionSource,
-    params: Any,
-    rows: Sequence[PromptRow],
-    num_samples: int,
-    sampling: SamplingParams,
-    key: jax.Array,
-    runner: RewardRunner,
-    tokenizer: Tokenizer,
-    watch: Stopwatch,
-    prompt_indices: Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-) -> ScoredCompletions:
-    """Draws completions of every row, and runs the reward functions on each as it ends, while others are still drawn.
-
-    Args:
-      key, prompt_indices: all randomness, see `Sampler.sample`.
-      names: the reward functions to run; None: all.
-      watch: "rollout" takes the time until the last completion, "reward" what the rewards take beyond that.
-    """
-    row_B = [row for row in rows for _ in range(num_samples)]
-    indices = range(len(rows)) if prompt_indices is None else prompt_indices
-    requests = requests_for(indices, num_samples, sampling.max_completion_length)
-    done: dict[int, Completion] = {}
-    texts: dict[int, str] = {}
-    columns = {name: [row.columns.get(name) for row in row_B] for name in runner.columns}
-    prompts = [row.prompt for row in row_B]
-    with runner.begin(prompts, columns, group_size=num_samples, names=names) as scoring:
-        with watch.timer("rollout"), no_implicit_transfers():
-            for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
-                done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
-                scoring.add([b], [completion_form(row_B[b].prompt, texts[b])], [completion.token_ids.tolist()])
-        with watch.timer("reward"):
-            result = scoring.result()
-    groups = [[done[p * num_samples + g] for g in range(num_samples)] for p in range(len(rows))]
-    return ScoredCompletions(groups, [texts[b] for b in range(len(requests))], result)
-
-
 def minibatches(rollout: Rollout, config: Config) -> list[list[TrainGroup]]:
     """The rollout's groups, cut into minibatches of whole prompts in order; completions that the loss must not see are
     left out. With `grpo.kl_in_reward` they carry their rewards: the advantages follow when the KL is known.
@@ -273,10 +221,3 @@ def sample_records(rollout: Rollout, count: int) -> list[dict[str, Any]]:
             }
         )
     return records
-
-
-def completion_form(prompt: Prompt, text: str) -> Any:
-    """A completion as reward functions get it: text for a text prompt, an assistant message in a list for a chat
-    prompt.
-    """
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -17,7 +17,7 @@ import rich.console
 import rich.live
 import rich.text
 
-from rl.cli import silence
+from rl.errors import silence
 
 _STEPS_FOR_TIME_LEFT = 50  # enough to hold an evaluation or a checkpoint now and then
 _BAR_WIDTH = 20  # characters

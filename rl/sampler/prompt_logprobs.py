@@ -18,7 +18,7 @@ from rl.devices.mesh import num_row_shards, row_sharding
 from rl.devices.programs import Program, Programs
 from rl.models.logprobs import token_logprobs
 from rl.models.policy import Params, Policy
-from rl.sampler import request_queue as scheduling
+from rl.sampler.sizes import MIN_TABLE_LENGTH, size_at_least
 
 TOKENS_PER_CALL = 4096  # over all rows, unless one prompt is longer
 OPEN_ROWS = 8  # to which a prompt may still be added while rows are packed
@@ -51,11 +51,11 @@ class PromptScorer:
           prompt has no log-prob: nothing comes before it.
         """
         longest = max((len(prompt) for prompt in prompts), default=0)
-        length = scheduling.size_at_least(max(longest, scheduling.MIN_TABLE_LENGTH))
+        length = size_at_least(max(longest, MIN_TABLE_LENGTH))
         most_per_row = length if self._policy.packs_rows else 1
         rows = pack_rows([len(prompt) for prompt in prompts], length, most_per_row)
         most = max(TOKENS_PER_CALL // length // self._num_shards, 1)
-        num_rows = self._num_shards * min(most, scheduling.size_at_least(-(-len(rows) // self._num_shards)))
+        num_rows = self._num_shards * min(most, size_at_least(-(-len(rows) // self._num_shards)))
         key = num_rows, length, temperature or 1.0, chunk_size
         program = self._programs.get(key, lambda: self._compile(params, *key))
         results: dict[int, np.ndarray] = {}

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rl.sampler import request_queue as scheduling
+from rl.sampler import request_queue
 from rl.sampler.engine import Shape
+from rl.sampler.sizes import MIN_TABLE_LENGTH, cache_sizes, size_at_least, size_at_most
 
 MAX_DERIVED_SLOTS = 256  # when a memory budget sets the number: more make a step longer and hardly cheaper per token
 MIN_COMMON_LENGTH = 64
@@ -35,10 +36,10 @@ class Expected:
         are halved for as long as that saves an eighth of the positions that all prompts take.
         """
         lengths = np.asarray(self.lengths)
-        length = max(scheduling.MIN_TABLE_LENGTH, scheduling.size_at_least(int(lengths.max())))
+        length = max(MIN_TABLE_LENGTH, size_at_least(int(lengths.max())))
         half = _half(length)
-        while half >= MIN_CUT_LENGTH and scheduling.rows_taken(lengths, half).sum() * half <= (1 - MIN_SAVED) * (
-            scheduling.rows_taken(lengths, length).sum() * length
+        while half >= MIN_CUT_LENGTH and request_queue.rows_taken(lengths, half).sum() * half <= (1 - MIN_SAVED) * (
+            request_queue.rows_taken(lengths, length).sum() * length
         ):
             length, half = half, _half(half)
         return length
@@ -46,12 +47,12 @@ class Expected:
     @functools.cached_property
     def rows_per_prompt(self) -> int:
         """Rows of the prompt table that the longest prompt takes."""
-        return int(scheduling.rows_taken(np.asarray(self.lengths), self.table_length).max())
+        return int(request_queue.rows_taken(np.asarray(self.lengths), self.table_length).max())
 
     @functools.cached_property
     def mean_rows(self) -> float:
         """Rows of the prompt table that a prompt takes on average."""
-        return float(scheduling.rows_taken(np.asarray(self.lengths), self.table_length).mean())
+        return float(request_queue.rows_taken(np.asarray(self.lengths), self.table_length).mean())
 
 
 class KVBudget(NamedTuple):
@@ -69,7 +70,7 @@ class Load:
 
     @classmethod
     def of(cls, shards: Sequence[Sequence[Sequence[int]]]) -> "Load":
-        """Of what `scheduling.deal` gives."""
+        """Of what `request_queue.deal` gives."""
         return cls(tuple(tuple(len(piece) for piece in pieces) for pieces in shards))
 
     @functools.cached_property
@@ -117,7 +118,7 @@ class Load:
         """Rows of the prompt table: for prompts of mean length a quarter more than they take, or for the longest."""
         in_flight, most = self.prompts_at_once(num_slots), expected.rows_per_prompt
         rows = max(math.ceil(1.25 * in_flight * expected.mean_rows), most)
-        return scheduling.size_at_least(min(rows, in_flight * most), 4)
+        return size_at_least(min(rows, in_flight * most), 4)
 
     def prefill_rows(self, num_slots: int, expected: Expected) -> int:
         """Rows for the longest prompt that one prefill fills: as many as fill the table where it holds all prompts,
@@ -134,7 +135,7 @@ def rest_lengths(prompts: Sequence[Sequence[int] | np.ndarray], common_length: i
 
 def usable_common_length(length: int, num_prompts: int) -> int:
     """Tokens of a common prefix that get a cache of their own: a size, so that few programs are compiled, or none."""
-    return scheduling.size_at_most(length, 8) if num_prompts > 1 and length >= MIN_COMMON_LENGTH else 0
+    return size_at_most(length, 8) if num_prompts > 1 and length >= MIN_COMMON_LENGTH else 0
 
 
 def few_rows(prefill_rows: int) -> int:
@@ -161,8 +162,8 @@ def first_shape(
     Raises:
       ValueError: the budget does not hold one completion.
     """
-    lengths = [size.length for size in scheduling.cache_sizes(1, limit)]
-    most = scheduling.size_at_least(load.requests, 4)
+    lengths = [size.length for size in cache_sizes(1, limit)]
+    most = size_at_least(load.requests, 4)
     if slots is not None:
         most = min(most, slots // num_shards)
     else:
@@ -190,7 +191,7 @@ def _longest_run(totals: np.ndarray, enough: int) -> int:
 
 def _half(table_length: int) -> int:
     """Half of a length, in whole units of the shortest."""
-    return math.ceil(table_length / 2 / scheduling.MIN_TABLE_LENGTH) * scheduling.MIN_TABLE_LENGTH
+    return math.ceil(table_length / 2 / MIN_TABLE_LENGTH) * MIN_TABLE_LENGTH
 
 
 def _affordable_slots(

@@ -27,11 +27,13 @@ from rl.models.config import ModelConfig, Quantization
 from rl.models.lora import quantization_of
 from rl.models.policy import Params, Policy
 from rl.models.quantized import quantize_params, quantized_shardings
-from rl.sampler import request_queue as scheduling
+from rl.sampler import request_queue
+from rl.sampler.contract import Completion, Request, requests_for
 from rl.sampler.engine import DecodeState, Engine, Shape, generate_key, prefill_key, prefill_pieces
 from rl.sampler.prompt_logprobs import PromptScorer
-from rl.sampler.request_queue import CacheSize, Completion, Request, Schedule
+from rl.sampler.request_queue import Schedule
 from rl.sampler.shape_plan import Expected, KVBudget, Load, few_rows, first_shape, rest_lengths, usable_common_length
+from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, next_cache_size
 from rl.sampler.token_draw import SamplingParams, check_vocabulary
 
 __all__ = ["Completion", "Sampler"]
@@ -140,7 +142,7 @@ class Sampler:
             programs as well: they take the shapes of a call of just so many, and begin by dropping the slots that stay
             idle. 0: every call has the shapes that fit it.
         """
-        common = scheduling.common_prefix_length(prompts)
+        common = request_queue.common_prefix_length(prompts)
         common = usable_common_length(common, len(prompts))
         head = tuple(int(token) for token in prompts[0][:common])
         self._expected = Expected(head, rest_lengths(prompts, common))
@@ -187,7 +189,7 @@ class Sampler:
             raise ValueError(
                 f"prompt_indices must have one entry for each of {len(prompts)} prompts, got {len(indices)}"
             )
-        requests = scheduling.requests_for(indices, num_samples, sampling.max_completion_length)
+        requests = requests_for(indices, num_samples, sampling.max_completion_length)
         completions: list[Completion | None] = [None] * len(requests)
         for number, completion in self.stream(params, prompts, requests, sampling, key):
             completions[number] = completion
@@ -239,7 +241,7 @@ class Sampler:
         params = self._abstract_decode_params(params)
         shapes, common_length = self.shapes(num_prompts, num_samples, sampling), len(self._expected.common)
         first = shapes[0]
-        sizes = scheduling.cache_sizes(first.num_slots // num_shards, sampling.max_completion_length)
+        sizes = cache_sizes(first.num_slots // num_shards, sampling.max_completion_length)
         for shape in shapes:
             engine.prepare(params, shape, sampling, self._chunk_of(sampling))
         # After these, so that a call at once compiles prefill while the background is at its decoding.
@@ -251,18 +253,18 @@ class Sampler:
             engine.prepare_prefill(params, num_rows, first.prefill_length, chunk, common_length)
             engine.prepare_insert(first, num_rows)
         for shape in shapes:
-            for later in scheduling.later_cache_sizes(sizes, self._size_of(shape)):
+            for later in later_cache_sizes(sizes, self._size_of(shape)):
                 engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)
 
     def shapes(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> list[Shape]:
         """Every shape that decoding can have in a call of this size, whatever is drawn; it starts with the first."""
         limit, num_shards = sampling.max_completion_length, self.engine.num_shards
-        requests = scheduling.requests_for(range(num_prompts), num_samples, limit)
-        first = self._shape(Load.of(scheduling.deal(requests, num_shards)), self._expected, sampling)
-        sizes = scheduling.cache_sizes(first.num_slots // num_shards, limit)
+        requests = requests_for(range(num_prompts), num_samples, limit)
+        first = self._shape(Load.of(request_queue.deal(requests, num_shards)), self._expected, sampling)
+        sizes = cache_sizes(first.num_slots // num_shards, limit)
         reachable = [self._size_of(first)]
         for size in reachable:  # grows meanwhile
-            later = scheduling.later_cache_sizes(sizes, size)
+            later = later_cache_sizes(sizes, size)
             reachable += [other for other in later if other not in reachable]
         return [first.resized(size.slots * num_shards, size.length, num_shards) for size in reachable]
 
@@ -301,7 +303,7 @@ class Sampler:
         version, params = params, self._decode_params(params)
         expected = self._plan(prompts)
         common_length = len(expected.common)
-        shards = scheduling.deal(requests, engine.num_shards)
+        shards = request_queue.deal(requests, engine.num_shards)
         shape = self._shape(Load.of(shards), expected, sampling)
         if not common_length:
             self.release()  # no memory is left for one that nobody reads
@@ -320,7 +322,7 @@ class Sampler:
         )
         state = engine.init_state(shape, sampling, key, common)
         schedule.set_slots(shape.num_slots)
-        sizes = scheduling.cache_sizes(shape.num_slots // engine.num_shards, sampling.max_completion_length)
+        sizes = cache_sizes(shape.num_slots // engine.num_shards, sampling.max_completion_length)
         prefill_rows = shape.prefill_rows // engine.num_shards
         filled = 0  # positions of the own cache that the busiest slot has filled
         while schedule.num_left:
@@ -357,7 +359,7 @@ class Sampler:
         needed = int(busy.sum(axis=1).max()) + schedule.num_waiting
         if schedule.has_pending():
             needed = now.slots
-        size = scheduling.next_cache_size(sizes, now, min(needed, now.slots), filled)
+        size = next_cache_size(sizes, now, min(needed, now.slots), filled)
         index = None
         if size.slots < now.slots:
             index = np.argsort(~busy, axis=1, kind="stable")[:, : size.slots].astype(np.int32)
@@ -370,9 +372,7 @@ class Sampler:
         if schedule.has_more():
             wanted = now.slots - 1
         else:
-            fewer = [
-                scheduling.next_cache_size(sizes, now, size.slots, 0).slots for size in sizes if size.slots < now.slots
-            ]
+            fewer = [next_cache_size(sizes, now, size.slots, 0).slots for size in sizes if size.slots < now.slots]
             wanted = max((slots for slots in fewer if slots < now.slots), default=0)
         # At once it could do nothing about the slots that are idle now: it looks again when a completion has ended.
         return min(wanted * self.engine.num_shards, schedule.num_soon_busy() - 1)
@@ -396,7 +396,7 @@ class Sampler:
         head = np.asarray(expected.common, np.int32)
         fits = all(len(p) > head.size and np.array_equal(np.asarray(p[: head.size]), head) for p in prompts)
         if not expected.lengths or not fits:
-            common = usable_common_length(scheduling.common_prefix_length(prompts), len(prompts))
+            common = usable_common_length(request_queue.common_prefix_length(prompts), len(prompts))
             expected = Expected(tuple(int(token) for token in prompts[0][:common]))
         lengths = rest_lengths(prompts, len(expected.common))
         if not expected.lengths:
@@ -408,8 +408,8 @@ class Sampler:
 
     def _load(self, num_prompts: int, num_samples: int) -> Load | None:
         """What the shards get of a call of this size; None where it is empty."""
-        requests = scheduling.requests_for(range(num_prompts), num_samples, 1)
-        return Load.of(scheduling.deal(requests, self.engine.num_shards)) if requests else None
+        requests = requests_for(range(num_prompts), num_samples, 1)
+        return Load.of(request_queue.deal(requests, self.engine.num_shards)) if requests else None
 
     def _shape(self, load: Load, expected: Expected, sampling: SamplingParams) -> Shape:
         """The shape that decoding starts with: that of the planned calls where it serves."""

@@ -22,9 +22,11 @@ from rl.devices import hosts
 from rl.devices.mesh import num_row_shards, replicated, row_sharding
 from rl.devices.programs import Program
 from rl.models.policy import Params, WavePolicy
+from rl.sampler.contract import Completion, Request
 from rl.sampler.decoding import TOKEN_LOOP, request_key
+from rl.sampler.endings import Drawing, find_end
 from rl.sampler.prompt_logprobs import PromptScorer
-from rl.sampler.request_queue import Completion, Drawing, Request, find_end, size_at_least, size_at_most
+from rl.sampler.sizes import size_at_least, size_at_most
 from rl.sampler.slot_sampler import check_requests
 from rl.sampler.token_draw import Draw, SamplingParams, TokenCounts, add_token, draw
 

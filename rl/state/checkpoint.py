@@ -31,9 +31,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from rl.cli import TRACEBACK_VARIABLE
 from rl.config.load import Config
 from rl.devices import hosts
+from rl.errors import TRACEBACK_VARIABLE
 from rl.files.output_file import disk_trouble
 from rl.models.config import ModelConfig
 from rl.models.lora import join, split

@@ -2,26 +2,21 @@
 
 import dataclasses
 import hashlib
-import os
 import pathlib
-import sys
-import tempfile
 from typing import Any
-
-import jax
 
 from rl.config.load import Config
 from rl.config.sections import TUNIX_PREFIX, source_kind
 from rl.data.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
-from rl.files.local_files import UNFINISHED, file_hash
+from rl.files.local_files import file_hash
 from rl.files.stores import local_copy
 from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.files import hf
 from rl.models.files.hf import read_config, resolve_source
 from rl.models.files.peft import adapter_for, adapter_hash, check_adapter, load_adapter
+from rl.models.flavours import foreign_config
 from rl.models.foreign import files as foreign
 from rl.models.lora import join
-from rl.models.policy import foreign_config
 from rl.state import param_folder
 
 
@@ -192,65 +187,3 @@ def pretrained_params(origin: Origin, shardings: Any) -> Any | None:
         return foreign.load_weights(origin.folder, *options)
     base = _files_of(origin.folder).load_params(origin.folder, *options)
     return base if origin.adapter is None else join(load_adapter(origin.adapter, *options), base)
-
-
-def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """sampling.eos_ids, else every EOS that the model or the tokenizer names.
-
-    Raises:
-      ValueError: an id outside the vocabulary, or no EOS at all.
-    """
-    ids = config.sampling.eos_ids
-    if ids is None:
-        ids = [*model_config.eos_token_ids, *tokenizer.eos_ids]
-    outside = [i for i in ids if not 0 <= i < model_config.vocab_size]
-    if outside:
-        raise ValueError(f"sampling.eos_ids must be token ids below {model_config.vocab_size}, got {outside}")
-    if not ids:
-        raise ValueError(
-            "a completion must be able to end: the model and the tokenizer name no EOS token; set sampling.eos_ids"
-        )
-    return tuple(sorted(set(ids)))
-
-
-def use_compilation_cache(config: Config, check_only: bool = False) -> None:
-    """Points XLA's persistent compilation cache at logging.compilation_cache: "auto" is ~/.cache/tandem/programs, null
-    leaves it as jax has it. Call before the first compilation, which makes the folder.
-
-    Args:
-      check_only: nothing that is compiled in this process is kept.
-
-    Raises:
-      ValueError: a folder that cannot be written. With "auto" that is said on stderr, and nothing is kept.
-    """
-    folder = config.logging.compilation_cache
-    if check_only:
-        jax.config.update("jax_enable_compilation_cache", False)
-    if folder == "auto":
-        if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # which jax follows by itself; empty: no cache
-            return
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tandem", "programs")
-        if problem := _cache_problem(folder):
-            print(f"warning: compiled programs are not kept for the next start: {problem}", file=sys.stderr)
-            return
-    elif folder is not None and (problem := _cache_problem(folder)):
-        raise ValueError(
-            f"logging.compilation_cache must be a folder that can be written, got {folder!r}: {problem}; choose "
-            "another one, or null for none"
-        )
-    if folder is not None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a run has dozens of small programs
-
-
-def _cache_problem(folder: str) -> str | None:
-    """Why no file can be written below a folder, which need not be there yet; None where one can."""
-    path = pathlib.Path(os.path.expanduser(folder)).absolute()
-    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not nearest.is_dir():
-        return f"{nearest} is no folder"
-    try:  # permissions alone do not tell: nobody can make a folder in /proc
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=UNFINISHED):
-            return None
-    except OSError as error:
-        return f"{nearest} cannot be written: {error.strerror}"

@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 
 from rl.models.config import ModelConfig, base_specs, flatten_specs, leaf_at
 from rl.models.files.finite import as_finite
-from rl.models.files.hf import check_tree, content_hash, new_folder, place, same_bits, set_leaf, write_model_files
+from rl.models.files.folders import new_folder, same_bits, set_leaf
+from rl.models.files.hf import check_tree, content_hash, place, write_model_files
 from rl.models.ops import dtype_of
 from rl.state.checkpoint_files import HashCheck, StoredArray, item_folders, read_array, stored_arrays, write_hashes
 

@@ -18,7 +18,7 @@ from rl.config.load import load_config
 from rl.data.prompts import load_prompts, step_indices
 from rl.devices.host_memory import peak_bytes, start_peak
 from rl.files.output_file import check_writable
-from rl.models.files.hf import write_json
+from rl.models.files.folders import write_json
 from rl.state.origin import tokenizer_of
 
 

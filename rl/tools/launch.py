@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from rl.cli import READER_GONE
+from rl.errors import READER_GONE
 
 _SECONDS_TO_FINISH = 5.0  # for the others to say what they have to say, when the first has ended with an error
 COMMANDS = ("train", "sft", "eval")  # that several processes can do together

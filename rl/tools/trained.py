@@ -17,7 +17,8 @@ from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
 from rl.devices.mesh import create_mesh
 from rl.files.stores import check_path, is_remote
-from rl.models.policy import Policy, policy_from_config
+from rl.models.flavours import policy_from_config
+from rl.models.policy import Policy
 from rl.run_folder.folder import check_trust, checkpoint_steps, is_run_folder, read_run
 from rl.run_folder.remote_steps import local_source
 from rl.run_folder.trust import TO_SAMPLE

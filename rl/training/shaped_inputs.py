@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rl.algorithms.from_config import loss_config
 from rl.config.load import Config
 from rl.devices.mesh import is_on_cpu, num_row_shards
 from rl.models.policy import Policy
@@ -18,7 +19,7 @@ from rl.models.train_state import PureState
 from rl.state.states import AbstractState, InitStateFn, get_abstract_state
 from rl.training.packing import Batch, PackingPlan, batch_fields, plan_packing
 from rl.training.train_step import Minibatch, minibatch_axes, minibatch_shardings
-from rl.training.update import batch_dtype, loss_config, needs_old_logprobs
+from rl.training.update import batch_dtype, needs_old_logprobs
 
 
 class ShapedInputs(NamedTuple):

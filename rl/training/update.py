@@ -6,7 +6,6 @@ frozen before the first update, but not computed for it (they are its own), nor 
 over the same minibatches again. Not here: the loss and the compiled functions themselves.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,15 +15,15 @@ import optax
 from jax.sharding import Mesh
 
 from rl.algorithms.entropy_coef import EntropyCoefState, applied_entropy_coef, next_entropy_coef
-from rl.algorithms.from_config import resolve
+from rl.algorithms.from_config import loss_config
 from rl.algorithms.loss_metrics import finish_metrics
-from rl.algorithms.loss_types import LossConfig, validate_loss_config
 from rl.config.load import Config
 from rl.devices import hosts
 from rl.devices.mesh import replicated
 from rl.devices.programs import Program, Stored, not_stored
+from rl.models.flavours import without_adapters
 from rl.models.lora import split
-from rl.models.policy import Policy, without_adapters
+from rl.models.policy import Policy
 from rl.models.train_state import PureState
 from rl.state.optimizer import updates_per_step
 from rl.training.packing import Batch, PackingPlan, TrainGroup, pack
@@ -226,17 +225,3 @@ def _recomputes_old(config: Config) -> bool:
 def bare_batch(batch: Batch) -> Batch:
     """`batch` without what the trainer puts in, as `token_logprobs_program` takes it."""
     return batch._replace(old_logprobs_MRCL=None, reference_logprobs_MRCL=None, advantages_MRCL=None)
-
-
-def loss_config(config: Config) -> LossConfig:
-    """The loss's settings out of the `grpo` section; ValueError when they contradict each other."""
-    section = dataclasses.asdict(config.grpo)  # pyright: ignore[reportArgumentType]
-    section["beta"] = 0.0 if config.grpo.kl_in_reward else config.grpo.beta  # the advantages hold the KL then
-    names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length", "custom_term"}
-    result = LossConfig(
-        **{name: section[name] for name in names},
-        custom_term=resolve(config.grpo.loss_type, "grpo.loss_type"),
-        max_completion_length=config.sampling.max_completion_length,
-    )
-    validate_loss_config(result)
-    return result

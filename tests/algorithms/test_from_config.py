@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from rl.algorithms.advantages import ESTIMATORS, compute_advantages
-from rl.algorithms.from_config import check_estimator, check_loss, file_hashes
+from rl.algorithms.from_config import check_estimator, check_loss, file_hashes, loss_config
 from rl.algorithms.loss_types import LOSS_TYPES
 from rl.config.load import load_config
 from rl.config.sections import OPEN_CHOICES
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics
-from rl.training.update import loss_config
 from tests.helpers.places import REWARDS, ROOT
 
 RECIPE = f"""

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rl.algorithms.from_config import loss_config
 from rl.algorithms.loss_metrics import finish_metrics
 from rl.algorithms.loss_types import LossInputs
 from rl.algorithms.losses import denominators_for, grpo_loss
 from rl.config.load import load_config
-from rl.training.update import loss_config
 
 NAN = math.nan
 

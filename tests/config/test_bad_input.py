@@ -22,12 +22,12 @@ from rl.devices.mesh import create_mesh
 from rl.grpo_trainer import train
 from rl.models.config import ModelConfig, parameter_specs
 from rl.models.files.hf import save_folder
-from rl.models.policy import policy_from_config
-from rl.rollout.evaluation import evaluate_source
+from rl.models.flavours import policy_from_config
 from rl.run.metrics import CompileCounter, read_metrics, read_samples
 from rl.state.checkpoint import create_checkpoint_manager
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn
+from rl.tools.evaluate import evaluate_source
 from tests.helpers.places import ROOT
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}

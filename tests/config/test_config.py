@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from rl.algorithms.advantages import check_modes
+from rl.algorithms.from_config import loss_config
 from rl.config.load import differences, dump_config, load_config, preset_values, program_keys, read_preset, require
 from rl.config.ranges import RANGES
 from rl.config.sections import Config, flatten, to_dict
-from rl.training.update import loss_config
 from tests.helpers.places import ROOT
 
 PRESETS = sorted(path.stem for path in (ROOT / "configs" / "presets").glob("*.yml"))

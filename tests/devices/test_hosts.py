@@ -35,10 +35,10 @@ from rl.devices import hosts
 from rl.grpo_trainer import train
 from rl.models.config import flatten_specs
 from rl.models.files.hf import save_folder
-from rl.rollout.evaluation import evaluate_source
 from rl.run.metrics import read_metrics, read_samples
 from rl.state.origin import model_shape
 from rl.tools import launch
+from rl.tools.evaluate import evaluate_source
 from rl.tools.trained import load_checkpoint, load_start, resolve_model
 from tests.helpers import tunix_golden
 from tests.helpers.places import FILES, REWARDS, ROOT

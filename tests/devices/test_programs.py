@@ -10,8 +10,7 @@ import jax
 import pytest
 
 from rl.config.load import load_config
-from rl.devices.programs import Programs
-from rl.state.origin import use_compilation_cache
+from rl.devices.programs import Programs, use_compilation_cache
 
 SECONDS = 30  # that a test waits for what must happen at once
 

@@ -20,6 +20,7 @@ from rl.data.sources import load_rows
 from rl.data.tokenizer import load_tokenizer
 from rl.models.config import LoRAConfig
 from rl.models.files import hf
+from rl.models.files.folders import open_tensors
 from rl.models.files.peft import CONFIG_FILE, adapter_for, load_adapter, read_adapter, save_adapter
 from tests.helpers.places import FILES
 from tests.helpers.tiny_models import noisy_params, tiny_config
@@ -162,6 +163,6 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "weights")
     with (
         pytest.raises(ValueError, match="weights must be a file, got a named pipe"),
-        hf.open_tensors(tmp_path / "weights"),
+        open_tensors(tmp_path / "weights"),
     ):
         pass

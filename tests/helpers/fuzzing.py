@@ -19,9 +19,9 @@ import typing
 import hypothesis
 from hypothesis import strategies as st
 
-from rl.cli import raised_by_tandem
 from rl.config.ranges import LARGEST_FLOAT, LARGEST_INT, RANGES
 from rl.config.sections import OPEN_CHOICES, Config
+from rl.errors import raised_by_tandem
 
 HANG_SECONDS = 60  # of one example, on a busy machine
 LONGEST_MESSAGE = 2500

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 from rl.config.load import load_config
 from rl.devices.mesh import axis_sizes, num_row_shards
 from rl.models.config import ModelConfig
-from rl.models.policy import policy_from_config
+from rl.models.flavours import policy_from_config
 from rl.state.optimizer import create_training_optimizer
 from rl.state.origin import _lora
 from rl.state.states import InitStateFn

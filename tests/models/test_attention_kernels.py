@@ -18,7 +18,7 @@ from rl.config.load import load_config
 from rl.devices.mesh import create_mesh
 from rl.models import attention_kernels, ops
 from rl.models.block_attention import BLOCK, block_attention
-from rl.models.policy import create_policy, policy_from_config
+from rl.models.flavours import create_policy, policy_from_config
 from rl.tools.programs.topologies import find_devices
 from tests.helpers.places import ROOT
 from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config

@@ -15,7 +15,7 @@ from rl.files import untrusted
 from rl.models.config import ForeignConfig, ParameterSpec, Quantization
 from rl.models.files import hf, quantized_files
 from rl.models.files.finite import as_finite, is_finite
-from rl.models.foreign import own_config as own
+from rl.models.foreign.own_files import load_weights
 from rl.state import param_folder
 from rl.state.origin import find_origin, pretrained_params, tokenizer_of
 from rl.tools.quantization.quantize import quantize_folder
@@ -127,11 +127,11 @@ def test_nan_and_integers_in_weights_of_an_own_module_are_refused(tmp_path):
     shardings = {"head": {"kernel": jax.sharding.SingleDeviceSharding(jax.devices()[0])}}
     safetensors.numpy.save_file({"head/kernel": with_nan(kernel)}, file)
     with pytest.raises(ValueError, match=rf"{file}: head/kernel must hold finite numbers, got 1 of 24"):
-        own.load_weights(file, config, shardings)
-    assert own.load_weights(file, config, shardings, allow_nonfinite=True)
+        load_weights(file, config, shardings)
+    assert load_weights(file, config, shardings, allow_nonfinite=True)
     safetensors.numpy.save_file({"head/kernel": kernel.astype(np.int32)}, file)
     with pytest.raises(ValueError, match="head/kernel must be one of F64, F32, F16, BF16, got I32"):
-        own.load_weights(file, config, shardings)
+        load_weights(file, config, shardings)
     quantized = dataclasses.replace(config, quantization=Quantization("int8", patterns=("head/kernel",)))
     stored = {
         "head/kernel": np.ones((4, 6), np.int8),

@@ -17,7 +17,7 @@ from rl.models import cache as kv
 from rl.models import ops
 from rl.models.config import ModelConfig, RopeScaling, parameter_specs
 from rl.models.files import hf
-from rl.models.policy import create_policy
+from rl.models.flavours import create_policy
 from tests.helpers.places import FILES
 
 GOLDEN = FILES / "models"

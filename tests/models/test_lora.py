@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from rl.algorithms.from_config import loss_config
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh
 from rl.models import cache as kv
 from rl.models import ops
 from rl.models.config import FAMILIES, LORA_A, LORA_B, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
+from rl.models.flavours import LinenPolicy, NNXPolicy, policy_from_config, without_adapters
 from rl.models.lora import freeze, join, merge, split, unmerge
-from rl.models.policy import LinenPolicy, NNXPolicy, policy_from_config, without_adapters
 from rl.models.train_state import pure_state
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn, frozen_reference, get_abstract_state, setup_training_state
 from rl.training.train_step import jit_train_step
-from rl.training.update import loss_config
 from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
 from tests.training import test_train_step as packed
 

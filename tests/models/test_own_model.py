@@ -9,11 +9,12 @@ import safetensors.numpy
 
 from rl.config.load import load_config
 from rl.grpo_trainer import train
+from rl.models.flavours import policy_from_config
 from rl.models.foreign.files import check_policy, load_weights
-from rl.models.policy import policy_from_config
 from rl.run.metrics import read_metrics, read_samples
+from rl.state.export import write_folder
 from rl.state.origin import find_origin, tokenizer_of
-from rl.tools.checkpoints.export import export, write_folder
+from rl.tools.checkpoints.export import export
 from rl.tools.trained import load_checkpoint, load_start
 from tests.helpers.places import REWARDS, ROOT
 

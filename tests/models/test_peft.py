@@ -13,8 +13,8 @@ from rl.config.load import load_config
 from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.files import hf
 from rl.models.files.peft import adapter_for, check_adapter, load_adapter, read_adapter, save_adapter
+from rl.models.flavours import create_policy
 from rl.models.lora import join, split
-from rl.models.policy import create_policy
 from rl.tools.trained import load_start
 from tests.helpers.places import FILES
 from tests.helpers.tiny_models import noisy_params, tiny_config

@@ -10,7 +10,7 @@ import pytest
 
 from rl.models import cache as kv
 from rl.models.files import hf
-from rl.models.policy import create_policy
+from rl.models.flavours import create_policy
 from tests.helpers.places import FILES
 
 ROWS = json.loads((FILES / "smollm2_135m_instruct.json").read_text())["rows"]

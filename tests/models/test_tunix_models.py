@@ -16,13 +16,13 @@ from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.models.files.hf import load_params, read_config, save_folder
+from rl.models.flavours import NNXPolicy, create_policy, foreign_config
 from rl.models.foreign.files import check_policy, load_weights
 from rl.models.foreign.tunix_files import write_weights
 from rl.models.foreign.tunix_policy import TunixPolicy
-from rl.models.policy import NNXPolicy, create_policy, foreign_config
 from rl.run.metrics import read_metrics, read_samples
+from rl.state.export import write_folder
 from rl.state.origin import find_origin, tokenizer_of
-from rl.tools.checkpoints.export import write_folder
 from tests.helpers import tunix_golden
 from tests.helpers.places import FILES, REWARDS
 from tests.helpers.tiny_models import noisy_params, tiny_config

@@ -9,14 +9,16 @@ import pytest
 from rl.cli import main
 from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
-from rl.grpo_trainer import train, warn_about_sampling
+from rl.grpo_trainer import train
 from rl.models.files.hf_config import read_config
-from rl.rollout.evaluation import evaluate_source, sampling_params, stop_text, wilson_interval
+from rl.rollout.evaluation import wilson_interval
+from rl.run.announce import warn_about_sampling
 from rl.run.console import Console
 from rl.run.metrics import read_metrics
+from rl.sampler.create import eos_ids, sampling_params, stop_text
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
-from rl.state.origin import eos_ids
+from rl.tools.evaluate import evaluate_source
 from tests.helpers.places import FILES, REWARDS
 
 MODELS = FILES / "models"

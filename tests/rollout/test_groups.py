@@ -11,9 +11,10 @@ from rewards.contract import RewardSpec
 from rewards.runner import RewardRunner
 from rl.config.load import load_config
 from rl.data.prompts import PromptRow
-from rl.rollout.groups import Judged, minibatches, sample_and_score, to_rollout
+from rl.rollout.groups import Judged, minibatches, to_rollout
+from rl.rollout.scoring import sample_and_score
 from rl.run.metrics import Stopwatch
-from rl.sampler.request_queue import Completion
+from rl.sampler.contract import Completion
 from rl.sampler.token_draw import SamplingParams
 
 

@@ -7,9 +7,9 @@ import pytest
 from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
 from rl.devices.mesh import create_mesh, no_implicit_transfers
-from rl.models.policy import policy_from_config
-from rl.rollout.evaluation import create_sampler
-from rl.sampler.request_queue import requests_for
+from rl.models.flavours import policy_from_config
+from rl.sampler.contract import requests_for
+from rl.sampler.create import create_sampler
 from rl.sampler.token_draw import SamplingParams
 from rl.state.states import InitStateFn, get_abstract_state
 from rl.tools.programs.compile import compile_one

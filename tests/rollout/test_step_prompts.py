@@ -12,11 +12,12 @@ import pytest
 from rl.config.load import load_config
 from rl.data.prompts import PromptRow, next_indices, step_indices
 from rl.grpo_trainer import train
-from rl.rollout.evaluation import create_sampler, start_rewards
 from rl.rollout.groups import Judged
+from rl.rollout.scoring import start_rewards
 from rl.rollout.step_prompts import check_calls, collect, has_spread
 from rl.run.metrics import read_metrics, read_samples
-from rl.sampler.request_queue import Completion
+from rl.sampler.contract import Completion
+from rl.sampler.create import create_sampler
 from rl.tools.samples.replay import compare, draw_again
 from tests.helpers.places import REWARDS
 

@@ -339,7 +339,7 @@ def test_an_export_that_was_stopped_leaves_nothing_and_the_next_one_is_not_taken
     make_run(folder, kind="sft")
     run = open_folder(folder, kind="sft")
 
-    def stop(out):  # as `rl.models.files.hf.new_folder` does, which writes beside the folder it makes
+    def stop(out):  # as `rl.models.files.folders.new_folder` does, which writes beside the folder it makes
         (out.parent / f".{out.name}.scratch").mkdir()
         raise KeyboardInterrupt
 

@@ -211,7 +211,7 @@ def test_code_is_found_without_being_imported(tmp_path, monkeypatch, code):
 
 
 def test_every_ready_made_reward_is_one_and_needs_no_trust(tmp_path):
-    from rewards.contract import import_function
+    from rewards.importing import import_function
 
     assert all(callable(import_function(name, "it")) for name in READY_MADE)
     make_run(tmp_path / "run", rewards(*READY_MADE))
@@ -393,12 +393,13 @@ IMPORTERS = {
     # Of a user's functions, and of compiled programs; what they take must be in `rl.run_folder.trust.code_of`.
     r"\bimport_function\(|\bload_function\(": {
         "rewards.contract",
+        "rewards.importing",
         "rewards.worker",
         "rl.algorithms.from_config",
         "rl.models.foreign.own_config",
     },
-    r"deserialize_executable|jax_compilation_cache_dir": {"rl.run.executables", "rl.state.origin"},
-    r"exec_module|runpy|\beval\(|\bexec\(|pickle\.load": {"rewards.contract"},
+    r"deserialize_executable|jax_compilation_cache_dir": {"rl.run.executables", "rl.devices.programs"},
+    r"exec_module|runpy|\beval\(|\bexec\(|pickle\.load": {"rewards.importing"},
 }
 
 

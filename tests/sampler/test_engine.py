@@ -12,7 +12,8 @@ from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models.cache import named_arrays, position_axis
 from rl.models.config import logical_axes
-from rl.models.policy import Policy, create_policy
+from rl.models.flavours import create_policy
+from rl.models.policy import Policy
 from rl.sampler.decoding import Report, Requests
 from rl.sampler.engine import DecodeState, Engine, Shape
 from rl.sampler.token_draw import SamplingParams

@@ -7,7 +7,7 @@ import pytest
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models.config import ModelConfig, logical_axes
-from rl.models.policy import create_policy
+from rl.models.flavours import create_policy
 from rl.run.metrics import CompileCounter
 from rl.sampler import prompt_logprobs as module
 

@@ -8,22 +8,12 @@ import numpy as np
 import pytest
 from tokenizers import decoders
 
+from rl.sampler.contract import Request, requests_for
 from rl.sampler.decoding import Columns, Report
-from rl.sampler.request_queue import (
-    CacheSize,
-    Request,
-    Schedule,
-    cache_sizes,
-    common_prefix_length,
-    deal,
-    find_stop,
-    later_cache_sizes,
-    next_cache_size,
-    requests_for,
-    size_at_least,
-    size_at_most,
-)
+from rl.sampler.endings import find_stop
+from rl.sampler.request_queue import Schedule, common_prefix_length, deal
 from rl.sampler.shape_plan import Expected, Load, first_shape
+from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, next_cache_size, size_at_least, size_at_most
 from rl.sampler.token_draw import SamplingParams
 
 

@@ -16,13 +16,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, tree_shardings
+from rl.devices.programs import use_compilation_cache
 from rl.models.config import ModelConfig, Quantization, logical_axes
-from rl.models.policy import Policy, create_policy
+from rl.models.flavours import create_policy
+from rl.models.policy import Policy
 from rl.models.quantized import quantize_params
-from rl.sampler.request_queue import Request
+from rl.sampler.contract import Request
 from rl.sampler.slot_sampler import Completion, Sampler
 from rl.sampler.token_draw import SamplingParams, truncate
-from rl.state.origin import use_compilation_cache
 
 VOCAB = 48
 PLAIN = SamplingParams(
@@ -489,7 +490,7 @@ def test_the_lengths_that_the_cache_grows_through_change_nothing(qwen, monkeypat
         return flatten(completions)
 
     growing = drawn(64, 128, 144)
-    monkeypatch.setattr("rl.sampler.request_queue.MIN_LENGTH", 144)
+    monkeypatch.setattr("rl.sampler.sizes.MIN_LENGTH", 144)
     assert_same(drawn(144), growing, 1e-5)
 
 

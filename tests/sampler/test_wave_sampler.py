@@ -10,9 +10,9 @@ from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, no_implicit_transfers, tree_shardings
 from rl.models.cache import init_cache
 from rl.models.config import logical_axes
-from rl.models.policy import NNXPolicy
+from rl.models.flavours import NNXPolicy
 from rl.run.metrics import CompileCounter
-from rl.sampler.request_queue import Request, requests_for
+from rl.sampler.contract import Request, requests_for
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
 from rl.sampler.wave_sampler import WaveSampler

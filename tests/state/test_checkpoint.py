@@ -17,8 +17,8 @@ import pytest
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh
 from rl.models.config import LoRAConfig, ModelConfig
+from rl.models.flavours import policy_from_config
 from rl.models.lora import split
-from rl.models.policy import policy_from_config
 from rl.state.checkpoint import DamagedCheckpointError, create_checkpoint_manager, from_tree, to_tree
 from rl.state.checkpoint_files import damaged_files, write_hashes
 from rl.state.optimizer import create_training_optimizer

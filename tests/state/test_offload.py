@@ -8,7 +8,7 @@ import pytest
 from rl.config.load import load_config
 from rl.devices import mesh as meshes
 from rl.devices.mesh import create_mesh, from_host_memory
-from rl.models.policy import create_policy
+from rl.models.flavours import create_policy
 from rl.state.checkpoint import create_checkpoint_manager
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn, get_abstract_state, setup_training_state

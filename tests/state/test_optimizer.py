@@ -17,7 +17,7 @@ from rl import grpo_trainer, sft_trainer
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh
 from rl.models.config import ModelConfig, parameter_specs
-from rl.models.policy import policy_from_config
+from rl.models.flavours import policy_from_config
 from rl.models.train_state import PureState
 from rl.run.metrics import read_metrics
 from rl.run_folder.folder import read_run

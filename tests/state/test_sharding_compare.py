@@ -18,7 +18,7 @@ from rl.config.load import load_config
 from rl.config.sections import Config
 from rl.devices.mesh import axis_sizes, check_sharded, create_mesh, partition_spec, tree_shardings
 from rl.models.config import ModelConfig
-from rl.models.policy import policy_from_config
+from rl.models.flavours import policy_from_config
 from rl.state.optimizer import create_training_optimizer
 from rl.state.origin import _lora as lora_of
 from rl.state.states import InitStateFn, get_abstract_state

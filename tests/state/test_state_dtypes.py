@@ -10,7 +10,7 @@ import pytest
 
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh
-from rl.models.policy import create_policy
+from rl.models.flavours import create_policy
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn, setup_training_state
 from tests.helpers.tiny_models import tiny_config

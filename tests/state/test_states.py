@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, partition_spec, replicated
 from rl.models.config import ModelConfig, logical_axes
-from rl.models.policy import policy_from_config
+from rl.models.flavours import policy_from_config
 from rl.models.train_state import PureState, TrainState, TrainStateNNX, pure_state
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import (

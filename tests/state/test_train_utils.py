@@ -8,16 +8,16 @@ import jax
 import numpy as np
 import pytest
 
+from rl.algorithms.from_config import loss_config
 from rl.config.load import load_config
 from rl.devices import hosts
 from rl.devices.mesh import create_mesh, replicated
-from rl.models.policy import policy_from_config
+from rl.models.flavours import policy_from_config
 from rl.state.checkpoint import create_checkpoint_manager
 from rl.state.optimizer import create_training_optimizer, updates_per_step
 from rl.state.states import InitStateFn, get_abstract_state, get_first_step, setup_training_state
 from rl.training.packing import TrainCompletion, TrainGroup, pack, plan_packing
 from rl.training.train_step import Minibatch, batch_shardings, jit_train_step
-from rl.training.update import loss_config
 from tests.helpers.tiny_models import VOCAB, tiny_config
 
 FLAVOURS = ["nnx", "linen"]

@@ -19,7 +19,7 @@ from rl.data.tokenizer import load_tokenizer
 from rl.models.config import LORA_A, RopeScaling, flatten_specs, parameter_specs
 from rl.models.files.hf import load_params, read_config, save_folder
 from rl.models.files.maxtext import layout_of, read_params, weight_names
-from rl.models.policy import create_policy
+from rl.models.flavours import create_policy
 from rl.run.health import healthy
 from rl.run_folder.folder import RunFolder, read_run
 from rl.state.checkpoint import create_checkpoint_manager

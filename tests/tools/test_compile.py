@@ -24,7 +24,7 @@ from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, num_row_shards
 from rl.devices.programs import Program
 from rl.grpo_trainer import train
-from rl.models.policy import policy_from_config
+from rl.models.flavours import policy_from_config
 from rl.run.executables import MAGIC, LoadedProgram, fingerprint, open_compiled, read_file, save_compiled
 from rl.run.metrics import read_metrics
 from rl.state.optimizer import create_training_optimizer

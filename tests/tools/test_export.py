@@ -17,13 +17,14 @@ from rl.data.tokenizer import load_tokenizer
 from rl.devices.mesh import create_mesh
 from rl.models.config import flatten_specs, parameter_specs
 from rl.models.files import hf
-from rl.models.policy import create_policy
+from rl.models.flavours import create_policy
 from rl.run.metrics import read_metrics
 from rl.state import param_folder
 from rl.state.checkpoint_files import stored_arrays
+from rl.state.export import write_folder
 from rl.state.origin import find_origin, pretrained_params, tokenizer_of
 from rl.state.states import InitStateFn, get_abstract_state, setup_decode_state
-from rl.tools.checkpoints.export import export, write_folder
+from rl.tools.checkpoints.export import export
 from rl.tools.trained import load_checkpoint, load_start
 from tests.helpers.tiny_models import noisy_params, tiny_config
 from tests.tools.test_checkpoint_tool import write_run

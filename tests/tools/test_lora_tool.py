@@ -16,7 +16,8 @@ from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.models.config import LoRAConfig
-from rl.models.files.hf import load_params, read_config, same_bits, save_folder
+from rl.models.files.folders import same_bits
+from rl.models.files.hf import load_params, read_config, save_folder
 from rl.models.files.lora_remainder import REMAINDER_FILE
 from rl.models.files.peft import adapter_for, load_adapter, save_adapter
 from rl.models.lora import join, merge, split, to_float64

@@ -18,9 +18,9 @@ from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.models.config import FAMILIES, Quantization
 from rl.models.files.hf import load_params, read_config, save_folder, write_model_files
+from rl.models.flavours import create_policy
 from rl.models.logprobs import token_logprobs
 from rl.models.lora import join, merge, split
-from rl.models.policy import create_policy
 from rl.models.quantized import QuantizedArray, dequantize, quantize_params
 from rl.tools.quantization.quantize import quantize_folder
 from rl.tools.trained import load_checkpoint, load_start

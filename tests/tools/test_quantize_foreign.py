@@ -20,13 +20,14 @@ from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.models.config import Quantization, flatten_specs, leaf_at, spec_at
-from rl.models.files.hf import save_folder, set_leaf
-from rl.models.foreign import own_config as own
+from rl.models.files.folders import set_leaf
+from rl.models.files.hf import save_folder
+from rl.models.flavours import foreign_config
 from rl.models.foreign import tunix_files
 from rl.models.foreign.files import check_weights, weight_reader
+from rl.models.foreign.own_files import save_weights
 from rl.models.foreign.tunix_config import with_globals
 from rl.models.logprobs import token_logprobs
-from rl.models.policy import foreign_config
 from rl.models.quantized import QuantizedArray, dequantize, quantize
 from rl.models.train_state import string_keys
 from rl.state.origin import find_origin
@@ -77,7 +78,7 @@ def module(request, tmp_path_factory):
     """(flavour, the file with the weights of a module of the user's own)."""
     file = tmp_path_factory.mktemp(request.param) / "model.safetensors"
     start = load_start(load_config(None, own_settings(request.param, "null")))
-    own.save_weights(file, start.params)
+    save_weights(file, start.params)
     return request.param, file
 
 
@@ -294,7 +295,7 @@ def own_module_of(num_layers, folder):
     for path, spec in specs:
         set_leaf(params, path, np.full(spec.shape, 0.01, np.float32))
     file = folder / f"{num_layers}.safetensors"
-    own.save_weights(file, params)
+    save_weights(file, params)
     return [*settings, f"model.weights={file}"]
 
 

@@ -21,7 +21,7 @@ from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.models.files.hf import save_folder
 from rl.run.metrics import CompileCounter, read_samples
-from rl.sampler.request_queue import Completion
+from rl.sampler.contract import Completion
 from rl.sampler.token_draw import SamplingParams
 from rl.tools.samples import sample as sample_command
 from rl.tools.samples.replay import compare, draw_again

@@ -21,19 +21,21 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from rl.algorithms.entropy_coef import EntropyCoefState
+from rl.algorithms.from_config import loss_config
 from rl.algorithms.loss_metrics import finish_metrics
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, no_implicit_transfers
 from rl.models.config import FAMILIES, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
+from rl.models.flavours import create_policy
 from rl.models.lora import split
-from rl.models.policy import Policy, create_policy
+from rl.models.policy import Policy
 from rl.models.train_state import PureState
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import AbstractState, InitStateFn, get_abstract_state
 from rl.training.packing import PackingPlan, TrainCompletion, TrainGroup, pack
 from rl.training.shaped_inputs import plan_for
 from rl.training.train_step import Minibatch, jit_train_step, token_logprobs_program
-from rl.training.update import ENTROPIES, LOGPROBS, TRAIN_STEP, Updater, bare_batch, loss_config
+from rl.training.update import ENTROPIES, LOGPROBS, TRAIN_STEP, Updater, bare_batch
 
 # No other dim of the tiny model is 88: arrays over the vocabulary are known by their shape. 8 devices divide it.
 VOCAB = 88

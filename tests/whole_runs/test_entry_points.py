@@ -12,7 +12,7 @@ import yaml
 
 from rl.cli import COMMANDS, main
 from rl.config.load import load_config
-from rl.models.foreign import own_config as own
+from rl.models.foreign.own_files import save_weights
 from rl.state.states import InitStateFn
 from rl.tools.checkpoints import checkpoint, lora
 from rl.tools.trained import load_start
@@ -46,7 +46,7 @@ NO_OPTIMIZER = {
     ("eval",),
     ("sample",),
     ("export",),
-    ("quantize", "own.yml"),
+    ("quantize", "own_config.yml"),
     *(("lora", name) for name in ("extract", "merge", "unmerge", "inspect")),
 }
 
@@ -68,11 +68,11 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, tmp_path, mon
                 rank=rank,
             )
         )
-    own_module, own_weights = tmp_path / "own.yml", tmp_path / "own.safetensors"
+    own_module, own_weights = tmp_path / "own_config.yml", tmp_path / "own_config.safetensors"
     source = f"{ROOT}/examples/own_model/{'gpt' if FLAVOURS[flavour] else 'ssm'}.py:build"
     model = {"source": source, "args": {"hidden_size": 16, "num_layers": 1}}
     own_module.write_text(yaml.safe_dump({"pure_nnx": FLAVOURS[flavour], "model": model, "mesh": {"num_devices": 1}}))
-    own.save_weights(own_weights, load_start(load_config(own_module, ())).params)
+    save_weights(own_weights, load_start(load_config(own_module, ())).params)
     built: list[tuple[str, bool]] = []
     call = InitStateFn.__call__
 

@@ -20,10 +20,11 @@ from rl.data.prompts import load_pairs, load_prompts
 from rl.data.tokenizer import load_tokenizer
 from rl.devices.mesh import create_mesh
 from rl.grpo_trainer import train
-from rl.models.policy import policy_from_config
+from rl.models.flavours import policy_from_config
 from rl.run.metrics import CompileCounter
+from rl.sampler.create import eos_ids
 from rl.sft_trainer import train as train_sft
-from rl.state.origin import eos_ids, find_origin, pretrained_params, tokenizer_of
+from rl.state.origin import find_origin, pretrained_params, tokenizer_of
 from rl.state.states import InitStateFn, get_abstract_state
 from tests.helpers.fuzzing import JSON_VALUES, KEYS, mutated, mutated_json, overrides, refused_or_done, search, snapshot
 from tests.helpers.places import FILES

@@ -11,8 +11,8 @@ from rl.grpo_trainer import train
 from rl.models.config import LORA_A, LORA_B
 from rl.models.files.hf import load_params, read_config
 from rl.models.files.peft import load_adapter
+from rl.models.flavours import without_adapters
 from rl.models.lora import split
-from rl.models.policy import without_adapters
 from rl.run.metrics import read_metrics, read_samples
 from rl.tools.checkpoints.export import export, export_adapter
 from rl.tools.trained import load_checkpoint

@@ -8,7 +8,7 @@ import pytest
 from rl import grpo_trainer, sft_trainer
 from rl.config.load import load_config
 from rl.data.prompts import load_pairs, step_indices
-from rl.models.policy import policy_from_config
+from rl.models.flavours import policy_from_config
 from rl.run.metrics import read_metrics
 from rl.state.origin import find_origin, tokenizer_of
 from rl.state.states import InitStateFn

@@ -5,17 +5,13 @@ file and the tensor: no weight is ever missing, extra, reshaped or left at an in
 read and written by `rl.models.files.hf_config`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
-import os
 import pathlib
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,14 +19,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from rl.files.json_file import briefly, check_files, check_is_file, read_object, shown
-from rl.files.output_file import writing
-from rl.files.stores import is_remote, local_copy, open_store, uploaded_folder
+from rl.files.json_file import briefly, check_files, read_object, shown
+from rl.files.stores import local_copy
 from rl.models.config import ModelConfig, ParameterSpec, base_specs, flatten_specs, leaf_at
 from rl.models.files.finite import as_finite, check_finite
+from rl.models.files.folders import new_folder, open_tensors, put_shards, save_tensors, set_leaf, write_json
 from rl.models.files.hf_config import config_json, generation_json, read_config
 from rl.models.lora import freeze_leaf
 from rl.models.ops import dtype_of
@@ -40,7 +34,6 @@ __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weigh
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the format's own reader
 _FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
 SCALE = "_scale"  # end of the name of the scale of a quantised tensor
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -214,14 +207,6 @@ def place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray | Quanti
     return jax.jit(functools.partial(freeze_leaf, config, path), out_shardings=sharding)(array)
 
 
-def put_shards(value: Any, sharding: Any) -> jax.Array:
-    """One host array, the same in every process, on the devices of `sharding` (None: the default one)."""
-    if sharding is None:
-        return jax.device_put(value)
-    # By callback, so that several processes each hand over only their own shards.
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
 def tensor_name(path: tuple[str, ...]) -> str:
     """The Hugging Face name of the parameter at `path`."""
     *modules, leaf = path
@@ -305,26 +290,6 @@ def tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
                     f"{folder / file_name}: tensor {name} is missing, although {INDEX_FILE} lists it there"
                 )
     return locations
-
-
-def open_tensors(file: pathlib.Path) -> Any:
-    """A safetensors file to read from; ValueError where it is missing or cut short, or its header is too large."""
-    check_is_file(file)
-    try:
-        with file.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{file} must have a header of at most {MAX_HEADER_BYTES} bytes, got {header_bytes}; it is no "
-                "safetensors file, or a damaged one: fetch the model again"
-            )
-        return safetensors.safe_open(file, framework="np")
-    except FileNotFoundError:
-        raise ValueError(f"{file} must exist, but it does not; fetch the model again") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} must be a whole safetensors file, got {briefly(error)}; fetch the model again"
-        ) from error
 
 
 def _check_tensor_names(
@@ -417,28 +382,6 @@ def write_model_files(folder: pathlib.Path, config: ModelConfig, dtype: str, tok
         tokenizer.save_pretrained(str(folder))
 
 
-@contextlib.contextmanager
-def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into that appears at its place whole, or not at all; ValueError if something is there.
-
-    The folder of a URL appears file by file, config.json last.
-    """
-    if is_remote(folder):
-        with uploaded_folder(open_store(str(folder))) as draft:
-            yield draft
-        return
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"export folder must be new or empty, got {folder}; choose another one or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        draft = pathlib.Path(scratch) / folder.name
-        with writing(folder):
-            draft.mkdir()
-            yield draft
-            os.replace(draft, folder)
-
-
 def copy_others(folder: pathlib.Path, out: pathlib.Path) -> None:
     """Copies what a model's folder holds besides weights and config.json: tokenizer, chat template, and so on."""
     for pattern in SHAPE_PATTERNS:
@@ -490,29 +433,6 @@ def write_index(folder: pathlib.Path, weight_map: Mapping[str, str], total_bytes
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)})
 
 
-def save_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file and reads it back; ValueError where it is not what was written."""
-    # transformers refuses a file whose metadata has no format.
-    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
-    with open_tensors(file) as written:
-        for name, value in tensors.items():
-            if not same_bits(written.get_tensor(name), value):
-                raise ValueError(f"{name} was not read back as it was written to {file}; check the disk")
-
-
-def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
-    """Whether two arrays are alike in type, shape and every bit, NaN included."""
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
-        return False
-    left, right = (np.ascontiguousarray(value).reshape(-1).view(np.uint8) for value in (left, right))
-    return np.array_equal(left, right)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file with sorted keys."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 # Nested dicts by path
 
 
@@ -522,10 +442,3 @@ def _leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[t
             yield from _leaves(child, (*prefix, name))
         else:
             yield (*prefix, name), child
-
-
-def set_leaf(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Puts a value at a path, making the dicts on the way."""
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value

@@ -28,7 +28,8 @@ from rl.models.config import (
     parameter_specs,
 )
 from rl.models.files.finite import as_finite, check_finite
-from rl.models.files.hf import FLOAT_TYPES, new_folder, open_tensors, put_shards, save_tensors, tensor_name, write_json
+from rl.models.files.folders import new_folder, open_tensors, put_shards, save_tensors, write_json
+from rl.models.files.hf import FLOAT_TYPES, tensor_name
 from rl.models.lora import Params, split
 from rl.models.ops import dtype_of
 

@@ -16,16 +16,8 @@ import numpy as np
 
 from rl.models.config import ForeignConfig, Quantization, flatten_specs, leaf_at
 from rl.models.files.finite import as_finite
-from rl.models.files.hf import (
-    FLOAT_TYPES,
-    QUANTIZED_TYPES,
-    SCALE,
-    check_quantized,
-    open_tensors,
-    place,
-    set_leaf,
-    tensor_locations,
-)
+from rl.models.files.folders import open_tensors, set_leaf
+from rl.models.files.hf import FLOAT_TYPES, QUANTIZED_TYPES, SCALE, check_quantized, place, tensor_locations
 from rl.models.ops import dtype_of
 from rl.models.quantized import QuantizedArray, check_patterns, is_chosen, pack, scale_shape, unpack
 

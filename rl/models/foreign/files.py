@@ -18,8 +18,9 @@ import numpy as np
 
 from rl.models.config import flatten_specs
 from rl.models.files import quantized_files
-from rl.models.files.hf import SINGLE_FILE, new_folder
-from rl.models.foreign import own_config as own
+from rl.models.files.folders import new_folder
+from rl.models.files.hf import SINGLE_FILE
+from rl.models.foreign import own_files
 from rl.models.ops import dtype_of
 from rl.models.policy import Params, Policy, WavePolicy
 
@@ -51,7 +52,7 @@ def load_weights(path: pathlib.Path, config: Any, shardings: Any, allow_nonfinit
     if config.quantization is not None:
         return quantized_files.load_params(path, config, shardings, allow_nonfinite)
     if config.kind == "own":
-        return own.load_weights(path, config, shardings, allow_nonfinite)
+        return own_files.load_weights(path, config, shardings, allow_nonfinite)
     from rl.models.foreign import tunix_files
 
     return tunix_files.load_weights(path, config, shardings, allow_nonfinite)
@@ -60,7 +61,7 @@ def load_weights(path: pathlib.Path, config: Any, shardings: Any, allow_nonfinit
 def weight_reader(path: pathlib.Path, config: Any) -> Callable[[tuple[str, ...]], np.ndarray]:
     """A function that reads one parameter of such a model, plain and in its stored type; the rest stays on the disk."""
     if config.kind == "own":
-        return own.weight_reader(path, config)
+        return own_files.weight_reader(path, config)
     from rl.models.foreign import tunix_files
 
     return tunix_files.weight_reader(path, config)
@@ -77,7 +78,7 @@ def save_folder(out: str | pathlib.Path, config: Any, params: Params, tokenizer:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype_of(dtype)), params)
     with new_folder(out) as folder:
         if config.kind == "own":
-            own.save_weights(folder / SINGLE_FILE, params)
+            own_files.save_weights(folder / SINGLE_FILE, params)
             return
         from rl.models.foreign import tunix_files
 

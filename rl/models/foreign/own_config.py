@@ -9,7 +9,6 @@ Legend: B sequences, T token positions, S cache positions, D model.
 import dataclasses
 import fnmatch
 import inspect
-import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,154 +16,25 @@ from typing import Any
 import flax.linen
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.core import unfreeze
 
-from rewards.contract import import_function
+from rewards.importing import import_function
 from rl.files.stores import local_copy
-from rl.models import ops
-from rl.models.attention_kernels import AttentionKernel
-from rl.models.config import ForeignConfig, ParameterSpec, flatten_specs
-from rl.models.files.finite import as_finite
-from rl.models.files.hf import FLOAT_TYPES, open_tensors, put_shards, save_tensors
+from rl.models.config import ForeignConfig, ParameterSpec
 from rl.models.files.hf_config import quantization_in
-from rl.models.ops import dtype_of, visible, widen
-from rl.models.quantized import dequantize_params
-from rl.models.train_state import TrainState, TrainStateNNX, string_keys
+from rl.models.foreign.own_policy import (
+    INPUTS,
+    LinenModulePolicy,
+    NNXModulePolicy,
+    OwnModule,
+    all_of_it,
+    sample_inputs,
+)
+from rl.models.ops import dtype_of
+from rl.models.train_state import string_keys
 
-OWN_KERNEL = AttentionKernel(
-    "its own", ops.attention, skips_blocks=False
-)  # of `hidden`, which calls no function of ours
-INPUTS = ("tokens", "positions", "attention_mask")
 MODULE_CLASSES = {"nnx": nnx.Module, "linen": flax.linen.Module}
-
-Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class OwnModule:
-    """What a policy over a user's module is made of (`ForeignConfig.model`).
-
-    Attributes:
-      make: nnx.Rngs -> a new module; a Linen module has no use for the argument.
-      module: the Linen module, or the NNX graph definition.
-      template: an NNX module's parameter tree with its own keys (numbers for the entries of a list); {} of a Linen one.
-      inputs: those of `INPUTS` that `__call__` takes.
-      extend_inputs: those of tokens, positions and cache that `extend` takes; () without a cache.
-    """
-
-    make: Callable[[nnx.Rngs], Any]
-    module: Any
-    template: Mapping[Any, Any]
-    inputs: tuple[str, ...]
-    extend_inputs: tuple[str, ...]
-
-
-class _ModulePolicy:
-    """What both flavours share: which arguments a module is given, and decoding without a cache of its own."""
-
-    decodes_in_waves = True
-    kernel = OWN_KERNEL
-    _apply: Callable[..., Any]  # (plain parameters, name of a method, arguments by name) -> what the method returns
-
-    def __init__(self, config: ForeignConfig) -> None:
-        self.config: Any = config
-        self._own: OwnModule = config.model
-        self.module = self._own.module
-
-    @property
-    def packs_rows(self) -> bool:
-        return "attention_mask" in self._own.inputs
-
-    def _call(self, params: Params, method: str, **arguments: Any) -> Any:
-        # The module knows plain arrays only, so quantised ones become such at each call.
-        return self._apply(dequantize_params(params, dtype_of(self.config.param_dtype)), method, **arguments)
-
-    def hidden(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-    ) -> jax.Array:
-        inputs = {"tokens": tokens_BT, "positions": positions_BT}
-        if self.packs_rows:
-            labels = (positions_BT, group_ids_BT, branch_ids_BT)
-            inputs["attention_mask"] = visible(*labels, *labels)
-        return self._call(params, "__call__", **{name: inputs[name] for name in self._own.inputs})
-
-    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
-        logits = self._call(params, "unembed", hidden=hidden)
-        return logits.astype(widen(logits.dtype))
-
-    def empty_cache(self, params: Params, num_rows: int, length: int) -> Any:
-        if self._own.extend_inputs:
-            return self._call(params, "init_cache", num_rows=num_rows, length=length)
-        return jnp.zeros((num_rows, length), jnp.int32)
-
-    def extend(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-        cache: Any,
-    ) -> tuple[jax.Array, Any]:
-        if self._own.extend_inputs:
-            inputs = {"tokens": tokens_BT, "positions": positions_BT, "cache": cache}
-            return self._call(params, "extend", **{name: inputs[name] for name in self._own.extend_inputs})
-        # The cache is the tokens so far; what lies behind them has no influence, because a policy is causal.
-        start = positions_BT[0, 0]
-        cache_BS = jax.lax.dynamic_update_slice(cache, tokens_BT, (jnp.zeros_like(start), start))
-        positions_BS = jnp.broadcast_to(jnp.arange(cache_BS.shape[1], dtype=jnp.int32), cache_BS.shape)
-        labels_BS = jnp.zeros_like(cache_BS)
-        hidden_BSD = self.hidden(params, cache_BS, positions_BS, labels_BS, labels_BS)
-        return jax.lax.dynamic_slice_in_dim(hidden_BSD, start, tokens_BT.shape[1], axis=1), cache_BS
-
-
-class LinenModulePolicy(_ModulePolicy):
-    """The policy computed by a user's `linen.Module`."""
-
-    flavour = "linen"
-    state_class = TrainState
-
-    def init(self, key: jax.Array) -> Params:
-        variables = self.module.init({"params": key}, **_sample_inputs(self._own.inputs), method=_all_of_it)
-        return unfreeze(flax.linen.meta.unbox(variables["params"]))
-
-    def _apply(self, params: Params, method: str, **arguments: Any) -> Any:
-        return self.module.apply({"params": params}, **arguments, method=method)
-
-
-class NNXModulePolicy(_ModulePolicy):
-    """The policy computed by a user's `nnx.Module`."""
-
-    flavour = "nnx"
-    state_class = TrainStateNNX
-
-    def init(self, key: jax.Array) -> Params:
-        with nnx.use_eager_sharding(False):
-            return string_keys(nnx.to_pure_dict(nnx.state(self._own.make(nnx.Rngs(key)), nnx.Param)))
-
-    def model(self, params: Params) -> Any:
-        """The module with these parameters."""
-        return nnx.merge(self.module, own_keys(self._own.template, params))
-
-    def _apply(self, params: Params, method: str, **arguments: Any) -> Any:
-        return getattr(self.model(params), method)(**arguments)
-
-
-def own_keys(template: Any, params: Any) -> Any:
-    """`params` with the keys of `template`, whose text they have; the opposite of `train_state.string_keys`."""
-    if not isinstance(template, Mapping):
-        return params
-    names = {str(key) for key in template}
-    if names != set(params):
-        raise ValueError(f"parameters must be {sorted(names)}, got {sorted(params)}; they belong to another model")
-    return {key: own_keys(child, params[str(key)]) for key, child in template.items()}
 
 
 # From a file to a description
@@ -207,8 +77,8 @@ def describe(
     else:
         module = _of_kind(source, make(nnx.Rngs(0)), flavour)
         own = OwnModule(make, module, {}, _inputs(source, module), _extend_inputs(source, module))
-        inputs = _sample_inputs(own.inputs)
-        variables = jax.eval_shape(lambda: module.init({"params": jax.random.key(0)}, **inputs, method=_all_of_it))
+        inputs = sample_inputs(own.inputs)
+        variables = jax.eval_shape(lambda: module.init({"params": jax.random.key(0)}, **inputs, method=all_of_it))
         _require(set(variables) == {"params"}, source, "hold the collection params alone", sorted(variables))
         shapes = unfreeze(flax.linen.meta.unbox(variables["params"]))
     config = ForeignConfig(
@@ -276,17 +146,6 @@ def _parameters(method: Any) -> list[str]:
     """Names of the arguments that have to be given, self left out."""
     parameters = list(inspect.signature(method).parameters.values())[1:]
     return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
-
-
-def _sample_inputs(names: tuple[str, ...], num_rows: int = 1, length: int = 2) -> dict[str, jax.Array]:
-    labels = jnp.zeros((num_rows, length), jnp.int32)
-    every = {"tokens": labels, "positions": labels, "attention_mask": jnp.ones((num_rows, length, length), bool)}
-    return {name: every[name] for name in names}
-
-
-def _all_of_it(module: Any, **inputs: Any) -> Any:
-    """Touches every parameter of a Linen module."""
-    return module.unembed(module(**inputs))
 
 
 def _specs(source: str, shapes: Any, logical_axes: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -360,67 +219,3 @@ def _require(holds: bool, source: str, rule: str, got: object) -> None:
 
 
 # Weights in a file, by name
-
-
-def save_weights(file: pathlib.Path, params: Any) -> None:
-    """Writes every parameter under its name, "blocks/0/kernel" for instance, to a safetensors file and reads it."""
-    save_tensors(file, {name: np.asarray(jax.device_get(leaf)) for name, leaf in _leaves(params)})
-
-
-def load_weights(file: pathlib.Path, config: ForeignConfig, shardings: Any, allow_nonfinite: bool = False) -> Params:
-    """The parameters in a file that `save_weights` wrote, placed by `shardings`.
-
-    Raises:
-      ValueError: weights that are missing, extra, or of another shape, naming each; NaN or infinity, unless
-        `allow_nonfinite`.
-    """
-    return place_weights(weight_reader(file, config), config, shardings, str(file), allow_nonfinite)
-
-
-def place_weights(
-    read: Callable[[tuple[str, ...]], np.ndarray],
-    config: ForeignConfig,
-    shardings: Any,
-    source: str,
-    allow_nonfinite: bool,
-) -> Params:
-    """What `read` gives for each path of `shardings`, placed by it in `config.param_dtype`; one is read at a time.
-
-    `source` is where it comes from, for messages. ValueError for NaN and infinity, unless `allow_nonfinite`.
-    """
-
-    def place(keys: tuple, sharding: Any) -> jax.Array:
-        path = tuple(part.key for part in keys)
-        name = f"{source}: {'/'.join(path)}"
-        return put_shards(as_finite(read(path), dtype_of(config.param_dtype), name, allow_nonfinite), sharding)
-
-    return jax.tree_util.tree_map_with_path(place, shardings)
-
-
-def weight_reader(file: pathlib.Path, config: ForeignConfig) -> Callable[[tuple[str, ...]], np.ndarray]:
-    """A function that reads one parameter of such a file; ValueError as of `load_weights`, at once."""
-    specs = {"/".join(path): spec for path, spec in flatten_specs(config.specs)}
-    with open_tensors(file) as tensors:
-        views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
-        shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
-        types = {name: view.get_dtype() for name, view in views.items()}
-    problems = [f"missing {name}" for name in specs if name not in shapes]
-    problems += [f"unexpected {name}" for name in shapes if name not in specs]
-    problems += [
-        f"{name} must be {list(specs[name].shape)}, got {list(shape)}"
-        for name, shape in shapes.items()
-        if name in specs and shape != specs[name].shape
-    ]
-    problems += [
-        f"{name} must be one of {', '.join(FLOAT_TYPES)}, got {kind}"
-        for name, kind in types.items()
-        if name in specs and kind not in FLOAT_TYPES
-    ]
-    if problems:
-        raise ValueError(f"model.weights {file} must hold the parameters of the module: {'; '.join(problems[:8])}")
-
-    def read(path: tuple[str, ...]) -> np.ndarray:
-        with open_tensors(file) as tensors:
-            return tensors.get_tensor("/".join(path))
-
-    return read

@@ -27,7 +27,8 @@ from rl.models.config import (
     base_specs,
     flatten_specs,
 )
-from rl.models.files.hf import open_tensors, tensor_name
+from rl.models.files.folders import open_tensors
+from rl.models.files.hf import tensor_name
 from rl.models.files.hf_config import SpecialIds, parse_config, read_special_ids
 from rl.models.ops import rope_frequencies
 from rl.models.train_state import string_keys

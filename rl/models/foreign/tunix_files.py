@@ -17,8 +17,9 @@ import numpy as np
 
 from rl.files.json_file import read_object
 from rl.models.config import ForeignConfig, flatten_specs, leaf_at, spec_at
-from rl.models.files.hf import FLOAT_TYPES, open_tensors, save_tensors, write_json
-from rl.models.foreign.own_config import place_weights
+from rl.models.files.folders import open_tensors, save_tensors, write_json
+from rl.models.files.hf import FLOAT_TYPES
+from rl.models.foreign.own_files import place_weights
 from rl.models.foreign.tunix_config import TunixModel
 
 Params = dict[str, Any]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rl.models.config import ForeignConfig
-from rl.models.foreign.own_config import OWN_KERNEL, own_keys
+from rl.models.foreign.own_policy import OWN_KERNEL, own_keys
 from rl.models.foreign.tunix_config import TunixModel, with_globals
 from rl.models.ops import apply_rope, dtype_of, rope_tables, visible, widen
 from rl.models.quantized import dequantize_params

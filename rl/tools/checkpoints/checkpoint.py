@@ -20,7 +20,7 @@ import numpy as np
 
 from rl.files.output_file import check_writable
 from rl.files.stores import check_path
-from rl.models.files.hf import write_json
+from rl.models.files.folders import write_json
 from rl.models.files.maxtext import ROPES, layout_of
 from rl.run_folder.folder import check_trust, checkpoint_steps, is_run_folder, read_run
 from rl.run_folder.remote_steps import local_source

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl.config.load import Config, load_config
+from rl.devices.programs import use_compilation_cache
 from rl.models.lora import split
 from rl.models.policy import Params
 from rl.models.train_state import PureState
@@ -29,7 +30,7 @@ from rl.run_folder.folder import check_trust, is_run_folder
 from rl.run_folder.trust import TO_SAMPLE
 from rl.state.checkpoint import Checkpoints, create_checkpoint_manager
 from rl.state.checkpoint_files import folder_size
-from rl.state.origin import find_origin, pretrained_params, tokenizer_of, use_compilation_cache
+from rl.state.origin import find_origin, pretrained_params, tokenizer_of
 from rl.state.states import frozen_base, setup_training_state
 from rl.tools.trained import training_setup
 

@@ -24,7 +24,8 @@ import orbax.checkpoint as ocp
 from rl.config.load import Config, dump_config, load_config
 from rl.data.prompts import fingerprint, load_pairs, load_prompts
 from rl.data.tokenizer import load_tokenizer
-from rl.models.files.hf import new_folder, read_config, resolve_source, save_folder, set_leaf
+from rl.models.files.folders import new_folder, set_leaf
+from rl.models.files.hf import read_config, resolve_source, save_folder
 from rl.models.files.maxtext import read_params, weight_names
 from rl.run.health import healthy
 from rl.run_folder.contents import HASHES, read_json

@@ -9,27 +9,17 @@ compared, then it appears at its place at once.
 """
 
 import argparse
-import dataclasses
-import functools
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from rl.data.tokenizer import Tokenizer
-from rl.models.config import ModelConfig
-from rl.models.files.hf import save_folder
-from rl.models.files.lora_remainder import REMAINDER_FILE, merge_with_remainder, write_remainder
+from rl.models.files.lora_remainder import REMAINDER_FILE
 from rl.models.files.peft import save_adapter
-from rl.models.foreign import files as foreign
-from rl.models.lora import merge
 from rl.run_folder.folder import check_trust, read_run
 from rl.run_folder.remote_steps import local_source
 from rl.run_folder.trust import MODEL
-from rl.state.param_folder import save_params
+from rl.state.export import FORMATS, write_folder
 from rl.tools.trained import load_checkpoint
-
-FORMATS = {"huggingface": save_folder, "params": save_params}
 
 
 def export(
@@ -76,53 +66,6 @@ def export_adapter(run: str | pathlib.Path, out: str | pathlib.Path, step: int |
     save_adapter(out, trained.policy.config, trained.params, config.model.source)
     assert trained.step is not None
     return trained.step
-
-
-def write_folder(
-    out: str | pathlib.Path,
-    model_config: ModelConfig,
-    params: Any,
-    tokenizer: Tokenizer,
-    dtype: str | None,
-    kind: str = "huggingface",
-    keep_remainder: bool = True,
-) -> None:
-    """Weights, adapters merged into them, model configuration, tokenizer and its chat template.
-
-    Of a module of the user's own: model.safetensors alone, see `rl.models.foreign.files.save_folder`; of that, as of a
-    model of another library, `kind` must be huggingface, else ValueError.
-
-    Args:
-      keep_remainder: where adapters were merged into a Hugging Face folder, also writes the file with which `grpo lora
-        unmerge` gives the base back bit for bit (a quantised one dequantised).
-    """
-    if model_config.kind != "decoder":
-        if kind != "huggingface":
-            raise ValueError(
-                "--format must be huggingface, or left out, for a model of another library or a module of your own, "
-                f"got {kind!r}, which is of the toolkit's own decoder alone"
-            )
-        foreign.save_folder(out, model_config, params, tokenizer, dtype)
-        return
-    own_config = _with_token_ids(model_config, tokenizer)
-    if kind != "huggingface" or model_config.lora is None or not keep_remainder:
-        FORMATS[kind](out, own_config, merge(model_config, params), tokenizer=tokenizer, dtype=dtype)
-        return
-    merged, remainder = merge_with_remainder(model_config, params, dtype or model_config.param_dtype)
-    write_more = functools.partial(write_remainder, remainder)
-    save_folder(out, own_config, merged, tokenizer=tokenizer, dtype=dtype, write_more=write_more)
-
-
-def _with_token_ids(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The configuration with the special tokens that a run goes by: the model's own, then the tokenizer's."""
-    eos_ids = tuple(dict.fromkeys((*model_config.eos_token_ids, *tokenizer.eos_ids)))
-    bos_id, pad_id = model_config.bos_token_id, model_config.pad_token_id
-    return dataclasses.replace(
-        model_config,
-        eos_token_ids=eos_ids,
-        bos_token_id=tokenizer.bos_id if bos_id is None else bos_id,
-        pad_token_id=tokenizer.pad_id if pad_id is None else pad_id,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,19 +22,21 @@ from rl.data.prompts import load_prompts
 from rl.devices import hosts
 from rl.devices.mesh import create_mesh
 from rl.files.stores import check_path
-from rl.grpo_trainer import check, loop_record, run_identity, start_of_loop
 from rl.models.files.hf import read_config, save_folder
 from rl.models.files.lora_remainder import REMAINDER_FILE, read_remainder, restore_base
 from rl.models.files.peft import base_name, load_adapter, read_adapter, stored_matrices
+from rl.models.flavours import policy_from_config
 from rl.models.lora import join, split, unmerge
-from rl.models.policy import policy_from_config
+from rl.run.checks import check
+from rl.run.loop import loop_record, run_identity, start_of_loop
 from rl.run_folder.folder import RunFolder, check_trust, is_run_folder
 from rl.run_folder.remote_steps import local_source
 from rl.state.checkpoint import create_checkpoint_manager
+from rl.state.export import write_folder
 from rl.state.optimizer import create_training_optimizer
 from rl.state.origin import find_origin, tokenizer_of
 from rl.state.states import InitStateFn, frozen_base, setup_training_state
-from rl.tools.checkpoints.export import export_adapter, write_folder
+from rl.tools.checkpoints.export import export_adapter
 from rl.tools.trained import TrainedPolicy, load_start, resolve_model
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -21,11 +21,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from rl.config.load import Config, load_config
 from rl.config.sections import source_kind
 from rl.devices.host_memory import limit_arenas, peak_bytes, start_peak
+from rl.devices.programs import use_compilation_cache
 from rl.files.output_file import check_writable
 from rl.run.executables import save_compiled
 from rl.run_folder.folder import check_trust
 from rl.run_folder.trust import TO_COMPILE
-from rl.state.origin import use_compilation_cache
 from rl.tools.programs.compile_report import ProgramReport, Report, report_of, report_refused
 from rl.tools.programs.compile_text import to_json, to_text
 from rl.tools.programs.loop_programs import Loop, LoopProgram, loop_programs

@@ -23,16 +23,17 @@ from rl.devices.programs import Program
 from rl.models.block_attention import KEY_BLOCK_LOOP
 from rl.models.config import ModelConfig
 from rl.models.files.hf import SHAPE_PATTERNS, resolve_source
+from rl.models.flavours import policy_from_config
 from rl.models.logprobs import CHUNK_LOOP, chunk_length
 from rl.models.lora import split
-from rl.models.policy import Policy, policy_from_config
-from rl.rollout.evaluation import create_sampler, sampling_params
+from rl.models.policy import Policy
+from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.sampler.decoding import TOKEN_LOOP
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
 from rl.sampler.wave_sampler import WaveSampler
 from rl.state.optimizer import create_training_optimizer
-from rl.state.origin import eos_ids, folder_source, model_shape
+from rl.state.origin import folder_source, model_shape
 from rl.state.states import BASE, WEIGHTS, InitStateFn, get_abstract_state, init_program
 from rl.training.shaped_inputs import ShapedInputs, get_shaped_inputs
 from rl.training.token_advantages import TokenRewards

@@ -33,17 +33,15 @@ from rl.models.config import (
     base_specs,
     flatten_specs,
 )
+from rl.models.files.folders import new_folder, save_tensors, write_json
 from rl.models.files.hf import (
     check_weights,
     copy_others,
-    new_folder,
     read_config,
     read_weight,
     resolve_source,
-    save_tensors,
     stored_form,
     write_index,
-    write_json,
 )
 from rl.models.files.hf_config import quantization_json
 from rl.models.quantized import QuantizedArray, chosen_matrices, is_chosen, tile_of

@@ -19,7 +19,8 @@ from rl.config.sections import TUNIX_PREFIX
 from rl.devices.host_memory import peak_bytes, return_memory
 from rl.files.json_file import read_object
 from rl.models.config import ForeignConfig, ParameterSpec, Quantization, flatten_specs
-from rl.models.files.hf import copy_others, new_folder, save_tensors, write_index, write_json
+from rl.models.files.folders import new_folder, save_tensors, write_json
+from rl.models.files.hf import copy_others, write_index
 from rl.models.files.hf_config import quantization_json
 from rl.models.files.quantized_files import stored_form
 from rl.models.foreign import files as foreign

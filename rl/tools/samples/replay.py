@@ -15,14 +15,15 @@ import jax
 from rl.config.load import Config, differences, load_config
 from rl.data.prompts import PromptRow, fingerprint, load_prompts, next_indices
 from rl.data.tokenizer import Tokenizer
-from rl.rollout.evaluation import create_sampler, sampling_params
+from rl.devices.programs import use_compilation_cache
 from rl.run.metrics import read_metrics, read_samples
 from rl.run_folder.folder import check_trust, checkpoint_folder, checkpoint_steps, read_run
 from rl.run_folder.trust import TO_SAMPLE
-from rl.sampler.request_queue import Completion, Request
+from rl.sampler.contract import Completion, Request
+from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.sampler.token_draw import SamplingParams
 from rl.state.checkpoint_files import read_record
-from rl.state.origin import eos_ids, tokenizer_of, use_compilation_cache
+from rl.state.origin import tokenizer_of
 from rl.tools.trained import load_checkpoint, load_start
 
 

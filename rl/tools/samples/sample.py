@@ -23,15 +23,16 @@ import numpy as np
 
 from rl.config.ranges import LARGEST_SEED
 from rl.data.tokenizer import Tokenizer
+from rl.devices.programs import use_compilation_cache
 from rl.files.stores import check_path, continued_file, local_copy
 from rl.models.config import ModelConfig
-from rl.rollout.evaluation import create_sampler, sampling_params
 from rl.run_folder.folder import checkpoint_folder, checkpoint_steps, read_run
 from rl.run_folder.remote_steps import local_source
-from rl.sampler.request_queue import Completion, CompletionSource, Request
+from rl.sampler.contract import Completion, CompletionSource, Request
+from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.sampler.token_draw import SamplingParams, check_vocabulary
 from rl.state.checkpoint_files import damaged_files
-from rl.state.origin import Origin, eos_ids, find_origin, tokenizer_of, use_compilation_cache
+from rl.state.origin import Origin, find_origin, tokenizer_of
 from rl.tools.samples.completion_file import META_SUFFIX, CompletionFile
 from rl.tools.samples.replay import compare, draw_again
 from rl.tools.samples.sample_prompts import SampleRow, read_prompts, to_sample_rows

@@ -1,0 +1,198 @@
+"""The two flavours of a policy, Linen and NNX, behind one protocol; the one reader of `pure_nnx`."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from rl.devices.mesh import RowExchange, embedding_exchange
+from rl.models import linen_model, nnx_model, ops
+from rl.models.attention_kernels import XLA, AttentionKernel, choose_kernel
+from rl.models.cache import KVCache
+from rl.models.config import ForeignConfig, ModelConfig, parameter_specs
+from rl.models.foreign import own_config
+from rl.models.foreign.own_policy import LinenModulePolicy, NNXModulePolicy
+from rl.models.policy import Params, Policy
+from rl.models.train_state import TrainState, TrainStateNNX
+
+
+class LinenPolicy:
+    """The policy computed by `rl.models.linen_model.CausalLM`."""
+
+    flavour = "linen"
+    state_class = TrainState
+    packs_rows = True
+    decodes_in_waves = False
+
+    def __init__(
+        self, config: ModelConfig, kernel: AttentionKernel = XLA, exchange_fn: RowExchange | None = None
+    ) -> None:
+        self.config = config
+        self.kernel, self.exchange_fn = kernel, exchange_fn
+        self.module = linen_model.CausalLM(config, kernel.attend, exchange_fn)
+
+    def init(self, key: jax.Array) -> Params:
+        return ops.init_params(self.config, key)
+
+    def hidden(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        group_ids_BT: jax.Array,
+        branch_ids_BT: jax.Array,
+    ) -> jax.Array:
+        return self._apply(params, "hidden", tokens_BT, positions_BT, group_ids_BT, branch_ids_BT)
+
+    def extend(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        group_ids_BT: jax.Array,
+        branch_ids_BT: jax.Array,
+        cache: KVCache,
+    ) -> tuple[jax.Array, KVCache]:
+        return self._apply(params, "extend", tokens_BT, positions_BT, group_ids_BT, branch_ids_BT, cache)
+
+    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
+        return self._apply(params, "unembed", hidden)
+
+    def _apply(self, params: Params, method: str, *arguments: Any) -> Any:
+        _check_tree(parameter_specs(self.config), params)
+        return self.module.apply({"params": params}, *arguments, method=method)
+
+
+class NNXPolicy:
+    """The policy computed by `rl.models.nnx_model.CausalLM`."""
+
+    flavour = "nnx"
+    state_class = TrainStateNNX
+    packs_rows = True
+    decodes_in_waves = False
+
+    def __init__(
+        self, config: ModelConfig, kernel: AttentionKernel = XLA, exchange_fn: RowExchange | None = None
+    ) -> None:
+        self.config = config
+        self.kernel, self.exchange_fn = kernel, exchange_fn
+        parts = kernel.attend, exchange_fn
+        self.module = nnx.graphdef(nnx.eval_shape(lambda: nnx_model.CausalLM(config, nnx.Rngs(0), *parts)))
+
+    def init(self, key: jax.Array) -> Params:
+        return ops.init_params(self.config, key)
+
+    def hidden(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        group_ids_BT: jax.Array,
+        branch_ids_BT: jax.Array,
+    ) -> jax.Array:
+        return self.model(params).hidden(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT)
+
+    def extend(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        group_ids_BT: jax.Array,
+        branch_ids_BT: jax.Array,
+        cache: KVCache,
+    ) -> tuple[jax.Array, KVCache]:
+        return self.model(params).extend(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT, cache)
+
+    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
+        return self.model(params).unembed(hidden)
+
+    def model(self, params: Params) -> nnx_model.CausalLM:
+        """The module with these parameters."""
+        _check_tree(parameter_specs(self.config), params)
+        return nnx.merge(self.module, params)
+
+
+def create_policy(
+    model_config: Any, pure_nnx: bool, kernel: AttentionKernel = XLA, exchange_fn: RowExchange | None = None
+) -> Policy:
+    """The NNX policy if `pure_nnx`, else the Linen one, of the implementation that `model_config.kind` names.
+
+    Args:
+      model_config: a `ModelConfig` or a `ForeignConfig`.
+      kernel, exchange_fn: of the toolkit's own decoder.
+    """
+    if model_config.kind == "tunix":
+        from rl.models.foreign.tunix_policy import TunixPolicy
+
+        return TunixPolicy(model_config)
+    if model_config.kind == "own":
+        return NNXModulePolicy(model_config) if pure_nnx else LinenModulePolicy(model_config)
+    return (NNXPolicy if pure_nnx else LinenPolicy)(model_config, kernel, exchange_fn)
+
+
+def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> ForeignConfig:
+    """What the toolkit needs to know of the model in model.source where that is not its own decoder.
+
+    Args:
+      config: the run's typed configuration.
+      folder: of a Tunix model.
+      tokens: vocab_size, eos_token_ids, bos_token_id, pad_token_id of the tokenizer.
+
+    Raises:
+      ValueError: the module is of the other flavour, or breaks the contract of docs/models.md; a Tunix model in Linen,
+        or one whose options Tunix does not compute.
+    """
+    if folder is None:
+        flavour = "nnx" if config.pure_nnx else "linen"
+        try:
+            return own_config.describe(config.model, flavour, **tokens)
+        except own_config.OtherFlavourError as error:
+            way_out = f"; set pure_nnx={str(error.kinds == ['nnx']).lower()}" if error.kinds else ""
+            raise ValueError(
+                f"model.source {error.source} must return a flax.{flavour}.Module with "
+                f"pure_nnx={str(config.pure_nnx).lower()}, got {error.found}{way_out}"
+            ) from error
+    if not config.pure_nnx:
+        raise ValueError(
+            f"pure_nnx must be true with model.source {config.model.source!r}, got false: tunix.models are NNX "
+            "modules; give the folder without 'tunix:' to compute it with the toolkit's own Linen decoder"
+        )
+    from rl.models.foreign.tunix_config import describe
+
+    return describe(config.model, folder)
+
+
+def without_adapters(policy: Policy) -> Policy:
+    """The policy of the same flavour that computes with the base alone."""
+    config = dataclasses.replace(policy.config, lora=None)
+    # Only the toolkit's own decoder has adapters.
+    return type(policy)(config, policy.kernel, policy.exchange_fn)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+
+def policy_from_config(config: Any, model_config: ModelConfig, mesh: Mesh | None = None) -> Policy:
+    """The policy of a run, from the run's typed configuration.
+
+    Args:
+      mesh: where it is trained, which decides on the attention kernel and on the way of rows between devices; None: it
+        only decodes, without either.
+    """
+    if mesh is None or model_config.kind != "decoder":
+        return create_policy(model_config, config.pure_nnx)
+    kernel = choose_kernel(config.model.attention, model_config, mesh, config.mesh.rules)
+    exchange_fn = embedding_exchange(mesh, config.mesh.rules, model_config.hidden_size)
+    return create_policy(model_config, config.pure_nnx, kernel, exchange_fn)
+
+
+def _check_tree(expected: Mapping[str, Any], params: Any, path: str = "") -> None:
+    """Raises ValueError at the first parameter that is missing or has no place in the model."""
+    got = set(params) if isinstance(params, Mapping) else set()
+    for name in sorted(set(expected) ^ got):
+        problem = "is missing" if name in expected else "has no place in this model"
+        raise ValueError(f"parameter {path}{name} {problem}; these parameters belong to another architecture")
+    for name, child in expected.items():
+        if isinstance(child, Mapping):
+            _check_tree(child, params[name], f"{path}{name}/")

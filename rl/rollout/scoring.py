@@ -1,0 +1,125 @@
+"""Completions drawn and scored: the sampler's work and the reward workers', overlapped."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from rewards.batch import RewardResult, Share
+from rewards.contract import Calls, RewardSpec
+from rewards.runner import RewardRunner, check_on_gold
+from rl.config.load import Config
+from rl.data.prompts import Prompt, PromptRow
+from rl.data.tokenizer import Tokenizer
+from rl.devices import hosts
+from rl.devices.mesh import no_implicit_transfers
+from rl.run.console import Console
+from rl.run.metrics import Stopwatch
+from rl.sampler.contract import Completion, CompletionSource, requests_for
+from rl.sampler.token_draw import SamplingParams
+
+_ROWS_TO_TRY = 100  # in which two with different prompts are looked for
+
+
+def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.Path | None) -> RewardRunner:
+    """The worker processes with the run's reward functions; every column of the rows is offered to them.
+
+    Each process of the run has its own, which judge its share of the completions. How the functions are called is
+    settled with some of the rows.
+    """
+    said: dict[bool | None, Calls | None] = {None: None, True: "elementwise", False: "whole_batch"}
+    specs = [
+        RewardSpec(
+            f.name or f.function,
+            f.function,
+            f.weight,
+            f.kwargs,
+            "needs_group" if f.needs_group else said[f.elementwise],
+        )
+        for f in config.rewards.functions
+    ]
+    columns = sorted({name for row in rows for name in row.columns})
+    section = config.rewards
+
+    def gather(result: RewardResult) -> list[RewardResult]:
+        return [RewardResult(**part) for part in hosts.gather(dataclasses.asdict(result))]
+
+    share = None if jax.process_count() == 1 else Share(jax.process_index(), jax.process_count(), gather)
+    runner = RewardRunner(
+        specs,
+        columns,
+        section.num_workers,
+        section.timeout_seconds,
+        log_path=log_path,
+        env=section.env,
+        memory_gb=section.memory_gb,
+        rows=[(row.prompt, row.columns) for row in rows[:_ROWS_TO_TRY]],
+        share=share,
+    )
+    for calls in hosts.gather(runner.calls):
+        runner.adopt(calls)
+    return runner
+
+
+class ScoredCompletions(NamedTuple):
+    """Completions [P][G], their texts [B], and the rewards of each."""
+
+    completions: list[list[Completion]]
+    texts: list[str]
+    result: RewardResult
+
+
+def sample_and_score(
+    sampler: CompletionSource,
+    params: Any,
+    rows: Sequence[PromptRow],
+    num_samples: int,
+    sampling: SamplingParams,
+    key: jax.Array,
+    runner: RewardRunner,
+    tokenizer: Tokenizer,
+    watch: Stopwatch,
+    prompt_indices: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> ScoredCompletions:
+    """Draws completions of every row, and runs the reward functions on each as it ends, while others are still drawn.
+
+    Args:
+      key, prompt_indices: all randomness, see `Sampler.sample`.
+      names: the reward functions to run; None: all.
+      watch: "rollout" takes the time until the last completion, "reward" what the rewards take beyond that.
+    """
+    row_B = [row for row in rows for _ in range(num_samples)]
+    indices = range(len(rows)) if prompt_indices is None else prompt_indices
+    requests = requests_for(indices, num_samples, sampling.max_completion_length)
+    done: dict[int, Completion] = {}
+    texts: dict[int, str] = {}
+    columns = {name: [row.columns.get(name) for row in row_B] for name in runner.columns}
+    prompts = [row.prompt for row in row_B]
+    with runner.begin(prompts, columns, group_size=num_samples, names=names) as scoring:
+        with watch.timer("rollout"), no_implicit_transfers():
+            for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
+                done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
+                scoring.add([b], [completion_form(row_B[b].prompt, texts[b])], [completion.token_ids.tolist()])
+        with watch.timer("reward"):
+            result = scoring.result()
+    groups = [[done[p * num_samples + g] for g in range(num_samples)] for p in range(len(rows))]
+    return ScoredCompletions(groups, [texts[b] for b in range(len(requests))], result)
+
+
+def completion_form(prompt: Prompt, text: str) -> Any:
+    """A completion as reward functions get it: text for a text prompt, an assistant message in a list for a chat
+    prompt.
+    """
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:
+    """Scores one row's own answer, so that a reward function that cannot work is seen before the first step."""
+    gold = row.columns.get("answer")
+    if gold is None:
+        return
+    for warning in check_on_gold(runner, row.prompt, completion_form(row.prompt, str(gold)), row.columns):
+        console.warning(warning)

@@ -1,0 +1,65 @@
+"""What a run says before its first step: what runs where, on what, and what may go wrong."""
+
+from jax.sharding import Mesh
+
+from rl.config.load import Config, preset_values
+from rl.data.prompts import PromptData
+from rl.models.foreign import files as foreign
+from rl.models.lora import quantization_of
+from rl.models.policy import Policy
+from rl.run.console import Console
+from rl.run_folder.folder import RunFolder
+from rl.sampler.token_draw import SamplingParams
+from rl.state.optimizer import updates_per_step
+from rl.state.origin import Origin
+from rl.training.packing import PackingPlan
+
+
+def warn_about_sampling(console: Console, config: Config, sampling: SamplingParams) -> None:
+    """Says when completions come from another distribution than the policy's and the loss does not correct for it."""
+    section = config.sampling
+    rounding = [name for name in ("kv_dtype", "weight_dtype") if getattr(section, name) is not None]
+    if (sampling.reshaping_rules or rounding) and not config.grpo.sampler_is_correction:
+        rules = ", ".join(f"sampling.{name}" for name in (*sampling.reshaping_rules, *rounding))
+        console.warning(
+            f"{rules}: completions come from another distribution than the policy's, and the loss takes them for the "
+            "policy's own; set grpo.sampler_is_correction=true, or turn these rules off"
+        )
+
+
+def announce(
+    console: Console,
+    config: Config,
+    data: PromptData,
+    origin: Origin,
+    policy: Policy,
+    mesh: Mesh,
+    run: RunFolder,
+    plan: PackingPlan,
+) -> None:
+    """Start-up information: what runs where, on what, and what a preset stands for."""
+    for message in (*data.messages, *foreign.notes(policy), *run.messages):
+        console.message(message)
+    if problem := foreign.unsharded(policy, mesh.size):
+        console.warning(problem)
+    grpo = config.grpo
+    num_sequences = grpo.prompts_per_step * grpo.group_size
+    per_step = f"{grpo.prompts_per_step} prompts x {grpo.group_size} completions = {num_sequences} sequences"
+    size = f"{origin.model_config.num_parameters / 1e6:.1f}M parameters"
+    axes = " ".join(f"{axis}={count}" for axis, count in mesh.shape.items())
+    rows = {
+        "run folder": run.path,
+        "model": f"{origin.identity['source'] or 'fresh'}, {origin.model_config.family}, {size}",
+        "policy": f"{policy.flavour}, {origin.model_config.dtype}, {policy.kernel.title}",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}",
+        "prompts": f"{len(data.train)} train, {len(data.held_out)} held out",
+        "step": f"{per_step}, {updates_per_step(config)} update(s)",
+        "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
+    }
+    if lora := policy.config.lora:
+        quantization = quantization_of(policy.config)
+        base = quantization.dtype if quantization else lora.base_dtype or policy.config.param_dtype
+        rows["adapters"] = f"rank {lora.rank}, scale {lora.scale:g}, on {' '.join(lora.targets)}; frozen base in {base}"
+    if grpo.preset:
+        rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())
+    console.table("grpo train", rows)

@@ -1,0 +1,149 @@
+"""The sampler and the sampling parameters of a configuration."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+from jax.sharding import Mesh
+
+from rl.config.load import Config
+from rl.data.tokenizer import Tokenizer
+from rl.devices import hosts
+from rl.devices.mesh import device_memory
+from rl.devices.programs import Stored, not_stored
+from rl.models.config import ModelConfig, Quantization
+from rl.models.policy import Policy, WavePolicy
+from rl.sampler.slot_sampler import Sampler
+from rl.sampler.token_draw import SamplingParams
+from rl.sampler.wave_sampler import WaveSampler
+from rl.state.states import InitStateFn, get_abstract_state
+
+
+def greedy(sampling: SamplingParams) -> SamplingParams:
+    """How an evaluation draws, see `evaluate`."""
+    return dataclasses.replace(
+        sampling,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        frequency_penalty=0.0,
+        presence_penalty=0.0,
+    )
+
+
+def create_sampler(
+    config: Config,
+    policy: Policy,
+    mesh: Mesh,
+    param_shardings: Any,
+    tokenizer: Tokenizer,
+    memory: int | None = None,
+    stored: Stored = not_stored,
+) -> Sampler | WaveSampler:
+    """The sampler of a run, for rollouts and evaluation alike: the one that the policy asks for.
+
+    Args:
+      memory: bytes of a device of the mesh; None: as it says itself.
+      stored: where compiled programs are taken from, if they are there.
+    """
+    if policy.decodes_in_waves:
+        rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory)
+        return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
+    return _slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, stored)
+
+
+def check_memory(sampler: Sampler | WaveSampler, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+    """ValueError where `sampling.kv_memory` is too small for a call of this size with expected prompts."""
+    plan = sampler.rollout_plan if isinstance(sampler, WaveSampler) else sampler.shapes
+    plan(num_prompts, num_samples, sampling)
+
+
+def _slot_sampler(
+    config: Config,
+    policy: Policy,
+    mesh: Mesh,
+    param_shardings: Any,
+    tokenizer: Tokenizer,
+    memory: int | None,
+    stored: Stored,
+) -> Sampler:
+    """The sampler of the toolkit's own decoder; arguments as in `create_sampler`."""
+    section, rules, decode_shardings = config.sampling, config.mesh.rules, None
+    if config.mesh.rollout_rules:
+        rules = {**rules, **config.mesh.rollout_rules}
+        decoding = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, rules=rules))  # pyright: ignore[reportArgumentType]
+        init_state_fn = InitStateFn(policy, None, config.seed)
+        decode_shardings = get_abstract_state(decoding, mesh, init_state_fn, is_training=False).shardings.params
+    weights = None
+    if section.weight_dtype is not None:
+        weights = Quantization(section.weight_dtype, section.weight_group_size, head=True)
+    return Sampler(
+        policy,
+        mesh,
+        param_shardings,
+        rules=rules,
+        decode_shardings=decode_shardings,
+        kv_dtype=section.kv_dtype,
+        weights=weights,
+        stored=stored,
+        **_sampler_options(config, mesh, tokenizer, memory),
+    )
+
+
+def _sampler_options(config: Config, mesh: Mesh, tokenizer: Tokenizer, memory: int | None) -> dict[str, Any]:
+    slots, kv_bytes = config.sampling.slots, None
+    if slots is None:
+        # The least memory of all processes: they must come to the same number of slots.
+        available = min(hosts.gather(device_memory(mesh))) if memory is None else memory
+        kv_bytes = int(config.sampling.kv_memory * available)
+    return {"slots": slots, "kv_bytes": kv_bytes, "decode_text": stop_text(config, tokenizer)}
+
+
+def stop_text(config: Config, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """The text of token ids in which stop strings are looked for: with the special tokens in it where one of the stop
+    strings is, or holds, a special token.
+    """
+    special = any(token in stop for stop in config.sampling.stop_strings for token in tokenizer.special_tokens)
+    return partial(tokenizer.decode, skip_special_tokens=not special)
+
+
+def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
+    """The `sampling` section as the sampler takes it; nothing else, not a model's own defaults, sets a rule."""
+    section = config.sampling
+    return SamplingParams(
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        min_p=section.min_p,
+        repetition_penalty=section.repetition_penalty,
+        frequency_penalty=section.frequency_penalty,
+        presence_penalty=section.presence_penalty,
+        logit_bias=tuple(sorted(section.logit_bias.items())),
+        forbidden_ids=tuple(section.forbidden_ids),
+        max_completion_length=section.max_completion_length,
+        min_completion_length=section.min_completion_length,
+        stop_strings=tuple(section.stop_strings),
+        eos_ids=eos,
+    )
+
+
+def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """sampling.eos_ids, else every EOS that the model or the tokenizer names.
+
+    Raises:
+      ValueError: an id outside the vocabulary, or no EOS at all.
+    """
+    ids = config.sampling.eos_ids
+    if ids is None:
+        ids = [*model_config.eos_token_ids, *tokenizer.eos_ids]
+    outside = [i for i in ids if not 0 <= i < model_config.vocab_size]
+    if outside:
+        raise ValueError(f"sampling.eos_ids must be token ids below {model_config.vocab_size}, got {outside}")
+    if not ids:
+        raise ValueError(
+            "a completion must be able to end: the model and the tokenizer name no EOS token; set sampling.eos_ids"
+        )
+    return tuple(sorted(set(ids)))

@@ -1,0 +1,126 @@
+"""Where a completion ends: at an EOS, at a stop string across token boundaries, or at its limit."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from rl.sampler.token_draw import SamplingParams
+
+REPLACEMENT = "\ufffd"
+
+
+def find_stop(
+    token_ids: Sequence[int],
+    num_checked: int,
+    sampling: SamplingParams,
+    decode_text: Callable[[Sequence[int]], str],
+) -> tuple[int, str] | None:
+    """(number of tokens up to the one that completes the first stop string, that string), or None.
+
+    The text is that of the tokens together, so a stop string is found across token boundaries. It ends a completion
+    after the fewest tokens whose text shows it, however many are looked at together and whatever follows. One that the
+    first `min_completion_length` tokens or fewer show does not count.
+
+    Args:
+      num_checked: tokens known to complete none.
+    """
+    stops, minimum = sampling.stop_strings, sampling.min_completion_length
+
+    def completed(text: str) -> str | None:
+        held = [stop for stop in stops if stop in text]
+        num_ignored = _num_shown(token_ids[:minimum], text, decode_text) if held else 0
+        return next((stop for stop in held if text.find(stop, max(0, num_ignored - len(stop) + 1)) >= 0), None)
+
+    first = max(num_checked, minimum) + 1
+    if first > len(token_ids):
+        return None
+    text = decode_text(token_ids)
+    if completed(text) is None and not _may_hide(text, token_ids[: first - 1], stops, decode_text):
+        return None
+    for num_tokens in range(first, len(token_ids) + 1):
+        stop = completed(decode_text(token_ids[:num_tokens]))
+        if stop is not None:
+            return num_tokens, stop
+    return None
+
+
+def _num_shown(token_ids: Sequence[int], text: str, decode_text: Callable[[Sequence[int]], str]) -> int:
+    """Characters at the start of a text that some of the first of these tokens show as they are there.
+
+    The text of all of them may end in characters that are not finished; then that of fewer tokens shows more.
+    """
+    num_shown = 0
+    for num_tokens in range(len(token_ids), 0, -1):
+        beginning = decode_text(token_ids[:num_tokens])
+        num_shared = _num_shared(beginning, text)
+        num_shown = max(num_shown, num_shared)
+        if num_shared == len(beginning):
+            break
+    return num_shown
+
+
+def _may_hide(
+    text: str, checked: Sequence[int], stops: Sequence[str], decode_text: Callable[[Sequence[int]], str]
+) -> bool:
+    """Whether the text of fewer tokens, but more than the checked ones, may show what that of all does not.
+
+    Decoders put U+FFFD for bytes that are no character, and some of them for every byte of a run until the last
+    character of the run is finished. All else only grows.
+    """
+    if any(REPLACEMENT in stop for stop in stops):
+        return True
+    return REPLACEMENT in text and REPLACEMENT in text[_num_shared(decode_text(checked), text) :]
+
+
+def _num_shared(left: str, right: str) -> int:
+    """Characters that both texts start with."""
+    if right.startswith(left):
+        return len(left)
+    return next(i for i, (a, b) in enumerate(itertools.zip_longest(left, right)) if a != b)
+
+
+def find_end(
+    tokens: np.ndarray,
+    num_checked: int,
+    num_tokens: int,
+    limit: int,
+    sampling: SamplingParams,
+    decode_text: Callable[[Sequence[int]], str] | None,
+) -> tuple[int, str, int | str | None] | None:
+    """(length, finish reason, stop reason) of a completion that ends among its newest tokens, or None.
+
+    Args:
+      tokens: all `num_tokens` tokens with stop strings, else only those after the `num_checked` older ones.
+      limit: tokens it may have.
+    """
+    new_tokens = tokens[len(tokens) - (num_tokens - num_checked) :]
+    eos_at = np.flatnonzero(np.isin(new_tokens, sampling.eos_ids))
+    num_text = num_checked + int(eos_at[0]) if eos_at.size else num_tokens
+    if sampling.stop_strings:
+        assert decode_text is not None
+        stop = find_stop(tokens[:num_text].tolist(), num_checked, sampling, decode_text)
+        if stop is not None:
+            return stop[0], "stop", stop[1]
+    if eos_at.size:
+        return num_text + 1, "eos", int(new_tokens[eos_at[0]])
+    return (num_tokens, "length", None) if num_tokens == limit else None
+
+
+class Drawing:
+    """What is known of a request that has been begun: one array of columns per chunk."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[np.ndarray, ...]] = []
+        self.num_tokens = 0
+
+    def add(self, columns: tuple[np.ndarray, ...]) -> None:
+        self.parts.append(columns)
+        self.num_tokens += len(columns[0])
+
+    def columns(self) -> list[np.ndarray]:
+        return [np.concatenate(part) for part in zip(*self.parts, strict=True)]
+
+    def token_ids(self) -> np.ndarray:
+        """The first column alone."""
+        return np.concatenate([part[0] for part in self.parts])

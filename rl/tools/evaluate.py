@@ -1,0 +1,100 @@
+"""`grpo eval MODEL`: greedy accuracy of a run, a recipe or a folder on the held-out rows."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from rl.config.load import require
+from rl.data.prompts import load_prompts
+from rl.devices import hosts
+from rl.devices.programs import use_compilation_cache
+from rl.files.output_file import check_writable, writing
+from rl.files.stores import written_file
+from rl.rollout.evaluation import EvalResult, accuracy_function, evaluate, left_out_of_evaluation
+from rl.rollout.scoring import start_rewards
+from rl.run_folder.folder import check_trust
+from rl.run_folder.trust import TO_EVALUATE
+from rl.sampler.create import create_sampler, eos_ids, sampling_params
+from rl.state.origin import tokenizer_of
+from rl.tools.trained import load_source, resolve_model
+
+
+def evaluate_source(
+    model: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    adapter: str | None = None,
+    output: str | None = None,
+    trust: bool = False,
+) -> tuple[EvalResult, str]:
+    """Evaluates a run (its newest checkpoint) or the weights of a recipe, Hugging Face folder or hub id on the held-out
+    rows, with an adapter in PEFT's format beside the weights where one is given.
+
+    Args:
+      output: file that the caller's first process will write; whether it can is checked before anything is loaded.
+      trust: see `rl.run_folder.folder.check_trust`.
+
+    Returns:
+      The result, and where the weights came from, in words.
+
+    Raises:
+      ValueError: no reward function, no held-out rows, or whatever is wrong with the configuration, the data or the
+        checkpoint.
+    """
+    source = resolve_model(model, overrides, adapter=adapter, alone=False)
+    config = source.config
+    with hosts.joined(config.distributed):
+        check_trust(source.run or model, config, overrides, TO_EVALUATE, trust)
+        hosts.from_first(lambda: check_writable(output, "--output"))
+        use_compilation_cache(config)
+        require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
+        rows = load_prompts(config, tokenizer_of(config)).held_out[: config.eval.max_prompts]
+        if not rows:
+            raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
+        trained = load_source(source)
+        sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
+        sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
+        with contextlib.closing(sampler), start_rewards(config, rows, None) as runner:
+            problem = left_out_of_evaluation(runner, config.eval.reward)
+            if problem and accuracy_function(runner, config.eval.reward) is None:
+                raise ValueError(problem)
+            sampler.expect([row.prompt_ids for row in rows])
+            result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
+        return result, "model.source" if trained.step is None else f"step {trained.step}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`grpo eval MODEL [key=value ...] [--adapter FOLDER] [--output FILE] [--trust]`."""
+    parser = argparse.ArgumentParser(prog="grpo eval", description="greedy accuracy on the held-out rows")
+    parser.add_argument(
+        "model", help="run folder (its newest checkpoint), or YAML recipe, Hugging Face folder or hub id"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
+    parser.add_argument("--adapter", default=None, metavar="FOLDER", help="an adapter in PEFT's format")
+    parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
+    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
+    arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
+    result, where = evaluate_source(
+        arguments.model, arguments.overrides, arguments.adapter, arguments.output, arguments.trust
+    )
+    if not hosts.is_first():
+        return
+    if arguments.output is not None:
+        lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in result.samples)
+        with writing(arguments.output), written_file(arguments.output) as path:
+            path.write_text(lines, encoding="utf-8")
+    low, high = result.interval
+    print(
+        f"{where}: accuracy {result.accuracy:.1%} (95% interval {low:.1%} to {high:.1%}) on {result.num_judged} prompts"
+    )
+    for name, mean in result.means.items():
+        print(f"  {name}: mean {mean if mean is None else round(mean, 4)}")
+    if result.left_out:
+        print(f"  left out, for they are not called for one completion at a time: {', '.join(result.left_out)}")
+    print(f"  completion length {result.completion_length:.1f} tokens, {result.truncated_share:.1%} truncated")
+
+
+if __name__ == "__main__":
+    main()
