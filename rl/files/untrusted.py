@@ -19,6 +19,7 @@ from typing import Any
 SECONDS = 1.0  # of processor time
 CLOCK_SECONDS = 60.0  # for the same on a machine with much else to do
 MAX_TEXT = 1_000_000  # characters that a template may write, besides those that it was given
+_ENDING_SECONDS = 10.0  # from the end of its output to the end of the process, on a machine with much else to do
 _WORKER = pathlib.Path(__file__).with_name("untrusted_worker.py")
 _VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "TZ")
 
@@ -82,6 +83,9 @@ class Untrusted:
             message = None
         if isinstance(message, dict) and message.keys() == {"answer"}:
             return message["answer"]
+        if not line:  # its output has ended, so it is ending: its exit status says why
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_ENDING_SECONDS)
         self._end()
         code, self._process = self._process.returncode, None
         if isinstance(message, dict) and isinstance(message.get("error"), str):
@@ -106,7 +110,6 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    # What has ended by itself keeps its exit status, for which an end of the output is waited for first.
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
