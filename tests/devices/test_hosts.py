@@ -262,7 +262,8 @@ TELL = """
 import json, pathlib, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rl import hosts, sources
+from rl.data import sources
+from rl.devices import hosts
 from rl.config.load import load_config
 from rl.data.prompts import fingerprint, load_pairs, load_prompts
 from rl.run.executables import open_compiled
@@ -429,7 +430,7 @@ def test_processes_with_different_configurations_say_so_and_end():
 
 WAIT = """
 import sys, time
-from rl import hosts
+from rl.devices import hosts
 from rl.config.load import load_config
 with hosts.joined(load_config(None, sys.argv[1:]).distributed):
     hosts.gather("here")
@@ -471,7 +472,7 @@ def test_the_runtime_ends_whoever_a_killed_process_leaves_alone():
 SHARDS = """
 import hashlib, json, sys
 import jax, numpy as np
-from rl import hosts
+from rl.devices import hosts
 from rl.config.load import load_config
 from rl.tools.trained import load_start
 *sources, processes = map(json.loads, sys.argv[1:])

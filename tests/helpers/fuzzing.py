@@ -23,7 +23,7 @@ from rl.config.ranges import LARGEST_FLOAT, LARGEST_INT, RANGES
 from rl.config.sections import OPEN_CHOICES, Config
 from rl.errors import raised_by_tandem
 
-HANG_SECONDS = 60  # of one example, on a busy machine
+HANG_SECONDS = 60  # of processor time, of one example
 LONGEST_MESSAGE = 2500
 WORDS = re.compile(r"[a-z_0-9]+")
 
@@ -97,7 +97,7 @@ def search(check, strategy, examples, share=1.0):
         @hypothesis.settings(max_examples=number, **options, **more)
         @hypothesis.given(strategy)
         def test(example):
-            with watchdog():
+            with watchdog(example):
                 check(example)
 
         if seed is not None:
@@ -117,21 +117,27 @@ def search(check, strategy, examples, share=1.0):
 
 
 @contextlib.contextmanager
-def watchdog():
-    """Raises `Hang` where Python hangs; ends the process, with a traceback, where a library does."""
+def watchdog(example):
+    """Raises `Hang` where Python hangs; ends the process, with a traceback, where a library does.
+
+    The limit is one of processor time, and ten times as much by the clock, for a busy machine is no hang.
+    """
 
     def ring(number, frame):
-        raise Hang(f"an example took more than {HANG_SECONDS} seconds")
+        raise Hang(f"took more than {HANG_SECONDS} seconds: {example!r}")
 
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
-    faulthandler.dump_traceback_later(3 * HANG_SECONDS, exit=True)
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, 1), signal.SIGALRM: (signal.ITIMER_REAL, 10)}
+    previous = {number: signal.signal(number, ring) for number in timers}
+    for timer, factor in timers.values():
+        signal.setitimer(timer, factor * HANG_SECONDS)
+    faulthandler.dump_traceback_later(12 * HANG_SECONDS, exit=True)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, previous[number])
 
 
 def refused_or_done(call, *names):
