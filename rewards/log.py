@@ -15,11 +15,16 @@ _CHUNK = 1 << 16
 _LAST_BYTES = 1 << 20  # taken when it is closed: more than a pipe holds, should something print for ever
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 class RewardLog:
     """A log file with a pipe that leads into it; `close` writes what the pipe holds and ends it.
 
     The file is opened anew for each piece: a folder that is moved or made meanwhile changes nothing but the place.
-    What cannot be written is left out, and the log says how much that was when it can.
+    What cannot be written is left out, and the log says how much that was when it can. A link is not followed: what it
+    leads to is not this log's.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -62,13 +67,13 @@ class RewardLog:
 
     def _write(self, data: bytes) -> None:
         try:
-            size = self._path.stat().st_size if self._path.exists() else 0
+            size = self._path.lstat().st_size if self._path.exists() else 0
             note = f"[{self._num_lost} bytes of the log could not be written here]\n" if self._num_lost else ""
             if size + len(data) > MAX_BYTES:
                 self._num_cut += self.previous.stat().st_size if self.previous.exists() else 0
                 os.replace(self._path, self.previous)
                 note += f"[this log goes on from {self.previous.name}; {self._num_cut} bytes before that were cut]\n"
-            with self._path.open("ab") as file:
+            with open(self._path, "ab", opener=_open_no_link) as file:
                 file.write(note.encode() + data)
             self._num_lost = 0
         except OSError:  # a full disk, for example: nobody who prints is to suffer from it

@@ -19,7 +19,8 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
     """Writes a file that is there whole, or as it was before. ValueError where the disk is full or broken."""
     draft = path.with_name(UNFINISHED + path.name)
     with writing(path):
-        with draft.open("wb") as stream:
+        draft.unlink(missing_ok=True)  # of a start that was stopped; a link is not written through
+        with draft.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

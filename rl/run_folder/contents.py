@@ -35,8 +35,9 @@ _STEP_ENTRIES = (
     *("state", "loop", "reference", HASHES, "_CHECKPOINT_METADATA", "commit_success.txt"),
     *("metrics", "descriptor"),
 )
-_OWN_STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp.*|\.damaged(\.\d+)?)?", re.ASCII)  # the damaged were set aside
-_STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?", re.ASCII)
+# Names of steps: one part of a path each. The damaged were set aside.
+_OWN_STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp[^/\0]*|\.damaged(\.\d+)?)?", re.ASCII)
+_STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp[^/\0]*)?", re.ASCII)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -50,16 +51,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def identify(folder: pathlib.Path) -> tuple[Config, dict[str, Any]]:
-    """The configuration and run.json of a folder that is shown to be a run's, by content; reads only.
-
-    run.json must be a JSON object with a known kind and the source of a policy; config.yml must load and name the same
-    source. run.json must have our mark; older versions wrote none, and of their runs there must be a line of metrics or
-    a checkpoint of Orbax's. A run that recorded nothing must have the very config.yml that run.json was written with.
-
-    Raises:
-      ValueError: it is not shown, and why.
-    """
+def read_identity(folder: pathlib.Path) -> dict[str, Any]:
+    """run.json of a folder: a known format and kind, and the source of a policy; ValueError where it says less."""
     identity = read_json(folder / IDENTITY)
     mark, start = identity.get(FORMAT_KEY), identity.get("policy")
     if mark not in (FORMAT, None):
@@ -68,31 +61,56 @@ def identify(folder: pathlib.Path) -> tuple[Config, dict[str, Any]]:
         raise ValueError(f"{IDENTITY} must have a kind out of {KINDS}, got {str(identity.get('kind'))[:80]!r}")
     if not isinstance(start, dict) or "source" not in start:
         raise ValueError(f"{IDENTITY} must name the source of the policy, got {str(start)[:80]!r}")
+    return identity
+
+
+def identify(*folders: pathlib.Path) -> tuple[Config, dict[str, Any]]:
+    """The configuration and run.json of a folder that is shown to be a run's, by content; reads only.
+
+    A run that a kill left half-moved lies in two folders, each file of it in one of them (`rl.run_folder.replaced`).
+
+    run.json must be a JSON object with a known kind and the source of a policy; config.yml must load and name the same
+    source. run.json must have our mark; older versions wrote none, and of their runs there must be a line of metrics or
+    a checkpoint of Orbax's. A run that recorded nothing must have the very config.yml that run.json was written with.
+
+    Raises:
+      ValueError: it is not shown, and why.
+    """
+    identity = read_identity(holder(IDENTITY, *folders))
+    mark, source = identity.get(FORMAT_KEY), identity["policy"]["source"]
+    folder = holder(CONFIG, *folders)
     try:
         config = load_config(folder / CONFIG)
     except (OSError, ValueError) as error:
         raise ValueError(f"{CONFIG}: {error}") from error
-    if start["source"] != config.model.source:
+    if source != config.model.source:
         raise ValueError(
-            f"{IDENTITY} and {CONFIG} must agree, got a policy from {start['source']!r} and model.source "
-            f"{config.model.source!r}"
+            f"{IDENTITY} and {CONFIG} must agree, got a policy from {source!r} and model.source {config.model.source!r}"
         )
-    if mark is None and not (_has_metrics(folder) or any(map(is_checkpoint, _steps(folder)))):
+    steps = [step for each in folders for step in _steps(each)]
+    if mark is None and not (any(map(_has_metrics, folders)) or any(map(is_checkpoint, steps))):
         raise ValueError(f"{IDENTITY} has no {FORMAT_KEY}, and there is neither a line in {METRICS} nor a checkpoint")
-    if mark is not None and not has_work(folder) and not _is_as_written(folder, identity):
+    if mark is not None and not any(map(has_work, folders)) and not _is_as_written(folder, identity):
         raise ValueError(f"nothing is recorded, and {CONFIG} is not the one that {IDENTITY} was written with")
     return config, identity
 
 
+def holder(name: str, *folders: pathlib.Path) -> pathlib.Path:
+    """The first of these folders that has an entry of this name; the last where none has."""
+    return next((folder for folder in folders if os.path.lexists(folder / name)), folders[-1])
+
+
 def is_start_alone(folder: pathlib.Path) -> bool:
     """Whether the folder is empty, or holds no more than a start leaves behind that was killed before it could write
-    config.yml.
+    config.yml. A log is a start's beside the lock, which a start makes before; alone it is a user's.
     """
     names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(UNFINISHED)}
     lock = folder / LOCK
     if LOCK in names and (lock.is_symlink() or not lock.is_file() or lock.stat().st_size):
         return False
     if IDENTITY in names and not is_own_identity(folder):
+        return False
+    if names & {LOG, LOG_BEFORE} and not names & {LOCK, IDENTITY}:
         return False
     return names <= {LOCK, LOG, LOG_BEFORE, IDENTITY}
 
@@ -156,6 +174,28 @@ def own_entries(folder: pathlib.Path, kind: str) -> list[str]:
     if is_own_curves(folder / CURVES):
         entries.append(CURVES)
     return entries + [name for name in _FILES if _is_plain_file(folder / name)]
+
+
+def is_own_name(entry: str, kind: str) -> bool:
+    """Whether `own_entries` of a run of this kind can give this path. No other is ever moved or removed."""
+    folder, _, step = entry.partition("/")
+    if folder == CHECKPOINTS and step:
+        return _OWN_STEP.fullmatch(step) is not None
+    return entry in (*_FILES, CURVES) or (kind == "sft" and entry in (EXPORT, EXPORT_RECORD))
+
+
+def linked_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Links where a run has its files: what it writes would go to where they lead."""
+    return [folder / name for name in (LOCK, LOG, LOG_BEFORE, *_FILES) if (folder / name).is_symlink()]
+
+
+def linked_entries(folder: pathlib.Path, kind: str) -> list[pathlib.Path]:
+    """Links where a run of this kind has its checkpoints and its export, and in checkpoints/ by the names of steps."""
+    names = (CHECKPOINTS, EXPORT, EXPORT_RECORD) if kind == "sft" else (CHECKPOINTS,)
+    checkpoints = folder / CHECKPOINTS
+    steps = sorted(checkpoints.iterdir()) if checkpoints.is_dir() and not checkpoints.is_symlink() else []
+    entries = [*(folder / name for name in names), *(step for step in steps if _OWN_STEP.fullmatch(step.name))]
+    return [entry for entry in entries if entry.is_symlink()]
 
 
 def is_own_curves(path: pathlib.Path) -> bool:

@@ -33,19 +33,31 @@ from rl.run_folder.contents import (
     checkpoint_steps,
     describe_files,
     has_work,
+    holder,
     identify,
     is_export_record,
     is_own_export,
     is_own_identity,
     is_run_folder,
     is_start_alone,
+    linked_entries,
+    linked_files,
     own_entries,
     read_json,
     strange_steps,
     unfinished_steps,
 )
 from rl.run_folder.mirror import run_path
-from rl.run_folder.replaced import move_aside, recover, remove, replaced_runs, restore
+from rl.run_folder.replaced import (
+    Replaced,
+    check_way_back,
+    coming_back,
+    move_aside,
+    recover,
+    remove,
+    replaced_runs,
+    restore,
+)
 from rl.run_folder.trust import FILE_KEYS, TO_TRAIN, code_of, digests, untrusted, write_identity
 
 _UNFINISHED_EXPORT = UNFINISHED + EXPORT
@@ -54,9 +66,9 @@ _UNFINISHED_EXPORT = UNFINISHED + EXPORT
 class RunFolder:
     """An output folder that this run owns until `close` or its end.
 
-    Opening it changes nothing that it holds, except to make good what a kill has left half-moved; `begin` does, and
-    comes after everything that can be checked before. Of a run's processes the first one does all this, and the others
-    wait for it.
+    Opening it changes nothing that it holds; `begin` does, and comes after everything that can be checked before. What
+    a kill has left half-moved is looked at as if it were back in its place, where `begin` puts it. Of a run's processes
+    the first one does all this, and the others wait for it.
 
     Attributes:
       path: the folder.
@@ -82,7 +94,7 @@ class RunFolder:
         self._look_only = look_only
         self._has_begun = self._has_recorded = False
         self._replaced_kind: str | None = None  # of the run that this one takes the place of
-        self._old: pathlib.Path | None = None  # where that is
+        self._old: Replaced | None = None  # that one, moved
         self._to_sign: tuple[Config, dict[str, Any]] | None = None  # a run that goes on without a signature that holds
         self.resumed = hosts.from_first(self._open)
         if not look_only and not (self.path / LOCK).exists():
@@ -106,11 +118,9 @@ class RunFolder:
             self._check_ours()
         self._place = _Seen(self.path) if self._look_only else _Place(self.path)
         try:
-            if not self._look_only:
-                self.messages += recover(self.path, lambda: _clear_start(self.path))
             found = self._check_ours()  # again: now nobody else writes
             resumed = False
-            if found is not None and has_work(self.path):
+            if found is not None and any(map(has_work, self._places())):
                 old_config, old_identity = found
                 resumed = not self._config.checkpoint.overwrite
                 if resumed:
@@ -118,29 +128,54 @@ class RunFolder:
                     self._look_at_trust(old_config, old_identity)
                 else:
                     self._replaced_kind = old_identity["kind"]
+            if not resumed or coming_back(self.path) is not None:
+                self._check_no_links(linked_entries(self.path, self._replaced_kind or self._identity["kind"]))
         except BaseException:
             self._place.give_back(is_used=False)
             raise
         return resumed
 
+    def _places(self) -> list[pathlib.Path]:
+        """Where the run lies that the folder holds, or will hold when what a kill has left is made good. Changes
+        nothing.
+
+        Raises:
+          ValueError: that cannot be done.
+        """
+        old = coming_back(self.path)
+        if old is None:
+            return [self.path]
+        check_way_back(self.path, old, _left_by_start(self.path) if old.phase == "moved" else ())
+        return [old.path, self.path] if old.phase == "moving" else [old.path]
+
+    def _check_no_links(self, links: Sequence[pathlib.Path]) -> None:
+        if links:
+            raise ValueError(
+                f"output_dir must hold a run's files themselves, and {links[0]} is a link to "
+                f"{os.readlink(links[0])}, where this run would write; move what it leads to into its place, remove "
+                "the link, or choose another output_dir"
+            )
+
     def _check_ours(self) -> tuple[Config, dict[str, Any]] | None:
         """Configuration and run.json of the run that the folder holds, None where it holds none; ValueError where it
         holds anything else. Changes nothing.
         """
-        if not self.path.exists() or is_start_alone(self.path):
+        places = self._places()
+        self._check_no_links(linked_files(self.path))
+        if places == [self.path] and (not self.path.exists() or is_start_alone(self.path)):
             return None
         names = sorted(entry.name for entry in self.path.iterdir())
         what = f"output_dir must be empty or hold a run, got {self.path} with {names[:5]}"
-        if IDENTITY not in names:
+        if not (holder(IDENTITY, *places) / IDENTITY).exists():
             raise ValueError(f"{what}; choose another output_dir")
         try:
-            found = identify(self.path)
+            found = identify(*places)
         except ValueError as error:
             raise ValueError(
                 f"{what}, which is not shown to be a run: {error}; choose another output_dir, or remove what is not "
                 "wanted by hand"
             ) from error
-        if strange := strange_steps(self.path):
+        if strange := [step for place in places for step in strange_steps(place)]:
             raise ValueError(
                 f"{what}, and {strange[0]}, which is no checkpoint; move it away, or choose another output_dir"
             )
@@ -154,7 +189,7 @@ class RunFolder:
           config: that of the folder. record: run.json.
         """
         codes, own = code_of(config), {(code.key, code.name) for code in code_of(self._config)}
-        problem = untrusted(self.path, record, codes)
+        problem = untrusted(holder(CONFIG, *self._places()), record, codes)
         if problem is None:
             return
         if strange := [code for code in codes if (code.key, code.name) not in own]:
@@ -168,15 +203,16 @@ class RunFolder:
 
     def begin(self) -> None:
         """Makes the folder this run's: as it is when it is resumed, else with a new config.yml and run.json. A run that
-        it takes the place of is moved beside it.
+        it takes the place of is moved beside it. What a kill has left half-moved is made good before.
 
         Raises:
-          ValueError: it cannot be moved.
+          ValueError: something cannot be moved.
         """
         assert not self._look_only
         hosts.from_first(self._begin)
 
     def _begin(self) -> None:
+        self.messages += recover(self.path, lambda: _clear_start(self.path))
         if self.resumed:
             return
         self._has_begun = True
@@ -185,7 +221,7 @@ class RunFolder:
         else:
             self._old = move_aside(self.path, own_entries(self.path, self._replaced_kind))
             self.messages.append(
-                f"the run that was here is in {self._old} until this one has saved its first checkpoint"
+                f"the run that was here is in {self._old.path} until this one has saved its first checkpoint"
             )
         text = dump_config(self._config)
         try:
@@ -219,11 +255,11 @@ class RunFolder:
     def _remove_replaced(self) -> list[str]:
         done = []
         if checkpoint_steps(self.path):
-            for old in replaced_runs(self.path):
-                try:
+            try:
+                for old in replaced_runs(self.path):
                     done += remove(self.path, old)
-                except OSError as error:  # no reason to end a run
-                    done.append(f"{old} holds the run that was here before, and cannot be removed: {error}")
+            except (OSError, ValueError) as error:  # no reason to end a run
+                done.append(f"the run that was here before cannot be removed: {error}")
         return done
 
     def replace_export(self, write: Callable[[pathlib.Path], None]) -> list[str]:
@@ -473,16 +509,23 @@ def _lock(path: pathlib.Path) -> int:
     )
 
 
-def _clear_start(path: pathlib.Path) -> None:
-    """Removes what a start leaves that recorded nothing, run.json last: files that it wrote, and checkpoints/ if it is
-    empty. Nothing where run.json is not ours.
+def _left_by_start(path: pathlib.Path) -> list[pathlib.Path]:
+    """What a start leaves that recorded nothing, run.json last: files that it wrote, unfinished checkpoints. Drafts
+    alone where run.json is not ours.
     """
-    drafts = (UNFINISHED + IDENTITY, UNFINISHED + CONFIG)
-    written = (METRICS, SAMPLES, CONFIG, IDENTITY) if is_own_identity(path) else ()
-    for step in unfinished_steps(path) if written else ():
-        shutil.rmtree(step)
-    checkpoints = path / CHECKPOINTS
-    if written and checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()
-    for name in (*drafts, *written):
-        (path / name).unlink(missing_ok=True)
+    drafts = [path / (UNFINISHED + name) for name in (IDENTITY, CONFIG)]
+    if not is_own_identity(path):
+        return drafts
+    return [*unfinished_steps(path), *drafts, *(path / name for name in (METRICS, SAMPLES, CONFIG, IDENTITY))]
+
+
+def _clear_start(path: pathlib.Path) -> None:
+    """Removes what `_left_by_start` names, and checkpoints/ of such a start if it is empty."""
+    left, checkpoints = _left_by_start(path), path / CHECKPOINTS
+    if is_own_identity(path):
+        for step in unfinished_steps(path):
+            shutil.rmtree(step)
+        if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+            checkpoints.rmdir()
+    for entry in left:
+        entry.unlink(missing_ok=True)

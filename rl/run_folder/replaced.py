@@ -4,56 +4,111 @@ In: the folder NAME of a run. Out: the folder `NAME.old-TIME` on the same disk w
 note of what was moved and how far this got, so that a kill at any moment can be made good by the next start: `moving`
 is undone, `moved` is undone where the new run recorded nothing, `removing` is gone on with. Only what a run wrote is
 moved or removed (`rl.run_folder.contents`); files of a user stay where they are, those inside a checkpoint go and stay
-with it.
+with it. The note is believed only as far as it can be true: it names what a run of that kind writes, no link is in its
+way, and the run.json of a run lies there.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from rl.files.local_files import UNFINISHED, write_file
-from rl.run_folder.contents import CHECKPOINTS, checkpoint_steps, foreign_in, has_work, read_json
+from rl.run_folder.contents import (
+    CHECKPOINTS,
+    IDENTITY,
+    KINDS,
+    checkpoint_steps,
+    foreign_in,
+    has_work,
+    holder,
+    is_own_name,
+    read_identity,
+    read_json,
+)
 
 _NOTE = ".tandem-moved.json"
 _FORMAT = "tandem replaced run 1"
 _TIME = re.compile(r"\d{8}-\d{6}(-\d+)?", re.ASCII)
 
 
-def replaced_runs(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The folders beside `folder` to which runs of it were moved, the newest first."""
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """A run that was moved.
+
+    Attributes:
+      path: the folder that it was moved to.
+      phase: `moving`, `moved` or `removing`. entries: what was moved, or is to be; paths in that folder.
+    """
+
+    path: pathlib.Path
+    phase: str
+    entries: tuple[str, ...]
+
+    @property
+    def waiting(self) -> list[str]:
+        """The entries that lie there now."""
+        return [entry for entry in self.entries if os.path.lexists(self.path / entry)]
+
+
+def replaced_runs(folder: pathlib.Path) -> list[Replaced]:
+    """The runs of `folder` that were moved beside it, the newest first.
+
+    Raises:
+      ValueError: a note says what no run's can say, or lies in a folder that is not shown to hold a run.
+    """
     folder = folder.resolve()
     prefix = folder.name + ".old-"
     if not folder.parent.is_dir():
         return []
     found = [entry for entry in folder.parent.iterdir() if entry.name.startswith(prefix)]
     found = [entry for entry in found if _TIME.fullmatch(entry.name.removeprefix(prefix)) and entry.is_dir()]
-    return sorted((entry for entry in found if _read(entry, folder) is not None), reverse=True)
+    return [run for entry in sorted(found, reverse=True) if (run := _read(entry, folder)) is not None]
 
 
-def move_aside(folder: pathlib.Path, entries: Sequence[str]) -> pathlib.Path:
-    """Moves these entries of a run folder to a new folder beside it, run.json last; gives that folder.
+def coming_back(folder: pathlib.Path) -> Replaced | None:
+    """The run that `recover` would move back, None where there is none. Changes nothing."""
+    for old in replaced_runs(folder):
+        if old.waiting and (old.phase == "moving" or (old.phase == "moved" and not has_work(folder))):
+            return old
+    return None
+
+
+def move_aside(folder: pathlib.Path, entries: Sequence[str]) -> Replaced:
+    """Moves these entries of a run folder to a new folder beside it, run.json last.
 
     Raises:
-      ValueError: it cannot be done; everything is where it was.
+      ValueError: it cannot be done, or a checkpoint would stay, which the new run would go on from; everything is where
+        it was.
     """
     folder = folder.resolve()
-    old = _new_folder(folder)
+    old = Replaced(_new_folder(folder), "moving", tuple(entries))
+    way_out = "choose another output_dir, or move that run away"
     try:
-        _write(old, folder, "moving", entries)
+        _write(old, folder)
         for entry in entries:
-            _rename(folder / entry, old / entry)
-        _write(old, folder, "moved", entries)
+            _rename(folder / entry, old.path / entry)
+        if steps := checkpoint_steps(folder):
+            raise ValueError(
+                f"checkpoint.overwrite=true must leave no checkpoint in {folder}, and it would leave {steps[:5]}; "
+                f"{way_out}"
+            )
+        old = dataclasses.replace(old, phase="moved")
+        _write(old, folder)
     except OSError as error:
         restore(folder, old)
         raise ValueError(
             f"the run in {folder} must be moved beside it for checkpoint.overwrite=true, and it cannot be: {error}; "
-            "choose another output_dir, or move that run away"
+            f"{way_out}"
         ) from error
+    except ValueError:
+        restore(folder, old)
+        raise
     return old
 
 
@@ -64,65 +119,67 @@ def recover(folder: pathlib.Path, clear: Callable[[], None]) -> list[str]:
       clear: removes from the folder what a start that recorded nothing has left in it.
 
     Raises:
-      ValueError: something lies where the old run must go back to.
+      ValueError: something lies where the old run must go back to, or see `replaced_runs`.
     """
     done = []
     for old in replaced_runs(folder):
-        state = _read(old, folder)
-        assert state is not None
-        if state["phase"] == "removing" or (state["phase"] == "moved" and checkpoint_steps(folder)):
+        if old.phase == "removing" or (old.phase == "moved" and checkpoint_steps(folder)):
             done += remove(folder, old)
-        elif state["phase"] == "moving" or not has_work(folder):
-            if state["phase"] == "moved":
+        elif old.phase == "moving" or not has_work(folder):
+            if old.phase == "moved":
                 clear()
             restore(folder, old)
-            if state["entries"]:
-                done.append(f"the run that {old} held is back in {folder}: the one in its place had recorded nothing")
+            if old.entries:
+                done.append(
+                    f"the run that {old.path} held is back in {folder}: the one in its place had recorded nothing"
+                )
     return done
 
 
-def restore(folder: pathlib.Path, old: pathlib.Path) -> None:
+def check_way_back(folder: pathlib.Path, old: Replaced, cleared: Collection[pathlib.Path] = ()) -> None:
+    """ValueError where something lies where a run must go back to, unless it is among what is cleared before."""
+    for entry in old.waiting:
+        if os.path.lexists(folder / entry) and folder / entry not in cleared:
+            raise ValueError(
+                f"the run in {old.path} must go back to {folder}, and {folder / entry} is in its way; move one of the "
+                "two"
+            )
+
+
+def restore(folder: pathlib.Path, old: Replaced) -> None:
     """Moves a run back, and removes the folder that it was moved to.
 
     Raises:
       ValueError: something lies where it must go.
     """
     folder = folder.resolve()
-    state = _read(old, folder)
-    entries = [] if state is None else state["entries"]
-    waiting = [entry for entry in entries if os.path.lexists(old / entry)]
+    check_way_back(folder, old)
+    waiting = old.waiting
+    if waiting and old.phase != "moving":
+        _write(dataclasses.replace(old, phase="moving"), folder)
     for entry in waiting:
-        if os.path.lexists(folder / entry):
-            raise ValueError(
-                f"the run in {old} must go back to {folder}, and {folder / entry} is in its way; move one of the two"
-            )
-    if state is not None and state["phase"] != "moving":
-        _write(old, folder, "moving", entries)
-    for entry in waiting:
-        _rename(old / entry, folder / entry)
-    _end(old)
+        _rename(old.path / entry, folder / entry)
+    _end(old.path)
 
 
-def remove(folder: pathlib.Path, old: pathlib.Path) -> list[str]:
-    """Removes what a run wrote, after it was moved to `old`, and the folder, where nothing else is in it; what stays,
-    in words.
+def remove(folder: pathlib.Path, old: Replaced) -> list[str]:
+    """Removes what a run wrote, after it was moved, and the folder that it was moved to, where nothing else is in it;
+    what stays, in words.
     """
-    state = _read(old, folder)
-    assert state is not None
-    if state["phase"] != "removing":
-        _write(old, folder, "removing", state["entries"])
-    for entry in state["entries"]:
-        path = old / entry
+    if old.phase != "removing":
+        _write(dataclasses.replace(old, phase="removing"), folder)
+    for entry in old.waiting:
+        path = old.path / entry
         if path.is_dir():
             if not foreign_in(path):
                 shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    _end(old)
-    if not old.exists():
+    _end(old.path)
+    if not old.path.exists():
         return []
-    kept = [path for path in sorted(old.rglob("*")) if not path.is_dir()]
-    return [f"{old} stays, for it holds what no run wrote or what was changed since: {', '.join(map(str, kept[:5]))}"]
+    kept = [str(path) for path in sorted(old.path.rglob("*")) if not path.is_dir()]
+    return [f"{old.path} stays, for it holds what no run wrote or what was changed since: {', '.join(kept[:5])}"]
 
 
 def _new_folder(folder: pathlib.Path) -> pathlib.Path:
@@ -160,20 +217,54 @@ def _remove_if_empty(folder: pathlib.Path) -> None:
         folder.rmdir()
 
 
-def _write(old: pathlib.Path, folder: pathlib.Path, phase: str, entries: Sequence[str]) -> None:
-    note = {"format": _FORMAT, "folder": folder.name, "phase": phase, "entries": list(entries)}
-    write_file(old / _NOTE, f"{json.dumps(note, indent=1)}\n".encode())
+def _write(old: Replaced, folder: pathlib.Path) -> None:
+    note = {"format": _FORMAT, "folder": folder.resolve().name, "phase": old.phase, "entries": list(old.entries)}
+    write_file(old.path / _NOTE, f"{json.dumps(note, indent=1)}\n".encode())
 
 
-def _read(old: pathlib.Path, folder: pathlib.Path) -> dict[str, Any] | None:
-    """The note of a folder to which a run of `folder` was moved; an empty folder by that name is one that a kill left.
-    None for any other folder.
+def _read(path: pathlib.Path, folder: pathlib.Path) -> Replaced | None:
+    """What the note says of a folder to which a run of `folder` was moved; an empty folder by that name is one that a
+    kill left. None for any other folder. ValueError where the note is ours by its mark, and does not fit.
     """
     try:
-        if all(entry.name == UNFINISHED + _NOTE for entry in old.iterdir()):
-            return {"phase": "moving", "entries": []}
-        note = read_json(old / _NOTE)
-    except (OSError, ValueError):
+        if all(entry.name == UNFINISHED + _NOTE for entry in path.iterdir()):
+            return None if path.is_symlink() else Replaced(path, "moving", ())
+    except OSError:
         return None
-    is_ours = note.get("format") == _FORMAT and note.get("folder") == folder.resolve().name
-    return note if is_ours else None
+    if not os.path.lexists(path / _NOTE):
+        return None
+    try:
+        note = read_json(path / _NOTE)
+        if note.get("format") != _FORMAT or note.get("folder") != folder.name:
+            return None
+        return _checked(path, folder, note)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must hold a run of {folder} that was moved there, as {_NOTE} in it says, and it is not shown to: "
+            f"{error}. Nothing of it is touched; if you know what it is, move it away or remove {path / _NOTE}, or "
+            "choose another output_dir"
+        ) from error
+
+
+def _checked(path: pathlib.Path, folder: pathlib.Path, note: dict[str, Any]) -> Replaced:
+    """A note that was read, where every entry is one that a run writes, of the very run that lies there."""
+    phase, entries = note.get("phase"), note.get("entries")
+    if phase not in ("moving", "moved", "removing"):
+        raise ValueError(f"the phase is {str(phase)[:80]!r}")
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"the entries are {str(entries)[:80]!r}")
+    if strange := [entry for entry in entries if not any(is_own_name(entry, kind) for kind in KINDS)]:
+        raise ValueError(f"no run writes {strange[0][:200]!r}")
+    places = [path, path / _NOTE, path / CHECKPOINTS, *(path / entry for entry in entries)]
+    if links := [place for place in places if place.is_symlink()]:
+        raise ValueError(f"{links[0]} is a link")
+    old = Replaced(path, phase, tuple(entries))
+    if not old.waiting:
+        return old
+    if phase == "removing" and not os.path.lexists(path / IDENTITY):
+        return Replaced(path, phase, ())  # all but what stays is removed: run.json goes last
+    # While it is moved, either way, run.json is where it was until the last.
+    kind = read_identity(holder(IDENTITY, path, folder) if phase == "moving" else path)["kind"]
+    if strange := [entry for entry in entries if not is_own_name(entry, kind)]:
+        raise ValueError(f"no run of kind {kind!r} writes {strange[0]!r}")
+    return old

@@ -557,6 +557,16 @@ def test_what_cannot_be_logged_is_counted_and_stops_nobody(tmp_path):
     assert text == "[5 bytes of the log could not be written here]\nkept\n"
 
 
+def test_the_log_follows_no_link(tmp_path):
+    (tmp_path / "important").write_text("mine\n")
+    (tmp_path / "log").symlink_to(tmp_path / "important")
+    log = RewardLog(tmp_path / "log")
+    os.write(log.descriptor, b"lost\n")
+    assert wait_until(lambda: log._num_lost == 5, 5.0)
+    log.close()
+    assert (tmp_path / "important").read_text() == "mine\n"
+
+
 def test_traceback_goes_to_the_log_once(write, tmp_path):
     spec = write(CULPRITS)
     run([spec("sample")], ["raise"] * 8, num_workers=1, log_path=tmp_path / "log")

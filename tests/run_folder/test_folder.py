@@ -13,6 +13,7 @@ import pytest
 from rl.config.load import dump_config, load_config
 from rl.run.metrics import MetricsWriter
 from rl.run_folder.folder import RunFolder, load_run_config, read_run
+from rl.run_folder.replaced import move_aside
 from rl.state.checkpoint_files import write_hashes
 from tests.helpers.places import ROOT
 
@@ -417,9 +418,12 @@ def test_a_kill_while_the_old_run_is_moved_and_again_while_it_is_moved_back_keep
         was_killed = is_killed(kill_after, number, run.begin)
         killed(run)
         second = 1 + number * 5 % 16
-        is_killed(kill_after, second, lambda folder=folder: killed(open_folder(folder)))
+        start = open_folder(folder)
+        is_killed(kill_after, second, start.begin)
+        killed(start)
         again = open_folder(folder)
         assert again.resumed
+        again.begin()
         again.close()
         assert contents(folder) == old_run
         assert moved(folder) == []
@@ -439,8 +443,12 @@ def test_a_kill_while_the_old_run_is_removed_keeps_the_new_one(tmp_path, kill_af
     for number in itertools.count(1):
         shutil.copytree(tmp_path / "start", tmp_path / str(number))
         folder = tmp_path / str(number) / "a"
-        was_killed = is_killed(kill_after, number, lambda folder=folder: open_folder(folder, "optimizer.lr=1e-3"))
+        start = open_folder(folder, "optimizer.lr=1e-3")
+        was_killed = is_killed(kill_after, number, start.begin)
+        killed(start)
         again = open_folder(folder, "optimizer.lr=1e-3") if was_killed else None
+        if again is not None:
+            again.begin()
         assert contents(folder) == new_run
         assert moved(folder) == []
         if again is None:
@@ -464,6 +472,126 @@ def test_a_new_run_that_recorded_steps_and_no_checkpoint_goes_on_and_the_old_one
     again.recorded()
     again.close()
     assert moved(folder) == []
+
+
+@pytest.mark.parametrize("look_only", [True, False])
+@pytest.mark.parametrize("phase", ["moving", "moved", "removing"])
+def test_a_start_that_fails_makes_nothing_good_that_a_kill_has_left(tmp_path, kill_after, phase, look_only):
+    folder = tmp_path / "a"
+    make_run(folder)
+    run = overwrite(folder)
+    if phase == "moving":  # where config.yml is moved, and run.json is not
+        assert is_killed(kill_after, 12, run.begin)
+        assert [(folder / name).exists() for name in ("config.yml", "run.json")] == [False, True]
+    else:
+        run.begin()
+    if phase == "removing":
+        record(folder, 1)
+        save_checkpoint(folder, 1, "new")
+    killed(run)
+    before = snapshot(tmp_path)
+    settings = ["optimizer.lr=1e-3"] if phase == "removing" else []
+    again = RunFolder(config_for(folder, *settings), "grpo", ORIGIN, look_only)
+    assert again.resumed
+    again.close()
+    assert snapshot(tmp_path) == before
+    with pytest.raises(ValueError, match=r"holds another run: optimizer\.lr was "):
+        RunFolder(config_for(folder, "optimizer.lr=1e-2"), "grpo", ORIGIN, look_only)
+    assert snapshot(tmp_path) == before
+
+
+NOTES = {
+    "a neighbour": (["../victim"], "no run writes '../victim'"),
+    "a path of the disk": (["{tmp}/victim/file"], "no run writes '.*/victim/file'"),
+    "a way out of a step": (["checkpoints/../../victim"], "no run writes"),
+    "a way out of an unfinished step": (["checkpoints/1.orbax-checkpoint-tmp/../../../victim"], "no run writes"),
+    "the folder itself": (["."], "no run writes"),
+    "a user's file": (["notes.txt"], "no run writes"),
+    "an export of a run that writes none": (["export"], "no run of kind 'grpo' writes 'export'"),
+    "no names": ([1], "the entries are"),
+    "no run": (["metrics.jsonl"], "run.json cannot be read"),
+    "a link": (["checkpoints/1"], "checkpoints is a link"),
+    "an unknown phase": (["metrics.jsonl"], "the phase is 'gone'"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [
+        (name, phase)
+        for name in NOTES
+        for phase in ("moving", "moved", "removing")
+        if (name, phase) != ("no run", "removing")  # a kill leaves that: run.json is removed last
+    ],
+)
+def test_a_note_of_a_replaced_run_that_does_not_fit_is_refused_and_nothing_is_touched(tmp_path, name, phase):
+    entries, message = NOTES[name]
+    old, victim = tmp_path / "a.old-20260101-000000", tmp_path / "victim"
+    for folder in (old / "export", victim / "1"):
+        folder.mkdir(parents=True)
+    for path in (victim / "file", victim / "1" / "_CHECKPOINT_METADATA", old / "notes.txt", old / "metrics.jsonl"):
+        path.write_text("mine")
+    if name == "a link":
+        (old / "checkpoints").symlink_to(victim)
+    if name != "no run":
+        (old / "run.json").write_text(MARKED)
+    note = {"format": "tandem replaced run 1", "folder": "a", "phase": "gone" if "phase" in name else phase}
+    note["entries"] = [entry.format(tmp=tmp_path) if isinstance(entry, str) else entry for entry in entries]
+    (old / ".tandem-moved.json").write_text(json.dumps(note))
+    before = snapshot(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"a\.old-20260101-000000 must hold a run .*{message}.*Nothing of it is touched"
+    ):
+        open_folder(tmp_path / "a")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_note_without_a_run_removes_nothing_but_itself(tmp_path):
+    old = tmp_path / "a.old-20260101-000000"
+    old.mkdir()
+    (old / "metrics.jsonl").write_text("mine")
+    note = {"format": "tandem replaced run 1", "folder": "a", "phase": "removing", "entries": ["metrics.jsonl"]}
+    (old / ".tandem-moved.json").write_text(json.dumps(note))
+    run = open_folder(tmp_path / "a")
+    run.begin()
+    run.close()
+    assert contents(old) == {"metrics.jsonl": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/1"])
+def test_an_overwrite_of_linked_checkpoints_is_refused_and_a_run_goes_on_in_them(tmp_path, name):
+    """What a link leads to would stay, and the new run would go on from a step of the old one."""
+    folder = tmp_path / "a"
+    make_run(folder)
+    os.rename(folder / name, tmp_path / "big")
+    (folder / name).symlink_to(tmp_path / "big")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=rf"a/{name} is a link to .*big, where this run would write; move what it"):
+        open_folder(folder, "checkpoint.overwrite=true", "optimizer.lr=1e-3")
+    assert snapshot(tmp_path) == before
+    run = open_folder(folder)
+    assert run.resumed
+    run.close()
+
+
+def test_a_run_is_not_moved_aside_without_its_checkpoints(tmp_path):
+    make_run(tmp_path / "a")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"must leave no checkpoint in .*, and it would leave \[1\]; choose another"):
+        move_aside(tmp_path / "a", ["metrics.jsonl", "config.yml", "run.json"])
+    assert snapshot(tmp_path) == before
+
+
+def test_a_link_in_the_place_of_a_draft_is_not_written_through(tmp_path):
+    (tmp_path / "important").write_text("mine")
+    (tmp_path / "a").mkdir()
+    for name in ("run.json", "config.yml"):
+        (tmp_path / "a" / f".tandem-{name}").symlink_to(tmp_path / "important")
+    run = open_folder(tmp_path / "a")
+    run.begin()
+    assert read_run(run.path)[1] == {"kind": "grpo", **ORIGIN}
+    run.close()
+    assert (tmp_path / "important").read_text() == "mine"
 
 
 def test_what_lies_in_the_way_of_the_old_run_is_named_and_nothing_is_lost(tmp_path):
@@ -516,6 +644,8 @@ FOREIGN = {
     "a configuration": {"config.yml": "mine"},
     "numbers": {"checkpoints/1/x": "mine"},
     "a lock": {".lock": "mine"},
+    "a log": {"rewards.log": "mine"},
+    "an older log": {"rewards.log.1": "mine"},
     "an identity that says nothing": {"run.json": "{}", "export/model": "mine"},
     "an identity that is no JSON": {"run.json": "\x00", "metrics.jsonl": '{"step": 1}\n'},
     "an identity that is too deep": {"run.json": "[" * 100_000},
@@ -549,6 +679,23 @@ def test_a_folder_that_is_not_shown_to_be_a_run_is_refused_and_left_as_it_is(tmp
     before = snapshot(tmp_path)
     with pytest.raises(ValueError, match=r"output_dir must be empty or hold a run, got .*choose another output_dir"):
         open_folder(tmp_path / "a", f"checkpoint.overwrite={overwrite}")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+@pytest.mark.parametrize("has_run", [True, False])
+@pytest.mark.parametrize("name", ["rewards.log", "rewards.log.1", "metrics.jsonl", "samples.jsonl", ".lock"])
+def test_a_link_where_a_run_writes_is_refused_and_what_it_leads_to_stays(tmp_path, name, has_run, overwrite):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    if has_run:
+        make_run(folder)
+    (folder / name).unlink(missing_ok=True)
+    (tmp_path / "important").write_text("" if name == ".lock" else '{"step": 1}\n')
+    (folder / name).symlink_to(tmp_path / "important")
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=rf"a/{name} is a link to .*important, where this run would write; move what"):
+        open_folder(folder, f"checkpoint.overwrite={overwrite}")
     assert snapshot(tmp_path) == before
 
 
