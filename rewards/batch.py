@@ -79,6 +79,21 @@ def merge_results(results: Sequence[RewardResult]) -> RewardResult:
     return RewardResult(rewards, counts, [line for result in results for line in result.problems], seconds)
 
 
+def replace_function(result: RewardResult, other: RewardResult, position: int, name: str, problem: str) -> RewardResult:
+    """`result` with what `other` holds of the function at this position of the specs; its seconds stay.
+
+    problem: what is said of that, before the problems of the function.
+    """
+    rewards = [
+        [*row[:position], new[position], *row[position + 1 :]]
+        for row, new in zip(result.rewards, other.rewards, strict=True)
+    ]
+    of_others = [line for line in result.problems if not line.startswith(_title(name))]
+    own = [line for line in other.problems if line.startswith(_title(name))]
+    counts = result.counts | {name: other.counts[name]}
+    return RewardResult(rewards, counts, [*of_others, problem, *own], result.seconds)
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchInputs:
     """A batch in its JSON form. Completions and their token ids are those that arrived, by sample."""
@@ -128,11 +143,11 @@ class Batch:
         share: Share | None = None,
     ):
         size = len(inputs.prompts)
-        self._calls, self._keys, self._group_size = calls, sorted(keys), group_size
+        self._calls, self.keys, self.group_size = calls, sorted(keys), group_size
         self._share = share
         self._size = size if share is None else sum(share.owns(sample, size) for sample in range(size))
         self.seconds = [0.0] * len(specs)
-        self._specs, self._functions, self._inputs = specs, functions, inputs
+        self._specs, self._functions, self.inputs = specs, functions, inputs
         self._timeout, self._num_workers = timeout, num_workers
         self._rewards: list[list[float | None]] = [[None] * len(specs) for _ in range(size)]
         self._counts: list[dict[str, int]] = [dict.fromkeys(COUNTS, 0) for _ in specs]
@@ -141,15 +156,21 @@ class Batch:
         self._anywhere: collections.deque[Task] = collections.deque()
         self._arrived: list[collections.deque[int]] = [collections.deque() for _ in functions]  # and in no task yet
 
+    def again(self, calls: Sequence[Calls], keys: Collection[int]) -> "Batch":
+        """The same batch before its completions came, for other functions or other ways to call them."""
+        inputs = BatchInputs(self.inputs.prompts, self.inputs.columns)
+        specs, functions, timeout, workers = self._specs, self._functions, self._timeout, self._num_workers
+        return Batch(specs, functions, calls, keys, inputs, self.group_size, timeout, workers, self._share)
+
     def add(self, completions: Mapping[int, Any], completion_ids: Mapping[int, list[int]] | None) -> None:
         """Completions arrived, by sample, in their JSON form."""
         if not completions:  # an empty batch is nothing to call a function with
             return
-        inputs, size = self._inputs, len(self._inputs.prompts)
+        inputs, size = self.inputs, len(self.inputs.prompts)
         inputs.completions.update(completions)
         inputs.completion_ids.update(completion_ids or {})
         own = [sample for sample in completions if self._share is None or self._share.owns(sample, size)]
-        for key in self._keys:
+        for key in self.keys:
             if self._calls[key] == "elementwise":
                 self._arrived[key].extend(own)
             elif self._calls[key] == "needs_group":
@@ -160,8 +181,8 @@ class Batch:
 
     def _group_tasks(self, key: int, arrived: Collection[int]) -> list[Task]:
         """Calls for the groups that became whole as these samples arrived."""
-        known, size = self._inputs.completions, self._group_size
-        num_groups, tasks = len(self._inputs.prompts) // size, []
+        known, size = self.inputs.completions, self.group_size
+        num_groups, tasks = len(self.inputs.prompts) // size, []
         for group in sorted({sample // size for sample in arrived}):
             members = list(range(group * size, (group + 1) * size))
             is_own = self._share is None or self._share.owns(group, num_groups)
@@ -251,7 +272,7 @@ class Batch:
         return -(-num_samples // (self._num_workers * (1 if mode == "together" else _PIECES_PER_WORKER)))
 
     def _task(self, key: int, mode: str, samples: list[int], title: str = "") -> Task:
-        inputs = self._inputs
+        inputs = self.inputs
         function = self._functions[key]
         ids = inputs.completion_ids if function.takes_completion_ids and inputs.completion_ids else None
         request = {
@@ -280,6 +301,10 @@ class Batch:
 def _problem_lines(name: str, messages: Sequence[tuple[int, str]]) -> list[str]:
     """The first few messages of a function, by sample, and how many more there are."""
     first = sorted(messages)[:_PROBLEMS_PER_FUNCTION]
-    lines = [f"reward {name!r} {text}" for _, text in first]
+    lines = [f"{_title(name)} {text}" for _, text in first]
     more = len(messages) - len(first)
-    return lines + ([f"reward {name!r}: {more} more"] if more else [])
+    return lines + ([f"{_title(name)}: {more} more"] if more else [])
+
+
+def _title(name: str) -> str:
+    return f"reward {name!r}"

@@ -12,12 +12,17 @@ How a function may be called is settled at the start, and it is never called wit
 
 A batch function without a mark is tried, in workers that are replaced afterwards: where one call with varied rows
 gives what calls with one of them each give, bit for bit, it is elementwise, else whole_batch. Where its rewards for
-them hardly differ (see `rewards.probe`), equal calls show nothing, and it is whole_batch. A call that fails costs its
-samples. A worker that hangs, dies or sends what is no reply is killed with everything it started, and replaced.
+them hardly differ (see `rewards.probe`), equal calls show nothing, and it is whole_batch. What was found elementwise in
+this way is compared again on a few batches of the run itself (see `rewards.doubt`); where those differ, the rewards are
+those of the whole batch, and it is whole_batch from then on.
+
+A call that fails costs its samples. A worker that hangs, dies or sends what is no reply is killed with everything it
+started, and replaced.
 
 POSIX only (process groups, selectable pipes). Not thread-safe: one batch at a time.
 """
 
+import dataclasses
 import functools
 import os
 import threading
@@ -27,8 +32,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-from rewards.batch import FAILURES, Batch, BatchInputs, RewardResult, Share, merge_results
+from rewards.batch import FAILURES, Batch, BatchInputs, RewardResult, Share, merge_results, replace_function
 from rewards.contract import Calls, RewardSpec, check_specs
+from rewards.doubt import Doubt, agree, second_best
 from rewards.environment import check_memory_gb, worker_environment
 from rewards.log import RewardLog
 from rewards.probe import Probe, probes, shows_how_it_judges
@@ -43,6 +49,8 @@ _PROBE_CALLS: tuple[Calls, ...] = ("whole_batch", "elementwise", "whole_batch")
 # From what asks least of a call to what asks most.
 _CAREFUL: tuple[Calls, ...] = ("elementwise", "needs_group", "whole_batch")
 _CLOSE_SECONDS = 3.0  # for exit handlers of user code
+
+Review = Callable[[Batch, RewardResult], RewardResult]  # what a batch's result comes to, when its workers are idle
 
 
 class RewardRunner:
@@ -101,6 +109,7 @@ class RewardRunner:
             self._functions = self._load()
             self._reasons: dict[int, str] = {}  # why functions that were tried are not elementwise; "": they are
             self._calls = self._settle(rows)
+            self._doubts = {key: Doubt() for key, reason in self._reasons.items() if not reason}
         except BaseException:  # no worker may outlive a failed start, Ctrl-C included
             self.close()
             raise
@@ -149,15 +158,26 @@ class RewardRunner:
         """Names of the functions that judge each completion by itself."""
         return [name for name, calls in self.calls.items() if calls == "elementwise"]
 
-    def adopt(self, calls: Mapping[str, Calls]) -> None:
+    @property
+    def doubts(self) -> dict[str, dict[str, Any]]:
+        """The fields of the `Doubt` of each function that is elementwise for what was found, by name."""
+        return {self.specs[key].name: dataclasses.asdict(doubt) for key, doubt in self._doubts.items()}
+
+    def adopt(self, calls: Mapping[str, Calls], doubts: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Of the functions that were tried, what another process or an earlier part of the run found counts as well:
-        each is called in the more careful of the two ways.
+        each is called in the more careful of the two ways. doubts: those of the earlier part.
         """
         for key in self._reasons:
             other = calls.get(self.specs[key].name, "elementwise")
             if _CAREFUL.index(other) > _CAREFUL.index(self._calls[key]):
-                self._calls[key] = other
-                self._reasons[key] = "the check found a difference earlier in this run or in another process of it"
+                self._give_up(key, other, "a difference was found earlier in this run or in another process of it")
+        for key in self._doubts:
+            self._doubts[key] = Doubt(**(doubts or {}).get(self.specs[key].name, self.doubts[self.specs[key].name]))
+
+    def _give_up(self, key: int, calls: Calls, reason: str) -> None:
+        """This function is not called for one completion at a time any more."""
+        self._calls[key], self._reasons[key] = calls, reason
+        self._doubts.pop(key, None)
 
     def why_not_alone(self, name: str) -> str:
         """Why this function is not called for one completion at a time, in words."""
@@ -166,21 +186,20 @@ class RewardRunner:
 
     def notes(self) -> list[str]:
         """What the start-up check found, in words: a line for each function that was tried."""
-        way_out = "in its entry of rewards.functions"
-        lines = []
-        for key, reason in self._reasons.items():
-            title = f"reward {self.specs[key].name!r}"
-            if reason:
-                lines.append(
-                    f"{title} is called with whole batches, for {reason}; {way_out}, elementwise: true says that it "
-                    "judges each completion by itself, needs_group: true that it compares those of one prompt"
-                )
-            else:
-                lines.append(
-                    f"{title} is called for one completion at a time, for in the start-up check that gave the "
-                    f"rewards of one call with all; {way_out}, elementwise: false keeps whole batches"
-                )
-        return lines
+        return [self._note(key) for key in self._reasons]
+
+    def _note(self, key: int) -> str:
+        title, way_out = f"reward {self.specs[key].name!r}", "in its entry of rewards.functions"
+        if reason := self._reasons[key]:
+            return (
+                f"{title} is called with whole batches, for {reason}; {way_out}, elementwise: true says that it "
+                "judges each completion by itself, needs_group: true that it compares those of one prompt"
+            )
+        return (
+            f"{title} is called for one completion at a time, for in the start-up check that gave the rewards of one "
+            f"call with all; a few batches of the run are called whole as well, to see whether that holds; {way_out}, "
+            "elementwise: true saves those calls, elementwise: false keeps whole batches"
+        )
 
     def begin(
         self,
@@ -199,7 +218,7 @@ class RewardRunner:
         ValueError where a function that needs groups would be called for groups of one.
         """
         keys = [key for key, spec in enumerate(self.specs) if names is None or spec.name in names]
-        return self._begin(prompts, columns, self._calls, keys, group_size, self._share)
+        return self._begin(prompts, columns, [*self._calls], keys, group_size, self._share, self._compare)
 
     def _begin(
         self,
@@ -209,6 +228,7 @@ class RewardRunner:
         keys: Sequence[int],
         group_size: int,
         share: Share | None = None,
+        review: Review | None = None,
     ) -> "Scoring":
         if len(prompts) % group_size:
             raise ValueError(f"the batch must hold whole groups of {group_size}, got {len(prompts)} samples")
@@ -229,7 +249,39 @@ class RewardRunner:
         )
         num_workers = len(self._workers)
         batch = Batch(self.specs, self._functions, calls, keys, inputs, group_size, self._timeout, num_workers, share)
-        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), share)
+        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), share, review)
+
+    def _compare(self, batch: Batch, result: RewardResult) -> RewardResult:
+        """The result of a batch, with rewards of the whole batch where a function turns out to compare completions."""
+        for key in [key for key in batch.keys if key in self._doubts]:
+            doubt, name = self._doubts[key], self.specs[key].name
+            alone = [row[key] for row in result.rewards]
+            if not doubt.is_raised_by(alone, batch.group_size):
+                continue
+            doubt.left -= 1
+            whole = self._call_whole(key, batch)
+            seconds = result.seconds | {name: result.seconds[name] + whole.seconds[name]}
+            result = dataclasses.replace(result, seconds=seconds)
+            some_failed = any(result.counts[name][kind] for kind in FAILURES)
+            if any(whole.counts[name][kind] for kind in FAILURES):
+                failed = f"{whole.problems[0]} (a call that was made to see whether {name!r} compares completions)"
+                result = dataclasses.replace(result, problems=[*result.problems, failed])
+            elif agree(alone, [row[key] for row in whole.rewards], some_failed=some_failed):
+                doubt.highest = second_best(alone, batch.group_size)
+            else:
+                reason = "in a batch of this run calls with one completion gave other rewards than one call with all"
+                self._give_up(key, "whole_batch", reason)
+                result = replace_function(result, whole, key, name, self._note(key))
+        return result
+
+    def _call_whole(self, key: int, batch: Batch) -> RewardResult:
+        """What one call of a function with all completions of a batch gives, in all processes that share it."""
+        of_all: list[Calls] = ["whole_batch"] * len(self.specs)
+        again = batch.again(of_all, [key])
+        size = len(batch.inputs.prompts)
+        with Scoring(self.specs, self._functions, self._workers, again, size, self._share) as scoring:
+            scoring.add_encoded(batch.inputs.completions, batch.inputs.completion_ids or None)
+            return scoring.result()
 
     def close(self) -> None:
         """End the workers; exit handlers of user code get a few seconds. Closing twice does nothing."""
@@ -346,8 +398,10 @@ class Scoring:
         batch: Batch,
         num_samples: int,
         share: Share | None = None,
+        review: Review | None = None,
     ):
-        self._share = share
+        self._share, self._review = share, review
+        self._reviewed: RewardResult | None = None
         self._specs, self._functions, self._workers = specs, functions, workers
         self._batch = batch
         self._size, self._left = num_samples, set(range(num_samples))
@@ -397,9 +451,13 @@ class Scoring:
         ids = None
         if completion_ids is not None:
             ids = {sample: [int(token) for token in row] for sample, row in zip(samples, completion_ids, strict=True)}
+        self.add_encoded(ready, ids)
+
+    def add_encoded(self, completions: dict[int, Any], completion_ids: dict[int, list[int]] | None) -> None:
+        """As `add`, by sample, of values that were checked and are in their JSON form."""
         with self._changed:
-            self._left = left
-            self._arrivals.append((ready, ids))
+            self._left = self._left - {*completions}
+            self._arrivals.append((completions, completion_ids))
             self._changed.notify()
 
     def result(self, timeout: float | None = None) -> RewardResult:
@@ -409,8 +467,11 @@ class Scoring:
                 f"the result needs the whole batch, {len(self._left)} of {self._size} completions are missing"
             )
         self._done.result(timeout)
-        result = self._batch.result()
-        return result if self._share is None else merge_results(self._share.gather(result))
+        if self._reviewed is None:
+            result = self._batch.result()
+            result = result if self._share is None else merge_results(self._share.gather(result))
+            self._reviewed = result if self._review is None else self._review(self._batch, result)
+        return self._reviewed
 
     # The thread
 

@@ -155,7 +155,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
             entropy, health = EntropyCoefState(**loop["entropy"]), HealthState(**loop["health"])
             position = loop["epoch"] * len(data.train) + loop["position"]  # prompts used up
             console.message(f"resumed at step {loop['step']} of {config.grpo.steps}")
-            runner.adopt(loop.get("reward_calls", {}))
+            runner.adopt(loop.get("reward_calls", {}), loop.get("reward_doubts"))
             check_calls(config, runner)
         if config.grpo.beta and policy.config.lora is not None:
             reference = frozen_reference(policy, state)  # with adapters the frozen base: no second copy
@@ -188,10 +188,14 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
 
         def draw(state: PureState, step: int, rows: Sequence[PromptRow], indices: Sequence[int]) -> Judged:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)
-            size = config.grpo.group_size
+            size, calls = config.grpo.group_size, runner.calls
             scored = sample_and_score(
                 sampler, state.params, rows, size, sampling, key, runner, tokenizer, watch, indices
             )
+            if runner.calls != calls:  # these completions showed that a function compares them
+                check_calls(config, runner)
+                if eval_rows and (problem := left_out_of_evaluation(runner, config.eval.reward)):
+                    console.warning(problem)
             return judge(config, rows, scored, runner.specs)
 
         if first_step == 0 and (baseline := evaluation(0)):
@@ -234,7 +238,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
             is_last = hosts.any_process(stop.requested) or done == config.grpo.steps
             if done % config.checkpoint.every == 0 or is_last:
                 loop = loop_record(done, position, len(data.train), policy, entropy, health)
-                loop["reward_calls"] = runner.calls
+                loop["reward_calls"], loop["reward_doubts"] = runner.calls, runner.doubts
                 with watch.timer("checkpoint"):  # part of the next step's seconds
                     checkpoints.save(done, state, loop, reference)
             for message in run.recorded():

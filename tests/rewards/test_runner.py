@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rewards.batch import COUNTS, Batch, BatchInputs, Share, merge_results
+from rewards.batch import COUNTS, Batch, BatchInputs, RewardResult, Share, merge_results
 from rewards.contract import RewardSpec
 from rewards.environment import check_memory_gb
 from rewards.log import RewardLog
@@ -1187,3 +1189,130 @@ def test_shares_of_a_batch_are_disjoint_and_make_the_whole(write):
     assert judged[1::2] == [[[], [*range(8)], []], [[*range(8)], [], []]]  # of the whole batch: functions in turns
     assert merge_results(parts).rewards == whole.rewards
     assert merge_results(parts).counts == whole.counts
+
+
+PARTLY_COMPARING = """
+    def log(name, completions):
+        with open(f"{__file__}.{name}", "a") as file:
+            file.write(f"{len(completions)} ")
+    def mixed(completions, answer):
+        log("mixed", completions)
+        right = [c.endswith("RIGHT" + a) for c, a in zip(completions, answer)]
+        return [0.1 * ("boxed" in c) + r / max(1, sum(right)) for c, r in zip(completions, right)]
+    def many(completions):
+        log("many", completions)
+        longest = max(map(len, completions)) if len(completions) >= 30 else 1
+        return [len(c) / max(1, longest) for c in completions]
+    def alone(completions, answer):
+        log("alone", completions)
+        return [float(c.endswith("RIGHT" + a)) + 0.1 * ("boxed" in c) for c, a in zip(completions, answer)]
+    def marked(completions):
+        log("marked", completions)
+        return [float(len(c)) for c in completions]
+    marked.elementwise = True
+    def fails(completions):
+        if len(completions) > 1 and "trap" in completions:
+            raise KeyError("trap")
+        return [float("boxed" in c) for c in completions]
+"""
+ROWS = [("1+1=", {"answer": "2"}), ("2+3=", {"answer": "5"})]
+RIGHT = ["RIGHT2", "so RIGHT2", "no", "boxed"]
+
+
+def whole_calls(path: Path, name: str, size: int) -> int:
+    """How often the function was called with so many completions at once; forgets what was before."""
+    log = path / f"my_rewards.py.{name}"
+    sizes = log.read_text().split()
+    log.write_text("")
+    return sizes.count(str(size))
+
+
+def test_a_comparison_that_the_check_cannot_reach_shows_in_the_first_batch_that_does(write, tmp_path):
+    spec = write(PARTLY_COMPARING)
+    with RewardRunner([spec("alone"), spec("mixed")], ["answer"], 2, 5.0, rows=ROWS) as runner:
+        assert runner.elementwise == ["alone", "mixed"]
+        first = runner.score(["p"] * 4, ["no", "", "boxed", "x"], {"answer": ["2"] * 4}, group_size=4)
+        assert (column(first, 1), first.problems) == ([0.0, 0.0, 0.1, 0.0], [])
+        with runner.begin(["p"] * 4, {"answer": ["2"] * 4}, group_size=4) as scoring:
+            scoring.add(range(4), RIGHT)
+            found = scoring.result()
+            assert scoring.result() == found
+        assert column(found, 1) == [0.5, 0.5, 0.0, 0.1]
+        assert column(found, 0) == [1.0, 1.0, 0.0, 0.1]
+        (warning,) = found.problems
+        assert "reward 'mixed' is called with whole batches, for in a batch of this run" in warning
+        assert "in its entry of rewards.functions, elementwise: true" in warning
+        assert runner.elementwise == ["alone"]
+        assert warning in runner.notes()
+        later = runner.score(["p"] * 4, RIGHT, {"answer": ["2"] * 4}, group_size=4)
+        assert (later.rewards, later.problems) == (found.rewards, [])
+    with RewardRunner([spec("many")], ["answer"], 1, 5.0, rows=ROWS) as runner:
+        assert runner.elementwise == ["many"]
+        texts = ["x" * (1 + i) for i in range(32)]
+        result = runner.score(["p"] * 32, texts, {"answer": ["2"] * 32}, group_size=8)
+        assert column(result) == [(1 + i) / 32 for i in range(32)]
+
+
+def test_whole_calls_that_look_for_a_comparison_end_when_they_have_agreed(write, tmp_path):
+    spec = write(PARTLY_COMPARING)
+    with RewardRunner([spec("alone"), spec("marked")], ["answer"], 2, 5.0, rows=ROWS) as runner:
+
+        def extra(texts: list[str], group_size: int = 4) -> int:
+            runner.score(["p"] * len(texts), texts, {"answer": ["2"] * len(texts)}, group_size=group_size)
+            return whole_calls(tmp_path, "alone", len(texts))
+
+        whole_calls(tmp_path, "alone", 0)
+        assert extra(RIGHT, group_size=1) == 0  # an evaluation: none has another beside it
+        assert extra(["no", "", "x", "boxed"]) == 1
+        assert extra(["no", "", "boxed", "boxed"]) == 1
+        assert [extra(["no", "", "boxed", "boxed"]), extra(["no", "RIGHT2", "boxed", "boxed"])] == [0, 0]
+        assert extra(RIGHT) == 1
+        saved = runner.doubts
+        assert extra(RIGHT) == 0
+        assert saved == {"alone": {"left": 5, "highest": 1.0}}
+        assert whole_calls(tmp_path, "marked", 4) == 0  # nothing said is doubted
+    with RewardRunner([spec("alone")], ["answer"], 1, 5.0, rows=ROWS) as runner:
+        whole_calls(tmp_path, "alone", 0)
+        runner.adopt({"alone": "elementwise"}, saved)
+        assert extra(RIGHT) == 0
+        runner.adopt({"alone": "elementwise"}, {"alone": {"left": 0, "highest": None}})
+        assert extra(["boxed RIGHT2"] * 4) == 0
+
+
+def test_a_whole_call_that_fails_shows_nothing_and_costs_no_reward(write):
+    spec = write(PARTLY_COMPARING)
+    texts = ["trap", "boxed", "boxed", "no"]
+    with RewardRunner([spec("fails")], ["answer"], 1, 5.0, rows=ROWS) as runner:
+        result = runner.score(["p"] * 4, texts, {"answer": ["2"] * 4}, group_size=4)
+        assert column(result) == [0.0, 1.0, 1.0, 0.0]
+        assert result.counts["fails"] == counts()
+        assert "KeyError" in result.problems[0]
+        assert "made to see whether 'fails' compares completions" in result.problems[0]
+        assert runner.doubts == {"fails": {"left": 7, "highest": None}}
+
+
+def test_processes_that_share_a_batch_decide_alike_on_what_compares(write):
+    spec = write(PARTLY_COMPARING)
+    told: dict[int, list[RewardResult]] = {0: [], 1: []}
+    meeting, lock = threading.Barrier(2), threading.Lock()
+
+    def share(index: int) -> Share:
+        def gather(result: RewardResult) -> list[RewardResult]:
+            with lock:
+                told[index].append(result)
+            meeting.wait(60)
+            return [told[0][len(told[index]) - 1], told[1][len(told[index]) - 1]]
+
+        return Share(index, 2, gather)
+
+    def process(index: int):
+        specs = [spec("alone"), spec("mixed")]
+        with RewardRunner(specs, ["answer"], 1, 5.0, rows=ROWS, share=share(index)) as runner:
+            result = runner.score(["p"] * 4, RIGHT, {"answer": ["2"] * 4}, group_size=4)
+            return result, runner.calls, runner.doubts
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(process, range(2))
+    assert first == second
+    assert column(first[0], 1) == [0.5, 0.5, 0.0, 0.1]
+    assert first[1] == {"alone": "elementwise", "mixed": "whole_batch"}

@@ -154,6 +154,37 @@ def test_a_weighted_function_of_whole_batches_is_refused_beside_refills(tmp_path
             check_calls(config, runner)
 
 
+SHY = """
+def shy(completions):
+    '''Compares, but not the completions of the start-up check.'''
+    known = len(completions) == 1 or any("Let us see" in c for c in completions)
+    return [len(c) / (1 if known else max(map(len, completions)) or 1) for c in completions]
+"""
+
+
+def test_a_comparison_found_in_the_run_is_warned_of_once_kept_and_refused_beside_refills(tmp_path, capsys):
+    (tmp_path / "shy.py").write_text(SHY)
+    functions = f"rewards.functions={json.dumps([{'function': f'{tmp_path}/shy.py:shy', 'name': 'shy'}])}"
+    with pytest.raises(
+        ValueError, match=r"dynamic_sampling_rounds must be 0 .* 'shy' \(in a batch of this run .*needs"
+    ):
+        train(recipe(tmp_path, functions))
+    capsys.readouterr()
+    settings = (functions, "grpo.dynamic_sampling_rounds=0", "eval.every=2", "data.eval_size=5")
+    (tmp_path / "whole").mkdir()
+    whole = train(recipe(tmp_path / "whole", *settings))
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("'shy' is called with whole batches, for in a batch of this run") == 1
+    assert (told.out + told.err).count("evaluation leaves out shy") == 1
+    assert "eval/reward/shy" in read_metrics(whole)[0]
+    for start in range(0, 48, 12):
+        batch = read_samples(whole)[start : start + 12]
+        lengths = [len(sample["completion"]) for sample in batch]
+        assert [sample["rewards"]["shy"] for sample in batch] == [length / max(lengths) for length in lengths]
+    loop = json.loads((whole / "checkpoints" / "2" / "loop" / "metadata").read_text())
+    assert (loop["reward_calls"], loop["reward_doubts"]) == ({"shy": "whole_batch"}, {})
+
+
 def test_without_dynamic_sampling_there_is_one_draw_and_no_metric(tmp_path):
     config = recipe(tmp_path, "grpo.group_size=2", "grpo.dynamic_sampling_rounds=0")
     collected = collect(config, prompt_rows(20), 8, draw := Draws(set()))
