@@ -207,6 +207,7 @@ def negative_log_likelihood(config: Config) -> LossConfig:
     """The loss settings under which the train step computes the token mean of -log p."""
     neutral = {
         "custom_term": None,
+        "loss_args": (),
         "beta": 0.0,
         "top_entropy_quantile": 1.0,
         "off_policy_mask_threshold": None,

@@ -1,11 +1,12 @@
-"""A loss or an advantage from a user's file: `path/to/file.py:function` as grpo.loss_type or grpo.advantage_estimator.
+"""The loss and the advantage that a configuration names: in the tables of this room, or `path/to/file.py:function`.
 
-Out: the function, tried on a tiny problem before a run starts, and the hash of its file, which is part of the run's
-identity. The contracts, with an example each, are in docs/algorithms.md:
+Out: the settings of the loss; the function of a file, tried on a tiny problem before a run starts, and the hash of the
+file, which is part of the run's identity. The contracts, with an example each, are in docs/algorithms.md:
 
-- loss: `function(rows, config) -> (term, metrics)`, like the policy terms of `rl.algorithms.loss_types`: `Rows` and
-  `LossConfig` in, the term [B, T] or [B, 1] out, and metrics {name: [B, T] or [B, 1]}. Each sequence stands for itself.
-  The sum over the tokens is divided by the trained tokens of the rollout batch.
+- loss: `function(rows, config, **grpo.loss_args) -> (term, metrics)`, like the policy terms of
+  `rl.algorithms.loss_types`: `Rows` and `LossConfig` in, the term [B, T] or [B, 1] out, and metrics {name: [B, T] or
+  [B, 1]}. Each sequence stands for itself. The sum over the tokens is divided by the number of trained tokens of the
+  rollout batch.
 - advantage: `function(rewards_BK, weights_K, group_size) -> advantages_B`, numpy, see `rl.algorithms.advantages`.
 
 A path is relative to the working directory, as those of reward functions are.
@@ -23,10 +24,11 @@ import numpy as np
 
 from rewards.importing import import_function
 from rl.algorithms.advantages import check_modes, compute_advantages
-from rl.algorithms.loss_types import LossConfig, LossInputs, loss_type_of, validate_loss_config
+from rl.algorithms.loss_types import LOSS_TYPES, LossConfig, LossInputs, loss_type_of, validate_loss_config
 from rl.algorithms.losses import denominators_for, grpo_loss, prepare
 from rl.config.load import Config
 from rl.config.sections import is_user_function
+from rl.files.json_file import shown
 
 COMPILED_KEYS = ("loss_type",)  # of the section grpo: what they name is part of compiled programs
 KEYS = (*COMPILED_KEYS, "advantage_estimator")
@@ -83,12 +85,12 @@ def label(config: Config) -> str:
 
 
 def check_loss(config: LossConfig) -> None:
-    """Tries a user's loss on a tiny minibatch with an empty sequence, padding and both signs of the advantage.
+    """Tries a user's loss, or one with arguments, on a tiny minibatch: an empty sequence, padding, both signs of A.
 
     Raises:
         ValueError: naming the function, what it must return, and what it did.
     """
-    if config.custom_term is None:
+    if config.custom_term is None and not config.loss_args:
         return
     name = f"grpo.loss_type {config.loss_type}"
     # 4 sequences of up to 3 tokens; the third is empty.
@@ -153,14 +155,45 @@ def _check_shapes(name: str, result: Any, shape: tuple[int, ...]) -> None:
 
 
 def loss_config(config: Config) -> LossConfig:
-    """The loss's settings out of the `grpo` section; ValueError when they contradict each other."""
+    """The loss's settings out of the `grpo` section.
+
+    Raises:
+        ValueError: a name that is neither in `LOSS_TYPES` nor a function of a file, `grpo.loss_args` that the loss does
+            not take, or settings that contradict each other.
+    """
+    _check_keys(config)
     section = dataclasses.asdict(config.grpo)  # pyright: ignore[reportArgumentType]
     section["beta"] = 0.0 if config.grpo.kl_in_reward else config.grpo.beta  # the advantages hold the KL then
-    names = {field.name for field in dataclasses.fields(LossConfig)} - {"max_completion_length", "custom_term"}
+    made_here = {"max_completion_length", "custom_term", "loss_args"}
+    names = {field.name for field in dataclasses.fields(LossConfig)} - made_here
     result = LossConfig(
         **{name: section[name] for name in names},
         custom_term=resolve(config.grpo.loss_type, "grpo.loss_type"),
+        loss_args=tuple(sorted(config.grpo.loss_args.items())),
         max_completion_length=config.sampling.max_completion_length,
     )
     validate_loss_config(result)
     return result
+
+
+def _check_keys(config: Config) -> None:
+    """Rules of `grpo` keys that depend on the row of the loss in `LOSS_TYPES`."""
+    grpo, name = config.grpo, config.grpo.loss_type
+    if is_user_function(name):
+        return
+    if name not in LOSS_TYPES:
+        raise ValueError(
+            f"grpo.loss_type: must be one of {list(LOSS_TYPES)} or path/to/file.py:function, got {shown(name)}"
+        )
+    row = LOSS_TYPES[name]
+    if row.epsilon_high_is_cap and grpo.epsilon_high is None:
+        raise ValueError(
+            f"grpo.epsilon_high must be set with loss_type {name}, where it is the cap of the ratio itself and not a "
+            "distance from 1, got null; for example grpo.epsilon_high=5.0"
+        )
+    if row.is_of_sequences and grpo.kl_in_reward:
+        refused = ", ".join(sorted(other for other, row in LOSS_TYPES.items() if row.is_of_sequences))
+        raise ValueError(
+            f"grpo.loss_type must be none of {refused} with grpo.kl_in_reward, for they are of whole completions, got "
+            f"{name!r}; take dapo, or set grpo.kl_in_reward to false"
+        )

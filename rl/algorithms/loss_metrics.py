@@ -10,16 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl.algorithms.loss_types import LossConfig, LossInputs, Rows, sampler_difference
+from rl.algorithms.loss_types import LossConfig, LossInputs, Rows, loss_type_of, sampler_difference
 
-# What a metric of the loss is the mean over, where that is not what the policy ratio belongs to.
-BELONGS_TO = {
-    "kl": "token",
-    "dppo_masked": "token",
-    "gmpo_clip_ratio": "token",
-    "vespo_phi_mean": "sequence",
-    "off_policy_kept": "sequence",
-}
+# What a metric of every loss is the mean over, where that is not what the policy ratio belongs to. Those of one loss
+# are in its `LossType.belongs_to`.
+BELONGS_TO = {"kl": "token", "off_policy_kept": "sequence"}
 
 
 class MetricSums(NamedTuple):
@@ -40,6 +35,7 @@ def metric_sums(
     real_B1 = inputs.sequence_mask_B.astype(bool)[:, None]
     by_sequence = config.importance_sampling_level == "sequence"
     ratio_where = real_B1 if by_sequence else mask_BT
+    belongs_to = {**BELONGS_TO, **loss_type_of(config).belongs_to}
     sums = MetricSums({}, {}, {}, {}, {})
 
     def add_mean(name: str, values_BX: jax.Array, where_BX: jax.Array) -> None:
@@ -57,10 +53,10 @@ def metric_sums(
     add_mean("ratio_mean", rows.ratio_BX, ratio_where)
     add_max("ratio_max", rows.ratio_BX, ratio_where)
     for name, values_BX in means.items():
-        if config.custom_term is not None and name not in BELONGS_TO:
+        if config.custom_term is not None and name not in belongs_to:
             where_BX = mask_BT if values_BX.shape == mask_BT.shape else real_B1
         else:
-            where_BX = {"token": mask_BT, "sequence": real_B1}.get(BELONGS_TO.get(name, ""), ratio_where)
+            where_BX = {"token": mask_BT, "sequence": real_B1}.get(belongs_to.get(name, ""), ratio_where)
         add_mean(name, values_BX, where_BX)
     if "clip_ratio_low_mean" in means:
         # The extremes are over the means of the rows; a row without tokens has a mean only at sequence level.

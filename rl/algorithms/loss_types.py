@@ -1,15 +1,18 @@
 """What one loss differs in from another: its settings, its policy term, and what the sum of that is divided by.
 
 In: the tokens of a piece as `Rows`, a `LossConfig`. Out: terms [B, T] or [B, 1] that `rl.algorithms.losses` masks,
-modifies and sums. A new loss_type is one function and one line in `LOSS_TYPES`. The papers are listed in
-`rl.algorithms.losses`.
+modifies and sums. A new loss_type is one function and one line in `LOSS_TYPES`: its name, its arguments and what its
+metrics belong to are asked of this table alone. The papers are listed in `rl.algorithms.losses`.
 
 Shapes: B sequences, T token positions; _B1 means one value for each sequence, _BX means [B, T] or [B, 1].
 """
 
 import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -30,6 +33,8 @@ class LossConfig:
 
     loss_type: str  # a key of LOSS_TYPES, or where custom_term comes from
     custom_term: Callable | None  # the policy term of a user's file; None: that of loss_type
+    # Keyword arguments of the policy term as (name, number, text, true, false or None); what is missing is its default.
+    loss_args: tuple[tuple[str, float | str | bool | None], ...]
     importance_sampling_level: str  # "token" or "sequence": what one policy ratio belongs to
     beta: float  # weight of the KL term; 0 leaves it out
     kl_estimator: str  # a key of KL_ESTIMATORS
@@ -130,6 +135,7 @@ def validate_loss_config(config: LossConfig) -> None:
     for name, allowed in choices:
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+    _validate_args(config)
     infinity = float("inf")
     ranges = (
         ("beta", 0, infinity, "0 turns the KL term off"),
@@ -160,6 +166,30 @@ def validate_loss_config(config: LossConfig) -> None:
             "kl_estimator must be k2 or k3 while use_bias_correction_kl is false, got k1: the expected gradient of k1 "
             "alone is zero, so it would regularise nothing; or set use_bias_correction_kl to true"
         )
+
+
+def _validate_args(config: LossConfig) -> None:
+    """`loss_args` must be what the policy term takes after `rows` and `config`; a term with **kwargs takes any."""
+    parameters = list(inspect.signature(_term_of(config)).parameters.values())
+    kinds = [parameter.kind for parameter in parameters]
+    named = [p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names, given = [parameter.name for parameter in named], [name for name, _ in config.loss_args]
+    takes = f"({', '.join(names)})" if names else "(none)"
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        for name in given:
+            if name not in names:
+                raise ValueError(
+                    f"loss_args must name arguments of loss_type {config.loss_type} {takes}, got {name!r}; leave it out"
+                )
+    for name, value in config.loss_args:
+        if not isinstance(value, int | float | str | bool | None):
+            raise ValueError(f"loss_args.{name} must be a number, a text, true, false or null, got {value!r}")
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in given:
+            raise ValueError(
+                f"loss_args must hold {parameter.name!r}, an argument of loss_type {config.loss_type} without a "
+                f"default, got {given}; set it"
+            )
 
 
 def _validate_sampler_is(config: LossConfig) -> None:
@@ -342,13 +372,20 @@ def _num_token_slots(denominators: Denominators, config: LossConfig) -> jax.Arra
 
 
 class LossType(NamedTuple):
-    """How one loss_type differs from the others."""
+    """How one loss_type differs from the others.
 
-    policy_term: Callable[[Rows, LossConfig], tuple[jax.Array, dict[str, jax.Array]]]
+    The keyword arguments of `policy_term` after rows and config are set by grpo.loss_args, and have defaults.
+    """
+
+    policy_term: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (rows, config, *, arguments of its own)
     normalizer: Callable[[Denominators, LossConfig], jax.Array] | None  # None: share of num_items_in_batch
     averages_within_sequence: bool  # divide each sequence by its own length first
     sampler_is_modes: tuple[str, ...] = SAMPLER_IS_MODES  # those that go with the term
     builds_in_sampler_ratio: bool = False  # the term holds the sampler's ratio: it is not multiplied by it again
+    is_of_sequences: bool = False  # weighs whole completions: cannot take an advantage for each token
+    epsilon_high_is_cap: bool = False  # epsilon_high caps the ratio itself: there is no default for it
+    # "token" or "sequence": what a metric of the term is the mean over, where that is not what the policy ratio is of.
+    belongs_to: Mapping[str, str] = MappingProxyType({})
 
 
 LOSS_TYPES: dict[str, LossType] = {
@@ -357,7 +394,7 @@ LOSS_TYPES: dict[str, LossType] = {
     "dr_grpo": LossType(_clipped_term, _num_token_slots, averages_within_sequence=False),
     "dapo": LossType(_clipped_term, None, averages_within_sequence=False),
     "luspo": LossType(_clipped_term, _num_sequences, averages_within_sequence=False),
-    "cispo": LossType(_cispo_term, None, averages_within_sequence=False),
+    "cispo": LossType(_cispo_term, None, averages_within_sequence=False, epsilon_high_is_cap=True),
     "sapo": LossType(_sapo_term, _num_sequences, averages_within_sequence=True),
     "vespo": LossType(
         _vespo_term,
@@ -365,23 +402,43 @@ LOSS_TYPES: dict[str, LossType] = {
         averages_within_sequence=False,
         sampler_is_modes=("token_truncate", "token_mask"),
         builds_in_sampler_ratio=True,
+        is_of_sequences=True,
+        belongs_to={"vespo_phi_mean": "sequence"},
     ),
-    "dppo_tv": LossType(_dppo_tv_term, None, averages_within_sequence=False, sampler_is_modes=()),
-    "dppo_kl": LossType(_dppo_kl_term, None, averages_within_sequence=False, sampler_is_modes=()),
+    "dppo_tv": LossType(
+        _dppo_tv_term,
+        None,
+        averages_within_sequence=False,
+        sampler_is_modes=(),
+        belongs_to={"dppo_masked": "token"},
+    ),
+    "dppo_kl": LossType(
+        _dppo_kl_term,
+        None,
+        averages_within_sequence=False,
+        sampler_is_modes=(),
+        belongs_to={"dppo_masked": "token"},
+    ),
     "gmpo": LossType(
         _gmpo_term,
         _num_sequences,
         averages_within_sequence=True,
         sampler_is_modes=("sequence_truncate", "sequence_mask"),
+        is_of_sequences=True,
+        belongs_to={"gmpo_clip_ratio": "token"},
     ),
 }
 
 
 def loss_type_of(config: LossConfig) -> LossType:
-    """Of a user's term the sum is divided like that of dapo."""
-    if config.custom_term is None:
-        return LOSS_TYPES[config.loss_type]
-    return LOSS_TYPES["dapo"]._replace(policy_term=config.custom_term)
+    """The row of the table, its term with the arguments of `loss_args`. A user's term is normalised as dapo's is."""
+    row = LOSS_TYPES["dapo" if config.custom_term is not None else config.loss_type]
+    term = _term_of(config)
+    return row._replace(policy_term=functools.partial(term, **dict(config.loss_args)) if config.loss_args else term)
+
+
+def _term_of(config: LossConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    return LOSS_TYPES[config.loss_type].policy_term if config.custom_term is None else config.custom_term
 
 
 def _kl_k1(log_ratio: jax.Array) -> jax.Array:

@@ -10,11 +10,9 @@ from typing import Any
 
 from rewards.environment import check_memory_gb, check_names
 from rl.config.ranges import check_ranges
-from rl.config.sections import OPEN_CHOICES, TUNIX_PREFIX, Config, is_user_function, source_kind
+from rl.config.sections import ESTIMATOR_NAMES, TUNIX_PREFIX, Config, is_user_function, source_kind
 from rl.files.json_file import shown
 from rl.files.stores import check_path
-
-_LOSSES_OF_SEQUENCES = ("gmpo", "vespo")  # which cannot take an advantage for each token
 
 
 def check(config: Config) -> None:
@@ -43,26 +41,16 @@ def check(config: Config) -> None:
     check_names(config.rewards.env)
     if any(token < 0 for token in sampling.logit_bias):
         raise ValueError(f"sampling.logit_bias must hold token ids >= 0, got {shown(sorted(sampling.logit_bias))}")
-    for key, choices in OPEN_CHOICES.items():
-        value = getattr(grpo, key)
-        if value not in choices and not is_user_function(value):
-            raise ValueError(
-                f"grpo.{key}: must be one of {list(choices)} or path/to/file.py:function, got {shown(value)}"
-            )
-    if grpo.loss_type == "cispo" and grpo.epsilon_high is None:
+    estimator = grpo.advantage_estimator
+    if estimator not in ESTIMATOR_NAMES and not is_user_function(estimator):
         raise ValueError(
-            "grpo.epsilon_high must be set with loss_type cispo, where it is the cap of the ratio itself and not a "
-            "distance from 1, got null; for example grpo.epsilon_high=5.0"
+            f"grpo.advantage_estimator: must be one of {list(ESTIMATOR_NAMES)} or path/to/file.py:function, got "
+            f"{shown(estimator)}"
         )
     if grpo.old_logprobs == "sampler" and grpo.sampler_is_correction:
         raise ValueError(
             "grpo.sampler_is_correction must be false with grpo.old_logprobs=sampler, whose ratio of old to sampler is "
             "1, got true; set grpo.old_logprobs=recompute to correct for the difference"
-        )
-    if grpo.loss_type == "vespo" and grpo.sampler_is_correction and not grpo.sampler_is_mode.startswith("token_"):
-        raise ValueError(
-            "grpo.sampler_is_mode must be token_truncate or token_mask with loss_type vespo, "
-            f"got {grpo.sampler_is_mode!r}"
         )
     low, high = grpo.sampler_is_clip_min, grpo.sampler_is_clip_max
     if low is not None and high is not None and low > high:
@@ -147,11 +135,6 @@ def _check_kl_in_reward(config: Config) -> None:
             raise ValueError(f"{must}, {why}, got {json.dumps(value)}; {way_out}")
     if not grpo.beta:
         raise ValueError(f"grpo.beta must be > 0 with grpo.kl_in_reward, got {grpo.beta}; {way_out}")
-    if grpo.loss_type in _LOSSES_OF_SEQUENCES:
-        raise ValueError(
-            f"grpo.loss_type must be none of {', '.join(_LOSSES_OF_SEQUENCES)} with grpo.kl_in_reward, for they are of "
-            f"whole completions, got {grpo.loss_type!r}; take dapo, {way_out}"
-        )
 
 
 def decoder_keys(config: Config) -> dict[str, tuple[Any, Any]]:

@@ -17,6 +17,7 @@ FREE_FORM = (
     "data.args",
     "data.eval_args",
     "data.columns",
+    "grpo.loss_args",
     "sampling.logit_bias",
     "mesh.axes",
     "mesh.dcn",
@@ -24,15 +25,9 @@ FREE_FORM = (
     "mesh.rollout_rules",
 )
 
-# The choices of keys that take a function from a file as well; the tables of `rl.algorithms.loss_types` and
-# `rl.algorithms.advantages`.
-OPEN_CHOICES = {
-    "loss_type": (
-        *("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
-        *("dppo_tv", "dppo_kl", "gmpo"),
-    ),
-    "advantage_estimator": ("grpo", "rloo", "maxrl", "reinforce++", "reinforce++_baseline"),
-}
+# The names that grpo.advantage_estimator takes beside a function of a file: the table of `rl.algorithms.advantages`.
+# Those of grpo.loss_type are asked of the table itself, by `rl.algorithms.from_config`.
+ESTIMATOR_NAMES = ("grpo", "rloo", "maxrl", "reinforce++", "reinforce++_baseline")
 
 DType = Literal["float32", "bfloat16", "float64"]
 TUNIX_PREFIX = "tunix:"  # of model.source, before the folder of a model that tunix.models computes
@@ -181,6 +176,7 @@ class GRPOSection:
     mask_truncated: bool
     dynamic_sampling_rounds: int
     loss_type: str
+    loss_args: dict[str, Any]
     importance_sampling_level: Literal["token", "sequence"]
     epsilon: float
     epsilon_high: float | None
@@ -379,7 +375,7 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def is_user_function(value: str) -> bool:
-    """Whether the value of a key in `OPEN_CHOICES` names a function in a file."""
+    """Whether the value of a key that also takes names is a function in a file, `path/to/file.py:function`."""
     return bool(re.search(r"\.py:\w+$", value))
 
 

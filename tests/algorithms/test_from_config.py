@@ -8,9 +8,8 @@ import pytest
 
 from rl.algorithms.advantages import ESTIMATORS, compute_advantages
 from rl.algorithms.from_config import check_estimator, check_loss, file_hashes, loss_config
-from rl.algorithms.loss_types import LOSS_TYPES
 from rl.config.load import load_config
-from rl.config.sections import OPEN_CHOICES
+from rl.config.sections import ESTIMATOR_NAMES
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics
 from tests.helpers.places import REWARDS, ROOT
@@ -59,9 +58,8 @@ def stable(folder: pathlib.Path) -> list[dict]:
     return [{name: line[name] for name in names} for line in read_metrics(folder)]
 
 
-def test_names_of_the_configuration_are_those_of_the_tables():
-    assert set(OPEN_CHOICES["loss_type"]) == set(LOSS_TYPES)
-    assert set(OPEN_CHOICES["advantage_estimator"]) == set(ESTIMATORS)
+def test_names_of_estimators_in_the_configuration_are_those_of_the_table():
+    assert set(ESTIMATOR_NAMES) == set(ESTIMATORS)
 
 
 @pytest.mark.parametrize("pure_nnx", ["true", "false"])
@@ -122,6 +120,51 @@ BAD_LOSSES = {
         "failed on .* TracerArrayConversionError",
     ),
 }
+
+
+REFUSED_KEYS = {
+    "unknown": (["grpo.loss_type=ppo"], r"grpo\.loss_type: must be one of \['grpo', .*path/to/file.py.*, got 'ppo'"),
+    "cap": (
+        ["grpo.loss_type=cispo"],
+        r"epsilon_high must be set with loss_type cispo, .* the cap .*for example grpo\.epsilon_high=5\.0",
+    ),
+    "mode": (
+        ["grpo.loss_type=vespo", "grpo.sampler_is_correction=true", "grpo.sampler_is_mode=sequence_mask"],
+        r"sampler_is_mode must be token_truncate or token_mask with loss_type vespo, .* got sequence_mask",
+    ),
+    "tokens": (
+        ["grpo.preset=reinforce++", "grpo.loss_type=gmpo"],
+        r"grpo\.loss_type must be none of gmpo, vespo .* got 'gmpo'; take dapo",
+    ),
+    "no arguments": (
+        ["grpo.loss_args={tilt: 0.5}"],
+        r"loss_args must name arguments of loss_type grpo \(none\), got 'tilt'; leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_KEYS)
+def test_keys_that_the_table_of_losses_refuses(tmp_path, name):
+    overrides, message = REFUSED_KEYS[name]
+    with pytest.raises(ValueError, match=message):
+        train(recipe(tmp_path, *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_of_a_file_has_arguments(tmp_path):
+    body = "return -(rows.ratio_BX**power) * (rows.advantages_BX + shift), {}"
+    code = f"def term(rows, config, power, shift=0.0):\n    {body}\n"
+    name = f"grpo.loss_type={write(tmp_path, 'power.py', code)}:term"
+    for override, message in (
+        ("grpo.loss_args={}", r"loss_args must hold 'power', an argument of loss_type .*power\.py:term without a def"),
+        ("grpo.loss_args={power: 2, shft: 1}", r"must name arguments of loss_type .* \(power, shift\), got 'shft'"),
+        ("grpo.loss_args={power: [2]}", r"loss_args\.power must be a number, a text, true, false or null, got \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loss_config(recipe(tmp_path, name, override))
+    check_loss(loss_config(recipe(tmp_path, name, "grpo.loss_args={power: 2}")))
+    with pytest.raises(ValueError, match=r"failed on a minibatch .*TypeError"):
+        check_loss(loss_config(recipe(tmp_path, name, "grpo.loss_args={power: high}")))
 
 
 @pytest.mark.parametrize("name", BAD_LOSSES)

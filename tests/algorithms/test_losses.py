@@ -80,7 +80,8 @@ class Problem:
 
 def config_of(case: dict[str, Any], **changes: Any) -> LossConfig:
     values = {name: value for name, value in case["config"].items() if name in FIELDS}
-    return LossConfig(**(values | {"kl_estimator": "k3", "positive_nll_coef": 0.0, "custom_term": None} | changes))
+    ours = {"kl_estimator": "k3", "positive_nll_coef": 0.0, "custom_term": None, "loss_args": ()}
+    return LossConfig(**(values | ours | changes))
 
 
 def problem_of(case: dict[str, Any], dtype: Any) -> Problem:

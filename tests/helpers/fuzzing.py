@@ -19,8 +19,9 @@ import typing
 import hypothesis
 from hypothesis import strategies as st
 
+from rl.algorithms.loss_types import LOSS_TYPES
 from rl.config.ranges import LARGEST_FLOAT, LARGEST_INT, RANGES
-from rl.config.sections import OPEN_CHOICES, Config
+from rl.config.sections import ESTIMATOR_NAMES, Config
 from rl.errors import raised_by_tandem
 
 HANG_SECONDS = 60  # of processor time, of one example
@@ -203,7 +204,7 @@ def plausible(kind, key=""):
         return st.sampled_from(INTS) | st.integers(0, 40)
     if kind is float:
         return st.sampled_from(FLOATS) | st.floats(0, 2)
-    choices = OPEN_CHOICES.get(key.rpartition(".")[2], ())
+    choices = {"grpo.loss_type": tuple(LOSS_TYPES), "grpo.advantage_estimator": ESTIMATOR_NAMES}.get(key, ())
     return st.sampled_from((*choices, *WORDS_OF_USERS)) if kind is str else JSON_VALUES
 
 

@@ -94,7 +94,6 @@ def test_cutting_the_step_in_any_way_on_any_number_of_devices_changes_nothing():
         ("grpo.off_policy_mask_threshold=0.1", "off_policy_mask_threshold must be null .* whole completions, got 0.1"),
         ("grpo.positive_nll_coef=0.1", r"positive_nll_coef must be 0\.0 .* got 0\.1"),
         ("grpo.beta=0", r"grpo\.beta must be > 0 with grpo\.kl_in_reward, got 0"),
-        ("grpo.loss_type=gmpo", "loss_type must be none of gmpo, vespo .* got 'gmpo'; take dapo"),
     ],
 )
 def test_settings_that_contradict_advantages_of_tokens_are_refused(override, message):
