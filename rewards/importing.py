@@ -1,4 +1,8 @@
-"""Functions by name: a module's or a file's, imported without leaving a trace where it is told so."""
+"""Functions by name: `module:function` or `path/to/file.py:function`.
+
+In: the name. Out: the function, or a ValueError that says what does not import and what was probably meant. Importing
+runs the user's code.
+"""
 
 import difflib
 import hashlib

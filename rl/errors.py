@@ -1,4 +1,8 @@
-"""Which errors are a user's, and what a command says and returns when the reader of its output has left."""
+"""Which errors are a user's, and what a command says and returns when nobody reads its output any more.
+
+In: an exception. Out: whether it is a user's error, an exit status, a line on stderr. Everything may import this
+module; it imports nothing of ours.
+"""
 
 import contextlib
 import os

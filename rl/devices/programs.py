@@ -1,6 +1,7 @@
-"""What is compiled: a function with its shardings (`Program`), and compiled programs by key (`Programs`), made when
-first asked for, or before that by a thread in the background. Not here: compiled programs in files
-(`rl.run.executables`).
+"""What is compiled: a function with its shardings (`Program`), and compiled programs by key (`Programs`).
+
+Programs are made when first asked for, or before that by a thread in the background. `use_compilation_cache` says where
+XLA keeps what it compiled. Not here: compiled programs in files (`rl.run.executables`).
 """
 
 import dataclasses

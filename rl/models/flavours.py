@@ -1,4 +1,10 @@
-"""The two flavours of a policy, Linen and NNX, behind one protocol; the one reader of `pure_nnx`."""
+"""The two flavours of a policy, and the one reader of `pure_nnx`.
+
+In: a model configuration and the flag. Out: a `LinenPolicy` or an `NNXPolicy`: pure functions over one parameter tree
+(`rl.models.config.parameter_specs`), the same in both. Nothing after this module knows the flavour. Models that are not
+the toolkit's own decoder come from `rl.models.foreign`.
+Legend: B sequences, T token positions, V vocab, D model.
+"""
 
 import dataclasses
 import pathlib

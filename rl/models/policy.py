@@ -1,8 +1,7 @@
-"""The seam between Linen and NNX: the `Policy` protocol, its two implementations, and the one reader of `pure_nnx`.
+"""The seam between a model and everything that trains or samples it: the `Policy` protocol.
 
-In: a `ModelConfig`. Out: an object of pure functions over one parameter tree (`rl.models.config.parameter_specs`), the
-same in both flavours. Nothing after this module knows the flavour; the optimizer and the train state are not here, nor
-are models that are not the toolkit's own decoder (`rl.models.foreign.own_config`, `rl.models.foreign.tunix_policy`).
+A policy is an object of pure functions over one parameter tree. Which classes keep the protocol is in
+`rl.models.flavours` and `rl.models.foreign`; the optimizer and the train state are not here.
 Legend: B sequences, T token positions, V vocab, D model.
 """
 

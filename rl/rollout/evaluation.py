@@ -1,4 +1,4 @@
-"""Greedy accuracy on held-out prompts: inside a run every `eval.every` steps, and on its own by `grpo eval`.
+"""Greedy accuracy on held-out prompts: inside a run every `eval.every` steps, and on its own (`rl.tools.evaluate`).
 
 In: a sampler, weights, held-out rows, reward functions. Out: the share of prompts whose greedy completion gets a reward
 of at least 1 from the function that counts (`eval.reward`), with a 95 % Wilson interval, and the mean of every reward

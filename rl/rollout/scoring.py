@@ -1,4 +1,8 @@
-"""Completions drawn and scored: the sampler's work and the reward workers', overlapped."""
+"""Completions drawn and scored: reward functions judge each completion while others are still drawn.
+
+In: a sampler, weights, prompts, the running reward workers. Out: `ScoredCompletions`. Not here: what rewards become
+(`rl.rollout.groups`), and how workers are kept from doing harm (`rewards.runner`).
+"""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""Rules that need the data and the model's shape."""
+"""Rules that need the data and the model's shape, checked before anything heavy starts."""
 
 from rl.algorithms.from_config import check_estimator, check_loss, loss_config
 from rl.config.load import Config, require

@@ -1,4 +1,8 @@
-"""What is asked of a sampler and what it gives: `Request`, `Completion`, `CompletionSource`."""
+"""What is asked of a sampler and what it gives.
+
+In: a `Request` for each completion: which prompt, which randomness, how many tokens at most. Out: a `Completion` for
+each request. `CompletionSource` is the protocol of everything that draws completions. Not here: how they are drawn.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

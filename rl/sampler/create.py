@@ -1,4 +1,8 @@
-"""The sampler and the sampling parameters of a configuration."""
+"""The sampler that a configuration asks for, and its sampling parameters.
+
+In: the configuration, a policy on a mesh, the tokenizer. Out: a `Sampler` or a `WaveSampler`, whichever the policy
+needs, and `SamplingParams`. Not here: what these do.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,8 @@
-"""Where a completion ends: at an EOS, at a stop string across token boundaries, or at its limit."""
+"""Where a completion ends: at an EOS id, at a stop string, or at its limit of tokens.
+
+In: the tokens drawn so far, on the host. Out: the length of the completion and the reason. A stop string is found
+across token boundaries. Not here: which completions run (`rl.sampler.request_queue`).
+"""
 
 import itertools
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """The host side of decoding: where prompts lie in the prompt table, which requests wait, what became of each.
 
 In: requests, the reports of the engine. Out: packed prompts to prefill, waiting requests as arrays, completions as they
-end. No model, no jit.
+end. No model, no jit. Not here: where a completion ends (`rl.sampler.endings`), sizes (`rl.sampler.sizes`).
 Legend: B slots, P rows of prompts, M rows of the prompt table that the longest prompt takes, T prompt positions, W
 waiting requests of a shard, C tokens of a chunk.
 """

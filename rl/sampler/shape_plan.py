@@ -2,7 +2,7 @@
 
 In: what a shard gets of the requests, the lengths of prompts, a limit in tokens, a number of slots or of bytes. Out:
 the `rl.sampler.engine.Shape` that decoding starts with. Arithmetic only; the sizes that follow it are
-`rl.sampler.request_queue`.
+`rl.sampler.sizes`.
 """
 
 import dataclasses

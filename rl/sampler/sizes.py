@@ -1,4 +1,8 @@
-"""The sizes that slots and caches of the engine may have: few, so that few programs are compiled."""
+"""The sizes that the slots and caches of an engine may have.
+
+In: the most slots and tokens that are needed. Out: a short list of sizes. Every size is a program to compile, so there
+are few. Arithmetic only.
+"""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,8 @@
-"""A policy's weights as a folder that others read, with configuration, token ids and tokenizer."""
+"""A policy's weights as a folder that others read, with configuration, token ids and tokenizer.
+
+In: parameters on the host. Out: a Hugging Face folder, or a parameter-only checkpoint (`rl.state.param_folder`).
+Adapters are merged into the weights. Not here: the command (`rl.tools.checkpoints.export`).
+"""
 
 import dataclasses
 import functools

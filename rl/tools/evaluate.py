@@ -1,4 +1,8 @@
-"""`grpo eval MODEL`: greedy accuracy of a run, a recipe or a folder on the held-out rows."""
+"""`grpo eval MODEL`: greedy accuracy on the held-out rows.
+
+In: a run, a recipe, a Hugging Face folder or a hub id. Out: the accuracy with its interval, the mean of every reward
+function, and with `--output` a JSON line for each prompt. Not here: the evaluation itself (`rl.rollout.evaluation`).
+"""
 
 import argparse
 import contextlib

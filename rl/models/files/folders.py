@@ -1,4 +1,9 @@
-"""Folders of weights: written whole or not at all, and tensors read and placed one by one."""
+"""Folders of weights: written whole or not at all; tensors read and placed one by one.
+
+In: a path, host arrays, shardings. Out: files that appear when they are complete, and arrays on their devices. A file
+that is missing, cut short or too large in its header is a ValueError. Not here: which tensors a model has
+(`rl.models.files.hf`).
+"""
 
 import contextlib
 import json

@@ -2,7 +2,7 @@
 start, and a trial of its computation. Every function here is for any policy and does nothing, or says nothing, where
 the model is the toolkit's own.
 
-In: a policy (`rl.models.foreign.own_config`, `rl.models.foreign.tunix_policy`). Not here: its contract and its
+In: a policy (`rl.models.foreign.own_policy`, `rl.models.foreign.tunix_policy`). Not here: its contract and its
 computation.
 Legend: B rows, T token positions, D model.
 """

@@ -1,8 +1,9 @@
-"""A module of the user's own as the policy: `model.source: path/to/file.py:build`. docs/models.md has the contract.
+"""A module of the user's own, described: `model.source: path/to/file.py:build`. docs/models.md has the contract.
 
-In: the function in the file. Out: a `ForeignConfig` that describes the module it returns, and a policy over its
-parameters, in either flavour. What the module does not say it has (a mask, a cache, logical axes) is not asked of it:
-without a mask each row holds one sequence, without a cache decoding computes all positions again for each token.
+In: the function in the file. Out: a `ForeignConfig` that describes the module which it returns. What the module does
+not say it has (a mask, a cache, logical axes) is not asked of it. Without a mask each row holds one sequence. Without a
+cache decoding computes all positions again for each token. Not here: the policy over it
+(`rl.models.foreign.own_policy`), and its weights (`rl.models.foreign.own_files`).
 Legend: B sequences, T token positions, S cache positions, D model.
 """
 

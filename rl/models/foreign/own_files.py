@@ -1,4 +1,8 @@
-"""Weights of a user's own module: one safetensors file under the parameters' own names."""
+"""Weights of a user's own module: one safetensors file under the parameters' own names.
+
+In: a file, or parameters. Out: parameters placed by their shardings, or the file. A name, a shape or a dtype that does
+not fit is a ValueError.
+"""
 
 import pathlib
 from collections.abc import Callable

@@ -1,4 +1,9 @@
-"""A module of the user's own as a policy, in either flavour."""
+"""A module of the user's own as a policy, in either flavour.
+
+In: the `ForeignConfig` of `rl.models.foreign.own_config`. Out: a policy that calls the module itself, over the
+module's own parameters.
+Legend: B sequences, T token positions, S cache positions, D model.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
