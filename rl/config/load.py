@@ -220,9 +220,6 @@ def _read_yaml(path) -> dict:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of keys, got {type(content).__name__}")
-    for key in content:
-        if not isinstance(key, str):
-            raise ValueError(f"{path}: a key must be text, got {key!r}")
     return content
 
 
@@ -288,9 +285,14 @@ def _build(merged: dict) -> Config:
     check_plain(merged)
     try:
         # Through JSON, because pydantic's strict mode takes mappings for dataclasses only there.
-        return pydantic.TypeAdapter(Config).validate_json(json.dumps(merged))
+        config = pydantic.TypeAdapter(Config).validate_json(json.dumps(merged))
     except pydantic.ValidationError as error:
         raise ValueError("invalid configuration: " + "; ".join(map(_problem, error.errors()))) from error
+    if len(config.sampling.logit_bias) < len(merged["sampling"]["logit_bias"]):  # 7 and "07" are one id
+        raise ValueError(
+            f"sampling.logit_bias must name each token id once, got {shown(list(merged['sampling']['logit_bias']))}"
+        )
+    return config
 
 
 def _problem(item: Mapping[str, Any]) -> str:

@@ -30,13 +30,14 @@ _WORDS |= {word: value for name, value in (("null", None), ("true", True), ("fal
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """The one document in `text`; None where it is empty.
+    """The one document in `text`; None where it is empty. A key that is a whole number becomes its digits, as in JSON.
 
     Args:
       name: what the text is, for messages: a file's path, or an override.
 
     Raises:
-      ValueError: not YAML, a key given twice or not text, a type that JSON does not have, or a bound above is passed.
+      ValueError: not YAML, a key given twice or neither text nor a whole number, a type that JSON does not have, or a
+        bound above is passed.
     """
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"{name} must have at most {MOST_CHARACTERS:,} characters, got {len(text):,}")
@@ -127,10 +128,10 @@ class _Reader:
             values.append(self._value(entry))
         return values
 
-    def _dict(self, event: yaml.MappingStartEvent) -> dict[Any, Any]:
+    def _dict(self, event: yaml.MappingStartEvent) -> dict[str, Any]:
         self._check_tag(event, "map")
-        own: dict[Any, Any] = {}
-        merged: dict[Any, Any] = {}
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         while not isinstance(entry := next(self._events), yaml.MappingEndEvent):
             is_merge = isinstance(entry, yaml.ScalarEvent) and entry.value == "<<" and entry.implicit[0]
             key = self._value(entry)
@@ -143,6 +144,7 @@ class _Reader:
                 continue
             if isinstance(key, bool) or not isinstance(key, str | int):
                 raise self._problem(entry, f"a key must be text or a whole number, got {str(key)[:80]!r}")
+            key = str(key)  # as JSON has it: 1 and "1" are one key
             if key in own:
                 raise self._problem(entry, f"key {key!r} is given twice")
             own[key] = value

@@ -152,7 +152,7 @@ def _next_line(file: BinaryIO, path: pathlib.Path) -> bytes:
 def _json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) -> Row:
     """The row that a line holds; `number` of the line, or how to find it out."""
     try:
-        row = json.loads(line)
+        row = _JSON.decode(line.decode(json.detect_encoding(line), "surrogatepass"))  # as json.loads takes bytes
         problem = None if isinstance(row, dict) else f"{type(row).__name__}: {line[:80]!r}"
         # Counted first: an exact look at every row would take longer than its parsing.
         if line.count(b"[") + line.count(b"{") > MOST_NESTED and (depth := _depth(row)) > MOST_NESTED:
@@ -163,6 +163,18 @@ def _json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) 
         number = number if isinstance(number, int) else number()
         raise ValueError(f"{path}:{number} must be one JSON object, got {problem}")
     return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The JSON object of these keys and values; ValueError for a key given twice, of which one value would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return made
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _depth(value: object) -> int:

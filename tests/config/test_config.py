@@ -341,6 +341,8 @@ def test_a_missing_recipe_is_refused(tmp_path):
         (["sampling.logit_bias={-5: 1.0}"], r"sampling\.logit_bias must hold token ids >= 0, got \[-5\]"),
         (["sampling.logit_bias={a: 1.0}"], r"sampling\.logit_bias\.a.* integer"),
         (["sampling.logit_bias={5: .nan}"], r"sampling\.logit_bias\.5 must be a finite"),
+        (["sampling.logit_bias={1: 2, '1': 3}"], "line 1: key '1' is given twice"),
+        (["sampling.logit_bias={1: 2, '01': 3}"], r"logit_bias must name each token id once, got \['1', '01'\]"),
         (["sampling.forbidden_ids=[3, -1]"], r"sampling\.forbidden_ids\.1 must be >= 0, got -1"),
         (["optimizer.b2=1.0"], r"optimizer\.b2 must be in \[0, 1\), got 1"),
         (["optimizer.muon_momentum=-0.1"], r"optimizer\.muon_momentum must be in \[0, 1\), got -0\.1"),
@@ -491,7 +493,7 @@ def test_scalars_are_those_of_yaml_1_2():
         ("<<: 3\n", r"line 1: the merge key << must stand before a mapping"),
         ("#" * 4_000_001, r"recipe\.yml must have at most 4,000,000 characters, got 4,000,001"),
         ("inherit: " + "a" * 300 + ".yml", r"recipe\.yml: inherit must have at most 255 bytes"),
-        ("1: 2", r"recipe\.yml: a key must be text, got 1"),
+        ("1: 2", "unknown config key '1'"),
     ],
 )
 def test_a_recipe_that_is_a_trap_is_refused_with_file_and_line(tmp_path, text, message):
@@ -506,6 +508,11 @@ def test_a_recipe_that_cannot_be_read_or_inherits_without_end_is_refused(tmp_pat
         write(tmp_path, f"inherit: r{number + 1}.yml\n", f"r{number}.yml")
     with pytest.raises(ValueError, match=r"config files must inherit over at most 50 others"):
         load_config(tmp_path / "r0.yml")
+
+
+def test_a_token_id_is_one_key_however_a_layer_writes_it(tmp_path):
+    path = write(tmp_path, "sampling: {logit_bias: {1: 2, 5: 1}}\n")
+    assert load_config(path, ["sampling.logit_bias.1=3"]).sampling.logit_bias == {1: 3.0, 5: 1.0}
 
 
 def test_a_home_folder_is_meant_where_a_run_folder_begins_with_a_tilde(monkeypatch):

@@ -117,6 +117,14 @@ def test_malformed_jsonl_line_is_named_with_its_number(tmp_path, bad):
         load_rows(str(path), {}, COLUMNS, 0)
 
 
+@pytest.mark.parametrize("bad", ['{"prompt": "a", "prompt": "b"}', '{"prompt": "a", "more": {"x": 1, "x": 1}}'])
+def test_jsonl_row_with_a_key_given_twice_is_named_with_the_key(tmp_path, bad):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a", "answer": "1"}\n' + bad + "\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:2 must be .*: key '(prompt|x)' is given twice"):
+        load_rows(str(path), {}, COLUMNS, 0)
+
+
 def test_empty_data_set_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="at least one row, got an empty data set"):
