@@ -25,11 +25,15 @@ Style = Literal["batch", "sample", "verl"]
 # How a function may be called: for one completion at a time, one whole group, or the whole batch.
 Calls = Literal["elementwise", "needs_group", "whole_batch"]
 
-# These names carry the prompt and the completion themselves, so that a dataset column never hides them.
-RESERVED_COLUMNS = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
-
 _MAX_WEIGHT = 1e30  # weighted sums of rewards stay finite, in float32 too
 
+# Under these names a function gets what was drawn, so that a dataset column never hides it: a function would judge the
+# data set's completions, whatever the policy writes.
+DRAWN: dict[Style, frozenset[str]] = {
+    "batch": frozenset({"prompts", "completions", "completion_ids"}),
+    "sample": frozenset({"prompt", "completion", "completion_ids", "state"}),
+    "verl": frozenset({"solution_str"}),
+}
 _PROVIDED: dict[Style, tuple[str, ...]] = {
     "batch": ("prompts", "completions", "completion_ids"),
     "sample": ("prompt", "completion", "completion_ids", "state", "info", "task"),
@@ -158,9 +162,8 @@ def bind(
 ) -> BoundReward:
     """Recognise the style of a reward function and check that something provides each of its required arguments.
 
-    `kwargs` win over a column of the same name. Columns called prompt(s), completion(s) or completion_ids are not
-    passed: those names carry the prompt and the completion themselves. `name` is used in messages only. `calls`: how it
-    may be called, where that is not left to the function's own mark.
+    `kwargs` win over a column of the same name, and what was drawn wins over both (`DRAWN`, by the function's style).
+    `name` is used in messages only. `calls`: how it may be called, where that is not left to the function's own mark.
 
     Raises ValueError naming the function, the argument, what is available, and the way out.
     """
@@ -173,8 +176,8 @@ def bind(
         )
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    columns = [column for column in available_columns if column not in RESERVED_COLUMNS]
     style = _style(named, takes_any, label)
+    columns = [column for column in available_columns if column not in DRAWN[style]]
     _check_kwargs(kwargs, named, takes_any, style, label)
 
     provided = {*_PROVIDED[style], *columns, *kwargs}
@@ -272,7 +275,7 @@ def _style(named: Collection[str], takes_any: bool, label: str) -> Style:
 
 def _check_kwargs(kwargs: Mapping[str, Any], named: Collection[str], takes_any: bool, style: Style, label: str) -> None:
     for key in kwargs:
-        if key in _PROVIDED[style] or key in RESERVED_COLUMNS:
+        if key in _PROVIDED[style]:
             raise ValueError(f"{label}: kwargs must not hold {key!r}, which comes from the rollout")
         if key not in named and not takes_any:
             near = difflib.get_close_matches(key, named, n=1)

@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rewards.batch import FAILURES, Batch, BatchInputs, RewardResult, Share, merge_results, replace_function
-from rewards.contract import Calls, RewardSpec, check_specs
+from rewards.contract import DRAWN, Calls, RewardSpec, check_specs
 from rewards.doubt import Doubt, agree, second_best
 from rewards.environment import check_memory_gb, worker_environment
 from rewards.log import RewardLog
@@ -185,8 +185,26 @@ class RewardRunner:
         return self._reasons.get(key) or f"it is marked so ({self._calls[key]})"
 
     def notes(self) -> list[str]:
-        """What the start-up check found, in words: a line for each function that was tried."""
-        return [self._note(key) for key in self._reasons]
+        """In words: a line for each function that was tried, with what was found, and one for each column of the data
+        set that functions do not get, for they get what was drawn under its name.
+        """
+        return [self._note(key) for key in self._reasons] + self._hidden_columns()
+
+    def _hidden_columns(self) -> list[str]:
+        lines = []
+        for column in self.columns:
+            hidden_from = [
+                repr(spec.name)
+                for spec, function in zip(self.specs, self._functions, strict=True)
+                if column in DRAWN[function.style]
+            ]
+            if hidden_from:
+                lines.append(
+                    f"the data set's column {column!r} does not reach reward {', '.join(hidden_from)}: under that name "
+                    f"a function gets what was drawn; data.columns hands the column over under another name, for "
+                    f"example data.columns.data_{column}={column}"
+                )
+        return lines
 
     def _note(self, key: int) -> str:
         title, way_out = f"reward {self.specs[key].name!r}", "in its entry of rewards.functions"

@@ -94,8 +94,8 @@ def test_batch_function_gets_only_the_columns_it_names():
 
 
 def test_batch_function_with_any_keyword_gets_every_column_token_ids_and_its_kwargs():
-    bound = bind(trl_style, ["answer", "level", "prompt", "completion_ids"], {"scale": 2})
-    assert bound.columns == ("answer", "level")  # the prompt and the ids come from the rollout
+    bound = bind(trl_style, ["answer", "level", "completions", "completion_ids"], {"scale": 2})
+    assert bound.columns == ("answer", "level")  # the completions and their ids are those that were drawn
     arguments = bound.batch_arguments(["p"], ["c"], {"answer": ["a"], "level": [3]}, [[7]])
     assert arguments == {
         "prompts": ["p"],
@@ -145,6 +145,30 @@ def test_verl_function_gets_its_four_arguments(row, expected):
     completion = [{"role": "assistant", "content": "so 4"}]
     arguments = bound.sample_arguments("p", completion, {name: row[name] for name in bound.columns}, None)
     assert arguments == expected | {"solution_str": "so 4"}
+
+
+def test_a_column_is_hidden_by_what_was_drawn_under_its_name_and_by_nothing_else():
+    names = ["completion", "completion_ids", "completions", "prompts", "solution_str", "state"]
+    row = {name: f"column {name}" for name in names}
+    batch = bind(lambda prompts, completions, **columns: None, names, {})
+    assert batch.batch_arguments(["p"], ["c"], {name: [value] for name, value in row.items()}, [[7]]) == {
+        **{name: [f"column {name}"] for name in ("completion", "solution_str", "state")},
+        "prompts": ["p"],
+        "completions": ["c"],
+        "completion_ids": [[7]],
+    }
+    sample = bind(lambda completion, state: None, names, {})
+    state = sample.sample_arguments("p", "c", row, [7])["state"]
+    assert (state["completion"], state["completion_ids"]) == ("c", [7])
+    assert {name: state[name] for name in ("prompts", "completions")} == {
+        name: f"column {name}" for name in ("prompts", "completions")
+    }
+    verl = bind(lambda solution_str, completion_ids, completions=None: None, names, {})
+    assert verl.sample_arguments("p", "c", row, [7]) == {
+        "solution_str": "c",
+        "completion_ids": "column completion_ids",
+        "completions": "column completions",
+    }
 
 
 def test_kwargs_win_over_a_column_of_the_same_name():

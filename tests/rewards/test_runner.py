@@ -1316,3 +1316,24 @@ def test_processes_that_share_a_batch_decide_alike_on_what_compares(write):
     assert first == second
     assert column(first[0], 1) == [0.5, 0.5, 0.0, 0.1]
     assert first[1] == {"alone": "elementwise", "mixed": "whole_batch"}
+
+
+def test_a_column_that_the_drawn_values_hide_is_said_by_name_with_the_way_out(write):
+    spec = write("""
+        def judge(prompts, completions, data_completions):
+            return [float(c == d) for c, d in zip(completions, data_completions)]
+        def ids(completions, completion_ids): return [float(len(row)) for row in completion_ids]
+        judge.elementwise = ids.elementwise = True
+        def one(completion, state): return float(completion == state["prompts"])
+    """)
+    names = ["completion_ids", "completions", "data_completions", "prompts"]
+    specs = [spec(name) for name in ("judge", "ids", "one")]
+    with RewardRunner(specs, names, 1, 5.0) as runner:
+        of_ids, of_completions, of_prompts = runner.notes()
+        columns = {name: [name] * 2 for name in names}
+        result = runner.score(["p"] * 2, ["data_completions", "prompts"], columns, [[1], [1, 2]])
+    assert "column 'completion_ids' does not reach reward 'judge', 'ids', 'one': under that name" in of_ids
+    assert "column 'completions' does not reach reward 'judge', 'ids': under that name" in of_completions
+    assert of_completions.endswith("for example data.columns.data_completions=completions")
+    assert "column 'prompts' does not reach reward 'judge', 'ids': " in of_prompts
+    assert result.rewards == [[1.0, 1.0, 0.0], [0.0, 2.0, 1.0]]
