@@ -46,7 +46,7 @@ COMMANDS = {
             --check     do all that comes before the first compilation (configuration, data, tokenizer, headers of the
                         weights, reward functions, memory, disk space, run folder), say what would be done, and leave;
                         nothing on disk changes, but for the caches of what is downloaded or read by `datasets`
-            --trust     run code that a run folder names although it is not shown to be yours (docs/security.md)
+            --trust     take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value   overrides with dotted keys, for example grpo.steps=100 optimizer.lr=1e-6
 
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
@@ -61,7 +61,7 @@ COMMANDS = {
             --check     do all that comes before the first compilation (configuration, data, tokenizer, headers of the
                         weights, reward functions, memory, disk space, run folder), say what would be done, and leave;
                         nothing on disk changes, but for the caches of what is downloaded or read by `datasets`
-            --trust     run code that a run folder names although it is not shown to be yours (docs/security.md)
+            --trust     take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value   overrides with dotted keys, for example sft.steps=300 optimizer.lr=1e-3
 
             The run folder is output_dir. The same command again resumes the run where its last checkpoint left it.""",
@@ -75,7 +75,7 @@ COMMANDS = {
                              Hugging Face folder or hub id with data and rewards as key=value
             --adapter FOLDER an adapter in PEFT's format beside the weights; not for a run, which has its own
             --output FILE    JSON lines to write: every prompt, completion and reward
-            --trust          run code that a run folder names although it is not shown to be yours (docs/security.md)
+            --trust          take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value        overrides with dotted keys, for example eval.max_prompts=200""",
     ),
     "sample": Command(
@@ -103,7 +103,7 @@ COMMANDS = {
                              in place of MODEL and prompts: draw one completion of a training run again, numbered as in
                              its samples.jsonl, print it as JSON, and compare; needs the checkpoint of the step before.
                              Exit status 1 where samples.jsonl has other tokens
-            --trust          run code that a run folder names although it is not shown to be yours (docs/security.md)
+            --trust          take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value        overrides with dotted keys, for example sampling.temperature=0.7 sampling.top_p=0.9
 
             Log-probs are at sampling.temperature, and at temperature 1 when that is 0 (greedy).""",
@@ -122,7 +122,7 @@ COMMANDS = {
             --devices cpu:N  virtual CPU devices; without this and --topology the devices at hand
             --save FILE    write the compiled programs; training takes them with compiled_file=FILE
             --json FILE    write the report
-            --trust        run code that a run folder names although it is not shown to be yours (docs/security.md)
+            --trust        take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value      overrides with dotted keys, for example mesh.tensor=8 model.remat=block
 
             Exit status 0: the run fits; 1: it does not.""",
@@ -142,7 +142,7 @@ COMMANDS = {
             --adapter        of a run with adapters (lora.rank): these alone, in PEFT's format; else they are merged
             --no-remainder   of merged adapters: leave out lora_remainder.npz, with which `grpo lora unmerge` gives the
                              base back bit for bit
-            --trust          run code that the run folder names although it is not shown to be yours
+            --trust          take a run folder whose config.yml was edited, or whose code is not shown to be yours
                              (docs/security.md)""",
     ),
     "checkpoint": Command(
@@ -166,7 +166,8 @@ COMMANDS = {
 
             CHECKPOINT     a run folder (its newest checkpoint, or --step N), or any folder that Orbax wrote
             --write FILE   the content hashes as JSON; --against FILE compares with such a file
-            --trust        of verify and bench: run code that a run folder names although it is not shown to be yours
+            --trust        of verify and bench: take a run folder whose config.yml was edited, or whose code is not
+                           shown to be yours
                            (docs/security.md); without it verify leaves the comparison with the configuration out""",
     ),
     "data": Command(
@@ -213,8 +214,7 @@ COMMANDS = {
             --dtype DTYPE  of merge and unmerge: float32, bfloat16 or float16; MODEL's own when left out
             --no-remainder of merge: leave out lora_remainder.npz, what rounding took away; unmerge is then exact to a
                            unit in the last place
-            --trust        of merge, unmerge and convert: run code that the run folder of a recipe names although it is
-                           not shown to be yours (docs/security.md)
+            --trust        take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value      overrides of merge, unmerge and convert, for example tokenizer.source=byte""",
     ),
     "quantize": Command(
@@ -235,7 +235,7 @@ COMMANDS = {
             --max-tokens N     of the text that are read; 8192 when left out
             --context N        tokens that the model sees of it at a time; 512 when left out
             --tokenizer SOURCE a folder, a hub id or byte; MODEL when left out
-            --trust            run code that a run folder names although it is not shown to be yours (docs/security.md)
+            --trust            take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value          overrides of a recipe, a Tunix model or a module of your own
 
             Prints the relative error of each layer, sizes, and the peak memory of the process.""",

@@ -68,12 +68,13 @@ from rl.training.shaped_inputs import plan_for
 from rl.training.update import Updater
 
 
-def train(config: Config, check_only: bool = False) -> pathlib.Path:
+def train(config: Config, check_only: bool = False, trust: bool = False) -> pathlib.Path:
     """Runs or resumes the training run that `config` describes; returns its folder.
 
     Args:
       check_only: everything before the first compilation is done, what the run would do is said, and nothing on disk
         changes but caches of downloads and of `datasets`.
+      trust: see `rl.run_folder.folder.RunFolder`.
 
     Raises:
       ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy
@@ -112,7 +113,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
                 check_memory(planned, *call)
         # -- run folder, rewards: whatever is wrong up to `begin` has touched nothing on disk
         mirror = stack.enter_context(Mirror(config, console.message, look_only=check_only))
-        run = RunFolder(config, "grpo", identity, look_only=check_only)
+        run = RunFolder(config, "grpo", identity, look_only=check_only, trust=trust)
         stack.callback(run.close)
         runner = stack.enter_context(
             start_rewards(config, data.train, None if check_only else run.path / "rewards.log")
@@ -282,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with hosts.joined(config.distributed):
         check_trust(path, config, overrides, trust=trust)
         use_compilation_cache(config, check_only)
-        train(config, check_only)
+        train(config, check_only, trust)
 
 
 if __name__ == "__main__":

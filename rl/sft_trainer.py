@@ -44,12 +44,13 @@ from rl.training.shaped_inputs import packing_options
 from rl.training.train_step import Minibatch, batch_shardings, jit_train_step
 
 
-def train(config: Config, check_only: bool = False) -> pathlib.Path:
+def train(config: Config, check_only: bool = False, trust: bool = False) -> pathlib.Path:
     """Runs or resumes supervised fine-tuning; returns the run folder.
 
     Args:
       check_only: everything before the first compilation is done, what the run would do is said, and nothing on disk
         changes but caches of downloads and of `datasets`.
+      trust: see `rl.run_folder.folder.RunFolder`.
 
     Raises:
       ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy
@@ -97,7 +98,7 @@ def train(config: Config, check_only: bool = False) -> pathlib.Path:
             start_rewards(config, held_out, None).close()  # refuses now what would be refused at the end
         # -- run folder, state: whatever is wrong up to `begin` has touched nothing on disk
         mirror = stack.enter_context(Mirror(config, console.message, look_only=check_only))
-        run = RunFolder(config, "sft", identity, look_only=check_only)
+        run = RunFolder(config, "sft", identity, look_only=check_only, trust=trust)
         stack.callback(run.close)
         if not check_only:
             run.begin()
@@ -241,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with hosts.joined(config.distributed):
         check_trust(path, config, overrides, trust=trust)
         use_compilation_cache(config, check_only)
-        train(config, check_only)
+        train(config, check_only, trust)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,14 @@ def holder(name: str, *folders: pathlib.Path) -> pathlib.Path:
     return next((folder for folder in folders if os.path.lexists(folder / name)), folders[-1])
 
 
+def is_config_changed(folder: pathlib.Path, identity: dict[str, Any]) -> bool:
+    """Whether config.yml is not the file that run.json was written with; False where run.json, of an older version, has
+    no hash of it.
+    """
+    files = identity.get(FILES_KEY)
+    return isinstance(files, dict) and CONFIG in files and not _is_as_written(folder, identity)
+
+
 def is_start_alone(folder: pathlib.Path) -> bool:
     """Whether the folder is empty, or holds no more than a start leaves behind that was killed before it could write
     config.yml. A log is a start's beside the lock, which a start makes before; alone it is a user's.

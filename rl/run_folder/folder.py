@@ -7,6 +7,7 @@ as it is. A start that fails before it has recorded anything leaves the folder a
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from rl.config.load import Config, differences, dump_config, load_config, override_values
+from rl.config.sections import flatten, to_dict
 from rl.devices import hosts
 from rl.files.local_files import UNFINISHED, lock_file, write_file
 from rl.files.stores import is_remote
@@ -24,6 +26,7 @@ from rl.run_folder.contents import (
     CONFIG,
     EXPORT,
     EXPORT_RECORD,
+    FILES_KEY,
     IDENTITY,
     LOCK,
     LOG,
@@ -35,6 +38,7 @@ from rl.run_folder.contents import (
     has_work,
     holder,
     identify,
+    is_config_changed,
     is_export_record,
     is_own_export,
     is_own_identity,
@@ -76,13 +80,14 @@ class RunFolder:
       messages: what there is to say about the folder, for the console.
     """
 
-    def __init__(self, config: Config, kind: str, origin: dict[str, Any], look_only: bool = False):
+    def __init__(self, config: Config, kind: str, origin: dict[str, Any], look_only: bool = False, trust: bool = False):
         """Opens or creates `config.output_dir`.
 
         Args:
           kind: "grpo" or "sft".
           origin: JSON-able identity of what the run starts from: the policy's and the reference's source and hash.
           look_only: whether it may be used is all that is wanted, and nothing on disk changes.
+          trust: a config.yml that has changed since the run wrote it is taken as it is, and signed.
 
         Raises:
           ValueError: the folder cannot be written, holds something else, another kind of run, a run with other settings
@@ -91,7 +96,7 @@ class RunFolder:
         self.path = run_path(config)
         self.messages: list[str] = []
         self._config, self._identity = config, {"kind": kind, **origin}
-        self._look_only = look_only
+        self._look_only, self._trust = look_only, trust
         self._has_begun = self._has_recorded = False
         self._replaced_kind: str | None = None  # of the run that this one takes the place of
         self._old: Replaced | None = None  # that one, moved
@@ -124,6 +129,7 @@ class RunFolder:
                 old_config, old_identity = found
                 resumed = not self._config.checkpoint.overwrite
                 if resumed:
+                    self._check_config(old_config, old_identity)
                     _check_same_run(self.path, old_config, old_identity, self._config, self._identity)
                     self._look_at_trust(old_config, old_identity)
                 else:
@@ -181,6 +187,18 @@ class RunFolder:
             )
         return found
 
+    def _check_config(self, config: Config, record: dict[str, Any]) -> None:
+        """ValueError where config.yml, from which `config` was read, is not what the run wrote."""
+        folder = holder(CONFIG, *self._places())
+        if self._trust or not is_config_changed(folder, record):
+            return
+        text, known = dump_config(self._config), ""
+        if record[FILES_KEY][CONFIG] == hashlib.sha256(text.encode()).hexdigest():  # this one is what it wrote
+            now, then = flatten(to_dict(config)), flatten(to_dict(self._config))
+            changes = [f"{key} was {old!r}, is {now.get(key)!r}" for key, old in then.items() if now.get(key) != old]
+            known = f" ({'; '.join(changes[:5])})"
+        raise ValueError(_of_changed_config(folder, known))
+
     def _look_at_trust(self, config: Config, record: dict[str, Any]) -> None:
         """Whether the first step of a resumed run is to sign run.json anew: where it names no code that this run does
         not use.
@@ -198,7 +216,7 @@ class RunFolder:
             )
             return
         self._to_sign = config, record
-        if codes:
+        if codes or is_config_changed(holder(CONFIG, *self._places()), record):
             self.messages.append(f"run.json is signed anew with the first step: {problem}")
 
     def begin(self) -> None:
@@ -414,8 +432,41 @@ def check_trust(
     kinds: Collection[str] = TO_TRAIN,
     trust: bool = False,
 ) -> None:
-    """To be called before anything runs that a configuration names: ValueError where it comes from a run folder and
-    names code that is not shown to be what this user ran (`rl.run_folder.trust`).
+    """To be called before anything runs by a configuration: ValueError where it comes from a run folder and names code
+    that is not shown to be what this user ran, or has changed since the run wrote it.
+
+    The arguments are those of `check_code`.
+    """
+    check_code(path, config, overrides, kinds, trust)
+    run = _run_of(path)
+    if run is None or trust:
+        return
+
+    def check() -> None:
+        if (problem := changed_config(run)) is not None:
+            raise ValueError(problem)
+
+    hosts.from_first(check)
+
+
+def changed_config(run: pathlib.Path) -> str | None:
+    """Why the config.yml of a run folder is not what the run wrote, and the way out; None where nothing says so."""
+    try:
+        is_changed = is_config_changed(run, read_json(run / IDENTITY))
+    except ValueError:  # it holds no run.json that can be read, so no hash
+        return None
+    return _of_changed_config(run) if is_changed else None
+
+
+def check_code(
+    path: str | os.PathLike,
+    config: Config,
+    overrides: Sequence[str],
+    kinds: Collection[str] = TO_TRAIN,
+    trust: bool = False,
+) -> None:
+    """ValueError where a configuration comes from a run folder and names code that is not shown to be what this user
+    ran (`rl.run_folder.trust`).
 
     Of the processes of a run the first looks at the signature, and each of them at the files of code on its own disk.
 
@@ -452,6 +503,14 @@ def check_trust(
             raise ValueError(f"the code that {run} names must be the same in every process, got other files of {code}")
 
     hosts.together(compare)
+
+
+def _of_changed_config(folder: pathlib.Path, changes: str = "") -> str:
+    return (
+        f"{folder / CONFIG} must be as the run wrote it, and it has changed since, by its hash in {IDENTITY}{changes}; "
+        "put the old file back and change keys on the command line (key=value), copy it to another place for a recipe "
+        "of its own, or say --trust to take it as it is"
+    )
 
 
 def _run_of(path: str | os.PathLike) -> pathlib.Path | None:

@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
     parser.add_argument("--adapter", default=None, metavar="FOLDER", help="an adapter in PEFT's format")
     parser.add_argument("--output", default=None, help="JSON lines file for every prompt, completion and reward")
-    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
+    parser.add_argument(
+        "--trust", action="store_true", help="take config.yml of a run folder, and code that it names, as they are"
+    )
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     result, where = evaluate_source(
         arguments.model, arguments.overrides, arguments.adapter, arguments.output, arguments.trust

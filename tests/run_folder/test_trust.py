@@ -137,7 +137,8 @@ def test_a_run_folder_that_was_changed_is_not_trusted(tmp_path, code, name):
     assert message.replace("own.py:score'", "own.py:score") in problem
     assert f"It would run rewards.functions '{code}:score' ({code})" in problem
     assert READY_MADE[0] not in problem
-    assert problem_of(tmp_path / "run", kinds=TO_SAMPLE) is None  # which runs no reward
+    if name != "another config.yml":  # which is refused whatever runs
+        assert problem_of(tmp_path / "run", kinds=TO_SAMPLE) is None  # which runs no reward
 
 
 def test_a_key_that_others_can_read_or_that_is_no_key_shows_nothing(tmp_path, state, code):
@@ -310,6 +311,61 @@ def test_a_run_that_goes_on_does_not_sign_for_code_that_it_does_not_use(tmp_path
     assert "has no HMAC" in (problem_of(folder) or "")
 
 
+# A config.yml that was edited
+
+
+ORIGIN = {"policy": {"source": None}, "data": "0 rows"}
+CHANGED = r"config\.yml must be as the run wrote it, and it has changed since, by its hash in run\.json"
+
+
+def edit_config(folder, old, new):
+    text = (folder / "config.yml").read_text()
+    assert text.count(old) == 1
+    (folder / "config.yml").write_text(text.replace(old, new))
+
+
+def test_a_run_does_not_go_on_under_a_config_that_was_edited_unless_told_so(tmp_path):
+    folder = tmp_path / "run"
+    written = make_run(folder)
+    edit_config(folder, "  lr: 1.0e-06", "  lr: 0.5")
+    edited, before = load_config(folder / "config.yml"), (folder / "run.json").read_bytes()
+    assert edited.optimizer.lr == 0.5
+    for look_only in (True, False):
+        with pytest.raises(ValueError, match=CHANGED + r"; put the old file back and change keys on the command line"):
+            RunFolder(edited, "grpo", ORIGIN, look_only)
+        with pytest.raises(ValueError, match=CHANGED + r" \(optimizer\.lr was 1e-06, is 0\.5\); put"):
+            RunFolder(written, "grpo", ORIGIN, look_only)  # what it was is known
+    with pytest.raises(ValueError, match=CHANGED):
+        check_trust(folder, edited, ())
+    assert (folder / "run.json").read_bytes() == before
+    check_trust(folder, edited, (), trust=True)
+    run = RunFolder(edited, "grpo", ORIGIN, trust=True)
+    assert any("signed anew with the first step: config.yml has changed" in text for text in run.messages)
+    run.begin()
+    run.recorded()
+    run.close()
+    check_trust(folder, edited, ())
+    RunFolder(edited, "grpo", ORIGIN).close()
+
+
+def test_a_value_on_the_command_line_and_an_older_run_need_no_word(tmp_path):
+    folder = tmp_path / "run"
+    make_run(folder)
+    overrides = ["grpo.steps=4"]
+    config = load_config(folder / "config.yml", overrides)
+    check_trust(folder, config, overrides)
+    RunFolder(config, "grpo", ORIGIN).close()
+    edit_config(folder, "  lr: 1.0e-06", "  lr: 0.5")
+    edit(folder / "run.json", lambda record: [record.pop(name) for name in ("format", "files", "hmac")])
+    config = load_config(folder / "config.yml")
+    check_trust(folder, config, ())
+    run = RunFolder(config, "grpo", ORIGIN)
+    assert run.resumed
+    run.close()
+    replaces = load_config(None, [f"output_dir={folder}", "checkpoint.overwrite=true"])
+    RunFolder(replaces, "grpo", ORIGIN).close()
+
+
 # Commands
 
 
@@ -350,6 +406,16 @@ def test_a_command_runs_nothing_that_a_strange_run_folder_names_unless_told_so(t
     assert main([*command, "--trust"]) == 2
     assert ("was run" if name != "replay" else "data must be what it was") in capsys.readouterr().err
     assert trace.exists() == (name != "replay")
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "export of an adapter"])
+def test_a_command_takes_no_config_that_was_edited_unless_told_so(tmp_path, capsys, name):
+    run = tmp_path / "run"
+    make_run(run, "data.source=arithmetic", "data.args={operation: add, digits: 1}", "lora.rank=2")
+    edit_config(run, "  lr: 1.0e-06", "  lr: 0.5")
+    command = {**COMMANDS, "export of an adapter": ["export", "{run}", "{run}/../out", "--adapter"]}[name]
+    assert main([text.format(run=run) for text in command]) == 2
+    assert re.search(CHANGED, capsys.readouterr().err)
 
 
 def test_a_report_and_a_look_at_checkpoints_import_nothing(tmp_path, code, capsys):
@@ -412,6 +478,6 @@ def modules(pattern):
 def test_every_command_that_reads_a_configuration_is_known_to_look_at_whose_it_is():
     found = modules(r"\b(load_config|load_run_config|read_run|identify)\(")
     assert found == READERS["checks"] | READERS["runs nothing"]
-    assert READERS["checks"] <= modules(r"check_trust\(")
+    assert READERS["checks"] <= modules(r"check_(trust|code)\(")
     for pattern, known in IMPORTERS.items():
         assert modules(pattern) == known, pattern

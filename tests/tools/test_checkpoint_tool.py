@@ -221,6 +221,7 @@ def test_a_checkpoint_that_the_run_could_not_resume_from_is_explained(copy):
         config.replace("num_layers: 1", "num_layers: 2").replace("name: adamw", "name: lion")
     )
     problems = "\n".join(verify(find(copy)).problems)
+    assert "config.yml must be as the run wrote it" in problems
     assert "loop/metadata is damaged" in problems
     assert "the loop record lacks health" in problems
     assert "missing ['layers_1']['input_layernorm']['scale']" in problems

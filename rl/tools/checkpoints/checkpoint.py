@@ -22,7 +22,7 @@ from rl.files.output_file import check_writable
 from rl.files.stores import check_path
 from rl.models.files.folders import write_json
 from rl.models.files.maxtext import ROPES, layout_of
-from rl.run_folder.folder import check_trust, checkpoint_steps, is_run_folder, read_run
+from rl.run_folder.folder import changed_config, check_code, checkpoint_steps, is_run_folder, read_run
 from rl.run_folder.remote_steps import local_source
 from rl.run_folder.trust import MODEL
 from rl.state.checkpoint import ADAPTER, create_checkpoint_manager
@@ -125,7 +125,7 @@ def inspect(found: Found) -> list[str]:
 
 def verify(found: Found, trust: bool = False) -> Verification:
     """Compares a checkpoint's files with their hashes, reads every array, and compares what is there with what the
-    run's configuration wants; this last not where that takes code which `rl.run_folder.folder.check_trust` refuses.
+    run's configuration wants; this last not where that takes code which `rl.run_folder.folder.check_code` refuses.
 
     Raises:
       ValueError: not a checkpoint.
@@ -159,8 +159,10 @@ def verify(found: Found, trust: bool = False) -> Verification:
     elif unreadable:
         notes.append("not compared with the run's configuration, because of the damage")
     else:
+        if (change := changed_config(found.run)) is not None and not trust:
+            problems.append(change)
         try:
-            check_trust(found.run, read_run(found.run)[0], (), (MODEL,), trust)
+            check_code(found.run, read_run(found.run)[0], (), (MODEL,), trust)
         except ValueError as error:
             notes.append(f"not compared with the run's configuration: {error}")
         else:
@@ -300,7 +302,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
         parser.add_argument("--write", default=None, help="JSON file for the content hashes")
         parser.add_argument("--against", default=None, help="JSON file of content hashes to compare with")
     if name in ("verify", "bench"):
-        parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
+        parser.add_argument(
+            "--trust", action="store_true", help="take config.yml of a run folder, and code that it names, as they are"
+        )
     if name == "convert":
         parser.add_argument("checkpoint", help="run folder, or folder of a MaxText checkpoint")
         parser.add_argument("out", help="folder to write")

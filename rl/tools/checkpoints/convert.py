@@ -29,7 +29,7 @@ from rl.models.files.hf import read_config, resolve_source, save_folder
 from rl.models.files.maxtext import read_params, weight_names
 from rl.run.health import healthy
 from rl.run_folder.contents import HASHES, read_json
-from rl.run_folder.folder import checkpoint_folder, checkpoint_steps, read_run
+from rl.run_folder.folder import changed_config, checkpoint_folder, checkpoint_steps, is_run_folder, read_run
 from rl.run_folder.trust import code_of, untrusted, write_identity
 from rl.state.checkpoint_files import (
     StoredArray,
@@ -63,8 +63,9 @@ def upgrade_run(run: str | pathlib.Path, out: str | pathlib.Path) -> list[str]:
     run, out = pathlib.Path(run), pathlib.Path(out)
     for step in checkpoint_steps(run):
         _check_whole(checkpoint_folder(run, step))
-    changes = []
     is_trusted = _is_trusted(run)
+    changed = is_run_folder(run) and changed_config(run) is not None
+    changes = ["config.yml: has changed since the run wrote it, and is taken as it is"] if changed else []
     with new_folder(out) as draft:
         hidden = shutil.ignore_patterns(".lock", "*.orbax-checkpoint-tmp*", "*.tmp")
         shutil.copytree(run, draft, dirs_exist_ok=True, ignore=hidden)

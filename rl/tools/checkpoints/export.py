@@ -52,8 +52,13 @@ def export(
     return trained.step
 
 
-def export_adapter(run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None) -> int:
+def export_adapter(
+    run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None, trust: bool = False
+) -> int:
     """Writes the adapter of checkpoint `step` (None: the newest) as a folder that peft opens; returns the step written.
+
+    Args:
+      trust: see `rl.run_folder.folder.check_trust`.
 
     Raises:
       ValueError: not a run folder, no such checkpoint, a run without adapters, or `out` holds something.
@@ -62,6 +67,7 @@ def export_adapter(run: str | pathlib.Path, out: str | pathlib.Path, step: int |
     config, _ = read_run(folder)
     if not config.lora.rank and config.lora.adapter is None:
         raise ValueError(f"--adapter needs a run that trained adapters (lora.rank), got {str(run)!r} with lora.rank 0")
+    check_trust(folder, config, (), (MODEL,), trust)
     trained = load_checkpoint(config, folder, step)
     save_adapter(out, trained.policy.config, trained.params, config.model.source)
     assert trained.step is not None
@@ -85,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_false",
         help=f"of merged adapters: leave out {REMAINDER_FILE}, with which grpo lora unmerge gives the base bit for bit",
     )
-    parser.add_argument("--trust", action="store_true", help="run code that the run folder names, whoever wrote it")
+    parser.add_argument(
+        "--trust", action="store_true", help="take config.yml of the run folder, and code that it names, as they are"
+    )
     arguments = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
     run, out = arguments.run, arguments.out
     if not arguments.keep_remainder and (arguments.adapter or arguments.format == "params"):
@@ -96,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("dtype", "format"):
             if value := getattr(arguments, name):
                 raise ValueError(f"--{name} must be left out with --adapter, got {value}; adapters keep their own")
-        step = export_adapter(run, out, arguments.step)
+        step = export_adapter(run, out, arguments.step, arguments.trust)
     else:
         kind = arguments.format or "huggingface"
         step = export(run, out, arguments.step, arguments.dtype, kind, arguments.keep_remainder, arguments.trust)

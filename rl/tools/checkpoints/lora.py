@@ -89,14 +89,15 @@ def unmerge_from(
     return trained
 
 
-def inspect(source: str, step: int | None = None) -> dict[str, Any]:
+def inspect(source: str, step: int | None = None, trust: bool = False) -> dict[str, Any]:
     """What an adapter is: settings, number of parameters and, per matrix, the Frobenius norms of A, B and scale A B.
 
     Args:
       source: a PEFT folder, or a run that trained adapters.
       step: of the run's checkpoint; None: the newest.
+      trust: see `rl.run_folder.folder.check_trust`.
     """
-    with _as_peft(source, step) as folder:
+    with _as_peft(source, step, trust) as folder:
         settings, base = read_adapter(folder), base_name(folder)
         matrices, dtypes, num_parameters = [], set(), 0
         for module, a_RI, b_OR in stored_matrices(folder):
@@ -185,7 +186,7 @@ def _run_config(adapter: str, run: str, recipe: str, overrides: Sequence[str], t
 
 
 @contextlib.contextmanager
-def _as_peft(source: str, step: int | None) -> Iterator[pathlib.Path]:
+def _as_peft(source: str, step: int | None, trust: bool) -> Iterator[pathlib.Path]:
     """A folder in PEFT's format: `source` itself, or for as long as it is needed the adapter of a run."""
     path = local_source(source, step)
     if not is_run_folder(path):
@@ -194,7 +195,7 @@ def _as_peft(source: str, step: int | None) -> Iterator[pathlib.Path]:
         yield path
         return
     with tempfile.TemporaryDirectory() as scratch:
-        export_adapter(path, pathlib.Path(scratch) / "adapter", step)
+        export_adapter(path, pathlib.Path(scratch) / "adapter", step, trust)
         yield pathlib.Path(scratch) / "adapter"
 
 
@@ -225,8 +226,9 @@ def _main_extract(argv: Sequence[str]) -> None:
     parser.add_argument("run", help="run folder that trained adapters")
     parser.add_argument("out", help="PEFT folder to write")
     parser.add_argument("--step", type=int, default=None, help="checkpoint; the newest when left out")
+    _add_trust(parser)
     arguments = parser.parse_args(argv)
-    step = export_adapter(arguments.run, arguments.out, arguments.step)
+    step = export_adapter(arguments.run, arguments.out, arguments.step, arguments.trust)
     print(f"adapter of step {step} of {arguments.run} written to {arguments.out}")
 
 
@@ -257,8 +259,9 @@ def _main_inspect(argv: Sequence[str]) -> None:
     parser.add_argument("source", help="PEFT folder, or run that trained adapters")
     parser.add_argument("--step", type=int, default=None, help="of a run's checkpoint; the newest when left out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_trust(parser)
     arguments = parser.parse_args(argv)
-    found = inspect(arguments.source, arguments.step)
+    found = inspect(arguments.source, arguments.step, arguments.trust)
     if arguments.json:
         print(json.dumps(found))
     else:
@@ -277,7 +280,7 @@ def _main_convert(argv: Sequence[str]) -> None:
     if is_run_folder(source):
         if arguments.recipe:
             raise ValueError(f"a run is converted without a recipe, got {' '.join(arguments.recipe)}")
-        _main_extract([source, arguments.out])
+        _main_extract([source, arguments.out, *(["--trust"] if arguments.trust else [])])
     elif not arguments.recipe:
         raise ValueError(
             f"{arguments.source!r} is no run, and an adapter becomes a run only with a RECIPE that names its base, its "
@@ -289,7 +292,9 @@ def _main_convert(argv: Sequence[str]) -> None:
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
+    parser.add_argument(
+        "--trust", action="store_true", help="take config.yml of a run folder, and code that it names, as they are"
+    )
 
 
 _SUBCOMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {

@@ -123,7 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", default=None, help="cpu:N, virtual CPU devices")
     parser.add_argument("--save", default=None, metavar="FILE", help="write the compiled programs, for compiled_file")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the report")
-    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
+    parser.add_argument(
+        "--trust", action="store_true", help="take config.yml of a run folder, and code that it names, as they are"
+    )
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     check_writable(arguments.json, "--json")
     config = load_config(arguments.config, arguments.overrides)

@@ -222,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="of the text that are read")
     parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens the model sees at a time")
     parser.add_argument("--tokenizer", metavar="SOURCE", help="folder, hub id or byte; MODEL when left out")
-    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
+    parser.add_argument(
+        "--trust", action="store_true", help="take config.yml of a run folder, and code that it names, as they are"
+    )
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     _check_patterns(arguments.only or ())
     config = _config_of(arguments.model, arguments.overrides, arguments.trust)

@@ -332,7 +332,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     parser.add_argument("--top-logprobs", type=int, default=0, metavar="N", help="the N most likely tokens, too")
     parser.add_argument("--prompt-logprobs", action="store_true", help="log-probs of the prompt's tokens, too")
     parser.add_argument("--replay", nargs=4, metavar=("RUN", "STEP", "PROMPT", "SAMPLE"), help="a rollout's completion")
-    parser.add_argument("--trust", action="store_true", help="run code that a run folder names, whoever wrote it")
+    parser.add_argument(
+        "--trust", action="store_true", help="take config.yml of a run folder, and code that it names, as they are"
+    )
     arguments = parser.parse_intermixed_args(argv)
     positional = arguments.positional
     if arguments.replay is not None:
