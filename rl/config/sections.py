@@ -63,7 +63,7 @@ class ModelSection:
     dtype: DType
     remat: Literal["none", "dots", "outputs", "block", "full"]
     scan_layers: bool
-    attention: Literal["auto", "xla", "splash", "cudnn"]
+    attention: str  # auto, or a name of the table in `rl.models.attention_kernels`
     arch: ArchConfig
 
 

@@ -4,7 +4,7 @@ In: queries, keys, values of packed rows and the boolean mask of `ops.visible`; 
 after it. Out: the same numbers from every back end, up to rounding, in value and in gradient: `xla` (plain operations,
 `rl.models.block_attention`; any platform and dtype), `splash` (the Pallas kernel for TPU), `cudnn` (flash attention on
 NVIDIA GPUs from Ampere on, bfloat16 or float16). The first two skip blocks of the mask that are empty, so that
-completions which do not see one another cost nothing.
+completions which do not see one another cost nothing. A new back end is one row of `KERNELS`.
 Not here: decoding (`ops.attention_over_parts`).
 
 Legend: B rows, T query positions, S key positions, N query heads, K kv heads, H head dim.
@@ -14,19 +14,18 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from rl.devices.mesh import partition_spec, row_axes
+from rl.files.json_file import shown
 from rl.models import ops
 from rl.models.block_attention import BLOCK, LARGE_BLOCK, block_attention
 from rl.models.config import ModelConfig
 
-ATTENTION_KERNELS = ("xla", "splash", "cudnn")
-_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 _LANES = 128  # of a TPU's vector unit: the smallest block of the kernel
 _HALF_TYPES = ("bfloat16", "float16")
 _CUDNN_CAPABILITY = (8, 0)  # compute capability of Ampere, the first to have the kernel
@@ -63,6 +62,38 @@ XLA = AttentionKernel("xla", block_attention)
 XLA_ON_ACCELERATORS = AttentionKernel("xla", functools.partial(block_attention, block=LARGE_BLOCK), block=LARGE_BLOCK)
 
 
+class Place(NamedTuple):
+    """What a kernel is built for: a model, and where rows and heads lie; it runs on every device's own share of them.
+
+    `interpret`: run a TPU's kernel anywhere, slowly, as plain operations; for tests.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+    rules: Mapping[str, Sequence[str]]
+    interpret: bool = False
+
+    @property
+    def device(self) -> Any:
+        """One of the devices, which are all alike."""
+        return self.mesh.devices.flat[0]
+
+
+class KernelSpec(NamedTuple):
+    """How one back end is chosen and made.
+
+    Attributes:
+      platform: of jax ("cpu", "gpu", "tpu"), on which alone it runs and where "auto" takes it, the first row before
+        others; None: it runs on every platform, and "auto" does not take it.
+      problem: what keeps this model, on such devices, from the back end ("needs ..., got ..."); None: nothing does.
+      make: the back end, where there is no problem.
+    """
+
+    platform: str | None
+    problem: Callable[[Place], str | None]
+    make: Callable[[Place], AttentionKernel]
+
+
 def choose_kernel(
     name: str, config: ModelConfig, mesh: Mesh, rules: Mapping[str, Sequence[str]], interpret: bool = False
 ) -> AttentionKernel:
@@ -73,26 +104,42 @@ def choose_kernel(
       interpret: run the TPU's kernel anywhere, slowly, as plain operations; for tests.
 
     Raises:
-      ValueError: a back end that this platform or device does not have, or that does not take the dtype or the head
-        size.
+      ValueError: a name that is not in `KERNELS`, a back end that this platform or device does not have, or one that
+        does not take the dtype or the head size.
     """
-    device, reason = mesh.devices.flat[0], ""
-    platform = device.platform
+    place = Place(config, mesh, rules, interpret)
+    platform, reasons = place.device.platform, []
     if name == "auto":
-        name = next((kernel for kernel, home in _PLATFORMS.items() if home == platform), "xla")
-        if problem := _problem(name, config, device):
-            name, reason = "xla", f"{name} {problem}"
-    if name == "xla":
-        kernel = XLA if platform == "cpu" else XLA_ON_ACCELERATORS
-        return dataclasses.replace(kernel, reason=reason) if reason else kernel
-    if _PLATFORMS[name] != platform and not interpret:
+        for kernel, spec in KERNELS.items():
+            if spec.platform == platform:
+                problem = spec.problem(place)
+                if problem is None:
+                    return spec.make(place)
+                reasons.append(f"{kernel} {problem}")
+        kernel = KERNELS["xla"].make(place)
+        return dataclasses.replace(kernel, reason="; ".join(reasons)) if reasons else kernel
+    if name not in KERNELS:
+        raise ValueError(f"model.attention must be auto or one of {', '.join(KERNELS)}, got {shown(name)}")
+    spec = KERNELS[name]
+    if spec.platform not in (None, platform) and not interpret:
         raise ValueError(
-            f"model.attention must be xla or auto on {platform}, got {name}, which runs on {_PLATFORMS[name]} only"
+            f"model.attention must be xla or auto on {platform}, got {name}, which runs on {spec.platform} only"
         )
-    if problem := _problem(name, config, device):
+    if problem := spec.problem(place):
         raise ValueError(f"model.attention={name} {problem}; set model.attention to xla or auto")
-    if name == "cudnn":
-        return AttentionKernel("cudnn", CudnnAttention(), skips_blocks=False)
+    return spec.make(place)
+
+
+def _make_xla(place: Place) -> AttentionKernel:
+    return XLA if place.device.platform == "cpu" else XLA_ON_ACCELERATORS
+
+
+def _splash_problem(place: Place) -> str | None:
+    return "needs model.dtype float32 or narrower, got float64" if place.config.dtype == "float64" else None
+
+
+def _make_splash(place: Place) -> AttentionKernel:
+    config, mesh, rules, interpret = place
     # Query heads and the kv heads that they read must lie on the same device.
     heads = partition_spec(("heads",), (config.num_heads,), mesh, rules)[0]
     kv_heads = partition_spec(("kv_heads",), (config.num_kv_heads,), mesh, rules)[0]
@@ -100,12 +147,8 @@ def choose_kernel(
     return AttentionKernel("splash", SplashAttention(mesh, rows or None, heads, heads != kv_heads, interpret))
 
 
-def _problem(name: str, config: ModelConfig, device: Any) -> str | None:
-    """What keeps a model on such devices from this back end, None if nothing does."""
-    if name == "splash" and config.dtype == "float64":
-        return "needs model.dtype float32 or narrower, got float64"
-    if name != "cudnn":
-        return None
+def _cudnn_problem(place: Place) -> str | None:
+    config, device = place.config, place.device
     capability, kind = _compute_capability(device), device.device_kind
     if capability is None:
         return f"needs an NVIDIA GPU, got {kind}"
@@ -118,6 +161,17 @@ def _problem(name: str, config: ModelConfig, device: Any) -> str | None:
     if config.head_dim > largest or config.head_dim % 8:
         return f"needs heads of at most {largest} on {kind} and a multiple of 8, got head_dim {config.head_dim}"
     return None
+
+
+def _make_cudnn(place: Place) -> AttentionKernel:
+    return AttentionKernel("cudnn", CudnnAttention(), skips_blocks=False)
+
+
+KERNELS: dict[str, KernelSpec] = {
+    "xla": KernelSpec(None, lambda place: None, _make_xla),
+    "splash": KernelSpec("tpu", _splash_problem, _make_splash),
+    "cudnn": KernelSpec("gpu", _cudnn_problem, _make_cudnn),
+}
 
 
 def _compute_capability(device: Any) -> tuple[int, int] | None:

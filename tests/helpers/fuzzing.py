@@ -23,9 +23,16 @@ from rl.algorithms.loss_types import LOSS_TYPES
 from rl.config.ranges import LARGEST_FLOAT, LARGEST_INT, RANGES
 from rl.config.sections import ESTIMATOR_NAMES, Config
 from rl.errors import raised_by_tandem
+from rl.models.attention_kernels import KERNELS
 
 HANG_SECONDS = 60  # of processor time, of one example
 LONGEST_MESSAGE = 2500
+# Names that a key takes, where its type is text.
+NAMES = {
+    "grpo.loss_type": tuple(LOSS_TYPES),
+    "grpo.advantage_estimator": ESTIMATOR_NAMES,
+    "model.attention": ("auto", *KERNELS),
+}
 WORDS = re.compile(r"[a-z_0-9]+")
 
 WORDS_OF_USERS = (
@@ -204,7 +211,7 @@ def plausible(kind, key=""):
         return st.sampled_from(INTS) | st.integers(0, 40)
     if kind is float:
         return st.sampled_from(FLOATS) | st.floats(0, 2)
-    choices = {"grpo.loss_type": tuple(LOSS_TYPES), "grpo.advantage_estimator": ESTIMATOR_NAMES}.get(key, ())
+    choices = NAMES.get(key, ())
     return st.sampled_from((*choices, *WORDS_OF_USERS)) if kind is str else JSON_VALUES
 
 
