@@ -20,6 +20,7 @@ from weights import Weights, has_library
 
 from rl.algorithms.advantages import compute_advantages
 from rl.algorithms.entropy_coef import EntropyCoefState
+from rl.algorithms.from_config import loss_config
 from rl.config.load import load_config
 from rl.data.prompts import PromptRow
 from rl.data.tokenizer import Tokenizer
@@ -33,7 +34,8 @@ from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn, setup_decode_state, setup_training_state
 from rl.training.packing import PackingPlan, TrainCompletion, TrainGroup
 from rl.training.shaped_inputs import plan_for
-from rl.training.update import Updater
+from rl.training.train_step import jit_train_step
+from rl.training.update import Updater, train_step_options
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.04, 1e-6, 1.0  # Adam's other numbers are everybody's defaults
 PAD_ID = 1  # Tunix learns of padding by this id alone, and embeds it; no prompt holds it, and no EOS id is so small
@@ -103,7 +105,9 @@ class TandemTrainer:
         self._state, abstract = setup_training_state(config, mesh, init_policy_fn, params)
         self._reference, _ = setup_decode_state(config, mesh, init_reference_fn, reference.params)
         self.plan = plan_for(config, workload.prompt_lengths[1], policy, mesh) if plan is None else plan
-        self._updater = Updater(config, policy, optimizer, self.plan, abstract.shardings, mesh=mesh)
+        options, loss = train_step_options(config, self.plan), loss_config(config)
+        train_step = jit_train_step(policy, optimizer, loss, abstract.shardings, mesh=mesh, **options)
+        self._updater = Updater(train_step, config, policy, self.plan, abstract.shardings, mesh=mesh)
         self._entropy = EntropyCoefState(0.0, 0.0)
         self._stack = contextlib.ExitStack()
         if batches[0].completions is None:

@@ -100,6 +100,15 @@ def test_no_path_is_chosen_by_the_class_of_a_model():
     assert not [module_name(p) for p in SOURCES if pattern.search(p.read_text())]
 
 
+@pytest.mark.parametrize("page", ["grpo_trainer", "sft_trainer"])
+def test_the_pages_hold_no_helpers_and_no_closures_and_ask_no_kind_of_model(page):
+    tree = ast.parse((ROOT / "rl" / f"{page}.py").read_text())
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+    assert [node.name for node in ast.walk(tree) if isinstance(node, functions)] == ["train", "main"]
+    named = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not named & {"lora", "kind", "flavours", "pure_nnx", "decodes_in_waves", "packs_rows"}
+
+
 def test_mesh_axis_names_are_spelled_in_one_module():
     pattern = re.compile(r"""["'](fsdp|tensor)["']""")
     assert [module_name(p) for p in SOURCES if pattern.search(p.read_text())] == ["rl.devices.mesh"]

@@ -54,6 +54,11 @@ class PromptData:
     num_dropped: int
     messages: list[str]
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt to train on."""
+        return max(len(row.prompt_ids) for row in self.train)
+
 
 @dataclasses.dataclass(frozen=True)
 class PairRow:

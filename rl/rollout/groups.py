@@ -96,6 +96,11 @@ class Rollout:
     metrics: dict[str, float]
     problems: list[str]
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all completions."""
+        return sum(len(completion.token_ids) for group in self.completions for completion in group)
+
 
 def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, specs: Sequence[RewardSpec]) -> Judged:
     """Groups of completions with all that their rewards are made of, one group per row."""

@@ -3,12 +3,12 @@
 from jax.sharding import Mesh
 
 from rl.config.load import Config, preset_values
-from rl.data.prompts import PromptData
+from rl.data.prompts import PairData, PromptData
 from rl.models.foreign import files as foreign
 from rl.models.lora import quantization_of
 from rl.models.policy import Policy
 from rl.run.console import Console
-from rl.run_folder.folder import RunFolder
+from rl.run.output import RunOutput
 from rl.sampler.token_draw import SamplingParams
 from rl.state.optimizer import updates_per_step
 from rl.state.origin import Origin
@@ -34,11 +34,12 @@ def announce(
     origin: Origin,
     policy: Policy,
     mesh: Mesh,
-    run: RunFolder,
-    plan: PackingPlan,
+    run: RunOutput,
+    packing: PackingPlan,
+    sampling: SamplingParams,
 ) -> None:
-    """Start-up information: what runs where, on what, and what a preset stands for."""
-    for message in (*data.messages, *foreign.notes(policy), *run.messages):
+    """Start-up information: what runs where, on what, what a preset stands for, and what completions are drawn from."""
+    for message in (*data.messages, *foreign.notes(policy), *run.folder.messages):
         console.message(message)
     if problem := foreign.unsharded(policy, mesh.size):
         console.warning(problem)
@@ -54,7 +55,7 @@ def announce(
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}",
         "prompts": f"{len(data.train)} train, {len(data.held_out)} held out",
         "step": f"{per_step}, {updates_per_step(config)} update(s)",
-        "packing": f"{plan.num_rows} rows x {plan.row_length} tokens a piece",
+        "packing": f"{packing.num_rows} rows x {packing.row_length} tokens a piece",
     }
     if lora := policy.config.lora:
         quantization = quantization_of(policy.config)
@@ -63,3 +64,20 @@ def announce(
     if grpo.preset:
         rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())
     console.table("grpo train", rows)
+    warn_about_sampling(console, config, sampling)
+
+
+def announce_supervised(
+    console: Console, pairs: PairData, num_held_out: int, origin: Origin, policy: Policy, run: RunOutput
+) -> None:
+    """The same for supervised fine-tuning."""
+    for message in (*pairs.messages, *foreign.notes(policy), *run.folder.messages):
+        console.message(message)
+    rows = {
+        "run folder": run.path,
+        "policy": f"{policy.flavour}, {policy.kernel.title}",
+        "pairs": len(pairs.rows),
+        "held out": num_held_out,
+        "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M",
+    }
+    console.table("grpo sft", rows)

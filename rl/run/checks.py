@@ -5,7 +5,7 @@ from rl.config.load import Config, require
 from rl.data.prompts import PromptData, check_enough_rows
 
 
-def check(config: Config, data: PromptData, max_positions: int) -> None:
+def check_recipe(config: Config, data: PromptData, max_positions: int) -> None:
     """Rules that need the data and the model's shape; ValueError when one is broken."""
     require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
     if not any(function.weight for function in config.rewards.functions):

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 import rich.console
 import rich.live
@@ -105,7 +105,7 @@ class Console:
                 self._live.stop()
             self._live = None
 
-    def __enter__(self) -> "Console":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -53,11 +53,13 @@ class Checkup(NamedTuple):
       state: for the next step.
       warnings: in words, for the console.
       keep_samples: whether all samples of the step should be kept, for something unusual happened in it.
+      cause_of_skips: why updates of the step were skipped, in words.
     """
 
     state: HealthState
     warnings: list[str]
     keep_samples: bool
+    cause_of_skips: str | None = None
 
 
 def healthy() -> HealthState:
@@ -65,7 +67,7 @@ def healthy() -> HealthState:
     return HealthState(0, 0, {}, {})
 
 
-def check_step(
+def examine(
     section: HealthSection,
     state: HealthState,
     metrics: Mapping[str, float],
@@ -92,21 +94,17 @@ def check_step(
         if math.isfinite(metrics.get(name, math.nan))
     }
     state = HealthState(state.num_skipped + skipped, in_a_row, {**state.recent, **recent}, lasting)
-    return Checkup(state, warnings, bool(unusual))
+    return Checkup(state, warnings, bool(unusual), cause_of_skips)
 
 
-def check_progress(section: HealthSection, state: HealthState, cause_of_skips: str | None = None) -> None:
-    """ValueError when so many updates in a row were skipped that going on is pointless.
-
-    Args:
-      cause_of_skips: why those of the last step were, and the way out, in words.
-    """
-    limit = section.max_skipped_updates
-    if limit is not None and state.num_skipped_last >= limit:
+def raise_if_stuck(section: HealthSection, checkup: Checkup) -> None:
+    """ValueError when so many updates in a row were skipped that going on is pointless."""
+    limit, skipped = section.max_skipped_updates, checkup.state.num_skipped_last
+    if limit is not None and skipped >= limit:
         raise ValueError(
             f"health.max_skipped_updates must be above the number of updates skipped in a row, got {limit} with "
-            f"{state.num_skipped_last} skipped; the weights stay those of the last update that was made. In the last "
-            f"step {cause_of_skips or _SKIPPED}. A change of these keys wants a new output_dir; the last lines of "
+            f"{skipped} skipped; the weights stay those of the last update that was made. In the last step "
+            f"{checkup.cause_of_skips or _SKIPPED}. A change of these keys wants a new output_dir; the last lines of "
             "samples.jsonl and metrics.jsonl show more"
         )
 

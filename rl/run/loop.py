@@ -1,15 +1,27 @@
-"""What a run remembers of its loop from one step to the next, and what it is known by."""
+"""What a run is known by, and what it remembers of its loop from one step to the next.
+
+In: the run's configuration and sources, or a checkpoint. Out: the identity for `run.json`; the state to train with its
+`LoopState`, restored or new.
+"""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 from rl.algorithms.entropy_coef import EntropyCoefState
 from rl.algorithms.from_config import file_hashes
 from rl.config.load import Config
 from rl.data.prompts import PromptData, fingerprint
-from rl.models.policy import Policy
+from rl.devices.programs import Stored, not_stored
+from rl.models.foreign import files as foreign
+from rl.models.train_state import PureState
 from rl.run.health import HealthState, healthy
-from rl.state.origin import Origin
+from rl.run.log import RunLog
+from rl.state.checkpoint import Checkpoints
+from rl.state.origin import Origin, pretrained_params
+from rl.state.states import InitStateFn, frozen_base, setup_training_state
 
 
 def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
@@ -19,15 +31,80 @@ def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, 
     return {"policy": origin.identity, "reference": reference, **hashes}
 
 
-def loop_record(
-    step: int, position: int, num_rows: int, policy: Policy, entropy: EntropyCoefState, health: HealthState
-) -> dict[str, Any]:
-    """What a checkpoint keeps of the loop after `step` steps, which used up `position` prompts of `num_rows` rows."""
-    epoch, offset = divmod(position, num_rows)
-    record = {"step": step, "epoch": epoch, "position": offset, "flavour": policy.flavour}
-    return record | {"entropy": entropy._asdict(), "health": health._asdict()}
+class LoopState(NamedTuple):
+    """What a checkpoint remembers of the loop; supervised fine-tuning has `step` and `health` alone.
+
+    Attributes:
+      step: steps that are done.
+      health: see `rl.run.health`.
+      position: prompts used up, in the order of the run's prompts.
+      entropy: of the adaptive entropy bonus.
+      rewards: what was found about reward functions, JSON values by name: `reward_calls` and `reward_doubts`.
+    """
+
+    step: int
+    health: HealthState
+    position: int
+    entropy: EntropyCoefState
+    rewards: Mapping[str, Any] = {}
+
+    @classmethod
+    def start(cls, config: Config) -> "LoopState":
+        """Before the first step."""
+        return cls(0, healthy(), 0, EntropyCoefState(config.grpo.entropy_coef, math.inf))
+
+    @classmethod
+    def restored(cls, record: Mapping[str, Any], config: Config, num_rows: int) -> "LoopState":
+        """Of a checkpoint's record, as `record` made it; `num_rows`: training rows of the run."""
+        loop = cls.start(config)._replace(step=record["step"], health=HealthState(**record["health"]))
+        if "position" not in record:
+            return loop
+        return loop._replace(
+            position=record["epoch"] * num_rows + record["position"],
+            entropy=EntropyCoefState(**record["entropy"]),
+            rewards={name: record[name] for name in ("reward_calls", "reward_doubts") if name in record},
+        )
+
+    def record(self, flavour: str, num_rows: int) -> dict[str, Any]:
+        """As JSON values; the position is that in the epoch, of `num_rows` rows."""
+        epoch, offset = divmod(self.position, num_rows)
+        record = {"step": self.step, "epoch": epoch, "position": offset, "flavour": flavour}
+        record |= {"entropy": self.entropy._asdict(), "health": self.health._asdict()}
+        return {**record, **self.rewards}
+
+    def supervised_record(self, flavour: str) -> dict[str, Any]:
+        """As JSON values, of supervised fine-tuning, in which the step alone says where in the data the run is."""
+        return {"step": self.step, "flavour": flavour, "health": self.health._asdict()}
 
 
-def start_of_loop(config: Config) -> tuple[EntropyCoefState, HealthState, int]:
-    """Entropy coefficient, health and position before the first step."""
-    return EntropyCoefState(config.grpo.entropy_coef, math.inf), healthy(), 0
+def restore_or_start(
+    config: Config,
+    mesh: Mesh,
+    init_state_fn: InitStateFn,
+    origin: Origin,
+    checkpoints: Checkpoints,
+    num_rows: int,
+    log: RunLog,
+    stored: Stored = not_stored,
+) -> tuple[PureState, LoopState]:
+    """The state to train, and where its loop stands: those of the newest checkpoint that is whole, or new ones.
+
+    Args:
+      checkpoints: of the run folder.
+      num_rows: training rows of the run.
+      stored: where the compiled program that builds a state is taken from, if it is there.
+
+    Raises:
+      ValueError: a checkpoint of another model or optimizer, no checkpoint that is whole, pretrained weights that do
+        not fit, or a module of the user's own that does not keep the rules of a policy.
+    """
+    if checkpoints.latest_step is None:
+        params = pretrained_params(origin, checkpoints.abstract.shardings.params)
+        state, _ = setup_training_state(config, mesh, init_state_fn, params, stored)
+        loop = LoopState.start(config)
+    else:
+        state, record = checkpoints.restore(base=frozen_base(config, mesh, init_state_fn, origin))
+        loop = LoopState.restored(record, config, num_rows)
+        log.resumed(loop.step)
+    foreign.check_policy(init_state_fn.policy, state.params, config.model.source)
+    return state, loop

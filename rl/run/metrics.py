@@ -254,15 +254,3 @@ def _parse(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise ValueError(f"{path}, line {number}, must be a JSON object with an integer step, got {line[:80]!r}")
     return row
-
-
-def timing(
-    watch: Stopwatch, metrics: dict[str, float], num_sequences: int, compiles: CompileCounter
-) -> dict[str, float]:
-    """Seconds and tokens per second by phase, compilations of the step, peak memory so far."""
-    seconds = watch.lap()
-    tokens = metrics["completion_length/mean"] * num_sequences
-    speeds = {
-        f"tokens_per_second/{phase}": tokens / seconds[f"seconds/{phase}"] for phase in ("rollout", "train", "step")
-    }
-    return {**seconds, **speeds, "compiles": compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}

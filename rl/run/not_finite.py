@@ -15,6 +15,13 @@ import numpy as np
 _LARGE_ADVANTAGE, _LARGE_WEIGHT = 1e4, 1e6
 
 
+def cause_if_all_skipped(
+    metrics: Mapping[str, float], num_updates: int, params: Any, advantages: np.ndarray | None = None
+) -> str | None:
+    """`cause_of_skips` of a step whose `num_updates` updates were all skipped; None where one was made."""
+    return cause_of_skips(metrics, params, advantages) if metrics["skipped_updates"] == num_updates else None
+
+
 def cause_of_skips(metrics: Mapping[str, float], params: Any, advantages: np.ndarray | None = None) -> str:
     """What is not finite in a step without an update, and what to do.
 

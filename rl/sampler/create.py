@@ -7,11 +7,12 @@ needs, and `SamplingParams`. Not here: what these do.
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from jax.sharding import Mesh
 
 from rl.config.load import Config
+from rl.data.prompts import PromptData
 from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
 from rl.devices.mesh import device_memory
@@ -19,7 +20,7 @@ from rl.devices.programs import Stored, not_stored
 from rl.models.config import ModelConfig, Quantization
 from rl.models.policy import Policy, WavePolicy
 from rl.sampler.slot_sampler import Sampler
-from rl.sampler.token_draw import SamplingParams
+from rl.sampler.token_draw import SamplingParams, check_vocabulary
 from rl.sampler.wave_sampler import WaveSampler
 from rl.state.states import InitStateFn, get_abstract_state
 
@@ -57,6 +58,43 @@ def create_sampler(
         rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory)
         return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
     return _slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, stored)
+
+
+class DrawSize(NamedTuple):
+    """A call of the sampler, as far as its programs and its memory depend on it."""
+
+    num_prompts: int
+    num_samples: int
+    sampling: SamplingParams
+
+
+def plan_draws(
+    sampler: Sampler | WaveSampler,
+    config: Config,
+    data: PromptData,
+    sampling: SamplingParams,
+    num_evaluated: int,
+    prompt_length: int | None = None,
+) -> list[DrawSize]:
+    """Plans a sampler's shapes for the prompts of a run; the calls that the run makes.
+
+    Args:
+      num_evaluated: prompts of each evaluation; 0: there are none.
+      prompt_length: tokens that prompts may have, where shapes were planned with it before; None: those of the data.
+
+    Raises:
+      ValueError: `sampling.kv_memory` is too small for one of the calls.
+    """
+    step = DrawSize(config.grpo.prompts_per_step, config.grpo.group_size, sampling)
+    sizes = [step, DrawSize(num_evaluated, 1, greedy(sampling))] if num_evaluated else [step]
+    if prompt_length is None:
+        prompts = [row.prompt_ids for row in (*data.train, *data.held_out)]
+        sampler.expect(prompts, step.num_prompts, step.num_samples)
+    else:
+        sampler.expect_length(prompt_length, step.num_prompts, step.num_samples)  # only its programs can be stored
+    for size in sizes:
+        check_memory(sampler, *size)
+    return sizes
 
 
 def check_memory(sampler: Sampler | WaveSampler, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
@@ -132,6 +170,13 @@ def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
         stop_strings=tuple(section.stop_strings),
         eos_ids=eos,
     )
+
+
+def checked_sampling(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> SamplingParams:
+    """`sampling_params` with the EOS ids of model and tokenizer; ValueError where an id is outside the vocabulary."""
+    sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
+    check_vocabulary(sampling, model_config.vocab_size)
+    return sampling
 
 
 def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -13,9 +13,45 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rl.config.load import Config
+from rl.devices.programs import Stored, not_stored
 from rl.models.train_state import PureState
+from rl.state.checkpoint import Checkpoints
+from rl.state.origin import Origin, pretrained_params
+from rl.state.states import InitStateFn, frozen_reference, setup_decode_state
+
+
+def reference_of(
+    config: Config,
+    mesh: Mesh,
+    init_reference_fn: InitStateFn,
+    origin: Origin,
+    checkpoints: Checkpoints,
+    state: PureState,
+    stored: Stored = not_stored,
+) -> PureState | None:
+    """The reference that a run starts or goes on with, a state of its own; None where the loss has no KL term.
+
+    With adapters it is the frozen base, whose arrays `state` holds already. A reference that moves is read from the
+    checkpoint that `state` was restored from. Otherwise it is what the run started from.
+
+    Args:
+      init_reference_fn: without an optimizer.
+      state: of the policy, restored or new.
+      stored: where the compiled program that builds a state is taken from, if it is there.
+    """
+    policy = init_reference_fn.policy
+    if not config.grpo.beta:
+        return None
+    if policy.config.lora is not None:
+        return frozen_reference(policy, state)
+    if config.reference.sync_every and checkpoints.latest_step is not None:
+        params = checkpoints.restore_reference()
+    else:
+        params = pretrained_params(origin, checkpoints.abstract.shardings.params)
+    return setup_decode_state(config, mesh, init_reference_fn, params, stored)[0]
 
 
 class ReferenceSync:

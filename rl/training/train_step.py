@@ -23,7 +23,7 @@ from rl.algorithms.loss_metrics import MetricSums, combine_sums, zero_sums
 from rl.algorithms.loss_types import Denominators, LossConfig, LossInputs
 from rl.algorithms.losses import denominators_for, grpo_loss
 from rl.devices.mesh import ROWS, from_host_memory, input_sharding, is_on_cpu, num_row_shards, replicated, row_sharding
-from rl.devices.programs import Program
+from rl.devices.programs import Program, Stored, not_stored
 from rl.models.logprobs import token_logprobs
 from rl.models.lora import join, split
 from rl.models.ops import widen
@@ -33,6 +33,7 @@ from rl.models.train_state import PureState
 from rl.state.optimizer import rounding_loss
 from rl.training.packing import PADDING_GROUP, Batch
 
+TRAIN_STEP = "train step"  # the program's name in a file of compiled ones
 # Names, in compiled programs, of the loops whose lengths are numbers of the batch.
 MICROBATCH_LOOP, SHORT_MICROBATCH_LOOP = "microbatches", "short microbatches"
 
@@ -78,6 +79,9 @@ class UpdateMetrics(NamedTuple):
     lost_share: jax.Array | None
 
 
+TrainStep = Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]
+
+
 class Difference(NamedTuple):
     """Sum, maximum and number of absolute differences; pieces merge exactly."""
 
@@ -102,7 +106,8 @@ def jit_train_step(
     chunk_size: int | None,
     minibatches_per_rollout: int,
     shorter_lengths: Sequence[int] = (),
-) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
+    stored: Stored = not_stored,
+) -> TrainStep:
     """The compiled update. The state is donated: the caller must not use the one it passed in again.
 
     With adapters only they and their moments are trained and donated; the frozen weights go in as they are, have no
@@ -115,6 +120,7 @@ def jit_train_step(
       chunk_size: tokens of each row of a piece whose logits exist at one time.
       minibatches_per_rollout: updates of one pass over a rollout batch.
       shorter_lengths: of the `PackingPlan` of the minibatches.
+      stored: where the compiled program is taken from, if it is there; otherwise it is compiled at its first call.
     """
     program = update_program(
         policy,
@@ -128,13 +134,7 @@ def jit_train_step(
         minibatches_per_rollout=minibatches_per_rollout,
         shorter_lengths=shorter_lengths,
     )
-    return train_step_of(policy, program.jit())
-
-
-def train_step_of(
-    policy: Policy, update: Callable
-) -> Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]:
-    """The train step that calls a compiled `update_program`."""
+    update = stored(TRAIN_STEP, program) or program.jit()
     if policy.config.lora is None:
         return update
 

@@ -29,15 +29,16 @@ from rl.state.optimizer import updates_per_step
 from rl.training.packing import Batch, PackingPlan, TrainGroup, pack
 from rl.training.token_advantages import TokenRewards, token_advantages_program
 from rl.training.train_step import (
+    TRAIN_STEP,
     Minibatch,
+    TrainStep,
     UpdateMetrics,
     batch_shardings,
     token_logprobs_program,
-    train_step_of,
     update_program,
 )
 
-LOGPROBS, REFERENCE_LOGPROBS, ENTROPIES, TRAIN_STEP = "logprobs", "reference logprobs", "entropies", "train step"
+LOGPROBS, REFERENCE_LOGPROBS, ENTROPIES = "logprobs", "reference logprobs", "entropies"
 TOKEN_ADVANTAGES = "token advantages"
 
 
@@ -49,13 +50,20 @@ class _Measured(NamedTuple):
 
 
 class Updater:
-    """The compiled functions of a run's updates, and how one step calls them."""
+    """All updates of one step: packs minibatches, has them scored where the loss needs it, calls the train step.
+
+    Args:
+      train_step: of `jit_train_step`, with `train_step_options` of the same configuration and plan.
+      plan: static shapes of the minibatches.
+      state_shardings: a `NamedSharding` per leaf of the state.
+      stored: where compiled programs that score minibatches are taken from, if they are there.
+    """
 
     def __init__(
         self,
+        train_step: TrainStep,
         config: Config,
         policy: Policy,
-        optimizer: optax.GradientTransformation,
         plan: PackingPlan,
         state_shardings: PureState,
         *,
@@ -68,9 +76,9 @@ class Updater:
         self._dtype = batch_dtype(policy)
         self._replicated = replicated(mesh)
         self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
-        programs = update_programs(config, policy, optimizer, state_shardings, plan, mesh)
+        programs = scoring_programs(config, policy, state_shardings, plan, mesh)
         self._calls = {name: stored(name, program) or program.jit() for name, program in programs.items()}
-        self._train_step = train_step_of(policy, self._calls[TRAIN_STEP])
+        self._train_step = train_step
         self._finish_metrics = jax.jit(finish_metrics, out_shardings=self._replicated)
 
     def step(
@@ -169,16 +177,35 @@ def update_programs(
     plan: PackingPlan,
     mesh: Mesh,
 ) -> dict[str, Program]:
-    """What an `Updater` of this configuration calls, by name. Reference and old log-probs are of one program; with
-    adapters those of the reference, the base alone, are of their own.
-    """
-    common: dict[str, Any] = {
-        "mesh": mesh,
+    """All programs of the updates of a run, by name: what scores minibatches, and the train step."""
+    options = train_step_options(config, plan)
+    train_step = update_program(policy, optimizer, loss_config(config), state_shardings, mesh=mesh, **options)
+    return {**scoring_programs(config, policy, state_shardings, plan, mesh), TRAIN_STEP: train_step}
+
+
+def train_step_options(config: Config, plan: PackingPlan) -> dict[str, Any]:
+    """What `jit_train_step` takes from the configuration besides loss and mesh, for minibatches packed by `plan`."""
+    return {**_pass_options(config, plan), "minibatches_per_rollout": config.grpo.minibatches}
+
+
+def _pass_options(config: Config, plan: PackingPlan) -> dict[str, Any]:
+    """What every pass over packed rows depends on, with and without gradient."""
+    return {
         "rules": config.mesh.rules,
         "temperature": config.sampling.temperature,
         "chunk_size": config.grpo.logprob_chunk,
         "shorter_lengths": plan.shorter_lengths,
     }
+
+
+def scoring_programs(
+    config: Config, policy: Policy, state_shardings: PureState, plan: PackingPlan, mesh: Mesh
+) -> dict[str, Program]:
+    """What an `Updater` of this configuration calls besides the train step, by name.
+
+    One program gives old and reference log-probs. With adapters the reference is the base alone, and has its own.
+    """
+    common: dict[str, Any] = {"mesh": mesh, **_pass_options(config, plan)}
     programs, has_adapters = {}, policy.config.lora is not None
     if _recomputes_old(config) or (config.grpo.beta and not has_adapters):
         programs[LOGPROBS] = token_logprobs_program(policy, state_shardings.params, with_entropy=False, **common)
@@ -191,14 +218,6 @@ def update_programs(
         programs[TOKEN_ADVANTAGES] = token_advantages_program(
             config.grpo.minibatches, config.grpo.beta, config.grpo.kl_estimator, mesh=mesh, rules=config.mesh.rules
         )
-    programs[TRAIN_STEP] = update_program(
-        policy,
-        optimizer,
-        loss_config(config),
-        state_shardings,
-        minibatches_per_rollout=config.grpo.minibatches,
-        **common,
-    )
     return programs
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl import grpo_trainer
 from rl.cli import main
 from rl.run.metrics import read_metrics, read_samples
 from rl.run_folder.folder import read_run
+from rl.state import reference_sync
 from rl.training.update import Updater
 from tests.helpers.places import REWARDS, ROOT
 
@@ -108,7 +108,7 @@ def test_a_preset_trains_with_the_advantages_and_parts_of_its_paper(name, tmp_pa
     flavour = f"pure_nnx={PRESETS.index(name) % 2 == 0}".lower()
     settings = [f"output_dir={tmp_path / 'run'}", f"grpo.preset={name}", flavour]
     settings += CHANGES.get(name, [])
-    update, build = Updater.step, grpo_trainer.setup_decode_state
+    update, build = Updater.step, reference_sync.setup_decode_state
     references = []
 
     def recorded(*arguments):
@@ -125,7 +125,7 @@ def test_a_preset_trains_with_the_advantages_and_parts_of_its_paper(name, tmp_pa
         return update(*arguments)
 
     monkeypatch.setattr(Updater, "step", guarded)
-    monkeypatch.setattr(grpo_trainer, "setup_decode_state", recorded)
+    monkeypatch.setattr(reference_sync, "setup_decode_state", recorded)
     assert not main(["train", str(recipe), *settings])
     told = capsys.readouterr().out
     assert f"preset {name}" in told

@@ -247,7 +247,7 @@ def whole(tmp_path_factory) -> Whole:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rl.grpo_trainer.create_sampler", create)
         run = train(recipe(folder, "eval.every=1", "data.eval_size=5", "sampling.warm_up=true"))
-    return Whole(run, warm, set(samplers[-1].engine.programs))  # the one before only planned
+    return Whole(run, warm, set(samplers[-1].engine.programs))
 
 
 def test_refills_and_evaluations_compile_nothing_after_the_warm_up(whole):

@@ -12,7 +12,7 @@ import pytest
 
 from rl import grpo_trainer, sft_trainer
 from rl.config.load import load_config
-from rl.run.health import HealthState, check_progress, check_step, healthy, is_spike
+from rl.run.health import HealthState, examine, healthy, is_spike, raise_if_stuck
 from rl.run.metrics import read_metrics, read_samples
 from rl.run.not_finite import cause_of_skips, sizes_of
 from rl.run_folder.folder import checkpoint_steps
@@ -47,7 +47,7 @@ def run_of(steps: list[dict], *overrides: str, state: HealthState | None = None)
     """The checkups of steps whose metrics are `FINE` but for what is given."""
     state, checkups = state or healthy(), []
     for changes in steps:
-        checkups.append(check_step(section(*overrides), state, FINE | changes))
+        checkups.append(examine(section(*overrides), state, FINE | changes))
         state = checkups[-1].state
     return checkups
 
@@ -104,7 +104,7 @@ def test_only_the_last_steps_count_and_values_that_are_not_finite_are_none():
 
 def test_run_without_kl_is_watched_all_the_same():
     metrics = {name: value for name, value in FINE.items() if name != "kl"}
-    checkup = check_step(section(), healthy(), metrics)
+    checkup = examine(section(), healthy(), metrics)
     assert checkup.warnings == []
     assert list(checkup.state.recent) == ["grad_norm"]
 
@@ -117,7 +117,7 @@ def without_reference(num_steps: int, scale: float) -> list[dict]:
 def bare_run(steps: list[dict], *overrides: str):
     state, checkups = healthy(), []
     for metrics in steps:
-        checkups.append(check_step(section(*overrides), state, {"skipped_updates": 0, **metrics}))
+        checkups.append(examine(section(*overrides), state, {"skipped_updates": 0, **metrics}))
         state = checkups[-1].state
     return checkups
 
@@ -220,16 +220,16 @@ def test_skipped_updates_in_a_row_end_the_run_and_one_that_was_made_breaks_the_r
     assert checkups[-1].state.num_skipped == 4
     assert checkups[0].keep_samples
     assert "1 update(s) skipped" in checkups[0].warnings[0]
-    check_progress(section("health.max_skipped_updates=3"), checkups[-1].state)
-    check_progress(section("health.max_skipped_updates=null"), checkups[-1].state)
+    raise_if_stuck(section("health.max_skipped_updates=3"), checkups[-1])
+    raise_if_stuck(section("health.max_skipped_updates=null"), checkups[-1])
     with pytest.raises(ValueError, match=r"2 skipped.*In the last step the loss is NaN\."):
-        check_progress(section("health.max_skipped_updates=2"), checkups[-1].state, "the loss is NaN")
+        raise_if_stuck(section("health.max_skipped_updates=2"), checkups[-1]._replace(cause_of_skips="the loss is NaN"))
 
 
 def test_step_of_several_updates_counts_each_of_them():
-    state = check_step(section(), healthy(), FINE | {"skipped_updates": 4}, num_updates=4).state
+    state = examine(section(), healthy(), FINE | {"skipped_updates": 4}, num_updates=4).state
     assert state.num_skipped_last == 4
-    assert check_step(section(), state, FINE | {"skipped_updates": 3}, num_updates=4).state[:2] == (7, 0)
+    assert examine(section(), state, FINE | {"skipped_updates": 3}, num_updates=4).state[:2] == (7, 0)
 
 
 @pytest.mark.parametrize(

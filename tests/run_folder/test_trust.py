@@ -437,8 +437,7 @@ def test_a_report_and_a_look_at_checkpoints_import_nothing(tmp_path, code, capsy
 READERS = {
     # Reads a configuration and looks at whose its code is, or leaves it to who calls it.
     "checks": {
-        "rl.grpo_trainer",
-        "rl.sft_trainer",
+        "rl.run.command",
         "rl.tools.trained",
         "rl.tools.samples.replay",
         "rl.tools.programs.compile",

@@ -23,8 +23,9 @@ from jax.extend.core import jaxprs_in_params
 from rl.algorithms.entropy_coef import EntropyCoefState
 from rl.algorithms.from_config import loss_config
 from rl.algorithms.loss_metrics import finish_metrics
-from rl.config.load import load_config
+from rl.config.load import Config, load_config
 from rl.devices.mesh import create_mesh, no_implicit_transfers
+from rl.devices.programs import Stored, not_stored
 from rl.models.config import FAMILIES, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
 from rl.models.flavours import create_policy
 from rl.models.lora import split
@@ -34,8 +35,8 @@ from rl.state.optimizer import create_training_optimizer
 from rl.state.states import AbstractState, InitStateFn, get_abstract_state
 from rl.training.packing import PackingPlan, TrainCompletion, TrainGroup, pack
 from rl.training.shaped_inputs import plan_for
-from rl.training.train_step import Minibatch, jit_train_step, token_logprobs_program
-from rl.training.update import ENTROPIES, LOGPROBS, TRAIN_STEP, Updater, bare_batch
+from rl.training.train_step import TRAIN_STEP, Minibatch, jit_train_step, token_logprobs_program
+from rl.training.update import ENTROPIES, LOGPROBS, Updater, bare_batch, train_step_options
 
 # No other dim of the tiny model is 88: arrays over the vocabulary are known by their shape. 8 devices divide it.
 VOCAB = 88
@@ -329,6 +330,15 @@ def make_trainer(
         shorter_lengths=plan.shorter_lengths,
     )
     return Trainer(policy, plan, devices, config.mesh.rules, abstract, optimizer, train_step)
+
+
+def make_updater(config: Config, packed: Trainer, stored: Stored = not_stored) -> Updater:
+    """The updater of a run with this configuration. The train step is its own, policy and shapes are the trainer's."""
+    policy, plan, shardings, mesh = packed.policy, packed.plan, packed.abstract.shardings, packed.mesh
+    options = train_step_options(config, plan)
+    loss = loss_config(config)
+    train_step = jit_train_step(policy, packed.optimizer, loss, shardings, mesh=mesh, **options, stored=stored)
+    return Updater(train_step, config, policy, plan, shardings, mesh=mesh, stored=stored)
 
 
 @pytest.fixture(scope="module")
@@ -848,14 +858,7 @@ def test_metrics_of_a_step_leave_skipped_updates_out_and_count_them(problem):
     settings = (*COMPOSITE, "grpo.minibatches=2", "grpo.prompts_per_step=4", "mesh.fsdp=1", "grpo.beta=0")
     settings += ("grpo.use_adaptive_entropy=true", f"grpo.logprob_chunk={CHUNK_SIZE}")
     packed = make_trainer("nnx", "float32", optimizer=SCHEDULED_ADAM)
-    updater = Updater(
-        load_config(None, settings),
-        packed.policy,
-        packed.optimizer,
-        packed.plan,
-        packed.abstract.shardings,
-        mesh=packed.mesh,
-    )
+    updater = make_updater(load_config(None, settings), packed)
     good = problem.train_groups([0, 1])
     bad = [TrainGroup(g.prompt_ids, [dataclasses.replace(c, advantage=np.inf) for c in g.completions]) for g in good]
     start = EntropyCoefState(ENTROPY_COEF, float("inf"))
@@ -952,15 +955,7 @@ def step_of_halves(problem, trainer):
         with jax.enable_x64(True):
             packed = trainer("nnx", "float64", optimizer=DESCENT)
             other = jax.device_put(noisy_params(packed.policy.config, seed=1), packed.abstract.shardings.params)
-            updater = Updater(
-                load_config(None, [*COMPOSITE, *settings]),
-                packed.policy,
-                packed.optimizer,
-                packed.plan,
-                packed.abstract.shardings,
-                mesh=packed.mesh,
-                stored=stored,
-            )
+            updater = make_updater(load_config(None, [*COMPOSITE, *settings]), packed, stored)
             state, _, metrics = updater.step(
                 packed.fresh_state(),
                 packed.fresh_state()._replace(params=other, opt_state=()),
@@ -1019,14 +1014,7 @@ def test_token_means_are_over_the_tokens_of_the_whole_rollout_batch(problem):
     """With weights that stand still the ratio is 1, and the mean of the updates' losses is minus the mean advantage."""
     settings = ("grpo.loss_type=dapo", "grpo.beta=0", "grpo.minibatches=2", "grpo.prompts_per_step=4", "mesh.fsdp=1")
     packed = make_trainer("nnx", "float32", optimizer=optax.sgd(0.0))
-    updater = Updater(
-        load_config(None, settings),
-        packed.policy,
-        packed.optimizer,
-        packed.plan,
-        packed.abstract.shardings,
-        mesh=packed.mesh,
-    )
+    updater = make_updater(load_config(None, settings), packed)
     groups = [problem.train_groups(half) for half in ([0, 1], [2])]
     _, _, metrics = updater.step(packed.fresh_state(), None, groups, EntropyCoefState(0.0, float("inf")))
     expected = -np.average(problem.advantages_B, weights=problem.lengths)
@@ -1042,9 +1030,7 @@ def test_with_the_kl_in_the_reward_each_token_has_the_advantage_of_what_follows(
         packed = trainer("nnx", "float64", optimizer=DESCENT)
         config = load_config(None, settings)
         other = jax.device_put(noisy_params(packed.policy.config, seed=1), packed.abstract.shardings.params)
-        updater = Updater(
-            config, packed.policy, packed.optimizer, packed.plan, packed.abstract.shardings, mesh=packed.mesh
-        )
+        updater = make_updater(config, packed)
         groups = [problem.train_groups(half) for half in HALVES]
         reference = packed.fresh_state()._replace(params=other, opt_state=())
         start = EntropyCoefState(0.0, float("inf"))
@@ -1082,8 +1068,7 @@ def test_the_logprobs_of_the_sampler_can_stand_in_for_old_ones(flavour, problem)
     """The ratio is then that of policy to sampler from the first update on, and 1 for a token that was not scored."""
     settings = ("grpo.old_logprobs=sampler", "grpo.beta=0", f"sampling.temperature={TEMPERATURE}", "mesh.fsdp=1")
     packed = make_trainer(flavour, "float32", optimizer=optax.sgd(0.0))
-    run, shardings = load_config(None, settings), packed.abstract.shardings
-    updater = Updater(run, packed.policy, packed.optimizer, packed.plan, shardings, mesh=packed.mesh)
+    updater = make_updater(load_config(None, settings), packed)
     groups = [problem.train_groups(range(len(problem.groups)))]
     _, _, metrics = updater.step(packed.fresh_state(), None, groups, EntropyCoefState(0.0, float("inf")))
     now_BL = jax.jit(plain_logprobs(packed.policy, problem))(noisy_params(packed.policy.config))[0]

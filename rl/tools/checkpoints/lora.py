@@ -27,8 +27,8 @@ from rl.models.files.lora_remainder import REMAINDER_FILE, read_remainder, resto
 from rl.models.files.peft import base_name, load_adapter, read_adapter, stored_matrices
 from rl.models.flavours import policy_from_config
 from rl.models.lora import join, split, unmerge
-from rl.run.checks import check
-from rl.run.loop import loop_record, run_identity, start_of_loop
+from rl.run.checks import check_recipe
+from rl.run.loop import LoopState, run_identity
 from rl.run_folder.folder import RunFolder, check_trust, is_run_folder
 from rl.run_folder.remote_steps import local_source
 from rl.state.checkpoint import create_checkpoint_manager
@@ -145,7 +145,7 @@ def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = (), t
     tokenizer = tokenizer_of(config)
     data = load_prompts(config, tokenizer)
     origin = find_origin(config, tokenizer)
-    check(config, data, origin.model_config.max_position_embeddings)
+    check_recipe(config, data, origin.model_config.max_position_embeddings)
     policy, mesh = policy_from_config(config, origin.model_config), create_mesh(config.mesh)
     _, optimizer = create_training_optimizer(config, policy)
     init_state_fn = InitStateFn(policy, optimizer, config.seed)
@@ -161,8 +161,7 @@ def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = (), t
             load_adapter(adapter, origin.model_config, shardings), frozen_base(config, mesh, init_state_fn, origin)
         )
         state, _ = setup_training_state(config, mesh, init_state_fn, params)
-        entropy, health, position = start_of_loop(config)
-        checkpoints.save(0, state, loop_record(0, position, len(data.train), policy, entropy, health))
+        checkpoints.save(0, state, LoopState.start(config).record(policy.flavour, len(data.train)))
         checkpoints.wait()
         return folder.path
 

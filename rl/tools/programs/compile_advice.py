@@ -18,7 +18,7 @@ from rl.models.logprobs import TILE_ROWS
 from rl.tools.programs.compile_report import Report
 from rl.tools.programs.loop_programs import DECODE, PREFILL, logit_chunk
 from rl.tools.programs.topologies import GIB
-from rl.training.update import TRAIN_STEP
+from rl.training.train_step import TRAIN_STEP
 
 
 class _Change(NamedTuple):

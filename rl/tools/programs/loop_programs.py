@@ -37,13 +37,12 @@ from rl.state.origin import folder_source, model_shape
 from rl.state.states import BASE, WEIGHTS, InitStateFn, get_abstract_state, init_program
 from rl.training.shaped_inputs import ShapedInputs, get_shaped_inputs
 from rl.training.token_advantages import TokenRewards
-from rl.training.train_step import MICROBATCH_LOOP, SHORT_MICROBATCH_LOOP, update_arguments
+from rl.training.train_step import MICROBATCH_LOOP, SHORT_MICROBATCH_LOOP, TRAIN_STEP, update_arguments
 from rl.training.update import (
     ENTROPIES,
     LOGPROBS,
     REFERENCE_LOGPROBS,
     TOKEN_ADVANTAGES,
-    TRAIN_STEP,
     bare_batch,
     update_programs,
 )

@@ -1,0 +1,69 @@
+"""Held-out accuracy at the end of a run that draws nothing before: prepared at its start, measured at its end."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from rl.config.load import Config
+from rl.data.prompts import PromptRow
+from rl.data.tokenizer import Tokenizer
+from rl.models.config import ModelConfig
+from rl.models.policy import Policy
+from rl.rollout.evaluation import evaluate, left_out_of_evaluation
+from rl.rollout.scoring import start_rewards
+from rl.run.console import Console
+from rl.sampler.contract import CompletionSource
+from rl.sampler.create import check_memory, create_sampler, eos_ids, greedy, sampling_params
+from rl.sampler.token_draw import check_vocabulary
+
+
+class FinalAccuracy:
+    """Accuracy of greedy completions of held-out prompts. Without such prompts or reward functions it does nothing.
+
+    Args:
+      param_shardings: of the policy's weights.
+      rows: the held-out prompts.
+
+    Raises:
+      ValueError: what would be refused at the end: reward functions that do not start, ids outside the vocabulary, too
+        little memory.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        model_config: ModelConfig,
+        mesh: Mesh,
+        param_shardings: Any,
+        tokenizer: Tokenizer,
+        rows: Sequence[PromptRow],
+    ) -> None:
+        self._config, self._rows, self._tokenizer = config, rows, tokenizer
+        self._sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
+        self._sampler: CompletionSource | None = None
+        if not (rows and config.rewards.functions):
+            return
+        check_vocabulary(self._sampling, model_config.vocab_size)
+        self._sampler = sampler = create_sampler(config, policy, mesh, param_shardings, tokenizer)
+        sampler.expect([row.prompt_ids for row in rows])
+        check_memory(sampler, len(rows), 1, greedy(self._sampling))
+        start_rewards(config, rows, None).close()
+
+    def say(self, params: Any, log_path: pathlib.Path | None, console: Console) -> None:
+        """Measures the accuracy with these weights, and says it. `log_path`: what reward functions print."""
+        if self._sampler is None:
+            return
+        reward = self._config.eval.reward
+        with start_rewards(self._config, self._rows, log_path) as runner:
+            if problem := left_out_of_evaluation(runner, reward):
+                console.warning(problem)
+            result = evaluate(self._sampler, params, self._rows, runner, self._tokenizer, self._sampling, reward)
+        console.message(f"held-out greedy accuracy {result.accuracy:.1%} on {result.num_prompts} prompts")
+
+    def close(self) -> None:
+        """Drops what waits to be compiled."""
+        if self._sampler is not None:
+            self._sampler.close()

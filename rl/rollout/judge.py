@@ -1,0 +1,129 @@
+"""What a run asks of its policy: the groups of a step, and accuracy on held-out prompts. Both are drawn, and judged by
+the run's reward functions.
+
+In: a sampler and running reward functions; then weights and a step. Out: groups of completions with rewards, or the
+metrics of an evaluation. Not here: which prompts are a step's (`rl.rollout.step_prompts`), what drawing and judging
+share (`rl.rollout.scoring`), advantages (`rl.rollout.groups`).
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from rewards.runner import RewardRunner
+from rl.config.load import Config
+from rl.data.prompts import PromptRow
+from rl.data.tokenizer import Tokenizer
+from rl.models.train_state import PureState
+from rl.rollout.evaluation import evaluate, left_out_of_evaluation
+from rl.rollout.groups import Judged, judge
+from rl.rollout.scoring import sample_and_score, warn_about_rewards
+from rl.rollout.step_prompts import Collected, check_calls, collect
+from rl.run.log import RunLog
+from rl.sampler.contract import CompletionSource
+from rl.sampler.token_draw import SamplingParams
+
+
+class Judge:
+    """Has the policy of a run complete prompts, and its reward functions judge what comes of it.
+
+    Args:
+      sampler: draws with the weights that each call hands over.
+      runner: the running reward functions.
+      sampling: of rollouts; evaluations are greedy.
+      held_out: prompts of the evaluations; empty: there are none.
+      log: counts the seconds of a step.
+
+    Raises:
+      ValueError: the reward functions cannot judge what the configuration asks for, see `check_calls`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sampler: CompletionSource,
+        runner: RewardRunner,
+        sampling: SamplingParams,
+        tokenizer: Tokenizer,
+        held_out: Sequence[PromptRow],
+        log: RunLog,
+    ) -> None:
+        check_calls(config, runner)
+        self._config, self._sampler, self._runner, self._log = config, sampler, runner, log
+        self._sampling, self._tokenizer, self._held_out = sampling, tokenizer, held_out
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What was found about the reward functions so far, JSON values for `adopt`."""
+        return {"reward_calls": self._runner.calls, "reward_doubts": self._runner.doubts}
+
+    def adopt(self, found: Mapping[str, Any]) -> None:
+        """Goes on with what an earlier part of the run found; empty: there is none. ValueError as at the start."""
+        if found:
+            self._runner.adopt(found["reward_calls"], found.get("reward_doubts"))
+            check_calls(self._config, self._runner)
+
+    def say_how_it_judges(self, gold: PromptRow | None) -> None:
+        """Says how reward functions are called and what no evaluation measures, and warns of what is odd about a score.
+
+        Args:
+          gold: a row whose own answer is scored before the first step; None: nothing is.
+        """
+        if gold is not None and self._config.rewards.check_on_gold:
+            warn_about_rewards(self._log, self._runner, gold)
+        self._log.messages(self._runner.notes())
+        self._say_what_is_left_out()
+
+    def groups_of_step(self, state: PureState, step: int, rows: Sequence[PromptRow], position: int) -> Collected:
+        """The groups that step number `step`, from 0, is trained on.
+
+        Args:
+          state: the weights to draw with; all randomness follows from its key and the step.
+          rows: to train on. position: how many, in the run's order, are used up.
+        """
+        collected = collect(self._config, rows, position, functools.partial(self._draw, state, step))
+        self._sampler.release()  # the weights are about to change
+        return collected
+
+    def evaluation(self, state: PureState, step: int) -> dict[str, float | None]:
+        """Metrics of the policy after `step` steps on the held-out prompts; none at a step without an evaluation."""
+        section, is_last = self._config.eval, step == self._config.grpo.steps
+        if not self._held_out or (step % section.every and not is_last):
+            return {}
+        with self._log.timer("eval"):
+            result = evaluate(
+                self._sampler,
+                state.params,
+                self._held_out,
+                self._runner,
+                self._tokenizer,
+                self._sampling,
+                section.reward,
+            )
+        return result.metrics()
+
+    def _draw(self, state: PureState, step: int, rows: Sequence[PromptRow], indices: Sequence[int]) -> Judged:
+        """A group for each row; `indices`: what stands for each in its randomness."""
+        calls = self._runner.calls
+        scored = sample_and_score(
+            self._sampler,
+            state.params,
+            rows,
+            self._config.grpo.group_size,
+            self._sampling,
+            jax.random.fold_in(jax.random.wrap_key_data(state.rng), step),
+            self._runner,
+            self._tokenizer,
+            self._log.stopwatch,
+            indices,
+        )
+        if self._runner.calls != calls:  # these completions showed that a function compares them
+            check_calls(self._config, self._runner)
+            self._say_what_is_left_out()
+        return judge(self._config, rows, scored, self._runner.specs)
+
+    def _say_what_is_left_out(self) -> None:
+        if self._held_out and (problem := left_out_of_evaluation(self._runner, self._config.eval.reward)):
+            self._log.warning(problem)

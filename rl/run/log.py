@@ -1,0 +1,97 @@
+"""What a run says and measures, step by step: `RunLog`.
+
+In: messages, warnings, and one mapping of metrics per step. Out: lines on the console, `metrics.jsonl` and
+`samples.jsonl` in the run folder, seconds per phase and compilations of a step. The parts are `rl.run.console` and
+`rl.run.metrics`; this holds them together for as long as a run goes on. It also takes the request to stop (Ctrl-C,
+SIGTERM), which it answers on the console.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rl.devices import hosts
+from rl.run.console import Console
+from rl.run.interrupt import StopRequest
+from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
+
+
+class RunLog(Console):
+    """The console of a run of `total_steps` steps, which inside `recording` writes metrics and samples as well.
+
+    Of several processes the first one alone says and writes something.
+
+    Attributes:
+      stopwatch: seconds per phase of the step so far.
+    """
+
+    def __init__(self, total_steps: int):
+        super().__init__(total_steps, hosts.console_stream())
+        self.stopwatch = Stopwatch()
+        self._writer: MetricsWriter | None = None
+        self._compiles: CompileCounter | None = None
+        self._stop: StopRequest | None = None
+
+    @contextlib.contextmanager
+    def recording(self, folder: pathlib.Path, first_step: int) -> Iterator[None]:
+        """From here to the end of the block steps are written, compilations counted, and requests to stop taken.
+
+        Args:
+          folder: of the run.
+          first_step: steps that are done. Lines of later ones, which are run again, are dropped.
+
+        Raises:
+          ValueError: see `MetricsWriter`.
+        """
+        first_line = first_step + 1 if first_step else 0  # a new run may begin with a line for step 0
+        with (
+            MetricsWriter(folder if hosts.is_first() else None, first_line) as self._writer,
+            CompileCounter() as self._compiles,
+            StopRequest(self.stopping) as self._stop,
+        ):
+            self.stopwatch = Stopwatch()
+            yield
+
+    def timer(self, phase: str) -> contextlib.AbstractContextManager[None]:
+        """Counts the time inside the block to `phase`."""
+        return self.stopwatch.timer(phase)
+
+    def lap(self, num_tokens: int, *phases: str) -> dict[str, float]:
+        """Metrics of the step that ends now: seconds, tokens per second in these phases, compilations, peak memory.
+
+        Args:
+          num_tokens: completion tokens of the step.
+        """
+        assert self._compiles is not None, "outside of `recording`"
+        seconds = self.stopwatch.lap()
+        speeds = {f"tokens_per_second/{phase}": num_tokens / seconds[f"seconds/{phase}"] for phase in phases}
+        counts = {"compiles": self._compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}
+        return {**seconds, **speeds, **counts}
+
+    def step(self, metrics: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Writes the step's line and its samples, and shows the line."""
+        assert self._writer is not None, "outside of `recording`"
+        self._writer.write(metrics)
+        if samples := list(samples):
+            self._writer.write_samples(metrics["step"], samples)
+        self.step_line(metrics)
+
+    def resumed(self, step: int) -> None:
+        """Says that the run goes on after `step` steps."""
+        self.message(f"resumed at step {step} of {self._total_steps}")
+
+    def messages(self, texts: Iterable[str]) -> None:
+        """Prints each text on lines of its own."""
+        for text in texts:
+            self.message(text)
+
+    def warnings(self, texts: Iterable[str]) -> None:
+        """Prints `warning: text` for each."""
+        for text in texts:
+            self.warning(text)
+
+    def is_last(self, step: int) -> bool:
+        """Whether the run ends after `step` steps: they are all, or one of its processes was asked to stop."""
+        assert self._stop is not None, "outside of `recording`"
+        return hosts.any_process(self._stop.requested) or step == self._total_steps

@@ -1,0 +1,117 @@
+"""Where a run's files go: its folder, the mirror of that folder in a store, and the checkpoints in it.
+
+In: the configuration and the run's identity. Out: `RunOutput`, one context for the three. Nothing on disk is touched
+before `begin`, but to make good what a kill has left half-moved; so everything that can be refused is refused before.
+"""
+
+import contextlib
+import functools
+import pathlib
+from types import TracebackType
+from typing import Any, Self
+
+from jax.sharding import Mesh
+
+from rl.config.load import Config
+from rl.data.tokenizer import Tokenizer
+from rl.devices import hosts
+from rl.run.log import RunLog
+from rl.run_folder.contents import LOG
+from rl.run_folder.folder import RunFolder
+from rl.run_folder.mirror import Mirror
+from rl.state.checkpoint import Checkpoints, create_checkpoint_manager, would_do
+from rl.state.export import write_folder
+from rl.state.states import AbstractState, InitStateFn
+
+
+class RunOutput:
+    """The output_dir of one run, which this process owns inside the context.
+
+    Attributes, from the context's start on:
+      path: the folder on disk.
+      resumed: whether it already held this run.
+      folder, mirror: the parts.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        kind: str,
+        identity: dict[str, Any],
+        log: RunLog,
+        look_only: bool = False,
+        trust: bool = False,
+    ):
+        """Arguments as `RunFolder` takes them; `look_only`: `begin` changes nothing on disk either."""
+        self._config, self._kind, self._identity, self._log = config, kind, identity, log
+        self._look_only, self._trust = look_only, trust
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Opens the folder; ValueError where it may not be used, see `Mirror` and `RunFolder`."""
+        with contextlib.ExitStack() as stack:
+            self.mirror = stack.enter_context(Mirror(self._config, self._log.message, self._look_only))
+            self.folder = RunFolder(self._config, self._kind, self._identity, self._look_only, self._trust)
+            stack.callback(self.folder.close)
+            self.path, self.resumed = self.folder.path, self.folder.resumed
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    @property
+    def rewards_log(self) -> pathlib.Path | None:
+        """The file for what reward functions print; None where nothing may be written."""
+        return None if self._look_only else self.path / LOG
+
+    def begin(
+        self, mesh: Mesh, init_state_fn: InitStateFn, abstract: AbstractState, with_reference: bool = False
+    ) -> Checkpoints:
+        """Makes the folder this run's, and gives its checkpoints. They are closed with the context.
+
+        Args:
+          abstract: of the state that `init_state_fn` builds.
+          with_reference: checkpoints hold a reference that moves, too.
+
+        Raises:
+          ValueError: the folder cannot be written, or the disk has too little room.
+        """
+        if not self._look_only:
+            self.folder.begin()
+            self.mirror.begin()
+        self.checkpoints = create_checkpoint_manager(
+            self._config,
+            mesh,
+            init_state_fn,
+            read_only=self._look_only,
+            with_reference=with_reference,
+            abstract=abstract,
+            mirror=self.mirror,
+            warn=self._log.warning,
+        )
+        self._stack.callback(self.checkpoints.close)
+        self.checkpoints.check_disk_space(counts_existing=self.resumed)
+        return self.checkpoints
+
+    def would_do(self, command: str, num_steps: int) -> str:
+        """What a run would do here, in a line; ValueError where its newest checkpoint cannot be resumed from."""
+        return would_do(command, self.path, self.checkpoints if self.resumed else None, num_steps)
+
+    def check_lease(self) -> None:
+        """ValueError where a store is another process's by now; of a folder on disk nothing is done."""
+        self.mirror.check()
+
+    def step_recorded(self) -> None:
+        """To be called when a step is written and saved: says what follows from it, see `RunFolder.recorded`."""
+        self._log.messages(self.folder.recorded())
+
+    def export(self, model_config: Any, params: Any, tokenizer: Tokenizer) -> None:
+        """Writes the policy to `export/` as a Hugging Face folder, whole and at once."""
+        write = functools.partial(
+            write_folder, model_config=model_config, params=hosts.fetch(params), tokenizer=tokenizer, dtype=None
+        )
+        self._log.messages(hosts.from_first(lambda: self.folder.replace_export(write)))
+        self._log.message(f"policy written to {self.path / 'export'}")
