@@ -7,7 +7,7 @@ from rl.algorithms.loss_types import LOSS_TYPES, LossType
 from rl.config.load import load_config
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics
-from rl.sft_trainer import negative_log_likelihood
+from rl.training.supervised import negative_log_likelihood
 from tests.helpers.places import REWARDS
 
 RECIPE = f"""
