@@ -48,6 +48,7 @@ class RewardSpec:
     name: unique, the name in metrics and messages. function: `module:function` or `path/to/file.py:function`.
     weight: factor in the weighted sum; 0 means metric only. kwargs: JSON constants handed to the function.
     calls: how it may be called, which wins over how the function is marked; None: as it is marked.
+    pickled: the function itself, see `rewards.objects`, where it is an object; `function` is then for messages only.
     """
 
     name: str
@@ -55,6 +56,7 @@ class RewardSpec:
     weight: float
     kwargs: Mapping[str, Any]
     calls: Calls | None = None
+    pickled: bytes | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ def needs_group(function: _Function) -> _Function:
 
 
 def load_function(spec: RewardSpec) -> Callable[..., Any]:
-    """Import the function that `spec.function` names.
+    """Import the function that `spec.function` names, or load the one that the spec holds.
 
     A `.py` path is run as a file with its folder first on `sys.path`, as `python file.py` would; anything else is
     imported as a module. `sys.path` and `sys.modules` of the calling process change, so call it in a reward worker.
@@ -150,7 +152,12 @@ def load_function(spec: RewardSpec) -> Callable[..., Any]:
     Raises ValueError when the text has no `:name`, the file or module does not import, or the attribute is missing or
     not callable.
     """
-    return import_function(spec.function, f"reward {spec.name!r}")
+    label = f"reward {spec.name!r}"
+    if spec.pickled is not None:
+        from rewards.objects import from_bytes  # what it imports is not needed by other functions
+
+        return from_bytes(spec.pickled, label)
+    return import_function(spec.function, label)
 
 
 def bind(

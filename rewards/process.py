@@ -256,6 +256,7 @@ def poll(workers: Sequence[WorkerProcess]) -> None:
 def load_request(key: int, spec: RewardSpec, columns: Sequence[str]) -> dict[str, Any]:
     """The request that makes a worker load a function; raises ValueError for kwargs that JSON cannot hold."""
     fields = {"name": spec.name, "function": spec.function, "weight": spec.weight, "calls": spec.calls}
+    fields["pickled"] = encode(spec.pickled, "pickled")
     kwargs = encode(spec.kwargs, f"reward {spec.name!r}: kwargs")
     # What imports here imports there; -P left out the working directory, where a user's modules are expected.
     path = [entry or os.getcwd() for entry in sys.path] + [os.getcwd()]

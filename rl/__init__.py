@@ -1,7 +1,20 @@
-"""Tandem: GRPO post-training in JAX, with interchangeable Linen and NNX policies."""
+"""Tandem: GRPO post-training in JAX, with interchangeable Linen and NNX policies.
 
+    run = rl.train(model=..., data=rows, rewards=[function], output_dir="runs/mine", grpo={"steps": 100})
+    run = rl.load("runs/mine")
+
+They are `rl.api`'s, which is imported when one of them is first asked for: it takes seconds.
+"""
+
+import importlib
 import importlib.util
 import pathlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rl.api import Run, load, train
+
+__all__ = ["Run", "load", "train"]
 
 
 def _check_rewards() -> None:
@@ -14,6 +27,12 @@ def _check_rewards() -> None:
             f"the package 'rewards' must be Tandem's own, {home / 'rewards'}, but the Python path has {found} first; "
             "uninstall or rename that package, or put Tandem before it"
         )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'rl' has no attribute {name!r}")
+    return getattr(importlib.import_module("rl.api"), name)
 
 
 _check_rewards()

@@ -22,6 +22,7 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 # What builds a model, holds its state or trains it; compiling that is most of the suite's time.
 BUILDERS = {
+    "rl.api",
     "rl.state.checkpoint",
     "rl.grpo_trainer",
     "rl.models.files.hf",
@@ -113,7 +114,7 @@ def _compiled_once(request, _programs):
     Not one that looks at programs themselves: what is loaded has the names and lines of where it was compiled.
     """
     names = _imported(request.path)
-    if not names & {"rl.cli", "rl.grpo_trainer", "rl.sft_trainer"} or names & {
+    if not names & {"rl.api", "rl.cli", "rl.grpo_trainer", "rl.sft_trainer"} or names & {
         "rl.run.executables",
         "rl.tools.programs.hlo",
     }:

@@ -29,7 +29,7 @@ ROOMS = [
     ["rl.rollout"],
     ["rl.grpo_trainer", "rl.sft_trainer"],
     ["rl.tools"],
-    ["rl.cli"],
+    ["rl.api", "rl.cli"],
 ]
 
 

@@ -1,4 +1,5 @@
-"""Rows from a source: a file, a data set of the hub, or a procedural task in; dicts under Tandem's column names out.
+"""Rows from a source: a file, a data set of the hub, a procedural task or an object in; dicts under Tandem's column
+names out.
 
 Each process of a run reads one block of the source, and gets the rows of the others from them. Nothing here knows about
 tokens or splits. pyarrow and datasets are imported only by the sources that need them, jax only to read.
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
+from rl.config.objects import rows_of
 from rl.data.parquet_pages import check_pages
 from rl.data.tasks import Row, is_procedural, procedural_rows
 from rl.files.json_file import shown
@@ -47,8 +49,8 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
     """The rows of a source, with columns under Tandem's names; all of them, in every process of the run.
 
     Args:
-      source: x.jsonl, x.parquet, a hub id, a folder that `datasets.load_dataset` reads, `arithmetic` or
-        `reasoning_gym:TASK`.
+      source: x.jsonl, x.parquet, a hub id, a folder that `datasets.load_dataset` reads, `arithmetic`,
+        `reasoning_gym:TASK`, or what stands for rows that are given (`rl.config.objects`).
       args: arguments of a procedural source or of `datasets.load_dataset`; a value of None counts as not given.
       columns: Tandem's name -> the data set's name; None maps nothing. Columns not named here keep their own names.
       seed: the run's seed, for procedural sources.
@@ -69,6 +71,10 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
 def open_source(source: str, args: Mapping[str, Any], seed: int) -> Source:
     """A source by its name, arguments as of `load_rows`; of a file no row is read yet."""
     args = {name: value for name, value in args.items() if value is not None}
+    if (given := rows_of(source)) is not None:
+        if args:
+            raise ValueError(f"data.args must be empty for rows that are given as an object, got {shown(args)}")
+        return Source(len(given), "rows", lambda start, end: given[start:end])
     if is_procedural(source):
         rows = procedural_rows(source, args, seed)
         return Source(len(rows), "rows", lambda start, end: rows[start:end])

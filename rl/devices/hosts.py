@@ -53,7 +53,7 @@ def join(section: DistributedSection) -> None:
         if section.process_id:
             _wait_for_the_first(section)
         options = {**given, "cluster_detection_method": "deactivate"}
-    elif not (section.auto and _is_in_a_cluster()):
+    elif not is_in_a_cluster(section):
         return
     # Its handler of SIGTERM would swallow what `rl.run.interrupt` waits for, and before that what should end the
     # process.
@@ -131,8 +131,10 @@ def _report(error: BaseException) -> int:
     return 2 if is_plain else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def _is_in_a_cluster() -> bool:
-    """Whether jax's own detection finds more than one process."""
+def is_in_a_cluster(section: DistributedSection) -> bool:
+    """Whether jax's own detection, where it is to be asked, finds more than one process."""
+    if not section.auto:
+        return False
     from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks; there is no public way to ask
 
     with warnings.catch_warnings():

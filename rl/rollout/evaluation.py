@@ -46,7 +46,7 @@ class EvalResult:
     left_out: list[str]
     completion_length: float
     truncated_share: float
-    samples: list[dict[str, Any]]
+    samples: list[dict[str, Any]] = dataclasses.field(repr=False)
 
     def metrics(self) -> dict[str, float | None]:
         """As keys of metrics.jsonl."""

@@ -15,6 +15,7 @@ from rewards.batch import RewardResult, Share
 from rewards.contract import Calls, RewardSpec
 from rewards.runner import RewardRunner, check_on_gold
 from rl.config.load import Config
+from rl.config.objects import function_of
 from rl.data.prompts import Prompt, PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
@@ -41,6 +42,7 @@ def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.P
             f.weight,
             f.kwargs,
             "needs_group" if f.needs_group else said[f.elementwise],
+            None if (given := function_of(f.function)) is None else given.pickled,
         )
         for f in config.rewards.functions
     ]

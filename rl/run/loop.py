@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from rl.algorithms.entropy_coef import EntropyCoefState
 from rl.algorithms.from_config import file_hashes
 from rl.config.load import Config
+from rl.config.objects import function_hashes
 from rl.data.prompts import PromptData, fingerprint
 from rl.devices.programs import Stored, not_stored
 from rl.models.foreign import files as foreign
@@ -25,10 +26,12 @@ from rl.state.states import InitStateFn, frozen_base, setup_training_state
 
 
 def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
-    """What `run.json` keeps of a run: the sources and hashes of policy, reference, prompts and a user's own files."""
+    """What `run.json` keeps of a run: the sources and hashes of policy, reference, prompts, a user's own files, and
+    reward functions that no file holds.
+    """
     reference = origin.identity if config.grpo.beta else None
     hashes = {"data": fingerprint(data.train), **file_hashes(config)}
-    return {"policy": origin.identity, "reference": reference, **hashes}
+    return {"policy": origin.identity, "reference": reference, **hashes, **function_hashes(config)}
 
 
 class LoopState(NamedTuple):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from rl.config.load import Config, differences, dump_config, load_config, override_values
+from rl.config.objects import check_given
 from rl.config.sections import flatten, to_dict
 from rl.devices import hosts
 from rl.files.local_files import UNFINISHED, lock_file, write_file
@@ -62,7 +63,7 @@ from rl.run_folder.replaced import (
     replaced_runs,
     restore,
 )
-from rl.run_folder.trust import FILE_KEYS, TO_TRAIN, code_of, digests, untrusted, write_identity
+from rl.run_folder.trust import FILE_KEYS, REWARDS, TO_TRAIN, code_of, digests, untrusted, write_identity
 
 _UNFINISHED_EXPORT = UNFINISHED + EXPORT
 
@@ -433,10 +434,13 @@ def check_trust(
     trust: bool = False,
 ) -> None:
     """To be called before anything runs by a configuration: ValueError where it comes from a run folder and names code
-    that is not shown to be what this user ran, or has changed since the run wrote it.
+    that is not shown to be what this user ran, or has changed since the run wrote it; and where it stands for objects
+    that the command would use and that are not given (`rl.config.objects`).
 
     The arguments are those of `check_code`.
     """
+    if REWARDS in kinds:
+        check_given(config)
     check_code(path, config, overrides, kinds, trust)
     run = _run_of(path)
     if run is None or trust:

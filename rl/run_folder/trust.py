@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rl.config.load import Config
+from rl.config.objects import is_object
 from rl.config.sections import is_user_function, source_kind
 from rl.files.local_files import file_hash, write_file
 from rl.run_folder.contents import CONFIG, FILES_KEY, FORMAT, FORMAT_KEY, IDENTITY
@@ -67,11 +68,13 @@ class Code:
 
 
 def code_of(config: Config) -> list[Code]:
-    """All code that a configuration names, ready-made rewards left out. Imports nothing."""
+    """All code that a configuration names; without ready-made rewards and objects, which the caller gives. Imports
+    nothing.
+    """
     found = [
         Code("rewards.functions", entry.function, REWARDS, _file_of(entry.function))
         for entry in config.rewards.functions
-        if entry.function not in READY_MADE
+        if entry.function not in READY_MADE and not is_object(entry.function)
     ]
     if source_kind(config.model.source) == "own":
         found.append(Code("model.source", str(config.model.source), MODEL, _file_of(str(config.model.source))))

@@ -547,7 +547,7 @@ def test_a_cluster_counts_when_it_has_more_than_one_process(monkeypatch, tasks, 
         monkeypatch.setenv(name, value) if tasks else monkeypatch.delenv(name, raising=False)
     if tasks:
         monkeypatch.setenv("SLURM_NTASKS", tasks)
-    assert hosts._is_in_a_cluster() is found
+    assert hosts.is_in_a_cluster(load_config(None).distributed) is found
 
 
 @pytest.fixture
@@ -568,14 +568,14 @@ def test_the_workers_of_gke_are_found_by_their_names(monkeypatch, tpu_vm, names,
     variables = {"TPU_WORKER_HOSTNAMES": names, "TPU_WORKER_ID": "0", "MEGASCALE_NUM_SLICES": slices}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert hosts._is_in_a_cluster() is found
+    assert hosts.is_in_a_cluster(load_config(None).distributed) is found
 
 
 @pytest.mark.parametrize(("workers", "found"), [("a:b:10.0.0.1,c:d:10.0.0.2", True), ("host-0", False)])
 def test_the_workers_of_a_cloud_tpu_are_found_by_its_metadata(tpu_vm, workers, found):
-    assert hosts._is_in_a_cluster() is False
+    assert hosts.is_in_a_cluster(load_config(None).distributed) is False
     tpu_vm |= {"agent-worker-number": "0", "worker-network-endpoints": workers, "tpu-env": "ZONE: 'x'"}
-    assert hosts._is_in_a_cluster() is found
+    assert hosts.is_in_a_cluster(load_config(None).distributed) is found
 
 
 def test_keys_that_name_the_processes_come_together():

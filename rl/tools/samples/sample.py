@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rl.config.load import Config
 from rl.config.ranges import LARGEST_SEED
 from rl.data.tokenizer import Tokenizer
 from rl.devices.programs import use_compilation_cache
@@ -53,17 +54,9 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     tokenizer = tokenizer_of(config)
     samples = to_sample_rows(rows, config.data, tokenizer, arguments.n, config.sampling.max_completion_length)
     origin = find_origin(config, tokenizer)
-    sampling = sampling_params(config, eos_ids(config, origin.model_config, tokenizer))
-    sampling = dataclasses.replace(sampling, top_logprobs=arguments.top_logprobs)
-    check_rows(samples, sampling, origin.model_config)
-    sampling = dataclasses.replace(sampling, max_completion_length=max(row.limit for row in samples))
-    check_vocabulary(sampling, origin.model_config.vocab_size)
+    sampling = _sampling_of(config, origin.model_config, tokenizer, samples, arguments.top_logprobs)
     seed = config.seed if arguments.seed is None else arguments.seed
-    requests = [
-        Request(prompt, prompt, number, row.limit, row.seed)
-        for prompt, row in enumerate(samples)
-        for number in range(row.num_samples)
-    ]
+    requests = _requests_for(samples)
     with contextlib.ExitStack() as stack:
         write: Callable[[str], None] = _print_line
         if arguments.output is not None:
@@ -98,6 +91,43 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
             _say(f"stopped after {num_done} of {len(requests)} completions{kept}")
             return 130
     return 0
+
+
+def sample_rows(source: Source, samples: Sequence[SampleRow], seed: int | None = None) -> Iterator[dict[str, Any]]:
+    """Draws every completion of the rows; a record of each as it ends, see `to_record`. seed: the run's when None.
+
+    Raises:
+      ValueError: see `check_rows`.
+    """
+    config, tokenizer = source.config, tokenizer_of(source.config)
+    model_config = find_origin(config, tokenizer).model_config
+    sampling = _sampling_of(config, model_config, tokenizer, samples)
+    trained = load_source(source)
+    where = trained.policy, trained.mesh, trained.shardings, trained.tokenizer
+    with contextlib.closing(create_sampler(config, *where)) as sampler:
+        seed = config.seed if seed is None else seed
+        for prompt, completion in draw(sampler, trained.params, samples, _requests_for(samples), sampling, seed):
+            yield to_record(samples[prompt], completion, tokenizer, sampling)
+
+
+def _sampling_of(
+    config: Config, model_config: ModelConfig, tokenizer: Tokenizer, samples: Sequence[SampleRow], top_logprobs: int = 0
+) -> SamplingParams:
+    """How completions of these rows are drawn; ValueError for rows that the model cannot take."""
+    sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
+    sampling = dataclasses.replace(sampling, top_logprobs=top_logprobs)
+    check_rows(samples, sampling, model_config)
+    sampling = dataclasses.replace(sampling, max_completion_length=max(row.limit for row in samples))
+    check_vocabulary(sampling, model_config.vocab_size)
+    return sampling
+
+
+def _requests_for(samples: Sequence[SampleRow]) -> list[Request]:
+    return [
+        Request(prompt, prompt, number, row.limit, row.seed)
+        for prompt, row in enumerate(samples)
+        for number in range(row.num_samples)
+    ]
 
 
 def _with_step(source: Source) -> Source:
