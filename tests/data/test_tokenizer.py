@@ -1,7 +1,6 @@
 """Text and token ids: BOS and EOS rules, chat templates, the byte tokenizer, saving and loading."""
 
 import json
-import signal
 import subprocess
 import sys
 
@@ -152,23 +151,31 @@ def test_a_template_that_fails_or_does_not_end_is_refused(tmp_path, monkeypatch)
         assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("SECONDS", "0.3 s of processor time"), ("CLOCK_SECONDS", "0.3 s")])
-def test_a_template_is_stopped_also_where_the_trainer_ignores_the_signals_that_do_it(
-    tmp_path, monkeypatch, name, reason
-):
-    monkeypatch.setattr(untrusted, name, 0.3)
+def test_a_template_is_stopped_also_where_the_trainer_ignores_the_signals_that_do_it(tmp_path):
     path = tmp_path / "endless.jinja"
     path.write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
-    stopping = (signal.SIGPROF, signal.SIGALRM)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in stopping}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+    # In a process of its own: a library may need them ignored where Python knows nothing of it, as jax's does.
+    code = f"""
+import signal
+from rl.data.tokenizer import load_tokenizer
+from rl.files import untrusted
+for number in (signal.SIGPROF, signal.SIGALRM):
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGPROF, signal.SIGALRM))
+for name in ("SECONDS", "CLOCK_SECONDS"):
+    before = getattr(untrusted, name)
+    setattr(untrusted, name, 0.3)
     try:
-        with pytest.raises(ValueError, match=f"it took more than {reason}"):
-            load_tokenizer("byte", path).encode_chat(USER)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        load_tokenizer("byte", {str(path)!r}).encode_chat({USER!r})
+    except ValueError as error:
+        print(error)
+    setattr(untrusted, name, before)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    first, second = printed.splitlines()
+    assert "took more than 0.3 s of processor time" in first, first
+    assert "took more than 0.3 s" in second, second
+    assert "processor" not in second, second
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit the memory of a process")
