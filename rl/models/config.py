@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from rl.files.json_file import briefly, shown
+from rl.models.families import FAMILIES, Family, families_with
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 REMAT_MODES = ("none", "dots", "outputs", "block", "full")
@@ -128,8 +128,8 @@ class ModelConfig:
     `layer_types` names "full_attention" or "sliding_attention" for every layer; sliding layers see `sliding_window`
     positions and use `rope_local_theta`. `remat` is what the backward pass computes again, see `ops.remat_options`;
     `scan_layers` runs the layers of training as a loop, see `rl.models.scanned`.
-    `attention_bias` adds a bias to q, k, v, and to o except in qwen2. With `lora` the tree has adapters, and only they
-    are trained. `quantization` is that of the model's files, whose weights then stay as they are stored.
+    `attention_bias` adds a bias to q, k, v, and to o where the family has one there. With `lora` the tree has adapters,
+    and only they are trained. `quantization` is that of the model's files, whose weights then stay as they are stored.
     """
 
     family: str
@@ -202,12 +202,12 @@ class ModelConfig:
     ) -> "ModelConfig":
         """A fresh architecture; what is left out (None) follows the family.
 
-        Raises ValueError for sizes that do not fit. Without `layer_types`, gemma3_text with a `sliding_window` makes
-        every sixth layer global, as Gemma 3 does.
+        Raises ValueError for sizes that do not fit. Without `layer_types`, a `sliding_window` is that of all layers but
+        every sixth, or whatever the family's `window_pattern` is.
         """
-        _check_choice("family", family, FAMILIES)
+        _check_choice("family", family, tuple(FAMILIES))
         _check_size("num_layers", num_layers)
-        gemma = family == "gemma3_text"
+        row = FAMILIES[family]
         if head_dim is None:
             _check_positive("num_heads", num_heads)
             if hidden_size % num_heads:
@@ -217,8 +217,8 @@ class ModelConfig:
                 )
             head_dim = hidden_size // num_heads
         if layer_types is None:
-            sliding = gemma and sliding_window is not None
-            layer_types = alternating_layer_types(num_layers, 6) if sliding else (FULL_ATTENTION,) * num_layers
+            pattern = None if sliding_window is None else row.window_pattern
+            layer_types = alternating_layer_types(num_layers, 1 if pattern is None else pattern)
         return cls(
             family=family,
             vocab_size=vocab_size,
@@ -231,11 +231,11 @@ class ModelConfig:
             max_position_embeddings=max_position_embeddings,
             norm_eps=norm_eps,
             tie_word_embeddings=tie_word_embeddings,
-            rope_theta=(1_000_000.0 if gemma else 10_000.0) if rope_theta is None else rope_theta,
+            rope_theta=row.rope_theta if rope_theta is None else rope_theta,
             rope_scaling=rope_scaling,
             rope_local_theta=rope_local_theta,
-            activation=("gelu_tanh" if gemma else "silu") if activation is None else activation,
-            attention_bias=family == "qwen2" if attention_bias is None else attention_bias,
+            activation=row.activation if activation is None else activation,
+            attention_bias=row.always_attention_bias if attention_bias is None else attention_bias,
             mlp_bias=mlp_bias,
             sliding_window=sliding_window,
             layer_types=tuple(layer_types),
@@ -256,19 +256,19 @@ class ModelConfig:
         return _decoder_specs(self)
 
     @property
-    def is_gemma(self) -> bool:
-        """Gemma's own choices: 1 + scale norms (four per block), scaled embeddings."""
-        return self.family == "gemma3_text"
-
-    @property
-    def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised per head before RoPE."""
-        return self.family in ("qwen3", "gemma3_text")
+    def features(self) -> Family:
+        """What the family computes."""
+        return FAMILIES[self.family]
 
     @property
     def output_bias(self) -> bool:
         """Whether o_proj has a bias."""
-        return self.attention_bias and self.family != "qwen2"
+        return self.attention_bias and self.features.output_bias
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dims of each head, from the first on, are rotated."""
+        return int(self.head_dim * self.features.rotary_share)
 
     @property
     def attention_scale(self) -> float:
@@ -416,7 +416,7 @@ def _layer_specs(config: ModelConfig) -> dict[str, Any]:
         "v_proj": _dense_spec((hidden,), ("embed",), key_shape, key, config.attention_bias),
         "o_proj": _dense_spec(query_shape, query, (hidden,), ("embed",), config.output_bias),
     }
-    if config.qk_norm:
+    if config.features.qk_norm:
         attention |= {"q_norm": _norm_spec(head_dim), "k_norm": _norm_spec(head_dim)}
     layer = {
         "input_layernorm": _norm_spec(hidden),
@@ -428,7 +428,7 @@ def _layer_specs(config: ModelConfig) -> dict[str, Any]:
             "down_proj": _dense_spec((mlp,), ("mlp",), (hidden,), ("embed",), config.mlp_bias),
         },
     }
-    if config.is_gemma:
+    if config.features.post_norms:
         layer |= {"pre_feedforward_layernorm": _norm_spec(hidden), "post_feedforward_layernorm": _norm_spec(hidden)}
     return layer
 
@@ -483,7 +483,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _check(config: ModelConfig) -> None:
     for name, choices in (
-        ("family", FAMILIES),
+        ("family", tuple(FAMILIES)),
         ("activation", ACTIVATIONS),
         ("dtype", DTYPES),
         ("param_dtype", DTYPES),
@@ -509,6 +509,12 @@ def _check(config: ModelConfig) -> None:
         )
     if config.head_dim % 2:
         raise ValueError(f"head_dim must be even for rotary embeddings, got {config.head_dim}")
+    row = config.features
+    if config.rotary_dim % 2:
+        raise ValueError(
+            f"head_dim must let {config.family} rotate an even number of dims, {row.rotary_share} of them, got "
+            f"{config.head_dim}"
+        )
     if len(config.layer_types) != config.num_layers:
         raise ValueError(
             f"layer_types must name {config.num_layers} layers (num_layers), got {len(config.layer_types)}"
@@ -516,18 +522,25 @@ def _check(config: ModelConfig) -> None:
     for layer_type in config.layer_types:
         _check_choice("layer_types entry", layer_type, (FULL_ATTENTION, SLIDING_ATTENTION))
     if SLIDING_ATTENTION in config.layer_types:
-        if not config.is_gemma:
-            raise ValueError(f"sliding_attention layers are supported for gemma3_text only, got family {config.family}")
+        if row.window_pattern is None:
+            raise ValueError(
+                f"sliding_attention layers are supported for {families_with('window_pattern')} only, got family "
+                f"{config.family}"
+            )
         if config.sliding_window is None or config.sliding_window < 1:
             raise ValueError(f"sliding_window must be >= 1 with sliding_attention layers, got {config.sliding_window}")
-    if config.family == "qwen2" and not config.attention_bias:
-        raise ValueError("attention_bias must be true for qwen2, whose q, k and v always have a bias, got false")
-    if config.mlp_bias and config.family != "llama":
-        raise ValueError(f"mlp_bias must be false for {config.family}, got true; only llama has it")
-    if not config.is_gemma and config.query_pre_attn_scalar != config.head_dim:
+    if row.always_attention_bias and not config.attention_bias:
+        raise ValueError(
+            f"attention_bias must be true for {config.family}, whose q, k and v always have a bias, got false"
+        )
+    if config.mlp_bias and not row.may_have_mlp_bias:
+        raise ValueError(
+            f"mlp_bias must be false for {config.family}, got true; only {families_with('may_have_mlp_bias')} has it"
+        )
+    if not row.has_query_scale and config.query_pre_attn_scalar != config.head_dim:
         raise ValueError(
             f"query_pre_attn_scalar must equal head_dim ({config.head_dim}) for {config.family}, "
-            f"got {config.query_pre_attn_scalar}; only gemma3_text has it"
+            f"got {config.query_pre_attn_scalar}; only {families_with('has_query_scale')} has it"
         )
     for token_id in config.eos_token_ids:
         if not 0 <= token_id < config.vocab_size:

@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.k_proj = Projection(config, hidden, keys, config.attention_bias)
         self.v_proj = Projection(config, hidden, keys, config.attention_bias)
         self.o_proj = Projection(config, queries, hidden, config.output_bias)
-        if config.qk_norm:
+        if config.features.qk_norm:
             self.q_norm = RMSNorm(config, config.head_dim)
             self.k_norm = RMSNorm(config, config.head_dim)
 
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
     ) -> tuple[jax.Array, kv.LayerCache | None]:
         q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        if self.config.qk_norm:
+        if self.config.features.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH = ops.apply_rope(q_BTNH, context.cos_BTH, context.sin_BTH)
         k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH)
@@ -124,7 +124,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with residuals; Gemma normalises the output of each as well."""
+    """Attention and MLP with residuals; with `post_norms` the output of each is normalised as well."""
 
     config: ModelConfig
 
@@ -134,7 +134,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
         self.mlp = MLP(config)
-        if config.is_gemma:
+        if config.features.post_norms:
             self.pre_feedforward_layernorm = RMSNorm(config, config.hidden_size)
             self.post_feedforward_layernorm = RMSNorm(config, config.hidden_size)
 
@@ -142,7 +142,7 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
     ) -> tuple[jax.Array, kv.LayerCache | None]:
         attended_BTD, layer_cache = self.self_attn(self.input_layernorm(x_BTD), context, layer_cache)
-        if self.config.is_gemma:
+        if self.config.features.post_norms:
             x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
             mixed_BTD = self.mlp(self.pre_feedforward_layernorm(x_BTD))
             return x_BTD + self.post_feedforward_layernorm(mixed_BTD), layer_cache

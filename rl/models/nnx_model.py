@@ -87,7 +87,7 @@ class Attention(nnx.Module):
         self.k_proj = Projection(config, hidden, keys, config.attention_bias, key, (*path, "k_proj"))
         self.v_proj = Projection(config, hidden, keys, config.attention_bias, key, (*path, "v_proj"))
         self.o_proj = Projection(config, queries, hidden, config.output_bias, key, (*path, "o_proj"))
-        if config.qk_norm:
+        if config.features.qk_norm:
             self.q_norm = RMSNorm(config, config.head_dim, key, (*path, "q_norm"))
             self.k_norm = RMSNorm(config, config.head_dim, key, (*path, "k_norm"))
 
@@ -95,7 +95,7 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
     ) -> tuple[jax.Array, kv.LayerCache | None]:
         q_BTNH, k_BTKH, v_BTKH = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        if self.config.qk_norm:
+        if self.config.features.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH = ops.apply_rope(q_BTNH, context.cos_BTH, context.sin_BTH)
         k_BTKH = ops.apply_rope(k_BTKH, context.cos_BTH, context.sin_BTH)
@@ -125,7 +125,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP with residuals; Gemma normalises the output of each as well."""
+    """Attention and MLP with residuals; with `post_norms` the output of each is normalised as well."""
 
     def __init__(self, config: ModelConfig, key: jax.Array, path: Path) -> None:
         self.config = config
@@ -134,7 +134,7 @@ class Block(nnx.Module):
         self.self_attn = Attention(config, key, (*path, "self_attn"))
         self.post_attention_layernorm = RMSNorm(config, size, key, (*path, "post_attention_layernorm"))
         self.mlp = MLP(config, key, (*path, "mlp"))
-        if config.is_gemma:
+        if config.features.post_norms:
             self.pre_feedforward_layernorm = RMSNorm(config, size, key, (*path, "pre_feedforward_layernorm"))
             self.post_feedforward_layernorm = RMSNorm(config, size, key, (*path, "post_feedforward_layernorm"))
 
@@ -142,7 +142,7 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, context: ops.LayerContext, layer_cache: kv.LayerCache | None = None
     ) -> tuple[jax.Array, kv.LayerCache | None]:
         attended_BTD, layer_cache = self.self_attn(self.input_layernorm(x_BTD), context, layer_cache)
-        if self.config.is_gemma:
+        if self.config.features.post_norms:
             x_BTD = x_BTD + self.post_attention_layernorm(attended_BTD)
             mixed_BTD = self.mlp(self.pre_feedforward_layernorm(x_BTD))
             return x_BTD + self.post_feedforward_layernorm(mixed_BTD), layer_cache

@@ -132,7 +132,7 @@ def initial_value(config: ModelConfig, key: jax.Array, path: Sequence[str], shap
     name = path[-1]
     if _is_drawn(name):
         return _draw(config, jax.random.fold_in(key, _path_hash(path)), name, shape)
-    value = 1.0 if name == "scale" and not config.is_gemma else 0.0
+    value = 1.0 - config.features.norm_offset if name == "scale" else 0.0
     return jnp.full(shape, value, dtype_of(config.param_dtype))
 
 
@@ -222,25 +222,25 @@ def dense(
 
 
 def embed(embedding_VD: Weight, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rows of the embedding table [B, T, D] in the compute dtype; Gemma scales them by sqrt(D) in that dtype."""
+    """Rows of the embedding table [B, T, D] in the compute dtype; where the family scales them, times sqrt(D) in it."""
     dtype = dtype_of(config.dtype)
     # Of a quantised table, both the values [V, D] and the scale [V, 1].
     rows = jax.tree.map(lambda table: jnp.take(table, tokens_BT, axis=0), embedding_VD)
     x_BTD = dequantize(rows, dtype) if isinstance(rows, QuantizedArray) else rows.astype(dtype)
-    return x_BTD * jnp.asarray(config.hidden_size**0.5, dtype) if config.is_gemma else x_BTD
+    return x_BTD * jnp.asarray(config.hidden_size**0.5, dtype) if config.features.scales_embedding else x_BTD
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
-    """x / rms(x) over the last dim, times `scale` (1 + scale in Gemma), in float32 or wider; x's dtype.
+    """x / rms(x) over the last dim, times `scale` and the family's `norm_offset`, in float32 or wider; x's dtype.
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization", https://arxiv.org/abs/1910.07467
     """
     wide = widen(x.dtype)
     x_wide = x.astype(wide)
     y = x_wide * jax.lax.rsqrt(jnp.mean(jnp.square(x_wide), axis=-1, keepdims=True) + config.norm_eps)
-    if config.is_gemma:
-        return (y * (1.0 + scale.astype(wide))).astype(x.dtype)
-    # The other families round before they scale; in float32 there is no difference.
+    if config.features.norm_offset:
+        return (y * (config.features.norm_offset + scale.astype(wide))).astype(x.dtype)
+    # The others round before they scale; in float32 there is no difference.
     return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -257,14 +257,14 @@ def _gelu_exact(x: jax.Array) -> jax.Array:
 # Rotary position embedding
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Angle per position of each of the H / 2 rotated pairs, in radians, float64.
+def rope_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Angle per position of each of the rotated pairs, half as many as rotated dims, in radians, float64.
 
     Su et al., https://arxiv.org/abs/2104.09864. "llama3": pairs with a wavelength above original / low_freq_factor are
     slowed by `factor`, those below original / high_freq_factor are kept, those between are blended
     (https://github.com/meta-llama/llama-models, apply_scaling).
     """
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    frequencies = theta ** -(np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "llama3":
@@ -283,7 +283,14 @@ def rope_tables(positions_BT: jax.Array, frequencies: np.ndarray, dtype: Any) ->
 
 
 def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Rotates pairs (i, i + H / 2) of every head by the position's angles; x's dtype."""
+    """Rotates pairs (i, i + R / 2) of the first R dims of every head by the position's angles; x's dtype.
+
+    R is twice the last dim of `cos_BTH`; with `rotary_share` 1 it is H.
+    """
+    rotary_dim = 2 * cos_BTH.shape[-1]
+    if rotary_dim < x_BTNH.shape[-1]:
+        rotated_BTNH, kept_BTNH = x_BTNH[..., :rotary_dim], x_BTNH[..., rotary_dim:]
+        return jnp.concatenate([apply_rope(rotated_BTNH, cos_BTH, sin_BTH), kept_BTNH], axis=-1)
     cos, sin = cos_BTH[:, :, None, :], sin_BTH[:, :, None, :]
     first, second = jnp.split(x_BTNH.astype(cos.dtype), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -436,11 +443,11 @@ def _masked_score(dtype: Any) -> jax.Array:
 
 
 def layer_rope(config: ModelConfig, positions_BT: jax.Array, layer_type: str) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, H / 2] for the layers of one type: sliding layers use their own theta, unscaled (Gemma 3)."""
+    """cos and sin [B, T, R / 2] for the layers of one type: sliding layers use their own theta, unscaled."""
     if layer_type == SLIDING_ATTENTION:
-        frequencies = rope_frequencies(config.head_dim, config.rope_local_theta, RopeScaling())
+        frequencies = rope_frequencies(config.rotary_dim, config.rope_local_theta, RopeScaling())
     else:
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        frequencies = rope_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)
     return rope_tables(positions_BT, frequencies, dtype_of(config.dtype))
 
 

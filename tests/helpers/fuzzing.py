@@ -25,6 +25,7 @@ from rl.config.ranges import LARGEST_FLOAT, LARGEST_INT, RANGES
 from rl.config.sections import ESTIMATOR_NAMES, Config
 from rl.errors import raised_by_tandem
 from rl.models.attention_kernels import KERNELS
+from rl.models.families import FAMILIES
 
 HANG_SECONDS = 60  # of processor time, of one example
 LONGEST_MESSAGE = 2500
@@ -33,6 +34,7 @@ NAMES = {
     "grpo.loss_type": tuple(LOSS_TYPES),
     "grpo.advantage_estimator": ESTIMATOR_NAMES,
     "model.attention": ("auto", *KERNELS),
+    "model.arch.family": tuple(FAMILIES),
 }
 WORDS = re.compile(r"[a-z_0-9]+")
 

@@ -34,6 +34,6 @@ def noisy_params(config, seed=0):
         node = params
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        centre = 1.0 if path[-1] == "scale" and not config.is_gemma else 0.0
+        centre = 1.0 - config.features.norm_offset if path[-1] == "scale" else 0.0
         node[path[-1]] = jnp.asarray(centre + 0.3 * rng.normal(size=spec.shape), config.param_dtype)
     return params

@@ -14,7 +14,8 @@ from rl.config.load import load_config
 from rl.devices.mesh import create_mesh
 from rl.models import cache as kv
 from rl.models import ops
-from rl.models.config import FAMILIES, LORA_A, LORA_B, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
+from rl.models.config import LORA_A, LORA_B, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
+from rl.models.families import FAMILIES
 from rl.models.flavours import LinenPolicy, NNXPolicy, policy_from_config, without_adapters
 from rl.models.lora import freeze, join, merge, split, unmerge
 from rl.models.train_state import pure_state

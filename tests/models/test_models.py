@@ -10,7 +10,8 @@ from flax import nnx
 
 from rl.models import cache as kv
 from rl.models import linen_model, nnx_model, ops, scanned
-from rl.models.config import FAMILIES, LoRAConfig, RopeScaling, flatten_specs, logical_axes, parameter_specs
+from rl.models.config import LoRAConfig, RopeScaling, flatten_specs, logical_axes, parameter_specs
+from rl.models.families import FAMILIES
 from rl.models.flavours import LinenPolicy, NNXPolicy, create_policy
 from rl.models.lora import freeze, join, split
 from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config

@@ -17,7 +17,8 @@ from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models import cache as kv
 from rl.models import ops
-from rl.models.config import FAMILIES, QUANTIZED_DTYPES, Quantization, logical_axes
+from rl.models.config import QUANTIZED_DTYPES, Quantization, logical_axes
+from rl.models.families import FAMILIES
 from rl.models.flavours import LinenPolicy, NNXPolicy, create_policy
 from rl.models.quantized import (
     QuantizedArray,

@@ -322,7 +322,7 @@ def maxtext_decoder(config, params, layers, interleaved=False):
     """The weights as MaxText's decoder holds them; `layers`: scanned, unscanned or list."""
 
     def block(layer):
-        names, out = GEMMA_BLOCK if config.is_gemma else BLOCK, {}
+        names, out = GEMMA_BLOCK if config.family == "gemma3_text" else BLOCK, {}
         for module, child in layer.items():
             if isinstance(names[module], str):
                 out[names[module]] = {"scale": norm(child["scale"])}
@@ -334,7 +334,7 @@ def maxtext_decoder(config, params, layers, interleaved=False):
         return out
 
     def norm(scale):
-        return np.asarray(scale) + (1 if config.is_gemma else 0)
+        return np.asarray(scale) + (1 if config.family == "gemma3_text" else 0)
 
     def value(name, leaf, array):
         if leaf == "scale":
@@ -355,7 +355,7 @@ def maxtext_decoder(config, params, layers, interleaved=False):
         decoder |= {f"layers_{i}": one for i, one in enumerate(blocks)}
     elif layers == "list":
         decoder["layers"] = {str(i): one for i, one in enumerate(blocks)}
-    elif config.is_gemma:
+    elif config.family == "gemma3_text":
         whole = config.num_layers // 6 * 6
         decoder["layers"] = {f"layers_{i}": stack(blocks[i:whole:6]) for i in range(6)}
         decoder["layers_remainder"] = {f"layers_{i}": one for i, one in enumerate(blocks[whole:])}
@@ -364,7 +364,7 @@ def maxtext_decoder(config, params, layers, interleaved=False):
     if "lm_head" in params:
         decoder["logits_dense"] = {"kernel": np.asarray(params["lm_head"]["kernel"])}
     embedding = np.asarray(params["embed_tokens"]["embedding"])
-    if config.is_gemma:
+    if config.family == "gemma3_text":
         embedding = embedding * np.float32(jnp.bfloat16(config.hidden_size**0.5))
     padding = np.zeros((7, config.hidden_size), np.float32)  # a vocabulary of a round size
     return {"decoder": decoder, "token_embedder": {"embedding": np.concatenate([embedding, padding])}}
@@ -398,7 +398,7 @@ def maxtext_tree(config, params, layers, flavour, interleaved):
     weights = maxtext_decoder(config, params, layers, interleaved)
     if flavour == "linen":
         vision = {"vision_encoder": {"Gemma3VisionEncoderLayer_0": {"pos_embedding": np.ones((1, 4, 4), np.float32)}}}
-        weights |= vision if config.is_gemma else {}
+        weights |= vision if config.family == "gemma3_text" else {}
         moments = {"mu": {"params": maxtext_decoder(config, params, layers)}, "count": np.int32(3)}
         return {"params": {"params": weights}, "step": np.int32(3), "opt_state": [moments, {}]}
     weights["decoder"]["dropout"] = {"rngs": {"params": {"count": np.uint32(1)}}}

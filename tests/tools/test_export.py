@@ -284,7 +284,7 @@ def tunix_model(folder, config):
 
     family = {"llama": "llama3", "gemma3_text": "gemma3"}.get(config.family, config.family)
     model = pytest.importorskip(f"tunix.models.{family}.model")
-    module = "params_safetensors" if config.is_gemma else "params"
+    module = "params_safetensors" if config.family == "gemma3_text" else "params"
     params = importlib.import_module(f"tunix.models.{family}.{module}")
     arguments = {
         "num_layers": config.num_layers,
@@ -294,7 +294,7 @@ def tunix_model(folder, config):
         "head_dim": config.head_dim,
         "num_kv_heads": config.num_kv_heads,
     }
-    if config.is_gemma:
+    if config.family == "gemma3_text":
         arguments |= {"num_embed": config.vocab_size, "sliding_window_size": config.sliding_window}
         arguments |= {"global_base_frequency": 1_000_000, "param_dtype": jnp.float32}
         return params.create_model_from_safe_tensors(str(folder), model.ModelConfig(**arguments), dtype=jnp.float32)

@@ -16,7 +16,8 @@ from rl.cli import main
 from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
-from rl.models.config import FAMILIES, Quantization
+from rl.models.config import Quantization
+from rl.models.families import FAMILIES
 from rl.models.files.hf import load_params, read_config, save_folder, write_model_files
 from rl.models.flavours import create_policy
 from rl.models.logprobs import token_logprobs

@@ -26,7 +26,8 @@ from rl.algorithms.loss_metrics import finish_metrics
 from rl.config.load import Config, load_config
 from rl.devices.mesh import create_mesh, no_implicit_transfers
 from rl.devices.programs import Stored, not_stored
-from rl.models.config import FAMILIES, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
+from rl.models.config import LoRAConfig, ModelConfig, flatten_specs, parameter_specs
+from rl.models.families import FAMILIES
 from rl.models.flavours import create_policy
 from rl.models.lora import split
 from rl.models.policy import Policy
@@ -88,7 +89,7 @@ def noisy_params(config: ModelConfig, seed=0) -> dict[str, Any]:
     for path, spec in flatten_specs(parameter_specs(config)):
         *parents, name = path
         node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, params)
-        centre = 1.0 if name == "scale" and not config.is_gemma else 0.0
+        centre = 1.0 - config.features.norm_offset if name == "scale" else 0.0
         node[name] = (centre + 0.3 * rng.normal(size=spec.shape)).astype(config.param_dtype)
     return params
 

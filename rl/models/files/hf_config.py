@@ -22,41 +22,17 @@ from rl.models.config import (
     RopeScaling,
     alternating_layer_types,
 )
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
+from rl.models.families import FAMILIES, Family
 
 QUANT_METHOD = "tandem"
 
-# What transformers' configuration class of each family takes where the file says nothing.
-_COMMON_DEFAULTS = {"hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {**_COMMON_DEFAULTS, "rope_theta": 10_000.0, "attention_bias": False, "mlp_bias": False},
-    "qwen2": {**_COMMON_DEFAULTS, "rope_theta": 10_000.0, "attention_bias": True, "mlp_bias": False},
-    "qwen3": {
-        **_COMMON_DEFAULTS,
-        "rope_theta": 10_000.0,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "head_dim": 128,
-    },
-    "gemma3_text": {
-        **_COMMON_DEFAULTS,
-        "tie_word_embeddings": True,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-    },
+# What a config.json that says nothing means in every family; what is another in one family is in its row.
+_COMMON_DEFAULTS = {
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
 }
 
 ACTIVATION_NAMES = {
@@ -92,14 +68,6 @@ HARMLESS_KEYS = frozenset({
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "chunk_size_feed_forward",
     "unsloth_fixed", "unsloth_version", "model_name", "mlx_version",
 })
-_QWEN_SLIDING_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
-FAMILY_KEYS = {
-    "qwen2": _QWEN_SLIDING_KEYS,
-    "qwen3": _QWEN_SLIDING_KEYS,
-    "gemma3_text": frozenset({
-        "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "layer_types", "query_pre_attn_scalar",
-    }),
-}
 # fmt: on
 _SIZE_NAMES = {  # of config.json, whose names here are others
     "num_hidden_layers": "num_layers",
@@ -108,7 +76,6 @@ _SIZE_NAMES = {  # of config.json, whose names here are others
 }
 _LARGEST_NUMBER = 1e15  # of what may be any number: thetas, factors
 NEUTRAL_VALUES: tuple[Any, ...] = (None, False, 0, 1.0, "", [], {})
-NEUTRAL_ROPE_VALUES = {"partial_rotary_factor": (None, 1.0), "mrope_section": (None,)}
 
 
 class SpecialIds(NamedTuple):
@@ -146,7 +113,7 @@ def read_special_ids(folder: pathlib.Path) -> SpecialIds:
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The content of config.json for `config`, in the older form, which every transformers since 4.50 and vLLM read."""
     raw: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.family]],
+        "architectures": [config.features.architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -166,26 +133,22 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         **_token_ids_json(config),
     }
-    activation = ACTIVATION_HF_NAMES[config.activation]
-    if config.family == "gemma3_text":
-        raw |= {
-            "hidden_activation": activation,
-            "attention_bias": config.attention_bias,
-            "query_pre_attn_scalar": _whole(config.query_pre_attn_scalar),
-            "rope_local_base_freq": config.rope_local_theta,
-            "sliding_window": config.sliding_window,
-            "layer_types": list(config.layer_types),
-        }
-        pattern = _sliding_window_pattern(config.layer_types)
-        return raw if pattern is None else raw | {"sliding_window_pattern": pattern}
-    raw["hidden_act"] = activation
-    if config.family == "llama":
-        raw |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-    else:
-        raw |= {"use_sliding_window": False, "sliding_window": None}
-    if config.family == "qwen3":
-        raw["attention_bias"] = config.attention_bias
-    return raw
+    pattern = _sliding_window_pattern(config.layer_types)
+    of_family = {
+        _activation_key(config.features): ACTIVATION_HF_NAMES[config.activation],
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "query_pre_attn_scalar": _whole(config.query_pre_attn_scalar),
+        "partial_rotary_factor": config.features.rotary_share,
+        "rope_local_base_freq": config.rope_local_theta,
+        "use_sliding_window": False,
+        "sliding_window": config.sliding_window,
+        "layer_types": list(config.layer_types),
+        **({} if pattern is None else {"sliding_window_pattern": pattern}),
+    }
+    written = {_activation_key(config.features), *config.features.config_keys}
+    written |= {"partial_rotary_factor"} if config.features.rotary_share != 1 else set()
+    return raw | {key: value for key, value in of_family.items() if key in written}
 
 
 def generation_json(config: ModelConfig) -> dict[str, Any]:
@@ -196,16 +159,16 @@ def generation_json(config: ModelConfig) -> dict[str, Any]:
 def parse_config(raw: Mapping[str, Any], special_ids: SpecialIds) -> ModelConfig:
     """The same from the contents of config.json and generation_config.json."""
     family = _family(Fields(raw))
-    values = {**FAMILY_DEFAULTS[family], **{key: value for key, value in raw.items() if value is not None}}
+    row = FAMILIES[family]
+    values = {**_defaults(row), **{key: value for key, value in raw.items() if value is not None}}
     fields = Fields(values)
     _refuse_unsupported(raw, fields, family)
     num_heads, num_layers = _size(fields, "num_attention_heads"), _size(fields, "num_hidden_layers")
     hidden_size = _size(fields, "hidden_size")
-    own_heads = family == "llama" and not fields.has("num_key_value_heads")
+    own_heads = row.kv_heads_default and not fields.has("num_key_value_heads")
     head_dim = _size(fields, "head_dim") if fields.has("head_dim") else hidden_size // num_heads
     rope_theta, rope_scaling, rope_local_theta = _rope(Fields(raw), fields, family)
     dtype = _dtype(Fields(raw))
-    gemma = family == "gemma3_text"
     return ModelConfig(
         family=family,
         vocab_size=_size(fields, "vocab_size"),
@@ -221,12 +184,14 @@ def parse_config(raw: Mapping[str, Any], special_ids: SpecialIds) -> ModelConfig
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         rope_local_theta=rope_local_theta,
-        activation=ACTIVATION_NAMES[fields.choice("hidden_activation" if gemma else "hidden_act", ACTIVATION_NAMES)],
+        activation=ACTIVATION_NAMES[fields.choice(_activation_key(row), ACTIVATION_NAMES)],
         attention_bias=fields.flag("attention_bias"),
         mlp_bias=fields.flag("mlp_bias"),
-        sliding_window=fields.whole("sliding_window", 1, LARGEST_ID) if gemma else None,
+        sliding_window=fields.whole("sliding_window", 1, LARGEST_ID) if row.window_pattern else None,
         layer_types=_layer_types(fields, family, num_layers),
-        query_pre_attn_scalar=fields.number("query_pre_attn_scalar", 0, _LARGEST_NUMBER) if gemma else float(head_dim),
+        query_pre_attn_scalar=(
+            fields.number("query_pre_attn_scalar", 0, _LARGEST_NUMBER) if row.has_query_scale else float(head_dim)
+        ),
         initializer_range=fields.number("initializer_range", 0, _LARGEST_NUMBER),
         eos_token_ids=tuple(dict.fromkeys((*special_ids.eos, *fields.wholes("eos_token_id", 0, LARGEST_ID)))),
         bos_token_id=_token_id(fields, "bos_token_id"),
@@ -282,20 +247,36 @@ def _token_id(fields: Fields, key: str) -> int | None:
 
 
 def _family(fields: Fields) -> str:
-    family = fields.choice("model_type", ARCHITECTURES)
-    architectures = fields.texts("architectures", []) or [ARCHITECTURES[family]]
-    if architectures != [ARCHITECTURES[family]]:
-        raise fields.refuse("architectures", f"[{ARCHITECTURES[family]!r}] for {family}")
+    family = fields.choice("model_type", FAMILIES)
+    architecture = FAMILIES[family].architecture
+    if (fields.texts("architectures", []) or [architecture]) != [architecture]:
+        raise fields.refuse("architectures", f"[{architecture!r}] for {family}")
     return family
+
+
+def _activation_key(row: Family) -> str:
+    return "hidden_activation" if "hidden_activation" in row.config_keys else "hidden_act"
+
+
+def _defaults(row: Family) -> dict[str, Any]:
+    """What a config.json of the family means by the keys that it leaves out."""
+    return {
+        **_COMMON_DEFAULTS,
+        "attention_bias": row.always_attention_bias,
+        "rope_theta": row.rope_theta,
+        "partial_rotary_factor": row.rotary_share,
+        _activation_key(row): ACTIVATION_HF_NAMES[row.activation],
+        **row.config_defaults,
+    }
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], fields: Fields, family: str) -> None:
     """Refuses every key that is neither read, nor known to be harmless, nor at a value that switches nothing on."""
-    known = READ_KEYS | HARMLESS_KEYS | FAMILY_KEYS.get(family, frozenset())
+    row = FAMILIES[family]
+    known = READ_KEYS | HARMLESS_KEYS | set(row.known_keys)
     for key, value in raw.items():
-        if key not in known and not any(
-            type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_VALUES
-        ):
+        neutral = (None, row.rotary_share) if key == "partial_rotary_factor" else NEUTRAL_VALUES
+        if key not in known and not any(type(value) is type(other) and value == other for other in neutral):
             raise ValueError(
                 f"option {key} = {shown(value)} is not supported for {family}; remove it from the file only if it does "
                 "not change what the model computes"
@@ -304,9 +285,9 @@ def _refuse_unsupported(raw: Mapping[str, Any], fields: Fields, family: str) -> 
         raise ValueError(f"attention_dropout must be 0, got {raw['attention_dropout']!r}: dropout is not supported")
     if fields.flag("use_sliding_window", False):
         raise ValueError(f"use_sliding_window = True is not supported for {family}")
-    if family == "qwen2" and not fields.flag("attention_bias"):
-        raise ValueError("attention_bias = False is not supported for qwen2, whose q, k and v always have a bias")
-    if family != "llama" and fields.flag("mlp_bias"):
+    if row.always_attention_bias and not fields.flag("attention_bias"):
+        raise ValueError(f"attention_bias = False is not supported for {family}, whose q, k and v always have a bias")
+    if not row.may_have_mlp_bias and fields.flag("mlp_bias"):
         raise ValueError(f"mlp_bias = True is not supported for {family}")
 
 
@@ -317,10 +298,10 @@ def _dtype(fields: Fields) -> str:
 def _layer_types(fields: Fields, family: str, num_layers: int) -> tuple[str, ...]:
     if fields.has("layer_types"):
         layer_types = tuple(fields.texts("layer_types"))
-        if family != "gemma3_text" and SLIDING_ATTENTION in layer_types:
+        if FAMILIES[family].window_pattern is None and SLIDING_ATTENTION in layer_types:
             raise ValueError(f"layer_types with {SLIDING_ATTENTION!r} is not supported for {family}")
         return layer_types
-    if family == "gemma3_text":
+    if FAMILIES[family].window_pattern is not None:
         # transformers 5 writes the pattern back under a private name.
         key = "_sliding_window_pattern" if fields.has("_sliding_window_pattern") else "sliding_window_pattern"
         return alternating_layer_types(num_layers, fields.whole(key, 1, LARGEST["num_layers"]))
@@ -332,7 +313,7 @@ def _rope(raw: Fields, fields: Fields, family: str) -> tuple[float, RopeScaling,
     newer, older = raw.section("rope_parameters"), raw.section("rope_scaling")
     local_theta = fields.number("rope_local_base_freq", 0, _LARGEST_NUMBER, 10_000.0)
     if newer.values.keys() & {FULL_ATTENTION, SLIDING_ATTENTION}:
-        if family != "gemma3_text":
+        if FAMILIES[family].window_pattern is None:
             raise raw.refuse("rope_parameters", f"one set for all layers for {family}")
         local = newer.section(SLIDING_ATTENTION)
         if _rope_scaling(local, fields).kind != "none":
@@ -357,9 +338,10 @@ def _rope_scaling(parameters: Fields, fields: Fields) -> RopeScaling:
     known = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     kind = parameters.choice("rope_type" if parameters.has("rope_type") else "type", known, "default")
     extra = ("original_max_position_embeddings",) if kind == "llama3" else ()
+    rotary_share = fields.values["partial_rotary_factor"]
     for key, value in parameters.values.items():
         is_read = key in ("rope_type", "type", "rope_theta", *known[kind], *extra)
-        if not is_read and value not in NEUTRAL_ROPE_VALUES.get(key, (None,)):
+        if not is_read and value not in ((None, rotary_share) if key == "partial_rotary_factor" else (None,)):
             raise ValueError(f"{parameters.prefix}{key} = {shown(value)} is not supported with rope type {kind!r}")
     if kind == "default":
         return RopeScaling()

@@ -21,12 +21,12 @@ import ml_dtypes
 import numpy as np
 
 from rl.models.config import ModelConfig, base_specs, flatten_specs
+from rl.models.families import FAMILIES, MaxTextLayout, families_with
 
 Path = tuple[str, ...]
 
 ROPES = ("interleaved", "halves")
 _SCAN_DIM = 1  # MaxText's param_scan_axis
-_GEMMA_BLOCK = 6  # layers that a scanned Gemma 3 takes as one
 _ROOTS = ("params", "model", "base")
 _MODULES = {
     "self_attn/q_proj": "self_attention/query",
@@ -43,7 +43,7 @@ _NORMS = {
     "input_layernorm": "pre_self_attention_layer_norm",
     "post_attention_layernorm": "post_self_attention_layer_norm",
 }
-_GEMMA_NORMS = {
+_NORMS_OF_FOUR = {
     "input_layernorm": "pre_self_attention_norm",
     "post_attention_layernorm": "post_self_attention_norm",
     "pre_feedforward_layernorm": "pre_ffw_norm",
@@ -115,9 +115,11 @@ def read_params(
     Raises:
       ValueError: arrays are missing, left over or misshapen, or `rope` does not apply.
     """
-    if rope is not None and config.family != "llama":
-        raise ValueError(f"rope must be left out for {config.family}, got {rope}: only llama has two ways")
-    interleaved = config.family == "llama" and (rope or _default_rope(config)) == "interleaved"
+    layout = _layout(config)
+    if rope is not None and not layout.has_two_ropes:
+        two = [name for name, row in FAMILIES.items() if row.maxtext is not None and row.maxtext.has_two_ropes]
+        raise ValueError(f"rope must be left out for {config.family}, got {rope}: only {', '.join(two)} has two ways")
+    interleaved = layout.has_two_ropes and (rope or _default_rope(config)) == "interleaved"
     specs = dict(flatten_specs(base_specs(config)))
     is_scanned = any(name.startswith("decoder/layers/") for name in names)
     users: dict[str, list[tuple[Path, _Place]]] = {}
@@ -138,6 +140,16 @@ def read_params(
     return params, left_out
 
 
+def _layout(config: ModelConfig) -> MaxTextLayout:
+    layout = config.features.maxtext
+    if layout is None:
+        raise ValueError(
+            f"MaxText's checkpoints are read for {families_with('maxtext')} only, got family {config.family}; convert "
+            "it to safetensors with MaxText's own tool"
+        )
+    return layout
+
+
 def _default_rope(config: ModelConfig) -> str:
     return "interleaved" if config.rope_scaling.kind == "llama3" else "halves"
 
@@ -148,14 +160,15 @@ def _place(config: ModelConfig, path: Path, is_scanned: bool) -> _Place:
     layer, *modules, leaf = path
     number = int(layer.removeprefix("layers_"))
     module = "/".join(modules)
-    norms = _GEMMA_NORMS if config.is_gemma else _NORMS
+    norms = _NORMS_OF_FOUR if config.features.post_norms else _NORMS
     inside = f"{_MODULES.get(module) or norms[module]}/{leaf}"
     if not is_scanned:
         return _Place(f"decoder/layers_{number}/{inside}")
-    if not config.is_gemma:
+    block_size = _layout(config).scanned_block
+    if block_size == 1:
         return _Place(f"decoder/layers/{inside}", number, config.num_layers)
-    num_blocks = config.num_layers // _GEMMA_BLOCK
-    block, position = divmod(number, _GEMMA_BLOCK)
+    num_blocks = config.num_layers // block_size
+    block, position = divmod(number, block_size)
     if block == num_blocks:
         return _Place(f"decoder/layers_remainder/layers_{position}/{inside}")
     return _Place(f"decoder/layers/layers_{position}/{inside}", block, num_blocks)
@@ -192,11 +205,11 @@ def _slice(stored: np.ndarray, place: _Place, shape: tuple[int, ...], path: Path
 def _to_ours(config: ModelConfig, path: Path, value: np.ndarray, interleaved: bool) -> np.ndarray:
     """The numbers that Hugging Face's model has in this place; those that are computed are float32 or wider."""
     wide = value.astype(np.promote_types(np.float32, value.dtype) if value.dtype.itemsize > 2 else np.float32)
-    if config.is_gemma and path[0] == "embed_tokens":
+    if config.features.scales_embedding and path[0] == "embed_tokens":
         return wide / np.float32(ml_dtypes.bfloat16(config.hidden_size**0.5))
-    if config.is_gemma and path[-1] == "scale":
-        return wide - 1
-    if config.family == "llama" and path[-2] == "q_proj":
+    if config.features.norm_offset and path[-1] == "scale":
+        return wide - np.float32(config.features.norm_offset)
+    if _layout(config).divides_queries and path[-2] == "q_proj":
         value = wide * np.float32(math.sqrt(config.head_dim))
     if interleaved and path[-2] in ("q_proj", "k_proj"):
         value = np.concatenate([value[..., ::2], value[..., 1::2]], axis=-1)
