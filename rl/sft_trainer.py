@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 
 from rl.config.load import Config
-from rl.data.prompts import check_enough_rows, fingerprint, load_pairs, step_indices
+from rl.data.prompts import check_enough_rows, load_pairs, step_indices
 from rl.devices import hosts
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
@@ -21,7 +21,7 @@ from rl.run.announce import announce_supervised
 from rl.run.command import run_command
 from rl.run.health import examine, raise_if_stuck
 from rl.run.log import RunLog
-from rl.run.loop import restore_or_start
+from rl.run.loop import restore_or_start, supervised_identity
 from rl.run.not_finite import cause_if_all_skipped
 from rl.run.output import RunOutput
 from rl.state.optimizer import create_training_optimizer, last_lr, rounding_problems
@@ -70,7 +70,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         policy = policy_from_config(config, origin.model_config, mesh)
         schedule, optimizer = create_training_optimizer(config, policy, num_updates=config.sft.steps)
         packing = plan_for_pairs(config, pairs.rows, policy, mesh)
-        identity = {"policy": origin.identity, "data": fingerprint(pairs.rows)}
+        identity = supervised_identity(origin, pairs)
         hosts.check_same(config, identity)
 
         # init_state_fn: builds the policy's state

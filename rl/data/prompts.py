@@ -181,6 +181,15 @@ def fingerprint(rows: Iterable[PromptRow] | Iterable[PairRow]) -> dict[str, Any]
     return {"rows": count, "hash": digest.hexdigest()}
 
 
+def held_out_fingerprint(rows: Sequence[PromptRow]) -> dict[str, Any]:
+    """`fingerprint` of the held-out rows, and a hash of the questions alone: as long as those are the same, no row that
+    was trained on is among them.
+    """
+    questions = sorted({question_key(row.prompt) for row in rows})
+    text = "".join(f"{len(question)} {question}" for question in questions)
+    return {**fingerprint(rows), "questions": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
+
+
 def step_indices(num_rows: int, seed: int, step: int, prompts_per_step: int) -> np.ndarray:
     """Which rows step `step` (from 0) takes: int64 [P], distinct, a pure function of the arguments.
 

@@ -14,12 +14,13 @@ from rl.algorithms.entropy_coef import EntropyCoefState
 from rl.algorithms.from_config import file_hashes
 from rl.config.load import Config
 from rl.config.objects import function_hashes
-from rl.data.prompts import PromptData, fingerprint
+from rl.data.prompts import PairData, PromptData, fingerprint, held_out_fingerprint
 from rl.devices.programs import Stored, not_stored
 from rl.models.foreign import files as foreign
 from rl.models.train_state import PureState
 from rl.run.health import HealthState, healthy
 from rl.run.log import RunLog
+from rl.run_folder.contents import HELD_OUT
 from rl.state.checkpoint import Checkpoints
 from rl.state.origin import Origin, pretrained_params
 from rl.state.states import InitStateFn, frozen_base, setup_training_state
@@ -30,8 +31,14 @@ def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, 
     reward functions that no file holds.
     """
     reference = origin.identity if config.grpo.beta else None
-    hashes = {"data": fingerprint(data.train), **file_hashes(config)}
+    hashes = {"data": fingerprint(data.train), HELD_OUT: held_out_fingerprint(data.held_out), **file_hashes(config)}
     return {"policy": origin.identity, "reference": reference, **hashes, **function_hashes(config)}
+
+
+def supervised_identity(origin: Origin, pairs: PairData) -> dict[str, Any]:
+    """What `run.json` keeps of supervised fine-tuning: the source and hash of the policy, and those of the rows."""
+    held_out = held_out_fingerprint(pairs.held_out)
+    return {"policy": origin.identity, "data": fingerprint(pairs.rows), HELD_OUT: held_out}
 
 
 class LoopState(NamedTuple):

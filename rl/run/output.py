@@ -51,7 +51,9 @@ class RunOutput:
         """Opens the folder; ValueError where it may not be used, see `Mirror` and `RunFolder`."""
         with contextlib.ExitStack() as stack:
             self.mirror = stack.enter_context(Mirror(self._config, self._log.message, self._look_only))
-            self.folder = RunFolder(self._config, self._kind, self._identity, self._look_only, self._trust)
+            self.folder = RunFolder(
+                self._config, self._kind, self._identity, self._look_only, self._trust, self.mirror.run_id
+            )
             stack.callback(self.folder.close)
             self.path, self.resumed = self.folder.path, self.folder.resumed
             self._stack = stack.pop_all()

@@ -25,6 +25,9 @@ FORMAT = "tandem run 1"
 KINDS = ("grpo", "sft")
 # Keys of run.json that are about the file, not about what the run starts from.
 FORMAT_KEY, FILES_KEY = "format", "files"
+# The id of the run, in run.json and in hashes.json of each of its steps; that of a run in a store is its ledger's, too.
+RUN_KEY = "run"
+HELD_OUT = "held_out"  # of run.json: what the held-out rows are known by; older versions wrote none
 
 # Written anew, or gone on with, by each run of a folder; rewards.log is the folder's, whichever run it has.
 _FILES = (METRICS, SAMPLES, CONFIG, IDENTITY)
@@ -79,6 +82,8 @@ def identify(*folders: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     identity = read_identity(holder(IDENTITY, *folders))
     mark, source = identity.get(FORMAT_KEY), identity["policy"]["source"]
     folder = holder(CONFIG, *folders)
+    if not isinstance(identity.get(RUN_KEY, ""), str):
+        raise ValueError(f"{IDENTITY} must have an id of the run that is text, got {str(identity[RUN_KEY])[:80]!r}")
     try:
         config = load_config(folder / CONFIG)
     except (OSError, ValueError) as error:
@@ -128,6 +133,11 @@ def is_own_identity(folder: pathlib.Path) -> bool:
     with contextlib.suppress(ValueError):
         return read_json(folder / IDENTITY).get(FORMAT_KEY) == FORMAT
     return False
+
+
+def run_id(folder: pathlib.Path) -> str | None:
+    """The id of the run in a folder; None where an older version wrote run.json. ValueError where there is none."""
+    return read_json(folder / IDENTITY).get(RUN_KEY)
 
 
 def is_run_folder(path: str | os.PathLike) -> bool:

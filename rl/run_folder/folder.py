@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -28,11 +29,13 @@ from rl.run_folder.contents import (
     EXPORT,
     EXPORT_RECORD,
     FILES_KEY,
+    HELD_OUT,
     IDENTITY,
     LOCK,
     LOG,
     LOG_BEFORE,
     METRICS,
+    RUN_KEY,
     SAMPLES,
     checkpoint_steps,
     describe_files,
@@ -81,7 +84,15 @@ class RunFolder:
       messages: what there is to say about the folder, for the console.
     """
 
-    def __init__(self, config: Config, kind: str, origin: dict[str, Any], look_only: bool = False, trust: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        kind: str,
+        origin: dict[str, Any],
+        look_only: bool = False,
+        trust: bool = False,
+        run_id: str | None = None,
+    ):
         """Opens or creates `config.output_dir`.
 
         Args:
@@ -89,6 +100,7 @@ class RunFolder:
           origin: JSON-able identity of what the run starts from: the policy's and the reference's source and hash.
           look_only: whether it may be used is all that is wanted, and nothing on disk changes.
           trust: a config.yml that has changed since the run wrote it is taken as it is, and signed.
+          run_id: of a run that begins here; None: a new one.
 
         Raises:
           ValueError: the folder cannot be written, holds something else, another kind of run, a run with other settings
@@ -97,7 +109,7 @@ class RunFolder:
         self.path = run_path(config)
         self.messages: list[str] = []
         self._config, self._identity = config, {"kind": kind, **origin}
-        self._look_only, self._trust = look_only, trust
+        self._look_only, self._trust, self._run_id = look_only, trust, run_id
         self._has_begun = self._has_recorded = False
         self._replaced_kind: str | None = None  # of the run that this one takes the place of
         self._old: Replaced | None = None  # that one, moved
@@ -245,7 +257,8 @@ class RunFolder:
         text = dump_config(self._config)
         try:
             # The identity first: it shows the folder to be ours, whatever a kill leaves out.
-            self._note_signature(write_identity(self.path, self._identity, self._config, text))
+            identity = {**self._identity, RUN_KEY: self._run_id or uuid.uuid4().hex}
+            self._note_signature(write_identity(self.path, identity, self._config, text))
             write_file(self.path / CONFIG, text.encode())
         except OSError as error:
             raise ValueError(
@@ -558,6 +571,8 @@ def _check_same_run(
             f"output_dir {path} holds another run: {text}; {way_out}, or restore the old values to resume it"
         )
     for name, value in identity.items():
+        if name == HELD_OUT and name not in old_identity:
+            continue
         if old_identity.get(name) != value:
             raise ValueError(
                 f"the {name} of the run in {path} was {old_identity.get(name)}, it is now {value}; "

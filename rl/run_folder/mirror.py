@@ -83,6 +83,11 @@ class Mirror:
         self._staging.lease.start()
         self._say(message)
 
+    @property
+    def run_id(self) -> str | None:
+        """The id of the run in the store, which only the first process knows; None without a store."""
+        return None if self._store is None else self._staging.run_id
+
     def begin(self) -> None:
         """The run folder is this run's: what the store lacks of it is uploaded, in the background."""
         if self._store is not None:
@@ -224,6 +229,11 @@ class Staging:
             self._record = Record(self._record.token, self._ledger.run, None, None)
             write_record(self._root, self._record)
         shutil.rmtree(self._root / "old", ignore_errors=True)
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run in store and folder."""
+        return self._record.run
 
     def begin(self) -> None:
         """In the background, what is newer here is uploaded and what a kill left over in the store is removed."""

@@ -48,6 +48,7 @@ from rl.state.checkpoint_files import (
     set_aside,
     size_text,
     write_hashes,
+    wrong_step,
 )
 from rl.state.states import AbstractState, InitStateFn, check_same_tree, get_abstract_state
 
@@ -138,7 +139,7 @@ class Checkpoints:
           reference: written as well where these checkpoints are `with_reference`.
 
         Raises:
-          ValueError: the disk has too little room, or an earlier asynchronous write failed.
+          ValueError: the disk has too little room, an earlier asynchronous write failed, or a newer step is there.
         """
         if step in self._manager.all_steps():
             return
@@ -150,7 +151,13 @@ class Checkpoints:
             if self._with_reference:
                 assert reference is not None
                 items["reference"] = ocp.args.StandardSave(reference.params)
-            self._manager.save(step, args=ocp.args.Composite(**items))
+            is_begun = self._manager.save(step, args=ocp.args.Composite(**items))
+        if not is_begun:
+            raise ValueError(
+                f"checkpoint {step} must be newer than every other in {self._folder}, and there is {self.latest_step}, "
+                "so nothing was saved; move what this run did not write out of that folder, then start the same "
+                "command again"
+            )
         if self._mirror is not None:
             self._mirror.saved(step)
 
@@ -278,6 +285,8 @@ class Checkpoints:
           ValueError: as `restore`.
         """
         step, folder, target = self._find(step)
+        if (moved := wrong_step(folder)) is not None:
+            raise DamagedCheckpointError(folder, [moved])
         self._check_adapter(step, folder)
         with _explain_read_errors(folder):
             written = _plain_metadata(self._manager.item_metadata(step)["state"])
@@ -437,7 +446,7 @@ class _StepPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
         await super().finalize()
         if self._step is not None:
             written = pathlib.Path(super().get_final())
-            write_hashes(written)
+            write_hashes(written, self._step)
             written.rename(self._step)
 
 

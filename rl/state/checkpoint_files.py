@@ -6,8 +6,9 @@ the files are still those that were written. Damage is a ValueError that names t
 find (see `rl.state.checkpoint`).
 
 Orbax keeps no checksum of the data of an array, and a changed byte often decodes to other numbers, so a step has the
-sha256 of each of its files in `hashes.json`, written before the step appears under its name, and in it the sha256 of
-this list. Steps of older versions have no such file, or one without the last and with fewer files.
+sha256 of each of its files in `hashes.json`, written before the step appears under its name, with its number, the id
+of its run (`run.json`) and the sha256 of all this. Steps of older versions have no such file, or one without the last
+and with fewer files; a run whose run.json has an id has no such steps.
 """
 
 import concurrent.futures
@@ -25,11 +26,12 @@ import numpy as np
 import tensorstore
 
 from rl.files.local_files import file_hash
-from rl.run_folder.contents import HASHES
+from rl.run_folder.contents import CHECKPOINTS, HASHES, IDENTITY, RUN_KEY, run_id
 
 _METADATA, _RECORD, _STEP_METADATA = "_METADATA", "metadata", "_CHECKPOINT_METADATA"
 UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
 _DAMAGED = ".damaged"  # ends the name of a step that was set aside
+_STEP = "step"  # the number of a step, in its loop record and in hashes.json
 _ALGORITHM = "sha256"  # of `file_hash`
 _THREADS = 4  # that hash; more than a disk has use for
 _NAMED_FILE = re.compile(r'local file "([^"]+[^/"])"')  # in the messages of tensorstore
@@ -164,13 +166,17 @@ def read_step_metadata(folder: pathlib.Path) -> dict[str, Any]:
     return _read_json(path) if path.is_file() else {}
 
 
-def write_hashes(folder: pathlib.Path) -> None:
-    """Writes `hashes.json` of a step, or of an item, as it is now."""
+def write_hashes(folder: pathlib.Path, place: pathlib.Path | None = None) -> None:
+    """Writes `hashes.json` of a step, or of an item, as it is now.
+
+    Args:
+      place: where the step is to lie; None: where it does.
+    """
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [name for name in names if name != HASHES]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         hashes = pool.map(lambda name: file_hash(folder / name), names)
-        body = {"algorithm": _ALGORITHM, "files": dict(zip(names, hashes, strict=True))}
+        body = {"algorithm": _ALGORITHM, "files": dict(zip(names, hashes, strict=True)), **_origin(place or folder)}
     text = json.dumps({**body, "digest": _digest(body)}, indent=1) + "\n"
     (folder / HASHES).write_text(text, encoding="utf-8")
 
@@ -193,6 +199,8 @@ class HashCheck:
         self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "hash")
         self._compared: list[concurrent.futures.Future[str | None]] = []
         path = folder / HASHES
+        if (moved := wrong_step(folder)) is not None:
+            self._problems.append(moved)
         if (missing := _missing_hashes(folder)) is not None:
             self._problems.append(missing)
             return
@@ -203,7 +211,9 @@ class HashCheck:
         if isinstance(listed, str):
             self._problems.append(listed)
             return
-        files, is_complete = listed
+        files, origin, is_complete = listed
+        if (foreign := _foreign(folder, origin)) is not None and foreign not in self._problems:
+            self._problems.append(foreign)
         if not is_complete:
             self.note = f"{HASHES} is of an older version: not all files are compared with it"
         for name, wanted in list(files.items())[part::num_parts]:
@@ -223,21 +233,67 @@ class HashCheck:
 
 def damaged_files(folder: pathlib.Path) -> list[str] | None:
     """What is wrong with the files of a step by its `hashes.json`, in words, a line per file; None without one."""
-    if not (folder / HASHES).exists() and _missing_hashes(folder) is None:
-        return None
     with HashCheck(folder) as check:
-        return check.problems()
+        problems = check.problems()
+    return problems if problems or (folder / HASHES).exists() else None
+
+
+def wrong_step(folder: pathlib.Path) -> str | None:
+    """What is wrong, in words, where a step of a run folder holds the record of another one than its name says."""
+    if not _is_step(folder):
+        return None
+    with contextlib.suppress(ValueError):  # a record that cannot be read is named by its hash
+        record = read_record(folder)
+        if isinstance(record, dict) and record.get(_STEP, int(folder.name)) != int(folder.name):
+            return _moved(folder, record[_STEP])
+    return None
+
+
+def _is_step(folder: pathlib.Path) -> bool:
+    return folder.parent.name == CHECKPOINTS and folder.name.isdecimal()
+
+
+def _moved(folder: pathlib.Path, step: object) -> str:
+    return f"{folder} holds step {step}: it was renamed, or put in the place of another"
+
+
+def _origin(folder: pathlib.Path) -> dict[str, Any]:
+    """The number of a step and the id of its run, as hashes.json has them; {} of a folder that is no step."""
+    if not _is_step(folder):
+        return {}
+    run = _run_of(folder)
+    return {_STEP: int(folder.name)} | ({} if run is None else {RUN_KEY: run})
+
+
+def _run_of(folder: pathlib.Path) -> str | None:
+    """The id of the run in whose folder a step lies; None where it lies in none, or an older version began the run."""
+    run = folder.parent.parent
+    return run_id(run) if _is_step(folder) and (run / IDENTITY).is_file() else None
+
+
+def _foreign(folder: pathlib.Path, origin: dict[str, Any]) -> str | None:
+    """What is wrong, in words, where the list of hashes of a step is of another step, or of another run."""
+    if not _is_step(folder) or not (folder.parent.parent / IDENTITY).is_file():
+        return None
+    if origin.get(_STEP, int(folder.name)) != int(folder.name):
+        return _moved(folder, origin[_STEP])
+    own, wanted = origin.get(RUN_KEY), _run_of(folder)
+    if own != wanted:
+        return f"{folder} is of another run: its id is {own}, that of {IDENTITY} is {wanted}"
+    return None
 
 
 def _missing_hashes(folder: pathlib.Path) -> str | None:
     """What is wrong where the list of hashes is no file, in words; None where it is one, or of an older version, which
-    wrote none: a run whose earlier step has one wrote one into each that followed.
+    wrote none: a run with an id wrote one into each step, and one whose earlier step has one into each that followed.
     """
     path = folder / HASHES
     if path.is_file():
         return None
     if os.path.lexists(path):
         return f"{path} is damaged: it is no file"
+    if _run_of(folder) is not None:
+        return f"{path} is missing, which every step of this run has"
     if not folder.name.isdecimal():
         return None
     earlier = (entry for entry in folder.parent.iterdir() if entry.name.isdecimal())
@@ -256,8 +312,9 @@ def _compare(path: pathlib.Path, wanted: str) -> str | None:
     return None if found == wanted else f"{path} is damaged: it is not what was written"
 
 
-def _read_hashes(path: pathlib.Path) -> tuple[dict[str, str], bool] | str:
-    """The hashes by file, and whether they are of all files; or what is wrong with the list itself.
+def _read_hashes(path: pathlib.Path) -> tuple[dict[str, str], dict[str, Any], bool] | str:
+    """The hashes by file, whose step they are of (as `_origin`), and whether they are of all files; or what is wrong
+    with the list itself.
 
     Raises:
       ValueError: it is whole, and this version does not know its algorithm.
@@ -268,18 +325,19 @@ def _read_hashes(path: pathlib.Path) -> tuple[dict[str, str], bool] | str:
     except (OSError, ValueError):
         return damage
     # The names are compared too: a changed one must not turn a list into one of an older version.
-    if not isinstance(listed, dict) or set(listed) - {"digest"} != {"algorithm", "files"}:
+    if not isinstance(listed, dict) or set(listed) - {"digest", _STEP, RUN_KEY} != {"algorithm", "files"}:
         return damage
     if not isinstance(listed["files"], dict):
         return damage
     digest = listed.pop("digest", None)
     if digest is not None and digest != _digest(listed):
         return damage
-    if digest is None and listed["algorithm"] != _ALGORITHM:
+    if digest is None and (listed["algorithm"] != _ALGORITHM or len(listed) > 2):
         return damage
     if listed["algorithm"] != _ALGORITHM:
         raise ValueError(f"{path} must have hashes by {_ALGORITHM}, got {listed['algorithm']!r}; use a newer version")
-    return listed["files"], digest is not None
+    origin = {name: listed[name] for name in (_STEP, RUN_KEY) if name in listed}
+    return listed["files"], origin, digest is not None
 
 
 def _digest(body: dict[str, Any]) -> str:

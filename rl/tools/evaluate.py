@@ -8,18 +8,21 @@ import argparse
 import contextlib
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
-from rl.config.load import require
-from rl.data.prompts import load_prompts
+from rl.config.load import Config, override_values, require
+from rl.data.prompts import PromptData, fingerprint, held_out_fingerprint, load_pairs, load_prompts
+from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
 from rl.devices.programs import use_compilation_cache
 from rl.files.output_file import check_writable, writing
 from rl.files.stores import written_file
 from rl.rollout.evaluation import EvalResult, accuracy_function, evaluate, left_out_of_evaluation
 from rl.rollout.scoring import start_rewards
-from rl.run_folder.folder import check_trust
+from rl.run_folder.contents import HELD_OUT
+from rl.run_folder.folder import check_trust, read_run
 from rl.run_folder.trust import TO_EVALUATE
 from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.state.origin import tokenizer_of
@@ -44,8 +47,8 @@ def evaluate_source(
       The result, and where the weights came from, in words.
 
     Raises:
-      ValueError: no reward function, no held-out rows, or whatever is wrong with the configuration, the data or the
-        checkpoint.
+      ValueError: no reward function, no held-out rows, some that may have been trained on, or whatever is wrong with
+        the configuration, the data or the checkpoint.
     """
     source = resolve_model(model, overrides, adapter=adapter, alone=False)
     config = source.config
@@ -54,7 +57,12 @@ def evaluate_source(
         hosts.from_first(lambda: check_writable(output, "--output"))
         use_compilation_cache(config)
         require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
-        rows = load_prompts(config, tokenizer_of(config)).held_out[: config.eval.max_prompts]
+        tokenizer = tokenizer_of(config)
+        data = load_prompts(config, tokenizer)
+        changed = source.run and changed_rows(source.run, config, overrides, data, tokenizer)
+        if changed and hosts.is_first():
+            print(f"warning: {changed}", file=sys.stderr)
+        rows = data.held_out[: config.eval.max_prompts]
         if not rows:
             raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
         trained = load_source(source)
@@ -67,6 +75,35 @@ def evaluate_source(
             sampler.expect([row.prompt_ids for row in rows])
             result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
         return result, "model.source" if trained.step is None else f"step {trained.step}"
+
+
+def changed_rows(
+    run: pathlib.Path, config: Config, overrides: Sequence[str], data: PromptData, tokenizer: Tokenizer
+) -> str | None:
+    """How the held-out rows differ from those of the run, in words; None where they do not, where an older version
+    began the run, or where the command line names other data.
+
+    Raises:
+      ValueError: the training rows differ as well, and the held-out questions may be among those that were trained on.
+    """
+    identity = read_run(run)[1]
+    if any(key.startswith("data.") for key in override_values(overrides)) or HELD_OUT not in identity:
+        return None
+    then, now = identity[HELD_OUT], held_out_fingerprint(data.held_out)
+    if now == then:
+        return None
+    if now["questions"] == then["questions"]:
+        what = "the questions are the same; answers, other columns, the order of the rows, or token ids are not"
+    else:
+        what = f"they are {now['rows']} rows with other questions, and were {then['rows']}"
+        trained = data.train if identity["kind"] == "grpo" else load_pairs(config, tokenizer).rows
+        if fingerprint(trained) != identity["data"]:
+            raise ValueError(
+                f"the held-out rows must be those of the run {run}, or none that it was trained on, but {what}, and "
+                "the training rows have changed, too; put the data back, or name the rows with data.source=... or "
+                "data.eval_source=..."
+            )
+    return f"the held-out rows are not those that the run {run} began with: {what}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from rl.cli import main
 from rl.config.load import load_config
+from rl.data.prompts import load_prompts
 from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.models.files.hf_config import read_config
@@ -212,6 +213,55 @@ def test_eval_command_prints_the_interval_and_writes_every_sample(run, tmp_path,
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 5
     assert lines[0]["rewards"]["right"] == 1.0
+
+
+@pytest.fixture
+def of_file(tmp_path):
+    """A folder whose run is trained on rows of rows.jsonl, of which some are held out."""
+    rows = [{"prompt": f"{i} + 1", "answer": str(i + 1)} for i in range(9)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(RECIPE)
+    overrides = [f"data.source={source}", "data.args={operation: null, digits: null}", "data.eval_size=3"]
+    return train(load_config(recipe, [f"output_dir={tmp_path / 'run'}", *overrides, "grpo.steps=1", "eval.every=0"]))
+
+
+def test_evaluation_of_a_run_says_how_its_held_out_rows_have_changed(of_file, capsys):
+    source = of_file.parent / "rows.jsonl"
+    text = source.read_text()
+    evaluate_source(of_file)
+    assert "held-out" not in capsys.readouterr().err
+    source.write_text(text.replace('"answer": "', '"answer": "1'))
+    evaluate_source(of_file)
+    said = capsys.readouterr().err
+    assert f"warning: the held-out rows are not those that the run {of_file} began with: the questions are the" in said
+    # Without the rows that were held out, others are: those that were trained on.
+    held_out = [
+        row.prompt for row in load_prompts(load_config(of_file / "config.yml"), load_tokenizer("byte")).held_out
+    ]
+    lines = [line for line in text.splitlines(keepends=True) if json.loads(line)["prompt"] not in held_out]
+    source.write_text("".join(lines))
+    with pytest.raises(ValueError, match=r"none that it was trained on, but they are 3 rows with other questions"):
+        evaluate_source(of_file)
+    evaluate_source(of_file, [f"data.source={source}"])  # the user's word
+    assert "held-out" not in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_other_held_out_rows(of_file):
+    other = load_config(of_file / "config.yml", ["grpo.steps=2"])
+    source = of_file.parent / "rows.jsonl"
+    held_out = load_prompts(other, load_tokenizer("byte")).held_out[0].prompt
+    changed = [json.loads(line) for line in source.read_text().splitlines()]
+    changed = [row | ({"answer": "0"} if row["prompt"] == held_out else {}) for row in changed]
+    source.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    with pytest.raises(ValueError, match=r"the held_out of the run in .* a resumed run needs the same one"):
+        train(other)
+    # An older version wrote nothing of them.
+    identity = json.loads((of_file / "run.json").read_text())
+    del identity["held_out"]
+    (of_file / "run.json").write_text(json.dumps(identity))
+    assert train(other) == of_file
 
 
 def test_wilson_interval_agrees_with_published_values():

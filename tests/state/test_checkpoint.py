@@ -31,6 +31,10 @@ DEEPER = ModelConfig.from_arch("qwen2", 24, 16, 32, 2, 4, 2, 8)
 LOOP = {"step": 7, "entropy": {"coef": 0.1, "last_entropy": float("inf")}, "flavour": "nnx"}
 
 
+def loop_of(step):
+    return {**LOOP, "step": step}
+
+
 def setup(folder, *overrides, shape=SHAPE, devices=None):
     """(config, mesh, init_state_fn) of a run in `folder`."""
     config = load_config(None, [f"output_dir={folder}", *overrides])
@@ -76,7 +80,7 @@ def write(folder, step, *overrides, salt=0.0, **arguments):
     checkpoints = open_checkpoints(folder, *overrides, **arguments)
     state = state_of(checkpoints.abstract, salt)
     numbers = host(state)
-    checkpoints.save(step, state, LOOP)
+    checkpoints.save(step, state, loop_of(step))
     checkpoints.close()
     return numbers
 
@@ -163,7 +167,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     checkpoints = open_checkpoints(tmp_path)
     state = state_of(checkpoints.abstract)
     numbers = host(state)
-    checkpoints.save(1, state, LOOP)
+    checkpoints.save(1, state, loop_of(1))
     for leaf in jax.tree.leaves(state):
         leaf.delete()
     checkpoints.wait()
@@ -233,7 +237,7 @@ def test_a_half_written_checkpoint_is_none_and_is_removed_by_the_next_writer_onl
     assert half.exists()  # a run may be writing it
     writer = open_checkpoints(tmp_path)
     assert writer.latest_step == 3
-    writer.save(5, state_of(writer.abstract, salt=5.0), LOOP)
+    writer.save(5, state_of(writer.abstract, salt=5.0), loop_of(5))
     writer.close()
     assert steps_in(tmp_path) == [3, 5]
     assert not half.exists()
@@ -304,7 +308,7 @@ def two_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     checkpoints = open_checkpoints(folder)
     for step in (3, 5):
-        checkpoints.save(step, state_of(checkpoints.abstract, salt=step), LOOP)
+        checkpoints.save(step, state_of(checkpoints.abstract, salt=step), loop_of(step))
     checkpoints.close()
     return folder
 
@@ -375,7 +379,7 @@ def test_a_run_sets_a_damaged_checkpoint_aside_and_goes_on_from_the_one_before(c
     state, _ = writer.restore()
     assert_equal(host(state), host(state_of(writer.abstract, salt=3)))
     assert writer.latest_step == 3
-    writer.save(5, state_of(writer.abstract, salt=6), LOOP)
+    writer.save(5, state_of(writer.abstract, salt=6), loop_of(5))
     assert_equal(host(writer.restore()[0]), host(state_of(writer.abstract, salt=6)))
     writer.close()
     assert steps_in(copied) == [3, 5]
@@ -430,6 +434,80 @@ def test_checkpoints_of_older_versions_are_read_with_a_line_about_it(copied, ver
     checkpoints.close()
 
 
+@pytest.mark.parametrize("verify", ["true", "false"])
+def test_a_step_under_the_name_of_another_is_damage_and_the_run_saves_what_it_trains_after_it(copied, verify):
+    folder, said = copied / "checkpoints", []
+    (folder / "5").rename(folder / "9")
+    writer = open_checkpoints(copied, f"checkpoint.verify={verify}", warn=said.append)
+    writer.restore()
+    assert (writer.restored_step, writer.latest_step) == (3, 3)
+    writer.save(5, state_of(writer.abstract, salt=6), loop_of(5))
+    writer.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "5", "9.damaged"]
+    assert f"{folder}/9 holds step 5: it was renamed, or put in the place of another" in said[0]
+
+
+def test_a_save_that_saves_nothing_is_an_error(copied):
+    writer = open_checkpoints(copied)
+    with pytest.raises(ValueError, match=r"checkpoint 4 must be newer than every other in .* there is 5, so nothing"):
+        writer.save(4, state_of(writer.abstract), loop_of(4))
+    writer.close()
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs with ids, each with steps 3 and 5."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"run": name}))
+        for step in (3, 5):
+            write(tmp_path / name, step)
+    return tmp_path / "one", tmp_path / "two"
+
+
+def test_a_checkpoint_of_another_run_is_damage(runs):
+    one, two = runs
+    shutil.rmtree(one / "checkpoints" / "5")
+    shutil.copytree(two / "checkpoints" / "5", one / "checkpoints" / "5")
+    told = f"{one}/checkpoints/5 is of another run: its id is two, that of run.json is one"
+    assert damaged_files(one / "checkpoints" / "5") == [told]
+    said = []
+    reader = open_checkpoints(one, read_only=True, warn=said.append)
+    reader.restore_weights()
+    reader.close()
+    assert reader.restored_step == 3
+    assert told in said[0]
+    (two / "run.json").write_text("{}")  # as of an older version, which wrote no such steps
+    assert damaged_files(two / "checkpoints" / "5") == [
+        f"{two}/checkpoints/5 is of another run: its id is two, that of run.json is None"
+    ]
+
+
+def test_a_run_with_an_id_has_no_step_without_hashes(runs):
+    one, _ = runs
+    for path in one.glob("checkpoints/*/hashes.json"):
+        path.unlink()
+    reader = open_checkpoints(one, read_only=True)
+    with pytest.raises(ValueError, match=r"none is: .*/5/hashes\.json is missing, which every step of this run has"):
+        reader.restore_weights()
+    reader.close()
+
+
+def test_an_older_run_that_goes_on_has_steps_of_both_kinds(runs):
+    one, _ = runs
+    (one / "run.json").write_text("{}")
+    (one / "checkpoints" / "3" / "hashes.json").unlink()
+    shutil.rmtree(one / "checkpoints" / "5")
+    write(one, 5)
+    said = []
+    reader = open_checkpoints(one, read_only=True, warn=said.append)
+    reader.restore_weights()
+    assert (reader.restored_step, said) == (5, [])
+    reader.restore_weights(3)
+    reader.close()
+    assert "is not compared as a whole with what was written" in said[0]
+
+
 def test_comparing_can_be_switched_off(copied):
     flip_a_bit(copied / "checkpoints" / "5" / "state" / "commit_success.txt")
     checkpoints = open_checkpoints(copied, "checkpoint.verify=false", read_only=True)
@@ -466,7 +544,7 @@ def test_disk_space_is_estimated_for_the_first_checkpoint_and_measured_from_then
     estimate = float(re.search(r"checkpoints of ([0-9.]+) kB", str(error.value))[1]) * 1e3
     disk["bytes"] = 1 << 30
     checkpoints.check_disk_space()
-    checkpoints.save(1, state_of(checkpoints.abstract), LOOP)
+    checkpoints.save(1, state_of(checkpoints.abstract), loop_of(1))
     checkpoints.wait()
     size = on_disk(tmp_path / "checkpoints" / "1")
     assert min(size, estimate) > 1.5 * bytes_of(checkpoints.abstract)  # small files take whole blocks
@@ -482,9 +560,9 @@ def test_a_checkpoint_without_room_is_not_begun(copied, disk):
     checkpoints = open_checkpoints(copied)
     disk["bytes"] = max(on_disk(copied / "checkpoints" / step) for step in "35") - 1
     with pytest.raises(ValueError, match=r"the next checkpoint needs .* kB in .*/checkpoints, and .* kB are free; the"):
-        checkpoints.save(7, state_of(checkpoints.abstract), LOOP)
+        checkpoints.save(7, state_of(checkpoints.abstract), loop_of(7))
     disk["bytes"] += 1
-    checkpoints.save(7, state_of(checkpoints.abstract), LOOP)
+    checkpoints.save(7, state_of(checkpoints.abstract), loop_of(7))
     checkpoints.close()
     assert steps_in(copied) == [5, 7]
 
@@ -495,7 +573,7 @@ import os, pathlib, resource, shutil, sys
 sys.path.insert(0, ".")
 from rl.run.metrics import MetricsWriter
 from rl.tools.checkpoints.export import FORMATS
-from tests.state.test_checkpoint import LOOP, SHAPE, bytes_of, open_checkpoints, state_of
+from tests.state.test_checkpoint import SHAPE, bytes_of, loop_of, open_checkpoints, state_of
 
 folder = pathlib.Path(sys.argv[1])
 checkpoints = open_checkpoints(folder / "run")
@@ -514,7 +592,7 @@ limit(size - 1)
 told("limit", checkpoints.check_disk_space)
 limit(size)
 checkpoints.check_disk_space()
-checkpoints.save(1, state_of(checkpoints.abstract), LOOP)
+checkpoints.save(1, state_of(checkpoints.abstract), loop_of(1))
 checkpoints.wait()
 
 def contents(checkpoint):
@@ -537,7 +615,7 @@ for name, damage in damages.items():
 metrics = MetricsWriter(folder, 1)
 params = state_of(checkpoints.abstract).params
 limit(2000)
-told("save", lambda: (checkpoints.save(2, state_of(checkpoints.abstract, salt=2.0), LOOP), checkpoints.wait()))
+told("save", lambda: (checkpoints.save(2, state_of(checkpoints.abstract, salt=2.0), loop_of(2)), checkpoints.wait()))
 limit(10)
 told("metrics", lambda: metrics.write({"step": 1}))
 metrics.close()
@@ -587,8 +665,8 @@ def test_a_write_that_fails_says_so_and_leaves_older_checkpoints_valid(trouble):
     checkpoints = open_checkpoints(folder)
     assert checkpoints.latest_step == 1
     state, loop = checkpoints.restore()
-    assert loop == LOOP
+    assert loop == loop_of(1)
     assert_equal(host(state), host(state_of(checkpoints.abstract)))
-    checkpoints.save(2, state_of(checkpoints.abstract, salt=2.0), LOOP)
+    checkpoints.save(2, state_of(checkpoints.abstract, salt=2.0), loop_of(2))
     checkpoints.close()
     assert steps_in(folder) == [1, 2]
