@@ -440,6 +440,7 @@ READERS = {
         "rl.api",
         "rl.run.command",
         "rl.tools.trained",
+        "rl.tools.evaluate",
         "rl.tools.samples.replay",
         "rl.tools.programs.compile",
         "rl.tools.checkpoints.lora",
