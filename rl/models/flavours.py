@@ -41,6 +41,11 @@ class LinenPolicy:
         self.kernel, self.exchange_fn = kernel, exchange_fn
         self.module = linen_model.CausalLM(config, kernel.attend, exchange_fn)
 
+    def without_adapters(self) -> "LinenPolicy":
+        if self.config.lora is None:
+            return self
+        return LinenPolicy(dataclasses.replace(self.config, lora=None), self.kernel, self.exchange_fn)
+
     def init(self, key: jax.Array) -> Params:
         return ops.init_params(self.config, key)
 
@@ -88,6 +93,11 @@ class NNXPolicy:
         self.kernel, self.exchange_fn = kernel, exchange_fn
         parts = kernel.attend, exchange_fn
         self.module = nnx.graphdef(nnx.eval_shape(lambda: nnx_model.CausalLM(config, nnx.Rngs(0), *parts)))
+
+    def without_adapters(self) -> "NNXPolicy":
+        if self.config.lora is None:
+            return self
+        return NNXPolicy(dataclasses.replace(self.config, lora=None), self.kernel, self.exchange_fn)
 
     def init(self, key: jax.Array) -> Params:
         return ops.init_params(self.config, key)
@@ -170,13 +180,6 @@ def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> F
     from rl.models.foreign.tunix_config import describe
 
     return describe(config.model, folder)
-
-
-def without_adapters(policy: Policy) -> Policy:
-    """The policy of the same flavour that computes with the base alone."""
-    config = dataclasses.replace(policy.config, lora=None)
-    # Only the toolkit's own decoder has adapters.
-    return type(policy)(config, policy.kernel, policy.exchange_fn)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
 def policy_from_config(config: Any, model_config: ModelConfig, mesh: Mesh | None = None) -> Policy:

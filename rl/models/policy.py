@@ -61,6 +61,10 @@ class Policy(Protocol):
         """Whether `extend` takes a cache of the policy's own in place of a `KVCache`; see `WavePolicy`."""
         ...
 
+    def without_adapters(self) -> "Policy":
+        """The policy of the same flavour that computes with the base alone; this one where there are no adapters."""
+        ...
+
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters in `config.param_dtype`; the same numbers in both flavours of the toolkit's own decoder."""
         ...

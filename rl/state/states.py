@@ -154,7 +154,7 @@ def frozen_base(config: Config, mesh: Mesh, init_state_fn: InitStateFn, origin: 
 
 
 def frozen_reference(policy: Policy, state: PureState) -> PureState:
-    """The reference of a policy with adapters: the very arrays of its base, for `without_adapters(policy)`."""
+    """The reference of a policy with adapters: the very arrays of its base, for `policy.without_adapters()`."""
     # Copies of the scalars: the state's own are donated by the next update, its frozen weights never are.
     return PureState(jnp.copy(state.step), split(policy.config, state.params)[1], (), jnp.copy(state.rng))
 

@@ -21,7 +21,6 @@ from rl.config.load import Config
 from rl.devices import hosts
 from rl.devices.mesh import replicated
 from rl.devices.programs import Program, Stored, not_stored
-from rl.models.flavours import without_adapters
 from rl.models.lora import split
 from rl.models.policy import Policy
 from rl.models.train_state import PureState
@@ -206,11 +205,11 @@ def scoring_programs(
     One program gives old and reference log-probs. With adapters the reference is the base alone, and has its own.
     """
     common: dict[str, Any] = {"mesh": mesh, **_pass_options(config, plan)}
-    programs, has_adapters = {}, policy.config.lora is not None
-    if _recomputes_old(config) or (config.grpo.beta and not has_adapters):
+    programs, base = {}, policy.without_adapters()
+    if _recomputes_old(config) or (config.grpo.beta and base is policy):
         programs[LOGPROBS] = token_logprobs_program(policy, state_shardings.params, with_entropy=False, **common)
-    if config.grpo.beta and has_adapters:
-        base, shardings = without_adapters(policy), split(policy.config, state_shardings.params)[1]
+    if config.grpo.beta and base is not policy:
+        shardings = split(policy.config, state_shardings.params)[1]
         programs[REFERENCE_LOGPROBS] = token_logprobs_program(base, shardings, with_entropy=False, **common)
     if loss_config(config).selects_by_entropy:
         programs[ENTROPIES] = token_logprobs_program(policy, state_shardings.params, with_entropy=True, **common)

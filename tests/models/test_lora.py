@@ -16,7 +16,7 @@ from rl.models import cache as kv
 from rl.models import ops
 from rl.models.config import LORA_A, LORA_B, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
 from rl.models.families import FAMILIES
-from rl.models.flavours import LinenPolicy, NNXPolicy, policy_from_config, without_adapters
+from rl.models.flavours import LinenPolicy, NNXPolicy, policy_from_config
 from rl.models.lora import freeze, join, merge, split, unmerge
 from rl.models.train_state import pure_state
 from rl.state.optimizer import create_training_optimizer
@@ -186,9 +186,9 @@ def test_a_policy_with_adapters_computes_as_one_with_merged_weights(family):
     config = lora_config(family, lora, tie_word_embeddings=False)
     policy, params = NNXPolicy(config), noisy_params(config)
     merged = merge(config, params)
-    got, want = outputs(policy, params), outputs(without_adapters(policy), merged)
+    got, want = outputs(policy, params), outputs(policy.without_adapters(), merged)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
-    base = outputs(without_adapters(policy), split(config, params)[1])
+    base = outputs(policy.without_adapters(), split(config, params)[1])
     assert all(np.abs(a - b).max() > 0.1 for a, b in zip(got, base, strict=True))
 
 
@@ -198,7 +198,7 @@ def test_fresh_adapters_change_nothing(flavour):
     policy = POLICIES[flavour](config)
     params = policy.init(jax.random.key(2))
     base = split(config, params)[1]
-    got, want = outputs(policy, params), outputs(without_adapters(policy), base)
+    got, want = outputs(policy, params), outputs(policy.without_adapters(), base)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
@@ -209,7 +209,7 @@ def test_a_tree_without_its_adapters_is_refused(flavour):
     with pytest.raises(ValueError, match="layers_0/self_attn/q_proj/lora_a is missing"):
         policy.hidden(split(config, params)[1], *batch_of())
     with pytest.raises(ValueError, match="lora_a has no place"):
-        without_adapters(policy).hidden(params, *batch_of())
+        policy.without_adapters().hidden(params, *batch_of())
 
 
 # Merging

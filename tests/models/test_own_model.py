@@ -180,6 +180,7 @@ def test_the_examples_compute_what_they_promise(tmp_path, flavour):
     policy = policy_for(config_for(tmp_path, flavour))
     check_policy(policy, policy.init(jax.random.key(0)), "example")
     assert policy.packs_rows == (flavour == "nnx")
+    assert policy.without_adapters() is policy
 
 
 def test_unknown_arguments_and_settings_of_the_own_decoder_are_refused(tmp_path):

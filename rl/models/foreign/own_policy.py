@@ -7,7 +7,7 @@ Legend: B sequences, T token positions, S cache positions, D model.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import flax.linen
 import jax
@@ -63,6 +63,9 @@ class _ModulePolicy:
     @property
     def packs_rows(self) -> bool:
         return "attention_mask" in self._own.inputs
+
+    def without_adapters(self) -> Self:
+        return self
 
     def _call(self, params: Params, method: str, **arguments: Any) -> Any:
         # The module knows plain arrays only, so quantised ones become such at each call.

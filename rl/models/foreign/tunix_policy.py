@@ -7,7 +7,7 @@ Legend: B sequences, T token positions, S cache positions, N heads, H head dim, 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ class TunixPolicy:
     @property
     def packs_rows(self) -> bool:
         return self._tunix.packs_rows
+
+    def without_adapters(self) -> Self:
+        return self
 
     def init(self, key: jax.Array) -> Params:
         params = nnx.to_pure_dict(nnx.state(self._tunix.make(key), nnx.Param))
