@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line on a terminal, one plain line per step in a log.
+"""What a person sees while a run goes on: a live line on a terminal or in a notebook, one plain line per step in a log.
 
 In: the same mapping of metrics that goes to metrics.jsonl. Out: text on a stream. Not here: files
 (`rl/run/metrics.py`). Where the stream takes nothing any more, on a full disk for instance, a run goes on without it; a
@@ -21,6 +21,7 @@ from rl.errors import silence
 
 _STEPS_FOR_TIME_LEFT = 50  # enough to hold an evaluation or a checkpoint now and then
 _BAR_WIDTH = 20  # characters
+_NOTEBOOK_WIDTH = 120  # characters; what shows a notebook wraps longer lines
 # Metric, label, format: in the order of importance, for a narrow terminal shows the first ones only.
 _WATCHED = (
     ("eval/accuracy", "eval", ".1%"),
@@ -42,17 +43,26 @@ class _RichConsole(rich.console.Console):
 class Console:
     """Prints the progress of a run of `total_steps` steps to `stream` (standard output when None).
 
-    On a terminal `step_line` redraws one line; evaluations, messages and warnings scroll above it. Elsewhere everything
-    is a plain line.
+    On a terminal `step_line` redraws one line; evaluations, messages and warnings scroll above it. In a notebook it
+    redraws one output of the cell. Elsewhere everything is a plain line.
     """
 
     def __init__(self, total_steps: int, stream: TextIO | None = None):
         output: TextIO = sys.stdout if stream is None else stream
         self._total_steps = total_steps
-        self._is_live = output.isatty()
+        # The stream of a Jupyter kernel, known by its type: neither it nor IPython is imported to find out.
+        is_notebook = type(output).__module__.startswith("ipykernel.")
+        self._notebook = _NotebookLine() if is_notebook else None
+        self._is_live = not is_notebook and output.isatty()
         self._stream, self._is_stopping = output, False
         self._console = _RichConsole(
-            file=output, force_terminal=self._is_live, highlight=False, markup=False, emoji=False, soft_wrap=True
+            file=output,
+            force_terminal=self._is_live,
+            force_jupyter=False,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
         )
         self._live: rich.live.Live | None = None
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=_STEPS_FOR_TIME_LEFT)
@@ -68,13 +78,18 @@ class Console:
         time_left = f"left {self._time_left(step)}"
         counter = f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"
         fields = format_fields(metrics)
-        if not self._is_live:
+        if not self._is_live and self._notebook is None:
             self._print("  ".join([counter, *fields, time_left]))
             return
         if metrics.get("eval/accuracy") is not None:
             self.message("  ".join([counter, *fields]))
         bar = format_bar(step / self._total_steps, _BAR_WIDTH)
-        self._draw(_join_what_fits([counter, bar, time_left, *fields], self._console.width))
+        width = self._console.width if self._notebook is None else _NOTEBOOK_WIDTH
+        line = _join_what_fits([counter, bar, time_left, *fields], width)
+        if self._notebook is None:
+            self._draw(line)
+        else:
+            self._notebook.show(line)
 
     def message(self, text: str) -> None:
         """Prints `text` as it is, on lines of its own."""
@@ -150,6 +165,23 @@ class Console:
                     "and its files have every step",
                     file=sys.stderr,
                 )
+
+
+class _NotebookLine:
+    """One output of a notebook's cell, which each line takes the place of."""
+
+    def __init__(self) -> None:
+        self._output: Any = None
+
+    def show(self, line: str) -> None:
+        """Puts a line there."""
+        from IPython.display import display  # pyright: ignore[reportMissingImports]  a kernel has it
+
+        content = {"text/plain": line}
+        if self._output is None:
+            self._output = display(content, raw=True, display_id=True)
+        else:
+            self._output.update(content, raw=True)
 
 
 def format_fields(metrics: Mapping[str, Any]) -> list[str]:
