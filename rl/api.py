@@ -66,7 +66,8 @@ class Run:
         """metrics.jsonl as a table: a row per step, a column per metric."""
         import pandas
 
-        return pandas.DataFrame(read_metrics(local_metrics(self.path))).set_index("step")
+        lines = read_metrics(local_metrics(self.path))
+        return pandas.DataFrame(lines or {"step": []}).set_index("step")
 
     def evaluate(self) -> EvalResult:
         """Greedy accuracy on the held-out rows.

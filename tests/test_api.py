@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_a_run_of_another_session_asks_for_its_objects_again(run, capsys):
     assert main(["eval", str(run.path), *named, "data.args={operation: add, digits: 1}"]) == 0
 
 
-def test_objects_are_given_for_the_time_of_a_run_only(run):
+def test_objects_are_given_for_the_time_of_a_run_only():
     config = load_config(None, ['data.source="<object rows>"'])
     with pytest.raises(ValueError, match=r"data.source is '<object rows>'"):
         load_prompts(config, load_tokenizer("byte", None))
@@ -220,6 +221,14 @@ def test_keywords_are_laid_over_a_recipe_and_overrides_over_them(tmp_path):
     assert (config.seed, config.grpo.steps, config.grpo.group_size) == (5, 1, 2)
     names = ["rewards.number:exact_number_strict", "<object length_share>"]
     assert [entry.function for entry in config.rewards.functions] == names
+
+
+@pytest.mark.slow
+def test_a_run_without_a_step_has_an_empty_table(run, tmp_path):
+    for name in ("config.yml", "run.json"):
+        shutil.copy(run.path / name, tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    assert len(load(tmp_path).metrics) == 0
 
 
 @pytest.mark.slow
