@@ -25,7 +25,7 @@ from rl.config.load import load_config
 from rl.data.prompts import PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.models.flavours import policy_from_config
-from rl.rollout.groups import judge, minibatches, to_rollout
+from rl.rollout.groups import judge, minibatches, with_advantages
 from rl.rollout.scoring import sample_and_score, start_rewards
 from rl.run.metrics import Stopwatch
 from rl.sampler.create import sampling_params
@@ -144,7 +144,7 @@ class TandemTrainer:
             Stopwatch(),
         )
         judged = judge(self.config, rows, scored, self._runner.specs)
-        return minibatches(to_rollout(self.config, judged), self.config)[0]
+        return minibatches(self.config, with_advantages(self.config, judged))[0]
 
     def _replay(self, batch: Batch) -> list[TrainGroup]:
         assert batch.completions is not None

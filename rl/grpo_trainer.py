@@ -1,17 +1,20 @@
 """GRPO training: `grpo train CONFIG [key=value ...]`, or `python -m rl.grpo_trainer`.
 
-This page is a run from top to bottom: what is asked, what answers, the two states on one mesh, the compiled train step,
-and the loop. Everything is refused before the run folder is touched that can be. Step k in metrics and checkpoints
-means that k steps are done. Everything random follows from (seed, step), so that a resumed run repeats what an
-uninterrupted one does, bit for bit.
+This page is a run from top to bottom: prompts, policy, two states, sampler, run folder, states restored or new, train
+step, loop. Whatever can be refused is refused before the run folder is touched, so much is made early that is used
+late. Step k in metrics and checkpoints means that k steps are done. All randomness follows from (seed, step), so a
+resumed run repeats what an uninterrupted one does, bit for bit.
 
-Not on this page:
-    drawing and judging    `rl.rollout.judge`, `rl.sampler.slot_sampler`
-    advantages             `rl.algorithms.advantages`
-    loss                   `rl.algorithms.losses`
-    one update             `rl.training.train_step`; all updates of a step, and their packing: `rl.training.update`
-    linen or nnx           `rl.models.flavours`
-    adapters               `rl.models.lora`, `rl.state.reference_sync`
+To change something, go to
+    prompts                     `rl.data.prompts`
+    drawing tokens              `rl.sampler`
+    reward functions            `rewards`; when they are called: `rl.rollout.scoring`
+    groups, evaluation          `rl.rollout.collector`, `rl.rollout.step_prompts`, `rl.rollout.evaluation`
+    advantages, loss            `rl.algorithms.advantages`, `rl.algorithms.losses`, `rl.algorithms.loss_types`
+    packing, one update         `rl.training.packing`, `rl.training.train_step`; the updates of a step: `.update`
+    optimizer, checkpoints      `rl.state.optimizer`, `rl.state.checkpoint`
+    reference, adapters         `rl.state.reference_sync`, `rl.models.lora`
+    linen or nnx                `rl.models.flavours`
 """
 
 import contextlib
@@ -24,17 +27,17 @@ from rl.data.prompts import load_prompts
 from rl.devices import hosts
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
-from rl.rollout.groups import minibatches, sample_records, to_rollout
-from rl.rollout.judge import Judge
+from rl.rollout.collector import Collector
+from rl.rollout.groups import minibatches, sample_records, with_advantages
 from rl.rollout.scoring import start_rewards
 from rl.run.announce import announce
 from rl.run.checks import check_recipe
 from rl.run.command import run_command
 from rl.run.executables import open_compiled
-from rl.run.health import examine, raise_if_stuck
+from rl.run.health import raise_if_stuck
 from rl.run.log import RunLog
 from rl.run.loop import LoopState, restore_or_start, run_identity
-from rl.run.not_finite import cause_if_all_skipped
+from rl.run.not_finite import examine_step
 from rl.run.output import RunOutput
 from rl.sampler.create import checked_sampling, create_sampler, plan_draws
 from rl.state.optimizer import create_training_optimizer, last_lr, rounding_problems, updates_per_step
@@ -60,7 +63,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
     """
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(RunLog(config.grpo.steps))
-        # prompts: what is asked
+        # prompts
         tokenizer = tokenizer_of(config)
         data = load_prompts(config, tokenizer)
         held_out = data.held_out[: config.eval.max_prompts] if config.eval.every else []
@@ -68,32 +71,31 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         check_recipe(config, data, origin.model_config.max_position_embeddings)
         sampling = checked_sampling(config, origin.model_config, tokenizer)
 
-        # policy: what answers
+        # policy: pure functions, no weights; the weights are in its state
         mesh = create_mesh(config.mesh)
         policy = policy_from_config(config, origin.model_config, mesh)
         schedule, optimizer = create_training_optimizer(config, policy)
-        compiled = open_compiled(config, policy, mesh)
-        packing = plan_for(config, compiled.prompt_length or data.longest_prompt, policy, mesh)
+        saved = open_compiled(config, policy, mesh)  # programs of `grpo compile`, which fix the length of prompts
+        packing = plan_for(config, saved.prompt_length or data.longest_prompt, policy, mesh)
         identity = run_identity(config, origin, data)
-        hosts.check_same(config, identity)
+        hosts.check_same(config, identity)  # every process must start the same run
 
-        # init_state_fn: policy and reference are two states, each built by its own
+        # two states, policy and reference, each built by its own init_state_fn; here only shapes and shardings
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
-        init_reference_fn = InitStateFn(policy, None, config.seed)
+        init_reference_fn = InitStateFn(policy, None, config.seed)  # not trained: no optimizer
         abstract = get_abstract_state(config, mesh, init_policy_fn)
         shardings = abstract.shardings
         check_sharded(abstract.shapes, shardings, config.mesh, mesh)
 
         # sampler: holds no weights; planned here, so that a call too large for the memory is refused now
-        memory, stored = compiled.device_memory, compiled.get
-        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory, stored)
+        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, saved.device_memory, saved.get)
         stack.callback(sampler.close)
-        draw_sizes = plan_draws(sampler, config, data, sampling, len(held_out), compiled.prompt_length)
+        draw_sizes = plan_draws(sampler, config, data, sampling, len(held_out), saved.prompt_length)
 
-        # run folder: whatever is wrong up to `begin` has touched nothing on disk
+        # run folder: whatever is wrong up to `begin` has touched nothing on disk; with look_only `begin` only reads
         run = stack.enter_context(RunOutput(config, "grpo", identity, log, look_only=check_only, trust=trust))
         rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log))
-        judge = Judge(config, sampler, rewards, sampling, tokenizer, held_out, log)
+        collector = Collector(config, sampler, rewards, sampling, tokenizer, held_out, log)
         checkpoints = run.begin(mesh, init_policy_fn, abstract, with_reference=bool(config.reference.sync_every))
         announce(log, config, data, origin, policy, mesh, run, packing, sampling)
         if check_only:
@@ -102,55 +104,67 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
 
         # states: restored, or new
         num_rows = len(data.train)
-        state, loop = restore_or_start(config, mesh, init_policy_fn, origin, checkpoints, num_rows, log, stored)
-        judge.adopt(loop.rewards)
-        reference = reference_of(config, mesh, init_reference_fn, origin, checkpoints, state, stored)
-        sync_reference = ReferenceSync(config, shardings.params)
-        num_updates = updates_per_step(config)
-        first_step = get_first_step(policy, state, num_updates)
-        for size in draw_sizes if config.sampling.warm_up else ():
-            sampler.warm_up(state.params, *size)
+        state, loop = restore_or_start(config, mesh, init_policy_fn, origin, checkpoints, num_rows, log, saved.get)
+        collector.restore(loop.reward_state)
+        reference = reference_of(config, mesh, init_reference_fn, origin, checkpoints, state, saved.get)
+        if config.sampling.warm_up:
+            for size in draw_sizes:
+                sampler.warm_up(state.params, *size)
 
         # train step
-        loss, options = loss_config(config), train_step_options(config, packing)
-        train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, stored=stored, **options)
-        updater = Updater(train_step, config, policy, packing, shardings, mesh=mesh, stored=stored)
+        loss = loss_config(config)
+        options = train_step_options(config, packing)
+        train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, stored=saved.get, **options)
+        updater = Updater(train_step, config, policy, packing, shardings, mesh=mesh, stored=saved.get)
+        sync_reference = ReferenceSync(config, shardings.params)
+        num_updates = updates_per_step(config)
 
         # loop
-        judge.say_how_it_judges(gold=None if first_step else data.train[0])
+        first_step = get_first_step(policy, state, num_updates)
+        collector.announce(gold=None if first_step else data.train[0])
         stack.enter_context(log.recording(run.path, first_step))
-        if first_step == 0 and (baseline := judge.evaluation(state, 0)):
+        if first_step == 0 and (baseline := collector.evaluate(state, step=0)):
             log.step({"step": 0, **baseline})
         log.stopwatch.lap()  # the seconds of the first step begin here
         for step in range(first_step, config.grpo.steps):
             # 1. draw completions and judge them
-            collected = judge.groups_of_step(state, step, data.train, loop.position)
+            collected = collector.draw_and_judge(state, step, data.train, loop.position)
             # 2. rewards to advantages
-            rollout = to_rollout(config, collected.judged)
+            rollout = with_advantages(config, collected.judged)
             # 3. update the policy; move the reference if it moves
             with log.timer("train"), no_implicit_transfers():
-                groups = minibatches(rollout, config)
-                state, entropy, trained = updater.step(state, reference, groups, loop.entropy)
+                batches = minibatches(config, rollout)
+                state, entropy, train_metrics = updater.step(state, reference, batches, loop.entropy)
                 reference = sync_reference(reference, state, step + 1)
-            # 4. look, write, save
-            cause = cause_if_all_skipped(trained, num_updates, state.params, rollout.advantages_B)
-            checkup = examine(config.health, loop.health, rollout.metrics | trained, num_updates, cause)
-            loop = LoopState(step + 1, checkup.state, collected.position, entropy, judge.found)
-            metrics = {"step": loop.step, **rollout.metrics, **collected.metrics, **trained}
-            metrics["lr"] = last_lr(schedule, int(state.step), loop.health.num_skipped)
-            metrics |= judge.evaluation(state, loop.step)
+            # 4. look at its health, and remember where the loop stands
+            measured = rollout.metrics | train_metrics
+            checkup = examine_step(
+                config.health, loop.health, measured, num_updates, state.params, rollout.advantages_B
+            )
+            loop = LoopState(
+                step=step + 1,
+                health=checkup.state,
+                position=collected.position,
+                entropy=entropy,
+                reward_state=collector.reward_state,
+            )
+            # 5. evaluate and write: the line of a step is on disk before its checkpoint
+            metrics = {"step": loop.step, **rollout.metrics, **collected.metrics, **train_metrics}
+            metrics["lr"] = last_lr(schedule, int(state.step), loop.health.num_skipped)  # state.step counts updates
+            metrics |= collector.evaluate(state, loop.step)
             metrics |= log.lap(rollout.num_tokens, "rollout", "train", "step")
             num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
             log.step(metrics, sample_records(rollout, num_samples))
-            log.warnings([*rollout.problems, *collected.problems, *rounding_problems(trained), *checkup.warnings])
-            raise_if_stuck(config.health, checkup)
-            run.check_lease()
-            is_last = log.is_last(loop.step)
-            if loop.step % config.checkpoint.every == 0 or is_last:
-                with log.timer("checkpoint"):  # part of the next step's seconds
+            log.warnings([*rollout.problems, *collected.problems, *rounding_problems(train_metrics), *checkup.warnings])
+            raise_if_stuck(config.health, checkup)  # after the line and the samples, which show why
+            # 6. save
+            run.check_lease()  # no two runs write to one store
+            should_stop = log.should_stop(loop.step)  # after all steps, or earlier when asked to
+            if should_stop or loop.step % config.checkpoint.every == 0:
+                with log.timer("checkpoint"):  # counted to the next step: the line of this one is written
                     checkpoints.save(loop.step, state, loop.record(policy.flavour, num_rows), reference)
             run.step_recorded()
-            if is_last:
+            if should_stop:
                 break
         checkpoints.wait()
         return run.path

@@ -19,10 +19,10 @@ from rl.models.flavours import policy_from_config
 from rl.rollout.final_accuracy import FinalAccuracy
 from rl.run.announce import announce_supervised
 from rl.run.command import run_command
-from rl.run.health import examine, raise_if_stuck
+from rl.run.health import raise_if_stuck
 from rl.run.log import RunLog
 from rl.run.loop import restore_or_start, supervised_identity
-from rl.run.not_finite import cause_if_all_skipped
+from rl.run.not_finite import examine_step
 from rl.run.output import RunOutput
 from rl.state.optimizer import create_training_optimizer, last_lr, rounding_problems
 from rl.state.origin import find_origin, tokenizer_of
@@ -107,23 +107,23 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             # 2. update the policy
             with log.timer("train"), no_implicit_transfers():
                 state, update = train_step(state, minibatch_of(rows, packing, config, mesh))
-                trained = metrics_of(jax.device_get(update))
-            # 3. look, write, save
-            cause = cause_if_all_skipped(trained, 1, state.params)
-            checkup = examine(config.health, loop.health, trained, cause_of_skips=cause)
+                train_metrics = metrics_of(jax.device_get(update))
+            # 3. look at its health, and remember where the loop stands
+            checkup = examine_step(config.health, loop.health, train_metrics, 1, state.params)
             loop = loop._replace(step=step + 1, health=checkup.state)
-            metrics = {"step": loop.step, **trained, "lr": last_lr(schedule, loop.step, loop.health.num_skipped)}
+            # 4. write, then save: the line of a step is on disk before its checkpoint
+            metrics = {"step": loop.step, **train_metrics, "lr": last_lr(schedule, loop.step, loop.health.num_skipped)}
             metrics |= log.lap(num_tokens_of(rows), "train")
             log.step(metrics)
-            log.warnings([*rounding_problems(trained), *checkup.warnings])
+            log.warnings([*rounding_problems(train_metrics), *checkup.warnings])
             raise_if_stuck(config.health, checkup)
-            run.check_lease()
-            is_last = log.is_last(loop.step)
-            if loop.step % config.checkpoint.every == 0 or is_last:
-                with log.timer("checkpoint"):  # part of the next step's seconds
+            run.check_lease()  # no two runs write to one store
+            should_stop = log.should_stop(loop.step)  # after all steps, or earlier when asked to
+            if should_stop or loop.step % config.checkpoint.every == 0:
+                with log.timer("checkpoint"):  # counted to the next step: the line of this one is written
                     checkpoints.save(loop.step, state, loop.supervised_record(policy.flavour))
             run.step_recorded()
-            if is_last:
+            if should_stop:
                 break
         checkpoints.wait()
         if int(state.step) >= config.sft.steps:  # otherwise the run was asked to stop before its end

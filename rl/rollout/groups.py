@@ -120,7 +120,7 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
     return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, list(result.problems))
 
 
-def to_rollout(config: Config, judged: Judged) -> Rollout:
+def with_advantages(config: Config, judged: Judged) -> Rollout:
     """Turns rewards into advantages, and measures both."""
     group_size, weights = config.grpo.group_size, judged.weights
     flat = [completion for group in judged.completions for completion in group]
@@ -177,7 +177,7 @@ def to_rollout(config: Config, judged: Judged) -> Rollout:
     )
 
 
-def minibatches(rollout: Rollout, config: Config) -> list[list[TrainGroup]]:
+def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
     """The rollout's groups, cut into minibatches of whole prompts in order; completions that the loss must not see are
     left out. With `grpo.kl_in_reward` they carry their rewards: the advantages follow when the KL is known.
     """

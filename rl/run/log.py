@@ -91,7 +91,7 @@ class RunLog(Console):
         for text in texts:
             self.warning(text)
 
-    def is_last(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether the run ends after `step` steps: they are all, or one of its processes was asked to stop."""
         assert self._stop is not None, "outside of `recording`"
         return hosts.any_process(self._stop.requested) or step == self._total_steps

@@ -49,14 +49,14 @@ class LoopState(NamedTuple):
       health: see `rl.run.health`.
       position: prompts used up, in the order of the run's prompts.
       entropy: of the adaptive entropy bonus.
-      rewards: what was found about reward functions, JSON values by name: `reward_calls` and `reward_doubts`.
+      reward_state: what was found about reward functions, JSON values by name: `reward_calls` and `reward_doubts`.
     """
 
     step: int
     health: HealthState
     position: int
     entropy: EntropyCoefState
-    rewards: Mapping[str, Any] = {}
+    reward_state: Mapping[str, Any] = {}
 
     @classmethod
     def start(cls, config: Config) -> "LoopState":
@@ -72,7 +72,7 @@ class LoopState(NamedTuple):
         return loop._replace(
             position=record["epoch"] * num_rows + record["position"],
             entropy=EntropyCoefState(**record["entropy"]),
-            rewards={name: record[name] for name in ("reward_calls", "reward_doubts") if name in record},
+            reward_state={name: record[name] for name in ("reward_calls", "reward_doubts") if name in record},
         )
 
     def record(self, flavour: str, num_rows: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class LoopState(NamedTuple):
         epoch, offset = divmod(self.position, num_rows)
         record = {"step": self.step, "epoch": epoch, "position": offset, "flavour": flavour}
         record |= {"entropy": self.entropy._asdict(), "health": self.health._asdict()}
-        return {**record, **self.rewards}
+        return {**record, **self.reward_state}
 
     def supervised_record(self, flavour: str) -> dict[str, Any]:
         """As JSON values, of supervised fine-tuning, in which the step alone says where in the data the run is."""

@@ -11,15 +11,25 @@ from typing import Any
 import jax
 import numpy as np
 
+from rl.config.sections import HealthSection
+from rl.run.health import Checkup, HealthState, examine
+
 # Finite, and yet far beyond anything that trains: what is computed of them soon leaves float32.
 _LARGE_ADVANTAGE, _LARGE_WEIGHT = 1e4, 1e6
 
 
-def cause_if_all_skipped(
-    metrics: Mapping[str, float], num_updates: int, params: Any, advantages: np.ndarray | None = None
-) -> str | None:
-    """`cause_of_skips` of a step whose `num_updates` updates were all skipped; None where one was made."""
-    return cause_of_skips(metrics, params, advantages) if metrics["skipped_updates"] == num_updates else None
+def examine_step(
+    section: HealthSection,
+    state: HealthState,
+    metrics: Mapping[str, float],
+    num_updates: int,
+    params: Any,
+    advantages: np.ndarray | None = None,
+) -> Checkup:
+    """`rl.run.health.examine` of a step, with `cause_of_skips` where each of its `num_updates` updates was skipped."""
+    is_lost = metrics["skipped_updates"] == num_updates
+    cause = cause_of_skips(metrics, params, advantages) if is_lost else None
+    return examine(section, state, metrics, num_updates, cause)
 
 
 def cause_of_skips(metrics: Mapping[str, float], params: Any, advantages: np.ndarray | None = None) -> str:

@@ -79,11 +79,11 @@ FAULTY = ("short", "sft")  # what full and broken disks are tried on, at every k
 PHASES = {
     "start": ("train", "rl.grpo_trainer", "load_prompts", 1),
     "compile": ("train", "jax._src.compiler", "compile_or_get_cached", 10),
-    "rollout": ("train", "rl.rollout.judge", "sample_and_score", 3),
+    "rollout": ("train", "rl.rollout.collector", "sample_and_score", 3),
     "judging": ("train", "rewards.runner", "Scoring.result", 7),
     "update": ("train", "rl.training.update", "Updater.step", 3),
     "save": ("train", "rl.state.checkpoint", "Checkpoints.save", 3),
-    "evaluation": ("train", "rl.rollout.judge", "evaluate", 4),
+    "evaluation": ("train", "rl.rollout.collector", "evaluate", 4),
     "export": ("sft", "rl.run.output", "write_folder", 1),
 }
 

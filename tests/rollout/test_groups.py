@@ -11,7 +11,7 @@ from rewards.contract import RewardSpec
 from rewards.runner import RewardRunner
 from rl.config.load import load_config
 from rl.data.prompts import PromptRow
-from rl.rollout.groups import Judged, minibatches, to_rollout
+from rl.rollout.groups import Judged, minibatches, with_advantages
 from rl.rollout.scoring import sample_and_score
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import Completion
@@ -83,14 +83,14 @@ def test_truncated_completions_can_stay_out_of_the_loss_but_never_out_of_the_bas
     completions = [[completion_of(p, g, reason) for g, reason in enumerate(group)] for p, group in enumerate(reasons)]
     rewards = [[3.0], [0.0], [0.0], [1.0], [2.0], [0.0]]
     judged = Judged(rows, completions, ["x"] * 6, rewards, ["mine"], [1.0], {}, [])
-    unjudged = to_rollout(config, dataclasses.replace(judged, rewards=[[None]] * 6)).metrics
+    unjudged = with_advantages(config, dataclasses.replace(judged, rewards=[[None]] * 6)).metrics
     assert (unjudged["unjudged_share"], unjudged["zero_variance_share"], unjudged["masked_share"]) == (1, 1, 1)
-    rollout = to_rollout(config, judged)
+    rollout = with_advantages(config, judged)
     assert rollout.metrics["unjudged_share"] == 0
     np.testing.assert_allclose(rollout.advantages_B, [2, -1, -1, 0, 1, -1])
     assert rollout.metrics["truncated_share"] == 0.5
     assert rollout.metrics["masked_share"] == pytest.approx(1 - sum(map(len, kept)) / 6)
-    (groups,) = minibatches(rollout, config)
+    (groups,) = minibatches(config, rollout)
     assert [[int(c.token_ids[1]) for c in group.completions] for group in groups] == kept
     expected = [rollout.advantages_B[3 * p + g] for p, group in enumerate(kept) for g in group]
     assert [c.advantage for group in groups for c in group.completions] == expected

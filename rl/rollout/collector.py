@@ -26,7 +26,7 @@ from rl.sampler.contract import CompletionSource
 from rl.sampler.token_draw import SamplingParams
 
 
-class Judge:
+class Collector:
     """Has the policy of a run complete prompts, and its reward functions judge what comes of it.
 
     Args:
@@ -55,17 +55,17 @@ class Judge:
         self._sampling, self._tokenizer, self._held_out = sampling, tokenizer, held_out
 
     @property
-    def found(self) -> dict[str, Any]:
-        """What was found about the reward functions so far, JSON values for `adopt`."""
+    def reward_state(self) -> dict[str, Any]:
+        """What was found about the reward functions so far, JSON values for `restore`."""
         return {"reward_calls": self._runner.calls, "reward_doubts": self._runner.doubts}
 
-    def adopt(self, found: Mapping[str, Any]) -> None:
+    def restore(self, reward_state: Mapping[str, Any]) -> None:
         """Goes on with what an earlier part of the run found; empty: there is none. ValueError as at the start."""
-        if found:
-            self._runner.adopt(found["reward_calls"], found.get("reward_doubts"))
+        if reward_state:
+            self._runner.adopt(reward_state["reward_calls"], reward_state.get("reward_doubts"))
             check_calls(self._config, self._runner)
 
-    def say_how_it_judges(self, gold: PromptRow | None) -> None:
+    def announce(self, gold: PromptRow | None) -> None:
         """Says how reward functions are called and what no evaluation measures, and warns of what is odd about a score.
 
         Args:
@@ -76,7 +76,7 @@ class Judge:
         self._log.messages(self._runner.notes())
         self._say_what_is_left_out()
 
-    def groups_of_step(self, state: PureState, step: int, rows: Sequence[PromptRow], position: int) -> Collected:
+    def draw_and_judge(self, state: PureState, step: int, rows: Sequence[PromptRow], position: int) -> Collected:
         """The groups that step number `step`, from 0, is trained on.
 
         Args:
@@ -87,7 +87,7 @@ class Judge:
         self._sampler.release()  # the weights are about to change
         return collected
 
-    def evaluation(self, state: PureState, step: int) -> dict[str, float | None]:
+    def evaluate(self, state: PureState, step: int) -> dict[str, float | None]:
         """Metrics of the policy after `step` steps on the held-out prompts; none at a step without an evaluation."""
         section, is_last = self._config.eval, step == self._config.grpo.steps
         if not self._held_out or (step % section.every and not is_last):
