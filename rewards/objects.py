@@ -265,13 +265,20 @@ def _lambda_source(text: str, code: types.CodeType) -> str:
         if None not in (line, end_line, start, end) and (line, start) != (end_line, end)
     ]
     around = [node for node in nodes if all(_is_around(node.body, *place) for place in places)]
-    candidates: Sequence[ast.Lambda] = around if places else nodes
-    if not candidates or (len(candidates) > 1 and not places):
+    # Some versions give no place to the return of a constant.
+    same = [node for node in nodes if isinstance(node.body, ast.Constant) and _same(node.body.value, code.co_consts)]
+    candidates: Sequence[ast.Lambda] = around if places else same if len(nodes) > 1 else nodes
+    if not candidates or (not places and len({ast.dump(node) for node in candidates}) > 1):
         raise LookupError(f"{len(nodes)} lambdas begin in line {code.co_firstlineno}; define it by def")
     found = max(candidates, key=lambda node: (node.body.lineno, node.body.col_offset))  # the innermost
     segment = ast.get_source_segment(text, found)
     assert segment is not None
     return segment
+
+
+def _same(value: Any, constants: tuple[Any, ...]) -> bool:
+    """Whether a constant is among others, 1 and 1.0 being two."""
+    return any(type(other) is type(value) and other == value for other in constants)
 
 
 def _is_around(node: ast.expr, start: tuple[Any, Any], end: tuple[Any, Any]) -> bool:

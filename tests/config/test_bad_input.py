@@ -467,6 +467,8 @@ def test_a_checkpoint_of_another_model_is_refused_by_path(run_of_someone, tmp_pa
     other = ModelConfig.from_arch("llama", vocab_size=259, **{**SIZES, "num_layers": 2})
     policy = policy_from_config(config, other)
     init_state_fn = InitStateFn(policy, create_training_optimizer(config, policy)[1], 0)
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "run" / "run.json", tmp_path / "other")  # else it would be set aside, as of another run
     checkpoints = create_checkpoint_manager(config, create_mesh(config.mesh), init_state_fn)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), checkpoints.abstract.shapes)
     checkpoints.save(9, jax.device_put(zeros, checkpoints.abstract.shardings), {"step": 9})

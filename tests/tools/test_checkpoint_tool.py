@@ -210,7 +210,7 @@ def test_numbers_that_are_not_finite_are_counted_by_array(copy):
     checkpoints = create_checkpoint_manager(config, mesh, init_state_fn)
     state, loop = checkpoints.restore()
     state.params["norm"]["scale"] = state.params["norm"]["scale"].at[3:5].set(jnp.nan)
-    checkpoints.save(5, state, loop)
+    checkpoints.save(5, state, {**loop, "step": 5})
     checkpoints.close()
     size = state.params["norm"]["scale"].size
     assert verify(find(copy, 5)).problems == [f"numbers that are not finite in state/params/norm/scale (2 of {size})"]

@@ -150,4 +150,4 @@ def test_nothing_else_draws_the_weights_of_a_policy():
                 if owner.endswith("policy"):
                     callers.add(path.relative_to(ROOT).as_posix())
     assert callers == {"rl/state/states.py", "rl/sampler/wave_sampler.py"}
-    assert "jax.eval_shape(lambda: self._policy.init(" in (ROOT / "rl" / "wave_sampler.py").read_text()
+    assert "jax.eval_shape(lambda: self._policy.init(" in (ROOT / "rl/sampler/wave_sampler.py").read_text()
