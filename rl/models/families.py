@@ -7,7 +7,6 @@ the place that computes it. Imports no jax.
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 
@@ -70,7 +69,7 @@ class Family:
     architecture: str
     config_keys: tuple[str, ...] = ()
     known_keys: tuple[str, ...] = ()
-    config_defaults: Mapping[str, Any] = MappingProxyType({})
+    config_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kv_heads_default: bool = False
     maxtext: MaxTextLayout | None = None
 
