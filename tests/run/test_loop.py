@@ -25,7 +25,7 @@ def test_a_loop_comes_back_from_its_record_as_it_was_with_its_position_in_the_ep
 def test_a_loop_that_found_nothing_about_rewards_starts_with_nothing():
     start = LoopState.start(load_config(None, ["grpo.entropy_coef=0.25"]))
     record = through_json(start._replace(step=1).record("linen", num_rows=10))
-    assert LoopState.restored(record, load_config(None), num_rows=10).rewards == {}
+    assert LoopState.restored(record, load_config(None), num_rows=10).reward_state == {}
     assert start.entropy.coef == 0.25
 
 
