@@ -1,7 +1,8 @@
 """Where a run's files go: its folder, the mirror of that folder in a store, and the checkpoints in it.
 
-In: the configuration and the run's identity. Out: `RunOutput`, one context for the three. Nothing on disk is touched
-before `begin`, but to make good what a kill has left half-moved; so everything that can be refused is refused before.
+In: the configuration and the run's identity. Out: `RunOutput`, one context for the three. Nothing in the folder
+changes before `begin`, which also makes good what a kill has left half-moved; so whatever can be refused is refused
+before.
 """
 
 import contextlib
