@@ -135,6 +135,59 @@ def test_every_config_key_has_a_comment_in_base_yml():
     assert all(line.rstrip().endswith(":") for line in bare), bare
 
 
+# docs/LOG.md is history; docs/from-maxtext.md names files of MaxText too, and a test of its own reads it.
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [path for path in DOCS if path.name != "LOG.md"]
+
+
+def test_markdown_is_wrapped_and_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+    long = []
+    for path in PAGES:
+        fenced = False
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            fenced ^= line.startswith("```")
+            prose = not fenced and not line.startswith(("    ", "|", "```")) and "](" not in line
+            if prose and len(line) > 100:
+                long.append(f"{path.name}:{number}")
+    assert not long, long
+
+
+def test_every_file_and_module_that_a_text_names_exists():
+    keys = set(flatten(to_dict(load_config(None))))
+    recipes = [*sorted((ROOT / "configs").rglob("*.yml")), *sorted((ROOT / "examples").rglob("*.md"))]
+    missing = []
+    for path in (*PAGES, *SOURCES, *recipes):
+        if path.name == "from-maxtext.md":
+            continue
+        text = path.read_text()
+        for name in re.findall(r"(?<![\w/.])(?:rl|rewards|docs|tests|configs|examples|benchmarks)/[\w./+-]*\w", text):
+            made_up = re.search(r"NAME|FAMILY|_$|^configs/x\.yml$", name)
+            if not made_up and not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists():
+                missing.append(f"{path.name}: {name}")
+        for name in re.findall(r"(?<![\w/.])(?:rl|rewards)(?:\.[a-zA-Z_]\w*)+", text):
+            if name not in keys and not names_something(name):
+                missing.append(f"{path.name}: {name}")
+        for name in re.findall(r"`(\w+\.py)`", text):
+            if not any((ROOT / room).rglob(name) for room in ("rl", "rewards", "examples", "tests", "benchmarks")):
+                missing.append(f"{path.name}: {name}")
+    assert not missing, missing
+
+
+def names_something(dotted: str) -> bool:
+    """Whether `rl.room.module` or `rl.room.module.name` is there; of a name, only that its module spells it."""
+    place = ROOT
+    for part in dotted.split("."):
+        if not (place / part).is_dir():
+            module = place / f"{part}.py"
+            if module.exists():
+                rest = dotted.partition(f".{part}.")[2].partition(".")[0]
+                return not rest or re.search(rf"\b{rest}\b", module.read_text()) is not None
+            return re.search(rf"\b{part}\b", (place / "__init__.py").read_text()) is not None
+        place = place / part
+    return True
+
+
 def test_unfinished_code_is_nowhere():
     pattern = re.compile(r"NotImplementedError|TODO|FIXME|XXX|mark\.(skip|xfail)\b")
     assert not [module_name(p) for p in SOURCES if pattern.search(p.read_text())]
