@@ -23,9 +23,8 @@ from rl.config.sections import FREE_FORM, LIST_ENTRIES, Config, flatten, to_dict
 from rl.config.yaml_text import MOST_DEPTH, read_yaml, write_yaml
 from rl.files.json_file import shown
 
-# Keys that may differ between the run that wrote a folder and the one that resumes it: they do not change what a step
-# computes.
-# (The number of steps does where the learning rate falls towards the last of them: see `differences`.)
+# Keys that may change when a run is resumed, because they do not change what a step computes. The number of steps does,
+# where the learning rate falls towards the last step: see `differences`.
 RESUMABLE_KEYS = (
     "pure_nnx",
     "output_dir",
@@ -53,7 +52,7 @@ RESUMABLE_KEYS = (
     "logging",
 )
 
-# Sections, and keys of others, that change no compiled program.
+# Sections, and keys of other sections, that change no compiled program.
 _NO_PROGRAM = (
     *("output_dir", "compiled_file", "tokenizer", "data", "rewards", "sft"),
     *("distributed", "checkpoint", "eval", "health", "logging"),
@@ -63,7 +62,7 @@ _NO_PROGRAM_KEYS = (
     *("grpo.scale_rewards", "grpo.aggregation", "grpo.dynamic_sampling_rounds"),
 )
 
-# Where text stands for another type, as it does in YAML 1.1, by the first word of pydantic's name of the problem.
+# What to say where text stands in place of another type: {first word of pydantic's error type: way out}.
 _WAYS_OUT = {
     "int": "; write plain digits, such as 1000, without quotes",
     "float": "; write a plain number, such as 0.5 or 1e-6, without quotes",
@@ -104,7 +103,7 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """What the command line gives: {dotted key of one value: value}, those of a section given as a mapping as well.
+    """The values that the command line sets: {dotted key: value}. A section given as a mapping counts key by key.
 
     Raises ValueError for an override that cannot be read.
     """
@@ -112,7 +111,7 @@ def override_values(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """What a preset sets, by section. Its file holds keys of `grpo`, and those of another section below its name.
+    """The values that a preset sets, by section. Keys of `grpo` stand at the top of its file, other sections by name.
 
     Raises ValueError for a name that has no file in configs/presets.
     """
@@ -126,7 +125,7 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def preset_values(config: Config) -> dict[str, Any]:
-    """The keys of the run's preset as they are now; other sections' with the name of the section."""
+    """{key: its value in this run} for every key of the run's preset; keys outside `grpo` have their section's name."""
     if config.grpo.preset is None:
         return {}
     keys = flatten(read_preset(config.grpo.preset))
@@ -140,8 +139,8 @@ def dump_config(config: Config) -> str:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys that decide what a step computes and differ: {dotted key: (old, new)}. Empty: `new` may resume `old`'s
-    run.
+    """The keys that differ and change what a step computes: {dotted key: (old, new)}. When empty, `new` may resume the
+    run of `old`.
     """
     old_flat, new_flat = flatten(to_dict(old)), flatten(to_dict(new))
     fixed = [key for key in new_flat if not any(key == free or key.startswith(free + ".") for free in RESUMABLE_KEYS)]
@@ -167,7 +166,7 @@ def require(value: Any, key: str, example: str) -> Any:
 
 @functools.cache
 def _base() -> dict:
-    """The defaults, which nobody changes in place."""
+    """The defaults. The dict is shared: callers must not change it."""
     return _read_yaml(_packaged("base.yml"))
 
 
@@ -179,7 +178,7 @@ def _packaged(name: str) -> pathlib.Path:
 
 
 def _read_recipe(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict:
-    """A recipe with what it inherits merged in; base.yml itself is layered below by the caller."""
+    """A recipe merged over the recipes that it inherits from. The caller lays the result over base.yml."""
     check_possible_path("a config", str(path))
     if not path.is_file():
         packaged = _packaged(path.name)
@@ -261,7 +260,7 @@ def _check_keys(layer: Mapping, known: set[str]) -> None:
 
 
 def _empty_mappings(layer: Mapping, prefix: str = "") -> dict[str, Mapping]:
-    """{dotted key: {}} of the mappings that `flatten` gives no key of."""
+    """{dotted key: {}} for each empty mapping, which `flatten` leaves out."""
     found: dict[str, Mapping] = {}
     for name, value in layer.items():
         if isinstance(value, Mapping) and f"{prefix}{name}" not in FREE_FORM:
@@ -270,7 +269,7 @@ def _empty_mappings(layer: Mapping, prefix: str = "") -> dict[str, Mapping]:
 
 
 def _nearest(key: str, known: Sequence[str]) -> str | None:
-    """The known key that was probably meant: its name in another section, else a similar key, else a similar name."""
+    """The known key that was probably meant: the same name in another section, else a similar key or name."""
     leaves = {name: name.rpartition(".")[2] for name in known}
     leaf = key.rpartition(".")[2]
     near = difflib.get_close_matches(key, [name for name in known if leaves[name] == leaf], n=1, cutoff=0.0)

@@ -1,8 +1,7 @@
 """Objects of a Python session where a configuration otherwise names files: reward functions and rows.
 
-The configuration says `<object NAME>`. The objects themselves are given for the time of a `with`, so that nothing is
-left of them after a run and the next one sees its own only. A file never holds one: whoever reads such a configuration
-later is asked for them.
+The configuration says `<object NAME>`. The objects themselves are given for the time of a `with`, so a run sees its own
+objects and none of an earlier run. No file holds them: whoever loads such a configuration later must give them again.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from rl.config.sections import Config
 
 @dataclasses.dataclass(frozen=True)
 class GivenFunction:
-    """A reward function: what a worker loads, and the hash that it is known by; see `rewards.objects`."""
+    """A reward function: the bytes that a worker loads, and the hash that identifies it; see `rewards.objects`."""
 
     pickled: bytes = dataclasses.field(repr=False)
     identity: str
@@ -25,7 +24,7 @@ class GivenFunction:
 
 @dataclasses.dataclass(frozen=True)
 class Objects:
-    """What is given, by what the configuration says of it."""
+    """The given objects, by the text that stands for each in the configuration."""
 
     functions: Mapping[str, GivenFunction] = dataclasses.field(default_factory=dict)
     rows: Mapping[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
@@ -35,7 +34,7 @@ _GIVEN: contextvars.ContextVar[Objects] = contextvars.ContextVar("given objects"
 
 
 def object_text(name: str) -> str:
-    """What a configuration says of an object."""
+    """The text that stands for an object in a configuration."""
     return f"<object {name}>"
 
 
@@ -55,7 +54,7 @@ def given(objects: Objects) -> Iterator[None]:
 
 
 def function_of(text: str) -> GivenFunction | None:
-    """The reward function that `rewards.functions` names; None for the name of one in a file or module.
+    """The given reward function that an entry of `rewards.functions` stands for; None for one in a file or module.
 
     Raises:
       ValueError: it is an object that is not given.
@@ -73,7 +72,7 @@ def function_of(text: str) -> GivenFunction | None:
 
 
 def rows_of(source: str, key: str = "data.source") -> list[dict[str, Any]] | None:
-    """The rows that a source stands for; None for the name of one.
+    """The given rows that a source stands for; None for a source with a name.
 
     Raises:
       ValueError: they are an object that is not given.
@@ -98,8 +97,8 @@ def check_given(config: Config) -> None:
 
 
 def function_hashes(config: Config) -> dict[str, dict[str, str]]:
-    """What a run's identity has of the reward functions that are given as objects: their hashes, by name; nothing where
-    there are none.
+    """The hashes, by name, of the reward functions that are given as objects; empty without such functions. They are
+    part of the run's identity.
     """
     found = {entry.name or entry.function: function_of(entry.function) for entry in config.rewards.functions}
     hashes = {name: function.identity for name, function in found.items() if function is not None}

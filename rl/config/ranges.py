@@ -1,4 +1,4 @@
-"""What must hold of one value of a configuration by itself: plain JSON, the range of every number, paths that can be.
+"""Rules for single values of a configuration: plain JSON, the range of every number, possible paths.
 
 In: plain values, or a `Config` of the right types. Out: nothing, or a ValueError with key, rule, value and way out. Not
 here: rules across keys (`rl.config.rules`).
@@ -22,7 +22,7 @@ LARGEST_FLOAT = 3e38
 SMALLEST_FLOAT = 1e-37  # what is closer to 0 is 0 on a device
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux and macOS (1,023 there)
 
-# Keys whose value may be a path. In their place may also stand a name, which is no longer.
+# Keys whose value may be a path. Some also take a name, which the same limits suit.
 PATH_KEYS = (
     *("output_dir", "compiled_file", "model.source", "model.weights", "lora.adapter"),
     *("tokenizer.source", "tokenizer.chat_template"),
@@ -36,7 +36,7 @@ class Range:
     """Where a number must lie.
 
     Attributes:
-      low, high: the bounds; None: what a device can hold.
+      low, high: the bounds; None: whatever a device can hold.
       above, below: whether low or high itself is left out.
       note: follows the rule in a message.
     """
@@ -54,7 +54,7 @@ class Range:
         return self.high is None or (value < self.high if self.below else value <= self.high)
 
     def rule(self, value: float) -> str:
-        """What to say of a number that does not lie in the range: the whole of a share's, else the side it broke."""
+        """The rule that a number outside the range breaks: the whole range of a share, else the bound on that side."""
         if (self.low, self.high) == (0, 1):
             return f"in {'(' if self.above else '['}0, 1{')' if self.below else ']'}{self.note}"
         if self.low is not None and value <= self.low:
@@ -155,7 +155,7 @@ RANGES = {
     "optimizer.sgd_momentum": _BELOW_ONE,
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.max_grad_norm": _NOT_NEGATIVE,
-    # The number of devices of an axis, -1 for what is left: `rl.devices.mesh`, which knows how many there are.
+    # Devices on an axis, -1 for the rest. `rl.devices.mesh`, which knows the devices, checks these.
     "mesh.num_devices": _SIZE,
     "mesh.data": _ANY,
     "mesh.fsdp": _ANY,
@@ -184,7 +184,7 @@ RANGES = {
 
 
 def check_plain(values: Any, key: str = "") -> None:
-    """Refuses numbers that are not finite or that JSON cannot hold, and text that is not Unicode, wherever they are."""
+    """Refuses numbers that are not finite or do not fit 64 bits, and text that is not Unicode, at any depth."""
     if isinstance(values, dict):
         for name, value in values.items():
             dotted = f"{key}.{name}" if key else str(name)
@@ -202,7 +202,7 @@ def check_plain(values: Any, key: str = "") -> None:
 
 
 def check_ranges(config: Config) -> None:
-    """Every number of the configuration, and every path."""
+    """Checks every number of the configuration, and every path."""
     for key, pattern, value in _entries(config):
         if pattern in RANGES and value is not None:
             _check_number(key, RANGES[pattern], value)
@@ -211,7 +211,7 @@ def check_ranges(config: Config) -> None:
 
 
 def check_possible_path(key: str, value: str) -> None:
-    """Refuses what no file or folder can be called; whether it exists is another question."""
+    """Refuses a name that no file or folder can have. Whether the path exists is not looked at."""
     if not value:  # as a path it would be the working directory
         raise ValueError(f"{key} must be a name or path, got ''; name one, or leave it out")
     if "\0" in value:
@@ -261,7 +261,7 @@ def _check_text(key: str, text: str) -> None:
 
 
 def _entries(config: Config) -> Iterator[tuple[str, str, Any]]:
-    """(key, key with * for what a user named or numbered, value) of every value that is no mapping or list."""
+    """(key, key with * in place of a user's names and indices, value) for every value but mappings and lists."""
     for key, value in flatten(to_dict(config)).items():
         if isinstance(value, dict):
             yield from ((f"{key}.{name}", f"{key}.*", entry) for name, entry in value.items())

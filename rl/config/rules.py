@@ -94,7 +94,7 @@ def check(config: Config) -> None:
 
 
 def _check_paths(config: Config) -> None:
-    """Which keys may name objects of a store; a scheme that nothing opens would become a folder of that name."""
+    """Refuses URLs in keys that cannot be URLs. An unknown scheme would otherwise become a folder of that name."""
     model = config.model.source
     for key, value in (
         ("output_dir", config.output_dir),
@@ -119,7 +119,7 @@ def _check_paths(config: Config) -> None:
 
 
 def _check_kl_in_reward(config: Config) -> None:
-    """An advantage belongs to a token then, and the KL estimate to the old policy."""
+    """With kl_in_reward each token has its own advantage, and the KL estimate is that of the old policy."""
     grpo, way_out = config.grpo, "or set grpo.kl_in_reward to false"
     for key, needed, why in (
         ("advantage_estimator", "reinforce++", "whose advantages are whitened over tokens"),
@@ -138,8 +138,8 @@ def _check_kl_in_reward(config: Config) -> None:
 
 
 def decoder_keys(config: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys that belong to the toolkit's own decoder and that this run's model is not: their values, and what they must
-    be. None of a run with that decoder.
+    """Keys that only the toolkit's own decoder reads: {key: (value, the value that a run with another model needs)}.
+    Empty for a run with that decoder.
     """
     section, kind = config.model, source_kind(config.model.source)
     if kind == "decoder":
@@ -160,7 +160,7 @@ def decoder_keys(config: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _check_mesh(config: Config) -> None:
-    """Which axes there are is known only with the devices: `rl.devices.mesh`."""
+    """The form of the rules. `rl.devices.mesh`, which knows the axes, checks their names."""
     for key, rules in (("rules", config.mesh.rules), ("rollout_rules", config.mesh.rollout_rules)):
         for logical, rule in rules.items():
             is_flat = all(isinstance(axis, str) for axis in rule)
@@ -173,7 +173,7 @@ def _check_mesh(config: Config) -> None:
 
 
 def _check_distributed(config: Config) -> None:
-    """That the three keys come together is checked by who joins: `rl.devices.hosts`."""
+    """Each key by itself. `rl.devices.hosts` checks that the three keys are set together."""
     section = config.distributed
     process_id, num_processes, address = section.process_id, section.num_processes, section.coordinator_address
     if process_id is not None and num_processes is not None and process_id >= num_processes:
@@ -216,7 +216,7 @@ def _check_model(config: Config) -> None:
 
 
 def _check_lora(config: Config) -> None:
-    """Ranges, and keys that contradict a frozen base. Whether a target matches is known with the model only."""
+    """Ranges, and keys that contradict a frozen base. Whether a target matches is checked with the model."""
     section = config.lora
     if not section.rank and section.adapter is None:
         for key in ("base_dtype", "base_group_size"):
@@ -251,7 +251,7 @@ def _check_lora(config: Config) -> None:
 
 
 def _check_group_sizes(config: Config) -> None:
-    """Groups are of quantised weights only. Whether they divide a matrix is known with the model only."""
+    """Only quantised weights have groups. Whether a group size divides a matrix is checked with the model."""
     for section, size_key, dtype_key in (
         ("lora", "base_group_size", "base_dtype"),
         ("sampling", "weight_group_size", "weight_dtype"),
@@ -280,8 +280,8 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.second_moment_dtype must be null with optimizer.name {section.name}, which has no full second "
             f"moment, got {section.second_moment_dtype!r}; leave it out"
         )
-    # A change below half of the last of 8 bits is lost: the moment stands still a share of 2^-8 / (1 - b2) from its
-    # target, here at most a quarter.
+    # bfloat16 has 8 bits, so a change below half of the last one is lost: the moment stops at a relative distance of
+    # 2^-8 / (1 - b2) from its target, here at most a quarter.
     if section.second_moment_dtype == "bfloat16" and 1 - section.b2 < 2**-6:
         raise ValueError(
             f"optimizer.b2 must be <= {1 - 2**-6:.3f} with optimizer.second_moment_dtype bfloat16, got {section.b2}: "

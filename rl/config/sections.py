@@ -1,4 +1,4 @@
-"""The sections of a configuration: names and types of every key, and what can be said of a key by itself.
+"""The sections of a configuration: the name and type of every key.
 
 No defaults (`configs/base.yml` owns them), no files (`rl.config.load`), no rules across keys (`rl.config.rules`).
 """
@@ -25,8 +25,8 @@ FREE_FORM = (
     "mesh.rollout_rules",
 )
 
-# The names that grpo.advantage_estimator takes beside a function of a file: the table of `rl.algorithms.advantages`.
-# Those of grpo.loss_type are asked of the table itself, by `rl.algorithms.from_config`.
+# The names that grpo.advantage_estimator takes: the table of `rl.algorithms.advantages`. The names of grpo.loss_type
+# are not listed here: `rl.algorithms.from_config` reads them from the table of losses.
 ESTIMATOR_NAMES = ("grpo", "rloo", "maxrl", "reinforce++", "reinforce++_baseline")
 
 DType = Literal["float32", "bfloat16", "float64"]
@@ -308,7 +308,7 @@ class EvalSection:
 
 @dataclass(frozen=True, config=_STRICT)
 class HealthSection:
-    """What is warned about, and when a run ends because it does not get anywhere; None: off."""
+    """What is warned about, and when a run that makes no progress ends; None switches a line off."""
 
     max_skipped_updates: int | None
     kl_spike: float | None
@@ -375,12 +375,14 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def is_user_function(value: str) -> bool:
-    """Whether the value of a key that also takes names is a function in a file, `path/to/file.py:function`."""
+    """Whether a value names a function in a file, `path/to/file.py:function`."""
     return bool(re.search(r"\.py:\w+$", value))
 
 
 def source_kind(source: str | None) -> Literal["decoder", "own", "tunix"]:
-    """What model.source stands for: the toolkit's decoder (pretrained or fresh), a user's module, a Tunix model."""
+    """The kind of model behind model.source: the toolkit's decoder (pretrained or fresh), a user's module, a Tunix
+    model.
+    """
     if source is not None and is_user_function(source):
         return "own"
     return "tunix" if source is not None and source.startswith(TUNIX_PREFIX) else "decoder"

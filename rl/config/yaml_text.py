@@ -1,10 +1,10 @@
 """YAML of a configuration as plain values, and back: scalars by YAML 1.2; size, depth and aliases are bounded.
 
 In: text that a user wrote. Out: None, booleans, numbers, strings, lists and dicts, or a ValueError that names file and
-line. Not here: what the keys mean (`rl.config.load`). A scalar is what YAML 1.2's core schema
-(https://yaml.org/spec/1.2.2/#103-core-schema) says, so that 1:30, yes and 2024-01-01 are text and 1e-6 is a number. Two
-of its numbers are text as well, 0o17 and 017, which other readers take for other numbers. Merge keys (<<) are read,
-tags of other types than the core's are not.
+line. Not here: what the keys mean (`rl.config.load`). Scalars follow YAML 1.2's core schema
+(https://yaml.org/spec/1.2.2/#103-core-schema), so 1:30, yes and 2024-01-01 are text and 1e-6 is a number. Two forms
+that readers disagree on, 0o17 and 017, are text as well. Merge keys (<<) are read. Tags outside the core schema are
+refused.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ def read_yaml(text: str, name: str) -> Any:
     """The one document in `text`; None where it is empty. A key that is a whole number becomes its digits, as in JSON.
 
     Args:
-      name: what the text is, for messages: a file's path, or an override.
+      name: how messages call the text: a file's path, or an override.
 
     Raises:
-      ValueError: not YAML, a key given twice or neither text nor a whole number, a type that JSON does not have, or a
-        bound above is passed.
+      ValueError: the text is not YAML, a key is given twice, a key is neither text nor a whole number, a type is not
+        one of JSON's, or a bound above is exceeded.
     """
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"{name} must have at most {MOST_CHARACTERS:,} characters, got {len(text):,}")
@@ -50,7 +50,7 @@ def write_yaml(values: dict[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper, which quotes what YAML 1.1 takes for another type than text, and what 1.2 does."""
+    """SafeDumper that also quotes text which YAML 1.2 would read as a number."""
 
     def ignore_aliases(self, data: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
@@ -61,14 +61,14 @@ _Dumper.add_implicit_resolver(_TAG + "float", re.compile(rf"(?:{_FLOAT.pattern})
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """What was read, and how many values it holds, itself one of them; None where it is still being read."""
+    """A value and the number of values in it, itself included; `size` is None while it is still being read."""
 
     value: Any
     size: int | None
 
 
 class _Reader:
-    """Makes values of the parser's events."""
+    """Turns the parser's events into values."""
 
     def __init__(self, events: Iterator[yaml.Event], name: str):
         self._events, self._name = events, name
@@ -192,7 +192,7 @@ class _Reader:
 
 
 def _events(text: str, name: str) -> Iterator[yaml.Event]:
-    """The parser's events, as they are asked for: nothing is parsed beyond a bound."""
+    """The parser's events, one by one, so that parsing stops where a bound is exceeded."""
     try:
         yield from yaml.parse(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
