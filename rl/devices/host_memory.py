@@ -1,4 +1,4 @@
-"""The memory of this process on its host: keeping little of what is freed, and the largest size since a moment."""
+"""The memory of this process on its host: giving freed memory back, and measuring the current and the peak size."""
 
 import contextlib
 import ctypes
@@ -13,15 +13,15 @@ _STATUS, _CLEAR_REFS = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/se
 
 
 def return_memory() -> None:
-    """Gives what Python and glibc keep of memory that was freed back to the system."""
+    """Gives freed memory that Python and glibc hold on to back to the system."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def limit_arenas(number: int) -> None:
-    """Lets glibc hand out memory from so many pools at most, if no more are in use yet. Each holds on to what others
-    have freed; threads wait for one another at a pool. MALLOC_ARENA_MAX in the environment has the last word.
+    """Limits glibc to `number` memory pools, unless more are in use already. Fewer pools keep less freed memory, but
+    threads wait for one another at a pool. MALLOC_ARENA_MAX in the environment wins.
     """
     if "MALLOC_ARENA_MAX" not in os.environ:
         with contextlib.suppress(AttributeError, OSError):
@@ -29,20 +29,20 @@ def limit_arenas(number: int) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM, as Linux tells it, without what glibc keeps of memory that was freed."""
+    """Bytes of this process in RAM (Linux), without freed memory that glibc holds on to."""
     return_memory()
     return _status_bytes("VmRSS")
 
 
 def start_peak() -> None:
-    """Lets `peak_bytes` count from now on where the system can (Linux)."""
+    """Restarts the count of `peak_bytes`, where the system can (Linux)."""
     return_memory()
     with contextlib.suppress(OSError):
         _CLEAR_REFS.write_text("5")  # see proc_pid_clear_refs(5)
 
 
 def peak_bytes() -> int:
-    """The largest size of this process in RAM since `start_peak`, or since it began."""
+    """The largest number of bytes of this process in RAM since `start_peak`, or since the process began."""
     with contextlib.suppress(OSError, LookupError):
         return _status_bytes("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -50,6 +50,6 @@ def peak_bytes() -> int:
 
 
 def _status_bytes(name: str) -> int:
-    """LookupError where the system has a status file without it, as gVisor has for VmHWM."""
+    """The bytes of a field of the status file. LookupError where the field is missing, as VmHWM is under gVisor."""
     sizes = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
     return 1024 * int(sizes[name].split()[0])

@@ -1,10 +1,9 @@
 """The processes of a run: how they find each other, which of them writes, and what they tell each other.
 
-Every process runs the same program on the same numbers: it has the same rows, makes the same decisions about the
-same reports of the devices, and holds the whole of every small host array. So arrays go to the mesh by `put`, to which
-each process hands its own shards only, and reports come back as replicated arrays. What only one process knows (its
-block of the data, the rewards of its share of completions, a signal, the state of the run folder) goes through
-`gather`. Alone, a process talks to nobody: each function is then what it would be without this module.
+Every process runs the same program on the same numbers. It has the same data rows, makes the same decisions, and holds
+the whole of every small host array. `put` brings arrays to the mesh: each process hands over its own shards only.
+Reports of the devices come back as replicated arrays. `gather` shares what only one process knows: its block of the
+data, the rewards of its completions, a signal, the state of the run folder. A process that is alone talks to nobody.
 """
 
 import contextlib
@@ -36,14 +35,14 @@ _LARGEST_ROUND = 1 << 26  # bytes of all processes together, which every device 
 def join(section: DistributedSection) -> None:
     """Joins the other processes of the run, if there are any; comes before anything that asks jax for its devices.
 
-    They are those that the keys name, or those of the cluster that jax itself finds this process in (SLURM, Open MPI,
-    Kubernetes, GKE and Cloud TPU) when these are more than one. On CPU, collectives go by gloo, jax's own choice.
+    The three keys name the processes. Without the keys, jax looks for a cluster (SLURM, Open MPI, Kubernetes, GKE,
+    Cloud TPU), whose processes join when there is more than one. On CPU, collectives go by gloo, jax's own choice.
 
     Raises:
       ValueError: some of the three keys are set and others are not, or they name a process 0 that does not listen.
 
-    Where process 0 waits for another in vain, or one that a cluster started does not reach it, jax's runtime ends the
-    process itself, with exit status 134.
+    jax's runtime ends the process with exit status 134 where process 0 waits for another one in vain, and where a
+    process of a cluster does not reach process 0.
     """
     given, options = named(section), {}
     if given:
@@ -55,8 +54,8 @@ def join(section: DistributedSection) -> None:
         options = {**given, "cluster_detection_method": "deactivate"}
     elif not is_in_a_cluster(section):
         return
-    # Its handler of SIGTERM would swallow what `rl.run.interrupt` waits for, and before that what should end the
-    # process.
+    # jax's own handler of SIGTERM would swallow the signal that `rl.run.interrupt` waits for, and that should end the
+    # process before a run has begun.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         **options,
@@ -71,7 +70,7 @@ def named(section: DistributedSection) -> dict[str, Any]:
 
 
 def check_alone(section: DistributedSection) -> None:
-    """ValueError where keys name processes that the command, which runs in one, does not join."""
+    """ValueError where keys name processes to a command that runs in one process only."""
     for name, value in named(section).items():
         raise ValueError(
             f"distributed.{name} must be null for a command of one process (train, sft and eval run in several), got "
@@ -80,7 +79,7 @@ def check_alone(section: DistributedSection) -> None:
 
 
 def _wait_for_the_first(section: DistributedSection) -> None:
-    """Returns when process 0 listens. jax's own client, when its time is over, aborts with a dump of its stack."""
+    """Returns when process 0 listens. Without this wait, jax's own client would time out and abort with a stack dump."""
     address, seconds = section.coordinator_address, section.initialization_timeout_seconds
     assert address is not None
     host, _, port = address.rpartition(":")
@@ -102,9 +101,10 @@ def _wait_for_the_first(section: DistributedSection) -> None:
 
 @contextlib.contextmanager
 def joined(section: DistributedSection) -> Iterator[None]:
-    """A context together with the other processes, see `join`; all of them leave it together.
+    """A context in which this process is joined to the others, see `join`; all of them leave it together.
 
-    One with an error says it and ends at once: an ordinary end would wait for the others, and they for this one.
+    A process with an error prints it and ends at once, because an ordinary exit would wait for the others, and they for
+    it.
     """
     join(section)
     try:
@@ -118,7 +118,7 @@ def joined(section: DistributedSection) -> Iterator[None]:
 
 
 def _report(error: BaseException) -> int:
-    """Says what ended this process; the exit status that it has alone."""
+    """Prints what ended this process. Returns the exit status of a run with one process."""
     if (status := status_without_stdout(error)) is not None:
         return status
     is_plain = isinstance(error, ValueError) and raised_by_tandem(error) and not os.environ.get(TRACEBACK_VARIABLE)
@@ -132,7 +132,7 @@ def _report(error: BaseException) -> int:
 
 
 def is_in_a_cluster(section: DistributedSection) -> bool:
-    """Whether jax's own detection, where it is to be asked, finds more than one process."""
+    """Whether jax's own detection finds more than one process; False where `distributed.auto` is off."""
     if not section.auto:
         return False
     from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks; there is no public way to ask
@@ -149,12 +149,12 @@ def is_first() -> bool:
 
 
 def console_stream() -> TextIO | None:
-    """Where the console of this process goes: None, standard output, for the first; nowhere for the others."""
+    """The stream of this process's console: None (standard output) for the first process, else the null device."""
     return None if is_first() else open(os.devnull, "w")
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """`tree` of host arrays, the same in every process, on the devices; `shardings` may be a prefix of its tree."""
+    """Puts a tree of host arrays, the same in every process, on the devices. `shardings` may be a prefix of the tree."""
     if num_processes() == 1:
         return jax.device_put(tree, shardings)
 
@@ -165,22 +165,22 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    # As explicit a transfer as `jax.device_put`, which would first compare the array over all processes.
+    # `jax.device_put` would first compare the array over all processes. This transfer is as explicit.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def put_key(key: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A PRNG key on the devices of `sharding`, where it may be already; a fresh one is on one device."""
+    """The PRNG key, moved to the devices of `sharding` unless it is there. A fresh key is on one device."""
     if key.sharding.device_set == sharding.device_set:
         return key
     return jax.random.wrap_key_data(put(jax.device_get(jax.random.key_data(key)), sharding))
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays of any sharding as whole numpy arrays, in the first process; the others get empty ones of no use.
+    """Arrays of any sharding as whole numpy arrays in the first process; the others get empty arrays.
 
-    All processes must call it; one array at a time is whole in their memory.
+    All processes must call it. One array at a time is whole in their memory.
     """
     if num_processes() == 1:
         return jax.device_get(tree)
@@ -205,7 +205,7 @@ def gather_bytes(message: bytes) -> list[bytes]:
     if count == 1:
         return [message]
     longest = max(_SMALLEST_MESSAGE, 1 << (_LARGEST_ROUND // count).bit_length() - 1)
-    # As whole rounds and a rest, for a number of jax has 32 bits.
+    # As rounds and a rest, because a number of jax has 32 bits.
     rounds_and_rest = multihost_utils.process_allgather(np.array(divmod(len(message), longest), np.int32))
     sizes = [int(rounds) * longest + int(rest) for rounds, rest in rounds_and_rest]
     own, parts = np.frombuffer(message, np.uint8), [bytearray() for _ in sizes]
@@ -219,12 +219,12 @@ def gather_bytes(message: bytes) -> list[bytes]:
 
 
 def num_processes() -> int:
-    """Of the run. Alone, this asks for no device."""
+    """The number of processes of the run. In a run of one process this does not initialise the devices."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def block(size: int) -> tuple[int, int]:
-    """Start and end of the part of range(size) that is this process's; those of all processes follow each other."""
+    """Start and end of this process's part of range(size). The parts of all processes follow each other."""
     count = num_processes()
     index = jax.process_index() if count > 1 else 0
     return size * index // count, size * (index + 1) // count
@@ -236,12 +236,12 @@ def any_process(flag: bool) -> bool:
 
 
 def from_first(function: Callable[[], T]) -> T:
-    """What `function` returns in the first process (JSON-able), in every process; the others do not call it.
+    """Calls `function` in the first process only, and returns its result (JSON-able) in every process.
 
-    No process comes back before the first is through.
+    No process returns before the first has finished.
 
     Raises:
-      ValueError: that of the first process, in all of them.
+      ValueError: the error of the first process, raised in all of them.
     """
     if num_processes() == 1:
         return function()
@@ -259,10 +259,10 @@ def from_first(function: Callable[[], T]) -> T:
 
 
 def together(function: Callable[[], T]) -> T:
-    """What `function` returns in this process, once it is through in all of them.
+    """Calls `function` in every process and waits for all of them; each process gets its own result.
 
     Raises:
-      ValueError: that of the first process that has one, in all of them.
+      ValueError: the first error among the processes, raised in all of them.
     """
     if num_processes() == 1:
         return function()
@@ -278,7 +278,7 @@ def together(function: Callable[[], T]) -> T:
 
 
 def check_same(config: Config, identity: Mapping[str, Any]) -> None:
-    """ValueError where a process has another configuration, other data or other weights than the first."""
+    """ValueError where configuration, data or weights of a process differ from those of the first."""
     sections = {
         f"the configuration's {name}": value for name, value in to_dict(config).items() if name != "distributed"
     }
@@ -286,7 +286,7 @@ def check_same(config: Config, identity: Mapping[str, Any]) -> None:
 
 
 def check_equal(values: Mapping[str, Any]) -> None:
-    """ValueError where one of these JSON-able values, by what it is called, is another than in the first process."""
+    """ValueError where one of these values ({name: JSON-able value}) differs from the first process's."""
     everywhere = gather(dict(values))
     for number, other in enumerate(everywhere):
         for name, value in everywhere[0].items():

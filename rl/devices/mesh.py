@@ -22,10 +22,10 @@ from rl.config.sections import MeshSection
 AXES = ("data", "fsdp", "tensor")  # a configuration may add more, between the last two
 ROWS = "batch"  # the logical axis of the rows of a batch
 LOGICAL_AXES = (ROWS, "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "norm", "lora")  # of Tandem's models
-_LARGE = 2**20  # bytes on a device from which on other devices should have a share of an array
+_LARGE = 2**20  # bytes on a device; a smaller array need not be shared
 _HOST, _DEVICE = "pinned_host", "device"  # kinds of memory
 
-Rule = Sequence[str] | Sequence[Sequence[str]]  # mesh axes, or lists of them of which the first that fits counts
+Rule = Sequence[str] | Sequence[Sequence[str]]  # mesh axes, or alternative lists of axes: the first that fits counts
 Rules = Mapping[str, Rule]  # by logical axis
 
 
@@ -37,10 +37,10 @@ def no_implicit_transfers() -> contextlib.AbstractContextManager:
 
 
 def axis_sizes(section: MeshSection) -> dict[str, int]:
-    """The number of devices on every axis, -1 where open, from the axis that talks least to the one that talks most.
+    """The number of devices on every axis, -1 where it is open. The axis with the least communication comes first.
 
     Raises:
-      ValueError: an extra axis with the name of another, or a name that is none.
+      ValueError: an extra axis has the name of another axis, or a name that is no identifier.
     """
     for axis in section.axes:
         if axis in AXES or not axis.isidentifier():
@@ -51,16 +51,15 @@ def axis_sizes(section: MeshSection) -> dict[str, int]:
 
 
 def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh (data, fsdp, extra axes, tensor) over the first `section.num_devices` devices (None: all), or of those
-    given.
+    """The mesh (data, fsdp, extra axes, tensor) over the first `section.num_devices` (None: all) of the devices.
 
-    On TPU neighbours on an axis are neighbours on the chips' own network. Where devices lie in several slices, joined
-    by a slower one, `section.dcn` says which axes cross it.
+    On TPU, neighbours on an axis are neighbours on the chips' own network. A slower network joins several slices;
+    `section.dcn` says which axes cross it.
 
     Raises:
-      ValueError: more devices asked for than there are, or fewer than processes need, sizes that do not multiply to
-        their number, more than one -1, a size below 1, a rule that names an axis which does not exist, or slices that
-        do not fit the axes.
+      ValueError: more devices are asked for than there are, or fewer than the processes need; the sizes do not multiply
+        to the number of devices; more than one size is -1, or one is below 1; a rule names an axis that does not exist;
+        the slices do not fit the axes.
     """
     devices = list(jax.devices() if devices is None else devices)
     if section.num_devices is not None and section.num_devices > len(devices):
@@ -101,7 +100,7 @@ def create_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> M
 
 
 def _check_rule(key: str, rule: Rule, names: list[str]) -> None:
-    """ValueError for axes that do not exist or stand twice in a list, and for alternatives that are never taken."""
+    """ValueError for an axis that does not exist or is listed twice, and for an alternative that is never taken."""
     lists = _lists_of(rule)
     for number, axes in enumerate(lists):
         for axis in axes:
@@ -118,7 +117,7 @@ def _check_rule(key: str, rule: Rule, names: list[str]) -> None:
 
 
 def _lists_of(rule: Rule) -> list[list[str]]:
-    """The alternatives of a rule; a flat list is the only one of its own."""
+    """The alternatives of a rule; a flat list is its only alternative."""
     return [list(axes) for axes in rule] if _has_alternatives(rule) else [[*map(str, rule)]]
 
 
@@ -139,7 +138,7 @@ def _arrange(devices: Sequence[Any], sizes: Mapping[str, int], section: MeshSect
             process_is_granule=section.slice_is == "process",
             allow_split_physical_axes=True,
         )
-    # A part of the chips need not be a block of their network.
+    # The devices in use need not form a block of the chips' network.
     if devices[0].platform == "tpu" and not is_part:
         return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     return np.array(devices).reshape(inside)
@@ -152,7 +151,7 @@ def _slice_of(device: Any, section: MeshSection) -> int:
 
 
 def _slices_per_axis(sizes: Mapping[str, int], dcn: Mapping[str, int], counts: Mapping[int, int]) -> dict[str, int]:
-    """Over how many slices each axis goes; without a word in the config the first axes go over as many as they can."""
+    """{axis: number of slices that it crosses}. Without `dcn`, each axis in turn crosses as many slices as it can."""
     num_slices = len(counts)
     if len(set(counts.values())) > 1:
         raise ValueError(
@@ -182,8 +181,8 @@ def _slices_per_axis(sizes: Mapping[str, int], dcn: Mapping[str, int], counts: M
 def partition_spec(logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:
     """Mesh axes for each dim of an array, by the rule of its logical axis.
 
-    Of a list of axes those are taken, in order, that divide the dim and are not used by another dim. Of a list of such
-    lists the first is taken, and whole, whose axes all divide the dim and are all free; none where no list fits.
+    A flat rule gives, in its order, the axes that divide the dim and serve no other dim. A rule with alternatives gives
+    the first alternative whose axes all divide the dim and are all free; where none fits, the dim stays whole.
 
     Raises:
       ValueError: a logical axis without a rule, or names that do not match the rank.
@@ -202,7 +201,7 @@ def partition_spec(logical_axes: Sequence[str | None], shape: Sequence[int], mes
 
 
 def _axes_that_fit(rule: Rule, size: int, mesh: Mesh, used: set[str]) -> list[str]:
-    """Mesh axes, of size above 1, for a dim of this size of an array whose other dims have the axes `used`."""
+    """Mesh axes, of size above 1, for a dim of `size`. The axes in `used` belong to other dims of the array."""
     for axes in _lists_of(rule):
         taken: list[str] = []
         for axis in axes:
@@ -215,8 +214,8 @@ def _axes_that_fit(rule: Rule, size: int, mesh: Mesh, used: set[str]) -> list[st
 
 
 def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Rules) -> Any:
-    """A `NamedSharding` for every leaf of `abstract` (arrays or ShapeDtypeStructs); `logical_axes` has a tuple of names
-    in its place.
+    """A `NamedSharding` for every leaf of `abstract` (arrays or ShapeDtypeStructs). `logical_axes` is the same tree
+    with a tuple of names for each leaf.
     """
     return jax.tree.map(
         lambda leaf, names: NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, rules)), abstract, logical_axes
@@ -224,7 +223,7 @@ def tree_shardings(abstract: Any, logical_axes: Any, mesh: Mesh, rules: Rules) -
 
 
 def check_rules_are_used(logical_axes: Any, rules: Rules, key: str = "mesh.rules") -> None:
-    """ValueError for a rule of `key` that no array has: its name is misspelt, or the model has no such axis."""
+    """ValueError for a rule of `key` that no array uses: its name is misspelt, or the model has no such axis."""
     used = {name for names in jax.tree.leaves(logical_axes, is_leaf=_is_names) for name in names}
     unused = [name for name in rules if name not in {*LOGICAL_AXES, *used}]
     if unused:
@@ -241,11 +240,11 @@ def _is_names(tree: Any) -> bool:
 def check_sharded(shapes: Any, shardings: Any, section: MeshSection, mesh: Mesh) -> None:
     """ValueError when devices that should share a state hold too much of it more than once.
 
-    Compared are the bytes of every array on one device and those that it would hold if all devices shared the array
-    evenly, the axes of copies aside (`_copied_axes`). Arrays of which a device holds less than a MiB do not count.
+    An array's excess is its bytes on one device, less the bytes there if all devices shared it evenly. Axes that copy
+    by design do not count (`_copied_axes`), nor do arrays with less than a MiB on a device.
     """
     num_parts = mesh.size // math.prod(mesh.shape[axis] for axis in _copied_axes(section))
-    held: dict[str, tuple[int, float]] = {}  # bytes on a device, and those of them that it could leave to others
+    held: dict[str, tuple[int, float]] = {}  # bytes on a device, and how many of them others could hold
     for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
     ):
@@ -266,8 +265,8 @@ def check_sharded(shapes: Any, shardings: Any, section: MeshSection, mesh: Mesh)
 
 
 def _copied_axes(section: MeshSection) -> tuple[str, ...]:
-    """Axes along which devices hold the same parameters by design: data, and those of the configuration's own that
-    only the rule of the rows names.
+    """Axes along which devices hold the same parameters by design: `data`, and extra axes that only the rule of the
+    rows names.
     """
     named = {name: set().union(*_lists_of(rule)) for name, rule in section.rules.items()}
     of_parameters = set().union(*(axes for name, axes in named.items() if name != ROWS))
@@ -275,7 +274,7 @@ def _copied_axes(section: MeshSection) -> tuple[str, ...]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of scalars and of whatever every device holds in full."""
+    """The sharding of arrays that every device holds in full, such as scalars."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -283,9 +282,9 @@ def in_host_memory(sharding: NamedSharding) -> NamedSharding:
     """The same sharding, in the memory of the devices' hosts.
 
     Raises:
-      ValueError: devices that cannot reach it.
+      ValueError: the devices cannot reach that memory.
     """
-    # Devices of other processes, and those that are only compiled for, have no memories to list.
+    # Devices of other processes, and devices of a topology, list no memories.
     devices = sharding.mesh.devices
     assert devices is not None, sharding
     for device in set(devices.flat) & set(jax.local_devices()):
@@ -297,8 +296,7 @@ def in_host_memory(sharding: NamedSharding) -> NamedSharding:
 
 
 def from_host_memory(tree: Any, shardings: Any) -> Any:
-    """Inside jit: the arrays whose sharding is in the hosts' memory, brought to their devices; the others as they
-    are."""
+    """Inside jit: brings arrays whose sharding is in the hosts' memory to their devices, and leaves the others."""
     return jax.tree.map(
         lambda x, sharding: jax.device_put(x, sharding.with_memory_kind(_DEVICE)) if on_host(sharding) else x,
         tree,
@@ -346,9 +344,9 @@ def row_sharding(mesh: Mesh, rules: Rules, dim: int = 0) -> NamedSharding:
 
 @dataclasses.dataclass(frozen=True)
 class RowExchange:
-    """Makes rows of a table whose columns are spread over devices lie there as the rows of a batch do.
+    """Moves looked-up embeddings from the layout of the table (columns cut over devices) to that of a batch (rows cut).
 
-    Both layouts are named, so that devices exchange what each needs, forwards and for the gradient. Left to itself, XLA
+    Both layouts are named, so that devices exchange only what each needs, forwards and for the gradient. By default XLA
     for TPU gives every device the gradient of all rows and columns: 3 GiB for a piece of a 70B model on 256 chips.
 
     Attributes:
@@ -359,7 +357,7 @@ class RowExchange:
     by_row: NamedSharding
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """x, laid out by row; as it is where the rows do not divide among the devices."""
+        """x, laid out by row. Where the rows do not divide among the devices, x is returned unchanged."""
         try:
             self.by_row.shard_shape(x_BTD.shape)
         except ValueError:
@@ -369,7 +367,7 @@ class RowExchange:
 
 
 def embedding_exchange(mesh: Mesh, rules: Rules, hidden_size: int) -> RowExchange | None:
-    """The exchange between the embedding table [V, D] and rows of a batch; None where no axis has both of them."""
+    """The exchange between the embedding table [V, D] and rows of a batch; None where no axis cuts both."""
     (columns,) = partition_spec(("embed",), (hidden_size,), mesh, rules)
     columns = (columns,) if isinstance(columns, str) else columns or ()
     rows = row_axes(mesh, rules)
@@ -381,7 +379,7 @@ def embedding_exchange(mesh: Mesh, rules: Rules, hidden_size: int) -> RowExchang
 
 
 def device_memory(mesh: Mesh) -> int:
-    """Bytes of memory of one device; on CPU its share of the machine's."""
+    """Bytes of memory of one device; on CPU, an equal share of the machine's memory."""
     device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:

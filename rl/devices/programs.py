@@ -1,7 +1,7 @@
 """What is compiled: a function with its shardings (`Program`), and compiled programs by key (`Programs`).
 
-Programs are made when first asked for, or before that by a thread in the background. `use_compilation_cache` says where
-XLA keeps what it compiled. Not here: compiled programs in files (`rl.run.executables`).
+A program is compiled when it is first asked for, or earlier by a thread in the background. `use_compilation_cache` says
+where XLA keeps what it compiled. Not here: compiled programs in files (`rl.run.executables`).
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ Build = Callable[[], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A pure function and all that decides how it is compiled but the shapes of its arguments.
+    """A pure function and everything that decides how it is compiled, except the shapes of its arguments.
 
     Attributes:
       function: of positional arguments.
-      in_shardings: per argument a tree of shardings, or one sharding for all of it.
+      in_shardings: for each argument a tree of shardings, or one sharding for the whole argument.
       out_shardings: the same for the result.
-      donate: which arguments lose their memory to the result.
-      compiler_options: for XLA; None: its own choice.
+      donate: indices of the arguments whose memory the result may take.
+      compiler_options: options for XLA; None: its defaults.
     """
 
     function: Callable[..., Any]
@@ -57,15 +57,16 @@ class Program:
         return self.jit().lower(*arguments).compile()
 
     def prepare(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        """What to call with arguments of these shapes: compiled already, but for 4-bit ones. XLA for CPU gives their
-        arrays another layout than jax makes a compiled program ask for, so those compile when they are called first.
+        """The function to call with arguments of these shapes. It is compiled now, unless an argument has 4-bit
+        numbers: XLA for CPU lays those out differently from what jax makes a compiled program ask for, so it compiles
+        at the first call.
         """
         if any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(arguments)):
             return self.jit()
         return self.compile(arguments)
 
 
-# Where a program comes from that was compiled before: its name and what it is -> the function to call, None: nowhere.
+# Looks up a program that was compiled before: (name, program) -> the function to call, or None.
 Stored = Callable[[str, Program], Callable[..., Any] | None]
 
 
@@ -75,7 +76,7 @@ def not_stored(name: str, program: Program) -> None:
 
 
 class Programs:
-    """Each program is built once. `get` never waits for others than the one it asks for."""
+    """Builds each program once. `get` waits for the program that it asks for and for no other."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -83,7 +84,7 @@ class Programs:
         self._executor: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
-        """Programs that are built or being built."""
+        """The number of programs that are built or being built."""
         return len(self._futures)
 
     def __iter__(self) -> Iterator[Any]:
@@ -91,10 +92,10 @@ class Programs:
         return iter(list(self._futures))
 
     def get(self, key: Hashable, build: Build) -> Any:
-        """The program called `key`; built here and now unless it is built, or being built, already."""
+        """The program called `key`. It is built here, unless it is built or being built already."""
         with self._lock:
             future = self._futures.get(key)
-            if future is None or future.cancel():  # cancelled: it waited behind others in the background
+            if future is None or future.cancel():  # cancelled while it waited in the background
                 future = self._futures[key] = Future()
                 future.set_running_or_notify_cancel()
                 mine = True
@@ -111,7 +112,7 @@ class Programs:
         return future.result()
 
     def prepare(self, key: Hashable, build: Build) -> None:
-        """Has the program built in the background. A failure shows when the program is asked for."""
+        """Builds the program in the background. An error is raised when the program is asked for."""
         with self._lock:
             if key in self._futures:
                 return
@@ -126,7 +127,7 @@ class Programs:
                 future.result()
 
     def close(self) -> None:
-        """Drops what still waits in the background."""
+        """Drops the builds that still wait in the background."""
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
@@ -136,10 +137,10 @@ def use_compilation_cache(config: Config, check_only: bool = False) -> None:
     leaves it as jax has it. Call before the first compilation, which makes the folder.
 
     Args:
-      check_only: nothing that is compiled in this process is kept.
+      check_only: whether to keep nothing that this process compiles.
 
     Raises:
-      ValueError: a folder that cannot be written. With "auto" that is said on stderr, and nothing is kept.
+      ValueError: the folder cannot be written. With "auto" a warning on stderr says so instead, and nothing is kept.
     """
     folder = config.logging.compilation_cache
     if check_only:
@@ -162,7 +163,7 @@ def use_compilation_cache(config: Config, check_only: bool = False) -> None:
 
 
 def _cache_problem(folder: str) -> str | None:
-    """Why no file can be written below a folder, which need not be there yet; None where one can."""
+    """The reason why no file can be written below a folder, which need not exist yet; None where it can be."""
     path = pathlib.Path(os.path.expanduser(folder)).absolute()
     nearest = next(parent for parent in (path, *path.parents) if parent.exists())
     if not nearest.is_dir():
