@@ -79,7 +79,7 @@ def check_alone(section: DistributedSection) -> None:
 
 
 def _wait_for_the_first(section: DistributedSection) -> None:
-    """Returns when process 0 listens. Without this wait, jax's own client would time out and abort with a stack dump."""
+    """Returns when process 0 listens. Without this wait jax's client would time out and abort with a stack dump."""
     address, seconds = section.coordinator_address, section.initialization_timeout_seconds
     assert address is not None
     host, _, port = address.rpartition(":")
@@ -154,7 +154,7 @@ def console_stream() -> TextIO | None:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Puts a tree of host arrays, the same in every process, on the devices. `shardings` may be a prefix of the tree."""
+    """Puts a tree of host arrays, the same in every process, on the devices. `shardings` may be a prefix tree."""
     if num_processes() == 1:
         return jax.device_put(tree, shardings)
 

@@ -1,1 +1,1 @@
-"""How bytes reach a disk or a store, and how what others wrote is read without trusting it."""
+"""Writing to a disk or a store, and reading without trust what others wrote."""

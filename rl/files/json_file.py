@@ -1,4 +1,4 @@
-"""JSON files that others wrote, read by field: each value has a type and a range, or it is refused by its name.
+"""JSON files that others wrote, read field by field. A value of a wrong type or range is refused by its name.
 
 In: a file, or an object of one. Out: plain values of the type that was asked for, or a ValueError that names the file
 and the field. Nothing is converted: a number in quotes is text, true is no number, and NaN is none either.
@@ -30,7 +30,7 @@ def read_object(path: pathlib.Path, missing: str = "check the path") -> dict[str
       missing: what to do when there is no such file.
 
     Raises:
-      ValueError: there is none, it is over `MAX_FILE_BYTES`, or it is not JSON.
+      ValueError: the file is missing, larger than `MAX_FILE_BYTES`, or not JSON.
     """
     try:
         check_is_file(path)
@@ -56,10 +56,10 @@ def read_object(path: pathlib.Path, missing: str = "check the path") -> dict[str
 
 
 def check_is_file(path: pathlib.Path) -> None:
-    """Refuses a pipe, a socket or a device, of which reading may never end. What is not there is somebody else's error.
+    """Refuses a pipe, a socket or a device, because reading one may never end. A missing path is not refused here.
 
     Raises:
-      ValueError: it is neither a file nor a folder; links are followed.
+      ValueError: the path is neither a file nor a folder; links are followed.
     """
     try:
         mode = path.stat().st_mode
@@ -70,29 +70,29 @@ def check_is_file(path: pathlib.Path) -> None:
 
 
 def check_files(folder: pathlib.Path) -> None:
-    """The same of everything that lies in a folder of somebody else's, before any of it is read.
+    """Calls `check_is_file` for every entry of a folder, before any of them is read.
 
     Raises:
-      ValueError: something in it is neither a file nor a folder.
+      ValueError: an entry is neither a file nor a folder.
     """
     for path in sorted(folder.iterdir()):
         check_is_file(path)
 
 
 def shown(value: object) -> str:
-    """A value for a message, cut where it is long."""
+    """A value as text for a message; a long one is cut."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def briefly(error: object) -> str:
-    """What a library says, for a message: some of them say all that they were given."""
+    """An error of a library as text for a message. Some repeat all of their input, so a long text is cut."""
     text = str(error)
     return text if len(text) <= _SHOWN_ERROR else f"{text[:_SHOWN_ERROR]}... ({len(text)} characters)"
 
 
 class Fields:
-    """The fields of a JSON object. A key that is missing and one that is null are the same: the default, if it has one.
+    """The fields of a JSON object. A missing key and a null one both give the default, if there is one.
 
     Attributes:
       values: the object.
@@ -104,7 +104,7 @@ class Fields:
         self.prefix = prefix
 
     def has(self, key: str) -> bool:
-        """Whether there is such a key, and it is not null."""
+        """Whether the key is there and not null."""
         return self.values.get(key) is not None
 
     def whole(self, key: str, least: int, most: int, default: Any = _MISSING) -> Any:
@@ -176,7 +176,7 @@ class Fields:
         return [Fields(item, f"{self.prefix}{key}[{i}].") for i, item in enumerate(value)]
 
     def refuse(self, key: str, rule: str) -> ValueError:
-        """The error for a value that breaks a rule of the caller's."""
+        """The error for a value that breaks a rule of the caller."""
         return self._error(key, rule, self.values.get(key))
 
     def _value(self, key: str, default: Any) -> Any:

@@ -1,7 +1,7 @@
 """Files on a local disk: written whole, hashed, and locked by one process at a time.
 
-In: paths. Out: files that are there whole or as they were before, hashes of what is in them, locks. Not here: which
-files a run has (`rl.run_folder.contents`), objects of a store (`rl.files.stores`).
+In: paths. Out: files that are written whole or left as they were, hashes of contents, locks. Not here: which files a
+run has (`rl.run_folder.contents`), objects of a store (`rl.files.stores`).
 """
 
 import contextlib
@@ -16,10 +16,10 @@ UNFINISHED = ".tandem-"  # begins the name of a file that is being written, and 
 
 
 def write_file(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file that is there whole, or as it was before. ValueError where the disk is full or broken."""
+    """Writes a file whole, or leaves it as it was. ValueError where the disk is full or broken."""
     draft = path.with_name(UNFINISHED + path.name)
     with writing(path):
-        draft.unlink(missing_ok=True)  # of a start that was stopped; a link is not written through
+        draft.unlink(missing_ok=True)  # left by a start that was stopped; a link must not be followed
         with draft.open("xb") as stream:
             stream.write(content)
             stream.flush()
@@ -28,19 +28,20 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
 
 
 def file_hash(path: pathlib.Path) -> str:
-    """Hex sha256 of a file, which is read piece by piece."""
+    """The sha256 of a file in hex. The file is read piece by piece."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def lock_file(path: pathlib.Path, in_use: str) -> int:
-    """The descriptor of a lock file, made where it is missing and locked until it is closed or the process ends.
+    """The descriptor of a lock file, which is made if missing. The lock ends when the descriptor is closed or the
+    process ends.
 
     Args:
-      in_use: what to say where another process holds it.
+      in_use: the message where another process holds the lock.
 
     Raises:
-      ValueError: another process holds it. OSError: it cannot be made.
+      ValueError: another process holds the lock. OSError: the file cannot be made.
     """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)

@@ -1,8 +1,7 @@
-"""A file that a command writes when its work is done, checked before that work begins; and what it means for a user
-when a disk takes no more.
+"""Output files of a command, checked before its work begins, and errors of a full or broken disk as a user's error.
 
-In: a path, and the option that names it; or an error of the system or of a library that writes. Out: nothing, or a
-ValueError. Not here: writing it; nor files that are open from the start (`rl.tools.samples.completion_file`), nor
+In: a path and the option that names it, or an error of the system or of a library that writes. Out: nothing, or a
+ValueError. Not here: the writing itself, files that are open from the start (`rl.tools.samples.completion_file`),
 folders (`rl.models.files.folders.new_folder`).
 """
 
@@ -21,7 +20,7 @@ _NUMBER = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")  # in the mess
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """A context that writes `path`.
+    """A context in which `path` is written.
 
     Raises:
       ValueError: the disk is full or broken. Other errors pass.
@@ -39,7 +38,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def disk_trouble(error: Exception) -> str | None:
-    """The system's own words where an error says that a disk is full or broken; None for every other one."""
+    """The system's own words for an error of a full or broken disk; None for every other error."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := _NUMBER.search(str(error))):
         number = int(found[1] or found[2])
@@ -50,12 +49,12 @@ def check_writable(path: str | os.PathLike | None, option: str, makes_folders: b
     """Refuses a file that could not be written later; writes nothing.
 
     Args:
-      path: None where the option was left out, which is always right.
+      path: None where the option was left out; nothing is checked then.
       option: what the user typed, "--json".
-      makes_folders: whether the writer makes the folders above the file that are missing.
+      makes_folders: whether the writer makes missing folders above the file.
 
     Raises:
-      ValueError: a folder, a file in a folder that is missing, or no permission.
+      ValueError: the path is a folder, its folder is missing, or there is no permission to write.
     """
     if path is None:
         return

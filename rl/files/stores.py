@@ -1,10 +1,10 @@
 """Files of Google Cloud Storage (gs://) and S3 (s3://): which paths name them, operations on them, local copies.
 
 In: a path or URL of the user's. Out: `Store`, the objects below a URL; `local_copy`, the local path of an input, which
-is downloaded once; `check_path`, which refuses every other scheme. A store has neither rename nor append nor lock: what
-it has is that an object is whole or not there, and that a write may depend on the object's version (`write_if`). Not
-here: run folders (`rl.run_folder.mirror`). fsspec and its drivers, which are extras of the package, are imported only
-when a URL is opened.
+is downloaded once; `check_path`, which refuses every other scheme. A store has no rename, no append and no lock. It
+promises two things: an object is there whole or not at all, and a write may depend on the object's version
+(`write_if`). Not here: run folders (`rl.run_folder.mirror`). fsspec and its drivers are extras of the package; they are
+imported only when a URL is opened.
 """
 
 import contextlib
@@ -31,50 +31,50 @@ _NUM_TRANSFERS = 8  # files on their way at a time
 
 
 class Stat(NamedTuple):
-    """Size in bytes of an object, and what its store says changes with its content."""
+    """The size of an object in bytes, and a stamp of the store that changes with its content."""
 
     size: int
     stamp: str
 
 
 class Versions(Protocol):
-    """Writes that depend on what is there, of one kind of store. A version is a string; None: no object."""
+    """Conditional writes in one kind of store. A version is a string; None means that there is no object."""
 
     def version(self, path: str) -> str | None:
-        """The version that an object has now."""
+        """The current version of an object."""
         ...
 
     def write_if(self, path: str, data: bytes, version: str | None) -> str | None:
-        """Writes where the object still has this version; the new version, or None where it has another."""
+        """Writes if the object still has this version. Returns the new version, or None where it had another one."""
         ...
 
 
 class Store:
     """The objects below a URL, by names relative to it.
 
-    Every operation is repeated with back-off where it failed for a reason that may pass, and then raises ValueError.
-    Objects appear whole. Threads may share a store.
+    An operation that fails for a reason that may pass is repeated with back-off, then raises ValueError. Objects appear
+    whole. Threads may share a store.
     """
 
     def __init__(self, url: str, fs: Any, versions: Versions, errors: tuple[type[Exception], ...] = (OSError,)):
-        """Of an fsspec file system.
+        """A store on an fsspec file system.
 
         Args:
-          errors: what its operations raise where a store cannot be reached or refuses.
+          errors: exceptions of the file system for a store that cannot be reached, or that refuses.
         """
         self.url = url.rstrip("/")
         self._fs, self._versions, self._errors = fs, versions, errors
         self._root = fs._strip_protocol(self.url).rstrip("/")
 
     def stats(self, under: str = "") -> dict[str, Stat]:
-        """The objects whose names begin with `under`, "" or a folder's name with "/"; sorted by name. ValueError where
-        one has a name that no file below a folder can have.
+        """{name: stat} of the objects whose names begin with `under` ("" or a folder's name with "/"), sorted by name.
+        ValueError for a name that no file below a folder can have.
         """
         found = self._try("list", under, lambda: self._fs.find(f"{self._root}/{under}".rstrip("/"), detail=True)) or {}
         stats = {}
         for path, info in sorted(found.items()):
             name = path[len(self._root) + 1 :] if path.startswith(self._root + "/") else ""
-            if name.startswith(under) and not name.endswith("/") and name:  # a folder may have an object of its own
+            if name.startswith(under) and not name.endswith("/") and name:  # some stores hold an object for a folder
                 check_name(name, self.url)
                 stamp = [info.get(key) for key in ("generation", "ETag", "md5Hash", "created") if info.get(key)]
                 stats[name] = Stat(info["size"], json.dumps(stamp, default=str))
@@ -89,26 +89,27 @@ class Store:
         self._try("write", name, lambda: self._fs.pipe_file(self._path(name), data), must_exist=True)
 
     def upload(self, path: pathlib.Path, name: str) -> None:
-        """Makes or replaces an object with the bytes of a file that does not change meanwhile."""
+        """Makes or replaces an object with the bytes of a file, which must not change meanwhile."""
         self._try("write", name, lambda: self._fs.put_file(str(path), self._path(name)), must_exist=True)
 
     def download(self, name: str, path: pathlib.Path) -> None:
-        """Writes the bytes of an object to a file, whose folder is made."""
+        """Writes the bytes of an object to a file; missing folders are made."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._try("read", name, lambda: self._fs.get_file(self._path(name), str(path)), must_exist=True)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes objects, in the given order; those that are not there are passed over."""
+        """Removes objects in the given order; missing ones are ignored."""
         for name in names:
             self._try("remove", name, functools.partial(self._fs.rm_file, self._path(name)))
 
     def version(self, name: str) -> str | None:
-        """The version of an object, for `write_if`; None where it is not there."""
+        """The version of an object, for `write_if`; None where there is no such object."""
         return self._try("read", name, lambda: self._versions.version(self._path(name)))
 
     def write_if(self, name: str, data: bytes, version: str | None) -> str | None:
-        """Writes an object that still has this version (None: that is not there yet); the new version, or None where
-        another writer was first. After an error in the network that may have been this one: read it to be sure.
+        """Writes an object if it still has this version (None: if it does not exist). Returns the new version, or None
+        where another writer was first. After a network error that writer may have been this call: read the object to be
+        sure.
         """
         return self._try(
             "write", name, lambda: self._versions.write_if(self._path(name), data, version), must_exist=True
@@ -118,7 +119,7 @@ class Store:
         return f"{self._root}/{name}"
 
     def _try(self, verb: str, name: str, function: Callable[[], T], must_exist: bool = False) -> T | None:
-        """What `function` returns; None where there is no such object, unless it must exist."""
+        """Calls `function`, with retries; None where there is no such object, unless it must exist."""
         for seconds in (*_RETRY_SECONDS, None):
             try:
                 return function()
@@ -139,7 +140,7 @@ _PAST = {"list": "listed", "read": "read", "write": "written", "remove": "remove
 
 
 class _GoogleVersions:
-    """By the generation of an object: https://cloud.google.com/storage/docs/request-preconditions"""
+    """Versions are generations of objects: https://cloud.google.com/storage/docs/request-preconditions"""
 
     def __init__(self, fs: Any):
         self._fs = fs
@@ -163,9 +164,9 @@ class _GoogleVersions:
                 data=data,
                 json_out=True,
             )
-        except FileExistsError:  # what the driver makes of 412, "condition not met"
+        except FileExistsError:  # how the driver reports 412, "condition not met"
             return None
-        except HttpError as error:  # what older ones do
+        except HttpError as error:  # how older drivers report it
             if str(error.code) == "412":
                 return None
             raise
@@ -188,7 +189,7 @@ class _S3Versions:
             return self._fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"]
         except OSError as error:
             response = getattr(error.__cause__, "response", None) or {}
-            # A conflict is a write of another's at the same time; an object to replace may be gone.
+            # A conflict: another writer wrote at the same time. Not found: the object to replace is gone.
             lost = ("PreconditionFailed", "ConditionalRequestConflict", *(["NoSuchKey"] if version else []))
             if response.get("Error", {}).get("Code") in lost:
                 return None
@@ -196,7 +197,7 @@ class _S3Versions:
 
 
 def scheme_of(path: str | os.PathLike) -> str | None:
-    """The scheme of a URL; None for a path, a hub id, `module:name`, C:\\folder and all else without ://."""
+    """The scheme of a URL; None for anything without ://, such as a path, a hub id, `module:name` or C:\\folder."""
     match = _SCHEME.match(os.fspath(path))
     return match[0] if match else None
 
@@ -207,10 +208,10 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def check_path(value: str | None, key: str, may_be_remote: bool) -> None:
-    """Refuses a URL that the key, or option, does not take.
+    """Refuses a URL that the key or option does not take.
 
     Raises:
-      ValueError: a scheme other than gs and s3, one of these where only a local path will do, or nothing behind it.
+      ValueError: the scheme is neither gs nor s3, the path must be local, or the URL names no bucket and folder.
     """
     if value is None:
         return
@@ -228,10 +229,10 @@ def check_path(value: str | None, key: str, may_be_remote: bool) -> None:
 
 
 def check_name(name: str, url: str) -> None:
-    """Refuses the name of an object whose copy would not lie in the folder that it is copied to.
+    """Refuses an object's name whose local copy would lie outside the folder of the copy.
 
     Raises:
-      ValueError: a part of it is empty, `.` or `..`, or it has a backslash or a null character.
+      ValueError: a part of the name is empty, `.` or `..`, or the name has a backslash or a null character.
     """
     if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name:
         raise ValueError(
@@ -270,7 +271,7 @@ def open_store(url: str) -> Store:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where copies of remote files and folders lie on this machine; it may be deleted when nothing runs."""
+    """The local folder for copies of remote files. It may be deleted when nothing runs."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tandem"
 
 
@@ -281,10 +282,10 @@ def short_name(url: str) -> str:
 
 
 def local_copy(path: str | os.PathLike) -> pathlib.Path:
-    """The local path of an input: of a URL a copy in `cache_folder`, made where it is not there in this version.
+    """The local path of an input. A URL is downloaded into `cache_folder`, unless this version of it is there.
 
     Raises:
-      ValueError: nothing is there, or it cannot be read.
+      ValueError: the URL names nothing, or it cannot be read.
     """
     if not is_remote(path):
         return pathlib.Path(path).expanduser()
@@ -292,10 +293,10 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
 
 
 def copy_of(store: Store, cache: pathlib.Path) -> pathlib.Path:
-    """The copy of the file or folder at a store's URL, below `cache`; what is there already is not read again."""
+    """The local copy, below `cache`, of the file or folder at a store's URL. An existing copy is taken."""
     stats = store.stats()
     if not stats:
-        # The URL is that of one object: it is found in the folder that it lies in.
+        # The URL names one object, which is listed with its folder.
         folder, _, name = store.url.rpartition("/")
         parent = Store(folder, store._fs, store._versions, store._errors)
         found = parent.stats(name)
@@ -306,7 +307,7 @@ def copy_of(store: Store, cache: pathlib.Path) -> pathlib.Path:
 
 
 def _copy(store: Store, stats: Mapping[str, Stat], cache: pathlib.Path) -> pathlib.Path:
-    """A folder below `cache` with these objects as they are now."""
+    """A folder below `cache` that holds these objects in their present version."""
     place = cache / hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
     if not place.is_dir():
         with new_copy(place) as draft:
@@ -322,7 +323,9 @@ def _copy(store: Store, stats: Mapping[str, Stat], cache: pathlib.Path) -> pathl
 
 @contextlib.contextmanager
 def new_copy(place: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into that appears at `place` whole, or not at all. Another process may be first."""
+    """A folder to write into, which appears at `place` whole or not at all. If another process was first, its copy
+    stays.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as scratch:
         draft = pathlib.Path(scratch) / "copy"
@@ -350,17 +353,17 @@ def upload_all(store: Store, paths: Mapping[str, pathlib.Path]) -> None:
 
 
 def file_names(folder: pathlib.Path) -> list[str]:
-    """The files below a folder, by their paths in it, sorted."""
+    """The paths of all files below a folder, relative to it and sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 @contextlib.contextmanager
 def uploaded_folder(store: Store) -> Iterator[pathlib.Path]:
-    """A new local folder, whose files are uploaded to the store's URL at the end; config.json last, without which
-    readers take it for no model.
+    """A new local folder whose files are uploaded to the store's URL at the end. config.json goes last, because readers
+    take a folder without it for no model.
 
     Raises:
-      ValueError: something is there already, or it cannot be written.
+      ValueError: the URL holds something already, or it cannot be written.
     """
     if store.stats():
         raise ValueError(f"export folder must be new or empty, got {store.url}; choose another one or remove it")
@@ -375,7 +378,7 @@ def uploaded_folder(store: Store) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def written_file(out: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A path to write a file to; of a URL it is a local one, which is uploaded at the end."""
+    """A local path to write a file to. For a URL, the file is uploaded at the end."""
     if not is_remote(out):
         yield pathlib.Path(out)
         return
@@ -388,12 +391,14 @@ def written_file(out: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def continued_file(out: str | os.PathLike, suffixes: Sequence[str]) -> Iterator[pathlib.Path]:
-    """A path of a file that is appended to, with others beside it, whose names are the file's with these suffixes; ""
-    is the file itself. Of a URL they are local ones that outlive the process: what is newer there or here is gone on
-    with, and at the end, however it comes, they are uploaded, the file itself last.
+    """A local path of a file to append to.
+
+    `suffixes` names the files that belong to it: the file's name with each suffix, "" for the file itself. For a URL
+    they are local copies that outlive the process. The longer of the remote and the local file is continued. At the
+    end, also after an error, they are uploaded, the file itself last.
 
     Raises:
-      ValueError: there and here are two different files.
+      ValueError: the remote file and the local one are different files.
     """
     if not is_remote(out):
         yield pathlib.Path(out)
@@ -428,7 +433,7 @@ def continued_copy(store: Store, name: str, suffixes: Sequence[str], folder: pat
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[pathlib.Path]:
-    """A folder for what is uploaded next: in the cache, for it may be larger than the memory behind /tmp."""
+    """A folder for files to upload. It lies in the cache, because /tmp may be memory and too small."""
     parent = cache_folder() / "outputs"
     parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(dir=parent))

@@ -1,9 +1,8 @@
-"""Computing with what others wrote where it can be stopped: chat templates, and patterns of adapters.
+"""Runs what others wrote, chat templates and patterns of adapters, in a process that can be stopped.
 
-In: a template and its variables, or a regular expression and texts. Out: the text, or which texts match; what raises,
-takes longer than `SECONDS` of processor time, or writes more than it may, is an `UntrustedError` that says so. It
-happens in a process of its own, which knows nothing of this one and sees none of its secrets:
-`rl.files.untrusted_worker`.
+In: a template and its variables, or a regular expression and texts. Out: the text, or which texts match. A template or
+pattern that raises, takes more than `SECONDS` of processor time or writes too much gives an `UntrustedError`. The work
+is done in a process of its own, `rl.files.untrusted_worker`, which sees none of this process's secrets.
 """
 
 import contextlib
@@ -17,9 +16,9 @@ import weakref
 from typing import Any
 
 SECONDS = 1.0  # of processor time
-CLOCK_SECONDS = 60.0  # for the same on a machine with much else to do
+CLOCK_SECONDS = 60.0  # the limit by the clock, for a busy machine
 MAX_TEXT = 1_000_000  # characters that a template may write, besides those that it was given
-_ENDING_SECONDS = 10.0  # from the end of its output to the end of the process, on a machine with much else to do
+_ENDING_SECONDS = 10.0  # from the end of the worker's output to its exit, on a busy machine
 _WORKER = pathlib.Path(__file__).with_name("untrusted_worker.py")
 _VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "TZ")
 
@@ -29,7 +28,9 @@ class UntrustedError(Exception):
 
 
 class Untrusted:
-    """Such a process: it starts with the first request, and again after one that ended it. For one thread at a time."""
+    """The worker process. It starts with the first request, and again after one that ended it. For one thread at a
+    time.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -52,10 +53,10 @@ class Untrusted:
         return answer
 
     def match(self, pattern: str, texts: list[str], whole: bool = True) -> list[bool]:
-        """Which texts a regular expression describes as a whole, or, without `whole`, is found in.
+        """For each text, whether the regular expression matches all of it, or, without `whole`, any part of it.
 
         Raises:
-          UntrustedError: it is none, or takes too long.
+          UntrustedError: the pattern is no regular expression, or takes too long.
         """
         answer = self._ask({"kind": "match", "pattern": pattern, "texts": texts, "whole": whole}, 10 * len(texts))
         if not isinstance(answer, list) or [type(item) for item in answer] != [bool] * len(texts):
@@ -79,11 +80,11 @@ class Untrusted:
             self._process.stdin.flush()
             line = self._process.stdout.readline(most + 1000)
             message = json.loads(line)
-        except (BrokenPipeError, ValueError):  # it has ended, or what it says is no JSON
+        except (BrokenPipeError, ValueError):  # the process has ended, or its answer is no JSON
             message = None
         if isinstance(message, dict) and message.keys() == {"answer"}:
             return message["answer"]
-        if not line:  # its output has ended, so it is ending: its exit status says why
+        if not line:  # the process is ending, and its exit status says why
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_ENDING_SECONDS)
         self._end()

@@ -1,8 +1,9 @@
 """The process behind `rl.files.untrusted`: renders templates and matches patterns that others wrote. Imports nothing of
 rl.
 
-In: JSON lines on the standard input. Out: one JSON line for each, and for what raises a last one that says so. What
-takes more processor time than a request may is ended by the system; memory is limited where the system can.
+In: JSON lines on the standard input. Out: one JSON line for each. A request that raises is answered with the error, and
+the process ends. The system ends the process where a request takes too much processor time, and limits its memory where
+it can.
 """
 
 import contextlib
@@ -31,7 +32,10 @@ def main() -> None:
         with contextlib.suppress(OSError, ValueError):  # macOS knows no limit of the address space
             resource.setrlimit(limit, (value, value))
     sys.excepthook = _report
-    for number in (signal.SIGPROF, signal.SIGALRM):  # what the trainer's libraries ignore or block is inherited
+    for number in (
+        signal.SIGPROF,
+        signal.SIGALRM,
+    ):  # the trainer's libraries may ignore or block them, which is inherited
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGPROF, signal.SIGALRM))
     for line in sys.stdin.buffer:
@@ -43,7 +47,7 @@ def main() -> None:
 
 
 def _limit(seconds: float, clock_seconds: float) -> None:
-    """Has the system end this process, whoever still waits for it, after so long; 0 takes that back."""
+    """Has the system end this process after so many seconds of processor time, or by the clock; 0 takes that back."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, clock_seconds)
 
@@ -60,7 +64,7 @@ def render(template: str, variables: dict[str, Any], most: int) -> str:
 
 
 def match(pattern: str, texts: list[str], whole: bool) -> list[bool]:
-    """Which texts a regular expression describes as a whole, or else is found in."""
+    """For each text, whether the regular expression matches all of it, or, without `whole`, any part of it."""
     compiled = re.compile(pattern)
     find = compiled.fullmatch if whole else compiled.search
     return [find(text) is not None for text in texts]
@@ -68,7 +72,7 @@ def match(pattern: str, texts: list[str], whole: bool) -> list[bool]:
 
 @functools.lru_cache(maxsize=1)
 def _compile(template: str) -> jinja2.Template:
-    """As transformers compiles chat templates (`transformers.utils.chat_template_utils`)."""
+    """Compiles a chat template as transformers does (`transformers.utils.chat_template_utils`)."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -103,7 +107,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _report(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    """In the place of a traceback."""
+    """Writes an error as one JSON line, in place of a traceback."""
     line = getattr(error, "lineno", None)
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename == _TEMPLATE_FILE:
