@@ -10,7 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl.algorithms.loss_types import LossConfig, LossInputs, Rows, loss_type_of, sampler_difference
+from rl.algorithms.loss_types import (
+    LossConfig,
+    LossInputs,
+    Rows,
+    beyond_bounds,
+    loss_type_of,
+    raw_sampler_ratio,
+    sampler_difference,
+)
 
 # What a metric of every loss is the mean over, where that is not what the policy ratio belongs to. Those of one loss
 # are in its `LossType.belongs_to`.
@@ -73,10 +81,15 @@ def metric_sums(
         add_mean("sampler_logprob_difference_mean", jnp.abs(difference_BT), scored_BT)
         add_max("sampler_logprob_difference_max", jnp.abs(difference_BT), scored_BT)
     if rows.sampler_ratio_BX is not None:
+        assert inputs.sampler_logprobs_BT is not None
         sampler_where = real_B1 if config.sampler_is_mode.startswith("sequence") else mask_BT
         add_min("sampler_ratio_min", rows.sampler_ratio_BX, sampler_where)
         add_mean("sampler_ratio_mean", rows.sampler_ratio_BX, sampler_where)
         add_max("sampler_ratio_max", rows.sampler_ratio_BX, sampler_where)
+        raw_BX = raw_sampler_ratio(rows.old_BT, inputs.sampler_logprobs_BT.astype(dtype), mask_BT, config)
+        is_below_BX, is_above_BX = beyond_bounds(raw_BX, config)
+        add_mean("sampler_ratio_raw_mean", raw_BX, sampler_where)
+        add_mean("sampler_ratio_cut_share", is_below_BX | is_above_BX, mask_BT)
     return sums
 
 
@@ -122,7 +135,9 @@ def finish_metrics(sums: MetricSums) -> dict[str, jax.Array]:
     - what a user's loss calls its metrics;
     - positive_nll: nats per token of the completions with A > 0;
     - sampler_logprob_difference_{mean,max}: absolute, old against sampler, in nats;
-    - sampler_ratio_{min,mean,max}: after truncation.
+    - sampler_ratio_{min,mean,max}: as the loss takes it, cut at its bounds or 0 beyond them;
+    - sampler_ratio_raw_mean: before that; far from 1 means that sampler and trainer do not agree;
+    - sampler_ratio_cut_share: of tokens, those whose ratio, or that of their sequence, was beyond its bounds.
     """
     means = {name: value / jnp.maximum(sums.weights[name], 1) for name, value in sums.numerators.items()}
     extremes = {

@@ -229,29 +229,44 @@ def importance_ratio(log_ratio_BT: jax.Array, mask_BT: jax.Array, level: str) ->
     return saturating_exp(total_B1 / lengths(mask_BT, log_ratio_BT.dtype))
 
 
+def raw_sampler_ratio(
+    old_logprobs_BT: jax.Array, sampler_logprobs_BT: jax.Array, mask_BT: jax.Array, config: LossConfig
+) -> jax.Array:
+    """Importance ratio of old to sampler probabilities before any bound, [B, T] or [B, 1]: a constant.
+
+    The sequence modes use the sum of the log-ratios, not their mean. Masked tokens and tokens that the sampler did not
+    score (NaN) count as ratio 1.
+    """
+    difference_BX, _ = sampler_difference(old_logprobs_BT, sampler_logprobs_BT, mask_BT)
+    if config.sampler_is_mode.startswith("sequence"):
+        difference_BX = jnp.sum(difference_BX, axis=1, keepdims=True)
+    return stop_gradient(saturating_exp(difference_BX))  # a weight of the sample, not a quantity to optimise
+
+
+def beyond_bounds(raw_BX: jax.Array, config: LossConfig) -> tuple[jax.Array, jax.Array]:
+    """Where the raw ratio is below `sampler_is_clip_min`, and where above `sampler_is_clip_max`; bool, like it."""
+    low, high = config.sampler_is_clip_min, config.sampler_is_clip_max
+    nowhere_BX = jnp.zeros_like(raw_BX, bool)
+    return nowhere_BX if low is None else raw_BX < low, nowhere_BX if high is None else raw_BX > high
+
+
 def sampler_ratio(
     old_logprobs_BT: jax.Array, sampler_logprobs_BT: jax.Array, mask_BT: jax.Array, config: LossConfig
 ) -> jax.Array:
-    """Truncated importance ratio of old to sampler probabilities, [B, T] or [B, 1]: a constant.
+    """`raw_sampler_ratio`, cut at its bounds or 0 beyond them, as the mode says.
 
-    The sequence modes use the sum of the log-ratios, not their mean. Masked tokens and tokens that the sampler did not
-    score (NaN) count as ratio 1. Source: https://fengyao.notion.site/off-policy-rl (TIS) and https://arxiv.org/abs/2510.18855.
+    Source: https://fengyao.notion.site/off-policy-rl (TIS) and https://arxiv.org/abs/2510.18855.
     """
-    difference_BX, _ = sampler_difference(old_logprobs_BT, sampler_logprobs_BT, mask_BT)
-    per_sequence = config.sampler_is_mode.startswith("sequence")
-    if per_sequence:
-        difference_BX = jnp.sum(difference_BX, axis=1, keepdims=True)
-    ratio_BX = saturating_exp(difference_BX)
+    ratio_BX = raw_sampler_ratio(old_logprobs_BT, sampler_logprobs_BT, mask_BT, config)
+    is_below_BX, is_above_BX = beyond_bounds(ratio_BX, config)
     low, high = config.sampler_is_clip_min, config.sampler_is_clip_max
-    if config.sampler_is_mode.endswith("truncate"):
-        ratio_BX = ratio_BX if low is None else jnp.maximum(ratio_BX, low)
-        ratio_BX = ratio_BX if high is None else jnp.minimum(ratio_BX, high)
-    else:
-        ratio_BX = ratio_BX if low is None else jnp.where(ratio_BX < low, 0, ratio_BX)
-        ratio_BX = ratio_BX if high is None else jnp.where(ratio_BX > high, 0, ratio_BX)
-    if not per_sequence:
+    if not config.sampler_is_mode.endswith("truncate"):
+        low = high = 0
+    ratio_BX = ratio_BX if low is None else jnp.where(is_below_BX, low, ratio_BX)
+    ratio_BX = ratio_BX if high is None else jnp.where(is_above_BX, high, ratio_BX)
+    if not config.sampler_is_mode.startswith("sequence"):
         ratio_BX = jnp.where(mask_BT, ratio_BX, 1)
-    return stop_gradient(ratio_BX)  # a weight of the sample, not a quantity to optimise
+    return ratio_BX
 
 
 def sampler_difference(old_BT: jax.Array, sampler_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

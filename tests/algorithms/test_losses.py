@@ -156,6 +156,21 @@ def golden_metrics(case: dict[str, Any], problem: Problem, sums: MetricSums) -> 
     return metrics | {name: of_all_rows[name] for name in names}
 
 
+def metrics_of_the_raw_ratio(problem: Problem) -> dict[str, float]:
+    """By hand: the sampler's ratio before any bound, and the share of tokens that a bound holds back."""
+    inputs, config = problem.inputs, problem.config
+    mask_BT = (inputs.mask_BT > 0) & inputs.sequence_mask_B[:, None]
+    old_BT = problem.policy_logprobs_BT if inputs.old_logprobs_BT is None else inputs.old_logprobs_BT
+    is_scored_BT = mask_BT & ~np.isnan(inputs.sampler_logprobs_BT)
+    ratio_BT = np.exp(np.where(is_scored_BT, old_BT - inputs.sampler_logprobs_BT, 0))
+    of_sequences = config.sampler_is_mode.startswith("sequence")
+    ratio_BT = np.tile(np.prod(ratio_BT, axis=1, keepdims=True), ratio_BT.shape[1]) if of_sequences else ratio_BT
+    low, high = config.sampler_is_clip_min or 0, config.sampler_is_clip_max or math.inf
+    mean = np.mean(ratio_BT[inputs.sequence_mask_B, 0] if of_sequences else ratio_BT[mask_BT])
+    cut = np.mean((ratio_BT < low)[mask_BT] | (ratio_BT > high)[mask_BT])
+    return {"sampler_ratio_raw_mean": mean, "sampler_ratio_cut_share": cut}
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("dtype_name", DTYPES)
 @pytest.mark.parametrize("name", CASES)
@@ -180,6 +195,9 @@ def test_golden_case_has_the_loss_gradients_and_metrics_of_trl(name: str, dtype_
         metrics = golden_metrics(case, problem, sums)
         for metric, value in expected_metrics(case).items():
             assert_close(metrics[metric], value, max(tolerance, 1e-6 if "clip" in metric else 0), metric)
+        if "sampler_ratio_mean" in metrics and np.any(problem.inputs.mask_BT > 0):
+            for metric, value in metrics_of_the_raw_ratio(problem).items():
+                assert_close(metrics[metric], value, tolerance, metric)
 
 
 @pytest.mark.parametrize("dtype_name", DTYPES)
