@@ -230,3 +230,8 @@ def test_companies_are_compared_up_to_the_first_changed_token(benchmark, capsys)
     told = capsys.readouterr().out
     for name in found:
         assert re.search(rf"^{name}(, prompts reversed)?: \d of [\d,]+ tokens changed \(\d\.\de[+-]\d\d\)$", told, re.M)
+
+
+def test_restoring_is_timed_with_and_without_the_comparison_of_hashes(benchmark, capsys):
+    importlib.import_module("restore").main(["--layers", "1", "--rounds", "1"])
+    assert re.search(r"not compared [\d.]+ s, compared [\d.]+ s: [+-][\d.]+ %", capsys.readouterr().out)

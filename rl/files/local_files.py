@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
+from typing import Any
 
 from rl.files.output_file import writing
 
@@ -27,10 +28,10 @@ def write_file(path: pathlib.Path, content: bytes) -> None:
         os.replace(draft, path)
 
 
-def file_hash(path: pathlib.Path) -> str:
-    """The sha256 of a file in hex. The file is read piece by piece."""
+def file_hash(path: pathlib.Path, digest: Any = hashlib.sha256) -> str:
+    """The hash of a file in hex. The file is read piece by piece."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, digest).hexdigest()
 
 
 def lock_file(path: pathlib.Path, in_use: str) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -423,7 +424,8 @@ def test_checkpoints_of_older_versions_are_read_with_a_line_about_it(copied, ver
     for step in (3, 5):
         (copied / "checkpoints" / str(step) / "hashes.json").unlink()
     if version == "with hashes of some files":
-        some = {name: value for name, value in hashes["files"].items() if name.startswith("state/")}
+        names = [name for name in hashes["files"] if name.startswith("state/")]
+        some = {name: hashlib.sha256((path.parent / name).read_bytes()).hexdigest() for name in names}
         path.write_text(json.dumps({"algorithm": "sha256", "files": some}))
     said = []
     checkpoints = open_checkpoints(copied, read_only=True, warn=said.append)
