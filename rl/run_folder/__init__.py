@@ -1,1 +1,1 @@
-"""The folder of a run, on disk or in a store: whose it is, who writes, what code it names."""
+"""The folder of a run, on disk or in a store: which run owns it, who may write, what code it names."""

@@ -1,8 +1,8 @@
-"""What a run writes into its folder, and how a folder is shown to be a run's.
+"""What a run writes into its folder, and how the content of a folder shows that it is a run's.
 
-In: a folder. Out: the run's configuration and identity, or a ValueError that says why it is not shown to be a run; the
-names of what the run wrote. A name alone proves nothing: `run.json` must say that it is ours, and what lies beside it
-must agree. Nothing here changes a folder. Whose turn it is to write is `rl.run_folder.folder`.
+In: a folder. Out: the run's configuration and identity, or a ValueError with the reason why the folder is not shown to
+be a run's; the names of the run's files. A name alone proves nothing: `run.json` must have our mark, and the other
+files must agree with it. Nothing here changes a folder. `rl.run_folder.folder` says who may write.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ FORMAT = "tandem run 1"
 KINDS = ("grpo", "sft")
 # Keys of run.json that are about the file, not about what the run starts from.
 FORMAT_KEY, FILES_KEY = "format", "files"
-# The id of the run, in run.json and in hashes.json of each of its steps; that of a run in a store is its ledger's, too.
+# The id of the run. It is in run.json, in hashes.json of each step, and in the ledger of a run in a store.
 RUN_KEY = "run"
-HELD_OUT = "held_out"  # of run.json: what the held-out rows are known by; older versions wrote none
+HELD_OUT = "held_out"  # of run.json: the identity of the held-out rows; older versions wrote none
 
-# Written anew, or gone on with, by each run of a folder; rewards.log is the folder's, whichever run it has.
+# Each run of a folder writes or continues these. rewards.log belongs to the folder, whichever run it holds.
 _FILES = (METRICS, SAMPLES, CONFIG, IDENTITY)
 CURVES_MARK = "Tandem: grpo report"  # in every picture that it draws, whatever the format
 _LARGEST_CURVES = 1 << 25  # bytes
-# What Orbax and `rl.state.checkpoint_files` put into a step, beside files that hashes.json lists.
+# Files of a step, by Orbax and `rl.state.checkpoint_files`, that hashes.json does not list.
 _STEP_ENTRIES = (
     *("state", "loop", "reference", HASHES, "_CHECKPOINT_METADATA", "commit_success.txt"),
     *("metrics", "descriptor"),
 )
-# Names of steps: one part of a path each. The damaged were set aside.
+# Names of step folders. A damaged step is one that was set aside.
 _OWN_STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp[^/\0]*|\.damaged(\.\d+)?)?", re.ASCII)
 _STEP = re.compile(r"\d+(\.orbax-checkpoint-tmp[^/\0]*)?", re.ASCII)
 
@@ -55,7 +55,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_identity(folder: pathlib.Path) -> dict[str, Any]:
-    """run.json of a folder: a known format and kind, and the source of a policy; ValueError where it says less."""
+    """The run.json of a folder. ValueError where the format or the kind is unknown, or the policy's source is
+    missing.
+    """
     identity = read_json(folder / IDENTITY)
     mark, start = identity.get(FORMAT_KEY), identity.get("policy")
     if mark not in (FORMAT, None):
@@ -68,16 +70,16 @@ def read_identity(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def identify(*folders: pathlib.Path) -> tuple[Config, dict[str, Any]]:
-    """The configuration and run.json of a folder that is shown to be a run's, by content; reads only.
+    """The configuration and run.json of a folder whose content shows that it is a run's. Reads only.
 
-    A run that a kill left half-moved lies in two folders, each file of it in one of them (`rl.run_folder.replaced`).
+    A run that a kill left half-moved lies in two folders, each file in one of them (`rl.run_folder.replaced`).
 
-    run.json must be a JSON object with a known kind and the source of a policy; config.yml must load and name the same
-    source. run.json must have our mark; older versions wrote none, and of their runs there must be a line of metrics or
-    a checkpoint of Orbax's. A run that recorded nothing must have the very config.yml that run.json was written with.
+    run.json must be a JSON object with a known kind and a policy's source, and config.yml must load and name the same
+    source. run.json must have our mark. Older versions wrote no mark: their runs must have a line of metrics or an
+    Orbax checkpoint. A run that recorded nothing must have the config.yml that run.json was written with, unchanged.
 
     Raises:
-      ValueError: it is not shown, and why.
+      ValueError: the content does not show it; the message says why.
     """
     identity = read_identity(holder(IDENTITY, *folders))
     mark, source = identity.get(FORMAT_KEY), identity["policy"]["source"]
@@ -101,21 +103,20 @@ def identify(*folders: pathlib.Path) -> tuple[Config, dict[str, Any]]:
 
 
 def holder(name: str, *folders: pathlib.Path) -> pathlib.Path:
-    """The first of these folders that has an entry of this name; the last where none has."""
+    """The first of these folders that has an entry of this name; the last folder if none has."""
     return next((folder for folder in folders if os.path.lexists(folder / name)), folders[-1])
 
 
 def is_config_changed(folder: pathlib.Path, identity: dict[str, Any]) -> bool:
-    """Whether config.yml is not the file that run.json was written with; False where run.json, of an older version, has
-    no hash of it.
-    """
+    """Whether config.yml has changed since run.json was written. False where an older version wrote no hash of it."""
     files = identity.get(FILES_KEY)
     return isinstance(files, dict) and CONFIG in files and not _is_as_written(folder, identity)
 
 
 def is_start_alone(folder: pathlib.Path) -> bool:
-    """Whether the folder is empty, or holds no more than a start leaves behind that was killed before it could write
-    config.yml. A log is a start's beside the lock, which a start makes before; alone it is a user's.
+    """Whether the folder is empty, or holds only what a start leaves that was killed before it wrote config.yml.
+
+    A log beside the lock is left by a start, which makes the lock first. A log alone is a user's file.
     """
     names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(UNFINISHED)}
     lock = folder / LOCK
@@ -136,18 +137,18 @@ def is_own_identity(folder: pathlib.Path) -> bool:
 
 
 def run_id(folder: pathlib.Path) -> str | None:
-    """The id of the run in a folder; None where an older version wrote run.json. ValueError where there is none."""
+    """The id of the run in a folder; None where an older version wrote run.json. ValueError where there is no run."""
     return read_json(folder / IDENTITY).get(RUN_KEY)
 
 
 def is_run_folder(path: str | os.PathLike) -> bool:
-    """Whether the folder holds a run's identity and configuration, by name; `identify` looks into them."""
+    """Whether the folder has files with the names of a run's identity and configuration. `identify` reads them."""
     folder = pathlib.Path(path)
     return (folder / IDENTITY).is_file() and (folder / CONFIG).is_file()
 
 
 def checkpoint_steps(path: str | os.PathLike) -> list[int]:
-    """Steps of the complete checkpoints of a run folder, rising."""
+    """Steps of the complete checkpoints of a run folder, in rising order."""
     return sorted(int(entry.name) for entry in _steps(pathlib.Path(path)))
 
 
@@ -158,7 +159,7 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
 
 
 def strange_steps(folder: pathlib.Path) -> list[str]:
-    """Entries of checkpoints/ that are named as steps are, and are no checkpoints."""
+    """Entries of checkpoints/ that have the name of a step and are no checkpoint."""
     return sorted(f"{CHECKPOINTS}/{entry.name}" for entry in _steps(folder) if not is_checkpoint(entry))
 
 
@@ -176,9 +177,9 @@ def has_work(folder: pathlib.Path) -> bool:
 
 
 def own_entries(folder: pathlib.Path, kind: str) -> list[str]:
-    """What a run of this kind wrote into its folder, without the log: paths in it, run.json last.
+    """Paths, in the folder, of what a run of this kind wrote, without the log and with run.json last.
 
-    Fine-tuning alone writes export/; that of another run is a user's.
+    Only fine-tuning writes export/. In the folder of another kind of run, export/ is a user's.
     """
     entries = []
     if kind == "sft" and (folder / EXPORT).is_dir() and not (folder / EXPORT).is_symlink():
@@ -195,7 +196,7 @@ def own_entries(folder: pathlib.Path, kind: str) -> list[str]:
 
 
 def is_own_name(entry: str, kind: str) -> bool:
-    """Whether `own_entries` of a run of this kind can give this path. No other is ever moved or removed."""
+    """Whether a run of this kind can own this path (`own_entries`). No other path is ever moved or removed."""
     folder, _, step = entry.partition("/")
     if folder == CHECKPOINTS and step:
         return _OWN_STEP.fullmatch(step) is not None
@@ -203,12 +204,12 @@ def is_own_name(entry: str, kind: str) -> bool:
 
 
 def linked_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Links where a run has its files: what it writes would go to where they lead."""
+    """Links in the place of a run's files. What the run writes would go to wherever they lead."""
     return [folder / name for name in (LOCK, LOG, LOG_BEFORE, *_FILES) if (folder / name).is_symlink()]
 
 
 def linked_entries(folder: pathlib.Path, kind: str) -> list[pathlib.Path]:
-    """Links where a run of this kind has its checkpoints and its export, and in checkpoints/ by the names of steps."""
+    """Links in the place of the run's checkpoints/ and export/, and of steps in checkpoints/."""
     names = (CHECKPOINTS, EXPORT, EXPORT_RECORD) if kind == "sft" else (CHECKPOINTS,)
     checkpoints = folder / CHECKPOINTS
     steps = sorted(checkpoints.iterdir()) if checkpoints.is_dir() and not checkpoints.is_symlink() else []
@@ -224,13 +225,13 @@ def is_own_curves(path: pathlib.Path) -> bool:
 
 
 def foreign_in(path: pathlib.Path) -> list[pathlib.Path]:
-    """What no run wrote into something that `own_entries` names: into a step, or into export/."""
+    """Files that no run wrote, inside a step or export/ (which `own_entries` names)."""
     if path.name == EXPORT:
         return [] if is_own_export(path.parent) else [path]
     if path.parent.name != CHECKPOINTS or (_STEP.fullmatch(path.name) and not path.name.isdecimal()):
         return []
     foreign = [entry for entry in path.iterdir() if entry.name not in _STEP_ENTRIES]
-    with contextlib.suppress(ValueError):  # without hashes the items of a step are Orbax's, as their names say
+    with contextlib.suppress(ValueError):  # without hashes, a step's files are Orbax's, by their names
         files = read_json(path / HASHES).get("files")
         if isinstance(files, dict):
             below = (
@@ -247,7 +248,7 @@ def describe_files(folder: pathlib.Path) -> dict[str, list[int]]:
 
 
 def is_own_export(folder: pathlib.Path) -> bool:
-    """Whether every file in export/ is one that a run left there, as it was."""
+    """Whether every file in export/ is unchanged since a run wrote it."""
     with contextlib.suppress(ValueError):
         return describe_files(folder / EXPORT).items() <= read_json(folder / EXPORT_RECORD).items()
     return False
@@ -258,7 +259,7 @@ def _is_plain_file(path: pathlib.Path) -> bool:
 
 
 def is_export_record(path: pathlib.Path) -> bool:
-    """Whether a file is what `describe_files` says of an export."""
+    """Whether a file is a record of an export, as `describe_files` gives it."""
     with contextlib.suppress(ValueError):
         sizes = read_json(path).values() if _is_plain_file(path) else ()
         return bool(sizes) and all(isinstance(size, list) and list(map(type, size)) == [int, int] for size in sizes)
@@ -271,7 +272,7 @@ def _steps(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _has_metrics(folder: pathlib.Path) -> bool:
-    """Whether metrics.jsonl begins with a line of a run's."""
+    """Whether metrics.jsonl begins with a line of metrics."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         with (folder / METRICS).open("rb") as stream:
             line = json.loads(stream.readline(1 << 20))

@@ -1,9 +1,9 @@
 """The folder of one run: who owns it, and whether this configuration may go on in it.
 
-`output_dir` holds config.yml (the resolved configuration that started the run), run.json (what kind of run, and which
-weights it started from), metrics.jsonl, samples.jsonl, rewards.log and checkpoints/, after `grpo sft` export/. A folder
-that holds anything else and is not shown to be a run's (`rl.run_folder.contents`), or another run, is refused and left
-as it is. A start that fails before it has recorded anything leaves the folder as it found it.
+`output_dir` holds config.yml (the resolved configuration that started the run), run.json (the kind of run and the
+weights it started from), metrics.jsonl, samples.jsonl, rewards.log, checkpoints/ and, after `grpo sft`, export/. A
+folder is refused, and left as it is, if it holds another run or is not shown to be a run's (`rl.run_folder.contents`).
+A start that fails before it has recorded anything leaves the folder as it found it.
 """
 
 import contextlib
@@ -74,14 +74,14 @@ _UNFINISHED_EXPORT = UNFINISHED + EXPORT
 class RunFolder:
     """An output folder that this run owns until `close` or its end.
 
-    Opening it changes nothing that it holds; `begin` does, and comes after everything that can be checked before. What
-    a kill has left half-moved is looked at as if it were back in its place, where `begin` puts it. Of a run's processes
-    the first one does all this, and the others wait for it.
+    Opening the folder changes nothing in it. `begin` changes it, after everything has been checked. A run that a kill
+    left half-moved is read as if it were back in its place; `begin` moves it there. The first process of the run does
+    all this, and the others wait for it.
 
     Attributes:
       path: the folder.
       resumed: whether it already held this run.
-      messages: what there is to say about the folder, for the console.
+      messages: remarks about the folder, for the console.
     """
 
     def __init__(
@@ -98,9 +98,9 @@ class RunFolder:
         Args:
           kind: "grpo" or "sft".
           origin: JSON-able identity of what the run starts from: the policy's and the reference's source and hash.
-          look_only: whether it may be used is all that is wanted, and nothing on disk changes.
-          trust: a config.yml that has changed since the run wrote it is taken as it is, and signed.
-          run_id: of a run that begins here; None: a new one.
+          look_only: only check whether the folder may be used, and change nothing on disk.
+          trust: accept and sign a config.yml that has changed since the run wrote it.
+          run_id: the id of a run that begins here; None: a new id.
 
         Raises:
           ValueError: the folder cannot be written, holds something else, another kind of run, a run with other settings
@@ -111,9 +111,9 @@ class RunFolder:
         self._config, self._identity = config, {"kind": kind, **origin}
         self._look_only, self._trust, self._run_id = look_only, trust, run_id
         self._has_begun = self._has_recorded = False
-        self._replaced_kind: str | None = None  # of the run that this one takes the place of
-        self._old: Replaced | None = None  # that one, moved
-        self._to_sign: tuple[Config, dict[str, Any]] | None = None  # a run that goes on without a signature that holds
+        self._replaced_kind: str | None = None  # the kind of the run that this one replaces
+        self._old: Replaced | None = None  # the replaced run, after it was moved
+        self._to_sign: tuple[Config, dict[str, Any]] | None = None  # set where a resumed run has no valid signature
         self.resumed = hosts.from_first(self._open)
         if not look_only and not (self.path / LOCK).exists():
             key = "checkpoint.staging" if is_remote(str(config.output_dir)) else "output_dir"
@@ -123,7 +123,7 @@ class RunFolder:
             )
 
     def _open(self) -> bool:
-        """Takes the folder; whether it holds this run."""
+        """Takes the folder. Returns whether it holds this run."""
         for folder in (self.path, *self.path.absolute().parents):
             if folder.is_symlink() and not folder.exists():
                 raise ValueError(
@@ -155,11 +155,11 @@ class RunFolder:
         return resumed
 
     def _places(self) -> list[pathlib.Path]:
-        """Where the run lies that the folder holds, or will hold when what a kill has left is made good. Changes
-        nothing.
+        """The folders in which the run's files lie. After a kill, files may lie in the folder that it was moved to,
+        until it is moved back. Changes nothing.
 
         Raises:
-          ValueError: that cannot be done.
+          ValueError: the run cannot be moved back.
         """
         old = coming_back(self.path)
         if old is None:
@@ -176,8 +176,8 @@ class RunFolder:
             )
 
     def _check_ours(self) -> tuple[Config, dict[str, Any]] | None:
-        """Configuration and run.json of the run that the folder holds, None where it holds none; ValueError where it
-        holds anything else. Changes nothing.
+        """Configuration and run.json of the run in the folder; None if the folder is free. ValueError where it holds
+        anything else. Changes nothing.
         """
         places = self._places()
         self._check_no_links(linked_files(self.path))
@@ -201,7 +201,7 @@ class RunFolder:
         return found
 
     def _check_config(self, config: Config, record: dict[str, Any]) -> None:
-        """ValueError where config.yml, from which `config` was read, is not what the run wrote."""
+        """ValueError where config.yml, which gave `config`, is not the file that the run wrote."""
         folder = holder(CONFIG, *self._places())
         if self._trust or not is_config_changed(folder, record):
             return
@@ -213,11 +213,11 @@ class RunFolder:
         raise ValueError(_of_changed_config(folder, known))
 
     def _look_at_trust(self, config: Config, record: dict[str, Any]) -> None:
-        """Whether the first step of a resumed run is to sign run.json anew: where it names no code that this run does
-        not use.
+        """Decides whether the first step of a resumed run signs run.json anew: only if run.json names no code that this
+        run does not use.
 
         Args:
-          config: that of the folder. record: run.json.
+          config: the configuration in the folder. record: run.json.
         """
         codes, own = code_of(config), {(code.key, code.name) for code in code_of(self._config)}
         problem = untrusted(holder(CONFIG, *self._places()), record, codes)
@@ -233,8 +233,10 @@ class RunFolder:
             self.messages.append(f"run.json is signed anew with the first step: {problem}")
 
     def begin(self) -> None:
-        """Makes the folder this run's: as it is when it is resumed, else with a new config.yml and run.json. A run that
-        it takes the place of is moved beside it. What a kill has left half-moved is made good before.
+        """Makes the folder this run's.
+
+        First a run that a kill left half-moved is moved back. A run that is resumed stays as it is. A new run writes
+        config.yml and run.json, and moves a run that it replaces beside the folder.
 
         Raises:
           ValueError: something cannot be moved.
@@ -256,7 +258,7 @@ class RunFolder:
             )
         text = dump_config(self._config)
         try:
-            # The identity first: it shows the folder to be ours, whatever a kill leaves out.
+            # run.json first: it shows the folder to be ours even if a kill comes before the rest.
             identity = {**self._identity, RUN_KEY: self._run_id or uuid.uuid4().hex}
             self._note_signature(write_identity(self.path, identity, self._config, text))
             write_file(self.path / CONFIG, text.encode())
@@ -270,8 +272,8 @@ class RunFolder:
             self.messages.append(f"run.json is not signed, so commands that read this run will want --trust: {problem}")
 
     def recorded(self) -> list[str]:
-        """To be called when a step is recorded: signs a resumed run that was not, and removes the run that this one has
-        taken the place of, once a checkpoint is complete. What there is to say, in words.
+        """To be called when a step is recorded. Signs a resumed run that has no signature, and removes the replaced run
+        once a checkpoint is complete. Returns remarks for the console.
         """
         self._has_recorded = True
         if not hosts.is_first():
@@ -295,11 +297,11 @@ class RunFolder:
         return done
 
     def replace_export(self, write: Callable[[pathlib.Path], None]) -> list[str]:
-        """Puts what `write` makes of a new folder at export/, whole and at once. What is there goes if a run left it
-        so, else it stays as export.old-TIME. What there is to say, in words.
+        """Lets `write` fill a new folder, and puts it at export/ as a whole. An export/ that a run wrote is removed;
+        any other is kept as export.old-TIME. Returns remarks for the console.
         """
         export, scratch = self.path / EXPORT, self.path / _UNFINISHED_EXPORT
-        shutil.rmtree(scratch, ignore_errors=True)  # of a start that was stopped, with all that it was writing there
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a start that was stopped
         scratch.mkdir()
         draft = scratch / EXPORT
         write(draft)
@@ -315,7 +317,7 @@ class RunFolder:
             kept = record.with_name(f"{EXPORT_RECORD}.old-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
             os.rename(record, kept)
             said.append(f"{kept} is what was {record}; it stays, for no run wrote it")
-        # The record first: an export without one, after a kill, would be taken for somebody else's.
+        # The record first: after a kill, an export without a record would count as a user's.
         write_file(record, f"{json.dumps(describe_files(draft), indent=1)}\n".encode())
         os.rename(draft, export)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -338,10 +340,10 @@ class RunFolder:
 
 
 class _Place:
-    """The folder itself: made if it was not there, and locked; what this changed can be taken back."""
+    """The folder on disk: made if missing, and locked. `give_back` can undo both."""
 
     def __init__(self, path: pathlib.Path):
-        """Takes the lock, which the process's end gives back, however it comes."""
+        """Takes the lock. The system releases it when the process ends in any way."""
         self._path = path
         missing = [folder for folder in (path, *path.absolute().parents) if not folder.exists()]
         self._made = [folder.absolute() for folder in missing]
@@ -358,7 +360,7 @@ class _Place:
         self._had_log_before = (path / LOG_BEFORE).exists()
 
     def give_back(self, is_used: bool) -> None:
-        """Gives the lock back; where the folder is not used, log, lock and folders are what they were before."""
+        """Releases the lock. If the folder is not used, its log, lock and parent folders are put back as they were."""
         if not is_used:
             self._take_back_log()
             if not self._had_lock:
@@ -367,7 +369,7 @@ class _Place:
         os.close(self._lock)
 
     def _take_back_log(self) -> None:
-        """Makes the log what it was. What rewards.log.1 held is lost where a start has written 10 MB."""
+        """Restores the log. If the start wrote more than 10 MB, the earlier content of rewards.log.1 is lost."""
         log, older = self._path / LOG, self._path / LOG_BEFORE
         if self._log is None:
             log.unlink(missing_ok=True)
@@ -376,7 +378,7 @@ class _Place:
             return
         if not log.is_file() or not os.path.samestat(log.stat(), self._log):
             if not older.is_file() or not os.path.samestat(older.stat(), self._log):
-                return  # it is nowhere
+                return  # the earlier log is gone
             os.replace(older, log)
         if log.stat().st_size > self._log.st_size:
             os.truncate(log, self._log.st_size)
@@ -384,12 +386,12 @@ class _Place:
 
     def _remove_made(self) -> None:
         for folder in self._made:
-            with contextlib.suppress(OSError):  # it holds something by now
+            with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
 class _Seen:
-    """The folder as a run could take it; nothing is made, and a lock is held only where there is a file for it."""
+    """The folder for a look only: nothing is made, and the lock is held only if its file exists."""
 
     def __init__(self, path: pathlib.Path):
         nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -401,13 +403,13 @@ class _Seen:
         self._lock = _lock(path) if (path / LOCK).exists() else None
 
     def give_back(self, is_used: bool) -> None:
-        """Gives the lock back."""
+        """Releases the lock."""
         if self._lock is not None:
             os.close(self._lock)
 
 
 def read_run(path: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the identity in run.json of a run folder; ValueError when it is none."""
+    """The configuration and the run.json of a run folder. ValueError where the path is no run folder."""
     folder = pathlib.Path(path)
     if not is_run_folder(folder):
         raise ValueError(f"{str(folder)!r} must be a run folder with {CONFIG} and {IDENTITY}, and it is not")
@@ -419,7 +421,7 @@ def read_run(path: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
 
 
 def load_run_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
-    """The configuration to train by: of a recipe, or of the run folder that `path` is, which then goes on in its place.
+    """The configuration to train with. `path` is a recipe, or a run folder, whose run then continues where it is.
 
     Raises:
       ValueError: `path` is the config.yml of a run folder that is not the output_dir it names; it was moved or copied.
@@ -446,11 +448,11 @@ def check_trust(
     kinds: Collection[str] = TO_TRAIN,
     trust: bool = False,
 ) -> None:
-    """To be called before anything runs by a configuration: ValueError where it comes from a run folder and names code
-    that is not shown to be what this user ran, or has changed since the run wrote it; and where it stands for objects
-    that the command would use and that are not given (`rl.config.objects`).
+    """Checks a configuration before anything in it is used. The arguments are those of `check_code`.
 
-    The arguments are those of `check_code`.
+    Raises:
+      ValueError: the configuration comes from a run folder and has changed since the run wrote it, or names code that
+        is not shown to be what this user ran; or the command needs objects that are not given (`rl.config.objects`).
     """
     if REWARDS in kinds:
         check_given(config)
@@ -467,10 +469,12 @@ def check_trust(
 
 
 def changed_config(run: pathlib.Path) -> str | None:
-    """Why the config.yml of a run folder is not what the run wrote, and the way out; None where nothing says so."""
+    """A message with a way out where config.yml of a run folder is not what the run wrote; None where it is, or no hash
+    says.
+    """
     try:
         is_changed = is_config_changed(run, read_json(run / IDENTITY))
-    except ValueError:  # it holds no run.json that can be read, so no hash
+    except ValueError:  # no readable run.json, so no hash
         return None
     return _of_changed_config(run) if is_changed else None
 
@@ -485,14 +489,14 @@ def check_code(
     """ValueError where a configuration comes from a run folder and names code that is not shown to be what this user
     ran (`rl.run_folder.trust`).
 
-    Of the processes of a run the first looks at the signature, and each of them at the files of code on its own disk.
+    The first process of a run checks the signature. Every process checks the files of code on its own disk.
 
     Args:
-      path: what the user gave: a run folder, a recipe or a model. Only a run folder and the config.yml in one are
-        looked at; a recipe is the user's own word.
-      config: read from it. overrides: of the command line; what they name is the user's own word as well.
-      kinds: of `rl.run_folder.trust`, those that the command runs.
-      trust: the user has said to run it (`--trust`).
+      path: what the user gave: a run folder, a recipe or a model. Only a run folder, or the config.yml in one, is
+        checked, because a recipe is the user's own word.
+      config: the configuration read from `path`. overrides: of the command line; what they name is not checked.
+      kinds: the kinds of code (`rl.run_folder.trust`) that the command runs.
+      trust: whether the user said `--trust`, which allows the code.
     """
     run = _run_of(path)
     given = override_values(overrides)
@@ -531,7 +535,7 @@ def _of_changed_config(folder: pathlib.Path, changes: str = "") -> str:
 
 
 def _run_of(path: str | os.PathLike) -> pathlib.Path | None:
-    """The folder of a run that `path` is, or is the config.yml of; None for anything else."""
+    """The run folder that `path` names, itself or by its config.yml; None for anything else."""
     path = pathlib.Path(path).expanduser()
     if is_run_folder(path):
         return path
@@ -547,7 +551,7 @@ def _without_file_keys(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_folder(path: str | os.PathLike, step: int) -> pathlib.Path:
-    """Where a run folder has the checkpoint of this step."""
+    """The path of this step's checkpoint in a run folder."""
     return pathlib.Path(path) / CHECKPOINTS / str(step)
 
 
@@ -558,7 +562,7 @@ def _check_same_run(
     config: Config,
     identity: dict[str, Any],
 ) -> None:
-    """ValueError, naming what differs, where the run in a folder is not the one to be resumed."""
+    """ValueError, naming the difference, where the run in a folder is not the run that starts."""
     way_out = "choose another output_dir, or pass checkpoint.overwrite=true to replace that run"
     if old_identity["kind"] != identity["kind"]:
         raise ValueError(
@@ -588,8 +592,8 @@ def _lock(path: pathlib.Path) -> int:
 
 
 def _left_by_start(path: pathlib.Path) -> list[pathlib.Path]:
-    """What a start leaves that recorded nothing, run.json last: files that it wrote, unfinished checkpoints. Drafts
-    alone where run.json is not ours.
+    """Paths left by a start that recorded nothing: its files, then unfinished checkpoints, run.json last. Only drafts
+    where run.json has not our mark.
     """
     drafts = [path / (UNFINISHED + name) for name in (IDENTITY, CONFIG)]
     if not is_own_identity(path):

@@ -1,9 +1,9 @@
 """Who may write to a run folder in a store: an object, `lease.json`, that one holder at a time keeps alive.
 
-In: a store and a token that outlives a killed process. Out: `Lease`. It is made only if absent and replaced only if
-unchanged since it was read, so of two that take it at once one gets it. A process that dies without a word leaves it
-behind: it may be taken by a process with the same token (whoever has it makes sure that the process is gone), or by
-anyone once it is as old as `LEASE_SECONDS` by its own time; clocks that differ by less do no harm.
+In: a store, and a token that outlives a killed process. Out: `Lease`. The object is created only if absent, and
+replaced only if unchanged since it was read, so one of two processes gets it. A process that is killed leaves its lease
+behind. A process with the same token may take it at once; the owner of the token makes sure that the killed process is
+gone. Anyone may take it `LEASE_SECONDS` after its last renewal. Clocks may differ by less than that.
 """
 
 import json
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from rl.files.stores import Store
 
 LEASE = "lease.json"
-LEASE_SECONDS = 300.0  # without a renewal another may take it
+LEASE_SECONDS = 300.0  # since the last renewal, after which anyone may take it
 RENEWAL_SECONDS = 30.0
 
 
@@ -39,14 +39,14 @@ class Lease:
         """Takes the lease, once, and keeps it.
 
         Raises:
-          ValueError: another holds it, or the store cannot be written.
+          ValueError: another process holds the lease, or the store cannot be written.
         """
-        version = self._store.version(LEASE)  # before its content: what changes in between is not replaced
+        version = self._store.version(LEASE)  # read before the content, so that a change in between is not overwritten
         content = self._store.read(LEASE)
         if version is not None and content is not None:
             self._check_free(content)
         else:
-            version = None  # its holder may have removed it in between
+            version = None  # the holder may have just removed it
         if not self._write(version, self._token):
             raise ValueError(
                 f"output_dir {self._store.url} was taken by another process just now; stop that one or choose another "
@@ -69,7 +69,7 @@ class Lease:
         self.check()
 
     def check(self) -> None:
-        """ValueError where the lease was lost; asks nobody."""
+        """ValueError where the lease was lost, as far as this process knows; the store is not asked."""
         if self._problem is None and self._now() - self._renewed > LEASE_SECONDS:
             self._problem = f"the lease of {self._store.url} could not be renewed for {LEASE_SECONDS:.0f} s"
         if self._problem is not None:
@@ -79,10 +79,10 @@ class Lease:
             )
 
     def release(self, is_unused: bool = False) -> None:
-        """Lets anyone take it; a lease that is lost already stays as it is.
+        """Gives the lease back, unless it was lost.
 
         Args:
-          is_unused: nothing was written under it: it is removed, unless it was there before `take`.
+          is_unused: whether nothing was written under the lease; then it is removed, unless it was there before `take`.
         """
         self._stop.set()
         if self._thread is not None:
@@ -93,7 +93,7 @@ class Lease:
             if not (is_unused and self._is_made_here):
                 self._write(self._version, None)
             elif self._write(self._version, self._token):
-                # It was held a moment ago, so for a while nobody can take it, and none but this one is removed.
+                # It was held a moment ago, so nobody else can take it yet, and no other lease can be removed here.
                 self._store.remove([LEASE])
 
     def _renew_often(self) -> None:
@@ -103,12 +103,12 @@ class Lease:
             except ValueError:
                 if self._problem is not None:
                     return  # `check` says it
-                # Else the store could not be reached; there is time to try again.
+                # The store could not be reached; there is time to try again.
 
     def _write(self, version: str | None, token: str | None) -> bool:
-        """Replaces the lease that has this version; whether that was so."""
+        """Replaces the lease if it has this version. Returns whether it did."""
         now = self._now()
-        nonce = uuid.uuid4().hex  # no two have the same bytes, for bytes may be the version
+        nonce = uuid.uuid4().hex  # makes every lease's bytes unique, because the version may be a hash of them
         record = {"host": self._host, "pid": os.getpid(), "token": token, "time": now, "nonce": nonce}
         new = self._store.write_if(LEASE, json.dumps(record).encode(), version)
         if new is None:

@@ -1,8 +1,8 @@
-"""What a run has uploaded to its folder in a store: an object, `uploads.json`, with the run's id and the names.
+"""The list of what a run has uploaded to a store: an object, `uploads.json`, with the run's id and the names.
 
-In: a store. Out: `Ledger`. A name is written into it before the object is, and goes out of it after the object is gone,
-so a kill leaves no object of the run's that it does not list. What it does not list is somebody else's: never replaced,
-never removed, part of no step.
+In: a store. Out: `Ledger`. A name is listed before its object is written, and dropped after its object is removed, so
+after a kill the list still covers every object of the run. An object that is not listed is somebody else's: it is never
+replaced or removed, and belongs to no step.
 """
 
 import json
@@ -18,7 +18,7 @@ class Ledger:
 
     Attributes:
       run: id of the run.
-      files: the names. is_new: whether the store has no ledger yet; the first `claim` makes it.
+      files: the names. is_new: whether the store has no ledger yet. The first `claim` writes it.
     """
 
     def __init__(self, store: Store, run: str, files: Iterable[str] = (), version: str | None = None):
@@ -30,10 +30,10 @@ class Ledger:
         return self._version is None
 
     def claim(self, names: Iterable[str]) -> None:
-        """Lists names that the run is about to write.
+        """Adds names that the run is about to write.
 
         Raises:
-          ValueError: there is an object with one of them that the run did not write, or another process has changed the
+          ValueError: an object that the run did not write has one of these names, or another process changed the
             ledger.
         """
         new = frozenset(names) - self.files
@@ -47,7 +47,7 @@ class Ledger:
         self._write(self.files | new)
 
     def forget(self, names: Iterable[str]) -> None:
-        """Lists names no longer, whose objects are removed. ValueError where another process has changed the ledger."""
+        """Drops names whose objects were removed. ValueError where another process changed the ledger."""
         left = self.files - frozenset(names)
         if left != self.files:
             self._write(left)
@@ -67,8 +67,8 @@ class Ledger:
 
 
 def read_ledger(store: Store) -> Ledger | None:
-    """The ledger of the run in a store; None where there is none. ValueError where it is not one."""
-    version = store.version(LEDGER)  # before its content: what changes in between is not replaced
+    """The ledger in a store; None where there is none. ValueError where the object is no ledger."""
+    version = store.version(LEDGER)  # read before the content, so that a change in between is not overwritten
     content = store.read(LEDGER)
     if version is None or content is None:
         return None

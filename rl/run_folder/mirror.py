@@ -1,15 +1,15 @@
 """A run folder in a store: worked on in a local staging folder, and uploaded from there.
 
 In: an output_dir that is a URL. Out: `run_path`, the local folder that stands for it everywhere else, and `Mirror`,
-which fetches the run into it at the start and uploads every checkpoint that is complete there. Local paths pass through
-both unchanged. In the store the run has the same names as on disk, and three kinds more:
+which fetches the run into that folder at the start and uploads every complete checkpoint. Local paths pass through both
+unchanged. In the store the run has the same names as on disk, and three more kinds of objects:
 
     lease.json                      who may write, see `rl.run_folder.lease`
     uploads.json                    what the run has written, see `rl.run_folder.ledger`; nothing else is ever touched
     checkpoints/STEP/uploaded.json  the marker, written last and removed first: a step without it is no step
 
-The marker holds the run's id and size and hash of every file of the step. Which of the two, staging or store, a start
-goes on from is decided by these, never by time: see `rl.run_folder.settle`.
+The marker holds the run's id, and the size and hash of every file of the step. They decide whether a start continues
+from the staging folder or from the store, never times: see `rl.run_folder.settle`.
 """
 
 import json
@@ -31,14 +31,14 @@ from rl.run_folder.ledger import LEDGER, Ledger, read_ledger
 from rl.run_folder.remote_steps import FILES, MARKER, STEPS, DamagedStepError, Marker, fetch_step, read_markers, step_of
 from rl.run_folder.settle import Record, local_steps, read_record, settle, write_record
 
-# Files of a run folder that mean something on their machine alone, or in the store; a report is drawn in either.
+# Files of a run folder that are not copied: they have a meaning only on their machine, or only in the store.
 _UNSHARED = (LOCK, CURVES, LEASE, LEDGER)
-_GONE_ON_WITH = (*FILES, LOG, LOG_BEFORE)  # files beside its checkpoints that a run needs to go on
+_GONE_ON_WITH = (*FILES, LOG, LOG_BEFORE)  # files that a run needs to resume, beside its checkpoints
 _POLL_SECONDS = 0.05
 
 
 def run_path(config: Config) -> pathlib.Path:
-    """The local folder that `output_dir` stands for: itself, or of a URL the run in its staging folder."""
+    """The local folder of a run: `output_dir` itself, or run/ in the staging folder of a URL."""
     output_dir = require(config.output_dir, "output_dir", "runs/my_run")
     return _staging(config) / "run" if is_remote(output_dir) else pathlib.Path(output_dir)
 
@@ -51,11 +51,11 @@ def _staging(config: Config) -> pathlib.Path:
 
 
 class Mirror:
-    """The store's side of a run folder; of a local one it does nothing. A context, which comes before the run folder's.
+    """The store's side of a run folder; for a local folder it does nothing. A context, entered before the run folder.
 
-    Entering it takes the lease and settles what is in the staging folder; nothing in the store is changed before
-    `begin`. Of a run's processes the first does all this, and the others wait for it. With `look_only` what the store
-    holds is looked at, and nothing else is done.
+    Entering it takes the lease and brings the staging folder up to date. The rest of the store stays unchanged until
+    `begin`. The first process of the run does all this, and the others wait for it. With `look_only` the store is only
+    read.
     """
 
     def __init__(self, config: Config, say: Callable[[str], None], look_only: bool = False):
@@ -85,11 +85,11 @@ class Mirror:
 
     @property
     def run_id(self) -> str | None:
-        """The id of the run in the store, which only the first process knows; None without a store."""
+        """The id of the run in the store; None without a store. Only the first process knows it."""
         return None if self._store is None else self._staging.run_id
 
     def begin(self) -> None:
-        """The run folder is this run's: what the store lacks of it is uploaded, in the background."""
+        """To be called when the folder is this run's: uploads, in the background, what the store lacks."""
         if self._store is not None:
             self._staging.begin()
 
@@ -99,12 +99,14 @@ class Mirror:
             self._staging.lease.check()
 
     def before_save(self) -> None:
-        """Returns when the step before is uploaded, so that at most one waits. ValueError where that failed."""
+        """Waits until the previous step is uploaded, so that at most one step waits. ValueError where its upload
+        failed.
+        """
         if self._is_active and not self._look_only:
             hosts.from_first(lambda: self._staging.wait())
 
     def saved(self, step: int) -> None:
-        """A checkpoint is being written: it is uploaded, in the background, as soon as it is complete."""
+        """To be called when a checkpoint is being written: uploads it, in the background, once it is complete."""
         if self._store is not None:
             self._staging.saved(step)
 
@@ -120,7 +122,7 @@ class Mirror:
 
 
 def _check_own(store: Store) -> None:
-    """ValueError where there is anything but a lease, and not the ledger of a run, which is uploaded first."""
+    """ValueError where the store holds more than a lease and no ledger, which a run uploads first."""
     names = [name for name in store.stats() if name != LEASE]
     if names and read_ledger(store) is None:
         raise ValueError(
@@ -140,7 +142,7 @@ def _check_overwrite(store: Store, root: pathlib.Path, markers: Mapping[int, Mar
 class Staging:
     """A staging folder and the store that it is uploaded to.
 
-    Its `root` holds run/ (the run folder), record.json, a lock, and while a run is fetched fetch/ and old/.
+    `root` holds run/ (the run folder), record.json, a lock and, while a run is fetched, fetch/ and old/.
     """
 
     def __init__(self, store: Store, root: pathlib.Path, keep: int, now: Callable[[], float] = time.time):
@@ -149,15 +151,15 @@ class Staging:
         self._pool: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
         self._closing, self._abandoned = threading.Event(), threading.Event()
-        self._sent: dict[str, tuple[int, int]] = {}  # of files outside of checkpoints: size and time when uploaded
+        self._sent: dict[str, tuple[int, int]] = {}  # {file outside checkpoints/: (size, time) when it was uploaded}
         self._has_begun = False
         self._lock: int | None = None
 
     def open(self, overwrite: bool = False) -> str:
-        """Locks the folder, takes the lease and makes the folder hold the run; what was done, in words.
+        """Locks the folder, takes the lease and brings the folder up to date. Returns what was done, in words.
 
         Raises:
-          ValueError: another process has the folder or the lease, or `settle` refuses.
+          ValueError: another process holds the folder or the lease, or `settle` refuses.
         """
         self._lock = _lock(self._root)
         try:
@@ -182,14 +184,14 @@ class Staging:
     def _settle(self, overwrite: bool) -> str:
         ledger, markers = read_ledger(self._store), read_markers(self._store)
         _check_overwrite(self._store, self._root, markers, overwrite)
-        for name in ("fetch", "old"):  # of a kill amid a fetch
+        for name in ("fetch", "old"):  # left by a kill during a fetch
             if (self._root / name).exists():
                 shutil.rmtree(self._root / name)
         self._ledger = ledger or Ledger(self._store, self._record.run)
         if self._ledger.run != self._record.run:
             self._record = self._record._replace(damaged=())
         local, said = local_steps(self.run), ""
-        # Those that the folder has passed; another may have been mended, and is looked at again.
+        # Damaged steps up to the folder's newest stay aside. A later one may have been mended, and is checked again.
         aside = {step for step in self._record.damaged if local and step <= max(local)}
         while True:
             good = {step: marker for step, marker in markers.items() if step not in aside} or markers
@@ -209,7 +211,7 @@ class Staging:
                 said += f"step {step} is left out, and the one before is taken: {error}. "
 
     def _fetch(self, step: int | None, markers: Mapping[int, Marker]) -> None:
-        """Puts the run as the store has it into the place of what is in run/; with step None it has none yet."""
+        """Replaces run/ by the run in the store at `step`; None: the run has no step yet."""
         draft = self._root / "fetch"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
@@ -219,46 +221,46 @@ class Staging:
             fetch_step(self._store, step, markers[step], draft / STEPS / str(step))
         download_all(self._store, {name: draft / name for name in files})
         if step is not None:
-            # The record first: a kill after it finds a folder that is behind, and fetches again.
+            # The record first: after a kill the folder counts as behind, and is fetched again.
             self._note(step, markers[step])
         if self.run.exists():
             os.rename(self.run, self._root / "old")
         os.rename(draft, self.run)
         if step is None:
-            # The record last: a kill before it finds a folder of another run, and fetches again.
+            # The record last: after a kill the folder counts as another run's, and is fetched again.
             self._record = Record(self._record.token, self._ledger.run, None, None)
             write_record(self._root, self._record)
         shutil.rmtree(self._root / "old", ignore_errors=True)
 
     @property
     def run_id(self) -> str:
-        """The id of the run in store and folder."""
+        """The id of the run in the store and the folder."""
         return self._record.run
 
     def begin(self) -> None:
-        """In the background, what is newer here is uploaded and what a kill left over in the store is removed."""
+        """Uploads what is newer here and removes what a kill left in the store, both in the background."""
         self._pool = ThreadPoolExecutor(1, "upload")
         self._has_begun = True
         if steps := local_steps(self.run):
             self.saved(max(steps))
 
     def saved(self, step: int) -> None:
-        """Uploads a step, in the background, when it is complete."""
+        """Uploads a step in the background, once it is complete."""
         assert self._pool is not None
         self._pending = self._pool.submit(self._upload_when_complete, step)
 
     def wait(self) -> None:
-        """Returns when nothing is being uploaded. ValueError where it failed."""
+        """Waits until nothing is being uploaded. ValueError where an upload failed."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
         self.lease.check()
 
     def close(self, abandon: bool = False) -> None:
-        """Ends uploading, with the files that changed since, and gives the lease and the folder back.
+        """Uploads the files that changed since the last upload, then releases the lease and the folder.
 
         Args:
-          abandon: leave what is being uploaded where it is; the next start takes it up.
+          abandon: whether to leave unfinished uploads to the next start.
 
         Raises:
           ValueError: something could not be uploaded.
@@ -282,7 +284,7 @@ class Staging:
 
     def _upload_when_complete(self, step: int) -> None:
         folder = self.run / STEPS / str(step)
-        while not (folder / HASHES).is_file():  # Orbax gives a step its name when all of it is there
+        while not (folder / HASHES).is_file():  # Orbax renames a step to its final name when it is complete
             if self._closing.wait(_POLL_SECONDS):
                 return
         try:
@@ -294,17 +296,17 @@ class Staging:
         """Uploads a complete step: the run's other files, the step's, the marker; then removes what is beyond `keep`.
 
         Raises:
-          ValueError: the store cannot be written, an object is in the way that the run did not write, or the lease is
+          ValueError: the store cannot be written, an object that the run did not write is in the way, or the lease is
             lost.
         """
         folder = self.run / STEPS / str(step)
-        self.lease.renew()  # whoever removes something holds the lease at that moment
+        self.lease.renew()  # nothing is removed without the lease
         markers = read_markers(self._store)
-        # What an upload, or a removal, left behind that a kill cut short.
+        # Left by an upload or a removal that a kill interrupted.
         self._remove([name for name in self._ledger.files if step_of(name) not in (None, *markers)])
         is_other = step in markers and markers[step].digest != file_hash(folder / HASHES)
         if step in markers and (is_other or step in self._record.damaged):
-            # The run went back to an earlier step, for this one was damaged, and has come here again.
+            # The step was damaged, so the run went back to an earlier one and has reached this step again.
             self._remove_step(step)
             del markers[step]
         if step not in markers:
@@ -314,7 +316,7 @@ class Staging:
                 if self._abandoned.is_set():
                     return
                 self._store.upload(folder / name, f"{STEPS}{step}/{name}")
-            self.lease.renew()  # whoever writes a marker holds the lease at that moment
+            self.lease.renew()  # no marker is written without the lease
             text = json.dumps(marker._asdict(), indent=1) + "\n"
             self._store.write(f"{STEPS}{step}/{MARKER}", text.encode())
         damaged = {old for old in self._record.damaged if old < step}
@@ -325,14 +327,18 @@ class Staging:
             self._remove_step(old)
 
     def _claim_files(self, others: Iterable[str] = ()) -> list[str]:
-        """What a run has written beside its checkpoints, in the order of its upload; it and others are claimed."""
+        """The run's files beside its checkpoints, in the order of upload. They and `others` are claimed in
+        the ledger.
+        """
         names = [name for name in file_names(self.run) if not name.startswith(STEPS) and _is_shared(name)]
         self._ledger.claim([*names, *others])
-        # First what shows the folder to be a run's, last what makes a folder a model.
+        # First the files that show the folder to be a run's, last the file that makes a folder a model.
         return sorted(names, key=lambda name: (name != IDENTITY, name.endswith("config.json")))
 
     def _upload_files(self, names: Iterable[str]) -> None:
-        """Uploads files beside the checkpoints where they changed; copies, for a run goes on writing."""
+        """Uploads the files beside the checkpoints that changed. Copies are uploaded, because the run goes on
+        writing.
+        """
         outgoing = self._root / "outgoing"
         outgoing.unlink(missing_ok=True)
         for name in names:
@@ -344,7 +350,7 @@ class Staging:
                     continue
                 shutil.copyfile(path, outgoing)
             except FileNotFoundError:
-                continue  # the run has just replaced or removed it
+                continue  # the run has just replaced or removed the file
             self._store.upload(outgoing, name)
             self._sent[name] = stamp
 

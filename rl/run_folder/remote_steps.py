@@ -1,7 +1,7 @@
-"""The steps of a run folder in a store, as readers see them: which are complete, and copies of them.
+"""The steps of a run folder in a store, for readers: which steps are complete, and local copies of them.
 
-In: a path or URL of a run. Out: a local run folder with the step that was asked for. Nothing here writes to a store;
-that is `rl.run_folder.mirror`.
+In: a path or URL of a run. Out: a local run folder with the requested step. Nothing here writes to a store;
+`rl.run_folder.mirror` does.
 """
 
 import hashlib
@@ -34,16 +34,16 @@ FILES = (CONFIG, IDENTITY, METRICS, SAMPLES)
 
 
 class DamagedStepError(ValueError):
-    """A step is not what was uploaded."""
+    """A step differs from what was uploaded."""
 
 
 class Marker(NamedTuple):
-    """What a complete step of a store holds.
+    """The marker of a complete step in a store.
 
     Attributes:
       run: id of the run that wrote it.
-      digest: hash of the step's hashes.json: equal for equal steps.
-      files: name -> (bytes, sha256), of every file of the step.
+      digest: hash of the step's hashes.json; equal steps have equal digests.
+      files: {name: (bytes, sha256)} of every file of the step.
     """
 
     run: str
@@ -52,15 +52,15 @@ class Marker(NamedTuple):
 
 
 def local_source(path: str | os.PathLike, step: int | None = None, with_samples: bool = False) -> pathlib.Path:
-    """Something to read: a path as it is; of the URL of a run a copy of its files and of one step, verified and kept;
-    of another URL `rl.files.stores.local_copy`.
+    """A local path to read from. A local path is returned unchanged. For the URL of a run it is a verified copy of the
+    run's files and one step, which is kept; for another URL it is `rl.files.stores.local_copy`.
 
     Args:
-      step: of a run; None: the newest.
-      with_samples: samples.jsonl as well, which may be large.
+      step: the step of the run; None: the newest.
+      with_samples: whether to copy samples.jsonl as well, which may be large.
 
     Raises:
-      ValueError: nothing is there, a run has no such step, or a file is not what was uploaded.
+      ValueError: there is nothing at the path, the run has no such step, or a file differs from what was uploaded.
     """
     check_path(os.fspath(path), "what is read", may_be_remote=True)
     if not is_remote(path):
@@ -72,10 +72,10 @@ def local_source(path: str | os.PathLike, step: int | None = None, with_samples:
 
 
 def local_metrics(path: str | os.PathLike) -> pathlib.Path:
-    """A folder with the metrics.jsonl of a run as it is now, for a URL; a path as it is.
+    """A local folder with metrics.jsonl of a run. A URL's file is downloaded anew; a local path is returned unchanged.
 
     Raises:
-      ValueError: there is none at the URL.
+      ValueError: the URL has no metrics.jsonl.
     """
     check_path(os.fspath(path), "a run", may_be_remote=True)
     if not is_remote(path):
@@ -110,11 +110,11 @@ def copy_of_run(store: Store, cache: pathlib.Path, step: int | None, with_sample
 
 
 def fetch_step(store: Store, step: int, marker: Marker, folder: pathlib.Path) -> None:
-    """Downloads a step, and compares its files with the marker. DamagedStepError where they differ."""
+    """Downloads a step and compares its files with the marker. DamagedStepError where they differ."""
     download_all(store, {f"{STEPS}{step}/{name}": folder / name for name in marker.files})
     for name, wanted in marker.files.items():
         if _is_other(folder / name, wanted):
-            store.download(f"{STEPS}{step}/{name}", folder / name)  # again: it may have been the network
+            store.download(f"{STEPS}{step}/{name}", folder / name)  # a second time, because the network may have failed
             if _is_other(folder / name, wanted):
                 raise DamagedStepError(
                     f"{store.url}/{STEPS}{step}/{name} must be what was uploaded, but it is damaged; remove "
@@ -128,15 +128,15 @@ def _is_other(path: pathlib.Path, wanted: tuple[int, str]) -> bool:
 
 
 def step_of(name: str) -> int | None:
-    """The step that an object of a run's folder lies in; None where it lies in none."""
+    """The step to which an object of a run belongs; None where it belongs to none."""
     number, slash, _ = name.removeprefix(STEPS).partition("/")
     is_step = name.startswith(STEPS) and slash and number.isascii() and number.isdecimal()
     return int(number) if is_step and number == str(int(number)) else None
 
 
 def read_markers(store: Store) -> dict[int, Marker]:
-    """The complete steps of the run in a store; what its ledger does not list is no step. ValueError where ledger or
-    marker cannot be read.
+    """{step: marker} of the complete steps of the run in a store. A step that the ledger does not list does not count.
+    ValueError where the ledger or a marker cannot be read.
     """
     markers, ledger = {}, read_ledger(store)
     if ledger is None:
@@ -147,13 +147,13 @@ def read_markers(store: Store) -> dict[int, Marker]:
             continue
         content = store.read(name)
         if content is None:
-            continue  # removed meanwhile, by the run that is going on
+            continue  # removed just now by the running process
         try:
             fields = json.loads(content)
             files = {file: (int(size), str(digest)) for file, (size, digest) in fields["files"].items()}
             for file in files:
                 check_name(file, store.url)
-            if not _DIGEST.fullmatch(fields["digest"]):  # which becomes part of a path
+            if not _DIGEST.fullmatch(fields["digest"]):  # it becomes part of a path
                 raise ValueError("a digest that is none")
             marker = Marker(str(fields["run"]), fields["digest"], files)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -1,11 +1,12 @@
-"""An old run that a new one takes the place of: moved beside it, and removed once the new one has saved a checkpoint.
+"""A run that a new run replaces: it is moved beside the folder, and removed once the new run has saved a checkpoint.
 
-In: the folder NAME of a run. Out: the folder `NAME.old-TIME` on the same disk with all that the run wrote. It holds a
-note of what was moved and how far this got, so that a kill at any moment can be made good by the next start: `moving`
-is undone, `moved` is undone where the new run recorded nothing, `removing` is gone on with. Only what a run wrote is
-moved or removed (`rl.run_folder.contents`); files of a user stay where they are, those inside a checkpoint go and stay
-with it. The note is believed only as far as it can be true: it names what a run of that kind writes, no link is in its
-way, and the run.json of a run lies there.
+In: the folder NAME of a run. Out: the folder `NAME.old-TIME` on the same disk, with all that the run wrote and a note
+of what was moved and how far the move got. After a kill the next start reads the note: it undoes `moving`, undoes
+`moved` if the new run recorded nothing, and continues `removing`.
+
+Only files that a run wrote are moved or removed (`rl.run_folder.contents`). A user's files stay where they are, except
+inside a checkpoint, with which they move. The note is not trusted: it must name files that a run of that kind writes,
+without links on the way, and the run.json of a run must lie there.
 """
 
 import dataclasses
@@ -39,11 +40,11 @@ _TIME = re.compile(r"\d{8}-\d{6}(-\d+)?", re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class Replaced:
-    """A run that was moved.
+    """A replaced run that was moved.
 
     Attributes:
       path: the folder that it was moved to.
-      phase: `moving`, `moved` or `removing`. entries: what was moved, or is to be; paths in that folder.
+      phase: `moving`, `moved` or `removing`. entries: paths in that folder that were moved, or will be.
     """
 
     path: pathlib.Path
@@ -52,7 +53,7 @@ class Replaced:
 
     @property
     def waiting(self) -> list[str]:
-        """The entries that lie there now."""
+        """The entries that are in that folder now."""
         return [entry for entry in self.entries if os.path.lexists(self.path / entry)]
 
 
@@ -60,7 +61,7 @@ def replaced_runs(folder: pathlib.Path) -> list[Replaced]:
     """The runs of `folder` that were moved beside it, the newest first.
 
     Raises:
-      ValueError: a note says what no run's can say, or lies in a folder that is not shown to hold a run.
+      ValueError: a note is not one that a run writes, or its folder is not shown to hold a run.
     """
     folder = folder.resolve()
     prefix = folder.name + ".old-"
@@ -72,7 +73,7 @@ def replaced_runs(folder: pathlib.Path) -> list[Replaced]:
 
 
 def coming_back(folder: pathlib.Path) -> Replaced | None:
-    """The run that `recover` would move back, None where there is none. Changes nothing."""
+    """The run that `recover` would move back; None where there is none. Changes nothing."""
     for old in replaced_runs(folder):
         if old.waiting and (old.phase == "moving" or (old.phase == "moved" and not has_work(folder))):
             return old
@@ -83,8 +84,8 @@ def move_aside(folder: pathlib.Path, entries: Sequence[str]) -> Replaced:
     """Moves these entries of a run folder to a new folder beside it, run.json last.
 
     Raises:
-      ValueError: it cannot be done, or a checkpoint would stay, which the new run would go on from; everything is where
-        it was.
+      ValueError: an entry cannot be moved, or a checkpoint would stay, from which the new run would resume. Everything
+        is put back.
     """
     folder = folder.resolve()
     old = Replaced(_new_folder(folder), "moving", tuple(entries))
@@ -113,7 +114,7 @@ def move_aside(folder: pathlib.Path, entries: Sequence[str]) -> Replaced:
 
 
 def recover(folder: pathlib.Path, clear: Callable[[], None]) -> list[str]:
-    """Makes good what a kill has left; what was done, in words.
+    """Completes or undoes a move that a kill interrupted. Returns what was done, in words.
 
     Args:
       clear: removes from the folder what a start that recorded nothing has left in it.
@@ -137,7 +138,7 @@ def recover(folder: pathlib.Path, clear: Callable[[], None]) -> list[str]:
 
 
 def check_way_back(folder: pathlib.Path, old: Replaced, cleared: Collection[pathlib.Path] = ()) -> None:
-    """ValueError where something lies where a run must go back to, unless it is among what is cleared before."""
+    """ValueError where something is in the way of a run that must move back, other than what will be cleared."""
     for entry in old.waiting:
         if os.path.lexists(folder / entry) and folder / entry not in cleared:
             raise ValueError(
@@ -150,7 +151,7 @@ def restore(folder: pathlib.Path, old: Replaced) -> None:
     """Moves a run back, and removes the folder that it was moved to.
 
     Raises:
-      ValueError: something lies where it must go.
+      ValueError: something is in the way.
     """
     folder = folder.resolve()
     check_way_back(folder, old)
@@ -163,9 +164,7 @@ def restore(folder: pathlib.Path, old: Replaced) -> None:
 
 
 def remove(folder: pathlib.Path, old: Replaced) -> list[str]:
-    """Removes what a run wrote, after it was moved, and the folder that it was moved to, where nothing else is in it;
-    what stays, in words.
-    """
+    """Removes a moved run, and its folder if nothing else is in it. Returns what stays, in words."""
     if old.phase != "removing":
         _write(dataclasses.replace(old, phase="removing"), folder)
     for entry in old.waiting:
@@ -207,7 +206,7 @@ def _rename(source: pathlib.Path, target: pathlib.Path) -> None:
 def _end(old: pathlib.Path) -> None:
     """Removes the note, and the folders if they are empty."""
     _remove_if_empty(old / CHECKPOINTS)
-    for name in (UNFINISHED + _NOTE, _NOTE):  # without its note the folder must be empty, to be known as ours
+    for name in (UNFINISHED + _NOTE, _NOTE):  # a folder without a note counts as ours only if it is empty
         (old / name).unlink(missing_ok=True)
     _remove_if_empty(old)
 
@@ -223,8 +222,8 @@ def _write(old: Replaced, folder: pathlib.Path) -> None:
 
 
 def _read(path: pathlib.Path, folder: pathlib.Path) -> Replaced | None:
-    """What the note says of a folder to which a run of `folder` was moved; an empty folder by that name is one that a
-    kill left. None for any other folder. ValueError where the note is ours by its mark, and does not fit.
+    """The note in a folder to which a run of `folder` was moved. An empty folder of that name was left by a kill. None
+    for any other folder. ValueError where the note has our mark and does not fit.
     """
     try:
         if all(entry.name == UNFINISHED + _NOTE for entry in path.iterdir()):
@@ -247,7 +246,7 @@ def _read(path: pathlib.Path, folder: pathlib.Path) -> Replaced | None:
 
 
 def _checked(path: pathlib.Path, folder: pathlib.Path, note: dict[str, Any]) -> Replaced:
-    """A note that was read, where every entry is one that a run writes, of the very run that lies there."""
+    """The note, after checks that a run writes every entry, and that the entries are of the run in that folder."""
     phase, entries = note.get("phase"), note.get("entries")
     if phase not in ("moving", "moved", "removing"):
         raise ValueError(f"the phase is {str(phase)[:80]!r}")
@@ -262,8 +261,8 @@ def _checked(path: pathlib.Path, folder: pathlib.Path, note: dict[str, Any]) -> 
     if not old.waiting:
         return old
     if phase == "removing" and not os.path.lexists(path / IDENTITY):
-        return Replaced(path, phase, ())  # all but what stays is removed: run.json goes last
-    # While it is moved, either way, run.json is where it was until the last.
+        return Replaced(path, phase, ())  # run.json is removed last, so it may be gone
+    # A move in either direction takes run.json last.
     kind = read_identity(holder(IDENTITY, path, folder) if phase == "moving" else path)["kind"]
     if strange := [entry for entry in entries if not is_own_name(entry, kind)]:
         raise ValueError(f"no run of kind {kind!r} writes {strange[0]!r}")

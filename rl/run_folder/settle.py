@@ -1,7 +1,7 @@
-"""Which of a store and the staging folder of its run a start goes on from.
+"""Decides whether a start continues from a store or from the run's staging folder.
 
-In: the steps of both, and the record in which a staging folder notes what it has had in common with the store. Out: the
-step to fetch, or a ValueError that says which of the two to remove. Nothing here reads or writes a store.
+In: the steps of both, and the staging folder's record of the last step that both had. Out: the step to fetch, or a
+ValueError that says which of the two to remove. Nothing here reads or writes a store.
 """
 
 import json
@@ -16,12 +16,12 @@ from rl.run_folder.remote_steps import STEPS, Marker
 
 
 class Record(NamedTuple):
-    """What a staging folder knows of itself.
+    """The record of a staging folder.
 
     Attributes:
-      token: names the folder to leases. run: the id of its run.
-      step, digest: of the newest step that folder and store were seen to have in common; None before the first.
-      damaged: steps of the store after it that were seen to be damaged.
+      token: identifies the folder in leases. run: the id of its run.
+      step, digest: the newest step that folder and store were seen to have in common; None before the first.
+      damaged: later steps of the store that were seen to be damaged.
     """
 
     token: str
@@ -39,18 +39,18 @@ def settle(
     local: Mapping[int, str],
     record: Record,
 ) -> tuple[str, int | None]:
-    """Which of store and staging folder a start goes on from.
+    """Decides whether a start continues from the store or from the staging folder.
 
     Args:
-      run: id of the run in the store; None: it is empty.
-      markers: its steps. local: those of the staging folder `root`, with their digests.
+      run: id of the run in the store; None: the store is empty.
+      markers: the steps of the store. local: the steps of the staging folder `root`, with their digests.
 
     Returns:
-      What is done, in words, and the step to fetch from the store. None: the folder is right as it is, or, where the
-      store has another run than it, that run's lines are to be fetched.
+      What is done, in words, and the step to fetch from the store. None: no step is fetched. The folder is right as it
+      is; or the store holds another run without a step, and only that run's files are fetched.
 
     Raises:
-      ValueError: both hold steps, and neither goes on from the other.
+      ValueError: both hold steps, and neither continues the other.
     """
     way_out = f"to go on from the store remove {root}; to keep what is there copy {root}/run to another output_dir"
     if run not in (None, record.run) and local:
@@ -94,7 +94,7 @@ def local_steps(run: pathlib.Path) -> dict[int, str]:
 
 
 def read_record(root: pathlib.Path) -> Record:
-    """The record of a staging folder; a new one where it has none. ValueError where it is not one."""
+    """The record of a staging folder; a new one where there is none. ValueError where the file is no record."""
     path = root / "record.json"
     try:
         return Record(**json.loads(path.read_text(encoding="utf-8")))

@@ -1,9 +1,9 @@
-"""Whether the code that a run folder names is this user's: an HMAC in run.json, with a key that stays on the machine.
+"""Shows whether the code that a run folder names is this user's: an HMAC in run.json, with a key kept on the machine.
 
-In: a configuration, and run.json. Out: the places of the configuration that name code, and why a folder's are not shown
-to be what this user ran. The HMAC is over run.json itself, which holds the sha256 of config.yml and of each file of
+In: a configuration, and run.json. Out: the places of the configuration that name code, and the reason why the code is
+not shown to be what this user ran. The HMAC covers run.json, which holds the sha256 of config.yml and of each file of
 code. It shows who signed, not that the code is good: whoever runs as the same user can read the key. Not here: what
-commands do about it (`rl.run_folder.folder.check_trust`). docs/security.md has the threat model.
+commands do with the answer (`rl.run_folder.folder.check_trust`). docs/security.md has the threat model.
 """
 
 import dataclasses
@@ -29,15 +29,14 @@ from rl.run_folder.contents import CONFIG, FILES_KEY, FORMAT, FORMAT_KEY, IDENTI
 HMAC_KEY = "hmac"
 FILE_KEYS = (FORMAT_KEY, FILES_KEY, HMAC_KEY)  # of run.json, about the file and not about what the run starts from
 
-# Kinds of code by what brings it into use.
+# Kinds of code, by what uses it.
 REWARDS, MODEL, LOSS, ADVANTAGE, PROGRAMS, CACHE = "rewards", "model", "loss", "advantage", "programs", "cache"
 TO_TRAIN = (REWARDS, MODEL, LOSS, ADVANTAGE, PROGRAMS, CACHE)
 TO_EVALUATE = (REWARDS, MODEL, CACHE)
 TO_SAMPLE = (MODEL, CACHE)
 TO_COMPILE = (MODEL, LOSS, CACHE)
 
-# Functions of this package, which is trusted as it is. Nothing else by the name of one of its modules is: they hold
-# names that they import.
+# Functions that this package defines, which are trusted. Other names in its modules, which they import, are not.
 READY_MADE = (
     *("rewards.number:exact_number_strict", "rewards.number:exact_number_flexible", "rewards.verify:math_verified"),
     *("rewards.format:format_regex", "rewards.length:length_penalty"),
@@ -54,8 +53,8 @@ class Code:
     """A place of a configuration that names code.
 
     Attributes:
-      key: of the configuration. name: its value. kind: one of those above.
-      file: that holds it, absolute; a folder for `CACHE`; None where none is found.
+      key: a configuration key. name: its value. kind: one of the kinds above.
+      file: the absolute path of the file with the code, or of the folder for `CACHE`; None where none is found.
     """
 
     key: str
@@ -68,7 +67,7 @@ class Code:
 
 
 def code_of(config: Config) -> list[Code]:
-    """All code that a configuration names; without ready-made rewards and objects, which the caller gives. Imports
+    """All code that a configuration names, except ready-made rewards, and objects, which the caller gives. Imports
     nothing.
     """
     found = [
@@ -82,7 +81,7 @@ def code_of(config: Config) -> list[Code]:
         name = getattr(config.grpo, key)
         if is_user_function(name):
             found.append(Code(f"grpo.{key}", name, kind, _file_of(name)))
-    # Machine code that a run is handed, like any program.
+    # Compiled programs are machine code, like any program.
     if config.compiled_file is not None:
         found.append(Code("compiled_file", config.compiled_file, PROGRAMS, _absolute(config.compiled_file)))
     cache = config.logging.compilation_cache
@@ -94,11 +93,12 @@ def code_of(config: Config) -> list[Code]:
 def write_identity(
     folder: pathlib.Path, identity: dict[str, Any], config: Config, config_text: str, is_signed: bool = True
 ) -> str | None:
-    """Writes run.json of a run with this configuration; why it has no HMAC, None where it has one, or is to have none.
+    """Writes run.json of a run with this configuration. Returns the reason why it has no HMAC; None where it has one,
+    or should have none.
 
     Args:
-      identity: what the run starts from.
-      config_text: of config.yml.
+      identity: the identity of what the run starts from.
+      config_text: the text of config.yml.
     """
     files = {CONFIG: hashlib.sha256(config_text.encode()).hexdigest()}
     files |= {code.name: digest for code in code_of(config) if (digest := _digest(code)) is not None}
@@ -113,10 +113,11 @@ def write_identity(
 
 
 def untrusted(folder: pathlib.Path, record: dict[str, Any], codes: Sequence[Code]) -> str | None:
-    """Why config.yml and these are not shown to be what this user ran when run.json was signed; None where they are.
+    """The reason why config.yml and the code are not shown to be what this user signed in run.json; None where they
+    are.
 
     Args:
-      folder: of the run. record: its run.json.
+      folder: the run folder. record: its run.json.
     """
     signed, files = record.get(HMAC_KEY), record.get(FILES_KEY)
     if not isinstance(signed, str) or not isinstance(files, dict):
@@ -144,22 +145,22 @@ def untrusted(folder: pathlib.Path, record: dict[str, Any], codes: Sequence[Code
 
 
 def digests(codes: Sequence[Code]) -> dict[str, str | None]:
-    """sha256 of the file of each, by name; None where it has none."""
+    """{name: sha256 of the code's file}; None where it has no file."""
     return {code.name: _digest(code) for code in codes if code.kind != CACHE}
 
 
 def _key_path() -> pathlib.Path:
-    """Of the user's key: in XDG_STATE_HOME, if that is absolute as it must be, else in ~/.local/state."""
+    """The path of the user's key, in XDG_STATE_HOME if that is an absolute path, else in ~/.local/state."""
     state = os.environ.get("XDG_STATE_HOME", "")
     try:
         folder = pathlib.Path(state) if os.path.isabs(state) else pathlib.Path.home() / ".local" / "state"
-    except RuntimeError as error:  # nobody's home is known
+    except RuntimeError as error:  # the user's home is unknown
         raise NoKeyError(f"there is no place for a key: {error}; set XDG_STATE_HOME") from error
     return folder / "tandem" / "key"
 
 
 def _key(make: bool) -> bytes:
-    """The user's key, made where there is none; NoKeyError where it cannot be had, or is not the user's alone."""
+    """The user's key, made if missing (`make`). NoKeyError where it cannot be read or made, or others can read it."""
     path = _key_path()
     try:
         if make and not path.exists():
@@ -178,7 +179,7 @@ def _key(make: bool) -> bytes:
 
 
 def _make_key(path: pathlib.Path) -> None:
-    """Puts a new key at its place, whole and only if there is none yet."""
+    """Writes a new key as a whole, and only if there is none yet."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".key-")  # readable by the user alone
     try:
@@ -188,7 +189,7 @@ def _make_key(path: pathlib.Path) -> None:
             os.fsync(file.fileno())
         os.link(draft, path)
     except FileExistsError:
-        return  # another process was first: its key is the user's
+        return  # another process was first, and its key is taken
     finally:
         os.unlink(draft)
 
