@@ -100,6 +100,14 @@ def test_no_path_is_chosen_by_the_class_of_a_model():
     assert not [module_name(p) for p in SOURCES if pattern.search(p.read_text())]
 
 
+def test_one_module_knows_which_samplers_there_are():
+    classes = {"rl.sampler.slot_sampler.Sampler", "rl.sampler.wave_sampler.WaveSampler"}
+    knowing = [module_name(path) for path in SOURCES if imported_modules(path) & classes]
+    assert knowing == ["rl.sampler.create"]
+    code = "\n".join(path.read_text() for path in SOURCES)
+    assert not re.search(r"isinstance\([^)]*(sampler|source|Sampler)\b[^)]*Sampler", code)
+
+
 @pytest.mark.parametrize("page", ["grpo_trainer", "sft_trainer"])
 def test_the_pages_hold_no_helpers_and_no_closures_and_ask_no_kind_of_model(page):
     tree = ast.parse((ROOT / "rl" / f"{page}.py").read_text())

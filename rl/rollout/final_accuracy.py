@@ -15,7 +15,7 @@ from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.scoring import start_rewards
 from rl.run.console import Console
 from rl.sampler.contract import CompletionSource
-from rl.sampler.create import check_memory, create_sampler, eos_ids, greedy, sampling_params
+from rl.sampler.create import create_sampler, eos_ids, greedy, sampling_params
 from rl.sampler.token_draw import check_vocabulary
 
 
@@ -49,7 +49,7 @@ class FinalAccuracy:
         check_vocabulary(self._sampling, model_config.vocab_size)
         self._sampler = sampler = create_sampler(config, policy, mesh, param_shardings, tokenizer)
         sampler.expect([row.prompt_ids for row in rows])
-        check_memory(sampler, len(rows), 1, greedy(self._sampling))
+        sampler.check(len(rows), 1, greedy(self._sampling))
         start_rewards(config, rows, None).close()
 
     def say(self, params: Any, log_path: pathlib.Path | None, console: Console) -> None:

@@ -1,16 +1,21 @@
 """What is asked of a sampler and what it gives.
 
 In: a `Request` for each completion: which prompt, which randomness, how many tokens at most. Out: a `Completion` for
-each request. `CompletionSource` is the protocol of everything that draws completions. Not here: how they are drawn.
+each request. `CompletionSource` is the protocol of everything that draws completions: whoever wants some asks nothing
+else of what draws them. Not here: how they are drawn.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from rl.sampler.token_draw import SamplingParams
+from rl.devices.programs import Program
+from rl.models.config import ModelConfig
+from rl.sampler.token_draw import SamplingParams, check_vocabulary
+
+PREFILL, DECODE = "prefill", "decode"  # names of programs, for people
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +62,62 @@ def requests_for(prompt_indices: Sequence[int], num_samples: int, limit: int) ->
     ]
 
 
+class DrawProgram(NamedTuple):
+    """A compiled program of drawing.
+
+    Attributes:
+      name: PREFILL or DECODE. key: what the source asks for it by.
+      make: the program and its abstract arguments.
+      num_steps: tokens of each row that one call of it draws at most; 0 in a prefill.
+      is_largest: False for a smaller shape of a program that is there as well.
+    """
+
+    name: str
+    key: str
+    make: Callable[[], tuple[Program, tuple[Any, ...]]]
+    num_steps: int
+    is_largest: bool = True
+
+
+class DrawPrograms(NamedTuple):
+    """What calls of one size compile and keep.
+
+    Attributes:
+      programs: whose first argument is the weights they read.
+      cache_bytes: of keys and values at their largest, on the device that holds most of them.
+      bytes_per_position: of one cache position on that device; 0 where it is not known.
+    """
+
+    programs: list[DrawProgram]
+    cache_bytes: int
+    bytes_per_position: int
+
+
 class CompletionSource(Protocol):
-    """What draws completions: `rl.sampler.slot_sampler.Sampler`, or `rl.sampler.wave_sampler.WaveSampler`, as the
-    policy asks for.
+    """What draws completions: a sampler on the policy's own mesh, or a source of the user's.
+
+    The sizes of `expect`, `expect_length`, `check`, `programs` and `warm_up` are those of a call: how many prompts it
+    draws completions of, and how many of each.
     """
 
     def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
         """Plans shapes for prompts like these, and for calls of up to so many prompts and samples of each."""
+        ...
+
+    def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
+        """The same for prompts of up to so many tokens, whatever they hold."""
+        ...
+
+    def check(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+        """ValueError where a call of this size with expected prompts cannot be; nothing is compiled or drawn."""
+        ...
+
+    def programs(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> DrawPrograms:
+        """What a call of this size compiles and keeps, for `grpo compile`; nothing runs. params: may be abstract."""
+        ...
+
+    def warm_up(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+        """Compiles what calls of this size can need, in the background where it can."""
         ...
 
     def stream(
@@ -74,23 +128,79 @@ class CompletionSource(Protocol):
         sampling: SamplingParams,
         key: Any,
     ) -> Iterator[tuple[int, Completion]]:
-        """Draws the requests and yields (its place in `requests`, completion) of each as it ends."""
+        """Draws the requests and yields (its place in `requests`, completion) of each as it ends.
+
+        Args:
+          params: the weights to draw with, as the policy has them now.
+          prompts: token ids; requests name them by their place.
+          key: a PRNG key; with prompt index, sample index and position it is all the randomness of a token.
+
+        Raises:
+          ValueError: what cannot be drawn, see `check_requests`; before anything is.
+        """
         ...
 
     def prompt_logprobs(
         self, params: Any, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
     ) -> list[np.ndarray]:
-        """Log-probs of prompt tokens under the weights that completions are drawn with."""
+        """Log-probs of prompt tokens under the weights that completions are drawn with, see
+        `rl.sampler.prompt_logprobs`. ValueError where the source has none.
+        """
         ...
 
     def release(self) -> None:
         """Drops what calls with the same weights share: the weights are about to change."""
         ...
 
-    def warm_up(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
-        """Compiles what calls of this size can need, in the background where it can."""
+    def close(self) -> None:
+        """Ends what the source has running; what is being compiled already comes to its end first."""
         ...
 
-    def close(self) -> None:
-        """Drops what waits to be compiled in the background; what is being compiled already comes to its end first."""
-        ...
+
+def check_requests(
+    config: ModelConfig,
+    decode_text: Callable[[Sequence[int]], str] | None,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+) -> None:
+    """ValueError for what no sampler can draw, see `CompletionSource.stream`."""
+    if sampling.stop_strings and decode_text is None:
+        raise ValueError(
+            f"sampling.stop_strings needs a tokenizer to see text, got {sampling.stop_strings} without decode_text"
+        )
+    if any(i >= config.vocab_size for i in sampling.eos_ids):
+        raise ValueError(
+            f"sampling.eos_ids must be below the vocabulary size {config.vocab_size}, got {sampling.eos_ids}"
+        )
+    check_vocabulary(sampling, config.vocab_size)
+    least = max(sampling.min_completion_length, 1)
+    # The device holds indices as int32 and seeds as uint32.
+    ends = {"prompt": len(prompts), "prompt_index": 2**31, "sample_index": 2**31, "seed": 2**32}
+    for number, request in enumerate(requests):
+        for name, end in ends.items():
+            value = getattr(request, name)
+            if value is not None and not 0 <= value < end:
+                raise ValueError(f"requests[{number}].{name} must be in [0, {end}), got {value}")
+        if not least <= request.limit <= sampling.max_completion_length:
+            low = f"sampling.min_completion_length ({least})" if sampling.min_completion_length else "1"
+            raise ValueError(
+                f"requests[{number}].limit must be between {low} and sampling.max_completion_length "
+                f"({sampling.max_completion_length}), got {request.limit}"
+            )
+    limits = dict.fromkeys(range(len(prompts)), 0)
+    for request in requests:
+        limits[request.prompt] = max(limits[request.prompt], request.limit)
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{number}] must have at least one token, got none")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ValueError(
+                f"prompts[{number}] must have token ids in [0, {config.vocab_size}), got {min(prompt)} to "
+                f"{max(prompt)}; the tokenizer and the model do not fit"
+            )
+        if len(prompt) + limits[number] > config.max_position_embeddings:
+            raise ValueError(
+                f"prompts[{number}] with its completion (sampling.max_completion_length) must fit in the model's "
+                f"{config.max_position_embeddings} positions, got {len(prompt)} + {limits[number]}; shorten one of them"
+            )

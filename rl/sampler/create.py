@@ -1,7 +1,7 @@
 """The sampler that a configuration asks for, and its sampling parameters.
 
-In: the configuration, a policy on a mesh, the tokenizer. Out: a `Sampler` or a `WaveSampler`, whichever the policy
-needs, and `SamplingParams`. Not here: what these do.
+In: the configuration, a policy on a mesh, the tokenizer. Out: a `CompletionSource`, and `SamplingParams`. This is the
+only module that knows which sources there are. Not here: what these do.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from rl.devices.mesh import device_memory
 from rl.devices.programs import Stored, not_stored
 from rl.models.config import ModelConfig, Quantization
 from rl.models.policy import Policy, WavePolicy
+from rl.sampler.contract import CompletionSource
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams, check_vocabulary
 from rl.sampler.wave_sampler import WaveSampler
@@ -47,7 +48,7 @@ def create_sampler(
     tokenizer: Tokenizer,
     memory: int | None = None,
     stored: Stored = not_stored,
-) -> Sampler | WaveSampler:
+) -> CompletionSource:
     """The sampler of a run, for rollouts and evaluation alike: the one that the policy asks for.
 
     Args:
@@ -69,7 +70,7 @@ class DrawSize(NamedTuple):
 
 
 def plan_draws(
-    sampler: Sampler | WaveSampler,
+    sampler: CompletionSource,
     config: Config,
     data: PromptData,
     sampling: SamplingParams,
@@ -83,7 +84,7 @@ def plan_draws(
       prompt_length: tokens that prompts may have, where shapes were planned with it before; None: those of the data.
 
     Raises:
-      ValueError: `sampling.kv_memory` is too small for one of the calls.
+      ValueError: one of the calls cannot be: `sampling.kv_memory` is too small for it, for instance.
     """
     step = DrawSize(config.grpo.prompts_per_step, config.grpo.group_size, sampling)
     sizes = [step, DrawSize(num_evaluated, 1, greedy(sampling))] if num_evaluated else [step]
@@ -93,14 +94,8 @@ def plan_draws(
     else:
         sampler.expect_length(prompt_length, step.num_prompts, step.num_samples)  # only its programs can be stored
     for size in sizes:
-        check_memory(sampler, *size)
+        sampler.check(*size)
     return sizes
-
-
-def check_memory(sampler: Sampler | WaveSampler, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
-    """ValueError where `sampling.kv_memory` is too small for a call of this size with expected prompts."""
-    plan = sampler.rollout_plan if isinstance(sampler, WaveSampler) else sampler.shapes
-    plan(num_prompts, num_samples, sampling)
 
 
 def _slot_sampler(

@@ -23,18 +23,27 @@ from jax.sharding import Mesh
 
 from rl.devices.programs import Build, Program, Stored, not_stored
 from rl.models.cache import CachePart
-from rl.models.config import ModelConfig, Quantization
+from rl.models.config import Quantization
 from rl.models.lora import quantization_of
 from rl.models.policy import Params, Policy
 from rl.models.quantized import quantize_params, quantized_shardings
 from rl.sampler import request_queue
-from rl.sampler.contract import Completion, Request, requests_for
+from rl.sampler.contract import (
+    DECODE,
+    PREFILL,
+    Completion,
+    DrawProgram,
+    DrawPrograms,
+    Request,
+    check_requests,
+    requests_for,
+)
 from rl.sampler.engine import DecodeState, Engine, Shape, generate_key, prefill_key, prefill_pieces
 from rl.sampler.prompt_logprobs import PromptScorer
 from rl.sampler.request_queue import Schedule
 from rl.sampler.shape_plan import Expected, KVBudget, Load, few_rows, first_shape, rest_lengths, usable_common_length
 from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, next_cache_size
-from rl.sampler.token_draw import SamplingParams, check_vocabulary
+from rl.sampler.token_draw import SamplingParams
 
 __all__ = ["Completion", "Sampler"]
 
@@ -268,26 +277,35 @@ class Sampler:
             reachable += [other for other in later if other not in reachable]
         return [first.resized(size.slots * num_shards, size.length, num_shards) for size in reachable]
 
-    def rollout_programs(
-        self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams
-    ) -> dict[tuple, Callable[[], tuple[Program, tuple]]]:
-        """The programs that prefill prompts without a common prefix and draw, by key: what each is, and its arguments.
+    def check(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+        """ValueError where `kv_bytes` is too small for a call of this size with expected prompts."""
+        self.shapes(num_prompts, num_samples, sampling)
+
+    def programs(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> DrawPrograms:
+        """The programs that prefill prompts without a common prefix and draw; nothing runs.
 
         `params` may be abstract. Small programs that move rows of the cache are not among them.
         """
-        decode_params = self._abstract_decode_params(params)
+        engine, decode_params = self.engine, self._abstract_decode_params(params)
         shapes = self.shapes(num_prompts, num_samples, sampling)
+        largest = max(shapes, key=lambda shape: (shape.num_slots * shape.length, shape.length))
         num_positions = shapes[0].prefill_length
-        programs: dict[tuple, Callable[[], tuple[Program, tuple]]] = {}
+        programs: dict[tuple, DrawProgram] = {}
         for num_rows in self._prefill_sizes(shapes[0]):
             chunk = min(_prefill_chunk(num_rows), num_positions)
             for _, length in prefill_pieces(num_positions, chunk):
                 arguments = (num_rows, chunk, length, shapes[0].common_length)
-                programs[prefill_key(*arguments)] = partial(self.engine.prefill_program, decode_params, *arguments)
+                is_largest = (num_rows, length) == (largest.prefill_rows, largest.prefill_length)
+                make = partial(engine.prefill_program, decode_params, *arguments)
+                key = prefill_key(*arguments)
+                programs[key] = DrawProgram(PREFILL, repr(key), make, 0, is_largest)
         for shape in shapes:
             arguments = (shape, sampling, self._chunk_of(sampling))
-            programs[generate_key(*arguments)] = partial(self.engine.generate_program, decode_params, *arguments)
-        return programs
+            key, make = generate_key(*arguments), partial(engine.generate_program, decode_params, *arguments)
+            programs[key] = DrawProgram(DECODE, repr(key), make, self._chunk_of(sampling), shape == largest)
+        per_position = engine.bytes_per_position()
+        num_cached = largest.num_slots * largest.length + largest.table_rows * largest.table_length
+        return DrawPrograms(list(programs.values()), per_position * num_cached // engine.num_shards, per_position)
 
     def _stream(
         self,
@@ -456,55 +474,6 @@ class Sampler:
 
     def _chunk_of(self, sampling: SamplingParams) -> int:
         return self._stop_chunk if sampling.stop_strings else self._chunk
-
-
-def check_requests(
-    config: ModelConfig,
-    decode_text: Callable[[Sequence[int]], str] | None,
-    prompts: Sequence[Sequence[int] | np.ndarray],
-    requests: Sequence[Request],
-    sampling: SamplingParams,
-) -> None:
-    """ValueError for what no sampler can draw, see `Sampler.sample` and `Sampler.stream`."""
-    if sampling.stop_strings and decode_text is None:
-        raise ValueError(
-            f"sampling.stop_strings needs a tokenizer to see text, got {sampling.stop_strings} without decode_text"
-        )
-    if any(i >= config.vocab_size for i in sampling.eos_ids):
-        raise ValueError(
-            f"sampling.eos_ids must be below the vocabulary size {config.vocab_size}, got {sampling.eos_ids}"
-        )
-    check_vocabulary(sampling, config.vocab_size)
-    least = max(sampling.min_completion_length, 1)
-    # The device holds indices as int32 and seeds as uint32.
-    ends = {"prompt": len(prompts), "prompt_index": 2**31, "sample_index": 2**31, "seed": 2**32}
-    for number, request in enumerate(requests):
-        for name, end in ends.items():
-            value = getattr(request, name)
-            if value is not None and not 0 <= value < end:
-                raise ValueError(f"requests[{number}].{name} must be in [0, {end}), got {value}")
-        if not least <= request.limit <= sampling.max_completion_length:
-            low = f"sampling.min_completion_length ({least})" if sampling.min_completion_length else "1"
-            raise ValueError(
-                f"requests[{number}].limit must be between {low} and sampling.max_completion_length "
-                f"({sampling.max_completion_length}), got {request.limit}"
-            )
-    limits = dict.fromkeys(range(len(prompts)), 0)
-    for request in requests:
-        limits[request.prompt] = max(limits[request.prompt], request.limit)
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompts[{number}] must have at least one token, got none")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(
-                f"prompts[{number}] must have token ids in [0, {config.vocab_size}), got {min(prompt)} to "
-                f"{max(prompt)}; the tokenizer and the model do not fit"
-            )
-        if len(prompt) + limits[number] > config.max_position_embeddings:
-            raise ValueError(
-                f"prompts[{number}] with its completion (sampling.max_completion_length) must fit in the model's "
-                f"{config.max_position_embeddings} positions, got {len(prompt)} + {limits[number]}; shorten one of them"
-            )
 
 
 def _prefill_chunk(num_rows: int) -> int:

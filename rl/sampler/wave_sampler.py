@@ -22,12 +22,11 @@ from rl.devices import hosts
 from rl.devices.mesh import num_row_shards, replicated, row_sharding
 from rl.devices.programs import Program
 from rl.models.policy import Params, WavePolicy
-from rl.sampler.contract import Completion, Request
+from rl.sampler.contract import DECODE, PREFILL, Completion, DrawProgram, DrawPrograms, Request, check_requests
 from rl.sampler.decoding import TOKEN_LOOP, request_key
 from rl.sampler.endings import Drawing, find_end
 from rl.sampler.prompt_logprobs import PromptScorer
 from rl.sampler.sizes import size_at_least, size_at_most
-from rl.sampler.slot_sampler import check_requests
 from rl.sampler.token_draw import Draw, SamplingParams, TokenCounts, add_token, draw
 
 MAX_DERIVED_ROWS = 256  # when a memory budget sets the number
@@ -148,15 +147,19 @@ class WaveSampler:
             params, programs.empty_cache(params), self._begin(wave, 0, 0), wave
         )
 
-    def rollout_plan(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> "WavePlan":
+    def check(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+        """ValueError where one row of a call of this size does not fit in `kv_bytes`."""
+        self._shape(num_prompts * num_samples, sampling)
+
+    def programs(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> DrawPrograms:
         """What a call of this size runs and keeps, for prompts of up to the expected length; nothing runs.
 
-        Raises:
-          ValueError: a cache that does not fit in `kv_bytes`.
+        Of prefill it is the program for the longest prompts, none where these have one token. Nothing is known of the
+        cache but its bytes. Raises ValueError as `check` does.
         """
         num_rows, length = self._shape(num_prompts * num_samples, sampling)
         programs = self._programs(num_rows, length)
-        params, cache = self._param_shapes, programs.cache_shapes
+        cache = programs.cache_shapes
         rows = {name: jax.ShapeDtypeStruct((num_rows,), name) for name in ("int32", "bool")}
         seen = counts = None
         if sampling.needs_counts:
@@ -171,13 +174,13 @@ class WaveSampler:
         progress = Progress(jax.ShapeDtypeStruct((), jnp.int32), rows["int32"], rows["bool"], counts)
         steps = self._steps(sampling)
         starts = self._starts()
-        head = jax.ShapeDtypeStruct((num_rows, starts[-1]), jnp.int32) if starts else None
-        return WavePlan(
-            prefill=None if head is None else (programs.prefill_program, (params, cache, head)),
-            chunk=(programs.chunk_program(sampling, steps), (params, cache, progress, wave)),
-            num_steps=steps,
-            cache_bytes=num_rows // self._num_shards * self._bytes_per_row(length),
-        )
+        chunk = programs.chunk_program(sampling, steps), (params, cache, progress, wave)
+        found = [DrawProgram(DECODE, DECODE, lambda: chunk, steps)]
+        if starts:
+            head = jax.ShapeDtypeStruct((num_rows, starts[-1]), jnp.int32)
+            prefill = programs.prefill_program, (params, cache, head)
+            found.insert(0, DrawProgram(PREFILL, PREFILL, lambda: prefill, 0))
+        return DrawPrograms(found, num_rows // self._num_shards * self._bytes_per_row(length), 0)
 
     def _starts(self) -> list[int]:
         """How many positions waves may begin with: those that the shortest prompt has, but for its last one."""
@@ -355,17 +358,6 @@ class WaveSampler:
             chunk_program=chunk_program,
             chunk=functools.cache(lambda sampling, num_steps: chunk_program(sampling, num_steps).jit()),
         )
-
-
-class WavePlan(NamedTuple):
-    """What rollouts run: programs with their abstract arguments, of prefill the one for the longest prompts (None where
-    these have one token); steps of a chunk; bytes of the cache on a device.
-    """
-
-    prefill: tuple[Program, tuple[Any, ...]] | None
-    chunk: tuple[Program, tuple[Any, ...]]
-    num_steps: int
-    cache_bytes: int
 
 
 class _Programs(NamedTuple):

@@ -8,12 +8,12 @@ from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
 from rl.devices.mesh import create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
-from rl.sampler.contract import requests_for
+from rl.sampler.contract import DECODE, requests_for
 from rl.sampler.create import create_sampler
 from rl.sampler.token_draw import SamplingParams
 from rl.state.states import InitStateFn, get_abstract_state
 from rl.tools.programs.compile import compile_one
-from rl.tools.programs.loop_programs import DECODE, loop_programs
+from rl.tools.programs.loop_programs import loop_programs
 from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
 
 SAMPLING = SamplingParams(max_completion_length=6, eos_ids=(0,))

@@ -15,8 +15,9 @@ from rl.config.sections import source_kind
 from rl.devices.mesh import num_row_shards
 from rl.models.config import base_specs, flatten_specs
 from rl.models.logprobs import TILE_ROWS
+from rl.sampler.contract import DECODE, PREFILL
 from rl.tools.programs.compile_report import Report
-from rl.tools.programs.loop_programs import DECODE, PREFILL, logit_chunk
+from rl.tools.programs.loop_programs import logit_chunk
 from rl.tools.programs.topologies import GIB
 from rl.training.train_step import TRAIN_STEP
 

@@ -10,8 +10,9 @@ import re
 
 import jax
 
+from rl.sampler.contract import DECODE
 from rl.tools.programs.hlo import Work, work_of
-from rl.tools.programs.loop_programs import DECODE, Loop, LoopProgram
+from rl.tools.programs.loop_programs import Loop, LoopProgram
 from rl.tools.programs.topologies import Chip
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,11 +27,9 @@ from rl.models.flavours import policy_from_config
 from rl.models.logprobs import CHUNK_LOOP, chunk_length
 from rl.models.lora import split
 from rl.models.policy import Policy
+from rl.sampler.contract import DECODE, PREFILL, DrawPrograms
 from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.sampler.decoding import TOKEN_LOOP
-from rl.sampler.slot_sampler import Sampler
-from rl.sampler.token_draw import SamplingParams
-from rl.sampler.wave_sampler import WaveSampler
 from rl.state.optimizer import create_training_optimizer
 from rl.state.origin import folder_source, model_shape
 from rl.state.states import BASE, WEIGHTS, InitStateFn, get_abstract_state, init_program
@@ -47,7 +45,6 @@ from rl.training.update import (
     update_programs,
 )
 
-PREFILL, DECODE = "prefill", "decode"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -129,10 +126,7 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     call_size = config.grpo.prompts_per_step, config.grpo.group_size
     sampler = create_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
     sampler.expect_length(config.data.max_prompt_length, *call_size)
-    if isinstance(sampler, WaveSampler):
-        rollout = _wave_rollout(sampler, *call_size, sampling)
-    else:
-        rollout = _slot_rollout(config, sampler, inputs.state.params, *call_size, sampling)
+    rollout = sampler.programs(inputs.state.params, *call_size, sampling)
     weights = shard_bytes(inputs.state.params, inputs.state_shardings.params)
     trained = update_arguments(policy, inputs.state, inputs.minibatch)[0].params
     trained_shardings = update_arguments(policy, inputs.state_shardings, inputs.minibatch_shardings)[0].params
@@ -141,8 +135,8 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         moments=shard_bytes(inputs.state.opt_state, inputs.state_shardings.opt_state),
         adapters=shard_bytes(trained, trained_shardings) if policy.config.lora else 0,
         reference=weights if has_reference else 0,
-        copy=rollout.copy,
-        cache=rollout.cache,
+        copy=_copy_bytes(config, rollout),
+        cache=rollout.cache_bytes,
         bytes_per_position=rollout.bytes_per_position,
     )
     beside_weights = resident.moments + resident.reference
@@ -151,7 +145,8 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     programs = _init_programs(config, mesh, policy, init_policy_fn, has_reference, resident)
     for program in rollout.programs:
         held = beside_rollout + (resident.cache if program.name == PREFILL else 0)
-        programs.append(dataclasses.replace(program, held=held))
+        rounds = {TOKEN_LOOP: program.num_steps} if program.name == DECODE else {}
+        programs.append(LoopProgram(program.name, program.key, program.make, rounds, held, program.is_largest))
     bare = bare_batch(inputs.minibatch.batch)
     arguments = {
         LOGPROBS: (inputs.state.params, bare),
@@ -204,44 +199,6 @@ def _logit_chunks(config: Config, inputs: ShapedInputs, mesh: Mesh) -> int:
     return math.ceil(num_targets / logit_chunk(config, inputs, mesh))
 
 
-class _Rollout(NamedTuple):
-    """What rollouts run, `held` aside, and keep; the numbers are those of `Resident`."""
-
-    programs: list[LoopProgram]
-    copy: int
-    cache: int
-    bytes_per_position: int
-
-
-def _slot_rollout(
-    config: Config, sampler: Sampler, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams
-) -> _Rollout:
-    """Of the toolkit's own decoder."""
-    rollout = sampler.rollout_programs(params, num_prompts, num_samples, sampling)
-    shapes = sampler.shapes(num_prompts, num_samples, sampling)
-    largest = max(shapes, key=lambda shape: (shape.num_slots * shape.length, shape.length))
-    per_position = sampler.engine.bytes_per_position()
-    rows = largest.num_slots * largest.length + largest.table_rows * largest.table_length
-    programs = []
-    for key, make in rollout.items():
-        is_prefill = key[0] == "prefill"
-        whole = (largest.prefill_rows, largest.prefill_length)
-        is_largest = (key[1], key[3]) == whole if is_prefill else key[1] == largest
-        name, rounds = (PREFILL, {}) if is_prefill else (DECODE, {TOKEN_LOOP: key[3]})
-        programs.append(LoopProgram(name, repr(key), make, rounds, 0, is_largest))
-    return _Rollout(
-        programs, _copy_bytes(config, rollout), per_position * rows // sampler.engine.num_shards, per_position
-    )
-
-
-def _wave_rollout(sampler: WaveSampler, num_prompts: int, num_samples: int, sampling: SamplingParams) -> _Rollout:
-    """Of a policy with a cache of its own, of which nothing is known but its bytes."""
-    plan = sampler.rollout_plan(num_prompts, num_samples, sampling)
-    programs = [LoopProgram(PREFILL, PREFILL, _made(*plan.prefill), {}, 0)] if plan.prefill else []
-    programs.append(LoopProgram(DECODE, DECODE, _made(*plan.chunk), {TOKEN_LOOP: plan.num_steps}, 0))
-    return _Rollout(programs, 0, plan.cache_bytes, 0)
-
-
 def read_shape(config: Config) -> tuple[Tokenizer, ModelConfig]:
     """The tokenizer, bytes where the model has none at hand, and the model's configuration; no weights are read."""
     source = folder_source(config)
@@ -260,11 +217,11 @@ def shard_bytes(shapes: Any, shardings: Any) -> int:
     return sum(int(np.prod(shape)) * itemsize for shape, itemsize in here)
 
 
-def _copy_bytes(config: Config, rollout: Mapping[Any, Callable[[], tuple[Program, tuple[Any, ...]]]]) -> int:
+def _copy_bytes(config: Config, rollout: DrawPrograms) -> int:
     """Of the weights that decoding reads, where they are not the trained ones."""
     if config.sampling.weight_dtype is None and not config.mesh.rollout_rules:
         return 0
-    program, (params, *_) = next(iter(rollout.values()))()
+    program, (params, *_) = rollout.programs[0].make()
     return shard_bytes(params, program.in_shardings[0])
 
 
