@@ -1,1 +1,1 @@
-"""The mathematics: advantages and losses, and what they are configured by."""
+"""The mathematics: advantages, losses, and how the configuration names them."""

@@ -1,16 +1,15 @@
 """Advantages from rewards, relative to the group of completions that answer the same prompt. numpy, on the host.
 
 In: rewards [n, K] of n completions by K functions, NaN where a function could not judge. Out: one advantage for each
-completion and a few numbers to look at. Not here: calling reward functions (`rewards`), losses (`losses`).
+completion, and a few statistics. Not here: calling reward functions (`rewards`), losses (`losses`).
 
 - grpo: https://arxiv.org/abs/2402.03300; no division by the standard deviation: https://arxiv.org/abs/2503.20783;
   division by the one of the batch: https://arxiv.org/abs/2508.08221
 - rloo, leave one out: https://arxiv.org/abs/2402.14740
 - maxrl, divided by the mean reward of the group: https://arxiv.org/abs/2602.02710
-- reinforce++, whitened over the batch, and reinforce++_baseline, with the group's mean as baseline before that:
-  https://arxiv.org/abs/2501.03262. Mean and deviation are those of the completions, whatever their length. With
-  `grpo.kl_in_reward` training goes on from the rewards themselves: advantages belong to tokens
-  (`rl.training.token_advantages`).
+- reinforce++, whitened over the batch, and reinforce++_baseline, which first subtracts the mean of the group:
+  https://arxiv.org/abs/2501.03262. Each completion counts once in mean and deviation, whatever its length. With
+  `grpo.kl_in_reward`, training computes an advantage for each token from the rewards (`rl.training.token_advantages`).
 - normalize_then_sum (GDPO): https://arxiv.org/abs/2601.05242
 
 Standard deviations have ddof 1 and get 1e-4 added (outside the root), as in TRL 1.16.
@@ -35,17 +34,17 @@ ESTIMATORS = {
 }
 STD_EPSILON = 1e-4
 MEAN_EPSILON = 1e-6  # added to the mean that maxrl divides by, as in the authors' code
-ZERO_STD = 1e-8  # spreads up to this count as none in frac_reward_zero_std
+ZERO_STD = 1e-8  # a spread up to this counts as zero in frac_reward_zero_std
 
 
 class Advantages(NamedTuple):
     """Result of `compute_advantages`.
 
-    advantages_B: float64; exactly 0 for rows that no function judged.
-    valid_B: bool; False for rows that no function judged. They must leave the loss altogether: numerator, denominator
-        and KL term.
-    stats: reward and reward_std (of the weighted sum, over the batch), frac_reward_zero_std (share of rows without
-        spread to learn from). NaN where nothing was judged.
+    advantages_B: float64; exactly 0 for completions that no function judged.
+    valid_B: bool; False for completions that no function judged. They must leave the loss: numerator, denominator and
+      KL term.
+    stats: reward and reward_std (of the weighted sum, over the batch), frac_reward_zero_std (share of completions
+      without spread to learn from). NaN where nothing was judged.
     """
 
     advantages_B: np.ndarray
@@ -65,24 +64,24 @@ def compute_advantages(
     """Advantage of each completion within its group.
 
     Args:
-        rewards_BK: float; NaN where a function returned None. A function that returned None adds nothing to the
-            weighted sum of its row; a row that is NaN in every column stays out of every mean.
+        rewards_BK: float; NaN where a function returned None, which adds nothing to the completion's weighted sum. A
+          completion that is NaN in every column stays out of every mean.
         weights_K: one weight for each function; None: all 1.
         group_size: G; B must be a multiple of it.
-        scale_rewards: what centred rewards are divided by: the standard deviation of the "group", of the "batch", or
-            nothing ("none"). Ignored by normalize_then_sum, which divides by the one of the batch.
+        scale_rewards: the divisor of centred rewards: the standard deviation of the "group", of the "batch", or "none".
+          normalize_then_sum ignores it and takes the batch's.
         aggregation: "sum_then_normalize", or "normalize_then_sum", which normalises each function within the group,
             sums, and whitens over the batch.
-        estimator: "grpo", with the mean of the group as baseline; "rloo", with the mean of the others, unscaled;
-            "maxrl", "grpo" divided by the mean of the group, for rewards that are not negative (a group whose mean is
-            not above 0 has nothing to learn from); "reinforce++", with the mean of the batch as baseline, over the
-            standard deviation of the batch; "reinforce++_baseline", with the mean of the group, over the standard
-            deviation of all that is left. A user's function, `(rewards_BK, weights_K, group_size) -> advantages_B`,
-            takes the place of all this: scale_rewards and aggregation are then ignored.
+        estimator: "grpo": the baseline is the mean of the group. "rloo": the mean of the others, unscaled. "maxrl":
+          like "grpo", divided by the mean of the group; for rewards >= 0 (a group whose mean is not above 0 gets
+          advantage 0). "reinforce++": the mean of the batch, divided by the standard deviation of the batch.
+          "reinforce++_baseline": the mean of the group, divided by the standard deviation of what remains over the
+          batch. A user's function, `(rewards_BK, weights_K, group_size) -> advantages_B`, replaces all this;
+          scale_rewards and aggregation are then ignored.
         label: how messages name a user's estimator.
 
     Raises:
-        ValueError: a shape does not fit, a reward is infinite, or a mode is unknown or meaningless.
+        ValueError: a shape does not fit, a reward is infinite, or a mode is unknown or has no meaning.
     """
     rewards_BK = np.asarray(rewards_BK, np.float64)
     weights_K = np.ones(rewards_BK.shape[-1]) if weights_K is None else np.asarray(weights_K, np.float64)
@@ -112,7 +111,7 @@ def compute_advantages(
         advantages_B = _within_groups(sums_B[:, None], len(sums_B), "group", estimator)[:, 0]
         spread_B = batch_spread_B
     elif estimator == "reinforce++_baseline":
-        # What is left has mean 0 already: dividing only keeps the zeros of a group without spread exact.
+        # What remains has mean 0 already. Dividing alone keeps the zeros of a group without spread exact.
         centred_B = _within_groups(sums_B[:, None], group_size, "none", estimator)[:, 0]
         advantages_B = centred_B / (_std(centred_B, axis=0) + STD_EPSILON)
         spread_B = group_spread_B
@@ -128,7 +127,7 @@ def compute_advantages(
 
 
 def check_modes(scale_rewards: str, aggregation: str, estimator: str) -> None:
-    """ValueError for a mode that is unknown, or that the estimator is not defined for."""
+    """ValueError for a mode that is unknown, or for which the estimator is not defined."""
     for name, value, allowed in (
         ("scale_rewards", scale_rewards, SCALE_REWARDS),
         ("aggregation", aggregation, AGGREGATIONS),
@@ -175,7 +174,7 @@ def _of_user(
     group_size: int,
     valid_B: np.ndarray,
 ) -> np.ndarray:
-    """What a user's estimator returns, checked; NaN for rows that no function judged."""
+    """The checked result of a user's estimator; NaN for completions that no function judged."""
     try:
         result = np.asarray(estimator(rewards_BK.copy(), weights_K.copy(), group_size), np.float64)
     except Exception as error:  # the user's code can raise anything
@@ -198,7 +197,7 @@ def _of_user(
 
 
 def _weighted_sum(values_BK: np.ndarray, weights_K: np.ndarray, valid_B: np.ndarray) -> np.ndarray:
-    """[B]; NaN entries count as 0 in rows that are valid, rows that are not are NaN."""
+    """The weighted sum [B]. In a valid row NaN counts as 0; a row that is not valid gives NaN."""
     sums_B = np.sum(np.where(np.isnan(values_BK), 0.0, values_BK) * weights_K, axis=1)
     return np.where(valid_B, sums_B, np.nan)
 

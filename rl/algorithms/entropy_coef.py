@@ -10,7 +10,7 @@ class EntropyCoefState(NamedTuple):
 
     Attributes:
       coef: coefficient after the last update.
-      last_entropy: nats per selected token, measured in the last update; +inf before the first.
+      last_entropy: nats per selected token, measured in the last update; +inf before the first update.
     """
 
     coef: float
@@ -18,10 +18,10 @@ class EntropyCoefState(NamedTuple):
 
 
 def applied_entropy_coef(coef: float, last_entropy: float, config: LossConfig) -> float:
-    """The coefficient in force during an update: 0 while an adaptive bonus has nothing to correct.
+    """The coefficient of an update: 0 while an adaptive bonus has nothing to correct.
 
     Args:
-        coef: `config.entropy_coef` before the first update, then what `next_entropy_coef` gave.
+        coef: `config.entropy_coef` before the first update, then the result of `next_entropy_coef`.
         last_entropy: nats per token measured in the previous update (metric selected_entropy); +inf before the first.
         config: the loss.
     """

@@ -1,15 +1,15 @@
-"""The loss and the advantage that a configuration names: in the tables of this room, or `path/to/file.py:function`.
+"""The loss and the advantage that a configuration names: from the tables of this room, or `path/to/file.py:function`.
 
-Out: the settings of the loss; the function of a file, tried on a tiny problem before a run starts, and the hash of the
-file, which is part of the run's identity. The contracts, with an example each, are in docs/algorithms.md:
+Out: the settings of the loss; a file's function, tried on a tiny problem before a run starts; and the file's hash,
+which is part of the run's identity. docs/algorithms.md has the contracts with an example each:
 
 - loss: `function(rows, config, **grpo.loss_args) -> (term, metrics)`, like the policy terms of
   `rl.algorithms.loss_types`: `Rows` and `LossConfig` in, the term [B, T] or [B, 1] out, and metrics {name: [B, T] or
-  [B, 1]}. Each sequence stands for itself. The sum over the tokens is divided by the number of trained tokens of the
+  [B, 1]}. No sequence may depend on another. The sum over the tokens is divided by the number of trained tokens of the
   rollout batch.
 - advantage: `function(rewards_BK, weights_K, group_size) -> advantages_B`, numpy, see `rl.algorithms.advantages`.
 
-A path is relative to the working directory, as those of reward functions are.
+A path is relative to the working directory, as for reward functions.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ from rl.config.load import Config
 from rl.config.sections import is_user_function
 from rl.files.json_file import shown
 
-COMPILED_KEYS = ("loss_type",)  # of the section grpo: what they name is part of compiled programs
+COMPILED_KEYS = ("loss_type",)  # of the section grpo: their functions are part of compiled programs
 KEYS = (*COMPILED_KEYS, "advantage_estimator")
 
 
 def resolve(name: str, key: str) -> Callable[..., Any] | None:
-    """The function that `name` means, the value of `key`; None for a name of the toolkit's own.
+    """The function of a file that `name`, the value of `key`, stands for; None for a name in the toolkit's tables.
 
     Raises:
         ValueError: the file does not import, or has no such function.
@@ -44,15 +44,15 @@ def resolve(name: str, key: str) -> Callable[..., Any] | None:
 
 
 def estimator_of(config: Config) -> str | Callable[..., Any]:
-    """What `compute_advantages` takes for `grpo.advantage_estimator`."""
+    """The `estimator` argument of `compute_advantages` for `grpo.advantage_estimator`."""
     name = config.grpo.advantage_estimator
     return resolve(name, "grpo.advantage_estimator") or name
 
 
 def file_hashes(config: Config, keys: Sequence[str] = KEYS) -> dict[str, str]:
-    """SHA-256 of each file that `keys` bring into use, by configuration key.
+    """{configuration key: SHA-256} of each file that `keys` name.
 
-    Another content of any is another run, of those of COMPILED_KEYS other programs as well.
+    Another hash means another run, and for COMPILED_KEYS other compiled programs as well.
     """
     names = {f"grpo.{key}": getattr(config.grpo, key) for key in keys}
     paths = {key: pathlib.Path(name.rpartition(":")[0]) for key, name in names.items() if is_user_function(name)}
@@ -60,11 +60,11 @@ def file_hashes(config: Config, keys: Sequence[str] = KEYS) -> dict[str, str]:
 
 
 def check_estimator(config: Config) -> None:
-    """Refuses settings that contradict each other, and tries a user's estimator on two groups and a completion that no
-    function judged.
+    """Refuses settings that contradict each other, and tries a user's estimator on two groups with one unjudged
+    completion.
 
     Raises:
-        ValueError: naming the setting, or the function, what it must return, and what it did.
+        ValueError: the message names the setting, or the function, what it must return and what it returned.
     """
     estimator, grpo = estimator_of(config), config.grpo
     if isinstance(estimator, str):
@@ -80,15 +80,15 @@ def check_estimator(config: Config) -> None:
 
 
 def label(config: Config) -> str:
-    """How messages name the estimator."""
+    """The name of the estimator in messages."""
     return f"grpo.advantage_estimator {config.grpo.advantage_estimator}"
 
 
 def check_loss(config: LossConfig) -> None:
-    """Tries a user's loss, or one with arguments, on a tiny minibatch: an empty sequence, padding, both signs of A.
+    """Tries a user's loss, or a loss with arguments, on a tiny minibatch: an empty sequence, padding, both signs of A.
 
     Raises:
-        ValueError: naming the function, what it must return, and what it did.
+        ValueError: the message names the function, what it must return and what it returned.
     """
     if config.custom_term is None and not config.loss_args:
         return
@@ -109,7 +109,7 @@ def check_loss(config: LossConfig) -> None:
 
     try:
         _check_shapes(name, term_of(logprobs_BT), logprobs_BT.shape)
-        # Of the term alone: the KL term and the bonus have a gradient whatever the term is.
+        # The gradient of the term alone, because the KL term and the bonus have one whatever the term is.
         gradient_BT = jax.grad(lambda x: jnp.sum(jnp.where(mask_BT, term_of(x)[0], 0)))(logprobs_BT)
     except _WrongResult:
         raise
@@ -135,7 +135,7 @@ def check_loss(config: LossConfig) -> None:
 
 
 class _WrongResult(ValueError):
-    """What the function returned has the wrong form; said in full by the message."""
+    """The function returned a wrong form; the message says everything."""
 
 
 def _check_shapes(name: str, result: Any, shape: tuple[int, ...]) -> None:
@@ -155,11 +155,11 @@ def _check_shapes(name: str, result: Any, shape: tuple[int, ...]) -> None:
 
 
 def loss_config(config: Config) -> LossConfig:
-    """The loss's settings out of the `grpo` section.
+    """The settings of the loss, from the `grpo` section.
 
     Raises:
-        ValueError: a name that is neither in `LOSS_TYPES` nor a function of a file, `grpo.loss_args` that the loss does
-            not take, or settings that contradict each other.
+        ValueError: the name is neither in `LOSS_TYPES` nor a function of a file, the loss does not take
+        `grpo.loss_args`, or settings contradict each other.
     """
     _check_keys(config)
     section = dataclasses.asdict(config.grpo)  # pyright: ignore[reportArgumentType]
@@ -177,7 +177,7 @@ def loss_config(config: Config) -> LossConfig:
 
 
 def _check_keys(config: Config) -> None:
-    """Rules of `grpo` keys that depend on the row of the loss in `LOSS_TYPES`."""
+    """Rules of `grpo` keys that depend on the loss's entry in `LOSS_TYPES`."""
     grpo, name = config.grpo, config.grpo.loss_type
     if is_user_function(name):
         return

@@ -1,6 +1,6 @@
 """Metrics of a loss in a form that merges exactly: sums of a piece, sums of the minibatch, then scalars by name.
 
-Not here: what a policy term measures (`rl.algorithms.loss_types`).
+Not here: the metrics of a policy term (`rl.algorithms.loss_types`).
 
 Shapes: B sequences, T token positions; _B1 means one value for each sequence, _BX means [B, T] or [B, 1].
 """
@@ -20,8 +20,8 @@ from rl.algorithms.loss_types import (
     sampler_difference,
 )
 
-# What a metric of every loss is the mean over, where that is not what the policy ratio belongs to. Those of one loss
-# are in its `LossType.belongs_to`.
+# Metrics of every loss that are means over something else than the policy ratio belongs to. `LossType.belongs_to` holds
+# those of one loss.
 BELONGS_TO = {"kl": "token", "off_policy_kept": "sequence"}
 
 
@@ -67,7 +67,7 @@ def metric_sums(
             where_BX = {"token": mask_BT, "sequence": real_B1}.get(belongs_to.get(name, ""), ratio_where)
         add_mean(name, values_BX, where_BX)
     if "clip_ratio_low_mean" in means:
-        # The extremes are over the means of the rows; a row without tokens has a mean only at sequence level.
+        # The extremes are over the means of the sequences. A sequence without tokens has a mean only at sequence level.
         row_where_B1 = real_B1 if by_sequence else jnp.any(mask_BT, axis=1, keepdims=True)
         width_B1 = jnp.ones_like(rows.lengths_B1) if by_sequence else rows.lengths_B1
 
@@ -94,7 +94,7 @@ def metric_sums(
 
 
 def zero_sums(like: MetricSums) -> MetricSums:
-    """The neutral element of `combine_sums`. `like`: sums, or their shapes as `jax.eval_shape` gives them."""
+    """The neutral element of `combine_sums`. `like`: sums, or their shapes from `jax.eval_shape`."""
 
     def filled(tree: dict[str, jax.Array], value: float) -> dict[str, jax.Array]:
         return {name: jnp.full(leaf.shape, value, leaf.dtype) for name, leaf in tree.items()}
@@ -109,7 +109,7 @@ def zero_sums(like: MetricSums) -> MetricSums:
 
 
 def combine_sums(left: MetricSums, right: MetricSums) -> MetricSums:
-    """Sums of two pieces together. The same metrics must be present in both."""
+    """The sums of two pieces together. Both must have the same metrics."""
     return MetricSums(
         numerators=jax.tree.map(jnp.add, left.numerators, right.numerators),
         weights=jax.tree.map(jnp.add, left.weights, right.weights),
@@ -126,7 +126,7 @@ def finish_metrics(sums: MetricSums) -> dict[str, jax.Array]:
     metrics at importance_sampling_level "sequence"); 0 over nothing. Extremes over nothing are NaN.
 
     - policy_loss: the loss without entropy bonus and positive NLL, before division by the accumulation steps;
-    - kl: of the estimator in use, times the policy ratio if use_bias_correction_kl;
+    - kl: the estimate in use, times the policy ratio if use_bias_correction_kl;
     - entropy, selected_entropy: nats per token, over all tokens and over those of the entropy quantile;
     - ratio_mean, ratio_max: of policy to old probabilities;
     - clip_ratio_{low,high,region}_mean: share where the clip holds the gradient back; low_min, high_max: of rows;

@@ -1,8 +1,8 @@
-"""What one loss differs in from another: its settings, its policy term, and what the sum of that is divided by.
+"""How losses differ from one another: settings, policy term, and the divisor of the sum over the term.
 
-In: the tokens of a piece as `Rows`, a `LossConfig`. Out: terms [B, T] or [B, 1] that `rl.algorithms.losses` masks,
-modifies and sums. A new loss_type is one function and one line in `LOSS_TYPES`: its name, its arguments and what its
-metrics belong to are asked of this table alone. The papers are listed in `rl.algorithms.losses`.
+In: the tokens of a piece as `Rows`, and a `LossConfig`. Out: terms [B, T] or [B, 1] that `rl.algorithms.losses` masks,
+modifies and sums. A new loss_type is one function and one entry of `LOSS_TYPES`: other modules ask this table alone for
+its name, its arguments and what its metrics belong to. `rl.algorithms.losses` lists the papers.
 
 Shapes: B sequences, T token positions; _B1 means one value for each sequence, _BX means [B, T] or [B, 1].
 """
@@ -31,27 +31,27 @@ DPPO_MIN_REST = 1e-8  # least probability of "another token", so that its logari
 class LossConfig:
     """Everything that selects and shapes a loss. Hashable, so that it can be a static argument of jit."""
 
-    loss_type: str  # a key of LOSS_TYPES, or where custom_term comes from
-    custom_term: Callable | None  # the policy term of a user's file; None: that of loss_type
-    # Keyword arguments of the policy term as (name, number, text, true, false or None); what is missing is its default.
+    loss_type: str  # a key of LOSS_TYPES, or the `path/to/file.py:function` of custom_term
+    custom_term: Callable | None  # the policy term of a user's file; None: the term of loss_type
+    # Keyword arguments of the policy term as (name, value); a missing one keeps its default.
     loss_args: tuple[tuple[str, float | str | bool | None], ...]
-    importance_sampling_level: str  # "token" or "sequence": what one policy ratio belongs to
+    importance_sampling_level: str  # "token" or "sequence": one policy ratio for each of these
     beta: float  # weight of the KL term; 0 leaves it out
     kl_estimator: str  # a key of KL_ESTIMATORS
     use_bias_correction_kl: bool  # multiply the KL estimate by the policy ratio, gradient included
-    # Lower clip: ratios are cut at 1 - epsilon, for gmpo at exp(-epsilon); for dppo the divergence allowed if A <= 0.
+    # Lower clip: ratios are cut at 1 - epsilon (gmpo: exp(-epsilon)). For dppo it is the divergence allowed if A <= 0.
     epsilon: float
-    # Upper clip: 1 + epsilon_high, exp(epsilon_high); for cispo the cap itself; for dppo the divergence allowed if
-    # A > 0. None: same as epsilon.
+    # Upper clip: 1 + epsilon_high (gmpo: exp(epsilon_high)). For cispo it is the cap itself, for dppo the divergence
+    # allowed if A > 0. None: the same as epsilon.
     epsilon_high: float | None
-    delta: float | None  # cap of the unclipped ratio, for dppo of its weight; None: no cap
+    delta: float | None  # cap of the unclipped ratio (dppo: of the weight); None: no cap
     top_entropy_quantile: float  # share of tokens, highest entropy first, that carry the policy term; 1: all
     off_policy_mask_threshold: float | None  # drop sequences with A < 0 that drifted more than this; None: off
     sampler_is_correction: bool  # multiply by the ratio of old to sampler probabilities
     sampler_is_mode: str  # one of SAMPLER_IS_MODES
     sampler_is_clip_min: float | None  # None: no lower bound
     sampler_is_clip_max: float | None  # None: no upper bound
-    entropy_coef: float  # weight of the entropy bonus (its first value, where it adapts)
+    entropy_coef: float  # weight of the entropy bonus; the first value where it adapts
     use_adaptive_entropy: bool  # steer the coefficient so that the entropy stays near entropy_target
     entropy_target: float  # nats per token
     entropy_coef_delta: float  # change of the coefficient per update
@@ -80,21 +80,21 @@ class LossConfig:
 
 
 class LossInputs(NamedTuple):
-    """Constants of the loss: no gradient flows into them. Values where the mask is 0 are arbitrary, NaN included."""
+    """Inputs of the loss that get no gradient. Values where the mask is 0 are arbitrary, NaN included."""
 
-    old_logprobs_BT: jax.Array | None  # before the first update on these completions; None: the policy's own, now
+    old_logprobs_BT: jax.Array | None  # from before the first update on these completions; None: the policy's own
     reference_logprobs_BT: jax.Array | None  # needed if beta != 0
-    sampler_logprobs_BT: jax.Array | None  # when drawn; NaN where the sampler has no value
+    sampler_logprobs_BT: jax.Array | None  # from when the token was drawn; NaN where the sampler has no value
     mask_BT: jax.Array  # 1 (or True) for the tokens that are trained on
     advantages_B: jax.Array
-    sequence_mask_B: jax.Array  # 1 for a real sequence, even an empty one; 0 for a row that only fills a bucket
-    advantages_BT: jax.Array | None = None  # of each token, in the place of advantages_B
+    sequence_mask_B: jax.Array  # 1 for a real sequence, even an empty one; 0 for padding
+    advantages_BT: jax.Array | None = None  # one for each token, in place of advantages_B
 
 
 class Denominators(NamedTuple):
     """Scalars of the whole minibatch of one update, equal for each of its pieces. See `denominators_for`."""
 
-    num_sequences: jax.Array  # real rows
+    num_sequences: jax.Array  # real sequences
     num_tokens: jax.Array  # sum of the mask
     num_positive_tokens: jax.Array  # of completions with A > 0; 0 where positive_nll_coef is 0
     num_entropy_tokens: jax.Array  # tokens selected by the entropy quantile
@@ -107,11 +107,11 @@ class Denominators(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Inputs of one piece in one dtype, with every value where the mask is 0 replaced by a harmless one."""
+    """Inputs of one piece in one dtype. Values where the mask is 0 are replaced by harmless ones."""
 
     logprobs_BT: jax.Array  # carries the gradient
     old_BT: jax.Array
-    drawn_BT: jax.Array  # log-probs of the sampler where it has scored the token, else old
+    drawn_BT: jax.Array  # the sampler's log-probs where it scored the token, else the old ones
     log_ratio_BT: jax.Array
     ratio_BX: jax.Array
     advantages_BX: jax.Array  # [B, 1]; [B, T] where each token has its own
@@ -121,10 +121,10 @@ class Rows(NamedTuple):
 
 
 def validate_loss_config(config: LossConfig) -> None:
-    """Refuse values and combinations that have no meaning.
+    """Refuses values and combinations that have no meaning.
 
     Raises:
-        ValueError: naming the field, the rule, the value and the way out.
+        ValueError: the message names the field, the rule, the value and the way out.
     """
     choices = (
         *((("loss_type", tuple(LOSS_TYPES)),) if config.custom_term is None else ()),
@@ -169,7 +169,7 @@ def validate_loss_config(config: LossConfig) -> None:
 
 
 def _validate_args(config: LossConfig) -> None:
-    """`loss_args` must be what the policy term takes after `rows` and `config`; a term with **kwargs takes any."""
+    """`loss_args` must be arguments of the policy term after `rows` and `config`. A term with **kwargs takes any."""
     parameters = list(inspect.signature(_term_of(config)).parameters.values())
     kinds = [parameter.kind for parameter in parameters]
     named = [p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -212,9 +212,7 @@ def saturating_exp(x: jax.Array, function: Callable[[jax.Array], jax.Array] = jn
 
     An infinite ratio in the branch that a minimum does not choose would give 0 * inf = NaN in the gradient.
     """
-    limit = (
-        math.log(float(jnp.finfo(x.dtype).max)) / 2 - 4
-    )  # the product of two saturated values, summed, is finite too
+    limit = math.log(float(jnp.finfo(x.dtype).max)) / 2 - 4  # so that sums of products of two such values are finite
     return function(jnp.minimum(x, limit))
 
 
@@ -285,7 +283,7 @@ def lengths(mask_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def _clipped_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     low, high = 1 - config.epsilon, 1 + config.upper_epsilon
     ratio = rows.ratio_BX
-    # Conditions instead of minimum and clip: at a tie those would hand half of the gradient to a constant.
+    # Conditions, because at a tie minimum and clip would give half of the gradient to a constant.
     clipped = jnp.where(ratio < low, low, jnp.where(ratio > high, high, ratio))
     capped = ratio if config.delta is None else jnp.where(ratio > config.delta, config.delta, ratio)
     unclipped_gain, clipped_gain = capped * rows.advantages_BX, clipped * rows.advantages_BX
@@ -331,12 +329,15 @@ def _vespo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, ja
 
 
 def _dppo_tv_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mask by total variation between the Bernoulli distributions "this token or another", |p - mu|."""
+    """Masks by |p - mu|, the total variation between the Bernoulli distributions "this token or another"."""
     return _dppo_term(rows, config, jnp.abs(jnp.exp(rows.logprobs_BT) - jnp.exp(rows.drawn_BT)))
 
 
 def _dppo_kl_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mask by KL(mu || p) between the same Bernoulli distributions."""
+    """Masks by KL(mu
+
+    p) between the Bernoulli distributions "this token or another".
+    """
 
     def log_rest(logprobs_BT: jax.Array) -> jax.Array:
         return jnp.log(jnp.maximum(-jnp.expm1(logprobs_BT), DPPO_MIN_REST))
@@ -348,8 +349,9 @@ def _dppo_kl_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, 
 
 
 def _dppo_term(rows: Rows, config: LossConfig, divergence_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """REINFORCE with the ratio to the sampler mu as weight, without the tokens that leave the trust region: those that
-    are further from mu than allowed and that the gradient would move further still.
+    """REINFORCE, weighted by the ratio to the sampler's probability mu, without tokens that leave the trust region.
+
+    A token leaves it when it is further from mu than allowed and the gradient would move it further away.
     """
     is_positive = rows.advantages_BX > 0
     away_BT = jnp.where(is_positive, rows.logprobs_BT > rows.drawn_BT, rows.logprobs_BT < rows.drawn_BT)
@@ -357,13 +359,13 @@ def _dppo_term(rows: Rows, config: LossConfig, divergence_BT: jax.Array) -> tupl
     weight_BT = saturating_exp(rows.logprobs_BT - rows.drawn_BT)
     if config.delta is not None:
         weight_BT = jnp.minimum(weight_BT, config.delta)
-    # weight * gradient of log p is the gradient of the ratio; a capped ratio itself would have none.
+    # weight * gradient of log p is the gradient of the ratio. A capped ratio itself would have no gradient.
     weight_BT = stop_gradient(jnp.where(masked_BT, 0, weight_BT))
     return -weight_BT * rows.advantages_BX * rows.logprobs_BT, {"dppo_masked": masked_BT}
 
 
 def _gmpo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The geometric mean of the token ratios, each clipped in log space on the side to which its advantage pulls."""
+    """The geometric mean of the token ratios. Each is clipped in log space on the side to which its advantage pulls."""
     is_low = (rows.advantages_BX < 0) & (rows.log_ratio_BT < -config.epsilon)
     is_high = (rows.advantages_BX > 0) & (rows.log_ratio_BT > config.upper_epsilon)
     clipped_BT = jnp.where(is_low, -config.epsilon, jnp.where(is_high, config.upper_epsilon, rows.log_ratio_BT))
@@ -371,7 +373,7 @@ def _gmpo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax
     return -ratio_B1 * rows.advantages_BX, {"gmpo_clip_ratio": is_low | is_high}
 
 
-# ---- Normalisers: what the sum over the minibatch is divided by, before gradient accumulation ----
+# ---- Normalisers: the divisor of the sum over the minibatch, before gradient accumulation ----
 
 
 def _num_sequences(denominators: Denominators, config: LossConfig) -> jax.Array:
@@ -389,17 +391,18 @@ def _num_token_slots(denominators: Denominators, config: LossConfig) -> jax.Arra
 class LossType(NamedTuple):
     """How one loss_type differs from the others.
 
-    The keyword arguments of `policy_term` after rows and config are set by grpo.loss_args, and have defaults.
+    `grpo.loss_args` sets the keyword arguments of `policy_term` after rows and config, which have defaults.
     """
 
     policy_term: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (rows, config, *, arguments of its own)
     normalizer: Callable[[Denominators, LossConfig], jax.Array] | None  # None: share of num_items_in_batch
-    averages_within_sequence: bool  # divide each sequence by its own length first
-    sampler_is_modes: tuple[str, ...] = SAMPLER_IS_MODES  # those that go with the term
-    builds_in_sampler_ratio: bool = False  # the term holds the sampler's ratio: it is not multiplied by it again
-    is_of_sequences: bool = False  # weighs whole completions: cannot take an advantage for each token
-    epsilon_high_is_cap: bool = False  # epsilon_high caps the ratio itself: there is no default for it
-    # "token" or "sequence": what a metric of the term is the mean over, where that is not what the policy ratio is of.
+    averages_within_sequence: bool  # whether each sequence is first divided by its own length
+    sampler_is_modes: tuple[str, ...] = SAMPLER_IS_MODES  # the modes that the term allows
+    builds_in_sampler_ratio: bool = False  # the term holds the sampler's ratio already
+    is_of_sequences: bool = False  # weighs whole completions, so it cannot take an advantage for each token
+    epsilon_high_is_cap: bool = False  # epsilon_high caps the ratio itself and has no default
+    # {metric: "token" or "sequence"}: metrics of the term that are means over something else than the policy ratio is
+    # of.
     belongs_to: Mapping[str, str] = MappingProxyType({})
 
 
@@ -446,7 +449,7 @@ LOSS_TYPES: dict[str, LossType] = {
 
 
 def loss_type_of(config: LossConfig) -> LossType:
-    """The row of the table, its term with the arguments of `loss_args`. A user's term is normalised as dapo's is."""
+    """The entry of the table, with `loss_args` bound to its term. A user's term is normalised as dapo's is."""
     row = LOSS_TYPES["dapo" if config.custom_term is not None else config.loss_type]
     term = _term_of(config)
     return row._replace(policy_term=functools.partial(term, **dict(config.loss_args)) if config.loss_args else term)
@@ -468,8 +471,8 @@ def _kl_k3(log_ratio: jax.Array) -> jax.Array:
     return saturating_exp(log_ratio, jnp.expm1) - log_ratio
 
 
-# Of log(reference / policy). In a loss, the gradient of k2 is the one of the reverse KL on-policy; that of k3 is not,
-# and that of k1 averages to zero, unless use_bias_correction_kl multiplies the estimate by the policy ratio.
+# Functions of log(reference / policy). In a loss on-policy, k2 has the gradient of the reverse KL. k3 has another one,
+# and the gradient of k1 averages to zero, unless use_bias_correction_kl multiplies the estimate by the policy ratio.
 KL_ESTIMATORS: dict[str, Callable[[jax.Array], jax.Array]] = {"k1": _kl_k1, "k2": _kl_k2, "k3": _kl_k3}
 
 

@@ -2,12 +2,13 @@
 
 In: log-probs of completion tokens (policy, old, reference, sampler), a mask, advantages, and denominators that were
 counted over the whole minibatch of one update. Out: a scalar and sums from which the metrics are finished. A minibatch
-may be cut into pieces (micro-batches of whole rows) in any way: the losses of the pieces add up to the loss of the
-minibatch, gradients too, because nothing here divides by a count of the piece. Not here: log-probs from hidden states
+may be cut into pieces (micro-batches of whole sequences) in any way. Losses and gradients of the pieces add up to those
+of the minibatch, because nothing here divides by a count of the piece. Not here: log-probs from hidden states
 (`logprobs`), advantages (`advantages`), gradients and accumulation (the training step).
 
 Values are those of TRL 1.16 (https://github.com/huggingface/trl, trl/trainer/grpo_trainer.py), tested against numbers
-computed with it; dppo_tv, dppo_kl, gmpo and the NLL, which it has not, against numbers worked out by hand. Papers:
+computed with it. dppo_tv, dppo_kl, gmpo and the NLL are not in TRL; they are tested against numbers worked out by hand.
+Papers:
 
 - grpo: https://arxiv.org/abs/2402.03300 (DeepSeekMath)    - dr_grpo: https://arxiv.org/abs/2503.20783
 - dapo: https://arxiv.org/abs/2503.14476                   - luspo: https://arxiv.org/abs/2602.05261
@@ -21,7 +22,7 @@ computed with it; dppo_tv, dppo_kl, gmpo and the NLL, which it has not, against 
 - KL estimators: http://joschu.net/blog/kl-approx.html       https://arxiv.org/abs/2512.02556 (DeepSeek-V3.2)
 - adaptive entropy bonus: https://arxiv.org/abs/2505.22312 (Skywork-OR1)
 
-On-policy with centred advantages the policy loss is 0 although its gradient is not: the ratio is 1 there.
+On-policy with centred advantages the policy loss is 0, because the ratio is 1. Its gradient is not 0.
 
 Shapes: B sequences, T token positions; _B1 means one value for each sequence, _BX means [B, T] or [B, 1].
 """
@@ -49,8 +50,8 @@ from rl.algorithms.loss_types import (
 def entropy_threshold(entropy_BT: jax.Array, mask_BT: jax.Array, top_entropy_quantile: float) -> jax.Array:
     """The (1 - top_entropy_quantile) quantile of the entropies at mask 1, linearly interpolated; a scalar in nats.
 
-    +inf if no token is valid (then nothing is selected), -inf for a quantile of 1 (everything is). Take it over the
-    whole minibatch, never over a piece.
+    +inf if no token is valid (nothing is selected), -inf for a quantile of 1 (everything is selected). It must be taken
+    over the whole minibatch, never over a piece.
     """
     entropy_BT = stop_gradient(jnp.asarray(entropy_BT))  # a selection, not a quantity to optimise
     if top_entropy_quantile >= 1:
@@ -59,7 +60,7 @@ def entropy_threshold(entropy_BT: jax.Array, mask_BT: jax.Array, top_entropy_qua
     sorted_entropies = jnp.sort(jnp.where(mask_BT, entropy_BT, jnp.inf), axis=None)
     last = jnp.maximum(jnp.sum(mask_BT, dtype=jnp.int32) - 1, 0)
     rank = (1 - top_entropy_quantile) * last.astype(entropy_BT.dtype)
-    # 1 - 0.7 is not 0.3: without this a rank meant to be whole could drop the very token it names.
+    # In floating point 1 - 0.7 is not 0.3: without this a rank that should be whole could drop the token that it names.
     is_whole = jnp.abs(rank - jnp.round(rank)) <= 4 * jnp.finfo(rank.dtype).eps * jnp.maximum(rank, 1)
     rank = jnp.where(is_whole, jnp.round(rank), rank)
     lower_index = jnp.floor(rank).astype(jnp.int32)
@@ -92,22 +93,22 @@ def denominators_for(
     steps_per_generation: jax.Array | int = 1,
     num_processes: jax.Array | int = 1,
 ) -> Denominators:
-    """Count over the whole minibatch of one update. jax or numpy arrays; works under jit.
+    """Counts over the whole minibatch of one update. jax or numpy arrays; works under jit.
 
     Args:
         mask_BT: all tokens of the minibatch.
-        sequence_mask_B: its real sequences.
+        sequence_mask_B: the real sequences of the minibatch.
         entropy_BT: nats; needed if top_entropy_quantile < 1, ignored otherwise.
         config: the loss.
-        entropy_coef: the coefficient in force, see `rl.algorithms.entropy_coef.applied_entropy_coef`.
+        entropy_coef: the coefficient of this update, see `rl.algorithms.entropy_coef.applied_entropy_coef`.
         advantages_B: needed if positive_nll_coef != 0, ignored otherwise.
-        num_items_in_batch: tokens of the rollout batch that this minibatch is a part of; None: those of the minibatch.
+        num_items_in_batch: tokens of the rollout batch of which this is a minibatch; None: tokens of the minibatch.
         gradient_accumulation_steps: minibatches whose gradients are summed before one optimizer step.
-        steps_per_generation: minibatches that one rollout batch is cut into. In evaluation pass 1 for both.
-        num_processes: over which gradients are averaged.
+        steps_per_generation: minibatches of one rollout batch. In evaluation pass 1 for both.
+        num_processes: the number of processes over which gradients are averaged.
 
     Raises:
-        ValueError: entropies or advantages are needed and not given.
+        ValueError: the config needs entropies or advantages, and they are None.
     """
     mask_BT = jnp.asarray(mask_BT).astype(bool) & jnp.asarray(sequence_mask_B).astype(bool)[:, None]
     threshold = jnp.array(-jnp.inf)
@@ -137,13 +138,14 @@ def denominators_for(
 
 
 def prepare(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConfig) -> Rows:
-    """What a policy term sees of a piece."""
+    """The inputs of a policy term for one piece."""
     dtype = jnp.promote_types(policy_logprobs_BT.dtype, jnp.float32)
     real_B1 = inputs.sequence_mask_B.astype(bool)[:, None]
     mask_BT = inputs.mask_BT.astype(bool) & real_B1
-    # Masked before any exp, so that garbage reaches neither the value nor, as 0 * inf, the gradient.
+    # Masked before any exp, so that garbage reaches neither the value nor (as 0 * inf) the gradient.
     logprobs_BT = jnp.where(mask_BT, policy_logprobs_BT, 0).astype(dtype)
-    # Old log-probs are data of the rollout; where they are the policy's own, only the ratio's numerator may move.
+    # Old log-probs are data of the rollout. Where they are the policy's own, only the ratio's numerator gets a
+    # gradient.
     old_BT = logprobs_BT if inputs.old_logprobs_BT is None else jnp.where(mask_BT, inputs.old_logprobs_BT, 0)
     old_BT = stop_gradient(old_BT).astype(dtype)
     log_ratio_BT = logprobs_BT - old_BT
@@ -170,7 +172,7 @@ def prepare(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConfi
 
 
 def _kept_on_policy(rows: Rows, sampler_logprobs_BT: jax.Array | None, threshold: float) -> jax.Array:
-    """[B, 1] bool: sequences with A >= 0, or whose mean log-prob fell by at most `threshold` nats since drawn."""
+    """[B, 1] bool: sequences with A >= 0, or whose mean log-prob fell by at most `threshold` nats since the draw."""
     drawn_BT = rows.old_BT if sampler_logprobs_BT is None else sampler_logprobs_BT
     fall_BT, _ = sampler_difference(rows.logprobs_BT, drawn_BT, rows.mask_BT)
     fall_B1 = -jnp.sum(fall_BT, axis=1, keepdims=True) / rows.lengths_B1
@@ -184,7 +186,7 @@ def grpo_loss(
     denominators: Denominators,
     config: LossConfig,
 ) -> tuple[jax.Array, MetricSums]:
-    """Loss of one piece of a minibatch; summed over the pieces it is the loss of the minibatch.
+    """The loss of one piece of a minibatch. The sum over the pieces is the loss of the minibatch.
 
     Differentiable in `policy_logprobs_BT` and, through the entropy bonus only, in `entropy_BT`.
 
@@ -247,7 +249,7 @@ def grpo_loss(
         loss += config.positive_nll_coef * mean_nll / denominators.gradient_accumulation_steps.astype(dtype)
         sums.numerators["positive_nll"] = nll
         sums.weights["positive_nll"] = jnp.sum(positive_BT, dtype=dtype)
-    return loss, stop_gradient(sums)  # metrics observe; nothing may be trained through them
+    return loss, stop_gradient(sums)  # metrics must not train anything
 
 
 def _kl_term(rows: Rows, reference_logprobs_BT: jax.Array | None, config: LossConfig) -> jax.Array:
