@@ -1,1 +1,1 @@
-"""Decoder language models: shared pure ops, a Linen twin, an NNX twin, and Hugging Face weights in and out."""
+"""Decoder language models: shared pure ops, a Linen twin, an NNX twin, and readers and writers of weights."""

@@ -1,11 +1,11 @@
-"""The attention of training passes behind one function, computed by whatever the platform is best at.
+"""The attention of training passes behind one function, computed by the best kernel of the platform.
 
-In: queries, keys, values of packed rows and the boolean mask of `ops.visible`; in a packed row nothing sees what stands
-after it. Out: the same numbers from every back end, up to rounding, in value and in gradient: `xla` (plain operations,
-`rl.models.block_attention`; any platform and dtype), `splash` (the Pallas kernel for TPU), `cudnn` (flash attention on
-NVIDIA GPUs from Ampere on, bfloat16 or float16). The first two skip blocks of the mask that are empty, so that
-completions which do not see one another cost nothing. A new back end is one row of `KERNELS`.
-Not here: decoding (`ops.attention_over_parts`).
+In: queries, keys and values of packed rows, and the boolean mask of `ops.visible`; no token of a packed row sees a
+later place. Out: the same numbers from every back end, up to rounding, in value and in gradient: `xla` (plain
+operations, `rl.models.block_attention`; any platform and dtype), `splash` (the Pallas kernel for TPU), `cudnn` (flash
+attention on NVIDIA GPUs from Ampere on, bfloat16 or float16). The first two skip empty blocks of the mask, so
+completions that do not see one another cost nothing. A new back end is one entry of `KERNELS`. Not here: decoding
+(`ops.attention_over_parts`).
 
 Legend: B rows, T query positions, S key positions, N query heads, K kv heads, H head dim.
 """
@@ -26,11 +26,11 @@ from rl.models import ops
 from rl.models.block_attention import BLOCK, LARGE_BLOCK, block_attention
 from rl.models.config import ModelConfig
 
-_LANES = 128  # of a TPU's vector unit: the smallest block of the kernel
+_LANES = 128  # lanes of a TPU's vector unit, the smallest block of the kernel
 _HALF_TYPES = ("bfloat16", "float16")
-_CUDNN_CAPABILITY = (8, 0)  # compute capability of Ampere, the first to have the kernel
-# The largest heads. jax allows 256 from Hopper on, forward and backward (`check_is_flash_attention` in
-# jax/_src/cudnn/fused_attention_stablehlo.py); on what came after Hopper cuDNN may have no backward pass for them
+_CUDNN_CAPABILITY = (8, 0)  # compute capability of Ampere, the first with the kernel
+# The largest head size. jax allows 256 from Hopper on, forward and backward (`check_is_flash_attention` in
+# jax/_src/cudnn/fused_attention_stablehlo.py). After Hopper, cuDNN may lack a backward pass for them
 # (https://github.com/pytorch/pytorch/pull/152076).
 _CUDNN_HEAD_DIM, _HOPPER, _HOPPER_HEAD_DIM = 128, 9, 256
 
@@ -41,9 +41,9 @@ class AttentionKernel:
 
     Attributes:
       attend: (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H].
-      skips_blocks: what nobody in a row sees costs nothing.
-      block: positions of the blocks of `block_attention`, where that is the back end.
-      reason: why "auto" did not take what the platform is best at; empty where it did.
+      skips_blocks: whether positions that no query sees cost nothing.
+      block: positions of a block, where the back end is `block_attention`.
+      reason: why "auto" did not take the best kernel of the platform; empty where it did.
     """
 
     name: str
@@ -54,7 +54,7 @@ class AttentionKernel:
 
     @property
     def title(self) -> str:
-        """For people: the name, and the reason where there is one."""
+        """The name, and the reason where there is one, for messages."""
         return f"{self.name} attention" + (f" ({self.reason})" if self.reason else "")
 
 
@@ -63,7 +63,7 @@ XLA_ON_ACCELERATORS = AttentionKernel("xla", functools.partial(block_attention, 
 
 
 class Place(NamedTuple):
-    """What a kernel is built for: a model, and where rows and heads lie; it runs on every device's own share of them.
+    """What a kernel is built for: a model, and the layout of rows and heads. It runs on every device's own share.
 
     `interpret`: run a TPU's kernel anywhere, slowly, as plain operations; for tests.
     """
@@ -83,10 +83,11 @@ class KernelSpec(NamedTuple):
     """How one back end is chosen and made.
 
     Attributes:
-      platform: of jax ("cpu", "gpu", "tpu"), on which alone it runs and where "auto" takes it, the first row before
-        others; None: it runs on every platform, and "auto" does not take it.
-      problem: what keeps this model, on such devices, from the back end ("needs ..., got ..."); None: nothing does.
-      make: the back end, where there is no problem.
+      platform: the one platform of jax ("cpu", "gpu", "tpu") on which it runs and "auto" may take it; the first entry
+        of a platform goes before others. None: it runs on every platform, and "auto" does not take it.
+      problem: gives the reason why the back end cannot compute this model on these devices ("needs ..., got ...");
+        None: it can.
+      make: builds the back end, where there is no problem.
     """
 
     platform: str | None
@@ -97,15 +98,15 @@ class KernelSpec(NamedTuple):
 def choose_kernel(
     name: str, config: ModelConfig, mesh: Mesh, rules: Mapping[str, Sequence[str]], interpret: bool = False
 ) -> AttentionKernel:
-    """The back end called `name`, or for "auto" the best that devices, dtype and head size allow.
+    """The back end called `name`; for "auto", the best that devices, dtype and head size allow.
 
     Args:
-      mesh, rules: where rows and heads lie; a kernel runs on every device's own share of them.
+      mesh, rules: the layout of rows and heads; a kernel runs on every device's own share of them.
       interpret: run the TPU's kernel anywhere, slowly, as plain operations; for tests.
 
     Raises:
-      ValueError: a name that is not in `KERNELS`, a back end that this platform or device does not have, or one that
-        does not take the dtype or the head size.
+      ValueError: the name is not in `KERNELS`, or the back end does not run on this platform or device, or not with
+        this dtype or head size.
     """
     place = Place(config, mesh, rules, interpret)
     platform, reasons = place.device.platform, []
@@ -175,7 +176,7 @@ KERNELS: dict[str, KernelSpec] = {
 
 
 def _compute_capability(device: Any) -> tuple[int, int] | None:
-    """(8, 0) of an NVIDIA GPU; None of others: ROCm reports a name such as gfx942."""
+    """The compute capability of an NVIDIA GPU, such as (8, 0); None for other devices (ROCm reports a name)."""
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return (int(found[1]), int(found[2])) if found else None
 
@@ -204,8 +205,8 @@ class SplashAttention:
     """Splash attention with the mask given as numbers, on every device's rows and heads.
 
     Attributes:
-      rows, heads: mesh axes over which rows and query heads are spread; None: whole on every device.
-      repeat_kv: kv heads are spread otherwise than query heads: each query head gets a copy of its own.
+      rows, heads: mesh axes that cut rows and query heads; None: whole on every device.
+      repeat_kv: whether each query head gets its own copy of its kv head, because kv heads are cut differently.
     """
 
     mesh: Mesh
@@ -254,7 +255,7 @@ class SplashAttention:
             kernel: Any = splash.make_splash_mha(
                 mask_TS[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=self.interpret
             )
-            # A traced array by now, which the kernel's own `if` cannot take.
+            # It is traced here, and the kernel's own `if` cannot take a traced array.
             kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
             return jnp.swapaxes(kernel(*(jnp.swapaxes(x, 0, 1) for x in (q_TNH, k_SKH, v_SKH))), 0, 1)
 
@@ -269,7 +270,7 @@ def _padded(
     mask_BTS: jax.Array,
     multiple: int,
 ) -> jax.Array:
-    """attend(q, k, v, mask) on positions padded to a multiple; those added see, and are seen by, one another only."""
+    """attend(q, k, v, mask) with positions padded to a multiple. Added positions see one another only."""
     num_tokens = q_BTNH.shape[1]
     added = -num_tokens % multiple
     if added:

@@ -1,10 +1,10 @@
-"""Attention of packed rows in plain operations that computes only those blocks of scores in which a query sees a key.
+"""Attention of packed rows in plain operations, which computes only blocks of scores in which a query sees a key.
 
-In: queries, keys, values of packed rows and the boolean mask of `ops.visible`. Out: what `ops.attention` gives. A row
-of several groups, or of completions that do not see one another, costs what its prompts and completions cost, not its
-length squared, and no array of scores exists: a block of queries meets one visible block of keys after the other, with
-a running softmax, and the backward pass computes the scores again. After Dao et al., "FlashAttention",
-https://arxiv.org/abs/2205.14135, algorithms 1 and 4, and Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691.
+In: queries, keys and values of packed rows, and the boolean mask of `ops.visible`. Out: the result of `ops.attention`.
+A row costs what its prompts and completions cost, not its length squared. No array of all scores exists: a block of
+queries meets its visible blocks of keys one after the other, with a running softmax, and the backward pass computes the
+scores again. After Dao et al., "FlashAttention", https://arxiv.org/abs/2205.14135, algorithms 1 and 4, and Dao,
+"FlashAttention-2", https://arxiv.org/abs/2307.08691.
 
 Legend: B rows, T positions, I blocks of positions, P positions of a block, N query heads, K kv heads, J = N / K,
 M = P * J queries of a block and kv head, S keys of a block, H head dim.
@@ -20,19 +20,20 @@ import jax.numpy as jnp
 from rl.models.ops import attention, widen
 
 BLOCK = 64  # positions; 96 to 192 skip less and were slower on CPUs
-# Where a round of a loop costs the start of its kernels, and on a GPU a wait for the host: a sixteenth of the rounds.
+# On accelerators, where each round of a loop costs the start of its kernels (on a GPU also a wait for the host): a
+# sixteenth of the rounds.
 LARGE_BLOCK = 256
 
-# Name, in compiled programs, of the loop over the key blocks that a block of queries sees.
+# The name, in compiled programs, of the loop over the key blocks that a block of queries sees.
 KEY_BLOCK_LOOP = "visible key blocks"
 
 
 class _Visible(NamedTuple):
     """Which blocks are computed.
 
-    mask_BTT: bool, whole blocks.
-    order_II: int32, for each block of queries the blocks of keys in which one of them sees any, then the others.
-    count_I: int32, how many there are of the former.
+    mask_BTT: bool, padded to whole blocks.
+    order_II: int32, for each block of queries: first the blocks of keys in which a query sees a key, then the others.
+    count_I: int32, for each block of queries: the number of blocks of keys in which a query sees a key.
     """
 
     mask_BTT: jax.Array
@@ -43,8 +44,9 @@ class _Visible(NamedTuple):
 def block_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTT: jax.Array, scale: float, block: int = BLOCK
 ) -> jax.Array:
-    """`ops.attention` of packed rows [B, T, N, H] for rows in which every query sees a key; scores and sums in float32
-    or wider. Blocks are those of all rows together: one is computed where a query of any row sees one of its keys.
+    """`ops.attention` of packed rows [B, T, N, H], in which every query must see a key.
+
+    Scores and sums are float32 or wider. A block is computed for all rows if a query of any row sees one of its keys.
 
     Args:
       block: positions of a block.
@@ -104,7 +106,7 @@ def _forward(
         )
         with jax.named_scope(KEY_BLOCK_LOOP):
             output_BKMH, total_BKM1, highest_BKM1 = jax.lax.fori_loop(0, visible.count_I[i], key_block, start)
-        # Positions that only fill the last block see nothing.
+        # Padding of the last block sees nothing.
         total_BKM1 = jnp.where(total_BKM1 > 0, total_BKM1, 1)
         written = (output_BKMH / total_BKM1, highest_BKM1 + jnp.log(total_BKM1))
         return jax.tree.map(lambda all_, one: all_.at[i].set(one.astype(all_.dtype)), outputs, written)
@@ -148,7 +150,7 @@ def _backward(scale: float, residuals: tuple, grad_IBKMH: jax.Array) -> tuple[ja
 
 
 def _over_blocks(num_blocks: int, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
-    """carry = body(i, carry) for every block; i is int32, as block numbers are, in 64-bit mode too."""
+    """carry = body(i, carry) for every block. i is int32, in 64-bit mode too."""
     return jax.lax.fori_loop(0, num_blocks, lambda i, carry: body(i.astype(jnp.int32), carry), carry)
 
 
@@ -158,8 +160,8 @@ _attend.defvjp(_forward, _backward)
 def _scores(
     q_BKMH: jax.Array, k_BKSH: jax.Array, visible: _Visible, i: jax.Array, j: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores [B, K, M, S] of a block of queries with a block of keys, the lowest number where the mask, which comes
-    along, is False.
+    """Scores [B, K, M, S] of a block of queries with a block of keys, and their mask. Where the mask is False, the
+    score is the lowest number.
     """
     (num_rows, num_kv_heads, num_queries, _), block = q_BKMH.shape, k_BKSH.shape[2]
     mask_BPS = jax.lax.dynamic_slice(visible.mask_BTT, (jnp.int32(0), i * block, j * block), (num_rows, block, block))

@@ -1,11 +1,10 @@
 """The key/value cache of decoding: a pytree of plain arrays, an own part and any number of shared ones.
 
-`own` holds what every row adds; each row writes at its own cursor. A shared part holds prompts, each once: its rows are
-read by many rows of the own part, without a copy. What a token sees is decided by labels alone (`ops.visible`).
-Keys lie as [R, K, H, S] and values as [R, K, S, H]: both products of attention then read the cache as it lies, which on
-CPU is about twice as fast as [R, S, K, H].
-Legend: B own rows, R rows of a part, Q readers of a row, T token positions, S cache positions, K kv heads, H head dim.
-Shards are the pieces that rows are cut into on a mesh.
+The own part holds the tokens that every row adds; each row writes at its own cursor. A shared part holds each prompt
+once, and many own rows read it without a copy. Labels alone decide what a token sees (`ops.visible`). Keys lie as [R,
+K, H, S] and values as [R, K, S, H]: both products of attention then read the cache as it lies, which on CPU is about
+twice as fast as [R, S, K, H]. Legend: B own rows, R rows of a part, Q readers of a row, T token positions, S cache
+positions, K kv heads, H head dim. Shards are the pieces into which a mesh cuts the rows.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ class LayerKV(NamedTuple):
 
 @struct.dataclass
 class CachePart:
-    """The layers, and the labels int32 [R, S] of each position of the cache (group -1: empty)."""
+    """The layers, and int32 labels [R, S] of every position (group -1: empty)."""
 
     layers: tuple[LayerKV, ...]
     positions: jax.Array
@@ -52,7 +51,7 @@ class CachePart:
 
 @struct.dataclass
 class SharedPart:
-    """A part that own rows read and never write; `any_group`: whatever their group (a prefix common to all prompts)."""
+    """A part that own rows read and never write. `any_group`: rows of every group read it (a prefix of all prompts)."""
 
     part: CachePart
     rows: ops.SharedRows
@@ -61,12 +60,12 @@ class SharedPart:
 
 @struct.dataclass
 class KVCache:
-    """The parts, and what goes with them.
+    """The own part, the shared parts, and what decoding keeps beside them.
 
     Attributes:
-      cursors: int32 [B], the next free position of every own row.
-      rope: per layer type cos and sin of all positions [positions, H / 2], see `rope_tables`. None: computed when
-        needed, which XLA for CPU then does again in every layer, as part of what reads them.
+      cursors: int32 [B], the next free position of each own row.
+      rope: {layer type: cos and sin [positions, H / 2]}, see `rope_tables`. None: computed when needed, which XLA for
+        CPU does again in every layer.
     """
 
     own: CachePart
@@ -92,7 +91,7 @@ def empty_part(config: ModelConfig, num_rows: int, length: int, kv_dtype: str | 
     dtype = ops.dtype_of(config.dtype)
 
     def layer() -> LayerKV:
-        # One buffer per leaf: a cache is donated, and two leaves of one buffer cannot be.
+        # One buffer for each leaf, because a donated cache must not share a buffer between leaves.
         if kv_dtype is None:
             return LayerKV(jnp.zeros(keys, dtype), jnp.zeros(values, dtype))
         assert kv_dtype == "int8", kv_dtype
@@ -122,7 +121,7 @@ def init_cache(
 
 
 def share_evenly(part: CachePart, num_rows: int, num_shards: int = 1, any_group: bool = False) -> SharedPart:
-    """`part`, its row r read by the own rows [r * Q, (r + 1) * Q) of `num_rows`.
+    """`part` as a shared part of `num_rows` own rows. The own rows [r * Q, (r + 1) * Q) read its row r.
 
     Raises ValueError unless the part's rows divide `num_rows`.
     """
@@ -135,7 +134,7 @@ def share_evenly(part: CachePart, num_rows: int, num_shards: int = 1, any_group:
 
 
 def rope_tables(config: ModelConfig, num_positions: int) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """cos and sin of positions below `num_positions`, made once outside of a loop that extends a cache."""
+    """cos and sin of positions below `num_positions`, to be made once, outside the loop that extends a cache."""
     positions_1T = jnp.arange(num_positions, dtype=jnp.int32)[None]
     tables = {}
     for layer_type in ops.used_layer_types(config):
@@ -169,7 +168,7 @@ def label_positions(
 def cached_contexts(
     config: ModelConfig, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array, cache: KVCache
 ) -> dict[str, ops.LayerContext]:
-    """The context of each layer type for new tokens against a cache whose positions are already labelled."""
+    """{layer type: context} for new tokens and a cache in which their positions are already labelled."""
     labels = (positions_BT, group_ids_BT, branch_ids_BT)
     contexts = {}
     for layer_type in ops.used_layer_types(config):
@@ -212,7 +211,7 @@ def append(layer_cache: LayerCache, keys_BTKH: jax.Array, values_BTKH: jax.Array
 
 
 def attention_parts(layer_cache: LayerCache, context: ops.LayerContext) -> list[ops.AttentionPart]:
-    """What a layer's queries attend to: the own positions, then the shared parts."""
+    """The parts that a layer's queries attend to: the own part, then the shared ones."""
     parts = [_attention_part(layer_cache.own, context.mask_BTS, None)]
     for layer, rows, mask in zip(layer_cache.shared, layer_cache.shared_rows, context.shared_masks_RTS, strict=True):
         parts.append(_attention_part(layer, mask, rows))
@@ -225,21 +224,21 @@ def advance(cache: KVCache, layers: Sequence[LayerCache], num_tokens: int) -> KV
     return dataclasses.replace(cache, own=own, cursors=cache.cursors + num_tokens)
 
 
-# A cache changes its shape array by array, so that old and new need not exist together for more than one
+# A cache changes its shape array by array, so that only one array exists in both shapes at a time
 
 
 def empty_value(name: str) -> int:
-    """What an unused position holds in the label or layer array called `name`."""
+    """The value of an unused position in the label or layer array called `name`."""
     return -1 if name == "group_ids" else 0
 
 
 def position_axis(name: str) -> int:
-    """Which axis of the arrays called `name` counts cache positions."""
+    """The axis of cache positions in the arrays called `name`."""
     return {"keys": 3, "values": 2, "key_scales": 2, "value_scales": 2}.get(name, 1)
 
 
 def named_arrays(part: CachePart) -> list[tuple[str, Any]]:
-    """(name, array) of everything in the part, layer by layer, then the labels."""
+    """(name, array) of every array of the part: layer by layer, then the labels."""
     layers = [pair for layer in part.layers for pair in layer._asdict().items() if pair[1] is not None]
     return [*layers, *((name, getattr(part, name)) for name in LABELS)]
 

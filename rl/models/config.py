@@ -1,4 +1,4 @@
-"""What a decoder is: `ModelConfig`, and the shapes and logical axes of its parameters. Imports no jax.
+"""The description of a decoder: `ModelConfig`, and the shapes and logical axes of its parameters. Imports no jax.
 
 In: the numbers of an architecture, by hand (`ModelConfig.from_arch`) or from a Hugging Face folder
 (`rl.models.files.hf`).
@@ -24,7 +24,7 @@ SLIDING_ATTENTION = "sliding_attention"
 QUANTIZED_DTYPES = ("int8", "int4", "float8_e4m3fn")
 ATTENTION_AND_MLP = r"^layers_\d+/(self_attn|mlp)/\w+_proj/kernel$"
 LARGEST_ID = 2**31 - 1
-# What no model has come near to: more is a slip, or meant to make the reader allocate or loop without an end.
+# Far beyond every model. A larger number is a slip, or an attempt to make the reader allocate or loop without end.
 LARGEST = {
     "vocab_size": 2**24,
     "hidden_size": 2**20,
@@ -41,7 +41,7 @@ LORA_A, LORA_B = "lora_a", "lora_b"  # names of an adapter's two matrices, besid
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: not at all, all by `factor` ("linear"), or by wavelength ("llama3")."""
+    """How rotary frequencies are scaled: not at all, all by `factor` ("linear"), or by wavelength ("llama3")."""
 
     kind: str = "none"
     factor: float = 1.0
@@ -65,9 +65,9 @@ class RopeScaling:
 class Quantization:
     """Which matrices of a model are stored in few bits, and how; see `rl.models.quantized`.
 
-    `patterns` are regular expressions; a kernel or embedding table whose path ("layers_0/mlp/up_proj/kernel") one of
-    them finds is quantised to `dtype`, with a scale for every `group_size` inputs of an output, None: one per output.
-    With `head` so is what gives the logits.
+    `patterns` are regular expressions. A kernel or embedding table whose path ("layers_0/mlp/up_proj/kernel") one of
+    them matches is quantised to `dtype`, with one scale for each `group_size` inputs of an output (None: all inputs).
+    With `head` the matrix that gives the logits is quantised, too.
     """
 
     dtype: str
@@ -93,9 +93,9 @@ class LoRAConfig:
     """Low-rank adapters, Hu et al., https://arxiv.org/abs/2106.09685: x W becomes x W + scale (x A) B, W frozen.
 
     `targets` are patterns over module names such as "layers_0/self_attn/q_proj" (* is any characters, "/" too). The
-    scale is alpha / rank, or alpha / sqrt(rank) if `rank_stabilized` (https://arxiv.org/abs/2312.03732).
-    `base_dtype` is the stored type of the frozen weights, None for `param_dtype`, and `base_group_size` how many inputs
-    share a scale where that is a quantised one, None for all of an output's; see `rl.models.lora.freeze`.
+    scale is alpha / rank, or alpha / sqrt(rank) if `rank_stabilized` (https://arxiv.org/abs/2312.03732). `base_dtype`
+    is the stored type of the frozen weights (None: `param_dtype`). `base_group_size` is the number of inputs that share
+    a scale where that type is quantised (None: all inputs of an output); see `rl.models.lora.freeze`.
     """
 
     rank: int
@@ -126,10 +126,12 @@ class ModelConfig:
     """One decoder architecture. Sizes are counts, `dtype` is the compute type, `param_dtype` the stored type.
 
     `layer_types` names "full_attention" or "sliding_attention" for every layer; sliding layers see `sliding_window`
-    positions and use `rope_local_theta`. `remat` is what the backward pass computes again, see `ops.remat_options`;
+    positions and use `rope_local_theta`. `remat` says what the backward pass computes again, see `ops.remat_options`.
     `scan_layers` runs the layers of training as a loop, see `rl.models.scanned`.
-    `attention_bias` adds a bias to q, k, v, and to o where the family has one there. With `lora` the tree has adapters,
-    and only they are trained. `quantization` is that of the model's files, whose weights then stay as they are stored.
+
+    `attention_bias` adds a bias to q, k and v, and to o where the family has one there. With `lora` the tree has
+    adapters, and only they are trained. `quantization` says how the model's files are quantised; their weights stay as
+    they are stored.
     """
 
     family: str
@@ -200,10 +202,10 @@ class ModelConfig:
         remat: str = "none",
         lora: LoRAConfig | None = None,
     ) -> "ModelConfig":
-        """A fresh architecture; what is left out (None) follows the family.
+        """A fresh architecture. Arguments that are left out (None) take the family's value.
 
-        Raises ValueError for sizes that do not fit. Without `layer_types`, a `sliding_window` is that of all layers but
-        every sixth, or whatever the family's `window_pattern` is.
+        Raises ValueError for sizes that do not fit. Without `layer_types`, the family's `window_pattern` says which
+        layers have the `sliding_window`.
         """
         _check_choice("family", family, tuple(FAMILIES))
         _check_size("num_layers", num_layers)
@@ -257,7 +259,7 @@ class ModelConfig:
 
     @property
     def features(self) -> Family:
-        """What the family computes."""
+        """The features of the family."""
         return FAMILIES[self.family]
 
     @property
@@ -267,7 +269,7 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many dims of each head, from the first on, are rotated."""
+        """The number of rotated dims of each head; they are the first ones."""
         return int(self.head_dim * self.features.rotary_share)
 
     @property
@@ -283,14 +285,14 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ForeignConfig:
-    """What the toolkit reads of a model that is not its own decoder, under the names of `ModelConfig`.
+    """The description of a model that is not the toolkit's own decoder, under the names of `ModelConfig`.
 
     Attributes:
-      kind: which implementation of the policy computes it: "own" (a user's module) or "tunix".
-      family: for messages.
+      kind: the implementation of the policy: "own" (a user's module) or "tunix".
+      family: a name for messages.
       specs: the parameter tree with a `ParameterSpec` at every leaf; a dim without a logical axis has the name None.
-      model: what that implementation is made of.
-      quantization: that of the model's files, whose weights then stay as they are stored.
+      model: what that implementation needs to build the model.
+      quantization: how the model's files are quantised; their weights stay as they are stored.
     """
 
     kind: str
@@ -319,8 +321,8 @@ class ForeignConfig:
 class ParameterSpec(NamedTuple):
     """Shape of one parameter, the logical name of each of its dims, and the dims that its matrix product sums over.
 
-    Norms and biases have none. For the embedding table it is the product with hidden states that counts. Of a module of
-    the user's own they are not known; what stands there is what shares a scale when it is quantised.
+    Norms and biases have no such dims. The embedding table has those of its product with hidden states. For a user's
+    module they are not known; the dims given are those that share a scale when it is quantised.
     """
 
     shape: tuple[int, ...]
@@ -329,7 +331,7 @@ class ParameterSpec(NamedTuple):
 
 
 def alternating_layer_types(num_layers: int, pattern: int) -> tuple[str, ...]:
-    """Every `pattern`-th layer attends to everything, the others slide (Gemma 3: pattern 6)."""
+    """Every `pattern`-th layer has full attention, the others a sliding window (Gemma 3: pattern 6)."""
     _check_positive("sliding_window_pattern", pattern)
     return tuple(SLIDING_ATTENTION if (i + 1) % pattern else FULL_ATTENTION for i in range(num_layers))
 
@@ -341,12 +343,12 @@ def parameter_specs(config: ModelConfig | ForeignConfig) -> dict[str, Any]:
 
 
 def base_specs(config: ModelConfig | ForeignConfig) -> dict[str, Any]:
-    """The same tree without adapters: what a model's own files hold."""
+    """The parameter tree without adapters, as a model's own files hold it."""
     return dict(config.specs)
 
 
 def spec_at(config: ModelConfig | ForeignConfig, path: Iterable[str]) -> ParameterSpec:
-    """That of one parameter of `base_specs`."""
+    """The `ParameterSpec` of one parameter of `base_specs`."""
     return leaf_at(config.specs, path)
 
 
@@ -395,7 +397,7 @@ def _with_adapters(tree: Mapping[str, Any], lora: LoRAConfig, module: tuple[str,
     if "kernel" in tree and lora.applies_to(module):
         kernel = tree["kernel"]
         num_inputs = len(kernel.contract_dims)
-        # No matrix product of a model's own sums over their dims: they are never quantised.
+        # Adapters are never quantised, so they need no dims to sum over.
         result[LORA_A] = ParameterSpec((*kernel.shape[:num_inputs], lora.rank), (*kernel.axes[:num_inputs], "lora"))
         result[LORA_B] = ParameterSpec((lora.rank, *kernel.shape[num_inputs:]), ("lora", *kernel.axes[num_inputs:]))
     return result

@@ -1,8 +1,8 @@
-"""The families of decoders that the twins compute: one row of features each.
+"""The families of decoders that the twins compute: one entry of features each.
 
 The twins, `rl.models.ops` and the readers and writers of files ask for a feature, never for the name of a family. A new
-family that combines features which are there is one row of `FAMILIES`; a feature that is not needs a field here and
-the place that computes it. Imports no jax.
+family that combines existing features is one entry of `FAMILIES`. A new feature needs a field here and the code that
+computes it. Imports no jax.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaxTextLayout:
-    """Where MaxText's arrays of a family differ from those of Hugging Face, beyond what the features below say.
+    """How MaxText's arrays of a family differ from Hugging Face's, beyond the features below.
 
     Attributes:
       divides_queries: query kernels are stored divided by sqrt(head_dim).
-      has_two_ropes: the dims of a head that rotate together may be neighbours, or half a head apart.
-      scanned_block: layers that a scanned checkpoint takes as one.
+      has_two_ropes: the two dims of a head that rotate together may be neighbours, or half a head apart.
+      scanned_block: the number of layers that a scanned checkpoint stacks as one.
     """
 
     divides_queries: bool = False
@@ -27,30 +27,30 @@ class MaxTextLayout:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """What one family of decoders computes, and how its files are written.
+    """The features of one family of decoders, and how its files are written.
 
     Attributes:
-      norm_offset: added to the scale of every norm: 0, or 1 where the weights are the distance from 1. With 1 the
-        product is rounded once, after it; with 0 before it as well.
+      norm_offset: added to the scale of every norm: 0, or 1 where the weights are the distance from 1. With 1 the norm
+        is rounded once, after the product; with 0 also before it.
       scales_embedding: rows of the embedding table are multiplied by sqrt(hidden_size).
-      post_norms: what attention and MLP give is normalised too, before it is added: four norms in a layer, not two.
-      qk_norm: queries and keys are normalised per head before they are rotated.
-      always_attention_bias: q, k and v always have a bias; else it is a choice of the model.
+      post_norms: the outputs of attention and MLP are normalised before they are added: four norms in a layer, not two.
+      qk_norm: queries and keys are normalised in each head before they are rotated.
+      always_attention_bias: q, k and v always have a bias; otherwise the model chooses.
       output_bias: where q, k and v have a bias, o has one.
-      may_have_mlp_bias: whether the MLP's matrices have one is a choice of the model; else they never have.
-      rotary_share: of each head's dims, from the first on, that are rotated.
-      window_pattern: of so many layers the last attends to everything and the others to a window, where a model says
-        nothing else; None: no layer has a window.
-      has_query_scale: the scale of the scores is a choice of the model; else it is head_dim ** -0.5.
-      activation, rope_theta: of a model that says nothing else.
+      may_have_mlp_bias: the model chooses whether the MLP's matrices have a bias; otherwise they have none.
+      rotary_share: the share of each head's dims, the first ones, that are rotated.
+      window_pattern: the default period of layers: the last of each period has full attention, the others a window;
+        None: no layer has a window.
+      has_query_scale: the model chooses the scale of the scores; otherwise it is head_dim ** -0.5.
+      activation, rope_theta: the defaults.
 
-      architecture: the name in config.json. `model_type` is the key of the row.
-      config_keys: keys of config.json that are written, besides those of every family; "hidden_activation" stands
-        for "hidden_act" where it is among them.
-      known_keys: keys of config.json that are read, or that are accepted at the values which switch nothing on.
-      config_defaults: what a config.json that leaves a key out means by it, as transformers' class of the family does.
-      kv_heads_default: num_key_value_heads may be left out, and is then num_attention_heads.
-      maxtext: None: MaxText's checkpoints of this family are not read.
+      architecture: the name in config.json. `model_type` there is the key in `FAMILIES`.
+      config_keys: keys of config.json that are written, besides those of every family. "hidden_activation" among them
+        replaces "hidden_act".
+      known_keys: keys of config.json that are read, or accepted at values that switch nothing on.
+      config_defaults: values of keys that config.json leaves out, as in transformers' class of the family.
+      kv_heads_default: num_key_value_heads may be left out, and then equals num_attention_heads.
+      maxtext: the layout of MaxText's checkpoints; None: they are not read for this family.
     """
 
     norm_offset: float = 0.0
@@ -132,5 +132,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def families_with(feature: str) -> str:
-    """The names of the families in whose row this field is set, for messages; "no family" where there is none."""
+    """The names of the families with this feature, for messages; "no family" where there is none."""
     return ", ".join(name for name, row in FAMILIES.items() if getattr(row, feature)) or "no family"

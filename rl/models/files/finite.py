@@ -1,14 +1,14 @@
-"""Whether the numbers that were read from a file are numbers: NaN and infinity in weights are found while they load.
+"""Finds NaN and infinity in weights while they load.
 
-In: an array on the host, in the type that it will be used in. Out: the same array, or a ValueError that names what it
-is. One pass that makes no copy. Imports no jax.
+In: an array on the host, in the type in which it will be used. Out: the same array, or a ValueError that names it. One
+pass, without a copy. Imports no jax.
 """
 
 from typing import Any
 
 import numpy as np
 
-# From these bits on, the sign aside, a number is infinite or NaN (float8_e4m3fn: NaN, it has no infinity).
+# A number whose bits, without the sign, are at least these is infinite or NaN (float8_e4m3fn has no infinity).
 _FIRST_NONFINITE = {
     "float64": 0x7FF0_0000_0000_0000,
     "float32": 0x7F80_0000,
@@ -20,26 +20,26 @@ _CHUNK = 1 << 17  # numbers
 
 
 def as_finite(value: np.ndarray, dtype: Any, name: str, allow_nonfinite: bool) -> np.ndarray:
-    """`value` in `dtype`, checked as of `check_finite` unless all numbers are allowed.
+    """`value` in `dtype`, checked as in `check_finite` unless `allow_nonfinite`.
 
     Raises:
-      ValueError: NaN or infinity, in the file or because `dtype` does not reach so far.
+      ValueError: NaN or infinity, in the file or because the number is too large for `dtype`.
     """
-    # A wider type takes every number as it is: there are fewer bytes to look at before.
+    # A wider type keeps every number, so the check runs before the conversion, on fewer bytes.
     widens = np.dtype(dtype).itemsize > value.dtype.itemsize
     if widens and not allow_nonfinite:
         check_finite(value, name)
-    with np.errstate(over="ignore", invalid="ignore"):  # said here, by name
+    with np.errstate(over="ignore", invalid="ignore"):  # the check below names it
         value = value.astype(dtype, copy=False)
     return value if widens or allow_nonfinite else check_finite(value, name)
 
 
 def check_finite(value: np.ndarray, name: str) -> np.ndarray:
-    """`value` itself.
+    """Returns `value`, if all its entries are finite.
 
     Args:
-      value: of a type of `_FIRST_NONFINITE`, or of integers.
-      name: of what it is and where it comes from, the subject of the message.
+      value: of a type in `_FIRST_NONFINITE`, or integers.
+      name: what the array is and where it comes from, the subject of the message.
 
     Raises:
       ValueError: an entry is NaN or infinite.
@@ -60,11 +60,11 @@ def is_finite(value: np.ndarray) -> bool:
     first = _FIRST_NONFINITE.get(value.dtype.name)
     if first is None or not value.size:
         return True
-    # The order of the bits as integers is that of the numbers, with and without the sign bit: two largest ones decide.
+    # Bits as integers are ordered as the numbers are, with and without the sign bit, so the two largest ones decide.
     bits = 8 * value.dtype.itemsize
     flat = value.reshape(-1, order="A")
     signed, unsigned = flat.view(f"int{bits}"), flat.view(f"uint{bits}")
-    for start in range(0, flat.size, _CHUNK):  # what the first look takes from memory is near for the second
+    for start in range(0, flat.size, _CHUNK):  # a chunk stays in the processor's cache for the second look
         part = slice(start, start + _CHUNK)
         if signed[part].max() >= first or unsigned[part].max() >= first + (1 << (bits - 1)):
             return False

@@ -1,7 +1,7 @@
-"""Folders of weights: written whole or not at all; tensors read and placed one by one.
+"""Folders of weights: written whole or not at all; tensors are read and placed one by one.
 
 In: a path, host arrays, shardings. Out: files that appear when they are complete, and arrays on their devices. A file
-that is missing, cut short or too large in its header is a ValueError. Not here: which tensors a model has
+that is missing or cut short, or has too large a header, is a ValueError. Not here: which tensors a model has
 (`rl.models.files.hf`).
 """
 
@@ -21,19 +21,19 @@ from rl.files.json_file import briefly, check_is_file
 from rl.files.output_file import writing
 from rl.files.stores import is_remote, open_store, uploaded_folder
 
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in the format's own reader
+MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 
 
 def put_shards(value: Any, sharding: Any) -> jax.Array:
-    """One host array, the same in every process, on the devices of `sharding` (None: the default one)."""
+    """Puts a host array, the same in every process, on the devices of `sharding` (None: the default device)."""
     if sharding is None:
         return jax.device_put(value)
-    # By callback, so that several processes each hand over only their own shards.
+    # By callback, so that each process hands over its own shards only.
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def open_tensors(file: pathlib.Path) -> Any:
-    """A safetensors file to read from; ValueError where it is missing or cut short, or its header is too large."""
+    """Opens a safetensors file for reading. ValueError where it is missing or cut short, or its header is too large."""
     check_is_file(file)
     try:
         with file.open("rb") as stream:
@@ -54,7 +54,7 @@ def open_tensors(file: pathlib.Path) -> Any:
 
 @contextlib.contextmanager
 def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to write into that appears at its place whole, or not at all; ValueError if something is there.
+    """A folder to write into that appears at its place whole, or not at all. ValueError if something is there.
 
     The folder of a URL appears file by file, config.json last.
     """
@@ -75,7 +75,7 @@ def new_folder(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def save_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file and reads it back; ValueError where it is not what was written."""
+    """Writes a safetensors file and reads it back. ValueError where the two differ."""
     # transformers refuses a file whose metadata has no format.
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     with open_tensors(file) as written:
@@ -85,7 +85,7 @@ def save_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
-    """Whether two arrays are alike in type, shape and every bit, NaN included."""
+    """Whether two arrays are equal in type, shape and every bit, NaN included."""
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
     left, right = (np.ascontiguousarray(value).reshape(-1).view(np.uint8) for value in (left, right))
