@@ -135,11 +135,11 @@ class NNXPolicy:
 def create_policy(
     model_config: Any, pure_nnx: bool, kernel: AttentionKernel = XLA, exchange_fn: RowExchange | None = None
 ) -> Policy:
-    """The NNX policy if `pure_nnx`, else the Linen one, of the implementation that `model_config.kind` names.
+    """The NNX policy if `pure_nnx`, else the Linen one. `model_config.kind` names the implementation.
 
     Args:
       model_config: a `ModelConfig` or a `ForeignConfig`.
-      kernel, exchange_fn: of the toolkit's own decoder.
+      kernel, exchange_fn: for the toolkit's own decoder only.
     """
     if model_config.kind == "tunix":
         from rl.models.foreign.tunix_policy import TunixPolicy
@@ -151,16 +151,16 @@ def create_policy(
 
 
 def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> ForeignConfig:
-    """What the toolkit needs to know of the model in model.source where that is not its own decoder.
+    """The description of the model in model.source, where that is not the toolkit's own decoder.
 
     Args:
       config: the run's typed configuration.
-      folder: of a Tunix model.
-      tokens: vocab_size, eos_token_ids, bos_token_id, pad_token_id of the tokenizer.
+      folder: the folder of a Tunix model.
+      tokens: the tokenizer's vocab_size, eos_token_ids, bos_token_id and pad_token_id.
 
     Raises:
-      ValueError: the module is of the other flavour, or breaks the contract of docs/models.md; a Tunix model in Linen,
-        or one whose options Tunix does not compute.
+      ValueError: the module is of the other flavour, or breaks the contract of docs/models.md; a Tunix model is asked
+        for in Linen, or has options that Tunix does not compute.
     """
     if folder is None:
         flavour = "nnx" if config.pure_nnx else "linen"
@@ -186,8 +186,8 @@ def policy_from_config(config: Any, model_config: ModelConfig, mesh: Mesh | None
     """The policy of a run, from the run's typed configuration.
 
     Args:
-      mesh: where it is trained, which decides on the attention kernel and on the way of rows between devices; None: it
-        only decodes, without either.
+      mesh: the mesh of training, which decides on the attention kernel and the exchange of rows between devices; None
+        for a policy that only decodes, which needs neither.
     """
     if mesh is None or model_config.kind != "decoder":
         return create_policy(model_config, config.pure_nnx)

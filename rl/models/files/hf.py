@@ -1,8 +1,8 @@
 """Hugging Face folders: weights in and out, and where a folder comes from.
 
-In: a folder or a hub id. Out: the parameter tree of `rl.models.config.base_specs`, or a ValueError that names the
-file and the tensor: no weight is ever missing, extra, reshaped or left at an initial value in silence. `config.json` is
-read and written by `rl.models.files.hf_config`.
+In: a folder or a hub id. Out: the parameter tree of `rl.models.config.base_specs`, or a ValueError that names the file
+and the tensor. No weight is silently missing, extra, reshaped or left at an initial value. `rl.models.files.hf_config`
+reads and writes `config.json`.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ __all__ = ["load_params", "read_config", "resolve_source", "save_folder", "weigh
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
-SCALE = "_scale"  # end of the name of the scale of a quantised tensor
+SCALE = "_scale"  # added to a quantised tensor's name for the name of its scale
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 QUANTIZED_TYPES = {"int8": ("I8",), "int4": ("U8",), "float8_e4m3fn": ("U8",)}
 SHAPE_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")  # of a hub repository or a folder: all but weights
@@ -46,11 +46,11 @@ HUB_PATTERNS = (*SHAPE_PATTERNS, "*.safetensors")
 
 
 def resolve_source(source: str | pathlib.Path, patterns: Sequence[str] = HUB_PATTERNS) -> pathlib.Path:
-    """The local folder of a model: `source` itself if it is one, else the hub repository of that name, of which the
-    files that match `patterns` are downloaded.
+    """The local folder of a model: `source` itself if it is a folder, else the hub repository of that name, whose files
+    that match `patterns` are downloaded.
 
-    Raises ValueError if it is neither, if the hub cannot be reached and has no copy on this machine, or if a pipe or a
-    device lies in the folder.
+    Raises ValueError if the source is neither, if the hub cannot be reached and this machine has no copy, or if a pipe
+    or a device lies in the folder.
     """
     path = local_copy(source)
     if path.is_dir():
@@ -74,17 +74,17 @@ def resolve_source(source: str | pathlib.Path, patterns: Sequence[str] = HUB_PAT
 
 
 def weights_hash(folder: str | pathlib.Path, full_bytes: int = 4 << 30) -> str:
-    """Hex sha256 over config.json and the safetensors files: what a checkpoint remembers a model by.
+    """Hex sha256 over config.json and the safetensors files, by which a checkpoint identifies a model.
 
-    Files are read whole up to `full_bytes` in total; above that, of each file its name, its size, its first MiB (the
-    header) and 64 evenly spaced MiB.
+    Up to `full_bytes` in total, files are read whole. Above that, the hash covers each file's name, size, first MiB
+    (the header) and 64 evenly spaced MiB.
     """
     folder = pathlib.Path(folder)
     return content_hash(folder, _weight_files(folder), full_bytes)
 
 
 def content_hash(folder: pathlib.Path, files: list[pathlib.Path], full_bytes: int = 4 << 30) -> str:
-    """The same over the config.json of a folder and any files with weights."""
+    """`weights_hash` over the config.json of a folder and the given files with weights."""
     whole = sum(file.stat().st_size for file in files) <= full_bytes
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in files:
@@ -107,8 +107,8 @@ def load_params(
 ) -> dict[str, Any]:
     """The parameter tree of a folder as jax arrays in `config.param_dtype`, read tensor by tensor.
 
-    Of a model with adapters it is the base, each weight stored as `config.lora` says as soon as it is read. Quantised
-    weights stay as they are stored.
+    For a model with adapters it is the base, and each weight takes the stored type of `config.lora` as soon as it is
+    read. Quantised weights stay as they are stored.
 
     `shardings`: a tree like the parameters with a `jax.sharding.Sharding` at each leaf, or None for the default device.
     Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, for files that are
@@ -141,7 +141,7 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
     try:
         check_patterns(config)
         names = _stored_tensors(config)
-    except ValueError as error:  # such a pattern, or a group size that does not fit
+    except ValueError as error:  # a pattern that takes too long, or a group size that does not fit
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     _check_tensor_names(folder, names, locations, config)
     for file in sorted({locations[name] for name in names}):
@@ -154,7 +154,7 @@ def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, 
 def read_weight(
     locations: Mapping[str, pathlib.Path], config: ModelConfig, path: tuple[str, ...], spec: ParameterSpec
 ) -> np.ndarray | QuantizedArray:
-    """One parameter of a folder, on the host and in its stored type; `locations` are those of `check_weights`."""
+    """One parameter of a folder, on the host and in its stored type. `locations` comes from `check_weights`."""
     name, quantization = tensor_name(path), config.quantization
     value = _read(locations, name)
     if quantization is None or not is_chosen(config, quantization, path):
@@ -166,13 +166,13 @@ def read_weight(
 
 
 def _read(locations: Mapping[str, pathlib.Path], name: str) -> np.ndarray:
-    # Opened for each tensor: what is mapped of a file counts as memory for as long as it is open.
+    # Opened anew for each tensor, because mapped parts of an open file count as memory.
     with open_tensors(locations[name]) as tensors:
         return tensors.get_tensor(name)
 
 
 def _stored_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Shape and allowed types of every tensor of a folder. A quantised matrix is two: its values, and their scale."""
+    """Shape and allowed types of every tensor of a folder. A quantised matrix is two tensors: values and scale."""
     tensors = {}
     quantization = config.quantization
     for path, spec in flatten_specs(base_specs(config)):
@@ -188,14 +188,14 @@ def _stored_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tup
 
 
 def check_quantized(value: QuantizedArray, name: str, allow_nonfinite: bool) -> None:
-    """ValueError where a quantised weight, numpy, or its scale has NaN or infinity; `name` is the subject."""
+    """ValueError where a quantised weight (numpy) or its scale has NaN or infinity. `name` is the message's subject."""
     if not allow_nonfinite:
         for part, end in ((value.values, ""), (value.scale, SCALE)):
             check_finite(part, f"{name}{end}")  # pyright: ignore[reportArgumentType]
 
 
 def place(config: ModelConfig, path: tuple[str, ...], value: np.ndarray | QuantizedArray, sharding: Any) -> Any:
-    """One weight on its devices (None: the default one), stored as `config.lora` says."""
+    """Puts one weight on its devices (None: the default device), in the stored type of `config.lora`."""
     if isinstance(value, QuantizedArray):
         places = QuantizedArray(None, None) if sharding is None else sharding  # pyright: ignore[reportArgumentType]
         return QuantizedArray(put_shards(value.values, places.values), put_shards(value.scale, places.scale))
@@ -229,9 +229,9 @@ def _from_stored(value: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...
 
 
 def stored_form(value: Any, path: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The tensors of a file, by name, that hold one parameter: itself, or the values and the scale of a quantised one.
+    """{name: tensor} for one parameter in a file: the parameter itself, or the values and the scale of a quantised one.
 
-    Raises ValueError for int4 with an odd number of inputs, which do not fill bytes.
+    Raises ValueError for int4 with an odd number of inputs, which do not fill whole bytes.
     """
     name, value = tensor_name(path), jax.device_get(value)
     if not isinstance(value, QuantizedArray):
@@ -248,7 +248,7 @@ def _to_stored(value: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files of a folder: one, or those of its index."""
+    """The safetensors files of a folder: the single file, or the files of its index."""
     if (folder / SINGLE_FILE).exists():
         return [folder / SINGLE_FILE]
     if not (folder / INDEX_FILE).exists():
@@ -265,7 +265,7 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} must hold a weight_map from tensor to file, got {shown(weight_map)}")
     for name, file in weight_map.items():
-        # A name, no path: nothing outside of the folder is read because a file in it says so.
+        # The entry must be a name, not a path: a file in the folder must not make us read outside of it.
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
             raise ValueError(
                 f"{path}: weight_map must name a safetensors file in the same folder for each tensor, got "
@@ -275,7 +275,7 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
 
 
 def tensor_locations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The file of every tensor, from the files themselves; the index, if there is one, must agree."""
+    """{tensor: file}, from the files themselves. The index, if there is one, must agree."""
     locations: dict[str, pathlib.Path] = {}
     for file in _weight_files(folder):
         with open_tensors(file) as tensors:
@@ -355,15 +355,14 @@ def save_folder(
     max_shard_bytes: float = 5e9,
     write_more: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
-    """Writes a folder that transformers, TRL and vLLM open, and reads it back: config, weights, and the tokenizer if
-    one is given.
+    """Writes a folder that transformers, TRL and vLLM open, and reads it back: config, weights, and a given tokenizer.
 
-    `dtype` is the stored type, None keeps `config.param_dtype`. More weights than `max_shard_bytes` make several files
-    and an index. `write_more` puts further files into the folder, which appears at once and whole, or not at all.
-    Raises ValueError if it exists and is not empty, if `params` is not the tree of `config`, or if what was read back
-    is not what was written.
+    `dtype` is the stored type; None keeps `config.param_dtype`. Weights of more than `max_shard_bytes` go into several
+    files with an index. `write_more` adds further files. The folder appears as a whole, or not at all. Raises
+    ValueError if it exists and is not empty, if `params` is not the tree of `config`, or if the folder reads back
+    differently.
     """
-    config = dataclasses.replace(config, quantization=None)  # plain weights, whatever their base was stored in
+    config = dataclasses.replace(config, quantization=None)  # plain weights, however their base was stored
     check_tree(config, params)
     dtype = config.param_dtype if dtype is None else dtype
     with new_folder(folder) as draft:
@@ -375,7 +374,7 @@ def save_folder(
 
 
 def write_model_files(folder: pathlib.Path, config: ModelConfig, dtype: str, tokenizer: Any) -> None:
-    """All of a model's folder but the weights: what it is, the ids that end a text, the tokenizer if one is given."""
+    """Writes a model's folder except the weights: the configuration, the special ids and a given tokenizer."""
     write_json(folder / "config.json", config_json(config, dtype))
     write_json(folder / "generation_config.json", generation_json(config))
     if tokenizer is not None:
@@ -383,7 +382,7 @@ def write_model_files(folder: pathlib.Path, config: ModelConfig, dtype: str, tok
 
 
 def copy_others(folder: pathlib.Path, out: pathlib.Path) -> None:
-    """Copies what a model's folder holds besides weights and config.json: tokenizer, chat template, and so on."""
+    """Copies a model's folder except weights and config.json: tokenizer, chat template, and so on."""
     for pattern in SHAPE_PATTERNS:
         for file in sorted(folder.glob(pattern)):
             if file.name not in ("config.json", INDEX_FILE):
@@ -429,7 +428,7 @@ def _write_weights(
 
 
 def write_index(folder: pathlib.Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
-    """Writes the list of which tensor is in which file."""
+    """Writes the index: which tensor is in which file."""
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)})
 
 

@@ -1,7 +1,7 @@
 """Hugging Face `config.json` in and out: old style (rope_theta, torch_dtype) and new (rope_parameters, dtype).
 
-In: a folder. Out: a `ModelConfig`, or a ValueError that names the option we cannot honour; nothing is ignored that
-could change the maths. Weights are in `rl.models.files.hf`. Imports no jax.
+In: a folder. Out: a `ModelConfig`, or a ValueError that names an unsupported option. No option that could change the
+maths is ignored. Weights are in `rl.models.files.hf`. Imports no jax.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from rl.models.families import FAMILIES, Family
 
 QUANT_METHOD = "tandem"
 
-# What a config.json that says nothing means in every family; what is another in one family is in its row.
+# Values of keys that config.json leaves out, in every family. `Family.config_defaults` has those of one family.
 _COMMON_DEFAULTS = {
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-6,
@@ -54,7 +54,7 @@ READ_KEYS = frozenset({
     "pad_token_id", "dtype", "torch_dtype", "attention_dropout", "original_max_position_embeddings",
     "quantization_config",
 })
-# Keys that say nothing about the maths: bookkeeping, and defaults of generation.
+# Keys without influence on the maths: bookkeeping, and defaults of generation.
 HARMLESS_KEYS = frozenset({
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_from_model_config",
     "transformers_version", "transformers.js_config", "auto_map", "use_cache", "cache_implementation",
@@ -69,27 +69,27 @@ HARMLESS_KEYS = frozenset({
     "unsloth_fixed", "unsloth_version", "model_name", "mlx_version",
 })
 # fmt: on
-_SIZE_NAMES = {  # of config.json, whose names here are others
+_SIZE_NAMES = {  # {our name: the name in config.json}
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
 }
-_LARGEST_NUMBER = 1e15  # of what may be any number: thetas, factors
+_LARGEST_NUMBER = 1e15  # of thetas and factors
 NEUTRAL_VALUES: tuple[Any, ...] = (None, False, 0, 1.0, "", [], {})
 
 
 class SpecialIds(NamedTuple):
-    """What generation_config.json says of the tokens that end a text and fill it up."""
+    """The special tokens of generation_config.json: those that end a text, and padding."""
 
     eos: tuple[int, ...] = ()
     pad: int | None = None
 
 
 def read_config(folder: str | pathlib.Path) -> ModelConfig:
-    """The architecture of a Hugging Face folder, with `dtype` and `param_dtype` those of its weights, and remat "none".
+    """The architecture of a Hugging Face folder, with the dtype of its weights as `dtype` and `param_dtype`.
 
-    EOS ids are those of generation_config.json (first) and config.json together. Raises ValueError, naming the file and
-    the key, for a value of another type or range, and for an architecture or an option that is not supported.
+    EOS ids come from generation_config.json (first) and config.json together. Raises ValueError, naming the file and
+    the key, for a value of a wrong type or range, and for an architecture or option that is not supported.
     """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
@@ -102,7 +102,7 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
 
 
 def read_special_ids(folder: pathlib.Path) -> SpecialIds:
-    """What the generation_config.json of a folder says; nothing where there is none."""
+    """The special tokens in the generation_config.json of a folder; none where there is no such file."""
     path = folder / "generation_config.json"
     if not path.exists():
         return SpecialIds()
@@ -157,7 +157,7 @@ def generation_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def parse_config(raw: Mapping[str, Any], special_ids: SpecialIds) -> ModelConfig:
-    """The same from the contents of config.json and generation_config.json."""
+    """`read_config` on the contents of config.json and generation_config.json."""
     family = _family(Fields(raw))
     row = FAMILIES[family]
     values = {**_defaults(row), **{key: value for key, value in raw.items() if value is not None}}
@@ -209,7 +209,9 @@ def quantization_json(quantization: Quantization) -> dict[str, Any]:
 
 
 def quantization_in(folder: pathlib.Path) -> Quantization | None:
-    """How the weights in a folder are quantised, as its config.json says; None: they are plain, or there is none."""
+    """How the config.json of a folder says its weights are quantised; None: they are plain, or there is no
+    such file.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -243,7 +245,7 @@ def _size(fields: Fields, key: str) -> int:
 
 
 def _token_id(fields: Fields, key: str) -> int | None:
-    return fields.whole(key, -1, LARGEST_ID, None)  # -1: some files say so that they have none
+    return fields.whole(key, -1, LARGEST_ID, None)  # -1: how some files say that there is none
 
 
 def _family(fields: Fields) -> str:
@@ -259,7 +261,7 @@ def _activation_key(row: Family) -> str:
 
 
 def _defaults(row: Family) -> dict[str, Any]:
-    """What a config.json of the family means by the keys that it leaves out."""
+    """The values of keys that a config.json of the family leaves out."""
     return {
         **_COMMON_DEFAULTS,
         "attention_bias": row.always_attention_bias,
@@ -271,7 +273,7 @@ def _defaults(row: Family) -> dict[str, Any]:
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], fields: Fields, family: str) -> None:
-    """Refuses every key that is neither read, nor known to be harmless, nor at a value that switches nothing on."""
+    """Refuses every key that is not read, not known to be harmless, and not at a value that switches nothing on."""
     row = FAMILIES[family]
     known = READ_KEYS | HARMLESS_KEYS | set(row.known_keys)
     for key, value in raw.items():
@@ -309,7 +311,7 @@ def _layer_types(fields: Fields, family: str, num_layers: int) -> tuple[str, ...
 
 
 def _rope(raw: Fields, fields: Fields, family: str) -> tuple[float, RopeScaling, float]:
-    """Theta, scaling, and the theta of sliding layers; newer files have rope_parameters, older ones rope_scaling."""
+    """(theta, scaling, theta of sliding layers). Newer files have rope_parameters, older ones rope_scaling."""
     newer, older = raw.section("rope_parameters"), raw.section("rope_scaling")
     local_theta = fields.number("rope_local_base_freq", 0, _LARGEST_NUMBER, 10_000.0)
     if newer.values.keys() & {FULL_ATTENTION, SLIDING_ATTENTION}:
@@ -369,7 +371,7 @@ def _rope_scaling_json(scaling: RopeScaling) -> dict[str, Any] | None:
 
 
 def _whole(value: float) -> float | int:
-    """An int where the value is one: transformers 5 checks the type."""
+    """The value as an int where it is whole, because transformers 5 checks the type."""
     return int(value) if value == int(value) else value
 
 
@@ -383,7 +385,7 @@ def _token_ids_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _sliding_window_pattern(layer_types: tuple[str, ...]) -> int | None:
-    """The period p with every p-th layer global, if the layers are so arranged."""
+    """The period p if every p-th layer has full attention; None for another pattern."""
     for pattern in range(1, len(layer_types) + 2):
         if alternating_layer_types(len(layer_types), pattern) == layer_types:
             return pattern

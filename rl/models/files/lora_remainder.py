@@ -1,11 +1,11 @@
-"""What rounding takes away when adapters are merged, kept in a file beside the merged weights.
+"""The rounding loss of merged adapters, kept in a file beside the merged weights.
 
 In: a base, adapters, and the weights that `rl.models.lora.merge` made of them. Out: the base again, bit for bit.
 
-Merging rounds W + scale A B once to the stored dtype. Taking scale A B away again and rounding once more gives W back
-in most places and a neighbour of it in the others; the remainder is a list of those others, with W there. Places where
-another machine's float64 products might tip the rounding are in the list as well, so the result does not depend on the
-machine. A digest of the base says whether the file belongs to these weights and this adapter.
+Merging rounds W + scale A B once to the stored dtype. Subtracting scale A B and rounding again gives W in most places,
+and a neighbour of it in the others. The remainder lists those others, with the value of W. It also lists places where
+another machine's float64 products might change the rounding, so the result does not depend on the machine. A digest of
+the base shows whether the file belongs to these weights and this adapter.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ _FORMAT = 1
 
 
 class Remainder(NamedTuple):
-    """Where `unmerge` does not give the base, and what the base is there.
+    """The places where `unmerge` does not give the base, and the base's values there.
 
     Attributes:
-      dtype: of the merged weights and the base, float32, bfloat16 or float16.
-      places: by kernel (its path, joined by slashes) positions in the flattened kernel, uint32 or int64 [N].
-      bits: by kernel the base's values there, as unsigned integers [N] of the dtype's size.
+      dtype: of the merged weights and the base: float32, bfloat16 or float16.
+      places: {kernel's path, joined by slashes: positions in the flattened kernel, uint32 or int64 [N]}.
+      bits: {kernel: the base's values there, as unsigned integers [N] of the dtype's size}.
       digest: SHA-256 of all adapted kernels of the base, in `dtype` and in the order of their names.
     """
 
@@ -43,10 +43,10 @@ class Remainder(NamedTuple):
 
 
 def merge_with_remainder(config: ModelConfig, params: Mapping[str, Any], dtype: str) -> tuple[Params, Remainder]:
-    """What `merge` gives of base and adapters `params`, and what `restore_base` needs beside it.
+    """The merged weights of base and adapters `params`, and the remainder for `restore_base`.
 
     Args:
-      dtype: that the merged weights are stored in, and the base is restored in.
+      dtype: the stored type of the merged weights and of the restored base.
     """
     lora, digest = config.lora, hashlib.sha256()
     assert lora is not None
@@ -75,10 +75,10 @@ def merge_with_remainder(config: ModelConfig, params: Mapping[str, Any], dtype: 
 def restore_base(
     config: ModelConfig, merged: Mapping[str, Any], adapters: Mapping[str, Any], remainder: Remainder
 ) -> Params:
-    """The base (numpy) that `merged` was made of, bit for bit in the remainder's dtype.
+    """The base (numpy) from which `merged` was made, bit for bit in the remainder's dtype.
 
     Raises:
-      ValueError: the remainder is of other weights or another adapter.
+      ValueError: the remainder belongs to other weights or another adapter.
     """
     base, digest = unmerge(config, merged, adapters), hashlib.sha256()
     names = [name for name, _ in _adapted_modules(join(adapters, merged))]
@@ -140,10 +140,10 @@ def _adapted_modules(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tupl
 
 
 def _stored(config: ModelConfig, value: Any, dtype: str) -> np.ndarray:
-    """A value as it comes from a folder of `dtype`, which was written from `config.param_dtype`."""
+    """The value after it was written from `config.param_dtype` to a folder of `dtype` and read back."""
     return np.asarray(jax.device_get(value)).astype(jnp.dtype(config.param_dtype)).astype(jnp.dtype(dtype))
 
 
 def _as_bits(array: np.ndarray) -> np.ndarray:
-    """The flattened array as unsigned integers of its size."""
+    """The flattened array as unsigned integers with the size of its dtype."""
     return np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")

@@ -1,15 +1,17 @@
-"""Weights in the layouts of MaxText's decoders (https://github.com/AI-Hypercomputer/maxtext), read into this project's.
+"""Reads weights in the layouts of MaxText's decoders (https://github.com/AI-Hypercomputer/maxtext).
 
-In: the paths of the arrays of a checkpoint and a function that reads one. Out: the parameter tree of
-`rl.models.config.base_specs`; an array that is missing, left over or misshapen is a ValueError with its name. Known are
-the blocks of Llama, Qwen2, Qwen3 and Gemma 3; Linen (`params/params/decoder/...`) and NNX (`decoder/...`, `model/...`
-or `base/...`, each array below `value`); layers one by one (`layers_3`) or stacked along dim 1 (`layers`), Gemma's in
-blocks of six with the rest in `layers_remainder`. The optimizer's arrays are not read.
+In: the paths of the arrays of a checkpoint, and a function that reads one. Out: the parameter tree of
+`rl.models.config.base_specs`. An array that is missing, left over or misshapen is a ValueError with its name.
 
-What differs from Hugging Face's weights, as in MaxText's own `checkpoint_conversion/utils/param_mapping.py`: Llama's
-query kernels are divided by sqrt(head_dim), and in models with Llama 3.1's rotary embedding the dims of queries and
-keys that rotate together are neighbours; Gemma's embedding is multiplied by sqrt(hidden_size) in bfloat16, and its
-norms hold 1 + scale; a vocabulary may be padded.
+Known families: Llama, Qwen2, Qwen3 and Gemma 3. Known roots: Linen (`params/params/decoder/...`) and NNX
+(`decoder/...`, `model/...` or `base/...`, each array below `value`). Layers stand one by one (`layers_3`) or stacked
+along dim 1 (`layers`); Gemma's are stacked in blocks of six with the rest in `layers_remainder`. The optimizer's arrays
+are not read.
+
+The weights differ from Hugging Face's as in MaxText's own `checkpoint_conversion/utils/param_mapping.py`: Llama's query
+kernels are divided by sqrt(head_dim). With Llama 3.1's rotary embedding, the dims of queries and keys that rotate
+together are neighbours. Gemma's embedding is multiplied by sqrt(hidden_size) in bfloat16, and its norms hold 1 + scale.
+A vocabulary may be padded.
 """
 
 import math
@@ -58,7 +60,9 @@ _OTHER_MODALITIES = ("vision_encoder/", "audio_encoder/")
 
 
 class _Place(NamedTuple):
-    """Where a parameter lies: an array of MaxText's, and the index of its layer if it is a stack of `count`."""
+    """The place of a parameter: the name of MaxText's array, and its layer's index if the array stacks
+    `count` layers.
+    """
 
     name: str
     index: int | None = None
@@ -66,8 +70,8 @@ class _Place(NamedTuple):
 
 
 def weight_names(paths: Iterable[Path]) -> dict[str, Path]:
-    """The arrays that are weights, by their names in MaxText's Linen layout without its root ("decoder/layers/..."); {}
-    where these are no paths of a MaxText decoder.
+    """{name: path} of the weights among `paths`, named as in MaxText's Linen layout without its root
+    ("decoder/layers/..."). {} where the paths are not those of a MaxText decoder.
     """
     paths = list(paths)
     root = next((root for root in _ROOTS if any(path[0] == root for path in paths)), None)
@@ -84,13 +88,13 @@ def weight_names(paths: Iterable[Path]) -> dict[str, Path]:
             continue
         if parts[-1:] == ["value"]:
             del parts[-1]
-        # A list of layers has their numbers as names.
+        # The names in a list of layers are numbers.
         names[re.sub(r"/(\d+)(?=/|$)", r"_\1", "/".join(parts))] = path
     return names if any(name.startswith("decoder/") for name in names) else {}
 
 
 def layout_of(paths: Iterable[Path]) -> str | None:
-    """In words which of MaxText's layouts these paths are of; None: of none."""
+    """The name of MaxText's layout that these paths have; None for none of its layouts."""
     names = weight_names(paths)
     if not names:
         return None
@@ -102,7 +106,7 @@ def layout_of(paths: Iterable[Path]) -> str | None:
 def read_params(
     config: ModelConfig, names: Mapping[str, Path], read: Callable[[Path], np.ndarray], rope: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The parameters of a checkpoint, numpy, each array of it read once.
+    """The parameters of a checkpoint (numpy). Each of its arrays is read once.
 
     Args:
       names: from `weight_names`.
@@ -203,7 +207,7 @@ def _slice(stored: np.ndarray, place: _Place, shape: tuple[int, ...], path: Path
 
 
 def _to_ours(config: ModelConfig, path: Path, value: np.ndarray, interleaved: bool) -> np.ndarray:
-    """The numbers that Hugging Face's model has in this place; those that are computed are float32 or wider."""
+    """The value as in Hugging Face's model. Computed numbers are float32 or wider."""
     wide = value.astype(np.promote_types(np.float32, value.dtype) if value.dtype.itemsize > 2 else np.float32)
     if config.features.scales_embedding and path[0] == "embed_tokens":
         return wide / np.float32(ml_dtypes.bfloat16(config.hidden_size**0.5))

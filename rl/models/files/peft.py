@@ -1,7 +1,8 @@
 """Adapters in the format of PEFT (https://github.com/huggingface/peft): adapter_config.json, adapter_model.safetensors.
 
-In: the adapters of a parameter tree, or such a folder. Out: the other of the two; what this model cannot compute (DoRA,
-ranks by module, trained biases, adapted embeddings) is refused by name. The base is not here: see `rl.models.files.hf`.
+In: the adapters of a parameter tree, or such a folder. Out: the other of the two. Settings that are not computed here
+(DoRA, ranks by module, trained biases, adapted embeddings) are refused by name. Not here: the base
+(`rl.models.files.hf`).
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ _LARGEST_ALPHA = 1e9
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SUFFIXES = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight"}
 _TENSOR = re.compile(r"^base_model\.model\.(?:model\.layers\.(\d+)\.(.+)|(lm_head))\.(lora_[AB])\.weight$")
-# Settings that change what an adapter computes, with the values under which it computes what is done here.
+# Settings that change what an adapter computes, with the values that are computed here.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -55,21 +56,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "layer_replication": (None,),
-    # The other ways of starting an adapter take a part of the base away.
+    # Other ways to initialise an adapter take a part of the base away.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
-_ALL_LINEAR = "all-linear"  # as target_modules: every matrix of the layers
+_ALL_LINEAR = "all-linear"  # as target_modules it means every matrix of the layers
 
 
 def save_adapter(folder: str | pathlib.Path, config: ModelConfig, params: Params, base: str | None) -> None:
     """Writes the adapters of `params` as a folder that peft opens; it appears whole or not at all.
 
     Args:
-      config: of the policy, with `lora`.
-      base: folder or hub id of the base model, for whoever opens the adapter.
+      config: the policy's configuration, with `lora`.
+      base: folder or hub id of the base model, a note for whoever opens the adapter.
 
     Raises:
-      ValueError: no adapters, or the folder exists and is not empty.
+      ValueError: the model has no adapters, or the folder exists and is not empty.
     """
     lora = config.lora
     if lora is None:
@@ -105,14 +106,14 @@ def read_adapter(folder: str | pathlib.Path) -> LoRAConfig:
     """Rank, alpha and targets (the names of the adapted modules, one by one) of a folder.
 
     Raises:
-      ValueError: no such folder, a kind of adapter that is not computed here, tensors that are no LoRA, or others than
-        the target_modules of its settings.
+      ValueError: there is no such folder, its kind of adapter is not computed here, its tensors are no LoRA, or they
+        are not those of its target_modules.
     """
     folder = pathlib.Path(folder)
     fields = _settings(folder)
     for key, allowed in _NEUTRAL.items():
         value = fields.values.get(key, allowed[0])
-        # By type as well: 0 is not false, and text is neither.
+        # The type must be equal, too: 0 is not false.
         if not any(type(value) is type(neutral) and value == neutral for neutral in allowed):
             raise fields.refuse(key, f"{allowed[0]!r}; anything else is not supported")
     rank = fields.whole("r", 1, LARGEST["hidden_size"])
@@ -147,8 +148,9 @@ def _settings(folder: pathlib.Path) -> Fields:
 
 
 def _check_targets(folder: pathlib.Path, fields: Fields, modules: list[str], stored: set[str]) -> None:
-    """ValueError where, of `modules`, target_modules names others than are stored: peft ignores what is not named, and
-    leaves what is not stored at its start.
+    """ValueError where target_modules names other `modules` than are stored.
+
+    peft ignores a stored module that is not named, and leaves a named one that is not stored at its initial value.
     """
     names = [tensor_name((*module.split("/"), "kernel")).removesuffix(".weight") for module in modules]
     targets = fields.values.get("target_modules")
@@ -174,13 +176,13 @@ def _check_targets(folder: pathlib.Path, fields: Fields, modules: list[str], sto
 
 
 def _is_of(name: str, layers: list[int]) -> bool:
-    """Whether a module lies in one of these layers; [] stands for all."""
+    """Whether a module is in one of these layers; [] means all layers."""
     match = re.search(r"\.layers\.(\d+)\.", name)
     return not layers or (match is not None and int(match[1]) in layers)
 
 
 def _match(pattern: str, names: list[str]) -> list[bool]:
-    # Somebody else's pattern may take for ever.
+    # A pattern that others wrote may take forever.
     untrusted = Untrusted()
     try:
         return untrusted.match(pattern, names)
@@ -189,7 +191,8 @@ def _match(pattern: str, names: list[str]) -> list[bool]:
 
 
 def adapter_for(folder: str | pathlib.Path, config: ModelConfig) -> LoRAConfig:
-    """What a model needs to compute with the adapter of a folder: its rank and alpha, its targets as short patterns.
+    """The LoRA settings with which a model computes the adapter of a folder: rank, alpha, and targets as short
+    patterns.
 
     Raises:
       ValueError: as `read_adapter`, and for an adapter of matrices that the model does not have.
@@ -211,7 +214,9 @@ def adapter_for(folder: str | pathlib.Path, config: ModelConfig) -> LoRAConfig:
 
 
 def check_adapter(folder: str | pathlib.Path, config: ModelConfig) -> None:
-    """ValueError where the folder's rank, alpha, modules or shapes are not those of `config`; reads no data."""
+    """ValueError where the folder's rank, alpha, modules or shapes differ from those of `config`. Reads
+    headers only.
+    """
     folder, lora = pathlib.Path(folder), config.lora
     assert lora is not None
     found = read_adapter(folder)
@@ -263,7 +268,7 @@ def load_adapter(
 
 
 def stored_matrices(folder: str | pathlib.Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(module, A [rank, inputs], B [outputs, rank]) of each adapted matrix, as they are stored, one after the other.
+    """(module, A [rank, inputs], B [outputs, rank]) of each adapted matrix in the stored type, one after the other.
 
     Raises ValueError as `read_adapter` does.
     """
@@ -275,7 +280,7 @@ def stored_matrices(folder: str | pathlib.Path) -> Iterator[tuple[str, np.ndarra
 
 
 def base_name(folder: str | pathlib.Path) -> str | None:
-    """What the adapter calls the model that it was trained beside."""
+    """The adapter's name for its base model."""
     return _settings(pathlib.Path(folder)).text("base_model_name_or_path", None)
 
 
@@ -288,7 +293,7 @@ def adapter_hash(folder: str | pathlib.Path) -> str:
 
 
 def _target_modules(config: ModelConfig, modules: set[str]) -> list[str]:
-    """Last parts of module names ("q_proj") where every module so called has an adapter, else names in full."""
+    """Last parts of module names ("q_proj") if every module with that name has an adapter, else full names."""
     names = []
     for module, is_whole in _adapted(config, modules):
         full = tensor_name((*module.split("/"), "kernel")).removesuffix(".weight")

@@ -1,9 +1,8 @@
-"""Quantised weights of a model that is not the toolkit's own decoder, in files of `grpo quantize` under the parameters'
-own names.
+"""Files of `grpo quantize` for models that are not the toolkit's own decoder, with the parameters' own names.
 
 In: parameters one by one, or a folder. Out: tensors for a safetensors file, or the parameter tree on a mesh, quantised
-as it is stored. Not here: which parameters are quantised and how (`rl.models.quantized`), the files of the toolkit's
-own decoder (`rl.models.files.hf`).
+as stored. Not here: which parameters are quantised and how (`rl.models.quantized`), the files of the toolkit's own
+decoder (`rl.models.files.hf`).
 """
 
 import pathlib
@@ -26,8 +25,8 @@ Path = tuple[str, ...]
 
 
 def stored_form(path: Path, value: Any) -> dict[str, np.ndarray]:
-    """The tensors that hold one parameter: NAME, and NAME_scale of a quantised one, whose int4 values lie two in a byte
-    in one dim.
+    """{name: tensor} for one parameter: NAME, and NAME_scale if it is quantised. int4 values are flat, two in
+    a byte.
     """
     name, value = "/".join(path), jax.device_get(value)
     if not isinstance(value, QuantizedArray):
@@ -39,8 +38,8 @@ def stored_form(path: Path, value: Any) -> dict[str, np.ndarray]:
 
 
 def check_weights(folder: pathlib.Path, config: ForeignConfig) -> dict[str, pathlib.Path]:
-    """The file of every tensor in a folder, after comparing the files' headers with what `config` wants; ValueError
-    naming what is missing, extra or of another form.
+    """{tensor: file} of a folder, after a comparison of the files' headers with `config`. ValueError names what is
+    missing, extra or of another form.
     """
     check_patterns(config)
     locations, wanted = tensor_locations(folder), _forms(config)
@@ -62,8 +61,10 @@ def check_weights(folder: pathlib.Path, config: ForeignConfig) -> dict[str, path
 
 
 def load_params(folder: pathlib.Path, config: ForeignConfig, shardings: Any, allow_nonfinite: bool = False) -> Params:
-    """The parameter tree in a folder, placed by `shardings`, quantised where it is stored so, else in
-    `config.param_dtype`. ValueError as of `check_weights`, and, unless `allow_nonfinite`, for NaN and infinity.
+    """The parameter tree in a folder, placed by `shardings`. Quantised parameters stay so; others get
+    `config.param_dtype`.
+
+    ValueError as in `check_weights`, and, unless `allow_nonfinite`, for NaN and infinity.
     """
     assert config.quantization is not None
     locations, params = check_weights(folder, config), {}

@@ -1,1 +1,1 @@
-"""Models that are not ours: Tunix's, and a user's own module."""
+"""Models that are not the toolkit's own decoder: Tunix's, and a user's own module."""

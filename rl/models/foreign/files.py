@@ -1,10 +1,9 @@
-"""What runs with a model that is not the toolkit's own decoder do otherwise: weights in and out, what is said at the
-start, and a trial of its computation. Every function here is for any policy and does nothing, or says nothing, where
-the model is the toolkit's own.
+"""What a run does differently for a model that is not the toolkit's own decoder: weights in and out, remarks at the
+start, and a trial of the computation.
 
-In: a policy (`rl.models.foreign.own_policy`, `rl.models.foreign.tunix_policy`). Not here: its contract and its
-computation.
-Legend: B rows, T token positions, D model.
+In: a policy (`rl.models.foreign.own_policy`, `rl.models.foreign.tunix_policy`). `notes`, `unsharded` and `check_policy`
+take any policy, and have nothing to say about the toolkit's own decoder. Not here: contract and computation of the
+policy. Legend: B rows, T token positions, D model.
 """
 
 import dataclasses
@@ -25,12 +24,12 @@ from rl.models.ops import dtype_of
 from rl.models.policy import Params, Policy, WavePolicy
 
 LENGTH = 6  # tokens of the trial
-TOLERANCES = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 0.2}  # of hidden states, relative to the largest
+TOLERANCES = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 0.2}  # relative to the largest hidden state
 
 
 def check_weights(folder: pathlib.Path, config: Any) -> None:
-    """Compares the headers of a Tunix model's files, or of quantised ones, with what `config` wants; ValueError naming
-    what does not fit.
+    """Compares the headers of a Tunix model's files, or of quantised files, with `config`. ValueError names what does
+    not fit.
     """
     if config.quantization is not None:
         quantized_files.check_weights(folder, config)
@@ -44,7 +43,7 @@ def load_weights(path: pathlib.Path, config: Any, shardings: Any, allow_nonfinit
     """The weights of a `ForeignConfig`'s model, placed by `shardings`.
 
     Args:
-      path: a Tunix model's folder, or what model.weights names.
+      path: a Tunix model's folder, or the value of model.weights.
 
     Raises:
       ValueError: weights that are missing, extra or misshapen, naming each; NaN or infinity, unless `allow_nonfinite`.
@@ -59,7 +58,7 @@ def load_weights(path: pathlib.Path, config: Any, shardings: Any, allow_nonfinit
 
 
 def weight_reader(path: pathlib.Path, config: Any) -> Callable[[tuple[str, ...]], np.ndarray]:
-    """A function that reads one parameter of such a model, plain and in its stored type; the rest stays on the disk."""
+    """A function that reads one parameter of the model, plain and in its stored type; the rest stays on the disk."""
     if config.kind == "own":
         return own_files.weight_reader(path, config)
     from rl.models.foreign import tunix_files
@@ -68,10 +67,11 @@ def weight_reader(path: pathlib.Path, config: Any) -> Callable[[tuple[str, ...]]
 
 
 def save_folder(out: str | pathlib.Path, config: Any, params: Params, tokenizer: Any, dtype: str | None = None) -> None:
-    """Writes the folder `out`, which must be new or empty: of a Tunix model a Hugging Face folder like the one it came
-    from; of a module of the user's own a model.safetensors with every parameter under its name, for model.weights.
+    """Writes the folder `out`, which must be new or empty.
 
-    `dtype` is the stored type, None keeps `config.param_dtype`.
+    For a Tunix model it is a Hugging Face folder like the one that the model came from. For a user's module it is a
+    model.safetensors with every parameter under its name, which model.weights takes. `dtype` is the stored type; None
+    keeps `config.param_dtype`.
     """
     if dtype is not None:
         config = dataclasses.replace(config, param_dtype=dtype)
@@ -87,7 +87,7 @@ def save_folder(out: str | pathlib.Path, config: Any, params: Params, tokenizer:
 
 
 def notes(policy: Policy) -> Iterator[str]:
-    """What a person should know at the start of a run about how the policy is computed."""
+    """Remarks for the start of a run about how the policy is computed."""
     if policy.decodes_in_waves:
         yield (
             "the policy decodes in aligned waves with a cache of its own: every sample holds its own copy of the "
@@ -141,7 +141,9 @@ def check_policy(policy: Policy, params: Params, source: str | None) -> None:
 def _trial(
     policy: WavePolicy, params: Params, tokens_1T: jax.Array, positions_1T: jax.Array, zeros_1T: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The largest hidden state of a sequence, and how far three other ways to its hidden states are off at most."""
+    """(the largest hidden state of a sequence, {way: largest difference}) for three other ways to compute the hidden
+    states.
+    """
 
     def difference(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.max(jnp.abs(a - b))
@@ -158,7 +160,7 @@ def _trial(
         parts.append(part_1TD)
     errors["decoding"] = difference(whole_1TD, jnp.concatenate(parts, axis=1))
     if policy.packs_rows:
-        # Three times the sequence: as another group, and its second half as another branch of the first.
+        # The sequence, the sequence again as another group, and its second half as another branch of the first group.
         tokens, positions = (jnp.concatenate([x, x, x[:, half:]], axis=1) for x in (tokens_1T, positions_1T))
         groups_1T = jnp.concatenate([zeros_1T, zeros_1T + 1, zeros_1T[:, half:]], axis=1)
         branches_1T = jnp.concatenate([(positions_1T >= half) * 1, zeros_1T, zeros_1T[:, half:] + 2], axis=1)
