@@ -124,7 +124,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with residuals; with `post_norms` the output of each is normalised as well."""
+    """Attention and MLP with residuals. With `post_norms` their outputs are normalised as well."""
 
     config: ModelConfig
 
@@ -153,8 +153,7 @@ class Block(nn.Module):
 class CausalLM(nn.Module):
     """The decoder. `__call__` gives logits of every position; training and decoding use the three methods below it.
 
-    `attention_fn` computes attention where there is no cache; `exchange_fn` is what is done there to the rows of the
-    embedding table.
+    Where there is no cache, `attention_fn` computes attention, and `exchange_fn` moves the looked-up embeddings.
     """
 
     config: ModelConfig
@@ -163,7 +162,7 @@ class CausalLM(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        # Rematerialisation changes the backward pass only: nothing to gain, and other rng paths, while initialising.
+        # Not while initialising: rematerialisation changes the backward pass only, and would change the rng paths.
         remat = config.remat != "none" and not self.is_initializing()
         block = nn.remat(Block, **ops.remat_options(config.remat)) if remat else Block
         self.embed_tokens = Embedding(config)
@@ -223,7 +222,7 @@ class CausalLM(nn.Module):
         return x_BTD, new_caches
 
     def _scan(self, x_BTD, contexts, caches):
-        # A model of its own applies one layer, under the name of the first of its run, to one slice of the stack.
+        # A separate model applies one layer, named as the first of its run, to one slice of the stack.
         model = CausalLM(dataclasses.replace(self.config, remat="none"), parent=None)
         params, new_caches = self.variables["params"], []
         for run in scanned.layer_runs(self.config):

@@ -1,8 +1,8 @@
 """The NNX twin: a decoder of `flax.nnx` modules over the shared ops. Its pure state has the tree of `parameter_specs`.
 
-Matrices are read with `get_value()`, since a `QuantizedArray` may stand in their place; `[...]` is for arrays only.
-Adapters are `nnx.LoRAParam`s, a kind of `nnx.Param`.
-Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim, F mlp.
+Matrices are read with `get_value()`, because they may be a `QuantizedArray`; `[...]` works for arrays only. Adapters
+are `nnx.LoRAParam`s, a kind of `nnx.Param`. Legend: B sequences, T token positions, V vocab, D model, N query heads, K
+kv heads, H head dim, F mlp.
 """
 
 import jax
@@ -125,7 +125,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP with residuals; with `post_norms` the output of each is normalised as well."""
+    """Attention and MLP with residuals. With `post_norms` their outputs are normalised as well."""
 
     def __init__(self, config: ModelConfig, key: jax.Array, path: Path) -> None:
         self.config = config
@@ -152,8 +152,7 @@ class Block(nnx.Module):
 
 class CausalLM(nnx.Module):
     """The decoder. `__call__` gives logits of every position; training and decoding use the three methods below it.
-    `attention_fn` is what computes attention where there is no cache, `exchange_fn` what is done there to the rows of
-    the embedding table.
+    Where there is no cache, `attention_fn` computes attention, and `exchange_fn` moves the looked-up embeddings.
 
     Initial values depend on the key of the `params` stream of `rngs` and on each parameter's path, not on the order of
     construction: both twins draw the same numbers.
@@ -211,7 +210,7 @@ class CausalLM(nnx.Module):
         return self.lm_head(hidden, out_dtype=ops.widen(hidden.dtype))
 
     def _layer_names(self) -> list[str]:
-        # Attributes, not a list: a list's state has integer keys, the parameter tree has names.
+        # Attributes, not a list: the parameter tree has names, and a list's state has integer keys.
         return [f"layers_{i}" for i in range(self.config.num_layers)]
 
     def _run(self, x_BTD, contexts, caches):
@@ -262,7 +261,9 @@ def _call(layer, *arguments):
 
 
 def _rematerialised(function, **options):
-    """`function` of (modules, *arguments), of which the backward pass keeps only the inputs and what `options` name."""
+    """`function` of (modules, *arguments), rematerialised: the backward pass keeps its inputs and what
+    `options` name.
+    """
 
     def call(modules, *arguments):
         graphdef, state = nnx.split(modules)

@@ -141,8 +141,8 @@ def check_policy(policy: Policy, params: Params, source: str | None) -> None:
 def _trial(
     policy: WavePolicy, params: Params, tokens_1T: jax.Array, positions_1T: jax.Array, zeros_1T: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(the largest hidden state of a sequence, {way: largest difference}) for three other ways to compute the hidden
-    states.
+    """(the largest hidden state of a sequence, {rule: largest difference}) of trials of causality, decoding and
+    packing.
     """
 
     def difference(a: jax.Array, b: jax.Array) -> jax.Array:

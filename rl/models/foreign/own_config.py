@@ -1,10 +1,9 @@
-"""A module of the user's own, described: `model.source: path/to/file.py:build`. docs/models.md has the contract.
+"""The description of a user's own module: `model.source: path/to/file.py:build`. docs/models.md has the contract.
 
-In: the function in the file. Out: a `ForeignConfig` that describes the module which it returns. What the module does
-not say it has (a mask, a cache, logical axes) is not asked of it. Without a mask each row holds one sequence. Without a
-cache decoding computes all positions again for each token. Not here: the policy over it
-(`rl.models.foreign.own_policy`), and its weights (`rl.models.foreign.own_files`).
-Legend: B sequences, T token positions, S cache positions, D model.
+In: the function in the file. Out: a `ForeignConfig` that describes the module which it returns. Mask, cache and logical
+axes are optional. Without a mask each training row holds one sequence. Without a cache decoding computes all positions
+again for each token. Not here: the policy over it (`rl.models.foreign.own_policy`), and its weights
+(`rl.models.foreign.own_files`). Legend: B sequences, T token positions, S cache positions, D model.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ MODULE_CLASSES = {"nnx": nnx.Module, "linen": flax.linen.Module}
 
 
 class OtherFlavourError(Exception):
-    """`source` returned a module of class `found`, whose flavours `kinds` are not the one that is asked for."""
+    """`source` returned a module of class `found`; its flavours `kinds` do not include the requested one."""
 
     def __init__(self, source: str, found: str, kinds: list[str]) -> None:
         super().__init__(source, found, kinds)
@@ -61,7 +60,7 @@ def describe(
     """Builds the module that `section` (the configuration's `model`) names, without numbers, and checks its contract.
 
     Raises:
-      ValueError: naming model.source, what the module must have, and what it has.
+      ValueError: the message names model.source, what the module must have, and what it has.
       OtherFlavourError: the module is not of `flavour`.
     """
     source = section.source
@@ -104,7 +103,7 @@ def describe(
 
 
 def _maker(source: str, build: Callable[..., Any], offered: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
-    """`build` as a function of nnx.Rngs alone: of what is offered it gets what it names, and all of `args`."""
+    """`build` as a function of nnx.Rngs alone. It gets the offered arguments that it names, and all of `args`."""
     parameters = inspect.signature(build).parameters.values()
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     names = {parameter.name for parameter in parameters}
@@ -144,13 +143,13 @@ def _extend_inputs(source: str, module: Any) -> tuple[str, ...]:
 
 
 def _parameters(method: Any) -> list[str]:
-    """Names of the arguments that have to be given, self left out."""
+    """Names of the required arguments, without self."""
     parameters = list(inspect.signature(method).parameters.values())[1:]
     return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
 
 
 def _specs(source: str, shapes: Any, logical_axes: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A `ParameterSpec` per leaf; its axes are those of the first pattern that matches its name."""
+    """A `ParameterSpec` for each leaf, with the axes of the first pattern that matches its name."""
     specs: dict[str, Any] = {}
     for name, child in shapes.items():
         path = (*prefix, name)
@@ -166,8 +165,10 @@ def _specs(source: str, shapes: Any, logical_axes: Mapping[str, Any], prefix: tu
 
 
 def _contract_dims(path: tuple[str, ...], num_dims: int) -> tuple[int, ...]:
-    """The dim that a product with this parameter most likely sums over: of [..., inputs, outputs] the inputs, of an
-    embedding table the last. What it really sums over is not known; a scale for each of the others is never too few.
+    """The dim that a product with this parameter most likely sums over: the inputs of [..., inputs, outputs], or the
+    last dim of an embedding table.
+
+    The true dims are not known. Each entry of the other dims gets its own scale, so there are never too few scales.
     """
     if num_dims < 2:
         return ()
@@ -175,7 +176,7 @@ def _contract_dims(path: tuple[str, ...], num_dims: int) -> tuple[int, ...]:
 
 
 def _check_forms(source: str, policy: Any, shapes: Any) -> tuple[int, int]:
-    """Checks the form of everything that the module computes; (hidden size, vocabulary)."""
+    """Checks the form of everything that the module computes. Returns (hidden size, vocabulary)."""
     config, num_rows, length = policy.config, 2, 4
     for name, leaf in _leaves(shapes):
         rule = f"have its weights in model.param_dtype ({config.param_dtype}), which `build` may take as param_dtype"

@@ -1,7 +1,7 @@
 """Weights of a user's own module: one safetensors file under the parameters' own names.
 
-In: a file, or parameters. Out: parameters placed by their shardings, or the file. A name, a shape or a dtype that does
-not fit is a ValueError.
+In: a file, or parameters. Out: parameters placed by their shardings, or the file. ValueError where a name, a shape or a
+dtype does not fit.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ from rl.models.ops import dtype_of
 
 
 def save_weights(file: pathlib.Path, params: Any) -> None:
-    """Writes every parameter under its name, "blocks/0/kernel" for instance, to a safetensors file and reads it."""
+    """Writes every parameter under its name ("blocks/0/kernel") to a safetensors file, and reads the file back."""
     save_tensors(file, {name: np.asarray(jax.device_get(leaf)) for name, leaf in _leaves(params)})
 
 
@@ -29,7 +29,7 @@ def load_weights(file: pathlib.Path, config: ForeignConfig, shardings: Any, allo
     """The parameters in a file that `save_weights` wrote, placed by `shardings`.
 
     Raises:
-      ValueError: weights that are missing, extra, or of another shape, naming each; NaN or infinity, unless
+      ValueError: weights are missing, extra or of another shape (the message names each); NaN or infinity, unless
         `allow_nonfinite`.
     """
     return place_weights(weight_reader(file, config), config, shardings, str(file), allow_nonfinite)
@@ -42,9 +42,9 @@ def place_weights(
     source: str,
     allow_nonfinite: bool,
 ) -> Params:
-    """What `read` gives for each path of `shardings`, placed by it in `config.param_dtype`; one is read at a time.
+    """Reads the parameter at each path of `shardings`, one at a time, and places it in `config.param_dtype`.
 
-    `source` is where it comes from, for messages. ValueError for NaN and infinity, unless `allow_nonfinite`.
+    `source` names the origin in messages. ValueError for NaN and infinity, unless `allow_nonfinite`.
     """
 
     def place(keys: tuple, sharding: Any) -> jax.Array:
@@ -56,7 +56,9 @@ def place_weights(
 
 
 def weight_reader(file: pathlib.Path, config: ForeignConfig) -> Callable[[tuple[str, ...]], np.ndarray]:
-    """A function that reads one parameter of such a file; ValueError as of `load_weights`, at once."""
+    """A function that reads one parameter of such a file. The file is checked at once; ValueError as in
+    `load_weights`.
+    """
     specs = {"/".join(path): spec for path, spec in flatten_specs(config.specs)}
     with open_tensors(file) as tensors:
         views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)

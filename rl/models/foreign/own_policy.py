@@ -31,14 +31,14 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OwnModule:
-    """What a policy over a user's module is made of (`ForeignConfig.model`).
+    """The parts of a policy over a user's module (`ForeignConfig.model`).
 
     Attributes:
-      make: nnx.Rngs -> a new module; a Linen module has no use for the argument.
+      make: nnx.Rngs -> a new module; a Linen module ignores the argument.
       module: the Linen module, or the NNX graph definition.
-      template: an NNX module's parameter tree with its own keys (numbers for the entries of a list); {} of a Linen one.
-      inputs: those of `INPUTS` that `__call__` takes.
-      extend_inputs: those of tokens, positions and cache that `extend` takes; () without a cache.
+      template: an NNX module's parameter tree with its own keys (numbers for the entries of a list); {} for Linen.
+      inputs: the names in `INPUTS` that `__call__` takes.
+      extend_inputs: which of tokens, positions and cache `extend` takes; () without a cache.
     """
 
     make: Callable[[nnx.Rngs], Any]
@@ -49,7 +49,7 @@ class OwnModule:
 
 
 class _ModulePolicy:
-    """What both flavours share: which arguments a module is given, and decoding without a cache of its own."""
+    """The part that both flavours share: the choice of a module's arguments, and decoding without a cache."""
 
     decodes_in_waves = True
     kernel = OWN_KERNEL
@@ -68,7 +68,7 @@ class _ModulePolicy:
         return self
 
     def _call(self, params: Params, method: str, **arguments: Any) -> Any:
-        # The module knows plain arrays only, so quantised ones become such at each call.
+        # The module takes plain arrays only, so quantised ones are widened at each call.
         return self._apply(dequantize_params(params, dtype_of(self.config.param_dtype)), method, **arguments)
 
     def hidden(
@@ -106,7 +106,7 @@ class _ModulePolicy:
         if self._own.extend_inputs:
             inputs = {"tokens": tokens_BT, "positions": positions_BT, "cache": cache}
             return self._call(params, "extend", **{name: inputs[name] for name in self._own.extend_inputs})
-        # The cache is the tokens so far; what lies behind them has no influence, because a policy is causal.
+        # The cache is the tokens so far. Later entries have no influence, because a policy is causal.
         start = positions_BT[0, 0]
         cache_BS = jax.lax.dynamic_update_slice(cache, tokens_BT, (jnp.zeros_like(start), start))
         positions_BS = jnp.broadcast_to(jnp.arange(cache_BS.shape[1], dtype=jnp.int32), cache_BS.shape)
@@ -148,7 +148,7 @@ class NNXModulePolicy(_ModulePolicy):
 
 
 def own_keys(template: Any, params: Any) -> Any:
-    """`params` with the keys of `template`, whose text they have; the opposite of `train_state.string_keys`."""
+    """`params` with the keys of `template` in place of their texts; the opposite of `train_state.string_keys`."""
     if not isinstance(template, Mapping):
         return params
     names = {str(key) for key in template}

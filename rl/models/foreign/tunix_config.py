@@ -1,7 +1,7 @@
-"""A Hugging Face folder as one of the text models of `tunix.models`: which class, and its configuration.
+"""The class of `tunix.models` that fits a Hugging Face folder, and its configuration.
 
-In: config.json. Out: a `ForeignConfig` for `rl.models.foreign.tunix_policy`, or a ValueError that names the option
-which Tunix would ignore. Tunix is imported when a folder is described, not before. Weights are not read here.
+In: config.json. Out: a `ForeignConfig` for `rl.models.foreign.tunix_policy`, or a ValueError that names an option which
+Tunix would ignore. Tunix is imported only when a folder is described. Weights are not read here.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ FIXED_NORM_EPS = 1e-6  # of Tunix's Gemma models
 LARGEST_EXPERTS = 4096  # of a layer
 GEMMA3_PERIOD = 6  # of Tunix's Gemma 3, whose every sixth layer is global
 
-# Pattern of a parameter's name -> logical axes of its last dims, and which of these its product sums over; dims before
-# them (stacked matrices) have no axes.
+# {pattern of a parameter's name: (logical axes of its last dims, those of them that its product sums over)}. Earlier
+# dims (stacked matrices) have no axes.
 MATRICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     r"embedder/input_embedding$": (("vocab", "embed"), ("embed",)),
     r"lm_head/w$": (("embed", "vocab"), ("embed",)),
@@ -55,18 +55,19 @@ MATRICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TunixModel:
-    """What a policy over a Tunix model is made of (`ForeignConfig.model`).
+    """The parts of a policy over a Tunix model (`ForeignConfig.model`).
 
     Attributes:
-      library: its module with the classes; loader: that with create_model_from_safe_tensors.
-      model_class, config: build it.
-      frequencies: of the rotary embedding, where its own `apply_rope` has a fixed theta and must be replaced; or None.
-      packs_rows: False where a layer has a window that is counted in places of the row, not in positions.
-      softcap: of the logits, or None.
-      num_layers, num_kv_heads, head_dim: of its cache.
-      folder: with the checkpoint.
-      tensor_names: what the folder's files must hold.
-      key_changes: entries of the loader's table (pattern of a tensor's name: where it goes) that it has wrong.
+      library: the module of its classes. loader: the module with create_model_from_safe_tensors.
+      model_class, config: the class of the model and its configuration.
+      frequencies: of the rotary embedding, where Tunix's `apply_rope` has a fixed theta and must be replaced; else
+        None.
+      packs_rows: False where a layer counts its window in places of the row, not in positions.
+      softcap: the cap of the logits, or None.
+      num_layers, num_kv_heads, head_dim: the sizes of its cache.
+      folder: the folder of the checkpoint.
+      tensor_names: the tensors that the folder's files must hold.
+      key_changes: corrections of the loader's table (pattern of a tensor's name: its parameter).
     """
 
     library: Any
@@ -92,7 +93,7 @@ def describe(section: Any, folder: pathlib.Path) -> ForeignConfig:
     """The model in `folder`, computed in `section`'s (the configuration's `model`) dtypes.
 
     Raises:
-      ValueError: an architecture that Tunix does not have, or an option that it ignores.
+      ValueError: Tunix does not have the architecture, or ignores an option.
     """
     path = folder / "config.json"
     raw, special_ids = read_object(path), read_special_ids(folder)
@@ -147,7 +148,7 @@ def _qwen3_moe(raw: Mapping[str, Any], special_ids: SpecialIds, section: Any) ->
 
 
 def _num_experts(raw: Mapping[str, Any]) -> int:
-    """Newer transformers write it under another name."""
+    """The number of experts; newer transformers write it under another name."""
     is_new = "num_experts" not in raw and "num_local_experts" in raw
     return Fields(raw).whole("num_local_experts" if is_new else "num_experts", 1, LARGEST_EXPERTS)
 
@@ -200,7 +201,7 @@ def _gemma(raw: Mapping[str, Any], special_ids: SpecialIds, section: Any) -> tup
     shape = _as_family("llama", raw, special_ids, own, changes)
     options = {"final_logit_softcap": None, "use_post_attn_norm": False, "use_post_ffw_norm": False}
     model = _gemma_model(raw, shape, section, options, ("GLOBAL",) * shape.num_layers)
-    # The loader knows Gemma 2's norms only: what is after the attention there is before the MLP here.
+    # The loader knows Gemma 2's norms only. Its norm after attention is Gemma 1's norm before the MLP.
     norm = {r"model\.layers\.([0-9]+)\.post_attention_layernorm\.weight": (r"layers.\1.pre_ffw_norm.scale", None)}
     return shape, dataclasses.replace(model, key_changes=norm)
 
@@ -222,7 +223,7 @@ def _gemma2(raw: Mapping[str, Any], special_ids: SpecialIds, section: Any) -> tu
 
 
 def _softcap(raw: Mapping[str, Any], key: str, default: float) -> float | None:
-    """A cap of logits; null switches it off, a file without the key has the default."""
+    """A cap of logits. Null switches it off; without the key it is the default."""
     return Fields(raw).number(key, 1e-6, 1e6, None if key in raw else default)
 
 
@@ -319,8 +320,8 @@ def _model(
 def _as_family(
     family: str, raw: Mapping[str, Any], special_ids: SpecialIds, own: set[str], changes: Mapping[str, Any]
 ) -> ModelConfig:
-    """The numbers of an architecture that the toolkit has no decoder for, read as those of one that it has; the keys
-    in `own` are the caller's to read.
+    """The configuration of an architecture without a decoder in the toolkit, read as that of `family`. The caller reads
+    the keys in `own`.
     """
     rest = {key: value for key, value in raw.items() if key not in own and key != "architectures"}
     return parse_config({**rest, **changes, "model_type": family}, special_ids)
@@ -381,7 +382,7 @@ def _tensor_names(family: str, raw: Mapping[str, Any], shape: ModelConfig) -> It
 
 
 def check_files(folder: pathlib.Path, config: ForeignConfig) -> None:
-    """ValueError for damaged files, and for tensors that are missing or that Tunix would leave out."""
+    """ValueError for damaged files, and for tensors that are missing, or that Tunix would ignore."""
     expected, found = config.model.tensor_names, set()
     for file in sorted(folder.glob("*.safetensors")):
         with open_tensors(file) as tensors:
@@ -396,7 +397,7 @@ def check_files(folder: pathlib.Path, config: ForeignConfig) -> None:
 
 
 def with_globals(function: Callable[..., Any], **changes: Any) -> Callable[..., Any]:
-    """The same code, for which some globals have other values; `function` itself is not changed."""
+    """A copy of `function` that sees other values of some globals; `function` itself is not changed."""
     assert function.__closure__ is None
     names = {**function.__globals__, **changes}
     return types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)

@@ -1,8 +1,8 @@
 """Weights of a Tunix model from and to a Hugging Face folder, through the table of Tunix's own loader.
 
 In: the `ForeignConfig` of `rl.models.foreign.tunix_config`, and a folder or parameters. Out: parameters under Tunix's
-names, or files like those that they came from. Two defects of Tunix 0.1.7 are corrected: its loader reads a file of
-several dtypes as if it had one, and puts a norm of Gemma 1 where Gemma 2 has it.
+names, or files like those that they came from. Two defects of Tunix 0.1.7 are corrected. Its loader reads a file of
+several dtypes as if it had one, and puts a norm of Gemma 1 in the place that it has in Gemma 2.
 """
 
 import importlib
@@ -28,8 +28,8 @@ Params = dict[str, Any]
 def load_weights(folder: pathlib.Path, config: ForeignConfig, shardings: Any, allow_nonfinite: bool = False) -> Params:
     """The weights in `folder` in `config.param_dtype`, placed by `shardings`; one parameter at a time is read.
 
-    Tunix's own function is not called: it puts all of them on the first device of all processes, which the others do
-    not reach.
+    Tunix's own function is not used: it puts all weights on the first device of all processes, which the other
+    processes cannot reach.
 
     Raises:
       ValueError: as `weight_reader`; NaN or infinity, unless `allow_nonfinite`.
@@ -38,11 +38,11 @@ def load_weights(folder: pathlib.Path, config: ForeignConfig, shardings: Any, al
 
 
 def weight_reader(folder: pathlib.Path, config: ForeignConfig) -> Callable[[tuple[str, ...]], np.ndarray]:
-    """A function that reads one parameter of the model, under Tunix's name, with no other in memory: what the loader
-    makes of it, in its stored type.
+    """A function that reads one parameter by Tunix's name, in its stored type and the form that the loader gives it. No
+    other parameter is in memory.
 
     Raises:
-      ValueError: a weight that the loader would leave out; when one is read, that it is not floating point.
+      ValueError: the loader would leave a weight out; at a read, the weight is not floating point.
     """
     table = _table(config.model)
     find = importlib.import_module("tunix.utils.torch_utils").torch_key_to_jax_key
@@ -74,7 +74,7 @@ def weight_reader(folder: pathlib.Path, config: ForeignConfig) -> Callable[[tupl
 
 
 def write_weights(out: pathlib.Path, config: ForeignConfig, params: Params) -> None:
-    """Writes into `out` what the model's own folder holds, with `params` as weights, in `config.param_dtype`."""
+    """Writes the content of the model's own folder to `out`, with `params` as weights in `config.param_dtype`."""
     model: TunixModel = config.model
     table = _table(model)
     raw = read_object(model.folder / "config.json")
@@ -90,12 +90,12 @@ def write_weights(out: pathlib.Path, config: ForeignConfig, params: Params) -> N
 
 
 def _table(model: TunixModel) -> dict[str, Any]:
-    """Pattern of a tensor's name -> (where it goes, (axes are permuted so, then reshaped so))."""
+    """{pattern of a tensor's name: (its parameter, (permutation of the axes, then new shape))}."""
     return {**model.loader._get_key_and_transform_mapping(model.config), **model.key_changes}
 
 
 def _stored(params: Params, table: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor called `name` in a checkpoint, where its shape is `shape`: what the loader does, the other way."""
+    """The tensor called `name`, of `shape`, for a checkpoint: the reverse of what the loader does."""
     find = importlib.import_module("tunix.utils.torch_utils").torch_key_to_jax_key
     key, transform = find(table, name)
     if name == "lm_head.weight" and "lm_head" not in params:
@@ -111,11 +111,11 @@ def _stored(params: Params, table: Mapping[str, Any], name: str, shape: tuple[in
 
 
 class _Part(NamedTuple):
-    """The part of a parameter that a key of the loader's table means: it merges q, k, v and stacks experts.
+    """The part of a parameter that a key of the loader's table means. Parameters merge q, k, v and stack experts.
 
     Attributes:
-      path, index: which parameter, and which entry of its first dim; None: all of it.
-      is_swapped: whether the first two dims of what the key means change places in the parameter.
+      path, index: the parameter, and the entry of its first dim; None: the whole parameter.
+      is_swapped: whether the part's first two dims are swapped in the parameter.
     """
 
     path: tuple[str, ...]
@@ -124,7 +124,7 @@ class _Part(NamedTuple):
 
 
 def _part_of(tree: Mapping[str, Any], key: str) -> _Part:
-    """That of `key`, for a model whose parameters or specs are `tree`."""
+    """The part that `key` means in `tree`, a model's parameters or specs."""
     if match := re.fullmatch(r"tmp\.layers\.(\d+)\.attn\.([qkv])", key):
         attention, part = ("layers", match[1], "attn"), "qkv".index(match[2])
         if "qkv_einsum" in leaf_at(tree, attention):
@@ -138,7 +138,7 @@ def _part_of(tree: Mapping[str, Any], key: str) -> _Part:
 
 
 def _value(params: Params, key: str) -> np.ndarray:
-    """What `key` means in the loader's table."""
+    """The value of the part that `key` means."""
     part = _part_of(params, key)
     value = leaf_at(params, part.path)
     value = np.asarray(jax.device_get(value if part.index is None else value[part.index]))

@@ -1,9 +1,9 @@
 """A text model of `tunix.models` as a policy: `model.source: tunix:FOLDER`.
 
 In: a `ForeignConfig` of `rl.models.foreign.tunix_config`. Out: a policy over the model's own parameters. A defect of
-Tunix 0.1.7 is corrected here: Llama 3, Qwen3 and Gemma rotate with a fixed theta, whatever their configuration says.
-Weights are read and written by `rl.models.foreign.tunix_files`.
-Legend: B sequences, T token positions, S cache positions, N heads, H head dim, D model.
+Tunix 0.1.7 is corrected here: Llama 3, Qwen3 and Gemma rotate with a fixed theta, and ignore their configuration.
+Weights are read and written by `rl.models.foreign.tunix_files`. Legend: B sequences, T token positions, S cache
+positions, N heads, H head dim, D model.
 """
 
 from collections.abc import Callable
@@ -95,7 +95,7 @@ class TunixPolicy:
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
     def _plain(self, params: Params) -> Params:
-        """The parameters as Tunix takes them: quantised ones widened, at each call."""
+        """The parameters for Tunix, with quantised ones widened at each call."""
         return dequantize_params(params, dtype_of(self.config.param_dtype))
 
     def _run(
@@ -109,8 +109,8 @@ class TunixPolicy:
 def _correct_rope(model: Any, description: TunixModel) -> None:
     """Gives every attention layer the frequencies of the checkpoint.
 
-    Tunix calls the global `apply_rope` of its module without a theta. The layer's class is replaced by a subclass whose
-    `block` is the same code with another `apply_rope`; nothing of Tunix itself is changed.
+    Tunix calls the global `apply_rope` of its module without a theta. Here the layer's class is replaced by a subclass
+    whose `block` is the same code with another `apply_rope`. Tunix itself is not changed.
     """
     frequencies = description.frequencies
     if frequencies is None:
@@ -127,7 +127,7 @@ def _correct_rope(model: Any, description: TunixModel) -> None:
 
 
 def _take_head_off(model: Any) -> None:
-    """Makes `model` return its final hidden states in the place of logits; the parameters stay as they are."""
+    """Makes `model` return its final hidden states in place of logits. The parameters are not changed."""
     embedder = model.embedder
     embedder.__class__ = _subclass(type(embedder), decode=lambda self, x: x)
     if hasattr(model, "lm_head"):
