@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) as a part of the parameter tree: which leaves they are,
-how the frozen rest is stored, and how they are added into it.
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) in the parameter tree: which leaves they are, how the
+frozen weights are stored, and how adapters are merged into them.
 
-In: parameter trees of a policy whose `ModelConfig` has `lora`. Out: the trainable and the frozen half of one, a base in
-fewer bits (QLoRA, https://arxiv.org/abs/2305.14314), or plain weights. Not here: the product with an adapter
+In: parameter trees of a policy whose `ModelConfig` has `lora`. Out: the trainable and the frozen half of a tree, a base
+in fewer bits (QLoRA, https://arxiv.org/abs/2305.14314), or plain weights. Not here: the product with an adapter
 (`rl.models.ops.dense`), shapes and names (`rl.models.config`), files (`rl.models.files.peft`).
 """
 
@@ -23,9 +23,9 @@ Visit = Callable[[str, Mapping[str, Any], np.ndarray, np.ndarray], None]
 
 
 def split(config: ModelConfig, params: Any) -> tuple[Any, Any]:
-    """(what is trained, what is frozen) of a tree like the parameters: adapters and base, or everything and nothing.
+    """(trained half, frozen half) of a tree like the parameters: adapters and base, or everything and nothing.
 
-    The leaves are those of `params`, of whatever kind; `join` puts the halves together again.
+    Leaves may be of any kind. `join` puts the halves together again.
     """
     return (params, {}) if config.lora is None else (_pick(params, True), _pick(params, False))
 
@@ -52,7 +52,9 @@ def _pick(tree: Mapping[str, Any], adapters: bool) -> Params:
 
 
 def quantization_of(config: ModelConfig) -> Quantization | None:
-    """How a policy's weights are quantised: as the model's files are, or as the base of its adapters; None: not."""
+    """How a policy's weights are quantised: like the model's files, or like the base of its adapters; None:
+    not at all.
+    """
     lora = config.lora
     if config.quantization is not None or lora is None or lora.base_dtype not in QUANTIZED_DTYPES:
         return config.quantization
@@ -60,7 +62,7 @@ def quantization_of(config: ModelConfig) -> Quantization | None:
 
 
 def freeze(config: ModelConfig, params: Params) -> Params:
-    """The tree with its weights stored as the files of a quantised model, or `config.lora.base_dtype`, say."""
+    """The tree with its frozen weights in their stored type: that of a quantised model's files, or lora.base_dtype."""
     if quantization_of(config) is None and (config.lora is None or config.lora.base_dtype is None):
         return params
 
@@ -71,11 +73,11 @@ def freeze(config: ModelConfig, params: Params) -> Params:
 
 
 def freeze_leaf(config: ModelConfig, path: tuple[str, ...], leaf: jax.Array) -> jax.Array | QuantizedArray:
-    """One weight as it is stored while it is frozen; an adapter as it is.
+    """One weight in its stored type while it is frozen; an adapter is returned unchanged.
 
-    A quantised type is for the matrices of attention and MLP, or those of a quantised model's files, with a scale per
-    output channel or group (see `rl.models.quantized`); embedding, head, norms and biases keep their type, as in QLoRA.
-    bfloat16 as `config.lora.base_dtype` is for all other weights.
+    A quantised type applies to the matrices of attention and MLP, or to those that are quantised in a model's files,
+    with a scale for each output channel or group (see `rl.models.quantized`). Embedding, head, norms and biases then
+    keep their type, as in QLoRA. A `base_dtype` of bfloat16 applies to every weight that is not quantised.
     """
     quantization = quantization_of(config)
     if path[-1] in (LORA_A, LORA_B):
@@ -87,24 +89,24 @@ def freeze_leaf(config: ModelConfig, path: tuple[str, ...], leaf: jax.Array) -> 
 
 
 def merge(config: ModelConfig, params: Mapping[str, Any], sign: int = 1) -> Params:
-    """Weights without adapters that compute the same: W + scale A B in the place of each adapted kernel.
+    """Weights without adapters that compute the same: W + scale A B in place of each adapted kernel.
 
-    Each sum is formed in float64 on the host, quantised kernels dequantised before, and rounded once to `param_dtype`.
-    So it is W + scale A B to half a unit in the last place, and `unmerge` of it gives W back to a unit in the last
-    place of the larger of the two; `rl.models.files.lora_remainder` keeps what is missing to have W bit for bit.
+    Quantised kernels are dequantised, each sum is formed in float64 on the host and rounded once to `param_dtype`. The
+    result is W + scale A B to half a unit in the last place. `unmerge` gives W back to a unit in the last place of the
+    larger of the two. `rl.models.files.lora_remainder` keeps what is missing to W bit for bit.
 
     Args:
       params: the tree of `config`, with adapters.
       sign: -1 takes the adapters away.
 
     Returns:
-      The tree of `config` without `lora`, as numpy arrays. Without `lora`: `params`, as it is.
+      The tree of `config` without `lora`, as numpy arrays. Without `lora`: `params`, unchanged.
     """
     return dict(params) if config.lora is None else merge_each(config, params, sign, lambda *_: None)
 
 
 def merge_each(config: ModelConfig, params: Mapping[str, Any], sign: int, visit: Visit, path: str = "") -> Params:
-    """`merge` of a tree with adapters, which shows `visit` each matrix that is merged, in the order of their paths."""
+    """`merge` of a tree with adapters, which calls `visit` for each merged matrix in the order of their paths."""
     assert config.lora is not None
     merged: Params = {}
     for name in sorted(params):
@@ -123,7 +125,7 @@ def merge_each(config: ModelConfig, params: Mapping[str, Any], sign: int, visit:
 
 
 def unmerge(config: ModelConfig, merged: Mapping[str, Any], adapters: Mapping[str, Any]) -> Params:
-    """The base (numpy) that `merge` added these adapters to, from what it gave; see there for how exactly."""
+    """The base (numpy) from the result of `merge` and the adapters; `merge` says how exact it is."""
     return merge(config, join(adapters, merged), sign=-1)
 
 

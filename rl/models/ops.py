@@ -30,15 +30,14 @@ from rl.models.quantized import QuantizedArray, Weight, dequantize
 # (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H]
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], jax.Array]
 
-# Names of what `remat: outputs` keeps of a layer.
+# Names of the values of a layer that `remat: outputs` keeps.
 ATTENTION_OUTPUT, MLP_OUTPUT = "attention_output", "mlp_output"
 
 
 def remat_options(mode: str) -> dict[str, Any]:
-    """Arguments of `jax.checkpoint` around one layer: what of it, besides its inputs, the backward pass finds kept.
+    """Arguments of `jax.checkpoint` around one layer. They say what is kept for the backward pass besides its inputs.
 
-    "dots" keeps the products with weights, "outputs" what attention and MLP add to the residual stream, "block" and
-    "full" nothing.
+    "dots" keeps the products with weights, "outputs" the outputs of attention and MLP, "block" and "full" nothing.
     """
     policies = jax.checkpoint_policies
     names = policies.save_only_these_names(ATTENTION_OUTPUT, MLP_OUTPUT)
@@ -47,8 +46,9 @@ def remat_options(mode: str) -> dict[str, Any]:
 
 
 def remat_segments(config: ModelConfig) -> list[range]:
-    """Consecutive layers that the backward pass computes again together, from the input of the first: about sqrt(L) of
-    them in "full", after https://arxiv.org/abs/1604.06174, section 4.3, else one.
+    """Segments of consecutive layers, which the backward pass computes again from the input of the first layer.
+
+    A segment has about sqrt(L) layers in "full" (https://arxiv.org/abs/1604.06174, section 4.3), else one.
     """
     size = round(math.sqrt(config.num_layers)) if config.remat == "full" else 1
     return [range(i, min(i + size, config.num_layers)) for i in range(0, config.num_layers, size)]
@@ -56,7 +56,7 @@ def remat_segments(config: ModelConfig) -> list[range]:
 
 @struct.dataclass
 class LayerContext:
-    """What the layers of one attention type share: rotary tables, masks, masks [R, Q * T, S] of shared cache parts.
+    """What layers of one attention type share: rotary tables, the mask, and masks [R, Q * T, S] of shared cache parts.
 
     `attend` computes attention where there is no cache, see `rl.models.attention_kernels`.
     """
@@ -69,13 +69,16 @@ class LayerContext:
 
 
 class SharedRows(NamedTuple):
-    """Which own rows read which rows of a shared part, counted inside each shard, in either of two forms.
+    """Which own rows read which rows of a shared part. Indices count inside each shard.
 
-    readers: int32 [shards, R / shards * Q]: the own rows that read each row. A row with fewer than Q readers names any
-      own row instead; what that one reads there is dropped.
-    places: int32 [shards, B / shards]: where in `readers` each own row stands, if each reads exactly one row.
-    reads: bool [shards, B / shards, R / shards * Q]: at which places of `readers` each own row stands, if it reads any
-      number of rows.
+    Either `places` or `reads` is set.
+
+    readers: int32 [shards, R / shards * Q]: the own rows that read each shared row, Q for each. Where a row has fewer
+      than Q readers, any own row fills the place, and its result is dropped.
+    places: int32 [shards, B / shards]: the place of each own row in `readers`, if every own row reads exactly one
+      shared row.
+    reads: bool [shards, B / shards, R / shards * Q]: the places of each own row in `readers`, if it may read any number
+      of shared rows.
     """
 
     readers: jax.Array
@@ -86,7 +89,8 @@ class SharedRows(NamedTuple):
 class AttentionPart(NamedTuple):
     """Cached keys [R, K, H, S] and values [R, K, S, H], scales [R, K, S] if they are int8, and a mask.
 
-    Without `rows` the part has the queries' own rows and the mask is [B, T, S]; with them it is [R, Q * T, S].
+    Without `rows` the part holds the queries' own rows and the mask is [B, T, S]. With `rows` it is a shared part and
+    the mask is [R, Q * T, S].
     """
 
     keys_RKHS: jax.Array
@@ -109,7 +113,7 @@ class Adapter(NamedTuple):
 
 
 def dtype_of(name: str) -> Any:
-    """The jax dtype called `name`. Raises ValueError for float64 while jax keeps to 32 bits."""
+    """The jax dtype called `name`. Raises ValueError for float64 unless jax is in 64-bit mode."""
     if name == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "dtype must be 32 bits or narrower unless 64-bit mode is on, got float64; set JAX_ENABLE_X64=1"
@@ -118,16 +122,17 @@ def dtype_of(name: str) -> Any:
 
 
 def widen(dtype: Any) -> Any:
-    """`dtype`, or float32 where that is wider: the type of norms, softmax, logits, sums of gradients and moments."""
+    """The wider of `dtype` and float32: the type of norms, softmax, logits, sums of gradients, and moments."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def initial_value(config: ModelConfig, key: jax.Array, path: Sequence[str], shape: tuple[int, ...]) -> jax.Array:
     """The initial parameter at `path`, in `config.param_dtype`.
 
-    Matrices are normal with `initializer_range` as deviation, biases 0, norms the identity. Of an adapter, A is uniform
-    in +-1 / sqrt(inputs) and B is 0, so that it starts as nothing (as in https://github.com/huggingface/peft). The draw
-    depends on (key, path) only, so that both twins, and any subset of the layers, draw the same numbers.
+    Matrices are normal with standard deviation `initializer_range`, biases are 0, norms the identity. An adapter's A is
+    uniform in +-1 / sqrt(inputs) and its B is 0, so that it starts as nothing (as in
+    https://github.com/huggingface/peft). The draw depends on (key, path) only, so both twins, and any subset of the
+    layers, draw the same numbers.
     """
     name = path[-1]
     if _is_drawn(name):
@@ -137,7 +142,7 @@ def initial_value(config: ModelConfig, key: jax.Array, path: Sequence[str], shap
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """The whole parameter tree at its initial values; what either twin's own initialisation gives, without a module.
+    """The whole parameter tree at its initial values, equal to what either twin's own initialisation gives.
 
     Matrices of one shape are drawn together: a model of 28 layers is 6 draws to compile instead of 197.
     """
@@ -192,10 +197,10 @@ def dense(
 ) -> jax.Array:
     """x [..., *inputs] times kernel [*inputs, *outputs] plus bias [*outputs]: one matrix product, in x's dtype.
 
-    `num_input_dims` is how many trailing dims of x are contracted; `out_dtype` the type to accumulate in and return.
-    The product with a quantised kernel is (x times values) times scale, accumulated and scaled in float32 or wider;
-    where inputs have scales by group, it is the product with values times scale in x's dtype.
-    An `adapter` adds scale (x a) b, two thin products, in training and decoding alike: no merged kernel ever exists.
+    `num_input_dims` is the number of trailing dims of x to sum over. `out_dtype` is the type of the sums and of the
+    result. With a quantised kernel the result is (x times values) times scale, summed and scaled in float32 or wider;
+    with scales by group of inputs it is x times (values times scale) in x's dtype. An `adapter` adds scale (x a) b, two
+    thin products, in training and decoding. No merged kernel exists.
     """
     if adapter is not None:
         low = dense(x, adapter.a, num_input_dims=num_input_dims) * jnp.asarray(adapter.scale, x.dtype)
@@ -207,31 +212,32 @@ def dense(
         out_dtype = x.dtype if out_dtype is None else out_dtype
         out_shape = kernel.shape[num_input_dims:]
         assert kernel.scale.shape == (1,) * num_input_dims + out_shape, (kernel.scale.shape, kernel.shape)
-        # 8-bit values fit every compute type exactly, but their sums overflow float16, and a scale that is rounded to
-        # bfloat16 puts a whole channel off.
+        # 8-bit values fit every compute type exactly. But their sums overflow float16, and a scale that is rounded to
+        # bfloat16 distorts a whole channel.
         y = dense(x, kernel.values, num_input_dims=num_input_dims, out_dtype=widen(out_dtype))
         y = (y * kernel.scale.reshape(out_shape).astype(y.dtype)).astype(out_dtype)
         return y if bias is None else y + bias.astype(y.dtype)
     in_shape, out_shape = kernel.shape[:num_input_dims], kernel.shape[num_input_dims:]
     lead_shape = x.shape[: x.ndim - num_input_dims]
     matrix = kernel.astype(x.dtype).reshape(int(np.prod(in_shape)), int(np.prod(out_shape)))
-    # Of two dims: with more, XLA's CPU back end copies what the gradient of the kernel is made of, element by element.
+    # Two dims only: with more, XLA for CPU copies the inputs of the kernel's gradient element by element.
     y = jnp.matmul(x.reshape(-1, matrix.shape[0]), matrix, preferred_element_type=out_dtype)
     y = y.reshape(*lead_shape, *out_shape)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
 def embed(embedding_VD: Weight, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rows of the embedding table [B, T, D] in the compute dtype; where the family scales them, times sqrt(D) in it."""
+    """Rows of the embedding table [B, T, D] in the compute dtype, times sqrt(D) where the family scales them."""
     dtype = dtype_of(config.dtype)
-    # Of a quantised table, both the values [V, D] and the scale [V, 1].
+    # A quantised table has rows in both values [V, D] and scale [V, 1].
     rows = jax.tree.map(lambda table: jnp.take(table, tokens_BT, axis=0), embedding_VD)
     x_BTD = dequantize(rows, dtype) if isinstance(rows, QuantizedArray) else rows.astype(dtype)
     return x_BTD * jnp.asarray(config.hidden_size**0.5, dtype) if config.features.scales_embedding else x_BTD
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
-    """x / rms(x) over the last dim, times `scale` and the family's `norm_offset`, in float32 or wider; x's dtype.
+    """x / rms(x) over the last dim, times (scale + the family's `norm_offset`), computed in float32 or wider; x's
+    dtype.
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization", https://arxiv.org/abs/1910.07467
     """
@@ -240,7 +246,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, config: ModelConfig) -> jax.Array:
     y = x_wide * jax.lax.rsqrt(jnp.mean(jnp.square(x_wide), axis=-1, keepdims=True) + config.norm_eps)
     if config.features.norm_offset:
         return (y * (config.features.norm_offset + scale.astype(wide))).astype(x.dtype)
-    # The others round before they scale; in float32 there is no difference.
+    # Other families round before they scale; in float32 there is no difference.
     return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -258,10 +264,10 @@ def _gelu_exact(x: jax.Array) -> jax.Array:
 
 
 def rope_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Angle per position of each of the rotated pairs, half as many as rotated dims, in radians, float64.
+    """The angle per position of each rotated pair of dims, in radians: float64 [rotary_dim / 2].
 
     Su et al., https://arxiv.org/abs/2104.09864. "llama3": pairs with a wavelength above original / low_freq_factor are
-    slowed by `factor`, those below original / high_freq_factor are kept, those between are blended
+    slowed by `factor`, pairs below original / high_freq_factor are kept, and pairs in between are blended
     (https://github.com/meta-llama/llama-models, apply_scaling).
     """
     frequencies = theta ** -(np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
@@ -311,8 +317,9 @@ def visible(
 ) -> jax.Array:
     """The one attention rule: bool [..., Tq, Tk] from int arrays [..., Tq] and [..., Tk].
 
-    A query sees a key of its own group that is in branch 0 (the prompt) or in the query's branch, and that is not later
-    (nor `window` or more positions earlier, where a window is given). Padding carries group -1: it sees only padding.
+    A query sees a key of its own group that is in branch 0 (the prompt) or in the query's branch, and is not later.
+    With a `window` the key must also be fewer than `window` positions earlier. Padding has group -1 and sees only
+    padding.
     """
     distance = query_positions[..., :, None] - key_positions[..., None, :]
     same_group = query_groups[..., :, None] == key_groups[..., None, :]
@@ -338,7 +345,9 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS:
 
 
 class _Partial(NamedTuple):
-    """Attention over one part: values weighted by exp(score - highest), the sum of these weights, the highest score."""
+    """Attention over one part: the sum of values weighted by exp(score - highest), the sum of these weights, and the
+    highest score.
+    """
 
     output_BTKJH: jax.Array
     total_BTKJ: jax.Array
@@ -348,9 +357,9 @@ class _Partial(NamedTuple):
 def attention_over_parts(q_BTNH: jax.Array, parts: Sequence[AttentionPart], scale: float) -> jax.Array:
     """One softmax over the cached keys of all parts [B, T, N, H]; scores and sums in float32 or wider.
 
-    Each part is read where it lies, a shared row once for all of its readers; the partial results are merged as in
-    Dao et al., "Flash-Decoding", https://crfm.stanford.edu/2023/10/12/flashdecoding.html, and for shared prefixes
-    Juravsky et al., "Hydragen", https://arxiv.org/abs/2402.05099.
+    Each part is read in place, and a shared row once for all its readers. The partial results are merged as in Dao et
+    al., "Flash-Decoding", https://crfm.stanford.edu/2023/10/12/flashdecoding.html, and for shared prefixes Juravsky et
+    al., "Hydragen", https://arxiv.org/abs/2402.05099.
     """
     num_sequences, num_tokens, num_heads, head_dim = q_BTNH.shape
     q_BTKJH = q_BTNH.reshape(num_sequences, num_tokens, parts[0].keys_RKHS.shape[1], -1, head_dim)
@@ -368,13 +377,13 @@ def attention_over_parts(q_BTNH: jax.Array, parts: Sequence[AttentionPart], scal
 
 
 def take_in_shards(x: jax.Array, index: jax.Array) -> jax.Array:
-    """The rows `index` [shards, n] of x [rows, ...], counted inside each shard: [shards * n, ...]."""
+    """x[index] -> [shards * n, ...], where `index` [shards, n] counts the rows of x inside each shard."""
     by_shard = x.reshape(index.shape[0], -1, *x.shape[1:])
     return jax.vmap(lambda values, picked: values[picked])(by_shard, index).reshape(-1, *x.shape[1:])
 
 
 def to_readers(x: jax.Array, rows: SharedRows, num_rows: int) -> jax.Array:
-    """x [B, ...] by own row -> [R, Q, ...] by row of a shared part and reader. Rows stay in their shard."""
+    """x [B, ...] by own row -> [R, Q, ...] by shared row and reader. Rows stay in their shard."""
     return take_in_shards(x, rows.readers).reshape(num_rows, -1, *x.shape[1:])
 
 
@@ -390,9 +399,9 @@ def _attend_shared(q_BTKJH: jax.Array, part: AttentionPart, scale: float) -> _Pa
 
 
 def _merge_rows(partial: _Partial, rows: SharedRows) -> _Partial:
-    """Partials [E, T, ...] of readers and rows -> [B, T, ...], each of all the rows that an own row reads.
+    """Partials [E, T, ...] by shared row and reader -> [B, T, ...] by own row, merged over the rows that it reads.
 
-    The sums are a product with `reads`: what one own row reads is few of E, and gathering it takes many times as long.
+    The sums are a product with `reads`. Gathering the few of E that an own row reads takes many times as long.
     """
     reads = rows.reads
     assert reads is not None
@@ -404,7 +413,7 @@ def _merge_rows(partial: _Partial, rows: SharedRows) -> _Partial:
 
     highest = jnp.where(reads[..., None, None, None], by_shard(partial.highest_BTKJ)[:, None], _masked_score(dtype))
     highest_BTKJ = jnp.max(highest, axis=2).reshape(num_shards * num_own, *partial.highest_BTKJ.shape[1:])
-    # What a row reads has no higher score than this; of places that nobody reads at, numbers that stay finite.
+    # A place that is read has no higher score than this. The minimum keeps places that nobody reads finite.
     weight_ETKJ = jnp.exp(jnp.minimum(partial.highest_BTKJ - take_in_shards(highest_BTKJ, rows.readers), 0))
 
     def total(x: jax.Array) -> jax.Array:
@@ -418,7 +427,7 @@ def _merge_rows(partial: _Partial, rows: SharedRows) -> _Partial:
 def _attend(q_RTKJH: jax.Array, part: AttentionPart, scale: float) -> _Partial:
     dtype = q_RTKJH.dtype
     wide = widen(dtype)
-    # Either product takes the cache as it lies, with rows and kv heads as leading batch dims.
+    # Both products take the cache as it lies, with rows and kv heads as leading batch dims.
     scores_RKTJS = jnp.einsum("RTKJH,RKHS->RKTJS", q_RTKJH, part.keys_RKHS.astype(dtype), preferred_element_type=wide)
     if part.key_scales_RKS is not None:
         scores_RKTJS = scores_RKTJS * part.key_scales_RKS[:, :, None, None]
@@ -452,7 +461,7 @@ def layer_rope(config: ModelConfig, positions_BT: jax.Array, layer_type: str) ->
 
 
 def layer_window(config: ModelConfig, layer_type: str) -> int | None:
-    """How many positions a layer of this type looks back, None for all of them."""
+    """The window of a layer of this type in positions; None for full attention."""
     return config.sliding_window if layer_type == SLIDING_ATTENTION else None
 
 

@@ -1,8 +1,8 @@
 """The seam between a model and everything that trains or samples it: the `Policy` protocol.
 
-A policy is an object of pure functions over one parameter tree. Which classes keep the protocol is in
-`rl.models.flavours` and `rl.models.foreign`; the optimizer and the train state are not here.
-Legend: B sequences, T token positions, V vocab, D model.
+A policy is an object of pure functions over one parameter tree. The classes that keep the protocol are in
+`rl.models.flavours` and `rl.models.foreign`. Not here: the optimizer and the train state. Legend: B sequences, T token
+positions, V vocab, D model.
 """
 
 from typing import Any, Protocol
@@ -20,16 +20,15 @@ Params = dict[str, Any]
 class Policy(Protocol):
     """A decoder as pure functions of its parameters.
 
-    Tokens, positions, group and branch ids are int [B, T]: a token sees the earlier positions of its own group that are
-    in branch 0 (the prompt) or in its own branch; padding has group -1. In the rows of `hidden` no token sees one that
-    stands after it: positions grow along each sequence, and a prompt stands before its completions. A
-    `rl.models.quantized.QuantizedArray` may stand in the place of any matrix of the toolkit's own decoder. `flavour` is
-    for messages only.
+    Tokens, positions, group and branch ids are int [B, T]. A token sees the earlier positions of its own group that are
+    in branch 0 (the prompt) or in its own branch. Padding has group -1. In the rows of `hidden` no token sees a later
+    place: positions grow along each sequence, and a prompt stands before its completions. In the toolkit's own decoder
+    any matrix may be a `rl.models.quantized.QuantizedArray`. `flavour` is for messages only.
     """
 
     @property
     def config(self) -> ModelConfig:
-        """The architecture; a `ForeignConfig` where the model is not the toolkit's own decoder."""
+        """The architecture; a `ForeignConfig` for a model that is not the toolkit's own decoder."""
         ...
 
     @property
@@ -37,7 +36,7 @@ class Policy(Protocol):
 
     @property
     def kernel(self) -> AttentionKernel:
-        """What computes attention in `hidden`."""
+        """The kernel that computes attention in `hidden`."""
         ...
 
     @property
@@ -52,17 +51,18 @@ class Policy(Protocol):
 
     @property
     def packs_rows(self) -> bool:
-        """Whether a row may hold several sequences, which group and branch ids tell apart; else it holds one, from its
-        start on, with padding behind it."""
+        """Whether a row may hold several sequences, which group and branch ids tell apart. Otherwise a row holds one
+        sequence, followed by padding.
+        """
         ...
 
     @property
     def decodes_in_waves(self) -> bool:
-        """Whether `extend` takes a cache of the policy's own in place of a `KVCache`; see `WavePolicy`."""
+        """Whether `extend` takes the policy's own kind of cache in place of a `KVCache`; see `WavePolicy`."""
         ...
 
     def without_adapters(self) -> "Policy":
-        """The policy of the same flavour that computes with the base alone; this one where there are no adapters."""
+        """The policy of the same flavour that computes with the base alone; this policy where there are no adapters."""
         ...
 
     def init(self, key: jax.Array) -> Params:
@@ -89,7 +89,9 @@ class Policy(Protocol):
         branch_ids_BT: jax.Array,
         cache: KVCache,
     ) -> tuple[jax.Array, KVCache]:
-        """The same for tokens appended at each row's cursor (the cache must have room for T), and the new cache."""
+        """The hidden states [B, T, D] of tokens appended at each row's cursor, and the new cache. The cache must have
+        room for T more tokens.
+        """
         ...
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
@@ -98,10 +100,10 @@ class Policy(Protocol):
 
 
 class WavePolicy(Policy, Protocol):
-    """A policy with a cache of its own, in which all rows stand at the same position (`decodes_in_waves`).
+    """A policy with its own kind of cache, in which all rows are at the same position (`decodes_in_waves`).
 
-    Its `extend` takes tokens at positions s, s + 1, ..., the same in every row, after the cache was given all those
-    before s. Group and branch ids have no meaning there.
+    Its `extend` takes tokens at positions s, s + 1, ..., the same in every row. The cache must have been given all
+    tokens before s. Group and branch ids have no meaning there.
     """
 
     def empty_cache(self, params: Params, num_rows: int, length: int) -> Any:

@@ -1,13 +1,13 @@
-"""Weight-only quantisation: matrices of int8, int4 or float8, with a float32 scale per output channel or per group of
-its inputs.
+"""Weight-only quantisation: matrices of int8, int4 or float8, with float32 scales for output channels or groups of
+inputs.
 
-In: the parameter tree of a policy. Out: the same tree with a `QuantizedArray` in place of its large matrices, which the
-shared ops and both twins take as they take an array; a quarter or an eighth of float32's memory. Rounding is qwix's
-(https://github.com/google/qwix), plain jax, so it runs under `jit` (a policy's weights are quantised on their devices)
-and `eval_shape`. Products widen the values where they are used; XLA for CPU writes them out as a copy in the compute
-type first, kept for a whole decode loop, so there neither time nor memory is saved. Not here: those products
-(`rl.models.ops.dense`, `embed`; other models take the whole tree widened, `dequantize_params`), quantised activations,
-calibration on data, training.
+In: the parameter tree of a policy. Out: the same tree with a `QuantizedArray` in place of its large matrices, in a
+quarter or an eighth of float32's memory. The shared ops and both twins take one like an array. Rounding is qwix's
+(https://github.com/google/qwix), plain jax, so it runs under `jit` and `eval_shape`, on the devices of the weights.
+
+Products widen the values where they are used. XLA for CPU first writes a widened copy, which it keeps for a whole
+decode loop, so on CPU neither time nor memory is saved. Not here: the products (`rl.models.ops.dense`, `embed`; other
+models take the whole tree widened by `dequantize_params`), quantised activations, calibration on data, training.
 """
 
 import math
@@ -42,10 +42,10 @@ class QuantizedArray:
     """The array values * scale.
 
     Attributes:
-      values: int8, int4 or float8_e4m3fn, the shape of the parameter. The first leaf, so that Linen, which compares the
-        shape of a parameter's leaves with what the module declares, looks at this one.
-      scale: float32, the same rank. At the dims that a matrix product sums over its size is the number of groups, 1
-        where all that meets in a sum shares a scale.
+      values: int8, int4 or float8_e4m3fn, the shape of the parameter. It is the first leaf, because Linen compares the
+        first leaf's shape with the shape that the module declares.
+      scale: float32, the same rank. Along the dims that a matrix product sums over, its size is the number of groups,
+        or 1 where all inputs of an output share a scale.
     """
 
     values: jax.Array
@@ -57,7 +57,7 @@ class QuantizedArray:
         return self.values.shape
 
     def spread_scale(self) -> jax.Array:
-        """The scale, with the shape of the values at the dims along which some entries share one."""
+        """The scale, repeated to the shape of the values along dims with groups."""
         scale = self.scale
         for dim, (part, size) in enumerate(zip(scale.shape, self.values.shape, strict=True)):
             if 1 < part < size:
@@ -76,24 +76,24 @@ Weight = jax.Array | QuantizedArray
 def quantize(
     array: jax.Array, contract_dims: Sequence[int], dtype: str, group_size: int | None = None
 ) -> QuantizedArray:
-    """Rounds an array to 8 or 4 bits, with one scale for all, or `group_size`, entries that meet in one sum.
+    """Rounds an array to 8 or 4 bits. Entries that meet in one sum share a scale, all of them or `group_size`.
 
-    scale = max |array| over them / the end of the type's range (127.5, 7.5 or 448); values = array / scale, rounded to
-    nearest, ties to even, and cut to the range (-128 to 127, -8 to 7). Integers are off by at most scale / 2. Entries
-    that are all 0 get scale 1, and so do those whose scale would be below 1e-19: their values are 0.
+    scale = max |array| over these entries / the end of the type's range (127.5, 7.5 or 448); values = array / scale,
+    rounded to nearest, ties to even, and cut to the range (-128 to 127, -8 to 7). Integers are off by at most scale /
+    2. Where the scale would be below 1e-19, or all entries are 0, the scale is 1 and the values are 0.
 
     Source: row-wise and column-wise absmax, Dettmers et al., "LLM.int8()", https://arxiv.org/abs/2208.07339, section 2;
     groups: Yao et al., "ZeroQuant", https://arxiv.org/abs/2206.01861, section 4.1; the float8 type: Micikevicius et
     al., "FP8 Formats for Deep Learning", https://arxiv.org/abs/2209.05433.
 
     Args:
-      array: floating.
+      array: floating point.
       contract_dims: the dims that a matrix product with this array sums over.
       dtype: one of `QUANTIZED_DTYPES`.
-      group_size: None for one scale per output; else it divides the inputs, see `tile_of`.
+      group_size: inputs that share a scale, see `tile_of`; None for one scale per output.
 
     Raises:
-      ValueError: another dtype, or a group size that does not fit.
+      ValueError: the dtype is another one, or the group size does not divide the inputs.
     """
     if dtype not in QUANTIZED_DTYPES:
         raise ValueError(f"dtype of quantised weights must be one of {', '.join(QUANTIZED_DTYPES)}, got {dtype!r}")
@@ -109,12 +109,12 @@ def quantize(
 
 
 def tile_of(shape: Sequence[int], contract_dims: Sequence[int], group_size: int | None) -> tuple[int, ...]:
-    """The block of an array, by dim, whose entries share a scale: `group_size` consecutive inputs, None: all of them.
+    """The block of an array, by dim, whose entries share a scale: `group_size` consecutive inputs, or all (None).
 
-    Where inputs are two dims, as the heads of o_proj, a group lies within one head or holds several whole ones.
+    Where inputs have two dims, as the heads of o_proj, a group lies within one head or holds several whole heads.
 
     Raises:
-      ValueError: the inputs cannot be cut so.
+      ValueError: the inputs cannot be cut into such groups.
     """
     tile, left, fits = [1] * len(shape), group_size, True
     for dim in reversed(contract_dims):
@@ -132,7 +132,7 @@ def tile_of(shape: Sequence[int], contract_dims: Sequence[int], group_size: int 
 
 
 def scale_shape(shape: Sequence[int], contract_dims: Sequence[int], group_size: int | None) -> tuple[int, ...]:
-    """The shape of the scale of an array that is quantised so."""
+    """The shape of the scale of an array that is quantised in such groups."""
     tile = tile_of(shape, contract_dims, group_size)
     return tuple(size // part for size, part in zip(shape, tile, strict=True))
 
@@ -144,18 +144,18 @@ def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def dequantize_params(params: Any, dtype: Any) -> Any:
-    """A tree of parameters with a plain array of `dtype` in place of each quantised one; the others as they are."""
+    """A tree of parameters with a plain array of `dtype` in place of each quantised one; others are not changed."""
     widen = lambda leaf: dequantize(leaf, dtype) if is_quantized(leaf) else leaf  # noqa: E731
     return jax.tree.map(widen, params, is_leaf=is_quantized)
 
 
 def is_quantized(leaf: Any) -> bool:
-    """Whether a node of a tree of parameters is a quantised one, and no subtree."""
+    """Whether a node of a tree of parameters is a `QuantizedArray`."""
     return isinstance(leaf, QuantizedArray)
 
 
 def pack(values: np.ndarray) -> np.ndarray:
-    """Quantised values as a file holds them: int8 as they are, float8 as bytes, of int4 two in a byte [..., n / 2], the
+    """Quantised values in a file's form: int8 unchanged, float8 as bytes, int4 two in a byte [..., n / 2] with the
     first in the low half.
     """
     if values.dtype == jnp.int4:
@@ -165,7 +165,7 @@ def pack(values: np.ndarray) -> np.ndarray:
 
 
 def unpack(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """What `pack` packed."""
+    """The values from `pack`."""
     if dtype == "int4":
         halves = np.stack([stored & 15, stored >> 4], axis=-1).astype(np.int8)
         return ((halves ^ 8) - 8).reshape(*stored.shape[:-1], -1).astype(jnp.int4)
@@ -173,8 +173,10 @@ def unpack(stored: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def is_chosen(config: ModelConfig | ForeignConfig, quantization: Quantization, path: Sequence[str]) -> bool:
-    """Whether the parameter at this path is quantised; of the toolkit's own decoder it must be a kernel or an embedding
-    table, of another model have `contract_dims`.
+    """Whether the parameter at this path is quantised.
+
+    In the toolkit's own decoder only kernels and embedding tables can be; in another model, parameters with
+    `contract_dims`.
     """
     name = "/".join(path)
     found = any(re.search(pattern, name) for pattern in quantization.patterns)
@@ -186,9 +188,7 @@ def is_chosen(config: ModelConfig | ForeignConfig, quantization: Quantization, p
 
 
 def check_patterns(config: ModelConfig | ForeignConfig) -> None:
-    """ValueError where a pattern in a model's own files takes too long to look for in the names of its parameters; it
-    comes before the first `is_chosen`.
-    """
+    """ValueError where matching a pattern of a model's own files takes too long. To be called before `is_chosen`."""
     patterns = () if config.quantization is None else config.quantization.patterns
     names = ["/".join(path) for path, _ in flatten_specs(config.specs)]
     for pattern in patterns:
@@ -207,16 +207,16 @@ def check_patterns(config: ModelConfig | ForeignConfig) -> None:
 
 
 def quantize_params(config: ModelConfig, params: dict[str, Any], quantization: Quantization) -> dict[str, Any]:
-    """The parameter tree with a `QuantizedArray` in place of each chosen matrix; the other leaves as they are.
+    """The parameter tree with a `QuantizedArray` in place of each chosen matrix; other leaves are not changed.
 
     Args:
-      config: of the policy that the parameters belong to.
-      params: floating, of any sharding.
-      quantization: which matrices, and how. With `head` a table that is tied to the head is quantised for the look-up
-        of tokens as well; the table of an untied model needs the pattern "^embed_tokens/".
+      config: the configuration of the policy.
+      params: floating point, of any sharding.
+      quantization: which matrices, and how. With `head` a tied embedding table is quantised, also for the look-up of
+        tokens. The table of an untied model needs the pattern "^embed_tokens/".
 
     Raises:
-      ValueError: a pattern that finds no matrix, or a group size that does not fit.
+      ValueError: a pattern matches no matrix, or a group size does not divide the inputs.
     """
 
     def of_matrix(leaf: Any, spec: ParameterSpec) -> QuantizedArray:
@@ -228,8 +228,7 @@ def quantize_params(config: ModelConfig, params: dict[str, Any], quantization: Q
 def quantized_shardings(config: ModelConfig, shardings: dict[str, Any], quantization: Quantization) -> dict[str, Any]:
     """The `NamedSharding`s of `quantize_params(...)` from those of the parameters.
 
-    Values lie where their parameter lies, and each scale beside the entries that it belongs to where its groups can be
-    cut as these are.
+    Values lie where their parameter lies. A scale is cut like its entries where its groups divide in the same way.
     """
 
     def of_matrix(sharding: NamedSharding, spec: ParameterSpec) -> QuantizedArray:
@@ -248,7 +247,7 @@ def chosen_matrices(config: ModelConfig | ForeignConfig, quantization: Quantizat
     """The matrices to quantise, by path ("layers_0/mlp/up_proj/kernel").
 
     Raises:
-      ValueError: a pattern that finds no matrix, or nothing to quantise at all.
+      ValueError: a pattern matches no matrix, or there is nothing to quantise.
     """
     specs = flatten_specs(parameter_specs(config))
     matrices = {"/".join(path): spec for path, spec in specs if spec.contract_dims}

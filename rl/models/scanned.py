@@ -1,11 +1,13 @@
 """The layers of a decoder as a loop: one compiled layer that runs over stacked parameters, for both twins.
 
 In: the parameters of consecutive layers, each a tree of its own, and a function that applies one layer. Out: the hidden
-states after the last of them. Parameters, moments, caches and checkpoints keep a tree per layer, whether layers are
-scanned or not: they are stacked inside the compiled function, matrices in the compute dtype, which costs one more copy
-of the layers while it runs. What it gives: the time and memory to compile do not grow with the number of layers, and
-rematerialisation holds on every backend (XLA for CPU merges the second forward pass of unrolled layers with the first).
-Training and prefill are scanned (`is_scanned`); decoding is not, as stacking would copy the weights for every token.
+states after the last of them. Parameters, moments, caches and checkpoints have a tree for each layer, scanned or not.
+They are stacked inside the compiled function, matrices in the compute dtype, which costs one more copy of the layers
+while it runs.
+
+In return, the time and memory of compiling do not grow with the number of layers, and rematerialisation works on every
+backend (XLA for CPU merges the second forward pass of unrolled layers with the first). Training and prefill are scanned
+(`is_scanned`). Decoding is not, because stacking would copy the weights for every token.
 """
 
 import itertools
@@ -26,15 +28,17 @@ ApplyLayer = Callable[[Any, jax.Array, ops.LayerContext, LayerCache | None], tup
 
 
 def is_scanned(config: ModelConfig, num_tokens: int) -> bool:
-    """Whether the layers run as a loop for `num_tokens` positions of each row: not for one, which is a decode step."""
+    """Whether the layers run as a loop for `num_tokens` positions of each row. One position is a decode step:
+    no loop.
+    """
     return config.scan_layers and num_tokens > 1
 
 
 def layer_runs(config: ModelConfig) -> list[range]:
     """Consecutive layers whose parameters have the same names and shapes, so that they can be stacked.
 
-    A decoder without adapters is one run; adapters on some of the layers cut it, and so do quantised matrices in some.
-    Attention types need not be equal.
+    A decoder is one run, unless only some of its layers have adapters or quantised matrices. Attention types may
+    differ.
     """
     specs = parameter_specs(config)
     quantized = set() if config.quantization is None else set(chosen_matrices(config, config.quantization))
@@ -49,12 +53,12 @@ def layer_runs(config: ModelConfig) -> list[range]:
 
 
 def stack_runs(config: Any, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree` with the layers of each run as one child, named after the first of them, whose leaves have the layers on a
-    new first axis. It is the tree itself where layers are not scanned.
+    """`tree` with each run of layers as one child, named after its first layer. The leaves of the child have the layers
+    on a new first axis. Where layers are not scanned, `tree` itself.
 
     Args:
-      config: of the policy, whatever its kind.
-      tree: like the parameters, or those of them that are trained.
+      config: the configuration of a policy of any kind.
+      tree: a tree like the parameters, or like the trained ones.
     """
     stacked = dict(tree)
     for first, *others in _scanned_names(config, tree):
@@ -64,7 +68,7 @@ def stack_runs(config: Any, tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unstack_runs(config: Any, stacked: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree that `stack_runs` made `stacked` of."""
+    """The tree from which `stack_runs` made `stacked`."""
     tree = dict(stacked)
     for names in _scanned_names(config, stacked):
         layers = tree.pop(names[0])
@@ -73,7 +77,7 @@ def unstack_runs(config: Any, stacked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scanned_names(config: Any, tree: Mapping[str, Any]) -> list[list[str]]:
-    """The layers' names in each run that is a loop, without runs of which nothing is in `tree`."""
+    """The names of the layers of each run that is a loop, without runs that `tree` does not hold."""
     runs = layer_runs(config) if config.kind == "decoder" and config.scan_layers else []
     names = [[f"layers_{i}" for i in run] for run in runs]
     return [run for run in names if run[0] in tree]
@@ -93,7 +97,7 @@ def scan_layers(
     Args:
       apply_layer: applies one layer, without rematerialisation of its own.
       layer_types: the attention type of each layer; `contexts` has a context for each.
-      caches: of each layer; None for all of them where tokens attend to one another, as in training.
+      caches: the cache of each layer; None for every layer where tokens attend to one another, as in training.
     """
     used = [name for name in contexts if name in layer_types]
     stacked_contexts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(contexts[name] for name in used))
@@ -101,14 +105,15 @@ def scan_layers(
 
     def step(x_BTD: jax.Array, layer: tuple[Any, jax.Array, LayerCache | None]) -> tuple[jax.Array, LayerKV | None]:
         params, layer_type, cache = layer
-        # One type needs no choice, which would keep its masks once per layer.
+        # With one type there is no choice, which would keep the masks once for each layer.
         context = contexts[used[0]] if len(used) == 1 else jax.tree.map(lambda x: x[layer_type], stacked_contexts)
         x_BTD, cache = apply_layer(params, x_BTD, context, cache)
         return x_BTD, None if cache is None else cache.own
 
-    remat = "none" if caches[0] is not None else config.remat  # a cache has no backward pass
+    remat = "none" if caches[0] is not None else config.remat  # with a cache there is no backward pass
     if remat != "none":
-        # Inside a loop nothing can be merged with the first computation, so the barrier of prevent_cse is not needed.
+        # Inside a loop XLA cannot merge the second computation with the first, so the barrier of prevent_cse is not
+        # needed.
         step = jax.checkpoint(step, prevent_cse=False, **ops.remat_options(remat))
 
     stacked_params = jax.tree.map(lambda *leaves: _stack(config, leaves), *layers, is_leaf=is_quantized)
@@ -131,12 +136,12 @@ def scan_layers(
 
 
 def _with_own(cache: LayerCache | None, own: LayerKV | None, index: int) -> LayerCache | None:
-    """The cache of layer `index` with its part of the stacked keys and values."""
+    """The cache of layer `index` with its slice of the stacked keys and values."""
     return None if cache is None else cache._replace(own=jax.tree.map(operator.itemgetter(index), own))
 
 
 def _stack(config: ModelConfig, leaves: Sequence[Any]) -> Any:
-    """The leaves on a new first axis; matrices in the compute dtype, to which each product casts them anyway."""
+    """The leaves on a new first axis. Matrices are cast to the compute dtype, as each product does anyway."""
     if is_quantized(leaves[0]):
         return jax.tree.map(lambda *parts: jnp.stack(parts), *leaves)
     if leaves[0].ndim > 1:

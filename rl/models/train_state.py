@@ -1,7 +1,9 @@
-"""The two flavours of a training state, and the one pure pytree that both become. `TrainState` (Linen) and
-`TrainStateNNX` (an `nnx.Module` with the model and an `nnx.Optimizer`) are what `init_state_fn` returns. `pure()` turns
-either into a `PureState`, which the train step, the sampler and the checkpoints see; `PureState`s of the two flavours
-have the same tree, dtypes and values, so nothing after this module knows the flavour.
+"""The two flavours of a training state, and the one pure pytree that both become.
+
+`TrainState` (Linen) and `TrainStateNNX` (an `nnx.Module` with the model and an `nnx.Optimizer`) are what
+`init_state_fn` returns. `pure()` turns either into a `PureState`, which the train step, the sampler and the checkpoints
+see; `PureState`s of the two flavours have the same tree, dtypes and values, so nothing after this module knows the
+flavour.
 """
 
 from typing import Any, NamedTuple
@@ -16,11 +18,11 @@ from rl.models.lora import split
 
 
 class PureState(NamedTuple):
-    """What a training run is, as a plain pytree.
+    """The state of a training run as a plain pytree.
 
     Attributes:
-      step: int32 [], updates of the run so far, the skipped ones included: its position. The optimizer's own counts,
-        which schedules go by, leave skipped updates out.
+      step: int32 [], the position of the run: its updates so far, skipped ones included. The optimizer's own counts,
+        which schedules use, leave skipped updates out.
       params: nested dict of weights, with adapters beside their kernels where the model has any.
       opt_state: the optax state over `params`, or over the adapters where there are any; () when there is no optimizer.
       rng: uint32 key data of the run's base key; every random number of the run is derived from it and the step.
@@ -92,12 +94,12 @@ class TrainStateNNX(nnx.Module):
 
 
 def string_keys(tree: Any) -> Any:
-    """Nested dicts with strings for keys: NNX numbers the entries of a list."""
+    """Nested dicts with strings as keys, because NNX numbers the entries of a list."""
     return {str(key): string_keys(child) for key, child in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _refill(template: Any, variables: Any) -> Any:
-    """`template` with the arrays that `variables` holds at the same paths; NNX wraps each array in a Variable."""
+    """`template` with the arrays of `variables` at the same paths; NNX wraps each array in a Variable."""
     arrays = {_names(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.as_pure(variables))[0]}
     leaves, treedef = jax.tree_util.tree_flatten_with_path(template)
     assert len(arrays) == len(leaves), (len(arrays), len(leaves))
@@ -105,12 +107,10 @@ def _refill(template: Any, variables: Any) -> Any:
 
 
 def _names(path: tuple) -> tuple[str, ...]:
-    """A key path as strings: tuple index, field name, dict key alike, so that State, dict and NamedTuple paths
-    compare.
-    """
+    """A key path as strings, so that paths in a State, a dict and a NamedTuple compare as equal."""
     return tuple(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)
 
 
 def pure_state(state: Any) -> PureState:
-    """The pure pytree of a `TrainState` or `TrainStateNNX`; a `PureState` is returned as it is."""
+    """The pure pytree of a `TrainState` or `TrainStateNNX`; a `PureState` is returned unchanged."""
     return state if isinstance(state, PureState) else state.pure()
