@@ -97,7 +97,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log))
         collector = Collector(config, sampler, rewards, sampling, tokenizer, held_out, log)
         checkpoints = run.begin(mesh, init_policy_fn, abstract, with_reference=bool(config.reference.sync_every))
-        announce(log, config, data, origin, policy, mesh, run, packing, sampling)
+        announce(log, config, data, origin, tokenizer, policy, mesh, run, packing, sampling)
         if check_only:
             log.message(run.would_do("grpo train", config.grpo.steps))
             return run.path

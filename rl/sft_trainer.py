@@ -86,7 +86,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         # run folder: whatever is wrong up to `begin` has touched nothing on disk
         run = stack.enter_context(RunOutput(config, "sft", identity, log, look_only=check_only, trust=trust))
         checkpoints = run.begin(mesh, init_policy_fn, abstract)
-        announce_supervised(log, pairs, len(held_out), origin, policy, run)
+        announce_supervised(log, pairs, len(held_out), origin, tokenizer, policy, run)
         if check_only:
             log.message(run.would_do("grpo sft", config.sft.steps))
             return run.path

@@ -89,8 +89,29 @@ def check(config: Config) -> None:
         raise ValueError(
             f"eval.reward must name one of rewards.functions {shown(names)}, got {shown(config.eval.reward)}"
         )
+    _check_chat(config)
     if config.data.eval_source is not None and config.data.eval_size:
         raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
+
+
+def _check_chat(config: Config) -> None:
+    """Keys that belong to chat prompts, and names that a chat template gets from elsewhere."""
+    data = config.data
+    for key, value in (
+        ("chat_template_kwargs", data.chat_template_kwargs),
+        ("assistant_prefill", data.assistant_prefill),
+    ):
+        if value and not data.chat:
+            raise ValueError(
+                f"data.chat must be true with data.{key}, which is for chat prompts, got false and {shown(value)}; set "
+                f"data.chat=true or leave data.{key} out"
+            )
+    for name in ("messages", "add_generation_prompt"):
+        if name in data.chat_template_kwargs:
+            raise ValueError(
+                f"data.chat_template_kwargs must not hold {name!r}, which each prompt gives, got "
+                f"{shown(data.chat_template_kwargs[name])}; leave it out"
+            )
 
 
 def _check_paths(config: Config) -> None:

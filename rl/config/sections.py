@@ -17,6 +17,7 @@ FREE_FORM = (
     "data.args",
     "data.eval_args",
     "data.columns",
+    "data.chat_template_kwargs",
     "grpo.loss_args",
     "sampling.logit_bias",
     "mesh.axes",
@@ -99,7 +100,9 @@ class DataSection:
     eval_args: dict[str, Any]
     eval_size: int
     chat: bool
+    chat_template_kwargs: dict[str, Any]
     system_prompt: str | None
+    assistant_prefill: str | None
     max_prompt_length: int
 
 

@@ -20,7 +20,8 @@ from rl.config.load import Config, require
 from rl.config.sections import DataSection
 from rl.data.sources import list_columns, load_rows
 from rl.data.tasks import Row
-from rl.data.tokenizer import Tokenizer
+from rl.data.tokenizer import Tokenizer, split_prefill
+from rl.files.json_file import shown
 
 Prompt = str | list[dict[str, Any]]
 
@@ -30,7 +31,8 @@ class PromptRow:
     """One question, ready to be sampled.
 
     Attributes:
-      prompt: what the policy is asked, as reward functions get it: text (system prompt in front) or chat messages.
+      prompt: what the policy is asked: text (system prompt in front) or chat messages. A last message of the
+        assistant's is how the answer begins.
       prompt_ids: int32 [T], the tokenized prompt; no padding.
       columns: every other column of the row, under Tandem's names.
       index: position of the row in its source.
@@ -241,34 +243,53 @@ def check_enough_rows(num_rows: int, prompts_per_step: int, key: str = "grpo.pro
 
 
 def question_key(prompt: Prompt) -> str:
-    """The question of a prompt as rows are compared by it: no system message, case folded, spacing collapsed."""
+    """The question of a prompt as rows are compared by it: no system message, no beginning of the answer, case folded,
+    spacing collapsed.
+    """
     if not isinstance(prompt, str):
-        prompt = "\n".join(message["content"] for message in prompt if message["role"] != "system")
+        asked, _ = split_prefill(prompt)
+        prompt = "\n".join(message["content"] for message in asked if message["role"] != "system")
     return " ".join(prompt.casefold().split())
 
 
 def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
-    """The prompt with its system prompt: text, or chat messages when data.chat.
+    """The prompt with its system prompt: text, or chat messages when data.chat, then with data.assistant_prefill as a
+    last message of the assistant's.
 
     Raises:
-      ValueError: naming `where`: an empty prompt, one that is neither text nor messages, messages without data.chat, or
-        two system messages.
+      ValueError: naming `where`: an empty prompt, one that is neither text nor messages, messages without data.chat or
+        without one to answer, two system messages, or two beginnings of the answer.
     """
     if isinstance(prompt, str) and prompt.strip():
         if not data.chat:
             return (data.system_prompt or "") + prompt
         conversation: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and is_conversation(prompt):
+    elif (problem := conversation_problem(prompt)) is None:
         if not data.chat:
             raise ValueError(
                 f"{where}: data.chat must be true for a prompt that is a list of messages; set data.chat=true"
             )
-        conversation = [dict(message) for message in prompt]
+        # Parquet and datasets give every message the fields that any of them has.
+        conversation = [{name: value for name, value in message.items() if value is not None} for message in prompt]
     else:
         raise ValueError(
-            f"{where}: the prompt must be text or a list of messages with role and content, got {prompt!r}; "
+            f"{where}: the prompt must be text or a list of messages with role and content, got {problem}; "
             "data.columns.prompt names the column it is read from"
         )
+    is_begun = conversation[-1]["role"] == "assistant"
+    if is_begun and len(conversation) == 1:
+        raise ValueError(
+            f"{where}: the prompt must hold a message before that of the assistant, which is the beginning of the "
+            f"answer, got {shown(conversation)}"
+        )
+    if is_begun and data.assistant_prefill:
+        raise ValueError(
+            f"{where}: data.assistant_prefill must be null for a prompt that ends with a message of the assistant, "
+            f"which the answer goes on from, got {shown(data.assistant_prefill)} and {shown(conversation[-1])}; set "
+            "data.assistant_prefill=null or leave the message out"
+        )
+    if data.assistant_prefill:
+        conversation = [*conversation, {"role": "assistant", "content": data.assistant_prefill}]
     if data.system_prompt is None:
         return conversation
     if conversation[0]["role"] == "system":
@@ -339,12 +360,17 @@ def _encode_together(size: int, encode: Callable[[int], list[int]], limit: int) 
     return [next(pieces) if is_kept else None for is_kept in fits], int(lengths.min())
 
 
-def is_conversation(messages: list[Any]) -> bool:
-    """Whether these are chat messages, each with a role and a content of text."""
-    return bool(messages) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    )
+def conversation_problem(messages: Any) -> str | None:
+    """What keeps a value from being a list of chat messages, each with a role and a content of text; None: nothing."""
+    if not isinstance(messages, list) or not messages:
+        return shown(messages)
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return f"{shown(message)} as message {index}"
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                return f"the {name} {shown(message.get(name))} in message {index}, {shown(message)}"
+    return None
 
 
 def _held_out_questions(questions: set[str], seed: int, size: int) -> set[str]:

@@ -277,6 +277,8 @@ def _map_columns(rows: list[Row], columns: Mapping[str, str | None], source: str
     for name, theirs in mapping.items():
         way_out = "" if name == "prompt" else f"; data.columns.{name}=null does without"
         if theirs not in existing:
+            if name == "prompt" and "messages" in existing:
+                way_out = "; data.columns.prompt=messages takes conversations, with data.chat=true"
             raise ValueError(
                 f"data.columns.{name} must name a column of {source!r}, "
                 f"got {theirs!r}{list_columns(theirs, existing)}{way_out}"

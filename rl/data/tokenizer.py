@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rl.files.json_file import Fields, check_files, check_is_file, read_object, shown
@@ -32,6 +32,7 @@ _BYTE_CHAT_TEMPLATE = (
 MAX_TEMPLATE_BYTES = 1_000_000
 MOST_FREE_IDS = 100_000  # of a vocabulary, besides as many as it has tokens
 _TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+_TEXT_MARK = "tandem_text_prompts"  # in tokenizer_config.json
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -44,13 +45,21 @@ class Tokenizer:
         more.
       bos_id, pad_id: None when the tokenizer has none. `pad_id` may equal an EOS id; masks never come from it.
       vocab_size: highest token id + 1, special and added tokens included.
+
+    Args:
+      template_name: what messages call the chat template.
+      template_kwargs: variables of the chat template, such as enable_thinking, by name.
     """
 
     def __init__(
-        self, backend: "PreTrainedTokenizerFast", template_name: str = "the tokenizer's chat template"
+        self,
+        backend: "PreTrainedTokenizerFast",
+        template_name: str = "the tokenizer's chat template",
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.backend = backend
-        self._template_name = template_name  # for messages
+        self._template_name = template_name
+        self._template_kwargs = dict(template_kwargs or {})
         self._untrusted: Untrusted | None = None  # renders chats; there from the first one on
         eos_id = _token_id(backend, backend.eos_token)
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
@@ -63,6 +72,15 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether `encode_chat` can work."""
         return bool(self.backend.chat_template)
+
+    @property
+    def is_of_text_prompts(self) -> bool:
+        """Whether the model in this tokenizer's folder was trained on prompts of plain text (`mark_text_prompts`)."""
+        return self.backend.init_kwargs.get(_TEXT_MARK) is True
+
+    def mark_text_prompts(self) -> None:
+        """Has `save_pretrained` write beside the model that its prompts are plain text, chat template or not."""
+        self.backend.init_kwargs[_TEXT_MARK] = True
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of raw text.
@@ -86,9 +104,11 @@ class Tokenizer:
         return ids
 
     def render_chat(self, messages: Messages) -> str:
-        """The messages as text by the tokenizer's own Jinja template, up to where the assistant's next answer begins.
+        """The messages as text by the tokenizer's own Jinja template, up to where the assistant's answer goes on.
 
-        The template is somebody else's program: it runs in a process of its own, which is ended when it takes too long.
+        Where the last message is the assistant's, the answer begins with what that message says: the messages before
+        it are rendered, and its content follows as it is. The template is somebody else's program: it runs in a process
+        of its own, which is ended when it takes too long.
 
         Raises:
           ValueError: no chat template, or it refuses the messages (Gemma's wants user and assistant in turn), fails,
@@ -100,6 +120,8 @@ class Tokenizer:
                 "Jinja file, use an instruction-tuned model's tokenizer, or set data.chat=false"
             )
         is_first = self._untrusted is None
+        messages, prefill = split_prefill(messages)
+        assert messages, "an answer that begins without a message to answer"
         try:
             text = self._render(messages)
         except UntrustedError as error:
@@ -110,15 +132,40 @@ class Tokenizer:
             ) from error
         if is_first:
             self._check_that_messages_matter(messages, text)
-        return text
+        return text + prefill
 
-    def _render(self, messages: Messages) -> str:
+    def template_kwargs_problem(self) -> str | None:
+        """Which of `template_kwargs` change nothing, because the chat template never looks at them, in words.
+
+        Raises:
+          ValueError: the template is no Jinja template.
+        """
+        if not self._template_kwargs:
+            return None
+        try:
+            read = self._process().variables(self.backend.get_chat_template())
+        except UntrustedError as error:
+            raise ValueError(
+                f"{self._template_name} must be a Jinja template, got {error}; set tokenizer.chat_template to another "
+                "Jinja file"
+            ) from error
+        unread = [name for name in self._template_kwargs if name not in read]
+        if not unread:
+            return None
+        return (
+            f"data.chat_template_kwargs: {self._template_name} never reads {', '.join(unread)}, so what is set there "
+            "changes nothing; correct the name or leave it out"
+        )
+
+    def _process(self) -> Untrusted:
         if self._untrusted is None:
             self._untrusted = Untrusted()
-        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-        return self._untrusted.render(
-            self.backend.get_chat_template(), {**self.backend.special_tokens_map, **variables}
-        )
+        return self._untrusted
+
+    def _render(self, messages: Messages) -> str:
+        variables = {**self.backend.special_tokens_map, "tools": None, "documents": None, **self._template_kwargs}
+        variables |= {"messages": messages, "add_generation_prompt": True}
+        return self._process().render(self.backend.get_chat_template(), variables)
 
     def _check_that_messages_matter(self, messages: Messages, text: str) -> None:
         """ValueError where the first or the last message may say something else and the text stays the same."""
@@ -155,7 +202,8 @@ class Tokenizer:
 
     def content_hash(self) -> str:
         """Of all that its ids follow from."""
-        parts = [self.backend.backend_tokenizer.to_str(), json.dumps(self.backend.chat_template), repr(self.eos_ids)]
+        template = [self.backend.chat_template, self._template_kwargs]
+        parts = [self.backend.backend_tokenizer.to_str(), json.dumps(template), repr(self.eos_ids)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -168,12 +216,24 @@ class Tokenizer:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_tokenizer(source: str | os.PathLike, chat_template_path: str | os.PathLike | None = None) -> Tokenizer:
+def split_prefill(messages: Messages) -> tuple[Messages, str]:
+    """The messages that are to be answered, and how the answer begins: what a last message of the assistant's says."""
+    if messages[-1]["role"] != "assistant":
+        return messages, ""
+    return messages[:-1], messages[-1]["content"]
+
+
+def load_tokenizer(
+    source: str | os.PathLike,
+    chat_template_path: str | os.PathLike | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
       source: a folder with tokenizer.json, a hub id, or `byte`. The network is used for a hub id only.
       chat_template_path: a Jinja file that replaces the tokenizer's own chat template.
+      template_kwargs: see `Tokenizer`.
 
     Raises:
       ValueError: the folder or the template file is not there, the folder holds no fast tokenizer, or the hub id cannot
@@ -183,10 +243,10 @@ def load_tokenizer(source: str | os.PathLike, chat_template_path: str | os.PathL
     backend = _byte_backend() if source == BYTE_SOURCE else _load_backend(source)
     if chat_template_path is not None:
         backend.chat_template = _read_template(local_copy(chat_template_path))
-        return Tokenizer(backend, f"tokenizer.chat_template {os.fspath(chat_template_path)!r}")
+        return Tokenizer(backend, f"tokenizer.chat_template {os.fspath(chat_template_path)!r}", template_kwargs)
     _check_template(source, backend)
     try:
-        return Tokenizer(backend, f"the chat template of tokenizer {source!r}")
+        return Tokenizer(backend, f"the chat template of tokenizer {source!r}", template_kwargs)
     except ValueError as error:
         raise ValueError(f"tokenizer {source!r}: {error}") from error
 

@@ -52,6 +52,17 @@ class Untrusted:
             raise UntrustedError(f"it gave {type(answer).__name__} in place of text")
         return answer
 
+    def variables(self, template: str) -> set[str]:
+        """The names that a Jinja template looks up among its variables.
+
+        Raises:
+          UntrustedError: it is none, or takes too long.
+        """
+        answer = self._ask({"kind": "variables", "template": template}, 12 * len(template))
+        if not isinstance(answer, list) or not all(isinstance(name, str) for name in answer):
+            raise UntrustedError("it gave something else than a list of names")
+        return set(answer)
+
     def match(self, pattern: str, texts: list[str], whole: bool = True) -> list[bool]:
         """For each text, whether the regular expression matches all of it, or, without `whole`, any part of it.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 
@@ -63,6 +64,12 @@ def render(template: str, variables: dict[str, Any], most: int) -> str:
     return "".join(pieces)
 
 
+def variables(template: str) -> list[str]:
+    """The names that a template looks up among its variables."""
+    environment = _environment()
+    return sorted(jinja2.meta.find_undeclared_variables(environment.parse(template)))
+
+
 def match(pattern: str, texts: list[str], whole: bool) -> list[bool]:
     """For each text, whether the regular expression matches all of it, or, without `whole`, any part of it."""
     compiled = re.compile(pattern)
@@ -72,6 +79,10 @@ def match(pattern: str, texts: list[str], whole: bool) -> list[bool]:
 
 @functools.lru_cache(maxsize=1)
 def _compile(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+def _environment() -> jinja2.Environment:
     """Compiles a chat template as transformers does (`transformers.utils.chat_template_utils`)."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -79,7 +90,7 @@ def _compile(template: str) -> jinja2.Template:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+    return environment
 
 
 class _Generation(jinja2.ext.Extension):
@@ -122,7 +133,7 @@ def _write(message: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-_KINDS = {"render": render, "match": match}
+_KINDS = {"render": render, "variables": variables, "match": match}
 
 if __name__ == "__main__":
     main()

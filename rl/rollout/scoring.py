@@ -17,7 +17,7 @@ from rewards.runner import RewardRunner, check_on_gold
 from rl.config.load import Config
 from rl.config.objects import function_of
 from rl.data.prompts import Prompt, PromptRow
-from rl.data.tokenizer import Tokenizer
+from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices import hosts
 from rl.devices.mesh import no_implicit_transfers
 from rl.run.console import Console
@@ -61,7 +61,7 @@ def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.P
         log_path=log_path,
         env=section.env,
         memory_gb=section.memory_gb,
-        rows=[(row.prompt, row.columns) for row in rows[:_ROWS_TO_TRY]],
+        rows=[(prompt_form(row.prompt), row.columns) for row in rows[:_ROWS_TO_TRY]],
         share=share,
     )
     for calls in hosts.gather(runner.calls):
@@ -103,7 +103,7 @@ def sample_and_score(
     done: dict[int, Completion] = {}
     texts: dict[int, str] = {}
     columns = {name: [row.columns.get(name) for row in row_B] for name in runner.columns}
-    prompts = [row.prompt for row in row_B]
+    prompts = [prompt_form(row.prompt) for row in row_B]
     with runner.begin(prompts, columns, group_size=num_samples, names=names) as scoring:
         with watch.timer("rollout"), no_implicit_transfers():
             for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
@@ -115,11 +115,16 @@ def sample_and_score(
     return ScoredCompletions(groups, [texts[b] for b in range(len(requests))], result)
 
 
+def prompt_form(prompt: Prompt) -> Prompt:
+    """A prompt as reward functions get it: text, or the messages that are answered."""
+    return prompt if isinstance(prompt, str) else split_prefill(prompt)[0]
+
+
 def completion_form(prompt: Prompt, text: str) -> Any:
     """A completion as reward functions get it: text for a text prompt, an assistant message in a list for a chat
-    prompt.
+    prompt, whole: a beginning that the prompt gave is in it, as in TRL.
     """
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": split_prefill(prompt)[1] + text}]
 
 
 def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:
@@ -127,5 +132,6 @@ def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -
     gold = row.columns.get("answer")
     if gold is None:
         return
-    for warning in check_on_gold(runner, row.prompt, completion_form(row.prompt, str(gold)), row.columns):
+    gold_completion = completion_form(row.prompt, str(gold))
+    for warning in check_on_gold(runner, prompt_form(row.prompt), gold_completion, row.columns):
         console.warning(warning)

@@ -4,6 +4,7 @@ from jax.sharding import Mesh
 
 from rl.config.load import Config, preset_values
 from rl.data.prompts import PairData, PromptData
+from rl.data.tokenizer import Tokenizer
 from rl.models.foreign import files as foreign
 from rl.models.lora import quantization_of
 from rl.models.policy import Policy
@@ -27,11 +28,29 @@ def warn_about_sampling(console: Console, config: Config, sampling: SamplingPara
         )
 
 
+def warn_about_prompts(console: Console, config: Config, origin: Origin, tokenizer: Tokenizer) -> None:
+    """Says when a pretrained model is asked in another form than its tokenizer's chat template gives."""
+    is_trained_so = origin.folder is None or tokenizer.is_of_text_prompts
+    if tokenizer.has_chat_template and not config.data.chat and not is_trained_so:
+        console.warning(
+            "data.chat is false, and the tokenizer has a chat template: prompts are plain text, in which a model that "
+            "was trained on chats was never asked; set data.chat=true, unless this is a base model"
+        )
+    warn_about_template_kwargs(console, tokenizer)
+
+
+def warn_about_template_kwargs(console: Console, tokenizer: Tokenizer) -> None:
+    """Says which entries of data.chat_template_kwargs change nothing."""
+    if problem := tokenizer.template_kwargs_problem():
+        console.warning(problem)
+
+
 def announce(
     console: Console,
     config: Config,
     data: PromptData,
     origin: Origin,
+    tokenizer: Tokenizer,
     policy: Policy,
     mesh: Mesh,
     run: RunOutput,
@@ -65,10 +84,17 @@ def announce(
         rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())
     console.table("grpo train", rows)
     warn_about_sampling(console, config, sampling)
+    warn_about_prompts(console, config, origin, tokenizer)
 
 
 def announce_supervised(
-    console: Console, pairs: PairData, num_held_out: int, origin: Origin, policy: Policy, run: RunOutput
+    console: Console,
+    pairs: PairData,
+    num_held_out: int,
+    origin: Origin,
+    tokenizer: Tokenizer,
+    policy: Policy,
+    run: RunOutput,
 ) -> None:
     """The same for supervised fine-tuning."""
     for message in (*pairs.messages, *foreign.notes(policy), *run.folder.messages):
@@ -81,3 +107,4 @@ def announce_supervised(
         "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M",
     }
     console.table("grpo sft", rows)
+    warn_about_template_kwargs(console, tokenizer)

@@ -44,7 +44,7 @@ class Origin:
 def tokenizer_of(config: Config) -> Tokenizer:
     """tokenizer.source, else the model's folder, else the byte tokenizer."""
     source = config.tokenizer.source or folder_source(config) or BYTE_SOURCE
-    return load_tokenizer(source, config.tokenizer.chat_template)
+    return load_tokenizer(source, config.tokenizer.chat_template, config.data.chat_template_kwargs)
 
 
 def folder_source(config: Config) -> str | None:

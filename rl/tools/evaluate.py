@@ -60,8 +60,9 @@ def evaluate_source(
         tokenizer = tokenizer_of(config)
         data = load_prompts(config, tokenizer)
         changed = source.run and changed_rows(source.run, config, overrides, data, tokenizer)
-        if changed and hosts.is_first():
-            print(f"warning: {changed}", file=sys.stderr)
+        for problem in filter(None, (changed, tokenizer.template_kwargs_problem())):
+            if hosts.is_first():
+                print(f"warning: {problem}", file=sys.stderr)
         rows = data.held_out[: config.eval.max_prompts]
         if not rows:
             raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")

@@ -391,6 +391,15 @@ def test_a_missing_recipe_is_refused(tmp_path):
             ["rewards.functions=[{function: 'a:b', name: c}]", "eval.reward=d"],
             r"eval\.reward must name one of rewards\.functions \['c'\], got 'd'",
         ),
+        (
+            ["data.assistant_prefill=x"],
+            r"data\.chat must be true with data\.assistant_prefill, .*got false and 'x'; set",
+        ),
+        (["data.chat_template_kwargs={a: 1}"], r"data\.chat must be true with data\.chat_template_kwargs"),
+        (
+            ["data.chat=true", "data.chat_template_kwargs.messages=[]"],
+            r"data\.chat_template_kwargs must not hold 'messages', which each prompt gives, got \[\]; leave it out",
+        ),
         (["data.eval_source=x.jsonl", "data.eval_size=5"], r"data\.eval_size must be 0 when data\.eval_source is set"),
         (["checkpoint.keep=0"], r"checkpoint\.keep must be >= 1, got 0"),
         (

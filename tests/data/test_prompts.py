@@ -267,6 +267,36 @@ def test_chat_prompts_go_through_the_template(tokenizer, tmp_path):
     plain, talk = load_prompts(config_for(path, "data.chat=true", "data.system_prompt=Add."), tokenizer).train
     assert plain.prompt == [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1="}]
     assert talk.prompt == [{"role": "system", "content": "Add."}, *turns]
+    begun = [{"role": "assistant", "content": "<think>\n"}]
+    config = config_for(path, "data.chat=true", 'data.assistant_prefill="<think>\\n"')
+    plain, talk = load_prompts(config, tokenizer).train
+    assert talk.prompt == turns + begun
+    assert tokenizer.decode(plain.prompt_ids) == "user: 1+1=\nassistant: <think>\n"
+    assert question_key(plain.prompt) == "1+1="
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
+def test_a_messages_column_of_several_turns_is_the_prompt(tokenizer, tmp_path, form):
+    """Also where the last turn is the beginning of the answer, and where messages have fields of others."""
+    calls = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}]
+    chats = [[*calls, {"role": "user", "content": "c"}], [{"role": "user", "content": "d"}, calls[1]]]
+    rows = [{"messages": chat, "answer": "1"} for chat in chats]
+    (tmp_path / "set").mkdir()
+    source, overrides = write_jsonl(tmp_path / "set" / "train.jsonl", rows), []
+    if form == "parquet":
+        source = str(tmp_path / "train.parquet")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    if form == "datasets":
+        source = str(tmp_path / "set")
+        overrides = [f"data.args={{split: train, cache_dir: {tmp_path / 'cache'}}}"]
+    config = config_for(source, "data.columns.prompt=messages", "data.chat=true", *overrides)
+    train = load_prompts(config, tokenizer).train
+    assert [row.prompt for row in train] == chats
+    rendered = ["user: a\nassistant: b\nuser: c\nassistant: ", "user: d\nassistant: b"]
+    assert [tokenizer.decode(row.prompt_ids) for row in train] == rendered
+    if form == "jsonl":
+        with pytest.raises(ValueError, match=r"'messages'\]; data\.columns\.prompt=messages takes conversations"):
+            load_prompts(config_for(source, "data.chat=true"), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +306,19 @@ def test_chat_prompts_go_through_the_template(tokenizer, tmp_path):
         ("", [], r"row 0: the prompt must be text or a list of messages"),
         (7, [], r"row 0: the prompt must be text or a list of messages .*got 7"),
         ([], ["data.chat=true"], r"the prompt must be text or a list of messages"),
-        ([{"role": "user"}], ["data.chat=true"], r"the prompt must be text or a list of messages"),
+        ([{"role": "user"}], ["data.chat=true"], r"must be text or a list of messages .*the content None in message 0"),
+        (
+            [{"role": "user", "content": "a"}, {"from": "human", "value": "b"}],
+            ["data.chat=true"],
+            r"row 0: .*got the role None in message 1, \{'from': 'human'.*data\.columns\.prompt names",
+        ),
+        (["a"], ["data.chat=true"], r"row 0: .*got 'a' as message 0"),
+        ([{"role": "assistant", "content": "a"}], ["data.chat=true"], r"row 0: .*must hold a message before that of"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            ["data.chat=true", "data.assistant_prefill=c"],
+            r"row 0: data\.assistant_prefill must be null .*got 'c' and \{'role': .*'b'\}; set data",
+        ),
         (
             [{"role": "system", "content": "x"}, {"role": "user", "content": "a"}],
             ["data.chat=true", "data.system_prompt=y"],
@@ -493,6 +535,9 @@ def test_chat_completion_follows_the_rendered_prompt(tokenizer, tmp_path):
         tokenizer.decode([*row.prompt_ids, *row.completion_ids], skip_special_tokens=False)
         == "<bos>user: hi\nassistant: yes<eos>"
     )
+    begun = load_pairs(config_for(path, "data.chat=true", "data.assistant_prefill='oh '"), tokenizer).rows[0]
+    assert tokenizer.decode(begun.prompt_ids) == "user: hi\nassistant: oh "
+    assert begun.completion_ids.tolist() == row.completion_ids.tolist()
 
 
 def test_completion_gets_no_space_that_the_text_does_not_have(tmp_path):

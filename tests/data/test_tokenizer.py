@@ -27,7 +27,9 @@ CHATML = (
 USER = [{"role": "user", "content": "hi"}]
 
 
-def word_tokenizer(single: str, template: str | None = None, prepend_scheme: str = "never") -> Tokenizer:
+def word_tokenizer(
+    single: str, template: str | None = None, prepend_scheme: str = "never", template_kwargs: dict | None = None
+) -> Tokenizer:
     """Words a, b, c after a SentencePiece-like space mark; `single` is the post-processor's rule for one text."""
     words = ["<s>", "</s>", "<unk>", "\u2581", "a", "b", "c", "\u2581a", "\u2581b", "\u2581c"]
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -39,7 +41,7 @@ def word_tokenizer(single: str, template: str | None = None, prepend_scheme: str
     backend = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
     )
-    return Tokenizer(backend)
+    return Tokenizer(backend, template_kwargs=template_kwargs)
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
@@ -219,6 +221,34 @@ def test_chats_are_rendered_as_transformers_renders_them(template):
     chat = [{"role": "system", "content": "b"}, {"role": "user", "content": " \u65e5\ud800 "}, *USER]
     peer = tokenizer.backend.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert tokenizer.render_chat(chat) == peer
+
+
+def test_an_answer_that_has_begun_is_rendered_as_transformers_continues_it():
+    chat = [*USER, {"role": "assistant", "content": "a"}, *USER, {"role": "assistant", "content": "b <c>"}]
+    for tokenizer in (load_tokenizer("byte"), word_tokenizer("$A", template=CHATML)):
+        peer = tokenizer.backend.apply_chat_template(chat, continue_final_message=True, tokenize=False)
+        assert tokenizer.render_chat(chat) == peer
+        assert peer.endswith("b <c>")
+
+
+THINKING = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% if not date is defined %}{% set date = 'today' %}{% endif %}"
+    "{{ date }}{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+)
+
+
+def test_variables_of_the_template_reach_it_and_those_that_it_never_reads_are_named():
+    given = {"enable_thinking": False, "date": "1 May", "level": [1, {"a": None}]}
+    tokenizer = word_tokenizer("$A", template=THINKING, template_kwargs=given)
+    peer = tokenizer.backend.apply_chat_template(USER, add_generation_prompt=True, tokenize=False, **given)
+    assert tokenizer.render_chat(USER) == peer == "hi1 May<think></think>"
+    assert "never reads level, so what is set there changes nothing" in tokenizer.template_kwargs_problem()
+    plain = word_tokenizer("$A", template=THINKING)
+    assert (plain.render_chat(USER), plain.template_kwargs_problem()) == ("hitoday", None)
+    assert plain.content_hash() != tokenizer.content_hash()
+    broken = word_tokenizer("$A", template="{% for %}", template_kwargs=given)
+    with pytest.raises(ValueError, match=r"must be a Jinja template, got TemplateSyntaxError"):
+        broken.template_kwargs_problem()
 
 
 def test_decode_does_not_clean_up_spaces():

@@ -13,12 +13,13 @@ from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.models.files.hf_config import read_config
 from rl.rollout.evaluation import wilson_interval
-from rl.run.announce import warn_about_sampling
+from rl.run.announce import warn_about_prompts, warn_about_sampling
 from rl.run.console import Console
 from rl.run.metrics import read_metrics
 from rl.sampler.create import eos_ids, sampling_params, stop_text
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
+from rl.state.origin import Origin, tokenizer_of
 from rl.tools.evaluate import evaluate_source
 from tests.helpers.places import FILES, REWARDS
 
@@ -195,6 +196,31 @@ def test_training_warns_of_rules_that_the_loss_does_not_correct_for(overrides, n
     assert bool(printed) == bool(named)
     rules = [word.strip(",:") for word in printed.split() if word.startswith("sampling.")]
     assert sorted(rules) == sorted(named)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        ([], "data.chat is false, and the tokenizer has a chat template: prompts are plain text"),
+        (["data.chat=true"], ""),
+        (["data.chat=true", "data.chat_template_kwargs={thinking: false, eos_token: x}"], "reads thinking, eos_token"),
+        (["model.source=null"], ""),
+        (["tokenizer.source=TRAINED"], ""),
+    ],
+)
+def test_training_warns_of_text_prompts_for_a_chat_model_and_of_variables_without_effect(overrides, warning, tmp_path):
+    tokenizer = load_tokenizer("byte")
+    tokenizer.mark_text_prompts()
+    tokenizer.save_pretrained(tmp_path)
+    recipe = [f"model.source={MODELS / 'qwen2'}", "tokenizer.source=byte", *overrides]
+    config = load_config(None, [entry.replace("TRAINED", str(tmp_path)) for entry in recipe])
+    tokenizer, stream = tokenizer_of(config), io.StringIO()
+    with Console(1, stream) as console:
+        folder = config.model.source and MODELS / "qwen2"
+        warn_about_prompts(console, config, Origin(read_config(MODELS / "qwen2"), folder, {}), tokenizer)
+    printed = " ".join(stream.getvalue().split())
+    assert bool(printed) == bool(warning)
+    assert warning in printed
 
 
 def test_run_evaluates_before_the_first_step_and_after_the_last(run):

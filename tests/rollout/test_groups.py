@@ -69,6 +69,26 @@ def test_completions_are_judged_while_others_are_drawn_and_stand_in_order(tmp_pa
     assert {"seconds/rollout", "seconds/reward"} <= watch.lap().keys()
 
 
+def test_rewards_judge_the_whole_answer_where_the_prompt_began_it(tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "def judge(prompts, completions, **columns):\n    return [seen(*x) for x in zip(prompts, completions)]\n"
+    )
+    with path.open("a") as file:
+        file.write("def seen(prompt, completion):\n")
+        file.write("    asked = [{'role': 'user', 'content': 'x'}]\n")
+        file.write("    return float(prompt == asked and completion == [{'role': 'assistant', 'content': '<b>aa'}])\n")
+    prompt = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<b>"}]
+    rows = [PromptRow(prompt, np.array([1, 2]), {}, 0)]
+    with RewardRunner([RewardSpec("judge", f"{path}:judge", 1.0, {}, "elementwise")], [], 1, 5.0) as runner:
+        sampler = OneByOne(lambda tokens: True)
+        scored = sample_and_score(
+            sampler, {}, rows, 2, SamplingParams(2), jax.random.key(0), runner, Letters(), Stopwatch()
+        )
+    assert scored.texts == ["aa", "ab"], "what was drawn"
+    assert scored.result.rewards == [[1.0], [0.0]]
+
+
 def completion_of(p, g, finish_reason):
     tokens, logprobs, none = np.array([p, g], np.int32), np.zeros(2, np.float32), np.zeros((2, 0), np.float32)
     return Completion(p, g, tokens, logprobs, logprobs, finish_reason, None, none, none)

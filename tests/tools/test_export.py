@@ -169,6 +169,7 @@ def test_a_hugging_face_folder_is_complete_and_names_no_sampling_default(run, tm
     again = load_tokenizer(tmp_path / "out")
     assert again.backend.chat_template == tokenizer.backend.chat_template
     assert again.encode("1+1=") == tokenizer.encode("1+1=")
+    assert again.is_of_text_prompts  # so that a run that starts from it is not warned of them
     trained = load_checkpoint(load_config(run / "config.yml"), run, 2)
     assert_equal(hf.load_params(tmp_path / "out", hf.read_config(tmp_path / "out")), trained.params)
 

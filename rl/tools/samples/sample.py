@@ -53,6 +53,8 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     use_compilation_cache(config)
     tokenizer = tokenizer_of(config)
     samples = to_sample_rows(rows, config.data, tokenizer, arguments.n, config.sampling.max_completion_length)
+    if problem := tokenizer.template_kwargs_problem():
+        _say(f"warning: {problem}")
     origin = find_origin(config, tokenizer)
     sampling = _sampling_of(config, origin.model_config, tokenizer, samples, arguments.top_logprobs)
     seed = config.seed if arguments.seed is None else arguments.seed

@@ -13,7 +13,7 @@ from typing import Any
 
 from rl.config.ranges import LARGEST_SEED
 from rl.config.sections import DataSection
-from rl.data.prompts import Prompt, build_prompt, is_conversation
+from rl.data.prompts import Prompt, build_prompt, conversation_problem
 from rl.data.sources import read_jsonl
 from rl.data.tasks import Row
 from rl.data.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def to_sample_rows(
     """Checks and tokenizes rows.
 
     Args:
-      data: its `chat` and `system_prompt` say how text becomes a prompt, as in training.
+      data: its `chat`, `system_prompt` and `assistant_prefill` say how text becomes a prompt, as in training.
       num_samples, limit: for rows without `n` and `max_tokens`.
 
     Raises:
@@ -122,9 +122,9 @@ def _check_prompt(kind: str, prompt: object, where: str) -> None:
     if isinstance(prompt, str) and kind == "prompt":
         if not prompt.strip():
             raise ValueError(f"{where}: the prompt must hold text, got {prompt!r}")
-    elif not isinstance(prompt, list) or not is_conversation(prompt):
+    elif problem := conversation_problem(prompt):
         rule = "text or a list" if kind == "prompt" else "a list"
-        raise ValueError(f"{where}: {kind} must be {rule} of messages with role and content, got {prompt!r}")
+        raise ValueError(f"{where}: {kind} must be {rule} of messages with role and content, got {problem}")
 
 
 def _whole(row: Row, name: str, least: int, where: str) -> int | None:
