@@ -83,7 +83,7 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def _environment() -> jinja2.Environment:
-    """Compiles a chat template as transformers does (`transformers.utils.chat_template_utils`)."""
+    """The environment in which transformers compiles chat templates (`transformers.utils.chat_template_utils`)."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
