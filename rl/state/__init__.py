@@ -1,1 +1,1 @@
-"""What is trained, and what lasts: states, optimizer, reference, checkpoints."""
+"""Training states, optimizer, reference, checkpoints, export."""

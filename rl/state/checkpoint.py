@@ -1,14 +1,17 @@
-"""Checkpoints of a run: the training state and where the loop stands, written asynchronously and atomically by Orbax.
+"""Checkpoints of a run: the training state and the loop record, written asynchronously and atomically by Orbax.
 
 In: a `PureState`, a small JSON-able record of the loop, and the weights of a reference that moves. Out:
-`output_dir/checkpoints/STEP/{state,loop}`, and `reference` where there is one, in one layout for both flavours: nested
-dicts of strings down to arrays (`params`, `opt_state`, `step`, `rng`). Every array is checked by path, shape and dtype
-before a restore, so that no value silently stays at its initialisation. Of a model with adapters only these are
-written, with their settings in `loop`; the frozen base is read from its own source, which `run.json` identifies. The
-meaning of the loop record belongs to the trainer. Each checkpoint has the hashes of its files, see
-`rl.state.checkpoint_files`; whoever reads one compares them while it reads, and gives nothing away before that is done.
-Of damaged checkpoints the newest before them is taken, by a run, which sets them aside, and by readers, which change
-nothing; a step that somebody asked for by its number is refused.
+`output_dir/checkpoints/STEP/{state,loop}`, and `reference` where it moves. The layout is the same in both flavours:
+nested dicts with string keys down to arrays (`params`, `opt_state`, `step`, `rng`).
+
+Before a restore every array is checked by path, shape and dtype, so no value silently stays at its initialisation. A
+model with adapters writes only the adapters, and their settings into `loop`; the frozen base is read from its own
+source, which `run.json` identifies. The trainer gives the loop record its meaning.
+
+Each checkpoint has the hashes of its files, see `rl.state.checkpoint_files`. A reader compares them while it reads, and
+returns nothing before the comparison is done. If the newest checkpoint is damaged, the newest whole one before it is
+taken. A run sets the damaged one aside; other readers change nothing. A damaged step that was asked for by number is
+refused.
 """
 
 import contextlib
@@ -53,14 +56,16 @@ from rl.state.checkpoint_files import (
 from rl.state.states import AbstractState, InitStateFn, check_same_tree, get_abstract_state
 
 ADAPTER = "adapter"  # the key of the loop record that holds an adapter's rank, alpha and targets
-_OVERHEAD = 1 << 10, 1 << 16  # bytes of a checkpoint beside its numbers: per array, and per process that writes
-_DELETION_SECONDS = 60.0  # to wait for the files of an old checkpoint to go, before a disk counts as full
+_OVERHEAD = 1 << 10, 1 << 16  # bytes of a checkpoint beside its numbers: for an array, and for a writing process
+_DELETION_SECONDS = 60.0  # to wait for the deletion of an old checkpoint before a disk counts as full
 
 T = TypeVar("T")
 
 
 class DamagedCheckpointError(ValueError):
-    """Files of a checkpoint are not those that were written. `folder`: the checkpoint; `problems`: a line per file."""
+    """Files of a checkpoint differ from what was written. `folder`: the checkpoint; `problems`: a line for
+    each file.
+    """
 
     def __init__(self, folder: pathlib.Path, problems: list[str]):
         more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
@@ -101,7 +106,7 @@ class Checkpoints:
         self._read_only = read_only
         self._verify = verify
         self._warn = warn or _warn_on_stderr
-        self._whole: set[int] = set()  # steps whose files were compared
+        self._whole: set[int] = set()  # steps whose files were compared and are whole
         if not read_only:
             for name in ("absl", "asyncio"):
                 logging.getLogger(name).addFilter(_is_news)
@@ -110,8 +115,8 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        options: dict[str, Any] = {"lightweight_initialize": True}  # one damaged step must not hide the others
-        if self._read_only:  # changes nothing: the half-written checkpoint that it finds may be one that a run writes
+        options: dict[str, Any] = {"lightweight_initialize": True}  # otherwise one damaged step would hide the others
+        if self._read_only:  # a half-written checkpoint may belong to a running process, so nothing is changed
             options |= {"read_only": True, "create": False, "save_interval_steps": 0}
             logging.getLogger("absl").addFilter(_is_unexpected)
         else:
@@ -129,17 +134,17 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, damaged or not; None when there is none."""
+        """The step of the newest checkpoint, damaged or not; None when there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: PureState, loop: dict[str, Any], reference: PureState | None = None) -> None:
-        """Starts writing `state` and `loop` as checkpoint `step`; a step that is already there is left as it is.
+        """Starts writing `state` and `loop` as checkpoint `step`. A step that exists is not written again.
 
         Args:
-          reference: written as well where these checkpoints are `with_reference`.
+          reference: the weights of a reference that moves, written where these checkpoints are `with_reference`.
 
         Raises:
-          ValueError: the disk has too little room, an earlier asynchronous write failed, or a newer step is there.
+          ValueError: the disk has too little room, an earlier asynchronous write failed, or a newer step exists.
         """
         if step in self._manager.all_steps():
             return
@@ -162,15 +167,14 @@ class Checkpoints:
             self._mirror.saved(step)
 
     def restore(self, step: int | None = None, base: Params | None = None) -> tuple[PureState, dict[str, Any]]:
-        """The state, placed by the shardings of this run's mesh, and the loop record of checkpoint `step` (None: the
-        newest that is whole).
+        """The state, placed on this run's mesh, and the loop record of checkpoint `step` (None: the newest whole one).
 
         Args:
-          base: the frozen weights that stand beside adapters, from `rl.state.states.frozen_base`.
+          base: the frozen weights beside adapters, from `rl.state.states.frozen_base`.
 
         Raises:
-          ValueError: no such checkpoint, one of another model, optimizer or adapter (naming the paths or settings), or
-            a damaged one.
+          ValueError: there is no such checkpoint, it is damaged, or it is of another model, optimizer or adapter (the
+            message names the paths or settings).
         """
 
         def read(step: int | None) -> tuple[PureState, dict[str, Any]]:
@@ -185,9 +189,9 @@ class Checkpoints:
         return self._read_whole(step, read)
 
     def restore_weights(self, step: int | None = None, base: Params | None = None) -> tuple[Params, Any]:
-        """(weights, random key) of checkpoint `step`, placed and checked as `restore` does it: all that decoding needs.
+        """(weights, random key) of checkpoint `step`, placed and checked as in `restore`: all that decoding needs.
 
-        Nothing of the optimizer's state is compared or read, or takes memory: this run's state may be without one.
+        The optimizer's state is neither compared nor read, so this run's state may be without one.
         """
 
         def read(step: int | None) -> tuple[Params, Any]:
@@ -203,7 +207,7 @@ class Checkpoints:
         return self._read_whole(step, read)
 
     def _read_whole(self, step: int | None, read: Callable[[int | None], T]) -> T:
-        """What `read` makes of checkpoint `step`, or of the newest that is whole (None)."""
+        """The result of `read` on checkpoint `step`, or on the newest whole one (None)."""
         candidates = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
         damaged: list[DamagedCheckpointError] = []
         for candidate in candidates or [None]:
@@ -224,10 +228,10 @@ class Checkpoints:
         )
 
     def _read_compared(self, step: int | None, read: Callable[[int | None], T]) -> T:
-        """What `read` makes of a checkpoint while its files are compared with their hashes.
+        """The result of `read` on a checkpoint, whose files are compared with their hashes meanwhile.
 
         Raises:
-          DamagedCheckpointError: they differ, whatever `read` made of that.
+          DamagedCheckpointError: the files differ, whatever `read` returned or raised.
         """
         folder = self._folder / str(step)
         if not self._verify or step in self._whole or not folder.is_dir():
@@ -240,14 +244,16 @@ class Checkpoints:
                 if problems:
                     raise DamagedCheckpointError(folder, list(dict.fromkeys(problems)))
 
-            if count > 1:  # before any of them waits for the others in the middle of a file that it cannot read
+            if (
+                count > 1
+            ):  # compared first: with a damaged file, one process would wait for the others in the middle of a read
                 compare()
                 value = read(step)
             else:
                 try:
                     value = read(step)
                 except ValueError:
-                    compare()  # names the file, where it is one
+                    compare()  # names the damaged file, if that is the cause
                     raise
                 compare()
         if check.note is not None and hosts.is_first():
@@ -257,7 +263,7 @@ class Checkpoints:
         return value
 
     def _leave_out(self, damaged: list[DamagedCheckpointError]) -> None:
-        """Says which checkpoints were passed over; a run gives them another name."""
+        """Reports damaged checkpoints that were skipped. A run renames them."""
         for error in damaged:
             told = f"checkpoint {error.folder} is DAMAGED and is not used: {'; '.join(error.problems[:3])}"
             if not self._read_only:
@@ -272,14 +278,13 @@ class Checkpoints:
     def check(
         self, step: int | None = None, parts: tuple[str, ...] | None = None
     ) -> tuple[int, pathlib.Path, dict[str, Any]]:
-        """Compares what checkpoint `step` (None: the newest) says that it holds with what this run wants; reads no
-        array.
+        """Compares the metadata of checkpoint `step` (None: the newest) with what this run needs. Reads no array.
 
         Args:
-          parts: of the layout on disk (`to_tree`), those to compare and to read; None: all.
+          parts: the parts of the layout on disk (`to_tree`) to compare and to read; None: all.
 
         Returns:
-          Its step, its folder, and the shapes and places of the arrays to read.
+          Its step, its folder, and the shapes and shardings of the arrays to read.
 
         Raises:
           ValueError: as `restore`.
@@ -297,7 +302,7 @@ class Checkpoints:
         return step, folder, target
 
     def check_reference(self, step: int | None = None) -> tuple[int, pathlib.Path, dict[str, Any]]:
-        """The same for the weights of the reference."""
+        """`check` for the weights of the reference."""
         step, folder, target = self._find(step)
         with _explain_read_errors(folder):
             written = _plain_metadata(self._manager.item_metadata(step)["reference"])
@@ -305,7 +310,7 @@ class Checkpoints:
         return step, folder, target
 
     def restore_reference(self, step: int | None = None) -> Any:
-        """The reference's weights in checkpoint `step`, chosen, placed and checked as `restore` does."""
+        """The reference's weights in checkpoint `step`, which is chosen, placed and checked as in `restore`."""
 
         def read(step: int | None) -> Any:
             found, folder, target = self.check_reference(step)
@@ -316,7 +321,7 @@ class Checkpoints:
         return self._read_whole(step, read)
 
     def _find(self, step: int | None) -> tuple[int, pathlib.Path, dict[str, Any]]:
-        """A checkpoint's step, its folder, and the shapes and places of what is to be read from it."""
+        """The step of a checkpoint, its folder, and the shapes and shardings of its arrays."""
         step = self.latest_step if step is None else step
         if step is None or step not in self._manager.all_steps():
             raise ValueError(
@@ -332,14 +337,14 @@ class Checkpoints:
         return step, self._folder / str(step), target
 
     def _trained(self, state: PureState) -> PureState:
-        """What is written of a state."""
+        """The part of a state that is written."""
         return state._replace(params=split(self._model_config, state.params)[0])
 
     def _adapter_settings(self) -> dict[str, Any]:
         lora = self._model_config.lora
         if lora is None:
             return {}
-        # Through JSON, so that what is compared is what can be read back.
+        # Through JSON, so that both sides have the form of a record that was read.
         return {ADAPTER: json.loads(json.dumps(dataclasses.asdict(lora)))}
 
     def _check_adapter(self, step: int, folder: pathlib.Path) -> None:
@@ -353,18 +358,18 @@ class Checkpoints:
             )
 
     def check_disk_space(self, counts_existing: bool = True) -> None:
-        """ValueError when the disk, or the process's file size limit, cannot hold the checkpoints that will exist at
-        one time.
+        """ValueError when the disk, or the process's file size limit, cannot hold all checkpoints that exist at one
+        time.
 
         Args:
-          counts_existing: whether those that are there make room for those to come.
+          counts_existing: whether the room of existing checkpoints counts, because new ones replace them.
         """
         hosts.from_first(lambda: self._check_disk_space(counts_existing))
 
     def _check_disk_space(self, counts_existing: bool) -> None:
         size = self._size()
         existing = sum(map(folder_size, self._steps_on_disk())) if counts_existing else 0
-        need = max(size * (self._keep + 1) - existing, size)  # one more than is kept, while the newest is being written
+        need = max(size * (self._keep + 1) - existing, size)  # `keep` and the one that is being written
         folder = self._folder.absolute()
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         if need > free:
@@ -384,7 +389,7 @@ class Checkpoints:
         """ValueError when the disk has no room for one more checkpoint now."""
         size, deadline = self._size(), time.monotonic() + _DELETION_SECONDS
         while (free := shutil.disk_usage(self._folder).free) < size:
-            # What is beyond `keep` is deleted in the background.
+            # Checkpoints beyond `keep` are deleted in the background.
             if len(self._steps_on_disk()) <= len(self._manager.all_steps()) or time.monotonic() > deadline:
                 raise ValueError(
                     f"the next checkpoint needs {size_text(size)} in {self._folder}, and {size_text(free)} are free; "
@@ -394,7 +399,7 @@ class Checkpoints:
             time.sleep(0.02)
 
     def _size(self) -> int:
-        """Bytes that a checkpoint takes of the disk: as much as the largest that is there, or an estimate."""
+        """Bytes on disk of one checkpoint: those of the largest existing one, or an estimate."""
         per_array, per_process = _OVERHEAD
         estimate = self._num_bytes() + per_array * len(self._leaves()) + per_process * hosts.num_processes()
         return max(map(folder_size, self._steps_on_disk()), default=estimate)
@@ -411,7 +416,7 @@ class Checkpoints:
         return [path for path in self._folder.iterdir() if path.name.isdecimal()] if self._folder.is_dir() else []
 
     def wait(self) -> None:
-        """Returns when every checkpoint asked for is complete, uploads included. ValueError when writing one failed."""
+        """Waits until every requested checkpoint is complete, uploads included. ValueError when writing one failed."""
         with _explain_write_errors(self._folder):
             self._manager.wait_until_finished()
         if self._mirror is not None:
@@ -424,11 +429,11 @@ class Checkpoints:
 
 
 class _StepPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Orbax's way of writing a folder under another name first, with one more name for a step: under that it is whole,
-    and its hashes are written.
+    """Orbax's write to a temporary folder, with one more temporary name for a step, under which its hashes
+    are written.
     """
 
-    _step: pathlib.Path | None = None  # None: an item of a step
+    _step: pathlib.Path | None = None  # None for an item of a step
 
     @classmethod
     def from_final(cls, final_path: epath.Path, **options: Any) -> Self:
@@ -451,12 +456,14 @@ class _StepPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """False for Orbax's warning that it was asked to read only."""
+    """False for Orbax's warning about reading only, which we ask for."""
     return not str(record.msg).startswith("Given directory is read only")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for what Orbax, and asyncio for it, log of errors that Orbax raises as well: a run says it once."""
+    """False for log lines of Orbax and asyncio about errors that Orbax raises as well, so that a run reports
+    them once.
+    """
     error = record.exc_info[1] if record.exc_info else None
     if error is None or os.environ.get(TRACEBACK_VARIABLE):
         return True
@@ -465,8 +472,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _quiet_tensorstore() -> None:
-    """Keeps what tensorstore's threads print off stderr when a write failed while they had others under way: that
-    nobody waits for these any more.
+    """Keeps messages of tensorstore's threads off stderr. After a failed write they report that nobody waits for their
+    other writes.
     """
     before = sys.unraisablehook
     if getattr(before, "is_quiet", False) or os.environ.get(TRACEBACK_VARIABLE):
@@ -490,9 +497,7 @@ def _warn_on_stderr(text: str) -> None:
 
 @contextlib.contextmanager
 def _explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
-    """Turns what Orbax raises when it cannot write (tensorstore's errors are ValueErrors) into an error that says what
-    to do.
-    """
+    """Turns an error of Orbax's writing (tensorstore raises ValueErrors) into a ValueError with the way out."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -505,9 +510,7 @@ def _explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explain_read_errors(folder: pathlib.Path) -> Iterator[None]:
-    """Turns what Orbax raises on a damaged checkpoint, a bare `Exception` for an array, into an error that says what to
-    do.
-    """
+    """Turns an error of Orbax's reading (a bare `Exception` for a damaged array) into a ValueError with the way out."""
     try:
         yield
     except Exception as error:
@@ -530,11 +533,11 @@ def create_checkpoint_manager(
     """The checkpoints of `config.output_dir` for the state that `init_state_fn` builds.
 
     Args:
-      read_only: for a reader of a run that may be going on: nothing on disk is changed.
-      with_reference: a reference that moves is written, too.
-      abstract: that state, where it is known already; None: it is worked out.
-      mirror: of the run whose checkpoints are written; None: they are not uploaded.
-      warn: takes what there is to say of checkpoints that are damaged; None: a line on stderr.
+      read_only: change nothing on disk, because the run may be going on.
+      with_reference: whether a reference that moves is written as well.
+      abstract: the abstract state, where it is known already; None: it is computed.
+      mirror: the mirror of the run; None: checkpoints are not uploaded.
+      warn: takes a message about damaged checkpoints; None: a line on stderr.
     """
     folder = run_path(config) / "checkpoints"
     if not read_only:
@@ -549,10 +552,13 @@ def create_checkpoint_manager(
 
 
 def would_do(command: str, path: pathlib.Path, checkpoints: Checkpoints | None, num_steps: int) -> str:
-    """What a run in this folder would do, in a line; `checkpoints` of the run to be resumed, if there is one.
+    """A line that says what a run in this folder would do.
+
+    Args:
+      checkpoints: those of the run to be resumed; None: there is no such run.
 
     Raises:
-      ValueError: the newest of them cannot be resumed from.
+      ValueError: the run cannot resume from the newest checkpoint.
     """
     step = None if checkpoints is None else checkpoints.latest_step
     if checkpoints is None or step is None:
@@ -587,7 +593,7 @@ def _without_empty(tree: Any) -> Any:
 
 
 def _overlay(skeleton: Any, values: Any) -> Any:
-    """`values`, with the empty dicts of `skeleton` put back."""
+    """`values`, with the empty dicts of `skeleton` added."""
     if not isinstance(skeleton, dict):
         return values
     return {key: _overlay(child, values[key]) if key in values else child for key, child in skeleton.items()}

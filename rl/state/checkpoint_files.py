@@ -1,9 +1,8 @@
-"""The files of checkpoints as they lie on disk, whatever model and program wrote them.
+"""The files of checkpoints on disk, whatever model and program wrote them.
 
-In: a folder that Orbax wrote: one item (a tree of arrays), or a step with several (`state`, `loop`, `reference`;
-MaxText's is `items`). Out: the arrays that it names and their contents one by one, the record of the loop, and whether
-the files are still those that were written. Damage is a ValueError that names the file. Not here: what a run wants to
-find (see `rl.state.checkpoint`).
+In: a folder that Orbax wrote: one item (a tree of arrays), or a step with several items (`state`, `loop`, `reference`;
+MaxText's is `items`). Out: the list of its arrays, their contents one by one, the loop record, and whether the files
+are unchanged. Damage is a ValueError that names the file. Not here: what a run needs to find (`rl.state.checkpoint`).
 
 Orbax keeps no checksum of the data of an array, and a changed byte often decodes to other numbers. So each step has a
 `hashes.json`: the hash of each of its files, its number, the id of its run (`run.json`), and the sha256 of all this. It
@@ -33,17 +32,17 @@ from rl.run_folder.contents import CHECKPOINTS, HASHES, IDENTITY, RUN_KEY, run_i
 _METADATA, _RECORD, _STEP_METADATA = "_METADATA", "metadata", "_CHECKPOINT_METADATA"
 UNFINISHED = ".orbax-checkpoint-tmp"  # part of the name of a step that is being written
 _DAMAGED = ".damaged"  # ends the name of a step that was set aside
-_STEP = "step"  # the number of a step, in its loop record and in hashes.json
+_STEP = "step"  # key of the number of a step, in its loop record and in hashes.json
 # How files are hashed, by the name in `hashes.json`. xxHash (https://xxhash.com) finds every accident in a sixth of
 # sha256's time. Against intent neither helps: who can change a checkpoint can write a new list as well.
 _ALGORITHM = "xxh3_128"
 _FILE_HASHES = {_ALGORITHM: partial(file_hash, digest=xxhash.xxh3_128), "sha256": file_hash}  # older: sha256
-_THREADS = 4  # that hash; more than a disk has use for
+_THREADS = 4  # that compute hashes; enough for any disk
 _NAMED_FILE = re.compile(r'local file "([^"]+[^/"])"')  # in the messages of tensorstore
 
 
 class DamagedArrayError(ValueError):
-    """An array cannot be read. `where`: the file that is to blame, or the item's folder where none is known."""
+    """An array cannot be read. `where`: the damaged file, or the item's folder where the file is unknown."""
 
     def __init__(self, where: str, path: tuple[str, ...]):
         super().__init__(f"{where} must hold {'/'.join(path)}, but it cannot be read; it is damaged")
@@ -54,8 +53,8 @@ class StoredArray(NamedTuple):
     """One array on disk.
 
     Attributes:
-      path: names from the root of its item.
-      folder: of its item. driver: tensorstore's name of its format.
+      path: the names from the root of its item.
+      folder: the folder of its item. driver: tensorstore's name of its format.
     """
 
     path: tuple[str, ...]
@@ -66,15 +65,15 @@ class StoredArray(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its numbers, uncompressed."""
+        """The number of bytes of its uncompressed numbers."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 def item_folders(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The trees of arrays in a checkpoint folder by name; a folder that is itself one has the name "".
+    """{name: folder} of the trees of arrays in a checkpoint folder. A folder that is itself a tree has the name "".
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no tree.
     """
     if (folder / _METADATA).is_file():
         return {"": folder}
@@ -88,7 +87,7 @@ def stored_arrays(item: pathlib.Path, damaged: list[DamagedArrayError] | None = 
     """The arrays of an item in the order of their paths; reads no data.
 
     Args:
-      damaged: takes the error of each array that cannot be opened, in place of raising it.
+      damaged: a list to which the error of each unreadable array is added; None: the first one is raised.
 
     Raises:
       ValueError: the item's own list of its arrays cannot be read.
@@ -116,7 +115,7 @@ def stored_arrays(item: pathlib.Path, damaged: list[DamagedArrayError] | None = 
 
 
 def read_array(array: StoredArray) -> np.ndarray:
-    """The numbers of one array, in the type they are stored in.
+    """The numbers of one array in their stored type.
 
     Raises:
       DamagedArrayError: they cannot be read.
@@ -146,7 +145,7 @@ def _blaming_a_file(item: pathlib.Path, path: tuple[str, ...]) -> Iterator[None]
 
 
 def array_hash(value: np.ndarray) -> str:
-    """Hex sha256 of type, shape and numbers: the same however the array was cut into files."""
+    """Hex sha256 of type, shape and numbers. It does not depend on how the array was cut into files."""
     digest = hashlib.sha256(f"{value.dtype.name}{list(value.shape)}".encode())
     digest.update(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))  # pyright: ignore[reportArgumentType]
     return digest.hexdigest()
@@ -161,21 +160,21 @@ def read_record(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def write_record(folder: pathlib.Path, record: dict[str, Any]) -> None:
-    """Puts another loop record into a step that nobody else uses."""
+    """Replaces the loop record of a step that nobody else uses."""
     (folder / "loop" / _RECORD).write_text(json.dumps(record))
 
 
 def read_step_metadata(folder: pathlib.Path) -> dict[str, Any]:
-    """What Orbax noted about a step: handlers, times in nanoseconds since 1970; {} where it noted nothing."""
+    """Orbax's notes about a step: handlers, times in nanoseconds since 1970; {} where there are none."""
     path = folder / _STEP_METADATA
     return _read_json(path) if path.is_file() else {}
 
 
 def write_hashes(folder: pathlib.Path, place: pathlib.Path | None = None) -> None:
-    """Writes `hashes.json` of a step, or of an item, as it is now.
+    """Writes `hashes.json` of the present files of a step or item.
 
     Args:
-      place: where the step is to lie; None: where it does.
+      place: the final path of the step; None: its present path.
     """
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     names = [name for name in names if name != HASHES]
@@ -190,14 +189,14 @@ class HashCheck:
     """The comparison of a folder's files with its `hashes.json`, in threads, while somebody else reads them.
 
     Attributes:
-      note: what is not compared, in words; None where everything is.
+      note: says what is not compared; None where everything is.
     """
 
     def __init__(self, folder: pathlib.Path, part: int = 0, num_parts: int = 1):
-        """Begins it.
+        """Begins the comparison.
 
         Args:
-          part, num_parts: which part of the files, of how many; each process of a run takes one.
+          part, num_parts: which of how many parts of the files to compare; each process of a run takes one part.
         """
         self.note: str | None = None
         self._problems: list[str] = []
@@ -225,7 +224,7 @@ class HashCheck:
             self._compared.append(self._pool.submit(_compare, folder / name, wanted, algorithm))
 
     def problems(self) -> list[str]:
-        """What is wrong, in words, a line per file; waits for the comparison to end."""
+        """A line for each damaged file. Waits for the comparison to end."""
         problems = [future.result() for future in self._compared]
         return [*self._problems, *filter(None, problems)]
 
@@ -237,17 +236,17 @@ class HashCheck:
 
 
 def damaged_files(folder: pathlib.Path) -> list[str] | None:
-    """What is wrong with the files of a step by its `hashes.json`, in words, a line per file; None without one."""
+    """A line for each file of a step that differs from `hashes.json`; None where there is no such file."""
     with HashCheck(folder) as check:
         problems = check.problems()
     return problems if problems or (folder / HASHES).exists() else None
 
 
 def wrong_step(folder: pathlib.Path) -> str | None:
-    """What is wrong, in words, where a step of a run folder holds the record of another one than its name says."""
+    """A message where the record of a step belongs to another step than its folder's name says; else None."""
     if not _is_step(folder):
         return None
-    with contextlib.suppress(ValueError):  # a record that cannot be read is named by its hash
+    with contextlib.suppress(ValueError):  # the hashes name a record that cannot be read
         record = read_record(folder)
         if isinstance(record, dict) and record.get(_STEP, int(folder.name)) != int(folder.name):
             return _moved(folder, record[_STEP])
@@ -263,7 +262,7 @@ def _moved(folder: pathlib.Path, step: object) -> str:
 
 
 def _origin(folder: pathlib.Path) -> dict[str, Any]:
-    """The number of a step and the id of its run, as hashes.json has them; {} of a folder that is no step."""
+    """The number of a step and the id of its run, as for hashes.json; {} for a folder that is no step."""
     if not _is_step(folder):
         return {}
     run = _run_of(folder)
@@ -271,13 +270,15 @@ def _origin(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _run_of(folder: pathlib.Path) -> str | None:
-    """The id of the run in whose folder a step lies; None where it lies in none, or an older version began the run."""
+    """The id of the run in whose folder a step lies; None outside a run folder, or where an older version began the
+    run.
+    """
     run = folder.parent.parent
     return run_id(run) if _is_step(folder) and (run / IDENTITY).is_file() else None
 
 
 def _foreign(folder: pathlib.Path, origin: dict[str, Any]) -> str | None:
-    """What is wrong, in words, where the list of hashes of a step is of another step, or of another run."""
+    """A message where the hashes of a step belong to another step or another run; else None."""
     if not _is_step(folder) or not (folder.parent.parent / IDENTITY).is_file():
         return None
     if origin.get(_STEP, int(folder.name)) != int(folder.name):
@@ -289,8 +290,10 @@ def _foreign(folder: pathlib.Path, origin: dict[str, Any]) -> str | None:
 
 
 def _missing_hashes(folder: pathlib.Path) -> str | None:
-    """What is wrong where the list of hashes is no file, in words; None where it is one, or of an older version, which
-    wrote none: a run with an id wrote one into each step, and one whose earlier step has one into each that followed.
+    """A message where a step lacks the list of hashes that it must have; else None.
+
+    A run with an id wrote a list into each step. A run of an older version may have begun to write lists at some step,
+    and has one in every later step.
     """
     path = folder / HASHES
     if path.is_file():
@@ -329,7 +332,7 @@ def _read_hashes(path: pathlib.Path) -> tuple[str, dict[str, str], dict[str, Any
         listed = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return damage
-    # The names are compared too: a changed one must not turn a list into one of an older version.
+    # Keys are compared too: a changed key must not make the list look like an older version's.
     if not isinstance(listed, dict) or set(listed) - {"digest", _STEP, RUN_KEY} != {"algorithm", "files"}:
         return damage
     if not isinstance(listed["files"], dict):
@@ -351,7 +354,7 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def set_aside(folder: pathlib.Path) -> pathlib.Path:
-    """Gives a damaged step a name that no reader takes for one; deletes nothing. The new path."""
+    """Renames a damaged step so that no reader takes it for a step. Deletes nothing. Returns the new path."""
     number, path = 1, folder.with_name(folder.name + _DAMAGED)
     while path.exists():
         number += 1
@@ -360,25 +363,25 @@ def set_aside(folder: pathlib.Path) -> pathlib.Path:
 
 
 def remove_unfinished(checkpoints: pathlib.Path) -> None:
-    """Removes the steps that were being written when the run ended. Only for the one who writes there."""
+    """Removes the steps that were being written when a run ended. For the process that writes there only."""
     for folder in checkpoints.glob(f"*{UNFINISHED}*"):
         shutil.rmtree(folder)
 
 
 def folder_size(folder: os.PathLike | str) -> int:
-    """Bytes that all files below a folder take of a disk; those that are taken away meanwhile do not count."""
+    """Bytes on disk of all files below a folder. Files that are removed meanwhile do not count."""
     total = 0
     for path, _, names in os.walk(folder):  # os.walk passes over folders that vanish
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 status = os.stat(os.path.join(path, name))
-                # Whole blocks. Some file systems give a new file its blocks late, and say less until then.
+                # Whole blocks, because some file systems report too few blocks of a new file at first.
                 total += max(status.st_size, status.st_blocks * 512)
     return total
 
 
 def size_text(num_bytes: float) -> str:
-    """A number of bytes for a person."""
+    """A number of bytes as text for messages."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= factor:
             return f"{num_bytes / factor:.2f} {unit}"

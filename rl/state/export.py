@@ -1,4 +1,4 @@
-"""A policy's weights as a folder that others read, with configuration, token ids and tokenizer.
+"""Writes a policy's weights as a folder for other programs, with configuration, token ids and tokenizer.
 
 In: parameters on the host. Out: a Hugging Face folder, or a parameter-only checkpoint (`rl.state.param_folder`).
 Adapters are merged into the weights. Not here: the command (`rl.tools.checkpoints.export`).
@@ -29,14 +29,14 @@ def write_folder(
     kind: str = "huggingface",
     keep_remainder: bool = True,
 ) -> None:
-    """Weights, adapters merged into them, model configuration, tokenizer and its chat template.
+    """Writes weights with merged adapters, the model configuration, and the tokenizer with its chat template.
 
-    Of a module of the user's own: model.safetensors alone, see `rl.models.foreign.files.save_folder`; of that, as of a
-    model of another library, `kind` must be huggingface, else ValueError.
+    A model that is not the toolkit's own decoder is written by `rl.models.foreign.files.save_folder`; its `kind` must
+    be huggingface, else ValueError.
 
     Args:
-      keep_remainder: where adapters were merged into a Hugging Face folder, also writes the file with which `grpo lora
-        unmerge` gives the base back bit for bit (a quantised one dequantised).
+      keep_remainder: where adapters are merged into a Hugging Face folder, also write the file with which `grpo lora
+        unmerge` restores the base (dequantised if it was quantised) bit for bit.
     """
     if model_config.kind != "decoder":
         if kind != "huggingface":
@@ -56,7 +56,7 @@ def write_folder(
 
 
 def _with_token_ids(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The configuration with the special tokens that a run goes by: the model's own, then the tokenizer's."""
+    """The configuration with the special tokens of a run: the model's own, then the tokenizer's."""
     eos_ids = tuple(dict.fromkeys((*model_config.eos_token_ids, *tokenizer.eos_ids)))
     bos_id, pad_id = model_config.bos_token_id, model_config.pad_token_id
     return dataclasses.replace(

@@ -1,9 +1,9 @@
-"""Optimizer and learning-rate schedule from the config, and how much of an update survives the rounding of the weights.
+"""Optimizer and learning-rate schedule from the config, and the share of an update that rounding of the weights loses.
 
 In: the `optimizer` section, and a policy for the names, axes and dtype of its parameters. Out: an optax schedule and an
-optax transformation, made of the same parts in the same order whatever the optimizer: clipping, direction, weight
-decay, learning rate, groups. Schedules count optimizer updates, never steps or micro-batches. Not here: gradients, and
-the state of the optimizer on a mesh (`rl.state.states`).
+optax transformation. Every optimizer has the same parts in the same order: clipping, direction, weight decay, learning
+rate, groups. Schedules count optimizer updates, never steps or micro-batches. Not here: gradients, and the state of the
+optimizer on a mesh (`rl.state.states`).
 """
 
 import fnmatch
@@ -26,7 +26,7 @@ from rl.models.lora import split
 from rl.models.ops import widen
 from rl.models.policy import Policy
 
-_MAX_LOST_SHARE = 0.5  # of an update's non-zero entries, before a run is warned about it
+_MAX_LOST_SHARE = 0.5  # of an update's non-zero entries; a larger share is warned about
 
 
 def create_training_optimizer(
@@ -40,12 +40,13 @@ def create_training_optimizer(
 
     Args:
       config: its `optimizer` section is read.
-      policy: gives the parameters' names and axes, and the dtype of the first moment where the config gives none.
-      num_updates: optimizer updates of the whole run; None: those of a GRPO run, steps * minibatches * epochs.
+      policy: has the parameters' names and axes, and their dtype, which the first moment takes where the config names
+        none.
+      num_updates: optimizer updates of the whole run; None: steps * minibatches * epochs, as in a GRPO run.
 
     Raises:
-      ValueError: all weights of a quantised model were to be trained, warm-up and decay do not fit the run, or a
-        pattern decides about no parameter (with adapters: a learning-rate pattern about no adapter).
+      ValueError: all weights of a quantised model would be trained, warm-up and decay do not fit the run, or a pattern
+        decides about no parameter (with adapters: a learning-rate pattern about no adapter).
     """
     section = config.optimizer
     if policy.config.quantization is not None and policy.config.lora is None:
@@ -85,41 +86,43 @@ def updates_per_step(config: Config) -> int:
 
 
 def last_lr(schedule: optax.Schedule, num_updates: int, num_skipped: int) -> float:
-    """The learning rate of the last of `num_updates` updates, of which `num_skipped` were skipped; when none was made,
-    that of the first one to come. Schedules count the updates that were made."""
+    """The learning rate of the last update that was made: `num_updates` less `num_skipped`. Before the first update,
+    its learning rate. Schedules count updates that were made.
+    """
     return float(np.asarray(schedule(max(num_updates - num_skipped - 1, 0))))
 
 
 def shortest_run(section: OptimizerSection) -> int:
-    """The smallest number of updates that warm-up and decay fit into."""
+    """The smallest number of updates of a run into which warm-up and decay fit."""
     decay_updates = section.decay_updates if section.schedule == "wsd" else None
     return section.warmup_updates + (decay_updates or 1)
 
 
 def decay_mask(params: Any, patterns: Sequence[str]) -> Any:
-    """True for the leaves that weight decay applies to: those whose name ("layers_0/mlp/up_proj/kernel") matches one of
-    the patterns. An adapter is also matched by the name of its kernel.
+    """True for the leaves with weight decay: those whose name ("layers_0/mlp/up_proj/kernel") matches a pattern. An
+    adapter also matches by the name of its kernel.
     """
     return _map_names(lambda name: any(_matches(name, pattern) for pattern in patterns), params)
 
 
 def rounding_loss(params: Any, updates: Any) -> jax.Array:
-    """Share of the non-zero entries of `updates` that leave their weight as it is, because the sum is rounded to it.
+    """The share of the non-zero entries of `updates` that do not change their weight, because the sum rounds back to
+    it.
 
-    A bfloat16 weight has 8 significant bits, so that an update below 2^-9 of it is lost (with learning rates of 1e-6
-    nearly all are). The reason for weights in float32 under activations in bfloat16, see
-    https://arxiv.org/abs/1710.03740, section 3.1.
+    A bfloat16 weight has 8 significant bits, so an update below 2^-9 of it is lost. With learning rates of 1e-6 nearly
+    all updates are. Weights in float32 under activations in bfloat16 avoid this, see https://arxiv.org/abs/1710.03740,
+    section 3.1.
 
     Args:
       params: float weights of any shapes.
-      updates: what `optax.apply_updates` would add to them; the same tree.
+      updates: the same tree, as `optax.apply_updates` would add it to `params`.
 
     Returns:
       float32 [], in [0, 1]; 0 when every entry is zero.
     """
 
     def count(weight: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # As bits: compilers may compare floats before they round them.
+        # Compared as bits, because compilers may compare floats before they round them.
         bits = jnp.dtype(f"uint{8 * weight.dtype.itemsize}")
         as_bits = lambda x: jax.lax.bitcast_convert_type(x, bits)  # noqa: E731
         is_update = update != 0
@@ -132,7 +135,7 @@ def rounding_loss(params: Any, updates: Any) -> jax.Array:
 
 
 def rounding_problems(metrics: Mapping[str, float]) -> list[str]:
-    """What a person should know about the rounding of a step's updates; nothing where it is not measured."""
+    """Warnings about the rounding of a step's updates; empty where it is not measured."""
     share = metrics.get("update/lost_share", 0.0)
     if share <= _MAX_LOST_SHARE:
         return []
@@ -141,7 +144,7 @@ def rounding_problems(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm` that takes the norm from the caller of `update`, who may have it, as `grad_norm`."""
+    """`optax.clip_by_global_norm` whose `update` takes a known norm as `grad_norm`."""
 
     def update(updates: Any, state: Any, params: Any = None, *, grad_norm: Any = None, **_: Any) -> tuple[Any, Any]:
         norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
@@ -152,18 +155,20 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraAr
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-# -- directions: what the learning rate multiplies, before weight decay
+# -- directions: the update before weight decay and learning rate
 
 
 def _adamw(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:
-    """Adam's (https://arxiv.org/abs/1412.6980); the second moment is float32 at least, unless the config says bfloat16:
-    of one in bfloat16 b2 = 0.999 takes less than rounding gives back, and after a spike it would never come down.
+    """Adam's direction (https://arxiv.org/abs/1412.6980).
+
+    The second moment is float32 or wider, unless the config says bfloat16. With b2 = 0.999 a bfloat16 moment would lose
+    each decay to rounding, and never come down after a spike.
     """
     adam = optax.scale_by_adam(section.b1, section.b2, section.eps, mu_dtype=moment_dtype)
 
     def init(params: Any) -> optax.ScaleByAdamState:
         state: Any = adam.init(params)
-        # An update keeps the dtype that it finds.
+        # An update keeps the moment's dtype, so only the start is cast.
         return state._replace(
             nu=jax.tree.map(lambda x: x.astype(section.second_moment_dtype or widen(x.dtype)), state.nu)
         )
@@ -172,7 +177,9 @@ def _adamw(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, Par
 
 
 def _adafactor(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:
-    """https://arxiv.org/abs/1804.04235, algorithms 4 and 5 without a first moment: decay 1 - t^-0.8, clipped at 1."""
+    """Adafactor, https://arxiv.org/abs/1804.04235, algorithms 4 and 5 without a first moment: decay 1 -
+    t^-0.8, clip 1.
+    """
     scale = [optax.scale_by_param_block_rms()] if section.adafactor_parameter_scale else []
     return optax.chain(
         _wide(optax.scale_by_factored_rms(min_dim_size_to_factor=section.adafactor_min_dim)),
@@ -182,8 +189,10 @@ def _adafactor(section: OptimizerSection, moment_dtype: str, specs: Mapping[str,
 
 
 def _wide(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """With a state of float32 at least, where optax gives it the dtype of the weights: after a hundred updates a moment
-    in bfloat16 takes in a fortieth of each gradient's square, after 5000 less than rounding gives back.
+    """The transformation with a state of float32 or wider, where optax takes the dtype of the weights.
+
+    After 100 updates a bfloat16 moment should take in a fortieth of each squared gradient; after 5000 the change is
+    lost to rounding.
     """
 
     def widened(tree: Any) -> Any:
@@ -196,17 +205,17 @@ def _wide(transformation: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def _lion(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:
-    """https://arxiv.org/abs/2302.06675, algorithm 2."""
+    """Lion's direction, https://arxiv.org/abs/2302.06675, algorithm 2."""
     return optax.scale_by_lion(section.lion_b1, section.lion_b2, mu_dtype=moment_dtype)
 
 
 def _muon(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:
-    """https://kellerjordan.github.io/posts/muon: the matrices of the layers by Muon, all else (embedding, head, norms,
-    biases) by AdamW.
+    """Muon, https://kellerjordan.github.io/posts/muon, for the matrices of the layers; AdamW for embedding, head, norms
+    and biases.
 
-    A kernel is the matrix of the product it stands for, input dims x output dims. The step's size is that of
-    https://arxiv.org/abs/2502.16982, section 2.2: `muon_rms` * sqrt(larger side), with which a matrix moves as far as
-    under AdamW, so that one learning rate serves both; `muon_rms` null: sqrt(max(1, output / input)).
+    A kernel counts as one matrix, input dims x output dims. The size of its step is `muon_rms` * sqrt(larger side)
+    (https://arxiv.org/abs/2502.16982, section 2.2). A matrix then moves as far as under AdamW, so one learning rate
+    serves both. With `muon_rms` null it is sqrt(max(1, output / input)).
     """
     matrices = {name: _muon_matrix(spec, section.muon_rms) for name, spec in specs.items() if _is_hidden_matrix(spec)}
     muon = optax.chain(
@@ -224,7 +233,7 @@ def _muon(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, Para
 
 
 def _sgd(section: OptimizerSection, moment_dtype: str, specs: Mapping[str, ParameterSpec]) -> Any:
-    """The gradient, or the sum of all gradients that decays by `sgd_momentum`."""
+    """The gradient, or with momentum the sum of gradients that decays by `sgd_momentum`."""
     momentum = section.sgd_momentum
     return optax.trace(momentum, accumulator_dtype=moment_dtype) if momentum else optax.identity()
 
@@ -248,8 +257,8 @@ def _is_hidden_matrix(spec: ParameterSpec) -> bool:
 
 
 def _muon_matrix(spec: ParameterSpec, rms: float | None) -> _MuonMatrix:
-    """For a kernel that reads the residual stream, ("embed", ...), or writes to it, (..., "embed"), and for adapters,
-    (..., "lora") and ("lora", ...).
+    """How Muon treats a kernel that reads the residual stream, ("embed", ...), or writes to it, (..., "embed"), and an
+    adapter, (..., "lora") or ("lora", ...).
     """
     dims = tuple(range(len(spec.axes)))
     num_input_dims = 1 if spec.axes[0] in ("embed", "lora") else len(dims) - 1
@@ -272,13 +281,15 @@ def _schedule(section: OptimizerSection, num_updates: int) -> optax.Schedule:
     }[section.schedule]()
     if not warmup:
         return after
-    # Update number 0 already moves: the ramp runs from lr / warmup to lr.
+    # Update number 0 moves already: the ramp runs from lr / warmup to lr.
     ramp = optax.linear_schedule(lr / warmup, lr, max(warmup - 1, 1))
     return optax.join_schedules([ramp, after], [warmup])
 
 
 def _stable_then_decay(lr: float, final_lr: float, num_updates: int, decay_updates: int) -> optax.Schedule:
-    """The warmed-up part of warm-up, stable, decay (https://arxiv.org/abs/2404.06395, section 4); a linear decay."""
+    """The part after the warm-up of warm-up, stable, decay (https://arxiv.org/abs/2404.06395, section 4), with linear
+    decay.
+    """
     decay = optax.linear_schedule(lr, final_lr, decay_updates)
     return optax.join_schedules([optax.constant_schedule(lr), decay], [num_updates - decay_updates])
 
@@ -304,7 +315,7 @@ def _by_name(specs: Any) -> dict[str, ParameterSpec]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether the pattern means this parameter: by its own name or, for an adapter, by that of its kernel."""
+    """Whether the pattern matches the parameter's name or, for an adapter, its kernel's name."""
     module, _, leaf = name.rpartition("/")
     names = (name, f"{module}/kernel") if leaf in (LORA_A, LORA_B) else (name,)
     return any(fnmatch.fnmatchcase(known, pattern) for known in names)
@@ -329,7 +340,7 @@ def _scale_by_name(factor: Callable[[str], float]) -> optax.GradientTransformati
 
 
 def _lr_scale(groups: Sequence[LearningRateGroup], name: str) -> float:
-    """That of the first group whose pattern matches; 1 when none does."""
+    """The lr_scale of the first group whose pattern matches; 1 when none does."""
     return next((group.lr_scale for group in groups if _matches(name, group.pattern)), 1.0)
 
 
@@ -357,7 +368,7 @@ def _check_pattern(key: str, pattern: str, names: Collection[str]) -> None:
 
 
 def _count(mask: jax.Array) -> jax.Array:
-    """Number of true entries as float32, counted as integers along the last dim: long float sums of ones stand still at
+    """The number of true entries as float32. The last dim is counted in integers, because float sums of ones stop at
     2^24.
     """
     return jnp.sum(jnp.sum(jnp.atleast_1d(mask), axis=-1, dtype=jnp.int32).astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""What a run starts from: tokenizer, model shape and pretrained weights, from the `model` and `tokenizer` sections."""
+"""The origin of a run: tokenizer, model shape and pretrained weights, from the `model` and `tokenizer` sections."""
 
 import dataclasses
 import hashlib
@@ -22,15 +22,15 @@ from rl.state import param_folder
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """The model a run starts from.
+    """The model from which a run starts.
 
     Attributes:
-      model_config: shape, dtypes, and adapters if the run trains some.
-      folder: local Hugging Face folder or parameter-only checkpoint with the weights of the base alone, or what
-        model.weights names; None for a fresh random model.
-      identity: JSON-able source and content hash, the same for the same weights; what `run.json` keeps of policy and
+      model_config: shape, dtypes, and adapters if the run trains any.
+      folder: local Hugging Face folder or parameter-only checkpoint with the weights of the base alone, or the path in
+        model.weights; None for a fresh random model.
+      identity: JSON-able source and content hash, equal for equal weights. `run.json` keeps it for policy and
         reference.
-      adapter: folder of the adapter that training starts from; None for a fresh one, or none.
+      adapter: folder of the adapter from which training starts; None for a fresh adapter, or no adapters.
       allow_nonfinite: whether the files may hold NaN and infinity.
     """
 
@@ -42,23 +42,23 @@ class Origin:
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
-    """tokenizer.source, else the model's folder, else the byte tokenizer."""
+    """The tokenizer of tokenizer.source, else of the model's folder, else the byte tokenizer."""
     source = config.tokenizer.source or folder_source(config) or BYTE_SOURCE
     return load_tokenizer(source, config.tokenizer.chat_template, config.data.chat_template_kwargs)
 
 
 def folder_source(config: Config) -> str | None:
-    """The folder or hub id in model.source; None for a fresh model and for a module of the user's own."""
+    """The folder or hub id in model.source; None for a fresh model and for a user's module."""
     source = config.model.source
     return None if source is None or source_kind(source) == "own" else source.removeprefix(TUNIX_PREFIX)
 
 
 def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
-    """Reads the model's configuration, checks the headers of its weights and hashes them; loads nothing.
+    """Reads the model's configuration, checks the headers of its weights and hashes them. Loads no weights.
 
     Raises:
-      ValueError: no such model, an unsupported architecture, missing or damaged weights, or a tokenizer with ids beyond
-        the model's vocabulary.
+      ValueError: there is no such model, its architecture is not supported, weights are missing or damaged, or the
+        tokenizer has ids beyond the model's vocabulary.
     """
     origin = _origin(config, tokenizer)
     return dataclasses.replace(origin, allow_nonfinite=config.model.allow_nonfinite)
@@ -84,11 +84,11 @@ def _origin(config: Config, tokenizer: Tokenizer) -> Origin:
 
 
 def model_shape(config: Config, tokenizer: Tokenizer, folder: pathlib.Path | None) -> ModelConfig:
-    """The model of a run, from `model.arch`, from the config.json in `folder`, or from the function that model.source
-    names; no weights are looked at.
+    """The model of a run, from `model.arch`, the config.json in `folder`, or the function in model.source. Reads no
+    weights.
 
     Raises:
-      ValueError: an unsupported architecture, a module that breaks its contract, or a tokenizer with ids beyond the
+      ValueError: the architecture is not supported, a module breaks its contract, or the tokenizer has ids beyond the
         model's vocabulary.
     """
     section, arch = config.model, config.model.arch
@@ -131,7 +131,7 @@ def _files_of(folder: pathlib.Path) -> Any:
 
 
 def _foreign_origin(config: Config, tokenizer: Tokenizer) -> Origin:
-    """That of a model which is not the toolkit's own decoder: a module of the user's, or a Tunix model."""
+    """The origin of a model that is not the toolkit's own decoder: a user's module, or a Tunix model."""
     section, source = config.model, folder_source(config)
     folder = None if source is None else pathlib.Path(resolve_source(source))
     model_config = model_shape(config, tokenizer, folder)
@@ -164,7 +164,7 @@ def _check_vocabulary(tokenizer: Tokenizer, model_config: Any) -> None:
 
 
 def _lora(config: Config, model_config: ModelConfig) -> LoRAConfig | None:
-    """The adapters of a run: as the configuration says, or with rank 0 as the adapter to start from says."""
+    """The adapters of a run: from the configuration, or with rank 0 from the adapter to start from."""
     section = config.lora
     if section.rank:
         found = LoRAConfig(section.rank, section.alpha, tuple(section.targets), section.rank_stabilized)

@@ -1,9 +1,9 @@
-"""Parameter-only checkpoints: weights without optimizer as Orbax writes them, beside what a Hugging Face folder has.
+"""Parameter-only checkpoints: weights in Orbax's format without an optimizer, with a Hugging Face folder's other files.
 
 A folder holds `params/` (one Orbax item, the tree of `rl.models.config.base_specs`), config.json,
-generation_config.json and the tokenizer. In and out are what `rl.models.files.hf` has for safetensors, under the same
-names: weights are read one by one, into whatever shardings, and checked by path, shape, dtype and, where
-`params/hashes.json` has them, the hashes of the files.
+generation_config.json and the tokenizer. The functions are those of `rl.models.files.hf` for safetensors, under the
+same names. Weights are read one by one into any shardings, and checked by path, shape, dtype and, where
+`params/hashes.json` exists, the hashes of the files.
 """
 
 import pathlib
@@ -39,8 +39,8 @@ def save_params(
 ) -> None:
     """Writes a parameter-only checkpoint and reads it back. It appears whole or not at all.
 
-    `dtype` is the stored type, None keeps `config.param_dtype`. Raises ValueError if the folder exists and is not
-    empty, if `params` is not the tree of `config`, or if what was read back is not what was written.
+    `dtype` is the stored type; None keeps `config.param_dtype`. Raises ValueError if the folder exists and is not
+    empty, if `params` is not the tree of `config`, or if the folder reads back differently.
     """
     check_tree(config, params)
     dtype = config.param_dtype if dtype is None else dtype
@@ -67,7 +67,7 @@ def load_params(
     `rl.models.files.hf.load_params`.
 
     Raises:
-      ValueError: as `check_weights`, numbers that are not finite, or a file that is damaged.
+      ValueError: as `check_weights`; numbers are not finite, or a file is damaged.
     """
     params: dict[str, Any] = {}
     with HashCheck(pathlib.Path(folder) / FOLDER) as check:  # in threads, beside the reading

@@ -1,11 +1,11 @@
-"""The reference of the KL term: fixed, or moved after the policy (TR-DPO, https://arxiv.org/abs/2404.09656).
+"""The reference of the KL term: fixed, or moved towards the policy (TR-DPO, https://arxiv.org/abs/2404.09656).
 
-A fixed reference is kept as source and hash in `run.json` and read again at every start. One that moves is an item of
-its own in the checkpoints. With alpha = `reference.ema`, every `reference.sync_every` steps
+A fixed reference is kept as source and hash in `run.json`, and read again at every start. A reference that moves is an
+item of its own in the checkpoints. With alpha = `reference.ema`, every `reference.sync_every` steps
 
     reference <- alpha * policy + (1 - alpha) * reference
 
-on the devices where both are, in float32 or wider, in the memory of the old reference. 1 copies the policy.
+on the devices of both, in float32 or wider, in the memory of the old reference. alpha = 1 copies the policy.
 """
 
 from collections.abc import Callable
@@ -32,15 +32,15 @@ def reference_of(
     state: PureState,
     stored: Stored = not_stored,
 ) -> PureState | None:
-    """The reference that a run starts or goes on with, a state of its own; None where the loss has no KL term.
+    """The reference of a run that starts or resumes, a state of its own; None where the loss has no KL term.
 
-    With adapters it is the frozen base, whose arrays `state` holds already. A reference that moves is read from the
-    checkpoint that `state` was restored from. Otherwise it is what the run started from.
+    With adapters it is the frozen base, whose arrays `state` already holds. A reference that moves is read from the
+    checkpoint from which `state` was restored. Otherwise it is the run's origin.
 
     Args:
-      init_reference_fn: without an optimizer.
-      state: of the policy, restored or new.
-      stored: where the compiled program that builds a state is taken from, if it is there.
+      init_reference_fn: builds the reference, without an optimizer.
+      state: the policy's state, restored or new.
+      stored: looks up the compiled program that builds a state.
     """
     policy = init_reference_fn.policy
     if not config.grpo.beta:
@@ -58,12 +58,12 @@ class ReferenceSync:
     """Moves the reference at the steps that the configuration names."""
 
     def __init__(self, config: Config, shardings: Any):
-        """`shardings`: of the weights, in which reference and policy are alike."""
+        """`shardings`: the shardings of the weights, equal for reference and policy."""
         self._every = config.reference.sync_every
         self._mix = _jit_mix(config.reference.ema, shardings) if self._every else None
 
     def __call__(self, reference: PureState | None, policy: PureState, step: int) -> PureState | None:
-        """The reference after `step` steps. The one that is passed in is donated: do not use it again."""
+        """The reference after `step` steps. The argument is donated: do not use it again."""
         if self._mix is None or reference is None or step % self._every:
             return reference
         return reference._replace(params=self._mix(reference.params, policy.params))
@@ -72,7 +72,7 @@ class ReferenceSync:
 def _jit_mix(alpha: float, shardings: Any) -> Callable[[Any, Any], Any]:
     def mix(reference: jax.Array, policy: jax.Array) -> jax.Array:
         if alpha == 1:
-            return jnp.copy(policy)  # a copy of its own: the policy's memory is donated to its next update
+            return jnp.copy(policy)  # a copy, because the policy's memory is donated to its next update
         dtype = jnp.promote_types(reference.dtype, jnp.float32)
         return (alpha * policy.astype(dtype) + (1 - alpha) * reference.astype(dtype)).astype(reference.dtype)
 
@@ -81,5 +81,5 @@ def _jit_mix(alpha: float, shardings: Any) -> Callable[[Any, Any], Any]:
         in_shardings=(shardings, shardings),
         out_shardings=shardings,
         donate_argnums=0,
-        keep_unused=True,  # so that the old reference's memory is taken even by a copy
+        keep_unused=True,  # so that even a copy takes the old reference's memory
     )

@@ -1,5 +1,4 @@
-"""Training states on a mesh: zero-argument `init_state_fn`s, their shapes and shardings, and states built where they
-will live.
+"""Training states on a mesh: zero-argument `init_state_fn`s, their shapes and shardings, and states built in place.
 
 In: a policy, an optimizer, a mesh. Out: `PureState`s of the policy and of the reference, each from its own
 `init_state_fn`. Reading and writing checkpoints is `rl.state.checkpoint`; reading pretrained weights is
@@ -23,7 +22,7 @@ from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState, TrainState, TrainStateNNX, pure_state
 from rl.state.origin import Origin, pretrained_params
 
-WEIGHTS, BASE = "weights", "base"  # what `init_program` need not make: all weights, or those that adapters stand beside
+WEIGHTS, BASE = "weights", "base"  # the weights that `init_program` need not make: all, or the base beside adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +34,8 @@ class InitStateFn:
 
     Attributes:
       policy: decides the flavour of the state, a `TrainState` or a `TrainStateNNX`.
-      optimizer: the policy's; None for a state that is not trained (reference, decoding).
-      seed: of the weights and of the state's base key.
+      optimizer: the policy's optimizer; None for a state that is not trained (reference, decoding).
+      seed: the seed of the weights and of the state's base key.
     """
 
     policy: Policy
@@ -50,12 +49,12 @@ class InitStateFn:
 
 
 class AbstractState(NamedTuple):
-    """A state without its numbers; the three have the same tree.
+    """A state without its numbers: three trees of the same structure.
 
     Attributes:
-      shapes: `jax.ShapeDtypeStruct` per leaf.
-      annotations: tuple of logical axis names per leaf (moments carry those of their weight, scalars ()).
-      shardings: `NamedSharding` per leaf.
+      shapes: a `jax.ShapeDtypeStruct` for each leaf.
+      annotations: a tuple of logical axis names for each leaf (moments have the names of their weight, scalars ()).
+      shardings: a `NamedSharding` for each leaf.
     """
 
     shapes: PureState
@@ -69,7 +68,7 @@ def get_abstract_state(
     """Shapes, logical annotations and shardings of the state that `init_state_fn` builds; nothing is computed.
 
     Args:
-      is_training: False leaves the optimizer out, as for decoding.
+      is_training: whether the state has an optimizer; False for decoding.
     """
     # Evaluated outside of any mesh context: some states cannot be traced inside one.
     shapes = jax.eval_shape(lambda: _select(pure_state(init_state_fn()), is_training))
@@ -97,16 +96,17 @@ def create_sharded_state(
     params: Any | None = None,
     stored: Stored = not_stored,
 ) -> PureState:
-    """Runs `init_state_fn` under one jit, each leaf born on the devices where it stays.
+    """Runs `init_state_fn` under one jit. Each leaf is made on the devices where it stays.
 
     Args:
-      abstract: from `get_abstract_state` with the same mesh; whether it has an optimizer decides whether the state has.
-      params: weights to take instead of fresh ones, already on the mesh; fresh ones are then not even computed. Of a
-        policy with adapters they may be the base alone.
-      stored: where the compiled program is taken from, if it is there, by the name that `init_program` gives it.
+      abstract: from `get_abstract_state` with the same mesh. The state has an optimizer if this has one.
+      params: weights, already on the mesh, in place of fresh ones, which are then not computed. For a policy with
+        adapters they may be the base alone.
+      stored: looks up the compiled program by the name that `init_program` gives it.
 
     Raises:
-      ValueError: `params` do not fit, naming every path that is missing, extra, or of another shape or dtype.
+      ValueError: `params` do not fit; the message names every path that is missing, extra, or of another shape or
+        dtype.
     """
     assert all(s.mesh == mesh for s in jax.tree.leaves(abstract.shardings)), "abstract state of another mesh"
     model_config = init_state_fn.policy.config
@@ -121,11 +121,11 @@ def create_sharded_state(
 
 
 def init_program(init_state_fn: InitStateFn, abstract: AbstractState, given: str | None = None) -> tuple[str, Program]:
-    """What builds a state, and its name: () -> `PureState` without the weights that are `given`.
+    """(name, program) of the program () -> `PureState`, without the weights that are `given`.
 
     Args:
       abstract: whether it has an optimizer decides whether the state has.
-      given: WEIGHTS: all of them; BASE: those without the adapters; None: none, they are drawn.
+      given: WEIGHTS: all weights; BASE: the weights without adapters; None: no weights, all are drawn.
     """
     is_training = bool(jax.tree.leaves(abstract.shapes.opt_state))
     model_config = init_state_fn.policy.config
@@ -136,14 +136,14 @@ def init_program(init_state_fn: InitStateFn, abstract: AbstractState, given: str
         return state._replace(params=split(model_config, state.params)[0] if given == BASE else {})
 
     def init() -> PureState:
-        # The compiler drops the random numbers of weights that are no output.
+        # The compiler drops random numbers of weights that are not returned.
         return rest_of(_select(pure_state(init_state_fn()), is_training))
 
     return "state init" if is_training else "reference init", Program(init, (), rest_of(abstract.shardings))
 
 
 def frozen_base(config: Config, mesh: Mesh, init_state_fn: InitStateFn, origin: Origin) -> Params:
-    """The weights that stand beside adapters, read or drawn as at the start of the run; {} without adapters."""
+    """The base beside adapters, read or drawn as at the start of the run; {} without adapters."""
     model_config = init_state_fn.policy.config
     if model_config.lora is None:
         return {}
@@ -154,15 +154,15 @@ def frozen_base(config: Config, mesh: Mesh, init_state_fn: InitStateFn, origin: 
 
 
 def frozen_reference(policy: Policy, state: PureState) -> PureState:
-    """The reference of a policy with adapters: the very arrays of its base, for `policy.without_adapters()`."""
-    # Copies of the scalars: the state's own are donated by the next update, its frozen weights never are.
+    """The reference of a policy with adapters: the arrays of its base themselves, for `policy.without_adapters()`."""
+    # Copies of the scalars, because the next update donates the state's own. Its frozen weights are never donated.
     return PureState(jnp.copy(state.step), split(policy.config, state.params)[1], (), jnp.copy(state.rng))
 
 
 def setup_training_state(
     config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None, stored: Stored = not_stored
 ) -> tuple[PureState, AbstractState]:
-    """The state to train, with its optimizer. `params` (same tree, already on the mesh) stand in for fresh weights."""
+    """The state to train, with its optimizer. `params` (same tree, already on the mesh) replace fresh weights."""
     abstract = get_abstract_state(config, mesh, init_state_fn, is_training=True)
     return create_sharded_state(init_state_fn, mesh, abstract, params, stored), abstract
 
@@ -191,9 +191,10 @@ def check_same_tree(got: Any, want: Any, what: str) -> None:
 
 
 def get_first_step(policy: Policy, state: Any, updates_per_step: int = 1) -> int:
-    """The step at which a run with this state goes on: updates done, divided by the updates of one step. Works for
-    either flavour's state and for a `PureState`."""
-    del policy  # the state itself knows how to become pure
+    """The step at which a run with this state resumes: updates done, divided by the updates of one step. Takes either
+    flavour's state, or a `PureState`.
+    """
+    del policy  # the state itself can become pure
     return int(pure_state(state).step) // updates_per_step
 
 
@@ -202,8 +203,10 @@ def _select(state: PureState, is_training: bool) -> PureState:
 
 
 def _annotate(shapes: PureState, policy: Policy) -> PureState:
-    """Logical axis names per leaf: those of a weight also for its moments, which lie at the weight's path below the
-    optimizer's own. A moment that was reduced over a dim has the names of the others; all else has none.
+    """Logical axis names for each leaf.
+
+    Moments lie at their weight's path inside the optimizer's state, and have the weight's names. A moment that was
+    reduced over a dim has the names of the other dims. All other leaves have none.
     """
     is_names = lambda x: isinstance(x, tuple)  # noqa: E731
     weights = jax.tree_util.tree_flatten_with_path(logical_axes(policy.config), is_leaf=is_names)[0]
@@ -212,7 +215,7 @@ def _annotate(shapes: PureState, policy: Policy) -> PureState:
 
     def names(path: tuple, leaf: Any) -> tuple:
         keys = _keys(path)
-        # An optimizer that treats parts of the tree differently has dict keys of its own in front.
+        # An optimizer that treats parts of the tree differently puts dict keys of its own in front.
         weight = next((keys[start:] for start in range(len(keys)) if keys[start:] in axes), None)
         if weight is not None:
             if _is_scale(path):
@@ -227,13 +230,13 @@ def _annotate(shapes: PureState, policy: Policy) -> PureState:
 
 
 def _is_scale(path: tuple) -> bool:
-    """Whether a leaf is the scale of a quantised weight, whose size is 1 at the dims that it was reduced over."""
+    """Whether a leaf is the scale of a quantised weight, which has size 1 at reduced dims."""
     return isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "scale"
 
 
 def _kept_dims(path: tuple, shape: tuple[int, ...]) -> list[list[int]]:
-    """Dims of a weight that a leaf at `path` may have: all, or in Adafactor's factors (`optax.FactoredState`) all but
-    the largest for `v_row`, all but the second largest for `v_col`.
+    """The dims of a weight that a leaf at `path` may have: all dims; in Adafactor's factors (`optax.FactoredState`) all
+    but the largest for `v_row`, and all but the second largest for `v_col`.
     """
     dims = list(range(len(shape)))
     by_size = sorted(dims, key=lambda dim: (shape[dim], dim))
