@@ -16,6 +16,7 @@ from shapes import Workload
 from weights import TokenIds, Weights, has_library, tunix_model
 
 from rl.models.config import ModelConfig
+from rl.models.inputs import plain_inputs
 from rl.run.metrics import CompileCounter
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
@@ -84,9 +85,7 @@ class Tandem:
 
         @jax.jit
         def forward(params: Any, tokens_1T: jax.Array) -> jax.Array:
-            zeros = jnp.zeros_like(tokens_1T)
-            positions = jnp.arange(tokens.size, dtype=jnp.int32)[None]
-            return policy.unembed(params, policy.hidden(params, tokens_1T, positions, zeros, zeros))[0]
+            return policy.unembed(params, policy.hidden(params, plain_inputs(tokens_1T)))[0]
 
         return np.asarray(forward(self._weights.params, jnp.asarray(tokens, jnp.int32)[None]))
 

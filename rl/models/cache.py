@@ -17,9 +17,10 @@ from flax import struct
 
 from rl.models import ops
 from rl.models.config import ModelConfig
+from rl.models.inputs import PADDING_GROUP, Inputs
 
 INT8_MAX = 127.0
-LABELS = ("positions", "group_ids", "branch_ids")
+LABELS = ("positions", "group_ids", "branch_ids")  # in the order of `Inputs.labels`
 
 
 class LayerKV(NamedTuple):
@@ -103,7 +104,7 @@ def empty_part(config: ModelConfig, num_rows: int, length: int, kv_dtype: str | 
     return CachePart(
         layers=tuple(layer() for _ in range(config.num_layers)),
         positions=jnp.zeros((num_rows, length), jnp.int32),
-        group_ids=jnp.full((num_rows, length), -1, jnp.int32),
+        group_ids=jnp.full((num_rows, length), PADDING_GROUP, jnp.int32),
         branch_ids=jnp.zeros((num_rows, length), jnp.int32),
     )
 
@@ -146,30 +147,21 @@ def rope_tables(config: ModelConfig, num_positions: int) -> dict[str, tuple[jax.
 # The steps of extend: label the new positions, write each layer, attend, advance
 
 
-def label_positions(
-    cache: KVCache, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
-) -> KVCache:
+def label_positions(cache: KVCache, inputs: Inputs) -> KVCache:
     """Labels of T new tokens written at each row's cursor. The caller keeps cursor + T within the cache."""
-    num_tokens = positions_BT.shape[1]
+    num_tokens = inputs.tokens_BT.shape[1]
     assert num_tokens <= cache.own.length, f"{num_tokens} tokens do not fit in a cache of {cache.own.length}"
 
     def write(labels_BS: jax.Array, new_BT: jax.Array) -> jax.Array:
         return _write(labels_BS, new_BT.astype(jnp.int32), cache.cursors, axis=0)
 
-    own = dataclasses.replace(
-        cache.own,
-        positions=write(cache.own.positions, positions_BT),
-        group_ids=write(cache.own.group_ids, group_ids_BT),
-        branch_ids=write(cache.own.branch_ids, branch_ids_BT),
-    )
-    return dataclasses.replace(cache, own=own)
+    labels = {name: write(getattr(cache.own, name), new) for name, new in zip(LABELS, inputs.labels, strict=True)}
+    return dataclasses.replace(cache, own=dataclasses.replace(cache.own, **labels))
 
 
-def cached_contexts(
-    config: ModelConfig, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array, cache: KVCache
-) -> dict[str, ops.LayerContext]:
+def cached_contexts(config: ModelConfig, inputs: Inputs, cache: KVCache) -> dict[str, ops.LayerContext]:
     """{layer type: context} for new tokens and a cache in which their positions are already labelled."""
-    labels = (positions_BT, group_ids_BT, branch_ids_BT)
+    labels, positions_BT = inputs.labels, inputs.positions_BT
     contexts = {}
     for layer_type in ops.used_layer_types(config):
         window = ops.layer_window(config, layer_type)
@@ -229,7 +221,7 @@ def advance(cache: KVCache, layers: Sequence[LayerCache], num_tokens: int) -> KV
 
 def empty_value(name: str) -> int:
     """The value of an unused position in the label or layer array called `name`."""
-    return -1 if name == "group_ids" else 0
+    return PADDING_GROUP if name == "group_ids" else 0
 
 
 def position_axis(name: str) -> int:

@@ -3,7 +3,7 @@
 In: a model configuration and the flag. Out: a `LinenPolicy` or an `NNXPolicy`: pure functions over one parameter tree
 (`rl.models.config.parameter_specs`), the same in both. Nothing after this module knows the flavour. Models that are not
 the toolkit's own decoder come from `rl.models.foreign`.
-Legend: B sequences, T token positions, V vocab, D model.
+Legend: B rows, T token positions, V vocab, D model.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from rl.models.cache import KVCache
 from rl.models.config import ForeignConfig, ModelConfig, parameter_specs
 from rl.models.foreign import own_config
 from rl.models.foreign.own_policy import LinenModulePolicy, NNXModulePolicy
+from rl.models.inputs import Inputs
 from rl.models.policy import Params, Policy
 from rl.models.train_state import TrainState, TrainStateNNX
 
@@ -49,26 +50,11 @@ class LinenPolicy:
     def init(self, key: jax.Array) -> Params:
         return ops.init_params(self.config, key)
 
-    def hidden(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-    ) -> jax.Array:
-        return self._apply(params, "hidden", tokens_BT, positions_BT, group_ids_BT, branch_ids_BT)
+    def hidden(self, params: Params, inputs: Inputs) -> jax.Array:
+        return self._apply(params, "hidden", inputs)
 
-    def extend(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-        cache: KVCache,
-    ) -> tuple[jax.Array, KVCache]:
-        return self._apply(params, "extend", tokens_BT, positions_BT, group_ids_BT, branch_ids_BT, cache)
+    def extend(self, params: Params, inputs: Inputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        return self._apply(params, "extend", inputs, cache)
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         return self._apply(params, "unembed", hidden)
@@ -102,26 +88,11 @@ class NNXPolicy:
     def init(self, key: jax.Array) -> Params:
         return ops.init_params(self.config, key)
 
-    def hidden(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-    ) -> jax.Array:
-        return self.model(params).hidden(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT)
+    def hidden(self, params: Params, inputs: Inputs) -> jax.Array:
+        return self.model(params).hidden(inputs)
 
-    def extend(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-        cache: KVCache,
-    ) -> tuple[jax.Array, KVCache]:
-        return self.model(params).extend(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT, cache)
+    def extend(self, params: Params, inputs: Inputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        return self.model(params).extend(inputs, cache)
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         return self.model(params).unembed(hidden)

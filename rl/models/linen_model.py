@@ -17,6 +17,7 @@ from rl.models import cache as kv
 from rl.models import ops, scanned
 from rl.models.block_attention import block_attention
 from rl.models.config import LORA_A, LORA_B, ModelConfig
+from rl.models.inputs import Inputs
 
 
 class Projection(nn.Module):
@@ -171,33 +172,22 @@ class CausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Projection(config, (config.hidden_size,), (config.vocab_size,), False)
 
-    def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
-    ) -> jax.Array:
-        return self.unembed(self.hidden(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT))
+    def __call__(self, inputs: Inputs) -> jax.Array:
+        return self.unembed(self.hidden(inputs))
 
-    def hidden(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, group_ids_BT: jax.Array, branch_ids_BT: jax.Array
-    ) -> jax.Array:
+    def hidden(self, inputs: Inputs) -> jax.Array:
         """Final hidden states [B, T, D] of tokens that attend to one another."""
-        contexts = ops.plain_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, self.attention_fn)
-        x_BTD = self.embed_tokens(tokens_BT)
+        contexts = ops.plain_contexts(self.config, inputs, self.attention_fn)
+        x_BTD = self.embed_tokens(inputs.tokens_BT)
         x_BTD = x_BTD if self.exchange_fn is None else self.exchange_fn(x_BTD)
         return self._run(x_BTD, contexts, [None] * self.config.num_layers)[0]
 
-    def extend(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-        cache: kv.KVCache,
-    ) -> tuple[jax.Array, kv.KVCache]:
+    def extend(self, inputs: Inputs, cache: kv.KVCache) -> tuple[jax.Array, kv.KVCache]:
         """Final hidden states [B, T, D] of tokens appended to the cache, and the cache with them."""
-        cache = kv.label_positions(cache, positions_BT, group_ids_BT, branch_ids_BT)
-        contexts = kv.cached_contexts(self.config, positions_BT, group_ids_BT, branch_ids_BT, cache)
-        hidden_BTD, layers = self._run(self.embed_tokens(tokens_BT), contexts, kv.layer_caches(cache))
-        return hidden_BTD, kv.advance(cache, layers, tokens_BT.shape[1])
+        cache = kv.label_positions(cache, inputs)
+        contexts = kv.cached_contexts(self.config, inputs, cache)
+        hidden_BTD, layers = self._run(self.embed_tokens(inputs.tokens_BT), contexts, kv.layer_caches(cache))
+        return hidden_BTD, kv.advance(cache, layers, inputs.tokens_BT.shape[1])
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] in float32 or wider."""

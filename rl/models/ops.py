@@ -25,6 +25,7 @@ from rl.models.config import (
     flatten_specs,
     parameter_specs,
 )
+from rl.models.inputs import Inputs
 from rl.models.quantized import QuantizedArray, Weight, dequantize
 
 # (q [B, T, N, H], k and v [B, S, K, H], mask [B, T, S], scale) -> [B, T, N, H]
@@ -470,17 +471,10 @@ def used_layer_types(config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in (FULL_ATTENTION, SLIDING_ATTENTION) if name in config.layer_types)
 
 
-def plain_contexts(
-    config: ModelConfig,
-    positions_BT: jax.Array,
-    group_ids_BT: jax.Array,
-    branch_ids_BT: jax.Array,
-    attend: AttentionFn,
-) -> dict[str, LayerContext]:
+def plain_contexts(config: ModelConfig, inputs: Inputs, attend: AttentionFn) -> dict[str, LayerContext]:
     """The context of each layer type for tokens that attend to one another, by `attend`, without a cache."""
-    labels = (positions_BT, group_ids_BT, branch_ids_BT)
     contexts = {}
     for layer_type in used_layer_types(config):
-        mask = visible(*labels, *labels, window=layer_window(config, layer_type))
-        contexts[layer_type] = LayerContext(*layer_rope(config, positions_BT, layer_type), mask, attend=attend)
+        mask = visible(*inputs.labels, *inputs.labels, window=layer_window(config, layer_type))
+        contexts[layer_type] = LayerContext(*layer_rope(config, inputs.positions_BT, layer_type), mask, attend=attend)
     return contexts

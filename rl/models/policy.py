@@ -1,7 +1,7 @@
 """The seam between a model and everything that trains or samples it: the `Policy` protocol.
 
 A policy is an object of pure functions over one parameter tree. The classes that keep the protocol are in
-`rl.models.flavours` and `rl.models.foreign`. Not here: the optimizer and the train state. Legend: B sequences, T token
+`rl.models.flavours` and `rl.models.foreign`. Not here: the optimizer and the train state. Legend: B rows, T token
 positions, V vocab, D model.
 """
 
@@ -12,6 +12,7 @@ import jax
 from rl.models.attention_kernels import AttentionKernel
 from rl.models.cache import KVCache
 from rl.models.config import ModelConfig
+from rl.models.inputs import Inputs
 from rl.models.train_state import TrainState, TrainStateNNX
 
 Params = dict[str, Any]
@@ -20,10 +21,11 @@ Params = dict[str, Any]
 class Policy(Protocol):
     """A decoder as pure functions of its parameters.
 
-    Tokens, positions, group and branch ids are int [B, T]. A token sees the earlier positions of its own group that are
-    in branch 0 (the prompt) or in its own branch. Padding has group -1. In the rows of `hidden` no token sees a later
-    place: positions grow along each sequence, and a prompt stands before its completions. In the toolkit's own decoder
-    any matrix may be a `rl.models.quantized.QuantizedArray`. `flavour` is for messages only.
+    A token sees the earlier positions of its own group that are in branch 0 (the prompt) or in its own branch. Callers
+    keep the order that `rl.models.inputs.Inputs` promises: each segment (a prompt, or a branch) stands in one piece in
+    its row, the prompt first, positions without gaps. So no token sees a later place of its row, and a layer with a
+    state (a recurrence) may compute a row from its start to its end. In the toolkit's own decoder any matrix may be a
+    `rl.models.quantized.QuantizedArray`. `flavour` is for messages only.
     """
 
     @property
@@ -69,26 +71,11 @@ class Policy(Protocol):
         """Fresh parameters in `config.param_dtype`; the same numbers in both flavours of the toolkit's own decoder."""
         ...
 
-    def hidden(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-    ) -> jax.Array:
+    def hidden(self, params: Params, inputs: Inputs) -> jax.Array:
         """Hidden states after the final norm [B, T, D], in `config.dtype`."""
         ...
 
-    def extend(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-        cache: KVCache,
-    ) -> tuple[jax.Array, KVCache]:
+    def extend(self, params: Params, inputs: Inputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """The hidden states [B, T, D] of tokens appended at each row's cursor, and the new cache. The cache must have
         room for T more tokens.
         """

@@ -19,6 +19,7 @@ from flax import struct
 from jax.sharding import NamedSharding
 
 from rl.models.cache import CachePart, KVCache, SharedPart, rope_tables, share_evenly
+from rl.models.inputs import Inputs
 from rl.models.ops import SharedRows, take_in_shards
 from rl.models.policy import Params, Policy
 from rl.sampler.token_draw import Draw, SamplingParams, TokenCounts, add_token, draw, reset_rows
@@ -94,20 +95,17 @@ def prefill_chunk(
     part: CachePart,
     common: CachePart | None,
     num_shards: int,
-    tokens_PT: jax.Array,
-    positions_PT: jax.Array,
-    group_ids_PT: jax.Array,
+    inputs: Inputs,
     start: jax.Array,
 ) -> CachePart:
     """Prompt tokens written into `part` (donated) from position `start` on. A row holds one or more prompts.
 
-    Group ids tell the prompts of a row apart, and are -1 for padding; positions are those in the whole prompt.
+    Group ids tell the prompts of a row apart; positions are those in the whole prompt.
     """
     shared = () if common is None else (share_evenly(common, part.num_rows, num_shards, any_group=True),)
     cursors = jnp.broadcast_to(start, (part.num_rows,))
     cache = KVCache(own=part, cursors=cursors, shared=shared)
-    _, cache = policy.extend(params, tokens_PT, positions_PT, group_ids_PT, jnp.zeros_like(group_ids_PT), cache)
-    return cache.own
+    return policy.extend(params, inputs, cache)[1].own
 
 
 def empty_slots(
@@ -197,14 +195,14 @@ def generate(
         shared = (SharedPart(table, maps),)
         if common is not None:
             shared += (share_evenly(common, num_slots, num_shards, any_group=True),)
-        hidden_B1D, cache = policy.extend(
-            params,
-            tokens_B[:, None],
-            (slots.prompt_lengths - 1 + slots.num_drawn)[:, None],
-            slots.group_ids[:, None],
-            jnp.full((num_slots, 1), OWN_BRANCH, jnp.int32),
-            KVCache(own=own, cursors=slots.num_drawn, shared=shared, rope=rope),
+        inputs = Inputs(
+            tokens_BT=tokens_B[:, None],
+            positions_BT=(slots.prompt_lengths - 1 + slots.num_drawn)[:, None],
+            group_ids_BT=slots.group_ids[:, None],
+            branch_ids_BT=jnp.full((num_slots, 1), OWN_BRANCH, jnp.int32),
         )
+        cache = KVCache(own=own, cursors=slots.num_drawn, shared=shared, rope=rope)
+        hidden_B1D, cache = policy.extend(params, inputs, cache)
         drawn = draw_next(policy.unembed(params, hidden_B1D[:, 0]), slots, sampling)
         columns = _write_columns(columns, step, slots.request_ids, drawn)
         num_drawn = slots.num_drawn + live_B

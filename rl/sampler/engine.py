@@ -35,6 +35,7 @@ from rl.models.cache import (
     pad_positions,
     position_axis,
 )
+from rl.models.inputs import Inputs, check_segments
 from rl.models.ops import take_in_shards
 from rl.models.policy import Params, Policy
 from rl.sampler import decoding
@@ -131,9 +132,7 @@ class Engine:
     def prefill(
         self,
         params: Params,
-        tokens_PT: np.ndarray,
-        positions_PT: np.ndarray,
-        group_ids_PT: np.ndarray,
+        inputs: Inputs,
         common: CachePart | None = None,
         chunk: int | None = None,
         state: DecodeState | None = None,
@@ -142,20 +141,21 @@ class Engine:
         Pieces behind the last token of all rows are not run.
 
         Args:
-          tokens_PT, positions_PT, group_ids_PT: int32; a row holds one or more prompts, see `decoding.prefill_chunk`. P
-            is a multiple of the shards.
+          inputs: numpy arrays; a row holds one or more prompts, see `decoding.prefill_chunk`. Their number is a
+            multiple of the shards.
           common: the prefix that comes before every prompt, in its own cache of one row per shard.
           state: what else is in memory meanwhile, for `peak_kv_bytes`.
 
         Returns:
           Their keys and values, one row per row of the input.
         """
-        num_rows, num_positions = tokens_PT.shape
+        check_segments(inputs)
+        num_rows, num_positions = inputs.tokens_BT.shape
         size = num_positions if chunk is None else min(chunk, num_positions)
         held = (common,) if state is None else (common, state.own, state.table)
         part = self._empty(num_rows, size)
         common_length = 0 if common is None else common.length
-        num_filled = int(np.max(np.flatnonzero(np.any(group_ids_PT >= 0, axis=0)), initial=-1)) + 1
+        num_filled = int(np.max(np.flatnonzero(np.any(inputs.group_ids_BT >= 0, axis=0)), initial=-1)) + 1
         num_done = 0
         for start, length in prefill_pieces(num_positions, size):
             if length > part.length:
@@ -165,11 +165,10 @@ class Engine:
             if num_done >= num_filled:
                 continue
             num_done = start + size
-            piece = slice(start, num_done)
-            inputs = (tokens_PT[:, piece], positions_PT[:, piece], group_ids_PT[:, piece])
-            inputs, first = hosts.put((inputs, np.int32(start)), (self._rows, self._everywhere))
+            piece = Inputs(*(x[:, start:num_done] for x in inputs))
+            piece, first = hosts.put((piece, np.int32(start)), (self._rows, self._everywhere))
             program = self.programs.get(*self._prefill_build(params, num_rows, size, length, common_length))
-            part = program(params, part, common, *inputs, first)
+            part = program(params, part, common, piece, first)
         return part
 
     # The decode state
@@ -311,10 +310,8 @@ class Engine:
     ) -> tuple[Program, tuple[Any, ...]]:
         """What one piece of a prefill runs: `chunk` positions into a cache of `length`; and its abstract arguments."""
 
-        def function(params, part, common, tokens, positions, groups, start):
-            return decoding.prefill_chunk(
-                self.policy, params, part, common, self.num_shards, tokens, positions, groups, start
-            )
+        def function(params, part, common, inputs, start):
+            return decoding.prefill_chunk(self.policy, params, part, common, self.num_shards, inputs, start)
 
         small = jax.ShapeDtypeStruct((num_rows, chunk), jnp.int32)
         parts = self._shard_part()
@@ -322,14 +319,14 @@ class Engine:
             _abstract(params),
             self._abstract_part(num_rows, length),
             self._abstract_part(self.num_shards, common_length) if common_length else None,
-            *(small,) * 3,
+            Inputs(*(small,) * 4),
             jax.ShapeDtypeStruct((), jnp.int32),
         )
         shardings = (
             self._param_shardings,
             parts,
             parts if common_length else None,
-            *(self._rows,) * 3,
+            Inputs(*(self._rows,) * 4),
             self._everywhere,
         )
         return Program(function, shardings, parts, donate=(1,)), arguments

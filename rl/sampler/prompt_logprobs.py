@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from rl.devices.mesh import num_row_shards, row_sharding
 from rl.devices.programs import Program, Programs
+from rl.models.inputs import Inputs, empty_inputs
 from rl.models.logprobs import token_logprobs
 from rl.models.policy import Params, Policy
 from rl.sampler.sizes import MIN_TABLE_LENGTH, size_at_least
@@ -61,13 +62,12 @@ class PromptScorer:
         results: dict[int, np.ndarray] = {}
         for first in range(0, len(rows), num_rows):
             part = rows[first : first + num_rows]
-            inputs = np.zeros((3, num_rows, length), np.int32)
-            inputs[2] = -1
+            inputs = empty_inputs(num_rows, length)
             for number, row, span in _spans(part, prompts):
-                inputs[0, row, span] = prompts[number]
-                inputs[1, row, span] = np.arange(len(prompts[number]))
-                inputs[2, row, span] = number
-            logprobs_RT = np.asarray(program(params, *inputs))
+                inputs.tokens_BT[row, span] = prompts[number]
+                inputs.positions_BT[row, span] = np.arange(len(prompts[number]))
+                inputs.group_ids_BT[row, span] = number
+            logprobs_RT = np.asarray(program(params, inputs))
             for number, row, span in _spans(part, prompts):
                 results[number] = logprobs_RT[row, span.start : span.stop - 1]
         return [results[number] for number in range(len(prompts))]
@@ -77,16 +77,14 @@ class PromptScorer:
     ) -> Callable[..., jax.Array]:
         policy, num_shards = self._policy, self._num_shards
 
-        def of_rows(
-            params: Params, tokens_RT: jax.Array, positions_RT: jax.Array, group_ids_RT: jax.Array
-        ) -> jax.Array:
-            hidden_RTD = policy.hidden(params, tokens_RT, positions_RT, group_ids_RT, jnp.zeros_like(group_ids_RT))
+        def of_rows(params: Params, inputs: Inputs) -> jax.Array:
+            hidden_RTD, group_ids_RT = policy.hidden(params, inputs), inputs.group_ids_BT
             follows_RT = (group_ids_RT[:, 1:] == group_ids_RT[:, :-1]) & (group_ids_RT[:, 1:] >= 0)
             return token_logprobs(
                 policy,
                 params,
                 hidden_RTD[:, :-1],
-                tokens_RT[:, 1:],
+                inputs.tokens_BT[:, 1:],
                 temperature,
                 chunk_size,
                 with_entropy=False,
@@ -94,9 +92,9 @@ class PromptScorer:
                 num_shards=num_shards,
             )[0]
 
-        labels = (jax.ShapeDtypeStruct((num_rows, length), jnp.int32),) * 3
-        shardings = (self._param_shardings, *[self._rows] * 3)
-        return Program(of_rows, shardings, self._rows).prepare((params, *labels))
+        inputs = Inputs(*(jax.ShapeDtypeStruct((num_rows, length), jnp.int32),) * 4)
+        shardings = (self._param_shardings, Inputs(*(self._rows,) * 4))
+        return Program(of_rows, shardings, self._rows).prepare((params, inputs))
 
 
 def pack_rows(lengths: Sequence[int], row_length: int, most_per_row: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rl.models.inputs import Inputs, empty_inputs
 from rl.sampler.contract import Completion, Request
 from rl.sampler.decoding import Report, Requests
 from rl.sampler.endings import Drawing, find_end
@@ -145,18 +146,16 @@ class Schedule:
             return 0
         return max((len({row for row, _ in fits.places}) for fits in fitting.values()), default=0)
 
-    def admit(self, num_rows: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    def admit(self, num_rows: int) -> tuple[Inputs, np.ndarray]:
         """As many pending prompts of each shard as `num_rows` rows hold and the table has room for get their places in
         it, and their requests wait from now on.
 
         Returns:
-          tokens, positions and group ids [shards * num_rows, T], int32; and where in the table each of the M parts of a
+          Tokens with their labels, numpy [shards * num_rows, T], int32; and where in the table each of the M parts of a
           row goes, [shards, num_rows, M] (past its end where a part is empty).
         """
         num_shards, table_rows = self._left.shape
-        shape = (num_shards, num_rows, self._rows_per_prompt * self._table_length)
-        tokens, positions, group_ids = (np.zeros(shape, np.int32) for _ in range(3))
-        group_ids -= 1
+        inputs = empty_inputs(num_shards * num_rows, self._rows_per_prompt * self._table_length)
         places = np.full((num_shards, num_rows, self._rows_per_prompt), table_rows, np.int32)
         for shard, pending in enumerate(self._pending):
             fits = self._fitting(shard, num_rows)
@@ -168,15 +167,14 @@ class Schedule:
                 rows = np.fromiter(itertools.islice(free, self._num_rows(piece)), np.int64)
                 places[shard, row, first_part : first_part + rows.size] = rows
                 first = first_part * self._table_length
-                span = slice(first, first + prefix.size)
-                tokens[shard, row, span] = prefix
-                positions[shard, row, span] = self._common_length + np.arange(prefix.size)
-                group_ids[shard, row, span] = prompt_number
+                place = shard * num_rows + row, slice(first, first + prefix.size)
+                inputs.tokens_BT[place] = prefix
+                inputs.positions_BT[place] = self._common_length + np.arange(prefix.size)
+                inputs.group_ids_BT[place] = prompt_number
                 self._left[shard, rows] += len(piece)
                 self._waiting[shard].extend(piece)
                 self._rows_of.update((request, (shard, rows)) for request in piece)
-        length = shape[-1]
-        return (tokens.reshape(-1, length), positions.reshape(-1, length), group_ids.reshape(-1, length)), places
+        return inputs, places
 
     def _num_rows(self, piece: Sequence[int]) -> int:
         """Rows of the table that the prompt of these requests takes."""

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from rl.devices.programs import Build, Program, Stored, not_stored
 from rl.models.cache import CachePart
 from rl.models.config import Quantization
+from rl.models.inputs import plain_inputs
 from rl.models.lora import quantization_of
 from rl.models.policy import Params, Policy
 from rl.models.quantized import quantize_params, quantized_shardings
@@ -365,8 +366,8 @@ class Sampler:
         count = math.ceil(needed / few)
         for num_rows in [few] * count if 2 * count * few <= prefill_rows else [prefill_rows]:
             inputs, places = schedule.admit(num_rows)
-            chunk = _prefill_chunk(inputs[0].shape[0])
-            prefix = self.engine.prefill(params, *inputs, common=state.common, chunk=chunk, state=state)
+            chunk = _prefill_chunk(inputs.tokens_BT.shape[0])
+            prefix = self.engine.prefill(params, inputs, common=state.common, chunk=chunk, state=state)
             state = self.engine.insert(state, prefix, places)
         return state
 
@@ -451,10 +452,9 @@ class Sampler:
         """
         if self._prefix is None or not self._prefix.holds(prefix, version):
             tokens = np.tile(np.asarray(prefix, np.int32), (self.engine.num_shards, 1))
-            positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
             chunk = _prefill_chunk(tokens.shape[0])
             self._prefix = None  # its memory goes before the new one's comes
-            part = self.engine.prefill(params, tokens, positions, np.zeros_like(tokens), chunk=chunk)
+            part = self.engine.prefill(params, plain_inputs(tokens), chunk=chunk)
             self._prefix = _Prefix(prefix, [weakref.ref(leaf) for leaf in jax.tree.leaves(version)], part)
         return self._prefix.part
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from rl.devices import hosts
 from rl.devices.mesh import num_row_shards, replicated, row_sharding
 from rl.devices.programs import Program
+from rl.models.inputs import Inputs, plain_inputs
 from rl.models.policy import Params, WavePolicy
 from rl.sampler.contract import DECODE, PREFILL, Completion, DrawProgram, DrawPrograms, Request, check_requests
 from rl.sampler.decoding import TOKEN_LOOP, request_key
@@ -380,9 +381,7 @@ def _request_keys(
 
 def _prefill(policy: WavePolicy, params: Params, cache: Any, tokens_BP: jax.Array) -> Any:
     """The cache of the first positions of all rows."""
-    positions_BP = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1], dtype=jnp.int32), tokens_BP.shape)
-    labels_BP = jnp.zeros_like(tokens_BP)
-    return policy.extend(params, tokens_BP, positions_BP, labels_BP, labels_BP, cache)[1]
+    return policy.extend(params, plain_inputs(tokens_BP), cache)[1]
 
 
 def _decode_chunk(
@@ -409,7 +408,8 @@ def _decode_chunk(
         fed_B = jnp.where(position < wave.lengths_B, prompt_B, progress.tokens_B)
         fed_B1 = jax.lax.with_sharding_constraint(fed_B, rows)[:, None]
         labels_B1 = jnp.zeros_like(fed_B1)
-        hidden_B1D, cache = policy.extend(params, fed_B1, jnp.full_like(fed_B1, position), labels_B1, labels_B1, cache)
+        inputs = Inputs(fed_B1, jnp.full_like(fed_B1, position), labels_B1, labels_B1)
+        hidden_B1D, cache = policy.extend(params, inputs, cache)
         num_drawn_B = position - (wave.lengths_B - 1)
         is_drawn_B = (num_drawn_B >= 0) & ~progress.done_B
         drawn = _draw(policy.unembed(params, hidden_B1D[:, 0]), wave, num_drawn_B, sampling, counts)

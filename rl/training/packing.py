@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PADDING_GROUP = -1
+from rl.models.inputs import PADDING_GROUP, Inputs, check_segments
+
 _MIN_PIECES = 8
 _LONG_ROW = 8192  # positions; the mask of a row is a square of booleans, 64 MiB at this length
 # Of `_shorter_lengths`: shares of a row, what they are multiples of, and the shortest row that is cut.
@@ -112,6 +113,11 @@ class Batch(NamedTuple):
     reference_logprobs_MRCL: Any = None
     advantages_MRCL: Any = None
 
+    @property
+    def inputs(self) -> Inputs:
+        """What the policy computes on; of a single micro-batch without its leading dim."""
+        return Inputs(self.tokens_MRT, self.positions_MRT, self.group_ids_MRT, self.branch_ids_MRT)
+
 
 def plan_packing(
     *,
@@ -194,6 +200,7 @@ def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float3
     batch = _empty_batch(plan, num_microbatches, np.dtype(dtype))
     for index, row in enumerate(rows):
         _fill_row(batch, *divmod(index, plan.num_rows), row)
+    check_segments(batch.inputs)
     return batch
 
 

@@ -24,6 +24,7 @@ from rl.algorithms.loss_types import Denominators, LossConfig, LossInputs
 from rl.algorithms.losses import denominators_for, grpo_loss
 from rl.devices.mesh import ROWS, from_host_memory, input_sharding, is_on_cpu, num_row_shards, replicated, row_sharding
 from rl.devices.programs import Program, Stored, not_stored
+from rl.models.inputs import PADDING_GROUP
 from rl.models.logprobs import token_logprobs
 from rl.models.lora import join, split
 from rl.models.ops import widen
@@ -31,7 +32,7 @@ from rl.models.policy import Params, Policy
 from rl.models.scanned import stack_runs, unstack_runs
 from rl.models.train_state import PureState
 from rl.state.optimizer import rounding_loss
-from rl.training.packing import PADDING_GROUP, Batch
+from rl.training.packing import Batch
 
 TRAIN_STEP = "train step"  # the program's name in a file of compiled ones
 # Names, in compiled programs, of the loops whose lengths are numbers of the batch.
@@ -365,7 +366,7 @@ def _piece_logprobs(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Log-probs and, if asked for, entropies [B, L] of the completion tokens of one piece, 0 on padding."""
     rows: NamedSharding = row_sharding(mesh, rules)
-    hidden_RTD = policy.hidden(params, piece.tokens_MRT, piece.positions_MRT, piece.group_ids_MRT, piece.branch_ids_MRT)
+    hidden_RTD = policy.hidden(params, piece.inputs)
     hidden_RND = jnp.take_along_axis(hidden_RTD, piece.predictors_MRN[..., None], axis=1)
     hidden_RND = jax.lax.with_sharding_constraint(hidden_RND, rows)
     logprobs_RN, entropy_RN = token_logprobs(

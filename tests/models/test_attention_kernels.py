@@ -19,6 +19,7 @@ from rl.devices.mesh import create_mesh
 from rl.models import attention_kernels, ops
 from rl.models.block_attention import BLOCK, block_attention
 from rl.models.flavours import create_policy, policy_from_config
+from rl.models.inputs import Inputs
 from rl.tools.programs.topologies import find_devices
 from tests.helpers.places import ROOT
 from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
@@ -144,10 +145,10 @@ def test_a_policy_with_another_kernel_gives_the_same_hidden_states(pure_nnx, sca
     config = dataclasses.replace(tiny_config("gemma3_text"), scan_layers=scan_layers)
     kernel = attention_kernels.choose_kernel("splash", config, mesh_of(data=2), RULES, interpret=True)
     params, labels = noisy_params(config), packed_labels(2, 96)
-    tokens = jax.random.randint(jax.random.key(3), labels[0].shape, 0, VOCAB)
+    inputs = Inputs(jax.random.randint(jax.random.key(3), labels[0].shape, 0, VOCAB), *labels)
     plain, fast = (create_policy(config, pure_nnx, k) for k in (attention_kernels.XLA, kernel))
-    expected, got = (jax.jit(policy.hidden)(params, tokens, *labels) for policy in (plain, fast))
-    assert "pallas" in str(jax.make_jaxpr(fast.hidden)(params, tokens, *labels))
+    expected, got = (jax.jit(policy.hidden)(params, inputs) for policy in (plain, fast))
+    assert "pallas" in str(jax.make_jaxpr(fast.hidden)(params, inputs))
     is_real = (labels[1] >= 0)[:, :, None]
     assert_close([jnp.where(is_real, got, 0)], [jnp.where(is_real, expected, 0)])
 

@@ -18,6 +18,7 @@ from rl.models import ops
 from rl.models.config import ModelConfig, RopeScaling, parameter_specs
 from rl.models.files import hf
 from rl.models.flavours import create_policy
+from rl.models.inputs import Inputs, plain_inputs
 from tests.helpers.places import FILES
 
 GOLDEN = FILES / "models"
@@ -46,10 +47,6 @@ def load(folder):
     return hf.load_params(folder, hf.read_config(folder))
 
 
-def plain_labels(shape):
-    return np.broadcast_to(np.arange(shape[1]), shape), np.zeros(shape, int), np.zeros(shape, int)
-
-
 # Golden models
 
 
@@ -63,7 +60,7 @@ def test_logprobs_are_those_of_transformers(name, flavour):
 
     @jax.jit
     def logits_of(params):
-        return policy.unembed(params, policy.hidden(params, tokens, *plain_labels(tokens.shape)))
+        return policy.unembed(params, policy.hidden(params, plain_inputs(tokens)))
 
     logits = logits_of(params)
     logprobs = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits))[:, :-1], tokens[:, 1:, None], -1)[..., 0]
@@ -84,14 +81,14 @@ def test_greedy_continuation_through_the_cache_is_that_of_transformers(name, fla
     @jax.jit
     def continue_greedily(params):
         cache = kv.init_cache(config, 1, length)
-        hidden, cache = policy.extend(params, prompt, *plain_labels(prompt.shape), cache)
+        hidden, cache = policy.extend(params, plain_inputs(prompt), cache)
         cache = kv.init_cache(config, 1, num_new, [kv.share_evenly(cache.own, 1)])
 
         def step(carry, position):
             hidden, cache = carry
             token = jnp.argmax(policy.unembed(params, hidden[:, -1:]), axis=-1).astype(jnp.int32)
             zeros = jnp.zeros_like(token)
-            return policy.extend(params, token, zeros + position, zeros, zeros, cache), token[0, 0]
+            return policy.extend(params, Inputs(token, zeros + position, zeros, zeros), cache), token[0, 0]
 
         return jax.lax.scan(step, (hidden[:, -1:], cache), length + jnp.arange(num_new))[1]
 
@@ -584,7 +581,7 @@ def test_transformers_computes_the_same_from_the_folder_we_write(tmp_path):
         with torch.no_grad():
             theirs = model(torch.tensor(tokens)).logits.numpy()
         policy = create_policy(config, True)
-        ours = policy.unembed(params, jax.jit(policy.hidden)(params, tokens, *plain_labels(tokens.shape)))
+        ours = policy.unembed(params, jax.jit(policy.hidden)(params, plain_inputs(tokens)))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5)
 
 
@@ -610,9 +607,9 @@ def test_qwen3_agrees_with_tunix_on_the_same_weights():
     )
     peer = tunix_params.create_model_from_safe_tensors(str(GOLDEN / "qwen3"), tunix_config)
     tokens = jnp.asarray(json.loads((GOLDEN / "qwen3" / "expected.json").read_text())["token_ids"])
-    positions, groups, branches = plain_labels(tokens.shape)
+    inputs = plain_inputs(tokens)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((60, 60), bool)), (3, 60, 60))
-    theirs = nnx.jit(lambda model: model(tokens, positions, None, causal)[0])(peer)
+    theirs = nnx.jit(lambda model: model(tokens, inputs.positions_BT, None, causal)[0])(peer)
     policy = create_policy(config, True)
-    ours = policy.unembed(params, jax.jit(policy.hidden)(params, tokens, positions, groups, branches))
+    ours = policy.unembed(params, jax.jit(policy.hidden)(params, inputs))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5)

@@ -17,6 +17,7 @@ from rl.models import ops
 from rl.models.config import LORA_A, LORA_B, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
 from rl.models.families import FAMILIES
 from rl.models.flavours import LinenPolicy, NNXPolicy, policy_from_config
+from rl.models.inputs import plain_inputs
 from rl.models.lora import freeze, join, merge, split, unmerge
 from rl.models.train_state import pure_state
 from rl.state.optimizer import create_training_optimizer
@@ -37,9 +38,7 @@ def lora_config(family="llama", lora=LORA, **changes) -> ModelConfig:
 
 def batch_of(num_rows=2, num_tokens=6):
     tokens = jax.random.randint(jax.random.key(5), (num_rows, num_tokens), 0, VOCAB)
-    positions = jnp.broadcast_to(jnp.arange(num_tokens), tokens.shape)
-    zeros = jnp.zeros(tokens.shape, jnp.int32)
-    return tokens, positions, zeros, zeros
+    return plain_inputs(tokens)
 
 
 def paths_of(tree):
@@ -53,8 +52,8 @@ def num_bytes(tree):
 @functools.partial(jax.jit, static_argnums=0)
 def outputs(policy, params):
     """What every entry point of a policy gives."""
-    hidden = policy.hidden(params, *batch_of())
-    cached, _ = policy.extend(params, *batch_of(), kv.init_cache(policy.config, 2, 8))
+    hidden = policy.hidden(params, batch_of())
+    cached, _ = policy.extend(params, batch_of(), kv.init_cache(policy.config, 2, 8))
     return hidden, cached, policy.unembed(params, hidden)
 
 
@@ -169,8 +168,8 @@ def test_twins_are_the_same_program_with_adapters(family, base_dtype):
     config = lora_config(family, lora, tie_word_embeddings=family in ("llama", "gemma3_text"), remat="block")
     shapes = jax.eval_shape(lambda key: freeze(config, ops.init_params(config, key)), jax.random.key(0))
     for method, arguments in (
-        ("hidden", batch_of()),
-        ("extend", (*batch_of(), kv.init_cache(config, 2, 8))),
+        ("hidden", (batch_of(),)),
+        ("extend", (batch_of(), kv.init_cache(config, 2, 8))),
         ("unembed", (jnp.ones((2, 16)),)),
     ):
         linen, nnx_program = (
@@ -207,9 +206,9 @@ def test_a_tree_without_its_adapters_is_refused(flavour):
     config = lora_config()
     policy, params = POLICIES[flavour](config), noisy_params(config)
     with pytest.raises(ValueError, match="layers_0/self_attn/q_proj/lora_a is missing"):
-        policy.hidden(split(config, params)[1], *batch_of())
+        policy.hidden(split(config, params)[1], batch_of())
     with pytest.raises(ValueError, match="lora_a has no place"):
-        policy.without_adapters().hidden(params, *batch_of())
+        policy.without_adapters().hidden(params, batch_of())
 
 
 # Merging

@@ -13,19 +13,18 @@ from rl.models import linen_model, nnx_model, ops, scanned
 from rl.models.config import LoRAConfig, RopeScaling, flatten_specs, logical_axes, parameter_specs
 from rl.models.families import FAMILIES
 from rl.models.flavours import LinenPolicy, NNXPolicy, create_policy
+from rl.models.inputs import Inputs, plain_inputs
 from rl.models.lora import freeze, join, split
 from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
 
 
 def run_hidden(policy, params, batch):
-    return jax.jit(policy.hidden)(params, *batch)
+    return jax.jit(policy.hidden)(params, batch)
 
 
 def plain_batch(num_rows=3, num_tokens=7, seed=5):
     tokens = jax.random.randint(jax.random.key(seed), (num_rows, num_tokens), 0, VOCAB)
-    positions = jnp.broadcast_to(jnp.arange(num_tokens), tokens.shape)
-    zeros = jnp.zeros(tokens.shape, jnp.int32)
-    return tokens, positions, zeros, zeros
+    return plain_inputs(tokens)
 
 
 def both(config):
@@ -117,7 +116,7 @@ def test_twins_agree_bit_for_bit_in_values_and_gradients(family):
 
     def loss_of(policy):
         def loss(params):
-            hidden = policy.hidden(params, *batch)
+            hidden = policy.hidden(params, batch)
             return jnp.sum(jnp.sin(policy.unembed(params, hidden))), hidden
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -133,7 +132,7 @@ def test_twins_are_the_same_program(family):
     config = tiny_config(family)
     params, batch = noisy_params(config), plain_batch()
     cache = kv.init_cache(config, num_rows=3, length=9)
-    for method, arguments in (("hidden", batch), ("extend", (*batch, cache)), ("unembed", (jnp.ones((2, 16)),))):
+    for method, arguments in (("hidden", (batch,)), ("extend", (batch, cache)), ("unembed", (jnp.ones((2, 16)),))):
         programs = [jax.jit(getattr(policy, method)).lower(params, *arguments).as_text() for policy in both(config)]
         assert programs[0] == programs[1]
 
@@ -143,7 +142,7 @@ def test_twins_agree_bit_for_bit_through_the_cache(family):
     config = tiny_config(family)
     params, batch = noisy_params(config), plain_batch()
     results = [
-        jax.jit(policy.extend)(params, *batch, kv.init_cache(config, num_rows=3, length=9)) for policy in both(config)
+        jax.jit(policy.extend)(params, batch, kv.init_cache(config, num_rows=3, length=9)) for policy in both(config)
     ]
     assert_trees_identical(*results)
 
@@ -174,7 +173,7 @@ def test_rematerialisation_changes_gradients_in_no_twin_and_is_really_on(remat, 
         assert str(jax.make_jaxpr(function)(params)).count("remat") >= config.num_layers
     gradients = [program(params) for program in compile_all(functions, params)]
     assert_trees_identical(*gradients)
-    texts = [jax.jit(policy.hidden).lower(params, *batch).as_text() for policy in twins]
+    texts = [jax.jit(policy.hidden).lower(params, batch).as_text() for policy in twins]
     assert texts[0] == texts[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, gradients[0])
 
@@ -206,7 +205,7 @@ def test_rematerialisation_keeps_ever_less_for_the_backward_pass_in_either_flavo
 
 
 def _hidden_loss(policy, batch):
-    return lambda params: jnp.sum(jnp.sin(policy.hidden(params, *batch)))
+    return lambda params: jnp.sum(jnp.sin(policy.hidden(params, batch)))
 
 
 def test_replacing_an_nnx_layer_changes_the_nnx_run_only(monkeypatch):
@@ -235,9 +234,9 @@ def test_modules_work_by_hand_and_their_state_is_the_parameter_tree():
     model = nnx_model.CausalLM(config, nnx.Rngs(params=7))
     params = nnx.to_pure_dict(nnx.state(model))
     assert jax.tree.structure(params) == jax.tree.structure(ops.init_params(config, jax.random.key(0)))
-    logits = nnx.jit(nnx_model.CausalLM.__call__)(model, *batch)
+    logits = nnx.jit(nnx_model.CausalLM.__call__)(model, batch)
     assert logits.shape == (3, 7, VOCAB)
-    by_hand = jax.jit(linen_model.CausalLM(config).apply)({"params": params}, *batch)
+    by_hand = jax.jit(linen_model.CausalLM(config).apply)({"params": params}, batch)
     np.testing.assert_array_equal(logits, by_hand)
 
 
@@ -245,9 +244,9 @@ def test_modules_work_by_hand_and_their_state_is_the_parameter_tree():
 def test_a_parameter_tree_of_another_model_is_refused(flavour):
     policy, batch = create_policy(tiny_config(num_layers=3), flavour), plain_batch()
     with pytest.raises(ValueError, match="parameter layers_2 is missing"):
-        policy.hidden(noisy_params(tiny_config(num_layers=2)), *batch)
+        policy.hidden(noisy_params(tiny_config(num_layers=2)), batch)
     with pytest.raises(ValueError, match="parameter layers_0/self_attn/q_proj/bias has no place"):
-        policy.hidden(noisy_params(tiny_config("qwen2", num_layers=3)), *batch)
+        policy.hidden(noisy_params(tiny_config("qwen2", num_layers=3)), batch)
 
 
 # Types
@@ -258,9 +257,9 @@ def test_float64_stays_float64_end_to_end(flavour):
     with jax.enable_x64(True):
         config = tiny_config("gemma3_text", dtype="float64", param_dtype="float64")
         policy, params, batch = create_policy(config, flavour), noisy_params(config), plain_batch()
-        jaxpr = str(jax.make_jaxpr(lambda p: policy.unembed(p, policy.hidden(p, *batch)))(params))
+        jaxpr = str(jax.make_jaxpr(lambda p: policy.unembed(p, policy.hidden(p, batch)))(params))
         assert ("f64[" in jaxpr, "f32[" in jaxpr) == (True, False)
-        cached, cache = jax.jit(policy.extend)(params, *batch, kv.init_cache(config, 3, 8))
+        cached, cache = jax.jit(policy.extend)(params, batch, kv.init_cache(config, 3, 8))
         assert cached.dtype == cache.own.layers[0].keys.dtype == jnp.float64
         np.testing.assert_allclose(cached, run_hidden(policy, params, batch), rtol=0, atol=1e-12)
 
@@ -361,10 +360,9 @@ def test_packing_and_padding_change_no_token(family):
                 continue
             row = np.pad(alone, (0, 9 - len(alone)))[None]
             alone_groups = np.where(np.arange(9) < len(alone), 0, -1)[None]
-            hidden = hidden_of(params, row, np.arange(9)[None], alone_groups, np.zeros_like(row))
+            hidden = hidden_of(params, plain_inputs(row)._replace(group_ids_BT=alone_groups))
             expected.append(np.asarray(hidden[0, start : len(alone)]))
-    labels = tuple(np.asarray(x)[None] for x in (tokens, positions, groups, branches))
-    packed = hidden_of(params, *labels)
+    packed = hidden_of(params, Inputs(*(np.asarray(x)[None] for x in (tokens, positions, groups, branches))))
     expected = np.concatenate(expected)
     real = np.array(groups) >= 0
     assert np.isfinite(packed).all()
@@ -374,13 +372,14 @@ def test_packing_and_padding_change_no_token(family):
 def test_gradients_are_finite_when_a_row_is_all_padding():
     config = tiny_config("gemma3_text")
     policy, params = NNXPolicy(config), noisy_params(config)
-    tokens, positions, groups, branches = plain_batch()
+    batch = plain_batch()
+    tokens, groups = batch.tokens_BT, batch.group_ids_BT
     groups = groups.at[1].set(-1).at[2, 4:].set(-1)
-    batch = tokens, positions, groups, branches
+    batch = batch._replace(group_ids_BT=groups)
     gradient = jax.jit(jax.grad(_hidden_loss(policy, batch)))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     # what padding computes reaches no real token
-    hidden, other = (run_hidden(policy, params, (t, *batch[1:])) for t in (tokens, tokens.at[2, 4:].set(3)))
+    hidden, other = (run_hidden(policy, params, batch._replace(tokens_BT=t)) for t in (tokens, tokens.at[2, 4:].set(3)))
     np.testing.assert_array_equal(other[2, :4], hidden[2, :4])
     assert float(jnp.abs(other[2, 4:] - hidden[2, 4:]).max()) > 0.01
 
@@ -401,7 +400,7 @@ def test_decoding_with_a_shared_prefix_gives_the_hidden_states_of_whole_sequence
     groups_PT = np.where(positions_PT < lengths_P[:, None], 0, -1)
     extend = jax.jit(policy.extend)
     cache = kv.init_cache(config, num_rows=2, length=5)
-    prefill, cache = extend(params, prompts_PT, positions_PT, groups_PT, np.zeros_like(groups_PT), cache)
+    prefill, cache = extend(params, plain_inputs(prompts_PT)._replace(group_ids_BT=groups_PT), cache)
     cache = kv.init_cache(config, 6, 2, [kv.share_evenly(cache.own, 6)])
     assert cache.shared[0].part.layers[0].keys.shape == (2, 2, 8, 5)
     assert (cache.own.layers[0].keys.shape, cache.own.layers[0].values.shape) == ((6, 2, 8, 2), (6, 2, 2, 8))
@@ -410,16 +409,14 @@ def test_decoding_with_a_shared_prefix_gives_the_hidden_states_of_whole_sequence
     for step in range(num_new):
         if step == 2:
             cache = kv.grow(cache, 6)
-        hidden, cache = extend(
-            params, new_BT[:, step, None], (lengths_B + step)[:, None], labels_B1, labels_B1 + 1, cache
-        )
+        inputs = Inputs(new_BT[:, step, None], (lengths_B + step)[:, None], labels_B1, labels_B1 + 1)
+        hidden, cache = extend(params, inputs, cache)
         decoded.append(hidden[:, 0])
     assert cache.cursors.tolist() == [num_new] * 6
     whole_BT = np.zeros((6, 9), int)
     for row, length in enumerate(lengths_B):
         whole_BT[row, : length + num_new] = [*prompts_PT[row // num_samples, :length], *new_BT[row]]
-    zeros = np.zeros_like(whole_BT)
-    expected = jax.jit(policy.hidden)(params, whole_BT, np.broadcast_to(np.arange(9), (6, 9)), zeros, zeros)
+    expected = jax.jit(policy.hidden)(params, plain_inputs(whole_BT))
     for row, length in enumerate(lengths_B):
         np.testing.assert_allclose(prefill[row // num_samples, :length], expected[row, :length], rtol=0, atol=2e-5)
         np.testing.assert_allclose(
@@ -437,7 +434,7 @@ def test_decoding_copies_no_cache():
         def step(carry):
             count, cache, tokens_B1 = carry
             labels = jnp.zeros_like(tokens_B1)
-            hidden, cache = policy.extend(params, tokens_B1, labels + count, labels, labels, cache)
+            hidden, cache = policy.extend(params, Inputs(tokens_B1, labels + count, labels, labels), cache)
             logits = policy.unembed(params, hidden[:, -1])
             return count + 1, cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
 
@@ -546,19 +543,18 @@ def test_a_scanned_prefill_gives_the_hidden_states_and_the_cache_of_an_unrolled_
     with jax.enable_x64(True):
         config = dataclasses.replace(tiny_config(family, **changes), **SCANNED[family])
         params = freeze(config, noisy_params(config))
-        tokens, positions, zeros, _ = plain_batch(num_tokens=11)
+        batch = plain_batch(num_tokens=11)
 
         def steps(policy, params):
             _, prefix = policy.extend(
                 params,
-                *(x[:1, :3] for x in (tokens, positions, zeros, zeros)),
+                Inputs(*(x[:1, :3] for x in batch)),
                 kv.init_cache(config, 1, 3, (), kv_dtype),
             )
             cache = kv.init_cache(config, 3, 8, [kv.share_evenly(prefix.own, 3, any_group=True)], kv_dtype)
             hiddens = []
             for start, stop in ((3, 7), (7, 10), (10, 11)):
-                labels = (x[:, start:stop] for x in (tokens, positions, zeros, zeros))
-                hidden, cache = policy.extend(params, *labels, cache)
+                hidden, cache = policy.extend(params, Inputs(*(x[:, start:stop] for x in batch)), cache)
                 hiddens.append(hidden)
             return hiddens, cache.own
 
@@ -593,7 +589,7 @@ def test_rematerialised_scanned_layers_save_memory_on_cpu_and_any_number_of_them
     short = dataclasses.replace(config, num_layers=4, layer_types=config.layer_types[:4])
     for flavour in (True, False):
         sizes = [
-            str(jax.make_jaxpr(create_policy(c, flavour).hidden)(noisy_params(c), *batch)).count("dot_general")
+            str(jax.make_jaxpr(create_policy(c, flavour).hidden)(noisy_params(c), batch)).count("dot_general")
             for c in (short, config)
         ]
         assert sizes[0] == sizes[1]

@@ -16,6 +16,7 @@ from rl.models.families import FAMILIES, Family
 from rl.models.files import maxtext
 from rl.models.files.hf import load_params, read_config, save_folder
 from rl.models.flavours import create_policy
+from rl.models.inputs import Inputs, plain_inputs
 from rl.models.ops import RopeScaling
 from rl.state.origin import find_origin, tokenizer_of
 from tests.helpers import tunix_golden
@@ -58,15 +59,10 @@ def mixed_config():
     return tiny_config("mixed", layer_types=None, sliding_window=3, mlp_bias=True, tie_word_embeddings=False)
 
 
-def labels_of(num_rows, length):
-    positions = jnp.broadcast_to(jnp.arange(length), (num_rows, length))
-    return positions, jnp.zeros_like(positions), jnp.zeros_like(positions)
-
-
 def logits_of(policy, params, tokens):
     @jax.jit
     def logits(params, tokens):
-        return policy.unembed(params, policy.hidden(params, tokens, *labels_of(*tokens.shape)))
+        return policy.unembed(params, policy.hidden(params, plain_inputs(tokens)))
 
     return logits(params, tokens)
 
@@ -74,13 +70,12 @@ def logits_of(policy, params, tokens):
 def decoded_logits(policy, params, tokens, prefix):
     """Logits of every token after the prefix, read one by one from the cache."""
     num_rows, length = tokens.shape
-    labels = labels_of(num_rows, length)
-    extend = jax.jit(policy.extend)
+    inputs, extend = plain_inputs(tokens), jax.jit(policy.extend)
     cache = kv.init_cache(policy.config, num_rows, length)
-    _, cache = extend(params, *(x[:, :prefix] for x in (tokens, *labels)), cache)
+    _, cache = extend(params, Inputs(*(x[:, :prefix] for x in inputs)), cache)
     found = []
     for i in range(prefix, length):
-        hidden, cache = extend(params, *(x[:, i : i + 1] for x in (tokens, *labels)), cache)
+        hidden, cache = extend(params, Inputs(*(x[:, i : i + 1] for x in inputs)), cache)
         found.append(policy.unembed(params, hidden[:, 0]))
     return jnp.stack(found, axis=1)
 
@@ -102,7 +97,7 @@ def test_twins_of_a_mixture_are_the_same_program_and_decode_what_they_train():
     assert config.layer_types == (SLIDING_ATTENTION, "full_attention")
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, VOCAB)
     policies = [create_policy(config, pure_nnx) for pure_nnx in (True, False)]
-    arguments = (params, tokens, *labels_of(2, 9))
+    arguments = (params, plain_inputs(tokens))
     first, second = (jax.jit(policy.hidden).lower(*arguments).as_text() for policy in policies)
     assert first == second
     logits = logits_of(policies[0], params, tokens)

@@ -12,6 +12,7 @@ from rl.devices.mesh import create_mesh
 from rl.models import ops
 from rl.models.attention_kernels import KERNELS, XLA, AttentionKernel, KernelSpec
 from rl.models.flavours import create_policy, policy_from_config
+from rl.models.inputs import plain_inputs
 from tests.helpers.tiny_models import tiny_config
 
 RUN = ["mesh.num_devices=1"]
@@ -49,12 +50,10 @@ def test_a_run_takes_a_new_kernel_and_computes_with_it(pure_nnx):
     assert chosen("anywhere").kernel == chosen("mirrored").kernel == policy.kernel
     config = tiny_config()
     params = ops.init_params(config, jax.random.key(0))
-    positions = jnp.arange(12)[None]
-    labels = (positions, jnp.zeros_like(positions), jnp.zeros_like(positions))
-    tokens = jax.random.randint(jax.random.key(1), (1, 12), 0, config.vocab_size)
+    inputs = plain_inputs(jax.random.randint(jax.random.key(1), (1, 12), 0, config.vocab_size))
     fast, plain = (create_policy(config, pure_nnx, kernel) for kernel in (policy.kernel, XLA))
-    assert "rev" in str(jax.make_jaxpr(functools.partial(fast.hidden, params))(tokens, *labels))
-    got, expected = (policy.hidden(params, tokens, *labels) for policy in (fast, plain))
+    assert "rev" in str(jax.make_jaxpr(functools.partial(fast.hidden, params))(inputs))
+    got, expected = (policy.hidden(params, inputs) for policy in (fast, plain))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 

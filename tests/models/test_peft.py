@@ -14,6 +14,7 @@ from rl.models.config import LoRAConfig, ModelConfig
 from rl.models.files import hf
 from rl.models.files.peft import adapter_for, check_adapter, load_adapter, read_adapter, save_adapter
 from rl.models.flavours import create_policy
+from rl.models.inputs import plain_inputs
 from rl.models.lora import join, split
 from rl.tools.trained import load_start
 from tests.helpers.places import FILES
@@ -190,10 +191,8 @@ def test_a_run_starts_from_an_adapter_beside_its_base(tmp_path):
 
 def logits_of(config, adapters, base, tokens):
     params = join(adapters, hf.load_params(base, config))
-    policy, zeros = create_policy(config, True), np.zeros(tokens.shape, int)
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    logits = lambda params: policy.unembed(params, policy.hidden(params, tokens, positions, zeros, zeros))  # noqa: E731
-    return jax.jit(logits)(params)
+    policy = create_policy(config, True)
+    return jax.jit(lambda params: policy.unembed(params, policy.hidden(params, plain_inputs(tokens))))(params)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

@@ -20,6 +20,7 @@ from rl.models import ops
 from rl.models.config import QUANTIZED_DTYPES, Quantization, logical_axes
 from rl.models.families import FAMILIES
 from rl.models.flavours import LinenPolicy, NNXPolicy, create_policy
+from rl.models.inputs import plain_inputs
 from rl.models.quantized import (
     QuantizedArray,
     dequantize,
@@ -35,9 +36,7 @@ from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
 
 def batch_of(num_rows=2, num_tokens=6):
     tokens = jax.random.randint(jax.random.key(5), (num_rows, num_tokens), 0, VOCAB)
-    positions = jnp.broadcast_to(jnp.arange(num_tokens), tokens.shape)
-    zeros = jnp.zeros(tokens.shape, jnp.int32)
-    return tokens, positions, zeros, zeros
+    return plain_inputs(tokens)
 
 
 def is_quantized(leaf):
@@ -245,8 +244,8 @@ def test_models_compute_with_quantised_params_as_with_the_params_they_stand_for(
     params, batch = quantized_of(config, full, dtype), batch_of()
 
     def run(policy, params):
-        hidden = policy.hidden(params, *batch)
-        cached, _ = policy.extend(params, *batch, kv.init_cache(config, 2, 8))
+        hidden = policy.hidden(params, batch)
+        cached, _ = policy.extend(params, batch, kv.init_cache(config, 2, 8))
         return hidden, cached, policy.unembed(params, hidden)
 
     run, policy = jax.jit(run, static_argnums=0), NNXPolicy(config)
@@ -269,8 +268,8 @@ def test_twins_are_the_same_program_with_quantised_params(family, dtype):
     )
     cache = kv.init_cache(config, 2, 8)
     for method, arguments in (
-        ("hidden", batch_of()),
-        ("extend", (*batch_of(), cache)),
+        ("hidden", (batch_of(),)),
+        ("extend", (batch_of(), cache)),
         ("unembed", (jnp.ones((2, 16)),)),
     ):
         linen, nnx_program = (
@@ -284,10 +283,10 @@ def test_twins_are_the_same_program_with_quantised_params(family, dtype):
 def test_rematerialised_layers_take_quantised_params():
     config = tiny_config("qwen3")
     params = quantized_of(config, noisy_params(config), "int8")
-    plain = jax.jit(LinenPolicy(config).hidden)(params, *batch_of())
+    plain = jax.jit(LinenPolicy(config).hidden)(params, batch_of())
     for policy_class in (LinenPolicy, NNXPolicy):
         policy = policy_class(dataclasses.replace(config, remat="block"))
-        np.testing.assert_allclose(jax.jit(policy.hidden)(params, *batch_of()), plain, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(jax.jit(policy.hidden)(params, batch_of()), plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy_class", [LinenPolicy, NNXPolicy])
@@ -295,8 +294,8 @@ def test_layers_run_as_a_loop_where_only_some_are_quantised(policy_class):
     quantization = Quantization("int4", 4, ("layers_[12]/mlp/",))
     config = dataclasses.replace(tiny_config("qwen3", num_layers=4), quantization=quantization)
     params = quantize_params(config, noisy_params(config), quantization)
-    plain = jax.jit(policy_class(config).hidden)(params, *batch_of())
-    looped = jax.jit(policy_class(dataclasses.replace(config, scan_layers=True)).hidden)(params, *batch_of())
+    plain = jax.jit(policy_class(config).hidden)(params, batch_of())
+    looped = jax.jit(policy_class(dataclasses.replace(config, scan_layers=True)).hidden)(params, batch_of())
     np.testing.assert_allclose(looped, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -305,9 +304,9 @@ def test_a_quantised_tree_of_another_model_is_refused(flavour):
     policy = create_policy(tiny_config(num_layers=3), flavour)
     fewer, other = tiny_config(num_layers=2), tiny_config("qwen2", num_layers=3)
     with pytest.raises(ValueError, match="parameter layers_2 is missing"):
-        policy.hidden(quantized_of(fewer, noisy_params(fewer), "int8"), *batch_of())
+        policy.hidden(quantized_of(fewer, noisy_params(fewer), "int8"), batch_of())
     with pytest.raises(ValueError, match="parameter layers_0/self_attn/q_proj/bias has no place"):
-        policy.hidden(quantized_of(other, noisy_params(other), "int8"), *batch_of())
+        policy.hidden(quantized_of(other, noisy_params(other), "int8"), batch_of())
 
 
 def test_linen_refuses_quantised_values_of_another_shape():
@@ -315,7 +314,7 @@ def test_linen_refuses_quantised_values_of_another_shape():
     params = quantized_of(config, noisy_params(config), "int8")
     wider = tiny_config(intermediate_size=32)
     with pytest.raises(ScopeParamShapeError, match="gate_proj"):
-        LinenPolicy(wider).hidden(params, *batch_of())
+        LinenPolicy(wider).hidden(params, batch_of())
 
 
 # The tree
@@ -388,5 +387,5 @@ def test_sharded_params_are_quantised_in_place_and_compute_as_on_one_device(dtyp
     assert attention["o_proj"]["kernel"].scale.sharding.spec[2] == "fsdp"
     assert quantized["layers_0"]["mlp"]["up_proj"]["kernel"].values.addressable_shards[0].data.shape == (8, 32)
     policy, batch = NNXPolicy(config), batch_of()
-    logits = jax.jit(lambda params: policy.unembed(params, policy.hidden(params, *batch)))
+    logits = jax.jit(lambda params: policy.unembed(params, policy.hidden(params, batch)))
     np.testing.assert_allclose(logits(quantized), logits(alone), rtol=1e-4, atol=1e-4)

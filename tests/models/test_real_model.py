@@ -11,6 +11,7 @@ import pytest
 from rl.models import cache as kv
 from rl.models.files import hf
 from rl.models.flavours import create_policy
+from rl.models.inputs import Inputs, plain_inputs
 from tests.helpers.places import FILES
 
 ROWS = json.loads((FILES / "smollm2_135m_instruct.json").read_text())["rows"]
@@ -26,15 +27,14 @@ def model():
 
 
 def padded_rows():
-    """All rows in one batch [B, T] with their labels: positions, groups (-1 where padded), branches."""
+    """All rows in one batch [B, T] with their labels."""
     length = max(len(row["prompt_ids"]) + len(row["greedy_ids"]) for row in ROWS)
     tokens = np.zeros((len(ROWS), length), np.int32)
     groups = np.full_like(tokens, -1)
     for i, row in enumerate(ROWS):
         ids = row["prompt_ids"] + row["greedy_ids"]
         tokens[i, : len(ids)], groups[i, : len(ids)] = ids, 0
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-    return tokens, positions, groups, np.zeros_like(tokens)
+    return plain_inputs(tokens)._replace(group_ids_BT=groups)
 
 
 @pytest.mark.parametrize("flavour", [False, True])
@@ -44,7 +44,7 @@ def test_logprobs_are_those_of_transformers(model, flavour):
 
     @jax.jit
     def logprobs_of(params):
-        logprobs = jax.nn.log_softmax(policy.unembed(params, policy.hidden(params, *batch)[:, :-1]))
+        logprobs = jax.nn.log_softmax(policy.unembed(params, policy.hidden(params, batch)[:, :-1]))
         return jnp.take_along_axis(logprobs, batch[0][:, 1:, None], axis=-1)[..., 0]
 
     logprobs = logprobs_of(params)
@@ -58,13 +58,13 @@ def test_greedy_answers_through_the_cache_are_those_of_transformers(model, flavo
     policy = create_policy(config, flavour)
     lengths_B = np.array([len(row["prompt_ids"]) for row in ROWS])
     num_new = max(len(row["greedy_ids"]) for row in ROWS)
-    tokens_BT, positions_BT, _, branches_BT = (x[:, : lengths_B.max()] for x in padded_rows())
-    groups_BT = np.where(positions_BT < lengths_B[:, None], 0, -1)
+    inputs = Inputs(*(x[:, : lengths_B.max()] for x in padded_rows()))
+    inputs = inputs._replace(group_ids_BT=np.where(inputs.positions_BT < lengths_B[:, None], 0, -1))
 
     @jax.jit
     def continue_greedily(params):
-        cache = kv.init_cache(config, *tokens_BT.shape)
-        hidden, cache = policy.extend(params, tokens_BT, positions_BT, groups_BT, branches_BT, cache)
+        cache = kv.init_cache(config, *inputs.tokens_BT.shape)
+        hidden, cache = policy.extend(params, inputs, cache)
         last = jnp.take_along_axis(hidden, (lengths_B - 1)[:, None, None], axis=1)
         cache = kv.init_cache(config, len(lengths_B), num_new, [kv.share_evenly(cache.own, len(lengths_B))])
 
@@ -73,7 +73,7 @@ def test_greedy_answers_through_the_cache_are_those_of_transformers(model, flavo
             token = jnp.argmax(policy.unembed(params, last), axis=-1).astype(jnp.int32)
             zeros = jnp.zeros_like(token)
             positions = lengths_B[:, None] + count
-            return policy.extend(params, token, positions, zeros, zeros + 1, cache), token[:, 0]
+            return policy.extend(params, Inputs(token, positions, zeros, zeros + 1), cache), token[:, 0]
 
         return jax.lax.scan(step, (last, cache), jnp.arange(num_new))[1].T
 

@@ -20,6 +20,7 @@ from rl.models.flavours import NNXPolicy, create_policy, foreign_config
 from rl.models.foreign.files import check_policy, load_weights
 from rl.models.foreign.tunix_files import write_weights
 from rl.models.foreign.tunix_policy import TunixPolicy
+from rl.models.inputs import Inputs, plain_inputs
 from rl.run.metrics import read_metrics, read_samples
 from rl.state.export import write_folder
 from rl.state.origin import find_origin, tokenizer_of
@@ -57,11 +58,9 @@ def assert_exported_files_are_the_loaded_ones(policy, params, folder, out):
 
 
 def logits_of(policy, params, tokens_BT, positions_BT=None, groups_BT=None, branches_BT=None):
-    zeros_BT = jnp.zeros_like(tokens_BT)
-    places_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    labels = [zeros_BT if x is None else jnp.asarray(x) for x in (groups_BT, branches_BT)]
-    positions_BT = places_BT if positions_BT is None else jnp.asarray(positions_BT)
-    return jax.jit(lambda p: policy.unembed(p, policy.hidden(p, tokens_BT, positions_BT, *labels)))(params)
+    plain, given = plain_inputs(tokens_BT), (tokens_BT, positions_BT, groups_BT, branches_BT)
+    inputs = Inputs(*(jnp.asarray(x if y is None else y) for x, y in zip(plain, given, strict=True)))
+    return jax.jit(lambda p: policy.unembed(p, policy.hidden(p, inputs)))(params)
 
 
 def own_policy(folder):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +12,7 @@ from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models.cache import named_arrays, position_axis
 from rl.models.config import logical_axes
 from rl.models.flavours import create_policy
+from rl.models.inputs import Inputs, empty_inputs, plain_inputs
 from rl.models.policy import Policy
 from rl.sampler.decoding import Report, Requests
 from rl.sampler.engine import DecodeState, Engine, Shape
@@ -41,9 +41,7 @@ def argmax_loop(policy: Policy, params: Any, prompts: Sequence[Sequence[int]], n
 
     @jax.jit
     def forward(params: Any, tokens_BT: jax.Array) -> jax.Array:
-        zeros = jnp.zeros_like(tokens_BT)
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens_BT.shape)
-        return policy.unembed(params, policy.hidden(params, tokens_BT, positions, zeros, zeros))
+        return policy.unembed(params, policy.hidden(params, plain_inputs(tokens_BT)))
 
     for _ in range(num_tokens):
         tokens_BT = np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
@@ -78,18 +76,17 @@ def setup(request) -> Setup:
     return Setup(policy, params, engine, by_shard(flat), by_shard(expected))
 
 
-def pack(rows: Sequence[Sequence[Sequence[int]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, positions and group ids [rows, T] of prompts without their last tokens; groups are counted in the row."""
-    tokens, positions, group_ids = (np.zeros((len(rows), TABLE_LENGTH), np.int32) for _ in range(3))
-    group_ids -= 1
+def pack(rows: Sequence[Sequence[Sequence[int]]]) -> Inputs:
+    """Rows of prompts without their last tokens; groups are counted in the row."""
+    inputs = empty_inputs(len(rows), TABLE_LENGTH)
     for number, prompts in enumerate(rows):
         cursor = 0
         for group, prompt in enumerate(prompts):
             span = slice(cursor, cursor + len(prompt) - 1)
-            tokens[number, span], positions[number, span] = prompt[:-1], np.arange(len(prompt) - 1)
-            group_ids[number, span] = group
+            inputs.tokens_BT[number, span], inputs.positions_BT[number, span] = prompt[:-1], np.arange(len(prompt) - 1)
+            inputs.group_ids_BT[number, span] = group
             cursor += len(prompt) - 1
-    return tokens, positions, group_ids
+    return inputs
 
 
 def shape_of(
@@ -114,7 +111,7 @@ def start(setup: Setup, slots: int, length: int, rows_per_prompt: int = 1) -> De
     """Idle slots over a table with the two prompts of a shard in one row, or cut into several, the last part first."""
     shape = shape_of(setup, slots, length, table_rows=rows_per_prompt, rows_per_prompt=rows_per_prompt)
     state = setup.engine.init_state(shape, GREEDY, jax.random.key(0))
-    prefix = setup.engine.prefill(setup.params, *pack(setup.prompts))
+    prefix = setup.engine.prefill(setup.params, pack(setup.prompts))
     backwards = np.arange(rows_per_prompt, dtype=np.int32)[::-1]
     return setup.engine.insert(state, prefix, np.tile(backwards, (setup.engine.num_shards, 1, 1)))
 
@@ -174,12 +171,15 @@ def entries(name: str, array: jax.Array, picked_PT: np.ndarray) -> np.ndarray:
 
 
 def test_a_prompt_has_the_same_keys_and_values_packed_in_chunks_or_alone(setup):
-    tokens, positions, group_ids = pack(setup.prompts)
+    inputs = pack(setup.prompts)
+    group_ids = inputs.group_ids_BT
     alone = [pack([prompts[number : number + 1] for prompts in setup.prompts]) for number in range(2)]
-    whole = setup.engine.prefill(setup.params, tokens, positions, group_ids)
+    whole = setup.engine.prefill(setup.params, inputs)
     # Three lengths of the cache, and a last piece that starts before the end of the one before it.
-    pieces = setup.engine.prefill(setup.params, tokens, positions, group_ids, chunk=5)
-    parts_alone = [setup.engine.prefill(setup.params, *inputs) for inputs in alone]
+    pieces = setup.engine.prefill(setup.params, inputs, chunk=5)
+    parts_alone = [setup.engine.prefill(setup.params, one) for one in alone]
+    with pytest.raises(AssertionError, match="grow by one"):
+        setup.engine.prefill(setup.params, inputs._replace(positions_BT=2 * inputs.positions_BT))
     assert (np.asarray(whole.group_ids) == group_ids).all()
     assert (np.asarray(pieces.group_ids) == group_ids).all()
     for number in range(2):
@@ -188,7 +188,7 @@ def test_a_prompt_has_the_same_keys_and_values_packed_in_chunks_or_alone(setup):
         ):
             if name == "group_ids":
                 continue
-            expected = entries(name, by_itself, alone[number][2] >= 0)
+            expected = entries(name, by_itself, alone[number].group_ids_BT >= 0)
             assert len(expected) == setup.engine.num_shards * (PROMPT_LENGTHS[number] - 1)
             for array in (packed, chunked):
                 np.testing.assert_allclose(entries(name, array, group_ids == number), expected, rtol=0, atol=1e-5)
@@ -200,7 +200,7 @@ def test_rows_are_inserted_where_told_past_the_end_nowhere_and_others_stay(setup
 
     def insert(state: DecodeState, rows: np.ndarray) -> tuple[DecodeState, Any]:
         """A prefill with a row for each prompt goes to these rows of the table; and what it held."""
-        prefix = engine.prefill(setup.params, *pack([[prompt] for prompts in setup.prompts for prompt in prompts]))
+        prefix = engine.prefill(setup.params, pack([[prompt] for prompts in setup.prompts for prompt in prompts]))
         held = jax.device_get(prefix)
         return engine.insert(state, prefix, rows[..., None].astype(np.int32)), held
 

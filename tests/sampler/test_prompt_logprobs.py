@@ -8,6 +8,7 @@ from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, tree_shardings
 from rl.models.config import ModelConfig, logical_axes
 from rl.models.flavours import create_policy
+from rl.models.inputs import plain_inputs
 from rl.run.metrics import CompileCounter
 from rl.sampler import prompt_logprobs as module
 
@@ -37,9 +38,8 @@ def test_packed_prompts_have_the_log_probs_of_each_alone_from_one_program(mesh, 
 
     expected = []
     for prompt in prompts:
-        tokens, positions = np.asarray([prompt], np.int32), np.arange(len(prompt), dtype=np.int32)[None]
-        labels = np.zeros_like(tokens)
-        logits = policy.unembed(params, policy.hidden(params, tokens, positions, labels, labels))[0]
+        inputs = plain_inputs(np.asarray([prompt], np.int32))
+        logits = policy.unembed(params, policy.hidden(params, inputs))[0]
         scores = np.asarray(logits, np.float64) / 0.7
         log_total = np.log(np.exp(scores).sum(axis=-1))
         expected.append(scores[np.arange(len(prompt) - 1), prompt[1:]] - log_total[:-1])

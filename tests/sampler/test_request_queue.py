@@ -309,7 +309,7 @@ def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_
     report = Report(columns, np.array(1), np.array([0, -1]), np.array([1, 1]), np.array([1, 1]))
     assert [number for number, _ in schedule.read(report)] == [2]
     assert schedule.num_to_prefill(1)
-    (tokens, _, group_ids), places = schedule.admit(1)
+    (tokens, _, group_ids, _), places = schedule.admit(1)
     assert places.tolist() == [[[1]], [[0]]], "nothing new in the first shard"
     assert (tokens[1, 0], group_ids[:, 0].tolist()) == (11, [-1, 3])
     assert not schedule.num_to_prefill(1)
@@ -324,7 +324,7 @@ def test_a_long_prompt_takes_rows_of_the_table_and_short_ones_one_each():
     shards = [[[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]]
     schedule = Schedule(prompts, requests, sampling, None, 0, shards, 5, 4, 3, 4)
     schedule.set_slots(4)
-    (tokens, positions, group_ids), places = schedule.admit(2)
+    (tokens, positions, group_ids, _), places = schedule.admit(2)
     assert places.tolist() == [[[0, 5, 5], [1, 2, 3]]], "the third prompt needs two rows, and one is left"
     assert group_ids.tolist() == [[0, 0, *[-1] * 10], [1] * 12]
     assert tokens[1].tolist() == prompts[1][:-1]
@@ -339,7 +339,7 @@ def test_a_long_prompt_takes_rows_of_the_table_and_short_ones_one_each():
     report = Report(columns, np.array(1), np.array([0, 1, -1, -1]), np.array([1, 1, 1, 1]), np.array([4]))
     assert [number for number, _ in schedule.read(report)] == [2, 3]
     assert schedule.num_to_prefill(2)
-    (_, _, group_ids), places = schedule.admit(2)
+    (_, _, group_ids, _), places = schedule.admit(2)
     assert places.tolist() == [[[1, 2, 3], [5, 5, 5]]], "two prompts in one row, the first of them in two parts"
     assert group_ids.tolist() == [[*[2] * 5, *[-1] * 3, 3, *[-1] * 3], [-1] * 12]
 

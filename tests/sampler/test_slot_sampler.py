@@ -19,6 +19,7 @@ from rl.devices.mesh import create_mesh, tree_shardings
 from rl.devices.programs import use_compilation_cache
 from rl.models.config import ModelConfig, Quantization, logical_axes
 from rl.models.flavours import create_policy
+from rl.models.inputs import Inputs
 from rl.models.policy import Policy
 from rl.models.quantized import quantize_params
 from rl.sampler.contract import Request
@@ -78,7 +79,7 @@ def build(family: str = "qwen3", pure_nnx: bool = True, mesh: tuple[str, ...] = 
     )
 
     def forward(params: Any, *labels_BT: jax.Array) -> jax.Array:
-        return policy.unembed(params, policy.hidden(params, *labels_BT))
+        return policy.unembed(params, policy.hidden(params, Inputs(*labels_BT)))
 
     setup = Setup(policy, params, device_mesh, shardings, jax.jit(forward), None)
     return with_sampler(setup, rules=config.mesh.rules, slots=slots)
@@ -115,9 +116,9 @@ def record_prefills(setup: Setup) -> list[tuple[np.ndarray, np.ndarray]]:
     """(tokens, group ids) of every prefill from now on."""
     inputs, prefill = [], setup.sampler.engine.prefill
 
-    def recorded(params: Any, tokens_PT: Any, positions_PT: Any, group_ids_PT: Any, **kwargs: Any) -> Any:
-        inputs.append((tokens_PT, group_ids_PT))
-        return prefill(params, tokens_PT, positions_PT, group_ids_PT, **kwargs)
+    def recorded(params: Any, rows: Inputs, **kwargs: Any) -> Any:
+        inputs.append((rows.tokens_BT, rows.group_ids_BT))
+        return prefill(params, rows, **kwargs)
 
     setup.sampler.engine.prefill = recorded
     return inputs

@@ -20,6 +20,7 @@ from rl.models.config import LORA_A, RopeScaling, flatten_specs, parameter_specs
 from rl.models.files.hf import load_params, read_config, save_folder
 from rl.models.files.maxtext import layout_of, read_params, weight_names
 from rl.models.flavours import create_policy
+from rl.models.inputs import plain_inputs
 from rl.run.health import healthy
 from rl.run_folder.folder import RunFolder, read_run
 from rl.state.checkpoint import create_checkpoint_manager
@@ -414,9 +415,7 @@ def maxtext_tree(config, params, layers, flavour, interleaved):
 def logits_fn(config):
     policy = create_policy(config, True)
     tokens = jnp.arange(24).reshape(2, 12) % config.vocab_size
-    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
-    zeros = jnp.zeros_like(tokens)
-    return jax.jit(lambda params: policy.unembed(params, policy.hidden(params, tokens, positions, zeros, zeros)))
+    return jax.jit(lambda params: policy.unembed(params, policy.hidden(params, plain_inputs(tokens))))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -20,6 +20,7 @@ from rl.models.config import Quantization
 from rl.models.families import FAMILIES
 from rl.models.files.hf import load_params, read_config, save_folder, write_model_files
 from rl.models.flavours import create_policy
+from rl.models.inputs import Inputs
 from rl.models.logprobs import token_logprobs
 from rl.models.lora import join, merge, split
 from rl.models.quantized import QuantizedArray, dequantize, quantize_params
@@ -83,7 +84,7 @@ def perplexity_of(config, params, tokens, context, pure_nnx):
     mask = groups[:, 1:] == groups[:, :-1]
 
     def run(params):
-        hidden = policy.hidden(params, tokens, index % context, groups, np.zeros_like(groups))
+        hidden = policy.hidden(params, Inputs(tokens, index % context, groups, np.zeros_like(groups)))
         return token_logprobs(policy, params, hidden[:, :-1], tokens[:, 1:], 1.0, 512, False, mask)[0]
 
     return math.exp(-float(jnp.sum(jax.jit(run)(params))) / mask.sum())

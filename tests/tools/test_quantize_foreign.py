@@ -27,6 +27,7 @@ from rl.models.foreign import tunix_files
 from rl.models.foreign.files import check_weights, weight_reader
 from rl.models.foreign.own_files import save_weights
 from rl.models.foreign.tunix_config import with_globals
+from rl.models.inputs import plain_inputs
 from rl.models.logprobs import token_logprobs
 from rl.models.quantized import QuantizedArray, dequantize, quantize
 from rl.models.train_state import string_keys
@@ -114,8 +115,7 @@ def logprobs(trained, params, tokens=TOKENS):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(policy, params, tokens):
-    positions, zeros = jnp.arange(tokens.shape[1])[None], jnp.zeros_like(tokens)
-    hidden = policy.hidden(params, tokens, positions, zeros, zeros)
+    hidden = policy.hidden(params, plain_inputs(tokens))
     return token_logprobs(policy, params, hidden[:, :-1], tokens[:, 1:], 1.0, 512, False)[0]
 
 

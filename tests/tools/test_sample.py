@@ -20,6 +20,7 @@ from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.models.files.hf import save_folder
+from rl.models.inputs import plain_inputs
 from rl.run.metrics import CompileCounter, read_samples
 from rl.sampler.contract import Completion
 from rl.sampler.token_draw import SamplingParams
@@ -128,9 +129,7 @@ def test_every_row_gets_its_completions_with_its_id_and_columns(finished):
 
 def full_logprobs(trained, token_ids: list[int], temperature: float) -> np.ndarray:
     """Float64 log-softmax [T, V] of a plain forward pass over one sequence, without a cache or company."""
-    tokens = np.asarray([token_ids], np.int32)
-    positions = np.arange(len(token_ids), dtype=np.int32)[None]
-    hidden = trained.policy.hidden(trained.params, tokens, positions, np.zeros_like(tokens), np.zeros_like(tokens))
+    hidden = trained.policy.hidden(trained.params, plain_inputs(np.asarray([token_ids], np.int32)))
     scores = np.asarray(trained.policy.unembed(trained.params, hidden)[0], np.float64) / temperature
     scores -= scores.max(axis=-1, keepdims=True)
     return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))

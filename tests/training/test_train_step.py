@@ -29,6 +29,7 @@ from rl.devices.programs import Stored, not_stored
 from rl.models.config import LoRAConfig, ModelConfig, flatten_specs, parameter_specs
 from rl.models.families import FAMILIES
 from rl.models.flavours import create_policy
+from rl.models.inputs import Inputs, plain_inputs
 from rl.models.lora import split
 from rl.models.policy import Policy
 from rl.models.train_state import PureState
@@ -184,11 +185,10 @@ def plain_logprobs(policy: Policy, problem: Problem):
         tokens_BT[b, : len(sequence)] = sequence
         groups_BT[b, : len(sequence)] = 0
         behind_BL[b, :count] = len(prompt) - 1 + np.arange(count)
-    positions_BT = np.broadcast_to(np.arange(longest, dtype=np.int32), tokens_BT.shape)
-    branches_BT = np.zeros_like(tokens_BT)
+    inputs = plain_inputs(tokens_BT)._replace(group_ids_BT=groups_BT)
 
     def logprobs(params):
-        hidden_BTD = policy.hidden(params, tokens_BT, positions_BT, groups_BT, branches_BT)
+        hidden_BTD = policy.hidden(params, inputs)
         log_softmax_BTV = jax.nn.log_softmax(policy.unembed(params, hidden_BTD) / TEMPERATURE, axis=-1)
         log_softmax_BLV = jnp.take_along_axis(log_softmax_BTV, behind_BL[..., None], axis=1)
         logprobs_BL = jnp.take_along_axis(log_softmax_BLV, problem.completions_BL[..., None], axis=-1)[..., 0]
@@ -572,7 +572,6 @@ def test_hidden_states_with_a_shared_prompt_are_those_of_each_sequence_alone_and
             TrainGroup(rng.integers(0, VOCAB, 2).astype(np.int32), [completion(7)]),
         ]
         batch = pack(groups, PackingPlan(1, 1, 24, 4, 7))
-        labels = (batch.tokens_MRT, batch.positions_MRT, batch.group_ids_MRT, batch.branch_ids_MRT)
         predictors = []
         for c in range(3):
             _, _, place = np.argwhere(batch.sequence_ids_MRC == c)[0]
@@ -580,7 +579,7 @@ def test_hidden_states_with_a_shared_prompt_are_those_of_each_sequence_alone_and
             predictors.append(batch.predictors_MRN[0, 0, slots])
 
         def packed(params):
-            return policy.hidden(params, *(x[0] for x in labels))[0, np.concatenate(predictors)]
+            return policy.hidden(params, Inputs(*(x[0] for x in batch.inputs)))[0, np.concatenate(predictors)]
 
         def alone(params):
             completions = [(group, completion) for group in groups for completion in group.completions]
@@ -591,8 +590,7 @@ def test_hidden_states_with_a_shared_prompt_are_those_of_each_sequence_alone_and
                 sequence = [*group.prompt_ids, *completion.token_ids[:-1]]
                 tokens_BT[b, : len(sequence)], padding_BT[b, : len(sequence)] = sequence, 0
                 places += [(b, t) for t in range(len(group.prompt_ids) - 1, len(sequence))]
-            positions_BT = np.broadcast_to(np.arange(12, dtype=np.int32), tokens_BT.shape)
-            hidden_BTD = policy.hidden(params, tokens_BT, positions_BT, padding_BT, np.zeros_like(tokens_BT))
+            hidden_BTD = policy.hidden(params, plain_inputs(tokens_BT)._replace(group_ids_BT=padding_BT))
             return hidden_BTD[tuple(np.transpose(places))]
 
         weights_TD = rng.normal(size=(16, config.hidden_size)).astype(dtype)

@@ -11,6 +11,7 @@ from rl.grpo_trainer import train
 from rl.models.config import LORA_A, LORA_B
 from rl.models.files.hf import load_params, read_config
 from rl.models.files.peft import load_adapter
+from rl.models.inputs import plain_inputs
 from rl.models.lora import split
 from rl.run.metrics import read_metrics, read_samples
 from rl.tools.checkpoints.export import export, export_adapter
@@ -136,10 +137,9 @@ def test_exported_adapter_and_merged_folder_are_the_trained_policy(runs, whole, 
     back = load_adapter(tmp_path / "adapter", config)
     jax.tree.map(np.testing.assert_array_equal, back, split(config, trained.params)[0])
     merged = load_params(tmp_path / "merged", read_config(tmp_path / "merged"))
-    tokens = np.arange(12).reshape(2, 6)
-    labels = (np.broadcast_to(np.arange(6), (2, 6)), np.zeros((2, 6), int), np.zeros((2, 6), int))
-    got = trained.policy.without_adapters().hidden(merged, tokens, *labels)
-    np.testing.assert_allclose(got, trained.policy.hidden(trained.params, tokens, *labels), rtol=0, atol=1e-4)
+    inputs = plain_inputs(np.arange(12).reshape(2, 6))
+    got = trained.policy.without_adapters().hidden(merged, inputs)
+    np.testing.assert_allclose(got, trained.policy.hidden(trained.params, inputs), rtol=0, atol=1e-4)
     plain = runs.run("plain", "nnx", "optimizer.warmup_updates=0", "grpo.steps=1", "checkpoint.every=1", "eval.every=0")
     with pytest.raises(ValueError, match="--adapter needs a run that trained adapters"):
         export_adapter(plain, tmp_path / "none")

@@ -9,6 +9,7 @@ from rl import grpo_trainer, sft_trainer
 from rl.config.load import load_config
 from rl.data.prompts import load_pairs, step_indices
 from rl.models.flavours import policy_from_config
+from rl.models.inputs import plain_inputs
 from rl.run.metrics import read_metrics
 from rl.state.origin import find_origin, tokenizer_of
 from rl.state.states import InitStateFn
@@ -53,8 +54,7 @@ def test_first_loss_is_the_token_mean_of_the_negative_log_likelihood(recipe, run
     for index in step_indices(len(rows), config.seed, 0, config.sft.batch_size):
         prompt, completion = rows[index].prompt_ids, rows[index].completion_ids
         ids = jnp.asarray(np.concatenate([prompt, completion]))[None]
-        zeros = jnp.zeros_like(ids)
-        hidden = policy.hidden(params, ids, jnp.arange(ids.shape[1])[None], zeros, zeros)
+        hidden = policy.hidden(params, plain_inputs(ids))
         logprobs = jax.nn.log_softmax(policy.unembed(params, hidden))[0]
         total -= float(sum(logprobs[len(prompt) - 1 + t, token] for t, token in enumerate(completion)))
         count += len(completion)

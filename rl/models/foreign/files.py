@@ -20,6 +20,7 @@ from rl.models.files import quantized_files
 from rl.models.files.folders import new_folder
 from rl.models.files.hf import SINGLE_FILE
 from rl.models.foreign import own_files
+from rl.models.inputs import Inputs, plain_inputs
 from rl.models.ops import dtype_of
 from rl.models.policy import Params, Policy, WavePolicy
 
@@ -120,9 +121,8 @@ def check_policy(policy: Policy, params: Params, source: str | None) -> None:
     if not policy.decodes_in_waves:
         return
     policy = cast(WavePolicy, policy)
-    tokens_1T = (7 * np.arange(LENGTH, dtype=np.int32) % policy.config.vocab_size)[None]
-    positions_1T, zeros_1T = np.arange(LENGTH, dtype=np.int32)[None], np.zeros((1, LENGTH), np.int32)
-    largest, errors = jax.jit(lambda *args: _trial(policy, *args))(params, tokens_1T, positions_1T, zeros_1T)
+    inputs = plain_inputs((7 * np.arange(LENGTH, dtype=np.int32) % policy.config.vocab_size)[None])
+    largest, errors = jax.jit(lambda *args: _trial(policy, *args))(params, inputs)
     scale = max(float(largest), 1e-6)
     rules = {
         "causal": "a hidden state must not depend on later tokens",
@@ -138,9 +138,7 @@ def check_policy(policy: Policy, params: Params, source: str | None) -> None:
             )
 
 
-def _trial(
-    policy: WavePolicy, params: Params, tokens_1T: jax.Array, positions_1T: jax.Array, zeros_1T: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _trial(policy: WavePolicy, params: Params, inputs: Inputs) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(the largest hidden state of a sequence, {rule: largest difference}) of trials of causality, decoding and
     packing.
     """
@@ -149,14 +147,14 @@ def _trial(
         return jnp.max(jnp.abs(a - b))
 
     half = LENGTH // 2
-    whole_1TD = policy.hidden(params, tokens_1T, positions_1T, zeros_1T, zeros_1T)
+    tokens_1T, positions_1T, zeros_1T, _ = inputs
+    whole_1TD = policy.hidden(params, inputs)
     other_1T = tokens_1T.at[:, half:].set(tokens_1T[:, :1])
-    other_1TD = policy.hidden(params, other_1T, positions_1T, zeros_1T, zeros_1T)
+    other_1TD = policy.hidden(params, inputs._replace(tokens_BT=other_1T))
     errors = {"causal": difference(whole_1TD[:, :half], other_1TD[:, :half])}
     cache, parts = policy.empty_cache(params, 1, LENGTH + 1), []
     for start, stop in ((0, half), *((t, t + 1) for t in range(half, LENGTH))):
-        tokens, positions, zeros = (x[:, start:stop] for x in (tokens_1T, positions_1T, zeros_1T))
-        part_1TD, cache = policy.extend(params, tokens, positions, zeros, zeros, cache)
+        part_1TD, cache = policy.extend(params, Inputs(*(x[:, start:stop] for x in inputs)), cache)
         parts.append(part_1TD)
     errors["decoding"] = difference(whole_1TD, jnp.concatenate(parts, axis=1))
     if policy.packs_rows:
@@ -164,7 +162,7 @@ def _trial(
         tokens, positions = (jnp.concatenate([x, x, x[:, half:]], axis=1) for x in (tokens_1T, positions_1T))
         groups_1T = jnp.concatenate([zeros_1T, zeros_1T + 1, zeros_1T[:, half:]], axis=1)
         branches_1T = jnp.concatenate([(positions_1T >= half) * 1, zeros_1T, zeros_1T[:, half:] + 2], axis=1)
-        packed_1TD = policy.hidden(params, tokens, positions, groups_1T, branches_1T)
+        packed_1TD = policy.hidden(params, Inputs(tokens, positions, groups_1T, branches_1T))
         expected_1TD = jnp.concatenate([whole_1TD, whole_1TD, whole_1TD[:, half:]], axis=1)
         errors["packing"] = difference(packed_1TD, expected_1TD)
     return jnp.max(jnp.abs(whole_1TD)), errors

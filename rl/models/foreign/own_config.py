@@ -31,6 +31,7 @@ from rl.models.foreign.own_policy import (
     all_of_it,
     sample_inputs,
 )
+from rl.models.inputs import Inputs
 from rl.models.ops import dtype_of
 from rl.models.train_state import string_keys
 
@@ -182,7 +183,8 @@ def _check_forms(source: str, policy: Any, shapes: Any) -> tuple[int, int]:
         rule = f"have its weights in model.param_dtype ({config.param_dtype}), which `build` may take as param_dtype"
         _require(leaf.dtype == dtype_of(config.param_dtype), source, rule, f"{name} in {leaf.dtype}")
     labels = jax.ShapeDtypeStruct((num_rows, length), jnp.int32)
-    hidden = jax.eval_shape(policy.hidden, shapes, labels, labels, labels, labels)
+    inputs = Inputs(labels, labels, labels, labels)
+    hidden = jax.eval_shape(policy.hidden, shapes, inputs)
     form = getattr(hidden, "shape", None)
     _require(form is not None and form[:-1] == labels.shape, source, "return hidden states [B, T, D]", form or hidden)
     rule = f"compute in model.dtype ({config.dtype}), which `build` may take as dtype"
@@ -194,7 +196,7 @@ def _check_forms(source: str, policy: Any, shapes: Any) -> tuple[int, int]:
     cache = jax.eval_shape(lambda: policy.empty_cache(_zeros(shapes), num_rows, length))
     rows = [leaf.shape[:1] for leaf in jax.tree.leaves(cache)]
     _require(set(rows) <= {(), (num_rows,)}, source, "have the row as first dim of all arrays in init_cache", rows)
-    extended = jax.eval_shape(policy.extend, shapes, labels, labels, labels, labels, cache)
+    extended = jax.eval_shape(policy.extend, shapes, inputs, cache)
     forms = [[(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(tree)] for tree in ((hidden, cache), extended)]
     rule = f"return (hidden states, cache) from extend, of the forms {forms[0]}"
     _require(jax.tree.structure((hidden, cache)) == jax.tree.structure(extended), source, rule, extended)

@@ -18,6 +18,7 @@ from flax.core import unfreeze
 from rl.models import ops
 from rl.models.attention_kernels import AttentionKernel
 from rl.models.config import ForeignConfig
+from rl.models.inputs import Inputs, plain_inputs
 from rl.models.ops import dtype_of, visible, widen
 from rl.models.quantized import dequantize_params
 from rl.models.train_state import TrainState, TrainStateNNX, string_keys
@@ -71,19 +72,11 @@ class _ModulePolicy:
         # The module takes plain arrays only, so quantised ones are widened at each call.
         return self._apply(dequantize_params(params, dtype_of(self.config.param_dtype)), method, **arguments)
 
-    def hidden(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-    ) -> jax.Array:
-        inputs = {"tokens": tokens_BT, "positions": positions_BT}
+    def hidden(self, params: Params, inputs: Inputs) -> jax.Array:
+        arguments = {"tokens": inputs.tokens_BT, "positions": inputs.positions_BT}
         if self.packs_rows:
-            labels = (positions_BT, group_ids_BT, branch_ids_BT)
-            inputs["attention_mask"] = visible(*labels, *labels)
-        return self._call(params, "__call__", **{name: inputs[name] for name in self._own.inputs})
+            arguments["attention_mask"] = visible(*inputs.labels, *inputs.labels)
+        return self._call(params, "__call__", **{name: arguments[name] for name in self._own.inputs})
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         logits = self._call(params, "unembed", hidden=hidden)
@@ -94,25 +87,15 @@ class _ModulePolicy:
             return self._call(params, "init_cache", num_rows=num_rows, length=length)
         return jnp.zeros((num_rows, length), jnp.int32)
 
-    def extend(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-        cache: Any,
-    ) -> tuple[jax.Array, Any]:
+    def extend(self, params: Params, inputs: Inputs, cache: Any) -> tuple[jax.Array, Any]:
         if self._own.extend_inputs:
-            inputs = {"tokens": tokens_BT, "positions": positions_BT, "cache": cache}
-            return self._call(params, "extend", **{name: inputs[name] for name in self._own.extend_inputs})
+            arguments = {"tokens": inputs.tokens_BT, "positions": inputs.positions_BT, "cache": cache}
+            return self._call(params, "extend", **{name: arguments[name] for name in self._own.extend_inputs})
         # The cache is the tokens so far. Later entries have no influence, because a policy is causal.
-        start = positions_BT[0, 0]
-        cache_BS = jax.lax.dynamic_update_slice(cache, tokens_BT, (jnp.zeros_like(start), start))
-        positions_BS = jnp.broadcast_to(jnp.arange(cache_BS.shape[1], dtype=jnp.int32), cache_BS.shape)
-        labels_BS = jnp.zeros_like(cache_BS)
-        hidden_BSD = self.hidden(params, cache_BS, positions_BS, labels_BS, labels_BS)
-        return jax.lax.dynamic_slice_in_dim(hidden_BSD, start, tokens_BT.shape[1], axis=1), cache_BS
+        start, num_tokens = inputs.positions_BT[0, 0], inputs.tokens_BT.shape[1]
+        cache_BS = jax.lax.dynamic_update_slice(cache, inputs.tokens_BT, (jnp.zeros_like(start), start))
+        hidden_BSD = self.hidden(params, plain_inputs(cache_BS))
+        return jax.lax.dynamic_slice_in_dim(hidden_BSD, start, num_tokens, axis=1), cache_BS
 
 
 class LinenModulePolicy(_ModulePolicy):

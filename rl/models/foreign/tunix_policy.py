@@ -16,6 +16,7 @@ from flax import nnx
 from rl.models.config import ForeignConfig
 from rl.models.foreign.own_policy import OWN_KERNEL, own_keys
 from rl.models.foreign.tunix_config import TunixModel, with_globals
+from rl.models.inputs import Inputs
 from rl.models.ops import apply_rope, dtype_of, rope_tables, visible, widen
 from rl.models.quantized import dequantize_params
 from rl.models.train_state import TrainStateNNX, string_keys
@@ -56,16 +57,8 @@ class TunixPolicy:
         """The module with these parameters."""
         return nnx.merge(self.module, own_keys(self._template, params))
 
-    def hidden(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-    ) -> jax.Array:
-        labels = (positions_BT, group_ids_BT, branch_ids_BT)
-        return self._run(params, tokens_BT, positions_BT, None, visible(*labels, *labels))[0]
+    def hidden(self, params: Params, inputs: Inputs) -> jax.Array:
+        return self._run(params, inputs, None, visible(*inputs.labels, *inputs.labels))[0]
 
     def empty_cache(self, params: Params, num_rows: int, length: int) -> Any:
         model, dtype = self._tunix, dtype_of(self.config.dtype)
@@ -73,18 +66,10 @@ class TunixPolicy:
         layer = {name: jnp.zeros(shape, dtype) for name in ("k", "v")}
         return {f"layer_{i}": {**layer, "end_index": jnp.zeros(num_rows, jnp.int32)} for i in range(model.num_layers)}
 
-    def extend(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        group_ids_BT: jax.Array,
-        branch_ids_BT: jax.Array,
-        cache: Any,
-    ) -> tuple[jax.Array, Any]:
+    def extend(self, params: Params, inputs: Inputs, cache: Any) -> tuple[jax.Array, Any]:
         length = cache["layer_0"]["k"].shape[1]
-        mask_BTS = jnp.arange(length) <= positions_BT[:, :, None]
-        return self._run(params, tokens_BT, positions_BT, cache, mask_BTS)
+        mask_BTS = jnp.arange(length) <= inputs.positions_BT[:, :, None]
+        return self._run(params, inputs, cache, mask_BTS)
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         model = self.model(self._plain(params))
@@ -98,11 +83,9 @@ class TunixPolicy:
         """The parameters for Tunix, with quantised ones widened at each call."""
         return dequantize_params(params, dtype_of(self.config.param_dtype))
 
-    def _run(
-        self, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Any, mask: jax.Array
-    ) -> tuple[jax.Array, Any]:
+    def _run(self, params: Params, inputs: Inputs, cache: Any, mask: jax.Array) -> tuple[jax.Array, Any]:
         model = nnx.merge(self._headless, own_keys(self._template, self._plain(params)))
-        hidden_BTD, cache = model(tokens_BT, positions_BT, cache, mask)
+        hidden_BTD, cache = model(inputs.tokens_BT, inputs.positions_BT, cache, mask)
         return hidden_BTD.astype(dtype_of(self.config.dtype)), cache
 
 

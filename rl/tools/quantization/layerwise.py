@@ -9,7 +9,7 @@ Shapes: R rows of a text, T token positions, D model, V vocabulary.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,22 @@ import numpy as np
 
 from rl.models import linen_model, ops
 from rl.models.config import ModelConfig
+from rl.models.inputs import PADDING_GROUP, Inputs, plain_inputs
 from rl.models.logprobs import token_logprobs
 from rl.models.quantized import Weight
 
 LOGITS_CHUNK = 128  # token positions whose logits exist at one time
 
 
-class Rows(NamedTuple):
-    """A text in rows of one length, the last filled up: token ids [R, T], and 0, or -1 for filling, as group ids."""
-
-    tokens_RT: np.ndarray
-    group_ids_RT: np.ndarray
-
-
-def to_rows(tokens: Sequence[int], length: int) -> Rows:
-    """Consecutive pieces of `length` tokens. Each is predicted from its own beginning; its first token is not."""
+def to_rows(tokens: Sequence[int], length: int) -> Inputs:
+    """Consecutive pieces of `length` tokens, the last filled up. Each is predicted from its own beginning; its first
+    token is not.
+    """
     num_rows = -(-len(tokens) // length)
-    padded = np.zeros((2, num_rows * length), np.int32)
-    padded[0, : len(tokens)] = tokens
-    padded[1, len(tokens) :] = -1
-    return Rows(*padded.reshape(2, num_rows, length))
+    padded, group_ids = np.zeros((2, num_rows * length), np.int32)
+    padded[: len(tokens)] = tokens
+    group_ids[len(tokens) :] = PADDING_GROUP
+    return plain_inputs(padded.reshape(num_rows, length))._replace(group_ids_BT=group_ids.reshape(num_rows, length))
 
 
 class Passage:
@@ -55,13 +51,13 @@ class Passage:
         self._layers = _layer_programs(self._config)
         self._log_likelihoods: list[float] = []
         self.hidden: list[np.ndarray] = []
-        self.num_tokens = int(np.sum(self._rows.group_ids_RT[:, 1:] >= 0))
+        self.num_tokens = int(np.sum(self._rows.group_ids_BT[:, 1:] >= 0))
 
     def embed(self, tables: Sequence[Weight]) -> None:
         """The text as the first layer sees it."""
         program = jax.jit(lambda table, tokens_RT: ops.embed(table, tokens_RT, self._config))
         self.hidden = [
-            np.stack([np.asarray(program(table, tokens_T[None]))[0] for tokens_T in self._rows.tokens_RT])
+            np.stack([np.asarray(program(table, tokens_T[None]))[0] for tokens_T in self._rows.tokens_BT])
             for table in tables
         ]
 
@@ -69,14 +65,16 @@ class Passage:
         """Through one layer, whose parameters are nested dicts as its module takes them."""
         program = self._layers[self._config.layer_types[index]]
         for version, tree in enumerate(params):
-            rows = zip(self.hidden[version], self._rows.group_ids_RT, strict=True)
-            self.hidden[version] = np.stack([np.asarray(program(tree, x_TD[None], ids[None]))[0] for x_TD, ids in rows])
+            rows = zip(self.hidden[version], *self._rows, strict=True)
+            self.hidden[version] = np.stack(
+                [np.asarray(program(tree, x_TD[None], Inputs(*(x[None] for x in row))))[0] for x_TD, *row in rows]
+            )
 
     def finish(self, norm_scale: jax.Array, heads: Sequence[Weight]) -> None:
         """Through the final norm and the head: its kernel [D, V], or the table [V, D] that is tied to it."""
         program = jax.jit(self._row_log_likelihood)
         for hidden_RTD, head in zip(self.hidden, heads, strict=True):
-            rows = zip(hidden_RTD, *self._rows, strict=True)
+            rows = zip(hidden_RTD, self._rows.tokens_BT, self._rows.group_ids_BT, strict=True)
             self._log_likelihoods.append(sum(float(program(norm_scale, head, *row)) for row in rows))
 
     def perplexities(self) -> tuple[float, ...]:
@@ -110,14 +108,12 @@ class _Head:
 
 
 def _layer_programs(config: ModelConfig) -> dict[str, Callable[..., jax.Array]]:
-    """By layer type: (parameters of a layer, hidden states [B, T, D], group ids [B, T]) -> hidden states after it."""
+    """By layer type: (parameters of a layer, hidden states [B, T, D], their inputs) -> hidden states after it."""
     block = linen_model.Block(config)
 
     def program(layer_type: str) -> Callable[..., jax.Array]:
-        def run(params: Any, x_BTD: jax.Array, group_ids_BT: jax.Array) -> jax.Array:
-            positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), group_ids_BT.shape)
-            labels = (positions_BT, group_ids_BT, jnp.zeros_like(group_ids_BT))
-            context = ops.plain_contexts(config, *labels, ops.attention)[layer_type]
+        def run(params: Any, x_BTD: jax.Array, inputs: Inputs) -> jax.Array:
+            context = ops.plain_contexts(config, inputs, ops.attention)[layer_type]
             return block.apply({"params": params}, x_BTD, context)[0]
 
         return jax.jit(run)

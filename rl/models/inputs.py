@@ -1,0 +1,74 @@
+"""What a policy computes on: tokens, and the labels that say which of them a token sees.
+
+Legend: B rows, T token positions, R rows of all batches together.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PADDING_GROUP = -1
+
+
+class Inputs(NamedTuple):
+    """Rows of tokens with their labels, each int32 [B, T]; numpy or JAX arrays, shapes or shardings.
+
+    A token sees the earlier positions of its own group that are in branch 0 (the prompt) or in its own branch. A
+    *segment* is the tokens of one group and one branch. Each segment stands in one piece in its row, its positions grow
+    by one, and a prompt stands before its branches, whose positions go on from it: see `check_segments`.
+
+    Attributes:
+      positions_BT: of the token in its own sequence, from 0.
+      group_ids_BT: which prompt the token belongs to; `PADDING_GROUP` on padding.
+      branch_ids_BT: 0 for a prompt, any other number for one of its completions.
+    """
+
+    tokens_BT: Any
+    positions_BT: Any
+    group_ids_BT: Any
+    branch_ids_BT: Any
+
+    @property
+    def labels(self) -> tuple[Any, Any, Any]:
+        """Everything but the tokens: what `rl.models.ops.visible` decides by."""
+        return self.positions_BT, self.group_ids_BT, self.branch_ids_BT
+
+
+def plain_inputs(tokens_BT: Any) -> Inputs:
+    """Each row as one whole sequence, without padding."""
+    library: Any = jnp if isinstance(tokens_BT, jax.Array) else np
+    positions_BT = library.broadcast_to(library.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+    zeros_BT = library.zeros_like(tokens_BT)
+    return Inputs(tokens_BT, positions_BT, zeros_BT, zeros_BT)
+
+
+def empty_inputs(num_rows: int, length: int) -> Inputs:
+    """Rows of padding, numpy int32, to be filled."""
+    tokens_BT, positions_BT, group_ids_BT, branch_ids_BT = np.zeros((4, num_rows, length), np.int32)
+    group_ids_BT += PADDING_GROUP
+    return Inputs(tokens_BT, positions_BT, group_ids_BT, branch_ids_BT)
+
+
+def check_segments(inputs: Inputs) -> None:
+    """Asserts the order inside the rows that `Inputs` promises; a branch may come without its prompt.
+
+    Args:
+      inputs: numpy arrays [..., T].
+    """
+    positions_RT, groups_RT, branches_RT = (x.reshape(-1, x.shape[-1]) for x in inputs.labels)
+    is_used_RT = groups_RT >= 0
+    goes_on_RT = np.zeros_like(is_used_RT)
+    goes_on_RT[:, 1:] = (groups_RT[:, 1:] == groups_RT[:, :-1]) & (branches_RT[:, 1:] == branches_RT[:, :-1])
+    steps_RT = np.diff(positions_RT, axis=1, prepend=0)
+    assert np.all(steps_RT[goes_on_RT & is_used_RT] == 1), "positions of a segment must grow by one"
+    segments = list(zip(*np.nonzero(is_used_RT & ~goes_on_RT), strict=True))
+    first_places = {(r, groups_RT[r, t], branches_RT[r, t]): t for r, t in segments}
+    assert len(first_places) == len(segments), "a segment must be in one piece"
+    for (r, group, branch), t in first_places.items():
+        prompt = first_places.get((r, group, 0))
+        if branch != 0 and prompt is not None:
+            assert prompt < t, "a prompt must stand before its branches"
+            end = prompt + int(np.sum((groups_RT[r] == group) & (branches_RT[r] == 0))) - 1
+            assert positions_RT[r, t] == positions_RT[r, end] + 1, "a branch must go on from its prompt"
