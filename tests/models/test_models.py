@@ -41,10 +41,10 @@ def assert_trees_identical(left, right):
 
 def own_initialisations(config):
     """What each twin's modules make of a key."""
-    labels = jnp.zeros((1, 1), jnp.int32)
+    inputs = plain_inputs(jnp.zeros((1, 1), jnp.int32))
     linen = linen_model.CausalLM(config)
     return (
-        lambda key: linen.init({"params": key}, labels, labels, labels, labels)["params"],
+        lambda key: linen.init({"params": key}, inputs)["params"],
         lambda key: nnx.to_pure_dict(nnx.state(nnx_model.CausalLM(config, nnx.Rngs(params=key)))),
     )
 
