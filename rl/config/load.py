@@ -18,7 +18,7 @@ from typing import Any
 import pydantic
 
 from rl.config.ranges import check_plain, check_possible_path
-from rl.config.rules import check
+from rl.config.rules import check_config
 from rl.config.sections import FREE_FORM, LIST_ENTRIES, Config, flatten, to_dict
 from rl.config.yaml_text import MOST_DEPTH, read_yaml, write_yaml
 from rl.files.json_file import shown
@@ -98,7 +98,7 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
         if isinstance(merged[key], str):
             merged[key] = os.path.expanduser(merged[key])
     config = _build(merged)
-    check(config)
+    check_config(config)
     return config
 
 

@@ -15,7 +15,7 @@ from rl.files.json_file import shown
 from rl.files.stores import check_path
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
     """Ranges and cross-field rules that hold for every command."""
     check_ranges(config)
     _check_paths(config)

@@ -32,7 +32,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class RowSource:
     """Rows that can be read in parts.
 
     Attributes:
@@ -68,16 +68,16 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
     return _map_columns(rows, columns, source)
 
 
-def open_source(source: str, args: Mapping[str, Any], seed: int) -> Source:
+def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
     """A source by its name, arguments as of `load_rows`; of a file no row is read yet."""
     args = {name: value for name, value in args.items() if value is not None}
     if (given := rows_of(source)) is not None:
         if args:
             raise ValueError(f"data.args must be empty for rows that are given as an object, got {shown(args)}")
-        return Source(len(given), "rows", lambda start, end: given[start:end])
+        return RowSource(len(given), "rows", lambda start, end: given[start:end])
     if is_procedural(source):
         rows = procedural_rows(source, args, seed)
-        return Source(len(rows), "rows", lambda start, end: rows[start:end])
+        return RowSource(len(rows), "rows", lambda start, end: rows[start:end])
     if is_remote(source):
         source = str(local_copy(source))
     if source.endswith((".jsonl", ".parquet")):
@@ -90,12 +90,12 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> Source:
         if not path.is_file():
             raise ValueError(f"data source {source!r} must be an existing file (working directory {os.getcwd()})")
         if source.endswith(".jsonl"):
-            return Source(path.stat().st_size, "bytes", partial(_read_jsonl_part, path))
+            return RowSource(path.stat().st_size, "bytes", partial(_read_jsonl_part, path))
         return _open_parquet(path)
     return _open_data_set(source, args)
 
 
-def _read_together(source: Source) -> list[Row]:
+def _read_together(source: RowSource) -> list[Row]:
     """All rows: each process reads one block of them and sends it to the others.
 
     What JSON would change on its way, such as dates and bytes, cannot be sent: then each process reads the whole.
@@ -209,7 +209,7 @@ def list_columns(name: str, existing: Iterable[str]) -> str:
     return f"; the columns are {existing}" + (f", did you mean {near[0]!r}?" if near else "")
 
 
-def _open_parquet(path: pathlib.Path) -> Source:
+def _open_parquet(path: pathlib.Path) -> RowSource:
     import pyarrow
     import pyarrow.parquet
 
@@ -232,12 +232,12 @@ def _open_parquet(path: pathlib.Path) -> Source:
     try:
         check_pages(path)
         with pyarrow.parquet.ParquetFile(path) as file:
-            return Source(file.metadata.num_rows, "rows", read)
+            return RowSource(file.metadata.num_rows, "rows", read)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be a parquet file, got: {error}") from error
 
 
-def _open_data_set(source: str, args: Mapping[str, Any]) -> Source:
+def _open_data_set(source: str, args: Mapping[str, Any]) -> RowSource:
     """A hub data set, or a local folder that `datasets` understands."""
     if not pathlib.Path(source).is_dir() and not _HUB_ID.fullmatch(source):
         raise ValueError(f"{_SOURCE_RULE}, got {source!r}, which does not exist (working directory {os.getcwd()})")
@@ -262,7 +262,7 @@ def _open_data_set(source: str, args: Mapping[str, Any]) -> Source:
         raise ValueError(
             f"data.args must load {source!r} as a whole, got {type(loaded).__name__}; set data.args.streaming=null"
         )
-    return Source(len(loaded), "rows", lambda start, end: loaded.select(range(start, end)).to_list())
+    return RowSource(len(loaded), "rows", lambda start, end: loaded.select(range(start, end)).to_list())
 
 
 def _map_columns(rows: list[Row], columns: Mapping[str, str | None], source: str) -> list[Row]:

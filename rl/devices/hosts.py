@@ -32,7 +32,7 @@ _SMALLEST_MESSAGE = 1024  # bytes; lengths are rounded up to powers of two, for 
 _LARGEST_ROUND = 1 << 26  # bytes of all processes together, which every device holds at a time
 
 
-def join(section: DistributedSection) -> None:
+def join_processes(section: DistributedSection) -> None:
     """Joins the other processes of the run, if there are any; comes before anything that asks jax for its devices.
 
     The three keys name the processes. Without the keys, jax looks for a cluster (SLURM, Open MPI, Kubernetes, GKE,
@@ -101,12 +101,12 @@ def _wait_for_the_first(section: DistributedSection) -> None:
 
 @contextlib.contextmanager
 def joined(section: DistributedSection) -> Iterator[None]:
-    """A context in which this process is joined to the others, see `join`; all of them leave it together.
+    """A context in which this process is joined to the others, see `join_processes`; all of them leave it together.
 
     A process with an error prints it and ends at once, because an ordinary exit would wait for the others, and they for
     it.
     """
-    join(section)
+    join_processes(section)
     try:
         yield
     except BaseException as error:

@@ -67,7 +67,7 @@ class LoadedProgram:
         in_shardings = _per_leaf(self._program.in_shardings, arguments)
         out_shardings = _per_leaf(self._program.out_shardings, results)
         for what, values, shardings in (("arguments", arguments, in_shardings), ("results", results, out_shardings)):
-            refuse_differences(f"{what} of program {self._name!r}", _describe(values, shardings), self._entry[what])
+            refuse_differences(f"{what} of program {self._name!r}", _leaf_texts(values, shardings), self._entry[what])
         out_shapes, out_tree = jax.tree.flatten(results)
         return (tree, in_shardings), (out_tree, out_shapes, out_shardings)
 
@@ -140,8 +140,8 @@ def save_compiled(
         blob = _serialized(name, program, arguments, compiled)
         results = jax.eval_shape(program.function, *arguments)
         entries[name] = {
-            "arguments": _describe(arguments, _per_leaf(program.in_shardings, arguments)),
-            "results": _describe(results, _per_leaf(program.out_shardings, results)),
+            "arguments": _leaf_texts(arguments, _per_leaf(program.in_shardings, arguments)),
+            "results": _leaf_texts(results, _per_leaf(program.out_shardings, results)),
             "offset": offset,
             "bytes": len(blob),
             "sha256": hashlib.sha256(blob).hexdigest(),
@@ -289,7 +289,7 @@ def _per_leaf(shardings: Any, tree: Any) -> list[Sharding]:
     return jax.tree.leaves(spread)
 
 
-def _describe(tree: Any, shardings: list[Sharding]) -> dict[str, str]:
+def _leaf_texts(tree: Any, shardings: list[Sharding]) -> dict[str, str]:
     """Dtype, shape and shape on one device of every leaf, by path."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {

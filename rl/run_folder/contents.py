@@ -241,7 +241,7 @@ def foreign_in(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(set(foreign))
 
 
-def describe_files(folder: pathlib.Path) -> dict[str, list[int]]:
+def file_stamps(folder: pathlib.Path) -> dict[str, list[int]]:
     """[size in bytes, time of the last change in ns] of every file below a folder, by path."""
     files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
     return {path.relative_to(folder).as_posix(): [path.lstat().st_size, path.lstat().st_mtime_ns] for path in files}
@@ -250,7 +250,7 @@ def describe_files(folder: pathlib.Path) -> dict[str, list[int]]:
 def is_own_export(folder: pathlib.Path) -> bool:
     """Whether every file in export/ is unchanged since a run wrote it."""
     with contextlib.suppress(ValueError):
-        return describe_files(folder / EXPORT).items() <= read_json(folder / EXPORT_RECORD).items()
+        return file_stamps(folder / EXPORT).items() <= read_json(folder / EXPORT_RECORD).items()
     return False
 
 
@@ -259,7 +259,7 @@ def _is_plain_file(path: pathlib.Path) -> bool:
 
 
 def is_export_record(path: pathlib.Path) -> bool:
-    """Whether a file is a record of an export, as `describe_files` gives it."""
+    """Whether a file is a record of an export, as `file_stamps` gives it."""
     with contextlib.suppress(ValueError):
         sizes = read_json(path).values() if _is_plain_file(path) else ()
         return bool(sizes) and all(isinstance(size, list) and list(map(type, size)) == [int, int] for size in sizes)

@@ -38,7 +38,7 @@ from rl.run_folder.contents import (
     RUN_KEY,
     SAMPLES,
     checkpoint_steps,
-    describe_files,
+    file_stamps,
     has_work,
     holder,
     identify,
@@ -318,7 +318,7 @@ class RunFolder:
             os.rename(record, kept)
             said.append(f"{kept} is what was {record}; it stays, for no run wrote it")
         # The record first: after a kill, an export without a record would count as a user's.
-        write_file(record, f"{json.dumps(describe_files(draft), indent=1)}\n".encode())
+        write_file(record, f"{json.dumps(file_stamps(draft), indent=1)}\n".encode())
         os.rename(draft, export)
         shutil.rmtree(scratch, ignore_errors=True)
         return said

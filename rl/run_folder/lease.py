@@ -64,7 +64,7 @@ class Lease:
         with self._lock:
             if self._problem is None and not self._write(self._version, self._token):
                 holder = self._store.read(LEASE)
-                what = f"is now {_describe(holder, self._now())}" if holder else "is gone"
+                what = f"is now {_holder_text(holder, self._now())}" if holder else "is gone"
                 self._problem = f"the lease of {self._store.url} {what}"
         self.check()
 
@@ -127,13 +127,13 @@ class Lease:
         if token is None or is_own or now - float(lease.get("time", 0.0)) > LEASE_SECONDS:
             return
         raise ValueError(
-            f"output_dir {self._store.url} is {_describe(content, now)}; stop that run or choose another output_dir. "
-            f"A run that was killed leaves its lease behind: it ends by itself {LEASE_SECONDS / 60:.0f} minutes after "
-            "its last renewal"
+            f"output_dir {self._store.url} is {_holder_text(content, now)}; stop that run or choose another "
+            f"output_dir. A run that was killed leaves its lease behind: it ends by itself {LEASE_SECONDS / 60:.0f} "
+            "minutes after its last renewal"
         )
 
 
-def _describe(content: bytes, now: float) -> str:
+def _holder_text(content: bytes, now: float) -> str:
     lease = _parse(content)
     if lease.get("token") is None:
         return "released"

@@ -310,7 +310,7 @@ class Staging:
             self._remove_step(step)
             del markers[step]
         if step not in markers:
-            marker = markers[step] = _describe(self._record.run, folder)
+            marker = markers[step] = _marker_of(self._record.run, folder)
             self._upload_files(self._claim_files(f"{STEPS}{step}/{name}" for name in (*marker.files, MARKER)))
             for name in marker.files:
                 if self._abandoned.is_set():
@@ -372,7 +372,7 @@ class Staging:
         write_record(self._root, self._record)
 
 
-def _describe(run: str, folder: pathlib.Path) -> Marker:
+def _marker_of(run: str, folder: pathlib.Path) -> Marker:
     """The marker of a complete step."""
     names = [name for name in file_names(folder) if name != MARKER]
     files = {name: ((folder / name).stat().st_size, file_hash(folder / name)) for name in names}

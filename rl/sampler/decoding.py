@@ -79,7 +79,7 @@ class Columns(NamedTuple):
     top_logprobs: jax.Array
 
 
-class Report(NamedTuple):
+class ChunkReport(NamedTuple):
     """What the host reads after a chunk: the columns (the first num_steps count), where every slot and queue stands."""
 
     columns: Columns
@@ -140,7 +140,7 @@ def generate(
     key: jax.Array,
     cancelled_B: jax.Array,
     few: jax.Array,
-) -> tuple[CachePart, Slots, Report]:
+) -> tuple[CachePart, Slots, ChunkReport]:
     """Draws up to `chunk` tokens per slot; a slot whose completion ends takes the next waiting request at once.
 
     Stops before the chunk is over when nothing is left to draw, when a slot has filled its cache, or when no request
@@ -219,7 +219,7 @@ def generate(
     carry = (own, slots, maps, num_taken, jnp.int32(0), columns)
     with jax.named_scope(TOKEN_LOOP):
         own, slots, _, num_taken, num_steps, columns = jax.lax.while_loop(unfinished, step, carry)
-    return own, slots, Report(columns, num_steps, slots.request_ids, slots.num_drawn, num_taken)
+    return own, slots, ChunkReport(columns, num_steps, slots.request_ids, slots.num_drawn, num_taken)
 
 
 def draw_next(logits_BV: jax.Array, slots: Slots, sampling: SamplingParams) -> Draw:

@@ -39,7 +39,7 @@ from rl.models.inputs import Inputs, check_segments
 from rl.models.ops import take_in_shards
 from rl.models.policy import Params, Policy
 from rl.sampler import decoding
-from rl.sampler.decoding import Report, Requests, Slots
+from rl.sampler.decoding import ChunkReport, Requests, Slots
 from rl.sampler.token_draw import SamplingParams
 
 
@@ -217,7 +217,7 @@ class Engine:
         cancelled_B: np.ndarray,
         few: int,
         chunk: int,
-    ) -> tuple[DecodeState, Report]:
+    ) -> tuple[DecodeState, ChunkReport]:
         """Draws up to `chunk` tokens per slot, see `decoding.generate`; the report is on the host."""
         program = self.programs.get(*self._generate_build(params, state.shape, state.sampling, chunk))
         key = hosts.put_key(key, self._everywhere)

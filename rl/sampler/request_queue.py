@@ -16,7 +16,7 @@ import numpy as np
 
 from rl.models.inputs import Inputs, empty_inputs
 from rl.sampler.contract import Completion, Request
-from rl.sampler.decoding import Report, Requests
+from rl.sampler.decoding import ChunkReport, Requests
 from rl.sampler.endings import Drawing, find_end
 from rl.sampler.token_draw import SamplingParams
 
@@ -267,7 +267,7 @@ class Schedule:
         cancelled, self._cancelled = self._cancelled, np.zeros_like(self._cancelled)
         return cancelled
 
-    def read(self, report: Report) -> Iterator[tuple[int, Completion]]:
+    def read(self, report: ChunkReport) -> Iterator[tuple[int, Completion]]:
         """Takes what a chunk drew; yields (request, completion) of all that ended."""
         num_steps = int(report.num_steps)
         for shard, taken in enumerate(report.num_taken):

@@ -42,7 +42,15 @@ from rl.sampler.contract import (
 from rl.sampler.engine import DecodeState, Engine, Shape, generate_key, prefill_key, prefill_pieces
 from rl.sampler.prompt_logprobs import PromptScorer
 from rl.sampler.request_queue import Schedule
-from rl.sampler.shape_plan import Expected, KVBudget, Load, few_rows, first_shape, rest_lengths, usable_common_length
+from rl.sampler.shape_plan import (
+    ExpectedPrompts,
+    KVBudget,
+    ShardRequests,
+    few_rows,
+    first_shape,
+    rest_lengths,
+    usable_common_length,
+)
 from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, next_cache_size
 from rl.sampler.token_draw import SamplingParams
 
@@ -127,8 +135,8 @@ class Sampler:
         self._slots, self._kv_bytes = slots, kv_bytes
         self._decode_text = decode_text
         self._chunk, self._stop_chunk = chunk, min(stop_chunk, chunk)
-        self._expected = Expected()
-        self._planned: Load | None = None
+        self._expected = ExpectedPrompts()
+        self._planned: ShardRequests | None = None
         self._prefix: _Prefix | None = None
 
     @property
@@ -155,16 +163,16 @@ class Sampler:
         common = request_queue.common_prefix_length(prompts)
         common = usable_common_length(common, len(prompts))
         head = tuple(int(token) for token in prompts[0][:common])
-        self._expected = Expected(head, rest_lengths(prompts, common))
-        self._planned = self._load(num_prompts, num_samples)
+        self._expected = ExpectedPrompts(head, rest_lengths(prompts, common))
+        self._planned = self._demand(num_prompts, num_samples)
 
     def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
         """Plans shapes for prompts of up to so many tokens, whatever they hold: none is taken for a common prefix.
 
         num_prompts, num_samples: as in `expect`.
         """
-        self._expected = Expected((), (max(prompt_length - 1, 1),))
-        self._planned = self._load(num_prompts, num_samples)
+        self._expected = ExpectedPrompts((), (max(prompt_length - 1, 1),))
+        self._planned = self._demand(num_prompts, num_samples)
 
     def sample(
         self,
@@ -270,7 +278,7 @@ class Sampler:
         """Every shape that decoding can have in a call of this size, whatever is drawn; it starts with the first."""
         limit, num_shards = sampling.max_completion_length, self.engine.num_shards
         requests = requests_for(range(num_prompts), num_samples, limit)
-        first = self._shape(Load.of(request_queue.deal(requests, num_shards)), self._expected, sampling)
+        first = self._shape(ShardRequests.of(request_queue.deal(requests, num_shards)), self._expected, sampling)
         sizes = cache_sizes(first.num_slots // num_shards, limit)
         reachable = [self._size_of(first)]
         for size in reachable:  # grows meanwhile
@@ -323,7 +331,7 @@ class Sampler:
         expected = self._plan(prompts)
         common_length = len(expected.common)
         shards = request_queue.deal(requests, engine.num_shards)
-        shape = self._shape(Load.of(shards), expected, sampling)
+        shape = self._shape(ShardRequests.of(shards), expected, sampling)
         if not common_length:
             self.release()  # no memory is left for one that nobody reads
         common = self._prefill_common(version, params, expected.common) if common_length else None
@@ -409,14 +417,14 @@ class Sampler:
         few = few_rows(shape.prefill_rows // self.engine.num_shards) * self.engine.num_shards
         return list(dict.fromkeys((shape.prefill_rows, few)))
 
-    def _plan(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> Expected:
+    def _plan(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> ExpectedPrompts:
         """The expected prefix if these prompts start with it, else their own; lengths at least the expected ones."""
         expected = self._expected
         head = np.asarray(expected.common, np.int32)
         fits = all(len(p) > head.size and np.array_equal(np.asarray(p[: head.size]), head) for p in prompts)
         if not expected.lengths or not fits:
             common = usable_common_length(request_queue.common_prefix_length(prompts), len(prompts))
-            expected = Expected(tuple(int(token) for token in prompts[0][:common]))
+            expected = ExpectedPrompts(tuple(int(token) for token in prompts[0][:common]))
         lengths = rest_lengths(prompts, len(expected.common))
         if not expected.lengths:
             return dataclasses.replace(expected, lengths=lengths)
@@ -425,24 +433,24 @@ class Sampler:
             return expected
         return dataclasses.replace(expected, lengths=(*expected.lengths, longest))
 
-    def _load(self, num_prompts: int, num_samples: int) -> Load | None:
+    def _demand(self, num_prompts: int, num_samples: int) -> ShardRequests | None:
         """What the shards get of a call of this size; None where it is empty."""
         requests = requests_for(range(num_prompts), num_samples, 1)
-        return Load.of(request_queue.deal(requests, self.engine.num_shards)) if requests else None
+        return ShardRequests.of(request_queue.deal(requests, self.engine.num_shards)) if requests else None
 
-    def _shape(self, load: Load, expected: Expected, sampling: SamplingParams) -> Shape:
+    def _shape(self, demand: ShardRequests, expected: ExpectedPrompts, sampling: SamplingParams) -> Shape:
         """The shape that decoding starts with: that of the planned calls where it serves."""
         num_shards, limit = self.engine.num_shards, sampling.max_completion_length
         budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
 
-        def shape_of(load: Load, serves_fewer: bool = False) -> Shape:
-            return first_shape(num_shards, load, expected, limit, self._slots, budget, serves_fewer)
+        def shape_of(demand: ShardRequests, serves_fewer: bool = False) -> Shape:
+            return first_shape(num_shards, demand, expected, limit, self._slots, budget, serves_fewer)
 
         if self._planned is not None:
             shape = shape_of(self._planned, serves_fewer=True)
-            if load.fits(self._planned, shape.num_slots // num_shards):
+            if demand.fits(self._planned, shape.num_slots // num_shards):
                 return shape
-        return shape_of(load)
+        return shape_of(demand)
 
     def _prefill_common(self, version: Params, params: Params, prefix: tuple[int, ...]) -> CachePart:
         """Keys and values of the common prefix; those of the last call where the weights are the same arrays.

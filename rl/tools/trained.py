@@ -49,7 +49,7 @@ class TrainedPolicy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Where weights come from: the configuration, and the run folder (None: model.source) and its checkpoint, None for
     the newest that is whole.
     """
@@ -66,7 +66,7 @@ def resolve_model(
     adapter: str | None = None,
     alone: bool = True,
     trust: bool = False,
-) -> Source:
+) -> WeightSource:
     """What MODEL stands for; loads nothing. A run's own processes are not those of who reads it.
 
     Whether code that a run folder names may run is looked at here where the command runs in one process, else it is
@@ -91,7 +91,7 @@ def resolve_model(
     return source
 
 
-def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | None, adapter: str | None) -> Source:
+def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | None, adapter: str | None) -> WeightSource:
     check_possible_path("MODEL", str(model))
     if str(model).endswith((".yml", ".yaml")):
         check_path(str(model), "a recipe", may_be_remote=False)
@@ -110,24 +110,24 @@ def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | Non
             )
         if step is not None and step not in steps:
             raise ValueError(f"--step must be one of the checkpoints of {str(model)!r}, {steps}, got {step}")
-        return Source(config, path, step)
+        return WeightSource(config, path, step)
     if step is not None:
         raise ValueError(f"--step needs a run folder, got {str(model)!r}")
     if adapter is not None:
         overrides = [*overrides, f"lora.adapter={json.dumps(adapter)}"]
     if path.suffix in (".yml", ".yaml"):
-        return Source(load_config(path, overrides), None, None)
+        return WeightSource(load_config(path, overrides), None, None)
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         raise ValueError(
             f"MODEL must be a run folder (run.json), a Hugging Face folder (config.json), a hub id or a YAML recipe, "
             f"got {str(model)!r}"
         )
     source = str(path) if path.is_dir() and not is_remote(model) else str(model)
-    return Source(load_config(None, [f"model.source={json.dumps(source)}", *overrides]), None, None)
+    return WeightSource(load_config(None, [f"model.source={json.dumps(source)}", *overrides]), None, None)
 
 
-def load_source(source: Source) -> TrainedPolicy:
-    """The weights that a `Source` stands for."""
+def load_source(source: WeightSource) -> TrainedPolicy:
+    """The weights that a `WeightSource` stands for."""
     return load_start(source.config) if source.run is None else load_checkpoint(source.config, source.run, source.step)
 
 

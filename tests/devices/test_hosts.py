@@ -581,7 +581,7 @@ def test_the_workers_of_a_cloud_tpu_are_found_by_its_metadata(tpu_vm, workers, f
 def test_keys_that_name_the_processes_come_together():
     section = load_config(None, ["distributed.num_processes=2", "distributed.process_id=0"]).distributed
     with pytest.raises(ValueError, match=r"distributed\.coordinator_address must be set, got None; .*10\.0\.0\.1:1234"):
-        hosts.join(section)
+        hosts.join_processes(section)
 
 
 def test_commands_of_one_process_refuse_keys_that_name_processes_but_read_a_run_of_several(tmp_path, capsys):
@@ -594,7 +594,7 @@ def test_commands_of_one_process_refuse_keys_that_name_processes_but_read_a_run_
     source = resolve_model(run, ["seed=4"])
     assert (source.run, source.config.seed, source.config.distributed.auto) == (run, 4, False)
     assert hosts.named(source.config.distributed) == {}
-    hosts.join(source.config.distributed)  # at once: it is alone
+    hosts.join_processes(source.config.distributed)  # at once: it is alone
     asked = resolve_model(run, overrides, alone=False).config.distributed
     assert list(hosts.named(asked).values()) == ["127.0.0.1:1", 2, 0]
     (tmp_path / "recipe.yml").write_text("distributed: {num_processes: 2}")
@@ -617,11 +617,11 @@ def test_a_first_process_that_nobody_reaches_is_an_error_with_its_address():
     section = load_config(None, [f"distributed.{key}" for key in keys]).distributed
     message = rf"must be where process 0 listens within .* \(1\), got '{address}', .*refused; start process 0"
     with pytest.raises(ValueError, match=message):
-        hosts.join(section)
+        hosts.join_processes(section)
 
 
 def test_alone_every_function_of_the_hosts_is_what_it_would_be_without():
-    hosts.join(load_config(None, ["distributed.auto=false"]).distributed)
+    hosts.join_processes(load_config(None, ["distributed.auto=false"]).distributed)
     assert hosts.is_first()
     assert hosts.console_stream() is None
     assert hosts.gather({"a": 1.5}) == [{"a": 1.5}]

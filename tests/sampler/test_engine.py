@@ -14,7 +14,7 @@ from rl.models.config import logical_axes
 from rl.models.flavours import create_policy
 from rl.models.inputs import Inputs, empty_inputs, plain_inputs
 from rl.models.policy import Policy
-from rl.sampler.decoding import Report, Requests
+from rl.sampler.decoding import ChunkReport, Requests
 from rl.sampler.engine import DecodeState, Engine, Shape
 from rl.sampler.token_draw import SamplingParams
 from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
@@ -122,7 +122,7 @@ def generate(
     asked: Sequence[tuple[int, int, int]] = (),
     cancelled: Sequence[bool] | None = None,
     few: int = 0,
-) -> tuple[DecodeState, Report]:
+) -> tuple[DecodeState, ChunkReport]:
     """One call of the engine; every shard has the same requests (id, prompt, limit) and the same cancelled slots."""
     num_shards, shape = setup.engine.num_shards, state.shape
     waiting = (num_shards, shape.num_waiting)
@@ -147,7 +147,7 @@ def generate(
     )
 
 
-def drawn(setup: Setup, report: Report) -> list[dict[int, list[int]]]:
+def drawn(setup: Setup, report: ChunkReport) -> list[dict[int, list[int]]]:
     """What a chunk drew, per shard by request; every shard drew for the same requests in the same slots and steps."""
     num_shards, num_steps = setup.engine.num_shards, int(report.num_steps)
     ids, tokens = (
@@ -159,7 +159,7 @@ def drawn(setup: Setup, report: Report) -> list[dict[int, list[int]]]:
     return [{number: tokens_CB[ids[0] == number].tolist() for number in numbers} for tokens_CB in tokens]
 
 
-def slots_by_step(setup: Setup, report: Report) -> list[list[int]]:
+def slots_by_step(setup: Setup, report: ChunkReport) -> list[list[int]]:
     """The request of each slot of a shard, step by step."""
     ids = np.asarray(report.columns.request_ids)[: int(report.num_steps)]
     return ids.reshape(len(ids), setup.engine.num_shards, -1)[:, 0].tolist()

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import decoders
 
 from rl.sampler.contract import Request, requests_for
-from rl.sampler.decoding import Columns, Report
+from rl.sampler.decoding import ChunkReport, Columns
 from rl.sampler.endings import find_stop
 from rl.sampler.request_queue import Schedule, common_prefix_length, deal
-from rl.sampler.shape_plan import Expected, Load, first_shape
+from rl.sampler.shape_plan import ExpectedPrompts, ShardRequests, first_shape
 from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, next_cache_size, size_at_least, size_at_most
 from rl.sampler.token_draw import SamplingParams
 
@@ -137,17 +137,19 @@ def test_every_request_is_dealt_once_and_evenly(num_prompts, num_samples, num_sh
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 8])
 @pytest.mark.parametrize("num_samples", [1, 3, 8])
 def test_fewer_prompts_fit_in_the_shapes_of_more(num_samples, num_shards):
-    loads = [Load.of(deal(requests_for(range(count), num_samples, 9), num_shards)) for count in range(1, 20)]
-    assert all(few.fits(many, many.requests) for few, many in itertools.pairwise(loads))
-    assert not loads[-1].fits(loads[0], loads[0].requests)
+    loads = [ShardRequests.of(deal(requests_for(range(count), num_samples, 9), num_shards)) for count in range(1, 20)]
+    assert all(few.fits(many, many.most_requests) for few, many in itertools.pairwise(loads))
+    assert not loads[-1].fits(loads[0], loads[0].most_requests)
 
 
 @pytest.mark.parametrize(("num_prompts", "num_samples", "does_fit"), [(3, 16, True), (64, 1, False), (6, 1, True)])
 def test_a_call_of_fewer_samples_needs_a_table_for_more_prompts(num_prompts, num_samples, does_fit):
     """64 slots hold seven groups of 16 with what waits for them: a table for these keeps 7 slots busy with one each."""
-    planned, load = (Load.of(deal(requests_for(range(p), g, 9), 1)) for p, g in ((64, 16), (num_prompts, num_samples)))
+    planned, demand = (
+        ShardRequests.of(deal(requests_for(range(p), g, 9), 1)) for p, g in ((64, 16), (num_prompts, num_samples))
+    )
     assert planned.prompts_at_once(64) == 7
-    assert load.fits(planned, 64) == does_fit
+    assert demand.fits(planned, 64) == does_fit
 
 
 @pytest.mark.parametrize(
@@ -164,9 +166,9 @@ def test_a_call_of_fewer_samples_needs_a_table_for_more_prompts(num_prompts, num
 def test_one_prompt_of_many_samples_leaves_the_others_room_in_the_table(counts, num_slots, at_once):
     """As many prompts as half as many requests again as there are slots, where they lie thinnest, and one more."""
     requests = [Request(p, p, s, 9) for p, count in enumerate(counts) for s in range(count)]
-    load, expected = Load.of(deal(requests, 1)), Expected((), (40,) * len(counts))
-    shape = first_shape(1, load, expected, 9, num_slots, None)
-    assert load.prompts_at_once(num_slots) == at_once
+    demand, expected = ShardRequests.of(deal(requests, 1)), ExpectedPrompts((), (40,) * len(counts))
+    shape = first_shape(1, demand, expected, 9, num_slots, None)
+    assert demand.prompts_at_once(num_slots) == at_once
     assert (shape.num_slots, shape.num_readers) == (num_slots, min(max(counts), num_slots))
     assert at_once <= shape.table_rows <= 1.25 * at_once
 
@@ -306,7 +308,7 @@ def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_
     # A step in which request 0 of the first shard goes on and request 2 of the second one ends.
     numbers = np.array([[0.5, 0.5]])
     columns = Columns(np.array([[0, 2]]), np.array([[4, 1]]), numbers, numbers, *[np.zeros((1, 2, 0))] * 2)
-    report = Report(columns, np.array(1), np.array([0, -1]), np.array([1, 1]), np.array([1, 1]))
+    report = ChunkReport(columns, np.array(1), np.array([0, -1]), np.array([1, 1]), np.array([1, 1]))
     assert [number for number, _ in schedule.read(report)] == [2]
     assert schedule.num_to_prefill(1)
     (tokens, _, group_ids, _), places = schedule.admit(1)
@@ -336,7 +338,7 @@ def test_a_long_prompt_takes_rows_of_the_table_and_short_ones_one_each():
     # Both completions of the long prompt end, and its rows are free.
     numbers, empty = np.full((1, 4), 0.5), np.zeros((1, 4, 0))
     columns = Columns(np.array([[0, 1, 2, 3]]), np.array([[4, 4, 1, 1]]), numbers, numbers, empty, empty)
-    report = Report(columns, np.array(1), np.array([0, 1, -1, -1]), np.array([1, 1, 1, 1]), np.array([4]))
+    report = ChunkReport(columns, np.array(1), np.array([0, 1, -1, -1]), np.array([1, 1, 1, 1]), np.array([4]))
     assert [number for number, _ in schedule.read(report)] == [2, 3]
     assert schedule.num_to_prefill(2)
     (_, _, group_ids, _), places = schedule.admit(2)
@@ -358,22 +360,25 @@ def test_a_long_prompt_takes_rows_of_the_table_and_short_ones_one_each():
     ],
 )
 def test_rows_of_the_prompt_table_have_the_length_in_which_prompts_take_least(lengths, table_length, rows_per_prompt):
-    expected = Expected((), tuple(lengths))
+    expected = ExpectedPrompts((), tuple(lengths))
     assert (expected.table_length, expected.rows_per_prompt) == (table_length, rows_per_prompt)
 
 
 def test_one_long_prompt_costs_what_it_holds():
     """Of 64 prompts of 100 tokens one has 2,000: what a step attends to is about what all hold, not 64 times 2,000."""
-    expected = Expected((), (100,) * 63 + (2000,))
-    load = Load.of(deal(requests_for(range(64), 8, 128), 1))
-    shape = first_shape(1, load, expected, 128, None, None)
+    expected = ExpectedPrompts((), (100,) * 63 + (2000,))
+    demand = ShardRequests.of(deal(requests_for(range(64), 8, 128), 1))
+    shape = first_shape(1, demand, expected, 128, None, None)
     held = sum(expected.lengths)
     assert shape.num_slots == 256, "the slots of 32 prompts: 48 lie in the table at a time, and one more"
     assert shape.table_rows * shape.table_length < 1.5 * held
     assert shape.num_readers == 8
     assert shape.prefill_rows * shape.prefill_length <= shape.table_rows * shape.table_length
-    alike = first_shape(1, load, Expected((), (100,) * 64), 128, None, None)
+    alike = first_shape(1, demand, ExpectedPrompts((), (100,) * 64), 128, None, None)
     assert alike.table_rows * alike.table_length < 1.5 * 49 * 100
+    example = first_shape(1, demand, expected, 128, 64, None)  # that of the module's docstring
+    assert (example.table_length, example.rows_per_prompt, demand.prompts_at_once(64)) == (128, 16, 13)
+    assert (example.table_rows, example.prefill_rows, example.num_readers, example.length) == (24, 1, 8, 64)
 
 
 def test_penalties_take_the_tokens_of_waiting_prompts_and_nothing_as_long_as_the_vocabulary():

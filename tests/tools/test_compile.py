@@ -32,7 +32,7 @@ from rl.state.origin import model_shape
 from rl.state.states import InitStateFn, get_abstract_state
 from rl.tools.programs.compile import compile_config, compile_loop, compile_one, main
 from rl.tools.programs.compile_advice import advice
-from rl.tools.programs.compile_report import ProgramReport, Report
+from rl.tools.programs.compile_report import CompileReport, ProgramReport
 from rl.tools.programs.compile_text import num_slices, roofline, to_json, to_text
 from rl.tools.programs.hlo import Collective, array_bytes, work_of
 from rl.tools.programs.loop_programs import loop_programs, read_shape
@@ -242,7 +242,7 @@ def test_a_module_of_ones_own_is_compiled_as_its_training_runs_it(flavour, tmp_p
     functions = [program.make()[0].function for program in loop.programs]
     names = [f"Compiling jit({getattr(function, 'func', function).__name__}) " for function in functions]
     with compilations(caplog) as ahead:
-        report = Report(loop, None, [compile_one(program)[0] for program in loop.programs])
+        report = CompileReport(loop, None, [compile_one(program)[0] for program in loop.programs])
     ahead = [text for text in ahead if text.startswith(tuple(names))]
     assert len(ahead) == len(loop.programs)
     with compilations(caplog) as during:
@@ -254,7 +254,7 @@ def test_a_module_of_ones_own_is_compiled_as_its_training_runs_it(flavour, tmp_p
     assert loop.resident.cache > 0
     assert "are left for keys and values; the configuration" in to_text(report)
     # Of what does not fit only keys are named that such a model has.
-    scarce = Report(dataclasses.replace(loop, memory=loop.resident.weights), None, report.programs)
+    scarce = CompileReport(dataclasses.replace(loop, memory=loop.resident.weights), None, report.programs)
     told = [line.partition(":")[0] for line in advice(scarce) if "=" in line.partition(":")[0]]
     assert "model.param_dtype=bfloat16" in told
     own_module(flavour, *(key for keys in told for key in keys.split()))
@@ -464,7 +464,7 @@ def test_figures_of_the_report_are_those_worked_out_by_hand(saved):
     held = 2 * weights + moments  # the reference has weights of its own
     assert (report.loop.resident.weights, report.loop.resident.moments) == (weights, moments)
     ample, scarce = (
-        Report(dataclasses.replace(report.loop, memory=held + decode.temporaries + more), None, report.programs)
+        CompileReport(dataclasses.replace(report.loop, memory=held + decode.temporaries + more), None, report.programs)
         for more in (12_345, -1)
     )
     assert (ample.kv_budget(), scarce.kv_budget()) == (12_345, 0)
@@ -474,7 +474,7 @@ def test_figures_of_the_report_are_those_worked_out_by_hand(saved):
     assert report.loop.resident.bytes_per_position == position
     assert f"{12_345 // position:,} positions" in to_text(ample)
     chip = CHIPS["TPU v5 lite"]
-    for program in to_json(Report(report.loop, chip, report.programs))["programs"]:
+    for program in to_json(CompileReport(report.loop, chip, report.programs))["programs"]:
         assert program["intensity"] == program["flops"] / program["bytes"]
         assert program["roofline_seconds"] == max(program["flops"] / 197e12, program["bytes"] / 819e9) > 0
     fast, slow = (dataclasses.replace(chip, flops=flops) for flops in (1e30, 1.0))  # bound by memory, by products
@@ -527,7 +527,7 @@ def test_a_program_whose_text_jaxlib_cannot_read_is_reported_without_its_operati
     assert compiled is not None
     assert found.work is None
     assert found.peak > found.outputs > 0
-    report = Report(loop, None, [found, *(p for p in saved[1].programs if p.name != found.name)])
+    report = CompileReport(loop, None, [found, *(p for p in saved[1].programs if p.name != found.name)])
     assert report.fits
     assert "flops" not in to_json(report)["programs"][0]
     told = "operations of reference init are not counted, jaxlib cannot read them: INTERNAL: async-update"
@@ -538,11 +538,11 @@ def test_a_program_whose_text_jaxlib_cannot_read_is_reported_without_its_operati
 def test_what_does_not_fit_is_named_with_keys_to_change(saved):
     report = saved[1]
     small = dataclasses.replace(report.loop, memory=report.worst.needed - 1)
-    told = advice(short := Report(small, None, report.programs))
+    told = advice(short := CompileReport(small, None, report.programs))
     assert not short.fits
     assert "does not fit: train step" in to_text(short)
     assert any(line.startswith("model.remat=block") for line in told)
-    scarce = Report(dataclasses.replace(report.loop, memory=report.loop.resident.state), None, report.programs)
+    scarce = CompileReport(dataclasses.replace(report.loop, memory=report.loop.resident.state), None, report.programs)
     assert {"grpo.beta=0", "lora.rank=16"} <= {line.split(":")[0] for line in advice(scarce)}
     keys = [line.partition(":")[0] for line in told + advice(scarce) if "=" in line.partition(":")[0]]
     load_config(None, [key for line in keys for key in line.split()])  # each is a key with a value that it takes
@@ -552,8 +552,8 @@ def test_the_first_piece_of_advice_makes_a_run_fit(saved):
     config, report, _ = saved
     assert report.worst.name == "train step"
 
-    def without(memory: int) -> Report:
-        return Report(dataclasses.replace(report.loop, memory=memory), None, report.programs)
+    def without(memory: int) -> CompileReport:
+        return CompileReport(dataclasses.replace(report.loop, memory=memory), None, report.programs)
 
     key = advice(without(report.worst.needed - 1))[0].partition(":")[0]
     other = tiny(*key.split(), flavour="nnx" if config.pure_nnx else "linen")
@@ -564,7 +564,7 @@ def test_the_first_piece_of_advice_makes_a_run_fit(saved):
     assert changed.needed < memory < report.worst.needed
     assert not without(memory).fits
     assert advice(without(memory))[0].partition(":")[0] == key
-    assert Report(dataclasses.replace(loop, memory=memory), None, [changed]).fits
+    assert CompileReport(dataclasses.replace(loop, memory=memory), None, [changed]).fits
 
 
 def test_advice_is_in_the_order_of_what_it_saves():
@@ -575,7 +575,7 @@ def test_advice_is_in_the_order_of_what_it_saves():
     needed, temporaries = int(15.37 * 2**30), int(11.75 * 2**30)
     peak = needed - loop.resident.reference
     step = ProgramReport("train step", peak - temporaries, 0, 0, temporaries, peak, needed, None, 0.0, 0)
-    told = advice(Report(loop, None, [step]))
+    told = advice(CompileReport(loop, None, [step]))
     assert [line.partition(":")[0] for line in told] == ["mesh.tensor=2", "model.remat=full", "grpo.logprob_chunk=96"]
 
 
@@ -969,7 +969,7 @@ def test_what_the_compiler_finds_too_large_is_reported(tmp_path):
     assert not compile_loop(loop, str(file), lines.append).fits
     assert not file.exists()
     assert lines[-1] == "nothing is saved: all programs must fit, and logprobs does not"
-    told = advice(Report(loop, CHIPS["TPU v5 lite"], [report]))
+    told = advice(CompileReport(loop, CHIPS["TPU v5 lite"], [report]))
     assert any(line.startswith("mesh.data=1 mesh.fsdp=-1") for line in told)
 
 

@@ -26,7 +26,7 @@ from rl.files.output_file import check_writable
 from rl.run.executables import save_compiled
 from rl.run_folder.folder import check_trust
 from rl.run_folder.trust import TO_COMPILE
-from rl.tools.programs.compile_report import ProgramReport, Report, report_of, report_refused
+from rl.tools.programs.compile_report import CompileReport, ProgramReport, report_of, report_refused
 from rl.tools.programs.compile_text import to_json, to_text
 from rl.tools.programs.loop_programs import Loop, LoopProgram, loop_programs
 from rl.tools.programs.topologies import CHIPS, find_devices
@@ -34,7 +34,7 @@ from rl.tools.programs.topologies import CHIPS, find_devices
 MALLOC_ARENAS = 2  # with one, three compilers at a time were ten times as slow; with more, memory piles up
 
 
-def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None] = lambda line: None) -> Report:
+def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None] = lambda line: None) -> CompileReport:
     """Compiles the programs of a run, one after the other, and reports on them.
 
     Args:
@@ -64,7 +64,7 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
         tell(f"nothing is saved: all programs must fit, and {', '.join(refused)} does not")
     elif save is not None:
         save_compiled(save, loop.config, loop.policy, loop.mesh, loop.memory, kept)
-    return Report(loop, CHIPS.get(loop.mesh.devices.flat[0].device_kind), reports)
+    return CompileReport(loop, CHIPS.get(loop.mesh.devices.flat[0].device_kind), reports)
 
 
 def compile_one(program: LoopProgram) -> tuple[ProgramReport, jax.stages.Compiled | None]:
@@ -89,7 +89,7 @@ def compile_config(
     devices: str | None = None,
     save: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
-) -> Report:
+) -> CompileReport:
     """`grpo compile` as a function; its arguments are the command's, `tell` is that of `compile_loop`.
 
     Raises:

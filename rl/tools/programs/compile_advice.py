@@ -1,7 +1,7 @@
 """What to change where a run does not fit: keys, by the bytes that each takes off the largest need of a device.
 
-In: a `Report` of `rl.tools.programs.compile_report`. Out: lines for people, the most telling first. How much a change
-saves is an estimate, and only orders the lines.
+In: a `CompileReport` of `rl.tools.programs.compile_report`. Out: lines of text, the most useful first. The
+saving of a change is an estimate, and only orders the lines.
 """
 
 import collections
@@ -16,7 +16,7 @@ from rl.devices.mesh import num_row_shards
 from rl.models.config import base_specs, flatten_specs
 from rl.models.logprobs import TILE_ROWS
 from rl.sampler.contract import DECODE, PREFILL
-from rl.tools.programs.compile_report import Report
+from rl.tools.programs.compile_report import CompileReport
 from rl.tools.programs.loop_programs import logit_chunk
 from rl.tools.programs.topologies import GIB
 from rl.training.train_step import TRAIN_STEP
@@ -31,7 +31,7 @@ class _Change(NamedTuple):
     saves: float
 
 
-def advice(report: Report) -> list[str]:
+def advice(report: CompileReport) -> list[str]:
     """What to change, as keys, the most telling first; nothing for a run that fits."""
     if report.fits:
         budget, wanted = report.kv_budget(), report.loop.resident.cache
@@ -52,7 +52,7 @@ def advice(report: Report) -> list[str]:
     return [line for line in dict.fromkeys(lines) if not line.startswith(others)]
 
 
-def _fewer_copies(report: Report) -> list[_Change]:
+def _fewer_copies(report: CompileReport) -> list[_Change]:
     loop, resident = report.loop, report.loop.resident
     share = loop.policy.config.num_parameters * _itemsize(loop.policy.config.param_dtype) / loop.mesh.size
     if resident.weights <= 1.5 * share:
@@ -61,7 +61,7 @@ def _fewer_copies(report: Report) -> list[_Change]:
     return [_Change("mesh.data=1 mesh.fsdp=-1: no device holds parameters that another holds too", saves)]
 
 
-def _smaller_state(report: Report) -> list[_Change]:
+def _smaller_state(report: CompileReport) -> list[_Change]:
     loop, config, resident = report.loop, report.loop.config, report.loop.resident
     weights, moments, reference, gradients = resident.weights, resident.moments, resident.reference, _gradients(report)
     found = []
@@ -94,7 +94,7 @@ def _smaller_state(report: Report) -> list[_Change]:
     return found
 
 
-def _smaller_rollout(report: Report) -> list[_Change]:
+def _smaller_rollout(report: CompileReport) -> list[_Change]:
     loop, config, cache = report.loop, report.loop.config, report.loop.resident.cache
     slots = config.sampling.slots
     found = [_kv_memory(report)] if slots is None else []
@@ -107,7 +107,7 @@ def _smaller_rollout(report: Report) -> list[_Change]:
     return found + _more_tensor(report)
 
 
-def _smaller_pieces(report: Report) -> list[_Change]:
+def _smaller_pieces(report: CompileReport) -> list[_Change]:
     loop, config, model = report.loop, report.loop.config, report.loop.policy.config
     found, is_decoder = [], source_kind(config.model.source) == "decoder"
     num_layers = model.num_layers if is_decoder else 1
@@ -140,7 +140,7 @@ def _smaller_pieces(report: Report) -> list[_Change]:
     return found + _more_tensor(report)
 
 
-def _more_tensor(report: Report) -> list[_Change]:
+def _more_tensor(report: CompileReport) -> list[_Change]:
     loop = report.loop
     tensor, specs = loop.config.mesh.tensor, flatten_specs(base_specs(loop.policy.config))
     sizes = [size for _, spec in specs for size, axis in zip(spec.shape, spec.axes, strict=True) if axis == "kv_heads"]
@@ -160,20 +160,20 @@ def _itemsize(dtype: str) -> int:
     return jax.numpy.dtype(dtype).itemsize
 
 
-def _gradients(report: Report) -> int:
+def _gradients(report: CompileReport) -> int:
     """Bytes of the gradients that the program which needs most has; those of weights that are trained."""
     resident = report.loop.resident
     return (resident.adapters or resident.weights) if report.worst.name == TRAIN_STEP else 0
 
 
-def _hidden(report: Report) -> int:
+def _hidden(report: CompileReport) -> int:
     """Bytes of the hidden states of a piece between two layers."""
     loop, plan = report.loop, report.loop.inputs.plan
     rows, model = plan.num_rows // num_row_shards(loop.mesh, loop.config.mesh.rules), loop.policy.config
     return rows * plan.row_length * model.hidden_size * _itemsize(model.dtype)
 
 
-def _gathered(report: Report) -> float:
+def _gathered(report: CompileReport) -> float:
     """Bytes of the largest layer and of the largest table as their products have them: whole but for the tensor axis,
     in the dtype of the activations, in the train step with a gradient that is not added up yet. 0 where they lie so.
     """
@@ -191,7 +191,7 @@ def _gathered(report: Report) -> float:
     return (max(layers.values(), default=0) + max(tables)) * (_itemsize(model.dtype) + gradient) / parts
 
 
-def _kv_memory(report: Report) -> _Change:
+def _kv_memory(report: CompileReport) -> _Change:
     budget = report.kv_budget()
     share = max(int(budget / report.loop.memory * 90), 1) / 100
     text = f"sampling.kv_memory={share}: the share of memory that is left for keys and values"

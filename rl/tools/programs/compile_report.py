@@ -1,6 +1,6 @@
 """What compiled programs need of a device, and whether a run fits.
 
-In: a run's programs (`rl.tools.programs.loop_programs`), each compiled. Out: `Report`. Bytes are those of one device.
+In: a run's programs (`rl.tools.programs.loop_programs`), each compiled. Out: `CompileReport`, with bytes of one device.
 Not here: which keys to change (`rl.tools.programs.compile_advice`), the report as JSON and text
 (`rl.tools.programs.compile_text`).
 """
@@ -46,7 +46,7 @@ class ProgramReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CompileReport:
     """All programs of a run."""
 
     loop: Loop

@@ -1,19 +1,19 @@
 """What `grpo compile` found, as JSON and as text for people.
 
-In: a `Report` of `rl.tools.programs.compile_report`. Times are what the chip's FLOP/s and memory bandwidth allow at
-best, communication aside.
+In: a `CompileReport` of `rl.tools.programs.compile_report`. Times are what the chip's FLOP/s and memory bandwidth
+allow at best, without communication.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from rl.tools.programs.compile_advice import advice
-from rl.tools.programs.compile_report import Report
+from rl.tools.programs.compile_report import CompileReport
 from rl.tools.programs.hlo import Work
 from rl.tools.programs.topologies import GIB, Chip
 
 
-def to_json(report: Report) -> dict[str, Any]:
+def to_json(report: CompileReport) -> dict[str, Any]:
     """The report as JSON values."""
     loop, chip = report.loop, report.chip
     programs = []
@@ -44,7 +44,7 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def to_text(report: Report) -> str:
+def to_text(report: CompileReport) -> str:
     """The report for people."""
     loop, chip, resident = report.loop, report.chip, report.loop.resident
     plan, model = loop.inputs.plan, loop.policy.config

@@ -50,7 +50,7 @@ from rl.state.param_folder import is_param_folder
 from rl.tools.quantization import layerwise
 from rl.tools.quantization.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
 from rl.tools.quantization.quantize_report import (
-    Report,
+    QuantizeReport,
     check_start,
     layer_report,
     print_report,
@@ -70,7 +70,7 @@ def quantize_folder(
     quantization: Quantization,
     tokens: Sequence[int] | None = None,
     context: int = 512,
-) -> Report:
+) -> QuantizeReport:
     """Writes `source`, its chosen matrices quantised, to `out`.
 
     Args:
@@ -117,7 +117,7 @@ def quantize_folder(
         raw = read_object(folder / "config.json")
         write_json(draft / "config.json", raw | {"quantization_config": quantization_json(quantization)})
         copy_others(folder, draft)
-    return Report(
+    return QuantizeReport(
         layers=layers,
         num_matrices=num_matrices,
         bytes_before=bytes_before,

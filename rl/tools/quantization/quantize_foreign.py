@@ -28,7 +28,7 @@ from rl.models.ops import dtype_of
 from rl.models.quantized import chosen_matrices, tile_of
 from rl.sampler.prompt_logprobs import PromptScorer
 from rl.state.origin import find_origin, tokenizer_of
-from rl.tools.quantization.quantize_report import Report, check_start, layer_report, quantize_and_compare
+from rl.tools.quantization.quantize_report import QuantizeReport, check_start, layer_report, quantize_and_compare
 from rl.tools.trained import load_start
 
 # What is quantised where nothing else is said: of Tunix the matrices of attention and MLP, of other modules what flax
@@ -44,7 +44,7 @@ def quantize_foreign(
     quantization: Quantization,
     tokens: Sequence[int] | None = None,
     context: int = 512,
-) -> Report:
+) -> QuantizeReport:
     """Writes the model that `config` starts from, its chosen matrices quantised, to `out`.
 
     Args:
@@ -96,7 +96,7 @@ def quantize_foreign(
             changes = {"source": f"{TUNIX_PREFIX}{draft}"} if model.kind == "tunix" else {"weights": str(draft)}
             after = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
             perplexity = tuple(_perplexity(version, tokens, context) for version in (config, after))
-    return Report(
+    return QuantizeReport(
         layers=layers,
         num_matrices=len(chosen),
         bytes_before=bytes_before,

@@ -1,8 +1,8 @@
 """What quantising any model has in common: what is refused, how far matrices are from what they were, layer by layer,
 and what `grpo quantize` says in the end.
 
-In: the matrices of a layer, one at a time. Out: each quantised, with its error; `Report`, as text. Not here: reading
-and writing of models.
+In: the matrices of a layer, one at a time. Out: each quantised, with its error; `QuantizeReport`, as text. Not
+here: reading and writing of models.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class LayerReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class QuantizeReport:
     """What quantising a model did.
 
     Attributes:
@@ -89,7 +89,7 @@ def relative(difference: float, whole: float) -> float:
     return math.sqrt(difference / whole) if whole else 0.0
 
 
-def print_report(report: Report, quantization: Quantization) -> None:
+def print_report(report: QuantizeReport, quantization: Quantization) -> None:
     """The report for people."""
     width = max(len(layer.name) for layer in report.layers)
     print(f"{'':<{width}}  {'error':>9}  {'hidden states':>13}  worst matrix")

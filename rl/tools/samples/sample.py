@@ -37,7 +37,7 @@ from rl.state.origin import Origin, find_origin, tokenizer_of
 from rl.tools.samples.completion_file import META_SUFFIX, CompletionFile
 from rl.tools.samples.replay import compare, draw_again
 from rl.tools.samples.sample_prompts import SampleRow, read_prompts, to_sample_rows
-from rl.tools.trained import Source, load_source, resolve_model
+from rl.tools.trained import WeightSource, load_source, resolve_model
 
 REFRESH_SECONDS = 0.1  # between two looks of the progress bar
 
@@ -62,7 +62,7 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     with contextlib.ExitStack() as stack:
         write: Callable[[str], None] = _print_line
         if arguments.output is not None:
-            settings = describe(source, origin, samples, sampling, seed, arguments.prompt_logprobs)
+            settings = output_settings(source, origin, samples, sampling, seed, arguments.prompt_logprobs)
             path = stack.enter_context(continued_file(arguments.output, ("", META_SUFFIX)))
             file = stack.enter_context(CompletionFile(path, settings, arguments.overwrite))
             if file.cut:
@@ -95,7 +95,9 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     return 0
 
 
-def sample_rows(source: Source, samples: Sequence[SampleRow], seed: int | None = None) -> Iterator[dict[str, Any]]:
+def sample_rows(
+    source: WeightSource, samples: Sequence[SampleRow], seed: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Draws every completion of the rows; a record of each as it ends, see `to_record`. seed: the run's when None.
 
     Raises:
@@ -132,7 +134,7 @@ def _requests_for(samples: Sequence[SampleRow]) -> list[Request]:
     ]
 
 
-def _with_step(source: Source) -> Source:
+def _with_step(source: WeightSource) -> WeightSource:
     """The source with its step, which the output file names before the weights are loaded."""
     if source.run is None or source.step is not None:
         return source
@@ -268,8 +270,8 @@ def check_rows(samples: Sequence[SampleRow], sampling: SamplingParams, model_con
         )
 
 
-def describe(
-    source: Source,
+def output_settings(
+    source: WeightSource,
     origin: Origin,
     samples: Sequence[SampleRow],
     sampling: SamplingParams,
