@@ -107,7 +107,7 @@ def evaluate(
         num_judged=len(judged),
         means={name: summary.mean for name, summary in summarize(rewards, names).items()},
         left_out=[name for name in all_names if name not in names],
-        completion_length=sum(len(done.token_ids) for done in completions) / len(rows),
+        completion_length=sum(done.num_trained for done in completions) / len(rows),
         truncated_share=sum(done.finish_reason == "length" for done in completions) / len(rows),
         samples=samples,
     )

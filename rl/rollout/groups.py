@@ -98,8 +98,8 @@ class Rollout:
 
     @property
     def num_tokens(self) -> int:
-        """Of all completions."""
-        return sum(len(completion.token_ids) for group in self.completions for completion in group)
+        """That the policy drew, of all completions."""
+        return sum(completion.num_trained for group in self.completions for completion in group)
 
 
 def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, specs: Sequence[RewardSpec]) -> Judged:
@@ -114,7 +114,7 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
         buffer = config.rewards.overlong_buffer * limit
         rewards = [
             # What no function could judge must not count as judged because it has a length.
-            [*row, None if all(r is None for r in row) else soft_overlong(len(c.token_ids), limit, buffer)]
+            [*row, None if all(r is None for r in row) else soft_overlong(c.num_trained, limit, buffer)]
             for row, c in zip(rewards, flat, strict=True)
         ]
     return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, list(result.problems))
@@ -141,7 +141,7 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
     )
     truncated_B = np.array([completion.finish_reason == "length" for completion in flat])
     kept_B = advantages.valid_B & ~truncated_B if config.grpo.mask_truncated else advantages.valid_B
-    lengths_B = np.array([len(completion.token_ids) for completion in flat])
+    lengths_B = np.array([completion.num_trained for completion in flat])
     judged_B = weighted_B[advantages.valid_B]
     # Where nothing was judged there is nothing to learn from either.
     zero_variance = advantages.stats["frac_reward_zero_std"] if judged_B.size else 1.0
@@ -191,6 +191,7 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
                 float(values_B[b]),
                 completion.sampler_logprobs,
                 completion.policy_logprobs,
+                completion.trained,
             )
             for b, completion in enumerate(rollout.completions[p], start=p * group_size)
             if rollout.kept_B[b]
@@ -201,7 +202,9 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
 
 
 def sample_records(rollout: Rollout, count: int) -> list[dict[str, Any]]:
-    """The first completions of as many different prompts as possible, for samples.jsonl."""
+    """The first completions of as many different prompts as possible, for samples.jsonl. `trained` is 1 for
+    tokens that the policy drew; it is left out where that is all of them.
+    """
     num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
     picks = [(p, g) for g in range(group_size) for p in range(num_prompts)][:count]
     records = []
@@ -225,4 +228,6 @@ def sample_records(rollout: Rollout, count: int) -> list[dict[str, Any]]:
                 "finish_reason": completion.finish_reason,
             }
         )
+        if completion.num_trained < len(completion.token_ids):
+            records[-1]["trained"] = np.asarray(completion.trained, int).tolist()
     return records

@@ -29,6 +29,8 @@ class Completion:
     finish_reason: "eos", "stop" (a stop string) or "length".
     stop_reason: the EOS id, the stop string, or None.
     top_ids, top_logprobs: [tokens, N], the N most likely tokens of the plain softmax, best first; N may be 0.
+    trained: bool per token, whether the policy drew it; None: it drew all of them. The others (what an environment or a
+    tool put between) are only read: they are in no loss, length or denominator, and their log-probs may be anything.
     """
 
     prompt_index: int
@@ -40,6 +42,12 @@ class Completion:
     stop_reason: int | str | None
     top_ids: np.ndarray
     top_logprobs: np.ndarray
+    trained: np.ndarray | None = None
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that the policy drew: the completion's length, wherever one is measured."""
+        return len(self.token_ids) if self.trained is None else int(np.sum(self.trained))
 
 
 @dataclasses.dataclass(frozen=True)

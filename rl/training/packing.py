@@ -6,7 +6,7 @@ row = prompt, completion 1, ..., completion G, next prompt, ...; `rl.models.ops.
 every completion go on from its prompt. Groups that are longer than a row are cut between completions and the prompt is
 repeated. How a batch is cut never changes loss or gradient, because every denominator is that of the whole minibatch.
 
-Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
+Legend: M micro-batches, R rows, T token positions, N trained tokens of a row, C completions of a row, L tokens of a
 completion.
 """
 
@@ -36,12 +36,23 @@ class TrainCompletion:
       sampler_logprobs: float [L] under the distribution the tokens were drawn from; None when unknown.
       rollout_logprobs: float [L] under the policy's plain softmax at the sampling temperature, as the sampler computed
         it; None when unknown.
+      trained: bool [L], which tokens the policy drew; None: all. The others are inputs, and nothing is learned from
+        their being there; what the log-probs hold for them is not read.
     """
 
     token_ids: np.ndarray
     advantage: float = 0.0
     sampler_logprobs: np.ndarray | None = None
     rollout_logprobs: np.ndarray | None = None
+    trained: np.ndarray | None = None
+
+    @property
+    def trained_places(self) -> np.ndarray:
+        """Indices of the tokens that the policy drew, in order."""
+        if self.trained is None:
+            return np.arange(len(self.token_ids))
+        assert np.shape(self.trained) == np.shape(self.token_ids), (np.shape(self.trained), np.shape(self.token_ids))
+        return np.flatnonzero(self.trained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +90,11 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens_MRT, positions_MRT, group_ids_MRT, branch_ids_MRT: int32; padding has group -1.
-      predictors_MRN: int32, position in the row whose hidden state predicts completion token n.
-      targets_MRN: int32, completion token n.
+      predictors_MRN: int32, position in the row whose hidden state predicts trained token n.
+      targets_MRN: int32, trained token n; those of a completion are consecutive.
       target_mask_MRN: bool, False on padding.
       slots_MRCL: int32, index n of token l of completion c.
-      mask_MRCL: 1.0 where completion c has a token l.
+      mask_MRCL: 1.0 where completion c has a token l that the policy drew (`TrainCompletion.trained`).
       sequence_mask_MRC: 1.0 where there is a completion c.
       advantages_MRC: a constant per completion (see `TrainCompletion`).
       sampler_logprobs_MRCL, rollout_logprobs_MRCL: (see `TrainCompletion`), NaN where unknown.
@@ -339,20 +350,22 @@ def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
             positions_T[inputs] = length + np.arange(count - 1)
             branches_T[inputs] = branch
             # The first token is predicted at the prompt's last position, the others at the token before them.
-            batch.predictors_MRN[m, r, n] = prompt_end
-            batch.predictors_MRN[m, r, n + 1 : n + count] = np.arange(t, t + count - 1)
-            batch.targets_MRN[m, r, n : n + count] = completion.token_ids
-            batch.target_mask_MRN[m, r, n : n + count] = True
-            batch.slots_MRCL[m, r, c, :count] = np.arange(n, n + count)
-            batch.mask_MRCL[m, r, c, :count] = 1.0
+            predictors = np.array([prompt_end, *range(t, t + count - 1)])
+            trained = completion.trained_places
+            targets = slice(n, n + trained.size)
+            batch.predictors_MRN[m, r, targets] = predictors[trained]
+            batch.targets_MRN[m, r, targets] = np.asarray(completion.token_ids)[trained]
+            batch.target_mask_MRN[m, r, targets] = True
+            batch.slots_MRCL[m, r, c, trained] = np.arange(n, n + trained.size)
+            batch.mask_MRCL[m, r, c, trained] = 1.0
             batch.sequence_mask_MRC[m, r, c] = 1.0
             batch.advantages_MRC[m, r, c] = completion.advantage
             batch.sequence_ids_MRC[m, r, c] = sequence_id
             if completion.sampler_logprobs is not None:
-                batch.sampler_logprobs_MRCL[m, r, c, :count] = completion.sampler_logprobs
+                batch.sampler_logprobs_MRCL[m, r, c, trained] = np.asarray(completion.sampler_logprobs)[trained]
             if completion.rollout_logprobs is not None:
-                batch.rollout_logprobs_MRCL[m, r, c, :count] = completion.rollout_logprobs
-            t, n, c = t + count - 1, n + count, c + 1
+                batch.rollout_logprobs_MRCL[m, r, c, trained] = np.asarray(completion.rollout_logprobs)[trained]
+            t, n, c = t + count - 1, n + trained.size, c + 1
 
 
 def _row_length(

@@ -102,7 +102,7 @@ class Updater:
         """
         from_sampler = self._config.grpo.old_logprobs == "sampler"
         reference_name = REFERENCE_LOGPROBS if REFERENCE_LOGPROBS in self._calls else LOGPROBS
-        num_items = sum(len(c.token_ids) for minibatch in groups for group in minibatch for c in group.completions)
+        num_items = sum(c.trained_places.size for minibatch in groups for group in minibatch for c in group.completions)
         batches = []
         for number, minibatch in enumerate(groups):
             bare: Batch = hosts.put(pack(minibatch, self._plan, self._dtype), self._batch_shardings)

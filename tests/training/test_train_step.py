@@ -211,7 +211,7 @@ def plain_loss(logprobs_BL, entropy_BL, problem: Problem):
     kl_BL = (jnp.exp(difference_BL) - difference_BL - 1) * ratio_BL
     term_BL = (policy_BL + BETA * kl_BL) * mask_BL
     bonus = jnp.sum(entropy_BL * chosen_BL) / jnp.sum(chosen_BL)
-    return jnp.mean(jnp.sum(term_BL, axis=1) / jnp.sum(mask_BL, axis=1)) - ENTROPY_COEF * bonus
+    return jnp.mean(jnp.sum(term_BL, axis=1) / jnp.maximum(jnp.sum(mask_BL, axis=1), 1)) - ENTROPY_COEF * bonus
 
 
 def plain_value_and_gradient(policy: Policy, problem: Problem):
