@@ -3,8 +3,9 @@
 The own part holds the tokens that every row adds; each row writes at its own cursor. A shared part holds each prompt
 once, and many own rows read it without a copy. Labels alone decide what a token sees (`ops.visible`). Keys lie as [R,
 K, H, S] and values as [R, K, S, H]: both products of attention then read the cache as it lies, which on CPU is about
-twice as fast as [R, S, K, H]. Legend: B own rows, R rows of a part, Q readers of a row, T token positions, S cache
-positions, K kv heads, H head dim. Shards are the pieces into which a mesh cuts the rows.
+twice as fast as [R, S, K, H].
+Legend: B own rows, R rows of a part, Q readers of a row, T token positions, S cache positions, K kv heads, H head dim.
+Shards are the pieces into which a mesh cuts the rows.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """The NNX twin: a decoder of `flax.nnx` modules over the shared ops. Its pure state has the tree of `parameter_specs`.
 
 Matrices are read with `get_value()`, because they may be a `QuantizedArray`; `[...]` works for arrays only. Adapters
-are `nnx.LoRAParam`s, a kind of `nnx.Param`. Legend: B sequences, T token positions, V vocab, D model, N query heads, K
-kv heads, H head dim, F mlp.
+are `nnx.LoRAParam`s, a kind of `nnx.Param`.
+Legend: B sequences, T token positions, V vocab, D model, N query heads, K kv heads, H head dim, F mlp.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """The seam between a model and everything that trains or samples it: the `Policy` protocol.
 
 A policy is an object of pure functions over one parameter tree. The classes that keep the protocol are in
-`rl.models.flavours` and `rl.models.foreign`. Not here: the optimizer and the train state. Legend: B rows, T token
-positions, V vocab, D model.
+`rl.models.flavours` and `rl.models.foreign`. Not here: the optimizer and the train state.
+Legend: B rows, T token positions, V vocab, D model.
 """
 
 from typing import Any, Protocol

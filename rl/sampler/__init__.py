@@ -1,1 +1,1 @@
-"""From prompts to completions: the engine that draws tokens, and its plan."""
+"""Draws completions of prompts: the engine, its plan, and the samplers built on it."""

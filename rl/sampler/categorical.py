@@ -1,23 +1,24 @@
 """Draws from categorical distributions given as rows of scores: an inverse CDF, and the nucleus of top-p.
 
-In: scores (logarithms of weights up to a constant; -inf for weight 0), one uniform number per row. Out: token ids, the
-logarithm of the total weight, masks. Built for vocabularies of 10^5 tokens: nothing is sorted. Not here: which rules
-change the scores (`rl.sampler.token_draw`).
+In: scores (logarithms of weights up to a constant; -inf for weight 0), and one uniform number for each row. Out: token
+ids, the logarithm of the total weight, masks. Built for vocabularies of 10^5 tokens: nothing is sorted. Not here: which
+rules change the scores (`rl.sampler.token_draw`).
 Legend: B rows, V vocabulary, K blocks of the vocabulary, L lanes of a block, N entries of any kind.
 """
 
 import jax
 import jax.numpy as jnp
 
-# Cumulative sums run over blocks of this many tokens, then inside one: XLA's cumsum over a whole vocabulary is slow.
+# Cumulative sums run over blocks of this many tokens, then inside one block, because XLA's cumsum over a whole
+# vocabulary is slow.
 BLOCK_LANES = 128
 
 
 def in_nucleus(scores_BV: jax.Array, top_p: float) -> jax.Array:
     """The smallest set of most likely tokens whose probability is at least top_p (https://arxiv.org/abs/1904.09751).
 
-    Bisects the threshold over the ordered bit patterns of the floats, which is exact after as many steps as a float has
-    bits; on CPU about ten times faster than sorting a vocabulary.
+    Bisects the threshold over the ordered bit patterns of floats. This is exact after as many steps as a float has
+    bits, and on CPU about ten times faster than sorting a vocabulary.
     """
     num_bits = jnp.finfo(scores_BV.dtype).bits
     probs_BV = jax.nn.softmax(scores_BV, axis=-1)
@@ -30,14 +31,15 @@ def in_nucleus(scores_BV: jax.Array, top_p: float) -> jax.Array:
         enough_B = mass_B >= top_p
         return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
-    # low: tokens at least this likely carry top_p (or it is the least likely token); high: they do not.
+    # low: tokens at least this likely have probability top_p or more together (or low is the least likely token). high:
+    # they have less.
     bounds = jnp.min(order_BV, axis=-1), jnp.max(order_BV, axis=-1) + 1
     low_B, _ = jax.lax.fori_loop(0, num_bits, halve, bounds)
     return order_BV >= low_B[:, None]
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
-    """Signed integers that compare as the floats do."""
+    """Signed integers in the order of the floats."""
     integer = jnp.dtype(f"int{jnp.finfo(x.dtype).bits}")
     bits = jax.lax.bitcast_convert_type(x, integer)
     return jnp.where(bits >= 0, bits, bits ^ jnp.iinfo(integer).max)
@@ -46,8 +48,8 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 def inverse_cdf(scores_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The token at which the running sum of exp(scores) passes uniform * total, and log(total).
 
-    Two levels: first the block, then the lane. Weights of the vocabulary are summed but never stored. Scores of which
-    nothing can be drawn, NaN or inf, give a token of the vocabulary all the same.
+    Two levels: first the block, then the lane. Weights are summed but never stored. Scores without a distribution (NaN
+    or inf) still give a token of the vocabulary.
     """
     padding = -scores_BV.shape[-1] % BLOCK_LANES
     padded_BV = jnp.pad(scores_BV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
@@ -68,7 +70,9 @@ def inverse_cdf(scores_BV: jax.Array, uniform_B: jax.Array) -> tuple[jax.Array, 
 
 
 def _first_above(weights_BN: jax.Array, cumulative_BN: jax.Array, target_B: jax.Array) -> jax.Array:
-    """First index of positive weight whose running sum passes the target; the last such weight if rounding hides it."""
+    """The first index with positive weight whose running sum passes the target. The last positive weight if rounding
+    keeps every sum below it.
+    """
     positive_BN = weights_BN > 0
     hit_BN = positive_BN & (cumulative_BN > target_B[:, None])
     last_B = weights_BN.shape[-1] - 1 - jnp.argmax(positive_BN[:, ::-1], axis=-1)

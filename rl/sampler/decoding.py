@@ -1,12 +1,12 @@
-"""What the engine compiles: prefill, the decode loop, and the moves of cached rows.
+"""The functions that the engine compiles: prefill, the decode loop, and the moves of cached rows.
 
-In: a policy, its parameters, requests as arrays. Out: drawn tokens and the cache. Pure functions; which request waits
-where is `rl.sampler.request_queue`, jit, shardings and shapes are `rl.sampler.engine`.
+In: a policy, its parameters, requests as arrays. Out: drawn tokens and the cache. Pure functions. Not here: which
+request waits where (`rl.sampler.request_queue`), jit, shardings and shapes (`rl.sampler.engine`).
 
-A slot is a row of the own cache. It feeds the last token of its prompt first, so that handing a slot to the next
-request needs nothing but new labels, and can be done inside the loop. Slots and requests are cut into shards, one per
-piece that rows are cut into on the mesh; a slot takes requests and reads prompts of its own shard only.
-Legend: B slots, P rows of the prompt table, Q readers of such a row, M rows that the longest prompt takes, W waiting
+A slot is a row of the own cache. It first feeds the last token of its prompt. So handing a slot to the next request
+needs new labels only, and happens inside the loop. The mesh cuts slots and requests into shards; a slot takes requests
+and reads prompts of its own shard only.
+Legend: B slots, P rows of the prompt table, Q readers of such a row, M table rows of the longest prompt, W waiting
 requests of a shard, C tokens of a chunk, S cache positions, T prompt positions, V vocab, D model, N most likely tokens.
 """
 
@@ -24,18 +24,21 @@ from rl.models.ops import SharedRows, take_in_shards
 from rl.models.policy import Params, Policy
 from rl.sampler.token_draw import Draw, SamplingParams, TokenCounts, add_token, draw, reset_rows
 
-OWN_BRANCH = 1  # prompts are branch 0, and no slot sees the own part of another
+OWN_BRANCH = 1  # prompts are branch 0; no slot sees another slot's own part
 TOKEN_LOOP = "tokens"  # name of the decode loop in compiled programs
 
 
 class Requests(NamedTuple):
-    """Completions that wait for a slot, each [shards, W]; int32 unless said.
+    """Completions that wait for a slot. Fields are int32 [shards, W] unless said otherwise.
 
-    request_ids: any number >= 0. prompt_indices, sample_indices: their randomness, see `request_key`; seeds uint32 and
-    seeded bool: a seed in place of the call's key and the prompt index. last_tokens: of the prompts. prompt_lengths:
-    all tokens of the prompt. limits: tokens to draw at most. prefix_rows: [shards, W, M], rows of the prompt table,
-    counted in the shard, -1 where the prompt takes fewer. group_ids: the labels of the prompts in the table.
-    prompt_tokens: [shards, W, T], the whole prompts, -1 behind each, if there are penalties.
+    request_ids: any number >= 0.
+    prompt_indices, sample_indices: their randomness, see `request_key`.
+    seeds, seeded: uint32 and bool: a seed in place of the call's key and the prompt index.
+    last_tokens, prompt_lengths: the last token and the number of all tokens of the prompt.
+    limits: the most tokens to draw.
+    prefix_rows: [shards, W, M], rows of the prompt table, counted in the shard; -1 where the prompt takes fewer.
+    group_ids: the labels of the prompts in the table.
+    prompt_tokens: [shards, W, T], with penalties the whole prompts, followed by -1; else None.
     """
 
     request_ids: Any
@@ -53,8 +56,8 @@ class Requests(NamedTuple):
 
 @struct.dataclass
 class Slots:
-    """What every slot draws, each [B] but prefix_rows [B, M]: request_ids is -1 in an idle slot, `tokens` is fed next,
-    `num_drawn` counts.
+    """The state of every slot, each [B] except prefix_rows [B, M]. request_ids is -1 in an idle slot, `tokens` is fed
+    next, `num_drawn` counts the drawn tokens.
     """
 
     request_ids: jax.Array
@@ -69,7 +72,7 @@ class Slots:
 
 
 class Columns(NamedTuple):
-    """What one chunk drew, by step and slot [C, B]; request -1: nothing. Top tokens [C, B, N]."""
+    """The tokens that a chunk drew, by step and slot [C, B]; request -1 for none. Top tokens [C, B, N]."""
 
     request_ids: jax.Array
     tokens: jax.Array
@@ -80,7 +83,7 @@ class Columns(NamedTuple):
 
 
 class ChunkReport(NamedTuple):
-    """What the host reads after a chunk: the columns (the first num_steps count), where every slot and queue stands."""
+    """What the host reads after a chunk: columns (the first num_steps count), and the state of every slot and queue."""
 
     columns: Columns
     num_steps: jax.Array
@@ -98,7 +101,7 @@ def prefill_chunk(
     inputs: Inputs,
     start: jax.Array,
 ) -> CachePart:
-    """Prompt tokens written into `part` (donated) from position `start` on. A row holds one or more prompts.
+    """Writes prompt tokens into `part` (donated) from position `start` on. A row holds one or more prompts.
 
     Group ids tell the prompts of a row apart; positions are those in the whole prompt.
     """
@@ -141,15 +144,15 @@ def generate(
     cancelled_B: jax.Array,
     few: jax.Array,
 ) -> tuple[CachePart, Slots, ChunkReport]:
-    """Draws up to `chunk` tokens per slot; a slot whose completion ends takes the next waiting request at once.
+    """Draws up to `chunk` tokens for each slot. A slot whose completion ends takes the next waiting request at once.
 
-    Stops before the chunk is over when nothing is left to draw, when a slot has filled its cache, or when no request
-    waits any more and at most `few` slots are busy (then a smaller cache is cheaper).
+    Stops early when nothing is left to draw, when a slot has filled its cache, or when no request waits and at most
+    `few` slots are busy (a smaller cache is then cheaper).
 
     Args:
-      num_readers: Q; at most so many slots at a time read one row of the table.
+      num_readers: Q, the most slots that read one row of the table at a time.
       own, slots: donated.
-      requests, num_requests: those that wait, and [shards] how many of each shard's W.
+      requests, num_requests: the waiting requests, and [shards] how many of each shard's W there are.
       cancelled_B: slots whose completions the host has ended.
 
     Returns:
@@ -235,7 +238,7 @@ def draw_next(logits_BV: jax.Array, slots: Slots, sampling: SamplingParams) -> D
 def request_key(
     key: jax.Array, prompt_index: jax.Array, sample_index: jax.Array, seed: jax.Array, seeded: jax.Array
 ) -> jax.Array:
-    """The PRNG key of one completion: of (key, prompt index, sample index), or of (seed, sample index).
+    """The PRNG key of one completion, from (key, prompt index, sample index) or from (seed, sample index).
 
     fold_in gives independent streams, whatever the order: https://docs.jax.dev/en/latest/random-numbers.html
     """
@@ -244,9 +247,9 @@ def request_key(
 
 
 def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """`array` with `rows` at the places `index` [shards, R, M], counted in each shard; those past the end are dropped.
+    """`array` with `rows` at the places `index` [shards, R, M], counted in each shard. Places past the end are dropped.
 
-    `axis` counts positions: each of the rows is cut into M of the array's length.
+    `axis` counts positions. Each of the rows is cut into M rows of the array's length.
     """
     by_shard = array.reshape(index.shape[0], -1, *array.shape[1:])
     cut = rows.reshape(*rows.shape[:axis], index.shape[2], array.shape[axis], *rows.shape[axis + 1 :])
@@ -259,7 +262,9 @@ def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, axis: int) -> 
 def _take_requests(
     slots: Slots, requests: Requests, num_requests: jax.Array, num_taken: jax.Array, key: jax.Array, shape: tuple
 ) -> tuple[Slots, jax.Array, jax.Array]:
-    """Idle slots take the next waiting requests of their shard, in order: the slots, which did, how many were taken."""
+    """Gives idle slots the next waiting requests of their shard. Returns the slots, which took one, and how many were
+    taken.
+    """
     free = (slots.request_ids < 0).reshape(shape)
     index = num_taken[:, None] + jnp.cumsum(free, axis=1) - 1
     taken = free & (index < num_requests[:, None])
@@ -289,7 +294,7 @@ def _take_requests(
 
 
 def _seen(tokens_BT: jax.Array, counts: TokenCounts) -> jax.Array:
-    """Which tokens of the vocabulary the prompts hold, bool [B, V]."""
+    """bool [B, V]: which tokens of the vocabulary each prompt holds."""
     vocab_size = counts.prompt_BV.shape[-1]
     places_BT = jnp.where(tokens_BT < 0, vocab_size, tokens_BT)
 

@@ -1,7 +1,7 @@
-"""Where a completion ends: at an EOS id, at a stop string, or at its limit of tokens.
+"""Finds the end of a completion: an EOS id, a stop string, or its limit of tokens.
 
-In: the tokens drawn so far, on the host. Out: the length of the completion and the reason. A stop string is found
-across token boundaries. Not here: which completions run (`rl.sampler.request_queue`).
+In: the tokens drawn so far, on the host. Out: the length of the completion and the reason of its end. Stop strings are
+found across token boundaries. Not here: which completions run (`rl.sampler.request_queue`).
 """
 
 import itertools
@@ -22,12 +22,12 @@ def find_stop(
 ) -> tuple[int, str] | None:
     """(number of tokens up to the one that completes the first stop string, that string), or None.
 
-    The text is that of the tokens together, so a stop string is found across token boundaries. It ends a completion
-    after the fewest tokens whose text shows it, however many are looked at together and whatever follows. One that the
-    first `min_completion_length` tokens or fewer show does not count.
+    A stop string is looked for in the text of all tokens together, so token boundaries do not matter. The completion
+    ends after the fewest tokens whose text shows the stop string, however many tokens are looked at together. A stop
+    string that `min_completion_length` tokens or fewer show does not count.
 
     Args:
-      num_checked: tokens known to complete none.
+      num_checked: the number of first tokens that are known to complete no stop string.
     """
     stops, minimum = sampling.stop_strings, sampling.min_completion_length
 
@@ -50,9 +50,9 @@ def find_stop(
 
 
 def _num_shown(token_ids: Sequence[int], text: str, decode_text: Callable[[Sequence[int]], str]) -> int:
-    """Characters at the start of a text that some of the first of these tokens show as they are there.
+    """The number of first characters of `text` that the first tokens show, for some number of them.
 
-    The text of all of them may end in characters that are not finished; then that of fewer tokens shows more.
+    The text of all tokens may end in unfinished characters. Then the text of fewer tokens shows more.
     """
     num_shown = 0
     for num_tokens in range(len(token_ids), 0, -1):
@@ -67,10 +67,11 @@ def _num_shown(token_ids: Sequence[int], text: str, decode_text: Callable[[Seque
 def _may_hide(
     text: str, checked: Sequence[int], stops: Sequence[str], decode_text: Callable[[Sequence[int]], str]
 ) -> bool:
-    """Whether the text of fewer tokens, but more than the checked ones, may show what that of all does not.
+    """Whether a stop string may show in the text of fewer tokens (more than the checked ones) and not in the text of
+    all.
 
-    Decoders put U+FFFD for bytes that are no character, and some of them for every byte of a run until the last
-    character of the run is finished. All else only grows.
+    Decoders write U+FFFD for bytes that are no character. Some do so for every byte of a run until its last character
+    is finished. All other text only grows.
     """
     if any(REPLACEMENT in stop for stop in stops):
         return True
@@ -78,7 +79,7 @@ def _may_hide(
 
 
 def _num_shared(left: str, right: str) -> int:
-    """Characters that both texts start with."""
+    """The number of characters with which both texts start."""
     if right.startswith(left):
         return len(left)
     return next(i for i, (a, b) in enumerate(itertools.zip_longest(left, right)) if a != b)
@@ -95,8 +96,8 @@ def find_end(
     """(length, finish reason, stop reason) of a completion that ends among its newest tokens, or None.
 
     Args:
-      tokens: all `num_tokens` tokens with stop strings, else only those after the `num_checked` older ones.
-      limit: tokens it may have.
+      tokens: with stop strings all `num_tokens` tokens, else only those after the first `num_checked`.
+      limit: the most tokens that it may have.
     """
     new_tokens = tokens[len(tokens) - (num_tokens - num_checked) :]
     eos_at = np.flatnonzero(np.isin(new_tokens, sampling.eos_ids))
@@ -112,7 +113,7 @@ def find_end(
 
 
 class Drawing:
-    """What is known of a request that has been begun: one array of columns per chunk."""
+    """The tokens so far of a request that has been begun: one array of columns for each chunk."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[np.ndarray, ...]] = []

@@ -1,14 +1,14 @@
 """The decode engine: `prefill`, `insert`, `generate` on one mesh, in the terms of JetStream and MaxEngine.
 
-In: parameters, packed prompts, requests. Out: the decode state and what was drawn. The engine holds compiled programs
-and no parameters; which requests run when is `rl.sampler.request_queue`, whole calls are `rl.sampler.slot_sampler`.
+In: parameters, packed prompts, requests. Out: the decode state and the drawn tokens. The engine holds compiled programs
+and no parameters. Not here: which requests run when (`rl.sampler.request_queue`), whole calls
+(`rl.sampler.slot_sampler`).
 
-A decode state has `num_slots` slots, each drawing one completion into its row of the own cache, and a table of prompts
-that slots read in place. `generate` hands a slot whose completion ended to the next waiting request inside the compiled
-loop. The own cache grows, and idle slots are dropped, between calls: shapes come from a short ladder, and every shape
-is one compiled program.
-Legend: B slots, P rows of prompts, M rows of the prompt table that the longest prompt takes, T prompt positions, S
-cache positions.
+A decode state has slots, each of which draws one completion into its row of the own cache, and a table of prompts that
+slots read in place. Inside the compiled loop, `generate` hands a slot whose completion ended to the next waiting
+request. Between calls the own cache grows and idle slots are dropped. Shapes come from a short list, and every shape is
+one compiled program.
+Legend: B slots, P rows of prompts, M table rows of the longest prompt, T prompt positions, S cache positions.
 """
 
 import dataclasses
@@ -45,11 +45,15 @@ from rl.sampler.token_draw import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the programs of a decode state depend on, over all shards.
+    """The sizes on which the programs of a decode state depend. Counts are over all shards, unless said otherwise.
 
-    Slots, and positions of their own cache; rows of the prompt table, its positions, rows that the longest prompt
-    takes, slots that may read one row at a time; rows that one prefill fills, each as long as the longest prompt;
-    positions of the common prefix (0: none); waiting requests per shard.
+    num_slots, length: slots, and positions of the own cache for each.
+    table_rows, table_length: rows of the prompt table, and their positions.
+    rows_per_prompt: table rows of the longest prompt.
+    num_readers: slots that may read one table row at a time.
+    prefill_rows: rows that one prefill fills, each as long as the longest prompt.
+    common_length: positions of the common prefix; 0: none.
+    num_waiting: waiting requests of a shard.
     """
 
     num_slots: int
@@ -64,24 +68,25 @@ class Shape:
 
     @property
     def prefill_length(self) -> int:
-        """Positions of a row that prefill fills: a whole number of rows of the table."""
+        """Positions of a row of prefill: a whole number of table rows."""
         return self.rows_per_prompt * self.table_length
 
     def resized(self, num_slots: int, length: int, num_shards: int) -> "Shape":
-        """That of fewer slots, or a longer own cache. A row of the table has no more readers than a shard has slots."""
+        """The shape with fewer slots, or a longer own cache. A table row has no more readers than a shard has slots."""
         num_readers = min(self.num_readers, num_slots // num_shards)
         return dataclasses.replace(self, num_slots=num_slots, length=length, num_readers=num_readers)
 
 
-# XLA for TPU takes a product over shards apart into a loop that passes pieces on, to overlap it with their transport.
-# One token of each slot is too little for that: each piece waits for the one before, and each loop must be compiled.
+# XLA for TPU turns a product over shards into a loop that passes pieces on, to overlap computing with transport. One
+# token of each slot is too little work for that: each piece waits for the one before, and each loop must be compiled.
 WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**40}
 
 
 @dataclasses.dataclass
 class DecodeState:
-    """What decoding changes, and the prompts it reads (no table before the first `insert`). Passed on and never copied;
-    an old one is dead.
+    """The arrays that decoding changes, and the prompts that it reads (no table before the first `insert`).
+
+    It is passed on and never copied. After a call the old state must not be used.
     """
 
     shape: Shape
@@ -96,13 +101,13 @@ class Engine:
     """Compiled decoding for one policy on one mesh.
 
     Args:
-      policy: what to sample from.
-      mesh: where the parameters live; slots are spread over the axes that `rules["batch"]` names, the heads of the
-        cache over those of `rules["kv_heads"]`.
-      param_shardings: a `NamedSharding` per parameter.
+      policy: the policy to sample from.
+      mesh: the mesh of the parameters. `rules["batch"]` names the axes that cut slots, `rules["kv_heads"]` those that
+        cut the heads of the cache.
+      param_shardings: a `NamedSharding` for each parameter.
       rules: logical axis -> mesh axes, the `mesh.rules` of the config.
       kv_dtype: None: keys and values in the compute dtype; "int8".
-      stored: where compiled programs are taken from, if they are there, by their keys as text.
+      stored: looks up compiled programs by the text of their keys.
     """
 
     def __init__(
@@ -138,16 +143,16 @@ class Engine:
         state: DecodeState | None = None,
     ) -> CachePart:
         """Runs packed prompts, `chunk` positions at a time (all at once by default), over a cache that grows with them.
-        Pieces behind the last token of all rows are not run.
+        Pieces after the last token of all rows are not run.
 
         Args:
           inputs: numpy arrays; a row holds one or more prompts, see `decoding.prefill_chunk`. Their number is a
             multiple of the shards.
-          common: the prefix that comes before every prompt, in its own cache of one row per shard.
-          state: what else is in memory meanwhile, for `peak_kv_bytes`.
+          common: the common prefix of all prompts, in a cache of one row for each shard.
+          state: the decode state that is in memory meanwhile, for `peak_kv_bytes`.
 
         Returns:
-          Their keys and values, one row per row of the input.
+          The keys and values, one row for each row of the input.
         """
         check_segments(inputs)
         num_rows, num_positions = inputs.tokens_BT.shape
@@ -176,7 +181,7 @@ class Engine:
     def init_state(
         self, shape: Shape, sampling: SamplingParams, key: jax.Array, common: CachePart | None = None
     ) -> DecodeState:
-        """Idle slots, no prompts."""
+        """A state with idle slots and no prompts."""
         slots = self.programs.get(*self._slots_build(shape, sampling))(hosts.put_key(key, self._everywhere))
         own = self._empty(shape.num_slots, shape.length)
         self._count_bytes(own, common)
@@ -184,7 +189,8 @@ class Engine:
 
     def insert(self, state: DecodeState, prefix: CachePart, rows: np.ndarray) -> DecodeState:
         """Puts prefilled rows, each cut into M, into the rows [shards, R, M] of the prompt table, counted inside each
-        shard; those past its end are dropped. The first ones become the table where they are all of it, in order.
+        shard. Rows past the end are dropped. If the first prefilled rows are the whole table, in order, they become the
+        table.
         """
         shape = state.shape
         assert prefix.length == shape.prefill_length, (prefix.length, shape.prefill_length)
@@ -218,7 +224,7 @@ class Engine:
         few: int,
         chunk: int,
     ) -> tuple[DecodeState, ChunkReport]:
-        """Draws up to `chunk` tokens per slot, see `decoding.generate`; the report is on the host."""
+        """Draws up to `chunk` tokens for each slot, see `decoding.generate`. The report is on the host."""
         program = self.programs.get(*self._generate_build(params, state.shape, state.sampling, chunk))
         key = hosts.put_key(key, self._everywhere)
         waiting = hosts.put((requests, num_requests), self._rows)
@@ -237,7 +243,9 @@ class Engine:
         return state, jax.device_get(report)
 
     def resize(self, state: DecodeState, index: np.ndarray | None, length: int) -> DecodeState:
-        """Keeps the slots `index` [shards, R] (None: all), counted in each shard; grows the own cache to `length`."""
+        """Keeps the slots `index` [shards, R] (None: all), counted in each shard, and grows the own cache to
+        `length`.
+        """
         if index is not None:
             kept = hosts.put(index, self._rows)
             state.own = map_arrays(state.own, partial(self._take_rows, kept))
@@ -249,21 +257,21 @@ class Engine:
         state.shape = state.shape.resized(state.own.num_rows, length, self.num_shards)
         return state
 
-    # What will be needed, ahead of time
+    # Programs that will be needed, compiled ahead of time
 
     def prepare(self, params: Params, shape: Shape, sampling: SamplingParams, chunk: int) -> None:
-        """Has the decode program of a shape compiled in the background."""
+        """Compiles the decode program of a shape in the background."""
         self.programs.prepare(*self._generate_build(_abstract(params), shape, sampling, chunk))
 
     def prepare_state(self, shape: Shape, sampling: SamplingParams) -> None:
-        """Has the programs compiled, in the background, that make a state of this shape."""
+        """Compiles, in the background, the programs that make a state of this shape."""
         self.programs.prepare(*self._slots_build(shape, sampling))
         self.programs.prepare(*self._empty_build(shape.num_slots, shape.length))
 
     def prepare_prefill(
         self, params: Params, num_rows: int, num_positions: int, chunk: int, common_length: int
     ) -> None:
-        """Has the programs of a prefill of this size compiled in the background."""
+        """Compiles the programs of a prefill of this size in the background."""
         part_length = size = min(chunk, num_positions)
         self.programs.prepare(*self._empty_build(num_rows, size))
         for _, length in prefill_pieces(num_positions, size):
@@ -274,14 +282,14 @@ class Engine:
             self.programs.prepare(*self._prefill_build(_abstract(params), num_rows, size, length, common_length))
 
     def prepare_insert(self, shape: Shape, num_rows: int) -> None:
-        """Has the programs compiled, in the background, that put `num_rows` prefilled rows into a prompt table."""
+        """Compiles, in the background, the programs that put `num_rows` prefilled rows into a prompt table."""
         self.programs.prepare(*self._empty_build(shape.table_rows, shape.table_length))
         index_shape = (self.num_shards, num_rows // self.num_shards, shape.rows_per_prompt)
         for name, array in named_arrays(self._abstract_part(shape.table_rows, shape.table_length)):
             self.programs.prepare(*self._put_build(name, array, index_shape))
 
     def prepare_resize(self, shape: Shape, sampling: SamplingParams, num_slots: int, length: int) -> None:
-        """Has the programs compiled, in the background, that make a state of `shape` one of fewer slots or longer."""
+        """Compiles, in the background, the programs that give a state of `shape` fewer slots or a longer own cache."""
         arrays = named_arrays(self._abstract_part(shape.num_slots, shape.length))
         if num_slots != shape.num_slots:
             index_shape = (self.num_shards, num_slots // self.num_shards)
@@ -293,22 +301,24 @@ class Engine:
                 self.programs.prepare(*self._grow_build(name, array, length))
 
     def bytes_per_position(self) -> int:
-        """Bytes of one cache position of one row in all layers, on the device that holds most of it."""
+        """Bytes of one cache position of one row in all layers, on the device with the largest part of it."""
         return sum(self.array_bytes_per_position())
 
     def array_bytes_per_position(self) -> list[int]:
-        """The same for every array of a cache."""
+        """`bytes_per_position` of each array of a cache."""
         return [
             int(np.prod(self._array_shardings[name].shard_shape(array.shape))) * array.dtype.itemsize
             for name, array in named_arrays(self._abstract_part(self.num_shards, 1))
         ]
 
-    # Programs, by everything that their shapes depend on
+    # Programs, by everything on which their shapes depend
 
     def prefill_program(
         self, params: Any, num_rows: int, chunk: int, length: int, common_length: int
     ) -> tuple[Program, tuple[Any, ...]]:
-        """What one piece of a prefill runs: `chunk` positions into a cache of `length`; and its abstract arguments."""
+        """The program of one piece of a prefill (`chunk` positions into a cache of `length`), and its abstract
+        arguments.
+        """
 
         def function(params, part, common, inputs, start):
             return decoding.prefill_chunk(self.policy, params, part, common, self.num_shards, inputs, start)
@@ -334,7 +344,7 @@ class Engine:
     def generate_program(
         self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int
     ) -> tuple[Program, tuple[Any, ...]]:
-        """What draws a chunk of tokens, and its abstract arguments."""
+        """The program that draws a chunk of tokens, and its abstract arguments."""
 
         def integers(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(dims, dtype)
@@ -385,7 +395,9 @@ class Engine:
         return key, lambda: self._build(key, *self.prefill_program(params, num_rows, chunk, length, common_length))
 
     def _generate_build(self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int) -> tuple[tuple, Build]:
-        """The key of a decode program, and what compiles it: all but the key costs time that a chunk must not take."""
+        """The key of a decode program, and the function that compiles it. Only the key is cheap enough to make for each
+        chunk.
+        """
         key = generate_key(shape, sampling, chunk)
         return key, lambda: self._build(key, *self.generate_program(params, shape, sampling, chunk))
 
@@ -476,13 +488,13 @@ class Engine:
         self.peak_kv_bytes = max(self.peak_kv_bytes, sum(_nbytes(part) for part in parts))
 
     def _note_growth(self, part: CachePart, length: int, *others: CachePart | None) -> None:
-        """The last array to grow exists twice for a moment, all the others have grown."""
+        """Notes the bytes at the end of a growth, when the last array exists twice and all others have grown."""
         grown = _nbytes(part) * length // part.length + max(array.nbytes for _, array in named_arrays(part))
         self.peak_kv_bytes = max(self.peak_kv_bytes, grown + sum(_nbytes(other) for other in others))
 
 
 def prefill_pieces(num_positions: int, size: int) -> Iterator[tuple[int, int]]:
-    """(first position, length of the cache) of every piece of a prefill, whose cache doubles when it is full."""
+    """(first position, length of the cache) of every piece of a prefill. The cache doubles when it is full."""
     length = size
     for start in range(0, num_positions, size):
         stop = min(start + size, num_positions)
@@ -492,17 +504,17 @@ def prefill_pieces(num_positions: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def prefill_key(num_rows: int, chunk: int, length: int, common_length: int) -> tuple:
-    """What a prefill program is called; as text in files of compiled programs."""
+    """The key of a prefill program; its text is the name in files of compiled programs."""
     return "prefill", num_rows, chunk, length, common_length
 
 
 def generate_key(shape: Shape, sampling: SamplingParams, chunk: int) -> tuple:
-    """What a decode program is called; as text in files of compiled programs."""
+    """The key of a decode program; its text is the name in files of compiled programs."""
     return "generate", shape, sampling, chunk
 
 
 def _consume(program: Callable, array: jax.Array, *arguments: Any) -> jax.Array:
-    """program(array, ...), and the memory of `array` is free once that has run."""
+    """program(array, ...). The memory of `array` is free once the program has run."""
     result = program(array, *arguments)
     array.delete()
     return result

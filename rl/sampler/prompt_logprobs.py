@@ -1,8 +1,8 @@
-"""The log-prob of every token of given prompts, under the policy: how likely it finds a text that it did not write.
+"""The log-prob of every token of given prompts under the policy: how likely it finds a text that it did not write.
 
-In: prompts as token ids. Out: one array per prompt. Prompts are packed into rows of one fixed size, so that one program
-serves all of a call, and calls of the same sizes. Not here: whose weights these are (see `rl.sampler.slot_sampler`),
-and completions, whose log-probs the sampler reports.
+In: prompts as token ids. Out: one array for each prompt. Prompts are packed into rows of one fixed size, so one program
+serves a whole call, and all calls of the same size. Not here: the choice of weights (`rl.sampler.slot_sampler`), and
+completions, whose log-probs the sampler reports.
 Legend: R rows, T token positions.
 """
 
@@ -22,14 +22,14 @@ from rl.models.policy import Params, Policy
 from rl.sampler.sizes import MIN_TABLE_LENGTH, size_at_least
 
 TOKENS_PER_CALL = 4096  # over all rows, unless one prompt is longer
-OPEN_ROWS = 8  # to which a prompt may still be added while rows are packed
+OPEN_ROWS = 8  # rows to which a prompt may still be added during packing
 
 
 class PromptScorer:
-    """Scores prompts; holds compiled programs, one per size of rows, and no parameters.
+    """Scores prompts. Holds compiled programs, one for each size of rows, and no parameters.
 
     Args:
-      policy, mesh, param_shardings, rules: as `rl.sampler.engine.Engine` takes them.
+      policy, mesh, param_shardings, rules: see `rl.sampler.engine.Engine`.
     """
 
     def __init__(self, policy: Policy, mesh: Mesh, param_shardings: Any, rules: Mapping[str, Sequence[str]]) -> None:
@@ -44,12 +44,12 @@ class PromptScorer:
 
         Args:
           prompts: token ids, at least one each.
-          temperature: above 0; 0 (greedy) counts as 1, as it does for completions.
-          chunk_size: positions of each row whose logits exist at one time; changes memory only.
+          temperature: 0 (greedy) counts as 1, as for completions.
+          chunk_size: positions of each row whose logits exist at one time. It changes memory only.
 
         Returns:
-          Per prompt [T - 1], float32 or wider: entry t is token t + 1 given the tokens before it. The first token of a
-          prompt has no log-prob: nothing comes before it.
+          For each prompt [T - 1], float32 or wider: entry t belongs to token t + 1, given the tokens before it. The
+          first token has no log-prob, because nothing comes before it.
         """
         longest = max((len(prompt) for prompt in prompts), default=0)
         length = size_at_least(max(longest, MIN_TABLE_LENGTH))
@@ -98,7 +98,7 @@ class PromptScorer:
 
 
 def pack_rows(lengths: Sequence[int], row_length: int, most_per_row: int) -> list[list[int]]:
-    """Prompts by number into rows of at most `row_length` tokens: first fit among the newest rows, nearly in order."""
+    """Packs prompts, by number, into rows of at most `row_length` tokens: first fit among the newest rows."""
     rows: list[list[int]] = []
     left: list[int] = []
     for number, length in enumerate(lengths):
@@ -117,7 +117,7 @@ def pack_rows(lengths: Sequence[int], row_length: int, most_per_row: int) -> lis
 def _spans(
     rows: Sequence[Sequence[int]], prompts: Sequence[Sequence[int] | np.ndarray]
 ) -> Iterator[tuple[int, int, slice]]:
-    """(prompt, row, its positions there) of packed prompts."""
+    """(prompt, row, its positions in the row) of packed prompts."""
     for row, numbers in enumerate(rows):
         start = 0
         for number in numbers:

@@ -1,4 +1,4 @@
-"""The host side of decoding: where prompts lie in the prompt table, which requests wait, what became of each.
+"""The host's book of decoding: where prompts lie in the prompt table, which requests wait, how each one ended.
 
 In: requests, the reports of the engine. Out: packed prompts to prefill, waiting requests as arrays, completions as they
 end. No model, no jit. Not here: where a completion ends (`rl.sampler.endings`), sizes (`rl.sampler.sizes`).
@@ -20,18 +20,16 @@ from rl.sampler.decoding import ChunkReport, Requests
 from rl.sampler.endings import Drawing, find_end
 from rl.sampler.token_draw import SamplingParams
 
-# Sizes: few, so that few programs are compiled
-
-
 # Prompts to shards and into rows
 
 
 def deal(requests: Sequence[Request], num_shards: int) -> list[list[list[int]]]:
-    """Requests (by number) of each prompt, dealt to the shards: [shard][piece][request]; the busiest shard gets least.
+    """Deals requests, by number, to the shards: [shard][piece][request]. The next piece goes to the shard with the
+    fewest.
 
-    Pieces are whole prompts, or parts of those that have more requests than a shard's share of all: then several shards
-    prefill the same prompt, at the same time. Of prompts with equally many requests, fewer prompts never give a shard
-    more requests, more pieces or larger ones.
+    A piece is all requests of one prompt. A prompt with more requests than a shard's share is cut into several pieces,
+    and several shards prefill it at the same time. If all prompts have equally many requests, fewer prompts never give
+    a shard more requests, more pieces or larger ones.
     """
     groups: dict[int, list[int]] = {}
     for number, request in enumerate(requests):
@@ -49,14 +47,14 @@ def deal(requests: Sequence[Request], num_shards: int) -> list[list[list[int]]]:
 
 
 def rows_taken(lengths: Any, table_length: int) -> Any:
-    """Rows of the prompt table that prompts of so many cached tokens (a number, or an array) take; one at least, as its
-    readers read one.
+    """Rows of the prompt table for prompts of so many cached tokens (a number, or an array). At least one, because
+    slots always read a row.
     """
     return np.maximum(-(-lengths // table_length), 1)
 
 
 def common_prefix_length(prompts: Iterable[Sequence[int] | np.ndarray]) -> int:
-    """Tokens that all prompts start with, the last token of each left out."""
+    """The number of tokens with which all prompts start. The last token of a prompt does not count."""
     shared: np.ndarray | None = None
     for prompt in prompts:
         head = np.asarray(prompt, np.int32)[:-1]
@@ -71,13 +69,10 @@ def common_prefix_length(prompts: Iterable[Sequence[int] | np.ndarray]) -> int:
     return 0 if shared is None else int(shared.size)
 
 
-# Stop strings
-
-
 class _Fitting(NamedTuple):
-    """Where the next pending prompts of a shard would be prefilled, (row, first of its parts) of each.
+    """The places at which the next pending prompts of a shard would be prefilled: (row, first of its parts) of each.
 
-    is_table_full: whether it is for want of room in the prompt table that there are no more.
+    is_table_full: whether there are no more because the prompt table is full.
     """
 
     places: list[tuple[int, int]]
@@ -88,12 +83,12 @@ class Schedule:
     """Requests on their way: waiting for prefill, waiting for a slot, being drawn, ended.
 
     Args:
-      prompts: token ids by place; `requests` name them.
-      common_length: tokens at the start of every prompt that are cached elsewhere.
+      prompts: token ids; requests name a prompt by its index.
+      common_length: tokens at the start of every prompt, which are cached elsewhere.
       shards: from `deal`: the requests of each shard, by prompt, in the order in which prompts are prefilled.
-      table_rows, table_length, rows_per_prompt: of the prompt table, rows per shard. A prompt takes as many whole rows
-        as it needs, at most `rows_per_prompt`, which are no more than there are.
-      num_waiting: W, requests per shard that the device may see waiting.
+      table_rows, table_length, rows_per_prompt: the prompt table's rows of a shard, their positions, and the most rows
+        of a prompt. A prompt takes as many whole rows as it needs.
+      num_waiting: W, the most requests of a shard that wait on the device.
     """
 
     def __init__(
@@ -117,11 +112,13 @@ class Schedule:
         num_shards = len(shards)
         self._pending = [collections.deque(pieces) for pieces in shards]
         self._waiting: list[collections.deque[int]] = [collections.deque() for _ in range(num_shards)]
-        self._left = np.zeros((num_shards, table_rows), np.int64)  # requests of each table row that have not ended
-        self._rows_of: dict[int, tuple[int, np.ndarray]] = {}  # shard and rows of the prompt of each begun request
+        self._left = np.zeros(
+            (num_shards, table_rows), np.int64
+        )  # {shard, table row: its requests that have not ended}
+        self._rows_of: dict[int, tuple[int, np.ndarray]] = {}  # {begun request: (shard, table rows of its prompt)}
         self._drawing: dict[int, Drawing] = {}
         self._slots = np.zeros(0, np.int64)
-        self._cancelled = np.zeros(0, bool)  # slots that the device takes for busy, though the host has ended them
+        self._cancelled = np.zeros(0, bool)  # slots that the host has ended, and that the device takes for busy
         self.num_left = len(requests)
 
     # Prompts to prefill
@@ -131,10 +128,10 @@ class Schedule:
         return any(self._pending)
 
     def num_to_prefill(self, num_rows: int) -> int:
-        """How many of `num_rows` rows of each shard to prefill now, the most of any shard; 0: none.
+        """How many of `num_rows` rows of each shard to prefill now, as the most of any shard; 0: none.
 
-        Some, if in all shards with pending prompts either these rows would be full or nothing would be pending any
-        more; or if one of them could prefill at least one prompt, and has free slots with no request waiting for them.
+        It is time to prefill in two cases. In every shard with pending prompts, the rows would be full or nothing would
+        remain pending. Or some shard has free slots without waiting requests, and could prefill a prompt.
         """
         fitting = {shard: self._fitting(shard, num_rows) for shard, pieces in enumerate(self._pending) if pieces}
         busy = self.busy_slots()
@@ -147,12 +144,12 @@ class Schedule:
         return max((len({row for row, _ in fits.places}) for fits in fitting.values()), default=0)
 
     def admit(self, num_rows: int) -> tuple[Inputs, np.ndarray]:
-        """As many pending prompts of each shard as `num_rows` rows hold and the table has room for get their places in
-        it, and their requests wait from now on.
+        """Gives places in the table to as many pending prompts of each shard as fit, in `num_rows` rows and in the
+        table. Their requests wait from now on.
 
         Returns:
-          Tokens with their labels, numpy [shards * num_rows, T], int32; and where in the table each of the M parts of a
-          row goes, [shards, num_rows, M] (past its end where a part is empty).
+          Tokens with their labels, numpy [shards * num_rows, T], int32; and the table row of each of the M parts of a
+          row, [shards, num_rows, M] (past the table's end for an empty part).
         """
         num_shards, table_rows = self._left.shape
         inputs = empty_inputs(num_shards * num_rows, self._rows_per_prompt * self._table_length)
@@ -177,12 +174,12 @@ class Schedule:
         return inputs, places
 
     def _num_rows(self, piece: Sequence[int]) -> int:
-        """Rows of the table that the prompt of these requests takes."""
+        """Rows of the table for the prompt of these requests."""
         length = len(self._prompts[self._requests[piece[0]].prompt]) - 1 - self._common_length
         return int(rows_taken(length, self._table_length))
 
     def _fitting(self, shard: int, num_rows: int) -> _Fitting:
-        """Which of the next pending prompts of a shard `num_rows` rows hold and the table has room for, in order."""
+        """The next pending prompts of a shard, in order, that fit into `num_rows` rows and into the table."""
         places: list[tuple[int, int]] = []
         used = [0] * num_rows
         num_free = int(np.sum(self._left[shard] == 0))
@@ -200,37 +197,37 @@ class Schedule:
 
     @property
     def num_waiting(self) -> int:
-        """The most requests that wait for a slot in any shard."""
+        """The most requests of any shard that wait for a slot."""
         return max(len(waiting) for waiting in self._waiting)
 
     def has_more(self) -> bool:
-        """Whether there are requests that the device is not told of yet."""
+        """Whether there are requests that are not on the device yet."""
         return self.has_pending() or self.num_waiting > self._num_waiting
 
     def num_soon_busy(self) -> int:
-        """Slots that draw once the waiting requests have taken the idle ones."""
+        """The number of slots that draw once waiting requests have taken idle slots."""
         busy = self.busy_slots()
         waiting = np.array([min(len(waiting), self._num_waiting) for waiting in self._waiting])
         return int(np.minimum(busy.sum(axis=1) + waiting, busy.shape[1]).sum())
 
     def busy_slots(self) -> np.ndarray:
-        """Which slots are drawing, bool [shards, slots]."""
+        """bool [shards, slots]: which slots are drawing."""
         return self._slots.reshape(len(self._pending), -1) >= 0
 
     def set_slots(self, num_slots: int) -> None:
-        """So many idle slots, over all shards."""
+        """Starts with `num_slots` idle slots over all shards."""
         self._slots = np.full(num_slots, -1)
         self._cancelled = np.zeros(num_slots, bool)
 
     def keep_slots(self, index: np.ndarray) -> None:
-        """Only the slots `index` [shards, kept], counted in each shard; none of the others is drawing."""
+        """Keeps the slots `index` [shards, kept], counted in each shard. No other slot may be drawing."""
         self._slots, self._cancelled = (
             np.take_along_axis(x.reshape(index.shape[0], -1), index, axis=1).reshape(-1)
             for x in (self._slots, self._cancelled)
         )
 
     def waiting(self) -> tuple[Requests, np.ndarray]:
-        """The next requests of each shard as the device takes them, and how many there are [shards]."""
+        """The next requests of each shard in the device's form, and their number [shards]."""
         shape = (len(self._waiting), self._num_waiting)
         fields: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in Requests._fields[:-1]}
         fields["seeds"], fields["seeded"] = np.zeros(shape, np.uint32), np.zeros(shape, bool)
@@ -263,12 +260,12 @@ class Schedule:
         return Requests(**fields, prompt_tokens=prompt_tokens), counts
 
     def cancelled(self) -> np.ndarray:
-        """Slots whose completions ended by a stop string, bool [B]; told once."""
+        """bool [B]: slots whose completions ended by a stop string since the last call."""
         cancelled, self._cancelled = self._cancelled, np.zeros_like(self._cancelled)
         return cancelled
 
     def read(self, report: ChunkReport) -> Iterator[tuple[int, Completion]]:
-        """Takes what a chunk drew; yields (request, completion) of all that ended."""
+        """Reads the report of a chunk and yields (request, completion) of each completion that ended."""
         num_steps = int(report.num_steps)
         for shard, taken in enumerate(report.num_taken):
             for _ in range(int(taken)):

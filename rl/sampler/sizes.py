@@ -1,47 +1,50 @@
-"""The sizes that the slots and caches of an engine may have.
+"""The sizes of slots and caches in an engine.
 
-In: the most slots and tokens that are needed. Out: a short list of sizes. Every size is a program to compile, so there
-are few. Arithmetic only.
+In: the largest numbers of slots and tokens. Out: a short list of sizes, because every size is a program to compile.
+Arithmetic only.
 """
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MIN_SLOTS = 8  # per shard: fewer rows than this make no step faster
+MIN_SLOTS = 8  # of a shard; fewer rows than this make no step faster
 MAX_HALVINGS = 3  # of the slots: each is a program to compile
-MIN_LENGTH = 64  # of the own cache, where completions may be longer
+MIN_LENGTH = 64  # of the own cache, unless the longest completion is shorter
 LENGTH_UNIT = 16
 MIN_TABLE_LENGTH = 16
 
 
 def size_at_least(n: int, steps: int = 2) -> int:
-    """The smallest size >= n, with `steps` sizes per doubling (2: 1, 2, 3, 4, 6, 8, 12, ...; 4: 8, 10, 12, ...)."""
+    """The smallest size >= n. There are `steps` sizes in each doubling (2: 1, 2, 3, 4, 6, 8, 12, ...; 4: 8, 10, 12,
+    ...).
+    """
     unit = max((1 << (n - 1).bit_length() - 1) // steps, 1) if n > 2 else 1
     return math.ceil(max(n, 1) / unit) * unit
 
 
 def size_at_most(n: int, steps: int = 2) -> int:
-    """The largest of the same sizes that is <= n, for n >= 1."""
+    """The largest such size <= n, for n >= 1."""
     unit = max((1 << n.bit_length() - 1) // steps, 1)
     return n // unit * unit
 
 
 class CacheSize(NamedTuple):
-    """Slots per shard, and positions that the own cache has for each."""
+    """The slots of a shard, and the positions of the own cache for each slot."""
 
     slots: int
     length: int
 
 
 def cache_sizes(most_slots: int, limit: int) -> list[CacheSize]:
-    """The sizes that the own cache may have while completions of at most `limit` tokens are drawn.
+    """The sizes of the own cache for completions of at most `limit` tokens.
 
-    Slots are up to three times halved and lengths double until the limit. Three quarters of the slots go with one and a
-    half of the lengths, and where memory is at its highest there are steps between these: five eighths and five
-    sixteenths of the slots with the lengths from the second on, half of the slots with five quarters of these. Where
-    completions end at a steady rate, growing from size to size then takes no more than a quarter above the
-    first size, not even in a call whose completions happen to end late (99 of 100 at a mean of 0.4 times the limit).
+    Slots are halved up to three times, and lengths double up to the limit. Between these sizes are others: 3/4 of each
+    number of slots with 3/2 of each length; and, where memory is at its highest, 5/8 of the two largest numbers of
+    slots with every length from the second on, and 1/2 of the slots with 5/4 of these lengths.
+
+    Where completions end at a steady rate, the cache then never takes more than a quarter above its first size. This
+    holds even for a call whose completions end late (99 of 100 calls at a mean of 0.4 times the limit).
     """
     halved = [most_slots]
     while halved[-1] > MIN_SLOTS and len(halved) <= MAX_HALVINGS:
@@ -63,13 +66,12 @@ def cache_sizes(most_slots: int, limit: int) -> list[CacheSize]:
 
 
 def next_cache_size(sizes: Sequence[CacheSize], now: CacheSize, needed: int, filled: int) -> CacheSize:
-    """The size to go on with: the smallest that is longer once the cache is full; before that, fewer slots once half
-    can go.
+    """The next size: once the cache is full, the smallest longer one; before that, fewer slots once half can go.
 
     Args:
       sizes: from `cache_sizes`.
-      needed: slots that must stay.
-      filled: positions of the busiest slot.
+      needed: the number of slots that must stay.
+      filled: the positions that the fullest slot has written.
     """
     enough = [size for size in sizes if needed <= size.slots <= now.slots]
     if filled >= now.length:
@@ -79,7 +81,7 @@ def next_cache_size(sizes: Sequence[CacheSize], now: CacheSize, needed: int, fil
 
 
 def later_cache_sizes(sizes: Sequence[CacheSize], now: CacheSize) -> list[CacheSize]:
-    """All that `next_cache_size` can answer, other than `now`, in an order that does not change."""
+    """All sizes other than `now` that `next_cache_size` can return, in a fixed order."""
     fills = [0] if now.length == max(size.length for size in sizes) else [0, now.length]
     needs = sorted({size.slots for size in sizes if size.slots <= now.slots})
     later = (next_cache_size(sizes, now, needed, filled) for filled in fills for needed in needs)

@@ -1,12 +1,12 @@
 """Completions of prompts, drawn with the policy's own parameters on the policy's own mesh: no copy, no weight sync.
 
-In: parameters, prompts as token ids, a key. Out: per prompt and sample a `Completion`, all together or as they end. The
-rule that draws one token is `rl.sampler.token_draw`, compiled decoding is `rl.sampler.engine`, who waits where is
-`rl.sampler.request_queue`; tokenising, rewards and the choice of prompts are not here.
+In: parameters, prompts as token ids, a key. Out: a `Completion` for each prompt and sample, all together or as they
+end. Elsewhere: the rule that draws a token (`rl.sampler.token_draw`), compiled decoding (`rl.sampler.engine`), who
+waits where (`rl.sampler.request_queue`), tokenising, rewards and the choice of prompts.
 
-Every prompt is prefilled once, packed with others, and read in place by all of its samples; what all prompts start with
-is prefilled once for all. Slots draw in chunks of a few tokens; a slot whose completion ends takes the next one inside
-the chunk. Between chunks the host reads what was drawn, looks for stop strings, prefills more prompts, drops idle slots
+Every prompt is prefilled once, packed with others, and all its samples read it in place. A common prefix of all prompts
+is prefilled once. Slots draw in chunks of a few tokens. A slot whose completion ends takes the next request inside the
+chunk. Between chunks the host reads the drawn tokens, looks for stop strings, prefills more prompts, drops idle slots
 and grows the cache.
 """
 
@@ -56,21 +56,21 @@ from rl.sampler.token_draw import SamplingParams
 
 __all__ = ["Completion", "Sampler"]
 
-PREFILL_TOKENS = 4096  # of one piece of prefill, over all rows
+PREFILL_TOKENS = 4096  # tokens of one piece of prefill, over all rows
 MIN_PREFILL_CHUNK = 128
-MAX_PREFILL_CHUNK = 512  # so that rows for the longest prompt cost what those in them need
+MAX_PREFILL_CHUNK = 512  # positions; a row for the longest prompt then costs little more than the prompts in it
 
 
 @dataclasses.dataclass(frozen=True)
 class _Prefix:
-    """Keys and values of a common prefix, and the weights that they were computed with."""
+    """Keys and values of a common prefix, and the weights that computed them."""
 
     token_ids: tuple[int, ...]
     weights: list[weakref.ref]
     part: CachePart
 
     def holds(self, token_ids: tuple[int, ...], params: Params) -> bool:
-        """Whether they are those of this prefix and these very arrays."""
+        """Whether the keys and values belong to this prefix and to these arrays themselves."""
         leaves = jax.tree.leaves(params)
         if token_ids != self.token_ids or len(leaves) != len(self.weights):
             return False
@@ -78,25 +78,24 @@ class _Prefix:
 
 
 class Sampler:
-    """Draws completions; holds compiled programs and no parameters.
+    """Draws completions. Holds compiled programs and no parameters.
 
     Args:
       policy, mesh, param_shardings, rules: see `rl.sampler.engine.Engine`.
-      decode_shardings: where parameters lie while they are decoded with, by `rules`; every call copies them there, from
-        device to device. None: where they are.
-      slots: completions decoded at a time, over all devices; None: as many as `kv_bytes` allows, up to 256.
-      kv_bytes: bytes on each device that keys and values may take, those of prompts that are being prefilled included;
-        None: no bound.
+      decode_shardings: the layout of parameters in decoding, by `rules`. Every call copies the parameters to it, from
+        device to device. None: `param_shardings`, without a copy.
+      slots: completions decoded at a time over all devices; None: as many as `kv_bytes` allows, up to 256.
+      kv_bytes: the most bytes on each device for keys and values, prompts in prefill included; None: no bound.
       decode_text: token ids -> text; needed for stop strings only.
       chunk: tokens decoded between two looks of the host.
-      stop_chunk: the same when there are stop strings, which only the host can see.
+      stop_chunk: the same with stop strings, which only the host can see.
       kv_dtype: None: the cache is in the compute dtype; "int8".
-      weights: None: the parameters as they are. Else every call quantises the matrices so first, which takes a quarter
-        or an eighth of their float32 size in memory besides them, and reads those (see `rl.models.quantized`).
+      weights: how every call quantises a copy of the matrices for decoding, a quarter or an eighth of their float32
+        size (see `rl.models.quantized`). None: the parameters themselves are read.
       stored: see `rl.sampler.engine.Engine`.
 
     Raises:
-      ValueError: fewer slots than pieces that rows are cut into on this mesh.
+      ValueError: there are fewer slots than shards of rows on this mesh.
     """
 
     def __init__(
@@ -141,24 +140,23 @@ class Sampler:
 
     @property
     def num_compiles(self) -> int:
-        """How many programs were compiled so far."""
+        """The number of programs that were compiled so far."""
         return len(self.engine.programs)
 
     @property
     def peak_kv_bytes(self) -> int:
-        """The most bytes that keys and values (and their labels) took at any moment so far, over all devices."""
+        """The most bytes that keys, values and labels took at any moment so far, over all devices."""
         return self.engine.peak_kv_bytes
 
     def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
-        """Plans shapes for prompts like these: calls with such prompts then share their programs, whatever they hold.
+        """Plans shapes for prompts like these. Calls with such prompts then share their programs.
 
-        The prefix that all of them start with is cached once per call, and rows of the prompt table get the length in
-        which such prompts take least.
+        Their common prefix is cached once in each call, and table rows get the length that wastes least on such
+        prompts.
 
         Args:
-          num_prompts, num_samples: calls of no more prompts than these, with as many samples of each, share their
-            programs as well: they take the shapes of a call of just so many, and begin by dropping the slots that stay
-            idle. 0: every call has the shapes that fit it.
+          num_prompts, num_samples: the size of the largest call. Smaller calls take its shapes, so that they share its
+            programs, and begin by dropping the slots that stay idle. 0: every call has its own shapes.
         """
         common = request_queue.common_prefix_length(prompts)
         common = usable_common_length(common, len(prompts))
@@ -167,7 +165,7 @@ class Sampler:
         self._planned = self._demand(num_prompts, num_samples)
 
     def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
-        """Plans shapes for prompts of up to so many tokens, whatever they hold: none is taken for a common prefix.
+        """Plans shapes for any prompts of up to so many tokens, without a common prefix.
 
         num_prompts, num_samples: as in `expect`.
         """
@@ -186,19 +184,19 @@ class Sampler:
         """Draws `num_samples` completions of every prompt.
 
         Args:
-          params: the policy's parameters, laid out as `param_shardings` says; read, never copied or kept.
+          params: the policy's parameters, laid out by `param_shardings`. They are read, never copied or kept.
           prompts: token ids of each prompt, without padding.
-          sampling: how to draw; a new value compiles anew.
+          sampling: how to draw. Another value needs other programs.
           key: one PRNG key.
-          prompt_indices: the number that stands for each prompt in its randomness; None: 0, 1, 2, ... A completion of
-            the same key, prompt index and sample index is the same whatever else is drawn with it.
+          prompt_indices: the number of each prompt in its randomness; None: 0, 1, 2, ... A completion with the same
+            key, prompt index and sample index is the same, whatever is drawn beside it.
 
         Returns:
-          For every prompt its completions, in the order of prompts and samples.
+          The completions of every prompt, in the order of prompts and samples.
 
         Raises:
-          ValueError: an empty prompt, token ids outside the vocabulary, a length beyond the model's positions, stop
-            strings without `decode_text`, a cache that does not fit in `kv_bytes`.
+          ValueError: a prompt is empty or has token ids outside the vocabulary, a length is beyond the model's
+            positions, stop strings are given without `decode_text`, or the cache does not fit in `kv_bytes`.
         """
         indices = range(len(prompts)) if prompt_indices is None else prompt_indices
         if num_samples < 1:
@@ -225,12 +223,12 @@ class Sampler:
     ) -> Iterator[tuple[int, Completion]]:
         """Draws the requests and yields (its place in `requests`, completion) of each as it ends.
 
-        The limit of a request may be below `sampling.max_completion_length`; one with a seed depends on (seed, sample
-        index) and on nothing else. Memory does not grow with the number of requests.
+        The limit of a request may be below `sampling.max_completion_length`. A request with a seed depends on (seed,
+        sample index) and on nothing else. Memory does not grow with the number of requests.
 
         Raises:
-          ValueError: as `sample` does; a request with a prompt that is not there, an index outside [0, 2**31), a seed
-            outside [0, 2**32), or a limit below 1 or outside `sampling`'s lengths.
+          ValueError: as in `sample`; or a request names a missing prompt, an index outside [0, 2**31), a seed outside
+            [0, 2**32), or a limit below 1 or outside `sampling`'s lengths.
         """
         check_requests(self._policy.config, self._decode_text, prompts, requests, sampling)
         return self._stream(params, prompts, requests, sampling, key)
@@ -238,8 +236,10 @@ class Sampler:
     def prompt_logprobs(
         self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
     ) -> list[np.ndarray]:
-        """Log-probs of prompt tokens, see `rl.sampler.prompt_logprobs`, under the very weights that completions are
-        drawn with: those that `weights` rounds them to, if so, where `decode_shardings` puts them. No cache is read.
+        """Log-probs of prompt tokens, see `rl.sampler.prompt_logprobs`.
+
+        They are computed with the weights of decoding, rounded by `weights` and laid out by `decode_shardings`. No
+        cache is read.
         """
         return self._scorer.logprobs(self._decode_params(params), prompts, temperature, chunk_size)
 
@@ -248,10 +248,10 @@ class Sampler:
         self._prefix = None
 
     def warm_up(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
-        """Has every program compiled, in the background, that calls of this size can need, whatever is drawn.
+        """Compiles, in the background, every program that calls of this size can need, whatever is drawn.
 
-        Nothing runs, and a call that comes before all is ready waits for the programs that it needs only. See `expect`;
-        `engine.programs.wait()` returns when all is ready.
+        Nothing runs. A call before the end waits only for the programs that it needs. See `expect`.
+        `engine.programs.wait()` returns when all programs are ready.
         """
         engine, num_shards = self.engine, self.engine.num_shards
         if self._convert is not None:
@@ -262,7 +262,8 @@ class Sampler:
         sizes = cache_sizes(first.num_slots // num_shards, sampling.max_completion_length)
         for shape in shapes:
             engine.prepare(params, shape, sampling, self._chunk_of(sampling))
-        # After these, so that a call at once compiles prefill while the background is at its decoding.
+        # After the decode programs: a call that comes at once compiles prefill itself, while the background compiles
+        # decoding.
         engine.prepare_state(first, sampling)
         if common_length:
             engine.prepare_prefill(params, num_shards, common_length, _prefill_chunk(num_shards), 0)
@@ -275,13 +276,15 @@ class Sampler:
                 engine.prepare_resize(shape, sampling, later.slots * num_shards, later.length)
 
     def shapes(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> list[Shape]:
-        """Every shape that decoding can have in a call of this size, whatever is drawn; it starts with the first."""
+        """Every shape that decoding can have in a call of this size, whatever is drawn. It starts with the
+        first one.
+        """
         limit, num_shards = sampling.max_completion_length, self.engine.num_shards
         requests = requests_for(range(num_prompts), num_samples, limit)
         first = self._shape(ShardRequests.of(request_queue.deal(requests, num_shards)), self._expected, sampling)
         sizes = cache_sizes(first.num_slots // num_shards, limit)
         reachable = [self._size_of(first)]
-        for size in reachable:  # grows meanwhile
+        for size in reachable:  # the list grows meanwhile
             later = later_cache_sizes(sizes, size)
             reachable += [other for other in later if other not in reachable]
         return [first.resized(size.slots * num_shards, size.length, num_shards) for size in reachable]
@@ -333,7 +336,7 @@ class Sampler:
         shards = request_queue.deal(requests, engine.num_shards)
         shape = self._shape(ShardRequests.of(shards), expected, sampling)
         if not common_length:
-            self.release()  # no memory is left for one that nobody reads
+            self.release()  # nobody reads the old prefix, so its memory is freed
         common = self._prefill_common(version, params, expected.common) if common_length else None
         schedule = Schedule(
             prompts,
@@ -351,7 +354,7 @@ class Sampler:
         schedule.set_slots(shape.num_slots)
         sizes = cache_sizes(shape.num_slots // engine.num_shards, sampling.max_completion_length)
         prefill_rows = shape.prefill_rows // engine.num_shards
-        filled = 0  # positions of the own cache that the busiest slot has filled
+        filled = 0  # positions of the own cache that the fullest slot has written
         while schedule.num_left:
             while needed := schedule.num_to_prefill(prefill_rows):
                 state = self._admit(params, state, schedule, needed, prefill_rows)
@@ -369,7 +372,9 @@ class Sampler:
     def _admit(
         self, params: Params, state: DecodeState, schedule: Schedule, needed: int, prefill_rows: int
     ) -> DecodeState:
-        """Prefills `needed` of `prefill_rows` rows of each shard; a few rows at a time where half would stay empty."""
+        """Prefills `needed` of `prefill_rows` rows of each shard. Takes the smaller prefill where half the rows would
+        be empty.
+        """
         few = few_rows(prefill_rows)
         count = math.ceil(needed / few)
         for num_rows in [few] * count if 2 * count * few <= prefill_rows else [prefill_rows]:
@@ -380,7 +385,9 @@ class Sampler:
         return state
 
     def _fit(self, state: DecodeState, schedule: Schedule, filled: int, sizes: Sequence[CacheSize]) -> DecodeState:
-        """Drops idle slots once half of them can go, and grows the own cache where the busiest slot has filled it."""
+        """Drops idle slots once half of the slots can go, and grows the own cache where the fullest slot has
+        filled it.
+        """
         busy = schedule.busy_slots()
         now = self._cache_size(state)
         needed = int(busy.sum(axis=1).max()) + schedule.num_waiting
@@ -394,14 +401,16 @@ class Sampler:
         return state if size == now else self.engine.resize(state, index, size.length)
 
     def _few(self, state: DecodeState, schedule: Schedule, sizes: Sequence[CacheSize]) -> int:
-        """The number of busy slots at which the host is wanted, for more requests or to drop idle slots; 0: never."""
+        """The number of busy slots at which the chunk ends early, so that the host adds requests or drops idle slots;
+        0: never.
+        """
         now = self._cache_size(state)
         if schedule.has_more():
             wanted = now.slots - 1
         else:
             fewer = [next_cache_size(sizes, now, size.slots, 0).slots for size in sizes if size.slots < now.slots]
             wanted = max((slots for slots in fewer if slots < now.slots), default=0)
-        # At once it could do nothing about the slots that are idle now: it looks again when a completion has ended.
+        # The host can do nothing about slots that are idle now. It looks again when a completion has ended.
         return min(wanted * self.engine.num_shards, schedule.num_soon_busy() - 1)
 
     def _cache_size(self, state: DecodeState) -> CacheSize:
@@ -413,12 +422,14 @@ class Sampler:
     # Plans
 
     def _prefill_sizes(self, shape: Shape) -> list[int]:
-        """Rows over all shards that prefills of this shape may have."""
+        """The numbers of rows, over all shards, of the two prefills of this shape."""
         few = few_rows(shape.prefill_rows // self.engine.num_shards) * self.engine.num_shards
         return list(dict.fromkeys((shape.prefill_rows, few)))
 
     def _plan(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> ExpectedPrompts:
-        """The expected prefix if these prompts start with it, else their own; lengths at least the expected ones."""
+        """The plan for these prompts: the expected prefix if they start with it, else their own; at least the expected
+        lengths.
+        """
         expected = self._expected
         head = np.asarray(expected.common, np.int32)
         fits = all(len(p) > head.size and np.array_equal(np.asarray(p[: head.size]), head) for p in prompts)
@@ -434,12 +445,12 @@ class Sampler:
         return dataclasses.replace(expected, lengths=(*expected.lengths, longest))
 
     def _demand(self, num_prompts: int, num_samples: int) -> ShardRequests | None:
-        """What the shards get of a call of this size; None where it is empty."""
+        """The requests of each shard in a call of this size; None where the call is empty."""
         requests = requests_for(range(num_prompts), num_samples, 1)
         return ShardRequests.of(request_queue.deal(requests, self.engine.num_shards)) if requests else None
 
     def _shape(self, demand: ShardRequests, expected: ExpectedPrompts, sampling: SamplingParams) -> Shape:
-        """The shape that decoding starts with: that of the planned calls where it serves."""
+        """The shape in which decoding starts: the shape of the planned calls, if it serves this one."""
         num_shards, limit = self.engine.num_shards, sampling.max_completion_length
         budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
 
@@ -453,21 +464,22 @@ class Sampler:
         return shape_of(demand)
 
     def _prefill_common(self, version: Params, params: Params, prefix: tuple[int, ...]) -> CachePart:
-        """Keys and values of the common prefix; those of the last call where the weights are the same arrays.
+        """Keys and values of the common prefix. Those of the last call are used again if the weights are the same
+        arrays.
 
         Args:
-          version: the weights as the caller has them; `params` may be a copy made for this call.
+          version: the caller's own weights; `params` may be a copy that was made for this call.
         """
         if self._prefix is None or not self._prefix.holds(prefix, version):
             tokens = np.tile(np.asarray(prefix, np.int32), (self.engine.num_shards, 1))
             chunk = _prefill_chunk(tokens.shape[0])
-            self._prefix = None  # its memory goes before the new one's comes
+            self._prefix = None  # frees its memory before the new prefix takes memory
             part = self.engine.prefill(params, plain_inputs(tokens), chunk=chunk)
             self._prefix = _Prefix(prefix, [weakref.ref(leaf) for leaf in jax.tree.leaves(version)], part)
         return self._prefix.part
 
     def close(self) -> None:
-        """Drops what waits to be compiled in the background; what is being compiled already comes to its end first."""
+        """Drops builds that wait in the background, and waits for the one that is running."""
         self.engine.programs.close()
 
     def _decode_params(self, params: Params) -> Params:
@@ -485,5 +497,5 @@ class Sampler:
 
 
 def _prefill_chunk(num_rows: int) -> int:
-    """Positions of one piece of a prefill of so many rows."""
+    """Positions of one piece of a prefill with so many rows."""
     return min(max(PREFILL_TOKENS // num_rows, MIN_PREFILL_CHUNK), MAX_PREFILL_CHUNK)

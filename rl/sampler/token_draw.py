@@ -3,11 +3,11 @@
 Order of the rules: repetition penalty, frequency and presence penalty, logit bias, EOS forbidden (minimum length),
 forbidden ids; then temperature, top-k, top-p, min-p. The last four come as in transformers
 (https://huggingface.co/docs/transformers/internal/generation_utils). transformers and vLLM
-(https://docs.vllm.ai/en/v0.22.1/api/vllm/v1/sample/sampler/) add a bias before the penalties; here it comes after them,
-so that a bias of x moves a logit by x whatever came before. A rule that is off costs nothing.
+(https://docs.vllm.ai/en/v0.22.1/api/vllm/v1/sample/sampler/) add a bias before the penalties. Here it comes after them,
+so a bias of x always moves a logit by x. A rule that is off costs nothing.
 
-The draw is an inverse CDF (`rl.sampler.categorical`) from one uniform number per row, because threefry over [B, V]
-costs more than everything else here. Not here: how counts live through a decode loop, and stop strings
+The draw is an inverse CDF (`rl.sampler.categorical`) of one uniform number for each row, because threefry over [B, V]
+would cost more than everything else here. Not here: how counts live through a decode loop, and stop strings
 (`rl.sampler.slot_sampler`).
 Legend: B sequences, V vocabulary, N most likely tokens.
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 from rl.sampler.categorical import in_nucleus, inverse_cdf, take
 
-# Keeps biased logits finite in float32, after the division by any sensible temperature too.
+# Keeps biased logits finite in float32, also after the division by any sensible temperature.
 LARGEST_BIAS = 1e30
 LEAST_TEMPERATURE = 1e-6
 
@@ -35,9 +35,10 @@ class SamplingParams:
     eos_ids: tokens that end a completion. stop_strings: a completion ends with the token that completes one of them.
     temperature: 0 is greedy, else at least 1e-6. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
     repetition_penalty: for tokens of the prompt or the completion so far; > 1 makes them rarer, 1 is off.
-    frequency_penalty, presence_penalty: logits that a token of the completion loses per occurrence, and once; 0 is off.
-    logit_bias: pairs of a token id and what its logit gains. forbidden_ids: tokens that are never drawn.
-    top_logprobs: how many of the most likely tokens are reported at each position.
+    frequency_penalty, presence_penalty: subtracted from a token's logit for each time the completion holds it, and
+      once; 0 is off.
+    logit_bias: pairs of a token id and the number added to its logit. forbidden_ids: tokens that are never drawn.
+    top_logprobs: the number of most likely tokens that are reported at each position.
     Raises ValueError for values out of range.
     """
 
@@ -103,7 +104,7 @@ class SamplingParams:
 
     @property
     def reshaping_rules(self) -> tuple[str, ...]:
-        """Names of the rules that make tokens come from another distribution than softmax(logits / temperature)."""
+        """Names of the active rules that change the distribution from softmax(logits / temperature)."""
         on = {
             "repetition_penalty": self.repetition_penalty != 1,
             "frequency_penalty": self.frequency_penalty != 0,
@@ -119,7 +120,7 @@ class SamplingParams:
 
 
 class TokenCounts(NamedTuple):
-    """What came before in each row, for the penalties.
+    """The earlier tokens of each row, for the penalties.
 
     completion_BV: int32, how often each token was drawn so far. prompt_BV: bool, whether the prompt holds it.
     """
@@ -129,10 +130,10 @@ class TokenCounts(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """One drawn token per row, and the `sampling.top_logprobs` most likely ones, the most likely first.
+    """One drawn token for each row, and the `sampling.top_logprobs` most likely tokens, the most likely first.
 
-    sampler_logprob_B is under the distribution really drawn from; policy_logprob_B and top_logprobs_BN under
-    softmax(logits / temperature) of the logits as they came (temperature 1 when greedy). Ids are int32.
+    sampler_logprob_B is under the distribution that was drawn from. policy_logprob_B and top_logprobs_BN are under
+    softmax(logits / temperature) of the unchanged logits (temperature 1 when greedy). Ids are int32.
     """
 
     token_B: jax.Array
@@ -149,24 +150,23 @@ def draw(
     forbid_eos_B: jax.Array,
     counts: TokenCounts | None = None,
 ) -> Draw:
-    """Draws one token per row.
+    """Draws one token for each row.
 
     Args:
-      logits_BV: finite logits, float32 or wider; log-probs come back in this dtype. Where they are not finite, a token
-        of the vocabulary comes whose policy_logprob is not finite.
-      uniform_B: numbers in [0, 1), one per row; unused when greedy.
+      logits_BV: finite logits, float32 or wider; log-probs have this dtype. Logits that are not finite give some token
+        of the vocabulary with a policy_logprob that is not finite.
+      uniform_B: numbers in [0, 1), one for each row; unused when greedy.
       sampling: the rules; static under jit.
-      forbid_eos_B: bool; rows where no token of `sampling.eos_ids` may come.
-      counts: the tokens before this one; read only when `sampling.needs_counts`.
+      forbid_eos_B: bool; rows in which no token of `sampling.eos_ids` may be drawn.
+      counts: the earlier tokens; read only when `sampling.needs_counts`.
 
     Returns:
-      Tokens and log-probs. Greedy: the argmax after penalties, bias and forbidden ids, sampler_logprob 0 (a certain
-      choice). A token outside the truncated distribution, or of probability 0, never comes, whatever the uniform
-      number.
+      Tokens and log-probs. Greedy: the argmax after penalties, bias and forbidden ids, with sampler_logprob 0 (a
+      certain choice). A token outside the truncated distribution, or with probability 0, is never drawn.
 
     Raises:
-      ValueError: counts are missing; an id of the bias or of forbidden_ids is not in the vocabulary; no token is left;
-        top_logprobs is larger than the vocabulary. All at trace time.
+      ValueError: at trace time: counts are missing; an id of the bias or of forbidden_ids is not in the vocabulary; no
+        token is left; top_logprobs is larger than the vocabulary.
     """
     check_vocabulary(sampling, logits_BV.shape[-1])
     adjusted_BV = _forbid(adjust(logits_BV, sampling, counts), sampling, forbid_eos_B)
@@ -180,7 +180,7 @@ def draw(
         scores_BV = truncate(adjusted_BV / sampling.temperature, sampling)
         token_B, sampler_total_B = inverse_cdf(scores_BV, uniform_B)
         scaled_BV = logits_BV / sampling.temperature
-        # Where both distributions are one, the second pass over the vocabulary is saved.
+        # Where both distributions are the same, this saves the second pass over the vocabulary.
         moves_logits = sampling.needs_counts or bool(sampling.logit_bias)
         policy_total_B = jax.nn.logsumexp(scaled_BV, axis=-1) if sampling.reshaping_rules else sampler_total_B
         policy_score_B = take(scaled_BV, token_B)
@@ -210,7 +210,7 @@ def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
 
 
 def add_token(counts: TokenCounts, token_B: jax.Array, live_B: jax.Array) -> TokenCounts:
-    """Counts one drawn token more in every row where the bool live_B holds."""
+    """Counts one more drawn token in every row where live_B (bool) is true."""
 
     def add(count_V: jax.Array, token: jax.Array, live: jax.Array) -> jax.Array:
         return count_V.at[token].add(live.astype(count_V.dtype))
@@ -219,7 +219,9 @@ def add_token(counts: TokenCounts, token_B: jax.Array, live_B: jax.Array) -> Tok
 
 
 def reset_rows(counts: TokenCounts, rows_B: jax.Array, prompt_BV: jax.Array) -> TokenCounts:
-    """Starts the rows where the bool rows_B holds anew: nothing drawn, the tokens of prompt_BV (bool) in the prompt."""
+    """Resets the rows where rows_B (bool) is true: no drawn tokens, and the tokens of prompt_BV (bool) in the
+    prompt.
+    """
     reset_B1 = rows_B[:, None]
     return TokenCounts(
         completion_BV=jnp.where(reset_B1, 0, counts.completion_BV),
@@ -228,11 +230,11 @@ def reset_rows(counts: TokenCounts, rows_B: jax.Array, prompt_BV: jax.Array) -> 
 
 
 def adjust(logits_BV: jax.Array, sampling: SamplingParams, counts: TokenCounts | None) -> jax.Array:
-    """Logits after the penalties and the bias, in this order, in the same dtype; nothing is removed yet.
+    """Logits after the penalties and the bias, in this order, in the same dtype. No token is removed yet.
 
-    The repetition penalty divides positive logits and multiplies the others, once however often a token came
-    (https://arxiv.org/abs/1909.05858, section 4.1, with the sign rule of transformers). Frequency and presence penalty
-    see the completion only: logit - count * frequency - [count > 0] * presence
+    The repetition penalty divides positive logits and multiplies the others, once for a token however often it occurred
+    (https://arxiv.org/abs/1909.05858, section 4.1, with the sign rule of transformers). The frequency and presence
+    penalties look at the completion only: logit - count * frequency - [count > 0] * presence
     (https://platform.openai.com/docs/guides/text-generation).
 
     Raises:
@@ -252,8 +254,8 @@ def adjust(logits_BV: jax.Array, sampling: SamplingParams, counts: TokenCounts |
 def truncate(scores_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
     """Scores (logits / temperature) with -inf for the tokens that top-k, top-p and min-p remove, in this order.
 
-    Each rule sees the distribution that the one before left, renormalised. Tokens that tie with the last one kept stay,
-    so the result does not depend on an order among equals. The most likely token always stays.
+    Each rule sees the renormalised distribution that the rule before left. Tokens that tie with the last kept one are
+    kept, so the result does not depend on an order among equals. The most likely token is always kept.
     """
     if 0 < sampling.top_k < scores_BV.shape[-1]:
         kth_B1 = jax.lax.top_k(scores_BV, sampling.top_k)[0][:, -1:]
@@ -284,7 +286,7 @@ def _may_forbid_eos(sampling: SamplingParams) -> bool:
 
 
 def _forbid(logits_BV: jax.Array, sampling: SamplingParams, forbid_eos_B: jax.Array) -> jax.Array:
-    """-inf for EOS in the rows that say so, and for the forbidden ids in all."""
+    """-inf for EOS in rows where forbid_eos_B is true, and for the forbidden ids in all rows."""
     if _may_forbid_eos(sampling):
         is_eos_V = jnp.isin(jnp.arange(logits_BV.shape[-1]), jnp.asarray(sampling.eos_ids))
         logits_BV = jnp.where(forbid_eos_B[:, None] & is_eos_V, -jnp.inf, logits_BV)
@@ -295,7 +297,7 @@ def _forbid(logits_BV: jax.Array, sampling: SamplingParams, forbid_eos_B: jax.Ar
 
 
 def _most_likely(scores_BV: jax.Array, num_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Ids and scores of the highest scores, in falling order; among equals the lowest id comes first."""
+    """Ids and scores of the highest scores, in falling order. Among equals the lowest id comes first."""
     if num_tokens == 0:
         empty = np.zeros((scores_BV.shape[0], 0))  # a constant, so that nothing is computed
         return jnp.asarray(empty, jnp.int32), jnp.asarray(empty, scores_BV.dtype)

@@ -1,8 +1,8 @@
-"""Completions from a policy whose cache is its own: decoded in waves of rows that stand at the same position.
+"""Completions from a policy with its own kind of cache, decoded in waves of rows that are at the same position.
 
-In: a `rl.models.policy.WavePolicy`, parameters, prompts as token ids, a key. Out: per request a `Completion`, as
-`rl.sampler.slot_sampler` gives them, with the same random numbers. Position and place in the cache are one: nothing is
-padded, a prompt longer than the shortest of its wave is read token by token while others draw. That is right for any
+In: a `rl.models.policy.WavePolicy`, parameters, prompts as token ids, a key. Out: a `Completion` for each request, as
+from `rl.sampler.slot_sampler`, with the same random numbers. A position is also the place in the cache, so nothing is
+padded: a prompt longer than the shortest of its wave is read token by token while others draw. This is right for any
 causal model, whether its cache holds keys or a recurrent state. The price: each sample has its own copy of its prompt,
 and a wave lasts as long as its longest completion. Not here: the rule that draws a token (`rl.sampler.token_draw`), the
 toolkit's own decoder (`rl.sampler.slot_sampler`).
@@ -34,7 +34,7 @@ MAX_DERIVED_ROWS = 256  # when a memory budget sets the number
 
 
 class Wave(NamedTuple):
-    """What the rows of a wave draw: prompts_BP int32, padded at the end; a row without a request has limit 0."""
+    """The requests of a wave's rows: prompts_BP is int32, padded at the end; a row without a request has limit 0."""
 
     prompts_BP: Any
     lengths_B: Any
@@ -44,8 +44,9 @@ class Wave(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a wave stands: all positions before `position` are in the cache; tokens_B were drawn last; counts are
-    `TokenCounts` where a penalty is on, else None."""
+    """The state of a wave: all positions before `position` are in the cache; tokens_B were drawn last; counts are
+    `TokenCounts` where a penalty is on, else None.
+    """
 
     position: Any
     tokens_B: Any
@@ -54,12 +55,12 @@ class Progress(NamedTuple):
 
 
 class WaveSampler:
-    """Draws completions; holds compiled programs and no parameters.
+    """Draws completions. Holds compiled programs and no parameters.
 
     Args:
       policy, mesh, param_shardings, rules: as `rl.sampler.engine.Engine` takes them.
-      slots: rows of a wave, over all devices; None: as many as `kv_bytes` allows, up to 256.
-      kv_bytes: bytes on each device that the policy's cache may take; None: no bound.
+      slots: rows of a wave over all devices; None: as many as `kv_bytes` allows, up to 256.
+      kv_bytes: the most bytes on each device for the policy's cache; None: no bound.
       decode_text: token ids -> text; needed for stop strings only.
       chunk, stop_chunk: steps between two looks of the host, without and with stop strings.
     """
@@ -88,21 +89,21 @@ class WaveSampler:
         self._decode_text, self._chunk, self._stop_chunk = decode_text, chunk, min(stop_chunk, chunk)
         self._rows, self._everywhere = row_sharding(mesh, rules), replicated(mesh)
         self._request_keys = jax.jit(_request_keys, out_shardings=self._rows)
-        self._longest = 0  # tokens of the longest prompt expected
-        self._most_requests = 0  # of the calls that are planned
-        # (rows, cache length) -> its programs, so that each wave of a run finds them, and what they compiled to, again.
+        self._longest = 0  # tokens of the longest expected prompt
+        self._most_requests = 0  # of the planned calls
+        # {(rows, cache length): programs}, kept so that each wave of a run uses the compiled programs again.
         self._programs = functools.cache(self._programs_of)
 
     def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
-        """Plans shapes for prompts like these: calls with such prompts then share their programs.
+        """Plans shapes for prompts like these. Calls with such prompts then share their programs.
 
-        Calls of no more than `num_prompts * num_samples` requests share them as well: they have the rows of a call of
-        just so many, of which some draw nothing.
+        Calls with fewer than `num_prompts * num_samples` requests share them as well: they have as many rows, some of
+        which draw nothing.
         """
         self.expect_length(max(len(prompt) for prompt in prompts), num_prompts, num_samples)
 
     def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
-        """The same for prompts of up to so many tokens."""
+        """Plans shapes for prompts of up to so many tokens."""
         self._longest = max(self._longest, prompt_length)
         self._most_requests = num_prompts * num_samples
 
@@ -138,7 +139,7 @@ class WaveSampler:
         """Nothing is kept from call to call."""
 
     def warm_up(self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
-        """Compiles what a call of this size needs, here and now, for prompts of any length up to the expected one."""
+        """Compiles at once what a call of this size needs, for prompts of any length up to the expected one."""
         num_rows, length = self._shape(num_prompts * num_samples, sampling)
         programs = self._programs(num_rows, length)
         for start in self._starts():
@@ -184,7 +185,7 @@ class WaveSampler:
         return DrawPrograms(found, num_rows // self._num_shards * self._bytes_per_row(length), 0)
 
     def _starts(self) -> list[int]:
-        """How many positions waves may begin with: those that the shortest prompt has, but for its last one."""
+        """The numbers of positions with which waves may begin: all but the last of the shortest prompt."""
         return sorted({size_at_most(n) for n in range(1, self._longest)})
 
     def _stream(
@@ -197,7 +198,7 @@ class WaveSampler:
     ) -> Iterator[tuple[int, Completion]]:
         self._longest = max([self._longest, *(len(prompts[request.prompt]) for request in requests)])
         num_rows, length = self._shape(len(requests), sampling)
-        # Prompts of about one length go together: fewer of their tokens are read one by one.
+        # Prompts of similar length go together, so that fewer tokens are read one by one.
         order = sorted(range(len(requests)), key=lambda i: len(prompts[requests[i].prompt]))
         for first in range(0, len(order), num_rows):
             numbers = order[first : first + num_rows]
@@ -380,7 +381,7 @@ def _request_keys(
 
 
 def _prefill(policy: WavePolicy, params: Params, cache: Any, tokens_BP: jax.Array) -> Any:
-    """The cache of the first positions of all rows."""
+    """The cache after the first positions of all rows."""
     return policy.extend(params, plain_inputs(tokens_BP), cache)[1]
 
 
@@ -394,10 +395,10 @@ def _decode_chunk(
     progress: Progress,
     wave: Wave,
 ) -> tuple[Any, Progress, tuple[jax.Array, jax.Array, Draw]]:
-    """Up to `num_steps` positions more for every row; stops before when all rows have ended.
+    """Computes up to `num_steps` more positions of every row. Stops when all rows have ended.
 
     Returns:
-      The cache, where the wave stands, and the report: (steps made, which rows drew a token [C, B], what they drew).
+      The cache, the state of the wave, and the report: (steps made, which rows drew a token [C, B], what they drew).
     """
     eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32)
     last = wave.prompts_BP.shape[1] - 1

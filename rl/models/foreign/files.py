@@ -3,7 +3,8 @@ start, and a trial of the computation.
 
 In: a policy (`rl.models.foreign.own_policy`, `rl.models.foreign.tunix_policy`). `notes`, `unsharded` and `check_policy`
 take any policy, and have nothing to say about the toolkit's own decoder. Not here: contract and computation of the
-policy. Legend: B rows, T token positions, D model.
+policy.
+Legend: B rows, T token positions, D model.
 """
 
 import dataclasses

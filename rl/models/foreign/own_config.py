@@ -3,7 +3,8 @@
 In: the function in the file. Out: a `ForeignConfig` that describes the module which it returns. Mask, cache and logical
 axes are optional. Without a mask each training row holds one sequence. Without a cache decoding computes all positions
 again for each token. Not here: the policy over it (`rl.models.foreign.own_policy`), and its weights
-(`rl.models.foreign.own_files`). Legend: B sequences, T token positions, S cache positions, D model.
+(`rl.models.foreign.own_files`).
+Legend: B sequences, T token positions, S cache positions, D model.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 In: a `ForeignConfig` of `rl.models.foreign.tunix_config`. Out: a policy over the model's own parameters. A defect of
 Tunix 0.1.7 is corrected here: Llama 3, Qwen3 and Gemma rotate with a fixed theta, and ignore their configuration.
-Weights are read and written by `rl.models.foreign.tunix_files`. Legend: B sequences, T token positions, S cache
-positions, N heads, H head dim, D model.
+Weights are read and written by `rl.models.foreign.tunix_files`.
+Legend: B sequences, T token positions, S cache positions, N heads, H head dim, D model.
 """
 
 from collections.abc import Callable
