@@ -1,4 +1,4 @@
-"""What a run says before its first step: what runs where, on what, and what may go wrong."""
+"""Messages of a run before its first step: what runs where, on which data, and what may go wrong."""
 
 from jax.sharding import Mesh
 
@@ -17,7 +17,7 @@ from rl.training.packing import PackingPlan
 
 
 def warn_about_sampling(console: Console, config: Config, sampling: SamplingParams) -> None:
-    """Says when completions come from another distribution than the policy's and the loss does not correct for it."""
+    """Warns when completions come from another distribution than the policy's, and the loss does not correct for it."""
     section = config.sampling
     rounding = [name for name in ("kv_dtype", "weight_dtype") if getattr(section, name) is not None]
     if (sampling.reshaping_rules or rounding) and not config.grpo.sampler_is_correction:
@@ -57,7 +57,7 @@ def announce(
     packing: PackingPlan,
     sampling: SamplingParams,
 ) -> None:
-    """Start-up information: what runs where, on what, what a preset stands for, and what completions are drawn from."""
+    """Prints where the run computes, its data, the keys of its preset, and the distribution of its completions."""
     for message in (*data.messages, *foreign.notes(policy), *run.folder.messages):
         console.message(message)
     if problem := foreign.unsharded(policy, mesh.size):

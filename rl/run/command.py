@@ -16,8 +16,8 @@ def run_command(
     """`COMMAND CONFIG [--check] [--trust] [key=value ...]`.
 
     Args:
-      train: called with the configuration, whether it is to check only, and whether the user trusts what it names.
-      command, example: its name and a recipe, for the message where there is no CONFIG.
+      train: called with the configuration, the flag --check, and the flag --trust.
+      command, example: the command's name and a recipe, for the message where there is no CONFIG.
       arguments: None: those of the process.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)

@@ -1,8 +1,8 @@
-"""What a person sees while a run goes on: a live line on a terminal or in a notebook, one plain line per step in a log.
+"""The console of a run: a live line on a terminal or in a notebook, one plain line for each step in a log.
 
 In: the same mapping of metrics that goes to metrics.jsonl. Out: text on a stream. Not here: files
-(`rl/run/metrics.py`). Where the stream takes nothing any more, on a full disk for instance, a run goes on without it; a
-reader that has left (`| head`) ends it, unless it was asked to stop and has to save.
+(`rl/run/metrics.py`). Where the stream cannot be written, on a full disk for instance, the run goes on without it. A
+reader that has left (`| head`) ends the run, unless it was asked to stop and has to save.
 """
 
 import collections
@@ -19,9 +19,9 @@ import rich.text
 
 from rl.errors import silence
 
-_STEPS_FOR_TIME_LEFT = 50  # enough to hold an evaluation or a checkpoint now and then
+_STEPS_FOR_TIME_LEFT = 50  # enough steps to include evaluations and checkpoints
 _BAR_WIDTH = 20  # characters
-_NOTEBOOK_WIDTH = 120  # characters; what shows a notebook wraps longer lines
+_NOTEBOOK_WIDTH = 120  # characters; notebooks wrap longer lines
 # Metric, label, format: in the order of importance, for a narrow terminal shows the first ones only.
 _WATCHED = (
     ("eval/accuracy", "eval", ".1%"),
@@ -36,21 +36,21 @@ _SPEEDS = (("tokens_per_second/rollout", "rollout"), ("tokens_per_second/train",
 
 class _RichConsole(rich.console.Console):
     def on_broken_pipe(self) -> None:
-        """Leaves the error to the caller, in the place of an end of its own with exit status 1."""
+        """Raises the error to the caller. By default rich would end the process with exit status 1."""
         raise  # this is called where the error is handled
 
 
 class Console:
     """Prints the progress of a run of `total_steps` steps to `stream` (standard output when None).
 
-    On a terminal `step_line` redraws one line; evaluations, messages and warnings scroll above it. In a notebook it
+    On a terminal `step_line` redraws one line, and evaluations, messages and warnings scroll above it. In a notebook it
     redraws one output of the cell. Elsewhere everything is a plain line.
     """
 
     def __init__(self, total_steps: int, stream: TextIO | None = None):
         output: TextIO = sys.stdout if stream is None else stream
         self._total_steps = total_steps
-        # The stream of a Jupyter kernel, known by its type: neither it nor IPython is imported to find out.
+        # A Jupyter kernel's stream is recognised by its type, without importing IPython.
         is_notebook = type(output).__module__.startswith("ipykernel.")
         self._notebook = _NotebookLine() if is_notebook else None
         self._is_live = not is_notebook and output.isatty()
@@ -72,7 +72,7 @@ class Console:
         """Shows one step: progress, time left, and the metrics a person watches.
 
         Args:
-          metrics: `step` is needed; of the others, those that are there and not None are shown.
+          metrics: `step` is required. Other metrics are shown if they are there and not None.
         """
         step = metrics["step"]
         time_left = f"left {self._time_left(step)}"
@@ -92,13 +92,11 @@ class Console:
             self._notebook.show(line)
 
     def message(self, text: str) -> None:
-        """Prints `text` as it is, on lines of its own."""
+        """Prints `text` unchanged, on lines of its own."""
         self._print(text)
 
     def stopping(self, text: str) -> None:
-        """Prints `text`, the last that a reader of the output may see: from here on a reader that has left is no reason
-        to end.
-        """
+        """Prints `text`. From here on, a reader of the output that has left no longer ends the run."""
         self._is_stopping = True
         self._print(text)
 
@@ -107,14 +105,14 @@ class Console:
         self._print(f"warning: {text}", style="yellow")
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
-        """Prints a title and under it names and values in two columns."""
+        """Prints a title, and under it names and values in two columns."""
         width = max(map(len, rows), default=0)
         self._print(title, style="bold")
         for name, value in rows.items():
             self._print(f"  {name:<{width}}  {value}")
 
     def close(self) -> None:
-        """Leaves the live line as it stands and gives the terminal back; calling it again does nothing."""
+        """Leaves the live line and gives the terminal back. A second call does nothing."""
         if self._live is not None:
             with self._writing():
                 self._live.stop()
@@ -127,7 +125,7 @@ class Console:
         self.close()
 
     def _time_left(self, step: int) -> str:
-        """From the mean of the last steps; the first line has no step before it to measure from."""
+        """The time left, from the mean of the last steps; empty on the first line, which has no step before it."""
         now = time.monotonic()
         if self._last_step_time is not None:
             self._step_seconds.append(now - self._last_step_time)
@@ -139,7 +137,7 @@ class Console:
 
     def _draw(self, line: str) -> None:
         if self._live is None:
-            # Once per step is often enough, and needs no thread beside jax.
+            # Once a step is often enough, and needs no thread beside jax.
             self._live = rich.live.Live(console=self._console, auto_refresh=False)
             with self._writing():
                 self._live.start()
@@ -152,7 +150,7 @@ class Console:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Around a write to the stream: what happens when it fails."""
+        """A context for a write to the stream, which handles its failure."""
         try:
             yield
         except OSError as error:
@@ -168,13 +166,13 @@ class Console:
 
 
 class _NotebookLine:
-    """One output of a notebook's cell, which each line takes the place of."""
+    """One output of a notebook's cell, which each new line replaces."""
 
     def __init__(self) -> None:
         self._output: Any = None
 
     def show(self, line: str) -> None:
-        """Puts a line there."""
+        """Shows a line."""
         from IPython.display import display  # pyright: ignore[reportMissingImports]  a kernel has it
 
         content = {"text/plain": line}
@@ -185,7 +183,7 @@ class _NotebookLine:
 
 
 def format_fields(metrics: Mapping[str, Any]) -> list[str]:
-    """The metrics a person watches, as short texts in a fixed order; those that are missing or None are left out."""
+    """The most important metrics as short texts in a fixed order. Missing ones and None are left out."""
     fields = [
         f"{label} {format(float(metrics[name]), spec)}"
         for name, label, spec in _WATCHED

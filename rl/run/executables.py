@@ -1,9 +1,9 @@
 """Compiled programs in a file: written by `grpo compile --save`, called by training (`compiled_file`).
 
-In: programs compiled for a mesh. Out: one file, or the calls rebuilt from it. The file is a JSON header (what the
-programs were compiled for, with what, and each one's arguments and results) and the runtime's own serialised
-executables, as they are: nothing is pickled or unpickled. Checksums find damage, not malice: an executable is machine
-code, to be trusted as any program is.
+In: programs compiled for a mesh. Out: one file, or the calls rebuilt from it. The file has a JSON header (what the
+programs were compiled for and with, their arguments and results) and the runtime's own serialised executables. Nothing
+is pickled or unpickled. Checksums find damage, not malice: an executable is machine code, to be trusted like any
+program.
 
 Layout: MAGIC, the header's length (8 bytes, little endian), its sha256 (32 bytes), the header, the executables.
 """
@@ -32,16 +32,16 @@ from rl.devices.programs import Program
 from rl.models.policy import Policy
 
 MAGIC = b"tandem compiled programs 1\n"
-MAX_NAMED = 8  # differences that a message lists
-# On CPU and GPU, on TPU; there what crosses the network between slices goes through the hosts as well, by the runtime.
+MAX_NAMED = 8  # the most differences that a message lists
+# Calls of Python on CPU and GPU, and on TPU. On TPU, transfers between slices go through the hosts as well.
 _CALLS_PYTHON = re.compile(r'python_\w*callback|is_host_transfer ?= ?true(?!.*"xla_megascale_runtime")')
 
 
 class LoadedProgram:
-    """A program's executable, called as the function it was compiled from.
+    """A program's executable, called like the function from which it was compiled.
 
-    Arguments must have the shapes, dtypes and places it was compiled for, a small one may be anywhere; those that the
-    program takes the memory of are gone afterwards.
+    Arguments must have the shapes, dtypes and shardings that it was compiled for; a small one may be anywhere. Donated
+    arguments are gone afterwards.
     """
 
     def __init__(self, name: str, program: Program, executable: Any, entry: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ class LoadedProgram:
         return jax.tree.unflatten(out_tree, out)
 
     def _check(self, arguments: tuple, tree: Any) -> tuple[tuple, tuple]:
-        """Trees and shardings of arguments and results; ValueError where they are not those of the file."""
+        """Trees and shardings of arguments and results. ValueError where they differ from the file's."""
         results = jax.eval_shape(self._program.function, *arguments)
         in_shardings = _per_leaf(self._program.in_shardings, arguments)
         out_shardings = _per_leaf(self._program.out_shardings, results)
@@ -74,10 +74,11 @@ class LoadedProgram:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledPrograms:
-    """The programs of a file; of an empty one there are none, and whoever asks compiles.
+    """The programs of a file. Without a file there are none, and the caller compiles.
 
     Attributes:
-      prompt_length, device_memory: what shapes were planned with, which a run with this file goes by; None: no file.
+      prompt_length, device_memory: the numbers with which shapes were planned, and with which the run must plan; None:
+        no file.
     """
 
     prompt_length: int | None = None
@@ -87,7 +88,7 @@ class CompiledPrograms:
     devices: tuple[Any, ...] = ()
 
     def get(self, name: str, program: Program) -> Callable[..., Any] | None:
-        """The call of the program called `name`; None when the file has none."""
+        """The function to call for the program `name`; None when the file does not have it."""
         if name not in self.executables:
             return None
         devices = xla_client.DeviceList(self.devices)
@@ -96,11 +97,11 @@ class CompiledPrograms:
 
 
 def open_compiled(config: Config, policy: Policy, mesh: Mesh) -> CompiledPrograms:
-    """The programs of `config.compiled_file`, checked; none without one.
+    """The checked programs of `config.compiled_file`; no programs without a file.
 
     Raises:
-      ValueError: no such file, a damaged one, one that was compiled for something else, naming what differs, or several
-        processes on CPU.
+      ValueError: the file is missing, damaged, or compiled for something else (the message names what differs); or
+        several processes run on CPU.
     """
     if config.compiled_file is None:
         return CompiledPrograms()
@@ -129,10 +130,10 @@ def save_compiled(
     device_memory: int,
     programs: Iterable[tuple[str, Program, tuple, jax.stages.Compiled]],
 ) -> None:
-    """Writes (name, program, abstract arguments, its compiled form) of each to one file, atomically.
+    """Writes programs, each as (name, program, abstract arguments, compiled form), to one file, atomically.
 
     Raises:
-      ValueError: the back end cannot serialise its executables by itself, or a program calls Python.
+      ValueError: the back end cannot serialise its executables, or a program calls Python.
     """
     path = pathlib.Path(path)
     entries, blobs, offset = {}, [], 0
@@ -166,7 +167,7 @@ def save_compiled(
 
 
 def read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The header and the executables by name; ValueError for a file that is not there, none of ours, or damaged."""
+    """(header, {name: executable}) of a file. ValueError where it is missing, of another kind, or damaged."""
     if not path.is_file():
         raise ValueError(f"compiled_file must be a file that `grpo compile --save` wrote, got {str(path)!r}: not there")
     data = path.read_bytes()
@@ -192,7 +193,7 @@ def read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def fingerprint(config: Config, policy: Policy, mesh: Mesh) -> dict[str, Any]:
-    """Everything that compiled programs depend on: {field: JSON value}."""
+    """Everything on which compiled programs depend: {field: JSON value}."""
     device = mesh.devices.flat[0]
     fields = {
         "jax": jax.__version__,
@@ -241,10 +242,10 @@ def _serialized(name: str, program: Program, arguments: tuple, compiled: jax.sta
     try:
         executable: Any = compiled.runtime_executable()
         blob = None if executable is None else bytes(executable.serialize())
-    # A status of the runtime, and what jax raises where a back end has no executable to show, are both of this class.
+    # Both a status of the runtime and jax's error for a back end without an executable are of this class.
     except RuntimeError as error:
         raise ValueError(_refusal(name, error)) from error
-    if blob is None:  # what jax documents for a back end without one
+    if blob is None:  # as jax documents it for a back end without executables
         raise ValueError(_refusal(name, "it has no executable of its own"))
     return blob
 
@@ -257,7 +258,7 @@ def _refusal(name: str, reason: object) -> str:
 
 
 def _text(program: Program, arguments: tuple, compiled: jax.stages.Compiled) -> str:
-    """The program's operations: as compiled, or where jaxlib cannot read those, as they were before."""
+    """The text of the program's operations: compiled, or as lowered where jaxlib cannot read the compiled ones."""
     try:
         return compiled.as_text() or ""
     except jax.errors.JaxRuntimeError:
@@ -271,7 +272,7 @@ def _placed(leaf: Any, sharding: Sharding) -> jax.Array:
 
 
 def _whole(shape: jax.ShapeDtypeStruct, sharding: Sharding, shards: list[jax.Array]) -> jax.Array:
-    """One array of the parts on this process's devices."""
+    """One array, made of its parts on this process's devices."""
     if not jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
         return jax.make_array_from_single_device_arrays(shape.shape, sharding, shards)
     data = jax.eval_shape(jax.random.key_data, shape)
@@ -279,7 +280,7 @@ def _whole(shape: jax.ShapeDtypeStruct, sharding: Sharding, shards: list[jax.Arr
 
 
 def _per_leaf(shardings: Any, tree: Any) -> list[Sharding]:
-    """A sharding for every leaf of `tree`, from a tree that has one for it or for a whole branch above it."""
+    """A sharding for every leaf of `tree`. `shardings` is a tree like it, or a prefix of it."""
     spread = jax.tree.map(
         lambda sharding, branch: jax.tree.map(lambda _: sharding, branch),
         shardings,
@@ -290,7 +291,7 @@ def _per_leaf(shardings: Any, tree: Any) -> list[Sharding]:
 
 
 def _leaf_texts(tree: Any, shardings: list[Sharding]) -> dict[str, str]:
-    """Dtype, shape and shape on one device of every leaf, by path."""
+    """{path: dtype, shape and shape on one device} of every leaf, as text."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         jax.tree_util.keystr(path): f"{_dtype(x)}{list(np.shape(x))} of {list(sharding.shard_shape(np.shape(x)))}"
@@ -311,7 +312,9 @@ def _libtpu_version() -> str | None:
 
 @functools.cache
 def _code_hash() -> str:
-    """Of every module of the package: another version may compute something else in programs of the same shapes."""
+    """A hash over every module of the package, because another version may compute something else in the same
+    shapes.
+    """
     digest, folder = hashlib.sha256(), pathlib.Path(__file__).parent.parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
@@ -319,7 +322,7 @@ def _code_hash() -> str:
 
 
 def _cpu_features() -> str:
-    """What code compiled for a CPU needs of it, as a short hash."""
+    """A short hash of the features of the CPU that compiled code needs."""
     flags = platform.machine() + platform.processor()
     info = pathlib.Path("/proc/cpuinfo")
     if info.is_file():

@@ -1,4 +1,4 @@
-"""Whether a run is well: updates that were skipped, spikes, and signs that the policy collapses.
+"""Watches the health of a run: skipped updates, spikes, and signs that the policy collapses.
 
 In: the `health` section, the metrics of each step, and a small JSON-able state that checkpoints carry, so that a
 resumed run warns where an uninterrupted one does. Out: warnings in words, whether all samples of the step should be
@@ -17,7 +17,7 @@ from rl.config.sections import HealthSection
 
 _MIN_HISTORY = 10  # steps, before a value can be called unusual
 _NORMAL_SPREAD = 1.4826  # standard deviation of normal numbers / median of their absolute deviations
-_MIN_SPREAD = 0.05  # of the median: values that hardly differ from one another must not make small steps look large
+_MIN_SPREAD = 0.05  # of the median; otherwise almost equal values would make small steps look large
 _MISMATCH = "logprob_difference/mean"
 _MIN_SPREADS = {_MISMATCH: 1e-3}  # nats: with a threshold of 10 a hundredth, far above what float32 rounds
 _WAY_OUT = {
@@ -31,7 +31,7 @@ _SAMPLES = "samples.jsonl of a GRPO run holds every completion of the step"
 
 
 class HealthState(NamedTuple):
-    """What is remembered from step to step.
+    """The state that is carried from step to step.
 
     Attributes:
       num_skipped: updates of the run that were skipped.
@@ -144,9 +144,9 @@ def _spikes(section: HealthSection, state: HealthState, metrics: Mapping[str, fl
 def is_spike(value: float, recent: list[float], threshold: float, least_spread: float = 0.0) -> bool:
     """Whether `value` is more than `threshold` spreads above the median of `recent`.
 
-    The spread is the median absolute deviation, scaled to the standard deviation of normal numbers, which a few earlier
-    spikes do not move; and at least a twentieth of the median, and `least_spread`. Without enough values, or with a
-    spread of zero, nothing is a spike; NaN is none.
+    The spread is the median absolute deviation, scaled to the standard deviation of normal numbers. A few earlier
+    spikes do not move it. It is at least a twentieth of the median, and at least `least_spread`. Without enough values,
+    or with a spread of zero, nothing is a spike. NaN is no spike.
     """
     if len(recent) < _MIN_HISTORY:
         return False
@@ -157,8 +157,8 @@ def is_spike(value: float, recent: list[float], threshold: float, least_spread: 
 
 
 def _nothing_to_learn_from(metrics: Mapping[str, float]) -> dict[str, str]:
-    """The sign that no completion of the step reached the loss, in words, by name. What else the metrics show of such a
-    step says nothing of the policy.
+    """{sign: words} where no completion of the step reached the loss. The other metrics of such a step say nothing
+    about the policy.
     """
     if metrics.get("unjudged_share", 0.0) == 1:
         return {"unjudged": f"no reward could be judged, nothing is learned from this step: {_main_failure(metrics)}"}
@@ -172,7 +172,7 @@ def _nothing_to_learn_from(metrics: Mapping[str, float]) -> dict[str, str]:
 
 
 def _main_failure(metrics: Mapping[str, float]) -> str:
-    """The most frequent reason why reward functions gave nothing."""
+    """The most frequent reason why reward functions gave no value."""
     counts = {(match["name"], match["kind"]): metrics[name] for name in metrics if (match := _FAILURE.fullmatch(name))}
     if not counts:
         return "all functions that count in the sum left it open; look at rewards.functions"
@@ -185,7 +185,7 @@ def _main_failure(metrics: Mapping[str, float]) -> str:
 
 
 def _signs(section: HealthSection, metrics: Mapping[str, float]) -> dict[str, str]:
-    """The signs of collapse that a step's metrics show, in words, by name."""
+    """{sign: words} for the signs of collapse in a step's metrics."""
     signs = {}
     equal, entropy, truncated = (
         metrics.get(name, math.nan) for name in ("zero_variance_share", "entropy", "truncated_share")
@@ -210,7 +210,7 @@ def _signs(section: HealthSection, metrics: Mapping[str, float]) -> dict[str, st
 
 
 def _is_due(num_steps: int, patience: int) -> bool:
-    """Whether a sign that has lasted `num_steps` is named now: after `patience` steps, and each time that has
+    """Whether a sign that has lasted `num_steps` is named now: after `patience` steps, and each time that number has
     doubled.
     """
     times, rest = divmod(num_steps, patience)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the running step is finished, the state saved, the process ends cleanly."""
+"""Ctrl-C and SIGTERM: the run finishes its step, saves, and ends cleanly."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ _STDERR = 2  # the file descriptor: a write to it needs no lock and no buffer
 class StopRequest:
     """A context in which the first SIGINT or SIGTERM only sets `requested`; a second SIGINT raises KeyboardInterrupt.
 
-    Outside of the main thread, where Python handles no signals, nothing is installed.
+    Outside the main thread Python handles no signals, so nothing is installed there.
     """
 
     def __init__(self, say: Callable[[str], None]):
@@ -22,7 +22,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                # None: a handler that Python knows nothing of, such as that of jax's preemption service.
+                # None: a handler that is unknown to Python, such as that of jax's preemption service.
                 self._previous[number] = signal.signal(number, self._handle) or signal.SIG_DFL
             except ValueError:  # not the main thread
                 break
@@ -40,6 +40,6 @@ class StopRequest:
         try:
             self._say(text)
         except (OSError, RuntimeError):
-            # Who reads the output may have got the same signal, `| tee` for instance, which must not cost the step. Or
-            # it came amid a write to the same stream, which cannot be entered again.
+            # The reader of the output (`| tee`) may have got the same signal, which must not cost the step. Or the
+            # signal came during a write to the same stream, which cannot be entered again.
             os.write(_STDERR, f"{text}\n".encode())

@@ -1,9 +1,9 @@
-"""What a run says and measures, step by step: `RunLog`.
+"""The messages and measurements of a run, step by step: `RunLog`.
 
-In: messages, warnings, and one mapping of metrics per step. Out: lines on the console, `metrics.jsonl` and
-`samples.jsonl` in the run folder, seconds per phase and compilations of a step. The parts are `rl.run.console` and
-`rl.run.metrics`; this holds them together for as long as a run goes on. It also takes the request to stop (Ctrl-C,
-SIGTERM), which it answers on the console.
+In: messages, warnings, and one mapping of metrics for each step. Out: lines on the console, `metrics.jsonl` and
+`samples.jsonl` in the run folder, seconds of each phase and compilations of a step. `RunLog` holds the parts
+(`rl.run.console`, `rl.run.metrics`) together while a run goes on. It also takes the request to stop (Ctrl-C, SIGTERM),
+and answers it on the console.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory
 
 
 class RunLog(Console):
-    """The console of a run of `total_steps` steps, which inside `recording` writes metrics and samples as well.
+    """The console of a run of `total_steps` steps. Inside `recording` it also writes metrics and samples.
 
-    Of several processes the first one alone says and writes something.
+    Only the first process of a run prints and writes.
 
     Attributes:
-      stopwatch: seconds per phase of the step so far.
+      stopwatch: seconds of each phase in the step so far.
     """
 
     def __init__(self, total_steps: int):
@@ -35,11 +35,11 @@ class RunLog(Console):
 
     @contextlib.contextmanager
     def recording(self, folder: pathlib.Path, first_step: int) -> Iterator[None]:
-        """From here to the end of the block steps are written, compilations counted, and requests to stop taken.
+        """A context in which steps are written, compilations counted, and requests to stop taken.
 
         Args:
-          folder: of the run.
-          first_step: steps that are done. Lines of later ones, which are run again, are dropped.
+          folder: the run folder.
+          first_step: the number of steps that are done. Lines of later steps, which are run again, are dropped.
 
         Raises:
           ValueError: see `MetricsWriter`.
@@ -92,6 +92,6 @@ class RunLog(Console):
             self.warning(text)
 
     def should_stop(self, step: int) -> bool:
-        """Whether the run ends after `step` steps: they are all, or one of its processes was asked to stop."""
+        """Whether the run ends after `step` steps: because they are all, or because a process was asked to stop."""
         assert self._stop is not None, "outside of `recording`"
         return hosts.any_process(self._stop.requested) or step == self._total_steps

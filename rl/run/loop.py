@@ -1,6 +1,6 @@
-"""What a run is known by, and what it remembers of its loop from one step to the next.
+"""The identity of a run, and the state of its loop from one step to the next.
 
-In: the run's configuration and sources, or a checkpoint. Out: the identity for `run.json`; the state to train with its
+In: the run's configuration and sources, or a checkpoint. Out: the identity for `run.json`; the training state with its
 `LoopState`, restored or new.
 """
 
@@ -27,8 +27,8 @@ from rl.state.states import InitStateFn, frozen_base, setup_training_state
 
 
 def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
-    """What `run.json` keeps of a run: the sources and hashes of policy, reference, prompts, a user's own files, and
-    reward functions that no file holds.
+    """The identity of a run in `run.json`: sources and hashes of policy, reference, prompts, a user's files, and reward
+    functions that are given as objects.
     """
     reference = origin.identity if config.grpo.beta else None
     hashes = {"data": fingerprint(data.train), HELD_OUT: held_out_fingerprint(data.held_out), **file_hashes(config)}
@@ -36,20 +36,20 @@ def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, 
 
 
 def supervised_identity(origin: Origin, pairs: PairData) -> dict[str, Any]:
-    """What `run.json` keeps of supervised fine-tuning: the source and hash of the policy, and those of the rows."""
+    """The identity of supervised fine-tuning in `run.json`: source and hash of the policy and of the data rows."""
     held_out = held_out_fingerprint(pairs.held_out)
     return {"policy": origin.identity, "data": fingerprint(pairs.rows), HELD_OUT: held_out}
 
 
 class LoopState(NamedTuple):
-    """What a checkpoint remembers of the loop; supervised fine-tuning has `step` and `health` alone.
+    """The state of the loop in a checkpoint. Supervised fine-tuning uses `step` and `health` only.
 
     Attributes:
-      step: steps that are done.
+      step: the number of steps that are done.
       health: see `rl.run.health`.
-      position: prompts used up, in the order of the run's prompts.
-      entropy: of the adaptive entropy bonus.
-      reward_state: what was found about reward functions, JSON values by name: `reward_calls` and `reward_doubts`.
+      position: the number of prompts used up, in the run's order of prompts.
+      entropy: the state of the adaptive entropy bonus.
+      reward_state: findings about reward functions, as JSON values: `reward_calls` and `reward_doubts`.
     """
 
     step: int
@@ -60,12 +60,12 @@ class LoopState(NamedTuple):
 
     @classmethod
     def start(cls, config: Config) -> "LoopState":
-        """Before the first step."""
+        """The state before the first step."""
         return cls(0, healthy(), 0, EntropyCoefState(config.grpo.entropy_coef, math.inf))
 
     @classmethod
     def restored(cls, record: Mapping[str, Any], config: Config, num_rows: int) -> "LoopState":
-        """Of a checkpoint's record, as `record` made it; `num_rows`: training rows of the run."""
+        """The state from a checkpoint's record, which `record` made. `num_rows`: training data rows of the run."""
         loop = cls.start(config)._replace(step=record["step"], health=HealthState(**record["health"]))
         if "position" not in record:
             return loop
@@ -76,14 +76,14 @@ class LoopState(NamedTuple):
         )
 
     def record(self, flavour: str, num_rows: int) -> dict[str, Any]:
-        """As JSON values; the position is that in the epoch, of `num_rows` rows."""
+        """The state as JSON values. The position is split into epochs of `num_rows` data rows."""
         epoch, offset = divmod(self.position, num_rows)
         record = {"step": self.step, "epoch": epoch, "position": offset, "flavour": flavour}
         record |= {"entropy": self.entropy._asdict(), "health": self.health._asdict()}
         return {**record, **self.reward_state}
 
     def supervised_record(self, flavour: str) -> dict[str, Any]:
-        """As JSON values, of supervised fine-tuning, in which the step alone says where in the data the run is."""
+        """The state of supervised fine-tuning as JSON values. The step alone gives the position in the data."""
         return {"step": self.step, "flavour": flavour, "health": self.health._asdict()}
 
 
@@ -97,16 +97,16 @@ def restore_or_start(
     log: RunLog,
     stored: Stored = not_stored,
 ) -> tuple[PureState, LoopState]:
-    """The state to train, and where its loop stands: those of the newest checkpoint that is whole, or new ones.
+    """The training state and the loop's state, from the newest whole checkpoint or new.
 
     Args:
-      checkpoints: of the run folder.
-      num_rows: training rows of the run.
-      stored: where the compiled program that builds a state is taken from, if it is there.
+      checkpoints: those of the run folder.
+      num_rows: training data rows of the run.
+      stored: looks up the compiled program that builds a state.
 
     Raises:
-      ValueError: a checkpoint of another model or optimizer, no checkpoint that is whole, pretrained weights that do
-        not fit, or a module of the user's own that does not keep the rules of a policy.
+      ValueError: the checkpoint is of another model or optimizer, no checkpoint is whole, pretrained weights do not
+        fit, or a user's module breaks the rules of a policy.
     """
     if checkpoints.latest_step is None:
         params = pretrained_params(origin, checkpoints.abstract.shardings.params)

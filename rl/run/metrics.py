@@ -1,9 +1,8 @@
-"""What a run measures: metrics and samples on disk, seconds per phase, compilations, peak memory.
+"""The measurements of a run: metrics and samples on disk, seconds of each phase, compilations, peak memory.
 
-In: one mapping of names to numbers per step. Out: `metrics.jsonl` and `samples.jsonl` in the run folder, one JSON
-object per line. Not here: what a person sees while the run goes on (`rl/run/console.py`) and the plots made from it
-afterwards (`rl/tools/report.py`). jax is imported only by the two functions that ask it something, so that reading a
-finished run is quick.
+In: one mapping of names to numbers for each step. Out: `metrics.jsonl` and `samples.jsonl` in the run folder, one JSON
+object for each line. Not here: the console (`rl/run/console.py`), and plots (`rl/tools/report.py`). Only two functions
+import jax, so reading a finished run is quick.
 """
 
 import collections
@@ -26,29 +25,29 @@ SAMPLES_FILE = "samples.jsonl"
 
 
 class MetricsWriter:
-    """Appends metrics and samples to a run folder; a kill at any moment leaves files that `read_metrics` can read.
+    """Appends metrics and samples to a run folder. A kill at any moment leaves files that `read_metrics` can read.
 
-    A line reaches the disk, line end included, before the call that wrote it returns. So a loop that writes a step's
-    line before it saves that step's checkpoint never has a checkpoint whose lines are missing.
+    A line, with its line end, is on the disk before the call that wrote it returns. So a loop that writes a step's line
+    before it saves the step's checkpoint never has a checkpoint without its lines.
     """
 
     def __init__(self, folder: str | os.PathLike | None, start_step: int):
-        """Reads both files; the first write opens them for appending, without the lines of steps that are run again.
+        """Reads both files. The first write opens them for appending, and drops the lines of steps that are run again.
 
         Args:
-          folder: the run folder; created by the first write when missing. None: nothing is written, another process
-            does that.
-          start_step: the first step this process will write. Lines of this step and later ones are dropped, and so is a
-            last line that a kill cut short; each file is replaced atomically. A process that writes nothing drops
+          folder: the run folder, which the first write makes if missing. None: another process writes, and this one
+            does not.
+          start_step: the first step that this process will write. Lines of this step and later ones are dropped, and so
+            is a last line that a kill cut short. Each file is replaced atomically. A process that writes nothing drops
             nothing.
 
         Raises:
-          ValueError: a complete line in either file is not a JSON object with a `step`, or the disk is full; the
-            latter from all that writes here.
+          ValueError: a complete line in either file is not a JSON object with a `step`, or the disk is full. Every
+            method that writes raises the latter.
         """
         self._folder = None if folder is None else pathlib.Path(folder)
         self._files: dict[str, Any] = {}
-        self._kept: dict[str, bytes] = {}  # what is left of a file of which lines are dropped
+        self._kept: dict[str, bytes] = {}  # {file: the lines that stay}, for files of which lines are dropped
         if self._folder is not None:
             for name in (METRICS_FILE, SAMPLES_FILE):
                 kept = _steps_before(self._folder / name, start_step)
@@ -65,11 +64,11 @@ class MetricsWriter:
         self._append(METRICS_FILE, [_with_step_first(metrics)])
 
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Appends one line per sample to samples.jsonl: `step`, then the sample's own keys; all in one write."""
+        """Appends a line for each sample to samples.jsonl, in one write: `step`, then the sample's own keys."""
         self._append(SAMPLES_FILE, [{"step": step, **sample} for sample in samples])
 
     def close(self) -> None:
-        """Closes both files; calling it again does nothing."""
+        """Closes both files. A second call does nothing."""
         for file in self._files.values():
             with writing(file.name):
                 file.close()
@@ -83,7 +82,8 @@ class MetricsWriter:
             for each, kept in self._kept.items():
                 write_file(self._folder / each, kept)
             for each in (METRICS_FILE, SAMPLES_FILE):
-                # For the life of the run. Without a buffer: what a full disk refused is not tried again at the end.
+                # Open for the life of the run. Without a buffer, so that a write that a full disk refused is not tried
+                # again.
                 with writing(self._folder / each):
                     self._files[each] = open(self._folder / each, "ab", buffering=0)  # noqa: SIM115
         _append_lines(self._files[name], rows)
@@ -96,7 +96,7 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run folder's metrics.jsonl in file order, null as None; a last line cut short by a kill is left
+    """The lines of a run folder's metrics.jsonl in file order, null as None. A last line that a kill cut short is left
     out.
 
     Raises:
@@ -111,10 +111,10 @@ def read_samples(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class Stopwatch:
-    """Seconds per phase, summed until `lap` is called once per step.
+    """Seconds of each phase, summed until `lap` is called at the end of a step.
 
-    A jax computation only counts in the phase that waits for its result: block on it, or read a number from it, inside
-      the phase.
+    A jax computation counts in the phase that waits for its result: block on it, or read a number from it, inside the
+    phase.
     """
 
     def __init__(self) -> None:
@@ -131,8 +131,8 @@ class Stopwatch:
             self._seconds[phase] += time.perf_counter() - start
 
     def lap(self) -> dict[str, float]:
-        """{"seconds/<phase>": ..., "seconds/step": wall time since the last lap, "seconds/other": that of no phase};
-        then starts from zero again.
+        """{"seconds/<phase>": ..., "seconds/step": wall time since the last lap, "seconds/other": time outside of
+        phases}. Then starts from zero again.
         """
         now = time.perf_counter()
         lap = {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
@@ -144,7 +144,7 @@ class Stopwatch:
 
 
 class CompileCounter:
-    """Counts the programs that XLA compiles, or loads from its persistent cache, from construction to `close`."""
+    """Counts the programs that XLA compiles or loads from its persistent cache, from construction to `close`."""
 
     def __init__(self) -> None:
         import jax.monitoring
@@ -174,7 +174,7 @@ class CompileCounter:
         return new
 
     def close(self) -> None:
-        """Stops counting; calling it again does nothing."""
+        """Stops counting. A second call does nothing."""
         if self._listening:
             import jax.monitoring
 
@@ -189,7 +189,7 @@ class CompileCounter:
 
 
 def peak_memory_bytes() -> int:
-    """Peak bytes in use so far: of the fullest local device where devices report it, else of this process (CPU)."""
+    """Peak bytes in use so far: of the fullest local device, or of this process where devices report none (CPU)."""
     import jax
 
     device_stats = [device.memory_stats() for device in jax.local_devices()]
@@ -226,7 +226,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _steps_before(path: pathlib.Path, start_step: int) -> bytes | None:
-    """The complete lines of steps before this one; None where there are no others, or no file."""
+    """The complete lines of steps before this one; None where there are no other lines, or no file."""
     if not path.exists():
         return None
     content = path.read_bytes()
@@ -242,7 +242,7 @@ def _read_existing(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _complete_lines(content: bytes) -> list[bytes]:
-    """Lines with their line ends; what follows the last line end was cut short by a kill, even if it parses."""
+    """Lines with their line ends. Text after the last line end was cut short by a kill, even if it parses."""
     return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 

@@ -1,7 +1,7 @@
-"""Why an update was skipped: what of weights, advantages, loss and gradient is not finite.
+"""Finds why an update was skipped: which of weights, advantages, loss and gradient is not finite.
 
 In: a step's metrics, its advantages and the weights. Out: the cause with its way out, in words. It looks at the weights
-on the host, array by array, so it belongs after a step that came to nothing.
+on the host, array by array, so it runs only after a step without an update.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from rl.config.sections import HealthSection
 from rl.run.health import Checkup, HealthState, examine
 
-# Finite, and yet far beyond anything that trains: what is computed of them soon leaves float32.
+# Finite, but far beyond anything that trains: results computed from such numbers soon leave float32.
 _LARGE_ADVANTAGE, _LARGE_WEIGHT = 1e4, 1e6
 
 
@@ -33,12 +33,12 @@ def examine_step(
 
 
 def cause_of_skips(metrics: Mapping[str, float], params: Any, advantages: np.ndarray | None = None) -> str:
-    """What is not finite in a step without an update, and what to do.
+    """A message about what is not finite in a step without an update, and what to do.
 
     Args:
       metrics: `loss` and `grad_norm` of the step.
-      params: the weights; of arrays that other processes hold as well, the parts that this one has.
-      advantages: of the step's completions; None in supervised training.
+      params: the weights. Of arrays that are spread over processes, only this process's parts are looked at.
+      advantages: the advantages of the step's completions; None in supervised training.
     """
     sizes = sizes_of(params)
     broken = [name for name, size in sizes.items() if not math.isfinite(size)]
@@ -68,13 +68,13 @@ def cause_of_skips(metrics: Mapping[str, float], params: Any, advantages: np.nda
 
 
 def sizes_of(params: Any) -> dict[str, float]:
-    """The largest absolute value of each floating-point array of a pytree, by name; NaN where the array holds one. Of
-    the parts that this process has.
+    """{name: the largest absolute value} of each floating-point array of a pytree, in this process's parts; NaN where
+    the array holds one.
     """
 
     def size(array: jax.Array) -> float:
         parts = [np.asarray(shard.data) for shard in array.addressable_shards if shard.replica_id == 0]
-        with np.errstate(invalid="ignore"):  # some versions warn of a NaN, which is what is looked for
+        with np.errstate(invalid="ignore"):  # some versions warn about a NaN, which is expected here
             return float(np.max([np.abs(part).max(initial=0.0).astype(np.float64) for part in parts], initial=0.0))
 
     return {

@@ -1,8 +1,7 @@
-"""Where a run's files go: its folder, the mirror of that folder in a store, and the checkpoints in it.
+"""The place of a run's files: its folder, the mirror of that folder in a store, and the checkpoints in it.
 
-In: the configuration and the run's identity. Out: `RunOutput`, one context for the three. Nothing in the folder
-changes before `begin`, which also makes good what a kill has left half-moved; so whatever can be refused is refused
-before.
+In: the configuration and the run's identity. Out: `RunOutput`, one context for the three. Nothing in the folder changes
+before `begin`, which also moves back a run that a kill left half-moved. So whatever can be refused is refused before.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ class RunOutput:
         look_only: bool = False,
         trust: bool = False,
     ):
-        """Arguments as `RunFolder` takes them; `look_only`: `begin` changes nothing on disk either."""
+        """Arguments: see `RunFolder`. With `look_only`, `begin` changes nothing on disk either."""
         self._config, self._kind, self._identity, self._log = config, kind, identity, log
         self._look_only, self._trust = look_only, trust
         self._stack = contextlib.ExitStack()
@@ -67,7 +66,7 @@ class RunOutput:
 
     @property
     def rewards_log(self) -> pathlib.Path | None:
-        """The file for what reward functions print; None where nothing may be written."""
+        """The file for the output of reward functions; None where nothing may be written."""
         return None if self._look_only else self.path / LOG
 
     def begin(
