@@ -130,11 +130,12 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             # 1. draw completions and judge them
             collected = collector.draw_and_judge(state, step, data.train, loop.position)
             # 2. rewards to advantages
-            rollout = with_advantages(config, collected.judged)
+            rollout = with_advantages(config, collected.judged, collected.weights_step)
             # 3. update the policy; move the reference if it moves
             with log.timer("train"), no_implicit_transfers():
                 batches = minibatches(config, rollout)
-                state, entropy, train_metrics = updater.step(state, reference, batches, loop.entropy)
+                age = step - rollout.weights_step  # 0: the weights at hand drew it
+                state, entropy, train_metrics = updater.step(state, reference, batches, loop.entropy, age)
                 reference = sync_reference(reference, state, step + 1)
             # 4. look at its health, and remember where the loop stands
             measured = rollout.metrics | train_metrics

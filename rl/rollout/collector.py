@@ -83,7 +83,7 @@ class Collector:
           state: the weights to draw with; all randomness follows from its key and the step.
           rows: to train on. position: how many, in the run's order, are used up.
         """
-        collected = collect(self._config, rows, position, functools.partial(self._draw, state, step))
+        collected = collect(self._config, rows, position, step, functools.partial(self._draw, state, step))
         self._sampler.release()  # the weights are about to change
         return collected
 

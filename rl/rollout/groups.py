@@ -82,6 +82,8 @@ class Rollout:
       weighted_B: weighted sum, NaN where no function judged.
       advantages_B: finite; 0 for rows that no function judged.
       kept_B: bool, rows that the loss sees (judged, and not masked as truncated).
+      weights_step: the step, from 0, whose weights drew the completions: those before its first update. A rollout that
+        is trained on in a later step is off-policy from its first update on, see `rl.training.update`.
       metrics: scalars for metrics.jsonl. problems: what went wrong in reward functions, in words.
     """
 
@@ -93,6 +95,7 @@ class Rollout:
     weighted_B: np.ndarray
     advantages_B: np.ndarray
     kept_B: np.ndarray
+    weights_step: int
     metrics: dict[str, float]
     problems: list[str]
 
@@ -120,8 +123,8 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
     return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, list(result.problems))
 
 
-def with_advantages(config: Config, judged: Judged) -> Rollout:
-    """Turns rewards into advantages, and measures both."""
+def with_advantages(config: Config, judged: Judged, weights_step: int) -> Rollout:
+    """Turns rewards into advantages, and measures both. `weights_step`: see `Rollout`."""
     group_size, weights = config.grpo.group_size, judged.weights
     flat = [completion for group in judged.completions for completion in group]
     rewards_BK = np.array(
@@ -172,6 +175,7 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
         weighted_B,
         advantages.advantages_B,
         kept_B,
+        weights_step,
         metrics,
         judged.problems,
     )

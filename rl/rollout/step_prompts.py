@@ -32,12 +32,14 @@ class Collected(NamedTuple):
     Attributes:
       judged: P groups.
       position: rows of the run's order used up so far, those of the groups that were replaced included.
+      weights_step: the step, from 0, whose weights drew the groups, see `rl.rollout.groups.Rollout`.
       metrics: empty without dynamic sampling.
       problems: what to warn of, in words.
     """
 
     judged: Judged
     position: int
+    weights_step: int
     metrics: dict[str, float]
     problems: list[str]
 
@@ -56,13 +58,15 @@ def check_calls(config: Config, runner: RewardRunner) -> None:
             )
 
 
-def collect(config: Config, rows: Sequence[PromptRow], position: int, draw: DrawFn) -> Collected:
-    """Draws and judges P groups from the rows at `position` on, and refills those without a spread of rewards."""
+def collect(config: Config, rows: Sequence[PromptRow], position: int, weights_step: int, draw: DrawFn) -> Collected:
+    """Draws and judges P groups from the rows at `position` on, and refills those without a spread of rewards. `draw`
+    does so with the weights of `weights_step`.
+    """
     num_prompts, max_rounds = config.grpo.prompts_per_step, config.grpo.dynamic_sampling_rounds
     taken, position = next_indices(len(rows), config.seed, position, num_prompts, num_prompts)
     judged = draw([rows[i] for i in taken], range(num_prompts))
     if not max_rounds:
-        return Collected(judged, position, {}, [])
+        return Collected(judged, position, weights_step, {}, [])
     num_refilled = num_rounds = 0
     equal = [p for p in range(num_prompts) if not has_spread(judged, p)]
     while equal and num_rounds < max_rounds and len(taken) < len(rows):
@@ -87,7 +91,8 @@ def collect(config: Config, rows: Sequence[PromptRow], position: int, draw: Draw
             "they are; prompts that are less easy or less hard, or a higher grpo.dynamic_sampling_rounds, would help"
         )
     metrics = {"refilled": num_refilled, "unfilled": len(equal), "rounds": num_rounds, "prompts": len(taken)}
-    return Collected(judged, position, {f"dynamic_sampling/{k}": float(v) for k, v in metrics.items()}, problems)
+    metrics = {f"dynamic_sampling/{name}": float(value) for name, value in metrics.items()}
+    return Collected(judged, position, weights_step, metrics, problems)
 
 
 def has_spread(judged: Judged, p: int) -> bool:

@@ -48,7 +48,7 @@ class Minibatch(NamedTuple):
       entropy_coef: float [], coefficient of the entropy bonus during this update.
       entropy_MRCL: the policy's entropies now, where the loss selects tokens by entropy; None otherwise.
       on_policy: bool [], whether old log-probs, where the batch has any, are to be those of the update itself. Before
-        the first update since the rollout they are what it would be given but for rounding, and the ratio is exactly 1.
+        the first update on a rollout they are what it would be given but for rounding, and the ratio is exactly 1.
         Of a token whose old log-prob is NaN (unknown) they always are.
     """
 

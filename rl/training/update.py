@@ -4,12 +4,24 @@ them.
 In: the state, the reference, groups with advantages. Out: the next state and what training measured. Old log-probs are
 frozen before the first update, but not computed for it (they are its own), nor where the sampler's stand in; epochs go
 over the same minibatches again. Not here: the loss and the compiled functions themselves.
+
+Rollouts of older weights. Three policies meet: the one that drew (mu), the one before the first update on the rollout
+(old), and the one that is trained (pi). Where they are trained in the step that drew them, mu and old have the same
+weights. An older rollout needs the ratio to mu, and there are three ways to it:
+
+- `grpo.sampler_is_correction`: old is recomputed with the weights at hand, the clip bounds pi / old, and the sampler's
+  log-probs give old / mu as a constant weight. This is decoupled PPO, https://arxiv.org/abs/2110.00641 and
+  https://arxiv.org/abs/2505.24298 (AReaL): the trust region moves with the weights, so old rollouts do not clip all.
+- `grpo.old_logprobs: sampler`: old is the distribution that was drawn from, so the ratio is pi / mu.
+- neither: old is the plain softmax of the weights that drew, as the sampler computed it then (`rollout_logprobs`), so
+  the ratio is again pi / mu, as in PPO. Log-probs that the trainer made now would claim that the rollout is on-policy.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -79,6 +91,10 @@ class Updater:
         self._calls = {name: stored(name, program) or program.jit() for name, program in programs.items()}
         self._train_step = train_step
         self._finish_metrics = jax.jit(finish_metrics, out_shardings=self._replicated)
+        self._fill_unknown = jax.jit(
+            lambda known, other: jnp.where(jnp.isnan(known), other, known),
+            out_shardings=self._batch_shardings.mask_MRCL,
+        )
 
     def step(
         self,
@@ -86,6 +102,7 @@ class Updater:
         reference: PureState | None,
         groups: Sequence[Sequence[TrainGroup]],
         entropy: EntropyCoefState,
+        age: int = 0,
     ) -> tuple[PureState, EntropyCoefState, dict[str, float]]:
         """All updates of one step.
 
@@ -94,24 +111,34 @@ class Updater:
           reference: None when there is no KL term; weights without adapters.
           groups: per minibatch its groups.
           entropy: of the adaptive entropy bonus.
+          age: steps that were made since the weights that drew the completions; 0: those of `state` drew them. Above 0
+            the ratio is taken to the policy that drew, see the module. The first such call may compile again.
 
         Returns:
           The next state, the entropy coefficient's next state, and metrics: means over the updates that were made (over
           all when every one was skipped, to show what was not finite), the number of `skipped_updates`, and
-          `logprob_difference` is that of the first update, where policy and sampler have the same weights.
+          `logprob_difference` of the first update, where policy and sampler have the same weights. Where they do not,
+          there are `rollout_age` and, in its place, `logprob_drift`: how far the policy moved since the draw.
         """
+        assert age >= 0, age
         from_sampler = self._config.grpo.old_logprobs == "sampler"
+        from_rollout = age > 0 and not from_sampler and not self._config.grpo.sampler_is_correction
         reference_name = REFERENCE_LOGPROBS if REFERENCE_LOGPROBS in self._calls else LOGPROBS
         num_items = sum(c.trained_places.size for minibatch in groups for group in minibatch for c in group.completions)
         batches = []
         for number, minibatch in enumerate(groups):
-            bare: Batch = hosts.put(pack(minibatch, self._plan, self._dtype), self._batch_shardings)
+            packed = pack(minibatch, self._plan, self._dtype)
+            bare: Batch = hosts.put(packed, self._batch_shardings)
             # With the sampler's, the ratio corrects for what sampler and trainer compute differently. Of a minibatch
             # whose only update is the first one they stand in for old ones that this update does not read.
             old = bare.sampler_logprobs_MRCL if needs_old_logprobs(self._config) else None
             is_read = number > 0 or self._config.grpo.epochs > 1 or self._config.grpo.kl_in_reward
+            if from_rollout:
+                old = bare.rollout_logprobs_MRCL
+                is_read = bool(np.any(np.isnan(packed.rollout_logprobs_MRCL) & (packed.mask_MRCL > 0)))
             if _recomputes_old(self._config) and is_read:
-                old = self._calls[LOGPROBS](state.params, bare)[0]
+                now = self._calls[LOGPROBS](state.params, bare)[0]
+                old = self._fill_unknown(old, now) if from_rollout else now
             reference_logprobs = None if reference is None else self._calls[reference_name](reference.params, bare)[0]
             batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
         kl_metric: dict[str, float] = {}
@@ -120,12 +147,13 @@ class Updater:
         measured: list[_Measured] = []
         for _ in range(self._config.grpo.epochs):
             for batch in batches:
-                on_policy = not from_sampler and not any(update.is_applied for update, _ in measured)
+                is_first = not any(update.is_applied for update, _ in measured)
+                on_policy = is_first and not from_sampler and not from_rollout
                 minibatch = self._minibatch(state, batch, num_items, entropy, on_policy)
                 state, update = self._train_step(state, minibatch)
                 measured.append(_Measured(*jax.device_get((update, self._finish_metrics(update.sums)))))
                 entropy = self._next_entropy(entropy, measured[-1])
-        return state, entropy, self._metrics(measured, entropy) | kl_metric
+        return state, entropy, self._metrics(measured, entropy, age) | kl_metric
 
     def _with_token_advantages(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
         """The minibatches of a step with an advantage for each token; nothing else needs the reference's log-probs."""
@@ -151,7 +179,7 @@ class Updater:
         num_items_in_batch, entropy_coef, is_first = scalars
         return Minibatch(batch, num_items_in_batch, entropy_coef, entropies, on_policy=is_first)
 
-    def _metrics(self, measured: list[_Measured], entropy: EntropyCoefState) -> dict[str, float]:
+    def _metrics(self, measured: list[_Measured], entropy: EntropyCoefState, age: int) -> dict[str, float]:
         updates, applied = [], [one for one in measured if one.update.is_applied]
         for update, finished in applied or measured:
             updates.append({"loss": float(update.loss), "grad_norm": float(update.grad_norm)})
@@ -163,9 +191,10 @@ class Updater:
         if self._loss_config.has_entropy_bonus:
             metrics["entropy_coef"] = entropy.coef
         first = measured[0].update.difference
-        metrics["logprob_difference/mean"] = float(first.total) / max(float(first.count), 1.0)
-        metrics["logprob_difference/max"] = float(first.highest)
-        return metrics
+        name = "logprob_drift" if age else "logprob_difference"
+        metrics[f"{name}/mean"] = float(first.total) / max(float(first.count), 1.0)
+        metrics[f"{name}/max"] = float(first.highest)
+        return {**metrics, "rollout_age": age} if age else metrics
 
 
 def update_programs(

@@ -103,9 +103,9 @@ def test_truncated_completions_can_stay_out_of_the_loss_but_never_out_of_the_bas
     completions = [[completion_of(p, g, reason) for g, reason in enumerate(group)] for p, group in enumerate(reasons)]
     rewards = [[3.0], [0.0], [0.0], [1.0], [2.0], [0.0]]
     judged = Judged(rows, completions, ["x"] * 6, rewards, ["mine"], [1.0], {}, [])
-    unjudged = with_advantages(config, dataclasses.replace(judged, rewards=[[None]] * 6)).metrics
+    unjudged = with_advantages(config, dataclasses.replace(judged, rewards=[[None]] * 6), 0).metrics
     assert (unjudged["unjudged_share"], unjudged["zero_variance_share"], unjudged["masked_share"]) == (1, 1, 1)
-    rollout = with_advantages(config, judged)
+    rollout = with_advantages(config, judged, 0)
     assert rollout.metrics["unjudged_share"] == 0
     np.testing.assert_allclose(rollout.advantages_B, [2, -1, -1, 0, 1, -1])
     assert rollout.metrics["truncated_share"] == 0.5
