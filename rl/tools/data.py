@@ -1,9 +1,9 @@
 """`grpo data bench`: how fast the prompts of a recipe are read, filtered and tokenised here (MaxText:
 `standalone_dataloader`).
 
-In: a configuration. Out: rows and tokens per second, what was kept and what was left out, lengths, and the memory of
-this process. The rows are those of training, through the same `rl.data.prompts.load_prompts`; no model is read and no
-device is touched. All of it happens once, before the first step: a step then chooses rows that lie in memory, which is
+In: a configuration. Out: rows and tokens per second, numbers of rows kept and dropped, lengths, and the memory of this
+process. The data rows are those of training, through the same `rl.data.prompts.load_prompts`. No model is read and no
+device is touched. Training does all this once, before the first step. A step then chooses rows in memory, which is
 timed too.
 """
 
@@ -27,15 +27,14 @@ class DataBench(NamedTuple):
 
     Attributes:
       source: data.source.
-      num_rows: read, of data.source and data.eval_source. Each is one of num_train, num_held_out, num_dropped (the
-        prompt is longer than data.max_prompt_length) and num_removed (its question is held out in another row).
-      num_tokens: of the prompts in num_train and num_held_out; longest_prompt and mean_prompt are of the same, in
-        tokens.
-      tokenizer_seconds: until the tokenizer was there. seconds: from then until all rows were. step_seconds: of
+      num_rows: rows read from data.source and data.eval_source. Each counts in one of num_train, num_held_out,
+        num_dropped (the prompt is longer than data.max_prompt_length) and num_removed (another row with its question is
+        held out).
+      num_tokens, longest_prompt, mean_prompt: in tokens, over the prompts in num_train and num_held_out.
+      tokenizer_seconds: until the tokenizer was ready. seconds: from then until all rows were ready. step_seconds: for
         choosing the rows of one step, on average.
-      start_bytes: the most memory that this process had on the host before it read the first row. peak_bytes: the same
-        after the last one.
-      messages: what training says of these rows.
+      start_bytes, peak_bytes: the most memory of this process on the host before the first row, and after the last one.
+      messages: training's remarks about these rows.
     """
 
     source: str
@@ -59,8 +58,8 @@ def bench(recipe: str | pathlib.Path, num_steps: int = 10, overrides: Sequence[s
     """Loads the prompts of a recipe as `grpo train` does, and chooses those of its first `num_steps` steps.
 
     Raises:
-      ValueError: whatever `grpo train` refuses in its data, fewer rows than grpo.prompts_per_step, or `num_steps` below
-        1.
+      ValueError: `grpo train` would refuse the data, there are fewer rows than grpo.prompts_per_step, or `num_steps` is
+        below 1.
     """
     if num_steps < 1:
         raise ValueError(f"--steps must be >= 1, got {num_steps}")

@@ -36,19 +36,20 @@ def evaluate_source(
     output: str | None = None,
     trust: bool = False,
 ) -> tuple[EvalResult, str]:
-    """Evaluates a run (its newest checkpoint) or the weights of a recipe, Hugging Face folder or hub id on the held-out
-    rows, with an adapter in PEFT's format beside the weights where one is given.
+    """Evaluates a run (its newest checkpoint), or the weights of a recipe, Hugging Face folder or hub id, on held-out
+    rows.
 
     Args:
-      output: file that the caller's first process will write; whether it can is checked before anything is loaded.
+      adapter: folder of an adapter in PEFT's format to put beside the weights.
+      output: file that the caller's first process will write; it is checked before anything is loaded.
       trust: see `rl.run_folder.folder.check_trust`.
 
     Returns:
-      The result, and where the weights came from, in words.
+      The result, and the origin of the weights in words.
 
     Raises:
-      ValueError: no reward function, no held-out rows, some that may have been trained on, or whatever is wrong with
-        the configuration, the data or the checkpoint.
+      ValueError: there is no reward function, there are no held-out rows, some of them may have been trained on, or
+        something is wrong with the configuration, the data or the checkpoint.
     """
     source = resolve_model(model, overrides, adapter=adapter, alone=False)
     config = source.config
@@ -81,11 +82,12 @@ def evaluate_source(
 def changed_rows(
     run: pathlib.Path, config: Config, overrides: Sequence[str], data: PromptData, tokenizer: Tokenizer
 ) -> str | None:
-    """How the held-out rows differ from those of the run, in words; None where they do not, where an older version
-    began the run, or where the command line names other data.
+    """A message about the difference between the held-out rows and those of the run.
+
+    None where there is no difference, an older version began the run, or the command line names other data.
 
     Raises:
-      ValueError: the training rows differ as well, and the held-out questions may be among those that were trained on.
+      ValueError: the training rows differ as well, so held-out questions may have been trained on.
     """
     identity = read_run(run)[1]
     if any(key.startswith("data.") for key in override_values(overrides)) or HELD_OUT not in identity:

@@ -1,8 +1,8 @@
 """`grpo launch --processes N [--cpu-devices K] -- COMMAND ...`: one command as N processes on this machine, watched.
 
 In: a command of `grpo` that takes `key=value`. Out: N processes that know each other by the `distributed` keys, and the
-exit status. When one dies, the runtime of the others can only abort, without a word of who was first: the parent names
-it and ends the rest. Across machines SLURM and Kubernetes do the same; see examples/launch.
+exit status. When one process dies, the runtime of the others can only abort, and cannot say which was first. The parent
+names it and ends the others. Across machines SLURM and Kubernetes do the same; see examples/launch.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from types import FrameType
 
 from rl.errors import READER_GONE
 
-_SECONDS_TO_FINISH = 5.0  # for the others to say what they have to say, when the first has ended with an error
-COMMANDS = ("train", "sft", "eval")  # that several processes can do together
+_SECONDS_TO_FINISH = 5.0  # for the last messages of the others, after the first has ended with an error
+COMMANDS = ("train", "sft", "eval")  # that several processes can run together
 _RESUMABLE = ("train", "sft")
 _ABORTED = 128 + signal.SIGABRT  # the exit status of a shell whose command aborted, as jax's runtime does
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Starts the processes and waits for them.
 
     Returns:
-      0 when all of them ended well; 1 when one did not, which has then been named on stderr and the others ended; 141
-      when the reader of stdout is gone.
+      0 when all processes succeeded; 1 when one failed, which is named on stderr, and the others were ended; 141 when
+      the reader of stdout is gone.
     """
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
     address = f"127.0.0.1:{_free_port()}"
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def environment_of(environment: dict[str, str] | os._Environ[str], cpu_devices: int | None) -> dict[str, str]:
-    """The environment of a process; with `cpu_devices` it sees that many virtual devices of the CPU and no others."""
+    """The environment of a process. With `cpu_devices` it sees that many virtual devices of the CPU, and no others."""
     if cpu_devices is None:
         return dict(environment)
     flags = [flag for flag in environment.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICE_COUNT_FLAG)]
@@ -106,10 +106,10 @@ def _free_port() -> int:
 
 
 def _watch(processes: list[subprocess.Popen], command: str) -> int:
-    """Waits until all have ended well, or one has not; then says which, and whether `command` goes on from there."""
+    """Waits until all processes have succeeded or one has failed. Then names it, and says whether `command` resumes."""
     number_of = {process.pid: number for number, process in enumerate(processes)}
     while any(process.returncode is None for process in processes):
-        # The one that ends first is seen first, though those it leaves alone may follow within milliseconds.
+        # waitpid gives the process that ended first, even if the others follow within milliseconds.
         pid, status = os.waitpid(-1, 0)
         if pid not in number_of:
             continue
@@ -117,14 +117,14 @@ def _watch(processes: list[subprocess.Popen], command: str) -> int:
         processes[number].returncode = os.waitstatus_to_exitcode(status)
         returncode = processes[number].returncode
         if returncode == READER_GONE:
-            return returncode  # whoever reads the output has seen enough: no failure, and nothing to say
+            return returncode  # the reader of the output has left, which is no failure
         if returncode:
             cause = f"error: process {number} of {len(processes)} {_cause(returncode)}; the others are ended"
-            # What came from outside is gone with the process; an error of its own would come again.
+            # A cause from outside is gone with the process. The process's own error would come again.
             goes_on = command in _RESUMABLE and (returncode < 0 or returncode == _ABORTED)
             way_out = ". The same command again goes on from the last checkpoint" if goes_on else ""
             print(cause + way_out, file=sys.stderr)
-            if returncode > 0:  # of a killed one the others know nothing
+            if returncode > 0:  # the others know nothing about a killed process
                 _wait_for(processes, _SECONDS_TO_FINISH)
             return 1
     return 0
@@ -145,7 +145,7 @@ def _wait_for(processes: list[subprocess.Popen], seconds: float) -> None:
 def _end(processes: list[subprocess.Popen]) -> None:
     for process in processes:
         if process.poll() is None:
-            process.kill()  # without the other it could do nothing but wait for it
+            process.kill()  # it would only wait for the process that died
             process.wait()
 
 

@@ -46,7 +46,7 @@ _MAX_NAMED = 5  # arrays named for one problem
 
 
 class Found(NamedTuple):
-    """A checkpoint: its folder, and the run that it belongs to with its step, where there is one."""
+    """A checkpoint: its folder and, if it belongs to a run, the run and the step."""
 
     folder: pathlib.Path
     run: pathlib.Path | None
@@ -54,11 +54,11 @@ class Found(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What a verification found.
+    """The findings of a verification.
 
     Attributes:
-      hashes: content hash by the name of the array, of those that could be read.
-      notes: what was not looked at, in words. problems: what is wrong.
+      hashes: {name: content hash} of the arrays that could be read.
+      notes: what was not checked, in words. problems: what is wrong.
     """
 
     hashes: dict[str, str]
@@ -67,10 +67,10 @@ class Verification(NamedTuple):
 
 
 def find(path: str | pathlib.Path, step: int | None = None) -> Found:
-    """The checkpoint that a run folder (and a step; None: the newest) or a checkpoint's own folder stands for.
+    """The checkpoint of a run folder (at `step`; None: the newest), or in its own folder.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no checkpoint.
     """
     path = local_source(path, step)
     if is_run_folder(path):
@@ -90,10 +90,10 @@ def find(path: str | pathlib.Path, step: int | None = None) -> Found:
 
 
 def inspect(found: Found) -> list[str]:
-    """What a checkpoint holds, as lines of text; reads no array.
+    """The content of a checkpoint as lines of text. Reads no array.
 
     Raises:
-      ValueError: not a checkpoint, or its metadata cannot be read.
+      ValueError: the folder is no checkpoint, or its metadata cannot be read.
     """
     arrays: dict[str, StoredArray] = {}
     for item, folder in item_folders(found.folder).items():
@@ -124,11 +124,13 @@ def inspect(found: Found) -> list[str]:
 
 
 def verify(found: Found, trust: bool = False) -> Verification:
-    """Compares a checkpoint's files with their hashes, reads every array, and compares what is there with what the
-    run's configuration wants; this last not where that takes code which `rl.run_folder.folder.check_code` refuses.
+    """Compares a checkpoint's files with their hashes, reads every array, and compares the arrays with the run's
+    configuration.
+
+    The last comparison is left out where it needs code that `rl.run_folder.folder.check_code` refuses.
 
     Raises:
-      ValueError: not a checkpoint.
+      ValueError: the folder is no checkpoint.
     """
     notes, problems, hashes = [], [], {}
     damaged = damaged_files(found.folder)
@@ -171,7 +173,7 @@ def verify(found: Found, trust: bool = False) -> Verification:
 
 
 def compare_hashes(hashes: dict[str, str], against: dict[str, str]) -> list[str]:
-    """How the contents differ from those written down before, in words; empty where they do not."""
+    """The differences between content hashes and earlier ones, in words; empty where there are none."""
     groups = {
         "missing": sorted(against.keys() - hashes.keys()),
         "not there before": sorted(hashes.keys() - against.keys()),
@@ -181,7 +183,7 @@ def compare_hashes(hashes: dict[str, str], against: dict[str, str]) -> list[str]
 
 
 def _name(item: str, path: tuple[str, ...]) -> str:
-    """The name of an array in a checkpoint; that of its item comes first where it has one."""
+    """The name of an array in a checkpoint, with the name of its item first, if there is one."""
     return "/".join(filter(None, (item, *path)))
 
 
@@ -194,7 +196,7 @@ def _by_part(arrays: dict[str, StoredArray]) -> dict[str, list[StoredArray]]:
 
 
 def _misfits(found: Found) -> list[str]:
-    """What the run could not resume from: arrays, adapter settings and keys of the loop record."""
+    """What keeps the run from resuming: arrays, adapter settings and keys of the loop record."""
     assert found.run is not None
     config, identity = read_run(found.run)
     problems = []
@@ -254,7 +256,7 @@ def _verify_command(arguments: argparse.Namespace) -> int:
 
 
 def _read_hashes(path: str) -> dict[str, str]:
-    """Content hashes by the name of the array, of a file that --write wrote."""
+    """{name: content hash} from a file that --write wrote."""
     rule = f"--against must be a file that `grpo checkpoint verify --write` wrote, got {path!r}"
     try:
         hashes = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
 """`grpo checkpoint bench`: how fast checkpoints of a run are written and read here (MaxText:
 `standalone_checkpointer`).
 
-In: a configuration, or a run's checkpoint. Out: seconds and GB/s of the init or the restore at the start, of filling
-the moments, and of each save and restore after that, through the same `rl.state.checkpoint` as training. Moments are
-filled with random bits, because zeros would be compressed away. Files are written beside the run folder, on its disk,
-and removed. What a round reads was just written, so that it may come from memory: a restore from the disk itself, like
-the one at the start, can be slower.
+In: a configuration, or a run's checkpoint. Out: seconds and GB/s of the init or restore at the start, of filling the
+moments, and of each save and restore, through the same `rl.state.checkpoint` as training. Moments are filled with
+random bits, because zeros would be compressed away. Files are written beside the run folder, on its disk, and removed.
+A round reads what was just written, which may still be in memory. A restore from the disk itself, like the one at the
+start, can be slower.
 """
 
 import contextlib
@@ -41,9 +41,9 @@ class Timing(NamedTuple):
     """Seconds of one round.
 
     Attributes:
-      blocking: until `save` returned and training could go on.
-      complete: until the checkpoint was complete on disk, from the same start.
-      restore: until the state was on the devices again.
+      blocking: seconds until `save` returned and training could go on.
+      complete: seconds until the checkpoint was complete on disk, from the same start.
+      restore: seconds until the state was on the devices again.
     """
 
     blocking: float
@@ -52,7 +52,7 @@ class Timing(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Something done once, until its arrays were on the devices: its seconds, and the bytes of those arrays."""
+    """Something that is done once: its seconds until its arrays were on the devices, and the bytes of these arrays."""
 
     name: str
     seconds: float
@@ -60,14 +60,14 @@ class Phase(NamedTuple):
 
 
 class BenchResult(NamedTuple):
-    """What was measured.
+    """The measurements.
 
     Attributes:
-      source: of the state, in words.
-      num_bytes: of the arrays of one checkpoint. num_disk_bytes: of its files.
-      phases: before the first round: "init" (with compilation, and reading what weights the model starts from) or
-        "restore", then "fill", that of the moments.
-      timings: of the rounds.
+      source: the origin of the state, in words.
+      num_bytes, num_disk_bytes: bytes of the arrays and of the files of one checkpoint.
+      phases: before the first round: "init" (with compilation and reading of weights) or "restore", then "fill" (the
+        moments).
+      timings: one for each round.
     """
 
     source: str
@@ -82,10 +82,10 @@ def bench(
 ) -> BenchResult:
     """Saves and restores the state of a run (its newest checkpoint) or of a recipe (a fresh state) `num_rounds` times.
 
-    `trust` is that of `rl.run_folder.folder.check_trust`.
+    `trust`: see `rl.run_folder.folder.check_trust`.
 
     Raises:
-      ValueError: no such run or recipe, too little room on the disk, or `num_rounds` below 1.
+      ValueError: there is no such run or recipe, the disk has too little room, or `num_rounds` is below 1.
     """
     if num_rounds < 1:
         raise ValueError(f"--steps must be >= 1, got {num_rounds}")
@@ -125,9 +125,9 @@ def bench(
 
 
 def fill_moments(state: PureState) -> PureState:
-    """The state with random bits in the arrays of its optimizer, where each lies: finite numbers between -2 and 2.
+    """The state with random bits in the optimizer's arrays, on their devices: finite numbers between -2 and 2.
 
-    All bits are random but the highest of the exponent, so that no compressor gains more than that one. Counts stay.
+    All bits except the highest of the exponent are random, so that a compressor gains one bit at most. Counts stay.
     """
     leaves, tree = jax.tree.flatten(state.opt_state)
     filled = [_random_like(i, leaf) if _is_moment(leaf) else leaf for i, leaf in enumerate(leaves)]
@@ -184,7 +184,7 @@ def _num_bytes(tree: Any) -> int:
 
 
 def _timed(function: Callable[[], T]) -> tuple[T, float]:
-    """What `function` returns, and the seconds until all arrays in it were computed."""
+    """(result of `function`, seconds until all arrays in it were computed)."""
     start = time.perf_counter()
     result = jax.block_until_ready(function())
     return result, time.perf_counter() - start
@@ -203,7 +203,7 @@ def _round(checkpoints: Checkpoints, state: PureState, step: int, frozen: Params
 
 @contextlib.contextmanager
 def _scratch_folder(run: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside that of a run, hence on its disk, that is gone afterwards, also after Ctrl-C."""
+    """A folder beside a run's folder, and so on its disk, which is removed afterwards, also after Ctrl-C."""
     run.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run.parent, prefix=f".{run.name}.bench-") as scratch:
         yield pathlib.Path(scratch)

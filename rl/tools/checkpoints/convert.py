@@ -1,7 +1,7 @@
 """`grpo checkpoint convert`: checkpoints in other layouts become those of this version.
 
 In: a run folder of an older version, or weights that MaxText wrote. Out: a new run folder that this version resumes, or
-a Hugging Face folder that `model.source` takes; what came in is left as it was. What an older run lacks is filled in:
+a Hugging Face folder that `model.source` takes. The input is not changed. What an older run lacks is filled in:
 
 | missing or other | now |
 |---|---|
@@ -50,15 +50,15 @@ _RECORD_KEYS = {
 
 
 def missing_record_keys(kind: str, record: dict[str, Any]) -> list[str]:
-    """The keys that a resume of a run of this kind ("grpo" or "sft") reads in the loop record and does not find."""
+    """The keys that the loop record lacks for a resume of a run of this kind ("grpo" or "sft")."""
     return [key for key in _RECORD_KEYS[kind] if key not in record]
 
 
 def upgrade_run(run: str | pathlib.Path, out: str | pathlib.Path) -> list[str]:
-    """Writes a run of an older version as one that this version resumes; what was changed, a line each.
+    """Writes a run of an older version as one that this version resumes. Returns a line for each change.
 
     Raises:
-      ValueError: no run folder, `out` is there, or the run lacks what cannot be filled in.
+      ValueError: `run` is no run folder, `out` exists, or the run lacks something that cannot be filled in.
     """
     run, out = pathlib.Path(run), pathlib.Path(out)
     for step in checkpoint_steps(run):
@@ -88,16 +88,16 @@ def convert_maxtext(
     dtype: str | None = None,
     rope: str | None = None,
 ) -> list[str]:
-    """Writes weights that MaxText saved as a Hugging Face folder; what there is to say about it, a line each.
+    """Writes weights that MaxText saved as a Hugging Face folder. Returns remarks, a line each.
 
     Args:
-      checkpoint: the folder of an item (".../0/items"), or of the step around it.
+      checkpoint: the folder of an item (".../0/items"), or of its step.
       like: folder or hub id with the config.json and the tokenizer of the model.
-      dtype: float32, bfloat16 or float16; None: that of `like`.
+      dtype: float32, bfloat16 or float16; None: the dtype of `like`.
       rope: see `rl.models.files.maxtext.read_params`.
 
     Raises:
-      ValueError: no checkpoint of MaxText's, one of another model, or `out` holds something.
+      ValueError: the folder is no checkpoint of MaxText's, or of another model, or `out` holds something.
     """
     for folder in (pathlib.Path(checkpoint), pathlib.Path(checkpoint).absolute().parent):
         _check_whole(folder)
@@ -115,7 +115,7 @@ def convert_maxtext(
 
 
 def _check_whole(folder: pathlib.Path) -> None:
-    """ValueError where files of a checkpoint are not those that were written."""
+    """ValueError where files of a checkpoint differ from what was written."""
     if problems := damaged_files(folder):
         raise ValueError(
             f"checkpoint {folder} must be whole, and {problems[0]}; put back a copy, or remove that folder"
@@ -148,7 +148,7 @@ def _upgrade_identity(folder: pathlib.Path, config: Config, identity: dict[str, 
         rows = load_prompts(config, tokenizer).train if is_grpo else load_pairs(config, tokenizer).rows
         identity = {**identity, "data": fingerprint(rows)}
         changes.append("run.json: data is what data.source gives now; that the run began with it is not known")
-    # With a signature only where the old one holds, or there is nothing to run.
+    # Signed only if the old signature is valid, or if there is no code to run.
     text = (folder / "config.yml").read_text(encoding="utf-8")
     write_identity(folder, identity, config, text, is_signed=is_trusted or not code_of(config))
     return changes
@@ -190,7 +190,7 @@ def _sgd_path(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _rewrite(item: pathlib.Path, arrays: dict[tuple[str, ...], StoredArray]) -> None:
-    """Puts the same numbers under other paths."""
+    """Writes the same arrays under other paths."""
     tree: dict[str, Any] = {}
     for path, array in arrays.items():
         set_leaf(tree, path, read_array(array))

@@ -3,9 +3,9 @@
 In: a run's checkpoint. Out: a Hugging Face folder that transformers, TRL, vLLM and Tandem open, or with `--format
 params` a parameter-only checkpoint that Orbax and Tandem read (see `rl.state.param_folder`; MaxText:
 `generate_param_only_checkpoint`), both with configuration, token ids, tokenizer and chat template. Adapters are merged
-into the weights, in a Hugging Face folder beside what is needed to take them out again
-(`rl.models.files.lora_remainder`), or with `--adapter` written alone in PEFT's format. What is written is read back and
-compared, then it appears at its place at once.
+into the weights; a Hugging Face folder also holds what is needed to take them out again
+(`rl.models.files.lora_remainder`). With `--adapter` they are written alone in PEFT's format. The folder is read back
+and compared, and then appears as a whole.
 """
 
 import argparse
@@ -31,17 +31,17 @@ def export(
     keep_remainder: bool = True,
     trust: bool = False,
 ) -> int:
-    """Writes checkpoint `step` (None: the newest) of a run folder to `out`; returns the step written.
+    """Writes checkpoint `step` (None: the newest) of a run folder to `out`. Returns the step.
 
     Args:
-      out: must not exist or be empty; written atomically.
+      out: must not exist, or be empty; written atomically.
       dtype: float32, bfloat16 or float16; None keeps the dtype of the checkpoint.
       kind: a name of `FORMATS`.
       keep_remainder: see `write_folder`.
       trust: see `rl.run_folder.folder.check_trust`.
 
     Raises:
-      ValueError: not a run folder, no such checkpoint, or `out` holds something.
+      ValueError: `run` is no run folder, there is no such checkpoint, or `out` holds something.
     """
     folder = local_source(run, step)
     config, _ = read_run(folder)
@@ -57,13 +57,14 @@ def export(
 def export_adapter(
     run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None, trust: bool = False
 ) -> int:
-    """Writes the adapter of checkpoint `step` (None: the newest) as a folder that peft opens; returns the step written.
+    """Writes the adapter of checkpoint `step` (None: the newest) as a folder that peft opens. Returns the step.
 
     Args:
       trust: see `rl.run_folder.folder.check_trust`.
 
     Raises:
-      ValueError: not a run folder, no such checkpoint, a run without adapters, or `out` holds something.
+      ValueError: `run` is no run folder, there is no such checkpoint, the run has no adapters, or `out` holds
+        something.
     """
     folder = local_source(run, step)
     config, _ = read_run(folder)

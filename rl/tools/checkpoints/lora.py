@@ -1,8 +1,9 @@
-"""`grpo lora`: adapters taken out of a run, put into weights, taken out of them again, looked at, and made a run.
+"""`grpo lora`: extracts adapters from a run, merges them into weights, unmerges, inspects them, and makes a run of
+them.
 
-In: run folders, PEFT folders, bases (Hugging Face folder, hub id or recipe). Out: PEFT folders, Hugging Face folders or
-a run folder, each new and whole or not there at all; or a table on stdout. The arithmetic is `rl.models.lora`, the
-files are `rl.models.files.peft` and `rl.models.files.hf`.
+In: run folders, PEFT folders, bases (Hugging Face folder, hub id or recipe). Out: a new PEFT folder, Hugging Face
+folder or run folder, which is whole or not there at all; or a table on stdout. Elsewhere: the arithmetic
+(`rl.models.lora`), the files (`rl.models.files.peft`, `rl.models.files.hf`).
 """
 
 import argparse
@@ -51,15 +52,15 @@ def merge_into(
     keep_remainder: bool = True,
     trust: bool = False,
 ) -> TrainedPolicy:
-    """Writes base + adapter as a Hugging Face folder, with the base's tokenizer; gives what was read.
+    """Writes base + adapter as a Hugging Face folder, with the base's tokenizer. Returns the policy that was read.
 
     Args:
-      dtype: of the folder; None: that of the base.
-      keep_remainder: also writes the file with which `unmerge_from` gives the base back bit for bit.
+      dtype: the stored type; None: the base's.
+      keep_remainder: whether to write the file with which `unmerge_from` restores the base bit for bit.
       trust: see `rl.run_folder.folder.check_trust`.
 
     Raises:
-      ValueError: no such base or adapter, an adapter that does not fit the base, or `out` holds something.
+      ValueError: there is no such base or adapter, the adapter does not fit the base, or `out` holds something.
     """
     trained = load_start(resolve_model(base, overrides, adapter=adapter, trust=trust).config)
     config, dtype = trained.origin.model_config, dtype or _stored_dtype(trained)
@@ -75,10 +76,11 @@ def unmerge_from(
     overrides: Sequence[str] = (),
     trust: bool = False,
 ) -> TrainedPolicy:
-    """Writes merged - adapter, the base, as a Hugging Face folder: bit for bit where `merge_into` or an export left
-    a remainder, else see `rl.models.lora.merge` for how exact it is.
+    """Writes merged - adapter, the base, as a Hugging Face folder.
 
-    Arguments and errors are those of `merge_into`; so is a remainder of other weights or another adapter.
+    The base is exact bit for bit where `merge_into` or an export left a remainder; otherwise `rl.models.lora.merge`
+    says how exact it is. Arguments and errors are those of `merge_into`. A remainder of other weights or another
+    adapter is a ValueError as well.
     """
     trained = load_start(resolve_model(merged, overrides, adapter=adapter, trust=trust).config)
     config, dtype = trained.origin.model_config, dtype or _stored_dtype(trained)
@@ -90,11 +92,12 @@ def unmerge_from(
 
 
 def inspect(source: str, step: int | None = None, trust: bool = False) -> dict[str, Any]:
-    """What an adapter is: settings, number of parameters and, per matrix, the Frobenius norms of A, B and scale A B.
+    """The settings of an adapter, its number of parameters and, for each matrix, the Frobenius norms of A, B and scale
+    A B.
 
     Args:
       source: a PEFT folder, or a run that trained adapters.
-      step: of the run's checkpoint; None: the newest.
+      step: the step of the run's checkpoint; None: the newest.
       trust: see `rl.run_folder.folder.check_trust`.
     """
     with _as_peft(source, step, trust) as folder:
@@ -104,7 +107,7 @@ def inspect(source: str, step: int | None = None, trust: bool = False) -> dict[s
             dtypes |= {str(a_RI.dtype), str(b_OR.dtype)}
             num_parameters += a_RI.size + b_OR.size
             a, b = a_RI.astype(np.float64), b_OR.astype(np.float64)
-            # |B A|^2 = sum of (A A^T) * (B^T B): two small squares instead of the whole product.
+            # |B A|^2 = sum of (A A^T) * (B^T B): two small matrices instead of the whole product.
             product = np.sqrt(max(float(np.sum((a @ a.T) * (b.T @ b))), 0.0))
             matrices.append(
                 {
@@ -129,15 +132,17 @@ def inspect(source: str, step: int | None = None, trust: bool = False) -> dict[s
 
 
 def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = (), trust: bool = False) -> pathlib.Path:
-    """Makes a run folder whose checkpoint 0 holds the adapter: `grpo train RUN/config.yml` goes on from it, `grpo eval`
-    and `grpo sample` read it. The adapter's folder is not needed any more; the base of `model.source` is.
+    """Makes a run folder whose checkpoint 0 holds the adapter.
+
+    `grpo train RUN/config.yml` continues from it, and `grpo eval` and `grpo sample` read it. The adapter's folder is
+    not needed any more, the base of `model.source` is.
 
     Args:
-      recipe: of the run; rank, alpha and targets are the adapter's.
+      recipe: the recipe of the run; rank, alpha and targets are the adapter's.
       trust: see `rl.run_folder.folder.check_trust`.
 
     Raises:
-      ValueError: whatever `grpo train` refuses, an adapter that does not fit, or `run` holds something.
+      ValueError: `grpo train` would refuse the recipe, the adapter does not fit, or `run` holds something.
     """
     if pathlib.Path(run).exists() and (not pathlib.Path(run).is_dir() or any(pathlib.Path(run).iterdir())):
         raise ValueError(f"the run folder must be new or empty, got {run}; choose another one or remove it")
@@ -150,7 +155,7 @@ def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = (), t
     _, optimizer = create_training_optimizer(config, policy)
     init_state_fn = InitStateFn(policy, optimizer, config.seed)
     with contextlib.ExitStack() as stack:
-        # Until its checkpoint is complete the folder holds no run, and closing it leaves nothing behind.
+        # Until the checkpoint is complete the folder holds no run, and closing it leaves nothing behind.
         folder = RunFolder(config, "grpo", run_identity(config, origin, data))
         stack.callback(folder.close)
         folder.begin()
@@ -167,7 +172,7 @@ def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = (), t
 
 
 def _run_config(adapter: str, run: str, recipe: str, overrides: Sequence[str], trust: bool) -> Config:
-    """The recipe with the adapter's rank, alpha and targets spelled out, and without its folder."""
+    """The recipe with the adapter's rank, alpha and targets, and without its folder."""
     start = load_config(recipe, [*overrides, "lora.rank=0", f"lora.adapter={json.dumps(adapter)}"])
     hosts.check_alone(start.distributed)
     check_trust(recipe, start, overrides, trust=trust)
@@ -186,7 +191,7 @@ def _run_config(adapter: str, run: str, recipe: str, overrides: Sequence[str], t
 
 @contextlib.contextmanager
 def _as_peft(source: str, step: int | None, trust: bool) -> Iterator[pathlib.Path]:
-    """A folder in PEFT's format: `source` itself, or for as long as it is needed the adapter of a run."""
+    """A folder in PEFT's format: `source` itself, or a temporary one with the adapter of a run."""
     path = local_source(source, step)
     if not is_run_folder(path):
         if step is not None:
