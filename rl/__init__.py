@@ -3,7 +3,7 @@
     run = rl.train(model=..., data=rows, rewards=[function], output_dir="runs/mine", grpo={"steps": 100})
     run = rl.load("runs/mine")
 
-They are `rl.api`'s, which is imported when one of them is first asked for: it takes seconds.
+Both are in `rl.api`, which is imported when one of them is first used, because the import takes seconds.
 """
 
 import importlib
@@ -18,7 +18,7 @@ __all__ = ["Run", "load", "train"]
 
 
 def _check_rewards() -> None:
-    """ImportError where `rewards` is another distribution's package: PyPI has some of that name."""
+    """ImportError where `rewards` is another distribution's package. PyPI has packages of that name."""
     home = pathlib.Path(__file__).parents[1]
     spec = importlib.util.find_spec("rewards")
     found = None if spec is None or spec.origin is None else pathlib.Path(spec.origin).parent

@@ -1,8 +1,8 @@
-"""Training from a notebook or a script: `rl.train(...)` and `rl.load(RUN)`, which give a `Run`.
+"""Training from a notebook or a script: `rl.train(...)` and `rl.load(RUN)`, which return a `Run`.
 
-In: the configuration that a recipe holds, as keywords, and objects where it names functions and files. Out: a run
-folder as `grpo train` leaves it, and what the commands do with one. The configuration carries objects under a name
-(`rl.config.objects`), so everything below this module is what a command does.
+In: the configuration of a recipe as keywords, with objects in place of names of functions and files. Out: a run folder
+like that of `grpo train`, and what the commands do with one. The configuration carries objects under a name
+(`rl.config.objects`), so everything below this module works as for a command.
 """
 
 import datetime
@@ -44,9 +44,9 @@ _ROWS_KEYS = {"source": "rows", "eval_source": "eval_rows"}  # of the section da
 
 
 class Run:
-    """A run folder, with the objects that its configuration stands for.
+    """A run folder, with the objects that its configuration names.
 
-    What reads weights reads the newest checkpoint that is whole, and lets go of them afterwards.
+    Methods that read weights read the newest whole checkpoint, and free them afterwards.
 
     Attributes:
       path: the folder, a `pathlib.Path`; or its URL, text.
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def metrics(self) -> "pandas.DataFrame":
-        """metrics.jsonl as a table: a row per step, a column per metric."""
+        """metrics.jsonl as a table, with a row for each step and a column for each metric."""
         import pandas
 
         lines = read_metrics(local_metrics(self.path))
@@ -73,7 +73,7 @@ class Run:
         """Greedy accuracy on the held-out rows.
 
         Raises:
-          ValueError: there are no held-out rows, or reward functions or rows were objects and are not given again.
+          ValueError: there are no held-out rows, or reward functions or rows were objects and were not given again.
         """
         with given(self._objects):
             _check_one_process(self.config, "run.evaluate")
@@ -85,15 +85,15 @@ class Run:
         """Draws completions.
 
         Args:
-          prompts: texts, or chats as lists of messages; one text stands for a list of it.
-          n: completions of each. seed: the run's when None.
+          prompts: texts, or chats as lists of messages; or a single text.
+          n: the number of completions of each prompt. seed: None: the run's seed.
           sampling: keys of the section `sampling` that differ, such as temperature=0.
 
         Returns:
-          A table with a row per completion; its columns are the fields of `grpo sample`.
+          A table with a row for each completion; its columns are the fields of `grpo sample`.
 
         Raises:
-          ValueError: no prompts, one that is neither text nor messages, or a key that is wrong.
+          ValueError: there are no prompts, one is neither text nor messages, or a key is wrong.
         """
         import pandas
 
@@ -111,8 +111,8 @@ class Run:
         return pandas.DataFrame(sorted(sample_rows(source, samples, seed), key=_place))
 
     def export(self, out: str | os.PathLike, step: int | None = None, **options: Any) -> pathlib.Path:
-        """Writes the weights as a folder that transformers, TRL and vLLM open; `options`: see
-        `rl.tools.checkpoints.export.export`. Returns the folder.
+        """Writes the weights as a folder that transformers, TRL and vLLM open, and returns the folder. `options`: see
+        `rl.tools.checkpoints.export.export`.
         """
         out = pathlib.Path(out)
         export(os.fspath(self.path), out, step, trust=self._trust, **options)
@@ -131,23 +131,23 @@ def train(
     trust: bool = False,
     **sections: Any,
 ) -> Run:
-    """Trains, or resumes the run that is in `output_dir`; an interrupt finishes the step, saves and returns.
+    """Trains, or resumes the run in `output_dir`. An interrupt finishes the step, saves and returns.
 
     Args:
-      recipe: a YAML recipe or a run folder, over which the keywords are laid; None: the defaults.
-      model: what model.source holds, a folder or a hub id; or the section `model` as a mapping.
-      data: rows as a list of dicts or a `datasets.Dataset`; or what data.source holds; or the section `data` as a
+      recipe: a YAML recipe or a run folder, which the keywords override; None: the defaults.
+      model: the value of model.source (a folder or a hub id), or the section `model` as a mapping.
+      data: rows as a list of dicts or a `datasets.Dataset`, or the value of data.source, or the section `data` as a
         mapping, whose `source` and `eval_source` may be rows.
-      rewards: a list of functions, of names as in rewards.functions, or of its entries as mappings, whose `function`
-        may be a function; or the section `rewards` as a mapping.
+      rewards: a list of functions, of names, or of entries of rewards.functions as mappings (whose `function` may be a
+        function); or the section `rewards` as a mapping.
       output_dir: the run folder.
       overrides: `dotted.key=value` texts, as on the command line; they win.
-      trust: run code that a run folder names although it is not shown to be yours (docs/security.md).
+      trust: whether to run code that a run folder names and that is not shown to be yours (docs/security.md).
       sections: the other sections of a recipe as mappings, such as grpo={"steps": 100}, and its other keys, such as
         seed=1.
 
     Raises:
-      ValueError: whatever is wrong, before anything heavy starts; see `rl.grpo_trainer.train`.
+      ValueError: anything is wrong, before heavy work starts; see `rl.grpo_trainer.train`.
     """
     layer, objects = _read_objects(model, data, rewards)
     if output_dir is not None:
@@ -179,23 +179,23 @@ def load(
     overrides: Sequence[str] = (),
     trust: bool = False,
 ) -> Run:
-    """A run of before.
+    """Opens an earlier run.
 
     Args:
       run: its folder or URL.
-      data, rewards: as for `train`; needed again where they were objects, and only by what uses them (`run.evaluate`).
-      overrides: `dotted.key=value` texts for what is done with the run.
+      data, rewards: as for `train`. If they were objects, methods that use them (`run.evaluate`) need them again.
+      overrides: `dotted.key=value` texts for the run's methods.
       trust: as for `train`.
 
     Raises:
-      ValueError: it is no run folder.
+      ValueError: `run` is no run folder.
     """
     layer, objects = _read_objects(None, data, rewards)
     return Run(run, objects, [*_overrides(layer), *overrides], trust)
 
 
 def _check_one_process(config: Config, what: str) -> None:
-    """ValueError where this would be one of several processes: an object of one is not in the others."""
+    """ValueError in a run of several processes, because an object of one process is not in the others."""
     if hosts.named(config.distributed) or hosts.num_processes() > 1 or hosts.is_in_a_cluster(config.distributed):
         raise ValueError(
             f"{what} must run in one process, for functions and rows that are objects are not the same ones in others, "
@@ -205,7 +205,7 @@ def _check_one_process(config: Config, what: str) -> None:
 
 
 def _read_objects(model: Any, data: Any, rewards: Any) -> tuple[dict[str, Any], Objects]:
-    """What the keywords say as sections of a configuration, with texts for objects; and the objects by these texts."""
+    """The keywords as sections of a configuration, with texts in place of objects, and the objects by these texts."""
     layer: dict[str, Any] = {}
     functions: dict[str, GivenFunction] = {}
     rows: dict[str, list[Row]] = {}
@@ -230,7 +230,7 @@ def _read_objects(model: Any, data: Any, rewards: Any) -> tuple[dict[str, Any], 
 
 
 def _section(value: Any, key: str) -> dict[str, Any]:
-    """A section of the configuration: a mapping as it is, of anything else the one with it under `key`."""
+    """A section of the configuration: `value` if it is a mapping, else {key: value}."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     return dict(value) if isinstance(value, Mapping) and not _is_data_set(value) else {key: value}
 
@@ -240,7 +240,9 @@ def _is_data_set(value: Any) -> bool:
 
 
 def _entry(given_entry: Any, place: int, functions: dict[str, GivenFunction]) -> dict[str, Any]:
-    """An entry of rewards.functions; a function in it becomes one of `functions` and the text that stands for it."""
+    """An entry of rewards.functions. A function in it is added to `functions`, and replaced by the text that stands for
+    it.
+    """
     entry = _section(given_entry, "function")
     function = entry.get("function")
     if isinstance(function, str):
@@ -264,7 +266,7 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 
 def _plain_rows(rows: Any, key: str) -> list[Row]:
-    """A copy of the rows with plain values; ValueError, naming row and column, for what is none."""
+    """A copy of the rows with plain values. ValueError names the row and column of any other value."""
     if _is_data_set(rows):
         import datasets
 
@@ -301,7 +303,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _overrides(sections: Mapping[str, Any]) -> list[str]:
-    """Sections and keys as overrides of the command line, whose values are YAML, and so may be JSON."""
+    """Sections and keys as overrides of the command line, with values in JSON, which is YAML too."""
     texts = []
     for name, value in sections.items():
         try:

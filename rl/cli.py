@@ -1,7 +1,7 @@
-"""The console command `grpo`: picks a command, imports its module, hands it the remaining arguments.
+"""The console command `grpo`: picks a command, imports its module, and passes on the remaining arguments.
 
-No command is imported before it is chosen, so that `grpo --help` answers at once. Not here: what a command does with
-its arguments; each module's `main(argv)` reads its own, and `python -m <module>` does the same as the command.
+A command is imported only when it is chosen, so `grpo --help` answers at once. Not here: the arguments of a command.
+Each module's `main(argv)` reads its own, and `python -m <module>` does the same as the command.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ from typing import Any, TextIO
 
 from rl.errors import TRACEBACK_VARIABLE, fail, raised_by_tandem, status_without_stdout
 
-# What a path can be that a user named: too long, without permission, a loop of links, through a file, or a folder.
+# What can be wrong with a user's path: it is too long, a loop of links, leads through a file, is a folder, or needs
+# permission.
 _PATH_ERRORS = frozenset(
     {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 )
@@ -27,7 +28,7 @@ _PATH_ERRORS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One command: the module whose `main(argv)` runs it, and what `--help` says about it."""
+    """One command: the module whose `main(argv)` runs it, and its text in `--help`."""
 
     module: str
     arguments: str
@@ -258,16 +259,17 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments after the program's name; `sys.argv[1:]` when None.
 
     Returns:
-      The exit status: 0, or what the command's `main` returned; 2 for a user's error, told without a traceback unless
-      `--traceback` is given or GRPO_TRACEBACK is set, and where stdout cannot be written, on a full disk for instance;
-      130 after Ctrl-C, 141 when the reader of stdout is gone, as a shell gives for a process that a signal ended.
+      The exit status: 0, or the result of the command's `main`. 2 for a user's error, printed without a traceback
+      unless `--traceback` is given or GRPO_TRACEBACK is set; also where stdout cannot be written, on a full disk for
+      instance. 130 after Ctrl-C and 141 when the reader of stdout is gone, like a shell for a process that a signal
+      ended.
 
     Raises:
-      ValueError: one that no code of Tandem raised. It is a bug, not a user's error, and nobody could find it without
-        its traceback.
+      ValueError: an error that no code of Tandem raised. It is a bug and not a user's error, so its traceback is
+        needed.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started this
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     stdout = sys.stdout
     sys.stdout = _Output(stdout)  # pyright: ignore[reportAttributeAccessIssue]
@@ -285,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Output:
-    """A stream that knows the error with which it failed."""
+    """A stream that remembers the error with which it failed."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

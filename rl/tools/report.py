@@ -2,7 +2,7 @@
 table.
 
 In: the metrics.jsonl of each run folder, finished or not. Out: a PNG (or PDF, SVG), its path and a small table on
-standard output. Not here: anything that loads a model; a report needs neither jax nor the machine that trained.
+standard output. A report loads no model and needs no jax.
 """
 
 import argparse
@@ -55,8 +55,7 @@ def main(argv: Sequence[str]) -> int:
     """Writes the picture and prints the table.
 
     Raises:
-      ValueError: a folder holds no metrics, the output's ending is not one that can be written, or something lies there
-        that this command did not draw.
+      ValueError: a folder holds no metrics, the output's ending is not supported, or another file is in its place.
     """
     parser = argparse.ArgumentParser(prog="grpo report", description="Plot a run's curves and print its summary.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
@@ -78,7 +77,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_place(path: pathlib.Path) -> None:
-    """ValueError where something lies that this command did not draw; a run folder can be a stranger's, with a link."""
+    """ValueError where a file that this command did not draw is in the way. A stranger's run folder may hold a link
+    there.
+    """
     if os.path.lexists(path) and not is_own_curves(path):
         raise ValueError(
             f"the picture must be a new file, or one that grpo report drew, got {str(path)!r}, which is "
@@ -124,10 +125,10 @@ def smoothing_window(num_values: int) -> int:
 
 
 def summarize(run: Run) -> dict[str, str]:
-    """The run in a few lines, {label: text}; what the run did not measure is left out.
+    """The run in a few lines, {label: text}, without entries that it did not measure.
 
-    "first" and "last" of the reward are means over a twentieth of the run at either end, "best" is the top of the
-    smoothed curve. Times leave out start-up and whatever a killed process did after its last checkpoint.
+    "first" and "last" of the reward are means over a twentieth of the run at either end. "best" is the maximum of the
+    smoothed curve. Times leave out the start-up, and the work of a killed process after its last checkpoint.
     """
     summary = {"steps": str(run.rows[-1]["step"])}
     for metric, label in (("reward/mean", "reward"), ("loss", "loss")):
@@ -162,7 +163,7 @@ def summarize(run: Run) -> dict[str, str]:
 
 
 def format_table(runs: Sequence[Run]) -> str:
-    """The summaries side by side: one column per run, one line per entry, "-" where a run lacks it."""
+    """The summaries side by side: a column for each run, a line for each entry, "-" where a run lacks it."""
     summaries = [summarize(run) for run in runs]
     labels = list(dict.fromkeys(label for summary in summaries for label in summary))
     columns = [["", *labels]]
@@ -243,7 +244,7 @@ def _draw_panel(
 
 
 def _annotate_ends(axes: Any, steps: Sequence[int], values: Sequence[float], color: str) -> None:
-    """Writes the first and the last value under their points, or above where the floor is too near."""
+    """Writes the first and the last value under their points, or above them near the bottom."""
     for index in sorted({0, len(values) - 1}):
         offset = 8 if values[index] < 0.08 else -14
         axes.annotate(
@@ -262,7 +263,7 @@ def _has_data(runs: Sequence[Run], metric: str) -> bool:
 
 
 def _mean_speed(run: Run, phase: str) -> float | None:
-    """Tokens per second over the whole run, that is the mean of the steps' speeds weighted by their time."""
+    """Tokens per second over the whole run: the mean of the steps' speeds, weighted by their time."""
     points = [
         (row[f"tokens_per_second/{phase}"], row[f"seconds/{phase}"])
         for row in run.rows

@@ -1,5 +1,6 @@
-"""A policy with weights, for evaluation, sampling and export: run folder, Hugging Face folder, hub id or recipe in,
-weights on a mesh out.
+"""A policy with weights for evaluation, sampling and export.
+
+In: a run folder, Hugging Face folder, hub id or recipe. Out: weights on a mesh.
 """
 
 import dataclasses
@@ -33,9 +34,9 @@ class TrainedPolicy:
     """A policy with weights.
 
     Attributes:
-      params, shardings: weights and where they are; the same tree.
+      params, shardings: the weights and their shardings, trees of the same structure.
       rng: uint32 key data of the run's base key, see `rl.models.train_state.PureState`.
-      step: of the checkpoint they come from; None when they are those of model.source.
+      step: the step of their checkpoint; None for weights of model.source.
     """
 
     policy: Policy
@@ -50,8 +51,8 @@ class TrainedPolicy:
 
 @dataclasses.dataclass(frozen=True)
 class WeightSource:
-    """Where weights come from: the configuration, and the run folder (None: model.source) and its checkpoint, None for
-    the newest that is whole.
+    """The origin of weights: the configuration, the run folder (None: model.source), and the step of its checkpoint
+    (None: the newest whole one).
     """
 
     config: Config
@@ -67,22 +68,22 @@ def resolve_model(
     alone: bool = True,
     trust: bool = False,
 ) -> WeightSource:
-    """What MODEL stands for; loads nothing. A run's own processes are not those of who reads it.
+    """The origin of weights that MODEL names. Loads nothing, and ignores the processes with which a run was made.
 
-    Whether code that a run folder names may run is looked at here where the command runs in one process, else it is
-    the caller's to do when all of them are there (`rl.run_folder.folder.check_trust`).
+    For a command of one process this checks whether code in a run folder may run. With several processes the caller
+    checks it when all have joined (`rl.run_folder.folder.check_trust`).
 
     Args:
       model: a run folder, a YAML recipe, a Hugging Face folder or a hub id.
-      step: of a run's checkpoint; None: the newest.
-      adapter: folder in PEFT's format to put beside the weights of model.source.
-      alone: whether the command runs in one process; it then runs code of the model, but no rewards.
+      step: the step of a run's checkpoint; None: the newest.
+      adapter: folder of an adapter in PEFT's format, to put beside the weights of model.source.
+      alone: whether the command runs in one process, which runs code of the model but no rewards.
       trust: see `rl.run_folder.folder.check_trust`.
 
     Raises:
-      ValueError: none of these, no such checkpoint, a step for something that is no run, an adapter for a run, a wrong
-        override, keys that name the processes of a command that runs in one, a run folder that names code which is not
-        shown to be the user's.
+      ValueError: `model` is none of these; there is no such checkpoint; a step is given without a run, or an adapter
+        with one; an override is wrong; keys name processes for a command of one process; or a run folder names code
+        that is not shown to be the user's.
     """
     source = _resolve(model, overrides, step, adapter)
     if alone:
@@ -127,7 +128,7 @@ def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | Non
 
 
 def load_source(source: WeightSource) -> TrainedPolicy:
-    """The weights that a `WeightSource` stands for."""
+    """The weights of a `WeightSource`."""
     return load_start(source.config) if source.run is None else load_checkpoint(source.config, source.run, source.step)
 
 
@@ -142,20 +143,19 @@ def load_start(config: Config) -> TrainedPolicy:
 def training_setup(config: Config, origin: Origin) -> tuple[Mesh, InitStateFn]:
     """The mesh, and the `init_state_fn` of the state that a run with this configuration trains."""
     policy = policy_from_config(config, origin.model_config)
-    # The number of updates shapes the schedule only, never the optimizer's state.
+    # The number of updates changes the schedule only, never the optimizer's state.
     _, optimizer = create_training_optimizer(config, policy, num_updates=shortest_run(config.optimizer))
     return create_mesh(config.mesh), InitStateFn(policy, optimizer, config.seed)
 
 
 def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None = None) -> TrainedPolicy:
-    """The weights of a run's checkpoint; None: the newest that is whole. `config` is the run's own (see
-    `rl.run_folder.folder.read_run`).
+    """The weights of a run's checkpoint (None: the newest whole one). `config` is the run's own, see
+    `rl.run_folder.folder.read_run`.
 
-    Nothing of the optimizer is built or read: its section of the configuration has no say here.
+    The optimizer is neither built nor read, so its section of the configuration does not matter.
 
     Raises:
-      ValueError: the run has no such checkpoint or a damaged one, or holds adapters, and the base is not the one of
-        their training.
+      ValueError: the run has no such checkpoint, or it is damaged, or its adapters were trained beside another base.
     """
     tokenizer, origin, mesh, init_state_fn = _decode_setup(config)
     if origin.model_config.lora is not None:
@@ -178,7 +178,7 @@ def load_checkpoint(config: Config, folder: str | os.PathLike, step: int | None 
 
 
 def _check_base(folder: str | os.PathLike, origin: Origin) -> None:
-    """Adapters are a difference to the weights that they were trained beside, which a checkpoint does not hold."""
+    """ValueError where adapters were trained beside another base, which a checkpoint does not hold."""
     then, now = (
         {name: identity[name] for name in ("hash", "seed") if name in identity}
         for identity in (read_run(folder)[1]["policy"], origin.identity)

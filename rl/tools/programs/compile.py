@@ -1,5 +1,5 @@
-"""`grpo compile CONFIG`: compiles a run's programs ahead of time, for devices that need not be there, and says whether
-the run fits.
+"""`grpo compile CONFIG`: compiles a run's programs ahead of time, also for absent devices, and says whether the run
+fits.
 
 In: a recipe, and a TPU topology, a number of virtual CPU devices, or nothing (the devices at hand). Out: a report, as
 text and as JSON, and with `--save` a file of the compiled programs that training takes (`compiled_file`). Neither
@@ -31,25 +31,25 @@ from rl.tools.programs.compile_text import to_json, to_text
 from rl.tools.programs.loop_programs import Loop, LoopProgram, loop_programs
 from rl.tools.programs.topologies import CHIPS, find_devices
 
-MALLOC_ARENAS = 2  # with one, three compilers at a time were ten times as slow; with more, memory piles up
+MALLOC_ARENAS = 2  # with one, three compilers at a time were ten times as slow; with more, freed memory piles up
 
 
 def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None] = lambda line: None) -> CompileReport:
     """Compiles the programs of a run, one after the other, and reports on them.
 
     Args:
-      save: file to write all of them to, if all fit; None: only those that are reported on are compiled.
-      tell: gets a line when a program is begun, and one when it is compiled.
+      save: file for all programs, if all fit; None: only reported programs are compiled.
+      tell: takes a line when a program is begun, and one when it is compiled.
 
     Raises:
-      ValueError: `save`, and the back end cannot serialise a program.
+      ValueError: with `save`, the back end cannot serialise a program.
     """
     reports: list[ProgramReport] = []
     kept = []
     for program in loop.programs:
         if program.is_reported or save is not None:
             tell(f"{program.name} ...")
-            # What comes out of the persistent cache cannot be written again (jax 0.12 loses a part of it).
+            # A program from the persistent cache cannot be serialised again (jax 0.12 loses a part of it).
             with contextlib.nullcontext() if save is None else _compiled_anew():
                 report, compiled = compile_one(program)
             tell(f"{program.name}: {report.seconds:.0f} s, {report.host_bytes / 1e9:.1f} GB of host memory")
@@ -58,7 +58,7 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
             if save is not None and compiled is not None:
                 kept.append((program.key, *program.make(), compiled))
             del compiled
-            jax.clear_caches()  # jax would hold every program to the end, about as much as compiling the next one takes
+            jax.clear_caches()  # otherwise jax keeps all programs, in as much memory as the next compilation takes
     refused = dict.fromkeys(report.name for report in reports if report.refused is not None)
     if save is not None and refused:
         tell(f"nothing is saved: all programs must fit, and {', '.join(refused)} does not")
@@ -68,7 +68,9 @@ def compile_loop(loop: Loop, save: str | None = None, tell: Callable[[str], None
 
 
 def compile_one(program: LoopProgram) -> tuple[ProgramReport, jax.stages.Compiled | None]:
-    """A program's report and its compiled form; None for one that the compiler finds too large for the device."""
+    """(report, compiled form) of a program; the form is None if the compiler finds the program too large for the
+    device.
+    """
     start_peak()
     start = time.perf_counter()
     built, arguments = program.make()
@@ -90,10 +92,10 @@ def compile_config(
     save: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> CompileReport:
-    """`grpo compile` as a function; its arguments are the command's, `tell` is that of `compile_loop`.
+    """`grpo compile` as a function, with the command's arguments; `tell`: see `compile_loop`.
 
     Raises:
-      ValueError: whatever is wrong with them, an unknown chip, or a `save` that cannot be written, or for a model whose
+      ValueError: an argument is wrong, the chip is unknown, or `save` cannot be written, or belongs to a model whose
         training takes no compiled_file.
     """
     check_writable(save, "--save", makes_folders=True)
@@ -130,12 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable(arguments.json, "--json")
     config = load_config(arguments.config, arguments.overrides)
     check_trust(arguments.config, config, arguments.overrides, TO_COMPILE, arguments.trust)
-    if config.logging.compilation_cache != "auto":  # what compiling takes is told only of what is compiled
+    if (
+        config.logging.compilation_cache != "auto"
+    ):  # times and memory are known only for programs that are really compiled
         use_compilation_cache(config)
     limit_arenas(MALLOC_ARENAS)
     if arguments.topology is not None and not os.environ.get("JAX_PLATFORMS"):
-        jax.config.update("jax_platforms", "cpu")  # no device of this machine is used, so none is taken
-    # Where each operation comes from, written into a program of eighty layers, is a third of the host memory.
+        jax.config.update("jax_platforms", "cpu")  # no device of this machine is needed
+    # The source location of each operation takes a third of the host memory in a program of eighty layers.
     jax.config.update("jax_traceback_in_locations_limit", 0)
     devices = (arguments.topology, arguments.slices, arguments.devices)
     report = compile_config(config, *devices, arguments.save, lambda line: print(line, file=sys.stderr))
@@ -151,7 +155,7 @@ def _compiled_anew() -> Iterator[None]:
     enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # whether there is one is otherwise decided only once
+        compilation_cache.reset_cache()  # otherwise jax decides only once whether there is a cache
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)

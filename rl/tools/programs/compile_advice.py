@@ -1,4 +1,4 @@
-"""What to change where a run does not fit: keys, by the bytes that each takes off the largest need of a device.
+"""Advice for a run that does not fit: keys to change, ordered by the bytes that each saves.
 
 In: a `CompileReport` of `rl.tools.programs.compile_report`. Out: lines of text, the most useful first. The
 saving of a change is an estimate, and only orders the lines.
@@ -23,16 +23,14 @@ from rl.training.train_step import TRAIN_STEP
 
 
 class _Change(NamedTuple):
-    """A key to change, in words, and the bytes that it takes off the largest need of a device: a rough estimate, by
-    which changes are ordered.
-    """
+    """A key to change, in words, and a rough estimate of the bytes that it saves of a device's largest need."""
 
     text: str
     saves: float
 
 
 def advice(report: CompileReport) -> list[str]:
-    """What to change, as keys, the most telling first; nothing for a run that fits."""
+    """Keys to change, the most useful first; empty for a run that fits."""
     if report.fits:
         budget, wanted = report.kv_budget(), report.loop.resident.cache
         if wanted > budget:
@@ -76,7 +74,7 @@ def _smaller_state(report: CompileReport) -> list[_Change]:
         text = "optimizer.name=adafactor: sums of rows and columns in place of both moments"
         found.append(_Change(text, moments))
     if not config.optimizer.offload and moments:
-        # In the update they take the place of what the backward pass needed.
+        # In the update they reuse the memory of the backward pass.
         room = max(report.worst.temporaries - gradients, 0) if report.worst.name == TRAIN_STEP else moments
         text = "optimizer.offload=true: moments in the hosts' memory but for the update itself"
         found.append(_Change(text, min(moments, room)))
@@ -112,14 +110,14 @@ def _smaller_pieces(report: CompileReport) -> list[_Change]:
     found, is_decoder = [], source_kind(config.model.source) == "decoder"
     num_layers = model.num_layers if is_decoder else 1
     shards = num_row_shards(loop.mesh, config.mesh.rules)
-    # What there is besides gradients and gathered weights grows with the tokens of a piece.
+    # Everything except gradients and gathered weights grows with the tokens of a piece.
     activations = max(report.worst.temporaries - _gradients(report) - _gathered(report), 0)
     rows, chunk = loop.inputs.plan.num_rows // shards, logit_chunk(config, loop.inputs, loop.mesh)
     position = 2 * rows * model.vocab_size * 4 / max(config.mesh.tensor, 1)  # logits of one in each row, their gradient
     if config.model.remat in ("none", "dots", "outputs"):
         text = "model.remat=block: of each layer only its input is kept"
         layers = max(activations - chunk * position, 0)
-        saves = layers * (1 - 1 / (num_layers + 1))  # one is still whole while it is computed again
+        saves = layers * (1 - 1 / (num_layers + 1))  # one layer is whole while it is computed again
         found.append(_Change(text, saves))
     elif config.model.remat == "block" and is_decoder:
         text = "model.remat=full: inputs of every sqrt(num_layers)-th layer only are kept"
@@ -161,7 +159,7 @@ def _itemsize(dtype: str) -> int:
 
 
 def _gradients(report: CompileReport) -> int:
-    """Bytes of the gradients that the program which needs most has; those of weights that are trained."""
+    """Bytes of the trained weights' gradients, in the program with the largest need."""
     resident = report.loop.resident
     return (resident.adapters or resident.weights) if report.worst.name == TRAIN_STEP else 0
 
@@ -174,8 +172,10 @@ def _hidden(report: CompileReport) -> int:
 
 
 def _gathered(report: CompileReport) -> float:
-    """Bytes of the largest layer and of the largest table as their products have them: whole but for the tensor axis,
-    in the dtype of the activations, in the train step with a gradient that is not added up yet. 0 where they lie so.
+    """Bytes of the largest layer and of the largest table as gathered for their products.
+
+    They are whole except along the tensor axis, in the dtype of the activations; in the train step, with a gradient
+    that is not added up yet. 0 where they are not cut otherwise.
     """
     loop, model = report.loop, report.loop.policy.config
     parts = max(loop.config.mesh.tensor, 1)

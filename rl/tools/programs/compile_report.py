@@ -1,4 +1,4 @@
-"""What compiled programs need of a device, and whether a run fits.
+"""The memory that compiled programs need on a device, and whether a run fits.
 
 In: a run's programs (`rl.tools.programs.loop_programs`), each compiled. Out: `CompileReport`, with bytes of one device.
 Not here: which keys to change (`rl.tools.programs.compile_advice`), the report as JSON and text
@@ -23,12 +23,12 @@ class ProgramReport:
     """One program on one device.
 
     Attributes:
-      arguments, outputs, temporaries: bytes. aliased: of the outputs, those that take the place of arguments.
-      peak: bytes of all of these together. needed: peak, and what else the run holds meanwhile.
-      seconds, host_bytes: what compiling took; host_bytes is the largest size of the process meanwhile.
-      work: what it does; None for one that is refused, and where its text cannot be read.
-      refused: what the compiler said when the program does not fit; the numbers are then what it named, or 0.
-      unread: why the text cannot be read.
+      arguments, outputs, temporaries: bytes. aliased: bytes of outputs that reuse the memory of arguments.
+      peak: bytes of all these together. needed: peak plus what the run holds meanwhile.
+      seconds, host_bytes: the time of compiling, and the largest size of the process meanwhile.
+      work: its operations; None if it is refused, or its text cannot be read.
+      refused: the compiler's message if the program does not fit; the numbers are then the compiler's, or 0.
+      unread: the reason why its text cannot be read.
     """
 
     name: str
@@ -55,23 +55,23 @@ class CompileReport:
 
     @property
     def worst(self) -> ProgramReport:
-        """The program that needs most."""
+        """The program with the largest need."""
         return max(self.programs, key=lambda program: (program.refused is not None, program.needed))
 
     @property
     def fits(self) -> bool:
-        """Whether every program fits beside what the run holds."""
+        """Whether every program fits beside the memory that the run holds."""
         return self.worst.refused is None and self.worst.needed <= self.loop.memory
 
     def kv_budget(self) -> int:
-        """Bytes that are left for keys and values while drawing."""
+        """Bytes left for keys and values during drawing."""
         decode = next((p for p in self.programs if p.name == DECODE), None)
         resident = self.loop.resident
         held = resident.state + resident.reference + resident.copy
         return max(self.loop.memory - held - (decode.temporaries if decode else 0), 0)
 
     def terms(self) -> dict[str, int]:
-        """What takes memory, largest first."""
+        """{term: bytes} of memory, the largest first."""
         resident = self.loop.resident
         terms = {
             "weights": resident.weights,
@@ -85,7 +85,7 @@ class CompileReport:
 
 
 def report_of(program: LoopProgram, compiled: jax.stages.Compiled, seconds: float, host_bytes: int) -> ProgramReport:
-    """What a compiled program needs and does."""
+    """The report of a compiled program."""
     memory = compiled.memory_analysis()
     assert memory is not None
     text, unread = _text_of(compiled)
@@ -101,7 +101,7 @@ def report_of(program: LoopProgram, compiled: jax.stages.Compiled, seconds: floa
 
 
 def _text_of(compiled: jax.stages.Compiled) -> tuple[str | None, str | None]:
-    """A program as text, or None and why. A libtpu may write instructions that this jaxlib does not know."""
+    """(text of a program, None), or (None, reason). A libtpu may write instructions that this jaxlib does not know."""
     try:
         return compiled.as_text(), None
     except jax.errors.JaxRuntimeError as error:
@@ -109,8 +109,8 @@ def _text_of(compiled: jax.stages.Compiled) -> tuple[str | None, str | None]:
 
 
 def report_refused(program: LoopProgram, message: str, seconds: float, host_bytes: int) -> ProgramReport:
-    """Of a program that the compiler found too large for the device."""
-    # libtpu has said it in either way.
+    """The report of a program that the compiler found too large for the device."""
+    # libtpu uses either wording.
     found = re.search(r"(?:Used |total memory required[^(]*\()([\d.]+)([KMGT]?)", message)
     used = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     said = message[found.start() :].splitlines()[0][:200] if found else message.splitlines()[0][:200]

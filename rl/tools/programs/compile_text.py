@@ -1,7 +1,7 @@
-"""What `grpo compile` found, as JSON and as text for people.
+"""The report of `grpo compile` as JSON and as text.
 
-In: a `CompileReport` of `rl.tools.programs.compile_report`. Times are what the chip's FLOP/s and memory bandwidth
-allow at best, without communication.
+In: a `CompileReport` of `rl.tools.programs.compile_report`. Times are the best that the chip's FLOP/s and memory
+bandwidth allow, without communication.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def to_json(report: CompileReport) -> dict[str, Any]:
 
 
 def to_text(report: CompileReport) -> str:
-    """The report for people."""
+    """The report as text."""
     loop, chip, resident = report.loop, report.chip, report.loop.resident
     plan, model = loop.inputs.plan, loop.policy.config
     axes = " ".join(f"{axis}={size}" for axis, size in loop.mesh.shape.items())
@@ -117,7 +117,7 @@ def num_slices(devices: Any) -> int:
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB, of small ones more digits."""
+    """Bytes as GiB, with more digits for small numbers."""
     return f"{size / GIB:.2f}" if size >= 0.1 * GIB or not size else f"{size / GIB:.2g}"
 
 

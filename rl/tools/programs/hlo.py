@@ -1,11 +1,11 @@
-"""What a compiled program does, read from its HLO text: FLOPs, bytes of memory traffic, collectives.
+"""The work of a compiled program, read from its HLO text: FLOPs, bytes of memory traffic, collectives.
 
-In: the optimised HLO of one device (`jax.stages.Compiled.as_text()`). Out: `Work`, with the body of every loop counted
-as often as it runs; XLA's own cost analysis counts it once. A loop's number of rounds is read from its condition; loops
+In: the optimised HLO of one device (`jax.stages.Compiled.as_text()`). Out: `Work`, in which the body of a loop counts
+as often as it runs. XLA's own cost analysis counts it once. A loop's number of rounds is read from its condition. Loops
 whose length is a number of the input are named with `jax.named_scope`, and the caller says how often they run.
 
-FLOPs are those of matrix products (dot, and convolution, which XLA for TPU makes of them), two per multiply-add. Bytes
-are what instructions read and write outside of fusions, in the device's main memory (memory space 0).
+FLOPs are those of matrix products (dot, and convolution, into which XLA for TPU turns them), two for each multiply-add.
+Bytes are reads and writes of instructions outside of fusions, in the device's main memory (memory space 0).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Instructions that move nothing: names for parts of others, control flow, the ends of asynchronous ones.
+# Instructions that move nothing: names for parts of other values, control flow, the ends of asynchronous ones.
 _FREE = frozenset(
     [
         "parameter",
@@ -42,16 +42,16 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|(?:true|false)_computation|branch_computations|to_apply)=(\{[^}]*\}|%?[\w.\-]+)")
-# What the TPU compiler makes of the part of a collective that crosses the network between slices.
+# The TPU compiler's form of the part of a collective that crosses the network between slices.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _COPIES = ("copy", "bitcast", "convert", "copy-done", "copy-start")  # the same number elsewhere
-_BEGIN = 'custom_call_target="AsyncCollectiveStart"'  # where XLA for TPU begins a collective that others go on with
+_BEGIN = 'custom_call_target="AsyncCollectiveStart"'  # begins a collective that others continue (TPU)
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind: how often one runs, and the bytes that a device gets out of them."""
+    """All collectives of one kind: how often they run, and the bytes that a device receives."""
 
     count: int
     num_bytes: int
@@ -59,7 +59,9 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in one run of a program. `unknown_loops` are loops counted once for want of a number."""
+    """The work of one device in one run of a program. `unknown_loops`: loops that count once because their length is
+    unknown.
+    """
 
     flops: int
     num_bytes: int
@@ -81,13 +83,13 @@ def work_of(hlo: str, rounds: Mapping[str, int]) -> Work:
     """Sums over a whole program.
 
     Args:
-      rounds: how often the loops inside a named scope run, by the scope's name.
+      rounds: {named scope: how often its loops run}.
     """
     return _Reader(_parse(hlo), rounds).entry()
 
 
 def array_bytes(text: str, main_memory_only: bool = False) -> int:
-    """Bytes of an HLO shape, `(f32[2,3], bf16[4])` for instance; of those in main memory only."""
+    """Bytes of an HLO shape such as `(f32[2,3], bf16[4])`; with `main_memory_only`, only of arrays in main memory."""
     total = 0
     for kind, dims, layout in _ARRAY.findall(text):
         if main_memory_only and re.search(r"S\([1-9]", layout or ""):
@@ -125,13 +127,13 @@ def _parse(hlo: str) -> dict[str, list[_Instruction]]:
             if found[4] == "parameter":
                 operands = (inside,)
             current.append(_Instruction(found[2], found[4], found[3], operands, rest, bool(found[1])))
-        elif current:  # what a kernel says of itself has lines of its own
+        elif current:  # a kernel's own description has several lines
             current[-1] = dataclasses.replace(current[-1], attributes=current[-1].attributes + line)
     return computations
 
 
 def _closing(text: str) -> tuple[str, str]:
-    """What stands before the parenthesis that closes the one already open, and what after it."""
+    """(text before, text after) the parenthesis that closes the one already open."""
     depth = 1
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -210,7 +212,9 @@ class _Reader:
         return size(instruction.result) + sum(size(operand) for operand in operands)
 
     def _fusion_bytes(self, computation: str, instruction: _Instruction, called: list[str]) -> int:
-        """Operands and results of a fusion; of those that it slices, or updates in place, only the part in question."""
+        """Bytes of a fusion's operands and results. Where it slices an array, or updates it in place, only that part
+        counts.
+        """
         body = self._computations[called[0]]
         inner, total = self._shapes[called[0]], 0
         size = functools.partial(array_bytes, main_memory_only=True)
@@ -241,13 +245,13 @@ class _Reader:
         return total + sum(size(part) for part in results)
 
     def _goes_on(self, computation: str, instruction: _Instruction) -> bool:
-        """Whether this is a later part of a collective. XLA for TPU spreads one over the fusions that compute
-        meanwhile: each of them holds the instruction again, with the channel of the first.
+        """Whether this is a later part of a collective. XLA for TPU spreads a collective over the fusions that compute
+        meanwhile. Each of them holds the instruction again, with the channel of the first.
         """
         return self._begun_in.get(_channel(instruction), computation) != computation
 
     def _passing(self, computation: str) -> set[int]:
-        """Parameters of a fusion that only a collective going on there reads; what it moves is counted at its begin."""
+        """Parameters of a fusion that only a continued collective reads. Its bytes count at its begin."""
         body = self._computations[computation]
         parts = {i.name for i in body if self._goes_on(computation, i)}
         if not parts:
@@ -274,7 +278,7 @@ class _Reader:
         return 0
 
     def _times(self, computation: str, loop: _Instruction) -> tuple[int, int]:
-        """(rounds of a loop, 1 if that is a guess of one round)."""
+        """(rounds of a loop, 1 if one round is a guess, else 0)."""
         known = re.search(r'known_trip_count[^0-9]*"?n"?[^0-9]*([0-9]+)', loop.attributes)
         if known:
             return int(known[1]), 0
@@ -288,8 +292,8 @@ class _Reader:
         return (1, 1) if counted is None else (counted, 0)
 
     def _counted_rounds(self, computation: str, loop: _Instruction) -> int | None:
-        """Rounds of a loop that counts from one constant to another; None for any other. The step need not be 1: XLA
-        for TPU lets one round do the work of two where it takes a product apart to overlap it with communication.
+        """Rounds of a loop that counts from one constant to another; None for any other loop. The step need not be 1:
+        where XLA for TPU splits a product to overlap it with communication, one round does the work of two.
         """
         condition, body = _named(loop.attributes, "condition"), _named(loop.attributes, "body")
         compare = self._root(condition)
@@ -310,7 +314,7 @@ class _Reader:
         return len(range(begin, end, step))
 
     def _part(self, computation: str, made: _Instruction | None, place: int) -> _Instruction | None:
-        """What stands at a place of a tuple."""
+        """The instruction at a place of a tuple."""
         return self._source(computation, made.operands[place]) if made and made.opcode == "tuple" else None
 
     def _root(self, computation: str) -> _Instruction | None:
@@ -325,7 +329,7 @@ class _Reader:
 
 
 def _convolution_flops(left: list[int], right: list[int], out: list[int], instruction: _Instruction) -> int:
-    """Two per product of an output with an input that is really there; padding and dilation holes cost nothing."""
+    """Two FLOPs for each product with an input that exists; padding and dilation holes cost nothing."""
     labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", instruction.attributes)
     assert labels is not None, instruction.attributes
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
@@ -370,13 +374,13 @@ def _times(work: Work, times: int) -> Work:
 
 
 def _channel(instruction: _Instruction) -> str | None:
-    """What the parts of one collective have in common."""
+    """The channel, which the parts of one collective have in common."""
     found = re.search(r"\bchannel_id=(\d+)", instruction.attributes) if instruction.opcode in COLLECTIVES else None
     return found[1] if found else None
 
 
 def _constant(instruction: _Instruction | None) -> int | None:
-    """The number that an instruction is; None for another than a whole constant."""
+    """The value of an instruction that is a whole constant; None for any other."""
     if instruction is None or instruction.opcode != "constant" or not re.fullmatch(r"-?\d+", instruction.operands[0]):
         return None
     return int(instruction.operands[0])
@@ -389,7 +393,7 @@ def _named(attributes: str, name: str) -> str:
 
 
 def _place(instruction: _Instruction | None) -> int | None:
-    """Which part of a tuple an instruction takes; None for one that takes none."""
+    """The index of the part that an instruction takes from a tuple; None if it takes none."""
     if instruction is None or instruction.opcode != "get-tuple-element":
         return None
     return int(re.findall(r"\bindex=(\d+)", instruction.attributes)[0])
@@ -406,6 +410,8 @@ def _parts(result: str) -> list[str]:
 
 
 def _last_part(result: str) -> str:
-    """What an asynchronous instruction gives: of (operands, results, contexts) the largest array after the first."""
+    """The result of an asynchronous instruction: in (operands, results, contexts), the largest array after
+    the first.
+    """
     parts = _parts(result)
     return max(parts[1:] or parts, key=array_bytes)

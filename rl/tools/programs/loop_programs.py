@@ -1,8 +1,8 @@
 """Every program of a GRPO run, with abstract arguments: state init, prefill, decode chunk, log-probs, train step.
 
 In: a configuration and devices, which need not be there. Out: what the trainer would call on them, ready to compile,
-and what would lie in memory meanwhile. Shapes only: of a pretrained model its config.json is read, of a module of the
-user's own its shapes are traced, of the data nothing, the tokenizer if there is one. Prompts are taken to be as long as
+and what would lie in memory meanwhile. Shapes only. A pretrained model's config.json is read, and a user module's
+shapes are traced. The tokenizer is read if there is one. No data is read: prompts count as long as
 `data.max_prompt_length` allows.
 """
 
@@ -53,10 +53,10 @@ class LoopProgram:
     """One program.
 
     Attributes:
-      name: for people. key: what the trainer asks for it by.
+      name: for messages. key: the trainer's name for it.
       make: the program and its abstract arguments.
-      rounds: how often loops run whose length is a number of the input, by their name.
-      held: bytes on a device that lie there while it runs besides its arguments.
+      rounds: {name: how often the loop runs} for loops whose length is a number of the input.
+      held: bytes on a device, beside its arguments, while it runs.
       is_reported: False for smaller shapes of a program that is reported.
     """
 
@@ -72,9 +72,9 @@ class LoopProgram:
 class Resident:
     """Bytes on a device that a run holds all the time, and those of its key/value caches at their largest.
 
-    moments: those that stay on the device, see `optimizer.offload`. copy: weights of the rollouts' own, quantised or
-    sharded otherwise, which exist beside the trained ones while drawing. bytes_per_position: of keys and values; 0 for
-    a model with a cache of its own.
+    moments: those that stay on the device, see `optimizer.offload`. copy: the rollouts' own weights, quantised or
+      sharded differently, which exist beside the trained ones during drawing. bytes_per_position: of keys and values; 0
+      for a model with its own kind of cache.
     """
 
     weights: int
@@ -93,7 +93,7 @@ class Resident:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A run's programs, and what they are made for."""
+    """A run's programs, with the configuration and devices that they are made for."""
 
     config: Config
     mesh: Mesh
@@ -108,10 +108,10 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     """The programs of a run of this configuration on these devices.
 
     Args:
-      memory: bytes of one device; None: as the device itself says.
+      memory: bytes of memory per device; None asks the device.
 
     Raises:
-      ValueError: whatever is wrong with the configuration or the model's shape, and a mesh that training refuses.
+      ValueError: the configuration or the model's shape is wrong, or training refuses the mesh.
     """
     mesh = create_mesh(config.mesh, devices)
     memory = device_memory(mesh) if memory is None else memory
@@ -140,7 +140,7 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         bytes_per_position=rollout.bytes_per_position,
     )
     beside_weights = resident.moments + resident.reference
-    # While drawing, where rollouts have weights of their own, beside those that are trained.
+    # During drawing, where rollouts have their own weights beside the trained ones.
     beside_rollout = beside_weights + (weights if resident.copy else 0)
     programs = _init_programs(config, mesh, policy, init_policy_fn, has_reference, resident)
     for program in rollout.programs:
@@ -167,7 +167,8 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         TOKEN_ADVANTAGES: resident.weights + beside_weights,
         TRAIN_STEP: resident.reference,
     }
-    # Every row full; its last query sees the longest prompt and the longest completion, which need not start a block.
+    # Every row is full. Its last query sees the longest prompt and the longest completion, which need not start a
+    # block.
     sequence = config.data.max_prompt_length + config.sampling.max_completion_length
     block = policy.kernel.block
     key_blocks = math.ceil(min(sequence + block, inputs.plan.row_length) / block)
@@ -200,7 +201,7 @@ def _logit_chunks(config: Config, inputs: ShapedInputs, mesh: Mesh) -> int:
 
 
 def read_shape(config: Config) -> tuple[Tokenizer, ModelConfig]:
-    """The tokenizer, bytes where the model has none at hand, and the model's configuration; no weights are read."""
+    """The tokenizer (of bytes where the model has none at hand) and the model's configuration. Reads no weights."""
     source = folder_source(config)
     folder = None if source is None else pathlib.Path(resolve_source(source, SHAPE_PATTERNS))
     name = config.tokenizer.source
@@ -211,14 +212,14 @@ def read_shape(config: Config) -> tuple[Tokenizer, ModelConfig]:
 
 
 def shard_bytes(shapes: Any, shardings: Any) -> int:
-    """Bytes of one device's share of a tree, without what lies in its host's memory."""
+    """Bytes of one device's share of a tree, without arrays in the host's memory."""
     leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
     here = [(sharding.shard_shape(x.shape), x.dtype.itemsize) for x, sharding in leaves if not on_host(sharding)]
     return sum(int(np.prod(shape)) * itemsize for shape, itemsize in here)
 
 
 def _copy_bytes(config: Config, rollout: DrawPrograms) -> int:
-    """Of the weights that decoding reads, where they are not the trained ones."""
+    """Bytes of the weights that decoding reads, where they are not the trained ones."""
     if config.sampling.weight_dtype is None and not config.mesh.rollout_rules:
         return 0
     program, (params, *_) = rollout.programs[0].make()
@@ -233,7 +234,7 @@ def _init_programs(
     has_reference: bool,
     resident: Resident,
 ) -> list[LoopProgram]:
-    """State init, and that of a reference whose weights are drawn; pretrained weights are read, not compiled."""
+    """The programs that make the state, and a reference with drawn weights. Pretrained weights need no program."""
     given = None
     if folder_source(config) is not None or config.model.weights is not None:
         given = BASE if policy.config.lora is not None and config.lora.adapter is None else WEIGHTS

@@ -1,4 +1,4 @@
-"""Devices to compile for, and what is known of them: TPUs that are not there, virtual CPUs, or the devices at hand.
+"""Devices to compile for, with their data sheets: absent TPUs, virtual CPUs, or the devices at hand.
 
 In: what the command line asks for. Out: a list of devices, whose kind `CHIPS` may know. TPU topologies need `libtpu`,
 which also runs on machines without a TPU.
@@ -19,7 +19,7 @@ GIB, GB, TERA = 2**30, 10**9, 10**12
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a vendor says of one device: bfloat16 FLOP/s (dense), bytes of main memory, bytes/s to and from it."""
+    """The vendor's numbers for one device: bfloat16 FLOP/s (dense), bytes of main memory, bytes/s to and from it."""
 
     name: str
     flops: float
@@ -44,10 +44,10 @@ _MEGACORE = ("v4", "v5p")  # chips of two cores, which are one device to a progr
 
 
 def find_devices(topology: str | None, num_slices: int, devices: str | None) -> list[Any]:
-    """The devices that the arguments of `grpo compile` name; those at hand for none.
+    """The devices that the arguments of `grpo compile` name; without arguments the devices at hand.
 
     Raises:
-      ValueError: arguments that contradict each other, no libtpu, a topology that it does not know, or not that many
+      ValueError: arguments contradict each other, libtpu is missing or does not know the topology, or there are fewer
         CPU devices.
     """
     if topology is not None and devices is not None:
@@ -65,7 +65,7 @@ def tpu_topology(name: str, num_slices: int = 1) -> list[Any]:
         raise ValueError(f"--topology must look like v5e:4x4 or v5p:4x4x4, generation and chips per side, got {name!r}")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f'--topology {name} needs libtpu, which is not installed; pip install "tandem-grpo[aot]"')
-    # A compiler only: it opens no TPU, so it needs not be the one process that has libtpu loaded.
+    # A compiler opens no TPU, so it need not be the only process with libtpu.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     arguments: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
     if name.partition(":")[0] in _MEGACORE:
@@ -83,7 +83,7 @@ def cpu_devices(text: str) -> list[Any]:
     if not found:
         raise ValueError(f"--devices must be cpu:N, a number of virtual CPU devices, got {text!r}")
     number = int(found[1])
-    with contextlib.suppress(RuntimeError):  # jax has begun already, with what it has
+    with contextlib.suppress(RuntimeError):  # jax may have started already, with other devices
         jax.config.update("jax_num_cpu_devices", number)
     present = jax.devices("cpu")
     if len(present) < number:

@@ -1,5 +1,4 @@
-"""The forward pass of a model with one layer in memory at a time: how well it predicts a text, although its weights are
-never all in one place.
+"""The forward pass of a model with one layer in memory at a time, which measures how well the model predicts a text.
 
 In: token ids, and the parameters of one layer after the other. Out: hidden states between layers, on the host, and the
 log-likelihood of the text at the end. The layers are the Linen twin's; nothing is sharded, cached or trained here.
@@ -25,8 +24,8 @@ LOGITS_CHUNK = 128  # token positions whose logits exist at one time
 
 
 def to_rows(tokens: Sequence[int], length: int) -> Inputs:
-    """Consecutive pieces of `length` tokens, the last filled up. Each is predicted from its own beginning; its first
-    token is not.
+    """Consecutive rows of `length` tokens; the last one is padded. Each row is predicted from its own beginning,
+    without its first token.
     """
     num_rows = -(-len(tokens) // length)
     padded, group_ids = np.zeros((2, num_rows * length), np.int32)
@@ -42,7 +41,7 @@ class Passage:
 
     Attributes:
       hidden: hidden states [R, T, D] of each version, float32, on the host.
-      num_tokens: how many tokens are predicted; known at the end.
+      num_tokens: the number of predicted tokens, known at the end.
     """
 
     def __init__(self, config: ModelConfig, tokens: Sequence[int], context: int) -> None:
@@ -54,7 +53,7 @@ class Passage:
         self.num_tokens = int(np.sum(self._rows.group_ids_BT[:, 1:] >= 0))
 
     def embed(self, tables: Sequence[Weight]) -> None:
-        """The text as the first layer sees it."""
+        """Computes the input of the first layer."""
         program = jax.jit(lambda table, tokens_RT: ops.embed(table, tokens_RT, self._config))
         self.hidden = [
             np.stack([np.asarray(program(table, tokens_T[None]))[0] for tokens_T in self._rows.tokens_BT])
@@ -62,7 +61,7 @@ class Passage:
         ]
 
     def layer(self, index: int, params: Sequence[Any]) -> None:
-        """Through one layer, whose parameters are nested dicts as its module takes them."""
+        """Takes the text through one layer, whose parameters are nested dicts for its module."""
         program = self._layers[self._config.layer_types[index]]
         for version, tree in enumerate(params):
             rows = zip(self.hidden[version], *self._rows, strict=True)
@@ -71,7 +70,7 @@ class Passage:
             )
 
     def finish(self, norm_scale: jax.Array, heads: Sequence[Weight]) -> None:
-        """Through the final norm and the head: its kernel [D, V], or the table [V, D] that is tied to it."""
+        """Takes the text through the final norm and the head: its kernel [D, V], or the tied table [V, D]."""
         program = jax.jit(self._row_log_likelihood)
         for hidden_RTD, head in zip(self.hidden, heads, strict=True):
             rows = zip(hidden_RTD, self._rows.tokens_BT, self._rows.group_ids_BT, strict=True)
@@ -101,14 +100,16 @@ class Passage:
 
 
 class _Head:
-    """What gives logits; see `rl.models.logprobs.Unembedding`."""
+    """Gives logits; see `rl.models.logprobs.Unembedding`."""
 
     def unembed(self, params: Weight, hidden: jax.Array) -> jax.Array:
         return ops.dense(hidden, params, out_dtype=ops.widen(hidden.dtype))
 
 
 def _layer_programs(config: ModelConfig) -> dict[str, Callable[..., jax.Array]]:
-    """By layer type: (parameters of a layer, hidden states [B, T, D], their inputs) -> hidden states after it."""
+    """{layer type: program}: (parameters of a layer, hidden states [B, T, D], their inputs) -> hidden states
+    after it.
+    """
     block = linen_model.Block(config)
 
     def program(layer_type: str) -> Callable[..., jax.Array]:

@@ -1,8 +1,8 @@
 """`grpo quantize MODEL OUT`: a model's folder with its matrices in int8, int4 or float8, made layer by layer.
 
-In: a folder or hub id, of any size: weights are read one layer at a time and written before the next is read. Out: a
-folder that `model.source` takes for sampling, evaluation and QLoRA, there at once and whole; the error of each layer;
-with a text, how well the model predicts it before and after, by the same passage through the layers. Rounding is
+In: a folder or hub id, of any size: weights are read one layer at a time, and written before the next layer is read.
+Out: a folder that `model.source` takes for sampling, evaluation and QLoRA, which appears as a whole; the error of each
+layer; with a text, the perplexity before and after, from the same pass through the layers. Rounding is
 `rl.models.quantized`, tensors and names are `rl.models.files.hf`. Models that are not the toolkit's own decoder go to
 `rl.tools.quantization.quantize_foreign`.
 """
@@ -59,7 +59,7 @@ from rl.tools.quantization.quantize_report import (
 )
 from rl.tools.trained import resolve_model
 
-MALLOC_ARENAS = 2  # more keep parts of earlier layers: up to a third of a model of 235 MB, with two a sixteenth
+MALLOC_ARENAS = 2  # more arenas keep parts of earlier layers: up to a third of a model of 235 MB, two keep a sixteenth
 
 Path = tuple[str, ...]
 
@@ -74,12 +74,12 @@ def quantize_folder(
     """Writes `source`, its chosen matrices quantised, to `out`.
 
     Args:
-      tokens: of a text; None: no perplexity.
-      context: tokens that the model sees of it at a time.
+      tokens: token ids of a text; None: no perplexity.
+      context: the number of tokens that the model sees at a time.
 
     Raises:
-      ValueError: no such model, a parameter-only checkpoint, one that is quantised already, nothing to quantise, a
-        group size that does not fit, or `out` holds something.
+      ValueError: there is no such model, it is a parameter-only checkpoint or quantised already, there is nothing to
+        quantise, the group size does not fit, or `out` holds something.
     """
     start_bytes = peak_bytes()
     folder = resolve_source(source)
@@ -130,8 +130,8 @@ def quantize_folder(
 
 
 class _Unit(NamedTuple):
-    """The parameters of a layer by path, as they are and as they will be stored, and squared norms of each quantised
-    one: of the difference, and of itself.
+    """The parameters of a layer by path, original and as stored, and for each quantised one two squared norms: of the
+    difference, and of the original.
     """
 
     plain: dict[Path, Any]
@@ -140,7 +140,7 @@ class _Unit(NamedTuple):
 
 
 def _check_matrices(config: ModelConfig, quantization: Quantization) -> dict[str, ParameterSpec]:
-    """The matrices to quantise; ValueError for none, and where one cannot be quantised so."""
+    """The matrices to quantise. ValueError where there are none, or one cannot be quantised in this way."""
     chosen = chosen_matrices(config, quantization)
     for name, spec in chosen.items():
         tile_of(spec.shape, spec.contract_dims, quantization.group_size)
@@ -182,7 +182,7 @@ def _read_unit(
 def _advance(
     passage: layerwise.Passage, config: ModelConfig, read: Callable[[str], _Unit], name: str, unit: _Unit
 ) -> float | None:
-    """Takes the text through the next layer; the relative error of what leaves it. At the end of the model, None."""
+    """Takes the text through the next layer. Returns the relative error of its output; None at the end of the model."""
     both = (unit.plain, unit.stored)
     if name == "embed_tokens":
         passage.embed([tree["embed_tokens", "embedding"] for tree in both])
@@ -258,7 +258,9 @@ def _check_patterns(patterns: Sequence[str]) -> None:
 
 
 def _config_of(model: str, overrides: Sequence[str], trust: bool) -> Config | None:
-    """That of a model which is not the toolkit's own decoder; None for a folder or hub id of one that is."""
+    """The configuration of a model that is not the toolkit's own decoder; None for a folder or hub id of that
+    decoder.
+    """
     is_recipe = pathlib.Path(model).suffix in (".yml", ".yaml")
     if source_kind(model) == "decoder" and not is_recipe:
         if overrides:

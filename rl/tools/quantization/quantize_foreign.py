@@ -1,8 +1,9 @@
-"""`grpo quantize` of a model that is not the toolkit's own decoder: of Tunix, or the user's own in either flavour.
+"""`grpo quantize` of a model that is not the toolkit's own decoder: a Tunix model, or a user's module in either
+flavour.
 
-In: a configuration whose `model` section names it and its weights. Out: a folder under the parameters' own names
-(`rl.models.files.quantized_files`), made layer by layer, that model.source (Tunix) or model.weights (own) takes. What
-stands between two layers is not known here: with a text, the whole model is in memory, before and after.
+In: a configuration whose `model` section names the model and its weights. Out: a folder with the parameters' own names
+(`rl.models.files.quantized_files`), made layer by layer, which model.source (Tunix) or model.weights (a user's module)
+takes. The computation between layers is not known here, so with a text the whole model is loaded, before and after.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ from rl.state.origin import find_origin, tokenizer_of
 from rl.tools.quantization.quantize_report import QuantizeReport, check_start, layer_report, quantize_and_compare
 from rl.tools.trained import load_start
 
-# What is quantised where nothing else is said: of Tunix the matrices of attention and MLP, of other modules what flax
-# calls a kernel. Embedding and norms stay as they are.
+# The default choice: in Tunix models the matrices of attention and MLP, in other modules what flax calls a kernel.
+# Embedding and norms are not quantised.
 DEFAULT_PATTERNS = {"tunix": r"^layers/\d+/(attn|mlp)/", "own": r"(^|/)kernel$"}
 
 Path = tuple[str, ...]
@@ -45,15 +46,15 @@ def quantize_foreign(
     tokens: Sequence[int] | None = None,
     context: int = 512,
 ) -> QuantizeReport:
-    """Writes the model that `config` starts from, its chosen matrices quantised, to `out`.
+    """Writes the model of `config` to `out`, with the chosen matrices quantised.
 
     Args:
-      quantization: without `head`; a pattern finds a head as it finds other matrices.
-      tokens, context: as of `rl.tools.quantization.quantize.quantize_folder`.
+      quantization: without `head`; a pattern can name a head like any matrix.
+      tokens, context: see `rl.tools.quantization.quantize.quantize_folder`.
 
     Raises:
-      ValueError: no weights, quantised ones, nothing to quantise, a group size that does not fit, or `out` holds
-        something.
+      ValueError: there are no weights, they are quantised already, there is nothing to quantise, the group size does
+        not fit, or `out` holds something.
     """
     start_bytes = peak_bytes()
     origin = find_origin(config, tokenizer_of(config))
@@ -115,7 +116,7 @@ def _check(
     quantization: Quantization,
     tokens: Sequence[int] | None,
 ) -> pathlib.Path:
-    """Where the weights are; ValueError for what cannot be quantised."""
+    """The path of the weights. ValueError for a model that cannot be quantised."""
     if folder is None:
         raise ValueError(
             f"model.weights must name the weights of {config.model.source}, got null; grpo export writes such a file"
@@ -130,8 +131,8 @@ def _check(
 
 
 def _units(model: ForeignConfig) -> dict[str, list[tuple[Path, ParameterSpec]]]:
-    """The parameters of each layer, by its name up to the first number, "layers/0" or "blocks_0", say; and of each
-    module whose name has none.
+    """{layer: its parameters}. A layer's name ends at the first number ("layers/0", "blocks_0"). A module without a
+    number is a layer of its own.
     """
     units: dict[str, list[tuple[Path, ParameterSpec]]] = {}
     for path, spec in flatten_specs(model.specs):
@@ -142,7 +143,7 @@ def _units(model: ForeignConfig) -> dict[str, list[tuple[Path, ParameterSpec]]]:
 
 
 def _perplexity(config: Config, tokens: Sequence[int], context: int) -> float:
-    """exp(- mean log-likelihood of a token) of the text under the whole model; each piece from its own beginning."""
+    """exp(- mean log-likelihood of a token) of the text under the whole model. Each row starts afresh."""
     trained = load_start(config)
     scorer = PromptScorer(trained.policy, trained.mesh, trained.shardings, config.mesh.rules)
     scores = scorer.logprobs(trained.params, _pieces(tokens, context), 1.0, config.grpo.logprob_chunk)

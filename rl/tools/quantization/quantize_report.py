@@ -1,5 +1,5 @@
-"""What quantising any model has in common: what is refused, how far matrices are from what they were, layer by layer,
-and what `grpo quantize` says in the end.
+"""The common part of quantising any model: refusals, the error of the matrices in each layer, and the report of `grpo
+quantize`.
 
 In: the matrices of a layer, one at a time. Out: each quantised, with its error; `QuantizeReport`, as text. Not
 here: reading and writing of models.
@@ -19,13 +19,13 @@ from rl.models.quantized import QuantizedArray, dequantize, quantize
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One layer, or what stands before or behind them.
+    """The errors of one layer, or of the parts before or after the layers.
 
     Attributes:
       error: |W - dequantised W| / |W| over all its quantised matrices (Frobenius norms); None without any.
       worst: the matrix with the largest error, and that error.
-      hidden_error: the same of the hidden states that leave it, with a text and the toolkit's own decoder; all errors
-        of earlier layers are in it.
+      hidden_error: the relative error of the layer's output, with a text and the toolkit's own decoder. It includes the
+        errors of earlier layers.
     """
 
     name: str
@@ -36,12 +36,13 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeReport:
-    """What quantising a model did.
+    """The result of quantising a model.
 
     Attributes:
-      num_matrices: how many were quantised. bytes_before, bytes_after: of all tensors.
-      perplexity: of the text before and after, and num_tokens: how many tokens it is over; None and 0 without a text.
-      peak_bytes: the most memory that this process has had on the host; start_bytes: the same before the first layer.
+      num_matrices: the number of quantised matrices. bytes_before, bytes_after: of all tensors.
+      perplexity, num_tokens: perplexity of the text before and after, and its number of tokens; None and 0 without a
+        text.
+      peak_bytes, start_bytes: the most memory of this process on the host, in all and before the first layer.
     """
 
     layers: list[LayerReport]
@@ -55,7 +56,7 @@ class QuantizeReport:
 
 
 def check_start(folder: pathlib.Path, config: ModelConfig | ForeignConfig, tokens: Sequence[int] | None) -> None:
-    """ValueError for weights in `folder` that are quantised already, and for tokens outside of the vocabulary."""
+    """ValueError for weights that are quantised already, and for tokens outside of the vocabulary."""
     if config.quantization is not None:
         raise ValueError(
             f"{folder} must hold plain weights, got {config.quantization.dtype} already; take what it was made from"
@@ -75,7 +76,7 @@ def quantize_and_compare(
 def layer_report(
     name: str, squares: Mapping[str, tuple[float, float]], hidden_error: float | None = None
 ) -> LayerReport:
-    """That of one layer, from the last two results of `quantize_and_compare` for each matrix."""
+    """The report of one layer, from the last two results of `quantize_and_compare` for each matrix."""
     if not squares:
         return LayerReport(name, None, None, hidden_error)
     errors = {matrix: relative(*pair) for matrix, pair in squares.items()}
@@ -85,12 +86,12 @@ def layer_report(
 
 
 def relative(difference: float, whole: float) -> float:
-    """The root of a ratio of squared norms; 0 of nothing."""
+    """The root of a ratio of squared norms; 0 where both are 0."""
     return math.sqrt(difference / whole) if whole else 0.0
 
 
 def print_report(report: QuantizeReport, quantization: Quantization) -> None:
-    """The report for people."""
+    """Prints the report."""
     width = max(len(layer.name) for layer in report.layers)
     print(f"{'':<{width}}  {'error':>9}  {'hidden states':>13}  worst matrix")
     for layer in report.layers:

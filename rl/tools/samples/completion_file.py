@@ -1,8 +1,8 @@
-"""A JSON-lines file of completions that outlives a stop: what is there is kept, what is missing can be appended.
+"""A JSON-lines file of completions that survives a stop: existing lines are kept, and missing ones can be appended.
 
-In: a path, and the settings that decide what its lines hold. Out: which completions are there already, and a place to
-write more. Beside FILE stands FILE.meta.json with the settings; a file of other settings is refused, never mixed. What
-a line means is not decided here, except that `prompt_index` and `sample_index` name it.
+In: a path, and the settings that decide the content of its lines. Out: the completions that are there already, and a
+place to write more. FILE.meta.json beside FILE holds the settings. A file with other settings is refused, never mixed.
+Only `prompt_index` and `sample_index` of a line are read here.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ class CompletionFile:
     """The file, open for appending and owned by this process until `close`.
 
     Attributes:
-      done: (prompt_index, sample_index) of the completions it holds.
+      done: (prompt_index, sample_index) of the completions in the file.
       cut: bytes of a half-written last line that were cut off.
     """
 
@@ -28,12 +28,12 @@ class CompletionFile:
         """Opens or creates the file.
 
         Args:
-          settings: JSON-able, flat; whatever decides what the lines hold.
-          overwrite: start again, whatever the file holds; that stays until the first new line is written.
+          settings: everything that decides the content of the lines; JSON-able and flat.
+          overwrite: start again, whatever the file holds. The old content stays until the first new line is written.
 
         Raises:
-          ValueError: it cannot be written, another process writes it, it was written with other settings or by another
-            program, or a whole line is no completion.
+          ValueError: the file cannot be written, another process writes it, it was written with other settings or by
+            another program, or a complete line is no completion.
         """
         self._path = pathlib.Path(path)
         if not self._path.name:
@@ -49,7 +49,7 @@ class CompletionFile:
             raise ValueError(f"--output must be a file that can be written, got {path}: {error}") from error
 
     def _begin(self, settings: dict[str, Any], overwrite: bool) -> None:
-        """Reads what the file holds, and cuts off half a line."""
+        """Reads the file, and cuts off an incomplete last line."""
         self._starts_again = self._is_new
         try:
             content = b"" if overwrite else self._file.read()
@@ -69,9 +69,9 @@ class CompletionFile:
             raise
 
     def write(self, line: str) -> None:
-        """Appends one line, line end included, which then is with the operating system."""
+        """Appends one line with its line end, and hands it to the operating system."""
         if self._starts_again:
-            # Emptied before the settings are replaced: a kill in between leaves no line under settings not its own.
+            # The file is emptied before the settings are replaced, so that a kill leaves no line under wrong settings.
             self._file.truncate(0)
             self._file.seek(0)
             os.replace(self._new_meta, self._meta)
@@ -80,11 +80,11 @@ class CompletionFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; a new one that got no line is removed, and one to be overwritten stays as it was."""
+        """Closes the file. Without a new line, a new file is removed, and one to be overwritten stays as it was."""
         if self._file.closed:
             return
         if self._starts_again:
-            with contextlib.suppress(OSError):  # where its name is too long, it was never there
+            with contextlib.suppress(OSError):  # a name that is too long was never there
                 self._new_meta.unlink(missing_ok=True)
             if self._is_new:
                 self._path.unlink(missing_ok=True)

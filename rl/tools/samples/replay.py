@@ -1,7 +1,7 @@
-"""One completion of a training run again, alone: from the weights, the prompt and the random numbers of its step.
+"""Draws one completion of a training run again, alone, from the weights, the prompt and the random numbers of its step.
 
-In: a run folder and which completion. Out: the completion, and whether it is the one that the run recorded. Weights
-exist at checkpoints only; nothing is trained again.
+In: a run folder and the completion's numbers. Out: the completion, and whether it is the one that the run recorded.
+Weights exist at checkpoints only; nothing is trained again.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from rl.tools.trained import load_checkpoint, load_start
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """A completion of a step, drawn anew, with its prompt, the rules that it was drawn by and the run's tokenizer."""
+    """A completion of a step, drawn anew, with its prompt, its sampling rules and the run's tokenizer."""
 
     step: int
     row: PromptRow
@@ -39,12 +39,12 @@ class Replayed:
 
     @property
     def text(self) -> str:
-        """What it says, without special tokens."""
+        """The completion's text without special tokens."""
         return self.tokenizer.decode(self.completion.token_ids)
 
 
 def compare(run: str | os.PathLike, replayed: Replayed) -> tuple[bool, str]:
-    """Whether samples.jsonl holds nothing else for this completion, and in words what it holds."""
+    """(whether samples.jsonl agrees with this completion or does not hold it, what it holds in words)."""
     completion = replayed.completion
     place = replayed.step, completion.prompt_index, completion.sample_index
     recorded = [row for row in read_samples(run) if (row["step"], row["prompt_index"], row["sample_index"]) == place]
@@ -55,7 +55,7 @@ def compare(run: str | os.PathLike, replayed: Replayed) -> tuple[bool, str]:
     differing = [
         f"{name} was {record[name]!r}, is {value!r}" for name, value in now.items() if record.get(name, value) != value
     ]
-    # Text is without special tokens, and bytes that are no characters all look alike in it.
+    # Special tokens are missing in the text, and all bytes that are no characters look alike.
     pairs = enumerate(zip(record.get("token_ids", []), token_ids, strict=False))
     differing += [f"token {number} was {then}, is {token}" for number, (then, token) in pairs if then != token][:1]
     if differing:
@@ -72,13 +72,14 @@ def draw_again(
 
     Args:
       run: a folder of `grpo train`.
-      step: from 1, as in metrics.jsonl and samples.jsonl. prompt, sample: from 0, as in samples.jsonl; the prompts of
-        dynamic sampling's refills come after those that the step began with.
-      overrides: of keys that do not change what a step computes, such as `mesh.num_devices`.
+      step: from 1, as in metrics.jsonl and samples.jsonl. prompt, sample: from 0, as in samples.jsonl. Prompts of
+        dynamic sampling's refills come after the step's first ones.
+      overrides: keys that do not change what a step computes, such as `mesh.num_devices`.
       trust: see `rl.run_folder.folder.check_trust`.
 
     Raises:
-      ValueError: no such run, step or completion, no checkpoint of the step before, other data or other weights.
+      ValueError: there is no such run, step or completion, there is no checkpoint of the step before, or data or
+        weights have changed.
     """
     folder = pathlib.Path(run)
     own, identity = read_run(folder)
@@ -100,7 +101,7 @@ def draw_again(
     trained = load_start(config) if step == 1 else load_checkpoint(config, folder, step - 1)
     if step == 1:
         _check_same("policy", trained.origin.identity, identity["policy"])
-    # Refills take the prompts that come next, so all prompts of a step follow from how many were used up before it.
+    # Refills take the next prompts, so the number used up before a step gives all its prompts.
     position = _position(folder, step, len(data.train))
     indices, _ = next_indices(len(data.train), config.seed, position, num_prompts, config.grpo.prompts_per_step)
     sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
@@ -132,13 +133,13 @@ def _check_replayable(folder: pathlib.Path, step: int) -> None:
 
 
 def _num_prompts(config: Config, folder: pathlib.Path, step: int) -> int:
-    """Prompts that the step drew completions of; those of groups that dynamic sampling replaced included."""
+    """The number of prompts of the step, including those that dynamic sampling replaced."""
     (line,) = [line for line in read_metrics(folder) if line["step"] == step]
     return int(line.get("dynamic_sampling/prompts", config.grpo.prompts_per_step))
 
 
 def _position(folder: pathlib.Path, step: int, num_rows: int) -> int:
-    """Prompts of the run's order that the steps before this one have used up, of `num_rows` in an epoch."""
+    """The number of prompts that earlier steps used up, with `num_rows` in an epoch."""
     if step == 1:
         return 0
     loop = read_record(checkpoint_folder(folder, step - 1))

@@ -1,10 +1,10 @@
 """Completions of given prompts: `grpo sample MODEL --prompts FILE.jsonl --output FILE.jsonl`, or `--prompt TEXT`.
 
-In: a model (run folder, Hugging Face folder or hub id, recipe) and prompts. Out: a JSON line per completion, written as
-it ends. A completion depends on the weights, its prompt, the seed, the prompt's index and the sample's index only, so a
-stopped file can be finished later. How a prompt row is read is `rl.tools.samples.sample_prompts`, the file is
-`rl.tools.samples.completion_file`, completions of a training run again are `rl.tools.samples.replay`, drawing is
-`rl.sampler.slot_sampler`.
+In: a model (run folder, Hugging Face folder or hub id, recipe) and prompts. Out: a JSON line for each completion,
+written when it ends. A completion depends only on the weights, its prompt, the seed, the prompt's index and the
+sample's index, so a stopped file can be finished later. Elsewhere: reading prompts (`rl.tools.samples.sample_prompts`),
+the file (`rl.tools.samples.completion_file`), completions of a training run (`rl.tools.samples.replay`), drawing
+(`rl.sampler.slot_sampler`).
 """
 
 import argparse
@@ -43,7 +43,7 @@ REFRESH_SECONDS = 0.1  # between two looks of the progress bar
 
 
 def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) -> int:
-    """Draws what the arguments ask for; the exit status."""
+    """Runs the command. Returns the exit status."""
     check_path(arguments.prompts, "--prompts", may_be_remote=True)
     rows = read_prompts(local_copy(arguments.prompts)) if arguments.prompts else _given_prompts(arguments.prompt)
     check_path(arguments.output, "--output", may_be_remote=True)
@@ -98,7 +98,8 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
 def sample_rows(
     source: WeightSource, samples: Sequence[SampleRow], seed: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Draws every completion of the rows; a record of each as it ends, see `to_record`. seed: the run's when None.
+    """Draws every completion of the rows and yields a record of each as it ends, see `to_record`. seed: None: the
+    run's.
 
     Raises:
       ValueError: see `check_rows`.
@@ -117,7 +118,7 @@ def sample_rows(
 def _sampling_of(
     config: Config, model_config: ModelConfig, tokenizer: Tokenizer, samples: Sequence[SampleRow], top_logprobs: int = 0
 ) -> SamplingParams:
-    """How completions of these rows are drawn; ValueError for rows that the model cannot take."""
+    """The sampling parameters for these rows. ValueError for rows that the model cannot take."""
     sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
     sampling = dataclasses.replace(sampling, top_logprobs=top_logprobs)
     check_rows(samples, sampling, model_config)
@@ -135,7 +136,7 @@ def _requests_for(samples: Sequence[SampleRow]) -> list[Request]:
 
 
 def _with_step(source: WeightSource) -> WeightSource:
-    """The source with its step, which the output file names before the weights are loaded."""
+    """The source with its step, which the output file records before the weights are loaded."""
     if source.run is None or source.step is not None:
         return source
     steps = checkpoint_steps(source.run)
@@ -150,9 +151,10 @@ def _with_step(source: WeightSource) -> WeightSource:
 
 
 def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[str] = (), trust: bool = False) -> int:
-    """Prints a completion of a training run, drawn again (see `rl.tools.samples.replay.draw_again`), as a line of
-    output without the row's other columns and, on stderr, whether samples.jsonl has the same; the exit status: 1 where
-    it has another.
+    """Prints a completion of a training run, drawn again (see `rl.tools.samples.replay.draw_again`).
+
+    The line has no other columns of the data row. stderr says whether samples.jsonl holds the same completion. Returns
+    the exit status: 1 where it holds another one.
     """
     for name, text in (("STEP", step), ("PROMPT", prompt), ("SAMPLE", sample)):
         if not text.isdecimal():
@@ -179,7 +181,7 @@ def draw(
 ) -> Iterator[tuple[int, Completion]]:
     """(prompt index, completion) of each request as it ends."""
     prompts, key = [row.prompt_ids for row in samples], jax.random.key(seed)
-    sampler.expect(prompts)  # of all of them, so that what is left of a stopped file is drawn in the same shapes
+    sampler.expect(prompts)  # all prompts, so that a stopped file is finished in the same shapes
     for number, completion in sampler.stream(params, prompts, requests, sampling, key):
         yield requests[number].prompt, completion
 
@@ -195,10 +197,10 @@ def to_record(
 
     Keys:
       prompt_index, sample_index: row of the input and completion of that row, from 0.
-      id: the row's, if it has one. row: the row's other columns, if any.
-      prompt: text or chat messages as the policy was asked, system prompt included; null for token ids.
-      text: what token_ids stand for, without special tokens; a stop string that ended it is included.
-      token_ids: the EOS or the token that completes a stop string included.
+      id: the id of the row, if it has one. row: the row's other columns, if any.
+      prompt: the text or chat messages that the policy got, with the system prompt; null for token ids.
+      text: the text of token_ids without special tokens; it includes a stop string that ended it.
+      token_ids: with the EOS, or the token that completes a stop string.
       logprobs: under softmax(logits / temperature), temperature 1 when greedy. sampler_logprobs: under the distribution
         really drawn from, after penalties and truncations; 0 when greedy.
       finish_reason: eos, stop or length. stop_reason: the EOS id, the stop string, or null.
@@ -242,12 +244,12 @@ def to_record(
 
 
 def to_line(record: dict[str, Any]) -> str:
-    """The record as JSON, line end included."""
+    """The record as a line of JSON, with its line end."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_rows(samples: Sequence[SampleRow], sampling: SamplingParams, model_config: ModelConfig) -> None:
-    """ValueError, naming the row, for token ids or lengths that the model does not have, and limits below the least."""
+    """ValueError, naming the row, for token ids or lengths beyond the model's, and limits below the minimum."""
     for row in samples:
         if max(row.prompt_ids) >= model_config.vocab_size:
             raise ValueError(
@@ -278,7 +280,9 @@ def output_settings(
     seed: int,
     with_prompt_logprobs: bool,
 ) -> dict[str, Any]:
-    """What decides the lines of an output file, flat and JSON-able: weights, prompts, sampling, seed, fields."""
+    """Everything that decides the lines of an output file, flat and JSON-able: weights, prompts, sampling, seed,
+    fields.
+    """
     config = source.config
     if source.run is not None:
         digest = hashlib.sha256((source.run / "config.yml").read_bytes())
@@ -308,7 +312,7 @@ def output_settings(
 
 @contextlib.contextmanager
 def progress(num_done: int, num_total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; the function it gives is told the tokens of each completion that ended."""
+    """A bar on stderr. The yielded function takes the number of tokens of each completion that ended."""
     import rich.console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -318,7 +322,7 @@ def progress(num_done: int, num_total: int, show: bool) -> Iterator[Callable[[in
         TextColumn("{task.fields[speed]:,.0f} tokens/s"),
         TimeRemainingColumn(),
         console=rich.console.Console(stderr=True),
-        auto_refresh=False,  # drawn when something ended: needs no thread beside jax
+        auto_refresh=False,  # drawn when a completion ended, which needs no thread beside jax
         redirect_stdout=False,
         redirect_stderr=False,
         disable=not show,
@@ -420,7 +424,7 @@ def _prompt_scores(
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
-    """As short as they can be written in their own precision; null for what JSON has no number for."""
+    """The shortest numbers in the array's own precision; None for numbers that JSON lacks."""
     return [float(str(value)) if math.isfinite(value) else None for value in values]
 
 
