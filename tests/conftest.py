@@ -28,12 +28,14 @@ BUILDERS = {
     "rl.models.files.hf",
     "rl.models.linen_model",
     "rl.models.nnx_model",
+    "rl.models.flavours",
     "rl.models.foreign.own_config",
     "rl.models.policy",
     "rl.state.optimizer",
     "rl.sampler.slot_sampler",
     "rl.sft_trainer",
     "rl.training.train_step",
+    "rl.training.update",
     "rl.tools.trained",
 }
 

@@ -104,6 +104,7 @@ def test_memory_of_compiled_steps_is_compared(benchmark):
         assert found["share"] == pytest.approx(found["tandem"] / found["tunix"])
 
 
+@pytest.mark.slow
 def test_updates_on_an_accelerator_are_timed_alone(benchmark, tmp_path, capsys):
     file = tmp_path / "updates.json"
     arguments = ["--preset", "gpu", "--tiny", "--repeats", "2", "--shapes", "0.6b", "--workloads", "4k"]

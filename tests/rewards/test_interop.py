@@ -59,6 +59,7 @@ def expected_means(function, probe):
     return [float(np.mean(rewards)) for rewards in calls]
 
 
+@pytest.mark.slow
 def test_ready_made_rewards_run_unchanged_in_trl(tmp_path):
     torch = pytest.importorskip("torch")
     trl = pytest.importorskip("trl")
@@ -134,6 +135,7 @@ class CharacterTokenizer:
         return PAD
 
 
+@pytest.mark.slow
 def test_ready_made_rewards_run_unchanged_in_tunix():
     pytest.importorskip("tunix")
     import jax
