@@ -17,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Processes that tests start find nothing compiled, unless their recipe names a cache.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Processes that tests start read the bytecode that the first of them wrote: compiling the sources takes half a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Two test processes may describe TPU chips at a time; none of them opens a real one.
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 

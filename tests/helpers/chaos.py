@@ -23,6 +23,7 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -410,6 +411,7 @@ def main() -> int:
         importlib.import_module(module)
     assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork would lose the other threads"
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+    gc.freeze()  # no fork looks for garbage among what was imported, and copies its pages by that
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     names = [*(("train", "sft") if arguments.kills else ()), *(FAULTY if arguments.faults != "0" else ())]
     chaos = Chaos(pathlib.Path(arguments.folder), arguments.library, list(dict.fromkeys(names)))

@@ -214,6 +214,8 @@ def test_arguments_that_do_not_go_together_are_refused(run, tmp_path, capsys):
     for option, value in (("--dtype", "bfloat16"), ("--format", "params")):
         assert grpo(["export", str(run), str(tmp_path / "out"), "--adapter", option, value]) == 2
         assert f"{option} must be left out with --adapter" in capsys.readouterr().err
+    assert grpo(["export", str(run), str(tmp_path / "out"), "--adapter"]) == 2
+    assert "--adapter needs a run that trained adapters (lora.rank)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
