@@ -476,13 +476,17 @@ def test_the_token_budget_of_a_micro_batch_changes_nothing(budget, flavour, dtyp
     assert_close_leaf_by_leaf(gradient, want_gradient, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("shorter", [(8,), (17,), (22,), (8, 14), (13, 17, 22)], ids=str)
+@pytest.mark.parametrize(  # all lengths by themselves and together; one compiled program has a pass for each
+    "shorter",
+    [(17,), (8, 14), (13, 17, 22), *(pytest.param((length,), marks=pytest.mark.long) for length in (8, 22))],
+    ids=str,
+)
 def test_rows_computed_at_less_than_their_length_change_nothing(shorter, problem, plain, monkeypatch):
     computed = []
 
-    def recorded(self, params, tokens_BT, *others):
-        jax.debug.callback(lambda: computed.append(tokens_BT.shape[1]))
-        return hidden(self, params, tokens_BT, *others)
+    def recorded(self, params, inputs):
+        jax.debug.callback(lambda: computed.append(inputs.tokens_BT.shape[1]))
+        return hidden(self, params, inputs)
 
     plan = dataclasses.replace(PLAN, num_rows=1, num_microbatches=2 * PLAN.num_microbatches, shorter_lengths=shorter)
     with jax.enable_x64(True):
@@ -503,8 +507,7 @@ def test_rows_computed_at_less_than_their_length_change_nothing(shorter, problem
 
 def test_bfloat16_gradients_of_many_pieces_are_added_up_in_float32(problem):
     """300 times the same group, a piece each: summed in bfloat16 the last 44 would be lost to rounding."""
-    alone = make_trainer("nnx", "bfloat16", plan=PackingPlan(1, 1, 16, 3, MAX_COMPLETION))
-    many = dataclasses.replace(alone, plan=dataclasses.replace(alone.plan, num_microbatches=300))
+    trainer = make_trainer("nnx", "bfloat16", plan=PackingPlan(300, 1, 16, 3, MAX_COMPLETION))
     part = problem.part([0])
     size = len(part.groups[0])
     repeated = Problem(
@@ -512,7 +515,7 @@ def test_bfloat16_gradients_of_many_pieces_are_added_up_in_float32(problem):
         [[*range(size * k, size * (k + 1))] for k in range(300)],
         *(np.tile(field, (300,) + (1,) * (field.ndim - 1)) for field in part[2:]),
     )
-    expected, gradient = (trainer.loss_and_gradient(p)[1] for trainer, p in ((alone, part), (many, repeated)))
+    expected, gradient = (trainer.loss_and_gradient(each)[1] for each in (part, repeated))
     for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(gradient), strict=True):
         assert got.dtype == jnp.bfloat16
         want, got = want.astype(np.float32), got.astype(np.float32)
