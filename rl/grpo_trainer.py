@@ -68,8 +68,8 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         data = load_prompts(config, tokenizer)
         held_out = data.held_out[: config.eval.max_prompts] if config.eval.every else []
         origin = find_origin(config, tokenizer)
-        check_recipe(config, data, origin.model_config.max_position_embeddings)
         sampling = checked_sampling(config, origin.model_config, tokenizer)
+        check_recipe(config, data, sampling, origin.model_config.max_position_embeddings)
 
         # policy: pure functions, no weights; the weights are in its state
         mesh = create_mesh(config.mesh)

@@ -186,6 +186,7 @@ class GRPOSection:
     delta: float | None
     off_policy_mask_threshold: float | None
     top_entropy_quantile: float
+    policy_distribution: Literal["full", "sampled"]
     old_logprobs: Literal["recompute", "sampler"]
     sampler_is_correction: bool
     sampler_is_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]

@@ -1,12 +1,14 @@
 """Log-probs and entropies of tokens from hidden states, without ever holding the logits of all of them.
 
 In: final hidden states at the positions that predict, and the tokens that followed. Out: the log-prob of each token
-under softmax(logits / temperature), and the entropy of that distribution. The vocabulary is the largest dim of
-training, so logits exist for one chunk of positions at a time, in the forward and in the backward pass; the backward
-pass computes them again, unless all of them are few. Chunks behind the last position that counts are not computed.
+under softmax(logits / temperature), or under that over the ids that could be drawn, and the entropy of that
+distribution. The vocabulary is the largest dim of training, so logits exist for one chunk of positions at a time, in
+the forward and in the backward pass; the backward pass computes them again, unless all of them are few. Chunks behind
+the last position that counts are not computed.
 Not here: the model, the alignment of positions and targets, the loss.
 
-Shapes: B sequences, T token positions, C positions of a chunk, V vocabulary, D model.
+Shapes: B sequences, T token positions, C positions of a chunk, V vocabulary, D model, X words of
+`rl.models.drawn_from`.
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from rl.models.drawn_from import DrawnFrom
 from rl.models.ops import widen
 
 # The name, in compiled programs, of the loops over chunks, whose length is a number of the batch.
@@ -46,6 +49,8 @@ def token_logprobs(
     mask_BT: jax.Array | None = None,
     num_shards: int = 1,
     on_cpu: bool = False,
+    drawn_from: DrawnFrom | None = None,
+    kept_words_BTX: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Log-probs of target tokens and, if asked for, entropies. Differentiable, once, in `params` and `hidden_BTD`.
 
@@ -62,6 +67,9 @@ def token_logprobs(
             Chunks of which nothing counts in any sequence and that come after all that do cost nothing. None: all
             positions count.
         num_shards: devices that share the sequences; `on_cpu`: which are CPUs.
+        drawn_from: the rules of the distribution that tokens were drawn from; None: the whole softmax.
+        kept_words_BTX: uint32, with `drawn_from`: which ids could be drawn at each position, the target among them. A
+            constant. None: the same ids at all positions.
 
     Returns:
         (logprobs_BT, entropy_BT or None) in nats, of the dtype of the logits, float32 at least.
@@ -88,7 +96,8 @@ def token_logprobs(
 
     def logits_of(hidden_BCD: jax.Array) -> jax.Array:
         logits_BCV = policy.unembed(params, hidden_BCD)
-        return logits_BCV.astype(widen(logits_BCV.dtype)) / temperature
+        logits_BCV = logits_BCV.astype(widen(logits_BCV.dtype))
+        return (logits_BCV if drawn_from is None else drawn_from.adjusted(logits_BCV)) / temperature
 
     size = chunk_length(num_rows, T, chunk_size, on_cpu)
     num_chunks = max(-(-T // size), 1)
@@ -97,11 +106,14 @@ def token_logprobs(
     padding = num_chunks * size - T
     hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
     targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
+    if kept_words_BTX is not None:
+        assert drawn_from is not None
+        kept_words_BTX = jnp.pad(kept_words_BTX, ((0, 0), (0, padding), (0, 0)))
     # What is not an argument has no gradient, so the parameters that `logits_of` reads become arguments.
     unembed, read = jax.closure_convert(logits_of, hidden_BTD[:, :size])
     # One chunk holds everything: its logits are kept, since computing them again would save nothing.
-    over_chunks = _over_chunks(unembed, size, with_entropy, are_few or num_chunks == 1)
-    results = over_chunks(read, hidden_BTD, targets_BT, jnp.asarray(-(-num_used // size), jnp.int32))
+    over_chunks = _over_chunks(unembed, drawn_from, size, with_entropy, are_few or num_chunks == 1)
+    results = over_chunks(read, hidden_BTD, targets_BT, kept_words_BTX, jnp.asarray(-(-num_used // size), jnp.int32))
     results = [values_BT[:, :T] for values_BT in results]
     if mask_BT is not None:
         results = [jnp.where(mask_BT, values_BT, 0) for values_BT in results]
@@ -127,9 +139,9 @@ def chunk_length(num_rows: int, num_positions: int, chunk_size: int | None = Non
     return min(chunk_size, -(-num_positions // (num_chunks * TILE_ROWS)) * TILE_ROWS)
 
 
-def _over_chunks(unembed: Any, size: int, with_entropy: bool, keeps_logits: bool) -> Any:
-    """(arrays that `unembed` reads, hidden_BTD, targets_BT, chunks to compute) -> [log-probs_BT] or [.., entropies_BT],
-    0 in chunks that are not computed. T is a multiple of `size`.
+def _over_chunks(unembed: Any, drawn_from: DrawnFrom | None, size: int, with_entropy: bool, keeps_logits: bool) -> Any:
+    """(arrays that `unembed` reads, hidden_BTD, targets_BT, kept_words_BTX or None, chunks to compute) ->
+    [log-probs_BT] or [.., entropies_BT], 0 in chunks that are not computed. T is a multiple of `size`.
 
     Loops of a number of rounds that the batch decides have no automatic gradient; this one is a loop over the same
     chunks, which adds up the gradient of the arrays that move.
@@ -145,9 +157,24 @@ def _over_chunks(unembed: Any, size: int, with_entropy: bool, keeps_logits: bool
         with jax.named_scope(CHUNK_LOOP):
             return jax.lax.fori_loop(0, num_chunks, step, carry)
 
-    def run(read: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, num_chunks: jax.Array, keeps: bool) -> Any:
+    def without_removed(logits_BCV: jax.Array, kept_words_BTX: jax.Array | None, i: Any) -> jax.Array:
+        """With -inf for ids that could not be drawn; `_logits_gradient` is 0 for these."""
+        if kept_words_BTX is None:
+            return logits_BCV
+        assert drawn_from is not None
+        kept_BCV = drawn_from.kept(chunk(kept_words_BTX, i), logits_BCV.shape[-1])
+        return jnp.where(kept_BCV, logits_BCV, -jnp.inf)
+
+    def run(
+        read: Any,
+        hidden_BTD: jax.Array,
+        targets_BT: jax.Array,
+        kept_words_BTX: jax.Array | None,
+        num_chunks: jax.Array,
+        keeps: bool,
+    ) -> Any:
         def of_chunk(i: Any) -> tuple[Any, Any]:
-            logits_BCV = unembed(chunk(hidden_BTD, i), *read)
+            logits_BCV = without_removed(unembed(chunk(hidden_BTD, i), *read), kept_words_BTX, i)
             values, residuals = _of_logits(with_entropy, logits_BCV, chunk(targets_BT, i))
             return values, residuals[:-1] if keeps else ()
 
@@ -160,19 +187,25 @@ def _over_chunks(unembed: Any, size: int, with_entropy: bool, keeps_logits: bool
         return loop(num_chunks, step, jax.tree.map(whole, jax.eval_shape(of_chunk, 0)))
 
     @jax.custom_vjp
-    def over_chunks(read: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, num_chunks: jax.Array) -> Any:
-        return run(read, hidden_BTD, targets_BT, num_chunks, keeps=False)[0]
+    def over_chunks(
+        read: Any,
+        hidden_BTD: jax.Array,
+        targets_BT: jax.Array,
+        kept_words_BTX: jax.Array | None,
+        num_chunks: jax.Array,
+    ) -> Any:
+        return run(read, hidden_BTD, targets_BT, kept_words_BTX, num_chunks, keeps=False)[0]
 
     def forward(*arguments: Any) -> tuple[Any, Any]:
         are_moving = [primal.perturbed for primal in arguments[0]]
-        read, hidden_BTD, targets_BT, num_chunks = jax.tree.map(lambda primal: primal.value, arguments)
-        values, kept = run(read, hidden_BTD, targets_BT, num_chunks, keeps_logits)
+        read, *others = jax.tree.map(lambda primal: primal.value, arguments)
+        values, kept = run(read, *others, keeps_logits)
         moving = [array if is_moving else None for array, is_moving in zip(read, are_moving, strict=True)]
         still = [None if is_moving else array for array, is_moving in zip(read, are_moving, strict=True)]
-        return values, (moving, still, hidden_BTD, targets_BT, num_chunks, kept)
+        return values, (moving, still, *others, kept)
 
     def backward(residuals: Any, gradients: Any) -> Any:
-        moving, still, hidden_BTD, targets_BT, num_chunks, kept = residuals
+        moving, still, hidden_BTD, targets_BT, kept_words_BTX, num_chunks, kept = residuals
         gradients = [_zeros_of(g) if isinstance(g, SymbolicZero) else g for g in gradients]
 
         def step(i: Any, carry: Any) -> Any:
@@ -185,6 +218,7 @@ def _over_chunks(unembed: Any, size: int, with_entropy: bool, keeps_logits: bool
             if keeps_logits:
                 of_logits = (*jax.tree.map(lambda array: chunk(array, i), kept), targets_BC)
             else:
+                logits_BCV = without_removed(logits_BCV, kept_words_BTX, i)
                 _, of_logits = _of_logits(with_entropy, logits_BCV, targets_BC)
             parts = tuple(chunk(gradient_BT, i) for gradient_BT in gradients)
             logits_gradient_BCV = _logits_gradient(with_entropy, of_logits, parts)
@@ -197,7 +231,7 @@ def _over_chunks(unembed: Any, size: int, with_entropy: bool, keeps_logits: bool
         start = [None if array is None else jnp.zeros(array.shape, widen(array.dtype)) for array in moving]
         total, hidden_gradient_BTD = loop(num_chunks, step, (start, jnp.zeros_like(hidden_BTD)))
         total = jax.tree.map(lambda sum_of, array: sum_of.astype(array.dtype), total, moving)
-        return total, hidden_gradient_BTD, None, None
+        return total, hidden_gradient_BTD, None, None, None
 
     over_chunks.defvjp(forward, backward, symbolic_zeros=True)
     return over_chunks

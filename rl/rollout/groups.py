@@ -186,6 +186,7 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
     left out. With `grpo.kl_in_reward` they carry their rewards: the advantages follow when the KL is known.
     """
     values_B = rollout.weighted_B if config.grpo.kl_in_reward else rollout.advantages_B
+    is_sampled = config.grpo.policy_distribution == "sampled"
     num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
     groups = []
     for p, row in enumerate(rollout.rows):
@@ -194,8 +195,9 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
                 completion.token_ids,
                 float(values_B[b]),
                 completion.sampler_logprobs,
-                completion.policy_logprobs,
+                completion.sampler_logprobs if is_sampled else completion.policy_logprobs,
                 completion.trained,
+                completion.kept_words,
             )
             for b, completion in enumerate(rollout.completions[p], start=p * group_size)
             if rollout.kept_B[b]

@@ -18,14 +18,19 @@ from rl.training.packing import PackingPlan
 
 def warn_about_sampling(console: Console, config: Config, sampling: SamplingParams) -> None:
     """Warns when completions come from another distribution than the policy's, and the loss does not correct for it."""
-    section = config.sampling
+    grpo, section = config.grpo, config.sampling
     rounding = [name for name in ("kv_dtype", "weight_dtype") if getattr(section, name) is not None]
-    if (sampling.reshaping_rules or rounding) and not config.grpo.sampler_is_correction:
-        rules = ", ".join(f"sampling.{name}" for name in (*sampling.reshaping_rules, *rounding))
-        console.warning(
-            f"{rules}: completions come from another distribution than the policy's, and the loss takes them for the "
-            "policy's own; set grpo.sampler_is_correction=true, or turn these rules off"
-        )
+    reshaping = [] if grpo.policy_distribution == "sampled" else sampling.reshaping_rules
+    correction = "grpo.sampler_is_correction=true"
+    for rules, way_out in (
+        (reshaping, correction if sampling.needs_counts else "grpo.policy_distribution=sampled"),
+        (rounding, correction),
+    ):
+        if rules and not grpo.sampler_is_correction:
+            console.warning(
+                f"{', '.join(f'sampling.{name}' for name in rules)}: completions come from another distribution than "
+                f"the policy's, and the loss takes them for the policy's own; set {way_out}, or turn these rules off"
+            )
 
 
 def warn_about_prompts(console: Console, config: Config, origin: Origin, tokenizer: Tokenizer) -> None:

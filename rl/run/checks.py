@@ -1,11 +1,13 @@
 """Rules that need the data and the model's shape, checked before anything heavy starts."""
 
 from rl.algorithms.from_config import check_estimator, check_loss, loss_config
+from rl.algorithms.loss_types import loss_type_of
 from rl.config.load import Config, require
 from rl.data.prompts import PromptData, check_enough_rows
+from rl.sampler.token_draw import SamplingParams
 
 
-def check_recipe(config: Config, data: PromptData, max_positions: int) -> None:
+def check_recipe(config: Config, data: PromptData, sampling: SamplingParams, max_positions: int) -> None:
     """Rules that need the data and the model's shape; ValueError when one is broken."""
     require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
     if not any(function.weight for function in config.rewards.functions):
@@ -26,3 +28,31 @@ def check_recipe(config: Config, data: PromptData, max_positions: int) -> None:
         )
     check_loss(loss_config(config))
     check_estimator(config)
+    _check_ratios_of_sequences(config, sampling)
+
+
+def _check_ratios_of_sequences(config: Config, sampling: SamplingParams) -> None:
+    """With log-probs of the whole softmax the ratio of trainer to sampler holds, at each token, the probability that
+    the rules of sampling left; over a sequence these multiply: https://github.com/huggingface/trl/issues/6789.
+    """
+    grpo, loss_type = config.grpo, loss_type_of(loss_config(config))
+    if grpo.policy_distribution == "sampled" or not sampling.reshaping_rules:
+        return
+    key = ""
+    if grpo.sampler_is_correction:
+        if grpo.sampler_is_mode.startswith("sequence"):
+            key = f"grpo.sampler_is_mode={grpo.sampler_is_mode}"
+        elif loss_type.builds_in_sampler_ratio:
+            key = f"grpo.sampler_is_correction=true and grpo.loss_type={grpo.loss_type}"
+    elif grpo.old_logprobs == "sampler":
+        if grpo.importance_sampling_level == "sequence":
+            key = "grpo.old_logprobs=sampler and grpo.importance_sampling_level=sequence"
+        elif loss_type.is_of_sequences:
+            key = f"grpo.old_logprobs=sampler and grpo.loss_type={grpo.loss_type}"
+    if key:
+        rules = ", ".join(f"sampling.{name}" for name in sampling.reshaping_rules)
+        raise ValueError(
+            f"grpo.policy_distribution must be sampled with {key} and {rules}, got full: the ratio of a sequence would "
+            "multiply, token by token, the probability that these rules left, and its weight would vanish with length; "
+            "or turn these rules off"
+        )

@@ -29,6 +29,8 @@ class Completion:
     finish_reason: "eos", "stop" (a stop string) or "length".
     stop_reason: the EOS id, the stop string, or None.
     top_ids, top_logprobs: [tokens, N], the N most likely tokens of the plain softmax, best first; N may be 0.
+    kept_words: uint32 [tokens, X], which ids could be drawn at each token, in the form of `rl.models.drawn_from`; None
+      where it is not reported.
     trained: bool per token, whether the policy drew it; None: it drew all of them. The others (what an environment or a
     tool put between) are only read: they are in no loss, length or denominator, and their log-probs may be anything.
     """
@@ -42,6 +44,7 @@ class Completion:
     stop_reason: int | str | None
     top_ids: np.ndarray
     top_logprobs: np.ndarray
+    kept_words: np.ndarray | None = None
     trained: np.ndarray | None = None
 
     @property
@@ -117,7 +120,9 @@ class CompletionSource(Protocol):
         ...
 
     def check(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
-        """ValueError where a call of this size with expected prompts cannot be; nothing is compiled or drawn."""
+        """ValueError where a call of this size with expected prompts cannot be, nor what `sampling` asks for, such as
+        `reports_kept`; nothing is compiled or drawn.
+        """
         ...
 
     def programs(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> DrawPrograms:

@@ -37,6 +37,7 @@ def greedy(sampling: SamplingParams) -> SamplingParams:
         repetition_penalty=1.0,
         frequency_penalty=0.0,
         presence_penalty=0.0,
+        reports_kept=False,
     )
 
 
@@ -147,8 +148,15 @@ def stop_text(config: Config, tokenizer: Tokenizer) -> Callable[[Sequence[int]],
     return partial(tokenizer.decode, skip_special_tokens=not special)
 
 
-def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
-    """The `sampling` section as the sampler takes it; nothing else, not a model's own defaults, sets a rule."""
+def sampling_params(config: Config, eos: tuple[int, ...], for_training: bool = False) -> SamplingParams:
+    """The `sampling` section as the sampler takes it; nothing else, not a model's own defaults, sets a rule.
+
+    Args:
+      for_training: report what `grpo.policy_distribution` needs.
+
+    Raises:
+      ValueError: values out of range, or rules that `grpo.policy_distribution` cannot compute again.
+    """
     section = config.sampling
     return SamplingParams(
         temperature=section.temperature,
@@ -164,12 +172,15 @@ def sampling_params(config: Config, eos: tuple[int, ...]) -> SamplingParams:
         min_completion_length=section.min_completion_length,
         stop_strings=tuple(section.stop_strings),
         eos_ids=eos,
+        reports_kept=for_training and config.grpo.policy_distribution == "sampled",
     )
 
 
 def checked_sampling(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> SamplingParams:
-    """`sampling_params` with the EOS ids of model and tokenizer; ValueError where an id is outside the vocabulary."""
-    sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
+    """`sampling_params` of a run's rollouts, with the EOS ids of model and tokenizer; ValueError where an id is outside
+    the vocabulary.
+    """
+    sampling = sampling_params(config, eos_ids(config, model_config, tokenizer), for_training=True)
     check_vocabulary(sampling, model_config.vocab_size)
     return sampling
 

@@ -7,7 +7,8 @@ A slot is a row of the own cache. It first feeds the last token of its prompt. S
 needs new labels only, and happens inside the loop. The mesh cuts slots and requests into shards; a slot takes requests
 and reads prompts of its own shard only.
 Legend: B slots, P rows of the prompt table, Q readers of such a row, M table rows of the longest prompt, W waiting
-requests of a shard, C tokens of a chunk, S cache positions, T prompt positions, V vocab, D model, N most likely tokens.
+requests of a shard, C tokens of a chunk, S cache positions, T prompt positions, V vocab, D model, N most likely tokens,
+X words of `rl.models.drawn_from`.
 """
 
 import dataclasses
@@ -72,7 +73,9 @@ class Slots:
 
 
 class Columns(NamedTuple):
-    """The tokens that a chunk drew, by step and slot [C, B]; request -1 for none. Top tokens [C, B, N]."""
+    """The tokens that a chunk drew, by step and slot [C, B]; request -1 for none. Top tokens [C, B, N]. Words of the
+    ids that could be drawn [C, B, X], None where they are not reported.
+    """
 
     request_ids: jax.Array
     tokens: jax.Array
@@ -80,6 +83,7 @@ class Columns(NamedTuple):
     policy_logprobs: jax.Array
     top_ids: jax.Array
     top_logprobs: jax.Array
+    kept_words: jax.Array | None = None
 
 
 class ChunkReport(NamedTuple):
@@ -327,6 +331,7 @@ def _reader_maps(slots: Slots, shape: tuple, num_rows: int, num_readers: int) ->
 def _empty_columns(policy: Policy, sampling: SamplingParams, chunk: int, num_slots: int) -> Columns:
     logprob_dtype = jnp.promote_types(policy.config.dtype, jnp.float32)
     shape, top = (chunk, num_slots), (chunk, num_slots, sampling.top_logprobs)
+    num_words = sampling.num_kept_words(policy.config.vocab_size)
     return Columns(
         jnp.full(shape, -1, jnp.int32),
         jnp.zeros(shape, jnp.int32),
@@ -334,6 +339,7 @@ def _empty_columns(policy: Policy, sampling: SamplingParams, chunk: int, num_slo
         jnp.zeros(shape, logprob_dtype),
         jnp.zeros(top, jnp.int32),
         jnp.zeros(top, logprob_dtype),
+        jnp.zeros((*shape, num_words), jnp.uint32) if num_words else None,
     )
 
 
@@ -345,6 +351,6 @@ def _write_columns(columns: Columns, step: jax.Array, request_ids_B: jax.Array, 
         drawn.policy_logprob_B,
         drawn.top_ids_BN,
         drawn.top_logprobs_BN,
+        drawn.kept_words_BX,
     )
-    written = [jax.lax.dynamic_update_index_in_dim(column, x, step, 0) for column, x in zip(columns, new, strict=True)]
-    return Columns(*written)
+    return jax.tree.map(lambda column, x: jax.lax.dynamic_update_index_in_dim(column, x, step, 0), columns, new)

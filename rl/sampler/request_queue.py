@@ -272,7 +272,9 @@ class Schedule:
                 self._waiting[shard].popleft()
         self._slots = np.array(report.request_ids, np.int64)
         ids_BC = np.asarray(report.columns.request_ids)[:num_steps].T
-        drawn = [np.swapaxes(np.asarray(column)[:num_steps], 0, 1) for column in report.columns[1:]]
+        drawn = [
+            np.swapaxes(np.asarray(column)[:num_steps], 0, 1) for column in report.columns[1:] if column is not None
+        ]
         for slot, ids_C in enumerate(ids_BC):
             edges = np.flatnonzero(np.diff(ids_C)) + 1
             for first, last in zip([0, *edges], [*edges, num_steps], strict=True):
@@ -296,9 +298,7 @@ class Schedule:
         if end is None:
             return None
         length, finish_reason, stop_reason = end
-        token_ids, sampler_logprobs, policy_logprobs, top_ids, top_logprobs = (
-            column[:length] for column in drawing.columns()
-        )
+        token_ids, sampler_logprobs, policy_logprobs, *more = (column[:length] for column in drawing.columns())
         del self._drawing[request]
         shard, rows = self._rows_of.pop(request)
         self._left[shard, rows] -= 1
@@ -312,6 +312,5 @@ class Schedule:
             policy_logprobs,
             finish_reason,
             stop_reason,
-            top_ids,
-            top_logprobs,
+            *more,
         )

@@ -9,7 +9,7 @@ so a bias of x always moves a logit by x. A rule that is off costs nothing.
 The draw is an inverse CDF (`rl.sampler.categorical`) of one uniform number for each row, because threefry over [B, V]
 would cost more than everything else here. Not here: how counts live through a decode loop, and stop strings
 (`rl.sampler.slot_sampler`).
-Legend: B sequences, V vocabulary, N most likely tokens.
+Legend: B sequences, V vocabulary, N most likely tokens, X words of `rl.models.drawn_from`.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl.models.drawn_from import MAX_ENDS, DrawnFrom, bias_of, bits_to_words, ids_to_words, is_any_of, marked
 from rl.sampler.categorical import in_nucleus, inverse_cdf, take
 
 # Keeps biased logits finite in float32, also after the division by any sensible temperature.
@@ -39,6 +40,8 @@ class SamplingParams:
       once; 0 is off.
     logit_bias: pairs of a token id and the number added to its logit. forbidden_ids: tokens that are never drawn.
     top_logprobs: the number of most likely tokens that are reported at each position.
+    reports_kept: report which ids could be drawn at each position, see `rl.models.drawn_from`; of ids that tie with the
+      last one that top-k keeps, the lowest then stay, so that there are at most top_k. Not with penalties, nor greedy.
     Raises ValueError for values out of range.
     """
 
@@ -56,6 +59,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     forbidden_ids: tuple[int, ...] = ()
     top_logprobs: int = 0
+    reports_kept: bool = False
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 0, "temperature", ">= 0 (0 is greedy)", self.temperature)
@@ -91,6 +95,19 @@ class SamplingParams:
         num_ids = len({token for token, _ in self.logit_bias})
         _require(num_ids == len(self.logit_bias), "logit_bias", "one bias per token id", self.logit_bias)
         _require(self.top_logprobs >= 0, "top_logprobs", ">= 0 (0 reports none)", self.top_logprobs)
+        if self.reports_kept:
+            self._check_reports_kept()
+
+    def _check_reports_kept(self) -> None:
+        way_out = "with grpo.policy_distribution=sampled"
+        _require(not self.greedy, "temperature", f"> 0 {way_out}", self.temperature)
+        for name, off in (("repetition_penalty", 1.0), ("frequency_penalty", 0.0), ("presence_penalty", 0.0)):
+            rule = f"{off} {way_out}, which does not compute penalties again from the tokens before (or set it to full)"
+            _require(getattr(self, name) == off, name, rule, getattr(self, name))
+        rule = (
+            f"at most {MAX_ENDS} ids {way_out} and a sampling.min_completion_length, unless top_k, top_p or min_p is on"
+        )
+        _require(not self.drawn_from.holds_ends or len(self.eos_ids) <= MAX_ENDS, "eos_ids", rule, self.eos_ids)
 
     @property
     def greedy(self) -> bool:
@@ -101,6 +118,21 @@ class SamplingParams:
     def needs_counts(self) -> bool:
         """Whether a penalty is on, so that drawing needs the tokens that came before."""
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def drawn_from(self) -> DrawnFrom:
+        """The rules besides penalties and temperature, as `rl.models.drawn_from` takes them."""
+        return DrawnFrom(
+            top_k=self.top_k,
+            truncates=self.top_p < 1 or self.min_p > 0,
+            forbids_ends=_may_forbid_eos(self),
+            forbidden_ids=self.forbidden_ids,
+            logit_bias=self.logit_bias,
+        )
+
+    def num_kept_words(self, vocab_size: int) -> int:
+        """X, words of each token that say which ids could be drawn; 0 where none are reported, or needed."""
+        return self.drawn_from.num_words(vocab_size) if self.reports_kept else 0
 
     @property
     def reshaping_rules(self) -> tuple[str, ...]:
@@ -134,6 +166,7 @@ class Draw(NamedTuple):
 
     sampler_logprob_B is under the distribution that was drawn from. policy_logprob_B and top_logprobs_BN are under
     softmax(logits / temperature) of the unchanged logits (temperature 1 when greedy). Ids are int32.
+    kept_words_BX: uint32, which ids could be drawn; None where `SamplingParams.num_kept_words` is 0.
     """
 
     token_B: jax.Array
@@ -141,6 +174,7 @@ class Draw(NamedTuple):
     policy_logprob_B: jax.Array
     top_ids_BN: jax.Array
     top_logprobs_BN: jax.Array
+    kept_words_BX: jax.Array | None = None
 
 
 def draw(
@@ -170,6 +204,7 @@ def draw(
     """
     check_vocabulary(sampling, logits_BV.shape[-1])
     adjusted_BV = _forbid(adjust(logits_BV, sampling, counts), sampling, forbid_eos_B)
+    kept_words_BX = None
     if sampling.greedy:
         scaled_BV = logits_BV
         token_B = jnp.argmax(adjusted_BV, axis=-1).astype(jnp.int32)
@@ -177,7 +212,11 @@ def draw(
         policy_logprob_B = take(logits_BV, token_B) - policy_total_B
         sampler_logprob_B = jnp.zeros_like(policy_logprob_B)
     else:
-        scores_BV = truncate(adjusted_BV / sampling.temperature, sampling)
+        scores_BV = adjusted_BV / sampling.temperature
+        if sampling.num_kept_words(logits_BV.shape[-1]):
+            scores_BV, kept_words_BX = _truncate_and_report(scores_BV, sampling, forbid_eos_B)
+        else:
+            scores_BV = truncate(scores_BV, sampling)
         token_B, sampler_total_B = inverse_cdf(scores_BV, uniform_B)
         scaled_BV = logits_BV / sampling.temperature
         # Where both distributions are the same, this saves the second pass over the vocabulary.
@@ -189,7 +228,7 @@ def draw(
         policy_logprob_B = policy_score_B - policy_total_B
     top_ids_BN, top_scores_BN = _most_likely(scaled_BV, sampling.top_logprobs)
     top_logprobs_BN = top_scores_BN - policy_total_B[:, None] if sampling.top_logprobs else top_scores_BN
-    return Draw(token_B, sampler_logprob_B, policy_logprob_B, top_ids_BN, top_logprobs_BN)
+    return Draw(token_B, sampler_logprob_B, policy_logprob_B, top_ids_BN, top_logprobs_BN, kept_words_BX)
 
 
 def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
@@ -245,9 +284,7 @@ def adjust(logits_BV: jax.Array, sampling: SamplingParams, counts: TokenCounts |
             raise ValueError("draw must be given counts (TokenCounts) when a penalty is on, got None")
         logits_BV = _penalize(logits_BV, sampling, counts)
     if sampling.logit_bias:
-        ids, biases = zip(*sampling.logit_bias, strict=True)
-        bias_V = jnp.zeros(logits_BV.shape[-1], logits_BV.dtype)
-        logits_BV = logits_BV + bias_V.at[jnp.asarray(ids)].set(jnp.asarray(biases, logits_BV.dtype))
+        logits_BV = logits_BV + bias_of(sampling.logit_bias, logits_BV.shape[-1], logits_BV.dtype)
     return logits_BV
 
 
@@ -266,6 +303,25 @@ def truncate(scores_BV: jax.Array, sampling: SamplingParams) -> jax.Array:
         floor_B1 = jnp.max(scores_BV, axis=-1, keepdims=True) + jnp.log(jnp.asarray(sampling.min_p, scores_BV.dtype))
         scores_BV = jnp.where(scores_BV >= floor_B1, scores_BV, -jnp.inf)
     return scores_BV
+
+
+def _truncate_and_report(
+    scores_BV: jax.Array, sampling: SamplingParams, forbid_eos_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`truncate`, and the words that say which ids are left."""
+    drawn_from, vocab_size = sampling.drawn_from, scores_BV.shape[-1]
+    if drawn_from.holds_ends:
+        ends = [token for token in sampling.eos_ids if token < vocab_size]
+        ends_K = jnp.asarray(ends + [-1] * (MAX_ENDS - len(ends)), jnp.int32)
+        return scores_BV, ids_to_words(ends_K, forbid_eos_B[:, None] & (ends_K >= 0))
+    if drawn_from.holds_ids(vocab_size):
+        _, ids_BK = jax.lax.top_k(scores_BV, sampling.top_k)  # among equals the lowest id comes first
+        everywhere_BK = jnp.ones_like(ids_BK, bool)
+        scores_BV = jnp.where(marked(ids_to_words(ids_BK, everywhere_BK), vocab_size), scores_BV, -jnp.inf)
+        scores_BV = truncate(scores_BV, dataclasses.replace(sampling, top_k=0))
+        return scores_BV, ids_to_words(ids_BK, jnp.take_along_axis(scores_BV, ids_BK, axis=-1) > -jnp.inf)
+    scores_BV = truncate(scores_BV, sampling)
+    return scores_BV, bits_to_words(scores_BV > -jnp.inf)
 
 
 def _penalize(logits_BV: jax.Array, sampling: SamplingParams, counts: TokenCounts) -> jax.Array:
@@ -291,8 +347,7 @@ def _forbid(logits_BV: jax.Array, sampling: SamplingParams, forbid_eos_B: jax.Ar
         is_eos_V = jnp.isin(jnp.arange(logits_BV.shape[-1]), jnp.asarray(sampling.eos_ids))
         logits_BV = jnp.where(forbid_eos_B[:, None] & is_eos_V, -jnp.inf, logits_BV)
     if sampling.forbidden_ids:
-        is_forbidden_V = jnp.zeros(logits_BV.shape[-1], bool).at[jnp.asarray(sampling.forbidden_ids)].set(True)
-        logits_BV = jnp.where(is_forbidden_V, -jnp.inf, logits_BV)
+        logits_BV = jnp.where(is_any_of(sampling.forbidden_ids, logits_BV.shape[-1]), -jnp.inf, logits_BV)
     return logits_BV
 
 

@@ -234,7 +234,12 @@ class WaveSampler:
             for row in list(drawings):
                 request = requests[numbers[row]]
                 steps = np.flatnonzero(is_drawn_CB[:num_steps, row])
-                completion = self._add(drawings[row], tuple(column[steps, row] for column in drawn), request, sampling)
+                completion = self._add(
+                    drawings[row],
+                    tuple(column[steps, row] for column in drawn if column is not None),
+                    request,
+                    sampling,
+                )
                 if completion is not None:
                     del drawings[row]
                     yield numbers[row], completion
@@ -252,7 +257,7 @@ class WaveSampler:
         if end is None:
             return None
         count, finish_reason, stop_reason = end
-        token_ids, sampler_logprobs, policy_logprobs, *top = (column[:count] for column in drawing.columns())
+        token_ids, sampler_logprobs, policy_logprobs, *more = (column[:count] for column in drawing.columns())
         return Completion(
             request.prompt_index,
             request.sample_index,
@@ -261,7 +266,7 @@ class WaveSampler:
             policy_logprobs,
             finish_reason,
             stop_reason,
-            *top,
+            *more,
         )
 
     # Plans

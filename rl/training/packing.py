@@ -7,7 +7,7 @@ every completion go on from its prompt. Groups that are longer than a row are cu
 repeated. How a batch is cut never changes loss or gradient, because every denominator is that of the whole minibatch.
 
 Legend: M micro-batches, R rows, T token positions, N trained tokens of a row, C completions of a row, L tokens of a
-completion.
+completion, X words of `rl.models.drawn_from`.
 """
 
 import dataclasses
@@ -34,10 +34,12 @@ class TrainCompletion:
       advantage: constant of all its tokens. With `grpo.kl_in_reward` its reward: `rl.training.token_advantages` goes on
         from it.
       sampler_logprobs: float [L] under the distribution the tokens were drawn from; None when unknown.
-      rollout_logprobs: float [L] under the policy's plain softmax at the sampling temperature, as the sampler computed
-        it; None when unknown.
+      rollout_logprobs: float [L] under the distribution that is trained (the policy's plain softmax at the sampling
+        temperature; that over the kept ids with `grpo.policy_distribution: sampled`), as the sampler computed it; None
+        when unknown.
       trained: bool [L], which tokens the policy drew; None: all. The others are inputs, and nothing is learned from
         their being there; what the log-probs hold for them is not read.
+      kept_words: uint32 [L, X], which ids could be drawn at each token, see `rl.models.drawn_from`; None: not needed.
     """
 
     token_ids: np.ndarray
@@ -45,6 +47,7 @@ class TrainCompletion:
     sampler_logprobs: np.ndarray | None = None
     rollout_logprobs: np.ndarray | None = None
     trained: np.ndarray | None = None
+    kept_words: np.ndarray | None = None
 
     @property
     def trained_places(self) -> np.ndarray:
@@ -75,6 +78,7 @@ class PackingPlan:
       completion_length: L, upper bound.
       shorter_lengths: in increasing order, positions less than T at which a micro-batch is computed whose rows hold no
         more; one compiled program holds them all.
+      kept_words: X, words of each completion token that say which ids could be drawn; 0: no batch has them.
     """
 
     num_microbatches: int
@@ -83,6 +87,7 @@ class PackingPlan:
     completions_per_row: int
     completion_length: int
     shorter_lengths: tuple[int, ...] = ()
+    kept_words: int = 0
 
 
 class Batch(NamedTuple):
@@ -101,6 +106,7 @@ class Batch(NamedTuple):
       old_logprobs_MRCL, reference_logprobs_MRCL: log-probs of the policy before the first update and of the reference,
         put in by the trainer when the loss needs them; None otherwise.
       advantages_MRCL: of each token, put in by the trainer with `grpo.kl_in_reward`; None otherwise.
+      kept_words_MRNX: uint32, which ids could be drawn at completion token n; 0 on padding; None without such words.
       sequence_ids_MRC: int32, index of the completion in the order in which the groups were given; -1 on padding.
       num_microbatches: int32 [], micro-batches in use.
     """
@@ -123,6 +129,7 @@ class Batch(NamedTuple):
     old_logprobs_MRCL: Any = None
     reference_logprobs_MRCL: Any = None
     advantages_MRCL: Any = None
+    kept_words_MRNX: Any = None
 
     @property
     def inputs(self) -> Inputs:
@@ -200,7 +207,8 @@ def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float3
     completion keeps its `sequence_ids` index.
 
     Groups without completions are left out. A minibatch without any completion gives a batch of padding. `dtype` is
-    that of the batch's floating-point fields: float32, or float64 for a float64 model.
+    that of the batch's floating-point fields: float32, or float64 for a float64 model. ValueError where the plan has
+    words of kept ids and a completion has none.
     """
     shorter = [length for length in reversed(plan.shorter_lengths) if _fits(groups, length)]
     packings = [_rows(groups, plan, length) for length in (plan.row_length, *shorter)]
@@ -307,7 +315,7 @@ def batch_fields(plan: PackingPlan, dtype: Any) -> dict[str, tuple[tuple[int, ..
     M, R, T = plan.num_microbatches, plan.num_rows, plan.row_length
     C, L = plan.completions_per_row, plan.completion_length
     N = min(T + C, C * L)  # every completion predicts one token more than it puts into the row
-    return {
+    fields = {
         "tokens_MRT": ((M, R, T), np.int32, 0),
         "positions_MRT": ((M, R, T), np.int32, 0),
         "group_ids_MRT": ((M, R, T), np.int32, PADDING_GROUP),
@@ -323,6 +331,9 @@ def batch_fields(plan: PackingPlan, dtype: Any) -> dict[str, tuple[tuple[int, ..
         "rollout_logprobs_MRCL": ((M, R, C, L), dtype, np.nan),
         "sequence_ids_MRC": ((M, R, C), np.int32, -1),
     }
+    if plan.kept_words:
+        fields["kept_words_MRNX"] = ((M, R, N, plan.kept_words), np.uint32, 0)
+    return fields
 
 
 def _empty_batch(plan: PackingPlan, num_microbatches: int, dtype: np.dtype) -> Batch:
@@ -365,6 +376,13 @@ def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
                 batch.sampler_logprobs_MRCL[m, r, c, trained] = np.asarray(completion.sampler_logprobs)[trained]
             if completion.rollout_logprobs is not None:
                 batch.rollout_logprobs_MRCL[m, r, c, trained] = np.asarray(completion.rollout_logprobs)[trained]
+            if batch.kept_words_MRNX is not None:
+                if completion.kept_words is None:
+                    raise ValueError(
+                        "completions must say which ids could be drawn (Completion.kept_words) with "
+                        "grpo.policy_distribution=sampled, got None of this sampler; set it to full"
+                    )
+                batch.kept_words_MRNX[m, r, targets] = completion.kept_words[trained]
             t, n, c = t + count - 1, n + trained.size, c + 1
 
 

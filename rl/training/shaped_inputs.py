@@ -4,6 +4,7 @@ In: the configuration, a mesh, an `init_state_fn`. Out: shapes, logical axes and
 minibatch. Neither weights nor data are read: prompts are taken to be as long as `data.max_prompt_length` allows.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from rl.models.train_state import PureState
 from rl.state.states import AbstractState, InitStateFn, get_abstract_state
 from rl.training.packing import Batch, PackingPlan, batch_fields, plan_packing
 from rl.training.train_step import Minibatch, minibatch_axes, minibatch_shardings
-from rl.training.update import batch_dtype, needs_old_logprobs
+from rl.training.update import batch_dtype, drawn_from, needs_old_logprobs
 
 
 class ShapedInputs(NamedTuple):
@@ -82,13 +83,15 @@ def _of_present_fields(values: Minibatch, shapes: Minibatch) -> Minibatch:
 
 def plan_for(config: Config, max_prompt_length: int, policy: Policy, mesh: Mesh) -> PackingPlan:
     """Static shapes that hold every minibatch of a run with prompts of up to so many tokens."""
-    return plan_packing(
+    rules = drawn_from(config)
+    plan = plan_packing(
         num_groups=config.grpo.prompts_per_step // config.grpo.minibatches,
         group_size=config.grpo.group_size,
         max_prompt_length=max_prompt_length,
         max_completion_length=config.sampling.max_completion_length,
         **packing_options(config, policy, mesh),
     )
+    return dataclasses.replace(plan, kept_words=0 if rules is None else rules.num_words(policy.config.vocab_size))
 
 
 def packing_options(config: Config, policy: Policy, mesh: Mesh) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from rl.algorithms.loss_types import Denominators, LossConfig, LossInputs
 from rl.algorithms.losses import denominators_for, grpo_loss
 from rl.devices.mesh import ROWS, from_host_memory, input_sharding, is_on_cpu, num_row_shards, replicated, row_sharding
 from rl.devices.programs import Program, Stored, not_stored
+from rl.models.drawn_from import DrawnFrom
 from rl.models.inputs import PADDING_GROUP
 from rl.models.logprobs import token_logprobs
 from rl.models.lora import join, split
@@ -107,6 +108,7 @@ def jit_train_step(
     chunk_size: int | None,
     minibatches_per_rollout: int,
     shorter_lengths: Sequence[int] = (),
+    drawn_from: DrawnFrom | None = None,
     stored: Stored = not_stored,
 ) -> TrainStep:
     """The compiled update. The state is donated: the caller must not use the one it passed in again.
@@ -121,6 +123,7 @@ def jit_train_step(
       chunk_size: tokens of each row of a piece whose logits exist at one time.
       minibatches_per_rollout: updates of one pass over a rollout batch.
       shorter_lengths: of the `PackingPlan` of the minibatches.
+      drawn_from: the rules of the distribution that all log-probs are under; None: the whole softmax.
       stored: where the compiled program is taken from, if it is there; otherwise it is compiled at its first call.
     """
     program = update_program(
@@ -134,6 +137,7 @@ def jit_train_step(
         chunk_size=chunk_size,
         minibatches_per_rollout=minibatches_per_rollout,
         shorter_lengths=shorter_lengths,
+        drawn_from=drawn_from,
     )
     update = stored(TRAIN_STEP, program) or program.jit()
     if policy.config.lora is None:
@@ -167,6 +171,7 @@ def update_program(
     chunk_size: int | None,
     minibatches_per_rollout: int,
     shorter_lengths: Sequence[int] = (),
+    drawn_from: DrawnFrom | None = None,
 ) -> Program:
     """What `jit_train_step` compiles: (state, minibatch) -> (state, metrics), or with adapters (state of what moves,
     frozen weights, minibatch) -> (state of what moves, metrics). Argument 0 is donated.
@@ -176,7 +181,9 @@ def update_program(
 
     def piece_loss(trained: Params, frozen: Params, piece: Batch, denominators: Denominators, on_policy: jax.Array):
         params = join(trained, frozen)
-        logprobs_BL, entropy_BL = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules, True)
+        logprobs_BL, entropy_BL = _piece_logprobs(
+            policy, params, piece, temperature, chunk_size, mesh, rules, True, drawn_from
+        )
         constant_BL = jax.lax.stop_gradient(logprobs_BL)  # for old log-probs and a measurement, neither trained on
         inputs = _loss_inputs(piece)
         if inputs.old_logprobs_BT is not None:
@@ -245,6 +252,7 @@ def token_logprobs_program(
     chunk_size: int | None,
     with_entropy: bool,
     shorter_lengths: Sequence[int] = (),
+    drawn_from: DrawnFrom | None = None,
 ) -> Program:
     """The pass without gradient: (params, batch) -> (log-probs, entropies), both [M, R, C, L], 0 on padding; entropies
     only `with_entropy`, otherwise None.
@@ -254,7 +262,9 @@ def token_logprobs_program(
 
     def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         def fill(m, piece, outputs):
-            values = _piece_logprobs(policy, params, piece, temperature, chunk_size, mesh, rules, with_entropy)
+            values = _piece_logprobs(
+                policy, params, piece, temperature, chunk_size, mesh, rules, with_entropy, drawn_from
+            )
             return jax.tree.map(
                 lambda output, value: jax.lax.dynamic_update_index_in_dim(
                     output, value.reshape(output.shape[1:]), m, 0
@@ -336,7 +346,8 @@ def _over_pieces(
     def loop(name: str, start: Any, end: Any, length: int, carry: Any) -> Any:
         # What is predicted stands at the front as well: of each completion one token more than it puts into the row.
         ends = {"MRT": length, "MRN": length + num_completions}
-        of_field = {name: ends[name[-3:]] for name in Batch._fields if name[-3:] in ends}
+        dims = {name: name.rpartition("_")[2][:3] for name, values in batch._asdict().items() if values is not None}
+        of_field = {name: ends[first] for name, first in dims.items() if first in ends}
 
         def cut(m: Any) -> Batch:
             piece = _piece(batch, m)
@@ -363,6 +374,7 @@ def _piece_logprobs(
     mesh: Mesh,
     rules: Mapping[str, Sequence[str]],
     with_entropy: bool,
+    drawn_from: DrawnFrom | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Log-probs and, if asked for, entropies [B, L] of the completion tokens of one piece, 0 on padding."""
     rows: NamedSharding = row_sharding(mesh, rules)
@@ -380,6 +392,8 @@ def _piece_logprobs(
         mask_BT=piece.target_mask_MRN,
         num_shards=num_row_shards(mesh, rules),
         on_cpu=is_on_cpu(mesh),
+        drawn_from=drawn_from,
+        kept_words_BTX=piece.kept_words_MRNX,
     )
     R, C, L = piece.slots_MRCL.shape
 

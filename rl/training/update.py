@@ -33,6 +33,7 @@ from rl.config.load import Config
 from rl.devices import hosts
 from rl.devices.mesh import replicated
 from rl.devices.programs import Program, Stored, not_stored
+from rl.models.drawn_from import DrawnFrom
 from rl.models.lora import split
 from rl.models.policy import Policy
 from rl.models.train_state import PureState
@@ -223,7 +224,22 @@ def _pass_options(config: Config, plan: PackingPlan) -> dict[str, Any]:
         "temperature": config.sampling.temperature,
         "chunk_size": config.grpo.logprob_chunk,
         "shorter_lengths": plan.shorter_lengths,
+        "drawn_from": drawn_from(config),
     }
+
+
+def drawn_from(config: Config) -> DrawnFrom | None:
+    """The rules of sampling that log-probs of training are under; None: they are of the whole softmax."""
+    sampling = config.sampling
+    if config.grpo.policy_distribution == "full":
+        return None
+    return DrawnFrom(
+        top_k=sampling.top_k,
+        truncates=sampling.top_p < 1 or sampling.min_p > 0,
+        forbids_ends=sampling.min_completion_length > 0,
+        forbidden_ids=tuple(sampling.forbidden_ids),
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+    )
 
 
 def scoring_programs(

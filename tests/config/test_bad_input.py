@@ -142,6 +142,38 @@ def refuse(recipe, *overrides, match):
             "rewards.functions must hold a weight other than 0, got only metrics",
         ),
         (["sampling.temperature=0"], "sampling.temperature must be > 0 for training, got 0"),
+        *(
+            (
+                [*rules, *keys.split(" and ")],
+                f"grpo.policy_distribution must be sampled with {keys} and {named}, got full: ",
+            )
+            for rules, keys, named in (
+                (
+                    ["grpo.sampler_is_correction=true", "sampling.top_p=0.9"],
+                    "grpo.sampler_is_mode=sequence_mask",
+                    "sampling.top_p",
+                ),
+                (
+                    ["sampling.min_p=0.1", "sampling.top_k=5"],
+                    "grpo.sampler_is_correction=true and grpo.loss_type=vespo",
+                    "sampling.top_k, sampling.min_p",
+                ),
+                (
+                    ["sampling.forbidden_ids=[3]"],
+                    "grpo.old_logprobs=sampler and grpo.loss_type=gmpo",
+                    "sampling.forbidden_ids",
+                ),
+                (
+                    ["sampling.min_completion_length=2"],
+                    "grpo.old_logprobs=sampler and grpo.importance_sampling_level=sequence",
+                    "sampling.min_completion_length",
+                ),
+            )
+        ),
+        (
+            ["grpo.policy_distribution=sampled", "sampling.repetition_penalty=1.1"],
+            "sampling.repetition_penalty must be 1.0 with grpo.policy_distribution=sampled, which does not compute ",
+        ),
         (
             ["grpo.prompts_per_step=5"],
             "grpo.prompts_per_step must be <= the number of training rows, got 5 for 4 rows; ",

@@ -186,6 +186,8 @@ def test_sampling_defaults_of_a_model_folder_are_never_applied(tmp_path):
         (["sampling.logit_bias={3: 1.0}"], ["sampling.logit_bias"]),
         (["sampling.forbidden_ids=[3]"], ["sampling.forbidden_ids"]),
         (["sampling.top_k=5", "grpo.sampler_is_correction=true"], []),
+        (["sampling.top_k=5", "grpo.policy_distribution=sampled"], []),
+        (["sampling.kv_dtype=int8", "grpo.policy_distribution=sampled", "sampling.top_k=5"], ["sampling.kv_dtype"]),
     ],
 )
 def test_training_warns_of_rules_that_the_loss_does_not_correct_for(overrides, named):
@@ -194,6 +196,10 @@ def test_training_warns_of_rules_that_the_loss_does_not_correct_for(overrides, n
         warn_about_sampling(console, config, sampling_params(config, (1,)))
     printed = stream.getvalue()
     assert bool(printed) == bool(named)
+    if named:  # what can be trained as it was drawn is not to be corrected for by a ratio
+        is_exact = not {"sampling.presence_penalty", "sampling.kv_dtype"} & {*named}
+        assert ("grpo.policy_distribution=sampled" in printed) == is_exact
+        assert ("grpo.sampler_is_correction=true" in printed) != is_exact
     rules = [word.strip(",:") for word in printed.split() if word.startswith("sampling.")]
     assert sorted(rules) == sorted(named)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rl.models.logprobs import token_logprobs
 from rl.sampler.token_draw import SamplingParams, TokenCounts, add_token, adjust, draw, reset_rows, truncate
 
 PLAIN = SamplingParams(max_completion_length=8)
@@ -122,6 +123,107 @@ def test_evenly_spread_uniforms_reproduce_the_reference_distribution(rule):
     np.testing.assert_allclose(drawn.sampler_logprob_B, np.log(expected_V[drawn.token_B]), atol=2e-5)
     policy_V = log_softmax(logits_V / sampling.temperature)
     np.testing.assert_allclose(drawn.policy_logprob_B, policy_V[drawn.token_B], atol=2e-5)
+
+
+class Identity:
+    """A policy whose hidden states are its logits."""
+
+    def unembed(self, params, hidden):
+        return hidden + params
+
+
+# Of a vocabulary of 300: 10 words of bits, 8 of end ids; the others are as many ids.
+KEPT_WORDS = {
+    "top_k": 7,
+    "top_p": 10,
+    "min_p": 10,
+    "min_completion_length": 8,
+    "bias_and_forbidden": 0,
+    "few_ids_of_all_rules": 9,
+}
+TOGETHER = RULES["logit_bias"] | RULES["min_completion_length"]
+SEVERAL = {
+    "few_ids_of_all_rules": RULES["all_truncations"] | TOGETHER | {"top_k": 9},
+    "bias_and_forbidden": RULES["forbidden_ids"] | RULES["logit_bias"],
+}
+
+
+@pytest.mark.parametrize("rule", KEPT_WORDS)
+def test_log_probs_over_the_kept_ids_are_those_drawn_from(rule):
+    """Of the policy that drew, and, with entropy and gradient, of another one against the same ids in plain numpy."""
+    sampling = params(**(RULES | SEVERAL)[rule], reports_kept=True)
+    rows, vocab_size, rng = 6, 300, np.random.default_rng(6)
+    logits_BV = logits_of(rows, vocab_size, seed=4, dtype=np.float64)
+    logits_BV[:, 3] += 6  # an EOS that would come often
+    other_BV = logits_BV + rng.standard_normal((rows, vocab_size))
+    weights_2B, uniform_B = rng.standard_normal((2, rows)), rng.random(rows)
+    forbid_eos = bool(sampling.min_completion_length)
+
+    @jax.jit
+    def drawn_and_trained(logits_BV, other_BV):
+        drawn = draw(logits_BV, jnp.asarray(uniform_B), sampling, jnp.full(rows, forbid_eos))
+
+        def weighted(hidden_BV):
+            words_BTX = None if drawn.kept_words_BX is None else jnp.tile(drawn.kept_words_BX[None], (2, 1, 1))
+            values = token_logprobs(
+                Identity(),
+                jnp.zeros(vocab_size),
+                jnp.stack([logits_BV, hidden_BV]),
+                jnp.tile(drawn.token_B[None], (2, 1)),
+                sampling.temperature,
+                4,
+                with_entropy=True,
+                drawn_from=sampling.drawn_from,
+                kept_words_BTX=words_BTX,
+            )
+            return sum(jnp.sum(w * x[1]) for w, x in zip(weights_2B, values, strict=True)), values
+
+        return drawn, jax.value_and_grad(weighted, has_aux=True)(other_BV)
+
+    with jax.enable_x64(True):
+        drawn, ((_, values), gradient_BV) = jax.device_get(drawn_and_trained(logits_BV, other_BV))
+    assert (0 if drawn.kept_words_BX is None else drawn.kept_words_BX.shape[1]) == KEPT_WORDS[rule]
+    np.testing.assert_allclose(values[0][0], drawn.sampler_logprob_B, rtol=0, atol=1e-12)
+    expected_BV = np.array([reference_distribution(row, sampling, forbid_eos) for row in logits_BV])
+    kept_BV = expected_BV > 0
+    for place, scores_BV in enumerate((logits_BV, other_BV)):
+        biased_BV = scores_BV.copy()
+        for token, bias in sampling.logit_bias:
+            biased_BV[:, token] += bias
+        p_BV = np.where(kept_BV, np.exp(log_softmax(np.where(kept_BV, biased_BV, -1e9) / sampling.temperature)), 0)
+        log_p_BV = np.log(np.where(kept_BV, p_BV, 1))
+        np.testing.assert_allclose(values[0][place], log_p_BV[np.arange(rows), drawn.token_B], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(values[1][place], -np.sum(p_BV * log_p_BV, axis=1), rtol=0, atol=1e-12)
+    # d log p / d logit_v = [v is the token] - p_v; d entropy / d logit_v = -p_v (log p_v + entropy)
+    is_token_BV = np.arange(vocab_size) == drawn.token_B[:, None]
+    of_entropy_BV = -p_BV * (log_p_BV + values[1][1][:, None])
+    expected_BV = weights_2B[0][:, None] * (is_token_BV - p_BV) + weights_2B[1][:, None] * of_entropy_BV
+    np.testing.assert_allclose(gradient_BV, expected_BV / sampling.temperature, rtol=0, atol=1e-12)
+
+
+def test_of_ids_that_tie_with_the_last_one_of_top_k_the_lowest_are_kept_where_kept_ids_are_reported():
+    logits_BV = np.zeros((2, 300), np.float32)
+    logits_BV[1, [40, 41]] = 1
+    sampling = params(top_k=4, reports_kept=True)
+    drawn = draw_once(np.repeat(logits_BV, 64, axis=0), np.tile((np.arange(64) + 0.5) / 64, 2), sampling)
+    words_BX = np.asarray(drawn.kept_words_BX)
+    assert np.unique(drawn.token_B[:64]).tolist() == sorted(words_BX[0] - 1) == [0, 1, 2, 3]
+    assert np.unique(drawn.token_B[64:]).tolist() == sorted(words_BX[64] - 1) == [0, 1, 40, 41]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"repetition_penalty": 1.2}, "repetition_penalty must be 1.0 with grpo.policy_distribution=sampled"),
+        ({"presence_penalty": -0.2}, "presence_penalty must be 0.0 with grpo.policy_distribution=sampled"),
+        ({"frequency_penalty": 0.2}, "frequency_penalty must be 0.0 with grpo.policy_distribution=sampled"),
+        ({"temperature": 0.0}, "temperature must be > 0 with grpo.policy_distribution=sampled"),
+        ({"min_completion_length": 1, "eos_ids": tuple(range(9))}, "eos_ids must be at most 8 ids with"),
+    ],
+)
+def test_rules_whose_distribution_cannot_be_computed_again_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        params(**changes, reports_kept=True)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 16, 127, 128, 129, 1000])
@@ -350,7 +452,8 @@ def test_log_probs_have_the_precision_of_the_logits():
         before = counts_of([PROMPT] * 8, [COMPLETION] * 8, 300)
         drawn = draw_once(logits_BV, np.random.default_rng(5).random(8), sampling, True, before)
         single = draw_once(logits_BV.astype(np.float32), np.zeros(8), sampling, True, before)
-    for wide, narrow in zip(drawn, single, strict=True):
+    assert drawn.kept_words_BX is None
+    for wide, narrow in zip(jax.tree.leaves(drawn), jax.tree.leaves(single), strict=True):
         assert (wide.dtype, narrow.dtype) in ((np.int32, np.int32), (np.float64, np.float32))
     expected_BV = np.array([reference_distribution(row, sampling, True) for row in logits_BV])
     expected_B = np.log(expected_BV[np.arange(8), drawn.token_B])

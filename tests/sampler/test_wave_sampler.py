@@ -60,6 +60,14 @@ def assert_same(left, right):
         np.testing.assert_allclose(completion.sampler_logprobs, other.sampler_logprobs, atol=1e-4)
         np.testing.assert_allclose(completion.policy_logprobs, other.policy_logprobs, atol=1e-4)
         np.testing.assert_array_equal(completion.top_ids, other.top_ids)
+        assert (completion.kept_words is None) == (other.kept_words is None)
+        if completion.kept_words is not None:
+            assert completion.kept_words.shape == (len(completion.token_ids), 8)
+            np.testing.assert_array_equal(completion.kept_words, other.kept_words)
+            # The ends are forbidden at the first tokens only, wherever chunks and slots begin.
+            forbidden = [row[row > 0].tolist() for row in completion.kept_words]
+            ends = [token + 1 for token in SAMPLING.eos_ids]
+            assert forbidden == ([ends] * 3 + [[]] * len(forbidden))[: len(forbidden)]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +75,7 @@ def assert_same(left, right):
     [
         SAMPLING,
         dataclasses.replace(SAMPLING, repetition_penalty=1.3, frequency_penalty=0.2, top_k=20, top_logprobs=2),
-        dataclasses.replace(SAMPLING, stop_strings=("ab", "q"), min_completion_length=3),
+        dataclasses.replace(SAMPLING, stop_strings=("ab", "q"), min_completion_length=3, reports_kept=True),
     ],
     ids=["plain", "penalties", "stops"],
 )

@@ -164,6 +164,30 @@ def test_advantages_and_logprobs_travel_with_their_completion():
         np.testing.assert_array_equal(batch.rollout_logprobs_MRCL[m, r, c, :count], completion.rollout_logprobs)
 
 
+def test_kept_ids_lie_at_the_place_of_their_token():
+    rng, groups = np.random.default_rng(0), ragged_groups(5)
+    groups = [
+        dataclasses.replace(
+            group,
+            completions=[
+                dataclasses.replace(c, kept_words=rng.integers(1, 2**32, (len(c.token_ids), 3), np.uint32))
+                for c in group.completions
+            ],
+        )
+        for group in groups
+    ]
+    batch = pack(groups, dataclasses.replace(plan_for(), kept_words=3))
+    assert batch.kept_words_MRNX.dtype == np.uint32
+    for i, (m, r, c) in places(batch).items():
+        _, completion = in_order(groups)[i]
+        slots = batch.slots_MRCL[m, r, c, : len(completion.token_ids)]
+        np.testing.assert_array_equal(batch.kept_words_MRNX[m, r, slots], completion.kept_words)
+    assert not batch.kept_words_MRNX[~batch.target_mask_MRN].any()
+    assert pack(groups, plan_for()).kept_words_MRNX is None
+    with pytest.raises(ValueError, match=r"must say which ids could be drawn .* got None of this sampler"):
+        pack(ragged_groups(5), dataclasses.replace(plan_for(), kept_words=3))
+
+
 def test_unknown_logprobs_are_nan_beside_known_ones():
     known, unknown = TrainCompletion(np.int32([4, 5]), 1.0, np.zeros(2), np.zeros(2)), TrainCompletion(np.int32([6, 7]))
     batch = pack([TrainGroup(np.int32([1, 2]), [known, unknown])], plan_for(1, 2))

@@ -13,8 +13,8 @@ from rl.run.metrics import read_metrics, read_samples
 from tests.helpers.places import REWARDS, ROOT
 
 STEPS = 20
-# Four updates per step, all parts of the loss at work, and evaluation in between. The schedule does not depend on
-# grpo.steps, so that a run may be stopped early by it.
+# Four updates per step, all parts of the loss at work over the ids that could be drawn, and evaluation in between. The
+# schedule does not depend on grpo.steps, so that a run may be stopped early by it.
 RECIPE = f"""
 model:
   arch:
@@ -22,7 +22,7 @@ model:
 data: {{source: arithmetic, args: {{operation: add, digits: 1}}, eval_size: 10, max_prompt_length: 8}}
 rewards:
   functions: [{{function: "{REWARDS}:digit_share", name: digits}}]
-sampling: {{temperature: 0.9, max_completion_length: 8}}
+sampling: {{temperature: 0.9, top_p: 0.9, logit_bias: {{50: 2.0}}, min_completion_length: 2, max_completion_length: 8}}
 grpo:
   steps: {STEPS}
   prompts_per_step: 4
@@ -30,6 +30,7 @@ grpo:
   minibatches: 2
   epochs: 2
   max_tokens_per_microbatch: 128
+  policy_distribution: sampled
   sampler_is_correction: true
   entropy_coef: 0.001
 optimizer: {{lr: 3e-3, warmup_updates: 5}}
@@ -150,6 +151,9 @@ def test_sampler_and_trainer_agree_at_every_step(whole, flavour):
     assert max(line["logprob_difference/mean"] for line in steps) <= 1e-6
     assert max(line["logprob_difference/max"] for line in steps) <= 1e-4
     assert max(line["logprob_difference/max"] for line in steps) > 0  # two programs, not one number twice
+    # Old log-probs, those of the policy before the step, are over the ids that the sampler drew from.
+    assert max(abs(line["sampler_ratio_raw_mean"] - 1) for line in steps) <= 1e-5
+    assert max(line["sampler_ratio_cut_share"] for line in steps) == 0
 
 
 @pytest.mark.slow

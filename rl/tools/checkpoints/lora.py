@@ -32,6 +32,7 @@ from rl.run.checks import check_recipe
 from rl.run.loop import LoopState, run_identity
 from rl.run_folder.folder import RunFolder, check_trust, is_run_folder
 from rl.run_folder.remote_steps import local_source
+from rl.sampler.create import checked_sampling
 from rl.state.checkpoint import create_checkpoint_manager
 from rl.state.export import write_folder
 from rl.state.optimizer import create_training_optimizer
@@ -150,7 +151,8 @@ def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = (), t
     tokenizer = tokenizer_of(config)
     data = load_prompts(config, tokenizer)
     origin = find_origin(config, tokenizer)
-    check_recipe(config, data, origin.model_config.max_position_embeddings)
+    sampling = checked_sampling(config, origin.model_config, tokenizer)
+    check_recipe(config, data, sampling, origin.model_config.max_position_embeddings)
     policy, mesh = policy_from_config(config, origin.model_config), create_mesh(config.mesh)
     _, optimizer = create_training_optimizer(config, policy)
     init_state_fn = InitStateFn(policy, optimizer, config.seed)

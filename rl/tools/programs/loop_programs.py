@@ -122,7 +122,7 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     inputs = get_shaped_inputs(config, mesh, init_policy_fn)
     check_sharded(inputs.state, inputs.state_shardings, config.mesh, mesh)
     has_reference = bool(config.grpo.beta) and policy.config.lora is None
-    sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
+    sampling = sampling_params(config, eos_ids(config, model_config, tokenizer), for_training=True)
     call_size = config.grpo.prompts_per_step, config.grpo.group_size
     sampler = create_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
     sampler.expect_length(config.data.max_prompt_length, *call_size)

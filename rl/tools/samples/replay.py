@@ -104,7 +104,9 @@ def draw_again(
     # Refills take the next prompts, so the number used up before a step gives all its prompts.
     position = _position(folder, step, len(data.train))
     indices, _ = next_indices(len(data.train), config.seed, position, num_prompts, config.grpo.prompts_per_step)
-    sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
+    sampling = sampling_params(
+        config, eos_ids(config, trained.origin.model_config, trained.tokenizer), for_training=True
+    )
     sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
     sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
     key = jax.random.fold_in(jax.random.wrap_key_data(trained.rng), step - 1)
