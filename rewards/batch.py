@@ -1,7 +1,7 @@
-"""The bookkeeping of one batch: which samples still have to go to which function, and what is known of the others.
+"""The bookkeeping of one batch: which samples must still go to which function, and the results of the others.
 
-In: completions as they arrive, and what workers report. Out: tasks, and at the end a `RewardResult`. No processes and
-no clocks here.
+In: completions as they arrive, and the reports of workers. Out: tasks, and at the end a `RewardResult`. No processes
+and no clocks here.
 """
 
 import collections
@@ -14,9 +14,9 @@ from rewards.replies import FAILURES, BrokenWorker, Done, Failure, LoadedFunctio
 
 COUNTS = (*FAILURES, "none")
 
-_PIECES_PER_WORKER = 4  # small enough to level the load, large enough to keep the message overhead low
+_PIECES_PER_WORKER = 4  # small enough to balance the load, large enough for little message overhead
 _PROBLEMS_PER_FUNCTION = 3
-_GRACE_SECONDS = 1.0  # for an async time limit, which the worker itself enforces first
+_GRACE_SECONDS = 1.0  # added to an async time limit, which the worker itself enforces first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class RewardResult:
     """Rewards of one batch.
 
     rewards: per sample a list with one float or None per function, in the order of the specs.
-    counts: per function the number of samples by failure (`FAILURES`), and "none" for samples the function declined
-        to judge. A call that failed counts for each of its samples.
+    counts: for each function the number of samples by failure (`FAILURES`), and "none" for samples that it declined to
+      judge. A failed call counts for each of its samples.
     problems: a few readable messages per function. seconds: per function, summed over workers.
     """
 
@@ -39,10 +39,11 @@ class RewardResult:
 class Share:
     """The part of every batch that this process judges, where several processes judge a batch together.
 
-    Completions are cut into equal blocks, one per process, for functions that need groups at the borders of groups; a
-    function of the whole batch runs in one process.
+    Completions are cut into equal blocks, one for each process; for functions that need groups, at the borders of
+    groups. A function of the whole batch runs in one process.
 
-    index, count: which of how many processes. gather: what one process knows -> what each of them knows, in order.
+    index, count: the number of this process, and of processes. gather: value of this process -> values of all
+      processes.
     """
 
     index: int
@@ -50,16 +51,16 @@ class Share:
     gather: Callable[[RewardResult], list[RewardResult]]
 
     def owns(self, item: int, count: int) -> bool:
-        """Whether one of `count` samples or groups of a batch is of this process's block."""
+        """Whether item `item` of `count` samples or groups of a batch is in this process's block."""
         return item * self.count // count == self.index
 
     def owns_function(self, key: int) -> bool:
-        """Whether this process runs the function at this position of the specs, one of the whole batch."""
+        """Whether this process runs the function at this position of the specs, which takes the whole batch."""
         return key % self.count == self.index
 
 
 def merge_results(results: Sequence[RewardResult]) -> RewardResult:
-    """The result of a batch out of those of its shares, each of which has None for what is not its own."""
+    """The result of a batch from those of its shares, each of which has None for samples of other shares."""
     first = results[0]
     if len(results) == 1:
         return first
@@ -80,9 +81,9 @@ def merge_results(results: Sequence[RewardResult]) -> RewardResult:
 
 
 def replace_function(result: RewardResult, other: RewardResult, position: int, name: str, problem: str) -> RewardResult:
-    """`result` with what `other` holds of the function at this position of the specs; its seconds stay.
+    """`result` with the rewards of `other` for the function at this position of the specs. Its seconds stay.
 
-    problem: what is said of that, before the problems of the function.
+    problem: a message that is put before the function's problems.
     """
     rewards = [
         [*row[:position], new[position], *row[position + 1 :]]
@@ -96,7 +97,7 @@ def replace_function(result: RewardResult, other: RewardResult, position: int, n
 
 @dataclasses.dataclass(frozen=True)
 class BatchInputs:
-    """A batch in its JSON form. Completions and their token ids are those that arrived, by sample."""
+    """A batch in its JSON form, with the completions and token ids that have arrived, by sample."""
 
     prompts: list[Any]
     columns: dict[str, list[Any]]
@@ -121,13 +122,14 @@ class Task:
 
 
 class Batch:
-    """The state of one batch: what is still to do, and what is known.
+    """The state of one batch: open tasks, and results.
 
-    A function that judges each completion by itself gets those that arrived; one that compares the completions of a
-    group waits for all of it, and so does one that takes the whole batch. None is ever called for less.
+    A function that judges each completion by itself gets completions as they arrive. One that compares the completions
+    of a group waits for the whole group, and one that takes the whole batch waits for the batch. No function is called
+    with less.
 
     calls: how each function is called. keys: positions of the functions that are called at all. group_size: samples of
-    a group, which are consecutive.
+      a group, which are consecutive.
     """
 
     def __init__(
@@ -157,13 +159,13 @@ class Batch:
         self._arrived: list[collections.deque[int]] = [collections.deque() for _ in functions]  # and in no task yet
 
     def again(self, calls: Sequence[Calls], keys: Collection[int]) -> "Batch":
-        """The same batch before its completions came, for other functions or other ways to call them."""
+        """The same batch without its completions, for other functions or other ways to call them."""
         inputs = BatchInputs(self.inputs.prompts, self.inputs.columns)
         specs, functions, timeout, workers = self._specs, self._functions, self._timeout, self._num_workers
         return Batch(specs, functions, calls, keys, inputs, self.group_size, timeout, workers, self._share)
 
     def add(self, completions: Mapping[int, Any], completion_ids: Mapping[int, list[int]] | None) -> None:
-        """Completions arrived, by sample, in their JSON form."""
+        """Adds completions that arrived, by sample, in their JSON form."""
         if not completions:  # an empty batch is nothing to call a function with
             return
         inputs, size = self.inputs, len(self.inputs.prompts)
@@ -203,7 +205,9 @@ class Batch:
         return None
 
     def record(self, task: Task, result: Result) -> None:
-        """The result of one sample; BrokenWorker where the worker cannot have come to it yet, or has given it."""
+        """Records the result of one sample. BrokenWorker where the worker cannot have reached it yet, or has sent it
+        already.
+        """
         is_next = result.index == len(task.answered) or task.mode == "together"
         if result.index in task.answered or not is_next:
             raise BrokenWorker(f"a reward for sample {result.index} of its task out of turn")
@@ -216,7 +220,9 @@ class Batch:
         self._rewards[sample][task.key] = result.value
 
     def finish(self, task: Task, done: Done) -> None:
-        """The worker is done with a task; its one call may have failed. BrokenWorker where it cannot be done."""
+        """Ends a task that the worker has finished, or whose one call failed. BrokenWorker where it cannot be
+        finished.
+        """
         failed = done.failure is not None and task.mode == "batch" and not task.answered
         if not failed and (done.failure is not None or task.unanswered()):
             raise BrokenWorker(
@@ -236,11 +242,11 @@ class Batch:
             self._lose(task.key, left[0], failure)
             if left[1:]:
                 self._anywhere.appendleft(self._task(task.key, "each", left[1:]))
-        else:  # several were running: which one did it shows when each runs alone
+        else:  # several were running, so each runs alone to show which one failed
             self._spread(task.key, left, "each")
 
     def lose_all(self, task: Task, failure: Failure) -> None:
-        """The function is gone in that worker: its samples cannot be judged."""
+        """The worker lost the function, so the task's samples cannot be judged."""
         if task.mode == "batch":
             self._lose_call(task, failure)
             return
@@ -248,7 +254,7 @@ class Batch:
             self._lose(task.key, sample, failure)
 
     def result(self) -> RewardResult:
-        """What is known, once nothing is left to do."""
+        """The result, once no task is left."""
         names = [spec.name for spec in self._specs]
         problems = [
             line for name, found in zip(names, self._messages, strict=True) for line in _problem_lines(name, found)
@@ -257,7 +263,7 @@ class Batch:
         return RewardResult(self._rewards, counts, problems, dict(zip(names, self.seconds, strict=True)))
 
     def _lose_call(self, task: Task, failure: Failure) -> None:
-        """One call for several samples failed. Calling it with fewer would give other rewards than the ones meant."""
+        """Fails all samples of one call. A call with fewer samples would give other rewards than were meant."""
         lost, (kind, message) = task.unanswered(), failure
         self._counts[task.key][kind] += len(lost)
         self._messages[task.key].append((lost[0], f"{task.title}: {kind}: {message}; {len(lost)} not judged"))

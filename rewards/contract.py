@@ -1,7 +1,7 @@
-"""What a reward function is, and how its arguments are found.
+"""The contract of a reward function, and the source of its arguments.
 
 In: a `RewardSpec` and the names of the dataset columns. Out: a `BoundReward`, which knows the style of the function and
-builds its arguments. Not here: running it (see `rewards.worker`) and keeping it from doing harm (see `rewards.runner`).
+builds its arguments. Not here: running it (`rewards.worker`), and isolating it (`rewards.runner`).
 
 Three signatures are taken unchanged and told apart by their parameter names:
 
@@ -27,8 +27,8 @@ Calls = Literal["elementwise", "needs_group", "whole_batch"]
 
 _MAX_WEIGHT = 1e30  # weighted sums of rewards stay finite, in float32 too
 
-# Under these names a function gets what was drawn, so that a dataset column never hides it: a function would judge the
-# data set's completions, whatever the policy writes.
+# Under these names a function gets what the policy wrote. A dataset column never hides them, or a function would judge
+# the data set's completions.
 DRAWN: dict[Style, frozenset[str]] = {
     "batch": frozenset({"prompts", "completions", "completion_ids"}),
     "sample": frozenset({"prompt", "completion", "completion_ids", "state"}),
@@ -47,8 +47,9 @@ class RewardSpec:
 
     name: unique, the name in metrics and messages. function: `module:function` or `path/to/file.py:function`.
     weight: factor in the weighted sum; 0 means metric only. kwargs: JSON constants handed to the function.
-    calls: how it may be called, which wins over how the function is marked; None: as it is marked.
-    pickled: the function itself, see `rewards.objects`, where it is an object; `function` is then for messages only.
+    calls: how it may be called, which wins over the function's own mark; None: the mark decides.
+    pickled: for a function that is given as an object, its bytes, see `rewards.objects`; `function` is then for
+      messages only.
     """
 
     name: str
@@ -66,12 +67,12 @@ class BoundReward:
     function: Callable[..., Any]
     style: Style
     is_async: bool
-    calls: Calls | None  # None: a batch function of which nothing is said
+    calls: Calls | None  # None: a batch function without a mark
     parameters: frozenset[str]  # names the function spells out
-    takes_any: bool  # has **kwargs
+    takes_any: bool  # whether it has **kwargs
     columns: tuple[str, ...]  # dataset columns the function reads, in dataset order
     takes_completion_ids: bool
-    needs_completion_ids: bool  # cannot be called without them
+    needs_completion_ids: bool  # whether it cannot be called without them
     kwargs: Mapping[str, Any]
 
     def accepts(self, name: str) -> bool:
@@ -169,8 +170,9 @@ def bind(
 ) -> BoundReward:
     """Recognise the style of a reward function and check that something provides each of its required arguments.
 
-    `kwargs` win over a column of the same name, and what was drawn wins over both (`DRAWN`, by the function's style).
-    `name` is used in messages only. `calls`: how it may be called, where that is not left to the function's own mark.
+    `kwargs` win over a column of the same name, and what the policy wrote wins over both (`DRAWN`, by the function's
+    style). `name` is used in messages only. `calls`: how it may be called, where that is not left to the function's own
+    mark.
 
     Raises ValueError naming the function, the argument, what is available, and the way out.
     """
@@ -215,7 +217,7 @@ def bind(
 
 
 def _calls(function: Callable[..., Any], style: Style, said: Calls | None, label: str) -> Calls | None:
-    """How the function may be called, as far as the recipe or its mark says."""
+    """How the function may be called, from the recipe or its mark; None where neither says."""
     alone, group = (getattr(function, name, None) for name in ("elementwise", "needs_group"))
     if said is None and group is True:
         if alone is True:

@@ -1,26 +1,26 @@
-"""Whether a function that the start-up check found to judge each completion by itself does so in the run as well.
+"""Checks in the run whether a function really judges each completion by itself, as the start-up check found.
 
-The check's completions need not reach the part of a function that compares. So batches of the run are called whole,
-too, each time that rewards show up of which no compared batch had two in one group: for a function with a few
-possible rewards that is one call for each of them. In: rewards of a batch. Out: decisions, which are the same in all
-processes that judge it together. No processes here.
+The check's completions may not reach the part of a function that compares. So a batch of the run is also called whole
+when two completions of a group reach a reward that no compared batch had twice in a group. For a function with few
+possible rewards that is one call for each reward. In: rewards of a batch. Out: decisions, equal in all processes that
+judge it together. No processes here.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
-_COMPARISONS = 8  # of one function in one run: rewards that rise for ever must not mean calls for ever
-_ROUNDING = 1e-6  # relative: sums in another order are no comparison of completions
+_COMPARISONS = 8  # of one function in one run, so that ever rising rewards do not mean endless calls
+_ROUNDING = 1e-6  # relative; sums in another order do not count as a difference
 _ZERO = 1e-9
 
 
 @dataclasses.dataclass
 class Doubt:
-    """What is not known yet of one function.
+    """The doubt about one function.
 
-    left: comparisons that may still be made. highest: the highest reward that two completions of one group had in a
-    batch that agreed; None: no batch has.
+    left: the number of comparisons that may still be made. highest: the highest reward that two completions of one
+      group had in a batch that agreed; None: no batch has agreed yet.
     """
 
     left: int = _COMPARISONS
@@ -33,9 +33,9 @@ class Doubt:
 
 
 def second_best(rewards: Sequence[float | None], group_size: int) -> float | None:
-    """The highest reward that two completions of one group reach; None where no group has two that were judged.
+    """The highest reward that two completions of one group reach; None where no group has two judged completions.
 
-    One that is alone in its reward wins among all as it does by itself, which shows nothing.
+    A single best completion shows nothing, because it wins both alone and among all.
     """
     groups = (rewards[start : start + group_size] for start in range(0, len(rewards), group_size))
     known = (sorted(reward for reward in group if reward is not None) for group in groups)
@@ -43,9 +43,9 @@ def second_best(rewards: Sequence[float | None], group_size: int) -> float | Non
 
 
 def agree(alone: Sequence[float | None], whole: Sequence[float | None], *, some_failed: bool) -> bool:
-    """Whether calls with one completion gave what one call with all did, but for rounding.
+    """Whether calls with one completion each and one call with all gave equal rewards, up to rounding.
 
-    some_failed: calls with one failed; their None says nothing.
+    some_failed: whether some calls with one completion failed; their None is then ignored.
     """
     return all(
         some_failed

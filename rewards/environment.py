@@ -1,4 +1,4 @@
-"""What a reward worker is given: variables of the trainer's environment, and memory."""
+"""The environment variables and the memory of a reward worker."""
 
 import math
 import os
@@ -25,7 +25,7 @@ VARIABLES = (
     "OMP_NUM_THREADS",
 )
 _PREFIX = "LC_"  # of the locale's variables
-_CHAIN = 10  # errors that are looked at behind one another; user code can make them a circle
+_CHAIN = 10  # the longest chain of errors that is followed; user code can make it a circle
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -48,7 +48,7 @@ def check_memory_gb(memory_gb: float | None) -> None:
 
 
 def worker_environment(names: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """What a worker gets of the environment: `VARIABLES`, the locale, and `names`.
+    """The environment of a worker: `VARIABLES`, the locale, and `names`.
 
     This package is importable in it, and the hashes of strings are equal in every worker and every run.
 
@@ -78,7 +78,7 @@ def worker_environment(names: Sequence[str], environment: Mapping[str, str]) -> 
 def missing_variable(error: BaseException | None) -> str:
     """The end of a message about an error of user code that a variable missing in the environment caused, or nothing.
 
-    Such an error is a KeyError that `os.environ` raised, or one that came of it.
+    Such an error is a KeyError of `os.environ`, or was caused by one.
     """
     read = type(os.environ).__getitem__.__code__
     for _ in range(_CHAIN):
@@ -95,5 +95,5 @@ def missing_variable(error: BaseException | None) -> str:
 
 
 def _name_of(text: str) -> str:
-    """A text without what may be the value of a variable."""
+    """A text without the part that may be a variable's value."""
     return text.partition("=")[0] + ("=..." if "=" in text else "")

@@ -1,7 +1,7 @@
 """The log of the reward workers: what they print goes through a pipe into a file that never grows beyond a limit.
 
-In: bytes that anything writes into `descriptor`. Out: PATH, and what came before in PATH.1, each at most `MAX_BYTES`
-long. A thread takes them, whatever else this process does, so nobody who prints has to wait for long.
+In: bytes that anything writes into `descriptor`. Out: PATH, and earlier text in PATH.1, each of at most `MAX_BYTES`. A
+thread moves the bytes, whatever else this process does, so nobody who prints waits for long.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 MAX_BYTES = 10_000_000  # of each of the two files
 _CHUNK = 1 << 16
-_LAST_BYTES = 1 << 20  # taken when it is closed: more than a pipe holds, should something print for ever
+_LAST_BYTES = 1 << 20  # the most that is taken at the close, more than a pipe holds, in case something prints for ever
 
 
 def _open_no_link(path: str, flags: int) -> int:
@@ -22,9 +22,8 @@ def _open_no_link(path: str, flags: int) -> int:
 class RewardLog:
     """A log file with a pipe that leads into it; `close` writes what the pipe holds and ends it.
 
-    The file is opened anew for each piece: a folder that is moved or made meanwhile changes nothing but the place.
-    What cannot be written is left out, and the log says how much that was when it can. A link is not followed: what it
-    leads to is not this log's.
+    The file is opened anew for each piece, so its folder may be moved or made meanwhile. Bytes that cannot be written
+    are left out, and later the log says how many. A link is not followed, because its target is not this log's.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -76,5 +75,5 @@ class RewardLog:
             with open(self._path, "ab", opener=_open_no_link) as file:
                 file.write(note.encode() + data)
             self._num_lost = 0
-        except OSError:  # a full disk, for example: nobody who prints is to suffer from it
+        except OSError:  # a full disk, for example, which must not hurt whoever prints
             self._num_lost += len(data)

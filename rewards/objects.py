@@ -1,14 +1,14 @@
-"""Reward functions given as objects: the bytes that a worker loads, and the hash that they are known by.
+"""Reward functions given as objects: the bytes that a worker loads, and the hash that identifies them.
 
-In: a function of a notebook or a script, a closure, a lambda, an object that can be called. Out: its bytes by
-cloudpickle, which go to a worker through its pipe, never to a disk, and are loaded there alone; and a hash that is the
-same in the next session. The hash is of what decides the function's rewards:
+In: a function of a notebook or a script, a closure, a lambda, a callable object. Out: its bytes by cloudpickle, and a
+hash that is the same in the next session. The bytes go to a worker through its pipe, never to a disk, and are loaded
+only there. The hash covers everything that decides the function's rewards:
 
     its source, default and captured values, attributes, and what it reaches by global names, and so on from there
     of what a module holds that can be imported: the name; of the given function itself the source too
 
-What has no form of that kind (an open file, a lock, a generator) is refused by name. So is what would make a worker
-import jax or `rl`.
+Values that cannot be compared in this way (an open file, a lock, a generator) are refused by name. So are values that
+would make a worker import jax or `rl`.
 """
 
 import ast
@@ -28,7 +28,7 @@ from typing import Any
 _TOO_HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "rl")  # packages that a worker must not import
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
 _GLOBAL_OPERATIONS = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")
-# Of a class: what Python derives from the rest of it, and what says where it stands.
+# Attributes of a class that Python derives from the others, or that name its place.
 _DERIVED = (
     *("__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__firstlineno__", "__static_attributes__"),
     *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__classcell__"),
@@ -38,11 +38,11 @@ _WAY_OUT = "make it inside the function, or capture plain values only"
 
 
 def to_bytes(function: Callable[..., Any], label: str) -> bytes:
-    """The function, with all that it needs and no module holds, as `from_bytes` reads it.
+    """The function as bytes for `from_bytes`, with everything that it needs and that no module holds.
 
-    label: how messages begin.
+    label: the beginning of messages.
 
-    Raises ValueError where something of it cannot be pickled, or would make a worker import jax or `rl`.
+    Raises ValueError where a part cannot be pickled, or would make a worker import jax or `rl`.
     """
     import cloudpickle
 
@@ -59,7 +59,7 @@ def to_bytes(function: Callable[..., Any], label: str) -> bytes:
 
 
 def from_bytes(data: bytes, label: str) -> Callable[..., Any]:
-    """The function that `to_bytes` wrote. Loading runs code: to be called in a reward worker.
+    """The function from the bytes of `to_bytes`. Loading runs code, so this belongs in a reward worker.
 
     Raises ValueError where a module that it needs does not import here.
     """
@@ -73,11 +73,11 @@ def from_bytes(data: bytes, label: str) -> Callable[..., Any]:
 
 
 def identity(function: Callable[..., Any], label: str) -> str:
-    """SHA-256, as hex, of what decides what the function computes; see the module.
+    """SHA-256, in hex, of everything that decides what the function computes; see the module.
 
-    label: how messages begin.
+    label: the beginning of messages.
 
-    Raises ValueError, naming the value, where something of it has no form that the next session can compare.
+    Raises ValueError, naming the value, where a part cannot be compared with the next session.
     """
     try:
         return _Identities(label).given(function).hex()
@@ -86,22 +86,22 @@ def identity(function: Callable[..., Any], label: str) -> str:
 
 
 class _Identities:
-    """Hashes of values: those of one function share what they have in common."""
+    """Hashes of values. Values of one function share the hashes of common parts."""
 
     def __init__(self, label: str):
         self._label = label
-        self._open: list[int] = []  # ids of the values that are being hashed, each a part of the one before
-        self._done: dict[int, tuple[bytes, Any]] = {}  # by id; with the value, so that its id stays its own
+        self._open: list[int] = []  # ids of the values being hashed; each is a part of the one before
+        self._done: dict[int, tuple[bytes, Any]] = {}  # {id: (hash, value)}; keeping the value keeps its id unique
 
     def given(self, function: Callable[..., Any]) -> bytes:
-        """The hash of the function that was given: of one that a module holds, also of its source."""
+        """The hash of the given function. For a function that a module holds, it also covers the source."""
         source = ""
         if isinstance(function, types.FunctionType) and _is_importable(function):
             source = self._source(function.__code__, function.__name__)
         return _hash("given", source, self.of(function, getattr(function, "__name__", type(function).__name__)))
 
     def of(self, value: Any, path: str) -> bytes:
-        """The hash of any value. path: how a message names it."""
+        """The hash of any value. path: its name in messages."""
         _check_light(value, self._label, path)
         if type(value) in _ATOMS:
             return _hash(type(value).__name__, repr(value))
@@ -176,7 +176,7 @@ class _Identities:
             yield self.of(value, f"{path}.{name}")
 
     def _object(self, value: Any, path: str) -> Iterator[str | bytes]:
-        """An object by what pickle would make it of again."""
+        """The parts from which pickle would rebuild an object."""
         reduce = copyreg.dispatch_table.get(type(value))
         try:
             reduced: Any = value.__reduce_ex__(4) if reduce is None else reduce(value)
@@ -189,7 +189,7 @@ class _Identities:
             yield self.of(list(part) if place in (3, 4) and part is not None else part, path)
 
     def _source(self, code: types.CodeType, path: str) -> str:
-        """The text that a function was made of, without the indentation of its place."""
+        """The source of a function, without its indentation."""
         try:
             lines, first = inspect.findsource(code)
             if code.co_name == "<lambda>":
@@ -214,7 +214,7 @@ def _hash(*parts: str | bytes) -> bytes:
 
 
 def _check_light(value: Any, label: str, path: str) -> None:
-    """ValueError for what belongs to a package that a worker must not import."""
+    """ValueError for a value of a package that a worker must not import."""
     if isinstance(value, types.ModuleType):
         module = value.__name__
     else:
@@ -230,7 +230,7 @@ def _check_light(value: Any, label: str, path: str) -> None:
 
 
 def _is_importable(value: types.FunctionType | type) -> bool:
-    """Whether a module other than the session's own holds it under its name; as cloudpickle sees it."""
+    """Whether a module other than the session's own holds it under its name, by cloudpickle's rules."""
     found: Any = sys.modules.get(value.__module__)
     if value.__module__ == "__main__" or found is None:
         return False
@@ -240,19 +240,21 @@ def _is_importable(value: types.FunctionType | type) -> bool:
 
 
 def _is_of_text(value: Any) -> bool:
-    """Whether a library made the function of a text of its own, as dataclasses do."""
+    """Whether a library generated the function from text, as dataclasses do."""
     function = inspect.unwrap(value) if isinstance(value, types.FunctionType) else value
     return isinstance(function, types.FunctionType) and function.__code__.co_filename.startswith("<string>")
 
 
 def _global_names(code: types.CodeType) -> set[str]:
-    """The global names that a function reads or writes, those of functions inside it too."""
+    """The global names that a function, or a function inside it, reads or writes."""
     names = {step.argval for step in dis.get_instructions(code) if step.opname in _GLOBAL_OPERATIONS}
     return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
 
 
 def _lambda_source(text: str, code: types.CodeType) -> str:
-    """The text of a lambda in that of its file; LookupError where it cannot be told from others beside it."""
+    """The source of a lambda in the text of its file. LookupError where it cannot be told from other lambdas
+    beside it.
+    """
     nodes = [
         node
         for node in ast.walk(ast.parse(text))
@@ -277,7 +279,7 @@ def _lambda_source(text: str, code: types.CodeType) -> str:
 
 
 def _same(value: Any, constants: tuple[Any, ...]) -> bool:
-    """Whether a constant is among others, 1 and 1.0 being two."""
+    """Whether a constant is among others. 1 and 1.0 are different."""
     return any(type(other) is type(value) and other == value for other in constants)
 
 

@@ -1,10 +1,9 @@
-"""The rows with which the start-up check tries a batch function: what one call with all of them gives, against calls
-with one of them each.
+"""The completions with which the start-up check tries a batch function: one call with all against calls with one each.
 
-In: rows of the data set. Out: probes, each two groups of completions, of two rows where there are two. The first holds
-right and wrong answers in the usual formats, each of them short and long, equal completions, an empty one and a long
-one, so that a function that compares completions has something to compare; the second, for functions that see nothing
-in the first, holds other formats, the words of the row and words that rewards like to look for.
+In: data rows. Out: probes, each with two groups of completions, of two rows where there are two. The first probe holds
+right and wrong answers in the usual formats, short and long, equal completions, an empty one and a long one, so that a
+function that compares completions has something to compare. The second is for functions that see nothing in the first.
+It holds other formats, the words of the row, and words that rewards often look for.
 """
 
 import re
@@ -15,7 +14,7 @@ from rewards.text import boxed
 
 _LONG = 2000  # characters
 _REASONING = "Let us see. "
-# What data sets call the column with the right answer, the likeliest first.
+# Usual names of the column with the right answer, the likeliest first.
 _GOLD_NAMES = (
     *("answer", "final_answer", "ground_truth", "gold", "solution", "expected_answer", "correct_answer", "target"),
     *("label", "labels", "expected", "reference", "output", "response", "result", "completion", "chosen"),
@@ -38,7 +37,7 @@ class Probe(NamedTuple):
 
 
 def probes(rows: Sequence[tuple[Any, Mapping[str, Any]]], columns: Sequence[str]) -> list[Probe]:
-    """rows: prompt and columns of at least one row of the data set; columns: the names of all of them."""
+    """The two probes. rows: prompt and columns of at least one data row; columns: the names of all columns."""
     first = rows[0]
     second = next((row for row in rows if row[0] != first[0]), first)
     made = []
@@ -61,8 +60,10 @@ def probes(rows: Sequence[tuple[Any, Mapping[str, Any]]], columns: Sequence[str]
 
 
 def shows_how_it_judges(probe: Probe, rewards: Sequence[float | None]) -> bool:
-    """Whether a function that compares completions could have shown it: two completions of one group got more than the
-    lowest reward of all. One that is alone in that wins among all as it does by itself. None is lower than any reward.
+    """Whether the rewards could show that a function compares completions: two completions of one group got more than
+    the lowest reward.
+
+    A single one shows nothing, because it wins both alone and among all. None counts as lower than any reward.
     """
     values = [float("-inf") if reward is None else reward for reward in rewards]
     lowest = min(values)
@@ -74,7 +75,7 @@ def shows_how_it_judges(probe: Probe, rewards: Sequence[float | None]) -> bool:
 
 
 def _gold(row: tuple[Any, Mapping[str, Any]]) -> str:
-    """The right answer as the row has it, or else its prompt."""
+    """The right answer in the row, or its prompt if there is none."""
     named = {name.lower(): value for name, value in _leaves(row[1])}
     for name in _GOLD_NAMES:
         if named.get(name) not in (None, ""):
@@ -83,13 +84,13 @@ def _gold(row: tuple[Any, Mapping[str, Any]]) -> str:
 
 
 def _prompt_text(prompt: Any) -> str:
-    """A prompt, or what the last message of a chat says."""
+    """A prompt as text: for a chat, its last message."""
     is_chat = isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[-1], Mapping)
     return _text(prompt[-1].get("content") if is_chat else prompt)
 
 
 def _leaves(columns: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Name and value of the columns, and of the entries of those that are mappings or lists of one value."""
+    """(name, value) of the columns, and of the entries of columns that are mappings or lists of one value."""
     for name, value in columns.items():
         if isinstance(value, Mapping):
             yield from _leaves(value)

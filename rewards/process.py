@@ -1,7 +1,7 @@
-"""One worker process as the runner sees it: its pipes, what it has loaded, what it is doing, and how it is ended.
+"""One worker process as the runner sees it: its pipes, its loaded functions, its task, and its end.
 
-The worker is a child of its supervisor (`rewards.supervisor`), whose input and output it takes over: the two speak to
-each other directly.
+The worker is a child of its supervisor (`rewards.supervisor`) and takes over the supervisor's input and output. So
+runner and worker speak to each other directly.
 """
 
 import collections
@@ -23,15 +23,15 @@ from rewards.contract import RewardSpec
 from rewards.protocol import encode, pack
 from rewards.replies import MAX_FRAME, BrokenWorker, Reply, ReplyReader, read_load_reply, read_run_reply
 
-_POLL_SECONDS = 0.1  # how soon the death of a supervisor is seen
-_EXIT_SECONDS = 1.0  # between the end of a worker's output and the word of its supervisor that nothing is left
-_KILL_SECONDS = 5.0  # for a supervisor to end everything; longer than that takes only what the kernel holds
+_POLL_SECONDS = 0.1  # how often the runner looks whether a supervisor has died
+_EXIT_SECONDS = 1.0  # from the end of a worker's output to its supervisor's report that nothing is left
+_KILL_SECONDS = 5.0  # for a supervisor to end everything; only a process in the kernel's hands takes longer
 _MAX_READ = 2 * MAX_FRAME  # bytes taken from a worker at a time, more than a pipe holds
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
 class WorkerProcess:
-    """One worker process: its pipes, what it has loaded and what it is doing."""
+    """One worker process: its pipes, its loaded functions and its task."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class WorkerProcess:
         memory_gb: float | None = None,
     ):
         self._load_requests, self._start_timeout = load_requests, start_timeout
-        self._log = log  # the descriptor that takes what is printed; None: this process's stderr
+        self._log = log  # the descriptor for printed text; None: this process's stderr
         self._environment, self._memory_gb = environment, memory_gb
         self._directory = os.getcwd()
         self.to_load: collections.deque[int] = collections.deque()
@@ -71,7 +71,7 @@ class WorkerProcess:
         os.set_blocking(self.stdin.fileno(), False)
         os.set_blocking(self.stdout.fileno(), False)
         self.control.setblocking(False)
-        self._told = bytearray()  # what the supervisor has said
+        self._told = bytearray()  # the supervisor's messages so far
         self.outgoing = memoryview(b"")
         self._replies, self._nonce = ReplyReader(), ""
         self.closed = False
@@ -86,11 +86,11 @@ class WorkerProcess:
             self._load(self.to_load.popleft())
 
     def start_task(self, task: Task | None) -> None:
-        """Give an idle worker a task, loading its function first where that has not happened."""
+        """Give an idle worker a task. Its function is loaded first, if it is not loaded yet."""
         if task is None:
             return
         self.task, self._task_started = task, time.monotonic()
-        # Ended while idle, by a thread or timer of user code, or said something without being asked.
+        # A thread or timer of user code ended it while idle, or it sent something unasked.
         if self._has_ended() or self._has_output():
             self._kill()
             self._start()
@@ -115,9 +115,9 @@ class WorkerProcess:
         return time.monotonic() - self._task_started
 
     def receive(self) -> Iterator[Reply]:
-        """Replies that have arrived in full; BrokenWorker for what is none to the request under way."""
+        """Replies that have arrived in full. BrokenWorker for anything that is no reply to the running request."""
         taken = 0
-        while not self.closed and taken < _MAX_READ:  # one that never stops talking must not hold the runner up
+        while not self.closed and taken < _MAX_READ:  # a worker that never stops sending must not hold up the runner
             try:
                 chunk = os.read(self.stdout.fileno(), _MAX_READ)
             except BlockingIOError:
@@ -133,7 +133,7 @@ class WorkerProcess:
                 raise BrokenWorker("a message without having been asked")
 
     def flush(self) -> None:
-        """Write as much of what is to be sent as the pipe takes."""
+        """Write as much of the pending bytes as the pipe takes."""
         try:
             self.outgoing = self.outgoing[os.write(self.stdin.fileno(), self.outgoing) :]
         except BlockingIOError:
@@ -144,7 +144,7 @@ class WorkerProcess:
     def failure(self) -> tuple[str, str] | None:
         """(kind, message) when the worker is dead or past its deadline, else None."""
         if self.closed or self._has_ended():
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it lives, or something that cannot be killed does
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is alive, or a process cannot be killed
                 self._process.wait(_EXIT_SECONDS)
             return "crash", self._cause_of_death()
         if time.monotonic() > self.deadline:
@@ -153,12 +153,12 @@ class WorkerProcess:
         return None
 
     def restart(self) -> None:
-        """Kill the process with everything it started; a fresh one loads functions when it needs them."""
+        """Kill the process with everything it started. A fresh one loads functions when it needs them."""
         self._kill(b"d")
         self._start()
 
     def renew(self) -> None:
-        """Put a fresh process in the place of an idle one."""
+        """Replace an idle process by a fresh one."""
         self._kill()
         self._start()
 
@@ -167,8 +167,8 @@ class WorkerProcess:
         self.stdin.close()
 
     def end(self, deadline: float) -> None:
-        """Wait for the process until the deadline if it is idle, then kill what is left of it."""
-        if self.stdout.closed:  # ended before; its number may belong to another process by now
+        """Wait for an idle process until the deadline, then kill what is left of it."""
+        if self.stdout.closed:  # it ended before, and its number may belong to another process now
             return
         if self.task is None and self.loading is None:
             with contextlib.suppress(subprocess.TimeoutExpired):  # killed next
@@ -181,14 +181,14 @@ class WorkerProcess:
         self.deadline = time.monotonic() + self._start_timeout
 
     def _has_output(self) -> bool:
-        """Whether a worker that has nothing to say has said something, or closed its pipe."""
+        """Whether an idle worker has sent something, or closed its pipe."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.stdout.fileno(), 1)
             return True
         return False
 
     def _send(self, message: Mapping[str, Any]) -> None:
-        # A reply names the request: one that a thread of user code sends late is not taken for one to the next.
+        # A reply names its request, so a late reply by a thread of user code does not count for the next request.
         self._nonce = secrets.token_hex(8)
         self.outgoing = memoryview(bytes(self.outgoing) + pack({**message, "nonce": self._nonce}))
 
@@ -196,8 +196,8 @@ class WorkerProcess:
         return self._process.poll() is not None or "exit" in self._reports()
 
     def _reports(self) -> dict[str, int]:
-        """What the supervisor has said of its worker so far, by the first word of a line."""
-        with contextlib.suppress(BlockingIOError, ConnectionResetError):  # nothing new; it was killed
+        """{first word: number} of the supervisor's messages about its worker so far."""
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):  # nothing new, or the supervisor was killed
             while chunk := self.control.recv(1 << 12):
                 self._told += chunk
         lines = self._told.decode().split("\n")[:-1]  # the last one may be cut off
@@ -238,7 +238,7 @@ class WorkerProcess:
 
 
 def poll(workers: Sequence[WorkerProcess]) -> None:
-    """Wait until one of the workers has something to say or takes input, one is overdue, or a moment has passed."""
+    """Wait until a worker has sent something or takes input, a worker is overdue, or a moment has passed."""
     if any(worker.closed for worker in workers):  # it is dead or dying, which `failure` waits for
         return
     now = time.monotonic()
@@ -254,11 +254,12 @@ def poll(workers: Sequence[WorkerProcess]) -> None:
 
 
 def load_request(key: int, spec: RewardSpec, columns: Sequence[str]) -> dict[str, Any]:
-    """The request that makes a worker load a function; raises ValueError for kwargs that JSON cannot hold."""
+    """The request to load a function. Raises ValueError for kwargs that JSON cannot hold."""
     fields = {"name": spec.name, "function": spec.function, "weight": spec.weight, "calls": spec.calls}
     fields["pickled"] = encode(spec.pickled, "pickled")
     kwargs = encode(spec.kwargs, f"reward {spec.name!r}: kwargs")
-    # What imports here imports there; -P left out the working directory, where a user's modules are expected.
+    # The worker imports what this process can import. -P left out the working directory, where a user's modules are
+    # expected.
     path = [entry or os.getcwd() for entry in sys.path] + [os.getcwd()]
     return {"op": "load", "key": key, "spec": {**fields, "kwargs": kwargs}, "columns": list(columns), "path": path}
 

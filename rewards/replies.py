@@ -1,9 +1,9 @@
-"""What a worker says, as far as it may be believed.
+"""Reads a worker's replies without trusting them.
 
-In: bytes out of a worker's pipe, where a user's code can write too, and what the worker was asked. Out: typed replies.
-Whatever is no reply to what was asked raises `BrokenWorker`; nothing here costs more than a frame of `MAX_FRAME` bytes.
-Texts come out on one line and at most `MAX_TEXT` bytes long. What a function does inside its own worker to its own
-rewards cannot be seen from here: a reply that is well formed and to the point is taken.
+In: bytes from a worker's pipe, into which a user's code can write too, and the request. Out: typed replies. Anything
+that is no reply to the request raises `BrokenWorker`. Nothing here takes more than a frame of `MAX_FRAME` bytes. Texts
+are cut to one line of at most `MAX_TEXT` bytes. A well-formed reply to the request is taken: what a function does to
+its own rewards inside its own worker cannot be seen from here.
 
     {"nonce": n, "op": "loaded", "style", "is_async", "calls", "columns", "takes_completion_ids",
         "needs_completion_ids"}
@@ -23,19 +23,19 @@ from rewards.protocol import HEADER
 
 MAX_FRAME = 1 << 20  # bytes
 MAX_TEXT = 4096  # bytes of UTF-8
-MAX_REWARD = 1e6  # size beyond which a number is no reward: squares and sums of such ones stay finite everywhere
+MAX_REWARD = 1e6  # the largest size of a reward, so that squares and sums stay finite everywhere
 FAILURES = ("exception", "timeout", "crash", "wrong_length", "not_a_number", "out_of_range")
 
 Failure = tuple[str, str]  # one of FAILURES, message
 
 
 class BrokenWorker(Exception):
-    """A worker sent what is no reply to what it was asked."""
+    """A worker sent something that is no reply to its request."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedFunction:
-    """What a worker says of a function it loaded."""
+    """A worker's description of a function that it loaded."""
 
     style: Style
     is_async: bool
@@ -75,13 +75,13 @@ Reply = LoadedFunction | Refused | Result | Done
 
 
 class ReplyReader:
-    """Takes the frames of one worker apart."""
+    """Splits the bytes of one worker into frames."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """More bytes have come."""
+        """Adds bytes that have arrived."""
         self._buffer += data
 
     def frames(self) -> Iterator[bytes]:

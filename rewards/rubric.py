@@ -1,4 +1,4 @@
-"""How the rewards of several functions become one number, and the statistics that are logged of them.
+"""Combines the rewards of several functions into one number, and computes their statistics for the log.
 
 `None` means "cannot judge": it is never 0, and it never enters a mean.
 """

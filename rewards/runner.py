@@ -4,17 +4,17 @@ In: prompts, completions and dataset columns of one batch, all at once or as the
 number or None per sample and function, and an account of everything that went wrong. Not here: weights
 (`rewards.rubric`), what a function may look like (`rewards.contract`).
 
-How a function may be called is settled at the start, and it is never called with less than that:
+The start decides how a function may be called, and it is never called with fewer completions:
 
     elementwise   one completion a call, spread over the workers; per-sample functions, and batch functions so marked
     needs_group   one group a call, anywhere; batch functions so marked
     whole_batch   the whole batch in one call, always in the same worker: it may compare what it likes, and keep state
 
-A batch function without a mark is tried, in workers that are replaced afterwards: where one call with varied rows
-gives what calls with one of them each give, bit for bit, it is elementwise, else whole_batch. Where its rewards for
-them hardly differ (see `rewards.probe`), equal calls show nothing, and it is whole_batch. What was found elementwise in
-this way is compared again on a few batches of the run itself (see `rewards.doubt`); where those differ, the rewards are
-those of the whole batch, and it is whole_batch from then on.
+A batch function without a mark is tried, in workers that are replaced afterwards. It is elementwise if one call with
+varied completions and calls with one each give the same rewards, bit for bit; otherwise it is whole_batch. It is also
+whole_batch if its rewards hardly differ (see `rewards.probe`), because equal calls then show nothing. An elementwise
+finding is checked again on a few batches of the run itself (see `rewards.doubt`). If those differ, the rewards are
+those of the whole batch, and the function is whole_batch from then on.
 
 A call that fails costs its samples. A worker that hangs, dies or sends what is no reply is killed with everything it
 started, and replaced.
@@ -42,15 +42,15 @@ from rewards.process import WorkerProcess, load_request, poll
 from rewards.protocol import encode
 from rewards.replies import BrokenWorker, Failure, LoadedFunction, Refused, Reply, Result
 
-_LOAD_TRIES = 3  # a worker that dies while it imports a function may do better next time
+_LOAD_TRIES = 3  # a worker that dies during an import may succeed the next time
 _CHECK_SECONDS = 10.0  # for trying one function that is not marked
 _GOLD_GROUP = 8  # completions of the gold row, for a function that compares
 _PROBE_CALLS: tuple[Calls, ...] = ("whole_batch", "elementwise", "whole_batch")
-# From what asks least of a call to what asks most.
+# In rising order of what a call must hold.
 _CAREFUL: tuple[Calls, ...] = ("elementwise", "needs_group", "whole_batch")
 _CLOSE_SECONDS = 3.0  # for exit handlers of user code
 
-Review = Callable[[Batch, RewardResult], RewardResult]  # what a batch's result comes to, when its workers are idle
+Review = Callable[[Batch, RewardResult], RewardResult]  # changes a batch's result, while its workers are idle
 
 
 class RewardRunner:
@@ -61,14 +61,14 @@ class RewardRunner:
     num_workers: processes, >= 1.
     timeout_seconds: hard limit of one sample in one function (a batch call gets this times its number of samples).
     start_timeout_seconds: limit for importing one function.
-    log_path: file that takes what the functions print, and tracebacks (`rewards.log`); None: this process's stderr.
+    log_path: file for the functions' output and tracebacks (`rewards.log`); None: this process's stderr.
     env: names of the variables of this process's environment that workers get beside `rewards.environment.VARIABLES`.
-    memory_gb: resident memory of a worker together with all it started, in 1e9 bytes, beyond which they are killed;
-        Linux only. None: no limit.
-    rows: prompt and columns of rows of the data set, with which functions that are not marked are tried; without any,
-        they get whole batches.
-    share: what of each batch is judged here, where several processes call this with the same batches; results are of
-        the whole batch in all of them. None: everything.
+    memory_gb: the most resident memory, in 1e9 bytes, of a worker with all that it started; beyond it they are killed.
+      Linux only. None: no limit.
+    rows: prompt and columns of data rows with which functions without a mark are tried. Without rows they get whole
+      batches.
+    share: the part of each batch that this process judges, where several processes call this with the same batches. All
+      of them get the results of the whole batch. None: everything.
 
     Raises ValueError when a spec or an argument is invalid, a function does not import, or nothing provides one of
     its arguments.
@@ -107,7 +107,7 @@ class RewardRunner:
         ]
         try:
             self._functions = self._load()
-            self._reasons: dict[int, str] = {}  # why functions that were tried are not elementwise; "": they are
+            self._reasons: dict[int, str] = {}  # {function that was tried: why it is not elementwise, or "" if it is}
             self._calls = self._settle(rows)
             self._doubts = {key: Doubt() for key, reason in self._reasons.items() if not reason}
         except BaseException:  # no worker may outlive a failed start, Ctrl-C included
@@ -160,12 +160,12 @@ class RewardRunner:
 
     @property
     def doubts(self) -> dict[str, dict[str, Any]]:
-        """The fields of the `Doubt` of each function that is elementwise for what was found, by name."""
+        """{name: fields of its `Doubt`} of each function that was found to be elementwise."""
         return {self.specs[key].name: dataclasses.asdict(doubt) for key, doubt in self._doubts.items()}
 
     def adopt(self, calls: Mapping[str, Calls], doubts: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """Of the functions that were tried, what another process or an earlier part of the run found counts as well:
-        each is called in the more careful of the two ways. doubts: those of the earlier part.
+        """Takes over findings of another process or an earlier part of the run. A function that was tried is called in
+        the more careful of the two ways. doubts: the doubts of the earlier part.
         """
         for key in self._reasons:
             other = calls.get(self.specs[key].name, "elementwise")
@@ -175,7 +175,7 @@ class RewardRunner:
             self._doubts[key] = Doubt(**(doubts or {}).get(self.specs[key].name, self.doubts[self.specs[key].name]))
 
     def _give_up(self, key: int, calls: Calls, reason: str) -> None:
-        """This function is not called for one completion at a time any more."""
+        """Stops calling this function for one completion at a time."""
         self._calls[key], self._reasons[key] = calls, reason
         self._doubts.pop(key, None)
 
@@ -185,8 +185,8 @@ class RewardRunner:
         return self._reasons.get(key) or f"it is marked so ({self._calls[key]})"
 
     def notes(self) -> list[str]:
-        """In words: a line for each function that was tried, with what was found, and one for each column of the data
-        set that functions do not get, for they get what was drawn under its name.
+        """A line with the finding for each function that was tried, and a line for each dataset column that functions
+        do not get, because they get what the policy wrote under its name.
         """
         return [self._note(key) for key in self._reasons] + self._hidden_columns()
 
@@ -231,7 +231,7 @@ class RewardRunner:
 
         prompts, columns: one entry per sample, as for `score`; a prompt stands once for each of its completions.
         group_size: completions of each prompt, which are consecutive.
-        names: the functions to call; the others judge nothing. None: all.
+        names: the functions to call; None: all.
 
         ValueError where a function that needs groups would be called for groups of one.
         """
@@ -270,7 +270,9 @@ class RewardRunner:
         return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), share, review)
 
     def _compare(self, batch: Batch, result: RewardResult) -> RewardResult:
-        """The result of a batch, with rewards of the whole batch where a function turns out to compare completions."""
+        """The result of a batch. Where a function turns out to compare completions, its rewards are those of the whole
+        batch.
+        """
         for key in [key for key in batch.keys if key in self._doubts]:
             doubt, name = self._doubts[key], self.specs[key].name
             alone = [row[key] for row in result.rewards]
@@ -293,7 +295,7 @@ class RewardRunner:
         return result
 
     def _call_whole(self, key: int, batch: Batch) -> RewardResult:
-        """What one call of a function with all completions of a batch gives, in all processes that share it."""
+        """The result of one call with all completions of a batch, in all processes that share the batch."""
         of_all: list[Calls] = ["whole_batch"] * len(self.specs)
         again = batch.again(of_all, [key])
         size = len(batch.inputs.prompts)
@@ -355,7 +357,7 @@ class RewardRunner:
             given = probes(rows, self.columns)
             self._reasons = {key: self._try(key, given) for key in tried}
             for worker in self._workers:
-                worker.renew()  # what the functions remember of the check is gone
+                worker.renew()  # so that functions remember nothing of the check
         return [
             function.calls or ("whole_batch" if self._reasons[key] else "elementwise")
             for key, function in enumerate(self._functions)
@@ -374,9 +376,9 @@ class RewardRunner:
         )
 
     def _try_with(self, key: int, given: Probe, deadline: float) -> tuple[str, list[float | None]]:
-        """Why a function cannot be called for one completion at a time, and its rewards where that is empty.
+        """(why a function cannot be called for one completion at a time, its rewards if it can).
 
-        It is called with the batch again in the end: what state, a clock or chance change shows then.
+        In the end it is called with the batch again, which shows changes by state, a clock or chance.
         """
         first, values, name = None, [], self.specs[key].name
         for calls in _PROBE_CALLS:
@@ -401,11 +403,11 @@ class RewardRunner:
 
 
 class Scoring:
-    """A batch that is being scored while its completions come; a context manager, which stops what is still running.
+    """A batch that is scored while its completions arrive. A context manager, which stops running calls at its end.
 
-    Functions that judge each completion by itself (per-sample, verl, `elementwise`) run on those that have come, in a
-    thread of this process that speaks to the workers; functions of the whole batch run once it is whole. The result
-    is the same as that of `RewardRunner.score`.
+    Functions that judge each completion by itself (per-sample, verl, `elementwise`) run on completions that have
+    arrived, through a thread of this process that speaks to the workers. Functions of the whole batch run when the
+    batch is complete. The result equals that of `RewardRunner.score`.
     """
 
     def __init__(
@@ -446,7 +448,7 @@ class Scoring:
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Completions of these samples (places in the batch) have come; each comes once.
+        """Adds completions of these samples (places in the batch). Each may be added once.
 
         Raises ValueError for arguments whose lengths differ, a value that cannot be sent, completion_ids missing where
         a function requires them, and a sample that is not in the batch or came before.
@@ -472,14 +474,16 @@ class Scoring:
         self.add_encoded(ready, ids)
 
     def add_encoded(self, completions: dict[int, Any], completion_ids: dict[int, list[int]] | None) -> None:
-        """As `add`, by sample, of values that were checked and are in their JSON form."""
+        """`add` for values, by sample, that were checked and are in their JSON form."""
         with self._changed:
             self._left = self._left - {*completions}
             self._arrivals.append((completions, completion_ids))
             self._changed.notify()
 
     def result(self, timeout: float | None = None) -> RewardResult:
-        """Waits for the rewards of the whole batch, all of which must have come; TimeoutError after so many seconds."""
+        """Waits for the rewards of the whole batch, whose completions must all have arrived. TimeoutError after
+        `timeout` seconds.
+        """
         if self._left:
             raise ValueError(
                 f"the result needs the whole batch, {len(self._left)} of {self._size} completions are missing"
@@ -497,7 +501,7 @@ class Scoring:
         try:
             self._run()
         finally:
-            # A reply that is still under way, when stopped, must not be taken for one to the next batch.
+            # After a stop, a late reply must not count for the next batch.
             for worker in self._workers:
                 if worker.task is not None:
                     worker.restart()
@@ -526,7 +530,7 @@ class Scoring:
                     self._changed.wait_for(lambda: self._arrivals or self._stopped)
 
     def _advance(self, worker: WorkerProcess) -> None:
-        """Take what a busy worker has to say, and notice when it will say nothing any more."""
+        """Read the replies of a busy worker, and notice when there will be no more."""
         batch = self._batch
         failure = _listen(worker, functools.partial(self._take, worker))
         task, was_loading = worker.task, worker.loading is not None
@@ -564,8 +568,8 @@ class Scoring:
 
 
 def _listen(worker: WorkerProcess, take: Callable[[Reply], None]) -> Failure | None:
-    """Hand on what a busy worker has to say; why it will say nothing any more, if so."""
-    failure = worker.failure()  # asked before reading: what a dead worker said has then all arrived
+    """Pass on the replies of a busy worker. Returns the failure, if there will be no more replies."""
+    failure = worker.failure()  # asked before reading, so that all replies of a dead worker have arrived
     has_spoken = False
     try:
         for reply in worker.receive():
@@ -586,9 +590,9 @@ def _check_lengths(given: Mapping[str, Sequence[Any] | None], what: str, count: 
 def check_on_gold(runner: RewardRunner, prompt: Any, gold_completion: Any, columns: Mapping[str, Any]) -> list[str]:
     """Score one row whose completion is a right answer, and say which functions fail on it or cannot judge it.
 
-    columns: one value (not a list) per dataset column. Returns warnings, none when every function gave a number.
-    Token ids are not known here: a function that takes them gets an empty list. A function that is not called for one
-    completion at a time gets a group in which all are this one.
+    columns: one value (not a list) for each dataset column. Returns warnings, none if every function gave a number.
+      Token ids are not known here, so a function that takes them gets an empty list. A function that is not called for
+      one completion at a time gets a group of equal completions.
     """
     alone = runner.elementwise
     together = [spec.name for spec in runner.specs if spec.name not in alone]

@@ -7,10 +7,10 @@ also what left the process group or whose parents are dead. CONTROL is the descr
 is the memory that all of these processes may hold together, in bytes; 0 is no limit, and elsewhere than on Linux there
 is none. It imports nothing of a user or of this project, so nothing but a signal can stop it.
 
-From the runner, one byte each: `k` ends everything, `d` has the worker write its stack to the log first. A closed
-socket is a runner that is gone: the worker, whose input is closed by that too, may take a moment to end by itself. To
-the runner, one line each: `worker PID` once it is started, `memory BYTES` when it is ended for what it holds, and last,
-when nothing is left of it, `exit CODE`, where a negative number is a signal's.
+From the runner, one byte each: `k` ends everything, `d` first has the worker write its stack to the log. A closed
+socket means that the runner is gone. The worker's input is closed then too, and it gets a moment to end by itself. To
+the runner, one line each: `worker PID` after the start, `memory BYTES` when it is ended for its memory, and last, when
+nothing is left, `exit CODE`, where a negative number is a signal's.
 
 On Linux the supervisor adopts every descendant whose parent dies (PR_SET_CHILD_SUBREAPER), so it has a child for as
 long as anything is left, and the worker is killed should the supervisor die. Elsewhere it ends the process group.
@@ -28,13 +28,13 @@ _HAS_PROC = os.path.isdir("/proc/self/task")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 _MEMORY_SECONDS = 0.2  # between two looks at the memory
-_RUNNER_SECONDS = 1.0  # between two looks at whether the runner lives: its fork may hold the socket open
-_EXIT_SECONDS = 3.0  # for a worker, and exit handlers of user code, whose runner is gone
+_RUNNER_SECONDS = 1.0  # between two looks at the runner, because a fork of it may hold the socket open
+_EXIT_SECONDS = 3.0  # for a worker without a runner, and its exit handlers
 _DUMP_SECONDS = 0.05  # for the signal handler that writes the stack of a hung worker to the log
 _SWEEP_SECONDS = 0.001  # between the first rounds of killing, then twice as long each time
 _LONGEST_SWEEP_SECONDS = 0.1
-_GIVE_UP_SECONDS = 10.0  # a process in the kernel's hands, or another user's, cannot be ended
-# RLIMIT_DATA counts what a process has reserved, which may be much more than what it holds.
+_GIVE_UP_SECONDS = 10.0  # because a process in the kernel's hands, or another user's, cannot be ended
+# RLIMIT_DATA counts reserved memory, which may be much more than resident memory.
 _RESERVED_PER_RESIDENT = 2
 
 
@@ -60,7 +60,9 @@ def main() -> None:
 
 
 def _catch_signals() -> None:
-    """Nothing that can be caught ends a supervisor. Handlers, unlike signals that are ignored, are not inherited."""
+    """Installs handlers so that no signal that can be caught ends a supervisor. Handlers, unlike ignored signals, are
+    not inherited.
+    """
     for number in {signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1,
                    signal.SIGUSR2, signal.SIGALRM, signal.SIGPIPE}:  # fmt: skip
         signal.signal(number, lambda number, frame: None)
@@ -74,7 +76,7 @@ def _become(command: list[str], supervisor: int, limit: int) -> None:
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if limit:
                 _limit_data(limit * _RESERVED_PER_RESIDENT)
-        if os.getppid() == supervisor:  # else it died before its death was to be heard of
+        if os.getppid() == supervisor:  # otherwise the supervisor died before the worker could hear of it
             os.execv(command[0], command)
     except (OSError, ValueError) as error:
         os.write(2, f"the worker process cannot be started: {error}\n".encode())
@@ -91,7 +93,7 @@ def _limit_data(limit: int) -> None:
 
 
 def _leave_pipes() -> None:
-    """Let go of the worker's input and output, which nobody else may hold open."""
+    """Close the worker's input and output here, because nobody else may hold them open."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
@@ -99,7 +101,7 @@ def _leave_pipes() -> None:
 
 
 def _watch(control: int, woken: int, runner: int, worker: int, limit: int) -> int | None:
-    """Wait for a reason to end everything; the worker's exit code if it is its own end."""
+    """Wait for a reason to end everything. Returns the worker's exit code if it ended by itself."""
     poll = select.poll()
     poll.register(control, select.POLLIN)
     poll.register(woken, select.POLLIN)
@@ -131,9 +133,9 @@ def _watch(control: int, woken: int, runner: int, worker: int, limit: int) -> in
 def _end_all(worker: int, code: int | None) -> int:
     """Kill every process below this one. Returns the worker's exit code; code: what is known of it.
 
-    Each is stopped as it is found, before its children are looked for, until there is nobody new: what is stopped
-    starts nothing any more, so the next round finds fewer. Only then they are killed, and those whose parent is dead
-    are found as children of this process.
+    Each process is stopped when it is found, before its children are looked for, until no new one is found. A stopped
+    process starts nothing, so the next round finds fewer. Only then they are killed. Processes with a dead parent are
+    found as children of this process.
     """
     pause, deadline = _SWEEP_SECONDS, time.monotonic() + _GIVE_UP_SECONDS
     while True:
@@ -153,7 +155,7 @@ def _end_all(worker: int, code: int | None) -> int:
 
 
 def _reap(worker: int) -> tuple[bool, int | None]:
-    """Take note of the dead; whether nobody is left, and the worker's exit code if it is among them."""
+    """Reap dead children. Returns whether none is left, and the worker's exit code if it is among them."""
     code = None
     while True:
         try:
@@ -167,7 +169,7 @@ def _reap(worker: int) -> tuple[bool, int | None]:
 
 
 def _descendants(sent: int = 0) -> set[int]:
-    """Every process below this one. sent: a signal that each gets before its own children are looked for."""
+    """Every process below this one. sent: a signal for each, before its own children are looked for."""
     found: set[int] = set()
     waiting = [os.getpid()]
     is_listed = not _HAS_PROC or os.path.exists(f"/proc/self/task/{os.getpid()}/children")
