@@ -7,7 +7,7 @@ and no clocks here.
 import collections
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rewards.contract import Calls, RewardSpec
 from rewards.replies import FAILURES, BrokenWorker, Done, Failure, LoadedFunction, Result
@@ -16,6 +16,7 @@ COUNTS = (*FAILURES, "none")
 
 _PIECES_PER_WORKER = 4  # small enough to balance the load, large enough for little message overhead
 _PROBLEMS_PER_FUNCTION = 3
+_MOST_SORTS = 20  # of one function's failures in a batch
 _GRACE_SECONDS = 1.0  # added to an async time limit, which the worker itself enforces first
 
 
@@ -27,12 +28,15 @@ class RewardResult:
     counts: for each function the number of samples by failure (`FAILURES`), and "none" for samples that it declined to
       judge. A failed call counts for each of its samples.
     problems: a few readable messages per function. seconds: per function, summed over workers.
+    failures: per function that failed the sorts of its failures, with the last message of each. Messages of one sort
+        differ in values only, such as a completion that they quote.
     """
 
     rewards: list[list[float | None]]
     counts: dict[str, dict[str, int]]
     problems: list[str]
     seconds: dict[str, float]
+    failures: dict[str, dict[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +81,12 @@ def merge_results(results: Sequence[RewardResult]) -> RewardResult:
         for name, kinds in first.counts.items()
     }
     seconds = {name: sum(result.seconds[name] for result in results) for name in first.seconds}
-    return RewardResult(rewards, counts, [line for result in results for line in result.problems], seconds)
+    problems = [line for result in results for line in result.problems]
+    failures: dict[str, dict[str, str]] = {}
+    for result in results:
+        for name, sorts in result.failures.items():
+            failures[name] = failures.get(name, {}) | sorts
+    return RewardResult(rewards, counts, problems, seconds, failures)
 
 
 def replace_function(result: RewardResult, other: RewardResult, position: int, name: str, problem: str) -> RewardResult:
@@ -89,10 +98,17 @@ def replace_function(result: RewardResult, other: RewardResult, position: int, n
         [*row[:position], new[position], *row[position + 1 :]]
         for row, new in zip(result.rewards, other.rewards, strict=True)
     ]
-    of_others = [line for line in result.problems if not line.startswith(_title(name))]
-    own = [line for line in other.problems if line.startswith(_title(name))]
+    own, of_others = problems_of(name, other.problems), problems_of(name, result.problems)
+    problems = [*(line for line in result.problems if line not in of_others), problem, *own]
     counts = result.counts | {name: other.counts[name]}
-    return RewardResult(rewards, counts, [*of_others, problem, *own], result.seconds)
+    failures = {key: sorts for key, sorts in result.failures.items() if key != name}
+    failures |= {key: sorts for key, sorts in other.failures.items() if key == name}
+    return RewardResult(rewards, counts, problems, result.seconds, failures)
+
+
+def problems_of(name: str, problems: Sequence[str]) -> list[str]:
+    """Those of the problems of a result that are of one function."""
+    return [line for line in problems if line.startswith(_title(name))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +169,7 @@ class Batch:
         self._timeout, self._num_workers = timeout, num_workers
         self._rewards: list[list[float | None]] = [[None] * len(specs) for _ in range(size)]
         self._counts: list[dict[str, int]] = [dict.fromkeys(COUNTS, 0) for _ in specs]
-        self._messages: list[list[tuple[int, str]]] = [[] for _ in specs]  # first sample, text
+        self._losses: list[list[_Loss]] = [[] for _ in specs]
         self._at_home: list[collections.deque[Task]] = [collections.deque() for _ in range(num_workers)]
         self._anywhere: collections.deque[Task] = collections.deque()
         self._arrived: list[collections.deque[int]] = [collections.deque() for _ in functions]  # and in no task yet
@@ -257,16 +273,17 @@ class Batch:
         """The result, once no task is left."""
         names = [spec.name for spec in self._specs]
         problems = [
-            line for name, found in zip(names, self._messages, strict=True) for line in _problem_lines(name, found)
+            line for name, found in zip(names, self._losses, strict=True) for line in _problem_lines(name, found)
         ]
         counts = dict(zip(names, self._counts, strict=True))
-        return RewardResult(self._rewards, counts, problems, dict(zip(names, self.seconds, strict=True)))
+        failures = {name: _failures(found) for name, found in zip(names, self._losses, strict=True) if found}
+        return RewardResult(self._rewards, counts, problems, dict(zip(names, self.seconds, strict=True)), failures)
 
     def _lose_call(self, task: Task, failure: Failure) -> None:
         """Fails all samples of one call. A call with fewer samples would give other rewards than were meant."""
         lost, (kind, message) = task.unanswered(), failure
         self._counts[task.key][kind] += len(lost)
-        self._messages[task.key].append((lost[0], f"{task.title}: {kind}: {message}; {len(lost)} not judged"))
+        self._losses[task.key].append(_Loss(lost[0], task.title, kind, message, f"; {len(lost)} not judged"))
 
     def _spread(self, key: int, samples: list[int], mode: str) -> None:
         length = self._piece_length(mode, len(samples))
@@ -301,15 +318,42 @@ class Batch:
     def _lose(self, key: int, sample: int, failure: Failure) -> None:
         kind, message = failure
         self._counts[key][kind] += 1
-        self._messages[key].append((sample, f"sample {sample}: {kind}: {message}"))
+        self._losses[key].append(_Loss(sample, f"sample {sample}", kind, message))
 
 
-def _problem_lines(name: str, messages: Sequence[tuple[int, str]]) -> list[str]:
-    """The first few messages of a function, by sample, and how many more there are."""
-    first = sorted(messages)[:_PROBLEMS_PER_FUNCTION]
-    lines = [f"{_title(name)} {text}" for _, text in first]
-    more = len(messages) - len(first)
+class _Loss(NamedTuple):
+    """A call that failed: its first sample, what it is called, how it failed, and what that cost."""
+
+    sample: int
+    call: str
+    kind: str
+    message: str
+    cost: str = ""
+
+    @property
+    def sort(self) -> str:
+        """Kind, type of the error and place in the code: what is alike in messages that quote other values."""
+        return f"{self.kind}: {self.message.partition(':')[0]} ({self.message.rpartition('(')[2]}"
+
+
+def _problem_lines(name: str, losses: Sequence[_Loss]) -> list[str]:
+    """The first of each of the first few sorts of failures of a function, by sample, and how many more there are."""
+    sorts: dict[str, list[_Loss]] = {}
+    for loss in sorted(losses):
+        sorts.setdefault(loss.sort, []).append(loss)
+    shown = [*sorts.values()][:_PROBLEMS_PER_FUNCTION]
+    lines = []
+    for first, *alike in shown:
+        more = f"; {len(alike)} more like it" if alike else ""
+        lines.append(f"{_title(name)} {first.call}: {first.kind}: {first.message}{first.cost}{more}")
+    more = len(losses) - sum(map(len, shown))
     return lines + ([f"{_title(name)}: {more} more"] if more else [])
+
+
+def _failures(losses: Sequence[_Loss]) -> dict[str, str]:
+    """The last message of each sort; of the first few sorts."""
+    messages = {loss.sort: f"{loss.kind}: {loss.message}" for loss in sorted(losses)}
+    return dict([*messages.items()][:_MOST_SORTS])
 
 
 def _title(name: str) -> str:

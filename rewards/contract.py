@@ -6,7 +6,7 @@ builds its arguments. Not here: running it (`rewards.worker`), and isolating it 
 Three signatures are taken unchanged and told apart by their parameter names:
 
     batch   fn(prompts, completions, **columns) -> list[float | None]               TRL, Tunix
-    sample  fn(prompt, completion, answer, info, state, ...) -> float | None         verifiers
+    sample  fn(prompt, completion, answer, info, state, ...) -> float | None         verifiers, a Rubric's up to 0.3
     verl    compute_score(data_source, solution_str, ground_truth, extra_info)       verl
 
 Each may be `async`. A batch function may also take `completion_ids` (token ids, one list per completion).
@@ -185,6 +185,11 @@ def bind(
         )
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if "trace" in named and "trace" not in {*available_columns, *kwargs}:
+        raise ValueError(
+            f"{label}: it judges a 'trace', as @vf.reward methods of verifiers' tasks do (from 0.4 on), and there is "
+            "none here; let it take prompt and completion, and columns of the data set such as answer"
+        )
     style = _style(named, takes_any, label)
     columns = [column for column in available_columns if column not in DRAWN[style]]
     _check_kwargs(kwargs, named, takes_any, style, label)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rewards.batch import FAILURES, RewardResult
 from rewards.text import boxed
 
 _LONG = 2000  # characters
@@ -34,6 +35,28 @@ class Probe(NamedTuple):
     columns: dict[str, list[Any]]
     completion_ids: list[list[int]]
     group_size: int
+
+
+class Trial(NamedTuple):
+    """What a function made of the completions that it was tried with.
+
+    num_completions, num_failed: how many there were, and on how many it failed. failure: the first one, in words.
+    rewards: those that it gave, each once.
+    """
+
+    num_completions: int
+    num_failed: int
+    failure: str
+    rewards: frozenset[float]
+
+    def with_result(self, name: str, rewards: Sequence[float | None], result: RewardResult) -> "Trial":
+        """With those of one more result, whose rewards of this function are given."""
+        return Trial(
+            self.num_completions + len(rewards),
+            self.num_failed + sum(result.counts[name][kind] for kind in FAILURES),
+            self.failure or next(iter(result.failures.get(name, {}).values()), ""),
+            self.rewards | {reward for reward in rewards if reward is not None},
+        )
 
 
 def probes(rows: Sequence[tuple[Any, Mapping[str, Any]]], columns: Sequence[str]) -> list[Probe]:

@@ -33,18 +33,17 @@ from types import TracebackType
 from typing import Any, Self
 
 from rewards.batch import FAILURES, Batch, BatchInputs, RewardResult, Share, merge_results, replace_function
-from rewards.contract import DRAWN, Calls, RewardSpec, check_specs
+from rewards.contract import DRAWN, Calls, RewardSpec, Style, check_specs
 from rewards.doubt import Doubt, agree, second_best
 from rewards.environment import check_memory_gb, worker_environment
 from rewards.log import RewardLog
-from rewards.probe import Probe, probes, shows_how_it_judges
+from rewards.probe import Probe, Trial, probes, shows_how_it_judges
 from rewards.process import WorkerProcess, load_request, poll
 from rewards.protocol import encode
 from rewards.replies import BrokenWorker, Failure, LoadedFunction, Refused, Reply, Result
 
 _LOAD_TRIES = 3  # a worker that dies during an import may succeed the next time
 _CHECK_SECONDS = 10.0  # for trying one function that is not marked
-_GOLD_GROUP = 8  # completions of the gold row, for a function that compares
 _PROBE_CALLS: tuple[Calls, ...] = ("whole_batch", "elementwise", "whole_batch")
 # In rising order of what a call must hold.
 _CAREFUL: tuple[Calls, ...] = ("elementwise", "needs_group", "whole_batch")
@@ -303,6 +302,44 @@ class RewardRunner:
             scoring.add_encoded(batch.inputs.completions, batch.inputs.completion_ids or None)
             return scoring.result()
 
+    def style(self, name: str) -> Style:
+        """Which signature a function has."""
+        return next(f.style for spec, f in zip(self.specs, self._functions, strict=True) if spec.name == name)
+
+    def try_on(self, names: Collection[str], prompt: Any, columns: Mapping[str, Any]) -> dict[str, Trial]:
+        """What functions make of right and wrong answers of one row, called as in the run; in this process alone.
+
+        A function is tried until two rewards differ, with at most the completions of `rewards.probe`, and given up
+        after ten seconds. The workers are replaced afterwards.
+
+        Args:
+          columns: one value (not a list) per dataset column.
+        """
+        found = {}
+        for key, spec in enumerate(self.specs):
+            if spec.name in names:
+                found[spec.name] = self._try_on(key, probes([(prompt, columns)], self.columns))
+        for worker in self._workers if found else ():
+            worker.renew()
+        return found
+
+    def _try_on(self, key: int, given: Sequence[Probe]) -> Trial:
+        deadline, name, trial = time.monotonic() + _CHECK_SECONDS, self.specs[key].name, Trial(0, 0, "", frozenset())
+        for probe in given:
+            group = slice(probe.group_size)
+            columns = {column: values[group] for column, values in probe.columns.items()}
+            size = probe.group_size
+            with self._begin(probe.prompts[group], columns, self._calls, [key], size) as scoring:
+                scoring.add(range(size), probe.completions[group], probe.completion_ids[group])
+                try:
+                    result = scoring.result(max(0.0, deadline - time.monotonic()))
+                except TimeoutError:
+                    return trial
+            trial = trial.with_result(name, [row[key] for row in result.rewards], result)
+            if len(trial.rewards) != 1:
+                return trial
+        return trial
+
     def close(self) -> None:
         """End the workers; exit handlers of user code get a few seconds. Closing twice does nothing."""
         for worker in self._workers:
@@ -390,7 +427,7 @@ class RewardRunner:
                 except TimeoutError:
                     return f"the start-up check took longer than {_CHECK_SECONDS:g} s", []
             if any(result.counts[name][kind] for kind in FAILURES):
-                return f"it failed in the start-up check ({result.problems[0]})", []
+                return f"it failed in the start-up check ({next(iter(result.failures[name].values()))})", []
             values = [row[key] for row in result.rewards]
             rewards = [repr(value) for value in values]  # tells 0.0 from -0.0
             if first is not None and rewards != first:
@@ -585,29 +622,3 @@ def _check_lengths(given: Mapping[str, Sequence[Any] | None], what: str, count: 
     for name, values in given.items():
         if values is not None and len(values) != count:
             raise ValueError(f"{name} must have one entry per {what} ({count}), got {len(values)}")
-
-
-def check_on_gold(runner: RewardRunner, prompt: Any, gold_completion: Any, columns: Mapping[str, Any]) -> list[str]:
-    """Score one row whose completion is a right answer, and say which functions fail on it or cannot judge it.
-
-    columns: one value (not a list) for each dataset column. Returns warnings, none if every function gave a number.
-      Token ids are not known here, so a function that takes them gets an empty list. A function that is not called for
-      one completion at a time gets a group of equal completions.
-    """
-    alone = runner.elementwise
-    together = [spec.name for spec in runner.specs if spec.name not in alone]
-    warnings = []
-    for names, size in ((alone, 1), (together, _GOLD_GROUP)):
-        if not names:
-            continue
-        repeated = {name: [value] * size for name, value in columns.items()}
-        result = runner.score(
-            [prompt] * size, [gold_completion] * size, repeated, [[]] * size, group_size=size, names=names
-        )
-        warnings += [f"on a gold row, {problem}" for problem in result.problems]
-        warnings += [
-            f"on a gold row, reward {name!r} returned None: it cannot judge a right answer; check the answer column"
-            for name in names
-            if result.counts[name]["none"]
-        ]
-    return warnings

@@ -99,6 +99,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         checkpoints = run.begin(mesh, init_policy_fn, abstract, with_reference=bool(config.reference.sync_every))
         announce(log, config, data, origin, tokenizer, policy, mesh, run, packing, sampling)
         if check_only:
+            collector.announce(gold=data.train[0])
             log.message(run.would_do("grpo train", config.grpo.steps))
             return run.path
 
@@ -160,7 +161,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             raise_if_stuck(config.health, checkup)  # after the line and the samples, which show why
             # 6. save
             run.check_lease()  # no two runs write to one store
-            should_stop = log.should_stop(loop.step)  # after all steps, or earlier when asked to
+            should_stop = log.should_stop(loop.step) or collector.reward_is_down  # after all steps, or earlier
             if should_stop or loop.step % config.checkpoint.every == 0:
                 with log.timer("checkpoint"):  # counted to the next step: the line of this one is written
                     checkpoints.save(loop.step, state, loop.record(policy.flavour, num_rows), reference)
@@ -168,6 +169,8 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             if should_stop:
                 break
         checkpoints.wait()
+        collector.raise_if_reward_is_down()
+        log.saved(loop.step, run.path)
         return run.path
 
 

@@ -56,7 +56,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             f"{config.compiled_file!r}; leave it out"
         )
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(RunLog(config.sft.steps))
+        log = stack.enter_context(RunLog(config.sft.steps, "sft.steps"))
         # pairs: what is imitated
         tokenizer = tokenizer_of(config)
         pairs = load_pairs(config, tokenizer)
@@ -126,6 +126,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             if should_stop:
                 break
         checkpoints.wait()
+        log.saved(loop.step, run.path)
         if int(state.step) >= config.sft.steps:  # otherwise the run was asked to stop before its end
             accuracy.say(state.params, run.rewards_log, log)
             run.export(origin.model_config, state.params, tokenizer)

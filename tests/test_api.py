@@ -136,7 +136,7 @@ def test_a_second_run_in_a_session_is_its_own_and_goes_on_with_the_same_function
 
 
 @pytest.mark.slow
-def test_an_interrupt_saves_and_gives_the_session_its_own_handler_back(tmp_path):
+def test_an_interrupt_saves_and_gives_the_session_its_own_handler_back(tmp_path, capsys):
     asked = []
 
     def interrupts(completion, pid):
@@ -164,6 +164,8 @@ def test_an_interrupt_saves_and_gives_the_session_its_own_handler_back(tmp_path)
         signal.signal(signal.SIGINT, before)
     assert list(run.metrics.index) == [1]
     assert (tmp_path / "run/checkpoints/1").is_dir()
+    saved = f"saved step 1 of 50 in {tmp_path / 'run'}; the same command goes on"
+    assert capsys.readouterr().out.splitlines()[-1] == saved
 
 
 RECIPE = "model: {source: some/model}\n"

@@ -39,6 +39,7 @@ RESUMABLE_KEYS = (
     "optimizer.offload",
     "rewards.num_workers",
     "rewards.memory_gb",
+    "rewards.max_failed_share",
     "rewards.env",
     "rewards.check_on_gold",
     "sampling.slots",

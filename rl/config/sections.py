@@ -6,7 +6,7 @@ No defaults (`configs/base.yml` owns them), no files (`rl.config.load`), no rule
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic.dataclasses import dataclass
@@ -122,9 +122,13 @@ class RewardFunction:
 class RewardsSection:
     """Reward functions and the worker processes that run them."""
 
-    functions: list[RewardFunction]
+    # A name alone stands for an entry with nothing else.
+    functions: list[
+        Annotated[RewardFunction, pydantic.BeforeValidator(lambda e: {"function": e} if isinstance(e, str) else e)]
+    ]
     num_workers: int
     timeout_seconds: float
+    max_failed_share: float
     memory_gb: float | None
     env: list[str]
     check_on_gold: bool

@@ -81,14 +81,14 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
     if is_remote(source):
         source = str(local_copy(source))
     if source.endswith((".jsonl", ".parquet")):
+        path = pathlib.Path(source).expanduser()
+        if not path.is_file():
+            raise ValueError(f"data source {source!r} must be an existing file (working directory {os.getcwd()})")
         if args:
             raise ValueError(
                 f"data.args must be empty for a file such as {source!r}, got {shown(args)}; "
                 f"set data.args.{next(iter(args))}=null"
             )
-        path = pathlib.Path(source).expanduser()
-        if not path.is_file():
-            raise ValueError(f"data source {source!r} must be an existing file (working directory {os.getcwd()})")
         if source.endswith(".jsonl"):
             return RowSource(path.stat().st_size, "bytes", partial(_read_jsonl_part, path))
         return _open_parquet(path)

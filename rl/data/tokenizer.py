@@ -227,6 +227,7 @@ def load_tokenizer(
     source: str | os.PathLike,
     chat_template_path: str | os.PathLike | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    key: str = "tokenizer.source",
 ) -> Tokenizer:
     """Loads a tokenizer.
 
@@ -234,13 +235,14 @@ def load_tokenizer(
       source: a folder with tokenizer.json, a hub id, or `byte`. The network is used for a hub id only.
       chat_template_path: a Jinja file that replaces the tokenizer's own chat template.
       template_kwargs: see `Tokenizer`.
+      key: what names the source, for messages: model.source where that has the tokenizer, too.
 
     Raises:
       ValueError: the folder or the template file is not there, the folder holds no fast tokenizer, or the hub id cannot
         be loaded.
     """
     source = os.fspath(source)
-    backend = _byte_backend() if source == BYTE_SOURCE else _load_backend(source)
+    backend = _byte_backend() if source == BYTE_SOURCE else _load_backend(source, key)
     if chat_template_path is not None:
         backend.chat_template = _read_template(local_copy(chat_template_path))
         return Tokenizer(backend, f"tokenizer.chat_template {os.fspath(chat_template_path)!r}", template_kwargs)
@@ -277,10 +279,10 @@ def _read_template(path: pathlib.Path) -> str:
         raise ValueError(f"{rule}, got {str(path)!r}: {error}") from error
 
 
-def _load_backend(source: str) -> "PreTrainedTokenizerFast":
+def _load_backend(source: str, key: str) -> "PreTrainedTokenizerFast":
     folder = local_copy(source)
     if not folder.is_dir():
-        folder = _download(source)
+        folder = _download(source, key)
     check_files(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(
@@ -336,18 +338,20 @@ def _check_ids(path: pathlib.Path) -> None:
         token.whole("id", 0, limit - 1)
 
 
-def _download(source: str) -> pathlib.Path:
+def _download(source: str, key: str) -> pathlib.Path:
     """The local copy of a hub repository's tokenizer files."""
-    rule = "tokenizer.source must be a folder that exists, a hub id that this machine can reach, or 'byte'"
-    hint = f"(working directory {os.getcwd()}); when it is null, model.source is used"
+    rule, hint = f"{key} must be a folder that exists or a hub id that this machine can reach", ""
+    if key == "model.source":
+        hint = "; `grpo sft` writes OUTPUT_DIR/export after its last step, `grpo export RUN FOLDER` any folder"
+    hint = f", and no such folder exists (working directory {os.getcwd()}){hint}"
     if not _HUB_ID.fullmatch(source):
-        raise ValueError(f"{rule}, got {source!r} {hint}")
+        raise ValueError(f"{rule}, got {source!r}{hint}")
     import huggingface_hub
 
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=_TOKENIZER_FILES))
     except (OSError, ValueError) as error:  # no network and not in the cache, no such repository, no access
-        raise ValueError(f"{rule}, got {source!r} {hint}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{rule}, got {source!r}{hint}: {type(error).__name__}: {error}") from error
 
 
 def _fast_tokenizer_class() -> "type[PreTrainedTokenizerFast]":

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from rl.config.load import Config, require
 from rl.config.sections import DistributedSection, to_dict
+from rl.devices.libtpu import quiet_libtpu
 from rl.errors import TRACEBACK_VARIABLE, raised_by_tandem, status_without_stdout
 
 T = TypeVar("T")
@@ -106,6 +107,7 @@ def joined(section: DistributedSection) -> Iterator[None]:
     A process with an error prints it and ends at once, because an ordinary exit would wait for the others, and they for
     it.
     """
+    quiet_libtpu()
     join_processes(section)
     try:
         yield

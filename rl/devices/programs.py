@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from rl.config.load import Config
+from rl.devices.libtpu import quiet_libtpu
 from rl.files.local_files import UNFINISHED
 
 Build = Callable[[], Any]
@@ -142,6 +143,7 @@ def use_compilation_cache(config: Config, check_only: bool = False) -> None:
     Raises:
       ValueError: the folder cannot be written. With "auto" a warning on stderr says so instead, and nothing is kept.
     """
+    quiet_libtpu()
     folder = config.logging.compilation_cache
     if check_only:
         jax.config.update("jax_enable_compilation_cache", False)

@@ -18,10 +18,12 @@ from rl.data.prompts import PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.models.train_state import PureState
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
+from rl.rollout.failing import FailureWatch
 from rl.rollout.groups import Judged, judge
 from rl.rollout.scoring import sample_and_score, warn_about_rewards
 from rl.rollout.step_prompts import Collected, check_calls, collect
 from rl.run.log import RunLog
+from rl.run.loop import REWARD_STATE
 from rl.sampler.contract import CompletionSource
 from rl.sampler.token_draw import SamplingParams
 
@@ -53,17 +55,30 @@ class Collector:
         check_calls(config, runner)
         self._config, self._sampler, self._runner, self._log = config, sampler, runner, log
         self._sampling, self._tokenizer, self._held_out = sampling, tokenizer, held_out
+        self._failures = FailureWatch(runner.specs, config.rewards.max_failed_share, config.health.patience)
 
     @property
     def reward_state(self) -> dict[str, Any]:
         """What was found about the reward functions so far, JSON values for `restore`."""
-        return {"reward_calls": self._runner.calls, "reward_doubts": self._runner.doubts}
+        found = (self._runner.calls, self._runner.doubts, self._failures.steps_down)
+        return dict(zip(REWARD_STATE, found, strict=True))
+
+    @property
+    def reward_is_down(self) -> bool:
+        """Whether a reward function failed so often, for so many steps, that the run should be saved and end."""
+        return self._failures.error is not None
+
+    def raise_if_reward_is_down(self) -> None:
+        """ValueError, naming the function, its failures and the way out; to be called when the run is saved."""
+        if self._failures.error is not None:
+            raise ValueError(self._failures.error)
 
     def restore(self, reward_state: Mapping[str, Any]) -> None:
         """Goes on with what an earlier part of the run found; empty: there is none. ValueError as at the start."""
         if reward_state:
             self._runner.adopt(reward_state["reward_calls"], reward_state.get("reward_doubts"))
             check_calls(self._config, self._runner)
+            self._failures.restore(reward_state.get("reward_steps_down", {}))
 
     def announce(self, gold: PromptRow | None) -> None:
         """Says how reward functions are called and what no evaluation measures, and warns of what is odd about a score.
@@ -85,6 +100,7 @@ class Collector:
         """
         collected = collect(self._config, rows, position, step, functools.partial(self._draw, state, step))
         self._sampler.release()  # the weights are about to change
+        self._failures.end_step()
         return collected
 
     def evaluate(self, state: PureState, step: int) -> dict[str, float | None]:
@@ -122,6 +138,7 @@ class Collector:
         if self._runner.calls != calls:  # these completions showed that a function compares them
             check_calls(self._config, self._runner)
             self._say_what_is_left_out()
+        scored = scored._replace(result=self._failures.add(scored.result))
         return judge(self._config, rows, scored, self._runner.specs)
 
     def _say_what_is_left_out(self) -> None:

@@ -13,7 +13,8 @@ import jax
 
 from rewards.batch import RewardResult, Share
 from rewards.contract import Calls, RewardSpec
-from rewards.runner import RewardRunner, check_on_gold
+from rewards.gold import check_on_gold
+from rewards.runner import RewardRunner
 from rl.config.load import Config
 from rl.config.objects import function_of
 from rl.data.prompts import Prompt, PromptRow
@@ -128,10 +129,8 @@ def completion_form(prompt: Prompt, text: str) -> Any:
 
 
 def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:
-    """Scores one row's own answer, so that a reward function that cannot work is seen before the first step."""
-    gold = row.columns.get("answer")
-    if gold is None:
-        return
-    gold_completion = completion_form(row.prompt, str(gold))
-    for warning in check_on_gold(runner, prompt_form(row.prompt), gold_completion, row.columns):
+    """Scores a row's own answer, and others, so that a reward function that cannot work is seen before the first step."""
+    answer = row.columns.get("answer")
+    gold = None if answer is None else completion_form(row.prompt, str(answer))
+    for warning in check_on_gold(runner, prompt_form(row.prompt), gold, row.columns, hosts.is_first()):
         console.warning(warning)

@@ -26,8 +26,9 @@ class RunLog(Console):
       stopwatch: seconds of each phase in the step so far.
     """
 
-    def __init__(self, total_steps: int):
+    def __init__(self, total_steps: int, steps_key: str = "grpo.steps"):
         super().__init__(total_steps, hosts.console_stream())
+        self._steps_key = steps_key  # of the configuration
         self.stopwatch = Stopwatch()
         self._writer: MetricsWriter | None = None
         self._compiles: CompileCounter | None = None
@@ -78,8 +79,23 @@ class RunLog(Console):
         self.step_line(metrics)
 
     def resumed(self, step: int) -> None:
-        """Says that the run goes on after `step` steps."""
-        self.message(f"resumed at step {step} of {self._total_steps}")
+        """Says that the run goes on after `step` steps, or that these were all it is to have."""
+        if step < self._total_steps:
+            self.message(f"resumed at step {step} of {self._total_steps}")
+        else:
+            self.message(self.nothing_left(step))
+
+    def nothing_left(self, step: int) -> str:
+        """What is said of a run that has had its steps already, and `step` of them."""
+        return (
+            f"the run has {step} steps already and {self._steps_key} is {self._total_steps}: nothing is left to do; "
+            f"raise {self._steps_key} to go on, or name another output_dir"
+        )
+
+    def saved(self, step: int, path: pathlib.Path) -> None:
+        """To be called last, when everything is on disk: says where a run that stopped early can be gone on with."""
+        if step < self._total_steps:
+            self.message(f"saved step {step} of {self._total_steps} in {path}; the same command goes on")
 
     def messages(self, texts: Iterable[str]) -> None:
         """Prints each text on lines of its own."""

@@ -25,6 +25,9 @@ from rl.state.checkpoint import Checkpoints
 from rl.state.origin import Origin, pretrained_params
 from rl.state.states import InitStateFn, frozen_base, setup_training_state
 
+# Of a `rl.rollout.collector.Collector`; a checkpoint of an older version lacks the later ones.
+REWARD_STATE = ("reward_calls", "reward_doubts", "reward_steps_down")
+
 
 def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
     """The identity of a run in `run.json`: sources and hashes of policy, reference, prompts, a user's files, and reward
@@ -49,7 +52,7 @@ class LoopState(NamedTuple):
       health: see `rl.run.health`.
       position: the number of prompts used up, in the run's order of prompts.
       entropy: the state of the adaptive entropy bonus.
-      reward_state: findings about reward functions, as JSON values: `reward_calls` and `reward_doubts`.
+      reward_state: findings about reward functions, as JSON values by the names in `REWARD_STATE`.
     """
 
     step: int
@@ -72,7 +75,7 @@ class LoopState(NamedTuple):
         return loop._replace(
             position=record["epoch"] * num_rows + record["position"],
             entropy=EntropyCoefState(**record["entropy"]),
-            reward_state={name: record[name] for name in ("reward_calls", "reward_doubts") if name in record},
+            reward_state={name: record[name] for name in REWARD_STATE if name in record},
         )
 
     def record(self, flavour: str, num_rows: int) -> dict[str, Any]:

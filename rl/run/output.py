@@ -100,7 +100,9 @@ class RunOutput:
 
     def would_do(self, command: str, num_steps: int) -> str:
         """What a run would do here, in a line; ValueError where its newest checkpoint cannot be resumed from."""
-        return would_do(command, self.path, self.checkpoints if self.resumed else None, num_steps)
+        step = self.checkpoints.latest_step if self.resumed else None
+        text = would_do(command, self.path, self.checkpoints if self.resumed else None, num_steps)
+        return text if step is None or step < num_steps else self._log.nothing_left(step)
 
     def check_lease(self) -> None:
         """ValueError where a store is another process's by now; of a folder on disk nothing is done."""

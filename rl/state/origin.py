@@ -43,8 +43,11 @@ class Origin:
 
 def tokenizer_of(config: Config) -> Tokenizer:
     """The tokenizer of tokenizer.source, else of the model's folder, else the byte tokenizer."""
-    source = config.tokenizer.source or folder_source(config) or BYTE_SOURCE
-    return load_tokenizer(source, config.tokenizer.chat_template, config.data.chat_template_kwargs)
+    source, key = config.tokenizer.source, "tokenizer.source"
+    if source is None and (source := folder_source(config)) is not None:
+        key = "model.source"
+    template, variables = config.tokenizer.chat_template, config.data.chat_template_kwargs
+    return load_tokenizer(source or BYTE_SOURCE, template, variables, key)
 
 
 def folder_source(config: Config) -> str | None:

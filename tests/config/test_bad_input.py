@@ -249,6 +249,13 @@ def test_a_check_says_what_a_run_would_do_and_changes_nothing(
             assert "read only" not in captured.err + caplog.text
             assert main([command, str(recipe), *overrides, "rewards.functions=[{function: 'nope:f'}]", "--check"]) == 2
             assert "'nope' does not import" in capsys.readouterr().err
+            if command == "train":
+                failing = f"rewards.functions=[{json.dumps(reward(recipe.parent, 'raises'))}]"
+                assert main([command, str(recipe), failing, "--check"]) == 0
+                told = (
+                    r"\nwarning: on a gold row, reward 'raises' failed on all of 12 .*: exception: KeyError: 'bad' \("
+                )
+                assert re.search(told, capsys.readouterr().out)
         assert compiles.count == 0
     finally:
         jax.config.update("jax_enable_compilation_cache", is_cache_on)
@@ -292,6 +299,12 @@ def test_truncated_weights_are_refused(recipe, model_folder):
 def test_a_model_that_is_nowhere_is_refused(recipe):
     source = ("model.source=./no/such/model", "tokenizer.source=byte")
     refuse(recipe, *source, match="model source must be a folder that exists or a hub id")
+    refuse(
+        recipe,
+        "model.source=./no/such/export",
+        match=r"model\.source must be a folder that exists or a hub id .*got '\./no/such/export', and no such folder "
+        r"exists .*`grpo sft` writes OUTPUT_DIR/export",
+    )
 
 
 def test_a_tokenizer_of_another_model_is_refused(recipe):
@@ -433,8 +446,10 @@ def test_a_folder_with_another_run_is_refused(run_of_someone, tmp_path):
 def test_a_check_of_a_run_that_is_there_says_where_it_would_go_on(run_of_someone, tmp_path, capsys):
     recipe, overrides = run_of_someone
     before = snapshot(tmp_path)
+    train(load_config(recipe, [*overrides, "grpo.steps=9"]), check_only=True)
+    assert "grpo train would go on from step 2 of 9 in" in capsys.readouterr().out
     train(load_config(recipe, overrides), check_only=True)
-    assert "grpo train would go on from step 2 of 2 in" in capsys.readouterr().out
+    assert "the run has 2 steps already and grpo.steps is 2: nothing is left to do" in capsys.readouterr().out
     train(load_config(recipe, [*overrides, "checkpoint.overwrite=true"]), check_only=True)
     assert "grpo train would start a run of 2 steps in" in capsys.readouterr().out
     for change, message in (("optimizer.lr=1e-3", "holds another run"), ("mesh.data=3", "mesh sizes must multiply")):

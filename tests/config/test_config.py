@@ -532,6 +532,14 @@ def test_a_home_folder_is_meant_where_a_run_folder_begins_with_a_tilde(monkeypat
 # Round trip and identity of a run
 
 
+def test_the_name_of_a_reward_function_alone_is_an_entry(tmp_path):
+    recipe = write(tmp_path, "rewards: {functions: [a:b, {function: 'c.py:d', weight: 2.0}]}\n")
+    entries = "rewards.functions=[{function: 'a:b'}, {function: 'c.py:d', weight: 2.0}]"
+    assert load_config(recipe) == load_config(None, [entries])
+    with pytest.raises(ValueError, match=r"rewards\.functions\.0: .* got 1"):
+        load_config(None, ["rewards.functions=[1]"])
+
+
 def test_a_dumped_configuration_reads_back_equal(tmp_path):
     overrides = [
         "grpo.preset=gspo",

@@ -133,8 +133,9 @@ def test_empty_data_set_is_refused(tmp_path):
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "missing.parquet"])
 def test_missing_file_is_refused(source):
-    with pytest.raises(ValueError, match=r"must be an existing file"):
-        load_rows(source, {}, COLUMNS, 0)
+    for args in ({}, {"digits": 2}):  # those of the source that the file takes the place of
+        with pytest.raises(ValueError, match=rf"'{source}' must be an existing file"):
+            load_rows(source, args, COLUMNS, 0)
 
 
 @pytest.mark.parametrize("source", ["./no/such/folder", "nobody/no-such-data-set"])

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from rl.config.load import load_config
+from rl.devices.libtpu import quiet_libtpu
 from rl.devices.programs import Programs, use_compilation_cache
 
 SECONDS = 30  # that a test waits for what must happen at once
@@ -141,3 +142,20 @@ def test_programs_are_kept_in_the_users_cache_unless_something_else_is_said(
     monkeypatch.delenv("XDG_CACHE_HOME")
     use_compilation_cache(auto)
     assert cache_settings() == (str(tmp_path / ".cache" / "tandem" / "programs"), 0)
+
+
+def test_libtpu_is_told_what_it_would_complain_of_only_where_there_is_no_tpu(tmp_path, monkeypatch):
+    names = ("TPU_WORKER_HOSTNAMES", "TPU_HOST_BOUNDS")
+    for device in ("accel0", "vfio/0"):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        (tmp_path / device).parent.mkdir(exist_ok=True)
+        (tmp_path / device).touch()
+        quiet_libtpu(tmp_path)
+        assert not {*names} & {*os.environ}
+        (tmp_path / device).unlink()
+    monkeypatch.setenv("TPU_HOST_BOUNDS", "2,2,1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "")  # so that it is as before afterwards
+    del os.environ["TPU_WORKER_HOSTNAMES"]
+    quiet_libtpu(tmp_path)
+    assert [os.environ[name] for name in names] == ["localhost", "2,2,1"]

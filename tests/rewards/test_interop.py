@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pytest
 
+from rewards.contract import bind
 from rewards.format import format_regex
 from rewards.length import length_penalty
 from rewards.number import exact_number_flexible, exact_number_strict
@@ -202,3 +203,15 @@ def test_ready_made_rewards_run_unchanged_in_tunix():
     # "Cannot judge" arrives as NaN, which Tunix leaves out of its sum.
     for name, num_unjudged in (("exact_number_flexible", GROUP), ("exact_number_strict", GROUP), ("format_regex", 0)):
         assert all(np.isnan(values).sum() == num_unjudged for values in logged[name]), name
+
+
+def test_a_reward_of_a_task_of_verifiers_is_refused_by_name():
+    vf = pytest.importorskip("verifiers.v1")
+
+    class Task(vf.Task):
+        @vf.reward(weight=1.0)
+        async def correct(self, trace: vf.Trace) -> float:
+            return 1.0
+
+    with pytest.raises(ValueError, match=r"'trace', as @vf\.reward methods of verifiers' tasks do"):
+        bind(Task.correct.__get__(object()), ["answer"], {})

@@ -52,6 +52,12 @@ def verifiers_state_only(state): ...
 def verl_style(data_source, solution_str, ground_truth, extra_info=None): ...
 
 
+class VerifiersTask:
+    """As a Task of verifiers 0.4, whose rewards are methods with `@vf.reward`."""
+
+    async def correct(self, trace): ...
+
+
 @pytest.mark.parametrize(
     ("function", "style"),
     [
@@ -200,6 +206,8 @@ def test_required_token_ids_are_told():
         (lambda completions, **kwargs: None, [], {"prompts": 2}, ["'prompts'", "rollout"]),
         (lambda prompt, completions: None, [], {}, ["'prompt'", "'completions'", "one of them"]),
         (lambda text: None, [], {}, ["text", "solution_str"]),
+        (VerifiersTask().correct, ["answer"], {}, ["correct", "'trace'", "prompt and completion"]),
+        (lambda task, trace: None, ["task"], {}, ["'trace'", "@vf.reward"]),
         (lambda completions, /: None, [], {}, ["positional only"]),
         (dict, [], {}, ["cannot be read"]),
     ],

@@ -17,9 +17,10 @@ import pytest
 from rewards.batch import COUNTS, Batch, BatchInputs, RewardResult, Share, merge_results
 from rewards.contract import RewardSpec
 from rewards.environment import check_memory_gb
+from rewards.gold import check_on_gold
 from rewards.log import RewardLog
 from rewards.probe import probes
-from rewards.runner import RewardRunner, check_on_gold
+from rewards.runner import RewardRunner
 from tests.helpers.places import ROOT
 
 
@@ -283,7 +284,8 @@ def test_several_culprits_of_different_kinds_are_each_counted(write, tmp_path):
     for position, name in enumerate(["batch", "sample"]):
         assert column(result, position) == [None, 1, None, None, 1, None, None, None]
         assert result.counts[name] == counts(crash=2, exception=2, not_a_number=1, timeout=1)
-    assert "reward 'sample': 3 more" in result.problems
+    assert [line.count("; 1 more like it") for line in result.problems[-4:]] == [0, 1, 0, 0]
+    assert "reward 'sample': 2 more" in result.problems
 
 
 # How a function may be called.
@@ -1135,13 +1137,58 @@ def test_gold_check_warns_of_what_fails_on_a_right_answer(write):
         def declines(completions, **kwargs): return [None] * len(completions)
         def text(completion): return "1"
         def hangs(completion): time.sleep(60)
+        def blind(completion): return 0.5
+        def blind_batch(completions): return [0.0] * len(completions)
+        def boxed(completion, answer): return float(completion == f"{answer} is right.")
+        def best(completions): return [float(len(c) == max(map(len, completions))) for c in completions]
+        best.needs_group = True
+        calls = []
+        def counts_calls(completions):
+            calls.append(1)
+            return [len(calls)] * len(completions)
+        counts_calls.elementwise = False
     """)
-    names = ["good", "raises", "declines", "text", "hangs"]
+    names = ["good", "raises", "declines", "text", "hangs", "blind", "blind_batch", "boxed", "best", "counts_calls"]
     with RewardRunner([spec(name) for name in names], ["answer"], 2, 0.8) as runner:
         warnings = check_on_gold(runner, "6*7?", "42", {"answer": "42"})
-    assert len(warnings) == 4
-    for name, word in [("raises", "ZeroDivisionError"), ("declines", "None"), ("text", "'1'"), ("hangs", "timeout")]:
-        assert sum(repr(name) in warning and word in warning for warning in warnings) == 1, warnings
+        again = runner.score(["p"] * 2, ["a", "b"], {"answer": ["1"] * 2}, group_size=2, names=["counts_calls"])
+    assert column(again, -1) == [1.0, 1.0]  # what a function remembers of the check is gone
+    assert len(warnings) == 6
+    for name, words in [
+        ("raises", "failed on all of 12 completions, .*: exception: ZeroDivisionError: division by zero"),
+        ("declines", "None"),
+        ("text", "'1'"),
+        ("hangs", "timeout"),
+        ("blind", "gave 0.5 to all of 36 completions"),
+        ("blind_batch", r"gave 0 to all of 36 completions, .*\(data\.columns\)$"),
+    ]:
+        assert sum(re.search(f"'{name}' .*{words}", warning) is not None for warning in warnings) == 1, warnings
+
+
+def test_functions_that_take_a_chat_completion_for_text_are_named_with_its_form(write):
+    spec = write("""
+        import re
+        def compares(completions, answer): return [float(a in c) for a, c in zip(answer, completions)]
+        def searches(completion, answer): return float(bool(re.search(answer, completion)))
+        def reads(completion, answer): return float(answer in completion[0]["content"])
+        def compute_score(data_source, solution_str, ground_truth, extra_info): return float(solution_str == "no")
+    """)
+    specs = [spec(name) for name in ("compares", "searches", "reads", "compute_score")]
+    chat, gold = [{"role": "user", "content": "6*7?"}], [{"role": "assistant", "content": "42"}]
+    row = (chat, {"answer": "42"})
+    with RewardRunner(specs, ["answer"], 1, 5.0, rows=[row]) as runner:
+        compares, searches, verl = check_on_gold(runner, chat, gold, row[1])
+        assert check_on_gold(runner, chat, gold, row[1], tries_others=False)[1:] == []
+    form = "prompts are chats (data.chat), so a completion is a list of messages, not text: completion[0]['content']"
+    assert "'compares' gave 0 to all" in compares
+    assert compares.endswith(form)
+    assert "'searches' failed on all of 12" in searches
+    assert searches.endswith(form)
+    assert "'compute_score' gave 0 to all" in verl
+    assert "messages" not in verl  # verl's functions get text in any case
+    with RewardRunner(specs[2:3], ["answer"], 1, 5.0) as runner:
+        (warning,) = check_on_gold(runner, "6*7?", None, {"answer": "42"})
+    assert "prompts are text, so a completion is text" in warning
 
 
 def test_ready_made_functions_run_in_workers_and_a_hanging_expression_costs_its_sample():

@@ -2,17 +2,26 @@
 it.
 """
 
+import dataclasses
+import json
 import math
 import pathlib
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rewards.batch import COUNTS, RewardResult
+from rewards.contract import RewardSpec
+from rewards.runner import RewardRunner
 from rl import grpo_trainer, sft_trainer
 from rl.config.load import load_config
+from rl.rollout.collector import Collector
+from rl.rollout.failing import FailureWatch
 from rl.run.health import HealthState, examine, healthy, is_spike, raise_if_stuck
+from rl.run.log import RunLog
 from rl.run.metrics import read_metrics, read_samples
 from rl.run.not_finite import cause_of_skips, sizes_of
 from rl.run_folder.folder import checkpoint_steps
@@ -240,6 +249,7 @@ def test_step_of_several_updates_counts_each_of_them():
         ("health.kl_spike=0", "health.kl_spike must be > 0 or null"),
         ("health.truncated_share=1.5", "health.truncated_share must be in"),
         ("health.patience=0", "health.patience must be >= 1, got 0"),
+        ("rewards.max_failed_share=1.5", r"rewards.max_failed_share must be in \[0, 1\], a share of the completions"),
     ],
 )
 def test_settings_out_of_range_are_refused(override, rule):
@@ -278,6 +288,100 @@ def test_run_without_a_finite_update_ends_and_can_go_on_with_a_higher_limit(reci
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in lines] == [pytest.approx(0.005)] * 6  # the schedule has not moved
+
+
+def test_reward_that_is_down_ends_the_run_with_a_checkpoint_and_a_mended_one_goes_on(recipe, capsys):
+    file = recipe.parent / "judge.py"
+    file.write_text("def judge(completion):\n    raise ConnectionError('no judge at home')\n")
+    judge = f'rewards.functions=[{{function: "{file}:judge"}}, {{function: "{REWARDS}:digit_share", name: fine}}]'
+    settings = (judge, "health.patience=2", "grpo.steps=4")
+    error = (
+        rf"rewards\.max_failed_share .*, got 0\.5, while '{re.escape(str(file))}:judge' failed on more in 2 step\(s\) "
+        r"in a row, on 100% in the last \(exception: ConnectionError: no judge at home .*mend the function"
+    )
+    with pytest.raises(ValueError, match=error):
+        start(recipe, "down", *settings)
+    told, folder = capsys.readouterr().out, recipe.parent / "down"
+    assert told.count("no judge at home") == 2  # at the start, and in the first step
+    assert f"warning: reward '{file}:judge' failed as before on 8 of 8 (exception 8)" in told
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2]
+    assert checkpoint_steps(folder) == [1, 2]
+    record = json.loads((folder / "checkpoints/2/loop/metadata").read_text())
+    assert record["reward_steps_down"] == {f"{file}:judge": 2}
+    file.write_text("def judge(completion):\n    return len(completion)\n")
+    start(recipe, "down", *settings)
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4]
+
+
+def test_a_resumed_run_remembers_how_long_a_reward_was_down(recipe):
+    config = load_config(recipe)
+    spec = RewardSpec("shown", f"{REWARDS}:digit_share", 1.0, {})
+    nothing: Any = None  # is drawn here
+    with RewardRunner([spec], [], 1, 5.0) as runner:
+        collector = Collector(config, nothing, runner, nothing, nothing, [], nothing)
+        collector.restore({"reward_calls": runner.calls})  # of a version that did not count
+        assert collector.reward_state["reward_steps_down"] == {}
+        collector.restore({**collector.reward_state, "reward_steps_down": {"shown": 2, "gone": 1}})
+        assert collector.reward_state["reward_steps_down"] == {"shown": 2}
+
+
+def test_a_run_that_has_its_steps_already_says_so_and_one_that_stopped_how_it_goes_on(tmp_path, capsys):
+    for steps_key in ("grpo.steps", "sft.steps"):
+        with RunLog(20, steps_key) as log:
+            log.resumed(267)
+            log.resumed(7)
+            log.saved(20, tmp_path)
+            log.saved(9, tmp_path)
+        nothing_left, resumed, saved = capsys.readouterr().out.splitlines()
+        rule = f"the run has 267 steps already and {steps_key} is 20: nothing is left to do; raise {steps_key} to go on"
+        assert nothing_left.startswith(rule)
+        assert resumed == "resumed at step 7 of 20"
+        assert saved == f"saved step 9 of 20 in {tmp_path}; the same command goes on"
+
+
+def result_of(failed: int, size: int, name: str = "shown", message: str = "exception: KeyError: 'a' (f.py:1)"):
+    """What judging `size` completions comes to of which a function failed on some."""
+    counts = {name: dict.fromkeys(COUNTS, 0) | {"exception": failed, "none": size - failed}}
+    failures = {name: {"exception: KeyError": message}} if failed else {}
+    problems = [f"reward '{name}' sample 0: {message}", "reward 'other' sample 0: crash"] if failed else []
+    return RewardResult([[None]] * size, counts, problems, {name: 0.0}, failures)
+
+
+def test_only_failures_of_a_function_with_a_weight_that_last_are_a_reason_to_end():
+    def watch(draws: list[tuple[int, int]], weight: float = 1.0, share: float = 0.5) -> FailureWatch:
+        made = FailureWatch([RewardSpec("shown", "f", weight, {})], share, 2)
+        for draw in draws:
+            made.add(result_of(*draw))
+            made.end_step()
+        return made
+
+    assert watch([(4, 8), (0, 8)]).error is None  # None, "cannot judge", is no failure; half is not more than half
+    assert watch([(5, 8), (4, 8), (5, 8)]).steps_down == {"shown": 1}  # a good step in between
+    assert watch([(5, 8), (4, 8), (5, 8)]).error is None
+    assert watch([(8, 8)] * 3, weight=0.0).error is None
+    assert watch([(8, 8)] * 3, share=1.0).error is None
+    down = watch([(5, 8)] * 2)
+    assert "on 62% in the last (exception: KeyError: 'a' (f.py:1))" in (down.error or "")
+    resumed = watch([])
+    resumed.restore(watch([(5, 8)]).steps_down)
+    resumed.add(result_of(1, 4))
+    resumed.add(result_of(9, 12))  # two draws of one step, as of dynamic sampling
+    resumed.end_step()
+    assert resumed.steps_down == {"shown": 2}
+    assert resumed.error is not None
+
+
+def test_a_failure_that_was_said_is_counted_afterwards_and_another_one_is_said():
+    watch = FailureWatch([RewardSpec("shown", "f", 1.0, {})], 0.5, 3)
+    first = result_of(2, 4)
+    assert watch.add(first).problems == first.problems
+    told = watch.add(result_of(3, 4, message="exception: KeyError: 'b' (f.py:1)"))
+    assert told.problems == [
+        "reward 'other' sample 0: crash",
+        "reward 'shown' failed as before on 3 of 4 (exception 3)",
+    ]
+    other = dataclasses.replace(result_of(1, 4), failures={"shown": {"crash: died": "crash: died"}})
+    assert watch.add(other).problems == other.problems
 
 
 def test_run_tells_of_spikes_and_signs_of_collapse_and_saves_the_samples_of_spikes(recipe, capsys):

@@ -9,6 +9,7 @@ from rl.run.loop import LoopState
 
 HEALTH = HealthState(3, 1, {"kl": [0.5, 0.25]}, {"entropy": 2})
 FOUND = {"reward_calls": {"even": "whole_batch"}, "reward_doubts": {"even": {"left": 7, "highest": 1.0}}}
+FOUND |= {"reward_steps_down": {"even": 2}}
 
 
 def through_json(record):

@@ -1,0 +1,77 @@
+"""Reward functions that fail: what is said of it, and when one is down, so that going on would train on nothing.
+
+In: what each draw's judging came to, and where a step ends. Out: problems in words, each sort of failure in full once;
+how many steps in a row each function was down, which checkpoints remember; an error. A call fails by an exception, a
+time limit, a crash, or a value that is no reward; None, "cannot judge", is an answer and no failure. Not here: what a
+failed call costs its completions (`rewards.batch`), and what is said of a step without any reward (`rl.run.health`).
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from rewards.batch import FAILURES, RewardResult, problems_of
+from rewards.contract import RewardSpec
+
+
+class FailureWatch:
+    """Counts the failed calls of the functions with a weight; those of weight 0 are metrics, and may fail.
+
+    Args:
+      max_share: the largest share of a step's completions that a function may fail on; 1: it is never down.
+      patience: steps in a row that it must have been down for an error.
+
+    Attributes:
+      steps_down: for each function that was down in the last step the number of steps in a row, JSON values.
+      error: why the run should end, in words; None: it should not.
+    """
+
+    def __init__(self, specs: Sequence[RewardSpec], max_share: float, patience: int):
+        self.steps_down: dict[str, int] = {}
+        self.error: str | None = None
+        self._max_share, self._patience = max_share, patience
+        self._names = [spec.name for spec in specs if spec.weight]
+        self._said: dict[str, set[str]] = {spec.name: set() for spec in specs}  # sorts of failures
+        self._last: dict[str, str] = {}  # failure of each function
+        self._num_failed: collections.Counter[str] = collections.Counter()  # completions of this step
+        self._num_judged = 0
+
+    def restore(self, steps_down: Mapping[str, int]) -> None:
+        """Goes on with the `steps_down` of an earlier part of the run."""
+        self.steps_down = {name: steps_down[name] for name in self._names if name in steps_down}
+
+    def add(self, result: RewardResult) -> RewardResult:
+        """Counts one draw of the step, of which there may be several.
+
+        Returns:
+          The result. Where a function failed only in ways that were said before, its problems are one line with counts.
+        """
+        size, problems = len(result.rewards), list(result.problems)
+        self._num_judged += size
+        for name, sorts in result.failures.items():
+            kinds = {kind: result.counts[name][kind] for kind in FAILURES if result.counts[name][kind]}
+            self._num_failed[name] += sum(kinds.values())
+            self._last[name] = [*sorts.values()][-1]
+            if self._said[name].issuperset(sorts):
+                told = problems_of(name, problems)
+                counts = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+                problems = [line for line in problems if line not in told]
+                problems.append(f"reward {name!r} failed as before on {sum(kinds.values())} of {size} ({counts})")
+            self._said[name].update(sorts)
+        return dataclasses.replace(result, problems=problems)
+
+    def end_step(self) -> None:
+        """The step is drawn whole: brings `steps_down` and `error` up to date."""
+        shares = {name: self._num_failed[name] / self._num_judged for name in self._names}
+        down = [name for name in self._names if shares[name] > self._max_share]
+        self.steps_down = {name: self.steps_down.get(name, 0) + 1 for name in down}
+        for name, num_steps in self.steps_down.items():
+            if num_steps >= self._patience:
+                self.error = (
+                    "rewards.max_failed_share must be at least the share of completions on which a reward function "
+                    f"fails, got {self._max_share:g}, while {name!r} failed on more in {num_steps} step(s) in a row, "
+                    f"on {shares[name]:.0%} in the last ({self._last[name]}). The run is saved: mend the function, "
+                    "and the same command goes on; rewards.max_failed_share=1 goes on without it"
+                )
+        self._num_failed.clear()
+        self._num_judged = 0
