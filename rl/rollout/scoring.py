@@ -129,7 +129,7 @@ def completion_form(prompt: Prompt, text: str) -> Any:
 
 
 def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:
-    """Scores a row's own answer, and others, so that a reward function that cannot work is seen before the first step."""
+    """Scores a row's own answer, and others, so that a function that cannot work is seen before the first step."""
     answer = row.columns.get("answer")
     gold = None if answer is None else completion_form(row.prompt, str(answer))
     for warning in check_on_gold(runner, prompt_form(row.prompt), gold, row.columns, hosts.is_first()):
