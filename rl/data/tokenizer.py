@@ -340,8 +340,9 @@ def _check_ids(path: pathlib.Path) -> None:
 
 def _download(source: str, key: str) -> pathlib.Path:
     """The local copy of a hub repository's tokenizer files."""
-    rule, hint = f"{key} must be a folder that exists or a hub id that this machine can reach", ""
+    rule, hint = f"{key} must be a folder that exists, a hub id that this machine can reach, or 'byte'", ""
     if key == "model.source":
+        rule = f"{key} must be a folder that exists or a hub id that this machine can reach"
         hint = "; `grpo sft` writes OUTPUT_DIR/export after its last step, `grpo export RUN FOLDER` any folder"
     hint = f", and no such folder exists (working directory {os.getcwd()}){hint}"
     if not _HUB_ID.fullmatch(source):
