@@ -1,1 +1,1 @@
-"""What is asked: rows of a data set become prompts of token ids."""
+"""Data rows become prompts of token ids."""

@@ -1,9 +1,9 @@
-"""What the pages of a parquet file say they decompress to: read from their headers, before anything is decompressed.
+"""Checks the decompressed sizes of a parquet file's pages in their headers, before anything is decompressed.
 
-In: a file. Out: nothing, or a ValueError for a page, or a group of rows, that is larger than it may be. A reader
-allocates what a page header says, whatever the metadata of the file says, so that it is the headers that are looked at
-(https://parquet.apache.org/docs/file-format/). pyarrow is not asked where they are: it ends the whole process over some
-kinds of damage to the metadata.
+In: a file. Out: nothing, or a ValueError for a page or a row group that is too large. A reader allocates what a page
+header says, whatever the metadata of the file says, so the headers are checked
+(https://parquet.apache.org/docs/file-format/). pyarrow is not used to find them, because some damage to the metadata
+makes it end the whole process.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 MAX_PAGE_BYTES = 1_000_000_000
 _MAX_METADATA_BYTES = 100_000_000
-_MAX_HEADER_BYTES = 16 << 20  # of a page, as in the C++ reader
+_MAX_HEADER_BYTES = 16 << 20  # of a page, the limit of the C++ reader
 _MAGIC = b"PAR1"
 
 # Numbers of fields in https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
@@ -27,11 +27,11 @@ _MAX_DEPTH = 16  # of structs and lists within each other
 
 
 def check_pages(path: pathlib.Path) -> None:
-    """Reads the header of every page of a parquet file; of another file nothing.
+    """Checks the header of every page of a parquet file. Any other file is left to the reader.
 
     Raises:
-      ValueError: a page that decompresses to more than `MAX_PAGE_BYTES`, a group of rows whose pages together are more
-        than the memory of this machine, or metadata or a header that cannot be read.
+      ValueError: a page decompresses to more than `MAX_PAGE_BYTES`, the pages of a row group to more than this
+        machine's memory, or metadata or a header cannot be read.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with path.open("rb") as file:
@@ -39,7 +39,7 @@ def check_pages(path: pathlib.Path) -> None:
         file.seek(max(size - 8, 0))
         end = file.read(8)
         if end[4:] != _MAGIC:
-            return  # encrypted, or none: the reader says so
+            return  # encrypted, or no parquet file: the reader reports it
         length = int.from_bytes(end[:4], "little")
         if length > min(_MAX_METADATA_BYTES, size - 8):
             raise ValueError(
@@ -48,7 +48,12 @@ def check_pages(path: pathlib.Path) -> None:
         file.seek(size - 8 - length)
         try:
             groups = _row_groups(_Thrift(file.read(length)).struct())
-        except (IndexError, TypeError, ValueError, KeyError) as error:  # it ends too early, or is something else
+        except (
+            IndexError,
+            TypeError,
+            ValueError,
+            KeyError,
+        ) as error:  # the metadata ends too early, or is something else
             raise ValueError(
                 f"{path} must be a parquet file, and its metadata cannot be read; it is damaged"
             ) from error
@@ -79,7 +84,7 @@ def _row_groups(metadata: dict[int, Any]) -> list[list[tuple[str, int, int]]]:
 
 
 def _check_column(file: BinaryIO, place: int, end: int, name: str) -> int:
-    """Bytes of a column's pages, which lie from `place` to `end`, when they are decompressed."""
+    """Decompressed bytes of a column's pages, which lie from `place` to `end`."""
     total = 0
     while 0 < place < end:
         uncompressed, compressed, header_bytes = _read_header(file, place, name)
@@ -97,12 +102,12 @@ def _check_column(file: BinaryIO, place: int, end: int, name: str) -> int:
 
 def _read_header(file: BinaryIO, place: int, name: str) -> tuple[int, int, int]:
     """(uncompressed bytes, compressed bytes, bytes of the header) of the page that begins there."""
-    for limit in (256, 16 << 10, _MAX_HEADER_BYTES):  # mostly it is short
+    for limit in (256, 16 << 10, _MAX_HEADER_BYTES):  # most headers are short
         file.seek(place)
         thrift = _Thrift(file.read(limit))
         try:
             fields = thrift.struct()
-        except IndexError:  # it is longer
+        except IndexError:  # the header is longer
             continue
         sizes = fields.get(_UNCOMPRESSED), fields.get(_COMPRESSED)
         if isinstance(sizes[0], int) and isinstance(sizes[1], int):
@@ -114,7 +119,8 @@ def _read_header(file: BinaryIO, place: int, name: str) -> tuple[int, int, int]:
 class _Thrift:
     """A message in Thrift's compact protocol.
 
-    https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md. IndexError: it goes on.
+    https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md. IndexError: the message is
+    incomplete.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -122,12 +128,12 @@ class _Thrift:
         self.place = 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """The values of a struct by the numbers of their fields: int, bytes, list or again a dict; None for others."""
+        """{field number: value} of a struct. Values are int, bytes, list or a dict; None for other types."""
         found, field = {}, 0
         while (header := self._byte()) != _STOP:
             delta, kind = header >> 4, header & 15
             field = field + delta if delta else self._zigzag()
-            found[field] = None if kind in (_TRUE, _FALSE) else self._value(kind, depth)  # its type is its value
+            found[field] = None if kind in (_TRUE, _FALSE) else self._value(kind, depth)  # the type holds the value
         return found
 
     def _value(self, kind: int, depth: int) -> Any:
@@ -142,14 +148,14 @@ class _Thrift:
         if kind in (_LIST, _SET):
             header = self._byte()
             count = header >> 4 if header >> 4 != 15 else self._varint()
-            if count > len(self.data) - self.place:  # each takes a byte at least
+            if count > len(self.data) - self.place:  # each entry takes at least a byte
                 raise IndexError(count)
             return [self._value(header & 15, depth + 1) for _ in range(count)]
         if kind in (_TRUE, _FALSE, _BYTE):
             return self._byte()
         if kind == _DOUBLE:
             return self._bytes(8)
-        raise IndexError(kind)  # maps are in no such message
+        raise IndexError(kind)  # parquet's messages hold no maps
 
     def _bytes(self, count: int) -> bytes:
         start = self.place

@@ -1,7 +1,7 @@
-"""Rows from a source: a file, a data set of the hub, a procedural task or an object in; dicts under Tandem's column
-names out.
+"""Reads data rows from a source.
 
-Each process of a run reads one block of the source, and gets the rows of the others from them. Nothing here knows about
+In: a file, a data set of the hub, a procedural task or an object. Out: dicts with Tandem's column names. Each process
+of a run reads one block of the source, and gets the other rows from the other processes. Nothing here knows about
 tokens or splits. pyarrow and datasets are imported only by the sources that need them, jax only to read.
 """
 
@@ -25,9 +25,9 @@ _SOURCE_RULE = (
     "data source must be x.jsonl, x.parquet, a folder, a hub id that this machine can reach, arithmetic or "
     "reasoning_gym:TASK"
 )
-# Deeper rows would end in a RecursionError further on, at a depth that depends on the version of Python.
+# Deeper rows would cause a RecursionError later, at a depth that depends on the version of Python.
 MOST_NESTED = 100
-MAX_LINE_BYTES = 100_000_000  # of a row in JSON; what it becomes in memory is up to a few dozen times as much
+MAX_LINE_BYTES = 100_000_000  # of a row in JSON, which may take a few dozen times as much memory
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -36,8 +36,8 @@ class RowSource:
     """Rows that can be read in parts.
 
     Attributes:
-      size: of the whole, in what it is cut by; `unit` says what that is: bytes or rows.
-      read: (start, end) -> the rows that begin there.
+      size: of the whole, in the unit by which it is cut; `unit` is bytes or rows.
+      read: (start, end) -> the rows that begin in this range.
     """
 
     size: int
@@ -46,13 +46,13 @@ class RowSource:
 
 
 def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | None], seed: int) -> list[Row]:
-    """The rows of a source, with columns under Tandem's names; all of them, in every process of the run.
+    """All rows of a source, with columns under Tandem's names, in every process of the run.
 
     Args:
       source: x.jsonl, x.parquet, a hub id, a folder that `datasets.load_dataset` reads, `arithmetic`,
         `reasoning_gym:TASK`, or what stands for rows that are given (`rl.config.objects`).
-      args: arguments of a procedural source or of `datasets.load_dataset`; a value of None counts as not given.
-      columns: Tandem's name -> the data set's name; None maps nothing. Columns not named here keep their own names.
+      args: arguments of a procedural source or of `datasets.load_dataset`. None counts as not given.
+      columns: {Tandem's name: the data set's name}; None maps nothing. Other columns keep their names.
       seed: the run's seed, for procedural sources.
 
     Raises:
@@ -69,7 +69,7 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
 
 
 def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
-    """A source by its name, arguments as of `load_rows`; of a file no row is read yet."""
+    """Opens a source by its name; arguments as in `load_rows`. No row of a file is read yet."""
     args = {name: value for name, value in args.items() if value is not None}
     if (given := rows_of(source)) is not None:
         if args:
@@ -96,9 +96,10 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
 
 
 def _read_together(source: RowSource) -> list[Row]:
-    """All rows: each process reads one block of them and sends it to the others.
+    """All rows of a source. Each process reads one block and sends it to the others.
 
-    What JSON would change on its way, such as dates and bytes, cannot be sent: then each process reads the whole.
+    JSON would change values such as dates and bytes. Rows with such values are not sent, and each process reads the
+    whole source.
     """
     from rl.devices import hosts
 
@@ -113,7 +114,7 @@ def _read_together(source: RowSource) -> list[Row]:
 
 
 def _as_json(rows: list[Row]) -> bytes | None:
-    """The rows as JSON; None where they would not come back as they are."""
+    """The rows as JSON; None where JSON would change them."""
     try:
         text = json.dumps(rows)
     except (TypeError, ValueError):
@@ -122,20 +123,22 @@ def _as_json(rows: list[Row]) -> bytes | None:
 
 
 def read_jsonl(path: pathlib.Path) -> list[tuple[int, Row]]:
-    """(line number from 1, row) of every line that is not blank; ValueError, with the number, for no JSON object."""
+    """(line number from 1, row) of every line that is not blank. ValueError with the line number for a line that is no
+    JSON object.
+    """
     with path.open("rb") as file:
         lines = enumerate(iter(lambda: _next_line(file, path), b""), start=1)
         return [(number, _json_row(line, path, number)) for number, line in lines if line.strip()]
 
 
 def _read_jsonl_part(path: pathlib.Path, start: int, end: int) -> list[Row]:
-    """The rows whose line begins at one of these bytes."""
+    """The rows whose lines begin at bytes from `start` to `end`."""
     rows = []
     with path.open("rb") as file:
         if start:
             file.seek(start - 1)
             while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                pass  # a line that crosses the border is of the part before
+                pass  # a line that crosses the border belongs to the part before
         while (place := file.tell()) < end:
             line = _next_line(file, path)
             if not line:
@@ -156,11 +159,11 @@ def _next_line(file: BinaryIO, path: pathlib.Path) -> bytes:
 
 
 def _json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) -> Row:
-    """The row that a line holds; `number` of the line, or how to find it out."""
+    """The row in a line. `number`: the number of the line, or a function that finds it."""
     try:
         row = _JSON.decode(line.decode(json.detect_encoding(line), "surrogatepass"))  # as json.loads takes bytes
         problem = None if isinstance(row, dict) else f"{type(row).__name__}: {line[:80]!r}"
-        # Counted first: an exact look at every row would take longer than its parsing.
+        # Brackets are counted first, because an exact check of every row would take longer than its parsing.
         if line.count(b"[") + line.count(b"{") > MOST_NESTED and (depth := _depth(row)) > MOST_NESTED:
             problem = f"{line[:80]!r}: lists and objects within each other {depth} deep, the most is {MOST_NESTED}"
     except (ValueError, RecursionError) as error:  # malformed, bytes that are not UTF-8, lists in lists in lists
@@ -172,7 +175,9 @@ def _json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) 
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The JSON object of these keys and values; ValueError for a key given twice, of which one value would be lost."""
+    """The JSON object of these keys and values. ValueError for a key that is given twice, because one value would be
+    lost.
+    """
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -184,7 +189,7 @@ _JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _depth(value: object) -> int:
-    """How many lists and objects lie within each other; 0 for a value that is neither."""
+    """The depth of nested lists and objects; 0 for a value that is neither."""
     depth, level = 0, [value]
     while level := [inner for inner in level if isinstance(inner, list | dict)]:
         depth += 1
@@ -203,7 +208,7 @@ def _line_number(path: pathlib.Path, place: int) -> int:
 
 
 def list_columns(name: str, existing: Iterable[str]) -> str:
-    """The end of a message about a column that is not there: the columns that are, and the nearest."""
+    """The end of a message about a missing column: the existing columns, and the most similar one."""
     existing = sorted(existing)
     near = difflib.get_close_matches(name, existing, n=1)
     return f"; the columns are {existing}" + (f", did you mean {near[0]!r}?" if near else "")
@@ -214,7 +219,7 @@ def _open_parquet(path: pathlib.Path) -> RowSource:
     import pyarrow.parquet
 
     def read(start: int, end: int) -> list[Row]:
-        """Of the groups of rows that the file is made of, those that lie there are read."""
+        """Reads the row groups of the file that hold these rows."""
         rows, first = [], 0
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -224,7 +229,7 @@ def _open_parquet(path: pathlib.Path) -> RowSource:
                         table = file.read_row_group(group)
                         rows += table.slice(max(start - first, 0), min(end, last) - max(start, first)).to_pylist()
                     first = last
-        # OSError: of damaged metadata; UnicodeDecodeError: of text that is none.
+        # OSError: damaged metadata; UnicodeDecodeError: text that is not UTF-8.
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} must be a parquet file, got: {error}") from error
         return rows
@@ -245,7 +250,7 @@ def _open_data_set(source: str, args: Mapping[str, Any]) -> RowSource:
     from datasets.exceptions import DatasetsError
 
     for path in sorted(pathlib.Path(source).rglob("*.parquet")):
-        _open_parquet(path)  # for its pages: `datasets` would decompress whatever they say
+        _open_parquet(path)  # checks its pages, because `datasets` would decompress anything
     try:
         loaded = datasets.load_dataset(source, **args)
     except (DatasetsError, OSError, TypeError, ValueError) as error:
@@ -266,7 +271,7 @@ def _open_data_set(source: str, args: Mapping[str, Any]) -> RowSource:
 
 
 def _map_columns(rows: list[Row], columns: Mapping[str, str | None], source: str) -> list[Row]:
-    """Rows under Tandem's names; every row gets every column, None where its source has none."""
+    """The rows with Tandem's names. Every row gets every column, None where its source has no value."""
     mapping = {name: theirs for name, theirs in columns.items() if theirs is not None}
     if "prompt" not in mapping:
         raise ValueError(

@@ -23,7 +23,7 @@ _OPERATIONS: dict[str, tuple[str, Callable[[int, int], int]]] = {
     "subtract": ("-", operator.sub),
     "multiply": ("*", operator.mul),
 }
-# All questions are listed only up to here: beyond it a run wants a sample, and memory would go first.
+# The most questions that are all listed. Beyond it a run needs a sample, and memory would run out.
 _MOST_ROWS = 1_000_000
 
 
@@ -59,15 +59,15 @@ def arithmetic_rows(
     (10,000 for two terms of two digits) and `mixed` three times as many.
 
     Args:
-      operation: add, subtract, multiply, or mixed (all three, one per question); from left to right.
-      digits: most digits of a term.
-      seed: decides the order, and the choice when `size` is set.
+      operation: add, subtract, multiply, or mixed (one of the three for each question); from left to right.
+      digits: the most digits of a term.
+      seed: decides the order, and with `size` the choice.
       terms: numbers in a question.
-      size: number of distinct questions; None is all of them.
-      template: text of a question, with the field {expression}.
+      size: the number of distinct questions; None: all.
+      template: the text of a question, with the field {expression}.
 
     Raises:
-      ValueError: a value out of range, or a template that does not hold exactly that field.
+      ValueError: a value is out of range, or the template does not hold exactly that field.
     """
     names = list(_OPERATIONS) if operation == "mixed" else [operation]
     if not set(names) <= set(_OPERATIONS):
@@ -113,12 +113,12 @@ def reasoning_gym_rows(task: str, args: Mapping[str, Any]) -> list[Row]:
       args: `size` (questions drawn) and `seed`, plus the task's own configuration.
 
     Returns:
-      Rows with prompt, answer and metadata (JSON-able), in the order drawn. A question that is drawn again is left out,
-      so there can be fewer than `size`.
+      Rows with prompt, answer and metadata (JSON-able), in the order drawn. Repeated questions are left out, so there
+      can be fewer than `size`.
 
     Raises:
-      ValueError: reasoning-gym is not installed, unknown task, unknown argument, or a configuration that the task
-        refuses.
+      ValueError: reasoning-gym is not installed, the task or an argument is unknown, or the task refuses the
+        configuration.
     """
     try:
         import reasoning_gym
@@ -143,7 +143,7 @@ def reasoning_gym_rows(task: str, args: Mapping[str, Any]) -> list[Row]:
         ) from error
     rows: dict[str, Row] = {}
     for entry in drawn:
-        # Some tasks put tuples, sets or objects of their own into the metadata; workers get it as JSON.
+        # Some tasks put tuples, sets or their own objects into the metadata, which workers get as JSON.
         metadata = json.loads(json.dumps(entry["metadata"], default=str))
         rows.setdefault(
             entry["question"], {"prompt": entry["question"], "answer": entry["answer"], "metadata": metadata}
@@ -155,7 +155,7 @@ def _distinct_numbers(total: int, count: int, generator: random.Random) -> list[
     """`count` different numbers below `total`, in random order."""
     if total <= sys.maxsize:
         return generator.sample(range(total), count)
-    numbers: dict[int, None] = {}  # len() of a longer range overflows; among so many a second hit is rare
+    numbers: dict[int, None] = {}  # len() of a longer range overflows; in so large a range a repeated number is rare
     while len(numbers) < count:
         numbers.setdefault(generator.randrange(total))
     return list(numbers)
