@@ -13,9 +13,7 @@ A path is relative to the working directory, as for reward functions.
 """
 
 import dataclasses
-import hashlib
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,9 +27,6 @@ from rl.algorithms.losses import denominators_for, grpo_loss, prepare
 from rl.config.load import Config
 from rl.config.sections import is_user_function
 from rl.files.json_file import shown
-
-COMPILED_KEYS = ("loss_type",)  # of the section grpo: their functions are part of compiled programs
-KEYS = (*COMPILED_KEYS, "advantage_estimator")
 
 
 def resolve(name: str, key: str) -> Callable[..., Any] | None:
@@ -47,16 +42,6 @@ def estimator_of(config: Config) -> str | Callable[..., Any]:
     """The `estimator` argument of `compute_advantages` for `grpo.advantage_estimator`."""
     name = config.grpo.advantage_estimator
     return resolve(name, "grpo.advantage_estimator") or name
-
-
-def file_hashes(config: Config, keys: Sequence[str] = KEYS) -> dict[str, str]:
-    """{configuration key: SHA-256} of each file that `keys` name.
-
-    Another hash means another run, and for COMPILED_KEYS other compiled programs as well.
-    """
-    names = {f"grpo.{key}": getattr(config.grpo, key) for key in keys}
-    paths = {key: pathlib.Path(name.rpartition(":")[0]) for key, name in names.items() if is_user_function(name)}
-    return {f"file of {key}": hashlib.sha256(path.expanduser().read_bytes()).hexdigest() for key, path in paths.items()}
 
 
 def check_estimator(config: Config) -> None:

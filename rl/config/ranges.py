@@ -27,7 +27,7 @@ PATH_KEYS = (
     *("output_dir", "compiled_file", "model.source", "model.weights", "lora.adapter"),
     *("tokenizer.source", "tokenizer.chat_template"),
     *("data.source", "data.eval_source", "rewards.functions.*.function", "logging.compilation_cache"),
-    *("grpo.loss_type", "grpo.advantage_estimator", "checkpoint.staging"),
+    *("grpo.loss_type", "grpo.advantage_estimator", "sampling.source", "checkpoint.staging"),
 )
 
 

@@ -23,6 +23,7 @@ def check_config(config: Config) -> None:
     _check_model(config)
     _check_lora(config)
     _check_group_sizes(config)
+    _check_source(config)
     _check_optimizer(config)
     _check_mesh(config)
     _check_distributed(config)
@@ -134,6 +135,7 @@ def _check_paths(config: Config) -> None:
         ("logging.compilation_cache", config.logging.compilation_cache),
         ("grpo.loss_type", config.grpo.loss_type),
         ("grpo.advantage_estimator", config.grpo.advantage_estimator),
+        ("sampling.source", config.sampling.source),
         *((f"rewards.functions.{i}.function", entry.function) for i, entry in enumerate(config.rewards.functions)),
     ):
         check_path(value, key, may_be_remote=False)
@@ -285,6 +287,34 @@ def _check_group_sizes(config: Config) -> None:
             raise ValueError(
                 f"{section}.{size_key} must be null where no weights are quantised, got {size} with "
                 f"{section}.{dtype_key} {dtype!r}"
+            )
+
+
+def _check_source(config: Config) -> None:
+    """Keys of the policy's own sampler, which a source of the user's does not have."""
+    section = config.sampling
+    if section.source is None:
+        if section.source_args:
+            raise ValueError(
+                f"sampling.source_args must be {{}} without sampling.source, got {shown(section.source_args)}; set "
+                "sampling.source to path/to/file.py:make_source"
+            )
+        return
+    if not is_user_function(section.source):
+        raise ValueError(f"sampling.source must be path/to/file.py:make_source or null, got {shown(section.source)}")
+    for key, value, needed in (
+        ("sampling.slots", section.slots, None),
+        ("sampling.warm_up", section.warm_up, False),
+        ("sampling.kv_dtype", section.kv_dtype, None),
+        ("sampling.weight_dtype", section.weight_dtype, None),
+        ("mesh.rollout_rules", config.mesh.rollout_rules, {}),
+        ("grpo.policy_distribution", config.grpo.policy_distribution, "full"),
+        ("compiled_file", config.compiled_file, None),
+    ):
+        if value != needed:
+            raise ValueError(
+                f"{key} must be {json.dumps(needed)} with sampling.source, which draws in the place of the sampler "
+                f"that it belongs to, got {shown(value)}; leave it out"
             )
 
 

@@ -19,6 +19,7 @@ FREE_FORM = (
     "data.columns",
     "data.chat_template_kwargs",
     "grpo.loss_args",
+    "sampling.source_args",
     "sampling.logit_bias",
     "mesh.axes",
     "mesh.dcn",
@@ -140,6 +141,8 @@ class RewardsSection:
 class SamplingSection:
     """How completions are drawn."""
 
+    source: str | None
+    source_args: dict[str, Any]
     temperature: float
     top_k: int
     top_p: float

@@ -19,12 +19,12 @@ from rl.training.packing import PackingPlan
 def warn_about_sampling(console: Console, config: Config, sampling: SamplingParams) -> None:
     """Warns when completions come from another distribution than the policy's, and the loss does not correct for it."""
     grpo, section = config.grpo, config.sampling
-    rounding = [name for name in ("kv_dtype", "weight_dtype") if getattr(section, name) is not None]
+    others = [name for name in ("source", "kv_dtype", "weight_dtype") if getattr(section, name) is not None]
     reshaping = [] if grpo.policy_distribution == "sampled" else sampling.reshaping_rules
     correction = "grpo.sampler_is_correction=true"
     for rules, way_out in (
         (reshaping, correction if sampling.needs_counts else "grpo.policy_distribution=sampled"),
-        (rounding, correction),
+        (others, correction),
     ):
         if rules and not grpo.sampler_is_correction:
             console.warning(

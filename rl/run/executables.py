@@ -26,8 +26,8 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from jaxlib import xla_client
 
-from rl.algorithms.from_config import COMPILED_KEYS, file_hashes
 from rl.config.load import Config, program_keys
+from rl.config.user_files import COMPILED_KEYS, file_hashes
 from rl.devices.programs import Program
 from rl.models.policy import Policy
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from rl.algorithms.entropy_coef import EntropyCoefState
-from rl.algorithms.from_config import file_hashes
 from rl.config.load import Config
 from rl.config.objects import function_hashes
+from rl.config.user_files import file_hashes
 from rl.data.prompts import PairData, PromptData, fingerprint, held_out_fingerprint
 from rl.devices.programs import Stored, not_stored
 from rl.models.foreign import files as foreign

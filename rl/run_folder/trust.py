@@ -31,9 +31,10 @@ FILE_KEYS = (FORMAT_KEY, FILES_KEY, HMAC_KEY)  # of run.json, about the file and
 
 # Kinds of code, by what uses it.
 REWARDS, MODEL, LOSS, ADVANTAGE, PROGRAMS, CACHE = "rewards", "model", "loss", "advantage", "programs", "cache"
-TO_TRAIN = (REWARDS, MODEL, LOSS, ADVANTAGE, PROGRAMS, CACHE)
-TO_EVALUATE = (REWARDS, MODEL, CACHE)
-TO_SAMPLE = (MODEL, CACHE)
+SAMPLER = "sampler"
+TO_TRAIN = (REWARDS, MODEL, LOSS, ADVANTAGE, SAMPLER, PROGRAMS, CACHE)
+TO_EVALUATE = (REWARDS, MODEL, SAMPLER, CACHE)
+TO_SAMPLE = (MODEL, SAMPLER, CACHE)
 TO_COMPILE = (MODEL, LOSS, CACHE)
 
 # Functions that this package defines, which are trusted. Other names in its modules, which they import, are not.
@@ -81,6 +82,9 @@ def code_of(config: Config) -> list[Code]:
         name = getattr(config.grpo, key)
         if is_user_function(name):
             found.append(Code(f"grpo.{key}", name, kind, _file_of(name)))
+    if config.sampling.source is not None:
+        name = config.sampling.source
+        found.append(Code("sampling.source", name, SAMPLER, _file_of(name)))
     # Compiled programs are machine code, like any program.
     if config.compiled_file is not None:
         found.append(Code("compiled_file", config.compiled_file, PROGRAMS, _absolute(config.compiled_file)))

@@ -25,7 +25,8 @@ class Completion:
     prompt_index, sample_index: which completion it is; the key, these two and the position are all its randomness.
     token_ids: int32, the EOS or the token that completes a stop string included, nothing after it.
     sampler_logprobs: per token, under the distribution it was drawn from (penalties, truncation); 0 when greedy.
-    policy_logprobs: per token, under softmax(logits / temperature); at temperature 1 when greedy.
+    policy_logprobs: per token, under softmax(logits / temperature); at temperature 1 when greedy. None from a source of
+      the user's, whose sampler_logprobs are NaN where it does not know them.
     finish_reason: "eos", "stop" (a stop string) or "length".
     stop_reason: the EOS id, the stop string, or None.
     top_ids, top_logprobs: [tokens, N], the N most likely tokens of the plain softmax, best first; N may be 0.
@@ -39,7 +40,7 @@ class Completion:
     sample_index: int
     token_ids: np.ndarray
     sampler_logprobs: np.ndarray
-    policy_logprobs: np.ndarray
+    policy_logprobs: np.ndarray | None
     finish_reason: str
     stop_reason: int | str | None
     top_ids: np.ndarray

@@ -22,6 +22,7 @@ from rl.models.policy import Policy, WavePolicy
 from rl.sampler.contract import CompletionSource
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams, check_vocabulary
+from rl.sampler.user_source import CheckedSource
 from rl.sampler.wave_sampler import WaveSampler
 from rl.state.states import InitStateFn, get_abstract_state
 
@@ -50,12 +51,15 @@ def create_sampler(
     memory: int | None = None,
     stored: Stored = not_stored,
 ) -> CompletionSource:
-    """The sampler of a run, for rollouts and evaluation alike: the one that the policy asks for.
+    """The sampler of a run, for rollouts and evaluation alike: the user's source, if the configuration names one, else
+    the sampler that the policy asks for.
 
     Args:
       memory: bytes of a device of the mesh; None: as it says itself.
       stored: where compiled programs are taken from, if they are there.
     """
+    if config.sampling.source is not None:
+        return CheckedSource(config, tokenizer, policy.config)
     if policy.decodes_in_waves:
         rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory)
         return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
@@ -85,7 +89,7 @@ def plan_draws(
       prompt_length: tokens that prompts may have, where shapes were planned with it before; None: those of the data.
 
     Raises:
-      ValueError: one of the calls cannot be: `sampling.kv_memory` is too small for it, for instance.
+      ValueError: one of the calls cannot be: `sampling.kv_memory` is too small for it, or a user's source not made.
     """
     step = DrawSize(config.grpo.prompts_per_step, config.grpo.group_size, sampling)
     sizes = [step, DrawSize(num_evaluated, 1, greedy(sampling))] if num_evaluated else [step]

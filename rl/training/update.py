@@ -17,6 +17,7 @@ weights. An older rollout needs the ratio to mu, and there are three ways to it:
   the ratio is again pi / mu, as in PPO. Log-probs that the trainer made now would claim that the rollout is on-policy.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -193,8 +194,9 @@ class Updater:
             metrics["entropy_coef"] = entropy.coef
         first = measured[0].update.difference
         name = "logprob_drift" if age else "logprob_difference"
-        metrics[f"{name}/mean"] = float(first.total) / max(float(first.count), 1.0)
-        metrics[f"{name}/max"] = float(first.highest)
+        is_known = first.count > 0  # not of tokens from a source of the user's
+        metrics[f"{name}/mean"] = float(first.total) / float(first.count) if is_known else math.nan
+        metrics[f"{name}/max"] = float(first.highest) if is_known else math.nan
         return {**metrics, "rollout_age": age} if age else metrics
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from rl.algorithms.advantages import ESTIMATORS, compute_advantages
-from rl.algorithms.from_config import check_estimator, check_loss, file_hashes, loss_config
+from rl.algorithms.from_config import check_estimator, check_loss, loss_config
 from rl.config.load import load_config
 from rl.config.sections import ESTIMATOR_NAMES
+from rl.config.user_files import file_hashes
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics
 from tests.helpers.places import REWARDS, ROOT

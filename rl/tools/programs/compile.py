@@ -104,6 +104,11 @@ def compile_config(
             "--save must go with a model of the toolkit's own decoder, the only one whose training takes a "
             f"compiled_file, got model.source {config.model.source!r}; leave --save out"
         )
+    if save is not None and config.sampling.source is not None:
+        raise ValueError(
+            "--save must go without sampling.source, with which training takes no compiled_file, got "
+            f"{config.sampling.source!r}; leave --save out"
+        )
     found = find_devices(topology, num_slices, devices)
     kind = found[0].device_kind
     if topology is not None and kind not in CHIPS:

@@ -201,8 +201,9 @@ def to_record(
       prompt: the text or chat messages that the policy got, with the system prompt; null for token ids.
       text: the text of token_ids without special tokens; it includes a stop string that ended it.
       token_ids: with the EOS, or the token that completes a stop string.
-      logprobs: under softmax(logits / temperature), temperature 1 when greedy. sampler_logprobs: under the distribution
-        really drawn from, after penalties and truncations; 0 when greedy.
+      logprobs: under softmax(logits / temperature), temperature 1 when greedy; null with `sampling.source`.
+      sampler_logprobs: under the distribution really drawn from, after penalties and truncations; 0 when greedy. With
+        `sampling.source` each may be null.
       finish_reason: eos, stop or length. stop_reason: the EOS id, the stop string, or null.
       top_logprobs: per position a list of [token id, log-prob], best first; with --top-logprobs only.
       prompt_token_ids, prompt_logprobs: with --prompt-logprobs only, under softmax(logits / temperature) of the weights
@@ -212,10 +213,11 @@ def to_record(
     Raises:
       ValueError: a log-prob of a token is not finite.
     """
-    finite = np.isfinite(completion.policy_logprobs) & np.isfinite(completion.sampler_logprobs)
-    if not finite.all():
+    of_policy, of_sampler = completion.policy_logprobs, completion.sampler_logprobs
+    finite = np.array([True]) if of_policy is None else np.isfinite(of_policy) & np.isfinite(of_sampler)
+    if of_policy is not None and not finite.all():
         place = int(np.argmin(finite))
-        values = completion.policy_logprobs[place], completion.sampler_logprobs[place]
+        values = of_policy[place], of_sampler[place]
         value = next(value for value in values if not math.isfinite(value))
         raise ValueError(
             f"{row.where}: log-probs must be finite, got {value} at token {place} of sample {completion.sample_index}; "
@@ -230,8 +232,8 @@ def to_record(
         "prompt": row.prompt,
         "text": tokenizer.decode(completion.token_ids),
         "token_ids": completion.token_ids.tolist(),
-        "logprobs": _numbers(completion.policy_logprobs),
-        "sampler_logprobs": _numbers(completion.sampler_logprobs),
+        "logprobs": None if of_policy is None else _numbers(of_policy),
+        "sampler_logprobs": _numbers(of_sampler),
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
     }

@@ -1,0 +1,279 @@
+"""Completions from a source of the user's own, such as a server: `sampling.source: path/to/file.py:make_source`.
+
+In: what `make_source(config, tokenizer, **sampling.source_args)` returns, a `UserSource`. Out: a `CompletionSource`
+that checks each completion of it. Token ids, log-probs and finish reasons are all that is taken from the source;
+whatever else a completion has stays empty. The contract, with an example, is in docs/samplers.md. Not here: what the
+trainer does with a token whose log-prob is not known (`rl.algorithms.loss_types.sampler_ratio`).
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from rewards.importing import import_function
+from rl.config.load import Config
+from rl.data.tokenizer import Tokenizer
+from rl.models.config import ModelConfig
+from rl.sampler.contract import Completion, DrawPrograms, Request, check_requests
+from rl.sampler.decoding import request_key
+from rl.sampler.token_draw import SamplingParams
+
+FINISH_REASONS = ("eos", "stop", "length")
+
+
+class Drawn(NamedTuple):
+    """A completion as a source gives it.
+
+    Attributes:
+      token_ids: at least one, at most the request's limit. An EOS that ends it is included, and nothing follows it.
+      logprobs: of each token, in nats, under the distribution it was drawn from; None where that is not known.
+      finish_reason: "eos", "stop" (a stop string) or "length".
+      stop_reason: the stop string, where it is known.
+    """
+
+    token_ids: Sequence[int] | np.ndarray
+    logprobs: Sequence[float | None] | np.ndarray
+    finish_reason: str
+    stop_reason: str | None = None
+
+
+class UserSource(Protocol):
+    """What `make_source` returns."""
+
+    def stream(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Iterable[tuple[int, Drawn]]:
+        """Draws the requests; gives (its place in `requests`, what was drawn) of each, in any order.
+
+        Args:
+          params: the policy's weights as they are now. They are the same from one call to the next until `release`;
+            after it they are others, and the memory of these is gone, so none may be kept.
+          prompts: token ids; `request.prompt` is a place among them.
+          sampling: how to draw: lengths, EOS ids, stop strings, temperature and the other rules. 0 is greedy.
+          key: of the step. `request_seeds` makes a seed of it for each request. A run is repeated by a resumed one only
+            where all randomness follows from these.
+        """
+        ...
+
+    def release(self) -> None:
+        """The weights are about to change: whoever was sent them is sent new ones with the next call."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the source has running."""
+        ...
+
+
+class CheckedSource:
+    """A `CompletionSource` that has a `UserSource` draw, and checks what comes of it.
+
+    The source is made when it is first checked or drawn from, so that `grpo compile` starts none.
+
+    Raises:
+      ValueError: the file does not import, or the run has several processes, of which each would ask for completions of
+        its own.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, model_config: ModelConfig) -> None:
+        name = config.sampling.source
+        assert name is not None
+        self._config, self._tokenizer, self._model_config = config, tokenizer, model_config
+        self._label = f"sampling.source {name}"
+        self._source: UserSource | None = None
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"sampling.source must be null in a run of several processes, which would each be given other "
+                f"completions, got {name!r} with {jax.process_count()} processes; leave it out, or run one process"
+            )
+
+    def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
+        """Nothing is planned here."""
+
+    def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
+        """Nothing is planned here."""
+
+    def check(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+        """Makes the source, so that one which cannot be made ends the start. ValueError as `make` raises it."""
+        self._made()
+
+    def programs(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> DrawPrograms:
+        """None: the policy draws nothing."""
+        return DrawPrograms([], 0, 0)
+
+    def warm_up(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
+        """Nothing is compiled here."""
+
+    def stream(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Has the requests drawn and yields (its place in `requests`, completion) of each as it comes.
+
+        Raises:
+          ValueError: as `check_requests` does; `sampling.top_logprobs`, which no source gives; while drawing, a
+            completion that breaks the contract.
+        """
+        check_requests(self._model_config, self._tokenizer.decode, prompts, requests, sampling)
+        if sampling.top_logprobs:
+            raise ValueError(
+                f"sampling.top_logprobs must be 0 with {self._label}, which gives the log-probs of its tokens alone, "
+                f"got {sampling.top_logprobs}"
+            )
+        return self._stream(params, prompts, requests, sampling, key)
+
+    def prompt_logprobs(
+        self, params: Any, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
+    ) -> list[np.ndarray]:
+        """ValueError: a source has no log-probs of prompts."""
+        raise ValueError(f"log-probs of prompts cannot be had with {self._label}; set sampling.source=null")
+
+    def release(self) -> None:
+        """See `UserSource.release`."""
+        if self._source is not None:
+            self._source.release()
+
+    def close(self) -> None:
+        """Closes the source, if it was made."""
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
+
+    def _made(self) -> UserSource:
+        if self._source is None:
+            self._source = make(self._config, self._tokenizer)
+        return self._source
+
+    def _stream(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        key: jax.Array,
+    ) -> Iterator[tuple[int, Completion]]:
+        source, left = self._made(), set(range(len(requests)))
+        # The guard that finds numbers moved by mistake is for the toolkit's own code.
+        with jax.transfer_guard("allow"):
+            drawn = iter(source.stream(params, prompts, requests, sampling, key))
+        while True:
+            with jax.transfer_guard("allow"):
+                item = next(drawn, None)
+            if item is None:
+                break
+            if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Drawn)):
+                raise ValueError(
+                    f"{self._label}: stream must give (place in requests, rl.sampler.user_source.Drawn), got a "
+                    f"{type(item).__name__}"
+                )
+            place, one = item
+            if place not in left:
+                raise ValueError(
+                    f"{self._label}: stream must give each of {len(requests)} requests once, by its place from 0, got "
+                    f"place {place!r}{' again' if place in range(len(requests)) else ''}"
+                )
+            left.remove(place)
+            yield int(place), self._completion(place, one, requests[place], sampling)
+        if left:
+            raise ValueError(
+                f"{self._label}: stream must give each of {len(requests)} requests once, got nothing for {len(left)} "
+                f"of them, the first at place {min(left)}"
+            )
+
+    def _completion(self, place: int, drawn: Drawn, request: Request, sampling: SamplingParams) -> Completion:
+        """What was drawn as a completion; ValueError where it breaks the contract."""
+
+        def refuse(rule: str, got: Any) -> ValueError:
+            return ValueError(f"{self._label}: {rule}, got {got} for the request at place {place}")
+
+        token_ids, vocab_size = np.asarray(drawn.token_ids), self._model_config.vocab_size
+        if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
+            raise refuse("token_ids must be a sequence of token ids", drawn.token_ids)
+        if not 1 <= token_ids.size <= request.limit:
+            raise refuse(f"token_ids must be 1 to {request.limit} tokens, the request's limit", token_ids.size)
+        if token_ids.min() < 0 or token_ids.max() >= vocab_size:
+            found = token_ids[(token_ids < 0) | (token_ids >= vocab_size)][0]
+            raise refuse(f"token ids must be in [0, {vocab_size}), the model's vocabulary", found)
+        if drawn.finish_reason not in FINISH_REASONS:
+            raise refuse(f"finish_reason must be one of {list(FINISH_REASONS)}", repr(drawn.finish_reason))
+        is_eos = np.isin(token_ids, sampling.eos_ids)
+        is_ended = drawn.finish_reason == "eos"
+        if is_eos[:-1].any() or bool(is_eos[-1]) != is_ended:
+            raise refuse(
+                f"an EOS token (sampling.eos_ids {list(sampling.eos_ids)}) must come last, and that where the "
+                "finish_reason is 'eos'",
+                f"{token_ids[-8:].tolist()} at the end, with {drawn.finish_reason!r}",
+            )
+        logprobs = [math.nan if value is None else value for value in drawn.logprobs]
+        if len(logprobs) != token_ids.size:
+            raise refuse(f"logprobs must have one entry for each of {token_ids.size} tokens", len(logprobs))
+        for given, value in zip(drawn.logprobs, logprobs, strict=True):
+            is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+            if given is not None and not (is_number and -math.inf < value <= 0):
+                raise refuse("logprobs must be finite and <= 0, or None where they are not known", repr(given))
+        return Completion(
+            request.prompt_index,
+            request.sample_index,
+            token_ids.astype(np.int32),
+            np.asarray(logprobs, np.float64),
+            None,
+            drawn.finish_reason,
+            int(token_ids[-1]) if is_ended else drawn.stop_reason,
+            np.zeros((token_ids.size, 0), np.int32),
+            np.zeros((token_ids.size, 0)),
+        )
+
+
+def make(config: Config, tokenizer: Tokenizer) -> UserSource:
+    """The source that `sampling.source` names.
+
+    Raises:
+      ValueError: the file does not import, the function does not take `sampling.source_args`, or what it returns is no
+        `UserSource`.
+    """
+    name, arguments = config.sampling.source, config.sampling.source_args
+    assert name is not None
+    label = f"sampling.source {name}"
+    function: Callable[..., Any] = import_function(name, "sampling.source")
+    try:
+        inspect.signature(function).bind(config, tokenizer, **arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{label} must take (config, tokenizer) and the arguments in sampling.source_args, got "
+            f"{sorted(arguments)}: {error}"
+        ) from error
+    source = function(config, tokenizer, **arguments)
+    missing = [method for method in ("stream", "release", "close") if not callable(getattr(source, method, None))]
+    if missing:
+        raise ValueError(
+            f"{label} must return an object with the methods stream, release and close, got a "
+            f"{type(source).__name__} without {', '.join(missing)}"
+        )
+    return source
+
+
+def request_seeds(key: jax.Array, requests: Sequence[Request]) -> list[int]:
+    """A seed in [0, 2**32) for each request: another for each (key, prompt index, sample index)."""
+
+    def bits(fields: Any) -> jax.Array:
+        return jax.random.bits(request_key(key, *fields))
+
+    columns = (
+        np.array([request.prompt_index for request in requests], np.int32),
+        np.array([request.sample_index for request in requests], np.int32),
+        np.array([request.seed or 0 for request in requests], np.uint32),
+        np.array([request.seed is not None for request in requests], bool),
+    )
+    return np.asarray(jax.vmap(bits)(columns)).tolist()
