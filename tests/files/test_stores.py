@@ -80,11 +80,11 @@ def test_another_scheme_is_refused(url):
     [
         *("output_dir", "model.source", "model.weights", "lora.adapter", "tokenizer.source", "tokenizer.chat_template"),
         *("data.source", "data.eval_source", "compiled_file", "logging.compilation_cache", "grpo.loss_type"),
-        "grpo.advantage_estimator",
+        *("grpo.advantage_estimator", "sampling.source"),
     ],
 )
 def test_another_scheme_is_refused_at_load_by_key(key):
-    suffix = ".py:f" if key.startswith("grpo.") else ""
+    suffix = ".py:f" if key.startswith(("grpo.", "sampling.")) else ""
     with pytest.raises(ValueError, match=f"^{key} must be a local path"):
         load_config(None, [f"{key}=http://host/x{suffix}"])
 

@@ -192,6 +192,7 @@ def test_code_is_found_without_being_imported(tmp_path, monkeypatch, code):
             f"model.source={code}:build",
             f"grpo.loss_type={code}:loss",
             f"grpo.advantage_estimator={code}:advantage",
+            f"sampling.source={code}:source",
             "logging.compilation_cache=~/cache",
         ],
     )
@@ -205,6 +206,7 @@ def test_code_is_found_without_being_imported(tmp_path, monkeypatch, code):
         ("model.source", "own.py:build"): code,
         ("grpo.loss_type", "own.py:loss"): code,
         ("grpo.advantage_estimator", "own.py:advantage"): code,
+        ("sampling.source", "own.py:source"): code,
         ("compiled_file", "programs.bin"): pathlib.Path.cwd() / "programs.bin",
         ("logging.compilation_cache", "cache"): pathlib.Path.home() / "cache",
     }

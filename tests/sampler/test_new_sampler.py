@@ -19,8 +19,9 @@ from rl.run.metrics import read_metrics
 from rl.sampler.contract import Request
 from rl.sampler.token_draw import SamplingParams
 from rl.sampler.user_source import CheckedSource, Drawn, request_seeds
+from rl.state.checkpoint_files import read_array, stored_arrays
 from rl.tools.programs.compile import compile_config
-from rl.tools.trained import load_checkpoint, load_start
+from rl.tools.trained import load_start
 from tests.helpers.places import REWARDS
 from tests.helpers.tiny_models import tiny_config
 
@@ -121,52 +122,65 @@ def whole(recipe):
     return train(recipe("whole", "grpo.steps=2"))
 
 
-def updated_by_hand(config, run, is_corrected):
-    """The weights after the first step, from its completions alone."""
-    start = load_start(config)
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    samples = [sample for sample in samples if sample["step"] == 1]
-    assert len(samples) == 8
-    prompts = [load_tokenizer("byte", None).encode(sample["prompt"]) for sample in samples]
-    rows = [[*prompt, *sample["token_ids"]] for prompt, sample in zip(prompts, samples, strict=True)]
-    num_tokens = sum(len(sample["token_ids"]) for sample in samples)
-    tokens_BT = np.zeros((8, max(map(len, rows))), np.int32)
-    known_BT, advantages_BT = np.full(tokens_BT.shape, np.nan), np.zeros(tokens_BT.shape)
-    for b, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
-        tokens_BT[b, : len(rows[b])] = rows[b]
-        for number, token in enumerate(sample["token_ids"]):
-            advantages_BT[b, len(prompt) + number] = sample["advantage"]
-            if number % 3 != 1:
-                known_BT[b, len(prompt) + number] = math.log(TABLE[token])
-    labels_BT = jnp.zeros_like(tokens_BT)
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+def params_of(run, step):
+    """By the path of each array."""
+    arrays = stored_arrays(run / "checkpoints" / str(step) / "state")
+    return {array.path[1:]: read_array(array) for array in arrays if array.path[0] == "params"}
 
-    def objective(params):
+
+def by_path(params):
+    return {tuple(key.key for key in path): np.asarray(x) for path, x in jax.tree.leaves_with_path(params)}
+
+
+def largest_difference(left, right):
+    assert left.keys() == right.keys()
+    return max(np.abs(left[path] - right[path]).max() for path in left)
+
+
+@pytest.fixture(scope="module")
+def updated_by_hand(recipe):
+    """The weights before the first step, and a function that gives those after it from its completions alone."""
+    start, encode = load_start(recipe("by_hand")), load_tokenizer("byte", None).encode
+
+    def objective(params, tokens_BT, known_BT, advantages_BT, is_corrected):
+        labels_BT = jnp.zeros_like(tokens_BT)
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         hidden_BTD = start.policy.hidden(params, tokens_BT, positions_BT, labels_BT, labels_BT)
         logprobs_BTV = jax.nn.log_softmax(start.policy.unembed(params, hidden_BTD[:, :-1]))
         logprobs_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=2)[..., 0]
         ratio_BT = jnp.where(jnp.isnan(known_BT[:, 1:]), 1, jnp.exp(logprobs_BT - known_BT[:, 1:]))
-        weights_BT = jax.lax.stop_gradient(jnp.minimum(ratio_BT, 3.0)) if is_corrected else 1.0
-        return jnp.sum(weights_BT * advantages_BT[:, 1:] * logprobs_BT) / num_tokens
+        weights_BT = jax.lax.stop_gradient(jnp.where(is_corrected, jnp.minimum(ratio_BT, 3.0), 1.0))
+        return jnp.sum(weights_BT * advantages_BT[:, 1:] * logprobs_BT)
 
-    gradient = jax.jit(jax.grad(objective))(start.params)
-    return jax.tree.map(lambda x, slope: x + config.optimizer.lr * slope, start.params, gradient)
+    gradient = jax.jit(jax.grad(objective))
+
+    def updated(run, is_corrected):
+        samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        samples = [sample for sample in samples if sample["step"] == 1]
+        tokens_BT = np.zeros((8, 14), np.int32)
+        known_BT, advantages_BT = np.full(tokens_BT.shape, np.nan, np.float32), np.zeros(tokens_BT.shape, np.float32)
+        for b, sample in enumerate(samples):
+            prompt = encode(sample["prompt"])
+            row = [*prompt, *sample["token_ids"]]
+            tokens_BT[b, : len(row)] = row
+            advantages_BT[b, len(prompt) : len(row)] = sample["advantage"]
+            for number, token in enumerate(sample["token_ids"]):
+                known_BT[b, len(prompt) + number] = math.nan if number % 3 == 1 else math.log(TABLE[token])
+        slopes = gradient(start.params, tokens_BT, known_BT, advantages_BT, is_corrected)
+        num_tokens, slopes = sum(sample["tokens"] for sample in samples), by_path(slopes)
+        return {path: x + 0.5 * slopes[path] / num_tokens for path, x in by_path(start.params).items()}
+
+    return by_path(start.params), updated
 
 
-def largest_difference(left, right):
-    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), left, right)))
-
-
-def test_a_run_trains_with_a_source_of_the_users_corrected_by_its_log_probs(recipe, whole):
+def test_a_run_trains_with_a_source_of_the_users_corrected_by_its_log_probs(recipe, whole, updated_by_hand):
+    start, updated = updated_by_hand
     plain = train(recipe("plain", "grpo.steps=1", "grpo.sampler_is_correction=false", "eval.every=0"))
-    found = {}
-    for name, run, is_corrected in (("whole", whole, True), ("plain", plain, False)):
-        config = recipe(name)
-        found[name] = load_checkpoint(config, run, 1).params
-        by_hand = updated_by_hand(config, run, is_corrected)
-        assert largest_difference(found[name], by_hand) < 1e-6
-    assert largest_difference(found["whole"], load_start(recipe("whole")).params) > 1e-4
-    assert largest_difference(found["whole"], found["plain"]) > 1e-3
+    found = [params_of(run, 1) for run in (whole, plain)]
+    assert largest_difference(found[0], updated(whole, True)) < 1e-6
+    assert largest_difference(found[1], updated(plain, False)) < 1e-6
+    assert largest_difference(found[0], start) > 1e-4
+    assert largest_difference(*found) > 1e-3
     lines = read_metrics(whole)
     lengths = [sample["tokens"] for sample in map(json.loads, (whole / "samples.jsonl").read_text().splitlines())]
     unscored = [sum(len(range(1, length, 3)) for length in lengths[first : first + 8]) for first in (0, 8)]
@@ -180,8 +194,7 @@ def test_a_resumed_run_draws_and_trains_as_an_uninterrupted_one(recipe, whole):
     resumed = train(recipe("resumed", "grpo.steps=1"))
     train(recipe("resumed", "grpo.steps=2"))
     assert (resumed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    params = [load_checkpoint(recipe(run.name), run, 2).params for run in (whole, resumed)]
-    assert largest_difference(*params) == 0
+    assert largest_difference(params_of(whole, 2), params_of(resumed, 2)) == 0
 
 
 def test_a_source_is_told_when_weights_change_and_ended_with_the_run(folder, whole):
