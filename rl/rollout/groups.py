@@ -161,7 +161,8 @@ def with_advantages(config: Config, judged: Judged, weights_step: int) -> Rollou
         "masked_share": float(1.0 - kept_B.mean()),
     }
     if config.sampling.source is not None:
-        metrics["unscored_tokens"] = float(sum(np.isnan(done.sampler_logprobs).sum() for done in flat))
+        unknown = [np.isnan(done.sampler_logprobs) & (True if done.trained is None else done.trained) for done in flat]
+        metrics["unscored_tokens"] = float(sum(map(np.sum, unknown)))
     for name, summary in summarize(judged.rewards, judged.names).items():
         metrics[f"reward/{name}/mean"] = math.nan if summary.mean is None else summary.mean
         metrics[f"reward/{name}/std"] = math.nan if summary.std is None else summary.std

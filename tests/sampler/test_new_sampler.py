@@ -15,6 +15,7 @@ import pytest
 from rl.config.load import load_config
 from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
+from rl.models.inputs import Inputs
 from rl.run.metrics import read_metrics
 from rl.sampler.contract import Request
 from rl.sampler.token_draw import SamplingParams
@@ -145,7 +146,7 @@ def updated_by_hand(recipe):
     def objective(params, tokens_BT, known_BT, advantages_BT, is_corrected):
         labels_BT = jnp.zeros_like(tokens_BT)
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        hidden_BTD = start.policy.hidden(params, tokens_BT, positions_BT, labels_BT, labels_BT)
+        hidden_BTD = start.policy.hidden(params, Inputs(tokens_BT, positions_BT, labels_BT, labels_BT))
         logprobs_BTV = jax.nn.log_softmax(start.policy.unembed(params, hidden_BTD[:, :-1]))
         logprobs_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=2)[..., 0]
         ratio_BT = jnp.where(jnp.isnan(known_BT[:, 1:]), 1, jnp.exp(logprobs_BT - known_BT[:, 1:]))
