@@ -215,7 +215,7 @@ def test_another_content_of_the_file_is_another_run(folder, recipe, whole):
     finally:
         (folder / "server.py").write_text(text)
     with pytest.raises(ValueError, match=r"sampling\.source_args"):
-        train(recipe("whole", "grpo.steps=3", "sampling.source_args={log: elsewhere}"))
+        train(recipe("whole", "grpo.steps=3", f"sampling.source_args={{log: {folder / 'other.log'}}}"))
 
 
 @pytest.mark.parametrize(
