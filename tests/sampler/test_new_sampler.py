@@ -228,6 +228,7 @@ def test_another_content_of_the_file_is_another_run(folder, recipe, whole):
         (["sampling.kv_dtype=int8"], r"sampling\.kv_dtype must be null with sampling\.source"),
         (["sampling.weight_dtype=int8"], r"sampling\.weight_dtype must be null with sampling\.source"),
         (["mesh.rollout_rules={embed: []}"], r"mesh\.rollout_rules must be \{\} with sampling\.source"),
+        (["grpo.policy_distribution=sampled"], r"grpo\.policy_distribution must be \"full\" with sampling\.source"),
         (["compiled_file=programs"], r"compiled_file must be null with sampling\.source"),
     ],
 )
