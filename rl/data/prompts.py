@@ -1,9 +1,9 @@
-"""Prompts: a source and a tokenizer in, tokenized train and held-out rows out, and the order in which steps take them.
+"""Prompts: tokenized train and held-out rows, and the order in which steps take them.
 
-Everything is a pure function of the configuration: no global random state, the same rows in every process. A prompt
-that is too long is dropped and counted, never cut. Train and held-out rows never share a question. Where rows come
-from is in `rl.data.sources`. Of several processes each tokenizes one block of the rows, and has the ids of the others
-from them; jax, through which they talk, is imported only to read.
+In: a source and a tokenizer. Everything is a pure function of the configuration: no global random state, the same rows
+in every process. A prompt that is too long is dropped and counted, never cut. Train and held-out rows never share a
+question. `rl.data.sources` reads the rows. With several processes, each tokenizes one block of the rows and sends the
+ids to the others. They communicate through jax, which is imported only to read.
 
 Legend: P prompts, T token positions.
 """
@@ -31,11 +31,11 @@ class PromptRow:
     """One question, ready to be sampled.
 
     Attributes:
-      prompt: what the policy is asked: text (system prompt in front) or chat messages. A last message of the
-        assistant's is how the answer begins.
+      prompt: text (with the system prompt in front) or chat messages. A last message by the assistant is the beginning
+        of the answer.
       prompt_ids: int32 [T], the tokenized prompt; no padding.
-      columns: every other column of the row, under Tandem's names.
-      index: position of the row in its source.
+      columns: the other columns of the row, under Tandem's names.
+      index: the position of the row in its source.
     """
 
     prompt: Prompt
@@ -46,7 +46,7 @@ class PromptRow:
 
 @dataclasses.dataclass(frozen=True)
 class PromptData:
-    """Train and held-out rows; `num_rows` counts rows that were read, `num_dropped` prompts that were too long,
+    """Train and held-out rows. `num_rows` counts rows that were read, `num_dropped` prompts that were too long, and
     `messages` says it in words.
     """
 
@@ -58,13 +58,13 @@ class PromptData:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt to train on."""
+        """The number of tokens of the longest training prompt."""
         return max(len(row.prompt_ids) for row in self.train)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairRow:
-    """One example to imitate: int32 ids of the prompt [T] and of the completion [T], EOS at its end."""
+    """One example to imitate: int32 ids of the prompt [T] and of the completion [T], which ends with EOS."""
 
     prompt_ids: np.ndarray
     completion_ids: np.ndarray
@@ -84,15 +84,15 @@ class PairData:
 def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     """Tokenized prompts, split into train and held-out rows by the question's text.
 
-    Without data.eval_source, data.eval_size distinct questions are held out: the ones with the smallest hash of (seed,
-    question), one row each. So a run on part of a source holds out, for the same seed and size, every question of its
-    part that a run on the whole source holds out: supervised fine-tuning on part of the data never trains on what GRPO
-    on all of it is evaluated on. With data.eval_source, all its rows are the held-out ones, and train rows with the
-    same question are removed. Questions are compared without case and spacing.
+    Without data.eval_source, data.eval_size distinct questions are held out: those with the smallest hash of (seed,
+    question), one row each. With the same seed and size, a run on a part of a source holds out every question of that
+    part which a run on the whole source holds out. So supervised fine-tuning on a part never trains on questions on
+    which GRPO on all of it is evaluated. With data.eval_source, all its rows are held out, and train rows with the same
+    question are removed. Questions are compared without case and spacing.
 
     Raises:
-      ValueError: no row left, a prompt that is neither text nor messages, or a chat prompt without a chat template.
-        Also another configuration, tokenizer or size of a source in another process.
+      ValueError: no row is left, a prompt is neither text nor messages, or a chat prompt has no chat template; or
+        another process has another configuration, tokenizer or size of a source.
     """
     from rl.devices import hosts
 
@@ -137,8 +137,8 @@ def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
     The completion is the column sft.completion_column, with the tokenizer's EOS at its end.
 
     Raises:
-      ValueError: as `load_prompts`, the column is missing or not text, the tokenizer has no EOS, or every completion is
-        too long.
+      ValueError: as in `load_prompts`; or the column is missing or not text, the tokenizer has no EOS, or every
+        completion is too long.
     """
     if not tokenizer.eos_ids:
         raise ValueError(
@@ -172,7 +172,7 @@ def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
 
 
 def fingerprint(rows: Iterable[PromptRow] | Iterable[PairRow]) -> dict[str, Any]:
-    """Number and hash of tokenized rows in their order: a resumed run must see the rows it began with."""
+    """Number and hash of tokenized rows in their order, because a resumed run must see the same rows."""
     digest, count = hashlib.sha256(), 0
     for row in rows:
         completion = (
@@ -184,8 +184,8 @@ def fingerprint(rows: Iterable[PromptRow] | Iterable[PairRow]) -> dict[str, Any]
 
 
 def held_out_fingerprint(rows: Sequence[PromptRow]) -> dict[str, Any]:
-    """`fingerprint` of the held-out rows, and a hash of the questions alone: as long as those are the same, no row that
-    was trained on is among them.
+    """`fingerprint` of the held-out rows, and a hash of their questions alone. While the questions are the same, no
+    training row is among them.
     """
     questions = sorted({question_key(row.prompt) for row in rows})
     text = "".join(f"{len(question)} {question}" for question in questions)
@@ -193,10 +193,10 @@ def held_out_fingerprint(rows: Sequence[PromptRow]) -> dict[str, Any]:
 
 
 def step_indices(num_rows: int, seed: int, step: int, prompts_per_step: int) -> np.ndarray:
-    """Which rows step `step` (from 0) takes: int64 [P], distinct, a pure function of the arguments.
+    """The rows of step `step` (from 0): int64 [P], distinct, a pure function of the arguments.
 
-    Rows are used up in a fresh random order each epoch, and steps run across the border between epochs, so that every
-    row is taken equally often. Where a step takes the end of one epoch, the next begins with rows that are not in it.
+    Each epoch takes the rows in a fresh random order. Steps run across the border between epochs, so every row is taken
+    equally often. Where a step takes the end of one epoch, the next epoch begins with rows that are not in this step.
 
     Raises:
       ValueError: prompts_per_step > num_rows.
@@ -208,11 +208,11 @@ def step_indices(num_rows: int, seed: int, step: int, prompts_per_step: int) -> 
 def next_indices(
     num_rows: int, seed: int, position: int, count: int, prompts_per_step: int, taken: Sequence[int] = ()
 ) -> tuple[list[int], int]:
-    """The next `count` rows of the order that `step_indices` follows, and the position behind them.
+    """The next `count` rows in the order of `step_indices`, and the position after them.
 
     Args:
-      position: rows of that order used up so far.
-      taken: rows that are passed over; as are those that this call has already chosen, across the border of an epoch.
+      position: the number of rows of that order used up so far.
+      taken: rows that are skipped, like rows that this call has already chosen before the border of an epoch.
 
     Raises:
       ValueError: prompts_per_step > num_rows.
@@ -243,8 +243,8 @@ def check_enough_rows(num_rows: int, prompts_per_step: int, key: str = "grpo.pro
 
 
 def question_key(prompt: Prompt) -> str:
-    """The question of a prompt as rows are compared by it: no system message, no beginning of the answer, case folded,
-    spacing collapsed.
+    """The question of a prompt, by which rows are compared: without system message and beginning of the answer, with
+    case folded and spacing collapsed.
     """
     if not isinstance(prompt, str):
         asked, _ = split_prefill(prompt)
@@ -253,8 +253,8 @@ def question_key(prompt: Prompt) -> str:
 
 
 def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
-    """The prompt with its system prompt: text, or chat messages when data.chat, then with data.assistant_prefill as a
-    last message of the assistant's.
+    """The prompt with its system prompt: text, or chat messages with data.chat. data.assistant_prefill then becomes a
+    last message by the assistant.
 
     Raises:
       ValueError: naming `where`: an empty prompt, one that is neither text nor messages, messages without data.chat or
@@ -269,7 +269,7 @@ def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
             raise ValueError(
                 f"{where}: data.chat must be true for a prompt that is a list of messages; set data.chat=true"
             )
-        # Parquet and datasets give every message the fields that any of them has.
+        # Parquet and datasets give every message the fields of all messages.
         conversation = [{name: value for name, value in message.items() if value is not None} for message in prompt]
     else:
         raise ValueError(
@@ -303,7 +303,7 @@ def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
 def _tokenize(
     rows: list[Row], data: DataSection, tokenizer: Tokenizer, key: str, messages: list[str]
 ) -> list[PromptRow]:
-    """Rows whose prompt fits; what was dropped is said in `messages`."""
+    """The rows whose prompt fits. A message about dropped rows is added to `messages`."""
     kept, limit = [], data.max_prompt_length
     prompts = [build_prompt(row["prompt"], data, f"{key} row {index}") for index, row in enumerate(rows)]
 
@@ -336,10 +336,11 @@ def _tokenize(
 
 
 def _encode_together(size: int, encode: Callable[[int], list[int]], limit: int) -> tuple[list[np.ndarray | None], int]:
-    """What `encode` makes of 0 to size - 1, each process of its own block.
+    """Calls `encode` on 0 to size - 1, each process on its own block.
 
     Returns:
-      int32 ids of each, None where they are more than `limit`; and how many the fewest are, of which there must be one.
+      int32 ids of each, None where there are more than `limit`; and the smallest number of ids. `size` must be at least
+      1.
     """
 
     from rl.devices import hosts
@@ -361,7 +362,7 @@ def _encode_together(size: int, encode: Callable[[int], list[int]], limit: int) 
 
 
 def conversation_problem(messages: Any) -> str | None:
-    """What keeps a value from being a list of chat messages, each with a role and a content of text; None: nothing."""
+    """The reason why a value is no list of chat messages, each with a role and a text content; None if it is one."""
     if not isinstance(messages, list) or not messages:
         return shown(messages)
     for index, message in enumerate(messages):
@@ -401,8 +402,8 @@ def _completion_ids(row: PromptRow, column: str, tokenizer: Tokenizer) -> list[i
             f"data.source row {row.index}: sft.completion_column {column!r} must hold text or whole numbers, "
             f"got {completion!r}"
         )
-    # Encoded behind its prompt, because some tokenizers put a space in front of text that stands alone. When the border
-    # falls inside a token, the completion is encoded apart: generation will start from the prompt's own ids.
+    # Encoded after its prompt, because some tokenizers put a space in front of text that stands alone. If the border
+    # falls inside a token, the completion is encoded alone, because generation starts from the prompt's own ids.
     if isinstance(row.prompt, str):
         whole = tokenizer.encode(row.prompt + completion)
     else:
@@ -414,10 +415,12 @@ def _completion_ids(row: PromptRow, column: str, tokenizer: Tokenizer) -> list[i
 
 
 def _epoch_order(num_rows: int, seed: int, epoch: int, prompts_per_step: int) -> np.ndarray:
-    """A permutation of the rows, int64 [num_rows]; its head repeats no row that its step took from the last epoch.
+    """A permutation of the rows, int64 [num_rows]. Its head repeats no row that the same step took from the epoch
+    before.
 
-    The repair of a head needs the order before it, and so on back to an epoch that begins with a step. It moves only
-    the first prompts_per_step entries, so with two steps' worth of rows no tail is moved and one epoch back is enough.
+    To repair a head, the order of the epoch before is needed, and so on back to an epoch that begins with a step. A
+    repair moves only the first prompts_per_step entries. So with rows for two steps no tail is moved, and one epoch
+    back is enough.
     """
     period = prompts_per_step // math.gcd(num_rows, prompts_per_step)
     chain = epoch % period if num_rows < 2 * prompts_per_step else min(epoch % period, 1)
@@ -432,6 +435,6 @@ def _epoch_order(num_rows: int, seed: int, epoch: int, prompts_per_step: int) ->
 
 
 def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation from (seed, epoch). Sorted raw bits, because numpy promises a stable stream for those only."""
+    """A permutation from (seed, epoch), by sorting raw bits, because numpy promises a stable stream only for those."""
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
     return np.argsort(bits, kind="stable")

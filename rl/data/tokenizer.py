@@ -41,9 +41,8 @@ class Tokenizer:
 
     Attributes:
       backend: the wrapped `PreTrainedTokenizerFast`.
-      eos_ids: ids that end a completion by the tokenizer's own settings; empty when it has no EOS. A model may add
-        more.
-      bos_id, pad_id: None when the tokenizer has none. `pad_id` may equal an EOS id; masks never come from it.
+      eos_ids: ids that end a completion by the tokenizer's own settings; empty without an EOS. A model may add more.
+      bos_id, pad_id: None when the tokenizer has none. `pad_id` may equal an EOS id, because no mask is made from it.
       vocab_size: highest token id + 1, special and added tokens included.
 
     Args:
@@ -60,7 +59,7 @@ class Tokenizer:
         self.backend = backend
         self._template_name = template_name
         self._template_kwargs = dict(template_kwargs or {})
-        self._untrusted: Untrusted | None = None  # renders chats; there from the first one on
+        self._untrusted: Untrusted | None = None  # renders chats; made for the first chat
         eos_id = _token_id(backend, backend.eos_token)
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
         self.bos_id: int | None = _token_id(backend, backend.bos_token)
@@ -85,10 +84,10 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of raw text.
 
-        With `add_bos` the text gets what the tokenizer by default puts in front of raw text (BOS for Llama and Gemma,
-        nothing for Qwen), unless the text itself already starts with it. An EOS that the tokenizer would append is left
-        out: what follows a prompt is for the policy to write. Without `add_bos` nothing is added: for text rendered by
-        a chat template, and for the continuation of a prompt.
+        With `add_bos` the text gets the tokenizer's default beginning of raw text (BOS for Llama and Gemma, nothing for
+        Qwen), unless it starts with it already. An EOS that the tokenizer would append is left out, because the policy
+        writes what follows a prompt. Without `add_bos` nothing is added, for text from a chat template and for the
+        continuation of a prompt.
 
         Raises:
           ValueError: the text is not valid Unicode (a lone surrogate, which JSON can carry).
@@ -104,15 +103,15 @@ class Tokenizer:
         return ids
 
     def render_chat(self, messages: Messages) -> str:
-        """The messages as text by the tokenizer's own Jinja template, up to where the assistant's answer goes on.
+        """The messages as text by the tokenizer's own Jinja template, up to the point where the assistant continues.
 
-        Where the last message is the assistant's, the answer begins with what that message says: the messages before
-        it are rendered, and its content follows as it is. The template is somebody else's program: it runs in a process
-        of its own, which is ended when it takes too long.
+        A last message by the assistant is the beginning of the answer: the messages before it are rendered, and its
+        content follows unchanged. The template is a program by others, so it runs in a process of its own, which is
+        ended when it takes too long.
 
         Raises:
-          ValueError: no chat template, or it refuses the messages (Gemma's wants user and assistant in turn), fails,
-            takes or writes too much, or ignores what the messages say.
+          ValueError: there is no chat template, or it refuses the messages (Gemma's wants user and assistant in turn),
+            fails, takes or writes too much, or ignores the text of the messages.
         """
         if not self.has_chat_template:
             raise ValueError(
@@ -135,7 +134,7 @@ class Tokenizer:
         return text + prefill
 
     def template_kwargs_problem(self) -> str | None:
-        """Which of `template_kwargs` change nothing, because the chat template never looks at them, in words.
+        """A message about `template_kwargs` that the chat template never reads; None without any.
 
         Raises:
           ValueError: the template is no Jinja template.
@@ -168,13 +167,13 @@ class Tokenizer:
         return self._process().render(self.backend.get_chat_template(), variables)
 
     def _check_that_messages_matter(self, messages: Messages, text: str) -> None:
-        """ValueError where the first or the last message may say something else and the text stays the same."""
+        """ValueError where other words in the first or the last message give the same text."""
         for index in sorted({0, len(messages) - 1}):
             message = messages[index]
             changed = [*messages[:index], {**message, "content": f"{message['content']} 7 "}, *messages[index + 1 :]]
             try:
                 is_ignored = self._render(changed) == text
-            except UntrustedError:  # it wants certain words: then it looks at them
+            except UntrustedError:  # the template wants certain words, so it reads them
                 is_ignored = False
             if is_ignored:
                 raise ValueError(
@@ -184,13 +183,13 @@ class Tokenizer:
                 )
 
     def encode_chat(self, messages: Messages) -> list[int]:
-        """Token ids of `render_chat(messages)`. BOS is there when the template writes it, and never twice."""
-        # apply_chat_template renders and encodes like this inside, but what it returns differs between versions.
+        """Token ids of `render_chat(messages)`. BOS is there if the template writes it, and never twice."""
+        # apply_chat_template does the same, but its result differs between versions.
         return self.encode(self.render_chat(messages), add_bos=False)
 
     @property
     def special_tokens(self) -> list[str]:
-        """As text."""
+        """The special tokens as text."""
         return list(self.backend.all_special_tokens)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -201,7 +200,7 @@ class Tokenizer:
         return text
 
     def content_hash(self) -> str:
-        """Of all that its ids follow from."""
+        """A hash over everything that decides its ids."""
         template = [self.backend.chat_template, self._template_kwargs]
         parts = [self.backend.backend_tokenizer.to_str(), json.dumps(template), repr(self.eos_ids)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -217,7 +216,7 @@ class Tokenizer:
 
 
 def split_prefill(messages: Messages) -> tuple[Messages, str]:
-    """The messages that are to be answered, and how the answer begins: what a last message of the assistant's says."""
+    """(messages to answer, beginning of the answer), which is the content of a last message by the assistant."""
     if messages[-1]["role"] != "assistant":
         return messages, ""
     return messages[:-1], messages[-1]["content"]
@@ -238,7 +237,7 @@ def load_tokenizer(
       key: what names the source, for messages: model.source where that has the tokenizer, too.
 
     Raises:
-      ValueError: the folder or the template file is not there, the folder holds no fast tokenizer, or the hub id cannot
+      ValueError: the folder or the template file is missing, the folder holds no fast tokenizer, or the hub id cannot
         be loaded.
     """
     source = os.fspath(source)
@@ -254,7 +253,7 @@ def load_tokenizer(
 
 
 def _check_template(source: str, backend: "PreTrainedTokenizerFast") -> None:
-    """ValueError for a template that is no text, is too long, or is one of several without a name to choose it by."""
+    """ValueError for a template that is no text or is too long, and for several templates without a default."""
     template = backend.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -295,7 +294,7 @@ def _load_backend(source: str, key: str) -> "PreTrainedTokenizerFast":
             read_object(folder / name)
     for path in sorted(folder.glob("*.jinja")):
         _read_template(path)
-    # Not AutoTokenizer: it may rebuild the tokenizer from its class name instead of reading tokenizer.json as it is.
+    # Not AutoTokenizer, which may rebuild the tokenizer from its class name instead of reading tokenizer.json.
     fast_class = _fast_tokenizer_class()
     with _explain_failures(f"tokenizer folder {str(folder)!r} must hold a tokenizer that transformers can read"):
         backend = fast_class.from_pretrained(str(folder), local_files_only=True)
@@ -306,8 +305,8 @@ def _load_backend(source: str, key: str) -> "PreTrainedTokenizerFast":
 
 @contextlib.contextmanager
 def _explain_failures(rule: str) -> Iterator[None]:
-    """ValueError for what the libraries raise for files that contradict themselves: anything, and where their Rust code
-    panics what is no `Exception`.
+    """ValueError for any error of the libraries about files that contradict themselves. Where their Rust code panics,
+    the error is no `Exception`.
     """
     try:
         yield
@@ -319,8 +318,8 @@ def _explain_failures(rule: str) -> Iterator[None]:
 
 
 def _check_ids(path: pathlib.Path) -> None:
-    """ValueError for a file that is no tokenizer, and for ids with so many free ones between them that the tokenizers
-    library, which prints each of those, would not come to an end.
+    """ValueError for a file that is no tokenizer, and for ids with too many free ids between them: the tokenizers
+    library prints each of those, and would never end.
     """
     fields = Fields(read_object(path), f"{path}: ")
     vocabulary = fields.section("model").values.get("vocab")
@@ -356,7 +355,7 @@ def _download(source: str, key: str) -> pathlib.Path:
 
 
 def _fast_tokenizer_class() -> "type[PreTrainedTokenizerFast]":
-    # Without this transformers advises to install PyTorch, which is of no use here.
+    # Without this, transformers advises to install PyTorch, which is not needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,7 @@
-"""Log-probs and entropies of tokens from hidden states, without ever holding the logits of all of them.
+"""Log-probs and entropies of tokens from hidden states, without holding the logits of all tokens at one time.
 
-In: final hidden states at the positions that predict, and the tokens that followed. Out: the log-prob of each token
-under softmax(logits / temperature), or under that over the ids that could be drawn, and the entropy of that
+In: final hidden states at the predicting positions, and the tokens that followed. Out: the log-prob of each token under
+softmax(logits / temperature), over the vocabulary or over the ids that could be drawn, and the entropy of that
 distribution. The vocabulary is the largest dim of training, so logits exist for one chunk of positions at a time, in
 the forward and in the backward pass; the backward pass computes them again, unless all of them are few. Chunks behind
 the last position that counts are not computed.
@@ -21,7 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 from rl.models.drawn_from import DrawnFrom
 from rl.models.ops import widen
 
-# The name, in compiled programs, of the loops over chunks, whose length is a number of the batch.
+# The name, in compiled programs, of the loops over chunks. Their length is a number of the batch.
 CHUNK_LOOP = "logits"
 TILE_ROWS = 16  # of bfloat16 numbers in a tile of a TPU's memory; of wider ones there are fewer
 # Positions of all sequences on a device together. An accelerator reads the head in about the time of 512 positions'
@@ -31,7 +31,7 @@ FEW_LOGITS = 2**24  # on a device; 64 MiB of float32
 
 
 class Unembedding(Protocol):
-    """The part of a policy that is needed here."""
+    """The part of a policy that this module needs."""
 
     def unembed(self, params: Any, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] of hidden states [..., D]."""
@@ -56,16 +56,15 @@ def token_logprobs(
 
     Args:
         policy: gives logits, see `Unembedding`.
-        params: of the policy.
+        params: the policy's parameters.
         hidden_BTD: hidden_BTD[b, t] predicts targets_BT[b, t].
         targets_BT: int token ids in [0, V) where the mask is not 0.
-        temperature: of the distribution that the tokens were drawn from; above 0.
+        temperature: the temperature at which the tokens were drawn; above 0.
         chunk_size: positions of each sequence whose logits exist at one time (B * chunk_size * V numbers). It changes
             memory and speed, never the result. None: see `chunk_length`.
-        with_entropy: also give entropies.
+        with_entropy: whether to give entropies as well.
         mask_BT: where it is 0, values are exactly 0, no gradient flows, and hidden state and target are arbitrary.
-            Chunks of which nothing counts in any sequence and that come after all that do cost nothing. None: all
-            positions count.
+          Chunks after the last position that counts in any sequence cost nothing. None: all positions count.
         num_shards: devices that share the sequences; `on_cpu`: which are CPUs.
         drawn_from: the rules of the distribution that tokens were drawn from; None: the whole softmax.
         kept_words_BTX: uint32, with `drawn_from`: which ids could be drawn at each position, the target among them. A
@@ -90,7 +89,8 @@ def token_logprobs(
         num_used = T
     else:
         mask_BT = mask_BT.astype(bool)
-        # 0 in place of garbage before it meets a matrix: 0 * NaN in a sum would reach the gradient of the parameters.
+        # Garbage becomes 0 before it meets a matrix, because 0 * NaN in a sum would reach the gradient of the
+        # parameters.
         hidden_BTD = jnp.where(mask_BT[..., None], hidden_BTD, 0)
         num_used = jnp.max(jnp.where(jnp.any(mask_BT, axis=0), jnp.arange(1, T + 1), 0), initial=0)
 
@@ -109,9 +109,9 @@ def token_logprobs(
     if kept_words_BTX is not None:
         assert drawn_from is not None
         kept_words_BTX = jnp.pad(kept_words_BTX, ((0, 0), (0, padding), (0, 0)))
-    # What is not an argument has no gradient, so the parameters that `logits_of` reads become arguments.
+    # Only arguments get a gradient, so the parameters that `logits_of` reads become arguments.
     unembed, read = jax.closure_convert(logits_of, hidden_BTD[:, :size])
-    # One chunk holds everything: its logits are kept, since computing them again would save nothing.
+    # One chunk holds everything. Its logits are kept, because computing them again would save nothing.
     over_chunks = _over_chunks(unembed, drawn_from, size, with_entropy, are_few or num_chunks == 1)
     results = over_chunks(read, hidden_BTD, targets_BT, kept_words_BTX, jnp.asarray(-(-num_used // size), jnp.int32))
     results = [values_BT[:, :T] for values_BT in results]
@@ -127,8 +127,8 @@ def chunk_length(num_rows: int, num_positions: int, chunk_size: int | None = Non
         chunk_size: at most so many; None: so many that `CHUNK_POSITIONS` of all sequences have logits at one time, or
             `CPU_CHUNK_POSITIONS`.
 
-    Chunks are even, so that there is less padding in the same number of them, and end where tiles of a TPU's memory do
-    if that makes none larger than asked for: moving hidden states within tiles is more code than the rest of the loss.
+    Chunks have equal lengths, which gives the least padding. They end at tiles of a TPU's memory if no chunk then is
+    larger than asked for, because moving hidden states within tiles is more code than the rest of the loss.
     """
     if chunk_size is None:
         together = CPU_CHUNK_POSITIONS if on_cpu else CHUNK_POSITIONS
@@ -143,8 +143,8 @@ def _over_chunks(unembed: Any, drawn_from: DrawnFrom | None, size: int, with_ent
     """(arrays that `unembed` reads, hidden_BTD, targets_BT, kept_words_BTX or None, chunks to compute) ->
     [log-probs_BT] or [.., entropies_BT], 0 in chunks that are not computed. T is a multiple of `size`.
 
-    Loops of a number of rounds that the batch decides have no automatic gradient; this one is a loop over the same
-    chunks, which adds up the gradient of the arrays that move.
+    A loop whose number of rounds depends on the batch has no automatic gradient. The gradient here is a loop over the
+    same chunks, which adds up the gradients of the arrays.
     """
 
     def chunk(array: jax.Array, i: Any) -> jax.Array:
@@ -227,7 +227,7 @@ def _over_chunks(unembed: Any, drawn_from: DrawnFrom | None, size: int, with_ent
             total = jax.tree.map(lambda sum_of, part: sum_of + part.astype(sum_of.dtype), total, moving_gradient)
             return total, put(hidden_gradient_BTD, hidden_gradient_BCD, i)
 
-        # In bfloat16 a sum of many chunks would lose those below 2^-9 of it.
+        # In bfloat16 a sum of many chunks would lose chunks below 2^-9 of the sum.
         start = [None if array is None else jnp.zeros(array.shape, widen(array.dtype)) for array in moving]
         total, hidden_gradient_BTD = loop(num_chunks, step, (start, jnp.zeros_like(hidden_BTD)))
         total = jax.tree.map(lambda sum_of, array: sum_of.astype(array.dtype), total, moving)
@@ -278,5 +278,5 @@ def _is_target(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
 
 
 def _finite(log_values: jax.Array) -> jax.Array:
-    """0 in place of -inf, whose product with probability 0 must be 0."""
+    """0 in place of -inf, because its product with probability 0 must be 0."""
     return jnp.where(jnp.isneginf(log_values), 0, log_values)

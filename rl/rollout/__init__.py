@@ -1,1 +1,1 @@
-"""A step's completions: drawn, judged, and formed into groups; evaluation."""
+"""The completions of a step, drawn, judged and formed into groups; evaluation."""

@@ -1,9 +1,8 @@
-"""What a run asks of its policy: the groups of a step, and accuracy on held-out prompts. Both are drawn, and judged by
-the run's reward functions.
+"""Draws and judges the groups of a step, and measures accuracy on held-out prompts.
 
 In: a sampler and running reward functions; then weights and a step. Out: groups of completions with rewards, or the
-metrics of an evaluation. Not here: which prompts are a step's (`rl.rollout.step_prompts`), what drawing and judging
-share (`rl.rollout.scoring`), advantages (`rl.rollout.groups`).
+metrics of an evaluation. Not here: the choice of a step's prompts (`rl.rollout.step_prompts`), drawing and judging
+itself (`rl.rollout.scoring`), advantages (`rl.rollout.groups`).
 """
 
 import functools
@@ -29,13 +28,13 @@ from rl.sampler.token_draw import SamplingParams
 
 
 class Collector:
-    """Has the policy of a run complete prompts, and its reward functions judge what comes of it.
+    """Draws completions with the policy of a run, and has its reward functions judge them.
 
     Args:
-      sampler: draws with the weights that each call hands over.
+      sampler: draws with the weights of each call.
       runner: the running reward functions.
-      sampling: of rollouts; evaluations are greedy.
-      held_out: prompts of the evaluations; empty: there are none.
+      sampling: the sampling parameters of rollouts; evaluations are greedy.
+      held_out: the prompts of evaluations; empty: there are no evaluations.
       log: counts the seconds of a step.
 
     Raises:
@@ -59,7 +58,7 @@ class Collector:
 
     @property
     def reward_state(self) -> dict[str, Any]:
-        """What was found about the reward functions so far, JSON values for `restore`."""
+        """The findings about the reward functions so far, as JSON values for `restore`."""
         found = (self._runner.calls, self._runner.doubts, self._failures.steps_down)
         return dict(zip(REWARD_STATE, found, strict=True))
 
@@ -74,17 +73,17 @@ class Collector:
             raise ValueError(self._failures.error)
 
     def restore(self, reward_state: Mapping[str, Any]) -> None:
-        """Goes on with what an earlier part of the run found; empty: there is none. ValueError as at the start."""
+        """Takes over the findings of an earlier part of the run (empty: none). ValueError as at the start."""
         if reward_state:
             self._runner.adopt(reward_state["reward_calls"], reward_state.get("reward_doubts"))
             check_calls(self._config, self._runner)
             self._failures.restore(reward_state.get("reward_steps_down", {}))
 
     def announce(self, gold: PromptRow | None) -> None:
-        """Says how reward functions are called and what no evaluation measures, and warns of what is odd about a score.
+        """Prints how reward functions are called and what no evaluation measures, and warns about odd scores.
 
         Args:
-          gold: a row whose own answer is scored before the first step; None: nothing is.
+          gold: a data row whose own answer is scored before the first step; None: no row is scored.
         """
         if gold is not None and self._config.rewards.check_on_gold:
             warn_about_rewards(self._log, self._runner, gold)
@@ -92,11 +91,11 @@ class Collector:
         self._say_what_is_left_out()
 
     def draw_and_judge(self, state: PureState, step: int, rows: Sequence[PromptRow], position: int) -> Collected:
-        """The groups that step number `step`, from 0, is trained on.
+        """The groups on which step number `step` (from 0) is trained.
 
         Args:
           state: the weights to draw with; all randomness follows from its key and the step.
-          rows: to train on. position: how many, in the run's order, are used up.
+          rows: the training data rows. position: how many of them, in the run's order, are used up.
         """
         collected = collect(self._config, rows, position, step, functools.partial(self._draw, state, step))
         self._sampler.release()  # the weights are about to change
@@ -104,7 +103,7 @@ class Collector:
         return collected
 
     def evaluate(self, state: PureState, step: int) -> dict[str, float | None]:
-        """Metrics of the policy after `step` steps on the held-out prompts; none at a step without an evaluation."""
+        """Metrics of the policy on the held-out prompts after `step` steps; empty at a step without an evaluation."""
         section, is_last = self._config.eval, step == self._config.grpo.steps
         if not self._held_out or (step % section.every and not is_last):
             return {}
@@ -121,7 +120,7 @@ class Collector:
         return result.metrics()
 
     def _draw(self, state: PureState, step: int, rows: Sequence[PromptRow], indices: Sequence[int]) -> Judged:
-        """A group for each row; `indices`: what stands for each in its randomness."""
+        """A group for each row. `indices`: the number of each row in its randomness."""
         calls = self._runner.calls
         scored = sample_and_score(
             self._sampler,

@@ -1,8 +1,8 @@
 """Greedy accuracy on held-out prompts: inside a run every `eval.every` steps, and on its own (`rl.tools.evaluate`).
 
-In: a sampler, weights, held-out rows, reward functions. Out: the share of prompts whose greedy completion gets a reward
-of at least 1 from the function that counts (`eval.reward`), with a 95 % Wilson interval, and the mean of every reward
-function. There is one completion for each prompt, so functions that compare completions are left out.
+In: a sampler, weights, held-out data rows, reward functions. Out: the share of prompts whose greedy completion gets a
+reward of at least 1 from the function that counts (`eval.reward`), with a 95 % Wilson interval, and the mean of every
+reward function. Each prompt has one completion, so functions that compare completions are left out.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ from rl.sampler.token_draw import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """What one evaluation found.
+    """The result of one evaluation.
 
     Attributes:
       accuracy: share of judged prompts with a reward >= 1 from the function that counts; NaN when none was judged.
       interval: 95 % Wilson score interval of the accuracy
         (https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval).
-      num_prompts: prompts evaluated. num_judged: those that the function that counts could judge.
-      means: mean reward per function that was run; None where it judged nothing. left_out: names of the others, which
-        compare completions with each other.
-      completion_length: mean tokens. truncated_share: completions that hit the length limit.
-      samples: one dict per prompt: prompt, completion, rewards, finish_reason.
+      num_prompts: evaluated prompts. num_judged: prompts that the function that counts could judge.
+      means: {function: mean reward}; None where it judged nothing. left_out: names of functions that compare
+        completions, which were not run.
+      completion_length: mean number of tokens. truncated_share: the share of completions that hit the length limit.
+      samples: a dict for each prompt: prompt, completion, rewards, finish_reason.
     """
 
     accuracy: float
@@ -49,7 +49,7 @@ class EvalResult:
     samples: list[dict[str, Any]] = dataclasses.field(repr=False)
 
     def metrics(self) -> dict[str, float | None]:
-        """As keys of metrics.jsonl."""
+        """The result as keys of metrics.jsonl."""
         low, high = self.interval
         scalars: dict[str, float | None] = {
             "accuracy": self.accuracy,
@@ -74,10 +74,10 @@ def evaluate(
     """Decodes every row greedily and scores it.
 
     Args:
-      sampling: the run's; its temperature, truncations and penalties are replaced by plain greedy decoding. Lengths,
-        stop strings, logit bias and forbidden ids stay.
-      accuracy_reward: name of the reward function that counts; None: the first that judges each completion by itself.
-        Where that is none, nothing is judged.
+      sampling: the run's sampling parameters. Plain greedy decoding replaces temperature, truncations and penalties;
+        lengths, stop strings, logit bias and forbidden ids stay.
+      accuracy_reward: the name of the reward function that counts; None: the first that judges each completion by
+        itself. If there is none, nothing is judged.
     """
     plain, key = greedy(sampling), jax.random.key(0)
     names = runner.elementwise
@@ -114,7 +114,7 @@ def evaluate(
 
 
 def accuracy_function(runner: RewardRunner, wanted: str | None) -> str | None:
-    """The name of the reward function that counts as accuracy; None where that one compares completions, or all do.
+    """The name of the reward function that counts as accuracy; None if it compares completions, or all functions do.
 
     wanted: `eval.reward`.
     """
@@ -125,7 +125,9 @@ def accuracy_function(runner: RewardRunner, wanted: str | None) -> str | None:
 
 
 def left_out_of_evaluation(runner: RewardRunner, accuracy_reward: str | None) -> str | None:
-    """What an evaluation, with its one completion for each prompt, does not measure, in words."""
+    """A message about functions that an evaluation, with one completion for each prompt, does not measure; None without
+    any.
+    """
     names = [name for name in runner.calls if name not in runner.elementwise]
     if not names:
         return None

@@ -1,4 +1,6 @@
-"""Held-out accuracy at the end of a run that draws nothing before: prepared at its start, measured at its end."""
+"""Held-out accuracy at the end of a run that draws nothing before. It is prepared at the start and measured
+at the end.
+"""
 
 import pathlib
 from collections.abc import Sequence
@@ -27,8 +29,8 @@ class FinalAccuracy:
       rows: the held-out prompts.
 
     Raises:
-      ValueError: what would be refused at the end: reward functions that do not start, ids outside the vocabulary, too
-        little memory.
+      ValueError: the measurement would be refused at the end: reward functions do not start, ids are outside the
+        vocabulary, or there is too little memory.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class FinalAccuracy:
         start_rewards(config, rows, None).close()
 
     def say(self, params: Any, log_path: pathlib.Path | None, console: Console) -> None:
-        """Measures the accuracy with these weights, and says it. `log_path`: what reward functions print."""
+        """Measures the accuracy with these weights, and prints it. `log_path`: the file for the output of reward
+        functions.
+        """
         if self._sampler is None:
             return
         reward = self._config.eval.reward
@@ -64,6 +68,6 @@ class FinalAccuracy:
         console.message(f"held-out greedy accuracy {result.accuracy:.1%} on {result.num_prompts} prompts")
 
     def close(self) -> None:
-        """Drops what waits to be compiled."""
+        """Drops programs that wait to be compiled."""
         if self._sampler is not None:
             self._sampler.close()

@@ -1,6 +1,7 @@
-"""The host side of a step before training: prompts in, completions with their rewards, advantages and minibatches out.
+"""The host side of a step before training.
 
-A reward never becomes an advantage in place: `Rollout` keeps both.
+In: prompts with completions. Out: rewards, advantages and minibatches. A reward never becomes an advantage in place:
+`Rollout` keeps both.
 
 Legend: P prompts, G completions per prompt, B = P * G sequences, K reward functions.
 """
@@ -23,7 +24,7 @@ from rl.rollout.scoring import ScoredCompletions
 from rl.sampler.contract import Completion
 from rl.training.packing import TrainCompletion, TrainGroup
 
-OVERLONG = "overlong"  # the name of the punishment of eq. 13 of https://arxiv.org/abs/2503.14476 among the rewards
+OVERLONG = "overlong"  # name of the reward that is the punishment of https://arxiv.org/abs/2503.14476, eq. 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Judged:
 
     Attributes:
       rows: prompts [P]. completions: [P][G]. texts: decoded completions [B].
-      rewards: [B][K], None where a function could not judge. names, weights: [K] of the functions, and of the overlong
-        punishment where there is one.
-      counts: per function its failures, see `rewards.batch.RewardResult`; problems: what went wrong, in words. Both are
-        of all completions that were judged, those of groups that were replaced included.
+      rewards: [B][K], None where a function could not judge. names, weights: [K], of the functions and of the overlong
+        punishment, if there is one.
+      counts: the failures of each function, see `rewards.batch.RewardResult`. problems: what went wrong, in words. Both
+        cover all judged completions, also those of replaced groups.
     """
 
     rows: list[PromptRow]
@@ -57,7 +58,7 @@ class Judged:
         return self.rewards[p * self.group_size : (p + 1) * self.group_size]
 
     def replace(self, places: dict[int, int], other: "Judged") -> "Judged":
-        """With group `places[p]` of `other` in the place of group p."""
+        """These groups with group p replaced by group `places[p]` of `other`."""
         rows, completions = list(self.rows), list(self.completions)
         texts, rewards, size = list(self.texts), list(self.rewards), self.group_size
         for p, q in places.items():
@@ -74,14 +75,14 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One step's completions with what became of them, groups consecutive.
+    """One step's completions with their rewards and advantages. Groups are consecutive.
 
     Attributes:
       rows: prompts [P]. completions: [P][G]. texts: decoded completions [B].
-      rewards_BK: per function, NaN where it could not judge. names: of the functions [K].
-      weighted_B: weighted sum, NaN where no function judged.
-      advantages_B: finite; 0 for rows that no function judged.
-      kept_B: bool, rows that the loss sees (judged, and not masked as truncated).
+      rewards_BK: a column for each function, NaN where it could not judge. names: of the functions [K].
+      weighted_B: the weighted sum, NaN where no function judged.
+      advantages_B: finite; 0 for completions that no function judged.
+      kept_B: bool, completions that the loss sees (judged, and not masked as truncated).
       weights_step: the step, from 0, whose weights drew the completions: those before its first update. A rollout that
         is trained on in a later step is off-policy from its first update on, see `rl.training.update`.
       metrics: scalars for metrics.jsonl. problems: what went wrong in reward functions, in words.
@@ -101,12 +102,12 @@ class Rollout:
 
     @property
     def num_tokens(self) -> int:
-        """That the policy drew, of all completions."""
+        """The number of tokens that the policy drew, over all completions."""
         return sum(completion.num_trained for group in self.completions for completion in group)
 
 
 def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, specs: Sequence[RewardSpec]) -> Judged:
-    """Groups of completions with all that their rewards are made of, one group per row."""
+    """Groups of completions with their rewards, one group for each data row."""
     completions, texts, result = scored
     flat = [completion for group in completions for completion in group]
     rewards = result.rewards
@@ -116,7 +117,7 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
         limit = config.sampling.max_completion_length
         buffer = config.rewards.overlong_buffer * limit
         rewards = [
-            # What no function could judge must not count as judged because it has a length.
+            # A completion that no function could judge must not count as judged because of its length.
             [*row, None if all(r is None for r in row) else soft_overlong(c.num_trained, limit, buffer)]
             for row, c in zip(rewards, flat, strict=True)
         ]
@@ -124,7 +125,7 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
 
 
 def with_advantages(config: Config, judged: Judged, weights_step: int) -> Rollout:
-    """Turns rewards into advantages, and measures both. `weights_step`: see `Rollout`."""
+    """Computes advantages from rewards, and metrics of both. `weights_step`: see `Rollout`."""
     group_size, weights = config.grpo.group_size, judged.weights
     flat = [completion for group in judged.completions for completion in group]
     rewards_BK = np.array(
@@ -133,7 +134,7 @@ def with_advantages(config: Config, judged: Judged, weights_step: int) -> Rollou
     weighted = [weighted_sum(row, weights) for row in judged.rewards]
     weighted_B = np.array([math.nan if value is None else value for value in weighted], np.float64)
     advantages = compute_advantages(
-        # A function of weight 0 is a metric only: it must not make a row count as judged.
+        # A function of weight 0 is a metric only, and must not make a completion count as judged.
         rewards_BK[:, [weight != 0 for weight in weights]],
         np.array([weight for weight in weights if weight != 0]),
         group_size,
@@ -146,7 +147,7 @@ def with_advantages(config: Config, judged: Judged, weights_step: int) -> Rollou
     kept_B = advantages.valid_B & ~truncated_B if config.grpo.mask_truncated else advantages.valid_B
     lengths_B = np.array([completion.num_trained for completion in flat])
     judged_B = weighted_B[advantages.valid_B]
-    # Where nothing was judged there is nothing to learn from either.
+    # Groups without a judged completion teach nothing either.
     zero_variance = advantages.stats["frac_reward_zero_std"] if judged_B.size else 1.0
     metrics = {
         "reward/mean": float(np.mean(judged_B)) if judged_B.size else math.nan,

@@ -1,7 +1,7 @@
-"""Completions drawn and scored: reward functions judge each completion while others are still drawn.
+"""Draws and scores completions: reward functions judge each completion while others are still drawn.
 
-In: a sampler, weights, prompts, the running reward workers. Out: `ScoredCompletions`. Not here: what rewards become
-(`rl.rollout.groups`), and how workers are kept from doing harm (`rewards.runner`).
+In: a sampler, weights, prompts, the running reward workers. Out: `ScoredCompletions`. Not here: advantages
+(`rl.rollout.groups`), and the isolation of workers (`rewards.runner`).
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from rl.run.metrics import Stopwatch
 from rl.sampler.contract import Completion, CompletionSource, requests_for
 from rl.sampler.token_draw import SamplingParams
 
-_ROWS_TO_TRY = 100  # in which two with different prompts are looked for
+_ROWS_TO_TRY = 100  # rows among which two with different prompts are searched
 
 
 def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.Path | None) -> RewardRunner:
-    """The worker processes with the run's reward functions; every column of the rows is offered to them.
+    """Starts the worker processes with the run's reward functions, which may use every column of the data rows.
 
-    Each process of the run has its own, which judge its share of the completions. How the functions are called is
-    settled with some of the rows.
+    Each process of the run has its own workers, which judge its share of the completions. Some rows serve to find out
+    how the functions are called.
     """
     said: dict[bool | None, Calls | None] = {None: None, True: "elementwise", False: "whole_batch"}
     specs = [
@@ -96,7 +96,7 @@ def sample_and_score(
     Args:
       key, prompt_indices: all randomness, see `Sampler.sample`.
       names: the reward functions to run; None: all.
-      watch: "rollout" takes the time until the last completion, "reward" what the rewards take beyond that.
+      watch: "rollout" counts the time until the last completion, "reward" the time of the rewards after that.
     """
     row_B = [row for row in rows for _ in range(num_samples)]
     indices = range(len(rows)) if prompt_indices is None else prompt_indices
@@ -117,13 +117,13 @@ def sample_and_score(
 
 
 def prompt_form(prompt: Prompt) -> Prompt:
-    """A prompt as reward functions get it: text, or the messages that are answered."""
+    """The form of a prompt for reward functions: text, or the messages that are answered."""
     return prompt if isinstance(prompt, str) else split_prefill(prompt)[0]
 
 
 def completion_form(prompt: Prompt, text: str) -> Any:
-    """A completion as reward functions get it: text for a text prompt, an assistant message in a list for a chat
-    prompt, whole: a beginning that the prompt gave is in it, as in TRL.
+    """The form of a completion for reward functions: text for a text prompt, a list with one assistant message for a
+    chat prompt. As in TRL, the message includes a beginning that the prompt gave.
     """
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": split_prefill(prompt)[1] + text}]
 

@@ -1,13 +1,13 @@
-"""The completions of a step, and dynamic sampling (DAPO, section 3.2 of https://arxiv.org/abs/2503.14476): groups whose
-rewards are all equal teach nothing, so others take their place.
+"""The prompts of a step, and dynamic sampling (DAPO, https://arxiv.org/abs/2503.14476, section 3.2).
 
-In: the training rows, how many of them the run has used up, and a function that draws and judges. Out: groups for one
-step and the new count. The places are refilled from the rows that come next in the run's own order, in rounds, at most
-`grpo.dynamic_sampling_rounds`; what is still equal then is trained on as it is. All of it follows from the seed, the
-step and the count of rows, so a resumed run refills as the uninterrupted one did.
+Groups whose rewards are all equal teach nothing, so dynamic sampling replaces them. In: the training data rows, the
+number of rows used up, and a function that draws and judges. Out: the groups of one step and the new number. Groups are
+replaced by those of the next rows in the run's own order, in at most `grpo.dynamic_sampling_rounds` rounds. Groups that
+are still equal then are kept. Everything follows from the seed, the step and the number of rows, so a resumed run
+refills like an uninterrupted one.
 
 A refill is judged alone. A function of the whole batch would compare its completions with fewer than those of the first
-draw, and both would be trained on side by side: with such a function a run does not start (`check_calls`).
+draw, although both are trained on together. So a run with such a function does not start (`check_calls`).
 
 Legend: P prompts of a step, G completions per prompt.
 """
@@ -22,19 +22,19 @@ from rl.config.load import Config
 from rl.data.prompts import PromptRow, next_indices
 from rl.rollout.groups import Judged
 
-# (rows, the number that stands for each in its randomness) -> their groups with rewards
+# (data rows, the number of each in its randomness) -> their groups with rewards
 DrawFn = Callable[[Sequence[PromptRow], Sequence[int]], Judged]
 
 
 class Collected(NamedTuple):
-    """What `collect` found.
+    """The result of `collect`.
 
     Attributes:
       judged: P groups.
-      position: rows of the run's order used up so far, those of the groups that were replaced included.
+      position: the number of rows used up so far, with those of replaced groups.
       weights_step: the step, from 0, whose weights drew the groups, see `rl.rollout.groups.Rollout`.
       metrics: empty without dynamic sampling.
-      problems: what to warn of, in words.
+      problems: warnings, in words.
     """
 
     judged: Judged
@@ -59,8 +59,8 @@ def check_calls(config: Config, runner: RewardRunner) -> None:
 
 
 def collect(config: Config, rows: Sequence[PromptRow], position: int, weights_step: int, draw: DrawFn) -> Collected:
-    """Draws and judges P groups from the rows at `position` on, and refills those without a spread of rewards. `draw`
-    does so with the weights of `weights_step`.
+    """Draws and judges P groups from the rows at `position` on, and replaces groups without a spread of rewards. `draw`
+    draws with the weights of `weights_step`.
     """
     num_prompts, max_rounds = config.grpo.prompts_per_step, config.grpo.dynamic_sampling_rounds
     taken, position = next_indices(len(rows), config.seed, position, num_prompts, num_prompts)
@@ -102,6 +102,6 @@ def has_spread(judged: Judged, p: int) -> bool:
 
 
 def _known(judged: Judged, p: int) -> list[float]:
-    """Weighted rewards of the completions of group p that could be judged."""
+    """The weighted rewards of the judged completions of group p."""
     sums = [weighted_sum(row, judged.weights) for row in judged.rewards_of(p)]
     return [value for value in sums if value is not None]

@@ -1,8 +1,8 @@
-"""What is asked of a sampler and what it gives.
+"""The requests to a sampler, and its completions.
 
-In: a `Request` for each completion: which prompt, which randomness, how many tokens at most. Out: a `Completion` for
-each request. `CompletionSource` is the protocol of everything that draws completions: whoever wants some asks nothing
-else of what draws them. Not here: how they are drawn.
+In: a `Request` for each completion: its prompt, its randomness, its limit in tokens. Out: a `Completion` for each
+request. `CompletionSource` is the protocol of everything that draws completions; its users need nothing else. Not here:
+how completions are drawn.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ PREFILL, DECODE = "prefill", "decode"  # names of programs, for people
 class Completion:
     """One completion of one prompt.
 
-    prompt_index, sample_index: which completion it is; the key, these two and the position are all its randomness.
-    token_ids: int32, the EOS or the token that completes a stop string included, nothing after it.
+    prompt_index, sample_index: the numbers of the completion. With the key and the position they are all its
+      randomness.
+    token_ids: int32, up to and including the EOS, or the token that completes a stop string.
     sampler_logprobs: per token, under the distribution it was drawn from (penalties, truncation); 0 when greedy.
     policy_logprobs: per token, under softmax(logits / temperature); at temperature 1 when greedy. None from a source of
       the user's, whose sampler_logprobs are NaN where it does not know them.
@@ -50,13 +51,13 @@ class Completion:
 
     @property
     def num_trained(self) -> int:
-        """Tokens that the policy drew: the completion's length, wherever one is measured."""
+        """The number of tokens that the policy drew, which is the completion's length wherever it is measured."""
         return len(self.token_ids) if self.trained is None else int(np.sum(self.trained))
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One completion to draw: the prompt's place in the caller's list, its randomness, its limit in tokens."""
+    """One completion to draw: the index of its prompt in the caller's list, its randomness, its limit in tokens."""
 
     prompt: int
     prompt_index: int
@@ -66,7 +67,7 @@ class Request:
 
 
 def requests_for(prompt_indices: Sequence[int], num_samples: int, limit: int) -> list[Request]:
-    """`num_samples` requests of each prompt in turn. prompt_indices: what stands for each prompt in its randomness."""
+    """`num_samples` requests for each prompt in turn. prompt_indices: the number of each prompt in its randomness."""
     return [
         Request(place, int(index), sample, limit)
         for place, index in enumerate(prompt_indices)
@@ -78,10 +79,10 @@ class DrawProgram(NamedTuple):
     """A compiled program of drawing.
 
     Attributes:
-      name: PREFILL or DECODE. key: what the source asks for it by.
+      name: PREFILL or DECODE. key: the source's name for it.
       make: the program and its abstract arguments.
-      num_steps: tokens of each row that one call of it draws at most; 0 in a prefill.
-      is_largest: False for a smaller shape of a program that is there as well.
+      num_steps: the most tokens of each row that one call draws; 0 in a prefill.
+      is_largest: False where a larger shape of the program is there as well.
     """
 
     name: str
@@ -92,7 +93,7 @@ class DrawProgram(NamedTuple):
 
 
 class DrawPrograms(NamedTuple):
-    """What calls of one size compile and keep.
+    """The programs and the memory of calls of one size.
 
     Attributes:
       programs: whose first argument is the weights they read.
@@ -106,10 +107,10 @@ class DrawPrograms(NamedTuple):
 
 
 class CompletionSource(Protocol):
-    """What draws completions: a sampler on the policy's own mesh, or a source of the user's.
+    """Anything that draws completions: a sampler on the policy's own mesh, or a user's source.
 
-    The sizes of `expect`, `expect_length`, `check`, `programs` and `warm_up` are those of a call: how many prompts it
-    draws completions of, and how many of each.
+    `expect`, `expect_length`, `check`, `programs` and `warm_up` take the size of a call: the number of its prompts, and
+    of completions for each.
     """
 
     def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
@@ -117,7 +118,7 @@ class CompletionSource(Protocol):
         ...
 
     def expect_length(self, prompt_length: int, num_prompts: int = 0, num_samples: int = 0) -> None:
-        """The same for prompts of up to so many tokens, whatever they hold."""
+        """Plans shapes for any prompts of up to so many tokens."""
         ...
 
     def check(self, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
@@ -127,7 +128,9 @@ class CompletionSource(Protocol):
         ...
 
     def programs(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> DrawPrograms:
-        """What a call of this size compiles and keeps, for `grpo compile`; nothing runs. params: may be abstract."""
+        """The programs and the memory of a call of this size, for `grpo compile`. Nothing runs. params: may be
+        abstract.
+        """
         ...
 
     def warm_up(self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams) -> None:
@@ -163,7 +166,7 @@ class CompletionSource(Protocol):
         ...
 
     def release(self) -> None:
-        """Drops what calls with the same weights share: the weights are about to change."""
+        """Drops data that calls with the same weights share. To be called before the weights change."""
         ...
 
     def close(self) -> None:

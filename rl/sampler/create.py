@@ -1,7 +1,7 @@
-"""The sampler that a configuration asks for, and its sampling parameters.
+"""The sampler of a configuration, and its sampling parameters.
 
-In: the configuration, a policy on a mesh, the tokenizer. Out: a `CompletionSource`, and `SamplingParams`. This is the
-only module that knows which sources there are. Not here: what these do.
+In: the configuration, a policy on a mesh, the tokenizer. Out: a `CompletionSource`, and `SamplingParams`. Only this
+module knows which sources there are.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from rl.state.states import InitStateFn, get_abstract_state
 
 
 def greedy(sampling: SamplingParams) -> SamplingParams:
-    """How an evaluation draws, see `evaluate`."""
+    """The sampling parameters of an evaluation, see `rl.rollout.evaluation.evaluate`."""
     return dataclasses.replace(
         sampling,
         temperature=0.0,
@@ -55,8 +55,8 @@ def create_sampler(
     the sampler that the policy asks for.
 
     Args:
-      memory: bytes of a device of the mesh; None: as it says itself.
-      stored: where compiled programs are taken from, if they are there.
+      memory: bytes of memory per device; None asks the device.
+      stored: looks up compiled programs.
     """
     if config.sampling.source is not None:
         return CheckedSource(config, tokenizer, policy.config)
@@ -67,7 +67,7 @@ def create_sampler(
 
 
 class DrawSize(NamedTuple):
-    """A call of the sampler, as far as its programs and its memory depend on it."""
+    """The size of a call of the sampler, on which its programs and its memory depend."""
 
     num_prompts: int
     num_samples: int
@@ -82,11 +82,12 @@ def plan_draws(
     num_evaluated: int,
     prompt_length: int | None = None,
 ) -> list[DrawSize]:
-    """Plans a sampler's shapes for the prompts of a run; the calls that the run makes.
+    """Plans a sampler's shapes for the prompts of a run. Returns the sizes of the run's calls.
 
     Args:
-      num_evaluated: prompts of each evaluation; 0: there are none.
-      prompt_length: tokens that prompts may have, where shapes were planned with it before; None: those of the data.
+      num_evaluated: the number of prompts of each evaluation; 0: there are no evaluations.
+      prompt_length: the longest prompt in tokens, for shapes that were planned with it before; None: the data's
+        prompts.
 
     Raises:
       ValueError: one of the calls cannot be: `sampling.kv_memory` is too small for it, or a user's source not made.
@@ -138,22 +139,22 @@ def _slot_sampler(
 def _sampler_options(config: Config, mesh: Mesh, tokenizer: Tokenizer, memory: int | None) -> dict[str, Any]:
     slots, kv_bytes = config.sampling.slots, None
     if slots is None:
-        # The least memory of all processes: they must come to the same number of slots.
+        # The least memory of all processes, because they must plan the same number of slots.
         available = min(hosts.gather(device_memory(mesh))) if memory is None else memory
         kv_bytes = int(config.sampling.kv_memory * available)
     return {"slots": slots, "kv_bytes": kv_bytes, "decode_text": stop_text(config, tokenizer)}
 
 
 def stop_text(config: Config, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
-    """The text of token ids in which stop strings are looked for: with the special tokens in it where one of the stop
-    strings is, or holds, a special token.
+    """A function that gives the text of token ids in which stop strings are searched. The text has special tokens if a
+    stop string holds one.
     """
     special = any(token in stop for stop in config.sampling.stop_strings for token in tokenizer.special_tokens)
     return partial(tokenizer.decode, skip_special_tokens=not special)
 
 
 def sampling_params(config: Config, eos: tuple[int, ...], for_training: bool = False) -> SamplingParams:
-    """The `sampling` section as the sampler takes it; nothing else, not a model's own defaults, sets a rule.
+    """The `sampling` section as `SamplingParams`. Nothing else sets a rule, not even a model's own defaults.
 
     Args:
       for_training: report what `grpo.policy_distribution` needs.
@@ -190,10 +191,10 @@ def checked_sampling(config: Config, model_config: ModelConfig, tokenizer: Token
 
 
 def eos_ids(config: Config, model_config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """sampling.eos_ids, else every EOS that the model or the tokenizer names.
+    """sampling.eos_ids, else every EOS of the model and the tokenizer.
 
     Raises:
-      ValueError: an id outside the vocabulary, or no EOS at all.
+      ValueError: an id is outside the vocabulary, or there is no EOS.
     """
     ids = config.sampling.eos_ids
     if ids is None:

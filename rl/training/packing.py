@@ -1,10 +1,10 @@
 """Packs the groups of a minibatch into rows of tokens, on the host.
 
-In: prompts, their completions, one advantage per completion. Out: a `Batch` of numpy arrays in fixed shapes, that is
-micro-batches of rows without padding between sequences. A prompt is stored once per row and shared by its completions:
-row = prompt, completion 1, ..., completion G, next prompt, ...; `rl.models.ops.visible` keeps them apart, positions of
-every completion go on from its prompt. Groups that are longer than a row are cut between completions and the prompt is
-repeated. How a batch is cut never changes loss or gradient, because every denominator is that of the whole minibatch.
+In: prompts, their completions, one advantage for each completion. Out: a `Batch` of numpy arrays in fixed shapes:
+micro-batches of rows without padding between sequences. A row stores a prompt once for all its completions: prompt,
+completion 1, ..., completion G, next prompt, ... `rl.models.ops.visible` keeps completions apart. The positions of each
+completion continue those of its prompt. A group that is longer than a row is cut between completions, and its prompt is
+repeated. The cut never changes loss or gradient, because every denominator is that of the whole minibatch.
 
 Legend: M micro-batches, R rows, T token positions, N trained tokens of a row, C completions of a row, L tokens of a
 completion, X words of `rl.models.drawn_from`.
@@ -21,7 +21,7 @@ from rl.models.inputs import PADDING_GROUP, Inputs, check_segments
 
 _MIN_PIECES = 8
 _LONG_ROW = 8192  # positions; the mask of a row is a square of booleans, 64 MiB at this length
-# Of `_shorter_lengths`: shares of a row, what they are multiples of, and the shortest row that is cut.
+# For `_shorter_lengths`: shares of a row, the unit of lengths, and the shortest row that is cut.
 _CUTS, _CUT_STEP, _SHORTEST_CUT = (5 / 8, 13 / 16), 64, 1024
 
 
@@ -31,9 +31,9 @@ class TrainCompletion:
 
     Attributes:
       token_ids: int32 [L], EOS included.
-      advantage: constant of all its tokens. With `grpo.kl_in_reward` its reward: `rl.training.token_advantages` goes on
-        from it.
-      sampler_logprobs: float [L] under the distribution the tokens were drawn from; None when unknown.
+      advantage: one number for all its tokens. With `grpo.kl_in_reward` it is the reward, from which
+        `rl.training.token_advantages` computes advantages.
+      sampler_logprobs: float [L] under the distribution from which the tokens were drawn; None when unknown.
       rollout_logprobs: float [L] under the distribution that is trained (the policy's plain softmax at the sampling
         temperature; that over the kept ids with `grpo.policy_distribution: sampled`), as the sampler computed it; None
         when unknown.
@@ -60,7 +60,7 @@ class TrainCompletion:
 
 @dataclasses.dataclass(frozen=True)
 class TrainGroup:
-    """A prompt (int32 ids, at least one token) and the completions drawn for it."""
+    """A prompt (int32 ids, at least one token) and its completions."""
 
     prompt_ids: np.ndarray
     completions: Sequence[TrainCompletion]
@@ -71,13 +71,13 @@ class PackingPlan:
     """Static shapes of a run's batches, so that the train step compiles once.
 
     Attributes:
-      num_microbatches: M, upper bound; a `Batch` says how many are used.
+      num_microbatches: M, an upper bound; a `Batch` says how many are used.
       num_rows: R, a multiple of the number of row shards.
       row_length: T.
       completions_per_row: C, upper bound.
       completion_length: L, upper bound.
-      shorter_lengths: in increasing order, positions less than T at which a micro-batch is computed whose rows hold no
-        more; one compiled program holds them all.
+      shorter_lengths: lengths below T, in increasing order. A micro-batch whose rows hold no more is computed at such a
+        length. One compiled program holds all lengths.
       kept_words: X, words of each completion token that say which ids could be drawn; 0: no batch has them.
     """
 
@@ -91,23 +91,23 @@ class PackingPlan:
 
 
 class Batch(NamedTuple):
-    """One minibatch as arrays; the dims of every field are in its name.
+    """One minibatch as arrays. The name of every field has its dims.
 
     Attributes:
       tokens_MRT, positions_MRT, group_ids_MRT, branch_ids_MRT: int32; padding has group -1.
-      predictors_MRN: int32, position in the row whose hidden state predicts trained token n.
-      targets_MRN: int32, trained token n; those of a completion are consecutive.
+      predictors_MRN: int32, the position in the row whose hidden state predicts trained token n.
+      targets_MRN: int32, trained token n. Tokens of one completion are consecutive.
       target_mask_MRN: bool, False on padding.
-      slots_MRCL: int32, index n of token l of completion c.
+      slots_MRCL: int32, the index n of token l of completion c.
       mask_MRCL: 1.0 where completion c has a token l that the policy drew (`TrainCompletion.trained`).
       sequence_mask_MRC: 1.0 where there is a completion c.
-      advantages_MRC: a constant per completion (see `TrainCompletion`).
+      advantages_MRC: one for each completion (see `TrainCompletion`).
       sampler_logprobs_MRCL, rollout_logprobs_MRCL: (see `TrainCompletion`), NaN where unknown.
-      old_logprobs_MRCL, reference_logprobs_MRCL: log-probs of the policy before the first update and of the reference,
-        put in by the trainer when the loss needs them; None otherwise.
-      advantages_MRCL: of each token, put in by the trainer with `grpo.kl_in_reward`; None otherwise.
+      old_logprobs_MRCL, reference_logprobs_MRCL: log-probs of the policy before the first update, and of the reference.
+        The trainer adds them when the loss needs them; None otherwise.
+      advantages_MRCL: one for each token, which the trainer adds with `grpo.kl_in_reward`; None otherwise.
       kept_words_MRNX: uint32, which ids could be drawn at completion token n; 0 on padding; None without such words.
-      sequence_ids_MRC: int32, index of the completion in the order in which the groups were given; -1 on padding.
+      sequence_ids_MRC: int32, the index of the completion in the order of the given groups; -1 on padding.
       num_microbatches: int32 [], micro-batches in use.
     """
 
@@ -153,19 +153,19 @@ def plan_packing(
     """Shapes that hold any minibatch of `num_groups` prompts with `group_size` completions each.
 
     Rows have the length at which a minibatch of the longest sequences costs least (`_row_length`). A piece has as many
-    rows as the budget allows, but not more than a part in `_MIN_PIECES` of such a minibatch: shorter completions need
-    fewer rows, and the last piece that they need is computed whole.
+    rows as the budget allows, but at most 1 / `_MIN_PIECES` of such a minibatch, because shorter completions need fewer
+    rows, and their last piece is computed whole.
 
     Args:
-      preferred_row_length: rows are not shorter, unless the budget is; the hidden size, because at that length even all
-        scores of a row cost about a sixth of the rest of a layer, less than half-empty rows would.
-      packs_rows: False for a policy that cannot tell the sequences of a row apart: each row is one prompt with one
-        completion.
-      skips_blocks: attention to what nobody in a row sees costs nothing; otherwise long rows cost more per token.
-      cuts_rows: micro-batches of rows with gaps may be computed at less than their length.
+      preferred_row_length: rows are not shorter than this, unless the budget is. It is the hidden size: at that length
+        all scores of a row cost about a sixth of the rest of a layer, less than half-empty rows would.
+      packs_rows: False for a policy that cannot tell the sequences of a row apart. Each row then holds one prompt with
+        one completion.
+      skips_blocks: whether attention skips what nobody sees. Otherwise long rows cost more for each token.
+      cuts_rows: whether micro-batches of rows with gaps may be computed at a shorter length.
 
     Raises:
-      ValueError: the budget does not hold one longest sequence per row shard.
+      ValueError: the budget does not hold one longest sequence for each row shard.
     """
     sequence = max_prompt_length + max_completion_length
     budget = max_tokens_per_microbatch // num_row_shards
@@ -193,7 +193,8 @@ def plan_packing(
     num_microbatches = math.ceil(rows_per_shard / min(budget // row_length, max(rows_per_shard // _MIN_PIECES, 1)))
     return PackingPlan(
         num_microbatches=num_microbatches,
-        num_rows=num_row_shards * math.ceil(rows_per_shard / num_microbatches),  # pieces alike: none is half empty
+        num_rows=num_row_shards
+        * math.ceil(rows_per_shard / num_microbatches),  # equal pieces, so that none is half empty
         row_length=row_length,
         completions_per_row=min(max(completions_per_group_row, row_length // 8), num_groups * group_size),
         completion_length=max_completion_length,
@@ -202,9 +203,10 @@ def plan_packing(
 
 
 def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float32) -> Batch:
-    """Packs groups in decreasing order of their lengths, each into the fullest row that holds it (`_rows`). Rows are
-    filled up to that one of the plan's lengths with which the fewest positions are computed. Deterministic, and every
-    completion keeps its `sequence_ids` index.
+    """Packs groups in decreasing order of their lengths, each into the fullest row that can hold it (`_rows`).
+
+    Rows are filled up to the one of the plan's lengths with which the fewest positions are computed. The result is
+    deterministic, and every completion keeps its `sequence_ids` index.
 
     Groups without completions are left out. A minibatch without any completion gives a batch of padding. `dtype` is
     that of the batch's floating-point fields: float32, or float64 for a float64 model. ValueError where the plan has
@@ -224,10 +226,10 @@ def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float3
 
 
 def unpack(batch: Batch, values_MRCL: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
-    """Per-token values of every completion, in the order in which the groups were given to `pack`.
+    """The values of every completion's tokens, in the order of the groups given to `pack`.
 
     Args:
-      lengths: tokens of each completion.
+      lengths: the number of tokens of each completion.
     """
     values_MRCL, ids = np.asarray(values_MRCL), np.asarray(batch.sequence_ids_MRC)
     places = {int(ids[place]): place for place in zip(*np.nonzero(ids >= 0), strict=True)}
@@ -247,35 +249,37 @@ class _Unit(NamedTuple):
 
 
 def _num_inputs(completions: Iterable[TrainCompletion]) -> int:
-    """Tokens that completions put into a row: the last one of each predicts nothing, so it is never an input."""
+    """The number of tokens that completions put into a row. The last token of each predicts nothing, so it is
+    no input.
+    """
     return sum(len(completion.token_ids) - 1 for completion in completions)
 
 
 def _fits(groups: Sequence[TrainGroup], row_length: int) -> bool:
-    """Whether a row of this length holds every sequence."""
+    """Whether a row of this length can hold every sequence."""
     return all(len(g.prompt_ids) + _num_inputs([c]) <= row_length for g in groups for c in g.completions)
 
 
 def _cost(rows: Sequence[Sequence[_Unit]], plan: PackingPlan) -> int:
-    """Positions of each of a micro-batch's rows that are computed, over all micro-batches."""
+    """The computed positions of a row, summed over all micro-batches."""
     longest_rows = rows[:: plan.num_rows]  # in decreasing order of their tokens
     filled = [sum(unit.num_tokens for unit in row) for row in longest_rows]
     return sum(min(length for length in (*plan.shorter_lengths, plan.row_length) if n <= length) for n in filled)
 
 
 def _rows(groups: Sequence[TrainGroup], plan: PackingPlan, row_length: int) -> list[list[_Unit]]:
-    """The units of each row of at most so many tokens, the fullest row first: rows that are not full share a
+    """The units of each row of at most `row_length` tokens. The fullest row comes first, so that rows with gaps share a
     micro-batch.
 
-    Groups come in decreasing order of their tokens, each whole to the fullest row that holds it. Of a group that is
-    longer than a row the completions come in decreasing order of theirs; each goes beside others of its group where it
-    fits, else to the fullest row where its prompt fits as well.
+    Groups are taken in decreasing order of their tokens, and each goes whole into the fullest row that can hold it. A
+    group that is longer than a row is split. Its completions are taken in decreasing order of their tokens; each goes
+    beside others of its group if it fits there, else into the fullest row that can also hold its prompt.
     """
     rows: list[dict[int, _Unit]] = []  # by group
     free: list[tuple[int, int]] = []  # tokens and completions that still fit in each row
 
     def put(index: int, places: Sequence[int]) -> None:
-        """These completions of a group into one row, a new one where there is none for them."""
+        """Puts these completions of a group into one of the rows `places`, or into a new row."""
         group = groups[index]
         num_tokens = _num_inputs(group.completions[place] for place in places)
 
@@ -314,7 +318,7 @@ def batch_fields(plan: PackingPlan, dtype: Any) -> dict[str, tuple[tuple[int, ..
     """(shape, dtype, value of padding) of each field of a `Batch` that `pack` fills."""
     M, R, T = plan.num_microbatches, plan.num_rows, plan.row_length
     C, L = plan.completions_per_row, plan.completion_length
-    N = min(T + C, C * L)  # every completion predicts one token more than it puts into the row
+    N = min(T + C, C * L)  # every completion has one predicted token more than inputs
     fields = {
         "tokens_MRT": ((M, R, T), np.int32, 0),
         "positions_MRT": ((M, R, T), np.int32, 0),
@@ -396,13 +400,12 @@ def _row_length(
     budget: int,
     skips_blocks: bool,
 ) -> int:
-    """The length of rows at which a minibatch of the longest sequences costs least, of all that hold 1, 2, ...
-    completions of a group.
+    """The length of rows at which a minibatch of the longest sequences costs least, among those for 1, 2, ...
+    completions.
 
     Rows of more than `_LONG_ROW` positions hold one completion. A shorter row repeats the prompt more often; few long
-    rows leave shards without any. Where nothing is skipped, every
-    token of a longer row pays for more of others' completions: a token costs 1 for the rest of a layer and a sixth for
-    attention in rows of `preferred_row_length` positions.
+    rows leave shards without any. Where attention skips nothing, every token of a longer row pays for more of other
+    completions. In rows of `preferred_row_length` positions, a token's attention costs a sixth of the rest of a layer.
     """
 
     def cost(row_length: int) -> float:
@@ -419,13 +422,14 @@ def _row_length(
         needed = max_prompt_length + completions * max_completion_length
         if completions == 1 or needed <= min(budget, _LONG_ROW):
             lengths.append(min(_round_up(max(needed, preferred_row_length)), budget))
-    return min(reversed(lengths), key=cost)  # of two that cost the same the one that repeats prompts less
+    return min(reversed(lengths), key=cost)  # of equal costs, the one that repeats prompts less
 
 
 def _shorter_lengths(row_length: int) -> tuple[int, ...]:
-    """Long rows that hold few groups have gaps: at their full length a quarter or so of what is computed is padding.
+    """The shorter lengths of long rows, which have gaps. At their full length about a quarter of the computed positions
+    is padding.
 
-    Two lengths more make it a tenth, for which each takes as long to compile as the first.
+    Two more lengths make it a tenth. Each takes as long to compile as the first.
     """
     if row_length < _SHORTEST_CUT:
         return ()
@@ -433,6 +437,6 @@ def _shorter_lengths(row_length: int) -> tuple[int, ...]:
 
 
 def _round_up(length: int) -> int:
-    """The next length of a geometric ladder with 16 rungs per octave: tidy shapes, at most a 16th of padding."""
+    """Rounds up to a length of a geometric series with 16 steps in each doubling, so that padding is at most 1/16."""
     step = max(8, 2 ** (max(length - 1, 1).bit_length() - 5))
     return math.ceil(length / step) * step

@@ -1,7 +1,7 @@
-"""What the compiled update takes, without its numbers: `get_shaped_inputs`, the same call for both flavours.
+"""The arguments of the compiled update without their numbers: `get_shaped_inputs`, the same call for both flavours.
 
 In: the configuration, a mesh, an `init_state_fn`. Out: shapes, logical axes and shardings of the state and of one
-minibatch. Neither weights nor data are read: prompts are taken to be as long as `data.max_prompt_length` allows.
+minibatch. Neither weights nor data are read. Prompts count as long as `data.max_prompt_length` allows.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from rl.training.update import batch_dtype, drawn_from, needs_old_logprobs
 
 
 class ShapedInputs(NamedTuple):
-    """Shapes (`jax.ShapeDtypeStruct`), logical axes (a tuple of names per leaf) and shardings of the arguments of the
-    train step; `plan` is the packing behind the minibatch's.
+    """Shapes (`jax.ShapeDtypeStruct`), logical axes (a tuple of names for each leaf) and shardings of the train step's
+    arguments. `plan` is the packing plan of the minibatch.
     """
 
     state: PureState
@@ -82,7 +82,7 @@ def _of_present_fields(values: Minibatch, shapes: Minibatch) -> Minibatch:
 
 
 def plan_for(config: Config, max_prompt_length: int, policy: Policy, mesh: Mesh) -> PackingPlan:
-    """Static shapes that hold every minibatch of a run with prompts of up to so many tokens."""
+    """Static shapes that hold every minibatch of a run with prompts of at most `max_prompt_length` tokens."""
     rules = drawn_from(config)
     plan = plan_packing(
         num_groups=config.grpo.prompts_per_step // config.grpo.minibatches,
@@ -95,13 +95,13 @@ def plan_for(config: Config, max_prompt_length: int, policy: Policy, mesh: Mesh)
 
 
 def packing_options(config: Config, policy: Policy, mesh: Mesh) -> dict[str, Any]:
-    """What `plan_packing` asks for besides the numbers and lengths of sequences."""
+    """The arguments of `plan_packing` other than numbers and lengths of sequences."""
     return {
         "max_tokens_per_microbatch": config.grpo.max_tokens_per_microbatch,
         "num_row_shards": num_row_shards(mesh, config.mesh.rules),
         "preferred_row_length": policy.config.hidden_size,
         "packs_rows": policy.packs_rows,
         "skips_blocks": policy.kernel.skips_blocks,
-        # A program of several lengths takes as many times as long to compile: seconds for a CPU, minutes for a TPU.
+        # Each length multiplies the time of compiling: seconds for a CPU, minutes for a TPU.
         "cuts_rows": is_on_cpu(mesh),
     }

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning as the train step sees it: pairs in, minibatches out, and the loss that imitates them.
+"""Supervised fine-tuning through the train step: minibatches of pairs, and the loss that imitates them.
 
-The loss is the mean negative log-likelihood of the completion tokens. That is what CISPO
-(https://arxiv.org/abs/2506.13585) is for completions of advantage 1 that are their own old policy: -log p per token,
-over the tokens of the update. So the train step of `rl.training.train_step` serves as it is.
+The loss is the mean negative log-likelihood of the completion tokens. It equals CISPO
+(https://arxiv.org/abs/2506.13585) with advantage 1 and the policy itself as old policy: -log p of each token, over the
+tokens of the update. So the train step of `rl.training.train_step` is used unchanged.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def plan_for_pairs(config: Config, rows: Sequence[PairRow], policy: Policy, mesh
 
 
 def minibatch_of(rows: Sequence[PairRow], plan: PackingPlan, config: Config, mesh: Mesh) -> Minibatch:
-    """One update's minibatch on the mesh: each pair is a group of one completion with advantage 1."""
+    """The minibatch of one update on the mesh. Each pair is a group of one completion with advantage 1."""
     groups = [TrainGroup(row.prompt_ids, [TrainCompletion(row.completion_ids, advantage=1.0)]) for row in rows]
     batch = hosts.put(pack(groups, plan), batch_shardings(mesh, config.mesh.rules))
     scalars = (np.int32(num_tokens_of(rows)), np.float32(0.0), np.bool_(False))
@@ -71,12 +71,12 @@ def minibatch_of(rows: Sequence[PairRow], plan: PackingPlan, config: Config, mes
 
 
 def num_tokens_of(rows: Sequence[PairRow]) -> int:
-    """Tokens of all completions."""
+    """The number of tokens of all completions."""
     return sum(len(row.completion_ids) for row in rows)
 
 
 def metrics_of(update: UpdateMetrics) -> dict[str, float]:
-    """What one update measured, as keys of metrics.jsonl; `update` is on the host."""
+    """The measurements of one update as keys of metrics.jsonl. `update` is on the host."""
     metrics = {
         "loss": float(update.loss),
         "grad_norm": float(update.grad_norm),

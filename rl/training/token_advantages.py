@@ -5,8 +5,8 @@ for each token. Eq. 8 to 10 of https://arxiv.org/abs/2501.03262: with the reward
 
     A_t = R - beta * sum_{i = t}^{L} KL_i,        KL_i = log(old_i / reference_i) with the estimator k1,
 
-and from all of them their mean is taken away, then they are divided by their standard deviation (ddof 1, 1e-4 added, as
-in `rl.algorithms.advantages`). Mean and deviation are those of all tokens of the step that are trained on.
+Then the mean is subtracted, and the result divided by the standard deviation (ddof 1, 1e-4 added, as in
+`rl.algorithms.advantages`). Mean and deviation are over all trained tokens of the step.
 
 Legend: M micro-batches, R rows, C completions of a row, L tokens of a completion.
 """
@@ -27,9 +27,7 @@ from rl.training.train_step import batch_shardings
 
 
 class TokenRewards(NamedTuple):
-    """What the advantages of one minibatch are made of, by the names that a `Batch` has for it: `advantages_MRC` holds
-    rewards.
-    """
+    """The inputs for the advantages of one minibatch, named as in `Batch`. `advantages_MRC` holds rewards."""
 
     mask_MRCL: Any
     advantages_MRC: Any
@@ -38,7 +36,7 @@ class TokenRewards(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> "TokenRewards":
-        """Of a batch, of arrays, shapes or shardings."""
+        """From a batch of arrays, shapes or shardings."""
         return cls(*(getattr(batch, name) for name in cls._fields))
 
 
@@ -49,7 +47,7 @@ def token_advantages(
     masks, kls, returns = [], [], []
     for minibatch in minibatches:
         mask_MRCL = minibatch.mask_MRCL > 0
-        # Masked first: where nothing was drawn a log-prob may be anything.
+        # Masked first, because a log-prob may be anything where nothing was drawn.
         log_ratio_MRCL = jnp.where(mask_MRCL, minibatch.reference_logprobs_MRCL - minibatch.old_logprobs_MRCL, 0)
         kl_MRCL = KL_ESTIMATORS[kl_estimator](log_ratio_MRCL)
         kl_to_go_MRCL = jnp.flip(jnp.cumsum(jnp.flip(kl_MRCL, -1), -1), -1)
@@ -58,7 +56,7 @@ def token_advantages(
         returns.append(minibatch.advantages_MRC[..., None] - beta * kl_to_go_MRCL)
 
     def total(values: list[jax.Array]) -> Any:
-        """Over the tokens of all minibatches."""
+        """The sum over the tokens of all minibatches."""
         return sum(jnp.sum(jnp.where(mask, x, 0)) for mask, x in zip(masks, values, strict=True))
 
     count = total(masks)

@@ -1,11 +1,10 @@
-"""One optimizer update as one compiled function: `(state, minibatch) -> (state, metrics)`, the same for every policy
-and loss.
+"""One optimizer update as one compiled function, `(state, minibatch) -> (state, metrics)`, for every policy and loss.
 
-In: a `PureState` and a packed `Minibatch`. Out: the next state (argument 0 is donated) and the sums the metrics are
-made of. The pieces of a minibatch run one after the other inside the function; every denominator is that of the whole
-minibatch, so neither their number nor their size changes the result. An update whose loss or gradient norm is not
-finite is skipped: weights and optimizer state stay as they are, bit for bit. `token_logprobs_program` runs the same
-rows without gradient, for old and reference log-probs, or entropies.
+In: a `PureState` and a packed `Minibatch`. Out: the next state (argument 0 is donated) and the sums for the metrics.
+The pieces of a minibatch run one after the other inside the function. Every denominator is that of the whole minibatch,
+so the number and size of pieces do not change the result. An update whose loss or gradient norm is not finite is
+skipped: weights and optimizer state stay as they are, bit for bit. `token_logprobs_program` runs the same rows without
+a gradient, for old and reference log-probs, or entropies.
 
 Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
 completion, B = R * C sequences of a piece, D model.
@@ -41,16 +40,16 @@ MICROBATCH_LOOP, SHORT_MICROBATCH_LOOP = "microbatches", "short microbatches"
 
 
 class Minibatch(NamedTuple):
-    """Everything one update depends on besides the state.
+    """Everything on which one update depends, besides the state.
 
     Attributes:
       batch: packed rows of the minibatch.
-      num_items_in_batch: int32 [], trained tokens of the whole rollout batch that the minibatch is a part of.
-      entropy_coef: float [], coefficient of the entropy bonus during this update.
+      num_items_in_batch: int32 [], trained tokens of the whole rollout batch, of which the minibatch is a part.
+      entropy_coef: float [], the coefficient of the entropy bonus in this update.
       entropy_MRCL: the policy's entropies now, where the loss selects tokens by entropy; None otherwise.
-      on_policy: bool [], whether old log-probs, where the batch has any, are to be those of the update itself. Before
-        the first update on a rollout they are what it would be given but for rounding, and the ratio is exactly 1.
-        Of a token whose old log-prob is NaN (unknown) they always are.
+      on_policy: bool [], whether the update's own log-probs replace the batch's old ones. Before the first update on a
+        rollout the two differ by rounding only, and the replacement makes the ratio exactly 1. Where an old log-prob is
+        NaN (unknown), the update's own is always taken.
     """
 
     batch: Batch
@@ -61,16 +60,16 @@ class Minibatch(NamedTuple):
 
 
 class UpdateMetrics(NamedTuple):
-    """What one update measured.
+    """The measurements of one update.
 
     Attributes:
       loss: scalar.
-      sums: of the whole minibatch; `rl.algorithms.loss_metrics.finish_metrics` makes metrics of them.
-      grad_norm: global norm of the gradient before clipping.
+      sums: sums over the whole minibatch, from which `rl.algorithms.loss_metrics.finish_metrics` makes metrics.
+      grad_norm: the global norm of the gradient before clipping.
       is_applied: bool [], whether loss and gradient norm were finite; otherwise the update was skipped.
-      difference: absolute difference between the policy's log-probs now and those of the sampler.
-      lost_share: of the non-zero updates of single weights, those that rounding discarded; None for weights in float32
-        or wider.
+      difference: the absolute difference between the policy's present log-probs and the sampler's.
+      lost_share: the share of the non-zero updates of single weights that rounding discarded; None for weights in
+        float32 or wider.
     """
 
     loss: jax.Array
@@ -85,14 +84,14 @@ TrainStep = Callable[[PureState, Minibatch], tuple[PureState, UpdateMetrics]]
 
 
 class Difference(NamedTuple):
-    """Sum, maximum and number of absolute differences; pieces merge exactly."""
+    """Sum, maximum and number of absolute differences. Pieces merge exactly."""
 
     total: jax.Array
     highest: jax.Array
     count: jax.Array
 
     def merge(self, other: "Difference") -> "Difference":
-        """Of both sets together."""
+        """The difference over both sets."""
         return Difference(self.total + other.total, jnp.maximum(self.highest, other.highest), self.count + other.count)
 
 
@@ -111,20 +110,20 @@ def jit_train_step(
     drawn_from: DrawnFrom | None = None,
     stored: Stored = not_stored,
 ) -> TrainStep:
-    """The compiled update. The state is donated: the caller must not use the one it passed in again.
+    """The compiled update. The state is donated, so the caller must not use its argument again.
 
-    With adapters only they and their moments are trained and donated; the frozen weights go in as they are, have no
-    gradient, and stand in the next state as the same arrays.
+    With adapters, only adapters and their moments are trained and donated. The frozen weights have no gradient, and the
+    next state holds the same arrays.
 
     Args:
-      state_shardings: a `NamedSharding` per leaf of the state, in and out.
-      mesh: where everything runs; rows are spread over the axes that `rules["batch"]` names.
-      temperature: of the rollouts; all log-probs are at it.
+      state_shardings: a `NamedSharding` for each leaf of the state, in and out.
+      mesh: the mesh of the update. `rules["batch"]` names the axes that cut rows.
+      temperature: the temperature of the rollouts, at which all log-probs are computed.
       chunk_size: tokens of each row of a piece whose logits exist at one time.
       minibatches_per_rollout: updates of one pass over a rollout batch.
-      shorter_lengths: of the `PackingPlan` of the minibatches.
+      shorter_lengths: those of the `PackingPlan`.
       drawn_from: the rules of the distribution that all log-probs are under; None: the whole softmax.
-      stored: where the compiled program is taken from, if it is there; otherwise it is compiled at its first call.
+      stored: looks up the compiled program. If it is not there, it is compiled at its first call.
     """
     program = update_program(
         policy,
@@ -152,7 +151,7 @@ def jit_train_step(
 
 
 def update_arguments(policy: Policy, state: PureState, minibatch: Minibatch) -> tuple[Any, ...]:
-    """The arguments of `update_program` for this state and minibatch, of arrays, shapes or shardings."""
+    """The arguments of `update_program` for this state and minibatch, which may hold arrays, shapes or shardings."""
     if policy.config.lora is None:
         return state, minibatch
     trained, frozen = split(policy.config, state.params)
@@ -173,8 +172,8 @@ def update_program(
     shorter_lengths: Sequence[int] = (),
     drawn_from: DrawnFrom | None = None,
 ) -> Program:
-    """What `jit_train_step` compiles: (state, minibatch) -> (state, metrics), or with adapters (state of what moves,
-    frozen weights, minibatch) -> (state of what moves, metrics). Argument 0 is donated.
+    """The program of `jit_train_step`: (state, minibatch) -> (state, metrics). With adapters it is (trained state,
+    frozen weights, minibatch) -> (trained state, metrics). Argument 0 is donated.
     """
 
     transformation = optax.with_extra_args_support(optimizer)
@@ -184,7 +183,7 @@ def update_program(
         logprobs_BL, entropy_BL = _piece_logprobs(
             policy, params, piece, temperature, chunk_size, mesh, rules, True, drawn_from
         )
-        constant_BL = jax.lax.stop_gradient(logprobs_BL)  # for old log-probs and a measurement, neither trained on
+        constant_BL = jax.lax.stop_gradient(logprobs_BL)  # old log-probs and a measurement must get no gradient
         inputs = _loss_inputs(piece)
         if inputs.old_logprobs_BT is not None:
             is_now_BL = on_policy | jnp.isnan(inputs.old_logprobs_BT)
@@ -200,7 +199,8 @@ def update_program(
 
         def gradient(piece: Batch):
             value, grads = value_and_grad(state.params, frozen, piece, *constants)
-            # Of layers in a loop the gradient comes stacked; added up and measured as it is, it is a few arrays.
+            # With layers in a loop the gradient is stacked. It is added up and measured in that form, which is a few
+            # arrays.
             return value, stack_runs(policy.config, grads)
 
         def add_piece(m, piece, carry):
@@ -210,7 +210,7 @@ def update_program(
             return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
 
         (loss, (sums, difference)), grads = jax.eval_shape(lambda: gradient(_piece(batch, 0)))
-        # In bfloat16 a sum of hundreds of pieces would lose those below 2^-9 of it.
+        # In bfloat16 a sum of hundreds of pieces would lose pieces below 2^-9 of the sum.
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, widen(x.dtype)), grads)
         start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference))
         loss, sum_of_grads, sums, difference = _over_pieces(batch, shorter_lengths, add_piece, start)
@@ -226,9 +226,9 @@ def update_program(
                 lost_share = rounding_loss(params, updates)
             return optax.apply_updates(params, updates), opt_state, lost_share
 
-        # A loop of one round or none: its carry is updated in place, where a conditional would hold both states.
+        # A loop of one round or none, because it updates its carry in place. A conditional would hold both states.
         lost_share = jnp.float32(0) if jnp.finfo(policy.config.param_dtype).bits < 32 else None
-        # Moments that stay in the host's memory come to the devices here, and leave as outputs do.
+        # Moments in the host's memory come to the devices here, and leave as outputs.
         carry = (state.params, from_host_memory(state.opt_state, state_shardings.opt_state), lost_share)
         params, opt_state, lost_share = jax.lax.fori_loop(0, is_applied.astype(jnp.int32), apply, carry)
         metrics = UpdateMetrics(loss, sums, grad_norm, is_applied, difference, lost_share)
@@ -254,10 +254,10 @@ def token_logprobs_program(
     shorter_lengths: Sequence[int] = (),
     drawn_from: DrawnFrom | None = None,
 ) -> Program:
-    """The pass without gradient: (params, batch) -> (log-probs, entropies), both [M, R, C, L], 0 on padding; entropies
-    only `with_entropy`, otherwise None.
+    """The pass without gradient: (params, batch) -> (log-probs, entropies), both [M, R, C, L] and 0 on padding.
+    Entropies are None unless `with_entropy`.
 
-    It runs the rows that the update runs, through the same operations; the compiler may still round them otherwise.
+    It runs the rows of the update through the same operations, but the compiler may round differently.
     """
 
     def logprobs(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
@@ -284,31 +284,31 @@ def token_logprobs_program(
 
 
 def minibatch_axes() -> Minibatch:
-    """The tuple of logical axis names, or None for a dim that is never cut, of every field of a `Minibatch`."""
+    """The tuple of logical axis names of every field of a `Minibatch`; None for a dim that is never cut."""
     batch = Batch(**{name: _axes_of(name) for name in Batch._fields})
     return Minibatch(batch, **{name: _axes_of(name) for name in Minibatch._fields if name != "batch"})
 
 
 def minibatch_shardings(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Minibatch:
-    """A sharding per field of a `Minibatch`: the rules applied to its `minibatch_axes`."""
+    """A sharding for each field of a `Minibatch`, from the rules and `minibatch_axes`."""
     return jax.tree.map(
         lambda names: input_sharding(names, mesh, rules), minibatch_axes(), is_leaf=lambda x: type(x) is tuple
     )
 
 
 def batch_shardings(mesh: Mesh, rules: Mapping[str, Sequence[str]]) -> Batch:
-    """A sharding per field of a `Batch`, as `minibatch_shardings` has them."""
+    """A sharding for each field of a `Batch`, as in `minibatch_shardings`."""
     return minibatch_shardings(mesh, rules).batch
 
 
 def _axes_of(field: str) -> tuple[str | None, ...]:
-    """The logical axes of an input, whose dims are the capital letters at the end of its name; () of a scalar."""
+    """The logical axes of an input, whose dims are the capital letters at the end of its name; () for a scalar."""
     dims = field.rpartition("_")[2]
     return tuple(ROWS if dim == "R" else None for dim in dims) if dims.isupper() else ()
 
 
 def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_rollout: int) -> Denominators:
-    """Counts of the whole minibatch. One minibatch is one update here, so nothing is accumulated over minibatches."""
+    """Counts of the whole minibatch. One minibatch is one update, so nothing is accumulated over minibatches."""
     batch = minibatch.batch
     length = batch.mask_MRCL.shape[-1]
     return denominators_for(
@@ -338,13 +338,13 @@ def _over_pieces(
 ) -> Any:
     """carry = body(m, micro-batch m, carry) for every micro-batch in use.
 
-    The first of them are computed whole, those after the last that needs it with rows cut to the longest of the shorter
-    lengths, and so on: a loop for each length, over micro-batches whose rows `pack` filled in decreasing order.
+    There is a loop for each length. `pack` filled the rows of micro-batches in decreasing order, so the first
+    micro-batches are computed whole, the next ones with rows cut to the longest of the shorter lengths, and so on.
     """
     num_completions = batch.mask_MRCL.shape[-2]
 
     def loop(name: str, start: Any, end: Any, length: int, carry: Any) -> Any:
-        # What is predicted stands at the front as well: of each completion one token more than it puts into the row.
+        # Predicted tokens are at the front as well: each completion has one more of them than inputs.
         ends = {"MRT": length, "MRN": length + num_completions}
         dims = {name: name.rpartition("_")[2][:3] for name, values in batch._asdict().items() if values is not None}
         of_field = {name: ends[first] for name, first in dims.items() if first in ends}
@@ -405,7 +405,7 @@ def _piece_logprobs(
 
 
 def _loss_inputs(piece: Batch) -> LossInputs:
-    """The piece as the loss sees it: R * C sequences, some of them padding."""
+    """The inputs of the loss for one piece: R * C sequences, some of them padding."""
     length = piece.mask_MRCL.shape[-1]
     return LossInputs(
         old_logprobs_BT=_flat(piece.old_logprobs_MRCL, length),

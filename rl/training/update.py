@@ -1,9 +1,8 @@
-"""The updates of one step: packs the minibatches, scores them where the loss needs it, runs the compiled update over
-them.
+"""The updates of one step: packs the minibatches, scores them where the loss needs it, and runs the compiled update.
 
-In: the state, the reference, groups with advantages. Out: the next state and what training measured. Old log-probs are
-frozen before the first update, but not computed for it (they are its own), nor where the sampler's stand in; epochs go
-over the same minibatches again. Not here: the loss and the compiled functions themselves.
+In: the state, the reference, groups with advantages. Out: the next state and the measurements. Old log-probs are fixed
+before the first update. They are not computed for that update, whose own they are, nor where the sampler's are used.
+Epochs go over the same minibatches again. Not here: the loss and the compiled functions.
 
 Rollouts of older weights. Three policies meet: the one that drew (mu), the one before the first update on the rollout
 (old), and the one that is trained (pi). Where they are trained in the step that drew them, mu and old have the same
@@ -56,20 +55,20 @@ TOKEN_ADVANTAGES = "token advantages"
 
 
 class _Measured(NamedTuple):
-    """One update's measurements on the host, and the metrics that follow from its sums."""
+    """One update's measurements on the host, and the metrics from its sums."""
 
     update: UpdateMetrics
     finished: dict[str, np.ndarray]
 
 
 class Updater:
-    """All updates of one step: packs minibatches, has them scored where the loss needs it, calls the train step.
+    """All updates of one step: packs minibatches, scores them where the loss needs it, and calls the train step.
 
     Args:
-      train_step: of `jit_train_step`, with `train_step_options` of the same configuration and plan.
+      train_step: from `jit_train_step`, with `train_step_options` of the same configuration and plan.
       plan: static shapes of the minibatches.
-      state_shardings: a `NamedSharding` per leaf of the state.
-      stored: where compiled programs that score minibatches are taken from, if they are there.
+      state_shardings: a `NamedSharding` for each leaf of the state.
+      stored: looks up compiled programs that score minibatches.
     """
 
     def __init__(
@@ -111,8 +110,8 @@ class Updater:
         Args:
           state: donated; do not use it again.
           reference: None when there is no KL term; weights without adapters.
-          groups: per minibatch its groups.
-          entropy: of the adaptive entropy bonus.
+          groups: the groups of each minibatch.
+          entropy: the state of the adaptive entropy bonus.
           age: steps that were made since the weights that drew the completions; 0: those of `state` drew them. Above 0
             the ratio is taken to the policy that drew, see the module. The first such call may compile again.
 
@@ -131,8 +130,9 @@ class Updater:
         for number, minibatch in enumerate(groups):
             packed = pack(minibatch, self._plan, self._dtype)
             bare: Batch = hosts.put(packed, self._batch_shardings)
-            # With the sampler's, the ratio corrects for what sampler and trainer compute differently. Of a minibatch
-            # whose only update is the first one they stand in for old ones that this update does not read.
+            # With the sampler's log-probs the ratio corrects for differences between sampler and trainer. For a
+            # minibatch whose only update is the first one, they fill the place of old ones, which this update does not
+            # read.
             old = bare.sampler_logprobs_MRCL if needs_old_logprobs(self._config) else None
             is_read = number > 0 or self._config.grpo.epochs > 1 or self._config.grpo.kl_in_reward
             if from_rollout:
@@ -158,7 +158,7 @@ class Updater:
         return state, entropy, self._metrics(measured, entropy, age) | kl_metric
 
     def _with_token_advantages(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
-        """The minibatches of a step with an advantage for each token; nothing else needs the reference's log-probs."""
+        """The minibatches of a step with an advantage for each token. Nothing else needs the reference's log-probs."""
         rewards = tuple(TokenRewards.of(batch) for batch in batches)
         advantages, kl = self._calls[TOKEN_ADVANTAGES](rewards)
         pairs = zip(batches, advantages, strict=True)
@@ -176,7 +176,7 @@ class Updater:
     ) -> Minibatch:
         coef = applied_entropy_coef(entropy.coef, entropy.last_entropy, self._loss_config)
         scalars = hosts.put((np.int32(num_items), self._dtype.type(coef), np.bool_(on_policy)), self._replicated)
-        # The quantile is one of the policy as it is at this update, over the whole minibatch: a pass of its own.
+        # The quantile belongs to the policy at this update and to the whole minibatch, so it needs a pass of its own.
         entropies = self._calls[ENTROPIES](state.params, bare_batch(batch))[1] if ENTROPIES in self._calls else None
         num_items_in_batch, entropy_coef, is_first = scalars
         return Minibatch(batch, num_items_in_batch, entropy_coef, entropies, on_policy=is_first)
@@ -208,19 +208,19 @@ def update_programs(
     plan: PackingPlan,
     mesh: Mesh,
 ) -> dict[str, Program]:
-    """All programs of the updates of a run, by name: what scores minibatches, and the train step."""
+    """{name: program} of all updates of a run: those that score minibatches, and the train step."""
     options = train_step_options(config, plan)
     train_step = update_program(policy, optimizer, loss_config(config), state_shardings, mesh=mesh, **options)
     return {**scoring_programs(config, policy, state_shardings, plan, mesh), TRAIN_STEP: train_step}
 
 
 def train_step_options(config: Config, plan: PackingPlan) -> dict[str, Any]:
-    """What `jit_train_step` takes from the configuration besides loss and mesh, for minibatches packed by `plan`."""
+    """The arguments of `jit_train_step` from the configuration, other than loss and mesh, for minibatches of `plan`."""
     return {**_pass_options(config, plan), "minibatches_per_rollout": config.grpo.minibatches}
 
 
 def _pass_options(config: Config, plan: PackingPlan) -> dict[str, Any]:
-    """What every pass over packed rows depends on, with and without gradient."""
+    """The options of every pass over packed rows, with and without gradient."""
     return {
         "rules": config.mesh.rules,
         "temperature": config.sampling.temperature,
@@ -247,9 +247,10 @@ def drawn_from(config: Config) -> DrawnFrom | None:
 def scoring_programs(
     config: Config, policy: Policy, state_shardings: PureState, plan: PackingPlan, mesh: Mesh
 ) -> dict[str, Program]:
-    """What an `Updater` of this configuration calls besides the train step, by name.
+    """{name: program} of what an `Updater` calls besides the train step.
 
-    One program gives old and reference log-probs. With adapters the reference is the base alone, and has its own.
+    One program gives old and reference log-probs. With adapters the reference is the base alone, and has its own
+    program.
     """
     common: dict[str, Any] = {"mesh": mesh, **_pass_options(config, plan)}
     programs, base = {}, policy.without_adapters()
@@ -268,25 +269,25 @@ def scoring_programs(
 
 
 def batch_dtype(policy: Policy) -> np.dtype:
-    """Of a batch's floating-point fields: float32, float64 for a float64 model."""
+    """The dtype of a batch's floating-point fields: float32, or float64 for a float64 model."""
     return np.dtype(np.float64 if policy.config.dtype == "float64" else np.float32)
 
 
 def needs_old_logprobs(config: Config) -> bool:
-    """Whether a batch holds old log-probs: the policy changes between the rollout and an update on it, or they are the
-    sampler's.
+    """Whether a batch holds old log-probs: because the policy changes between the rollout and an update on it, or
+    because they are the sampler's.
     """
     return _recomputes_old(config) or config.grpo.old_logprobs == "sampler"
 
 
 def _recomputes_old(config: Config) -> bool:
-    """Whether the policy scores old log-probs itself: several updates follow a rollout, or rewards hold a KL estimate,
-    and the sampler's do not do.
+    """Whether the policy computes old log-probs itself: several updates follow a rollout, or rewards hold a KL
+    estimate, and the sampler's are not used.
     """
     is_needed = updates_per_step(config) > 1 or config.grpo.kl_in_reward
     return is_needed and config.grpo.old_logprobs != "sampler"
 
 
 def bare_batch(batch: Batch) -> Batch:
-    """`batch` without what the trainer puts in, as `token_logprobs_program` takes it."""
+    """`batch` without the fields that the trainer adds, as `token_logprobs_program` takes it."""
     return batch._replace(old_logprobs_MRCL=None, reference_logprobs_MRCL=None, advantages_MRCL=None)
