@@ -41,6 +41,16 @@ BUILDERS = {
     "rl.tools.trained",
 }
 
+# What compiles the same programs again and again: for each run, in each flavour, for each sampler of a model.
+COMPILED_OFTEN = {
+    "rl.api",
+    "rl.cli",
+    "rl.grpo_trainer",
+    "rl.sampler.slot_sampler",
+    "rl.sft_trainer",
+    "rl.training.train_step",
+}
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -113,15 +123,13 @@ def _programs(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once(request, _programs):
-    """A file that starts whole runs finds the programs compiled that an earlier run of this process had.
+    """A file that starts whole runs, or compiles train steps or samplers, finds the programs compiled that this process
+    had before. Most are the same in both flavours.
 
     Not one that looks at programs themselves: what is loaded has the names and lines of where it was compiled.
     """
     names = _imported(request.path)
-    if not names & {"rl.api", "rl.cli", "rl.grpo_trainer", "rl.sft_trainer"} or names & {
-        "rl.run.executables",
-        "rl.tools.programs.hlo",
-    }:
+    if not names & COMPILED_OFTEN or names & {"rl.run.executables", "rl.tools.programs.hlo"}:
         yield
         return
     import jax
