@@ -401,23 +401,27 @@ class LossType(NamedTuple):
     builds_in_sampler_ratio: bool = False  # the term holds the sampler's ratio already
     is_of_sequences: bool = False  # weighs whole completions, so it cannot take an advantage for each token
     epsilon_high_is_cap: bool = False  # epsilon_high caps the ratio itself and has no default
+    needs_advantage: bool = False  # where the advantage is 0, so are the term and its gradient
     # {metric: "token" or "sequence"}: metrics of the term that are means over something else than the policy ratio is
     # of.
     belongs_to: Mapping[str, str] = MappingProxyType({})
 
 
 LOSS_TYPES: dict[str, LossType] = {
-    "grpo": LossType(_clipped_term, _num_sequences, averages_within_sequence=True),
-    "bnpo": LossType(_clipped_term, _num_tokens, averages_within_sequence=False),
-    "dr_grpo": LossType(_clipped_term, _num_token_slots, averages_within_sequence=False),
-    "dapo": LossType(_clipped_term, None, averages_within_sequence=False),
-    "luspo": LossType(_clipped_term, _num_sequences, averages_within_sequence=False),
-    "cispo": LossType(_cispo_term, None, averages_within_sequence=False, epsilon_high_is_cap=True),
-    "sapo": LossType(_sapo_term, _num_sequences, averages_within_sequence=True),
+    "grpo": LossType(_clipped_term, _num_sequences, averages_within_sequence=True, needs_advantage=True),
+    "bnpo": LossType(_clipped_term, _num_tokens, averages_within_sequence=False, needs_advantage=True),
+    "dr_grpo": LossType(_clipped_term, _num_token_slots, averages_within_sequence=False, needs_advantage=True),
+    "dapo": LossType(_clipped_term, None, averages_within_sequence=False, needs_advantage=True),
+    "luspo": LossType(_clipped_term, _num_sequences, averages_within_sequence=False, needs_advantage=True),
+    "cispo": LossType(
+        _cispo_term, None, averages_within_sequence=False, needs_advantage=True, epsilon_high_is_cap=True
+    ),
+    "sapo": LossType(_sapo_term, _num_sequences, averages_within_sequence=True, needs_advantage=True),
     "vespo": LossType(
         _vespo_term,
         None,
         averages_within_sequence=False,
+        needs_advantage=True,
         sampler_is_modes=("token_truncate", "token_mask"),
         builds_in_sampler_ratio=True,
         is_of_sequences=True,
@@ -427,6 +431,7 @@ LOSS_TYPES: dict[str, LossType] = {
         _dppo_tv_term,
         None,
         averages_within_sequence=False,
+        needs_advantage=True,
         sampler_is_modes=(),
         belongs_to={"dppo_masked": "token"},
     ),
@@ -434,6 +439,7 @@ LOSS_TYPES: dict[str, LossType] = {
         _dppo_kl_term,
         None,
         averages_within_sequence=False,
+        needs_advantage=True,
         sampler_is_modes=(),
         belongs_to={"dppo_masked": "token"},
     ),
@@ -441,6 +447,7 @@ LOSS_TYPES: dict[str, LossType] = {
         _gmpo_term,
         _num_sequences,
         averages_within_sequence=True,
+        needs_advantage=True,
         sampler_is_modes=("sequence_truncate", "sequence_mask"),
         is_of_sequences=True,
         belongs_to={"gmpo_clip_ratio": "token"},
@@ -449,8 +456,11 @@ LOSS_TYPES: dict[str, LossType] = {
 
 
 def loss_type_of(config: LossConfig) -> LossType:
-    """The entry of the table, with `loss_args` bound to its term. A user's term is normalised as dapo's is."""
-    row = LOSS_TYPES["dapo" if config.custom_term is not None else config.loss_type]
+    """The entry of the table, with `loss_args` bound to its term. A user's term is normalised as dapo's is, and may be
+    other than 0 without an advantage.
+    """
+    is_custom = config.custom_term is not None
+    row = LOSS_TYPES["dapo"]._replace(needs_advantage=False) if is_custom else LOSS_TYPES[config.loss_type]
     term = _term_of(config)
     return row._replace(policy_term=functools.partial(term, **dict(config.loss_args)) if config.loss_args else term)
 

@@ -32,6 +32,7 @@ RESUMABLE_KEYS = (
     "grpo.steps",
     "grpo.max_tokens_per_microbatch",
     "grpo.logprob_chunk",
+    "grpo.skip_zero_advantage",
     "sft.steps",
     "model.remat",
     "model.scan_layers",
@@ -60,7 +61,7 @@ _NO_PROGRAM = (
 )
 _NO_PROGRAM_KEYS = (
     *("model.source", "lora.adapter", "sampling.warm_up", "grpo.preset", "grpo.advantage_estimator"),
-    *("grpo.scale_rewards", "grpo.aggregation", "grpo.dynamic_sampling_rounds"),
+    *("grpo.scale_rewards", "grpo.aggregation", "grpo.dynamic_sampling_rounds", "grpo.skip_zero_advantage"),
 )
 
 # What to say where text stands in place of another type: {first word of pydantic's error type: way out}.

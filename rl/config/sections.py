@@ -187,6 +187,7 @@ class GRPOSection:
     dynamic_sampling_rounds: int
     loss_type: str
     loss_args: dict[str, Any]
+    skip_zero_advantage: bool
     importance_sampling_level: Literal["token", "sequence"]
     epsilon: float
     epsilon_high: float | None

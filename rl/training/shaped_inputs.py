@@ -71,7 +71,8 @@ def minibatch_shapes(config: Config, policy: Policy, plan: PackingPlan) -> Minib
         advantages_MRCL=logprobs if config.grpo.kl_in_reward else None,
     )
     entropies = logprobs if loss_config(config).selects_by_entropy else None
-    return Minibatch(batch, shape((), np.int32), shape((), dtype), entropies, shape((), np.bool_))
+    count = shape((), np.int32)
+    return Minibatch(batch, count, shape((), dtype), entropies, shape((), np.bool_), count, count)
 
 
 def _of_present_fields(values: Minibatch, shapes: Minibatch) -> Minibatch:

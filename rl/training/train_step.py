@@ -50,6 +50,8 @@ class Minibatch(NamedTuple):
       on_policy: bool [], whether the update's own log-probs replace the batch's old ones. Before the first update on a
         rollout the two differ by rounding only, and the replacement makes the ratio exactly 1. Where an old log-prob is
         NaN (unknown), the update's own is always taken.
+      num_left_out_sequences, num_left_out_tokens: int32 [], completions and their trained tokens that belong to the
+        minibatch and are not in the batch, because their part of the loss is 0; None: there are none.
     """
 
     batch: Batch
@@ -57,6 +59,8 @@ class Minibatch(NamedTuple):
     entropy_coef: Any
     entropy_MRCL: Any = None
     on_policy: Any = False
+    num_left_out_sequences: Any = None
+    num_left_out_tokens: Any = None
 
 
 class UpdateMetrics(NamedTuple):
@@ -311,7 +315,7 @@ def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_roll
     """Counts of the whole minibatch. One minibatch is one update, so nothing is accumulated over minibatches."""
     batch = minibatch.batch
     length = batch.mask_MRCL.shape[-1]
-    return denominators_for(
+    counts = denominators_for(
         batch.mask_MRCL.reshape(-1, length),
         batch.sequence_mask_MRC.reshape(-1),
         _flat(minibatch.entropy_MRCL, length),
@@ -320,6 +324,12 @@ def _denominators(minibatch: Minibatch, config: LossConfig, minibatches_per_roll
         advantages_B=batch.advantages_MRC.reshape(-1),
         num_items_in_batch=minibatch.num_items_in_batch,
         steps_per_generation=minibatches_per_rollout,
+    )
+    if minibatch.num_left_out_sequences is None:
+        return counts
+    return counts._replace(
+        num_sequences=counts.num_sequences + minibatch.num_left_out_sequences,
+        num_tokens=counts.num_tokens + minibatch.num_left_out_tokens,
     )
 
 

@@ -38,6 +38,7 @@ from rl.models.lora import split
 from rl.models.policy import Policy
 from rl.models.train_state import PureState
 from rl.state.optimizer import updates_per_step
+from rl.training.computed_groups import ComputedGroups, computed_groups, leaves_groups_out, uncomputed_share
 from rl.training.packing import Batch, PackingPlan, TrainGroup, pack
 from rl.training.token_advantages import TokenRewards, token_advantages_program
 from rl.training.train_step import (
@@ -85,6 +86,7 @@ class Updater:
         self._config = config
         self._plan = plan
         self._loss_config = loss_config(config)
+        self._leaves_out = leaves_groups_out(config)
         self._dtype = batch_dtype(policy)
         self._replicated = replicated(mesh)
         self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
@@ -119,16 +121,18 @@ class Updater:
           The next state, the entropy coefficient's next state, and metrics: means over the updates that were made (over
           all when every one was skipped, to show what was not finite), the number of `skipped_updates`, and
           `logprob_difference` of the first update, where policy and sampler have the same weights. Where they do not,
-          there are `rollout_age` and, in its place, `logprob_drift`: how far the policy moved since the draw.
+          there are `rollout_age` and, in its place, `logprob_drift`: how far the policy moved since the draw. Where
+          groups may be left out (`leaves_groups_out`), means are over the others, and `uncomputed_share` says how many
+          of the tokens of prompts and completions were not computed.
         """
         assert age >= 0, age
         from_sampler = self._config.grpo.old_logprobs == "sampler"
         from_rollout = age > 0 and not from_sampler and not self._config.grpo.sampler_is_correction
         reference_name = REFERENCE_LOGPROBS if REFERENCE_LOGPROBS in self._calls else LOGPROBS
         num_items = sum(c.trained_places.size for minibatch in groups for group in minibatch for c in group.completions)
-        batches = []
-        for number, minibatch in enumerate(groups):
-            packed = pack(minibatch, self._plan, self._dtype)
+        batches, parts = [], [computed_groups(minibatch, self._leaves_out) for minibatch in groups]
+        for number, part in enumerate(parts):
+            packed = pack(part.groups, self._plan, self._dtype)
             bare: Batch = hosts.put(packed, self._batch_shardings)
             # With the sampler's log-probs the ratio corrects for differences between sampler and trainer. For a
             # minibatch whose only update is the first one, they fill the place of old ones, which this update does not
@@ -148,14 +152,15 @@ class Updater:
             batches, kl_metric = self._with_token_advantages(batches)
         measured: list[_Measured] = []
         for _ in range(self._config.grpo.epochs):
-            for batch in batches:
+            for batch, part in zip(batches, parts, strict=True):
                 is_first = not any(update.is_applied for update, _ in measured)
                 on_policy = is_first and not from_sampler and not from_rollout
-                minibatch = self._minibatch(state, batch, num_items, entropy, on_policy)
+                minibatch = self._minibatch(state, batch, part, num_items, entropy, on_policy)
                 state, update = self._train_step(state, minibatch)
                 measured.append(_Measured(*jax.device_get((update, self._finish_metrics(update.sums)))))
                 entropy = self._next_entropy(entropy, measured[-1])
-        return state, entropy, self._metrics(measured, entropy, age) | kl_metric
+        uncomputed = {"uncomputed_share": uncomputed_share(parts)} if self._leaves_out else {}
+        return state, entropy, self._metrics(measured, entropy, age) | kl_metric | uncomputed
 
     def _with_token_advantages(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
         """The minibatches of a step with an advantage for each token. Nothing else needs the reference's log-probs."""
@@ -172,14 +177,21 @@ class Updater:
         return EntropyCoefState(next_entropy_coef(entropy.coef, now, self._loss_config), now)
 
     def _minibatch(
-        self, state: PureState, batch: Batch, num_items: int, entropy: EntropyCoefState, on_policy: bool
+        self,
+        state: PureState,
+        batch: Batch,
+        part: ComputedGroups,
+        num_items: int,
+        entropy: EntropyCoefState,
+        on_policy: bool,
     ) -> Minibatch:
         coef = applied_entropy_coef(entropy.coef, entropy.last_entropy, self._loss_config)
-        scalars = hosts.put((np.int32(num_items), self._dtype.type(coef), np.bool_(on_policy)), self._replicated)
+        left_out = np.int32(part.num_left_out_sequences), np.int32(part.num_left_out_tokens)
+        scalars = np.int32(num_items), self._dtype.type(coef), np.bool_(on_policy), *left_out
         # The quantile belongs to the policy at this update and to the whole minibatch, so it needs a pass of its own.
         entropies = self._calls[ENTROPIES](state.params, bare_batch(batch))[1] if ENTROPIES in self._calls else None
-        num_items_in_batch, entropy_coef, is_first = scalars
-        return Minibatch(batch, num_items_in_batch, entropy_coef, entropies, on_policy=is_first)
+        num_items_in_batch, entropy_coef, *others = hosts.put(scalars, self._replicated)
+        return Minibatch(batch, num_items_in_batch, entropy_coef, entropies, *others)
 
     def _metrics(self, measured: list[_Measured], entropy: EntropyCoefState, age: int) -> dict[str, float]:
         updates, applied = [], [one for one in measured if one.update.is_applied]

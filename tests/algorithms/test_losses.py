@@ -367,6 +367,19 @@ def test_advantages_of_tokens_that_are_alike_are_that_of_their_sequence(loss_typ
     assert not np.delete(moved_BT, 1, axis=1).any()
 
 
+@pytest.mark.parametrize("loss_type", loss_types.LOSS_TYPES)
+def test_no_term_of_the_table_acts_without_an_advantage(loss_type: str) -> None:
+    """Groups without one are not computed then: `rl.training.computed_groups`."""
+    assert loss_types.LOSS_TYPES[loss_type].needs_advantage
+    settings = {"beta": 0.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "top_entropy_quantile": 1.0}
+    problem = random_problem(loss_type, seed=9, dtype=np.float32, **settings)
+    inputs = problem.inputs._replace(advantages_B=np.zeros_like(problem.inputs.advantages_B))
+    loss, grad_BT, grad_entropy_BT, _ = dataclasses.replace(problem, inputs=inputs).evaluate()
+    assert loss == 0
+    assert not np.any(grad_BT)
+    assert not np.any(grad_entropy_BT)
+
+
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("loss_type", loss_types.LOSS_TYPES)
 def test_masked_values_have_no_effect_at_all(loss_type: str, garbage: float) -> None:

@@ -35,6 +35,7 @@ from rl.models.policy import Policy
 from rl.models.train_state import PureState
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import AbstractState, InitStateFn, get_abstract_state
+from rl.training.computed_groups import leaves_groups_out
 from rl.training.packing import PackingPlan, TrainCompletion, TrainGroup, pack
 from rl.training.shaped_inputs import plan_for
 from rl.training.train_step import TRAIN_STEP, Minibatch, jit_train_step, token_logprobs_program
@@ -1022,6 +1023,88 @@ def test_token_means_are_over_the_tokens_of_the_whole_rollout_batch(problem):
     expected = -np.average(problem.advantages_B, weights=problem.lengths)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert abs(metrics["ratio_max"] - 1) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("flavour", "mesh", "rows", "minibatches", "zero", "overrides", "pieces"),
+    [
+        ("linen", ONE_DEVICE, 1, HALVES, (1, 2), ("grpo.importance_sampling_level=sequence",), (2, 1)),
+        ("nnx", (1, 2, 1), 2, ([0, 1, 2],), (0, 1), ("grpo.loss_type=bnpo", "grpo.old_logprobs=sampler"), (2,)),
+    ],
+)
+def test_groups_without_advantage_are_not_computed_and_change_no_loss_and_no_update(
+    flavour, mesh, rows, minibatches, zero, overrides, pieces, problem, trainer
+):
+    """Also where one of two minibatches holds no other, and where positive examples have an NLL term."""
+    plan = dataclasses.replace(PLAN, num_rows=rows, num_microbatches=6)
+    rows_of_zero = [b for g in zero for b in problem.groups[g]]
+    advantages_B = problem.advantages_B.copy()
+    advantages_B[rows_of_zero] = 0
+    flat = problem._replace(advantages_B=advantages_B)
+    settings = ["grpo.beta=0", "grpo.positive_nll_coef=0.1", f"grpo.minibatches={len(minibatches)}", *overrides]
+    settings += ["grpo.prompts_per_step=4", f"mesh.fsdp={mesh[1]}", f"sampling.temperature={TEMPERATURE}"]
+    programs, computed, results = {}, [], []
+
+    def stored(name, program):
+        compiled = programs.setdefault(name, program.jit())
+
+        def call(*arguments):
+            if name == TRAIN_STEP:
+                computed.append(int(arguments[1].batch.num_microbatches))
+            result = compiled(*arguments)
+            assert compiled._cache_size() == 1, "the key changes no program"
+            return result
+
+        return call
+
+    with jax.enable_x64(True):
+        packed = trainer(flavour, "float64", mesh, plan, optimizer=DESCENT)
+        for skips in ("false", "true"):
+            computed.clear()
+            config = load_config(None, [*settings, f"grpo.skip_zero_advantage={skips}"])
+            state, _, metrics = make_updater(config, packed, stored).step(
+                packed.fresh_state(),
+                None,
+                [flat.train_groups(order) for order in minibatches],
+                EntropyCoefState(0.0, float("inf")),
+            )
+            results.append((jax.device_get(state), metrics, tuple(computed)))
+        start = jax.device_get(packed.fresh_state().params)
+    (whole, metrics, all_pieces), (skipped, fewer, some_pieces) = results
+    assert all_pieces == pieces
+    assert some_pieces == (1,) * len(pieces)
+    assert int(skipped.step) == int(whole.step) == len(pieces)
+    for name in ("loss", "grad_norm", "positive_nll"):
+        np.testing.assert_allclose(fewer[name], metrics[name], rtol=1e-11)
+    for got, want, before in zip(*map(jax.tree.leaves, (skipped.params, whole.params, start)), strict=True):
+        moved = np.abs(want - before).max()
+        assert np.abs(got - want).max() <= 1e-11 * moved
+    assert fewer["logprob_difference/mean"] > 0, "sampler and trainer are compared in every update"
+    sizes = [len(problem.prompts[g]) + sum(problem.lengths[b] for b in problem.groups[g]) for g in range(3)]
+    left_out = set(zero) - {2} if len(minibatches) == 2 else set(zero)  # the second minibatch keeps one
+    assert fewer["uncomputed_share"] == sum(sizes[g] for g in left_out) / sum(sizes)
+    assert "uncomputed_share" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("overrides", "leaves_out"),
+    [
+        (["grpo.beta=0"], True),
+        (["grpo.preset=dapo"], True),
+        (["grpo.beta=0", "grpo.positive_nll_coef=0.1", "grpo.off_policy_mask_threshold=0.1"], True),
+        (["grpo.beta=0", "grpo.skip_zero_advantage=false"], False),
+        (["grpo.beta=0.01"], False),
+        (["grpo.preset=reinforce++", "grpo.beta=0.01"], False),
+        (["grpo.beta=0", "grpo.entropy_coef=0.01"], False),
+        (["grpo.beta=0", "grpo.use_adaptive_entropy=true"], False),
+        (["grpo.beta=0", "grpo.top_entropy_quantile=0.2"], False),
+        (["grpo.beta=0", "grpo.loss_type=LOSS"], False),
+    ],
+)
+def test_groups_without_advantage_are_computed_where_the_loss_reads_them(overrides, leaves_out, tmp_path):
+    (tmp_path / "loss.py").write_text("def term(rows, config):\n    return -rows.logprobs_BT, {}\n")
+    config = load_config(None, [entry.replace("LOSS", f"{tmp_path / 'loss.py'}:term") for entry in overrides])
+    assert leaves_groups_out(config) == leaves_out
 
 
 def test_with_the_kl_in_the_reward_each_token_has_the_advantage_of_what_follows(problem, trainer):

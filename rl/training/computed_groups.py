@@ -1,0 +1,75 @@
+"""Which groups of a minibatch an update computes: all of them, or those from which there is something to learn.
+
+In: the groups of a minibatch. Out: those to pack, and what the denominators count of the others. A completion with
+advantage 0 has a policy term of 0, whose gradient is 0 as well. Where nothing else in the loss reads its log-probs, the
+loss and the gradient are the same without it, as long as every denominator still counts it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rl.algorithms.from_config import loss_config
+from rl.algorithms.loss_types import loss_type_of
+from rl.config.load import Config
+from rl.training.packing import TrainGroup
+
+
+class ComputedGroups(NamedTuple):
+    """The groups of a minibatch that are computed.
+
+    Attributes:
+      groups: at least one with a completion, if the minibatch has any.
+      num_left_out_sequences, num_left_out_tokens: completions of the other groups, and the tokens in them.
+      left_out_size: tokens of the other groups, prompts included. size: tokens of all groups.
+    """
+
+    groups: Sequence[TrainGroup]
+    num_left_out_sequences: int
+    num_left_out_tokens: int
+    left_out_size: int
+    size: int
+
+
+def leaves_groups_out(config: Config) -> bool:
+    """Whether updates leave out groups whose advantages are all 0.
+
+    They are computed where a part of the loss reads them: the KL term (which also makes advantages, with
+    `grpo.kl_in_reward`), the entropy bonus, the entropy quantile of the minibatch, or a policy term that may be other
+    than 0 there. The NLL of positive examples reads completions with A > 0 alone.
+    """
+    loss = loss_config(config)
+    is_read = config.grpo.beta or loss.has_entropy_bonus or loss.selects_by_entropy
+    return config.grpo.skip_zero_advantage and not is_read and loss_type_of(loss).needs_advantage
+
+
+def computed_groups(groups: Sequence[TrainGroup], leaves_out: bool) -> ComputedGroups:
+    """All groups, or with `leaves_out` those that have an advantage other than 0.
+
+    Where none has, the first with a completion is computed: it shows whether sampler and trainer agree.
+    """
+    computed = [not leaves_out or any(c.advantage != 0 for c in group.completions) for group in groups]
+    if not any(computed):
+        first = next((place for place, group in enumerate(groups) if group.completions), 0)
+        computed[first] = True
+    left_out = [group for group, is_computed in zip(groups, computed, strict=True) if not is_computed]
+    return ComputedGroups(
+        [group for group, is_computed in zip(groups, computed, strict=True) if is_computed],
+        sum(len(group.completions) for group in left_out),
+        sum(map(_num_completion_tokens, left_out)),
+        sum(map(_size, left_out)),
+        sum(map(_size, groups)),
+    )
+
+
+def uncomputed_share(parts: Sequence[ComputedGroups]) -> float:
+    """Of a step's minibatches: the share of the tokens of prompts and completions that no update computes."""
+    return sum(part.left_out_size for part in parts) / max(sum(part.size for part in parts), 1)
+
+
+def _num_completion_tokens(group: TrainGroup) -> int:
+    return sum(len(completion.token_ids) for completion in group.completions)
+
+
+def _size(group: TrainGroup) -> int:
+    """Tokens of prompt and completions; a group without completions is never computed."""
+    return len(group.prompt_ids) + _num_completion_tokens(group) if group.completions else 0
