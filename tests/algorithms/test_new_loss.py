@@ -7,6 +7,7 @@ from rl.algorithms.loss_types import LOSS_TYPES, LossType
 from rl.config.load import load_config
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics
+from rl.training.computed_groups import leaves_groups_out
 from rl.training.supervised import negative_log_likelihood
 from tests.helpers.places import REWARDS
 
@@ -52,6 +53,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_a_loss_with_arguments_trains_as_the_recipe_says(recipe):
+    assert not leaves_groups_out(recipe())  # its row does not say that it needs an advantage
     line = read_metrics(train(recipe()))[-1]
     # Advantages of a group have the mean 0, and the ratio is 1 in the only update. The first metric belongs to
     # sequences, the second to tokens, as the ratio does, and the sequences have unequal lengths.
