@@ -18,8 +18,8 @@ class ComputedGroups(NamedTuple):
     """The groups of a minibatch that are computed.
 
     Attributes:
-      groups: at least one with a completion, if the minibatch has any.
-      num_left_out_sequences, num_left_out_tokens: completions of the other groups, and the tokens in them.
+      groups: at least one with a trained token, if the minibatch has any.
+      num_left_out_sequences, num_left_out_tokens: completions of the other groups, and the trained tokens in them.
       left_out_size: tokens of the other groups, prompts included. size: tokens of all groups.
     """
 
@@ -45,17 +45,17 @@ def leaves_groups_out(config: Config) -> bool:
 def computed_groups(groups: Sequence[TrainGroup], leaves_out: bool) -> ComputedGroups:
     """All groups, or with `leaves_out` those that have an advantage other than 0.
 
-    Where none has, the first with a completion is computed: it shows whether sampler and trainer agree.
+    Where none has, the first with a trained token is computed: it shows whether sampler and trainer agree.
     """
     computed = [not leaves_out or any(c.advantage != 0 for c in group.completions) for group in groups]
     if not any(computed):
-        first = next((place for place, group in enumerate(groups) if group.completions), 0)
+        first = next((place for place, group in enumerate(groups) if _num_trained(group)), 0)
         computed[first] = True
     left_out = [group for group, is_computed in zip(groups, computed, strict=True) if not is_computed]
     return ComputedGroups(
         [group for group, is_computed in zip(groups, computed, strict=True) if is_computed],
         sum(len(group.completions) for group in left_out),
-        sum(map(_num_completion_tokens, left_out)),
+        sum(map(_num_trained, left_out)),
         sum(map(_size, left_out)),
         sum(map(_size, groups)),
     )
@@ -66,10 +66,12 @@ def uncomputed_share(parts: Sequence[ComputedGroups]) -> float:
     return sum(part.left_out_size for part in parts) / max(sum(part.size for part in parts), 1)
 
 
-def _num_completion_tokens(group: TrainGroup) -> int:
-    return sum(len(completion.token_ids) for completion in group.completions)
+def _num_trained(group: TrainGroup) -> int:
+    return sum(completion.trained_places.size for completion in group.completions)
 
 
 def _size(group: TrainGroup) -> int:
     """Tokens of prompt and completions; a group without completions is never computed."""
-    return len(group.prompt_ids) + _num_completion_tokens(group) if group.completions else 0
+    if not group.completions:
+        return 0
+    return len(group.prompt_ids) + sum(len(completion.token_ids) for completion in group.completions)
