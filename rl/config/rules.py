@@ -101,6 +101,7 @@ def _check_chat(config: Config) -> None:
     for key, value in (
         ("chat_template_kwargs", data.chat_template_kwargs),
         ("assistant_prefill", data.assistant_prefill),
+        ("answer_from_messages", data.answer_from_messages),
     ):
         if value and not data.chat:
             raise ValueError(

@@ -104,6 +104,7 @@ class DataSection:
     chat_template_kwargs: dict[str, Any]
     system_prompt: str | None
     assistant_prefill: str | None
+    answer_from_messages: bool
     max_prompt_length: int
 
 

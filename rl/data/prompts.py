@@ -11,7 +11,7 @@ Legend: P prompts, T token positions.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,7 +101,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     data = config.data
     source = require(data.source, "data.source", "train.jsonl")
     messages: list[str] = []
-    rows = load_rows(source, data.args, data.columns, config.seed)
+    rows = _load(source, data.args, config, "data.source")
     candidates = _tokenize(rows, data, tokenizer, "data.source", messages)
     num_rows, num_dropped = len(rows), len(rows) - len(candidates)
     questions = [question_key(row["prompt"]) for row in rows]
@@ -113,7 +113,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
                 first_rows.setdefault(questions[row.index], row)
         held_out = list(first_rows.values())
     else:
-        eval_rows = load_rows(data.eval_source, data.eval_args, data.columns, config.seed)
+        eval_rows = _load(data.eval_source, data.eval_args, config, "data.eval_source")
         held_out = _tokenize(eval_rows, data, tokenizer, "data.eval_source", messages)
         num_rows += len(eval_rows)
         num_dropped += len(eval_rows) - len(held_out)
@@ -298,6 +298,33 @@ def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
             f"got {data.system_prompt!r}"
         )
     return [{"role": "system", "content": data.system_prompt}, *conversation]
+
+
+def _load(source: str, args: Mapping[str, Any], config: Config, key: str) -> list[Row]:
+    """The rows of a source. With data.answer_from_messages the last message of each is its column `answer`."""
+    rows = load_rows(source, args, config.data.columns, config.seed)
+    if not config.data.answer_from_messages:
+        return rows
+    return [_with_answer(row, f"{key} row {index}") for index, row in enumerate(rows)]
+
+
+def _with_answer(row: Row, where: str) -> Row:
+    messages = row["prompt"]
+    problem = conversation_problem(messages)
+    if problem is None and (messages[-1]["role"] != "assistant" or len(messages) == 1):
+        problem = shown([message["role"] for message in messages])
+    if problem is not None:
+        raise ValueError(
+            f"{where}: with data.answer_from_messages the prompt must be a list of messages with role and content that "
+            f"ends with one of the assistant after others, got {problem}; set data.answer_from_messages=false or "
+            "correct the row"
+        )
+    if "answer" in row:
+        raise ValueError(
+            f"{where}: with data.answer_from_messages there must be no column answer, got {shown(row['answer'])}; set "
+            "data.columns.answer=null, or map that column to another name"
+        )
+    return {**row, "prompt": messages[:-1], "answer": messages[-1]["content"]}
 
 
 def _tokenize(

@@ -395,6 +395,7 @@ def test_a_missing_recipe_is_refused(tmp_path):
             ["data.assistant_prefill=x"],
             r"data\.chat must be true with data\.assistant_prefill, .*got false and 'x'; set",
         ),
+        (["data.answer_from_messages=true"], r"data\.chat must be true with data\.answer_from_messages"),
         (["data.chat_template_kwargs={a: 1}"], r"data\.chat must be true with data\.chat_template_kwargs"),
         (
             ["data.chat=true", "data.chat_template_kwargs.messages=[]"],

@@ -541,6 +541,28 @@ def test_chat_completion_follows_the_rendered_prompt(tokenizer, tmp_path):
     assert begun.completion_ids.tolist() == row.completion_ids.tolist()
 
 
+def test_whole_conversations_are_a_prompt_and_its_answer(tokenizer, tmp_path):
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": turns}])
+    overrides = ("data.chat=true", "data.columns={prompt: messages, answer: null}", "data.answer_from_messages=true")
+    row = load_prompts(config_for(path, *overrides), tokenizer).train[0]
+    assert (row.prompt, row.columns) == (turns[:3], {"answer": "d"})
+    pair = load_pairs(config_for(path, *overrides), tokenizer).rows[0]
+    text = tokenizer.decode([*pair.prompt_ids, *pair.completion_ids], skip_special_tokens=False)
+    assert text == "<bos>user: a\nassistant: b\nuser: c\nassistant: d<eos>"
+    for rows, message in (
+        ([{"messages": turns[:3]}], r"row 0: .* ends with one of the assistant .*got \['user', 'assistant', 'user'\]"),
+        (
+            [{"messages": turns}, {"messages": "a"}],
+            r"row 1: .*must be a list of messages .*got 'a'; set data\.answer_f",
+        ),
+        ([{"messages": turns, "answer": "5"}], r"row 0: .*no column answer, got '5'; set data\.columns\.answer=null"),
+    ):
+        path = write_jsonl(tmp_path / "x.jsonl", rows)
+        with pytest.raises(ValueError, match=message):
+            load_prompts(config_for(path, *overrides), tokenizer)
+
+
 def test_completion_gets_no_space_that_the_text_does_not_have(tmp_path):
     words = ["</s>", "\u2581", "a", "b", "=", "\u2581a", "ab"]
     merges = [("\u2581", "a"), ("a", "b")]
