@@ -42,11 +42,11 @@ COMMANDS = {
         arguments="CONFIG [--check] [--trust] [key=value ...]",
         summary="train a policy with GRPO",
         details="""\
-            CONFIG      a YAML recipe; it inherits every key it does not state from configs/base.yml. A run folder is
-                        gone on with, where it is
-            --check     do all that comes before the first compilation (configuration, data, tokenizer, headers of the
-                        weights, reward functions, memory, disk space, run folder), say what would be done, and leave;
-                        nothing on disk changes, but for the caches of what is downloaded or read by `datasets`
+            CONFIG      a YAML recipe; it inherits every key it does not state from configs/base.yml. Or a run folder,
+                        whose run is resumed where it is
+            --check     do everything before the first compilation (configuration, data, tokenizer, headers of the
+                        weights, reward functions, memory, disk space, run folder), say what the run would do, and
+                        stop; nothing on disk changes except caches of downloads and of `datasets`
             --trust     take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value   overrides with dotted keys, for example grpo.steps=100 optimizer.lr=1e-6
 
@@ -57,11 +57,11 @@ COMMANDS = {
         arguments="CONFIG [--check] [--trust] [key=value ...]",
         summary="warm-start a policy on prompt and completion rows",
         details="""\
-            CONFIG      a YAML recipe; the sft section says how long and on which column. A run folder is gone on with,
-                        where it is
-            --check     do all that comes before the first compilation (configuration, data, tokenizer, headers of the
-                        weights, reward functions, memory, disk space, run folder), say what would be done, and leave;
-                        nothing on disk changes, but for the caches of what is downloaded or read by `datasets`
+            CONFIG      a YAML recipe; the sft section says how long and on which column. Or a run folder, whose run
+                        is resumed where it is
+            --check     do everything before the first compilation (configuration, data, tokenizer, headers of the
+                        weights, reward functions, memory, disk space, run folder), say what the run would do, and
+                        stop; nothing on disk changes except caches of downloads and of `datasets`
             --trust     take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value   overrides with dotted keys, for example sft.steps=300 optimizer.lr=1e-3
 

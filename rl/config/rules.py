@@ -192,7 +192,7 @@ def _check_mesh(config: Config) -> None:
             if not is_flat and len(lists) < len(rule):
                 raise ValueError(
                     f"mesh.{key}.{logical} must be a list of mesh axes, like [fsdp, tensor], or of such lists, like "
-                    f"[[fsdp, tensor], [fsdp]], of which the first that fits counts, got {shown(rule)}"
+                    f"[[fsdp, tensor], [fsdp]], where the first that fits counts, got {shown(rule)}"
                 )
 
 
@@ -228,8 +228,8 @@ def _check_model(config: Config) -> None:
         return
     if config.optimizer.name == "muon":
         raise ValueError(
-            f"optimizer.name must not be muon with model.source {shown(section.source)}, whose matrices it cannot tell "
-            "inputs and outputs of; use adamw"
+            f"optimizer.name must not be muon with model.source {shown(section.source)}: the inputs and "
+            "outputs of its matrices are not known; use adamw"
         )
     for key, (value, needed) in decoder_keys(config).items():
         if value != needed:

@@ -67,8 +67,8 @@ def check_writable(path: str | os.PathLike | None, option: str, makes_folders: b
     folder = next(parent for parent in path.parents if parent.exists()) if makes_folders else path.parent
     if not folder.is_dir():
         raise ValueError(
-            f"{option} must be a file in a folder that exists, got {str(path)!r}, where {str(folder)!r} is none; make "
-            "it first, or choose another one"
+            f"{option} must be a file in a folder that exists, got {str(path)!r}, and {str(folder)!r} is no folder; "
+            "make it first, or choose another one"
         )
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise ValueError(

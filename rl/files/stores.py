@@ -417,8 +417,8 @@ def continued_copy(store: Store, name: str, suffixes: Sequence[str], folder: pat
     if there is not None and (here is None or not here.startswith(there)):
         if here is not None and not there.startswith(here):
             raise ValueError(
-                f"{store.url}/{name} does not go on from its copy {path}, nor the other way round; remove the one that "
-                "is not wanted"
+                f"{store.url}/{name} does not go on from its copy {path}, and the copy not from it; remove the one "
+                "that you do not want"
             )
         for suffix in suffixes:
             store.download(name + suffix, folder / (name + suffix))

@@ -57,7 +57,7 @@ def settle(
         raise ValueError(f"{url} holds another run than its staging folder {root}; {way_out}")
     if not markers:
         if run not in (None, record.run):
-            return f"{url} holds the start of a run, without a complete step; it is gone on with in {root}/run", None
+            return f"{url} holds the start of a run, without a complete step; it continues in {root}/run", None
         if local and record.step is not None:
             raise ValueError(
                 f"{url} no longer holds the run whose step {record.step} was uploaded to it from {root}; to start "
