@@ -1,15 +1,14 @@
-"""The distribution that tokens were drawn from, where rules of sampling make it another one than the policy's softmax.
+"""The distribution from which tokens were drawn, where sampling rules change it from the policy's softmax.
 
-In: which rules are on. Out, for the sampler: the ids that the rules left at a token, in few words; for training: logits
-from which the same distribution follows, for any weights. With `grpo.policy_distribution: sampled` all log-probs of a
-token are normalised over the ids that could have been drawn when it was, "Keep Sampling Mask" of section 3.1 of
-https://arxiv.org/abs/2512.02556. The ids are the sampler's own: logits of another program round differently, and a rule
-that is applied to them again would decide otherwise about an id at its boundary. Not here: the rules themselves
-(`rl.sampler.token_draw`).
+In: the active rules. Out, for the sampler: the ids that the rules left at a token, in few words; for training: logits
+that give the same distribution for any weights. With `grpo.policy_distribution: sampled` all log-probs of a token are
+normalised over the ids that could have been drawn with it ("Keep Sampling Mask", https://arxiv.org/abs/2512.02556,
+section 3.1). The ids are the sampler's own, because logits of another program round differently: a rule that is applied
+again could decide otherwise about an id at its boundary. Not here: the rules themselves (`rl.sampler.token_draw`).
 
 Words are uint32. How many a token has, and what they mean, follows from the rules and the vocabulary:
 
-- top-k of at most V / 32: the ids, each plus 1; 0 in the place of one that another rule removed;
+- top-k of at most V / 32: the ids, each plus 1; 0 for an id that another rule removed;
 - other truncation: a bit for each id, the lowest first; exact for a set of any size;
 - a minimum length alone: the end ids that could not be drawn, each plus 1; 0 where all could.
 
@@ -28,7 +27,7 @@ MAX_ENDS = 8  # end ids that a minimum length may forbid, where nothing else nee
 
 @dataclasses.dataclass(frozen=True)
 class DrawnFrom:
-    """Which rules reshaped the distribution; hashable, so that it can be a static argument of jit.
+    """The rules that changed the distribution; hashable, so that it can be a static argument of jit.
 
     top_k: 0 is off. truncates: top-p or min-p is on. forbids_ends: a minimum length is on.
     forbidden_ids: never drawn. logit_bias: pairs of a token id and what its logit gains.

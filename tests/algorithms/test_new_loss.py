@@ -1,4 +1,4 @@
-"""A loss with arguments of its own is one function and one row of `LOSS_TYPES`: nothing else is changed for it."""
+"""A loss with arguments of its own is one function and one entry of `LOSS_TYPES`: nothing else is changed for it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A family of decoders that combines features which are there is one row of `FAMILIES`: twins and files follow."""
+"""A family of decoders that combines existing features is one entry of `FAMILIES`: twins and files follow."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""An attention kernel is one row of `KERNELS`: a run takes it by its name, and "auto" where the platform has it."""
+"""An attention kernel is one entry of `KERNELS`: a run takes it by its name, and "auto" where the platform has it."""
 
 import functools
 
