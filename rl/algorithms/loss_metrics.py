@@ -137,7 +137,7 @@ def finish_metrics(sums: MetricSums) -> dict[str, jax.Array]:
     - sampler_logprob_difference_{mean,max}: absolute, old against sampler, in nats;
     - sampler_ratio_{min,mean,max}: as the loss takes it, cut at its bounds or 0 beyond them;
     - sampler_ratio_raw_mean: before that; far from 1 means that sampler and trainer do not agree;
-    - sampler_ratio_cut_share: of tokens, those whose ratio, or that of their sequence, was beyond its bounds.
+    - sampler_ratio_cut_share: share of tokens whose ratio, or whose sequence's ratio, was beyond its bounds.
     """
     means = {name: value / jnp.maximum(sums.weights[name], 1) for name, value in sums.numerators.items()}
     extremes = {

@@ -143,7 +143,7 @@ def _check_paths(config: Config) -> None:
 
 
 def _check_kl_in_reward(config: Config) -> None:
-    """With kl_in_reward each token has its own advantage, and the KL estimate is that of the old policy."""
+    """With kl_in_reward each token has its own advantage, and the KL estimate belongs to the old policy."""
     grpo, way_out = config.grpo, "or set grpo.kl_in_reward to false"
     for key, needed, why in (
         ("advantage_estimator", "reinforce++", "whose advantages are whitened over tokens"),

@@ -280,7 +280,7 @@ def together(function: Callable[[], T]) -> T:
 
 
 def check_same(config: Config, identity: Mapping[str, Any]) -> None:
-    """ValueError where configuration, data or weights of a process differ from those of the first."""
+    """ValueError where configuration, data or weights of a process differ from the first process's."""
     sections = {
         f"the configuration's {name}": value for name, value in to_dict(config).items() if name != "distributed"
     }

@@ -55,7 +55,7 @@ class DataBench(NamedTuple):
 
 
 def bench(recipe: str | pathlib.Path, num_steps: int = 10, overrides: Sequence[str] = ()) -> DataBench:
-    """Loads the prompts of a recipe as `grpo train` does, and chooses those of its first `num_steps` steps.
+    """Loads the prompts of a recipe as `grpo train` does, and chooses the prompts of its first `num_steps` steps.
 
     Raises:
       ValueError: `grpo train` would refuse the data, there are fewer rows than grpo.prompts_per_step, or `num_steps` is

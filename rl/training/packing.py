@@ -3,7 +3,7 @@
 In: prompts, their completions, one advantage for each completion. Out: a `Batch` of numpy arrays in fixed shapes:
 micro-batches of rows without padding between sequences. A row stores a prompt once for all its completions: prompt,
 completion 1, ..., completion G, next prompt, ... `rl.models.ops.visible` keeps completions apart. The positions of each
-completion continue those of its prompt. A group that is longer than a row is cut between completions, and its prompt is
+completion go on from its prompt's. A group that is longer than a row is cut between completions, and its prompt is
 repeated. The cut never changes loss or gradient, because every denominator is that of the whole minibatch.
 
 Legend: M micro-batches, R rows, T token positions, N trained tokens of a row, C completions of a row, L tokens of a
