@@ -107,7 +107,7 @@ def replace_function(result: RewardResult, other: RewardResult, position: int, n
 
 
 def problems_of(name: str, problems: Sequence[str]) -> list[str]:
-    """Those of the problems of a result that are of one function."""
+    """The problems of one function, from the problems of a result."""
     return [line for line in problems if line.startswith(_title(name))]
 
 
@@ -198,7 +198,7 @@ class Batch:
                 self._at_home[key % self._num_workers].append(task)
 
     def _group_tasks(self, key: int, arrived: Collection[int]) -> list[Task]:
-        """Calls for the groups that became whole as these samples arrived."""
+        """Calls for the groups that became complete with these samples."""
         known, size = self.inputs.completions, self.group_size
         num_groups, tasks = len(self.inputs.prompts) // size, []
         for group in sorted({sample // size for sample in arrived}):

@@ -1,4 +1,4 @@
-"""Files of the user's own code that a configuration names, and what a run is known by of them."""
+"""Files of a user's code that a configuration names, and their hashes, which are part of the run's identity."""
 
 import hashlib
 import pathlib
@@ -11,9 +11,9 @@ KEYS = (*COMPILED_KEYS, "grpo.advantage_estimator", "sampling.source")
 
 
 def file_hashes(config: Config, keys: Sequence[str] = KEYS) -> dict[str, str]:
-    """SHA-256 of each file that `keys` bring into use, by configuration key.
+    """{configuration key: SHA-256} of each file that `keys` name.
 
-    Another content of any is another run. Another content of those of COMPILED_KEYS means other programs as well.
+    Another hash means another run, and for COMPILED_KEYS other compiled programs as well.
     """
     hashes = {}
     for key in keys:

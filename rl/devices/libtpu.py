@@ -1,7 +1,7 @@
-"""What is told to libtpu, Google's TPU runtime, before jax looks for devices.
+"""Settings for libtpu, Google's TPU runtime, before jax looks for devices.
 
-Where it is installed jax asks it for TPUs, whatever the machine. Without a chip it writes a page about missing
-environment variables to stderr, which no log level turns off, and jax goes on with other devices.
+If it is installed, jax asks it for TPUs on any machine. Without a chip it writes a page about missing environment
+variables to stderr, which no log level turns off, and jax uses other devices.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a policy computes on: tokens, and the labels that say which of them a token sees.
+"""The inputs of a policy: tokens, and the labels that say which tokens a token sees.
 
 Legend: B rows, T token positions, R rows of all batches together.
 """
@@ -16,12 +16,12 @@ class Inputs(NamedTuple):
     """Rows of tokens with their labels, each int32 [B, T]; numpy or JAX arrays, shapes or shardings.
 
     A token sees the earlier positions of its own group that are in branch 0 (the prompt) or in its own branch. A
-    *segment* is the tokens of one group and one branch. Each segment stands in one piece in its row, its positions grow
-    by one, and a prompt stands before its branches, whose positions go on from it: see `check_segments`.
+    *segment* is the tokens of one group and one branch. Each segment is contiguous in its row, and its positions grow
+    by one. A prompt stands before its branches, whose positions go on from the prompt's: see `check_segments`.
 
     Attributes:
-      positions_BT: of the token in its own sequence, from 0.
-      group_ids_BT: which prompt the token belongs to; `PADDING_GROUP` on padding.
+      positions_BT: the position of the token in its own sequence, from 0.
+      group_ids_BT: the prompt to which the token belongs; `PADDING_GROUP` on padding.
       branch_ids_BT: 0 for a prompt, any other number for one of its completions.
     """
 
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 
     @property
     def labels(self) -> tuple[Any, Any, Any]:
-        """Everything but the tokens: what `rl.models.ops.visible` decides by."""
+        """The labels without the tokens, by which `rl.models.ops.visible` decides."""
         return self.positions_BT, self.group_ids_BT, self.branch_ids_BT
 
 

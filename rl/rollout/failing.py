@@ -1,9 +1,9 @@
-"""Reward functions that fail: what is said of it, and when one is down, so that going on would train on nothing.
+"""Reports failures of reward functions, and decides when a function is down, so that training would learn nothing.
 
-In: what each draw's judging came to, and where a step ends. Out: problems in words, each sort of failure in full once;
-how many steps in a row each function was down, which checkpoints remember; an error. A call fails by an exception, a
-time limit, a crash, or a value that is no reward; None, "cannot judge", is an answer and no failure. Not here: what a
-failed call costs its completions (`rewards.batch`), and what is said of a step without any reward (`rl.run.health`).
+In: the result of each draw's judging, and the end of each step. Out: problems in words, each sort of failure in full
+once; for each function the number of steps in a row that it was down, which checkpoints remember; an error. A call
+fails by an exception, a time limit, a crash, or a value that is no reward. None, "cannot judge", is an answer and no
+failure. Not here: the completions of a failed call (`rewards.batch`), and steps without any reward (`rl.run.health`).
 """
 
 import collections
@@ -15,15 +15,15 @@ from rewards.contract import RewardSpec
 
 
 class FailureWatch:
-    """Counts the failed calls of the functions with a weight; those of weight 0 are metrics, and may fail.
+    """Counts the failed calls of functions with a weight. A function of weight 0 is a metric, and may fail.
 
     Args:
-      max_share: the largest share of a step's completions that a function may fail on; 1: it is never down.
+      max_share: the largest share of a step's completions on which a function may fail; 1: it is never down.
       patience: steps in a row that it must have been down for an error.
 
     Attributes:
-      steps_down: for each function that was down in the last step the number of steps in a row, JSON values.
-      error: why the run should end, in words; None: it should not.
+      steps_down: {function that was down in the last step: number of such steps in a row}, JSON values.
+      error: the reason why the run should end; None: it should go on.
     """
 
     def __init__(self, specs: Sequence[RewardSpec], max_share: float, patience: int):
@@ -37,14 +37,15 @@ class FailureWatch:
         self._num_judged = 0
 
     def restore(self, steps_down: Mapping[str, int]) -> None:
-        """Goes on with the `steps_down` of an earlier part of the run."""
+        """Takes over the `steps_down` of an earlier part of the run."""
         self.steps_down = {name: steps_down[name] for name in self._names if name in steps_down}
 
     def add(self, result: RewardResult) -> RewardResult:
         """Counts one draw of the step, of which there may be several.
 
         Returns:
-          The result. Where a function failed only in ways that were said before, its problems are one line with counts.
+          The result. If a function failed only in ways that were reported before, its problems are one line with
+          counts.
         """
         size, problems = len(result.rewards), list(result.problems)
         self._num_judged += size
@@ -61,7 +62,7 @@ class FailureWatch:
         return dataclasses.replace(result, problems=problems)
 
     def end_step(self) -> None:
-        """The step is drawn whole: brings `steps_down` and `error` up to date."""
+        """To be called at the end of a step's draws: updates `steps_down` and `error`."""
         shares = {name: self._num_failed[name] / self._num_judged for name in self._names}
         down = [name for name in self._names if shares[name] > self._max_share]
         self.steps_down = {name: self.steps_down.get(name, 0) + 1 for name in down}

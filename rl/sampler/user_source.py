@@ -1,9 +1,9 @@
-"""Completions from a source of the user's own, such as a server: `sampling.source: path/to/file.py:make_source`.
+"""Completions from a user's source, such as a server: `sampling.source: path/to/file.py:make_source`.
 
-In: what `make_source(config, tokenizer, **sampling.source_args)` returns, a `UserSource`. Out: a `CompletionSource`
-that checks each completion of it. Token ids, log-probs and finish reasons are all that is taken from the source;
-whatever else a completion has stays empty. The contract, with an example, is in docs/samplers.md. Not here: what the
-trainer does with a token whose log-prob is not known (`rl.algorithms.loss_types.sampler_ratio`).
+In: the `UserSource` that `make_source(config, tokenizer, **sampling.source_args)` returns. Out: a `CompletionSource`
+that checks each of its completions. Only token ids, log-probs and finish reasons are taken from the source; the other
+fields of a completion stay empty. The contract, with an example, is in docs/samplers.md. Not here: what the trainer
+does with a token whose log-prob is not known (`rl.algorithms.loss_types.sampler_ratio`).
 """
 
 import inspect
@@ -30,7 +30,7 @@ class Drawn(NamedTuple):
 
     Attributes:
       token_ids: at least one, at most the request's limit. An EOS that ends it is included, and nothing follows it.
-      logprobs: of each token, in nats, under the distribution it was drawn from; None where that is not known.
+      logprobs: of each token, in nats, under the distribution from which it was drawn; None where it is not known.
       finish_reason: "eos", "stop" (a stop string) or "length".
       stop_reason: the stop string, where it is known.
     """
@@ -74,13 +74,12 @@ class UserSource(Protocol):
 
 
 class CheckedSource:
-    """A `CompletionSource` that has a `UserSource` draw, and checks what comes of it.
+    """A `CompletionSource` that lets a `UserSource` draw, and checks its completions.
 
-    The source is made when it is first checked or drawn from, so that `grpo compile` starts none.
+    The source is made when it is first checked or drawn from, so `grpo compile` starts none.
 
     Raises:
-      ValueError: the file does not import, or the run has several processes, of which each would ask for completions of
-        its own.
+      ValueError: the file does not import, or the run has several processes, each of which would get other completions.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, model_config: ModelConfig) -> None:

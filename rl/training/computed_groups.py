@@ -1,8 +1,8 @@
-"""Which groups of a minibatch an update computes: all of them, or those from which there is something to learn.
+"""Chooses the groups of a minibatch that an update computes: all, or those that teach something.
 
-In: the groups of a minibatch. Out: those to pack, and what the denominators count of the others. A completion with
-advantage 0 has a policy term of 0, whose gradient is 0 as well. Where nothing else in the loss reads its log-probs, the
-loss and the gradient are the same without it, as long as every denominator still counts it.
+In: the groups of a minibatch. Out: the groups to pack, and the numbers of the others for the denominators. A completion
+with advantage 0 has a policy term of 0, whose gradient is 0 as well. Where nothing else in the loss reads its
+log-probs, the loss and the gradient are the same without it, as long as every denominator still counts it.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ class ComputedGroups(NamedTuple):
 def leaves_groups_out(config: Config) -> bool:
     """Whether updates leave out groups whose advantages are all 0.
 
-    They are computed where a part of the loss reads them: the KL term (which also makes advantages, with
-    `grpo.kl_in_reward`), the entropy bonus, the entropy quantile of the minibatch, or a policy term that may be other
-    than 0 there. The NLL of positive examples reads completions with A > 0 alone.
+    They are computed if a part of the loss reads them: the KL term (which also makes advantages, with
+    `grpo.kl_in_reward`), the entropy bonus, the entropy quantile of the minibatch, or a policy term that may differ
+    from 0 there. The NLL of positive examples reads only completions with A > 0.
     """
     loss = loss_config(config)
     is_read = config.grpo.beta or loss.has_entropy_bonus or loss.selects_by_entropy
@@ -43,9 +43,10 @@ def leaves_groups_out(config: Config) -> bool:
 
 
 def computed_groups(groups: Sequence[TrainGroup], leaves_out: bool) -> ComputedGroups:
-    """All groups, or with `leaves_out` those that have an advantage other than 0.
+    """All groups, or with `leaves_out` the groups with an advantage other than 0.
 
-    Where none has, the first with a trained token is computed: it shows whether sampler and trainer agree.
+    If there is no such group, the first one with a trained token is computed, which shows whether sampler and trainer
+    agree.
     """
     computed = [not leaves_out or any(c.advantage != 0 for c in group.completions) for group in groups]
     if not any(computed):
@@ -62,7 +63,7 @@ def computed_groups(groups: Sequence[TrainGroup], leaves_out: bool) -> ComputedG
 
 
 def uncomputed_share(parts: Sequence[ComputedGroups]) -> float:
-    """Of a step's minibatches: the share of the tokens of prompts and completions that no update computes."""
+    """The share of a step's tokens, of prompts and completions, that no update computes."""
     return sum(part.left_out_size for part in parts) / max(sum(part.size for part in parts), 1)
 
 
