@@ -31,7 +31,7 @@ LLAMA_70B = ("llama", 128_256, 8192, 28_672, 2, 64, 8, 128)
 GEMMA_1B = ("gemma3_text", 262_144, 1152, 6912, 2, 4, 1, 256)
 SMALL = ("qwen2", 259, 48, 96, 1, 4, 2, 12)  # biases, a vocabulary that nothing divides
 
-BATCH = (  # a minibatch with every field that a loss may need, but advantages of tokens (`kl_in_reward`)
+BATCH = (  # a minibatch with every field that a loss may need, but those of `kl_in_reward`
     "grpo.prompts_per_step=64",
     "grpo.group_size=8",
     "grpo.epochs=2",
@@ -69,7 +69,13 @@ CASES = {
         ),
     ),
     "adapters_on_int8": Case(QWEN3_8B, ("mesh.fsdp=4", "mesh.tensor=2", "lora.rank=16", "lora.base_dtype=int8")),
-    "kl_in_reward": Case(SMALL, ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "grpo.preset=reinforce++")),
+    "kl_in_reward": Case(
+        SMALL,
+        (
+            *("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "grpo.preset=reinforce++"),
+            *("grpo.policy_distribution=sampled", "sampling.top_k=4"),
+        ),
+    ),
     "muon": Case(SMALL, ("mesh.fsdp=4", "mesh.tensor=2", "optimizer.name=muon")),
     "adafactor": Case(QWEN3_8B, ("mesh.fsdp=4", "mesh.tensor=2", "optimizer.name=adafactor")),
 }

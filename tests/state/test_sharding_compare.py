@@ -32,9 +32,11 @@ REGENERATE = "python -m tests.helpers.sharding_golden"
 
 
 def inputs_of(name):
-    """Paths of a case's inputs that are cut by rows: either the reference's log-probs or advantages of tokens."""
-    left_out = "reference_logprobs_MRCL" if name == "kl_in_reward" else "advantages_MRCL"
-    return [f"minibatch.batch.{field}" for field in Batch._fields if field not in ("num_microbatches", left_out)]
+    """Paths of a case's inputs that are cut by rows: either the reference's log-probs, or advantages of tokens and the
+    ids that could be drawn.
+    """
+    left_out = {"reference_logprobs_MRCL"} if name == "kl_in_reward" else {"advantages_MRCL", "kept_words_MRNX"}
+    return [f"minibatch.batch.{field}" for field in Batch._fields if field not in {"num_microbatches", *left_out}]
 
 
 @pytest.mark.matrix
