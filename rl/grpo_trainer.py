@@ -13,7 +13,7 @@ To change something, go to
     advantages, loss            `rl.algorithms.advantages`, `rl.algorithms.losses`, `rl.algorithms.loss_types`
     packing, one update         `rl.training.packing`, `rl.training.train_step`; the updates of a step: `.update`
     optimizer, checkpoints      `rl.state.optimizer`, `rl.state.checkpoint`
-    reference, adapters         `rl.state.reference_sync`, `rl.models.lora`
+    reference, trained part     `rl.state.reference_sync`, `rl.models.trainable`
     linen or nnx                `rl.models.flavours`
 """
 

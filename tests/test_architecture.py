@@ -90,6 +90,17 @@ def test_rewards_import_neither_jax_nor_rl():
         assert not [name for name in imported_modules(path) if forbidden.match(name)], path
 
 
+def test_neither_pages_nor_rollouts_nor_training_ask_for_adapters_or_the_kind_of_a_model():
+    """What is trained is asked of `rl.models.trainable`; what differs between models, of the policy."""
+    question = re.compile(r"lora|adapter|\.kind\b|\bkind ==", re.IGNORECASE)
+    rooms = ("rl/rollout/", "rl/training/", "rl/grpo_trainer.py", "rl/sft_trainer.py")
+    for path in SOURCES:
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(rooms):
+            found = [line for line in path.read_text().splitlines() if question.search(line)]
+            assert not found, (name, found)
+
+
 def test_pure_nnx_is_read_by_one_module():
     readers = [module_name(p) for p in SOURCES if re.search(r"\.pure_nnx\b", p.read_text())]
     assert readers == ["rl.models.flavours"]

@@ -166,6 +166,9 @@ class ModelConfig:
     quantization: Quantization | None = None
 
     kind: ClassVar[str] = "decoder"
+    has_own_kernel: ClassVar[bool] = False
+    takes_adapters: ClassVar[bool] = True
+    has_known_names: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self)
@@ -310,7 +313,16 @@ class ForeignConfig:
     model: Any
     quantization: Quantization | None = None
 
+    # What differs from the toolkit's own decoder, under the names of `ModelConfig`.
     lora: ClassVar[None] = None
+    scan_layers: ClassVar[bool] = False
+    has_own_kernel: ClassVar[bool] = True  # of attention
+    takes_adapters: ClassVar[bool] = False
+    has_known_names: ClassVar[bool] = False  # of parameters, which the patterns of base.yml match
+
+    def __str__(self) -> str:
+        """What tells a model of this source from another one; nothing that differs from process to process."""
+        return self.family
 
     @property
     def num_parameters(self) -> int:

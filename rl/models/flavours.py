@@ -8,8 +8,8 @@ Legend: B rows, T token positions, V vocab, D model.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -103,6 +103,37 @@ class NNXPolicy:
         return nnx.merge(self.module, params)
 
 
+def _tunix_policy(model_config: ForeignConfig, *_: Any) -> Policy:
+    from rl.models.foreign.tunix_policy import TunixPolicy  # only where it is asked for: it imports tunix
+
+    return TunixPolicy(model_config)
+
+
+class Flavour(NamedTuple):
+    """One value of `pure_nnx`.
+
+    Attributes:
+      name: for messages.
+      policies: by kind of model: (configuration, kernel, exchange_fn) -> policy. A foreign model has its own kernel.
+    """
+
+    name: str
+    policies: Mapping[str, Callable[..., Policy]]
+
+
+FLAVOURS = {
+    False: Flavour("linen", {"decoder": LinenPolicy, "own": lambda config, *_: LinenModulePolicy(config)}),
+    True: Flavour(
+        "nnx", {"decoder": NNXPolicy, "own": lambda config, *_: NNXModulePolicy(config), "tunix": _tunix_policy}
+    ),
+}
+
+
+def flavour_of(config: Any) -> Flavour:
+    """The flavour that a run's typed configuration asks for: the one place where its `pure_nnx` is read."""
+    return FLAVOURS[config.pure_nnx]
+
+
 def create_policy(
     model_config: Any, pure_nnx: bool, kernel: AttentionKernel = XLA, exchange_fn: RowExchange | None = None
 ) -> Policy:
@@ -112,13 +143,7 @@ def create_policy(
       model_config: a `ModelConfig` or a `ForeignConfig`.
       kernel, exchange_fn: for the toolkit's own decoder only.
     """
-    if model_config.kind == "tunix":
-        from rl.models.foreign.tunix_policy import TunixPolicy
-
-        return TunixPolicy(model_config)
-    if model_config.kind == "own":
-        return NNXModulePolicy(model_config) if pure_nnx else LinenModulePolicy(model_config)
-    return (NNXPolicy if pure_nnx else LinenPolicy)(model_config, kernel, exchange_fn)
+    return FLAVOURS[pure_nnx].policies[model_config.kind](model_config, kernel, exchange_fn)
 
 
 def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> ForeignConfig:
@@ -133,17 +158,17 @@ def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> F
       ValueError: the module is of the other flavour, or breaks the contract of docs/models.md; a Tunix model is asked
         for in Linen, or has options that Tunix does not compute.
     """
+    flavour = flavour_of(config)
     if folder is None:
-        flavour = "nnx" if config.pure_nnx else "linen"
         try:
-            return own_config.describe(config.model, flavour, **tokens)
+            return own_config.describe(config.model, flavour.name, **tokens)
         except own_config.OtherFlavourError as error:
             way_out = f"; set pure_nnx={str(error.kinds == ['nnx']).lower()}" if error.kinds else ""
             raise ValueError(
-                f"model.source {error.source} must return a flax.{flavour}.Module with "
-                f"pure_nnx={str(config.pure_nnx).lower()}, got {error.found}{way_out}"
+                f"model.source {error.source} must return a flax.{flavour.name}.Module with "
+                f"pure_nnx={str(flavour.name == 'nnx').lower()}, got {error.found}{way_out}"
             ) from error
-    if not config.pure_nnx:
+    if "tunix" not in flavour.policies:
         raise ValueError(
             f"pure_nnx must be true with model.source {config.model.source!r}, got false: tunix.models are NNX "
             "modules; give the folder without 'tunix:' to compute it with the toolkit's own Linen decoder"
@@ -160,11 +185,12 @@ def policy_from_config(config: Any, model_config: ModelConfig, mesh: Mesh | None
       mesh: the mesh of training, which decides on the attention kernel and the exchange of rows between devices; None
         for a policy that only decodes, which needs neither.
     """
-    if mesh is None or model_config.kind != "decoder":
-        return create_policy(model_config, config.pure_nnx)
+    make = flavour_of(config).policies[model_config.kind]
+    if mesh is None or model_config.has_own_kernel:
+        return make(model_config, XLA, None)
     kernel = choose_kernel(config.model.attention, model_config, mesh, config.mesh.rules)
     exchange_fn = embedding_exchange(mesh, config.mesh.rules, model_config.hidden_size)
-    return create_policy(model_config, config.pure_nnx, kernel, exchange_fn)
+    return make(model_config, kernel, exchange_fn)
 
 
 def _check_tree(expected: Mapping[str, Any], params: Any, path: str = "") -> None:

@@ -78,7 +78,7 @@ def unstack_runs(config: Any, stacked: Mapping[str, Any]) -> dict[str, Any]:
 
 def _scanned_names(config: Any, tree: Mapping[str, Any]) -> list[list[str]]:
     """The names of the layers of each run that is a loop, without runs that `tree` does not hold."""
-    runs = layer_runs(config) if config.kind == "decoder" and config.scan_layers else []
+    runs = layer_runs(config) if config.scan_layers else []
     names = [[f"layers_{i}" for i in run] for run in runs]
     return [run for run in names if run[0] in tree]
 

@@ -51,7 +51,7 @@ def create_training_optimizer(
     section = config.optimizer
     if policy.config.quantization is not None and policy.config.lora is None:
         stored = policy.config.quantization.dtype
-        if policy.config.kind != "decoder":
+        if not policy.config.takes_adapters:
             raise ValueError(
                 f"a model other than the toolkit's own decoder has no adapters to train, got one stored in {stored}; "
                 "set model.source or model.weights to the weights it was quantised from"
@@ -65,8 +65,8 @@ def create_training_optimizer(
     _check_length(section, num_updates)
     all_specs = parameter_specs(policy.config)
     specs = _by_name(split(policy.config, all_specs)[0])
-    is_own = policy.config.kind == "decoder"
-    for pattern in section.weight_decay_params if is_own or section.weight_decay else ():
+    is_asked_for = policy.config.has_known_names or section.weight_decay
+    for pattern in section.weight_decay_params if is_asked_for else ():
         _check_pattern("optimizer.weight_decay_params", pattern, _by_name(all_specs))
     _check_groups(section.lr_groups, specs)
     schedule = _schedule(section, num_updates)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from rl.config.load import Config
 from rl.devices.programs import Stored, not_stored
 from rl.models.train_state import PureState
+from rl.models.trainable import Trainable
 from rl.state.checkpoint import Checkpoints
 from rl.state.origin import Origin, pretrained_params
 from rl.state.states import InitStateFn, frozen_reference, setup_decode_state
@@ -34,8 +35,8 @@ def reference_of(
 ) -> PureState | None:
     """The reference of a run that starts or resumes, a state of its own; None where the loss has no KL term.
 
-    With adapters it is the frozen base, whose arrays `state` already holds. A reference that moves is read from the
-    checkpoint from which `state` was restored. Otherwise it is the run's origin.
+    Where a part of the weights is frozen it is that part, whose arrays `state` already holds. A reference that moves is
+    read from the checkpoint from which `state` was restored. Otherwise it is the run's origin.
 
     Args:
       init_reference_fn: builds the reference, without an optimizer.
@@ -45,7 +46,7 @@ def reference_of(
     policy = init_reference_fn.policy
     if not config.grpo.beta:
         return None
-    if policy.config.lora is not None:
+    if Trainable(policy).has_frozen:
         return frozen_reference(policy, state)
     if config.reference.sync_every and checkpoints.latest_step is not None:
         params = checkpoints.restore_reference()

@@ -20,6 +20,7 @@ from rl.models.config import flatten_specs, logical_axes, parameter_specs
 from rl.models.lora import freeze, join, split
 from rl.models.policy import Params, Policy
 from rl.models.train_state import PureState, TrainState, TrainStateNNX, pure_state
+from rl.models.trainable import Trainable
 from rl.state.origin import Origin, pretrained_params
 
 WEIGHTS, BASE = "weights", "base"  # the weights that `init_program` need not make: all, or the base beside adapters
@@ -154,9 +155,9 @@ def frozen_base(config: Config, mesh: Mesh, init_state_fn: InitStateFn, origin: 
 
 
 def frozen_reference(policy: Policy, state: PureState) -> PureState:
-    """The reference of a policy with adapters: the arrays of its base themselves, for `policy.without_adapters()`."""
+    """The reference that is the frozen part of the policy: the arrays themselves, for `Trainable.reference_policy`."""
     # Copies of the scalars, because the next update donates the state's own. Its frozen weights are never donated.
-    return PureState(jnp.copy(state.step), split(policy.config, state.params)[1], (), jnp.copy(state.rng))
+    return PureState(jnp.copy(state.step), Trainable(policy).reference_part(state.params), (), jnp.copy(state.rng))
 
 
 def setup_training_state(

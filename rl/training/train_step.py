@@ -26,11 +26,11 @@ from rl.devices.programs import Program, Stored, not_stored
 from rl.models.drawn_from import DrawnFrom
 from rl.models.inputs import PADDING_GROUP
 from rl.models.logprobs import token_logprobs
-from rl.models.lora import join, split
 from rl.models.ops import widen
 from rl.models.policy import Params, Policy
 from rl.models.scanned import stack_runs, unstack_runs
 from rl.models.train_state import PureState
+from rl.models.trainable import Trainable
 from rl.state.optimizer import rounding_loss
 from rl.training.packing import Batch
 
@@ -116,8 +116,8 @@ def jit_train_step(
 ) -> TrainStep:
     """The compiled update. The state is donated, so the caller must not use its argument again.
 
-    With adapters, only adapters and their moments are trained and donated. The frozen weights have no gradient, and the
-    next state holds the same arrays.
+    Where a part of the weights is frozen, only the other part and its moments are trained and donated. The frozen
+    weights have no gradient, and the next state holds the same arrays.
 
     Args:
       state_shardings: a `NamedSharding` for each leaf of the state, in and out.
@@ -143,22 +143,24 @@ def jit_train_step(
         drawn_from=drawn_from,
     )
     update = stored(TRAIN_STEP, program) or program.jit()
-    if policy.config.lora is None:
+    trainable = Trainable(policy)
+    if not trainable.has_frozen:
         return update
 
     def train_step(state: PureState, minibatch: Minibatch) -> tuple[PureState, UpdateMetrics]:
         moving, frozen, minibatch = update_arguments(policy, state, minibatch)
         moved, metrics = update(moving, frozen, minibatch)
-        return moved._replace(params=join(moved.params, frozen)), metrics
+        return moved._replace(params=trainable.join(moved.params, frozen)), metrics
 
     return train_step
 
 
 def update_arguments(policy: Policy, state: PureState, minibatch: Minibatch) -> tuple[Any, ...]:
     """The arguments of `update_program` for this state and minibatch, which may hold arrays, shapes or shardings."""
-    if policy.config.lora is None:
+    trainable = Trainable(policy)
+    if not trainable.has_frozen:
         return state, minibatch
-    trained, frozen = split(policy.config, state.params)
+    trained, frozen = trainable.split(state.params)
     return state._replace(params=trained), frozen, minibatch
 
 
@@ -176,14 +178,14 @@ def update_program(
     shorter_lengths: Sequence[int] = (),
     drawn_from: DrawnFrom | None = None,
 ) -> Program:
-    """The program of `jit_train_step`: (state, minibatch) -> (state, metrics). With adapters it is (trained state,
-    frozen weights, minibatch) -> (trained state, metrics). Argument 0 is donated.
+    """The program of `jit_train_step`: (state, minibatch) -> (state, metrics). With frozen weights it is (trained
+    state, frozen weights, minibatch) -> (trained state, metrics). Argument 0 is donated.
     """
 
-    transformation = optax.with_extra_args_support(optimizer)
+    trainable, transformation = Trainable(policy), optax.with_extra_args_support(optimizer)
 
     def piece_loss(trained: Params, frozen: Params, piece: Batch, denominators: Denominators, on_policy: jax.Array):
-        params = join(trained, frozen)
+        params = trainable.join(trained, frozen)
         logprobs_BL, entropy_BL = _piece_logprobs(
             policy, params, piece, temperature, chunk_size, mesh, rules, True, drawn_from
         )
@@ -241,7 +243,7 @@ def update_program(
     everywhere: Any = replicated(mesh)
     arguments = update_arguments(policy, state_shardings, minibatch_shardings(mesh, rules))
     moving = arguments[0]
-    if policy.config.lora is None:
+    if not trainable.has_frozen:
         return Program(lambda state, minibatch: update(state, {}, minibatch), arguments, (moving, everywhere), (0,))
     return Program(update, arguments, (moving, everywhere), (0,))
 

@@ -34,9 +34,9 @@ from rl.devices import hosts
 from rl.devices.mesh import replicated
 from rl.devices.programs import Program, Stored, not_stored
 from rl.models.drawn_from import DrawnFrom
-from rl.models.lora import split
 from rl.models.policy import Policy
 from rl.models.train_state import PureState
+from rl.models.trainable import Trainable
 from rl.state.optimizer import updates_per_step
 from rl.training.computed_groups import ComputedGroups, computed_groups, leaves_groups_out, uncomputed_share
 from rl.training.packing import Batch, PackingPlan, TrainGroup, pack
@@ -111,7 +111,7 @@ class Updater:
 
         Args:
           state: donated; do not use it again.
-          reference: None when there is no KL term; weights without adapters.
+          reference: None when there is no KL term; the weights that its own policy takes, see `Trainable`.
           groups: the groups of each minibatch.
           entropy: the state of the adaptive entropy bonus.
           age: steps that were made since the weights that drew the completions; 0: those of `state` drew them. Above 0
@@ -261,15 +261,14 @@ def scoring_programs(
 ) -> dict[str, Program]:
     """{name: program} of what an `Updater` calls besides the train step.
 
-    One program gives old and reference log-probs. With adapters the reference is the base alone, and has its own
-    program.
+    One program gives old and reference log-probs. A reference that is the policy's frozen part has its own program.
     """
     common: dict[str, Any] = {"mesh": mesh, **_pass_options(config, plan)}
-    programs, base = {}, policy.without_adapters()
-    if _recomputes_old(config) or (config.grpo.beta and base is policy):
+    programs, trainable = {}, Trainable(policy)
+    if _recomputes_old(config) or (config.grpo.beta and not trainable.has_frozen):
         programs[LOGPROBS] = token_logprobs_program(policy, state_shardings.params, with_entropy=False, **common)
-    if config.grpo.beta and base is not policy:
-        shardings = split(policy.config, state_shardings.params)[1]
+    if config.grpo.beta and trainable.has_frozen:
+        base, shardings = trainable.reference_policy, trainable.reference_part(state_shardings.params)
         programs[REFERENCE_LOGPROBS] = token_logprobs_program(base, shardings, with_entropy=False, **common)
     if loss_config(config).selects_by_entropy:
         programs[ENTROPIES] = token_logprobs_program(policy, state_shardings.params, with_entropy=True, **common)

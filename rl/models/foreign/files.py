@@ -19,7 +19,6 @@ import numpy as np
 from rl.models.config import flatten_specs
 from rl.models.files import quantized_files
 from rl.models.files.folders import new_folder
-from rl.models.files.hf import SINGLE_FILE
 from rl.models.foreign import own_files
 from rl.models.inputs import Inputs, plain_inputs
 from rl.models.ops import dtype_of
@@ -41,6 +40,22 @@ def check_weights(folder: pathlib.Path, config: Any) -> None:
     tunix_config.check_files(folder, config)
 
 
+def files_of(config: Any) -> Any:
+    """The module that reads and writes the files of a `ForeignConfig`'s kind: `load_weights`, `weight_reader`,
+    `write_folder`, `with_weights`, `COMES_IN_A_FOLDER`.
+    """
+    return _FILES[config.kind]()
+
+
+def _tunix_files() -> Any:
+    from rl.models.foreign import tunix_files  # only where it is asked for: it imports tunix
+
+    return tunix_files
+
+
+_FILES: dict[str, Callable[[], Any]] = {"own": lambda: own_files, "tunix": _tunix_files}
+
+
 def load_weights(path: pathlib.Path, config: Any, shardings: Any, allow_nonfinite: bool = False) -> Params:
     """The weights of a `ForeignConfig`'s model, placed by `shardings`.
 
@@ -52,20 +67,12 @@ def load_weights(path: pathlib.Path, config: Any, shardings: Any, allow_nonfinit
     """
     if config.quantization is not None:
         return quantized_files.load_params(path, config, shardings, allow_nonfinite)
-    if config.kind == "own":
-        return own_files.load_weights(path, config, shardings, allow_nonfinite)
-    from rl.models.foreign import tunix_files
-
-    return tunix_files.load_weights(path, config, shardings, allow_nonfinite)
+    return files_of(config).load_weights(path, config, shardings, allow_nonfinite)
 
 
 def weight_reader(path: pathlib.Path, config: Any) -> Callable[[tuple[str, ...]], np.ndarray]:
     """A function that reads one parameter of the model, plain and in its stored type; the rest stays on the disk."""
-    if config.kind == "own":
-        return own_files.weight_reader(path, config)
-    from rl.models.foreign import tunix_files
-
-    return tunix_files.weight_reader(path, config)
+    return files_of(config).weight_reader(path, config)
 
 
 def save_folder(out: str | pathlib.Path, config: Any, params: Params, tokenizer: Any, dtype: str | None = None) -> None:
@@ -79,13 +86,7 @@ def save_folder(out: str | pathlib.Path, config: Any, params: Params, tokenizer:
         config = dataclasses.replace(config, param_dtype=dtype)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype_of(dtype)), params)
     with new_folder(out) as folder:
-        if config.kind == "own":
-            own_files.save_weights(folder / SINGLE_FILE, params)
-            return
-        from rl.models.foreign import tunix_files
-
-        tunix_files.write_weights(folder, config, params)
-        tokenizer.save_pretrained(str(folder))
+        files_of(config).write_folder(folder, config, params, tokenizer)
 
 
 def notes(policy: Policy) -> Iterator[str]:

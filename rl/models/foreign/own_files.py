@@ -14,15 +14,27 @@ import numpy as np
 from rl.models.config import ForeignConfig, flatten_specs
 from rl.models.files.finite import as_finite
 from rl.models.files.folders import open_tensors, put_shards, save_tensors
-from rl.models.files.hf import FLOAT_TYPES
+from rl.models.files.hf import FLOAT_TYPES, SINGLE_FILE
 from rl.models.foreign.own_config import _leaves
 from rl.models.foreign.own_policy import Params
 from rl.models.ops import dtype_of
+
+COMES_IN_A_FOLDER = False  # with configuration and tokenizer
 
 
 def save_weights(file: pathlib.Path, params: Any) -> None:
     """Writes every parameter under its name ("blocks/0/kernel") to a safetensors file, and reads the file back."""
     save_tensors(file, {name: np.asarray(jax.device_get(leaf)) for name, leaf in _leaves(params)})
+
+
+def write_folder(folder: pathlib.Path, config: ForeignConfig, params: Any, tokenizer: Any) -> None:
+    """Writes the weights alone: the module is in the user's file, the tokenizer where it was."""
+    save_weights(folder / SINGLE_FILE, params)
+
+
+def with_weights(folder: pathlib.Path) -> dict[str, str]:
+    """The keys of the model section that name weights in `folder`."""
+    return {"weights": str(folder)}
 
 
 def load_weights(file: pathlib.Path, config: ForeignConfig, shardings: Any, allow_nonfinite: bool = False) -> Params:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rl.config.sections import TUNIX_PREFIX
 from rl.files.json_file import read_object
 from rl.models.config import ForeignConfig, flatten_specs, leaf_at, spec_at
 from rl.models.files.folders import open_tensors, save_tensors, write_json
@@ -71,6 +72,17 @@ def weight_reader(folder: pathlib.Path, config: ForeignConfig) -> Callable[[tupl
         return np.stack(values).reshape(spec_at(config, path).shape)
 
     return read
+
+
+def write_folder(folder: pathlib.Path, config: ForeignConfig, params: Params, tokenizer: Any) -> None:
+    """Writes a Hugging Face folder like the one that the model came from."""
+    write_weights(folder, config, params)
+    tokenizer.save_pretrained(str(folder))
+
+
+def with_weights(folder: pathlib.Path) -> dict[str, str]:
+    """The keys of the model section that name weights in `folder`."""
+    return {"source": f"{TUNIX_PREFIX}{folder}"}
 
 
 def write_weights(out: pathlib.Path, config: ForeignConfig, params: Params) -> None:

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from rl.config.load import Config
-from rl.config.sections import TUNIX_PREFIX
 from rl.devices.host_memory import peak_bytes, return_memory
 from rl.files.json_file import read_object
 from rl.models.config import ForeignConfig, ParameterSpec, Quantization, flatten_specs
@@ -88,14 +87,14 @@ def quantize_foreign(
             del tensors
             return_memory()  # before the next is read
         write_index(draft, weight_map, bytes_after)
-        raw = read_object(folder / "config.json") if model.kind == "tunix" else {}
+        files = foreign.files_of(model)
+        raw = read_object(folder / "config.json") if files.COMES_IN_A_FOLDER else {}
         write_json(draft / "config.json", raw | {"quantization_config": quantization_json(quantization)})
-        if model.kind == "tunix":
+        if files.COMES_IN_A_FOLDER:
             copy_others(folder, draft)
         perplexity = None
         if tokens is not None:
-            changes = {"source": f"{TUNIX_PREFIX}{draft}"} if model.kind == "tunix" else {"weights": str(draft)}
-            after = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+            after = dataclasses.replace(config, model=dataclasses.replace(config.model, **files.with_weights(draft)))
             perplexity = tuple(_perplexity(version, tokens, context) for version in (config, after))
     return QuantizeReport(
         layers=layers,

@@ -293,8 +293,7 @@ def output_settings(
         names = ("hash", "adapter_hash", "file", "args")
         model = {name: origin.identity[name] for name in names if name in origin.identity}
     else:
-        shape = repr(origin.model_config) if origin.model_config.kind == "decoder" else origin.model_config.family
-        model = {**origin.identity, "arch": shape}
+        model = {**origin.identity, "arch": str(origin.model_config)}
     if origin.model_config.lora is not None:
         model["lora"] = repr(origin.model_config.lora)
     model |= {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
