@@ -10,7 +10,7 @@ Legend: B rows, T token positions, D model.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,20 +40,29 @@ def check_weights(folder: pathlib.Path, config: Any) -> None:
     tunix_config.check_files(folder, config)
 
 
-def files_of(config: Any) -> Any:
-    """The module that reads and writes the files of a `ForeignConfig`'s kind: `load_weights`, `weight_reader`,
-    `write_folder`, `with_weights`, `COMES_IN_A_FOLDER`.
-    """
+class ModelFiles(Protocol):
+    """A module that reads and writes the files of one kind of model."""
+
+    COMES_IN_A_FOLDER: bool  # with configuration and tokenizer
+
+    def load_weights(self, path: pathlib.Path, config: Any, shardings: Any, allow_nonfinite: bool, /) -> Params: ...
+    def weight_reader(self, path: pathlib.Path, config: Any, /) -> Callable[[tuple[str, ...]], np.ndarray]: ...
+    def write_folder(self, folder: pathlib.Path, config: Any, params: Params, tokenizer: Any, /) -> None: ...
+    def with_weights(self, folder: pathlib.Path, /) -> dict[str, str]: ...
+
+
+def files_of(config: Any) -> ModelFiles:
+    """What reads and writes the files of a `ForeignConfig`'s kind."""
     return _FILES[config.kind]()
 
 
-def _tunix_files() -> Any:
+def _tunix_files() -> ModelFiles:
     from rl.models.foreign import tunix_files  # only where it is asked for: it imports tunix
 
     return tunix_files
 
 
-_FILES: dict[str, Callable[[], Any]] = {"own": lambda: own_files, "tunix": _tunix_files}
+_FILES: dict[str, Callable[[], ModelFiles]] = {"own": lambda: own_files, "tunix": _tunix_files}
 
 
 def load_weights(path: pathlib.Path, config: Any, shardings: Any, allow_nonfinite: bool = False) -> Params:
