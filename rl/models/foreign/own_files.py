@@ -19,7 +19,7 @@ from rl.models.foreign.own_config import _leaves
 from rl.models.foreign.own_policy import Params
 from rl.models.ops import dtype_of
 
-COMES_IN_A_FOLDER = False  # with configuration and tokenizer
+COMES_IN_A_FOLDER: bool = False  # with configuration and tokenizer
 
 
 def save_weights(file: pathlib.Path, params: Any) -> None:

@@ -24,7 +24,7 @@ from rl.models.foreign.own_files import place_weights
 from rl.models.foreign.tunix_config import TunixModel
 
 Params = dict[str, Any]
-COMES_IN_A_FOLDER = True  # with configuration and tokenizer
+COMES_IN_A_FOLDER: bool = True  # with configuration and tokenizer
 
 
 def load_weights(folder: pathlib.Path, config: ForeignConfig, shardings: Any, allow_nonfinite: bool = False) -> Params:
