@@ -143,11 +143,11 @@ def test_a_rollout_measures_drawn_tokens_and_hands_the_mask_on():
     masks = [np.array([True, False, False, True]), None]
     none = np.zeros((4, 0), np.float32)
     group = [
-        Completion(0, g, np.arange(4, dtype=np.int32), *[np.zeros(4)] * 2, "eos", None, none, none, trained)
+        Completion(0, g, np.arange(4, dtype=np.int32), *[np.zeros(4)] * 2, "eos", None, none, none, trained=trained)
         for g, trained in enumerate(masks)
     ]
     rows = [PromptRow("x", np.array([7], np.int32), {}, 0)]
-    scored = ScoredCompletions([group], ["a", "b"], RewardResult([[1.0], [0.0]], {}, [], {}))
+    scored = ScoredCompletions([group], ["a", "b"], RewardResult([[1.0], [0.0]], {}, [], {}, {}))
     judged = judge(config, rows, scored, [RewardSpec("mine", "module:function", 1.0, {})])
     assert judged.rewards == [[1.0, 0.0], [0.0, -1.0]], "two tokens of four are not overlong"
     rollout = with_advantages(config, judged, 0)
