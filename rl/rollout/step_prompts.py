@@ -12,8 +12,8 @@ draw, although both are trained on together. So a run with such a function does 
 Legend: P prompts of a step, G completions per prompt.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from rewards.rubric import weighted_sum
 from rewards.runner import RewardRunner
@@ -22,8 +22,24 @@ from rl.config.load import Config
 from rl.data.prompts import PromptRow, next_indices
 from rl.rollout.groups import Judged
 
-# (data rows, the number of each in its randomness) -> their groups with rewards
-DrawFn = Callable[[Sequence[PromptRow], Sequence[int]], Judged]
+
+class Draw(Protocol):
+    """What has the groups of a step drawn and judged; `rl.rollout.collector.Collector` has the run's own.
+
+    Whoever fills groups in another way, over several turns for instance, gives `collect` another one.
+    """
+
+    def __call__(self, rows: Sequence[PromptRow], prompt_indices: Sequence[int], /) -> Judged:
+        """One group for each row, in their order, of `grpo.group_size` completions with the rewards of each.
+
+        Called once for the first draw of a step and once for each round of refills, always with the same weights.
+
+        Args:
+          rows: what to ask. prompt_indices: the number that stands for each row in its randomness. No two rows of a
+            step have the same, so all completions follow from the step, these and the number of each completion in its
+            group: a resumed run draws them again.
+        """
+        ...
 
 
 class Collected(NamedTuple):
@@ -58,7 +74,7 @@ def check_calls(config: Config, runner: RewardRunner) -> None:
             )
 
 
-def collect(config: Config, rows: Sequence[PromptRow], position: int, weights_step: int, draw: DrawFn) -> Collected:
+def collect(config: Config, rows: Sequence[PromptRow], position: int, weights_step: int, draw: Draw) -> Collected:
     """Draws and judges P groups from the rows at `position` on, and replaces groups without a spread of rewards. `draw`
     draws with the weights of `weights_step`.
     """

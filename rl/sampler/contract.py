@@ -24,7 +24,8 @@ class Completion:
 
     prompt_index, sample_index: the numbers of the completion. With the key and the position they are all its
       randomness.
-    token_ids: int32, up to and including the EOS, or the token that completes a stop string.
+    token_ids: int32, those after `Request.continues`, up to and including the EOS, or the token that completes a stop
+      string.
     sampler_logprobs: per token, under the distribution it was drawn from (penalties, truncation); 0 when greedy.
     policy_logprobs: per token, under softmax(logits / temperature); at temperature 1 when greedy. None from a source of
       the user's, whose sampler_logprobs are NaN where it does not know them.
@@ -57,13 +58,23 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One completion to draw: the index of its prompt in the caller's list, its randomness, its limit in tokens."""
+    """One completion to draw, or the rest of one.
+
+    Attributes:
+      prompt: its place in the caller's list.
+      prompt_index, sample_index, seed: its randomness, with the key of the call and the position of each token.
+      limit: tokens that it may have at most, those of `continues` included.
+      continues: tokens of the completion that are there already, after the prompt, whether the policy drew them or an
+        environment put them there. Positions, lengths, penalties and stop strings go on from them, so that the rest of
+        a completion is what it would have been in one go. A stop string or an EOS among them ends nothing.
+    """
 
     prompt: int
     prompt_index: int
     sample_index: int
     limit: int
     seed: int | None = None
+    continues: tuple[int, ...] = ()
 
 
 def requests_for(prompt_indices: Sequence[int], num_samples: int, limit: int) -> list[Request]:
@@ -73,6 +84,25 @@ def requests_for(prompt_indices: Sequence[int], num_samples: int, limit: int) ->
         for place, index in enumerate(prompt_indices)
         for sample in range(num_samples)
     ]
+
+
+def with_continued(
+    prompts: Sequence[Sequence[int] | np.ndarray], requests: Sequence[Request]
+) -> tuple[list[Sequence[int] | np.ndarray], list[Request]]:
+    """The prompts, and behind them each that requests continue with what they continue; and the requests, which name
+    those then. Requests that continue the same tokens of the same prompt share one.
+    """
+    longer, renamed = list(prompts), []
+    places: dict[tuple[int, tuple[int, ...]], int] = {}
+    for request in requests:
+        if request.continues:
+            begun = request.prompt, request.continues
+            if begun not in places:
+                places[begun] = len(longer)
+                longer.append(np.concatenate([prompts[request.prompt], request.continues]).astype(np.int32))
+            request = dataclasses.replace(request, prompt=places[begun])
+        renamed.append(request)
+    return longer, renamed
 
 
 class DrawProgram(NamedTuple):
@@ -204,6 +234,17 @@ def check_requests(
             raise ValueError(
                 f"requests[{number}].limit must be between {low} and sampling.max_completion_length "
                 f"({sampling.max_completion_length}), got {request.limit}"
+            )
+        begun = request.continues
+        if len(begun) >= request.limit:
+            raise ValueError(
+                f"requests[{number}].continues must have fewer tokens than its limit ({request.limit}), got "
+                f"{len(begun)}; there is nothing left to draw"
+            )
+        if begun and not 0 <= min(begun) <= max(begun) < config.vocab_size:
+            raise ValueError(
+                f"requests[{number}].continues must have token ids in [0, {config.vocab_size}), got {min(begun)} to "
+                f"{max(begun)}"
             )
     limits = dict.fromkeys(range(len(prompts)), 0)
     for request in requests:

@@ -37,6 +37,7 @@ class Requests(NamedTuple):
     seeds, seeded: uint32 and bool: a seed in place of the call's key and the prompt index.
     last_tokens, prompt_lengths: the last token and the number of all tokens of the prompt.
     limits: the most tokens to draw.
+    nums_before: tokens at the end of the prompt that belong to the completion, which the request continues.
     prefix_rows: [shards, W, M], rows of the prompt table, counted in the shard; -1 where the prompt takes fewer.
     group_ids: the labels of the prompts in the table.
     prompt_tokens: [shards, W, T], with penalties the whole prompts, followed by -1; else None.
@@ -50,6 +51,7 @@ class Requests(NamedTuple):
     last_tokens: Any
     prompt_lengths: Any
     limits: Any
+    nums_before: Any
     prefix_rows: Any
     group_ids: Any
     prompt_tokens: Any = None
@@ -67,6 +69,7 @@ class Slots:
     num_drawn: jax.Array
     prompt_lengths: jax.Array
     limits: jax.Array
+    nums_before: jax.Array
     prefix_rows: jax.Array
     group_ids: jax.Array
     counts: TokenCounts | None = None
@@ -128,7 +131,7 @@ def empty_slots(
         counts = TokenCounts(jnp.zeros((num_slots, vocab_size), jnp.int32), jnp.zeros((num_slots, vocab_size), bool))
     keys = jnp.broadcast_to(key, (num_slots,))
     prefix_rows = jnp.zeros((num_slots, rows_per_prompt), jnp.int32)
-    return Slots(zeros() - 1, keys, zeros(), zeros(), zeros() + 1, zeros(), prefix_rows, zeros() - 1, counts)
+    return Slots(zeros() - 1, keys, zeros(), zeros(), zeros() + 1, zeros(), zeros(), prefix_rows, zeros() - 1, counts)
 
 
 def generate(
@@ -235,8 +238,9 @@ def draw_next(logits_BV: jax.Array, slots: Slots, sampling: SamplingParams) -> D
     def uniform(key: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(key, position), dtype=logits_BV.dtype)
 
-    uniform_B = jax.vmap(uniform)(slots.keys, slots.num_drawn)
-    return draw(logits_BV, uniform_B, sampling, slots.num_drawn < sampling.min_completion_length, slots.counts)
+    positions_B = slots.nums_before + slots.num_drawn
+    uniform_B = jax.vmap(uniform)(slots.keys, positions_B)
+    return draw(logits_BV, uniform_B, sampling, positions_B < sampling.min_completion_length, slots.counts)
 
 
 def request_key(
@@ -290,22 +294,29 @@ def _take_requests(
         num_drawn=replace(jnp.int32(0), slots.num_drawn),
         prompt_lengths=replace(picked.prompt_lengths, slots.prompt_lengths),
         limits=replace(picked.limits, slots.limits),
+        nums_before=replace(picked.nums_before, slots.nums_before),
         prefix_rows=replace(picked.prefix_rows, slots.prefix_rows),
         group_ids=replace(picked.group_ids, slots.group_ids),
-        counts=None if counts is None else reset_rows(counts, taken_B, _seen(picked.prompt_tokens, counts)),
+        counts=None if counts is None else reset_rows(counts, taken_B, *_counted(picked, counts)),
     )
     return slots, taken_B, num_taken + jnp.sum(taken, axis=1, dtype=jnp.int32)
 
 
-def _seen(tokens_BT: jax.Array, counts: TokenCounts) -> jax.Array:
-    """bool [B, V]: which tokens of the vocabulary each prompt holds."""
+def _counted(picked: Requests, counts: TokenCounts) -> tuple[jax.Array, jax.Array]:
+    """Of requests [B]: which tokens of the vocabulary the prompts hold, bool [B, V], and how often the completions that
+    they continue hold each, int32 [B, V].
+    """
     vocab_size = counts.prompt_BV.shape[-1]
-    places_BT = jnp.where(tokens_BT < 0, vocab_size, tokens_BT)
+    tokens_BT = picked.prompt_tokens
+    is_before_BT = jnp.arange(tokens_BT.shape[1]) >= (picked.prompt_lengths - picked.nums_before)[:, None]
 
-    def mark(places_T: jax.Array) -> jax.Array:
-        return jnp.zeros(vocab_size, bool).at[places_T].set(True, mode="drop")
+    def count(tokens_T: jax.Array, is_before_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of_prompt_T = jnp.where((tokens_T < 0) | is_before_T, vocab_size, tokens_T)
+        of_completion_T = jnp.where((tokens_T < 0) | ~is_before_T, vocab_size, tokens_T)
+        seen_V = jnp.zeros(vocab_size, bool).at[of_prompt_T].set(True, mode="drop")
+        return seen_V, jnp.zeros(vocab_size, jnp.int32).at[of_completion_T].add(1, mode="drop")
 
-    return jax.vmap(mark)(places_BT)
+    return jax.vmap(count)(tokens_BT, is_before_BT)
 
 
 def _reader_maps(slots: Slots, shape: tuple, num_rows: int, num_readers: int) -> SharedRows:

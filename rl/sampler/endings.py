@@ -19,6 +19,7 @@ def find_stop(
     num_checked: int,
     sampling: SamplingParams,
     decode_text: Callable[[Sequence[int]], str],
+    num_before: int = 0,
 ) -> tuple[int, str] | None:
     """(number of tokens up to the one that completes the first stop string, that string), or None.
 
@@ -28,8 +29,10 @@ def find_stop(
 
     Args:
       num_checked: the number of first tokens that are known to complete no stop string.
+      num_before: tokens that were there before anything was drawn; a stop string that they show counts no more than one
+        that the first `min_completion_length` tokens do.
     """
-    stops, minimum = sampling.stop_strings, sampling.min_completion_length
+    stops, minimum = sampling.stop_strings, max(sampling.min_completion_length, num_before)
 
     def completed(text: str) -> str | None:
         held = [stop for stop in stops if stop in text]
@@ -92,19 +95,21 @@ def find_end(
     limit: int,
     sampling: SamplingParams,
     decode_text: Callable[[Sequence[int]], str] | None,
+    num_before: int = 0,
 ) -> tuple[int, str, int | str | None] | None:
     """(length, finish reason, stop reason) of a completion that ends among its newest tokens, or None.
 
     Args:
       tokens: with stop strings all `num_tokens` tokens, else only those after the first `num_checked`.
       limit: the most tokens that it may have.
+      num_before: tokens that were there before anything was drawn, among the checked ones.
     """
     new_tokens = tokens[len(tokens) - (num_tokens - num_checked) :]
     eos_at = np.flatnonzero(np.isin(new_tokens, sampling.eos_ids))
     num_text = num_checked + int(eos_at[0]) if eos_at.size else num_tokens
     if sampling.stop_strings:
         assert decode_text is not None
-        stop = find_stop(tokens[:num_text].tolist(), num_checked, sampling, decode_text)
+        stop = find_stop(tokens[:num_text].tolist(), num_checked, sampling, decode_text, num_before)
         if stop is not None:
             return stop[0], "stop", stop[1]
     if eos_at.size:
@@ -113,11 +118,15 @@ def find_end(
 
 
 class Drawing:
-    """The tokens so far of a request that has been begun: one array of columns for each chunk."""
+    """What is known of a request that has been begun: one array of columns per chunk of drawn tokens.
 
-    def __init__(self) -> None:
+    before: tokens of the completion that were there before anything was drawn; `num_tokens` counts them as well.
+    """
+
+    def __init__(self, before: Sequence[int] = ()) -> None:
+        self.before = np.array(before, np.int32)
         self.parts: list[tuple[np.ndarray, ...]] = []
-        self.num_tokens = 0
+        self.num_tokens = len(before)
 
     def add(self, columns: tuple[np.ndarray, ...]) -> None:
         self.parts.append(columns)
@@ -127,5 +136,5 @@ class Drawing:
         return [np.concatenate(part) for part in zip(*self.parts, strict=True)]
 
     def token_ids(self) -> np.ndarray:
-        """The first column alone."""
-        return np.concatenate([part[0] for part in self.parts])
+        """All tokens of the completion, those before the drawn ones included."""
+        return np.concatenate([self.before, *(part[0] for part in self.parts)])

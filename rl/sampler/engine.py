@@ -350,7 +350,7 @@ class Engine:
             return jax.ShapeDtypeStruct(dims, dtype)
 
         waiting = (self.num_shards, shape.num_waiting)
-        requests = Requests(*(integers(*waiting),) * 10)
+        requests = Requests(*(integers(*waiting),) * 11)
         requests = requests._replace(
             seeds=integers(*waiting, dtype=jnp.uint32),
             seeded=integers(*waiting, dtype=bool),

@@ -248,7 +248,8 @@ class Schedule:
                     "seeded": request.seed is not None,
                     "last_tokens": prompt[-1],
                     "prompt_lengths": len(prompt),
-                    "limits": request.limit,
+                    "limits": request.limit - len(request.continues),
+                    "nums_before": len(request.continues),
                     "group_ids": request.prompt,
                 }
                 for name, value in values.items():
@@ -289,21 +290,23 @@ class Schedule:
                             self._cancelled[slot] = True
 
     def _add(self, request: int, columns: tuple[np.ndarray, ...]) -> Completion | None:
-        drawing = self._drawing.setdefault(request, Drawing())
-        num_checked = drawing.num_tokens
+        asked = self._requests[request]
+        drawing = self._drawing.setdefault(request, Drawing(asked.continues))
+        num_checked, num_before = drawing.num_tokens, len(asked.continues)
         drawing.add(columns)
         tokens = columns[0] if not self._sampling.stop_strings else drawing.token_ids()
-        limit = self._requests[request].limit
-        end = find_end(tokens, num_checked, drawing.num_tokens, limit, self._sampling, self._decode_text)
+        ends = asked.limit, self._sampling, self._decode_text, num_before
+        end = find_end(tokens, num_checked, drawing.num_tokens, *ends)
         if end is None:
             return None
         length, finish_reason, stop_reason = end
-        token_ids, sampler_logprobs, policy_logprobs, *more = (column[:length] for column in drawing.columns())
+        token_ids, sampler_logprobs, policy_logprobs, *more = (
+            column[: length - num_before] for column in drawing.columns()
+        )
         del self._drawing[request]
         shard, rows = self._rows_of.pop(request)
         self._left[shard, rows] -= 1
         self.num_left -= 1
-        asked = self._requests[request]
         return Completion(
             asked.prompt_index,
             asked.sample_index,

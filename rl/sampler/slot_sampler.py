@@ -38,6 +38,7 @@ from rl.sampler.contract import (
     Request,
     check_requests,
     requests_for,
+    with_continued,
 )
 from rl.sampler.engine import DecodeState, Engine, Shape, generate_key, prefill_key, prefill_pieces
 from rl.sampler.prompt_logprobs import PromptScorer
@@ -137,6 +138,7 @@ class Sampler:
         self._expected = ExpectedPrompts()
         self._planned: ShardRequests | None = None
         self._prefix: _Prefix | None = None
+        self._num_prefilled_again = 0
 
     @property
     def num_compiles(self) -> int:
@@ -147,6 +149,13 @@ class Sampler:
     def peak_kv_bytes(self) -> int:
         """The most bytes that keys, values and labels took at any moment so far, over all devices."""
         return self.engine.peak_kv_bytes
+
+    @property
+    def num_prefilled_again(self) -> int:
+        """Tokens that were prefilled so far for requests that continue a completion. A cache that is kept from call to
+        call would save those of them that were there before.
+        """
+        return self._num_prefilled_again
 
     def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
         """Plans shapes for prompts like these. Calls with such prompts then share their programs.
@@ -330,10 +339,15 @@ class Sampler:
         if not requests:
             return
         engine = self.engine
+        prompts, requests = with_continued(prompts, requests)
         version, params = params, self._decode_params(params)
         expected = self._plan(prompts)
         common_length = len(expected.common)
         shards = request_queue.deal(requests, engine.num_shards)
+        first_requests = [requests[piece[0]] for pieces in shards for piece in pieces]
+        self._num_prefilled_again += sum(
+            len(prompts[request.prompt]) - 1 - common_length for request in first_requests if request.continues
+        )
         shape = self._shape(ShardRequests.of(shards), expected, sampling)
         if not common_length:
             self.release()  # nobody reads the old prefix, so its memory is freed

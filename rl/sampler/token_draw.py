@@ -257,13 +257,15 @@ def add_token(counts: TokenCounts, token_B: jax.Array, live_B: jax.Array) -> Tok
     return counts._replace(completion_BV=jax.vmap(add)(counts.completion_BV, token_B, live_B))
 
 
-def reset_rows(counts: TokenCounts, rows_B: jax.Array, prompt_BV: jax.Array) -> TokenCounts:
-    """Resets the rows where rows_B (bool) is true: no drawn tokens, and the tokens of prompt_BV (bool) in the
-    prompt.
+def reset_rows(
+    counts: TokenCounts, rows_B: jax.Array, prompt_BV: jax.Array, completion_BV: jax.Array | int = 0
+) -> TokenCounts:
+    """Resets the rows where rows_B (bool) is true: the tokens of prompt_BV (bool) in the prompt, completion_BV (int32)
+    of each token in the completion.
     """
     reset_B1 = rows_B[:, None]
     return TokenCounts(
-        completion_BV=jnp.where(reset_B1, 0, counts.completion_BV),
+        completion_BV=jnp.where(reset_B1, completion_BV, counts.completion_BV),
         prompt_BV=jnp.where(reset_B1, prompt_BV, counts.prompt_BV),
     )
 

@@ -200,8 +200,9 @@ class CheckedSource:
         token_ids, vocab_size = np.asarray(drawn.token_ids), self._model_config.vocab_size
         if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
             raise refuse("token_ids must be a sequence of token ids", drawn.token_ids)
-        if not 1 <= token_ids.size <= request.limit:
-            raise refuse(f"token_ids must be 1 to {request.limit} tokens, the request's limit", token_ids.size)
+        limit = request.limit - len(request.continues)
+        if not 1 <= token_ids.size <= limit:
+            raise refuse(f"token_ids must be 1 to {limit} tokens, what the request's limit allows", token_ids.size)
         if token_ids.min() < 0 or token_ids.max() >= vocab_size:
             found = token_ids[(token_ids < 0) | (token_ids >= vocab_size)][0]
             raise refuse(f"token ids must be in [0, {vocab_size}), the model's vocabulary", found)
@@ -264,15 +265,19 @@ def make(config: Config, tokenizer: Tokenizer) -> UserSource:
 
 
 def request_seeds(key: jax.Array, requests: Sequence[Request]) -> list[int]:
-    """A seed in [0, 2**32) for each request: another for each (key, prompt index, sample index)."""
+    """A seed in [0, 2**32) for each request: another for each (key, prompt index, sample index), and for the
+    rest of a completion that it continues.
+    """
 
     def bits(fields: Any) -> jax.Array:
-        return jax.random.bits(request_key(key, *fields))
+        *of_request, num_before = fields
+        return jax.random.bits(jax.random.fold_in(request_key(key, *of_request), num_before))
 
     columns = (
         np.array([request.prompt_index for request in requests], np.int32),
         np.array([request.sample_index for request in requests], np.int32),
         np.array([request.seed or 0 for request in requests], np.uint32),
         np.array([request.seed is not None for request in requests], bool),
+        np.array([len(request.continues) for request in requests], np.uint32),
     )
     return np.asarray(jax.vmap(bits)(columns)).tolist()

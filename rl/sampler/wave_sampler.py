@@ -23,7 +23,16 @@ from rl.devices.mesh import num_row_shards, replicated, row_sharding
 from rl.devices.programs import Program
 from rl.models.inputs import Inputs, plain_inputs
 from rl.models.policy import Params, WavePolicy
-from rl.sampler.contract import DECODE, PREFILL, Completion, DrawProgram, DrawPrograms, Request, check_requests
+from rl.sampler.contract import (
+    DECODE,
+    PREFILL,
+    Completion,
+    DrawProgram,
+    DrawPrograms,
+    Request,
+    check_requests,
+    with_continued,
+)
 from rl.sampler.decoding import TOKEN_LOOP, request_key
 from rl.sampler.endings import Drawing, find_end
 from rl.sampler.prompt_logprobs import PromptScorer
@@ -34,12 +43,15 @@ MAX_DERIVED_ROWS = 256  # when a memory budget sets the number
 
 
 class Wave(NamedTuple):
-    """The requests of a wave's rows: prompts_BP is int32, padded at the end; a row without a request has limit 0."""
+    """The requests of a wave's rows: prompts_BP is int32, padded at the end; a row without a request has limit 0.
+    before_B: tokens at the end of a prompt that belong to the completion, which the request continues.
+    """
 
     prompts_BP: Any
     lengths_B: Any
     limits_B: Any
     keys_B: Any
+    before_B: Any
     prompt_seen_BV: Any = None
 
 
@@ -90,9 +102,15 @@ class WaveSampler:
         self._rows, self._everywhere = row_sharding(mesh, rules), replicated(mesh)
         self._request_keys = jax.jit(_request_keys, out_shardings=self._rows)
         self._longest = 0  # tokens of the longest expected prompt
+        self._num_prefilled_again = 0
         self._most_requests = 0  # of the planned calls
         # {(rows, cache length): programs}, kept so that each wave of a run uses the compiled programs again.
         self._programs = functools.cache(self._programs_of)
+
+    @property
+    def num_prefilled_again(self) -> int:
+        """Tokens that were prefilled, or read one by one, so far for requests that continue a completion."""
+        return self._num_prefilled_again
 
     def expect(self, prompts: Sequence[Sequence[int] | np.ndarray], num_prompts: int = 0, num_samples: int = 0) -> None:
         """Plans shapes for prompts like these. Calls with such prompts then share their programs.
@@ -172,7 +190,7 @@ class WaveSampler:
             seen = counts.prompt_BV
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
         prompts = jax.ShapeDtypeStruct((num_rows, length), jnp.int32)
-        wave = Wave(prompts, rows["int32"], rows["int32"], keys, seen)
+        wave = Wave(prompts, rows["int32"], rows["int32"], keys, rows["int32"], seen)
         progress = Progress(jax.ShapeDtypeStruct((), jnp.int32), rows["int32"], rows["bool"], counts)
         steps = self._steps(sampling)
         starts = self._starts()
@@ -196,6 +214,8 @@ class WaveSampler:
         sampling: SamplingParams,
         key: jax.Array,
     ) -> Iterator[tuple[int, Completion]]:
+        prompts, requests = with_continued(prompts, requests)
+        self._num_prefilled_again += sum(len(prompts[r.prompt]) - 1 for r in requests if r.continues)
         self._longest = max([self._longest, *(len(prompts[request.prompt]) for request in requests)])
         num_rows, length = self._shape(len(requests), sampling)
         # Prompts of similar length go together, so that fewer tokens are read one by one.
@@ -225,8 +245,8 @@ class WaveSampler:
             for row, number in enumerate(numbers):
                 head_BP[row] = prompts[requests[number].prompt][:start]
             cache = programs.prefill(params, cache, self._put(head_BP))
-        progress = self._begin(wave, len(numbers), start)
-        drawings = {row: Drawing() for row in range(len(numbers))}
+        progress = self._begin(wave, len(numbers), start, [requests[number].continues for number in numbers])
+        drawings = {row: Drawing(requests[number].continues) for row, number in enumerate(numbers)}
         chunk = programs.chunk(sampling, self._steps(sampling))
         while drawings:
             cache, progress, report = chunk(params, cache, progress, wave)
@@ -250,14 +270,17 @@ class WaveSampler:
     def _add(
         self, drawing: Drawing, columns: tuple[np.ndarray, ...], request: Request, sampling: SamplingParams
     ) -> Completion | None:
-        num_checked = drawing.num_tokens
+        num_checked, num_before = drawing.num_tokens, len(request.continues)
         drawing.add(columns)
         tokens = drawing.token_ids() if sampling.stop_strings else columns[0]
-        end = find_end(tokens, num_checked, drawing.num_tokens, request.limit, sampling, self._decode_text)
+        ends = request.limit, sampling, self._decode_text, num_before
+        end = find_end(tokens, num_checked, drawing.num_tokens, *ends)
         if end is None:
             return None
         count, finish_reason, stop_reason = end
-        token_ids, sampler_logprobs, policy_logprobs, *more = (column[:count] for column in drawing.columns())
+        token_ids, sampler_logprobs, policy_logprobs, *more = (
+            column[: count - num_before] for column in drawing.columns()
+        )
         return Completion(
             request.prompt_index,
             request.sample_index,
@@ -312,26 +335,30 @@ class WaveSampler:
         prompts_BP = np.zeros((num_rows, length), np.int32)
         lengths_B, limits_B = np.ones(num_rows, np.int32), np.zeros(num_rows, np.int32)
         indices_2B, seeds_B = np.zeros((2, num_rows), np.int32), np.zeros(num_rows, np.uint32)
-        seeded_B = np.zeros(num_rows, bool)
+        before_B, seeded_B = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
         seen_BV = np.zeros((num_rows, self._policy.config.vocab_size), bool) if sampling.needs_counts else None
         for row, number in enumerate(numbers):
             request = requests[number]
             prompt = np.asarray(prompts[request.prompt], np.int32)
-            prompts_BP[row, : prompt.size], lengths_B[row], limits_B[row] = prompt, prompt.size, request.limit
+            prompts_BP[row, : prompt.size], lengths_B[row], before_B[row] = prompt, prompt.size, len(request.continues)
+            limits_B[row] = request.limit - before_B[row]
             indices_2B[:, row] = request.prompt_index, request.sample_index
             seeds_B[row], seeded_B[row] = request.seed or 0, request.seed is not None
             if seen_BV is not None:
-                seen_BV[row, prompt] = True
+                seen_BV[row, prompt[: prompt.size - before_B[row]]] = True
         randomness = map(self._put, (*indices_2B, seeds_B, seeded_B))
         keys_B = self._request_keys(hosts.put_key(key, self._everywhere), *randomness)
-        fields = (prompts_BP, lengths_B, limits_B, None, seen_BV)
+        fields = (prompts_BP, lengths_B, limits_B, None, before_B, seen_BV)
         return Wave(*(None if field is None else self._put(field) for field in fields))._replace(keys_B=keys_B)
 
-    def _begin(self, wave: Wave, num_requests: int, start: int) -> Progress:
+    def _begin(self, wave: Wave, num_requests: int, start: int, before: Sequence[Sequence[int]] = ()) -> Progress:
+        """Where a wave starts. before: the tokens that each request continues."""
         counts = None
         if wave.prompt_seen_BV is not None:
-            none_drawn = self._put(np.zeros(wave.prompt_seen_BV.shape, np.int32))
-            counts = TokenCounts(none_drawn, wave.prompt_seen_BV)
+            counts_BV = np.zeros(wave.prompt_seen_BV.shape, np.int32)
+            for row, tokens in enumerate(before):
+                np.add.at(counts_BV[row], np.array(tokens, np.int32), 1)
+            counts = TokenCounts(self._put(counts_BV), wave.prompt_seen_BV)
         done_B = np.arange(wave.limits_B.shape[0]) >= num_requests
         position = hosts.put(np.int32(start), self._everywhere)
         return Progress(position, self._put(np.zeros(done_B.size, np.int32)), self._put(done_B), counts)
@@ -353,7 +380,7 @@ class WaveSampler:
 
         def chunk_program(sampling: SamplingParams, num_steps: int) -> Program:
             decode = functools.partial(_decode_chunk, policy, rows, sampling, num_steps)
-            where = (params, cache, progress, Wave(rows, rows, rows, rows, rows))
+            where = (params, cache, progress, Wave(rows, rows, rows, rows, rows, rows))
             return Program(decode, where, (cache, progress, everywhere), donate=(1,))
 
         prefill = Program(functools.partial(_prefill, policy), (params, cache, rows), cache, donate=(1,))
@@ -455,5 +482,6 @@ def _draw(
     def uniform(key: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(key, position), dtype=logits_BV.dtype)
 
-    uniform_B = jax.vmap(uniform)(wave.keys_B, jnp.maximum(num_drawn_B, 0))
-    return draw(logits_BV, uniform_B, sampling, num_drawn_B < sampling.min_completion_length, counts)
+    positions_B = wave.before_B + jnp.maximum(num_drawn_B, 0)
+    uniform_B = jax.vmap(uniform)(wave.keys_B, positions_B)
+    return draw(logits_BV, uniform_B, sampling, positions_B < sampling.min_completion_length, counts)

@@ -292,7 +292,7 @@ def test_what_a_source_gives_becomes_a_completion():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("tokens: [], logprobs: []", r"token_ids must be 1 to 3 tokens, the request's limit, got 0"),
+        ("tokens: [], logprobs: []", r"token_ids must be 1 to 3 tokens, what the request's limit allows, got 0"),
         ("tokens: [5, 6, 7, 8], logprobs: [0, 0, 0, 0]", r"must be 1 to 3 tokens.*got 4 for the request at place 0"),
         ("tokens: [0.5], logprobs: [0]", r"token_ids must be a sequence of token ids, got \[0\.5\]"),
         ("tokens: [5, -1], logprobs: [0, 0]", r"token ids must be in \[0, \d+\), the model's vocabulary, got -1"),

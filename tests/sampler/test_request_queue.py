@@ -206,9 +206,9 @@ def test_a_stop_string_is_found_at_the_first_completing_token_across_boundaries(
     def text(ids: Sequence[int]) -> str:
         return "".join(pieces[i] for i in ids)
 
-    def find(ids, stops, num_checked=0, minimum=0):
+    def find(ids, stops, num_checked=0, minimum=0, num_before=0):
         sampling = SamplingParams(max_completion_length=24, stop_strings=stops, min_completion_length=minimum)
-        return find_stop(ids, num_checked, sampling, text)
+        return find_stop(ids, num_checked, sampling, text, num_before)
 
     assert find([1, 2, 4], ("bc",)) == (2, "bc")
     assert find([1, 3, 2, 4], ("bc", "de")) == (3, "bc")
@@ -221,6 +221,10 @@ def test_a_stop_string_is_found_at_the_first_completing_token_across_boundaries(
     assert find([1, 2, 1, 2], ("bc",), minimum=2) == (4, "bc")
     assert find([1, 2, 4], ("cde",), minimum=2) == (3, "cde")
     assert find([1, 2], ("bc",), minimum=2) is None
+    # Shown by tokens that were there before: does not count, however short the least completion is.
+    assert find([1, 2, 4], ("bc",), 2, num_before=2) is None
+    assert find([1, 2, 4], ("bc", "cde"), 2, num_before=2) == (3, "cde")
+    assert find([1, 2, 1, 2], ("bc",), 2, 1, num_before=2) == (4, "bc")
 
 
 def bytes_text(ids: Sequence[int]) -> str:

@@ -22,7 +22,7 @@ from rl.models.flavours import create_policy
 from rl.models.inputs import Inputs
 from rl.models.policy import Policy
 from rl.models.quantized import quantize_params
-from rl.sampler.contract import Request
+from rl.sampler.contract import Request, requests_for
 from rl.sampler.slot_sampler import Completion, Sampler
 from rl.sampler.token_draw import SamplingParams, truncate
 
@@ -226,6 +226,15 @@ def test_float64_logprobs_are_those_of_the_full_forward_pass_to_ten_digits(famil
         completions = sample(setup)
         assert completions[0][0].policy_logprobs.dtype == np.float64
         assert logprob_differences(setup, completions, PLAIN.temperature).max() <= 1e-10
+        # Cut anywhere and continued, each completion is what it was in one go.
+        wholes, requests = flatten(completions), requests_for(range(len(PROMPTS)), NUM_SAMPLES, 24)
+        cuts = [i % len(whole.token_ids) for i, whole in enumerate(wholes)]
+        for i, (whole, cut) in enumerate(zip(wholes, cuts, strict=True)):
+            requests[i] = dataclasses.replace(requests[i], continues=tuple(whole.token_ids[:cut].tolist()))
+        rests = dict(setup.sampler.stream(setup.params, PROMPTS, requests, PLAIN, jax.random.key(7)))
+        for i, (whole, cut) in enumerate(zip(wholes, cuts, strict=True)):
+            assert rests[i].token_ids.tolist() == whole.token_ids[cut:].tolist()
+            np.testing.assert_allclose(rests[i].policy_logprobs, whole.policy_logprobs[cut:], rtol=0, atol=1e-10)
 
 
 def test_greedy_equals_a_naive_argmax_loop(qwen):

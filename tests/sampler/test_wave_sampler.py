@@ -90,6 +90,31 @@ def test_waves_draw_what_the_own_sampler_draws(sampling):
     assert len({completion.finish_reason for completion in expected.values()}) > 1
     assert_same(drawn(waves, params, sampling, requests), expected)
 
+    # Cut after its first token or before its last one, and continued, each is what it was in one go.
+    cuts = {i: min(1 if i % 2 else 99, len(whole.token_ids) - 1) for i, whole in expected.items()}
+    continued = [
+        dataclasses.replace(request, continues=tuple(expected[i].token_ids[: cuts[i]].tolist()))
+        for i, request in enumerate(requests)
+    ]
+    begun = {(request.prompt, request.continues) for request in continued if request.continues}
+    lengths = [len(PROMPTS[prompt]) + len(tokens) - 1 for prompt, tokens in begun]
+    for sampler, num_again in ((own, sum(lengths)), (waves, None)):
+        rest = drawn(sampler, params, sampling, continued)
+        for i, whole in expected.items():
+            assert rest[i].token_ids.tolist() == whole.token_ids[cuts[i] :].tolist()
+            assert (rest[i].finish_reason, rest[i].stop_reason) == (whole.finish_reason, whole.stop_reason)
+            for name in ("sampler_logprobs", "policy_logprobs", "top_logprobs"):
+                there = getattr(whole, name)[cuts[i] :]
+                np.testing.assert_allclose(getattr(rest[i], name), there, rtol=1e-6, atol=1e-6)
+        assert sampler.num_prefilled_again >= sum(lengths)
+        assert num_again is None or sampler.num_prefilled_again == num_again
+    for tokens, message in (
+        ((5,) * 12, r"requests\[0\]\.continues must have fewer tokens than its limit \(12\), got 12"),
+        ((5, 9999), r"requests\[0\]\.continues must have token ids in \[0, \d+\), got 5 to 9999"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            drawn(own, params, sampling, [dataclasses.replace(requests[0], continues=tokens)])
+
 
 def test_waves_do_not_depend_on_rows_or_devices():
     results = []
