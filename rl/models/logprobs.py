@@ -198,8 +198,9 @@ def _over_chunks(unembed: Any, drawn_from: DrawnFrom | None, size: int, with_ent
 
     def forward(*arguments: Any) -> tuple[Any, Any]:
         are_moving = [primal.perturbed for primal in arguments[0]]
-        read, *others = jax.tree.map(lambda primal: primal.value, arguments)
-        values, kept = run(read, *others, keeps_logits)
+        inputs = jax.tree.map(lambda primal: primal.value, arguments)
+        values, kept = run(*inputs, keeps=keeps_logits)
+        read, *others = inputs
         moving = [array if is_moving else None for array, is_moving in zip(read, are_moving, strict=True)]
         still = [None if is_moving else array for array, is_moving in zip(read, are_moving, strict=True)]
         return values, (moving, still, *others, kept)
