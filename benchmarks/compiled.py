@@ -24,7 +24,7 @@ from rl.models.flavours import policy_from_config
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn, get_abstract_state
 from rl.training.packing import PackingPlan, pack
-from rl.training.shaped_inputs import plan_for
+from rl.training.shaped_inputs import plan_minibatches
 from rl.training.train_step import Minibatch, jit_train_step
 
 
@@ -59,7 +59,7 @@ def compile_tandem(
     policy = policy_from_config(config, model_config, mesh)
     _, optimizer = create_training_optimizer(config, policy)
     abstract = get_abstract_state(config, mesh, InitStateFn(policy, optimizer, 0))
-    plan = plan_for(config, workload.prompt_lengths[1], policy, mesh) if plan is None else plan
+    plan = plan_minibatches(config, workload.prompt_lengths[1], policy, mesh) if plan is None else plan
     train_step = jit_train_step(
         policy,
         optimizer,

@@ -18,7 +18,7 @@ import jax
 
 from rl.config.load import load_config
 from rl.state.checkpoint import create_checkpoint_manager
-from rl.state.origin import find_origin, tokenizer_of
+from rl.state.origin import find_origin, tokenizer_from_config
 from rl.state.states import setup_training_state
 from rl.tools.checkpoints.checkpoint_bench import fill_moments
 from rl.tools.trained import training_setup
@@ -41,7 +41,7 @@ def measure(folder: pathlib.Path, layers: int, rounds: int) -> None:
     """Prints the median seconds with and without the comparison, and by how much the first are more."""
     shape = [f"model.arch.{key}" for key in (f"num_layers={layers}", "hidden_size=512", "intermediate_size=2304")]
     config = load_config(RECIPE, (f"output_dir={folder}", "data.source=arithmetic", *shape))
-    mesh, init_state_fn = training_setup(config, find_origin(config, tokenizer_of(config)))
+    mesh, init_state_fn = training_setup(config, find_origin(config, tokenizer_from_config(config)))
     writer = create_checkpoint_manager(config, mesh, init_state_fn)
     state = fill_moments(setup_training_state(config, mesh, init_state_fn)[0])
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

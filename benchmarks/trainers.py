@@ -33,7 +33,7 @@ from rl.sampler.slot_sampler import Sampler
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn, setup_decode_state, setup_training_state
 from rl.training.packing import PackingPlan, TrainCompletion, TrainGroup
-from rl.training.shaped_inputs import plan_for
+from rl.training.shaped_inputs import plan_minibatches
 from rl.training.train_step import jit_train_step
 from rl.training.update import Updater, train_step_options
 
@@ -104,7 +104,7 @@ class TandemTrainer:
         params = jax.tree.map(jnp.copy, weights.params)
         self._state, abstract = setup_training_state(config, mesh, init_policy_fn, params)
         self._reference, _ = setup_decode_state(config, mesh, init_reference_fn, reference.params)
-        self.plan = plan_for(config, workload.prompt_lengths[1], policy, mesh) if plan is None else plan
+        self.plan = plan_minibatches(config, workload.prompt_lengths[1], policy, mesh) if plan is None else plan
         options, loss = train_step_options(config, self.plan), loss_config(config)
         train_step = jit_train_step(policy, optimizer, loss, abstract.shardings, mesh=mesh, **options)
         self._updater = Updater(train_step, config, policy, self.plan, abstract.shardings, mesh=mesh)

@@ -29,7 +29,7 @@ from rl.rollout.evaluation import EvalResult
 from rl.run.metrics import read_metrics
 from rl.run_folder.folder import check_trust, load_run_config, read_run
 from rl.run_folder.remote_steps import local_metrics, local_source
-from rl.state.origin import tokenizer_of
+from rl.state.origin import tokenizer_from_config
 from rl.tools.checkpoints.export import export
 from rl.tools.evaluate import evaluate_source
 from rl.tools.samples.sample import sample_rows
@@ -107,7 +107,7 @@ class Run:
         use_compilation_cache(source.config)
         rows = [(f"prompt {place}", {"prompt": prompt}) for place, prompt in enumerate(prompts)]
         data, limit = source.config.data, source.config.sampling.max_completion_length
-        samples = to_sample_rows(rows, data, tokenizer_of(source.config), n, limit)
+        samples = to_sample_rows(rows, data, tokenizer_from_config(source.config), n, limit)
         return pandas.DataFrame(sorted(sample_rows(source, samples, seed), key=_place))
 
     def export(self, out: str | os.PathLike, step: int | None = None, **options: Any) -> pathlib.Path:

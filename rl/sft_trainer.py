@@ -13,7 +13,6 @@ import jax
 
 from rl.config.load import Config
 from rl.data.prompts import check_enough_rows, load_pairs, step_indices
-from rl.devices import hosts
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.final_accuracy import FinalAccuracy
@@ -24,9 +23,9 @@ from rl.run.log import RunLog
 from rl.run.loop import restore_or_start, supervised_identity
 from rl.run.not_finite import examine_step
 from rl.run.output import RunOutput
-from rl.state.optimizer import create_training_optimizer, last_lr, rounding_problems
-from rl.state.origin import find_origin, tokenizer_of
-from rl.state.states import InitStateFn, get_abstract_state, get_first_step
+from rl.state.optimizer import create_training_optimizer, last_lr
+from rl.state.origin import find_origin, tokenizer_from_config
+from rl.state.states import InitStateFn, get_abstract_state
 from rl.training.supervised import (
     metrics_of,
     minibatch_of,
@@ -58,7 +57,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(RunLog(config.sft.steps, "sft.steps"))
         # pairs: what is imitated
-        tokenizer = tokenizer_of(config)
+        tokenizer = tokenizer_from_config(config)
         pairs = load_pairs(config, tokenizer)
         num_rows = len(pairs.rows)
         check_enough_rows(num_rows, config.sft.batch_size, "sft.batch_size")
@@ -69,15 +68,18 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         mesh = create_mesh(config.mesh)
         policy = policy_from_config(config, origin.model_config, mesh)
         schedule, optimizer = create_training_optimizer(config, policy, num_updates=config.sft.steps)
-        packing = plan_for_pairs(config, pairs.rows, policy, mesh)
-        identity = supervised_identity(origin, pairs)
-        hosts.check_same(config, identity)
+        identity = supervised_identity(config, origin, pairs)  # the same in every process
 
-        # init_state_fn: builds the policy's state
+        # the policy's state, built by init_state_fn; here only what is planned
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
         abstract = get_abstract_state(config, mesh, init_policy_fn)
         shardings = abstract.shardings
         check_sharded(abstract.shapes, shardings, config.mesh, mesh)
+
+        # train step
+        packing = plan_for_pairs(config, pairs.rows, policy, mesh)
+        loss, options = negative_log_likelihood(config), supervised_options(config, packing)
+        train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, **options)
 
         # accuracy at the end: planned here, so that what cannot be measured is refused now
         accuracy = FinalAccuracy(config, policy, origin.model_config, mesh, shardings.params, tokenizer, held_out)
@@ -93,37 +95,28 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
 
         # state: restored, or new
         state, loop = restore_or_start(config, mesh, init_policy_fn, origin, checkpoints, num_rows, log)
-        first_step = get_first_step(policy, state)
-
-        # train step
-        loss, options = negative_log_likelihood(config), supervised_options(config, packing)
-        train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, **options)
 
         # loop
-        stack.enter_context(log.recording(run.path, first_step))
-        for step in range(first_step, config.sft.steps):
+        stack.enter_context(log.recording(run.path, loop.step))
+        for step in range(loop.step, config.sft.steps):
             # 1. the pairs of the step
             rows = [pairs.rows[i] for i in step_indices(num_rows, config.seed, step, config.sft.batch_size)]
             # 2. update the policy
             with log.timer("train"), no_implicit_transfers():
                 state, update = train_step(state, minibatch_of(rows, packing, config, mesh))
-                train_metrics = metrics_of(jax.device_get(update))
-            # 3. look at its health, and remember where the loop stands
-            checkup = examine_step(config.health, loop.health, train_metrics, 1, state.params)
+                metrics = metrics_of(jax.device_get(update))
+            # 3. look at the step's health, and remember where the loop stands
+            checkup = examine_step(config.health, loop.health, metrics, 1, state.params)
             loop = loop._replace(step=step + 1, health=checkup.state)
-            # 4. write, then save: the line of a step is on disk before its checkpoint
-            metrics = {"step": loop.step, **train_metrics, "lr": last_lr(schedule, loop.step, loop.health.num_skipped)}
-            metrics |= log.lap(num_tokens_of(rows), "train")
-            log.step(metrics)
-            log.warnings([*rounding_problems(train_metrics), *checkup.warnings])
-            raise_if_stuck(config.health, checkup)
-            run.check_lease()  # no two runs write to one store
-            should_stop = log.should_stop(loop.step)  # after all steps, or earlier when asked to
-            if should_stop or loop.step % config.checkpoint.every == 0:
-                with log.timer("checkpoint"):  # counted to the next step: the line of this one is written
-                    checkpoints.save(loop.step, state, loop.supervised_record(policy.flavour))
-            run.step_recorded()
-            if should_stop:
+            # 4. write the step's line
+            metrics["lr"] = last_lr(schedule, num_updates=loop.step, num_skipped=loop.health.num_skipped)
+            log.step(loop.step, metrics, num_tokens_of(rows))
+            log.warnings(checkup.warnings)
+            raise_if_stuck(config.health, checkup)  # after the line, which shows why
+            # 5. save: every so many steps, after the last one, and when the run is asked to stop earlier
+            is_last = log.should_stop(loop.step)
+            run.save(loop.step, state, loop.supervised_record(policy.flavour), is_last=is_last)
+            if is_last:
                 break
         checkpoints.wait()
         log.saved(loop.step, run.path)

@@ -12,12 +12,12 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from rl.config.load import Config, require
-from rl.config.sections import DataSection
+from rl.config.sections import DataSection, EvalSection
 from rl.data.sources import list_columns, load_rows
 from rl.data.tasks import Row
 from rl.data.tokenizer import Tokenizer, split_prefill
@@ -60,6 +60,10 @@ class PromptData:
     def longest_prompt(self) -> int:
         """The number of tokens of the longest training prompt."""
         return max(len(row.prompt_ids) for row in self.train)
+
+    def evaluated(self, section: EvalSection) -> list[PromptRow]:
+        """The held-out rows that evaluations during training ask; none where there are no evaluations."""
+        return self.held_out[: section.max_prompts] if section.every else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +274,8 @@ def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
                 f"{where}: data.chat must be true for a prompt that is a list of messages; set data.chat=true"
             )
         # Parquet and datasets give every message the fields of all messages.
-        conversation = [{name: value for name, value in message.items() if value is not None} for message in prompt]
+        messages = cast(list[dict[str, Any]], prompt)
+        conversation = [{name: value for name, value in message.items() if value is not None} for message in messages]
     else:
         raise ValueError(
             f"{where}: the prompt must be text or a list of messages with role and content, got {problem}; "

@@ -13,7 +13,7 @@ import jax
 
 from rewards.runner import RewardRunner
 from rl.config.load import Config
-from rl.data.prompts import PromptRow
+from rl.data.prompts import PromptData, PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.models.train_state import PureState
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
@@ -31,10 +31,10 @@ class Collector:
     """Draws completions with the policy of a run, and has its reward functions judge them.
 
     Args:
-      sampler: draws with the weights of each call.
+      data: the rows to train on, and those that evaluations ask.
+      sampler: draws with the weights that each call hands over.
       runner: the running reward functions.
-      sampling: the sampling parameters of rollouts; evaluations are greedy.
-      held_out: the prompts of evaluations; empty: there are no evaluations.
+      sampling: the rules of rollouts. Evaluations are greedy.
       log: counts the seconds of a step.
 
     Raises:
@@ -44,16 +44,17 @@ class Collector:
     def __init__(
         self,
         config: Config,
+        data: PromptData,
         sampler: CompletionSource,
         runner: RewardRunner,
         sampling: SamplingParams,
         tokenizer: Tokenizer,
-        held_out: Sequence[PromptRow],
         log: RunLog,
     ) -> None:
         check_calls(config, runner)
         self._config, self._sampler, self._runner, self._log = config, sampler, runner, log
-        self._sampling, self._tokenizer, self._held_out = sampling, tokenizer, held_out
+        self._sampling, self._tokenizer = sampling, tokenizer
+        self._rows, self._held_out = data.train, data.evaluated(config.eval)
         self._failures = FailureWatch(runner.specs, config.rewards.max_failed_share, config.health.patience)
 
     @property
@@ -79,25 +80,25 @@ class Collector:
             check_calls(self._config, self._runner)
             self._failures.restore(reward_state.get("reward_steps_down", {}))
 
-    def announce(self, gold: PromptRow | None) -> None:
+    def announce(self, is_new: bool) -> None:
         """Prints how reward functions are called and what no evaluation measures, and warns about odd scores.
 
         Args:
-          gold: a data row whose own answer is scored before the first step; None: no row is scored.
+          is_new: whether no step is done yet; the own answer of the first data row is then scored.
         """
-        if gold is not None and self._config.rewards.check_on_gold:
-            warn_about_rewards(self._log, self._runner, gold)
+        if is_new and self._config.rewards.check_on_gold:
+            warn_about_rewards(self._log, self._runner, self._rows[0])
         self._log.messages(self._runner.notes())
         self._say_what_is_left_out()
 
-    def draw_and_judge(self, state: PureState, step: int, rows: Sequence[PromptRow], position: int) -> Collected:
+    def draw_and_judge(self, state: PureState, step: int, position: int) -> Collected:
         """The groups on which step number `step` (from 0) is trained.
 
         Args:
           state: the weights to draw with; all randomness follows from its key and the step.
-          rows: the training data rows. position: how many of them, in the run's order, are used up.
+          position: how many rows, in the run's order, are used up.
         """
-        collected = collect(self._config, rows, position, step, functools.partial(self._draw, state, step))
+        collected = collect(self._config, self._rows, position, step, functools.partial(self._draw, state, step))
         self._sampler.release()  # the weights are about to change
         self._failures.end_step()
         return collected

@@ -211,9 +211,10 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
     return [groups[i : i + size] for i in range(0, num_prompts, size)]
 
 
-def sample_records(rollout: Rollout, count: int) -> list[dict[str, Any]]:
-    """The first completions of as many different prompts as possible, for samples.jsonl. `trained` is 1 for
-    tokens that the policy drew; it is left out where that is all of them.
+def sample_records(rollout: Rollout, count: int | None = None) -> list[dict[str, Any]]:
+    """The first `count` completions (None: all) of as many different prompts as possible, for samples.jsonl.
+
+    `trained` is 1 for tokens that the policy drew; it is left out where that is all of them.
     """
     num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
     picks = [(p, g) for g in range(group_size) for p in range(num_prompts)][:count]

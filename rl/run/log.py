@@ -58,20 +58,37 @@ class RunLog(Console):
         """Counts the time inside the block to `phase`."""
         return self.stopwatch.timer(phase)
 
-    def lap(self, num_tokens: int, *phases: str) -> dict[str, float]:
-        """Metrics of the step that ends now: seconds, tokens per second in these phases, compilations, peak memory.
-
-        Args:
-          num_tokens: completion tokens of the step.
-        """
+    def _lap(self, num_tokens: int) -> dict[str, float]:
+        """Metrics of the step that ends now: seconds, tokens per second in its phases, compilations, peak memory."""
         assert self._compiles is not None, "outside of `recording`"
         seconds = self.stopwatch.lap()
+        phases = ("rollout", "train", "step") if "seconds/rollout" in seconds else ("train",)
         speeds = {f"tokens_per_second/{phase}": num_tokens / seconds[f"seconds/{phase}"] for phase in phases}
         counts = {"compiles": self._compiles.lap(), "peak_memory_gb": peak_memory_bytes() / 1e9}
         return {**seconds, **speeds, **counts}
 
-    def step(self, metrics: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Writes the step's line and its samples, and shows the line."""
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        num_tokens: int,
+        samples: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        """Ends the step: writes its line, with its times and memory, and its samples, and shows the line.
+
+        Args:
+          step: how many steps are done.
+          num_tokens: completion tokens of the step.
+        """
+        self._line({"step": step, **metrics, **self._lap(num_tokens)}, samples)
+
+    def baseline(self, metrics: Mapping[str, Any]) -> None:
+        """The same for what was measured before the first step; nothing where that is nothing."""
+        if metrics:
+            self._line({"step": 0, **metrics})
+            self.stopwatch.lap()  # the seconds of the first step begin here
+
+    def _line(self, metrics: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()) -> None:
         assert self._writer is not None, "outside of `recording`"
         self._writer.write(metrics)
         if samples := list(samples):

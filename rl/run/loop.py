@@ -15,6 +15,7 @@ from rl.config.load import Config
 from rl.config.objects import function_hashes
 from rl.config.user_files import file_hashes
 from rl.data.prompts import PairData, PromptData, fingerprint, held_out_fingerprint
+from rl.devices import hosts
 from rl.devices.programs import Stored, not_stored
 from rl.models.foreign import files as foreign
 from rl.models.train_state import PureState
@@ -31,17 +32,24 @@ REWARD_STATE = ("reward_calls", "reward_doubts", "reward_steps_down")
 
 def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
     """The identity of a run in `run.json`: sources and hashes of policy, reference, prompts, a user's files, and reward
-    functions that are given as objects.
+    functions that are given as objects. ValueError where two processes would start different runs.
     """
     reference = origin.identity if config.grpo.beta else None
     hashes = {"data": fingerprint(data.train), HELD_OUT: held_out_fingerprint(data.held_out), **file_hashes(config)}
-    return {"policy": origin.identity, "reference": reference, **hashes, **function_hashes(config)}
+    return _same({"policy": origin.identity, "reference": reference, **hashes, **function_hashes(config)}, config)
 
 
-def supervised_identity(origin: Origin, pairs: PairData) -> dict[str, Any]:
-    """The identity of supervised fine-tuning in `run.json`: source and hash of the policy and of the data rows."""
+def supervised_identity(config: Config, origin: Origin, pairs: PairData) -> dict[str, Any]:
+    """The identity of supervised fine-tuning in `run.json`: source and hash of the policy and of the data rows.
+    ValueError as in `run_identity`.
+    """
     held_out = held_out_fingerprint(pairs.held_out)
-    return {"policy": origin.identity, "data": fingerprint(pairs.rows), HELD_OUT: held_out}
+    return _same({"policy": origin.identity, "data": fingerprint(pairs.rows), HELD_OUT: held_out}, config)
+
+
+def _same(identity: dict[str, Any], config: Config) -> dict[str, Any]:
+    hosts.check_same(config, identity)
+    return identity
 
 
 class LoopState(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 
 from rl.config.sections import HealthSection
 from rl.run.health import Checkup, HealthState, examine
+from rl.state.optimizer import rounding_problems
 
 # Finite, but far beyond anything that trains: results computed from such numbers soon leave float32.
 _LARGE_ADVANTAGE, _LARGE_WEIGHT = 1e4, 1e6
@@ -26,10 +27,13 @@ def examine_step(
     params: Any,
     advantages: np.ndarray | None = None,
 ) -> Checkup:
-    """`rl.run.health.examine` of a step, with `cause_of_skips` where each of its `num_updates` updates was skipped."""
+    """`rl.run.health.examine` of a step, with `cause_of_skips` where each of its `num_updates` updates was skipped, and
+    with a warning where updates vanish in the weights' rounding.
+    """
     is_lost = metrics["skipped_updates"] == num_updates
     cause = cause_of_skips(metrics, params, advantages) if is_lost else None
-    return examine(section, state, metrics, num_updates, cause)
+    checkup = examine(section, state, metrics, num_updates, cause)
+    return checkup._replace(warnings=[*rounding_problems(metrics), *checkup.warnings])
 
 
 def cause_of_skips(metrics: Mapping[str, float], params: Any, advantages: np.ndarray | None = None) -> str:

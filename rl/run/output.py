@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from rl.config.load import Config
 from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
+from rl.models.train_state import PureState
 from rl.run.log import RunLog
 from rl.run_folder.contents import LOG
 from rl.run_folder.folder import RunFolder
@@ -104,12 +105,29 @@ class RunOutput:
         text = would_do(command, self.path, self.checkpoints if self.resumed else None, num_steps)
         return text if step is None or step < num_steps else self._log.nothing_left(step)
 
-    def check_lease(self) -> None:
-        """ValueError where a store is another process's by now; of a folder on disk nothing is done."""
-        self.mirror.check()
+    def save(
+        self,
+        step: int,
+        state: PureState,
+        record: dict[str, Any],
+        reference: PureState | None = None,
+        is_last: bool = False,
+    ) -> None:
+        """To be called after each step, when its line is written. Starts to write a checkpoint after every
+        `checkpoint.every` steps and after the last one, and says what follows from the step for the run folder.
 
-    def step_recorded(self) -> None:
-        """To be called when a step is written and saved: says what follows from it, see `RunFolder.recorded`."""
+        Args:
+          step: how many steps are done.
+          record: what the checkpoint remembers of the loop, from `LoopState`.
+          is_last: whether the run ends with this step.
+
+        Raises:
+          ValueError: the run's store is another process's by now, or see `Checkpoints.save`.
+        """
+        self.mirror.check()  # no two runs write to one store
+        if is_last or step % self._config.checkpoint.every == 0:
+            with self._log.timer("checkpoint"):  # counted to the next step: the line of this one is written
+                self.checkpoints.save(step, state, record, reference)
         self._log.messages(self.folder.recorded())
 
     def export(self, model_config: Any, params: Any, tokenizer: Tokenizer) -> None:

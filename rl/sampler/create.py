@@ -79,13 +79,11 @@ def plan_draws(
     config: Config,
     data: PromptData,
     sampling: SamplingParams,
-    num_evaluated: int,
     prompt_length: int | None = None,
 ) -> list[DrawSize]:
     """Plans a sampler's shapes for the prompts of a run. Returns the sizes of the run's calls.
 
     Args:
-      num_evaluated: the number of prompts of each evaluation; 0: there are no evaluations.
       prompt_length: the longest prompt in tokens, for shapes that were planned with it before; None: the data's
         prompts.
 
@@ -93,6 +91,7 @@ def plan_draws(
       ValueError: one of the calls cannot be: `sampling.kv_memory` is too small for it, or a user's source not made.
     """
     step = DrawSize(config.grpo.prompts_per_step, config.grpo.group_size, sampling)
+    num_evaluated = len(data.evaluated(config.eval))
     sizes = [step, DrawSize(num_evaluated, 1, greedy(sampling))] if num_evaluated else [step]
     if prompt_length is None:
         prompts = [row.prompt_ids for row in (*data.train, *data.held_out)]

@@ -41,7 +41,7 @@ class Origin:
     allow_nonfinite: bool = False
 
 
-def tokenizer_of(config: Config) -> Tokenizer:
+def tokenizer_from_config(config: Config) -> Tokenizer:
     """The tokenizer of tokenizer.source, else of the model's folder, else the byte tokenizer."""
     source, key = config.tokenizer.source, "tokenizer.source"
     if source is None and (source := folder_source(config)) is not None:

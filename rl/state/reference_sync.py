@@ -24,7 +24,7 @@ from rl.state.origin import Origin, pretrained_params
 from rl.state.states import InitStateFn, frozen_reference, setup_decode_state
 
 
-def reference_of(
+def restore_reference(
     config: Config,
     mesh: Mesh,
     init_reference_fn: InitStateFn,

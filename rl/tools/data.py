@@ -19,7 +19,7 @@ from rl.data.prompts import load_prompts, step_indices
 from rl.devices.host_memory import peak_bytes, start_peak
 from rl.files.output_file import check_writable
 from rl.models.files.folders import write_json
-from rl.state.origin import tokenizer_of
+from rl.state.origin import tokenizer_from_config
 
 
 class DataBench(NamedTuple):
@@ -65,7 +65,7 @@ def bench(recipe: str | pathlib.Path, num_steps: int = 10, overrides: Sequence[s
         raise ValueError(f"--steps must be >= 1, got {num_steps}")
     config = load_config(recipe, overrides)
     start = time.perf_counter()
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizer_from_config(config)
     tokenizer_seconds = time.perf_counter() - start
     start_peak()
     start_bytes, start = peak_bytes(), time.perf_counter()

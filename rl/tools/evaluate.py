@@ -25,7 +25,7 @@ from rl.run_folder.contents import HELD_OUT
 from rl.run_folder.folder import check_trust, read_run
 from rl.run_folder.trust import TO_EVALUATE
 from rl.sampler.create import create_sampler, eos_ids, sampling_params
-from rl.state.origin import tokenizer_of
+from rl.state.origin import tokenizer_from_config
 from rl.tools.trained import load_source, resolve_model
 
 
@@ -58,7 +58,7 @@ def evaluate_source(
         hosts.from_first(lambda: check_writable(output, "--output"))
         use_compilation_cache(config)
         require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
-        tokenizer = tokenizer_of(config)
+        tokenizer = tokenizer_from_config(config)
         data = load_prompts(config, tokenizer)
         changed = source.run and changed_rows(source.run, config, overrides, data, tokenizer)
         for problem in filter(None, (changed, tokenizer.template_kwargs_problem())):

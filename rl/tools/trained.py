@@ -25,7 +25,7 @@ from rl.run_folder.remote_steps import local_source
 from rl.run_folder.trust import TO_SAMPLE
 from rl.state.checkpoint import create_checkpoint_manager
 from rl.state.optimizer import create_training_optimizer, shortest_run
-from rl.state.origin import Origin, find_origin, pretrained_params, tokenizer_of
+from rl.state.origin import Origin, find_origin, pretrained_params, tokenizer_from_config
 from rl.state.states import InitStateFn, frozen_base, get_abstract_state, setup_decode_state
 
 
@@ -192,7 +192,7 @@ def _check_base(folder: str | os.PathLike, origin: Origin) -> None:
 
 def _decode_setup(config: Config) -> tuple[Tokenizer, Origin, Mesh, InitStateFn]:
     """Tokenizer, model and mesh, and the `init_state_fn` of a state to decode with: parameters, no optimizer."""
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizer_from_config(config)
     origin = find_origin(config, tokenizer)
     policy = policy_from_config(config, origin.model_config)
     return tokenizer, origin, create_mesh(config.mesh), InitStateFn(policy, None, config.seed)

@@ -41,7 +41,7 @@ def get_shaped_inputs(config: Config, mesh: Mesh, init_state_fn: InitStateFn) ->
     """Shapes and shardings of the state that `init_state_fn` builds, and of the minibatches of its run."""
     abstract: AbstractState = get_abstract_state(config, mesh, init_state_fn)
     policy = init_state_fn.policy
-    plan = plan_for(config, config.data.max_prompt_length, policy, mesh)
+    plan = plan_minibatches(config, config.data.max_prompt_length, policy, mesh)
     shapes = minibatch_shapes(config, policy, plan)
     return ShapedInputs(
         state=abstract.shapes,
@@ -82,7 +82,7 @@ def _of_present_fields(values: Minibatch, shapes: Minibatch) -> Minibatch:
     return values._replace(batch=batch, entropy_MRCL=None if shapes.entropy_MRCL is None else values.entropy_MRCL)
 
 
-def plan_for(config: Config, max_prompt_length: int, policy: Policy, mesh: Mesh) -> PackingPlan:
+def plan_minibatches(config: Config, max_prompt_length: int, policy: Policy, mesh: Mesh) -> PackingPlan:
     """Static shapes that hold every minibatch of a run with prompts of at most `max_prompt_length` tokens."""
     rules = drawn_from(config)
     plan = plan_packing(

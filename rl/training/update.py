@@ -70,6 +70,9 @@ class Updater:
       plan: static shapes of the minibatches.
       state_shardings: a `NamedSharding` for each leaf of the state.
       stored: looks up compiled programs that score minibatches.
+
+    Attributes:
+      num_updates: updates of a step.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Updater:
         mesh: Mesh,
         stored: Stored = not_stored,
     ):
+        self.num_updates = updates_per_step(config)
         self._config = config
         self._plan = plan
         self._loss_config = loss_config(config)

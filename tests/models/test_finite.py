@@ -17,7 +17,7 @@ from rl.models.files import hf, quantized_files
 from rl.models.files.finite import as_finite, is_finite
 from rl.models.foreign.own_files import load_weights
 from rl.state import param_folder
-from rl.state.origin import find_origin, pretrained_params, tokenizer_of
+from rl.state.origin import find_origin, pretrained_params, tokenizer_from_config
 from rl.tools.quantization.quantize import quantize_folder
 from tests.helpers.places import FILES
 from tests.helpers.tiny_models import noisy_params, tiny_config
@@ -74,13 +74,13 @@ def test_nan_in_the_weights_of_a_run_ends_its_start_unless_it_is_allowed(tmp_pat
     edit(folder / "model.safetensors", NAME, with_nan)
     settings = [f"model.source={folder}", "tokenizer.source=byte"]
     config = load_config(None, settings)
-    origin = find_origin(config, tokenizer_of(config))
+    origin = find_origin(config, tokenizer_from_config(config))
     with pytest.raises(
         ValueError, match=rf"{folder}/model.safetensors: tensor {NAME} must hold finite .*allow_nonfinite"
     ):
         pretrained_params(origin, None)
     config = load_config(None, [*settings, "model.allow_nonfinite=true"])
-    params = pretrained_params(find_origin(config, tokenizer_of(config)), None)
+    params = pretrained_params(find_origin(config, tokenizer_from_config(config)), None)
     assert params is not None
     assert np.isnan(params["layers_1"]["mlp"]["up_proj"]["kernel"]).sum() == 1
 

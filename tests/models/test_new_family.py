@@ -18,7 +18,7 @@ from rl.models.files.hf import load_params, read_config, save_folder
 from rl.models.flavours import create_policy
 from rl.models.inputs import Inputs, plain_inputs
 from rl.models.ops import RopeScaling
-from rl.state.origin import find_origin, tokenizer_of
+from rl.state.origin import find_origin, tokenizer_from_config
 from tests.helpers import tunix_golden
 from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
 
@@ -140,7 +140,7 @@ def test_a_folder_of_a_mixture_is_written_and_read_back(tmp_path):
 
 def test_a_recipe_makes_a_fresh_model_of_a_new_family():
     config = load_config(None, ["model.arch.family=mixed", "tokenizer.source=byte"])
-    made = find_origin(config, tokenizer_of(config)).model_config
+    made = find_origin(config, tokenizer_from_config(config)).model_config
     assert (made.family, made.activation, made.attention_bias) == ("mixed", "gelu", True)
 
 

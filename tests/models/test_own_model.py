@@ -13,7 +13,7 @@ from rl.models.flavours import policy_from_config
 from rl.models.foreign.files import check_policy, load_weights
 from rl.run.metrics import read_metrics, read_samples
 from rl.state.export import write_folder
-from rl.state.origin import find_origin, tokenizer_of
+from rl.state.origin import find_origin, tokenizer_from_config
 from rl.tools.checkpoints.export import export
 from rl.tools.trained import load_checkpoint, load_start
 from tests.helpers.places import REWARDS, ROOT
@@ -42,7 +42,7 @@ def config_for(folder, flavour, *overrides):
 
 
 def policy_for(config):
-    origin = find_origin(config, tokenizer_of(config))
+    origin = find_origin(config, tokenizer_from_config(config))
     return policy_from_config(config, origin.model_config)
 
 

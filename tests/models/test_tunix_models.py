@@ -23,7 +23,7 @@ from rl.models.foreign.tunix_policy import TunixPolicy
 from rl.models.inputs import Inputs, plain_inputs
 from rl.run.metrics import read_metrics, read_samples
 from rl.state.export import write_folder
-from rl.state.origin import find_origin, tokenizer_of
+from rl.state.origin import find_origin, tokenizer_from_config
 from tests.helpers import tunix_golden
 from tests.helpers.places import FILES, REWARDS
 from tests.helpers.tiny_models import noisy_params, tiny_config
@@ -169,7 +169,7 @@ def test_files_that_do_not_hold_the_model_are_refused_before_they_are_read(tmp_p
     folder = edited(tmp_path, "qwen3", layer_types=None, vocab_size=259, **changes)
     config = load_config(None, [f"model.source=tunix:{folder}", "tokenizer.source=byte"])
     with pytest.raises(ValueError, match=message):
-        find_origin(config, tokenizer_of(config))
+        find_origin(config, tokenizer_from_config(config))
 
 
 def test_damaged_files_are_refused_before_they_are_read(tmp_path):
@@ -180,7 +180,7 @@ def test_damaged_files_are_refused_before_they_are_read(tmp_path):
     for damaged in (content[:-1], content[:100], b""):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file, got"):
-            find_origin(config, tokenizer_of(config))
+            find_origin(config, tokenizer_from_config(config))
 
 
 def test_linen_and_dtypes_that_tunix_does_not_have_are_refused():

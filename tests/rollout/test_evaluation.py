@@ -19,7 +19,7 @@ from rl.run.metrics import read_metrics
 from rl.sampler.create import eos_ids, sampling_params, stop_text
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
-from rl.state.origin import Origin, tokenizer_of
+from rl.state.origin import Origin, tokenizer_from_config
 from rl.tools.evaluate import evaluate_source
 from tests.helpers.places import FILES, REWARDS
 
@@ -220,7 +220,7 @@ def test_training_warns_of_text_prompts_for_a_chat_model_and_of_variables_withou
     tokenizer.save_pretrained(tmp_path)
     recipe = [f"model.source={MODELS / 'qwen2'}", "tokenizer.source=byte", *overrides]
     config = load_config(None, [entry.replace("TRAINED", str(tmp_path)) for entry in recipe])
-    tokenizer, stream = tokenizer_of(config), io.StringIO()
+    tokenizer, stream = tokenizer_from_config(config), io.StringIO()
     with Console(1, stream) as console:
         folder = config.model.source and MODELS / "qwen2"
         warn_about_prompts(console, config, Origin(read_config(MODELS / "qwen2"), folder, {}), tokenizer)

@@ -18,6 +18,7 @@ from rewards.contract import RewardSpec
 from rewards.runner import RewardRunner
 from rl import grpo_trainer, sft_trainer
 from rl.config.load import load_config
+from rl.data.prompts import PromptData
 from rl.rollout.collector import Collector
 from rl.rollout.failing import FailureWatch
 from rl.run.health import HealthState, examine, healthy, is_spike, raise_if_stuck
@@ -318,7 +319,7 @@ def test_a_resumed_run_remembers_how_long_a_reward_was_down(recipe):
     spec = RewardSpec("shown", f"{REWARDS}:digit_share", 1.0, {})
     nothing: Any = None  # is drawn here
     with RewardRunner([spec], [], 1, 5.0) as runner:
-        collector = Collector(config, nothing, runner, nothing, nothing, [], nothing)
+        collector = Collector(config, PromptData([], [], 0, 0, []), nothing, runner, nothing, nothing, nothing)
         collector.restore({"reward_calls": runner.calls})  # of a version that did not count
         assert collector.reward_state["reward_steps_down"] == {}
         collector.restore({**collector.reward_state, "reward_steps_down": {"shown": 2, "gone": 1}})

@@ -25,7 +25,7 @@ from rl.run.health import healthy
 from rl.run_folder.folder import RunFolder, read_run
 from rl.state.checkpoint import create_checkpoint_manager
 from rl.state.checkpoint_files import damaged_files, item_folders, read_array, read_record, stored_arrays, write_record
-from rl.state.origin import find_origin, tokenizer_of
+from rl.state.origin import find_origin, tokenizer_from_config
 from rl.state.states import setup_training_state
 from rl.tools.checkpoints.checkpoint import compare_hashes, find, inspect, verify
 from rl.tools.checkpoints.checkpoint_bench import bench, fill_moments
@@ -47,7 +47,7 @@ def recipe(tmp_path_factory):
 def write_run(folder, recipe, steps, *overrides, kind="sft"):
     """A run folder whose checkpoints hold the state at the start of a run, changed a little at each step."""
     config = load_config(recipe, [f"output_dir={folder}", "data.eval_size=0", *overrides])
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizer_from_config(config)
     origin = find_origin(config, tokenizer)
     rows = load_pairs(config, tokenizer).rows if kind == "sft" else load_prompts(config, tokenizer).train
     identity = {"policy": origin.identity, "data": fingerprint(rows)}
@@ -207,7 +207,7 @@ def test_a_file_that_holds_no_content_hashes_is_refused_before_anything_is_read(
 
 def test_numbers_that_are_not_finite_are_counted_by_array(copy):
     config = load_config(copy / "config.yml", [f"output_dir={copy}"])
-    mesh, init_state_fn = training_setup(config, find_origin(config, tokenizer_of(config)))
+    mesh, init_state_fn = training_setup(config, find_origin(config, tokenizer_from_config(config)))
     checkpoints = create_checkpoint_manager(config, mesh, init_state_fn)
     state, loop = checkpoints.restore()
     state.params["norm"]["scale"] = state.params["norm"]["scale"].at[3:5].set(jnp.nan)
@@ -525,7 +525,7 @@ def test_bench_of_a_recipe_counts_every_array_of_the_state(recipe, run):
 
 def test_filled_moments_are_finite_and_cannot_be_compressed(recipe):
     config = load_config(recipe, ["optimizer.moment_dtype=bfloat16"])
-    state, _ = setup_training_state(config, *training_setup(config, find_origin(config, tokenizer_of(config))))
+    state, _ = setup_training_state(config, *training_setup(config, find_origin(config, tokenizer_from_config(config))))
     filled = fill_moments(state)
     kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)  # noqa: E731
     assert kinds(filled) == kinds(state)

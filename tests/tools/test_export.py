@@ -22,7 +22,7 @@ from rl.run.metrics import read_metrics
 from rl.state import param_folder
 from rl.state.checkpoint_files import stored_arrays
 from rl.state.export import write_folder
-from rl.state.origin import find_origin, pretrained_params, tokenizer_of
+from rl.state.origin import find_origin, pretrained_params, tokenizer_from_config
 from rl.state.states import InitStateFn, get_abstract_state, setup_decode_state
 from rl.tools.checkpoints.export import export
 from rl.tools.trained import load_checkpoint, load_start
@@ -85,7 +85,7 @@ def test_both_flavours_decode_from_it_on_any_mesh(params_folder, flavour):
     )
     overrides = [f"model.source={params_folder}", f"pure_nnx={flavour}", "mesh.fsdp=4", "mesh.tensor=2"]
     config = load_config(None, overrides)
-    origin = find_origin(config, tokenizer_of(config))
+    origin = find_origin(config, tokenizer_from_config(config))
     mesh = create_mesh(config.mesh)
     init_state_fn = InitStateFn(create_policy(origin.model_config, config.pure_nnx), None, 0)
     shardings = get_abstract_state(config, mesh, init_state_fn, is_training=False).shardings.params

@@ -37,7 +37,7 @@ from rl.state.optimizer import create_training_optimizer
 from rl.state.states import AbstractState, InitStateFn, get_abstract_state
 from rl.training.computed_groups import leaves_groups_out
 from rl.training.packing import PackingPlan, TrainCompletion, TrainGroup, pack
-from rl.training.shaped_inputs import plan_for
+from rl.training.shaped_inputs import plan_minibatches
 from rl.training.train_step import TRAIN_STEP, Minibatch, jit_train_step, token_logprobs_program
 from rl.training.update import ENTROPIES, LOGPROBS, Updater, bare_batch, train_step_options
 
@@ -467,7 +467,7 @@ def test_the_token_budget_of_a_micro_batch_changes_nothing(budget, flavour, dtyp
     config = load_config(None, [*settings, f"sampling.max_completion_length={MAX_COMPLETION}", "mesh.num_devices=1"])
     with jax.enable_x64(dtype == "float64"):
         policy = create_policy(tiny_config(dtype=dtype), FLAVOURS[flavour])
-        plan = plan_for(config, max(map(len, problem.prompts)), policy, create_mesh(config.mesh))
+        plan = plan_minibatches(config, max(map(len, problem.prompts)), policy, create_mesh(config.mesh))
         packed = trainer(flavour, dtype, plan=plan)
         used = int(packed.minibatch(problem).batch.num_microbatches)
         loss, gradient, _ = packed.loss_and_gradient(problem)

@@ -24,7 +24,7 @@ from rl.models.flavours import policy_from_config
 from rl.run.metrics import CompileCounter
 from rl.sampler.create import eos_ids
 from rl.sft_trainer import train as train_sft
-from rl.state.origin import find_origin, pretrained_params, tokenizer_of
+from rl.state.origin import find_origin, pretrained_params, tokenizer_from_config
 from rl.state.states import InitStateFn, get_abstract_state
 from tests.helpers.fuzzing import JSON_VALUES, KEYS, mutated, mutated_json, overrides, refused_or_done, search, snapshot
 from tests.helpers.places import FILES
@@ -256,7 +256,7 @@ def test_any_model_folder_is_loaded_or_refused(tmp_path):
         assert snapshot(folder) == before
 
     def load_model(config):
-        tokenizer = tokenizer_of(config)
+        tokenizer = tokenizer_from_config(config)
         tokenizer.encode("1+1=")
         origin = find_origin(config, tokenizer)
         eos_ids(config, origin.model_config, tokenizer)

@@ -11,7 +11,7 @@ from rl.data.prompts import load_pairs, step_indices
 from rl.models.flavours import policy_from_config
 from rl.models.inputs import plain_inputs
 from rl.run.metrics import read_metrics
-from rl.state.origin import find_origin, tokenizer_of
+from rl.state.origin import find_origin, tokenizer_from_config
 from rl.state.states import InitStateFn
 from rl.tools.trained import load_checkpoint
 
@@ -46,7 +46,7 @@ def run(recipe):
 
 def test_first_loss_is_the_token_mean_of_the_negative_log_likelihood(recipe, run):
     config = load_config(recipe)
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizer_from_config(config)
     policy = policy_from_config(config, find_origin(config, tokenizer).model_config)
     params = InitStateFn(policy, None, config.seed)().pure().params
     rows = load_pairs(config, tokenizer).rows

@@ -37,7 +37,7 @@ from rl.state.checkpoint_files import (
     read_step_metadata,
     stored_arrays,
 )
-from rl.state.origin import find_origin, tokenizer_of
+from rl.state.origin import find_origin, tokenizer_from_config
 from rl.tools.checkpoints.checkpoint_bench import bench, report, to_json
 from rl.tools.checkpoints.convert import convert_maxtext, missing_record_keys, upgrade_run
 from rl.tools.trained import training_setup
@@ -208,7 +208,7 @@ def _misfits(found: Found) -> list[str]:
             f"the loop record lacks {', '.join(missing)}: written by an older version; "
             "`grpo checkpoint convert RUN OUT` fills it in"
         )
-    origin = find_origin(config, tokenizer_of(config))
+    origin = find_origin(config, tokenizer_from_config(config))
     mesh, init_state_fn = training_setup(config, origin)
     config = dataclasses.replace(config, output_dir=str(found.run))
     checkpoints = create_checkpoint_manager(config, mesh, init_state_fn, read_only=True)

@@ -30,7 +30,7 @@ from rl.run_folder.folder import check_trust, is_run_folder
 from rl.run_folder.trust import TO_SAMPLE
 from rl.state.checkpoint import Checkpoints, create_checkpoint_manager
 from rl.state.checkpoint_files import folder_size
-from rl.state.origin import find_origin, pretrained_params, tokenizer_of
+from rl.state.origin import find_origin, pretrained_params, tokenizer_from_config
 from rl.state.states import frozen_base, setup_training_state
 from rl.tools.trained import training_setup
 
@@ -94,7 +94,7 @@ def bench(
     config = load_config(path / "config.yml" if is_run else path, overrides)
     check_trust(source, config, overrides, TO_SAMPLE, trust)
     use_compilation_cache(config)
-    origin = find_origin(config, tokenizer_of(config))
+    origin = find_origin(config, tokenizer_from_config(config))
     mesh, init_state_fn = training_setup(config, origin)
     with _scratch_folder(path if is_run else pathlib.Path(config.output_dir or "run")) as scratch:
         checkpoints = create_checkpoint_manager(_at(config, scratch), mesh, init_state_fn)

@@ -41,7 +41,7 @@ from rl.state.checkpoint_files import (
     write_hashes,
     write_record,
 )
-from rl.state.origin import tokenizer_of
+from rl.state.origin import tokenizer_from_config
 
 _RECORD_KEYS = {
     "grpo": ("step", "epoch", "position", "flavour", "entropy", "health"),
@@ -143,7 +143,7 @@ def _is_trusted(run: pathlib.Path) -> bool:
 def _upgrade_identity(folder: pathlib.Path, config: Config, identity: dict[str, Any], is_trusted: bool) -> list[str]:
     changes = []
     if "data" not in identity:
-        tokenizer = tokenizer_of(config)
+        tokenizer = tokenizer_from_config(config)
         is_grpo = identity["kind"] == "grpo"
         rows = load_prompts(config, tokenizer).train if is_grpo else load_pairs(config, tokenizer).rows
         identity = {**identity, "data": fingerprint(rows)}
@@ -162,7 +162,7 @@ def _upgrade_record(folder: pathlib.Path, config: Config, kind: str) -> list[str
     if "health" in missing:
         record["health"] = json.loads(json.dumps(healthy()._asdict()))
     if "epoch" in missing or "position" in missing:
-        num_rows = len(load_prompts(config, tokenizer_of(config)).train)
+        num_rows = len(load_prompts(config, tokenizer_from_config(config)).train)
         record["epoch"], record["position"] = divmod(record["step"] * config.grpo.prompts_per_step, num_rows)
     still = missing_record_keys(kind, record)
     if still:

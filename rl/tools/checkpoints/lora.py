@@ -36,7 +36,7 @@ from rl.sampler.create import checked_sampling
 from rl.state.checkpoint import create_checkpoint_manager
 from rl.state.export import write_folder
 from rl.state.optimizer import create_training_optimizer
-from rl.state.origin import find_origin, tokenizer_of
+from rl.state.origin import find_origin, tokenizer_from_config
 from rl.state.states import InitStateFn, frozen_base, setup_training_state
 from rl.tools.checkpoints.export import export_adapter
 from rl.tools.trained import TrainedPolicy, load_start, resolve_model
@@ -148,7 +148,7 @@ def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = (), t
     if pathlib.Path(run).exists() and (not pathlib.Path(run).is_dir() or any(pathlib.Path(run).iterdir())):
         raise ValueError(f"the run folder must be new or empty, got {run}; choose another one or remove it")
     config = _run_config(adapter, run, recipe, overrides, trust)
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizer_from_config(config)
     data = load_prompts(config, tokenizer)
     origin = find_origin(config, tokenizer)
     sampling = checked_sampling(config, origin.model_config, tokenizer)
@@ -178,7 +178,7 @@ def _run_config(adapter: str, run: str, recipe: str, overrides: Sequence[str], t
     start = load_config(recipe, [*overrides, "lora.rank=0", f"lora.adapter={json.dumps(adapter)}"])
     hosts.check_alone(start.distributed)
     check_trust(recipe, start, overrides, trust=trust)
-    lora = find_origin(start, tokenizer_of(start)).model_config.lora
+    lora = find_origin(start, tokenizer_from_config(start)).model_config.lora
     assert lora is not None
     values = {
         "output_dir": run,

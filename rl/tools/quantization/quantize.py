@@ -45,7 +45,7 @@ from rl.models.files.hf import (
 )
 from rl.models.files.hf_config import quantization_json
 from rl.models.quantized import QuantizedArray, chosen_matrices, is_chosen, tile_of
-from rl.state.origin import tokenizer_of
+from rl.state.origin import tokenizer_from_config
 from rl.state.param_folder import is_param_folder
 from rl.tools.quantization import layerwise
 from rl.tools.quantization.quantize_foreign import DEFAULT_PATTERNS, quantize_foreign
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config is None or arguments.tokenizer is not None:
             tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
         else:
-            tokenizer = tokenizer_of(config)
+            tokenizer = tokenizer_from_config(config)
         tokens = _read_text(arguments.text, tokenizer, arguments.max_tokens)
     if arguments.context < 2:
         raise ValueError(f"--context must be >= 2, got {arguments.context}")

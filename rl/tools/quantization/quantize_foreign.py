@@ -27,7 +27,7 @@ from rl.models.foreign import files as foreign
 from rl.models.ops import dtype_of
 from rl.models.quantized import chosen_matrices, tile_of
 from rl.sampler.prompt_logprobs import PromptScorer
-from rl.state.origin import find_origin, tokenizer_of
+from rl.state.origin import find_origin, tokenizer_from_config
 from rl.tools.quantization.quantize_report import QuantizeReport, check_start, layer_report, quantize_and_compare
 from rl.tools.trained import load_start
 
@@ -56,7 +56,7 @@ def quantize_foreign(
         not fit, or `out` holds something.
     """
     start_bytes = peak_bytes()
-    origin = find_origin(config, tokenizer_of(config))
+    origin = find_origin(config, tokenizer_from_config(config))
     model: ForeignConfig = origin.model_config  # pyright: ignore[reportAssignmentType]
     folder = _check(config, model, origin.folder, quantization, tokens)
     chosen = chosen_matrices(model, quantization)

@@ -23,7 +23,7 @@ from rl.sampler.contract import Completion, Request
 from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.sampler.token_draw import SamplingParams
 from rl.state.checkpoint_files import read_record
-from rl.state.origin import tokenizer_of
+from rl.state.origin import tokenizer_from_config
 from rl.tools.trained import load_checkpoint, load_start
 
 
@@ -96,7 +96,7 @@ def draw_again(
         if number >= count:
             raise ValueError(f"--replay: {name} must be from 0 to {count - 1}, got {number}")
     use_compilation_cache(config)
-    data = load_prompts(config, tokenizer_of(config))
+    data = load_prompts(config, tokenizer_from_config(config))
     _check_same("data", fingerprint(data.train), identity["data"])
     trained = load_start(config) if step == 1 else load_checkpoint(config, folder, step - 1)
     if step == 1:

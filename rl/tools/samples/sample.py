@@ -33,7 +33,7 @@ from rl.sampler.contract import Completion, CompletionSource, Request
 from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.sampler.token_draw import SamplingParams, check_vocabulary
 from rl.state.checkpoint_files import damaged_files
-from rl.state.origin import Origin, find_origin, tokenizer_of
+from rl.state.origin import Origin, find_origin, tokenizer_from_config
 from rl.tools.samples.completion_file import META_SUFFIX, CompletionFile
 from rl.tools.samples.replay import compare, draw_again
 from rl.tools.samples.sample_prompts import SampleRow, read_prompts, to_sample_rows
@@ -51,7 +51,7 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     source = _with_step(resolve_model(model, overrides, arguments.step, arguments.adapter, trust=arguments.trust))
     config = source.config
     use_compilation_cache(config)
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizer_from_config(config)
     samples = to_sample_rows(rows, config.data, tokenizer, arguments.n, config.sampling.max_completion_length)
     if problem := tokenizer.template_kwargs_problem():
         _say(f"warning: {problem}")
@@ -104,7 +104,7 @@ def sample_rows(
     Raises:
       ValueError: see `check_rows`.
     """
-    config, tokenizer = source.config, tokenizer_of(source.config)
+    config, tokenizer = source.config, tokenizer_from_config(source.config)
     model_config = find_origin(config, tokenizer).model_config
     sampling = _sampling_of(config, model_config, tokenizer, samples)
     trained = load_source(source)
