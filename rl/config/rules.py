@@ -14,6 +14,8 @@ from rl.config.sections import ESTIMATOR_NAMES, TUNIX_PREFIX, Config, is_user_fu
 from rl.files.json_file import shown
 from rl.files.stores import check_path
 
+LARGEST_GROUP = 2**16  # completions of a prompt
+
 
 def check_config(config: Config) -> None:
     """Ranges and cross-field rules that hold for every command."""
@@ -27,6 +29,11 @@ def check_config(config: Config) -> None:
     _check_optimizer(config)
     _check_mesh(config)
     _check_distributed(config)
+    if grpo.group_size > LARGEST_GROUP:
+        raise ValueError(
+            f"grpo.group_size must be <= {LARGEST_GROUP}, because the host keeps a record of each completion, got "
+            f"{grpo.group_size}"
+        )
     if grpo.prompts_per_step % grpo.minibatches:
         fits = [n for n in range(1, min(grpo.prompts_per_step, 1000) + 1) if grpo.prompts_per_step % n == 0]
         raise ValueError(

@@ -424,7 +424,8 @@ def _completion_ids(row: PromptRow, column: str, tokenizer: Tokenizer) -> list[i
     """Token ids of the completion as a continuation of the prompt's ids, without EOS."""
     if column not in row.columns:
         raise ValueError(
-            f"sft.completion_column must name a column of the data, got {column!r}{list_columns(column, row.columns)}"
+            f"sft.completion_column must name a column of the data, got {shown(column)}"
+            f"{list_columns(column, row.columns)}"
         )
     completion = row.columns[column]
     if isinstance(completion, int) and not isinstance(completion, bool):

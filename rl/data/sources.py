@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from rl.config.objects import rows_of
 from rl.data.parquet_pages import check_pages
 from rl.data.tasks import Row, is_procedural, procedural_rows
-from rl.files.json_file import shown
+from rl.files.json_file import briefly, shown
 from rl.files.stores import is_remote, local_copy
 
 _SOURCE_RULE = (
@@ -211,7 +211,7 @@ def list_columns(name: str, existing: Iterable[str]) -> str:
     """The end of a message about a missing column: the existing columns, and the most similar one."""
     existing = sorted(existing)
     near = difflib.get_close_matches(name, existing, n=1)
-    return f"; the columns are {existing}" + (f", did you mean {near[0]!r}?" if near else "")
+    return f"; the columns are {briefly(existing)}" + (f", did you mean {near[0]!r}?" if near else "")
 
 
 def _open_parquet(path: pathlib.Path) -> RowSource:
@@ -280,17 +280,19 @@ def _map_columns(rows: list[Row], columns: Mapping[str, str | None], source: str
         )
     existing = _names(rows)
     for name, theirs in mapping.items():
-        way_out = "" if name == "prompt" else f"; data.columns.{name}=null does without"
+        key = f"data.columns.{briefly(name)}"
+        way_out = "" if name == "prompt" else f"; {key}=null does without"
         if theirs not in existing:
             if name == "prompt" and "messages" in existing:
                 way_out = "; data.columns.prompt=messages takes conversations, with data.chat=true"
             raise ValueError(
-                f"data.columns.{name} must name a column of {source!r}, "
-                f"got {theirs!r}{list_columns(theirs, existing)}{way_out}"
+                f"{key} must name a column of {source!r}, got {shown(theirs)}{list_columns(theirs, existing)}{way_out}"
             )
         for index, row in enumerate(rows):
             if row.get(theirs) is None:
-                raise ValueError(f"data source {source!r} row {index}: column {theirs!r} must have a value{way_out}")
+                raise ValueError(
+                    f"data source {source!r} row {index}: column {shown(theirs)} must have a value{way_out}"
+                )
     passed_on = [name for name in existing if name not in mapping and name not in mapping.values()]
     return [
         {name: row.get(theirs) for name, theirs in mapping.items()} | {name: row.get(name) for name in passed_on}

@@ -417,11 +417,11 @@ def _row_length(
         attention = 0 if skips_blocks else row_length / (6 * preferred_row_length)
         return math.ceil(rows / num_row_shards) * row_length * (1 + attention)
 
+    most = (min(budget, _LONG_ROW) - max_prompt_length) // max_completion_length
     lengths = []
-    for completions in range(1, group_size + 1):
+    for completions in range(1, max(min(group_size, most), 1) + 1):
         needed = max_prompt_length + completions * max_completion_length
-        if completions == 1 or needed <= min(budget, _LONG_ROW):
-            lengths.append(min(_round_up(max(needed, preferred_row_length)), budget))
+        lengths.append(min(_round_up(max(needed, preferred_row_length)), budget))
     return min(reversed(lengths), key=cost)  # of equal costs, the one that repeats prompts less
 
 

@@ -130,6 +130,7 @@ def refuse(recipe, *overrides, match):
             "unknown config key 'grpo.stesp'; did you mean 'grpo.steps'? (configs/base.yml lists every key)",
         ),
         (["grpo.group_size=1"], "grpo.group_size must be >= 2 for a group baseline, got 1"),
+        (["grpo.group_size=2147483647"], "grpo.group_size must be <= 65536, because the host keeps a record"),
         (
             ["grpo.minibatches=3"],
             "grpo.minibatches must divide grpo.prompts_per_step (4), got 3; these fit: [1, 2, 4]",
@@ -330,6 +331,7 @@ def test_a_prompt_column_that_does_not_exist_is_refused(recipe):
         r"data\.columns\.prompt must name a column of .*, got 'question'; the columns are \['answer', 'kind', 'prompt'"
     )
     refuse(recipe, "data.columns.prompt=question", match=message)
+    refuse(recipe, f"data.columns.prompt={'a/' * 3000}", match=r"got 'a/.*\.\.\. \(6002 characters\); the columns")
 
 
 def test_an_empty_data_set_is_refused(recipe):

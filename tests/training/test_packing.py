@@ -398,6 +398,7 @@ def test_rows_are_never_longer_than_the_budget_of_a_shard():
     assert plan_for(budget=33).row_length == 24  # two rows of two completions rather than of three and one
     assert plan_for(2, 6, budget=22).row_length == 22
     assert plan_for(2, 6, budget=45, shards=2).row_length == 22
+    assert plan_for(1, 2**31, budget=64).row_length == 64  # found at once, however large the group
 
 
 def test_work_is_dealt_evenly_over_the_pieces_in_use():
