@@ -18,6 +18,7 @@ from rl.devices.mesh import create_mesh
 from rl.models.config import flatten_specs, parameter_specs
 from rl.models.files import hf
 from rl.models.flavours import create_policy
+from rl.models.inputs import plain_inputs
 from rl.run.metrics import read_metrics
 from rl.state import param_folder
 from rl.state.checkpoint_files import stored_arrays
@@ -264,9 +265,7 @@ def exported(folder, family, **changes):
 
 def logits_of(policy, params):
     """Of TOKENS."""
-    positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-    zeros = jnp.zeros_like(positions)
-    return policy.unembed(params, jax.jit(policy.hidden)(params, TOKENS, positions, zeros, zeros))
+    return policy.unembed(params, jax.jit(policy.hidden)(params, plain_inputs(TOKENS)))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen2"])
