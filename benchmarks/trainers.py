@@ -122,7 +122,9 @@ class TandemTrainer:
     def step(self) -> Outcome:
         index, batch = next(self._batches)
         groups = self._draw(index, batch) if batch.completions is None else self._replay(batch)
-        self._state, self._entropy, metrics = self._updater.step(self._state, self._reference, [groups], self._entropy)
+        self._state, self._entropy, metrics = self._updater.update(
+            self._state, self._reference, [groups], self._entropy
+        )
         num_tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
         return Outcome(num_tokens, metrics["loss"], metrics["grad_norm"])
 

@@ -1,21 +1,20 @@
 """GRPO training: `grpo train CONFIG [key=value ...]`, or `python -m rl.grpo_trainer`.
 
-This page is a run from top to bottom: prompts, policy, two states, sampler, train step, run folder, loop. Sampler and
-train step are functions of weights, made before there are any: what cannot work is refused before the run folder is
-touched. Step k in metrics and checkpoints means that k steps are done. All randomness follows from (seed, step), so a
-resumed run repeats what an uninterrupted one does, bit for bit. Names end in what an array holds an entry for: `_B` is
-one for each sequence.
+This page is a run from top to bottom: prompts, policy, plan of the two states, sampler, train step, run folder, states,
+loop. Sampler and train step are built before any weights are read, so what cannot work is refused before the run folder
+is touched. All randomness follows from (seed, step): a resumed run repeats an uninterrupted one bit for bit.
 
 To change something, go to
-    prompts                     `rl.data.prompts`
-    drawing tokens              `rl.sampler`
-    reward functions            `rewards`; when they are called: `rl.rollout.scoring`
-    groups, evaluation          `rl.rollout.collector`, `rl.rollout.step_prompts`, `rl.rollout.evaluation`
-    advantages, loss            `rl.algorithms.advantages`, `rl.algorithms.losses`, `rl.algorithms.loss_types`
-    packing, one update         `rl.training.packing`, `rl.training.train_step`; the updates of a step: `.update`
-    optimizer, checkpoints      `rl.state.optimizer`, `rl.state.checkpoint`
-    reference, trained part     `rl.state.reference_sync`, `rl.models.trainable`
-    linen or nnx                `rl.models.flavours`
+    prompts                         `rl.data.prompts`
+    drawing tokens                  `rl.sampler`
+    reward functions                `rewards`; when they are called: `rl.rollout.scoring`
+    groups, evaluation              `rl.rollout.collector`, `rl.rollout.step_prompts`, `rl.rollout.evaluation`
+    advantages, loss                `rl.algorithms.advantages`, `rl.algorithms.losses`, `rl.algorithms.loss_types`
+    packing, train step, updates    `rl.training.packing`, `rl.training.train_step`, `rl.training.update`
+    optimizer, reference            `rl.state.optimizer`, `rl.state.reference_sync`
+    checkpoints, run folder         `rl.state.checkpoint`, `rl.run.output`, `rl.run_folder`
+    metrics, health, stopping       `rl.run.log`, `rl.run.metrics`, `rl.run.health`
+    linen or nnx, trained weights   `rl.models.flavours`, `rl.models.trainable`
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from collections.abc import Sequence
 from rl.algorithms.from_config import loss_config
 from rl.config.load import Config
 from rl.data.prompts import load_prompts
-from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
+from rl.devices.mesh import create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.collector import Collector
 from rl.rollout.groups import minibatches, sample_records, with_advantages
@@ -55,7 +54,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
     Args:
       check_only: everything before the first compilation is done, what the run would do is said, and nothing on disk
         changes but caches of downloads and of `datasets`.
-      trust: see `rl.run_folder.folder.RunFolder`.
+      trust: accepts a config.yml that has changed since the run wrote it (docs/security.md).
 
     Raises:
       ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy
@@ -67,98 +66,104 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         # prompts: what is asked
         tokenizer = tokenizer_from_config(config)
         data = load_prompts(config, tokenizer)
-        origin = find_origin(config, tokenizer)  # where the weights come from; they are read later, into their state
+        origin = find_origin(config, tokenizer)  # where the weights come from; none is read yet
         sampling = checked_sampling(config, origin.model_config, tokenizer)
         check_recipe(config, data, sampling, origin.model_config.max_position_embeddings)
 
-        # policy: what answers; pure functions without weights, which are in the state
+        # policy: what answers; functions of weights, which are in the state
         mesh = create_mesh(config.mesh)
         policy = policy_from_config(config, origin.model_config, mesh)
         schedule, optimizer = create_training_optimizer(config, policy)
-        saved = open_compiled(config, policy, mesh)  # programs of `grpo compile`, where the configuration names some
-        identity = run_identity(config, origin, data)  # the same in every process
+        compiled = open_compiled(config, policy, mesh)  # programs that `grpo compile` wrote; none without its file
 
-        # two states on one mesh, policy and reference, each built by its own init_state_fn; here only what is planned
+        # states of policy and reference: two on one mesh, each built by its own init_state_fn; here only their plan
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
-        init_reference_fn = InitStateFn(policy, None, config.seed)  # not trained: no optimizer
-        abstract = get_abstract_state(config, mesh, init_policy_fn)
-        shardings = abstract.shardings
-        check_sharded(abstract.shapes, shardings, config.mesh, mesh)
+        init_reference_fn = InitStateFn(policy, None, config.seed)  # no optimizer: it is not trained
+        abstract_state = get_abstract_state(config, mesh, init_policy_fn)
+        shardings = abstract_state.shardings
 
-        # sampler: draws with the weights that it is handed; a call too large for the memory is refused here
-        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, saved.device_memory, saved.get)
+        # sampler: draws with the weights that it is handed; what does not fit the memory is refused here
+        sampler = create_sampler(
+            config, policy, mesh, shardings.params, tokenizer, memory=compiled.device_memory, stored=compiled.get
+        )
         stack.callback(sampler.close)
-        draw_sizes = plan_draws(sampler, config, data, sampling, saved.prompt_length)
+        draw_sizes = plan_draws(sampler, config, data, sampling, compiled.prompt_length)
 
-        # train step: one update of a minibatch; the updater makes all updates of a step with it
-        packing = plan_minibatches(config, saved.prompt_length or data.longest_prompt, policy, mesh)
-        loss, options = loss_config(config), train_step_options(config, packing)
-        train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, stored=saved.get, **options)
-        updater = Updater(train_step, config, policy, packing, shardings, mesh=mesh, stored=saved.get)
+        # train step: loss, gradient and optimizer for one minibatch; the updater takes it through a step's minibatches
+        packing = plan_minibatches(config, compiled.prompt_length or data.longest_prompt, policy, mesh)
+        loss = loss_config(config)
+        options = train_step_options(config, packing)
+        train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, stored=compiled.get, **options)
+        updater = Updater(train_step, config, policy, packing, shardings, mesh=mesh, stored=compiled.get)
         sync_reference = ReferenceSync(config, shardings.params)
 
-        # run folder: whatever is wrong up to `begin` has touched nothing on disk; to look only, `begin` reads
-        run = stack.enter_context(RunOutput(config, "grpo", identity, log, look_only=check_only, trust=trust))
+        # run folder: so far nothing on disk has changed; with check_only, `begin` only reads
+        identity = run_identity(config, origin, data)
+        run = stack.enter_context(RunOutput(config, "grpo", identity, log, check_only=check_only, trust=trust))
         rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log))
         collector = Collector(config, data, sampler, rewards, sampling, tokenizer, log)
-        checkpoints = run.begin(mesh, init_policy_fn, abstract, with_reference=bool(config.reference.sync_every))
+        checkpoints = run.begin(mesh, init_policy_fn, abstract_state, with_reference=bool(config.reference.sync_every))
         announce(log, config, data, origin, tokenizer, policy, mesh, run, packing, sampling)
         if check_only:
-            collector.announce(is_new=True)
+            collector.report_rewards(is_new=True)
             log.message(run.would_do("grpo train", config.grpo.steps))
             return run.path
 
-        # states: restored, or new
-        num_rows = len(data.train)
-        state, loop = restore_or_start(config, mesh, init_policy_fn, origin, checkpoints, num_rows, log, saved.get)
-        reference = restore_reference(config, mesh, init_reference_fn, origin, checkpoints, state, saved.get)
-        collector.restore(loop.reward_state)
-        collector.announce(is_new=loop.step == 0)
+        # states: from the newest checkpoint, or new
+        state, progress = restore_or_start(
+            config, mesh, init_policy_fn, origin, checkpoints, num_rows=len(data.train), log=log, stored=compiled.get
+        )
+        reference = restore_reference(config, mesh, init_reference_fn, origin, checkpoints, state, stored=compiled.get)
+        collector.restore(progress.reward_state)
+        collector.report_rewards(is_new=progress.steps_done == 0)
         if config.sampling.warm_up:
             for size in draw_sizes:
                 sampler.warm_up(state.params, *size)
 
         # loop
-        stack.enter_context(log.recording(run.path, loop.step))
-        if loop.step == 0:
-            log.baseline(collector.evaluate(state, step=0))
-        for step in range(loop.step, config.grpo.steps):
+        stack.enter_context(log.recording(run.path, progress.steps_done))  # from here on metrics go to files
+        if progress.steps_done == 0:
+            log.baseline(collector.evaluate_if_due(state, steps_done=0))
+        for step in range(progress.steps_done, config.grpo.steps):
+            steps_done = step + 1
             # 1. draw completions and judge them
-            drawn = collector.draw_and_judge(state, step, loop.position)
+            drawn = collector.draw_and_judge(state, step, progress.position)
             # 2. rewards to advantages
             rollout = with_advantages(config, drawn.judged, drawn.weights_step)
-            # 3. update the policy; move the reference where it moves
+            # 3. update the policy, minibatch by minibatch; move the reference where it moves
+            age = step - rollout.weights_step  # 0: drawn with the weights that are updated now
             with log.timer("train"), no_implicit_transfers():
-                batches, age = minibatches(config, rollout), step - rollout.weights_step
-                state, entropy, train_metrics = updater.step(state, reference, batches, loop.entropy, age=age)
-                reference = sync_reference(reference, state, step + 1)
-            # 4. look at the step's health, and remember where the loop stands
+                batches = minibatches(config, rollout)
+                state, entropy, train_metrics = updater.update(state, reference, batches, progress.entropy, age=age)
+                reference = sync_reference(reference, state, steps_done)
+            # 4. look at the step's health; evaluate where it is due
             metrics = rollout.metrics | drawn.metrics | train_metrics
             checkup = examine_step(
-                config.health, loop.health, metrics, updater.num_updates, state.params, rollout.advantages_B
+                config.health, progress.health, metrics, updater.num_updates, state.params, rollout.advantages_B
             )
-            loop = LoopState(
-                step=step + 1,
+            metrics["lr"] = last_lr(schedule, num_updates=int(state.step), num_skipped=checkup.state.num_skipped)
+            metrics |= collector.evaluate_if_due(state, steps_done)
+            # 5. write the step's line and samples
+            num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
+            log.step(steps_done, metrics, rollout.num_tokens, sample_records(rollout, num_samples))
+            log.warnings([*rollout.problems, *drawn.problems, *checkup.warnings])
+            raise_if_stuck(config.health, checkup)  # after the line and the samples, which show why
+            # 6. remember where the loop stands; save where it is due
+            progress = LoopState(
+                steps_done=steps_done,
                 health=checkup.state,
                 position=drawn.position,
                 entropy=entropy,
                 reward_state=collector.reward_state,
             )
-            # 5. evaluate; write the step's line and samples
-            metrics |= collector.evaluate(state, loop.step)
-            metrics["lr"] = last_lr(schedule, num_updates=int(state.step), num_skipped=loop.health.num_skipped)
-            samples = sample_records(rollout, None if checkup.keep_samples else config.logging.samples_per_step)
-            log.step(loop.step, metrics, rollout.num_tokens, samples)
-            log.warnings([*rollout.problems, *drawn.problems, *checkup.warnings])
-            raise_if_stuck(config.health, checkup)  # after the line and the samples, which show why
-            # 6. save: every so many steps, after the last one, and when the run is to end earlier
-            is_last = log.should_stop(loop.step) or collector.reward_is_down
-            run.save(loop.step, state, loop.record(policy.flavour, num_rows), reference, is_last=is_last)
+            is_last = steps_done == config.grpo.steps or log.stop_is_requested() or collector.reward_is_down
+            record = progress.record(policy.flavour, len(data.train))
+            run.save_if_due(steps_done, state, record, reference, is_last=is_last)
             if is_last:
                 break
-        checkpoints.wait()
+        run.wait_for_saves()
         collector.raise_if_reward_is_down()
-        log.saved(loop.step, run.path)
+        log.saved(progress.steps_done, run.path)
         return run.path
 
 

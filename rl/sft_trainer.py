@@ -13,7 +13,7 @@ import jax
 
 from rl.config.load import Config
 from rl.data.prompts import check_enough_rows, load_pairs, step_indices
-from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
+from rl.devices.mesh import create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.final_accuracy import FinalAccuracy
 from rl.run.announce import announce_supervised
@@ -43,7 +43,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
     Args:
       check_only: everything before the first compilation is done, what the run would do is said, and nothing on disk
         changes but caches of downloads and of `datasets`.
-      trust: see `rl.run_folder.folder.RunFolder`.
+      trust: accepts a config.yml that has changed since the run wrote it (docs/security.md).
 
     Raises:
       ValueError: whatever is wrong with the configuration, the data, the model or the run folder, before anything heavy
@@ -68,58 +68,61 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         mesh = create_mesh(config.mesh)
         policy = policy_from_config(config, origin.model_config, mesh)
         schedule, optimizer = create_training_optimizer(config, policy, num_updates=config.sft.steps)
-        identity = supervised_identity(config, origin, pairs)  # the same in every process
 
-        # the policy's state, built by init_state_fn; here only what is planned
+        # the policy's state, built by its init_state_fn; here only its plan
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
-        abstract = get_abstract_state(config, mesh, init_policy_fn)
-        shardings = abstract.shardings
-        check_sharded(abstract.shapes, shardings, config.mesh, mesh)
+        abstract_state = get_abstract_state(config, mesh, init_policy_fn)
+        shardings = abstract_state.shardings
 
         # train step
         packing = plan_for_pairs(config, pairs.rows, policy, mesh)
-        loss, options = negative_log_likelihood(config), supervised_options(config, packing)
+        loss = negative_log_likelihood(config)
+        options = supervised_options(config, packing)
         train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, **options)
 
         # accuracy at the end: planned here, so that what cannot be measured is refused now
         accuracy = FinalAccuracy(config, policy, origin.model_config, mesh, shardings.params, tokenizer, held_out)
         stack.callback(accuracy.close)
 
-        # run folder: whatever is wrong up to `begin` has touched nothing on disk
-        run = stack.enter_context(RunOutput(config, "sft", identity, log, look_only=check_only, trust=trust))
-        checkpoints = run.begin(mesh, init_policy_fn, abstract)
+        # run folder: so far nothing on disk has changed; with check_only, `begin` only reads
+        identity = supervised_identity(config, origin, pairs)
+        run = stack.enter_context(RunOutput(config, "sft", identity, log, check_only=check_only, trust=trust))
+        checkpoints = run.begin(mesh, init_policy_fn, abstract_state)
         announce_supervised(log, pairs, len(held_out), origin, tokenizer, policy, run)
         if check_only:
             log.message(run.would_do("grpo sft", config.sft.steps))
             return run.path
 
-        # state: restored, or new
-        state, loop = restore_or_start(config, mesh, init_policy_fn, origin, checkpoints, num_rows, log)
+        # state: from the newest checkpoint, or new
+        state, progress = restore_or_start(
+            config, mesh, init_policy_fn, origin, checkpoints, num_rows=num_rows, log=log
+        )
 
         # loop
-        stack.enter_context(log.recording(run.path, loop.step))
-        for step in range(loop.step, config.sft.steps):
+        stack.enter_context(log.recording(run.path, progress.steps_done))  # from here on metrics go to files
+        for step in range(progress.steps_done, config.sft.steps):
+            steps_done = step + 1
             # 1. the pairs of the step
             rows = [pairs.rows[i] for i in step_indices(num_rows, config.seed, step, config.sft.batch_size)]
             # 2. update the policy
             with log.timer("train"), no_implicit_transfers():
                 state, update = train_step(state, minibatch_of(rows, packing, config, mesh))
                 metrics = metrics_of(jax.device_get(update))
-            # 3. look at the step's health, and remember where the loop stands
-            checkup = examine_step(config.health, loop.health, metrics, 1, state.params)
-            loop = loop._replace(step=step + 1, health=checkup.state)
+            # 3. look at the step's health
+            checkup = examine_step(config.health, progress.health, metrics, 1, state.params)
+            metrics["lr"] = last_lr(schedule, num_updates=steps_done, num_skipped=checkup.state.num_skipped)
             # 4. write the step's line
-            metrics["lr"] = last_lr(schedule, num_updates=loop.step, num_skipped=loop.health.num_skipped)
-            log.step(loop.step, metrics, num_tokens_of(rows))
+            log.step(steps_done, metrics, num_tokens_of(rows))
             log.warnings(checkup.warnings)
             raise_if_stuck(config.health, checkup)  # after the line, which shows why
-            # 5. save: every so many steps, after the last one, and when the run is asked to stop earlier
-            is_last = log.should_stop(loop.step)
-            run.save(loop.step, state, loop.supervised_record(policy.flavour), is_last=is_last)
+            # 5. remember where the loop stands; save where it is due
+            progress = progress._replace(steps_done=steps_done, health=checkup.state)
+            is_last = steps_done == config.sft.steps or log.stop_is_requested()
+            run.save_if_due(steps_done, state, progress.supervised_record(policy.flavour), is_last=is_last)
             if is_last:
                 break
-        checkpoints.wait()
-        log.saved(loop.step, run.path)
+        run.wait_for_saves()
+        log.saved(progress.steps_done, run.path)
         if int(state.step) >= config.sft.steps:  # otherwise the run was asked to stop before its end
             accuracy.say(state.params, run.rewards_log, log)
             run.export(origin.model_config, state.params, tokenizer)

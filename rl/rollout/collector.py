@@ -80,7 +80,7 @@ class Collector:
             check_calls(self._config, self._runner)
             self._failures.restore(reward_state.get("reward_steps_down", {}))
 
-    def announce(self, is_new: bool) -> None:
+    def report_rewards(self, is_new: bool) -> None:
         """Prints how reward functions are called and what no evaluation measures, and warns about odd scores.
 
         Args:
@@ -103,10 +103,10 @@ class Collector:
         self._failures.end_step()
         return collected
 
-    def evaluate(self, state: PureState, step: int) -> dict[str, float | None]:
-        """Metrics of the policy on the held-out prompts after `step` steps; empty at a step without an evaluation."""
-        section, is_last = self._config.eval, step == self._config.grpo.steps
-        if not self._held_out or (step % section.every and not is_last):
+    def evaluate_if_due(self, state: PureState, steps_done: int) -> dict[str, float | None]:
+        """Metrics of the policy on the held-out prompts after `steps_done` steps; empty where no evaluation is due."""
+        section, is_last = self._config.eval, steps_done == self._config.grpo.steps
+        if not self._held_out or (steps_done % section.every and not is_last):
             return {}
         with self._log.timer("eval"):
             result = evaluate(

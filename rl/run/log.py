@@ -124,7 +124,7 @@ class RunLog(Console):
         for text in texts:
             self.warning(text)
 
-    def should_stop(self, step: int) -> bool:
-        """Whether the run ends after `step` steps: because they are all, or because a process was asked to stop."""
+    def stop_is_requested(self) -> bool:
+        """Whether one of the processes was asked to stop. All of them must ask at the same step."""
         assert self._stop is not None, "outside of `recording`"
-        return hosts.any_process(self._stop.requested) or step == self._total_steps
+        return hosts.any_process(self._stop.requested)

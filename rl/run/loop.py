@@ -53,17 +53,17 @@ def _same(identity: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 class LoopState(NamedTuple):
-    """The state of the loop in a checkpoint. Supervised fine-tuning uses `step` and `health` only.
+    """The state of the loop in a checkpoint. Supervised fine-tuning uses `steps_done` and `health` only.
 
     Attributes:
-      step: the number of steps that are done.
+      steps_done: the number of steps that are done.
       health: see `rl.run.health`.
       position: the number of prompts used up, in the run's order of prompts.
       entropy: the state of the adaptive entropy bonus.
       reward_state: findings about reward functions, as JSON values by the names in `REWARD_STATE`.
     """
 
-    step: int
+    steps_done: int
     health: HealthState
     position: int
     entropy: EntropyCoefState
@@ -77,7 +77,7 @@ class LoopState(NamedTuple):
     @classmethod
     def restored(cls, record: Mapping[str, Any], config: Config, num_rows: int) -> "LoopState":
         """The state from a checkpoint's record, which `record` made. `num_rows`: training data rows of the run."""
-        loop = cls.start(config)._replace(step=record["step"], health=HealthState(**record["health"]))
+        loop = cls.start(config)._replace(steps_done=record["step"], health=HealthState(**record["health"]))
         if "position" not in record:
             return loop
         return loop._replace(
@@ -89,13 +89,13 @@ class LoopState(NamedTuple):
     def record(self, flavour: str, num_rows: int) -> dict[str, Any]:
         """The state as JSON values. The position is split into epochs of `num_rows` data rows."""
         epoch, offset = divmod(self.position, num_rows)
-        record = {"step": self.step, "epoch": epoch, "position": offset, "flavour": flavour}
+        record = {"step": self.steps_done, "epoch": epoch, "position": offset, "flavour": flavour}
         record |= {"entropy": self.entropy._asdict(), "health": self.health._asdict()}
         return {**record, **self.reward_state}
 
     def supervised_record(self, flavour: str) -> dict[str, Any]:
         """The state of supervised fine-tuning as JSON values. The step alone gives the position in the data."""
-        return {"step": self.step, "flavour": flavour, "health": self.health._asdict()}
+        return {"step": self.steps_done, "flavour": flavour, "health": self.health._asdict()}
 
 
 def restore_or_start(
@@ -126,6 +126,6 @@ def restore_or_start(
     else:
         state, record = checkpoints.restore(base=frozen_base(config, mesh, init_state_fn, origin))
         loop = LoopState.restored(record, config, num_rows)
-        log.resumed(loop.step)
+        log.resumed(loop.steps_done)
     foreign.check_policy(init_state_fn.policy, state.params, config.model.source)
     return state, loop

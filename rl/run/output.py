@@ -40,20 +40,20 @@ class RunOutput:
         kind: str,
         identity: dict[str, Any],
         log: RunLog,
-        look_only: bool = False,
+        check_only: bool = False,
         trust: bool = False,
     ):
-        """Arguments: see `RunFolder`. With `look_only`, `begin` changes nothing on disk either."""
+        """Arguments: see `RunFolder`. With `check_only`, `begin` changes nothing on disk either."""
         self._config, self._kind, self._identity, self._log = config, kind, identity, log
-        self._look_only, self._trust = look_only, trust
+        self._check_only, self._trust = check_only, trust
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         """Opens the folder; ValueError where it may not be used, see `Mirror` and `RunFolder`."""
         with contextlib.ExitStack() as stack:
-            self.mirror = stack.enter_context(Mirror(self._config, self._log.message, self._look_only))
+            self.mirror = stack.enter_context(Mirror(self._config, self._log.message, self._check_only))
             self.folder = RunFolder(
-                self._config, self._kind, self._identity, self._look_only, self._trust, self.mirror.run_id
+                self._config, self._kind, self._identity, self._check_only, self._trust, self.mirror.run_id
             )
             stack.callback(self.folder.close)
             self.path, self.resumed = self.folder.path, self.folder.resumed
@@ -68,7 +68,7 @@ class RunOutput:
     @property
     def rewards_log(self) -> pathlib.Path | None:
         """The file for the output of reward functions; None where nothing may be written."""
-        return None if self._look_only else self.path / LOG
+        return None if self._check_only else self.path / LOG
 
     def begin(
         self, mesh: Mesh, init_state_fn: InitStateFn, abstract: AbstractState, with_reference: bool = False
@@ -82,14 +82,14 @@ class RunOutput:
         Raises:
           ValueError: the folder cannot be written, or the disk has too little room.
         """
-        if not self._look_only:
+        if not self._check_only:
             self.folder.begin()
             self.mirror.begin()
         self.checkpoints = create_checkpoint_manager(
             self._config,
             mesh,
             init_state_fn,
-            read_only=self._look_only,
+            read_only=self._check_only,
             with_reference=with_reference,
             abstract=abstract,
             mirror=self.mirror,
@@ -105,7 +105,7 @@ class RunOutput:
         text = would_do(command, self.path, self.checkpoints if self.resumed else None, num_steps)
         return text if step is None or step < num_steps else self._log.nothing_left(step)
 
-    def save(
+    def save_if_due(
         self,
         step: int,
         state: PureState,
@@ -113,8 +113,8 @@ class RunOutput:
         reference: PureState | None = None,
         is_last: bool = False,
     ) -> None:
-        """To be called after each step, when its line is written. Starts to write a checkpoint after every
-        `checkpoint.every` steps and after the last one, and says what follows from the step for the run folder.
+        """Starts to write a checkpoint after every `checkpoint.every` steps and after the last one. To be called after
+        each step, when its line is written.
 
         Args:
           step: how many steps are done.
@@ -129,6 +129,10 @@ class RunOutput:
             with self._log.timer("checkpoint"):  # counted to the next step: the line of this one is written
                 self.checkpoints.save(step, state, record, reference)
         self._log.messages(self.folder.recorded())
+
+    def wait_for_saves(self) -> None:
+        """Returns when every checkpoint is whole on disk, and in the store where there is one."""
+        self.checkpoints.wait()
 
     def export(self, model_config: Any, params: Any, tokenizer: Tokenizer) -> None:
         """Writes the policy to `export/` as a Hugging Face folder, whole and at once."""

@@ -89,7 +89,7 @@ class RunFolder:
         config: Config,
         kind: str,
         origin: dict[str, Any],
-        look_only: bool = False,
+        check_only: bool = False,
         trust: bool = False,
         run_id: str | None = None,
     ):
@@ -98,7 +98,7 @@ class RunFolder:
         Args:
           kind: "grpo" or "sft".
           origin: JSON-able identity of what the run starts from: the policy's and the reference's source and hash.
-          look_only: only check whether the folder may be used, and change nothing on disk.
+          check_only: only check whether the folder may be used, and change nothing on disk.
           trust: accept and sign a config.yml that has changed since the run wrote it.
           run_id: the id of a run that begins here; None: a new id.
 
@@ -109,13 +109,13 @@ class RunFolder:
         self.path = run_path(config)
         self.messages: list[str] = []
         self._config, self._identity = config, {"kind": kind, **origin}
-        self._look_only, self._trust, self._run_id = look_only, trust, run_id
+        self._check_only, self._trust, self._run_id = check_only, trust, run_id
         self._has_begun = self._has_recorded = False
         self._replaced_kind: str | None = None  # the kind of the run that this one replaces
         self._old: Replaced | None = None  # the replaced run, after it was moved
         self._to_sign: tuple[Config, dict[str, Any]] | None = None  # set where a resumed run has no valid signature
         self.resumed = hosts.from_first(self._open)
-        if not look_only and not (self.path / LOCK).exists():
+        if not check_only and not (self.path / LOCK).exists():
             key = "checkpoint.staging" if is_remote(str(config.output_dir)) else "output_dir"
             raise ValueError(
                 f"{key} must be on a disk that all processes of the run share, got {self.path}, which process 0 "
@@ -134,7 +134,7 @@ class RunFolder:
             raise ValueError(f"output_dir must be a folder, got the file {self.path}")
         if not replaced_runs(self.path):
             self._check_ours()
-        self._place = _Seen(self.path) if self._look_only else _Place(self.path)
+        self._place = _Seen(self.path) if self._check_only else _Place(self.path)
         try:
             found = self._check_ours()  # again: now nobody else writes
             resumed = False
@@ -241,7 +241,7 @@ class RunFolder:
         Raises:
           ValueError: something cannot be moved.
         """
-        assert not self._look_only
+        assert not self._check_only
         hosts.from_first(self._begin)
 
     def _begin(self) -> None:

@@ -54,12 +54,12 @@ class Mirror:
     """The store's side of a run folder; for a local folder it does nothing. A context, entered before the run folder.
 
     Entering it takes the lease and brings the staging folder up to date. The rest of the store stays unchanged until
-    `begin`. The first process of the run does all this, and the others wait for it. With `look_only` the store is only
+    `begin`. The first process of the run does all this, and the others wait for it. With `check_only` the store is only
     read.
     """
 
-    def __init__(self, config: Config, say: Callable[[str], None], look_only: bool = False):
-        self._say, self._config, self._look_only = say, config, look_only
+    def __init__(self, config: Config, say: Callable[[str], None], check_only: bool = False):
+        self._say, self._config, self._check_only = say, config, check_only
         self._store: Store | None = None
         self._is_active = is_remote(require(config.output_dir, "output_dir", "runs/my_run"))
 
@@ -70,7 +70,7 @@ class Mirror:
 
     def _open(self) -> None:
         assert self._config.output_dir is not None
-        if self._look_only:
+        if self._check_only:
             store = open_store(self._config.output_dir)
             _check_own(store)
             markers = read_markers(store)
@@ -102,7 +102,7 @@ class Mirror:
         """Waits until the previous step is uploaded, so that at most one step waits. ValueError where its upload
         failed.
         """
-        if self._is_active and not self._look_only:
+        if self._is_active and not self._check_only:
             hosts.from_first(lambda: self._staging.wait())
 
     def saved(self, step: int) -> None:

@@ -103,7 +103,7 @@ class Updater:
             out_shardings=self._batch_shardings.mask_MRCL,
         )
 
-    def step(
+    def update(
         self,
         state: PureState,
         reference: PureState | None,

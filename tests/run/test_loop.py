@@ -25,13 +25,13 @@ def test_a_loop_comes_back_from_its_record_as_it_was_with_its_position_in_the_ep
 
 def test_a_loop_that_found_nothing_about_rewards_starts_with_nothing():
     start = LoopState.start(load_config(None, ["grpo.entropy_coef=0.25"]))
-    record = through_json(start._replace(step=1).record("linen", num_rows=10))
+    record = through_json(start._replace(steps_done=1).record("linen", num_rows=10))
     assert LoopState.restored(record, load_config(None), num_rows=10).reward_state == {}
     assert start.entropy.coef == 0.25
 
 
 def test_supervised_fine_tuning_remembers_step_and_health_alone():
-    loop = LoopState.start(load_config(None))._replace(step=4, health=HEALTH)
+    loop = LoopState.start(load_config(None))._replace(steps_done=4, health=HEALTH)
     record = through_json(loop.supervised_record("linen"))
     assert record.keys() == {"step", "flavour", "health"}
     assert LoopState.restored(record, load_config(None), num_rows=10) == loop

@@ -94,13 +94,13 @@ def test_a_new_run_writes_its_configuration_and_identity(tmp_path, exists):
     assert {"config.yml", "run.json", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("look_only", [True, False])
+@pytest.mark.parametrize("check_only", [True, False])
 @pytest.mark.parametrize("target", ["nowhere", "link"])  # the second is the link itself
 @pytest.mark.parametrize("below", ["", "below"])
-def test_a_link_to_nothing_is_no_folder_for_a_run(tmp_path, look_only, target, below):
+def test_a_link_to_nothing_is_no_folder_for_a_run(tmp_path, check_only, target, below):
     (tmp_path / "link").symlink_to(tmp_path / target)
     with pytest.raises(ValueError, match=f"{tmp_path}/link is a link to nothing; remove that link"):
-        RunFolder(config_for(tmp_path / "link" / below), "grpo", ORIGIN, look_only)
+        RunFolder(config_for(tmp_path / "link" / below), "grpo", ORIGIN, check_only)
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
@@ -474,9 +474,9 @@ def test_a_new_run_that_recorded_steps_and_no_checkpoint_goes_on_and_the_old_one
     assert moved(folder) == []
 
 
-@pytest.mark.parametrize("look_only", [True, False])
+@pytest.mark.parametrize("check_only", [True, False])
 @pytest.mark.parametrize("phase", ["moving", "moved", "removing"])
-def test_a_start_that_fails_makes_nothing_good_that_a_kill_has_left(tmp_path, kill_after, phase, look_only):
+def test_a_start_that_fails_makes_nothing_good_that_a_kill_has_left(tmp_path, kill_after, phase, check_only):
     folder = tmp_path / "a"
     make_run(folder)
     run = overwrite(folder)
@@ -491,12 +491,12 @@ def test_a_start_that_fails_makes_nothing_good_that_a_kill_has_left(tmp_path, ki
     killed(run)
     before = snapshot(tmp_path)
     settings = ["optimizer.lr=1e-3"] if phase == "removing" else []
-    again = RunFolder(config_for(folder, *settings), "grpo", ORIGIN, look_only)
+    again = RunFolder(config_for(folder, *settings), "grpo", ORIGIN, check_only)
     assert again.resumed
     again.close()
     assert snapshot(tmp_path) == before
     with pytest.raises(ValueError, match=r"holds another run: optimizer\.lr was "):
-        RunFolder(config_for(folder, "optimizer.lr=1e-2"), "grpo", ORIGIN, look_only)
+        RunFolder(config_for(folder, "optimizer.lr=1e-2"), "grpo", ORIGIN, check_only)
     assert snapshot(tmp_path) == before
 
 

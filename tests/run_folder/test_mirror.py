@@ -643,7 +643,7 @@ def test_a_mirror_uploads_what_was_saved_and_of_a_local_run_does_nothing(tmp_pat
     monkeypatch.setattr("rl.run_folder.mirror.open_store", lambda url: memory_store("run"))
     store, said = memory_store("run"), []
     config = load_config(None, ["output_dir=gs://bucket/run", f"checkpoint.staging={tmp_path}"])
-    with Mirror(config, said.append, look_only=True):
+    with Mirror(config, said.append, check_only=True):
         assert store.stats() == {}
     with Mirror(config, said.append) as mirror:
         mirror.begin()

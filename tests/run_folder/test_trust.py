@@ -332,11 +332,11 @@ def test_a_run_does_not_go_on_under_a_config_that_was_edited_unless_told_so(tmp_
     edit_config(folder, "  lr: 1.0e-06", "  lr: 0.5")
     edited, before = load_config(folder / "config.yml"), (folder / "run.json").read_bytes()
     assert edited.optimizer.lr == 0.5
-    for look_only in (True, False):
+    for check_only in (True, False):
         with pytest.raises(ValueError, match=CHANGED + r"; put the old file back and change keys on the command line"):
-            RunFolder(edited, "grpo", ORIGIN, look_only)
+            RunFolder(edited, "grpo", ORIGIN, check_only)
         with pytest.raises(ValueError, match=CHANGED + r" \(optimizer\.lr was 1e-06, is 0\.5\); put"):
-            RunFolder(written, "grpo", ORIGIN, look_only)  # what it was is known
+            RunFolder(written, "grpo", ORIGIN, check_only)  # what it was is known
     with pytest.raises(ValueError, match=CHANGED):
         check_trust(folder, edited, ())
     assert (folder / "run.json").read_bytes() == before

@@ -120,7 +120,7 @@ def updater_of(packed):
 
 def step(updater: Updater, state, problem: Problem, age: int):
     groups = [problem.train_groups(range(len(problem.groups)))]
-    state, _, metrics = updater.step(state, None, groups, EntropyCoefState(0.0, float("inf")), age=age)
+    state, _, metrics = updater.update(state, None, groups, EntropyCoefState(0.0, float("inf")), age=age)
     return state, metrics
 
 

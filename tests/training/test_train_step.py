@@ -865,14 +865,14 @@ def test_metrics_of_a_step_leave_skipped_updates_out_and_count_them(problem):
     good = problem.train_groups([0, 1])
     bad = [TrainGroup(g.prompt_ids, [dataclasses.replace(c, advantage=np.inf) for c in g.completions]) for g in good]
     start = EntropyCoefState(ENTROPY_COEF, float("inf"))
-    _, entropy_of_one, _ = updater.step(packed.fresh_state(), None, [good], start)
-    state, entropy, metrics = updater.step(packed.fresh_state(), None, [bad, good], start)
+    _, entropy_of_one, _ = updater.update(packed.fresh_state(), None, [good], start)
+    state, entropy, metrics = updater.update(packed.fresh_state(), None, [bad, good], start)
     assert metrics["skipped_updates"] == 1
     assert all(np.isfinite(value) for value in metrics.values())
     assert entropy == entropy_of_one  # the adaptive coefficient has not moved in the skipped update
     assert metrics["ratio_max"] == 1.0  # what follows a skipped update is still the first on this rollout
     assert int(state.step) == 2
-    state, entropy, metrics = updater.step(state, None, [bad, bad], entropy)
+    state, entropy, metrics = updater.update(state, None, [bad, bad], entropy)
     assert metrics["skipped_updates"] == 2
     assert not np.isfinite(metrics["grad_norm"])
     assert entropy == entropy_of_one
@@ -959,7 +959,7 @@ def step_of_halves(problem, trainer):
             packed = trainer("nnx", "float64", optimizer=DESCENT)
             other = jax.device_put(noisy_params(packed.policy.config, seed=1), packed.abstract.shardings.params)
             updater = make_updater(load_config(None, [*COMPOSITE, *settings]), packed, stored)
-            state, _, metrics = updater.step(
+            state, _, metrics = updater.update(
                 packed.fresh_state(),
                 packed.fresh_state()._replace(params=other, opt_state=()),
                 [problem.train_groups(half) for half in HALVES],
@@ -1019,7 +1019,7 @@ def test_token_means_are_over_the_tokens_of_the_whole_rollout_batch(problem):
     packed = make_trainer("nnx", "float32", optimizer=optax.sgd(0.0))
     updater = make_updater(load_config(None, settings), packed)
     groups = [problem.train_groups(half) for half in ([0, 1], [2])]
-    _, _, metrics = updater.step(packed.fresh_state(), None, groups, EntropyCoefState(0.0, float("inf")))
+    _, _, metrics = updater.update(packed.fresh_state(), None, groups, EntropyCoefState(0.0, float("inf")))
     expected = -np.average(problem.advantages_B, weights=problem.lengths)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert abs(metrics["ratio_max"] - 1) < 1e-5
@@ -1123,7 +1123,7 @@ def test_with_the_kl_in_the_reward_each_token_has_the_advantage_of_what_follows(
         groups = [problem.train_groups(half) for half in HALVES]
         reference = packed.fresh_state()._replace(params=other, opt_state=())
         start = EntropyCoefState(0.0, float("inf"))
-        state, _, metrics = updater.step(packed.fresh_state(), reference, groups, start)
+        state, _, metrics = updater.update(packed.fresh_state(), reference, groups, start)
         # The plain way. The problem's advantages are the rewards here.
         params = before = noisy_params(packed.policy.config)
         old_BL = np.asarray(jax.jit(plain_logprobs(packed.policy, problem))(params)[0])
@@ -1159,7 +1159,7 @@ def test_the_logprobs_of_the_sampler_can_stand_in_for_old_ones(flavour, problem)
     packed = make_trainer(flavour, "float32", optimizer=optax.sgd(0.0))
     updater = make_updater(load_config(None, settings), packed)
     groups = [problem.train_groups(range(len(problem.groups)))]
-    _, _, metrics = updater.step(packed.fresh_state(), None, groups, EntropyCoefState(0.0, float("inf")))
+    _, _, metrics = updater.update(packed.fresh_state(), None, groups, EntropyCoefState(0.0, float("inf")))
     now_BL = jax.jit(plain_logprobs(packed.policy, problem))(noisy_params(packed.policy.config))[0]
     ratio_BL = np.exp(np.where(np.isnan(problem.sampler_BL), 0, now_BL - problem.sampler_BL))
     ratios = ratio_BL[problem.mask_BL > 0]
