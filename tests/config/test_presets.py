@@ -108,7 +108,7 @@ def test_a_preset_trains_with_the_advantages_and_parts_of_its_paper(name, tmp_pa
     flavour = f"pure_nnx={PRESETS.index(name) % 2 == 0}".lower()
     settings = [f"output_dir={tmp_path / 'run'}", f"grpo.preset={name}", flavour]
     settings += CHANGES.get(name, [])
-    update, build = Updater.step, reference_sync.setup_decode_state
+    update, build = Updater.update, reference_sync.setup_decode_state
     references = []
 
     def recorded(*arguments):
@@ -117,14 +117,14 @@ def test_a_preset_trains_with_the_advantages_and_parts_of_its_paper(name, tmp_pa
         return build(*arguments)
 
     @functools.wraps(update)
-    def guarded(*arguments):
+    def guarded(*arguments, **options):
         """An update, in which a transfer that nobody asked for raises."""
         assert (arguments[2] is not None) == (name in WITH_REFERENCE)
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
             jnp.add(np.ones(2, np.float32), np.float32(1))
-        return update(*arguments)
+        return update(*arguments, **options)
 
-    monkeypatch.setattr(Updater, "step", guarded)
+    monkeypatch.setattr(Updater, "update", guarded)
     monkeypatch.setattr(reference_sync, "setup_decode_state", recorded)
     assert not main(["train", str(recipe), *settings])
     told = capsys.readouterr().out

@@ -466,6 +466,7 @@ IMPORTERS = {
         "rewards.worker",
         "rl.algorithms.from_config",
         "rl.models.foreign.own_config",
+        "rl.sampler.user_source",
     },
     r"deserialize_executable|jax_compilation_cache_dir": {"rl.run.executables", "rl.devices.programs"},
     r"exec_module|runpy|\beval\(|\bexec\(": {"rewards.importing"},
