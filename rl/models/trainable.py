@@ -4,6 +4,7 @@ Whoever trains, or asks for a reference, asks this module and need not know what
 are adapters, and how they are merged (`rl.models.lora`).
 """
 
+import functools
 from typing import Any
 
 from rl.models import lora
@@ -19,9 +20,13 @@ class Trainable:
     """
 
     def __init__(self, policy: Policy) -> None:
-        self._config = policy.config
-        self.reference_policy = policy.without_adapters()
-        self.has_frozen = self.reference_policy is not policy
+        self._policy, self._config = policy, policy.config
+        self.has_frozen = policy.config.lora is not None
+
+    @functools.cached_property
+    def reference_policy(self) -> Policy:
+        """See above; made where it is asked for, because that builds a module, and every step asks for the parts."""
+        return self._policy.without_adapters()
 
     def split(self, tree: Any) -> tuple[Any, Any]:
         """(trained part, frozen part) of arrays, shapes or shardings; the second is {} where all is trained."""

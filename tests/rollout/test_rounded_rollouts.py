@@ -32,19 +32,19 @@ mesh: {{num_devices: 1}}
 @pytest.mark.parametrize("pure_nnx", [True, False])
 def test_rounded_rollouts_are_corrected_for_and_leave_no_prefix_in_memory(pure_nnx, tmp_path, monkeypatch):
     prefixes, alive_in_updates = [], []
-    prefill_common, step = Sampler._prefill_common, Updater.step
+    prefill_common, update = Sampler._prefill_common, Updater.update
 
     def recorded(*arguments):
         part = prefill_common(*arguments)
         prefixes.append(weakref.ref(part))
         return part
 
-    def watched(*arguments):
+    def watched(*arguments, **options):
         alive_in_updates.append(sum(prefix() is not None for prefix in prefixes))
-        return step(*arguments)
+        return update(*arguments, **options)
 
     monkeypatch.setattr(Sampler, "_prefill_common", recorded)
-    monkeypatch.setattr(Updater, "step", watched)
+    monkeypatch.setattr(Updater, "update", watched)
     path = tmp_path / "recipe.yml"
     path.write_text(RECIPE)
 
