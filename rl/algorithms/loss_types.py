@@ -334,10 +334,7 @@ def _dppo_tv_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, 
 
 
 def _dppo_kl_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Masks by KL(mu
-
-    p) between the Bernoulli distributions "this token or another".
-    """
+    """Masks by KL(mu || p) between the Bernoulli distributions "this token or another"."""
 
     def log_rest(logprobs_BT: jax.Array) -> jax.Array:
         return jnp.log(jnp.maximum(-jnp.expm1(logprobs_BT), DPPO_MIN_REST))

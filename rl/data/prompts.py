@@ -197,7 +197,8 @@ def held_out_fingerprint(rows: Sequence[PromptRow]) -> dict[str, Any]:
 
 
 def step_indices(num_rows: int, seed: int, step: int, prompts_per_step: int) -> np.ndarray:
-    """The rows of step `step` (from 0): int64 [P], distinct, a pure function of the arguments.
+    """The rows of step `step` (from 0) of supervised fine-tuning, and of any run that refills no group: int64 [P],
+    distinct, a pure function of the arguments.
 
     Each epoch takes the rows in a fresh random order. Steps run across the border between epochs, so every row is taken
     equally often. Where a step takes the end of one epoch, the next epoch begins with rows that are not in this step.

@@ -1,4 +1,4 @@
-"""The sampler of a configuration, and its sampling parameters.
+"""The sampler of a configuration, its sampling parameters, and the EOS ids.
 
 In: the configuration, a policy on a mesh, the tokenizer. Out: a `CompletionSource`, and `SamplingParams`. Only this
 module knows which sources there are.

@@ -5,9 +5,9 @@ and no parameters. Not here: which requests run when (`rl.sampler.request_queue`
 (`rl.sampler.slot_sampler`).
 
 A decode state has slots, each of which draws one completion into its row of the own cache, and a table of prompts that
-slots read in place. Inside the compiled loop, `generate` hands a slot whose completion ended to the next waiting
-request. Between calls the own cache grows and idle slots are dropped. Shapes come from a short list, and every shape is
-one compiled program.
+slots read in place. Inside the compiled loop, `rl.sampler.decoding.generate` hands a slot whose completion ended to the
+next waiting request. Between calls the own cache grows and idle slots are dropped. Shapes come from a short list, and
+every shape is one compiled program.
 Legend: B slots, P rows of prompts, M table rows of the longest prompt, T prompt positions, S cache positions.
 """
 

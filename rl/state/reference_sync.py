@@ -1,9 +1,9 @@
-"""The reference of the KL term: fixed, or moved towards the policy (TR-DPO, https://arxiv.org/abs/2404.09656).
+"""The reference of the KL term: built or restored, and fixed or moved towards the policy.
 
 A fixed reference is kept as source and hash in `run.json`, and read again at every start. A reference that moves is an
 item of its own in the checkpoints. With alpha = `reference.ema`, every `reference.sync_every` steps
 
-    reference <- alpha * policy + (1 - alpha) * reference
+    reference <- alpha * policy + (1 - alpha) * reference      (TR-DPO, https://arxiv.org/abs/2404.09656)
 
 on the devices of both, in float32 or wider, in the memory of the old reference. alpha = 1 copies the policy.
 """
