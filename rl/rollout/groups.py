@@ -113,12 +113,13 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
     rewards = result.rewards
     names, weights = [spec.name for spec in specs], [spec.weight for spec in specs]
     if config.rewards.overlong_buffer:
+        of_functions = weights
         names, weights = [*names, OVERLONG], [*weights, config.rewards.overlong_factor]
         limit = config.sampling.max_completion_length
         buffer = config.rewards.overlong_buffer * limit
         rewards = [
-            # A completion that no function could judge must not count as judged because of its length.
-            [*row, None if all(r is None for r in row) else soft_overlong(c.num_trained, limit, buffer)]
+            # A completion that no function with a weight could judge must not count as judged because of its length.
+            [*row, None if weighted_sum(row, of_functions) is None else soft_overlong(c.num_trained, limit, buffer)]
             for row, c in zip(rewards, flat, strict=True)
         ]
     return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, list(result.problems))
@@ -199,7 +200,10 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
                 completion.token_ids,
                 float(values_B[b]),
                 completion.sampler_logprobs,
-                completion.sampler_logprobs if is_sampled else completion.policy_logprobs,
+                # A user's source knows no distribution but the one that it drew from.
+                completion.sampler_logprobs
+                if is_sampled or completion.policy_logprobs is None
+                else completion.policy_logprobs,
                 completion.trained,
                 completion.kept_words,
             )

@@ -39,7 +39,9 @@ def _check_ratios_of_sequences(config: Config, sampling: SamplingParams) -> None
     if grpo.policy_distribution == "sampled" or not sampling.reshaping_rules:
         return
     key = ""
-    if grpo.sampler_is_correction:
+    if grpo.off_policy_mask_threshold is not None:
+        key = "grpo.off_policy_mask_threshold"
+    elif grpo.sampler_is_correction:
         if grpo.sampler_is_mode.startswith("sequence"):
             key = f"grpo.sampler_is_mode={grpo.sampler_is_mode}"
         elif loss_type.builds_in_sampler_ratio:
@@ -51,8 +53,9 @@ def _check_ratios_of_sequences(config: Config, sampling: SamplingParams) -> None
             key = f"grpo.old_logprobs=sampler and grpo.loss_type={grpo.loss_type}"
     if key:
         rules = ", ".join(f"sampling.{name}" for name in sampling.reshaping_rules)
+        way_out = "turn these rules off" if sampling.needs_counts else "set it, or turn these rules off"
         raise ValueError(
             f"grpo.policy_distribution must be sampled with {key} and {rules}, got full: the ratio of a sequence would "
-            "multiply, token by token, the probability that these rules left, and its weight would vanish with length; "
-            "or turn these rules off"
+            "multiply, token by token, the probability that these rules left, so its weight would vanish with length, "
+            f"or all of them would count as off-policy; {way_out}"
         )

@@ -320,7 +320,7 @@ def _truncate_and_report(
         _, ids_BK = jax.lax.top_k(scores_BV, sampling.top_k)  # among equals the lowest id comes first
         everywhere_BK = jnp.ones_like(ids_BK, bool)
         scores_BV = jnp.where(marked(ids_to_words(ids_BK, everywhere_BK), vocab_size), scores_BV, -jnp.inf)
-        scores_BV = truncate(scores_BV, dataclasses.replace(sampling, top_k=0))
+        scores_BV = truncate(scores_BV, dataclasses.replace(sampling, top_k=0, reports_kept=False))
         return scores_BV, ids_to_words(ids_BK, jnp.take_along_axis(scores_BV, ids_BK, axis=-1) > -jnp.inf)
     scores_BV = truncate(scores_BV, sampling)
     return scores_BV, bits_to_words(scores_BV > -jnp.inf)

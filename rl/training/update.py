@@ -119,11 +119,13 @@ class Updater:
           groups: the groups of each minibatch.
           entropy: the state of the adaptive entropy bonus.
           age: steps that were made since the weights that drew the completions; 0: those of `state` drew them. Above 0
-            the ratio is taken to the policy that drew, see the module. The first such call may compile again.
+            the ratio is taken to the policy that drew, see the module. The first such call may compile again; with a
+            `compiled_file` whose train step takes no old log-probs it is a ValueError.
 
         Returns:
           The next state, the entropy coefficient's next state, and metrics: means over the updates that were made (over
-          all when every one was skipped, to show what was not finite), the number of `skipped_updates`, and
+          all when every one was skipped, to show what was not finite) and had a completion, the number of
+          `skipped_updates`, and
           `logprob_difference` of the first update, where policy and sampler have the same weights. Where they do not,
           there are `rollout_age` and, in its place, `logprob_drift`: how far the policy moved since the draw. Where
           groups may be left out (`leaves_groups_out`), means are over the others, and `uncomputed_share` says how many
@@ -132,6 +134,11 @@ class Updater:
         assert age >= 0, age
         from_sampler = self._config.grpo.old_logprobs == "sampler"
         from_rollout = age > 0 and not from_sampler and not self._config.grpo.sampler_is_correction
+        if from_rollout and self._config.compiled_file is not None and not needs_old_logprobs(self._config):
+            raise ValueError(
+                f"compiled_file must be null for a rollout of older weights ({age} steps), which needs old log-probs "
+                "that the compiled train step does not take; leave it out, or set grpo.sampler_is_correction=true"
+            )
         reference_name = REFERENCE_LOGPROBS if REFERENCE_LOGPROBS in self._calls else LOGPROBS
         num_items = sum(c.trained_places.size for minibatch in groups for group in minibatch for c in group.completions)
         batches, parts = [], [computed_groups(minibatch, self._leaves_out) for minibatch in groups]
@@ -177,6 +184,8 @@ class Updater:
     def _next_entropy(self, entropy: EntropyCoefState, measured: _Measured) -> EntropyCoefState:
         if not (self._loss_config.has_entropy_bonus and measured.update.is_applied):
             return entropy
+        if not measured.update.sums.weights["selected_entropy"]:  # nothing was measured: no completion had a part
+            return entropy
         now = float(measured.finished["selected_entropy"])
         return EntropyCoefState(next_entropy_coef(entropy.coef, now, self._loss_config), now)
 
@@ -199,7 +208,8 @@ class Updater:
 
     def _metrics(self, measured: list[_Measured], entropy: EntropyCoefState, age: int) -> dict[str, float]:
         updates, applied = [], [one for one in measured if one.update.is_applied]
-        for update, finished in applied or measured:
+        shown = applied or measured
+        for update, finished in [one for one in shown if one.update.sums.weights["ratio_mean"]] or shown:
             updates.append({"loss": float(update.loss), "grad_norm": float(update.grad_norm)})
             updates[-1] |= {name: float(value) for name, value in finished.items()}
             if update.lost_share is not None:

@@ -154,6 +154,7 @@ def refuse(recipe, *overrides, match):
                     "grpo.sampler_is_mode=sequence_mask",
                     "sampling.top_p",
                 ),
+                (["sampling.top_p=0.9"], "grpo.off_policy_mask_threshold=0.1", "sampling.top_p"),
                 (
                     ["sampling.min_p=0.1", "sampling.top_k=5"],
                     "grpo.sampler_is_correction=true and grpo.loss_type=vespo",

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from rewards.batch import RewardResult
 from rewards.contract import RewardSpec
 from rewards.runner import RewardRunner
 from rl.config.load import load_config
 from rl.data.prompts import PromptRow
-from rl.rollout.groups import Judged, minibatches, with_advantages
-from rl.rollout.scoring import sample_and_score
+from rl.rollout.groups import Judged, judge, minibatches, with_advantages
+from rl.rollout.scoring import ScoredCompletions, sample_and_score
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import Completion
 from rl.sampler.token_draw import SamplingParams
@@ -92,6 +93,17 @@ def test_rewards_judge_the_whole_answer_where_the_prompt_began_it(tmp_path):
 def completion_of(p, g, finish_reason):
     tokens, logprobs, none = np.array([p, g], np.int32), np.zeros(2, np.float32), np.zeros((2, 0), np.float32)
     return Completion(p, g, tokens, logprobs, logprobs, finish_reason, None, none, none)
+
+
+def test_a_length_makes_nothing_judged_that_only_functions_without_weight_judged():
+    config = load_config(None, ["rewards.overlong_buffer=0.5", "grpo.group_size=2"])
+    specs = [RewardSpec("judge", "x.py:judge", 1.0, {}), RewardSpec("seen", "x.py:seen", 0.0, {})]
+    completions = [[completion_of(0, g, "eos") for g in range(2)]]
+    scored = ScoredCompletions(completions, ["x"] * 2, RewardResult([[None, 0.3], [1.0, 0.3]], {}, [], {}, {}))
+    judged = judge(config, [PromptRow("a", np.array([7], np.int32), {}, 0)], scored, specs)
+    assert judged.rewards[0][-1] is None
+    assert judged.rewards[1][-1] is not None
+    assert with_advantages(config, judged, 0).kept_B.tolist() == [False, True]
 
 
 @pytest.mark.parametrize(("is_masked", "kept"), [("true", [[0, 2], [1]]), ("false", [[0, 1, 2], [0, 1, 2]])])

@@ -204,7 +204,7 @@ def test_log_probs_over_the_kept_ids_are_those_drawn_from(rule):
 def test_of_ids_that_tie_with_the_last_one_of_top_k_the_lowest_are_kept_where_kept_ids_are_reported():
     logits_BV = np.zeros((2, 300), np.float32)
     logits_BV[1, [40, 41]] = 1
-    sampling = params(top_k=4, reports_kept=True)
+    sampling = params(top_k=4, reports_kept=True, min_completion_length=1, eos_ids=tuple(range(290, 300)))
     drawn = draw_once(np.repeat(logits_BV, 64, axis=0), np.tile((np.arange(64) + 0.5) / 64, 2), sampling)
     words_BX = np.asarray(drawn.kept_words_BX)
     assert np.unique(drawn.token_B[:64]).tolist() == sorted(words_BX[0] - 1) == [0, 1, 2, 3]

@@ -872,6 +872,11 @@ def test_metrics_of_a_step_leave_skipped_updates_out_and_count_them(problem):
     assert entropy == entropy_of_one  # the adaptive coefficient has not moved in the skipped update
     assert metrics["ratio_max"] == 1.0  # what follows a skipped update is still the first on this rollout
     assert int(state.step) == 2
+    empty = [TrainGroup(group.prompt_ids, []) for group in good]
+    _, entropy_beside_nothing, beside_nothing = updater.update(packed.fresh_state(), None, [good, empty], start)
+    assert entropy_beside_nothing == entropy_of_one  # nor in an update that measured nothing
+    assert beside_nothing["entropy"] > 0.9 * metrics["entropy"]
+    assert np.isfinite(beside_nothing["ratio_max"])
     state, entropy, metrics = updater.update(state, None, [bad, bad], entropy)
     assert metrics["skipped_updates"] == 2
     assert not np.isfinite(metrics["grad_norm"])
