@@ -317,13 +317,14 @@ def _load(source: str, args: Mapping[str, Any], config: Config, key: str) -> lis
 def _with_answer(row: Row, where: str) -> Row:
     messages = row["prompt"]
     problem = conversation_problem(messages)
-    if problem is None and (messages[-1]["role"] != "assistant" or len(messages) == 1):
+    roles = [message["role"] for message in messages] if problem is None else []
+    if roles and (roles[-1] != "assistant" or roles[:-1] in ([], ["system"]) or roles[-2] == "assistant"):
         problem = shown([message["role"] for message in messages])
     if problem is not None:
         raise ValueError(
             f"{where}: with data.answer_from_messages the prompt must be a list of messages with role and content that "
-            f"ends with one of the assistant after others, got {problem}; set data.answer_from_messages=false or "
-            "correct the row"
+            f"ends with one of the assistant after one of the user, got {problem}; set "
+            "data.answer_from_messages=false or correct the row"
         )
     if "answer" in row:
         raise ValueError(
@@ -435,6 +436,12 @@ def _completion_ids(row: PromptRow, column: str, tokenizer: Tokenizer) -> list[i
         raise ValueError(
             f"data.source row {row.index}: sft.completion_column {column!r} must hold text or whole numbers, "
             f"got {completion!r}"
+        )
+    begun = "" if isinstance(row.prompt, str) else split_prefill(row.prompt)[1]
+    if begun and completion.startswith(begun):
+        raise ValueError(
+            f"data.source row {row.index}: {column!r} must go on from the beginning that its prompt gives, "
+            f"{shown(begun)}, and starts with it again; set data.assistant_prefill=null, or take it off the answers"
         )
     # Encoded after its prompt, because some tokenizers put a space in front of text that stands alone. If the border
     # falls inside a token, the completion is encoded alone, because generation starts from the prompt's own ids.

@@ -74,12 +74,16 @@ class Tokenizer:
 
     @property
     def is_of_text_prompts(self) -> bool:
-        """Whether the model in this tokenizer's folder was trained on prompts of plain text (`mark_text_prompts`)."""
+        """Whether the model in this tokenizer's folder was trained on prompts of plain text (`mark_prompts`)."""
         return self.backend.init_kwargs.get(_TEXT_MARK) is True
 
-    def mark_text_prompts(self) -> None:
-        """Has `save_pretrained` write beside the model that its prompts are plain text, chat template or not."""
-        self.backend.init_kwargs[_TEXT_MARK] = True
+    def mark_prompts(self, chat: bool) -> None:
+        """Has `save_pretrained` write beside the model whether its prompts are chats, or plain text in spite of a chat
+        template.
+        """
+        self.backend.init_kwargs.pop(_TEXT_MARK, None)
+        if not chat:
+            self.backend.init_kwargs[_TEXT_MARK] = True
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of raw text.

@@ -200,10 +200,7 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
                 completion.token_ids,
                 float(values_B[b]),
                 completion.sampler_logprobs,
-                # A user's source knows no distribution but the one that it drew from.
-                completion.sampler_logprobs
-                if is_sampled or completion.policy_logprobs is None
-                else completion.policy_logprobs,
+                completion.sampler_logprobs if is_sampled else completion.policy_logprobs,
                 completion.trained,
                 completion.kept_words,
             )

@@ -22,11 +22,11 @@ def warn_about_sampling(console: Console, config: Config, sampling: SamplingPara
     others = [name for name in ("source", "kv_dtype", "weight_dtype") if getattr(section, name) is not None]
     reshaping = [] if grpo.policy_distribution == "sampled" else sampling.reshaping_rules
     correction = "grpo.sampler_is_correction=true"
-    for rules, way_out in (
-        (reshaping, correction if sampling.needs_counts else "grpo.policy_distribution=sampled"),
-        (others, correction),
-    ):
-        if rules and not grpo.sampler_is_correction:
+    is_known = not sampling.needs_counts and section.source is None
+    for_reshaping = "grpo.policy_distribution=sampled" if is_known else correction
+    for rules, way_out in ((reshaping, for_reshaping), (others, correction)):
+        is_corrected = grpo.sampler_is_correction or (rules is others and grpo.old_logprobs == "sampler")
+        if rules and not is_corrected:
             console.warning(
                 f"{', '.join(f'sampling.{name}' for name in rules)}: completions come from another distribution than "
                 f"the policy's, and the loss takes them for the policy's own; set {way_out}, or turn these rules off"

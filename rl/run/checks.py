@@ -53,7 +53,8 @@ def _check_ratios_of_sequences(config: Config, sampling: SamplingParams) -> None
             key = f"grpo.old_logprobs=sampler and grpo.loss_type={grpo.loss_type}"
     if key:
         rules = ", ".join(f"sampling.{name}" for name in sampling.reshaping_rules)
-        way_out = "turn these rules off" if sampling.needs_counts else "set it, or turn these rules off"
+        can_be_set = not sampling.needs_counts and config.sampling.source is None
+        way_out = "set it, or turn these rules off" if can_be_set else "turn these rules off"
         raise ValueError(
             f"grpo.policy_distribution must be sampled with {key} and {rules}, got full: the ratio of a sequence would "
             "multiply, token by token, the probability that these rules left, so its weight would vanish with length, "

@@ -136,8 +136,7 @@ class RunOutput:
 
     def export(self, model_config: Any, params: Any, tokenizer: Tokenizer) -> None:
         """Writes the policy to `export/` as a Hugging Face folder, whole and at once."""
-        if not self._config.data.chat:
-            tokenizer.mark_text_prompts()
+        tokenizer.mark_prompts(self._config.data.chat)
         write = functools.partial(
             write_folder, model_config=model_config, params=hosts.fetch(params), tokenizer=tokenizer, dtype=None
         )

@@ -17,6 +17,7 @@ import numpy as np
 from rewards.importing import import_function
 from rl.config.load import Config
 from rl.data.tokenizer import Tokenizer
+from rl.files.json_file import shown
 from rl.models.config import ModelConfig
 from rl.sampler.contract import Completion, DrawPrograms, Request, check_requests
 from rl.sampler.decoding import request_key
@@ -166,7 +167,10 @@ class CheckedSource:
         source, left = self._made(), set(range(len(requests)))
         # The guard that finds numbers moved by mistake is for the toolkit's own code.
         with jax.transfer_guard("allow"):
-            drawn = iter(source.stream(params, prompts, requests, sampling, key))
+            stream = source.stream(params, prompts, requests, sampling, key)
+        if not isinstance(stream, Iterable):
+            raise ValueError(f"{self._label}: stream must yield what it draws, got {shown(stream)}")
+        drawn = iter(stream)
         while True:
             with jax.transfer_guard("allow"):
                 item = next(drawn, None)
@@ -178,10 +182,10 @@ class CheckedSource:
                     f"{type(item).__name__}"
                 )
             place, one = item
-            if place not in left:
+            if not isinstance(place, int | np.integer) or isinstance(place, bool) or place not in left:
                 raise ValueError(
                     f"{self._label}: stream must give each of {len(requests)} requests once, by its place from 0, got "
-                    f"place {place!r}{' again' if place in range(len(requests)) else ''}"
+                    f"place {shown(place)}{' again' if place in list(range(len(requests))) else ''}"
                 )
             left.remove(place)
             yield int(place), self._completion(place, one, requests[place], sampling)
@@ -197,7 +201,11 @@ class CheckedSource:
         def refuse(rule: str, got: Any) -> ValueError:
             return ValueError(f"{self._label}: {rule}, got {got} for the request at place {place}")
 
-        token_ids, vocab_size = np.asarray(drawn.token_ids), self._model_config.vocab_size
+        vocab_size = self._model_config.vocab_size
+        try:
+            token_ids = np.asarray(drawn.token_ids)
+        except ValueError as error:  # what numpy raises for lists of unequal length
+            raise refuse("token_ids must be a sequence of token ids", shown(drawn.token_ids)) from error
         if token_ids.ndim != 1 or (token_ids.size and token_ids.dtype.kind not in "iu"):
             raise refuse("token_ids must be a sequence of token ids", drawn.token_ids)
         limit = request.limit - len(request.continues)
@@ -216,6 +224,8 @@ class CheckedSource:
                 "finish_reason is 'eos'",
                 f"{token_ids[-8:].tolist()} at the end, with {drawn.finish_reason!r}",
             )
+        if not isinstance(drawn.logprobs, Iterable):
+            raise refuse("logprobs must have one entry for each token, or None in its place", shown(drawn.logprobs))
         logprobs = [math.nan if value is None else value for value in drawn.logprobs]
         if len(logprobs) != token_ids.size:
             raise refuse(f"logprobs must have one entry for each of {token_ids.size} tokens", len(logprobs))

@@ -151,8 +151,10 @@ class Updater:
             old = bare.sampler_logprobs_MRCL if needs_old_logprobs(self._config) else None
             is_read = number > 0 or self._config.grpo.epochs > 1 or self._config.grpo.kl_in_reward
             if from_rollout:
-                old = bare.rollout_logprobs_MRCL
-                is_read = bool(np.any(np.isnan(packed.rollout_logprobs_MRCL) & (packed.mask_MRCL > 0)))
+                # A user's source knows no distribution but the one that it drew from.
+                name = "rollout_logprobs_MRCL" if self._config.sampling.source is None else "sampler_logprobs_MRCL"
+                old, drawn = getattr(bare, name), getattr(packed, name)
+                is_read = bool(np.any(np.isnan(drawn) & (packed.mask_MRCL > 0)))
             if _recomputes_old(self._config) and is_read:
                 now = self._calls[LOGPROBS](state.params, bare)[0]
                 old = self._fill_unknown(old, now) if from_rollout else now

@@ -552,6 +552,7 @@ def test_whole_conversations_are_a_prompt_and_its_answer(tokenizer, tmp_path):
     assert text == "<bos>user: a\nassistant: b\nuser: c\nassistant: d<eos>"
     for rows, message in (
         ([{"messages": turns[:3]}], r"row 0: .* ends with one of the assistant .*got \['user', 'assistant', 'user'\]"),
+        ([{"messages": [*turns, turns[-1]]}], r"row 0: .*ends with one of the assistant after one of the user"),
         (
             [{"messages": turns}, {"messages": "a"}],
             r"row 1: .*must be a list of messages .*got 'a'; set data\.answer_f",
@@ -561,6 +562,9 @@ def test_whole_conversations_are_a_prompt_and_its_answer(tokenizer, tmp_path):
         path = write_jsonl(tmp_path / "x.jsonl", rows)
         with pytest.raises(ValueError, match=message):
             load_prompts(config_for(path, *overrides), tokenizer)
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": turns}])
+    with pytest.raises(ValueError, match=r"row 0: 'answer' must go on from the beginning .*'d', and starts with it"):
+        load_pairs(config_for(path, *overrides, "data.assistant_prefill=d"), tokenizer)
 
 
 def test_completion_gets_no_space_that_the_text_does_not_have(tmp_path):

@@ -216,7 +216,7 @@ def test_training_warns_of_rules_that_the_loss_does_not_correct_for(overrides, n
 )
 def test_training_warns_of_text_prompts_for_a_chat_model_and_of_variables_without_effect(overrides, warning, tmp_path):
     tokenizer = load_tokenizer("byte")
-    tokenizer.mark_text_prompts()
+    tokenizer.mark_prompts(chat=False)
     tokenizer.save_pretrained(tmp_path)
     recipe = [f"model.source={MODELS / 'qwen2'}", "tokenizer.source=byte", *overrides]
     config = load_config(None, [entry.replace("TRAINED", str(tmp_path)) for entry in recipe])

@@ -47,8 +47,7 @@ def export(
     config, _ = read_run(folder)
     check_trust(folder, config, (), (MODEL,), trust)
     trained = load_checkpoint(config, folder, step)
-    if not config.data.chat:
-        trained.tokenizer.mark_text_prompts()
+    trained.tokenizer.mark_prompts(config.data.chat)
     write_folder(out, trained.origin.model_config, trained.params, trained.tokenizer, dtype, kind, keep_remainder)
     assert trained.step is not None
     return trained.step
