@@ -82,7 +82,7 @@ PHASES = {
     "compile": ("train", "jax._src.compiler", "compile_or_get_cached", 10),
     "rollout": ("train", "rl.rollout.collector", "sample_and_score", 3),
     "judging": ("train", "rewards.runner", "Scoring.result", 7),
-    "update": ("train", "rl.training.update", "Updater.step", 3),
+    "update": ("train", "rl.training.update", "Updater.update", 3),
     "save": ("train", "rl.state.checkpoint", "Checkpoints.save", 3),
     "evaluation": ("train", "rl.rollout.collector", "evaluate", 4),
     "export": ("sft", "rl.run.output", "write_folder", 1),

@@ -1071,7 +1071,7 @@ def test_groups_without_advantage_are_not_computed_and_change_no_loss_and_no_upd
         for skips in ("false", "true"):
             computed.clear()
             config = load_config(None, [*settings, f"grpo.skip_zero_advantage={skips}"])
-            state, _, metrics = make_updater(config, packed, stored).step(
+            state, _, metrics = make_updater(config, packed, stored).update(
                 packed.fresh_state(),
                 None,
                 [[groups[g] for g in order] for order in minibatches],
