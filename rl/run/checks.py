@@ -40,7 +40,7 @@ def _check_ratios_of_sequences(config: Config, sampling: SamplingParams) -> None
         return
     key = ""
     if grpo.off_policy_mask_threshold is not None:
-        key = "grpo.off_policy_mask_threshold"
+        key = f"grpo.off_policy_mask_threshold={grpo.off_policy_mask_threshold}"
     elif grpo.sampler_is_correction:
         if grpo.sampler_is_mode.startswith("sequence"):
             key = f"grpo.sampler_is_mode={grpo.sampler_is_mode}"
