@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from rl.algorithms.from_config import loss_config
 from rl.config.load import Config
 from rl.data.prompts import load_prompts
-from rl.devices.mesh import create_mesh, no_implicit_transfers
+from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.collector import Collector
 from rl.rollout.groups import minibatches, sample_records, with_advantages
@@ -81,6 +81,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         init_reference_fn = InitStateFn(policy, None, config.seed)  # no optimizer: it is not trained
         abstract_state = get_abstract_state(config, mesh, init_policy_fn)
         shardings = abstract_state.shardings
+        check_sharded(abstract_state.shapes, shardings, config.mesh, mesh)
 
         # sampler: draws with the weights that it is handed; what does not fit the memory is refused here
         sampler = create_sampler(

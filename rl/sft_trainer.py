@@ -13,7 +13,7 @@ import jax
 
 from rl.config.load import Config
 from rl.data.prompts import check_enough_rows, load_pairs, step_indices
-from rl.devices.mesh import create_mesh, no_implicit_transfers
+from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.final_accuracy import FinalAccuracy
 from rl.run.announce import announce_supervised
@@ -73,6 +73,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
         abstract_state = get_abstract_state(config, mesh, init_policy_fn)
         shardings = abstract_state.shardings
+        check_sharded(abstract_state.shapes, shardings, config.mesh, mesh)
 
         # train step
         packing = plan_for_pairs(config, pairs.rows, policy, mesh)

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from rl.config.load import Config
-from rl.devices.mesh import check_rules_are_used, check_sharded, in_host_memory, tree_shardings
+from rl.devices.mesh import check_rules_are_used, in_host_memory, tree_shardings
 from rl.devices.programs import Program, Stored, not_stored
 from rl.models.config import flatten_specs, logical_axes, parameter_specs
 from rl.models.lora import freeze, join, split
@@ -70,10 +70,6 @@ def get_abstract_state(
 
     Args:
       is_training: whether the state has an optimizer; False for decoding.
-
-    Raises:
-      ValueError: a rule of the mesh names no axis of the state, or devices would hold too much of the training state
-        more than once (`check_sharded`).
     """
     # Evaluated outside of any mesh context: some states cannot be traced inside one.
     shapes = jax.eval_shape(lambda: _select(pure_state(init_state_fn()), is_training))
@@ -86,8 +82,6 @@ def get_abstract_state(
         leaves, treedef = jax.tree.flatten(shardings.opt_state)
         leaves = [in_host_memory(leaf) if moves else leaf for leaf, moves in zip(leaves, is_moment, strict=True)]
         shardings = shardings._replace(opt_state=jax.tree.unflatten(treedef, leaves))
-    if is_training:
-        check_sharded(shapes, shardings, config.mesh, mesh)
     return AbstractState(shapes, annotations, shardings)
 
 

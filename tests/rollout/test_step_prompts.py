@@ -230,8 +230,8 @@ class Whole(NamedTuple):
 def whole(tmp_path_factory) -> Whole:
     samplers, warm = [], set()
 
-    def create(*args: Any) -> Any:
-        sampler: Any = create_sampler(*args)
+    def create(*args: Any, **options: Any) -> Any:
+        sampler: Any = create_sampler(*args, **options)
         warm_up = sampler.warm_up
 
         def warm_up_and_wait(*args: Any) -> None:

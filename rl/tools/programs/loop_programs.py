@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from rl.config.load import Config
 from rl.data.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
-from rl.devices.mesh import create_mesh, device_memory, is_on_cpu, num_row_shards, on_host
+from rl.devices.mesh import check_sharded, create_mesh, device_memory, is_on_cpu, num_row_shards, on_host
 from rl.devices.programs import Program
 from rl.models.block_attention import KEY_BLOCK_LOOP
 from rl.models.config import ModelConfig
@@ -120,6 +120,7 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     _, optimizer = create_training_optimizer(config, policy)
     init_policy_fn = InitStateFn(policy, optimizer, config.seed)
     inputs = get_shaped_inputs(config, mesh, init_policy_fn)
+    check_sharded(inputs.state, inputs.state_shardings, config.mesh, mesh)
     has_reference = bool(config.grpo.beta) and policy.config.lora is None
     sampling = sampling_params(config, eos_ids(config, model_config, tokenizer), for_training=True)
     call_size = config.grpo.prompts_per_step, config.grpo.group_size
