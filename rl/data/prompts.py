@@ -319,7 +319,7 @@ def _with_answer(row: Row, where: str) -> Row:
     problem = conversation_problem(messages)
     roles = [message["role"] for message in messages] if problem is None else []
     if roles and (roles[-1] != "assistant" or roles[:-1] in ([], ["system"]) or roles[-2] == "assistant"):
-        problem = shown([message["role"] for message in messages])
+        problem = shown(roles)
     if problem is not None:
         raise ValueError(
             f"{where}: with data.answer_from_messages the prompt must be a list of messages with role and content that "

@@ -182,10 +182,11 @@ class CheckedSource:
                     f"{type(item).__name__}"
                 )
             place, one = item
-            if not isinstance(place, int | np.integer) or isinstance(place, bool) or place not in left:
+            is_place = isinstance(place, int | np.integer) and place in range(len(requests))
+            if not is_place or isinstance(place, bool) or place not in left:
                 raise ValueError(
                     f"{self._label}: stream must give each of {len(requests)} requests once, by its place from 0, got "
-                    f"place {shown(place)}{' again' if place in list(range(len(requests))) else ''}"
+                    f"place {shown(place)}{' again' if is_place else ''}"
                 )
             left.remove(place)
             yield int(place), self._completion(place, one, requests[place], sampling)
@@ -226,18 +227,18 @@ class CheckedSource:
             )
         if not isinstance(drawn.logprobs, Iterable):
             raise refuse("logprobs must have one entry for each token, or None in its place", shown(drawn.logprobs))
-        logprobs = [math.nan if value is None else value for value in drawn.logprobs]
+        logprobs = list(drawn.logprobs)
         if len(logprobs) != token_ids.size:
             raise refuse(f"logprobs must have one entry for each of {token_ids.size} tokens", len(logprobs))
-        for given, value in zip(drawn.logprobs, logprobs, strict=True):
+        for value in logprobs:
             is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-            if given is not None and not (is_number and -math.inf < value <= 0):
-                raise refuse("logprobs must be finite and <= 0, or None where they are not known", repr(given))
+            if value is not None and not (is_number and -math.inf < value <= 0):
+                raise refuse("logprobs must be finite and <= 0, or None where they are not known", repr(value))
         return Completion(
             request.prompt_index,
             request.sample_index,
             token_ids.astype(np.int32),
-            np.asarray(logprobs, np.float64),
+            np.array([math.nan if value is None else value for value in logprobs], np.float64),
             None,
             drawn.finish_reason,
             int(token_ids[-1]) if is_ended else drawn.stop_reason,

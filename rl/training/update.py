@@ -125,11 +125,10 @@ class Updater:
         Returns:
           The next state, the entropy coefficient's next state, and metrics: means over the updates that were made (over
           all when every one was skipped, to show what was not finite) and had a completion, the number of
-          `skipped_updates`, and
-          `logprob_difference` of the first update, where policy and sampler have the same weights. Where they do not,
-          there are `rollout_age` and, in its place, `logprob_drift`: how far the policy moved since the draw. Where
-          groups may be left out (`leaves_groups_out`), means are over the others, and `uncomputed_share` says how many
-          of the tokens of prompts and completions were not computed.
+          `skipped_updates`, and `logprob_difference` of the first update, where policy and sampler have the same
+          weights. Where they do not, there are `rollout_age` and, in its place, `logprob_drift`: how far the policy
+          moved since the draw. Where groups may be left out (`leaves_groups_out`), means are over the others, and
+          `uncomputed_share` says how many of the tokens of prompts and completions were not computed.
         """
         assert age >= 0, age
         from_sampler = self._config.grpo.old_logprobs == "sampler"
