@@ -146,7 +146,7 @@ class TandemTrainer:
             Stopwatch(),
         )
         judged = judge(self.config, rows, scored, self._runner.specs)
-        return minibatches(self.config, with_advantages(self.config, judged, 0))[0]
+        return minibatches(self.config, with_advantages(self.config, judged))[0]
 
     def _replay(self, batch: Batch) -> list[TrainGroup]:
         assert batch.completions is not None

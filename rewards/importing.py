@@ -45,8 +45,10 @@ def _import_file(path: Path) -> ModuleType:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    # The folder is in the name, so that two files called reward.py do not become one module.
-    module_name = f"reward_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    # The folder is in the name, because two files called reward.py must not become one module. So is the text, because
+    # an edited file must be imported anew in a process that lives on, such as a notebook's.
+    digest = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes())
+    module_name = f"reward_file_{path.stem}_{digest.hexdigest()[:8]}"
     if module_name in sys.modules:
         return sys.modules[module_name]
     if str(path.parent) not in sys.path:

@@ -29,16 +29,16 @@ from rl.models.flavours import policy_from_config
 from rl.rollout.collector import Collector
 from rl.rollout.groups import minibatches, sample_records, with_advantages
 from rl.rollout.scoring import start_rewards
-from rl.run.announce import announce
+from rl.run.announce import announce, warn_about_prompts, warn_about_sampling
 from rl.run.checks import check_recipe
 from rl.run.command import run_command
-from rl.run.executables import open_compiled
+from rl.run.executables import use_compiled
 from rl.run.health import raise_if_stuck
 from rl.run.log import RunLog
 from rl.run.loop import LoopState, restore_or_start, run_identity
 from rl.run.not_finite import examine_step
 from rl.run.output import RunOutput
-from rl.sampler.create import checked_sampling, create_sampler, plan_draws
+from rl.sampler.create import checked_sampling, create_sampler, plan_draws, warm_up
 from rl.state.optimizer import create_training_optimizer, last_lr
 from rl.state.origin import find_origin, tokenizer_from_config
 from rl.state.reference_sync import ReferenceSync, restore_reference
@@ -74,7 +74,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         mesh = create_mesh(config.mesh)
         policy = policy_from_config(config, origin.model_config, mesh)
         schedule, optimizer = create_training_optimizer(config, policy)
-        compiled = open_compiled(config, policy, mesh)  # programs that `grpo compile` wrote; none without its file
+        compiled = stack.enter_context(use_compiled(config, policy, mesh))  # what `grpo compile` saved, if anything
 
         # states of policy and reference: two on one mesh, each built by its own init_state_fn; here only their plan
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
@@ -84,18 +84,16 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         check_sharded(abstract_state.shapes, shardings, config.mesh, mesh)
 
         # sampler: draws with the weights that it is handed; what does not fit the memory is refused here
-        sampler = create_sampler(
-            config, policy, mesh, shardings.params, tokenizer, memory=compiled.device_memory, stored=compiled.get
-        )
+        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory=compiled.device_memory)
         stack.callback(sampler.close)
-        draw_sizes = plan_draws(sampler, config, data, sampling, compiled.prompt_length)
+        plan_draws(sampler, config, data, sampling, compiled.prompt_length)
 
         # train step: loss, gradient and optimizer for one minibatch; the updater takes it through a step's minibatches
         packing = plan_minibatches(config, compiled.prompt_length or data.longest_prompt, policy, mesh)
         loss = loss_config(config)
         options = train_step_options(config, packing)
-        train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, stored=compiled.get, **options)
-        updater = Updater(train_step, config, policy, packing, shardings, mesh=mesh, stored=compiled.get)
+        train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, **options)
+        updater = Updater(train_step, config, policy, packing, shardings, mesh=mesh)
         sync_reference = ReferenceSync(config, shardings.params)
 
         # run folder: so far nothing on disk has changed; with check_only, `begin` only reads
@@ -104,7 +102,9 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log))
         collector = Collector(config, data, sampler, rewards, sampling, tokenizer, log)
         checkpoints = run.begin(mesh, init_policy_fn, abstract_state, with_reference=bool(config.reference.sync_every))
-        announce(log, config, data, origin, tokenizer, policy, mesh, run, packing, sampling)
+        announce(log, config, run, data, origin, policy, mesh, packing)
+        warn_about_sampling(log, config, sampling)
+        warn_about_prompts(log, config, origin, tokenizer)
         if check_only:
             collector.report_rewards(is_new=True)
             log.message(run.would_do("grpo train", config.grpo.steps))
@@ -112,14 +112,12 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
 
         # states: from the newest checkpoint, or new
         state, progress = restore_or_start(
-            config, mesh, init_policy_fn, origin, checkpoints, num_rows=len(data.train), log=log, stored=compiled.get
+            config, mesh, init_policy_fn, origin, checkpoints, num_rows=len(data.train), log=log
         )
-        reference = restore_reference(config, mesh, init_reference_fn, origin, checkpoints, state, stored=compiled.get)
+        reference = restore_reference(config, mesh, init_reference_fn, origin, checkpoints, state)
         collector.restore(progress.reward_state)
         collector.report_rewards(is_new=progress.steps_done == 0)
-        if config.sampling.warm_up:
-            for size in draw_sizes:
-                sampler.warm_up(state.params, *size)
+        warm_up(sampler, config, data, sampling, state.params)
 
         # loop
         stack.enter_context(log.recording(run.path, progress.steps_done))  # from here on metrics go to files
@@ -128,32 +126,37 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         for step in range(progress.steps_done, config.grpo.steps):
             steps_done = step + 1
             # 1. draw completions and judge them
-            drawn = collector.draw_and_judge(state, step, progress.position)
+            groups = collector.draw_and_judge(state, step, progress.position)
             # 2. rewards to advantages
-            rollout = with_advantages(config, drawn.judged, drawn.weights_step)
+            rollout = with_advantages(config, groups)
             # 3. update the policy, minibatch by minibatch; move the reference where it moves
-            age = step - rollout.weights_step  # 0: drawn with the weights that are updated now
             with log.timer("train"), no_implicit_transfers():
-                batches = minibatches(config, rollout)
-                state, entropy, train_metrics = updater.update(state, reference, batches, progress.entropy, age=age)
+                state, entropy, train_metrics = updater.update(
+                    state, reference, minibatches(config, rollout), progress.entropy, age=step - rollout.weights_step
+                )
                 reference = sync_reference(reference, state, steps_done)
             # 4. look at the step's health; evaluate where it is due
-            metrics = rollout.metrics | drawn.metrics | train_metrics
+            metrics = rollout.metrics | train_metrics
             checkup = examine_step(
-                config.health, progress.health, metrics, updater.num_updates, state.params, rollout.advantages_B
+                config.health,
+                progress.health,
+                metrics,
+                state.params,
+                num_updates=updater.num_updates,
+                advantages_B=rollout.advantages_B,
             )
             metrics["lr"] = last_lr(schedule, num_updates=int(state.step), num_skipped=checkup.state.num_skipped)
             metrics |= collector.evaluate_if_due(state, steps_done)
             # 5. write the step's line and samples
             num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
             log.step(steps_done, metrics, rollout.num_tokens, sample_records(rollout, num_samples))
-            log.warnings([*rollout.problems, *drawn.problems, *checkup.warnings])
+            log.warnings([*rollout.problems, *checkup.warnings])
             raise_if_stuck(config.health, checkup)  # after the line and the samples, which show why
             # 6. remember where the loop stands; save where it is due
             progress = LoopState(
                 steps_done=steps_done,
                 health=checkup.state,
-                position=drawn.position,
+                position=groups.position,
                 entropy=entropy,
                 reward_state=collector.reward_state,
             )

@@ -110,7 +110,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
                 state, update = train_step(state, minibatch_of(rows, packing, config, mesh))
                 metrics = metrics_of(jax.device_get(update))
             # 3. look at the step's health
-            checkup = examine_step(config.health, progress.health, metrics, 1, state.params)
+            checkup = examine_step(config.health, progress.health, metrics, state.params)
             metrics["lr"] = last_lr(schedule, num_updates=steps_done, num_skipped=checkup.state.num_skipped)
             # 4. write the step's line
             log.step(steps_done, metrics, num_tokens_of(rows))

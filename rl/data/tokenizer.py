@@ -33,6 +33,8 @@ MAX_TEMPLATE_BYTES = 1_000_000
 MOST_FREE_IDS = 100_000  # of a vocabulary, besides as many as it has tokens
 _TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
 _TEXT_MARK = "tandem_text_prompts"  # in tokenizer_config.json
+_CLOCK = "strftime_now"  # the function that tells a chat template the time
+_DAYS = ("2001-02-03T04:05:06", "2012-11-10T17:18:19")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -60,6 +62,7 @@ class Tokenizer:
         self._template_name = template_name
         self._template_kwargs = dict(template_kwargs or {})
         self._untrusted: Untrusted | None = None  # renders chats; made for the first chat
+        self._writes_the_date = False
         eos_id = _token_id(backend, backend.eos_token)
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
         self.bos_id: int | None = _token_id(backend, backend.bos_token)
@@ -135,6 +138,8 @@ class Tokenizer:
             ) from error
         if is_first:
             self._check_that_messages_matter(messages, text)
+            dates = {self._render(messages, now) for now in _DAYS} if _CLOCK in self.backend.get_chat_template() else ()
+            self._writes_the_date = len(dates) > 1
         return text + prefill
 
     def template_kwargs_problem(self) -> str | None:
@@ -160,15 +165,26 @@ class Tokenizer:
             "changes nothing; correct the name or leave it out"
         )
 
+    def date_problem(self) -> str | None:
+        """A message where chats, as the first one showed, hold the date of the day; None otherwise."""
+        if not self._writes_the_date:
+            return None
+        return (
+            f"{self._template_name} writes the date of the day into every prompt, so a run that goes on tomorrow has "
+            "other prompts and is refused as another run; set the variable that the template reads instead, such as "
+            'data.chat_template_kwargs={date_string: "26 Jul 2024"}, or tokenizer.chat_template to a file without '
+            f"{_CLOCK}"
+        )
+
     def _process(self) -> Untrusted:
         if self._untrusted is None:
             self._untrusted = Untrusted()
         return self._untrusted
 
-    def _render(self, messages: Messages) -> str:
+    def _render(self, messages: Messages, now: str | None = None) -> str:
         variables = {**self.backend.special_tokens_map, "tools": None, "documents": None, **self._template_kwargs}
         variables |= {"messages": messages, "add_generation_prompt": True}
-        return self._process().render(self.backend.get_chat_template(), variables)
+        return self._process().render(self.backend.get_chat_template(), variables, now)
 
     def _check_that_messages_matter(self, messages: Messages, text: str) -> None:
         """ValueError where other words in the first or the last message give the same text."""

@@ -1,9 +1,11 @@
 """What is compiled: a function with its shardings (`Program`), and compiled programs by key (`Programs`).
 
-A program is compiled when it is first asked for, or earlier by a thread in the background. `use_compilation_cache` says
-where XLA keeps what it compiled. Not here: compiled programs in files (`rl.run.executables`).
+A program is compiled when it is first asked for, or earlier by a thread in the background. Where compiled programs were
+handed over (`stored_programs`), they are called in place of new ones. `use_compilation_cache` says where XLA keeps what
+it compiled. Not here: compiled programs in files (`rl.run.executables`).
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -69,11 +71,27 @@ class Program:
 
 # Looks up a program that was compiled before: (name, program) -> the function to call, or None.
 Stored = Callable[[str, Program], Callable[..., Any] | None]
+_stored: list[Stored] = []  # the innermost last
 
 
-def not_stored(name: str, program: Program) -> None:
-    """The `Stored` of a run without a file of compiled programs."""
-    del name, program
+@contextlib.contextmanager
+def stored_programs(look_up: Stored) -> Iterator[None]:
+    """A context in which `callable_of`, in every thread of the process, calls the programs that `look_up` has."""
+    _stored.append(look_up)
+    try:
+        yield
+    finally:
+        _stored.remove(look_up)
+
+
+def stored_program(name: str, program: Program) -> Callable[..., Any] | None:
+    """The program `name`, compiled before; None outside of `stored_programs`, and where that has no such program."""
+    return _stored[-1](name, program) if _stored else None
+
+
+def callable_of(name: str, program: Program) -> Callable[..., Any]:
+    """The function to call for the program `name`: compiled before, or else at its first call."""
+    return stored_program(name, program) or program.jit()
 
 
 class Programs:

@@ -35,18 +35,19 @@ class Untrusted:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def render(self, template: str, variables: dict[str, Any]) -> str:
+    def render(self, template: str, variables: dict[str, Any], now: str | None = None) -> str:
         """The text of a Jinja template, in the environment of transformers' chat templates.
 
         Args:
           variables: JSON; other values arrive as text.
+          now: the time that `strftime_now` tells, in ISO 8601; None: the present.
 
         Raises:
           UntrustedError: the template raises, or takes or writes too much.
         """
         given = json.dumps(variables, default=str)
         most = MAX_TEXT + 2 * len(given)
-        request = {"kind": "render", "template": template, "variables": json.loads(given), "most": most}
+        request = {"kind": "render", "template": template, "variables": json.loads(given), "most": most, "now": now}
         answer = self._ask(request, 12 * most)  # of JSON for one character: two escapes of six
         if not isinstance(answer, str):
             raise UntrustedError(f"it gave {type(answer).__name__} in place of text")

@@ -53,8 +53,10 @@ def _limit(seconds: float, clock_seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, clock_seconds)
 
 
-def render(template: str, variables: dict[str, Any], most: int) -> str:
-    """The text of a template, of at most `most` characters."""
+def render(template: str, variables: dict[str, Any], most: int, now: str | None = None) -> str:
+    """The text of a template, of at most `most` characters, written at the time `now` (ISO 8601; None: the present)."""
+    if now is not None:
+        variables = {**variables, "strftime_now": datetime.fromisoformat(now).strftime}
     pieces, size = [], 0
     for piece in _compile(template).generate(**variables):
         size += len(piece)

@@ -17,6 +17,7 @@ words. Legend: V vocabulary, X words of a token, K ids.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,17 @@ class DrawnFrom:
     forbids_ends: bool
     forbidden_ids: tuple[int, ...]
     logit_bias: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, rules: Any, forbids_ends: bool) -> "DrawnFrom":
+        """From anything with the rules' fields: the `sampling` section, or `rl.sampler.token_draw.SamplingParams`."""
+        return cls(
+            top_k=rules.top_k,
+            truncates=rules.top_p < 1 or rules.min_p > 0,
+            forbids_ends=forbids_ends,
+            forbidden_ids=tuple(rules.forbidden_ids),
+            logit_bias=tuple(sorted(dict(rules.logit_bias).items())),
+        )
 
     def holds_ids(self, vocab_size: int) -> bool:
         """Whether words are the ids that top-k left."""

@@ -20,7 +20,7 @@ from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.failing import FailureWatch
 from rl.rollout.groups import Judged, judge
 from rl.rollout.scoring import sample_and_score, warn_about_rewards
-from rl.rollout.step_prompts import Collected, check_calls, collect
+from rl.rollout.step_prompts import check_calls, collect
 from rl.run.log import RunLog
 from rl.run.loop import REWARD_STATE
 from rl.sampler.contract import CompletionSource
@@ -91,17 +91,17 @@ class Collector:
         self._log.messages(self._runner.notes())
         self._say_what_is_left_out()
 
-    def draw_and_judge(self, state: PureState, step: int, position: int) -> Collected:
+    def draw_and_judge(self, state: PureState, step: int, position: int) -> Judged:
         """The groups on which step number `step` (from 0) is trained.
 
         Args:
           state: the weights to draw with; all randomness follows from its key and the step.
           position: how many rows, in the run's order, are used up.
         """
-        collected = collect(self._config, self._rows, position, step, functools.partial(self._draw, state, step))
+        groups = collect(self._config, self._rows, position, step, functools.partial(self._draw, state, step))
         self._sampler.release()  # the weights are about to change
         self._failures.end_step()
-        return collected
+        return groups
 
     def evaluate_if_due(self, state: PureState, steps_done: int) -> dict[str, float | None]:
         """Metrics of the policy on the held-out prompts after `steps_done` steps; empty where no evaluation is due."""

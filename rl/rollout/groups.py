@@ -37,6 +37,9 @@ class Judged:
         punishment, if there is one.
       counts: the failures of each function, see `rewards.batch.RewardResult`. problems: what went wrong, in words. Both
         cover all judged completions, also those of replaced groups.
+      weights_step: the step, from 0, whose weights drew the completions, see `Rollout`.
+      position: the number of data rows used up so far, with those of replaced groups.
+      metrics: of the choice of groups, see `rl.rollout.step_prompts`.
     """
 
     rows: list[PromptRow]
@@ -47,6 +50,9 @@ class Judged:
     weights: list[float]
     counts: dict[str, dict[str, int]]
     problems: list[str]
+    weights_step: int = 0
+    position: int = 0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def group_size(self) -> int:
@@ -125,8 +131,8 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
     return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, list(result.problems))
 
 
-def with_advantages(config: Config, judged: Judged, weights_step: int) -> Rollout:
-    """Computes advantages from rewards, and metrics of both. `weights_step`: see `Rollout`."""
+def with_advantages(config: Config, judged: Judged) -> Rollout:
+    """Computes advantages from rewards, and metrics of both."""
     group_size, weights = config.grpo.group_size, judged.weights
     flat = [completion for group in judged.completions for completion in group]
     rewards_BK = np.array(
@@ -180,8 +186,8 @@ def with_advantages(config: Config, judged: Judged, weights_step: int) -> Rollou
         weighted_B,
         advantages.advantages_B,
         kept_B,
-        weights_step,
-        metrics,
+        judged.weights_step,
+        metrics | judged.metrics,
         judged.problems,
     )
 

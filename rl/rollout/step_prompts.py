@@ -12,8 +12,9 @@ draw, although both are trained on together. So a run with such a function does 
 Legend: P prompts of a step, G completions per prompt.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from rewards.rubric import weighted_sum
 from rewards.runner import RewardRunner
@@ -42,24 +43,6 @@ class Draw(Protocol):
         ...
 
 
-class Collected(NamedTuple):
-    """The result of `collect`.
-
-    Attributes:
-      judged: P groups.
-      position: the number of rows used up so far, with those of replaced groups.
-      weights_step: the step, from 0, whose weights drew the groups, see `rl.rollout.groups.Rollout`.
-      metrics: empty without dynamic sampling.
-      problems: warnings, in words.
-    """
-
-    judged: Judged
-    position: int
-    weights_step: int
-    metrics: dict[str, float]
-    problems: list[str]
-
-
 def check_calls(config: Config, runner: RewardRunner) -> None:
     """Raises ValueError where refills would be judged by a function that takes whole batches and has a weight."""
     rounds = config.grpo.dynamic_sampling_rounds
@@ -74,15 +57,15 @@ def check_calls(config: Config, runner: RewardRunner) -> None:
             )
 
 
-def collect(config: Config, rows: Sequence[PromptRow], position: int, weights_step: int, draw: Draw) -> Collected:
+def collect(config: Config, rows: Sequence[PromptRow], position: int, weights_step: int, draw: Draw) -> Judged:
     """Draws and judges P groups from the rows at `position` on, and replaces groups without a spread of rewards. `draw`
-    draws with the weights of `weights_step`.
+    draws with the weights of `weights_step`. Without dynamic sampling the groups have no metrics of their own.
     """
     num_prompts, max_rounds = config.grpo.prompts_per_step, config.grpo.dynamic_sampling_rounds
     taken, position = next_indices(len(rows), config.seed, position, num_prompts, num_prompts)
     judged = draw([rows[i] for i in taken], range(num_prompts))
     if not max_rounds:
-        return Collected(judged, position, weights_step, {}, [])
+        return dataclasses.replace(judged, position=position, weights_step=weights_step)
     num_refilled = num_rounds = 0
     equal = [p for p in range(num_prompts) if not has_spread(judged, p)]
     while equal and num_rounds < max_rounds and len(taken) < len(rows):
@@ -93,7 +76,7 @@ def collect(config: Config, rows: Sequence[PromptRow], position: int, weights_st
         judged = judged.replace(dict(zip(equal, useful, strict=False)), other)
         taken, equal = [*taken, *new], equal[len(useful) :]
         num_refilled, num_rounds = num_refilled + len(useful), num_rounds + 1
-    problems = []
+    problems = list(judged.problems)
     unjudged = [p for p in equal if not _known(judged, p)]
     count = f"of {num_prompts} groups still {{}} after {num_rounds} rounds and {len(taken)} prompts, and"
     if unjudged:
@@ -108,7 +91,7 @@ def collect(config: Config, rows: Sequence[PromptRow], position: int, weights_st
         )
     metrics = {"refilled": num_refilled, "unfilled": len(equal), "rounds": num_rounds, "prompts": len(taken)}
     metrics = {f"dynamic_sampling/{name}": float(value) for name, value in metrics.items()}
-    return Collected(judged, position, weights_step, metrics, problems)
+    return dataclasses.replace(judged, position=position, weights_step=weights_step, metrics=metrics, problems=problems)
 
 
 def has_spread(judged: Judged, p: int) -> bool:

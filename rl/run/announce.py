@@ -41,28 +41,26 @@ def warn_about_prompts(console: Console, config: Config, origin: Origin, tokeniz
             "data.chat is false, and the tokenizer has a chat template: prompts are plain text, in which a model that "
             "was trained on chats was never asked; set data.chat=true, unless this is a base model"
         )
-    warn_about_template_kwargs(console, tokenizer)
+    warn_about_template(console, tokenizer)
 
 
-def warn_about_template_kwargs(console: Console, tokenizer: Tokenizer) -> None:
-    """Says which entries of data.chat_template_kwargs change nothing."""
-    if problem := tokenizer.template_kwargs_problem():
+def warn_about_template(console: Console, tokenizer: Tokenizer) -> None:
+    """Says which entries of data.chat_template_kwargs change nothing, and whether prompts change from day to day."""
+    for problem in filter(None, (tokenizer.template_kwargs_problem(), tokenizer.date_problem())):
         console.warning(problem)
 
 
 def announce(
     console: Console,
     config: Config,
+    run: RunOutput,
     data: PromptData,
     origin: Origin,
-    tokenizer: Tokenizer,
     policy: Policy,
     mesh: Mesh,
-    run: RunOutput,
     packing: PackingPlan,
-    sampling: SamplingParams,
 ) -> None:
-    """Prints where the run computes, its data, the keys of its preset, and the distribution of its completions."""
+    """Prints where the run computes, its data, and the keys of its preset."""
     for message in (*data.messages, *foreign.notes(policy), *run.folder.messages):
         console.message(message)
     if problem := foreign.unsharded(policy, mesh.size):
@@ -88,8 +86,6 @@ def announce(
     if grpo.preset:
         rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())
     console.table("grpo train", rows)
-    warn_about_sampling(console, config, sampling)
-    warn_about_prompts(console, config, origin, tokenizer)
 
 
 def announce_supervised(
@@ -112,4 +108,4 @@ def announce_supervised(
         "parameters": f"{origin.model_config.num_parameters / 1e6:.1f}M",
     }
     console.table("grpo sft", rows)
-    warn_about_template_kwargs(console, tokenizer)
+    warn_about_template(console, tokenizer)

@@ -8,6 +8,7 @@ program.
 Layout: MAGIC, the header's length (8 bytes, little endian), its sha256 (32 bytes), the header, the executables.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from jaxlib import xla_client
 
 from rl.config.load import Config, program_keys
 from rl.config.user_files import COMPILED_KEYS, file_hashes
-from rl.devices.programs import Program
+from rl.devices.programs import Program, stored_programs
 from rl.models.policy import Policy
 
 MAGIC = b"tandem compiled programs 1\n"
@@ -94,6 +95,14 @@ class CompiledPrograms:
         devices = xla_client.DeviceList(self.devices)
         executable = self.devices[0].client.deserialize_executable(self.executables[name], executable_devices=devices)
         return LoadedProgram(name, program, executable, self.entries[name])
+
+
+@contextlib.contextmanager
+def use_compiled(config: Config, policy: Policy, mesh: Mesh) -> Iterator[CompiledPrograms]:
+    """A context in which the programs of `open_compiled` are called where they would be compiled."""
+    compiled = open_compiled(config, policy, mesh)
+    with stored_programs(compiled.get):
+        yield compiled
 
 
 def open_compiled(config: Config, policy: Policy, mesh: Mesh) -> CompiledPrograms:

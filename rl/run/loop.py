@@ -16,7 +16,6 @@ from rl.config.objects import function_hashes
 from rl.config.user_files import file_hashes
 from rl.data.prompts import PairData, PromptData, fingerprint, held_out_fingerprint
 from rl.devices import hosts
-from rl.devices.programs import Stored, not_stored
 from rl.models.foreign import files as foreign
 from rl.models.train_state import PureState
 from rl.run.health import HealthState, healthy
@@ -106,14 +105,12 @@ def restore_or_start(
     checkpoints: Checkpoints,
     num_rows: int,
     log: RunLog,
-    stored: Stored = not_stored,
 ) -> tuple[PureState, LoopState]:
     """The training state and the loop's state, from the newest whole checkpoint or new.
 
     Args:
       checkpoints: those of the run folder.
       num_rows: training data rows of the run.
-      stored: looks up the compiled program that builds a state.
 
     Raises:
       ValueError: the checkpoint is of another model or optimizer, no checkpoint is whole, pretrained weights do not
@@ -121,7 +118,7 @@ def restore_or_start(
     """
     if checkpoints.latest_step is None:
         params = pretrained_params(origin, checkpoints.abstract.shardings.params)
-        state, _ = setup_training_state(config, mesh, init_state_fn, params, stored)
+        state, _ = setup_training_state(config, mesh, init_state_fn, params)
         loop = LoopState.start(config)
     else:
         state, record = checkpoints.restore(base=frozen_base(config, mesh, init_state_fn, origin))

@@ -23,15 +23,16 @@ def examine_step(
     section: HealthSection,
     state: HealthState,
     metrics: Mapping[str, float],
-    num_updates: int,
     params: Any,
-    advantages: np.ndarray | None = None,
+    *,
+    num_updates: int = 1,
+    advantages_B: np.ndarray | None = None,
 ) -> Checkup:
     """`rl.run.health.examine` of a step, with `cause_of_skips` where each of its `num_updates` updates was skipped, and
     with a warning where updates vanish in the weights' rounding.
     """
     is_lost = metrics["skipped_updates"] == num_updates
-    cause = cause_of_skips(metrics, params, advantages) if is_lost else None
+    cause = cause_of_skips(metrics, params, advantages_B) if is_lost else None
     checkup = examine(section, state, metrics, num_updates, cause)
     return checkup._replace(warnings=[*rounding_problems(metrics), *checkup.warnings])
 

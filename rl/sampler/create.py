@@ -16,7 +16,6 @@ from rl.data.prompts import PromptData
 from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
 from rl.devices.mesh import device_memory
-from rl.devices.programs import Stored, not_stored
 from rl.models.config import ModelConfig, Quantization
 from rl.models.policy import Policy, WavePolicy
 from rl.sampler.contract import CompletionSource
@@ -49,21 +48,19 @@ def create_sampler(
     param_shardings: Any,
     tokenizer: Tokenizer,
     memory: int | None = None,
-    stored: Stored = not_stored,
 ) -> CompletionSource:
     """The sampler of a run, for rollouts and evaluation alike: the user's source, if the configuration names one, else
     the sampler that the policy asks for.
 
     Args:
       memory: bytes of memory per device; None asks the device.
-      stored: looks up compiled programs.
     """
     if config.sampling.source is not None:
         return CheckedSource(config, tokenizer, policy.config)
     if policy.decodes_in_waves:
         rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory)
         return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
-    return _slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, stored)
+    return _slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory)
 
 
 class DrawSize(NamedTuple):
@@ -80,8 +77,8 @@ def plan_draws(
     data: PromptData,
     sampling: SamplingParams,
     prompt_length: int | None = None,
-) -> list[DrawSize]:
-    """Plans a sampler's shapes for the prompts of a run. Returns the sizes of the run's calls.
+) -> None:
+    """Plans a sampler's shapes for the prompts of a run.
 
     Args:
       prompt_length: the longest prompt in tokens, for shapes that were planned with it before; None: the data's
@@ -90,9 +87,8 @@ def plan_draws(
     Raises:
       ValueError: one of the calls cannot be: `sampling.kv_memory` is too small for it, or a user's source not made.
     """
-    step = DrawSize(config.grpo.prompts_per_step, config.grpo.group_size, sampling)
-    num_evaluated = len(data.evaluated(config.eval))
-    sizes = [step, DrawSize(num_evaluated, 1, greedy(sampling))] if num_evaluated else [step]
+    sizes = draw_sizes(config, data, sampling)
+    step = sizes[0]
     if prompt_length is None:
         prompts = [row.prompt_ids for row in (*data.train, *data.held_out)]
         sampler.expect(prompts, step.num_prompts, step.num_samples)
@@ -100,7 +96,20 @@ def plan_draws(
         sampler.expect_length(prompt_length, step.num_prompts, step.num_samples)  # only its programs can be stored
     for size in sizes:
         sampler.check(*size)
-    return sizes
+
+
+def warm_up(sampler: CompletionSource, config: Config, data: PromptData, sampling: SamplingParams, params: Any) -> None:
+    """Compiles all programs of the run's calls, where `sampling.warm_up` asks for it, after `plan_draws`."""
+    if config.sampling.warm_up:
+        for size in draw_sizes(config, data, sampling):
+            sampler.warm_up(params, *size)
+
+
+def draw_sizes(config: Config, data: PromptData, sampling: SamplingParams) -> list[DrawSize]:
+    """The sizes of the calls of a run: of a step first, then of an evaluation, if there is one."""
+    step = DrawSize(config.grpo.prompts_per_step, config.grpo.group_size, sampling)
+    num_evaluated = len(data.evaluated(config.eval))
+    return [step, DrawSize(num_evaluated, 1, greedy(sampling))] if num_evaluated else [step]
 
 
 def _slot_sampler(
@@ -110,7 +119,6 @@ def _slot_sampler(
     param_shardings: Any,
     tokenizer: Tokenizer,
     memory: int | None,
-    stored: Stored,
 ) -> Sampler:
     """The sampler of the toolkit's own decoder; arguments as in `create_sampler`."""
     section, rules, decode_shardings = config.sampling, config.mesh.rules, None
@@ -130,7 +138,6 @@ def _slot_sampler(
         decode_shardings=decode_shardings,
         kv_dtype=section.kv_dtype,
         weights=weights,
-        stored=stored,
         **_sampler_options(config, mesh, tokenizer, memory),
     )
 

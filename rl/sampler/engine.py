@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from rl.devices import hosts
 from rl.devices.mesh import num_row_shards, partition_spec, replicated, row_sharding
-from rl.devices.programs import Build, Program, Programs, Stored, not_stored
+from rl.devices.programs import Build, Program, Programs, stored_program
 from rl.models.cache import (
     LABELS,
     CachePart,
@@ -107,7 +107,6 @@ class Engine:
       param_shardings: a `NamedSharding` for each parameter.
       rules: logical axis -> mesh axes, the `mesh.rules` of the config.
       kv_dtype: None: keys and values in the compute dtype; "int8".
-      stored: looks up compiled programs by the text of their keys.
     """
 
     def __init__(
@@ -118,10 +117,8 @@ class Engine:
         *,
         rules: Mapping[str, Sequence[str]],
         kv_dtype: str | None = None,
-        stored: Stored = not_stored,
     ) -> None:
         self.policy = policy
-        self._stored = stored
         self.num_shards = num_row_shards(mesh, rules)
         self.programs = Programs()
         self.peak_kv_bytes = 0
@@ -402,7 +399,7 @@ class Engine:
         return key, lambda: self._build(key, *self.generate_program(params, shape, sampling, chunk))
 
     def _build(self, key: tuple, program: Program, arguments: tuple) -> Callable:
-        return self._stored(repr(key), program) or program.prepare(arguments)
+        return stored_program(repr(key), program) or program.prepare(arguments)
 
     def _put_build(self, name: str, array: Any, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
         sharding, axis = self._array_shardings[name], position_axis(name)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rl.devices.programs import Build, Program, Stored, not_stored
+from rl.devices.programs import Build, Program
 from rl.models.cache import CachePart
 from rl.models.config import Quantization
 from rl.models.inputs import plain_inputs
@@ -93,7 +93,6 @@ class Sampler:
       kv_dtype: None: the cache is in the compute dtype; "int8".
       weights: how every call quantises a copy of the matrices for decoding, a quarter or an eighth of their float32
         size (see `rl.models.quantized`). None: the parameters themselves are read.
-      stored: see `rl.sampler.engine.Engine`.
 
     Raises:
       ValueError: there are fewer slots than shards of rows on this mesh.
@@ -114,7 +113,6 @@ class Sampler:
         stop_chunk: int = 8,
         kv_dtype: str | None = None,
         weights: Quantization | None = None,
-        stored: Stored = not_stored,
     ) -> None:
         convert: Callable[[Params], Params] = lambda params: params  # noqa: E731
         shardings = param_shardings if decode_shardings is None else decode_shardings
@@ -126,7 +124,7 @@ class Sampler:
             shardings = quantized_shardings(policy.config, shardings, weights)
             convert = partial(quantize_params, policy.config, quantization=weights)
         self._convert = None if shardings is param_shardings else Program(convert, (param_shardings,), shardings)
-        self.engine = Engine(policy, mesh, shardings, rules=rules, kv_dtype=kv_dtype, stored=stored)
+        self.engine = Engine(policy, mesh, shardings, rules=rules, kv_dtype=kv_dtype)
         if slots is not None and slots < self.engine.num_shards:
             raise ValueError(
                 f"sampling.slots must be >= {self.engine.num_shards}, the devices rows are spread over, got {slots}"

@@ -122,13 +122,7 @@ class SamplingParams:
     @property
     def drawn_from(self) -> DrawnFrom:
         """The rules besides penalties and temperature, as `rl.models.drawn_from` takes them."""
-        return DrawnFrom(
-            top_k=self.top_k,
-            truncates=self.top_p < 1 or self.min_p > 0,
-            forbids_ends=_may_forbid_eos(self),
-            forbidden_ids=self.forbidden_ids,
-            logit_bias=self.logit_bias,
-        )
+        return DrawnFrom.of(self, _may_forbid_eos(self))
 
     def num_kept_words(self, vocab_size: int) -> int:
         """X, words of each token that say which ids could be drawn; 0 where none are reported, or needed."""

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rl.config.load import Config
-from rl.devices.programs import Stored, not_stored
 from rl.models.train_state import PureState
 from rl.models.trainable import Trainable
 from rl.state.checkpoint import Checkpoints
@@ -31,7 +30,6 @@ def restore_reference(
     origin: Origin,
     checkpoints: Checkpoints,
     state: PureState,
-    stored: Stored = not_stored,
 ) -> PureState | None:
     """The reference of a run that starts or resumes, a state of its own; None where the loss has no KL term.
 
@@ -41,7 +39,6 @@ def restore_reference(
     Args:
       init_reference_fn: builds the reference, without an optimizer.
       state: the policy's state, restored or new.
-      stored: looks up the compiled program that builds a state.
     """
     policy = init_reference_fn.policy
     if not config.grpo.beta:
@@ -52,7 +49,7 @@ def restore_reference(
         params = checkpoints.restore_reference()
     else:
         params = pretrained_params(origin, checkpoints.abstract.shardings.params)
-    return setup_decode_state(config, mesh, init_reference_fn, params, stored)[0]
+    return setup_decode_state(config, mesh, init_reference_fn, params)[0]
 
 
 class ReferenceSync:

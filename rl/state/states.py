@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from rl.config.load import Config
 from rl.devices.mesh import check_rules_are_used, in_host_memory, tree_shardings
-from rl.devices.programs import Program, Stored, not_stored
+from rl.devices.programs import Program, callable_of
 from rl.models.config import flatten_specs, logical_axes, parameter_specs
 from rl.models.lora import freeze, join, split
 from rl.models.policy import Params, Policy
@@ -95,7 +95,6 @@ def create_sharded_state(
     mesh: Mesh,
     abstract: AbstractState,
     params: Any | None = None,
-    stored: Stored = not_stored,
 ) -> PureState:
     """Runs `init_state_fn` under one jit. Each leaf is made on the devices where it stays.
 
@@ -103,7 +102,6 @@ def create_sharded_state(
       abstract: from `get_abstract_state` with the same mesh. The state has an optimizer if this has one.
       params: weights, already on the mesh, in place of fresh ones, which are then not computed. For a policy with
         adapters they may be the base alone.
-      stored: looks up the compiled program by the name that `init_program` gives it.
 
     Raises:
       ValueError: `params` do not fit; the message names every path that is missing, extra, or of another shape or
@@ -116,8 +114,7 @@ def create_sharded_state(
         halves = split(model_config, abstract.shapes.params)
         given = BASE if not split(model_config, params)[0] else WEIGHTS
         check_same_tree(params, halves[1] if given == BASE else abstract.shapes.params, "weights")
-    name, program = init_program(init_state_fn, abstract, given)
-    state = (stored(name, program) or program.jit())()
+    state = callable_of(*init_program(init_state_fn, abstract, given))()
     return state if params is None else state._replace(params=join(state.params, params))
 
 
@@ -161,19 +158,19 @@ def frozen_reference(policy: Policy, state: PureState) -> PureState:
 
 
 def setup_training_state(
-    config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None, stored: Stored = not_stored
+    config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None
 ) -> tuple[PureState, AbstractState]:
     """The state to train, with its optimizer. `params` (same tree, already on the mesh) replace fresh weights."""
     abstract = get_abstract_state(config, mesh, init_state_fn, is_training=True)
-    return create_sharded_state(init_state_fn, mesh, abstract, params, stored), abstract
+    return create_sharded_state(init_state_fn, mesh, abstract, params), abstract
 
 
 def setup_decode_state(
-    config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None, stored: Stored = not_stored
+    config: Config, mesh: Mesh, init_state_fn: InitStateFn, params: Any | None = None
 ) -> tuple[PureState, AbstractState]:
     """A state without optimizer: the reference, or the weights to decode with."""
     abstract = get_abstract_state(config, mesh, init_state_fn, is_training=False)
-    return create_sharded_state(init_state_fn, mesh, abstract, params, stored), abstract
+    return create_sharded_state(init_state_fn, mesh, abstract, params), abstract
 
 
 def check_same_tree(got: Any, want: Any, what: str) -> None:

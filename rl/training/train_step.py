@@ -22,7 +22,7 @@ from rl.algorithms.loss_metrics import MetricSums, combine_sums, zero_sums
 from rl.algorithms.loss_types import Denominators, LossConfig, LossInputs
 from rl.algorithms.losses import denominators_for, grpo_loss
 from rl.devices.mesh import ROWS, from_host_memory, input_sharding, is_on_cpu, num_row_shards, replicated, row_sharding
-from rl.devices.programs import Program, Stored, not_stored
+from rl.devices.programs import Program, callable_of
 from rl.models.drawn_from import DrawnFrom
 from rl.models.inputs import PADDING_GROUP
 from rl.models.logprobs import token_logprobs
@@ -112,7 +112,6 @@ def jit_train_step(
     minibatches_per_rollout: int,
     shorter_lengths: Sequence[int] = (),
     drawn_from: DrawnFrom | None = None,
-    stored: Stored = not_stored,
 ) -> TrainStep:
     """The compiled update. The state is donated, so the caller must not use its argument again.
 
@@ -127,7 +126,6 @@ def jit_train_step(
       minibatches_per_rollout: updates of one pass over a rollout batch.
       shorter_lengths: those of the `PackingPlan`.
       drawn_from: the rules of the distribution that all log-probs are under; None: the whole softmax.
-      stored: looks up the compiled program. If it is not there, it is compiled at its first call.
     """
     program = update_program(
         policy,
@@ -142,7 +140,7 @@ def jit_train_step(
         shorter_lengths=shorter_lengths,
         drawn_from=drawn_from,
     )
-    update = stored(TRAIN_STEP, program) or program.jit()
+    update = callable_of(TRAIN_STEP, program)
     trainable = Trainable(policy)
     if not trainable.has_frozen:
         return update

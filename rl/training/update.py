@@ -32,7 +32,7 @@ from rl.algorithms.loss_metrics import finish_metrics
 from rl.config.load import Config
 from rl.devices import hosts
 from rl.devices.mesh import replicated
-from rl.devices.programs import Program, Stored, not_stored
+from rl.devices.programs import Program, callable_of
 from rl.models.drawn_from import DrawnFrom
 from rl.models.policy import Policy
 from rl.models.train_state import PureState
@@ -69,7 +69,6 @@ class Updater:
       train_step: from `jit_train_step`, with `train_step_options` of the same configuration and plan.
       plan: static shapes of the minibatches.
       state_shardings: a `NamedSharding` for each leaf of the state.
-      stored: looks up compiled programs that score minibatches.
 
     Attributes:
       num_updates: updates of a step.
@@ -84,7 +83,6 @@ class Updater:
         state_shardings: PureState,
         *,
         mesh: Mesh,
-        stored: Stored = not_stored,
     ):
         self.num_updates = updates_per_step(config)
         self._config = config
@@ -95,7 +93,7 @@ class Updater:
         self._replicated = replicated(mesh)
         self._batch_shardings = batch_shardings(mesh, config.mesh.rules)
         programs = scoring_programs(config, policy, state_shardings, plan, mesh)
-        self._calls = {name: stored(name, program) or program.jit() for name, program in programs.items()}
+        self._calls = {name: callable_of(name, program) for name, program in programs.items()}
         self._train_step = train_step
         self._finish_metrics = jax.jit(finish_metrics, out_shardings=self._replicated)
         self._fill_unknown = jax.jit(
@@ -259,16 +257,9 @@ def _pass_options(config: Config, plan: PackingPlan) -> dict[str, Any]:
 
 def drawn_from(config: Config) -> DrawnFrom | None:
     """The rules of sampling that log-probs of training are under; None: they are of the whole softmax."""
-    sampling = config.sampling
     if config.grpo.policy_distribution == "full":
         return None
-    return DrawnFrom(
-        top_k=sampling.top_k,
-        truncates=sampling.top_p < 1 or sampling.min_p > 0,
-        forbids_ends=sampling.min_completion_length > 0,
-        forbidden_ids=tuple(sampling.forbidden_ids),
-        logit_bias=tuple(sorted(sampling.logit_bias.items())),
-    )
+    return DrawnFrom.of(config.sampling, forbids_ends=config.sampling.min_completion_length > 0)
 
 
 def scoring_programs(

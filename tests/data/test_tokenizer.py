@@ -251,6 +251,20 @@ def test_variables_of_the_template_reach_it_and_those_that_it_never_reads_are_na
         broken.template_kwargs_problem()
 
 
+DATED = "{% set date = date or strftime_now('%d %b %Y') %}{{ messages[0].content }}{{ date }}"
+
+
+def test_a_template_that_writes_the_date_is_told_of_unless_the_date_is_given():
+    now, given, plain = (
+        word_tokenizer("$A", template=template, template_kwargs=kwargs)
+        for template, kwargs in ((DATED, {}), (DATED, {"date": "1 May"}), (THINKING, {}))
+    )
+    texts = [tokenizer.render_chat(USER) for tokenizer in (now, given, plain)]
+    assert texts[1:] == ["hi1 May", "hitoday"]
+    assert "writes the date of the day into every prompt" in now.date_problem()
+    assert (given.date_problem(), plain.date_problem()) == (None, None)
+
+
 def test_decode_does_not_clean_up_spaces():
     # A word-level model, because newer transformers clean up nothing else.
     core = tokenizers.Tokenizer(models.WordLevel({"no": 0, ",": 1}, unk_token="no"))

@@ -231,6 +231,8 @@ def test_reward_file_is_loaded_once_and_may_import_its_neighbours(tmp_path, rest
     inner = load_function(spec(f"{tmp_path}/reward.py:Holder.inner"))
     assert (one(completion="x"), inner(completion="x")) == (1, 3)
     assert sys.modules[one.__module__] is sys.modules[inner.__module__]
+    (tmp_path / "reward.py").write_text("def one(completion): return 7\n")  # as from a notebook that lives on
+    assert load_function(spec(f"{tmp_path}/reward.py:one"))(completion="x") == 7
 
 
 def test_two_reward_files_of_one_name_are_two_modules(tmp_path, restored_imports):

@@ -103,7 +103,7 @@ def test_a_length_makes_nothing_judged_that_only_functions_without_weight_judged
     judged = judge(config, [PromptRow("a", np.array([7], np.int32), {}, 0)], scored, specs)
     assert judged.rewards[0][-1] is None
     assert judged.rewards[1][-1] is not None
-    assert with_advantages(config, judged, 0).kept_B.tolist() == [False, True]
+    assert with_advantages(config, judged).kept_B.tolist() == [False, True]
 
 
 @pytest.mark.parametrize(("is_masked", "kept"), [("true", [[0, 2], [1]]), ("false", [[0, 1, 2], [0, 1, 2]])])
@@ -115,9 +115,9 @@ def test_truncated_completions_can_stay_out_of_the_loss_but_never_out_of_the_bas
     completions = [[completion_of(p, g, reason) for g, reason in enumerate(group)] for p, group in enumerate(reasons)]
     rewards = [[3.0], [0.0], [0.0], [1.0], [2.0], [0.0]]
     judged = Judged(rows, completions, ["x"] * 6, rewards, ["mine"], [1.0], {}, [])
-    unjudged = with_advantages(config, dataclasses.replace(judged, rewards=[[None]] * 6), 0).metrics
+    unjudged = with_advantages(config, dataclasses.replace(judged, rewards=[[None]] * 6)).metrics
     assert (unjudged["unjudged_share"], unjudged["zero_variance_share"], unjudged["masked_share"]) == (1, 1, 1)
-    rollout = with_advantages(config, judged, 0)
+    rollout = with_advantages(config, judged)
     assert rollout.metrics["unjudged_share"] == 0
     np.testing.assert_allclose(rollout.advantages_B, [2, -1, -1, 0, 1, -1])
     assert rollout.metrics["truncated_share"] == 0.5

@@ -97,14 +97,14 @@ def test_groups_without_spread_are_replaced_by_the_next_prompts_of_the_same_orde
     draw = Draws({a, c, f, g})
     collected = collect(config, rows, 4, 7, draw)
     assert draw.asked == [([a, b, c, d], [0, 1, 2, 3]), ([e, f], [4, 5]), ([g], [6])]
-    assert [row.index for row in collected.judged.rows] == [a, f, c, g]
-    assert collected.judged.texts == [f"{i}/{sample}" for i in (a, f, c, g) for sample in range(2)]
-    assert collected.judged.rewards == [[0.0], [1.0]] * 4
+    assert [row.index for row in collected.rows] == [a, f, c, g]
+    assert collected.texts == [f"{i}/{sample}" for i in (a, f, c, g) for sample in range(2)]
+    assert collected.rewards == [[0.0], [1.0]] * 4
     assert (collected.position, collected.weights_step) == (4 + 7, 7)
     values = {"refilled": 2, "unfilled": 0, "rounds": 2, "prompts": 7}
     assert collected.metrics == {f"dynamic_sampling/{name}": value for name, value in values.items()}
-    assert collected.judged.counts == {"right": {"none": 0, "exception": 7}}
-    assert (collected.problems, collected.judged.problems) == ([], ["slow"])
+    assert collected.counts == {"right": {"none": 0, "exception": 7}}
+    assert collected.problems == ["slow"]
 
 
 def test_the_run_goes_on_with_what_it_has_when_the_rounds_or_the_rows_are_used_up(tmp_path):
@@ -112,8 +112,8 @@ def test_the_run_goes_on_with_what_it_has_when_the_rounds_or_the_rows_are_used_u
     assert [len(rows) for rows, _ in draw.asked] == [4, 4, 4]
     assert two_rounds.position == 12
     assert two_rounds.metrics["dynamic_sampling/unfilled"] == 4
-    assert "4 of 4 groups still have equal rewards after 2 rounds and 12 prompts" in two_rounds.problems[0]
-    assert [row.index for row in two_rounds.judged.rows] == draw.asked[0][0]
+    assert "4 of 4 groups still have equal rewards after 2 rounds and 12 prompts" in two_rounds.problems[-1]
+    assert [row.index for row in two_rounds.rows] == draw.asked[0][0]
     # Six rows: one round of two, then no row is left that this step has not seen.
     few = collect(recipe(tmp_path, "grpo.group_size=2"), prompt_rows(6), 0, 0, draw := Draws(set()))
     assert [len(rows) for rows, _ in draw.asked] == [4, 2]
@@ -130,7 +130,7 @@ def test_groups_that_nothing_could_judge_are_not_put_down_to_the_prompts(tmp_pat
 
     draw = Unjudged(set())
     collected = collect(recipe(tmp_path, "grpo.group_size=2"), prompt_rows(20), 0, 0, draw)
-    first, second = collected.problems
+    _, first, second = collected.problems
     assert "2 of 4 groups still have no reward at all after 2 rounds and 12 prompts" in first
     assert "less easy" not in first
     assert "2 of 4 groups still have equal rewards after 2 rounds and 12 prompts" in second
@@ -189,7 +189,7 @@ def test_without_dynamic_sampling_there_is_one_draw_and_no_metric(tmp_path):
     config = recipe(tmp_path, "grpo.group_size=2", "grpo.dynamic_sampling_rounds=0")
     collected = collect(config, prompt_rows(20), 8, 0, draw := Draws(set()))
     assert draw.asked == [(step_indices(20, config.seed, 2, 4).tolist(), [0, 1, 2, 3])]
-    assert (collected.position, collected.metrics, collected.problems) == (12, {}, [])
+    assert (collected.position, collected.metrics, collected.problems) == (12, {}, ["slow"])
 
 
 def test_spread_is_that_of_the_weighted_rewards_that_are_known():

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ from rl.sampler.contract import Request
 from rl.sampler.token_draw import SamplingParams
 from rl.sampler.user_source import CheckedSource, Drawn, request_seeds
 from rl.state.checkpoint_files import read_array, stored_arrays
+from rl.state.origin import find_origin, tokenizer_from_config
 from rl.tools.programs.compile import compile_config
+from rl.tools.samples.sample import output_settings
 from rl.tools.trained import load_start
 from tests.helpers.places import REWARDS
 from tests.helpers.tiny_models import tiny_config
@@ -216,6 +219,18 @@ def test_another_content_of_the_file_is_another_run(folder, recipe, whole):
         (folder / "server.py").write_text(text)
     with pytest.raises(ValueError, match=r"sampling\.source_args"):
         train(recipe("whole", "grpo.steps=3", f"sampling.source_args={{log: {folder / 'other.log'}}}"))
+
+
+def test_a_file_of_completions_belongs_to_the_source_that_drew_them(recipe):
+    def settings(*overrides):
+        config = recipe("sampled", *overrides)
+        tokenizer = tokenizer_from_config(config)
+        drawn = types.SimpleNamespace(config=config, run=None), find_origin(config, tokenizer)
+        return output_settings(*drawn, [], SamplingParams(6), 0, False)
+
+    one, other = settings(), settings("sampling.source_args={log: other.log}")
+    assert {name for name, value in one.items() if other[name] != value} == {"sampling.source_args"}
+    assert len(one["file of sampling.source"]) == 64
 
 
 @pytest.mark.parametrize(

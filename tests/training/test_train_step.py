@@ -5,6 +5,7 @@ written out once more.
 Legend: B sequences, T token positions, L tokens of a completion, V vocab, D model; M, R, C as in `rl.training.packing`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -25,7 +26,7 @@ from rl.algorithms.from_config import loss_config
 from rl.algorithms.loss_metrics import finish_metrics
 from rl.config.load import Config, load_config
 from rl.devices.mesh import create_mesh, no_implicit_transfers
-from rl.devices.programs import Stored, not_stored
+from rl.devices.programs import Stored, stored_programs
 from rl.models.config import LoRAConfig, ModelConfig, flatten_specs, parameter_specs
 from rl.models.families import FAMILIES
 from rl.models.flavours import create_policy
@@ -334,13 +335,14 @@ def make_trainer(
     return Trainer(policy, plan, devices, config.mesh.rules, abstract, optimizer, train_step)
 
 
-def make_updater(config: Config, packed: Trainer, stored: Stored = not_stored) -> Updater:
+def make_updater(config: Config, packed: Trainer, stored: Stored | None = None) -> Updater:
     """The updater of a run with this configuration. The train step is its own, policy and shapes are the trainer's."""
     policy, plan, shardings, mesh = packed.policy, packed.plan, packed.abstract.shardings, packed.mesh
     options = train_step_options(config, plan)
     loss = loss_config(config)
-    train_step = jit_train_step(policy, packed.optimizer, loss, shardings, mesh=mesh, **options, stored=stored)
-    return Updater(train_step, config, policy, plan, shardings, mesh=mesh, stored=stored)
+    with stored_programs(stored) if stored else contextlib.nullcontext():
+        train_step = jit_train_step(policy, packed.optimizer, loss, shardings, mesh=mesh, **options)
+        return Updater(train_step, config, policy, plan, shardings, mesh=mesh)
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ def test_a_rollout_measures_drawn_tokens_and_hands_the_mask_on():
     scored = ScoredCompletions([group], ["a", "b"], RewardResult([[1.0], [0.0]], {}, [], {}, {}))
     judged = judge(config, rows, scored, [RewardSpec("mine", "module:function", 1.0, {})])
     assert judged.rewards == [[1.0, 0.0], [0.0, -1.0]], "two tokens of four are not overlong"
-    rollout = with_advantages(config, judged, 0)
+    rollout = with_advantages(config, judged)
     assert (rollout.num_tokens, rollout.metrics["completion_length/mean"]) == (6, 3)
     ((packed_group,),) = minibatches(config, rollout)
     assert [completion.trained for completion in packed_group.completions] == masks

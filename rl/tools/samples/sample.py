@@ -23,6 +23,7 @@ import numpy as np
 
 from rl.config.load import Config
 from rl.config.ranges import LARGEST_SEED
+from rl.config.user_files import file_hashes
 from rl.data.tokenizer import Tokenizer
 from rl.devices.programs import use_compilation_cache
 from rl.files.stores import check_path, continued_file, local_copy
@@ -308,6 +309,10 @@ def output_settings(
     settings |= {
         f"sampling.{name}": getattr(config.sampling, name) for name in ("kv_dtype", "weight_dtype", "weight_group_size")
     }
+    if config.sampling.source is not None:
+        drawn_by = {name: getattr(config.sampling, name) for name in ("source", "source_args")}
+        settings |= {f"sampling.{name}": value for name, value in drawn_by.items()}
+        settings |= file_hashes(config, ("sampling.source",))
     return settings | {"prompt_logprobs": with_prompt_logprobs}
 
 
