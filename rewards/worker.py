@@ -15,7 +15,6 @@ Modes: "batch" is one call for all samples of the task, and its `done` may carry
 another; "together" runs an async function on all samples at once.
 """
 
-import asyncio
 import contextlib
 import faulthandler
 import functools
@@ -60,8 +59,8 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(requests, inbox), daemon=True).start()
-    with asyncio.Runner() as loop:
-        worker = _Worker(loop, replies)
+    with contextlib.ExitStack() as stack:
+        worker = _Worker(stack, replies)
         while (request := inbox.get()) is not None:
             worker.handle(request)
 
@@ -125,10 +124,10 @@ def _end_process_group() -> None:
 
 
 class _Worker:
-    """The functions that are loaded, and how requests are answered."""
+    """The functions that are loaded, and how requests are answered. `stack` closes what is opened on the way."""
 
-    def __init__(self, loop: asyncio.Runner, replies: BinaryIO):
-        self._loop, self._replies = loop, replies
+    def __init__(self, stack: contextlib.ExitStack, replies: BinaryIO):
+        self._stack, self._replies = stack, replies
         self._rewards: dict[int, BoundReward] = {}
         self._logged: set[tuple[str, str]] = set()  # errors whose traceback is in the log already
 
@@ -152,6 +151,8 @@ class _Worker:
             self._reply(op="refused", error=f"{one_line(str(error), MAX_TEXT // 2)}{missing_variable(error)}")
             return
         self._rewards[request["key"]] = bound
+        if bound.is_async:
+            _ = self._loop  # now, and not in the time of the first call
         told = ("style", "is_async", "calls", "columns", "takes_completion_ids", "needs_completion_ids")
         self._reply(op="loaded", **{name: getattr(bound, name) for name in told})
 
@@ -174,7 +175,18 @@ class _Worker:
         for index in range(len(request["prompts"])):
             self._report(index, *self._isolated(functools.partial(score, index), request["limit"]))
 
+    @functools.cached_property
+    def _loop(self) -> Any:
+        """The event loop of async functions, an `asyncio.Runner`. Importing it is half of a worker's start, which most
+        functions do without.
+        """
+        import asyncio
+
+        return self._stack.enter_context(asyncio.Runner())
+
     def _run_together(self, bound: BoundReward, request: Mapping[str, Any]) -> None:
+        import asyncio
+
         limit = request["limit"]
 
         async def score(index: int) -> None:

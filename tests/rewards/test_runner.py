@@ -30,7 +30,8 @@ def write(tmp_path):
 
     def write_file(code: str):
         path = tmp_path / "my_rewards.py"
-        path.write_text("import asyncio, os, sys, time\n" + textwrap.dedent(code))
+        modules = "os, sys, time" + ", asyncio" * ("asyncio" in code)  # which takes a worker as long as its start
+        path.write_text(f"import {modules}\n" + textwrap.dedent(code))
         return lambda name, weight=1.0, **kwargs: RewardSpec(name, f"{path}:{name}", weight, kwargs)
 
     return write_file
@@ -183,8 +184,8 @@ def test_empty_batch_is_an_empty_result(write):
     assert batch.take(0) is None
 
 
-def test_worker_imports_neither_jax_nor_the_toolkit(write):
-    spec = write("def heavy(completion): return len({'jax', 'rl', 'numpy', 'sympy'} & set(sys.modules))")
+def test_worker_imports_neither_jax_nor_the_toolkit_nor_what_only_async_functions_need(write):
+    spec = write("def heavy(completion): return len({'jax', 'rl', 'numpy', 'sympy', 'async' + 'io'} & set(sys.modules))")
     assert column(run([spec("heavy")], ["c"])) == [0]
 
 
