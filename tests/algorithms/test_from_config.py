@@ -63,14 +63,13 @@ def test_names_of_estimators_in_the_configuration_are_those_of_the_table():
     assert set(ESTIMATOR_NAMES) == set(ESTIMATORS)
 
 
-@pytest.mark.parametrize("pure_nnx", ["true", "false"])
-def test_the_examples_of_the_documentation_train(tmp_path, monkeypatch, pure_nnx):
+def test_the_examples_of_the_documentation_train(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (ROOT / "docs" / "algorithms.md").read_text(), re.DOTALL)
     assert [name for name, _ in blocks] == ["my_losses.py", "my_advantages.py"]
     for name, code in blocks:
         write(tmp_path, name, code)
     monkeypatch.chdir(tmp_path)  # paths are relative to the working directory
-    settings = ("grpo.loss_type=my_losses.py:linear_clip", "grpo.epochs=2", f"pure_nnx={pure_nnx}")
+    settings = ("grpo.loss_type=my_losses.py:linear_clip", "grpo.epochs=2", "pure_nnx=false")
     folder = train(recipe(tmp_path, *settings, "grpo.advantage_estimator=my_advantages.py:median_baseline"))
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2]
@@ -78,30 +77,30 @@ def test_the_examples_of_the_documentation_train(tmp_path, monkeypatch, pure_nnx
     assert all("clip_ratio_low_mean" not in line for line in lines)
 
 
-def test_functions_that_repeat_the_toolkits_own_give_the_same_run(tmp_path):
-    loss, estimator = write(tmp_path, "ppo_loss.py", PPO), write(tmp_path, "grpo_estimator.py", GRPO)
+def test_functions_that_repeat_the_toolkits_own_give_the_same_run_which_no_other_file_may_go_on_with(tmp_path):
     ours = train(recipe(tmp_path, "grpo.loss_type=dapo", f"output_dir={tmp_path / 'ours'}"))
+    loss, estimator = write(tmp_path, "ppo_loss.py", PPO), write(tmp_path, "grpo_estimator.py", GRPO)
     files = (f"grpo.loss_type={loss}:term", f"grpo.advantage_estimator={estimator}:estimator")
+    train(recipe(tmp_path, *files, "grpo.steps=1"))
+    for name, path in (("loss_type", loss), ("advantage_estimator", estimator)):
+        code = path.read_text()
+        path.write_text(code + "# another content\n")
+        message = rf"the file of grpo\.{name} of the run .* was \w+, it is now \w+; .* same one"
+        with pytest.raises(ValueError, match=message):
+            train(recipe(tmp_path, *files))
+        path.write_text(code)
     theirs = train(recipe(tmp_path, *files))
+    assert [line["step"] for line in read_metrics(theirs)] == [1, 2]
     for line, other in zip(stable(ours), stable(theirs), strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
-def test_a_run_is_not_resumed_with_another_file(tmp_path):
-    path = write(tmp_path, "changing_loss.py", PPO)
-    settings = (f"grpo.loss_type={path}:term", "grpo.beta=0")
-    train(recipe(tmp_path, *settings, "grpo.steps=1"))
-    path.write_text(PPO + "# another content\n")
-    with pytest.raises(
-        ValueError, match=r"the file of grpo\.loss_type of the run .* was \w+, it is now \w+; .* same one"
-    ):
-        train(recipe(tmp_path, *settings))
-    path.write_text(PPO)
-    assert [line["step"] for line in read_metrics(train(recipe(tmp_path, *settings)))] == [1, 2]
-    assert list(file_hashes(recipe(tmp_path, *settings))) == ["file of grpo.loss_type"]
+def test_the_identity_of_a_run_has_the_files_that_it_names(tmp_path):
+    loss, estimator = write(tmp_path, "loss.py", PPO), write(tmp_path, "estimator.py", GRPO)
+    assert list(file_hashes(recipe(tmp_path, f"grpo.loss_type={loss}:term"))) == ["file of grpo.loss_type"]
     assert file_hashes(recipe(tmp_path)) == {}
-    estimator = f"grpo.advantage_estimator={write(tmp_path, 'estimator.py', GRPO)}:estimator"
-    assert list(file_hashes(recipe(tmp_path, estimator))) == ["file of grpo.advantage_estimator"]
+    named = file_hashes(recipe(tmp_path, f"grpo.advantage_estimator={estimator}:estimator"))
+    assert list(named) == ["file of grpo.advantage_estimator"]
 
 
 BAD_LOSSES = {

@@ -2,6 +2,8 @@
 kept by updates.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from rl.config.load import load_config
 from rl.devices.mesh import create_mesh
 from rl.models.flavours import create_policy
 from rl.state.optimizer import create_training_optimizer
-from rl.state.states import InitStateFn, setup_training_state
+from rl.state.states import InitStateFn, get_abstract_state, setup_training_state
 from tests.helpers.tiny_models import tiny_config
 
 FLAVOURS = {"linen": False, "nnx": True}
@@ -22,14 +24,26 @@ ADAFACTOR = ("optimizer.name=adafactor", "optimizer.adafactor_min_dim=8")
 EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 
 
-def state_and_optimizer(flavour: str, *overrides: str):
-    """A state on the mesh, its shardings, and its optimizer."""
+def parts(flavour: str, *overrides: str):
+    """What `setup_training_state` takes: configuration, mesh and initial state."""
     config = load_config(None, ["optimizer.b2=0.98", "optimizer.lr=0.01", *EIGHT, *overrides])
     shape = tiny_config(param_dtype=config.model.param_dtype, num_layers=1)
     policy = create_policy(shape, FLAVOURS[flavour])
     _, optimizer = create_training_optimizer(config, policy)
-    state, abstract = setup_training_state(config, create_mesh(config.mesh), InitStateFn(policy, optimizer, 0))
-    return state, abstract.shardings, optimizer
+    return config, create_mesh(config.mesh), InitStateFn(policy, optimizer, 0)
+
+
+def state_and_optimizer(flavour: str, *overrides: str):
+    """A state on the mesh, its shardings, and its optimizer."""
+    config, mesh, init_state_fn = parts(flavour, *overrides)
+    state, abstract = setup_training_state(config, mesh, init_state_fn)
+    return state, abstract.shardings, init_state_fn.optimizer
+
+
+def updated(optimizer, state):
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), state.params)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
 
 def dtypes(state) -> dict[str, str]:
@@ -63,22 +77,23 @@ def dtypes(state) -> dict[str, str]:
     ids=["default", "weights", "first moment", "second moment", "all", "muon", "adafactor"],
 )
 def test_each_dtype_of_the_state_is_float32_unless_set_and_survives_updates(flavour, overrides, expected):
-    state, shardings, optimizer = state_and_optimizer(flavour, *overrides)
+    config, mesh, init_state_fn = parts(flavour, *overrides)
+    shapes = get_abstract_state(config, mesh, init_state_fn).shapes
+    after = jax.eval_shape(functools.partial(updated, init_state_fn.optimizer), shapes)
     expected = {kind: dtype for kind, dtype in zip(KINDS, expected, strict=True) if dtype}
-    assert dtypes(state) == expected
+    assert dtypes(shapes) == dtypes(after) == expected
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_state_on_devices_has_the_dtypes_that_are_set_and_keeps_them_in_an_update(flavour):
+    settings = ("model.param_dtype=bfloat16", "optimizer.moment_dtype=bfloat16")
+    state, shardings, optimizer = state_and_optimizer(flavour, *settings)
+    assert dtypes(state) == dict(zip(KINDS, ("bfloat16", "bfloat16", "float32"), strict=True))
     kernel = state.params["layers_0"]["mlp"]["up_proj"]["kernel"]
     assert (len(kernel.sharding.device_set), kernel.addressable_shards[0].data.size) == (8, kernel.size // 4)
-
-    def update(state):
-        gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), state.params)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-
-    updated = jax.jit(update, out_shardings=shardings)(state)
-    assert dtypes(updated) == expected
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), updated) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state
-    )
+    after = jax.jit(functools.partial(updated, optimizer), out_shardings=shardings)(state)
+    describe = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding))
+    assert describe(after) == describe(state)
 
 
 def test_second_moment_of_adafactor_is_the_same_for_weights_in_bfloat16():
