@@ -380,10 +380,17 @@ def test_no_term_of_the_table_acts_without_an_advantage(loss_type: str) -> None:
     assert not np.any(grad_entropy_BT)
 
 
+@functools.cache
+def clean_problem(loss_type: str) -> tuple[Problem, Any]:
+    """A problem and what it evaluates to."""
+    problem = random_problem(loss_type, seed=3, dtype=np.float32)
+    return problem, problem.evaluate()
+
+
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("loss_type", loss_types.LOSS_TYPES)
 def test_masked_values_have_no_effect_at_all(loss_type: str, garbage: float) -> None:
-    clean = random_problem(loss_type, seed=3, dtype=np.float32)
+    clean, expected = clean_problem(loss_type)
     hidden_BT = clean.inputs.mask_BT == 0
     names = ("old_logprobs_BT", "reference_logprobs_BT", "sampler_logprobs_BT")
     inputs = clean.inputs._replace(
@@ -396,7 +403,7 @@ def test_masked_values_have_no_effect_at_all(loss_type: str, garbage: float) -> 
         entropy_BT=np.where(hidden_BT, garbage, clean.entropy_BT).astype(np.float32),
         inputs=inputs._replace(advantages_B=advantages_B.astype(np.float32)),
     )
-    expected, actual = clean.evaluate(), dirty.evaluate()
+    actual = dirty.evaluate()
     assert np.isfinite(expected[0])
     for left, right in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         np.testing.assert_array_equal(left, right)
