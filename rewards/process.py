@@ -1,7 +1,8 @@
 """One worker process as the runner sees it: its pipes, its loaded functions, its task, and its end.
 
 The worker is a child of its supervisor (`rewards.supervisor`) and takes over the supervisor's input and output. So
-runner and worker speak to each other directly.
+runner and worker speak to each other directly. `failure` finds a passed deadline; `rewards.runner` asks for it and
+calls `restart`, which kills.
 """
 
 import collections

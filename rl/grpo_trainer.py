@@ -2,18 +2,21 @@
 
 This page is a run from top to bottom: prompts, policy, plan of the two states, sampler, train step, run folder, states,
 loop. Sampler and train step are built before any weights are read, so what cannot work is refused before the run folder
-is touched. All randomness follows from (seed, step): a resumed run repeats an uninterrupted one bit for bit.
+is touched. All randomness follows from (seed, step): a resumed run repeats an uninterrupted one bit for bit. A run that
+is done, asked to stop, or without its rewards saves its last step; after any other end a start goes on from the newest
+checkpoint.
 
 To change something, go to
     prompts                         `rl.data.prompts`
     drawing tokens                  `rl.sampler`
     reward functions                `rewards`; when they are called: `rl.rollout.scoring`
-    groups, evaluation              `rl.rollout.collector`, `rl.rollout.step_prompts`, `rl.rollout.evaluation`
+    groups, evaluation              `rl.rollout.collector`, `rl.rollout.step_prompts`, `rl.rollout.groups`,
+                                    `rl.rollout.evaluation`
     advantages, loss                `rl.algorithms.advantages`, `rl.algorithms.losses`, `rl.algorithms.loss_types`
     packing, train step, updates    `rl.training.packing`, `rl.training.train_step`, `rl.training.update`
     optimizer, reference            `rl.state.optimizer`, `rl.state.reference_sync`
     checkpoints, run folder         `rl.state.checkpoint`, `rl.run.output`, `rl.run_folder`
-    metrics, health, stopping       `rl.run.log`, `rl.run.metrics`, `rl.run.health`
+    metrics, health, stopping       `rl.run.log`, `rl.run.metrics`, `rl.run.checkup`, `rl.run.health`
     linen or nnx, trained weights   `rl.models.flavours`, `rl.models.trainable`
 """
 
@@ -31,15 +34,14 @@ from rl.rollout.groups import minibatches, sample_records, with_advantages
 from rl.rollout.scoring import start_rewards
 from rl.run.announce import announce, warn_about_prompts, warn_about_sampling
 from rl.run.checks import check_recipe
+from rl.run.checkup import Checkups
 from rl.run.command import run_command
 from rl.run.executables import use_compiled
-from rl.run.health import raise_if_stuck
 from rl.run.log import RunLog
-from rl.run.loop import LoopState, restore_or_start, run_identity
-from rl.run.not_finite import examine_step
+from rl.run.loop import Progress, restore_or_start, run_identity
 from rl.run.output import RunOutput
 from rl.sampler.create import checked_sampling, create_sampler, plan_draws, warm_up
-from rl.state.optimizer import create_training_optimizer, last_lr
+from rl.state.optimizer import create_training_optimizer
 from rl.state.origin import find_origin, tokenizer_from_config
 from rl.state.reference_sync import ReferenceSync, restore_reference
 from rl.state.states import InitStateFn, get_abstract_state
@@ -76,7 +78,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         schedule, optimizer = create_training_optimizer(config, policy)
         compiled = stack.enter_context(use_compiled(config, policy, mesh))  # what `grpo compile` saved, if anything
 
-        # states of policy and reference: two on one mesh, each built by its own init_state_fn; here only their plan
+        # plan of the two states, policy and reference: both on one mesh, each built by its own init_state_fn
         init_policy_fn = InitStateFn(policy, optimizer, config.seed)
         init_reference_fn = InitStateFn(policy, None, config.seed)  # no optimizer: it is not trained
         abstract_state = get_abstract_state(config, mesh, init_policy_fn)
@@ -95,6 +97,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, **options)
         updater = Updater(train_step, config, policy, packing, shardings, mesh=mesh)
         sync_reference = ReferenceSync(config, shardings.params)
+        checkups = Checkups(config.health, schedule, updater.num_updates)
 
         # run folder: so far nothing on disk has changed; with check_only, `begin` only reads
         identity = run_identity(config, origin, data)
@@ -105,7 +108,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         announce(log, config, run, data, origin, policy, mesh, packing)
         warn_about_sampling(log, config, sampling)
         warn_about_prompts(log, config, origin, tokenizer)
-        if check_only:
+        if check_only:  # ends here
             collector.report_rewards(is_new=True)
             log.message(run.would_do("grpo train", config.grpo.steps))
             return run.path
@@ -125,37 +128,28 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             log.baseline(collector.evaluate_if_due(state, steps_done=0))
         for step in range(progress.steps_done, config.grpo.steps):
             steps_done = step + 1
-            # 1. draw completions and judge them
+            # 1. draw completions with the weights as they are; each is judged while others are still drawn
             groups = collector.draw_and_judge(state, step, progress.position)
-            # 2. rewards to advantages
+            # 2. rewards to advantages, within each group
             rollout = with_advantages(config, groups)
-            # 3. update the policy, minibatch by minibatch; move the reference where it moves
+            # 3. update the policy, minibatch by minibatch (the updater scores them: old and reference log-probs)
             with log.timer("train"), no_implicit_transfers():
-                state, entropy, train_metrics = updater.update(
-                    state, reference, minibatches(config, rollout), progress.entropy, age=step - rollout.weights_step
-                )
-                reference = sync_reference(reference, state, steps_done)
+                batches = minibatches(config, rollout)
+                age = step - rollout.weights_step  # 0: drawn with the weights that are updated now
+                state, entropy, train_metrics = updater.update(state, reference, batches, progress.entropy, age=age)
+                reference = sync_reference(reference, state, steps_done)  # moves it in the steps in which it moves
             # 4. look at the step's health; evaluate where it is due
-            metrics = rollout.metrics | train_metrics
-            checkup = examine_step(
-                config.health,
-                progress.health,
-                metrics,
-                state.params,
-                num_updates=updater.num_updates,
-                advantages_B=rollout.advantages_B,
-            )
-            metrics["lr"] = last_lr(schedule, num_updates=int(state.step), num_skipped=checkup.state.num_skipped)
-            metrics |= collector.evaluate_if_due(state, steps_done)
+            checkup = checkups.examine(progress.health, rollout.metrics | train_metrics, state, rollout.advantages_B)
+            metrics = checkup.metrics | collector.evaluate_if_due(state, steps_done)
             # 5. write the step's line and samples
             num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
             log.step(steps_done, metrics, rollout.num_tokens, sample_records(rollout, num_samples))
             log.warnings([*rollout.problems, *checkup.warnings])
-            raise_if_stuck(config.health, checkup)  # after the line and the samples, which show why
+            checkups.raise_if_stuck(checkup)  # this step is not saved; its line and its samples show why
             # 6. remember where the loop stands; save where it is due
-            progress = LoopState(
+            progress = Progress(
                 steps_done=steps_done,
-                health=checkup.state,
+                health=checkup.health,
                 position=groups.position,
                 entropy=entropy,
                 reward_state=collector.reward_state,

@@ -17,13 +17,12 @@ from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.final_accuracy import FinalAccuracy
 from rl.run.announce import announce_supervised
+from rl.run.checkup import Checkups
 from rl.run.command import run_command
-from rl.run.health import raise_if_stuck
 from rl.run.log import RunLog
 from rl.run.loop import restore_or_start, supervised_identity
-from rl.run.not_finite import examine_step
 from rl.run.output import RunOutput
-from rl.state.optimizer import create_training_optimizer, last_lr
+from rl.state.optimizer import create_training_optimizer
 from rl.state.origin import find_origin, tokenizer_from_config
 from rl.state.states import InitStateFn, get_abstract_state
 from rl.training.supervised import (
@@ -80,6 +79,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         loss = negative_log_likelihood(config)
         options = supervised_options(config, packing)
         train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, **options)
+        checkups = Checkups(config.health, schedule)
 
         # accuracy at the end: planned here, so that what cannot be measured is refused now
         accuracy = FinalAccuracy(config, policy, origin.model_config, mesh, shardings.params, tokenizer, held_out)
@@ -110,14 +110,13 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
                 state, update = train_step(state, minibatch_of(rows, packing, config, mesh))
                 metrics = metrics_of(jax.device_get(update))
             # 3. look at the step's health
-            checkup = examine_step(config.health, progress.health, metrics, state.params)
-            metrics["lr"] = last_lr(schedule, num_updates=steps_done, num_skipped=checkup.state.num_skipped)
+            checkup = checkups.examine(progress.health, metrics, state)
             # 4. write the step's line
-            log.step(steps_done, metrics, num_tokens_of(rows))
+            log.step(steps_done, checkup.metrics, num_tokens_of(rows))
             log.warnings(checkup.warnings)
-            raise_if_stuck(config.health, checkup)  # after the line, which shows why
+            checkups.raise_if_stuck(checkup)  # this step is not saved; its line shows why
             # 5. remember where the loop stands; save where it is due
-            progress = progress._replace(steps_done=steps_done, health=checkup.state)
+            progress = progress._replace(steps_done=steps_done, health=checkup.health)
             is_last = steps_done == config.sft.steps or log.stop_is_requested()
             run.save_if_due(steps_done, state, progress.supervised_record(policy.flavour), is_last=is_last)
             if is_last:

@@ -2,7 +2,8 @@
 
 In: the tokens of a piece as `Rows`, and a `LossConfig`. Out: terms [B, T] or [B, 1] that `rl.algorithms.losses` masks,
 modifies and sums. A new loss_type is one function and one entry of `LOSS_TYPES`: other modules ask this table alone for
-its name, its arguments and what its metrics belong to. `rl.algorithms.losses` lists the papers.
+its name, its arguments and what its metrics belong to. `rl.algorithms.losses` lists the papers. Its golden case goes to
+tests/algorithms/test_losses.py.
 
 Shapes: B sequences, T token positions; _B1 means one value for each sequence, _BX means [B, T] or [B, 1].
 """

@@ -256,6 +256,6 @@ def _kl_term(rows: Rows, reference_logprobs_BT: jax.Array | None, config: LossCo
     if reference_logprobs_BT is None:
         raise ValueError(f"reference log-probs are needed for beta = {config.beta}, got None; or set beta to 0")
     reference_BT = jnp.where(rows.mask_BT, reference_logprobs_BT, 0).astype(rows.logprobs_BT.dtype)
-    reference_BT = stop_gradient(reference_BT)  # the reference never moves
+    reference_BT = stop_gradient(reference_BT)  # no gradient reaches the reference
     kl_BT = KL_ESTIMATORS[config.kl_estimator](reference_BT - rows.logprobs_BT)
     return kl_BT * rows.ratio_BX if config.use_bias_correction_kl else kl_BT

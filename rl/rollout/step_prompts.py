@@ -2,9 +2,9 @@
 
 Groups whose rewards are all equal teach nothing, so dynamic sampling replaces them. In: the training data rows, the
 number of rows used up, and a function that draws and judges. Out: the groups of one step and the new number. Groups are
-replaced by those of the next rows in the run's own order, in at most `grpo.dynamic_sampling_rounds` rounds. Groups that
-are still equal then are kept. Everything follows from the seed, the step and the number of rows, so a resumed run
-refills like an uninterrupted one.
+replaced by those of the next rows in the run's own order (`rl.data.prompts.next_indices`), in at most
+`grpo.dynamic_sampling_rounds` rounds. Groups that are still equal then are kept. Everything follows from the seed, the
+step and the number of rows, so a resumed run refills like an uninterrupted one.
 
 A refill is judged alone. A function of the whole batch would compare its completions with fewer than those of the first
 draw, although both are trained on together. So a run with such a function does not start (`check_calls`).

@@ -50,16 +50,18 @@ class Checkup(NamedTuple):
     """What one step showed.
 
     Attributes:
-      state: for the next step.
+      health: for the next step.
       warnings: in words, for the console.
       keep_samples: whether all samples of the step should be kept, for something unusual happened in it.
       cause_of_skips: why updates of the step were skipped, in words.
+      metrics: of the step, with what the checkup adds, see `rl.run.checkup`.
     """
 
-    state: HealthState
+    health: HealthState
     warnings: list[str]
     keep_samples: bool
     cause_of_skips: str | None = None
+    metrics: Mapping[str, float] = {}
 
 
 def healthy() -> HealthState:
@@ -99,7 +101,7 @@ def examine(
 
 def raise_if_stuck(section: HealthSection, checkup: Checkup) -> None:
     """ValueError when so many updates in a row were skipped that going on is pointless."""
-    limit, skipped = section.max_skipped_updates, checkup.state.num_skipped_last
+    limit, skipped = section.max_skipped_updates, checkup.health.num_skipped_last
     if limit is not None and skipped >= limit:
         raise ValueError(
             f"health.max_skipped_updates must be above the number of updates skipped in a row, got {limit} with "

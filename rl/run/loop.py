@@ -1,7 +1,7 @@
 """The identity of a run, and the state of its loop from one step to the next.
 
 In: the run's configuration and sources, or a checkpoint. Out: the identity for `run.json`; the training state with its
-`LoopState`, restored or new.
+`Progress`, restored or new.
 """
 
 import math
@@ -51,7 +51,7 @@ def _same(identity: dict[str, Any], config: Config) -> dict[str, Any]:
     return identity
 
 
-class LoopState(NamedTuple):
+class Progress(NamedTuple):
     """The state of the loop in a checkpoint. Supervised fine-tuning uses `steps_done` and `health` only.
 
     Attributes:
@@ -69,12 +69,12 @@ class LoopState(NamedTuple):
     reward_state: Mapping[str, Any] = {}
 
     @classmethod
-    def start(cls, config: Config) -> "LoopState":
+    def start(cls, config: Config) -> "Progress":
         """The state before the first step."""
         return cls(0, healthy(), 0, EntropyCoefState(config.grpo.entropy_coef, math.inf))
 
     @classmethod
-    def restored(cls, record: Mapping[str, Any], config: Config, num_rows: int) -> "LoopState":
+    def restored(cls, record: Mapping[str, Any], config: Config, num_rows: int) -> "Progress":
         """The state from a checkpoint's record, which `record` made. `num_rows`: training data rows of the run."""
         loop = cls.start(config)._replace(steps_done=record["step"], health=HealthState(**record["health"]))
         if "position" not in record:
@@ -105,7 +105,7 @@ def restore_or_start(
     checkpoints: Checkpoints,
     num_rows: int,
     log: RunLog,
-) -> tuple[PureState, LoopState]:
+) -> tuple[PureState, Progress]:
     """The training state and the loop's state, from the newest whole checkpoint or new.
 
     Args:
@@ -119,10 +119,10 @@ def restore_or_start(
     if checkpoints.latest_step is None:
         params = pretrained_params(origin, checkpoints.abstract.shardings.params)
         state, _ = setup_training_state(config, mesh, init_state_fn, params)
-        loop = LoopState.start(config)
+        loop = Progress.start(config)
     else:
         state, record = checkpoints.restore(base=frozen_base(config, mesh, init_state_fn, origin))
-        loop = LoopState.restored(record, config, num_rows)
+        loop = Progress.restored(record, config, num_rows)
         log.resumed(loop.steps_done)
     foreign.check_policy(init_state_fn.policy, state.params, config.model.source)
     return state, loop

@@ -11,30 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from rl.config.sections import HealthSection
-from rl.run.health import Checkup, HealthState, examine
-from rl.state.optimizer import rounding_problems
-
 # Finite, but far beyond anything that trains: results computed from such numbers soon leave float32.
 _LARGE_ADVANTAGE, _LARGE_WEIGHT = 1e4, 1e6
-
-
-def examine_step(
-    section: HealthSection,
-    state: HealthState,
-    metrics: Mapping[str, float],
-    params: Any,
-    *,
-    num_updates: int = 1,
-    advantages_B: np.ndarray | None = None,
-) -> Checkup:
-    """`rl.run.health.examine` of a step, with `cause_of_skips` where each of its `num_updates` updates was skipped, and
-    with a warning where updates vanish in the weights' rounding.
-    """
-    is_lost = metrics["skipped_updates"] == num_updates
-    cause = cause_of_skips(metrics, params, advantages_B) if is_lost else None
-    checkup = examine(section, state, metrics, num_updates, cause)
-    return checkup._replace(warnings=[*rounding_problems(metrics), *checkup.warnings])
 
 
 def cause_of_skips(metrics: Mapping[str, float], params: Any, advantages: np.ndarray | None = None) -> str:

@@ -118,7 +118,7 @@ class RunOutput:
 
         Args:
           step: how many steps are done.
-          record: what the checkpoint remembers of the loop, from `LoopState`.
+          record: what the checkpoint remembers of the loop, from `Progress`.
           is_last: whether the run ends with this step.
 
         Raises:

@@ -7,7 +7,8 @@ are unchanged. Damage is a ValueError that names the file. Not here: what a run 
 Orbax keeps no checksum of the data of an array, and a changed byte often decodes to other numbers. So each step has a
 `hashes.json`: the hash of each of its files, its number, the id of its run (`run.json`), and the sha256 of all this. It
 is written before the step appears under its name. Steps of older versions have no such file, or one without the last
-sha256 and with fewer files; a run whose run.json has an id has no such steps.
+sha256 and with fewer files; a run whose run.json has an id has no such steps. `HashCheck` compares while files are
+read: every restore by `rl.state.checkpoint`, and weights by `rl.state.param_folder`. `damaged_files` serves the tools.
 """
 
 import concurrent.futures

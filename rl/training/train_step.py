@@ -3,8 +3,9 @@
 In: a `PureState` and a packed `Minibatch`. Out: the next state (argument 0 is donated) and the sums for the metrics.
 The pieces of a minibatch run one after the other inside the function. Every denominator is that of the whole minibatch,
 so the number and size of pieces do not change the result. An update whose loss or gradient norm is not finite is
-skipped: weights and optimizer state stay as they are, bit for bit. `token_logprobs_program` runs the same rows without
-a gradient, for old and reference log-probs, or entropies.
+skipped: weights and optimizer state stay as they are, bit for bit. Each update also measures how far its log-probs are
+from the sampler's (`_difference`). `token_logprobs_program` runs the same rows without a gradient, for old and
+reference log-probs, or entropies.
 
 Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
 completion, B = R * C sequences of a piece, D model.

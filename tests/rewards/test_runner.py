@@ -185,7 +185,9 @@ def test_empty_batch_is_an_empty_result(write):
 
 
 def test_worker_imports_neither_jax_nor_the_toolkit_nor_what_only_async_functions_need(write):
-    spec = write("def heavy(completion): return len({'jax', 'rl', 'numpy', 'sympy', 'async' + 'io'} & set(sys.modules))")
+    spec = write(
+        "def heavy(completion): return len({'jax', 'rl', 'numpy', 'sympy', 'async' + 'io'} & set(sys.modules))"
+    )
     assert column(run([spec("heavy")], ["c"])) == [0]
 
 

@@ -58,7 +58,7 @@ def run_of(steps: list[dict], *overrides: str, state: HealthState | None = None)
     state, checkups = state or healthy(), []
     for changes in steps:
         checkups.append(examine(section(*overrides), state, FINE | changes))
-        state = checkups[-1].state
+        state = checkups[-1].health
     return checkups
 
 
@@ -102,7 +102,7 @@ def test_values_that_hardly_differ_do_not_make_a_spike_of_a_small_step():
 
 
 def test_only_the_last_steps_count_and_values_that_are_not_finite_are_none():
-    state = run_of([*wavy(30), {"kl": math.nan}], "health.spike_window=12")[-1].state
+    state = run_of([*wavy(30), {"kl": math.nan}], "health.spike_window=12")[-1].health
     assert [len(values) for values in state.recent.values()] == [12, 12]
     assert state.recent["kl"][-1] == wavy(30)[-1]["kl"]
     # A new level is unusual once, or while most of the window is the old one, and ordinary afterwards.
@@ -116,7 +116,7 @@ def test_run_without_kl_is_watched_all_the_same():
     metrics = {name: value for name, value in FINE.items() if name != "kl"}
     checkup = examine(section(), healthy(), metrics)
     assert checkup.warnings == []
-    assert list(checkup.state.recent) == ["grad_norm"]
+    assert list(checkup.health.recent) == ["grad_norm"]
 
 
 def without_reference(num_steps: int, scale: float) -> list[dict]:
@@ -128,7 +128,7 @@ def bare_run(steps: list[dict], *overrides: str):
     state, checkups = healthy(), []
     for metrics in steps:
         checkups.append(examine(section(*overrides), state, {"skipped_updates": 0, **metrics}))
-        state = checkups[-1].state
+        state = checkups[-1].health
     return checkups
 
 
@@ -140,7 +140,7 @@ def test_without_a_reference_the_distance_to_the_sampler_is_watched_in_the_place
     (warning,) = checkups[20].warnings
     assert warning.startswith("logprob_difference/mean 0.5 is a spike, its median over the last 20 steps is 0.01")
     assert "grpo.sampler_is_correction" in warning
-    assert set(checkups[-1].state.recent) == {"logprob_difference/mean", "grad_norm"}
+    assert set(checkups[-1].health.recent) == {"logprob_difference/mean", "grad_norm"}
     assert not any(checkup.keep_samples for checkup in bare_run([*steps, spike], "health.kl_spike=null"))
 
 
@@ -148,7 +148,7 @@ def test_with_a_reference_the_kl_is_watched_alone():
     steps = [step | {"kl": 0.1} for step in without_reference(20, scale=0.01)]
     checkups = bare_run([*steps, steps[0] | {"logprob_difference/mean": 0.5}])
     assert not any(checkup.keep_samples for checkup in checkups)
-    assert set(checkups[-1].state.recent) == {"kl", "grad_norm"}
+    assert set(checkups[-1].health.recent) == {"kl", "grad_norm"}
 
 
 def test_what_float32_rounds_is_no_spike_however_often_it_doubles():
@@ -226,8 +226,8 @@ def test_what_is_not_finite_is_named_with_its_way_out():
 def test_skipped_updates_in_a_row_end_the_run_and_one_that_was_made_breaks_the_row():
     skipped = {"skipped_updates": 1}
     checkups = run_of([skipped, skipped, {}, skipped, skipped])
-    assert [checkup.state.num_skipped_last for checkup in checkups] == [1, 2, 0, 1, 2]
-    assert checkups[-1].state.num_skipped == 4
+    assert [checkup.health.num_skipped_last for checkup in checkups] == [1, 2, 0, 1, 2]
+    assert checkups[-1].health.num_skipped == 4
     assert checkups[0].keep_samples
     assert "1 update(s) skipped" in checkups[0].warnings[0]
     raise_if_stuck(section("health.max_skipped_updates=3"), checkups[-1])
@@ -237,9 +237,9 @@ def test_skipped_updates_in_a_row_end_the_run_and_one_that_was_made_breaks_the_r
 
 
 def test_step_of_several_updates_counts_each_of_them():
-    state = examine(section(), healthy(), FINE | {"skipped_updates": 4}, num_updates=4).state
+    state = examine(section(), healthy(), FINE | {"skipped_updates": 4}, num_updates=4).health
     assert state.num_skipped_last == 4
-    assert examine(section(), state, FINE | {"skipped_updates": 3}, num_updates=4).state[:2] == (7, 0)
+    assert examine(section(), state, FINE | {"skipped_updates": 3}, num_updates=4).health[:2] == (7, 0)
 
 
 @pytest.mark.parametrize(

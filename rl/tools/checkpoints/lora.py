@@ -29,7 +29,7 @@ from rl.models.files.peft import base_name, load_adapter, read_adapter, stored_m
 from rl.models.flavours import policy_from_config
 from rl.models.lora import join, split, unmerge
 from rl.run.checks import check_recipe
-from rl.run.loop import LoopState, run_identity
+from rl.run.loop import Progress, run_identity
 from rl.run_folder.folder import RunFolder, check_trust, is_run_folder
 from rl.run_folder.remote_steps import local_source
 from rl.sampler.create import checked_sampling
@@ -168,7 +168,7 @@ def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = (), t
             load_adapter(adapter, origin.model_config, shardings), frozen_base(config, mesh, init_state_fn, origin)
         )
         state, _ = setup_training_state(config, mesh, init_state_fn, params)
-        checkpoints.save(0, state, LoopState.start(config).record(policy.flavour, len(data.train)))
+        checkpoints.save(0, state, Progress.start(config).record(policy.flavour, len(data.train)))
         checkpoints.wait()
         return folder.path
 
