@@ -18,7 +18,7 @@ import numpy as np
 
 from rl.config.load import Config, require
 from rl.config.sections import DataSection, EvalSection
-from rl.data.sources import list_columns, load_rows
+from rl.data.sources import SourceRows, list_columns, read_rows
 from rl.data.tasks import Row
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.files.json_file import shown
@@ -36,12 +36,14 @@ class PromptRow:
       prompt_ids: int32 [T], the tokenized prompt; no padding.
       columns: the other columns of the row, under Tandem's names.
       index: the position of the row in its source.
+      where: the row in words, for messages: key, file and number.
     """
 
     prompt: Prompt
     prompt_ids: np.ndarray
     columns: dict[str, Any]
     index: int
+    where: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +107,10 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     data = config.data
     source = require(data.source, "data.source", "train.jsonl")
     messages: list[str] = []
-    rows = _load(source, data.args, config, "data.source")
-    candidates = _tokenize(rows, data, tokenizer, "data.source", messages)
-    num_rows, num_dropped = len(rows), len(rows) - len(candidates)
-    questions = [question_key(row["prompt"]) for row in rows]
+    read = _load(source, data.args, config, "data.source")
+    candidates = _tokenize(read, data, tokenizer, "data.source", messages)
+    num_rows, num_dropped = len(read.rows), len(read.rows) - len(candidates)
+    questions = [question_key(row["prompt"]) for row in read.rows]
     if data.eval_source is None:
         chosen = _held_out_questions({questions[row.index] for row in candidates}, config.seed, data.eval_size)
         first_rows: dict[str, PromptRow] = {}
@@ -117,11 +119,11 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
                 first_rows.setdefault(questions[row.index], row)
         held_out = list(first_rows.values())
     else:
-        eval_rows = _load(data.eval_source, data.eval_args, config, "data.eval_source")
-        held_out = _tokenize(eval_rows, data, tokenizer, "data.eval_source", messages)
-        num_rows += len(eval_rows)
-        num_dropped += len(eval_rows) - len(held_out)
-        chosen = {question_key(row["prompt"]) for row in eval_rows}
+        read_eval = _load(data.eval_source, data.eval_args, config, "data.eval_source")
+        held_out = _tokenize(read_eval, data, tokenizer, "data.eval_source", messages)
+        num_rows += len(read_eval.rows)
+        num_dropped += len(read_eval.rows) - len(held_out)
+        chosen = {question_key(row["prompt"]) for row in read_eval.rows}
     train = [row for row in candidates if questions[row.index] not in chosen]
     if not train:
         raise ValueError(
@@ -280,7 +282,7 @@ def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
     else:
         raise ValueError(
             f"{where}: the prompt must be text or a list of messages with role and content, got {problem}; "
-            "data.columns.prompt names the column it is read from"
+            f"data.columns.prompt names the column it is read from, {data.columns.get('prompt')!r}"
         )
     is_begun = conversation[-1]["role"] == "assistant"
     if is_begun and len(conversation) == 1:
@@ -306,12 +308,13 @@ def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
     return [{"role": "system", "content": data.system_prompt}, *conversation]
 
 
-def _load(source: str, args: Mapping[str, Any], config: Config, key: str) -> list[Row]:
+def _load(source: str, args: Mapping[str, Any], config: Config, key: str) -> SourceRows:
     """The rows of a source. With data.answer_from_messages the last message of each is its column `answer`."""
-    rows = load_rows(source, args, config.data.columns, config.seed)
+    read = read_rows(source, args, config.data.columns, config.seed)
     if not config.data.answer_from_messages:
-        return rows
-    return [_with_answer(row, f"{key} row {index}") for index, row in enumerate(rows)]
+        return read
+    rows = [_with_answer(row, f"{key} {read.where(index)}") for index, row in enumerate(read.rows)]
+    return dataclasses.replace(read, rows=rows)
 
 
 def _with_answer(row: Row, where: str) -> Row:
@@ -335,27 +338,28 @@ def _with_answer(row: Row, where: str) -> Row:
 
 
 def _tokenize(
-    rows: list[Row], data: DataSection, tokenizer: Tokenizer, key: str, messages: list[str]
+    read: SourceRows, data: DataSection, tokenizer: Tokenizer, key: str, messages: list[str]
 ) -> list[PromptRow]:
     """The rows whose prompt fits. A message about dropped rows is added to `messages`."""
-    kept, limit = [], data.max_prompt_length
-    prompts = [build_prompt(row["prompt"], data, f"{key} row {index}") for index, row in enumerate(rows)]
+    kept, limit, rows = [], data.max_prompt_length, read.rows
+    places = [f"{key} {read.where(index)}" for index in range(len(rows))]
+    prompts = [build_prompt(row["prompt"], data, place) for row, place in zip(rows, places, strict=True)]
 
     def encode(index: int) -> list[int]:
         prompt = prompts[index]
         try:
             prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
         except ValueError as error:
-            raise ValueError(f"{key} row {index}: {error}") from error
+            raise ValueError(f"{places[index]}: {error}") from error
         if not prompt_ids:
-            raise ValueError(f"{key} row {index}: the prompt must hold at least one token, got {prompt!r}")
+            raise ValueError(f"{places[index]}: the prompt must hold at least one token, got {prompt!r}")
         return prompt_ids
 
     encoded, shortest = _encode_together(len(rows), encode, limit)
     for index, (row, prompt, prompt_ids) in enumerate(zip(rows, prompts, encoded, strict=True)):
         if prompt_ids is not None:
             columns = {name: value for name, value in row.items() if name != "prompt"}
-            kept.append(PromptRow(prompt, prompt_ids, columns, index))
+            kept.append(PromptRow(prompt, prompt_ids, columns, index, places[index]))
     if not kept:
         raise ValueError(
             f"data.max_prompt_length must let a prompt of {key} through, got {limit}; the shortest of {len(rows)} has "
@@ -434,13 +438,12 @@ def _completion_ids(row: PromptRow, column: str, tokenizer: Tokenizer) -> list[i
         completion = str(completion)
     if not isinstance(completion, str):
         raise ValueError(
-            f"data.source row {row.index}: sft.completion_column {column!r} must hold text or whole numbers, "
-            f"got {completion!r}"
+            f"{row.where}: sft.completion_column {column!r} must hold text or whole numbers, got {completion!r}"
         )
     begun = "" if isinstance(row.prompt, str) else split_prefill(row.prompt)[1]
     if begun and completion.startswith(begun):
         raise ValueError(
-            f"data.source row {row.index}: {column!r} must go on from the beginning that its prompt gives, "
+            f"{row.where}: {column!r} must go on from the beginning that its prompt gives, "
             f"{shown(begun)}, and starts with it again; set data.assistant_prefill=null, or take it off the answers"
         )
     # Encoded after its prompt, because some tokenizers put a space in front of text that stands alone. If the border

@@ -1,12 +1,14 @@
 """Reads data rows from a source.
 
-In: a file, a data set of the hub, a procedural task or an object. Out: dicts with Tandem's column names. Each process
-of a run reads one block of the source, and gets the other rows from the other processes. Nothing here knows about
-tokens or splits. pyarrow and datasets are imported only by the sources that need them, jax only to read.
+In: files, a data set of the hub, a procedural task or an object. Out: dicts with Tandem's column names. Each process
+of a run reads one block of a file, and gets the other rows from the other processes. Nothing here knows about tokens or
+splits. pyarrow and datasets are imported only by the sources that need them, jax only to read.
 """
 
+import bisect
 import dataclasses
 import difflib
+import glob
 import json
 import os
 import pathlib
@@ -17,14 +19,26 @@ from typing import Any, BinaryIO
 
 from rl.config.objects import rows_of
 from rl.data.parquet_pages import check_pages
+from rl.data.table_files import CSV_ARGS, read_csv, read_json, slice_range, split_slice
 from rl.data.tasks import Row, is_procedural, procedural_rows
 from rl.files.json_file import briefly, shown
 from rl.files.stores import is_remote, local_copy
 
 _SOURCE_RULE = (
-    "data source must be x.jsonl, x.parquet, a folder, a hub id that this machine can reach, arithmetic or "
-    "reasoning_gym:TASK"
+    "data source must be x.jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt, a folder, a hub id that this machine "
+    "can reach, arithmetic or reasoning_gym:TASK"
 )
+# The arguments that files take, by their endings. `datasets` checks those of the last two.
+_FILE_ARGS: dict[str, tuple[str, ...] | None] = {
+    ".jsonl": (),
+    ".parquet": (),
+    ".json": ("field",),
+    ".csv": CSV_ARGS,
+    ".tsv": CSV_ARGS,
+    ".arrow": None,
+    ".txt": None,
+}
+_BUILDERS = {".arrow": "arrow", ".txt": "text"}  # of `datasets`
 # Deeper rows would cause a RecursionError later, at a depth that depends on the version of Python.
 MOST_NESTED = 100
 MAX_LINE_BYTES = 100_000_000  # of a row in JSON, which may take a few dozen times as much memory
@@ -36,22 +50,52 @@ class RowSource:
     """Rows that can be read in parts.
 
     Attributes:
+      name: of the file or data set, for messages.
       size: of the whole, in the unit by which it is cut; `unit` is bytes or rows.
       read: (start, end) -> the rows that begin in this range.
+      first: the number in the file of the first row, where the source is a slice.
     """
 
+    name: str
     size: int
     unit: str
     read: Callable[[int, int], list[Row]]
+    first: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRows:
+    """Rows of one or several files under Tandem's column names.
+
+    Attributes:
+      rows: in the order of the files.
+      starts: the number in `rows` of each file's first row. names: of the files. firsts: see `RowSource.first`.
+    """
+
+    rows: list[Row]
+    starts: list[int]
+    names: list[str]
+    firsts: list[int]
+
+    def where(self, index: int) -> str:
+        """The file of row `index`, and the row's number in that file, from 0."""
+        part = bisect.bisect_right(self.starts, index) - 1
+        return f"{self.names[part]!r} row {index - self.starts[part] + self.firsts[part]}"
 
 
 def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | None], seed: int) -> list[Row]:
+    """The rows of `read_rows`."""
+    return read_rows(source, args, columns, seed).rows
+
+
+def read_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | None], seed: int) -> SourceRows:
     """All rows of a source, with columns under Tandem's names, in every process of the run.
 
     Args:
-      source: x.jsonl, x.parquet, a hub id, a folder that `datasets.load_dataset` reads, `arithmetic`,
-        `reasoning_gym:TASK`, or what stands for rows that are given (`rl.config.objects`).
-      args: arguments of a procedural source or of `datasets.load_dataset`. None counts as not given.
+      source: a file (x.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt) or a pattern of files (data/*.jsonl), a hub
+        id, a folder that `datasets` reads, `arithmetic`, `reasoning_gym:TASK`, or what stands for rows that are given
+        (`rl.config.objects`). Any of them may end with a slice in the notation of `datasets`, such as [:10%].
+      args: arguments of a procedural source, of a file's reader or of `datasets.load_dataset`; None: not given.
       columns: {Tandem's name: the data set's name}; None maps nothing. Other columns keep their names.
       seed: the run's seed, for procedural sources.
 
@@ -60,39 +104,86 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
     """
     from rl.devices import hosts
 
-    opened = hosts.together(lambda: open_source(source, args, seed))
-    hosts.check_equal({f"the number of {opened.unit} of data source {source!r}": opened.size})
-    rows = _read_together(opened)
+    opened = hosts.together(lambda: open_sources(source, args, seed))
+    sizes = {f"the number of {part.unit} of data source {part.name!r}": part.size for part in opened}
+    hosts.check_equal({f"the number of files of data source {source!r}": len(opened)} if len(opened) > 1 else {})
+    hosts.check_equal(sizes)
+    rows: list[Row] = []
+    starts = []
+    for part in opened:
+        starts.append(len(rows))
+        rows += _read_together(part)
     if not rows:
         raise ValueError(f"data source {source!r} must hold at least one row, got an empty data set")
-    return _map_columns(rows, columns, source)
+    read = SourceRows(rows, starts, [part.name for part in opened], [part.first for part in opened])
+    return dataclasses.replace(read, rows=_map_columns(read, columns, source))
+
+
+def open_sources(source: str, args: Mapping[str, Any], seed: int) -> list[RowSource]:
+    """Opens the files of a pattern, sorted by name, or the one source of that name; arguments as in `read_rows`."""
+    named, part = split_slice(source)
+    suffix = pathlib.Path(named).suffix
+    if suffix not in _FILE_ARGS or not glob.has_magic(named) or is_remote(named) or pathlib.Path(named).exists():
+        return [open_source(source, args, seed)]
+    paths = sorted(glob.glob(os.path.expanduser(named), recursive=True))
+    if not paths:
+        raise ValueError(
+            f"data source {source!r} must match an existing file, got none (working directory {os.getcwd()})"
+        )
+    return [open_source(f"{path}{part or ''}", args, seed) for path in paths]
 
 
 def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
-    """Opens a source by its name; arguments as in `load_rows`. No row of a file is read yet."""
+    """Opens a source by its name; arguments as in `read_rows`. Of jsonl and parquet no row is read yet."""
     args = {name: value for name, value in args.items() if value is not None}
     if (given := rows_of(source)) is not None:
         if args:
             raise ValueError(f"data.args must be empty for rows that are given as an object, got {shown(args)}")
-        return RowSource(len(given), "rows", lambda start, end: given[start:end])
+        return _in_memory(source, given)
+    named, part = split_slice(source)
+    if part is not None:
+        whole = open_source(named, args, seed)
+        if whole.unit != "rows":
+            whole = _in_memory(whole.name, whole.read(0, whole.size))
+        start, end = slice_range(part, whole.size, source)
+        return RowSource(whole.name, end - start, "rows", lambda a, b: whole.read(start + a, start + b), start)
     if is_procedural(source):
-        rows = procedural_rows(source, args, seed)
-        return RowSource(len(rows), "rows", lambda start, end: rows[start:end])
+        return _in_memory(source, procedural_rows(source, args, seed))
     if is_remote(source):
         source = str(local_copy(source))
-    if source.endswith((".jsonl", ".parquet")):
-        path = pathlib.Path(source).expanduser()
-        if not path.is_file():
-            raise ValueError(f"data source {source!r} must be an existing file (working directory {os.getcwd()})")
-        if args:
-            raise ValueError(
-                f"data.args must be empty for a file such as {source!r}, got {shown(args)}; "
-                f"set data.args.{next(iter(args))}=null"
-            )
-        if source.endswith(".jsonl"):
-            return RowSource(path.stat().st_size, "bytes", partial(_read_jsonl_part, path))
+    path = pathlib.Path(source).expanduser()
+    if path.suffix not in _FILE_ARGS or path.is_dir():
+        return _open_data_set(source, args)
+    if not path.is_file():
+        raise ValueError(f"data source {source!r} must be an existing file (working directory {os.getcwd()})")
+    takes = _FILE_ARGS[path.suffix]
+    unknown = [name for name in args if takes is not None and name not in takes]
+    if unknown:
+        rule = f"hold only {list(takes)}" if takes else "be empty"
+        way_out = f"; {source}[:10%] is a part of the file" if unknown[0] == "split" else ""
+        raise ValueError(
+            f"data.args must {rule} for a file such as {source!r}, got {shown(args)}; "
+            f"set data.args.{unknown[0]}=null{way_out}"
+        )
+    if path.suffix == ".parquet":
         return _open_parquet(path)
-    return _open_data_set(source, args)
+    if path.suffix in (".csv", ".tsv"):
+        return _in_memory(str(path), read_csv(path, args))
+    if path.suffix == ".json" and (rows := read_json(path, args, _JSON.decode)) is not None:
+        for index, row in enumerate(rows):
+            if (depth := _depth(row)) > MOST_NESTED:
+                raise ValueError(
+                    f"{path} row {index} must be at most {MOST_NESTED} lists and objects deep, got {depth}"
+                )
+        return _in_memory(str(path), rows)
+    if path.suffix in _BUILDERS:
+        loaded = _loaded(_BUILDERS[path.suffix], {"split": "train", **args, "data_files": [str(path)]}, source)
+        return _of_data_set(str(path), loaded)
+    return RowSource(str(path), path.stat().st_size, "bytes", partial(_read_jsonl_part, path))
+
+
+def _in_memory(name: str, rows: list[Row]) -> RowSource:
+    return RowSource(name, len(rows), "rows", lambda start, end: rows[start:end])
 
 
 def _read_together(source: RowSource) -> list[Row]:
@@ -237,41 +328,90 @@ def _open_parquet(path: pathlib.Path) -> RowSource:
     try:
         check_pages(path)
         with pyarrow.parquet.ParquetFile(path) as file:
-            return RowSource(file.metadata.num_rows, "rows", read)
+            return RowSource(str(path), file.metadata.num_rows, "rows", read)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be a parquet file, got: {error}") from error
 
 
 def _open_data_set(source: str, args: Mapping[str, Any]) -> RowSource:
     """A hub data set, or a local folder that `datasets` understands."""
-    if not pathlib.Path(source).is_dir() and not _HUB_ID.fullmatch(source):
+    folder = pathlib.Path(source).expanduser()
+    if not folder.is_dir() and not _HUB_ID.fullmatch(source):
         raise ValueError(f"{_SOURCE_RULE}, got {source!r}, which does not exist (working directory {os.getcwd()})")
     import datasets
-    from datasets.exceptions import DatasetsError
 
-    for path in sorted(pathlib.Path(source).rglob("*.parquet")):
+    for path in sorted(folder.rglob("*.parquet")):
         _open_parquet(path)  # checks its pages, because `datasets` would decompress anything
-    try:
-        loaded = datasets.load_dataset(source, **args)
-    except (DatasetsError, OSError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{_SOURCE_RULE}, got {source!r} with arguments {shown(dict(args))}, which datasets.load_dataset cannot "
-            "load: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    loaded = _load_saved(folder, args) if is_saved else _loaded(source, args, source)
     if isinstance(loaded, datasets.DatasetDict):
-        raise ValueError(
-            f"data.args.split must name one split of {source!r}, got none; there are {sorted(map(str, loaded))}"
-        )
+        if len(loaded) != 1:
+            raise ValueError(
+                f"data.args.split must name one split of {source!r}, got none; there are {sorted(map(str, loaded))}"
+            )
+        (loaded,) = loaded.values()
     if not isinstance(loaded, datasets.Dataset):
         raise ValueError(
             f"data.args must load {source!r} as a whole, got {type(loaded).__name__}; set data.args.streaming=null"
         )
-    return RowSource(len(loaded), "rows", lambda start, end: loaded.select(range(start, end)).to_list())
+    return _of_data_set(source, loaded)
 
 
-def _map_columns(rows: list[Row], columns: Mapping[str, str | None], source: str) -> list[Row]:
+def _loaded(builder: str, args: Mapping[str, Any], source: str) -> Any:
+    """What `datasets.load_dataset` makes of a folder, a hub id or files."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return datasets.load_dataset(builder, **args)
+    except (DatasetsError, OSError, TypeError, ValueError) as error:
+        # What went wrong in a file is the cause of an error that says little itself.
+        cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ is not None else ""
+        raise ValueError(
+            f"{_SOURCE_RULE}, got {source!r} with arguments {shown(dict(args))}, which datasets.load_dataset cannot "
+            "load: "
+            f"{type(error).__name__}: {error}{cause}"
+        ) from error
+
+
+def _load_saved(folder: pathlib.Path, args: Mapping[str, Any]) -> Any:
+    """What `save_to_disk` of `datasets` wrote. The argument `split` names a split."""
+    import datasets
+
+    unknown = [name for name in args if name != "split"]
+    if unknown:
+        raise ValueError(
+            f"data.args must hold split alone for {str(folder)!r}, which save_to_disk wrote, got {shown(dict(args))}; "
+            f"set data.args.{unknown[0]}=null"
+        )
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, LookupError, TypeError) as error:  # a file of it is damaged or missing
+        raise ValueError(
+            f"data source {str(folder)!r} must be what save_to_disk wrote, got {type(error).__name__}: {error}; write "
+            "it again"
+        ) from error
+    if "split" not in args:
+        return loaded
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {}
+    name, part = split_slice(str(args["split"]))
+    if name not in splits:
+        raise ValueError(
+            f"data.args.split must name a split of {str(folder)!r}, got {shown(args['split'])}; there are "
+            f"{sorted(map(str, splits)) or 'none, it is one table: set data.args.split=null'}"
+        )
+    found = splits[name]
+    return found if part is None else found.select(range(*slice_range(part, len(found), str(folder))))
+
+
+def _of_data_set(name: str, loaded: Any) -> RowSource:
+    plain = loaded.with_format(None)  # a saved data set may ask for arrays
+    return RowSource(name, len(plain), "rows", lambda start, end: plain.select(range(start, end)).to_list())
+
+
+def _map_columns(read: SourceRows, columns: Mapping[str, str | None], source: str) -> list[Row]:
     """The rows with Tandem's names. Every row gets every column, None where its source has no value."""
+    rows = read.rows
     mapping = {name: theirs for name, theirs in columns.items() if theirs is not None}
     if "prompt" not in mapping:
         raise ValueError(
@@ -291,7 +431,7 @@ def _map_columns(rows: list[Row], columns: Mapping[str, str | None], source: str
         for index, row in enumerate(rows):
             if row.get(theirs) is None:
                 raise ValueError(
-                    f"data source {source!r} row {index}: column {shown(theirs)} must have a value{way_out}"
+                    f"data source {read.where(index)}: column {shown(theirs)} must have a value, got null{way_out}"
                 )
     passed_on = [name for name in existing if name not in mapping and name not in mapping.values()]
     return [

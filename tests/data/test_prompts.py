@@ -54,8 +54,10 @@ def test_jsonl_and_parquet_and_datasets_give_the_same_rows(tmp_path):
     assert load_rows(str(parquet), {}, COLUMNS, 0) == rows
     args = {"split": "train", "cache_dir": str(tmp_path / "cache")}
     assert load_rows(str(folder), args, COLUMNS, 0) == rows
-    with pytest.raises(ValueError, match=r"data\.args\.split must name one split .*\['train'\]"):
-        load_rows(str(folder), {"cache_dir": str(tmp_path / "cache")}, COLUMNS, 0)
+    assert load_rows(str(folder), {"cache_dir": args["cache_dir"]}, COLUMNS, 0) == rows  # its only split
+    write_jsonl(folder / "test.jsonl", rows[:2])
+    with pytest.raises(ValueError, match=r"data\.args\.split must name one split .*\['test', 'train'\]"):
+        load_rows(str(folder), {"cache_dir": args["cache_dir"]}, COLUMNS, 0)
     with pytest.raises(ValueError, match=r"cannot load.*tset"):
         load_rows(str(folder), {**args, "split": "tset"}, COLUMNS, 0)
     with pytest.raises(ValueError, match=r"as a whole, got IterableDataset"):

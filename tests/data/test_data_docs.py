@@ -1,0 +1,28 @@
+"""docs/data.md: every block of it is a file that its recipes use, or a recipe whose data loads."""
+
+import re
+
+import yaml
+
+from rl.config.load import load_config
+from rl.data.prompts import load_prompts
+from rl.data.tokenizer import load_tokenizer
+from tests.helpers.places import ROOT
+
+BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_every_block_of_the_data_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "data.md").read_text()
+    blocks = BLOCK.findall(text)
+    assert len(blocks) == text.count("```") // 2
+    for kind, name, body in blocks:
+        if name:
+            (tmp_path / name).write_text(body)
+        else:
+            assert kind == "yaml", kind
+            assert yaml.safe_load(body)
+            (tmp_path / "recipe.yml").write_text(body)
+            data = load_prompts(load_config(tmp_path / "recipe.yml"), load_tokenizer("byte"))
+            assert data.train
