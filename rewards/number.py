@@ -3,7 +3,8 @@ r"""Rewards: is the final answer the right number.
 `exact_number_strict` wants the answer stated as one; `exact_number_flexible` takes the last number of the text.
 Report both: the gap between them is form, not arithmetic. Numbers are compared exactly, as fractions:
 
-    3.0 == 3    1,234 == 1234 == 1{,}234    $12 == 12    -3    3/4 == \frac{3}{4} == 0.75    1e3 == 1000
+    3.0 == 3    1,234 == 1234 == 1{,}234 == 1\,234    $12 == 12    -3    1e3 == 1000
+    3/4 == \frac{3}{4} == \frac34 == 0.75             1 1/2 == 1\frac{1}{2} == 1.5
     50% == 50   the sign is dropped, as in GSM8K, so that 50% is not 0.5
 
 `12,34` is not a number, and neither is a number of more than 400 digits (parsing one could take unbounded time).
@@ -19,53 +20,73 @@ from rewards.contract import elementwise
 from rewards.text import after_thinking, boxed, completion_text
 
 _MAX_DIGITS = 400
-_DIGITS = r"(?:[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9])|[0-9]+)"
+_DIGITS = r"(?:[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\,)[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}}(?![0-9]))?"
-_LATEX_FRACTION = r"\\[dt]?frac\s*\{\s*(?P<top>[+-]?[0-9]+)\s*\}\s*\{\s*(?P<bottom>[0-9]+)\s*\}"
-_CURRENCY = r"(?:\\?\$)"
+_LATEX_FRACTION = (
+    r"\\[dt]?frac(?:\s*(?P<top>\{\s*[+-]?[0-9]+\s*\})|\s?(?P<digit>[0-9]))\s*(?P<bottom>\{\s*[+-]?[0-9]+\s*\}|[0-9])"
+)
+_CURRENCY = r"(?:\\?\$|[\u20ac\xa3\xa5\u20b9])"  # dollar, euro, pound, yen, rupee
+_MIXED = rf"(?:(?P<whole>[0-9]+)\s?)?{_LATEX_FRACTION}"
+_PLAIN_MIXED = r"(?:(?P<count>[0-9]+) (?=[0-9]+/[0-9]))?"
 
 _WHOLE = re.compile(
     rf"(?P<sign>[+-]?)\s*{_CURRENCY}?\s*(?P<inner>[+-]?)"
-    rf"(?:{_LATEX_FRACTION}|(?P<number>{_DECIMAL})(?:\s*/\s*(?P<divisor>[0-9]+))?)\s*(?:\\?%)?"
+    rf"(?:{_MIXED}|{_PLAIN_MIXED}(?P<number>{_DECIMAL})(?:\s*/\s*(?P<divisor>[0-9]+))?)\s*(?:\\?%)?"
 )
 # A minus directly behind a digit, a letter or a closing bracket subtracts: the last number of "10-3" is 3.
 # A number does not start inside another one: right behind a digit, or a digit and a point.
 _ANYWHERE = re.compile(
     rf"(?P<sign>(?<![\w)\]}}])-)?(?:{_CURRENCY}(?P<inner>-)?)?(?<![0-9])(?<![0-9]\.)"
-    rf"(?:{_LATEX_FRACTION}|(?P<number>{_DECIMAL})(?:/(?P<divisor>[0-9]+))?)"
+    rf"(?:{_MIXED}|{_PLAIN_MIXED}(?P<number>{_DECIMAL})(?:/(?P<divisor>[0-9]+))?)"
 )
 _BOX = re.compile(r"\\boxed\s*\{(.*)\}", re.DOTALL)
-_HASH_ANSWER = re.compile(r"####[ \t]*(?=[+-]?\s*(?:\\?\$)?\s*[+-]?(?:\.?[0-9]|\\boxed|\\[dt]?frac))([^\n]*)")
+_HASH_ANSWER = re.compile(
+    r"####[ \t]*(?=[+-]?\s*(?:\\?\$|[\u20ac\xa3\xa5\u20b9])?\s*[+-]?(?:\.?[0-9]|\\boxed|\\[dt]?frac))([^\n]*)"
+)
 
 
 @elementwise
 def exact_number_strict(
-    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    units: Sequence[str] = (),
+    **kwargs: Any,
 ) -> list[float | None]:
     r"""1.0 where the stated final answer equals `answer`, 0.0 where not, None where `answer` holds no number.
 
     The final answer is `#### n` as the last line, or one `\boxed{n}`, or a completion that is nothing but the number;
-    it must be the number and nothing else ("12 dollars" is not). More than one stated answer scores 0, the same one
-    twice too: a policy must not learn to list guesses. Only text behind the last `</think>` counts.
+    it must be the number and nothing else ("12 dollars" is not, without `units`). More than one stated answer scores 0,
+    the same one twice too: a policy must not learn to list guesses. Only text behind the last `</think>` counts.
 
     prompts, completions: strings or chat message lists. answer: numbers, or strings like "42" or "... #### 42".
+    units: words that may stand behind a number, in any case, also in `\text{}`, such as `["dollars", "cm", "^\circ"]`;
+    they are dropped from completion and answer, never converted. Raises ValueError for units that are not words.
     """
+    strip = _unit_pattern(units)
     return [
-        _equals(strict_number(completion_text(c)), gold_number(gold))
+        _equals(strict_number(_without_units(completion_text(c), strip)), gold_number(_without_units(gold, strip)))
         for c, gold in zip(completions, answer, strict=True)
     ]
 
 
 @elementwise
 def exact_number_flexible(
-    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    units: Sequence[str] = (),
+    **kwargs: Any,
 ) -> list[float | None]:
     """1.0 where the last number of the completion equals `answer`, 0.0 where not, None where `answer` holds no number.
 
-    Only text behind the last `</think>` counts. Arguments as in `exact_number_strict`.
+    Only text behind the last `</think>` counts. Arguments as in `exact_number_strict`; `units` matter here where they
+    hold a digit (`m^2`), or where the answers have them.
     """
+    strip = _unit_pattern(units)
     return [
-        _equals(last_number(completion_text(c)), gold_number(gold)) for c, gold in zip(completions, answer, strict=True)
+        _equals(last_number(_without_units(completion_text(c), strip)), gold_number(_without_units(gold, strip)))
+        for c, gold in zip(completions, answer, strict=True)
     ]
 
 
@@ -123,17 +144,39 @@ def _equals(found: Fraction | None, gold: Fraction | None) -> float | None:
     return 1.0 if found == gold else 0.0
 
 
+def _unit_pattern(units: Sequence[str]) -> re.Pattern[str] | None:
+    """What a unit behind a number looks like; None where there are none."""
+    if isinstance(units, str) or not all(isinstance(unit, str) and unit.strip() for unit in units):
+        raise ValueError(f'units must be a list of words such as ["dollars", "cm"], got {units!r}')
+    if not units:
+        return None
+    words = "|".join(re.escape(unit.strip()) for unit in sorted(units, key=len, reverse=True))
+    wrapped = rf"\\(?:text|textrm|mathrm|mbox|rm)\s*\{{\s*(?:{words})\s*\}}"
+    return re.compile(rf"(?<=[0-9.}}%])\s*(?:\\[,; ])?\s*(?:{wrapped}|(?:{words})(?![\w^]))", re.IGNORECASE)
+
+
+def _without_units(value: Any, pattern: re.Pattern[str] | None) -> Any:
+    return pattern.sub("", value) if pattern is not None and isinstance(value, str) else value
+
+
 def _plain_minus(text: str) -> str:
     return text.replace("\N{MINUS SIGN}", "-")
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    top, bottom, number, divisor = match.group("top", "bottom", "number", "divisor")
-    if sum(len(part or "") for part in (top, bottom, number, divisor)) > _MAX_DIGITS:
+    part = {name: text.strip("{} ") for name, text in match.groupdict().items() if text is not None}
+    if sum(map(len, part.values())) > _MAX_DIGITS:
         return None
-    if top is None:
-        top, bottom = number.replace("{,}", "").replace(",", ""), divisor or "1"
-    if int(bottom) == 0 or (match["sign"] and match["inner"]):
+    if "bottom" in part:
+        top, bottom = part.get("top") or part["digit"], part["bottom"]
+    else:
+        top, bottom = re.sub(r"[,{}\\!]", "", part["number"]), part.get("divisor", "1")
+    if int(bottom) == 0 or (part.get("sign") and part.get("inner")):
         return None
     value = Fraction(top.removesuffix(".").replace(".e", "e").replace(".E", "E")) / int(bottom)
-    return -value if "-" in (match["sign"], match["inner"]) else value
+    whole = part.get("whole") or part.get("count")
+    if whole is not None:
+        if not 0 < value < 1:  # "3 7/2" is no mixed number
+            return value if match.re is _ANYWHERE and "count" in part else None
+        value += int(whole)
+    return -value if "-" in (part.get("sign"), part.get("inner")) else value

@@ -184,7 +184,7 @@ def test_every_file_and_module_that_a_text_names_exists():
             made_up = re.search(r"NAME|FAMILY|_$|^configs/x\.yml$", name)
             if not made_up and not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists():
                 missing.append(f"{path.name}: {name}")
-        for name in re.findall(r"(?<![\w/.])(?:rl|rewards)(?:\.[a-zA-Z_]\w*)+", text):
+        for name in re.findall(r"(?<![\w/.-])(?:rl|rewards)(?:\.[a-zA-Z_]\w*)+", text):
             if name not in keys and not names_something(name):
                 missing.append(f"{path.name}: {name}")
         for name in re.findall(r"`(\w+\.py)`", text):

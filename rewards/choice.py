@@ -1,0 +1,91 @@
+r"""Reward: multiple choice, the letter of the right option."""
+
+import re
+import string
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rewards.contract import elementwise
+from rewards.text import after_thinking, boxed, completion_text
+
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_HEAD = re.compile(r"(?i)\banswer(?:\s+is)?\s*:|\banswer\s+is\b(?!\s*:)")
+# What stands between two heads of one statement ("Final answer: the answer is B"), or in front of a box or a tag.
+_NO_STATEMENT = re.compile(r"(?i)\s*(?:so|thus|therefore|hence)?,?\s*(?:the)?\s*(?:final|correct|right|best)?\s*")
+_REASON = re.compile(r"(?:because|since|as|for)\b")
+
+
+@elementwise
+def multiple_choice(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    letters: str = "ABCDEFGHIJ",
+    method: Literal["strict", "flexible"] = "strict",
+    **kwargs: Any,
+) -> list[float | None]:
+    r"""1.0 where the option that the completion chooses is `answer`, 0.0 where not, None for an `answer` that is none.
+
+    strict: the choice has to be stated: `Answer: B` (GPQA and MMLU-Pro in simple-evals), `the answer is (B)` (MMLU in
+    lm-evaluation-harness), `\boxed{B}`, `<answer>B</answer>`, or a completion that is nothing but the letter. Text may
+    follow a letter that has a bracket, point or colon behind it: `Answer: B) Paris`. Statements of different options
+    score 0, and so does `A or B`: a policy must not learn to list guesses. flexible: where nothing is stated, the last
+    letter that stands alone, as a capital, counts too. Only text behind the last `</think>` counts.
+
+    answer: letters ("B", "(B)", "b"), or positions from 0 (as in cais/mmlu). letters: the options' letters in order.
+    Raises ValueError for letters that are not different letters, and for an unknown method.
+    """
+    if not letters or not set(letters) <= set(string.ascii_uppercase) or len(set(letters)) < len(letters):
+        raise ValueError(f'letters must be different capital letters such as "ABCD", got {letters!r}')
+    if method not in ("strict", "flexible"):
+        raise ValueError(f'method must be "strict" or "flexible", got {method!r}')
+    judged: list[float | None] = []
+    for completion, gold in zip(completions, answer, strict=True):
+        right = _gold_letter(gold, letters)
+        chosen = chosen_letter(completion_text(completion), letters, method == "flexible")
+        judged.append(None if right is None else float(chosen == right))
+    return judged
+
+
+def chosen_letter(text: str, letters: str, is_flexible: bool = False) -> str | None:
+    """The option that a text chooses; None for none or several. See `multiple_choice`."""
+    text = _WRAPPED.sub(r"\1", after_thinking(text)).replace("*", "").strip()
+    if whole := re.fullmatch(rf"[$(\[]*([{letters}{letters.lower()}])[)\].:$]*", text):
+        return whole[1].upper()
+    stated = [content or "" for content in boxed(text)] + _TAG.findall(text)
+    # Of a statement, its line counts; the next one where nothing more stands in the line.
+    for part in _HEAD.split(text)[1:]:
+        line = part.strip().partition("\n")[0].strip()
+        if not line.startswith(("\\boxed", "$\\boxed", "<answer>")) and not _NO_STATEMENT.fullmatch(line):
+            stated.append(line)
+    if stated:
+        found = {_letter_of(part, letters) for part in stated}
+        return found.pop() if len(found) == 1 else None
+    if not is_flexible:
+        return None
+    alone = re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", text)
+    return alone[-1] if alone else None
+
+
+def _letter_of(stated: str, letters: str) -> str | None:
+    """The one option that a statement names."""
+    letter = f"[{letters}{letters.lower()}]"
+    match = re.match(rf"\s*[$(\[]*({letter})([)\].:;,$]*)(.*)", stated, re.DOTALL)
+    if match is None:
+        return None
+    behind = match[3].strip()
+    if re.match(rf"(?:[,;/&|]|or\b|and\b)?\s*(?:or\b)?\s*[(\[]*{letter}(?!\w)", behind):
+        return None
+    is_marked = bool(set(match[2]) & set(")].:;,")) or bool(_REASON.match(behind))
+    if behind and not (is_marked and (match[1].isupper() or ")" in match[2])):
+        return None
+    return match[1].upper()
+
+
+def _gold_letter(gold: Any, letters: str) -> str | None:
+    if isinstance(gold, bool) or gold is None:
+        return None
+    if isinstance(gold, int) or (isinstance(gold, str) and gold.strip().isdecimal()):
+        return letters[int(gold)] if 0 <= int(gold) < len(letters) else None
+    return chosen_letter(gold, letters) if isinstance(gold, str) else None

@@ -1,0 +1,92 @@
+"""Reward: Countdown, an equation that makes a target of given numbers (https://github.com/Jiayi-Pan/TinyZero)."""
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from rewards.contract import elementwise
+from rewards.text import after_thinking, boxed, completion_text
+
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_EXPRESSION = re.compile(r"[0-9+\-*/() \t]+")
+_MAX_CHARACTERS = 400  # of an expression, before its nesting could matter
+_SIGNS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/"}
+
+
+@elementwise
+def countdown(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    target: Sequence[Any],
+    nums: Sequence[Sequence[int]],
+    format_score: float = 0.0,
+    all_numbers: bool = True,
+    **kwargs: Any,
+) -> list[float]:
+    r"""1.0 where the expression of the completion equals `target` and takes each of `nums` once; `format_score` where
+    there is an expression that does not; 0.0 where there is none.
+
+    The rule and the columns are those of TinyZero and of Jiayi-Pan/Countdown-Tasks-3to4 (format_score is 0.1 there).
+    The expression stands in the last `<answer>...</answer>`, or in one `\boxed{}`, or is all of the text behind the
+    last `</think>`. It consists of whole numbers, + - * / and brackets; `= 24` may follow it. It is computed exactly,
+    as fractions, and never run as code.
+
+    target: numbers. nums: the numbers of each row. all_numbers: False: some may be left out (reasoning-gym's rule).
+    Raises ValueError unless 0 <= format_score < 1, and for a row without numbers.
+    """
+    if not 0 <= format_score < 1:
+        raise ValueError(f"format_score must be >= 0 and < 1, got {format_score!r}")
+    judged = []
+    for completion, goal, numbers in zip(completions, target, nums, strict=True):
+        if isinstance(numbers, str) or not numbers:
+            raise ValueError(f"nums must be a list of whole numbers in each row, got {numbers!r}")
+        computed = _computed(_expression(completion_text(completion)))
+        if computed is None:
+            judged.append(0.0)
+            continue
+        value, used = computed
+        given = Counter(int(number) for number in numbers)
+        is_right = value == Fraction(str(goal)) and (used == given if all_numbers else used <= given)
+        judged.append(1.0 if is_right else float(format_score))
+    return judged
+
+
+def _expression(text: str) -> str:
+    text = after_thinking(text)
+    tags = _TAG.findall(text)
+    boxes = boxed(text)
+    found = tags[-1] if tags else boxes[0] if len(boxes) == 1 and boxes[0] is not None else text
+    for sign, plain in _SIGNS.items():
+        found = found.replace(sign, plain)
+    return found.partition("=")[0].strip().strip("$").strip()
+
+
+def _computed(expression: str) -> tuple[Fraction, Counter[int]] | None:
+    """The value of an expression and the numbers in it; None for anything else."""
+    if len(expression) > _MAX_CHARACTERS or not _EXPRESSION.fullmatch(expression):
+        return None
+    used: Counter[int] = Counter()
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used[node.value] += 1
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp):
+            left, right = value(node.left), value(node.right)
+            if isinstance(node.op, ast.Add):
+                return left + right
+            if isinstance(node.op, ast.Sub):
+                return left - right
+            if isinstance(node.op, ast.Mult):
+                return left * right
+            if isinstance(node.op, ast.Div):
+                return left / right
+        raise ValueError(f"no part of a Countdown expression: {type(node).__name__}")  # such as ** or //
+
+    try:
+        return value(ast.parse(expression, mode="eval").body), used
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None

@@ -1,0 +1,212 @@
+"""Ready-made rewards: each on right answers and on junk, its settings, and its row in the documentation's table."""
+
+import re
+
+import pytest
+
+from rewards.contract import RewardSpec, bind, load_function
+from tests.helpers.places import ROOT
+
+JUNK = [
+    "",
+    " ",
+    "junk",
+    "I do not know.",
+    "(((",
+    "\x00",
+    "9" * 500,
+    "\\boxed{",
+    "<answer></answer>",
+    "</think>",
+    "A" * 9999,
+]
+
+
+def score(function, completions, kwargs=None, ids=None, **row):
+    """The rewards of completions of one data row, as a worker computes them."""
+    spec = RewardSpec("r", f"rewards.{function}", 1.0, kwargs or {})
+    bound = bind(load_function(spec), list(row), spec.kwargs)
+    columns = {name: [value] * len(completions) for name, value in row.items()}
+    prompts = ["p"] * len(completions)
+    return bound.function(**bound.batch_arguments(prompts, completions, columns, ids))
+
+
+def chat(text):
+    return [{"role": "assistant", "content": text}]
+
+
+# function, kwargs, row, completions that get 1, completions that get 0 (in addition to JUNK)
+JUDGED = {
+    "number with units": (
+        "number:exact_number_strict",
+        {"units": ["dollars", "cm", "^\\circ"]},
+        {"answer": "12 cm"},
+        ["#### 12 dollars", r"\boxed{12\text{ cm}}", r"\boxed{12^\circ}", "12 Dollars", "12"],
+        ["12 dollarsy", "12 m", "#### 13 dollars"],
+    ),
+    "units that hold a digit": (
+        "number:exact_number_flexible",
+        {"units": ["m^2"]},
+        {"answer": 5},
+        ["it is 5 m^2", "the area is 5m^2."],
+        ["it is 5 m^3"],
+    ),
+    "strict choice": (
+        "choice:multiple_choice",
+        {},
+        {"answer": "B"},
+        [
+            *("B", "b", "(B)", "B."),
+            *("Answer: B", "the answer is (B).", "Answer: B) Paris", "**Answer:** B", "Answer:\nB"),
+            *(r"\boxed{B}", r"\boxed{\text{(B)}}"),
+            *("<answer>B</answer>", "The answer is B because 2 < 3.", "Answer: $B$"),
+            *("<think>Answer: A</think> Answer: B", "Final answer: The answer is B", r"So the answer is \boxed{B}."),
+        ],
+        [
+            *("A", "Answer: A", "Answer: A or B", "Answer: B or C"),
+            *("(A)(B)", "Answer: A, B", r"\boxed{A}\boxed{B}", "Answer: B/C"),
+            *("B is wrong", "Answer: A\nAnswer: B", r"Answer: A. \boxed{B}"),
+            *("<think>Answer: B</think>", "Answer: Because", "Answer: B, C"),
+            *("Answer: B A", "The answer is B and C", "Answer: (B) or (C)"),
+        ],
+    ),
+    "flexible choice, by position": (
+        "choice:multiple_choice",
+        {"method": "flexible", "letters": "ABCD"},
+        {"answer": 2},
+        ["I choose C", "A? No, (C)", "Answer: C"],
+        ["I choose E", "C? No, D", "Answer: A or C", "I choose c"],
+    ),
+    "regex": (
+        "format:regex_match",
+        {"regex_pattern": r"The answer is (\-?[0-9\.\,]+)", "group_select": -1},
+        {"answer": "4"},
+        ["The answer is 4", "The answer is 3 no\nThe answer is 4"],
+        ["The answer is four", "The answer is 4\nThe answer is 3"],
+    ),
+    "regex without case and marks": (
+        "format:regex_match",
+        {"regex_pattern": ".+", "ignore_case": True, "ignore_punctuation": True},
+        {"answer": "Paris!"},
+        ["paris", " PARIS. "],
+        ["in Paris"],
+    ),
+    "thinking": (
+        "format:think_format",
+        {},
+        {},
+        ["<think>\na\n</think>\nb", "<think></think>"],
+        ["a", " <think>a</think>", "<think><think>a</think>", "<think>a"],
+    ),
+    "tags": (
+        "format:tag_format",
+        {},
+        {},
+        ["<think>a</think><answer>b</answer>", "<think>\na\n</think>\n<answer>\nb\n</answer>\n"],
+        [
+            *("<think>a</think>", "<answer>b</answer><think>a</think>", "<think>a</think> x <answer>b</answer>"),
+            *("<think>a</think><answer> </answer>", "<think>a</think><answer>b</answer>c"),
+            "<think>a</think><answer>b</answer><answer>c</answer>",
+        ],
+    ),
+    "tags on lines of their own": (
+        "format:tag_format",
+        {"newlines": True, "tags": ["a", "b"]},
+        {},
+        ["<a>\n1\n</a>\n<b>\n2\n</b>"],
+        ["<a>1</a>\n<b>\n2\n</b>", "<a>\n1\n</a><b>\n2\n</b>", "<a>\n1\n</a>\n\n<b>\n2\n</b>"],
+    ),
+    "countdown": (
+        "countdown:countdown",
+        {},
+        {"target": 24, "nums": [3, 8, 1]},
+        [
+            *("<answer>3 * 8 * 1</answer>", "<answer>(3*8)/1 = 24</answer>"),
+            *(r"\boxed{3 \times 8 \div 1}", "8*3*1", "<think>1</think>8*3/1"),
+        ],
+        [
+            *("3*8", "3*8*1*1", "24", "<answer>25-1</answer>", "3*8+1"),
+            *("3**8*1", "8*3//1", "3*8/(1-1)", "-" * 399 + "1", "__import__('os')"),
+        ],
+    ),
+    "countdown with numbers to spare": (
+        "countdown:countdown",
+        {"all_numbers": False},
+        {"target": "24", "nums": [3, 8, 1]},
+        ["3*8"],
+        ["3*8*1*1"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_right_answers_get_1_and_junk_gets_0(case):
+    function, kwargs, row, right, wrong = JUDGED[case]
+    completions = [*right, *wrong, *JUNK]
+    expected = [1.0] * len(right) + [0.0] * (len(wrong) + len(JUNK))
+    for form in (str, chat):
+        given = score(function, [form(text) for text in completions], kwargs, **row)
+        assert dict(zip(completions, given, strict=True)) == dict(zip(completions, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("function", "row", "kwargs"),
+    [
+        ("choice:multiple_choice", {"answer": "Paris"}, {}),
+        ("choice:multiple_choice", {"answer": 7}, {"letters": "ABCD"}),
+        ("format:regex_match", {"answer": " "}, {"regex_pattern": "."}),
+    ],
+)
+def test_a_row_without_an_answer_cannot_be_judged(function, row, kwargs):
+    assert score(function, ["B", ""], kwargs, **row) == [None, None]
+    assert score(function, ["B"], kwargs, **dict.fromkeys(row)) == [None]
+
+
+def test_partial_scores_are_those_of_the_sources():
+    texts = ["<think>a</think><answer>b</answer>", "<think>a</think>", "<think><think>", ""]
+    assert score("format:tag_count", texts) == [1.0, 0.5, 0.0, 0.0]  # open-r1's four quarters
+    row = {"target": 24, "nums": [3, 8, 1]}
+    texts = ["3*8*1", "3+8+1", "3*8", "2**3", "junk"]
+    assert score("countdown:countdown", texts, {"format_score": 0.1}, **row) == [1.0, 0.1, 0.1, 0.0, 0.0]  # TinyZero's
+    ids = [[1, 2, 3, 4], [5, 5, 5, 5, 5], [1], []]  # the example of TRL's get_repetition_penalty_reward
+    assert score("repetition:repetition_penalty", [""] * 4, {"ngram_size": 2}, ids) == [0.0, -0.75, 0.0, 0.0]
+    texts = ["a b a b a b", "a b c d", "A b a B", ""]  # by words, as open-r1's
+    penalties = score("repetition:repetition_penalty", texts, {"ngram_size": 2, "max_penalty": -0.5, "unit": "words"})
+    assert penalties == pytest.approx([-0.3, 0.0, -0.5 / 3, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("function", "row", "kwargs", "words"),
+    [
+        ("number:exact_number_strict", {"answer": 1}, {"units": "cm"}, "units must be a list of words.*'cm'"),
+        ("choice:multiple_choice", {"answer": "A"}, {"letters": "AA"}, "letters must be different.*'AA'"),
+        ("choice:multiple_choice", {"answer": "A"}, {"method": "lax"}, "method must be.*'lax'"),
+        ("format:regex_match", {"answer": "A"}, {"regex_pattern": "("}, r"regular expression, got '\('"),
+        ("format:tag_format", {}, {"tags": ["a", "a"]}, "tags must be a list of different names"),
+        ("format:tag_count", {}, {"tags": "think"}, "tags must be a list.*'think'"),
+        ("countdown:countdown", {"target": 1, "nums": [1]}, {"format_score": 1}, "format_score must be >= 0 and < 1"),
+        ("countdown:countdown", {"target": 1, "nums": []}, {}, "nums must be a list of whole numbers"),
+        ("repetition:repetition_penalty", {}, {"ngram_size": 0}, "ngram_size must be a whole number >= 1, got 0"),
+        ("repetition:repetition_penalty", {}, {"max_penalty": 1}, "max_penalty must be <= 0, got 1"),
+        ("repetition:repetition_penalty", {}, {"unit": "lines"}, "unit must be.*'lines'"),
+        ("repetition:repetition_penalty", {}, {}, "needs completion_ids"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_value(function, row, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        score(function, ["1"], kwargs, **row)
+
+
+def test_every_ready_made_reward_is_elementwise_and_has_a_row_in_the_table():
+    page = (ROOT / "docs" / "ready-made-rewards.md").read_text()
+    documented = re.findall(r"^\| `rewards\.(\w+:\w+)`", page, re.MULTILINE)
+    written = []
+    for path in sorted((ROOT / "rewards").glob("*.py")):
+        found = re.findall(r"^@elementwise\ndef (\w+)", path.read_text(), re.MULTILINE)
+        written += [f"{path.stem}:{name}" for name in found]
+    assert sorted(documented) == sorted(written)
+    for name in documented:
+        function = load_function(RewardSpec("r", f"rewards.{name}", 1.0, {}))
+        assert function.elementwise, name
+        assert function.__doc__, name
+    assert {case[0] for case in JUDGED.values()} <= set(documented)
