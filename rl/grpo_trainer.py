@@ -38,8 +38,8 @@ from rl.run.checkup import Checkups
 from rl.run.command import run_command
 from rl.run.executables import use_compiled
 from rl.run.log import RunLog
-from rl.run.loop import Progress, restore_or_start, run_identity
 from rl.run.output import RunOutput
+from rl.run.progress import Progress, restore_or_start, run_identity
 from rl.sampler.create import checked_sampling, create_sampler, plan_draws, warm_up
 from rl.state.optimizer import create_training_optimizer
 from rl.state.origin import find_origin, tokenizer_from_config
@@ -137,7 +137,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
                 batches = minibatches(config, rollout)
                 age = step - rollout.weights_step  # 0: drawn with the weights that are updated now
                 state, entropy, train_metrics = updater.update(state, reference, batches, progress.entropy, age=age)
-                reference = sync_reference(reference, state, steps_done)  # moves it in the steps in which it moves
+                reference = sync_reference(reference, state, steps_done)  # in every reference.sync_every-th step
             # 4. look at the step's health; evaluate where it is due
             checkup = checkups.examine(progress.health, rollout.metrics | train_metrics, state, rollout.advantages_B)
             metrics = checkup.metrics | collector.evaluate_if_due(state, steps_done)

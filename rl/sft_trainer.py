@@ -20,8 +20,8 @@ from rl.run.announce import announce_supervised
 from rl.run.checkup import Checkups
 from rl.run.command import run_command
 from rl.run.log import RunLog
-from rl.run.loop import restore_or_start, supervised_identity
 from rl.run.output import RunOutput
+from rl.run.progress import restore_or_start, supervised_identity
 from rl.state.optimizer import create_training_optimizer
 from rl.state.origin import find_origin, tokenizer_from_config
 from rl.state.states import InitStateFn, get_abstract_state

@@ -22,7 +22,7 @@ from rl.rollout.groups import Judged, judge
 from rl.rollout.scoring import sample_and_score, warn_about_rewards
 from rl.rollout.step_prompts import check_calls, collect
 from rl.run.log import RunLog
-from rl.run.loop import REWARD_STATE
+from rl.run.progress import REWARD_STATE
 from rl.sampler.contract import CompletionSource
 from rl.sampler.token_draw import SamplingParams
 

@@ -29,7 +29,7 @@ from rl.models.files.peft import base_name, load_adapter, read_adapter, stored_m
 from rl.models.flavours import policy_from_config
 from rl.models.lora import join, split, unmerge
 from rl.run.checks import check_recipe
-from rl.run.loop import Progress, run_identity
+from rl.run.progress import Progress, run_identity
 from rl.run_folder.folder import RunFolder, check_trust, is_run_folder
 from rl.run_folder.remote_steps import local_source
 from rl.sampler.create import checked_sampling

@@ -5,7 +5,7 @@ import json
 from rl.algorithms.entropy_coef import EntropyCoefState
 from rl.config.load import load_config
 from rl.run.health import HealthState
-from rl.run.loop import Progress
+from rl.run.progress import Progress
 
 HEALTH = HealthState(3, 1, {"kl": [0.5, 0.25]}, {"entropy": 2})
 FOUND = {"reward_calls": {"even": "whole_batch"}, "reward_doubts": {"even": {"left": 7, "highest": 1.0}}}
