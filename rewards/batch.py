@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rewards.contract import Calls, RewardSpec
+from rewards.moment import Moment
 from rewards.replies import FAILURES, BrokenWorker, Done, Failure, LoadedFunction, Result
 
 COUNTS = (*FAILURES, "none")
@@ -111,14 +112,28 @@ def problems_of(name: str, problems: Sequence[str]) -> list[str]:
     return [line for line in problems if line.startswith(_title(name))]
 
 
+class Drawn(NamedTuple):
+    """A completion that arrived, in its JSON form.
+
+    token_ids: None where they are not known, or no function takes them.
+    """
+
+    completion: Any
+    token_ids: list[int] | None
+    finish_reason: str
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchInputs:
-    """A batch in its JSON form, with the completions and token ids that have arrived, by sample."""
+    """A batch in its JSON form: prompts, columns and seeds of all samples, the moment of the run, and what has been
+    drawn so far, by sample.
+    """
 
     prompts: list[Any]
     columns: dict[str, list[Any]]
-    completions: dict[int, Any] = dataclasses.field(default_factory=dict)
-    completion_ids: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    seeds: Sequence[int] = ()
+    moment: Moment = dataclasses.field(default_factory=Moment)
+    drawn: dict[int, Drawn] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -176,37 +191,41 @@ class Batch:
 
     def again(self, calls: Sequence[Calls], keys: Collection[int]) -> "Batch":
         """The same batch without its completions, for other functions or other ways to call them."""
-        inputs = BatchInputs(self.inputs.prompts, self.inputs.columns)
+        inputs = dataclasses.replace(self.inputs, drawn={})
         specs, functions, timeout, workers = self._specs, self._functions, self._timeout, self._num_workers
         return Batch(specs, functions, calls, keys, inputs, self.group_size, timeout, workers, self._share)
 
-    def add(self, completions: Mapping[int, Any], completion_ids: Mapping[int, list[int]] | None) -> None:
-        """Adds completions that arrived, by sample, in their JSON form."""
-        if not completions:  # an empty batch is nothing to call a function with
+    def add(self, drawn: Mapping[int, Drawn]) -> None:
+        """Adds completions that arrived, by sample."""
+        if not drawn:  # an empty batch is nothing to call a function with
             return
         inputs, size = self.inputs, len(self.inputs.prompts)
-        inputs.completions.update(completions)
-        inputs.completion_ids.update(completion_ids or {})
-        own = [sample for sample in completions if self._share is None or self._share.owns(sample, size)]
+        inputs.drawn.update(drawn)
+        own = [sample for sample in drawn if self._share is None or self._share.owns(sample, size)]
         for key in self.keys:
             if self._calls[key] == "elementwise":
                 self._arrived[key].extend(own)
             elif self._calls[key] == "needs_group":
-                self._anywhere.extend(self._group_tasks(key, completions))
-            elif len(inputs.completions) == size and (self._share is None or self._share.owns_function(key)):
+                self._anywhere.extend(self._group_tasks(key, drawn))
+            elif len(inputs.drawn) == size and (self._share is None or self._share.owns_function(key)):
                 task = self._task(key, "batch", list(range(size)), "the call with the whole batch")
                 self._at_home[key % self._num_workers].append(task)
 
     def _group_tasks(self, key: int, arrived: Collection[int]) -> list[Task]:
         """Calls for the groups that became complete with these samples."""
-        known, size = self.inputs.completions, self.group_size
+        known, size = self.inputs.drawn, self.group_size
         num_groups, tasks = len(self.inputs.prompts) // size, []
         for group in sorted({sample // size for sample in arrived}):
             members = list(range(group * size, (group + 1) * size))
             is_own = self._share is None or self._share.owns(group, num_groups)
             if is_own and all(sample in known for sample in members):
-                tasks.append(self._task(key, "batch", members, f"the call with group {group}"))
+                mode = "batch" if self._functions[key].style == "batch" else self._mode(key)
+                tasks.append(self._task(key, mode, members, f"the call with group {group}"))
         return tasks
+
+    def _mode(self, key: int) -> str:
+        """How a worker runs a function that is called for one completion at a time on several."""
+        return "together" if self._functions[key].is_async else "each"
 
     def take(self, worker: int) -> Task | None:
         """The next task for a worker. Whole-batch calls first: they take longest and run nowhere else."""
@@ -215,7 +234,7 @@ class Batch:
                 return waiting.popleft()
         for key, arrived in enumerate(self._arrived):
             if arrived:
-                mode = "together" if self._functions[key].is_async else "each"
+                mode = self._mode(key)
                 length = min(self._piece_length(mode, self._size), len(arrived))
                 return self._task(key, mode, [arrived.popleft() for _ in range(length)])
         return None
@@ -295,18 +314,22 @@ class Batch:
         return -(-num_samples // (self._num_workers * (1 if mode == "together" else _PIECES_PER_WORKER)))
 
     def _task(self, key: int, mode: str, samples: list[int], title: str = "") -> Task:
-        inputs = self.inputs
-        function = self._functions[key]
-        ids = inputs.completion_ids if function.takes_completion_ids and inputs.completion_ids else None
+        inputs, function = self.inputs, self._functions[key]
+        drawn = [inputs.drawn[sample] for sample in samples]
+        has_ids = function.takes_completion_ids and all(one.token_ids is not None for one in drawn)
         request = {
             "op": "run",
             "key": key,
             "mode": mode,
             "limit": self._timeout,
             "prompts": [inputs.prompts[sample] for sample in samples],
-            "completions": [inputs.completions[sample] for sample in samples],
+            "completions": [one.completion for one in drawn],
             "columns": {name: [inputs.columns[name][sample] for sample in samples] for name in function.columns},
-            "completion_ids": None if ids is None else [ids[sample] for sample in samples],
+            "completion_ids": [one.token_ids for one in drawn] if has_ids else None,
+            "finish_reasons": [one.finish_reason for one in drawn],
+            "seeds": [inputs.seeds[sample] for sample in samples],
+            "moment": dataclasses.asdict(inputs.moment),
+            "groups": self._groups(samples) if function.takes_group else None,
         }
         limits = {
             "batch": self._timeout * len(samples),
@@ -314,6 +337,13 @@ class Batch:
             "together": self._timeout + _GRACE_SECONDS,
         }
         return Task(key, title, mode, samples, limits[mode], request)
+
+    def _groups(self, samples: Sequence[int]) -> dict[str, Any]:
+        """The completions of each group that samples are from, and the place of each sample's group among these."""
+        size, drawn = self.group_size, self.inputs.drawn
+        groups = list(dict.fromkeys(sample // size for sample in samples))
+        members = [[drawn[group * size + place].completion for place in range(size)] for group in groups]
+        return {"members": members, "group_of": [groups.index(sample // size) for sample in samples]}
 
     def _lose(self, key: int, sample: int, failure: Failure) -> None:
         kind, message = failure

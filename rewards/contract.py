@@ -9,7 +9,8 @@ Three signatures are taken unchanged and told apart by their parameter names:
     sample  fn(prompt, completion, answer, info, state, ...) -> float | None         verifiers, a Rubric's up to 0.3
     verl    compute_score(data_source, solution_str, ground_truth, extra_info)       verl
 
-Each may be `async`. A batch function may also take `completion_ids` (token ids, one list per completion).
+Each may be `async`. Beside columns of the data set a function gets what it names of `INJECTED`: the token ids, the
+completions of the same prompt, why a completion ended, the step, a seed. A column of such a name wins.
 """
 
 import dataclasses
@@ -27,18 +28,19 @@ Calls = Literal["elementwise", "needs_group", "whole_batch"]
 
 _MAX_WEIGHT = 1e30  # weighted sums of rewards stay finite, in float32 too
 
-# Under these names a function gets what the policy wrote. A dataset column never hides them, or a function would judge
-# the data set's completions.
-DRAWN: dict[Style, frozenset[str]] = {
-    "batch": frozenset({"prompts", "completions", "completion_ids"}),
-    "sample": frozenset({"prompt", "completion", "completion_ids", "state"}),
-    "verl": frozenset({"solution_str"}),
+# For functions that spell them out. Of these, `step` alone is the same for all samples of a batch.
+_OF_RUN = ("group", "truncated", "finish_reason", "step", "seed")
+# What a function gets by name, by its style. A column of the data set with such a name wins, and so do kwargs over
+# `_OF_RUN`.
+INJECTED: dict[Style, tuple[str, ...]] = {
+    "batch": ("prompts", "completions", "completion_ids", *_OF_RUN),
+    "sample": ("prompt", "completion", "completion_ids", "info", "task", *_OF_RUN),
+    "verl": ("data_source", "extra_info", *_OF_RUN),
 }
-_PROVIDED: dict[Style, tuple[str, ...]] = {
-    "batch": ("prompts", "completions", "completion_ids"),
-    "sample": ("prompt", "completion", "completion_ids", "state", "info", "task"),
-    "verl": ("data_source", "solution_str", "extra_info"),
-}
+# The same, where a column does not win: each is an object of the style's own.
+FIXED: dict[Style, tuple[str, ...]] = {"batch": (), "sample": ("state",), "verl": ("solution_str",)}
+# Of `INJECTED`, what a column usually replaces on purpose.
+_DEFAULTS = ("info", "task", "data_source", "extra_info")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,10 @@ class BoundReward:
     parameters: frozenset[str]  # names the function spells out
     takes_any: bool  # whether it has **kwargs
     columns: tuple[str, ...]  # dataset columns the function reads, in dataset order
+    replacing: tuple[str, ...]  # of these, those it gets in place of an injected value
     takes_completion_ids: bool
     needs_completion_ids: bool  # whether it cannot be called without them
+    takes_group: bool  # whether it gets the completions of the same prompt by the name `group`
     kwargs: Mapping[str, Any]
 
     def accepts(self, name: str) -> bool:
@@ -85,20 +89,31 @@ class BoundReward:
         completions: Sequence[Any],
         columns: Mapping[str, Sequence[Any]],
         completion_ids: Sequence[Sequence[int]] | None,
+        of_run: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Keyword arguments of one call of a batch function; every list has one entry per completion."""
-        offered = {name: list(columns[name]) for name in self.columns}
-        offered |= {"prompts": list(prompts), "completions": list(completions)}
+        """Keyword arguments of one call of a batch function; every list has one entry per completion.
+
+        of_run: values by the names at the end of `INJECTED`, which go to a function that spells them out.
+        """
+        offered = {"prompts": list(prompts), "completions": list(completions)}
         if completion_ids is not None:
             offered["completion_ids"] = list(completion_ids)
+        offered |= self._spelled_out(of_run)
+        offered |= {name: list(columns[name]) for name in self.columns}
         return self._accepted(offered)
 
     def sample_arguments(
-        self, prompt: Any, completion: Any, row: Mapping[str, Any], completion_ids: Sequence[int] | None
+        self,
+        prompt: Any,
+        completion: Any,
+        row: Mapping[str, Any],
+        completion_ids: Sequence[int] | None,
+        of_run: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Keyword arguments of one call of a per-sample or verl function; `row` maps column names to values."""
+        columns = {name: row[name] for name in self.columns}
         if self.style == "verl":
-            offered = {name: row[name] for name in self.columns if name in self.parameters}
+            offered = self._spelled_out(of_run) | columns
             offered |= {
                 "data_source": row.get("data_source", ""),
                 "solution_str": completion_text(completion),
@@ -109,13 +124,17 @@ class BoundReward:
                 value = row[source]
                 offered["ground_truth"] = value["ground_truth"] if source == "reward_model" else value
             return self._accepted(offered, any_name=False)
-        offered = {"info": {}, "task": "default"} | {name: row[name] for name in self.columns}
-        offered |= {"prompt": prompt, "completion": completion}
+        drawn = {"prompt": prompt, "completion": completion}
         if completion_ids is not None:
-            offered["completion_ids"] = completion_ids
+            drawn["completion_ids"] = completion_ids
+        defaults = {"info": {}, "task": "default"}
+        offered = defaults | drawn | self._spelled_out(of_run) | columns
         if self.accepts("state"):
-            offered["state"] = {"answer": ""} | offered
+            offered["state"] = {"answer": ""} | defaults | columns | drawn
         return self._accepted(offered)
+
+    def _spelled_out(self, values: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {name: value for name, value in (values or {}).items() if name in self.parameters}
 
     def _accepted(self, offered: dict[str, Any], any_name: bool = True) -> dict[str, Any]:
         kept = {
@@ -170,9 +189,8 @@ def bind(
 ) -> BoundReward:
     """Recognise the style of a reward function and check that something provides each of its required arguments.
 
-    `kwargs` win over a column of the same name, and what the policy wrote wins over both (`DRAWN`, by the function's
-    style). `name` is used in messages only. `calls`: how it may be called, where that is not left to the function's own
-    mark.
+    `kwargs` win over a column of the same name, and a column wins over what is injected under its name (`INJECTED`).
+    `name` is used in messages only. `calls`: how it may be called, where that is not left to the function's own mark.
 
     Raises ValueError naming the function, the argument, what is available, and the way out.
     """
@@ -191,10 +209,10 @@ def bind(
             "none here; let it take prompt and completion, and columns of the data set such as answer"
         )
     style = _style(named, takes_any, label)
-    columns = [column for column in available_columns if column not in DRAWN[style]]
+    columns = [column for column in available_columns if column not in FIXED[style]]
     _check_kwargs(kwargs, named, takes_any, style, label)
 
-    provided = {*_PROVIDED[style], *columns, *kwargs}
+    provided = {*INJECTED[style], *FIXED[style], *columns, *kwargs}
     if style == "verl" and _ground_truth_column(columns) is not None:
         provided.add("ground_truth")
     for parameter in named.values():
@@ -206,22 +224,34 @@ def bind(
         read = {*columns}  # the state holds the whole row
     if style == "verl":
         read |= {"data_source", "extra_info", _ground_truth_column(columns)}
-    ids = named.get("completion_ids")
+    ids, has_ids = named.get("completion_ids"), "completion_ids" in INJECTED[style]
+    is_drawn = has_ids and "completion_ids" not in columns  # and not a column's
+    takes_group = "group" in named and "group" not in {*columns, *kwargs}
     return BoundReward(
         function=function,
         style=style,
         is_async=inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__),
-        calls=_calls(function, style, calls, label),
+        calls=_calls(function, style, calls, label, takes_group),
         parameters=frozenset(named),
         takes_any=takes_any,
         columns=tuple(column for column in columns if column in read),
-        takes_completion_ids=style != "verl" and (takes_any or ids is not None),
-        needs_completion_ids=ids is not None and ids.default is ids.empty,
+        replacing=tuple(
+            column
+            for column in columns
+            if column in INJECTED[style]
+            and column not in (*_DEFAULTS, *kwargs)
+            and (column in named or (takes_any and style != "verl" and column not in _OF_RUN))
+        ),
+        takes_completion_ids=has_ids and (takes_any or ids is not None) and (is_drawn or style == "sample"),
+        needs_completion_ids=is_drawn and ids is not None and ids.default is ids.empty,
+        takes_group=takes_group,
         kwargs=dict(kwargs),
     )
 
 
-def _calls(function: Callable[..., Any], style: Style, said: Calls | None, label: str) -> Calls | None:
+def _calls(
+    function: Callable[..., Any], style: Style, said: Calls | None, label: str, takes_group: bool
+) -> Calls | None:
     """How the function may be called, from the recipe or its mark; None where neither says."""
     alone, group = (getattr(function, name, None) for name in ("elementwise", "needs_group"))
     if said is None and group is True:
@@ -232,7 +262,14 @@ def _calls(function: Callable[..., Any], style: Style, said: Calls | None, label
         said = "needs_group"
     if said is None and isinstance(alone, bool):
         said = "elementwise" if alone else "whole_batch"
-    if style == "batch":
+    if takes_group and said == "elementwise":
+        raise ValueError(
+            f"{label}: it takes 'group', all completions of a prompt, so it does not judge each by itself, as "
+            "elementwise says; drop one of them"
+        )
+    if takes_group and said is None:
+        said = "needs_group"
+    if style == "batch" or (takes_group and said == "needs_group"):
         return said
     if said in ("needs_group", "whole_batch"):
         raise ValueError(
@@ -289,7 +326,7 @@ def _style(named: Collection[str], takes_any: bool, label: str) -> Style:
 
 def _check_kwargs(kwargs: Mapping[str, Any], named: Collection[str], takes_any: bool, style: Style, label: str) -> None:
     for key in kwargs:
-        if key in _PROVIDED[style]:
+        if key in {*INJECTED[style], *FIXED[style]} and key not in _OF_RUN:
             raise ValueError(f"{label}: kwargs must not hold {key!r}, which comes from the rollout")
         if key not in named and not takes_any:
             near = difflib.get_close_matches(key, named, n=1)
@@ -305,10 +342,42 @@ def _ground_truth_column(columns: Collection[str]) -> str | None:
 def _nothing_provides(argument: str, style: Style, columns: Sequence[str], label: str) -> str:
     if argument in ("trainer_state", "log_extra", "log_metric"):
         return f"{label}: argument {argument!r} is an object of TRL's trainer, which is not here; give it a default"
-    near = difflib.get_close_matches(argument, columns, n=1)
-    hint = f"did you mean the column {near[0]!r}? " if near else ""
+    injected = [*FIXED[style], *INJECTED[style]]
+    near = difflib.get_close_matches(argument, [*columns, *injected], n=1)
+    hint = f"did you mean {'the column ' if near[0] in columns else ''}{near[0]!r}? " if near else ""
     return (
         f"{label}: nothing provides the argument {argument!r} ({style} function); available are "
-        f"{', '.join(_PROVIDED[style])} and the dataset columns ({', '.join(columns) or 'none'}). {hint}"
+        f"{', '.join(injected)} and the dataset columns ({', '.join(columns) or 'none'}). {hint}"
         f"Map a dataset column to that name (data.columns), add it to the reward's kwargs, or give it a default"
     )
+
+
+def column_notes(columns: Sequence[str], functions: Sequence[tuple[str, Style, Collection[str]]]) -> list[str]:
+    """A line for each column of the data set that a function gets in place of what is injected under its name, and for
+    each that it cannot get.
+
+    functions: of each its name, its style, and its `BoundReward.replacing`.
+    """
+    lines = []
+    for column in columns:
+        rename = f"data.columns.data_{column}={column}"
+        winners = [name for name, _, replacing in functions if column in replacing]
+        losers = [name for name, style, _ in functions if column in FIXED[style]]
+        if winners:
+            risk = ""
+            if column in ("completion", "completions", "completion_ids"):
+                risk = " it judges the data set and not the policy, whatever is drawn;"
+            lines.append(
+                f"reward {_names(winners)} gets the data set's column {column!r} in place of the run's own value of "
+                f"that name:{risk} data.columns hands the column over under another name, for example {rename}"
+            )
+        if losers:
+            lines.append(
+                f"the data set's column {column!r} does not reach reward {_names(losers)}: under that name it "
+                f"gets an object of the run; data.columns hands it over under another name, for example {rename}"
+            )
+    return lines
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))

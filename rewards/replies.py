@@ -5,8 +5,8 @@ that is no reply to the request raises `BrokenWorker`. Nothing here takes more t
 are cut to one line of at most `MAX_TEXT` bytes. A well-formed reply to the request is taken: what a function does to
 its own rewards inside its own worker cannot be seen from here.
 
-    {"nonce": n, "op": "loaded", "style", "is_async", "calls", "columns", "takes_completion_ids",
-        "needs_completion_ids"}
+    {"nonce": n, "op": "loaded", "style", "is_async", "calls", "columns", "replacing",
+        "takes_completion_ids", "needs_completion_ids", "takes_group"}
     {"nonce": n, "op": "refused", "error"}
     {"nonce": n, "op": "result", "index", "value", "kind", "message"}
     {"nonce": n, "op": "done", "kind", "message"}
@@ -41,8 +41,10 @@ class LoadedFunction:
     is_async: bool
     calls: Calls | None
     columns: tuple[str, ...]
+    replacing: tuple[str, ...]
     takes_completion_ids: bool
     needs_completion_ids: bool
+    takes_group: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,17 +107,20 @@ def read_load_reply(frame: bytes, nonce: str, columns: Collection[str]) -> Loade
         return Refused(one_line(fields["error"]))
     if fields["op"] != "loaded":
         raise BrokenWorker(f"the operation {_shown(fields['op'])} where a function was to be loaded")
-    flags = ("is_async", "takes_completion_ids", "needs_completion_ids")
-    _check(fields, {**dict.fromkeys(flags, bool), "style": str, "calls": (str, type(None)), "columns": list})
+    lists, flags = ("columns", "replacing"), ("is_async", "takes_completion_ids", "needs_completion_ids", "takes_group")
+    _check(
+        fields, {**dict.fromkeys(flags, bool), "style": str, "calls": (str, type(None)), **dict.fromkeys(lists, list)}
+    )
     if fields["style"] not in get_args(Style):
         raise BrokenWorker(f"the style {_shown(fields['style'])}")
     if fields["calls"] not in (*get_args(Calls), None):
         raise BrokenWorker(f"the way to be called {_shown(fields['calls'])}")
-    read = fields["columns"]
-    if not all(isinstance(name, str) and name in columns for name in read) or len({*read}) < len(read):
-        raise BrokenWorker(f"columns that are not the data set's: {_shown(read)}")
-    told = {name: fields[name] for name in ("style", "calls", *flags)}
-    return LoadedFunction(columns=tuple(read), **told)
+    for read in (fields[name] for name in lists):
+        if not all(isinstance(name, str) and name in columns for name in read) or len({*read}) < len(read):
+            raise BrokenWorker(f"columns that are not the data set's: {_shown(read)}")
+    told: dict[str, Any] = {name: fields[name] for name in ("style", "calls", *flags)}
+    told |= {name: tuple(fields[name]) for name in lists}
+    return LoadedFunction(**told)
 
 
 def read_run_reply(frame: bytes, nonce: str, size: int) -> Result | Done:

@@ -7,7 +7,8 @@ number or None per sample and function, and an account of everything that went w
 The start decides how a function may be called, and it is never called with fewer completions:
 
     elementwise   one completion a call, spread over the workers; per-sample functions, and batch functions so marked
-    needs_group   one group a call, anywhere; batch functions so marked
+    needs_group   one group a call, anywhere; batch functions so marked, or that take `group`. A per-sample function
+                  that takes `group` gets one completion a call, once the group is whole
     whole_batch   the whole batch in one call, always in the same worker: it may compare what it likes, and keep state
 
 A batch function without a mark is tried, in workers that are replaced afterwards. It is elementwise if one call with
@@ -32,11 +33,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-from rewards.batch import FAILURES, Batch, BatchInputs, RewardResult, Share, merge_results, replace_function
-from rewards.contract import DRAWN, Calls, RewardSpec, Style, check_specs
+from rewards.batch import FAILURES, Batch, BatchInputs, Drawn, RewardResult, Share, merge_results, replace_function
+from rewards.contract import Calls, RewardSpec, Style, check_specs, column_notes
 from rewards.doubt import Doubt, agree, second_best
 from rewards.environment import check_memory_gb, worker_environment
 from rewards.log import RewardLog
+from rewards.moment import Moment
 from rewards.probe import Probe, Trial, probes, shows_how_it_judges
 from rewards.process import WorkerProcess, load_request, poll
 from rewards.protocol import encode
@@ -68,6 +70,7 @@ class RewardRunner:
       batches.
     share: the part of each batch that this process judges, where several processes call this with the same batches. All
       of them get the results of the whole batch. None: everything.
+    moment: where the run stands until a batch says otherwise, in the checks of the start too.
 
     Raises ValueError when a spec or an argument is invalid, a function does not import, or nothing provides one of
     its arguments.
@@ -86,6 +89,7 @@ class RewardRunner:
         memory_gb: float | None = None,
         rows: Sequence[tuple[Any, Mapping[str, Any]]] = (),
         share: Share | None = None,
+        moment: Moment | None = None,
     ):
         check_specs(specs)
         if num_workers < 1:
@@ -97,7 +101,7 @@ class RewardRunner:
         self.specs = tuple(specs)
         self.columns = tuple(columns)
         self._timeout = timeout_seconds
-        self._share = share
+        self._share, self._moment = share, moment or Moment()
         requests = [load_request(key, spec, self.columns) for key, spec in enumerate(specs)]
         self._log = None if log_path is None else RewardLog(log_path)
         log = None if self._log is None else self._log.descriptor
@@ -130,21 +134,26 @@ class RewardRunner:
         *,
         group_size: int = 1,
         names: Collection[str] | None = None,
+        finish_reasons: Sequence[str] | None = None,
+        moment: Moment | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> RewardResult:
         """Score one batch. Order and values depend on the functions only, never on which worker was faster.
 
         prompts, completions: strings or chat message lists, handed through unchanged.
         columns: one list per dataset column.
         completion_ids: token ids per completion.
-        group_size, names: see `begin`.
+        finish_reasons: "eos", "stop" or "length" per completion; None: all "eos".
+        group_size, names, moment, seeds: see `begin`.
 
         Failures of a function never raise. ValueError is for arguments whose lengths differ, a missing column, a value
         that cannot be sent, and completion_ids missing where a function requires them.
         """
-        given = {"prompts": prompts, **columns, "completion_ids": completion_ids}
+        given = {"prompts": prompts, **columns, "completion_ids": completion_ids, "finish_reasons": finish_reasons}
         _check_lengths(given, "completion", len(completions))
-        with self.begin(prompts, columns, group_size=group_size, names=names) as scoring:
-            scoring.add(range(len(completions)), completions, completion_ids)
+        options: dict[str, Any] = {"group_size": group_size, "names": names, "moment": moment, "seeds": seeds}
+        with self.begin(prompts, columns, **options) as scoring:
+            scoring.add(range(len(completions)), completions, completion_ids, finish_reasons)
             return scoring.result()
 
     @property
@@ -181,29 +190,19 @@ class RewardRunner:
     def why_not_alone(self, name: str) -> str:
         """Why this function is not called for one completion at a time, in words."""
         key = next(key for key, spec in enumerate(self.specs) if spec.name == name)
+        if self._functions[key].takes_group and self._calls[key] == "needs_group":
+            return "it takes `group`, the completions of the same prompt"
         return self._reasons.get(key) or f"it is marked so ({self._calls[key]})"
 
     def notes(self) -> list[str]:
-        """A line with the finding for each function that was tried, and a line for each dataset column that functions
-        do not get, because they get what the policy wrote under its name.
+        """A line with the finding for each function that was tried, and for each dataset column whose name is also that
+        of something the run provides.
         """
-        return [self._note(key) for key in self._reasons] + self._hidden_columns()
-
-    def _hidden_columns(self) -> list[str]:
-        lines = []
-        for column in self.columns:
-            hidden_from = [
-                repr(spec.name)
-                for spec, function in zip(self.specs, self._functions, strict=True)
-                if column in DRAWN[function.style]
-            ]
-            if hidden_from:
-                lines.append(
-                    f"the data set's column {column!r} does not reach reward {', '.join(hidden_from)}: under that name "
-                    f"a function gets what was drawn; data.columns hands the column over under another name, for "
-                    f"example data.columns.data_{column}={column}"
-                )
-        return lines
+        functions: list[tuple[str, Style, Collection[str]]] = [
+            (spec.name, function.style, function.replacing)
+            for spec, function in zip(self.specs, self._functions, strict=True)
+        ]
+        return [self._note(key) for key in self._reasons] + column_notes(self.columns, functions)
 
     def _note(self, key: int) -> str:
         title, way_out = f"reward {self.specs[key].name!r}", "in its entry of rewards.functions"
@@ -225,17 +224,22 @@ class RewardRunner:
         *,
         group_size: int = 1,
         names: Collection[str] | None = None,
+        moment: Moment | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> "Scoring":
         """Begin to score a batch whose completions come later, in any order; see `Scoring`.
 
         prompts, columns: one entry per sample, as for `score`; a prompt stands once for each of its completions.
         group_size: completions of each prompt, which are consecutive.
         names: the functions to call; None: all.
+        moment: where the run stands; None: as at the start. seeds: a number per sample; None: its place in the batch.
 
         ValueError where a function that needs groups would be called for groups of one.
         """
         keys = [key for key, spec in enumerate(self.specs) if names is None or spec.name in names]
-        return self._begin(prompts, columns, [*self._calls], keys, group_size, self._share, self._compare)
+        return self._begin(
+            prompts, columns, [*self._calls], keys, group_size, self._share, self._compare, moment, seeds
+        )
 
     def _begin(
         self,
@@ -246,6 +250,8 @@ class RewardRunner:
         group_size: int,
         share: Share | None = None,
         review: Review | None = None,
+        moment: Moment | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> "Scoring":
         if len(prompts) % group_size:
             raise ValueError(f"the batch must hold whole groups of {group_size}, got {len(prompts)} samples")
@@ -259,10 +265,12 @@ class RewardRunner:
         missing = sorted(wanted - {*columns})
         if missing:
             raise ValueError(f"score needs the columns {sorted(wanted)}, got no {missing[0]!r}")
-        _check_lengths(columns, "prompt", len(prompts))
+        _check_lengths({**columns, "seeds": seeds}, "prompt", len(prompts))
         inputs = BatchInputs(
             prompts=encode(list(prompts), "prompts"),
             columns={name: encode(list(columns[name]), f"column {name!r}") for name in sorted(wanted)},
+            seeds=range(len(prompts)) if seeds is None else [int(seed) for seed in seeds],
+            moment=moment or self._moment,
         )
         num_workers = len(self._workers)
         batch = Batch(self.specs, self._functions, calls, keys, inputs, group_size, self._timeout, num_workers, share)
@@ -299,7 +307,7 @@ class RewardRunner:
         again = batch.again(of_all, [key])
         size = len(batch.inputs.prompts)
         with Scoring(self.specs, self._functions, self._workers, again, size, self._share) as scoring:
-            scoring.add_encoded(batch.inputs.completions, batch.inputs.completion_ids or None)
+            scoring.add_encoded(batch.inputs.drawn)
             return scoring.result()
 
     def style(self, name: str) -> Style:
@@ -462,7 +470,7 @@ class Scoring:
         self._specs, self._functions, self._workers = specs, functions, workers
         self._batch = batch
         self._size, self._left = num_samples, set(range(num_samples))
-        self._arrivals: list[tuple[dict[int, Any], dict[int, list[int]] | None]] = []
+        self._arrivals: list[dict[int, Drawn]] = []
         self._changed = threading.Condition()  # guards _arrivals, _left and _stopped; the batch belongs to the thread
         self._stopped = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards")
@@ -484,13 +492,16 @@ class Scoring:
         samples: Sequence[int],
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
+        finish_reasons: Sequence[str] | None = None,
     ) -> None:
         """Adds completions of these samples (places in the batch). Each may be added once.
+
+        finish_reasons: see `RewardRunner.score`.
 
         Raises ValueError for arguments whose lengths differ, a value that cannot be sent, completion_ids missing where
         a function requires them, and a sample that is not in the batch or came before.
         """
-        given = {"completions": completions, "completion_ids": completion_ids}
+        given = {"completions": completions, "completion_ids": completion_ids, "finish_reasons": finish_reasons}
         _check_lengths(given, "sample", len(samples))
         for spec, function in zip(self._specs, self._functions, strict=True):
             if function.needs_completion_ids and completion_ids is None:
@@ -504,17 +515,18 @@ class Scoring:
             if sample not in left:
                 raise ValueError(f"sample {sample} of the batch came before")
             left.remove(sample)
-        ready = dict(zip(samples, encode(list(completions), "completions"), strict=True))
-        ids = None
-        if completion_ids is not None:
-            ids = {sample: [int(token) for token in row] for sample, row in zip(samples, completion_ids, strict=True)}
-        self.add_encoded(ready, ids)
+        texts = encode(list(completions), "completions")
+        drawn = {}
+        for place, sample in enumerate(samples):
+            ids = None if completion_ids is None else [int(token) for token in completion_ids[place]]
+            drawn[sample] = Drawn(texts[place], ids, "eos" if finish_reasons is None else str(finish_reasons[place]))
+        self.add_encoded(drawn)
 
-    def add_encoded(self, completions: dict[int, Any], completion_ids: dict[int, list[int]] | None) -> None:
+    def add_encoded(self, drawn: dict[int, Drawn]) -> None:
         """`add` for values, by sample, that were checked and are in their JSON form."""
         with self._changed:
-            self._left = self._left - {*completions}
-            self._arrivals.append((completions, completion_ids))
+            self._left = self._left - {*drawn}
+            self._arrivals.append(drawn)
             self._changed.notify()
 
     def result(self, timeout: float | None = None) -> RewardResult:
@@ -550,8 +562,8 @@ class Scoring:
                 whole = not self._left
                 if self._stopped:
                     return
-            for completions, completion_ids in arrivals:
-                self._batch.add(completions, completion_ids)
+            for drawn in arrivals:
+                self._batch.add(drawn)
             for position, worker in enumerate(self._workers):
                 if worker.task is None:
                     worker.start_task(self._batch.take(position))

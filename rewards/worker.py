@@ -6,7 +6,8 @@ failure. What it cannot survive (a hang, a crash) the runner sees from outside. 
 
     {"op": "load", "key": k, "spec": {...}, "columns": [...], "path": [...]}
         -> "loaded" or "refused"
-    {"op": "run", "key": k, "mode": m, "limit": seconds, "prompts", "completions", "columns", "completion_ids"}
+    {"op": "run", "key": k, "mode": m, "limit": seconds, "prompts", "completions", "columns", "completion_ids",
+        "finish_reasons", "seeds", "moment": {...}, "groups": {"members": [...], "group_of": [...]} or null}
         -> a "result" for each sample, then "done"
 
 The fields of a reply are in `rewards.replies`; each repeats the nonce of its request.
@@ -16,6 +17,7 @@ another; "together" runs an async function on all samples at once.
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import functools
 import inspect
@@ -33,7 +35,7 @@ from typing import Any, BinaryIO
 from rewards.contract import BoundReward, RewardSpec, bind, load_function
 from rewards.environment import missing_variable
 from rewards.protocol import HEADER, pack, unpack
-from rewards.replies import MAX_TEXT, Failure, one_line
+from rewards.replies import MAX_TEXT, Failure, LoadedFunction, one_line
 
 # How long a hung worker may outlive its time limit, or a busy one its parent, before it ends itself.
 _ORPHAN_SECONDS = 5.0
@@ -153,7 +155,7 @@ class _Worker:
         self._rewards[request["key"]] = bound
         if bound.is_async:
             _ = self._loop  # now, and not in the time of the first call
-        told = ("style", "is_async", "calls", "columns", "takes_completion_ids", "needs_completion_ids")
+        told = [field.name for field in dataclasses.fields(LoadedFunction)]
         self._reply(op="loaded", **{name: getattr(bound, name) for name in told})
 
     def _run_batch(self, bound: BoundReward, request: Mapping[str, Any]) -> Failure | None:
@@ -252,9 +254,24 @@ class _Worker:
 def _arguments(bound: BoundReward, request: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     ids = request["completion_ids"]
     columns = {name: values[rows] for name, values in request["columns"].items()}
+    of_samples = [_of_sample(request, index) for index in range(len(request["prompts"]))[rows]]
+    of_run = {name: [values[name] for values in of_samples] for name in of_samples[0]}
     return bound.batch_arguments(
-        request["prompts"][rows], request["completions"][rows], columns, None if ids is None else ids[rows]
+        request["prompts"][rows],
+        request["completions"][rows],
+        columns,
+        None if ids is None else ids[rows],
+        of_run | {"step": request["moment"]["step"]},
     )
+
+
+def _of_sample(request: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """What is injected for one sample beside what was drawn, by name."""
+    reason, groups = request["finish_reasons"][index], request["groups"]
+    values = {"truncated": reason == "length", "finish_reason": reason, "seed": request["seeds"][index]}
+    if groups is not None:
+        values["group"] = list(groups["members"][groups["group_of"][index]])  # its own: a function may sort it
+    return values
 
 
 def _call_one(bound: BoundReward, request: Mapping[str, Any], index: int) -> Any:
@@ -264,7 +281,9 @@ def _call_one(bound: BoundReward, request: Mapping[str, Any], index: int) -> Any
     ids = request["completion_ids"]
     row = {name: values[index] for name, values in request["columns"].items()}
     prompt, completion = request["prompts"][index], request["completions"][index]
-    return bound.function(**bound.sample_arguments(prompt, completion, row, None if ids is None else ids[index]))
+    of_run = _of_sample(request, index) | {"step": request["moment"]["step"]}
+    arguments = bound.sample_arguments(prompt, completion, row, None if ids is None else ids[index], of_run)
+    return bound.function(**arguments)
 
 
 def _batch_rewards(result: Any, size: int) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from rewards.moment import Moment
 from rewards.runner import RewardRunner
 from rl.config.load import Config
 from rl.data.prompts import PromptData, PromptRow
@@ -55,6 +56,7 @@ class Collector:
         self._config, self._sampler, self._runner, self._log = config, sampler, runner, log
         self._sampling, self._tokenizer = sampling, tokenizer
         self._rows, self._held_out = data.train, data.evaluated(config.eval)
+        self._epoch = 0.0  # how often the training rows were used up so far
         self._failures = FailureWatch(runner.specs, config.rewards.max_failed_share, config.health.patience)
 
     @property
@@ -98,7 +100,9 @@ class Collector:
           state: the weights to draw with; all randomness follows from its key and the step.
           position: how many rows, in the run's order, are used up.
         """
+        self._epoch = position / len(self._rows)
         groups = collect(self._config, self._rows, position, step, functools.partial(self._draw, state, step))
+        self._epoch = groups.position / len(self._rows)
         self._sampler.release()  # the weights are about to change
         self._failures.end_step()
         return groups
@@ -117,6 +121,7 @@ class Collector:
                 self._tokenizer,
                 self._sampling,
                 section.reward,
+                self._moment(steps_done),
             )
         return result.metrics()
 
@@ -134,12 +139,17 @@ class Collector:
             self._tokenizer,
             self._log.stopwatch,
             indices,
+            moment=self._moment(step),
+            seed=self._config.seed,
         )
         if self._runner.calls != calls:  # these completions showed that a function compares them
             check_calls(self._config, self._runner)
             self._say_what_is_left_out()
         scored = scored._replace(result=self._failures.add(scored.result))
         return judge(self._config, rows, scored, self._runner.specs)
+
+    def _moment(self, step: int) -> Moment:
+        return Moment(step, self._config.grpo.steps, self._epoch)
 
     def _say_what_is_left_out(self) -> None:
         if self._held_out and (problem := left_out_of_evaluation(self._runner, self._config.eval.reward)):

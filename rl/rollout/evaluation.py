@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from rewards.moment import Moment
 from rewards.rubric import summarize
 from rewards.runner import RewardRunner
 from rl.data.prompts import PromptRow
@@ -70,6 +71,7 @@ def evaluate(
     tokenizer: Tokenizer,
     sampling: SamplingParams,
     accuracy_reward: str | None,
+    moment: Moment | None = None,
 ) -> EvalResult:
     """Decodes every row greedily and scores it.
 
@@ -78,11 +80,12 @@ def evaluate(
         lengths, stop strings, logit bias and forbidden ids stay.
       accuracy_reward: the name of the reward function that counts; None: the first that judges each completion by
         itself. If there is none, nothing is judged.
+      moment: where the run stands, for reward functions; None: at its start.
     """
     plain, key = greedy(sampling), jax.random.key(0)
     names = runner.elementwise
     groups, texts, result = sample_and_score(
-        sampler, params, rows, 1, plain, key, runner, tokenizer, Stopwatch(), names=names
+        sampler, params, rows, 1, plain, key, runner, tokenizer, Stopwatch(), names=names, moment=moment
     )
     completions = [group[0] for group in groups]
     all_names = [spec.name for spec in runner.specs]

@@ -14,6 +14,7 @@ import jax
 from rewards.batch import RewardResult, Share
 from rewards.contract import Calls, RewardSpec
 from rewards.gold import check_on_gold
+from rewards.moment import Moment, sample_seed
 from rewards.runner import RewardRunner
 from rl.config.load import Config
 from rl.config.objects import function_of
@@ -64,6 +65,7 @@ def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.P
         memory_gb=section.memory_gb,
         rows=[(prompt_form(row.prompt), row.columns) for row in rows[:_ROWS_TO_TRY]],
         share=share,
+        moment=Moment(max_steps=config.grpo.steps),
     )
     for calls in hosts.gather(runner.calls):
         runner.adopt(calls)
@@ -90,12 +92,15 @@ def sample_and_score(
     watch: Stopwatch,
     prompt_indices: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
+    moment: Moment | None = None,
+    seed: int = 0,
 ) -> ScoredCompletions:
     """Draws completions of every row, and runs the reward functions on each as it ends, while others are still drawn.
 
     Args:
       key, prompt_indices: all randomness, see `Sampler.sample`.
       names: the reward functions to run; None: all.
+      moment: where the run stands; None: at its start. seed: of the run, for the seeds of reward functions.
       watch: "rollout" counts the time until the last completion, "reward" the time of the rewards after that.
     """
     row_B = [row for row in rows for _ in range(num_samples)]
@@ -105,11 +110,14 @@ def sample_and_score(
     texts: dict[int, str] = {}
     columns = {name: [row.columns.get(name) for row in row_B] for name in runner.columns}
     prompts = [prompt_form(row.prompt) for row in row_B]
-    with runner.begin(prompts, columns, group_size=num_samples, names=names) as scoring:
+    step = 0 if moment is None else moment.step
+    seeds = [sample_seed(seed, step, request.prompt_index, request.sample_index) for request in requests]
+    with runner.begin(prompts, columns, group_size=num_samples, names=names, moment=moment, seeds=seeds) as scoring:
         with watch.timer("rollout"), no_implicit_transfers():
             for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
                 done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
-                scoring.add([b], [completion_form(row_B[b].prompt, texts[b])], [completion.token_ids.tolist()])
+                form, ids = completion_form(row_B[b].prompt, texts[b]), completion.token_ids.tolist()
+                scoring.add([b], [form], [ids], [completion.finish_reason])
         with watch.timer("reward"):
             result = scoring.result()
     groups = [[done[p * num_samples + g] for g in range(num_samples)] for p in range(len(rows))]

@@ -12,6 +12,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from rewards.moment import Moment
 from rl.config.load import Config, override_values, require
 from rl.data.prompts import PromptData, fingerprint, held_out_fingerprint, load_pairs, load_prompts
 from rl.data.tokenizer import Tokenizer
@@ -75,7 +76,10 @@ def evaluate_source(
             if problem and accuracy_function(runner, config.eval.reward) is None:
                 raise ValueError(problem)
             sampler.expect([row.prompt_ids for row in rows])
-            result = evaluate(sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward)
+            moment = Moment(trained.step or 0, config.grpo.steps)
+            result = evaluate(
+                sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward, moment
+            )
         return result, "model.source" if trained.step is None else f"step {trained.step}"
 
 

@@ -26,7 +26,8 @@ LOADED = {
     "style": "batch",
     "calls": None,
     "columns": ["answer"],
-    **dict.fromkeys(("is_async", "takes_completion_ids", "needs_completion_ids"), False),
+    "replacing": [],
+    **dict.fromkeys(("is_async", "takes_completion_ids", "needs_completion_ids", "takes_group"), False),
 }
 
 
@@ -43,7 +44,7 @@ def test_replies_are_read():
     assert run_reply(value=None) == Result(1, None, None)
     assert run_reply(value=None, kind="exception", message="no") == Result(1, None, ("exception", "no"))
     assert run_reply(value=-1e6) == Result(1, -1e6, None)
-    assert load_reply() == LoadedFunction("batch", False, None, ("answer",), False, False)
+    assert load_reply() == LoadedFunction("batch", False, None, ("answer",), (), False, False, False)
     done = {"nonce": "n", "op": "done", "kind": "wrong_length", "message": "two for three"}
     assert read_run_reply(json.dumps(done).encode(), "n", 2) == Done(("wrong_length", "two for three"))
     refused = json.dumps({"nonce": "n", "op": "refused", "error": "no such file"}).encode()
@@ -95,8 +96,10 @@ def test_what_is_no_reply_to_a_task_is_refused(changes, words):
         ({"op": "result"}, "'result' where a function was to be loaded"),
         ({"style": "magic"}, "style 'magic'"),
         ({"is_async": 1}, "field is_async is 1"),
+        ({"takes_group": None}, "field takes_group is None"),
         ({"calls": "never"}, "the way to be called 'never'"),
         ({"columns": ["gold"]}, "columns that are not the data set's"),
+        ({"replacing": ["gold"]}, "columns that are not the data set's"),
         ({"columns": ["answer", "answer"]}, "columns that are not"),
         ({"columns": [["answer"]]}, "columns that are not"),
         ({"columns": {"answer": 1}}, "field columns"),

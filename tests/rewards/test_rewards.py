@@ -18,6 +18,7 @@ import pytest
 from rewards.contract import RewardSpec, bind, check_specs, elementwise, load_function
 from rewards.format import format_regex
 from rewards.length import length_penalty
+from rewards.moment import sample_seed
 from rewards.number import exact_number_flexible, exact_number_strict, gold_number, last_number, strict_number
 from rewards.protocol import HEADER, decode, encode, pack, unpack
 from rewards.rubric import RewardSummary, summarize, weighted_sum
@@ -100,9 +101,10 @@ def test_batch_function_gets_only_the_columns_it_names():
 
 
 def test_batch_function_with_any_keyword_gets_every_column_token_ids_and_its_kwargs():
-    bound = bind(trl_style, ["answer", "level", "completions", "completion_ids"], {"scale": 2})
-    assert bound.columns == ("answer", "level")  # the completions and their ids are those that were drawn
-    arguments = bound.batch_arguments(["p"], ["c"], {"answer": ["a"], "level": [3]}, [[7]])
+    bound = bind(trl_style, ["answer", "level"], {"scale": 2})
+    assert bound.columns == ("answer", "level")
+    of_run = {"step": 3, "seed": [5], "truncated": [True]}  # for functions that spell them out
+    arguments = bound.batch_arguments(["p"], ["c"], {"answer": ["a"], "level": [3]}, [[7]], of_run)
     assert arguments == {
         "prompts": ["p"],
         "completions": ["c"],
@@ -153,31 +155,42 @@ def test_verl_function_gets_its_four_arguments(row, expected):
     assert arguments == expected | {"solution_str": "so 4"}
 
 
-def test_a_column_is_hidden_by_what_was_drawn_under_its_name_and_by_nothing_else():
-    names = ["completion", "completion_ids", "completions", "prompts", "solution_str", "state"]
+def test_a_column_wins_over_what_is_injected_under_its_name_but_over_no_object_of_the_style():
+    names = ["completion", "completion_ids", "completions", "prompts", "solution_str", "state", "step"]
     row = {name: f"column {name}" for name in names}
-    batch = bind(lambda prompts, completions, **columns: None, names, {})
-    assert batch.batch_arguments(["p"], ["c"], {name: [value] for name, value in row.items()}, [[7]]) == {
-        **{name: [f"column {name}"] for name in ("completion", "solution_str", "state")},
-        "prompts": ["p"],
-        "completions": ["c"],
-        "completion_ids": [[7]],
-    }
-    sample = bind(lambda completion, state: None, names, {})
-    state = sample.sample_arguments("p", "c", row, [7])["state"]
+    batch = bind(lambda prompts, completions, step, **columns: None, names, {})
+    of_run = {"step": 3, "seed": [5], "truncated": [True], "finish_reason": ["length"]}
+    lists = {name: [value] for name, value in row.items()}
+    assert batch.batch_arguments(["p"], ["c"], lists, [[7]], of_run) == lists
+    assert not batch.takes_completion_ids
+    sample = bind(lambda completion, state, truncated, seed: None, names, {})
+    arguments = sample.sample_arguments("p", "c", row, [7], {"step": 3, "seed": 5, "truncated": True})
+    state = arguments.pop("state")  # of verifiers, who keeps what was drawn in it
+    assert arguments == {"completion": "column completion", "truncated": True, "seed": 5}
     assert (state["completion"], state["completion_ids"]) == ("c", [7])
     assert {name: state[name] for name in ("prompts", "completions")} == {
         name: f"column {name}" for name in ("prompts", "completions")
     }
-    verl = bind(lambda solution_str, completion_ids, completions=None: None, names, {})
-    assert verl.sample_arguments("p", "c", row, [7]) == {
+    verl = bind(lambda solution_str, completion_ids, seed, completions=None: None, names, {})
+    assert verl.sample_arguments("p", "c", row, [7], {"step": 3, "seed": 5}) == {
         "solution_str": "c",
         "completion_ids": "column completion_ids",
         "completions": "column completions",
+        "seed": 5,
     }
 
 
-def test_kwargs_win_over_a_column_of_the_same_name():
+def test_a_seed_of_a_sample_is_a_function_of_the_run_the_step_and_its_place():
+    places = [(seed, step, p, g) for seed in range(2) for step in range(5) for p in range(5) for g in range(5)]
+    seeds = [sample_seed(*place) for place in places]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert sample_seed(0, 0, 0, 0) == 1137562365
+
+
+def test_kwargs_win_over_a_column_and_an_injected_value_of_the_same_name():
+    constant = bind(lambda completion, seed: None, [], {"seed": 9})
+    assert constant.sample_arguments("p", "c", {}, None, {"seed": 1, "step": 0})["seed"] == 9
     bound = bind(lambda completion, level: None, ["level"], {"level": 9})
     assert bound.sample_arguments("p", "c", {"level": 1}, None)["level"] == 9
 
@@ -201,6 +214,14 @@ def test_required_token_ids_are_told():
         (verifiers_style, [], {}, ["verifiers_style", "'answer'", "none"]),
         (verl_style, ["question"], {}, ["'ground_truth'", "question"]),
         (lambda completions, trainer_state: None, [], {}, ["'trainer_state'", "TRL"]),
+        (
+            lambda prompt, trunkated: None,
+            ["level"],
+            {},
+            ["'trunkated'", "did you mean 'truncated'", "group, truncated"],
+        ),
+        (lambda completions, group: None, [], {"elementwise": 1}, ["'elementwise'", "its parameters"]),
+        (elementwise(lambda completions, group: None), [], {}, ["'group'", "drop one of them"]),
         (lambda completions, scale=1: None, [], {"scal": 2}, ["'scal'", "did you mean 'scale'"]),
         (lambda completions: None, [], {"other": 2}, ["'other'", "its parameters are completions"]),
         (lambda completions, **kwargs: None, [], {"prompts": 2}, ["'prompts'", "rollout"]),

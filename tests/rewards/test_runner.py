@@ -19,6 +19,7 @@ from rewards.contract import RewardSpec
 from rewards.environment import check_memory_gb
 from rewards.gold import check_on_gold
 from rewards.log import RewardLog
+from rewards.moment import Moment
 from rewards.probe import probes
 from rewards.runner import RewardRunner
 from tests.helpers.places import ROOT
@@ -180,7 +181,7 @@ def test_empty_batch_is_an_empty_result(write):
         result = scoring.result()
     assert (result.rewards, result.counts["f"], result.problems) == ([], counts(), [])
     batch = Batch(runner.specs, [], ["whole_batch"], [0], BatchInputs([], {}), 1, 5.0, 1)
-    batch.add({}, None)
+    batch.add({})
     assert batch.take(0) is None
 
 
@@ -1368,22 +1369,70 @@ def test_processes_that_share_a_batch_decide_alike_on_what_compares(write):
     assert first[1] == {"alone": "elementwise", "mixed": "whole_batch"}
 
 
-def test_a_column_that_the_drawn_values_hide_is_said_by_name_with_the_way_out(write):
+def test_a_column_with_the_name_of_an_injected_value_wins_and_the_start_says_so(write):
     spec = write("""
         def judge(prompts, completions, data_completions):
             return [float(c == d) for c, d in zip(completions, data_completions)]
         def ids(completions, completion_ids): return [float(len(row)) for row in completion_ids]
         judge.elementwise = ids.elementwise = True
-        def one(completion, state): return float(completion == state["prompts"])
+        def one(completion, state, seed): return float(completion == state["prompts"]) + seed
     """)
-    names = ["completion_ids", "completions", "data_completions", "prompts"]
+    names = ["completion_ids", "completions", "data_completions", "prompts", "state"]
     specs = [spec(name) for name in ("judge", "ids", "one")]
     with RewardRunner(specs, names, 1, 5.0) as runner:
-        of_ids, of_completions, of_prompts = runner.notes()
-        columns = {name: [name] * 2 for name in names}
-        result = runner.score(["p"] * 2, ["data_completions", "prompts"], columns, [[1], [1, 2]])
-    assert "column 'completion_ids' does not reach reward 'judge', 'ids', 'one': under that name" in of_ids
-    assert "column 'completions' does not reach reward 'judge', 'ids': under that name" in of_completions
+        of_ids, of_completions, of_prompts, of_state = runner.notes()
+        columns = {name: [name] * 2 for name in names} | {"completions": ["data_completions", "x"]}
+        result = runner.score(["p"] * 2, ["c", "prompts"], columns, [[1], [1, 2]], seeds=[10, 20])
+    assert "reward 'ids' gets the data set's column 'completion_ids' in place of the run's own value" in of_ids
+    assert "reward 'judge', 'ids' gets the data set's column 'completions'" in of_completions
+    assert "it judges the data set and not the policy, whatever is drawn" in of_completions
     assert of_completions.endswith("for example data.columns.data_completions=completions")
-    assert "column 'prompts' does not reach reward 'judge', 'ids': " in of_prompts
-    assert result.rewards == [[1.0, 1.0, 0.0], [0.0, 2.0, 1.0]]
+    assert of_prompts.startswith("reward 'judge' gets the data set's column 'prompts'")
+    assert "judges the data set" not in of_prompts
+    assert "column 'state' does not reach reward 'one': under that name it gets an object of the run" in of_state
+    assert result.rewards == [[1.0, 14.0, 10.0], [0.0, 14.0, 21.0]]
+
+
+INJECTED = """
+    def one(completion, group, truncated, finish_reason, step, seed):
+        seen = (group[seed % 2] == completion, truncated, finish_reason == "length", step == 7)
+        return sum(float(value) * 10**place for place, value in enumerate(seen))
+    async def later(prompt, completion, group): return float(group.index(completion))
+    def compute_score(solution_str, ground_truth, group, seed): return float(len(group)) + seed
+    def lists(completions, group, truncated, finish_reason, step, seed):
+        sizes.append(len(completions))
+        same = [(g[s % 2] == c, t, f == "length", step == 7)
+                for c, g, t, f, s in zip(completions, group, truncated, finish_reason, seed, strict=True)]
+        group[0].clear()  # each list is its sample's own
+        return [sum(float(value) * 10**place for place, value in enumerate(seen)) for seen in same]
+    sizes = []
+    def whole(completions, group): return [float(len(completions)) + len(g) for g in group]
+    whole.elementwise = False
+    def numbers(completions, truncated, **columns): return [float(t) + len(columns) for t in truncated]
+"""
+
+
+def test_values_of_the_run_reach_the_functions_that_spell_them_out(write):
+    spec = write(INJECTED)
+    specs = [spec(name) for name in ("one", "later", "compute_score", "lists", "whole", "numbers")]
+    completions, reasons = ["a", "b", "c", "d"], ["eos", "length", "stop", "length"]
+    moment = Moment(7, 9, 0.5)
+    with RewardRunner(specs, ["answer"], 2, 5.0, rows=[("p", {"answer": "x"}), ("q", {"answer": "y"})]) as runner:
+        grouped = dict.fromkeys(("one", "later", "compute_score", "lists"), "needs_group")
+        assert runner.calls == {**grouped, "whole": "whole_batch", "numbers": "whole_batch"}
+        assert runner.why_not_alone("one") == "it takes `group`, the completions of the same prompt"
+        columns = {"answer": ["x"] * 4}
+        with runner.begin(["p", "p", "q", "q"], columns, group_size=2, moment=moment) as scoring:
+            for b in (3, 0, 2, 1):  # no group is whole before the third
+                scoring.add([b], [completions[b]], [[b]], [reasons[b]])
+            result = scoring.result()
+        with pytest.raises(ValueError, match=r"'one' compares the completions of a prompt"):
+            runner.score(["p"], ["a"], {"answer": ["x"]})
+    seen = [1001.0, 1111.0, 1001.0, 1111.0]
+    assert column(result, 0) == seen
+    assert column(result, 1) == [0.0, 1.0, 0.0, 1.0]
+    assert column(result, 2) == [2.0, 3.0, 4.0, 5.0]
+    assert column(result, 3) == seen
+    assert column(result, 4) == [6.0] * 4
+    assert [value - column(result, 5)[0] for value in column(result, 5)] == [0.0, 1.0, 0.0, 1.0]
+    assert result.problems == []

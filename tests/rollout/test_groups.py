@@ -9,6 +9,7 @@ import pytest
 
 from rewards.batch import RewardResult
 from rewards.contract import RewardSpec
+from rewards.moment import Moment, sample_seed
 from rewards.runner import RewardRunner
 from rl.config.load import load_config
 from rl.data.prompts import PromptRow
@@ -73,7 +74,9 @@ def test_completions_are_judged_while_others_are_drawn_and_stand_in_order(tmp_pa
 def test_rewards_judge_the_whole_answer_where_the_prompt_began_it(tmp_path):
     path = tmp_path / "rewards.py"
     path.write_text(
-        "def judge(prompts, completions, **columns):\n    return [seen(*x) for x in zip(prompts, completions)]\n"
+        "def judge(prompts, completions, truncated, finish_reason, seed, step, **columns):\n"
+        "    assert (step, truncated, finish_reason) == (5, [True] * len(prompts), ['length'] * len(prompts))\n"
+        "    return [seen(*x) + s % 1000 for *x, s in zip(prompts, completions, seed)]\n"
     )
     with path.open("a") as file:
         file.write("def seen(prompt, completion):\n")
@@ -84,10 +87,22 @@ def test_rewards_judge_the_whole_answer_where_the_prompt_began_it(tmp_path):
     with RewardRunner([RewardSpec("judge", f"{path}:judge", 1.0, {}, "elementwise")], [], 1, 5.0) as runner:
         sampler = OneByOne(lambda tokens: True)
         scored = sample_and_score(
-            sampler, {}, rows, 2, SamplingParams(2), jax.random.key(0), runner, Letters(), Stopwatch()
+            sampler,
+            {},
+            rows,
+            2,
+            SamplingParams(2),
+            jax.random.key(0),
+            runner,
+            Letters(),
+            Stopwatch(),
+            prompt_indices=[4],
+            moment=Moment(5, 9),
+            seed=3,
         )
     assert scored.texts == ["aa", "ab"], "what was drawn"
-    assert scored.result.rewards == [[1.0], [0.0]]
+    seeds = [sample_seed(3, 5, 4, g) % 1000 for g in range(2)]
+    assert scored.result.rewards == [[1.0 + seeds[0]], [0.0 + seeds[1]]]
 
 
 def completion_of(p, g, finish_reason):
