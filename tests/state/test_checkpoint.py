@@ -456,15 +456,21 @@ def test_a_save_that_saves_nothing_is_an_error(copied):
     writer.close()
 
 
-@pytest.fixture
-def runs(tmp_path):
-    """Two runs with ids, each with steps 3 and 5."""
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(json.dumps({"run": name}))
+        (folder / name).mkdir()
+        (folder / name / "run.json").write_text(json.dumps({"run": name}))
         for step in (3, 5):
-            write(tmp_path / name, step)
-    return tmp_path / "one", tmp_path / "two"
+            write(folder / name, step)
+    return folder
+
+
+@pytest.fixture
+def runs(two_runs, tmp_path):
+    """Two runs with ids, each with steps 3 and 5, that may be damaged."""
+    return tuple(pathlib.Path(shutil.copytree(two_runs / name, tmp_path / name)) for name in ("one", "two"))
 
 
 def test_a_checkpoint_of_another_run_is_damage(runs):

@@ -1,6 +1,7 @@
 """A reference that moves: the mix by hand, whole runs that are resumed, and what is refused."""
 
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +108,13 @@ def test_a_synced_reference_is_the_policy_of_that_step_and_survives_a_resume_in_
         assert_equal(saved(whole, step, "reference"), saved(whole, source, "state"))
     first, later = saved(whole, 1, "reference"), saved(whole, 2, "reference")
     assert any(np.abs(first[path] - later[path]).max() > 1e-3 for path in first)
-    # Stopped at step 3, where the reference is neither the start nor the policy.
-    train(recipe(tmp_path, "halves", "grpo.steps=3"))
-    halves = train(recipe(tmp_path, "halves", "pure_nnx=false"))
+    # The same run as a crash leaves it after step 3, where the reference is neither the start nor the policy.
+    halves = pathlib.Path(shutil.copytree(whole, tmp_path / "halves"))
+    for step in (4, 5):
+        shutil.rmtree(halves / "checkpoints" / str(step))
+    lines_before = (halves / "metrics.jsonl").read_bytes()
+    assert train(recipe(tmp_path, "halves", "pure_nnx=false")) == halves
+    assert (halves / "metrics.jsonl").read_bytes() != lines_before  # steps 4 and 5 are made again
     assert stable(whole) == stable(halves)
     for item in ("state", "reference"):
         assert_equal(saved(whole, 5, item), saved(halves, 5, item))
