@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax.numpy as jnp
@@ -413,8 +414,11 @@ def test_run_with_skipped_updates_resumes_as_if_it_had_never_stopped(recipe):
         assert {"seconds/rollout", "seconds/reward", "seconds/train", "seconds/checkpoint"} < seconds.keys()
         assert sum(seconds.values()) == pytest.approx(2 * line["seconds/step"])
         assert seconds["seconds/other"] >= 0
-    start(recipe, "halves", *settings, "grpo.steps=3")
-    halves = start(recipe, "halves", *settings)
+    halves = pathlib.Path(shutil.copytree(whole, recipe.parent / "halves"))
+    for step in (4, 5, 6):  # as if it had stopped after step 3
+        shutil.rmtree(halves / "checkpoints" / str(step))
+    start(recipe, "halves", *settings)
+    assert checkpoint_steps(halves) == [1, 2, 3, 4, 5, 6]
     stable = lambda folder: [  # noqa: E731
         {k: line[k] for k in ("step", "loss", "grad_norm", "lr", "skipped_updates", "kl", "reward/mean")}
         for line in read_metrics(folder)
