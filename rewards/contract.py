@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
+from rewards.extras import import_library
 from rewards.importing import _Function, import_function
 from rewards.text import completion_text
 
@@ -169,15 +170,17 @@ def load_function(spec: RewardSpec) -> Callable[..., Any]:
     A `.py` path is run as a file with its folder first on `sys.path`, as `python file.py` would; anything else is
     imported as a module. `sys.path` and `sys.modules` of the calling process change, so call it in a reward worker.
 
-    Raises ValueError when the text has no `:name`, the file or module does not import, or the attribute is missing or
-    not callable.
+    Raises ValueError when the text has no `:name`, the file or module does not import, the attribute is missing or not
+    callable, or a library that it is marked to need is missing.
     """
     label = f"reward {spec.name!r}"
     if spec.pickled is not None:
         from rewards.objects import from_bytes  # what it imports is not needed by other functions
 
         return from_bytes(spec.pickled, label)
-    return import_function(spec.function, label)
+    function = import_function(spec.function, label)
+    import_library(function, label)
+    return function
 
 
 def bind(

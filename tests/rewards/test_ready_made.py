@@ -1,6 +1,7 @@
 """Ready-made rewards: each on right answers and on junk, its settings, and its row in the documentation's table."""
 
 import re
+import sys
 
 import pytest
 
@@ -34,6 +35,13 @@ def score(function, completions, kwargs=None, ids=None, **row):
 def chat(text):
     return [{"role": "assistant", "content": text}]
 
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
 
 # function, kwargs, row, completions that get 1, completions that get 0 (in addition to JUNK)
 JUDGED = {
@@ -129,6 +137,44 @@ JUDGED = {
             *("3**8*1", "8*3//1", "3*8/(1-1)", "-" * 399 + "1", "__import__('os')"),
         ],
     ),
+    "JSON schema": (
+        "schema:json_schema",
+        {"schema": POINT},
+        {},
+        ['{"x": 1}', '```json\n{"x": 1}\n```', 'So:\n```\n{"x": 1}\n```\nOK', '<think>{}</think>{"x": 2}'],
+        [
+            *('{"x": "1"}', "{}", '{"x": 1, "y": 2}', '{"x": NaN}', '{"x": 1, "x": 1}', '{"x": 1} {"x": 1}'),
+            *("[" * 9999, '```\n{"x": 1}\n```\n```\n{"x": 1}\n```', '{"x": 1}</think>{}', "{'x': 1}"),
+        ],
+    ),
+    "JSON schema of the row": (
+        "schema:json_schema",
+        {},
+        {"schema": '{"$ref": "#/$defs/a", "$defs": {"a": {"const": 7}}}'},
+        ["7", " 7\n"],
+        ["8", '"7"', "7 7"],
+    ),
+    "ROUGE": (
+        "similarity:rouge",
+        {"rouge_type": "rouge2"},
+        {"answer": "the cat sat on the mat"},
+        ["The cat sat, on the mat!", "<think>A dog</think>the cat sat on the mat"],
+        ["mat the on sat cat the", "the", "<think>the cat sat on the mat</think>"],
+    ),
+    "edit distance": (
+        "similarity:edit_distance",
+        {},
+        {"answer": "\u00e9\u4e2d+2"},
+        [" \u00e9\u4e2d+2\n", "<think>x</think>\u00e9\u4e2d+2"],
+        ["wxyz"],
+    ),
+    "language": (
+        "language:language",
+        {"language": "de"},
+        {},
+        ["Heute scheint die Sonne, und wir gehen an den See.", "<think>Was?</think> Die Antwort ist nein."],
+        ["The sun is shining today.", "Le soleil brille aujourd'hui.", "123 456", "!?"],
+    ),
     "countdown with numbers to spare": (
         "countdown:countdown",
         {"all_numbers": False},
@@ -155,6 +201,8 @@ def test_right_answers_get_1_and_junk_gets_0(case):
         ("choice:multiple_choice", {"answer": "Paris"}, {}),
         ("choice:multiple_choice", {"answer": 7}, {"letters": "ABCD"}),
         ("format:regex_match", {"answer": " "}, {"regex_pattern": "."}),
+        ("similarity:rouge", {"answer": ""}, {}),
+        ("similarity:edit_distance", {"answer": "\n"}, {}),
     ],
 )
 def test_a_row_without_an_answer_cannot_be_judged(function, row, kwargs):
@@ -173,6 +221,29 @@ def test_partial_scores_are_those_of_the_sources():
     texts = ["a b a b a b", "a b c d", "A b a B", ""]  # by words, as open-r1's
     penalties = score("repetition:repetition_penalty", texts, {"ngram_size": 2, "max_penalty": -0.5, "unit": "words"})
     assert penalties == pytest.approx([-0.3, 0.0, -0.5 / 3, 0.0])
+    assert score("schema:json_schema", ['{"x": 1}', "{}", "{"], {"schema": POINT, "valid_json_score": 0.2}) == [
+        1,
+        0.2,
+        0,
+    ]
+    row = {"answer": "kitten on mats"}
+    distances = score("similarity:edit_distance", ["sitting on mats", "kitten"], **row)
+    assert distances == pytest.approx([12 / 15, 6 / 14])
+    assert score("similarity:edit_distance", ["kitten on"], {"unit": "words"}, **row) == pytest.approx([2 / 3])
+    assert score("similarity:edit_distance", ["kitten"], {"distance": "indel"}, **row) == pytest.approx([2 * 6 / 20])
+    row = {"answer": "the cat sat on the mat"}  # longest common subsequence: the cat the mat
+    for measure, expected in (("precision", 4 / 5), ("recall", 4 / 6), ("fmeasure", 8 / 11)):
+        assert score("similarity:rouge", ["the cat ate the mat"], {"measure": measure}, **row) == pytest.approx(
+            [expected]
+        )
+    assert score("similarity:rouge", ["cats sit"], {"rouge_type": "rouge1", "use_stemmer": True}, **row)[0] > 0.2
+    sure, unsure = score(
+        "language:language", ["Die Sonne scheint.", "No."], {"language": "de", "measure": "confidence"}
+    )
+    assert 0 <= unsure < sure <= 1
+    texts = ["<think>Le soleil brille.</think> The sun is shining.", "The sun.</think> Le soleil brille."]
+    among = {"languages": ["en", "fr"], "part": "answer"}
+    assert score("language:language", texts, among, language="FR") == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +257,18 @@ def test_partial_scores_are_those_of_the_sources():
         ("format:tag_count", {}, {"tags": "think"}, "tags must be a list.*'think'"),
         ("countdown:countdown", {"target": 1, "nums": [1]}, {"format_score": 1}, "format_score must be >= 0 and < 1"),
         ("countdown:countdown", {"target": 1, "nums": []}, {}, "nums must be a list of whole numbers"),
+        ("schema:json_schema", {}, {"schema": {"type": "thing"}}, "schema must be a JSON schema, got .*thing"),
+        ("schema:json_schema", {"schema": "["}, {}, "schema must be a JSON schema"),
+        ("schema:json_schema", {}, {"schema": {"$ref": "http://x.test/a"}}, r"\$refs into itself only, got .*x.test"),
+        ("schema:json_schema", {}, {"schema": {}, "valid_json_score": 1.0}, "valid_json_score must be"),
+        ("similarity:rouge", {"answer": "a"}, {"rouge_type": "rougeX"}, "rouge_type must be.*'rougeX'"),
+        ("similarity:rouge", {"answer": "a"}, {"measure": "f1"}, "measure must be.*'f1'"),
+        ("similarity:edit_distance", {"answer": "a"}, {"distance": "hamming"}, "distance must be.*'hamming'"),
+        ("similarity:edit_distance", {"answer": "a"}, {"unit": "tokens"}, "unit must be.*'tokens'"),
+        ("language:language", {}, {"language": "english"}, "ISO 639-1 codes.*'de'.*, got 'english'"),
+        ("language:language", {}, {"language": "en", "languages": ["de"]}, "languages must hold language .'en'"),
+        ("language:language", {}, {"language": "en", "measure": "share"}, "measure must be.*'share'"),
+        ("language:language", {}, {"language": "en", "part": "thought"}, "part must be.*'thought'"),
         ("repetition:repetition_penalty", {}, {"ngram_size": 0}, "ngram_size must be a whole number >= 1, got 0"),
         ("repetition:repetition_penalty", {}, {"max_penalty": 1}, "max_penalty must be <= 0, got 1"),
         ("repetition:repetition_penalty", {}, {"unit": "lines"}, "unit must be.*'lines'"),
@@ -197,12 +280,33 @@ def test_a_wrong_setting_is_refused_with_its_value(function, row, kwargs, words)
         score(function, ["1"], kwargs, **row)
 
 
+@pytest.mark.parametrize(
+    ("function", "library", "row", "kwargs", "extra"),
+    [
+        ("schema:json_schema", "jsonschema", {}, {"schema": {"title": "not read yet"}}, "rewards"),
+        ("similarity:rouge", "rouge_score.rouge_scorer", {"answer": "a"}, {"rouge_type": "rouge9"}, "rewards"),
+        ("similarity:edit_distance", "rapidfuzz.distance", {"answer": "a"}, {}, "rewards"),
+        ("language:language", "lingua", {}, {"language": "en", "languages": ["en", "sw"]}, "language"),
+    ],
+)
+def test_a_missing_library_is_told_with_the_extra_that_installs_it(monkeypatch, function, library, row, kwargs, extra):
+    spec = RewardSpec("mine", f"rewards.{function}", 1.0, kwargs)
+    bound = bind(load_function(spec), list(row), kwargs)
+    monkeypatch.setitem(sys.modules, library, None)
+    command = re.escape(f"pip install 'tandem-grpo[{extra}]'")
+    with pytest.raises(ValueError, match=f"reward 'mine': it needs the library {library}.*{command}"):
+        load_function(spec)  # at the start of a run
+    columns = {name: [value] for name, value in row.items()}
+    with pytest.raises(ModuleNotFoundError, match=command):  # elsewhere
+        bound.function(**bound.batch_arguments(["p"], ["1"], columns, None))
+
+
 def test_every_ready_made_reward_is_elementwise_and_has_a_row_in_the_table():
     page = (ROOT / "docs" / "ready-made-rewards.md").read_text()
     documented = re.findall(r"^\| `rewards\.(\w+:\w+)`", page, re.MULTILINE)
     written = []
     for path in sorted((ROOT / "rewards").glob("*.py")):
-        found = re.findall(r"^@elementwise\ndef (\w+)", path.read_text(), re.MULTILINE)
+        found = re.findall(r"^@elementwise\n(?:@.*\n)*def (\w+)", path.read_text(), re.MULTILINE)
         written += [f"{path.stem}:{name}" for name in found]
     assert sorted(documented) == sorted(written)
     for name in documented:

@@ -1,0 +1,95 @@
+"""Rewards: how close a completion is to a reference text (libraries `rouge-score` and `rapidfuzz`, extra `rewards`)."""
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rewards.contract import elementwise
+from rewards.extras import import_extra, needs_library
+from rewards.text import after_thinking, completion_text
+
+_ROUGE_TYPES = re.compile(r"rouge(?:[1-9]|L|Lsum)")
+_MEASURES = ("precision", "recall", "fmeasure")
+_DISTANCES = {"levenshtein": "Levenshtein", "indel": "Indel"}  # {its name here: its module in rapidfuzz.distance}
+
+
+@elementwise
+@needs_library("rouge_score.rouge_scorer", extra="rewards")
+def rouge(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    rouge_type: str = "rougeL",
+    measure: Literal["precision", "recall", "fmeasure"] = "fmeasure",
+    use_stemmer: bool = False,
+    **kwargs: Any,
+) -> list[float | None]:
+    """ROUGE of the completion against `answer`, in [0, 1]; None for an empty `answer`.
+
+    ROUGE-N counts the n-grams that both have, ROUGE-L takes the longest common subsequence of words, ROUGE-Lsum that of
+    each line (Lin 2004, https://aclanthology.org/W04-1013), as computed by Google's rouge-score: words are runs of a-z
+    and 0-9 in lower case, so this is for English. Only text behind the last `</think>` counts.
+
+    answer: the reference texts. rouge_type: rouge1 to rouge9, rougeL or rougeLsum. measure: precision, recall or their
+    harmonic mean. use_stemmer: compare Porter stems. Raises ValueError for another type or measure,
+    ModuleNotFoundError without `rouge-score`.
+    """
+    if not isinstance(rouge_type, str) or not _ROUGE_TYPES.fullmatch(rouge_type):
+        raise ValueError(f"rouge_type must be rouge1 to rouge9, rougeL or rougeLsum, got {rouge_type!r}")
+    if measure not in _MEASURES:
+        raise ValueError(f"measure must be one of {list(_MEASURES)}, got {measure!r}")
+    scorer = _rouge_scorer(rouge_type, use_stemmer)
+    judged: list[float | None] = []
+    for completion, gold in zip(completions, answer, strict=True):
+        reference = _text(gold)
+        text = after_thinking(completion_text(completion))
+        judged.append(float(getattr(scorer.score(reference, text)[rouge_type], measure)) if reference else None)
+    return judged
+
+
+@elementwise
+@needs_library("rapidfuzz.distance", extra="rewards")
+def edit_distance(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    answer: Sequence[Any],
+    distance: Literal["levenshtein", "indel"] = "levenshtein",
+    unit: Literal["characters", "words"] = "characters",
+    **kwargs: Any,
+) -> list[float | None]:
+    """1 - distance / the largest distance that texts of these lengths can have, in [0, 1]: 1 for equal texts, 0 for
+    texts that share nothing; None for an empty `answer`.
+
+    levenshtein: the fewest insertions, deletions and replacements, out of max(m, n). indel: without replacements, out
+    of m + n; its similarity is 2 LCS / (m + n), with the longest common subsequence. Computed by rapidfuzz. Only text
+    behind the last `</think>` counts, without white space at its ends.
+
+    answer: the reference texts. unit: what is inserted and deleted. Raises ValueError for another distance or unit,
+    ModuleNotFoundError without `rapidfuzz`.
+    """
+    if distance not in _DISTANCES:
+        raise ValueError(f"distance must be one of {list(_DISTANCES)}, got {distance!r}")
+    if unit not in ("characters", "words"):
+        raise ValueError(f'edit_distance unit must be "characters" or "words", got {unit!r}')
+    similarity = getattr(
+        import_extra("rapidfuzz.distance", "rewards", "edit_distance"), _DISTANCES[distance]
+    ).normalized_similarity
+    judged: list[float | None] = []
+    for completion, gold in zip(completions, answer, strict=True):
+        reference = _text(gold)
+        texts: list[Any] = [reference, after_thinking(completion_text(completion)).strip()]
+        if unit == "words":
+            texts = [text.split() for text in texts]
+        judged.append(float(similarity(*texts)) if reference else None)
+    return judged
+
+
+def _text(gold: Any) -> str:
+    return "" if gold is None else str(gold).strip()
+
+
+@functools.lru_cache(maxsize=8)
+def _rouge_scorer(rouge_type: str, use_stemmer: bool) -> Any:
+    module = import_extra("rouge_score.rouge_scorer", "rewards", "rouge")
+    return module.RougeScorer([rouge_type], use_stemmer=use_stemmer)
