@@ -138,11 +138,8 @@ class Problem(NamedTuple):
         return Problem([self.prompts[g] for g in order], groups, *(values[rows] for values in self[2:]))
 
 
-def random_problem(lengths=LENGTHS, seed=3, **model) -> Problem:
-    """Ragged groups whose log-probs of all kinds differ; some ratios are clipped, one token is unscored. `model` is
-    what `tiny_config` takes.
-    """
-    rng = np.random.default_rng(seed)
+def bare_problem(rng: np.random.Generator, lengths=LENGTHS) -> Problem:
+    """Ragged groups; log-probs of all kinds and entropies are 0."""
     prompts = [rng.integers(0, VOCAB, prompt).astype(np.int32) for prompt, _ in lengths]
     counts = [count for _, completions in lengths for count in completions]
     members = iter(range(len(counts)))
@@ -150,7 +147,16 @@ def random_problem(lengths=LENGTHS, seed=3, **model) -> Problem:
     shape = (len(counts), MAX_COMPLETION)
     mask_BL = (np.arange(MAX_COMPLETION) < np.array(counts)[:, None]).astype(np.float64)
     completions_BL = np.where(mask_BL, rng.integers(0, VOCAB, shape), 0).astype(np.int32)
-    bare = Problem(prompts, groups, completions_BL, mask_BL, rng.normal(size=len(counts)), *[np.zeros(shape)] * 5)
+    return Problem(prompts, groups, completions_BL, mask_BL, rng.normal(size=len(counts)), *[np.zeros(shape)] * 5)
+
+
+def random_problem(**model) -> Problem:
+    """Ragged groups whose log-probs of all kinds differ; some ratios are clipped, one token is unscored. `model` is
+    what `tiny_config` takes.
+    """
+    rng = np.random.default_rng(3)
+    bare = bare_problem(rng)
+    shape = bare.mask_BL.shape
     with jax.enable_x64(True):
         config = tiny_config(dtype="float64", **model)
         now_BL, entropy_BL = jax.jit(plain_logprobs(create_policy(config, True), bare))(noisy_params(config))
@@ -674,7 +680,7 @@ def test_batches_of_any_raggedness_run_through_one_trace(trainer):
     state = packed.fresh_state()
     pieces = set()
     for lengths in (((6, (7,) * 4),) * 3, ((1, (1,)), (2, (1,)), (1, (1, 1))), ((3, (4, 2, 7)),)):
-        minibatch = packed.minibatch(random_problem(lengths, seed=9))
+        minibatch = packed.minibatch(bare_problem(np.random.default_rng(9), lengths))
         state, update = packed.train_step(state, minibatch)
         pieces.add(int(minibatch.batch.num_microbatches))
         assert np.isfinite(update.loss)
