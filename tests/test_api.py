@@ -26,6 +26,7 @@ TINY = {
     "model": {"arch": {**ARCH, "num_kv_heads": 1, "head_dim": 8}},
     "sampling": {"max_completion_length": 4},
     "grpo": {"steps": 2, "prompts_per_step": 2, "group_size": 2},
+    "mesh": {"num_devices": 1},
     "optimizer": {"lr": 3e-3},
     "checkpoint": {"every": 1},
     "eval": {"every": 0},

@@ -63,6 +63,12 @@ def run(trained):
     return trained[0]
 
 
+@pytest.fixture(scope="module")
+def evaluated(run):
+    """The run evaluated as its recipe says."""
+    return evaluate_source(run)
+
+
 def test_rollouts_and_evaluation_have_one_sampler(trained):
     samplers, sizes = zip(*trained[1], strict=True)
     assert sizes == (13, 4, 13, 4, 13), "evaluation before the first step, and after each rollout and update"
@@ -74,15 +80,13 @@ def test_checkpoint_keeps_how_the_reward_functions_are_called(run):
     assert loop["reward_calls"] == dict.fromkeys(("digits", "right", "even"), "elementwise")
 
 
-def test_every_held_out_prompt_counts_once_though_there_are_fewer_slots(run):
-    result, where = evaluate_source(run)
+def test_every_held_out_prompt_counts_once_though_there_are_fewer_slots(evaluated):
+    result, where = evaluated
     assert where == "step 2"
     assert result.num_prompts == result.num_judged == len({sample["prompt"] for sample in result.samples}) == 13
 
 
 def test_accuracy_is_the_share_of_the_function_that_counts(run):
-    right, _ = evaluate_source(run, ["eval.reward=right"])
-    assert right.accuracy == 1.0
     even, _ = evaluate_source(run, ["eval.reward=even"])
     expected = sum(eval(sample["prompt"].rstrip("=")) % 2 == 0 for sample in even.samples)
     assert even.accuracy == pytest.approx(expected / 13)
@@ -109,25 +113,23 @@ def test_function_that_compares_completions_is_left_out_by_name_and_is_no_accura
             evaluate_source(run, [f"rewards.functions={json.dumps(functions_left)}", f"eval.reward={reward}"])
 
 
-def test_evaluation_is_greedy_whatever_the_training_temperature(run):
-    cold, _ = evaluate_source(run, ["sampling.temperature=1.0"])
+def test_evaluation_is_greedy_whatever_the_training_temperature(run, evaluated):
+    cold, _ = evaluated
     hot, _ = evaluate_source(run, ["sampling.temperature=5.0", "sampling.top_k=3", "seed=0"])
     assert [sample["completion"] for sample in cold.samples] == [sample["completion"] for sample in hot.samples]
 
 
-def test_evaluation_leaves_penalties_out_and_keeps_forbidden_ids_and_bias(run):
-    def completions(*overrides):
-        return [sample["completion"] for sample in evaluate_source(run, overrides)[0].samples]
+def test_evaluation_leaves_penalties_out_and_keeps_forbidden_ids_and_bias(run, evaluated):
+    def completions(result):
+        return [sample["completion"] for sample in result.samples]
 
-    plain = completions()
+    plain = completions(evaluated[0])
     penalties = ["repetition_penalty=9.0", "frequency_penalty=50.0", "presence_penalty=50.0"]
-    assert completions(*(f"sampling.{penalty}" for penalty in penalties)) == plain
-    first_byte = 3  # of the byte tokenizer, after its special tokens
-    assert completions(f"sampling.logit_bias={{{first_byte + ord('x')}: 1000.0}}") == ["xxxx"] * 13
-    forbidden = [i for i in range(259) if i not in (first_byte + ord("a"), first_byte + ord("b"))]
-    only_a_and_b = completions(f"sampling.forbidden_ids={forbidden}")
-    assert all(len(text) == 4 and set(text) <= {"a", "b"} for text in only_a_and_b)
-    assert not set("".join(plain)) <= {"a", "b"}
+    assert completions(evaluate_source(run, [f"sampling.{penalty}" for penalty in penalties])[0]) == plain
+    x, y = (3 + ord(letter) for letter in "xy")  # the byte tokenizer has three special tokens first
+    rules = [f"sampling.logit_bias={{{x}: 1000.0, {y}: 2000.0}}", f"sampling.forbidden_ids=[{y}]"]
+    assert completions(evaluate_source(run, rules)[0]) == ["xxxx"] * 13
+    assert plain != ["xxxx"] * 13
 
 
 def test_stop_strings_that_are_special_tokens_are_looked_for_in_text_that_shows_them():
@@ -229,11 +231,10 @@ def test_training_warns_of_text_prompts_for_a_chat_model_and_of_variables_withou
     assert warning in printed
 
 
-def test_run_evaluates_before_the_first_step_and_after_the_last(run):
+def test_run_evaluates_before_the_first_step_and_after_the_last(run, evaluated):
     lines = [line for line in read_metrics(run) if "eval/accuracy" in line]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    after, _ = evaluate_source(run)
-    assert lines[-1]["eval/reward/digits"] == pytest.approx(after.means["digits"])
+    assert lines[-1]["eval/reward/digits"] == pytest.approx(evaluated[0].means["digits"])
 
 
 def test_eval_command_prints_the_interval_and_writes_every_sample(run, tmp_path, capsys):
@@ -247,9 +248,10 @@ def test_eval_command_prints_the_interval_and_writes_every_sample(run, tmp_path,
     assert lines[0]["rewards"]["right"] == 1.0
 
 
-@pytest.fixture
-def of_file(tmp_path):
+@pytest.fixture(scope="module")
+def trained_on_file(tmp_path_factory):
     """A folder whose run is trained on rows of rows.jsonl, of which some are held out."""
+    tmp_path = tmp_path_factory.mktemp("of_file")
     rows = [{"prompt": f"{i} + 1", "answer": str(i + 1)} for i in range(9)]
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -257,6 +259,16 @@ def of_file(tmp_path):
     recipe.write_text(RECIPE)
     overrides = [f"data.source={source}", "data.args={operation: null, digits: null}", "data.eval_size=3"]
     return train(load_config(recipe, [f"output_dir={tmp_path / 'run'}", *overrides, "grpo.steps=1", "eval.every=0"]))
+
+
+@pytest.fixture
+def of_file(trained_on_file):
+    """The same; rows and identity are as they were when the test is over."""
+    changed = [trained_on_file.parent / "rows.jsonl", trained_on_file / "run.json"]
+    texts = [path.read_text() for path in changed]
+    yield trained_on_file
+    for path, text in zip(changed, texts, strict=True):
+        path.write_text(text)
 
 
 def test_evaluation_of_a_run_says_how_its_held_out_rows_have_changed(of_file, capsys):

@@ -21,7 +21,7 @@ model:
 data:
   {{source: arithmetic, args: {{operation: add, digits: 1}}, max_prompt_length: 120, system_prompt: "{"Add. " * 20}"}}
 rewards: {{functions: [{{function: "{REWARDS}:low_characters", name: low}}]}}
-sampling: {{max_completion_length: 6}}
+sampling: {{max_completion_length: 6, slots: 8}}
 grpo: {{steps: 2, prompts_per_step: 4, group_size: 3, max_tokens_per_microbatch: 256, sampler_is_correction: true}}
 optimizer: {{lr: 1e-3}}
 eval: {{every: 0}}

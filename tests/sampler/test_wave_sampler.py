@@ -34,7 +34,7 @@ class AlignedDecoder(NNXPolicy):
 
 def setup(num_devices=1):
     mesh = create_mesh(load_config(None, [f"mesh.num_devices={num_devices}"]).mesh)
-    config = tiny_config("qwen3")
+    config = tiny_config("qwen3", num_layers=1)
     params = noisy_params(config)
     shardings = tree_shardings(params, logical_axes(config), mesh, RULES)
     return config, mesh, jax.device_put(params, shardings), shardings
@@ -83,9 +83,10 @@ def test_waves_draw_what_the_own_sampler_draws(sampling):
     config, mesh, params, shardings = setup()
     options = {"rules": RULES, "decode_text": text_of}
     requests = [*requests_for(range(len(PROMPTS)), 3, 12), Request(1, 1, 7, 5, seed=11)]
-    own = Sampler(NNXPolicy(config), mesh, shardings, **options)
+    own = Sampler(NNXPolicy(config), mesh, shardings, slots=8, **options)
     # Four rows at a time: waves of ragged prompts, the last one not full.
     waves = WaveSampler(AlignedDecoder(config), mesh, shardings, slots=4, chunk=5, **options)
+    waves.expect_length(20)  # with what is continued
     expected = drawn(own, params, sampling, requests)
     assert len({completion.finish_reason for completion in expected.values()}) > 1
     assert_same(drawn(waves, params, sampling, requests), expected)
@@ -141,7 +142,7 @@ def test_smaller_calls_than_the_planned_ones_compile_nothing():
 def test_memory_bounds_the_rows_of_a_wave_and_too_little_is_refused():
     config, mesh, params, shardings = setup()
     policy = AlignedDecoder(config)
-    # 9 + 12 tokens, rounded up to 24; keys and values of 2 layers, 2 heads of 8 floats, and three labels.
+    # 9 + 12 tokens, rounded up to 24; keys and values of a layer, 2 heads of 8 floats, and three labels.
     cache = jax.eval_shape(lambda: policy.empty_cache(None, 1, 24))
     per_row = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     requests = requests_for(range(len(PROMPTS)), 2, 12)
