@@ -23,7 +23,9 @@ from rl.sampler.slot_sampler import Completion, Sampler
 from rl.sampler.token_draw import SamplingParams
 
 WORKLOAD = CPU_WORKLOADS["ragged"]
-TINY_WORKLOAD = WORKLOAD._replace(num_prompts=3, prompt_lengths=(10, 10), cap=96)  # more than a cache's first length
+TINY_WORKLOAD = WORKLOAD._replace(
+    num_prompts=3, num_samples=4, prompt_lengths=(10, 10), cap=96
+)  # more than a cache's first length
 
 
 class Company(NamedTuple):

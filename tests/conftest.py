@@ -129,7 +129,8 @@ def _compiled_once(request, _programs):
     Not one that looks at programs themselves: what is loaded has the names and lines of where it was compiled.
     """
     names = _imported(request.path)
-    if not names & COMPILED_OFTEN or names & {"rl.run.executables", "rl.tools.programs.hlo"}:
+    is_often = names & COMPILED_OFTEN or "benchmarks" in request.path.name  # whose modules a fixture imports
+    if not is_often or names & {"rl.run.executables", "rl.tools.programs.hlo"}:
         yield
         return
     import jax

@@ -86,7 +86,7 @@ def test_trainers_measured_apart_are_compared_as_well(benchmark, monkeypatch):
         step, close = trainer.step, trainer.close
         monkeypatch.setattr(trainer, "step", lambda self, step=step: events.append(self.name) or step(self))
         monkeypatch.setattr(trainer, "close", lambda self, close=close: events.append("end") or close(self))
-    arguments = ["--tiny", "--repeats", "2", "--shapes", "a", "--workloads", "i", "--apart"]
+    arguments = ["--tiny", "--repeats", "2", "--shapes", "a", "--workloads", "i-ragged", "--apart"]
     peer, own = benchmark.grpo_step.main([*arguments, "--engines", "tunix,tandem"])["results"]
     assert events == ["tunix"] * 3 + ["end"] + ["tandem"] * 3 + ["end"]
     assert (peer["engine"], own["engine"]) == ("tunix", "tandem")

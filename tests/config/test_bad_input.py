@@ -417,7 +417,7 @@ def finished(tmp_path_factory):
     with (folder / "stdout").open("w") as file:
         stdout, sys.stdout = sys.stdout, file
         try:
-            train(load_config(recipe, overrides))
+            train(load_config(recipe, [*overrides, "mesh.num_devices=1", "mesh.data=1"]))
         finally:
             sys.stdout = stdout
     return recipe, overrides

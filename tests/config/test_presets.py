@@ -28,7 +28,7 @@ rewards:
   functions:
     - {{function: "{REWARDS}:low_characters", name: low}}
     - {{function: "{REWARDS}:digit_share", name: digits, weight: 0.5}}
-sampling: {{max_completion_length: 5, eos_ids: {list(range(60, 120))}}}
+sampling: {{max_completion_length: 5, slots: 8, eos_ids: {list(range(60, 120))}}}
 grpo: {{steps: {STEPS}, prompts_per_step: {P}, group_size: {G}, minibatches: 2, max_tokens_per_microbatch: 64}}
 optimizer: {{lr: 1e-2}}
 eval: {{every: 0}}

@@ -168,9 +168,9 @@ def test_a_comparison_found_in_the_run_is_warned_of_once_kept_and_refused_beside
     with pytest.raises(
         ValueError, match=r"dynamic_sampling_rounds must be 0 .* 'shy' \(in a batch of this run .*needs"
     ):
-        train(recipe(tmp_path, functions))
+        train(recipe(tmp_path, functions, "sampling.slots=8"))
     capsys.readouterr()
-    settings = (functions, "grpo.dynamic_sampling_rounds=0", "eval.every=2", "data.eval_size=5")
+    settings = (functions, "grpo.dynamic_sampling_rounds=0", "eval.every=2", "data.eval_size=5", "sampling.slots=8")
     (tmp_path / "whole").mkdir()
     whole = train(recipe(tmp_path / "whole", *settings))
     told = capsys.readouterr()
@@ -300,6 +300,7 @@ def test_overlong_completions_are_punished_and_it_shows_as_a_metric_of_its_own(t
         "rewards.overlong_buffer=0.5",
         "rewards.overlong_factor=0.25",
         "grpo.steps=2",
+        "sampling.slots=8",
         f"sampling.eos_ids={list(range(60, 120))}",
     )
     folder = train(recipe(tmp_path, *settings, "grpo.dynamic_sampling_rounds=0"))

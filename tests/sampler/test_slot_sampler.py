@@ -65,7 +65,6 @@ def build(family: str = "qwen3", pure_nnx: bool = True, mesh: tuple[str, ...] = 
     """A tiny random policy; on one device unless `mesh` has overrides of the config for eight."""
     config = load_config(None, mesh)
     device_mesh = create_mesh(config.mesh, jax.devices() if mesh else jax.devices()[:1])
-    slots = changes.pop("slots", None)
     arch = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 4}
     arch |= {"num_kv_heads": 2, "head_dim": 8, **FAMILIES[family], **changes}
     policy = create_policy(ModelConfig.from_arch(family, **arch), pure_nnx)
@@ -82,12 +81,12 @@ def build(family: str = "qwen3", pure_nnx: bool = True, mesh: tuple[str, ...] = 
         return policy.unembed(params, policy.hidden(params, Inputs(*labels_BT)))
 
     setup = Setup(policy, params, device_mesh, shardings, jax.jit(forward), None)
-    return with_sampler(setup, rules=config.mesh.rules, slots=slots)
+    return with_sampler(setup, rules=config.mesh.rules)
 
 
 def with_sampler(setup: Setup, **options) -> Setup:
-    """The same policy with a sampler of its own."""
-    defaults = {"rules": load_config(None).mesh.rules, "decode_text": decode_text, "stop_chunk": 5}
+    """The same policy with a sampler of its own. Eight slots of a shard are never dropped, which takes programs."""
+    defaults = {"rules": load_config(None).mesh.rules, "decode_text": decode_text, "stop_chunk": 5, "slots": 8}
     return setup._replace(sampler=Sampler(setup.policy, setup.mesh, setup.shardings, **{**defaults, **options}))
 
 
@@ -197,24 +196,30 @@ def sharded_qwen() -> Setup:
 
 
 @pytest.fixture(scope="module")
-def one_device_completions(qwen_completions) -> Callable[[str], list[list[Completion]]]:
-    """Completions of a family's NNX policy on one device, drawn once."""
-    return functools.cache(lambda family: qwen_completions if family == "qwen3" else sample(build(family)))
+def one_device(qwen, qwen_completions) -> Callable[[str], tuple[Setup, list[list[Completion]]]]:
+    """A family's NNX policy on one device and its completions, drawn once."""
+
+    @functools.cache
+    def drawn(family: str) -> tuple[Setup, list[list[Completion]]]:
+        if family == "qwen3":
+            return qwen, qwen_completions
+        setup = build(family)
+        return setup, sample(setup)
+
+    return drawn
 
 
 # Against the full forward pass
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float32_logprobs_are_those_of_the_full_forward_pass_and_flavours_agree_bit_for_bit(
-    family, one_device_completions
-):
-    setups = [build(family, pure_nnx) for pure_nnx in (True, False)]
-    nnx, linen = one_device_completions(family), sample(setups[1])
+def test_float32_logprobs_are_those_of_the_full_forward_pass_and_flavours_agree_bit_for_bit(family, one_device):
+    setup, nnx = one_device(family)
+    linen = sample(build(family, pure_nnx=False))
     assert_same(flatten(nnx), flatten(linen))
     lengths = {len(completion.token_ids) for completion in flatten(nnx)}
     assert len(lengths) > 1, "ragged lengths make the test worth something"
-    differences = logprob_differences(setups[0], nnx, PLAIN.temperature)
+    differences = logprob_differences(setup, nnx, PLAIN.temperature)
     assert differences.mean() <= 1e-6
     assert differences.max() <= 1e-4
 
@@ -364,24 +369,25 @@ def test_a_common_prefix_is_prefilled_once_for_the_same_weights(qwen):
     assert_same(flatten(turned), flatten(first), 1e-5)  # other rows of the table may round differently
     assert prefixes() == 1
     doubled = setup._replace(params=jax.tree.map(lambda leaf: leaf * 2, setup.params))
+    others = sample(doubled, prompts=prompts)
+    assert prefixes() == 2
     held = sum(array.nbytes for array in jax.live_arrays())
     setup.sampler.release()
     released = held - sum(array.nbytes for array in jax.live_arrays())
     assert released == 96 * setup.sampler.engine.bytes_per_position()
-    others = sample(doubled, prompts=prompts)
-    assert prefixes() == 2
-    assert_same(flatten(others), flatten(sample(with_sampler(doubled), prompts=prompts)))
-    assert_same(flatten(sample(setup, prompts=prompts)), flatten(first))
+    assert_same(flatten(others), flatten(sample(doubled, prompts=prompts)))  # the sampler had nothing to use again
     assert prefixes() == 3
+    assert_same(flatten(sample(setup, prompts=prompts)), flatten(first))
+    assert prefixes() == 4
 
 
 def test_prompts_of_different_lengths_share_rows_of_the_table(qwen):
     rng = np.random.default_rng(4)
-    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (65, 9, 20, 11, 14, 30, 8, 10)]
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (65, 9, 17, 11, 14, 16, 8, 10)]
     setup = with_sampler(qwen)
     tables = record_prefills(setup)
-    packed = sample(setup, prompts=prompts)
-    alone = [sample(qwen, prompts=[prompt], prompt_indices=[i])[0] for i, prompt in enumerate(prompts)]
+    packed = sample(setup, prompts=prompts, num_samples=1)
+    alone = [sample(qwen, prompts=[prompt], num_samples=1, prompt_indices=[i])[0] for i, prompt in enumerate(prompts)]
     assert_same(flatten(packed), flatten(alone), 1e-5)
     ((_, group_ids_PT),) = tables
     assert sum(len(set(row) - {-1}) for row in group_ids_PT.tolist()) == len(prompts)
@@ -390,24 +396,25 @@ def test_prompts_of_different_lengths_share_rows_of_the_table(qwen):
 
 
 @pytest.mark.parametrize(
-    ("family", "mesh", "options"),
+    ("family", "mesh", "kv_dtype"),
     [
-        ("qwen3", (), {}),
-        ("qwen3", (), {"kv_dtype": "int8", "slots": 8}),
-        ("gemma3_text", ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), {}),
+        ("qwen3", (), None),
+        ("qwen3", (), "int8"),
+        ("gemma3_text", ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), None),
     ],
 )
-def test_one_long_prompt_among_short_ones_is_cut_and_changes_nothing(family, mesh, options):
+def test_one_long_prompt_among_short_ones_is_cut_and_changes_nothing(family, mesh, kv_dtype, one_device):
     """Alone, each prompt lies in a row of its own length; together, the long one takes eight rows of the table."""
     rng = np.random.default_rng(9)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (20, 250, 9, 30, 17, 25, 12, 28)]
-    setup = with_sampler(build(family, mesh=mesh), **options)
+    single, _ = one_device(family)
+    setup = with_sampler(build(family, mesh=mesh) if mesh else single, kv_dtype=kv_dtype)
     together = sample(setup, prompts=prompts)
     shapes = [name[1] for name in setup.sampler.engine.programs if name[0] == "generate"]
     assert {(shape.table_length, shape.rows_per_prompt) for shape in shapes} == {(32, 8)}
-    one_device = with_sampler(build(family), kv_dtype=options.get("kv_dtype"))
-    some = (0, 1, 7)
-    alone = [sample(one_device, prompts=[prompts[i]], prompt_indices=[i])[0] for i in some]
+    single = with_sampler(single, kv_dtype=kv_dtype) if kv_dtype else single
+    some = (1, 3, 7)
+    alone = [sample(single, prompts=[prompts[i]], prompt_indices=[i])[0] for i in some]
     assert_same(flatten([together[i] for i in some]), flatten(alone), 1e-5)
 
 
@@ -417,20 +424,20 @@ def test_rows_for_the_longest_prompt_are_prefilled_as_far_as_they_are_filled(qwe
     expected = sample(qwen, prompts=prompts)
     monkeypatch.setattr("rl.sampler.slot_sampler.MAX_PREFILL_CHUNK", 64)
     setup = with_sampler(qwen)
-    setup.sampler.expect([*prompts, [5] * 500])
+    setup.sampler.expect([*prompts, [5] * 250])
     pieces, get = [], setup.sampler.engine.programs.get
     setup.sampler.engine.programs.get = lambda key, build: pieces.append(key) or get(key, build)
     assert_same(flatten(sample(setup, prompts=prompts)), flatten(expected), 1e-5)
     starts = [key for key in pieces if key[0] == "prefill"]
-    assert len(starts) == 2, "128 positions hold all four prompts, 32 each; the row has 512"
+    assert len(starts) == 2, "128 positions hold all four prompts, 32 each; the row has 256"
 
 
 def test_few_prompts_of_a_large_plan_are_prefilled_in_few_rows(qwen):
-    setup = with_sampler(qwen)
-    setup.sampler.expect([[5] * 14] * 16, 16, NUM_SAMPLES)
+    setup = with_sampler(qwen, slots=None)
+    setup.sampler.expect([[5] * 14] * 16, 16, 1)
     prefills = record_prefills(setup)
     for count in (16, 8, 9, 1):
-        sample(setup, prompts=[[3 + i] * 14 for i in range(count)])
+        sample(setup, prompts=[[3 + i] * 14 for i in range(count)], num_samples=1)
     assert [len(tokens_PT) for tokens_PT, _ in prefills] == [16, 4, 4, 16, 4]
 
 
@@ -480,67 +487,62 @@ def test_requests_have_their_own_limits_and_seeds_and_stream_as_they_end(qwen):
     assert again.token_ids.tolist() == done[2].token_ids.tolist() != done[4].token_ids.tolist()
 
 
-def test_a_long_completion_outlives_several_sizes_of_the_cache(qwen):
-    sampling = changed(eos_ids=(), max_completion_length=270)
-    setup = with_sampler(qwen)
-    completions = sample(setup, sampling, num_samples=1)
-    names = [name for name in setup.sampler.engine.programs if name[0] == "generate"]
-    assert {name[1].length for name in names} == {64, 128, 256, 272}
-    assert all(len(c.token_ids) == 270 and c.finish_reason == "length" for c in flatten(completions))
-    assert logprob_differences(qwen, completions, sampling.temperature, length=512).max() <= 1e-4
-
-
-def test_the_lengths_that_the_cache_grows_through_change_nothing(qwen, monkeypatch):
+def test_a_long_completion_outlives_several_sizes_of_the_cache_which_change_nothing(qwen, monkeypatch):
     sampling = changed(eos_ids=(), max_completion_length=140)
 
-    def drawn(*lengths: int) -> list[Completion]:
+    def drawn(*lengths: int) -> list[list[Completion]]:
         setup = with_sampler(qwen)
         completions = sample(setup, sampling, num_samples=1)
         assert {name[1].length for name in setup.sampler.engine.programs if name[0] == "generate"} == set(lengths)
-        return flatten(completions)
+        return completions
 
     growing = drawn(64, 128, 144)
+    assert all(len(c.token_ids) == 140 and c.finish_reason == "length" for c in flatten(growing))
+    assert logprob_differences(qwen, growing, sampling.temperature).max() <= 1e-4
     monkeypatch.setattr("rl.sampler.sizes.MIN_LENGTH", 144)
-    assert_same(drawn(144), growing, 1e-5)
+    assert_same(flatten(drawn(144)), flatten(growing), 1e-5)
 
 
 def test_dropping_idle_slots_changes_nothing(qwen):
-    # So many tokens end a completion that most of the 64 rows finish early and a few go on.
+    # So many tokens end a completion that most of the 32 rows finish early and a few go on.
     sampling = changed(eos_ids=(0, 1, 2, 3, 4), max_completion_length=32)
-    setup = with_sampler(qwen, chunk=8)
-    dropping = flatten(sample(setup, sampling, num_samples=16))
+    setup = with_sampler(qwen, slots=None, chunk=8)
+    dropping = flatten(sample(setup, sampling, num_samples=8))
     names = [name for name in setup.sampler.engine.programs if name[0] == "generate"]
-    assert {name[1].num_slots for name in names} >= {64, 32, 16}
-    assert 0 < sum(len(c.token_ids) > 20 for c in dropping) < 32
-    never_dropping = flatten(sample(with_sampler(qwen, slots=8), sampling, num_samples=16))
+    assert {name[1].num_slots for name in names} == {32, 16, 8}
+    assert 0 < sum(len(c.token_ids) > 20 for c in dropping) < 16
+    never_dropping = flatten(sample(with_sampler(qwen, slots=8), sampling, num_samples=8))
     assert_same(dropping, never_dropping, 1e-5)
 
 
 @pytest.mark.parametrize(
     ("family", "pure_nnx", "mesh", "slots"),
     [
-        ("qwen3", True, ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), None),
+        ("qwen3", True, ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), 16),
         ("qwen3", False, ("mesh.fsdp=8",), 8),
         ("qwen3", True, ("mesh.data=2", "mesh.tensor=4"), 4),
-        ("qwen2", False, ("mesh.data=4", "mesh.tensor=2"), None),
-        ("llama", True, ("mesh.data=2", "mesh.fsdp=4"), None),
+        ("qwen2", False, ("mesh.data=4", "mesh.tensor=2"), 16),
+        ("llama", True, ("mesh.data=2", "mesh.fsdp=4"), 16),
         ("gemma3_text", False, ("mesh.fsdp=2", "mesh.tensor=4"), 4),
     ],
 )
-def test_eight_devices_draw_the_same_completions(family, pure_nnx, mesh, slots, one_device_completions):
-    setup = build(family, pure_nnx, mesh=mesh, slots=slots)
-    assert_same(flatten(sample(setup)), flatten(one_device_completions(family)), 1e-5)
+def test_eight_devices_draw_the_same_completions(family, pure_nnx, mesh, slots, one_device):
+    setup = with_sampler(build(family, pure_nnx, mesh=mesh), slots=slots)
+    assert_same(flatten(sample(setup)), flatten(one_device(family)[1]), 1e-5)
 
 
 @pytest.mark.parametrize(
     ("options", "changes", "common_length", "tolerance"),
     [
         ({"kv_dtype": "int8"}, {}, 0, 1e-3),  # a key whose last bit differs may round to the next integer
-        ({"weights": Quantization("int8", head=True)}, {}, 0, 1e-5),
-        ({}, {}, 100, 1e-5),
-        ({}, {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "top_logprobs": 3}, 0, 1e-5),
+        (
+            {"weights": Quantization("int8", head=True)},
+            {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "top_logprobs": 3},
+            100,
+            1e-5,
+        ),
     ],
-    ids=["int8_cache", "int8_weights", "common_prefix", "penalties_and_top_logprobs"],
+    ids=["int8_cache", "int8_weights_common_prefix_penalties_and_top_logprobs"],
 )
 def test_eight_devices_draw_the_same_with_every_option(
     qwen, sharded_qwen, qwen_completions, options, changes, common_length, tolerance
@@ -551,17 +553,21 @@ def test_eight_devices_draw_the_same_with_every_option(
     one, sharded = (with_sampler(setup, slots=8, **options) for setup in (qwen, sharded_qwen))
     completions = flatten(sample(one, sampling, prompts=prompts))
     assert_same(flatten(sample(sharded, sampling, prompts=prompts)), completions, tolerance)
+    # Each option does something.
     shapes = {name[1] for name in sharded.sampler.engine.programs if name[0] == "generate"}
     assert {shape.common_length > 0 for shape in shapes} == {common_length > 0}
+    assert (("weights",) in sharded.sampler.engine.programs) == ("weights" in options)
     plain = flatten(qwen_completions)
-    differences = [abs(a.sampler_logprobs[0] - b.sampler_logprobs[0]) for a, b in zip(completions, plain, strict=True)]
-    assert max(differences) > 1e-3, "the option does something"
+    differences = [abs(a.policy_logprobs[0] - b.policy_logprobs[0]) for a, b in zip(completions, plain, strict=True)]
+    assert max(differences) > 1e-3
+    penalised = [abs(c.sampler_logprobs - c.policy_logprobs).max() for c in completions]
+    assert (max(penalised) > 1e-3) == bool(changes)
     assert all(c.top_ids.shape[1] == sampling.top_logprobs for c in completions)
 
 
 def test_sharded_decoding_moves_no_cache_between_devices():
     """Slots and prompts stay on their device: nothing as large as a layer's cache is gathered."""
-    setup = build("qwen3", mesh=("mesh.data=8",))
+    setup = with_sampler(build("qwen3", mesh=("mesh.data=8",)), slots=None)
     sample(setup, prompts=[[3 + i, 5, 6] for i in range(8)], num_samples=8)
     programs = {name: setup.sampler.engine.programs.get(name, None) for name in setup.sampler.engine.programs}
     text = max((program.as_text() for name, program in programs.items() if name[0] == "generate"), key=len)
@@ -621,14 +627,15 @@ def test_an_int8_cache_is_a_quarter_and_its_log_probs_stay_close(qwen):
         (("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2"), Quantization("int4", 4, head=True)),
     ],
 )
-def test_quantised_weights_draw_from_the_model_they_are(mesh, weights):
-    setup = build(mesh=mesh)
+def test_quantised_weights_draw_from_the_model_they_are(mesh, weights, qwen):
+    setup = build(mesh=mesh) if mesh else qwen
     small = with_sampler(setup, weights=weights)
     completions = sample(small)
     # Rounded weights are another model: its own full forward pass gives the log-probs, the policy's only nearly.
     exact = logprob_differences(setup, completions, PLAIN.temperature)
     assert 1e-5 < exact.mean() < 0.2
-    rounded = setup._replace(params=quantize_params(setup.policy.config, setup.params, weights))
+    quantize = jax.jit(functools.partial(quantize_params, setup.policy.config, quantization=weights))
+    rounded = setup._replace(params=quantize(setup.params))
     assert logprob_differences(rounded, completions, PLAIN.temperature).max() <= 1e-4
     # Those of prompts are, too: here a prompt is taken for the completion of its first token.
     found = small.sampler.prompt_logprobs(setup.params, PROMPTS, PLAIN.temperature, 16)
@@ -643,12 +650,12 @@ def test_quantised_weights_draw_from_the_model_they_are(mesh, weights):
 def test_the_number_of_slots_follows_from_the_memory_budget(qwen, qwen_completions):
     per_position = qwen.sampler.engine.bytes_per_position()
     budget = per_position * (5 * 32 + 4 * 16 + 40)
-    setup = with_sampler(qwen, kv_bytes=budget)
+    setup = with_sampler(qwen, slots=None, kv_bytes=budget)
     assert_same(flatten(sample(setup)), flatten(qwen_completions), 1e-5)
     slots = max(name[1].num_slots for name in setup.sampler.engine.programs if name[0] == "generate")
     assert 3 <= slots <= 6
     with pytest.raises(ValueError, match=r"kv_memory must allow at least one completion of 32 tokens, .* got 100"):
-        sample(with_sampler(qwen, kv_bytes=100))
+        sample(with_sampler(qwen, slots=None, kv_bytes=100))
 
 
 # How completions end
@@ -659,7 +666,7 @@ def test_the_memory_budget_counts_prompts_that_are_prefilled_beside_the_full_cac
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in rng.integers(90, 128, 64)]
     per_position = qwen.sampler.engine.bytes_per_position()
     budget = per_position * 24 * (128 + 16)
-    setup = with_sampler(qwen, kv_bytes=budget)
+    setup = with_sampler(qwen, slots=None, kv_bytes=budget)
     sample(setup, changed(max_completion_length=12), prompts=prompts, num_samples=1)
     assert 0.75 * budget < setup.sampler.peak_kv_bytes <= budget
 
@@ -667,7 +674,7 @@ def test_the_memory_budget_counts_prompts_that_are_prefilled_beside_the_full_cac
 def test_the_memory_budget_counts_few_prompts_that_are_prefilled_beside_the_table_of_a_large_plan():
     setup = build(num_layers=3)
     budget = setup.sampler.engine.bytes_per_position() * 2700  # 16 rows of 128 positions, 16 slots of 16, and a sixth
-    setup = with_sampler(setup, kv_bytes=budget)
+    setup = with_sampler(setup, slots=None, kv_bytes=budget)
     setup.sampler.expect([[5] * 120] * 16, 16, 1)
     prompts = [[3 + i] * 120 for i in range(2)]
     sample(setup, changed(max_completion_length=2), prompts=prompts, num_samples=1)
@@ -780,34 +787,45 @@ def test_bfloat16_draws_with_float32_logprobs():
     assert logprob_differences(setup, completions, PLAIN.temperature).mean() < 0.1
 
 
-def test_nothing_is_compiled_after_warm_up_whatever_the_lengths(qwen):
+def test_nothing_is_compiled_after_warm_up_whatever_the_lengths(qwen, monkeypatch):
+    monkeypatch.setattr("rl.sampler.sizes.MIN_LENGTH", 16)  # grows twice in 36 tokens
     rng = np.random.default_rng(6)
     dataset = [rng.integers(3, VOCAB, length).tolist() for length in [*range(2, 40), 40]]
-    setup = with_sampler(qwen, slots=32)
+    setup = with_sampler(qwen, slots=16, chunk=8)
     setup.sampler.expect(dataset)
-    sampling = changed(max_completion_length=140, eos_ids=(1, 2, 3))
+    sampling = changed(max_completion_length=36, eos_ids=(1, 2, 3))
     setup.sampler.warm_up(setup.params, 8, 8, sampling)
     setup.sampler.engine.programs.wait()
     keys = [jax.random.key(call) for call in range(6)]
+    used, generate = set(), setup.sampler.engine.generate
+
+    def recorded(params: Any, state: Any, *arguments: Any) -> Any:
+        used.add((state.shape.num_slots, state.shape.length))
+        return generate(params, state, *arguments)
+
+    setup.sampler.engine.generate = recorded
     with counted_compiles() as compiled:
         for key in keys:
             prompts = [dataset[i] for i in rng.integers(0, len(dataset), 8)]
             setup.sampler.sample(setup.params, prompts, 8, sampling, key)
     assert not compiled
+    slots, lengths = (set(sizes) for sizes in zip(*used, strict=True))
+    assert slots == {16, 8}, "slots were dropped"
+    assert lengths >= {16, 32, 48}, "the cache grew twice"
 
 
 @pytest.mark.parametrize("company", ["one_device", "eight_devices"])
 def test_warm_up_alone_is_enough_for_prompts_and_completions_of_every_length(company, qwen, sharded_qwen):
-    lengths, rng = range(1, 13), np.random.default_rng(2)
+    lengths, rng = range(1, 9), np.random.default_rng(2)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in lengths]
-    setup = with_sampler({"one_device": qwen, "eight_devices": sharded_qwen}[company])
+    setup = with_sampler({"one_device": qwen, "eight_devices": sharded_qwen}[company], slots=None)
     sampling, key = changed(max_completion_length=max(lengths), eos_ids=()), jax.random.key(0)
-    setup.sampler.expect(prompts, len(prompts), 2)
-    setup.sampler.warm_up(setup.params, len(prompts), 2, sampling)
+    setup.sampler.expect(prompts, len(prompts), 3)
+    setup.sampler.warm_up(setup.params, len(prompts), 3, sampling)
     setup.sampler.engine.programs.wait()
-    # Every prompt with every limit: two samples of all together, whose slots are dropped as they end, and each alone.
-    calls = [[Request(p, p, s, limit=1 + (p + shift) % 12) for p in range(12) for s in (0, 1)] for shift in range(12)]
-    calls += [[request] for call in calls for request in call[::2]]
+    # Every prompt with every limit: three samples of all together, whose slots are dropped as they end, and each alone.
+    calls = [[Request(p, p, s, limit=1 + (p + shift) % 8) for p in range(8) for s in range(3)] for shift in range(8)]
+    calls += [[request] for call in calls for request in call[::3]]
     num_compiles, seen = setup.sampler.num_compiles, set()
     with counted_compiles() as compiled:
         for requests in calls:
@@ -901,13 +919,13 @@ def test_requests_that_cannot_be_drawn_are_refused_before_anything_runs(qwen, ch
     assert qwen.sampler.num_compiles == num_compiles
 
 
-def test_bad_arguments_are_refused(qwen):
+def test_bad_arguments_are_refused(qwen, sharded_qwen):
     with pytest.raises(ValueError, match="num_samples must be >= 1"):
         sample(qwen, num_samples=0)
     with pytest.raises(ValueError, match="prompt_indices must have one entry for each of 4 prompts, got 1"):
         sample(qwen, prompt_indices=[1])
-    with pytest.raises(ValueError, match="slots must be >= 8"):
-        build(mesh=("mesh.fsdp=8",), slots=4)
+    with pytest.raises(ValueError, match="slots must be >= 4"):
+        with_sampler(sharded_qwen, slots=3)
     assert sample(qwen, prompts=[]) == []
     with pytest.raises(ValueError, match="stop_strings needs a tokenizer"):
         sample(with_sampler(qwen, decode_text=None), changed(stop_strings=("a",)))
