@@ -506,12 +506,13 @@ def test_a_long_completion_outlives_several_sizes_of_the_cache_which_change_noth
 def test_dropping_idle_slots_changes_nothing(qwen):
     # So many tokens end a completion that most of the 32 rows finish early and a few go on.
     sampling = changed(eos_ids=(0, 1, 2, 3, 4), max_completion_length=32)
+    prompts = [*PROMPTS[:3], [13, *PROMPTS[1] * 11]]  # the last one lies in four rows of the table
     setup = with_sampler(qwen, slots=None, chunk=8)
-    dropping = flatten(sample(setup, sampling, num_samples=8))
-    names = [name for name in setup.sampler.engine.programs if name[0] == "generate"]
-    assert {name[1].num_slots for name in names} == {32, 16, 8}
+    dropping = flatten(sample(setup, sampling, prompts=prompts, num_samples=8))
+    shapes = [name[1] for name in setup.sampler.engine.programs if name[0] == "generate"]
+    assert {(shape.num_slots, shape.rows_per_prompt) for shape in shapes} == {(32, 4), (16, 4), (8, 4)}
     assert 0 < sum(len(c.token_ids) > 20 for c in dropping) < 16
-    never_dropping = flatten(sample(with_sampler(qwen, slots=8), sampling, num_samples=8))
+    never_dropping = flatten(sample(with_sampler(qwen, slots=8), sampling, prompts=prompts, num_samples=8))
     assert_same(dropping, never_dropping, 1e-5)
 
 
