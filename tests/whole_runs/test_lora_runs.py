@@ -39,9 +39,7 @@ def runs(tmp_path_factory) -> Runs:
 @pytest.fixture(scope="module")
 def whole(runs):
     """An uninterrupted run in each flavour."""
-    started = {flavour: runs.start(flavour, flavour, *SETTINGS) for flavour in ("nnx", "linen")}
-    assert [process.wait() for process in started.values()] == [0, 0]
-    return {flavour: runs.folder / flavour for flavour in started}
+    return {flavour: runs.run(flavour, flavour, *SETTINGS) for flavour in ("nnx", "linen")}
 
 
 def assert_same_run(left, right):
