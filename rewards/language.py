@@ -10,7 +10,7 @@ from rewards.text import after_thinking, completion_text
 
 
 @elementwise
-@needs_library("lingua", extra="language")
+@needs_library("lingua", "tandem-grpo[language]")
 def language(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -63,13 +63,13 @@ def language_score(
 @functools.lru_cache(maxsize=1)
 def _known(reward: str) -> dict[str, Any]:
     """{ISO 639-1 code in lower case: lingua's language}."""
-    lingua = import_extra("lingua", "language", reward)
+    lingua = import_extra("lingua", "tandem-grpo[language]", reward)
     return {found.iso_code_639_1.name.lower(): found for found in lingua.Language.all()}
 
 
 @functools.lru_cache(maxsize=8)
 def _detector(among: tuple[str, ...] | None, reward: str) -> Any:
-    lingua = import_extra("lingua", "language", reward)
+    lingua = import_extra("lingua", "tandem-grpo[language]", reward)
     builder = lingua.LanguageDetectorBuilder
     if among is None:
         return builder.from_all_languages().build()

@@ -15,7 +15,7 @@ _UNREADABLE = object()
 
 
 @elementwise
-@needs_library("jsonschema", extra="rewards")
+@needs_library("jsonschema", "tandem-grpo[rewards]")
 def json_schema(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -49,7 +49,7 @@ def json_schema(
 
 @functools.lru_cache(maxsize=64)
 def _validator(schema: str) -> Any:
-    jsonschema = import_extra("jsonschema", "rewards", "json_schema")
+    jsonschema = import_extra("jsonschema", "tandem-grpo[rewards]", "json_schema")
     import referencing
 
     try:

@@ -15,7 +15,7 @@ _DISTANCES = {"levenshtein": "Levenshtein", "indel": "Indel"}  # {its name here:
 
 
 @elementwise
-@needs_library("rouge_score.rouge_scorer", extra="rewards")
+@needs_library("rouge_score.rouge_scorer", "tandem-grpo[rewards]")
 def rouge(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -49,7 +49,7 @@ def rouge(
 
 
 @elementwise
-@needs_library("rapidfuzz.distance", extra="rewards")
+@needs_library("rapidfuzz.distance", "tandem-grpo[rewards]")
 def edit_distance(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -73,7 +73,7 @@ def edit_distance(
     if unit not in ("characters", "words"):
         raise ValueError(f'edit_distance unit must be "characters" or "words", got {unit!r}')
     similarity = getattr(
-        import_extra("rapidfuzz.distance", "rewards", "edit_distance"), _DISTANCES[distance]
+        import_extra("rapidfuzz.distance", "tandem-grpo[rewards]", "edit_distance"), _DISTANCES[distance]
     ).normalized_similarity
     judged: list[float | None] = []
     for completion, gold in zip(completions, answer, strict=True):
@@ -91,5 +91,5 @@ def _text(gold: Any) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _rouge_scorer(rouge_type: str, use_stemmer: bool) -> Any:
-    module = import_extra("rouge_score.rouge_scorer", "rewards", "rouge")
+    module = import_extra("rouge_score.rouge_scorer", "tandem-grpo[rewards]", "rouge")
     return module.RougeScorer([rouge_type], use_stemmer=use_stemmer)

@@ -6,6 +6,9 @@ import sys
 import pytest
 
 from rewards.contract import RewardSpec, bind, load_function
+from rewards.gym import TASKS
+from rewards.ifeval import INSTRUCTIONS
+from rl.data.tasks import reasoning_gym_rows
 from tests.helpers.places import ROOT
 
 JUNK = [
@@ -23,9 +26,9 @@ JUNK = [
 ]
 
 
-def score(function, completions, kwargs=None, ids=None, **row):
+def score(function, completions, settings=None, ids=None, **row):
     """The rewards of completions of one data row, as a worker computes them."""
-    spec = RewardSpec("r", f"rewards.{function}", 1.0, kwargs or {})
+    spec = RewardSpec("r", f"rewards.{function}", 1.0, settings or {})
     bound = bind(load_function(spec), list(row), spec.kwargs)
     columns = {name: [value] * len(completions) for name, value in row.items()}
     prompts = ["p"] * len(completions)
@@ -42,6 +45,9 @@ POINT = {
     "required": ["x"],
     "additionalProperties": False,
 }
+
+GYM_ROW = {"answer": "1", "metadata": {"source_dataset": "lcm"}}
+NO_COMMA = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 
 # function, kwargs, row, completions that get 1, completions that get 0 (in addition to JUNK)
 JUDGED = {
@@ -269,6 +275,18 @@ def test_partial_scores_are_those_of_the_sources():
         ("language:language", {}, {"language": "en", "languages": ["de"]}, "languages must hold language .'en'"),
         ("language:language", {}, {"language": "en", "measure": "share"}, "measure must be.*'share'"),
         ("language:language", {}, {"language": "en", "part": "thought"}, "part must be.*'thought'"),
+        ("ifeval:ifeval", {**NO_COMMA, "kwargs": []}, {}, "lists of the same length.*no_comma"),
+        ("ifeval:ifeval", {"instruction_id_list": ["a:b"], "kwargs": [{}]}, {}, "instructions of IFEval, got 'a:b'"),
+        ("ifeval:ifeval", NO_COMMA, {"mode": "lax"}, "mode must be.*'lax'"),
+        ("ifeval:ifeval", NO_COMMA, {"score": "mean"}, "score must be.*'mean'"),
+        (
+            "ifeval:ifeval",
+            {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": None}]},
+            {},
+            "keywords of keywords:existence must be a list of texts, got None",
+        ),
+        ("gym:reasoning_gym", {"answer": "1", "metadata": {}}, {}, "metadata must hold source_dataset"),
+        ("gym:reasoning_gym", {"answer": "1", "metadata": {"source_dataset": "puzzle24"}}, {}, "task 'puzzle24'"),
         ("repetition:repetition_penalty", {}, {"ngram_size": 0}, "ngram_size must be a whole number >= 1, got 0"),
         ("repetition:repetition_penalty", {}, {"max_penalty": 1}, "max_penalty must be <= 0, got 1"),
         ("repetition:repetition_penalty", {}, {"unit": "lines"}, "unit must be.*'lines'"),
@@ -280,6 +298,121 @@ def test_a_wrong_setting_is_refused_with_its_value(function, row, kwargs, words)
         score(function, ["1"], kwargs, **row)
 
 
+# instruction: (arguments, completions that follow it, completions that do not)
+FOLLOWED = {
+    "keywords:existence": ({"keywords": ["cat", "c++"]}, ["Cats like C++."], ["cats", "cat c"]),
+    "keywords:frequency": (
+        {"keyword": "cat", "frequency": 2, "relation": "at least"},
+        ["A cat, a Cat.", "concatenate cats"],
+        ["cat"],
+    ),
+    "keywords:forbidden_words": ({"forbidden_words": ["cat"]}, ["cats"], ["A Cat."]),
+    "keywords:letter_frequency": (
+        {"letter": "Q", "let_frequency": 2, "let_relation": "less than"},
+        ["q"],
+        ["Qq"],
+    ),
+    "language:response_language": ({"language": "de"}, ["Heute scheint die Sonne."], ["The sun is shining.", "123"]),
+    "length_constraints:number_paragraphs": (
+        {"num_paragraphs": 2},
+        ["a\n***\nb", "***\na *** b\n***"],
+        ["a", "a *** *** b"],
+    ),
+    "length_constraints:number_words": ({"num_words": 3, "relation": "less than"}, ["one, two"], ["one two three"]),
+    "length_constraints:nth_paragraph_first_word": (
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "So"},
+        ["One\n\nso, two", 'One\n\n"So" two'],
+        ["So\n\ntwo", "One\n\nSo\n\nthree", "One\n\nSomeone"],
+    ),
+    "detectable_content:number_placeholders": ({"num_placeholders": 2}, ["[a] and [b]"], ["[a]"]),
+    "detectable_content:postscript": ({"postscript_marker": "P.S."}, ["Yes.\n\nP. S. No."], ["Yes."]),
+    "detectable_format:number_bullet_lists": ({"num_bullets": 2}, ["* a\n- b"], ["* a", "** a\n* b"]),
+    "detectable_format:constrained_response": ({}, ["I think: My answer is no."], ["No."]),
+    "detectable_format:number_highlighted_sections": ({"num_highlights": 2}, ["*a* and *b*"], ["*a*", "* *"]),
+    "detectable_format:multiple_sections": (
+        {"section_spliter": "Part", "num_sections": 2},
+        ["Part 1\na\nPart 2\nb"],
+        ["Part 1", "part 1 part 2"],
+    ),
+    "detectable_format:json_format": ({}, ['{"a": 1}', "```json\n[1]\n```"], ["{a: 1}", "So: [1]", "[" * 9999]),
+    "detectable_format:title": ({}, ["<<A poem>>\nOh"], ["A poem", "<< >>"]),
+    "combination:two_responses": ({}, ["a\n******\nb"], ["a", "a******a", "a******b******c"]),
+    "combination:repeat_prompt": ({"prompt_to_repeat": "Say it."}, ["say it. It."], ["It. Say it."]),
+    "startend:end_checker": ({"end_phrase": "The end."}, ["So. The end.", '"the END."'], ["The end. So."]),
+    "startend:quotation": ({}, ['"a"'], ["a", '"']),
+    "change_case:capital_word_frequency": (
+        {"capital_frequency": 2, "capital_relation": "at least"},
+        ["NASA, U.S.A. and me"],
+        ["X-RAY-2 Nasa"],
+    ),
+    "change_case:english_capital": (
+        {},
+        ["THE SUN IS SHINING TODAY."],
+        ["The sun is shining.", "DIE SONNE SCHEINT HEUTE."],
+    ),
+    "change_case:english_lowercase": ({}, ["the sun is shining today."], ["The sun is shining."]),
+    "punctuation:no_comma": ({}, ["a; b"], ["a, b"]),
+}
+
+
+def test_every_instruction_of_ifeval_is_followed_or_not():
+    assert set(FOLLOWED) == set(INSTRUCTIONS)
+    for name, (arguments, right, wrong) in FOLLOWED.items():
+        texts = [*right, *wrong, "", "<think>...</think> "]
+        row = {"instruction_id_list": [name], "kwargs": [{"unused": None, **arguments}]}
+        expected = [1.0] * len(right) + [0.0] * (len(texts) - len(right))
+        assert score("ifeval:ifeval", texts, **row) == expected, name
+
+
+def test_instructions_are_joined_and_read_loosely_as_in_ifeval():
+    row = {
+        "instruction_id_list": ["punctuation:no_comma", "startend:quotation"],
+        "kwargs": '[{}, {"num_words": null}]',
+    }
+    texts = ['"a"', '"a, b"', "a, b", 'Sure, here:\n*"a"*']
+    assert score("ifeval:ifeval", texts, **row) == [1.0, 0.0, 0.0, 0.0]
+    assert score("ifeval:ifeval", texts, {"score": "share"}, **row) == [1.0, 0.5, 0.0, 0.0]
+    assert score("ifeval:ifeval", texts, {"mode": "loose"}, **row) == [1.0, 0.0, 0.0, 1.0]
+    row["instruction_id_list"] = ["punctuation:no_comma", "length_constraints:number_sentences"]
+    assert score("ifeval:ifeval", texts[:1], **row) == [None]  # it is not checked here
+
+
+def judge_task(name, size):
+    """What rewards.gym makes of a task: of its own answers, of junk, and of the answers of other rows."""
+    rows = reasoning_gym_rows(name, {"seed": 5, "size": size})
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        columns = {"answer": row["answer"], "metadata": row["metadata"]}
+        texts = [f"<think>x</think><answer>{row['answer']}</answer>", row["answer"], *JUNK]
+        texts += [other["answer"]] if other["answer"] != row["answer"] else []
+        own, bare, *others = score("gym:reasoning_gym", texts, **columns)
+        if not row["answer"].strip():
+            assert own is None
+            continue
+        assert own == 1.0, (name, row)
+        assert bare == 1.0, (name, row)
+        assert set(others) == {0.0}, (name, row, dict(zip(texts[2:], others, strict=True)))
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "word_sorting"])
+def test_a_task_of_reasoning_gym_is_judged_by_its_scorer(name):
+    judge_task(name, 2)
+
+
+def test_a_task_of_reasoning_gym_gives_its_own_number_if_asked():
+    row = {"answer": "12", "metadata": '{"source_dataset": "chain_sum"}'}
+    assert score("gym:reasoning_gym", ["12", "12 12"], **row) == [1.0, 0.0]
+    exact, with_text = score("gym:reasoning_gym", ["12", "12 or more"], {"partial": True}, **row)
+    assert 0 < with_text < exact == 1
+    assert score("gym:reasoning_gym", [""], answer=" ", metadata={"source_dataset": "chain_sum"}) == [None]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:loadtxt:UserWarning")  # by a scorer of a table that is empty
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_listed_task_of_reasoning_gym_scores_its_own_answer_and_no_junk(name):
+    judge_task(name, 12)
+
+
 @pytest.mark.parametrize(
     ("function", "library", "row", "kwargs", "extra"),
     [
@@ -287,13 +420,14 @@ def test_a_wrong_setting_is_refused_with_its_value(function, row, kwargs, words)
         ("similarity:rouge", "rouge_score.rouge_scorer", {"answer": "a"}, {"rouge_type": "rouge9"}, "rewards"),
         ("similarity:edit_distance", "rapidfuzz.distance", {"answer": "a"}, {}, "rewards"),
         ("language:language", "lingua", {}, {"language": "en", "languages": ["en", "sw"]}, "language"),
+        ("gym:reasoning_gym", "reasoning_gym", GYM_ROW, {}, None),
     ],
 )
 def test_a_missing_library_is_told_with_the_extra_that_installs_it(monkeypatch, function, library, row, kwargs, extra):
     spec = RewardSpec("mine", f"rewards.{function}", 1.0, kwargs)
     bound = bind(load_function(spec), list(row), kwargs)
     monkeypatch.setitem(sys.modules, library, None)
-    command = re.escape(f"pip install 'tandem-grpo[{extra}]'")
+    command = re.escape(f"pip install 'tandem-grpo[{extra}]'" if extra else "pip install 'reasoning-gym'")
     with pytest.raises(ValueError, match=f"reward 'mine': it needs the library {library}.*{command}"):
         load_function(spec)  # at the start of a run
     columns = {name: [value] for name, value in row.items()}
