@@ -850,7 +850,7 @@ def test_a_second_run_finds_every_program_in_the_persistent_cache(qwen, tmp_path
     def run() -> tuple[list[list[Completion]], int, int, int]:
         jax.clear_caches()  # what a process of its own does not have
         events.clear()
-        setup = with_sampler(qwen, slots=16)
+        setup = with_sampler(qwen)
         setup.sampler.expect(PROMPTS, len(PROMPTS), NUM_SAMPLES)
         setup.sampler.warm_up(setup.params, len(PROMPTS), NUM_SAMPLES, short)
         setup.sampler.engine.programs.wait()
