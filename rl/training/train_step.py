@@ -188,6 +188,15 @@ def update_program(
         logprobs_BL, entropy_BL = _piece_logprobs(
             policy, params, piece, temperature, chunk_size, mesh, rules, True, drawn_from
         )
+        return loss_of(logprobs_BL, entropy_BL, piece, denominators, on_policy)
+
+    def loss_of(
+        logprobs_BL: jax.Array,
+        entropy_BL: jax.Array | None,
+        piece: Batch,
+        denominators: Denominators,
+        on_policy: jax.Array,
+    ):
         constant_BL = jax.lax.stop_gradient(logprobs_BL)  # old log-probs and a measurement must get no gradient
         inputs = _loss_inputs(piece)
         if inputs.old_logprobs_BT is not None:
@@ -214,7 +223,12 @@ def update_program(
             grads = jax.tree.map(lambda total, part: total + part.astype(total.dtype), grads, piece_grads)
             return loss + piece_value, grads, combine_sums(sums, piece_sums), difference.merge(piece_difference)
 
-        (loss, (sums, difference)), grads = jax.eval_shape(lambda: gradient(_piece(batch, 0)))
+        # Of the shapes of what is added up the model's gradient is no part: tracing it once more would take seconds.
+        _, R, C, L = batch.mask_MRCL.shape
+        values_BL = jax.ShapeDtypeStruct((R * C, L), _logprob_dtype(policy, trainable.join(state.params, frozen)))
+        piece = jax.eval_shape(_piece, batch, 0)
+        loss, (sums, difference) = jax.eval_shape(loss_of, values_BL, values_BL, piece, *constants)
+        grads = jax.eval_shape(lambda: stack_runs(policy.config, state.params))
         # In bfloat16 a sum of hundreds of pieces would lose pieces below 2^-9 of the sum.
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, widen(x.dtype)), grads)
         start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference))
@@ -278,10 +292,7 @@ def token_logprobs_program(
                 values,
             )
 
-        dtype = jax.eval_shape(
-            lambda: policy.unembed(params, jnp.zeros((1, policy.config.hidden_size), policy.config.dtype))
-        ).dtype
-        empty = jnp.zeros(batch.mask_MRCL.shape, dtype)
+        empty = jnp.zeros(batch.mask_MRCL.shape, _logprob_dtype(policy, params))
         return _over_pieces(batch, shorter_lengths, fill, (empty, empty if with_entropy else None))
 
     rows = batch_shardings(mesh, rules)
@@ -413,6 +424,12 @@ def _piece_logprobs(
         return jnp.where(piece.mask_MRCL.reshape(R * C, L) > 0, values_RCL.reshape(R * C, L), 0)
 
     return place(logprobs_RN), None if entropy_RN is None else place(entropy_RN)
+
+
+def _logprob_dtype(policy: Policy, params: Params) -> Any:
+    """The dtype of log-probs and entropies, which is that of the logits."""
+    hidden = jax.ShapeDtypeStruct((1, policy.config.hidden_size), policy.config.dtype)
+    return jax.eval_shape(policy.unembed, params, hidden).dtype
 
 
 def _loss_inputs(piece: Batch) -> LossInputs:

@@ -37,7 +37,7 @@ def config_for(folder, flavour, *overrides):
     recipe.write_text(RECIPE)
     settings = [f"output_dir={folder / 'run'}", f"pure_nnx={flavour == 'nnx'}".lower()]
     if not any(override.startswith("model.source=") for override in overrides):
-        settings += [f"model.source={EXAMPLES[flavour]}:build", "model.args={hidden_size: 32, num_layers: 2}"]
+        settings += [f"model.source={EXAMPLES[flavour]}:build", "model.args={hidden_size: 32, num_layers: 1}"]
     return load_config(recipe, [*settings, *overrides])
 
 
@@ -69,7 +69,7 @@ def test_a_run_with_a_module_of_ones_own_learns_and_the_sampler_agrees_with_the_
 @pytest.mark.parametrize("flavour", ["nnx", "linen"])
 def test_a_resumed_run_equals_the_uninterrupted_one_on_two_devices(tmp_path, flavour):
     overrides = ("checkpoint.every=1", "eval.every=0", "mesh.num_devices=2")
-    for name, steps in (("whole", [3]), ("parts", [1, 3])):
+    for name, steps in (("whole", [2]), ("parts", [1, 2])):
         folder = tmp_path / name
         folder.mkdir()
         for count in steps:
@@ -77,13 +77,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_on_two_devices(tmp_path, fla
     left, right = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     assert stable_metrics(left) == stable_metrics(right)
     assert read_samples(left) == read_samples(right)
-    config = config_for(tmp_path, flavour, *overrides)
-    params = [load_checkpoint(config, folder).params for folder in (left, right)]
-    jax.tree.map(np.testing.assert_array_equal, *params)
-    # The way out and in again: what export writes is what model.weights reads.
+    # The weights of one are those of the other on their way out and in again: what export writes, model.weights reads.
     export(left, tmp_path / "out")
     start = load_start(config_for(tmp_path, flavour, f"model.weights={tmp_path / 'out' / 'model.safetensors'}"))
-    jax.tree.map(np.testing.assert_array_equal, params[0], start.params)
+    resumed = load_checkpoint(config_for(tmp_path, flavour, *overrides), right)
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, start.params)
 
 
 def write_module(folder, text):
