@@ -1,6 +1,7 @@
 """The twins: the same tree, the same numbers bit for bit, one attention rule, with a cache and without."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -148,30 +149,35 @@ def test_twins_agree_bit_for_bit_through_the_cache(family):
 
 
 def compile_all(functions, *arguments, **options):
+    """The functions, compiled, see `compile_traced`."""
+    return compile_traced([jax.jit(function, **options).trace(*arguments) for function in functions])
+
+
+def compile_traced(traced):
     """The functions, compiled; those that are one program before compilation are one after it, and compiled once."""
-    lowered = [jax.jit(function, **options).lower(*arguments) for function in functions]
+    lowered = [function.lower() for function in traced]
     programs = {program.as_text(): program for program in lowered}
     compiled = {text: program.compile() for text, program in programs.items()}
     return [compiled[program.as_text()] for program in lowered]
 
 
-@pytest.fixture(scope="module")
-def unrolled():
+@functools.cache
+def unrolled(num_layers):
     """A model with parameters, a batch, and their gradients by the plain backward pass."""
-    # Five layers, so that "full" has segments of two and a shorter last one.
-    config = tiny_config("gemma3_text", layer_types=None, num_layers=5)
+    config = tiny_config("gemma3_text", layer_types=None, num_layers=num_layers)
     params, batch = noisy_params(config), plain_batch()
     return config, params, batch, jax.jit(jax.grad(_hidden_loss(NNXPolicy(config), batch)))(params)
 
 
-@pytest.mark.parametrize("remat", ["dots", "outputs", "block", "full"])
-def test_rematerialisation_changes_gradients_in_no_twin_and_is_really_on(remat, unrolled):
-    config, params, batch, plain = unrolled
+# Five layers, so that "full" has segments of two and a shorter last one.
+@pytest.mark.parametrize(("remat", "num_layers"), [("dots", 2), ("outputs", 2), ("block", 2), ("full", 5)])
+def test_rematerialisation_changes_gradients_in_no_twin_and_is_really_on(remat, num_layers):
+    config, params, batch, plain = unrolled(num_layers)
     twins = both(dataclasses.replace(config, remat=remat))
-    functions = [jax.grad(_hidden_loss(policy, batch)) for policy in twins]
-    for function in functions:
-        assert str(jax.make_jaxpr(function)(params)).count("remat") >= config.num_layers
-    gradients = [program(params) for program in compile_all(functions, params)]
+    traced = [jax.jit(jax.grad(_hidden_loss(policy, batch))).trace(params) for policy in twins]
+    for function in traced:
+        assert str(function.jaxpr).count("remat") >= num_layers
+    gradients = [program(params) for program in compile_traced(traced)]
     assert_trees_identical(*gradients)
     texts = [jax.jit(policy.hidden).lower(params, batch).as_text() for policy in twins]
     assert texts[0] == texts[1]
@@ -184,15 +190,17 @@ def test_rematerialisation_keeps_ever_less_for_the_backward_pass_in_either_flavo
     """
     options = {"xla_disable_hlo_passes": "optimization-barrier-expander,cse,cse_barrier_expander"}
     config = tiny_config(num_layers=9, hidden_size=32, intermediate_size=96)
+    few_layers = dataclasses.replace(config, num_layers=4, layer_types=config.layer_types[:4])
+    few_params = noisy_params(few_layers)
     params, batch = noisy_params(config), plain_batch(num_tokens=64)
     kept, temporaries = {}, {"linen": {}, "nnx": {}}
     for remat in ("none", "dots", "outputs", "block", "full"):
-        losses = [_hidden_loss(policy, batch) for policy in both(dataclasses.replace(config, remat=remat))]
         kept[remat], of_nnx = (
-            sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], params)))
-            for loss in losses
+            sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], few_params)))
+            for loss in (_hidden_loss(policy, batch) for policy in both(dataclasses.replace(few_layers, remat=remat)))
         )
         assert kept[remat] == of_nnx
+        losses = [_hidden_loss(policy, batch) for policy in both(dataclasses.replace(config, remat=remat))]
         programs = compile_all(map(jax.grad, losses), params, compiler_options=options)
         for of_flavour, program in zip(temporaries.values(), programs, strict=True):
             of_flavour[remat] = program.memory_analysis().temp_size_in_bytes
@@ -503,20 +511,27 @@ def test_every_sixth_gemma_layer_is_global():
 
 SCANNED = {
     "llama": {},
-    "qwen2": {"lora": LoRAConfig(2, 4.0, ("layers_[12]/self_attn/*_proj",))},  # three runs: 1, 2 and 2 layers
+    "qwen2": {"lora": LoRAConfig(2, 4.0, ("layers_[12]/self_attn/*_proj",))},  # three runs: 1, 2 and 2 layers of 5
     "gemma3_text": {"lora": LoRAConfig(2, 4.0, ("*_proj",), base_dtype="int8")},
     "qwen3": {},
 }
+WIDE = {"layer_types": None, "dtype": "float64", "param_dtype": "float64"}
 
 
+# Five layers, so that "full" has segments of two and a shorter last one; of qwen2's, three runs: 1, 2 and 1 layers.
 @pytest.mark.parametrize(
-    ("family", "remat"), [*zip(SCANNED, ("none", "dots", "full", "outputs"), strict=True), ("llama", "block")]
+    ("family", "remat", "num_layers"),
+    [
+        ("llama", "none", 2),
+        ("llama", "block", 2),
+        ("qwen2", "dots", 4),
+        ("gemma3_text", "full", 5),
+        ("qwen3", "outputs", 2),
+    ],
 )
-def test_scanned_layers_give_the_hidden_states_and_gradients_of_unrolled_ones(family, remat):
+def test_scanned_layers_give_the_hidden_states_and_gradients_of_unrolled_ones(family, remat, num_layers):
     with jax.enable_x64(True):
-        # Five layers, so that "full" has segments of two and a shorter last one.
-        changes = {"num_layers": 5, "layer_types": None, "dtype": "float64", "param_dtype": "float64"}
-        config = dataclasses.replace(tiny_config(family, **changes), **SCANNED[family])
+        config = dataclasses.replace(tiny_config(family, num_layers=num_layers, **WIDE), **SCANNED[family])
         params, batch = freeze(config, noisy_params(config)), plain_batch()
         trained, frozen = split(config, params)
         scanned_config = dataclasses.replace(config, scan_layers=True, remat=remat)
@@ -526,22 +541,23 @@ def test_scanned_layers_give_the_hidden_states_and_gradients_of_unrolled_ones(fa
 
         expected = jax.jit(jax.value_and_grad(loss_of(NNXPolicy(config))))(trained)
         twins = both(scanned_config)
-        for policy in twins:
-            program = str(jax.make_jaxpr(jax.grad(loss_of(policy)))(trained))
+        traced = [jax.jit(jax.value_and_grad(loss_of(policy))).trace(trained) for policy in twins]
+        for program in (str(function.jaxpr) for function in traced):
             assert program.count("scan") >= len(scanned.layer_runs(config))
             assert ("remat" in program) == (remat != "none")
-        programs = compile_all([jax.value_and_grad(loss_of(policy)) for policy in twins], trained)
+        programs = compile_traced(traced)
         assert programs[0] is programs[1]
         got = programs[0](trained)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), expected, got)
 
 
-@pytest.mark.parametrize(("family", "kv_dtype"), [("llama", "int8"), ("qwen2", None), ("gemma3_text", None)])
-def test_a_scanned_prefill_gives_the_hidden_states_and_the_cache_of_an_unrolled_one(family, kv_dtype):
+@pytest.mark.parametrize(
+    ("family", "num_layers", "kv_dtype"), [("llama", 2, "int8"), ("qwen2", 4, None), ("gemma3_text", 2, None)]
+)
+def test_a_scanned_prefill_gives_the_hidden_states_and_the_cache_of_an_unrolled_one(family, num_layers, kv_dtype):
     """Two pieces after a common prefix that all rows share; then a token alone, which no loop runs over."""
-    changes = {"num_layers": 5, "layer_types": None, "dtype": "float64", "param_dtype": "float64"}
     with jax.enable_x64(True):
-        config = dataclasses.replace(tiny_config(family, **changes), **SCANNED[family])
+        config = dataclasses.replace(tiny_config(family, num_layers=num_layers, **WIDE), **SCANNED[family])
         params = freeze(config, noisy_params(config))
         batch = plain_batch(num_tokens=11)
 
@@ -560,11 +576,11 @@ def test_a_scanned_prefill_gives_the_hidden_states_and_the_cache_of_an_unrolled_
 
         expected = jax.jit(steps, static_argnums=0)(NNXPolicy(config), params)
         twins = both(dataclasses.replace(config, scan_layers=True, remat="full"))
-        for policy in twins:
-            program = jax.make_jaxpr(steps, static_argnums=0)(policy, params)
-            scans = sum(equation.primitive.name == "scan" for equation in program.eqns)
+        traced = [jax.jit(functools.partial(steps, policy)).trace(params) for policy in twins]
+        for function in traced:
+            scans = sum(equation.primitive.name == "scan" for equation in function.jaxpr.eqns)
             assert scans == 3 * len(scanned.layer_runs(config))
-        programs = compile_all([lambda params, policy=policy: steps(policy, params) for policy in twins], params)
+        programs = compile_traced(traced)
         assert programs[0] is programs[1]
         got = programs[0](params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), expected, got)

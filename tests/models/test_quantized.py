@@ -3,6 +3,7 @@ they stand for.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -234,27 +235,35 @@ def test_a_quantised_table_serves_look_up_and_head(dtype):
 # Whole models
 
 
+@functools.cache
+def model_of(family):
+    """(configuration, policy, parameters) of a model of one layer, or of a Gemma of one layer of each kind."""
+    gemma = {} if family == "gemma3_text" else {"num_layers": 1}
+    config = tiny_config(family, tie_word_embeddings=family in ("llama", "gemma3_text"), **gemma)
+    return config, NNXPolicy(config), noisy_params(config)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(policy, params):
+    """What every entry point of a policy gives."""
+    hidden = policy.hidden(params, batch_of())
+    cached, _ = policy.extend(params, batch_of(), kv.init_cache(policy.config, 2, 8))
+    return hidden, cached, policy.unembed(params, hidden)
+
+
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [*itertools.product(FAMILIES, ("int8", "int4/4")), ("llama", "float8_e4m3fn"), ("qwen3", "int4")],
 )
 def test_models_compute_with_quantised_params_as_with_the_params_they_stand_for(family, dtype):
-    config = tiny_config(family, tie_word_embeddings=family in ("llama", "gemma3_text"))
-    full = noisy_params(config)
-    params, batch = quantized_of(config, full, dtype), batch_of()
-
-    def run(policy, params):
-        hidden = policy.hidden(params, batch)
-        cached, _ = policy.extend(params, batch, kv.init_cache(config, 2, 8))
-        return hidden, cached, policy.unembed(params, hidden)
-
-    run, policy = jax.jit(run, static_argnums=0), NNXPolicy(config)
-    got, expected = run(policy, params), run(policy, dequantize_tree(params))
+    config, policy, full = model_of(family)
+    params = quantized_of(config, full, dtype)
+    got, expected = outputs(policy, params), outputs(policy, dequantize_tree(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
     # What was computed with were not the weights before quantisation.
-    assert float(jnp.abs(run(policy, full)[2] - got[2]).max()) > 1e-2
+    assert float(jnp.abs(outputs(policy, full)[2] - got[2]).max()) > 1e-2
     if family == "qwen2":
-        jax.tree.map(np.testing.assert_array_equal, run(LinenPolicy(config), params), got)
+        jax.tree.map(np.testing.assert_array_equal, outputs(LinenPolicy(config), params), got)
 
 
 @pytest.mark.matrix

@@ -1,6 +1,7 @@
 """`grpo export`: a run's weights as a Hugging Face folder or a parameter-only checkpoint, whole or not at all."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -264,8 +265,14 @@ def exported(folder, family, **changes):
 
 
 def logits_of(policy, params):
-    """Of TOKENS."""
-    return policy.unembed(params, jax.jit(policy.hidden)(params, plain_inputs(TOKENS)))
+    """Of TOKENS; models of one configuration and flavour are compiled once."""
+    return _logits(policy.config, policy.flavour == "nnx", params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(config, pure_nnx, params):
+    policy = create_policy(config, pure_nnx)
+    return policy.unembed(params, policy.hidden(params, plain_inputs(TOKENS)))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen2"])
