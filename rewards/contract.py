@@ -177,8 +177,9 @@ def load_function(spec: RewardSpec) -> Callable[..., Any]:
     if spec.pickled is not None:
         from rewards.objects import from_bytes  # what it imports is not needed by other functions
 
-        return from_bytes(spec.pickled, label)
-    function = import_function(spec.function, label)
+        function = from_bytes(spec.pickled, label)
+    else:
+        function = import_function(spec.function, label)
     import_library(function, label)
     return function
 

@@ -15,16 +15,16 @@ _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # Measured with reasoning-gym 0.1.25, see `reasoning_gym`.
 _TASKS = """
     ab acre advanced_geometry aiw arc_1d base_conversion basic_arithmetic bf binary_alternation caesar_cipher
-    calendar_arithmetic chain_sum circuit_logic codeio color_cube_rotation count_bits count_primes course_schedule
-    cryptarithm decimal_arithmetic decimal_chain_sum dice emoji_mystery family_relationships figlet_font
-    fraction_simplification futoshiki gcd group_anagrams gsm_symbolic isomorphic_strings jugs kakurasu knight_swap
-    knights_knaves largest_island lcm leg_counting letter_counting letter_jumble list_functions mahjong_puzzle
-    manipulate_matrix maze mini_sudoku modulo_grid needle_haystack number_filtering number_format number_sequence
+    chain_sum circuit_logic codeio color_cube_rotation count_bits count_primes course_schedule cryptarithm
+    decimal_arithmetic decimal_chain_sum dice emoji_mystery family_relationships figlet_font fraction_simplification
+    futoshiki gcd group_anagrams gsm_symbolic isomorphic_strings jugs kakurasu knight_swap knights_knaves
+    largest_island lcm leg_counting letter_counting letter_jumble list_functions mahjong_puzzle manipulate_matrix
+    maze mini_sudoku modulo_grid needle_haystack number_filtering number_format number_sequence
     palindrome_generation palindrome_partitioning path_star polynomial_equations pool_matrix power_function products
     quantum_lock ransom_note rectangle_count rotate_matrix rotten_oranges self_reference sentence_reordering
     shortest_path simple_equations simple_geometry sokoban spell_backward string_manipulation string_splitting
-    string_synthesis sudoku survo syllogism time_intervals tower_of_hanoi tsumego word_ladder word_sequence_reversal
-    word_sorting zebra_puzzles
+    string_synthesis sudoku survo syllogism tower_of_hanoi tsumego word_ladder word_sequence_reversal word_sorting
+    zebra_puzzles
 """
 TASKS = frozenset(_TASKS.split())
 

@@ -39,8 +39,24 @@ TO_COMPILE = (MODEL, LOSS, CACHE)
 
 # Functions that this package defines, which are trusted. Other names in its modules, which they import, are not.
 READY_MADE = (
-    *("rewards.number:exact_number_strict", "rewards.number:exact_number_flexible", "rewards.verify:math_verified"),
-    *("rewards.format:format_regex", "rewards.length:length_penalty"),
+    "rewards.choice:multiple_choice",
+    "rewards.countdown:countdown",
+    "rewards.format:format_regex",
+    "rewards.format:regex_match",
+    "rewards.format:think_format",
+    "rewards.format:tag_format",
+    "rewards.format:tag_count",
+    "rewards.gym:reasoning_gym",
+    "rewards.ifeval:ifeval",
+    "rewards.language:language",
+    "rewards.length:length_penalty",
+    "rewards.number:exact_number_strict",
+    "rewards.number:exact_number_flexible",
+    "rewards.repetition:repetition_penalty",
+    "rewards.schema:json_schema",
+    "rewards.similarity:rouge",
+    "rewards.similarity:edit_distance",
+    "rewards.verify:math_verified",
 )
 _KEY_BYTES = 32
 

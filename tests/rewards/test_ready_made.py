@@ -8,7 +8,11 @@ import pytest
 from rewards.contract import RewardSpec, bind, load_function
 from rewards.gym import TASKS
 from rewards.ifeval import INSTRUCTIONS
+from rewards.objects import to_bytes
+from rewards.runner import RewardRunner
+from rl.config.load import load_config
 from rl.data.tasks import reasoning_gym_rows
+from rl.run_folder.trust import READY_MADE
 from tests.helpers.places import ROOT
 
 JUNK = [
@@ -435,6 +439,40 @@ def test_a_missing_library_is_told_with_the_extra_that_installs_it(monkeypatch, 
         bound.function(**bound.batch_arguments(["p"], ["1"], columns, None))
 
 
+RECIPE = """
+rewards:
+  functions:
+    - {function: "rewards.number:exact_number_strict", kwargs: {units: [dollars]}}
+    - {function: "rewards.choice:multiple_choice", kwargs: {letters: "ABCD"}}
+    - {function: "rewards.format:regex_match", kwargs: {regex_pattern: "([0-9]+)", group_select: -1}}
+    - {function: "rewards.format:think_format"}
+    - {function: "rewards.format:tag_format", kwargs: {tags: [a, b]}}
+    - {function: "rewards.schema:json_schema", kwargs: {schema: {type: integer}}}
+    - {function: "rewards.similarity:edit_distance", kwargs: {unit: words}}
+    - {function: "rewards.ifeval:ifeval", kwargs: {score: share}}
+    - {function: "rewards.countdown:countdown", kwargs: {format_score: 0.5}}
+    - {function: "rewards.repetition:repetition_penalty", kwargs: {ngram_size: 1}}
+    - {function: "rewards.length:length_penalty", kwargs: {limit: 4, buffer: 2}}
+"""
+
+
+def test_ready_made_rewards_run_from_yaml_and_as_objects_in_a_worker(tmp_path):
+    (tmp_path / "recipe.yml").write_text(RECIPE)
+    functions = load_config(tmp_path / "recipe.yml").rewards.functions
+    specs = [RewardSpec(f.function, f.function, 1.0, f.kwargs) for f in functions]
+    tag_count = load_function(RewardSpec("r", "rewards.format:tag_count", 1.0, {}))
+    specs.append(RewardSpec("given", "the session's", 1.0, {"tags": ["a"]}, pickled=to_bytes(tag_count, "given")))
+    row = {"answer": "4", "target": 4, "nums": [3, 1], **NO_COMMA}
+    columns = {name: [value] * 2 for name, value in row.items()}
+    with RewardRunner(specs, list(columns), 1, 20.0) as runner:
+        result = runner.score(["p"] * 2, ["4", "<a>1</a>, 4, 4"], columns, [[1], [1, 2, 1]])
+    assert not result.problems
+    assert result.rewards == [
+        [1.0, None, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0],
+        [0.0, None, 1.0, 0.0, 0.0, 0.0, pytest.approx(1 / 3), 0.0, 0.0, pytest.approx(-1 / 3), -0.5, 1.0],
+    ]
+
+
 def test_every_ready_made_reward_is_elementwise_and_has_a_row_in_the_table():
     page = (ROOT / "docs" / "ready-made-rewards.md").read_text()
     documented = re.findall(r"^\| `rewards\.(\w+:\w+)`", page, re.MULTILINE)
@@ -443,6 +481,7 @@ def test_every_ready_made_reward_is_elementwise_and_has_a_row_in_the_table():
         found = re.findall(r"^@elementwise\n(?:@.*\n)*def (\w+)", path.read_text(), re.MULTILINE)
         written += [f"{path.stem}:{name}" for name in found]
     assert sorted(documented) == sorted(written)
+    assert sorted(READY_MADE) == sorted(f"rewards.{name}" for name in written)  # trusted in a run folder
     for name in documented:
         function = load_function(RewardSpec("r", f"rewards.{name}", 1.0, {}))
         assert function.elementwise, name
