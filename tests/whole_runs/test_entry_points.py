@@ -38,8 +38,8 @@ lora: {{rank: {rank}}}
 eval: {{every: 0}}
 mesh: {{num_devices: 1}}
 """
-# What is walked in which flavour. `train` and `export` make what the others take, and `quantize` reads a module of one's
-# own, which has a flavour; adapters are walked beside `lora`.
+# What is walked in which flavour. `train` and `export` make what the others take, and `quantize` reads a module of
+# one's own, which has a flavour; adapters are walked beside `lora`.
 WALKED = {
     "linen": {"train", "sft", "export", "checkpoint", "quantize", "compile"},
     "nnx": {"train", "eval", "sample", "export", "lora", "quantize"},
