@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import jax
 
 from rl.config.load import Config
-from rl.data.prompts import check_enough_rows, load_pairs, step_indices
+from rl.data.order import order_of
+from rl.data.prompts import check_enough_rows, load_pairs
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.final_accuracy import FinalAccuracy
@@ -60,6 +61,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         pairs = load_pairs(config, tokenizer)
         num_rows = len(pairs.rows)
         check_enough_rows(num_rows, config.sft.batch_size, "sft.batch_size")
+        order = order_of(config.data, pairs, config.seed, config.sft.batch_size, "sft.batch_size")
         held_out = pairs.held_out[: config.eval.max_prompts]
         origin = find_origin(config, tokenizer)
 
@@ -104,7 +106,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         for step in range(progress.steps_done, config.sft.steps):
             steps_done = step + 1
             # 1. the pairs of the step
-            rows = [pairs.rows[i] for i in step_indices(num_rows, config.seed, step, config.sft.batch_size)]
+            rows = [pairs.rows[i] for i in order.step(step)]
             # 2. update the policy
             with log.timer("train"), no_implicit_transfers():
                 state, update = train_step(state, minibatch_of(rows, packing, config, mesh))

@@ -26,7 +26,8 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux and macOS (1,023 the
 PATH_KEYS = (
     *("output_dir", "compiled_file", "model.source", "model.weights", "lora.adapter"),
     *("tokenizer.source", "tokenizer.chat_template"),
-    *("data.source", "data.eval_source", "rewards.functions.*.function", "logging.compilation_cache"),
+    *("data.source", "data.eval_source", "data.prepare", "data.sources.*.source", "data.sources.*.prepare"),
+    *("rewards.functions.*.function", "logging.compilation_cache"),
     *("grpo.loss_type", "grpo.advantage_estimator", "sampling.source", "checkpoint.staging"),
 )
 
@@ -83,6 +84,10 @@ RANGES = {
     "lora.rank": _COUNT,
     "lora.alpha": _POSITIVE,
     "lora.base_group_size": Range(1, note=" or null"),
+    "data.sources.*.weight": _POSITIVE,
+    "data.sources.*.count": _SIZE,
+    "data.sources.*.eval_size": _COUNT,
+    "data.mixture_temperature": Range(0, above=True, note=" or null"),
     "data.eval_size": _COUNT,
     "data.max_prompt_length": _SIZE,
     "rewards.functions.*.weight": _ANY,

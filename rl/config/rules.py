@@ -10,7 +10,7 @@ from typing import Any
 
 from rewards.environment import check_memory_gb, check_names
 from rl.config.ranges import check_ranges
-from rl.config.sections import ESTIMATOR_NAMES, TUNIX_PREFIX, Config, is_user_function, source_kind
+from rl.config.sections import ESTIMATOR_NAMES, TUNIX_PREFIX, Config, is_user_function, prepare_keys, source_kind
 from rl.files.json_file import shown
 from rl.files.stores import check_path
 
@@ -98,17 +98,62 @@ def check_config(config: Config) -> None:
             f"eval.reward must name one of rewards.functions {shown(names)}, got {shown(config.eval.reward)}"
         )
     _check_chat(config)
+    _check_data(config)
     if config.data.eval_source is not None and config.data.eval_size:
         raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
+
+
+def _check_data(config: Config) -> None:
+    """Keys of mixtures, and functions that prepare rows."""
+    data = config.data
+    for key, function in prepare_keys(config).items():
+        if function is not None and not is_user_function(function):
+            raise ValueError(f"{key} must be path/to/file.py:function, got {shown(function)}")
+    if not data.sources:
+        if data.mixture_temperature is not None:
+            raise ValueError(
+                f"data.mixture_temperature must be null without data.sources, got {data.mixture_temperature}; it is "
+                "for a mixture"
+            )
+        return
+    for key, value, way_out in (
+        ("source", data.source, "put it into the list"),
+        ("args", data.args, "put them into the entries of the list"),
+        ("eval_size", data.eval_size, "give an entry of the list its own eval_size"),
+    ):
+        if value:
+            raise ValueError(f"data.{key} must be left out with data.sources, got {shown(value)}; {way_out}")
+    shares = {
+        "weight": sum(entry.weight is not None for entry in data.sources),
+        "count": sum(entry.count is not None for entry in data.sources),
+        "data.mixture_temperature": len(data.sources) if data.mixture_temperature is not None else 0,
+    }
+    given = {name: count for name, count in shares.items() if count}
+    if len(given) > 1 or set(given.values()) - {len(data.sources)}:
+        raise ValueError(
+            "data.sources must say how much each source is drawn in one way, a weight on each, a count on each, or "
+            f"data.mixture_temperature, got {shown(given)} for {len(data.sources)} sources"
+        )
+    names = [entry.name or entry.source for entry in data.sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data.sources must have distinct names, got {shown(names)}; set `name` on each")
+    if data.eval_source is not None and any(entry.eval_size for entry in data.sources):
+        raise ValueError("data.sources: eval_size must be 0 when data.eval_source is set, got rows to hold out twice")
 
 
 def _check_chat(config: Config) -> None:
     """Keys that belong to chat prompts, and names that a chat template gets from elsewhere."""
     data = config.data
+    of_sources = [
+        (f"sources.{i}.{key}", getattr(entry, key))
+        for i, entry in enumerate(data.sources)
+        for key in ("assistant_prefill", "answer_from_messages")
+    ]
     for key, value in (
         ("chat_template_kwargs", data.chat_template_kwargs),
         ("assistant_prefill", data.assistant_prefill),
         ("answer_from_messages", data.answer_from_messages),
+        *of_sources,
     ):
         if value and not data.chat:
             raise ValueError(
@@ -135,6 +180,7 @@ def _check_paths(config: Config) -> None:
         ("tokenizer.chat_template", config.tokenizer.chat_template),
         ("data.source", config.data.source),
         ("data.eval_source", config.data.eval_source),
+        *((f"data.sources.{i}.source", entry.source) for i, entry in enumerate(config.data.sources)),
     ):
         check_path(value, key, may_be_remote=not (value and is_user_function(value)))
     for key, value in (
@@ -144,6 +190,7 @@ def _check_paths(config: Config) -> None:
         ("grpo.loss_type", config.grpo.loss_type),
         ("grpo.advantage_estimator", config.grpo.advantage_estimator),
         ("sampling.source", config.sampling.source),
+        *prepare_keys(config).items(),
         *((f"rewards.functions.{i}.function", entry.function) for i, entry in enumerate(config.rewards.functions)),
     ):
         check_path(value, key, may_be_remote=False)

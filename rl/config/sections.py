@@ -91,12 +91,36 @@ class TokenizerSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class DataSource:
+    """One source of a mixture. What is None here is as in the section."""
+
+    source: str
+    name: str | None = None
+    weight: float | None = None
+    count: int | None = None
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    columns: dict[str, str | None] | None = None
+    prepare: str | None = None
+    answer_from_messages: bool | None = None
+    system_prompt: str | None = None
+    assistant_prefill: str | None = None
+    eval_size: int = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
 class DataSection:
     """Prompts: source, columns, held-out split."""
 
     source: str | None
     args: dict[str, Any]
     columns: dict[str, str | None]
+    prepare: str | None
+    # A source alone stands for an entry with nothing else.
+    sources: list[Annotated[DataSource, pydantic.BeforeValidator(lambda e: {"source": e} if isinstance(e, str) else e)]]
+    mixture_temperature: float | None
+    remove_empty_answers: bool
+    remove_duplicates: bool
+    remove_overlap: bool
     eval_source: str | None
     eval_args: dict[str, Any]
     eval_size: int
@@ -367,7 +391,11 @@ class Config:
     logging: LoggingSection
 
 
-LIST_ENTRIES = {"rewards.functions": RewardFunction, "optimizer.lr_groups": LearningRateGroup}
+LIST_ENTRIES = {
+    "data.sources": DataSource,
+    "rewards.functions": RewardFunction,
+    "optimizer.lr_groups": LearningRateGroup,
+}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -385,6 +413,12 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def prepare_keys(config: Config) -> dict[str, str | None]:
+    """{key: its value} of every function that prepares data rows: of the section, and of the sources of a mixture."""
+    of_sources = {f"data.sources.{i}.prepare": entry.prepare for i, entry in enumerate(config.data.sources)}
+    return {"data.prepare": config.data.prepare, **of_sources}
 
 
 def is_user_function(value: str) -> bool:

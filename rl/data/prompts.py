@@ -18,12 +18,15 @@ import numpy as np
 
 from rl.config.load import Config, require
 from rl.config.sections import DataSection, EvalSection
+from rl.data.overlap import WORDS, find_overlaps
 from rl.data.sources import SourceRows, list_columns, read_rows
 from rl.data.tasks import Row
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.files.json_file import shown
 
 Prompt = str | list[dict[str, Any]]
+# What an entry of data.sources may say in place of the section.
+_OF_ENTRY = ("columns", "prepare", "answer_from_messages", "system_prompt", "assistant_prefill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class PromptRow:
       columns: the other columns of the row, under Tandem's names.
       index: the position of the row in its source.
       where: the row in words, for messages: key, file and number.
+      source: the number of its source in a mixture; -1 for a row of data.eval_source.
     """
 
     prompt: Prompt
@@ -44,12 +48,17 @@ class PromptRow:
     columns: dict[str, Any]
     index: int
     where: str = ""
+    source: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptData:
-    """Train and held-out rows. `num_rows` counts rows that were read, `num_dropped` prompts that were too long, and
-    `messages` says it in words.
+    """Train and held-out rows.
+
+    Attributes:
+      num_rows: rows that were read, without those that filters left out. num_dropped: prompts that were too long.
+      messages: what was left out, in words.
+      sizes: the number of training rows of each source of a mixture, which stand in the order of the sources.
     """
 
     train: list[PromptRow]
@@ -57,6 +66,7 @@ class PromptData:
     num_rows: int
     num_dropped: int
     messages: list[str]
+    sizes: Sequence[int] = ()
 
     @property
     def longest_prompt(self) -> int:
@@ -79,12 +89,14 @@ class PairRow:
 @dataclasses.dataclass(frozen=True)
 class PairData:
     """Rows for supervised fine-tuning, and the held-out prompts of the same split; `num_dropped` counts prompts and
-    completions over their limits."""
+    completions over their limits. `sizes`: see `PromptData`.
+    """
 
     rows: list[PairRow]
     held_out: list[PromptRow]
     num_dropped: int
     messages: list[str]
+    sizes: Sequence[int] = ()
 
 
 def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
@@ -105,26 +117,47 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     if hosts.num_processes() > 1:
         hosts.check_same(config, {"the tokenizer": tokenizer.content_hash()})
     data = config.data
-    source = require(data.source, "data.source", "train.jsonl")
+    if not data.sources:
+        require(data.source, "data.source", "train.jsonl")
     messages: list[str] = []
-    read = _load(source, data.args, config, "data.source")
-    candidates = _tokenize(read, data, tokenizer, "data.source", messages)
-    num_rows, num_dropped = len(read.rows), len(read.rows) - len(candidates)
-    questions = [question_key(row["prompt"]) for row in read.rows]
+    seen: dict[str, str] = {}  # {question: the row that has it first}, for data.remove_duplicates
+    chosen: set[str] = set()  # questions that are held out
+    candidates: list[PromptRow] = []
+    held_out: list[PromptRow] = []
+    questions: dict[tuple[int, int], str] = {}  # {(source, index): question} of every row
+    num_rows = 0
+    for number, (key, section) in enumerate(_sections(data)):
+        read = _load(section, config, key, messages)
+        if data.remove_duplicates:
+            read = _first_of_each(read, key, seen, messages)
+        if not read.rows:
+            continue
+        if data.sources:  # verl's name for it; a column of the data set wins
+            named = [{"data_source": _names(data)[number], **row} for row in read.rows]
+            read = dataclasses.replace(read, rows=named)
+        rows = _tokenize(read, section, tokenizer, key, messages, number)
+        questions |= {(number, row.index): question_key(read.rows[row.index]["prompt"]) for row in rows}
+        num_rows += len(read.rows)
+        candidates += rows
+        if section.eval_size:
+            of_source = {questions[row.source, row.index] for row in rows}
+            chosen |= _held_out_questions(of_source, config.seed, section.eval_size, _eval_size_key(data, number))
+    num_dropped = num_rows - len(candidates)
     if data.eval_source is None:
-        chosen = _held_out_questions({questions[row.index] for row in candidates}, config.seed, data.eval_size)
         first_rows: dict[str, PromptRow] = {}
         for row in candidates:
-            if questions[row.index] in chosen:
-                first_rows.setdefault(questions[row.index], row)
+            if questions[row.source, row.index] in chosen:
+                first_rows.setdefault(questions[row.source, row.index], row)
         held_out = list(first_rows.values())
     else:
-        read_eval = _load(data.eval_source, data.eval_args, config, "data.eval_source")
-        held_out = _tokenize(read_eval, data, tokenizer, "data.eval_source", messages)
-        num_rows += len(read_eval.rows)
-        num_dropped += len(read_eval.rows) - len(held_out)
-        chosen = {question_key(row["prompt"]) for row in read_eval.rows}
-    train = [row for row in candidates if questions[row.index] not in chosen]
+        section = dataclasses.replace(data, source=data.eval_source, args=data.eval_args)
+        read = _load(section, config, "data.eval_source", messages)
+        held_out = _tokenize(read, section, tokenizer, "data.eval_source", messages, source=-1)
+        num_rows += len(read.rows)
+        num_dropped += len(read.rows) - len(held_out)
+        chosen = {question_key(row["prompt"]) for row in read.rows}
+        questions |= {(-1, row.index): question_key(read.rows[row.index]["prompt"]) for row in held_out}
+    train = [row for row in candidates if questions[row.source, row.index] not in chosen]
     if not train:
         raise ValueError(
             f"data.source must hold a question that data.eval_source does not, got {len(candidates)} rows, all held out"
@@ -134,7 +167,87 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
             f"removed {len(candidates) - len(train)} of {len(candidates)} training rows whose question is held out in "
             "data.eval_source"
         )
-    return PromptData(train, held_out, num_rows, num_dropped, messages)
+    train = _without_overlap(train, held_out, questions, data.remove_overlap, messages)
+    sizes = [sum(row.source == number for row in train) for number in range(len(data.sources))]
+    if 0 in sizes:
+        name = _names(data)[sizes.index(0)]
+        raise ValueError(f"data.sources: {name!r} must hold a row to train on, got none that is left; take it out")
+    return PromptData(train, held_out, num_rows, num_dropped, messages, sizes)
+
+
+def _sections(data: DataSection) -> list[tuple[str, DataSection]]:
+    """(key, section) of data.source, or of each source of a mixture with what its entry says in place of the
+    section's own values.
+    """
+    if not data.sources:
+        return [("data.source", data)]
+    return [
+        (
+            f"data.sources {name!r}",
+            dataclasses.replace(
+                data,
+                source=entry.source,
+                args=entry.args,
+                eval_size=entry.eval_size,
+                **{key: value for key in _OF_ENTRY if (value := getattr(entry, key)) is not None},
+            ),
+        )
+        for name, entry in zip(_names(data), data.sources, strict=True)
+    ]
+
+
+def _names(data: DataSection) -> list[str]:
+    return [entry.name or entry.source for entry in data.sources]
+
+
+def _eval_size_key(data: DataSection, number: int) -> str:
+    return f"data.sources.{number}.eval_size" if data.sources else "data.eval_size"
+
+
+def _first_of_each(read: SourceRows, key: str, seen: dict[str, str], messages: list[str]) -> SourceRows:
+    """The rows whose question no row had before. `seen` is added to, and holds those of earlier sources."""
+    kept, example = [], ""
+    for index, row in enumerate(read.rows):
+        question, place = question_key(row["prompt"]), f"{key} {read.where(index)}"
+        if question not in seen:
+            seen[question] = place
+            kept.append(index)
+        elif not example:
+            example = f"{place} is that of {seen[question]}"
+    if len(kept) < len(read.rows):
+        messages.append(
+            f"removed {len(read.rows) - len(kept)} of {len(read.rows)} rows of {key} whose question a row before them "
+            f"has: {example}"
+        )
+    return read.kept(kept)
+
+
+def _without_overlap(
+    train: list[PromptRow],
+    held_out: list[PromptRow],
+    questions: Mapping[tuple[int, int], str],
+    remove: bool,
+    messages: list[str],
+) -> list[PromptRow]:
+    """The training rows, without those that share a passage with a held-out row if they are to be removed."""
+    found = find_overlaps(
+        [questions[row.source, row.index] for row in train], [questions[row.source, row.index] for row in held_out]
+    )
+    if not found:
+        return train
+    first = found[0]
+    what = (
+        f"{len(found)} of {len(train)} training rows that share {WORDS} words in a row with a held-out row, such as "
+        f"{train[first.train].where} with {held_out[first.held_out].where}: {shown(first.passage)}"
+    )
+    if not remove:
+        messages.append(f"kept {what}; data.remove_overlap=true leaves them out")
+        return train
+    if len(found) == len(train):
+        raise ValueError(f"data.remove_overlap must leave a training row, got {what}; set data.remove_overlap=false")
+    messages.append(f"removed {what}")
+    gone = {overlap.train for overlap in found}
+    return [row for index, row in enumerate(train) if index not in gone]
 
 
 def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
@@ -158,11 +271,8 @@ def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
         return [*_completion_ids(split.train[index], column, tokenizer), tokenizer.eos_ids[0]]
 
     completions, shortest = _encode_together(len(split.train), encode, limit)
-    pairs = [
-        PairRow(row.prompt_ids, completion_ids)
-        for row, completion_ids in zip(split.train, completions, strict=True)
-        if completion_ids is not None
-    ]
+    fits = [(row, ids) for row, ids in zip(split.train, completions, strict=True) if ids is not None]
+    pairs = [PairRow(row.prompt_ids, ids) for row, ids in fits]
     if not pairs:
         raise ValueError(
             f"sft.max_completion_length must let a completion through, got {limit}; the shortest has "
@@ -174,7 +284,8 @@ def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
         messages.append(
             f"dropped {num_long} of {len(split.train)} completions longer than sft.max_completion_length={limit} tokens"
         )
-    return PairData(pairs, split.held_out, split.num_dropped + num_long, messages)
+    sizes = [sum(row.source == number for row, _ in fits) for number in range(len(split.sizes))]
+    return PairData(pairs, split.held_out, split.num_dropped + num_long, messages, sizes)
 
 
 def fingerprint(rows: Iterable[PromptRow] | Iterable[PairRow]) -> dict[str, Any]:
@@ -308,12 +419,17 @@ def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
     return [{"role": "system", "content": data.system_prompt}, *conversation]
 
 
-def _load(source: str, args: Mapping[str, Any], config: Config, key: str) -> SourceRows:
+def _load(section: DataSection, config: Config, key: str, messages: list[str]) -> SourceRows:
     """The rows of a source. With data.answer_from_messages the last message of each is its column `answer`."""
-    read = read_rows(source, args, config.data.columns, config.seed)
-    if not config.data.answer_from_messages:
-        return read
-    rows = [_with_answer(row, f"{key} {read.where(index)}") for index, row in enumerate(read.rows)]
+    assert section.source is not None
+    is_filtered = section.remove_empty_answers
+    read = read_rows(section.source, section.args, section.columns, config.seed, section.prepare, is_filtered)
+    if read.num_empty:
+        total = read.num_empty + len(read.rows)
+        messages.append(f"removed {read.num_empty} of {total} rows of {key} without an answer")
+    rows = read.rows
+    if section.answer_from_messages:
+        rows = [_with_answer(row, f"{key} {read.where(index)}") for index, row in enumerate(rows)]
     return dataclasses.replace(read, rows=rows)
 
 
@@ -338,7 +454,7 @@ def _with_answer(row: Row, where: str) -> Row:
 
 
 def _tokenize(
-    read: SourceRows, data: DataSection, tokenizer: Tokenizer, key: str, messages: list[str]
+    read: SourceRows, data: DataSection, tokenizer: Tokenizer, key: str, messages: list[str], source: int = 0
 ) -> list[PromptRow]:
     """The rows whose prompt fits. A message about dropped rows is added to `messages`."""
     kept, limit, rows = [], data.max_prompt_length, read.rows
@@ -359,7 +475,7 @@ def _tokenize(
     for index, (row, prompt, prompt_ids) in enumerate(zip(rows, prompts, encoded, strict=True)):
         if prompt_ids is not None:
             columns = {name: value for name, value in row.items() if name != "prompt"}
-            kept.append(PromptRow(prompt, prompt_ids, columns, index, places[index]))
+            kept.append(PromptRow(prompt, prompt_ids, columns, index, places[index], source))
     if not kept:
         raise ValueError(
             f"data.max_prompt_length must let a prompt of {key} through, got {limit}; the shortest of {len(rows)} has "
@@ -412,12 +528,11 @@ def conversation_problem(messages: Any) -> str | None:
     return None
 
 
-def _held_out_questions(questions: set[str], seed: int, size: int) -> set[str]:
-    """The `size` questions with the smallest hash of (seed, question)."""
+def _held_out_questions(questions: set[str], seed: int, size: int, key: str) -> set[str]:
+    """The `size` questions with the smallest hash of (seed, question). `key` names the size."""
     if size >= len(questions):
         raise ValueError(
-            f"data.eval_size must be < {len(questions)}, the number of distinct questions, got {size}; the rest is for "
-            "training"
+            f"{key} must be < {len(questions)}, the number of distinct questions, got {size}; the rest is for training"
         )
 
     def rank(question: str) -> bytes:

@@ -13,12 +13,13 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
 from rl.config.objects import rows_of
 from rl.data.parquet_pages import check_pages
+from rl.data.prepare import prepare_rows
 from rl.data.table_files import CSV_ARGS, read_csv, read_json, slice_range, split_slice
 from rl.data.tasks import Row, is_procedural, procedural_rows
 from rl.files.json_file import briefly, shown
@@ -69,16 +70,28 @@ class SourceRows:
 
     Attributes:
       rows: in the order of the files.
-      starts: the number in `rows` of each file's first row. names: of the files. firsts: see `RowSource.first`.
+      starts: the number of each file's first row, among all that were read. names: of the files. firsts: see
+        `RowSource.first`.
+      origins: for each of `rows` its number among all that were read; None: nothing was left out or made.
+      num_empty: rows that were left out because they had no answer.
     """
 
     rows: list[Row]
     starts: list[int]
     names: list[str]
     firsts: list[int]
+    origins: list[int] | None = None
+    num_empty: int = 0
+
+    def kept(self, indices: Sequence[int], rows: list[Row] | None = None) -> "SourceRows":
+        """Some of the rows by their numbers; `rows`: what was made of them."""
+        origins = list(indices) if self.origins is None else [self.origins[index] for index in indices]
+        rows = [self.rows[index] for index in indices] if rows is None else rows
+        return dataclasses.replace(self, rows=rows, origins=origins)
 
     def where(self, index: int) -> str:
         """The file of row `index`, and the row's number in that file, from 0."""
+        index = index if self.origins is None else self.origins[index]
         part = bisect.bisect_right(self.starts, index) - 1
         return f"{self.names[part]!r} row {index - self.starts[part] + self.firsts[part]}"
 
@@ -88,7 +101,14 @@ def load_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
     return read_rows(source, args, columns, seed).rows
 
 
-def read_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | None], seed: int) -> SourceRows:
+def read_rows(
+    source: str,
+    args: Mapping[str, Any],
+    columns: Mapping[str, str | None],
+    seed: int,
+    prepare: str | None = None,
+    remove_empty: bool = False,
+) -> SourceRows:
     """All rows of a source, with columns under Tandem's names, in every process of the run.
 
     Args:
@@ -98,9 +118,12 @@ def read_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
       args: arguments of a procedural source, of a file's reader or of `datasets.load_dataset`; None: not given.
       columns: {Tandem's name: the data set's name}; None maps nothing. Other columns keep their names.
       seed: the run's seed, for procedural sources.
+      prepare: `path/to/file.py:function`, see `rl.data.prepare`; it gets the data set's own columns.
+      remove_empty: leave out rows whose `answer` is missing or blank, and count them.
 
     Raises:
-      ValueError: the source cannot be read, is empty, lacks a column, or has another size in another process.
+      ValueError: the source cannot be read, is empty, lacks a column, has another size in another process, or `prepare`
+        fails.
     """
     from rl.devices import hosts
 
@@ -116,6 +139,16 @@ def read_rows(source: str, args: Mapping[str, Any], columns: Mapping[str, str | 
     if not rows:
         raise ValueError(f"data source {source!r} must hold at least one row, got an empty data set")
     read = SourceRows(rows, starts, [part.name for part in opened], [part.first for part in opened])
+    if prepare is not None:
+        made, origins = prepare_rows(rows, prepare, read.where)
+        read = read.kept(origins, made)
+    if remove_empty and (answer := columns.get("answer")) is not None:
+        full = [
+            index for index, row in enumerate(read.rows) if str("" if row.get(answer) is None else row[answer]).strip()
+        ]
+        read = dataclasses.replace(read.kept(full), num_empty=len(read.rows) - len(full))
+        if not full:
+            raise ValueError(f"data source {source!r} must hold a row with an answer in column {answer!r}, got none")
     return dataclasses.replace(read, rows=_map_columns(read, columns, source))
 
 

@@ -14,6 +14,7 @@ import jax
 from rewards.moment import Moment
 from rewards.runner import RewardRunner
 from rl.config.load import Config
+from rl.data.order import order_of
 from rl.data.prompts import PromptData, PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.models.train_state import PureState
@@ -55,6 +56,7 @@ class Collector:
         check_calls(config, runner)
         self._config, self._sampler, self._runner, self._log = config, sampler, runner, log
         self._sampling, self._tokenizer = sampling, tokenizer
+        self._order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
         self._rows, self._held_out = data.train, data.evaluated(config.eval)
         self._epoch = 0.0  # how often the training rows were used up so far
         self._failures = FailureWatch(runner.specs, config.rewards.max_failed_share, config.health.patience)
@@ -100,9 +102,11 @@ class Collector:
           state: the weights to draw with; all randomness follows from its key and the step.
           position: how many rows, in the run's order, are used up.
         """
-        self._epoch = position / len(self._rows)
-        groups = collect(self._config, self._rows, position, step, functools.partial(self._draw, state, step))
-        self._epoch = groups.position / len(self._rows)
+        self._epoch = position / self._order.epoch_length
+        groups = collect(
+            self._config, self._rows, self._order, position, step, functools.partial(self._draw, state, step)
+        )
+        self._epoch = groups.position / self._order.epoch_length
         self._sampler.release()  # the weights are about to change
         self._failures.end_step()
         return groups

@@ -1,8 +1,8 @@
 """The prompts of a step, and dynamic sampling (DAPO, https://arxiv.org/abs/2503.14476, section 3.2).
 
-Groups whose rewards are all equal teach nothing, so dynamic sampling replaces them. In: the training data rows, the
-number of rows used up, and a function that draws and judges. Out: the groups of one step and the new number. Groups are
-replaced by those of the next rows in the run's own order (`rl.data.prompts.next_indices`), in at most
+Groups whose rewards are all equal teach nothing, so dynamic sampling replaces them. In: the training data rows, their
+order, the number of rows used up, and a function that draws and judges. Out: the groups of one step and the new number.
+Groups are replaced by those of the next rows in the run's own order (`rl.data.order`), in at most
 `grpo.dynamic_sampling_rounds` rounds. Groups that are still equal then are kept. Everything follows from the seed, the
 step and the number of rows, so a resumed run refills like an uninterrupted one.
 
@@ -20,7 +20,8 @@ from rewards.rubric import weighted_sum
 from rewards.runner import RewardRunner
 from rl.algorithms.advantages import ZERO_STD
 from rl.config.load import Config
-from rl.data.prompts import PromptRow, next_indices
+from rl.data.order import Order
+from rl.data.prompts import PromptRow
 from rl.rollout.groups import Judged
 
 
@@ -57,12 +58,15 @@ def check_calls(config: Config, runner: RewardRunner) -> None:
             )
 
 
-def collect(config: Config, rows: Sequence[PromptRow], position: int, weights_step: int, draw: Draw) -> Judged:
-    """Draws and judges P groups from the rows at `position` on, and replaces groups without a spread of rewards. `draw`
-    draws with the weights of `weights_step`. Without dynamic sampling the groups have no metrics of their own.
+def collect(
+    config: Config, rows: Sequence[PromptRow], order: Order, position: int, weights_step: int, draw: Draw
+) -> Judged:
+    """Draws and judges P groups from the rows at `position` of their order on, and replaces groups without a spread of
+    rewards. `draw` draws with the weights of `weights_step`. Without dynamic sampling the groups have no metrics of
+    their own.
     """
     num_prompts, max_rounds = config.grpo.prompts_per_step, config.grpo.dynamic_sampling_rounds
-    taken, position = next_indices(len(rows), config.seed, position, num_prompts, num_prompts)
+    taken, position = order.take(position, num_prompts)
     judged = draw([rows[i] for i in taken], range(num_prompts))
     if not max_rounds:
         return dataclasses.replace(judged, position=position, weights_step=weights_step)
@@ -70,7 +74,7 @@ def collect(config: Config, rows: Sequence[PromptRow], position: int, weights_st
     equal = [p for p in range(num_prompts) if not has_spread(judged, p)]
     while equal and num_rounds < max_rounds and len(taken) < len(rows):
         count = min(len(equal), len(rows) - len(taken))
-        new, position = next_indices(len(rows), config.seed, position, count, num_prompts, taken)
+        new, position = order.take(position, count, taken)
         other = draw([rows[i] for i in new], range(len(taken), len(taken) + count))
         useful = [p for p in range(count) if has_spread(other, p)]
         judged = judged.replace(dict(zip(equal, useful, strict=False)), other)

@@ -3,6 +3,7 @@
 from rl.algorithms.from_config import check_estimator, check_loss, loss_config
 from rl.algorithms.loss_types import loss_type_of
 from rl.config.load import Config, require
+from rl.data.order import order_of
 from rl.data.prompts import PromptData, check_enough_rows
 from rl.sampler.token_draw import SamplingParams
 
@@ -15,6 +16,7 @@ def check_recipe(config: Config, data: PromptData, sampling: SamplingParams, max
             "rewards.functions must hold a weight other than 0, got only metrics; there is nothing to learn from"
         )
     check_enough_rows(len(data.train), config.grpo.prompts_per_step)
+    order_of(config.data, data, config.seed, config.grpo.prompts_per_step)  # a source may be too small for its share
     if not config.sampling.temperature > 0:
         raise ValueError(
             f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; "

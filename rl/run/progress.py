@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from rl.algorithms.entropy_coef import EntropyCoefState
 from rl.config.load import Config
 from rl.config.objects import function_hashes
-from rl.config.user_files import file_hashes
+from rl.config.user_files import file_hashes, prepare_hashes
 from rl.data.prompts import PairData, PromptData, fingerprint, held_out_fingerprint
 from rl.devices import hosts
 from rl.models.foreign import files as foreign
@@ -34,7 +34,8 @@ def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, 
     functions that are given as objects. ValueError where two processes would start different runs.
     """
     reference = origin.identity if config.grpo.beta else None
-    hashes = {"data": fingerprint(data.train), HELD_OUT: held_out_fingerprint(data.held_out), **file_hashes(config)}
+    hashes = {"data": fingerprint(data.train), HELD_OUT: held_out_fingerprint(data.held_out)}
+    hashes |= file_hashes(config) | prepare_hashes(config)
     return _same({"policy": origin.identity, "reference": reference, **hashes, **function_hashes(config)}, config)
 
 
@@ -43,7 +44,8 @@ def supervised_identity(config: Config, origin: Origin, pairs: PairData) -> dict
     ValueError as in `run_identity`.
     """
     held_out = held_out_fingerprint(pairs.held_out)
-    return _same({"policy": origin.identity, "data": fingerprint(pairs.rows), HELD_OUT: held_out}, config)
+    hashes = {"data": fingerprint(pairs.rows), HELD_OUT: held_out, **prepare_hashes(config)}
+    return _same({"policy": origin.identity, **hashes}, config)
 
 
 def _same(identity: dict[str, Any], config: Config) -> dict[str, Any]:

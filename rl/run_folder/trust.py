@@ -22,7 +22,7 @@ from typing import Any
 
 from rl.config.load import Config
 from rl.config.objects import is_object
-from rl.config.sections import is_user_function, source_kind
+from rl.config.sections import is_user_function, prepare_keys, source_kind
 from rl.files.local_files import file_hash, write_file
 from rl.run_folder.contents import CONFIG, FILES_KEY, FORMAT, FORMAT_KEY, IDENTITY
 
@@ -31,10 +31,11 @@ FILE_KEYS = (FORMAT_KEY, FILES_KEY, HMAC_KEY)  # of run.json, about the file and
 
 # Kinds of code, by what uses it.
 REWARDS, MODEL, LOSS, ADVANTAGE, PROGRAMS, CACHE = "rewards", "model", "loss", "advantage", "programs", "cache"
-SAMPLER = "sampler"
-TO_TRAIN = (REWARDS, MODEL, LOSS, ADVANTAGE, SAMPLER, PROGRAMS, CACHE)
-TO_EVALUATE = (REWARDS, MODEL, SAMPLER, CACHE)
+SAMPLER, DATA = "sampler", "data"
+TO_TRAIN = (REWARDS, MODEL, LOSS, ADVANTAGE, SAMPLER, DATA, PROGRAMS, CACHE)
+TO_EVALUATE = (REWARDS, MODEL, SAMPLER, DATA, CACHE)
 TO_SAMPLE = (MODEL, SAMPLER, CACHE)
+TO_REPLAY = (*TO_SAMPLE, DATA)  # the prompts of a run, which its data rows give
 TO_COMPILE = (MODEL, LOSS, CACHE)
 
 # Functions that this package defines, which are trusted. Other names in its modules, which they import, are not.
@@ -101,6 +102,9 @@ def code_of(config: Config) -> list[Code]:
     if config.sampling.source is not None:
         name = config.sampling.source
         found.append(Code("sampling.source", name, SAMPLER, _file_of(name)))
+    for key, function in prepare_keys(config).items():
+        if function is not None:
+            found.append(Code(key, function, DATA, _file_of(function)))
     # Compiled programs are machine code, like any program.
     if config.compiled_file is not None:
         found.append(Code("compiled_file", config.compiled_file, PROGRAMS, _absolute(config.compiled_file)))

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rl.config.load import load_config
-from rl.data.prompts import load_prompts, step_indices
+from rl.data.order import order_of
+from rl.data.prompts import load_prompts
 from rl.devices.host_memory import peak_bytes, start_peak
 from rl.files.output_file import check_writable
 from rl.models.files.folders import write_json
@@ -26,7 +27,7 @@ class DataBench(NamedTuple):
     """What was measured.
 
     Attributes:
-      source: data.source.
+      source: data.source, or the names of data.sources.
       num_rows: rows read from data.source and data.eval_source. Each counts in one of num_train, num_held_out,
         num_dropped (the prompt is longer than data.max_prompt_length) and num_removed (another row with its question is
         held out).
@@ -72,13 +73,13 @@ def bench(recipe: str | pathlib.Path, num_steps: int = 10, overrides: Sequence[s
     data = load_prompts(config, tokenizer)
     seconds = time.perf_counter() - start
     peak, start = peak_bytes(), time.perf_counter()
+    order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
     for step in range(num_steps):
-        step_indices(len(data.train), config.seed, step, config.grpo.prompts_per_step)
+        order.step(step)
     step_seconds = (time.perf_counter() - start) / num_steps
     lengths = [len(row.prompt_ids) for row in (*data.train, *data.held_out)]
-    assert config.data.source is not None  # load_prompts refuses it
     return DataBench(
-        source=config.data.source,
+        source=config.data.source or ", ".join(entry.name or entry.source for entry in config.data.sources),
         num_rows=data.num_rows,
         num_train=len(data.train),
         num_held_out=len(data.held_out),

@@ -214,6 +214,8 @@ def override(key, value):
     """`value`, as YAML, for a key of `numeric_keys`."""
     if key.startswith("rewards.functions.*."):
         return f"rewards.functions=[{{function: 'a:b', {key.rpartition('.')[2]}: {value}}}]"
+    if key.startswith("data.sources.*."):
+        return f"data.sources=[{{source: a, {key.rpartition('.')[2]}: {value}}}]"
     if key.startswith("optimizer.lr_groups.*."):
         return f"optimizer.lr_groups=[{{pattern: '*', {key.rpartition('.')[2]}: {value}}}]"
     if key in ("sampling.forbidden_ids.*", "sampling.eos_ids.*"):

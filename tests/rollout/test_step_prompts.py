@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rl.config.load import load_config
+from rl.data.order import Order
 from rl.data.prompts import PromptRow, next_indices, step_indices
 from rl.grpo_trainer import train
 from rl.rollout.groups import Judged
@@ -88,6 +89,10 @@ def prompt_rows(count: int) -> list[PromptRow]:
     return [PromptRow(str(i), np.array([i], np.int32), {}, i) for i in range(count)]
 
 
+def collected_from(config, rows: list[PromptRow], position: int, step: int, draw: Draws) -> Judged:
+    return collect(config, rows, Order([len(rows)], config.seed, config.grpo.prompts_per_step), position, step, draw)
+
+
 def test_groups_without_spread_are_replaced_by_the_next_prompts_of_the_same_order(tmp_path):
     config = recipe(tmp_path, "grpo.group_size=2", "grpo.dynamic_sampling_rounds=5")
     rows = prompt_rows(20)
@@ -95,7 +100,7 @@ def test_groups_without_spread_are_replaced_by_the_next_prompts_of_the_same_orde
     a, b, c, d, e, f, g, *_ = order
     # Of the first four, the second and fourth are flat; of the two that come next the first is, too; then one is drawn.
     draw = Draws({a, c, f, g})
-    collected = collect(config, rows, 4, 7, draw)
+    collected = collected_from(config, rows, 4, 7, draw)
     assert draw.asked == [([a, b, c, d], [0, 1, 2, 3]), ([e, f], [4, 5]), ([g], [6])]
     assert [row.index for row in collected.rows] == [a, f, c, g]
     assert collected.texts == [f"{i}/{sample}" for i in (a, f, c, g) for sample in range(2)]
@@ -108,14 +113,14 @@ def test_groups_without_spread_are_replaced_by_the_next_prompts_of_the_same_orde
 
 
 def test_the_run_goes_on_with_what_it_has_when_the_rounds_or_the_rows_are_used_up(tmp_path):
-    two_rounds = collect(recipe(tmp_path, "grpo.group_size=2"), prompt_rows(20), 0, 0, draw := Draws(set()))
+    two_rounds = collected_from(recipe(tmp_path, "grpo.group_size=2"), prompt_rows(20), 0, 0, draw := Draws(set()))
     assert [len(rows) for rows, _ in draw.asked] == [4, 4, 4]
     assert two_rounds.position == 12
     assert two_rounds.metrics["dynamic_sampling/unfilled"] == 4
     assert "4 of 4 groups still have equal rewards after 2 rounds and 12 prompts" in two_rounds.problems[-1]
     assert [row.index for row in two_rounds.rows] == draw.asked[0][0]
     # Six rows: one round of two, then no row is left that this step has not seen.
-    few = collect(recipe(tmp_path, "grpo.group_size=2"), prompt_rows(6), 0, 0, draw := Draws(set()))
+    few = collected_from(recipe(tmp_path, "grpo.group_size=2"), prompt_rows(6), 0, 0, draw := Draws(set()))
     assert [len(rows) for rows, _ in draw.asked] == [4, 2]
     assert (few.position, few.metrics["dynamic_sampling/rounds"]) == (6, 1)
 
@@ -129,7 +134,7 @@ def test_groups_that_nothing_could_judge_are_not_put_down_to_the_prompts(tmp_pat
             return dataclasses.replace(judged, rewards=rewards)
 
     draw = Unjudged(set())
-    collected = collect(recipe(tmp_path, "grpo.group_size=2"), prompt_rows(20), 0, 0, draw)
+    collected = collected_from(recipe(tmp_path, "grpo.group_size=2"), prompt_rows(20), 0, 0, draw)
     _, first, second = collected.problems
     assert "2 of 4 groups still have no reward at all after 2 rounds and 12 prompts" in first
     assert "less easy" not in first
@@ -187,7 +192,7 @@ def test_a_comparison_found_in_the_run_is_warned_of_once_kept_and_refused_beside
 
 def test_without_dynamic_sampling_there_is_one_draw_and_no_metric(tmp_path):
     config = recipe(tmp_path, "grpo.group_size=2", "grpo.dynamic_sampling_rounds=0")
-    collected = collect(config, prompt_rows(20), 8, 0, draw := Draws(set()))
+    collected = collected_from(config, prompt_rows(20), 8, 0, draw := Draws(set()))
     assert draw.asked == [(step_indices(20, config.seed, 2, 4).tolist(), [0, 1, 2, 3])]
     assert (collected.position, collected.metrics, collected.problems) == (12, {}, ["slow"])
 

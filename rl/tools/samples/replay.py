@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import jax
 
 from rl.config.load import Config, differences, load_config
-from rl.data.prompts import PromptRow, fingerprint, load_prompts, next_indices
+from rl.data.order import order_of
+from rl.data.prompts import PromptRow, fingerprint, load_prompts
 from rl.data.tokenizer import Tokenizer
 from rl.devices.programs import use_compilation_cache
 from rl.run.metrics import read_metrics, read_samples
 from rl.run_folder.folder import check_trust, checkpoint_folder, checkpoint_steps, read_run
-from rl.run_folder.trust import TO_SAMPLE
+from rl.run_folder.trust import TO_REPLAY
 from rl.sampler.contract import Completion, Request
 from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.sampler.token_draw import SamplingParams
@@ -89,7 +90,7 @@ def draw_again(
     changed = differences(own, config)
     if changed:
         raise ValueError(f"--replay must keep the run's own settings, got other values for {sorted(changed)}")
-    check_trust(folder, config, overrides, TO_SAMPLE, trust)
+    check_trust(folder, config, overrides, TO_REPLAY, trust)
     _check_replayable(folder, step)
     num_prompts = _num_prompts(config, folder, step)
     for name, number, count in (("PROMPT", prompt, num_prompts), ("SAMPLE", sample, config.grpo.group_size)):
@@ -103,7 +104,7 @@ def draw_again(
         _check_same("policy", trained.origin.identity, identity["policy"])
     # Refills take the next prompts, so the number used up before a step gives all its prompts.
     position = _position(folder, step, len(data.train))
-    indices, _ = next_indices(len(data.train), config.seed, position, num_prompts, config.grpo.prompts_per_step)
+    indices, _ = order_of(config.data, data, config.seed, config.grpo.prompts_per_step).take(position, num_prompts)
     sampling = sampling_params(
         config, eos_ids(config, trained.origin.model_config, trained.tokenizer), for_training=True
     )
