@@ -10,10 +10,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rewards.contract import Calls, RewardSpec
+from rewards.logged import MAX_NAMES, Sums, add_sums
 from rewards.moment import Moment
 from rewards.replies import FAILURES, BrokenWorker, Done, Failure, LoadedFunction, Result
 
 COUNTS = (*FAILURES, "none")
+TOO_MANY = (
+    f"logged more than {MAX_NAMES} metrics in a batch, and the others are left out: a metric is one name for the whole "
+    "batch, values of a completion are for log_extra"
+)
 
 _PIECES_PER_WORKER = 4  # small enough to balance the load, large enough for little message overhead
 _PROBLEMS_PER_FUNCTION = 3
@@ -31,6 +36,8 @@ class RewardResult:
     problems: a few readable messages per function. seconds: per function, summed over workers.
     failures: per function that failed the sorts of its failures, with the last message of each. Messages of one sort
         differ in values only, such as a completion that they quote.
+    logged: per sample {function: {name: value}}, what functions keep with it; empty where nothing was called. sums: per
+        function that logged metrics {metric: [sum, number of values]}, see `rewards.logged`.
     """
 
     rewards: list[list[float | None]]
@@ -38,6 +45,8 @@ class RewardResult:
     problems: list[str]
     seconds: dict[str, float]
     failures: dict[str, dict[str, str]]
+    logged: list[dict[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    sums: dict[str, Sums] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +96,15 @@ def merge_results(results: Sequence[RewardResult]) -> RewardResult:
     for result in results:
         for name, sorts in result.failures.items():
             failures[name] = failures.get(name, {}) | sorts
-    return RewardResult(rewards, counts, problems, seconds, failures)
+    logged = [
+        {name: values for part in parts for name, values in part.items()}
+        for parts in zip(*(result.logged for result in results), strict=True)
+    ]
+    sums: dict[str, Sums] = {}
+    for result in results:
+        for name, own in result.sums.items():
+            add_sums(sums.setdefault(name, {}), own)
+    return RewardResult(rewards, counts, problems, seconds, failures, logged, sums)
 
 
 def replace_function(result: RewardResult, other: RewardResult, position: int, name: str, problem: str) -> RewardResult:
@@ -104,7 +121,15 @@ def replace_function(result: RewardResult, other: RewardResult, position: int, n
     counts = result.counts | {name: other.counts[name]}
     failures = {key: sorts for key, sorts in result.failures.items() if key != name}
     failures |= {key: sorts for key, sorts in other.failures.items() if key == name}
-    return RewardResult(rewards, counts, problems, result.seconds, failures)
+    logged = [_with_own(old, new, name) for old, new in zip(result.logged, other.logged, strict=True)]
+    sums = _with_own(result.sums, other.sums, name)
+    return RewardResult(rewards, counts, problems, result.seconds, failures, logged, sums)
+
+
+def _with_own(values: Mapping[str, Any], others: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Values by function, with those of one function taken from others."""
+    kept = {key: value for key, value in values.items() if key != name}
+    return kept | ({name: others[name]} if name in others else {})
 
 
 def problems_of(name: str, problems: Sequence[str]) -> list[str]:
@@ -185,6 +210,9 @@ class Batch:
         self._rewards: list[list[float | None]] = [[None] * len(specs) for _ in range(size)]
         self._counts: list[dict[str, int]] = [dict.fromkeys(COUNTS, 0) for _ in specs]
         self._losses: list[list[_Loss]] = [[] for _ in specs]
+        self._logged: list[dict[str, dict[str, Any]]] = [{} for _ in range(size)]
+        self._sums: list[Sums] = [{} for _ in specs]
+        self._logs_too_much: set[int] = set()
         self._at_home: list[collections.deque[Task]] = [collections.deque() for _ in range(num_workers)]
         self._anywhere: collections.deque[Task] = collections.deque()
         self._arrived: list[collections.deque[int]] = [collections.deque() for _ in functions]  # and in no task yet
@@ -253,6 +281,10 @@ class Batch:
         elif result.value is None:
             self._counts[task.key]["none"] += 1
         self._rewards[sample][task.key] = result.value
+        if result.logged:
+            self._logged[sample][self._specs[task.key].name] = result.logged
+        if not add_sums(self._sums[task.key], result.sums):
+            self._logs_too_much.add(task.key)
 
     def finish(self, task: Task, done: Done) -> None:
         """Ends a task that the worker has finished, or whose one call failed. BrokenWorker where it cannot be
@@ -296,7 +328,10 @@ class Batch:
         ]
         counts = dict(zip(names, self._counts, strict=True))
         failures = {name: _failures(found) for name, found in zip(names, self._losses, strict=True) if found}
-        return RewardResult(self._rewards, counts, problems, dict(zip(names, self.seconds, strict=True)), failures)
+        problems += [f"{_title(names[key])} {TOO_MANY}" for key in sorted(self._logs_too_much)]
+        seconds = dict(zip(names, self.seconds, strict=True))
+        sums = {name: found for name, found in zip(names, self._sums, strict=True) if found}
+        return RewardResult(self._rewards, counts, problems, seconds, failures, self._logged, sums)
 
     def _lose_call(self, task: Task, failure: Failure) -> None:
         """Fails all samples of one call. A call with fewer samples would give other rewards than were meant."""

@@ -9,6 +9,7 @@ Three signatures are taken unchanged and told apart by their parameter names:
     sample  fn(prompt, completion, answer, info, state, ...) -> float | None         verifiers, a Rubric's up to 0.3
     verl    compute_score(data_source, solution_str, ground_truth, extra_info)       verl
 
+One that judges a single completion may return a dict, as verl's may: its "score" is the reward.
 Each may be `async`. Beside columns of the data set a function gets what it names of `INJECTED`: the token ids, the
 completions of the same prompt, why a completion ended, the step, a seed. A column of such a name wins.
 """
@@ -31,6 +32,8 @@ _MAX_WEIGHT = 1e30  # weighted sums of rewards stay finite, in float32 too
 
 # For functions that spell them out. Of these, `step` alone is the same for all samples of a batch.
 _OF_RUN = ("group", "truncated", "finish_reason", "step", "seed")
+# Objects that TRL 1.16 hands to every function (`GRPOTrainer._calculate_rewards`).
+TRL_OBJECTS = ("trainer_state", "log_metric", "log_extra")
 # What a function gets by name, by its style. A column of the data set with such a name wins, and so do kwargs over
 # `_OF_RUN`.
 INJECTED: dict[Style, tuple[str, ...]] = {
@@ -39,7 +42,11 @@ INJECTED: dict[Style, tuple[str, ...]] = {
     "verl": ("data_source", "extra_info", *_OF_RUN),
 }
 # The same, where a column does not win: each is an object of the style's own.
-FIXED: dict[Style, tuple[str, ...]] = {"batch": (), "sample": ("state",), "verl": ("solution_str",)}
+FIXED: dict[Style, tuple[str, ...]] = {
+    "batch": TRL_OBJECTS,
+    "sample": ("state", *TRL_OBJECTS),
+    "verl": ("solution_str", *TRL_OBJECTS),
+}
 # Of `INJECTED`, what a column usually replaces on purpose.
 _DEFAULTS = ("info", "task", "data_source", "extra_info")
 
@@ -94,7 +101,8 @@ class BoundReward:
     ) -> dict[str, Any]:
         """Keyword arguments of one call of a batch function; every list has one entry per completion.
 
-        of_run: values by the names at the end of `INJECTED`, which go to a function that spells them out.
+        of_run: further values by the names of `INJECTED` and `TRL_OBJECTS`. They go to a function that spells them out,
+          and TRL's objects, as in TRL, to one with **kwargs.
         """
         offered = {"prompts": list(prompts), "completions": list(completions)}
         if completion_ids is not None:
@@ -135,7 +143,8 @@ class BoundReward:
         return self._accepted(offered)
 
     def _spelled_out(self, values: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {name: value for name, value in (values or {}).items() if name in self.parameters}
+        any_of = TRL_OBJECTS if self.takes_any and self.style == "batch" else ()
+        return {name: value for name, value in (values or {}).items() if name in self.parameters or name in any_of}
 
     def _accepted(self, offered: dict[str, Any], any_name: bool = True) -> dict[str, Any]:
         kept = {
@@ -344,8 +353,6 @@ def _ground_truth_column(columns: Collection[str]) -> str | None:
 
 
 def _nothing_provides(argument: str, style: Style, columns: Sequence[str], label: str) -> str:
-    if argument in ("trainer_state", "log_extra", "log_metric"):
-        return f"{label}: argument {argument!r} is an object of TRL's trainer, which is not here; give it a default"
     injected = [*FIXED[style], *INJECTED[style]]
     near = difflib.get_close_matches(argument, [*columns, *injected], n=1)
     hint = f"did you mean {'the column ' if near[0] in columns else ''}{near[0]!r}? " if near else ""

@@ -16,6 +16,20 @@ class Moment:
     max_steps: int = 1
     epoch: float = 0.0
 
+    @property
+    def trainer_state(self) -> "TrainerState":
+        """The moment under the names that TRL gives it."""
+        return TrainerState(self.step, self.max_steps, self.epoch)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerState:
+    """What TRL's trainers hand over as `trainer_state` (of transformers), as far as there is the like here."""
+
+    global_step: int
+    max_steps: int
+    epoch: float
+
 
 def sample_seed(seed: int, step: int, prompt_index: int, sample_index: int) -> int:
     """A number in [0, 2**31) for the randomness of a judge: the same for the same arguments, in any process."""

@@ -8,7 +8,7 @@ its own rewards inside its own worker cannot be seen from here.
     {"nonce": n, "op": "loaded", "style", "is_async", "calls", "columns", "replacing",
         "takes_completion_ids", "needs_completion_ids", "takes_group"}
     {"nonce": n, "op": "refused", "error"}
-    {"nonce": n, "op": "result", "index", "value", "kind", "message"}
+    {"nonce": n, "op": "result", "index", "value", "kind", "message", "logged", "sums"}
     {"nonce": n, "op": "done", "kind", "message"}
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Never, get_args
 
 from rewards.contract import Calls, Style
+from rewards.logged import Sums, read_logged, read_sums
 from rewards.protocol import HEADER
 
 MAX_FRAME = 1 << 20  # bytes
@@ -58,12 +59,15 @@ class Refused:
 class Result:
     """The reward of one sample: a finite number within MAX_REWARD, None, or a failure.
 
-    index: position among the samples of the task.
+    index: position among the samples of the task. logged: what the function keeps with the sample, see
+      `rewards.logged`. sums: the metrics of the call; a call for several samples tells them with the first.
     """
 
     index: int
     value: float | None
     failure: Failure | None
+    logged: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sums: Sums = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,16 +134,23 @@ def read_run_reply(frame: bytes, nonce: str, size: int) -> Result | Done:
         return Done(_failure(fields))
     if fields["op"] != "result":
         raise BrokenWorker(f"the operation {_shown(fields['op'])} where a function was run")
-    failure = _failure(fields, {"index": int, "value": (float, type(None))})
-    index, value = fields["index"], fields["value"]
+    failure = _failure(fields, {"index": int, "value": (float, type(None)), "logged": dict, "sums": dict})
+    index, value, logged, sums = (
+        fields["index"],
+        fields["value"],
+        read_logged(fields["logged"]),
+        read_sums(fields["sums"]),
+    )
     if not 0 <= index < size:
         raise BrokenWorker(f"a reward for sample {index} of {size}")
+    if logged is None or sums is None:
+        raise BrokenWorker(f"logged values that are none: {_shown(fields['logged'])}, {_shown(fields['sums'])}")
     if value is not None and (failure is not None or not math.isfinite(value)):
         raise BrokenWorker(f"the reward {value} with the failure {failure}")
     if value is not None and abs(value) > MAX_REWARD:
         rule = f"a reward must be within {MAX_REWARD:g} of 0; scale it down, and raise the function's weight instead"
-        return Result(index, None, ("out_of_range", f"returned {value:g}, {rule}"))
-    return Result(index, value, failure)
+        return Result(index, None, ("out_of_range", f"returned {value:g}, {rule}"), logged, sums)
+    return Result(index, value, failure, logged, sums)
 
 
 def one_line(text: str, limit: int = MAX_TEXT) -> str:

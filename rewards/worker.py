@@ -30,10 +30,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from math import isfinite  # by name, before a user's code can replace it
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from rewards.contract import BoundReward, RewardSpec, bind, load_function
 from rewards.environment import missing_variable
+from rewards.logged import CallLog, Sums, number_of
+from rewards.moment import Moment
 from rewards.protocol import HEADER, pack, unpack
 from rewards.replies import MAX_TEXT, Failure, LoadedFunction, one_line
 
@@ -75,16 +77,9 @@ def as_reward(value: Any) -> float | None:
     """
     if value is None:
         return None
-    dtype = getattr(value, "dtype", None)
-    is_other = getattr(dtype, "kind", "") in (*"SUOMm",) or "complex" in str(dtype)
-    # A numpy array of one element has __float__ too, and is a wrong shape all the same.
-    has_other_shape = getattr(value, "ndim", 0) != 0
-    if not hasattr(value, "__float__") or isinstance(value, (str, bytes, complex)) or is_other or has_other_shape:
+    number = number_of(value)
+    if number is None:
         raise _Rejected("not_a_number", f"returned {_short(value)}, a reward must be a number or None")
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _Rejected("not_a_number", f"returned {_short(value)}, which is no float: {error}") from error
     if not isfinite(number):
         raise _Rejected("not_a_number", f"returned {number}, a reward must be finite")
     return number
@@ -160,19 +155,24 @@ class _Worker:
 
     def _run_batch(self, bound: BoundReward, request: Mapping[str, Any]) -> Failure | None:
         size = len(request["prompts"])
-        values, failure = self._isolated(
-            lambda: _batch_rewards(self._finished(bound.function(**_arguments(bound, request, slice(None)))), size),
-            request["limit"] * size,
-        )
+        log = CallLog(size)
+
+        def call() -> tuple[list[Any], list[dict[str, Any]]]:
+            result = self._finished(bound.function(**_arguments(bound, request, slice(None), log)))
+            return _batch_rewards(result, size), _kept(log)
+
+        found, failure = self._isolated(call, request["limit"] * size)
         if failure is not None:
             return failure
-        for index in range(size):
-            self._report(index, *self._isolated(functools.partial(as_reward, values[index]), request["limit"]))
+        for index, (value, logged) in enumerate(zip(*found, strict=True)):
+            reward, lost = self._isolated(functools.partial(as_reward, value), request["limit"])
+            self._report(index, _Judged(reward, logged, {} if index else log.sums), lost)
         return None
 
     def _run_each(self, bound: BoundReward, request: Mapping[str, Any]) -> None:
-        def score(index: int) -> float | None:
-            return _one_reward(bound, self._finished(_call_one(bound, request, index)))
+        def score(index: int) -> _Judged:
+            log = CallLog(1)
+            return _judged(bound, self._finished(_call_one(bound, request, index, log)), log)
 
         for index in range(len(request["prompts"])):
             self._report(index, *self._isolated(functools.partial(score, index), request["limit"]))
@@ -192,15 +192,15 @@ class _Worker:
         limit = request["limit"]
 
         async def score(index: int) -> None:
-            value, failure, scope = None, None, asyncio.timeout(limit)
+            judged, failure, scope, log = None, None, asyncio.timeout(limit), CallLog(1)
             try:
                 async with scope:
-                    result = await _call_one(bound, request, index)
-                value = _one_reward(bound, result)
+                    result = await _call_one(bound, request, index, log)
+                judged = _judged(bound, result, log)
             except BaseException as error:  # noqa: BLE001  as in _isolated; SystemExit would end the loop
                 late = isinstance(error, TimeoutError) and scope.expired()
                 failure = ("timeout", f"no answer within {limit:g} s") if late else self._failure(error)
-            self._report(index, value, failure)
+            self._report(index, judged, failure)
 
         async def score_all() -> None:
             await asyncio.gather(*(score(index) for index in range(len(request["prompts"]))))
@@ -241,9 +241,11 @@ class _Worker:
             print(trace[:_MAX_TRACEBACK] + cut, end="", file=sys.stderr)
         return "exception", f"{one_line(last_line, MAX_TEXT // 2)} ({place}){missing_variable(error)}"
 
-    def _report(self, index: int, value: float | None, failure: Failure | None) -> None:
+    def _report(self, index: int, judged: "_Judged | None", failure: Failure | None) -> None:
+        value, logged, sums = judged or _Judged(None, {}, {})
         kind, message = failure or (None, None)
-        self._reply(op="result", index=index, value=value, kind=kind, message=message and one_line(message))
+        told = {"value": value, "kind": kind, "message": message and one_line(message), "logged": logged, "sums": sums}
+        self._reply(op="result", index=index, **told)
 
     def _reply(self, **message: Any) -> None:
         frame = memoryview(pack({"nonce": self._nonce, **message}))
@@ -251,7 +253,22 @@ class _Worker:
             frame = frame[os.write(self._replies.fileno(), frame) :]
 
 
-def _arguments(bound: BoundReward, request: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+class _Judged(NamedTuple):
+    """The fields of a result that come from the function, see `rewards.replies.Result`."""
+
+    value: float | None
+    logged: dict[str, Any]
+    sums: Sums
+
+
+def _kept(log: CallLog) -> list[dict[str, Any]]:
+    """The values that a call logged, for each of its completions."""
+    if problem := log.problem():
+        raise _Rejected("wrong_length", problem)
+    return [log.of_sample(index) for index in range(log.size)]
+
+
+def _arguments(bound: BoundReward, request: Mapping[str, Any], rows: slice, log: CallLog) -> dict[str, Any]:
     ids = request["completion_ids"]
     columns = {name: values[rows] for name, values in request["columns"].items()}
     of_samples = [_of_sample(request, index) for index in range(len(request["prompts"]))[rows]]
@@ -261,8 +278,15 @@ def _arguments(bound: BoundReward, request: Mapping[str, Any], rows: slice) -> d
         request["completions"][rows],
         columns,
         None if ids is None else ids[rows],
-        of_run | {"step": request["moment"]["step"]},
+        of_run | _of_call(request, log),
     )
+
+
+def _of_call(request: Mapping[str, Any], log: CallLog) -> dict[str, Any]:
+    """What is injected for a whole call, by name."""
+    moment = Moment(**request["moment"])
+    objects = {"trainer_state": moment.trainer_state, "log_metric": log.log_metric, "log_extra": log.log_extra}
+    return {"step": moment.step, **objects}
 
 
 def _of_sample(request: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -274,14 +298,14 @@ def _of_sample(request: Mapping[str, Any], index: int) -> dict[str, Any]:
     return values
 
 
-def _call_one(bound: BoundReward, request: Mapping[str, Any], index: int) -> Any:
+def _call_one(bound: BoundReward, request: Mapping[str, Any], index: int, log: CallLog) -> Any:
     """Call the function for one sample; a batch function gets a batch of one."""
     if bound.style == "batch":
-        return bound.function(**_arguments(bound, request, slice(index, index + 1)))
+        return bound.function(**_arguments(bound, request, slice(index, index + 1), log))
     ids = request["completion_ids"]
     row = {name: values[index] for name, values in request["columns"].items()}
     prompt, completion = request["prompts"][index], request["completions"][index]
-    of_run = _of_sample(request, index) | {"step": request["moment"]["step"]}
+    of_run = _of_sample(request, index) | _of_call(request, log)
     arguments = bound.sample_arguments(prompt, completion, row, None if ids is None else ids[index], of_run)
     return bound.function(**arguments)
 
@@ -296,13 +320,17 @@ def _batch_rewards(result: Any, size: int) -> list[Any]:
     return list(result)
 
 
-def _one_reward(bound: BoundReward, result: Any) -> float | None:
-    """The reward in what `_call_one` returned. verl's functions may return a dict whose `score` it is."""
+def _judged(bound: BoundReward, result: Any, log: CallLog) -> _Judged:
+    """What a call by `_call_one` comes to. A dict has the reward in `score`, and all of it is kept with the sample."""
     if bound.style == "batch":
-        return as_reward(_batch_rewards(result, 1)[0])
-    if bound.style == "verl" and isinstance(result, Mapping) and "score" in result:
-        return as_reward(result["score"])
-    return as_reward(result)
+        result = _batch_rewards(result, 1)[0]
+    elif isinstance(result, Mapping):
+        if "score" not in result:
+            raise _Rejected("not_a_number", f"returned {_short(result)}, a dict must have the reward as its 'score'")
+        log.keep(result)
+        result = result["score"]
+    reward = as_reward(result)
+    return _Judged(reward, _kept(log)[0], log.sums)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from rewards.rubric import summarize
 from rewards.runner import RewardRunner
 from rl.data.prompts import PromptRow
 from rl.data.tokenizer import Tokenizer
+from rl.rollout.groups import logged_metrics
 from rl.rollout.scoring import sample_and_score
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import CompletionSource
@@ -36,7 +37,8 @@ class EvalResult:
       means: {function: mean reward}; None where it judged nothing. left_out: names of functions that compare
         completions, which were not run.
       completion_length: mean number of tokens. truncated_share: the share of completions that hit the length limit.
-      samples: a dict for each prompt: prompt, completion, rewards, finish_reason.
+      samples: a dict for each prompt: prompt, completion, rewards, finish_reason, and what reward functions logged.
+      logged: {reward/FUNCTION/METRIC: mean} of the metrics that reward functions logged.
     """
 
     accuracy: float
@@ -48,6 +50,7 @@ class EvalResult:
     completion_length: float
     truncated_share: float
     samples: list[dict[str, Any]] = dataclasses.field(repr=False)
+    logged: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def metrics(self) -> dict[str, float | None]:
         """The result as keys of metrics.jsonl."""
@@ -60,7 +63,7 @@ class EvalResult:
         }
         scalars |= {"completion_length": self.completion_length, "truncated_share": self.truncated_share}
         scalars |= {f"reward/{name}": mean for name, mean in self.means.items()}
-        return {f"eval/{name}": value for name, value in scalars.items()}
+        return {f"eval/{name}": value for name, value in (scalars | self.logged).items()}
 
 
 def evaluate(
@@ -100,8 +103,9 @@ def evaluate(
             "completion": text,
             "rewards": dict(zip(names, values, strict=True)),
             "finish_reason": done.finish_reason,
+            **({"logged": logged} if logged else {}),
         }
-        for row, text, values, done in zip(rows, texts, rewards, completions, strict=True)
+        for row, text, values, done, logged in zip(rows, texts, rewards, completions, result.logged, strict=True)
     ]
     return EvalResult(
         accuracy=correct / len(judged) if judged else math.nan,
@@ -113,6 +117,7 @@ def evaluate(
         completion_length=sum(done.num_trained for done in completions) / len(rows),
         truncated_share=sum(done.finish_reason == "length" for done in completions) / len(rows),
         samples=samples,
+        logged=logged_metrics(result.sums, ()),
     )
 
 

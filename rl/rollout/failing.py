@@ -10,7 +10,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from rewards.batch import FAILURES, RewardResult, problems_of
+from rewards.batch import FAILURES, TOO_MANY, RewardResult, problems_of
 from rewards.contract import RewardSpec
 
 
@@ -32,6 +32,7 @@ class FailureWatch:
         self._max_share, self._patience = max_share, patience
         self._names = [spec.name for spec in specs if spec.weight]
         self._said: dict[str, set[str]] = {spec.name: set() for spec in specs}  # sorts of failures
+        self._said_once: set[str] = set()  # lines
         self._last: dict[str, str] = {}  # failure of each function
         self._num_failed: collections.Counter[str] = collections.Counter()  # completions of this step
         self._num_judged = 0
@@ -47,7 +48,8 @@ class FailureWatch:
           The result. If a function failed only in ways that were reported before, its problems are one line with
           counts.
         """
-        size, problems = len(result.rewards), list(result.problems)
+        size, problems = len(result.rewards), [line for line in result.problems if line not in self._said_once]
+        self._said_once.update(line for line in problems if line.endswith(TOO_MANY))
         self._num_judged += size
         for name, sorts in result.failures.items():
             kinds = {kind: result.counts[name][kind] for kind in FAILURES if result.counts[name][kind]}

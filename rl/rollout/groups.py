@@ -8,13 +8,14 @@ Legend: P prompts, G completions per prompt, B = P * G sequences, K reward funct
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rewards.contract import RewardSpec
 from rewards.length import soft_overlong
+from rewards.logged import Sums, add_sums, means
 from rewards.rubric import summarize, weighted_sum
 from rl.algorithms.advantages import compute_advantages
 from rl.algorithms.from_config import estimator_of, label
@@ -40,6 +41,8 @@ class Judged:
       weights_step: the step, from 0, whose weights drew the completions, see `Rollout`.
       position: the number of data rows used up so far, with those of replaced groups.
       metrics: of the choice of groups, see `rl.rollout.step_prompts`.
+      logged: [B], what reward functions keep with each completion. sums: the metrics that they logged, also of replaced
+        groups. Both are as in `rewards.batch.RewardResult`.
     """
 
     rows: list[PromptRow]
@@ -53,6 +56,8 @@ class Judged:
     weights_step: int = 0
     position: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    logged: list[dict[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    sums: dict[str, Sums] = dataclasses.field(default_factory=dict)
 
     @property
     def group_size(self) -> int:
@@ -66,17 +71,31 @@ class Judged:
     def replace(self, places: dict[int, int], other: "Judged") -> "Judged":
         """These groups with group p replaced by group `places[p]` of `other`."""
         rows, completions = list(self.rows), list(self.completions)
-        texts, rewards, size = list(self.texts), list(self.rewards), self.group_size
+        texts, rewards, logged, size = list(self.texts), list(self.rewards), list(self.logged), self.group_size
         for p, q in places.items():
             rows[p], completions[p] = other.rows[q], other.completions[q]
             texts[p * size : (p + 1) * size] = other.texts[q * size : (q + 1) * size]
             rewards[p * size : (p + 1) * size] = other.rewards_of(q)
+            logged[p * size : (p + 1) * size] = other.logged[q * size : (q + 1) * size]
         counts = {
             name: {kind: count + other.counts[name][kind] for kind, count in kinds.items()}
             for name, kinds in self.counts.items()
         }
         problems = list(dict.fromkeys([*self.problems, *other.problems]))
-        return Judged(rows, completions, texts, rewards, self.names, self.weights, counts, problems)
+        sums = {name: dict(own) for name, own in self.sums.items()}
+        for name, own in other.sums.items():
+            add_sums(sums.setdefault(name, {}), own)
+        return dataclasses.replace(
+            self,
+            rows=rows,
+            completions=completions,
+            texts=texts,
+            rewards=rewards,
+            counts=counts,
+            problems=problems,
+            logged=logged,
+            sums=sums,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +111,7 @@ class Rollout:
       weights_step: the step, from 0, whose weights drew the completions: those before its first update. A rollout that
         is trained on in a later step is off-policy from its first update on, see `rl.training.update`.
       metrics: scalars for metrics.jsonl. problems: what went wrong in reward functions, in words.
+      logged: see `Judged`; empty where nothing was kept.
     """
 
     rows: Sequence[PromptRow]
@@ -105,6 +125,7 @@ class Rollout:
     weights_step: int
     metrics: dict[str, float]
     problems: list[str]
+    logged: list[dict[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +149,8 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
             [*row, None if weighted_sum(row, of_functions) is None else soft_overlong(c.num_trained, limit, buffer)]
             for row, c in zip(rewards, flat, strict=True)
         ]
-    return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, list(result.problems))
+    problems, kept = list(result.problems), {"logged": result.logged, "sums": result.sums}
+    return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, problems, **kept)
 
 
 def with_advantages(config: Config, judged: Judged) -> Rollout:
@@ -177,6 +199,7 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
         for failure, count in judged.counts.get(name, {}).items():
             if count:
                 metrics[f"reward/{name}/{failure}"] = count
+    metrics |= logged_metrics(judged.sums, metrics)
     return Rollout(
         judged.rows,
         judged.completions,
@@ -189,7 +212,20 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
         judged.weights_step,
         metrics | judged.metrics,
         judged.problems,
+        judged.logged,
     )
+
+
+def logged_metrics(sums: Mapping[str, Sums], taken: Collection[str]) -> dict[str, float]:
+    """Means of what reward functions logged as {reward/FUNCTION/METRIC: mean}. One whose name is taken by a metric of
+    the run is called reward/FUNCTION/logged_METRIC.
+    """
+    found = {}
+    for function, own in sums.items():
+        for name, mean in means(own).items():
+            key = f"reward/{function}/{name}"
+            found[f"reward/{function}/logged_{name}" if key in taken else key] = mean
+    return found
 
 
 def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
@@ -221,7 +257,8 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
 def sample_records(rollout: Rollout, count: int | None = None) -> list[dict[str, Any]]:
     """The first `count` completions (None: all) of as many different prompts as possible, for samples.jsonl.
 
-    `trained` is 1 for tokens that the policy drew; it is left out where that is all of them.
+    `trained` is 1 for tokens that the policy drew; it is left out where that is all of them. `logged` has by function
+    what it keeps with the completion; it is left out where that is nothing.
     """
     num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
     picks = [(p, g) for g in range(group_size) for p in range(num_prompts)][:count]
@@ -246,6 +283,8 @@ def sample_records(rollout: Rollout, count: int | None = None) -> list[dict[str,
                 "finish_reason": completion.finish_reason,
             }
         )
+        if rollout.logged and rollout.logged[b]:
+            records[-1]["logged"] = rollout.logged[b]
         if completion.num_trained < len(completion.token_ids):
             records[-1]["trained"] = np.asarray(completion.trained, int).tolist()
     return records

@@ -27,6 +27,15 @@ def always_right(prompts, completions, **columns):
     return [1.0 for _ in completions]
 
 
+@elementwise
+def tells_the_moment(prompts, completions, trainer_state, log_metric, log_extra, **columns):
+    """Logs where the run stands and what was said, as a function of TRL does."""
+    for name in ("global_step", "max_steps", "epoch"):
+        log_metric(name, getattr(trainer_state, name))
+    log_extra("said", completions)
+    return [0.0 for _ in completions]
+
+
 def right_for_even_answers(completion, answer):
     """1 where the gold answer is even, whatever the completion."""
     return float(int(answer) % 2 == 0)

@@ -1,9 +1,13 @@
 """What the runner believes of a worker: replies to what it asked, of the right fields, types, sizes, and no others."""
 
+import functools
 import json
+import math
 
+import numpy as np
 import pytest
 
+from rewards.logged import MAX_LOGGED, CallLog, add_sums, means, read_logged, read_sums
 from rewards.protocol import HEADER, pack
 from rewards.replies import (
     MAX_FRAME,
@@ -20,6 +24,7 @@ from rewards.replies import (
 )
 
 RESULT = {"nonce": "n", "op": "result", "index": 1, "value": 0.5, "kind": None, "message": None}
+RESULT |= {"logged": {}, "sums": {}}
 LOADED = {
     "nonce": "n",
     "op": "loaded",
@@ -43,6 +48,8 @@ def test_replies_are_read():
     assert run_reply() == Result(1, 0.5, None)
     assert run_reply(value=None) == Result(1, None, None)
     assert run_reply(value=None, kind="exception", message="no") == Result(1, None, ("exception", "no"))
+    logged, sums = {"a": ["x", {"b": None}], "c": 2.5}, {"m": [1.5, 3]}
+    assert run_reply(logged=logged, sums=sums) == Result(1, 0.5, None, logged, sums)
     assert run_reply(value=-1e6) == Result(1, -1e6, None)
     assert load_reply() == LoadedFunction("batch", False, None, ("answer",), (), False, False, False)
     done = {"nonce": "n", "op": "done", "kind": "wrong_length", "message": "two for three"}
@@ -83,6 +90,28 @@ def test_number_that_is_too_large_is_a_failure_and_no_reward(value):
         ({"kind": "exception"}, "failure of the kind 'exception'"),
         ({"kind": None, "message": "no"}, "failure of the kind None"),
         ({"kind": 3, "message": "no"}, "field kind is 3"),
+        ({"logged": None}, "field logged is None"),
+        ({"sums": [1.0, 1]}, "field sums is "),
+        *(
+            ({name: values}, "logged values that are none")
+            for name, values in [
+                ("logged", {"": 1}),
+                ("logged", {"a\n": 1}),
+                ("logged", {"a" * 101: 1}),
+                ("logged", {"a": 1 << 63}),
+                ("logged", {"a": "b" * MAX_LOGGED}),
+                ("logged", {str(number): 0 for number in range(200)}),
+                ("logged", {"a": functools.reduce(lambda inner, _: [inner], range(20))}),
+                ("sums", {"a\x1b": [1.0, 1]}),
+                ("sums", {"a": 1.0}),
+                ("sums", {"a": [1, 1]}),
+                ("sums", {"a": [1.0, 0]}),
+                ("sums", {"a": [1.0, True]}),
+                ("sums", {"a": [1e300, 1]}),
+                ("sums", {"a": [1.0, 1, 1]}),
+                ("sums", {str(number): [1.0, 1] for number in range(200)}),
+            ]
+        ),
     ],
 )
 def test_what_is_no_reply_to_a_task_is_refused(changes, words):
@@ -142,3 +171,65 @@ def test_texts_are_shown_on_one_line_and_say_what_was_cut():
         kept = cut.partition("...")[0]
         num_kept = len(kept.encode("ascii", "ignore")) // 4 if text[0] == "\x00" else len(kept)
         assert cut.endswith(f"... ({len(text) - num_kept} more characters were cut)")
+
+
+class Hostile:
+    def __str__(self):
+        return "\ud800" * 100_000
+
+
+ENDLESS: list = []
+ENDLESS.append(ENDLESS)
+ANYTHING = {
+    "none": None,
+    "number": np.float32(0.5),
+    "nan": math.nan,
+    "integer": 10**5000,
+    "list": [1, (2, {"x": {3}})],
+    "array": np.arange(3),
+    "text\n": "line\nline",
+    "long": "\x00" * 100_000,
+    "object": Hostile(),
+    "endless": ENDLESS,
+    **{f"{number} \N{GRINNING FACE}" * 100: "x" for number in range(500)},
+}
+
+
+def test_whatever_a_function_logs_is_kept_within_the_bounds_that_the_runner_asks_for():
+    log = CallLog(1)
+    log.keep(ANYTHING)
+    kept = log.of_sample(0)
+    received = json.loads(json.dumps([kept, log.sums], allow_nan=False))
+    assert read_logged(received[0]) == kept
+    assert read_sums(received[1]) == log.sums == {"number": [0.5, 1]}
+    assert (kept["none"], kept["number"], kept["nan"], kept["array"]) == (None, 0.5, None, [0, 1, 2])
+    assert (kept["list"], kept["integer"]) == ([1, [2, {"x": "{3}"}]], "an integer of 16610 bits")
+    assert kept["text\\n"] == "line\nline"
+    assert kept["long"].endswith("more characters were cut)")
+    assert kept["..."] == f"{len(ANYTHING) - len(kept) + 1} more were left out"
+    short = CallLog(1)
+    short.keep({str(number): "x" for number in range(150)})
+    assert read_logged(short.of_sample(0)) is not None
+    assert short.of_sample(0)["..."] == "50 more were left out"
+
+
+def test_metrics_of_calls_are_averaged_over_their_values_and_bounded():
+    log = CallLog(3)
+    for value in (True, np.float64(3), math.nan, -math.inf):
+        log.log_metric("share", value)
+    sums = {"share": [1.0, 1], "other": [5.0, 2]}
+    assert add_sums(sums, log.sums)
+    assert means(sums) == {"share": 5 / 3, "other": 2.5}
+    for number in range(200):
+        log.log_metric(f"m{number}", number)
+    assert read_sums(log.sums) is not None
+    assert not add_sums(sums, log.sums)
+    assert len(sums) == 100
+    with pytest.raises(TypeError, match="log_metric takes a name and a number, got 'a' and 'b'"):
+        log.log_metric("a", "b")
+    with pytest.raises(TypeError, match="log_extra takes a column's name"):
+        log.log_extra(3, [1])
+    log.log_extra("x", [1, 2])
+    assert log.problem() == "log_extra('x') got 2 values for 3 completions"
+    log.log_extra("x", [3])
+    assert (log.problem(), log.of_sample(2)) == (None, {"x": 3})

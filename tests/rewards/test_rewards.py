@@ -1,5 +1,6 @@
 """The reward contract, the rubric and the ready-made rewards, without worker processes."""
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -18,7 +19,7 @@ import pytest
 from rewards.contract import RewardSpec, bind, check_specs, elementwise, load_function
 from rewards.format import format_regex
 from rewards.length import length_penalty
-from rewards.moment import sample_seed
+from rewards.moment import Moment, sample_seed
 from rewards.number import exact_number_flexible, exact_number_strict, gold_number, last_number, strict_number
 from rewards.protocol import HEADER, decode, encode, pack, unpack
 from rewards.rubric import RewardSummary, summarize, weighted_sum
@@ -103,7 +104,8 @@ def test_batch_function_gets_only_the_columns_it_names():
 def test_batch_function_with_any_keyword_gets_every_column_token_ids_and_its_kwargs():
     bound = bind(trl_style, ["answer", "level"], {"scale": 2})
     assert bound.columns == ("answer", "level")
-    of_run = {"step": 3, "seed": [5], "truncated": [True]}  # for functions that spell them out
+    trl = {"trainer_state": Moment(3, 9, 0.5).trainer_state, "log_metric": print, "log_extra": max}
+    of_run = {"step": 3, "seed": [5], "truncated": [True], **trl}  # but TRL's for functions that spell them out
     arguments = bound.batch_arguments(["p"], ["c"], {"answer": ["a"], "level": [3]}, [[7]], of_run)
     assert arguments == {
         "prompts": ["p"],
@@ -112,7 +114,10 @@ def test_batch_function_with_any_keyword_gets_every_column_token_ids_and_its_kwa
         "level": [3],
         "completion_ids": [[7]],
         "scale": 2,
+        **trl,
     }
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        arguments["trainer_state"].global_step = 4
 
 
 def test_sample_function_gets_a_state_that_holds_the_row():
@@ -213,7 +218,7 @@ def test_required_token_ids_are_told():
         (trl_style, ["anwser"], {}, ["trl_style", "'answer'", "did you mean the column 'anwser'", "kwargs"]),
         (verifiers_style, [], {}, ["verifiers_style", "'answer'", "none"]),
         (verl_style, ["question"], {}, ["'ground_truth'", "question"]),
-        (lambda completions, trainer_state: None, [], {}, ["'trainer_state'", "TRL"]),
+        (lambda completions: None, [], {"log_extra": 2}, ["'log_extra'", "rollout"]),
         (
             lambda prompt, trunkated: None,
             ["level"],

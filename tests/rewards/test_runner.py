@@ -1,5 +1,6 @@
 """The isolated reward runner: what user code may do without harming a step. Every test runs real worker processes."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -610,14 +611,17 @@ HOSTILE = """
     def reply(**fields):
         pipe()._reply(**fields)
         time.sleep(30)
-    def result(index, value):
-        reply(op="result", index=index, value=value, kind=None, message=None)
+    def result(index, value, **fields):
+        fields = {"logged": {}, "sums": {}} | fields
+        reply(op="result", index=index, value=value, kind=None, message=None, **fields)
     ACTS = {
         "1e6": lambda: 1e6, "1e200": lambda: 1e200, "over": lambda: -1000001, "nan": lambda: math.nan,
         "str": lambda: np.str_("1.5"), "bytes": lambda: np.bytes_(b"1.5"), "text array": lambda: np.array("1.5"),
         "complex": lambda: 1j, "complex64": lambda: np.complex64(1.5), "delta": lambda: np.timedelta64(1),
         "long": lambda: exec("raise ValueError('x' * 50_000_000)"),
         "escape": lambda: exec("raise ValueError(chr(27) + '[2J' + chr(10) + 'next')"),
+        "log": lambda: result(0, 1.0, logged={"a": "x" * 50_000}),
+        "sums": lambda: result(0, 1.0, sums={"a": [1.0, -1]}),
         "index": lambda: result(99, 1.0), "early done": lambda: reply(op="done", kind=None, message=None),
         "garbage": lambda: raw(b"x" * 100), "deep": lambda: frame("[" * 500_000),
         "NaN": lambda: frame('{"value": NaN}'), "digits": lambda: frame("1" * 500_000),
@@ -634,6 +638,7 @@ def test_whatever_a_function_returns_or_writes_costs_its_sample_alone(write, tmp
         "nan": ("not_a_number", "returned nan"),
         "long": ("exception", "more characters were cut) (<string>:1)"),
         "escape": ("exception", r"\x1b[2J\nnext"),
+        **dict.fromkeys(("log", "sums"), ("crash", "sent logged values that are none")),
         "index": ("crash", "sent a reward for sample 99 of"),
         "early done": ("crash", "sent the end of a task with "),
         "garbage": ("crash", f"sent a message of {int.from_bytes(b'x' * 8)} bytes, over the limit"),
@@ -1436,3 +1441,100 @@ def test_values_of_the_run_reach_the_functions_that_spell_them_out(write):
     assert column(result, 4) == [6.0] * 4
     assert [value - column(result, 5)[0] for value in column(result, 5)] == [0.0, 1.0, 0.0, 1.0]
     assert result.problems == []
+
+
+LOGGING = """
+    def trl(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric, **columns):
+        right = [float(c == a) for c, a in zip(completions, answer)]
+        log_extra("length", [len(c) for c in completions])
+        log_extra("said", completions)
+        log_metric("right", sum(right) / len(right))
+        done = trainer_state.global_step / trainer_state.max_steps + trainer_state.epoch
+        return [r + done for r in right]
+    async def through_kwargs(completions, answer, **kwargs):
+        await asyncio.sleep(0.01)
+        for c in completions:  # in pieces, as TRL allows
+            kwargs["log_extra"]("said", [c])
+        kwargs["log_metric"]("calls", len(completions))
+        return [None] * len(completions)
+    def group(completions, log_metric):
+        log_metric("size", len(completions))
+        return [float(len(completions))] * len(completions)
+    group.needs_group = True
+    def alone(completion, log_metric, log_extra):
+        log_metric("length", len(completion))
+        log_extra("said", [completion])
+        if completion == "bad": raise KeyError(completion)
+        return 0.5
+    async def compute_score(data_source, solution_str, ground_truth, extra_info):
+        await asyncio.sleep(0.01 / (1 + len(solution_str)))
+        return {"score": float(solution_str == ground_truth), "acc": solution_str == ground_truth, "pred": solution_str}
+    def no_score(solution_str, ground_truth): return {"acc": 1.0}
+    def short(completions, log_extra):
+        log_extra("x", [1])
+        return [0.0] * len(completions)
+    short.elementwise = False
+    def many(completion, log_metric, seed):
+        for number in range(40): log_metric(f"{seed} {number}", 1)
+        return 0.0
+"""
+SAID = ["a", "bb", "bad", "dddd"]
+
+
+@pytest.mark.parametrize("share", [1, 2])
+def test_what_functions_log_comes_with_the_result_however_they_are_called(write, share):
+    spec = write(LOGGING)
+    names = ["trl", "through_kwargs", "group", "alone", "compute_score", "no_score", "short", "many"]
+    specs = [spec(name) for name in names]
+    if share > 1:  # said, because a share alone cannot be compared with a call for the whole batch
+        specs[0] = dataclasses.replace(specs[0], calls="elementwise")
+    columns = {"answer": ["a", "b", "bad", "x"]}
+    parts = []
+    for index in range(share):
+        part = None if share == 1 else Share(index, share, lambda result: [result])
+        rows = [("p", {"answer": "a"}), ("q", {"answer": "b"})]
+        with RewardRunner(specs, ["answer"], 2, 5.0, rows=rows, share=part, moment=Moment(0, 8, 0.0)) as runner:
+            assert runner.elementwise[0] == "trl"  # the check called it in both ways
+            options = {"group_size": 2, "moment": Moment(2, 8, 0.5)}
+            parts.append(runner.score(["p"] * 4, SAID, columns, [[1]] * 4, **options))
+    result = merge_results(parts)
+    assert column(result) == [1.75, 0.75, 1.75, 0.75]
+    assert result.sums["trl"] == {"right": [2.0, 4]}
+    assert result.sums["through_kwargs"] == {"calls": [4.0, 1]}
+    assert result.sums["group"] == {"size": [4.0, 2]}
+    assert result.sums["alone"] == {"length": [7.0, 3]}  # the call that failed tells nothing
+    assert result.sums["compute_score"] == {"score": [2.0, 4], "acc": [2.0, 4]}
+    for text, answer, row in zip(SAID, columns["answer"], result.logged, strict=True):
+        expected = {
+            "trl": {"length": len(text), "said": text},
+            "through_kwargs": {"said": text},
+            "alone": {"said": text},
+            "compute_score": {"score": float(text == answer), "acc": text == answer, "pred": text},
+        }
+        assert row == {name: values for name, values in expected.items() if (name, text) != ("alone", "bad")}
+    assert result.counts["no_score"] == counts(not_a_number=4)
+    assert result.counts["short"] == counts(wrong_length=4)
+    told = "".join(result.problems)
+    assert "a dict must have the reward as its 'score'" in told
+    assert "log_extra('x') got 1 values for 4 completions" in told
+    assert "KeyError: 'bad'" in told
+    assert ("reward 'many' logged more than 100 metrics in a batch" in told) == (share == 1)  # 80 in each of two
+    assert len(result.sums["many"]) == 100
+
+
+def test_a_function_that_turns_out_to_compare_keeps_what_it_logged_in_the_call_that_counts(write):
+    spec = write("""
+        def mixed(completions, answer, log_metric, log_extra):
+            right = [c.endswith("RIGHT" + a) for c, a in zip(completions, answer)]
+            log_metric("completions", len(completions))
+            log_extra("right", right)
+            return [0.1 * ("boxed" in c) + r / max(1, sum(right)) for c, r in zip(completions, right)]
+    """)
+    with RewardRunner([spec("mixed")], ["answer"], 2, 5.0, rows=ROWS) as runner:
+        assert runner.elementwise == ["mixed"]
+        agreed = runner.score(["p"] * 4, ["no", "", "boxed", "boxed"], {"answer": ["2"] * 4}, group_size=4)
+        assert agreed.sums == {"mixed": {"completions": [4.0, 4]}}  # and not of the call that looked for a comparison
+        found = runner.score(["p"] * 4, RIGHT, {"answer": ["2"] * 4}, group_size=4)
+        assert column(found) == [0.5, 0.5, 0.0, 0.1]
+        assert found.sums == {"mixed": {"completions": [4.0, 1]}}
+        assert found.logged == [{"mixed": {"right": right}} for right in (True, True, False, False)]

@@ -15,7 +15,7 @@ from rl.models.files.hf_config import read_config
 from rl.rollout.evaluation import wilson_interval
 from rl.run.announce import warn_about_prompts, warn_about_sampling
 from rl.run.console import Console
-from rl.run.metrics import read_metrics
+from rl.run.metrics import read_metrics, read_samples
 from rl.sampler.create import eos_ids, sampling_params, stop_text
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
@@ -35,6 +35,7 @@ rewards:
     - {{function: "{REWARDS}:digit_share", name: digits}}
     - {{function: "{REWARDS}:always_right", name: right, weight: 0.0}}
     - {{function: "{REWARDS}:right_for_even_answers", name: even, weight: 0.0}}
+    - {{function: "{REWARDS}:tells_the_moment", name: told, weight: 0.0}}
 sampling: {{max_completion_length: 4, slots: 8}}
 grpo: {{steps: 2, prompts_per_step: 2, group_size: 2, max_tokens_per_microbatch: 64}}
 eval: {{every: 1}}
@@ -77,7 +78,22 @@ def test_rollouts_and_evaluation_have_one_sampler(trained):
 
 def test_checkpoint_keeps_how_the_reward_functions_are_called(run):
     loop = json.loads((run / "checkpoints" / "2" / "loop" / "metadata").read_text())
-    assert loop["reward_calls"] == dict.fromkeys(("digits", "right", "even"), "elementwise")
+    assert loop["reward_calls"] == dict.fromkeys(("digits", "right", "even", "told"), "elementwise")
+
+
+def test_functions_know_the_moment_and_what_they_log_is_in_metrics_and_samples(run):
+    lines = read_metrics(run)
+
+    def told(line, place):
+        return [line[f"{place}reward/told/{name}"] for name in ("global_step", "max_steps", "epoch")]
+
+    num_rows = 100 - 13
+    assert [told(line, "") for line in lines[1:]] == [[0, 2, 0], [1, 2, pytest.approx(2 / num_rows)]]
+    assert [told(line, "eval/") for line in lines] == [[n, 2, pytest.approx(2 * n / num_rows)] for n in range(3)]
+    samples = read_samples(run)
+    assert [sample["logged"] for sample in samples] == [{"told": {"said": s["completion"]}} for s in samples]
+    after, _ = evaluate_source(run)
+    assert (after.logged["reward/told/global_step"], after.samples[0]["logged"].keys()) == (2, {"told"})
 
 
 def test_every_held_out_prompt_counts_once_though_there_are_fewer_slots(evaluated):

@@ -13,7 +13,7 @@ from rewards.moment import Moment, sample_seed
 from rewards.runner import RewardRunner
 from rl.config.load import load_config
 from rl.data.prompts import PromptRow
-from rl.rollout.groups import Judged, judge, minibatches, with_advantages
+from rl.rollout.groups import Judged, judge, minibatches, sample_records, with_advantages
 from rl.rollout.scoring import ScoredCompletions, sample_and_score
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import Completion
@@ -141,3 +141,24 @@ def test_truncated_completions_can_stay_out_of_the_loss_but_never_out_of_the_bas
     assert [[int(c.token_ids[1]) for c in group.completions] for group in groups] == kept
     expected = [rollout.advantages_B[3 * p + g] for p, group in enumerate(kept) for g in group]
     assert [c.advantage for group in groups for c in group.completions] == expected
+
+
+def test_what_functions_log_goes_to_the_metrics_of_the_step_and_the_sample():
+    config = load_config(None, ["grpo.group_size=2", "rewards.overlong_buffer=0.5"])
+    rows = [PromptRow(text, np.array([7], np.int32), {}, i) for i, text in enumerate("ab")]
+    completions = [[completion_of(p, g, "eos") for g in range(2)] for p in range(2)]
+
+    def judged(shift):
+        logged = [{"mine": {"said": b + shift}} for b in range(3)] + [{}]
+        sums = {"mine": {"acc": [1.0 + shift, 4], "mean": [9.0, 1]}}
+        rewards = [[0.0], [1.0], [2.0], [3.0]]
+        result = RewardResult(rewards, {"mine": {}}, [], {}, {}, logged, sums)
+        scored = ScoredCompletions(completions, ["x"] * 4, result)
+        return judge(config, rows, scored, [RewardSpec("mine", "x.py:mine", 1.0, {})])
+
+    both = judged(0).replace({0: 1}, judged(10))
+    rollout = with_advantages(config, both)
+    assert rollout.metrics["reward/mine/acc"] == 12 / 8  # the replaced groups counted
+    assert (rollout.metrics["reward/mine/mean"], rollout.metrics["reward/mine/logged_mean"]) == (2.5, 9.0)
+    kept = [record.get("logged") for record in sample_records(rollout)]
+    assert kept == [{"mine": {"said": 12}}, {"mine": {"said": 2}}, None, None]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rewards.batch import COUNTS, RewardResult
+from rewards.batch import COUNTS, TOO_MANY, RewardResult
 from rewards.contract import RewardSpec
 from rewards.runner import RewardRunner
 from rl import grpo_trainer, sft_trainer
@@ -384,6 +384,8 @@ def test_a_failure_that_was_said_is_counted_afterwards_and_another_one_is_said()
     ]
     other = dataclasses.replace(result_of(1, 4), failures={"shown": {"crash: died": "crash: died"}})
     assert watch.add(other).problems == other.problems
+    talks = dataclasses.replace(result_of(0, 4), problems=[f"reward 'shown' {TOO_MANY}"])
+    assert [watch.add(talks).problems for _ in range(2)] == [talks.problems, []]
 
 
 def test_run_tells_of_spikes_and_signs_of_collapse_and_saves_the_samples_of_spikes(recipe, capsys):
