@@ -140,12 +140,14 @@ def problems_of(name: str, problems: Sequence[str]) -> list[str]:
 class Drawn(NamedTuple):
     """A completion that arrived, in its JSON form.
 
-    token_ids: None where they are not known, or no function takes them.
+    token_ids: None where they are not known, or no function takes them. texts: prompt, and prompt with completion, as
+      text with special tokens; None: not known.
     """
 
     completion: Any
     token_ids: list[int] | None
     finish_reason: str
+    texts: tuple[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,6 +366,7 @@ class Batch:
             "finish_reasons": [one.finish_reason for one in drawn],
             "seeds": [inputs.seeds[sample] for sample in samples],
             "moment": dataclasses.asdict(inputs.moment),
+            "texts": [one.texts for one in drawn] if function.style == "openrlhf" else None,
             "groups": self._groups(samples) if function.takes_group else None,
         }
         limits = {

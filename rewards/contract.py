@@ -3,13 +3,14 @@
 In: a `RewardSpec` and the names of the dataset columns. Out: a `BoundReward`, which knows the style of the function and
 builds its arguments. Not here: running it (`rewards.worker`), and isolating it (`rewards.runner`).
 
-Three signatures are taken unchanged and told apart by their parameter names:
+Four signatures are taken unchanged and told apart by their parameter names:
 
-    batch   fn(prompts, completions, **columns) -> list[float | None]               TRL, Tunix
-    sample  fn(prompt, completion, answer, info, state, ...) -> float | None         verifiers, a Rubric's up to 0.3
-    verl    compute_score(data_source, solution_str, ground_truth, extra_info)       verl
+    batch     fn(prompts, completions, **columns) -> list[float | None]               TRL, Tunix
+    sample    fn(prompt, completion, answer, info, state, ...) -> float | None         verifiers, a Rubric's up to 0.3
+    verl      compute_score(data_source, solution_str, ground_truth, extra_info)       verl
+    openrlhf  reward_func(queries, prompts, labels), lists of one                      OpenRLHF
 
-One that judges a single completion may return a dict, as verl's may: its "score" is the reward.
+The second and third may return a dict, whose "score" is the reward. The last returns a dict with "rewards".
 Each may be `async`. Beside columns of the data set a function gets what it names of `INJECTED`: the token ids, the
 completions of the same prompt, why a completion ended, the step, a seed. A column of such a name wins.
 """
@@ -22,9 +23,9 @@ from typing import Any, Literal
 
 from rewards.extras import import_library
 from rewards.importing import _Function, import_function
-from rewards.text import completion_text
+from rewards.text import completion_text, whole_texts
 
-Style = Literal["batch", "sample", "verl"]
+Style = Literal["batch", "sample", "verl", "openrlhf"]
 # How a function may be called: for one completion at a time, one whole group, or the whole batch.
 Calls = Literal["elementwise", "needs_group", "whole_batch"]
 
@@ -40,15 +41,17 @@ INJECTED: dict[Style, tuple[str, ...]] = {
     "batch": ("prompts", "completions", "completion_ids", *_OF_RUN),
     "sample": ("prompt", "completion", "completion_ids", "info", "task", *_OF_RUN),
     "verl": ("data_source", "extra_info", *_OF_RUN),
+    "openrlhf": ("labels",),
 }
 # The same, where a column does not win: each is an object of the style's own.
 FIXED: dict[Style, tuple[str, ...]] = {
     "batch": TRL_OBJECTS,
     "sample": ("state", *TRL_OBJECTS),
     "verl": ("solution_str", *TRL_OBJECTS),
+    "openrlhf": ("queries", "prompts"),
 }
 # Of `INJECTED`, what a column usually replaces on purpose.
-_DEFAULTS = ("info", "task", "data_source", "extra_info")
+_DEFAULTS = ("info", "task", "data_source", "extra_info", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +121,20 @@ class BoundReward:
         row: Mapping[str, Any],
         completion_ids: Sequence[int] | None,
         of_run: Mapping[str, Any] | None = None,
+        texts: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """Keyword arguments of one call of a per-sample or verl function; `row` maps column names to values."""
+        """Keyword arguments of one call of a function that judges a single completion; `row` maps column names to
+        values.
+
+        texts: prompt, and prompt with completion, as the policy read them; None: not known. For OpenRLHF's functions.
+        """
         columns = {name: row[name] for name in self.columns}
+        if self.style == "openrlhf":
+            asked, query = texts or whole_texts(prompt, completion)
+            source = _label_column(row)
+            offered = {"labels": ["" if source is None else row[source]]}
+            offered |= {name: [value] for name, value in columns.items()}
+            return self._accepted(offered | {"queries": [query], "prompts": [asked]}, any_name=False)
         if self.style == "verl":
             offered = self._spelled_out(of_run) | columns
             offered |= {
@@ -232,14 +246,16 @@ def bind(
         if parameter.default is parameter.empty and parameter.name not in provided:
             raise ValueError(_nothing_provides(parameter.name, style, columns, label))
 
-    read = {*named} | ({*columns} if takes_any and style != "verl" else set())
+    read = {*named} | ({*columns} if takes_any and style in ("batch", "sample") else set())
     if style == "sample" and ("state" in named or takes_any):
         read = {*columns}  # the state holds the whole row
     if style == "verl":
         read |= {"data_source", "extra_info", _ground_truth_column(columns)}
+    if style == "openrlhf":
+        read |= {_label_column(columns)}
     ids, has_ids = named.get("completion_ids"), "completion_ids" in INJECTED[style]
     is_drawn = has_ids and "completion_ids" not in columns  # and not a column's
-    takes_group = "group" in named and "group" not in {*columns, *kwargs}
+    takes_group = "group" in INJECTED[style] and "group" in named and "group" not in {*columns, *kwargs}
     return BoundReward(
         function=function,
         style=style,
@@ -253,7 +269,7 @@ def bind(
             for column in columns
             if column in INJECTED[style]
             and column not in (*_DEFAULTS, *kwargs)
-            and (column in named or (takes_any and style != "verl" and column not in _OF_RUN))
+            and (column in named or (takes_any and style in ("batch", "sample") and column not in _OF_RUN))
         ),
         takes_completion_ids=has_ids and (takes_any or ids is not None) and (is_drawn or style == "sample"),
         needs_completion_ids=is_drawn and ids is not None and ids.default is ids.empty,
@@ -319,6 +335,8 @@ def _signature(function: Callable[..., Any], label: str) -> list[inspect.Paramet
 
 
 def _style(named: Collection[str], takes_any: bool, label: str) -> Style:
+    if "queries" in named:
+        return "openrlhf"
     one = sorted({"prompt", "completion"} & {*named})
     many = sorted({"prompts", "completions"} & {*named})
     if one and many:
@@ -333,7 +351,7 @@ def _style(named: Collection[str], takes_any: bool, label: str) -> Style:
         return "batch"
     raise ValueError(
         f"{label}: the parameters ({', '.join(named)}) name neither prompts/completions (batch), prompt/completion "
-        "(per sample) nor solution_str (verl); add one of them"
+        "(per sample) nor solution_str (verl) nor queries (OpenRLHF); add one of them"
     )
 
 
@@ -350,6 +368,11 @@ def _check_kwargs(kwargs: Mapping[str, Any], named: Collection[str], takes_any: 
 def _ground_truth_column(columns: Collection[str]) -> str | None:
     """verl's ground truth: a column of its own, Tandem's `answer`, or the field of verl's `reward_model` column."""
     return next((name for name in ("ground_truth", "answer", "reward_model") if name in columns), None)
+
+
+def _label_column(columns: Collection[str]) -> str | None:
+    """The column of OpenRLHF's labels: of that name, of the singular, or Tandem's `answer`."""
+    return next((name for name in ("labels", "label", "answer", "ground_truth") if name in columns), None)
 
 
 def _nothing_provides(argument: str, style: Style, columns: Sequence[str], label: str) -> str:

@@ -82,7 +82,7 @@ def _told_of(runner: RewardRunner, name: str, trial: Trial, is_chat: bool) -> st
     """What is to be said of a function that was tried; None: nothing."""
     count = f"{trial.num_completions} completions, right and wrong answers in usual formats and an empty one"
     form = ""
-    if runner.style(name) != "verl":  # which always gets text
+    if runner.style(name) not in ("verl", "openrlhf"):  # which always get text
         form = (
             "; prompts are chats (data.chat), so a completion is a list of messages, not text: completion[0]['content']"
             if is_chat

@@ -314,6 +314,11 @@ class RewardRunner:
         """Which signature a function has."""
         return next(f.style for spec, f in zip(self.specs, self._functions, strict=True) if spec.name == name)
 
+    @property
+    def wants_texts(self) -> bool:
+        """Whether a function reads prompt and completion as text with special tokens, as OpenRLHF's do."""
+        return any(function.style == "openrlhf" for function in self._functions)
+
     def try_on(self, names: Collection[str], prompt: Any, columns: Mapping[str, Any]) -> dict[str, Trial]:
         """What functions make of right and wrong answers of one row, called as in the run; in this process alone.
 
@@ -493,15 +498,18 @@ class Scoring:
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
         finish_reasons: Sequence[str] | None = None,
+        texts: Sequence[tuple[str, str]] | None = None,
     ) -> None:
         """Adds completions of these samples (places in the batch). Each may be added once.
 
-        finish_reasons: see `RewardRunner.score`.
+        finish_reasons: see `RewardRunner.score`. texts: prompt, and prompt with completion, as text with special
+          tokens; None: not known. See `RewardRunner.wants_texts`.
 
         Raises ValueError for arguments whose lengths differ, a value that cannot be sent, completion_ids missing where
         a function requires them, and a sample that is not in the batch or came before.
         """
-        given = {"completions": completions, "completion_ids": completion_ids, "finish_reasons": finish_reasons}
+        given = {"completions": completions, "completion_ids": completion_ids}
+        given |= {"finish_reasons": finish_reasons, "texts": texts}
         _check_lengths(given, "sample", len(samples))
         for spec, function in zip(self._specs, self._functions, strict=True):
             if function.needs_completion_ids and completion_ids is None:
@@ -515,11 +523,12 @@ class Scoring:
             if sample not in left:
                 raise ValueError(f"sample {sample} of the batch came before")
             left.remove(sample)
-        texts = encode(list(completions), "completions")
+        ready = encode(list(completions), "completions")
         drawn = {}
         for place, sample in enumerate(samples):
             ids = None if completion_ids is None else [int(token) for token in completion_ids[place]]
-            drawn[sample] = Drawn(texts[place], ids, "eos" if finish_reasons is None else str(finish_reasons[place]))
+            reason = "eos" if finish_reasons is None else str(finish_reasons[place])
+            drawn[sample] = Drawn(ready[place], ids, reason, None if texts is None else texts[place])
         self.add_encoded(drawn)
 
     def add_encoded(self, drawn: dict[int, Drawn]) -> None:

@@ -25,6 +25,16 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
     return "".join(part.get("text", "") for part in content if part.get("type") == "text")
 
 
+def whole_texts(prompt: str | Sequence[Mapping[str, Any]], completion: Any) -> tuple[str, str]:
+    """(prompt, prompt and completion) as text, where the tokens that the policy read are not known: contents of
+    messages on lines of their own.
+    """
+    if isinstance(prompt, str):
+        return prompt, prompt + completion_text(completion)
+    asked = "".join(f"{completion_text([{**message, 'role': 'assistant'}])}\n" for message in prompt)
+    return asked, asked + completion_text(completion)
+
+
 def after_thinking(text: str) -> str:
     """The text behind the last `</think>`; all of it when there is none. Scratch work is not an answer."""
     return text.rpartition("</think>")[2]

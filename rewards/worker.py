@@ -7,7 +7,8 @@ failure. What it cannot survive (a hang, a crash) the runner sees from outside. 
     {"op": "load", "key": k, "spec": {...}, "columns": [...], "path": [...]}
         -> "loaded" or "refused"
     {"op": "run", "key": k, "mode": m, "limit": seconds, "prompts", "completions", "columns", "completion_ids",
-        "finish_reasons", "seeds", "moment": {...}, "groups": {"members": [...], "group_of": [...]} or null}
+        "finish_reasons", "seeds", "moment": {...}, "groups": {"members": [...], "group_of": [...]} or null,
+        "texts": [[prompt, prompt and completion], ...] or null}
         -> a "result" for each sample, then "done"
 
 The fields of a reply are in `rewards.replies`; each repeats the nonce of its request.
@@ -306,7 +307,8 @@ def _call_one(bound: BoundReward, request: Mapping[str, Any], index: int, log: C
     row = {name: values[index] for name, values in request["columns"].items()}
     prompt, completion = request["prompts"][index], request["completions"][index]
     of_run = _of_sample(request, index) | _of_call(request, log)
-    arguments = bound.sample_arguments(prompt, completion, row, None if ids is None else ids[index], of_run)
+    texts = None if request["texts"] is None else request["texts"][index]
+    arguments = bound.sample_arguments(prompt, completion, row, None if ids is None else ids[index], of_run, texts)
     return bound.function(**arguments)
 
 
@@ -324,6 +326,8 @@ def _judged(bound: BoundReward, result: Any, log: CallLog) -> _Judged:
     """What a call by `_call_one` comes to. A dict has the reward in `score`, and all of it is kept with the sample."""
     if bound.style == "batch":
         result = _batch_rewards(result, 1)[0]
+    elif bound.style == "openrlhf":
+        result = _openrlhf_reward(result, log)
     elif isinstance(result, Mapping):
         if "score" not in result:
             raise _Rejected("not_a_number", f"returned {_short(result)}, a dict must have the reward as its 'score'")
@@ -331,6 +335,24 @@ def _judged(bound: BoundReward, result: Any, log: CallLog) -> _Judged:
         result = result["score"]
     reward = as_reward(result)
     return _Judged(reward, _kept(log)[0], log.sums)
+
+
+def _openrlhf_reward(result: Any, log: CallLog) -> Any:
+    """The reward in what a function of OpenRLHF 0.11 returned (`SingleTurnExecutor.execute` reads it there): lists or
+    tensors of one, or numbers. `scores`, which stand for the rewards where there are none, and `extra_logs` are kept.
+    """
+    if not isinstance(result, Mapping) or "rewards" not in result:
+        raise _Rejected("not_a_number", f"returned {_short(result)}, must return a dict with 'rewards'")
+    reward = _only(result["rewards"])
+    score = reward if result.get("scores") is None else _only(result["scores"])
+    log.keep({"score": score} | {name: _only(value) for name, value in (result.get("extra_logs") or {}).items()})
+    return reward
+
+
+def _only(value: Any) -> Any:
+    """The entry of a list or an array of one; another value itself."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return _only(value[0]) if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 
 @contextlib.contextmanager

@@ -117,11 +117,21 @@ def sample_and_score(
             for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
                 done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
                 form, ids = completion_form(row_B[b].prompt, texts[b]), completion.token_ids.tolist()
-                scoring.add([b], [form], [ids], [completion.finish_reason])
+                read = [_texts(row_B[b], ids, tokenizer)] if runner.wants_texts else None
+                scoring.add([b], [form], [ids], [completion.finish_reason], read)
         with watch.timer("reward"):
             result = scoring.result()
     groups = [[done[p * num_samples + g] for g in range(num_samples)] for p in range(len(rows))]
     return ScoredCompletions(groups, [texts[b] for b in range(len(requests))], result)
+
+
+def _texts(row: PromptRow, token_ids: list[int], tokenizer: Tokenizer) -> tuple[str, str]:
+    """A prompt, and it with its completion, as the policy reads them: with special tokens."""
+    prompt_ids = row.prompt_ids.tolist()
+    query = tokenizer.decode([*prompt_ids, *token_ids], skip_special_tokens=False)
+    if isinstance(row.prompt, str):
+        return row.prompt, query
+    return tokenizer.decode(prompt_ids, skip_special_tokens=False), query
 
 
 def prompt_form(prompt: Prompt) -> Prompt:

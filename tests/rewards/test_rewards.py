@@ -51,6 +51,7 @@ def trl_kwargs_only(**kwargs): ...
 def batch_with_info(completions, info): ...
 def verifiers_style(prompt, completion, answer, state): ...
 def verifiers_state_only(state): ...
+def openrlhf_style(queries, prompts, labels): ...
 def verl_style(data_source, solution_str, ground_truth, extra_info=None): ...
 
 
@@ -70,6 +71,7 @@ class VerifiersTask:
         (verifiers_style, "sample"),
         (verifiers_state_only, "sample"),
         (verl_style, "verl"),
+        (openrlhf_style, "openrlhf"),
     ],
 )
 def test_style_is_recognised_from_parameter_names(function, style):
@@ -160,6 +162,24 @@ def test_verl_function_gets_its_four_arguments(row, expected):
     assert arguments == expected | {"solution_str": "so 4"}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "texts", "row", "expected"),
+    [
+        ("1+1=", None, {"answer": "2"}, {"queries": ["1+1=so 2"], "prompts": ["1+1="], "labels": ["2"]}),
+        ("1+1=", ["1+1=", "<bos>1+1=so 2<eos>"], {}, {"queries": ["<bos>1+1=so 2<eos>"], "labels": [""]}),
+        ([{"role": "user", "content": "1+1="}], None, {"label": 2}, {"queries": ["1+1=\nso 2"], "labels": [2]}),
+        ("1+1=", None, {"labels": "a", "answer": "2", "prompts": "x"}, {"prompts": ["1+1="], "labels": ["a"]}),
+    ],
+)
+def test_openrlhf_function_gets_lists_of_one(prompt, texts, row, expected):
+    bound = bind(openrlhf_style, list(row), {})
+    completion = "so 2" if isinstance(prompt, str) else [{"role": "assistant", "content": "so 2"}]
+    columns = {name: row[name] for name in bound.columns}
+    arguments = bound.sample_arguments(prompt, completion, columns, None, {"step": 1}, texts)
+    assert arguments.keys() == {"queries", "prompts", "labels"}
+    assert expected.items() <= arguments.items()
+
+
 def test_a_column_wins_over_what_is_injected_under_its_name_but_over_no_object_of_the_style():
     names = ["completion", "completion_ids", "completions", "prompts", "solution_str", "state", "step"]
     row = {name: f"column {name}" for name in names}
@@ -232,6 +252,7 @@ def test_required_token_ids_are_told():
         (lambda completions, **kwargs: None, [], {"prompts": 2}, ["'prompts'", "rollout"]),
         (lambda prompt, completions: None, [], {}, ["'prompt'", "'completions'", "one of them"]),
         (lambda text: None, [], {}, ["text", "solution_str"]),
+        (lambda queries, group: None, [], {}, ["'group'", "queries, prompts, labels"]),
         (VerifiersTask().correct, ["answer"], {}, ["correct", "'trace'", "prompt and completion"]),
         (lambda task, trace: None, ["task"], {}, ["'trace'", "@vf.reward"]),
         (lambda completions, /: None, [], {}, ["positional only"]),

@@ -1469,6 +1469,11 @@ LOGGING = """
     async def compute_score(data_source, solution_str, ground_truth, extra_info):
         await asyncio.sleep(0.01 / (1 + len(solution_str)))
         return {"score": float(solution_str == ground_truth), "acc": solution_str == ground_truth, "pred": solution_str}
+    import numpy as np
+    def reward_func(queries, prompts, labels):
+        right = np.array([q == p + l for q, p, l in zip(queries, prompts, labels)], float)
+        logs = {"length": np.array([len(queries[0])]), "said": queries}
+        return {"rewards": right, "scores": 2 * right, "extra_logs": logs}
     def no_score(solution_str, ground_truth): return {"acc": 1.0}
     def short(completions, log_extra):
         log_extra("x", [1])
@@ -1484,7 +1489,7 @@ SAID = ["a", "bb", "bad", "dddd"]
 @pytest.mark.parametrize("share", [1, 2])
 def test_what_functions_log_comes_with_the_result_however_they_are_called(write, share):
     spec = write(LOGGING)
-    names = ["trl", "through_kwargs", "group", "alone", "compute_score", "no_score", "short", "many"]
+    names = ["trl", "through_kwargs", "group", "alone", "compute_score", "no_score", "short", "many", "reward_func"]
     specs = [spec(name) for name in names]
     if share > 1:  # said, because a share alone cannot be compared with a call for the whole batch
         specs[0] = dataclasses.replace(specs[0], calls="elementwise")
@@ -1504,12 +1509,15 @@ def test_what_functions_log_comes_with_the_result_however_they_are_called(write,
     assert result.sums["group"] == {"size": [4.0, 2]}
     assert result.sums["alone"] == {"length": [7.0, 3]}  # the call that failed tells nothing
     assert result.sums["compute_score"] == {"score": [2.0, 4], "acc": [2.0, 4]}
+    assert column(result, 8) == [1, 0, 1, 0]
+    assert result.sums["reward_func"] == {"score": [4.0, 4], "length": [14.0, 4]}
     for text, answer, row in zip(SAID, columns["answer"], result.logged, strict=True):
         expected = {
             "trl": {"length": len(text), "said": text},
             "through_kwargs": {"said": text},
             "alone": {"said": text},
             "compute_score": {"score": float(text == answer), "acc": text == answer, "pred": text},
+            "reward_func": {"score": 2.0 * (text == answer), "length": 1 + len(text), "said": f"p{text}"},
         }
         assert row == {name: values for name, values in expected.items() if (name, text) != ("alone", "bad")}
     assert result.counts["no_score"] == counts(not_a_number=4)

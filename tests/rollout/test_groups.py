@@ -21,10 +21,11 @@ from rl.sampler.token_draw import SamplingParams
 
 
 class Letters:
-    """Stands in for a tokenizer: token i is the i-th letter."""
+    """Stands in for a tokenizer: token i is the i-th letter, and token 2 is special."""
 
-    def decode(self, ids):
-        return "".join(chr(ord("a") + int(token)) for token in ids)
+    def decode(self, ids, skip_special_tokens=True):
+        text = "".join("<s>" if token == 2 else chr(ord("a") + int(token)) for token in ids)
+        return text.replace("<s>", "c") if skip_special_tokens else text
 
 
 class OneByOne:
@@ -51,6 +52,8 @@ def test_completions_are_judged_while_others_are_drawn_and_stand_in_order(tmp_pa
         f"def judge(completion, answer):\n"
         f"    open(f'{tmp_path}/judged_{{completion}}', 'w').close()\n"
         f"    return float(completion == answer)\n"
+        f"def reward_func(queries, prompts, labels):\n"
+        f"    return {{'rewards': [0.0], 'extra_logs': {{'seen': [*queries, *prompts, *labels]}}}}\n"
     )
 
     def is_judged(tokens):
@@ -61,12 +64,15 @@ def test_completions_are_judged_while_others_are_drawn_and_stand_in_order(tmp_pa
 
     rows = [PromptRow(p, np.array([1, 2]), {"answer": a}, 0) for p, a in (("x", "ab"), ("y", "ba"), ("z", "zz"))]
     watch = Stopwatch()
-    with RewardRunner([RewardSpec("judge", f"{path}:judge", 1.0, {})], ["answer"], 1, 5.0) as runner:
+    specs = [RewardSpec(name, f"{path}:{name}", 1.0, {}) for name in ("judge", "reward_func")]
+    with RewardRunner(specs, ["answer"], 1, 5.0) as runner:
         scored = sample_and_score(
             OneByOne(is_judged), {}, rows, 2, SamplingParams(2), jax.random.key(0), runner, Letters(), watch
         )
     assert scored.texts == ["aa", "ab", "ba", "bb", "ca", "cb"]
-    assert scored.result.rewards == [[0.0], [1.0], [1.0], [0.0], [0.0], [0.0]]
+    assert scored.result.rewards == [[value, 0.0] for value in (0.0, 1.0, 1.0, 0.0, 0.0, 0.0)]
+    seen = [values["reward_func"]["seen"] for values in scored.result.logged]
+    assert seen[3:5] == [["b<s>bb", "y", "ba"], ["b<s><s>a", "z", "zz"]]  # OpenRLHF decodes special tokens
     assert [[c.sample_index for c in group] for group in scored.completions] == [[0, 1]] * 3
     assert {"seconds/rollout", "seconds/reward"} <= watch.lap().keys()
 
