@@ -82,6 +82,22 @@ def probes(rows: Sequence[tuple[Any, Mapping[str, Any]]], columns: Sequence[str]
     return made
 
 
+def answer_forms(answer: str) -> dict[str, str]:
+    """A right answer as completions in the formats that functions usually look for, {name of the format: text}."""
+    final = _final(answer)
+    return {
+        "as in the row": answer,
+        "stated": f"{_REASONING}The answer is {final}.\n#### {final}",
+        "boxed": f"{_REASONING}\\boxed{{{final}}}",
+        "in tags": f"<think>\n{_REASONING}\n</think>\n<answer>\n{final}\n</answer>",
+    }
+
+
+def long_text(num_characters: int) -> str:
+    """Reasoning of at least that many characters, without an answer."""
+    return _REASONING * (num_characters // len(_REASONING) + 1)
+
+
 def shows_how_it_judges(probe: Probe, rewards: Sequence[float | None]) -> bool:
     """Whether the rewards could show that a function compares completions: two completions of one group got more than
     the lowest reward.
@@ -103,10 +119,10 @@ def _gold(row: tuple[Any, Mapping[str, Any]]) -> str:
     for name in _GOLD_NAMES:
         if named.get(name) not in (None, ""):
             return _text(named[name])
-    return _text(next((value for value in named.values() if value not in (None, "")), _prompt_text(row[0])))
+    return _text(next((value for value in named.values() if value not in (None, "")), prompt_text(row[0])))
 
 
-def _prompt_text(prompt: Any) -> str:
+def prompt_text(prompt: Any) -> str:
     """A prompt as text: for a chat, its last message."""
     is_chat = isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[-1], Mapping)
     return _text(prompt[-1].get("content") if is_chat else prompt)
@@ -159,7 +175,7 @@ def _usual_texts(row: tuple[Any, Mapping[str, Any]], other_row: tuple[Any, Mappi
 
 def _other_texts(row: tuple[Any, Mapping[str, Any]], other_row: tuple[Any, Mapping[str, Any]]) -> list[str]:
     answer, other = _final(_gold(row)), _final(_gold(other_row))
-    prompt = _prompt_text(row[0])
+    prompt = prompt_text(row[0])
     values = " ".join(_text(value) for _, value in _leaves(row[1]))
     quoted = answer.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     as_json = f'{{"answer": "{quoted}"}}'

@@ -241,6 +241,22 @@ COMMANDS = {
 
             Prints the relative error of each layer, sizes, and the peak memory of the process.""",
     ),
+    "rewards": Command(
+        module="rl.tools.rewards",
+        arguments="check CONFIG [--rows N] [--samples RUN] [--json FILE] [--trust] [key=value ...]",
+        summary="try a recipe's reward functions without training",
+        details="""\
+            check          runs the reward functions on right answers in usual formats, another row's answer, nothing,
+                           junk, the prompt, and reasoning that is cut off: mean rewards, seconds, failures
+            CONFIG         a YAML recipe; no weights are read and nothing is drawn
+            --rows N       data rows at most; 16 when left out
+            --samples RUN  judge the newest completions in the samples.jsonl of this run, too
+            --json FILE    write the same numbers
+            --trust        take a run folder whose config.yml was edited, or whose code is not shown to be yours
+            key=value      overrides with dotted keys, for example data.source=train.jsonl
+
+            Exit status 0; 1 where a right answer, the column `answer`, does not score above junk.""",
+    ),
     "report": Command(
         module="rl.tools.report",
         arguments="RUN [RUN ...] [--output PNG]",

@@ -37,6 +37,7 @@ TO_EVALUATE = (REWARDS, MODEL, SAMPLER, DATA, CACHE)
 TO_SAMPLE = (MODEL, SAMPLER, CACHE)
 TO_REPLAY = (*TO_SAMPLE, DATA)  # the prompts of a run, which its data rows give
 TO_COMPILE = (MODEL, LOSS, CACHE)
+TO_JUDGE = (REWARDS,)
 
 # Functions that this package defines, which are trusted. Other names in its modules, which they import, are not.
 READY_MADE = (

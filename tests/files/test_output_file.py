@@ -13,6 +13,7 @@ from rl.files.output_file import check_writable, disk_trouble, writing
 COMMANDS = {
     "compile --json": ["compile", "absent.yml", "--json"],
     "data bench --json": ["data", "bench", "absent.yml", "--json"],
+    "rewards check --json": ["rewards", "check", "absent.yml", "--json"],
     "checkpoint bench --json": ["checkpoint", "bench", "absent.yml", "--json"],
     "checkpoint verify --write": ["checkpoint", "verify", "absent", "--write"],
 }

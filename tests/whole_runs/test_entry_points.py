@@ -44,9 +44,9 @@ WALKED = {
     "linen": {"train", "sft", "export", "checkpoint", "quantize", "compile"},
     "nnx": {"train", "eval", "sample", "export", "lora", "quantize"},
 }
-# `launch` starts others, `report` reads metrics, `data` prompts; what works on files, `quantize` of a folder layer by
-# layer, is walked as well, and holds no state.
-NOT_WALKED = {"data", "launch", "report"}
+# `launch` starts others, `report` reads metrics, `data` prompts, `rewards` runs functions; what works on files,
+# `quantize` of a folder layer by layer, is walked as well, and holds no state.
+NOT_WALKED = {"data", "launch", "report", "rewards"}
 ON_FILES = {("quantize", "folder"), ("checkpoint", "inspect"), ("checkpoint", "convert")}
 # Parameters only, of whole weights and of adapters beside their base.
 NO_OPTIMIZER = {

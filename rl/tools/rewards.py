@@ -1,0 +1,313 @@
+"""`grpo rewards check`: what the reward functions of a recipe give to completions that are known to be right, wrong or
+empty, before anything is trained.
+
+In: a configuration, and if wanted a run whose samples are judged, too. Out: a table of mean rewards, with one line for
+each sort of completion, the seconds and failures of each function, and a verdict: whether a right answer scores above
+junk. No weights are read, and no accelerator is touched. The functions run in workers, as in training.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from rewards.probe import answer_forms, long_text, prompt_text
+from rewards.rubric import weighted_sum
+from rewards.runner import RewardRunner
+from rl.config.load import load_config, require
+from rl.data.prompts import PromptRow, load_prompts
+from rl.data.tokenizer import Tokenizer
+from rl.files.output_file import check_writable
+from rl.models.files.folders import write_json
+from rl.rollout.scoring import completion_form, prompt_form, start_rewards
+from rl.run.metrics import read_samples
+from rl.run_folder.folder import check_trust
+from rl.run_folder.trust import TO_JUDGE
+from rl.state.origin import tokenizer_from_config
+
+ANSWER = "answer"  # the column whose text is a right completion, as at the start of a run
+_MOST_SAMPLES = 256  # of a run, the newest
+_JUNK = {"empty": "", "junk": "I do not know.", "noise": "la la la la la la la la"}
+_OTHER = "another row's answer"
+
+
+class Judged(NamedTuple):
+    """The rewards of one sort of completions.
+
+    num: completions. total: mean of the weighted sums; None where no completion could be judged. means: by function,
+    over the completions that it judged.
+    """
+
+    num: int
+    total: float | None
+    means: dict[str, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What a check found.
+
+    Attributes:
+      sorts: {sort of completions: their rewards}, in the order of the table.
+      weights: of each function.
+      seconds: per completion, of each function. failures: {function: {kind: completions}}.
+      problems: failures and findings in words.
+      verdict: None: a right answer scores above junk; else why that is not so, or cannot be told.
+      is_wrong: whether it is known not to be so.
+    """
+
+    sorts: dict[str, Judged]
+    weights: dict[str, float]
+    seconds: dict[str, float]
+    failures: dict[str, dict[str, int]]
+    problems: list[str]
+    verdict: str | None
+    is_wrong: bool
+
+
+def check(
+    recipe: str | pathlib.Path,
+    num_rows: int = 16,
+    samples: str | None = None,
+    overrides: Sequence[str] = (),
+    trust: bool = False,
+) -> Checked:
+    """Runs the reward functions of a recipe on made-up completions of its first data rows.
+
+    Args:
+      recipe: a YAML file. num_rows: data rows at most, with different prompts.
+      samples: a run folder whose newest recorded completions are judged, too; those of prompts that the data rows do
+        not hold are left out.
+      trust: see `rl.run_folder.folder.check_trust`.
+
+    Raises:
+      ValueError: `grpo train` would refuse the data or the functions, num_rows is below 1, or the run has no samples of
+        these data.
+    """
+    if num_rows < 1:
+        raise ValueError(f"--rows must be >= 1, got {num_rows}")
+    config = load_config(recipe, overrides)
+    check_trust(recipe, config, overrides, TO_JUDGE, trust)
+    require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
+    tokenizer = tokenizer_from_config(config)
+    data = load_prompts(config, tokenizer)
+    rows = list({_key(row.prompt): row for row in reversed(data.train)}.values())[::-1][:num_rows]
+    recorded = [] if samples is None else _recorded(samples, [*data.train, *data.held_out])
+    with start_rewards(config, data.train, None) as runner:
+        made = _made(rows, tokenizer, config.sampling.max_completion_length)
+        results = [_score(runner, made, group_size=len({sort for sort, *_ in made}))]
+        if recorded:
+            results.append(_score(runner, recorded, group_size=1, names=runner.elementwise))
+        weights = {spec.name: float(spec.weight) for spec in runner.specs}
+    problems = [line for result in results for line in result.problems]
+    if recorded and (alone := sorted({*weights} - {*runner.elementwise})):
+        problems.append(f"samples of {samples} are judged one by one, without {', '.join(alone)}, which compare them")
+    sorts = {sort: judged for result in results for sort, judged in result.sorts.items()}
+    counted = {name: sum(result.num[name] for result in results) for name in weights}
+    verdict, is_wrong = _verdict(sorts)
+    return Checked(
+        sorts=sorts,
+        weights=weights,
+        seconds={name: sum(result.seconds.get(name, 0.0) for result in results) / counted[name] for name in weights},
+        failures={name: _added([result.failures.get(name, {}) for result in results]) for name in weights},
+        problems=[*dict.fromkeys(problems), *_findings(sorts, weights)],
+        verdict=verdict,
+        is_wrong=is_wrong,
+    )
+
+
+class _Completion(NamedTuple):
+    """A completion to judge: its sort, its data row, text, token ids, and how it ended."""
+
+    sort: str
+    row: PromptRow
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+
+
+class _Result(NamedTuple):
+    """The rewards of some completions. num: completions that each function got."""
+
+    num: dict[str, int]
+    sorts: dict[str, Judged]
+    seconds: Mapping[str, float]
+    failures: Mapping[str, Mapping[str, int]]
+    problems: list[str]
+
+
+def _made(rows: Sequence[PromptRow], tokenizer: Tokenizer, max_length: int) -> list[_Completion]:
+    """The same sorts of completions for each row, in the same order."""
+    cut = tokenizer.encode(long_text(4 * max_length), add_bos=False)[:max_length]
+    made = []
+    for place, row in enumerate(rows):
+        texts: dict[str, str] = {}
+        if (answer := row.columns.get(ANSWER)) is not None:
+            texts |= {f"right answer, {form}": text for form, text in answer_forms(str(answer)).items()}
+            others = [other.columns.get(ANSWER) for other in (*rows[place + 1 :], *rows[:place])]
+            other = next((other for other in others if other not in (None, answer)), None)
+            texts[_OTHER] = "" if other is None else str(other)
+        texts |= _JUNK | {"the prompt": prompt_text(prompt_form(row.prompt))}
+        made += [
+            _Completion(sort, row, text, tokenizer.encode(text, add_bos=False), "eos") for sort, text in texts.items()
+        ]
+        made.append(_Completion("cut off", row, tokenizer.decode(cut), cut, "length"))
+    return made
+
+
+def _recorded(run: str, rows: Sequence[PromptRow]) -> list[_Completion]:
+    """The newest completions in a run's samples.jsonl whose prompt is that of a row."""
+    of_prompt = {_key(row.prompt): row for row in rows}
+    records = [record for record in read_samples(run) if _key(record["prompt"]) in of_prompt][-_MOST_SAMPLES:]
+    if not records:
+        raise ValueError(f"--samples must be a run with samples of prompts in data.source, got none in {run!r}")
+    return [
+        _Completion(
+            f"samples of {pathlib.Path(run).name}",
+            of_prompt[_key(record["prompt"])],
+            record["completion"],
+            record.get("token_ids", []),
+            record["finish_reason"],
+        )
+        for record in records
+    ]
+
+
+def _score(
+    runner: RewardRunner, completions: Sequence[_Completion], group_size: int, names: Sequence[str] | None = None
+) -> _Result:
+    rows = [completion.row for completion in completions]
+    scored = runner.score(
+        [prompt_form(row.prompt) for row in rows],
+        [completion_form(completion.row.prompt, completion.text) for completion in completions],
+        {name: [row.columns.get(name) for row in rows] for name in runner.columns},
+        [completion.token_ids for completion in completions],
+        group_size=group_size,
+        names=names,
+        finish_reasons=[completion.finish_reason for completion in completions],
+    )
+    known = [spec.name for spec in runner.specs]
+    weights = [spec.weight for spec in runner.specs]
+    sorts = {}
+    for sort in dict.fromkeys(completion.sort for completion in completions):
+        rewards = [row for row, done in zip(scored.rewards, completions, strict=True) if done.sort == sort]
+        totals = [weighted_sum(row, weights) for row in rewards]
+        means = {name: _mean([row[key] for row in rewards]) for key, name in enumerate(known)}
+        sorts[sort] = Judged(len(rewards), _mean(totals), means)
+    num = {name: len(completions) if names is None or name in names else 0 for name in known}
+    return _Result(num, sorts, scored.seconds, scored.counts, scored.problems)
+
+
+def _verdict(sorts: Mapping[str, Judged]) -> tuple[str | None, bool]:
+    """(why a right answer is not known to score above junk, whether it is known not to)."""
+    right = {sort: judged.total for sort, judged in sorts.items() if sort.startswith("right answer")}
+    if not right:
+        reason = f"the data set has no column `{ANSWER}` (data.columns names one)"
+        return f"what is right is not known, because {reason}; only failures were looked for", False
+    known = {sort: total for sort, total in right.items() if total is not None}
+    if not known:
+        return f"no function with a weight could judge a right answer; check the column `{ANSWER}`", True
+    best = max(known, key=lambda sort: known[sort])
+    junk = {sort: total for sort in _JUNK if (total := sorts[sort].total) is not None}
+    for sort, total in junk.items():
+        if known[best] <= total:
+            what = f"{known[best]:.4g} ({best}) and {total:.4g} ({sort})"
+            way_out = "check the formats that the functions look for, and their weights"
+            return f"a right answer must score above junk, got {what}; {way_out}", True
+    return None, False
+
+
+def _findings(sorts: Mapping[str, Judged], weights: Mapping[str, float]) -> list[str]:
+    """What is odd without being wrong for sure."""
+    right = {sort: judged for sort, judged in sorts.items() if sort.startswith("right answer")}
+    totals = [judged.total for judged in right.values() if judged.total is not None]
+    found = []
+    for sort in (_OTHER, "the prompt", "cut off") if totals else ():
+        if sort in sorts and (total := sorts[sort].total) is not None and total >= max(totals):
+            found.append(f"{sort} scores {total:.4g}, no less than the right answer's {max(totals):.4g}")
+    for name in weights:
+        means = {mean for judged in sorts.values() if (mean := judged.means[name]) is not None}
+        if len(means) == 1:
+            found.append(f"reward {name!r} gives {means.pop():.4g} to every sort of completion")
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    judged = [value for value in values if value is not None]
+    return sum(judged) / len(judged) if judged else None
+
+
+def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    kinds = dict.fromkeys(itertools.chain.from_iterable(counts))
+    return {kind: total for kind in kinds if (total := sum(count.get(kind, 0) for count in counts))}
+
+
+def _key(prompt: Any) -> str:
+    """A prompt, text or messages, as a key."""
+    return json.dumps(prompt, sort_keys=True)
+
+
+def report(checked: Checked) -> list[str]:
+    """The result in words, with the table."""
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    names = list(checked.weights)
+    head = ["", "number", "total", *(f"{name} (x {checked.weights[name]:g})" for name in names)]
+    lines = [
+        [sort, str(judged.num), shown(judged.total), *(shown(judged.means[name]) for name in names)]
+        for sort, judged in checked.sorts.items()
+    ]
+    lines.append(["seconds each", "", "", *(f"{checked.seconds[name]:.4f}" for name in names)])
+    failed = [", ".join(f"{count} {kind}" for kind, count in checked.failures[name].items()) for name in names]
+    lines.append(["not judged", "", "", *(text or "-" for text in failed)])
+    widths = [max(len(line[place]) for line in (head, *lines)) for place in range(len(head))]
+    table = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in (head, *lines)
+    ]
+    verdict = f"{'error' if checked.is_wrong else 'note'}: {checked.verdict}" if checked.verdict else None
+    return [
+        *table,
+        *(f"warning: {problem}" for problem in checked.problems),
+        verdict or "a right answer scores above junk",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`grpo rewards check CONFIG [--rows N] [--samples RUN] [--json FILE] [--trust] [key=value ...]`.
+
+    Returns 1 where a right answer does not score above junk, else 0.
+    """
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    if name != "check":
+        raise ValueError(f"grpo rewards needs check, got {name!r}")
+    parser = argparse.ArgumentParser(prog="grpo rewards check", description=__doc__)
+    parser.add_argument("config", help="YAML recipe")
+    parser.add_argument("--rows", type=int, default=16, help="data rows at most")
+    parser.add_argument("--samples", default=None, metavar="RUN", help="judge the newest samples of this run, too")
+    parser.add_argument("--json", default=None, metavar="FILE", help="write the same numbers")
+    parser.add_argument(
+        "--trust", action="store_true", help="take config.yml of a run folder, and code that it names, as they are"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
+    arguments = parser.parse_intermixed_args(rest)
+    check_writable(arguments.json, "--json")
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")  # no device of this machine is needed
+    checked = check(arguments.config, arguments.rows, arguments.samples, arguments.overrides, arguments.trust)
+    print("\n".join(report(checked)))
+    if arguments.json is not None:
+        write_json(pathlib.Path(arguments.json), dataclasses.asdict(checked))
+    return int(checked.is_wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""`grpo rewards check`: the reward functions of a recipe on completions that are known to be right or wrong."""
+
+import json
+
+import pytest
+
+from rl.cli import main
+from rl.run.metrics import MetricsWriter
+from rl.tools.rewards import check
+
+ROWS = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 7)]
+REWARDS = """
+def length(completions, completion_ids, truncated, **kwargs):
+    return [-1.0 if cut else len(ids) / 1000 for ids, cut in zip(completion_ids, truncated)]
+
+def best(completions, **kwargs):
+    longest = max(map(len, completions))
+    return [float(len(text) == longest) for text in completions]
+best.needs_group = True
+
+def fails(completion):
+    raise KeyError("no such " + completion)
+
+def inverted(completion, answer):
+    return float(answer not in completion)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe with these reward functions; those without a colon are in a file of their own."""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "mine.py").write_text(REWARDS)
+
+    def write(*functions, data="{}"):
+        entries = [
+            f"{{function: '{n if ':' in n else f'{tmp_path}/mine.py:{n}'}', name: {n.split(':')[-1]}}}"
+            for n in functions
+        ]
+        (tmp_path / "recipe.yml").write_text(
+            f"data: {{source: {tmp_path}/train.jsonl, columns: {data}}}\n"
+            f"sampling: {{max_completion_length: 8}}\nrewards: {{functions: [{', '.join(entries)}]}}\n"
+        )
+        return str(tmp_path / "recipe.yml")
+
+    return write
+
+
+COLUMNS = "{prompt: prompt, answer: answer}"
+
+
+def test_right_answers_junk_and_samples_are_judged_as_in_training(tmp_path, recipe, capsys):
+    records = [
+        {"prompt": "1+1=", "completion": "2", "token_ids": [50], "finish_reason": "eos"},
+        {"prompt": "2+2=", "completion": "5", "token_ids": [53] * 8, "finish_reason": "length"},
+        {"prompt": "of other data", "completion": "2", "token_ids": [50], "finish_reason": "eos"},
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples.jsonl").write_text("".join(json.dumps({"step": 1, **row}) + "\n" for row in records))
+    path = recipe("rewards.number:exact_number_strict", "length", "best", data=COLUMNS)
+    arguments = ["--rows", "4", "--samples", str(tmp_path / "run"), "--json", str(tmp_path / "out.json")]
+    assert main(["rewards", "check", path, *arguments]) == 0
+    said = capsys.readouterr().out
+    checked = json.loads((tmp_path / "out.json").read_text())
+    means = {
+        sort: dict(zip(("num", "total", "means"), judged, strict=True)) for sort, judged in checked["sorts"].items()
+    }
+    for sort in ("as in the row", "stated", "boxed"):
+        assert means[f"right answer, {sort}"]["means"]["exact_number_strict"] == 1.0
+    for sort in ("empty", "junk", "noise", "the prompt", "another row's answer", "cut off", "right answer, in tags"):
+        assert means[sort]["means"]["exact_number_strict"] == 0.0
+        assert means[sort]["num"] == 4
+    assert means["cut off"]["means"]["length"] == -1.0  # it is known to be truncated
+    assert means["junk"]["means"]["length"] == len("I do not know.") / 1000  # its tokens are bytes
+    assert means["right answer, in tags"]["means"]["best"] == 1.0  # among the completions of its row
+    assert means["samples of run"] == {
+        "num": 2,
+        "total": pytest.approx((1 + 0.001 + 0 - 1) / 2),
+        "means": {"exact_number_strict": 0.5, "length": pytest.approx((0.001 - 1) / 2), "best": None},
+    }
+    assert "judged one by one, without best" in said
+    assert said.endswith("a right answer scores above junk\n")
+    assert checked["failures"] == {"exact_number_strict": {}, "length": {}, "best": {}}
+
+
+def test_rewards_that_do_not_tell_right_from_junk_end_with_status_1(recipe, capsys):
+    assert main(["rewards", "check", recipe("inverted", "fails", data=COLUMNS), "--rows", "2"]) == 1
+    said = capsys.readouterr().out
+    assert "error: a right answer must score above junk, got 0 (as in the row) and 1 (empty)" in said.replace(
+        "right answer, ", ""
+    )
+    assert "warning: another row's answer scores 1, no less than the right answer's 0" in said
+    assert "exception" in said  # in the table
+    assert "KeyError" in said
+    assert (
+        main(
+            ["rewards", "check", recipe("rewards.number:exact_number_strict", data="{prompt: prompt, answer: prompt}")]
+        )
+        == 1
+    )
+    assert "no function with a weight could judge a right answer" in capsys.readouterr().out
+
+
+def test_without_a_known_answer_only_failures_are_looked_for(tmp_path, recipe, capsys):
+    path = recipe("rewards.format:think_format", data="{prompt: prompt, answer: null}")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
+    checked = check(path, 3)
+    assert checked.verdict.startswith("what is right is not known")
+    assert not checked.is_wrong
+    assert list(checked.sorts) == ["empty", "junk", "noise", "the prompt", "cut off"]
+    assert checked.problems == ["reward 'think_format' gives 0 to every sort of completion"]
+    with pytest.raises(ValueError, match="--rows must be >= 1, got 0"):
+        check(path, 0)
+    assert main(["rewards", "try", path]) == 2
+    assert "grpo rewards needs check, got 'try'" in capsys.readouterr().err
+
+
+def test_samples_of_other_data_are_refused(tmp_path, recipe):
+    with MetricsWriter(tmp_path / "run", 0) as writer:
+        writer.write({"step": 1})
+    (tmp_path / "run" / "samples.jsonl").write_text('{"step": 1, "prompt": "3?", "completion": "1"}\n')
+    with pytest.raises(ValueError, match=r"--samples must be a run with samples of prompts in data\.source, got none"):
+        check(recipe("length", data=COLUMNS), samples=str(tmp_path / "run"))
