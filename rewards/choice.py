@@ -31,7 +31,8 @@ def multiple_choice(
     lm-evaluation-harness), `\boxed{B}`, `<answer>B</answer>`, or a completion that is nothing but the letter. Text may
     follow a letter that has a bracket, point or colon behind it: `Answer: B) Paris`. Statements of different options
     score 0, and so does `A or B`: a policy must not learn to list guesses. flexible: where nothing is stated, the last
-    letter that stands alone, as a capital, counts too. Only text behind the last `</think>` counts.
+    letter that stands alone, as a capital, counts too, but for "A" and "I" in front of a word. Only text behind the
+    last `</think>` counts.
 
     answer: letters ("B", "(B)", "b"), or positions from 0 (as in cais/mmlu). letters: the options' letters in order.
     Raises ValueError for letters that are not different letters, and for an unknown method.
@@ -64,7 +65,8 @@ def chosen_letter(text: str, letters: str, is_flexible: bool = False) -> str | N
         return found.pop() if len(found) == 1 else None
     if not is_flexible:
         return None
-    alone = re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", text)
+    # "A" and "I" in front of a word are words themselves.
+    alone = re.findall(rf"(?<![\w'])(?![AI]\s+[a-z])([{letters}])(?![\w'])", text)
     return alone[-1] if alone else None
 
 

@@ -97,7 +97,7 @@ class _Arguments:
 
     def number(self, name: str) -> int:
         value = self._given.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer() or value < 0:
             raise ValueError(self._wrong(name, "a whole number >= 0"))
         return int(value)
 

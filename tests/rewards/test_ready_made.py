@@ -90,10 +90,10 @@ JUDGED = {
     ),
     "flexible choice, by position": (
         "choice:multiple_choice",
-        {"method": "flexible", "letters": "ABCD"},
+        {"method": "flexible"},
         {"answer": 2},
-        ["I choose C", "A? No, (C)", "Answer: C"],
-        ["I choose E", "C? No, D", "Answer: A or C", "I choose c"],
+        ["I choose C", "A? No, (C)", "Answer: C", "C, I think. A good one."],
+        ["I choose E", "C? No, D", "Answer: A or C", "I choose c", "I choose I."],
     ),
     "regex": (
         "format:regex_match",
@@ -288,6 +288,15 @@ def test_partial_scores_are_those_of_the_sources():
             {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": None}]},
             {},
             "keywords of keywords:existence must be a list of texts, got None",
+        ),
+        (
+            "ifeval:ifeval",
+            {
+                "instruction_id_list": ["detectable_format:number_bullet_lists"],
+                "kwargs": [{"num_bullets": float("nan")}],
+            },
+            {},
+            "num_bullets of detectable_format:number_bullet_lists must be a whole number >= 0, got nan",
         ),
         ("gym:reasoning_gym", {"answer": "1", "metadata": {}}, {}, "metadata must hold source_dataset"),
         ("gym:reasoning_gym", {"answer": "1", "metadata": {"source_dataset": "puzzle24"}}, {}, "task 'puzzle24'"),
