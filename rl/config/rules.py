@@ -109,6 +109,14 @@ def _check_data(config: Config) -> None:
     for key, function in prepare_keys(config).items():
         if function is not None and not is_user_function(function):
             raise ValueError(f"{key} must be path/to/file.py:function, got {shown(function)}")
+    band = data.curriculum.band
+    if len(band) != 2 or band[0] > band[1]:
+        raise ValueError(f"data.curriculum.band must be [lowest, highest], got {shown(band)}")
+    if data.curriculum.by == "pass_rate" and data.curriculum.easy_values == "low":
+        raise ValueError(
+            "data.curriculum.easy_values must be high with data.curriculum.by=pass_rate, got 'low': a high pass rate "
+            "is easy"
+        )
     if not data.sources:
         if data.mixture_temperature is not None:
             raise ValueError(

@@ -108,6 +108,18 @@ class DataSource:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class CurriculumSection:
+    """Which rows come first, or more often."""
+
+    by: str | None
+    easy_values: Literal["high", "low"]
+    mode: Literal["band", "easy_to_hard"]
+    band: list[float]
+    floor: float
+    memory: float
+
+
+@dataclass(frozen=True, config=_STRICT)
 class DataSection:
     """Prompts: source, columns, held-out split."""
 
@@ -130,6 +142,7 @@ class DataSection:
     assistant_prefill: str | None
     answer_from_messages: bool
     max_prompt_length: int
+    curriculum: CurriculumSection
 
 
 @dataclass(frozen=True, config=_STRICT)

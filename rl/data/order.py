@@ -1,7 +1,8 @@
 """The order in which a run takes its training rows.
 
 In: the numbers of rows, the seed, and what the configuration says of a mixture. Out: the rows of a step. The order is a
-pure function of (seed, epoch, place in the epoch), so a resumed run goes on where it stopped.
+pure function of (seed, epoch, place in the epoch), so a resumed run goes on where it stopped. A curriculum
+(`rl.data.curriculum`) changes it by what is known of the rows.
 
 Without a mixture, or with one that draws each row once an epoch, it is the order of `rl.data.prompts.next_indices`. An
 epoch of a mixture has a fixed number of draws of each source, spread evenly: draw j of n falls at a random time between
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from rl.config.sections import DataSection
-from rl.data.prompts import PairData, PromptData, next_indices
+from rl.data.curriculum import Curriculum
+from rl.data.prompts import PairData, PromptData, epoch_order, next_indices, permutation, uniform
 
 
 class Order:
@@ -29,9 +31,18 @@ class Order:
       sizes: the number of rows of each source [K]; the rows of all stand in a list, in this order.
       prompts_per_step: P, for which no step gets a row twice.
       draws: how many draws each source has in an epoch [K]; None: one of each row, in one shuffled order of all.
+      curriculum: changes the order by how easy the rows are, if there is one.
     """
 
-    def __init__(self, sizes: Sequence[int], seed: int, prompts_per_step: int, draws: Sequence[int] | None = None):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        seed: int,
+        prompts_per_step: int,
+        draws: Sequence[int] | None = None,
+        curriculum: Curriculum | None = None,
+    ) -> None:
+        self.curriculum = curriculum
         self._sizes, self._seed, self._prompts_per_step, self._draws = tuple(sizes), seed, prompts_per_step, draws
         self._made: tuple[int, np.ndarray] | None = None  # the epoch made last, which the next step mostly needs again
 
@@ -41,7 +52,7 @@ class Order:
         return sum(self._sizes if self._draws is None else self._draws)
 
     def step(self, step: int) -> list[int]:
-        """The rows of step `step` (from 0) of a run that refills no group: P distinct numbers."""
+        """The rows of step `step` (from 0) of a run that refills no group and has no curriculum: P distinct numbers."""
         return self.take(step * self._prompts_per_step, self._prompts_per_step)[0]
 
     def take(self, position: int, count: int, taken: Sequence[int] = ()) -> tuple[list[int], int]:
@@ -54,16 +65,21 @@ class Order:
         Raises:
           ValueError: there are fewer rows than a step takes.
         """
-        if self._draws is None:
+        if self._draws is None and self.curriculum is None:
             return next_indices(sum(self._sizes), self._seed, position, count, self._prompts_per_step, taken)
         assert count <= sum(self._sizes) - len(taken), (count, self._sizes, len(taken))
         chosen: list[int] = []
         seen = set(taken)
         while len(chosen) < count:
             epoch, offset = divmod(position, self.epoch_length)
-            for row in self._epoch(epoch)[offset:].tolist():
+            rows = self._epoch(epoch)
+            is_drawn = np.ones(len(rows), bool)
+            if self.curriculum is not None:
+                rows = self.curriculum.arrange(epoch, rows)
+                is_drawn = self.curriculum.is_drawn(epoch, rows)
+            for row, drawn in zip(rows[offset:].tolist(), is_drawn[offset:].tolist(), strict=True):
                 position += 1
-                if row not in seen:
+                if drawn and row not in seen:
                     chosen.append(row)
                     seen.add(row)
                     if len(chosen) == count:
@@ -71,19 +87,23 @@ class Order:
         return chosen, position
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch of a mixture, int64 [L]."""
+        """The rows of an epoch, without the curriculum, int64 [L]."""
         if self._made is not None and self._made[0] == epoch:
             return self._made[1]
-        assert self._draws is not None
+        order = self._shuffled_epoch(epoch)
+        self._made = epoch, order
+        return order
+
+    def _shuffled_epoch(self, epoch: int) -> np.ndarray:
+        if self._draws is None:
+            return epoch_order(sum(self._sizes), self._seed, epoch, self._prompts_per_step)
         times, rows, start = [], [], 0
         for k, (size, draws) in enumerate(zip(self._sizes, self._draws, strict=True)):
-            jitter = _uniform(draws, self._seed, epoch, k + 1, 1)
+            jitter = uniform(draws, self._seed, epoch, k + 1, 1)
             times.append((np.arange(draws) + jitter) / draws)
             rows.append(start + self._of_source(k, epoch * draws, draws))
             start += size
-        order = np.concatenate(rows)[np.argsort(np.concatenate(times), kind="stable")]
-        self._made = epoch, order
-        return order
+        return np.concatenate(rows)[np.argsort(np.concatenate(times), kind="stable")]
 
     def _of_source(self, k: int, first: int, count: int) -> np.ndarray:
         """Rows `first` to `first` + `count` of source k's own order, numbered inside of the source."""
@@ -101,11 +121,11 @@ class Order:
         """
         size, window = self._sizes[k], self._prompts_per_step
         if size < 2 * window:
-            return _permutation(size, self._seed, 0, k + 1)
-        order = _permutation(size, self._seed, number, k + 1)
+            return permutation(size, self._seed, 0, k + 1)
+        order = permutation(size, self._seed, number, k + 1)
         if number == 0:
             return order
-        tail = _permutation(size, self._seed, number - 1, k + 1)[size - window :]  # the repair leaves a tail as it is
+        tail = permutation(size, self._seed, number - 1, k + 1)[size - window :]  # the repair leaves a tail as it is
         earliest = {int(row): place + 1 for place, row in enumerate(tail)}  # the last of the tail: place P
         waiting: dict[int, list[tuple[int, int]]] = {}
         for place, row in enumerate(order[:window].tolist()):
@@ -129,7 +149,7 @@ def order_of(
     """The order of the training rows that a configuration asks for. `key` names the number of rows of a step.
 
     Raises:
-      ValueError: a source of a mixture has fewer rows than a step may draw of it.
+      ValueError: a source of a mixture has fewer rows than a step may draw of it, or a curriculum lacks its column.
     """
     num_rows = len(data.train if isinstance(data, PromptData) else data.rows)
     sizes = data.sizes or [num_rows]
@@ -144,7 +164,15 @@ def order_of(
                     f"data.sources: {entry.name or entry.source!r} must hold at least {most} rows to train on, which a "
                     f"step may draw of it, got {size}; lower its share or {key}, or add rows"
                 )
-    return Order(sizes, seed, prompts_per_step, draws)
+    curriculum = None
+    if section.curriculum.by is not None:
+        if not isinstance(data, PromptData):
+            raise ValueError(
+                f"data.curriculum.by must be null for supervised fine-tuning, got {section.curriculum.by!r}; it is for "
+                "grpo train"
+            )
+        curriculum = Curriculum(section.curriculum, data.train, seed)
+    return Order(sizes, seed, prompts_per_step, draws, curriculum)
 
 
 def draws_per_epoch(section: DataSection, sizes: Sequence[int]) -> list[int] | None:
@@ -172,17 +200,3 @@ def draws_per_epoch(section: DataSection, sizes: Sequence[int]) -> list[int] | N
 def _given(value: Any) -> Any:
     assert value is not None  # `rl.config.rules`: on each or on none
     return value
-
-
-def _bits(count: int, *words: int) -> np.ndarray:
-    return np.random.Philox(np.random.SeedSequence(words)).random_raw(count)
-
-
-def _permutation(size: int, *words: int) -> np.ndarray:
-    """By sorting raw bits, because numpy promises a stable stream only for those."""
-    return np.argsort(_bits(size, *words), kind="stable")
-
-
-def _uniform(count: int, *words: int) -> np.ndarray:
-    """Numbers in [0, 1), float64."""
-    return (_bits(count, *words) >> np.uint64(11)) * 2.0**-53

@@ -341,7 +341,7 @@ def next_indices(
     seen = set(taken)
     while len(chosen) < count:
         epoch, offset = divmod(position, num_rows)
-        for index in _epoch_order(num_rows, seed, epoch, prompts_per_step)[offset:].tolist():
+        for index in epoch_order(num_rows, seed, epoch, prompts_per_step)[offset:].tolist():
             position += 1
             if index not in seen:
                 chosen.append(index)
@@ -573,7 +573,7 @@ def _completion_ids(row: PromptRow, column: str, tokenizer: Tokenizer) -> list[i
     return tokenizer.encode(completion, add_bos=False)
 
 
-def _epoch_order(num_rows: int, seed: int, epoch: int, prompts_per_step: int) -> np.ndarray:
+def epoch_order(num_rows: int, seed: int, epoch: int, prompts_per_step: int) -> np.ndarray:
     """A permutation of the rows, int64 [num_rows]. Its head repeats no row that the same step took from the epoch
     before.
 
@@ -594,6 +594,20 @@ def _epoch_order(num_rows: int, seed: int, epoch: int, prompts_per_step: int) ->
 
 
 def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation from (seed, epoch), by sorting raw bits, because numpy promises a stable stream only for those."""
-    bits = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
-    return np.argsort(bits, kind="stable")
+    """A permutation from (seed, epoch)."""
+    return permutation(num_rows, seed, epoch)
+
+
+def permutation(size: int, *words: int) -> np.ndarray:
+    """A permutation that follows from the words, int64 [size]; by sorting raw bits, see `random_bits`."""
+    return np.argsort(random_bits(size, *words), kind="stable")
+
+
+def uniform(count: int, *words: int) -> np.ndarray:
+    """Numbers in [0, 1) that follow from the words, float64 [count]."""
+    return (random_bits(count, *words) >> np.uint64(11)) * 2.0**-53
+
+
+def random_bits(count: int, *words: int) -> np.ndarray:
+    """uint64 [count]. Raw bits, because numpy promises a stable stream only for those."""
+    return np.random.Philox(np.random.SeedSequence(words)).random_raw(count)

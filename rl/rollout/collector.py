@@ -5,6 +5,7 @@ metrics of an evaluation. Not here: the choice of a step's prompts (`rl.rollout.
 itself (`rl.rollout.scoring`), advantages (`rl.rollout.groups`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from rl.data.tokenizer import Tokenizer
 from rl.models.train_state import PureState
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.failing import FailureWatch
-from rl.rollout.groups import Judged, judge
+from rl.rollout.groups import Judged, judge, pass_rates
 from rl.rollout.scoring import sample_and_score, warn_about_rewards
 from rl.rollout.step_prompts import check_calls, collect
 from rl.run.log import RunLog
@@ -56,6 +57,7 @@ class Collector:
         check_calls(config, runner)
         self._config, self._sampler, self._runner, self._log = config, sampler, runner, log
         self._sampling, self._tokenizer = sampling, tokenizer
+        self._numbers = {(row.source, row.index): number for number, row in enumerate(data.train)}
         self._order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
         self._rows, self._held_out = data.train, data.evaluated(config.eval)
         self._epoch = 0.0  # how often the training rows were used up so far
@@ -63,9 +65,13 @@ class Collector:
 
     @property
     def reward_state(self) -> dict[str, Any]:
-        """The findings about the reward functions so far, as JSON values for `restore`."""
+        """The findings so far about the reward functions, and about the prompts where a curriculum needs them, as JSON
+        values for `restore`.
+        """
         found = (self._runner.calls, self._runner.doubts, self._failures.steps_down)
-        return dict(zip(REWARD_STATE, found, strict=True))
+        state: dict[str, Any] = dict(zip(REWARD_STATE[:3], found, strict=True))
+        curriculum = self._order.curriculum
+        return state | {"curriculum": curriculum.state} if curriculum is not None else state
 
     @property
     def reward_is_down(self) -> bool:
@@ -83,6 +89,8 @@ class Collector:
             self._runner.adopt(reward_state["reward_calls"], reward_state.get("reward_doubts"))
             check_calls(self._config, self._runner)
             self._failures.restore(reward_state.get("reward_steps_down", {}))
+            if self._order.curriculum is not None:
+                self._order.curriculum.restore(reward_state.get("curriculum", {}))
 
     def report_rewards(self, is_new: bool) -> None:
         """Prints how reward functions are called and what no evaluation measures, and warns about odd scores.
@@ -109,6 +117,9 @@ class Collector:
         self._epoch = groups.position / self._order.epoch_length
         self._sampler.release()  # the weights are about to change
         self._failures.end_step()
+        if (curriculum := self._order.curriculum) is not None:
+            curriculum.end_step()
+            groups = dataclasses.replace(groups, metrics=groups.metrics | curriculum.metrics())
         return groups
 
     def evaluate_if_due(self, state: PureState, steps_done: int) -> dict[str, float | None]:
@@ -150,7 +161,13 @@ class Collector:
             check_calls(self._config, self._runner)
             self._say_what_is_left_out()
         scored = scored._replace(result=self._failures.add(scored.result))
-        return judge(self._config, rows, scored, self._runner.specs)
+        judged = judge(self._config, rows, scored, self._runner.specs)
+        if self._order.curriculum is not None:
+            name = self._config.eval.reward or next(spec.name for spec in self._runner.specs if spec.weight)
+            self._order.curriculum.note(
+                {self._numbers[row.source, row.index]: rate for row, rate in pass_rates(judged, name)}
+            )
+        return judged
 
     def _moment(self, step: int) -> Moment:
         return Moment(step, self._config.grpo.steps, self._epoch)

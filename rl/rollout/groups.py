@@ -153,6 +153,19 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
     return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, problems, **kept)
 
 
+def pass_rates(judged: Judged, name: str) -> list[tuple[PromptRow, float]]:
+    """The mean of one function's rewards over each group, cut to 0..1, with the group's row. Groups that it could not
+    judge are left out.
+    """
+    column, found = judged.names.index(name), []
+    for p, row in enumerate(judged.rows):
+        rewards = [values[column] for values in judged.rewards_of(p)]
+        known = [min(max(value, 0.0), 1.0) for value in rewards if value is not None]
+        if known:
+            found.append((row, sum(known) / len(known)))
+    return found
+
+
 def with_advantages(config: Config, judged: Judged) -> Rollout:
     """Computes advantages from rewards, and metrics of both."""
     group_size, weights = config.grpo.group_size, judged.weights

@@ -26,7 +26,7 @@ from rl.state.origin import Origin, pretrained_params
 from rl.state.states import InitStateFn, frozen_base, setup_training_state
 
 # Of a `rl.rollout.collector.Collector`; a checkpoint of an older version lacks the later ones.
-REWARD_STATE = ("reward_calls", "reward_doubts", "reward_steps_down")
+REWARD_STATE = ("reward_calls", "reward_doubts", "reward_steps_down", "curriculum")
 
 
 def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Progress(NamedTuple):
       health: see `rl.run.health`.
       position: the number of prompts used up, in the run's order of prompts.
       entropy: the state of the adaptive entropy bonus.
-      reward_state: findings about reward functions, as JSON values by the names in `REWARD_STATE`.
+      reward_state: findings about reward functions and prompts, as JSON values by the names in `REWARD_STATE`.
     """
 
     steps_done: int

@@ -74,8 +74,9 @@ def bench(recipe: str | pathlib.Path, num_steps: int = 10, overrides: Sequence[s
     seconds = time.perf_counter() - start
     peak, start = peak_bytes(), time.perf_counter()
     order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
-    for step in range(num_steps):
-        order.step(step)
+    position = 0
+    for _ in range(num_steps):
+        position = order.take(position, config.grpo.prompts_per_step)[1]
     step_seconds = (time.perf_counter() - start) / num_steps
     lengths = [len(row.prompt_ids) for row in (*data.train, *data.held_out)]
     return DataBench(

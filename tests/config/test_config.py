@@ -218,7 +218,7 @@ def override(key, value):
         return f"data.sources=[{{source: a, {key.rpartition('.')[2]}: {value}}}]"
     if key.startswith("optimizer.lr_groups.*."):
         return f"optimizer.lr_groups=[{{pattern: '*', {key.rpartition('.')[2]}: {value}}}]"
-    if key in ("sampling.forbidden_ids.*", "sampling.eos_ids.*"):
+    if key in ("sampling.forbidden_ids.*", "sampling.eos_ids.*", "data.curriculum.band.*"):
         return f"{key.removesuffix('.*')}=[{value}]"
     if key.endswith(".*"):
         return f"{key.removesuffix('.*')}={{7: {value}}}" if "bias" in key else f"{key.removesuffix('.*')}.fsdp={value}"

@@ -5,6 +5,7 @@ import re
 import yaml
 
 from rl.config.load import load_config
+from rl.data.order import order_of
 from rl.data.prompts import load_prompts
 from rl.data.tokenizer import load_tokenizer
 from tests.helpers.places import ROOT
@@ -24,5 +25,6 @@ def test_every_block_of_the_data_page_runs(tmp_path, monkeypatch):
             assert kind == "yaml", kind
             assert yaml.safe_load(body)
             (tmp_path / "recipe.yml").write_text(body)
-            data = load_prompts(load_config(tmp_path / "recipe.yml"), load_tokenizer("byte"))
-            assert data.train
+            config = load_config(tmp_path / "recipe.yml")
+            data = load_prompts(config, load_tokenizer("byte"))
+            assert order_of(config.data, data, config.seed, 1).take(0, 1)[1] == 1

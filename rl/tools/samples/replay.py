@@ -104,7 +104,10 @@ def draw_again(
         _check_same("policy", trained.origin.identity, identity["policy"])
     # Refills take the next prompts, so the number used up before a step gives all its prompts.
     position = _position(folder, step, len(data.train))
-    indices, _ = order_of(config.data, data, config.seed, config.grpo.prompts_per_step).take(position, num_prompts)
+    order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
+    if order.curriculum is not None and step > 1:
+        order.curriculum.restore((read_record(checkpoint_folder(folder, step - 1)) or {}).get("curriculum", {}))
+    indices, _ = order.take(position, num_prompts)
     sampling = sampling_params(
         config, eos_ids(config, trained.origin.model_config, trained.tokenizer), for_training=True
     )
