@@ -241,7 +241,7 @@ def test_a_number_that_no_device_holds_and_what_is_none_are_refused_for_every_ke
 
 
 def test_no_key_without_a_sign_takes_a_negative_number():
-    signed = ("weight", "penalty", "logit_bias")
+    signed = ("weight", "penalty", "logit_bias", "curriculum.band")
     for key, is_int in numeric_keys().items():
         if not any(word in key for word in signed) and not key.startswith("mesh."):
             with pytest.raises(ValueError, match=re.escape(key).replace(r"\*", r"(\d+|fsdp)")):
