@@ -187,6 +187,18 @@ def needs_group(function: _Function) -> _Function:
     return function
 
 
+def checked_by(check: Callable[[Mapping[str, Any]], None]) -> Callable[[_Function], _Function]:
+    """Mark a function whose kwargs `check` looks at when it is loaded, as a decorator. A ValueError of `check` refuses
+    the start.
+    """
+
+    def mark(function: _Function) -> _Function:
+        function.check_kwargs = check  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return mark
+
+
 def load_function(spec: RewardSpec) -> Callable[..., Any]:
     """Import the function that `spec.function` names, or load the one that the spec holds.
 
@@ -238,6 +250,11 @@ def bind(
     style = _style(named, takes_any, label)
     columns = [column for column in available_columns if column not in FIXED[style]]
     _check_kwargs(kwargs, named, takes_any, style, label)
+    if check := getattr(function, "check_kwargs", None):
+        try:
+            check(kwargs)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
 
     provided = {*INJECTED[style], *FIXED[style], *columns, *kwargs}
     if style == "verl" and _ground_truth_column(columns) is not None:

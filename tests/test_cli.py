@@ -258,10 +258,10 @@ def read_pyproject():
 def test_every_third_party_import_is_a_dependency():
     project = read_pyproject()["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["gcs"], *extras["s3"]]
+    requirements = [*project["dependencies"], *extras["gcs"], *extras["s3"], *extras["rewards"]]
     names = {re.split(r"[<>=]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
     distributions = {"google": "google_tunix", "tunix": "google_tunix", "orbax": "orbax_checkpoint", "yaml": "pyyaml"}
-    distributions |= {"aiohttp": "gcsfs", "botocore": "s3fs", "etils": "orbax_checkpoint"}  # which need them
+    distributions |= {"aiohttp": "gcsfs", "botocore": "s3fs", "etils": "orbax_checkpoint", "referencing": "jsonschema"}
     own = {"rl", "rewards", "IPython"}  # the last is imported in a notebook only, whose kernel has it
     for top in ("rl", "rewards"):
         for path in (ROOT / top).rglob("*.py"):
