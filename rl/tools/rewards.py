@@ -22,8 +22,8 @@ from rewards.probe import answer_forms, long_text, prompt_text
 from rewards.rubric import weighted_sum
 from rewards.runner import RewardRunner
 from rl.config.load import load_config, require
-from rl.data.prompts import PromptRow, load_prompts
-from rl.data.tokenizer import Tokenizer
+from rl.data.prompts import Prompt, PromptRow, load_prompts
+from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.files.output_file import check_writable
 from rl.models.files.folders import write_json
 from rl.rollout.scoring import completion_form, prompt_form, start_rewards
@@ -150,16 +150,27 @@ def _made(rows: Sequence[PromptRow], tokenizer: Tokenizer, max_length: int) -> l
     for place, row in enumerate(rows):
         texts: dict[str, str] = {}
         if (answer := row.columns.get(ANSWER)) is not None:
-            texts |= {f"right answer, {form}": text for form, text in answer_forms(str(answer)).items()}
+            forms = answer_forms(str(answer))
+            texts |= {f"right answer, {form}": _continued(row.prompt, text) for form, text in forms.items()}
             others = [other.columns.get(ANSWER) for other in (*rows[place + 1 :], *rows[:place])]
             other = next((other for other in others if other not in (None, answer)), None)
-            texts[_OTHER] = "" if other is None else str(other)
+            texts[_OTHER] = "" if other is None else _continued(row.prompt, str(other))
         texts |= _JUNK | {"the prompt": prompt_text(prompt_form(row.prompt))}
         made += [
             _Completion(sort, row, text, tokenizer.encode(text, add_bos=False), "eos") for sort, text in texts.items()
         ]
         made.append(_Completion("cut off", row, tokenizer.decode(cut), cut, "length"))
     return made
+
+
+def _continued(prompt: Prompt, answer: str) -> str:
+    """A right answer as what follows the beginning that the prompt gives. One that opens <think> is closed first."""
+    given = "" if isinstance(prompt, str) else split_prefill(prompt)[1]
+    if "</think>" in given.rpartition("<think>")[2] or "<think>" not in given:
+        return answer
+    if "</think>" in answer:
+        return answer.removeprefix("<think>").lstrip("\n")
+    return f"{long_text(1)}\n</think>\n{answer}"
 
 
 def _recorded(run: str, rows: Sequence[PromptRow]) -> list[_Completion]:

@@ -115,6 +115,17 @@ def test_without_a_known_answer_only_failures_are_looked_for(tmp_path, recipe, c
     assert "grpo rewards needs check, got 'try'" in capsys.readouterr().err
 
 
+def test_a_right_answer_goes_on_from_the_beginning_that_the_prompt_gives(tmp_path, recipe):
+    path = recipe("rewards.format:tag_format", "rewards.number:exact_number_strict", data=COLUMNS)
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}[{{m.role}}]{{m.content}}{% endfor %}")
+    chat = ["data.chat=true", 'data.assistant_prefill="<think>\\n"', f"tokenizer.chat_template={tmp_path}/chat.jinja"]
+    checked = check(path, 1, overrides=chat)
+    means = {sort.rpartition(", ")[2]: [*judged.means.values()] for sort, judged in checked.sorts.items()}
+    assert means["in tags"] == [1.0, 0.0]
+    assert means["stated"] == means["as in the row"] == [0.0, 1.0]
+    assert means["empty"] == [0.0, 0.0]
+
+
 def test_samples_of_other_data_are_refused(tmp_path, recipe):
     with MetricsWriter(tmp_path / "run", 0) as writer:
         writer.write({"step": 1})
