@@ -10,9 +10,11 @@ Four signatures are taken unchanged and told apart by their parameter names:
     verl      compute_score(data_source, solution_str, ground_truth, extra_info)       verl
     openrlhf  reward_func(queries, prompts, labels), lists of one                      OpenRLHF
 
-The second and third may return a dict, whose "score" is the reward. The last returns a dict with "rewards".
-Each may be `async`. Beside columns of the data set a function gets what it names of `INJECTED`: the token ids, the
-completions of the same prompt, why a completion ended, the step, a seed. A column of such a name wins.
+The second and third may return a dict, whose "score" is the reward. The last returns a dict with "rewards". A class of
+verifiers 0.4's tasks is taken as well (`rewards.verifiers_task`). Each may be `async`.
+
+Beside columns of the data set a function gets what it names of `INJECTED`: the token ids, the completions of the same
+prompt, why a completion ended, the step, a seed. A column of such a name wins.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from typing import Any, Literal
 from rewards.extras import import_library
 from rewards.importing import _Function, import_function
 from rewards.text import completion_text, whole_texts
+from rewards.verifiers_task import TaskReward, is_task
 
 Style = Literal["batch", "sample", "verl", "openrlhf"]
 # How a function may be called: for one completion at a time, one whole group, or the whole batch.
@@ -234,6 +237,8 @@ def bind(
     Raises ValueError naming the function, the argument, what is available, and the way out.
     """
     label = f"reward {name or getattr(function, '__name__', type(function).__name__)!r}"
+    if is_task(function):
+        function = TaskReward(function, available_columns, kwargs, label)
     parameters = _signature(function, label)
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
     if positional:
@@ -244,8 +249,8 @@ def bind(
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if "trace" in named and "trace" not in {*available_columns, *kwargs}:
         raise ValueError(
-            f"{label}: it judges a 'trace', as @vf.reward methods of verifiers' tasks do (from 0.4 on), and there is "
-            "none here; let it take prompt and completion, and columns of the data set such as answer"
+            f"{label}: it judges a 'trace', as @vf.reward methods of verifiers' tasks do (from 0.4 on); name the class "
+            "of the task, as in my_tasks.py:MyTask, or let it take prompt and completion, and columns such as answer"
         )
     style = _style(named, takes_any, label)
     columns = [column for column in available_columns if column not in FIXED[style]]

@@ -1,16 +1,20 @@
-"""The ready-made rewards, unchanged, in two other trainers: TRL's GRPOTrainer and Tunix's GRPOLearner. Some need a
-column of the dataset, some have settings, some cannot judge every row, one counts tokens.
+"""The ready-made rewards, unchanged, in two other trainers: TRL's GRPOTrainer and Tunix's GRPOLearner; and functions of
+another trainer here. Some of the rewards need a column of the dataset, some have settings, some cannot judge every row,
+one counts tokens.
 """
 
 import functools
+import importlib.util
+import pathlib
 
 import numpy as np
 import pytest
 
-from rewards.contract import bind
+from rewards.contract import RewardSpec, load_function
 from rewards.format import format_regex
 from rewards.length import length_penalty
 from rewards.number import exact_number_flexible, exact_number_strict
+from rewards.runner import RewardRunner
 from rewards.verify import math_verified
 
 CHARACTERS = "0123+="
@@ -205,13 +209,23 @@ def test_ready_made_rewards_run_unchanged_in_tunix():
         assert all(np.isnan(values).sum() == num_unjudged for values in logged[name]), name
 
 
-def test_a_reward_of_a_task_of_verifiers_is_refused_by_name():
-    vf = pytest.importorskip("verifiers.v1")
-
-    class Task(vf.Task):
-        @vf.reward(weight=1.0)
-        async def correct(self, trace: vf.Trace) -> float:
-            return 1.0
-
-    with pytest.raises(ValueError, match=r"'trace', as @vf\.reward methods of verifiers' tasks do"):
-        bind(Task.correct.__get__(object()), ["answer"], {})
+def test_functions_of_verl_run_unchanged():
+    """verl's own, by their files: importing verl imports torch, which they do without."""
+    verl = importlib.util.find_spec("verl")
+    if verl is None or verl.origin is None:
+        pytest.skip("verl is not installed")
+    folder = pathlib.Path(verl.origin).parent / "utils" / "reward_score"
+    completions, answers = ["so #### 4", "Answer: 4", "Answer: 5", "no"], ["4"] * 4
+    specs = [RewardSpec(name, f"{folder}/{name}.py:compute_score", 1.0, {}) for name in ("gsm8k", "math_dapo")]
+    with RewardRunner(specs, ["answer"], 1, 10.0) as runner:
+        result = runner.score(["2+2="] * 4, completions, {"answer": answers})
+    expected = [load_function(spec) for spec in specs]
+    given = [{"solution_str": text, "ground_truth": "4"} for text in completions]
+    dicts = [expected[1](**arguments) for arguments in given]
+    assert result.rewards == [
+        [expected[0](**arguments), judged["score"]] for arguments, judged in zip(given, dicts, strict=True)
+    ]
+    assert {row[0] for row in result.rewards} == {0.0, 1.0}
+    assert {row[1] for row in result.rewards} == {-1.0, 1.0}
+    assert [row["math_dapo"] for row in result.logged] == dicts
+    assert result.sums == {"math_dapo": {"score": [-2.0, 4], "acc": [1.0, 4]}}
