@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rewards.batch import COUNTS
 from rewards.contract import RewardSpec
 from rewards.length import soft_overlong
 from rewards.logged import Sums, add_sums, means
@@ -230,14 +231,18 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
 
 
 def logged_metrics(sums: Mapping[str, Sums], taken: Collection[str]) -> dict[str, float]:
-    """Means of what reward functions logged as {reward/FUNCTION/METRIC: mean}. One whose name is taken by a metric of
-    the run is called reward/FUNCTION/logged_METRIC.
+    """Means of what reward functions logged as {reward/FUNCTION/METRIC: mean}. One that has the name of a metric of the
+    run is called reward/FUNCTION/logged_METRIC.
+
+    Args:
+      taken: further names that the run's own metrics have.
     """
     found = {}
     for function, own in sums.items():
         for name, mean in means(own).items():
             key = f"reward/{function}/{name}"
-            found[f"reward/{function}/logged_{name}" if key in taken else key] = mean
+            is_taken = key in taken or name in ("mean", "std", *COUNTS)  # in every step, whether it is there or not
+            found[f"reward/{function}/logged_{name}" if is_taken else key] = mean
     return found
 
 

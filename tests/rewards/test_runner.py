@@ -1,6 +1,7 @@
 """The isolated reward runner: what user code may do without harming a step. Every test runs real worker processes."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -1469,11 +1470,11 @@ LOGGING = """
     async def compute_score(data_source, solution_str, ground_truth, extra_info):
         await asyncio.sleep(0.01 / (1 + len(solution_str)))
         return {"score": float(solution_str == ground_truth), "acc": solution_str == ground_truth, "pred": solution_str}
-    import numpy as np
+    from array import array  # which has a tolist, as tensors have
     def reward_func(queries, prompts, labels):
-        right = np.array([q == p + l for q, p, l in zip(queries, prompts, labels)], float)
-        logs = {"length": np.array([len(queries[0])]), "said": queries}
-        return {"rewards": right, "scores": 2 * right, "extra_logs": logs}
+        right = [float(q == p + l) for q, p, l in zip(queries, prompts, labels)]
+        logs = {"length": array("i", [len(queries[0])]), "said": queries}
+        return {"rewards": array("d", right), "scores": array("d", [2 * value for value in right]), "extra_logs": logs}
     def no_score(solution_str, ground_truth): return {"acc": 1.0}
     def short(completions, log_extra):
         log_extra("x", [1])
@@ -1502,7 +1503,8 @@ def test_what_functions_log_comes_with_the_result_however_they_are_called(write,
             assert runner.elementwise[0] == "trl"  # the check called it in both ways
             options = {"group_size": 2, "moment": Moment(2, 8, 0.5)}
             parts.append(runner.score(["p"] * 4, SAID, columns, [[1]] * 4, **options))
-    result = merge_results(parts)
+    sent = [json.loads(json.dumps(dataclasses.asdict(part))) for part in parts]  # as processes gather them
+    result = merge_results([RewardResult(**part) for part in sent])
     assert column(result) == [1.75, 0.75, 1.75, 0.75]
     assert result.sums["trl"] == {"right": [2.0, 4]}
     assert result.sums["through_kwargs"] == {"calls": [4.0, 1]}

@@ -156,7 +156,7 @@ def test_what_functions_log_goes_to_the_metrics_of_the_step_and_the_sample():
 
     def judged(shift):
         logged = [{"mine": {"said": b + shift}} for b in range(3)] + [{}]
-        sums = {"mine": {"acc": [1.0 + shift, 4], "mean": [9.0, 1]}}
+        sums = {"mine": {"acc": [1.0 + shift, 4], "mean": [9.0, 1], "crash": [0.0, 1]}}
         rewards = [[0.0], [1.0], [2.0], [3.0]]
         result = RewardResult(rewards, {"mine": {}}, [], {}, {}, logged, sums)
         scored = ScoredCompletions(completions, ["x"] * 4, result)
@@ -166,5 +166,6 @@ def test_what_functions_log_goes_to_the_metrics_of_the_step_and_the_sample():
     rollout = with_advantages(config, both)
     assert rollout.metrics["reward/mine/acc"] == 12 / 8  # the replaced groups counted
     assert (rollout.metrics["reward/mine/mean"], rollout.metrics["reward/mine/logged_mean"]) == (2.5, 9.0)
+    assert (rollout.metrics["reward/mine/logged_crash"], "reward/mine/crash" in rollout.metrics) == (0.0, False)
     kept = [record.get("logged") for record in sample_records(rollout)]
     assert kept == [{"mine": {"said": 12}}, {"mine": {"said": 2}}, None, None]
