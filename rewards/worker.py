@@ -44,6 +44,7 @@ from rewards.replies import MAX_TEXT, Failure, LoadedFunction, one_line
 _ORPHAN_SECONDS = 5.0
 
 _MAX_TRACEBACK = 1 << 14  # characters in the log
+_LOG_FILE = CallLog.log_metric.__code__.co_filename
 
 
 class _Rejected(Exception):
@@ -232,8 +233,7 @@ class _Worker:
         if isinstance(error, _Rejected):
             return error.kind, str(error)
         last_line = traceback.format_exception_only(error)[-1].strip()
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"
+        place = _place(error)
         if (type(error).__name__, place) not in self._logged:
             self._logged.add((type(error).__name__, place))
             trace = "".join(traceback.format_exception(error))
@@ -252,6 +252,14 @@ class _Worker:
         frame = memoryview(pack({"nonce": self._nonce, **message}))
         while frame:
             frame = frame[os.write(self._replies.fileno(), frame) :]
+
+
+def _place(error: BaseException) -> str:
+    """File and line of an error: the last that is not inside of Python's own frozen modules, or of what is injected."""
+    frames = traceback.extract_tb(error.__traceback__)
+    others = [f for f in frames if not f.filename.startswith("<frozen ") and f.filename != _LOG_FILE]
+    last = (others or frames)[-1]
+    return f"{os.path.basename(last.filename)}:{last.lineno}"
 
 
 class _Judged(NamedTuple):

@@ -1052,6 +1052,7 @@ def test_a_variable_that_is_missing_in_the_worker_is_named_with_the_key_that_pas
     result = run([spec("plain"), spec("wrapped"), spec("other")], ["c"], 1)
     words = "the worker's environment does not hold SECRET_TOKEN: rewards.env: [SECRET_TOKEN] passes it"
     assert [words in problem for problem in result.problems] == [True, True, False]
+    assert "(my_rewards.py:3)" in result.problems[0]  # and not a line of Python's own os
     spec = write("TOKEN = os.environ['SECRET_TOKEN']\ndef f(completion): return 1")
     with pytest.raises(ValueError, match=re.escape(words)):
         RewardRunner([spec("f")], [], 1, 5.0)
@@ -1480,6 +1481,7 @@ LOGGING = """
         log_extra("x", [1])
         return [0.0] * len(completions)
     short.elementwise = False
+    def no_number(completion, log_metric): log_metric("x", "y")
     def many(completion, log_metric, seed):
         for number in range(40): log_metric(f"{seed} {number}", 1)
         return 0.0
@@ -1490,7 +1492,18 @@ SAID = ["a", "bb", "bad", "dddd"]
 @pytest.mark.parametrize("share", [1, 2])
 def test_what_functions_log_comes_with_the_result_however_they_are_called(write, share):
     spec = write(LOGGING)
-    names = ["trl", "through_kwargs", "group", "alone", "compute_score", "no_score", "short", "many", "reward_func"]
+    names = [
+        "trl",
+        "through_kwargs",
+        "group",
+        "alone",
+        "compute_score",
+        "no_score",
+        "short",
+        "many",
+        "reward_func",
+        "no_number",
+    ]
     specs = [spec(name) for name in names]
     if share > 1:  # said, because a share alone cannot be compared with a call for the whole batch
         specs[0] = dataclasses.replace(specs[0], calls="elementwise")
@@ -1528,6 +1541,7 @@ def test_what_functions_log_comes_with_the_result_however_they_are_called(write,
     assert "a dict must have the reward as its 'score'" in told
     assert "log_extra('x') got 1 values for 4 completions" in told
     assert "KeyError: 'bad'" in told
+    assert "got 'x' and 'y' (my_rewards.py:" in told  # the user's own line
     assert ("reward 'many' logged more than 100 metrics in a batch" in told) == (share == 1)  # 80 in each of two
     assert len(result.sums["many"]) == 100
 
