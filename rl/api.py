@@ -137,7 +137,7 @@ def train(
       recipe: a YAML recipe or a run folder, which the keywords override; None: the defaults.
       model: the value of model.source (a folder or a hub id), or the section `model` as a mapping.
       data: rows as a list of dicts or a `datasets.Dataset`, or the value of data.source, or the section `data` as a
-        mapping, whose `source` and `eval_source` may be rows.
+        mapping, whose `source`, `eval_source` and sources in `sources` may be rows.
       rewards: a list of functions, of names, or of entries of rewards.functions as mappings (whose `function` may be a
         function); or the section `rewards` as a mapping.
       output_dir: the run folder.
@@ -217,6 +217,9 @@ def _read_objects(model: Any, data: Any, rewards: Any) -> tuple[dict[str, Any], 
             if section.get(key) is not None and not isinstance(section[key], str):
                 rows[object_text(name)] = _plain_rows(section[key], f"data.{key}")
                 section[key] = object_text(name)
+        entries = section.get("sources")
+        if isinstance(entries, Sequence) and not isinstance(entries, str):
+            section["sources"] = [_source_entry(entry, place, rows) for place, entry in enumerate(entries)]
         layer["data"] = section
     if rewards is not None:
         section = _section(rewards, "functions")
@@ -233,6 +236,16 @@ def _section(value: Any, key: str) -> dict[str, Any]:
     """A section of the configuration: `value` if it is a mapping, else {key: value}."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     return dict(value) if isinstance(value, Mapping) and not _is_data_set(value) else {key: value}
+
+
+def _source_entry(given_entry: Any, place: int, rows: dict[str, list[Row]]) -> Any:
+    """An entry of data.sources. Rows in it are added to `rows`, and replaced by the text that stands for them."""
+    entry = _section(given_entry, "source")
+    if entry.get("source") is not None and not isinstance(entry["source"], str):
+        text = object_text(f"rows of source {place}")
+        rows[text] = _plain_rows(entry["source"], f"data.sources.{place}.source")
+        entry["source"] = text
+    return entry
 
 
 def _is_data_set(value: Any) -> bool:

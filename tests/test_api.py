@@ -11,10 +11,10 @@ import datasets
 import pytest
 
 import rl
-from rl.api import load, train
+from rl.api import _overrides, _read_objects, load, train
 from rl.cli import main
 from rl.config.load import load_config
-from rl.config.objects import Objects, given
+from rl.config.objects import Objects, check_given, given
 from rl.data.prompts import load_prompts
 from rl.data.tokenizer import load_tokenizer
 from rl.run_folder.contents import read_json
@@ -121,6 +121,20 @@ def test_objects_are_given_for_the_time_of_a_run_only():
 
 
 @pytest.mark.slow
+def test_a_source_of_a_mixture_may_be_rows_of_the_session(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "c", "answer": "3"}')
+    given_rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
+    layer, objects = _read_objects(None, {"sources": [str(path), {"source": given_rows, "name": "mine"}]}, None)
+    config = load_config(None, _overrides(layer))
+    with given(objects):
+        data = load_prompts(config, load_tokenizer("byte"))
+    assert [row.prompt for row in data.train] == ["c", "a", "b"]
+    assert data.train[1].columns == {"data_source": "mine", "answer": "1"}
+    with pytest.raises(ValueError, match=r"data\.sources\.1\.source is '<object rows of source 1>'"):
+        check_given(config)
+
+
 def test_a_second_run_in_a_session_is_its_own_and_goes_on_with_the_same_function_only(run, tmp_path):
     again = {"data": DATA, "rewards": [made(0.75)], "output_dir": tmp_path / "run", **TINY}
     second = train(**again)

@@ -24,12 +24,14 @@ from rl.config.yaml_text import MOST_DEPTH, read_yaml, write_yaml
 from rl.files.json_file import shown
 
 # Keys that may change when a run is resumed, because they do not change what a step computes. The number of steps does,
-# where the learning rate falls towards the last step: see `differences`.
+# where the learning rate falls towards the last step: see `differences`. The size of a step does, too: the run goes on
+# at its place in the data, in the order that it began with (`rl.data.order`).
 RESUMABLE_KEYS = (
     "pure_nnx",
     "output_dir",
     "compiled_file",
     "grpo.steps",
+    "grpo.prompts_per_step",
     "grpo.max_tokens_per_microbatch",
     "grpo.logprob_chunk",
     "grpo.skip_zero_advantage",

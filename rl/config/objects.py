@@ -94,6 +94,8 @@ def check_given(config: Config) -> None:
         function_of(entry.function)
     for key in ("source", "eval_source"):
         rows_of(getattr(config.data, key) or "", f"data.{key}")
+    for place, entry in enumerate(config.data.sources):
+        rows_of(entry.source, f"data.sources.{place}.source")
 
 
 def function_hashes(config: Config) -> dict[str, dict[str, str]]:

@@ -29,7 +29,8 @@ class Order:
 
     Args:
       sizes: the number of rows of each source [K]; the rows of all stand in a list, in this order.
-      prompts_per_step: P, for which no step gets a row twice.
+      prompts_per_step: P, for which no step gets a row twice: epochs begin with rows that the step over their border
+        has not. A run that goes on with steps of another size keeps the order of the size that it began with.
       draws: how many draws each source has in an epoch [K]; None: one of each row, in one shuffled order of all.
       curriculum: changes the order by how easy the rows are, if there is one.
     """
@@ -43,7 +44,8 @@ class Order:
         curriculum: Curriculum | None = None,
     ) -> None:
         self.curriculum = curriculum
-        self._sizes, self._seed, self._prompts_per_step, self._draws = tuple(sizes), seed, prompts_per_step, draws
+        self.prompts_per_step = prompts_per_step
+        self._sizes, self._seed, self._draws = tuple(sizes), seed, draws
         self._made: tuple[int, np.ndarray] | None = None  # the epoch made last, which the next step mostly needs again
 
     @property
@@ -51,9 +53,13 @@ class Order:
         """L, the number of draws of an epoch."""
         return sum(self._sizes if self._draws is None else self._draws)
 
+    def laid_out_for(self, prompts_per_step: int) -> "Order":
+        """The order of a run that began with steps of another size, of the same rows and with the same curriculum."""
+        return Order(self._sizes, self._seed, prompts_per_step, self._draws, self.curriculum)
+
     def step(self, step: int) -> list[int]:
         """The rows of step `step` (from 0) of a run that refills no group and has no curriculum: P distinct numbers."""
-        return self.take(step * self._prompts_per_step, self._prompts_per_step)[0]
+        return self.take(step * self.prompts_per_step, self.prompts_per_step)[0]
 
     def take(self, position: int, count: int, taken: Sequence[int] = ()) -> tuple[list[int], int]:
         """The next `count` rows, and the position after them.
@@ -66,7 +72,7 @@ class Order:
           ValueError: there are fewer rows than a step takes.
         """
         if self._draws is None and self.curriculum is None:
-            return next_indices(sum(self._sizes), self._seed, position, count, self._prompts_per_step, taken)
+            return next_indices(sum(self._sizes), self._seed, position, count, self.prompts_per_step, taken)
         assert count <= sum(self._sizes) - len(taken), (count, self._sizes, len(taken))
         chosen: list[int] = []
         seen = set(taken)
@@ -96,7 +102,7 @@ class Order:
 
     def _shuffled_epoch(self, epoch: int) -> np.ndarray:
         if self._draws is None:
-            return epoch_order(sum(self._sizes), self._seed, epoch, self._prompts_per_step)
+            return epoch_order(sum(self._sizes), self._seed, epoch, self.prompts_per_step)
         times, rows, start = [], [], 0
         for k, (size, draws) in enumerate(zip(self._sizes, self._draws, strict=True)):
             jitter = uniform(draws, self._seed, epoch, k + 1, 1)
@@ -119,7 +125,7 @@ class Order:
         before may stand at place P - i + 1 (from 1) at the earliest. The first P rows can always be put so: at most
         P - j of them must stand behind place j, since no two have the same i.
         """
-        size, window = self._sizes[k], self._prompts_per_step
+        size, window = self._sizes[k], self.prompts_per_step
         if size < 2 * window:
             return permutation(size, self._seed, 0, k + 1)
         order = permutation(size, self._seed, number, k + 1)

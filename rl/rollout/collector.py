@@ -25,7 +25,7 @@ from rl.rollout.groups import Judged, judge, pass_rates
 from rl.rollout.scoring import sample_and_score, warn_about_rewards
 from rl.rollout.step_prompts import check_calls, collect
 from rl.run.log import RunLog
-from rl.run.progress import REWARD_STATE
+from rl.run.progress import ORDER_STEP, REWARD_STATE
 from rl.sampler.contract import CompletionSource
 from rl.sampler.token_draw import SamplingParams
 
@@ -70,6 +70,7 @@ class Collector:
         """
         found = (self._runner.calls, self._runner.doubts, self._failures.steps_down)
         state: dict[str, Any] = dict(zip(REWARD_STATE[:3], found, strict=True))
+        state[ORDER_STEP] = self._order.prompts_per_step
         curriculum = self._order.curriculum
         return state | {"curriculum": curriculum.state} if curriculum is not None else state
 
@@ -89,6 +90,12 @@ class Collector:
             self._runner.adopt(reward_state["reward_calls"], reward_state.get("reward_doubts"))
             check_calls(self._config, self._runner)
             self._failures.restore(reward_state.get("reward_steps_down", {}))
+            began_with, now = reward_state.get(ORDER_STEP), self._config.grpo.prompts_per_step
+            if began_with not in (None, now):
+                self._order = self._order.laid_out_for(began_with)
+                self._log.message(
+                    f"steps take {now} prompts from here on; the run began with {began_with}, and goes on in that order"
+                )
             if self._order.curriculum is not None:
                 self._order.curriculum.restore(reward_state.get("curriculum", {}))
 

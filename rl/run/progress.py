@@ -26,7 +26,8 @@ from rl.state.origin import Origin, pretrained_params
 from rl.state.states import InitStateFn, frozen_base, setup_training_state
 
 # Of a `rl.rollout.collector.Collector`; a checkpoint of an older version lacks the later ones.
-REWARD_STATE = ("reward_calls", "reward_doubts", "reward_steps_down", "curriculum")
+ORDER_STEP = "order_prompts_per_step"  # the size of a step with which the run, and so its order of prompts, began
+REWARD_STATE = ("reward_calls", "reward_doubts", "reward_steps_down", ORDER_STEP, "curriculum")
 
 
 def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:

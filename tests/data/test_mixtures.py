@@ -222,6 +222,19 @@ def test_the_order_of_a_mixture_is_even_and_no_step_has_a_row_twice(sizes, draws
     assert (chosen[0], position >= 5) == (order.step(0)[2], True)
 
 
+@pytest.mark.parametrize("draws", [None, (40, 20)])
+def test_steps_of_another_size_go_on_in_the_order_that_the_run_began_with(draws):
+    begun = Order((40, 20), 3, 8, draws)
+    _, position = begun.take(0, 24)
+    goes_on, rows = Order((40, 20), 3, 6, draws).laid_out_for(8), []
+    while position < 60:
+        chosen, position = goes_on.take(position, 6)
+        assert len(set(chosen)) == 6
+        rows += chosen
+    assert rows == begun.take(24, 36)[0]
+    assert sorted([*begun.take(0, 24)[0], *rows]) == list(range(60))  # the epoch under way has each row once
+
+
 def test_the_order_of_a_mixture_is_pinned():
     # Spelled out: a run resumed under another version of numpy or of this code must go on with the same rows.
     order = Order((10, 5), 0, 4, (6, 6))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from rl.config.load import load_config
-from rl.data.order import Order
-from rl.data.prompts import PromptRow, next_indices, step_indices
+from rl.data.order import Order, order_of
+from rl.data.prompts import PromptRow, load_prompts, next_indices, step_indices
+from rl.data.tokenizer import load_tokenizer
 from rl.grpo_trainer import train
 from rl.rollout.groups import Judged
 from rl.rollout.scoring import start_rewards
@@ -266,7 +267,7 @@ def test_refills_and_evaluations_compile_nothing_after_the_warm_up(whole):
     assert [line["compiles"] for line in lines[2:]] == [0, 0, 0]
 
 
-def test_a_run_resumed_in_the_other_flavour_refills_as_the_uninterrupted_one(tmp_path, whole):
+def test_a_run_resumed_in_the_other_flavour_refills_as_the_uninterrupted_one(tmp_path, whole, capsys):
     whole = whole.folder
     lines = read_metrics(whole)[1:]
     assert sum(line["dynamic_sampling/refilled"] for line in lines) > 2
@@ -287,6 +288,18 @@ def test_a_run_resumed_in_the_other_flavour_refills_as_the_uninterrupted_one(tmp
     assert left.keys() == right.keys()
     for path, array in left.items():
         np.testing.assert_array_equal(array, right[path], err_msg=path)
+    # With steps of another size the run goes on at its place, in the order that it began with.
+    train(smaller := recipe(tmp_path, *halves, "grpo.steps=5", "grpo.prompts_per_step=2"))
+    assert "steps take 2 prompts from here on; the run began with 4" in capsys.readouterr().out
+    assert loop_record(tmp_path / "halves", 5)["order_prompts_per_step"] == 4
+    data = load_prompts(smaller, load_tokenizer("byte"))
+    order = order_of(smaller.data, data, smaller.seed, 4)
+    order.curriculum.restore(records[1]["curriculum"])
+    num_prompts = int(read_metrics(tmp_path / "halves")[-1]["dynamic_sampling/prompts"])
+    rows = order.take(positions[1], num_prompts)[0]
+    samples = [sample for sample in read_samples(tmp_path / "halves") if sample["step"] == 5]
+    assert len({sample["prompt_index"] for sample in samples}) == 2
+    assert all(sample["prompt"] == data.train[rows[sample["prompt_index"]]].prompt for sample in samples)
     # A refilled group has a number of its own in the step, and with it random numbers of its own.
     assert max(sample["prompt_index"] for sample in read_samples(whole)) >= 4
     assert len({(s["step"], s["prompt_index"]) for s in read_samples(whole)}) == 16

@@ -18,6 +18,7 @@ from rl.data.prompts import PromptRow, fingerprint, load_prompts
 from rl.data.tokenizer import Tokenizer
 from rl.devices.programs import use_compilation_cache
 from rl.run.metrics import read_metrics, read_samples
+from rl.run.progress import ORDER_STEP
 from rl.run_folder.folder import check_trust, checkpoint_folder, checkpoint_steps, read_run
 from rl.run_folder.trust import TO_REPLAY
 from rl.sampler.contract import Completion, Request
@@ -105,8 +106,10 @@ def draw_again(
     # Refills take the next prompts, so the number used up before a step gives all its prompts.
     position = _position(folder, step, len(data.train))
     order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
-    if order.curriculum is not None and step > 1:
-        order.curriculum.restore((read_record(checkpoint_folder(folder, step - 1)) or {}).get("curriculum", {}))
+    record = (read_record(checkpoint_folder(folder, step - 1)) or {}) if step > 1 else {}
+    order = order.laid_out_for(record.get(ORDER_STEP, order.prompts_per_step))
+    if order.curriculum is not None:
+        order.curriculum.restore(record.get("curriculum", {}))
     indices, _ = order.take(position, num_prompts)
     sampling = sampling_params(
         config, eos_ids(config, trained.origin.model_config, trained.tokenizer), for_training=True
