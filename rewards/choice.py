@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.contract import elementwise
-from rewards.text import after_thinking, boxed, completion_text
+from rewards.text import after_thinking, boxed, completion_text, tagged
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HEAD = re.compile(r"(?i)\banswer(?:\s+is)?\s*:|\banswer\s+is\b(?!\s*:)")
 # What stands between two heads of one statement ("Final answer: the answer is B"), or in front of a box or a tag.
 _NO_STATEMENT = re.compile(r"(?i)\s*(?:so|thus|therefore|hence)?,?\s*(?:the)?\s*(?:final|correct|right|best)?\s*")
@@ -52,9 +51,10 @@ def multiple_choice(
 def chosen_letter(text: str, letters: str, is_flexible: bool = False) -> str | None:
     """The option that a text chooses; None for none or several. See `multiple_choice`."""
     text = _WRAPPED.sub(r"\1", after_thinking(text)).replace("*", "").strip()
+    text = re.sub(r"[^\S\n]+", " ", text)
     if whole := re.fullmatch(rf"[$(\[]*([{letters}{letters.lower()}])[)\].:$]*", text):
         return whole[1].upper()
-    stated = [content or "" for content in boxed(text)] + _TAG.findall(text)
+    stated = [content or "" for content in boxed(text)] + tagged(text, "answer")
     # Of a statement, its line counts; the next one where nothing more stands in the line.
     for part in _HEAD.split(text)[1:]:
         line = part.strip().partition("\n")[0].strip()
@@ -77,7 +77,7 @@ def _letter_of(stated: str, letters: str) -> str | None:
     if match is None:
         return None
     behind = match[3].strip()
-    if re.match(rf"(?:[,;/&|]|or\b|and\b)?\s*(?:or\b)?\s*[(\[]*{letter}(?!\w)", behind):
+    if re.match(rf"(?:[,;/&|]|or\b|and\b)?\s*+(?:or\b)?\s*+[(\[]*{letter}(?!\w)", behind):
         return None
     is_marked = bool(set(match[2]) & set(")].:;,")) or bool(_REASON.match(behind))
     if behind and not (is_marked and (match[1].isupper() or ")" in match[2])):

@@ -8,9 +8,8 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.contract import elementwise
-from rewards.text import after_thinking, boxed, completion_text
+from rewards.text import after_thinking, boxed, completion_text, tagged
 
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _EXPRESSION = re.compile(r"[0-9+\-*/() \t]+")
 _MAX_CHARACTERS = 400  # of an expression, before its nesting could matter
 _SIGNS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/"}
@@ -56,7 +55,7 @@ def countdown(
 
 def _expression(text: str) -> str:
     text = after_thinking(text)
-    tags = _TAG.findall(text)
+    tags = tagged(text, "answer")
     boxes = boxed(text)
     found = tags[-1] if tags else boxes[0] if len(boxes) == 1 and boxes[0] is not None else text
     for sign, plain in _SIGNS.items():

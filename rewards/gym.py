@@ -2,15 +2,12 @@
 
 import functools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rewards.contract import elementwise
 from rewards.extras import import_extra, needs_library
-from rewards.text import after_thinking, completion_text
-
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+from rewards.text import after_thinking, completion_text, tagged
 
 # Measured with reasoning-gym 0.1.25, see `reasoning_gym`.
 _TASKS = """
@@ -65,7 +62,7 @@ def reasoning_gym(
             judged.append(None)
             continue
         text = after_thinking(completion_text(completion))
-        tags = _TAG.findall(text)
+        tags = tagged(text, "answer")
         score = float(_scorer(task)((tags[-1] if tags else text).strip(), {"answer": gold, "metadata": about}))
         judged.append(score if partial else float(score >= 1))
     return judged

@@ -186,7 +186,9 @@ def _nth_paragraph_first_word(given: _Arguments) -> Callable[[str], bool]:
 
 def _number_placeholders(given: _Arguments) -> Callable[[str], bool]:
     number = given.number("num_placeholders")
-    return lambda text: len(re.findall(r"\[.*?\]", text)) >= number
+    return lambda text: (
+        sum(len(re.findall(r"\[[^\]]*\]", line[: line.rfind("]") + 1])) for line in text.split("\n")) >= number
+    )
 
 
 def _postscript(given: _Arguments) -> Callable[[str], bool]:
@@ -197,8 +199,21 @@ def _postscript(given: _Arguments) -> Callable[[str], bool]:
 
 def _number_bullet_lists(given: _Arguments) -> Callable[[str], bool]:
     number = given.number("num_bullets")
-    patterns = [re.compile(pattern, re.MULTILINE) for pattern in (r"^\s*\*[^*].*$", r"^\s*-.*$")]
-    return lambda text: sum(len(pattern.findall(text)) for pattern in patterns) == number
+
+    def check(text: str) -> bool:
+        """Bullets are - and *, without ** and without what stands in the line below a lone *."""
+        lines = [line.lstrip() for line in text.split("\n")]
+        stars = place = 0
+        while place < len(lines):
+            if lines[place] == "*":
+                stars += place + 1 < len(lines)
+                place += 1
+            elif lines[place].startswith("*") and lines[place][1] != "*":
+                stars += 1
+            place += 1
+        return stars + sum(line.startswith("-") for line in lines) == number
+
+    return check
 
 
 def _number_highlighted_sections(given: _Arguments) -> Callable[[str], bool]:
@@ -218,16 +233,23 @@ def _multiple_sections(given: _Arguments) -> Callable[[str], bool]:
 
 
 def _is_json(text: str) -> bool:
-    text = re.sub(r"\A\s*(?:```(?:json|Json|JSON)?)?|(?:```)?\s*\Z", "", text)
+    text = text.strip()
+    for fence in ("```json", "```Json", "```JSON", "```"):
+        text = text.removeprefix(fence)
     try:
-        json.loads(text)
+        json.loads(text.removesuffix("```"))
     except (ValueError, RecursionError):
         return False
     return True
 
 
 def _has_title(text: str) -> bool:
-    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
+    """A title stands between the first << and the last >> of a line."""
+    for line in text.split("\n"):
+        start, end = line.find("<<"), line.rfind(">>")
+        if 0 <= start < end - 2 and line[start:end].lstrip("<").rstrip(">").strip():
+            return True
+    return False
 
 
 def _are_two_responses(text: str) -> bool:

@@ -1,12 +1,15 @@
 """Reward: is the completion in the right language (library `lingua`, extra `language`)."""
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.contract import elementwise
 from rewards.extras import import_extra, needs_library
 from rewards.text import after_thinking, completion_text
+
+_LONG_WORD = re.compile(r"(\w{50})\w+")
 
 
 @elementwise
@@ -54,6 +57,8 @@ def language_score(
     if among is not None and (len({*among}) < 2 or code.lower() not in [name.lower() for name in among]):
         raise ValueError(f"languages must hold language ({code!r}) and at least one other, got {list(among)}")
     detector, wanted = _detector(among, reward), known[code.lower()]
+    # lingua takes seconds for a word of 50,000 letters, and no lone surrogates.
+    text = _LONG_WORD.sub(r"\1 ", text.encode(errors="replace").decode())
     if measure == "confidence":
         detected = detector.detect_language_of(text)
         return 0.0 if detected is None else float(detector.compute_language_confidence(text, wanted))

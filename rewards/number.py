@@ -20,6 +20,7 @@ from rewards.contract import elementwise
 from rewards.text import after_thinking, boxed, completion_text
 
 _MAX_DIGITS = 400
+_MOST_WRAPPINGS = 8  # `\boxed{}` and `$...$` around one number
 _DIGITS = r"(?:[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\,)[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}}(?![0-9]))?"
 _LATEX_FRACTION = (
@@ -30,7 +31,7 @@ _MIXED = rf"(?:(?P<whole>[0-9]+)\s?)?{_LATEX_FRACTION}"
 _PLAIN_MIXED = r"(?:(?P<count>[0-9]+) (?=[0-9]+/[0-9]))?"
 
 _WHOLE = re.compile(
-    rf"(?P<sign>[+-]?)\s*{_CURRENCY}?\s*(?P<inner>[+-]?)"
+    rf"(?P<sign>[+-]?)\s*+(?:{_CURRENCY}\s*+)?(?P<inner>[+-]?)"
     rf"(?:{_MIXED}|{_PLAIN_MIXED}(?P<number>{_DECIMAL})(?:\s*/\s*(?P<divisor>[0-9]+))?)\s*(?:\\?%)?"
 )
 # A minus directly behind a digit, a letter or a closing bracket subtracts: the last number of "10-3" is 3.
@@ -41,7 +42,7 @@ _ANYWHERE = re.compile(
 )
 _BOX = re.compile(r"\\boxed\s*\{(.*)\}", re.DOTALL)
 _HASH_ANSWER = re.compile(
-    r"####[ \t]*(?=[+-]?\s*(?:\\?\$|[\u20ac\xa3\xa5\u20b9])?\s*[+-]?(?:\.?[0-9]|\\boxed|\\[dt]?frac))([^\n]*)"
+    r"####[ \t]*+(?=[+-]?\s*(?:\\?\$|[\u20ac\xa3\xa5\u20b9])?\s*[+-]?(?:\.?[0-9]|\\boxed|\\[dt]?frac))([^\n]*)"
 )
 
 
@@ -113,11 +114,14 @@ def last_number(text: str) -> Fraction | None:
 def parse_number(text: str) -> Fraction | None:
     r"""The number that the whole text is, or None. A `\boxed{}` or `$...$` around all of it is taken off."""
     text = _plain_minus(text).strip()
-    box = _BOX.fullmatch(text)
-    if box and boxed(text) == [box[1]]:
-        return parse_number(box[1])
-    if len(text) > 2 and text[0] == text[-1] == "$":
-        return parse_number(text[1:-1])
+    for _ in range(_MOST_WRAPPINGS):
+        box = _BOX.fullmatch(text)
+        if box and boxed(text) == [box[1]]:
+            text = box[1].strip()
+        elif len(text) > 2 and text[0] == text[-1] == "$":
+            text = text[1:-1].strip()
+        else:
+            break
     match = _WHOLE.fullmatch(text)
     return _value(match) if match else None
 
@@ -152,7 +156,7 @@ def _unit_pattern(units: Sequence[str]) -> re.Pattern[str] | None:
         return None
     words = "|".join(re.escape(unit.strip()) for unit in sorted(units, key=len, reverse=True))
     wrapped = rf"\\(?:text|textrm|mathrm|mbox|rm)\s*\{{\s*(?:{words})\s*\}}"
-    return re.compile(rf"(?<=[0-9.}}%])\s*(?:\\[,; ])?\s*(?:{wrapped}|(?:{words})(?![\w^]))", re.IGNORECASE)
+    return re.compile(rf"(?<=[0-9.}}%])\s*+(?:\\[,; ]\s*+)?(?:{wrapped}|(?:{words})(?![\w^]))", re.IGNORECASE)
 
 
 def _without_units(value: Any, pattern: re.Pattern[str] | None) -> Any:

@@ -40,6 +40,21 @@ def after_thinking(text: str) -> str:
     return text.rpartition("</think>")[2]
 
 
+def tagged(text: str, name: str) -> list[str]:
+    """Contents of each `<name>...</name>` in order; an opening tag inside another pair is a part of its content."""
+    opening, closing = f"<{name}>", f"</{name}>"
+    found: list[str] = []
+    start = text.find(opening)
+    while start >= 0:
+        start += len(opening)
+        end = text.find(closing, start)
+        if end < 0:
+            break
+        found.append(text[start:end])
+        start = text.find(opening, end)
+    return found
+
+
 def boxed(text: str) -> list[str | None]:
     r"""Contents of each outermost `\boxed{...}` in order, braces balanced; None for one that is never closed.
 

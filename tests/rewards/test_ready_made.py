@@ -375,6 +375,7 @@ def test_every_instruction_of_ifeval_is_followed_or_not():
         row = {"instruction_id_list": [name], "kwargs": [{"unused": None, **arguments}]}
         expected = [1.0] * len(right) + [0.0] * (len(texts) - len(right))
         assert score("ifeval:ifeval", texts, **row) == expected, name
+        assert score("ifeval:ifeval", JUNK, **row).count(1.0) < len(JUNK), name  # none takes long
 
 
 def test_instructions_are_joined_and_read_loosely_as_in_ifeval():
