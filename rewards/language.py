@@ -26,7 +26,8 @@ def language(
     """1.0 where the completion is in `language`, 0.0 where not, or where no language can be told (no letters).
 
     lingua (https://github.com/pemistahl/lingua-py) compares the frequencies of one to five letters in a row with those
-    of 75 languages. It reads 170 MB of tables, which the first call loads in part. Formulas and code count as text.
+    of 75 languages. It reads 170 MB of tables, which the first call loads in part. Formulas and code count as text,
+    and of a word its first 50 letters.
 
     language: an ISO 639-1 code such as "en", as a setting, or a column with one for each row. languages: the codes to
     choose among, at least two; None: all. measure: detected: the likeliest language is the right one; confidence:
