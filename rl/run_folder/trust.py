@@ -42,6 +42,8 @@ TO_JUDGE = (REWARDS,)
 # Functions that this package defines, which are trusted. Other names in its modules, which they import, are not.
 READY_MADE = (
     "rewards.choice:multiple_choice",
+    "rewards.code:input_output",
+    "rewards.code:unit_tests",
     "rewards.countdown:countdown",
     "rewards.format:format_regex",
     "rewards.format:regex_match",
