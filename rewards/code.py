@@ -20,7 +20,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
 from rewards.code_child import NotLiteralError, literal
-from rewards.code_sandbox import INSTALL, GoneError, Interpreter, RaisedError, Sandbox, error_of, monty
+from rewards.code_sandbox import INSTALL, NO_LITERAL, GoneError, Interpreter, RaisedError, Sandbox, error_of, monty
 from rewards.code_tests import Tests, UnreadableTestsError, read_tests
 from rewards.contract import checked_by, elementwise
 from rewards.extras import import_extra
@@ -30,7 +30,8 @@ _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", 
 _PYTHON = ("", "python", "py", "python3")
 _CLASS = "Solution"  # of LeetCode's problems
 _MAX_SOURCE = 1 << 17  # characters
-_NO_TEST = ("ImportError", "ModuleNotFoundError", "NameError", "NotImplementedError", "SyntaxError")
+# Errors of tests that cannot be run here, by the beginning of their names.
+_NO_TEST = ("ImportError", "ModuleNotFound", "NameError", "NotImplemented", "SyntaxError")
 _Log = Callable[[str, Any], None]
 
 
@@ -251,29 +252,31 @@ def _run_tests(sandbox: Sandbox, tests: Tests, source: str, is_all: bool) -> _Ve
         if (problem := _load(program, source)) is not None:
             return _Verdict(0.0, problem)
         passed, counted, problem, is_not_literal = 0, 0, None, False
-        for unit in tests.units:
+        for number, unit in enumerate(tests.units, 1):
             calls = _Calls(program)
-            failure = None
+            failure, left = None, 0
             try:
                 judge.run(unit, {name: calls.stub(target) for name, target in tests.stubs.items()})
             except RaisedError as error:
                 failure = str(error)
-                if error.kind in _NO_TEST and not calls.is_raised and calls.failure is None:
+                is_of_tests = error.kind.startswith(_NO_TEST) or error.message.startswith(NO_LITERAL)
+                if is_of_tests and not calls.is_raised and calls.failure is None:
                     calls.problem = calls.problem or failure
             except GoneError as error:
-                failure = str(error)
-                if calls.failure is None:
-                    calls.problem = calls.problem or f"the tests were ended: {error}"
+                failure = f"the tests were ended: {error}"
+                if calls.number == 0:
+                    calls.problem = failure
+                left = len(tests.units) - number  # they fail as well
             failure = calls.failure or failure
             if calls.problem is not None:
                 return _Verdict(None, calls.problem)
             is_not_literal |= calls.is_not_literal
             if calls.number == 0 and failure is None:
                 continue  # it says nothing about the program
-            counted += 1
+            counted += 1 + left
             passed += failure is None
             problem = problem or failure
-            if failure is not None and is_all:
+            if left or (failure is not None and is_all):
                 break
     if counted == 0:
         return _Verdict(None, "no test calls the program")

@@ -13,6 +13,7 @@ from typing import Any
 _MARKS = {list: "l", tuple: "t", set: "s", frozenset: "f"}
 _KINDS = {mark: kind for kind, mark in _MARKS.items()}
 _MAX_DEPTH = 100
+MAX_BYTES = 1 << 22  # of a literal in JSON
 
 
 class NotLiteralError(Exception):
@@ -23,9 +24,12 @@ def literal(value: Any, depth: int = _MAX_DEPTH) -> Any:
     """A copy of a value made of None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and dict.
 
     Subclasses of these are no literals, but for a named tuple and the mappings that `collections` derives from dict,
-    which equal a plain one. Raises NotLiteralError for anything else, and below 100 levels.
+    which equal a plain one. Raises NotLiteralError for anything else, for more than 4 MB, and below 100 levels.
     """
-    return decode(encode(value, depth))
+    form = encode(value, depth)
+    if len(dumps(form)) > MAX_BYTES:
+        raise NotLiteralError("a value of more than 4 MB")
+    return decode(form)
 
 
 def encode(value: Any, depth: int = _MAX_DEPTH) -> Any:

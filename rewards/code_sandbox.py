@@ -17,14 +17,14 @@ from rewards.extras import import_extra
 INSTALL = "tandem-grpo[code]"
 MAX_OUTPUT = 1 << 20  # bytes that a program may print where somebody reads them
 _MAX_CALLS = 100_000  # of the program, by its tests
-_GRACE = 2.0  # seconds
+_GRACE = 5.0  # seconds
 _MAX_TEXT = 200  # characters of an error's message
 # Of the module `string`, which Monty does not have.
 _STRING = [name for name in string.__all__ if isinstance(getattr(string, name), str)]
 
 
 # Monty gives functions, ranges and the like to this process as text, so they are found in the interpreter.
-_NO_LITERAL = "no literal: a value of the type "
+NO_LITERAL = "no literal: a value of the type "
 _LITERAL = f"""
 def literal__(value):
     kind = type(value)
@@ -36,7 +36,7 @@ def literal__(value):
             literal__(key)
             literal__(item)
     elif value is not None and kind not in (bool, int, float, complex, str, bytes):
-        raise NotImplementedError("{_NO_LITERAL}" + kind.__name__)
+        raise TypeError("{NO_LITERAL}" + kind.__name__)
     return value
 """
 # A test's function that stands for one of the program.
@@ -119,12 +119,13 @@ class _MontySandbox:
             os_policy={"sleep": "zero", "random_start": {"seed": 0}},
             external_modules={"string": self._library.ExternalModule(constants, stubs=stubs)},
         ) as session:
-            yield _MontyInterpreter(self._library, session, time.monotonic() + self._timeout)
+            yield _MontyInterpreter(self._library, session, self._timeout)
 
 
 class _MontyInterpreter:
-    def __init__(self, library: Any, session: Any, deadline: float):
-        self._library, self._session, self._deadline = library, session, deadline
+    def __init__(self, library: Any, session: Any, timeout: float):
+        self._library, self._session, self._timeout = library, session, timeout
+        self._spent = 0.0  # seconds, of calls
         self._is_gone = False
         self._has_stubs = False
         self._feed(_LITERAL)
@@ -139,14 +140,18 @@ class _MontyInterpreter:
         self._feed(f"{source}\nNone", external_lookup=lookup if stubs else {}, print_callback=_discard)
 
     def call(self, expression: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        self._check_time()
+        if self._spent > self._timeout:
+            raise GoneError("its time is over")
         inputs = {"args__": list(args), "kwargs__": dict(kwargs)}
         try:
             # A program may change `literal__`, and gives then what Monty makes of its own values.
             source = f"literal__({expression}(*args__, **kwargs__))"
-            return literal(self._feed(source, inputs=inputs, print_callback=_discard))
+            start = time.monotonic()
+            value = self._feed(source, inputs=inputs, print_callback=_discard)
+            self._spent += time.monotonic() - start
+            return literal(value)
         except RaisedError as error:
-            if error.message.startswith(_NO_LITERAL):
+            if error.message.startswith(NO_LITERAL):
                 raise NotLiteralError(error.message.removeprefix("no literal: ")) from error
             raise
         except RecursionError as error:
@@ -162,14 +167,9 @@ class _MontyInterpreter:
             except StopIteration:
                 raise EOFError("EOF when reading a line") from None
 
-        self._check_time()
         printed = self._library.CollectString(max_bytes=MAX_OUTPUT)
         self._feed(f"{source}\nNone", external_lookup={"input": read_line}, print_callback=printed)
         return printed.output
-
-    def _check_time(self) -> None:
-        if time.monotonic() > self._deadline:
-            raise GoneError("its time is over")
 
     def _feed(self, source: str, **settings: Any) -> Any:
         if self._is_gone:

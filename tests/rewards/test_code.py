@@ -275,16 +275,19 @@ def test_hostile_programs_score_0_and_harm_nothing(kind, sandbox, tmp_path, capf
         program = (
             HOSTILE[kind].replace("FOLDER", str(tmp_path)).replace("PORT", str(port)).replace("PID", str(os.getpid()))
         )
-        tests = [
-            "assert f(1) == 5",
-            "try:\n    assert f(2) == 5 or len(f(1)) == 5\nexcept (OSError, ValueError): assert False",
-        ]
-        rewards, problems = judge(
-            [program, "def f(x): return 5"], tests, sandbox, score="share", timeout=0.5, memory_mb=64
-        )
-    assert rewards == [0.0, 1.0], problems  # and the next program is judged
+        tests = ["assert f(1) == 5", "try:\n    assert f(2) == 5 or len(f(1)) == 5\nexcept ArithmeticError: pass"]
+        rewards, problems = judge([program], tests, sandbox, score="share", timeout=0.5, memory_mb=64)
+    assert rewards == [0.0], problems
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tests.json"]
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("sandbox", SANDBOXES)
+def test_a_program_is_judged_as_if_no_other_had_run_before(sandbox):
+    right = "def f(x): return 5"
+    before = [HOSTILE[kind] for kind in ("changed builtins", "_exit", "recursion", "deep value", "long value")]
+    given = [text for program in before for text in (program, right)]
+    assert judge(given, ["assert f(1) == 5"], sandbox)[0] == [0.0, 1.0] * len(before)
 
 
 def test_rows_whose_tests_cannot_be_judged_are_none_with_the_reason():
