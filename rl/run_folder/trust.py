@@ -35,9 +35,10 @@ SAMPLER, DATA = "sampler", "data"
 TO_TRAIN = (REWARDS, MODEL, LOSS, ADVANTAGE, SAMPLER, DATA, PROGRAMS, CACHE)
 TO_EVALUATE = (REWARDS, MODEL, SAMPLER, DATA, CACHE)
 TO_SAMPLE = (MODEL, SAMPLER, CACHE)
-TO_REPLAY = (*TO_SAMPLE, DATA)  # the prompts of a run, which its data rows give
+TO_READ = (DATA,)  # data rows, without a model
+TO_REPLAY = (*TO_SAMPLE, *TO_READ)
 TO_COMPILE = (MODEL, LOSS, CACHE)
-TO_JUDGE = (REWARDS,)
+TO_JUDGE = (REWARDS, DATA)
 
 # Functions that this package defines, which are trusted. Other names in its modules, which they import, are not.
 READY_MADE = (

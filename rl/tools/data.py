@@ -20,6 +20,8 @@ from rl.data.prompts import load_prompts
 from rl.devices.host_memory import peak_bytes, start_peak
 from rl.files.output_file import check_writable
 from rl.models.files.folders import write_json
+from rl.run_folder.folder import check_trust
+from rl.run_folder.trust import TO_READ
 from rl.state.origin import tokenizer_from_config
 
 
@@ -55,8 +57,13 @@ class DataBench(NamedTuple):
     messages: list[str]
 
 
-def bench(recipe: str | pathlib.Path, num_steps: int = 10, overrides: Sequence[str] = ()) -> DataBench:
+def bench(
+    recipe: str | pathlib.Path, num_steps: int = 10, overrides: Sequence[str] = (), trust: bool = False
+) -> DataBench:
     """Loads the prompts of a recipe as `grpo train` does, and chooses the prompts of its first `num_steps` steps.
+
+    Args:
+      trust: see `rl.run_folder.folder.check_trust`; a recipe of a run folder may name a function that prepares rows.
 
     Raises:
       ValueError: `grpo train` would refuse the data, there are fewer rows than grpo.prompts_per_step, or `num_steps` is
@@ -65,6 +72,7 @@ def bench(recipe: str | pathlib.Path, num_steps: int = 10, overrides: Sequence[s
     if num_steps < 1:
         raise ValueError(f"--steps must be >= 1, got {num_steps}")
     config = load_config(recipe, overrides)
+    check_trust(recipe, config, overrides, TO_READ, trust)
     start = time.perf_counter()
     tokenizer = tokenizer_from_config(config)
     tokenizer_seconds = time.perf_counter() - start
@@ -135,10 +143,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config", help="YAML recipe")
     parser.add_argument("--steps", type=int, default=10, help="of how many steps the rows are chosen")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the same numbers")
+    parser.add_argument("--trust", action="store_true", help="run code that config.yml of a run folder names, as it is")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides with dotted keys")
     arguments = parser.parse_intermixed_args(rest)
     check_writable(arguments.json, "--json")
-    result = bench(arguments.config, arguments.steps, arguments.overrides)
+    result = bench(arguments.config, arguments.steps, arguments.overrides, arguments.trust)
     print("\n".join(report(result)))
     if arguments.json is not None:
         write_json(pathlib.Path(arguments.json), to_json(result))

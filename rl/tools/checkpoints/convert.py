@@ -22,8 +22,10 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from rl.config.load import Config, dump_config, load_config
+from rl.config.sections import prepare_keys
 from rl.data.prompts import fingerprint, load_pairs, load_prompts
 from rl.data.tokenizer import load_tokenizer
+from rl.files.json_file import shown
 from rl.models.files.folders import new_folder, set_leaf
 from rl.models.files.hf import read_config, resolve_source, save_folder
 from rl.models.files.maxtext import read_params, weight_names
@@ -143,6 +145,7 @@ def _is_trusted(run: pathlib.Path) -> bool:
 def _upgrade_identity(folder: pathlib.Path, config: Config, identity: dict[str, Any], is_trusted: bool) -> list[str]:
     changes = []
     if "data" not in identity:
+        _check_old_data(config)
         tokenizer = tokenizer_from_config(config)
         is_grpo = identity["kind"] == "grpo"
         rows = load_prompts(config, tokenizer).train if is_grpo else load_pairs(config, tokenizer).rows
@@ -154,6 +157,16 @@ def _upgrade_identity(folder: pathlib.Path, config: Config, identity: dict[str, 
     return changes
 
 
+def _check_old_data(config: Config) -> None:
+    """Refuses code that reading the rows would run. Runs that lack what the rows fill in are older than such code."""
+    named = {key: function for key, function in prepare_keys(config).items() if function is not None}
+    if named:
+        raise ValueError(
+            "config.yml of a run of a version that recorded no data must not name functions that prepare rows, which "
+            f"came later, got {shown(named)}; take them out"
+        )
+
+
 def _upgrade_record(folder: pathlib.Path, config: Config, kind: str) -> list[str]:
     record = read_record(folder)
     if record is None:
@@ -162,6 +175,7 @@ def _upgrade_record(folder: pathlib.Path, config: Config, kind: str) -> list[str
     if "health" in missing:
         record["health"] = json.loads(json.dumps(healthy()._asdict()))
     if "epoch" in missing or "position" in missing:
+        _check_old_data(config)
         num_rows = len(load_prompts(config, tokenizer_from_config(config)).train)
         record["epoch"], record["position"] = divmod(record["step"] * config.grpo.prompts_per_step, num_rows)
     still = missing_record_keys(kind, record)
