@@ -2,9 +2,9 @@
 
 This page is a run from top to bottom: prompts, policy, plan of the two states, sampler, train step, run folder, states,
 loop. Sampler and train step are built before any weights are read, so what cannot work is refused before the run folder
-is touched. All randomness follows from (seed, step): a resumed run repeats an uninterrupted one bit for bit. A run that
-is done, asked to stop, or without its rewards saves its last step; after any other end a start goes on from the newest
-checkpoint.
+is touched. All randomness follows from (seed, step): a resumed run repeats an uninterrupted one bit for bit. Three ends
+save the last step: the run is done, somebody asked it to stop, or a reward is down. After any other end, a new start
+goes on from the newest checkpoint.
 
 To change something, go to
     prompts                         `rl.data.prompts`
@@ -128,7 +128,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             log.baseline(collector.evaluate_if_due(state, steps_done=0))
         for step in range(progress.steps_done, config.grpo.steps):
             steps_done = step + 1
-            # 1. draw completions with the weights as they are; each is judged while others are still drawn
+            # 1. draw completions; each is judged while others are still drawn
             groups = collector.draw_and_judge(state, step, progress.position)
             # 2. rewards to advantages, within each group
             rollout = with_advantages(config, groups)
