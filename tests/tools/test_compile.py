@@ -88,7 +88,11 @@ def persistent_cache(folder):
         set_cache(before)
 
 
-@pytest.fixture(scope="module", params=FLAVOURS)
+# A flavour chooses no path of the tool: the flavours of the whole compilation are a matrix.
+ONE_FLAVOUR = [pytest.param("linen", marks=pytest.mark.long), "nnx"]
+
+
+@pytest.fixture(scope="module", params=ONE_FLAVOUR)
 def saved(request, tmp_path_factory):
     """A tiny run's configuration, its report, and the file of its programs."""
     path = tmp_path_factory.mktemp("compiled") / "programs.bin"
@@ -234,7 +238,7 @@ def compilations(caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", ["linen", pytest.param("nnx", marks=pytest.mark.long)])
 def test_a_module_of_ones_own_is_compiled_as_its_training_runs_it(flavour, tmp_path, caplog):
     config = own_module(flavour, f"output_dir={tmp_path / 'run'}")
     loop = loop_programs(config, jax.devices())
