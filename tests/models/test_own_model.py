@@ -66,7 +66,7 @@ def test_a_run_with_a_module_of_ones_own_learns_and_the_sampler_agrees_with_the_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flavour", ["nnx", "linen"])
+@pytest.mark.parametrize("flavour", [pytest.param("nnx", marks=pytest.mark.long), "linen"])
 def test_a_resumed_run_equals_the_uninterrupted_one_on_two_devices(tmp_path, flavour):
     overrides = ("checkpoint.every=1", "eval.every=0", "mesh.num_devices=2")
     for name, steps in (("whole", [2]), ("parts", [1, 2])):
