@@ -12,8 +12,10 @@ import pytest
 from rl.cli import main
 from rl.config.load import load_config
 from rl.run_folder.folder import RunFolder, check_trust
-from rl.run_folder.trust import READY_MADE, TO_EVALUATE, TO_SAMPLE, TO_TRAIN, code_of, untrusted
+from rl.run_folder.trust import READY_MADE, TO_EVALUATE, TO_READ, TO_SAMPLE, TO_TRAIN, code_of, untrusted
 from rl.state.checkpoint_files import write_hashes
+from rl.tools.checkpoints.convert import upgrade_run
+from rl.tools.data import bench
 from tests.helpers.places import ROOT
 
 REFUSAL = "names code that is not shown to be yours: "
@@ -432,6 +434,23 @@ def test_a_report_and_a_look_at_checkpoints_import_nothing(tmp_path, code, capsy
     assert main(["checkpoint", "verify", str(run)]) == 0
     assert f"note: not compared with the run's configuration: {run} {REFUSAL}" in capsys.readouterr().out
     assert not (tmp_path / "imported").exists()
+
+
+def test_reading_the_data_of_a_run_runs_its_function_only_where_it_is_the_users(tmp_path, code):
+    run = tmp_path / "run"
+    make_run(run, "data.source=arithmetic", "data.args={operation: add, digits: 1}", f"data.prepare={code}:rows")
+    assert problem_of(run, kinds=TO_READ) is None
+    code.write_text(code.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"own\.py:rows.*look at that code, then say --trust"):
+        bench(run / "config.yml")
+    edit(run / "run.json", lambda record: record.pop("data"))  # as of a version that recorded none
+    with pytest.raises(
+        ValueError, match=r"must not name functions that prepare rows, .*own\.py:rows'\}; take them out"
+    ):
+        upgrade_run(run, tmp_path / "new")
+    assert not (tmp_path / "imported").exists()
+    with pytest.raises(ValueError, match=r"data\.prepare: .*does not import: RuntimeError: was run"):
+        bench(run / "config.yml", trust=True)
 
 
 # So that it stays so
