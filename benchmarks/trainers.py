@@ -117,7 +117,7 @@ class TandemTrainer:
             self._sampler.expect([prompt for batch in batches for prompt in batch.prompts])
             self._sampler.warm_up(self._state.params, workload.num_prompts, workload.num_samples, self._sampling)
             self._sampler.engine.programs.wait()
-            self._runner = self._stack.enter_context(start_rewards(config, [], None))
+            self._runner = self._stack.enter_context(start_rewards(config, [], None, mesh))
 
     def step(self) -> Outcome:
         index, batch = next(self._batches)

@@ -418,6 +418,12 @@ def _problem_lines(name: str, losses: Sequence[_Loss]) -> list[str]:
     return lines + ([f"{_title(name)}: {more} more"] if more else [])
 
 
+def failure_lines(name: str, failed: Sequence[tuple[int, Failure]]) -> tuple[list[str], dict[str, str]]:
+    """The problems and the sorts of failures of a function, as in a `RewardResult`. `failed`: samples with failures."""
+    losses = [_Loss(sample, f"sample {sample}", kind, message) for sample, (kind, message) in failed]
+    return _problem_lines(name, losses), _failures(losses)
+
+
 def _failures(losses: Sequence[_Loss]) -> dict[str, str]:
     """The last message of each sort; of the first few sorts."""
     messages = {loss.sort: f"{loss.kind}: {loss.message}" for loss in sorted(losses)}

@@ -23,7 +23,7 @@ def check_on_gold(
     tries_others: bool = True,
 ) -> list[str]:
     """Scores one row whose completion is a right answer, and says which functions fail on it, cannot judge it, or give
-    the same to whatever they are tried with.
+    the same to whatever they are tried with. Functions that run in this process are models, of which nothing is told.
 
     Token ids are not known here: a function that takes them gets an empty list for a right answer, bytes for others. A
     function that is not called for one completion at a time gets a group in which all are the right answer.
@@ -49,8 +49,8 @@ def check_on_gold(
     said: dict[str, list[str]] = {spec.name: [] for spec in runner.specs}
     doubtful: set[str] = set()  # functions that may fail on anything, or give the same for anything
     place = {spec.name: key for key, spec in enumerate(runner.specs)}
-    alone = runner.elementwise
-    together = [name for name in said if name not in alone]
+    alone = [name for name in runner.elementwise if name not in runner.in_process]
+    together = [name for name in said if name not in runner.elementwise]
     for names, size in ((alone, 1), (together, _GROUP)):
         if not names:
             continue

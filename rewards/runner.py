@@ -37,6 +37,7 @@ from rewards.batch import FAILURES, Batch, BatchInputs, Drawn, RewardResult, Sha
 from rewards.contract import Calls, RewardSpec, Style, check_specs, column_notes
 from rewards.doubt import Doubt, agree, second_best
 from rewards.environment import check_memory_gb, worker_environment
+from rewards.in_process import DESCRIPTION, InProcess, with_values
 from rewards.log import RewardLog
 from rewards.moment import Moment
 from rewards.probe import Probe, Trial, probes, shows_how_it_judges
@@ -71,6 +72,7 @@ class RewardRunner:
     share: the part of each batch that this process judges, where several processes call this with the same batches. All
       of them get the results of the whole batch. None: everything.
     moment: where the run stands until a batch says otherwise, in the checks of the start too.
+    in_process: the functions of specs, by name, that run in this process when a batch is complete; no worker sees them.
 
     Raises ValueError when a spec or an argument is invalid, a function does not import, or nothing provides one of
     its arguments.
@@ -90,6 +92,7 @@ class RewardRunner:
         rows: Sequence[tuple[Any, Mapping[str, Any]]] = (),
         share: Share | None = None,
         moment: Moment | None = None,
+        in_process: Mapping[str, InProcess] | None = None,
     ):
         check_specs(specs)
         if num_workers < 1:
@@ -102,6 +105,8 @@ class RewardRunner:
         self.columns = tuple(columns)
         self._timeout = timeout_seconds
         self._share, self._moment = share, moment or Moment()
+        given = in_process or {}
+        self._in_process = {key: given[spec.name] for key, spec in enumerate(specs) if spec.name in given}
         requests = [load_request(key, spec, self.columns) for key, spec in enumerate(specs)]
         self._log = None if log_path is None else RewardLog(log_path)
         log = None if self._log is None else self._log.descriptor
@@ -165,6 +170,11 @@ class RewardRunner:
     def elementwise(self) -> list[str]:
         """Names of the functions that judge each completion by itself."""
         return [name for name, calls in self.calls.items() if calls == "elementwise"]
+
+    @property
+    def in_process(self) -> list[str]:
+        """Names of the functions that run in this process, and have no workers."""
+        return [self.specs[key].name for key in self._in_process]
 
     @property
     def doubts(self) -> dict[str, dict[str, Any]]:
@@ -237,8 +247,10 @@ class RewardRunner:
         ValueError where a function that needs groups would be called for groups of one.
         """
         keys = [key for key, spec in enumerate(self.specs) if names is None or spec.name in names]
+        here = {key: function for key, function in self._in_process.items() if key in keys}
+        sent = [key for key in keys if key not in here]
         return self._begin(
-            prompts, columns, [*self._calls], keys, group_size, self._share, self._compare, moment, seeds
+            prompts, columns, [*self._calls], sent, group_size, self._share, self._compare, moment, seeds, here
         )
 
     def _begin(
@@ -252,6 +264,7 @@ class RewardRunner:
         review: Review | None = None,
         moment: Moment | None = None,
         seeds: Sequence[int] | None = None,
+        in_process: Mapping[int, InProcess] | None = None,
     ) -> "Scoring":
         if len(prompts) % group_size:
             raise ValueError(f"the batch must hold whole groups of {group_size}, got {len(prompts)} samples")
@@ -274,7 +287,7 @@ class RewardRunner:
         )
         num_workers = len(self._workers)
         batch = Batch(self.specs, self._functions, calls, keys, inputs, group_size, self._timeout, num_workers, share)
-        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), share, review)
+        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), share, review, in_process)
 
     def _compare(self, batch: Batch, result: RewardResult) -> RewardResult:
         """The result of a batch. Where a function turns out to compare completions, its rewards are those of the whole
@@ -320,7 +333,8 @@ class RewardRunner:
         return any(function.style == "openrlhf" for function in self._functions)
 
     def try_on(self, names: Collection[str], prompt: Any, columns: Mapping[str, Any]) -> dict[str, Trial]:
-        """What functions make of right and wrong answers of one row, called as in the run; in this process alone.
+        """What functions in workers make of right and wrong answers of one row, called as in the run; in this process
+        alone.
 
         A function is tried until two rewards differ, with at most the completions of `rewards.probe`, and given up
         after ten seconds. The workers are replaced afterwards.
@@ -330,7 +344,7 @@ class RewardRunner:
         """
         found = {}
         for key, spec in enumerate(self.specs):
-            if spec.name in names:
+            if spec.name in names and key not in self._in_process:
                 found[spec.name] = self._try_on(key, probes([(prompt, columns)], self.columns))
         for worker in self._workers if found else ():
             worker.renew()
@@ -365,9 +379,10 @@ class RewardRunner:
 
     def _load(self) -> list[LoadedFunction]:
         """Load each function in one worker, in parallel; the other workers load it when they first need it."""
+        functions: dict[int, LoadedFunction] = dict.fromkeys(self._in_process, DESCRIPTION)
         for key in range(len(self.specs)):
-            self._home(key).to_load.append(key)
-        functions: dict[int, LoadedFunction] = {}
+            if key not in functions:
+                self._home(key).to_load.append(key)
         tries = [0] * len(self.specs)
 
         def take(worker: WorkerProcess, reply: Reply) -> None:
@@ -469,8 +484,9 @@ class Scoring:
         num_samples: int,
         share: Share | None = None,
         review: Review | None = None,
+        in_process: Mapping[int, InProcess] | None = None,
     ):
-        self._share, self._review = share, review
+        self._share, self._review, self._in_process = share, review, in_process or {}
         self._reviewed: RewardResult | None = None
         self._specs, self._functions, self._workers = specs, functions, workers
         self._batch = batch
@@ -550,6 +566,11 @@ class Scoring:
         if self._reviewed is None:
             result = self._batch.result()
             result = result if self._share is None else merge_results(self._share.gather(result))
+            inputs = self._batch.inputs
+            completions = [inputs.drawn[sample].completion for sample in range(self._size)]
+            for key, function in self._in_process.items():
+                name = self._specs[key].name
+                result = with_values(result, key, name, function, inputs.prompts, completions)
             self._reviewed = result if self._review is None else self._review(self._batch, result)
         return self._reviewed
 

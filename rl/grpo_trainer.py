@@ -102,7 +102,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         # run folder: so far nothing on disk has changed; with check_only, `begin` only reads
         identity = run_identity(config, origin, data)
         run = stack.enter_context(RunOutput(config, "grpo", identity, log, check_only=check_only, trust=trust))
-        rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log))
+        rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log, mesh))
         collector = Collector(config, data, sampler, rewards, sampling, tokenizer, log)
         checkpoints = run.begin(mesh, init_policy_fn, abstract_state, with_reference=bool(config.reference.sync_every))
         announce(log, config, run, data, origin, policy, mesh, packing)

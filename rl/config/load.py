@@ -43,6 +43,7 @@ RESUMABLE_KEYS = (
     "rewards.num_workers",
     "rewards.memory_gb",
     "rewards.max_failed_share",
+    "rewards.model_tokens",
     "rewards.env",
     "rewards.check_on_gold",
     "sampling.slots",

@@ -97,6 +97,7 @@ RANGES = {
     "rewards.num_workers": Range(1, 1000),
     "rewards.timeout_seconds": Range(0, 1e6, above=True),
     "rewards.max_failed_share": Range(0, 1, note=", a share of the completions; 1 never ends the run"),
+    "rewards.model_tokens": _SIZE,
     "rewards.memory_gb": Range(0, 1e6, above=True, note=" or null (no limit)"),
     "rewards.overlong_buffer": Range(0, 1, note=", a share of sampling.max_completion_length; 0 turns it off"),
     "rewards.overlong_factor": _NOT_NEGATIVE,

@@ -10,7 +10,15 @@ from typing import Any
 
 from rewards.environment import check_memory_gb, check_names
 from rl.config.ranges import check_ranges
-from rl.config.sections import ESTIMATOR_NAMES, TUNIX_PREFIX, Config, is_user_function, prepare_keys, source_kind
+from rl.config.sections import (
+    ESTIMATOR_NAMES,
+    TUNIX_PREFIX,
+    Config,
+    is_user_function,
+    prepare_keys,
+    reward_model_source,
+    source_kind,
+)
 from rl.files.json_file import shown
 from rl.files.stores import check_path
 
@@ -86,6 +94,12 @@ def check_config(config: Config) -> None:
             f"punishment has this name, got {shown(names)}; give it another `name`"
         )
     for name, function in zip(names, config.rewards.functions, strict=True):
+        is_said = function.kwargs or function.needs_group or function.elementwise is not None
+        if is_said and reward_model_source(function.function) is not None:
+            raise ValueError(
+                f"rewards.functions: {shown(name)} must have neither kwargs nor elementwise nor needs_group, because a "
+                "reward model judges each completion by itself; leave them out"
+            )
         if function.needs_group and function.elementwise is not None:
             raise ValueError(
                 f"rewards.functions: {shown(name)} must not have both needs_group: true and elementwise: "
@@ -179,6 +193,9 @@ def _check_chat(config: Config) -> None:
 def _check_paths(config: Config) -> None:
     """Refuses URLs in keys that cannot be URLs. An unknown scheme would otherwise become a folder of that name."""
     model = config.model.source
+    reward_functions = {
+        f"rewards.functions.{i}.function": entry.function for i, entry in enumerate(config.rewards.functions)
+    }
     for key, value in (
         ("output_dir", config.output_dir),
         ("model.source", None if model is None else model.removeprefix(TUNIX_PREFIX)),
@@ -199,9 +216,11 @@ def _check_paths(config: Config) -> None:
         ("grpo.advantage_estimator", config.grpo.advantage_estimator),
         ("sampling.source", config.sampling.source),
         *prepare_keys(config).items(),
-        *((f"rewards.functions.{i}.function", entry.function) for i, entry in enumerate(config.rewards.functions)),
+        *((key, value) for key, value in reward_functions.items() if reward_model_source(value) is None),
     ):
         check_path(value, key, may_be_remote=False)
+    for key, value in reward_functions.items():
+        check_path(reward_model_source(value), key, may_be_remote=True)
 
 
 def _check_kl_in_reward(config: Config) -> None:

@@ -32,6 +32,7 @@ FREE_FORM = (
 ESTIMATOR_NAMES = ("grpo", "rloo", "maxrl", "reinforce++", "reinforce++_baseline")
 
 DType = Literal["float32", "bfloat16", "float64"]
+REWARD_MODEL_PREFIX = "model:"  # of a reward function, before the folder of a reward model
 TUNIX_PREFIX = "tunix:"  # of model.source, before the folder of a model that tunix.models computes
 
 
@@ -168,6 +169,7 @@ class RewardsSection:
     num_workers: int
     timeout_seconds: float
     max_failed_share: float
+    model_tokens: int
     memory_gb: float | None
     env: list[str]
     check_on_gold: bool
@@ -437,6 +439,11 @@ def prepare_keys(config: Config) -> dict[str, str | None]:
 def is_user_function(value: str) -> bool:
     """Whether a value names a function in a file, `path/to/file.py:function`."""
     return bool(re.search(r"\.py:\w+$", value))
+
+
+def reward_model_source(function: str) -> str | None:
+    """The folder or hub id of a reward function `model:FOLDER`; None for another function."""
+    return function.removeprefix(REWARD_MODEL_PREFIX) if function.startswith(REWARD_MODEL_PREFIX) else None
 
 
 def source_kind(source: str | None) -> Literal["decoder", "own", "tunix"]:

@@ -181,9 +181,9 @@ class Tokenizer:
             self._untrusted = Untrusted()
         return self._untrusted
 
-    def _render(self, messages: Messages, now: str | None = None) -> str:
+    def _render(self, messages: Messages, now: str | None = None, asks: bool = True) -> str:
         variables = {**self.backend.special_tokens_map, "tools": None, "documents": None, **self._template_kwargs}
-        variables |= {"messages": messages, "add_generation_prompt": True}
+        variables |= {"messages": messages, "add_generation_prompt": asks}
         return self._process().render(self.backend.get_chat_template(), variables, now)
 
     def _check_that_messages_matter(self, messages: Messages, text: str) -> None:
@@ -206,6 +206,22 @@ class Tokenizer:
         """Token ids of `render_chat(messages)`. BOS is there if the template writes it, and never twice."""
         # apply_chat_template does the same, but its result differs between versions.
         return self.encode(self.render_chat(messages), add_bos=False)
+
+    def encode_answered(self, messages: Messages) -> list[int]:
+        """Token ids of a chat up to and with its last message, by the tokenizer's own Jinja template, as
+        `apply_chat_template` of transformers gives them. BOS and EOS are there if the template writes them.
+
+        Raises:
+          ValueError: there is no chat template, or it refuses the messages, fails, takes or writes too much.
+        """
+        roles = shown([message.get("role") for message in messages])
+        if not self.has_chat_template:
+            raise ValueError(f"{self._template_name} must exist to write messages with roles {roles}, got none")
+        try:
+            text = self._render(messages, asks=False)
+        except UntrustedError as error:
+            raise ValueError(f"{self._template_name} must accept messages with roles {roles}, got {error}") from error
+        return self.encode(text, add_bos=False)
 
     @property
     def special_tokens(self) -> list[str]:

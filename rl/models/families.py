@@ -45,6 +45,8 @@ class Family:
       activation, rope_theta: the defaults.
 
       architecture: the name in config.json. `model_type` there is the key in `FAMILIES`.
+      reward_architecture: the name for the same decoder with a head that scores a sequence.
+      default_pad_id: the padding token where config.json leaves it out, as in transformers' class of the family.
       config_keys: keys of config.json that are written, besides those of every family. "hidden_activation" among them
         replaces "hidden_act".
       known_keys: keys of config.json that are read, or accepted at values that switch nothing on.
@@ -67,6 +69,8 @@ class Family:
     rope_theta: float = 10_000.0
 
     architecture: str
+    reward_architecture: str
+    default_pad_id: int | None = None
     config_keys: tuple[str, ...] = ()
     known_keys: tuple[str, ...] = ()
     config_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -80,6 +84,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         may_have_mlp_bias=True,
         architecture="LlamaForCausalLM",
+        reward_architecture="LlamaForSequenceClassification",
         config_keys=("attention_bias", "mlp_bias"),
         kv_heads_default=True,
         maxtext=MaxTextLayout(divides_queries=True, has_two_ropes=True),
@@ -88,6 +93,7 @@ FAMILIES: dict[str, Family] = {
         always_attention_bias=True,
         output_bias=False,
         architecture="Qwen2ForCausalLM",
+        reward_architecture="Qwen2ForSequenceClassification",
         config_keys=("use_sliding_window", "sliding_window"),
         known_keys=_QWEN_SLIDING_KEYS,
         maxtext=MaxTextLayout(),
@@ -95,6 +101,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(
         qk_norm=True,
         architecture="Qwen3ForCausalLM",
+        reward_architecture="Qwen3ForSequenceClassification",
         config_keys=("use_sliding_window", "sliding_window", "attention_bias"),
         known_keys=_QWEN_SLIDING_KEYS,
         config_defaults={"head_dim": 128},
@@ -110,6 +117,8 @@ FAMILIES: dict[str, Family] = {
         activation="gelu_tanh",
         rope_theta=1_000_000.0,
         architecture="Gemma3ForCausalLM",
+        reward_architecture="Gemma3TextForSequenceClassification",
+        default_pad_id=0,
         config_keys=(
             *("hidden_activation", "attention_bias", "query_pre_attn_scalar", "rope_local_base_freq"),
             *("sliding_window", "layer_types", "sliding_window_pattern"),

@@ -43,7 +43,7 @@ class FinalAccuracy:
         tokenizer: Tokenizer,
         rows: Sequence[PromptRow],
     ) -> None:
-        self._config, self._rows, self._tokenizer = config, rows, tokenizer
+        self._config, self._rows, self._tokenizer, self._mesh = config, rows, tokenizer, mesh
         self._sampling = sampling_params(config, eos_ids(config, model_config, tokenizer))
         self._sampler: CompletionSource | None = None
         if not (rows and config.rewards.functions):
@@ -52,7 +52,7 @@ class FinalAccuracy:
         self._sampler = sampler = create_sampler(config, policy, mesh, param_shardings, tokenizer)
         sampler.expect([row.prompt_ids for row in rows])
         sampler.check(len(rows), 1, greedy(self._sampling))
-        start_rewards(config, rows, None).close()
+        start_rewards(config, rows, None, mesh).close()
 
     def say(self, params: Any, log_path: pathlib.Path | None, console: Console) -> None:
         """Measures the accuracy with these weights, and prints it. `log_path`: the file for the output of reward
@@ -61,7 +61,7 @@ class FinalAccuracy:
         if self._sampler is None:
             return
         reward = self._config.eval.reward
-        with start_rewards(self._config, self._rows, log_path) as runner:
+        with start_rewards(self._config, self._rows, log_path, self._mesh) as runner:
             if problem := left_out_of_evaluation(runner, reward):
                 console.warning(problem)
             result = evaluate(self._sampler, params, self._rows, runner, self._tokenizer, self._sampling, reward)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from rewards.batch import RewardResult, Share
 from rewards.contract import Calls, RewardSpec
@@ -22,6 +23,7 @@ from rl.data.prompts import Prompt, PromptRow
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices import hosts
 from rl.devices.mesh import no_implicit_transfers
+from rl.rollout.reward_model import check_prompts, open_reward_models
 from rl.run.console import Console
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import Completion, CompletionSource, requests_for
@@ -30,12 +32,17 @@ from rl.sampler.token_draw import SamplingParams
 _ROWS_TO_TRY = 100  # rows among which two with different prompts are searched
 
 
-def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.Path | None) -> RewardRunner:
+def start_rewards(
+    config: Config, rows: Sequence[PromptRow], log_path: pathlib.Path | None, mesh: Mesh | None
+) -> RewardRunner:
     """Starts the worker processes with the run's reward functions, which may use every column of the data rows.
 
     Each process of the run has its own workers, which judge its share of the completions. Some rows serve to find out
-    how the functions are called.
+    how the functions are called. Reward models lie on the mesh, where all processes compute them together;
+    without such models it may be None.
     """
+    models = open_reward_models(config, mesh)
+    check_prompts(models, [prompt_form(row.prompt) for row in rows[:1]])
     said: dict[bool | None, Calls | None] = {None: None, True: "elementwise", False: "whole_batch"}
     specs = [
         RewardSpec(
@@ -66,6 +73,7 @@ def start_rewards(config: Config, rows: Sequence[PromptRow], log_path: pathlib.P
         rows=[(prompt_form(row.prompt), row.columns) for row in rows[:_ROWS_TO_TRY]],
         share=share,
         moment=Moment(max_steps=config.grpo.steps),
+        in_process=models,
     )
     for calls in hosts.gather(runner.calls):
         runner.adopt(calls)

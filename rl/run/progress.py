@@ -22,7 +22,7 @@ from rl.run.health import HealthState, healthy
 from rl.run.log import RunLog
 from rl.run_folder.contents import HELD_OUT
 from rl.state.checkpoint import Checkpoints
-from rl.state.origin import Origin, pretrained_params
+from rl.state.origin import Origin, pretrained_params, reward_model_identity
 from rl.state.states import InitStateFn, frozen_base, setup_training_state
 
 # Of a `rl.rollout.collector.Collector`; a checkpoint of an older version lacks the later ones.
@@ -31,12 +31,12 @@ REWARD_STATE = ("reward_calls", "reward_doubts", "reward_steps_down", ORDER_STEP
 
 
 def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
-    """The identity of a run in `run.json`: sources and hashes of policy, reference, prompts, a user's files, and reward
-    functions that are given as objects. ValueError where two processes would start different runs.
+    """The identity of a run in `run.json`: sources and hashes of policy, reference, prompts, a user's files, reward
+    models, and reward functions that are given as objects. ValueError where two processes would start different runs.
     """
     reference = origin.identity if config.grpo.beta else None
     hashes = {"data": fingerprint(data.train), HELD_OUT: held_out_fingerprint(data.held_out)}
-    hashes |= file_hashes(config) | prepare_hashes(config)
+    hashes |= file_hashes(config) | prepare_hashes(config) | reward_model_identity(config)
     return _same({"policy": origin.identity, "reference": reference, **hashes, **function_hashes(config)}, config)
 
 

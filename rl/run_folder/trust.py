@@ -22,7 +22,7 @@ from typing import Any
 
 from rl.config.load import Config
 from rl.config.objects import is_object
-from rl.config.sections import is_user_function, prepare_keys, source_kind
+from rl.config.sections import is_user_function, prepare_keys, reward_model_source, source_kind
 from rl.files.local_files import file_hash, write_file
 from rl.run_folder.contents import CONFIG, FILES_KEY, FORMAT, FORMAT_KEY, IDENTITY
 
@@ -90,12 +90,14 @@ class Code:
 
 def code_of(config: Config) -> list[Code]:
     """All code that a configuration names, except ready-made rewards, and objects, which the caller gives. Imports
-    nothing.
+    nothing. A reward model is no code.
     """
     found = [
         Code("rewards.functions", entry.function, REWARDS, _file_of(entry.function))
         for entry in config.rewards.functions
-        if entry.function not in READY_MADE and not is_object(entry.function)
+        if entry.function not in READY_MADE
+        and not is_object(entry.function)
+        and reward_model_source(entry.function) is None
     ]
     if source_kind(config.model.source) == "own":
         found.append(Code("model.source", str(config.model.source), MODEL, _file_of(str(config.model.source))))

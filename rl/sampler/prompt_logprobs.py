@@ -51,24 +51,12 @@ class PromptScorer:
           For each prompt [T - 1], float32 or wider: entry t belongs to token t + 1, given the tokens before it. The
           first token has no log-prob, because nothing comes before it.
         """
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        length = size_at_least(max(longest, MIN_TABLE_LENGTH))
-        most_per_row = length if self._policy.packs_rows else 1
-        rows = pack_rows([len(prompt) for prompt in prompts], length, most_per_row)
-        most = max(TOKENS_PER_CALL // length // self._num_shards, 1)
-        num_rows = self._num_shards * min(most, size_at_least(-(-len(rows) // self._num_shards)))
-        key = num_rows, length, temperature or 1.0, chunk_size
-        program = self._programs.get(key, lambda: self._compile(params, *key))
         results: dict[int, np.ndarray] = {}
-        for first in range(0, len(rows), num_rows):
-            part = rows[first : first + num_rows]
-            inputs = empty_inputs(num_rows, length)
-            for number, row, span in _spans(part, prompts):
-                inputs.tokens_BT[row, span] = prompts[number]
-                inputs.positions_BT[row, span] = np.arange(len(prompts[number]))
-                inputs.group_ids_BT[row, span] = number
+        for inputs, places in packed_calls(prompts, TOKENS_PER_CALL, self._num_shards, self._policy.packs_rows):
+            key = *inputs.tokens_BT.shape, temperature or 1.0, chunk_size
+            program = self._programs.get(key, lambda key=key: self._compile(params, *key))
             logprobs_RT = np.asarray(program(params, inputs))
-            for number, row, span in _spans(part, prompts):
+            for number, row, span in places:
                 results[number] = logprobs_RT[row, span.start : span.stop - 1]
         return [results[number] for number in range(len(prompts))]
 
@@ -95,6 +83,32 @@ class PromptScorer:
         inputs = Inputs(*(jax.ShapeDtypeStruct((num_rows, length), jnp.int32),) * 4)
         shardings = (self._param_shardings, Inputs(*(self._rows,) * 4))
         return Program(of_rows, shardings, self._rows).prepare((params, inputs))
+
+
+def packed_calls(
+    prompts: Sequence[Sequence[int] | np.ndarray], tokens_per_call: int, num_shards: int, packs_rows: bool
+) -> Iterator[tuple[Inputs, list[tuple[int, int, slice]]]]:
+    """Prompts, at least one token each, as calls of one shape: rows of one length, a multiple of `num_shards` of them.
+
+    Args:
+      tokens_per_call: the most tokens of a call over all rows, unless one prompt for each shard is longer.
+      packs_rows: whether a row may hold several prompts, each a group of its own.
+
+    Yields:
+      numpy inputs [R, T], and (number of a prompt, its row, its positions in the row).
+    """
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    length = size_at_least(max(longest, MIN_TABLE_LENGTH))
+    rows = pack_rows([len(prompt) for prompt in prompts], length, length if packs_rows else 1)
+    most = max(tokens_per_call // length // num_shards, 1)
+    num_rows = num_shards * min(most, size_at_least(-(-len(rows) // num_shards)))
+    for first in range(0, len(rows), num_rows):
+        inputs, places = empty_inputs(num_rows, length), list(_spans(rows[first : first + num_rows], prompts))
+        for number, row, span in places:
+            inputs.tokens_BT[row, span] = prompts[number]
+            inputs.positions_BT[row, span] = np.arange(len(prompts[number]))
+            inputs.group_ids_BT[row, span] = number
+        yield inputs, places
 
 
 def pack_rows(lengths: Sequence[int], row_length: int, most_per_row: int) -> list[list[int]]:

@@ -71,7 +71,7 @@ def evaluate_source(
         trained = load_source(source)
         sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
         sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
-        with contextlib.closing(sampler), start_rewards(config, rows, None) as runner:
+        with contextlib.closing(sampler), start_rewards(config, rows, None, trained.mesh) as runner:
             problem = left_out_of_evaluation(runner, config.eval.reward)
             if problem and accuracy_function(runner, config.eval.reward) is None:
                 raise ValueError(problem)

@@ -3,7 +3,8 @@ empty, before anything is trained.
 
 In: a configuration, and if wanted a run whose samples are judged, too. Out: a table of mean rewards, with one line for
 each sort of completion, the seconds and failures of each function, and a verdict: whether a right answer scores above
-junk. No weights are read, and no accelerator is touched. The functions run in workers, as in training.
+junk. The policy's weights are not read, and no accelerator is touched. The functions run in workers, as in training;
+reward models run on the processor.
 """
 
 import argparse
@@ -17,13 +18,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from rewards.probe import answer_forms, long_text, prompt_text
 from rewards.rubric import weighted_sum
 from rewards.runner import RewardRunner
-from rl.config.load import load_config, require
+from rl.config.load import Config, load_config, require
+from rl.config.sections import reward_model_source
 from rl.data.prompts import Prompt, PromptRow, load_prompts
 from rl.data.tokenizer import Tokenizer, split_prefill
+from rl.devices.mesh import create_mesh
 from rl.files.output_file import check_writable
 from rl.models.files.folders import write_json
 from rl.rollout.scoring import completion_form, prompt_form, start_rewards
@@ -100,7 +104,7 @@ def check(
     data = load_prompts(config, tokenizer)
     rows = list({_key(row.prompt): row for row in reversed(data.train)}.values())[::-1][:num_rows]
     recorded = [] if samples is None else _recorded(samples, [*data.train, *data.held_out])
-    with start_rewards(config, data.train, None) as runner:
+    with start_rewards(config, data.train, None, _mesh(config)) as runner:
         made = _made(rows, tokenizer, config.sampling.max_completion_length)
         results = [_score(runner, made, group_size=len({sort for sort, *_ in made}))]
         if recorded:
@@ -121,6 +125,15 @@ def check(
         verdict=verdict,
         is_wrong=is_wrong,
     )
+
+
+def _mesh(config: Config) -> Mesh | None:
+    """A mesh of one device with the axes of the run's own, for reward models; None without one."""
+    if all(reward_model_source(entry.function) is None for entry in config.rewards.functions):
+        return None
+    axes = dict.fromkeys(config.mesh.axes, 1)
+    section = dataclasses.replace(config.mesh, num_devices=1, data=1, fsdp=1, tensor=1, axes=axes, dcn={})  # pyright: ignore[reportArgumentType]
+    return create_mesh(section)
 
 
 class _Completion(NamedTuple):

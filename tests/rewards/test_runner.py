@@ -1224,6 +1224,31 @@ def test_ready_made_functions_run_in_workers_and_a_hanging_expression_costs_its_
 # Several processes
 
 
+def test_a_function_in_this_process_gets_the_whole_batch_in_each_and_its_failures_are_counted(write):
+    spec = write("def length(completion):\n    return float(len(completion))\n")
+    seen, completions = [], ["a", "ccc", "", "dddd"]
+
+    def model(prompts, completions):
+        seen.append((prompts, completions))
+        return [0.5, float("nan"), ("exception", "too long"), 2e6]
+
+    specs = [spec("length"), RewardSpec("model", "model:folder", 1.0, {})]
+    share = Share(0, 2, lambda result: [result])
+    with RewardRunner(specs, [], 1, 5.0, in_process={"model": model}, share=share) as runner:
+        assert (runner.in_process, runner.elementwise) == (["model"], ["length", "model"])
+        result = runner.score(["p"] * 4, completions, {}, group_size=2)
+        assert seen == [(["p"] * 4, completions)]
+        assert result.rewards == [[1.0, 0.5], [3.0, None], [None, None], [None, None]]  # the other half is another's
+        assert result.counts["model"] == dict.fromkeys(COUNTS, 0) | dict.fromkeys(
+            ("exception", "not_a_number", "out_of_range"), 1
+        )
+        assert result.problems[0] == "reward 'model' sample 1: not_a_number: gave nan"
+        assert len(result.failures["model"]) == 3
+        runner.score(["p"], ["a"], {}, names=["length"])
+        check_on_gold(runner, "p", "a", {})
+        assert len(seen) == 1
+
+
 def test_shares_of_a_batch_are_disjoint_and_make_the_whole(write):
     spec = write("""
         def length(completion):

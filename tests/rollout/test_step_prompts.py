@@ -13,6 +13,7 @@ from rl.config.load import load_config
 from rl.data.order import Order, order_of
 from rl.data.prompts import PromptRow, load_prompts, next_indices, step_indices
 from rl.data.tokenizer import load_tokenizer
+from rl.devices.mesh import create_mesh
 from rl.grpo_trainer import train
 from rl.rollout.groups import Judged
 from rl.rollout.scoring import start_rewards
@@ -156,7 +157,7 @@ def test_a_weighted_function_of_whole_batches_is_refused_beside_refills(tmp_path
         ({}, "grpo.dynamic_sampling_rounds=0"),
     ):
         config = recipe(tmp_path, functions(**fields), override)
-        with start_rewards(config, prompt_rows(2), None) as runner:
+        with start_rewards(config, prompt_rows(2), None, create_mesh(config.mesh)) as runner:
             check_calls(config, runner)
 
 

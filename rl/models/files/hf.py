@@ -103,7 +103,11 @@ def content_hash(folder: pathlib.Path, files: list[pathlib.Path], full_bytes: in
 
 
 def load_params(
-    folder: str | pathlib.Path, config: ModelConfig, shardings: Any = None, allow_nonfinite: bool = False
+    folder: str | pathlib.Path,
+    config: ModelConfig,
+    shardings: Any = None,
+    allow_nonfinite: bool = False,
+    head: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
     """The parameter tree of a folder as jax arrays in `config.param_dtype`, read tensor by tensor.
 
@@ -111,11 +115,12 @@ def load_params(
     read. Quantised weights stay as they are stored.
 
     `shardings`: a tree like the parameters with a `jax.sharding.Sharding` at each leaf, or None for the default device.
-    Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, for files that are
-    missing or cut short, and, unless `allow_nonfinite`, for NaN and infinity, naming file and tensor.
+    `head`: see `check_weights`; its tensors are not read. Raises ValueError for missing, extra or misshapen tensors,
+    for types that are not floating point, for files that are missing or cut short, and, unless `allow_nonfinite`, for
+    NaN and infinity, naming file and tensor.
     """
     param_dtype = dtype_of(config.param_dtype)
-    locations = check_weights(folder, config)
+    locations = check_weights(folder, config, head)
     params: dict[str, Any] = {}
     for path, spec in flatten_specs(base_specs(config)):
         value, name = read_weight(locations, config, path, spec), tensor_name(path)
@@ -125,22 +130,26 @@ def load_params(
         else:
             value = as_finite(value, param_dtype, name, allow_nonfinite)
         set_leaf(params, path, place(config, path, value, leaf_at(shardings, path) if shardings else None))
-    if config.tie_word_embeddings and "lm_head.weight" in locations:
+    if head is None and config.tie_word_embeddings and "lm_head.weight" in locations:
         _check_tied(locations)
     return params
 
 
-def check_weights(folder: str | pathlib.Path, config: ModelConfig) -> dict[str, pathlib.Path]:
+def check_weights(
+    folder: str | pathlib.Path, config: ModelConfig, head: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, pathlib.Path]:
     """The file of every tensor in a folder, after checking against `config` what the files' headers say; reads no data.
 
-    Raises ValueError for missing, extra or misshapen tensors, for types that are not floating point, and for files that
-    are missing or cut short, naming file and tensor.
+    `head`: {tensor: shape} of a head that a model has in place of the one that gives logits. Raises ValueError for
+    missing, extra or misshapen tensors, for types that are not floating point, and for files that are missing or cut
+    short, naming file and tensor.
     """
     folder = pathlib.Path(folder)
     locations = tensor_locations(folder)
     try:
         check_patterns(config)
         names = _stored_tensors(config)
+        names |= {name: (shape, FLOAT_TYPES) for name, shape in (head or {}).items()}
     except ValueError as error:  # a pattern that takes too long, or a group size that does not fit
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     _check_tensor_names(folder, names, locations, config)
