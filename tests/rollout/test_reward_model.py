@@ -13,6 +13,7 @@ from rl.grpo_trainer import train
 from rl.models.files.reward_model import read_reward_config
 from rl.rollout.reward_model import RewardModel, open_reward_models
 from rl.run.metrics import read_metrics, read_samples
+from rl.run_folder.trust import code_of
 from tests.helpers.reward_model_golden import ARCHITECTURES, EXPECTED, SEQUENCES, write_folder
 
 RECIPE = """
@@ -87,6 +88,16 @@ def test_what_is_no_reward_model_is_refused(tmp_path, changes, message):
     folder = write_folder("qwen3", tmp_path / "qwen3", **changes)
     with pytest.raises(ValueError, match=message):
         read_reward_config(folder)
+
+
+def test_an_entry_with_settings_of_a_function_is_refused_and_a_model_is_no_code_to_trust(tmp_path):
+    for fields in ({"kwargs": {"scale": 2}}, {"elementwise": True}, {"needs_group": True}):
+        functions = json.dumps([{"function": "model:judge", "name": "judge", **fields}])
+        with pytest.raises(
+            ValueError, match=r"rewards.functions: 'judge' must have neither kwargs nor elementwise nor"
+        ):
+            recipe(tmp_path, "judge", f"rewards.functions={functions}")
+    assert code_of(recipe(tmp_path, "judge")) == []
 
 
 def test_a_folder_without_a_head_or_for_a_larger_tokenizer_is_refused_by_name(tmp_path):
