@@ -38,9 +38,7 @@ def with_values(
     values = [_checked(value) for value in function(prompts, completions)] if prompts else []
     seconds = result.seconds | {name: time.monotonic() - start}
     failed = [(sample, value) for sample, value in enumerate(values) if isinstance(value, tuple)]
-    counts = dict.fromkeys(COUNTS, 0)
-    for _, (kind, _) in failed:
-        counts[kind] += 1
+    kinds = [kind for _, (kind, _) in failed]
     problems, failures = failure_lines(name, failed)
     return dataclasses.replace(
         result,
@@ -48,7 +46,7 @@ def with_values(
             [*row[:key], None if isinstance(value, tuple) else value, *row[key + 1 :]]
             for row, value in zip(result.rewards, values, strict=True)
         ],
-        counts=result.counts | {name: counts},
+        counts=result.counts | {name: {kind: kinds.count(kind) for kind in COUNTS}},
         problems=[*result.problems, *problems],
         seconds=seconds,
         failures=result.failures | ({name: failures} if failures else {}),
