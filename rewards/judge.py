@@ -13,7 +13,8 @@ texts, so no text can hold the mark that would end it, and the judge is told to 
 score is read from the judge's answer alone.
 
 The library repeats a request after network errors, time limits and the statuses 408, 409, 429 and 5xx, with
-exponential back-off and jitter, or when the server says. An answer without a score is asked for again. What fails in
+exponential back-off and jitter, or when the server says. An answer without a score is shown to the judge,
+which is asked again. What fails in
 the end raises, which costs the sample and is counted.
 
 `folder` keeps what workers and runs share: answers by the hash of this module, the address and the request
@@ -371,11 +372,12 @@ async def _ask(
     if judge.extra_body:
         request["extra_body"] = dict(judge.extra_body)
     shared = None if judge.folder is None else _Shared(judge)
-    key = None
+    key, cache = "", None
     if shared is not None and judge.cache_mb and (judge.temperature == 0 or judge.seed is not None):
+        cache = shared
         key = hashlib.sha256(json.dumps([_own_hash(), judge.base_url, request], sort_keys=True).encode()).hexdigest()
     for attempt in range(judge.attempts):
-        found = None if key is None or attempt else shared.answer(key)
+        found = None if cache is None or attempt else cache.answer(key)
         log_metric("cached", float(found is not None))
         if found is None:
             found = await _answer(judge, request, shared, log_metric)
@@ -385,10 +387,12 @@ async def _ask(
             log_metric("unreadable", 1.0)
             if attempt + 1 == judge.attempts:
                 raise
+            again = {"role": "user", "content": "Your answer has no score as it was asked for. Answer again, with one."}
+            request["messages"] = [*messages, {"role": "assistant", "content": found.text}, again]
             continue
         log_metric("unreadable", 0.0)
-        if key is not None:
-            shared.keep(key, found)
+        if cache is not None:
+            cache.keep(key, found)
         return rewards, found.text
     raise AssertionError("unreachable: attempts is at least 1")
 

@@ -184,6 +184,8 @@ def test_an_answer_without_a_score_is_asked_for_again_and_then_costs_the_sample(
     with serving(says(bad), says("<score>10</score>")) as server:
         reward, log = score(server)
     assert (reward, log.metrics["unreadable"]) == (1.0, [1.0, 0.0])
+    assert [message["role"] for message in server.requests[1]["messages"]] == ["system", "user", "assistant", "user"]
+    assert server.requests[1]["messages"][2]["content"] == bad
     with serving(says(bad)) as server, pytest.raises(judge.NoScore):
         score(server)
     assert len(server.requests) == 2
