@@ -13,9 +13,8 @@ texts, so no text can hold the mark that would end it, and the judge is told to 
 score is read from the judge's answer alone.
 
 The library repeats a request after network errors, time limits and the statuses 408, 409, 429 and 5xx, with
-exponential back-off and jitter, or when the server says. An answer without a score is shown to the judge,
-which is asked again. What fails in
-the end raises, which costs the sample and is counted.
+exponential back-off and jitter, or when the server says. An answer without a score is shown to the judge, which is
+asked again. What fails in the end raises, which costs the sample and is counted.
 
 `folder` keeps what workers and runs share: answers by the hash of this module, the address and the request
 (`answers/`), and what was asked and spent (`spent.json`). Without it there is no cache, no budget and no limit of the

@@ -140,7 +140,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
                 reference = sync_reference(reference, state, steps_done)  # in every reference.sync_every-th step
             # 4. look at the step's health; evaluate where it is due
             checkup = checkups.examine(progress.health, rollout.metrics | train_metrics, state, rollout.advantages_B)
-            metrics = checkup.metrics | collector.evaluate_if_due(state, steps_done)
+            metrics = {**checkup.metrics, **collector.evaluate_if_due(state, steps_done)}
             # 5. write the step's line and samples
             num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
             log.step(steps_done, metrics, rollout.num_tokens, sample_records(rollout, num_samples))
