@@ -1,4 +1,4 @@
-"""Rewards: programs that pass their tests (library `pydantic-monty`, extra `code`).
+"""Rewards: programs that pass their tests (library `pydantic-monty`, extra `code`, or `sandbox: process`).
 
 In: completions with Python in them, and tests. Out: 1 or 0, or the share of the tests that pass.
 
@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
-from rewards.code_child import NotLiteralError, literal
-from rewards.code_sandbox import INSTALL, NO_LITERAL, GoneError, Interpreter, RaisedError, Sandbox, error_of, monty
+from rewards.code_child import NotLiteralError, error_of, literal
+from rewards.code_process import NoSandboxError, ProcessSandbox
+from rewards.code_sandbox import INSTALL, NO_LITERAL, GoneError, Interpreter, RaisedError, Sandbox, monty
 from rewards.code_tests import Tests, UnreadableTestsError, read_tests
 from rewards.contract import checked_by, elementwise
 from rewards.extras import import_extra
@@ -44,6 +45,12 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> None:
             import_extra("pydantic_monty", INSTALL, "sandbox monty")
         except ModuleNotFoundError as error:
             raise ValueError(str(error)) from error
+    else:
+        try:
+            with ProcessSandbox(10, 256).open():
+                pass  # it can be had here
+        except NoSandboxError as error:
+            raise ValueError(str(error)) from error
 
 
 @elementwise
@@ -56,7 +63,7 @@ def unit_tests(
     starter: Sequence[str | None] | None = None,
     setup: Sequence[str | Sequence[str] | None] | None = None,
     score: Literal["all", "share"] = "all",
-    sandbox: Literal["monty"] = "monty",
+    sandbox: Literal["monty", "process"] = "monty",
     timeout: float = 10.0,
     memory_mb: float = 256.0,
     log_metric: _Log = lambda *_: None,
@@ -76,7 +83,8 @@ def unit_tests(
 
     A test counts if it calls the program, and fails if the program gives no literal. None for a row whose tests cannot
     be judged; `code_problem` in the sample says why. Metrics: `code_not_literal`, the share of completions that gave a
-    value that is no literal. Raises ValueError for wrong settings; ModuleNotFoundError without the library.
+    value that is no literal. Raises ValueError for wrong settings; ModuleNotFoundError without the library, and
+    NoSandboxError without namespaces.
     """
     rows = zip(prompts, tests, *_columns(len(completions), entry_point, starter, setup), strict=True)
 
@@ -102,7 +110,7 @@ def input_output(
     fn_name: Sequence[str | None] | None = None,
     starter: Sequence[str | None] | None = None,
     score: Literal["all", "share"] = "all",
-    sandbox: Literal["monty"] = "monty",
+    sandbox: Literal["monty", "process"] = "monty",
     timeout: float = 10.0,
     memory_mb: float = 256.0,
     log_metric: _Log = lambda *_: None,
@@ -142,8 +150,8 @@ class _Verdict(NamedTuple):
 def _check(score: Any = "all", sandbox: Any = "monty", timeout: Any = 10, memory_mb: Any = 256) -> None:
     if score not in ("all", "share"):
         raise ValueError(f'score must be "all" or "share", got {score!r}')
-    if sandbox != "monty":
-        raise ValueError(f'sandbox must be "monty", got {sandbox!r}')
+    if sandbox not in ("monty", "process"):
+        raise ValueError(f'sandbox must be "monty" or "process", got {sandbox!r}')
     for name, value, least in (("timeout", timeout, 0.1), ("memory_mb", memory_mb, 32)):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not least <= value < math.inf:
@@ -151,8 +159,7 @@ def _check(score: Any = "all", sandbox: Any = "monty", timeout: Any = 10, memory
 
 
 def _sandbox(name: str, timeout: float, memory_mb: float) -> contextlib.AbstractContextManager[Sandbox]:
-    del name
-    return monty(timeout, memory_mb)
+    return monty(timeout, memory_mb) if name == "monty" else contextlib.nullcontext(ProcessSandbox(timeout, memory_mb))
 
 
 def _columns(size: int, *columns: Sequence[Any] | None) -> list[Sequence[Any]]:

@@ -1,13 +1,29 @@
 """What runs in an interpreter of `sandbox: process`, and the literals that cross between interpreters.
 
-In: requests, one JSON line each. Out: one JSON line each. The parent (`rewards.code_sandbox`) believes nothing of what
+In: requests, one JSON line each. Out: one JSON line each. The parent (`rewards.code_process`) believes nothing of what
 comes back but that it is a literal: the program under test lives in the same interpreter as this module, and may write
 any answer it likes, which can only be its own answer.
+
+The process that the parent starts leaves its namespaces behind and starts a second one, the first of a pid namespace,
+which drops what it may still do and serves. The first waits, and kills the second when the parent closes the pipe.
 
 This file is given to `python -c` as text, so it imports nothing but the standard library.
 """
 
+import builtins
+import contextlib
+import ctypes
+import glob
+import io
 import json
+import math
+import os
+import resource
+import select
+import signal
+import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
 _MARKS = {list: "l", tuple: "t", set: "s", frozenset: "f"}
@@ -81,3 +97,269 @@ def decode(form: Any) -> Any:
 def dumps(form: Any) -> bytes:
     """A JSON line."""
     return json.dumps(form).encode() + b"\n"
+
+
+# Leaving the host
+
+_NEW_NS, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = 1 << 17, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
+_BIND, _REC, _PRIVATE, _DETACH = 1 << 12, 1 << 14, 1 << 18, 2  # of mount(2) and umount(2)
+_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE = 442, -100, 0x8000
+_READ_ONLY_NO_SUID_NO_DEV = 7
+_SET_DUMPABLE, _SET_NO_NEW_PRIVS = 4, 38  # of prctl(2)
+_NOBODY = 65534
+_FILE_MB, _FILES = 4, 32
+_ROOT = "/proc"  # where the new root is built: a folder that is there, and of which nothing is needed any more
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+
+
+class _Libc:
+    """Calls of the C library, which raise OSError with the call's name."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(None, use_errno=True)
+
+    def __call__(self, name: str, *arguments: Any) -> int:
+        result = getattr(self._library, name)(*(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
+        if result == -1:
+            number = ctypes.get_errno()
+            raise OSError(number, f"{name}: {os.strerror(number)}")
+        return result
+
+    def mount(self, source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+        self("mount", source.encode(), target.encode(), kind.encode(), flags, data.encode())
+
+
+def leave_host(memory_mb: float, timeout: float, refuse: Callable[[str], None]) -> None:
+    """Returns in a new process that has left the host, or ends the calling one.
+
+    What it keeps: the libraries of the system and of Python, which it may read, and an empty folder /tmp of 16 MB.
+    What it has not: users' files, site-packages, /proc, /dev, a network, other processes, new processes and threads.
+    refuse: is called with the reason where that cannot be had.
+    """
+    libc = _Libc()
+    is_root = os.getuid() == 0
+    apart = _NEW_NS | _NEW_UTS | _NEW_IPC | _NEW_PID | _NEW_NET
+    try:
+        user, group = os.getuid(), os.getgid()
+        libc("unshare", apart if is_root else apart | _NEW_USER)
+        if not is_root:
+            _map_user(os.open("/proc", os.O_PATH), 0, user, 0, group)
+        child = os.fork()
+        if child == 0:
+            _leave(libc, is_root, memory_mb, timeout)
+            return
+    except OSError as error:
+        refuse(str(error))
+        os._exit(1)
+    _wait(child)
+
+
+def _wait(child: int) -> None:
+    """Waits for the child's end, or kills it when nobody is left who could send it requests."""
+    poll = select.poll()
+    poll.register(0, 0)  # POLLHUP alone
+    poll.register(os.pidfd_open(child), select.POLLIN)
+    poll.poll()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os._exit(0)
+
+
+def _map_user(processes: int, user: int, outer_user: int, group: int, outer_group: int) -> None:
+    """One user and one group of the new user namespace. processes: the folder /proc."""
+    _write(processes, "self/setgroups", "deny")
+    _write(processes, "self/uid_map", f"{user} {outer_user} 1")
+    _write(processes, "self/gid_map", f"{group} {outer_group} 1")
+
+
+def _write(processes: int, name: str, text: str) -> None:
+    file = os.open(name, os.O_WRONLY, dir_fd=processes)
+    try:
+        os.write(file, text.encode())
+    finally:
+        os.close(file)
+
+
+def _leave(libc: _Libc, is_root: bool, memory_mb: float, timeout: float) -> None:
+    with open("/proc/sys/kernel/shmmni", "w") as file:
+        file.write("0")  # no shared memory, which no limit of a process counts
+    processes = os.open("/proc", os.O_PATH)
+    _build_root(libc)
+    if is_root:
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+        libc("prctl", _SET_DUMPABLE, 1, 0, 0, 0)  # so that it may write its own maps
+    user, group = os.getuid(), os.getgid()
+    libc("unshare", _NEW_USER)
+    _map_user(processes, _NOBODY, user, _NOBODY, group)
+    # Of this namespace: none inside of it, in which it might mount more memory.
+    _write(processes, "sys/user/max_user_namespaces", "0")
+    os.close(processes)
+    libc("prctl", _SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    libc("capset", header, (ctypes.c_uint32 * 6)())
+    for name, most in (
+        (resource.RLIMIT_AS, int(memory_mb * (1 << 20))),
+        (resource.RLIMIT_CPU, math.ceil(timeout)),
+        (resource.RLIMIT_NPROC, 1),
+        (resource.RLIMIT_NOFILE, _FILES),
+        (resource.RLIMIT_FSIZE, _FILE_MB << 20),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        resource.setrlimit(name, (most, most))
+
+
+def _build_root(libc: _Libc) -> None:
+    libc.mount("none", "/", "", _REC | _PRIVATE)
+    null = os.open("/dev/null", os.O_RDWR)
+    libc.mount("none", _ROOT, "tmpfs", 0, "size=64k,mode=755")
+    made: list[str] = []
+    for folder in (*_LIBRARIES, *sorted(os.path.realpath(entry) for entry in sys.path)):
+        if os.path.islink(folder):
+            os.makedirs(os.path.dirname(_ROOT + folder), exist_ok=True)
+            os.symlink(os.readlink(folder), _ROOT + folder)
+        elif os.path.isdir(folder) and not any(folder.startswith(f"{other}/") for other in (*made, _ROOT)):
+            os.makedirs(_ROOT + folder)
+            libc.mount(folder, _ROOT + folder, "", _BIND | _REC)
+            made.append(folder)
+    for folder in made:  # installed packages may hold data sets
+        for pattern in ("", "/*"):
+            for name in ("site-packages", "dist-packages"):
+                for found in glob.glob(f"{glob.escape(_ROOT + folder)}{pattern}/{name}"):
+                    libc.mount("none", found, "tmpfs", 0, "size=4k")
+    os.mkdir(f"{_ROOT}/tmp")
+    settings = (ctypes.c_uint64 * 4)(_READ_ONLY_NO_SUID_NO_DEV, 0, 0, 0)
+    libc("syscall", _MOUNT_SETATTR, _AT_FDCWD, _ROOT.encode(), _AT_RECURSIVE, settings, ctypes.sizeof(settings))
+    libc.mount("none", f"{_ROOT}/tmp", "tmpfs", 14, "size=16m,nr_inodes=1k,mode=1777")
+    os.chdir(_ROOT)
+    libc("syscall", _PIVOT_ROOT[os.uname().machine], b".", b".")
+    libc("umount2", b".", _DETACH)
+    os.chdir("/tmp")
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.close(null)
+
+
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+
+# Serving
+
+
+class _Channel:
+    """The pipes to the parent, on files of their own: standard input and output lead nowhere."""
+
+    def __init__(self, incoming: int, outgoing: int):
+        self._lines = os.fdopen(incoming, "rb")
+        self._outgoing = outgoing
+
+    def receive(self) -> Any:
+        line = self._lines.readline()
+        if not line:
+            os._exit(0)
+        return json.loads(line)
+
+    def send(self, form: Any) -> None:
+        data = memoryview(dumps(form))
+        while data:
+            data = data[os.write(self._outgoing, data) :]
+
+
+def main() -> None:
+    """Serves requests until the parent closes the pipe."""
+    memory_mb, timeout = map(float, sys.argv[1:])
+    channel = _Channel(os.dup(0), os.dup(1))
+    leave_host(memory_mb, timeout, lambda reason: channel.send(["refused", reason]))
+    channel.send(["ready"])
+    module = types.ModuleType("program")
+    sys.modules["program"] = module
+    while True:
+        match channel.receive():
+            case ["run", source, names]:
+                module.__dict__.update({name: _stub(channel, name) for name in names})
+                answer = _tried(lambda source=source: _run(source, module))
+            case ["call", expression, args, kwargs]:
+                answer = _tried(lambda e=expression, a=args, k=kwargs: _call(e, decode(a), decode(k), module))
+            case ["program", source, given, most]:
+                answer = _tried(lambda source=source, given=given, most=most: _print(source, given, most))
+            case _:
+                os._exit(1)
+        channel.send(answer)
+
+
+def _tried(action: Callable[[], list[Any]]) -> list[Any]:
+    try:
+        return action()
+    except NotLiteralError as error:
+        return ["no_literal", str(error)]
+    except BaseException as error:  # noqa: BLE001, of any code, which must not end the answers
+        return ["raised", type(error).__name__, _message(error)]
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)[:200]
+    except BaseException:  # noqa: BLE001, of a __str__ of any code
+        return ""
+
+
+def _run(source: str, module: types.ModuleType) -> list[Any]:
+    exec(compile(source, "<program>", "exec"), module.__dict__)
+    return ["done"]
+
+
+def _call(expression: str, args: list[Any], kwargs: dict[str, Any], module: types.ModuleType) -> list[Any]:
+    return ["value", encode(eval(expression, module.__dict__)(*args, **kwargs))]
+
+
+def _print(source: str, given: str, most: int) -> list[Any]:
+    printed = _Printed(most)
+    sys.stdin = io.TextIOWrapper(io.BytesIO(given.encode()), encoding="utf-8")
+    sys.stdout = printed.text
+    with contextlib.suppress(SystemExit):  # as programs end
+        exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
+    printed.text.flush()
+    return ["printed", printed.getvalue().decode(errors="replace")]
+
+
+class _Printed(io.BytesIO):
+    """What a program prints, up to `most` bytes. Raises MemoryError beyond."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self._most = most
+        self.text = io.TextIOWrapper(self, encoding="utf-8", write_through=True)
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self._most:
+            raise MemoryError("too much output")
+        return super().write(data)
+
+
+def _stub(channel: _Channel, name: str) -> Callable[..., Any]:
+    """A function of the tests that stands for one of the program."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        channel.send(["call", name, encode(list(args)), encode(kwargs)])
+        match channel.receive():
+            case ["value", form]:
+                return decode(form)
+            case ["raised", kind, message]:
+                raise error_of(kind, message)
+        raise RuntimeError("the program gave no answer")
+
+    return call
+
+
+def error_of(kind: str, message: str) -> Exception:
+    """The error that stands in another interpreter for one that a program raised."""
+    found = getattr(builtins, kind, None)
+    if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, UnicodeError):
+        return found(message)
+    return Exception(f"{kind}: {message}")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,6 @@ In: Python as text, and literals. Out: literals, or an error of this module. Wha
 this process nor another interpreter.
 """
 
-import builtins
 import contextlib
 import string
 import time
@@ -38,6 +37,11 @@ def literal__(value):
     elif value is not None and kind not in (bool, int, float, complex, str, bytes):
         raise TypeError("{NO_LITERAL}" + kind.__name__)
     return value
+"""
+_INPUT = """
+def input(prompt=""):
+    print(prompt, end="")
+    return read_line__()
 """
 # A test's function that stands for one of the program.
 _STUB = """
@@ -160,15 +164,15 @@ class _MontyInterpreter:
     def program(self, source: str, given: str) -> str:
         lines = iter(given.splitlines())
 
-        def read_line(prompt: str = "") -> str:
-            del prompt  # goes to the terminal, not to what is compared
+        def read_line() -> str:
             try:
                 return next(lines)
             except StopIteration:
                 raise EOFError("EOF when reading a line") from None
 
         printed = self._library.CollectString(max_bytes=MAX_OUTPUT)
-        self._feed(f"{source}\nNone", external_lookup={"input": read_line}, print_callback=printed)
+        self._feed(_INPUT)
+        self._feed(f"{source}\nNone", external_lookup={"read_line__": read_line}, print_callback=printed)
         return printed.output
 
     def _feed(self, source: str, **settings: Any) -> Any:
@@ -189,14 +193,6 @@ class _MontyInterpreter:
             raise GoneError(f"it crashed: {str(error)[:_MAX_TEXT]}") from error
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise NotLiteralError(f"a value that cannot leave ({str(error)[:_MAX_TEXT]})") from error
-
-
-def error_of(kind: str, message: str) -> Exception:
-    """The error that stands in another interpreter for one that a program raised."""
-    found = getattr(builtins, kind, None)
-    if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, UnicodeError):
-        return found(message)
-    return Exception(f"{kind}: {message}")
 
 
 def _discard(stream: str, text: str) -> None:

@@ -3,14 +3,36 @@
 import json
 import os
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rewards.code import input_output, unit_tests
+from rewards.code_child import dumps
+from rewards.code_process import NoSandboxError, ProcessSandbox
 from rewards.contract import RewardSpec, bind, load_function
+from tests.helpers.places import ROOT
 
-SANDBOXES = ["monty"]
+SANDBOXES = ["monty", "process"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def namespaces():
+    """Whether this machine gives namespaces, without which there is no sandbox of processes."""
+    try:
+        with ProcessSandbox(10, 64).open():
+            return True
+    except NoSandboxError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _skip_without(request, namespaces):
+    if "[process" in request.node.name or "-process]" in request.node.name:
+        namespaces or pytest.skip("this machine gives no namespaces")
+
 
 # Two rows of HumanEval (https://github.com/openai/human-eval, MIT licence, (c) OpenAI), docstrings shortened.
 SQUARE = {
@@ -92,7 +114,7 @@ def test_programs_pass_tests_of_every_form(sandbox):
             f"<think>\n```python\nno\n```</think>\n```\nsketch\n```\nSo:\n```python\n{row['prompt']}{body}```\nDone."
         )
         bare = "".join(row["prompt"].partition(f"def {row['entry_point']}")[1:]) + body  # without the prompt's imports
-        right, wrong = [body, whole, bare], ["    return None\n", "", "I cannot.", whole.replace(body, "    pass\n")]
+        right, wrong = [body, whole, bare], ["", "I cannot.", whole.replace(body, "    pass\n")]
         given = {"prompt": row["prompt"], "entry_point": row["entry_point"], "sandbox": sandbox}
         rewards, problems = judge([*right, *wrong], row["test"], **given)
         assert rewards == [1.0] * len(right) + [0.0] * len(wrong), problems
@@ -125,7 +147,7 @@ def test_programs_and_functions_are_judged_by_their_outputs(sandbox):
         rows = [[inputs] * len(completions), [outputs] * len(completions)]
         return input_output(["p"] * len(completions), completions, *rows, **columns, **rest, sandbox=sandbox)
 
-    add = "n = int(input())\nprint(sum(map(int, input('?').split())), n)"
+    add = "n = int(input())\nprint(sum(map(int, input().split())), n)"
     texts = [add, "print('3 2')", "input(); input(); input()", "print('9' * 99)", ""]
     given = (["2\n1 2\n", "1\n5"], ["3 2\n", ["5.0 1"]])
     assert scores(texts, *given) == [1.0, 0.0, 0.0, 0.0, 0.0]
@@ -157,16 +179,19 @@ import builtins, operator
 builtins.len = builtins.abs = builtins.type = lambda *_: 5
 def f(x): return 4
 """,
-    "walks up the stack": """
-import sys, gc
+    "walks up the stack": r"""
+import sys, gc, re
 def f(x):
     frame = sys._getframe()
     while frame:
         for value in [*frame.f_locals.values(), *frame.f_globals.values()]:
-            if value == 5: return 5
-            if isinstance(value, str) and "== 5" in value: return 5
+            if type(value) is int and 2 < value < 6: return value
+            found = re.search(r"f\(1\) == (\d)", str(value))
+            if found: return int(found[1])
         frame = frame.f_back
-    return [text for text in gc.get_objects() if isinstance(text, str) and "f(1) ==" in text] and 5
+    for value in gc.get_objects():
+        found = re.search(r"f\(1\) == (\d)", str(value)[:1000])
+        if found: return int(found[1])
 """,
     "exit": """
 import sys
@@ -262,6 +287,14 @@ def f(x):
     os.kill(PID, 0)
     return 5
 """,
+    "memory of the kernel": """
+import ctypes
+def f(x):
+    library = ctypes.CDLL(None)
+    tried = [library.shmget(0, 4096, 0o1600), library.unshare(1 << 28), library.unshare(1 << 17)]
+    tried.append(library.mount(b"none", b"/tmp", b"tmpfs", 0, b""))
+    return 4 if set(tried) == {-1} else 5
+""",
     "no Python": "def f(x) return 5",
 }
 
@@ -282,12 +315,11 @@ def test_hostile_programs_score_0_and_harm_nothing(kind, sandbox, tmp_path, capf
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("sandbox", SANDBOXES)
-def test_a_program_is_judged_as_if_no_other_had_run_before(sandbox):
+def test_a_program_is_judged_as_if_no_other_had_run_before():
     right = "def f(x): return 5"
     before = [HOSTILE[kind] for kind in ("changed builtins", "_exit", "recursion", "deep value", "long value")]
     given = [text for program in before for text in (program, right)]
-    assert judge(given, ["assert f(1) == 5"], sandbox)[0] == [0.0, 1.0] * len(before)
+    assert judge(given, ["assert f(1) == 5"])[0] == [0.0, 1.0] * len(before)
 
 
 def test_rows_whose_tests_cannot_be_judged_are_none_with_the_reason():
@@ -328,6 +360,27 @@ def test_wrong_settings_are_refused_at_the_start(kwargs, words):
         bind(function, ["tests"], kwargs, "mine")
     with pytest.raises(ValueError, match=words):
         unit_tests(["p"], ["x"], ["assert f(1) == 1"], **kwargs)
+
+
+def test_processes_are_refused_where_namespaces_cannot_be_had():
+    code = "from rewards.code import unit_tests\nfrom rewards.contract import bind\n"
+    code += "bind(unit_tests, ['tests'], {'sandbox': 'process'})"
+    # In a user namespace with one user, no other user can be taken on.
+    ran = subprocess.run(["unshare", "-Ur", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "sandbox process needs namespaces, which this machine does not give" in ran.stderr
+    assert "take sandbox monty" in ran.stderr
+
+
+def test_a_process_ends_with_its_interpreter(namespaces):
+    if not namespaces:
+        pytest.skip("this machine gives no namespaces")
+    with ProcessSandbox(0.5, 64).open() as interpreter:
+        children = Path(f"/proc/{interpreter._process.pid}/task/{interpreter._process.pid}/children")
+        (child,) = children.read_text().split()
+        blocked = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 64))\nwhile True: pass"
+        interpreter._send(dumps(["run", blocked, []]))
+        assert Path(f"/proc/{child}").exists()
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_monty_is_told_with_the_extra_that_installs_it(monkeypatch):

@@ -1,0 +1,191 @@
+"""Interpreters as processes that have left the host, for `sandbox: process` (Linux).
+
+In: as `rewards.code_sandbox`. Each interpreter is a process of its own in new namespaces for users, files, processes,
+network and shared memory, with limits and without privileges, see `rewards.code_child`. Nothing of what it sends is
+believed but that it is JSON of a literal.
+"""
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rewards import code_child
+from rewards.code_child import MAX_BYTES, NotLiteralError, decode, dumps, encode, literal
+from rewards.code_sandbox import MAX_OUTPUT, GoneError, Interpreter, RaisedError
+
+_START = 20.0  # seconds, for a start on a machine that is busy
+_WAIT = 5.0  # seconds beyond twice the limit of processor time, which is what counts on a machine that is busy
+_MAX_LINE = 2 * max(MAX_BYTES, 6 * MAX_OUTPUT)  # a byte may take six in JSON
+_KILL = 5.0  # seconds
+_READ = 1 << 16
+
+
+class NoSandboxError(Exception):
+    """This machine does not let a process leave the host; the message says which step failed."""
+
+
+class ProcessSandbox:
+    """Interpreters as processes. timeout: seconds of processor time, rounded up. memory_mb: of each."""
+
+    def __init__(self, timeout: float, memory_mb: float):
+        self._timeout, self._memory_mb = timeout, memory_mb
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Interpreter]:
+        """A new interpreter. Raises NoSandboxError where namespaces cannot be had."""
+        if sys.platform != "linux":
+            raise NoSandboxError(f"sandbox process needs namespaces of Linux, got {sys.platform}; take sandbox monty")
+        source = Path(code_child.__file__).read_text()
+        # -P, -s, -S and the environment: nothing of the user's is imported. The hashes of strings are always the same.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-s", "-S", "-B", "-c", source, str(self._memory_mb), str(self._timeout)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
+            cwd="/",
+        )
+        interpreter = _ProcessInterpreter(process, self._timeout)
+        try:
+            interpreter.expect_ready()
+            yield interpreter
+        finally:
+            interpreter.close()
+
+
+class _ProcessInterpreter:
+    def __init__(self, process: subprocess.Popen[bytes], timeout: float):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._timeout = process, timeout
+        self._stdin, self._stdout = process.stdin, process.stdout
+        os.set_blocking(self._stdin.fileno(), False)
+        os.set_blocking(self._stdout.fileno(), False)
+        self._left = _START
+        self._buffer = bytearray()
+        self._is_gone = False
+
+    def expect_ready(self) -> None:
+        try:
+            answer = self._receive()
+        except GoneError as error:
+            raise NoSandboxError(f"an interpreter of sandbox process does not start ({error})") from error
+        if answer != ["ready"]:
+            raise NoSandboxError(
+                f"sandbox process needs namespaces, which this machine does not give ({answer[-1]}); take sandbox monty"
+            )
+        self._left = 2 * self._timeout + _WAIT
+
+    def run(self, source: str, stubs: Mapping[str, Callable[..., Any]] | None = None) -> None:
+        answer = self._ask(["run", source, sorted(stubs or {})])
+        while stubs:
+            match answer:
+                case ["call", str(name), args, kwargs] if name in stubs:
+                    answer = self._ask(_answer(stubs[name], args, kwargs))
+                case _:
+                    break
+        if answer != ["done"]:
+            raise _problem(answer)
+
+    def call(self, expression: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        answer = self._ask(["call", expression, encode(list(args)), encode(dict(kwargs))])
+        match answer:
+            case ["value", form]:
+                try:
+                    return literal(decode(form))
+                except RecursionError as error:
+                    raise NotLiteralError("a value that is too deep") from error
+        raise _problem(answer)
+
+    def program(self, source: str, given: str) -> str:
+        answer = self._ask(["program", source, given, MAX_OUTPUT])
+        match answer:
+            case ["printed", str(text)]:
+                return text
+        raise _problem(answer)
+
+    def close(self) -> None:
+        """Ends the process, and the one that it waits for."""
+        self._stdin.close()  # it kills its child now
+        self._stdout.close()
+        try:
+            self._process.wait(_KILL)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _ask(self, request: Any) -> list[Any]:
+        if self._is_gone:
+            raise GoneError("it was ended before")
+        self._send(dumps(request))
+        return self._receive()
+
+    def _send(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            self._wait(self._stdin.fileno(), select.POLLOUT)
+            try:
+                left = left[os.write(self._stdin.fileno(), left) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError as error:
+                raise self._gone("it ended") from error
+
+    def _receive(self) -> list[Any]:
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > _MAX_LINE:
+                raise self._gone("it sent too much")
+            self._wait(self._stdout.fileno(), select.POLLIN)
+            try:
+                data = os.read(self._stdout.fileno(), _READ)
+            except BlockingIOError:
+                continue
+            if not data:
+                raise self._gone("it ended")
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise self._gone("it sent no answer") from error
+        if not isinstance(answer, list) or not answer:
+            raise self._gone("it sent no answer")
+        return answer
+
+    def _wait(self, file: int, event: int) -> None:
+        poll = select.poll()
+        poll.register(file, event)
+        start = time.monotonic()
+        is_ready = poll.poll(max(0.0, self._left) * 1000)
+        self._left -= time.monotonic() - start
+        if not is_ready:
+            raise self._gone("its time is over")
+
+    def _gone(self, reason: str) -> GoneError:
+        self._is_gone = True
+        return GoneError(reason)
+
+
+def _answer(stub: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
+    """What the tests get for a call of the program."""
+    try:
+        return ["value", encode(stub(*decode(args), **decode(kwargs)))]
+    except Exception as error:  # noqa: BLE001, of the program, which the tests get
+        return ["raised", type(error).__name__, str(error)]
+
+
+def _problem(answer: list[Any]) -> Exception:
+    match answer:
+        case ["raised", str(kind), str(message)]:
+            return RaisedError(kind, message)
+        case ["no_literal", str(message)]:
+            return NotLiteralError(message[:200])
+    return GoneError("it sent no answer")
