@@ -286,7 +286,7 @@ def test_a_quantised_base_takes_a_quarter_of_its_matrices():
 @pytest.mark.parametrize(("base_dtype", "group_size"), [(None, None), ("int8", None), ("int4", 4)])
 def test_states_lie_on_a_mesh_as_the_rules_say(base_dtype, group_size):
     lora = dataclasses.replace(LORA, base_dtype=base_dtype, base_group_size=group_size)
-    config = lora_config("qwen2", lora, **ONE_LAYER)
+    config = lora_config("qwen2", lora)
     run, mesh, _, init_state_fn = setup("nnx", "mesh.fsdp=4", "mesh.tensor=2", config=config, devices=8)
     state, abstract = setup_training_state(run, mesh, init_state_fn)
     attention = state.params["layers_0"]["self_attn"]
