@@ -173,7 +173,7 @@ COMMANDS = {
     ),
     "data": Command(
         module="rl.tools.data",
-        arguments="bench CONFIG [--steps N] [--json FILE] [key=value ...]",
+        arguments="bench CONFIG [--steps N] [--json FILE] [--trust] [key=value ...]",
         summary="time the reading of a run's prompts",
         details="""\
             bench          reads, filters and tokenises the prompts as training does, without model or device: rows and

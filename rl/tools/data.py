@@ -135,7 +135,7 @@ def to_json(result: DataBench) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo data bench CONFIG [--steps N] [--json FILE] [key=value ...]`."""
+    """`grpo data bench CONFIG [--steps N] [--json FILE] [--trust] [key=value ...]`."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
     if name != "bench":
         raise ValueError(f"grpo data needs bench, got {name!r}")

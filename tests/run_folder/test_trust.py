@@ -491,7 +491,8 @@ IMPORTERS = {
         "rl.sampler.user_source",
     },
     r"deserialize_executable|jax_compilation_cache_dir": {"rl.run.executables", "rl.devices.programs"},
-    r"exec_module|runpy|\beval\(|\bexec\(": {"rewards.importing"},
+    # The second is the sandbox in which programs of completions run.
+    r"exec_module|runpy|\beval\(|\bexec\(": {"rewards.importing", "rewards.code_child"},
     r"pickle\.load": {"rewards.objects"},  # which only a worker calls
 }
 
