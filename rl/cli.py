@@ -181,6 +181,7 @@ COMMANDS = {
             CONFIG         a YAML recipe
             --steps N      of how many steps the rows are chosen; 10 when left out
             --json FILE    write the same numbers
+            --trust        take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value      overrides with dotted keys, for example data.max_prompt_length=512""",
     ),
     "launch": Command(
