@@ -45,7 +45,7 @@ class Family:
       activation, rope_theta: the defaults.
 
       architecture: the name in config.json. `model_type` there is the key in `FAMILIES`.
-      reward_architecture: the name for the same decoder with a head that scores a sequence.
+      reward_architecture: the name for the same decoder with a head that scores a sequence; None: there is none.
       default_pad_id: the padding token where config.json leaves it out, as in transformers' class of the family.
       config_keys: keys of config.json that are written, besides those of every family. "hidden_activation" among them
         replaces "hidden_act".
@@ -69,7 +69,7 @@ class Family:
     rope_theta: float = 10_000.0
 
     architecture: str
-    reward_architecture: str
+    reward_architecture: str | None = None
     default_pad_id: int | None = None
     config_keys: tuple[str, ...] = ()
     known_keys: tuple[str, ...] = ()

@@ -66,6 +66,8 @@ def load_reward_params(
 def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(raw)
     row = FAMILIES[fields.choice("model_type", FAMILIES)]
+    if row.reward_architecture is None:
+        raise fields.refuse("model_type", "a family whose reward models can be read")
     if fields.texts("architectures", []) != [row.reward_architecture]:
         raise fields.refuse("architectures", f"[{row.reward_architecture!r}] for a reward model of this model_type")
     labels = raw.get("id2label")
