@@ -4,7 +4,8 @@ In: the numbers of rows, the seed, and what the configuration says of a mixture.
 pure function of (seed, epoch, place in the epoch), so a resumed run goes on where it stopped. A curriculum
 (`rl.data.curriculum`) changes it by what is known of the rows.
 
-Without a mixture, or with one that draws each row once an epoch, it is the order of `rl.data.prompts.next_indices`. An
+Without a mixture, or with one that draws each row once an epoch, each epoch takes the rows in a fresh random order
+(`rl.data.shuffle.epoch_order`). Steps run across the border between epochs, so every row is taken equally often. An
 epoch of a mixture has a fixed number of draws of each source, spread evenly: draw j of n falls at a random time between
 j/n and (j + 1)/n of the epoch. Each source is taken in its own order, which runs on from epoch to epoch, so all rows of
 a source are drawn equally often, up to one.
@@ -21,7 +22,8 @@ import numpy as np
 
 from rl.config.sections import DataSection
 from rl.data.curriculum import Curriculum
-from rl.data.prompts import PairData, PromptData, epoch_order, next_indices, permutation, uniform
+from rl.data.prompts import PairData, PromptData, check_enough_rows
+from rl.data.shuffle import epoch_order, permutation, uniform
 
 
 class Order:
@@ -71,21 +73,20 @@ class Order:
         Raises:
           ValueError: there are fewer rows than a step takes.
         """
-        if self._draws is None and self.curriculum is None:
-            return next_indices(sum(self._sizes), self._seed, position, count, self.prompts_per_step, taken)
+        check_enough_rows(sum(self._sizes), self.prompts_per_step)
         assert count <= sum(self._sizes) - len(taken), (count, self._sizes, len(taken))
         chosen: list[int] = []
         seen = set(taken)
         while len(chosen) < count:
             epoch, offset = divmod(position, self.epoch_length)
-            rows = self._epoch(epoch)
-            is_drawn = np.ones(len(rows), bool)
+            rows, is_drawn = self._epoch(epoch), None
             if self.curriculum is not None:
                 rows = self.curriculum.arrange(epoch, rows)
                 is_drawn = self.curriculum.is_drawn(epoch, rows)
-            for row, drawn in zip(rows[offset:].tolist(), is_drawn[offset:].tolist(), strict=True):
+            for place in range(offset, len(rows)):
                 position += 1
-                if drawn and row not in seen:
+                row = int(rows[place])
+                if row not in seen and (is_drawn is None or is_drawn[place]):
                     chosen.append(row)
                     seen.add(row)
                     if len(chosen) == count:

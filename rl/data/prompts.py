@@ -10,7 +10,6 @@ Legend: P prompts, T token positions.
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -309,48 +308,6 @@ def held_out_fingerprint(rows: Sequence[PromptRow]) -> dict[str, Any]:
     return {**fingerprint(rows), "questions": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
 
 
-def step_indices(num_rows: int, seed: int, step: int, prompts_per_step: int) -> np.ndarray:
-    """The rows of step `step` (from 0) of supervised fine-tuning, and of any run that refills no group: int64 [P],
-    distinct, a pure function of the arguments.
-
-    Each epoch takes the rows in a fresh random order. Steps run across the border between epochs, so every row is taken
-    equally often. Where a step takes the end of one epoch, the next epoch begins with rows that are not in this step.
-
-    Raises:
-      ValueError: prompts_per_step > num_rows.
-    """
-    position = step * prompts_per_step
-    return np.asarray(next_indices(num_rows, seed, position, prompts_per_step, prompts_per_step)[0], np.int64)
-
-
-def next_indices(
-    num_rows: int, seed: int, position: int, count: int, prompts_per_step: int, taken: Sequence[int] = ()
-) -> tuple[list[int], int]:
-    """The next `count` rows in the order of `step_indices`, and the position after them.
-
-    Args:
-      position: the number of rows of that order used up so far.
-      taken: rows that are skipped, like rows that this call has already chosen before the border of an epoch.
-
-    Raises:
-      ValueError: prompts_per_step > num_rows.
-    """
-    check_enough_rows(num_rows, prompts_per_step)
-    assert count <= num_rows - len(taken), (count, num_rows, len(taken))
-    chosen: list[int] = []
-    seen = set(taken)
-    while len(chosen) < count:
-        epoch, offset = divmod(position, num_rows)
-        for index in epoch_order(num_rows, seed, epoch, prompts_per_step)[offset:].tolist():
-            position += 1
-            if index not in seen:
-                chosen.append(index)
-                seen.add(index)
-                if len(chosen) == count:
-                    break
-    return chosen, position
-
-
 def check_enough_rows(num_rows: int, prompts_per_step: int, key: str = "grpo.prompts_per_step") -> None:
     """ValueError when one step would need more distinct rows than there are; `key` names the setting."""
     if prompts_per_step > num_rows:
@@ -571,43 +528,3 @@ def _completion_ids(row: PromptRow, column: str, tokenizer: Tokenizer) -> list[i
     if whole[:num_prompt] == row.prompt_ids.tolist():
         return whole[num_prompt:]
     return tokenizer.encode(completion, add_bos=False)
-
-
-def epoch_order(num_rows: int, seed: int, epoch: int, prompts_per_step: int) -> np.ndarray:
-    """A permutation of the rows, int64 [num_rows]. Its head repeats no row that the same step took from the epoch
-    before.
-
-    To repair a head, the order of the epoch before is needed, and so on back to an epoch that begins with a step. A
-    repair moves only the first prompts_per_step entries. So with rows for two steps no tail is moved, and one epoch
-    back is enough.
-    """
-    period = prompts_per_step // math.gcd(num_rows, prompts_per_step)
-    chain = epoch % period if num_rows < 2 * prompts_per_step else min(epoch % period, 1)
-    order = _shuffled(num_rows, seed, epoch - chain)
-    for current in range(epoch - chain + 1, epoch + 1):
-        num_taken = current * num_rows % prompts_per_step
-        taken = order[num_rows - num_taken :]
-        order = _shuffled(num_rows, seed, current)
-        untaken = np.flatnonzero(~np.isin(order[:prompts_per_step], taken))[: prompts_per_step - num_taken]
-        order = np.concatenate([order[untaken], np.delete(order, untaken)])
-    return order
-
-
-def _shuffled(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation from (seed, epoch)."""
-    return permutation(num_rows, seed, epoch)
-
-
-def permutation(size: int, *words: int) -> np.ndarray:
-    """A permutation that follows from the words, int64 [size]; by sorting raw bits, see `random_bits`."""
-    return np.argsort(random_bits(size, *words), kind="stable")
-
-
-def uniform(count: int, *words: int) -> np.ndarray:
-    """Numbers in [0, 1) that follow from the words, float64 [count]."""
-    return (random_bits(count, *words) >> np.uint64(11)) * 2.0**-53
-
-
-def random_bits(count: int, *words: int) -> np.ndarray:
-    """uint64 [count]. Raw bits, because numpy promises a stable stream only for those."""
-    return np.random.Philox(np.random.SeedSequence(words)).random_raw(count)

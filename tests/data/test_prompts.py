@@ -14,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from rl.config.load import load_config
 from rl.data import parquet_pages, sources
-from rl.data.prompts import check_enough_rows, fingerprint, load_pairs, load_prompts, question_key, step_indices
+from rl.data.order import Order
+from rl.data.prompts import check_enough_rows, fingerprint, load_pairs, load_prompts, question_key
 from rl.data.sources import load_rows, open_source
 from rl.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -443,6 +444,11 @@ def test_holding_out_everything_is_refused(tokenizer, tmp_path):
 
 
 # The order of steps
+
+
+def step_indices(num_rows, seed, step, prompts_per_step):
+    """The rows of a step of a run without mixture, curriculum and refills."""
+    return np.asarray(Order([num_rows], seed, prompts_per_step).step(step))
 
 
 @pytest.mark.parametrize(

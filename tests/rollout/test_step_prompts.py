@@ -11,7 +11,7 @@ import pytest
 
 from rl.config.load import load_config
 from rl.data.order import Order, order_of
-from rl.data.prompts import PromptRow, load_prompts, next_indices, step_indices
+from rl.data.prompts import PromptRow, load_prompts
 from rl.data.tokenizer import load_tokenizer
 from rl.devices.mesh import create_mesh
 from rl.grpo_trainer import train
@@ -93,6 +93,15 @@ def prompt_rows(count: int) -> list[PromptRow]:
 
 def collected_from(config, rows: list[PromptRow], position: int, step: int, draw: Draws) -> Judged:
     return collect(config, rows, Order([len(rows)], config.seed, config.grpo.prompts_per_step), position, step, draw)
+
+
+def next_indices(num_rows, seed, position, count, prompts_per_step, taken=()):
+    return Order([num_rows], seed, prompts_per_step).take(position, count, taken)
+
+
+def step_indices(num_rows, seed, step, prompts_per_step):
+    """The rows of a step of a run without mixture, curriculum and refills."""
+    return Order([num_rows], seed, prompts_per_step).step(step)
 
 
 def test_groups_without_spread_are_replaced_by_the_next_prompts_of_the_same_order(tmp_path):
@@ -195,7 +204,7 @@ def test_a_comparison_found_in_the_run_is_warned_of_once_kept_and_refused_beside
 def test_without_dynamic_sampling_there_is_one_draw_and_no_metric(tmp_path):
     config = recipe(tmp_path, "grpo.group_size=2", "grpo.dynamic_sampling_rounds=0")
     collected = collected_from(config, prompt_rows(20), 8, 0, draw := Draws(set()))
-    assert draw.asked == [(step_indices(20, config.seed, 2, 4).tolist(), [0, 1, 2, 3])]
+    assert draw.asked == [(step_indices(20, config.seed, 2, 4), [0, 1, 2, 3])]
     assert (collected.position, collected.metrics, collected.problems) == (12, {}, ["slow"])
 
 

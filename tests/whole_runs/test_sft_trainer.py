@@ -7,7 +7,8 @@ import pytest
 
 from rl import grpo_trainer, sft_trainer
 from rl.config.load import load_config
-from rl.data.prompts import load_pairs, step_indices
+from rl.data.order import Order
+from rl.data.prompts import load_pairs
 from rl.models.flavours import policy_from_config
 from rl.models.inputs import plain_inputs
 from rl.run.metrics import read_metrics
@@ -51,7 +52,7 @@ def test_first_loss_is_the_token_mean_of_the_negative_log_likelihood(recipe, run
     params = InitStateFn(policy, None, config.seed)().pure().params
     rows = load_pairs(config, tokenizer).rows
     total, count = 0.0, 0
-    for index in step_indices(len(rows), config.seed, 0, config.sft.batch_size):
+    for index in Order([len(rows)], config.seed, config.sft.batch_size).step(0):
         prompt, completion = rows[index].prompt_ids, rows[index].completion_ids
         ids = jnp.asarray(np.concatenate([prompt, completion]))[None]
         hidden = policy.hidden(params, plain_inputs(ids))
