@@ -39,8 +39,9 @@ _Log = Callable[[str, Any], None]
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError for settings that are wrong, and for a sandbox that cannot be had here."""
     given = {name: kwargs[name] for name in ("score", "sandbox", "timeout", "memory_mb") if name in kwargs}
-    _check(**given)
-    if given.get("sandbox", "monty") == "monty":
+    settings = _Settings(**given)
+    settings.check()
+    if settings.sandbox == "monty":
         try:
             import_extra("pydantic_monty", INSTALL, "sandbox monty")
         except ModuleNotFoundError as error:
@@ -95,9 +96,7 @@ def unit_tests(
         read = read_tests(of_row, name, start, before if isinstance(before, str) else "\n".join(before or ()))
         return _run_tests(interpreters, read, _program(text, name, start), score == "all")
 
-    _check(score, sandbox, timeout, memory_mb)
-    with _sandbox(sandbox, timeout, memory_mb) as interpreters:
-        return _judge_all(completions, rows, lambda *given: judge(interpreters, *given), log_metric, log_extra)
+    return _judge_all(completions, rows, judge, _Settings(score, sandbox, timeout, memory_mb), log_metric, log_extra)
 
 
 @elementwise
@@ -134,9 +133,7 @@ def input_output(
         pairs = _pairs(given, wanted, name)
         return _run_pairs(interpreters, pairs, _program(text, name, start), name, score == "all")
 
-    _check(score, sandbox, timeout, memory_mb)
-    with _sandbox(sandbox, timeout, memory_mb) as interpreters:
-        return _judge_all(completions, rows, lambda *given: judge(interpreters, *given), log_metric, log_extra)
+    return _judge_all(completions, rows, judge, _Settings(score, sandbox, timeout, memory_mb), log_metric, log_extra)
 
 
 class _Verdict(NamedTuple):
@@ -147,19 +144,27 @@ class _Verdict(NamedTuple):
     is_not_literal: bool = False
 
 
-def _check(score: Any = "all", sandbox: Any = "monty", timeout: Any = 10, memory_mb: Any = 256) -> None:
-    if score not in ("all", "share"):
-        raise ValueError(f'score must be "all" or "share", got {score!r}')
-    if sandbox not in ("monty", "process"):
-        raise ValueError(f'sandbox must be "monty" or "process", got {sandbox!r}')
-    for name, value, least in (("timeout", timeout, 0.1), ("memory_mb", memory_mb, 32)):
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not least <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")
+class _Settings(NamedTuple):
+    """How programs run and are scored, see `unit_tests`; of any type until `check`."""
 
+    score: Any = "all"
+    sandbox: Any = "monty"
+    timeout: Any = 10
+    memory_mb: Any = 256
 
-def _sandbox(name: str, timeout: float, memory_mb: float) -> contextlib.AbstractContextManager[Sandbox]:
-    return monty(timeout, memory_mb) if name == "monty" else contextlib.nullcontext(ProcessSandbox(timeout, memory_mb))
+    def check(self) -> None:
+        if self.score not in ("all", "share"):
+            raise ValueError(f'score must be "all" or "share", got {self.score!r}')
+        if self.sandbox not in ("monty", "process"):
+            raise ValueError(f'sandbox must be "monty" or "process", got {self.sandbox!r}')
+        for name, value, least in (("timeout", self.timeout, 0.1), ("memory_mb", self.memory_mb, 32)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not least <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")
+
+    def open(self) -> contextlib.AbstractContextManager[Sandbox]:
+        limits = self.timeout, self.memory_mb
+        return monty(*limits) if self.sandbox == "monty" else contextlib.nullcontext(ProcessSandbox(*limits))
 
 
 def _columns(size: int, *columns: Sequence[Any] | None) -> list[Sequence[Any]]:
@@ -170,17 +175,20 @@ def _columns(size: int, *columns: Sequence[Any] | None) -> list[Sequence[Any]]:
 def _judge_all(
     completions: Sequence[Any],
     rows: Iterable[tuple[Any, ...]],
-    judge: Callable[[str, tuple[Any, ...]], _Verdict],
+    judge: Callable[[Sandbox, str, tuple[Any, ...]], _Verdict],
+    settings: _Settings,
     log_metric: _Log,
     log_extra: _Log,
 ) -> list[float | None]:
+    settings.check()
     verdicts = []
-    for completion, row in zip(completions, rows, strict=True):
-        try:
-            verdicts.append(judge(completion_text(completion), row))
-        except UnreadableTestsError as error:
-            verdicts.append(_Verdict(None, str(error)))
-        log_metric("code_not_literal", float(verdicts[-1].is_not_literal))
+    with settings.open() as interpreters:
+        for completion, row in zip(completions, rows, strict=True):
+            try:
+                verdicts.append(judge(interpreters, completion_text(completion), row))
+            except UnreadableTestsError as error:
+                verdicts.append(_Verdict(None, str(error)))
+            log_metric("code_not_literal", float(verdicts[-1].is_not_literal))
     log_extra("code_problem", [verdict.problem for verdict in verdicts])
     return [verdict.reward for verdict in verdicts]
 

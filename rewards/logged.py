@@ -41,7 +41,7 @@ class CallLog:
         """
         number = number_of(value)
         if not isinstance(name, str) or number is None:
-            raise TypeError(f"log_metric takes a name and a number, got {_short(name)} and {_short(value)}")
+            raise TypeError(f"log_metric takes a name and a number, got {shortened(name)} and {shortened(value)}")
         if abs(number) <= _MAX_NUMBER:
             add_sums(self.sums, {_name(name): (number, 1)}, _MOST_SENT)
 
@@ -51,7 +51,7 @@ class CallLog:
         Raises TypeError for a column that is no text.
         """
         if not isinstance(column, str):
-            raise TypeError(f"log_extra takes a column's name and a list of values, got {_short(column)}")
+            raise TypeError(f"log_extra takes a column's name and a list of values, got {shortened(column)}")
         self._columns.setdefault(_name(column), []).extend(values)
 
     def keep(self, values: Mapping[Any, Any]) -> None:
@@ -190,6 +190,7 @@ def _is_plain(value: Any, depth: int) -> bool:
     return bool(depth) and isinstance(value, list) and all(_is_plain(item, depth - 1) for item in value)
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """The `repr` of a value, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

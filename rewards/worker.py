@@ -35,7 +35,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from rewards.contract import BoundReward, RewardSpec, bind, load_function
 from rewards.environment import missing_variable
-from rewards.logged import CallLog, Sums, number_of
+from rewards.logged import CallLog, Sums, number_of, shortened
 from rewards.moment import Moment
 from rewards.protocol import HEADER, pack, unpack
 from rewards.replies import MAX_TEXT, Failure, LoadedFunction, one_line
@@ -378,8 +378,7 @@ def _watchdog(limit: float) -> Iterator[None]:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {shortened(value)}"
 
 
 if __name__ == "__main__":

@@ -102,6 +102,6 @@ def function_hashes(config: Config) -> dict[str, dict[str, str]]:
     """The hashes, by name, of the reward functions that are given as objects; empty without such functions. They are
     part of the run's identity.
     """
-    found = {entry.name or entry.function: function_of(entry.function) for entry in config.rewards.functions}
+    found = {entry.label: function_of(entry.function) for entry in config.rewards.functions}
     hashes = {name: function.identity for name, function in found.items() if function is not None}
     return {"reward_functions": hashes} if hashes else {}

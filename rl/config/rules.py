@@ -87,7 +87,7 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"reference.sync_every must be > 0 with reference.ema {config.reference.ema}, got 0: it never moves"
         )
-    names = [function.name or function.function for function in config.rewards.functions]
+    names = [function.label for function in config.rewards.functions]
     if config.rewards.overlong_buffer and "overlong" in names:
         raise ValueError(
             "rewards.functions must not name a function 'overlong' while rewards.overlong_buffer is set, whose "
@@ -156,7 +156,7 @@ def _check_data(config: Config) -> None:
             "data.sources must say how much each source is drawn in one way, a weight on each, a count on each, or "
             f"data.mixture_temperature, got {shown(given)} for {len(data.sources)} sources"
         )
-    names = [entry.name or entry.source for entry in data.sources]
+    names = [entry.label for entry in data.sources]
     if len(set(names)) < len(names):
         raise ValueError(f"data.sources must have distinct names, got {shown(names)}; set `name` on each")
     if data.eval_source is not None and any(entry.eval_size for entry in data.sources):

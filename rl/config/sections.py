@@ -107,6 +107,11 @@ class DataSource:
     assistant_prefill: str | None = None
     eval_size: int = 0
 
+    @property
+    def label(self) -> str:
+        """Its name in messages and in the column `data_source`."""
+        return self.name or self.source
+
 
 @dataclass(frozen=True, config=_STRICT)
 class CurriculumSection:
@@ -156,6 +161,11 @@ class RewardFunction:
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     elementwise: bool | None = None
     needs_group: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics and messages."""
+        return self.name or self.function
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -444,6 +454,12 @@ def is_user_function(value: str) -> bool:
 def reward_model_source(function: str) -> str | None:
     """The folder or hub id of a reward function `model:FOLDER`; None for another function."""
     return function.removeprefix(REWARD_MODEL_PREFIX) if function.startswith(REWARD_MODEL_PREFIX) else None
+
+
+def reward_models(config: Config) -> dict[str, str]:
+    """{name: folder or hub id} of the reward models of a run."""
+    found = {entry.label: reward_model_source(entry.function) for entry in config.rewards.functions}
+    return {name: source for name, source in found.items() if source is not None}
 
 
 def source_kind(source: str | None) -> Literal["decoder", "own", "tunix"]:

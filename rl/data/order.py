@@ -168,7 +168,7 @@ def order_of(
             most = min(prompts_per_step, math.floor((prompts_per_step + 4 * len(sizes)) * count / length) + 4)
             if size < most:
                 raise ValueError(
-                    f"data.sources: {entry.name or entry.source!r} must hold at least {most} rows to train on, which a "
+                    f"data.sources: {entry.label!r} must hold at least {most} rows to train on, which a "
                     f"step may draw of it, got {size}; lower its share or {key}, or add rows"
                 )
     curriculum = None

@@ -196,7 +196,7 @@ def _sections(data: DataSection) -> list[tuple[str, DataSection]]:
 
 
 def _names(data: DataSection) -> list[str]:
-    return [entry.name or entry.source for entry in data.sources]
+    return [entry.label for entry in data.sources]
 
 
 def _eval_size_key(data: DataSection, number: int) -> str:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from rewards.replies import Failure
 from rl.config.load import Config
-from rl.config.sections import reward_model_source
+from rl.config.sections import reward_models
 from rl.data.tokenizer import load_tokenizer
 from rl.devices import hosts
 from rl.devices.mesh import num_row_shards, replicated, row_sharding
@@ -150,13 +150,12 @@ def open_reward_models(config: Config, mesh: Mesh | None) -> dict[str, RewardMod
       ValueError: as `RewardModel`, naming the entry.
     """
     models = {}
-    for entry in config.rewards.functions:
-        if (source := reward_model_source(entry.function)) is not None:
-            assert mesh is not None, "a reward model without a mesh"
-            try:
-                models[entry.name or entry.function] = RewardModel(config, source, mesh)
-            except ValueError as error:
-                raise ValueError(f"reward {entry.name or entry.function!r}: {error}") from error
+    for name, source in reward_models(config).items():
+        assert mesh is not None, "a reward model without a mesh"
+        try:
+            models[name] = RewardModel(config, source, mesh)
+        except ValueError as error:
+            raise ValueError(f"reward {name!r}: {error}") from error
     return models
 
 

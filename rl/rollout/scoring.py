@@ -46,7 +46,7 @@ def start_rewards(
     said: dict[bool | None, Calls | None] = {None: None, True: "elementwise", False: "whole_batch"}
     specs = [
         RewardSpec(
-            f.name or f.function,
+            f.label,
             f.function,
             f.weight,
             f.kwargs,

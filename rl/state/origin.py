@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from rl.config.load import Config
-from rl.config.sections import TUNIX_PREFIX, reward_model_source, source_kind
+from rl.config.sections import TUNIX_PREFIX, reward_models, source_kind
 from rl.data.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
 from rl.files.local_files import file_hash
 from rl.files.stores import local_copy
@@ -90,11 +90,14 @@ def reward_model_identity(config: Config) -> dict[str, dict[str, Any]]:
     """Source and hashes of weights and tokenizer of the run's reward models, by name; empty without one. They are part
     of the run's identity.
     """
-    models = {}
-    for entry in config.rewards.functions:
-        if (source := reward_model_source(entry.function)) is not None:
-            weights, tokenizer = hf.weights_hash(resolve_source(source)), load_tokenizer(source).content_hash()
-            models[entry.name or entry.function] = {"source": source, "hash": weights, "tokenizer": tokenizer}
+    models = {
+        name: {
+            "source": source,
+            "hash": hf.weights_hash(resolve_source(source)),
+            "tokenizer": load_tokenizer(source).content_hash(),
+        }
+        for name, source in reward_models(config).items()
+    }
     return {"reward_models": models} if models else {}
 
 

@@ -88,7 +88,7 @@ def bench(
     step_seconds = (time.perf_counter() - start) / num_steps
     lengths = [len(row.prompt_ids) for row in (*data.train, *data.held_out)]
     return DataBench(
-        source=config.data.source or ", ".join(entry.name or entry.source for entry in config.data.sources),
+        source=config.data.source or ", ".join(entry.label for entry in config.data.sources),
         num_rows=data.num_rows,
         num_train=len(data.train),
         num_held_out=len(data.held_out),

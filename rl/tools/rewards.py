@@ -24,7 +24,7 @@ from rewards.probe import answer_forms, long_text, prompt_text
 from rewards.rubric import weighted_sum
 from rewards.runner import RewardRunner
 from rl.config.load import Config, load_config, require
-from rl.config.sections import reward_model_source
+from rl.config.sections import reward_models
 from rl.data.prompts import Prompt, PromptRow, load_prompts
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices.mesh import create_mesh
@@ -129,7 +129,7 @@ def check(
 
 def _mesh(config: Config) -> Mesh | None:
     """A mesh of one device with the axes of the run's own, for reward models; None without one."""
-    if all(reward_model_source(entry.function) is None for entry in config.rewards.functions):
+    if not reward_models(config):
         return None
     axes = dict.fromkeys(config.mesh.axes, 1)
     section = dataclasses.replace(config.mesh, num_devices=1, data=1, fsdp=1, tensor=1, axes=axes, dcn={})  # pyright: ignore[reportArgumentType]
