@@ -41,7 +41,7 @@ from typing import Any, Literal
 
 from rewards.contract import checked_by, needs_group
 from rewards.extras import import_extra, needs_library
-from rewards.text import completion_text
+from rewards.text import completion_text, message_text
 
 INSTALL = "tandem-grpo[judge]"
 ScoreBy = Literal["tag", "json", "probability"]
@@ -288,12 +288,7 @@ def _messages(judge: Judge, texts: Mapping[str, Any], completions: Sequence[str]
 
 
 def _transcript(messages: Sequence[Mapping[str, Any]]) -> str:
-    return "\n".join(f"{message.get('role')}: {_content(message)}" for message in messages)
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    return content if isinstance(content, str) else completion_text([{**message, "role": "assistant"}])
+    return "\n".join(f"{message.get('role')}: {message_text(message)}" for message in messages)
 
 
 # What its answer says

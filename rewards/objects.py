@@ -191,6 +191,8 @@ class _Identities:
     def _source(self, code: types.CodeType, path: str) -> str:
         """The source of a function, without its indentation."""
         try:
+            if code.co_filename == "<string>":  # Python 3.13 has the text of `python -c` under this name, for any code
+                raise OSError("it was made of a string")
             lines, first = inspect.findsource(code)
             if code.co_name == "<lambda>":
                 return _lambda_source("".join(lines), code)

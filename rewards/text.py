@@ -17,7 +17,12 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
         return completion
     if not isinstance(completion, Sequence) or not all(isinstance(message, Mapping) for message in completion):
         raise ValueError(f"a completion must be a string or a list of chat messages, got {type(completion).__name__}")
-    content = next((m.get("content") for m in reversed(completion) if m.get("role") == "assistant"), None)
+    return message_text(next((message for message in reversed(completion) if message.get("role") == "assistant"), {}))
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Text of a chat message of any role; of content in parts as in `completion_text`. "" without content."""
+    content = message.get("content")
     if content is None:
         return ""
     if isinstance(content, str):
@@ -31,7 +36,7 @@ def whole_texts(prompt: str | Sequence[Mapping[str, Any]], completion: Any) -> t
     """
     if isinstance(prompt, str):
         return prompt, prompt + completion_text(completion)
-    asked = "".join(f"{completion_text([{**message, 'role': 'assistant'}])}\n" for message in prompt)
+    asked = "".join(f"{message_text(message)}\n" for message in prompt)
     return asked, asked + completion_text(completion)
 
 
