@@ -13,7 +13,7 @@ import jax
 
 from rl.config.load import Config
 from rl.data.order import order_of
-from rl.data.prompts import check_enough_rows, load_pairs
+from rl.data.prompts import check_enough_rows, evaluated_rows, load_pairs
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.final_accuracy import FinalAccuracy
@@ -62,7 +62,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         num_rows = len(pairs.rows)
         check_enough_rows(num_rows, config.sft.batch_size, "sft.batch_size")
         order = order_of(config.data, pairs, config.seed, config.sft.batch_size, "sft.batch_size")
-        held_out = pairs.held_out[: config.eval.max_prompts]
+        held_out = evaluated_rows(pairs.held_out, config.eval.max_prompts)
         origin = find_origin(config, tokenizer)
 
         # policy: what imitates

@@ -140,7 +140,11 @@ def _check_data(config: Config) -> None:
         return
     for key, value, way_out in (
         ("source", data.source, "put it into the list"),
-        ("args", data.args, "put them into the entries of the list"),
+        (
+            "args",
+            {name: value for name, value in data.args.items() if value is not None},
+            "put them into the entries of the list",
+        ),
         ("eval_size", data.eval_size, "give an entry of the list its own eval_size"),
     ):
         if value:
@@ -159,6 +163,10 @@ def _check_data(config: Config) -> None:
     names = [entry.label for entry in data.sources]
     if len(set(names)) < len(names):
         raise ValueError(f"data.sources must have distinct names, got {shown(names)}; set `name` on each")
+    if "reward" in names:
+        raise ValueError(
+            "data.sources must not have the name 'reward', which is a part of the names of metrics; rename it"
+        )
     if data.eval_source is not None and any(entry.eval_size for entry in data.sources):
         raise ValueError("data.sources: eval_size must be 0 when data.eval_source is set, got rows to hold out twice")
 

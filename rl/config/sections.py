@@ -150,6 +150,11 @@ class DataSection:
     max_prompt_length: int
     curriculum: CurriculumSection
 
+    @property
+    def source_names(self) -> list[str]:
+        """The names of the sources of a mixture; empty without one."""
+        return [entry.label for entry in self.sources]
+
 
 @dataclass(frozen=True, config=_STRICT)
 class RewardFunction:

@@ -74,7 +74,21 @@ class PromptData:
 
     def evaluated(self, section: EvalSection) -> list[PromptRow]:
         """The held-out rows that evaluations during training ask; none where there are no evaluations."""
-        return self.held_out[: section.max_prompts] if section.every else []
+        return evaluated_rows(self.held_out, section.max_prompts) if section.every else []
+
+
+def evaluated_rows(held_out: list[PromptRow], max_prompts: int | None) -> list[PromptRow]:
+    """The held-out rows that an evaluation asks, in their order: all, or at most `max_prompts`, which the sources of a
+    mixture give by turns.
+    """
+    if max_prompts is None or max_prompts >= len(held_out):
+        return held_out
+    turns: dict[int, int] = {}  # {source: how many of its rows stand before}
+    ranks = []
+    for place, row in enumerate(held_out):
+        turns[row.source] = turns.get(row.source, -1) + 1
+        ranks.append((turns[row.source], row.source, place))
+    return [held_out[place] for place in sorted(place for *_, place in sorted(ranks)[:max_prompts])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +146,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
         if not read.rows:
             continue
         if data.sources:  # verl's name for it; a column of the data set wins
-            named = [{"data_source": _names(data)[number], **row} for row in read.rows]
+            named = [{"data_source": data.source_names[number], **row} for row in read.rows]
             read = dataclasses.replace(read, rows=named)
         rows = _tokenize(read, section, tokenizer, key, messages, number)
         questions |= {(number, row.index): question_key(read.rows[row.index]["prompt"]) for row in rows}
@@ -169,7 +183,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     train = _without_overlap(train, held_out, questions, data.remove_overlap, messages)
     sizes = [sum(row.source == number for row in train) for number in range(len(data.sources))]
     if 0 in sizes:
-        name = _names(data)[sizes.index(0)]
+        name = data.source_names[sizes.index(0)]
         raise ValueError(f"data.sources: {name!r} must hold a row to train on, got none that is left; take it out")
     return PromptData(train, held_out, num_rows, num_dropped, messages, sizes)
 
@@ -191,12 +205,8 @@ def _sections(data: DataSection) -> list[tuple[str, DataSection]]:
                 **{key: value for key in _OF_ENTRY if (value := getattr(entry, key)) is not None},
             ),
         )
-        for name, entry in zip(_names(data), data.sources, strict=True)
+        for name, entry in zip(data.source_names, data.sources, strict=True)
     ]
-
-
-def _names(data: DataSection) -> list[str]:
-    return [entry.label for entry in data.sources]
 
 
 def _eval_size_key(data: DataSection, number: int) -> str:

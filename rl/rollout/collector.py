@@ -144,6 +144,7 @@ class Collector:
                 self._sampling,
                 section.reward,
                 self._moment(steps_done),
+                self._config.data.source_names,
             )
         return result.metrics()
 

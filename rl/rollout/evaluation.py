@@ -2,12 +2,13 @@
 
 In: a sampler, weights, held-out data rows, reward functions. Out: the share of prompts whose greedy completion gets a
 reward of at least 1 from the function that counts (`eval.reward`), with a 95 % Wilson interval, and the mean of every
-reward function. Each prompt has one completion, so functions that compare completions are left out.
+reward function; of a mixture also for each source by itself. Each prompt has one completion, so functions that compare
+completions are left out.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,24 @@ from rl.sampler.token_draw import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalResult:
+class SourceResult:
+    """The part of an evaluation that one source of a mixture has; attributes as in `EvalResult`."""
+
+    accuracy: float
+    interval: tuple[float, float]
+    num_prompts: int
+    num_judged: int
+    means: dict[str, float | None]
+
+    def metrics(self) -> dict[str, float | None]:
+        """The result as parts of keys of metrics.jsonl."""
+        low, high = self.interval
+        scalars = {"accuracy": self.accuracy, "accuracy_low": low, "accuracy_high": high, "prompts": self.num_prompts}
+        return scalars | {f"reward/{name}": mean for name, mean in self.means.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult(SourceResult):
     """The result of one evaluation.
 
     Attributes:
@@ -39,31 +57,23 @@ class EvalResult:
       completion_length: mean number of tokens. truncated_share: the share of completions that hit the length limit.
       samples: a dict for each prompt: prompt, completion, rewards, finish_reason, and what reward functions logged.
       logged: {reward/FUNCTION/METRIC: mean} of the metrics that reward functions logged.
+      sources: {name: result} of the sources of a mixture, where more than one has prompts here; else empty.
     """
 
-    accuracy: float
-    interval: tuple[float, float]
-    num_prompts: int
-    num_judged: int
-    means: dict[str, float | None]
     left_out: list[str]
     completion_length: float
     truncated_share: float
     samples: list[dict[str, Any]] = dataclasses.field(repr=False)
     logged: dict[str, float] = dataclasses.field(default_factory=dict)
+    sources: dict[str, SourceResult] = dataclasses.field(default_factory=dict)
 
     def metrics(self) -> dict[str, float | None]:
-        """The result as keys of metrics.jsonl."""
-        low, high = self.interval
-        scalars: dict[str, float | None] = {
-            "accuracy": self.accuracy,
-            "accuracy_low": low,
-            "accuracy_high": high,
-            "prompts": self.num_prompts,
-        }
-        scalars |= {"completion_length": self.completion_length, "truncated_share": self.truncated_share}
-        scalars |= {f"reward/{name}": mean for name, mean in self.means.items()}
-        return {f"eval/{name}": value for name, value in (scalars | self.logged).items()}
+        """The result as keys of metrics.jsonl. Those of a source begin with its name."""
+        lengths = {"completion_length": self.completion_length, "truncated_share": self.truncated_share}
+        scalars = super().metrics() | lengths | self.logged
+        for source, result in self.sources.items():
+            scalars |= {f"{source}/{name}": value for name, value in result.metrics().items()}
+        return {f"eval/{name}": value for name, value in scalars.items()}
 
 
 def evaluate(
@@ -75,6 +85,7 @@ def evaluate(
     sampling: SamplingParams,
     accuracy_reward: str | None,
     moment: Moment | None = None,
+    sources: Sequence[str] = (),
 ) -> EvalResult:
     """Decodes every row greedily and scores it.
 
@@ -84,6 +95,7 @@ def evaluate(
       accuracy_reward: the name of the reward function that counts; None: the first that judges each completion by
         itself. If there is none, nothing is judged.
       moment: where the run stands, for reward functions; None: at its start.
+      sources: the names of the sources of a mixture, by the numbers in the rows.
     """
     plain, key = greedy(sampling), jax.random.key(0)
     names = runner.elementwise
@@ -94,9 +106,7 @@ def evaluate(
     all_names = [spec.name for spec in runner.specs]
     rewards = [[row[all_names.index(name)] for name in names] for row in result.rewards]
     counts = accuracy_function(runner, accuracy_reward)
-    judged = [] if counts is None else [row[names.index(counts)] for row in rewards]
-    judged = [value for value in judged if value is not None]
-    correct = sum(value >= 1.0 for value in judged)
+    of_sources = _by_source(rows, rewards, sources)
     samples = [
         {
             "prompt": row.prompt,
@@ -108,17 +118,40 @@ def evaluate(
         for row, text, values, done, logged in zip(rows, texts, rewards, completions, result.logged, strict=True)
     ]
     return EvalResult(
-        accuracy=correct / len(judged) if judged else math.nan,
-        interval=wilson_interval(correct, len(judged)),
-        num_prompts=len(rows),
-        num_judged=len(judged),
-        means={name: summary.mean for name, summary in summarize(rewards, names).items()},
+        **vars(_counted(rewards, names, counts)),
         left_out=[name for name in all_names if name not in names],
         completion_length=sum(done.num_trained for done in completions) / len(rows),
         truncated_share=sum(done.finish_reason == "length" for done in completions) / len(rows),
         samples=samples,
         logged=logged_metrics(result.sums, ()),
+        sources={name: _counted(own, names, counts) for name, own in of_sources.items()},
     )
+
+
+def _counted(rewards: list[list[float | None]], names: Sequence[str], counts: str | None) -> SourceResult:
+    """The accuracy and means of rewards [prompts][functions]. `counts`: the function that counts, if there is one."""
+    judged = [] if counts is None else [row[names.index(counts)] for row in rewards]
+    judged = [value for value in judged if value is not None]
+    correct = sum(value >= 1.0 for value in judged)
+    return SourceResult(
+        accuracy=correct / len(judged) if judged else math.nan,
+        interval=wilson_interval(correct, len(judged)),
+        num_prompts=len(rewards),
+        num_judged=len(judged),
+        means={name: summary.mean for name, summary in summarize(rewards, names).items()},
+    )
+
+
+def _by_source(
+    rows: Sequence[PromptRow], rewards: list[list[float | None]], sources: Sequence[str]
+) -> Mapping[str, list[list[float | None]]]:
+    """The rewards of each source in the order of `sources`; empty where fewer than two have rows."""
+    found: dict[str, list[list[float | None]]] = {}
+    for number, name in enumerate(sources):
+        own = [values for row, values in zip(rows, rewards, strict=True) if row.source == number]
+        if own:
+            found[name] = own
+    return found if len(found) > 1 else {}
 
 
 def accuracy_function(runner: RewardRunner, wanted: str | None) -> str | None:

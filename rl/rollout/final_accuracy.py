@@ -64,8 +64,13 @@ class FinalAccuracy:
         with start_rewards(self._config, self._rows, log_path, self._mesh) as runner:
             if problem := left_out_of_evaluation(runner, reward):
                 console.warning(problem)
-            result = evaluate(self._sampler, params, self._rows, runner, self._tokenizer, self._sampling, reward)
+            names = self._config.data.source_names
+            result = evaluate(
+                self._sampler, params, self._rows, runner, self._tokenizer, self._sampling, reward, sources=names
+            )
         console.message(f"held-out greedy accuracy {result.accuracy:.1%} on {result.num_prompts} prompts")
+        for name, own in result.sources.items():
+            console.message(f"  source {name}: {own.accuracy:.1%} on {own.num_prompts} prompts")
 
     def close(self) -> None:
         """Drops programs that wait to be compiled."""

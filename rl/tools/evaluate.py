@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from rewards.moment import Moment
 from rl.config.load import Config, override_values, require
-from rl.data.prompts import PromptData, fingerprint, held_out_fingerprint, load_pairs, load_prompts
+from rl.data.prompts import PromptData, evaluated_rows, fingerprint, held_out_fingerprint, load_pairs, load_prompts
 from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
 from rl.devices.programs import use_compilation_cache
@@ -65,7 +65,7 @@ def evaluate_source(
         for problem in filter(None, (changed, tokenizer.template_kwargs_problem())):
             if hosts.is_first():
                 print(f"warning: {problem}", file=sys.stderr)
-        rows = data.held_out[: config.eval.max_prompts]
+        rows = evaluated_rows(data.held_out, config.eval.max_prompts)
         if not rows:
             raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
         trained = load_source(source)
@@ -78,7 +78,15 @@ def evaluate_source(
             sampler.expect([row.prompt_ids for row in rows])
             moment = Moment(trained.step or 0, config.grpo.steps)
             result = evaluate(
-                sampler, trained.params, rows, runner, trained.tokenizer, sampling, config.eval.reward, moment
+                sampler,
+                trained.params,
+                rows,
+                runner,
+                trained.tokenizer,
+                sampling,
+                config.eval.reward,
+                moment,
+                config.data.source_names,
             )
         return result, "model.source" if trained.step is None else f"step {trained.step}"
 
@@ -141,6 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name, mean in result.means.items():
         print(f"  {name}: mean {mean if mean is None else round(mean, 4)}")
+    for name, own in result.sources.items():
+        means = ", ".join(f"{key} {mean if mean is None else round(mean, 4)}" for key, mean in own.means.items())
+        print(f"  source {name}: accuracy {own.accuracy:.1%} on {own.num_judged} prompts; means: {means}")
     if result.left_out:
         print(f"  left out, for they are not called for one completion at a time: {', '.join(result.left_out)}")
     print(f"  completion length {result.completion_length:.1f} tokens, {result.truncated_share:.1%} truncated")

@@ -262,6 +262,8 @@ def test_shares_that_contradict_each_other_or_the_rows_are_refused(tokenizer, tm
         load_config(None, ["data.mixture_temperature=2"])
     with pytest.raises(ValueError, match=r"distinct names, got \['x', 'x'\]; set `name`"):
         load_config(None, ["data.sources=[x, x]"])
+    with pytest.raises(ValueError, match=r"must not have the name 'reward'"):
+        load_config(None, ["data.sources=[x, reward]"])
     config = load_config(None, sources(tmp_path, "weight: 1", "weight: 9", sizes=(30, 6)))
     with pytest.raises(ValueError, match=r"'b' must hold at least 8 rows to train on, .*got 6; lower its share"):
         order_of(config.data, load_prompts(config, tokenizer), 0, 8)

@@ -110,6 +110,34 @@ def test_accuracy_is_the_share_of_the_function_that_counts(run):
     assert even.interval == wilson_interval(expected, 13)
 
 
+def test_an_evaluation_of_a_mixture_has_the_numbers_of_each_source(run, evaluated, capsys):
+    assert evaluated[0].sources == {}
+    entry = "{{source: arithmetic, name: {0}, args: {{operation: {0}, digits: 1}}, eval_size: {1}}}"
+    mixture = [
+        f"data.sources=[{entry.format('add', 5)}, {entry.format('subtract', 20)}]",
+        *("data.source=null", "data.args={operation: null, digits: null}", "data.eval_size=0"),
+    ]
+    main(["eval", str(run), *mixture, "eval.reward=even", "eval.max_prompts=11"])
+    assert "source subtract: accuracy " in capsys.readouterr().out
+    result, _ = evaluate_source(run, [*mixture, "eval.reward=even", "eval.max_prompts=11"])
+    assert {name: own.num_prompts for name, own in result.sources.items()} == {"add": 5, "subtract": 6}  # by turns
+    metrics = result.metrics()
+    for name, sign in (("add", "+"), ("subtract", "-")):
+        own = [sample for sample in result.samples if sign in sample["prompt"]]
+        right = sum(eval(sample["prompt"].rstrip("=")) % 2 == 0 for sample in own)
+        assert metrics[f"eval/{name}/accuracy"] == metrics[f"eval/{name}/reward/even"] == right / len(own)
+        assert (metrics[f"eval/{name}/accuracy_low"], metrics[f"eval/{name}/accuracy_high"]) == wilson_interval(
+            right, len(own)
+        )
+        assert metrics[f"eval/{name}/reward/digits"] == pytest.approx(
+            sum(sample["rewards"]["digits"] for sample in own) / len(own)
+        )
+    counts = [metrics[f"eval/{name}/accuracy"] * metrics[f"eval/{name}/prompts"] for name in ("add", "subtract")]
+    assert metrics["eval/accuracy"] == pytest.approx(sum(counts) / 11)
+    alone, _ = evaluate_source(run, [mixture[0].replace("eval_size: 5", "eval_size: 0"), *mixture[1:]])
+    assert (alone.num_prompts, alone.sources) == (20, {})
+
+
 def test_function_that_compares_completions_is_left_out_by_name_and_is_no_accuracy(run, capsys):
     functions = [
         {"function": f"{REWARDS}:best_of_group", "name": "best", "weight": 1.0},
