@@ -99,6 +99,8 @@ def read_logged(value: Any) -> dict[str, Any] | None:
     """The values that a worker sent for a sample, by name; None where they are not what `CallLog.of_sample` gives."""
     if not isinstance(value, dict) or len(value) > _MOST_SENT or not all(_is_name(name) for name in value):
         return None
+    if not value:  # as of most samples
+        return value
     return value if _is_plain(value, _MAX_DEPTH + 2) and len(_dumps(value)) <= MAX_LOGGED else None
 
 

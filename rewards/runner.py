@@ -532,13 +532,13 @@ class Scoring:
                 raise ValueError(f"reward {spec.name!r} requires completion_ids, got none; pass them to score")
         if not any(function.takes_completion_ids for function in self._functions):
             completion_ids = None  # converting them is the largest part of preparing a batch
-        left = set(self._left)
+        added = set[int]()
         for sample in samples:
             if not 0 <= sample < self._size:
                 raise ValueError(f"sample {sample} is not in the batch of {self._size}")
-            if sample not in left:
+            if sample not in self._left or sample in added:
                 raise ValueError(f"sample {sample} of the batch came before")
-            left.remove(sample)
+            added.add(sample)
         ready = encode(list(completions), "completions")
         drawn = {}
         for place, sample in enumerate(samples):
@@ -550,7 +550,7 @@ class Scoring:
     def add_encoded(self, drawn: dict[int, Drawn]) -> None:
         """`add` for values, by sample, that were checked and are in their JSON form."""
         with self._changed:
-            self._left = self._left - {*drawn}
+            self._left.difference_update(drawn)
             self._arrivals.append(drawn)
             self._changed.notify()
 

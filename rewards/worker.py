@@ -136,7 +136,8 @@ class _Worker:
         if request["op"] == "load":
             self._load(request)
             return
-        bound = self._rewards[request["key"]]
+        bound, moment = self._rewards[request["key"]], Moment(**request["moment"])
+        request = {**request, "of_run": {"step": moment.step, "trainer_state": moment.trainer_state}}
         run = {"batch": self._run_batch, "each": self._run_each, "together": self._run_together}[request["mode"]]
         failure = run(bound, request)
         self._reply(op="done", kind=failure and failure[0], message=failure and failure[1])
@@ -293,9 +294,7 @@ def _arguments(bound: BoundReward, request: Mapping[str, Any], rows: slice, log:
 
 def _of_call(request: Mapping[str, Any], log: CallLog) -> dict[str, Any]:
     """What is injected for a whole call, by name."""
-    moment = Moment(**request["moment"])
-    objects = {"trainer_state": moment.trainer_state, "log_metric": log.log_metric, "log_extra": log.log_extra}
-    return {"step": moment.step, **objects}
+    return {**request["of_run"], "log_metric": log.log_metric, "log_extra": log.log_extra}
 
 
 def _of_sample(request: Mapping[str, Any], index: int) -> dict[str, Any]:

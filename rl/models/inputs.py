@@ -61,14 +61,20 @@ def check_segments(inputs: Inputs) -> None:
     is_used_RT = groups_RT >= 0
     goes_on_RT = np.zeros_like(is_used_RT)
     goes_on_RT[:, 1:] = (groups_RT[:, 1:] == groups_RT[:, :-1]) & (branches_RT[:, 1:] == branches_RT[:, :-1])
+    goes_on_RT &= is_used_RT
     steps_RT = np.diff(positions_RT, axis=1, prepend=0)
-    assert np.all(steps_RT[goes_on_RT & is_used_RT] == 1), "positions of a segment must grow by one"
-    segments = list(zip(*np.nonzero(is_used_RT & ~goes_on_RT), strict=True))
-    first_places = {(r, groups_RT[r, t], branches_RT[r, t]): t for r, t in segments}
-    assert len(first_places) == len(segments), "a segment must be in one piece"
-    for (r, group, branch), t in first_places.items():
-        prompt = first_places.get((r, group, 0))
+    assert np.all(steps_RT[goes_on_RT] == 1), "positions of a segment must grow by one"
+    is_last_RT = is_used_RT.copy()
+    is_last_RT[:, :-1] &= ~goes_on_RT[:, 1:]
+    rows_S, first_S = np.nonzero(is_used_RT & ~goes_on_RT)
+    _, last_S = np.nonzero(is_last_RT)  # of the same segments, in the same order
+    names = np.stack([rows_S, groups_RT[rows_S, first_S], branches_RT[rows_S, first_S]], axis=-1)
+    places = np.stack([first_S, positions_RT[rows_S, first_S], positions_RT[rows_S, last_S]], axis=-1)
+    segments = dict(zip(map(tuple, names.tolist()), places.tolist(), strict=True))
+    assert len(segments) == len(names), "a segment must be in one piece"
+    for (row, group, branch), (place, position, _) in segments.items():
+        prompt = segments.get((row, group, 0))
         if branch != 0 and prompt is not None:
-            assert prompt < t, "a prompt must stand before its branches"
-            end = prompt + int(np.sum((groups_RT[r] == group) & (branches_RT[r] == 0))) - 1
-            assert positions_RT[r, t] == positions_RT[r, end] + 1, "a branch must go on from its prompt"
+            prompt_place, _, prompt_end = prompt
+            assert prompt_place < place, "a prompt must stand before its branches"
+            assert position == prompt_end + 1, "a branch must go on from its prompt"

@@ -120,12 +120,13 @@ def sample_and_score(
     prompts = [prompt_form(row.prompt) for row in row_B]
     step = 0 if moment is None else moment.step
     seeds = [sample_seed(seed, step, request.prompt_index, request.sample_index) for request in requests]
+    wants_texts = runner.wants_texts
     with runner.begin(prompts, columns, group_size=num_samples, names=names, moment=moment, seeds=seeds) as scoring:
         with watch.timer("rollout"), no_implicit_transfers():
             for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
                 done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
                 form, ids = completion_form(row_B[b].prompt, texts[b]), completion.token_ids.tolist()
-                read = [_texts(row_B[b], ids, tokenizer)] if runner.wants_texts else None
+                read = [_texts(row_B[b], ids, tokenizer)] if wants_texts else None
                 scoring.add([b], [form], [ids], [completion.finish_reason], read)
         with watch.timer("reward"):
             result = scoring.result()

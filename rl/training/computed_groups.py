@@ -68,7 +68,7 @@ def uncomputed_share(parts: Sequence[ComputedGroups]) -> float:
 
 
 def _num_trained(group: TrainGroup) -> int:
-    return sum(completion.trained_places.size for completion in group.completions)
+    return sum(completion.num_trained for completion in group.completions)
 
 
 def _size(group: TrainGroup) -> int:

@@ -50,10 +50,15 @@ class TrainCompletion:
     kept_words: np.ndarray | None = None
 
     @property
-    def trained_places(self) -> np.ndarray:
-        """Indices of the tokens that the policy drew, in order."""
+    def num_trained(self) -> int:
+        """The number of tokens that the policy drew."""
+        return len(self.token_ids) if self.trained is None else int(np.sum(self.trained))
+
+    @property
+    def trained_places(self) -> slice | np.ndarray:
+        """What picks the tokens that the policy drew, in order, from an array of all."""
         if self.trained is None:
-            return np.arange(len(self.token_ids))
+            return slice(0, len(self.token_ids))
         assert np.shape(self.trained) == np.shape(self.token_ids), (np.shape(self.trained), np.shape(self.token_ids))
         return np.flatnonzero(self.trained)
 
@@ -365,13 +370,14 @@ def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
             positions_T[inputs] = length + np.arange(count - 1)
             branches_T[inputs] = branch
             # The first token is predicted at the prompt's last position, the others at the token before them.
-            predictors = np.array([prompt_end, *range(t, t + count - 1)])
-            trained = completion.trained_places
-            targets = slice(n, n + trained.size)
+            predictors = np.arange(t - 1, t + count - 1)
+            predictors[0] = prompt_end
+            trained, num_trained = completion.trained_places, completion.num_trained
+            targets = slice(n, n + num_trained)
             batch.predictors_MRN[m, r, targets] = predictors[trained]
             batch.targets_MRN[m, r, targets] = np.asarray(completion.token_ids)[trained]
             batch.target_mask_MRN[m, r, targets] = True
-            batch.slots_MRCL[m, r, c, trained] = np.arange(n, n + trained.size)
+            batch.slots_MRCL[m, r, c, trained] = np.arange(n, n + num_trained)
             batch.mask_MRCL[m, r, c, trained] = 1.0
             batch.sequence_mask_MRC[m, r, c] = 1.0
             batch.advantages_MRC[m, r, c] = completion.advantage
@@ -387,7 +393,7 @@ def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
                         "grpo.policy_distribution=sampled, got None of this sampler; set it to full"
                     )
                 batch.kept_words_MRNX[m, r, targets] = completion.kept_words[trained]
-            t, n, c = t + count - 1, n + trained.size, c + 1
+            t, n, c = t + count - 1, n + num_trained, c + 1
 
 
 def _row_length(

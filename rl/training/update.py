@@ -137,7 +137,7 @@ class Updater:
                 "that the compiled train step does not take; leave it out, or set grpo.sampler_is_correction=true"
             )
         reference_name = REFERENCE_LOGPROBS if REFERENCE_LOGPROBS in self._calls else LOGPROBS
-        num_items = sum(c.trained_places.size for minibatch in groups for group in minibatch for c in group.completions)
+        num_items = sum(c.num_trained for minibatch in groups for group in minibatch for c in group.completions)
         batches, parts = [], [computed_groups(minibatch, self._leaves_out) for minibatch in groups]
         for number, part in enumerate(parts):
             packed = pack(part.groups, self._plan, self._dtype)

@@ -154,7 +154,10 @@ def test_a_rollout_measures_drawn_tokens_and_hands_the_mask_on():
     assert (rollout.num_tokens, rollout.metrics["completion_length/mean"]) == (6, 3)
     ((packed_group,),) = minibatches(config, rollout)
     assert [completion.trained for completion in packed_group.completions] == masks
-    assert [completion.trained_places.tolist() for completion in packed_group.completions] == [[0, 3], [0, 1, 2, 3]]
+    assert [np.arange(4)[completion.trained_places].tolist() for completion in packed_group.completions] == [
+        [0, 3],
+        [0, 1, 2, 3],
+    ]
     first, second = sample_records(rollout, 2)
     assert (first["trained"], first["tokens"]) == ([1, 0, 0, 1], 4)
     assert "trained" not in second
