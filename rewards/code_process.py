@@ -1,17 +1,21 @@
 """Interpreters as processes that have left the host, for `sandbox: process` (Linux).
 
 In: as `rewards.code_sandbox`. Each interpreter is a process of its own in new namespaces for users, files, processes,
-network and shared memory, with limits and without privileges, see `rewards.code_child`. Nothing of what it sends is
-believed but that it is JSON of a literal.
+network and shared memory, with limits and without privileges, see `rewards.code_child`. One template serves a whole
+process (a reward worker): each interpreter is a new fork of it, in which nothing ran before. Nothing of what an
+interpreter sends is believed but that it is JSON of a literal.
 """
 
 import contextlib
+import functools
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,32 +46,95 @@ class ProcessSandbox:
         """A new interpreter. Raises NoSandboxError where namespaces cannot be had."""
         if sys.platform != "linux":
             raise NoSandboxError(f"sandbox process needs namespaces of Linux, got {sys.platform}; take sandbox monty")
-        source = Path(code_child.__file__).read_text()
-        # -P, -s, -S and the environment: nothing of the user's is imported. The hashes of strings are always the same.
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-S", "-B", "-c", source, str(self._memory_mb), str(self._timeout)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
-            cwd="/",
-        )
-        interpreter = _ProcessInterpreter(process, self._timeout)
+        interpreter = self._start()
         try:
-            interpreter.expect_ready()
             yield interpreter
         finally:
             interpreter.close()
 
+    def _start(self) -> "_ProcessInterpreter":
+        for is_last in (False, True):
+            template = _template(os.getpid())
+            try:
+                interpreter = _ProcessInterpreter(*template.fork(self._memory_mb, self._timeout), self._timeout)
+            except ConnectionError as error:
+                _template.cache_clear()
+                if is_last:
+                    raise NoSandboxError(f"the template of sandbox process does not run ({error})") from error
+                continue
+            try:
+                interpreter.expect_ready()
+                return interpreter
+            except NoSandboxError:
+                interpreter.close()
+                if is_last or template.is_running():
+                    raise
+                _template.cache_clear()  # something ended it
+        raise AssertionError("unreachable")
+
+
+class _Template:
+    """The process that forks interpreters. It ends with this process, or when nobody holds this object."""
+
+    def __init__(self) -> None:
+        control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        source = Path(code_child.__file__).read_text()
+        with other:
+            # -P, -s, -S and the environment: nothing of the user's is imported. The hashes of strings are always the
+            # same.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-s", "-S", "-B", "-c", source],
+                stdin=other,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
+                cwd="/",
+            )
+        self._control = control
+        weakref.finalize(self, _end_template, control, self._process)
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def fork(self, memory_mb: float, timeout: float) -> tuple[int, int]:
+        """The files for requests to a new interpreter and for its answers.
+
+        Raises ConnectionError where the template has ended.
+        """
+        child_in, requests = os.pipe()
+        answers, child_out = os.pipe()
+        try:
+            socket.send_fds(self._control, [dumps([memory_mb, timeout])], [child_in, child_out])
+        except OSError:
+            os.close(requests)
+            os.close(answers)
+            raise
+        finally:
+            os.close(child_in)
+            os.close(child_out)
+        return requests, answers
+
+
+def _end_template(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    control.close()  # it ends now
+    try:
+        process.wait(_KILL)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@functools.lru_cache(maxsize=1)
+def _template(pid: int) -> _Template:
+    """The template of this process, whose id is `pid`: a fork of it starts its own."""
+    return _Template()
+
 
 class _ProcessInterpreter:
-    def __init__(self, process: subprocess.Popen[bytes], timeout: float):
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._process, self._timeout = process, timeout
-        self._stdin, self._stdout = process.stdin, process.stdout
-        os.set_blocking(self._stdin.fileno(), False)
-        os.set_blocking(self._stdout.fileno(), False)
+    def __init__(self, requests: int, answers: int, timeout: float):
+        self._requests, self._answers, self._timeout = requests, answers, timeout
+        os.set_blocking(requests, False)
+        os.set_blocking(answers, False)
         self._left = _START
         self._buffer = bytearray()
         self._is_gone = False
@@ -112,14 +179,12 @@ class _ProcessInterpreter:
         raise _problem(answer)
 
     def close(self) -> None:
-        """Ends the process, and the one that it waits for."""
-        self._stdin.close()  # it kills its child now
-        self._stdout.close()
-        try:
-            self._process.wait(_KILL)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """Ends the interpreter, and waits until none of its processes is left."""
+        os.close(self._requests)  # the process that waits for it kills it now
+        poll = select.poll()
+        poll.register(self._answers, 0)  # POLLHUP alone: nobody holds the other end
+        poll.poll(_KILL * 1000)
+        os.close(self._answers)
 
     def _ask(self, request: Any) -> list[Any]:
         if self._is_gone:
@@ -130,9 +195,9 @@ class _ProcessInterpreter:
     def _send(self, data: bytes) -> None:
         left = memoryview(data)
         while left:
-            self._wait(self._stdin.fileno(), select.POLLOUT)
+            self._wait(self._requests, select.POLLOUT)
             try:
-                left = left[os.write(self._stdin.fileno(), left) :]
+                left = left[os.write(self._requests, left) :]
             except BlockingIOError:
                 continue
             except BrokenPipeError as error:
@@ -142,9 +207,9 @@ class _ProcessInterpreter:
         while (end := self._buffer.find(b"\n")) < 0:
             if len(self._buffer) > _MAX_LINE:
                 raise self._gone("it sent too much")
-            self._wait(self._stdout.fileno(), select.POLLIN)
+            self._wait(self._answers, select.POLLIN)
             try:
-                data = os.read(self._stdout.fileno(), _READ)
+                data = os.read(self._answers, _READ)
             except BlockingIOError:
                 continue
             if not data:

