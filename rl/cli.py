@@ -5,17 +5,14 @@ Each module's `main(argv)` reads its own, and `python -m <module>` does the same
 """
 
 import contextlib
-import dataclasses
-import difflib
 import errno
 import importlib
-import importlib.metadata
 import os
 import sys
 import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from rl.errors import TRACEBACK_VARIABLE, fail, raised_by_tandem, status_without_stdout
 
@@ -26,8 +23,7 @@ _PATH_ERRORS = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """One command: the module whose `main(argv)` runs it, and its text in `--help`."""
 
     module: str
@@ -337,7 +333,9 @@ def _run(arguments: list[str]) -> int:
         print(_overview())
         return 0
     if arguments[0] == "--version":
-        print(f"tandem-grpo {importlib.metadata.version('tandem-grpo')}")
+        from importlib import metadata  # half of the time of --help, which does without
+
+        print(f"tandem-grpo {metadata.version('tandem-grpo')}")
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
@@ -392,6 +390,8 @@ def _command_help(name: str) -> str:
 
 
 def _unknown_command(name: str) -> str:
+    import difflib
+
     nearest = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     return f"unknown command {name!r}; {hint}Commands: {', '.join(COMMANDS)}"
