@@ -89,6 +89,8 @@ RANGES = {
     "data.sources.*.eval_size": _COUNT,
     "data.mixture_temperature": Range(0, above=True, note=" or null"),
     "data.eval_size": _COUNT,
+    "data.eval_share": _BELOW_ONE,
+    "data.sources.*.eval_share": Range(0, 1, below=True, note=" or null"),
     "data.max_prompt_length": _SIZE,
     "data.curriculum.band.*": _ANY,
     "data.curriculum.floor": Range(0.01, 1, note=", a share; 0 would leave rows out for good"),

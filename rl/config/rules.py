@@ -113,8 +113,9 @@ def check_config(config: Config) -> None:
         )
     _check_chat(config)
     _check_data(config)
-    if config.data.eval_source is not None and config.data.eval_size:
-        raise ValueError(f"data.eval_size must be 0 when data.eval_source is set, got {config.data.eval_size}")
+    for key, value in (("eval_size", config.data.eval_size), ("eval_share", config.data.eval_share)):
+        if config.data.eval_source is not None and value:
+            raise ValueError(f"data.{key} must be 0 when data.eval_source is set, got {value}")
 
 
 def _check_data(config: Config) -> None:
@@ -130,6 +131,11 @@ def _check_data(config: Config) -> None:
         raise ValueError(
             "data.curriculum.easy_values must be high with data.curriculum.by=pass_rate, got 'low': a high pass rate "
             "is easy"
+        )
+    if data.eval_size and data.eval_share:
+        raise ValueError(
+            f"data.eval_share must be 0 when data.eval_size is set, got {data.eval_share} and {data.eval_size}; set "
+            "one of them to 0"
         )
     if not data.sources:
         if data.mixture_temperature is not None:
@@ -167,8 +173,15 @@ def _check_data(config: Config) -> None:
         raise ValueError(
             "data.sources must not have the name 'reward', which is a part of the names of metrics; rename it"
         )
-    if data.eval_source is not None and any(entry.eval_size for entry in data.sources):
+    if data.eval_source is not None and any(entry.eval_size or entry.eval_share for entry in data.sources):
         raise ValueError("data.sources: eval_size must be 0 when data.eval_source is set, got rows to hold out twice")
+    for place, entry in enumerate(data.sources):
+        share = data.eval_share if entry.eval_share is None else entry.eval_share
+        if entry.eval_size and share:
+            raise ValueError(
+                f"data.sources.{place}: rows are held out by eval_size or by eval_share, got {entry.eval_size} and "
+                f"{share}; set one of them to 0"
+            )
 
 
 def _check_chat(config: Config) -> None:

@@ -106,6 +106,7 @@ class DataSource:
     system_prompt: str | None = None
     assistant_prefill: str | None = None
     eval_size: int = 0
+    eval_share: float | None = None
 
     @property
     def label(self) -> str:
@@ -142,6 +143,7 @@ class DataSection:
     eval_source: str | None
     eval_args: dict[str, Any]
     eval_size: int
+    eval_share: float
     chat: bool
     chat_template_kwargs: dict[str, Any]
     system_prompt: str | None

@@ -25,7 +25,7 @@ from rl.files.json_file import shown
 
 Prompt = str | list[dict[str, Any]]
 # What an entry of data.sources may say in place of the section.
-_OF_ENTRY = ("columns", "prepare", "answer_from_messages", "system_prompt", "assistant_prefill")
+_OF_ENTRY = ("columns", "prepare", "answer_from_messages", "system_prompt", "assistant_prefill", "eval_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,9 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     Without data.eval_source, data.eval_size distinct questions are held out: those with the smallest hash of (seed,
     question), one row each. With the same seed and size, a run on a part of a source holds out every question of that
     part which a run on the whole source holds out. So supervised fine-tuning on a part never trains on questions on
-    which GRPO on all of it is evaluated. With data.eval_source, all its rows are held out, and train rows with the same
-    question are removed. Questions are compared without case and spacing.
+    which GRPO on all of it is evaluated. With data.eval_share, the questions are held out whose hash, as a number in
+    0..1, is below it: whether a question is held out does not depend on the others. With data.eval_source, all its rows
+    are held out, and train rows with the same question are removed. Questions are compared without case and spacing.
 
     Raises:
       ValueError: no row is left, a prompt is neither text nor messages, or a chat prompt has no chat template; or
@@ -154,7 +155,10 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
         candidates += rows
         if section.eval_size:
             of_source = {questions[row.source, row.index] for row in rows}
-            chosen |= _held_out_questions(of_source, config.seed, section.eval_size, _eval_size_key(data, number))
+            chosen |= _held_out_questions(of_source, config.seed, section.eval_size, _key_of(data, number, "eval_size"))
+        if section.eval_share:
+            of_source = {questions[row.source, row.index] for row in rows}
+            chosen |= _held_out_share(of_source, config.seed, section.eval_share, _key_of(data, number, "eval_share"))
     num_dropped = num_rows - len(candidates)
     if data.eval_source is None:
         first_rows: dict[str, PromptRow] = {}
@@ -209,8 +213,8 @@ def _sections(data: DataSection) -> list[tuple[str, DataSection]]:
     ]
 
 
-def _eval_size_key(data: DataSection, number: int) -> str:
-    return f"data.sources.{number}.eval_size" if data.sources else "data.eval_size"
+def _key_of(data: DataSection, number: int, name: str) -> str:
+    return f"data.sources.{number}.{name}" if data.sources and getattr(data.sources[number], name) else f"data.{name}"
 
 
 def _first_of_each(read: SourceRows, key: str, seen: dict[str, str], messages: list[str]) -> SourceRows:
@@ -502,10 +506,29 @@ def _held_out_questions(questions: set[str], seed: int, size: int, key: str) -> 
             f"{key} must be < {len(questions)}, the number of distinct questions, got {size}; the rest is for training"
         )
 
-    def rank(question: str) -> bytes:
-        return hashlib.sha256(f"{seed}\n{question}".encode("utf-8", "surrogatepass")).digest()
+    return set(sorted(questions, key=lambda question: _hash(question, seed))[:size])
 
-    return set(sorted(questions, key=rank)[:size])
+
+def _held_out_share(questions: set[str], seed: int, share: float, key: str) -> set[str]:
+    """The questions whose hash of (seed, question) is below `share` of all hashes. `key` names the share."""
+    held_out = {question for question in questions if is_held_out(question, seed, share)}
+    if not 0 < len(held_out) < len(questions):
+        found = "all of them" if held_out else "none"
+        way_out = "lower it" if held_out else "raise it"
+        raise ValueError(
+            f"{key} must hold out some of {len(questions)} distinct questions, and leave others to train on, got "
+            f"{share}, which holds out {found}; {way_out}"
+        )
+    return held_out
+
+
+def is_held_out(question: str, seed: int, share: float) -> bool:
+    """Whether data.eval_share holds a question out, which depends on nothing else."""
+    return int.from_bytes(_hash(question, seed)[:8]) < share * 2.0**64
+
+
+def _hash(question: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\n{question}".encode("utf-8", "surrogatepass")).digest()
 
 
 def _completion_ids(row: PromptRow, column: str, tokenizer: Tokenizer) -> list[int]:

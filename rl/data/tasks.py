@@ -3,16 +3,16 @@
 A source gives rows `{"prompt": ..., "answer": ...}` with distinct prompts. Nothing here knows about tokens or splits.
 """
 
-import difflib
 import functools
-import inspect
-import json
 import operator
 import random
 import string
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from rl.data.reasoning_tasks import reasoning_gym_rows
+from rl.data.task_arguments import check_arguments, check_count
 
 Row = dict[str, Any]
 
@@ -46,7 +46,7 @@ def procedural_rows(source: str, args: Mapping[str, Any], seed: int) -> list[Row
     arguments = {"seed": seed, **args}
     if source.startswith(REASONING_GYM_PREFIX):
         return reasoning_gym_rows(source.removeprefix(REASONING_GYM_PREFIX), arguments)
-    _check_arguments("arithmetic", arithmetic_rows, arguments)
+    check_arguments("data.args of arithmetic", arithmetic_rows, arguments)
     return arithmetic_rows(**arguments)
 
 
@@ -72,9 +72,9 @@ def arithmetic_rows(
     names = list(_OPERATIONS) if operation == "mixed" else [operation]
     if not set(names) <= set(_OPERATIONS):
         raise ValueError(f"data.args.operation must be one of {[*_OPERATIONS, 'mixed']}, got {operation!r}")
-    _check_count("data.args.digits", digits, 1)
-    _check_count("data.args.terms", terms, 2)
-    _check_count("data.args.seed", seed, 0)
+    check_count("data.args.digits", digits, 1)
+    check_count("data.args.terms", terms, 2)
+    check_count("data.args.seed", seed, 0)
     _check_template(template)
     numbers = 10**digits
     total = len(names) * numbers**terms
@@ -84,7 +84,7 @@ def arithmetic_rows(
             f"digits={digits}, terms={terms}; it draws that many distinct ones"
         )
     count = total if size is None else size
-    _check_count("data.args.size", count, 1)
+    check_count("data.args.size", count, 1)
     if count > total:
         raise ValueError(
             f"data.args.size must be <= {total}, the number of distinct questions, got {count}; raise data.args.digits"
@@ -105,52 +105,6 @@ def arithmetic_rows(
     return rows
 
 
-def reasoning_gym_rows(task: str, args: Mapping[str, Any]) -> list[Row]:
-    """Distinct questions of a reasoning-gym task (https://github.com/open-thought/reasoning-gym).
-
-    Args:
-      task: the task's name, such as `chain_sum`.
-      args: `size` (questions drawn) and `seed`, plus the task's own configuration.
-
-    Returns:
-      Rows with prompt, answer and metadata (JSON-able), in the order drawn. Repeated questions are left out, so there
-      can be fewer than `size`.
-
-    Raises:
-      ValueError: reasoning-gym is not installed, the task or an argument is unknown, or the task refuses the
-        configuration.
-    """
-    try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise ValueError(
-            f"data.source=reasoning_gym:{task} needs the reasoning-gym package, got: {error}; pip install reasoning-gym"
-        ) from error
-
-    if task not in DATASETS:
-        raise ValueError(
-            f"data.source=reasoning_gym:TASK must name a task of reasoning-gym, got {task!r}{_nearest(task, DATASETS)}"
-        )
-    _check_count("data.args.size", args.get("size"), 1)
-    _check_count("data.args.seed", args.get("seed"), 0)
-    _check_arguments(f"reasoning_gym:{task}", DATASETS[task][1], args)
-    try:
-        drawn = reasoning_gym.create_dataset(task, **args)
-    except (AssertionError, TypeError, ValueError) as error:  # reasoning-gym checks its configuration with assert
-        raise ValueError(
-            f"data.args must suit reasoning_gym:{task}, got {dict(args)}: {type(error).__name__}: {error}"
-        ) from error
-    rows: dict[str, Row] = {}
-    for entry in drawn:
-        # Some tasks put tuples, sets or their own objects into the metadata, which workers get as JSON.
-        metadata = json.loads(json.dumps(entry["metadata"], default=str))
-        rows.setdefault(
-            entry["question"], {"prompt": entry["question"], "answer": entry["answer"], "metadata": metadata}
-        )
-    return list(rows.values())
-
-
 def _distinct_numbers(total: int, count: int, generator: random.Random) -> list[int]:
     """`count` different numbers below `total`, in random order."""
     if total <= sys.maxsize:
@@ -161,27 +115,6 @@ def _distinct_numbers(total: int, count: int, generator: random.Random) -> list[
     return list(numbers)
 
 
-def _check_arguments(source: str, function: Callable[..., Any], args: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(function).parameters
-    for name in args:
-        if name not in parameters:
-            raise ValueError(
-                f"data.args of {source} must be among {sorted(parameters)}, got {name!r}{_nearest(name, parameters)}"
-            )
-    missing = [
-        name for name, parameter in parameters.items() if parameter.default is parameter.empty and name not in args
-    ]
-    if missing:
-        raise ValueError(
-            f"data.args of {source} must hold {missing}, got {sorted(args)}; for example data.args.{missing[0]}=..."
-        )
-
-
-def _check_count(key: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{key} must be a whole number >= {minimum}, got {value!r}")
-
-
 def _check_template(text: str) -> None:
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
@@ -190,8 +123,3 @@ def _check_template(text: str) -> None:
         raise ValueError(f"data.args.template must be a format string, got {text!r}: {error}") from error
     if fields != ["expression"]:
         raise ValueError(f"data.args.template must hold {{expression}} once and no other field, got {text!r}")
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -67,7 +67,9 @@ def evaluate_source(
                 print(f"warning: {problem}", file=sys.stderr)
         rows = evaluated_rows(data.held_out, config.eval.max_prompts)
         if not rows:
-            raise ValueError("evaluation needs held-out rows, got none; set data.eval_size or data.eval_source")
+            raise ValueError(
+                "evaluation needs held-out rows, got none; set data.eval_size, data.eval_share or data.eval_source"
+            )
         trained = load_source(source)
         sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
         sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)

@@ -173,6 +173,19 @@ def test_sources_of_a_mixture_have_columns_prompts_and_held_out_rows_of_their_ow
     assert data.train[25].where == f"data.sources 'b' '{tmp_path}/b.jsonl' row 0"
 
 
+def test_sources_share_the_share_of_held_out_questions_or_have_their_own(tokenizer, tmp_path):
+    data = load(tokenizer, *sources(tmp_path, "", "eval_share: 0"), "data.eval_share=0.3")
+    assert {row.source for row in data.held_out} == {0}
+    alone = load(tokenizer, f"data.source={tmp_path}/a.jsonl", "data.columns={prompt: q}", "data.eval_share=0.3")
+    assert [row.prompt for row in alone.held_out] == [row.prompt for row in data.held_out]
+    with pytest.raises(
+        ValueError, match=r"data\.sources\.0: rows are held out by eval_size or by eval_share, got 2 and"
+    ):
+        load(tokenizer, *sources(tmp_path, "eval_size: 2", ""), "data.eval_share=0.3")
+    with pytest.raises(ValueError, match=r"data\.sources\.1\.eval_share must hold out some of 12 .*got 1e-09"):
+        load(tokenizer, *sources(tmp_path, "", "eval_share: 1e-9"))
+
+
 def test_sources_without_shares_are_one_list_in_the_order_of_one_source(tokenizer, tmp_path):
     config = load_config(None, sources(tmp_path, "", ""))
     data = load_prompts(config, tokenizer)

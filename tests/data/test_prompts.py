@@ -435,6 +435,25 @@ def test_chat_messages_and_plain_text_are_the_same_question(tokenizer, tmp_path)
     assert [row.index for row in data.train] == [1]
 
 
+def test_a_share_of_questions_is_held_out_by_their_text_and_the_seed_alone(tokenizer, tmp_path):
+    rows = [{"prompt": f"{n} ?", "answer": "1"} for n in range(200)]
+    whole = load_prompts(config_for(write_jsonl(tmp_path / "a.jsonl", rows), "data.eval_share=0.25"), tokenizer)
+    held_out = questions(whole.held_out)
+    assert 30 < len(held_out) < 70
+    assert not held_out & questions(whole.train)
+    assert len(whole.train) + len(whole.held_out) == 200
+    fewer = write_jsonl(tmp_path / "b.jsonl", [*rows[150:], {"prompt": "new?", "answer": "1"}, *rows[90:20:-1]])
+    part = load_prompts(config_for(fewer, "data.eval_share=0.25"), tokenizer)
+    assert questions(part.held_out) - {"new?"} == held_out & {f"{n} ?" for n in (*range(21, 91), *range(150, 200))}
+    more = load_prompts(config_for(fewer, "data.eval_share=0.5"), tokenizer)
+    assert questions(part.held_out) < questions(more.held_out)
+    other = load_prompts(config_for(fewer, "data.eval_share=0.25", "seed=1"), tokenizer)
+    assert questions(other.held_out) != questions(part.held_out)
+    for share, found in (("1e-9", "none; raise it"), ("0.999999", "all of them; lower it")):
+        with pytest.raises(ValueError, match=rf"data\.eval_share must hold out some of 200 .* holds out {found}"):
+            load_prompts(config_for(tmp_path / "a.jsonl", f"data.eval_share={share}"), tokenizer)
+
+
 def test_holding_out_everything_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"data\.eval_size must be < 100, .* got 100"):
         load_prompts(load_config(None, [*ARITHMETIC, "data.eval_size=100"]), tokenizer)

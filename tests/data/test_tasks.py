@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from rl.data.tasks import arithmetic_rows, is_procedural, procedural_rows, reasoning_gym_rows
+from rl.data.reasoning_tasks import reasoning_gym_rows
+from rl.data.tasks import arithmetic_rows, is_procedural, procedural_rows
 
 SUMS = {"size": 60, "seed": 1, "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
@@ -136,3 +137,56 @@ def test_terms_make_longer_questions_evaluated_from_left_to_right():
     assert all(eval(row["prompt"].rstrip("=")) == int(row["answer"]) for row in rows)
     rows = arithmetic_rows("subtract", digits=1, seed=0, terms=3)
     assert all(eval(row["prompt"].rstrip("=")) == int(row["answer"]) for row in rows)
+
+
+# Composites and levels
+
+TWO = [{"name": "gcd", "weight": 3, "config": {"max_value": 50}}, {"name": "chain_sum", "level": {"num_terms": 2}}]
+
+
+def test_a_composite_mixes_tasks_by_weight_and_each_row_knows_its_own():
+    rows = reasoning_gym_rows("composite", {"size": 120, "seed": 3, "datasets": TWO})
+    of_task = [row["metadata"]["source_dataset"] for row in rows]
+    assert len(rows) > 100
+    assert 0.6 < of_task.count("gcd") / len(rows) < 0.9
+    sums = [row["metadata"]["expression"] for row in rows if row["metadata"]["source_dataset"] == "chain_sum"]
+    assert {len(expression.split()) for expression in sums} == {7}  # four terms, three signs
+    assert rows == reasoning_gym_rows("composite", {"size": 120, "seed": 3, "datasets": TWO})
+    assert "level" not in rows[0]
+    by_name = reasoning_gym_rows("composite", {"size": 9, "seed": 3, "datasets": ["gcd", "lcm"], "level": 1})
+    assert {row["level"] for row in by_name} == {1}
+
+
+def test_a_level_gives_the_values_of_the_tasks_curriculum_and_a_list_draws_of_each():
+    rows = reasoning_gym_rows("chain_sum", {"size": 30, "seed": 1, "level": [0, 2]})
+    for level, terms, digits in ((0, 2, 1), (2, 4, 3)):
+        own = [row["metadata"] for row in rows if row["level"] == level]
+        assert 20 < len(own) <= 30
+        assert {(about["num_terms"], about["num_digits"]) for about in own} == {(terms, digits)}
+    some = reasoning_gym_rows("chain_sum", {"size": 5, "seed": 1, "level": {"*": 1, "num_terms": 0}})
+    assert {(row["metadata"]["num_terms"], row["metadata"]["num_digits"]) for row in some} == {(2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "message"),
+    [
+        ("chain_sum", {"level": 11}, r"data\.args\.level must be from 0 to 10 for reasoning_gym:chain_sum, got 11"),
+        ("chain_sum", {"level": {"num_digits": 10}}, r"from 0 to 9 for num_digits of reasoning_gym:chain_sum, got 10"),
+        ("chain_sum", {"level": {"digits": 1}}, r"attributes .*\['num_digits', 'num_terms'\], got 'digits'; did you"),
+        ("chain_sum", {"level": [0, -1]}, r"data\.args\.level must be a whole number >= 0, got -1"),
+        ("chain_sum", {"level": "hard"}, r"data\.args\.level must be from 0 to 10 .*got 'hard'"),
+        ("chain_sum", {"level": []}, r"data\.args\.level must hold a level, got \[\]"),
+        ("chain_sum", {"level": 0, "min_terms": 2}, r"must leave min_terms to the level, which gives it 2, got 2"),
+        ("gsm_symbolic", {"level": 0}, r"level must be left out for reasoning_gym:gsm_symbolic, which has no"),
+        ("caesar_cipher", {"level": 3}, r"must suit reasoning_gym:caesar_cipher, .* at level 3: AssertionError"),
+        ("composite", {}, r"data\.args\.datasets must be a list of \{name, weight, config, level\}.*got None"),
+        ("composite", {"datasets": [{"nam": "gcd"}]}, r"data\.args\.datasets\.0 must be .*got 'nam'"),
+        ("composite", {"datasets": ["gdc"]}, r"datasets\.0\.name must be a task .*'gdc'; did you mean 'gcd'"),
+        ("composite", {"datasets": [{"name": "gcd", "weight": 0}]}, r"datasets\.0\.weight must be a number > 0, got 0"),
+        ("composite", {"datasets": [{"name": "gcd", "config": {"size": 3, "x": 1}}]}, r"0\.config must be .*got 'x'"),
+        ("composite", {"datasets": ["gcd", "gcd"]}, r"must suit reasoning_gym:composite, .*Duplicate dataset names"),
+    ],
+)  # fmt: skip
+def test_composites_and_levels_that_cannot_be_are_refused_by_name(task, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        reasoning_gym_rows(task, {"size": 5, "seed": 1, **arguments})

@@ -11,7 +11,7 @@ from rewards.ifeval import INSTRUCTIONS
 from rewards.objects import to_bytes
 from rewards.runner import RewardRunner
 from rl.config.load import load_config
-from rl.data.tasks import reasoning_gym_rows
+from rl.data.reasoning_tasks import reasoning_gym_rows
 from rl.run_folder.trust import READY_MADE
 from tests.helpers.places import ROOT
 
