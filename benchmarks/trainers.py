@@ -22,7 +22,7 @@ from rl.algorithms.advantages import compute_advantages
 from rl.algorithms.entropy_coef import EntropyCoefState
 from rl.algorithms.from_config import loss_config
 from rl.config.load import load_config
-from rl.data.prompts import PromptRow
+from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.models.flavours import policy_from_config
 from rl.rollout.groups import judge, minibatches, with_advantages

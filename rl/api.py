@@ -18,7 +18,7 @@ import numpy as np
 from rewards import objects as reward_objects
 from rl.config.load import Config, load_config
 from rl.config.objects import GivenFunction, Objects, given, object_text
-from rl.data.prompts import Prompt
+from rl.data.prompt_rows import Prompt
 from rl.data.tasks import Row
 from rl.devices import hosts
 from rl.devices.programs import use_compilation_cache

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rl.config.sections import CurriculumSection
-from rl.data.prompts import PromptRow
+from rl.data.prompt_rows import PromptRow
 from rl.data.shuffle import uniform
 from rl.data.sources import list_columns
 from rl.files.json_file import shown

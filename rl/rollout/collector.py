@@ -16,7 +16,8 @@ from rewards.moment import Moment
 from rewards.runner import RewardRunner
 from rl.config.load import Config
 from rl.data.order import order_of
-from rl.data.prompts import PromptData, PromptRow
+from rl.data.prompt_rows import PromptRow
+from rl.data.prompts import PromptData
 from rl.data.tokenizer import Tokenizer
 from rl.models.train_state import PureState
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation

@@ -16,7 +16,7 @@ import jax
 from rewards.moment import Moment
 from rewards.rubric import summarize
 from rewards.runner import RewardRunner
-from rl.data.prompts import PromptRow
+from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.rollout.groups import logged_metrics
 from rl.rollout.scoring import sample_and_score

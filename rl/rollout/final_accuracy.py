@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from rl.config.load import Config
-from rl.data.prompts import PromptRow
+from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.models.config import ModelConfig
 from rl.models.policy import Policy

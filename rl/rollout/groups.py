@@ -21,7 +21,7 @@ from rewards.rubric import summarize, weighted_sum
 from rl.algorithms.advantages import compute_advantages
 from rl.algorithms.from_config import estimator_of, label
 from rl.config.load import Config
-from rl.data.prompts import PromptRow
+from rl.data.prompt_rows import PromptRow
 from rl.rollout.scoring import ScoredCompletions
 from rl.sampler.contract import Completion
 from rl.training.packing import TrainCompletion, TrainGroup

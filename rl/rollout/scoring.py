@@ -19,7 +19,7 @@ from rewards.moment import Moment, sample_seed
 from rewards.runner import RewardRunner
 from rl.config.load import Config
 from rl.config.objects import function_of
-from rl.data.prompts import Prompt, PromptRow
+from rl.data.prompt_rows import Prompt, PromptRow
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices import hosts
 from rl.devices.mesh import no_implicit_transfers

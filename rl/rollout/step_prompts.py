@@ -21,7 +21,7 @@ from rewards.runner import RewardRunner
 from rl.algorithms.advantages import ZERO_STD
 from rl.config.load import Config
 from rl.data.order import Order
-from rl.data.prompts import PromptRow
+from rl.data.prompt_rows import PromptRow
 from rl.rollout.groups import Judged
 
 

@@ -25,7 +25,8 @@ from rewards.rubric import weighted_sum
 from rewards.runner import RewardRunner
 from rl.config.load import Config, load_config, require
 from rl.config.sections import reward_models
-from rl.data.prompts import Prompt, PromptRow, load_prompts
+from rl.data.prompt_rows import Prompt, PromptRow
+from rl.data.prompts import load_prompts
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices.mesh import create_mesh
 from rl.files.output_file import check_writable

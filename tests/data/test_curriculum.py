@@ -7,7 +7,8 @@ import pytest
 
 from rl.config.load import load_config
 from rl.data.order import Order, order_of
-from rl.data.prompts import PairData, PromptData, PromptRow
+from rl.data.prompt_rows import PromptRow
+from rl.data.prompts import PairData, PromptData
 
 SIZE = 40
 

@@ -15,7 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from rl.config.load import load_config
 from rl.data import parquet_pages, sources
 from rl.data.order import Order
-from rl.data.prompts import check_enough_rows, fingerprint, load_pairs, load_prompts, question_key
+from rl.data.prompt_rows import question_key
+from rl.data.prompts import check_enough_rows, fingerprint, load_pairs, load_prompts
 from rl.data.sources import load_rows, open_source
 from rl.data.tokenizer import Tokenizer, load_tokenizer
 

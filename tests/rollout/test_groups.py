@@ -12,7 +12,7 @@ from rewards.contract import RewardSpec
 from rewards.moment import Moment, sample_seed
 from rewards.runner import RewardRunner
 from rl.config.load import load_config
-from rl.data.prompts import PromptRow
+from rl.data.prompt_rows import PromptRow
 from rl.rollout.groups import Judged, judge, minibatches, sample_records, with_advantages
 from rl.rollout.scoring import ScoredCompletions, sample_and_score
 from rl.run.metrics import Stopwatch

@@ -11,7 +11,8 @@ import pytest
 
 from rl.config.load import load_config
 from rl.data.order import Order, order_of
-from rl.data.prompts import PromptRow, load_prompts
+from rl.data.prompt_rows import PromptRow
+from rl.data.prompts import load_prompts
 from rl.data.tokenizer import load_tokenizer
 from rl.devices.mesh import create_mesh
 from rl.grpo_trainer import train

@@ -12,7 +12,7 @@ from rewards.batch import RewardResult
 from rewards.contract import RewardSpec
 from rl.algorithms.loss_metrics import finish_metrics
 from rl.config.load import load_config
-from rl.data.prompts import PromptRow
+from rl.data.prompt_rows import PromptRow
 from rl.rollout.groups import judge, minibatches, sample_records, with_advantages
 from rl.rollout.scoring import ScoredCompletions
 from rl.sampler.contract import Completion

@@ -14,7 +14,8 @@ import jax
 
 from rl.config.load import Config, differences, load_config
 from rl.data.order import order_of
-from rl.data.prompts import PromptRow, fingerprint, load_prompts
+from rl.data.prompt_rows import PromptRow
+from rl.data.prompts import fingerprint, load_prompts
 from rl.data.tokenizer import Tokenizer
 from rl.devices.programs import use_compilation_cache
 from rl.run.metrics import read_metrics, read_samples

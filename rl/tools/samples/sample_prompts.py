@@ -2,7 +2,7 @@
 
 A row holds exactly one of `prompt` (text, or chat messages), `messages` (chat messages) and `prompt_ids` (token ids),
 and may hold `n` (completions), `max_tokens`, `seed` and `id`. Every other column is passed through. Training's prompts
-are `rl.data.prompts`.
+are `rl.data.prompt_rows`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 from rl.config.ranges import LARGEST_SEED
 from rl.config.sections import DataSection
-from rl.data.prompts import Prompt, build_prompt, conversation_problem
+from rl.data.prompt_rows import Prompt, build_prompt, conversation_problem
 from rl.data.sources import read_jsonl
 from rl.data.tasks import Row
 from rl.data.tokenizer import Tokenizer
