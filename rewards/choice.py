@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.contract import elementwise
+from rewards.settings import Settings, one_of
 from rewards.text import after_thinking, boxed, completion_text, tagged
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -15,7 +16,18 @@ _NO_STATEMENT = re.compile(r"(?i)\s*(?:so|thus|therefore|hence)?,?\s*(?:the)?\s*
 _REASON = re.compile(r"(?:because|since|as|for)\b")
 
 
+def _letters(value: Any) -> str | None:
+    is_right = (
+        isinstance(value, str) and value and {*value} <= {*string.ascii_uppercase} and len({*value}) == len(value)
+    )
+    return None if is_right else 'different capital letters such as "ABCD"'
+
+
+_SETTINGS = Settings(letters=_letters, method=one_of("strict", "flexible"))
+
+
 @elementwise
+@_SETTINGS.mark
 def multiple_choice(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -36,10 +48,7 @@ def multiple_choice(
     answer: letters ("B", "(B)", "b"), or positions from 0 (as in cais/mmlu). letters: the options' letters in order.
     Raises ValueError for letters that are not different letters, and for an unknown method.
     """
-    if not letters or not set(letters) <= set(string.ascii_uppercase) or len(set(letters)) < len(letters):
-        raise ValueError(f'letters must be different capital letters such as "ABCD", got {letters!r}')
-    if method not in ("strict", "flexible"):
-        raise ValueError(f'method must be "strict" or "flexible", got {method!r}')
+    _SETTINGS.check(letters=letters, method=method)
     judged: list[float | None] = []
     for completion, gold in zip(completions, answer, strict=True):
         right = _gold_letter(gold, letters)

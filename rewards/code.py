@@ -25,6 +25,7 @@ from rewards.code_sandbox import INSTALL, NO_LITERAL, GoneError, Interpreter, Ra
 from rewards.code_tests import Tests, UnreadableTestsError, read_tests
 from rewards.contract import checked_by, elementwise
 from rewards.extras import import_extra
+from rewards.settings import check_names
 from rewards.text import after_thinking, completion_text
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
@@ -38,8 +39,8 @@ _Log = Callable[[str, Any], None]
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError for settings that are wrong, and for a sandbox that cannot be had here."""
-    given = {name: kwargs[name] for name in ("score", "sandbox", "timeout", "memory_mb") if name in kwargs}
-    settings = _Settings(**given)
+    check_names(kwargs, _Settings._fields)
+    settings = _Settings(**kwargs)
     settings.check()
     if settings.sandbox == "monty":
         try:

@@ -84,7 +84,7 @@ class _Template:
             # same.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-s", "-S", "-B", "-c", source],
-                stdin=other,
+                stdin=other.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},

@@ -91,6 +91,7 @@ class BoundReward:
     takes_completion_ids: bool
     needs_completion_ids: bool  # whether it cannot be called without them
     takes_group: bool  # whether it gets the completions of the same prompt by the name `group`
+    tries_rows: bool  # whether the start calls it for its first rows, see `rewards.settings`
     kwargs: Mapping[str, Any]
 
     def accepts(self, name: str) -> bool:
@@ -253,7 +254,8 @@ def bind(
             "of the task, as in my_tasks.py:MyTask, or let it take prompt and completion, and columns such as answer"
         )
     style = _style(named, takes_any, label)
-    columns = [column for column in available_columns if column not in FIXED[style]]
+    alone = {*FIXED[style], *getattr(function, "settings_of_recipe", ())}
+    columns = [column for column in available_columns if column not in alone]
     _check_kwargs(kwargs, named, takes_any, style, label)
     if check := getattr(function, "check_kwargs", None):
         try:
@@ -296,6 +298,7 @@ def bind(
         takes_completion_ids=has_ids and (takes_any or ids is not None) and (is_drawn or style == "sample"),
         needs_completion_ids=is_drawn and ids is not None and ids.default is ids.empty,
         takes_group=takes_group,
+        tries_rows=getattr(function, "tries_rows", False) is True,
         kwargs=dict(kwargs),
     )
 

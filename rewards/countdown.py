@@ -8,14 +8,18 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.contract import elementwise
+from rewards.settings import Settings, flag, number
 from rewards.text import after_thinking, boxed, completion_text, tagged
 
 _EXPRESSION = re.compile(r"[0-9+\-*/() \t]+")
 _MAX_CHARACTERS = 400  # of an expression, before its nesting could matter
 _SIGNS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/"}
 
+_SETTINGS = Settings(format_score=number(">= 0 and < 1", lambda score: 0 <= score < 1), all_numbers=flag)
+
 
 @elementwise
+@_SETTINGS.mark
 def countdown(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -36,8 +40,7 @@ def countdown(
     target: numbers. nums: the numbers of each row. all_numbers: False: some may be left out (reasoning-gym's rule).
     Raises ValueError unless 0 <= format_score < 1, and for a row without numbers.
     """
-    if not 0 <= format_score < 1:
-        raise ValueError(f"format_score must be >= 0 and < 1, got {format_score!r}")
+    _SETTINGS.check(format_score=format_score, all_numbers=all_numbers)
     judged = []
     for completion, goal, numbers in zip(completions, target, nums, strict=True):
         if isinstance(numbers, str) or not numbers:

@@ -5,13 +5,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from rewards.contract import elementwise
+from rewards.settings import Settings, flag, pattern, whole_number, words
 from rewards.text import completion_text
 
 _THINKING = re.compile(r"<think>(?!.*<think>)(.*?)</think>.*", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
+_FORMAT = Settings(pattern=pattern, full_match=flag)
+_MATCH = Settings(regex_pattern=pattern, group_select=whole_number(), ignore_case=flag, ignore_punctuation=flag)
+_TAGS = words('["think", "answer"]', lambda name: _NAME.fullmatch(name) is not None, least=1)
+_TAG_FORMAT, _TAG_COUNT = Settings(tags=_TAGS, newlines=flag), Settings(tags=_TAGS)
+
 
 @elementwise
+@_FORMAT.mark
 def format_regex(
     prompts: Sequence[Any], completions: Sequence[Any], pattern: str, full_match: bool = True, **kwargs: Any
 ) -> list[float]:
@@ -21,12 +28,14 @@ def format_regex(
     False looks for the pattern anywhere. Example: `<think>.*?</think>\s*\S.*`. Raises ValueError for a pattern that
     does not compile. A pattern that backtracks without end is stopped by the runner's time limit.
     """
-    compiled = _compiled(pattern)
+    _FORMAT.check(pattern=pattern, full_match=full_match)
+    compiled = re.compile(pattern, re.DOTALL)
     match = compiled.fullmatch if full_match else compiled.search
     return [1.0 if match(completion_text(completion)) else 0.0 for completion in completions]
 
 
 @elementwise
+@_MATCH.mark
 def regex_match(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -46,7 +55,13 @@ def regex_match(
     answer: compared as text. ignore_case, ignore_punctuation: on both sides. Raises ValueError for a pattern that does
     not compile. A pattern that backtracks without end is stopped by the runner's time limit.
     """
-    compiled = _compiled(regex_pattern, flags=0)
+    _MATCH.check(
+        regex_pattern=regex_pattern,
+        group_select=group_select,
+        ignore_case=ignore_case,
+        ignore_punctuation=ignore_punctuation,
+    )
+    compiled = re.compile(regex_pattern)
 
     def normal(text: str) -> str:
         text = text.casefold() if ignore_case else text
@@ -68,6 +83,7 @@ def regex_match(
 
 
 @elementwise
+@Settings().mark
 def think_format(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float]:
     """1.0 for `<think>...</think>...` from the first character on with one `<think>`, else 0.0, as TRL's
     `think_format_reward`.
@@ -78,6 +94,7 @@ def think_format(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: A
 
 
 @elementwise
+@_TAG_FORMAT.mark
 def tag_format(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -91,11 +108,12 @@ def tag_format(
     tags: the names in order. newlines: each tag stands on lines of its own, as in open-r1's `format_reward`.
     Raises ValueError for tags that are not different names.
     """
-    _check_tags(tags)
+    _TAG_FORMAT.check(tags=tags, newlines=newlines)
     return [float(_has_form(completion_text(completion), tags, newlines)) for completion in completions]
 
 
 @elementwise
+@_TAG_COUNT.mark
 def tag_count(
     prompts: Sequence[Any], completions: Sequence[Any], tags: Sequence[str] = ("think", "answer"), **kwargs: Any
 ) -> list[float]:
@@ -104,7 +122,7 @@ def tag_count(
 
     tags: the names. Raises ValueError for tags that are not different names.
     """
-    _check_tags(tags)
+    _TAG_COUNT.check(tags=tags)
     return [_counted(completion_text(completion), tags) for completion in completions]
 
 
@@ -132,16 +150,3 @@ def _has_form(text: str, tags: Sequence[str], newlines: bool) -> bool:
             return False
         rest = behind if newlines else behind.strip()
     return not rest
-
-
-def _check_tags(tags: Sequence[str]) -> None:
-    is_list = not isinstance(tags, str) and bool(tags)
-    if not is_list or not all(isinstance(t, str) and _NAME.fullmatch(t) for t in tags) or len({*tags}) < len(tags):
-        raise ValueError(f'tags must be a list of different names such as ["think", "answer"], got {tags!r}')
-
-
-def _compiled(pattern: str, flags: int = re.DOTALL) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern, flags)
-    except re.error as error:
-        raise ValueError(f"pattern must be a regular expression, got {pattern!r}: {error}") from error

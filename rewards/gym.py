@@ -7,6 +7,7 @@ from typing import Any
 
 from rewards.contract import elementwise
 from rewards.extras import import_extra, needs_library
+from rewards.settings import Settings, flag
 from rewards.text import after_thinking, completion_text, tagged
 
 # Measured with reasoning-gym 0.1.25, see `reasoning_gym`.
@@ -25,8 +26,11 @@ _TASKS = """
 """
 TASKS = frozenset(_TASKS.split())
 
+_SETTINGS = Settings(partial=flag)
+
 
 @elementwise
+@_SETTINGS.mark
 @needs_library("reasoning_gym", "reasoning-gym")
 def reasoning_gym(
     prompts: Sequence[Any],
@@ -47,6 +51,7 @@ def reasoning_gym(
     `TASKS`: those whose scorer gives 1 to the task's own answer after a round trip through JSON, and neither 1 nor an
     error to junk and answers of other rows, and that does not run text of a row or a completion as code.
     """
+    _SETTINGS.check(partial=partial)
     judged: list[float | None] = []
     for completion, gold, entry in zip(completions, answer, metadata, strict=True):
         about = json.loads(entry) if isinstance(entry, str) else entry

@@ -17,15 +17,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from rewards.contract import elementwise
-from rewards.language import language_score
+from rewards.language import check_code, language_score
+from rewards.settings import Settings, one_of
 from rewards.text import after_thinking, completion_text
 
 _NOT_CHECKED = frozenset({"length_constraints:number_sentences"})
 _CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 _POSTSCRIPTS = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
 
+_SETTINGS = Settings(mode=one_of("strict", "loose"), score=one_of("all", "share"))
+
 
 @elementwise
+@_SETTINGS.mark
 def ifeval(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -45,10 +49,7 @@ def ifeval(
     Raises ValueError for an unknown instruction, for an argument that is missing or of the wrong kind, for another mode
     or score; ModuleNotFoundError for an instruction about languages without `lingua`.
     """
-    if mode not in ("strict", "loose"):
-        raise ValueError(f'mode must be "strict" or "loose", got {mode!r}')
-    if score not in ("all", "share"):
-        raise ValueError(f'score must be "all" or "share", got {score!r}')
+    _SETTINGS.check(mode=mode, score=score)
     judged: list[float | None] = []
     for completion, names, given in zip(completions, instruction_id_list, kwargs, strict=True):
         arguments = json.loads(given) if isinstance(given, str) else given
@@ -146,6 +147,7 @@ def _letter_frequency(given: _Arguments) -> Callable[[str], bool]:
 
 def _response_language(given: _Arguments) -> Callable[[str], bool]:
     code = given.text("language")
+    check_code(code, "ifeval")
     return lambda text: _is_in(text, code)
 
 

@@ -15,7 +15,7 @@ from rewards.batch import COUNTS, RewardResult, failure_lines
 from rewards.replies import MAX_REWARD, Failure, LoadedFunction
 
 # As what such a function appears among those of workers.
-DESCRIPTION = LoadedFunction("sample", False, "elementwise", (), (), False, False, False)
+DESCRIPTION = LoadedFunction("sample", False, "elementwise", (), (), False, False, False, False)
 
 
 class InProcess(Protocol):

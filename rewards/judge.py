@@ -41,6 +41,7 @@ from typing import Any, Literal
 
 from rewards.contract import checked_by, needs_group
 from rewards.extras import import_extra, needs_library
+from rewards.settings import check_names
 from rewards.text import completion_text, message_text
 
 INSTALL = "tandem-grpo[judge]"
@@ -158,6 +159,7 @@ class Judge:
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError for settings that are wrong, and where the environment does not hold the key."""
+    check_names(kwargs, ("judge",))
     judge = _judge_of(kwargs.get("judge"))
     if judge.api_key_env is not None:
         try:

@@ -2,17 +2,43 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rewards.contract import elementwise
 from rewards.extras import import_extra, needs_library
+from rewards.settings import Settings, one_of, words
 from rewards.text import after_thinking, completion_text
 
 _LONG_WORD = re.compile(r"(\w{50})\w+")
 
 
+def _together(given: Mapping[str, Any]) -> None:
+    among = given.get("languages")
+    for code in among or ():
+        check_code(code, "language")
+    if (code := given.get("language")) is not None:
+        check_code(code, "language")
+        if among is not None and code.lower() not in [name.lower() for name in among]:
+            raise ValueError(f"languages must hold language ({code!r}) and at least one other, got {list(among)}")
+
+
+def _languages(value: Any) -> str | None:
+    return None if value is None else words('["en", "de"]', least=2)(value)
+
+
+_SETTINGS = Settings(
+    _together,
+    ("language",),
+    language=lambda value: None if isinstance(value, str) else 'an ISO 639-1 code such as "en"',
+    languages=_languages,
+    measure=one_of("detected", "confidence"),
+    part=one_of("all", "answer"),
+)
+
+
 @elementwise
+@_SETTINGS.mark
 @needs_library("lingua", "tandem-grpo[language]")
 def language(
     prompts: Sequence[Any],
@@ -34,10 +60,7 @@ def language(
     lingua's probability of it, in [0, 1]. part: answer: only text behind the last `</think>`.
     Raises ValueError for an unknown code, measure or part, ModuleNotFoundError without `lingua`.
     """
-    if measure not in ("detected", "confidence"):
-        raise ValueError(f'measure must be "detected" or "confidence", got {measure!r}')
-    if part not in ("all", "answer"):
-        raise ValueError(f'part must be "all" or "answer", got {part!r}')
+    _SETTINGS.check(languages=languages, measure=measure, part=part)
     codes = [language] * len(completions) if isinstance(language, str) else language
     among = None if languages is None else tuple(languages)
     judged = []
@@ -51,19 +74,23 @@ def language_score(
     text: str, code: str, among: tuple[str, ...] | None = None, measure: str = "detected", reward: str = "language"
 ) -> float:
     """The score of one text, see `language`. reward: the name of the reward in messages."""
-    known = _known(reward)
-    for name in (code, *(among or ())):
-        if not isinstance(name, str) or name.lower() not in known:
-            raise ValueError(f"language must be one of the ISO 639-1 codes {sorted(known)}, got {name!r}")
-    if among is not None and (len({*among}) < 2 or code.lower() not in [name.lower() for name in among]):
-        raise ValueError(f"languages must hold language ({code!r}) and at least one other, got {list(among)}")
-    detector, wanted = _detector(among, reward), known[code.lower()]
+    check_code(code, reward)
+    if among is not None:
+        _together({"language": code, "languages": among})
+    detector, wanted = _detector(among, reward), _known(reward)[code.lower()]
     # lingua takes seconds for a word of 50,000 letters, and no lone surrogates.
     text = _LONG_WORD.sub(r"\1 ", text.encode(errors="replace").decode())
     if measure == "confidence":
         detected = detector.detect_language_of(text)
         return 0.0 if detected is None else float(detector.compute_language_confidence(text, wanted))
     return 1.0 if detector.detect_language_of(text) == wanted else 0.0
+
+
+def check_code(code: Any, reward: str) -> None:
+    """ValueError unless lingua knows the code of a language. reward: the name of the reward in messages."""
+    known = _known(reward)
+    if not isinstance(code, str) or code.lower() not in known:
+        raise ValueError(f"language must be one of the ISO 639-1 codes {sorted(known)}, got {code!r}")
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,13 +1,24 @@
 """Reward: a soft limit on the length of a completion."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rewards.contract import elementwise
+from rewards.settings import Settings, number, one_of
 from rewards.text import completion_text
 
 
+def _together(given: Mapping[str, Any]) -> None:
+    if "limit" in given and "buffer" in given and given["buffer"] > given["limit"]:
+        raise ValueError(f"buffer must be at most limit, got buffer={given['buffer']} and limit={given['limit']}")
+
+
+_ABOVE_0 = number("> 0", lambda value: value > 0)
+_SETTINGS = Settings(_together, limit=_ABOVE_0, buffer=_ABOVE_0, unit=one_of("tokens", "characters"))
+
+
 @elementwise
+@_SETTINGS.mark
 def length_penalty(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -27,18 +38,15 @@ def length_penalty(
     `completion_ids` (the runner and TRL pass them; Tunix does not: use unit="characters" there).
     Raises ValueError unless 0 < buffer <= limit, for an unknown unit, and when tokens are asked for and not given.
     """
-    if not 0 < buffer <= limit:
-        raise ValueError(f"length_penalty needs 0 < buffer <= limit, got buffer={buffer}, limit={limit}")
+    _SETTINGS.check(limit=limit, buffer=buffer, unit=unit)
     if unit == "tokens":
         if completion_ids is None:
             raise ValueError(
                 'length_penalty in tokens needs completion_ids, got none; pass them or use unit="characters"'
             )
         lengths = [len(ids) for ids in completion_ids]
-    elif unit == "characters":
-        lengths = [len(completion_text(completion)) for completion in completions]
     else:
-        raise ValueError(f'length_penalty unit must be "tokens" or "characters", got {unit!r}')
+        lengths = [len(completion_text(completion)) for completion in completions]
     return [soft_overlong(length, limit, buffer) for length in lengths]
 
 

@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.contract import elementwise
+from rewards.settings import Settings, words
 from rewards.text import after_thinking, boxed, completion_text
 
 _MAX_DIGITS = 400
@@ -45,8 +46,11 @@ _HASH_ANSWER = re.compile(
     r"####[ \t]*+(?=[+-]?\s*(?:\\?\$|[\u20ac\xa3\xa5\u20b9])?\s*[+-]?(?:\.?[0-9]|\\boxed|\\[dt]?frac))([^\n]*)"
 )
 
+_SETTINGS = Settings(units=words('["dollars", "cm"]'))
+
 
 @elementwise
+@_SETTINGS.mark
 def exact_number_strict(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -72,6 +76,7 @@ def exact_number_strict(
 
 
 @elementwise
+@_SETTINGS.mark
 def exact_number_flexible(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -150,8 +155,7 @@ def _equals(found: Fraction | None, gold: Fraction | None) -> float | None:
 
 def _unit_pattern(units: Sequence[str]) -> re.Pattern[str] | None:
     """What a unit behind a number looks like; None where there are none."""
-    if isinstance(units, str) or not all(isinstance(unit, str) and unit.strip() for unit in units):
-        raise ValueError(f'units must be a list of words such as ["dollars", "cm"], got {units!r}')
+    _SETTINGS.check(units=units)
     if not units:
         return None
     words = "|".join(re.escape(unit.strip()) for unit in sorted(units, key=len, reverse=True))

@@ -4,10 +4,16 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.contract import elementwise
+from rewards.settings import Settings, number, one_of, whole_number
 from rewards.text import completion_text
+
+_SETTINGS = Settings(
+    ngram_size=whole_number(1), max_penalty=number("<= 0", lambda value: value <= 0), unit=one_of("tokens", "words")
+)
 
 
 @elementwise
+@_SETTINGS.mark
 def repetition_penalty(
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -25,14 +31,9 @@ def repetition_penalty(
     Raises ValueError unless ngram_size >= 1 and max_penalty <= 0, for an unknown unit, and when tokens are asked for
     and not given.
     """
-    if isinstance(ngram_size, bool) or not isinstance(ngram_size, int) or ngram_size < 1:
-        raise ValueError(f"ngram_size must be a whole number >= 1, got {ngram_size!r}")
-    if not max_penalty <= 0:
-        raise ValueError(f"max_penalty must be <= 0, got {max_penalty!r}")
+    _SETTINGS.check(ngram_size=ngram_size, max_penalty=max_penalty, unit=unit)
     if unit == "words":
         sequences: Sequence[Sequence[Any]] = [completion_text(completion).lower().split() for completion in completions]
-    elif unit != "tokens":
-        raise ValueError(f'repetition_penalty unit must be "tokens" or "words", got {unit!r}')
     elif completion_ids is None:
         raise ValueError('repetition_penalty in tokens needs completion_ids, got none; pass them or use unit="words"')
     else:

@@ -6,7 +6,7 @@ are cut to one line of at most `MAX_TEXT` bytes. A well-formed reply to the requ
 its own rewards inside its own worker cannot be seen from here.
 
     {"nonce": n, "op": "loaded", "style", "is_async", "calls", "columns", "replacing",
-        "takes_completion_ids", "needs_completion_ids", "takes_group"}
+        "takes_completion_ids", "needs_completion_ids", "takes_group", "tries_rows"}
     {"nonce": n, "op": "refused", "error"}
     {"nonce": n, "op": "result", "index", "value", "kind", "message", "logged", "sums"}
     {"nonce": n, "op": "done", "kind", "message"}
@@ -46,6 +46,7 @@ class LoadedFunction:
     takes_completion_ids: bool
     needs_completion_ids: bool
     takes_group: bool
+    tries_rows: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,8 @@ def read_load_reply(frame: bytes, nonce: str, columns: Collection[str]) -> Loade
         return Refused(one_line(fields["error"]))
     if fields["op"] != "loaded":
         raise BrokenWorker(f"the operation {_shown(fields['op'])} where a function was to be loaded")
-    lists, flags = ("columns", "replacing"), ("is_async", "takes_completion_ids", "needs_completion_ids", "takes_group")
+    lists = ("columns", "replacing")
+    flags = ("is_async", "takes_completion_ids", "needs_completion_ids", "takes_group", "tries_rows")
     _check(
         fields, {**dict.fromkeys(flags, bool), "style": str, "calls": (str, type(None)), **dict.fromkeys(lists, list)}
     )

@@ -116,6 +116,7 @@ class RewardRunner:
         try:
             self._functions = self._load()
             self._reasons: dict[int, str] = {}  # {function that was tried: why it is not elementwise, or "" if it is}
+            self._check_rows(rows)
             self._calls = self._settle(rows)
             self._doubts = {key: Doubt() for key, reason in self._reasons.items() if not reason}
         except BaseException:  # no worker may outlive a failed start, Ctrl-C included
@@ -412,6 +413,29 @@ class RewardRunner:
                 worker.to_load.appendleft(key)
                 worker.load_next()
         return [functions[key] for key in range(len(self.specs))]
+
+    def _check_rows(self, rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
+        """ValueError where a function that raises only for wrong rows and settings does so for one of these rows."""
+        keys = [key for key, function in enumerate(self._functions) if function.tries_rows]
+        if not rows or not keys:
+            return
+        prompts = [prompt for prompt, _ in rows]
+        columns = {name: [values.get(name) for _, values in rows] for name in self.columns}
+        nothing = ["" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}] for prompt in prompts]
+        of_all: list[Calls] = ["elementwise"] * len(self.specs)
+        with self._begin(prompts, columns, of_all, keys, 1) as scoring:
+            scoring.add(range(len(rows)), nothing, [[]] * len(rows))
+            try:
+                result = scoring.result(_CHECK_SECONDS)
+            except TimeoutError:
+                return
+        for name, failures in result.failures.items():
+            if num := result.counts[name]["exception"]:
+                share, message = f"{num} of the first {len(rows)} data rows", next(iter(failures.values()))
+                raise ValueError(
+                    f"reward {name!r} cannot judge {share}: {message}; mend these rows, leave them out "
+                    "(data.prepare), or change the function's kwargs"
+                )
 
     def _settle(self, rows: Sequence[tuple[Any, Mapping[str, Any]]]) -> list[Calls]:
         """How each function is called from now on."""

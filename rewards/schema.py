@@ -8,13 +8,30 @@ from typing import Any
 
 from rewards.contract import elementwise
 from rewards.extras import import_extra, needs_library
+from rewards.settings import Settings, number
 from rewards.text import after_thinking, completion_text
 
 _FENCE = re.compile(r"```[ \t]*(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _UNREADABLE = object()
+_REFERENCES = ("$ref", "$dynamicRef")
+_NO_SCHEMAS = ("const", "enum", "default", "examples")  # keywords whose values are any JSON
+
+
+def _together(given: Mapping[str, Any]) -> None:
+    if "schema" in given:
+        _validator(json.dumps(given["schema"]))
+
+
+_SETTINGS = Settings(
+    _together,
+    ("schema",),
+    schema=lambda value: None if isinstance(value, Mapping) else "a JSON schema, as a mapping",
+    valid_json_score=number(">= 0 and < 1", lambda score: 0 <= score < 1),
+)
 
 
 @elementwise
+@_SETTINGS.mark
 @needs_library("jsonschema", "tandem-grpo[rewards]")
 def json_schema(
     prompts: Sequence[Any],
@@ -33,8 +50,7 @@ def json_schema(
     not checked. Raises ValueError for what is no JSON schema, and unless 0 <= valid_json_score < 1;
     ModuleNotFoundError without `jsonschema`.
     """
-    if not 0 <= valid_json_score < 1:
-        raise ValueError(f"valid_json_score must be >= 0 and < 1, got {valid_json_score!r}")
+    _SETTINGS.check(valid_json_score=valid_json_score)
     of_rows = [schema] * len(completions) if isinstance(schema, Mapping) else schema
     judged = []
     for completion, wanted in zip(completions, of_rows, strict=True):
@@ -58,10 +74,43 @@ def _validator(schema: str) -> Any:
             raise ValueError("it is no object")
         kind = jsonschema.validators.validator_for(loaded, default=jsonschema.Draft202012Validator)
         kind.check_schema(loaded)
+        _check_references(loaded)
     except (ValueError, jsonschema.SchemaError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"schema must be a JSON schema, got {schema[:200]!r}: {reason}") from error
     return kind(loaded, registry=referencing.Registry())  # an empty one: nothing is fetched
+
+
+def _check_references(schema: Mapping[str, Any]) -> None:
+    """ValueError for a $ref that leaves the schema or leads nowhere in it. Schemas with `$id`, which gives references
+    another base, are believed.
+    """
+    import referencing
+    import referencing.exceptions
+    import referencing.jsonschema
+
+    found, named = [], False
+
+    def walk(part: Any) -> None:
+        nonlocal named
+        if isinstance(part, Mapping):
+            named |= "$id" in part
+            found.extend(value for name, value in part.items() if name in _REFERENCES and isinstance(value, str))
+            for name, value in part.items():
+                if name not in _NO_SCHEMAS:
+                    walk(value)
+        elif isinstance(part, list):
+            for value in part:
+                walk(value)
+
+    walk(schema)
+    resource = referencing.Resource.from_contents(schema, referencing.jsonschema.DRAFT202012)
+    resolver = referencing.Registry().resolver_with_root(resource)
+    for reference in () if named else found:
+        try:
+            resolver.lookup(reference)
+        except referencing.exceptions.Unresolvable as error:
+            raise ValueError(f"$refs must lead into the schema itself, got {reference!r}") from error
 
 
 def _is_valid(validator: Any, value: Any) -> bool:

@@ -1,20 +1,26 @@
 """Rewards: how close a completion is to a reference text (libraries `rouge-score` and `rapidfuzz`, extra `rewards`)."""
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.contract import elementwise
 from rewards.extras import import_extra, needs_library
+from rewards.settings import Settings, flag, one_of
 from rewards.text import after_thinking, completion_text
 
-_ROUGE_TYPES = re.compile(r"rouge(?:[1-9]|L|Lsum)")
-_MEASURES = ("precision", "recall", "fmeasure")
 _DISTANCES = {"levenshtein": "Levenshtein", "indel": "Indel"}  # {its name here: its module in rapidfuzz.distance}
+
+_ROUGE = Settings(
+    rouge_type=one_of(*(f"rouge{size}" for size in range(1, 10)), "rougeL", "rougeLsum"),
+    measure=one_of("fmeasure", "precision", "recall"),
+    use_stemmer=flag,
+)
+_EDIT = Settings(distance=one_of(*_DISTANCES), unit=one_of("characters", "words"))
 
 
 @elementwise
+@_ROUGE.mark
 @needs_library("rouge_score.rouge_scorer", "tandem-grpo[rewards]")
 def rouge(
     prompts: Sequence[Any],
@@ -35,10 +41,7 @@ def rouge(
     harmonic mean. use_stemmer: compare Porter stems. Raises ValueError for another type or measure,
     ModuleNotFoundError without `rouge-score`.
     """
-    if not isinstance(rouge_type, str) or not _ROUGE_TYPES.fullmatch(rouge_type):
-        raise ValueError(f"rouge_type must be rouge1 to rouge9, rougeL or rougeLsum, got {rouge_type!r}")
-    if measure not in _MEASURES:
-        raise ValueError(f"measure must be one of {list(_MEASURES)}, got {measure!r}")
+    _ROUGE.check(rouge_type=rouge_type, measure=measure, use_stemmer=use_stemmer)
     scorer = _rouge_scorer(rouge_type, use_stemmer)
     judged: list[float | None] = []
     for completion, gold in zip(completions, answer, strict=True):
@@ -49,6 +52,7 @@ def rouge(
 
 
 @elementwise
+@_EDIT.mark
 @needs_library("rapidfuzz.distance", "tandem-grpo[rewards]")
 def edit_distance(
     prompts: Sequence[Any],
@@ -68,10 +72,7 @@ def edit_distance(
     answer: the reference texts. unit: what is inserted and deleted. Raises ValueError for another distance or unit,
     ModuleNotFoundError without `rapidfuzz`.
     """
-    if distance not in _DISTANCES:
-        raise ValueError(f"distance must be one of {list(_DISTANCES)}, got {distance!r}")
-    if unit not in ("characters", "words"):
-        raise ValueError(f'edit_distance unit must be "characters" or "words", got {unit!r}')
+    _EDIT.check(distance=distance, unit=unit)
     similarity = getattr(
         import_extra("rapidfuzz.distance", "tandem-grpo[rewards]", "edit_distance"), _DISTANCES[distance]
     ).normalized_similarity

@@ -11,10 +11,12 @@ from typing import Any
 from math_verify import parse, verify
 
 from rewards.contract import elementwise
+from rewards.settings import Settings
 from rewards.text import after_thinking, boxed, completion_text
 
 
 @elementwise
+@Settings().mark
 def math_verified(
     prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any
 ) -> list[float | None]:

@@ -259,24 +259,44 @@ def test_partial_scores_are_those_of_the_sources():
 @pytest.mark.parametrize(
     ("function", "row", "kwargs", "words"),
     [
-        ("number:exact_number_strict", {"answer": 1}, {"units": "cm"}, "units must be a list of words.*'cm'"),
+        ("number:exact_number_strict", {"answer": 1}, {"units": "cm"}, "units must be a list of different words.*'cm'"),
         ("choice:multiple_choice", {"answer": "A"}, {"letters": "AA"}, "letters must be different.*'AA'"),
         ("choice:multiple_choice", {"answer": "A"}, {"method": "lax"}, "method must be.*'lax'"),
-        ("format:regex_match", {"answer": "A"}, {"regex_pattern": "("}, r"regular expression, got '\('"),
-        ("format:tag_format", {}, {"tags": ["a", "a"]}, "tags must be a list of different names"),
+        (
+            "format:regex_match",
+            {"answer": "A"},
+            {"regex_pattern": "("},
+            r"regular expression .*unterminated.*, got '\('",
+        ),
+        ("format:tag_format", {}, {"tags": ["a", "a"]}, "tags must be a list of different words such as .*'a', 'a'"),
         ("format:tag_count", {}, {"tags": "think"}, "tags must be a list.*'think'"),
-        ("countdown:countdown", {"target": 1, "nums": [1]}, {"format_score": 1}, "format_score must be >= 0 and < 1"),
+        (
+            "countdown:countdown",
+            {"target": 1, "nums": [1]},
+            {"format_score": 1},
+            "format_score must be a number >= 0 and < 1, got 1",
+        ),
         ("countdown:countdown", {"target": 1, "nums": []}, {}, "nums must be a list of whole numbers"),
         ("schema:json_schema", {}, {"schema": {"type": "thing"}}, "schema must be a JSON schema, got .*thing"),
         ("schema:json_schema", {"schema": "["}, {}, "schema must be a JSON schema"),
-        ("schema:json_schema", {}, {"schema": {"$ref": "http://x.test/a"}}, r"\$refs into itself only, got .*x.test"),
+        (
+            "schema:json_schema",
+            {},
+            {"schema": {"$ref": "http://x.test/a"}},
+            r"\$refs must lead into the schema itself, got .*x.test",
+        ),
         ("schema:json_schema", {}, {"schema": {}, "valid_json_score": 1.0}, "valid_json_score must be"),
         ("similarity:rouge", {"answer": "a"}, {"rouge_type": "rougeX"}, "rouge_type must be.*'rougeX'"),
         ("similarity:rouge", {"answer": "a"}, {"measure": "f1"}, "measure must be.*'f1'"),
         ("similarity:edit_distance", {"answer": "a"}, {"distance": "hamming"}, "distance must be.*'hamming'"),
         ("similarity:edit_distance", {"answer": "a"}, {"unit": "tokens"}, "unit must be.*'tokens'"),
         ("language:language", {}, {"language": "english"}, "ISO 639-1 codes.*'de'.*, got 'english'"),
-        ("language:language", {}, {"language": "en", "languages": ["de"]}, "languages must hold language .'en'"),
+        (
+            "language:language",
+            {},
+            {"language": "en", "languages": ["de"]},
+            "languages must be a list of different words such as .*'de'",
+        ),
         ("language:language", {}, {"language": "en", "measure": "share"}, "measure must be.*'share'"),
         ("language:language", {}, {"language": "en", "part": "thought"}, "part must be.*'thought'"),
         ("ifeval:ifeval", {**NO_COMMA, "kwargs": []}, {}, "lists of the same length.*no_comma"),
@@ -301,7 +321,7 @@ def test_partial_scores_are_those_of_the_sources():
         ("gym:reasoning_gym", {"answer": "1", "metadata": {}}, {}, "metadata must hold source_dataset"),
         ("gym:reasoning_gym", {"answer": "1", "metadata": {"source_dataset": "puzzle24"}}, {}, "task 'puzzle24'"),
         ("repetition:repetition_penalty", {}, {"ngram_size": 0}, "ngram_size must be a whole number >= 1, got 0"),
-        ("repetition:repetition_penalty", {}, {"max_penalty": 1}, "max_penalty must be <= 0, got 1"),
+        ("repetition:repetition_penalty", {}, {"max_penalty": 1}, "max_penalty must be a number <= 0, got 1"),
         ("repetition:repetition_penalty", {}, {"unit": "lines"}, "unit must be.*'lines'"),
         ("repetition:repetition_penalty", {}, {}, "needs completion_ids"),
     ],
@@ -309,6 +329,118 @@ def test_partial_scores_are_those_of_the_sources():
 def test_a_wrong_setting_is_refused_with_its_value(function, row, kwargs, words):
     with pytest.raises(ValueError, match=words):
         score(function, ["1"], kwargs, **row)
+
+
+# Of each ready-made reward, kwargs that are wrong, and what is said of them.
+REFUSED = [
+    ("number:exact_number_strict", {"unit": ["cm"]}, "kwargs holds 'unit', .* did you mean 'units'?"),
+    ("number:exact_number_strict", {"units": "cm"}, "units must be a list of different words .*, got 'cm'"),
+    ("number:exact_number_flexible", {"units": [1]}, r"units must be a list of different words .*, got \[1\]"),
+    ("number:exact_number_flexible", {"units": None}, "units must be .*, got None"),
+    ("verify:math_verified", {"timeout": 5}, "'timeout', which is no setting of this reward; its settings are none"),
+    ("choice:multiple_choice", {"letters": ["A", "B"]}, r"letters must be different capital letters .*\['A', 'B'\]"),
+    ("choice:multiple_choice", {"method": True}, 'method must be "strict" or "flexible", got True'),
+    ("choice:multiple_choice", {"answer": "A"}, "'answer', which is no setting .* letters, method"),
+    ("format:regex_match", {"regex_pattern": "(a"}, r"regex_pattern must be a regular expression .*, got '\(a'"),
+    ("format:regex_match", {"regex_pattern": "a", "group_select": 0.5}, "group_select must be a whole number, got 0.5"),
+    ("format:regex_match", {"regex_pattern": "a", "ignore_case": "no"}, "ignore_case must be true or false, got 'no'"),
+    ("format:regex_match", {"regex_pattern": "a", "ignore_punctuation": 1}, "ignore_punctuation must be true or false"),
+    ("format:regex_match", {}, "nothing provides the argument 'regex_pattern'"),
+    ("format:format_regex", {"pattern": "[a"}, "pattern must be a regular .*unterminated character set"),
+    ("format:format_regex", {"pattern": ["a"]}, r"pattern must be a regular expression .*, got \['a'\]"),
+    ("format:format_regex", {"pattern": "a", "full_match": None}, "full_match must be true or false, got None"),
+    ("format:think_format", {"tags": ["a"]}, "'tags', which is no setting of this reward"),
+    ("format:tag_format", {"tags": ["a b"]}, "tags must be a list of different words"),
+    ("format:tag_format", {"newlines": "yes"}, "newlines must be true or false, got 'yes'"),
+    ("format:tag_count", {"tags": []}, r"tags must be a list of different words such as .*, got \[\]"),
+    ("ifeval:ifeval", {"mode": "lax"}, 'mode must be "strict" or "loose", got \'lax\''),
+    ("ifeval:ifeval", {"score": 1}, 'score must be "all" or "share", got 1'),
+    ("ifeval:ifeval", {"kwargs": [{}]}, "'kwargs', which is no setting of this reward; its settings are mode, score"),
+    ("gym:reasoning_gym", {"partial": "false"}, "partial must be true or false, got 'false'"),
+    ("countdown:countdown", {"format_score": "0.1"}, "format_score must be a number >= 0 and < 1, got '0.1'"),
+    ("countdown:countdown", {"all_numbers": 0}, "all_numbers must be true or false, got 0"),
+    ("code:unit_tests", {"memory": 9}, "'memory', which is no setting of this reward; did you mean 'memory_mb'"),
+    ("code:input_output", {"score": "some"}, 'score must be "all" or "share", got \'some\''),
+    ("schema:json_schema", {"schema": {"type": "thing"}}, "schema must be a JSON schema, got .*thing"),
+    ("schema:json_schema", {"schema": "{}"}, "schema must be a JSON schema, as a mapping, got '{}'"),
+    (
+        "schema:json_schema",
+        {"schema": {"$ref": "#/$defs/a"}},
+        r"\$refs must lead into the schema itself, got '#/\$defs/a'",
+    ),
+    (
+        "schema:json_schema",
+        {"schema": {}, "valid_json_score": 1},
+        "valid_json_score must be a number >= 0 and < 1, got 1",
+    ),
+    ("similarity:rouge", {"rouge_type": "rouge10"}, "rouge_type must be .*rougeLsum.*, got 'rouge10'"),
+    ("similarity:rouge", {"measure": "f1"}, "measure must be .*, got 'f1'"),
+    ("similarity:rouge", {"use_stemmer": "en"}, "use_stemmer must be true or false, got 'en'"),
+    ("similarity:edit_distance", {"distance": "hamming"}, 'distance must be "levenshtein" or "indel", got \'hamming\''),
+    ("similarity:edit_distance", {"unit": "tokens"}, "unit must be .*, got 'tokens'"),
+    ("language:language", {"language": "english"}, "language must be one of the ISO 639-1 codes .*, got 'english'"),
+    ("language:language", {"language": ["en"]}, r"language must be an ISO 639-1 code .*, got \['en'\]"),
+    ("language:language", {"language": "en", "languages": ["de", "fr"]}, "languages must hold language .'en'"),
+    ("language:language", {"languages": ["de", "xx"]}, "ISO 639-1 codes .*, got 'xx'"),
+    ("language:language", {"measure": "share"}, "measure must be .*, got 'share'"),
+    ("language:language", {"part": "thought"}, "part must be .*, got 'thought'"),
+    ("length:length_penalty", {"limit": "9", "buffer": 2}, "limit must be a number > 0, got '9'"),
+    ("length:length_penalty", {"limit": 9, "buffer": 0}, "buffer must be a number > 0, got 0"),
+    ("length:length_penalty", {"limit": 6, "buffer": 7}, "buffer must be at most limit, got buffer=7 and limit=6"),
+    ("length:length_penalty", {"limit": 6}, "nothing provides the argument 'buffer'"),
+    ("length:length_penalty", {"limit": 6, "buffer": 2, "unit": "words"}, 'unit must be "tokens" or "characters"'),
+    ("repetition:repetition_penalty", {"ngram_size": 2.5}, "ngram_size must be a whole number >= 1, got 2.5"),
+    ("repetition:repetition_penalty", {"max_penalty": "-1"}, "max_penalty must be a number <= 0, got '-1'"),
+    ("repetition:repetition_penalty", {"unit": "lines"}, 'unit must be "tokens" or "words", got \'lines\''),
+]
+# Every column that a ready-made reward may ask for.
+COLUMNS = (
+    *("answer", "target", "nums", "metadata", "instruction_id_list", "kwargs", "tests", "inputs", "outputs"),
+    *("schema", "language"),
+)
+
+
+@pytest.mark.parametrize(("function", "kwargs", "words"), REFUSED)
+def test_wrong_kwargs_are_refused_when_the_function_is_loaded(function, kwargs, words):
+    loaded = load_function(RewardSpec("mine", f"rewards.{function}", 1.0, kwargs))
+    with pytest.raises(ValueError, match=f"reward 'mine': .*{words}"):
+        bind(loaded, COLUMNS, kwargs, "mine")
+
+
+def test_every_setting_of_the_table_is_refused_where_it_is_wrong():
+    page = (ROOT / "docs" / "ready-made-rewards.md").read_text()
+    settings = {}
+    for name, cell in re.findall(r"^\| `rewards\.(\w+:\w+)` \|.*\|([^|]*)\|[^|]*\|$", page, re.MULTILINE):
+        settings[name] = set(re.findall(r"`(\w+)`", cell)) - {"unit_tests"}
+    settings["code:input_output"] = settings["code:unit_tests"]
+    tried = {name: {key for f, kwargs, _ in REFUSED if f == name for key in kwargs} for name in settings}
+    shared = {"code:unit_tests", "code:input_output"}  # tests/rewards/test_code.py has theirs
+    assert len(settings) == len(READY_MADE)
+    for name in settings:
+        assert tried[name], name
+        assert name in shared or settings[name] <= tried[name], name
+
+
+def test_a_column_named_like_a_setting_is_none_and_wrong_rows_are_refused_at_the_start():
+    def start(function, rows, **kwargs):
+        columns = sorted({name for row in rows for name in row})
+        given = [(f"p{number}", row) for number, row in enumerate(rows)]
+        spec = RewardSpec("mine", f"rewards.{function}", 1.0, kwargs)
+        with RewardRunner([spec], columns, 1, 20.0, rows=given) as runner:
+            drawn = ["4"] * len(rows), {name: [row.get(name) for row in rows] for name in columns}
+            return [row[0] for row in runner.score([p for p, _ in given], *drawn, [[1]] * len(rows)).rewards]
+
+    rows = [{"answer": "4", "units": "cm", "unit": "cm"}, {"answer": None, "units": None}]
+    assert start("number:exact_number_strict", rows) == [1.0, None]
+    assert start("length:length_penalty", rows, limit=4, buffer=2) == [0.0, 0.0]
+    wrong = {"instruction_id_list": ["keywords:rhyme"], "kwargs": [{}]}
+    for function, rows, words in (
+        ("ifeval:ifeval", [NO_COMMA, wrong], "must name instructions of IFEval, got 'keywords:rhyme'"),
+        ("countdown:countdown", [{"target": 4, "nums": [4]}, {"target": 4, "nums": []}], "nums must be a list"),
+        ("schema:json_schema", [{"schema": "{}"}, {"schema": '{"type": 1}'}], "schema must be a JSON schema"),
+    ):
+        with pytest.raises(ValueError, match=f"reward 'mine' cannot judge 1 of the first 2 data rows: .*{words}.*mend"):
+            start(function, rows)
 
 
 # instruction: (arguments, completions that follow it, completions that do not)
@@ -430,7 +562,7 @@ def test_every_listed_task_of_reasoning_gym_scores_its_own_answer_and_no_junk(na
 @pytest.mark.parametrize(
     ("function", "library", "row", "kwargs", "extra"),
     [
-        ("schema:json_schema", "jsonschema", {}, {"schema": {"title": "not read yet"}}, "rewards"),
+        ("schema:json_schema", "jsonschema", {"schema": {"title": "not read yet"}}, {}, "rewards"),
         ("similarity:rouge", "rouge_score.rouge_scorer", {"answer": "a"}, {"rouge_type": "rouge9"}, "rewards"),
         ("similarity:edit_distance", "rapidfuzz.distance", {"answer": "a"}, {}, "rewards"),
         ("language:language", "lingua", {}, {"language": "en", "languages": ["en", "sw"]}, "language"),

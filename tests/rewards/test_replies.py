@@ -32,7 +32,7 @@ LOADED = {
     "calls": None,
     "columns": ["answer"],
     "replacing": [],
-    **dict.fromkeys(("is_async", "takes_completion_ids", "needs_completion_ids", "takes_group"), False),
+    **dict.fromkeys(("is_async", "takes_completion_ids", "needs_completion_ids", "takes_group", "tries_rows"), False),
 }
 
 
@@ -51,7 +51,7 @@ def test_replies_are_read():
     logged, sums = {"a": ["x", {"b": None}], "c": 2.5}, {"m": [1.5, 3]}
     assert run_reply(logged=logged, sums=sums) == Result(1, 0.5, None, logged, sums)
     assert run_reply(value=-1e6) == Result(1, -1e6, None)
-    assert load_reply() == LoadedFunction("batch", False, None, ("answer",), (), False, False, False)
+    assert load_reply() == LoadedFunction("batch", False, None, ("answer",), (), False, False, False, False)
     done = {"nonce": "n", "op": "done", "kind": "wrong_length", "message": "two for three"}
     assert read_run_reply(json.dumps(done).encode(), "n", 2) == Done(("wrong_length", "two for three"))
     refused = json.dumps({"nonce": "n", "op": "refused", "error": "no such file"}).encode()

@@ -657,7 +657,7 @@ def test_length_penalty_says_which_unit_it_lacks():
     assert length_penalty(["p"], ["12345"], limit=6, buffer=2, unit="characters") == [-0.5]
     with pytest.raises(ValueError, match="completion_ids"):
         length_penalty(["p"], ["c"], limit=6, buffer=2)
-    with pytest.raises(ValueError, match="buffer=7, limit=6"):
+    with pytest.raises(ValueError, match="buffer=7 and limit=6"):
         length_penalty(["p"], ["c"], limit=6, buffer=7)
     with pytest.raises(ValueError, match="words"):
         length_penalty(["p"], ["c"], limit=6, buffer=2, unit="words")  # pyright: ignore[reportArgumentType]

@@ -115,6 +115,16 @@ def test_without_a_known_answer_only_failures_are_looked_for(tmp_path, recipe, c
     assert "grpo rewards needs check, got 'try'" in capsys.readouterr().err
 
 
+def test_a_wrong_setting_is_refused_before_anything_is_judged(recipe, capsys):
+    path = recipe("rewards.format:think_format", data=COLUMNS)
+    wrong = "rewards.functions=[{function: 'rewards.format:format_regex', name: form, kwargs: {pattern: '('}}]"
+    assert main(["rewards", "check", path, wrong]) == 2
+    told = capsys.readouterr()
+    assert "reward 'form': pattern must be a regular expression" in told.err
+    assert "got '('" in told.err
+    assert not told.out
+
+
 def test_a_right_answer_goes_on_from_the_beginning_that_the_prompt_gives(tmp_path, recipe):
     path = recipe("rewards.format:tag_format", "rewards.number:exact_number_strict", data=COLUMNS)
     (tmp_path / "chat.jinja").write_text("{% for m in messages %}[{{m.role}}]{{m.content}}{% endfor %}")
