@@ -6,7 +6,8 @@ and no clocks here.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rewards.contract import Calls, RewardSpec
@@ -27,13 +28,46 @@ _GRACE_SECONDS = 1.0  # added to an async time limit, which the worker itself en
 
 
 @dataclasses.dataclass(frozen=True)
+class Effort:
+    """What the calls of a function took, in a batch or several.
+
+    seconds: summed over completions, those that failed included. A call for several completions counts for each with
+      an equal share, as it does for the time limit. slowest: the most that one completion took. completions: their
+      number. retries: how often calls were made again after errors of the network.
+    """
+
+    seconds: float = 0.0
+    slowest: float = 0.0
+    completions: int = 0
+    retries: int = 0
+
+    def __add__(self, other: "Effort") -> "Effort":
+        return Effort(
+            self.seconds + other.seconds,
+            max(self.slowest, other.slowest),
+            self.completions + other.completions,
+            self.retries + other.retries,
+        )
+
+    @classmethod
+    def of_call(cls, seconds: float, completions: int, retries: int = 0) -> "Effort":
+        """That of one call."""
+        return cls(seconds, seconds / completions, completions, retries)
+
+    @property
+    def mean(self) -> float:
+        """Seconds of a completion; NaN without any."""
+        return self.seconds / self.completions if self.completions else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardResult:
     """Rewards of one batch.
 
     rewards: per sample a list with one float or None per function, in the order of the specs.
     counts: for each function the number of samples by failure (`FAILURES`), and "none" for samples that it declined to
       judge. A failed call counts for each of its samples.
-    problems: a few readable messages per function. seconds: per function, summed over workers.
+    problems: a few readable messages per function. effort: of each function that was called.
     failures: per function that failed the sorts of its failures, with the last message of each. Messages of one sort
         differ in values only, such as a completion that they quote.
     logged: per sample {function: {name: value}}, what functions keep with it; empty where nothing was called. sums: per
@@ -43,10 +77,16 @@ class RewardResult:
     rewards: list[list[float | None]]
     counts: dict[str, dict[str, int]]
     problems: list[str]
-    seconds: dict[str, float]
+    effort: dict[str, Effort]
     failures: dict[str, dict[str, str]]
     logged: list[dict[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
     sums: dict[str, Sums] = dataclasses.field(default_factory=dict)
+
+
+def result_of(fields: Mapping[str, Any]) -> RewardResult:
+    """The result whose `dataclasses.asdict` these are."""
+    effort = {name: Effort(**own) for name, own in fields["effort"].items()}
+    return RewardResult(**{**fields, "effort": effort})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +130,7 @@ def merge_results(results: Sequence[RewardResult]) -> RewardResult:
         name: {kind: sum(result.counts[name][kind] for result in results) for kind in kinds}
         for name, kinds in first.counts.items()
     }
-    seconds = {name: sum(result.seconds[name] for result in results) for name in first.seconds}
+    effort = added_effort(result.effort for result in results)
     problems = [line for result in results for line in result.problems]
     failures: dict[str, dict[str, str]] = {}
     for result in results:
@@ -104,11 +144,20 @@ def merge_results(results: Sequence[RewardResult]) -> RewardResult:
     for result in results:
         for name, own in result.sums.items():
             add_sums(sums.setdefault(name, {}), own)
-    return RewardResult(rewards, counts, problems, seconds, failures, logged, sums)
+    return RewardResult(rewards, counts, problems, effort, failures, logged, sums)
+
+
+def added_effort(efforts: Iterable[Mapping[str, Effort]]) -> dict[str, Effort]:
+    """The efforts of several results, by function."""
+    total: dict[str, Effort] = {}
+    for of_functions in efforts:
+        for name, own in of_functions.items():
+            total[name] = total.get(name, Effort()) + own
+    return total
 
 
 def replace_function(result: RewardResult, other: RewardResult, position: int, name: str, problem: str) -> RewardResult:
-    """`result` with the rewards of `other` for the function at this position of the specs. Its seconds stay.
+    """`result` with the rewards of `other` for the function at this position of the specs. Its effort stays.
 
     problem: a message that is put before the function's problems.
     """
@@ -123,7 +172,7 @@ def replace_function(result: RewardResult, other: RewardResult, position: int, n
     failures |= {key: sorts for key, sorts in other.failures.items() if key == name}
     logged = [_with_own(old, new, name) for old, new in zip(result.logged, other.logged, strict=True)]
     sums = _with_own(result.sums, other.sums, name)
-    return RewardResult(rewards, counts, problems, result.seconds, failures, logged, sums)
+    return RewardResult(rewards, counts, problems, result.effort, failures, logged, sums)
 
 
 def _with_own(values: Mapping[str, Any], others: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -201,14 +250,15 @@ class Batch:
         timeout: float,
         num_workers: int,
         share: Share | None = None,
+        retries: int = 0,
     ):
         size = len(inputs.prompts)
         self._calls, self.keys, self.group_size = calls, sorted(keys), group_size
         self._share = share
         self._size = size if share is None else sum(share.owns(sample, size) for sample in range(size))
-        self.seconds = [0.0] * len(specs)
+        self._effort = [Effort() for _ in specs]
         self._specs, self._functions, self.inputs = specs, functions, inputs
-        self._timeout, self._num_workers = timeout, num_workers
+        self._timeout, self._num_workers, self._retries = timeout, num_workers, retries
         self._rewards: list[list[float | None]] = [[None] * len(specs) for _ in range(size)]
         self._counts: list[dict[str, int]] = [dict.fromkeys(COUNTS, 0) for _ in specs]
         self._losses: list[list[_Loss]] = [[] for _ in specs]
@@ -222,8 +272,8 @@ class Batch:
     def again(self, calls: Sequence[Calls], keys: Collection[int]) -> "Batch":
         """The same batch without its completions, for other functions or other ways to call them."""
         inputs = dataclasses.replace(self.inputs, drawn={})
-        specs, functions, timeout, workers = self._specs, self._functions, self._timeout, self._num_workers
-        return Batch(specs, functions, calls, keys, inputs, self.group_size, timeout, workers, self._share)
+        of_run = self._timeout, self._num_workers, self._share, self._retries
+        return Batch(self._specs, self._functions, calls, keys, inputs, self.group_size, *of_run)
 
     def add(self, drawn: Mapping[int, Drawn]) -> None:
         """Adds completions that arrived, by sample."""
@@ -277,6 +327,8 @@ class Batch:
         if result.index in task.answered or not is_next:
             raise BrokenWorker(f"a reward for sample {result.index} of its task out of turn")
         task.answered.add(result.index)
+        if task.mode != "batch":
+            self._effort[task.key] += Effort.of_call(result.seconds, 1, result.retries)
         sample = task.samples[result.index]
         if result.failure is not None:
             self._lose(task.key, sample, result.failure)
@@ -297,17 +349,21 @@ class Batch:
             raise BrokenWorker(
                 f"the end of a task with {len(task.unanswered())} of {len(task.samples)} rewards missing"
             )
+        if task.mode == "batch":
+            self._effort[task.key] += Effort.of_call(done.seconds, len(task.samples), done.retries)
         if done.failure is not None:
             self._lose_call(task, done.failure)
 
-    def interrupted(self, task: Task, failure: Failure) -> None:
-        """The worker died or had to be killed in the middle of a task."""
+    def interrupted(self, task: Task, failure: Failure, seconds: float) -> None:
+        """The worker died or had to be killed in the middle of a task, `seconds` after its last reply."""
         left = task.unanswered()
         if not left:
             return
         if task.mode == "batch":
+            self._effort[task.key] += Effort.of_call(seconds, len(task.samples))
             self._lose_call(task, failure)
         elif task.mode == "each" or len(left) == 1:
+            self._effort[task.key] += Effort.of_call(seconds, 1)
             self._lose(task.key, left[0], failure)
             if left[1:]:
                 self._anywhere.appendleft(self._task(task.key, "each", left[1:]))
@@ -331,9 +387,9 @@ class Batch:
         counts = dict(zip(names, self._counts, strict=True))
         failures = {name: _failures(found) for name, found in zip(names, self._losses, strict=True) if found}
         problems += [f"{_title(names[key])} {TOO_MANY}" for key in sorted(self._logs_too_much)]
-        seconds = dict(zip(names, self.seconds, strict=True))
+        effort = {names[key]: self._effort[key] for key in self.keys}
         sums = {name: found for name, found in zip(names, self._sums, strict=True) if found}
-        return RewardResult(self._rewards, counts, problems, seconds, failures, self._logged, sums)
+        return RewardResult(self._rewards, counts, problems, effort, failures, self._logged, sums)
 
     def _lose_call(self, task: Task, failure: Failure) -> None:
         """Fails all samples of one call. A call with fewer samples would give other rewards than were meant."""
@@ -359,6 +415,7 @@ class Batch:
             "key": key,
             "mode": mode,
             "limit": self._timeout,
+            "retries": self._retries,
             "prompts": [inputs.prompts[sample] for sample in samples],
             "completions": [one.completion for one in drawn],
             "columns": {name: [inputs.columns[name][sample] for sample in samples] for name in function.columns},

@@ -93,6 +93,7 @@ class BoundReward:
     takes_group: bool  # whether it gets the completions of the same prompt by the name `group`
     tries_rows: bool  # whether the start calls it for its first rows, see `rewards.settings`
     kwargs: Mapping[str, Any]
+    retries_itself: bool = False  # see the mark of that name
 
     def accepts(self, name: str) -> bool:
         """Whether the function may be given an argument of this name."""
@@ -203,6 +204,15 @@ def checked_by(check: Callable[[Mapping[str, Any]], None]) -> Callable[[_Functio
     return mark
 
 
+def retries_itself(function: _Function) -> _Function:
+    """Mark a function that asks again itself after errors of the network, as a decorator, so that a call of it is not
+    made again. It says how often it asked again with `log_metric("retries", number)`, whose sum is then counted as
+    retries and is no metric.
+    """
+    function.retries_itself = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
 def load_function(spec: RewardSpec) -> Callable[..., Any]:
     """Import the function that `spec.function` names, or load the one that the spec holds.
 
@@ -300,6 +310,7 @@ def bind(
         takes_group=takes_group,
         tries_rows=getattr(function, "tries_rows", False) is True,
         kwargs=dict(kwargs),
+        retries_itself=getattr(function, "retries_itself", False) is True,
     )
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rewards.batch import COUNTS, RewardResult, failure_lines
+from rewards.batch import COUNTS, Effort, RewardResult, failure_lines
 from rewards.replies import MAX_REWARD, Failure, LoadedFunction
 
 # As what such a function appears among those of workers.
@@ -36,7 +36,8 @@ def with_values(
     """`result` with the values of the function at place `key` of the specs."""
     start = time.monotonic()
     values = [_checked(value) for value in function(prompts, completions)] if prompts else []
-    seconds = result.seconds | {name: time.monotonic() - start}
+    seconds = time.monotonic() - start
+    effort = result.effort | {name: Effort.of_call(seconds, len(values)) if values else Effort()}
     failed = [(sample, value) for sample, value in enumerate(values) if isinstance(value, tuple)]
     kinds = [kind for _, (kind, _) in failed]
     problems, failures = failure_lines(name, failed)
@@ -48,7 +49,7 @@ def with_values(
         ],
         counts=result.counts | {name: {kind: kinds.count(kind) for kind in COUNTS}},
         problems=[*result.problems, *problems],
-        seconds=seconds,
+        effort=effort,
         failures=result.failures | ({name: failures} if failures else {}),
     )
 

@@ -1,8 +1,8 @@
 """Rewards: scores that a language model gives, over any OpenAI-compatible URL (library `openai`, extra `judge`).
 
 In: prompts, completions, and what to look for (`rubric`). Out: a number from 0 to 1 for each completion, or None where
-the judge gave none. Prompts and answers of the judge go to samples.jsonl; tokens, price, retries and cached answers are
-metrics.
+the judge gave none. Prompts and answers of the judge go to samples.jsonl; tokens, price and cached answers are metrics,
+and requests that were sent again are counted as retries.
 
     pointwise       one completion a request
     with_reference  the same, beside the row's own answer
@@ -39,7 +39,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from rewards.contract import checked_by, needs_group
+from rewards.contract import checked_by, needs_group, retries_itself
 from rewards.extras import import_extra, needs_library
 from rewards.settings import check_names
 from rewards.text import completion_text, message_text
@@ -179,6 +179,7 @@ def _judge_of(settings: Any) -> Judge:
     return Judge(**settings)
 
 
+@retries_itself
 @checked_by(check_kwargs)
 @needs_library("openai", INSTALL)
 async def pointwise(
@@ -195,6 +196,7 @@ async def pointwise(
     return await _score_one(_judge_of(judge), {"task": prompt}, completion, log_metric, log_extra)
 
 
+@retries_itself
 @checked_by(check_kwargs)
 @needs_library("openai", INSTALL)
 async def with_reference(
@@ -212,6 +214,7 @@ async def with_reference(
 
 
 @needs_group
+@retries_itself
 @checked_by(check_kwargs)
 @needs_library("openai", INSTALL)
 async def ruler(

@@ -90,7 +90,7 @@ class WorkerProcess:
         """Give an idle worker a task. Its function is loaded first, if it is not loaded yet."""
         if task is None:
             return
-        self.task, self._task_started = task, time.monotonic()
+        self.task, self._heard = task, time.monotonic()
         # A thread or timer of user code ended it while idle, or it sent something unasked.
         if self._has_ended() or self._has_output():
             self._kill()
@@ -108,12 +108,13 @@ class WorkerProcess:
 
     def extend_deadline(self, task: Task) -> None:
         """The next reply may take one more limit from now on."""
-        self.deadline = time.monotonic() + task.limit
+        self._heard = time.monotonic()
+        self.deadline = self._heard + task.limit
 
     def finish(self) -> float:
-        """Forget the task; the seconds it took."""
+        """Forget the task; the seconds since it was sent or had its last reply."""
         self.task = None
-        return time.monotonic() - self._task_started
+        return time.monotonic() - self._heard
 
     def receive(self) -> Iterator[Reply]:
         """Replies that have arrived in full. BrokenWorker for anything that is no reply to the running request."""

@@ -8,8 +8,8 @@ its own rewards inside its own worker cannot be seen from here.
     {"nonce": n, "op": "loaded", "style", "is_async", "calls", "columns", "replacing",
         "takes_completion_ids", "needs_completion_ids", "takes_group", "tries_rows"}
     {"nonce": n, "op": "refused", "error"}
-    {"nonce": n, "op": "result", "index", "value", "kind", "message", "logged", "sums"}
-    {"nonce": n, "op": "done", "kind", "message"}
+    {"nonce": n, "op": "result", "index", "value", "kind", "message", "logged", "sums", "seconds", "retries"}
+    {"nonce": n, "op": "done", "kind", "message", "seconds", "retries"}
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from rewards.protocol import HEADER
 
 MAX_FRAME = 1 << 20  # bytes
 MAX_TEXT = 4096  # bytes of UTF-8
+MAX_SECONDS, MAX_RETRIES = 1e9, 1 << 31  # of one call
 MAX_REWARD = 1e6  # the largest size of a reward, so that squares and sums stay finite everywhere
 FAILURES = ("exception", "timeout", "crash", "wrong_length", "not_a_number", "out_of_range")
 
@@ -62,6 +63,8 @@ class Result:
 
     index: position among the samples of the task. logged: what the function keeps with the sample, see
       `rewards.logged`. sums: the metrics of the call; a call for several samples tells them with the first.
+    seconds: what the call took, with its retries. retries: how often it was made again. A call for several samples
+      tells both at its end.
     """
 
     index: int
@@ -69,13 +72,19 @@ class Result:
     failure: Failure | None
     logged: dict[str, Any] = dataclasses.field(default_factory=dict)
     sums: Sums = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    retries: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """The task is over; a call for several samples may have failed as a whole."""
+    """The task is over; a call for several samples may have failed as a whole. seconds, retries: of such a call, as in
+    `Result`.
+    """
 
     failure: Failure | None
+    seconds: float = 0.0
+    retries: int = 0
 
 
 Reply = LoadedFunction | Refused | Result | Done
@@ -133,10 +142,10 @@ def read_run_reply(frame: bytes, nonce: str, size: int) -> Result | Done:
     """A reply to a request to run a function on `size` samples; else BrokenWorker."""
     fields = _fields(frame, nonce)
     if fields["op"] == "done":
-        return Done(_failure(fields))
+        return Done(_failure(fields, _EFFORT), *_effort(fields))
     if fields["op"] != "result":
         raise BrokenWorker(f"the operation {_shown(fields['op'])} where a function was run")
-    failure = _failure(fields, {"index": int, "value": (float, type(None)), "logged": dict, "sums": dict})
+    failure = _failure(fields, {"index": int, "value": (float, type(None)), "logged": dict, "sums": dict, **_EFFORT})
     index, value, logged, sums = (
         fields["index"],
         fields["value"],
@@ -151,8 +160,8 @@ def read_run_reply(frame: bytes, nonce: str, size: int) -> Result | Done:
         raise BrokenWorker(f"the reward {value} with the failure {failure}")
     if value is not None and abs(value) > MAX_REWARD:
         rule = f"a reward must be within {MAX_REWARD:g} of 0; scale it down, and raise the function's weight instead"
-        return Result(index, None, ("out_of_range", f"returned {value:g}, {rule}"), logged, sums)
-    return Result(index, value, failure, logged, sums)
+        return Result(index, None, ("out_of_range", f"returned {value:g}, {rule}"), logged, sums, *_effort(fields))
+    return Result(index, value, failure, logged, sums, *_effort(fields))
 
 
 def one_line(text: str, limit: int = MAX_TEXT) -> str:
@@ -171,6 +180,7 @@ def one_line(text: str, limit: int = MAX_TEXT) -> str:
 
 
 _CUT_NOTE = 64  # bytes
+_EFFORT = {"seconds": float, "retries": int}
 
 
 def _fields(frame: bytes, nonce: str) -> dict[str, Any]:
@@ -184,6 +194,14 @@ def _fields(frame: bytes, nonce: str) -> dict[str, Any]:
     if fields.get("nonce") != nonce:
         raise BrokenWorker(f"a reply to something else than it was asked: {_shown(frame)}")
     return fields
+
+
+def _effort(fields: dict[str, Any]) -> tuple[float, int]:
+    """Seconds and retries of a call; BrokenWorker for numbers that no call can have."""
+    seconds, retries = fields["seconds"], fields["retries"]
+    if not 0 <= seconds <= MAX_SECONDS or not 0 <= retries <= MAX_RETRIES:
+        raise BrokenWorker(f"a call of {_shown(seconds)} seconds that was made again {_shown(retries)} times")
+    return seconds, retries
 
 
 def _no_constant(name: str) -> Never:

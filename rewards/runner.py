@@ -33,7 +33,17 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-from rewards.batch import FAILURES, Batch, BatchInputs, Drawn, RewardResult, Share, merge_results, replace_function
+from rewards.batch import (
+    FAILURES,
+    Batch,
+    BatchInputs,
+    Drawn,
+    RewardResult,
+    Share,
+    added_effort,
+    merge_results,
+    replace_function,
+)
 from rewards.contract import Calls, RewardSpec, Style, check_specs, column_notes
 from rewards.doubt import Doubt, agree, second_best
 from rewards.environment import check_memory_gb, worker_environment
@@ -73,6 +83,7 @@ class RewardRunner:
       of them get the results of the whole batch. None: everything.
     moment: where the run stands until a batch says otherwise, in the checks of the start too.
     in_process: the functions of specs, by name, that run in this process when a batch is complete; no worker sees them.
+    retries: how often a call is made again, within its time limit, that failed by an error of the network.
 
     Raises ValueError when a spec or an argument is invalid, a function does not import, or nothing provides one of
     its arguments.
@@ -93,6 +104,7 @@ class RewardRunner:
         share: Share | None = None,
         moment: Moment | None = None,
         in_process: Mapping[str, InProcess] | None = None,
+        retries: int = 0,
     ):
         check_specs(specs)
         if num_workers < 1:
@@ -103,7 +115,7 @@ class RewardRunner:
         environment = worker_environment(env, os.environ)
         self.specs = tuple(specs)
         self.columns = tuple(columns)
-        self._timeout = timeout_seconds
+        self._timeout, self._retries = timeout_seconds, retries
         self._share, self._moment = share, moment or Moment()
         given = in_process or {}
         self._in_process = {key: given[spec.name] for key, spec in enumerate(specs) if spec.name in given}
@@ -286,8 +298,8 @@ class RewardRunner:
             seeds=range(len(prompts)) if seeds is None else [int(seed) for seed in seeds],
             moment=moment or self._moment,
         )
-        num_workers = len(self._workers)
-        batch = Batch(self.specs, self._functions, calls, keys, inputs, group_size, self._timeout, num_workers, share)
+        of_run = self._timeout, len(self._workers), share, self._retries
+        batch = Batch(self.specs, self._functions, calls, keys, inputs, group_size, *of_run)
         return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), share, review, in_process)
 
     def _compare(self, batch: Batch, result: RewardResult) -> RewardResult:
@@ -301,8 +313,7 @@ class RewardRunner:
                 continue
             doubt.left -= 1
             whole = self._call_whole(key, batch)
-            seconds = result.seconds | {name: result.seconds[name] + whole.seconds[name]}
-            result = dataclasses.replace(result, seconds=seconds)
+            result = dataclasses.replace(result, effort=added_effort([result.effort, whole.effort]))
             some_failed = any(result.counts[name][kind] for kind in FAILURES)
             if any(whole.counts[name][kind] for kind in FAILURES):
                 failed = f"{whole.problems[0]} (a call that was made to see whether {name!r} compares completions)"
@@ -642,12 +653,12 @@ class Scoring:
         if task is None:  # it had answered before it broke
             worker.restart()
             return
-        batch.seconds[task.key] += worker.finish()
+        seconds = worker.finish()
         worker.restart()
         if was_loading:
             batch.lose_all(task, (failure[0], f"while importing: {failure[1]}"))
         else:
-            batch.interrupted(task, failure)
+            batch.interrupted(task, failure, seconds)
 
     def _take(self, worker: WorkerProcess, reply: Reply) -> None:
         task = worker.task
@@ -667,7 +678,7 @@ class Scoring:
             worker.finish()
         else:
             self._batch.finish(task, reply)
-            self._batch.seconds[task.key] += worker.finish()
+            worker.finish()
 
 
 def _listen(worker: WorkerProcess, take: Callable[[Reply], None]) -> Failure | None:

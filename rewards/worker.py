@@ -6,8 +6,9 @@ failure. What it cannot survive (a hang, a crash) the runner sees from outside. 
 
     {"op": "load", "key": k, "spec": {...}, "columns": [...], "path": [...]}
         -> "loaded" or "refused"
-    {"op": "run", "key": k, "mode": m, "limit": seconds, "prompts", "completions", "columns", "completion_ids",
-        "finish_reasons", "seeds", "moment": {...}, "groups": {"members": [...], "group_of": [...]} or null,
+    {"op": "run", "key": k, "mode": m, "limit": seconds, "retries": n, "prompts", "completions", "columns",
+        "completion_ids", "finish_reasons", "seeds", "moment": {...},
+        "groups": {"members": [...], "group_of": [...]} or null,
         "texts": [[prompt, prompt and completion], ...] or null}
         -> a "result" for each sample, then "done"
 
@@ -15,6 +16,9 @@ The fields of a reply are in `rewards.replies`; each repeats the nonce of its re
 
 Modes: "batch" is one call for all samples of the task, and its `done` may carry a failure; "each" is one call after
 another; "together" runs an async function on all samples at once.
+
+A call that fails by an error of the network (`rewards.retrying`) is made again, with new arguments and after a pause,
+as long as the pause ends within its time limit. What a failed try logged is dropped.
 """
 
 import contextlib
@@ -26,11 +30,12 @@ import os
 import queue
 import signal
 import sys
+import sysconfig
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from math import isfinite  # by name, before a user's code can replace it
+from time import monotonic, sleep  # likewise
 from typing import Any, BinaryIO, NamedTuple
 
 from rewards.contract import BoundReward, RewardSpec, bind, load_function
@@ -38,13 +43,19 @@ from rewards.environment import missing_variable
 from rewards.logged import CallLog, Sums, number_of, shortened
 from rewards.moment import Moment
 from rewards.protocol import HEADER, pack, unpack
-from rewards.replies import MAX_TEXT, Failure, LoadedFunction, one_line
+from rewards.replies import MAX_RETRIES, MAX_TEXT, Done, Failure, LoadedFunction, one_line
+from rewards.retrying import is_network_error, pause
 
 # How long a hung worker may outlive its time limit, or a busy one its parent, before it ends itself.
 _ORPHAN_SECONDS = 5.0
 
 _MAX_TRACEBACK = 1 << 14  # characters in the log
-_LOG_FILE = CallLog.log_metric.__code__.co_filename
+# Files in which no function of a user is.
+_NOT_OF_FUNCTIONS = (CallLog.log_metric.__code__.co_filename, __file__)
+_LIBRARIES = tuple(
+    {sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    | {os.path.dirname(os.__file__) + os.sep}
+)
 
 
 class _Rejected(Exception):
@@ -111,7 +122,7 @@ def _read_requests(requests: BinaryIO, inbox: queue.SimpleQueue) -> None:
         # The parent closed the pipe, or is gone; or a request cannot be read. No request will come any more: a worker
         # that ends is noticed and replaced, one that waited for ever would cost the time limit of every call.
         inbox.put(None)
-    time.sleep(_ORPHAN_SECONDS)
+    sleep(_ORPHAN_SECONDS)
     _end_process_group()
 
 
@@ -129,6 +140,7 @@ class _Worker:
         self._stack, self._replies = stack, replies
         self._rewards: dict[int, BoundReward] = {}
         self._logged: set[tuple[str, str]] = set()  # errors whose traceback is in the log already
+        self._in_vain: set[int] = set()  # functions whose last call failed by the network after all of its retries
 
     def handle(self, request: Mapping[str, Any]) -> None:
         """Answer one request."""
@@ -139,8 +151,9 @@ class _Worker:
         bound, moment = self._rewards[request["key"]], Moment(**request["moment"])
         request = {**request, "of_run": {"step": moment.step, "trainer_state": moment.trainer_state}}
         run = {"batch": self._run_batch, "each": self._run_each, "together": self._run_together}[request["mode"]]
-        failure = run(bound, request)
-        self._reply(op="done", kind=failure and failure[0], message=failure and failure[1])
+        done = run(bound, request)
+        kind, message = done.failure or (None, None)
+        self._reply(op="done", kind=kind, message=message, seconds=done.seconds, retries=done.retries)
 
     def _load(self, request: Mapping[str, Any]) -> None:
         sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
@@ -156,29 +169,32 @@ class _Worker:
         told = [field.name for field in dataclasses.fields(LoadedFunction)]
         self._reply(op="loaded", **{name: getattr(bound, name) for name in told})
 
-    def _run_batch(self, bound: BoundReward, request: Mapping[str, Any]) -> Failure | None:
+    def _run_batch(self, bound: BoundReward, request: Mapping[str, Any]) -> Done:
         size = len(request["prompts"])
-        log = CallLog(size)
+        tries = self._tries(bound, request, size)
 
         def call() -> tuple[list[Any], list[dict[str, Any]]]:
-            result = self._finished(bound.function(**_arguments(bound, request, slice(None), log)))
-            return _batch_rewards(result, size), _kept(log)
+            result = self._finished(bound.function(**_arguments(bound, request, slice(None), tries.log)))
+            return _batch_rewards(result, size), _kept(tries.log)
 
-        found, failure = self._isolated(call, request["limit"] * size)
-        if failure is not None:
-            return failure
-        for index, (value, logged) in enumerate(zip(*found, strict=True)):
-            reward, lost = self._isolated(functools.partial(as_reward, value), request["limit"])
-            self._report(index, _Judged(reward, logged, {} if index else log.sums), lost)
-        return None
+        found, failure = self._isolated(functools.partial(tries.run, call), tries.limit)
+        seconds, retries = tries.end()
+        if failure is None:
+            for index, (value, logged) in enumerate(zip(*found, strict=True)):
+                reward, lost = self._isolated(functools.partial(as_reward, value), request["limit"])
+                self._report(index, _Judged(reward, logged, {} if index else tries.log.sums), lost)
+        return Done(failure, seconds, retries)
 
-    def _run_each(self, bound: BoundReward, request: Mapping[str, Any]) -> None:
-        def score(index: int) -> _Judged:
-            log = CallLog(1)
-            return _judged(bound, self._finished(_call_one(bound, request, index, log)), log)
-
+    def _run_each(self, bound: BoundReward, request: Mapping[str, Any]) -> Done:
         for index in range(len(request["prompts"])):
-            self._report(index, *self._isolated(functools.partial(score, index), request["limit"]))
+            tries = self._tries(bound, request, 1)
+
+            def call(index: int = index, tries: _Tries = tries) -> _Judged:
+                return _judged(bound, self._finished(_call_one(bound, request, index, tries.log)), tries.log)
+
+            judged, failure = self._isolated(functools.partial(tries.run, call), tries.limit)
+            self._report(index, judged, failure, *tries.end())
+        return Done(None)
 
     @functools.cached_property
     def _loop(self) -> Any:
@@ -189,27 +205,42 @@ class _Worker:
 
         return self._stack.enter_context(asyncio.Runner())
 
-    def _run_together(self, bound: BoundReward, request: Mapping[str, Any]) -> None:
+    def _run_together(self, bound: BoundReward, request: Mapping[str, Any]) -> Done:
         import asyncio
 
         limit = request["limit"]
 
+        async def answer(index: int, tries: _Tries) -> Any:
+            while True:
+                try:
+                    result = await _call_one(bound, request, index, tries.log)
+                    tries.succeeded()
+                    return result
+                except Exception as error:
+                    if (wait := tries.pause_after(error)) is None:
+                        raise
+                await asyncio.sleep(wait)
+
         async def score(index: int) -> None:
-            judged, failure, scope, log = None, None, asyncio.timeout(limit), CallLog(1)
+            judged, failure, scope, tries = None, None, asyncio.timeout(limit), self._tries(bound, request, 1)
             try:
                 async with scope:
-                    result = await _call_one(bound, request, index, log)
-                judged = _judged(bound, result, log)
+                    result = await answer(index, tries)
+                judged = _judged(bound, result, tries.log)
             except BaseException as error:  # noqa: BLE001  as in _isolated; SystemExit would end the loop
                 late = isinstance(error, TimeoutError) and scope.expired()
                 failure = ("timeout", f"no answer within {limit:g} s") if late else self._failure(error)
-            self._report(index, judged, failure)
+            self._report(index, judged, failure, *tries.end())
 
         async def score_all() -> None:
             await asyncio.gather(*(score(index) for index in range(len(request["prompts"]))))
 
         with _watchdog(limit):
             self._loop.run(score_all())
+        return Done(None)
+
+    def _tries(self, bound: BoundReward, request: Mapping[str, Any], size: int) -> "_Tries":
+        return _Tries(bound, request, size, self._in_vain)
 
     def _finished(self, result: Any) -> Any:
         """The result itself, or what an async function's coroutine comes to."""
@@ -243,11 +274,13 @@ class _Worker:
             print(trace[:_MAX_TRACEBACK] + cut, end="", file=sys.stderr)
         return "exception", f"{one_line(last_line, MAX_TEXT // 2)} ({place}){missing_variable(error)}"
 
-    def _report(self, index: int, judged: "_Judged | None", failure: Failure | None) -> None:
+    def _report(
+        self, index: int, judged: "_Judged | None", failure: Failure | None, seconds: float = 0.0, retries: int = 0
+    ) -> None:
         value, logged, sums = judged or _Judged(None, {}, {})
         kind, message = failure or (None, None)
         told = {"value": value, "kind": kind, "message": message and one_line(message), "logged": logged, "sums": sums}
-        self._reply(op="result", index=index, **told)
+        self._reply(op="result", index=index, **told, seconds=seconds, retries=retries)
 
     def _reply(self, **message: Any) -> None:
         frame = memoryview(pack({"nonce": self._nonce, **message}))
@@ -255,11 +288,64 @@ class _Worker:
             frame = frame[os.write(self._replies.fileno(), frame) :]
 
 
+class _Tries:
+    """The tries of one call for `size` samples: what the last one logs, and how often and until when it is made again.
+
+    in_vain: functions whose last call failed by the network after all of its retries; of these a call is made once.
+    limit: seconds of all tries together.
+    """
+
+    def __init__(self, bound: BoundReward, request: Mapping[str, Any], size: int, in_vain: set[int]):
+        self.limit, self.log = request["limit"] * size, CallLog(size)
+        self._key, self._in_vain = request["key"], in_vain
+        # Where a server is gone for good, only the first call waits for it, and not every one of a batch.
+        self._most = 0 if bound.retries_itself or self._key in in_vain else request["retries"]
+        self._counts_logged = bound.retries_itself
+        self._retries, self._start = 0, monotonic()
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns, which is called again after errors of the network."""
+        while True:
+            try:
+                result = call()
+                self.succeeded()
+                return result
+            except Exception as error:
+                if (wait := self.pause_after(error)) is None:
+                    raise
+            sleep(wait)
+
+    def pause_after(self, error: Exception) -> float | None:
+        """Seconds after which the call is to be made again; None: it has failed."""
+        if not is_network_error(error):
+            return None
+        wait = pause(self._retries)
+        if self._retries == self._most or monotonic() + wait - self._start >= self.limit:
+            self._in_vain.add(self._key)
+            return None
+        self._retries, self.log = self._retries + 1, CallLog(self.log.size)
+        return wait
+
+    def succeeded(self) -> None:
+        """To be called when the call has an answer: calls are made again from now on."""
+        self._in_vain.discard(self._key)
+
+    def end(self) -> tuple[float, int]:
+        """Seconds and retries of the call, which is over."""
+        retries = self._retries
+        if self._counts_logged:
+            retries = int(max(self.log.sums.pop("retries", [0.0])[0], 0.0))
+        return monotonic() - self._start, min(retries, MAX_RETRIES)
+
+
 def _place(error: BaseException) -> str:
-    """File and line of an error: the last that is not inside of Python's own frozen modules, or of what is injected."""
+    """File and line of an error: the last that is not in a library, so that it is the function's own where that calls
+    one; for a function that is in a library itself, the last at all.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    others = [f for f in frames if not f.filename.startswith("<frozen ") and f.filename != _LOG_FILE]
-    last = (others or frames)[-1]
+    in_python = [f for f in frames if not f.filename.startswith("<frozen ") and f.filename not in _NOT_OF_FUNCTIONS]
+    of_user = [f for f in in_python if not f.filename.startswith(_LIBRARIES)]
+    last = (of_user or in_python or frames)[-1]
     return f"{os.path.basename(last.filename)}:{last.lineno}"
 
 

@@ -98,6 +98,7 @@ RANGES = {
     "rewards.functions.*.weight": _ANY,
     "rewards.num_workers": Range(1, 1000),
     "rewards.timeout_seconds": Range(0, 1e6, above=True),
+    "rewards.retries": Range(0, 1000, note=", calls; 0 makes none again"),
     "rewards.max_failed_share": Range(0, 1, note=", a share of the completions; 1 never ends the run"),
     "rewards.model_tokens": _SIZE,
     "rewards.memory_gb": Range(0, 1e6, above=True, note=" or null (no limit)"),

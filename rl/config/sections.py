@@ -185,6 +185,7 @@ class RewardsSection:
     ]
     num_workers: int
     timeout_seconds: float
+    retries: int
     max_failed_share: float
     model_tokens: int
     memory_gb: float | None

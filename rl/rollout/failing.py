@@ -1,9 +1,10 @@
 """Reports failures of reward functions, and decides when a function is down, so that training would learn nothing.
 
 In: the result of each draw's judging, and the end of each step. Out: problems in words, each sort of failure in full
-once; for each function the number of steps in a row that it was down, which checkpoints remember; an error. A call
-fails by an exception, a time limit, a crash, or a value that is no reward. None, "cannot judge", is an answer and no
-failure. Not here: the completions of a failed call (`rewards.batch`), and steps without any reward (`rl.run.health`).
+once, and that it goes on when the number of steps with failures has doubled; for each function the number of steps in a
+row that it was down, which checkpoints remember; an error. A call fails by an exception, a time limit, a crash, or a
+value that is no reward. None, "cannot judge", is an answer and no failure. Not here: the completions of a failed call
+(`rewards.batch`), and steps without any reward (`rl.run.health`).
 """
 
 import collections
@@ -33,6 +34,8 @@ class FailureWatch:
         self._names = [spec.name for spec in specs if spec.weight]
         self._said: dict[str, set[str]] = {spec.name: set() for spec in specs}  # sorts of failures
         self._said_once: set[str] = set()  # lines
+        self._steps_failed: collections.Counter[str] = collections.Counter()  # steps in which a function failed
+        self._failed_now: set[str] = set()  # functions, in this step
         self._last: dict[str, str] = {}  # failure of each function
         self._num_failed: collections.Counter[str] = collections.Counter()  # completions of this step
         self._num_judged = 0
@@ -46,7 +49,7 @@ class FailureWatch:
 
         Returns:
           The result. If a function failed only in ways that were reported before, its problems are one line with
-          counts.
+          counts, in the second step in which it fails, the fourth, the eighth and so on, and no line otherwise.
         """
         size, problems = len(result.rewards), [line for line in result.problems if line not in self._said_once]
         self._said_once.update(line for line in problems if line.endswith(TOO_MANY))
@@ -55,11 +58,16 @@ class FailureWatch:
             kinds = {kind: result.counts[name][kind] for kind in FAILURES if result.counts[name][kind]}
             self._num_failed[name] += sum(kinds.values())
             self._last[name] = [*sorts.values()][-1]
+            is_first = name not in self._failed_now  # of this step
+            self._failed_now.add(name)
+            num_steps = self._steps_failed[name] = self._steps_failed[name] + is_first
             if self._said[name].issuperset(sorts):
                 told = problems_of(name, problems)
                 counts = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
                 problems = [line for line in problems if line not in told]
-                problems.append(f"reward {name!r} failed as before on {sum(kinds.values())} of {size} ({counts})")
+                if is_first and num_steps.bit_count() == 1:
+                    how = f"failed as before on {sum(kinds.values())} of {size} ({counts})"
+                    problems.append(f"reward {name!r} {how}, in {num_steps} steps so far")
             self._said[name].update(sorts)
         return dataclasses.replace(result, problems=problems)
 
@@ -77,4 +85,5 @@ class FailureWatch:
                     "and the same command goes on; rewards.max_failed_share=1 goes on without it"
                 )
         self._num_failed.clear()
+        self._failed_now.clear()
         self._num_judged = 0

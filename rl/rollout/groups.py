@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards.batch import COUNTS
+from rewards.batch import COUNTS, FAILURES, Effort, added_effort
 from rewards.contract import RewardSpec
 from rewards.length import soft_overlong
 from rewards.logged import Sums, add_sums, means
@@ -26,6 +26,7 @@ from rl.rollout.scoring import ScoredCompletions
 from rl.sampler.contract import Completion
 from rl.training.packing import TrainCompletion, TrainGroup
 
+_EXECUTION = ("errors", "timeouts", "retries", "seconds_mean", "seconds_max")  # of each function
 OVERLONG = "overlong"  # name of the reward that is the punishment of https://arxiv.org/abs/2503.14476, eq. 13
 
 
@@ -43,7 +44,7 @@ class Judged:
       position: the number of data rows used up so far, with those of replaced groups.
       metrics: of the choice of groups, see `rl.rollout.step_prompts`.
       logged: [B], what reward functions keep with each completion. sums: the metrics that they logged, also of replaced
-        groups. Both are as in `rewards.batch.RewardResult`.
+        groups. effort: of each function, also on replaced groups. All three are as in `rewards.batch.RewardResult`.
     """
 
     rows: list[PromptRow]
@@ -59,6 +60,7 @@ class Judged:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     logged: list[dict[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
     sums: dict[str, Sums] = dataclasses.field(default_factory=dict)
+    effort: dict[str, Effort] = dataclasses.field(default_factory=dict)
 
     @property
     def group_size(self) -> int:
@@ -96,6 +98,7 @@ class Judged:
             problems=problems,
             logged=logged,
             sums=sums,
+            effort=added_effort([self.effort, other.effort]),
         )
 
 
@@ -150,7 +153,7 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
             [*row, None if weighted_sum(row, of_functions) is None else soft_overlong(c.num_trained, limit, buffer)]
             for row, c in zip(rewards, flat, strict=True)
         ]
-    problems, kept = list(result.problems), {"logged": result.logged, "sums": result.sums}
+    problems, kept = list(result.problems), {"logged": result.logged, "sums": result.sums, "effort": result.effort}
     return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, problems, **kept)
 
 
@@ -213,6 +216,7 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
         for failure, count in judged.counts.get(name, {}).items():
             if count:
                 metrics[f"reward/{name}/{failure}"] = count
+    metrics |= _execution(judged)
     metrics |= logged_metrics(judged.sums, metrics)
     return Rollout(
         judged.rows,
@@ -230,6 +234,19 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
     )
 
 
+def _execution(judged: Judged) -> dict[str, float]:
+    """How each function that was called ran: completions that it lost by errors and by its time limit, calls that were
+    made again, seconds of a completion.
+    """
+    found = {}
+    for name, effort in judged.effort.items():
+        lost = judged.counts[name]
+        errors = sum(lost[kind] for kind in FAILURES) - lost["timeout"]
+        values = (errors, lost["timeout"], effort.retries, effort.mean, effort.slowest)
+        found |= {f"reward/{name}/{key}": value for key, value in zip(_EXECUTION, values, strict=True)}
+    return found
+
+
 def logged_metrics(sums: Mapping[str, Sums], taken: Collection[str]) -> dict[str, float]:
     """Means of what reward functions logged as {reward/FUNCTION/METRIC: mean}. One that has the name of a metric of the
     run is called reward/FUNCTION/logged_METRIC.
@@ -241,7 +258,8 @@ def logged_metrics(sums: Mapping[str, Sums], taken: Collection[str]) -> dict[str
     for function, own in sums.items():
         for name, mean in means(own).items():
             key = f"reward/{function}/{name}"
-            is_taken = key in taken or name in ("mean", "std", *COUNTS)  # in every step, whether it is there or not
+            # In every step, whether it is there or not.
+            is_taken = key in taken or name in ("mean", "std", *COUNTS, *_EXECUTION)
             found[f"reward/{function}/logged_{name}" if is_taken else key] = mean
     return found
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from rewards.batch import RewardResult, Share
+from rewards.batch import RewardResult, Share, result_of
 from rewards.contract import Calls, RewardSpec
 from rewards.gold import check_on_gold
 from rewards.moment import Moment, sample_seed
@@ -59,7 +59,7 @@ def start_rewards(
     section = config.rewards
 
     def gather(result: RewardResult) -> list[RewardResult]:
-        return [RewardResult(**part) for part in hosts.gather(dataclasses.asdict(result))]
+        return [result_of(part) for part in hosts.gather(dataclasses.asdict(result))]
 
     share = None if jax.process_count() == 1 else Share(jax.process_index(), jax.process_count(), gather)
     runner = RewardRunner(
@@ -74,6 +74,7 @@ def start_rewards(
         share=share,
         moment=Moment(max_steps=config.grpo.steps),
         in_process=models,
+        retries=section.retries,
     )
     for calls in hosts.gather(runner.calls):
         runner.adopt(calls)

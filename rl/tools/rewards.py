@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from rewards.batch import Effort, added_effort
 from rewards.probe import answer_forms, long_text, prompt_text
 from rewards.rubric import weighted_sum
 from rewards.runner import RewardRunner
@@ -115,12 +116,12 @@ def check(
     if recorded and (alone := sorted({*weights} - {*runner.elementwise})):
         problems.append(f"samples of {samples} are judged one by one, without {', '.join(alone)}, which compare them")
     sorts = {sort: judged for result in results for sort, judged in result.sorts.items()}
-    counted = {name: sum(result.num[name] for result in results) for name in weights}
+    effort = added_effort(result.effort for result in results)
     verdict, is_wrong = _verdict(sorts)
     return Checked(
         sorts=sorts,
         weights=weights,
-        seconds={name: sum(result.seconds.get(name, 0.0) for result in results) / counted[name] for name in weights},
+        seconds={name: effort[name].mean for name in weights},
         failures={name: _added([result.failures.get(name, {}) for result in results]) for name in weights},
         problems=[*dict.fromkeys(problems), *_findings(sorts, weights)],
         verdict=verdict,
@@ -148,11 +149,10 @@ class _Completion(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """The rewards of some completions. num: completions that each function got."""
+    """The rewards of some completions."""
 
-    num: dict[str, int]
     sorts: dict[str, Judged]
-    seconds: Mapping[str, float]
+    effort: Mapping[str, Effort]
     failures: Mapping[str, Mapping[str, int]]
     problems: list[str]
 
@@ -226,8 +226,7 @@ def _score(
         totals = [weighted_sum(row, weights) for row in rewards]
         means = {name: _mean([row[key] for row in rewards]) for key, name in enumerate(known)}
         sorts[sort] = Judged(len(rewards), _mean(totals), means)
-    num = {name: len(completions) if names is None or name in names else 0 for name in known}
-    return _Result(num, sorts, scored.seconds, scored.counts, scored.problems)
+    return _Result(sorts, scored.effort, scored.counts, scored.problems)
 
 
 def _verdict(sorts: Mapping[str, Judged]) -> tuple[str | None, bool]:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from rewards.batch import COUNTS
 from rl import sft_trainer
 from rl.cli import main
 from rl.config.load import load_config
@@ -572,6 +573,9 @@ def test_failing_rewards_stop_and_poison_nothing(finished):
             assert np.isfinite(line[key]), key
         assert line["grad_norm"] > 0
         assert line["masked_share"] == 0.0  # `good` judged every row
-        assert not [key for key in line if key.startswith("reward/good/") and not key.endswith(("/mean", "/std"))]
+        lost = [
+            key for key in line if re.fullmatch("reward/good/(errors|timeouts|retries|" + "|".join(COUNTS) + ")", key)
+        ]
+        assert [line[key] for key in lost] == [0, 0, 0]
     assert "on a gold row, reward 'good'" not in (run.parent / "stdout").read_text()
     assert (run / "checkpoints" / "2").is_dir()

@@ -41,6 +41,7 @@ from rl.tools import launch
 from rl.tools.evaluate import evaluate_source
 from rl.tools.trained import load_checkpoint, load_start, resolve_model
 from tests.helpers import tunix_golden
+from tests.helpers.metric_lines import steady
 from tests.helpers.places import FILES, REWARDS, ROOT
 from tests.helpers.tiny_models import noisy_params, tiny_config
 
@@ -73,7 +74,6 @@ SLURM = {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
 }
-VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def together(recipe) -> Together:
 
 
 def stable(lines):
-    return [{key: value for key, value in line.items() if not key.startswith(VOLATILE)} for line in lines]
+    return [steady(line) for line in lines]
 
 
 def test_two_processes_have_the_curve_of_one(alone, together):

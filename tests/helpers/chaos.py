@@ -41,10 +41,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from tests.helpers.metric_lines import steady
 from tests.helpers.places import REWARDS
 
 MODES = {"count": 0, "kill": 1, "tear": 2, "full": 3, "broken": 4}
-VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
 LIMIT_SECONDS = 300.0
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -228,7 +228,7 @@ class Chaos:
         """What must be the same in every complete run."""
         from rl.run.metrics import read_metrics, read_samples
 
-        metrics = [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(out)]
+        metrics = [steady(line) for line in read_metrics(out)]
         files = {path.relative_to(out).as_posix() for path in out.glob("*")}
         # A kill may leave an old checkpoint more than are kept; a run that has nothing left to do lets it lie.
         older = {str(step) for step in range(RECIPES[name].steps)}

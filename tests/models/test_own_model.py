@@ -16,6 +16,7 @@ from rl.state.export import write_folder
 from rl.state.origin import find_origin, tokenizer_from_config
 from rl.tools.checkpoints.export import export
 from rl.tools.trained import load_checkpoint, load_start
+from tests.helpers.metric_lines import steady
 from tests.helpers.places import REWARDS, ROOT
 
 EXAMPLES = {"nnx": ROOT / "examples/own_model/gpt.py", "linen": ROOT / "examples/own_model/ssm.py"}
@@ -29,7 +30,6 @@ eval: {{every: 10}}
 mesh: {{num_devices: 1}}
 checkpoint: {{every: 1000}}
 """
-VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
 
 
 def config_for(folder, flavour, *overrides):
@@ -47,7 +47,7 @@ def policy_for(config):
 
 
 def stable_metrics(folder):
-    return [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(folder)]
+    return [steady(line) for line in read_metrics(folder)]
 
 
 @pytest.mark.slow

@@ -315,16 +315,20 @@ def test_in_workers_many_are_judged_at_a_time_with_the_key_that_the_run_passes(m
     in_flight = threading.Barrier(8)  # breaks where fewer requests are under way at a time
 
     def slow_score(body):
+        with server.lock:
+            if len(server.requests) == 1:
+                return 503, "{}"
         in_flight.wait(20)
         text = re.search(r"\n(a+)\n", body["messages"][1]["content"]).group(1)
         return says(f"<score>{len(text)}</score>")
 
-    made = {"model": "m", "rubric": RUBRIC, "api_key_env": "JUDGE_KEY", "retries": 0, "timeout": 20}
+    made = {"model": "m", "rubric": RUBRIC, "api_key_env": "JUDGE_KEY", "retries": 1, "timeout": 20}
     with serving(slow_score) as server:
         kwargs = {"judge": {**made, "base_url": server.url}}
         specs = [RewardSpec("judge", "rewards.judge:with_reference", 1.0, kwargs)]
-        with RewardRunner(specs, ["answer"], 2, 30.0, env=["JUDGE_KEY"]) as runner:
+        with RewardRunner(specs, ["answer"], 2, 30.0, env=["JUDGE_KEY"], retries=5) as runner:
             texts = ["a" * (1 + n % 10) for n in range(40)]
             result = runner.score(["p"] * 40, texts, {"answer": ["gold"] * 40})
+    assert (result.effort["judge"].retries, "retries" in result.sums["judge"]) == (1, False)
     assert [row[0] for row in result.rewards] == [(1 + n % 10) / 10 for n in range(40)]
     assert set(server.keys) == {f"Bearer {RANDOM_ID}"}

@@ -24,7 +24,7 @@ from rewards.replies import (
 )
 
 RESULT = {"nonce": "n", "op": "result", "index": 1, "value": 0.5, "kind": None, "message": None}
-RESULT |= {"logged": {}, "sums": {}}
+RESULT |= {"logged": {}, "sums": {}, "seconds": 0.0, "retries": 0}
 LOADED = {
     "nonce": "n",
     "op": "loaded",
@@ -52,8 +52,10 @@ def test_replies_are_read():
     assert run_reply(logged=logged, sums=sums) == Result(1, 0.5, None, logged, sums)
     assert run_reply(value=-1e6) == Result(1, -1e6, None)
     assert load_reply() == LoadedFunction("batch", False, None, ("answer",), (), False, False, False, False)
+    assert run_reply(seconds=1.5, retries=2) == Result(1, 0.5, None, seconds=1.5, retries=2)
     done = {"nonce": "n", "op": "done", "kind": "wrong_length", "message": "two for three"}
-    assert read_run_reply(json.dumps(done).encode(), "n", 2) == Done(("wrong_length", "two for three"))
+    done |= {"seconds": 0.5, "retries": 1}
+    assert read_run_reply(json.dumps(done).encode(), "n", 2) == Done(("wrong_length", "two for three"), 0.5, 1)
     refused = json.dumps({"nonce": "n", "op": "refused", "error": "no such file"}).encode()
     assert read_load_reply(refused, "n", []) == Refused("no such file")
 
@@ -78,6 +80,9 @@ def test_number_that_is_too_large_is_a_failure_and_no_reward(value):
         ({"index": 2}, "sample 2 of 2"),
         ({"index": -1}, "sample -1 of 2"),
         ({"index": True}, "field index is True"),
+        ({"seconds": -1.0}, "-1.0 seconds"),
+        ({"seconds": 1}, "field seconds is 1"),
+        ({"retries": 1 << 40}, "made again 1099511627776 times"),
         ({"index": 1.0}, "field index is 1.0"),
         ({"value": 1}, "field value is 1"),
         ({"value": True}, "field value is True"),

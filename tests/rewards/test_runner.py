@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewards.batch import COUNTS, Batch, BatchInputs, RewardResult, Share, merge_results
+from rewards.batch import COUNTS, Batch, BatchInputs, RewardResult, Share, merge_results, result_of
 from rewards.contract import RewardSpec
 from rewards.environment import check_memory_gb
 from rewards.gold import check_on_gold
 from rewards.log import RewardLog
 from rewards.moment import Moment
 from rewards.probe import probes
+from rewards.retrying import is_network_error, pause
 from rewards.runner import RewardRunner
 from tests.helpers.places import ROOT
 
@@ -107,8 +108,11 @@ def test_every_style_gives_the_same_rewards_for_any_number_of_workers(write, num
     assert column(result, 4) == [1, 0, 0, 2, 0, 2, 0]
     assert result.counts == {spec.name: counts() for spec in specs}
     assert result.problems == []
-    assert set(result.seconds) == {spec.name for spec in specs}
-    assert all(seconds > 0 for seconds in result.seconds.values())
+    assert set(result.effort) == {spec.name for spec in specs}
+    for effort in result.effort.values():
+        assert effort.completions == len(result.rewards)
+        assert 0 < effort.mean <= effort.slowest < effort.seconds
+        assert effort.retries == 0
 
 
 def test_batch_function_sees_the_whole_batch_in_one_process_at_every_step(write):
@@ -583,6 +587,112 @@ def test_traceback_goes_to_the_log_once(write, tmp_path):
     assert (tmp_path / "log").read_text().count("Traceback") == 1
 
 
+def test_the_place_of_an_error_is_the_users_own_line_also_inside_a_library(write):
+    spec = write("""
+        import json
+        def parsed(completion):
+            return json.loads(completion)["reward"]
+        async def listed(completion):
+            os.listdir(completion)
+    """)
+    result = run([spec("parsed"), spec("listed")], ["no JSON"])
+    lines = [re.search(r"\((\w+\.py:\d+)\)$", problem) for problem in result.problems]
+    assert [line and line[1] for line in lines] == ["my_rewards.py:5", "my_rewards.py:7"]
+
+
+class Status:
+    def __init__(self, status_code):
+        self.status_code = status_code
+
+
+FLAKY = """
+    import urllib.error
+    calls = []
+    class Busy(Exception):
+        status_code = 503
+    Busy.__module__ = "openai._exceptions"
+    class Wrong(Busy):
+        status_code = 400
+    Wrong.__module__ = "openai._exceptions"
+    ERRORS = {"refused": ConnectionRefusedError(), "late": TimeoutError(), "busy": Busy(), "wrong": Wrong(),
+              "http": urllib.error.HTTPError("u", 429, "", None, None), "no url": urllib.error.URLError("unknown"),
+              "no host": urllib.error.URLError(OSError("gone")), "bug": KeyError("x"), "fine": None}
+    def flaky(completion, log_metric):
+        calls.append(completion)
+        log_metric("calls", calls.count(completion))
+        if calls.count(completion) < 3 and (error := ERRORS[completion]):
+            raise error
+        return calls.count(completion)
+    async def flaky_async(completion, log_metric):
+        return flaky(completion, log_metric)
+    def flaky_batch(completions, log_metric):
+        return [flaky(text, log_metric) for text in completions]
+    flaky_batch.elementwise = False
+    def never(completion):
+        calls.append(completion)
+        if completion == "fine":
+            return len(calls)
+        raise ConnectionError(len(calls))
+"""
+
+
+@pytest.mark.parametrize("name", ["flaky", "flaky_async"])
+def test_calls_that_the_network_ended_are_made_again_and_others_are_not(write, name):
+    texts = ["refused", "late", "busy", "http", "wrong", "no url", "bug", "fine"]
+    result = run([write(FLAKY)(name)], texts, num_workers=1, retries=2, timeout=20.0)
+    assert column(result) == [3.0] * 4 + [None] * 3 + [1.0]
+    assert result.effort[name].retries == 8
+    assert result.effort[name].completions == 8
+    assert result.effort[name].slowest > 0.5  # pauses are part of it
+    assert result.sums[name]["calls"] == [3.0 * 4 + 1, 5]  # what failed tries logged is dropped
+    assert result.counts[name] == counts(exception=3)
+
+
+def test_a_whole_call_is_made_again_within_its_limit_and_a_server_that_is_gone_is_waited_for_once(write):
+    spec = write(FLAKY)
+    result = run([spec("flaky_batch")], ["refused", "fine"], retries=2)
+    assert column(result) == [3.0, 1.0]
+    assert result.effort["flaky_batch"].retries == 2
+    short = run([spec("flaky_batch")], ["refused", "fine"], retries=9, timeout=0.1)
+    assert short.counts["flaky_batch"] == counts(exception=2)  # and not the time limit
+    gone = run([spec("never")], ["a", "b", "c", "fine", "d"], num_workers=1, retries=1)
+    assert column(gone) == [None, None, None, 5.0, None]  # calls: two, one, one, one, two
+    assert gone.effort["never"].retries == 2
+    assert [message.partition(" (")[0] for message in gone.failures["never"].values()] == [
+        "exception: ConnectionError: 7"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "fields", "is_one"),
+    [
+        ("httpx", "ConnectTimeout:TimeoutException", {}, True),
+        ("httpx", "UnsupportedProtocol:TransportError", {}, False),
+        ("httpx", "HTTPStatusError", {"response": Status(503)}, True),
+        ("requests.exceptions", "HTTPError", {"response": Status(404)}, False),
+        ("requests.exceptions", "ConnectTimeout:Timeout", {"response": None}, True),
+        ("aiohttp.client_exceptions", "ClientResponseError", {"status": 500}, True),
+        ("aiohttp.client_exceptions", "ServerDisconnectedError:ClientConnectionError", {}, True),
+        ("openai", "APITimeoutError:APIConnectionError", {}, True),
+        ("openai", "RateLimitError", {"status_code": 429, "code": "rate"}, True),
+        ("openai", "BadRequestError", {"status_code": 400}, False),
+        ("mine", "APIConnectionError", {}, False),
+        ("mine", "Failed", {"status_code": 503}, False),
+    ],
+)
+def test_errors_of_the_network_are_known_by_the_names_of_their_classes(package, name, fields, is_one):
+    kind: type = Exception
+    for part in reversed(name.split(":")):
+        kind = type(part, (kind,), {"__module__": package})
+    error = kind("x")
+    vars(error).update(fields)
+    assert is_network_error(error) == is_one
+    assert is_network_error(ExceptionGroup("of tasks", [error, ConnectionResetError()])) == is_one
+    pauses = [pause(n) for n in range(8)]
+    assert all(2.0**n / 4 <= seconds <= 2.0**n / 2 for n, seconds in enumerate(pauses[:6]))
+    assert max(pauses) <= 30
+
+
 def test_processes_started_by_a_hung_function_die_with_it(write, tmp_path):
     spec = write(f"""
         import subprocess
@@ -950,7 +1060,8 @@ def test_nothing_is_left_of_a_trainer_that_is_killed(write, tmp_path):
     code = f"""
         import os, time
         from rewards.contract import RewardSpec
-        from rewards.runner import RewardRunner
+        from rewards.retrying import is_network_error, pause
+from rewards.runner import RewardRunner
         functions = {{"busy": {spec("busy").function!r}, "idle": {spec("idle").function!r}}}
         specs = [RewardSpec(name, function, 1.0, {{}}) for name, function in functions.items()]
         runner = RewardRunner(specs, [], 2, 60.0)
@@ -1542,7 +1653,7 @@ def test_what_functions_log_comes_with_the_result_however_they_are_called(write,
             options = {"group_size": 2, "moment": Moment(2, 8, 0.5)}
             parts.append(runner.score(["p"] * 4, SAID, columns, [[1]] * 4, **options))
     sent = [json.loads(json.dumps(dataclasses.asdict(part))) for part in parts]  # as processes gather them
-    result = merge_results([RewardResult(**part) for part in sent])
+    result = merge_results([result_of(part) for part in sent])
     assert column(result) == [1.75, 0.75, 1.75, 0.75]
     assert result.sums["trl"] == {"right": [2.0, 4]}
     assert result.sums["through_kwargs"] == {"calls": [4.0, 1]}

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rewards.batch import RewardResult
+from rewards.batch import COUNTS, Effort, RewardResult
 from rewards.contract import RewardSpec
 from rewards.moment import Moment, sample_seed
 from rewards.runner import RewardRunner
@@ -156,9 +156,10 @@ def test_what_functions_log_goes_to_the_metrics_of_the_step_and_the_sample():
 
     def judged(shift):
         logged = [{"mine": {"said": b + shift}} for b in range(3)] + [{}]
-        sums = {"mine": {"acc": [1.0 + shift, 4], "mean": [9.0, 1], "crash": [0.0, 1]}}
+        sums = {"mine": {"acc": [1.0 + shift, 4], "mean": [9.0, 1], "crash": [0.0, 1], "retries": [3.0, 1]}}
         rewards = [[0.0], [1.0], [2.0], [3.0]]
-        result = RewardResult(rewards, {"mine": {}}, [], {}, {}, logged, sums)
+        counts = dict.fromkeys(COUNTS, 0) | {"timeout": 1, "wrong_length": shift}
+        result = RewardResult(rewards, {"mine": counts}, [], {"mine": Effort(2.0, 1.5 + shift, 4, 1)}, {}, logged, sums)
         scored = ScoredCompletions(completions, ["x"] * 4, result)
         return judge(config, rows, scored, [RewardSpec("mine", "x.py:mine", 1.0, {})])
 
@@ -167,5 +168,9 @@ def test_what_functions_log_goes_to_the_metrics_of_the_step_and_the_sample():
     assert rollout.metrics["reward/mine/acc"] == 12 / 8  # the replaced groups counted
     assert (rollout.metrics["reward/mine/mean"], rollout.metrics["reward/mine/logged_mean"]) == (2.5, 9.0)
     assert (rollout.metrics["reward/mine/logged_crash"], "reward/mine/crash" in rollout.metrics) == (0.0, False)
+    assert rollout.metrics["reward/mine/logged_retries"] == 3.0
+    ran = [rollout.metrics[f"reward/mine/{name}"] for name in ("errors", "timeouts", "retries")]
+    assert ran == [10, 2, 2]
+    assert [rollout.metrics[f"reward/mine/seconds_{name}"] for name in ("mean", "max")] == [0.5, 11.5]
     kept = [record.get("logged") for record in sample_records(rollout)]
     assert kept == [{"mine": {"said": 12}}, {"mine": {"said": 2}}, None, None]

@@ -23,6 +23,7 @@ from rl.run.metrics import read_metrics, read_samples
 from rl.sampler.contract import Completion
 from rl.sampler.create import create_sampler
 from rl.tools.samples.replay import compare, draw_again
+from tests.helpers.metric_lines import steady
 from tests.helpers.places import REWARDS
 
 RECIPE = f"""
@@ -39,7 +40,6 @@ mesh: {{num_devices: 1}}
 checkpoint: {{every: 2}}
 logging: {{samples_per_step: 12}}
 """
-VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
 
 
 def recipe(folder: pathlib.Path, *overrides: str):
@@ -51,7 +51,7 @@ def recipe(folder: pathlib.Path, *overrides: str):
 def stable(folder: pathlib.Path) -> list[dict]:
     """The lines of the steps, without what depends on the machine and without evaluations."""
     lines = [line for line in read_metrics(folder) if line["step"]]
-    return [{k: v for k, v in line.items() if not k.startswith((*VOLATILE, "eval/"))} for line in lines]
+    return [{k: v for k, v in steady(line).items() if not k.startswith("eval/")} for line in lines]
 
 
 def final_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:

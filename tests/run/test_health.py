@@ -305,7 +305,10 @@ def test_reward_that_is_down_ends_the_run_with_a_checkpoint_and_a_mended_one_goe
         start(recipe, "down", *settings)
     told, folder = capsys.readouterr().out, recipe.parent / "down"
     assert told.count("no judge at home") == 2  # at the start, and in the first step
-    assert f"warning: reward '{file}:judge' failed as before on 8 of 8 (exception 8)" in told
+    assert f"warning: reward '{file}:judge' failed as before on 8 of 8 (exception 8), in 2 steps so far" in told
+    first = read_metrics(folder)[0]
+    counted = [first[f"reward/{file}:judge/{name}"] for name in ("errors", "timeouts", "retries")]
+    assert counted == [8, 0, 3]  # the first call waits for the server, the others no more
     assert [line["step"] for line in read_metrics(folder)] == [1, 2]
     assert checkpoint_steps(folder) == [1, 2]
     record = json.loads((folder / "checkpoints/2/loop/metadata").read_text())
@@ -346,7 +349,7 @@ def result_of(failed: int, size: int, name: str = "shown", message: str = "excep
     counts = {name: dict.fromkeys(COUNTS, 0) | {"exception": failed, "none": size - failed}}
     failures = {name: {"exception: KeyError": message}} if failed else {}
     problems = [f"reward '{name}' sample 0: {message}", "reward 'other' sample 0: crash"] if failed else []
-    return RewardResult([[None]] * size, counts, problems, {name: 0.0}, failures)
+    return RewardResult([[None]] * size, counts, problems, {}, failures)
 
 
 def test_only_failures_of_a_function_with_a_weight_that_last_are_a_reason_to_end():
@@ -377,11 +380,14 @@ def test_a_failure_that_was_said_is_counted_afterwards_and_another_one_is_said()
     watch = FailureWatch([RewardSpec("shown", "f", 1.0, {})], 0.5, 3)
     first = result_of(2, 4)
     assert watch.add(first).problems == first.problems
-    told = watch.add(result_of(3, 4, message="exception: KeyError: 'b' (f.py:1)"))
-    assert told.problems == [
-        "reward 'other' sample 0: crash",
-        "reward 'shown' failed as before on 3 of 4 (exception 3)",
-    ]
+    again = result_of(3, 4, message="exception: KeyError: 'b' (f.py:1)")
+    assert watch.add(again).problems == ["reward 'other' sample 0: crash"]  # another draw of the same step
+    told = []
+    for _ in range(8):
+        watch.end_step()
+        told.append(watch.add(again).problems[1:])
+    line = "reward 'shown' failed as before on 3 of 4 (exception 3), in {} steps so far"
+    assert told == [[line.format(2)], [], [line.format(4)], [], [], [], [line.format(8)], []]
     other = dataclasses.replace(result_of(1, 4), failures={"shown": {"crash: died": "crash: died"}})
     assert watch.add(other).problems == other.problems
     talks = dataclasses.replace(result_of(0, 4), problems=[f"reward 'shown' {TOO_MANY}"])

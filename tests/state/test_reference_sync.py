@@ -14,6 +14,7 @@ from rl.grpo_trainer import train
 from rl.models.train_state import PureState
 from rl.run.metrics import read_metrics
 from rl.state.reference_sync import ReferenceSync
+from tests.helpers.metric_lines import steady
 from tests.helpers.places import REWARDS
 
 RECIPE = f"""
@@ -30,7 +31,6 @@ eval: {{every: 0}}
 mesh: {{num_devices: 1}}
 checkpoint: {{every: 1, keep: 5}}
 """
-VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
 
 
 def recipe(folder: pathlib.Path, name: str, *overrides: str):
@@ -53,7 +53,7 @@ def assert_equal(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> N
 
 
 def stable(folder: pathlib.Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(folder)]
+    return [steady(line) for line in read_metrics(folder)]
 
 
 def state(values: list[float], dtype=jnp.float32) -> PureState:

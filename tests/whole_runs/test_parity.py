@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rl.run.metrics import read_metrics, read_samples
+from tests.helpers.metric_lines import steady
 from tests.helpers.places import REWARDS, ROOT
 
 STEPS = 12
@@ -37,7 +38,6 @@ optimizer: {{lr: 3e-3, warmup_updates: 5}}
 eval: {{every: 4}}
 checkpoint: {{every: 4}}
 """
-VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
 # A layer of one twin is replaced before the program starts; nothing else of it changes.
 PATCHED_PROGRAM = """
 import sys
@@ -86,7 +86,7 @@ def whole(runs) -> dict[str, pathlib.Path]:
 
 
 def stable_metrics(folder: pathlib.Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith(VOLATILE)} for line in read_metrics(folder)]
+    return [steady(line) for line in read_metrics(folder)]
 
 
 def final_arrays(folder: pathlib.Path, step: int = STEPS) -> dict[str, np.ndarray]:

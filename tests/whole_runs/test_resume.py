@@ -16,6 +16,7 @@ from rl.run.interrupt import StopRequest
 from rl.run.metrics import read_metrics, read_samples
 from rl.run_folder.folder import read_run
 from rl.tools.trained import load_checkpoint
+from tests.helpers.metric_lines import steady
 from tests.helpers.places import REWARDS, ROOT
 
 STEPS = 14
@@ -33,7 +34,6 @@ optimizer: {{lr: 3e-3, schedule: cosine, warmup_updates: 5}}
 eval: {{every: 5}}
 checkpoint: {{every: 2, keep: 2}}
 """
-VOLATILE = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def wait_for_lines(process: subprocess.Popen, folder: pathlib.Path, count: int) 
 
 def assert_same_run(left: pathlib.Path, right: pathlib.Path) -> None:
     def stable(lines):
-        return [{key: value for key, value in line.items() if not key.startswith(VOLATILE)} for line in lines]
+        return [steady(line) for line in lines]
 
     assert stable(read_metrics(left)) == stable(read_metrics(right))
     assert read_samples(left) == read_samples(right)
