@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rewards.contract import Calls, RewardSpec
+from rewards.failed import FirstFailure, OnError
 from rewards.logged import MAX_NAMES, Sums, add_sums
 from rewards.moment import Moment
 from rewards.replies import FAILURES, BrokenWorker, Done, Failure, LoadedFunction, Result
@@ -72,6 +73,7 @@ class RewardResult:
         differ in values only, such as a completion that they quote.
     logged: per sample {function: {name: value}}, what functions keep with it; empty where nothing was called. sums: per
         function that logged metrics {metric: [sum, number of values]}, see `rewards.logged`.
+    first_failure: of any function that was called; None: nothing failed.
     """
 
     rewards: list[list[float | None]]
@@ -81,12 +83,14 @@ class RewardResult:
     failures: dict[str, dict[str, str]]
     logged: list[dict[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
     sums: dict[str, Sums] = dataclasses.field(default_factory=dict)
+    first_failure: FirstFailure | None = None
 
 
 def result_of(fields: Mapping[str, Any]) -> RewardResult:
     """The result whose `dataclasses.asdict` these are."""
     effort = {name: Effort(**own) for name, own in fields["effort"].items()}
-    return RewardResult(**{**fields, "effort": effort})
+    first = fields["first_failure"] and FirstFailure(**fields["first_failure"])
+    return RewardResult(**{**fields, "effort": effort, "first_failure": first})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,9 @@ def merge_results(results: Sequence[RewardResult]) -> RewardResult:
     for result in results:
         for name, own in result.sums.items():
             add_sums(sums.setdefault(name, {}), own)
-    return RewardResult(rewards, counts, problems, effort, failures, logged, sums)
+    failed = [result.first_failure for result in results if result.first_failure is not None]
+    first_failure = min(failed, key=lambda failure: failure.sample, default=None)
+    return RewardResult(rewards, counts, problems, effort, failures, logged, sums, first_failure)
 
 
 def added_effort(efforts: Iterable[Mapping[str, Effort]]) -> dict[str, Effort]:
@@ -172,7 +178,7 @@ def replace_function(result: RewardResult, other: RewardResult, position: int, n
     failures |= {key: sorts for key, sorts in other.failures.items() if key == name}
     logged = [_with_own(old, new, name) for old, new in zip(result.logged, other.logged, strict=True)]
     sums = _with_own(result.sums, other.sums, name)
-    return RewardResult(rewards, counts, problems, result.effort, failures, logged, sums)
+    return RewardResult(rewards, counts, problems, result.effort, failures, logged, sums, result.first_failure)
 
 
 def _with_own(values: Mapping[str, Any], others: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -236,7 +242,10 @@ class Batch:
     with less.
 
     calls: how each function is called. keys: positions of the functions that are called at all. group_size: samples of
-      a group, which are consecutive.
+      a group, which are consecutive. on_error: raise: after a failure there are no more tasks.
+
+    Attributes:
+      first_failure: see `RewardResult`.
     """
 
     def __init__(
@@ -251,6 +260,7 @@ class Batch:
         num_workers: int,
         share: Share | None = None,
         retries: int = 0,
+        on_error: OnError = "none",
     ):
         size = len(inputs.prompts)
         self._calls, self.keys, self.group_size = calls, sorted(keys), group_size
@@ -259,6 +269,8 @@ class Batch:
         self._effort = [Effort() for _ in specs]
         self._specs, self._functions, self.inputs = specs, functions, inputs
         self._timeout, self._num_workers, self._retries = timeout, num_workers, retries
+        self.on_error: OnError = on_error
+        self.first_failure: FirstFailure | None = None
         self._rewards: list[list[float | None]] = [[None] * len(specs) for _ in range(size)]
         self._counts: list[dict[str, int]] = [dict.fromkeys(COUNTS, 0) for _ in specs]
         self._losses: list[list[_Loss]] = [[] for _ in specs]
@@ -272,7 +284,7 @@ class Batch:
     def again(self, calls: Sequence[Calls], keys: Collection[int]) -> "Batch":
         """The same batch without its completions, for other functions or other ways to call them."""
         inputs = dataclasses.replace(self.inputs, drawn={})
-        of_run = self._timeout, self._num_workers, self._share, self._retries
+        of_run = self._timeout, self._num_workers, self._share, self._retries, self.on_error
         return Batch(self._specs, self._functions, calls, keys, inputs, self.group_size, *of_run)
 
     def add(self, drawn: Mapping[int, Drawn]) -> None:
@@ -309,6 +321,8 @@ class Batch:
 
     def take(self, worker: int) -> Task | None:
         """The next task for a worker. Whole-batch calls first: they take longest and run nowhere else."""
+        if self.first_failure is not None and self.on_error == "raise":
+            return None
         for waiting in (self._at_home[worker], self._anywhere):
             if waiting:
                 return waiting.popleft()
@@ -331,7 +345,7 @@ class Batch:
             self._effort[task.key] += Effort.of_call(result.seconds, 1, result.retries)
         sample = task.samples[result.index]
         if result.failure is not None:
-            self._lose(task.key, sample, result.failure)
+            self._lose(task.key, sample, result.failure, result.trace)
         elif result.value is None:
             self._counts[task.key]["none"] += 1
         self._rewards[sample][task.key] = result.value
@@ -352,31 +366,33 @@ class Batch:
         if task.mode == "batch":
             self._effort[task.key] += Effort.of_call(done.seconds, len(task.samples), done.retries)
         if done.failure is not None:
-            self._lose_call(task, done.failure)
+            self._lose_call(task, done.failure, done.trace)
 
-    def interrupted(self, task: Task, failure: Failure, seconds: float) -> None:
-        """The worker died or had to be killed in the middle of a task, `seconds` after its last reply."""
+    def interrupted(self, task: Task, failure: Failure, seconds: float, trace: str = "") -> None:
+        """The worker died or had to be killed in the middle of a task, `seconds` after its last reply. trace: what it
+        left in the log.
+        """
         left = task.unanswered()
         if not left:
             return
         if task.mode == "batch":
             self._effort[task.key] += Effort.of_call(seconds, len(task.samples))
-            self._lose_call(task, failure)
+            self._lose_call(task, failure, trace)
         elif task.mode == "each" or len(left) == 1:
             self._effort[task.key] += Effort.of_call(seconds, 1)
-            self._lose(task.key, left[0], failure)
+            self._lose(task.key, left[0], failure, trace)
             if left[1:]:
                 self._anywhere.appendleft(self._task(task.key, "each", left[1:]))
         else:  # several were running, so each runs alone to show which one failed
             self._spread(task.key, left, "each")
 
-    def lose_all(self, task: Task, failure: Failure) -> None:
+    def lose_all(self, task: Task, failure: Failure, trace: str = "") -> None:
         """The worker lost the function, so the task's samples cannot be judged."""
         if task.mode == "batch":
-            self._lose_call(task, failure)
+            self._lose_call(task, failure, trace)
             return
         for sample in task.unanswered():
-            self._lose(task.key, sample, failure)
+            self._lose(task.key, sample, failure, trace)
 
     def result(self) -> RewardResult:
         """The result, once no task is left."""
@@ -389,11 +405,20 @@ class Batch:
         problems += [f"{_title(names[key])} {TOO_MANY}" for key in sorted(self._logs_too_much)]
         effort = {names[key]: self._effort[key] for key in self.keys}
         sums = {name: found for name, found in zip(names, self._sums, strict=True) if found}
-        return RewardResult(self._rewards, counts, problems, effort, failures, self._logged, sums)
+        return RewardResult(self._rewards, counts, problems, effort, failures, self._logged, sums, self.first_failure)
 
-    def _lose_call(self, task: Task, failure: Failure) -> None:
+    def _note_failure(self, key: int, sample: int, call: str, failure: Failure, trace: str) -> None:
+        if self.first_failure is None:
+            inputs, (kind, message) = self.inputs, failure
+            asked = inputs.prompts[sample], inputs.drawn[sample].completion
+            self.first_failure = FirstFailure(
+                self._specs[key].name, sample, call, kind, message, *asked, trace, inputs.moment.step
+            )
+
+    def _lose_call(self, task: Task, failure: Failure, trace: str) -> None:
         """Fails all samples of one call. A call with fewer samples would give other rewards than were meant."""
         lost, (kind, message) = task.unanswered(), failure
+        self._note_failure(task.key, lost[0], task.title, failure, trace)
         self._counts[task.key][kind] += len(lost)
         self._losses[task.key].append(_Loss(lost[0], task.title, kind, message, f"; {len(lost)} not judged"))
 
@@ -416,6 +441,7 @@ class Batch:
             "mode": mode,
             "limit": self._timeout,
             "retries": self._retries,
+            "traces": self.on_error == "raise",
             "prompts": [inputs.prompts[sample] for sample in samples],
             "completions": [one.completion for one in drawn],
             "columns": {name: [inputs.columns[name][sample] for sample in samples] for name in function.columns},
@@ -440,8 +466,9 @@ class Batch:
         members = [[drawn[group * size + place].completion for place in range(size)] for group in groups]
         return {"members": members, "group_of": [groups.index(sample // size) for sample in samples]}
 
-    def _lose(self, key: int, sample: int, failure: Failure) -> None:
+    def _lose(self, key: int, sample: int, failure: Failure, trace: str) -> None:
         kind, message = failure
+        self._note_failure(key, sample, f"sample {sample} of its batch", failure, trace)
         self._counts[key][kind] += 1
         self._losses[key].append(_Loss(sample, f"sample {sample}", kind, message))
 

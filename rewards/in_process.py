@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rewards.batch import COUNTS, Effort, RewardResult, failure_lines
+from rewards.failed import FirstFailure
 from rewards.replies import MAX_REWARD, Failure, LoadedFunction
 
 # As what such a function appears among those of workers.
@@ -31,9 +32,15 @@ class InProcess(Protocol):
 
 
 def with_values(
-    result: RewardResult, key: int, name: str, function: InProcess, prompts: Sequence[Any], completions: Sequence[Any]
+    result: RewardResult,
+    key: int,
+    name: str,
+    function: InProcess,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    steps_done: int = 0,
 ) -> RewardResult:
-    """`result` with the values of the function at place `key` of the specs."""
+    """`result` with the values of the function at place `key` of the specs, after `steps_done` steps."""
     start = time.monotonic()
     values = [_checked(value) for value in function(prompts, completions)] if prompts else []
     seconds = time.monotonic() - start
@@ -51,7 +58,23 @@ def with_values(
         problems=[*result.problems, *problems],
         effort=effort,
         failures=result.failures | ({name: failures} if failures else {}),
+        first_failure=result.first_failure or _first(name, failed, prompts, completions, steps_done),
     )
+
+
+def _first(
+    name: str,
+    failed: Sequence[tuple[int, Failure]],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    steps_done: int,
+) -> FirstFailure | None:
+    for sample, (kind, message) in failed:
+        call = f"sample {sample} of its batch"
+        return FirstFailure(
+            name, sample, call, kind, message, prompts[sample], completions[sample], steps_done=steps_done
+        )
+    return None
 
 
 def _checked(value: float | Failure) -> float | Failure:

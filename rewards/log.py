@@ -12,6 +12,7 @@ from pathlib import Path
 
 MAX_BYTES = 10_000_000  # of each of the two files
 _CHUNK = 1 << 16
+_TAIL_BYTES = 1 << 12
 _LAST_BYTES = 1 << 20  # the most that is taken at the close, more than a pipe holds, in case something prints for ever
 
 
@@ -30,6 +31,7 @@ class RewardLog:
         self._path = Path(path).absolute()
         self.previous = self._path.with_name(f"{self._path.name}.1")
         self._num_cut = self._num_lost = 0  # bytes
+        self._last, self._lock = bytearray(), threading.Lock()
         self._output, self.descriptor = os.pipe()
         self._woken, self._wakes = os.pipe()
         os.set_blocking(self._output, False)
@@ -56,10 +58,20 @@ class RewardLog:
         while left > 0 and (taken := self._take()):
             left -= taken
 
+    def tail(self) -> str:
+        """The last lines that were written, those included that are still in the pipe."""
+        left = _LAST_BYTES
+        while left > 0 and (taken := self._take()):
+            left -= taken
+        with self._lock:
+            text = self._last.decode(errors="replace")
+        return text if len(self._last) < _TAIL_BYTES else text.partition("\n")[2]
+
     def _take(self) -> int:
         """Move a piece from the pipe to the file; its length."""
-        with contextlib.suppress(BlockingIOError):
+        with self._lock, contextlib.suppress(BlockingIOError):
             data = os.read(self._output, _CHUNK)
+            self._last = (self._last + data)[-_TAIL_BYTES:]
             self._write(data)
             return len(data)
         return 0

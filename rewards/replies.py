@@ -8,8 +8,9 @@ its own rewards inside its own worker cannot be seen from here.
     {"nonce": n, "op": "loaded", "style", "is_async", "calls", "columns", "replacing",
         "takes_completion_ids", "needs_completion_ids", "takes_group", "tries_rows"}
     {"nonce": n, "op": "refused", "error"}
-    {"nonce": n, "op": "result", "index", "value", "kind", "message", "logged", "sums", "seconds", "retries"}
-    {"nonce": n, "op": "done", "kind", "message", "seconds", "retries"}
+    {"nonce": n, "op": "result", "index", "value", "kind", "message", "logged", "sums", "seconds", "retries",
+        "trace"}
+    {"nonce": n, "op": "done", "kind", "message", "seconds", "retries", "trace"}
 """
 
 import dataclasses
@@ -64,7 +65,7 @@ class Result:
     index: position among the samples of the task. logged: what the function keeps with the sample, see
       `rewards.logged`. sums: the metrics of the call; a call for several samples tells them with the first.
     seconds: what the call took, with its retries. retries: how often it was made again. A call for several samples
-      tells both at its end.
+      tells both at its end. trace: the traceback of a failure, where it was asked for.
     """
 
     index: int
@@ -74,17 +75,19 @@ class Result:
     sums: Sums = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     retries: int = 0
+    trace: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """The task is over; a call for several samples may have failed as a whole. seconds, retries: of such a call, as in
-    `Result`.
+    """The task is over; a call for several samples may have failed as a whole. seconds, retries, trace: of such a call,
+    as in `Result`.
     """
 
     failure: Failure | None
     seconds: float = 0.0
     retries: int = 0
+    trace: str = ""
 
 
 Reply = LoadedFunction | Refused | Result | Done
@@ -180,7 +183,7 @@ def one_line(text: str, limit: int = MAX_TEXT) -> str:
 
 
 _CUT_NOTE = 64  # bytes
-_EFFORT = {"seconds": float, "retries": int}
+_EFFORT = {"seconds": float, "retries": int, "trace": str}
 
 
 def _fields(frame: bytes, nonce: str) -> dict[str, Any]:
@@ -196,12 +199,12 @@ def _fields(frame: bytes, nonce: str) -> dict[str, Any]:
     return fields
 
 
-def _effort(fields: dict[str, Any]) -> tuple[float, int]:
-    """Seconds and retries of a call; BrokenWorker for numbers that no call can have."""
+def _effort(fields: dict[str, Any]) -> tuple[float, int, str]:
+    """Seconds, retries and traceback of a call; BrokenWorker for numbers that no call can have."""
     seconds, retries = fields["seconds"], fields["retries"]
     if not 0 <= seconds <= MAX_SECONDS or not 0 <= retries <= MAX_RETRIES:
         raise BrokenWorker(f"a call of {_shown(seconds)} seconds that was made again {_shown(retries)} times")
-    return seconds, retries
+    return seconds, retries, "\n".join(one_line(line) for line in fields["trace"].splitlines())
 
 
 def _no_constant(name: str) -> Never:

@@ -47,6 +47,7 @@ from rewards.batch import (
 from rewards.contract import Calls, RewardSpec, Style, check_specs, column_notes
 from rewards.doubt import Doubt, agree, second_best
 from rewards.environment import check_memory_gb, worker_environment
+from rewards.failed import FirstFailure, OnError, RewardFailedError
 from rewards.in_process import DESCRIPTION, InProcess, with_values
 from rewards.log import RewardLog
 from rewards.moment import Moment
@@ -83,6 +84,7 @@ class RewardRunner:
       of them get the results of the whole batch. None: everything.
     moment: where the run stands until a batch says otherwise, in the checks of the start too.
     in_process: the functions of specs, by name, that run in this process when a batch is complete; no worker sees them.
+    on_error: raise: `begin` makes scorings that stop at the first failure of a function, see `Scoring`.
     retries: how often a call is made again, within its time limit, that failed by an error of the network.
 
     Raises ValueError when a spec or an argument is invalid, a function does not import, or nothing provides one of
@@ -105,6 +107,7 @@ class RewardRunner:
         moment: Moment | None = None,
         in_process: Mapping[str, InProcess] | None = None,
         retries: int = 0,
+        on_error: OnError = "none",
     ):
         check_specs(specs)
         if num_workers < 1:
@@ -115,7 +118,7 @@ class RewardRunner:
         environment = worker_environment(env, os.environ)
         self.specs = tuple(specs)
         self.columns = tuple(columns)
-        self._timeout, self._retries = timeout_seconds, retries
+        self._timeout, self._retries, self._on_error = timeout_seconds, retries, on_error
         self._share, self._moment = share, moment or Moment()
         given = in_process or {}
         self._in_process = {key: given[spec.name] for key, spec in enumerate(specs) if spec.name in given}
@@ -170,7 +173,7 @@ class RewardRunner:
         given = {"prompts": prompts, **columns, "completion_ids": completion_ids, "finish_reasons": finish_reasons}
         _check_lengths(given, "completion", len(completions))
         options: dict[str, Any] = {"group_size": group_size, "names": names, "moment": moment, "seeds": seeds}
-        with self.begin(prompts, columns, **options) as scoring:
+        with self.begin(prompts, columns, **options, on_error="none") as scoring:
             scoring.add(range(len(completions)), completions, completion_ids, finish_reasons)
             return scoring.result()
 
@@ -249,6 +252,7 @@ class RewardRunner:
         names: Collection[str] | None = None,
         moment: Moment | None = None,
         seeds: Sequence[int] | None = None,
+        on_error: OnError | None = None,
     ) -> "Scoring":
         """Begin to score a batch whose completions come later, in any order; see `Scoring`.
 
@@ -256,15 +260,16 @@ class RewardRunner:
         group_size: completions of each prompt, which are consecutive.
         names: the functions to call; None: all.
         moment: where the run stands; None: as at the start. seeds: a number per sample; None: its place in the batch.
+        on_error: see `Scoring`; None: the runner's.
 
         ValueError where a function that needs groups would be called for groups of one.
         """
         keys = [key for key, spec in enumerate(self.specs) if names is None or spec.name in names]
         here = {key: function for key, function in self._in_process.items() if key in keys}
         sent = [key for key in keys if key not in here]
-        return self._begin(
-            prompts, columns, [*self._calls], sent, group_size, self._share, self._compare, moment, seeds, here
-        )
+        of_run = self._share, self._compare, moment, seeds, here
+        stops = on_error or self._on_error
+        return self._begin(prompts, columns, [*self._calls], sent, group_size, *of_run, on_error=stops)
 
     def _begin(
         self,
@@ -278,6 +283,7 @@ class RewardRunner:
         moment: Moment | None = None,
         seeds: Sequence[int] | None = None,
         in_process: Mapping[int, InProcess] | None = None,
+        on_error: OnError = "none",
     ) -> "Scoring":
         if len(prompts) % group_size:
             raise ValueError(f"the batch must hold whole groups of {group_size}, got {len(prompts)} samples")
@@ -298,9 +304,10 @@ class RewardRunner:
             seeds=range(len(prompts)) if seeds is None else [int(seed) for seed in seeds],
             moment=moment or self._moment,
         )
-        of_run = self._timeout, len(self._workers), share, self._retries
+        of_run = self._timeout, len(self._workers), share, self._retries, on_error
         batch = Batch(self.specs, self._functions, calls, keys, inputs, group_size, *of_run)
-        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), share, review, in_process)
+        how = share, review, in_process, self._log
+        return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), *how)
 
     def _compare(self, batch: Batch, result: RewardResult) -> RewardResult:
         """The result of a batch. Where a function turns out to compare completions, its rewards are those of the whole
@@ -331,7 +338,8 @@ class RewardRunner:
         of_all: list[Calls] = ["whole_batch"] * len(self.specs)
         again = batch.again(of_all, [key])
         size = len(batch.inputs.prompts)
-        with Scoring(self.specs, self._functions, self._workers, again, size, self._share) as scoring:
+        how = self._share, None, None, self._log
+        with Scoring(self.specs, self._functions, self._workers, again, size, *how) as scoring:
             scoring.add_encoded(batch.inputs.drawn)
             return scoring.result()
 
@@ -508,6 +516,10 @@ class Scoring:
     Functions that judge each completion by itself (per-sample, verl, `elementwise`) run on completions that have
     arrived, through a thread of this process that speaks to the workers. Functions of the whole batch run when the
     batch is complete. The result equals that of `RewardRunner.score`.
+
+    A batch whose `on_error` is raise ends at the first failure of a function: no further function is called, and
+    `result` raises RewardFailedError. `add` does, too, where one process judges the batch; several processes raise it
+    together, in `result`, which tells all of them of a failure in one.
     """
 
     def __init__(
@@ -520,8 +532,9 @@ class Scoring:
         share: Share | None = None,
         review: Review | None = None,
         in_process: Mapping[int, InProcess] | None = None,
+        log: RewardLog | None = None,
     ):
-        self._share, self._review, self._in_process = share, review, in_process or {}
+        self._share, self._review, self._in_process, self._log = share, review, in_process or {}, log
         self._reviewed: RewardResult | None = None
         self._specs, self._functions, self._workers = specs, functions, workers
         self._batch = batch
@@ -584,6 +597,8 @@ class Scoring:
 
     def add_encoded(self, drawn: dict[int, Drawn]) -> None:
         """`add` for values, by sample, that were checked and are in their JSON form."""
+        if self._share is None:
+            self._raise_if_failed(self._batch.first_failure)
         with self._changed:
             self._left.difference_update(drawn)
             self._arrivals.append(drawn)
@@ -605,9 +620,14 @@ class Scoring:
             completions = [inputs.drawn[sample].completion for sample in range(self._size)]
             for key, function in self._in_process.items():
                 name = self._specs[key].name
-                result = with_values(result, key, name, function, inputs.prompts, completions)
+                result = with_values(result, key, name, function, inputs.prompts, completions, inputs.moment.step)
+            self._raise_if_failed(result.first_failure)
             self._reviewed = result if self._review is None else self._review(self._batch, result)
         return self._reviewed
+
+    def _raise_if_failed(self, failure: FirstFailure | None) -> None:
+        if failure is not None and self._batch.on_error == "raise":
+            raise RewardFailedError(failure)
 
     # The thread
 
@@ -655,10 +675,11 @@ class Scoring:
             return
         seconds = worker.finish()
         worker.restart()
+        trace = self._log.tail() if self._log is not None and batch.on_error == "raise" else ""
         if was_loading:
-            batch.lose_all(task, (failure[0], f"while importing: {failure[1]}"))
+            batch.lose_all(task, (failure[0], f"while importing: {failure[1]}"), trace)
         else:
-            batch.interrupted(task, failure, seconds)
+            batch.interrupted(task, failure, seconds, trace)
 
     def _take(self, worker: WorkerProcess, reply: Reply) -> None:
         task = worker.task

@@ -6,8 +6,8 @@ failure. What it cannot survive (a hang, a crash) the runner sees from outside. 
 
     {"op": "load", "key": k, "spec": {...}, "columns": [...], "path": [...]}
         -> "loaded" or "refused"
-    {"op": "run", "key": k, "mode": m, "limit": seconds, "retries": n, "prompts", "completions", "columns",
-        "completion_ids", "finish_reasons", "seeds", "moment": {...},
+    {"op": "run", "key": k, "mode": m, "limit": seconds, "retries": n, "traces": whether to tell tracebacks, "prompts",
+        "completions", "columns", "completion_ids", "finish_reasons", "seeds", "moment": {...},
         "groups": {"members": [...], "group_of": [...]} or null,
         "texts": [[prompt, prompt and completion], ...] or null}
         -> a "result" for each sample, then "done"
@@ -140,6 +140,7 @@ class _Worker:
         self._stack, self._replies = stack, replies
         self._rewards: dict[int, BoundReward] = {}
         self._logged: set[tuple[str, str]] = set()  # errors whose traceback is in the log already
+        self._trace = ""  # of the last error, for the reply that tells of it
         self._in_vain: set[int] = set()  # functions whose last call failed by the network after all of its retries
 
     def handle(self, request: Mapping[str, Any]) -> None:
@@ -148,12 +149,14 @@ class _Worker:
         if request["op"] == "load":
             self._load(request)
             return
+        self._tells_traces = request["traces"]
         bound, moment = self._rewards[request["key"]], Moment(**request["moment"])
         request = {**request, "of_run": {"step": moment.step, "trainer_state": moment.trainer_state}}
         run = {"batch": self._run_batch, "each": self._run_each, "together": self._run_together}[request["mode"]]
         done = run(bound, request)
         kind, message = done.failure or (None, None)
-        self._reply(op="done", kind=kind, message=message, seconds=done.seconds, retries=done.retries)
+        effort = {"seconds": done.seconds, "retries": done.retries, "trace": self._take_trace(kind)}
+        self._reply(op="done", kind=kind, message=message, **effort)
 
     def _load(self, request: Mapping[str, Any]) -> None:
         sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
@@ -265,13 +268,11 @@ class _Worker:
         if isinstance(error, _Rejected):
             return error.kind, str(error)
         last_line = traceback.format_exception_only(error)[-1].strip()
-        place = _place(error)
+        place, trace = _place(error), _own_trace(error)
         if (type(error).__name__, place) not in self._logged:
             self._logged.add((type(error).__name__, place))
-            trace = "".join(traceback.format_exception(error))
-            more = len(trace) - _MAX_TRACEBACK
-            cut = f"... ({more} more characters were cut)\n" if more > 0 else ""
-            print(trace[:_MAX_TRACEBACK] + cut, end="", file=sys.stderr)
+            print(trace, end="", file=sys.stderr)
+        self._trace = trace
         return "exception", f"{one_line(last_line, MAX_TEXT // 2)} ({place}){missing_variable(error)}"
 
     def _report(
@@ -280,7 +281,12 @@ class _Worker:
         value, logged, sums = judged or _Judged(None, {}, {})
         kind, message = failure or (None, None)
         told = {"value": value, "kind": kind, "message": message and one_line(message), "logged": logged, "sums": sums}
-        self._reply(op="result", index=index, **told, seconds=seconds, retries=retries)
+        self._reply(op="result", index=index, **told, seconds=seconds, retries=retries, trace=self._take_trace(kind))
+
+    def _take_trace(self, kind: str | None) -> str:
+        """The traceback of the failure that is told now, where the runner wants it and it has one."""
+        trace, self._trace = self._trace, ""
+        return trace if kind == "exception" and self._tells_traces else ""
 
     def _reply(self, **message: Any) -> None:
         frame = memoryview(pack({"nonce": self._nonce, **message}))
@@ -347,6 +353,18 @@ def _place(error: BaseException) -> str:
     of_user = [f for f in in_python if not f.filename.startswith(_LIBRARIES)]
     last = (of_user or in_python or frames)[-1]
     return f"{os.path.basename(last.filename)}:{last.lineno}"
+
+
+def _own_trace(error: BaseException) -> str:
+    """The traceback of an error from the first line of the user's own code on, cut to `_MAX_TRACEBACK`."""
+    frame = own = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == __file__:
+            own = frame.tb_next
+        frame = frame.tb_next
+    trace = "".join(traceback.format_exception(type(error), error, own))
+    more = len(trace) - _MAX_TRACEBACK
+    return trace if more <= 0 else f"{trace[:_MAX_TRACEBACK]}... ({more} more characters were cut)\n"
 
 
 class _Judged(NamedTuple):

@@ -43,6 +43,8 @@ RESUMABLE_KEYS = (
     "rewards.num_workers",
     "rewards.memory_gb",
     "rewards.max_failed_share",
+    "rewards.retries",
+    "rewards.on_error",
     "rewards.model_tokens",
     "rewards.env",
     "rewards.check_on_gold",

@@ -186,6 +186,7 @@ class RewardsSection:
     num_workers: int
     timeout_seconds: float
     retries: int
+    on_error: Literal["none", "raise"]
     max_failed_share: float
     model_tokens: int
     memory_gb: float | None

@@ -75,6 +75,7 @@ def start_rewards(
         moment=Moment(max_steps=config.grpo.steps),
         in_process=models,
         retries=section.retries,
+        on_error=section.on_error,
     )
     for calls in hosts.gather(runner.calls):
         runner.adopt(calls)

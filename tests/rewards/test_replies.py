@@ -24,7 +24,7 @@ from rewards.replies import (
 )
 
 RESULT = {"nonce": "n", "op": "result", "index": 1, "value": 0.5, "kind": None, "message": None}
-RESULT |= {"logged": {}, "sums": {}, "seconds": 0.0, "retries": 0}
+RESULT |= {"logged": {}, "sums": {}, "seconds": 0.0, "retries": 0, "trace": ""}
 LOADED = {
     "nonce": "n",
     "op": "loaded",
@@ -54,8 +54,9 @@ def test_replies_are_read():
     assert load_reply() == LoadedFunction("batch", False, None, ("answer",), (), False, False, False, False)
     assert run_reply(seconds=1.5, retries=2) == Result(1, 0.5, None, seconds=1.5, retries=2)
     done = {"nonce": "n", "op": "done", "kind": "wrong_length", "message": "two for three"}
-    done |= {"seconds": 0.5, "retries": 1}
-    assert read_run_reply(json.dumps(done).encode(), "n", 2) == Done(("wrong_length", "two for three"), 0.5, 1)
+    done |= {"seconds": 0.5, "retries": 1, "trace": "Traceback\n  in\x1b f"}
+    read = Done(("wrong_length", "two for three"), 0.5, 1, "Traceback\n  in\\x1b f")
+    assert read_run_reply(json.dumps(done).encode(), "n", 2) == read
     refused = json.dumps({"nonce": "n", "op": "refused", "error": "no such file"}).encode()
     assert read_load_reply(refused, "n", []) == Refused("no such file")
 

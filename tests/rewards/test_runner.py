@@ -19,6 +19,7 @@ import pytest
 from rewards.batch import COUNTS, Batch, BatchInputs, RewardResult, Share, merge_results, result_of
 from rewards.contract import RewardSpec
 from rewards.environment import check_memory_gb
+from rewards.failed import FirstFailure
 from rewards.gold import check_on_gold
 from rewards.log import RewardLog
 from rewards.moment import Moment
@@ -691,6 +692,60 @@ def test_errors_of_the_network_are_known_by_the_names_of_their_classes(package, 
     pauses = [pause(n) for n in range(8)]
     assert all(2.0**n / 4 <= seconds <= 2.0**n / 2 for n, seconds in enumerate(pauses[:6]))
     assert max(pauses) <= 30
+
+
+FAILS_ONCE = """
+    import json
+    def parsed(completion):
+        if completion == "hang":
+            time.sleep(60)
+        return float(json.loads(completion))
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[", r"exception: .*JSONDecodeError.*\(my_rewards\.py:7\).*traceback:\n +Traceback .*\n +File .*json\.loads"),
+        ("1e9", r"out_of_range: returned 1e\+09"),
+        ("NaN", r"not_a_number: returned nan"),
+        ("hang", r"timeout: no answer within 0\.6 s.*end of the log:.*my_rewards\.py\", line 6 in parsed"),
+    ],
+)
+def test_with_on_error_raise_the_first_failure_ends_the_batch_and_is_told_in_full(write, tmp_path, text, words):
+    options = {"on_error": "raise", "moment": Moment(7, 9), "log_path": tmp_path / "log"}
+    with RewardRunner([write(FAILS_ONCE)("parsed", weight=0.0)], [], 1, 0.6, **options) as runner:
+        assert runner.score(["p"], [text], {}).counts["parsed"] != counts()  # as the checks of the start do
+        with runner.begin(["What?"] * 3, {}) as scoring:
+            scoring.add([0, 1], ["1", text])
+            assert wait_until(lambda: scoring._batch.first_failure is not None, 20.0)
+            with pytest.raises(ValueError, match="'parsed' failed after 7 steps on sample 1 of its batch") as caught:
+                scoring.add([2], ["2"])
+        assert re.search(words, str(caught.value), re.DOTALL)
+        assert f"prompt:\n    What?\ncompletion:\n    {text}" in str(caught.value)
+        assert "worker.py" not in str(caught.value).partition("end of the log")[0]
+        with runner.begin(["What?"] * 2, {}) as scoring:  # the workers are as good as before
+            scoring.add([0, 1], ["1", "2"])
+            assert column(scoring.result()) == [1.0, 2.0]
+
+
+def test_processes_that_share_a_batch_all_raise_the_first_failure(write):
+    """The second half is judged elsewhere: what was gathered says that it failed."""
+    spec = write(FAILS_ONCE)("parsed")
+
+    def gather(result):
+        failed = FirstFailure("parsed", 3, "sample 3 of its batch", "crash", "died", "p", "c", "", 2)
+        other = dataclasses.replace(result, first_failure=failed)
+        return [result_of(json.loads(json.dumps(dataclasses.asdict(part)))) for part in (result, other)]
+
+    with RewardRunner([spec], [], 1, 5.0, share=Share(0, 2, gather), on_error="raise") as runner:
+        for first, place in (("1", 3), ("[", 0)):
+            with runner.begin(["p"] * 4, {}) as scoring:
+                scoring.add([0], [first])
+                assert first == "1" or wait_until(lambda batch=scoring._batch: batch.first_failure is not None, 20.0)
+                scoring.add([1, 2, 3], ["1", "2", "3"])  # nobody raises alone, for the others would wait for ever
+                with pytest.raises(ValueError, match=f"on sample {place} of its batch"):
+                    scoring.result()
 
 
 def test_processes_started_by_a_hung_function_die_with_it(write, tmp_path):

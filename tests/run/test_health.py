@@ -313,6 +313,11 @@ def test_reward_that_is_down_ends_the_run_with_a_checkpoint_and_a_mended_one_goe
     assert checkpoint_steps(folder) == [1, 2]
     record = json.loads((folder / "checkpoints/2/loop/metadata").read_text())
     assert record["reward_steps_down"] == {f"{file}:judge": 2}
+    with pytest.raises(
+        ValueError, match=r"(?s)judge' failed after 2 steps on sample \d of .*traceback:.*no judge at home"
+    ):
+        start(recipe, "down", *settings, "rewards.on_error=raise")
+    assert checkpoint_steps(folder) == [1, 2]
     file.write_text("def judge(completion):\n    return len(completion)\n")
     start(recipe, "down", *settings)
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4]
