@@ -13,7 +13,9 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 _HEAD = re.compile(r"(?i)\banswer(?:\s+is)?\s*:|\banswer\s+is\b(?!\s*:)")
 # What stands between two heads of one statement ("Final answer: the answer is B"), or in front of a box or a tag.
 _NO_STATEMENT = re.compile(r"(?i)\s*(?:so|thus|therefore|hence)?,?\s*(?:the)?\s*(?:final|correct|right|best)?\s*")
-_REASON = re.compile(r"(?:because|since|as|for)\b")
+_REASON = re.compile(r"(?:because|since|as|for)\b|[-\u2013\u2014]\s")
+_OPTION = r"(?i:(?:therefore|thus|hence|clearly)\b,?\s*)?(?i:(?:the\s+)?(?:option|choice|letter)\b:?\s*)?"
+_QUOTES = re.compile('[*`"\u201c\u201d]')
 
 
 def _letters(value: Any) -> str | None:
@@ -23,6 +25,7 @@ def _letters(value: Any) -> str | None:
     return None if is_right else 'different capital letters such as "ABCD"'
 
 
+LETTERS = "ABCDEFGHIJ"
 _SETTINGS = Settings(letters=_letters, method=one_of("strict", "flexible"))
 
 
@@ -32,18 +35,18 @@ def multiple_choice(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     answer: Sequence[Any],
-    letters: str = "ABCDEFGHIJ",
+    letters: str = LETTERS,
     method: Literal["strict", "flexible"] = "strict",
     **kwargs: Any,
 ) -> list[float | None]:
     r"""1.0 where the option that the completion chooses is `answer`, 0.0 where not, None for an `answer` that is none.
 
     strict: the choice has to be stated: `Answer: B` (GPQA and MMLU-Pro in simple-evals), `the answer is (B)` (MMLU in
-    lm-evaluation-harness), `\boxed{B}`, `<answer>B</answer>`, or a completion that is nothing but the letter. Text may
-    follow a letter that has a bracket, point or colon behind it: `Answer: B) Paris`. Statements of different options
-    score 0, and so does `A or B`: a policy must not learn to list guesses. flexible: where nothing is stated, the last
-    letter that stands alone, as a capital, counts too, but for "A" and "I" in front of a word. Only text behind the
-    last `</think>` counts.
+    lm-evaluation-harness), `\boxed{B}`, `<answer>B</answer>`, or a completion that is nothing but the letter, or one
+    line with one option, `B) Paris`. Text may follow a letter that has a bracket, point, colon or dash behind it:
+    `Answer: B) Paris`. Statements of different options score 0, and so does `A or B`: a policy must not learn to list
+    guesses. flexible: where nothing is stated, the last letter that stands alone, as a capital, counts too, but for
+    "A" and "I" in front of a word. Only text behind the last `</think>` counts.
 
     answer: letters ("B", "(B)", "b"), or positions from 0 (as in cais/mmlu). letters: the options' letters in order.
     Raises ValueError for letters that are not different letters, and for an unknown method.
@@ -51,7 +54,7 @@ def multiple_choice(
     _SETTINGS.check(letters=letters, method=method)
     judged: list[float | None] = []
     for completion, gold in zip(completions, answer, strict=True):
-        right = _gold_letter(gold, letters)
+        right = right_letter(gold, letters)
         chosen = chosen_letter(completion_text(completion), letters, method == "flexible")
         judged.append(None if right is None else float(chosen == right))
     return judged
@@ -59,10 +62,14 @@ def multiple_choice(
 
 def chosen_letter(text: str, letters: str, is_flexible: bool = False) -> str | None:
     """The option that a text chooses; None for none or several. See `multiple_choice`."""
-    text = _WRAPPED.sub(r"\1", after_thinking(text)).replace("*", "").strip()
+    text = _QUOTES.sub("", _WRAPPED.sub(r"\1", after_thinking(text))).strip()
     text = re.sub(r"[^\S\n]+", " ", text)
     if whole := re.fullmatch(rf"[$(\[]*([{letters}{letters.lower()}])[)\].:$]*", text):
         return whole[1].upper()
+    # One option as prompts list them, "B) Paris".
+    marked = rf"(?:\(([{letters}])\)|([{letters}])[).:])\s"
+    if "\n" not in text and (whole := re.match(marked, text)) and not re.search(marked, text[whole.end() :]):
+        return _letter_of(text, letters)
     stated = [content or "" for content in boxed(text)] + tagged(text, "answer")
     # Of a statement, its line counts; the next one where nothing more stands in the line.
     for part in _HEAD.split(text)[1:]:
@@ -82,11 +89,13 @@ def chosen_letter(text: str, letters: str, is_flexible: bool = False) -> str | N
 def _letter_of(stated: str, letters: str) -> str | None:
     """The one option that a statement names."""
     letter = f"[{letters}{letters.lower()}]"
-    match = re.match(rf"\s*[$(\[]*({letter})([)\].:;,$]*)(.*)", stated, re.DOTALL)
+    match = re.match(rf"\s*{_OPTION}[$(\[]*({letter})([)\].:;,$]*)(.*)", stated, re.DOTALL)
     if match is None:
         return None
     behind = match[3].strip()
-    if re.match(rf"(?:[,;/&|]|or\b|and\b)?\s*+(?:or\b)?\s*+[(\[]*{letter}(?!\w)", behind):
+    if re.match(
+        rf"(?:[,;/&|\u2013\u2014-]|or\b|and\b)?\s*+(?:or\b)?\s*+(?![AIai]\s+[a-z])[(\[]*{letter}(?!\w)", behind
+    ):
         return None
     is_marked = bool(set(match[2]) & set(")].:;,")) or bool(_REASON.match(behind))
     if behind and not (is_marked and (match[1].isupper() or ")" in match[2])):
@@ -94,7 +103,8 @@ def _letter_of(stated: str, letters: str) -> str | None:
     return match[1].upper()
 
 
-def _gold_letter(gold: Any, letters: str) -> str | None:
+def right_letter(gold: Any, letters: str) -> str | None:
+    """The letter of the right option, which `gold` names by letter or by its position from 0; None for neither."""
     if isinstance(gold, bool) or gold is None:
         return None
     if isinstance(gold, int) or (isinstance(gold, str) and gold.strip().isdecimal()):

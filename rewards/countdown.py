@@ -34,8 +34,8 @@ def countdown(
 
     The rule and the columns are those of TinyZero and of Jiayi-Pan/Countdown-Tasks-3to4 (format_score is 0.1 there).
     The expression stands in the last `<answer>...</answer>`, or in one `\boxed{}`, or is all of the text behind the
-    last `</think>`. It consists of whole numbers, + - * / and brackets; `= 24` may follow it. It is computed exactly,
-    as fractions, and never run as code.
+    last `</think>`. It consists of whole numbers, + - * / and brackets; `= 24` may follow it, or `24 =` stand before.
+    It is computed exactly, as fractions, and never run as code.
 
     target: numbers. nums: the numbers of each row. all_numbers: False: some may be left out (reasoning-gym's rule).
     Raises ValueError unless 0 <= format_score < 1, and for a row without numbers.
@@ -63,7 +63,8 @@ def _expression(text: str) -> str:
     found = tags[-1] if tags else boxes[0] if len(boxes) == 1 and boxes[0] is not None else text
     for sign, plain in _SIGNS.items():
         found = found.replace(sign, plain)
-    return found.partition("=")[0].strip().strip("$").strip()
+    sides = [side.strip().strip("$.").strip() for side in found.split("=")]
+    return sides[1] if len(sides) == 2 and sides[0].isdecimal() else sides[0]
 
 
 def _computed(expression: str) -> tuple[Fraction, Counter[int]] | None:

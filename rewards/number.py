@@ -4,6 +4,7 @@ r"""Rewards: is the final answer the right number.
 Report both: the gap between them is form, not arithmetic. Numbers are compared exactly, as fractions:
 
     3.0 == 3    1,234 == 1234 == 1{,}234 == 1\,234    $12 == 12    -3    1e3 == 1000
+    1 234 == 1~234 == 1234, where it is all of the stated answer
     3/4 == \frac{3}{4} == \frac34 == 0.75             1 1/2 == 1\frac{1}{2} == 1.5
     50% == 50   the sign is dropped, as in GSM8K, so that 50% is not 0.5
 
@@ -21,7 +22,11 @@ from rewards.settings import Settings, words
 from rewards.text import after_thinking, boxed, completion_text
 
 _MAX_DIGITS = 400
-_MOST_WRAPPINGS = 8  # `\boxed{}` and `$...$` around one number
+_MOST_WRAPPINGS = 8  # `\boxed{}`, `$...$` and the like around one number
+_MATH = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+# Spaces inside of a number: no-break and thin ones stand nowhere else, plain ones between numbers as well.
+_FIXED_SPACES = re.compile(r"(?<=[0-9])[\u00a0\u2007\u2009\u202f](?=[0-9]{3}(?![0-9]))")
+_SPACED = re.compile(r"[0-9]{1,3}(?:(?: |~|\\[ ;])[0-9]{3})+(?![0-9]|\s*/)")
 _DIGITS = r"(?:[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\,)[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}}(?![0-9]))?"
 _LATEX_FRACTION = (
@@ -33,13 +38,13 @@ _PLAIN_MIXED = r"(?:(?P<count>[0-9]+) (?=[0-9]+/[0-9]))?"
 
 _WHOLE = re.compile(
     rf"(?P<sign>[+-]?)\s*+(?:{_CURRENCY}\s*+)?(?P<inner>[+-]?)"
-    rf"(?:{_MIXED}|{_PLAIN_MIXED}(?P<number>{_DECIMAL})(?:\s*/\s*(?P<divisor>[0-9]+))?)\s*(?:\\?%)?"
+    rf"(?:{_MIXED}|{_PLAIN_MIXED}(?P<number>{_DECIMAL})(?:\s*/\s*(?P<divisor>[0-9]+))?)\s*(?:\\?%|{_CURRENCY})?"
 )
 # A minus directly behind a digit, a letter or a closing bracket subtracts: the last number of "10-3" is 3.
 # A number does not start inside another one: right behind a digit, or a digit and a point.
 _ANYWHERE = re.compile(
     rf"(?P<sign>(?<![\w)\]}}])-)?(?:{_CURRENCY}(?P<inner>-)?)?(?<![0-9])(?<![0-9]\.)"
-    rf"(?:{_MIXED}|{_PLAIN_MIXED}(?P<number>{_DECIMAL})(?:/(?P<divisor>[0-9]+))?)"
+    rf"(?:{_MIXED}|{_PLAIN_MIXED}(?P<number>{_DECIMAL})(?: ?/ ?(?P<divisor>[0-9]+))?)"
 )
 _BOX = re.compile(r"\\boxed\s*\{(.*)\}", re.DOTALL)
 _HASH_ANSWER = re.compile(
@@ -86,12 +91,13 @@ def exact_number_flexible(
 ) -> list[float | None]:
     """1.0 where the last number of the completion equals `answer`, 0.0 where not, None where `answer` holds no number.
 
+    What `exact_number_strict` takes for the final answer is taken before the last number, so that this is never less.
     Only text behind the last `</think>` counts. Arguments as in `exact_number_strict`; `units` matter here where they
     hold a digit (`m^2`), or where the answers have them.
     """
     strip = _unit_pattern(units)
     return [
-        _equals(last_number(_without_units(completion_text(c), strip)), gold_number(_without_units(gold, strip)))
+        _equals(flexible_number(_without_units(completion_text(c), strip)), gold_number(_without_units(gold, strip)))
         for c, gold in zip(completions, answer, strict=True)
     ]
 
@@ -110,24 +116,35 @@ def strict_number(text: str) -> Fraction | None:
     return parse_number(text)
 
 
+def flexible_number(text: str) -> Fraction | None:
+    """The number that a completion states as its one final answer, or else its last number; None for none."""
+    stated = strict_number(text)
+    return last_number(text) if stated is None else stated
+
+
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, or None."""
-    matches = list(_ANYWHERE.finditer(_plain_minus(after_thinking(text))))
+    matches = list(_ANYWHERE.finditer(_plain(after_thinking(text))))
     return _value(matches[-1]) if matches else None
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""The number that the whole text is, or None. A `\boxed{}` or `$...$` around all of it is taken off."""
-    text = _plain_minus(text).strip()
+    r"""The number that the whole text is, or None. A `\boxed{}`, `$...$`, `\(...\)` or `\[...\]` around all of it is
+    taken off.
+    """
+    text = _plain(text).replace("\N{EN DASH}", "-").strip()
     for _ in range(_MOST_WRAPPINGS):
         box = _BOX.fullmatch(text)
         if box and boxed(text) == [box[1]]:
             text = box[1].strip()
-        elif len(text) > 2 and text[0] == text[-1] == "$":
-            text = text[1:-1].strip()
-        else:
+            continue
+        around = next(
+            (p for p in _MATH if len(text) > len("".join(p)) and text.startswith(p[0]) and text.endswith(p[1])), None
+        )
+        if around is None:
             break
-    match = _WHOLE.fullmatch(text)
+        text = text.removeprefix(around[0]).removesuffix(around[1]).strip()
+    match = _WHOLE.fullmatch(_SPACED.sub(lambda spaced: re.sub(r"[^0-9]", "", spaced[0]), text, count=1))
     return _value(match) if match else None
 
 
@@ -167,8 +184,9 @@ def _without_units(value: Any, pattern: re.Pattern[str] | None) -> Any:
     return pattern.sub("", value) if pattern is not None and isinstance(value, str) else value
 
 
-def _plain_minus(text: str) -> str:
-    return text.replace("\N{MINUS SIGN}", "-")
+def _plain(text: str) -> str:
+    """A text with a plain minus, and without the fixed spaces inside of numbers."""
+    return _FIXED_SPACES.sub("", text.replace("\N{MINUS SIGN}", "-"))
 
 
 def _value(match: re.Match[str]) -> Fraction | None:

@@ -5,14 +5,18 @@ rests on `signal.alarm` and cannot interrupt C code: it is switched off here (0)
 for it.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from math_verify import parse, verify
 
 from rewards.contract import elementwise
+from rewards.number import gold_number, parse_number
 from rewards.settings import Settings
-from rewards.text import after_thinking, boxed, completion_text
+from rewards.text import after_thinking, boxed, completion_text, tagged
+
+_MARKED = re.compile(r"####([^\n]+)\Z")
 
 
 @elementwise
@@ -23,9 +27,11 @@ def math_verified(
     r"""1.0 where the answer of the completion is mathematically equal to `answer`, else 0.0; None for an unreadable
     `answer`.
 
-    A completion states its answer in `\boxed{}`, or math-verify looks for one (LaTeX first, then plain expressions;
-    the last one wins). Boxes that differ score 0: math-verify would join them into a set, and a policy must not learn
-    to list guesses. Only text behind the last `</think>` counts.
+    A completion states its answer in `\boxed{}`, or else in `<answer>` tags, or behind `####` in its last line, or
+    math-verify looks for one (LaTeX first, then plain expressions; the last one wins). Boxes that differ score 0, and
+    so do tags: math-verify would join them into a set, and a policy must not learn to list guesses. The text
+    of `answer` itself is right, and so is an equal number as `rewards.number` reads it: math-verify knows neither `1e3`
+    nor `1 1/2`. Only text behind the last `</think>` counts.
 
     prompts, completions: strings or chat message lists. answer: strings, LaTeX with or without `$`, or numbers.
     """
@@ -36,16 +42,24 @@ def _verified(text: str, answer: Any) -> float | None:
     gold = _parse_gold(answer)
     if not gold:
         return None
-    text = after_thinking(text)
+    text = after_thinking(text).replace("\N{MINUS SIGN}", "-").strip()
     boxes = boxed(text)
-    if len(set(boxes)) > 1 or None in boxes:
+    stated = boxes or [tag.strip() for tag in tagged(text, "answer")]
+    if not stated and (marked := _MARKED.search(text)):
+        stated = [marked[1].strip()]
+    if len(set(stated)) > 1 or None in stated:
         return 0.0
-    found = parse(rf"\boxed{{{boxes[0]}}}" if boxes else text, parsing_timeout=0)
-    return 1.0 if verify(gold, found, timeout_seconds=0) else 0.0
+    answered = text if not stated else str(stated[0])
+    number = gold_number(answer)
+    if answered == str(answer).strip() or (number is not None and parse_number(answered) == number):
+        return 1.0
+    in_box = rf"\boxed{{{answered}}}"
+    tried = [text] if not stated else [in_box] if boxes else [answered, in_box]
+    return 1.0 if any(verify(gold, parse(form, parsing_timeout=0), timeout_seconds=0) for form in tried) else 0.0
 
 
 def _parse_gold(answer: Any) -> list[Any]:
-    text = "" if answer is None else str(answer).rpartition("####")[2].strip()
+    text = "" if answer is None else str(answer).rpartition("####")[2].replace("\N{MINUS SIGN}", "-").strip()
     if not text:
         return []
     # Without a math environment math-verify reads "2\sqrt{3}" as 2.

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from rewards.batch import RewardResult, Share, result_of
+from rewards.choice import LETTERS, right_letter
 from rewards.contract import Calls, RewardSpec
 from rewards.gold import check_on_gold
 from rewards.moment import Moment, sample_seed
@@ -157,9 +158,17 @@ def completion_form(prompt: Prompt, text: str) -> Any:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": split_prefill(prompt)[1] + text}]
 
 
+def right_text(answer: Any, specs: Sequence[RewardSpec]) -> str:
+    """A right answer as text: what its column holds, or the letter of an option that is named by its position."""
+    for spec in specs:
+        if spec.function == "rewards.choice:multiple_choice":
+            return right_letter(answer, spec.kwargs.get("letters", LETTERS)) or str(answer)
+    return str(answer)
+
+
 def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:
     """Scores a row's own answer, and others, so that a function that cannot work is seen before the first step."""
     answer = row.columns.get("answer")
-    gold = None if answer is None else completion_form(row.prompt, str(answer))
+    gold = None if answer is None else completion_form(row.prompt, right_text(answer, runner.specs))
     for warning in check_on_gold(runner, prompt_form(row.prompt), gold, row.columns, hosts.is_first()):
         console.warning(warning)

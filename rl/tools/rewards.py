@@ -21,6 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from rewards.batch import Effort, added_effort
+from rewards.contract import RewardSpec
 from rewards.probe import answer_forms, long_text, prompt_text
 from rewards.rubric import weighted_sum
 from rewards.runner import RewardRunner
@@ -32,7 +33,7 @@ from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices.mesh import create_mesh
 from rl.files.output_file import check_writable
 from rl.models.files.folders import write_json
-from rl.rollout.scoring import completion_form, prompt_form, start_rewards
+from rl.rollout.scoring import completion_form, prompt_form, right_text, start_rewards
 from rl.run.metrics import read_samples
 from rl.run_folder.folder import check_trust
 from rl.run_folder.trust import TO_JUDGE
@@ -107,7 +108,7 @@ def check(
     rows = list({_key(row.prompt): row for row in reversed(data.train)}.values())[::-1][:num_rows]
     recorded = [] if samples is None else _recorded(samples, [*data.train, *data.held_out])
     with start_rewards(config, data.train, None, _mesh(config)) as runner:
-        made = _made(rows, tokenizer, config.sampling.max_completion_length)
+        made = _made(rows, runner.specs, tokenizer, config.sampling.max_completion_length)
         results = [_score(runner, made, group_size=len({sort for sort, *_ in made}))]
         if recorded:
             results.append(_score(runner, recorded, group_size=1, names=runner.elementwise))
@@ -157,18 +158,20 @@ class _Result(NamedTuple):
     problems: list[str]
 
 
-def _made(rows: Sequence[PromptRow], tokenizer: Tokenizer, max_length: int) -> list[_Completion]:
+def _made(
+    rows: Sequence[PromptRow], specs: Sequence[RewardSpec], tokenizer: Tokenizer, max_length: int
+) -> list[_Completion]:
     """The same sorts of completions for each row, in the same order."""
     cut = tokenizer.encode(long_text(4 * max_length), add_bos=False)[:max_length]
     made = []
     for place, row in enumerate(rows):
         texts: dict[str, str] = {}
         if (answer := row.columns.get(ANSWER)) is not None:
-            forms = answer_forms(str(answer))
+            forms = answer_forms(right_text(answer, specs))
             texts |= {f"right answer, {form}": _continued(row.prompt, text) for form, text in forms.items()}
             others = [other.columns.get(ANSWER) for other in (*rows[place + 1 :], *rows[:place])]
             other = next((other for other in others if other not in (None, answer)), None)
-            texts[_OTHER] = "" if other is None else _continued(row.prompt, str(other))
+            texts[_OTHER] = "" if other is None else _continued(row.prompt, right_text(other, specs))
         texts |= _JUNK | {"the prompt": prompt_text(prompt_form(row.prompt))}
         made += [
             _Completion(sort, row, text, tokenizer.encode(text, add_bos=False), "eos") for sort, text in texts.items()

@@ -79,6 +79,10 @@ JUDGED = {
             *(r"\boxed{B}", r"\boxed{\text{(B)}}"),
             *("<answer>B</answer>", "The answer is B because 2 < 3.", "Answer: $B$"),
             *("<think>Answer: A</think> Answer: B", "Final answer: The answer is B", r"So the answer is \boxed{B}."),
+            *("B) Paris", "(B) Paris", "**B. Paris**", "B. A good one", "Answer: B - Paris"),
+            "Answer: B \N{EN DASH} Paris",
+            *("The answer is option B.", "Answer: the option (B)", "The answer is therefore B.", "The answer is `B`."),
+            "Final Answer: The final answer is B. I hope it is correct.",
         ],
         [
             *("A", "Answer: A", "Answer: A or B", "Answer: B or C"),
@@ -86,6 +90,7 @@ JUDGED = {
             *("B is wrong", "Answer: A\nAnswer: B", r"Answer: A. \boxed{B}"),
             *("<think>Answer: B</think>", "Answer: Because", "Answer: B, C"),
             *("Answer: B A", "The answer is B and C", "Answer: (B) or (C)"),
+            *("A) Rome B) Paris", "(B) Paris (C) Bonn", "B. C", "Answer: B - C", "Answer: option A or option B"),
         ],
     ),
     "flexible choice, by position": (
@@ -140,10 +145,10 @@ JUDGED = {
         {"target": 24, "nums": [3, 8, 1]},
         [
             *("<answer>3 * 8 * 1</answer>", "<answer>(3*8)/1 = 24</answer>"),
-            *(r"\boxed{3 \times 8 \div 1}", "8*3*1", "<think>1</think>8*3/1"),
+            *(r"\boxed{3 \times 8 \div 1}", "8*3*1", "<think>1</think>8*3/1", "24 = 3*8*1", "$8*3*1 = 24$."),
         ],
         [
-            *("3*8", "3*8*1*1", "24", "<answer>25-1</answer>", "3*8+1"),
+            *("3*8", "3*8*1*1", "24", "24 = 24", "24 = 3*8 = 3*8*1", "<answer>25-1</answer>", "3*8+1"),
             *("3**8*1", "8*3//1", "3*8/(1-1)", "-" * 399 + "1", "__import__('os')"),
         ],
     ),

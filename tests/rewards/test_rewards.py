@@ -20,7 +20,7 @@ from rewards.contract import RewardSpec, bind, check_specs, elementwise, load_fu
 from rewards.format import format_regex
 from rewards.length import length_penalty
 from rewards.moment import Moment, sample_seed
-from rewards.number import exact_number_flexible, exact_number_strict, gold_number, last_number, strict_number
+from rewards.number import exact_number_flexible, exact_number_strict, flexible_number, gold_number, strict_number
 from rewards.protocol import HEADER, decode, encode, pack, unpack
 from rewards.rubric import RewardSummary, summarize, weighted_sum
 from rewards.text import after_thinking, boxed, completion_text
@@ -523,7 +523,29 @@ NUMBERS = [
     ("#### \N{POUND SIGN}1,000", "1000", "1000"),
     ("12 dollars", None, "12"),
     ("#### 12 dollars", None, "12"),
+    ("12 \N{EURO SIGN}", "12", "12"),
+    # spaces inside of a number
+    ("1 234", "1234", "1234"),
+    ("#### 10 000 000.", "10000000", "10000000"),
+    (r"\boxed{1~234}", "1234", "1234"),
+    (r"\boxed{1\ 234}", "1234", "1234"),
+    ("It is 1\N{NO-BREAK SPACE}234\N{NARROW NO-BREAK SPACE}567 now.", None, "1234567"),
+    ("It is 1 234", None, "234"),  # which may be two numbers
+    ("12 34", None, "34"),
+    ("1 2345", None, "2345"),
+    ("1 123/246", "3/2", "3/2"),
+    # minus
+    ("\N{MINUS SIGN}7", "-7", "-7"),
+    ("It is \N{MINUS SIGN}7.", None, "-7"),
+    ("\N{EN DASH}7", "-7", "-7"),
+    ("10\N{EN DASH}7", None, "7"),
+    ("- 7", "-7", "-7"),
+    # math around the number
+    (r"\(12\)", "12", "12"),
+    (r"\[ \boxed{12} \]", "12", "12"),
+    (r"\(", None, None),
     # fractions
+    ("The ratio is 3 / 4.", None, "3/4"),
     ("3/4", "3/4", "3/4"),
     (r"\boxed{\frac{3}{4}}", "3/4", "3/4"),
     (r"-\dfrac{3}{4}", "-3/4", "-3/4"),
@@ -543,7 +565,7 @@ NUMBERS = [
     ("\\boxed{41}\n#### 42", None, "42"),
     ("#### 42\nNo, 43", None, "43"),
     ("#### Step one\nadd 2\n#### 42", "42", "42"),  # a heading is not an answer
-    (r"\boxed{42} in 3 steps", "42", "3"),
+    (r"\boxed{42} in 3 steps", "42", "42"),  # what is stated comes before what is last
     (r"\boxed{42", None, "42"),
     (r"\boxed{}", None, None),
     (r"\boxed{forty}", None, None),
@@ -565,7 +587,7 @@ NUMBERS = [
 @pytest.mark.parametrize(("text", "strict", "flexible"), NUMBERS, ids=[repr(row[0][:24]) for row in NUMBERS])
 def test_number_of_a_completion(text, strict, flexible):
     assert strict_number(text) == (None if strict is None else Fraction(strict))
-    assert last_number(text) == (None if flexible is None else Fraction(flexible))
+    assert flexible_number(text) == (None if flexible is None else Fraction(flexible))
 
 
 @pytest.mark.parametrize(
@@ -629,6 +651,19 @@ def test_an_empty_completion_never_equals_an_empty_gold():
         ("", "42", 0.0),
         ("42", "", None),
         ("42", None, None),
+        ("#### \\$18.00", "18", 1.0),
+        ("so\n####12", "12", 1.0),
+        ("#### 13\nor 12?", "13", 0.0),  # the last line is the one that counts
+        ("<answer>12</answer>", "12", 1.0),
+        ("<answer>It is $x = 12$.</answer> in 3 steps", "12", 1.0),
+        ("<answer>11</answer><answer>12</answer>", "12", 0.0),
+        ("<answer></answer>12", "12", 0.0),
+        ("\N{MINUS SIGN}7", "-7", 1.0),
+        ("1e3", "1000", 1.0),
+        (r"\boxed{1\,234}", "1234", 1.0),
+        ("3/2", "1 1/2", 1.0),
+        (r"\frac{5\sqrt{3}}{2}", r"\frac{5\sqrt{3}}{2}", 1.0),
+        ("12.01", "12", 0.0),
     ],
 )
 def test_math_verified(completion, answer, expected):

@@ -101,6 +101,16 @@ def test_rewards_that_do_not_tell_right_from_junk_end_with_status_1(recipe, caps
     assert "no function with a weight could judge a right answer" in capsys.readouterr().out
 
 
+def test_an_option_that_is_named_by_its_position_is_a_right_answer_as_its_letter(tmp_path, recipe):
+    path = recipe("rewards.choice:multiple_choice", data=COLUMNS)
+    rows = [{"prompt": f"{n}. A) a B) b C) c", "answer": n % 3} for n in range(4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checked = check(path, 4)
+    assert (checked.verdict, checked.is_wrong) == (None, False)
+    assert checked.sorts["right answer, stated"].total == 1.0
+    assert checked.sorts["another row's answer"].total == 0.0
+
+
 def test_without_a_known_answer_only_failures_are_looked_for(tmp_path, recipe, capsys):
     path = recipe("rewards.format:think_format", data="{prompt: prompt, answer: null}")
     (tmp_path / "train.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
