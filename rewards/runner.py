@@ -118,7 +118,8 @@ class RewardRunner:
         environment = worker_environment(env, os.environ)
         self.specs = tuple(specs)
         self.columns = tuple(columns)
-        self._timeout, self._retries, self._on_error = timeout_seconds, retries, on_error
+        self._timeout, self._retries = timeout_seconds, retries
+        self._on_error: OnError = on_error
         self._share, self._moment = share, moment or Moment()
         given = in_process or {}
         self._in_process = {key: given[spec.name] for key, spec in enumerate(specs) if spec.name in given}

@@ -97,7 +97,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, **options)
         updater = Updater(train_step, config, policy, packing, shardings, mesh=mesh)
         sync_reference = ReferenceSync(config, shardings.params)
-        checkups = Checkups(config.health, schedule, updater.num_updates)
+        checkups = Checkups(config.health, schedule, updater.num_updates, config.rewards.watched)
 
         # run folder: so far nothing on disk has changed; with check_only, `begin` only reads
         identity = run_identity(config, origin, data)

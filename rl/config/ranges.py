@@ -191,6 +191,11 @@ RANGES = {
     "health.equal_rewards_share": Range(0, 1, above=True, note=_OFF),
     "health.entropy_floor": _NOT_NEGATIVE,
     "health.truncated_share": Range(0, 1, above=True, note=_OFF),
+    "health.dominant_share": Range(0, 1, above=True, note=_OFF),
+    "health.watch_trend": Range(0, above=True, note=_OFF),
+    "health.length_correlation": Range(0, 1, above=True, note=_OFF),
+    "health.equal_completions_share": Range(0, 1, above=True, note=_OFF),
+    "health.trend_window": Range(10),
     "health.patience": _SIZE,
     "logging.samples_per_step": _COUNT,
 }

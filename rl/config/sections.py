@@ -195,6 +195,11 @@ class RewardsSection:
     overlong_buffer: float
     overlong_factor: float
 
+    @property
+    def watched(self) -> list[str]:
+        """Names of the functions of weight 0, which are metrics only."""
+        return [function.label for function in self.functions if not function.weight]
+
 
 @dataclass(frozen=True, config=_STRICT)
 class SamplingSection:
@@ -388,6 +393,11 @@ class HealthSection:
     equal_rewards_share: float | None
     entropy_floor: float | None
     truncated_share: float | None
+    dominant_share: float | None
+    watch_trend: float | None
+    length_correlation: float | None
+    equal_completions_share: float | None
+    trend_window: int
     patience: int
 
 

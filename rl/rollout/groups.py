@@ -22,7 +22,9 @@ from rl.algorithms.advantages import compute_advantages
 from rl.algorithms.from_config import estimator_of, label
 from rl.config.load import Config
 from rl.data.prompt_rows import PromptRow
+from rl.rollout.hacking import equal_completions, length_correlation, variance_shares
 from rl.rollout.scoring import ScoredCompletions
+from rl.run.hacking import VARIANCE
 from rl.sampler.contract import Completion
 from rl.training.packing import TrainCompletion, TrainGroup
 
@@ -217,6 +219,10 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
             if count:
                 metrics[f"reward/{name}/{failure}"] = count
     metrics |= _execution(judged)
+    if config.grpo.aggregation == "sum_then_normalize":  # else every function has the same spread
+        metrics |= variance_shares(rewards_BK, weights, judged.names, group_size)
+    metrics |= length_correlation(weighted_B, lengths_B, group_size)
+    metrics |= equal_completions(judged.rows, judged.completions)
     metrics |= logged_metrics(judged.sums, metrics)
     return Rollout(
         judged.rows,
@@ -259,7 +265,7 @@ def logged_metrics(sums: Mapping[str, Sums], taken: Collection[str]) -> dict[str
         for name, mean in means(own).items():
             key = f"reward/{function}/{name}"
             # In every step, whether it is there or not.
-            is_taken = key in taken or name in ("mean", "std", *COUNTS, *_EXECUTION)
+            is_taken = key in taken or name in ("mean", "std", *COUNTS, *_EXECUTION, VARIANCE)
             found[f"reward/{function}/logged_{name}" if is_taken else key] = mean
     return found
 

@@ -4,7 +4,7 @@ In: a step's metrics, the state after it, and the health so far. Out: a `Checkup
 (`rl.run.health`), and the search for what is not finite (`rl.run.not_finite`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import optax
@@ -23,10 +23,13 @@ class Checkups:
       section: thresholds and limits.
       schedule: update count -> learning rate.
       num_updates: updates of a step.
+      watched: names of the reward functions of weight 0.
     """
 
-    def __init__(self, section: HealthSection, schedule: optax.Schedule, num_updates: int = 1) -> None:
-        self._section, self._schedule, self._num_updates = section, schedule, num_updates
+    def __init__(
+        self, section: HealthSection, schedule: optax.Schedule, num_updates: int = 1, watched: Collection[str] = ()
+    ) -> None:
+        self._section, self._schedule, self._num_updates, self._watched = section, schedule, num_updates, watched
 
     def examine(
         self,
@@ -45,7 +48,7 @@ class Checkups:
         """
         is_lost = metrics["skipped_updates"] == self._num_updates
         cause = cause_of_skips(metrics, state.params, advantages_B) if is_lost else None
-        checkup = examine(self._section, health, metrics, self._num_updates, cause)
+        checkup = examine(self._section, health, metrics, self._num_updates, cause, self._watched)
         lr = last_lr(self._schedule, num_updates=int(state.step), num_skipped=checkup.health.num_skipped)
         warnings = [*rounding_problems(metrics), *checkup.warnings]
         return checkup._replace(metrics={**metrics, "lr": lr}, warnings=warnings)

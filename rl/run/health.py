@@ -1,19 +1,21 @@
-"""Watches the health of a run: skipped updates, spikes, and signs that the policy collapses.
+"""Watches the health of a run: skipped updates, spikes, and signs that the policy collapses or hacks its rewards.
 
 In: the `health` section, the metrics of each step, and a small JSON-able state that checkpoints carry, so that a
 resumed run warns where an uninterrupted one does. Out: warnings in words, whether all samples of the step should be
 kept, and an error when nothing is learned any more. Not here: the guard that skips an update
-(`rl.training.train_step`), the rounding of updates (`rl.state.optimizer`).
+(`rl.training.train_step`), the rounding of updates (`rl.state.optimizer`), the signs of hacked rewards themselves
+(`rl.run.hacking`).
 """
 
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from rewards.batch import COUNTS
 from rl.config.sections import HealthSection
+from rl.run.hacking import remembered, signs_of_hacking
 
 _MIN_HISTORY = 10  # steps, before a value can be called unusual
 _NORMAL_SPREAD = 1.4826  # standard deviation of normal numbers / median of their absolute deviations
@@ -36,8 +38,8 @@ class HealthState(NamedTuple):
     Attributes:
       num_skipped: updates of the run that were skipped.
       num_skipped_last: of those, the ones since the last step in which an update was made.
-      recent: the last finite values of the metrics that are watched for spikes, oldest first.
-      lasting: for each sign of collapse the number of steps in a row that showed it.
+      recent: the last finite values of the metrics that are watched for spikes and for hacked rewards, oldest first.
+      lasting: for each sign of collapse or hacked rewards the number of steps in a row that showed it.
     """
 
     num_skipped: int
@@ -75,27 +77,32 @@ def examine(
     metrics: Mapping[str, float],
     num_updates: int = 1,
     cause_of_skips: str | None = None,
+    watched: Collection[str] = (),
 ) -> Checkup:
     """Looks at the metrics of one step of `num_updates` updates.
 
     Args:
       metrics: `skipped_updates` is needed; of the others those that are there are looked at.
       cause_of_skips: why updates of the step were skipped, in words.
+      watched: names of the reward functions of weight 0.
     """
     skipped = int(metrics["skipped_updates"])
     unusual = _skips(skipped, cause_of_skips or _SKIPPED) + _spikes(section, state, metrics)
+    windows = dict.fromkeys(_watched(section, metrics), section.spike_window)
+    windows |= dict.fromkeys(remembered(metrics, watched), section.trend_window)
+    recent = {
+        name: [*state.recent.get(name, []), float(metrics[name])][-window:]
+        for name, window in windows.items()
+        if math.isfinite(metrics.get(name, math.nan))
+    }
+    recent = {**state.recent, **recent}
     nothing = _nothing_to_learn_from(metrics)
-    signs = nothing or _signs(section, metrics)
+    signs = nothing or _signs(section, metrics) | signs_of_hacking(section, metrics, recent, watched)
     patience = 1 if nothing else section.patience
     lasting = {sign: state.lasting.get(sign, 0) + 1 for sign in signs}
     warnings = [*unusual, *(text for sign, text in signs.items() if _is_due(lasting[sign], patience))]
     in_a_row = state.num_skipped_last + skipped if skipped == num_updates else 0
-    recent = {
-        name: [*state.recent.get(name, []), float(metrics[name])][-section.spike_window :]
-        for name in _watched(section, metrics)
-        if math.isfinite(metrics.get(name, math.nan))
-    }
-    state = HealthState(state.num_skipped + skipped, in_a_row, {**state.recent, **recent}, lasting)
+    state = HealthState(state.num_skipped + skipped, in_a_row, recent, lasting)
     return Checkup(state, warnings, bool(unusual), cause_of_skips)
 
 
