@@ -169,16 +169,29 @@ COMMANDS = {
     ),
     "data": Command(
         module="rl.tools.data",
-        arguments="bench CONFIG [--steps N] [--json FILE] [--trust] [key=value ...]",
-        summary="time the reading of a run's prompts",
+        arguments="bench | passrate ...",
+        summary="time a run's prompts, or measure how hard they are",
         details="""\
-            bench          reads, filters and tokenises the prompts as training does, without model or device: rows and
-                           tokens per second, what was kept and dropped, lengths, memory
-            CONFIG         a YAML recipe
-            --steps N      of how many steps the rows are chosen; 10 when left out
-            --json FILE    write the same numbers
-            --trust        take a run folder whose config.yml was edited, or whose code is not shown to be yours
-            key=value      overrides with dotted keys, for example data.max_prompt_length=512""",
+            bench CONFIG [--steps N] [--json FILE]
+                reads, filters and tokenises the prompts as training does, without model or device: rows and tokens
+                per second, what was kept and dropped, lengths, memory
+            passrate MODEL CONFIG --output FILE [--draws N] [--step N] [--adapter FOLDER] [--overwrite]
+                draws N completions of each training prompt, judges them with the recipe's reward functions, and
+                writes the data with the columns pass_rate and pass_rate_draws, for data.curriculum.by=pass_rate. The
+                same command again goes on where it was stopped; FILE appears when all is measured
+
+            CONFIG           a YAML recipe
+            --steps N        of how many steps the rows are chosen; 10 when left out
+            --json FILE      write the same numbers
+            MODEL            a run folder (its newest checkpoint), a Hugging Face folder or hub id, or a YAML recipe
+                             (the weights of model.source), CONFIG itself too
+            --output FILE    .jsonl or .parquet; {source} in its name makes a file for each source of a mixture
+            --draws N        completions of each prompt; grpo.group_size when left out
+            --step N         of passrate: the checkpoint of a run; the newest when left out
+            --adapter FOLDER an adapter in PEFT's format beside the weights; not for a run, which has its own
+            --overwrite      replace FILE, and drop what a stopped command with other settings has measured
+            --trust          take a run folder whose config.yml was edited, or whose code is not shown to be yours
+            key=value        overrides with dotted keys, for example data.max_prompt_length=512""",
     ),
     "launch": Command(
         module="rl.tools.launch",
@@ -187,7 +200,7 @@ COMMANDS = {
         details="""\
             --processes N      how many; they train one policy together
             --cpu-devices K    virtual CPU devices of each; whatever devices jax finds when left out
-            COMMAND ...        train, sft or eval with its arguments
+            COMMAND ...        train, sft, eval or data passrate with its arguments
 
             When a process dies, says which one was first, ends the others, and returns 1. The same train or sft again
             resumes the run. For several machines see examples/launch.""",

@@ -35,6 +35,7 @@ class PromptRow:
       index: the position of the row in its source.
       where: the row in words, for messages: key, file and number.
       source: the number of its source in a mixture; -1 for a row of data.eval_source.
+      asked: the prompt in the data, text or messages, without what the configuration puts around it.
     """
 
     prompt: Prompt
@@ -43,6 +44,7 @@ class PromptRow:
     index: int
     where: str = ""
     source: int = 0
+    asked: Any = None
 
 
 def load_source(section: DataSection, config: Config, key: str, messages: list[str]) -> SourceRows:
@@ -101,7 +103,7 @@ def tokenize(
     for index, (row, prompt, prompt_ids) in enumerate(zip(rows, prompts, encoded, strict=True)):
         if prompt_ids is not None:
             columns = {name: value for name, value in row.items() if name != "prompt"}
-            kept.append(PromptRow(prompt, prompt_ids, columns, index, places[index], source))
+            kept.append(PromptRow(prompt, prompt_ids, columns, index, places[index], source, row["prompt"]))
     if not kept:
         raise ValueError(
             f"data.max_prompt_length must let a prompt of {key} through, got {limit}; the shortest of {len(rows)} has "

@@ -117,7 +117,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     held_out: list[PromptRow] = []
     questions: dict[tuple[int, int], str] = {}  # {(source, index): question} of every row
     num_rows = 0
-    for number, (key, section) in enumerate(_sections(data)):
+    for number, (key, section) in enumerate(sections_of(data)):
         read = load_source(section, config, key, messages)
         if data.remove_duplicates:
             read = _first_of_each(read, key, seen, messages)
@@ -169,7 +169,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     return PromptData(train, held_out, num_rows, num_dropped, messages, sizes)
 
 
-def _sections(data: DataSection) -> list[tuple[str, DataSection]]:
+def sections_of(data: DataSection) -> list[tuple[str, DataSection]]:
     """(key, section) of data.source, or of each source of a mixture with what its entry says in place of the
     section's own values.
     """

@@ -74,8 +74,8 @@ def check_alone(section: DistributedSection) -> None:
     """ValueError where keys name processes to a command that runs in one process only."""
     for name, value in named(section).items():
         raise ValueError(
-            f"distributed.{name} must be null for a command of one process (train, sft and eval run in several), got "
-            f"{value!r}; leave it out"
+            f"distributed.{name} must be null for a command of one process (train, sft, eval and data passrate run in "
+            f"several), got {value!r}; leave it out"
         )
 
 

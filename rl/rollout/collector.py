@@ -22,7 +22,7 @@ from rl.data.tokenizer import Tokenizer
 from rl.models.train_state import PureState
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.failing import FailureWatch
-from rl.rollout.groups import Judged, judge, pass_rates
+from rl.rollout.groups import Judged, counted_function, judge, pass_rates
 from rl.rollout.scoring import sample_and_score, warn_about_rewards
 from rl.rollout.step_prompts import check_calls, collect
 from rl.run.log import RunLog
@@ -172,9 +172,9 @@ class Collector:
         scored = scored._replace(result=self._failures.add(scored.result))
         judged = judge(self._config, rows, scored, self._runner.specs)
         if self._order.curriculum is not None:
-            name = self._config.eval.reward or next(spec.name for spec in self._runner.specs if spec.weight)
+            name = counted_function(self._config, self._runner.specs)
             self._order.curriculum.note(
-                {self._numbers[row.source, row.index]: rate for row, rate in pass_rates(judged, name)}
+                {self._numbers[row.source, row.index]: rate for row, rate, _ in pass_rates(judged, name)}
             )
         return judged
 

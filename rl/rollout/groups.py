@@ -159,16 +159,21 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
     return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, problems, **kept)
 
 
-def pass_rates(judged: Judged, name: str) -> list[tuple[PromptRow, float]]:
-    """The mean of one function's rewards over each group, cut to 0..1, with the group's row. Groups that it could not
-    judge are left out.
+def counted_function(config: Config, specs: Sequence[RewardSpec]) -> str:
+    """The name of the function whose rewards make pass rates: eval.reward, else the first with a weight."""
+    return config.eval.reward or next(spec.name for spec in specs if spec.weight)
+
+
+def pass_rates(judged: Judged, name: str) -> list[tuple[PromptRow, float, int]]:
+    """The mean of one function's rewards over each group, cut to 0..1, with the group's row and the number of rewards.
+    Groups that it could not judge are left out.
     """
     column, found = judged.names.index(name), []
     for p, row in enumerate(judged.rows):
         rewards = [values[column] for values in judged.rewards_of(p)]
         known = [min(max(value, 0.0), 1.0) for value in rewards if value is not None]
         if known:
-            found.append((row, sum(known) / len(known)))
+            found.append((row, sum(known) / len(known), len(known)))
     return found
 
 

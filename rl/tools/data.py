@@ -1,5 +1,5 @@
-"""`grpo data bench`: how fast the prompts of a recipe are read, filtered and tokenised here (MaxText:
-`standalone_dataloader`).
+"""`grpo data`: what can be known of a recipe's prompts before training. Here `grpo data bench`: how fast they are read,
+filtered and tokenised (MaxText: `standalone_dataloader`). `grpo data passrate` is `rl.tools.passrate`.
 
 In: a configuration. Out: rows and tokens per second, numbers of rows kept and dropped, lengths, and the memory of this
 process. The data rows are those of training, through the same `rl.data.prompts.load_prompts`. No model is read and no
@@ -134,11 +134,15 @@ def to_json(result: DataBench) -> dict[str, Any]:
     return result._asdict() | rates
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`grpo data bench CONFIG [--steps N] [--json FILE] [--trust] [key=value ...]`."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """`grpo data bench CONFIG [--steps N] [--json FILE] [--trust] [key=value ...]`, or passrate; the exit status."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    if name == "passrate":
+        from rl.tools import passrate
+
+        return passrate.main(rest)
     if name != "bench":
-        raise ValueError(f"grpo data needs bench, got {name!r}")
+        raise ValueError(f"grpo data needs bench or passrate, got {name!r}")
     parser = argparse.ArgumentParser(prog="grpo data bench", description=__doc__)
     parser.add_argument("config", help="YAML recipe")
     parser.add_argument("--steps", type=int, default=10, help="of how many steps the rows are chosen")
@@ -151,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(report(result)))
     if arguments.json is not None:
         write_json(pathlib.Path(arguments.json), to_json(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,7 +18,7 @@ from types import FrameType
 from rl.errors import READER_GONE
 
 _SECONDS_TO_FINISH = 5.0  # for the last messages of the others, after the first has ended with an error
-COMMANDS = ("train", "sft", "eval")  # that several processes can run together
+COMMANDS = ("train", "sft", "eval", "data passrate")  # that several processes can run together
 _RESUMABLE = ("train", "sft")
 _ABORTED = 128 + signal.SIGABRT  # the exit status of a shell whose command aborted, as jax's runtime does
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
@@ -33,13 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
     address = f"127.0.0.1:{_free_port()}"
+    num_first = 4 if arguments.command[0] == "data" else 2  # words of the command, its model and its recipe
     commands = [
         [
-            *(sys.executable, "-m", "rl.cli", *arguments.command[:2]),
+            *(sys.executable, "-m", "rl.cli", *arguments.command[:num_first]),
             f"distributed.coordinator_address={address}",
             f"distributed.num_processes={arguments.processes}",
             f"distributed.process_id={number}",
-            *arguments.command[2:],
+            *arguments.command[num_first:],
         ]
         for number in range(arguments.processes)
     ]
@@ -90,11 +91,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
-    name, *rest = arguments.command
-    if name not in COMMANDS or not rest or rest[0].startswith("-"):
+    text = " ".join(arguments.command)
+    name = next((name for name in COMMANDS if text.startswith(f"{name} ")), None)
+    if name is None or text.removeprefix(f"{name} ").startswith("-"):
         raise ValueError(
             f"grpo launch must start one of {', '.join(COMMANDS)} with its recipe or run first, got "
-            f"{' '.join(arguments.command)!r}; for example: -- train recipe.yml"
+            f"{text!r}; for example: -- train recipe.yml"
         )
     return arguments
 

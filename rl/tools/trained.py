@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -20,13 +20,16 @@ from rl.devices.mesh import create_mesh
 from rl.files.stores import check_path, is_remote
 from rl.models.flavours import policy_from_config
 from rl.models.policy import Policy
-from rl.run_folder.folder import check_trust, checkpoint_steps, is_run_folder, read_run
+from rl.run_folder.folder import check_trust, checkpoint_folder, checkpoint_steps, is_run_folder, read_run
 from rl.run_folder.remote_steps import local_source
 from rl.run_folder.trust import TO_SAMPLE
 from rl.state.checkpoint import create_checkpoint_manager
+from rl.state.checkpoint_files import damaged_files
 from rl.state.optimizer import create_training_optimizer, shortest_run
 from rl.state.origin import Origin, find_origin, pretrained_params, tokenizer_from_config
 from rl.state.states import InitStateFn, frozen_base, get_abstract_state, setup_decode_state
+
+_OF_MODEL = ("model", "lora", "tokenizer")  # sections of a configuration that say what a model is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,60 @@ def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | Non
         )
     source = str(path) if path.is_dir() and not is_remote(model) else str(model)
     return WeightSource(load_config(None, [f"model.source={json.dumps(source)}", *overrides]), None, None)
+
+
+def resolve_for(
+    model: str | os.PathLike,
+    recipe: str | os.PathLike,
+    overrides: Sequence[str],
+    step: int | None = None,
+    adapter: str | None = None,
+) -> tuple[WeightSource, Config]:
+    """The weights of MODEL, and a recipe that is to be done with them. Loads nothing, and leaves the checks of code to
+    the caller.
+
+    What MODEL says itself (`model`, `lora` and `tokenizer` of a run or of another recipe; the source of a Hugging Face
+    folder) takes the place of what the recipe says. Overrides win over both.
+
+    Args:
+      step, adapter: see `resolve_model`.
+
+    Returns:
+      The source, whose configuration has the seed of its weights, and the configuration of the recipe.
+
+    Raises:
+      ValueError: as in `resolve_model`, or the recipe is none.
+    """
+    check_path(str(recipe), "CONFIG", may_be_remote=False)
+    if pathlib.Path(recipe).suffix not in (".yml", ".yaml"):
+        raise ValueError(f"CONFIG must be a YAML recipe, got {str(recipe)!r}; of a run folder, name its config.yml")
+    of_model = [text for text in overrides if text.partition(".")[0].partition("=")[0] in _OF_MODEL]
+    source = resolve_model(model, of_model, step, adapter, alone=False)
+    if source.run is None and not str(model).endswith((".yml", ".yaml")):
+        given = [f"model.source={json.dumps(source.config.model.source)}"]
+        given += [] if adapter is None else [f"lora.adapter={json.dumps(adapter)}"]
+        config = load_config(recipe, [*given, *overrides])
+        return WeightSource(config, None, None), config
+    parts = {name: getattr(source.config, name) for name in _OF_MODEL}
+    config = dataclasses.replace(load_config(recipe, overrides), **parts)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(source, config=dataclasses.replace(config, seed=source.config.seed)), config  # pyright: ignore[reportArgumentType]
+
+
+def with_step(source: WeightSource, warn: Callable[[str], None]) -> WeightSource:
+    """The source with the step of its newest whole checkpoint, which an output file records before the weights are
+    loaded. `warn` gets a line about each damaged one. ValueError where none is whole.
+    """
+    if source.run is None or source.step is not None:
+        return source
+    steps = checkpoint_steps(source.run)
+    if not source.config.checkpoint.verify:
+        return dataclasses.replace(source, step=steps[-1])
+    for step in reversed(steps):
+        problems = damaged_files(checkpoint_folder(source.run, step))
+        if not problems:
+            return dataclasses.replace(source, step=step)
+        warn(f"warning: checkpoint {step} is DAMAGED and is not used: {'; '.join(problems[:3])}")
+    raise ValueError(f"{source.run} must hold a checkpoint that is whole, and of steps {steps} none is")
 
 
 def load_source(source: WeightSource) -> TrainedPolicy:

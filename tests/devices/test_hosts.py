@@ -39,6 +39,7 @@ from rl.run.metrics import read_metrics, read_samples
 from rl.state.origin import model_shape
 from rl.tools import launch
 from rl.tools.evaluate import evaluate_source
+from rl.tools.passrate import passrate
 from rl.tools.trained import load_checkpoint, load_start, resolve_model
 from tests.helpers import tunix_golden
 from tests.helpers.metric_lines import steady
@@ -227,17 +228,21 @@ def test_weights_of_two_processes_are_read_on_other_devices_and_another_mesh(rec
         np.testing.assert_allclose(np.asarray(left), np.asarray(right), atol=2e-5)
 
 
-def test_sft_and_evaluation_of_two_processes_are_those_of_one(recipe, alone):
-    """Losses and weights of the one, completions and rewards of the other; both are written once."""
+def test_sft_evaluation_and_pass_rates_of_two_processes_are_those_of_one(recipe, alone):
+    """Losses and weights of the first, completions and rewards of the second, the file of the third; each is written
+    once.
+    """
     sft = ["sft.steps=2", "sft.batch_size=8", "sft.max_completion_length=4", "checkpoint.every=2"]
     sft.append("data.eval_size=0")  # `grpo eval` beside it evaluates
-    together, evaluated = recipe.parent / "sft_together", recipe.parent / "evaluated.jsonl"
+    together, evaluated, rates = (recipe.parent / name for name in ("sft_together", "evaluated.jsonl", "rates.jsonl"))
     launched = [
         Launched(together, "sft", str(recipe), f"output_dir={together}", *sft),
         Launched(evaluated, "eval", str(alone), "--output", str(evaluated)),
+        Launched(rates, "data", "passrate", str(alone), str(recipe), "--output", str(rates)),
     ]
     one = sft_trainer.train(load_config(recipe, [*sft, f"output_dir={recipe.parent / 'sft_alone'}"]))
     result, _ = evaluate_source(alone)
+    passed = passrate(str(alone), str(recipe), str(recipe.parent / "rates_alone.jsonl"))
     for each in launched:
         status, said = each.end()
         assert status == 0, said
@@ -253,6 +258,8 @@ def test_sft_and_evaluation_of_two_processes_are_those_of_one(recipe, alone):
     assert [sample["completion"] for sample in samples] == [sample["completion"] for sample in result.samples]
     assert [sample["rewards"] for sample in samples] == [sample["rewards"] for sample in result.samples]
     assert len({sample["completion"] for sample in samples}) > 1
+    assert rates.read_bytes() == (recipe.parent / "rates_alone.jsonl").read_bytes()
+    assert len({rate.rate for rate in passed.rates}) > 1
 
 
 # Two processes that SLURM started, as jax sees it by the environment
@@ -608,7 +615,10 @@ def test_commands_of_one_process_refuse_keys_that_name_processes_but_read_a_run_
     ):
         assert main(command) == 2
         said = "distributed.num_processes must be null for a command of one process"
-        assert f"{said} (train, sft and eval run in several), got 2; leave it out" in capsys.readouterr().err
+        assert (
+            f"{said} (train, sft, eval and data passrate run in several), got 2; leave it out"
+            in capsys.readouterr().err
+        )
 
 
 def test_a_first_process_that_nobody_reaches_is_an_error_with_its_address():
@@ -637,7 +647,7 @@ def test_alone_every_function_of_the_hosts_is_what_it_would_be_without():
         (["--processes", "2", "--cpu-devices", "0", "--", "train", "x.yml"], "--cpu-devices must be >= 1, got 0"),
         (
             ["--processes", "2", "--", "launch", "--processes", "2"],
-            "must start one of train, sft, eval with its .*, got 'launch --",
+            "must start one of train, sft, eval, data passrate with its .*, got 'launch --",
         ),
         (["--processes", "2", "--", "eval", "--output", "x"], "with its recipe or run first, got 'eval --output x'"),
     ],

@@ -71,7 +71,7 @@ def test_the_command_needs_no_device_and_writes_its_numbers(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["read", "recipe.yml"], "grpo data needs bench, got 'read'"),
+        (["read", "recipe.yml"], "grpo data needs bench or passrate, got 'read'"),
         (["bench", "absent.yml"], "absent.yml"),
         (["bench", "recipe.yml", "--steps", "0"], "--steps must be >= 1, got 0"),
         (["bench", "recipe.yml", "data.source=null"], "data.source"),

@@ -1,8 +1,8 @@
-"""A JSON-lines file of completions that survives a stop: existing lines are kept, and missing ones can be appended.
+"""A JSON-lines file that survives a stop: existing lines are kept, and missing ones can be appended.
 
-In: a path, and the settings that decide the content of its lines. Out: the completions that are there already, and a
-place to write more. FILE.meta.json beside FILE holds the settings. A file with other settings is refused, never mixed.
-Only `prompt_index` and `sample_index` of a line are read here.
+In: a path, and the settings that decide the content of its lines. Out: what is there already, and a place to write
+more. FILE.meta.json beside FILE holds the settings. A file with other settings is refused, never mixed. Of a completion
+only `prompt_index` and `sample_index` are read here.
 """
 
 import contextlib
@@ -10,32 +10,47 @@ import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, Self
 
 META_SUFFIX = ".meta.json"  # of the settings beside the file
 MAX_NAMED_DIFFERENCES = 5
 
 
+def _place(row: dict[str, Any]) -> tuple[Any, None]:
+    """The key of a completion. KeyError, TypeError or ValueError where the row is none."""
+    return (int(row["prompt_index"]), int(row["sample_index"])), None
+
+
 class CompletionFile:
     """The file, open for appending and owned by this process until `close`.
 
     Attributes:
-      done: (prompt_index, sample_index) of the completions in the file.
+      done: the lines in the file by their keys: those of completions by (prompt_index, sample_index), without a value.
       cut: bytes of a half-written last line that were cut off.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], overwrite: bool = False):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        settings: dict[str, Any],
+        overwrite: bool = False,
+        command: str = "grpo sample",
+        read: Callable[[dict[str, Any]], tuple[Any, Any]] = _place,
+    ):
         """Opens or creates the file.
 
         Args:
           settings: everything that decides the content of the lines; JSON-able and flat.
           overwrite: start again, whatever the file holds. The old content stays until the first new line is written.
+          command: that writes the file, for messages.
+          read: (key, value) of a line, for `done`. KeyError, TypeError or ValueError where a line is another one.
 
         Raises:
           ValueError: the file cannot be written, another process writes it, it was written with other settings or by
             another program, or a complete line is no completion.
         """
-        self._path = pathlib.Path(path)
+        self._path, self._command, self._read = pathlib.Path(path), command, read
         if not self._path.name:
             raise ValueError(f"--output must be a file that can be written, got {path}, which is a folder")
         self._meta = self._path.with_name(self._path.name + META_SUFFIX)
@@ -57,7 +72,7 @@ class CompletionFile:
                 self._check_settings(settings)
             whole = content[: content.rfind(b"\n") + 1]
             self.cut = len(content) - len(whole)
-            self.done = {_names(self._path, number, line) for number, line in enumerate(whole.splitlines(), start=1)}
+            self.done = dict(self._entry(number, line) for number, line in enumerate(whole.splitlines(), start=1))
             self._starts_again = not content
             if self._starts_again:
                 self._new_meta.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -100,7 +115,7 @@ class CompletionFile:
         way_out = "choose another --output, or pass --overwrite to delete it"
         if not self._meta.is_file():
             raise ValueError(
-                f"{self._path} must be a file of `grpo sample`, but {self._meta.name} is not beside it; {way_out}"
+                f"{self._path} must be a file of `{self._command}`, but {self._meta.name} is not beside it; {way_out}"
             )
         try:
             old = json.loads(self._meta.read_text(encoding="utf-8"))
@@ -113,6 +128,15 @@ class CompletionFile:
                 f"{self._path} was written with other settings: {'; '.join(named)}; {way_out}, or restore the old ones "
                 "to go on with it"
             )
+
+    def _entry(self, number: int, line: bytes) -> tuple[Any, Any]:
+        try:
+            return self._read(json.loads(line))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self._path}:{number} must be a line of `{self._command}`, got {line[:80]!r}; remove the line, or "
+                "pass --overwrite"
+            ) from error
 
 
 def _open(path: pathlib.Path) -> Any:
@@ -128,14 +152,3 @@ def _open(path: pathlib.Path) -> Any:
         file.close()
         raise ValueError(f"--output {path} is being written by another process; choose another one") from error
     return file
-
-
-def _names(path: pathlib.Path, number: int, line: bytes) -> tuple[int, int]:
-    try:
-        row = json.loads(line)
-        return int(row["prompt_index"]), int(row["sample_index"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}:{number} must be a completion of `grpo sample`, got {line[:80]!r}; remove the line, or pass "
-            "--overwrite"
-        ) from error

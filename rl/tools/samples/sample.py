@@ -28,17 +28,16 @@ from rl.data.tokenizer import Tokenizer
 from rl.devices.programs import use_compilation_cache
 from rl.files.stores import check_path, continued_file, local_copy
 from rl.models.config import ModelConfig
-from rl.run_folder.folder import checkpoint_folder, checkpoint_steps, read_run
+from rl.run_folder.folder import read_run
 from rl.run_folder.remote_steps import local_source
 from rl.sampler.contract import Completion, CompletionSource, Request
 from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.sampler.token_draw import SamplingParams, check_vocabulary
-from rl.state.checkpoint_files import damaged_files
 from rl.state.origin import Origin, find_origin, tokenizer_from_config
 from rl.tools.samples.completion_file import META_SUFFIX, CompletionFile
 from rl.tools.samples.replay import compare, draw_again
 from rl.tools.samples.sample_prompts import SampleRow, read_prompts, to_sample_rows
-from rl.tools.trained import WeightSource, load_source, resolve_model
+from rl.tools.trained import WeightSource, load_source, resolve_model, with_step
 
 REFRESH_SECONDS = 0.1  # between two looks of the progress bar
 
@@ -49,7 +48,8 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     rows = read_prompts(local_copy(arguments.prompts)) if arguments.prompts else _given_prompts(arguments.prompt)
     check_path(arguments.output, "--output", may_be_remote=True)
     overrides = [*_prompt_overrides(arguments), *overrides]
-    source = _with_step(resolve_model(model, overrides, arguments.step, arguments.adapter, trust=arguments.trust))
+    source = resolve_model(model, overrides, arguments.step, arguments.adapter, trust=arguments.trust)
+    source = with_step(source, _say)
     config = source.config
     use_compilation_cache(config)
     tokenizer = tokenizer_from_config(config)
@@ -134,21 +134,6 @@ def _requests_for(samples: Sequence[SampleRow]) -> list[Request]:
         for prompt, row in enumerate(samples)
         for number in range(row.num_samples)
     ]
-
-
-def _with_step(source: WeightSource) -> WeightSource:
-    """The source with its step, which the output file records before the weights are loaded."""
-    if source.run is None or source.step is not None:
-        return source
-    steps = checkpoint_steps(source.run)
-    if not source.config.checkpoint.verify:
-        return dataclasses.replace(source, step=steps[-1])
-    for step in reversed(steps):
-        problems = damaged_files(checkpoint_folder(source.run, step))
-        if not problems:
-            return dataclasses.replace(source, step=step)
-        _say(f"warning: checkpoint {step} is DAMAGED and is not used: {'; '.join(problems[:3])}")
-    raise ValueError(f"{source.run} must hold a checkpoint that is whole, and of steps {steps} none is")
 
 
 def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[str] = (), trust: bool = False) -> int:
@@ -286,6 +271,18 @@ def output_settings(
     """Everything that decides the lines of an output file, flat and JSON-able: weights, prompts, sampling, seed,
     fields.
     """
+    rows = hashlib.sha256()
+    for row in samples:
+        fields = {name: value for name, value in dataclasses.asdict(row).items() if name != "where"}
+        rows.update(json.dumps(fields).encode() + b"\n")
+    settings = weight_settings(source, origin) | {"seed": seed}
+    settings |= {"prompts": f"{len(samples)} rows, sha256 {rows.hexdigest()}"}
+    settings |= draw_settings(source.config, sampling)
+    return settings | {"prompt_logprobs": with_prompt_logprobs}
+
+
+def weight_settings(source: WeightSource, origin: Origin) -> dict[str, Any]:
+    """What decides the weights and the tokenizer, flat and JSON-able."""
     config = source.config
     if source.run is not None:
         digest = hashlib.sha256((source.run / "config.yml").read_bytes())
@@ -298,14 +295,13 @@ def output_settings(
     if origin.model_config.lora is not None:
         model["lora"] = repr(origin.model_config.lora)
     model |= {"dtype": config.model.dtype, "param_dtype": config.model.param_dtype}
-    rows = hashlib.sha256()
-    for row in samples:
-        fields = {name: value for name, value in dataclasses.asdict(row).items() if name != "where"}
-        rows.update(json.dumps(fields).encode() + b"\n")
     settings = {f"model.{name}": value for name, value in model.items()}
-    settings |= {"tokenizer": config.tokenizer.source or config.model.source, "seed": seed}
-    settings |= {"prompts": f"{len(samples)} rows, sha256 {rows.hexdigest()}"}
-    settings |= {f"sampling.{name}": value for name, value in dataclasses.asdict(sampling).items()}
+    return settings | {"tokenizer": config.tokenizer.source or config.model.source}
+
+
+def draw_settings(config: Config, sampling: SamplingParams) -> dict[str, Any]:
+    """What decides, besides weights, prompt and seed, which tokens are drawn; flat and JSON-able."""
+    settings = {f"sampling.{name}": value for name, value in dataclasses.asdict(sampling).items()}
     settings |= {
         f"sampling.{name}": getattr(config.sampling, name) for name in ("kv_dtype", "weight_dtype", "weight_group_size")
     }
@@ -313,7 +309,7 @@ def output_settings(
         drawn_by = {name: getattr(config.sampling, name) for name in ("source", "source_args")}
         settings |= {f"sampling.{name}": value for name, value in drawn_by.items()}
         settings |= file_hashes(config, ("sampling.source",))
-    return settings | {"prompt_logprobs": with_prompt_logprobs}
+    return settings
 
 
 @contextlib.contextmanager
