@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, tree_shardings
-from rl.devices.programs import use_compilation_cache
+from rl.devices.programs import Build, Programs, use_compilation_cache
 from rl.models.config import ModelConfig, Quantization, logical_axes
 from rl.models.flavours import create_policy
 from rl.models.inputs import Inputs
@@ -52,12 +52,28 @@ def decode_text(token_ids: Sequence[int]) -> str:
     return "".join(LETTERS.get(int(token), "") for token in token_ids)
 
 
+class SharedPrograms(Programs):
+    """The programs of one sampler. What another one of the same policy has built is taken from `built`."""
+
+    def __init__(self, built: Programs) -> None:
+        super().__init__()
+        self._built = built
+
+    def get(self, key: Hashable, build: Build) -> Any:
+        return super().get(key, lambda: self._built.get(key, build))
+
+    def prepare(self, key: Hashable, build: Build) -> None:
+        super().prepare(key, lambda: self._built.get(key, build))
+
+
 class Setup(NamedTuple):
     policy: Policy
     params: Any
     mesh: jax.sharding.Mesh
     shardings: Any
     forward: Callable[..., jax.Array]
+    rules: Any
+    built: dict[Any, Programs]  # of all samplers, by the options on which programs depend
     sampler: Any
 
 
@@ -80,14 +96,16 @@ def build(family: str = "qwen3", pure_nnx: bool = True, mesh: tuple[str, ...] = 
     def forward(params: Any, *labels_BT: jax.Array) -> jax.Array:
         return policy.unembed(params, policy.hidden(params, Inputs(*labels_BT)))
 
-    setup = Setup(policy, params, device_mesh, shardings, jax.jit(forward), None)
-    return with_sampler(setup, rules=config.mesh.rules)
+    return with_sampler(Setup(policy, params, device_mesh, shardings, jax.jit(forward), config.mesh.rules, {}, None))
 
 
 def with_sampler(setup: Setup, **options) -> Setup:
     """The same policy with a sampler of its own. Eight slots of a shard are never dropped, which takes programs."""
-    defaults = {"rules": load_config(None).mesh.rules, "decode_text": decode_text, "stop_chunk": 5, "slots": 8}
-    return setup._replace(sampler=Sampler(setup.policy, setup.mesh, setup.shardings, **{**defaults, **options}))
+    defaults = {"rules": setup.rules, "decode_text": decode_text, "stop_chunk": 5, "slots": 8}
+    sampler = Sampler(setup.policy, setup.mesh, setup.shardings, **{**defaults, **options})
+    kind = options.get("kv_dtype"), options.get("weights")
+    sampler.engine.programs = SharedPrograms(setup.built.setdefault(kind, Programs()))
+    return setup._replace(sampler=sampler)
 
 
 def sample(setup: Setup, sampling: SamplingParams = PLAIN, prompts=PROMPTS, num_samples: int = NUM_SAMPLES, **options):
@@ -138,10 +156,9 @@ def assert_same(left: Sequence[Completion], right: Sequence[Completion], toleran
         np.testing.assert_allclose(a.top_logprobs, b.top_logprobs, rtol=0, atol=tolerance)
 
 
-def full_forward_logits(
-    setup: Setup, prompt: Sequence[int], group: list[Completion], length: int = 256
-) -> list[np.ndarray]:
+def full_forward_logits(setup: Setup, prompt: Sequence[int], group: list[Completion]) -> list[np.ndarray]:
     """Logits [L, V] behind each token of each completion, from one packed row: the prompt, then every completion."""
+    length = 256
     tokens, positions, groups, branches = (np.zeros((1, length), np.int32) for _ in range(4))
     groups[:] = -1
     cursor = 0
@@ -171,10 +188,10 @@ def logprobs_of(scores_LV: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     return np.take_along_axis(scores_LV, token_ids[:, None], axis=1)[:, 0] - total_L
 
 
-def logprob_differences(setup: Setup, completions, temperature: float, length: int = 256) -> np.ndarray:
+def logprob_differences(setup: Setup, completions, temperature: float, prompts=PROMPTS) -> np.ndarray:
     differences = []
-    for prompt, group in zip(PROMPTS, completions, strict=True):
-        for completion, logits_LV in zip(group, full_forward_logits(setup, prompt, group, length), strict=True):
+    for prompt, group in zip(prompts, completions, strict=True):
+        for completion, logits_LV in zip(group, full_forward_logits(setup, prompt, group), strict=True):
             expected_L = logprobs_of(logits_LV / temperature, completion.token_ids)
             differences.append(np.abs(expected_L - completion.policy_logprobs))
     return np.concatenate(differences)
@@ -207,6 +224,29 @@ def one_device(qwen, qwen_completions) -> Callable[[str], tuple[Setup, list[list
         return setup, sample(setup)
 
     return drawn
+
+
+def one_at_a_time(setup: Setup, longest: int, **options) -> Callable[..., list[list[Completion]]]:
+    """A function that draws each of some prompts in a call of its own; all calls have the shapes of one plan.
+
+    longest: tokens of the longest prompt. options: of the sampler.
+    """
+    setup = with_sampler(setup, **options)
+    setup.sampler.expect_length(longest, 1, NUM_SAMPLES)
+
+    def drawn(prompts: dict[int, Sequence[int]], num_samples: int = NUM_SAMPLES) -> list[list[Completion]]:
+        """prompts: by their index."""
+        return [
+            sample(setup, prompts=[prompt], num_samples=num_samples, prompt_indices=[i])[0]
+            for i, prompt in prompts.items()
+        ]
+
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def alone(qwen) -> Callable[..., list[list[Completion]]]:
+    return one_at_a_time(qwen, 250)
 
 
 # Against the full forward pass
@@ -293,12 +333,12 @@ def test_first_tokens_follow_the_models_distribution(qwen):
 # The same completion in any company
 
 
-def test_a_completion_is_the_same_in_another_order_and_in_few_slots(qwen, qwen_completions):
+def test_a_completion_is_the_same_in_another_order_and_in_one_slot(qwen, qwen_completions):
     reordered = sample(qwen, prompts=PROMPTS[::-1], prompt_indices=[3, 2, 1, 0])
     assert [group[0].prompt_index for group in reordered] == [3, 2, 1, 0]
     assert_same(flatten(reordered[::-1]), flatten(qwen_completions), 1e-5)
-    for slots in (1, 3):
-        assert_same(flatten(sample(with_sampler(qwen, slots=slots, chunk=7))), flatten(qwen_completions), 1e-5)
+    one_slot = with_sampler(qwen, slots=1, chunk=7)
+    assert_same(flatten(sample(one_slot)), flatten(qwen_completions), 1e-5)
 
 
 def test_a_slot_takes_the_next_request_inside_a_chunk(qwen, qwen_completions):
@@ -317,14 +357,13 @@ def test_a_slot_takes_the_next_request_inside_a_chunk(qwen, qwen_completions):
 
 def test_a_long_queue_streams_through_a_table_of_constant_size(qwen):
     prompts = [[3 + i % 40, 6, 7 + i % 30, *([9] * (i % 5))] for i in range(60)]
-    expected = sample(qwen, prompts=prompts, num_samples=1)
     setup = with_sampler(qwen, slots=4)
     few = sample(setup, prompts=prompts[:12], num_samples=1)
     peak = setup.sampler.peak_kv_bytes
     many = sample(setup, prompts=prompts, num_samples=1)
     assert setup.sampler.peak_kv_bytes == peak
-    assert_same(flatten(many), flatten(expected), 1e-5)
-    assert_same(flatten(few), flatten(expected[:12]), 1e-5)
+    assert_same(flatten(few), flatten(many[:12]), 1e-5)
+    assert logprob_differences(setup, many, PLAIN.temperature, prompts=prompts).max() <= 1e-4
 
 
 def test_one_prompt_of_many_samples_leaves_no_slot_idle_for_long(qwen):
@@ -339,7 +378,7 @@ def test_one_prompt_of_many_samples_leaves_no_slot_idle_for_long(qwen):
     assert sum(int(report.num_steps) for report in reports) <= 6
 
 
-def test_a_common_prefix_is_cached_once_and_changes_nothing(qwen):
+def test_a_common_prefix_is_cached_once_and_changes_nothing(qwen, alone):
     rng = np.random.default_rng(3)
     head = rng.integers(3, VOCAB, 100).tolist()
     prompts = [[*head, 5, 6], [*head, 7], [*head, 8, 9, 10, 11]]
@@ -347,9 +386,9 @@ def test_a_common_prefix_is_cached_once_and_changes_nothing(qwen):
     shared = sample(qwen, prompts=prompts)
     shapes = {name[1] for name in set(qwen.sampler.engine.programs) - before if name[0] == "generate"}
     assert {(shape.common_length, shape.table_length) for shape in shapes} == {(96, 16)}
+    assert_same(flatten(shared), flatten(alone(dict(enumerate(prompts)))), 1e-5)
     held = sum(array.nbytes for array in jax.live_arrays())
-    alone = [sample(qwen, prompts=[prompt], prompt_indices=[i])[0] for i, prompt in enumerate(prompts)]
-    assert_same(flatten(shared), flatten(alone), 1e-5)
+    sample(qwen)
     given_back = held - sum(array.nbytes for array in jax.live_arrays())
     assert given_back == 96 * qwen.sampler.engine.bytes_per_position(), "a call without a prefix has its memory"
 
@@ -381,14 +420,13 @@ def test_a_common_prefix_is_prefilled_once_for_the_same_weights(qwen):
     assert prefixes() == 4
 
 
-def test_prompts_of_different_lengths_share_rows_of_the_table(qwen):
+def test_prompts_of_different_lengths_share_rows_of_the_table(qwen, alone):
     rng = np.random.default_rng(4)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (65, 9, 17, 11, 14, 16, 8, 10)]
     setup = with_sampler(qwen)
     tables = record_prefills(setup)
     packed = sample(setup, prompts=prompts, num_samples=1)
-    alone = [sample(qwen, prompts=[prompt], num_samples=1, prompt_indices=[i])[0] for i, prompt in enumerate(prompts)]
-    assert_same(flatten(packed), flatten(alone), 1e-5)
+    assert_same(flatten(packed), flatten(alone(dict(enumerate(prompts)), num_samples=1)), 1e-5)
     ((_, group_ids_PT),) = tables
     assert sum(len(set(row) - {-1}) for row in group_ids_PT.tolist()) == len(prompts)
     assert np.sum(group_ids_PT.max(axis=1) >= 0) < len(prompts)
@@ -398,13 +436,12 @@ def test_prompts_of_different_lengths_share_rows_of_the_table(qwen):
 @pytest.mark.parametrize(
     ("family", "mesh", "kv_dtype"),
     [
-        ("qwen3", (), None),
         ("qwen3", (), "int8"),
         ("gemma3_text", ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), None),
     ],
 )
 def test_one_long_prompt_among_short_ones_is_cut_and_changes_nothing(family, mesh, kv_dtype, one_device):
-    """Alone, each prompt lies in a row of its own length; together, the long one takes eight rows of the table."""
+    """Alone, each prompt lies in a row of the table; together, the long one takes eight of them."""
     rng = np.random.default_rng(9)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (20, 250, 9, 30, 17, 25, 12, 28)]
     single, _ = one_device(family)
@@ -412,16 +449,15 @@ def test_one_long_prompt_among_short_ones_is_cut_and_changes_nothing(family, mes
     together = sample(setup, prompts=prompts)
     shapes = [name[1] for name in setup.sampler.engine.programs if name[0] == "generate"]
     assert {(shape.table_length, shape.rows_per_prompt) for shape in shapes} == {(32, 8)}
-    single = with_sampler(single, kv_dtype=kv_dtype) if kv_dtype else single
     some = (1, 3, 7)
-    alone = [sample(single, prompts=[prompts[i]], prompt_indices=[i])[0] for i in some]
+    alone = one_at_a_time(single, 250, kv_dtype=kv_dtype)({i: prompts[i] for i in some})
     assert_same(flatten([together[i] for i in some]), flatten(alone), 1e-5)
 
 
-def test_rows_for_the_longest_prompt_are_prefilled_as_far_as_they_are_filled(qwen, monkeypatch):
+def test_rows_for_the_longest_prompt_are_prefilled_as_far_as_they_are_filled(qwen, alone, monkeypatch):
     rng = np.random.default_rng(10)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (20, 9, 30, 17)]
-    expected = sample(qwen, prompts=prompts)
+    expected = alone(dict(enumerate(prompts)))
     monkeypatch.setattr("rl.sampler.slot_sampler.MAX_PREFILL_CHUNK", 64)
     setup = with_sampler(qwen)
     setup.sampler.expect([*prompts, [5] * 250])
@@ -441,10 +477,10 @@ def test_few_prompts_of_a_large_plan_are_prefilled_in_few_rows(qwen):
     assert [len(tokens_PT) for tokens_PT, _ in prefills] == [16, 4, 4, 16, 4]
 
 
-def test_long_prompts_are_prefilled_in_chunks_over_a_growing_cache(qwen, monkeypatch):
+def test_long_prompts_are_prefilled_in_chunks_over_a_growing_cache(qwen, alone, monkeypatch):
     rng = np.random.default_rng(5)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (150, 40, 130)]
-    expected = sample(qwen, prompts=prompts)
+    expected = alone(dict(enumerate(prompts)))
     monkeypatch.setattr("rl.sampler.slot_sampler.PREFILL_TOKENS", 32)
     monkeypatch.setattr("rl.sampler.slot_sampler.MIN_PREFILL_CHUNK", 32)
     setup = with_sampler(qwen)
@@ -453,11 +489,12 @@ def test_long_prompts_are_prefilled_in_chunks_over_a_growing_cache(qwen, monkeyp
     assert chunks == {(32, 32), (32, 64), (32, 128), (32, 192)}, "(positions at a time, positions of the cache)"
 
 
-def test_rows_differ_by_sample_prompt_index_and_key(qwen, qwen_completions):
+def test_rows_differ_by_sample_prompt_index_and_key(qwen, qwen_completions, alone):
     for group in qwen_completions:
         assert len({tuple(c.token_ids.tolist()) for c in group}) == NUM_SAMPLES
-    again = sample(qwen, prompts=[PROMPTS[0]], prompt_indices=[9])
-    assert again[0][0].token_ids.tolist() != qwen_completions[0][0].token_ids.tolist()
+    again = alone({0: PROMPTS[0], 9: PROMPTS[0]})
+    assert_same(again[0], qwen_completions[0], 1e-5)
+    assert again[1][0].token_ids.tolist() != qwen_completions[0][0].token_ids.tolist()
     other_key = qwen.sampler.sample(qwen.params, PROMPTS, NUM_SAMPLES, PLAIN, jax.random.key(8))
     assert other_key[0][0].token_ids.tolist() != qwen_completions[0][0].token_ids.tolist()
 
@@ -472,6 +509,7 @@ def test_requests_have_their_own_limits_and_seeds_and_stream_as_they_end(qwen):
     ]
     sampling = changed(eos_ids=())
     setup = with_sampler(qwen, chunk=4)
+    setup.sampler.expect_length(13, 4, 2)
 
     def stream(prompts, requests, key):
         return setup.sampler.stream(setup.params, prompts, requests, sampling, jax.random.key(key))
@@ -521,7 +559,7 @@ def test_dropping_idle_slots_changes_nothing(qwen):
     [
         ("qwen3", True, ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), 16),
         ("qwen3", False, ("mesh.fsdp=8",), 8),
-        ("qwen3", True, ("mesh.data=2", "mesh.tensor=4"), 4),
+        pytest.param("qwen3", True, ("mesh.data=2", "mesh.tensor=4"), 4, marks=pytest.mark.long),
         ("qwen2", False, ("mesh.data=4", "mesh.tensor=2"), 16),
         ("llama", True, ("mesh.data=2", "mesh.fsdp=4"), 16),
         ("gemma3_text", False, ("mesh.fsdp=2", "mesh.tensor=4"), 4),
@@ -789,15 +827,15 @@ def test_bfloat16_draws_with_float32_logprobs():
 
 
 def test_nothing_is_compiled_after_warm_up_whatever_the_lengths(qwen, monkeypatch):
-    monkeypatch.setattr("rl.sampler.sizes.MIN_LENGTH", 16)  # grows twice in 36 tokens
+    monkeypatch.setattr("rl.sampler.sizes.MIN_LENGTH", 16)  # grows in 32 tokens
     rng = np.random.default_rng(6)
     dataset = [rng.integers(3, VOCAB, length).tolist() for length in [*range(2, 40), 40]]
     setup = with_sampler(qwen, slots=16, chunk=8)
     setup.sampler.expect(dataset)
-    sampling = changed(max_completion_length=36, eos_ids=(1, 2, 3))
+    sampling = changed(max_completion_length=32, eos_ids=(1, 2, 3))
     setup.sampler.warm_up(setup.params, 8, 8, sampling)
     setup.sampler.engine.programs.wait()
-    keys = [jax.random.key(call) for call in range(6)]
+    keys = [jax.random.key(call) for call in range(4)]
     used, generate = set(), setup.sampler.engine.generate
 
     def recorded(params: Any, state: Any, *arguments: Any) -> Any:
@@ -805,14 +843,15 @@ def test_nothing_is_compiled_after_warm_up_whatever_the_lengths(qwen, monkeypatc
         return generate(params, state, *arguments)
 
     setup.sampler.engine.generate = recorded
+    num_compiles = setup.sampler.num_compiles
     with counted_compiles() as compiled:
         for key in keys:
             prompts = [dataset[i] for i in rng.integers(0, len(dataset), 8)]
             setup.sampler.sample(setup.params, prompts, 8, sampling, key)
-    assert not compiled
+    assert (compiled, setup.sampler.num_compiles) == ([], num_compiles)
     slots, lengths = (set(sizes) for sizes in zip(*used, strict=True))
     assert slots == {16, 8}, "slots were dropped"
-    assert lengths >= {16, 32, 48}, "the cache grew twice"
+    assert lengths == {16, 32}, "the cache grew"
 
 
 @pytest.mark.parametrize("company", ["one_device", "eight_devices"])
@@ -848,9 +887,10 @@ def test_a_second_run_finds_every_program_in_the_persistent_cache(qwen, tmp_path
         events.append(event.removeprefix("/jax/compilation_cache/"))
 
     def run() -> tuple[list[list[Completion]], int, int, int]:
-        jax.clear_caches()  # what a process of its own does not have
+        # What a process of its own does not have: jax's caches, and the programs of other samplers.
+        jax.clear_caches()
         events.clear()
-        setup = with_sampler(qwen)
+        setup = with_sampler(qwen._replace(built={}))
         setup.sampler.expect(PROMPTS, len(PROMPTS), NUM_SAMPLES)
         setup.sampler.warm_up(setup.params, len(PROMPTS), NUM_SAMPLES, short)
         setup.sampler.engine.programs.wait()
