@@ -778,7 +778,7 @@ HOSTILE = """
         pipe()._reply(**fields)
         time.sleep(30)
     def result(index, value, **fields):
-        fields = {"logged": {}, "sums": {}} | fields
+        fields = {"logged": {}, "sums": {}, "seconds": 0.0, "retries": 0, "trace": ""} | fields
         reply(op="result", index=index, value=value, kind=None, message=None, **fields)
     ACTS = {
         "1e6": lambda: 1e6, "1e200": lambda: 1e200, "over": lambda: -1000001, "nan": lambda: math.nan,
@@ -788,7 +788,8 @@ HOSTILE = """
         "escape": lambda: exec("raise ValueError(chr(27) + '[2J' + chr(10) + 'next')"),
         "log": lambda: result(0, 1.0, logged={"a": "x" * 50_000}),
         "sums": lambda: result(0, 1.0, sums={"a": [1.0, -1]}),
-        "index": lambda: result(99, 1.0), "early done": lambda: reply(op="done", kind=None, message=None),
+        "index": lambda: result(99, 1.0),
+        "early done": lambda: reply(op="done", kind=None, message=None, seconds=0.0, retries=0, trace=""),
         "garbage": lambda: raw(b"x" * 100), "deep": lambda: frame("[" * 500_000),
         "NaN": lambda: frame('{"value": NaN}'), "digits": lambda: frame("1" * 500_000),
     }
@@ -1115,8 +1116,7 @@ def test_nothing_is_left_of_a_trainer_that_is_killed(write, tmp_path):
     code = f"""
         import os, time
         from rewards.contract import RewardSpec
-        from rewards.retrying import is_network_error, pause
-from rewards.runner import RewardRunner
+        from rewards.runner import RewardRunner
         functions = {{"busy": {spec("busy").function!r}, "idle": {spec("idle").function!r}}}
         specs = [RewardSpec(name, function, 1.0, {{}}) for name, function in functions.items()]
         runner = RewardRunner(specs, [], 2, 60.0)
