@@ -371,6 +371,29 @@ class RewardRunner:
             worker.renew()
         return found
 
+    def try_group(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        completion_ids: Sequence[Sequence[int]],
+        finish_reasons: Sequence[str],
+    ) -> RewardResult | None:
+        """The rewards of completions of one prompt by the functions in workers, called as in the run, in this process
+        alone; None after ten seconds. Arguments are as for `score`. Workers are replaced afterwards if one of the
+        functions is not called for one completion at a time, so that it remembers nothing.
+        """
+        keys = [key for key in range(len(self.specs)) if key not in self._in_process]
+        with self._begin(prompts, columns, self._calls, keys, len(prompts)) as scoring:
+            scoring.add(range(len(prompts)), completions, completion_ids, finish_reasons)
+            try:
+                result = scoring.result(_CHECK_SECONDS)
+            except TimeoutError:
+                result = None
+        for worker in self._workers if any(self._calls[key] != "elementwise" for key in keys) else ():
+            worker.renew()
+        return result
+
     def _try_on(self, key: int, given: Sequence[Probe]) -> Trial:
         deadline, name, trial = time.monotonic() + _CHECK_SECONDS, self.specs[key].name, Trial(0, 0, "", frozenset())
         for probe in given:

@@ -23,7 +23,8 @@ from rl.models.train_state import PureState
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.failing import FailureWatch
 from rl.rollout.groups import Judged, counted_function, judge, pass_rates
-from rl.rollout.scoring import sample_and_score, warn_about_rewards
+from rl.rollout.reward_check import tell_of_rewards
+from rl.rollout.scoring import sample_and_score
 from rl.rollout.step_prompts import check_calls, collect
 from rl.run.log import RunLog
 from rl.run.progress import ORDER_STEP, REWARD_STATE
@@ -104,10 +105,11 @@ class Collector:
         """Prints how reward functions are called and what no evaluation measures, and warns about odd scores.
 
         Args:
-          is_new: whether no step is done yet; the own answer of the first data row is then scored.
+          is_new: whether no step is done yet; the own answer of the first data row, and junk, are then scored.
         """
         if is_new and self._config.rewards.check_on_gold:
-            warn_about_rewards(self._log, self._runner, self._rows[0])
+            longest = self._sampling.max_completion_length
+            tell_of_rewards(self._log, self._runner, self._rows[0], self._tokenizer, longest)
         self._log.messages(self._runner.notes())
         self._say_what_is_left_out()
 

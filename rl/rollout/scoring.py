@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from rewards.batch import RewardResult, Share, result_of
 from rewards.choice import LETTERS, right_letter
 from rewards.contract import Calls, RewardSpec
-from rewards.gold import check_on_gold
 from rewards.moment import Moment, sample_seed
 from rewards.runner import RewardRunner
 from rl.config.load import Config
@@ -25,7 +24,6 @@ from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices import hosts
 from rl.devices.mesh import no_implicit_transfers
 from rl.rollout.reward_model import check_prompts, open_reward_models
-from rl.run.console import Console
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import Completion, CompletionSource, requests_for
 from rl.sampler.token_draw import SamplingParams
@@ -164,11 +162,3 @@ def right_text(answer: Any, specs: Sequence[RewardSpec]) -> str:
         if spec.function == "rewards.choice:multiple_choice":
             return right_letter(answer, spec.kwargs.get("letters", LETTERS)) or str(answer)
     return str(answer)
-
-
-def warn_about_rewards(console: Console, runner: RewardRunner, row: PromptRow) -> None:
-    """Scores a row's own answer, and others, so that a function that cannot work is seen before the first step."""
-    answer = row.columns.get("answer")
-    gold = None if answer is None else completion_form(row.prompt, right_text(answer, runner.specs))
-    for warning in check_on_gold(runner, prompt_form(row.prompt), gold, row.columns, hosts.is_first()):
-        console.warning(warning)

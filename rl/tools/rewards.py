@@ -21,40 +21,30 @@ import jax
 from jax.sharding import Mesh
 
 from rewards.batch import Effort, added_effort
-from rewards.contract import RewardSpec
-from rewards.probe import answer_forms, long_text, prompt_text
-from rewards.rubric import weighted_sum
 from rewards.runner import RewardRunner
 from rl.config.load import Config, load_config, require
 from rl.config.sections import reward_models
-from rl.data.prompt_rows import Prompt, PromptRow
+from rl.data.prompt_rows import PromptRow
 from rl.data.prompts import load_prompts
-from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices.mesh import create_mesh
 from rl.files.output_file import check_writable
 from rl.models.files.folders import write_json
-from rl.rollout.scoring import completion_form, prompt_form, right_text, start_rewards
+from rl.rollout.reward_check import (
+    OTHER,
+    MadeCompletion,
+    SortScores,
+    arguments_of,
+    made_completions,
+    scores_by_sort,
+    verdict_of,
+)
+from rl.rollout.scoring import start_rewards
 from rl.run.metrics import read_samples
 from rl.run_folder.folder import check_trust
 from rl.run_folder.trust import TO_JUDGE
 from rl.state.origin import tokenizer_from_config
 
-ANSWER = "answer"  # the column whose text is a right completion, as at the start of a run
 _MOST_SAMPLES = 256  # of a run, the newest
-_JUNK = {"empty": "", "junk": "I do not know.", "noise": "la la la la la la la la"}
-_OTHER = "another row's answer"
-
-
-class Judged(NamedTuple):
-    """The rewards of one sort of completions.
-
-    num: completions. total: mean of the weighted sums; None where no completion could be judged. means: by function,
-    over the completions that it judged.
-    """
-
-    num: int
-    total: float | None
-    means: dict[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +60,7 @@ class Checked:
       is_wrong: whether it is known not to be so.
     """
 
-    sorts: dict[str, Judged]
+    sorts: dict[str, SortScores]
     weights: dict[str, float]
     seconds: dict[str, float]
     failures: dict[str, dict[str, int]]
@@ -108,7 +98,7 @@ def check(
     rows = list({_key(row.prompt): row for row in reversed(data.train)}.values())[::-1][:num_rows]
     recorded = [] if samples is None else _recorded(samples, [*data.train, *data.held_out])
     with start_rewards(config, data.train, None, _mesh(config)) as runner:
-        made = _made(rows, runner.specs, tokenizer, config.sampling.max_completion_length)
+        made = made_completions(rows, runner.specs, tokenizer, config.sampling.max_completion_length)
         results = [_score(runner, made, group_size=len({sort for sort, *_ in made}))]
         if recorded:
             results.append(_score(runner, recorded, group_size=1, names=runner.elementwise))
@@ -118,7 +108,7 @@ def check(
         problems.append(f"samples of {samples} are judged one by one, without {', '.join(alone)}, which compare them")
     sorts = {sort: judged for result in results for sort, judged in result.sorts.items()}
     effort = added_effort(result.effort for result in results)
-    verdict, is_wrong = _verdict(sorts)
+    verdict, is_wrong = verdict_of(sorts)
     return Checked(
         sorts=sorts,
         weights=weights,
@@ -139,65 +129,23 @@ def _mesh(config: Config) -> Mesh | None:
     return create_mesh(section)
 
 
-class _Completion(NamedTuple):
-    """A completion to judge: its sort, its data row, text, token ids, and how it ended."""
-
-    sort: str
-    row: PromptRow
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-
-
 class _Result(NamedTuple):
     """The rewards of some completions."""
 
-    sorts: dict[str, Judged]
+    sorts: dict[str, SortScores]
     effort: Mapping[str, Effort]
     failures: Mapping[str, Mapping[str, int]]
     problems: list[str]
 
 
-def _made(
-    rows: Sequence[PromptRow], specs: Sequence[RewardSpec], tokenizer: Tokenizer, max_length: int
-) -> list[_Completion]:
-    """The same sorts of completions for each row, in the same order."""
-    cut = tokenizer.encode(long_text(4 * max_length), add_bos=False)[:max_length]
-    made = []
-    for place, row in enumerate(rows):
-        texts: dict[str, str] = {}
-        if (answer := row.columns.get(ANSWER)) is not None:
-            forms = answer_forms(right_text(answer, specs))
-            texts |= {f"right answer, {form}": _continued(row.prompt, text) for form, text in forms.items()}
-            others = [other.columns.get(ANSWER) for other in (*rows[place + 1 :], *rows[:place])]
-            other = next((other for other in others if other not in (None, answer)), None)
-            texts[_OTHER] = "" if other is None else _continued(row.prompt, right_text(other, specs))
-        texts |= _JUNK | {"the prompt": prompt_text(prompt_form(row.prompt))}
-        made += [
-            _Completion(sort, row, text, tokenizer.encode(text, add_bos=False), "eos") for sort, text in texts.items()
-        ]
-        made.append(_Completion("cut off", row, tokenizer.decode(cut), cut, "length"))
-    return made
-
-
-def _continued(prompt: Prompt, answer: str) -> str:
-    """A right answer as what follows the beginning that the prompt gives. One that opens <think> is closed first."""
-    given = "" if isinstance(prompt, str) else split_prefill(prompt)[1]
-    if "</think>" in given.rpartition("<think>")[2] or "<think>" not in given:
-        return answer
-    if "</think>" in answer:
-        return answer.removeprefix("<think>").lstrip("\n")
-    return f"{long_text(1)}\n</think>\n{answer}"
-
-
-def _recorded(run: str, rows: Sequence[PromptRow]) -> list[_Completion]:
+def _recorded(run: str, rows: Sequence[PromptRow]) -> list[MadeCompletion]:
     """The newest completions in a run's samples.jsonl whose prompt is that of a row."""
     of_prompt = {_key(row.prompt): row for row in rows}
     records = [record for record in read_samples(run) if _key(record["prompt"]) in of_prompt][-_MOST_SAMPLES:]
     if not records:
         raise ValueError(f"--samples must be a run with samples of prompts in data.source, got none in {run!r}")
     return [
-        _Completion(
+        MadeCompletion(
             f"samples of {pathlib.Path(run).name}",
             of_prompt[_key(record["prompt"])],
             record["completion"],
@@ -209,54 +157,18 @@ def _recorded(run: str, rows: Sequence[PromptRow]) -> list[_Completion]:
 
 
 def _score(
-    runner: RewardRunner, completions: Sequence[_Completion], group_size: int, names: Sequence[str] | None = None
+    runner: RewardRunner, completions: Sequence[MadeCompletion], group_size: int, names: Sequence[str] | None = None
 ) -> _Result:
-    rows = [completion.row for completion in completions]
-    scored = runner.score(
-        [prompt_form(row.prompt) for row in rows],
-        [completion_form(completion.row.prompt, completion.text) for completion in completions],
-        {name: [row.columns.get(name) for row in rows] for name in runner.columns},
-        [completion.token_ids for completion in completions],
-        group_size=group_size,
-        names=names,
-        finish_reasons=[completion.finish_reason for completion in completions],
-    )
-    known = [spec.name for spec in runner.specs]
-    weights = [spec.weight for spec in runner.specs]
-    sorts = {}
-    for sort in dict.fromkeys(completion.sort for completion in completions):
-        rewards = [row for row, done in zip(scored.rewards, completions, strict=True) if done.sort == sort]
-        totals = [weighted_sum(row, weights) for row in rewards]
-        means = {name: _mean([row[key] for row in rewards]) for key, name in enumerate(known)}
-        sorts[sort] = Judged(len(rewards), _mean(totals), means)
-    return _Result(sorts, scored.effort, scored.counts, scored.problems)
+    scored = runner.score(**arguments_of(runner, completions), group_size=group_size, names=names)
+    return _Result(scores_by_sort(runner, completions, scored), scored.effort, scored.counts, scored.problems)
 
 
-def _verdict(sorts: Mapping[str, Judged]) -> tuple[str | None, bool]:
-    """(why a right answer is not known to score above junk, whether it is known not to)."""
-    right = {sort: judged.total for sort, judged in sorts.items() if sort.startswith("right answer")}
-    if not right:
-        reason = f"the data set has no column `{ANSWER}` (data.columns names one)"
-        return f"what is right is not known, because {reason}; only failures were looked for", False
-    known = {sort: total for sort, total in right.items() if total is not None}
-    if not known:
-        return f"no function with a weight could judge a right answer; check the column `{ANSWER}`", True
-    best = max(known, key=lambda sort: known[sort])
-    junk = {sort: total for sort in _JUNK if (total := sorts[sort].total) is not None}
-    for sort, total in junk.items():
-        if known[best] <= total:
-            what = f"{known[best]:.4g} ({best}) and {total:.4g} ({sort})"
-            way_out = "check the formats that the functions look for, and their weights"
-            return f"a right answer must score above junk, got {what}; {way_out}", True
-    return None, False
-
-
-def _findings(sorts: Mapping[str, Judged], weights: Mapping[str, float]) -> list[str]:
+def _findings(sorts: Mapping[str, SortScores], weights: Mapping[str, float]) -> list[str]:
     """What is odd without being wrong for sure."""
     right = {sort: judged for sort, judged in sorts.items() if sort.startswith("right answer")}
     totals = [judged.total for judged in right.values() if judged.total is not None]
     found = []
-    for sort in (_OTHER, "the prompt", "cut off") if totals else ():
+    for sort in (OTHER, "the prompt", "cut off") if totals else ():
         if sort in sorts and (total := sorts[sort].total) is not None and total >= max(totals):
             found.append(f"{sort} scores {total:.4g}, no less than the right answer's {max(totals):.4g}")
     for name in weights:
@@ -264,11 +176,6 @@ def _findings(sorts: Mapping[str, Judged], weights: Mapping[str, float]) -> list
         if len(means) == 1:
             found.append(f"reward {name!r} gives {means.pop():.4g} to every sort of completion")
     return found
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    judged = [value for value in values if value is not None]
-    return sum(judged) / len(judged) if judged else None
 
 
 def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:

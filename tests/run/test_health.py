@@ -308,7 +308,7 @@ def test_reward_that_is_down_ends_the_run_with_a_checkpoint_and_a_mended_one_goe
     assert f"warning: reward '{file}:judge' failed as before on 8 of 8 (exception 8), in 2 steps so far" in told
     first = read_metrics(folder)[0]
     counted = [first[f"reward/{file}:judge/{name}"] for name in ("errors", "timeouts", "retries")]
-    assert counted == [8, 0, 3]  # the first call waits for the server, the others no more
+    assert counted == [8, 0, 0]  # the check of the start waited for the server, and nobody does again
     assert [line["step"] for line in read_metrics(folder)] == [1, 2]
     assert checkpoint_steps(folder) == [1, 2]
     record = json.loads((folder / "checkpoints/2/loop/metadata").read_text())
@@ -320,6 +320,8 @@ def test_reward_that_is_down_ends_the_run_with_a_checkpoint_and_a_mended_one_goe
     assert checkpoint_steps(folder) == [1, 2]
     file.write_text("def judge(completion):\n    return len(completion)\n")
     start(recipe, "down", *settings)
+    assert told.count("rewards of the first row: a right answer scores") == 1
+    assert "rewards of the first row" not in capsys.readouterr().out  # a resumed run has begun already
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4]
 
 

@@ -2,9 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from rewards.contract import RewardSpec
+from rewards.runner import RewardRunner
 from rl.cli import main
+from rl.data.prompt_rows import PromptRow
+from rl.data.tokenizer import load_tokenizer
+from rl.rollout.reward_check import tell_of_rewards
+from rl.run.console import Console
 from rl.run.metrics import MetricsWriter
 from rl.tools.rewards import check
 
@@ -152,3 +159,29 @@ def test_samples_of_other_data_are_refused(tmp_path, recipe):
     (tmp_path / "run" / "samples.jsonl").write_text('{"step": 1, "prompt": "3?", "completion": "1"}\n')
     with pytest.raises(ValueError, match=r"--samples must be a run with samples of prompts in data\.source, got none"):
         check(recipe("length", data=COLUMNS), samples=str(tmp_path / "run"))
+
+
+def test_the_start_tells_in_one_line_how_a_right_answer_scores_against_junk(tmp_path, recipe, capsys):
+    row = PromptRow("1+1=", np.array([49], np.int32), {"prompt": "1+1=", "answer": "2"}, 0)
+
+    def told(*names, weights=(1.0, 0.5), row=row):
+        specs = [
+            RewardSpec(name, name if ":" in name else f"{tmp_path}/mine.py:{name}", weight, {})
+            for name, weight in zip(names, weights, strict=False)
+        ]
+        with RewardRunner(specs, list(row.columns), 1, 5.0) as runner:
+            tell_of_rewards(Console(3), runner, row, load_tokenizer("byte"), 8)
+        return capsys.readouterr().out.splitlines()
+
+    recipe("length")  # writes the file
+    exact = "rewards.number:exact_number_strict"
+    line = "rewards of the first row: a right answer scores {}, an empty or junk one {} and a cut one {}"
+    assert told(exact, "length") == [line.format("1.02", "0.007", "-0.5")]
+    assert told(exact, "best") == [line.format("1", "0", "0")]  # a group of all is judged together
+    (warning,) = told("inverted", exact)
+    assert "a right answer must score above junk, got 0.5 (right answer, as in the row) and 1 (empty)" in warning
+    assert warning.endswith("`grpo rewards check` shows more")
+    (failed,) = told("fails")  # once: what fails is not said to score too little as well
+    assert "warning: on a gold row, reward 'fails' failed on all" in failed
+    of_other = PromptRow("1+1=", np.array([49], np.int32), {"prompt": "1+1="}, 0)
+    assert told("length", row=of_other) == []
