@@ -53,6 +53,8 @@ FIXED: dict[Style, tuple[str, ...]] = {
     "verl": ("solution_str", *TRL_OBJECTS),
     "openrlhf": ("queries", "prompts"),
 }
+# What verl 0.9 adds to the column `extra_info` for a completion of one turn (`NaiveRewardManager.run_single`).
+_VERL_INFO = {"num_turns": 2, "rollout_reward_scores": {}}
 # Of `INJECTED`, what a column usually replaces on purpose.
 _DEFAULTS = ("info", "task", "data_source", "extra_info", "labels")
 
@@ -141,17 +143,19 @@ class BoundReward:
             offered |= {name: [value] for name, value in columns.items()}
             return self._accepted(offered | {"queries": [query], "prompts": [asked]}, any_name=False)
         if self.style == "verl":
-            offered = self._spelled_out(of_run) | columns
-            offered |= {
+            about = {} if row.get("extra_info") is None else row["extra_info"]
+            own = {
                 "data_source": row.get("data_source", ""),
                 "solution_str": completion_text(completion),
-                "extra_info": {} if row.get("extra_info") is None else row["extra_info"],
+                "extra_info": {**about, **_VERL_INFO} if isinstance(about, Mapping) else about,
             }
             source = _ground_truth_column(row)
             if source is not None:
                 value = row[source]
-                offered["ground_truth"] = value["ground_truth"] if source == "reward_model" else value
-            return self._accepted(offered, any_name=False)
+                own["ground_truth"] = value["ground_truth"] if source == "reward_model" else value
+            # As verl does it, a function with **kwargs gets these four, and no other column.
+            kept = self._accepted(self._spelled_out(of_run) | columns | own, any_name=False)
+            return own | kept if self.takes_any else kept
         drawn = {"prompt": prompt, "completion": completion}
         if completion_ids is not None:
             drawn["completion_ids"] = completion_ids

@@ -229,3 +229,48 @@ def test_functions_of_verl_run_unchanged():
     assert {row[1] for row in result.rewards} == {-1.0, 1.0}
     assert [row["math_dapo"] for row in result.logged] == dicts
     assert result.sums == {"math_dapo": {"score": [-2.0, 4], "acc": [1.0, 4]}}
+
+
+SEVERAL = """
+import asyncio
+
+
+def helper(text):
+    return text.strip().split()[-1]
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    if helper(solution_str) != ground_truth:
+        return {"score": 0.0, "acc": False, "pred": helper(solution_str), "turns": extra_info["num_turns"]}
+    return {"score": 1.0 + extra_info["index"], "acc": True, "pred": ground_truth, "turns": extra_info["num_turns"]}
+
+
+async def later(data_source, solution_str, ground_truth, extra_info, bonus=0.0):
+    await asyncio.sleep(0)
+    return (helper(solution_str) == ground_truth) * 1.0 + bonus
+
+
+def by_any_name(solution_str, **kwargs):
+    return float(kwargs["data_source"] == "mine" and kwargs["ground_truth"] in solution_str)
+"""
+
+
+def test_functions_of_one_file_as_verl_calls_them(tmp_path):
+    """`custom_reward_function` with its path, name and reward_kwargs; the columns are those of verl's parquet files."""
+    (tmp_path / "scores.py").write_text(SEVERAL)
+    given = {"compute_score": {}, "later": {"bonus": 0.5}, "by_any_name": {}}
+    specs = [RewardSpec(name, f"{tmp_path}/scores.py:{name}", 1.0, kwargs) for name, kwargs in given.items()]
+    columns = {
+        "data_source": ["mine"] * 2,
+        "reward_model": [{"style": "rule", "ground_truth": "4"}] * 2,
+        "extra_info": [{"index": 3}, {"index": 4}],
+        "ability": ["math"] * 2,
+    }
+    prompts = [[{"role": "user", "content": "2+2"}]] * 2
+    completions = [[{"role": "assistant", "content": text}] for text in ("It is 4", "5")]
+    with RewardRunner(specs, list(columns), 2, 10.0) as runner:
+        result = runner.score(prompts, completions, columns)
+    assert not result.problems
+    assert result.rewards == [[4.0, 1.5, 1.0], [0.0, 0.5, 0.0]]
+    assert result.logged[1]["compute_score"] == {"score": 0.0, "acc": False, "pred": "5", "turns": 2}
+    assert result.sums["compute_score"] == {"score": [4.0, 2], "acc": [1.0, 2], "turns": [4.0, 2]}

@@ -159,7 +159,12 @@ def test_verl_function_gets_its_four_arguments(row, expected):
     bound = bind(verl_style, list(row), {})
     completion = [{"role": "assistant", "content": "so 4"}]
     arguments = bound.sample_arguments("p", completion, {name: row[name] for name in bound.columns}, None)
-    assert arguments == expected | {"solution_str": "so 4"}
+    info = expected["extra_info"] | {"num_turns": 2, "rollout_reward_scores": {}}  # as verl completes it
+    assert arguments == expected | {"solution_str": "so 4", "extra_info": info}
+    # With **kwargs it gets them all, and no more; reward_kwargs of verl are kwargs here.
+    bound = bind(lambda solution_str, bonus=0, **kwargs: None, [*row, "level"], {"bonus": 1})
+    columns = {name: row.get(name, 3) for name in bound.columns}
+    assert bound.sample_arguments("p", completion, columns, None, {"step": 1}) == arguments | {"bonus": 1}
 
 
 @pytest.mark.parametrize(
