@@ -45,6 +45,7 @@ RESUMABLE_KEYS = (
     "rewards.max_failed_share",
     "rewards.retries",
     "rewards.on_error",
+    "rewards.cache_mb",
     "rewards.model_tokens",
     "rewards.env",
     "rewards.check_on_gold",

@@ -94,11 +94,11 @@ def check_config(config: Config) -> None:
             f"punishment has this name, got {shown(names)}; give it another `name`"
         )
     for name, function in zip(names, config.rewards.functions, strict=True):
-        is_said = function.kwargs or function.needs_group or function.elementwise is not None
+        is_said = function.kwargs or function.needs_group or function.elementwise is not None or function.cache
         if is_said and reward_model_source(function.function) is not None:
             raise ValueError(
-                f"rewards.functions: {shown(name)} must have neither kwargs nor elementwise nor needs_group, because a "
-                "reward model judges each completion by itself; leave them out"
+                f"rewards.functions: {shown(name)} must have neither kwargs nor elementwise nor needs_group nor cache, "
+                "because a reward model judges each completion by itself; leave them out"
             )
         if function.needs_group and function.elementwise is not None:
             raise ValueError(

@@ -168,6 +168,7 @@ class RewardFunction:
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     elementwise: bool | None = None
     needs_group: bool = False
+    cache: str | None = None
 
     @property
     def label(self) -> str:
@@ -187,6 +188,7 @@ class RewardsSection:
     timeout_seconds: float
     retries: int
     on_error: Literal["none", "raise"]
+    cache_mb: float
     max_failed_share: float
     model_tokens: int
     memory_gb: float | None
