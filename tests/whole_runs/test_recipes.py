@@ -3,15 +3,19 @@
 Commands are those of the recipes' README files, in this process and from the checkout, as the paths in the recipes say.
 """
 
+import dataclasses
 import json
 
 import pytest
 
+from rl import sft_trainer
 from rl.config.load import load_config
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics, read_samples
 from rl.tools.rewards import check
-from tests.helpers.places import ROOT
+from tests.helpers.places import FILES, ROOT
+
+ROWS = FILES / "recipes"
 
 # As few shapes as the prompts allow, so that most programs are compiled for one recipe only.
 ARCH = (
@@ -25,6 +29,7 @@ TINY = [
     "sampling.slots=4",
     "sampling.max_completion_length=8",
     "optimizer.warmup_updates=0",
+    "data.max_prompt_length=512",  # the byte tokenizer takes more than the recipes' own
     "eval.max_prompts=2",
 ]
 STEPS = ["grpo.steps=2", "grpo.prompts_per_step=2", "grpo.group_size=2", "eval.every=2", "logging.samples_per_step=4"]
@@ -35,11 +40,15 @@ def _in_the_checkout(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def two_steps(recipe, folder, *overrides):
-    """Runs the recipe. Returns the lines of its metrics and samples, after checking what holds for every recipe."""
+def two_steps(recipe, folder, *overrides, knows_answers=True):
+    """Runs the recipe. Returns the lines of its metrics and samples, after checking what holds for every recipe.
+
+    knows_answers: whether the data have right answers, which `grpo rewards check` then holds against junk.
+    """
     settings = [*TINY, *STEPS, f"output_dir={folder}", *overrides]
     checked = check(f"examples/{recipe}", 2, overrides=settings)
-    assert checked.verdict is None, checked.verdict
+    assert not checked.is_wrong, checked.verdict
+    assert (checked.verdict is None) == knows_answers, checked.verdict
     run = train(load_config(f"examples/{recipe}", settings))
     lines, samples = read_metrics(run), read_samples(run)
     assert [line["step"] for line in lines][-2:] == [1, 2]
@@ -56,3 +65,30 @@ def test_custom_reward_in_both_flavours(tmp_path):
         assert sample["rewards"] == {"speakable": speakable(sample["prompt"], sample["completion"])}
     rows = [json.loads(line) for line in (ROOT / "examples/custom_reward/letters.jsonl").read_text().splitlines()]
     assert {speakable(row["prompt"], row["answer"]) for row in rows} == {1.0}
+
+
+def test_gsm8k_reports_strict_and_flexible_over_the_held_out_rows(tmp_path):
+    files = [f"data.{key}={ROWS}/gsm8k_{part}.jsonl" for key, part in (("source", "train"), ("eval_source", "test"))]
+    lines, samples = two_steps("gsm8k/local.yml", tmp_path / "run", *files, "sampling.warm_up=false")
+    assert {"eval/reward/strict", "eval/reward/flexible", "eval/accuracy"} <= lines[-1].keys()
+    assert lines[-1]["eval/prompts"] == 2
+    assert {message["role"] for sample in samples for message in sample["prompt"]} == {"system", "user"}
+    whole = load_config("examples/gsm8k/grpo.yml")
+    assert (whole.data.source, whole.data.eval_source) == ("openai/gsm8k",) * 2
+    assert (whole.data.args["split"], whole.data.eval_args["split"]) == ("train", "test")
+    assert whole.sampling.stop_strings == ["Question:"]
+    local = load_config("examples/gsm8k/local.yml")
+    assert dataclasses.replace(whole, data=local.data) == local
+
+
+@pytest.mark.parametrize("recipe", ["countdown"])
+def test_a_warm_start_and_what_follows(tmp_path, recipe):
+    small = ["data.args.size=40"] if recipe == "countdown" else []
+    warm = [*TINY, *small, f"output_dir={tmp_path / 'sft'}", "sft.steps=2", "sft.batch_size=4", "data.eval_size=2"]
+    imitated = sft_trainer.train(load_config(f"examples/{recipe}/sft.yml", warm))
+    assert len(read_metrics(imitated)) == 2
+    start = [*small, "data.eval_size=2", "tokenizer.source=null", f"model.source={imitated / 'export'}"]
+    lines, samples = two_steps(f"{recipe}/grpo.yml", tmp_path / "run", *start)
+    assert "eval/accuracy" in lines[-1]
+    (name,) = samples[0]["rewards"]
+    assert all(0.0 <= sample["rewards"][name] <= 1.0 for sample in samples)
