@@ -147,6 +147,8 @@ class _Identities:
 
     def _function(self, function: types.FunctionType, path: str) -> Iterator[str | bytes]:
         code = function.__code__
+        for module in sorted(_imported_names(code)):
+            _check_package(module, f"{path} imports", self._label)
         yield self._source(code, path)
         for name in sorted(_global_names(code) & {*function.__globals__}):
             yield name
@@ -222,11 +224,16 @@ def _check_light(value: Any, label: str, path: str) -> None:
     else:
         named = value if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) else type(value)
         module = named.__module__
-    package = str(module).partition(".")[0]
+    what = "is the module" if isinstance(value, types.ModuleType) else "is of"
+    _check_package(str(module), f"{path} {what}", label)
+
+
+def _check_package(module: str, what: str, label: str) -> None:
+    """ValueError for a module that a worker must not import. what: the beginning of what is said about it."""
+    package = module.partition(".")[0]
     if package in _TOO_HEAVY:
-        what = f"the module {module}" if isinstance(value, types.ModuleType) else f"of {module}"
         raise ValueError(
-            f"{label}: {path} is {what}, and a reward worker must not import {package}, which takes seconds and may "
+            f"{label}: {what} {module}, and a reward worker must not import {package}, which takes seconds and may "
             "take the devices; use numpy or plain Python, and convert what is captured, as in numpy.asarray(x)"
         )
 
@@ -251,6 +258,12 @@ def _global_names(code: types.CodeType) -> set[str]:
     """The global names that a function, or a function inside it, reads or writes."""
     names = {step.argval for step in dis.get_instructions(code) if step.opname in _GLOBAL_OPERATIONS}
     return names.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+
+
+def _imported_names(code: types.CodeType) -> set[str]:
+    """The modules that a function, or a function inside it, imports."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME"}
+    return names.union(*(_imported_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
 
 
 def _lambda_source(text: str, code: types.CodeType) -> str:

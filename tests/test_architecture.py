@@ -45,15 +45,17 @@ def imported_modules(path: pathlib.Path, top_level_only: bool = False) -> set[st
     for node in nodes:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            module = ".".join([*folder, *filter(None, [node.module])])
+            names.add(module)
+            names.update(f"{module}.{alias.name}" for alias in node.names)
     return names
 
 
 def own_imports() -> dict[str, set[str]]:
-    """{module: the modules of rl and rewards that it imports, at its top or inside its functions}."""
-    names = {module_name(path) for path in SOURCES if path.name != "__init__.py"}
+    """{module: the modules and rooms of rl and rewards that it imports, at its top or inside its functions}."""
+    names = {module_name(path) for path in SOURCES} - {"rl", "rewards"}
     return {module_name(path): (imported_modules(path) & names) - {module_name(path)} for path in SOURCES}
 
 

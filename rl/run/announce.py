@@ -17,20 +17,33 @@ from rl.training.packing import PackingPlan
 
 
 def warn_about_sampling(console: Console, config: Config, sampling: SamplingParams) -> None:
-    """Warns when completions come from another distribution than the policy's, and the loss does not correct for it."""
+    """Warns when completions come from another distribution than the policy's, and the loss does not correct for it
+    or weights every token down.
+    """
     grpo, section = config.grpo, config.sampling
-    others = [name for name in ("source", "kv_dtype", "weight_dtype") if getattr(section, name) is not None]
     reshaping = [] if grpo.policy_distribution == "sampled" else sampling.reshaping_rules
-    correction = "grpo.sampler_is_correction=true"
-    is_known = not sampling.needs_counts and section.source is None
-    for_reshaping = "grpo.policy_distribution=sampled" if is_known else correction
-    for rules, way_out in ((reshaping, for_reshaping), (others, correction)):
-        is_corrected = grpo.sampler_is_correction or (rules is others and grpo.old_logprobs == "sampler")
-        if rules and not is_corrected:
-            console.warning(
-                f"{', '.join(f'sampling.{name}' for name in rules)}: completions come from another distribution than "
-                f"the policy's, and the loss takes them for the policy's own; set {way_out}, or turn these rules off"
-            )
+    rounding = [name for name in ("kv_dtype", "weight_dtype") if getattr(section, name) is not None]
+    source = [] if section.source is None else ["source"]
+    can_be_exact = not sampling.needs_counts and not source  # by training on the distribution that was drawn from
+    correction, takes_as_own = "grpo.sampler_is_correction=true", "the loss takes them for the policy's own"
+    has_ratio = grpo.sampler_is_correction or grpo.old_logprobs == "sampler"
+    problems = []
+    if reshaping and can_be_exact:
+        effect = takes_as_own
+        if grpo.sampler_is_correction:
+            effect = "grpo.sampler_is_correction weights each token by the probability that these rules left there"
+        problems.append((reshaping, effect, "set grpo.policy_distribution=sampled, or turn these rules off"))
+    elif reshaping and not grpo.sampler_is_correction:
+        problems.append((reshaping, takes_as_own, f"set {correction}, or turn these rules off"))
+    if rounding and not has_ratio:
+        problems.append((rounding, takes_as_own, f"set {correction}, or take the policy's own dtype"))
+    if source and not has_ratio:
+        problems.append((source, takes_as_own, f"set {correction}"))
+    for names, effect, way_out in problems:
+        rules = ", ".join(f"sampling.{name}" for name in names)
+        console.warning(
+            f"{rules}: completions come from another distribution than the policy's, and {effect}; {way_out}"
+        )
 
 
 def warn_about_prompts(console: Console, config: Config, origin: Origin, tokenizer: Tokenizer) -> None:

@@ -6,8 +6,10 @@ fields of a completion stay empty. The contract, with an example, is in docs/sam
 does with a token whose log-prob is not known (`rl.algorithms.loss_types.sampler_ratio`).
 """
 
+import contextlib
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -30,7 +32,8 @@ class Drawn(NamedTuple):
     """A completion as a source gives it.
 
     Attributes:
-      token_ids: at least one, at most the request's limit. An EOS that ends it is included, and nothing follows it.
+      token_ids: at least one, at most `request.limit - len(request.continues)`; those of `request.continues` are not
+        among them. An EOS that ends it is included, and nothing follows it.
       logprobs: of each token, in nats, under the distribution from which it was drawn; None where it is not known.
       finish_reason: "eos", "stop" (a stop string) or "length".
       stop_reason: the stop string, where it is known.
@@ -58,7 +61,8 @@ class UserSource(Protocol):
         Args:
           params: the policy's weights as they are now. They are the same from one call to the next until `release`;
             after it they are others, and the memory of these is gone, so none may be kept.
-          prompts: token ids; `request.prompt` is a place among them.
+          prompts: token ids; `request.prompt` is a place among them. What is drawn follows the prompt and then
+            `request.continues`, which is empty in a run of one turn.
           sampling: how to draw: lengths, EOS ids, stop strings, temperature and the other rules. 0 is greedy.
           key: of the step. `request_seeds` makes a seed of it for each request. A run is repeated by a resumed one only
             where all randomness follows from these.
@@ -165,14 +169,13 @@ class CheckedSource:
         key: jax.Array,
     ) -> Iterator[tuple[int, Completion]]:
         source, left = self._made(), set(range(len(requests)))
-        # The guard that finds numbers moved by mistake is for the toolkit's own code.
-        with jax.transfer_guard("allow"):
+        with self._users_code("stream"):
             stream = source.stream(params, prompts, requests, sampling, key)
         if not isinstance(stream, Iterable):
             raise ValueError(f"{self._label}: stream must yield what it draws, got {shown(stream)}")
         drawn = iter(stream)
         while True:
-            with jax.transfer_guard("allow"):
+            with self._users_code("stream"):
                 item = next(drawn, None)
             if item is None:
                 break
@@ -196,6 +199,12 @@ class CheckedSource:
                 f"of them, the first at place {min(left)}"
             )
 
+    @contextlib.contextmanager
+    def _users_code(self, what: str) -> Iterator[None]:
+        """For a call of the user's code. The guard that finds numbers moved by mistake is for the toolkit's own."""
+        with jax.transfer_guard("allow"), _named(f"{self._label}: {what}", "a run goes on from its newest checkpoint"):
+            yield
+
     def _completion(self, place: int, drawn: Drawn, request: Request, sampling: SamplingParams) -> Completion:
         """What was drawn as a completion; ValueError where it breaks the contract."""
 
@@ -211,12 +220,15 @@ class CheckedSource:
             raise refuse("token_ids must be a sequence of token ids", drawn.token_ids)
         limit = request.limit - len(request.continues)
         if not 1 <= token_ids.size <= limit:
-            raise refuse(f"token_ids must be 1 to {limit} tokens, what the request's limit allows", token_ids.size)
+            rule = "request.limit" + (" less those of request.continues" if request.continues else "")
+            raise refuse(f"token_ids must be 1 to {limit} tokens ({rule})", token_ids.size)
         if token_ids.min() < 0 or token_ids.max() >= vocab_size:
             found = token_ids[(token_ids < 0) | (token_ids >= vocab_size)][0]
             raise refuse(f"token ids must be in [0, {vocab_size}), the model's vocabulary", found)
         if drawn.finish_reason not in FINISH_REASONS:
             raise refuse(f"finish_reason must be one of {list(FINISH_REASONS)}", repr(drawn.finish_reason))
+        if drawn.finish_reason == "stop" and not sampling.stop_strings:
+            raise refuse("finish_reason must be 'eos' or 'length' without sampling.stop_strings", "'stop'")
         is_eos = np.isin(token_ids, sampling.eos_ids)
         is_ended = drawn.finish_reason == "eos"
         if is_eos[:-1].any() or bool(is_eos[-1]) != is_ended:
@@ -265,7 +277,8 @@ def make(config: Config, tokenizer: Tokenizer) -> UserSource:
             f"{label} must take (config, tokenizer) and the arguments in sampling.source_args, got "
             f"{sorted(arguments)}: {error}"
         ) from error
-    source = function(config, tokenizer, **arguments)
+    with _named(label, "nothing has been written"):
+        source = function(config, tokenizer, **arguments)
     missing = [method for method in ("stream", "release", "close") if not callable(getattr(source, method, None))]
     if missing:
         raise ValueError(
@@ -273,6 +286,19 @@ def make(config: Config, tokenizer: Tokenizer) -> UserSource:
             f"{type(source).__name__} without {', '.join(missing)}"
         )
     return source
+
+
+@contextlib.contextmanager
+def _named(label: str, state: str) -> Iterator[None]:
+    """An error of the user's code as a ValueError that names the source, with the last line of the user's file."""
+    try:
+        yield
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        raise ValueError(
+            f"{label} must not raise, got {type(error).__name__}: {error}{place}; --traceback shows all of it; {state}"
+        ) from error
 
 
 def request_seeds(key: jax.Array, requests: Sequence[Request]) -> list[int]:

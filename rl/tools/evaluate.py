@@ -58,8 +58,8 @@ def evaluate_source(
         check_trust(source.run or model, config, overrides, TO_EVALUATE, trust)
         hosts.from_first(lambda: check_writable(output, "--output"))
         use_compilation_cache(config)
+        tokenizer = tokenizer_from_config(config)  # first: a folder that is not there has no rewards either
         require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
-        tokenizer = tokenizer_from_config(config)
         data = load_prompts(config, tokenizer)
         changed = source.run and changed_rows(source.run, config, overrides, data, tokenizer)
         for problem in filter(None, (changed, tokenizer.template_kwargs_problem())):

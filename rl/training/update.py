@@ -208,12 +208,15 @@ class Updater:
     def _metrics(self, measured: list[_Measured], entropy: EntropyCoefState, age: int) -> dict[str, float]:
         updates, applied = [], [one for one in measured if one.update.is_applied]
         shown = applied or measured
-        for update, finished in [one for one in shown if one.update.sums.weights["ratio_mean"]] or shown:
+        computed = [one for one in shown if one.update.sums.weights["ratio_mean"]]
+        for update, finished in computed or shown:
             updates.append({"loss": float(update.loss), "grad_norm": float(update.grad_norm)})
             updates[-1] |= {name: float(value) for name, value in finished.items()}
             if update.lost_share is not None:
                 updates[-1]["update/lost_share"] = float(update.lost_share)
         metrics = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
+        if not computed:
+            metrics |= dict.fromkeys(shown[0].update.sums.numerators, math.nan)  # means over no token
         metrics["skipped_updates"] = len(measured) - len(applied)
         if self._loss_config.has_entropy_bonus:
             metrics["entropy_coef"] = entropy.coef

@@ -175,6 +175,12 @@ def test_a_closure_that_drags_jax_along_is_refused(value, package):
         to_bytes(closure(value), "it")
 
 
+def test_a_function_that_imports_jax_when_it_is_called_is_refused():
+    session = cell("def reward(completion):\n    def inner():\n        import jax.numpy as jnp\n    return 1.0\n")
+    with pytest.raises(ValueError, match=r"it: reward imports jax\.numpy, and a reward worker must not import jax"):
+        identity(session["reward"], "it")
+
+
 def test_an_annotation_that_drags_jax_along_is_refused():
     session = cell("def reward(completion: jax.Array):\n    return 1.0\n", jax=jax)
     with pytest.raises(ValueError, match="must not import jax"):

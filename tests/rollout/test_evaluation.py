@@ -231,7 +231,9 @@ def test_sampling_defaults_of_a_model_folder_are_never_applied(tmp_path):
         (["sampling.top_p=0.9", "sampling.presence_penalty=1.0"], ["sampling.top_p", "sampling.presence_penalty"]),
         (["sampling.logit_bias={3: 1.0}"], ["sampling.logit_bias"]),
         (["sampling.forbidden_ids=[3]"], ["sampling.forbidden_ids"]),
-        (["sampling.top_k=5", "grpo.sampler_is_correction=true"], []),
+        (["sampling.top_k=5", "grpo.sampler_is_correction=true"], ["sampling.top_k"]),
+        (["sampling.presence_penalty=1.0", "grpo.sampler_is_correction=true"], []),
+        (["sampling.source=mine.py:make", "sampling.slots=null"], ["sampling.source"]),
         (["sampling.top_k=5", "grpo.policy_distribution=sampled"], []),
         (["sampling.kv_dtype=int8", "grpo.policy_distribution=sampled", "sampling.top_k=5"], ["sampling.kv_dtype"]),
     ],
@@ -243,7 +245,7 @@ def test_training_warns_of_rules_that_the_loss_does_not_correct_for(overrides, n
     printed = stream.getvalue()
     assert bool(printed) == bool(named)
     if named:  # what can be trained as it was drawn is not to be corrected for by a ratio
-        is_exact = not {"sampling.presence_penalty", "sampling.kv_dtype"} & {*named}
+        is_exact = not {"sampling.presence_penalty", "sampling.kv_dtype", "sampling.source"} & {*named}
         assert ("grpo.policy_distribution=sampled" in printed) == is_exact
         assert ("grpo.sampler_is_correction=true" in printed) != is_exact
     rules = [word.strip(",:") for word in printed.split() if word.startswith("sampling.")]

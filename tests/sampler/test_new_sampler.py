@@ -283,6 +283,30 @@ def make_nothing(config, tokenizer):
     return Fixed([Drawn([5], [0.0], "length")])
 
 
+class Broken:
+    def __init__(self, when):
+        self.fail_if(when == "made")
+        self.when = when
+
+    def stream(self, params, prompts, requests, sampling, key):
+        self.fail_if(self.when == "asked")
+        return self.draw()
+
+    def draw(self):
+        yield 0, Drawn([5], [0.0], "length")
+        self.fail_if(True)
+
+    def fail_if(self, is_time):
+        if is_time:
+            raise OSError("no server")
+
+    release = close = draw
+
+
+def make_broken(config, tokenizer, when):
+    return Broken(when)
+
+
 def make_half(config, tokenizer):
     return object()
 
@@ -307,7 +331,7 @@ def test_what_a_source_gives_becomes_a_completion():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("tokens: [], logprobs: []", r"token_ids must be 1 to 3 tokens, what the request's limit allows, got 0"),
+        ("tokens: [], logprobs: []", r"token_ids must be 1 to 3 tokens \(request\.limit\), got 0"),
         ("tokens: [5, 6, 7, 8], logprobs: [0, 0, 0, 0]", r"must be 1 to 3 tokens.*got 4 for the request at place 0"),
         ("tokens: [0.5], logprobs: [0]", r"token_ids must be a sequence of token ids, got \[0\.5\]"),
         ("tokens: [5, -1], logprobs: [0, 0]", r"token ids must be in \[0, \d+\), the model's vocabulary, got -1"),
@@ -320,6 +344,7 @@ def test_what_a_source_gives_becomes_a_completion():
         ("tokens: [5], logprobs: [low]", r"logprobs must be finite and <= 0, or None .*, got 'low'"),
         ("tokens: [5], logprobs: [true]", r"logprobs must be finite and <= 0, or None .*, got True"),
         ("tokens: [5], logprobs: [0], finish_reason: done", r"must be one of \['eos', 'stop', 'length'\], got 'done'"),
+        ("tokens: [5], logprobs: [0], finish_reason: stop", r"'eos' or 'length' without sampling\.stop_strings, got"),
         ("tokens: [5], logprobs: [0], finish_reason: eos", r"EOS token .* must come last, and that where .* \[5\] at"),
         ("tokens: [5, 2], logprobs: [0, 0]", r"an EOS token .* got \[5, 2\] at the end, with 'length'"),
         ("tokens: [2, 5], logprobs: [0, 0]", r"an EOS token .* got \[2, 5\] at the end, with 'length'"),
@@ -340,6 +365,13 @@ def test_a_completion_that_breaks_the_contract_is_refused(arguments, message):
         ("make_half", None, r"must return an object with the methods stream, release and close, got a object without"),
         ("make_nothing", "{speed: 1}", r"must take \(config, tokenizer\) and the arguments .* got \['speed'\]"),
         ("make_nobody", None, r"has no attribute 'make_nobody'"),
+        (
+            "make_broken",
+            "{when: made}",
+            r"must not raise, got OSError: no server \(.*test_new_sampler.py:\d+\).* nothing",
+        ),
+        ("make_broken", "{when: asked}", r": stream must not raise, got OSError: no server .* newest checkpoint"),
+        ("make_broken", "{when: drawing}", r": stream must not raise, got OSError: no server .* newest checkpoint"),
     ],
 )
 def test_a_source_that_is_none_is_refused(name, arguments, message):
