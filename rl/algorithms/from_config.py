@@ -3,7 +3,7 @@
 Out: the settings of the loss; a file's function, tried on a tiny problem before a run starts; and the file's hash,
 which is part of the run's identity. docs/algorithms.md has the contracts with an example each:
 
-- loss: `function(rows, config, **grpo.loss_args) -> (term, metrics)`, like the policy terms of
+- loss: `function(sequences, config, **grpo.loss_args) -> (term, metrics)`, like the policy terms of
   `rl.algorithms.loss_types`: `Rows` and `LossConfig` in, the term [B, T] or [B, 1] out, and metrics {name: [B, T] or
   [B, 1]}. No sequence may depend on another. The sum over the tokens is divided by the number of trained tokens of the
   rollout batch.
@@ -108,8 +108,8 @@ def check_loss(config: LossConfig) -> None:
         )
     if not jnp.any(gradient_BT):
         raise ValueError(
-            f"{name} must have a gradient by rows.logprobs_BT (rows.log_ratio_BT and rows.ratio_BX carry it too), got "
-            "0 everywhere; is all of it inside stop_gradient?"
+            f"{name} must have a gradient by sequences.logprobs_BT (sequences.log_ratio_BT and sequences.ratio_BX "
+            "carry it too), got 0 everywhere; is all of it inside stop_gradient?"
         )
     pieces = loss(slice(0, 1)) + loss(slice(1, 4))
     if not jnp.allclose(pieces, whole, rtol=1e-4, atol=1e-5):
@@ -170,14 +170,14 @@ def _check_keys(config: Config) -> None:
         raise ValueError(
             f"grpo.loss_type: must be one of {list(LOSS_TYPES)} or path/to/file.py:function, got {shown(name)}"
         )
-    row = LOSS_TYPES[name]
-    if row.epsilon_high_is_cap and grpo.epsilon_high is None:
+    entry = LOSS_TYPES[name]
+    if entry.epsilon_high_is_cap and grpo.epsilon_high is None:
         raise ValueError(
             f"grpo.epsilon_high must be set with loss_type {name}, where it is the cap of the ratio itself and not a "
             "distance from 1, got null; for example grpo.epsilon_high=5.0"
         )
-    if row.is_of_sequences and grpo.kl_in_reward:
-        refused = ", ".join(sorted(other for other, row in LOSS_TYPES.items() if row.is_of_sequences))
+    if entry.is_of_sequences and grpo.kl_in_reward:
+        refused = ", ".join(sorted(other for other, entry in LOSS_TYPES.items() if entry.is_of_sequences))
         raise ValueError(
             f"grpo.loss_type must be none of {refused} with grpo.kl_in_reward, for they are of whole completions, got "
             f"{name!r}; take dapo, or set grpo.kl_in_reward to false"

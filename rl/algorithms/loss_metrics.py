@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rl.algorithms.loss_types import (
     LossConfig,
     LossInputs,
-    Rows,
+    Sequences,
     beyond_bounds,
     loss_type_of,
     raw_sampler_ratio,
@@ -36,10 +36,14 @@ class MetricSums(NamedTuple):
 
 
 def metric_sums(
-    rows: Rows, means: dict[str, jax.Array], entropy_BT: jax.Array | None, inputs: LossInputs, config: LossConfig
+    sequences: Sequences,
+    means: dict[str, jax.Array],
+    entropy_BT: jax.Array | None,
+    inputs: LossInputs,
+    config: LossConfig,
 ) -> MetricSums:
     """Sums of every metric of a piece. `means` holds arrays that belong to tokens [B, T] or to sequences [B, 1]."""
-    dtype, mask_BT = rows.logprobs_BT.dtype, rows.mask_BT
+    dtype, mask_BT = sequences.logprobs_BT.dtype, sequences.mask_BT
     real_B1 = inputs.sequence_mask_B.astype(bool)[:, None]
     by_sequence = config.importance_sampling_level == "sequence"
     ratio_where = real_B1 if by_sequence else mask_BT
@@ -58,8 +62,8 @@ def metric_sums(
 
     if entropy_BT is not None:
         add_mean("entropy", entropy_BT, mask_BT)
-    add_mean("ratio_mean", rows.ratio_BX, ratio_where)
-    add_max("ratio_max", rows.ratio_BX, ratio_where)
+    add_mean("ratio_mean", sequences.ratio_BX, ratio_where)
+    add_max("ratio_max", sequences.ratio_BX, ratio_where)
     for name, values_BX in means.items():
         if config.custom_term is not None and name not in belongs_to:
             where_BX = mask_BT if values_BX.shape == mask_BT.shape else real_B1
@@ -69,7 +73,7 @@ def metric_sums(
     if "clip_ratio_low_mean" in means:
         # The extremes are over the means of the sequences. A sequence without tokens has a mean only at sequence level.
         row_where_B1 = real_B1 if by_sequence else jnp.any(mask_BT, axis=1, keepdims=True)
-        width_B1 = jnp.ones_like(rows.lengths_B1) if by_sequence else rows.lengths_B1
+        width_B1 = jnp.ones_like(sequences.lengths_B1) if by_sequence else sequences.lengths_B1
 
         def row_means(name: str) -> jax.Array:
             return jnp.sum(jnp.where(ratio_where, means[name], 0), axis=1, keepdims=True, dtype=dtype) / width_B1
@@ -77,16 +81,18 @@ def metric_sums(
         add_min("clip_ratio_low_min", row_means("clip_ratio_low_mean"), row_where_B1)
         add_max("clip_ratio_high_max", row_means("clip_ratio_high_mean"), row_where_B1)
     if inputs.sampler_logprobs_BT is not None:
-        difference_BT, scored_BT = sampler_difference(rows.old_BT, inputs.sampler_logprobs_BT.astype(dtype), mask_BT)
+        difference_BT, scored_BT = sampler_difference(
+            sequences.old_BT, inputs.sampler_logprobs_BT.astype(dtype), mask_BT
+        )
         add_mean("sampler_logprob_difference_mean", jnp.abs(difference_BT), scored_BT)
         add_max("sampler_logprob_difference_max", jnp.abs(difference_BT), scored_BT)
-    if rows.sampler_ratio_BX is not None:
+    if sequences.sampler_ratio_BX is not None:
         assert inputs.sampler_logprobs_BT is not None
         sampler_where = real_B1 if config.sampler_is_mode.startswith("sequence") else mask_BT
-        add_min("sampler_ratio_min", rows.sampler_ratio_BX, sampler_where)
-        add_mean("sampler_ratio_mean", rows.sampler_ratio_BX, sampler_where)
-        add_max("sampler_ratio_max", rows.sampler_ratio_BX, sampler_where)
-        raw_BX = raw_sampler_ratio(rows.old_BT, inputs.sampler_logprobs_BT.astype(dtype), mask_BT, config)
+        add_min("sampler_ratio_min", sequences.sampler_ratio_BX, sampler_where)
+        add_mean("sampler_ratio_mean", sequences.sampler_ratio_BX, sampler_where)
+        add_max("sampler_ratio_max", sequences.sampler_ratio_BX, sampler_where)
+        raw_BX = raw_sampler_ratio(sequences.old_BT, inputs.sampler_logprobs_BT.astype(dtype), mask_BT, config)
         is_below_BX, is_above_BX = beyond_bounds(raw_BX, config)
         add_mean("sampler_ratio_raw_mean", raw_BX, sampler_where)
         add_mean("sampler_ratio_cut_share", is_below_BX | is_above_BX, mask_BT)
@@ -129,7 +135,7 @@ def finish_metrics(sums: MetricSums) -> dict[str, jax.Array]:
     - kl: the estimate in use, times the policy ratio if use_bias_correction_kl;
     - entropy, selected_entropy: nats per token, over all tokens and over those of the entropy quantile;
     - ratio_mean, ratio_max: of policy to old probabilities;
-    - clip_ratio_{low,high,region}_mean: share where the clip holds the gradient back; low_min, high_max: of rows;
+    - clip_ratio_{low,high,region}_mean: share where the clip holds the gradient back; low_min, high_max: of sequences;
     - cispo_clip_ratio, vespo_phi_mean, off_policy_kept: of the option they are named after;
     - dppo_masked, gmpo_clip_ratio: share of tokens outside the trust region, or clipped;
     - what a user's loss calls its metrics;

@@ -1,9 +1,9 @@
 """How losses differ from one another: settings, policy term, and the divisor of the sum over the term.
 
-In: the tokens of a piece as `Rows`, and a `LossConfig`. Out: terms [B, T] or [B, 1] that `rl.algorithms.losses` masks,
-modifies and sums. A new loss_type is one function and one entry of `LOSS_TYPES`: other modules ask this table alone for
-its name, its arguments and what its metrics belong to. `rl.algorithms.losses` lists the papers. Its golden case goes to
-tests/algorithms/test_losses.py.
+In: the tokens of a piece as `Sequences`, and a `LossConfig`. Out: terms [B, T] or [B, 1] that `rl.algorithms.losses`
+masks, modifies and sums. A new loss_type is one function and one entry of `LOSS_TYPES`: other modules ask this table
+alone for its name, its arguments and what its metrics belong to. `rl.algorithms.losses` lists the papers. Its golden
+case goes to tests/algorithms/test_losses.py.
 
 Shapes: B sequences, T token positions; _B1 means one value for each sequence, _BX means [B, T] or [B, 1].
 """
@@ -34,7 +34,7 @@ class LossConfig:
 
     loss_type: str  # a key of LOSS_TYPES, or the `path/to/file.py:function` of custom_term
     custom_term: Callable | None  # the policy term of a user's file; None: the term of loss_type
-    # Keyword arguments of the policy term as (name, value); a missing one keeps its default.
+    # Keyword arguments of the policy term as (name, value); one with a default may be missing.
     loss_args: tuple[tuple[str, float | str | bool | None], ...]
     importance_sampling_level: str  # "token" or "sequence": one policy ratio for each of these
     beta: float  # weight of the KL term; 0 leaves it out
@@ -107,7 +107,7 @@ class Denominators(NamedTuple):
     entropy_coef: jax.Array  # the coefficient in force during this update
 
 
-class Rows(NamedTuple):
+class Sequences(NamedTuple):
     """Inputs of one piece in one dtype. Values where the mask is 0 are replaced by harmless ones."""
 
     logprobs_BT: jax.Array  # carries the gradient
@@ -170,7 +170,9 @@ def validate_loss_config(config: LossConfig) -> None:
 
 
 def _validate_args(config: LossConfig) -> None:
-    """`loss_args` must be arguments of the policy term after `rows` and `config`. A term with **kwargs takes any."""
+    """`loss_args` must be arguments of the policy term after `sequences` and `config`. A term with **kwargs takes
+    any.
+    """
     parameters = list(inspect.signature(_term_of(config)).parameters.values())
     kinds = [parameter.kind for parameter in parameters]
     named = [p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -278,19 +280,19 @@ def lengths(mask_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.maximum(jnp.sum(mask_BT, axis=1, keepdims=True, dtype=jnp.int32), 1).astype(dtype)
 
 
-# ---- Policy terms: (rows, config) -> (term [B, T] or [B, 1], metrics of the same shapes) ----
+# ---- Policy terms: (sequences, config) -> (term [B, T] or [B, 1], metrics of the same shapes) ----
 
 
-def _clipped_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _clipped_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     low, high = 1 - config.epsilon, 1 + config.upper_epsilon
-    ratio = rows.ratio_BX
+    ratio = sequences.ratio_BX
     # Conditions, because at a tie minimum and clip would give half of the gradient to a constant.
     clipped = jnp.where(ratio < low, low, jnp.where(ratio > high, high, ratio))
     capped = ratio if config.delta is None else jnp.where(ratio > config.delta, config.delta, ratio)
-    unclipped_gain, clipped_gain = capped * rows.advantages_BX, clipped * rows.advantages_BX
+    unclipped_gain, clipped_gain = capped * sequences.advantages_BX, clipped * sequences.advantages_BX
     term = -jnp.where(clipped_gain < unclipped_gain, clipped_gain, unclipped_gain)
-    is_low = (capped < low) & (rows.advantages_BX < 0)
-    is_high = (capped > high) & (rows.advantages_BX > 0)
+    is_low = (capped < low) & (sequences.advantages_BX < 0)
+    is_high = (capped > high) & (sequences.advantages_BX > 0)
     return term, {
         "clip_ratio_low_mean": is_low,
         "clip_ratio_high_mean": is_high,
@@ -298,77 +300,81 @@ def _clipped_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, 
     }
 
 
-def _cispo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _cispo_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     # The weight is a constant by definition: every token keeps the REINFORCE gradient, at a capped strength.
-    weight = stop_gradient(jnp.minimum(rows.ratio_BX, config.upper_epsilon))
-    is_capped = (rows.ratio_BX > config.upper_epsilon) & (rows.advantages_BX > 0)
-    return -weight * rows.advantages_BX * rows.logprobs_BT, {"cispo_clip_ratio": is_capped}
+    weight = stop_gradient(jnp.minimum(sequences.ratio_BX, config.upper_epsilon))
+    is_capped = (sequences.ratio_BX > config.upper_epsilon) & (sequences.advantages_BX > 0)
+    return -weight * sequences.advantages_BX * sequences.logprobs_BT, {"cispo_clip_ratio": is_capped}
 
 
-def _sapo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    temperature = jnp.where(rows.advantages_BX > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
-    temperature = temperature.astype(rows.logprobs_BT.dtype)
-    gate = jax.nn.sigmoid(temperature * (rows.ratio_BX - 1)) * 4 / temperature
-    return -gate * rows.advantages_BX, {}
+def _sapo_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    temperature = jnp.where(sequences.advantages_BX > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+    temperature = temperature.astype(sequences.logprobs_BT.dtype)
+    gate = jax.nn.sigmoid(temperature * (sequences.ratio_BX - 1)) * 4 / temperature
+    return -gate * sequences.advantages_BX, {}
 
 
-def _vespo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    dtype = rows.logprobs_BT.dtype
-    log_weight_BT = jnp.clip(rows.log_ratio_BT, -VESPO_LOG_CEILING, VESPO_LOG_CEILING)
-    if rows.sampler_ratio_BX is not None:
-        log_weight_BT += jnp.clip(jnp.log(rows.sampler_ratio_BX), VESPO_LOG_FLOOR, VESPO_LOG_CEILING)
-    log_weight_B1 = jnp.sum(jnp.where(rows.mask_BT, log_weight_BT, 0), axis=1, keepdims=True)
+def _vespo_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    dtype = sequences.logprobs_BT.dtype
+    log_weight_BT = jnp.clip(sequences.log_ratio_BT, -VESPO_LOG_CEILING, VESPO_LOG_CEILING)
+    if sequences.sampler_ratio_BX is not None:
+        log_weight_BT += jnp.clip(jnp.log(sequences.sampler_ratio_BX), VESPO_LOG_FLOOR, VESPO_LOG_CEILING)
+    log_weight_B1 = jnp.sum(jnp.where(sequences.mask_BT, log_weight_BT, 0), axis=1, keepdims=True)
     log_weight_B1 = jnp.clip(log_weight_B1, VESPO_LOG_FLOOR, VESPO_LOG_CEILING)
-    is_positive = rows.advantages_BX >= 0
+    is_positive = sequences.advantages_BX >= 0
     exponent = jnp.where(is_positive, config.vespo_k_pos, config.vespo_k_neg).astype(dtype)
     decay = jnp.where(is_positive, config.vespo_lambda_pos, config.vespo_lambda_neg).astype(dtype)
     decay = jnp.maximum(decay, VESPO_MIN_LAMBDA)
     phi_B1 = jnp.exp(decay + exponent * log_weight_B1 - decay * jnp.exp(log_weight_B1))
     # A constant by definition (as in cispo): it weights the REINFORCE gradient of the whole sequence.
     phi_B1 = stop_gradient(jnp.where(jnp.isfinite(phi_B1), phi_B1, 0))
-    return -phi_B1 * rows.advantages_BX * rows.logprobs_BT, {"vespo_phi_mean": phi_B1}
+    return -phi_B1 * sequences.advantages_BX * sequences.logprobs_BT, {"vespo_phi_mean": phi_B1}
 
 
-def _dppo_tv_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _dppo_tv_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Masks by |p - mu|, the total variation between the Bernoulli distributions "this token or another"."""
-    return _dppo_term(rows, config, jnp.abs(jnp.exp(rows.logprobs_BT) - jnp.exp(rows.drawn_BT)))
+    return _dppo_term(sequences, config, jnp.abs(jnp.exp(sequences.logprobs_BT) - jnp.exp(sequences.drawn_BT)))
 
 
-def _dppo_kl_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _dppo_kl_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Masks by KL(mu || p) between the Bernoulli distributions "this token or another"."""
 
     def log_rest(logprobs_BT: jax.Array) -> jax.Array:
         return jnp.log(jnp.maximum(-jnp.expm1(logprobs_BT), DPPO_MIN_REST))
 
-    log_p_BT, log_mu_BT = jnp.minimum(rows.logprobs_BT, 0), jnp.minimum(rows.drawn_BT, 0)
+    log_p_BT, log_mu_BT = jnp.minimum(sequences.logprobs_BT, 0), jnp.minimum(sequences.drawn_BT, 0)
     mu_BT = jnp.exp(log_mu_BT)
     divergence_BT = mu_BT * (log_mu_BT - log_p_BT) + (1 - mu_BT) * (log_rest(log_mu_BT) - log_rest(log_p_BT))
-    return _dppo_term(rows, config, divergence_BT)
+    return _dppo_term(sequences, config, divergence_BT)
 
 
-def _dppo_term(rows: Rows, config: LossConfig, divergence_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _dppo_term(
+    sequences: Sequences, config: LossConfig, divergence_BT: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """REINFORCE, weighted by the ratio to the sampler's probability mu, without tokens that leave the trust region.
 
     A token leaves it when it is further from mu than allowed and the gradient would move it further away.
     """
-    is_positive = rows.advantages_BX > 0
-    away_BT = jnp.where(is_positive, rows.logprobs_BT > rows.drawn_BT, rows.logprobs_BT < rows.drawn_BT)
+    is_positive = sequences.advantages_BX > 0
+    away_BT = jnp.where(
+        is_positive, sequences.logprobs_BT > sequences.drawn_BT, sequences.logprobs_BT < sequences.drawn_BT
+    )
     masked_BT = away_BT & (divergence_BT > jnp.where(is_positive, config.upper_epsilon, config.epsilon))
-    weight_BT = saturating_exp(rows.logprobs_BT - rows.drawn_BT)
+    weight_BT = saturating_exp(sequences.logprobs_BT - sequences.drawn_BT)
     if config.delta is not None:
         weight_BT = jnp.minimum(weight_BT, config.delta)
     # weight * gradient of log p is the gradient of the ratio. A capped ratio itself would have no gradient.
     weight_BT = stop_gradient(jnp.where(masked_BT, 0, weight_BT))
-    return -weight_BT * rows.advantages_BX * rows.logprobs_BT, {"dppo_masked": masked_BT}
+    return -weight_BT * sequences.advantages_BX * sequences.logprobs_BT, {"dppo_masked": masked_BT}
 
 
-def _gmpo_term(rows: Rows, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _gmpo_term(sequences: Sequences, config: LossConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The geometric mean of the token ratios. Each is clipped in log space on the side to which its advantage pulls."""
-    is_low = (rows.advantages_BX < 0) & (rows.log_ratio_BT < -config.epsilon)
-    is_high = (rows.advantages_BX > 0) & (rows.log_ratio_BT > config.upper_epsilon)
-    clipped_BT = jnp.where(is_low, -config.epsilon, jnp.where(is_high, config.upper_epsilon, rows.log_ratio_BT))
-    ratio_B1 = importance_ratio(clipped_BT, rows.mask_BT, "sequence")
-    return -ratio_B1 * rows.advantages_BX, {"gmpo_clip_ratio": is_low | is_high}
+    is_low = (sequences.advantages_BX < 0) & (sequences.log_ratio_BT < -config.epsilon)
+    is_high = (sequences.advantages_BX > 0) & (sequences.log_ratio_BT > config.upper_epsilon)
+    clipped_BT = jnp.where(is_low, -config.epsilon, jnp.where(is_high, config.upper_epsilon, sequences.log_ratio_BT))
+    ratio_B1 = importance_ratio(clipped_BT, sequences.mask_BT, "sequence")
+    return -ratio_B1 * sequences.advantages_BX, {"gmpo_clip_ratio": is_low | is_high}
 
 
 # ---- Normalisers: the divisor of the sum over the minibatch, before gradient accumulation ----
@@ -389,10 +395,11 @@ def _num_token_slots(denominators: Denominators, config: LossConfig) -> jax.Arra
 class LossType(NamedTuple):
     """How one loss_type differs from the others.
 
-    `grpo.loss_args` sets the keyword arguments of `policy_term` after rows and config, which have defaults.
+    `grpo.loss_args` sets the keyword arguments of `policy_term` after sequences and config. Those without a
+    default must be set.
     """
 
-    policy_term: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (rows, config, *, arguments of its own)
+    policy_term: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]  # (sequences, config, *, arguments of its own)
     normalizer: Callable[[Denominators, LossConfig], jax.Array] | None  # None: share of num_items_in_batch
     averages_within_sequence: bool  # whether each sequence is first divided by its own length
     sampler_is_modes: tuple[str, ...] = SAMPLER_IS_MODES  # the modes that the term allows
@@ -458,9 +465,9 @@ def loss_type_of(config: LossConfig) -> LossType:
     other than 0 without an advantage.
     """
     is_custom = config.custom_term is not None
-    row = LOSS_TYPES["dapo"]._replace(needs_advantage=False) if is_custom else LOSS_TYPES[config.loss_type]
+    entry = LOSS_TYPES["dapo"]._replace(needs_advantage=False) if is_custom else LOSS_TYPES[config.loss_type]
     term = _term_of(config)
-    return row._replace(policy_term=functools.partial(term, **dict(config.loss_args)) if config.loss_args else term)
+    return entry._replace(policy_term=functools.partial(term, **dict(config.loss_args)) if config.loss_args else term)
 
 
 def _term_of(config: LossConfig) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:

@@ -37,7 +37,7 @@ from rl.algorithms.loss_types import (
     Denominators,
     LossConfig,
     LossInputs,
-    Rows,
+    Sequences,
     importance_ratio,
     lengths,
     loss_type_of,
@@ -137,7 +137,7 @@ def denominators_for(
     )
 
 
-def prepare(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConfig) -> Rows:
+def prepare(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConfig) -> Sequences:
     """The inputs of a policy term for one piece."""
     dtype = jnp.promote_types(policy_logprobs_BT.dtype, jnp.float32)
     real_B1 = inputs.sequence_mask_B.astype(bool)[:, None]
@@ -158,7 +158,7 @@ def prepare(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConfi
     advantages_BX, where_BX = inputs.advantages_B[:, None], real_B1
     if inputs.advantages_BT is not None:
         advantages_BX, where_BX = inputs.advantages_BT, mask_BT
-    return Rows(
+    return Sequences(
         logprobs_BT=logprobs_BT,
         old_BT=old_BT,
         drawn_BT=drawn_BT,
@@ -171,12 +171,12 @@ def prepare(policy_logprobs_BT: jax.Array, inputs: LossInputs, config: LossConfi
     )
 
 
-def _kept_on_policy(rows: Rows, sampler_logprobs_BT: jax.Array | None, threshold: float) -> jax.Array:
+def _kept_on_policy(sequences: Sequences, sampler_logprobs_BT: jax.Array | None, threshold: float) -> jax.Array:
     """[B, 1] bool: sequences with A >= 0, or whose mean log-prob fell by at most `threshold` nats since the draw."""
-    drawn_BT = rows.old_BT if sampler_logprobs_BT is None else sampler_logprobs_BT
-    fall_BT, _ = sampler_difference(rows.logprobs_BT, drawn_BT, rows.mask_BT)
-    fall_B1 = -jnp.sum(fall_BT, axis=1, keepdims=True) / rows.lengths_B1
-    return (rows.advantages_BX >= 0) | (fall_B1 <= threshold)
+    drawn_BT = sequences.old_BT if sampler_logprobs_BT is None else sampler_logprobs_BT
+    fall_BT, _ = sampler_difference(sequences.logprobs_BT, drawn_BT, sequences.mask_BT)
+    fall_B1 = -jnp.sum(fall_BT, axis=1, keepdims=True) / sequences.lengths_B1
+    return (sequences.advantages_BX >= 0) | (fall_B1 <= threshold)
 
 
 def grpo_loss(
@@ -203,8 +203,8 @@ def grpo_loss(
     Raises:
         ValueError: the config needs the entropy or the reference log-probs and they are None.
     """
-    rows = prepare(policy_logprobs_BT, inputs, config)
-    dtype, mask_BT = rows.logprobs_BT.dtype, rows.mask_BT
+    sequences = prepare(policy_logprobs_BT, inputs, config)
+    dtype, mask_BT = sequences.logprobs_BT.dtype, sequences.mask_BT
     loss_type = loss_type_of(config)
     if entropy_BT is not None:
         entropy_BT = jnp.where(mask_BT, entropy_BT, 0).astype(dtype)
@@ -213,27 +213,27 @@ def grpo_loss(
             "the entropy of each token is needed for the entropy bonus, got None; or set entropy_coef to 0"
         )
 
-    term, means = loss_type.policy_term(rows, config)
+    term, means = loss_type.policy_term(sequences, config)
     if config.off_policy_mask_threshold is not None:
-        kept_B1 = _kept_on_policy(rows, inputs.sampler_logprobs_BT, config.off_policy_mask_threshold)
+        kept_B1 = _kept_on_policy(sequences, inputs.sampler_logprobs_BT, config.off_policy_mask_threshold)
         term = term * kept_B1
         means["off_policy_kept"] = kept_B1
     selected_BT = _selected(entropy_BT, mask_BT, denominators.entropy_threshold, config)
     if config.selects_by_entropy:
         term = term * selected_BT
-    if rows.sampler_ratio_BX is not None and not loss_type.builds_in_sampler_ratio:
-        term = term * rows.sampler_ratio_BX
+    if sequences.sampler_ratio_BX is not None and not loss_type.builds_in_sampler_ratio:
+        term = term * sequences.sampler_ratio_BX
     if config.beta != 0:
-        means["kl"] = _kl_term(rows, inputs.reference_logprobs_BT, config)
+        means["kl"] = _kl_term(sequences, inputs.reference_logprobs_BT, config)
         term = term + config.beta * means["kl"]
 
     term_BT = jnp.where(mask_BT, term, 0)
     if loss_type.averages_within_sequence:
-        term_BT = term_BT / rows.lengths_B1
+        term_BT = term_BT / sequences.lengths_B1
     normalizer, accumulation = normalizers(denominators, config, dtype)
     policy_loss = jnp.sum(term_BT) / normalizer
     loss = policy_loss / accumulation
-    sums = metric_sums(rows, means, entropy_BT, inputs, config)
+    sums = metric_sums(sequences, means, entropy_BT, inputs, config)
     sums.totals["policy_loss"] = policy_loss
     if config.has_entropy_bonus:
         assert entropy_BT is not None
@@ -243,8 +243,8 @@ def grpo_loss(
         sums.numerators["selected_entropy"] = selected_entropy
         sums.weights["selected_entropy"] = jnp.sum(selected_BT, dtype=dtype)
     if config.positive_nll_coef:
-        positive_BT = mask_BT & (rows.advantages_BX > 0)
-        nll = -jnp.sum(jnp.where(positive_BT, rows.logprobs_BT, 0))
+        positive_BT = mask_BT & (sequences.advantages_BX > 0)
+        nll = -jnp.sum(jnp.where(positive_BT, sequences.logprobs_BT, 0))
         mean_nll = nll / jnp.maximum(denominators.num_positive_tokens, 1).astype(dtype)
         loss += config.positive_nll_coef * mean_nll / denominators.gradient_accumulation_steps.astype(dtype)
         sums.numerators["positive_nll"] = nll
@@ -252,10 +252,10 @@ def grpo_loss(
     return loss, stop_gradient(sums)  # metrics must not train anything
 
 
-def _kl_term(rows: Rows, reference_logprobs_BT: jax.Array | None, config: LossConfig) -> jax.Array:
+def _kl_term(sequences: Sequences, reference_logprobs_BT: jax.Array | None, config: LossConfig) -> jax.Array:
     if reference_logprobs_BT is None:
         raise ValueError(f"reference log-probs are needed for beta = {config.beta}, got None; or set beta to 0")
-    reference_BT = jnp.where(rows.mask_BT, reference_logprobs_BT, 0).astype(rows.logprobs_BT.dtype)
+    reference_BT = jnp.where(sequences.mask_BT, reference_logprobs_BT, 0).astype(sequences.logprobs_BT.dtype)
     reference_BT = stop_gradient(reference_BT)  # no gradient reaches the reference
-    kl_BT = KL_ESTIMATORS[config.kl_estimator](reference_BT - rows.logprobs_BT)
-    return kl_BT * rows.ratio_BX if config.use_bias_correction_kl else kl_BT
+    kl_BT = KL_ESTIMATORS[config.kl_estimator](reference_BT - sequences.logprobs_BT)
+    return kl_BT * sequences.ratio_BX if config.use_bias_correction_kl else kl_BT

@@ -212,7 +212,7 @@ class ModelConfig:
         """
         _check_choice("family", family, tuple(FAMILIES))
         _check_size("num_layers", num_layers)
-        row = FAMILIES[family]
+        features = FAMILIES[family]
         if head_dim is None:
             _check_positive("num_heads", num_heads)
             if hidden_size % num_heads:
@@ -222,7 +222,7 @@ class ModelConfig:
                 )
             head_dim = hidden_size // num_heads
         if layer_types is None:
-            pattern = None if sliding_window is None else row.window_pattern
+            pattern = None if sliding_window is None else features.window_pattern
             layer_types = alternating_layer_types(num_layers, 1 if pattern is None else pattern)
         return cls(
             family=family,
@@ -236,11 +236,11 @@ class ModelConfig:
             max_position_embeddings=max_position_embeddings,
             norm_eps=norm_eps,
             tie_word_embeddings=tie_word_embeddings,
-            rope_theta=row.rope_theta if rope_theta is None else rope_theta,
+            rope_theta=features.rope_theta if rope_theta is None else rope_theta,
             rope_scaling=rope_scaling,
             rope_local_theta=rope_local_theta,
-            activation=row.activation if activation is None else activation,
-            attention_bias=row.always_attention_bias if attention_bias is None else attention_bias,
+            activation=features.activation if activation is None else activation,
+            attention_bias=features.always_attention_bias if attention_bias is None else attention_bias,
             mlp_bias=mlp_bias,
             sliding_window=sliding_window,
             layer_types=tuple(layer_types),
@@ -523,10 +523,10 @@ def _check(config: ModelConfig) -> None:
         )
     if config.head_dim % 2:
         raise ValueError(f"head_dim must be even for rotary embeddings, got {config.head_dim}")
-    row = config.features
+    features = config.features
     if config.rotary_dim % 2:
         raise ValueError(
-            f"head_dim must let {config.family} rotate an even number of dims, {row.rotary_share} of them, got "
+            f"head_dim must let {config.family} rotate an even number of dims, {features.rotary_share} of them, got "
             f"{config.head_dim}"
         )
     if len(config.layer_types) != config.num_layers:
@@ -536,22 +536,22 @@ def _check(config: ModelConfig) -> None:
     for layer_type in config.layer_types:
         _check_choice("layer_types entry", layer_type, (FULL_ATTENTION, SLIDING_ATTENTION))
     if SLIDING_ATTENTION in config.layer_types:
-        if row.window_pattern is None:
+        if features.window_pattern is None:
             raise ValueError(
                 f"sliding_attention layers are supported for {families_with('window_pattern')} only, got family "
                 f"{config.family}"
             )
         if config.sliding_window is None or config.sliding_window < 1:
             raise ValueError(f"sliding_window must be >= 1 with sliding_attention layers, got {config.sliding_window}")
-    if row.always_attention_bias and not config.attention_bias:
+    if features.always_attention_bias and not config.attention_bias:
         raise ValueError(
             f"attention_bias must be true for {config.family}, whose q, k and v always have a bias, got false"
         )
-    if config.mlp_bias and not row.may_have_mlp_bias:
+    if config.mlp_bias and not features.may_have_mlp_bias:
         raise ValueError(
             f"mlp_bias must be false for {config.family}, got true; only {families_with('may_have_mlp_bias')} has it"
         )
-    if not row.has_query_scale and config.query_pre_attn_scalar != config.head_dim:
+    if not features.has_query_scale and config.query_pre_attn_scalar != config.head_dim:
         raise ValueError(
             f"query_pre_attn_scalar must equal head_dim ({config.head_dim}) for {config.family}, "
             f"got {config.query_pre_attn_scalar}; only {families_with('has_query_scale')} has it"

@@ -142,4 +142,4 @@ FAMILIES: dict[str, Family] = {
 
 def families_with(feature: str) -> str:
     """The names of the families with this feature, for messages; "no family" where there is none."""
-    return ", ".join(name for name, row in FAMILIES.items() if getattr(row, feature)) or "no family"
+    return ", ".join(name for name, features in FAMILIES.items() if getattr(features, feature)) or "no family"

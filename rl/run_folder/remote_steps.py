@@ -52,8 +52,10 @@ class Marker(NamedTuple):
 
 
 def local_source(path: str | os.PathLike, step: int | None = None, with_samples: bool = False) -> pathlib.Path:
-    """A local path to read from. A local path is returned unchanged. For the URL of a run it is a verified copy of the
-    run's files and one step, which is kept; for another URL it is `rl.files.stores.local_copy`.
+    """A local path from which to read what is at a path or URL.
+
+    A local path is returned unchanged. The files of a run at a URL, and those of one step, are copied, verified and
+    kept. Anything else at a URL is copied by `rl.files.stores.local_copy`.
 
     Args:
       step: the step of the run; None: the newest.

@@ -1,12 +1,12 @@
 """Packs the groups of a minibatch into rows of tokens, on the host.
 
 In: prompts, their completions, one advantage for each completion. Out: a `Batch` of numpy arrays in fixed shapes:
-micro-batches of rows without padding between sequences. A row stores a prompt once for all its completions: prompt,
+pieces of rows without padding between sequences. A row stores a prompt once for all its completions: prompt,
 completion 1, ..., completion G, next prompt, ... `rl.models.ops.visible` keeps completions apart. The positions of each
 completion go on from its prompt's. A group that is longer than a row is cut between completions, and its prompt is
 repeated. The cut never changes loss or gradient, because every denominator is that of the whole minibatch.
 
-Legend: M micro-batches, R rows, T token positions, N trained tokens of a row, C completions of a row, L tokens of a
+Legend: M pieces, R rows, T token positions, N trained tokens of a row, C completions of a row, L tokens of a
 completion, X words of `rl.models.drawn_from`.
 """
 
@@ -81,7 +81,7 @@ class PackingPlan:
       row_length: T.
       completions_per_row: C, upper bound.
       completion_length: L, upper bound.
-      shorter_lengths: lengths below T, in increasing order. A micro-batch whose rows hold no more is computed at such a
+      shorter_lengths: lengths below T, in increasing order. A piece whose rows hold no more is computed at such a
         length. One compiled program holds all lengths.
       kept_words: X, words of each completion token that say which ids could be drawn; 0: no batch has them.
     """
@@ -113,7 +113,7 @@ class Batch(NamedTuple):
       advantages_MRCL: one for each token, which the trainer adds with `grpo.kl_in_reward`; None otherwise.
       kept_words_MRNX: uint32, which ids could be drawn at completion token n; 0 on padding; None without such words.
       sequence_ids_MRC: int32, the index of the completion in the order of the given groups; -1 on padding.
-      num_microbatches: int32 [], micro-batches in use.
+      num_microbatches: int32 [], pieces in use.
     """
 
     tokens_MRT: Any
@@ -138,7 +138,7 @@ class Batch(NamedTuple):
 
     @property
     def inputs(self) -> Inputs:
-        """What the policy computes on; of a single micro-batch without its leading dim."""
+        """What the policy computes on; of a single piece without its leading dim."""
         return Inputs(self.tokens_MRT, self.positions_MRT, self.group_ids_MRT, self.branch_ids_MRT)
 
 
@@ -167,7 +167,7 @@ def plan_packing(
       packs_rows: False for a policy that cannot tell the sequences of a row apart. Each row then holds one prompt with
         one completion.
       skips_blocks: whether attention skips what nobody sees. Otherwise long rows cost more for each token.
-      cuts_rows: whether micro-batches of rows with gaps may be computed at a shorter length.
+      cuts_rows: whether pieces of rows with gaps may be computed at a shorter length.
 
     Raises:
       ValueError: the budget does not hold one longest sequence for each row shard.
@@ -266,7 +266,7 @@ def _fits(groups: Sequence[TrainGroup], row_length: int) -> bool:
 
 
 def _cost(rows: Sequence[Sequence[_Unit]], plan: PackingPlan) -> int:
-    """The computed positions of a row, summed over all micro-batches."""
+    """The computed positions of a row, summed over all pieces."""
     longest_rows = rows[:: plan.num_rows]  # in decreasing order of their tokens
     filled = [sum(unit.num_tokens for unit in row) for row in longest_rows]
     return sum(min(length for length in (*plan.shorter_lengths, plan.row_length) if n <= length) for n in filled)
@@ -274,7 +274,7 @@ def _cost(rows: Sequence[Sequence[_Unit]], plan: PackingPlan) -> int:
 
 def _rows(groups: Sequence[TrainGroup], plan: PackingPlan, row_length: int) -> list[list[_Unit]]:
     """The units of each row of at most `row_length` tokens. The fullest row comes first, so that rows with gaps share a
-    micro-batch.
+    piece.
 
     Groups are taken in decreasing order of their tokens, and each goes whole into the fullest row that can hold it. A
     group that is longer than a row is split. Its completions are taken in decreasing order of their tokens; each goes

@@ -3,12 +3,12 @@
 In: the minibatches of a step with one reward for each completion, and old and reference log-probs. Out: an advantage
 for each token. Eq. 8 to 10 of https://arxiv.org/abs/2501.03262: with the reward R of a completion of L tokens
 
-    A_t = R - beta * sum_{i = t}^{L} KL_i,        KL_i = log(old_i / reference_i) with the estimator k1,
+    A_t = R - beta * sum_{i = t}^{L} KL_i,        KL_i = log(old_i / reference_i) with the estimator k1
 
 Then the mean is subtracted, and the result divided by the standard deviation (ddof 1, 1e-4 added, as in
 `rl.algorithms.advantages`). Mean and deviation are over all trained tokens of the step.
 
-Legend: M micro-batches, R rows, C completions of a row, L tokens of a completion.
+Legend: M pieces, R rows, C completions of a row, L tokens of a completion.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class TokenRewards(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> "TokenRewards":
-        """From a batch of arrays, shapes or shardings."""
+        """The fields of a batch, whose leaves may be arrays, shapes or shardings."""
         return cls(*(getattr(batch, name) for name in cls._fields))
 
 

@@ -7,7 +7,7 @@ skipped: weights and optimizer state stay as they are, bit for bit. Each update 
 from the sampler's (`_difference`). `token_logprobs_program` runs the same rows without a gradient, for old and
 reference log-probs, or entropies.
 
-Legend: M micro-batches, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
+Legend: M pieces, R rows, T token positions, N completion tokens of a row, C completions of a row, L tokens of a
 completion, B = R * C sequences of a piece, D model.
 """
 
@@ -350,7 +350,7 @@ def _zeros(shapes: Any) -> Any:
 
 
 def _piece(batch: Batch, m: Any) -> Batch:
-    """Micro-batch m, without its leading dim."""
+    """Piece m, without its leading dim."""
     fields = batch._replace(num_microbatches=None)
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, 0, keepdims=False), fields)
 
@@ -358,10 +358,10 @@ def _piece(batch: Batch, m: Any) -> Batch:
 def _over_pieces(
     batch: Batch, shorter_lengths: Sequence[int], body: Callable[[Any, Batch, Any], Any], carry: Any
 ) -> Any:
-    """carry = body(m, micro-batch m, carry) for every micro-batch in use.
+    """carry = body(m, piece m, carry) for every piece in use.
 
-    There is a loop for each length. `pack` filled the rows of micro-batches in decreasing order, so the first
-    micro-batches are computed whole, the next ones with rows cut to the longest of the shorter lengths, and so on.
+    There is a loop for each length. `pack` filled the rows of pieces in decreasing order, so the first
+    pieces are computed whole, the next ones with rows cut to the longest of the shorter lengths, and so on.
     """
     num_completions = batch.mask_MRCL.shape[-2]
 

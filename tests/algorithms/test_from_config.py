@@ -30,9 +30,9 @@ mesh: {{num_devices: 1}}
 PPO = """
 import jax.numpy as jnp
 
-def term(rows, config):
-    clipped = jnp.clip(rows.ratio_BX, 1 - config.epsilon, 1 + config.upper_epsilon)
-    return -jnp.minimum(rows.ratio_BX * rows.advantages_BX, clipped * rows.advantages_BX), {}
+def term(sequences, config):
+    clipped = jnp.clip(sequences.ratio_BX, 1 - config.epsilon, 1 + config.upper_epsilon)
+    return -jnp.minimum(sequences.ratio_BX * sequences.advantages_BX, clipped * sequences.advantages_BX), {}
 """
 GRPO = """
 import numpy as np
@@ -104,19 +104,31 @@ def test_the_identity_of_a_run_has_the_files_that_it_names(tmp_path):
 
 
 BAD_LOSSES = {
-    "bare": ("return -rows.ratio_BX * rows.advantages_BX", r"must return \(term, metrics\), .* `return term, {}`"),
+    "bare": (
+        "return -sequences.ratio_BX * sequences.advantages_BX",
+        r"must return \(term, metrics\), .* `return term, {}`",
+    ),
     "wide": (
-        "return rows.logprobs_BT.T, {}",
+        "return sequences.logprobs_BT.T, {}",
         r"the term must have shape \[B, T\] or \[B, 1\], here \(4, 3\) or \(4, 1\)",
     ),
     "number": ("return 1.0, {}", r"the term must have shape .* got float"),
-    "metric": ("return rows.logprobs_BT, {'m': rows.advantages_BX[0]}", r"metric 'm' must have shape .* shape \(1,\)"),
-    "infinite": ("return rows.logprobs_BT / 0, {}", "must give a finite loss and gradient"),
-    "constant": ("return jax.lax.stop_gradient(rows.logprobs_BT), {}", "must have a gradient by rows.logprobs_BT"),
-    "mixed": ("return rows.logprobs_BT - rows.logprobs_BT.mean() ** 2, {}", "nothing in it may depend on other seq"),
+    "metric": (
+        "return sequences.logprobs_BT, {'m': sequences.advantages_BX[0]}",
+        r"metric 'm' must have shape .* shape \(1,\)",
+    ),
+    "infinite": ("return sequences.logprobs_BT / 0, {}", "must give a finite loss and gradient"),
+    "constant": (
+        "return jax.lax.stop_gradient(sequences.logprobs_BT), {}",
+        "must have a gradient by sequences.logprobs_BT",
+    ),
+    "mixed": (
+        "return sequences.logprobs_BT - sequences.logprobs_BT.mean() ** 2, {}",
+        "nothing in it may depend on other seq",
+    ),
     "raises": ("return rows.nothing, {}", "failed on a minibatch of 4 x 3 tokens: AttributeError: .*nothing"),
     "numpy": (
-        "import numpy; return numpy.asarray(rows.logprobs_BT) * 1.0, {}",
+        "import numpy; return numpy.asarray(sequences.logprobs_BT) * 1.0, {}",
         "failed on .* TracerArrayConversionError",
     ),
 }
@@ -152,8 +164,8 @@ def test_keys_that_the_table_of_losses_refuses(tmp_path, name):
 
 
 def test_a_loss_of_a_file_has_arguments(tmp_path):
-    body = "return -(rows.ratio_BX**power) * (rows.advantages_BX + shift), {}"
-    code = f"def term(rows, config, power, shift=0.0):\n    {body}\n"
+    body = "return -(sequences.ratio_BX**power) * (sequences.advantages_BX + shift), {}"
+    code = f"def term(sequences, config, power, shift=0.0):\n    {body}\n"
     name = f"grpo.loss_type={write(tmp_path, 'power.py', code)}:term"
     for override, message in (
         ("grpo.loss_args={}", r"loss_args must hold 'power', an argument of loss_type .*power\.py:term without a def"),
@@ -170,7 +182,7 @@ def test_a_loss_of_a_file_has_arguments(tmp_path):
 @pytest.mark.parametrize("name", BAD_LOSSES)
 def test_a_loss_that_cannot_work_is_refused_at_the_start(tmp_path, name):
     body, message = BAD_LOSSES[name]
-    path = write(tmp_path, f"bad_{name}.py", f"import jax\n\ndef term(rows, config):\n    {body}\n")
+    path = write(tmp_path, f"bad_{name}.py", f"import jax\n\ndef term(sequences, config):\n    {body}\n")
     config = loss_config(recipe(tmp_path, f"grpo.loss_type={path}:term"))
     with pytest.raises(ValueError, match=rf"grpo\.loss_type .*bad_{name}\.py:term.*{message}"):
         check_loss(config)

@@ -27,15 +27,15 @@ mesh: {{num_devices: 1}}
 """
 
 
-def tilted_term(rows, config, *, tilt, side="up"):
+def tilted_term(sequences, config, *, tilt, side="up"):
     """The gain of every completion with its advantage moved by `tilt`."""
-    moved_BX = rows.advantages_BX + (tilt if side == "up" else -tilt)
-    return -rows.ratio_BX * moved_BX, {"tilted_advantage": moved_BX, "tilted_gain": rows.ratio_BX * moved_BX}
+    moved_BX = sequences.advantages_BX + (tilt if side == "up" else -tilt)
+    return -sequences.ratio_BX * moved_BX, {"tilted_advantage": moved_BX, "tilted_gain": sequences.ratio_BX * moved_BX}
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    row = LossType(
+    entry = LossType(
         tilted_term,
         LOSS_TYPES["grpo"].normalizer,
         averages_within_sequence=True,
@@ -43,7 +43,7 @@ def recipe(tmp_path, monkeypatch):
         epsilon_high_is_cap=True,
         belongs_to={"tilted_advantage": "sequence"},
     )
-    monkeypatch.setitem(LOSS_TYPES, "tilted", row)
+    monkeypatch.setitem(LOSS_TYPES, "tilted", entry)
     (tmp_path / "recipe.yml").write_text(RECIPE)
 
     def read(*overrides):

@@ -1106,7 +1106,7 @@ def test_groups_without_advantage_are_not_computed_and_change_no_loss_and_no_upd
     ],
 )
 def test_groups_without_advantage_are_computed_where_the_loss_reads_them(overrides, leaves_out, tmp_path):
-    (tmp_path / "loss.py").write_text("def term(rows, config):\n    return -rows.logprobs_BT, {}\n")
+    (tmp_path / "loss.py").write_text("def term(sequences, config):\n    return -sequences.logprobs_BT, {}\n")
     config = load_config(None, [entry.replace("LOSS", f"{tmp_path / 'loss.py'}:term") for entry in overrides])
     assert leaves_groups_out(config) == leaves_out
 

@@ -159,13 +159,13 @@ def generation_json(config: ModelConfig) -> dict[str, Any]:
 def parse_config(raw: Mapping[str, Any], special_ids: SpecialIds) -> ModelConfig:
     """`read_config` on the contents of config.json and generation_config.json."""
     family = _family(Fields(raw))
-    row = FAMILIES[family]
-    values = {**_defaults(row), **{key: value for key, value in raw.items() if value is not None}}
+    features = FAMILIES[family]
+    values = {**_defaults(features), **{key: value for key, value in raw.items() if value is not None}}
     fields = Fields(values)
     _refuse_unsupported(raw, fields, family)
     num_heads, num_layers = _size(fields, "num_attention_heads"), _size(fields, "num_hidden_layers")
     hidden_size = _size(fields, "hidden_size")
-    own_heads = row.kv_heads_default and not fields.has("num_key_value_heads")
+    own_heads = features.kv_heads_default and not fields.has("num_key_value_heads")
     head_dim = _size(fields, "head_dim") if fields.has("head_dim") else hidden_size // num_heads
     rope_theta, rope_scaling, rope_local_theta = _rope(Fields(raw), fields, family)
     dtype = _dtype(Fields(raw))
@@ -184,13 +184,13 @@ def parse_config(raw: Mapping[str, Any], special_ids: SpecialIds) -> ModelConfig
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         rope_local_theta=rope_local_theta,
-        activation=ACTIVATION_NAMES[fields.choice(_activation_key(row), ACTIVATION_NAMES)],
+        activation=ACTIVATION_NAMES[fields.choice(_activation_key(features), ACTIVATION_NAMES)],
         attention_bias=fields.flag("attention_bias"),
         mlp_bias=fields.flag("mlp_bias"),
-        sliding_window=fields.whole("sliding_window", 1, LARGEST_ID) if row.window_pattern else None,
+        sliding_window=fields.whole("sliding_window", 1, LARGEST_ID) if features.window_pattern else None,
         layer_types=_layer_types(fields, family, num_layers),
         query_pre_attn_scalar=(
-            fields.number("query_pre_attn_scalar", 0, _LARGEST_NUMBER) if row.has_query_scale else float(head_dim)
+            fields.number("query_pre_attn_scalar", 0, _LARGEST_NUMBER) if features.has_query_scale else float(head_dim)
         ),
         initializer_range=fields.number("initializer_range", 0, _LARGEST_NUMBER),
         eos_token_ids=tuple(dict.fromkeys((*special_ids.eos, *fields.wholes("eos_token_id", 0, LARGEST_ID)))),
@@ -256,28 +256,28 @@ def _family(fields: Fields) -> str:
     return family
 
 
-def _activation_key(row: Family) -> str:
-    return "hidden_activation" if "hidden_activation" in row.config_keys else "hidden_act"
+def _activation_key(features: Family) -> str:
+    return "hidden_activation" if "hidden_activation" in features.config_keys else "hidden_act"
 
 
-def _defaults(row: Family) -> dict[str, Any]:
+def _defaults(features: Family) -> dict[str, Any]:
     """The values of keys that a config.json of the family leaves out."""
     return {
         **_COMMON_DEFAULTS,
-        "attention_bias": row.always_attention_bias,
-        "rope_theta": row.rope_theta,
-        "partial_rotary_factor": row.rotary_share,
-        _activation_key(row): ACTIVATION_HF_NAMES[row.activation],
-        **row.config_defaults,
+        "attention_bias": features.always_attention_bias,
+        "rope_theta": features.rope_theta,
+        "partial_rotary_factor": features.rotary_share,
+        _activation_key(features): ACTIVATION_HF_NAMES[features.activation],
+        **features.config_defaults,
     }
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], fields: Fields, family: str) -> None:
     """Refuses every key that is not read, not known to be harmless, and not at a value that switches nothing on."""
-    row = FAMILIES[family]
-    known = READ_KEYS | HARMLESS_KEYS | set(row.known_keys)
+    features = FAMILIES[family]
+    known = READ_KEYS | HARMLESS_KEYS | set(features.known_keys)
     for key, value in raw.items():
-        neutral = (None, row.rotary_share) if key == "partial_rotary_factor" else NEUTRAL_VALUES
+        neutral = (None, features.rotary_share) if key == "partial_rotary_factor" else NEUTRAL_VALUES
         if key not in known and not any(type(value) is type(other) and value == other for other in neutral):
             raise ValueError(
                 f"option {key} = {shown(value)} is not supported for {family}; remove it from the file only if it does "
@@ -287,9 +287,9 @@ def _refuse_unsupported(raw: Mapping[str, Any], fields: Fields, family: str) -> 
         raise ValueError(f"attention_dropout must be 0, got {raw['attention_dropout']!r}: dropout is not supported")
     if fields.flag("use_sliding_window", False):
         raise ValueError(f"use_sliding_window = True is not supported for {family}")
-    if row.always_attention_bias and not fields.flag("attention_bias"):
+    if features.always_attention_bias and not fields.flag("attention_bias"):
         raise ValueError(f"attention_bias = False is not supported for {family}, whose q, k and v always have a bias")
-    if not row.may_have_mlp_bias and fields.flag("mlp_bias"):
+    if not features.may_have_mlp_bias and fields.flag("mlp_bias"):
         raise ValueError(f"mlp_bias = True is not supported for {family}")
 
 

@@ -121,7 +121,11 @@ def read_params(
     """
     layout = _layout(config)
     if rope is not None and not layout.has_two_ropes:
-        two = [name for name, row in FAMILIES.items() if row.maxtext is not None and row.maxtext.has_two_ropes]
+        two = [
+            name
+            for name, features in FAMILIES.items()
+            if features.maxtext is not None and features.maxtext.has_two_ropes
+        ]
         raise ValueError(f"rope must be left out for {config.family}, got {rope}: only {', '.join(two)} has two ways")
     interleaved = layout.has_two_ropes and (rope or _default_rope(config)) == "interleaved"
     specs = dict(flatten_specs(base_specs(config)))

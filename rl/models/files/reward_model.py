@@ -65,11 +65,13 @@ def load_reward_params(
 
 def _parse(raw: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(raw)
-    row = FAMILIES[fields.choice("model_type", FAMILIES)]
-    if row.reward_architecture is None:
+    features = FAMILIES[fields.choice("model_type", FAMILIES)]
+    if features.reward_architecture is None:
         raise fields.refuse("model_type", "a family whose reward models can be read")
-    if fields.texts("architectures", []) != [row.reward_architecture]:
-        raise fields.refuse("architectures", f"[{row.reward_architecture!r}] for a reward model of this model_type")
+    if fields.texts("architectures", []) != [features.reward_architecture]:
+        raise fields.refuse(
+            "architectures", f"[{features.reward_architecture!r}] for a reward model of this model_type"
+        )
     labels = raw.get("id2label")
     count = len(labels) if isinstance(labels, Mapping) else fields.whole("num_labels", 1, 2**31 - 1, _NUM_LABELS)
     if count != 1:
@@ -79,8 +81,8 @@ def _parse(raw: Mapping[str, Any]) -> ModelConfig:
         )
     # There is no head for logits, so no matrix that could be tied to the embedding.
     decoder = {key: value for key, value in raw.items() if key != "num_labels"}
-    decoder |= {"architectures": [row.architecture], "tie_word_embeddings": True}
-    config = parse_config(decoder, SpecialIds(pad=row.default_pad_id))
+    decoder |= {"architectures": [features.architecture], "tie_word_embeddings": True}
+    config = parse_config(decoder, SpecialIds(pad=features.default_pad_id))
     if config.dtype == "float16":
         config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
     return config

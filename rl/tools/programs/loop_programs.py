@@ -184,14 +184,14 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
 
 
 def logit_chunk(config: Config, inputs: ShapedInputs, mesh: Mesh) -> int:
-    """Positions of each row of a micro-batch whose logits exist at one time."""
+    """Positions of each row of a piece whose logits exist at one time."""
     num_rows, num_positions = inputs.minibatch.batch.targets_MRN.shape[1:]
     num_rows //= num_row_shards(mesh, config.mesh.rules)
     return chunk_length(num_rows, num_positions, config.grpo.logprob_chunk, is_on_cpu(mesh))
 
 
 def _logit_chunks(config: Config, inputs: ShapedInputs, mesh: Mesh) -> int:
-    """Chunks of logits of a micro-batch of the longest prompts and completions."""
+    """Chunks of logits of a piece of the longest prompts and completions."""
     row_length, num_positions = inputs.plan.row_length, inputs.minibatch.batch.targets_MRN.shape[-1]
     length, group_size = config.sampling.max_completion_length, config.grpo.group_size
     group = config.data.max_prompt_length + group_size * (length - 1)
