@@ -126,7 +126,7 @@ BAD_LOSSES = {
         "return sequences.logprobs_BT - sequences.logprobs_BT.mean() ** 2, {}",
         "nothing in it may depend on other seq",
     ),
-    "raises": ("return rows.nothing, {}", "failed on a minibatch of 4 x 3 tokens: AttributeError: .*nothing"),
+    "raises": ("return sequences.nothing, {}", "failed on a minibatch of 4 x 3 tokens: AttributeError: .*nothing"),
     "numpy": (
         "import numpy; return numpy.asarray(sequences.logprobs_BT) * 1.0, {}",
         "failed on .* TracerArrayConversionError",
