@@ -232,6 +232,7 @@ def test_a_quantised_module_lies_on_a_mesh_as_it_is_stored(module, tmp_path):
     assert jax.tree.map(lambda leaf: leaf.sharding, trained.params) == trained.shardings
 
 
+@pytest.mark.parametrize("module", ["nnx"], indirect=True)
 def test_what_cannot_be_done_with_such_models_is_refused_with_a_way_out(module, tmp_path, capsys):
     flavour, file = module
     config = load_config(None, own_settings(flavour, file))

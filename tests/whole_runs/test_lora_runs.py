@@ -17,7 +17,7 @@ from rl.run.metrics import read_metrics, read_samples
 from rl.tools.checkpoints.export import export, export_adapter
 from rl.tools.trained import load_checkpoint
 from tests.whole_runs.test_learning import DIGITS, RECIPE
-from tests.whole_runs.test_parity import Runs, final_arrays, stable_metrics
+from tests.whole_runs.test_parity import Runs, Start, final_arrays, stable_metrics
 
 STEPS = 6
 SETTINGS = (
@@ -29,6 +29,8 @@ SETTINGS = (
     "checkpoint.every=3",
     "eval.every=3",
 )
+# Of whole weights tests/whole_runs/test_parity.py runs optimised programs.
+UNOPTIMIZED = "--xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,9 @@ def runs(tmp_path_factory) -> Runs:
 @pytest.fixture(scope="module")
 def whole(runs):
     """An uninterrupted run in each flavour."""
-    return {flavour: runs.run(flavour, flavour, *SETTINGS) for flavour in ("nnx", "linen")}
+    flavours = ("nnx", "linen")
+    starts = [Start(flavour, flavour, SETTINGS) for flavour in flavours]
+    return dict(zip(flavours, runs.run(*starts, XLA_FLAGS=UNOPTIMIZED), strict=True))
 
 
 def assert_same_run(left, right):
@@ -82,9 +86,9 @@ def test_checkpoints_hold_adapters_and_their_settings_only(whole):
 
 @pytest.mark.slow
 def test_a_run_resumed_in_the_other_flavour_equals_the_uninterrupted_one(runs, whole):
-    for flavour, steps in (("linen", 3), ("nnx", STEPS)):
-        folder = runs.run("mixed", flavour, *SETTINGS, f"grpo.steps={steps}")
-    assert_same_run(folder, whole["linen"])
+    parts = (("linen", 3), ("nnx", STEPS))
+    starts = [Start("mixed", flavour, (*SETTINGS, f"grpo.steps={steps}")) for flavour, steps in parts]
+    assert_same_run(runs.run(*starts, XLA_FLAGS=UNOPTIMIZED)[-1], whole["linen"])
 
 
 @pytest.mark.slow
@@ -108,7 +112,11 @@ def test_other_adapter_settings_are_another_run(runs, whole, settings, changed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("pure_nnx", "base"), [(True, []), (False, ["lora.base_dtype=int4", "lora.base_group_size=16"])]
+    ("pure_nnx", "base"),
+    [
+        pytest.param(True, [], marks=pytest.mark.long),  # easier, and the flavours are equal, as above
+        (False, ["lora.base_dtype=int4", "lora.base_group_size=16"]),
+    ],
 )
 def test_adapters_learn_beside_frozen_random_weights(tmp_path, pure_nnx, base):
     recipe = tmp_path / "recipe.yml"
@@ -136,5 +144,6 @@ def test_exported_adapter_and_merged_folder_are_the_trained_policy(whole, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, back, split(config, trained.params)[0])
     merged = load_params(tmp_path / "merged", read_config(tmp_path / "merged"))
     inputs = plain_inputs(np.arange(12).reshape(2, 6))
-    got = trained.policy.without_adapters().hidden(merged, inputs)
-    np.testing.assert_allclose(got, trained.policy.hidden(trained.params, inputs), rtol=0, atol=1e-4)
+    got = jax.jit(trained.policy.without_adapters().hidden)(merged, inputs)
+    want = jax.jit(trained.policy.hidden)(trained.params, inputs)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)

@@ -1,10 +1,11 @@
-"""Promises 1 and 2 over whole runs, started as a user starts them: Linen == NNX bit for bit, sampler == trainer."""
+"""Promises 1 and 2 over whole runs, in processes of their own: Linen == NNX bit for bit, sampler == trainer."""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -38,15 +39,27 @@ optimizer: {{lr: 3e-3, warmup_updates: 5}}
 eval: {{every: 4}}
 checkpoint: {{every: 4}}
 """
+# Several starts in one process, which imports everything once: a list of arguments for each.
+STARTS = """
+import json, sys
+from rl.grpo_trainer import main
+for arguments in json.loads(sys.argv[1]):
+    main(arguments)
+"""
 # A layer of one twin is replaced before the program starts; nothing else of it changes.
-PATCHED_PROGRAM = """
-import sys
+PATCHED_STARTS = f"""
 from rl.models import nnx_model
 original = nnx_model.MLP.__call__
 nnx_model.MLP.__call__ = lambda self, x_BTD: 0.5 * original(self, x_BTD)
-from rl.grpo_trainer import main
-main(sys.argv[1:])
-"""
+{STARTS}"""
+
+
+class Start(NamedTuple):
+    """A start of the run called `name`, which is made, or gone on with."""
+
+    name: str
+    flavour: str
+    overrides: tuple[str, ...] = ()
 
 
 class Runs:
@@ -59,19 +72,21 @@ class Runs:
         self.recipe = folder / "recipe.yml"
         self.recipe.write_text(RECIPE)
 
-    def run(
-        self, name: str, flavour: str, *overrides: str, program=("-m", "rl.grpo_trainer"), **environment: str
-    ) -> pathlib.Path:
-        """The folder of the run called `name`, which is made here, or gone on with."""
+    def arguments(self, start: Start) -> list[str]:
+        """What the command is given: the recipe and the overrides."""
         settings = (
-            f"output_dir={self.folder / name}",
-            f"pure_nnx={'true' if flavour == 'nnx' else 'false'}",
+            f"output_dir={self.folder / start.name}",
+            f"pure_nnx={'true' if start.flavour == 'nnx' else 'false'}",
             f"logging.compilation_cache={self.folder / 'cache'}",
         )
-        command = [sys.executable, *program, str(self.recipe), *settings, *overrides]
+        return [str(self.recipe), *settings, *start.overrides]
+
+    def run(self, *starts: Start, program: str = STARTS, **environment: str) -> list[pathlib.Path]:
+        """The folders of the starts, one after another in a process of their own."""
+        command = [sys.executable, "-c", program, json.dumps([self.arguments(start) for start in starts])]
         environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **environment}
         subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=True)
-        return self.folder / name
+        return [self.folder / start.name for start in starts]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +97,8 @@ def runs(tmp_path_factory) -> Runs:
 @pytest.fixture(scope="module")
 def whole(runs) -> dict[str, pathlib.Path]:
     """An uninterrupted run in each flavour."""
-    return {flavour: runs.run(flavour, flavour) for flavour in ("nnx", "linen")}
+    flavours = ("nnx", "linen")
+    return dict(zip(flavours, runs.run(*(Start(flavour, flavour) for flavour in flavours)), strict=True))
 
 
 def stable_metrics(folder: pathlib.Path) -> list[dict]:
@@ -135,8 +151,8 @@ def test_the_compared_run_is_worth_comparing(whole):
 
 @pytest.mark.slow
 def test_a_run_resumed_in_the_other_flavour_and_back_equals_the_uninterrupted_one(runs, whole):
-    for flavour, steps in (("linen", 4), ("nnx", 8), ("linen", STEPS)):
-        folder = runs.run("mixed", flavour, f"grpo.steps={steps}")
+    parts = (("linen", 4), ("nnx", 8), ("linen", STEPS))
+    folder = runs.run(*(Start("mixed", flavour, (f"grpo.steps={steps}",)) for flavour, steps in parts))[-1]
     loops = [folder / "checkpoints" / str(step) / "loop" / "metadata" for step in (8, STEPS)]
     assert [json.loads(path.read_text())["flavour"] for path in loops] == ["nnx", "linen"]
     assert_same_run(folder, whole["linen"])
@@ -160,7 +176,7 @@ def test_sampler_and_trainer_agree_to_ten_digits_in_float64(runs):
     settings = ("model.dtype=float64", "model.param_dtype=float64", "grpo.steps=3", "checkpoint.every=3")
     settings += ("eval.every=0", "grpo.epochs=1")
     unoptimized = "--xla_backend_optimization_level=0"
-    folder = runs.run("double", "nnx", *settings, JAX_ENABLE_X64="1", XLA_FLAGS=unoptimized)
+    (folder,) = runs.run(Start("double", "nnx", settings), JAX_ENABLE_X64="1", XLA_FLAGS=unoptimized)
     assert max(line["logprob_difference/max"] for line in read_metrics(folder)[1:]) <= 1e-10
     weights = {path: array for path, array in final_arrays(folder, 3).items() if path.startswith("['params']")}
     assert {array.dtype for array in weights.values()} == {np.dtype("float64")}
@@ -168,14 +184,12 @@ def test_sampler_and_trainer_agree_to_ten_digits_in_float64(runs):
 
 @pytest.mark.slow
 def test_replacing_a_layer_of_the_nnx_twin_changes_the_nnx_run_only(runs, whole):
-    settings, program = ("grpo.steps=2", "eval.every=0"), ("-c", PATCHED_PROGRAM)
-    patched = {
-        flavour: stable_metrics(runs.run(f"patched_{flavour}", flavour, *settings, program=program))
-        for flavour in ("nnx", "linen")
-    }
+    settings = ("grpo.steps=2", "eval.every=0")
+    starts = [Start(f"patched_{flavour}", flavour, settings) for flavour in ("nnx", "linen")]
+    nnx, linen = map(stable_metrics, runs.run(*starts, program=PATCHED_STARTS))
     original = stable_metrics(whole["linen"])[1:3]
-    assert patched["linen"] == original
-    for line, other in zip(patched["nnx"], original, strict=True):
+    assert linen == original
+    for line, other in zip(nnx, original, strict=True):
         assert line.keys() == other.keys()
         assert line["grad_norm"] != other["grad_norm"]
         assert line["entropy"] != other["entropy"]
