@@ -68,7 +68,6 @@ class RewardSpec:
     calls: how it may be called, which wins over the function's own mark; None: the mark decides.
     pickled: for a function that is given as an object, its bytes, see `rewards.objects`; `function` is then for
       messages only.
-    cache: the folder in which its answers are kept, of at most cache_mb, see `rewards.cache`; None: nowhere.
     """
 
     name: str
@@ -77,8 +76,6 @@ class RewardSpec:
     kwargs: Mapping[str, Any]
     calls: Calls | None = None
     pickled: bytes | None = dataclasses.field(default=None, repr=False)
-    cache: str | None = None
-    cache_mb: float = 256.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,13 +31,14 @@ import json
 import math
 import os
 import pathlib
+import random
 import re
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from rewards.cache import AnswerCache
 from rewards.contract import checked_by, needs_group, retries_itself
 from rewards.extras import import_extra, needs_library
 from rewards.settings import check_names
@@ -49,6 +50,7 @@ ScoreBy = Literal["tag", "json", "probability"]
 _TAG = re.compile(r"<score>\s*(-?\d+(?:\.\d+)?)\s*</score>")
 _LEAST_MASS = 0.5  # of the probability of the first token, on the scores
 _TOP_LOGPROBS = 20  # the most that OpenAI's servers give
+_EVICTED_EVERY = 64  # writes
 _COUNT_BYTES = 256  # of spent.json
 _Log = Callable[[str, Any], None]
 
@@ -444,19 +446,46 @@ class _Shared:
 
     def __init__(self, judge: Judge) -> None:
         self._judge, self._folder = judge, pathlib.Path(str(judge.folder)).expanduser()
-        self._answers = AnswerCache(self._folder, judge.cache_mb)
+        self._answers = self._folder / "answers"
+        self._answers.mkdir(parents=True, exist_ok=True)
 
     def answer(self, key: str) -> _Found | None:
         """The answer that is kept under a key; None without one, and for a file that is no answer."""
-        kept = self._answers.answer(key)
+        path = self._answers / f"{key}.json"
         try:
-            return _Found(str(kept["text"]), {str(token): float(value) for token, value in kept["first"].items()})
-        except (ValueError, KeyError, TypeError, AttributeError):
+            kept = json.loads(path.read_text())
+            found = _Found(str(kept["text"]), {str(token): float(value) for token, value in kept["first"].items()})
+            os.utime(path)  # the oldest are dropped first
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+        return found
 
     def keep(self, key: str, found: _Found) -> None:
-        """Keeps an answer."""
-        self._answers.keep(key, {"text": found.text, "first": dict(found.first)})
+        """Keeps an answer, whole or not at all, and now and then drops the oldest."""
+        path = self._answers / f"{key}.json"
+        if path.exists():
+            return
+        handle, draft = tempfile.mkstemp(dir=self._answers, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            json.dump({"text": found.text, "first": dict(found.first)}, file)
+        os.replace(draft, path)
+        if random.randrange(_EVICTED_EVERY) == 0:
+            self._evict()
+
+    def _evict(self) -> None:
+        files = []
+        for entry in os.scandir(self._answers):
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # another worker dropped it
+                continue
+            files.append((status.st_mtime, status.st_size, entry.path))
+        left = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if left <= self._judge.cache_mb * 1e6:
+                return
+            pathlib.Path(path).unlink(missing_ok=True)
+            left -= size
 
     async def wait_for_turn(self) -> None:
         """Returns when the next request may go. BudgetSpent where the budget allows none."""

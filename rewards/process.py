@@ -258,7 +258,6 @@ def poll(workers: Sequence[WorkerProcess]) -> None:
 def load_request(key: int, spec: RewardSpec, columns: Sequence[str]) -> dict[str, Any]:
     """The request to load a function. Raises ValueError for kwargs that JSON cannot hold."""
     fields = {"name": spec.name, "function": spec.function, "weight": spec.weight, "calls": spec.calls}
-    fields |= {"cache": spec.cache, "cache_mb": spec.cache_mb}
     fields["pickled"] = encode(spec.pickled, "pickled")
     kwargs = encode(spec.kwargs, f"reward {spec.name!r}: kwargs")
     # The worker imports what this process can import. -P left out the working directory, where a user's modules are

@@ -36,7 +36,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from math import isfinite  # by name, before a user's code can replace it
 from time import monotonic, sleep  # likewise
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from rewards.contract import BoundReward, RewardSpec, bind, load_function
 from rewards.environment import missing_variable
@@ -45,9 +45,6 @@ from rewards.moment import Moment
 from rewards.protocol import HEADER, pack, unpack
 from rewards.replies import MAX_RETRIES, MAX_TEXT, Done, Failure, LoadedFunction, one_line
 from rewards.retrying import is_network_error, pause
-
-if TYPE_CHECKING:
-    from rewards.cache import FunctionCache, Lookup
 
 # How long a hung worker may outlive its time limit, or a busy one its parent, before it ends itself.
 _ORPHAN_SECONDS = 5.0
@@ -143,7 +140,6 @@ class _Worker:
         self._stack, self._replies = stack, replies
         self._rewards: dict[int, BoundReward] = {}
         self._logged: set[tuple[str, str]] = set()  # errors whose traceback is in the log already
-        self._caches: dict[int, FunctionCache] = {}
         self._trace = ""  # of the last error, for the reply that tells of it
         self._in_vain: set[int] = set()  # functions whose last call failed by the network after all of its retries
 
@@ -166,12 +162,7 @@ class _Worker:
         sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
         spec = RewardSpec(**request["spec"])
         try:
-            function = load_function(spec)
-            bound = bind(function, request["columns"], spec.kwargs, spec.name, spec.calls)
-            if spec.cache is not None:
-                from rewards.cache import open_cache  # what it imports is not needed by other functions
-
-                self._caches[request["key"]] = open_cache(spec, function, bound)
+            bound = bind(load_function(spec), request["columns"], spec.kwargs, spec.name, spec.calls)
         except ValueError as error:
             self._reply(op="refused", error=f"{one_line(str(error), MAX_TEXT // 2)}{missing_variable(error)}")
             return
@@ -186,16 +177,8 @@ class _Worker:
         tries = self._tries(bound, request, size)
 
         def call() -> tuple[list[Any], list[dict[str, Any]]]:
-            arguments = _arguments(bound, request, slice(None), tries.log)
-            lookup = self._look_up(request, arguments, size) if bound.calls == "needs_group" else None
-            if lookup is not None and (found := lookup.found) is not None:
-                tries.log.sums = found.sums
-                return found.rewards, found.logged
-            values, logged = _batch_rewards(self._finished(bound.function(**arguments)), size), _kept(tries.log)
-            with contextlib.suppress(_Rejected):  # which is told below, for its sample
-                if lookup is not None:
-                    lookup.keep([as_reward(value) for value in values], logged, tries.log.sums)
-            return values, logged
+            result = self._finished(bound.function(**_arguments(bound, request, slice(None), tries.log)))
+            return _batch_rewards(result, size), _kept(tries.log)
 
         found, failure = self._isolated(functools.partial(tries.run, call), tries.limit)
         seconds, retries = tries.end()
@@ -210,11 +193,7 @@ class _Worker:
             tries = self._tries(bound, request, 1)
 
             def call(index: int = index, tries: _Tries = tries) -> _Judged:
-                arguments = _arguments_of_one(bound, request, index, tries.log)
-                lookup = self._look_up(request, arguments, 1)
-                if (judged := _from_cache(lookup)) is not None:
-                    return judged
-                return _into_cache(lookup, _judged(bound, self._finished(bound.function(**arguments)), tries.log))
+                return _judged(bound, self._finished(_call_one(bound, request, index, tries.log)), tries.log)
 
             judged, failure = self._isolated(functools.partial(tries.run, call), tries.limit)
             self._report(index, judged, failure, *tries.end())
@@ -234,16 +213,12 @@ class _Worker:
 
         limit = request["limit"]
 
-        async def answer(index: int, tries: _Tries) -> _Judged:
+        async def answer(index: int, tries: _Tries) -> Any:
             while True:
                 try:
-                    arguments = _arguments_of_one(bound, request, index, tries.log)
-                    lookup = self._look_up(request, arguments, 1)
-                    if (judged := _from_cache(lookup)) is None:
-                        result = await bound.function(**arguments)
-                        judged = _into_cache(lookup, _judged(bound, result, tries.log))
+                    result = await _call_one(bound, request, index, tries.log)
                     tries.succeeded()
-                    return judged
+                    return result
                 except Exception as error:
                     if (wait := tries.pause_after(error)) is None:
                         raise
@@ -253,7 +228,8 @@ class _Worker:
             judged, failure, scope, tries = None, None, asyncio.timeout(limit), self._tries(bound, request, 1)
             try:
                 async with scope:
-                    judged = await answer(index, tries)
+                    result = await answer(index, tries)
+                judged = _judged(bound, result, tries.log)
             except BaseException as error:  # noqa: BLE001  as in _isolated; SystemExit would end the loop
                 late = isinstance(error, TimeoutError) and scope.expired()
                 failure = ("timeout", f"no answer within {limit:g} s") if late else self._failure(error)
@@ -265,11 +241,6 @@ class _Worker:
         with _watchdog(limit):
             self._loop.run(score_all())
         return Done(None)
-
-    def _look_up(self, request: Mapping[str, Any], arguments: Mapping[str, Any], size: int) -> "Lookup | None":
-        """What is kept of a call; None for a function without a cache."""
-        cache = self._caches.get(request["key"])
-        return None if cache is None else cache.look_up(arguments, size)
 
     def _tries(self, bound: BoundReward, request: Mapping[str, Any], size: int) -> "_Tries":
         return _Tries(bound, request, size, self._in_vain)
@@ -439,29 +410,17 @@ def _of_sample(request: Mapping[str, Any], index: int) -> dict[str, Any]:
     return values
 
 
-def _from_cache(lookup: "Lookup | None") -> _Judged | None:
-    """What is kept of a call for one sample."""
-    if lookup is None or (found := lookup.found) is None:
-        return None
-    return _Judged(found.rewards[0], found.logged[0], found.sums)
-
-
-def _into_cache(lookup: "Lookup | None", judged: _Judged) -> _Judged:
-    if lookup is not None:
-        lookup.keep([judged.value], [judged.logged], judged.sums)
-    return judged
-
-
-def _arguments_of_one(bound: BoundReward, request: Mapping[str, Any], index: int, log: CallLog) -> dict[str, Any]:
-    """The arguments of a call for one sample; a batch function gets a batch of one."""
+def _call_one(bound: BoundReward, request: Mapping[str, Any], index: int, log: CallLog) -> Any:
+    """Call the function for one sample; a batch function gets a batch of one."""
     if bound.style == "batch":
-        return _arguments(bound, request, slice(index, index + 1), log)
+        return bound.function(**_arguments(bound, request, slice(index, index + 1), log))
     ids = request["completion_ids"]
     row = {name: values[index] for name, values in request["columns"].items()}
     prompt, completion = request["prompts"][index], request["completions"][index]
     of_run = _of_sample(request, index) | _of_call(request, log)
     texts = None if request["texts"] is None else request["texts"][index]
-    return bound.sample_arguments(prompt, completion, row, None if ids is None else ids[index], of_run, texts)
+    arguments = bound.sample_arguments(prompt, completion, row, None if ids is None else ids[index], of_run, texts)
+    return bound.function(**arguments)
 
 
 def _batch_rewards(result: Any, size: int) -> list[Any]:
@@ -475,7 +434,7 @@ def _batch_rewards(result: Any, size: int) -> list[Any]:
 
 
 def _judged(bound: BoundReward, result: Any, log: CallLog) -> _Judged:
-    """What a call for one sample comes to. A dict has the reward in `score`, and all of it is kept with the sample."""
+    """What a call by `_call_one` comes to. A dict has the reward in `score`, and all of it is kept with the sample."""
     if bound.style == "batch":
         result = _batch_rewards(result, 1)[0]
     elif bound.style == "openrlhf":

@@ -283,10 +283,15 @@ def _plain_rows(rows: Any, key: str) -> list[Row]:
     if _is_data_set(rows):
         import datasets
 
+        if isinstance(rows, (datasets.IterableDataset, datasets.IterableDatasetDict)):
+            raise ValueError(
+                f"{key} must be rows that can be read again from any place, got a {type(rows).__name__}, which a run "
+                "that goes on would have to read from its beginning; name what it reads, as in "
+                "data={'source': 'big.parquet', 'streaming': True}"
+            )
         if not isinstance(rows, datasets.Dataset):
             raise ValueError(
-                f"{key} must be one split, whole, got a {type(rows).__name__}; take one, as in data['train'], without "
-                "streaming"
+                f"{key} must be one split, whole, got a {type(rows).__name__}; take one, as in data['train']"
             )
         rows = rows.to_list()
     if isinstance(rows, Mapping) or not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):

@@ -115,7 +115,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
 
         # states: from the newest checkpoint, or new
         state, progress = restore_or_start(
-            config, mesh, init_policy_fn, origin, checkpoints, num_rows=len(data.train), log=log
+            config, mesh, init_policy_fn, origin, checkpoints, num_rows=data.num_positions, log=log
         )
         reference = restore_reference(config, mesh, init_reference_fn, origin, checkpoints, state)
         collector.restore(progress.reward_state)
@@ -155,7 +155,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
                 reward_state=collector.reward_state,
             )
             is_last = steps_done == config.grpo.steps or log.stop_is_requested() or collector.reward_is_down
-            record = progress.record(policy.flavour, len(data.train))
+            record = progress.record(policy.flavour, data.num_positions)
             run.save_if_due(steps_done, state, record, reference, is_last=is_last)
             if is_last:
                 break

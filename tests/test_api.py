@@ -198,6 +198,11 @@ RECIPE = "model: {source: some/model}\n"
         ({"data": ["1+1="]}, "data.source must be rows, each a dict with 'prompt'"),
         ({"data": [{"prompt": "1", "answer": object()}]}, "data.source row 0: column 'answer' must hold numbers, text"),
         ({"data": datasets.DatasetDict()}, "data.source must be one split, whole, got a DatasetDict"),
+        (
+            {"data": datasets.Dataset.from_list(ROWS).to_iterable_dataset()},
+            r"read again .*name what it reads, as in data=",
+        ),
+        ({"data": {"source": ROWS, "streaming": True}}, "data.streaming must be false for rows that are given as an"),
         ({"data": {"source": ROWS, "args": {"n": 1}}}, "data.args must be empty for rows that are given"),
         ({"data": []}, "must hold at least one row"),
         ({"grop": {"steps": 1}}, "unknown config key 'grop.steps'; did you mean 'grpo.steps'"),

@@ -45,7 +45,6 @@ RESUMABLE_KEYS = (
     "rewards.max_failed_share",
     "rewards.retries",
     "rewards.on_error",
-    "rewards.cache_mb",
     "rewards.model_tokens",
     "rewards.env",
     "rewards.check_on_gold",

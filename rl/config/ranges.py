@@ -27,7 +27,7 @@ PATH_KEYS = (
     *("output_dir", "compiled_file", "model.source", "model.weights", "lora.adapter"),
     *("tokenizer.source", "tokenizer.chat_template"),
     *("data.source", "data.eval_source", "data.prepare", "data.sources.*.source", "data.sources.*.prepare"),
-    *("rewards.functions.*.function", "rewards.functions.*.cache", "logging.compilation_cache"),
+    *("rewards.functions.*.function", "logging.compilation_cache"),
     *("grpo.loss_type", "grpo.advantage_estimator", "sampling.source", "checkpoint.staging"),
 )
 
@@ -87,6 +87,7 @@ RANGES = {
     "data.sources.*.weight": _POSITIVE,
     "data.sources.*.count": _SIZE,
     "data.sources.*.eval_size": _COUNT,
+    "data.block_size": Range(1, 1e8),
     "data.mixture_temperature": Range(0, above=True, note=" or null"),
     "data.eval_size": _COUNT,
     "data.eval_share": _BELOW_ONE,
@@ -98,7 +99,6 @@ RANGES = {
     "rewards.functions.*.weight": _ANY,
     "rewards.num_workers": Range(1, 1000),
     "rewards.timeout_seconds": Range(0, 1e6, above=True),
-    "rewards.cache_mb": Range(0, above=True),
     "rewards.retries": Range(0, 1000, note=", calls; 0 makes none again"),
     "rewards.max_failed_share": Range(0, 1, note=", a share of the completions; 1 never ends the run"),
     "rewards.model_tokens": _SIZE,

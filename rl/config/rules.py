@@ -94,11 +94,11 @@ def check_config(config: Config) -> None:
             f"punishment has this name, got {shown(names)}; give it another `name`"
         )
     for name, function in zip(names, config.rewards.functions, strict=True):
-        is_said = function.kwargs or function.needs_group or function.elementwise is not None or function.cache
+        is_said = function.kwargs or function.needs_group or function.elementwise is not None
         if is_said and reward_model_source(function.function) is not None:
             raise ValueError(
-                f"rewards.functions: {shown(name)} must have neither kwargs nor elementwise nor needs_group nor cache, "
-                "because a reward model judges each completion by itself; leave them out"
+                f"rewards.functions: {shown(name)} must have neither kwargs nor elementwise nor needs_group, because a "
+                "reward model judges each completion by itself; leave them out"
             )
         if function.needs_group and function.elementwise is not None:
             raise ValueError(
@@ -132,6 +132,7 @@ def _check_data(config: Config) -> None:
             "data.curriculum.easy_values must be high with data.curriculum.by=pass_rate, got 'low': a high pass rate "
             "is easy"
         )
+    _check_streaming(config)
     if data.eval_size and data.eval_share:
         raise ValueError(
             f"data.eval_share must be 0 when data.eval_size is set, got {data.eval_share} and {data.eval_size}; set "
@@ -182,6 +183,29 @@ def _check_data(config: Config) -> None:
                 f"data.sources.{place}: rows are held out by eval_size or by eval_share, got {entry.eval_size} and "
                 f"{share}; set one of them to 0"
             )
+
+
+def _check_streaming(config: Config) -> None:
+    """Keys that need all rows at once, with data.streaming."""
+    data = config.data
+    if not data.streaming:
+        return
+    for key, value, way_out in (
+        ("sources", data.source_names, "mix the sources into one file, or leave data.streaming out"),
+        ("eval_size", data.eval_size, "data.eval_share or data.eval_source hold rows out"),
+        ("remove_duplicates", data.remove_duplicates, "write the file without them"),
+        ("curriculum.by", data.curriculum.by, "blocks come in the order of the source, so sort it"),
+    ):
+        if value:
+            raise ValueError(
+                f"data.{key} must be left out with data.streaming, which never has all rows at once, got "
+                f"{shown(value)}; {way_out}"
+            )
+    if data.block_size < config.grpo.prompts_per_step:
+        raise ValueError(
+            f"data.block_size must be >= grpo.prompts_per_step ({config.grpo.prompts_per_step}), got "
+            f"{data.block_size}; raise it, for rows are shuffled inside of a block only"
+        )
 
 
 def _check_chat(config: Config) -> None:

@@ -136,6 +136,8 @@ class DataSection:
     prepare: str | None
     # A source alone stands for an entry with nothing else.
     sources: list[Annotated[DataSource, pydantic.BeforeValidator(lambda e: {"source": e} if isinstance(e, str) else e)]]
+    streaming: bool
+    block_size: int
     mixture_temperature: float | None
     remove_empty_answers: bool
     remove_duplicates: bool
@@ -168,7 +170,6 @@ class RewardFunction:
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     elementwise: bool | None = None
     needs_group: bool = False
-    cache: str | None = None
 
     @property
     def label(self) -> str:
@@ -188,7 +189,6 @@ class RewardsSection:
     timeout_seconds: float
     retries: int
     on_error: Literal["none", "raise"]
-    cache_mb: float
     max_failed_share: float
     model_tokens: int
     memory_gb: float | None

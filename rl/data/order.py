@@ -16,7 +16,7 @@ Legend: L draws of an epoch, K sources, P prompts of a step.
 import heapq
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from rl.config.sections import DataSection
 from rl.data.curriculum import Curriculum
 from rl.data.prompts import PairData, PromptData, check_enough_rows
 from rl.data.shuffle import epoch_order, permutation, uniform
+from rl.data.stream import StreamOrder
 
 
 class Order:
@@ -54,6 +55,10 @@ class Order:
     def epoch_length(self) -> int:
         """L, the number of draws of an epoch."""
         return sum(self._sizes if self._draws is None else self._draws)
+
+    def epochs(self, position: int) -> float:
+        """How often the rows were used up at a position."""
+        return position / self.epoch_length
 
     def laid_out_for(self, prompts_per_step: int) -> "Order":
         """The order of a run that began with steps of another size, of the same rows and with the same curriculum."""
@@ -146,18 +151,32 @@ class Order:
         return np.concatenate([np.asarray(head, np.int64), order[window:]])
 
 
+@overload
+def order_of(
+    section: DataSection, data: PairData, seed: int, prompts_per_step: int, key: str = "grpo.prompts_per_step"
+) -> Order: ...
+
+
+@overload
+def order_of(
+    section: DataSection, data: PromptData, seed: int, prompts_per_step: int, key: str = "grpo.prompts_per_step"
+) -> Order | StreamOrder: ...
+
+
 def order_of(
     section: DataSection,
     data: PromptData | PairData,
     seed: int,
     prompts_per_step: int,
     key: str = "grpo.prompts_per_step",
-) -> Order:
+) -> Order | StreamOrder:
     """The order of the training rows that a configuration asks for. `key` names the number of rows of a step.
 
     Raises:
       ValueError: a source of a mixture has fewer rows than a step may draw of it, or a curriculum lacks its column.
     """
+    if isinstance(data, PromptData) and data.stream is not None:
+        return StreamOrder(data.stream, seed, prompts_per_step)
     num_rows = len(data.train if isinstance(data, PromptData) else data.rows)
     sizes = data.sizes or [num_rows]
     draws = draws_per_epoch(section, sizes)

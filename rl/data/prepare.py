@@ -16,15 +16,20 @@ from rl.files.json_file import shown
 
 
 def prepare_rows(
-    rows: Sequence[Row], function: str, where: Callable[[int], str], key: str = "data.prepare"
+    rows: Sequence[Row],
+    function: str,
+    where: Callable[[int], str],
+    key: str = "data.prepare",
+    may_be_empty: bool = False,
 ) -> tuple[list[Row], list[int]]:
     """The rows that a function makes, and for each the number of the row that it was made of.
 
     Args:
       function: `path/to/file.py:function`. where: a row's number -> file and row in words. key: names the function.
+      may_be_empty: whether it may leave no row.
 
     Raises:
-      ValueError: the file does not import, the function fails or returns something else, or leaves no row.
+      ValueError: the file does not import, the function fails returns something else, or leaves no row.
     """
     from rl.devices import hosts
 
@@ -41,7 +46,7 @@ def prepare_rows(
     if hosts.num_processes() > 1:
         parts = hosts.gather_bytes(json.dumps(own).encode())
         own = [(index, row) for part in parts for index, row in json.loads(part)]
-    if not own:
+    if not own and not may_be_empty:
         raise ValueError(f"{key} {function} must leave a row, got none of {len(rows)}")
     return [row for _, row in own], [index for index, _ in own]
 

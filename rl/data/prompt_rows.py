@@ -48,10 +48,19 @@ class PromptRow:
 
 
 def load_source(section: DataSection, config: Config, key: str, messages: list[str]) -> SourceRows:
-    """The rows of a source. With data.answer_from_messages the last message of each is its column `answer`."""
+    """The rows of a source. With data.answer_from_messages the last message of each is its column `answer`.
+
+    Args:
+      key: names the source. messages: gets what was left out, in words.
+    """
     assert section.source is not None
     is_filtered = section.remove_empty_answers
     read = read_rows(section.source, section.args, section.columns, config.seed, section.prepare, is_filtered)
+    return with_answers(read, section, key, messages)
+
+
+def with_answers(read: SourceRows, section: DataSection, key: str, messages: list[str]) -> SourceRows:
+    """The second half of `load_source`, for rows with Tandem's columns."""
     if read.num_empty:
         total = read.num_empty + len(read.rows)
         messages.append(f"removed {read.num_empty} of {total} rows of {key} without an answer")
@@ -82,9 +91,20 @@ def _with_answer(row: Row, where: str) -> Row:
 
 
 def tokenize(
-    read: SourceRows, data: DataSection, tokenizer: Tokenizer, key: str, messages: list[str], source: int = 0
+    read: SourceRows,
+    data: DataSection,
+    tokenizer: Tokenizer,
+    key: str,
+    messages: list[str],
+    source: int = 0,
+    may_be_empty: bool = False,
 ) -> list[PromptRow]:
-    """The rows whose prompt fits. A message about dropped rows is added to `messages`."""
+    """The rows whose prompt fits. A message about dropped rows is added to `messages`.
+
+    may_be_empty: whether all may be too long.
+    """
+    if not read.rows:
+        return []
     kept, limit, rows = [], data.max_prompt_length, read.rows
     places = [f"{key} {read.where(index)}" for index in range(len(rows))]
     prompts = [build_prompt(row["prompt"], data, place) for row, place in zip(rows, places, strict=True)]
@@ -104,7 +124,7 @@ def tokenize(
         if prompt_ids is not None:
             columns = {name: value for name, value in row.items() if name != "prompt"}
             kept.append(PromptRow(prompt, prompt_ids, columns, index, places[index], source, row["prompt"]))
-    if not kept:
+    if not kept and not may_be_empty:
         raise ValueError(
             f"data.max_prompt_length must let a prompt of {key} through, got {limit}; the shortest of {len(rows)} has "
             f"{shortest} tokens"

@@ -10,16 +10,17 @@ Legend: P prompts, T token positions.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from rl.config.load import Config, require
 from rl.config.sections import DataSection, EvalSection
-from rl.data.overlap import WORDS, find_overlaps
+from rl.data.held_out import load_eval_source, share_of, smallest_hashes, without_overlap
 from rl.data.prompt_rows import PromptRow, encode_together, load_source, question_key, tokenize
 from rl.data.sources import SourceRows, list_columns
+from rl.data.stream import PromptStream, open_stream
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.files.json_file import shown
 
@@ -35,6 +36,8 @@ class PromptData:
       num_rows: rows that were read, without those that filters left out. num_dropped: prompts that were too long.
       messages: what was left out, in words.
       sizes: the number of training rows of each source of a mixture, which stand in the order of the sources.
+      stream: the training rows of a source that is read while the run goes on, with data.streaming. `train` are then
+        those of its first block, and the numbers of rows cover that block only.
     """
 
     train: list[PromptRow]
@@ -43,11 +46,27 @@ class PromptData:
     num_dropped: int
     messages: list[str]
     sizes: Sequence[int] = ()
+    stream: PromptStream | None = None
+
+    @property
+    def rows(self) -> "PromptStream | list[PromptRow]":
+        """The training rows by the numbers that the run's order (`rl.data.order`) gives."""
+        return self.train if self.stream is None else self.stream
 
     @property
     def longest_prompt(self) -> int:
-        """The number of tokens of the longest training prompt."""
-        return max(len(row.prompt_ids) for row in self.train)
+        """The number of tokens of the longest training prompt; of a stream the most that there may be."""
+        return max(len(row.prompt_ids) for row in self.train) if self.stream is None else self.stream.longest_prompt
+
+    @property
+    def num_positions(self) -> int:
+        """By how much the position in the data grows in an epoch, where a checkpoint splits it."""
+        return len(self.train) if self.stream is None else self.stream.num_positions
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the training rows: `fingerprint` of all of them, or of what a stream reads them from."""
+        of_train = fingerprint(self.train)
+        return of_train if self.stream is None else self.stream.fingerprint(of_train["hash"])
 
     def evaluated(self, section: EvalSection) -> list[PromptRow]:
         """The held-out rows that evaluations during training ask; none where there are no evaluations."""
@@ -111,6 +130,12 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     if not data.sources:
         require(data.source, "data.source", "train.jsonl")
     messages: list[str] = []
+    if data.streaming:
+        stream, (held_out, asked) = open_stream(config, tokenizer, messages)
+        num_rows, num_dropped = stream.counts[0]
+        num_rows += len(asked)
+        num_dropped += len(asked) - len(held_out) if asked else 0
+        return PromptData(stream.block(0), held_out, num_rows, num_dropped, messages, stream=stream)
     seen: dict[str, str] = {}  # {question: the row that has it first}, for data.remove_duplicates
     chosen: set[str] = set()  # questions that are held out
     candidates: list[PromptRow] = []
@@ -132,10 +157,10 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
         candidates += rows
         if section.eval_size:
             of_source = {questions[row.source, row.index] for row in rows}
-            chosen |= _held_out_questions(of_source, config.seed, section.eval_size, _key_of(data, number, "eval_size"))
+            chosen |= smallest_hashes(of_source, config.seed, section.eval_size, _key_of(data, number, "eval_size"))
         if section.eval_share:
             of_source = {questions[row.source, row.index] for row in rows}
-            chosen |= _held_out_share(of_source, config.seed, section.eval_share, _key_of(data, number, "eval_share"))
+            chosen |= share_of(of_source, config.seed, section.eval_share, _key_of(data, number, "eval_share"))
     num_dropped = num_rows - len(candidates)
     if data.eval_source is None:
         first_rows: dict[str, PromptRow] = {}
@@ -144,13 +169,11 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
                 first_rows.setdefault(questions[row.source, row.index], row)
         held_out = list(first_rows.values())
     else:
-        section = dataclasses.replace(data, source=data.eval_source, args=data.eval_args)
-        read = load_source(section, config, "data.eval_source", messages)
-        held_out = tokenize(read, section, tokenizer, "data.eval_source", messages, source=-1)
-        num_rows += len(read.rows)
-        num_dropped += len(read.rows) - len(held_out)
-        chosen = {question_key(row["prompt"]) for row in read.rows}
-        questions |= {(-1, row.index): question_key(read.rows[row.index]["prompt"]) for row in held_out}
+        held_out, asked = load_eval_source(config, tokenizer, messages)
+        num_rows += len(asked)
+        num_dropped += len(asked) - len(held_out)
+        chosen = {*asked}
+        questions |= {(-1, row.index): asked[row.index] for row in held_out}
     train = [row for row in candidates if questions[row.source, row.index] not in chosen]
     if not train:
         raise ValueError(
@@ -161,7 +184,8 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
             f"removed {len(candidates) - len(train)} of {len(candidates)} training rows whose question is held out in "
             "data.eval_source"
         )
-    train = _without_overlap(train, held_out, questions, data.remove_overlap, messages)
+    own, others = ([questions[row.source, row.index] for row in rows] for rows in (train, held_out))
+    train = without_overlap(train, held_out, own, others, data.remove_overlap, messages)
     sizes = [sum(row.source == number for row in train) for number in range(len(data.sources))]
     if 0 in sizes:
         name = data.source_names[sizes.index(0)]
@@ -212,34 +236,6 @@ def _first_of_each(read: SourceRows, key: str, seen: dict[str, str], messages: l
     return read.kept(kept)
 
 
-def _without_overlap(
-    train: list[PromptRow],
-    held_out: list[PromptRow],
-    questions: Mapping[tuple[int, int], str],
-    remove: bool,
-    messages: list[str],
-) -> list[PromptRow]:
-    """The training rows, without those that share a passage with a held-out row if they are to be removed."""
-    found = find_overlaps(
-        [questions[row.source, row.index] for row in train], [questions[row.source, row.index] for row in held_out]
-    )
-    if not found:
-        return train
-    first = found[0]
-    what = (
-        f"{len(found)} of {len(train)} training rows that share {WORDS} words in a row with a held-out row, such as "
-        f"{train[first.train].where} with {held_out[first.held_out].where}: {shown(first.passage)}"
-    )
-    if not remove:
-        messages.append(f"kept {what}; data.remove_overlap=true leaves them out")
-        return train
-    if len(found) == len(train):
-        raise ValueError(f"data.remove_overlap must leave a training row, got {what}; set data.remove_overlap=false")
-    messages.append(f"removed {what}")
-    gone = {overlap.train for overlap in found}
-    return [row for index, row in enumerate(train) if index not in gone]
-
-
 def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
     """Rows for supervised fine-tuning, from the train side of the same split as `load_prompts`.
 
@@ -253,6 +249,11 @@ def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
         raise ValueError(
             "the tokenizer must have an EOS token for supervised fine-tuning, got none; set eos_token in its "
             "tokenizer_config.json"
+        )
+    if config.data.streaming:
+        raise ValueError(
+            "data.streaming must be false for supervised fine-tuning, whose rows are all in memory, got true; it is "
+            "for grpo train"
         )
     split = load_prompts(config, tokenizer)
     column, limit = config.sft.completion_column, config.sft.max_completion_length
@@ -306,38 +307,6 @@ def check_enough_rows(num_rows: int, prompts_per_step: int, key: str = "grpo.pro
             f"{key} must be <= the number of training rows, got {prompts_per_step} for {num_rows} rows; lower {key} or "
             "add data"
         )
-
-
-def _held_out_questions(questions: set[str], seed: int, size: int, key: str) -> set[str]:
-    """The `size` questions with the smallest hash of (seed, question). `key` names the size."""
-    if size >= len(questions):
-        raise ValueError(
-            f"{key} must be < {len(questions)}, the number of distinct questions, got {size}; the rest is for training"
-        )
-
-    return set(sorted(questions, key=lambda question: _hash(question, seed))[:size])
-
-
-def _held_out_share(questions: set[str], seed: int, share: float, key: str) -> set[str]:
-    """The questions whose hash of (seed, question) is below `share` of all hashes. `key` names the share."""
-    held_out = {question for question in questions if is_held_out(question, seed, share)}
-    if not 0 < len(held_out) < len(questions):
-        found = "all of them" if held_out else "none"
-        way_out = "lower it" if held_out else "raise it"
-        raise ValueError(
-            f"{key} must hold out some of {len(questions)} distinct questions, and leave others to train on, got "
-            f"{share}, which holds out {found}; {way_out}"
-        )
-    return held_out
-
-
-def is_held_out(question: str, seed: int, share: float) -> bool:
-    """Whether data.eval_share holds a question out, which depends on nothing else."""
-    return int.from_bytes(_hash(question, seed)[:8]) < share * 2.0**64
-
-
-def _hash(question: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\n{question}".encode("utf-8", "surrogatepass")).digest()
 
 
 def _completion_ids(row: PromptRow, column: str, tokenizer: Tokenizer) -> list[int]:

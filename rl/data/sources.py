@@ -55,6 +55,7 @@ class RowSource:
       size: of the whole, in the unit by which it is cut; `unit` is bytes or rows.
       read: (start, end) -> the rows that begin in this range.
       first: the number in the file of the first row, where the source is a slice.
+      files: those that hold the rows, where it is known.
     """
 
     name: str
@@ -62,6 +63,7 @@ class RowSource:
     unit: str
     read: Callable[[int, int], list[Row]]
     first: int = 0
+    files: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,35 +137,55 @@ def read_rows(
     starts = []
     for part in opened:
         starts.append(len(rows))
-        rows += _read_together(part)
+        rows += read_together(part)
     if not rows:
         raise ValueError(f"data source {source!r} must hold at least one row, got an empty data set")
     read = SourceRows(rows, starts, [part.name for part in opened], [part.first for part in opened])
+    return shape_rows(read, source, columns, prepare, remove_empty)
+
+
+def shape_rows(
+    read: SourceRows,
+    source: str,
+    columns: Mapping[str, str | None],
+    prepare: str | None = None,
+    remove_empty: bool = False,
+    may_be_empty: bool = False,
+) -> SourceRows:
+    """Rows as they were read, made into rows with Tandem's columns; arguments and errors as in `read_rows`.
+
+    may_be_empty: the rows are a part of the source, of which none need be left.
+    """
     if prepare is not None:
-        made, origins = prepare_rows(rows, prepare, read.where)
+        made, origins = prepare_rows(read.rows, prepare, read.where, may_be_empty=may_be_empty)
         read = read.kept(origins, made)
     if remove_empty and (answer := columns.get("answer")) is not None:
         full = [
             index for index, row in enumerate(read.rows) if str("" if row.get(answer) is None else row[answer]).strip()
         ]
         read = dataclasses.replace(read.kept(full), num_empty=len(read.rows) - len(full))
-        if not full:
+        if not full and not may_be_empty:
             raise ValueError(f"data source {source!r} must hold a row with an answer in column {answer!r}, got none")
-    return dataclasses.replace(read, rows=_map_columns(read, columns, source))
+    return dataclasses.replace(read, rows=_map_columns(read, columns, source)) if read.rows else read
 
 
 def open_sources(source: str, args: Mapping[str, Any], seed: int) -> list[RowSource]:
     """Opens the files of a pattern, sorted by name, or the one source of that name; arguments as in `read_rows`."""
     named, part = split_slice(source)
+    return [open_source(f"{name}{part or ''}", args, seed) for name in files_of(named)]
+
+
+def files_of(named: str) -> list[str]:
+    """The files that a pattern matches, sorted by name; the name alone where it is no pattern of files."""
     suffix = pathlib.Path(named).suffix
     if suffix not in _FILE_ARGS or not glob.has_magic(named) or is_remote(named) or pathlib.Path(named).exists():
-        return [open_source(source, args, seed)]
+        return [named]
     paths = sorted(glob.glob(os.path.expanduser(named), recursive=True))
     if not paths:
         raise ValueError(
-            f"data source {source!r} must match an existing file, got none (working directory {os.getcwd()})"
+            f"data source {named!r} must match an existing file, got none (working directory {os.getcwd()})"
         )
-    return [open_source(f"{path}{part or ''}", args, seed) for path in paths]
+    return paths
 
 
 def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
@@ -178,8 +200,7 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
         whole = open_source(named, args, seed)
         if whole.unit != "rows":
             whole = _in_memory(whole.name, whole.read(0, whole.size))
-        start, end = slice_range(part, whole.size, source)
-        return RowSource(whole.name, end - start, "rows", lambda a, b: whole.read(start + a, start + b), start)
+        return sliced(whole, part, source)
     if is_procedural(source):
         return _in_memory(source, procedural_rows(source, args, seed))
     if is_remote(source):
@@ -187,6 +208,26 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
     path = pathlib.Path(source).expanduser()
     if path.suffix not in _FILE_ARGS or path.is_dir():
         return _open_data_set(source, args)
+    check_file(path, source, args)
+    if path.suffix == ".parquet":
+        return _open_parquet(path)
+    if path.suffix in (".csv", ".tsv"):
+        return _in_memory(str(path), read_csv(path, args))
+    if path.suffix == ".json" and (rows := read_json(path, args, JSON.decode)) is not None:
+        for index, row in enumerate(rows):
+            if (depth := _depth(row)) > MOST_NESTED:
+                raise ValueError(
+                    f"{path} row {index} must be at most {MOST_NESTED} lists and objects deep, got {depth}"
+                )
+        return _in_memory(str(path), rows)
+    if path.suffix in _BUILDERS:
+        loaded = _loaded(_BUILDERS[path.suffix], {"split": "train", **args, "data_files": [str(path)]}, source)
+        return dataclasses.replace(_of_data_set(str(path), loaded), files=(str(path),))
+    return RowSource(str(path), path.stat().st_size, "bytes", partial(_read_jsonl_part, path))
+
+
+def check_file(path: pathlib.Path, source: str, args: Mapping[str, Any]) -> None:
+    """ValueError where there is no such file, or one of its kind takes no such argument. `source`: its name."""
     if not path.is_file():
         raise ValueError(f"data source {source!r} must be an existing file (working directory {os.getcwd()})")
     takes = _FILE_ARGS[path.suffix]
@@ -198,28 +239,21 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
             f"data.args must {rule} for a file such as {source!r}, got {shown(args)}; "
             f"set data.args.{unknown[0]}=null{way_out}"
         )
-    if path.suffix == ".parquet":
-        return _open_parquet(path)
-    if path.suffix in (".csv", ".tsv"):
-        return _in_memory(str(path), read_csv(path, args))
-    if path.suffix == ".json" and (rows := read_json(path, args, _JSON.decode)) is not None:
-        for index, row in enumerate(rows):
-            if (depth := _depth(row)) > MOST_NESTED:
-                raise ValueError(
-                    f"{path} row {index} must be at most {MOST_NESTED} lists and objects deep, got {depth}"
-                )
-        return _in_memory(str(path), rows)
-    if path.suffix in _BUILDERS:
-        loaded = _loaded(_BUILDERS[path.suffix], {"split": "train", **args, "data_files": [str(path)]}, source)
-        return _of_data_set(str(path), loaded)
-    return RowSource(str(path), path.stat().st_size, "bytes", partial(_read_jsonl_part, path))
+
+
+def sliced(whole: RowSource, part: str, source: str) -> RowSource:
+    """A slice of a source that is cut by rows, in the notation of `datasets`. `source`: its name for messages."""
+    start, end = slice_range(part, whole.size, source)
+    return dataclasses.replace(
+        whole, size=end - start, read=lambda a, b: whole.read(start + a, start + b), first=whole.first + start
+    )
 
 
 def _in_memory(name: str, rows: list[Row]) -> RowSource:
     return RowSource(name, len(rows), "rows", lambda start, end: rows[start:end])
 
 
-def _read_together(source: RowSource) -> list[Row]:
+def read_together(source: RowSource) -> list[Row]:
     """All rows of a source. Each process reads one block and sends it to the others.
 
     JSON would change values such as dates and bytes. Rows with such values are not sent, and each process reads the
@@ -251,8 +285,8 @@ def read_jsonl(path: pathlib.Path) -> list[tuple[int, Row]]:
     JSON object.
     """
     with path.open("rb") as file:
-        lines = enumerate(iter(lambda: _next_line(file, path), b""), start=1)
-        return [(number, _json_row(line, path, number)) for number, line in lines if line.strip()]
+        lines = enumerate(iter(lambda: next_line(file, path), b""), start=1)
+        return [(number, json_row(line, path, number)) for number, line in lines if line.strip()]
 
 
 def _read_jsonl_part(path: pathlib.Path, start: int, end: int) -> list[Row]:
@@ -264,15 +298,16 @@ def _read_jsonl_part(path: pathlib.Path, start: int, end: int) -> list[Row]:
             while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass  # a line that crosses the border belongs to the part before
         while (place := file.tell()) < end:
-            line = _next_line(file, path)
+            line = next_line(file, path)
             if not line:
                 break
             if line.strip():
-                rows.append(_json_row(line, path, partial(_line_number, path, place)))
+                rows.append(json_row(line, path, partial(line_number, path, place)))
     return rows
 
 
-def _next_line(file: BinaryIO, path: pathlib.Path) -> bytes:
+def next_line(file: BinaryIO, path: pathlib.Path) -> bytes:
+    """The next line of a file; ValueError for one that is too long."""
     place = file.tell()
     line = file.readline(MAX_LINE_BYTES + 1)
     if len(line) > MAX_LINE_BYTES:
@@ -282,10 +317,10 @@ def _next_line(file: BinaryIO, path: pathlib.Path) -> bytes:
     return line
 
 
-def _json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) -> Row:
+def json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) -> Row:
     """The row in a line. `number`: the number of the line, or a function that finds it."""
     try:
-        row = _JSON.decode(line.decode(json.detect_encoding(line), "surrogatepass"))  # as json.loads takes bytes
+        row = JSON.decode(line.decode(json.detect_encoding(line), "surrogatepass"))  # as json.loads takes bytes
         problem = None if isinstance(row, dict) else f"{type(row).__name__}: {line[:80]!r}"
         # Brackets are counted first, because an exact check of every row would take longer than its parsing.
         if line.count(b"[") + line.count(b"{") > MOST_NESTED and (depth := _depth(row)) > MOST_NESTED:
@@ -309,7 +344,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_object)
+JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _depth(value: object) -> int:
@@ -321,7 +356,7 @@ def _depth(value: object) -> int:
     return depth
 
 
-def _line_number(path: pathlib.Path, place: int) -> int:
+def line_number(path: pathlib.Path, place: int) -> int:
     """The number, from 1, of the line that begins at this byte."""
     number = 1
     with path.open("rb") as file:
@@ -361,7 +396,7 @@ def _open_parquet(path: pathlib.Path) -> RowSource:
     try:
         check_pages(path)
         with pyarrow.parquet.ParquetFile(path) as file:
-            return RowSource(str(path), file.metadata.num_rows, "rows", read)
+            return RowSource(str(path), file.metadata.num_rows, "rows", read, files=(str(path),))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be a parquet file, got: {error}") from error
 
@@ -385,7 +420,8 @@ def _open_data_set(source: str, args: Mapping[str, Any]) -> RowSource:
         (loaded,) = loaded.values()
     if not isinstance(loaded, datasets.Dataset):
         raise ValueError(
-            f"data.args must load {source!r} as a whole, got {type(loaded).__name__}; set data.args.streaming=null"
+            f"data.args must load {source!r} as a whole, got {type(loaded).__name__}; set data.args.streaming=null; "
+            "data.streaming=true is for a data set that is larger than the memory"
         )
     return _of_data_set(source, loaded)
 
@@ -439,7 +475,10 @@ def _load_saved(folder: pathlib.Path, args: Mapping[str, Any]) -> Any:
 
 def _of_data_set(name: str, loaded: Any) -> RowSource:
     plain = loaded.with_format(None)  # a saved data set may ask for arrays
-    return RowSource(name, len(plain), "rows", lambda start, end: plain.select(range(start, end)).to_list())
+    files = tuple(str(entry["filename"]) for entry in plain.cache_files)
+    return RowSource(
+        name, len(plain), "rows", lambda start, end: plain.select(range(start, end)).to_list(), files=files
+    )
 
 
 def _map_columns(read: SourceRows, columns: Mapping[str, str | None], source: str) -> list[Row]:

@@ -4,11 +4,14 @@ In: a file. Out: dicts, one for each row. Values are taken as they stand in the 
 that 007, 1.10, NA and None stay what an author wrote. Lines of JSON are read by `rl.data.sources`.
 """
 
+import contextlib
 import csv
+import dataclasses
+import itertools
 import pathlib
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
 
 from rl.data.tasks import Row
 from rl.files.json_file import shown
@@ -16,6 +19,21 @@ from rl.files.json_file import shown
 MAX_JSON_BYTES = 1_000_000_000  # of a file that is read as a whole, which may take a few dozen times as much memory
 CSV_ARGS = ("delimiter", "quotechar", "encoding")
 _SLICE = re.compile(r"(?P<source>.+)(?P<slice>\[[^\[\]]*:[^\[\]]*\])", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class CsvIndex:
+    """Where the rows of a CSV file stand.
+
+    Attributes:
+      header: the names of the columns. num_rows: of the whole file.
+      places: for every `stride`-th row, from row 0 on, where its text begins and how many lines stand before it.
+    """
+
+    header: list[str]
+    num_rows: int
+    stride: int
+    places: list[tuple[int, int]]
 
 
 def read_csv(path: pathlib.Path, args: Mapping[str, Any]) -> list[Row]:
@@ -28,34 +46,79 @@ def read_csv(path: pathlib.Path, args: Mapping[str, Any]) -> list[Row]:
       ValueError: an argument has a wrong form, the file has no header, a name twice, or a row with another number of
         cells; the message has the file and the line.
     """
+    with _open_csv(path, args) as (file, form):
+        lines = csv.reader(file, strict=True, **form)
+        return list(_csv_rows(lines, _header(lines, path), path, form))
+
+
+def index_csv(path: pathlib.Path, args: Mapping[str, Any], stride: int) -> CsvIndex:
+    """Reads a CSV file once, without keeping its rows. Arguments and errors as in `read_csv`."""
+    places, count = [], 0
+    with _open_csv(path, args) as (file, form):
+        # `readline`, because a file that is iterated does not say where it stands.
+        lines = csv.reader(iter(file.readline, ""), strict=True, **form)
+        header = _header(lines, path)
+        rows, is_left = _csv_rows(lines, header, path, form), True
+        while is_left:
+            if count % stride == 0:
+                places.append((file.tell(), lines.line_num))
+            is_left = next(rows, None) is not None
+            count += is_left
+    return CsvIndex(header, count, stride, places)
+
+
+def read_csv_part(path: pathlib.Path, args: Mapping[str, Any], index: CsvIndex, start: int, end: int) -> list[Row]:
+    """Rows `start` to `end` of a file with this index. Arguments and errors as in `read_csv`."""
+    place, line = index.places[start // index.stride]
+    first = start // index.stride * index.stride
+    with _open_csv(path, args) as (file, form):
+        file.seek(place)
+        lines = csv.reader(iter(file.readline, ""), strict=True, **form)
+        return list(itertools.islice(_csv_rows(lines, index.header, path, form, line), start - first, end - first))
+
+
+@contextlib.contextmanager
+def _open_csv(path: pathlib.Path, args: Mapping[str, Any]) -> Iterator[tuple[TextIO, dict[str, Any]]]:
+    """The open file, and the arguments of `csv.reader`."""
     for name, value in args.items():
         if not isinstance(value, str) or (name != "encoding" and len(value) != 1):
             form = "the name of an encoding" if name == "encoding" else "one character"
             raise ValueError(f"data.args.{name} must be {form} for {str(path)!r}, got {shown(value)}")
     form = {"delimiter": "\t" if path.suffix == ".tsv" else ",", "quotechar": '"', "encoding": "utf-8-sig"} | dict(args)
-    rows: list[Row] = []
     try:
-        with path.open(encoding=form["encoding"], newline="") as file:
-            lines = csv.reader(file, delimiter=form["delimiter"], quotechar=form["quotechar"], strict=True)
-            try:
-                header = next(lines, [])
-                if not header or len(set(header)) < len(header) or "" in header:
-                    raise ValueError(f"{path}:1 must name each column once, got {shown(header)}")
-                for cells in lines:
-                    if len(cells) != len(header) and cells:
-                        raise ValueError(
-                            f"{path}:{lines.line_num} must have {len(header)} cells, one for each of {shown(header)}, "
-                            f"got {len(cells)}: {shown(cells)}; quote a cell that holds {form['delimiter']!r}"
-                        )
-                    if cells:  # a blank line is no row
-                        rows.append({name: cell or None for name, cell in zip(header, cells, strict=True)})
-            except csv.Error as error:
-                raise ValueError(f"{path}:{lines.line_num} must be a line of CSV: {error}") from error
+        with path.open(encoding=form.pop("encoding"), newline="") as file:
+            yield file, form
     except (UnicodeError, LookupError, TypeError, OSError) as error:  # LookupError: an encoding that is not known
         raise ValueError(
             f"{path} must be a CSV file that can be read, got: {error}; data.args.encoding names its encoding"
         ) from error
-    return rows
+
+
+def _header(lines: Any, path: pathlib.Path) -> list[str]:
+    try:
+        header = next(lines, [])
+    except csv.Error as error:
+        raise ValueError(f"{path}:1 must be a line of CSV: {error}") from error
+    if not header or len(set(header)) < len(header) or "" in header:
+        raise ValueError(f"{path}:1 must name each column once, got {shown(header)}")
+    return header
+
+
+def _csv_rows(
+    lines: Any, header: list[str], path: pathlib.Path, form: Mapping[str, Any], before: int = 0
+) -> Iterator[Row]:
+    """The rows of a `csv.reader` whose file has `before` lines before its first."""
+    try:
+        for cells in lines:
+            if len(cells) != len(header) and cells:
+                raise ValueError(
+                    f"{path}:{before + lines.line_num} must have {len(header)} cells, one for each of {shown(header)}, "
+                    f"got {len(cells)}: {shown(cells)}; quote a cell that holds {form['delimiter']!r}"
+                )
+            if cells:  # a blank line is no row
+                yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    except csv.Error as error:
+        raise ValueError(f"{path}:{before + lines.line_num} must be a line of CSV: {error}") from error
 
 
 def read_json(path: pathlib.Path, args: Mapping[str, Any], decode: Callable[[str], Any]) -> list[Row] | None:

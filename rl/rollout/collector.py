@@ -61,7 +61,7 @@ class Collector:
         self._sampling, self._tokenizer = sampling, tokenizer
         self._numbers = {(row.source, row.index): number for number, row in enumerate(data.train)}
         self._order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
-        self._rows, self._held_out = data.train, data.evaluated(config.eval)
+        self._rows, self._held_out, self._stream = data.rows, data.evaluated(config.eval), data.stream
         self._epoch = 0.0  # how often the training rows were used up so far
         self._failures = FailureWatch(runner.specs, config.rewards.max_failed_share, config.health.patience)
 
@@ -120,11 +120,13 @@ class Collector:
           state: the weights to draw with; all randomness follows from its key and the step.
           position: how many rows, in the run's order, are used up.
         """
-        self._epoch = position / self._order.epoch_length
+        self._epoch = self._order.epochs(position)
         groups = collect(
             self._config, self._rows, self._order, position, step, functools.partial(self._draw, state, step)
         )
-        self._epoch = groups.position / self._order.epoch_length
+        self._epoch = self._order.epochs(groups.position)
+        if self._stream is not None:
+            self._log.messages(self._stream.take_messages())
         self._sampler.release()  # the weights are about to change
         self._failures.end_step()
         if (curriculum := self._order.curriculum) is not None:

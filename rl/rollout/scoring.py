@@ -51,8 +51,6 @@ def start_rewards(
             f.kwargs,
             "needs_group" if f.needs_group else said[f.elementwise],
             None if (given := function_of(f.function)) is None else given.pickled,
-            f.cache,
-            config.rewards.cache_mb,
         )
         for f in config.rewards.functions
     ]

@@ -22,6 +22,7 @@ from rl.algorithms.advantages import ZERO_STD
 from rl.config.load import Config
 from rl.data.order import Order
 from rl.data.prompt_rows import PromptRow
+from rl.data.stream import PromptStream, StreamOrder
 from rl.rollout.groups import Judged
 
 
@@ -59,7 +60,12 @@ def check_calls(config: Config, runner: RewardRunner) -> None:
 
 
 def collect(
-    config: Config, rows: Sequence[PromptRow], order: Order, position: int, weights_step: int, draw: Draw
+    config: Config,
+    rows: PromptStream | Sequence[PromptRow],
+    order: Order | StreamOrder,
+    position: int,
+    weights_step: int,
+    draw: Draw,
 ) -> Judged:
     """Draws and judges P groups from the rows at `position` of their order on, and replaces groups without a spread of
     rewards. `draw` draws with the weights of `weights_step`. Without dynamic sampling the groups have no metrics of
@@ -75,6 +81,9 @@ def collect(
     while equal and num_rounds < max_rounds and len(taken) < len(rows):
         count = min(len(equal), len(rows) - len(taken))
         new, position = order.take(position, count, taken)
+        if not new:  # a stream knows only now that it has no other rows
+            break
+        count = len(new)
         other = draw([rows[i] for i in new], range(len(taken), len(taken) + count))
         useful = [p for p in range(count) if has_spread(other, p)]
         judged = judged.replace(dict(zip(equal, useful, strict=False)), other)

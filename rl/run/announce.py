@@ -88,7 +88,7 @@ def announce(
         "model": f"{origin.identity['source'] or 'fresh'}, {origin.model_config.family}, {size}",
         "policy": f"{policy.flavour}, {origin.model_config.dtype}, {policy.kernel.title}",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {axes}",
-        "prompts": f"{len(data.train)} train, {len(data.held_out)} held out",
+        "prompts": f"{_num_train(data)}, {len(data.held_out)} held out",
         "step": f"{per_step}, {updates_per_step(config)} update(s)",
         "packing": f"{packing.num_rows} rows x {packing.row_length} tokens a piece",
     }
@@ -99,6 +99,12 @@ def announce(
     if grpo.preset:
         rows["preset " + grpo.preset] = " ".join(f"{key}={value}" for key, value in preset_values(config).items())
     console.table("grpo train", rows)
+
+
+def _num_train(data: PromptData) -> str:
+    if data.stream is None:
+        return f"{len(data.train)} train"
+    return f"{data.stream.num_rows} rows in {data.stream.num_blocks} blocks to train, if they fit"
 
 
 def announce_supervised(

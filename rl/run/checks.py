@@ -15,14 +15,15 @@ def check_recipe(config: Config, data: PromptData, sampling: SamplingParams, max
         raise ValueError(
             "rewards.functions must hold a weight other than 0, got only metrics; there is nothing to learn from"
         )
-    check_enough_rows(len(data.train), config.grpo.prompts_per_step)
+    check_enough_rows(len(data.rows), config.grpo.prompts_per_step)
     order_of(config.data, data, config.seed, config.grpo.prompts_per_step)  # a source may be too small for its share
     if not config.sampling.temperature > 0:
         raise ValueError(
             f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; "
             "evaluation is greedy anyway"
         )
-    longest = max(len(row.prompt_ids) for row in [*data.train, *data.held_out]) + config.sampling.max_completion_length
+    longest = max([data.longest_prompt, *(len(row.prompt_ids) for row in data.held_out)])
+    longest += config.sampling.max_completion_length
     if longest > max_positions:
         raise ValueError(
             f"prompt and completion must fit the model's {max_positions} positions, got up to {longest}; lower "

@@ -35,7 +35,7 @@ def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, 
     models, and reward functions that are given as objects. ValueError where two processes would start different runs.
     """
     reference = origin.identity if config.grpo.beta else None
-    hashes = {"data": fingerprint(data.train), HELD_OUT: held_out_fingerprint(data.held_out)}
+    hashes = {"data": data.fingerprint(), HELD_OUT: held_out_fingerprint(data.held_out)}
     hashes |= file_hashes(config) | prepare_hashes(config) | reward_model_identity(config)
     return _same({"policy": origin.identity, "reference": reference, **hashes, **function_hashes(config)}, config)
 
@@ -60,7 +60,7 @@ class Progress(NamedTuple):
     Attributes:
       steps_done: the number of steps that are done.
       health: see `rl.run.health`.
-      position: the number of prompts used up, in the run's order of prompts.
+      position: where the next prompts are in the run's order: the number used up, or what a stream says of it.
       entropy: the state of the adaptive entropy bonus.
       reward_state: findings about reward functions and prompts, as JSON values by the names in `REWARD_STATE`.
     """
@@ -78,7 +78,7 @@ class Progress(NamedTuple):
 
     @classmethod
     def restored(cls, record: Mapping[str, Any], config: Config, num_rows: int) -> "Progress":
-        """The state from a checkpoint's record, which `record` made. `num_rows`: training data rows of the run."""
+        """The state from a checkpoint's record, which `record` made. `num_rows`: `PromptData.num_positions`."""
         loop = cls.start(config)._replace(steps_done=record["step"], health=HealthState(**record["health"]))
         if "position" not in record:
             return loop
@@ -89,7 +89,7 @@ class Progress(NamedTuple):
         )
 
     def record(self, flavour: str, num_rows: int) -> dict[str, Any]:
-        """The state as JSON values. The position is split into epochs of `num_rows` data rows."""
+        """The state as JSON values. The position is split into epochs, see `PromptData.num_positions`."""
         epoch, offset = divmod(self.position, num_rows)
         record = {"step": self.steps_done, "epoch": epoch, "position": offset, "flavour": flavour}
         record |= {"entropy": self.entropy._asdict(), "health": self.health._asdict()}
@@ -113,7 +113,7 @@ def restore_or_start(
 
     Args:
       checkpoints: those of the run folder.
-      num_rows: training data rows of the run.
+      num_rows: by how much the position grows in an epoch.
 
     Raises:
       ValueError: the checkpoint is of another model or optimizer, no checkpoint is whole, pretrained weights do not

@@ -89,6 +89,8 @@ def plan_draws(
     """
     sizes = draw_sizes(config, data, sampling)
     step = sizes[0]
+    if prompt_length is None and data.stream is not None:  # most of its prompts are not there yet
+        prompt_length = config.data.max_prompt_length
     if prompt_length is None:
         prompts = [row.prompt_ids for row in (*data.train, *data.held_out)]
         sampler.expect(prompts, step.num_prompts, step.num_samples)

@@ -79,6 +79,13 @@ def bench(
     start_peak()
     start_bytes, start = peak_bytes(), time.perf_counter()
     data = load_prompts(config, tokenizer)
+    messages, num_rows, num_dropped, lengths = list(data.messages), data.num_rows, data.num_dropped, []
+    if data.stream is not None:  # every block is read, so that what is wrong in one is seen before a run
+        for number in range(1, data.stream.num_blocks):
+            lengths += [len(row.prompt_ids) for row in data.stream.block(number)]
+            num_rows += data.stream.counts[number][0]
+            num_dropped += data.stream.counts[number][1]
+        messages += data.stream.take_messages()
     seconds = time.perf_counter() - start
     peak, start = peak_bytes(), time.perf_counter()
     order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
@@ -86,14 +93,14 @@ def bench(
     for _ in range(num_steps):
         position = order.take(position, config.grpo.prompts_per_step)[1]
     step_seconds = (time.perf_counter() - start) / num_steps
-    lengths = [len(row.prompt_ids) for row in (*data.train, *data.held_out)]
+    lengths += [len(row.prompt_ids) for row in (*data.train, *data.held_out)]
     return DataBench(
         source=config.data.source or ", ".join(entry.label for entry in config.data.sources),
-        num_rows=data.num_rows,
-        num_train=len(data.train),
+        num_rows=num_rows,
+        num_train=len(lengths) - len(data.held_out),
         num_held_out=len(data.held_out),
-        num_dropped=data.num_dropped,
-        num_removed=data.num_rows - len(lengths) - data.num_dropped,
+        num_dropped=num_dropped,
+        num_removed=num_rows - len(lengths) - num_dropped,
         num_tokens=sum(lengths),
         longest_prompt=max(lengths),
         mean_prompt=sum(lengths) / len(lengths),
@@ -102,7 +109,7 @@ def bench(
         step_seconds=step_seconds,
         start_bytes=start_bytes,
         peak_bytes=peak,
-        messages=data.messages,
+        messages=messages,
     )
 
 

@@ -113,8 +113,8 @@ def changed_rows(
         what = "the questions are the same; answers, other columns, the order of the rows, or token ids are not"
     else:
         what = f"they are {now['rows']} rows with other questions, and were {then['rows']}"
-        trained = data.train if identity["kind"] == "grpo" else load_pairs(config, tokenizer).rows
-        if fingerprint(trained) != identity["data"]:
+        is_grpo = identity["kind"] == "grpo"
+        if (data.fingerprint() if is_grpo else fingerprint(load_pairs(config, tokenizer).rows)) != identity["data"]:
             raise ValueError(
                 f"the held-out rows must be those of the run {run}, or none that it was trained on, but {what}, and "
                 "the training rows have changed, too; put the data back, or name the rows with data.source=... or "

@@ -98,6 +98,11 @@ def passrate(
     if draws is not None and not 1 <= draws <= LARGEST_GROUP:
         raise ValueError(f"--draws must be from 1 to {LARGEST_GROUP}, got {draws}")
     source, config = resolve_for(model, recipe, overrides, step, adapter)
+    if config.data.streaming:
+        raise ValueError(
+            "data.streaming must be false to measure pass rates, which are written with all rows, got true; set "
+            "data.streaming=false and measure a part, such as data.source=FILE[:10000]"
+        )
     paths = output_paths(output, config.data)
     with hosts.joined(config.distributed):
         check_trust(recipe, config, overrides, TO_EVALUATE, trust)

@@ -29,7 +29,9 @@ from jax._src.clusters import cloud_tpu_cluster
 from rl import sft_trainer
 from rl.cli import main
 from rl.config.load import dump_config, load_config
+from rl.data.order import order_of
 from rl.data.prompts import fingerprint, load_pairs, load_prompts
+from rl.data.stream import STRIDE
 from rl.data.tokenizer import load_tokenizer
 from rl.devices import hosts
 from rl.grpo_trainer import train
@@ -269,9 +271,10 @@ TELL = """
 import json, pathlib, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rl.data import sources
+from rl.data import blocks, sources
 from rl.devices import hosts
 from rl.config.load import load_config
+from rl.data.order import order_of
 from rl.data.prompts import fingerprint, load_pairs, load_prompts
 from rl.run.executables import open_compiled
 from rl.data.tokenizer import Tokenizer, load_tokenizer
@@ -281,24 +284,35 @@ class Recorder(Tokenizer):
     def encode(self, text, add_bos=True):
         encoded.append(text)
         return super().encode(text, add_bos)
-encoded, lines, json_row = [], [], sources._json_row
+encoded, lines, json_row = [], [], sources.json_row
 def recorded_row(line, *place):
     lines.append(line.decode())
     return json_row(line, *place)
 def data_of(overrides):
     tokenizer = Recorder(load_tokenizer("byte").backend)
-    sources._json_row = recorded_row
+    sources.json_row = blocks.json_row = recorded_row
     prompts = load_prompts(load_config(None, overrides), tokenizer)
     told = {"read": lines[:], "encoded": encoded[:], "train": fingerprint(prompts.train), "messages": prompts.messages}
     told["held_out"] = fingerprint(prompts.held_out)
     told["prompts"] = [row.prompt for row in [*prompts.train, *prompts.held_out]]
     told["pairs"] = fingerprint(load_pairs(load_config(None, overrides), tokenizer).rows)
+    lines.clear()
+    told["stream"] = streamed(overrides, tokenizer)
+    told["stream_read"] = lines[:]
     broken = load_config(None, [*overrides, overrides[0] + ".broken.jsonl"])
     try:
         load_prompts(broken, tokenizer)
     except ValueError as error:
         told["broken"] = str(error)
     return told
+def streamed(overrides, tokenizer):
+    config = load_config(None, [*overrides, "data.streaming=true", "data.block_size=10"])
+    prompts, position, asked = load_prompts(config, tokenizer), 0, []
+    order = order_of(config.data, prompts, config.seed, 8)
+    for _ in range(3):
+        numbers, position = order.take(position, 8)
+        asked += [prompts.rows[number].prompt for number in numbers]
+    return [asked, position, prompts.fingerprint()]
 def tell(config):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -405,6 +419,16 @@ def test_each_process_reads_and_tokenizes_one_block_of_the_rows_and_has_all_of_t
         assert part["pairs"] == fingerprint(pairs.rows)
         assert part["messages"] == alone.messages
         assert "train.jsonl.broken.jsonl:39 must be one JSON object, got b'{broken" in part["broken"]
+    config = load_config(None, [*sources, "data.streaming=true", "data.block_size=10"])
+    stream = load_prompts(config, load_tokenizer("byte"))
+    numbers, position = order_of(config.data, stream, config.seed, 8).take(0, 24)
+    asked = [stream.rows[number].prompt for number in numbers]
+    for part in parts:  # a stream reads and tokenizes each block together
+        assert part["stream"] == [asked, position, stream.fingerprint()]
+    num_read = 10 * (1 + position // STRIDE)
+    assert num_read > 20
+    assert [len(part["stream_read"]) for part in parts] == [num_read // 2, num_read // 2]
+    assert sorted(parts[0]["stream_read"] + parts[1]["stream_read"]) == sorted(lines[:num_read])
     assert 0 < alone.num_dropped < len(alone.train)  # some are too long
     assert alone.held_out[0].columns["day"] == datetime.date(2024, 1, 1)
 

@@ -13,7 +13,7 @@ import time
 import pytest
 import yaml
 
-from rewards import cache, judge
+from rewards import judge
 from rewards.contract import RewardSpec, bind
 from rewards.runner import RewardRunner
 
@@ -240,7 +240,7 @@ def test_answers_are_kept_by_content_and_drawn_ones_are_not(tmp_path):
 
 
 def test_the_oldest_answers_make_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_EVICTED_EVERY", 1)
+    monkeypatch.setattr(judge, "_EVICTED_EVERY", 1)
     with serving(says("<score>10</score>" + " " * 1000)) as server:
         for number in range(6):
             score(server, completion=str(number), folder=str(tmp_path), cache_mb=0.003)

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from rewards.batch import COUNTS, Batch, BatchInputs, RewardResult, Share, merge_results, result_of
-from rewards.cache import AnswerCache, identity_of
 from rewards.contract import RewardSpec
 from rewards.environment import check_memory_gb
 from rewards.failed import FirstFailure
@@ -693,95 +692,6 @@ def test_errors_of_the_network_are_known_by_the_names_of_their_classes(package, 
     pauses = [pause(n) for n in range(8)]
     assert all(2.0**n / 4 <= seconds <= 2.0**n / 2 for n, seconds in enumerate(pauses[:6]))
     assert max(pauses) <= 30
-
-
-CACHED = """
-    import dataclasses
-    calls = []
-    def each(completion, answer, log_metric, log_extra, factor=1):
-        calls.append(completion)
-        if completion == "bad":
-            raise KeyError(completion)
-        log_metric("calls", len(calls)), log_extra("call", [len(calls)])
-        return None if completion == "none" else factor * len(calls)
-    async def awaited(completion, answer):
-        calls.append(completion)
-        return len(calls)
-    def columns_of(prompts, completions, **columns):
-        calls.append(columns)
-        return [len(calls)] * len(completions)
-    columns_of.elementwise = True
-    def group(completions):
-        calls.append(completions)
-        return [len(calls) + place for place in range(len(completions))]
-    group.needs_group = True
-    def seeded(completion, seed):
-        calls.append(seed)
-        return len(calls)
-    def whole(prompts, completions):
-        return [0.0] * len(completions)
-    whole.elementwise = False
-"""
-
-
-def test_a_function_with_a_cache_is_asked_once_for_the_same_arguments_until_its_file_changes(write, tmp_path):
-    """The functions count their calls, so an answer from the cache is that of an earlier call."""
-    names = ["each", "awaited", "columns_of", "group", "seeded"]
-
-    def ask(completions, answer="4", step=0, code=CACHED, **kwargs):
-        spec = write(code)
-        specs = [dataclasses.replace(spec(name), cache=str(tmp_path / "kept")) for name in names]
-        specs[0] = dataclasses.replace(specs[0], kwargs=kwargs)
-        seeds = [step + b for b in range(len(completions))]
-        moment, columns = Moment(step, 9), {"answer": [answer] * len(completions)}
-        with RewardRunner(specs, ["answer"], 1, 5.0) as runner:
-            return runner.score(
-                ["p"] * len(completions), completions, columns, group_size=2, moment=moment, seeds=seeds
-            )
-
-    def cached(result):
-        return [result.sums[name]["cached"] for name in names]
-
-    first = ask(["a", "none"])
-    assert None not in first.rewards[0]
-    assert first.rewards[1][0] is None
-    assert cached(first) == [[0.0, 2]] * 3 + [[0.0, 1], [0.0, 2]]
-    again = ask(["a", "none"], step=7)
-    assert [row[:4] for row in again.rewards] == [row[:4] for row in first.rewards]
-    assert again.logged == first.logged
-    assert cached(again) == [[2.0, 2]] * 3 + [[1.0, 1], [0.0, 2]]  # a function that takes a seed is asked for each
-    assert again.sums["each"]["calls"] == first.sums["each"]["calls"]
-    assert [pair[0] for pair in cached(ask(["a", "b"], step=20))] == [1, 1, 1, 0, 0]  # another group
-    assert [pair[0] for pair in cached(ask(["a", "none"], answer="5"))] == [0, 0, 0, 1, 2]  # what a function reads
-    assert cached(ask(["a", "none"], factor=3))[0] == [0.0, 2]
-    assert cached(ask(["a", "none"], code=CACHED + "    # mended\n")) == cached(first)
-    for _ in range(2):
-        failed = ask(["bad", "a"])  # a failure is not kept
-        assert failed.counts["each"] == counts(exception=1)
-    for path in (tmp_path / "kept" / "answers").iterdir():
-        path.write_text('{"rewards": [1], "logged": [{}], "sums": {}}')
-    assert [pair[0] for pair in cached(ask(["a", "none"]))] == [0, 0, 0, 0, 0]  # what is no answer counts as none
-
-
-def test_the_folder_of_a_cache_is_bounded_and_a_cache_is_refused_where_it_could_not_serve(write, tmp_path):
-    answers = AnswerCache(tmp_path, 0.001)
-    (tmp_path / "answers" / "of the user.json").write_text("x" * 5000)
-    for number in range(9):
-        answers.keep(f"{number:064x}", "y" * 300)
-        os.utime(tmp_path / "answers" / f"{number:064x}.json", (number, number))
-    answers.evict()
-    kept = sorted(path.name for path in (tmp_path / "answers").iterdir())
-    assert kept == [*(f"{number:064x}.json" for number in (6, 7, 8)), "of the user.json"]
-    spec = write(CACHED)
-    for name, folder, word in (
-        ("whole", tmp_path, "whole batches"),
-        ("each", tmp_path / "my_rewards.py", "can be made"),
-    ):
-        with pytest.raises(ValueError, match=word):
-            RewardRunner([dataclasses.replace(spec(name), cache=str(folder))], ["answer"], 1, 5.0)
-    with pytest.raises(ValueError, match="whose source is in a file"):
-        identity_of(len, "builtins:len", None)
-    assert identity_of(len, "f", b"1") != identity_of(len, "f", b"2")
 
 
 FAILS_ONCE = """

@@ -52,6 +52,14 @@ def test_rows_that_share_a_held_out_question_are_removed(tmp_path):
     assert (result.num_rows, result.num_train, result.num_held_out, result.num_removed) == (8, 6, 1, 1)
 
 
+def test_every_block_of_a_stream_is_counted(recipe):
+    whole = bench(recipe, num_steps=3)
+    blocks = bench(recipe, 3, ["data.streaming=true", "data.block_size=5"])
+    names = ("num_rows", "num_train", "num_held_out", "num_dropped", "num_removed", "num_tokens", "longest_prompt")
+    assert {name: getattr(blocks, name) for name in names} == {name: getattr(whole, name) for name in names}
+    assert [message.partition(":")[0] for message in blocks.messages] == [f"block {k} of 3" for k in (1, 3, 3)]
+
+
 def test_the_command_needs_no_device_and_writes_its_numbers(recipe, tmp_path):
     command = [sys.executable, "-m", "rl.tools.data", "bench", str(recipe), "--json", str(tmp_path / "out.json")]
     # A platform that does not exist: whatever asks jax for a device fails.

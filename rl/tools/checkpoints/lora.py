@@ -168,7 +168,7 @@ def to_run(adapter: str, run: str, recipe: str, overrides: Sequence[str] = (), t
             load_adapter(adapter, origin.model_config, shardings), frozen_base(config, mesh, init_state_fn, origin)
         )
         state, _ = setup_training_state(config, mesh, init_state_fn, params)
-        checkpoints.save(0, state, Progress.start(config).record(policy.flavour, len(data.train)))
+        checkpoints.save(0, state, Progress.start(config).record(policy.flavour, data.num_positions))
         checkpoints.wait()
         return folder.path
 

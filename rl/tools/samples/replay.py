@@ -15,7 +15,7 @@ import jax
 from rl.config.load import Config, differences, load_config
 from rl.data.order import order_of
 from rl.data.prompt_rows import PromptRow
-from rl.data.prompts import fingerprint, load_prompts
+from rl.data.prompts import load_prompts
 from rl.data.tokenizer import Tokenizer
 from rl.devices.programs import use_compilation_cache
 from rl.run.metrics import read_metrics, read_samples
@@ -100,12 +100,12 @@ def draw_again(
             raise ValueError(f"--replay: {name} must be from 0 to {count - 1}, got {number}")
     use_compilation_cache(config)
     data = load_prompts(config, tokenizer_from_config(config))
-    _check_same("data", fingerprint(data.train), identity["data"])
+    _check_same("data", data.fingerprint(), identity["data"])
     trained = load_start(config) if step == 1 else load_checkpoint(config, folder, step - 1)
     if step == 1:
         _check_same("policy", trained.origin.identity, identity["policy"])
     # Refills take the next prompts, so the number used up before a step gives all its prompts.
-    position = _position(folder, step, len(data.train))
+    position = _position(folder, step, data.num_positions)
     order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
     record = (read_record(checkpoint_folder(folder, step - 1)) or {}) if step > 1 else {}
     order = order.laid_out_for(record.get(ORDER_STEP, order.prompts_per_step))
@@ -116,13 +116,17 @@ def draw_again(
         config, eos_ids(config, trained.origin.model_config, trained.tokenizer), for_training=True
     )
     sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
-    sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
+    if data.stream is None:
+        sampler.expect([row.prompt_ids for row in (*data.train, *data.held_out)])
+    else:
+        sampler.expect_length(config.data.max_prompt_length)
     key = jax.random.fold_in(jax.random.wrap_key_data(trained.rng), step - 1)
     request = Request(prompt, prompt, sample, sampling.max_completion_length)
-    prompts = [data.train[i].prompt_ids for i in indices]
+    rows = [data.rows[i] for i in indices]
+    prompts = [row.prompt_ids for row in rows]
     with contextlib.closing(sampler):
         ((_, completion),) = sampler.stream(trained.params, prompts, [request], sampling, key)
-    return Replayed(step, data.train[indices[prompt]], completion, sampling, trained.tokenizer)
+    return Replayed(step, rows[prompt], completion, sampling, trained.tokenizer)
 
 
 def _check_replayable(folder: pathlib.Path, step: int) -> None:
