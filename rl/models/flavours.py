@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from rl.config.sections import Config
 from rl.devices.mesh import RowExchange, embedding_exchange
 from rl.models import linen_model, nnx_model, ops
 from rl.models.attention_kernels import XLA, AttentionKernel, choose_kernel
@@ -129,13 +130,16 @@ FLAVOURS = {
 }
 
 
-def flavour_of(config: Any) -> Flavour:
+def flavour_of(config: Config) -> Flavour:
     """The flavour that a run's typed configuration asks for: the one place where its `pure_nnx` is read."""
     return FLAVOURS[config.pure_nnx]
 
 
 def create_policy(
-    model_config: Any, pure_nnx: bool, kernel: AttentionKernel = XLA, exchange_fn: RowExchange | None = None
+    model_config: ModelConfig | ForeignConfig,
+    pure_nnx: bool,
+    kernel: AttentionKernel = XLA,
+    exchange_fn: RowExchange | None = None,
 ) -> Policy:
     """The NNX policy if `pure_nnx`, else the Linen one. `model_config.kind` names the implementation.
 
@@ -146,7 +150,7 @@ def create_policy(
     return FLAVOURS[pure_nnx].policies[model_config.kind](model_config, kernel, exchange_fn)
 
 
-def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> ForeignConfig:
+def foreign_config(config: Config, folder: pathlib.Path | None, **tokens: Any) -> ForeignConfig:
     """The description of the model in model.source, where that is not the toolkit's own decoder.
 
     Args:
@@ -178,7 +182,7 @@ def foreign_config(config: Any, folder: pathlib.Path | None, **tokens: Any) -> F
     return describe(config.model, folder)
 
 
-def policy_from_config(config: Any, model_config: ModelConfig, mesh: Mesh | None = None) -> Policy:
+def policy_from_config(config: Config, model_config: ModelConfig, mesh: Mesh | None = None) -> Policy:
     """The policy of a run, from the run's typed configuration.
 
     Args:
