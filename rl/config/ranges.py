@@ -27,6 +27,7 @@ PATH_KEYS = (
     *("output_dir", "compiled_file", "model.source", "model.weights", "lora.adapter"),
     *("tokenizer.source", "tokenizer.chat_template"),
     *("data.source", "data.eval_source", "data.prepare", "data.sources.*.source", "data.sources.*.prepare"),
+    *("data.few_shot", "data.sources.*.few_shot"),
     *("rewards.functions.*.function", "logging.compilation_cache"),
     *("grpo.loss_type", "grpo.advantage_estimator", "sampling.source", "checkpoint.staging"),
 )
@@ -225,7 +226,7 @@ def check_ranges(config: Config) -> None:
     for key, pattern, value in _entries(config):
         if pattern in RANGES and value is not None:
             _check_number(key, RANGES[pattern], value)
-        if pattern in PATH_KEYS and value is not None:
+        if pattern in PATH_KEYS and isinstance(value, str):
             check_possible_path(key, value)
 
 

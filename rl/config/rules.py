@@ -214,7 +214,7 @@ def _check_chat(config: Config) -> None:
     of_sources = [
         (f"sources.{i}.{key}", getattr(entry, key))
         for i, entry in enumerate(data.sources)
-        for key in ("assistant_prefill", "answer_from_messages")
+        for key in ("assistant_prefill", "answer_from_messages", "chat_template_kwargs")
     ]
     for key, value in (
         ("chat_template_kwargs", data.chat_template_kwargs),
@@ -227,12 +227,21 @@ def _check_chat(config: Config) -> None:
                 f"data.chat must be true with data.{key}, which is for chat prompts, got false and {shown(value)}; set "
                 f"data.chat=true or leave data.{key} out"
             )
-    for name in ("messages", "add_generation_prompt"):
-        if name in data.chat_template_kwargs:
-            raise ValueError(
-                f"data.chat_template_kwargs must not hold {name!r}, which each prompt gives, got "
-                f"{shown(data.chat_template_kwargs[name])}; leave it out"
-            )
+    given = [("", data.chat_template_kwargs)]
+    given += [(f"sources.{i}.", entry.chat_template_kwargs or {}) for i, entry in enumerate(data.sources)]
+    for place, variables in given:
+        for name in ("messages", "add_generation_prompt"):
+            if name in variables:
+                raise ValueError(
+                    f"data.{place}chat_template_kwargs must not hold {name!r}, which each prompt gives, got "
+                    f"{shown(variables[name])}; leave it out"
+                )
+
+
+def _few_shot_of(config: Config) -> list[tuple[str, Any]]:
+    entries = enumerate(config.data.sources)
+    of_sources = [(f"data.sources.{i}.few_shot", entry.few_shot) for i, entry in entries]
+    return [("data.few_shot", config.data.few_shot), *of_sources]
 
 
 def _check_paths(config: Config) -> None:
@@ -251,6 +260,7 @@ def _check_paths(config: Config) -> None:
         ("data.source", config.data.source),
         ("data.eval_source", config.data.eval_source),
         *((f"data.sources.{i}.source", entry.source) for i, entry in enumerate(config.data.sources)),
+        *((key, value) for key, value in _few_shot_of(config) if isinstance(value, str)),
     ):
         check_path(value, key, may_be_remote=not (value and is_user_function(value)))
     for key, value in (

@@ -103,6 +103,8 @@ class DataSource:
     columns: dict[str, str | None] | None = None
     prepare: str | None = None
     answer_from_messages: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    few_shot: list[dict[str, Any]] | str | None = None
     system_prompt: str | None = None
     assistant_prefill: str | None = None
     eval_size: int = 0
@@ -148,6 +150,8 @@ class DataSection:
     eval_share: float
     chat: bool
     chat_template_kwargs: dict[str, Any]
+    few_shot: list[dict[str, Any]] | str | None
+    few_shot_separator: str
     system_prompt: str | None
     assistant_prefill: str | None
     answer_from_messages: bool

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from rl.config.load import Config
 from rl.data.overlap import WORDS, find_overlaps
-from rl.data.prompt_rows import PromptRow, load_source, question_key, tokenize
+from rl.data.prompt_rows import PromptRow, load_source, question_key, tokenize, with_examples
 from rl.data.tokenizer import Tokenizer
 from rl.files.json_file import shown
 
@@ -26,7 +26,7 @@ class EvalRows(NamedTuple):
 def load_eval_source(config: Config, tokenizer: Tokenizer, messages: list[str]) -> EvalRows:
     """Reads data.eval_source. Messages about rows that are left out are added to `messages`."""
     data = config.data
-    section = dataclasses.replace(data, source=data.eval_source, args=data.eval_args)
+    section = with_examples(dataclasses.replace(data, source=data.eval_source, args=data.eval_args), "data")
     read = load_source(section, config, "data.eval_source", messages)
     rows = tokenize(read, section, tokenizer, "data.eval_source", messages, source=-1)
     return EvalRows(rows, [question_key(row["prompt"]) for row in read.rows])

@@ -47,6 +47,47 @@ class PromptRow:
     asked: Any = None
 
 
+def with_examples(section: DataSection, key: str) -> DataSection:
+    """The section with the examples of data.few_shot as rows {prompt, answer}, read if a file holds them.
+
+    A file is read as the source is: data.columns, data.prepare and data.answer_from_messages apply to it. `key` names
+    the section.
+
+    Raises:
+      ValueError: naming the row: an example lacks a question or an answer, or a list has other columns.
+    """
+    given = section.few_shot
+    if not given:
+        return section
+    if isinstance(given, str):
+        read = read_rows(given, {}, section.columns, 0, section.prepare)
+        places = [f"{key} few_shot {read.where(index)}" for index in range(len(read.rows))]
+        rows = read.rows
+        if section.answer_from_messages:
+            rows = [_with_answer(row, place) for row, place in zip(rows, places, strict=True)]
+    else:
+        rows, places = given, [f"{key} few_shot row {index}" for index in range(len(given))]
+        for row, place in zip(rows, places, strict=True):
+            if {*row} != {"prompt", "answer"}:
+                raise ValueError(f"{place} must have the columns prompt and answer, got {shown(sorted(row))}")
+    plain = dataclasses.replace(section, few_shot=None, system_prompt=None, assistant_prefill=None)
+    examples = []
+    for row, place in zip(rows, places, strict=True):
+        asked, answer = build_prompt(row["prompt"], plain, place), row.get("answer")
+        roles = [] if isinstance(asked, str) else [message["role"] for message in asked]
+        if roles and (roles[-1] != "user" or "system" in roles):
+            raise ValueError(
+                f"{place}: column 'prompt' must be messages without one of the system that end with one of the user, "
+                f"got {shown(asked)}"
+            )
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+            raise ValueError(
+                f"{place}: column 'answer' must hold text or a number, which the example shows, got {shown(answer)}"
+            )
+        examples.append({"prompt": asked, "answer": str(answer)})
+    return dataclasses.replace(section, few_shot=examples)
+
+
 def load_source(section: DataSection, config: Config, key: str, messages: list[str]) -> SourceRows:
     """The rows of a source. With data.answer_from_messages the last message of each is its column `answer`.
 
@@ -67,7 +108,17 @@ def with_answers(read: SourceRows, section: DataSection, key: str, messages: lis
     rows = read.rows
     if section.answer_from_messages:
         rows = [_with_answer(row, f"{key} {read.where(index)}") for index, row in enumerate(rows)]
+    asked = {question_key(example["prompt"]) for example in _examples(section)}
+    kept = [index for index, row in enumerate(rows) if not asked or question_key(row["prompt"]) not in asked]
+    if len(kept) < len(rows):
+        messages.append(f"removed {len(rows) - len(kept)} of {len(rows)} rows of {key} that are examples of few_shot")
+        return read.kept(kept, [rows[index] for index in kept])
     return dataclasses.replace(read, rows=rows)
+
+
+def _examples(section: DataSection) -> list[dict[str, Any]]:
+    assert not isinstance(section.few_shot, str), "with_examples comes before"
+    return section.few_shot or []
 
 
 def _with_answer(row: Row, where: str) -> Row:
@@ -108,6 +159,7 @@ def tokenize(
     kept, limit, rows = [], data.max_prompt_length, read.rows
     places = [f"{key} {read.where(index)}" for index in range(len(rows))]
     prompts = [build_prompt(row["prompt"], data, place) for row, place in zip(rows, places, strict=True)]
+    of_all, tokenizer = tokenizer, tokenizer.with_template_kwargs(data.chat_template_kwargs)
 
     def encode(index: int) -> list[int]:
         prompt = prompts[index]
@@ -120,6 +172,9 @@ def tokenize(
         return prompt_ids
 
     encoded, shortest = encode_together(len(rows), encode, limit)
+    if tokenizer is not of_all:  # otherwise the start of the run says it
+        problems = (tokenizer.template_kwargs_problem(), tokenizer.date_problem())
+        messages += [f"{key}: {problem}" for problem in problems if problem]
     for index, (row, prompt, prompt_ids) in enumerate(zip(rows, prompts, encoded, strict=True)):
         if prompt_ids is not None:
             columns = {name: value for name, value in row.items() if name != "prompt"}
@@ -164,8 +219,9 @@ def encode_together(size: int, encode: Callable[[int], list[int]], limit: int) -
 
 
 def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
-    """The prompt with its system prompt: text, or chat messages with data.chat. data.assistant_prefill then becomes a
-    last message by the assistant.
+    """The prompt with its system prompt and examples: text, or chat messages with data.chat. data.assistant_prefill
+    then becomes a last message by the assistant. Examples (`with_examples`) are text in front of a text, and earlier
+    messages of a chat, behind a system message.
 
     Raises:
       ValueError: naming `where`: an empty prompt, one that is neither text nor messages, messages without data.chat or
@@ -173,7 +229,8 @@ def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
     """
     if isinstance(prompt, str) and prompt.strip():
         if not data.chat:
-            return (data.system_prompt or "") + prompt
+            shots = "".join(f"{one['prompt']}{one['answer']}{data.few_shot_separator}" for one in _examples(data))
+            return (data.system_prompt or "") + shots + prompt
         conversation: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
     elif (problem := conversation_problem(prompt)) is None:
         if not data.chat:
@@ -202,14 +259,20 @@ def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:
         )
     if data.assistant_prefill:
         conversation = [*conversation, {"role": "assistant", "content": data.assistant_prefill}]
-    if data.system_prompt is None:
-        return conversation
-    if conversation[0]["role"] == "system":
+    own = 1 if conversation[0]["role"] == "system" else 0
+    if own and data.system_prompt is not None:
         raise ValueError(
             f"{where}: data.system_prompt must be null for a prompt with a system message of its own, "
             f"got {data.system_prompt!r}"
         )
-    return [{"role": "system", "content": data.system_prompt}, *conversation]
+    system = conversation[:own] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]
+    return [*system, *(message for one in _examples(data) for message in _as_messages(one)), *conversation[own:]]
+
+
+def _as_messages(example: dict[str, Any]) -> list[dict[str, Any]]:
+    asked = example["prompt"]
+    asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    return [*asked, {"role": "assistant", "content": example["answer"]}]
 
 
 def question_key(prompt: Prompt) -> str:

@@ -18,14 +18,17 @@ import numpy as np
 from rl.config.load import Config, require
 from rl.config.sections import DataSection, EvalSection
 from rl.data.held_out import load_eval_source, share_of, smallest_hashes, without_overlap
-from rl.data.prompt_rows import PromptRow, encode_together, load_source, question_key, tokenize
+from rl.data.prompt_rows import PromptRow, encode_together, load_source, question_key, tokenize, with_examples
 from rl.data.sources import SourceRows, list_columns
 from rl.data.stream import PromptStream, open_stream
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.files.json_file import shown
 
 # What an entry of data.sources may say in place of the section.
-_OF_ENTRY = ("columns", "prepare", "answer_from_messages", "system_prompt", "assistant_prefill", "eval_share")
+_OF_ENTRY = (
+    *("columns", "prepare", "answer_from_messages", "system_prompt", "assistant_prefill", "eval_share"),
+    *("chat_template_kwargs", "few_shot"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +146,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     questions: dict[tuple[int, int], str] = {}  # {(source, index): question} of every row
     num_rows = 0
     for number, (key, section) in enumerate(sections_of(data)):
+        section = with_examples(section, key)
         read = load_source(section, config, key, messages)
         if data.remove_duplicates:
             read = _first_of_each(read, key, seen, messages)
@@ -161,6 +165,10 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
         if section.eval_share:
             of_source = {questions[row.source, row.index] for row in rows}
             chosen |= share_of(of_source, config.seed, section.eval_share, _key_of(data, number, "eval_share"))
+    if not candidates:
+        raise ValueError(
+            "data.source must hold a row that is none of the examples of data.few_shot, got none; leave examples out"
+        )
     num_dropped = num_rows - len(candidates)
     if data.eval_source is None:
         first_rows: dict[str, PromptRow] = {}
@@ -257,9 +265,11 @@ def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
         )
     split = load_prompts(config, tokenizer)
     column, limit = config.sft.completion_column, config.sft.max_completion_length
+    tokenizers = [tokenizer.with_template_kwargs(own.chat_template_kwargs) for _, own in sections_of(config.data)]
 
     def encode(index: int) -> list[int]:
-        return [*_completion_ids(split.train[index], column, tokenizer), tokenizer.eos_ids[0]]
+        row = split.train[index]
+        return [*_completion_ids(row, column, tokenizers[row.source]), tokenizer.eos_ids[0]]
 
     completions, shortest = encode_together(len(split.train), encode, limit)
     fits = [(row, ids) for row, ids in zip(split.train, completions, strict=True) if ids is not None]

@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rl.config.load import Config
+from rl.config.sections import DataSection
 from rl.data.blocks import Blocks, open_blocks
 from rl.data.held_out import EvalRows, is_held_out, load_eval_source, share_of, without_overlap
-from rl.data.prompt_rows import PromptRow, question_key, tokenize, with_answers
+from rl.data.prompt_rows import PromptRow, question_key, tokenize, with_answers, with_examples
 from rl.data.shuffle import permutation
 from rl.data.sources import shape_rows
 from rl.data.tokenizer import Tokenizer
@@ -184,7 +185,8 @@ def open_stream(config: Config, tokenizer: Tokenizer, messages: list[str]) -> tu
     else:
         asked_all = []
     of_first: list[str] = []
-    first = _TokenizedBlock.read(blocks, 0, config, tokenizer, of_first)
+    data = with_examples(data, _KEY)
+    first = _TokenizedBlock.read(blocks, 0, data, tokenizer, of_first)
     if data.eval_share:
         chosen = share_of({*first.questions}, config.seed, data.eval_share, "data.eval_share")
         by_question: dict[str, PromptRow] = {}
@@ -195,7 +197,7 @@ def open_stream(config: Config, tokenizer: Tokenizer, messages: list[str]) -> tu
     never = {*asked_all}
 
     def read(number: int, said: list[str]) -> tuple[list[PromptRow], int, int]:
-        block = first if number == 0 else _TokenizedBlock.read(blocks, number, config, tokenizer, said)
+        block = first if number == 0 else _TokenizedBlock.read(blocks, number, data, tokenizer, said)
         said += of_first if number == 0 else ()
         pairs = [
             (row, question)
@@ -239,9 +241,9 @@ class _TokenizedBlock:
 
     @classmethod
     def read(
-        cls, blocks: Blocks, number: int, config: Config, tokenizer: Tokenizer, said: list[str]
+        cls, blocks: Blocks, number: int, data: DataSection, tokenizer: Tokenizer, said: list[str]
     ) -> "_TokenizedBlock":
-        data, is_part = config.data, number > 0
+        is_part = number > 0
         assert data.source is not None
         read = blocks.read(number)
         read = shape_rows(read, data.source, data.columns, data.prepare, data.remove_empty_answers, is_part)

@@ -75,6 +75,12 @@ class Tokenizer:
         """Whether `encode_chat` can work."""
         return bool(self.backend.chat_template)
 
+    def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> "Tokenizer":
+        """The same tokenizer with other variables of the chat template; itself where they are its own."""
+        if dict(template_kwargs) == self._template_kwargs:
+            return self
+        return Tokenizer(self.backend, self._template_name, template_kwargs)
+
     @property
     def is_of_text_prompts(self) -> bool:
         """Whether the model in this tokenizer's folder was trained on prompts of plain text (`mark_prompts`)."""

@@ -289,3 +289,111 @@ def test_pairs_of_a_mixture_know_their_sources(tokenizer, tmp_path):
     pairs = load_pairs(config, tokenizer)  # answers of two digits and EOS are too long
     assert list(pairs.sizes) == [10, 10]
     assert sorted(order_of(config.data, pairs, 0, 4).take(0, 20)[0]) == list(range(20))
+
+
+# Examples, template variables and conversations
+
+SHOTS = "few_shot: [{prompt: '1+1=', answer: 2}, {prompt: '2+2=', answer: '4'}]"
+
+
+@pytest.fixture
+def sums(tmp_path):
+    rows = [{"prompt": f"{n}+{n}=", "answer": str(2 * n), "q": f"{n}?", "level": 1} for n in range(6)]
+    (tmp_path / "prepare.py").write_text(PREPARE)
+    return write(tmp_path / "sums.jsonl", rows)
+
+
+def test_examples_stand_in_front_of_every_question_as_text_or_as_messages(tokenizer, sums):
+    text = load(tokenizer, f"data={{source: {sums}, {SHOTS}, system_prompt: 'Add. '}}", "data.eval_size=1")
+    assert {row.prompt for row in [*text.train, *text.held_out]} == {
+        f"Add. 1+1=2\n\n2+2=4\n\n{n}+{n}=" for n in (0, 3, 4, 5)
+    }
+    assert "removed 2 of 6 rows of data.source that are examples of few_shot" in text.messages
+    tight = load(tokenizer, f"data={{source: {sums}, {SHOTS}, few_shot_separator: '; '}}")
+    assert tight.train[0].prompt == "1+1=2; 2+2=4; 0+0="
+    chat = load(tokenizer, f"data={{source: {sums}, {SHOTS}, chat: true, system_prompt: Add., assistant_prefill: ' '}}")
+    roles, contents = zip(*((message["role"], message["content"]) for message in chat.train[0].prompt), strict=True)
+    assert roles == ("system", "user", "assistant", "user", "assistant", "user", "assistant")
+    assert contents == ("Add.", "1+1=", "2", "2+2=", "4", "0+0=", " ")
+    assert tokenizer.decode(chat.train[0].prompt_ids).endswith("assistant: 4\nuser: 0+0=\nassistant:  ")
+
+
+def test_examples_of_a_file_are_read_as_the_source_is(tokenizer, sums, tmp_path):
+    own = f"columns: {{prompt: q, answer: answer}}, few_shot: '{sums}[:2]'"
+    data = load(tokenizer, f"data={{source: {sums}, {own}}}")
+    assert [row.prompt for row in data.train] == [f"0?0\n\n1?2\n\n{n}?" for n in range(2, 6)]
+    chats = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}
+        for n in range(3)
+    ]
+    path = write(tmp_path / "chats.jsonl", chats)
+    data = load(
+        tokenizer,
+        f"data={{source: {path}, columns: {{prompt: messages, answer: null}}, chat: true}}",
+        f"data={{answer_from_messages: true, few_shot: '{path}[2:]'}}",
+    )
+    assert [[message["content"] for message in row.prompt] for row in data.train] == [
+        ["2?", "2!", f"{n}?"] for n in (0, 1)
+    ]
+    assert [row.columns["answer"] for row in data.train] == ["0!", "1!"]
+    streamed = load(tokenizer, f"data={{source: {sums}, {own}, streaming: true, block_size: 20}}")
+    assert [row.prompt for row in streamed.train] == [f"0?0\n\n1?2\n\n{n}?" for n in range(2, 6)]
+
+
+def test_each_source_has_its_own_examples_and_template_variables(tokenizer, sums, tmp_path):
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{{ mode }}>"
+    (tmp_path / "chat.jinja").write_text(template)
+    own = load_tokenizer("byte", tmp_path / "chat.jinja", {"mode": "slow"})
+    entries = [
+        f"{{source: {sums}, name: a, {SHOTS}, chat_template_kwargs: {{mode: fast, typo: 1}}}}",
+        f"{{source: '{sums}[1:3]', name: b}}",
+        f"{{source: '{sums}[3:4]', name: c, few_shot: []}}",
+    ]
+    overrides = [
+        f"data={{sources: [{', '.join(entries)}], chat: true, chat_template_kwargs: {{mode: slow}}}}",
+        "data.few_shot=[{prompt: 'x', answer: 'y'}]",
+    ]
+    config = load_config(None, overrides)
+    data = load_prompts(config, own)
+    texts = [own.decode(row.prompt_ids) for row in data.train]
+    assert texts[0] == "u:1+1=;a:2;u:2+2=;a:4;u:0+0=;fast>"
+    assert [text for text, row in zip(texts, data.train, strict=True) if row.source == 1] == [
+        f"u:x;a:y;u:{n}+{n}=;slow>" for n in (1, 2)
+    ]
+    assert texts[-1] == "u:3+3=;slow>"
+    (message,) = [message for message in data.messages if "template" in message]
+    assert message.startswith("data.sources 'a': data.chat_template_kwargs:")
+    assert "never reads typo" in message
+    pairs = load_pairs(config, own)
+    assert [own.decode(row.prompt_ids) for row in pairs.rows] == texts
+    assert [own.decode(row.completion_ids) for row in pairs.rows][:2] == ["0", "6"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("few_shot: [{prompt: 'a'}]", r"few_shot row 0 must have the columns prompt and answer, got \['prompt'\]"),
+        ("few_shot: [{prompt: 'a', answer: 1}, {prompt: b, answer: ' '}]", r"row 1: column 'answer' must .*' '"),
+        ("few_shot: [{prompt: [], answer: 1}]", r"few_shot row 0: the prompt must be text or a list of messages"),
+        ("few_shot: missing.csv", r"data source 'missing\.csv' must be an existing file"),
+        ("few_shot: 'SUMS'", r"must hold a row that is none of the examples of data\.few_shot, got none"),
+        ("few_shot: 'ftp://a/b.jsonl'", r"data\.few_shot must"),
+        ("few_shot: ''", r"data\.few_shot must be a name or path, got ''"),
+        ("few_shot: 5", r"data\.few_shot"),
+        (
+            "chat: true, few_shot: [{prompt: [{role: system, content: a}, {role: user, content: b}], answer: 1}]",
+            r"few_shot row 0: column 'prompt' must be messages without one of the system",
+        ),
+        (
+            "sources: [{source: a.jsonl, chat_template_kwargs: {a: 1}}], source: null",
+            r"data\.chat must be true with data\.sources\.0\.chat_template_kwargs",
+        ),
+        (
+            "chat: true, sources: [{source: a.jsonl, chat_template_kwargs: {messages: 1}}], source: null",
+            r"data\.sources\.0\.chat_template_kwargs must not hold 'messages'",
+        ),
+    ],
+)  # fmt: skip
+def test_examples_that_cannot_be_shown_are_refused_by_their_row(tokenizer, sums, override, message):
+    with pytest.raises(ValueError, match=message):
+        load(tokenizer, f"data.source={sums}", f"data={{{override.replace('SUMS', sums)}}}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from rl.config.ranges import LARGEST_SEED
 from rl.config.sections import DataSection
-from rl.data.prompt_rows import Prompt, build_prompt, conversation_problem
+from rl.data.prompt_rows import Prompt, build_prompt, conversation_problem, with_examples
 from rl.data.sources import read_jsonl
 from rl.data.tasks import Row
 from rl.data.tokenizer import Tokenizer
@@ -64,12 +64,14 @@ def to_sample_rows(
     """Checks and tokenizes rows.
 
     Args:
-      data: its `chat`, `system_prompt` and `assistant_prefill` say how text becomes a prompt, as in training.
+      data: its `chat`, `few_shot`, `system_prompt` and `assistant_prefill` say how text becomes a prompt, as in
+        training.
       num_samples, limit: for rows without `n` and `max_tokens`.
 
     Raises:
       ValueError: naming the row: a column of the wrong type, no prompt or more than one, an empty prompt.
     """
+    data = with_examples(data, "data")
     return [_to_sample_row(where, row, data, tokenizer, num_samples, limit) for where, row in rows]
 
 
