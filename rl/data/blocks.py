@@ -21,6 +21,7 @@ from rl.data.sources import (
     check_file,
     files_of,
     json_row,
+    kind_of,
     line_number,
     next_line,
     open_source,
@@ -125,9 +126,9 @@ def _open_parts(source: str, args: Mapping[str, Any], seed: int) -> list[RowSour
     found = []
     for name in files_of(local):
         path = pathlib.Path(name).expanduser()
-        if path.suffix in _INDEXED and not path.is_dir():
+        if kind_of(path) in _INDEXED and not path.is_dir():
             check_file(path, name, args)
-            whole = _INDEXED[path.suffix](path, args)
+            whole = _INDEXED[kind_of(path)](path, args)
         else:
             whole = open_source(name, args, seed)
         found.append(whole if part is None else sliced(whole, part, source))
@@ -144,7 +145,7 @@ def _open_csv(path: pathlib.Path, args: Mapping[str, Any]) -> RowSource:
 
 def _open_lines(path: pathlib.Path, args: Mapping[str, Any]) -> RowSource:
     """A file of lines of JSON, of which every `_STRIDE`-th row is found."""
-    if path.suffix == ".json" and ("field" in args or _is_one_value(path)):
+    if kind_of(path) == ".json" and ("field" in args or _is_one_value(path)):
         raise ValueError(
             f"{path} must hold a row a line for data.streaming, got one JSON value, which can be read only as a whole; "
             "write it as x.jsonl, or set data.streaming=false"

@@ -43,6 +43,22 @@ _BUILDERS = {".arrow": "arrow", ".txt": "text"}  # of `datasets`
 # Deeper rows would cause a RecursionError later, at a depth that depends on the version of Python.
 MOST_NESTED = 100
 MAX_LINE_BYTES = 100_000_000  # of a row in JSON, which may take a few dozen times as much memory
+# Endings of files that are not read, which no data set of the hub has in its name.
+_OTHER_FILES = (
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".zip",
+    ".tar",
+    ".xlsx",
+    ".xls",
+    ".pkl",
+    ".npz",
+    ".ndjson",
+    ".yml",
+    ".yaml",
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -175,9 +191,14 @@ def open_sources(source: str, args: Mapping[str, Any], seed: int) -> list[RowSou
     return [open_source(f"{name}{part or ''}", args, seed) for name in files_of(named)]
 
 
+def kind_of(path: str | pathlib.Path) -> str:
+    """The ending of a file's name in small letters."""
+    return pathlib.Path(path).suffix.lower()
+
+
 def files_of(named: str) -> list[str]:
     """The files that a pattern matches, sorted by name; the name alone where it is no pattern of files."""
-    suffix = pathlib.Path(named).suffix
+    suffix = kind_of(named)
     if suffix not in _FILE_ARGS or not glob.has_magic(named) or is_remote(named) or pathlib.Path(named).exists():
         return [named]
     paths = sorted(glob.glob(os.path.expanduser(named), recursive=True))
@@ -206,22 +227,22 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
     if is_remote(source):
         source = str(local_copy(source))
     path = pathlib.Path(source).expanduser()
-    if path.suffix not in _FILE_ARGS or path.is_dir():
+    if kind_of(path) not in _FILE_ARGS or path.is_dir():
         return _open_data_set(source, args)
     check_file(path, source, args)
-    if path.suffix == ".parquet":
+    if kind_of(path) == ".parquet":
         return _open_parquet(path)
-    if path.suffix in (".csv", ".tsv"):
+    if kind_of(path) in (".csv", ".tsv"):
         return _in_memory(str(path), read_csv(path, args))
-    if path.suffix == ".json" and (rows := read_json(path, args, JSON.decode)) is not None:
+    if kind_of(path) == ".json" and (rows := read_json(path, args, JSON.decode)) is not None:
         for index, row in enumerate(rows):
             if (depth := _depth(row)) > MOST_NESTED:
                 raise ValueError(
                     f"{path} row {index} must be at most {MOST_NESTED} lists and objects deep, got {depth}"
                 )
         return _in_memory(str(path), rows)
-    if path.suffix in _BUILDERS:
-        loaded = _loaded(_BUILDERS[path.suffix], {"split": "train", **args, "data_files": [str(path)]}, source)
+    if kind_of(path) in _BUILDERS:
+        loaded = _loaded(_BUILDERS[kind_of(path)], {"split": "train", **args, "data_files": [str(path)]}, source)
         return dataclasses.replace(_of_data_set(str(path), loaded), files=(str(path),))
     return RowSource(str(path), path.stat().st_size, "bytes", partial(_read_jsonl_part, path))
 
@@ -230,7 +251,7 @@ def check_file(path: pathlib.Path, source: str, args: Mapping[str, Any]) -> None
     """ValueError where there is no such file, or one of its kind takes no such argument. `source`: its name."""
     if not path.is_file():
         raise ValueError(f"data source {source!r} must be an existing file (working directory {os.getcwd()})")
-    takes = _FILE_ARGS[path.suffix]
+    takes = _FILE_ARGS[kind_of(path)]
     unknown = [name for name in args if takes is not None and name not in takes]
     if unknown:
         rule = f"hold only {list(takes)}" if takes else "be empty"
@@ -404,6 +425,8 @@ def _open_parquet(path: pathlib.Path) -> RowSource:
 def _open_data_set(source: str, args: Mapping[str, Any]) -> RowSource:
     """A hub data set, or a local folder that `datasets` understands."""
     folder = pathlib.Path(source).expanduser()
+    if folder.is_file() or (kind_of(folder) in _OTHER_FILES and not folder.is_dir()):
+        raise ValueError(f"{_SOURCE_RULE}, got {source!r}, a file of another kind; write it as one of these, unpacked")
     if not folder.is_dir() and not _HUB_ID.fullmatch(source):
         raise ValueError(f"{_SOURCE_RULE}, got {source!r}, which does not exist (working directory {os.getcwd()})")
     import datasets

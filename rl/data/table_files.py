@@ -84,7 +84,11 @@ def _open_csv(path: pathlib.Path, args: Mapping[str, Any]) -> Iterator[tuple[Tex
         if not isinstance(value, str) or (name != "encoding" and len(value) != 1):
             form = "the name of an encoding" if name == "encoding" else "one character"
             raise ValueError(f"data.args.{name} must be {form} for {str(path)!r}, got {shown(value)}")
-    form = {"delimiter": "\t" if path.suffix == ".tsv" else ",", "quotechar": '"', "encoding": "utf-8-sig"} | dict(args)
+    form = {
+        "delimiter": "\t" if path.suffix.lower() == ".tsv" else ",",
+        "quotechar": '"',
+        "encoding": "utf-8-sig",
+    } | dict(args)
     try:
         with path.open(encoding=form.pop("encoding"), newline="") as file:
             yield file, form

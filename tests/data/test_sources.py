@@ -129,11 +129,16 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path, name, text, args, messa
 def test_a_file_that_is_missing_is_never_asked_of_the_hub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", None)
-    for source in ("q.csv", "user/q.json", "q.tsv[:3]", "q.arrow"):
+    for source in ("q.csv", "user/q.json", "q.tsv[:3]", "q.arrow", "Q.JSONL"):
         with pytest.raises(ValueError, match="must be an existing file"):
             read(source)
-    (tmp_path / "q.csv").write_text("prompt,answer\na,1\n")
-    assert read("q.csv") == [{"prompt": "a", "answer": "1"}]
+    (tmp_path / "other").write_text("prompt,answer\na,1\n")
+    for source in ("q.jsonl.gz", "user/q.xlsx", "other"):
+        with pytest.raises(ValueError, match=rf"got '{source}', a file of another kind; write it as one of these"):
+            read(source)
+    for name, mark in (("q.csv", ","), ("Q.CSV", ","), ("Q.TSV", "\t")):
+        (tmp_path / name).write_text(f"prompt{mark}answer\na{mark}007\n")
+        assert read(name) == [{"prompt": "a", "answer": "007"}]
 
 
 def test_what_save_to_disk_wrote_takes_no_other_arguments(folder, tmp_path):
