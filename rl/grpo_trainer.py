@@ -31,6 +31,7 @@ from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.collector import Collector
 from rl.rollout.groups import minibatches, sample_records, with_advantages
+from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
 from rl.run.announce import announce, warn_about_prompts, warn_about_sampling
 from rl.run.checks import check_recipe
@@ -86,7 +87,9 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         check_sharded(abstract_state.shapes, shardings, config.mesh, mesh)
 
         # sampler: draws with the weights that it is handed; what does not fit the memory is refused here
-        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory=compiled.device_memory)
+        judges = open_reward_models(config, mesh)  # models that reward; their weights will lie beside the policy's
+        memory, beside = compiled.device_memory, weight_bytes(judges)
+        sampler = create_sampler(config, policy, mesh, shardings.params, tokenizer, memory, beside)
         stack.callback(sampler.close)
         plan_draws(sampler, config, data, sampling, compiled.prompt_length)
 
@@ -100,9 +103,9 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         checkups = Checkups(config.health, schedule, updater.num_updates, config.rewards.watched)
 
         # run folder: so far nothing on disk has changed; with check_only, `begin` only reads
-        identity = run_identity(config, origin, data)
+        identity = run_identity(config, origin, data, {name: judge.tokenizer for name, judge in judges.items()})
         run = stack.enter_context(RunOutput(config, "grpo", identity, log, check_only=check_only, trust=trust))
-        rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log, mesh))
+        rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log, mesh, judges))
         collector = Collector(config, data, sampler, rewards, sampling, tokenizer, log)
         checkpoints = run.begin(mesh, init_policy_fn, abstract_state, with_reference=bool(config.reference.sync_every))
         announce(log, config, run, data, origin, policy, mesh, packing)

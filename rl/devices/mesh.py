@@ -378,6 +378,13 @@ def embedding_exchange(mesh: Mesh, rules: Rules, hidden_size: int) -> RowExchang
     return RowExchange(by_column, NamedSharding(mesh, PartitionSpec(rows)))
 
 
+def shard_bytes(shapes: Any, shardings: Any) -> int:
+    """Bytes of one device's share of a tree, without arrays in the host's memory."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    here = [(sharding.shard_shape(x.shape), x.dtype.itemsize) for x, sharding in leaves if not on_host(sharding)]
+    return sum(int(np.prod(shape)) * itemsize for shape, itemsize in here)
+
+
 def device_memory(mesh: Mesh) -> int:
     """Bytes of memory of one device; on CPU, an equal share of the machine's memory."""
     device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())

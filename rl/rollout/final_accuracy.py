@@ -14,6 +14,7 @@ from rl.data.tokenizer import Tokenizer
 from rl.models.config import ModelConfig
 from rl.models.policy import Policy
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
+from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
 from rl.run.console import Console
 from rl.sampler.contract import CompletionSource
@@ -49,10 +50,12 @@ class FinalAccuracy:
         if not (rows and config.rewards.functions):
             return
         check_vocabulary(self._sampling, model_config.vocab_size)
-        self._sampler = sampler = create_sampler(config, policy, mesh, param_shardings, tokenizer)
+        self._judges = open_reward_models(config, mesh)
+        beside = weight_bytes(self._judges)
+        self._sampler = sampler = create_sampler(config, policy, mesh, param_shardings, tokenizer, beside=beside)
         sampler.expect([row.prompt_ids for row in rows])
         sampler.check(len(rows), 1, greedy(self._sampling))
-        start_rewards(config, rows, None, mesh).close()
+        start_rewards(config, rows, None, mesh, self._judges).close()
 
     def say(self, params: Any, log_path: pathlib.Path | None, console: Console) -> None:
         """Measures the accuracy with these weights, and prints it. `log_path`: the file for the output of reward
@@ -61,7 +64,7 @@ class FinalAccuracy:
         if self._sampler is None:
             return
         reward = self._config.eval.reward
-        with start_rewards(self._config, self._rows, log_path, self._mesh) as runner:
+        with start_rewards(self._config, self._rows, log_path, self._mesh, self._judges) as runner:
             if problem := left_out_of_evaluation(runner, reward):
                 console.warning(problem)
             names = self._config.data.source_names

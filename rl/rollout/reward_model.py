@@ -21,7 +21,7 @@ from rl.config.load import Config
 from rl.config.sections import reward_models
 from rl.data.tokenizer import load_tokenizer
 from rl.devices import hosts
-from rl.devices.mesh import num_row_shards, replicated, row_sharding
+from rl.devices.mesh import num_row_shards, replicated, row_sharding, shard_bytes
 from rl.devices.programs import Program, Programs
 from rl.models.files.folders import put_shards
 from rl.models.files.hf import resolve_source
@@ -36,6 +36,8 @@ from rl.state.states import InitStateFn, get_abstract_state
 class RewardModel:
     """A reward model of a run, a function for `rewards.in_process`. Its weights are read at the first call.
 
+    `weight_bytes` are those that its weights then take on a device, and `tokenizer` is its own.
+
     Args:
       source: a folder or hub id.
 
@@ -47,16 +49,18 @@ class RewardModel:
     def __init__(self, config: Config, source: str, mesh: Mesh) -> None:
         self._folder, self._mesh = resolve_source(source), mesh
         self._model_config = model_config = read_reward_config(self._folder)
-        self._tokenizer = load_tokenizer(source, key="rewards.functions.*.function")
-        if self._tokenizer.vocab_size > model_config.vocab_size:
+        self.tokenizer = load_tokenizer(source, key="rewards.functions.*.function")
+        if self.tokenizer.vocab_size > model_config.vocab_size:
             raise ValueError(
                 f"a reward model's vocabulary must hold every id of its tokenizer, got {model_config.vocab_size} "
-                f"entries for a tokenizer of {self._tokenizer.vocab_size} in {source!r}; check the folder's files"
+                f"entries for a tokenizer of {self.tokenizer.vocab_size} in {source!r}; check the folder's files"
             )
         self._allow_nonfinite, self._tokens_per_call = config.model.allow_nonfinite, config.rewards.model_tokens
         self._policy = policy_from_config(config, model_config, mesh)
         init_state_fn = InitStateFn(self._policy, None, config.seed)
-        self._shardings = get_abstract_state(config, mesh, init_state_fn, is_training=False).shardings.params
+        abstract = get_abstract_state(config, mesh, init_state_fn, is_training=False)
+        self._shardings = abstract.shardings.params
+        self.weight_bytes = shard_bytes(abstract.shapes.params, self._shardings)  # on one device
         self._rows, self._num_shards = row_sharding(mesh, config.mesh.rules), num_row_shards(mesh, config.mesh.rules)
         self._programs = Programs()
         self._weights: tuple[Params, jax.Array] | None = None
@@ -84,8 +88,8 @@ class RewardModel:
           ValueError: there is no chat template, or it does not take the messages; the text is not valid Unicode.
         """
         if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt + completion)
-        return self._tokenizer.encode_answered([*prompt, *completion])
+            return self.tokenizer.encode(prompt + completion)
+        return self.tokenizer.encode_answered([*prompt, *completion])
 
     def scores(self, token_ids: Sequence[Sequence[int]]) -> list[float]:
         """The score of each sequence of token ids, at least one each: the head's product with the hidden state of the
@@ -157,6 +161,11 @@ def open_reward_models(config: Config, mesh: Mesh | None) -> dict[str, RewardMod
         except ValueError as error:
             raise ValueError(f"reward {name!r}: {error}") from error
     return models
+
+
+def weight_bytes(models: Mapping[str, RewardModel]) -> int:
+    """Bytes on a device of the weights of reward models, once they are read."""
+    return sum(model.weight_bytes for model in models.values())
 
 
 def check_prompts(models: Mapping[str, RewardModel], prompts: Sequence[Any]) -> None:

@@ -6,7 +6,7 @@ In: a sampler, weights, prompts, the running reward workers. Out: `ScoredComplet
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from rl.data.prompt_rows import Prompt, PromptRow
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices import hosts
 from rl.devices.mesh import no_implicit_transfers
-from rl.rollout.reward_model import check_prompts, open_reward_models
+from rl.rollout.reward_model import RewardModel, check_prompts, open_reward_models
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import Completion, CompletionSource, requests_for
 from rl.sampler.token_draw import SamplingParams
@@ -32,15 +32,19 @@ _ROWS_TO_TRY = 100  # rows among which two with different prompts are searched
 
 
 def start_rewards(
-    config: Config, rows: Sequence[PromptRow], log_path: pathlib.Path | None, mesh: Mesh | None
+    config: Config,
+    rows: Sequence[PromptRow],
+    log_path: pathlib.Path | None,
+    mesh: Mesh | None,
+    models: Mapping[str, RewardModel] | None = None,
 ) -> RewardRunner:
     """Starts the worker processes with the run's reward functions, which may use every column of the data rows.
 
     Each process of the run has its own workers, which judge its share of the completions. Some rows serve to find out
     how the functions are called. Reward models lie on the mesh, where all processes compute them together;
-    without such models it may be None.
+    without such models it may be None. models: those that are open already.
     """
-    models = open_reward_models(config, mesh)
+    models = open_reward_models(config, mesh) if models is None else models
     check_prompts(models, [prompt_form(row.prompt) for row in rows[:1]])
     said: dict[bool | None, Calls | None] = {None: None, True: "elementwise", False: "whole_batch"}
     specs = [

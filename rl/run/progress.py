@@ -15,6 +15,7 @@ from rl.config.load import Config
 from rl.config.objects import function_hashes
 from rl.config.user_files import file_hashes, prepare_hashes
 from rl.data.prompts import PairData, PromptData, fingerprint, held_out_fingerprint
+from rl.data.tokenizer import Tokenizer
 from rl.devices import hosts
 from rl.models.foreign import files as foreign
 from rl.models.train_state import PureState
@@ -30,13 +31,17 @@ ORDER_STEP = "order_prompts_per_step"  # the size of a step with which the run, 
 REWARD_STATE = ("reward_calls", "reward_doubts", "reward_steps_down", ORDER_STEP, "curriculum")
 
 
-def run_identity(config: Config, origin: Origin, data: PromptData) -> dict[str, Any]:
+def run_identity(
+    config: Config, origin: Origin, data: PromptData, reward_tokenizers: Mapping[str, Tokenizer] | None = None
+) -> dict[str, Any]:
     """The identity of a run in `run.json`: sources and hashes of policy, reference, prompts, a user's files, reward
     models, and reward functions that are given as objects. ValueError where two processes would start different runs.
+
+    reward_tokenizers: of the reward models, by name, where they are read already.
     """
     reference = origin.identity if config.grpo.beta else None
     hashes = {"data": data.fingerprint(), HELD_OUT: held_out_fingerprint(data.held_out)}
-    hashes |= file_hashes(config) | prepare_hashes(config) | reward_model_identity(config)
+    hashes |= file_hashes(config) | prepare_hashes(config) | reward_model_identity(config, reward_tokenizers)
     return _same({"policy": origin.identity, "reference": reference, **hashes, **function_hashes(config)}, config)
 
 

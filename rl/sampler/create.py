@@ -48,19 +48,23 @@ def create_sampler(
     param_shardings: Any,
     tokenizer: Tokenizer,
     memory: int | None = None,
+    beside: int = 0,
 ) -> CompletionSource:
     """The sampler of a run, for rollouts and evaluation alike: the user's source, if the configuration names one, else
     the sampler that the policy asks for.
 
     Args:
-      memory: bytes of memory per device; None asks the device.
+      memory: bytes of memory per device; None asks the device. beside: of these, what reward models take.
+
+    Raises:
+      ValueError: reward models leave no memory.
     """
     if config.sampling.source is not None:
         return CheckedSource(config, tokenizer, policy.config)
     if policy.decodes_in_waves:
-        rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory)
+        rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory, beside)
         return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
-    return _slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory)
+    return _slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, beside)
 
 
 class DrawSize(NamedTuple):
@@ -121,6 +125,7 @@ def _slot_sampler(
     param_shardings: Any,
     tokenizer: Tokenizer,
     memory: int | None,
+    beside: int,
 ) -> Sampler:
     """The sampler of the toolkit's own decoder; arguments as in `create_sampler`."""
     section, rules, decode_shardings = config.sampling, config.mesh.rules, None
@@ -140,16 +145,24 @@ def _slot_sampler(
         decode_shardings=decode_shardings,
         kv_dtype=section.kv_dtype,
         weights=weights,
-        **_sampler_options(config, mesh, tokenizer, memory),
+        **_sampler_options(config, mesh, tokenizer, memory, beside),
     )
 
 
-def _sampler_options(config: Config, mesh: Mesh, tokenizer: Tokenizer, memory: int | None) -> dict[str, Any]:
+def _sampler_options(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer, memory: int | None, beside: int
+) -> dict[str, Any]:
     slots, kv_bytes = config.sampling.slots, None
-    if slots is None:
+    if slots is None or beside:
         # The least memory of all processes, because they must plan the same number of slots.
         available = min(hosts.gather(device_memory(mesh))) if memory is None else memory
-        kv_bytes = int(config.sampling.kv_memory * available)
+        if beside >= available:
+            raise ValueError(
+                f"the reward models of rewards.functions must fit a device beside the policy, and their weights take "
+                f"{beside:,} of its {available:,} bytes; cut them over more devices (mesh.fsdp, mesh.tensor), or take "
+                "smaller ones"
+            )
+        kv_bytes = int(config.sampling.kv_memory * (available - beside)) if slots is None else None
     return {"slots": slots, "kv_bytes": kv_bytes, "decode_text": stop_text(config, tokenizer)}
 
 

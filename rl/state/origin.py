@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from rl.config.load import Config
@@ -86,15 +87,17 @@ def _origin(config: Config, tokenizer: Tokenizer) -> Origin:
     return Origin(model_config, folder, identity, adapter)
 
 
-def reward_model_identity(config: Config) -> dict[str, dict[str, Any]]:
+def reward_model_identity(
+    config: Config, tokenizers: Mapping[str, Tokenizer] | None = None
+) -> dict[str, dict[str, Any]]:
     """Source and hashes of weights and tokenizer of the run's reward models, by name; empty without one. They are part
-    of the run's identity.
+    of the run's identity. tokenizers: by name, where they are read already.
     """
     models = {
         name: {
             "source": source,
             "hash": hf.weights_hash(resolve_source(source)),
-            "tokenizer": load_tokenizer(source).content_hash(),
+            "tokenizer": (load_tokenizer(source) if tokenizers is None else tokenizers[name]).content_hash(),
         }
         for name, source in reward_models(config).items()
     }

@@ -21,6 +21,7 @@ from rl.devices.programs import use_compilation_cache
 from rl.files.output_file import check_writable, writing
 from rl.files.stores import written_file
 from rl.rollout.evaluation import EvalResult, accuracy_function, evaluate, left_out_of_evaluation
+from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
 from rl.run_folder.contents import HELD_OUT
 from rl.run_folder.folder import check_trust, read_run
@@ -72,8 +73,10 @@ def evaluate_source(
             )
         trained = load_source(source)
         sampling = sampling_params(config, eos_ids(config, trained.origin.model_config, trained.tokenizer))
-        sampler = create_sampler(config, trained.policy, trained.mesh, trained.shardings, trained.tokenizer)
-        with contextlib.closing(sampler), start_rewards(config, rows, None, trained.mesh) as runner:
+        judges = open_reward_models(config, trained.mesh)
+        where = trained.policy, trained.mesh, trained.shardings, trained.tokenizer
+        sampler = create_sampler(config, *where, beside=weight_bytes(judges))
+        with contextlib.closing(sampler), start_rewards(config, rows, None, trained.mesh, judges) as runner:
             problem = left_out_of_evaluation(runner, config.eval.reward)
             if problem and accuracy_function(runner, config.eval.reward) is None:
                 raise ValueError(problem)

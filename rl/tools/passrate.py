@@ -31,6 +31,7 @@ from rl.devices.programs import use_compilation_cache
 from rl.files.local_files import file_hash
 from rl.files.output_file import writing
 from rl.rollout.groups import counted_function, judge, pass_rates
+from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import sample_and_score, start_rewards
 from rl.run.checks import check_recipe
 from rl.run.metrics import Stopwatch
@@ -171,13 +172,15 @@ class _Meter(contextlib.ExitStack):
         self._config, self._rows, self._sampling, self._draws = config, data.train, sampling, draws
         self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
         self._said: set[str] = set()
-        self._runner: RewardRunner = self.enter_context(
-            start_rewards(config, data.train, None, create_mesh(config.mesh))
-        )
+        mesh = create_mesh(config.mesh)
+        judges = open_reward_models(config, mesh)
+        self._runner: RewardRunner = self.enter_context(start_rewards(config, data.train, None, mesh, judges))
         self._name = counted_function(config, self._runner.specs)
         self._trained: TrainedPolicy = load_source(source)
         where = self._trained.policy, self._trained.mesh, self._trained.shardings, self._trained.tokenizer
-        self._sampler = self.enter_context(contextlib.closing(create_sampler(config, *where)))
+        self._sampler = self.enter_context(
+            contextlib.closing(create_sampler(config, *where, beside=weight_bytes(judges)))
+        )
         # All prompts, so that a stopped measurement goes on in the same shapes.
         self._sampler.expect([row.prompt_ids for row in data.train], size, draws)
         self._sampler.check(size, draws, sampling)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,6 +15,11 @@ from rl.models.files.reward_model import read_reward_config
 from rl.rollout.reward_model import RewardModel, open_reward_models
 from rl.run.metrics import read_metrics, read_samples
 from rl.run_folder.trust import code_of
+from rl.sampler.contract import PREFILL
+from rl.state.origin import reward_model_identity
+from rl.tools.programs.compile_report import CompileReport
+from rl.tools.programs.loop_programs import loop_programs
+from rl.training.train_step import TRAIN_STEP
 from tests.helpers.reward_model_golden import ARCHITECTURES, EXPECTED, SEQUENCES, write_folder
 
 RECIPE = """
@@ -150,3 +156,27 @@ def test_grpo_eval_scores_with_a_reward_model(tmp_path):
     run = train(recipe(tmp_path, write_folder("qwen3", tmp_path / "qwen3")))
     last = read_metrics(run)[-1]["eval/reward/judge"]
     assert evaluate_source(run)[0].means["judge"] == pytest.approx(last, abs=1e-5)
+
+
+def test_its_weights_are_counted_in_the_memory_of_a_device(tmp_path):
+    folder = write_folder("qwen3", tmp_path / "qwen3")
+    config = recipe(tmp_path, folder, "mesh.num_devices=1")
+    without = load_config(tmp_path / "recipe.yml", ["mesh.num_devices=1"])
+    devices = jax.devices()[:1]
+    loop, bare = loop_programs(config, devices, 1 << 30), loop_programs(without, devices, 1 << 30)
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")
+    weights = sum(tensor.nbytes for name, tensor in stored.items() if name != "score.weight")
+    assert loop.resident.reward_models == weights
+    assert bare.resident.reward_models == 0
+    held = {program.name: program.held for program in bare.programs}
+    more = {program.name: program.held - held[program.name] for program in loop.programs}
+    assert more[TRAIN_STEP] == more[PREFILL] == weights
+    assert CompileReport(loop, None, []).kv_budget() == CompileReport(bare, None, []).kv_budget() - weights
+    with pytest.raises(ValueError, match=rf"reward models .* take {weights:,} of its {weights:,} bytes; .*mesh.fsdp"):
+        loop_programs(config, devices, weights)
+    # The share for keys and values is one of what the reward model leaves.
+    loop_programs(without, devices, weights + 100)
+    with pytest.raises(ValueError, match=r"sampling\.kv_memory must allow at least one completion"):
+        loop_programs(config, devices, weights + 100)
+    identity = reward_model_identity(config, {"judge": model_of(tmp_path, folder).tokenizer})
+    assert identity == reward_model_identity(config)

@@ -37,7 +37,7 @@ def advice(report: CompileReport) -> list[str]:
             return [_kv_memory(report).text]
         return []
     loop = report.loop
-    held = loop.resident.state + loop.resident.reference
+    held = loop.resident.state + loop.resident.reference + loop.resident.reward_models
     found = _fewer_copies(report)
     if held > 0.6 * loop.memory:
         found += _smaller_state(report)
@@ -45,7 +45,8 @@ def advice(report: CompileReport) -> list[str]:
     lines = [change.text for change in sorted(found, key=lambda change: -change.saves)]
     if not found or held > 0.6 * loop.memory:
         total = held * loop.mesh.size
-        lines.append(f"more chips: weights, optimizer state and reference are {total / GIB:.0f} GiB in all")
+        judges = ", reward models" if loop.resident.reward_models else ""
+        lines.append(f"more chips: weights{judges}, optimizer state and reference are {total / GIB:.0f} GiB in all")
     others = tuple(f"{key}=" for key in decoder_keys(loop.config))  # keys that this model does not have
     return [line for line in dict.fromkeys(lines) if not line.startswith(others)]
 

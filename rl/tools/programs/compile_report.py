@@ -67,7 +67,7 @@ class CompileReport:
         """Bytes left for keys and values during drawing."""
         decode = next((p for p in self.programs if p.name == DECODE), None)
         resident = self.loop.resident
-        held = resident.state + resident.reference + resident.copy
+        held = resident.state + resident.reference + resident.reward_models + resident.copy
         return max(self.loop.memory - held - (decode.temporaries if decode else 0), 0)
 
     def terms(self) -> dict[str, int]:
@@ -77,6 +77,7 @@ class CompileReport:
             "weights": resident.weights,
             "optimizer state": resident.moments,
             "reference": resident.reference,
+            "reward models": resident.reward_models,
             "weights of the rollouts": resident.copy,
             "keys and values": resident.cache,
             **{f"temporaries of {p.name}": p.temporaries for p in self.programs},

@@ -79,13 +79,14 @@ def to_text(report: CompileReport) -> str:
         if program.work is not None:
             kinds = [f"{k} {c.count} x, {c.num_bytes / 1e9:.3g} GB" for k, c in program.work.collectives.items()]
             lines.append(f"  {program.name}: {'; '.join(kinds) or 'none'}")
+    judges = f", reward models {gib(resident.reward_models)}" if resident.reward_models else ""
     budget = report.kv_budget()
     positions = f", {budget // resident.bytes_per_position:,} positions" if resident.bytes_per_position else ""
     lines += [
         "",
         (
             f"held     weights {gib(resident.weights)}, optimizer state {gib(resident.moments)}, "
-            f"reference {gib(resident.reference)} GiB"
+            f"reference {gib(resident.reference)}{judges} GiB"
         ),
         (
             f"sampler  {gib(budget)} GiB are left for keys and values{positions}; the configuration takes up to "

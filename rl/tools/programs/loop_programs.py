@@ -12,13 +12,11 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from rl.config.load import Config
 from rl.data.tokenizer import BYTE_SOURCE, Tokenizer, load_tokenizer
-from rl.devices.mesh import check_sharded, create_mesh, device_memory, is_on_cpu, num_row_shards, on_host
+from rl.devices.mesh import check_sharded, create_mesh, device_memory, is_on_cpu, num_row_shards, shard_bytes
 from rl.devices.programs import Program
 from rl.models.block_attention import KEY_BLOCK_LOOP
 from rl.models.config import ModelConfig
@@ -27,6 +25,7 @@ from rl.models.flavours import policy_from_config
 from rl.models.logprobs import CHUNK_LOOP, chunk_length
 from rl.models.lora import split
 from rl.models.policy import Policy
+from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.sampler.contract import DECODE, PREFILL, DrawPrograms
 from rl.sampler.create import create_sampler, eos_ids, sampling_params
 from rl.sampler.decoding import TOKEN_LOOP
@@ -72,6 +71,7 @@ class LoopProgram:
 class Resident:
     """Bytes on a device that a run holds all the time, and those of its key/value caches at their largest.
 
+    reward_models: the weights of those that the rewards name, which are there from the first scores on.
     moments: those that stay on the device, see `optimizer.offload`. copy: the rollouts' own weights, quantised or
       sharded differently, which exist beside the trained ones during drawing. bytes_per_position: of keys and values; 0
       for a model with its own kind of cache.
@@ -81,6 +81,7 @@ class Resident:
     moments: int
     adapters: int
     reference: int
+    reward_models: int
     copy: int
     cache: int
     bytes_per_position: int
@@ -124,7 +125,8 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     has_reference = bool(config.grpo.beta) and policy.config.lora is None
     sampling = sampling_params(config, eos_ids(config, model_config, tokenizer), for_training=True)
     call_size = config.grpo.prompts_per_step, config.grpo.group_size
-    sampler = create_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory)
+    judges = weight_bytes(open_reward_models(config, mesh))
+    sampler = create_sampler(config, policy, mesh, inputs.state_shardings.params, tokenizer, memory, judges)
     sampler.expect_length(config.data.max_prompt_length, *call_size)
     rollout = sampler.programs(inputs.state.params, *call_size, sampling)
     weights = shard_bytes(inputs.state.params, inputs.state_shardings.params)
@@ -135,11 +137,12 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
         moments=shard_bytes(inputs.state.opt_state, inputs.state_shardings.opt_state),
         adapters=shard_bytes(trained, trained_shardings) if policy.config.lora else 0,
         reference=weights if has_reference else 0,
+        reward_models=judges,
         copy=_copy_bytes(config, rollout),
         cache=rollout.cache_bytes,
         bytes_per_position=rollout.bytes_per_position,
     )
-    beside_weights = resident.moments + resident.reference
+    beside_weights = resident.moments + resident.reference + resident.reward_models
     # During drawing, where rollouts have their own weights beside the trained ones.
     beside_rollout = beside_weights + (weights if resident.copy else 0)
     programs = _init_programs(config, mesh, policy, init_policy_fn, has_reference, resident)
@@ -163,9 +166,9 @@ def loop_programs(config: Config, devices: Sequence[Any], memory: int | None = N
     held = {
         LOGPROBS: beside_weights,
         ENTROPIES: beside_weights,
-        REFERENCE_LOGPROBS: resident.moments + resident.adapters,
+        REFERENCE_LOGPROBS: resident.moments + resident.adapters + resident.reward_models,
         TOKEN_ADVANTAGES: resident.weights + beside_weights,
-        TRAIN_STEP: resident.reference,
+        TRAIN_STEP: resident.reference + resident.reward_models,
     }
     # Every row is full. Its last query sees the longest prompt and the longest completion, which need not start a
     # block.
@@ -209,13 +212,6 @@ def read_shape(config: Config) -> tuple[Tokenizer, ModelConfig]:
         name = str(folder)
     tokenizer = load_tokenizer(name or BYTE_SOURCE, config.tokenizer.chat_template)
     return tokenizer, model_shape(config, tokenizer, folder)
-
-
-def shard_bytes(shapes: Any, shardings: Any) -> int:
-    """Bytes of one device's share of a tree, without arrays in the host's memory."""
-    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    here = [(sharding.shard_shape(x.shape), x.dtype.itemsize) for x, sharding in leaves if not on_host(sharding)]
-    return sum(int(np.prod(shape)) * itemsize for shape, itemsize in here)
 
 
 def _copy_bytes(config: Config, rollout: DrawPrograms) -> int:
