@@ -81,9 +81,11 @@ def test_gsm8k_reports_strict_and_flexible_over_the_held_out_rows(tmp_path):
     assert dataclasses.replace(whole, data=local.data) == local
 
 
-@pytest.mark.parametrize("recipe", ["countdown"])
+@pytest.mark.parametrize("recipe", ["countdown", "reverse_text"])
 def test_a_warm_start_and_what_follows(tmp_path, recipe):
-    small = ["data.args.size=40"] if recipe == "countdown" else []
+    if recipe == "reverse_text":
+        pytest.importorskip("rapidfuzz", reason="needs the extra rewards")
+    small = ["data.args.size=40" if recipe == "countdown" else "data.source=examples/reverse_text/text.txt[:4]"]
     warm = [*TINY, *small, f"output_dir={tmp_path / 'sft'}", "sft.steps=2", "sft.batch_size=4", "data.eval_size=2"]
     imitated = sft_trainer.train(load_config(f"examples/{recipe}/sft.yml", warm))
     assert len(read_metrics(imitated)) == 2
