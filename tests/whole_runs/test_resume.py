@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rl.config.load import load_config
+from rl.grpo_trainer import train
 from rl.run.interrupt import StopRequest
 from rl.run.metrics import read_metrics, read_samples
 from rl.run_folder.folder import read_run
@@ -153,12 +154,14 @@ def test_reference_is_the_same_after_a_resume(uninterrupted):
 
 def test_finished_run_started_again_does_nothing(recipe, uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    assert start(recipe, uninterrupted).wait() == 0
+    train(load_config(recipe, [f"output_dir={uninterrupted}", "mesh.num_devices=1"]))
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
 def test_more_steps_under_a_cosine_schedule_are_another_run(recipe, uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    assert start(recipe, uninterrupted, f"grpo.steps={STEPS + 2}").wait() != 0
+    settings = [f"output_dir={uninterrupted}", "mesh.num_devices=1", f"grpo.steps={STEPS + 2}"]
+    with pytest.raises(ValueError, match=rf"grpo\.steps was {STEPS}, is {STEPS + 2}"):
+        train(load_config(recipe, settings))
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
     assert load_checkpoint(load_config(recipe, ["mesh.num_devices=1"]), uninterrupted).step == STEPS
