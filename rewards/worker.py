@@ -33,7 +33,7 @@ import sys
 import sysconfig
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite  # by name, before a user's code can replace it
 from time import monotonic, sleep  # likewise
 from typing import Any, BinaryIO, NamedTuple
@@ -48,6 +48,7 @@ from rewards.retrying import is_network_error, pause
 
 # How long a hung worker may outlive its time limit, or a busy one its parent, before it ends itself.
 _ORPHAN_SECONDS = 5.0
+_SHARED_SECONDS = 1.0  # in which calls may begin that share one watchdog
 
 _MAX_TRACEBACK = 1 << 14  # characters in the log
 # Files in which no function of a user is.
@@ -141,6 +142,7 @@ class _Worker:
         self._rewards: dict[int, BoundReward] = {}
         self._logged: set[tuple[str, str]] = set()  # errors whose traceback is in the log already
         self._trace = ""  # of the last error, for the reply that tells of it
+        self._watchdog = _Watchdog()
         self._in_vain: set[int] = set()  # functions whose last call failed by the network after all of its retries
 
     def handle(self, request: Mapping[str, Any]) -> None:
@@ -154,6 +156,7 @@ class _Worker:
         request = {**request, "of_run": {"step": moment.step, "trainer_state": moment.trainer_state}}
         run = {"batch": self._run_batch, "each": self._run_each, "together": self._run_together}[request["mode"]]
         done = run(bound, request)
+        self._watchdog.rest()
         kind, message = done.failure or (None, None)
         effort = {"seconds": done.seconds, "retries": done.retries, "trace": self._take_trace(kind)}
         self._reply(op="done", kind=kind, message=message, **effort)
@@ -238,8 +241,8 @@ class _Worker:
         async def score_all() -> None:
             await asyncio.gather(*(score(index) for index in range(len(request["prompts"]))))
 
-        with _watchdog(limit):
-            self._loop.run(score_all())
+        self._watchdog.watch(limit)
+        self._loop.run(score_all())
         return Done(None)
 
     def _tries(self, bound: BoundReward, request: Mapping[str, Any], size: int) -> "_Tries":
@@ -257,11 +260,11 @@ class _Worker:
 
     def _isolated(self, call: Callable[[], Any], limit: float) -> tuple[Any, Failure | None]:
         """What user code returns, or how it failed."""
-        with _watchdog(limit):
-            try:
-                return call(), None
-            except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
-                return None, self._failure(error)
+        self._watchdog.watch(limit)
+        try:
+            return call(), None
+        except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
+            return None, self._failure(error)
 
     def _failure(self, error: BaseException) -> Failure:
         """Kind and one-line message of a failure. The traceback goes to the log once per kind of error and place."""
@@ -466,18 +469,28 @@ def _only(value: Any) -> Any:
     return _only(value[0]) if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 
-@contextlib.contextmanager
-def _watchdog(limit: float) -> Iterator[None]:
-    """End this process if the block takes much longer than the runner allows.
+class _Watchdog:
+    """Ends this process if a call takes much longer than the runner allows.
 
     The runner kills a hung worker in time; this is for a worker whose runner is gone. It needs no interpreter lock,
-    so that a hang in C code ends too.
+    so that a hang in C code ends too. Setting it starts a thread, which takes longer than most calls do, so calls that
+    follow each other closely share one.
     """
-    faulthandler.dump_traceback_later(limit + _ORPHAN_SECONDS, exit=True)
-    try:
-        yield
-    finally:
+
+    def __init__(self) -> None:
+        self._limit, self._set_at = 0.0, 0.0
+
+    def watch(self, limit: float) -> None:
+        """For a call of at most `limit` seconds that begins now."""
+        now = monotonic()
+        if limit != self._limit or now - self._set_at > _SHARED_SECONDS:
+            faulthandler.dump_traceback_later(limit + _SHARED_SECONDS + _ORPHAN_SECONDS, exit=True)
+            self._limit, self._set_at = limit, now
+
+    def rest(self) -> None:
+        """Nothing is called any more."""
         faulthandler.cancel_dump_traceback_later()
+        self._limit = 0.0
 
 
 def _short(value: Any) -> str:
