@@ -21,14 +21,11 @@ from rl.files.untrusted import Untrusted, UntrustedError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from rl.data.byte_tokenizer import ByteBackend
+
 Messages = list[dict[str, Any]]
 
 BYTE_SOURCE = "byte"
-_BYTE_SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
-_BYTE_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 MAX_TEMPLATE_BYTES = 1_000_000
 MOST_FREE_IDS = 100_000  # of a vocabulary, besides as many as it has tokens
 _TOKENIZER_FILES = ["tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
@@ -42,7 +39,7 @@ class Tokenizer:
     """A fast tokenizer with the few operations that training, sampling and export need.
 
     Attributes:
-      backend: the wrapped `PreTrainedTokenizerFast`.
+      backend: the wrapped `PreTrainedTokenizerFast`, or what stands for one of bytes.
       eos_ids: ids that end a completion by the tokenizer's own settings; empty without an EOS. A model may add more.
       bos_id, pad_id: None when the tokenizer has none. `pad_id` may equal an EOS id, because no mask is made from it.
       vocab_size: highest token id + 1, special and added tokens included.
@@ -54,7 +51,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: "PreTrainedTokenizerFast",
+        backend: "PreTrainedTokenizerFast | ByteBackend",
         template_name: str = "the tokenizer's chat template",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -294,7 +291,7 @@ def load_tokenizer(
         raise ValueError(f"tokenizer {source!r}: {error}") from error
 
 
-def _check_template(source: str, backend: "PreTrainedTokenizerFast") -> None:
+def _check_template(source: str, backend: "PreTrainedTokenizerFast | ByteBackend") -> None:
     """ValueError for a template that is no text or is too long, and for several templates without a default."""
     template = backend.chat_template
     if isinstance(template, dict):
@@ -404,7 +401,7 @@ def _fast_tokenizer_class() -> "type[PreTrainedTokenizerFast]":
     return PreTrainedTokenizerFast
 
 
-def _token_id(backend: "PreTrainedTokenizerFast", token: Any) -> int | None:
+def _token_id(backend: "PreTrainedTokenizerFast | ByteBackend", token: Any) -> int | None:
     if token is None:
         return None
     token_id = backend.get_vocab().get(str(token))
@@ -415,7 +412,7 @@ def _token_id(backend: "PreTrainedTokenizerFast", token: Any) -> int | None:
     return token_id
 
 
-def _prefix_ids(backend: "PreTrainedTokenizerFast") -> list[int]:
+def _prefix_ids(backend: "PreTrainedTokenizerFast | ByteBackend") -> list[int]:
     """The ids that the tokenizer puts in front of raw text by default, found on a probe."""
     probe = "a"
     plain = list(backend.encode(probe, add_special_tokens=False))
@@ -428,37 +425,7 @@ def _prefix_ids(backend: "PreTrainedTokenizerFast") -> list[int]:
     )
 
 
-def _byte_backend() -> "PreTrainedTokenizerFast":
-    """Ids 0, 1, 2 are pad, bos, eos; byte b is 3 + b. Raw text gets a BOS in front."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, processors
+def _byte_backend() -> "ByteBackend":
+    from rl.data.byte_tokenizer import ByteBackend  # only where it is asked for: it imports tokenizers
 
-    first_byte = len(_BYTE_SPECIAL_TOKENS)
-    vocabulary = {token: token_id for token_id, token in enumerate(_BYTE_SPECIAL_TOKENS)}
-    vocabulary |= {character: first_byte + byte for byte, character in enumerate(_byte_characters())}
-    core = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    pad, bos, eos = _BYTE_SPECIAL_TOKENS
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, vocabulary[bos])]
-    )
-    return _fast_tokenizer_class()(
-        tokenizer_object=core,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        chat_template=_BYTE_CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level tokenizers.
-
-    https://github.com/openai/gpt-2/blob/master/src/encoder.py (bytes_to_unicode): printable bytes stand for themselves,
-    the others take the code points from 256 on, in order.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+    return ByteBackend()

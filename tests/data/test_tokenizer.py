@@ -10,8 +10,10 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from rl.data.byte_tokenizer import ByteBackend
 from rl.data.tokenizer import Tokenizer, load_tokenizer
 from rl.files import untrusted
+from tests.helpers.places import ROOT
 
 ODD_TEXTS = (
     "47+38=",
@@ -25,6 +27,11 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 USER = [{"role": "user", "content": "hi"}]
+
+
+def as_transformers(tokenizer: Tokenizer) -> transformers.PreTrainedTokenizerFast:
+    backend = tokenizer.backend
+    return backend.as_transformers() if isinstance(backend, ByteBackend) else backend
 
 
 def word_tokenizer(
@@ -63,6 +70,23 @@ def test_any_bytes_decode_even_when_they_are_not_utf8():
     tokenizer = load_tokenizer("byte")
     assert tokenizer.decode([3 + 0xE6, 3 + ord("a")]) == "\ufffda"
     assert tokenizer.decode(np.array([1, 3 + ord("a"), 2], np.int32)) == "a"
+
+
+def test_bytes_are_those_of_transformers_without_its_import():
+    backend = ByteBackend()
+    peer = backend.as_transformers()
+    for name in ("special_tokens_map", "all_special_tokens", "pad_token", "bos_token", "eos_token", "chat_template"):
+        assert getattr(backend, name) == getattr(peer, name), name
+    assert ByteBackend().backend_tokenizer.to_str() == peer.backend_tokenizer.to_str()
+    assert (backend.get_vocab(), backend.get_chat_template()) == (peer.get_vocab(), peer.get_chat_template())
+    for text in (*ODD_TEXTS, "a<eos>b"):
+        for is_on in (False, True):
+            ids = backend.encode(text, add_special_tokens=is_on)
+            assert ids == peer.encode(text, add_special_tokens=is_on)
+            options = {"skip_special_tokens": is_on, "clean_up_tokenization_spaces": False}
+            assert backend.decode(ids, **options) == peer.decode(ids, **options)
+    code = "import sys; from rl.data.tokenizer import load_tokenizer as load; load('byte').encode('a')"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'transformers' not in sys.modules"], check=True, cwd=ROOT)
 
 
 def test_saved_tokenizer_loads_as_an_ordinary_folder(tmp_path):
@@ -114,8 +138,8 @@ def test_template_comes_from_a_file_and_asks_for_an_answer(tmp_path):
 
 def test_encode_chat_equals_apply_chat_template():
     tokenizer = load_tokenizer("byte")
-    peer = tokenizer.backend.apply_chat_template(USER, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert tokenizer.encode_chat(USER) == list(peer)
+    peer = as_transformers(tokenizer).apply_chat_template(USER, add_generation_prompt=True, return_dict=True)
+    assert tokenizer.encode_chat(USER) == list(peer["input_ids"])
 
 
 def test_chat_without_a_template_names_the_setting():
@@ -161,6 +185,7 @@ def test_a_template_is_stopped_also_where_the_trainer_ignores_the_signals_that_d
 import signal
 from rl.data.tokenizer import load_tokenizer
 from rl.files import untrusted
+from tests.helpers.places import ROOT
 for number in (signal.SIGPROF, signal.SIGALRM):
     signal.signal(number, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGPROF, signal.SIGALRM))
@@ -219,14 +244,14 @@ TEMPLATE_OF_MANY_PARTS = (
 def test_chats_are_rendered_as_transformers_renders_them(template):
     tokenizer = word_tokenizer("$A", template=template)
     chat = [{"role": "system", "content": "b"}, {"role": "user", "content": " \u65e5\ud800 "}, *USER]
-    peer = tokenizer.backend.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    peer = as_transformers(tokenizer).apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert tokenizer.render_chat(chat) == peer
 
 
 def test_an_answer_that_has_begun_is_rendered_as_transformers_continues_it():
     chat = [*USER, {"role": "assistant", "content": "a"}, *USER, {"role": "assistant", "content": "b <c>"}]
     for tokenizer in (load_tokenizer("byte"), word_tokenizer("$A", template=CHATML)):
-        peer = tokenizer.backend.apply_chat_template(chat, continue_final_message=True, tokenize=False)
+        peer = as_transformers(tokenizer).apply_chat_template(chat, continue_final_message=True, tokenize=False)
         assert tokenizer.render_chat(chat) == peer
         assert peer.endswith("b <c>")
 
@@ -240,7 +265,7 @@ THINKING = (
 def test_variables_of_the_template_reach_it_and_those_that_it_never_reads_are_named():
     given = {"enable_thinking": False, "date": "1 May", "level": [1, {"a": None}]}
     tokenizer = word_tokenizer("$A", template=THINKING, template_kwargs=given)
-    peer = tokenizer.backend.apply_chat_template(USER, add_generation_prompt=True, tokenize=False, **given)
+    peer = as_transformers(tokenizer).apply_chat_template(USER, add_generation_prompt=True, tokenize=False, **given)
     assert tokenizer.render_chat(USER) == peer == "hi1 May<think></think>"
     assert "never reads level, so what is set there changes nothing" in tokenizer.template_kwargs_problem()
     plain = word_tokenizer("$A", template=THINKING)

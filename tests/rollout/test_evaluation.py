@@ -179,7 +179,7 @@ def test_evaluation_leaves_penalties_out_and_keeps_forbidden_ids_and_bias(run, e
 def test_stop_strings_that_are_special_tokens_are_looked_for_in_text_that_shows_them():
     tokenizer = load_tokenizer("byte", None)
     eos = tokenizer.special_tokens[0]
-    ids = [*tokenizer.encode("ab", add_bos=False), tokenizer.backend.convert_tokens_to_ids(eos)]
+    ids = [*tokenizer.encode("ab", add_bos=False), tokenizer.backend.get_vocab()[eos]]
     for stop, text in (("b", "ab"), (eos, f"ab{eos}"), (f"b{eos}", f"ab{eos}")):
         assert stop_text(load_config(None, [f"sampling.stop_strings=['{stop}']"]), tokenizer)(ids) == text
 
