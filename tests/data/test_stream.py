@@ -303,6 +303,7 @@ mesh: {{num_devices: 1}}
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_a_stream_goes_on_as_one_that_never_stopped_in_either_flavour(folder, tmp_path, capsys):
     (tmp_path / "recipe.yml").write_text(RECIPE)
     source = shutil.copy(folder / "q.csv", tmp_path)
