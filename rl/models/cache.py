@@ -110,18 +110,6 @@ def empty_part(config: ModelConfig, num_rows: int, length: int, kv_dtype: str | 
     )
 
 
-def init_cache(
-    config: ModelConfig,
-    num_rows: int,
-    length: int,
-    shared: Sequence[SharedPart] = (),
-    kv_dtype: str | None = None,
-) -> KVCache:
-    """An empty cache of `num_rows` own rows."""
-    own = empty_part(config, num_rows, length, kv_dtype)
-    return KVCache(own=own, cursors=jnp.zeros(num_rows, jnp.int32), shared=tuple(shared))
-
-
 def share_evenly(part: CachePart, num_rows: int, num_shards: int = 1, any_group: bool = False) -> SharedPart:
     """`part` as a shared part of `num_rows` own rows. The own rows [r * Q, (r + 1) * Q) read its row r.
 
@@ -244,14 +232,6 @@ def map_arrays(part: CachePart, function: Callable[[str, jax.Array], jax.Array])
     )
     labels = {name: function(name, getattr(part, name)) for name in LABELS}
     return dataclasses.replace(part, layers=layers, **labels)
-
-
-def grow(cache: KVCache, length: int) -> KVCache:
-    """The same cache with `length` own positions; raises ValueError if that would drop some."""
-    added = length - cache.own.length
-    if added < 0:
-        raise ValueError(f"length must be >= the {cache.own.length} positions there are, got {length}")
-    return dataclasses.replace(cache, own=map_arrays(cache.own, lambda name, array: pad_positions(name, array, added)))
 
 
 def pad_positions(name: str, array: jax.Array, added: int) -> jax.Array:

@@ -131,7 +131,7 @@ FLAVOURS = {
 
 
 def flavour_of(config: Config) -> Flavour:
-    """The flavour that a run's typed configuration asks for: the one place where its `pure_nnx` is read."""
+    """The flavour that a run's typed configuration asks for: this module alone reads its `pure_nnx`."""
     return FLAVOURS[config.pure_nnx]
 
 
@@ -189,12 +189,11 @@ def policy_from_config(config: Config, model_config: ModelConfig, mesh: Mesh | N
       mesh: the mesh of training, which decides on the attention kernel and the exchange of rows between devices; None
         for a policy that only decodes, which needs neither.
     """
-    make = flavour_of(config).policies[model_config.kind]
     if mesh is None or model_config.has_own_kernel:
-        return make(model_config, XLA, None)
+        return create_policy(model_config, config.pure_nnx)
     kernel = choose_kernel(config.model.attention, model_config, mesh, config.mesh.rules)
     exchange_fn = embedding_exchange(mesh, config.mesh.rules, model_config.hidden_size)
-    return make(model_config, kernel, exchange_fn)
+    return create_policy(model_config, config.pure_nnx, kernel, exchange_fn)
 
 
 def _check_tree(expected: Mapping[str, Any], params: Any, path: str = "") -> None:

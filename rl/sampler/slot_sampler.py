@@ -139,11 +139,6 @@ class Sampler:
         self._num_prefilled_again = 0
 
     @property
-    def num_compiles(self) -> int:
-        """The number of programs that were compiled so far."""
-        return len(self.engine.programs)
-
-    @property
     def peak_kv_bytes(self) -> int:
         """The most bytes that keys, values and labels took at any moment so far, over all devices."""
         return self.engine.peak_kv_bytes

@@ -230,17 +230,6 @@ def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float3
     return batch
 
 
-def unpack(batch: Batch, values_MRCL: np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
-    """The values of every completion's tokens, in the order of the groups given to `pack`.
-
-    Args:
-      lengths: the number of tokens of each completion.
-    """
-    values_MRCL, ids = np.asarray(values_MRCL), np.asarray(batch.sequence_ids_MRC)
-    places = {int(ids[place]): place for place in zip(*np.nonzero(ids >= 0), strict=True)}
-    return [values_MRCL[places[i]][:length] for i, length in enumerate(lengths)]
-
-
 class _Unit(NamedTuple):
     """Completions that share one copy of their prompt, and the index of each in the minibatch."""
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from rl.models.cache import KVCache, empty_part
 from rl.models.config import ModelConfig, flatten_specs, parameter_specs
 
 VOCAB = 97
@@ -37,3 +38,9 @@ def noisy_params(config, seed=0):
         centre = 1.0 - config.features.norm_offset if path[-1] == "scale" else 0.0
         node[path[-1]] = jnp.asarray(centre + 0.3 * rng.normal(size=spec.shape), config.param_dtype)
     return params
+
+
+def init_cache(config, num_rows, length, shared=(), kv_dtype=None):
+    """An empty cache of `num_rows` own rows."""
+    own = empty_part(config, num_rows, length, kv_dtype)
+    return KVCache(own=own, cursors=jnp.zeros(num_rows, jnp.int32), shared=tuple(shared))

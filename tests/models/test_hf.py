@@ -20,6 +20,7 @@ from rl.models.files import hf
 from rl.models.flavours import create_policy
 from rl.models.inputs import Inputs, plain_inputs
 from tests.helpers.places import FILES
+from tests.helpers.tiny_models import init_cache
 
 GOLDEN = FILES / "models"
 NAMES = ("gemma3_text", "llama3_scaled_rope", "llama_tied", "qwen2", "qwen3")
@@ -80,9 +81,9 @@ def test_greedy_continuation_through_the_cache_is_that_of_transformers(name, fla
 
     @jax.jit
     def continue_greedily(params):
-        cache = kv.init_cache(config, 1, length)
+        cache = init_cache(config, 1, length)
         hidden, cache = policy.extend(params, plain_inputs(prompt), cache)
-        cache = kv.init_cache(config, 1, num_new, [kv.share_evenly(cache.own, 1)])
+        cache = init_cache(config, 1, num_new, [kv.share_evenly(cache.own, 1)])
 
         def step(carry, position):
             hidden, cache = carry

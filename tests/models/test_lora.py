@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec
 from rl.algorithms.from_config import loss_config
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh
-from rl.models import cache as kv
 from rl.models import ops
 from rl.models.config import LORA_A, LORA_B, LoRAConfig, ModelConfig, flatten_specs, parameter_specs
 from rl.models.families import FAMILIES
@@ -23,7 +22,7 @@ from rl.models.train_state import pure_state
 from rl.state.optimizer import create_training_optimizer
 from rl.state.states import InitStateFn, frozen_reference, get_abstract_state, setup_training_state
 from rl.training.train_step import jit_train_step
-from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
+from tests.helpers.tiny_models import VOCAB, init_cache, noisy_params, tiny_config
 from tests.training import test_train_step as packed
 
 FLAVOURS = ["nnx", "linen"]
@@ -54,7 +53,7 @@ def num_bytes(tree):
 def outputs(policy, params):
     """What every entry point of a policy gives."""
     hidden = policy.hidden(params, batch_of())
-    cached, _ = policy.extend(params, batch_of(), kv.init_cache(policy.config, 2, 8))
+    cached, _ = policy.extend(params, batch_of(), init_cache(policy.config, 2, 8))
     return hidden, cached, policy.unembed(params, hidden)
 
 
@@ -170,7 +169,7 @@ def test_twins_are_the_same_program_with_adapters(family, base_dtype):
     shapes = jax.eval_shape(lambda key: freeze(config, ops.init_params(config, key)), jax.random.key(0))
     for method, arguments in (
         ("hidden", (batch_of(),)),
-        ("extend", (batch_of(), kv.init_cache(config, 2, 8))),
+        ("extend", (batch_of(), init_cache(config, 2, 8))),
         ("unembed", (jnp.ones((2, 16)),)),
     ):
         linen, nnx_program = (

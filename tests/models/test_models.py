@@ -16,7 +16,7 @@ from rl.models.families import FAMILIES
 from rl.models.flavours import LinenPolicy, NNXPolicy, create_policy
 from rl.models.inputs import Inputs, plain_inputs
 from rl.models.lora import freeze, join, split
-from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
+from tests.helpers.tiny_models import VOCAB, init_cache, noisy_params, tiny_config
 
 
 def run_hidden(policy, params, batch):
@@ -132,7 +132,7 @@ def test_twins_are_the_same_program(family):
     """Equal before compilation, so equal bit for bit after it, on any machine."""
     config = tiny_config(family)
     params, batch = noisy_params(config), plain_batch()
-    cache = kv.init_cache(config, num_rows=3, length=9)
+    cache = init_cache(config, num_rows=3, length=9)
     for method, arguments in (("hidden", (batch,)), ("extend", (batch, cache)), ("unembed", (jnp.ones((2, 16)),))):
         programs = [jax.jit(getattr(policy, method)).lower(params, *arguments).as_text() for policy in both(config)]
         assert programs[0] == programs[1]
@@ -143,7 +143,7 @@ def test_twins_agree_bit_for_bit_through_the_cache(family):
     config = tiny_config(family)
     params, batch = noisy_params(config), plain_batch()
     results = [
-        jax.jit(policy.extend)(params, batch, kv.init_cache(config, num_rows=3, length=9)) for policy in both(config)
+        jax.jit(policy.extend)(params, batch, init_cache(config, num_rows=3, length=9)) for policy in both(config)
     ]
     assert_trees_identical(*results)
 
@@ -267,7 +267,7 @@ def test_float64_stays_float64_end_to_end(flavour):
         policy, params, batch = create_policy(config, flavour), noisy_params(config), plain_batch()
         jaxpr = str(jax.make_jaxpr(lambda p: policy.unembed(p, policy.hidden(p, batch)))(params))
         assert ("f64[" in jaxpr, "f32[" in jaxpr) == (True, False)
-        cached, cache = jax.jit(policy.extend)(params, batch, kv.init_cache(config, 3, 8))
+        cached, cache = jax.jit(policy.extend)(params, batch, init_cache(config, 3, 8))
         assert cached.dtype == cache.own.layers[0].keys.dtype == jnp.float64
         np.testing.assert_allclose(cached, run_hidden(policy, params, batch), rtol=0, atol=1e-12)
 
@@ -407,16 +407,17 @@ def test_decoding_with_a_shared_prefix_gives_the_hidden_states_of_whole_sequence
     positions_PT = np.broadcast_to(np.arange(5), (2, 5))
     groups_PT = np.where(positions_PT < lengths_P[:, None], 0, -1)
     extend = jax.jit(policy.extend)
-    cache = kv.init_cache(config, num_rows=2, length=5)
+    cache = init_cache(config, num_rows=2, length=5)
     prefill, cache = extend(params, plain_inputs(prompts_PT)._replace(group_ids_BT=groups_PT), cache)
-    cache = kv.init_cache(config, 6, 2, [kv.share_evenly(cache.own, 6)])
+    cache = init_cache(config, 6, 2, [kv.share_evenly(cache.own, 6)])
     assert cache.shared[0].part.layers[0].keys.shape == (2, 2, 8, 5)
     assert (cache.own.layers[0].keys.shape, cache.own.layers[0].values.shape) == ((6, 2, 8, 2), (6, 2, 2, 8))
     lengths_B, labels_B1 = np.repeat(lengths_P, num_samples), np.zeros((6, 1), int)
     decoded = []
     for step in range(num_new):
         if step == 2:
-            cache = kv.grow(cache, 6)
+            own = kv.map_arrays(cache.own, lambda name, array: kv.pad_positions(name, array, 4))
+            cache = dataclasses.replace(cache, own=own)
         inputs = Inputs(new_BT[:, step, None], (lengths_B + step)[:, None], labels_B1, labels_B1 + 1)
         hidden, cache = extend(params, inputs, cache)
         decoded.append(hidden[:, 0])
@@ -448,7 +449,7 @@ def test_decoding_copies_no_cache():
 
         return jax.lax.while_loop(lambda carry: carry[0] < 100, step, (jnp.int32(0), cache, tokens_B1))
 
-    cache = kv.init_cache(config, num_rows, length)
+    cache = init_cache(config, num_rows, length)
     arguments = params, cache, jnp.zeros((num_rows, 1), jnp.int32)
     compiled = jax.jit(decode, donate_argnums=1).lower(*arguments).compile()
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
@@ -458,9 +459,7 @@ def test_decoding_copies_no_cache():
 
 
 def test_cache_sizes_that_do_not_fit_are_refused():
-    cache = kv.init_cache(tiny_config(), num_rows=2, length=4)
-    with pytest.raises(ValueError, match="length must be >= the 4 positions there are, got 3"):
-        kv.grow(cache, 3)
+    cache = init_cache(tiny_config(), num_rows=2, length=4)
     with pytest.raises(ValueError, match="num_rows must be a multiple of the shared part's 2 rows, got 3"):
         kv.share_evenly(cache.own, 3)
 
@@ -565,9 +564,9 @@ def test_a_scanned_prefill_gives_the_hidden_states_and_the_cache_of_an_unrolled_
             _, prefix = policy.extend(
                 params,
                 Inputs(*(x[:1, :3] for x in batch)),
-                kv.init_cache(config, 1, 3, (), kv_dtype),
+                init_cache(config, 1, 3, (), kv_dtype),
             )
-            cache = kv.init_cache(config, 3, 8, [kv.share_evenly(prefix.own, 3, any_group=True)], kv_dtype)
+            cache = init_cache(config, 3, 8, [kv.share_evenly(prefix.own, 3, any_group=True)], kv_dtype)
             hiddens = []
             for start, stop in ((3, 7), (7, 10), (10, 11)):
                 hidden, cache = policy.extend(params, Inputs(*(x[:, start:stop] for x in batch)), cache)

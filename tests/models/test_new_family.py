@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from rl.config.load import load_config
-from rl.models import cache as kv
 from rl.models import ops
 from rl.models.config import SLIDING_ATTENTION, parameter_specs
 from rl.models.families import FAMILIES, Family
@@ -20,7 +19,7 @@ from rl.models.inputs import Inputs, plain_inputs
 from rl.models.ops import RopeScaling
 from rl.state.origin import find_origin, tokenizer_from_config
 from tests.helpers import tunix_golden
-from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
+from tests.helpers.tiny_models import VOCAB, init_cache, noisy_params, tiny_config
 
 # Gemma 1: of Gemma 3 the norms and the embedding; two norms in a layer, none of queries and keys, no window.
 GEMMA = Family(
@@ -71,7 +70,7 @@ def decoded_logits(policy, params, tokens, prefix):
     """Logits of every token after the prefix, read one by one from the cache."""
     num_rows, length = tokens.shape
     inputs, extend = plain_inputs(tokens), jax.jit(policy.extend)
-    cache = kv.init_cache(policy.config, num_rows, length)
+    cache = init_cache(policy.config, num_rows, length)
     _, cache = extend(params, Inputs(*(x[:, :prefix] for x in inputs)), cache)
     found = []
     for i in range(prefix, length):

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec
 
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, tree_shardings
-from rl.models import cache as kv
 from rl.models import ops
 from rl.models.config import QUANTIZED_DTYPES, Quantization, logical_axes
 from rl.models.families import FAMILIES
@@ -32,7 +31,7 @@ from rl.models.quantized import (
     tile_of,
     unpack,
 )
-from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
+from tests.helpers.tiny_models import VOCAB, init_cache, noisy_params, tiny_config
 
 
 def batch_of(num_rows=2, num_tokens=6):
@@ -252,7 +251,7 @@ def model_of(family):
 def outputs(policy, params):
     """What every entry point of a policy gives."""
     hidden = policy.hidden(params, batch_of())
-    cached, _ = policy.extend(params, batch_of(), kv.init_cache(policy.config, 2, 8))
+    cached, _ = policy.extend(params, batch_of(), init_cache(policy.config, 2, 8))
     return hidden, cached, policy.unembed(params, hidden)
 
 
@@ -280,7 +279,7 @@ def test_twins_are_the_same_program_with_quantised_params(family, dtype):
     shapes = jax.eval_shape(
         lambda key: quantize_params(config, ops.init_params(config, key), whole(dtype)), jax.random.key(0)
     )
-    cache = kv.init_cache(config, 2, 8)
+    cache = init_cache(config, 2, 8)
     for method, arguments in (
         ("hidden", (batch_of(),)),
         ("extend", (batch_of(), cache)),

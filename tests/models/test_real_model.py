@@ -13,6 +13,7 @@ from rl.models.files import hf
 from rl.models.flavours import create_policy
 from rl.models.inputs import Inputs, plain_inputs
 from tests.helpers.places import FILES
+from tests.helpers.tiny_models import init_cache
 
 ROWS = json.loads((FILES / "smollm2_135m_instruct.json").read_text())["rows"]
 FOLDER = os.environ.get("TANDEM_SMOLLM2", "")
@@ -63,10 +64,10 @@ def test_greedy_answers_through_the_cache_are_those_of_transformers(model, flavo
 
     @jax.jit
     def continue_greedily(params):
-        cache = kv.init_cache(config, *inputs.tokens_BT.shape)
+        cache = init_cache(config, *inputs.tokens_BT.shape)
         hidden, cache = policy.extend(params, inputs, cache)
         last = jnp.take_along_axis(hidden, (lengths_B - 1)[:, None, None], axis=1)
-        cache = kv.init_cache(config, len(lengths_B), num_new, [kv.share_evenly(cache.own, len(lengths_B))])
+        cache = init_cache(config, len(lengths_B), num_new, [kv.share_evenly(cache.own, len(lengths_B))])
 
         def step(carry, count):
             last, cache = carry

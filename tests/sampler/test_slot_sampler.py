@@ -808,12 +808,12 @@ def counted_compiles() -> Iterator[list[str]]:
 
 def test_a_second_call_compiles_nothing_and_leaves_the_parameters_alone(qwen):
     sample(qwen)
-    num_compiles = qwen.sampler.num_compiles
+    num_compiles = len(qwen.sampler.engine.programs)
     with counted_compiles() as compiled:
         first = sample(qwen)
         other_lengths = sample(qwen, prompts=[[3] * 2, [4] * 7, [5] * 16, [6] * 11])
     assert len(flatten(first)) == len(flatten(other_lengths)) == 16
-    assert qwen.sampler.num_compiles == num_compiles
+    assert len(qwen.sampler.engine.programs) == num_compiles
     assert not compiled
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(qwen.params))
 
@@ -843,12 +843,12 @@ def test_nothing_is_compiled_after_warm_up_whatever_the_lengths(qwen, monkeypatc
         return generate(params, state, *arguments)
 
     setup.sampler.engine.generate = recorded
-    num_compiles = setup.sampler.num_compiles
+    num_compiles = len(setup.sampler.engine.programs)
     with counted_compiles() as compiled:
         for key in keys:
             prompts = [dataset[i] for i in rng.integers(0, len(dataset), 8)]
             setup.sampler.sample(setup.params, prompts, 8, sampling, key)
-    assert (compiled, setup.sampler.num_compiles) == ([], num_compiles)
+    assert (compiled, len(setup.sampler.engine.programs)) == ([], num_compiles)
     slots, lengths = (set(sizes) for sizes in zip(*used, strict=True))
     assert slots == {16, 8}, "slots were dropped"
     assert lengths == {16, 32}, "the cache grew"
@@ -866,7 +866,7 @@ def test_warm_up_alone_is_enough_for_prompts_and_completions_of_every_length(com
     # Every prompt with every limit: three samples of all together, whose slots are dropped as they end, and each alone.
     calls = [[Request(p, p, s, limit=1 + (p + shift) % 8) for p in range(8) for s in range(3)] for shift in range(8)]
     calls += [[request] for call in calls for request in call[::3]]
-    num_compiles, seen = setup.sampler.num_compiles, set()
+    num_compiles, seen = len(setup.sampler.engine.programs), set()
     with counted_compiles() as compiled:
         for requests in calls:
             for number, completion in setup.sampler.stream(setup.params, prompts, requests, sampling, key):
@@ -874,7 +874,7 @@ def test_warm_up_alone_is_enough_for_prompts_and_completions_of_every_length(com
                 assert len(completion.token_ids) == request.limit
                 seen.add((len(requests), len(prompts[request.prompt]), request.limit))
     assert seen == {(size, length, limit) for size in (1, 24) for length in lengths for limit in lengths}
-    assert (compiled, setup.sampler.num_compiles) == ([], num_compiles)
+    assert (compiled, len(setup.sampler.engine.programs)) == ([], num_compiles)
 
 
 def test_a_second_run_finds_every_program_in_the_persistent_cache(qwen, tmp_path):
@@ -896,7 +896,7 @@ def test_a_second_run_finds_every_program_in_the_persistent_cache(qwen, tmp_path
         setup.sampler.engine.programs.wait()
         completions = sample(setup, short)
         hits, misses = events.count("cache_hits"), events.count("cache_misses")
-        return completions, setup.sampler.num_compiles, hits, misses
+        return completions, len(setup.sampler.engine.programs), hits, misses
 
     short = changed(max_completion_length=16)
     jax.monitoring.register_event_listener(listen)
@@ -927,10 +927,10 @@ def test_a_second_run_finds_every_program_in_the_persistent_cache(qwen, tmp_path
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(qwen, prompts, changes, message):
-    num_compiles = qwen.sampler.num_compiles
+    num_compiles = len(qwen.sampler.engine.programs)
     with pytest.raises(ValueError, match=message):
         sample(qwen, changed(**changes), prompts)
-    assert qwen.sampler.num_compiles == num_compiles
+    assert len(qwen.sampler.engine.programs) == num_compiles
 
 
 @pytest.mark.parametrize(
@@ -954,10 +954,10 @@ def test_bad_input_is_refused_before_anything_runs(qwen, prompts, changes, messa
 def test_requests_that_cannot_be_drawn_are_refused_before_anything_runs(qwen, changes, message):
     requests = [Request(0, 0, 0, limit=24), dataclasses.replace(Request(1, 1, 0, limit=24), **changes)]
     sampling = changed(min_completion_length=2 if changes.get("limit") == 1 else 0)
-    num_compiles = qwen.sampler.num_compiles
+    num_compiles = len(qwen.sampler.engine.programs)
     with pytest.raises(ValueError, match=message):
         qwen.sampler.stream(qwen.params, PROMPTS, requests, sampling, jax.random.key(0))
-    assert qwen.sampler.num_compiles == num_compiles
+    assert len(qwen.sampler.engine.programs) == num_compiles
 
 
 def test_bad_arguments_are_refused(qwen, sharded_qwen):

@@ -8,7 +8,6 @@ import pytest
 
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, no_implicit_transfers, tree_shardings
-from rl.models.cache import init_cache
 from rl.models.config import logical_axes
 from rl.models.flavours import NNXPolicy
 from rl.run.metrics import CompileCounter
@@ -16,7 +15,7 @@ from rl.sampler.contract import Request, requests_for
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
 from rl.sampler.wave_sampler import WaveSampler
-from tests.helpers.tiny_models import noisy_params, tiny_config
+from tests.helpers.tiny_models import init_cache, noisy_params, tiny_config
 
 RULES = load_config(None).mesh.rules
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5], [12, 13, 14], [20, 21, 22, 23, 24], [5, 6, 7, 8, 9, 10, 11, 12, 13]]

@@ -18,7 +18,6 @@ from rl.training.packing import (
     TrainGroup,
     pack,
     plan_packing,
-    unpack,
 )
 
 LAST = 999  # the last token of every completion in `ragged_groups`, and of nothing else
@@ -263,15 +262,6 @@ def test_the_order_of_the_groups_changes_ids_only_never_contents():
     assert_holds(pack(backwards, plan_for()), backwards)
     filled = [pack(order, plan_for()) for order in (groups, backwards)]
     assert sorted(filled[0].advantages_MRC.ravel()) == sorted(filled[1].advantages_MRC.ravel())
-
-
-def test_unpack_gives_values_back_in_the_order_of_the_groups():
-    groups = ragged_groups(12)
-    batch = pack(groups, plan_for(), np.float64)
-    values = unpack(batch, batch.sampler_logprobs_MRCL, [len(c.token_ids) for _, c in in_order(groups)])
-    assert len(values) == len(in_order(groups))
-    for value, (_, completion) in zip(values, in_order(groups), strict=True):
-        np.testing.assert_array_equal(value, completion.sampler_logprobs)
 
 
 @pytest.mark.parametrize(
