@@ -64,6 +64,18 @@ def test_rows_outside_of_the_band_keep_a_share_of_their_turns_and_none_starves()
         assert other.take(50, 4) == made.take(50, 4)
 
 
+def test_the_chance_of_a_pass_rate_falls_in_a_straight_line_from_the_band_to_the_floor():
+    rates = [0.0, 0.1, 0.2, 0.5, 0.8, 0.9, 0.95, 1.0]
+    made = order(data("pass_rate", [rates[n % 8] for n in range(SIZE)]), "by=pass_rate", "floor=0.2")
+    drawn = np.mean([made.curriculum.is_drawn(epoch, np.arange(SIZE)) for epoch in range(400)], axis=0)
+    shares = drawn.reshape(-1, len(rates)).mean(axis=0)
+    assert shares == pytest.approx([0.2, 0.6, 1, 1, 1, 0.6, 0.4, 0.2], abs=0.04)
+    assert shares[2:5].tolist() == [1, 1, 1]
+    for band in ("[0, 0.5]", "[0.5, 1]"):  # one has nothing below it, the other nothing above
+        (all_of_it,) = np.unique(order(data(), "by=pass_rate", f"band={band}").curriculum.is_drawn(0, np.arange(SIZE)))
+        assert all_of_it
+
+
 def test_a_measured_rate_counts_from_the_next_step_on_and_forgets_by_halves():
     made = order(data(), "by=pass_rate")
     curriculum = made.curriculum
