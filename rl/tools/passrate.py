@@ -135,7 +135,7 @@ def _measured(config: Config, source: WeightSource, output: str, draws: int, ove
 
         def open_part() -> list[tuple[int, float | None, int]]:
             part.append(stack.enter_context(PartFile(output, settings, overwrite)))
-            return [(row, *rate) for row, rate in part[0].rates.items()]
+            return [(row, rate.rate, rate.draws) for row, rate in part[0].rates.items()]
 
         rates = {row: Rate(rate, num) for row, rate, num in hosts.from_first(open_part)}
         known = len(rates)
