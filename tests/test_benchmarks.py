@@ -235,3 +235,34 @@ def test_companies_are_compared_up_to_the_first_changed_token(benchmark, capsys)
 def test_restoring_is_timed_with_and_without_the_comparison_of_hashes(benchmark, capsys):
     importlib.import_module("restore").main(["--layers", "1", "--rounds", "1"])
     assert re.search(r"not compared [\d.]+ s, compared [\d.]+ s: [+-][\d.]+ %", capsys.readouterr().out)
+
+
+def test_curricula_are_compared_by_the_prompts_that_they_take_to_the_same_accuracy(benchmark, capsys):
+    curriculum = importlib.import_module("curriculum")
+
+    def curve(accuracies, spreads, drawn_before=0.0):
+        lines = [{"step": 0, "eval/accuracy": accuracies[0]}]
+        for step, (accuracy, spread) in enumerate(zip(accuracies[1:], spreads, strict=True), 1):
+            lines.append({"step": step, "eval/accuracy": accuracy, "zero_variance_share": 1 - spread})
+        return curriculum.curve_of(lines, 32, drawn_before)
+
+    uniform = curve([0.2, 0.2, 0.5, 0.8, 0.8], [0.25, 0.25, 0.5, 0.5])
+    other = curve([0.2, 0.5, 0.8, 0.8, 0.8], [0.75] * 4, drawn_before=16.0)
+    assert uniform.prompts == [0, 32, 64, 96, 128]
+    pair = curriculum.compare(uniform, other)
+    assert pair["spread_ratio"] == pytest.approx(2)
+    # The first as it is, then means of three: 0.2, 0.3, 0.5, 0.7, 0.8 and 0.2, 0.5, 0.7, 0.8, 0.8.
+    assert (pair["accuracy"], pair["prompts_uniform"], pair["prompts"]) == pytest.approx((0.8, 128, 16 + 96))
+    assert uniform.prompts_to(0.6) == pytest.approx(80)
+    assert other.prompts_to(0.6) == pytest.approx(16 + 48)
+    assert other.prompts_to(0.2) == 16
+    assert (pair["half_uniform"], pair["half"]) == pytest.approx((64, 16 + 32))
+    assert uniform.prompts_to(0.9) == np.inf
+    assert curriculum.sign_test([1.2, 1.5, 2.0, 0.9, 1.1]) == pytest.approx(6 / 32)
+    for arguments, message in (
+        (["--seeds", "0,x"], "--seeds must be whole numbers with commas between them, got '0,x'"),
+        (["--arms", "passrate"], "--arms must begin with uniform and name some of uniform, measured, passrate"),
+    ):
+        with pytest.raises(SystemExit):
+            curriculum.main(arguments)
+        assert message in capsys.readouterr().err

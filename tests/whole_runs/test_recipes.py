@@ -17,6 +17,7 @@ from rl.cli import main
 from rl.config.load import load_config
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics, read_samples
+from rl.tools.passrate import passrate
 from rl.tools.rewards import check
 from tests.helpers.judge_server import says, serving
 from tests.helpers.places import FILES, ROOT
@@ -171,3 +172,27 @@ def test_reward_model(tmp_path):
     lines, samples = two_steps("reward_model/grpo.yml", tmp_path / "run", *changes, knows_answers=False)
     assert len({sample["rewards"]["model"] for sample in samples}) > 4
     assert "eval/reward/model" in lines[-1]
+
+
+def test_a_mixture_is_measured_and_its_curriculum_knows_every_row(tmp_path):
+    plain = load_config("examples/mixture_curriculum/plain.yml")
+    small = [dataclasses.asdict(entry) for entry in plain.data.sources]
+    for entry in small:
+        entry["args"]["size"] = 5
+    held_out = "data.eval_args.size=4"
+    recipe, output = "examples/mixture_curriculum/plain.yml", str(tmp_path / "{source}.jsonl")
+    overrides = [*TINY, *STEPS, held_out, f"data.sources={json.dumps(small)}"]
+    passed = passrate(recipe, recipe, output, 2, overrides=overrides)
+    assert len(passed.rates) == 15
+    measured = [
+        {"source": file, "name": entry.name} for file, entry in zip(passed.files, plain.data.sources, strict=True)
+    ]
+    lines, _ = two_steps(
+        "mixture_curriculum/grpo.yml", tmp_path / "run", held_out, f"data.sources={json.dumps(measured)}"
+    )
+    assert [line["curriculum/known"] for line in lines if "curriculum/known" in line] == [1.0, 1.0]
+    whole = load_config("examples/mixture_curriculum/grpo.yml")
+    assert [entry.source for entry in whole.data.sources] == [
+        f"runs/mixture_curriculum-{entry.name}.jsonl" for entry in plain.data.sources
+    ]
+    assert whole.data.curriculum.by == "pass_rate"
