@@ -39,8 +39,8 @@ class RewardFailedError(ValueError):
 
     def __init__(self, failure: FirstFailure):
         what = f"{failure.name!r} failed after {failure.steps_done} steps on {failure.call}"
-        rule = "rewards.on_error must be none for a run that goes on without a reward that is lost, got raise"
-        parts = [f"{rule}, and reward {what}: {failure.kind}: {failure.message}"]
+        rule = "rewards.on_error=raise ends the run here; with none it goes on without that reward"
+        parts = [f"reward {what}: {failure.kind}: {failure.message}; {rule}"]
         parts += [_part("prompt", failure.prompt), _part("completion", failure.completion)]
         if failure.trace:
             is_killed = failure.kind in ("timeout", "crash")

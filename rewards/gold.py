@@ -37,6 +37,7 @@ def check_on_gold(
     Returns:
       Warnings, none when every function gave a number that depends on the completion.
     """
+    where = "on a gold row" if gold_completion is not None else "on the first row"
     probe = probes([(prompt, columns)], runner.columns)[0]
     gold = probe.completions[0] if gold_completion is None else gold_completion
     nothing = "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
@@ -56,7 +57,7 @@ def check_on_gold(
             continue
         result = score(gold, names, size)
         for name in names:
-            said[name] = [f"on a gold row, {problem}" for problem in problems_of(name, result.problems)]
+            said[name] = [f"{where}, {problem}" for problem in problems_of(name, result.problems)]
             if result.counts[name]["none"] and gold_completion is not None:
                 said[name].append(
                     f"on a gold row, reward {name!r} returned None: it cannot judge a right answer; check the answer "
@@ -73,14 +74,14 @@ def check_on_gold(
             doubtful.update(name for name in known if other[place[name]] == result.rewards[0][place[name]])
     trials = runner.try_on(doubtful, prompt, columns) if tries_others else {}
     for name, trial in trials.items():
-        if told := _told_of(runner, name, trial, is_chat=not isinstance(prompt, str)):
+        if told := _told_of(runner, name, trial, where, is_chat=not isinstance(prompt, str)):
             said[name] = [told]
     return [text for texts in said.values() for text in texts]
 
 
-def _told_of(runner: RewardRunner, name: str, trial: Trial, is_chat: bool) -> str | None:
-    """What is to be said of a function that was tried; None: nothing."""
-    count = f"{trial.num_completions} completions, right and wrong answers in usual formats and an empty one"
+def _told_of(runner: RewardRunner, name: str, trial: Trial, where: str, is_chat: bool) -> str | None:
+    """What is to be said of a function that was tried; None: nothing. where: the row, in words."""
+    count = f"{trial.num_completions} completions, answers in usual formats and an empty one"
     form = ""
     if runner.style(name) not in ("verl", "openrlhf"):  # which always get text
         form = (
@@ -90,11 +91,11 @@ def _told_of(runner: RewardRunner, name: str, trial: Trial, is_chat: bool) -> st
         )
     if trial.num_completions and trial.num_failed == trial.num_completions:
         form = form if "TypeError" in trial.failure or "AttributeError" in trial.failure else ""
-        return f"on a gold row, reward {name!r} failed on all of {count}: {trial.failure}{form}"
+        return f"{where}, reward {name!r} failed on all of {count}: {trial.failure}{form}"
     if len(trial.rewards) == 1 and not trial.num_failed:
         (reward,) = trial.rewards
         return (
-            f"on a gold row, reward {name!r} gave {reward:g} to all of {count}: there would be nothing to learn from; "
+            f"{where}, reward {name!r} gave {reward:g} to all of {count}: there would be nothing to learn from; "
             "check how it reads a completion, and the columns that it compares with (data.columns)"
             f"{form if is_chat else ''}"
         )

@@ -229,19 +229,26 @@ class RewardRunner:
             (spec.name, function.style, function.replacing)
             for spec, function in zip(self.specs, self._functions, strict=True)
         ]
-        return [self._note(key) for key in self._reasons] + column_notes(self.columns, functions)
+        alone = [key for key, reason in self._reasons.items() if not reason]
+        notes = [self._note(key) for key in self._reasons if key not in alone]
+        if alone:
+            notes.append(self._note_of_alone(alone))
+        return notes + column_notes(self.columns, functions)
 
     def _note(self, key: int) -> str:
-        title, way_out = f"reward {self.specs[key].name!r}", "in its entry of rewards.functions"
-        if reason := self._reasons[key]:
-            return (
-                f"{title} is called with whole batches, for {reason}; {way_out}, elementwise: true says that it "
-                "judges each completion by itself, needs_group: true that it compares those of one prompt"
-            )
         return (
-            f"{title} is called for one completion at a time, for in the start-up check that gave the rewards of one "
-            f"call with all; a few batches of the run are called whole as well, to see whether that holds; {way_out}, "
-            "elementwise: true saves those calls, elementwise: false keeps whole batches"
+            f"reward {self.specs[key].name!r} is called with whole batches, for {self._reasons[key]}; in its entry of "
+            "rewards.functions, elementwise: true says that it judges each completion by itself, needs_group: true "
+            "that it compares those of one prompt"
+        )
+
+    def _note_of_alone(self, keys: Sequence[int]) -> str:
+        names = ", ".join(repr(self.specs[key].name) for key in keys)
+        called = f"reward {names} is" if len(keys) == 1 else f"rewards {names} are"
+        return (
+            f"{called} called for one completion at a time: the start-up check found the same rewards as in one call "
+            "with all. A few batches of the run are called whole as well, to see whether that holds; elementwise: true "
+            "in an entry of rewards.functions saves those calls, elementwise: false keeps whole batches"
         )
 
     def begin(

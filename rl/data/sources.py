@@ -258,7 +258,7 @@ def check_file(path: pathlib.Path, source: str, args: Mapping[str, Any]) -> None
         way_out = f"; {source}[:10%] is a part of the file" if unknown[0] == "split" else ""
         raise ValueError(
             f"data.args must {rule} for a file such as {source!r}, got {shown(args)}; "
-            f"set data.args.{unknown[0]}=null{way_out}"
+            f"set {' '.join(f'data.args.{name}=null' for name in unknown)}{way_out}"
         )
 
 

@@ -298,7 +298,8 @@ def _check_length(section: OptimizerSection, num_updates: int) -> None:
     warmup = section.warmup_updates
     if warmup and warmup >= num_updates:
         raise ValueError(
-            f"optimizer.warmup_updates must be below the run's number of updates ({num_updates}), got {warmup}"
+            f"optimizer.warmup_updates must be below the run's number of updates ({num_updates}), got {warmup}; for a "
+            "short trial set optimizer.warmup_updates=0"
         )
     if shortest_run(section) > num_updates:
         raise ValueError(

@@ -622,3 +622,21 @@ def test_a_config_cannot_be_changed_in_place():
     config = load_config(None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.grpo.steps = 3
+
+
+def test_a_number_on_the_command_line_names_an_entry_of_a_list(tmp_path):
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text("rewards: {functions: [{function: 'a.py:f', kwargs: {x: {y: 1, z: 2}}}, 'b.py:g']}\n")
+    first, second = load_config(
+        recipe, ["rewards.functions.0.kwargs.x.y=3", "rewards.functions.1.weight=2"]
+    ).rewards.functions
+    assert (first.function, first.kwargs) == ("a.py:f", {"x": {"y": 3, "z": 2}})
+    assert (second.function, second.weight) == ("b.py:g", 2.0)
+    for override, message in (
+        ("rewards.functions.2.weight=2", r"rewards\.functions\.2 must be the number of an entry .* which has 2; give"),
+        ("rewards.functions.first.weight=2", r"functions\.first must be the number of an entry"),
+        ("data.sources.0.weight=2", r"data\.sources\.0 must be the number of an entry .* which has 0"),
+        ("rewards.functions.0.wieght=2", r"unknown config key 'rewards\.functions\.0\.wieght'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(recipe, [override])
