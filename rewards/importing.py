@@ -13,6 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+# What code of the user can end with, an exit among them. KeyboardInterrupt is the user's own and not caught.
+USER_ERRORS = (Exception, SystemExit)
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -24,7 +27,7 @@ def import_function(function: str, label: str) -> Callable[..., Any]:
     is_file = source.endswith(".py")
     try:
         module = _import_file(Path(source)) if is_file else importlib.import_module(source)
-    except (Exception, SystemExit) as error:  # importing runs the user's code, which can raise anything
+    except USER_ERRORS as error:  # importing runs the user's code
         hint = "" if is_file else "; for a file write its path with .py, as in ./my_rewards.py:function"
         raise ValueError(f"{label}: {source!r} does not import: {type(error).__name__}: {error}{hint}") from error
     found: Any = module

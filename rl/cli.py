@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
-from rl.errors import TRACEBACK_VARIABLE, fail, raised_by_tandem, status_without_stdout
+from rl.errors import TRACEBACK_VARIABLE, exited_in, fail, raised_by_tandem, status_without_stdout
 
 # What can be wrong with a user's path: it is too long, a loop of links, leads through a file, is a folder, or needs
 # permission.
@@ -375,6 +375,12 @@ def _run(arguments: list[str]) -> int:
         path = str(error.filename)
         shown = path if len(path) <= 160 else f"{path[:150]}..."
         return fail(f"{shown!r} must be a path that can be used: {error.strerror}; name another one")
+    except SystemExit as error:  # in a user's model, loss or other code, whose 0 would look like a run that is complete
+        if (place := exited_in(error)) is None:
+            raise
+        if show_traceback:
+            traceback.print_exc()
+        return fail(f"code of the run must not exit, got SystemExit: {error} at {place}")
     except KeyboardInterrupt:
         return 130
 

@@ -42,6 +42,13 @@ def raised_by_tandem(error: BaseException) -> bool:
     return frames[-1].f_globals["__name__"].partition(".")[0] in OWN_PACKAGES
 
 
+def exited_in(error: SystemExit) -> str | None:
+    """`file:line` of code of the user that ended the process; None for Tandem's own and for that of `argparse`."""
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    name = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return None if name in (*OWN_PACKAGES, "__main__", "argparse") else f"{frame.f_code.co_filename}:{line}"
+
+
 def fail(message: str) -> int:
     with contextlib.suppress(OSError):  # there is nowhere left to say it
         print(f"error: {message}", file=sys.stderr)

@@ -46,6 +46,16 @@ def test_help_lists_every_command(argv, capsys):
     assert all(re.search(rf"^  {name} +{command.summary}$", output, re.MULTILINE) for name, command in COMMANDS.items())
 
 
+def test_an_exit_in_code_of_the_user_is_an_error_with_its_place(tmp_path, monkeypatch, capsys):
+    (tmp_path / "code_that_exits.py").write_text("import sys\ndef main(argv):\n    sys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(COMMANDS, "train", COMMANDS["train"]._replace(module="code_that_exits"))
+    assert main(["train", "recipe.yml"]) == 2
+    assert re.search(r"must not exit, got SystemExit: 0 at .*code_that_exits\.py:3", capsys.readouterr().err)
+    with pytest.raises(SystemExit):  # of argparse, which has said why
+        main(["report", "--no-such-argument"])
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_explains_each_argument(name, capsys):
     assert main([name, "--help"]) == 0

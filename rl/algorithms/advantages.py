@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rewards.importing import USER_ERRORS
+
 SCALE_REWARDS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 # The scale_rewards that each estimator is defined for.
@@ -177,7 +179,7 @@ def _of_user(
     """The checked result of a user's estimator; NaN for completions that no function judged."""
     try:
         result = np.asarray(estimator(rewards_BK.copy(), weights_K.copy(), group_size), np.float64)
-    except Exception as error:  # the user's code can raise anything
+    except USER_ERRORS as error:
         raise ValueError(
             f"{label} failed on rewards of shape {rewards_BK.shape} and groups of {group_size}: "
             f"{type(error).__name__}: {error}"

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rewards.importing import import_function
+from rewards.importing import USER_ERRORS, import_function
 from rl.algorithms.advantages import check_modes, compute_advantages
 from rl.algorithms.loss_types import LOSS_TYPES, LossConfig, LossInputs, loss_type_of, validate_loss_config
 from rl.algorithms.losses import denominators_for, grpo_loss, prepare
@@ -98,7 +98,7 @@ def check_loss(config: LossConfig) -> None:
         gradient_BT = jax.grad(lambda x: jnp.sum(jnp.where(mask_BT, term_of(x)[0], 0)))(logprobs_BT)
     except _WrongResult:
         raise
-    except Exception as error:  # the user's code can raise anything
+    except USER_ERRORS as error:
         raise ValueError(f"{name} failed on a minibatch of 4 x 3 tokens: {type(error).__name__}: {error}") from error
     whole = loss(slice(0, 4))
     if not (jnp.isfinite(whole) and jnp.all(jnp.isfinite(gradient_BT))):

@@ -32,7 +32,7 @@ class Curriculum:
       rows: the training rows [N].
 
     Raises:
-      ValueError: the column is missing, or holds what is no number.
+      ValueError: the column is missing, or holds what is no number, or a pass rate that is no share.
     """
 
     def __init__(self, section: CurriculumSection, rows: Sequence[PromptRow], seed: int) -> None:
@@ -40,6 +40,17 @@ class Curriculum:
         self._values = np.array([_value(row, str(section.by), self._is_measured) for row in rows], np.float64)
         self._noted: dict[int, float] = {}
         self._epoch, self._at_start = -1, self._values
+
+    def notes(self) -> list[str]:
+        """What the start of a run is to say: that no row is in the band."""
+        if self._section.mode != "band" or self._in_band().any():
+            return []
+        low, high = self._section.band
+        values = f"{self._values.min():g} to {self._values.max():g}"
+        text = (
+            f"data.curriculum.band holds no row: column {self._section.by!r} has {values}, and the band is {low:g} to "
+        )
+        return [f"{text}{high:g}; every row is drawn by data.curriculum.floor alone"]
 
     def arrange(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """The rows of an epoch in the order in which they have their turn. Easy to hard is by what was known when the
@@ -128,12 +139,17 @@ def _value(row: PromptRow, column: str, may_miss: bool) -> float:
         return math.nan
     try:
         number = math.nan if isinstance(value, bool) or value is None else float(value)  # a cell of a CSV file is text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
             f"{row.where}: column {column!r} must hold a number, by which data.curriculum orders rows, got "
             f"{shown(value)}; data.curriculum.by=null does without"
+        )
+    if may_miss and not 0 <= number <= 1:
+        raise ValueError(
+            f"{row.where}: column {column!r} must hold a share from 0 to 1, got {shown(value)}; divide percentages by "
+            "100, or give the column another name, which data.curriculum.by takes for any numbers"
         )
     return number
 

@@ -208,7 +208,8 @@ def draws_per_epoch(section: DataSection, sizes: Sequence[int]) -> list[int] | N
     section 3), an epoch has as many draws as there are rows, at least one of each source.
     """
     if section.mixture_temperature is not None:
-        weights = [size ** (1 / section.mixture_temperature) for size in sizes]
+        # Of the largest 1, because a small T makes numbers that no float holds.
+        weights = [(size / max(sizes)) ** (1 / section.mixture_temperature) for size in sizes]
     elif section.sources and section.sources[0].count is not None:
         return [_given(entry.count) for entry in section.sources]
     elif section.sources and section.sources[0].weight is not None:

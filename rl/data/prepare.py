@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rewards.importing import import_function
+from rewards.importing import USER_ERRORS, import_function
+from rl.data.table_files import MOST_NESTED, depth_of
 from rl.data.tasks import Row
 from rl.files.json_file import shown
 
@@ -54,7 +55,7 @@ def prepare_rows(
 def _call(function: Callable[..., Any], row: Row, name: str, where: str) -> list[Row]:
     try:
         made = function(dict(row))
-    except Exception as error:  # the user's code can raise anything
+    except USER_ERRORS as error:
         raise ValueError(
             f"{name} failed on {where}: {type(error).__name__}: {error}; the row is {shown(row)}"
         ) from error
@@ -70,4 +71,8 @@ def _call(function: Callable[..., Any], row: Row, name: str, where: str) -> list
         raise ValueError(
             f"{name} must return values of JSON, which reward functions get, got {shown(rows)} for {where}: {error}"
         ) from error
+    if (depth := depth_of(same) - 1) > MOST_NESTED:
+        raise ValueError(
+            f"{name} must return rows at most {MOST_NESTED} lists and objects deep, got {depth} for {where}"
+        )
     return same

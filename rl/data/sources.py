@@ -20,7 +20,17 @@ from typing import Any, BinaryIO
 from rl.config.objects import rows_of
 from rl.data.parquet_pages import check_pages
 from rl.data.prepare import prepare_rows
-from rl.data.table_files import CSV_ARGS, read_csv, read_json, slice_range, split_slice
+from rl.data.table_files import (
+    CSV_ARGS,
+    MOST_NESTED,
+    check_start,
+    delimiter_hint,
+    depth_of,
+    read_csv,
+    read_json,
+    slice_range,
+    split_slice,
+)
 from rl.data.tasks import Row, is_procedural, procedural_rows
 from rl.files.json_file import briefly, shown
 from rl.files.stores import is_remote, local_copy
@@ -40,8 +50,6 @@ _FILE_ARGS: dict[str, tuple[str, ...] | None] = {
     ".txt": None,
 }
 _BUILDERS = {".arrow": "arrow", ".txt": "text"}  # of `datasets`
-# Deeper rows would cause a RecursionError later, at a depth that depends on the version of Python.
-MOST_NESTED = 100
 MAX_LINE_BYTES = 100_000_000  # of a row in JSON, which may take a few dozen times as much memory
 # Endings of files that are not read, which no data set of the hub has in its name.
 _OTHER_FILES = (
@@ -236,7 +244,7 @@ def open_source(source: str, args: Mapping[str, Any], seed: int) -> RowSource:
         return _in_memory(str(path), read_csv(path, args))
     if kind_of(path) == ".json" and (rows := read_json(path, args, JSON.decode)) is not None:
         for index, row in enumerate(rows):
-            if (depth := _depth(row)) > MOST_NESTED:
+            if (depth := depth_of(row)) > MOST_NESTED:
                 raise ValueError(
                     f"{path} row {index} must be at most {MOST_NESTED} lists and objects deep, got {depth}"
                 )
@@ -260,6 +268,8 @@ def check_file(path: pathlib.Path, source: str, args: Mapping[str, Any]) -> None
             f"data.args must {rule} for a file such as {source!r}, got {shown(args)}; "
             f"set {' '.join(f'data.args.{name}=null' for name in unknown)}{way_out}"
         )
+    if takes is not None and kind_of(path) != ".parquet":
+        check_start(path, args)
 
 
 def sliced(whole: RowSource, part: str, source: str) -> RowSource:
@@ -344,7 +354,7 @@ def json_row(line: bytes, path: pathlib.Path, number: int | Callable[[], int]) -
         row = JSON.decode(line.decode(json.detect_encoding(line), "surrogatepass"))  # as json.loads takes bytes
         problem = None if isinstance(row, dict) else f"{type(row).__name__}: {line[:80]!r}"
         # Brackets are counted first, because an exact check of every row would take longer than its parsing.
-        if line.count(b"[") + line.count(b"{") > MOST_NESTED and (depth := _depth(row)) > MOST_NESTED:
+        if line.count(b"[") + line.count(b"{") > MOST_NESTED and (depth := depth_of(row)) > MOST_NESTED:
             problem = f"{line[:80]!r}: lists and objects within each other {depth} deep, the most is {MOST_NESTED}"
     except (ValueError, RecursionError) as error:  # malformed, bytes that are not UTF-8, lists in lists in lists
         row, problem = {}, f"{line[:80]!r}: {error}"
@@ -366,15 +376,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _depth(value: object) -> int:
-    """The depth of nested lists and objects; 0 for a value that is neither."""
-    depth, level = 0, [value]
-    while level := [inner for inner in level if isinstance(inner, list | dict)]:
-        depth += 1
-        level = [value for inner in level for value in (inner.values() if isinstance(inner, dict) else inner)]
-    return depth
 
 
 def line_number(path: pathlib.Path, place: int) -> int:
@@ -520,9 +521,9 @@ def _map_columns(read: SourceRows, columns: Mapping[str, str | None], source: st
         if theirs not in existing:
             if name == "prompt" and "messages" in existing:
                 way_out = "; data.columns.prompt=messages takes conversations, with data.chat=true"
-            raise ValueError(
-                f"{key} must name a column of {source!r}, got {shown(theirs)}{list_columns(theirs, existing)}{way_out}"
-            )
+            is_csv = all(kind_of(name) in (".csv", ".tsv") for name in read.names)
+            hint = (delimiter_hint(existing) if is_csv else "") or f"{list_columns(theirs, existing)}{way_out}"
+            raise ValueError(f"{key} must name a column of {source!r}, got {shown(theirs)}{hint}")
         for index, row in enumerate(rows):
             if row.get(theirs) is None:
                 raise ValueError(

@@ -10,14 +10,26 @@ import dataclasses
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rl.data.tasks import Row
 from rl.files.json_file import shown
 
 MAX_JSON_BYTES = 1_000_000_000  # of a file that is read as a whole, which may take a few dozen times as much memory
+MAX_CELL_CHARACTERS = 100_000_000  # of a CSV file; as many as a line of JSON may have bytes
+# Deeper rows would cause a RecursionError later, at a depth that depends on the version of Python.
+MOST_NESTED = 100
 CSV_ARGS = ("delimiter", "quotechar", "encoding")
+_DELIMITERS = (";", "\t", "|", ",")
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "parquet",
+}
 _SLICE = re.compile(r"(?P<source>.+)(?P<slice>\[[^\[\]]*:[^\[\]]*\])", re.DOTALL)
 
 
@@ -89,6 +101,7 @@ def _open_csv(path: pathlib.Path, args: Mapping[str, Any]) -> Iterator[tuple[Tex
         "quotechar": '"',
         "encoding": "utf-8-sig",
     } | dict(args)
+    csv.field_size_limit(MAX_CELL_CHARACTERS)  # of the process; 131,072 without it
     try:
         with path.open(encoding=form.pop("encoding"), newline="") as file:
             yield file, form
@@ -115,14 +128,50 @@ def _csv_rows(
     try:
         for cells in lines:
             if len(cells) != len(header) and cells:
+                way_out = delimiter_hint(header) or f"; quote a cell that holds {form['delimiter']!r}"
                 raise ValueError(
                     f"{path}:{before + lines.line_num} must have {len(header)} cells, one for each of {shown(header)}, "
-                    f"got {len(cells)}: {shown(cells)}; quote a cell that holds {form['delimiter']!r}"
+                    f"got {len(cells)}: {shown(cells)}{way_out}"
                 )
             if cells:  # a blank line is no row
                 yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
         raise ValueError(f"{path}:{before + lines.line_num} must be a line of CSV: {error}") from error
+
+
+def depth_of(value: object) -> int:
+    """The depth of nested lists and objects; 0 for a value that is neither."""
+    depth, level = 0, [value]
+    while level := [inner for inner in level if isinstance(inner, list | dict)]:
+        depth += 1
+        level = [value for inner in level for value in (inner.values() if isinstance(inner, dict) else inner)]
+    return depth
+
+
+def delimiter_hint(header: Sequence[str]) -> str:
+    """The end of a message about a CSV file whose one column has the look of several; else nothing."""
+    found = next((mark for mark in _DELIMITERS if len(header) == 1 and mark in header[0]), None)
+    if found is None:
+        return ""
+    return f"; the only column is {shown(header[0])}: set data.args.delimiter={found!r} where that stands between cells"
+
+
+def check_start(path: pathlib.Path, args: Mapping[str, Any]) -> None:
+    """ValueError where a file of text begins as another kind of file does, or as text that is not UTF-8.
+
+    Args:
+      args: with `encoding` the text may be anything.
+    """
+    with path.open("rb") as file:
+        start = file.read(6)
+    packed = next((name for mark, name in _PACKED.items() if start.startswith(mark)), None)
+    if packed is not None:
+        way_out = "name it x.parquet" if packed == "parquet" else "unpack it"
+        raise ValueError(f"{path} must be text, as its name says, got a {packed} file; {way_out}")
+    if "encoding" not in args and (start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start[:2]):
+        is_csv = path.suffix.lower() in (".csv", ".tsv")
+        way_out = "set data.args.encoding=utf-16" if is_csv else "write it as UTF-8"
+        raise ValueError(f"{path} must be text in UTF-8, got what begins as UTF-16 does, with {start!r}; {way_out}")
 
 
 def read_json(path: pathlib.Path, args: Mapping[str, Any], decode: Callable[[str], Any]) -> list[Row] | None:

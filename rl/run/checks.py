@@ -3,20 +3,24 @@
 from rl.algorithms.from_config import check_estimator, check_loss, loss_config
 from rl.algorithms.loss_types import loss_type_of
 from rl.config.load import Config, require
-from rl.data.order import order_of
+from rl.data.order import Order, order_of
 from rl.data.prompts import PromptData, check_enough_rows
 from rl.sampler.token_draw import SamplingParams
 
 
 def check_recipe(config: Config, data: PromptData, sampling: SamplingParams, max_positions: int) -> None:
-    """Rules that need the data and the model's shape; ValueError when one is broken."""
+    """Rules that need the data and the model's shape; ValueError when one is broken. What the start is to say of a
+    curriculum is added to `data.messages`.
+    """
     require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
     if not any(function.weight for function in config.rewards.functions):
         raise ValueError(
             "rewards.functions must hold a weight other than 0, got only metrics; there is nothing to learn from"
         )
     check_enough_rows(len(data.rows), config.grpo.prompts_per_step)
-    order_of(config.data, data, config.seed, config.grpo.prompts_per_step)  # a source may be too small for its share
+    order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)  # as far as the data allow one
+    if isinstance(order, Order) and order.curriculum is not None:
+        data.messages.extend(order.curriculum.notes())
     if not config.sampling.temperature > 0:
         raise ValueError(
             f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; "

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from rewards.importing import import_function
+from rewards.importing import USER_ERRORS, import_function
 from rl.config.load import Config
 from rl.data.tokenizer import Tokenizer
 from rl.files.json_file import shown
@@ -293,7 +293,7 @@ def _named(label: str, state: str) -> Iterator[None]:
     """An error of the user's code as a ValueError that names the source, with the last line of the user's file."""
     try:
         yield
-    except Exception as error:
+    except USER_ERRORS as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
         place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         raise ValueError(

@@ -126,6 +126,7 @@ BAD_LOSSES = {
         "return sequences.logprobs_BT - sequences.logprobs_BT.mean() ** 2, {}",
         "nothing in it may depend on other seq",
     ),
+    "exits": ("raise SystemExit(0)", "failed on a minibatch of 4 x 3 tokens: SystemExit: 0"),
     "raises": ("return sequences.nothing, {}", "failed on a minibatch of 4 x 3 tokens: AttributeError: .*nothing"),
     "numpy": (
         "import numpy; return numpy.asarray(sequences.logprobs_BT) * 1.0, {}",
@@ -191,6 +192,7 @@ def test_a_loss_that_cannot_work_is_refused_at_the_start(tmp_path, name):
 BAD_ESTIMATORS = {
     "shape": ("return rewards_BK", r"one advantage for each of 8 completions, got shape \(8, 1\)"),
     "nan": ("return rewards_BK[:, 0] / rewards_BK[:, 0].mean()", "finite advantages .* got nan for row 0"),
+    "exits": ("raise SystemExit(0)", r"failed on rewards of shape \(8, 1\) and groups of 4: SystemExit: 0"),
     "raises": ("return unknown", r"failed on rewards of shape \(8, 1\) and groups of 4: NameError"),
 }
 

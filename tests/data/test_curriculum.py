@@ -175,6 +175,11 @@ def test_what_a_curriculum_cannot_use_is_refused():
     for value in ("hard", None, True):
         with pytest.raises(ValueError, match=rf"row 1: column 'level' must hold a number, .*got {value!r}; "):
             order(data("level", [1, value, *range(SIZE)]), "by=level")
+    with pytest.raises(ValueError, match=r"row 1: column 'level' must hold a number, .*got 1000"):
+        order(data("level", [1, 10**400, *range(SIZE)]), "by=level")
+    for value in (70, "1.5", -0.1):
+        with pytest.raises(ValueError, match=rf"row 1: column 'pass_rate' must hold a share .*got '?{value}'?; divide"):
+            order(data("pass_rate", [None, value, *[0.5] * SIZE]), "by=pass_rate")
     for override, message in (
         ("band=[0.8, 0.2]", r"band must be \[lowest, highest\], got \[0\.8, 0\.2\]"),
         ("band=[0.8]", r"band must be \[lowest, highest\]"),
@@ -188,6 +193,14 @@ def test_what_a_curriculum_cannot_use_is_refused():
         ValueError, match=r"by must be null for supervised fine-tuning, got 'level'; it is for grpo train"
     ):
         order(PairData([], [], 0, []), "by=level")
+
+
+def test_a_band_that_holds_no_row_is_told_at_the_start():
+    none = order(data("level", [5 + n % 3 for n in range(SIZE)]), "by=level", "band=[0.2, 0.8]").curriculum
+    (note,) = none.notes()
+    assert "column 'level' has 5 to 7, and the band is 0.2 to 0.8" in note
+    for rows, *overrides in ((data("level", range(SIZE)), "by=level", "band=[7, 7]"), (data(), "by=pass_rate")):
+        assert order(rows, *overrides).curriculum.notes() == []
 
 
 def test_an_order_without_a_curriculum_or_shares_has_no_state_of_its_own():

@@ -33,6 +33,15 @@ def strange(row):
 
 def nothing(row):
     return None
+
+def leaves(row):
+    raise SystemExit(0)
+
+def deep(row):
+    lists = []
+    for _ in range(500):
+        lists = [lists]
+    return {"prompt": "x", "lists": lists}
 """
 
 
@@ -73,6 +82,8 @@ def test_a_function_makes_a_row_rows_or_none_of_each_row(tokenizer, tmp_path, ra
         ("odd", r"prepare\.py:odd must return a dict of columns, a list of them or None, got 'text' for .* row 0"),
         ("strange", r"must return values of JSON, which reward functions get, got"),
         ("nothing", r"must leave a row, got none of 7"),
+        ("leaves", r"prepare\.py:leaves failed on '.*q\.jsonl' row 0: SystemExit: 0; the row is"),
+        ("deep", r"prepare\.py:deep must return rows at most 100 lists and objects deep, got 502 for .* row 0"),
         ("tdy", r"data\.prepare: .* has no attribute 'tdy'; did you mean 'tidy'"),
     ],
 )
@@ -199,6 +210,7 @@ def test_sources_without_shares_are_one_list_in_the_order_of_one_source(tokenize
         (("count: 7", "count: 90"), [], [7, 90]),
         (("", ""), ["data.mixture_temperature=1"], [30, 12]),
         (("", ""), ["data.mixture_temperature=1e6"], [21, 21]),
+        (("", ""), ["data.mixture_temperature=1e-3"], [42, 1]),
     ],
 )
 def test_an_epoch_has_the_draws_that_weights_counts_or_a_temperature_give(tmp_path, entries, more, draws):

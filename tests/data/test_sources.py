@@ -1,5 +1,6 @@
 """Kinds of files, several files, slices, and what `datasets` saved."""
 
+import gzip
 import json
 
 import datasets
@@ -8,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from rl.config.load import load_config
+from rl.data import table_files
 from rl.data.prompts import load_prompts
 from rl.data.sources import load_rows
 from rl.data.tokenizer import load_tokenizer
@@ -69,6 +71,45 @@ def test_a_slice_of_a_split_is_that_of_datasets(folder):
     ):
         with pytest.raises(ValueError, match=message):
             read(f"{folder / 'q.jsonl'}{part}")
+
+
+def test_a_cell_of_a_csv_file_may_be_as_long_as_a_line_of_json(tmp_path, monkeypatch):
+    (tmp_path / "q.csv").write_text("prompt,answer\n" + "q" * 200_000 + ",1\n")
+    (row,) = read(tmp_path / "q.csv")
+    assert len(row["prompt"]) == 200_000
+    monkeypatch.setattr(table_files, "MAX_CELL_CHARACTERS", 150_000)
+    with pytest.raises(ValueError, match=r"q\.csv:2 must be a line of CSV: field larger than field limit \(150000\)"):
+        read(tmp_path / "q.csv")
+
+
+def test_a_delimiter_that_is_not_named_is_told(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"only column is 'prompt;answer': set data\.args\.delimiter=';' where"):
+        read(folder / "semicolons.csv")
+    (tmp_path / "q.csv").write_text("prompt|answer\na, b|1\n")
+    with pytest.raises(ValueError, match=r"q\.csv:2 must have 1 cells.*set data\.args\.delimiter='\|' where"):
+        read(tmp_path / "q.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("q.jsonl", gzip.compress(b"{}"), "text, as its name says, got a gzip file; unpack it"),
+        ("q.json", b"PAR1", "got a parquet file; name it x.parquet"),
+        (
+            "q.jsonl",
+            '{"prompt": "a"}\n'.encode("utf-16"),
+            "in UTF-8, got what begins as UTF-16 does.*write it as UTF-8",
+        ),
+        ("q.json", "[]".encode("utf-16-be"), "got what begins as UTF-16 does"),
+        ("q.csv", "prompt\na\n".encode("utf-16"), r"begins as UTF-16 does.*set data\.args\.encoding=utf-16"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_told(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name, {"prompt": "prompt"})
+    if name.endswith(".csv"):
+        assert read(tmp_path / name, {"prompt": "prompt"}, encoding="utf-16") == [{"prompt": "a"}]
 
 
 def test_lines_of_text_are_rows(tmp_path):

@@ -146,6 +146,12 @@ def test_a_module_that_breaks_the_contract_is_refused_with_the_rule(tmp_path, ch
         policy_for(config_for(tmp_path, "nnx", *bag(tmp_path, **changes)))
 
 
+def test_a_module_whose_making_exits_is_refused_by_its_name(tmp_path):
+    (tmp_path / "leaves.py").write_text("def build(rngs):\n    raise SystemExit(0)\n")
+    with pytest.raises(ValueError, match=r"model\.source .*leaves\.py:build must return a module, got SystemExit: 0"):
+        policy_for(config_for(tmp_path, "nnx", f"model.source={tmp_path}/leaves.py:build", "model.args={}"))
+
+
 def test_the_flavour_of_the_module_and_pure_nnx_must_agree(tmp_path):
     for flavour, other in (("nnx", "linen"), ("linen", "nnx")):
         config = config_for(tmp_path, flavour, f"pure_nnx={other == 'nnx'}".lower())

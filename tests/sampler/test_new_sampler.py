@@ -307,6 +307,10 @@ def make_broken(config, tokenizer, when):
     return Broken(when)
 
 
+def make_leaving(config, tokenizer):
+    raise SystemExit(0)
+
+
 def make_half(config, tokenizer):
     return object()
 
@@ -370,6 +374,7 @@ def test_a_completion_that_breaks_the_contract_is_refused(arguments, message):
             "{when: made}",
             r"must not raise, got OSError: no server \(.*test_new_sampler.py:\d+\).* nothing",
         ),
+        ("make_leaving", None, r"must not raise, got SystemExit: 0 \(.*test_new_sampler.py:\d+\).* nothing"),
         ("make_broken", "{when: asked}", r": stream must not raise, got OSError: no server .* newest checkpoint"),
         ("make_broken", "{when: drawing}", r": stream must not raise, got OSError: no server .* newest checkpoint"),
     ],

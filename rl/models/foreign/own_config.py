@@ -115,7 +115,10 @@ def _maker(source: str, build: Callable[..., Any], offered: Mapping[str, Any], a
 
     def make(rngs: nnx.Rngs) -> Any:
         given = {name: value for name, value in {**offered, "rngs": rngs}.items() if name in names}
-        return build(**{**given, **args})
+        try:
+            return build(**{**given, **args})
+        except SystemExit as error:
+            raise ValueError(f"model.source {source} must return a module, got SystemExit: {error}") from error
 
     return make
 
