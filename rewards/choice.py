@@ -14,6 +14,12 @@ _HEAD = re.compile(r"(?i)\banswer(?:\s+is)?\s*:|\banswer\s+is\b(?!\s*:)")
 # What stands between two heads of one statement ("Final answer: the answer is B"), or in front of a box or a tag.
 _NO_STATEMENT = re.compile(r"(?i)\s*(?:so|thus|therefore|hence)?,?\s*(?:the)?\s*(?:final|correct|right|best)?\s*")
 _REASON = re.compile(r"(?:because|since|as|for)\b|[-\u2013\u2014]\s")
+# Words with which a writer takes back, or adds to, the option that was named, and those that stand behind them.
+_TAKEN_BACK = (
+    r"(?:wait|maybe|perhaps|possibly|probably|actually|rather|instead|alternatively|otherwise|sorry|hmm|correction)\b"
+    r"|no\b(?=\s*[,.:;!?\u2013\u2014-]|\s+wait)|or\b"
+)
+_FILLING = r"[\s,.:;!?()\[\u2013\u2014-]|(?:it|that|this|is|be|the|answer|option|choice|could|should|might|may|must)\b"
 _OPTION = r"(?i:(?:therefore|thus|hence|clearly)\b,?\s*)?(?i:(?:the\s+)?(?:option|choice|letter)\b:?\s*)?"
 _QUOTES = re.compile('[*`"\u201c\u201d]')
 
@@ -44,9 +50,10 @@ def multiple_choice(
     strict: the choice has to be stated: `Answer: B` (GPQA and MMLU-Pro in simple-evals), `the answer is (B)` (MMLU in
     lm-evaluation-harness), `\boxed{B}`, `<answer>B</answer>`, or a completion that is nothing but the letter, or one
     line with one option, `B) Paris`. Text may follow a letter that has a bracket, point, colon or dash behind it:
-    `Answer: B) Paris`. Statements of different options score 0, and so does `A or B`: a policy must not learn to list
-    guesses. flexible: where nothing is stated, the last letter that stands alone, as a capital, counts too, but for
-    "A" and "I" in front of a word. Only text behind the last `</think>` counts.
+    `Answer: B) Paris`. Statements of different options score 0, and so do `A or B` and, in one line, `B, no wait, C`
+    and `B. Or maybe C`: a policy must not learn to list guesses. Reasons may name others: `B, because C is too large`.
+    flexible: where nothing is stated, the last letter that stands alone, as a capital, counts too, but for "A" and "I"
+    in front of a word. Only text behind the last `</think>` counts.
 
     answer: letters ("B", "(B)", "b"), or positions from 0 (as in cais/mmlu). letters: the options' letters in order.
     Raises ValueError for letters that are not different letters, and for an unknown method.
@@ -96,6 +103,12 @@ def _letter_of(stated: str, letters: str) -> str | None:
     if re.match(
         rf"(?:[,;/&|\u2013\u2014-]|or\b|and\b)?\s*+(?:or\b)?\s*+(?![AIai]\s+[a-z])[(\[]*{letter}(?!\w)", behind
     ):
+        return None
+    taken_back = re.compile(
+        rf"(?<![{letters}] )(?<![{letters}][,)] )(?<!\w)(?i:{_TAKEN_BACK})(?i:{_FILLING}|{_TAKEN_BACK}){{0,12}}"
+        rf"([{letters}])(?=\s*(?:[.,;:!?)\]]|$)|\s+is\b)"
+    )
+    if any(named[1] != match[1].upper() for named in taken_back.finditer(behind)):
         return None
     is_marked = bool(set(match[2]) & set(")].:;,")) or bool(_REASON.match(behind))
     if behind and not (is_marked and (match[1].isupper() or ")" in match[2])):

@@ -12,6 +12,7 @@ from rewards.settings import Settings, flag, number
 from rewards.text import after_thinking, boxed, completion_text, tagged
 
 _EXPRESSION = re.compile(r"[0-9+\-*/() \t]+")
+_RESULT = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _MAX_CHARACTERS = 400  # of an expression, before its nesting could matter
 _SIGNS = {r"\times": "*", r"\cdot": "*", r"\div": "/", "\N{MULTIPLICATION SIGN}": "*", "\N{DIVISION SIGN}": "/"}
 
@@ -34,29 +35,51 @@ def countdown(
 
     The rule and the columns are those of TinyZero and of Jiayi-Pan/Countdown-Tasks-3to4 (format_score is 0.1 there).
     The expression stands in the last `<answer>...</answer>`, or in one `\boxed{}`, or is all of the text behind the
-    last `</think>`. It consists of whole numbers, + - * / and brackets; `= 24` may follow it, or `24 =` stand before.
-    It is computed exactly, as fractions, and never run as code.
+    last `</think>`. It consists of whole numbers, + - * / and brackets; `= 24` may follow it, or `24 =` stand before;
+    another number there is a wrong equation. It is computed exactly, as fractions, and never run as code.
 
-    target: numbers. nums: the numbers of each row. all_numbers: False: some may be left out (reasoning-gym's rule).
-    Raises ValueError unless 0 <= format_score < 1, and for a row without numbers.
+    target: numbers. nums: the whole numbers of each row. all_numbers: False: some may be left out (reasoning-gym's
+    rule). Raises ValueError unless 0 <= format_score < 1, and for a row without a target or without whole numbers.
     """
     _SETTINGS.check(format_score=format_score, all_numbers=all_numbers)
     judged = []
     for completion, goal, numbers in zip(completions, target, nums, strict=True):
-        if isinstance(numbers, str) or not numbers:
-            raise ValueError(f"nums must be a list of whole numbers in each row, got {numbers!r}")
-        computed = _computed(_expression(completion_text(completion)))
+        wanted, given = _target(goal), _given(numbers)
+        expression, result = _equation(completion_text(completion))
+        computed = _computed(expression)
         if computed is None:
             judged.append(0.0)
             continue
         value, used = computed
-        given = Counter(int(number) for number in numbers)
-        is_right = value == Fraction(str(goal)) and (used == given if all_numbers else used <= given)
+        is_right = value == wanted and result in (None, wanted) and (used == given if all_numbers else used <= given)
         judged.append(1.0 if is_right else float(format_score))
     return judged
 
 
-def _expression(text: str) -> str:
+def _target(value: Any) -> Fraction:
+    try:
+        if isinstance(value, bool) or value is None:
+            raise ValueError
+        return Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"target must be a number in each row, got {value!r}") from None
+
+
+def _given(numbers: Any) -> Counter[int]:
+    """The numbers of a row, which may be text."""
+    try:
+        if isinstance(numbers, str) or not numbers or any(isinstance(number, bool) for number in numbers):
+            raise ValueError
+        exact = [Fraction(str(number)) for number in numbers]
+        if any(number.denominator != 1 for number in exact):
+            raise ValueError
+        return Counter(int(number) for number in exact)
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise ValueError(f"nums must be a list of whole numbers in each row, got {numbers!r}") from None
+
+
+def _equation(text: str) -> tuple[str, Fraction | None]:
+    """The expression, and the result that is stated beside it, if any. What has two signs `=` is no expression."""
     text = after_thinking(text)
     tags = tagged(text, "answer")
     boxes = boxed(text)
@@ -64,7 +87,11 @@ def _expression(text: str) -> str:
     for sign, plain in _SIGNS.items():
         found = found.replace(sign, plain)
     sides = [side.strip().strip("$.").strip() for side in found.split("=")]
-    return sides[1] if len(sides) == 2 and sides[0].isdecimal() else sides[0]
+    if len(sides) == 2:
+        # The number is the result; of two numbers the first.
+        expression, result = (sides[1], sides[0]) if _RESULT.fullmatch(sides[0]) else (sides[0], sides[1])
+        return (expression, Fraction(result)) if _RESULT.fullmatch(result) else ("", None)
+    return (sides[0] if len(sides) == 1 else "", None)
 
 
 def _computed(expression: str) -> tuple[Fraction, Counter[int]] | None:

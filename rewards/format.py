@@ -1,6 +1,7 @@
 """Rewards: does the completion have the required form."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from rewards.settings import Settings, flag, pattern, whole_number, words
 from rewards.text import completion_text
 
 _THINKING = re.compile(r"<think>(?!.*<think>)(.*?)</think>.*", re.DOTALL)
+# Fillers and blanks that Unicode counts as letters or signs.
+_EMPTY = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 _FORMAT = Settings(pattern=pattern, full_match=flag)
@@ -103,7 +106,8 @@ def tag_format(
     **kwargs: Any,
 ) -> list[float]:
     """1.0 for a completion that is `<think>...</think>`, white space, `<answer>...</answer>` and nothing else, with
-    each tag once and text inside each pair; else 0.0.
+    each tag once and text inside each pair; else 0.0. Characters that show nothing, such as zero-width spaces, are no
+    text.
 
     tags: the names in order. newlines: each tag stands on lines of its own, as in open-r1's `format_reward`.
     Raises ValueError for tags that are not different names.
@@ -132,6 +136,11 @@ def _counted(text: str, tags: Sequence[str]) -> float:
     return sum(text.count(tag) == 1 for tag in wanted) / len(wanted)
 
 
+def _shows(text: str) -> bool:
+    """Whether a text has a character that can be seen."""
+    return any(not (c.isspace() or c in _EMPTY or unicodedata.category(c) in ("Cc", "Cf")) for c in text)
+
+
 def _has_form(text: str, tags: Sequence[str], newlines: bool) -> bool:
     """Whether a text is its tags in order, see `tag_format`."""
     rest = text.strip()
@@ -144,7 +153,7 @@ def _has_form(text: str, tags: Sequence[str], newlines: bool) -> bool:
             rest = rest[1:]
         inside, closed, behind = rest.partition(f"</{tag}>")
         opened, inside = inside.startswith(f"<{tag}>"), inside.removeprefix(f"<{tag}>")
-        if not (opened and closed and inside.strip()):
+        if not (opened and closed and _shows(inside)):
             return False
         if newlines and not (inside.startswith("\n") and inside.endswith("\n")):
             return False

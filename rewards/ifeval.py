@@ -52,8 +52,7 @@ def ifeval(
     _SETTINGS.check(mode=mode, score=score)
     judged: list[float | None] = []
     for completion, names, given in zip(completions, instruction_id_list, kwargs, strict=True):
-        arguments = json.loads(given) if isinstance(given, str) else given
-        checks = _checks_of(names, arguments)
+        checks = _checks_of(names, _arguments_of(given))
         if checks is None:
             judged.append(None)
             continue
@@ -62,6 +61,16 @@ def ifeval(
         followed = [any(tried.strip() and check(tried) for tried in texts) for check in checks]
         judged.append(float(all(followed)) if score == "all" else sum(followed) / len(followed))
     return judged
+
+
+def _arguments_of(given: Any) -> Any:
+    """The value of the column `kwargs`, which may be JSON."""
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"column kwargs must be a list of mappings, or JSON of it, got {given[:120]!r}: {error}"
+        ) from error
 
 
 def _checks_of(names: Any, arguments: Any) -> list[Callable[[str], bool]] | None:

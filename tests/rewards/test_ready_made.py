@@ -81,6 +81,8 @@ JUDGED = {
             *("<think>Answer: A</think> Answer: B", "Final answer: The answer is B", r"So the answer is \boxed{B}."),
             *("B) Paris", "(B) Paris", "**B. Paris**", "B. A good one", "Answer: B - Paris"),
             "Answer: B \N{EN DASH} Paris",
+            *("Answer: B, because A or C would be too large.", "The answer is B, since it is not A."),
+            *("Answer: B. Not C", "Answer: B. Wait, yes, B.", "Answer: B) Paris, because A and C are no towns."),
             *("The answer is option B.", "Answer: the option (B)", "The answer is therefore B.", "The answer is `B`."),
             "Final Answer: The final answer is B. I hope it is correct.",
         ],
@@ -91,6 +93,8 @@ JUDGED = {
             *("<think>Answer: B</think>", "Answer: Because", "Answer: B, C"),
             *("Answer: B A", "The answer is B and C", "Answer: (B) or (C)"),
             *("A) Rome B) Paris", "(B) Paris (C) Bonn", "B. C", "Answer: B - C", "Answer: option A or option B"),
+            *("The answer is B, no wait, C", "Answer: B. Or maybe C", "Answer: B) Paris or C) Rome"),
+            *("Answer: B. Actually, it is C.", "Answer: (B). No, (C)!", r"\boxed{B. Or C}"),
         ],
     ),
     "flexible choice, by position": (
@@ -130,6 +134,8 @@ JUDGED = {
             *("<think>a</think>", "<answer>b</answer><think>a</think>", "<think>a</think> x <answer>b</answer>"),
             *("<think>a</think><answer> </answer>", "<think>a</think><answer>b</answer>c"),
             "<think>a</think><answer>b</answer><answer>c</answer>",
+            "<think>\u200b</think><answer>b</answer>",
+            "<think>a</think><answer>\ufeff\u2060 \u3164</answer>",
         ],
     ),
     "tags on lines of their own": (
@@ -146,9 +152,11 @@ JUDGED = {
         [
             *("<answer>3 * 8 * 1</answer>", "<answer>(3*8)/1 = 24</answer>"),
             *(r"\boxed{3 \times 8 \div 1}", "8*3*1", "<think>1</think>8*3/1", "24 = 3*8*1", "$8*3*1 = 24$."),
+            "3*8*1 = 24.0",
         ],
         [
             *("3*8", "3*8*1*1", "24", "24 = 24", "24 = 3*8 = 3*8*1", "<answer>25-1</answer>", "3*8+1"),
+            *("25 = 3*8*1", "1=3*8*1", "3*8*1 = 25", "3*8*1 = x", "3*8*1 == 24", "3*8*1 = 24*1 = 24", "= 3*8*1"),
             *("3**8*1", "8*3//1", "3*8/(1-1)", "-" * 399 + "1", "__import__('os')"),
         ],
     ),
@@ -281,7 +289,14 @@ def test_partial_scores_are_those_of_the_sources():
             {"format_score": 1},
             "format_score must be a number >= 0 and < 1, got 1",
         ),
-        ("countdown:countdown", {"target": 1, "nums": []}, {}, "nums must be a list of whole numbers"),
+        *(
+            ("countdown:countdown", {"target": 1, "nums": nums}, {}, "nums must be a list of whole numbers")
+            for nums in ([], [4.5, 6], [True, 6], ["x"], [None], "46", 7)
+        ),
+        *(
+            ("countdown:countdown", {"target": target, "nums": [1]}, {}, "target must be a number in each row, got ")
+            for target in (None, "x", True, "1/0", float("nan"))
+        ),
         ("schema:json_schema", {}, {"schema": {"type": "thing"}}, "schema must be a JSON schema, got .*thing"),
         ("schema:json_schema", {"schema": "["}, {}, "schema must be a JSON schema"),
         (
@@ -305,6 +320,7 @@ def test_partial_scores_are_those_of_the_sources():
         ("language:language", {}, {"language": "en", "measure": "share"}, "measure must be.*'share'"),
         ("language:language", {}, {"language": "en", "part": "thought"}, "part must be.*'thought'"),
         ("ifeval:ifeval", {**NO_COMMA, "kwargs": []}, {}, "lists of the same length.*no_comma"),
+        ("ifeval:ifeval", {**NO_COMMA, "kwargs": "{bad"}, {}, "column kwargs must be .*got '{bad': Expecting property"),
         ("ifeval:ifeval", {"instruction_id_list": ["a:b"], "kwargs": [{}]}, {}, "instructions of IFEval, got 'a:b'"),
         ("ifeval:ifeval", NO_COMMA, {"mode": "lax"}, "mode must be.*'lax'"),
         ("ifeval:ifeval", NO_COMMA, {"score": "mean"}, "score must be.*'mean'"),
