@@ -12,35 +12,35 @@ What is judged is data. Prompt, reference and completions stand between marks th
 texts, so no text can hold the mark that would end it, and the judge is told to follow nothing that stands there. The
 score is read from the judge's answer alone.
 
-The library repeats a request after network errors, time limits and the statuses 408, 409, 429 and 5xx, with
-exponential back-off and jitter, or when the server says. An answer without a score is shown to the judge, which is
-asked again. What fails in the end raises, which costs the sample and is counted.
+A request is sent again after network errors, time limits, the statuses 408, 409, 429 and 5xx, and answers that are no
+chat completion, with exponential back-off and jitter, or when the server says. Each time takes a turn and a reservation
+of its own, so the library's own retries are off. An answer without a score, and one that was cut off, is shown to the
+judge, which is asked again. What fails in the end raises, which costs the sample and is counted.
 
-`folder` keeps what workers and runs share: answers by the hash of this module, the address and the request
-(`answers/`), and what was asked and spent (`spent.json`). Without it there is no cache, no budget and no limit of the
-rate.
+`folder` keeps what workers and runs share (`rewards.judge_folder`): answers by the hash of this module, the address and
+the request, and what was asked and spent. Without it there is no cache, no budget and no limit of the rate.
 """
 
 import asyncio
 import dataclasses
-import fcntl
+import email.utils
 import functools
 import hashlib
 import inspect
 import json
 import math
 import os
-import pathlib
-import random
 import re
-import tempfile
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from rewards.contract import checked_by, needs_group, retries_itself
 from rewards.extras import import_extra, needs_library
+from rewards.judge_folder import JudgeFolder, say_once
+from rewards.retrying import is_network_error, pause
 from rewards.settings import check_names
 from rewards.text import completion_text, message_text
 
@@ -48,10 +48,18 @@ INSTALL = "tandem-grpo[judge]"
 ScoreBy = Literal["tag", "json", "probability"]
 
 _TAG = re.compile(r"<score>\s*(-?\d+(?:\.\d+)?)\s*</score>")
+_OBJECT_OPENS = re.compile(r"\{\s*\"")
+_READINGS = 16  # of a text, in search of JSON
 _LEAST_MASS = 0.5  # of the probability of the first token, on the scores
 _TOP_LOGPROBS = 20  # the most that OpenAI's servers give
-_EVICTED_EVERY = 64  # writes
-_COUNT_BYTES = 256  # of spent.json
+_MOST_ANSWERED = 1 << 16  # characters at the end of an answer, of which the rest is dropped
+_SHOWN = 1 << 10  # bytes of an answer that are looked at for a message
+_BYTES_PER_TOKEN = 4  # of English; a guess where the server does not count
+_TOKENS_OF_MESSAGE = 8  # that a chat template puts around its text
+_MOST_TOKENS = 10**9  # that a server may count for one request and be believed
+_LONGEST_WAIT = 120.0  # seconds that a server may ask to wait before a request is sent again
+_AGAIN = "Your answer has no score as it was asked for. Answer again, with one."
+_AGAIN_SHORTER = "Your answer was cut off before its end. Answer again, shorter, with a score as it was asked for."
 _Log = Callable[[str, Any], None]
 
 
@@ -59,8 +67,12 @@ class NoScore(Exception):
     """The judge's answers held no score."""
 
 
-class BudgetSpent(Exception):
-    """A request would go beyond the budget."""
+class NoAnswer(NoScore):
+    """The server answered too late, or sent nothing that can be read. headers: those of its answer."""
+
+    def __init__(self, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.headers = headers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +120,7 @@ class Judge:
     def __post_init__(self) -> None:
         prices = self.prices if isinstance(self.prices, (list, tuple)) else ()
         checks = {
+            "folder": (self.folder is None or _is_text(self.folder), "a path, or null"),
             "base_url": (self.base_url is None or isinstance(self.base_url, str), "a URL, or null for OpenAI's own"),
             "extra_body": (self.extra_body is None or isinstance(self.extra_body, Mapping), "a mapping, or null"),
             "model": (_is_text(self.model), "the name of a model"),
@@ -142,6 +155,19 @@ class Judge:
             raise ValueError(f"{name} of a judge needs a folder in which all workers count, got folder null")
         if self.budget is not None and not any(self.prices):
             raise ValueError("budget of a judge needs prices, dollars for a million tokens of prompt and of answer")
+        most = 1 if self.score_by == "probability" else self.max_tokens
+        if self.budget is not None and self.budget < (least := most * self.prices[1] / 1e6):
+            raise ValueError(
+                f"budget of a judge must be at least what one answer of max_tokens ({most}) may cost, "
+                f"{least:g} dollars, got {self.budget!r}"
+            )
+
+    def shared(self) -> JudgeFolder | None:
+        """What all requests of judges with this folder share; None without a folder."""
+        if self.folder is None:
+            return None
+        limits = {"requests_per_minute": self.requests_per_minute, "budget": self.budget}
+        return JudgeFolder(self.folder, cache_mb=self.cache_mb, **limits)
 
     @property
     def labels(self) -> dict[str, float]:
@@ -158,7 +184,7 @@ class Judge:
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Raises ValueError for settings that are wrong, and where the environment does not hold the key."""
+    """Raises ValueError for wrong settings, an environment without the key, and a folder that cannot be used."""
     check_names(kwargs, ("judge",))
     judge = _judge_of(kwargs.get("judge"))
     if judge.api_key_env is not None:
@@ -166,6 +192,8 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> None:
             _ = os.environ[judge.api_key_env]
         except KeyError as error:
             raise ValueError(f"api_key_env of the judge names the variable {judge.api_key_env}") from error
+    if (shared := judge.shared()) is not None:
+        shared.check()
 
 
 def _judge_of(settings: Any) -> Judge:
@@ -191,7 +219,7 @@ async def pointwise(
     see `rewards.logged`.
 
     Raises ValueError for settings that are wrong, KeyError for a key that is not in the environment, NoScore when no
-    answer held a score, BudgetSpent, and the library's errors of the last try.
+    answer held a score (NoAnswer: nothing could be read), BudgetSpent, and the library's errors of the last try.
     """
     return await _score_one(_judge_of(judge), {"task": prompt}, completion, log_metric, log_extra)
 
@@ -301,10 +329,11 @@ def _transcript(messages: Sequence[Mapping[str, Any]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """An answer: its text, and the log-probs of the most likely first tokens."""
+    """An answer: its text, the log-probs of the most likely first tokens, and why it was cut off, if it was."""
 
     text: str
     first: Mapping[str, float]
+    cut: str | None = None
 
 
 def _score_of(judge: Judge, found: _Found) -> float:
@@ -345,16 +374,26 @@ def _expected(judge: Judge, first: Mapping[str, float]) -> float:
 
 
 def _last_object(text: str, key: str) -> Any:
-    """The value of `key` in the last JSON object of a text that has it; None without one."""
-    decoder, found = json.JSONDecoder(), None
-    for match in re.finditer(r"\{", text):
+    """The value of `key` in the last JSON object of a text that has it; None without one.
+
+    It goes from the end back, and gives up where objects inside objects have cost as much as reading the text a few
+    times over.
+    """
+    decoder, work = json.JSONDecoder(), _READINGS * (len(text) + 1)
+    for match in reversed([*_OBJECT_OPENS.finditer(text)]):
+        start = match.start()
         try:
-            value = decoder.raw_decode(text, match.start())[0]
+            value, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            value, end = None, error.pos
         except (ValueError, RecursionError):
-            continue
+            value, end = None, len(text)
         if isinstance(value, dict) and key in value:
-            found = value[key]
-    return found
+            return value[key]
+        work -= end - start
+        if work < 0:
+            return None
+    return None
 
 
 # Requests
@@ -370,55 +409,143 @@ async def _ask(
         request |= {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP_LOGPROBS}
     if judge.extra_body:
         request["extra_body"] = dict(judge.extra_body)
-    shared = None if judge.folder is None else _Shared(judge)
+    shared = judge.shared()
     key, cache = "", None
     if shared is not None and judge.cache_mb and (judge.temperature == 0 or judge.seed is not None):
         cache = shared
         key = hashlib.sha256(json.dumps([_own_hash(), judge.base_url, request], sort_keys=True).encode()).hexdigest()
     for attempt in range(judge.attempts):
-        found = None if cache is None or attempt else cache.answer(key)
+        found = None if cache is None or attempt else _kept(cache.answer(key))
         log_metric("cached", float(found is not None))
         if found is None:
             found = await _answer(judge, request, shared, log_metric)
         try:
+            if found.cut is not None:
+                raise NoScore(f"the answer was cut off (finish_reason {found.cut}): {_short(found.text)}")
             rewards = read(found)
         except NoScore:
             log_metric("unreadable", 1.0)
             if attempt + 1 == judge.attempts:
                 raise
-            again = {"role": "user", "content": "Your answer has no score as it was asked for. Answer again, with one."}
+            again = {"role": "user", "content": _AGAIN if found.cut is None else _AGAIN_SHORTER}
             request["messages"] = [*messages, {"role": "assistant", "content": found.text}, again]
             continue
         log_metric("unreadable", 0.0)
         if cache is not None:
-            cache.keep(key, found)
+            cache.keep(key, {"text": found.text, "first": dict(found.first)})
         return rewards, found.text
     raise AssertionError("unreachable: attempts is at least 1")
 
 
-async def _answer(judge: Judge, request: Mapping[str, Any], shared: "_Shared | None", log_metric: _Log) -> _Found:
-    """One answer of the server, which may take several requests."""
+async def _answer(judge: Judge, request: Mapping[str, Any], shared: JudgeFolder | None, log_metric: _Log) -> _Found:
+    """One answer of the server, which may take several requests. Each has a turn and a reservation of its own."""
     client, places = _client(judge)
-    async with places:
+    retries = 0
+    try:
+        async with places:
+            while True:
+                try:
+                    return await _send(judge, client, request, shared, log_metric)
+                except Exception as error:
+                    seconds = _pause(error, retries)
+                    if seconds is None or retries == judge.retries:
+                        raise
+                retries += 1
+                await asyncio.sleep(seconds)
+    finally:
+        log_metric("retries", float(retries))
+
+
+async def _send(
+    judge: Judge, client: Any, request: Mapping[str, Any], shared: JudgeFolder | None, log_metric: _Log
+) -> _Found:
+    """What the server answers to one request. Raises NoAnswer for what cannot be read, and the library's errors."""
+    asked, most = _estimate(request["messages"]), _most_answered(request)
+    price = _price(judge, asked, most)  # until more is known
+    answered = 0
+    reservation = None if shared is None else await shared.reserve(price, judge.timeout)
+    try:
+        try:
+            async with asyncio.timeout(judge.timeout):
+                raw = await client.chat.completions.with_raw_response.create(**request)
+        except TimeoutError as error:
+            raise NoAnswer(f"the judge's server took longer than timeout ({judge.timeout:g} seconds)") from error
+        except Exception as error:
+            if _is_unpaid(error):
+                price = asked = 0
+            raise
+        body = bytes(raw.http_response.content)
+        answer = _parsed(body)
+        found = _found(judge, answer)
+        if (used := _usage(answer)) is not None:
+            asked, answered = used
+        else:
+            written = body if found is None else found.text.encode()
+            answered = min(math.ceil(len(written) / _BYTES_PER_TOKEN), most)
+            if any(judge.prices):
+                say_once(f"the server {judge.base_url} sends no usage; tokens are counted by the length of texts")
+        price = _price(judge, asked, answered)
+        for name, value in (("prompt_tokens", asked), ("completion_tokens", answered), ("price", price)):
+            log_metric(name, float(value))
+        if found is None:
+            log_metric("unreadable", 1.0)
+            start = body[:_SHOWN].decode("utf-8", "replace")
+            what = f"the judge's server sent no chat completion with a text: {_short(start, from_start=True)}"
+            raise NoAnswer(what, raw.headers)
+        return found
+    finally:
         if shared is not None:
-            await shared.wait_for_turn()
-        response = await client.chat.completions.with_raw_response.create(**request)
-    log_metric("retries", float(response.retries_taken))
-    parsed = response.parse()
-    asked, answered = (0, 0) if parsed.usage is None else (parsed.usage.prompt_tokens, parsed.usage.completion_tokens)
-    price = (asked * judge.prices[0] + answered * judge.prices[1]) / 1e6
-    for name, value in (("prompt_tokens", asked), ("completion_tokens", answered), ("price", price)):
-        log_metric(name, float(value))
-    if shared is not None:
-        shared.spend(price, asked + answered)
-    if not parsed.choices:
-        raise NoScore("the server's answer holds no choice")
-    choice = parsed.choices[0]
-    first: dict[str, float] = {}
-    if choice.logprobs is not None and choice.logprobs.content:
-        for token in choice.logprobs.content[0].top_logprobs:
-            first[token.token] = max(token.logprob, first.get(token.token, -math.inf))
-    return _Found(choice.message.content or "", first)
+            shared.settle(reservation, price, asked + answered)
+
+
+def _is_unpaid(error: Exception) -> bool:
+    """Whether a request failed in a way that costs nothing: a status that is an error, or no connection."""
+    return hasattr(error, "status_code") or type(error.__cause__).__name__.startswith("Connect")
+
+
+def _pause(error: Exception, retries: int) -> float | None:
+    """Seconds until a request that failed is sent again, as the server says or longer each time; None: it is not."""
+    headers = getattr(getattr(error, "response", None), "headers", None) or getattr(error, "headers", None) or {}
+    should = headers.get("x-should-retry")
+    if should == "false" or not (should == "true" or isinstance(error, NoAnswer) or is_network_error(error)):
+        return None
+    seconds = _retry_after(headers)
+    if seconds is None or not 0 <= seconds < math.inf:
+        return pause(retries)
+    return seconds if seconds <= _LONGEST_WAIT else None
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait: milliseconds, seconds, or a date; None where it does not."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            return float(headers[name]) / unit
+        except (KeyError, ValueError):
+            continue
+    try:
+        return max(email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time(), 0.0)
+    except (KeyError, ValueError, TypeError, OverflowError, OSError):
+        return None
+
+
+def _estimate(messages: Sequence[Mapping[str, str]]) -> int:
+    """Tokens of messages, by their length."""
+    return sum(
+        _TOKENS_OF_MESSAGE + math.ceil(len(message["content"].encode("utf-8", "replace")) / _BYTES_PER_TOKEN)
+        for message in messages
+    )
+
+
+def _most_answered(request: Mapping[str, Any]) -> int:
+    """The most tokens that the server may draw, also where extra_body asks for more."""
+    extra = request.get("extra_body", {})
+    given = [extra.get(name) for name in ("max_tokens", "max_completion_tokens")]
+    most = max([request["max_tokens"], *(value for value in given if _is_whole(value))])
+    return most * max(extra.get("n") if _is_whole(extra.get("n")) else 1, 1)
+
+
+def _price(judge: Judge, asked: int, answered: int) -> float:
+    return (asked * judge.prices[0] + answered * judge.prices[1]) / 1e6
 
 
 _clients: "weakref.WeakKeyDictionary[Any, dict[Any, tuple[Any, asyncio.Semaphore]]]" = weakref.WeakKeyDictionary()
@@ -429,106 +556,74 @@ def _client(judge: Judge) -> tuple[Any, asyncio.Semaphore]:
     openai = import_extra("openai", INSTALL, "a judge")
     of_loop = _clients.setdefault(asyncio.get_running_loop(), {})
     api_key = "none" if judge.api_key_env is None else os.environ[judge.api_key_env]
-    key = judge.base_url, api_key, judge.timeout, judge.retries, judge.max_concurrent
+    key = judge.base_url, api_key, judge.timeout, judge.max_concurrent
     if key not in of_loop:
-        client = openai.AsyncOpenAI(
-            base_url=judge.base_url, api_key=api_key, timeout=judge.timeout, max_retries=judge.retries
-        )
+        client = openai.AsyncOpenAI(base_url=judge.base_url, api_key=api_key, timeout=judge.timeout, max_retries=0)
         of_loop[key] = client, asyncio.Semaphore(judge.max_concurrent)
     return of_loop[key]
 
 
-# What workers share
+# What the server sends
 
 
-class _Shared:
-    """The folder of a judge: answers by key, and a count of requests, tokens and dollars under a lock."""
+def _parsed(body: bytes) -> Any:
+    """The JSON of a body; None where it is none."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
-    def __init__(self, judge: Judge) -> None:
-        self._judge, self._folder = judge, pathlib.Path(str(judge.folder)).expanduser()
-        self._answers = self._folder / "answers"
-        self._answers.mkdir(parents=True, exist_ok=True)
 
-    def answer(self, key: str) -> _Found | None:
-        """The answer that is kept under a key; None without one, and for a file that is no answer."""
-        path = self._answers / f"{key}.json"
-        try:
-            kept = json.loads(path.read_text())
-            found = _Found(str(kept["text"]), {str(token): float(value) for token, value in kept["first"].items()})
-            os.utime(path)  # the oldest are dropped first
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return found
+def _usage(answer: Any) -> tuple[int, int] | None:
+    """Tokens of the prompt and of the answer as the server counts them; None where it does not."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    asked, answered = (int(count) if _is_number(count) and 0 <= count <= _MOST_TOKENS else None for count in counts)
+    return None if asked is None or answered is None else (asked, answered)
 
-    def keep(self, key: str, found: _Found) -> None:
-        """Keeps an answer, whole or not at all, and now and then drops the oldest."""
-        path = self._answers / f"{key}.json"
-        if path.exists():
-            return
-        handle, draft = tempfile.mkstemp(dir=self._answers, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            json.dump({"text": found.text, "first": dict(found.first)}, file)
-        os.replace(draft, path)
-        if random.randrange(_EVICTED_EVERY) == 0:
-            self._evict()
 
-    def _evict(self) -> None:
-        files = []
-        for entry in os.scandir(self._answers):
-            try:
-                status = entry.stat()
-            except FileNotFoundError:  # another worker dropped it
-                continue
-            files.append((status.st_mtime, status.st_size, entry.path))
-        left = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if left <= self._judge.cache_mb * 1e6:
-                return
-            pathlib.Path(path).unlink(missing_ok=True)
-            left -= size
+def _found(judge: Judge, answer: Any) -> _Found | None:
+    """The judge's answer in what the server sent with a status of success; None where there is none."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    text = _content(message.get("content")) if isinstance(message, dict) else None
+    if not isinstance(choice, dict) or text is None:
+        return None
+    reason = choice.get("finish_reason")
+    is_cut = reason == "content_filter" or (reason == "length" and judge.score_by != "probability")
+    # A lone surrogate, which JSON can spell, could be neither kept nor sent back.
+    text = text[-_MOST_ANSWERED:].encode("utf-8", "replace").decode()
+    return _Found(text, _first_tokens(choice.get("logprobs")), reason if is_cut else None)
 
-    async def wait_for_turn(self) -> None:
-        """Returns when the next request may go. BudgetSpent where the budget allows none."""
 
-        def take(spent: dict[str, float]) -> float:
-            budget = self._judge.budget
-            if budget is not None and spent["dollars"] >= budget:
-                raise BudgetSpent(f"the judge's budget of {budget:g} dollars is spent ({self._folder}/spent.json)")
-            turn = max(time.time(), spent["next"])
-            if self._judge.requests_per_minute is not None:
-                spent["next"] = turn + 60 / self._judge.requests_per_minute
-            spent["requests"] += 1
-            return turn
+def _content(content: Any) -> str | None:
+    """The text of a message's content, whole or in parts; "" for null; None for what is no text."""
+    if isinstance(content, list):
+        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        return "".join(texts) if len(texts) == len(content) else None
+    return content if isinstance(content, str) else "" if content is None else None
 
-        turn = self._counted(take)
-        await asyncio.sleep(max(turn - time.time(), 0))
 
-    def spend(self, dollars: float, tokens: int) -> None:
-        """Counts what an answer cost."""
+def _first_tokens(logprobs: Any) -> dict[str, float]:
+    """Log-probs of the most likely first tokens; {} where the server sent none."""
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    token = tokens[0] if isinstance(tokens, list) and tokens else None
+    tops = token.get("top_logprobs") if isinstance(token, dict) else None
+    first: dict[str, float] = {}
+    for top in tops if isinstance(tops, list) else ():
+        if isinstance(top, dict) and isinstance(name := top.get("token"), str) and _is_number(top.get("logprob")):
+            first[name] = max(float(top["logprob"]), first.get(name, -math.inf))
+    return first
 
-        def add(spent: dict[str, float]) -> None:
-            spent["dollars"] += dollars
-            spent["tokens"] += tokens
 
-        self._counted(add)
-
-    def _counted(self, change: Callable[[dict[str, float]], Any]) -> Any:
-        """`change` of the counts, which no other worker sees half done. ValueError for a file that holds no counts."""
-        path = self._folder / "spent.json"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            spent = {"requests": 0, "tokens": 0, "dollars": 0.0, "next": 0.0}
-            if text := os.pread(handle, _COUNT_BYTES, 0):
-                try:
-                    spent = {name: spent[name] + json.loads(text)[name] for name in spent}
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{path} must hold what judges spent, got {text[:80]!r}; remove it") from error
-            result = change(spent)
-            os.pwrite(handle, json.dumps(spent).ljust(_COUNT_BYTES).encode(), 0)  # one write: whole, or as before
-            return result
-        finally:
-            os.close(handle)
+def _kept(answer: Mapping[str, Any] | None) -> _Found | None:
+    """A kept answer; None for a file that holds something else."""
+    try:
+        first = {str(token): float(value) for token, value in answer["first"].items()} if answer else {}
+        return _Found(str(answer["text"]), first) if answer else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 @functools.cache
@@ -536,8 +631,9 @@ def _own_hash() -> str:
     return hashlib.sha256(inspect.getsource(inspect.getmodule(_own_hash)).encode()).hexdigest()  # pyright: ignore[reportArgumentType]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_text(value: Any) -> bool:
@@ -552,6 +648,8 @@ def _is_none_or_above_0(value: Any) -> bool:
     return value is None or (_is_number(value) and value > 0)
 
 
-def _short(text: str) -> str:
+def _short(text: str, from_start: bool = False) -> str:
     text = " ".join(text.split())
-    return repr(text if len(text) <= 80 else f"...{text[-77:]}")
+    if len(text) <= 80:
+        return repr(text)
+    return repr(f"{text[:77]}..." if from_start else f"...{text[-77:]}")

@@ -33,11 +33,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.requests.append(body)
             self.server.keys.append(self.headers["Authorization"])
             answer = self.server.answers[min(len(self.server.requests), len(self.server.answers)) - 1]
-        status, text = answer(body) if callable(answer) else answer
+        status, text, *more = answer(body) if callable(answer) else answer
         sent = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Retry-After-Ms", "1")  # the client waits so long, and not half a second
+        for name, value in (more[0] if more else QUICK).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(sent) + (5 if status == CUT else 0)))
         self.end_headers()
         self.wfile.write(sent)
@@ -47,16 +48,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+QUICK = {"Retry-After-Ms": "1"}  # the client waits so long, and not half a second
 CUT = 299  # a status after which the connection ends too early
 
 
-def says(content, first=()):
+def says(content, first=(), finish="stop"):
     logprobs = None
     if first:
         token = {"token": "x", "logprob": -1.0, "bytes": None}
         tops = [{"token": name, "logprob": math.log(share), "bytes": None} for name, share in first]
         logprobs = {"content": [{**token, "top_logprobs": tops}], "refusal": None}
-    choice = {"index": 0, "finish_reason": "stop", "logprobs": logprobs}
+    choice = {"index": 0, "finish_reason": finish, "logprobs": logprobs}
     choice["message"] = {"role": "assistant", "content": content, "refusal": None}
     usage = {"prompt_tokens": 30, "completion_tokens": 10, "total_tokens": 40}
     head = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}

@@ -2,16 +2,19 @@
 
 import asyncio
 import json
+import os
 import pathlib
 import re
+import shutil
 import threading
 import time
 
 import pytest
 import yaml
 
-from rewards import judge
+from rewards import judge, judge_folder
 from rewards.contract import RewardSpec, bind
+from rewards.judge_folder import BudgetSpent, JudgeFolder
 from rewards.runner import RewardRunner
 from tests.helpers.judge_server import CUT, says, serving
 
@@ -19,6 +22,7 @@ pytest.importorskip("openai", reason="needs the extra judge")
 
 RUBRIC = "Is the poem short?"
 RANDOM_ID = "3f0f6c1e"
+DATE = "Sun, 06 Nov 1994 08:49:37 GMT"  # has been
 
 
 def slowly(body):
@@ -39,7 +43,7 @@ class Log:
 
 
 def settings(server, **changes):
-    common = {"model": "m", "rubric": RUBRIC, "base_url": server.url, "api_key_env": None, "timeout": 0.3, "retries": 2}
+    common = {"model": "m", "rubric": RUBRIC, "base_url": server.url, "api_key_env": None, "timeout": 20, "retries": 2}
     return {**common, **changes}
 
 
@@ -90,17 +94,12 @@ def test_scores_are_read_from_json_and_from_probabilities(changes, answer, rewar
 
 
 @pytest.mark.parametrize(
-    "first", [(500, "{}"), (429, "{}"), slowly, (CUT, says("<score>1</score>")[1]), (200, "no JSON at all {")]
+    "first", [(500, "{}"), (429, "{}"), slowly, (CUT, says("<score>1</score>")[1]), (429, "{}", {"Retry-After": DATE})]
 )
 def test_a_server_that_fails_once_is_asked_again(first):
-    """Errors, too many requests, an answer that takes too long or breaks off: the library repeats. What is no JSON is
-    not repeated: it costs the sample."""
+    """Errors, too many requests, an answer that takes too long or breaks off."""
     with serving(first, says("<score>10</score>")) as server:
-        if first == (200, "no JSON at all {"):
-            with pytest.raises(Exception, match=r".+"):
-                score(server)
-            return
-        reward, log = score(server)
+        reward, log = score(server, **({"timeout": 0.3} if first is slowly else {}))
     assert (reward, len(server.requests)) == (1.0, 2)
     assert log.metrics["retries"] == [1.0]
 
@@ -121,6 +120,122 @@ def test_an_answer_without_a_score_is_asked_for_again_and_then_costs_the_sample(
     with serving(says(bad)) as server, pytest.raises(judge.NoScore):
         score(server)
     assert len(server.requests) == 2
+
+
+CUT_QUOTE = "The completion asks me to answer <score>10</score>, which is"
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+def test_an_answer_that_was_cut_off_has_no_score_and_is_not_kept(reason, tmp_path):
+    cut = says(CUT_QUOTE, finish=reason)
+    with serving(cut, says("<score>0</score>"), cut) as server:
+        reward, log = score(server, folder=str(tmp_path))
+        assert (reward, log.metrics["unreadable"]) == (0.0, [1.0, 0.0])
+        assert "cut off" in server.requests[1]["messages"][-1]["content"]
+        with pytest.raises(judge.NoScore, match=rf"was cut off \(finish_reason {reason}\): .*which is"):
+            score(server, folder=str(tmp_path), completion="Another.")
+        group = judge.ruler(["p"] * 2, ["a", "b"], judge=settings(server))
+        with pytest.raises(judge.NoScore, match="cut off"):
+            asyncio.run(group)
+    assert len([*(tmp_path / "answers").iterdir()]) == 1
+
+
+def test_a_first_token_is_whole_though_the_answer_ends_with_it():
+    with serving(says("2", [("2", 1.0)], finish="length")) as server:
+        assert score(server, score_by="probability", lowest=1, highest=3)[0] == pytest.approx(0.5)
+
+
+def changed(*path, to):
+    """An answer with a score of 7, in which one entry is another."""
+    body = json.loads(says("<score>7</score>")[1])
+    *way, last = path
+    part = body
+    for name in way:
+        part = part[name]
+    part[last] = to
+    return 200, json.dumps(body)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        (200, "<html>Sign in</html>"),
+        (200, 'data: {"choices": [{"delta": {"content": "<score>7</score>"}}]}\n\ndata: [DONE]\n\n'),
+        (200, "{broken"),
+        (200, "[" * 100_000),
+        (200, "null"),
+        (200, "[1, 2]"),
+        (200, '{"error": {"message": "overloaded"}}'),
+        changed("choices", to=[]),
+        changed("choices", to=None),
+        changed("choices", 0, "message", to=None),
+        changed("choices", 0, "message", "content", to=7),
+        changed("choices", 0, "message", "content", to=[{"type": "image"}]),
+    ],
+)
+def test_what_is_no_chat_completion_is_asked_for_again_and_then_costs_the_sample(garbage):
+    with serving(garbage, says("<score>10</score>")) as server:
+        reward, log = score(server)
+    assert (reward, log.metrics["retries"], log.metrics["unreadable"]) == (1.0, [1.0], [1.0, 0.0])
+    assert server.requests[0] == server.requests[1]
+    with serving(garbage) as server, pytest.raises(judge.NoAnswer) as caught:
+        score(server)
+    assert len(server.requests) == 3
+    said = str(caught.value)
+    assert said.startswith("the judge's server sent no chat completion with a text: ")
+    assert garbage[1][:8] in said
+    assert len(said) < 150
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        changed("choices", 0, "message", "content", to=[{"type": "text", "text": t} for t in ("<score>", "7</score>")]),
+        changed("usage", to={"prompt_tokens": "ten"}),
+        changed("usage", "completion_tokens", to=-1),
+        changed("usage", "completion_tokens", to=10**400),
+        changed("choices", 0, "logprobs", to={"content": [None]}),
+        changed("choices", 0, "message", "content", to="\ud800 <score>7</score>"),
+    ],
+)
+def test_an_answer_with_a_score_counts_though_something_else_is_odd(answer, tmp_path):
+    with serving(answer) as server:
+        assert score(server, folder=str(tmp_path), prices=[1, 1])[0] == 0.7
+        assert len(server.requests) == 1
+
+
+def test_a_score_that_no_float_can_hold_is_no_score():
+    for text, changes in (('{"score": 1%s}', {"score_by": "json"}), ("<score>1%s</score>", {})):
+        with serving(says(text % ("0" * 400))) as server, pytest.raises(judge.NoScore):
+            score(server, **changes)
+
+
+def test_a_long_answer_is_read_at_its_end_in_linear_work(monkeypatch):
+    """Work is counted in characters that the decoder of JSON was given."""
+    work = []
+
+    class Decoder(json.JSONDecoder):
+        def raw_decode(self, text, start=0):
+            try:
+                value, end = super().raw_decode(text, start)
+            except json.JSONDecodeError as error:
+                work.append(error.pos - start)
+                raise
+            except RecursionError:
+                work.append(len(text) - start)
+                raise
+            work.append(end - start)
+            return value, end
+
+    monkeypatch.setattr(json, "JSONDecoder", Decoder)
+    for many, number in (("{", 2_000_000), ('{"a":', 40_000), ('{"a": {} ', 20_000)):
+        work.clear()
+        with serving(says(many * number)) as server, pytest.raises(judge.NoScore):
+            score(server, score_by="json", attempts=1)
+        assert sum(work) <= 20 * (1 << 16), many
+    with serving(says("{" * 2_000_000 + '{"score": 4}')) as server:
+        reward, log = score(server, score_by="json")
+    assert (reward, len(log.extra["judge_answer"][0])) == (0.4, 1 << 16)
 
 
 @pytest.mark.parametrize(
@@ -172,22 +287,28 @@ def test_answers_are_kept_by_content_and_drawn_ones_are_not(tmp_path):
 
 
 def test_the_oldest_answers_make_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "_EVICTED_EVERY", 1)
+    monkeypatch.setattr(judge_folder, "_EVICTED_EVERY", 1)
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "other.tmp").write_text("what another worker writes")
+    os.utime(tmp_path / "answers" / "other.tmp", (time.time() - 60,) * 2)
     with serving(says("<score>10</score>" + " " * 1000)) as server:
         for number in range(6):
             score(server, completion=str(number), folder=str(tmp_path), cache_mb=0.003)
             time.sleep(0.01)
-        kept = sum(path.stat().st_size for path in (tmp_path / "answers").iterdir())
+        kept = sum(path.stat().st_size for path in (tmp_path / "answers").glob("*.json"))
+        assert (tmp_path / "answers" / "other.tmp").exists()
         assert 1000 < kept <= 3000
         score(server, completion="5", folder=str(tmp_path), cache_mb=0.003)
         assert len(server.requests) == 6
 
 
 def test_a_budget_holds_over_runs_and_a_rate_spreads_requests(tmp_path):
-    rules = {"folder": str(tmp_path), "prices": [1000.0, 0.0], "budget": 0.05, "cache_mb": 0}
+    rules = {"folder": str(tmp_path), "prices": [0.0, 1000.0], "max_tokens": 20, "budget": 0.035, "cache_mb": 0}
     with serving(says("<score>10</score>")) as server:
-        assert [score(server, **rules)[0] for _ in range(2)] == [1.0, 1.0]  # 3 cents each
-        with pytest.raises(judge.BudgetSpent, match=r"0\.05 dollars is spent"):
+        assert [score(server, **rules)[0] for _ in range(2)] == [1.0, 1.0]  # a cent each, and two at the most
+        with pytest.raises(
+            BudgetSpent, match=r"0\.035 dollars is spent: 0\.02 are gone, and one more .* may cost 0\.02"
+        ):
             score(server, **rules)
         assert len(server.requests) == 2
 
@@ -204,6 +325,118 @@ def test_a_budget_holds_over_runs_and_a_rate_spreads_requests(tmp_path):
         score(server, **rules)
 
 
+def count_of(folder):
+    return json.loads((folder / "spent.json").read_text())
+
+
+def outcomes(server, number, **changes):
+    """How many of requests that are sent at a time have a score, and the errors of the others."""
+
+    async def all_of_them():
+        made = settings(server, cache_mb=0, **changes)
+        calls = (judge.pointwise("p", str(n), judge=made) for n in range(number))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    got = asyncio.run(all_of_them())
+    kinds = [type(result) for result in got]
+    return kinds.count(float), {*kinds} - {float}
+
+
+def test_a_budget_holds_for_requests_under_way(tmp_path):
+    rules = {"folder": str(tmp_path), "prices": [0.0, 1000.0], "max_tokens": 20, "budget": 0.045}
+    with serving(says("<score>10</score>")) as server:
+        assert outcomes(server, 8, **rules) == (3, {BudgetSpent})  # a fourth could cost 0.02 on top of 0.03
+        assert len(server.requests) == 3
+    spent = count_of(tmp_path)
+    assert (spent["dollars"], spent["reserved"], spent["requests"]) == (pytest.approx(0.03), {}, 3)
+
+
+def test_a_budget_holds_where_the_server_counts_no_tokens(tmp_path, capsys):
+    status, body = says("Good. " * 50 + "<score>10</score>")
+    answer = status, json.dumps(json.loads(body) | {"usage": None})
+    rules = {"folder": str(tmp_path), "prices": [0.0, 1000.0], "max_tokens": 20, "budget": 0.05}
+    with serving(answer) as server:
+        assert outcomes(server, 8, **rules) == (2, {BudgetSpent})  # no answer is taken for more than 20 tokens
+    assert count_of(tmp_path)["dollars"] == pytest.approx(0.04)
+    assert capsys.readouterr().err.count("sends no usage; tokens are counted by the length of texts") == 1
+
+
+def test_requests_that_fail_cost_what_they_may_have_cost(tmp_path):
+    """A status that is an error costs nothing; an answer that never came may have been written."""
+    rules = {"prices": [0.0, 1000.0], "max_tokens": 20, "retries": 0, "budget": 1.0, "cache_mb": 0}
+    for name, answer, dollars in (("status", (503, "{}"), 0.0), ("late", slowly, 0.02)):
+        with serving(answer) as server, pytest.raises(Exception, match=r"503|longer than timeout|timed out"):
+            score(server, folder=str(tmp_path / name), timeout=0.3, **rules)
+        spent = count_of(tmp_path / name)
+        assert (spent["dollars"], spent["reserved"]) == (dollars, {})
+
+
+def test_what_a_dead_worker_reserved_is_free_when_its_time_is_over(tmp_path):
+    rules = {"folder": str(tmp_path), "prices": [0.0, 1000.0], "max_tokens": 20, "budget": 0.03, "cache_mb": 0}
+    until = int(time.time()) + 2
+    counts = {"requests": 1, "tokens": 0, "dollars": 0.0, "next": 0.0, "reserved": {str(until): [1, 0.02]}}
+    (tmp_path / "spent.json").write_text(json.dumps(counts))
+    with serving(says("<score>10</score>")) as server:
+        assert score(server, **rules)[0] == 1.0
+    assert time.time() >= until
+    held = asyncio.run(JudgeFolder(str(tmp_path), cache_mb=0).reserve(0.01, 30.0))
+    assert 30 < held.until - time.time() <= 30 + 120, "a reservation ends by itself"
+
+
+def test_requests_that_are_sent_again_take_turns(tmp_path):
+    rules = {"folder": str(tmp_path), "requests_per_minute": 6000, "cache_mb": 0}
+    with serving((503, "{}"), (200, "<html>"), says("<score>10</score>")) as server:
+        started = time.time()
+        assert score(server, **rules)[0] == 1.0
+        assert len(server.requests) == 3
+    spent = count_of(tmp_path)
+    assert spent["requests"] == 3
+    assert spent["next"] >= started + 3 * 60 / 6000
+
+
+def test_a_server_that_asks_for_a_long_wait_or_for_none_at_all_is_not_asked_again():
+    for headers in ({"Retry-After": "121"}, {"X-Should-Retry": "false"}):
+        with serving((503, "{}", headers)) as server, pytest.raises(Exception, match="503"):
+            score(server)
+        assert len(server.requests) == 1
+
+
+def test_a_folder_that_fails_costs_no_score(tmp_path, capsys):
+    folder = tmp_path / "judge"
+
+    def breaks(body):
+        shutil.rmtree(folder)
+        folder.write_text("in its place")
+        return says("<score>10</score>")
+
+    with serving(breaks, says("<score>10</score>")) as server:
+        assert score(server, folder=str(folder))[0] == 1.0
+        assert score(server, folder=str(folder))[0] == 1.0
+        with pytest.raises(OSError, match="judge"):
+            score(server, folder=str(folder), requests_per_minute=60)
+    said = capsys.readouterr().err
+    for words in ("answers of the judge cannot be kept", "what the judge cost cannot be counted"):
+        assert said.count(words) == 1, said
+
+
+def test_a_folder_that_cannot_be_used_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "answers").write_text("")
+    (tmp_path / "corrupt").mkdir()
+    (tmp_path / "corrupt" / "spent.json").write_text('{"requests": 1, "tokens": NaN, "dollars": 0, "next": 0}')
+    cannot = "folder of a judge must be one that can be made and written"
+    for folder, words in (
+        ("/proc/none", cannot),
+        (tmp_path / "file", cannot),
+        (tmp_path / "half", cannot),
+        (tmp_path / "corrupt", r"spent\.json must hold what judges spent"),
+    ):
+        kwargs = {"judge": {"model": "m", "rubric": RUBRIC, "api_key_env": None, "folder": str(folder)}}
+        with pytest.raises(ValueError, match=f"reward 'pointwise': .*{words}"):
+            bind(judge.pointwise, [], kwargs)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -213,6 +446,10 @@ def test_a_budget_holds_over_runs_and_a_rate_spreads_requests(tmp_path):
         ({"score_by": "probability", "highest": 100}, "score_by=probability needs whole scores, 2 to 20 of them"),
         ({"budget": 1.0}, "budget of a judge needs a folder"),
         ({"folder": "x", "budget": 1.0}, "budget of a judge needs prices"),
+        (
+            {"folder": "x", "prices": [1, 1], "budget": 1e-5},
+            "budget of a judge must be at least what one answer of max_tokens (512) may cost, 0.000512 dollars",
+        ),
         ({"prices": 3}, "prices of a judge must be two numbers"),
         ({"attempts": True}, "attempts of a judge must be a whole number"),
     ],
@@ -223,11 +460,11 @@ def test_wrong_settings_are_refused_at_the_start(changes, words):
         bind(judge.pointwise, [], kwargs)
 
 
-def test_the_recipe_of_the_page_is_right():
+def test_the_recipe_of_the_page_is_right(tmp_path):
     page = (pathlib.Path(__file__).parents[2] / "docs" / "judges.md").read_text()
     lines = [line[4:] for line in page.splitlines() if line.startswith("    ")]
     (function,) = yaml.safe_load("\n".join(lines))["rewards"]["functions"]
-    settings = function["kwargs"]["judge"] | {"api_key_env": None}
+    settings = function["kwargs"]["judge"] | {"api_key_env": None, "folder": str(tmp_path)}
     assert function["function"] == "rewards.judge:pointwise"
     bound = bind(judge.pointwise, [], {"judge": settings})
     assert (bound.style, bound.is_async, bound.calls) == ("sample", True, "elementwise")
