@@ -256,8 +256,9 @@ COMMANDS = {
         arguments="check CONFIG [--rows N] [--samples RUN] [--json FILE] [--trust] [key=value ...]",
         summary="try a recipe's reward functions without training",
         details="""\
-            check          runs the reward functions on right answers in usual formats, another row's answer, nothing,
-                           junk, the prompt, and reasoning that is cut off: mean rewards, seconds, failures
+            check          runs the reward functions on right answers in usual formats, another row's answer, a list
+                           of answers, nothing, junk, the prompt, and reasoning that is cut off: mean rewards, seconds,
+                           failures
             CONFIG         a YAML recipe; no weights are read and nothing is drawn
             --rows N       data rows at most; 16 when left out
             --samples RUN  judge the newest completions in the samples.jsonl of this run, too

@@ -23,7 +23,9 @@ from rl.run.console import Console
 ANSWER = "answer"  # the column whose text is a right completion
 JUNK = {"empty": "", "junk": "I do not know.", "noise": "la la la la la la la la"}
 OTHER = "another row's answer"
-_NOT_IN_SHORT = (OTHER, "noise", "the prompt")
+LISTED = "a list of answers"  # the right one among those of other rows, and not the last
+_MOST_LISTED = 8
+_NOT_IN_SHORT = (OTHER, LISTED, "noise", "the prompt")
 
 
 class SortScores(NamedTuple):
@@ -67,9 +69,13 @@ def made_completions(
         if (answer := row.columns.get(ANSWER)) is not None:
             forms = answer_forms(right_text(answer, specs))
             texts |= {f"right answer, {form}": _continued(row.prompt, text) for form, text in forms.items()}
+            right = right_text(answer, specs)
             others = [other.columns.get(ANSWER) for other in (*rows[place + 1 :], *rows[:place])]
-            other = next((other for other in others if other not in (None, answer)), None)
-            texts[OTHER] = "" if other is None else _continued(row.prompt, right_text(other, specs))
+            wrong = [right_text(other, specs) for other in others if other not in (None, answer)]
+            wrong = [text for text in dict.fromkeys(wrong) if text != right][: _MOST_LISTED - 1]
+            texts[OTHER] = _continued(row.prompt, wrong[0]) if wrong else ""
+            listed = [*wrong[: len(wrong) // 2], right, *wrong[len(wrong) // 2 :]]
+            texts[LISTED] = _continued(row.prompt, ", ".join(listed)) if wrong else ""
         texts |= JUNK | {"the prompt": prompt_text(prompt_form(row.prompt))}
         for sort, text in texts.items():
             made.append(MadeCompletion(sort, row, text, tokenizer.encode(text, add_bos=False), "eos"))

@@ -30,6 +30,7 @@ from rl.devices.mesh import create_mesh
 from rl.files.output_file import check_writable
 from rl.models.files.folders import write_json
 from rl.rollout.reward_check import (
+    LISTED,
     OTHER,
     MadeCompletion,
     SortScores,
@@ -168,7 +169,7 @@ def _findings(sorts: Mapping[str, SortScores], weights: Mapping[str, float]) -> 
     right = {sort: judged for sort, judged in sorts.items() if sort.startswith("right answer")}
     totals = [judged.total for judged in right.values() if judged.total is not None]
     found = []
-    for sort in (OTHER, "the prompt", "cut off") if totals else ():
+    for sort in (OTHER, LISTED, "the prompt", "cut off") if totals else ():
         if sort in sorts and (total := sorts[sort].total) is not None and total >= max(totals):
             found.append(f"{sort} scores {total:.4g}, no less than the right answer's {max(totals):.4g}")
     for name in weights:

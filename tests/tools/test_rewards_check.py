@@ -28,6 +28,9 @@ best.needs_group = True
 def fails(completion):
     raise KeyError("no such " + completion)
 
+def anywhere(completion, answer):
+    return float(answer in completion)
+
 def inverted(completion, answer):
     return float(answer not in completion)
 """
@@ -74,7 +77,8 @@ def test_right_answers_junk_and_samples_are_judged_as_in_training(tmp_path, reci
     }
     for sort in ("as in the row", "stated", "boxed"):
         assert means[f"right answer, {sort}"]["means"]["exact_number_strict"] == 1.0
-    for sort in ("empty", "junk", "noise", "the prompt", "another row's answer", "cut off", "right answer, in tags"):
+    wrong = ("empty", "junk", "noise", "the prompt", "another row's answer", "a list of answers", "cut off")
+    for sort in (*wrong, "right answer, in tags"):
         assert means[sort]["means"]["exact_number_strict"] == 0.0
         assert means[sort]["num"] == 4
     assert means["cut off"]["means"]["length"] == -1.0  # it is known to be truncated
@@ -106,6 +110,16 @@ def test_rewards_that_do_not_tell_right_from_junk_end_with_status_1(recipe, caps
         == 1
     )
     assert "no function with a weight could judge a right answer" in capsys.readouterr().out
+
+
+def test_a_reward_that_finds_the_answer_anywhere_is_told(recipe, capsys):
+    assert main(["rewards", "check", recipe("anywhere", data=COLUMNS), "--rows", "6"]) == 0
+    said = capsys.readouterr().out
+    assert "warning: a list of answers scores 1, no less than the right answer's 1" in said
+    assert said.endswith("a right answer scores above junk\n")
+    checked = check(recipe("anywhere", data=COLUMNS), 1)  # no other row has an answer to list
+    assert checked.sorts["a list of answers"].total == 0.0
+    assert checked.problems == []
 
 
 def test_an_option_that_is_named_by_its_position_is_a_right_answer_as_its_letter(tmp_path, recipe):
