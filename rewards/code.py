@@ -15,16 +15,18 @@ import contextlib
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal, NamedTuple
 
 from rewards.code_child import NotLiteralError, error_of, literal
 from rewards.code_process import NoSandboxError, ProcessSandbox
-from rewards.code_sandbox import INSTALL, NO_LITERAL, GoneError, Interpreter, RaisedError, Sandbox, monty
+from rewards.code_sandbox import INSTALL, NO_LITERAL, GoneError, Interpreter, RaisedError, Sandbox, Span, monty
 from rewards.code_tests import Tests, UnreadableTestsError, read_tests
 from rewards.contract import checked_by, elementwise
 from rewards.extras import import_extra
+from rewards.importing import _Function
 from rewards.settings import check_names
 from rewards.text import after_thinking, completion_text
 
@@ -32,6 +34,7 @@ _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", 
 _PYTHON = ("", "python", "py", "python3")
 _CLASS = "Solution"  # of LeetCode's problems
 _MAX_SOURCE = 1 << 17  # characters
+_WAIT = 5.0  # seconds beyond the limit of processor time, which is what counts on a machine that is busy
 # Errors of tests that cannot be run here, by the beginning of their names.
 _NO_TEST = ("ImportError", "ModuleNotFound", "NameError", "NotImplemented", "SyntaxError")
 _Log = Callable[[str, Any], None]
@@ -49,13 +52,21 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> None:
             raise ValueError(str(error)) from error
     else:
         try:
-            with ProcessSandbox(10, 256).open():
+            with ProcessSandbox(256).open(Span(time.monotonic() + 60, 10)):
                 pass  # it can be had here
         except NoSandboxError as error:
             raise ValueError(str(error)) from error
 
 
+def _of_recipe(function: _Function) -> _Function:
+    """Mark a function whose settings no column of the data set gives, as a decorator."""
+    names = {"score", "sandbox", "timeout", "memory_mb", "rewards_timeout_seconds"}
+    function.settings_of_recipe = names  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
 @elementwise
+@_of_recipe
 @checked_by(check_kwargs)
 def unit_tests(
     prompts: Sequence[Any],
@@ -68,6 +79,7 @@ def unit_tests(
     sandbox: Literal["monty", "process"] = "monty",
     timeout: float = 10.0,
     memory_mb: float = 256.0,
+    rewards_timeout_seconds: float | None = None,
     log_metric: _Log = lambda *_: None,
     log_extra: _Log = lambda *_: None,
     **columns: Any,
@@ -81,7 +93,8 @@ def unit_tests(
     tests: Python with asserts, or with check(candidate), or a list of such texts. entry_point: the name of the function
     under test; where it is missing, each name that the tests do not define is one. starter: the beginning of the
     program. setup: code before the tests, or a list of it.
-    score: all, or share. sandbox: where code runs. timeout: seconds of each interpreter. memory_mb: of each.
+    score: all, or share. sandbox: where code runs. timeout: seconds, see `_Times`. memory_mb: of each interpreter.
+    rewards_timeout_seconds: after which the run gives up; a completion is judged before.
 
     A test counts if it calls the program, and fails if the program gives no literal. None for a row whose tests cannot
     be judged; `code_problem` in the sample says why. Metrics: `code_not_literal`, the share of completions that gave a
@@ -90,17 +103,19 @@ def unit_tests(
     """
     rows = zip(prompts, tests, *_columns(len(completions), entry_point, starter, setup), strict=True)
 
-    def judge(interpreters: Sandbox, text: str, row: tuple[Any, ...]) -> _Verdict:
+    def judge(interpreters: Sandbox, times: _Times, text: str, row: tuple[Any, ...]) -> _Verdict:
         prompt, of_row, name, start, before = row
         if start is None and name is not None and isinstance(prompt, str) and _defines(prompt, name):
             start = prompt
         read = read_tests(of_row, name, start, before if isinstance(before, str) else "\n".join(before or ()))
-        return _run_tests(interpreters, read, _program(text, name, start), score == "all")
+        return _run_tests(interpreters, times, read, _program(text, name, start), score == "all")
 
-    return _judge_all(completions, rows, judge, _Settings(score, sandbox, timeout, memory_mb), log_metric, log_extra)
+    settings = _Settings(score, sandbox, timeout, memory_mb)
+    return _judge_all(completions, rows, judge, settings, rewards_timeout_seconds, log_metric, log_extra)
 
 
 @elementwise
+@_of_recipe
 @checked_by(check_kwargs)
 def input_output(
     prompts: Sequence[Any],
@@ -113,6 +128,7 @@ def input_output(
     sandbox: Literal["monty", "process"] = "monty",
     timeout: float = 10.0,
     memory_mb: float = 256.0,
+    rewards_timeout_seconds: float | None = None,
     log_metric: _Log = lambda *_: None,
     log_extra: _Log = lambda *_: None,
     **columns: Any,
@@ -129,12 +145,13 @@ def input_output(
     """
     rows = zip(inputs, outputs, *_columns(len(completions), fn_name, starter), strict=True)
 
-    def judge(interpreters: Sandbox, text: str, row: tuple[Any, ...]) -> _Verdict:
+    def judge(interpreters: Sandbox, times: _Times, text: str, row: tuple[Any, ...]) -> _Verdict:
         given, wanted, name, start = row
         pairs = _pairs(given, wanted, name)
-        return _run_pairs(interpreters, pairs, _program(text, name, start), name, score == "all")
+        return _run_pairs(interpreters, times, pairs, _program(text, name, start), name, score == "all")
 
-    return _judge_all(completions, rows, judge, _Settings(score, sandbox, timeout, memory_mb), log_metric, log_extra)
+    settings = _Settings(score, sandbox, timeout, memory_mb)
+    return _judge_all(completions, rows, judge, settings, rewards_timeout_seconds, log_metric, log_extra)
 
 
 class _Verdict(NamedTuple):
@@ -164,8 +181,32 @@ class _Settings(NamedTuple):
                 raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")
 
     def open(self) -> contextlib.AbstractContextManager[Sandbox]:
-        limits = self.timeout, self.memory_mb
-        return monty(*limits) if self.sandbox == "monty" else contextlib.nullcontext(ProcessSandbox(*limits))
+        if self.sandbox == "monty":
+            return monty(self.memory_mb)
+        return contextlib.nullcontext(ProcessSandbox(self.memory_mb))
+
+
+class _Times(NamedTuple):
+    """When the judging of a completion must be where, so that a program that takes too long fails in time.
+
+    start: by `time.monotonic`. timeout: the most seconds of a request to an interpreter. limit: of the run; None: none.
+    """
+
+    start: float
+    timeout: float
+    limit: float | None
+
+    @property
+    def program(self) -> Span:
+        """Of the interpreters of the program, all together: it has ended by 7/10 of the limit."""
+        most = math.inf if self.limit is None else self.limit
+        return Span(self.start + min(self.timeout + _WAIT, 0.4 * most), min(self.timeout, 0.3 * most))
+
+    @property
+    def tests(self) -> Span:
+        """Of the interpreter of the tests: it outlives the program's, and has ended by 9/10 of the limit."""
+        most = math.inf if self.limit is None else self.limit
+        return Span(self.program.end, min(self.timeout, 0.2 * most))
 
 
 def _columns(size: int, *columns: Sequence[Any] | None) -> list[Sequence[Any]]:
@@ -176,20 +217,23 @@ def _columns(size: int, *columns: Sequence[Any] | None) -> list[Sequence[Any]]:
 def _judge_all(
     completions: Sequence[Any],
     rows: Iterable[tuple[Any, ...]],
-    judge: Callable[[Sandbox, str, tuple[Any, ...]], _Verdict],
+    judge: Callable[[Sandbox, _Times, str, tuple[Any, ...]], _Verdict],
     settings: _Settings,
+    limit: float | None,
     log_metric: _Log,
     log_extra: _Log,
 ) -> list[float | None]:
     settings.check()
-    verdicts = []
+    verdicts, start = [], time.monotonic()
     with settings.open() as interpreters:
         for completion, row in zip(completions, rows, strict=True):
             try:
-                verdicts.append(judge(interpreters, completion_text(completion), row))
+                times = _Times(start, settings.timeout, limit)
+                verdicts.append(judge(interpreters, times, completion_text(completion), row))
             except UnreadableTestsError as error:
                 verdicts.append(_Verdict(None, str(error)))
             log_metric("code_not_literal", float(verdicts[-1].is_not_literal))
+            start = time.monotonic()
     log_extra("code_problem", [verdict.problem for verdict in verdicts])
     return [verdict.reward for verdict in verdicts]
 
@@ -259,10 +303,10 @@ class _Calls:
         return call
 
 
-def _run_tests(sandbox: Sandbox, tests: Tests, source: str, is_all: bool) -> _Verdict:
-    with sandbox.open() as judge, sandbox.open() as program:
+def _run_tests(sandbox: Sandbox, times: _Times, tests: Tests, source: str, is_all: bool) -> _Verdict:
+    with sandbox.open(times.tests) as judge, sandbox.open(times.program) as program:
         try:
-            judge.run(tests.preamble)
+            judge.run(tests.preamble, {})
         except (RaisedError, GoneError) as error:
             return _Verdict(None, f"the code before the tests fails: {error}")
         if (problem := _load(program, source)) is not None:
@@ -280,7 +324,7 @@ def _run_tests(sandbox: Sandbox, tests: Tests, source: str, is_all: bool) -> _Ve
                     calls.problem = calls.problem or failure
             except GoneError as error:
                 failure = f"the tests were ended: {error}"
-                if calls.number == 0:
+                if calls.number == counted == 0:
                     calls.problem = failure
                 left = len(tests.units) - number  # they fail as well
             failure = calls.failure or failure
@@ -350,7 +394,7 @@ def _lines_of(value: Any) -> str:
 
 
 def _run_pairs(
-    sandbox: Sandbox, pairs: Sequence[tuple[Any, Any]], source: str, name: str | None, is_all: bool
+    sandbox: Sandbox, times: _Times, pairs: Sequence[tuple[Any, Any]], source: str, name: str | None, is_all: bool
 ) -> _Verdict:
     passed, problem, is_not_literal = 0, None, False
     if not source:
@@ -358,14 +402,14 @@ def _run_pairs(
     with contextlib.ExitStack() as stack:
         program = None
         if name is not None:
-            program = stack.enter_context(sandbox.open())
+            program = stack.enter_context(sandbox.open(times.program))
             if (problem := _load(program, source)) is not None:
                 return _Verdict(0.0, problem)
         for given, wanted in pairs:
             failure = None
             try:
                 if program is None:
-                    with sandbox.open() as fresh:
+                    with sandbox.open(times.program) as fresh:
                         is_right = _same_lines(fresh.program(source, given), wanted)
                 else:
                     expression = f"{_CLASS}().{name}" if _defines(source, _CLASS) else str(name)

@@ -35,6 +35,9 @@ _MARKS = {list: "l", tuple: "t", set: "s", frozenset: "f"}
 _KINDS = {mark: kind for kind, mark in _MARKS.items()}
 _MAX_DEPTH = 100
 MAX_BYTES = 1 << 22  # of a literal in JSON
+_MAX_ALIKE = 64  # items of a set or a dict with one hash: {2.0**k} has 61 hashes
+# Errors that end an iteration without a word.
+_ENDS_ITERATION = ("StopIteration", "StopAsyncIteration")
 
 
 class NotLiteralError(Exception):
@@ -76,8 +79,12 @@ def encode(value: Any, depth: int = _MAX_DEPTH) -> Any:
     raise NotLiteralError(f"a value of the type {kind.__name__[:50]!r}")
 
 
-def decode(form: Any) -> Any:
-    """The literal of a JSON form. Raises NotLiteralError for what `encode` does not give."""
+def decode(form: Any, depth: int = _MAX_DEPTH) -> Any:
+    """The literal of a JSON form.
+
+    Raises NotLiteralError for what `encode` does not give, below 100 levels too, and for sets and dicts with more than
+    64 items of one hash: building them takes the square of their number, which may be hours.
+    """
     if not isinstance(form, list):
         if form is None or type(form) in (bool, int, float, str):
             return form
@@ -90,13 +97,31 @@ def decode(form: Any) -> Any:
                 return bytes.fromhex(text)
             case ["c", real, imag]:
                 return complex(real, imag)
+            case _ if depth == 0:
+                raise NotLiteralError("a value of more than 100 levels")
             case ["d", pairs]:
-                return {decode(key): decode(item) for key, item in pairs}
+                given = [(decode(key, depth - 1), decode(item, depth - 1)) for key, item in pairs]
+                _check_hashes([key for key, _ in given])
+                return dict(given)
             case [str(mark), items] if mark in _KINDS:
-                return _KINDS[mark]([decode(item) for item in items])
+                decoded = [decode(item, depth - 1) for item in items]
+                if mark in ("s", "f"):
+                    _check_hashes(decoded)
+                return _KINDS[mark](decoded)
     except (TypeError, ValueError) as error:
         raise NotLiteralError("a broken answer") from error
     raise NotLiteralError("a broken answer")
+
+
+def _check_hashes(items: list[Any]) -> None:
+    if len(items) <= _MAX_ALIKE:
+        return
+    numbers: dict[int, int] = {}
+    for item in items:
+        value = hash(item)
+        numbers[value] = numbers.get(value, 0) + 1
+        if numbers[value] > _MAX_ALIKE:
+            raise NotLiteralError(f"a set or dict with more than {_MAX_ALIKE} items of one hash")
 
 
 def dumps(form: Any) -> bytes:
@@ -382,7 +407,13 @@ def _stub(channel: _Channel, name: str) -> Callable[..., Any]:
 
 
 def error_of(kind: str, message: str) -> Exception:
-    """The error that stands in another interpreter for one that a program raised."""
+    """The error that stands in another interpreter for one that a program raised.
+
+    One that would end an iteration of the tests, as in `all(map(f, inputs))`, and so pass them, is a RuntimeError, as
+    for generators (PEP 479).
+    """
+    if kind in _ENDS_ITERATION:
+        return RuntimeError(f"the program raised {kind}: {message}")
     found = getattr(builtins, kind, None)
     if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, UnicodeError):
         return found(message)

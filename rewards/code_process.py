@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from rewards import code_child
-from rewards.code_child import MAX_BYTES, NotLiteralError, decode, dumps, encode, literal
-from rewards.code_sandbox import MAX_OUTPUT, GoneError, Interpreter, RaisedError
+from rewards.code_child import MAX_BYTES, NotLiteralError, decode, dumps, encode
+from rewards.code_sandbox import MAX_OUTPUT, GoneError, Interpreter, RaisedError, Span
 
 _START = 20.0  # seconds, for a start on a machine that is busy
-_WAIT = 5.0  # seconds beyond twice the limit of processor time, which is what counts on a machine that is busy
 _MAX_LINE = 2 * max(MAX_BYTES, 6 * MAX_OUTPUT)  # a byte may take six in JSON
+_FRAME = 64  # bytes of an answer around its value
 _KILL = 5.0  # seconds
 _READ = 1 << 16
 
@@ -36,27 +36,31 @@ class NoSandboxError(Exception):
 
 
 class ProcessSandbox:
-    """Interpreters as processes. timeout: seconds of processor time, rounded up. memory_mb: of each."""
+    """Interpreters as processes. memory_mb: of each.
 
-    def __init__(self, timeout: float, memory_mb: float):
-        self._timeout, self._memory_mb = timeout, memory_mb
+    The seconds of a span are of processor time, rounded up, and the interpreter ends with the span.
+    """
+
+    def __init__(self, memory_mb: float):
+        self._memory_mb = memory_mb
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[Interpreter]:
+    def open(self, span: Span) -> Iterator[Interpreter]:
         """A new interpreter. Raises NoSandboxError where namespaces cannot be had."""
         if sys.platform != "linux":
             raise NoSandboxError(f"sandbox process needs namespaces of Linux, got {sys.platform}; take sandbox monty")
-        interpreter = self._start()
+        span.check()
+        interpreter = self._start(span)
         try:
             yield interpreter
         finally:
             interpreter.close()
 
-    def _start(self) -> "_ProcessInterpreter":
+    def _start(self, span: Span) -> "_ProcessInterpreter":
         for is_last in (False, True):
             template = _template(os.getpid())
             try:
-                interpreter = _ProcessInterpreter(*template.fork(self._memory_mb, self._timeout), self._timeout)
+                interpreter = _ProcessInterpreter(*template.fork(self._memory_mb, span.seconds), span)
             except ConnectionError as error:
                 _template.cache_clear()
                 if is_last:
@@ -131,11 +135,11 @@ def _template(pid: int) -> _Template:
 
 
 class _ProcessInterpreter:
-    def __init__(self, requests: int, answers: int, timeout: float):
-        self._requests, self._answers, self._timeout = requests, answers, timeout
+    def __init__(self, requests: int, answers: int, span: Span):
+        self._requests, self._answers, self._span = requests, answers, span
         os.set_blocking(requests, False)
         os.set_blocking(answers, False)
-        self._left = _START
+        self._end = min(span.end, time.monotonic() + _START)
         self._buffer = bytearray()
         self._is_gone = False
 
@@ -148,7 +152,7 @@ class _ProcessInterpreter:
             raise NoSandboxError(
                 f"sandbox process needs namespaces, which this machine does not give ({answer[-1]}); take sandbox monty"
             )
-        self._left = 2 * self._timeout + _WAIT
+        self._end = self._span.end
 
     def run(self, source: str, stubs: Mapping[str, Callable[..., Any]] | None = None) -> None:
         answer = self._ask(["run", source, sorted(stubs or {})])
@@ -162,13 +166,11 @@ class _ProcessInterpreter:
             raise _problem(answer)
 
     def call(self, expression: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        answer = self._ask(["call", expression, encode(list(args)), encode(dict(kwargs))])
+        self._span.check()
+        answer = self._ask(["call", expression, encode(list(args)), encode(dict(kwargs))], MAX_BYTES + _FRAME)
         match answer:
             case ["value", form]:
-                try:
-                    return literal(decode(form))
-                except RecursionError as error:
-                    raise NotLiteralError("a value that is too deep") from error
+                return decode(form)
         raise _problem(answer)
 
     def program(self, source: str, given: str) -> str:
@@ -186,11 +188,12 @@ class _ProcessInterpreter:
         poll.poll(_KILL * 1000)
         os.close(self._answers)
 
-    def _ask(self, request: Any) -> list[Any]:
+    def _ask(self, request: Any, most: int = _MAX_LINE) -> list[Any]:
+        """The answer to a request. Raises NotLiteralError for one of more than `most` bytes, without a look at it."""
         if self._is_gone:
             raise GoneError("it was ended before")
         self._send(dumps(request))
-        return self._receive()
+        return self._receive(most)
 
     def _send(self, data: bytes) -> None:
         left = memoryview(data)
@@ -203,7 +206,7 @@ class _ProcessInterpreter:
             except BrokenPipeError as error:
                 raise self._gone("it ended") from error
 
-    def _receive(self) -> list[Any]:
+    def _receive(self, most: int = _MAX_LINE) -> list[Any]:
         while (end := self._buffer.find(b"\n")) < 0:
             if len(self._buffer) > _MAX_LINE:
                 raise self._gone("it sent too much")
@@ -217,6 +220,8 @@ class _ProcessInterpreter:
             self._buffer += data
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
+        if len(line) > most:
+            raise NotLiteralError("a value of more than 4 MB")
         try:
             answer = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -228,10 +233,7 @@ class _ProcessInterpreter:
     def _wait(self, file: int, event: int) -> None:
         poll = select.poll()
         poll.register(file, event)
-        start = time.monotonic()
-        is_ready = poll.poll(max(0.0, self._left) * 1000)
-        self._left -= time.monotonic() - start
-        if not is_ready:
+        if not poll.poll(max(0.0, self._end - time.monotonic()) * 1000):
             raise self._gone("its time is over")
 
     def _gone(self, reason: str) -> GoneError:

@@ -401,7 +401,8 @@ def _arguments(bound: BoundReward, request: Mapping[str, Any], rows: slice, log:
 
 def _of_call(request: Mapping[str, Any], log: CallLog) -> dict[str, Any]:
     """What is injected for a whole call, by name."""
-    return {**request["of_run"], "log_metric": log.log_metric, "log_extra": log.log_extra}
+    of_call = {"log_metric": log.log_metric, "log_extra": log.log_extra, "rewards_timeout_seconds": request["limit"]}
+    return request["of_run"] | of_call
 
 
 def _of_sample(request: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -12,19 +12,25 @@ from pathlib import Path
 import pytest
 
 from rewards.code import input_output, unit_tests
-from rewards.code_child import dumps
+from rewards.code_child import NotLiteralError, decode, dumps, literal
 from rewards.code_process import NoSandboxError, ProcessSandbox, _template
+from rewards.code_sandbox import Span
 from rewards.contract import RewardSpec, bind, load_function
+from rewards.runner import RewardRunner
 from tests.helpers.places import ROOT
 
 SANDBOXES = ["monty", "process"]
+
+
+def _span(seconds):
+    return Span(time.monotonic() + 60, seconds)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def namespaces():
     """Whether this machine gives namespaces, without which there is no sandbox of processes."""
     try:
-        with ProcessSandbox(10, 64).open():
+        with ProcessSandbox(64).open(_span(10)):
             return True
     except NoSandboxError:
         return False
@@ -328,6 +334,71 @@ def test_hostile_programs_score_0_and_harm_nothing(kind, sandbox, tmp_path, capf
 
 
 @pytest.mark.parametrize("sandbox", SANDBOXES)
+def test_a_program_that_takes_too_long_scores_0_before_the_run_gives_up(sandbox):
+    kwargs = {"sandbox": sandbox, "score": "share"}  # and a timeout of 10 s, which is more than the run gives
+    specs = [RewardSpec(name, f"rewards.code:{name}", 1.0, kwargs) for name in ("unit_tests", "input_output")]
+    program = "def f(x):\n    while x: pass\n    return 5\ntry:\n    f(len(input()))\nexcept Exception: pass\n"
+    columns = {
+        "tests": [["assert f(0) == 5", "assert f(1) == 5", "assert f(0) == 5"]],
+        "inputs": [["1"] * 5],
+        "outputs": [["2"] * 5],
+        "timeout": [[7]],  # is the recipe's alone
+    }
+    with RewardRunner(specs, [*columns], 1, 4.0) as runner:
+        result = runner.score(["p"], [program], columns)
+    assert result.problems == []
+    assert result.rewards == [[pytest.approx(1 / 3), 0.0]]
+
+
+@pytest.mark.parametrize("sandbox", SANDBOXES)
+def test_errors_of_a_program_end_no_iteration_of_its_tests(sandbox):
+    for kind in ("StopIteration", "StopAsyncIteration", "GeneratorExit"):
+        for tests in (
+            "assert all(map(f, [2, 3, 5]))",
+            "for x in [1]:\n    for y in map(f, [x]):\n        assert y == 5",
+        ):
+            rewards, problems = judge([f"def f(x): raise {kind}"], tests, sandbox)
+            assert rewards == [0.0], problems
+            assert kind in problems[0]
+
+
+@pytest.mark.parametrize("sandbox", SANDBOXES)
+def test_tests_hand_the_program_to_builtins(sandbox):
+    tests = [
+        "assert list(map(f, [1, 2])) == [-1, -2] and list(map(f, [])) == []",
+        "assert sorted([1, 3, 2], key=f) == [3, 2, 1] and sorted([3, 1]) == [1, 3]",
+        "assert sorted([(1, 2), (1, 1), (0, 3)], key=lambda p: f(p[0]), reverse=True) == [(0, 3), (1, 2), (1, 1)]",
+        "assert max([1, 3], key=f) == 1 == min(1, 0, key=f) and max([], key=f, default=7) == 7 and max(1, 3) == 3",
+        "assert list(filter(f, [0, 4])) == [4] and list(filter(None, [0, f(1)])) == [-1]",
+        "values = [1, 2, 3]\nassert list(iter(lambda: f(values.pop()), -1)) == [-3, -2] and [*iter([f(1)])] == [-1]",
+    ]
+    given = ["def f(x): return -x", "def f(x): return abs(x) + 9"]
+    rewards, problems = judge(given, tests, sandbox, score="share")
+    assert rewards == [1.0, 0.0], problems
+    rewards, problems = judge(given[:1], "values = [1, 2]\nvalues.sort(key=f)\nassert values == [2, 1]", sandbox)
+    assert rewards == [1.0 if sandbox == "process" else None]
+    assert sandbox == "process" or "list.sort(key=f); take sandbox: process" in problems[0]
+
+
+ONE_HASH = [(2**61 - 1) * i for i in range(1, 100)]
+
+
+@pytest.mark.parametrize("sandbox", SANDBOXES)
+def test_items_of_one_hash_are_never_put_together(sandbox):
+    values = [f"{{(2**61 - 1) * i{more} for i in range(1, 100)}}" for more in ("", ": 1")]
+    programs = [f"def f(x): return {value}" for value in (*values, f"[({values[0]}, 1)]")]
+    rewards, problems = judge(programs, ["assert len(f(1)) == 99"], sandbox)
+    assert rewards == [0.0] * 3
+    assert all("more than 64 items of one hash" in problem for problem in problems)
+    forms = [["i", hex(number)] for number in ONE_HASH]
+    for form in (["s", forms], ["f", forms], ["d", [[key, 1] for key in forms]], ["l", [["s", forms]]]):
+        with pytest.raises(NotLiteralError, match="of one hash"):
+            decode(form)
+    for value in (ONE_HASH, {2.0**k for k in range(-1000, 1000)}, {-1: 0, -2: 1}, frozenset(map(str, range(999)))):
+        assert literal(value) == value
+
+
+@pytest.mark.parametrize("sandbox", SANDBOXES)
 def test_a_program_is_judged_as_if_no_other_had_run_before(sandbox):
     right = "def f(x): return 5"
     before = [HOSTILE[kind] for kind in ("changed builtins", "_exit", "recursion", "deep value", "long value")]
@@ -393,7 +464,7 @@ def test_a_process_ends_with_its_interpreter(namespaces):
     def children(process):
         return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
-    with ProcessSandbox(0.5, 64).open() as interpreter:
+    with ProcessSandbox(64).open(_span(10)) as interpreter:
         (fork,) = children(_template(os.getpid())._process.pid)
         (child,) = children(fork)
         blocked = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 64))\nwhile True: pass"
@@ -407,7 +478,7 @@ def test_a_template_that_was_killed_is_started_again_and_ends_with_its_process(n
         pytest.skip("this machine gives no namespaces")
     right = ["def f(x): return 5"]
     for _ in range(2):
-        with ProcessSandbox(10, 64).open() as interpreter:
+        with ProcessSandbox(64).open(_span(10)) as interpreter:
             first = _template(os.getpid())._process
             first.kill()  # an interpreter that runs goes on
             first.wait()
@@ -415,8 +486,9 @@ def test_a_template_that_was_killed_is_started_again_and_ends_with_its_process(n
             assert interpreter.call("f", (1,), {}) == 5
         assert judge(right, ["assert f(1) == 5"], "process")[0] == [1.0]
         assert _template(os.getpid())._process.pid != first.pid
-    code = "import os\nfrom rewards.code_process import ProcessSandbox, _template\n"
-    code += "with ProcessSandbox(10, 64).open(): print(_template(os.getpid())._process.pid, flush=True); os._exit(1)"
+    code = "import os, time\nfrom rewards.code_process import ProcessSandbox, Span, _template\n"
+    code += "with ProcessSandbox(64).open(Span(time.monotonic() + 60, 10)): "
+    code += "print(_template(os.getpid())._process.pid, flush=True); os._exit(1)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     deadline = time.monotonic() + 60
     while Path(f"/proc/{int(ran.stdout)}").exists() and time.monotonic() < deadline:

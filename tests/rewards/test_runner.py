@@ -1596,9 +1596,11 @@ INJECTED = """
     def one(completion, group, truncated, finish_reason, step, seed):
         seen = (group[seed % 2] == completion, truncated, finish_reason == "length", step == 7)
         return sum(float(value) * 10**place for place, value in enumerate(seen))
-    async def later(prompt, completion, group): return float(group.index(completion))
+    async def later(prompt, completion, group, rewards_timeout_seconds):
+        return float(group.index(completion)) + rewards_timeout_seconds
     def compute_score(solution_str, ground_truth, group, seed): return float(len(group)) + seed
-    def lists(completions, group, truncated, finish_reason, step, seed):
+    def lists(completions, group, truncated, finish_reason, step, seed, rewards_timeout_seconds):
+        assert rewards_timeout_seconds == 5.0
         sizes.append(len(completions))
         same = [(g[s % 2] == c, t, f == "length", step == 7)
                 for c, g, t, f, s in zip(completions, group, truncated, finish_reason, seed, strict=True)]
@@ -1629,7 +1631,7 @@ def test_values_of_the_run_reach_the_functions_that_spell_them_out(write):
             runner.score(["p"], ["a"], {"answer": ["x"]})
     seen = [1001.0, 1111.0, 1001.0, 1111.0]
     assert column(result, 0) == seen
-    assert column(result, 1) == [0.0, 1.0, 0.0, 1.0]
+    assert column(result, 1) == [5.0, 6.0, 5.0, 6.0]
     assert column(result, 2) == [2.0, 3.0, 4.0, 5.0]
     assert column(result, 3) == seen
     assert column(result, 4) == [6.0] * 4
