@@ -9,6 +9,8 @@ from rl.config.load import load_config
 from rl.data.order import Order, order_of
 from rl.data.prompt_rows import PromptRow
 from rl.data.prompts import PairData, PromptData
+from rl.run.checks import check_recipe
+from rl.sampler.token_draw import SamplingParams
 
 SIZE = 40
 
@@ -196,8 +198,11 @@ def test_what_a_curriculum_cannot_use_is_refused():
 
 
 def test_a_band_that_holds_no_row_is_told_at_the_start():
-    none = order(data("level", [5 + n % 3 for n in range(SIZE)]), "by=level", "band=[0.2, 0.8]").curriculum
-    (note,) = none.notes()
+    rows = data("level", [5 + n % 3 for n in range(SIZE)])
+    band = ["data.curriculum.by=level", "data.curriculum.band=[0.2, 0.8]"]
+    rewards = "rewards.functions=[{function: 'rewards.number:exact_number_strict'}]"
+    check_recipe(load_config(None, [*band, rewards]), rows, SamplingParams(max_completion_length=4), 4096)
+    (note,) = rows.messages
     assert "column 'level' has 5 to 7, and the band is 0.2 to 0.8" in note
     for rows, *overrides in ((data("level", range(SIZE)), "by=level", "band=[7, 7]"), (data(), "by=pass_rate")):
         assert order(rows, *overrides).curriculum.notes() == []
