@@ -489,8 +489,10 @@ async def _send(
             log_metric(name, float(value))
         if found is None:
             log_metric("unreadable", 1.0)
-            start = body[:_SHOWN].decode("utf-8", "replace")
-            what = f"the judge's server sent no chat completion with a text: {_short(start, from_start=True)}"
+            what = body[:_SHOWN].decode("utf-8", "replace")
+            if isinstance(answer, dict) and "choices" in answer:  # what stands before them is the same in each answer
+                what = '"choices": ' + json.dumps(answer["choices"])[:_SHOWN]
+            what = f"the judge's server sent no chat completion with a text: {_short(what, from_start=True)}"
             raise NoAnswer(what, raw.headers)
         return found
     finally:

@@ -183,7 +183,7 @@ def test_what_is_no_chat_completion_is_asked_for_again_and_then_costs_the_sample
     assert len(server.requests) == 3
     said = str(caught.value)
     assert said.startswith("the judge's server sent no chat completion with a text: ")
-    assert garbage[1][:8] in said
+    assert ('"choices": ' if '"id"' in garbage[1] else garbage[1][:8]) in said
     assert len(said) < 150
 
 
