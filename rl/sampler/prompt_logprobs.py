@@ -53,7 +53,8 @@ class PromptScorer:
         """
         results: dict[int, np.ndarray] = {}
         for inputs, places in packed_calls(prompts, TOKENS_PER_CALL, self._num_shards, self._policy.packs_rows):
-            key = *inputs.tokens_BT.shape, temperature or 1.0, chunk_size
+            num_rows, length = inputs.tokens_BT.shape
+            key = (num_rows, length, temperature or 1.0, chunk_size)
             program = self._programs.get(key, lambda key=key: self._compile(params, *key))
             logprobs_RT = np.asarray(program(params, inputs))
             for number, row, span in places:
