@@ -93,7 +93,7 @@ def test_a_delimiter_that_is_not_named_is_told(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("q.jsonl", gzip.compress(b"{}"), "text, as its name says, got a gzip file; unpack it"),
+        ("q.jsonl", gzip.compress(b"{}", mtime=0), "text, as its name says, got a gzip file; unpack it"),
         ("q.json", b"PAR1", "got a parquet file; name it x.parquet"),
         (
             "q.jsonl",
