@@ -163,10 +163,7 @@ def tokenize(
 
     def encode(index: int) -> list[int]:
         prompt = prompts[index]
-        try:
-            prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-        except ValueError as error:
-            raise ValueError(f"{places[index]}: {error}") from error
+        prompt_ids = encode_prompt(prompt, tokenizer, places[index])
         if not prompt_ids:
             raise ValueError(f"{places[index]}: the prompt must hold at least one token, got {prompt!r}")
         return prompt_ids
@@ -216,6 +213,14 @@ def encode_together(size: int, encode: Callable[[int], list[int]], limit: int) -
     fits = lengths <= limit
     pieces = iter(np.split(flat, np.cumsum(lengths[fits])[:-1]))
     return [next(pieces) if is_kept else None for is_kept in fits], int(lengths.min())
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, where: str) -> list[int]:
+    """Token ids of a prompt, of text or as a chat. `where`: its place, for messages."""
+    try:
+        return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def build_prompt(prompt: Any, data: DataSection, where: str) -> Prompt:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rl.config.ranges import LARGEST_SEED
 from rl.config.sections import DataSection
-from rl.data.prompt_rows import Prompt, build_prompt, conversation_problem, with_examples
+from rl.data.prompt_rows import Prompt, build_prompt, conversation_problem, encode_prompt, with_examples
 from rl.data.sources import read_jsonl
 from rl.data.tasks import Row
 from rl.data.tokenizer import Tokenizer
@@ -91,10 +91,7 @@ def _to_sample_row(
         # Messages say themselves that they are a chat.
         section = dataclasses.replace(data, chat=True) if isinstance(row[kind], list) else data
         prompt = build_prompt(row[kind], section, where)
-        try:
-            prompt_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        prompt_ids = encode_prompt(prompt, tokenizer, where)
     if not prompt_ids:
         raise ValueError(f"{where}: the prompt must hold at least one token, got {row[kind]!r}")
     row_id = row.get("id")
