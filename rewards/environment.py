@@ -1,99 +1,48 @@
-"""The environment variables and the memory of a reward worker."""
+"""What an environment is: our own protocol, which all other forms are turned into (`rewards.environment_kinds`).
 
-import math
-import os
-import sys
-import sysconfig
+An environment plays one episode: it opens a conversation, answers the policy's turns, and may give rewards. It runs in
+a worker process (`rewards.environment_worker`), which `rewards.environment_runner` looks after.
+"""
+
+import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any, Protocol
 
-VARIABLES = (
-    "PATH",
-    "HOME",
-    "TMPDIR",
-    "LANG",
-    "TZ",
-    "PYTHONPATH",
-    "PYTHONHASHSEED",
-    "VIRTUAL_ENV",
-    "LD_LIBRARY_PATH",
-    "SSL_CERT_FILE",
-    "REQUESTS_CA_BUNDLE",
-    "HF_HOME",
-    "HF_HUB_OFFLINE",
-    "XDG_CACHE_HOME",
-    "OMP_NUM_THREADS",
-)
-_PREFIX = "LC_"  # of the locale's variables
-_CHAIN = 10  # the longest chain of errors that is followed; user code can make it a circle
+Message = dict[str, Any]  # role and content; of a tool also name and tool_call_id; of a turn maybe tool_calls
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for a text that cannot be the name of an environment variable."""
-    for name in names:
-        if not name or "=" in name or "\0" in name:
-            raise ValueError(
-                f"rewards.env must list names of environment variables, without their values, got {_name_of(name)!r}"
-            )
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """How an environment answers a turn.
 
-
-def check_memory_gb(memory_gb: float | None) -> None:
-    """Raises ValueError for a memory limit (None: no limit) that makes no sense, or cannot be kept on this machine."""
-    if memory_gb is None:
-        return
-    if not 0 < memory_gb < math.inf:
-        raise ValueError(f"rewards.memory_gb must be > 0 and finite, got {memory_gb}; null is no limit")
-    if sys.platform != "linux":
-        raise ValueError(f"rewards.memory_gb is kept on Linux only, got {memory_gb} on {sys.platform}; set it to null")
-
-
-def worker_environment(names: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a worker: `VARIABLES`, the locale, and `names`.
-
-    This package is importable in it, and the hashes of strings are equal in every worker and every run.
-
-    Raises ValueError for a name that the environment does not hold.
+    messages: observations, which the policy reads next; their role is user, tool or system. reward: of this turn; None:
+      there is none. done: whether the episode is over. metrics: numbers for `metrics.jsonl`.
     """
-    check_names(names)
-    missing = [name for name in names if name not in environment]
-    if missing:
-        raise ValueError(
-            f"rewards.env passes {', '.join(missing)} to the reward workers, but this process's environment holds no "
-            "such variable; export it, or take its name out of rewards.env"
-        )
-    kept = {
-        name: value
-        for name, value in environment.items()
-        if name in VARIABLES or name in names or name.startswith(_PREFIX)
-    }
-    root = str(Path(__file__).resolve().parent.parent)
-    if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        # Not for an installed package: site-packages on PYTHONPATH would come before the standard library.
-        kept["PYTHONPATH"] = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))
-    # A function that iterates over a set of strings gives the same rewards after a resume.
-    kept.setdefault("PYTHONHASHSEED", "0")
-    return kept
+
+    messages: Sequence[Message] = ()
+    reward: float | None = None
+    done: bool = False
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def missing_variable(error: BaseException | None) -> str:
-    """The end of a message about an error of user code that a variable missing in the environment caused, or nothing.
+class Environment(Protocol):
+    """A class (or a function that makes one) with these methods, each of which may be `async`. One is made for each
+    episode, without arguments.
 
-    Such an error is a KeyError of `os.environ`, or was caused by one.
+    A class may have `tools`, a list of functions or JSON schemas: the policy is shown them, and `step` gets the calls
+    in the message's `tool_calls` and answers them itself.
     """
-    read = type(os.environ).__getitem__.__code__
-    for _ in range(_CHAIN):
-        if error is None:
-            break
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        if isinstance(error, KeyError) and trace is not None and trace.tb_frame.f_code is read and error.args:
-            name = str(error.args[0])[:100]
-            return f"; the worker's environment does not hold {name}: rewards.env: [{name}] passes it from this one's"
-        error = error.__cause__ or error.__context__
-    return ""
 
+    def reset(self, row: Mapping[str, Any], seed: int) -> str | list[Message]:
+        """The whole prompt. row: the data row, whose `prompt` is what the data asked. seed: of all that is random; the
+        global random state is seeded by it already.
+        """
+        ...
 
-def _name_of(text: str) -> str:
-    """A text without the part that may be a variable's value."""
-    return text.partition("=")[0] + ("=..." if "=" in text else "")
+    def step(self, message: Message) -> Step:
+        """Answers a turn: role assistant, content, and tool_calls where there are tools."""
+        ...
+
+    def close(self) -> None:
+        """The end of the episode. A `close(reason)` is told why: what the run says, or "failure"."""
+        ...

@@ -120,22 +120,22 @@ def read_load_reply(frame: bytes, nonce: str, columns: Collection[str]) -> Loade
     """The reply to a request to load a function of a data set with these columns; else BrokenWorker."""
     fields = _fields(frame, nonce)
     if fields["op"] == "refused":
-        _check(fields, {"error": str})
+        check_fields(fields, {"error": str})
         return Refused(one_line(fields["error"]))
     if fields["op"] != "loaded":
-        raise BrokenWorker(f"the operation {_shown(fields['op'])} where a function was to be loaded")
+        raise BrokenWorker(f"the operation {shown(fields['op'])} where a function was to be loaded")
     lists = ("columns", "replacing")
     flags = ("is_async", "takes_completion_ids", "needs_completion_ids", "takes_group", "tries_rows")
-    _check(
+    check_fields(
         fields, {**dict.fromkeys(flags, bool), "style": str, "calls": (str, type(None)), **dict.fromkeys(lists, list)}
     )
     if fields["style"] not in get_args(Style):
-        raise BrokenWorker(f"the style {_shown(fields['style'])}")
+        raise BrokenWorker(f"the style {shown(fields['style'])}")
     if fields["calls"] not in (*get_args(Calls), None):
-        raise BrokenWorker(f"the way to be called {_shown(fields['calls'])}")
+        raise BrokenWorker(f"the way to be called {shown(fields['calls'])}")
     for read in (fields[name] for name in lists):
         if not all(isinstance(name, str) and name in columns for name in read) or len({*read}) < len(read):
-            raise BrokenWorker(f"columns that are not the data set's: {_shown(read)}")
+            raise BrokenWorker(f"columns that are not the data set's: {shown(read)}")
     told: dict[str, Any] = {name: fields[name] for name in ("style", "calls", *flags)}
     told |= {name: tuple(fields[name]) for name in lists}
     return LoadedFunction(**told)
@@ -147,7 +147,7 @@ def read_run_reply(frame: bytes, nonce: str, size: int) -> Result | Done:
     if fields["op"] == "done":
         return Done(_failure(fields, _EFFORT), *_effort(fields))
     if fields["op"] != "result":
-        raise BrokenWorker(f"the operation {_shown(fields['op'])} where a function was run")
+        raise BrokenWorker(f"the operation {shown(fields['op'])} where a function was run")
     failure = _failure(fields, {"index": int, "value": (float, type(None)), "logged": dict, "sums": dict, **_EFFORT})
     index, value, logged, sums = (
         fields["index"],
@@ -158,7 +158,7 @@ def read_run_reply(frame: bytes, nonce: str, size: int) -> Result | Done:
     if not 0 <= index < size:
         raise BrokenWorker(f"a reward for sample {index} of {size}")
     if logged is None or sums is None:
-        raise BrokenWorker(f"logged values that are none: {_shown(fields['logged'])}, {_shown(fields['sums'])}")
+        raise BrokenWorker(f"logged values that are none: {shown(fields['logged'])}, {shown(fields['sums'])}")
     if value is not None and (failure is not None or not math.isfinite(value)):
         raise BrokenWorker(f"the reward {value} with the failure {failure}")
     if value is not None and abs(value) > MAX_REWARD:
@@ -171,11 +171,11 @@ def one_line(text: str, limit: int = MAX_TEXT) -> str:
     """A text that is safe to show: on one line, without control characters, cut to `limit` bytes, saying so."""
     kept, size, used = [], 0, 0
     for character in text:
-        shown = character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        size += len(shown.encode())
+        written = character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        size += len(written.encode())
         if size > limit - _CUT_NOTE:
             break
-        kept.append(shown)
+        kept.append(written)
         used += 1
     if used == len(text):
         return "".join(kept)
@@ -188,14 +188,20 @@ _EFFORT = {"seconds": float, "retries": int, "trace": str}
 
 def _fields(frame: bytes, nonce: str) -> dict[str, Any]:
     """The fields of a reply to the request with this nonce."""
+    fields = read_fields(frame)
+    if fields.get("nonce") != nonce:
+        raise BrokenWorker(f"a reply to something else than it was asked: {shown(frame)}")
+    return fields
+
+
+def read_fields(frame: bytes) -> dict[str, Any]:
+    """The fields of a message with an operation; else BrokenWorker."""
     try:
         fields = _read_json(frame.decode("ascii"))
     except (ValueError, RecursionError) as error:
-        raise BrokenWorker(f"what is no JSON ({type(error).__name__}: {error}): {_shown(frame)}") from error
+        raise BrokenWorker(f"what is no JSON ({type(error).__name__}: {error}): {shown(frame)}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("op"), str):
-        raise BrokenWorker(f"what is no message: {_shown(frame)}")
-    if fields.get("nonce") != nonce:
-        raise BrokenWorker(f"a reply to something else than it was asked: {_shown(frame)}")
+        raise BrokenWorker(f"what is no message: {shown(frame)}")
     return fields
 
 
@@ -203,7 +209,7 @@ def _effort(fields: dict[str, Any]) -> tuple[float, int, str]:
     """Seconds, retries and traceback of a call; BrokenWorker for numbers that no call can have."""
     seconds, retries = fields["seconds"], fields["retries"]
     if not 0 <= seconds <= MAX_SECONDS or not 0 <= retries <= MAX_RETRIES:
-        raise BrokenWorker(f"a call of {_shown(seconds)} seconds that was made again {_shown(retries)} times")
+        raise BrokenWorker(f"a call of {shown(seconds)} seconds that was made again {shown(retries)} times")
     return seconds, retries, "\n".join(one_line(line) for line in fields["trace"].splitlines())
 
 
@@ -214,26 +220,27 @@ def _no_constant(name: str) -> Never:
 _read_json = json.JSONDecoder(parse_constant=_no_constant).decode  # one decoder: making one takes longer than a reply
 
 
-def _check(fields: dict[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
-    """BrokenWorker unless the fields are these, and nonce and op, of exactly these types (a bool is no int)."""
+def check_fields(fields: dict[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Raises BrokenWorker unless the fields are these, and nonce and op, of exactly these types (a bool is no int)."""
     if fields.keys() != {*types, "nonce", "op"}:
-        raise BrokenWorker(f"a message with the fields {_shown(sorted(fields))}")
+        raise BrokenWorker(f"a message with the fields {shown(sorted(fields))}")
     for name, wanted in types.items():
         if type(fields[name]) not in (wanted if isinstance(wanted, tuple) else (wanted,)):
-            raise BrokenWorker(f"a message whose field {name} is {_shown(fields[name])}")
+            raise BrokenWorker(f"a message whose field {name} is {shown(fields[name])}")
 
 
 def _failure(fields: dict[str, Any], others: Mapping[str, type | tuple[type, ...]] | None = None) -> Failure | None:
     text = (str, type(None))
-    _check(fields, {"kind": text, "message": text, **(others or {})})
+    check_fields(fields, {"kind": text, "message": text, **(others or {})})
     kind, message = fields["kind"], fields["message"]
     if kind is None and message is None:
         return None
     if kind not in FAILURES or message is None:
-        raise BrokenWorker(f"a failure of the kind {_shown(kind)}")
+        raise BrokenWorker(f"a failure of the kind {shown(kind)}")
     return kind, one_line(message)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value from a worker as it is safe to show: short, and on one line."""
     text = repr(value)
     return one_line(text if len(text) <= 80 else f"{text[:77]}...")

@@ -46,15 +46,16 @@ from rewards.batch import (
 )
 from rewards.contract import Calls, RewardSpec, Style, check_specs, column_notes
 from rewards.doubt import Doubt, agree, second_best
-from rewards.environment import check_memory_gb, worker_environment
 from rewards.failed import FirstFailure, OnError, RewardFailedError
 from rewards.in_process import DESCRIPTION, InProcess, with_values
 from rewards.log import RewardLog
 from rewards.moment import Moment
 from rewards.probe import Probe, Trial, probes, shows_how_it_judges
-from rewards.process import WorkerProcess, load_request, poll
+from rewards.process import WorkerProcess, load_request
 from rewards.protocol import encode
 from rewards.replies import BrokenWorker, Failure, LoadedFunction, Refused, Reply, Result
+from rewards.supervised import poll
+from rewards.worker_variables import check_memory_gb, worker_environment
 
 _LOAD_TRIES = 3  # a worker that dies during an import may succeed the next time
 _CHECK_SECONDS = 10.0  # for trying one function that is not marked
@@ -75,7 +76,8 @@ class RewardRunner:
     timeout_seconds: hard limit of one sample in one function (a batch call gets this times its number of samples).
     start_timeout_seconds: limit for importing one function.
     log_path: file for the functions' output and tracebacks (`rewards.log`); None: this process's stderr.
-    env: names of the variables of this process's environment that workers get beside `rewards.environment.VARIABLES`.
+    env: names of the variables of this process's environment that workers get beside those of
+      `rewards.worker_variables`.
     memory_gb: the most resident memory, in 1e9 bytes, of a worker with all that it started; beyond it they are killed.
       Linux only. None: no limit.
     rows: prompt and columns of data rows with which functions without a mark are tried. Without rows they get whole
@@ -424,7 +426,7 @@ class RewardRunner:
             worker.hang_up()
         deadline = time.monotonic() + _CLOSE_SECONDS
         for worker in self._workers:
-            worker.end(deadline)
+            worker.end_by(deadline)
         if self._log is not None:
             self._log.close()
 

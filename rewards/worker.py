@@ -23,115 +23,45 @@ as long as the pause ends within its time limit. What a failed try logged is dro
 
 import contextlib
 import dataclasses
-import faulthandler
 import functools
 import inspect
-import os
 import queue
-import signal
 import sys
-import sysconfig
 import threading
-import traceback
 from collections.abc import Callable, Mapping
-from math import isfinite  # by name, before a user's code can replace it
-from time import monotonic, sleep  # likewise
+from time import monotonic, sleep  # by name, before a user's code can replace it
 from typing import Any, BinaryIO, NamedTuple
 
 from rewards.contract import BoundReward, RewardSpec, bind, load_function
-from rewards.environment import missing_variable
-from rewards.logged import CallLog, Sums, number_of, shortened
+from rewards.in_worker import (
+    Errors,
+    Rejected,
+    Watchdog,
+    as_reward,
+    claim_pipes,
+    read_requests,
+    short,
+    survive_signals,
+    write_frame,
+)
+from rewards.logged import CallLog, Sums
 from rewards.moment import Moment
-from rewards.protocol import HEADER, pack, unpack
+from rewards.protocol import pack
 from rewards.replies import MAX_RETRIES, MAX_TEXT, Done, Failure, LoadedFunction, one_line
 from rewards.retrying import is_network_error, pause
-
-# How long a hung worker may outlive its time limit, or a busy one its parent, before it ends itself.
-_ORPHAN_SECONDS = 5.0
-_SHARED_SECONDS = 1.0  # in which calls may begin that share one watchdog
-
-_MAX_TRACEBACK = 1 << 14  # characters in the log
-# Files in which no function of a user is.
-_NOT_OF_FUNCTIONS = (CallLog.log_metric.__code__.co_filename, __file__)
-_LIBRARIES = tuple(
-    {sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    | {os.path.dirname(os.__file__) + os.sep}
-)
-
-
-class _Rejected(Exception):
-    """A function returned something that is not a reward."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
+from rewards.worker_variables import missing_variable
 
 
 def main() -> None:
     """Serve requests until standard input closes."""
-    requests, replies = _claim_pipes()
-    # Ctrl-C in a terminal reaches the whole process group; the runner decides when a worker ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.enable()
-    # The runner sends this signal before it kills a hung worker: the log then shows where it hung, in C code too.
-    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    requests, replies = claim_pipes()
+    survive_signals()
     inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-    threading.Thread(target=_read_requests, args=(requests, inbox), daemon=True).start()
+    threading.Thread(target=read_requests, args=(requests, inbox.put), daemon=True).start()
     with contextlib.ExitStack() as stack:
         worker = _Worker(stack, replies)
         while (request := inbox.get()) is not None:
             worker.handle(request)
-
-
-def as_reward(value: Any) -> float | None:
-    """The reward that a function's return value stands for: None, or a finite float.
-
-    Anything with `__float__` counts (bool, int, numpy and torch scalars, Decimal). Text, complex numbers and containers
-    do not, also where numpy gives them a `__float__`. How large it may be is the runner's rule.
-    """
-    if value is None:
-        return None
-    number = number_of(value)
-    if number is None:
-        raise _Rejected("not_a_number", f"returned {_short(value)}, a reward must be a number or None")
-    if not isfinite(number):
-        raise _Rejected("not_a_number", f"returned {number}, a reward must be finite")
-    return number
-
-
-def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Keep the pipes for the protocol, and leave user code an empty stdin and a stdout that goes to the log."""
-    requests = os.fdopen(os.dup(0), "rb", buffering=0)
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    os.dup2(2, 1)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False, errors="backslashreplace")
-    return requests, replies
-
-
-def _read_requests(requests: BinaryIO, inbox: queue.SimpleQueue) -> None:
-    buffer = bytearray()
-    try:
-        while chunk := os.read(requests.fileno(), 1 << 20):
-            buffer += chunk
-            if len(buffer) >= HEADER.size:
-                for message in unpack(buffer):
-                    inbox.put(message)
-    finally:
-        # The parent closed the pipe, or is gone; or a request cannot be read. No request will come any more: a worker
-        # that ends is noticed and replaced, one that waited for ever would cost the time limit of every call.
-        inbox.put(None)
-    sleep(_ORPHAN_SECONDS)
-    _end_process_group()
-
-
-def _end_process_group() -> None:
-    """End this process and what user code started, where the runner gave it a process group of its own."""
-    if os.getpgrp() == os.getpid():
-        os.killpg(os.getpid(), signal.SIGKILL)
-    os._exit(1)
 
 
 class _Worker:
@@ -140,9 +70,8 @@ class _Worker:
     def __init__(self, stack: contextlib.ExitStack, replies: BinaryIO):
         self._stack, self._replies = stack, replies
         self._rewards: dict[int, BoundReward] = {}
-        self._logged: set[tuple[str, str]] = set()  # errors whose traceback is in the log already
-        self._trace = ""  # of the last error, for the reply that tells of it
-        self._watchdog = _Watchdog()
+        self._errors = Errors([__file__], [CallLog.log_metric.__code__.co_filename])
+        self._watchdog = Watchdog()
         self._in_vain: set[int] = set()  # functions whose last call failed by the network after all of its retries
 
     def handle(self, request: Mapping[str, Any]) -> None:
@@ -235,7 +164,7 @@ class _Worker:
                 judged = _judged(bound, result, tries.log)
             except BaseException as error:  # noqa: BLE001  as in _isolated; SystemExit would end the loop
                 late = isinstance(error, TimeoutError) and scope.expired()
-                failure = ("timeout", f"no answer within {limit:g} s") if late else self._failure(error)
+                failure = ("timeout", f"no answer within {limit:g} s") if late else self._errors.failure(error)
             self._report(index, judged, failure, *tries.end())
 
         async def score_all() -> None:
@@ -264,19 +193,7 @@ class _Worker:
         try:
             return call(), None
         except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
-            return None, self._failure(error)
-
-    def _failure(self, error: BaseException) -> Failure:
-        """Kind and one-line message of a failure. The traceback goes to the log once per kind of error and place."""
-        if isinstance(error, _Rejected):
-            return error.kind, str(error)
-        last_line = traceback.format_exception_only(error)[-1].strip()
-        place, trace = _place(error), _own_trace(error)
-        if (type(error).__name__, place) not in self._logged:
-            self._logged.add((type(error).__name__, place))
-            print(trace, end="", file=sys.stderr)
-        self._trace = trace
-        return "exception", f"{one_line(last_line, MAX_TEXT // 2)} ({place}){missing_variable(error)}"
+            return None, self._errors.failure(error)
 
     def _report(
         self, index: int, judged: "_Judged | None", failure: Failure | None, seconds: float = 0.0, retries: int = 0
@@ -288,13 +205,11 @@ class _Worker:
 
     def _take_trace(self, kind: str | None) -> str:
         """The traceback of the failure that is told now, where the runner wants it and it has one."""
-        trace, self._trace = self._trace, ""
+        trace, self._errors.trace = self._errors.trace, ""
         return trace if kind == "exception" and self._tells_traces else ""
 
     def _reply(self, **message: Any) -> None:
-        frame = memoryview(pack({"nonce": self._nonce, **message}))
-        while frame:
-            frame = frame[os.write(self._replies.fileno(), frame) :]
+        write_frame(self._replies, pack({"nonce": self._nonce, **message}))
 
 
 class _Tries:
@@ -347,29 +262,6 @@ class _Tries:
         return monotonic() - self._start, min(retries, MAX_RETRIES)
 
 
-def _place(error: BaseException) -> str:
-    """File and line of an error: the last that is not in a library, so that it is the function's own where that calls
-    one; for a function that is in a library itself, the last at all.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    in_python = [f for f in frames if not f.filename.startswith("<frozen ") and f.filename not in _NOT_OF_FUNCTIONS]
-    of_user = [f for f in in_python if not f.filename.startswith(_LIBRARIES)]
-    last = (of_user or in_python or frames)[-1]
-    return f"{os.path.basename(last.filename)}:{last.lineno}"
-
-
-def _own_trace(error: BaseException) -> str:
-    """The traceback of an error from the first line of the user's own code on, cut to `_MAX_TRACEBACK`."""
-    frame = own = error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_filename == __file__:
-            own = frame.tb_next
-        frame = frame.tb_next
-    trace = "".join(traceback.format_exception(type(error), error, own))
-    more = len(trace) - _MAX_TRACEBACK
-    return trace if more <= 0 else f"{trace[:_MAX_TRACEBACK]}... ({more} more characters were cut)\n"
-
-
 class _Judged(NamedTuple):
     """The fields of a result that come from the function, see `rewards.replies.Result`."""
 
@@ -381,7 +273,7 @@ class _Judged(NamedTuple):
 def _kept(log: CallLog) -> list[dict[str, Any]]:
     """The values that a call logged, for each of its completions."""
     if problem := log.problem():
-        raise _Rejected("wrong_length", problem)
+        raise Rejected("wrong_length", problem)
     return [log.of_sample(index) for index in range(log.size)]
 
 
@@ -431,9 +323,9 @@ def _batch_rewards(result: Any, size: int) -> list[Any]:
     """The list that a batch function returned, of the right length; its entries are not looked at."""
     result = result.tolist() if hasattr(result, "tolist") else result
     if not isinstance(result, (list, tuple)):
-        raise _Rejected("wrong_length", f"returned {_short(result)}, must return a list of {size} rewards")
+        raise Rejected("wrong_length", f"returned {short(result)}, must return a list of {size} rewards")
     if len(result) != size:
-        raise _Rejected("wrong_length", f"returned {len(result)} rewards for {size} completions")
+        raise Rejected("wrong_length", f"returned {len(result)} rewards for {size} completions")
     return list(result)
 
 
@@ -445,7 +337,7 @@ def _judged(bound: BoundReward, result: Any, log: CallLog) -> _Judged:
         result = _openrlhf_reward(result, log)
     elif isinstance(result, Mapping):
         if "score" not in result:
-            raise _Rejected("not_a_number", f"returned {_short(result)}, a dict must have the reward as its 'score'")
+            raise Rejected("not_a_number", f"returned {short(result)}, a dict must have the reward as its 'score'")
         log.keep(result)
         result = result["score"]
     reward = as_reward(result)
@@ -457,7 +349,7 @@ def _openrlhf_reward(result: Any, log: CallLog) -> Any:
     tensors of one, or numbers. `scores`, which stand for the rewards where there are none, and `extra_logs` are kept.
     """
     if not isinstance(result, Mapping) or "rewards" not in result:
-        raise _Rejected("not_a_number", f"returned {_short(result)}, must return a dict with 'rewards'")
+        raise Rejected("not_a_number", f"returned {short(result)}, must return a dict with 'rewards'")
     reward = _only(result["rewards"])
     score = reward if result.get("scores") is None else _only(result["scores"])
     log.keep({"score": score} | {name: _only(value) for name, value in (result.get("extra_logs") or {}).items()})
@@ -468,34 +360,6 @@ def _only(value: Any) -> Any:
     """The entry of a list or an array of one; another value itself."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return _only(value[0]) if isinstance(value, (list, tuple)) and len(value) == 1 else value
-
-
-class _Watchdog:
-    """Ends this process if a call takes much longer than the runner allows.
-
-    The runner kills a hung worker in time; this is for a worker whose runner is gone. It needs no interpreter lock,
-    so that a hang in C code ends too. Setting it starts a thread, which takes longer than most calls do, so calls that
-    follow each other closely share one.
-    """
-
-    def __init__(self) -> None:
-        self._limit, self._set_at = 0.0, 0.0
-
-    def watch(self, limit: float) -> None:
-        """For a call of at most `limit` seconds that begins now."""
-        now = monotonic()
-        if limit != self._limit or now - self._set_at > _SHARED_SECONDS:
-            faulthandler.dump_traceback_later(limit + _SHARED_SECONDS + _ORPHAN_SECONDS, exit=True)
-            self._limit, self._set_at = limit, now
-
-    def rest(self) -> None:
-        """Nothing is called any more."""
-        faulthandler.cancel_dump_traceback_later()
-        self._limit = 0.0
-
-
-def _short(value: Any) -> str:
-    return f"{type(value).__name__} {shortened(value)}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-from rewards.environment import check_memory_gb, check_names
+from rewards.worker_variables import check_memory_gb, check_names
 from rl.config.ranges import check_ranges
 from rl.config.sections import (
     ESTIMATOR_NAMES,

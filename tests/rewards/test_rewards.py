@@ -18,6 +18,7 @@ import pytest
 
 from rewards.contract import RewardSpec, bind, check_specs, elementwise, load_function
 from rewards.format import format_regex
+from rewards.in_worker import read_requests
 from rewards.length import length_penalty
 from rewards.moment import Moment, sample_seed
 from rewards.number import exact_number_flexible, exact_number_strict, flexible_number, gold_number, strict_number
@@ -25,7 +26,6 @@ from rewards.protocol import HEADER, decode, encode, pack, unpack
 from rewards.rubric import RewardSummary, summarize, weighted_sum
 from rewards.text import after_thinking, boxed, completion_text
 from rewards.verify import math_verified
-from rewards.worker import _read_requests
 from tests.helpers.places import ROOT
 
 
@@ -354,7 +354,7 @@ def test_a_worker_that_cannot_read_a_request_ends_and_does_not_wait_for_the_next
     with open(read, "rb", buffering=0) as requests, open(write, "wb", buffering=0) as other_end:
         other_end.write(HEADER.pack(1) + b"{")
         with pytest.raises(json.JSONDecodeError):
-            _read_requests(requests, inbox)
+            read_requests(requests, inbox.put)
     assert inbox.get_nowait() is None
 
 

@@ -18,7 +18,6 @@ import pytest
 
 from rewards.batch import COUNTS, Batch, BatchInputs, RewardResult, Share, merge_results, result_of
 from rewards.contract import RewardSpec
-from rewards.environment import check_memory_gb
 from rewards.failed import FirstFailure
 from rewards.gold import check_on_gold
 from rewards.log import RewardLog
@@ -26,6 +25,7 @@ from rewards.moment import Moment
 from rewards.probe import probes
 from rewards.retrying import is_network_error, pause
 from rewards.runner import RewardRunner
+from rewards.worker_variables import check_memory_gb
 from tests.helpers.places import ROOT
 
 

@@ -483,7 +483,9 @@ IMPORTERS = {
     # Of a user's functions, and of compiled programs; what they take must be in `rl.run_folder.trust.code_of`.
     r"\bimport_function\(|\bload_function\(": {
         "rewards.contract",
+        "rewards.environment_kinds",
         "rewards.importing",
+        "rewards.tools",
         "rewards.worker",
         "rl.algorithms.from_config",
         "rl.data.prepare",

@@ -1,0 +1,124 @@
+"""Reads the replies of a worker with environments without trusting them, as `rewards.replies` does for rewards.
+
+In: a frame from a worker's pipe. Out: typed replies; anything else raises `BrokenWorker`.
+
+    {"nonce": n, "op": "loaded", "environments": {name: {"form", "is_async", "schemas"}}}
+    {"nonce": n, "op": "refused", "error"}
+    {"nonce": n, "op": "done", "messages", "action", "reward", "done", "metrics", "num_tool_calls",
+        "num_bad_tool_calls", "kind", "message", "seconds"}
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any
+
+from rewards.environment import Message
+from rewards.messages import ROLES, is_message, is_metrics
+from rewards.replies import (
+    MAX_REWARD,
+    MAX_SECONDS,
+    BrokenWorker,
+    Failure,
+    Refused,
+    check_fields,
+    one_line,
+    read_fields,
+    shown,
+)
+from rewards.tool_calls import MAX_CALLS
+
+LABEL = "rollout.environment"  # the beginning of messages about what a configuration names
+TOOLS_LABEL = "rollout.tools"
+TOOLS_NAME = "tools"  # of the environment of a run that has tools and no other one
+# What the worker may tell of, and beside it what only the runner sees: `died`, `memory`, `replay`.
+KINDS = ("exception", "timeout", "not_a_step", "not_a_number", "out_of_range")
+FAILURES = (*KINDS, "died", "memory", "replay")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedEnvironment:
+    """A worker's description of an environment. schemas: of its tools, where they were asked for."""
+
+    form: str
+    is_async: bool
+    schemas: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What a request about an episode came to; see `rewards.environment_runner.EnvironmentReply`."""
+
+    messages: str | list[Message]
+    action: Message | None
+    reward: float | None
+    done: bool
+    metrics: dict[str, float]
+    num_tool_calls: int
+    num_bad_tool_calls: int
+    failure: Failure | None
+    seconds: float
+
+
+def read_loaded(fields: dict[str, Any], names: Collection[str]) -> dict[str, LoadedEnvironment] | Refused:
+    """The reply to a request to load environments of these names."""
+    if fields["op"] == "refused":
+        check_fields(fields, {"error": str})
+        return Refused(one_line(fields["error"]))
+    if fields["op"] != "loaded":
+        raise BrokenWorker(f"the operation {shown(fields['op'])} where environments were to be loaded")
+    check_fields(fields, {"environments": dict})
+    found = fields["environments"]
+    if {*found} != {*names} or not all(isinstance(told, dict) for told in found.values()):
+        raise BrokenWorker(f"environments that were not asked for: {shown([*found])}")
+    return {name: _loaded(told) for name, told in found.items()}
+
+
+def read_done(fields: dict[str, Any], op: str) -> Done:
+    """The reply to a request about an episode."""
+    if fields["op"] != "done":
+        raise BrokenWorker(f"the operation {shown(fields['op'])} where an episode was played")
+    text = (str, type(None))
+    types: dict[str, type | tuple[type, ...]] = {"messages": (str, list), "action": (dict, type(None))}
+    types |= {"reward": (float, type(None)), "done": bool, "metrics": dict, "num_tool_calls": int}
+    types |= {"num_bad_tool_calls": int, "kind": text, "message": text, "seconds": float}
+    check_fields(fields, types)
+    kind, message, reward, messages = fields["kind"], fields["message"], fields["reward"], fields["messages"]
+    if (kind is None) != (message is None) or kind not in (*KINDS, None):
+        raise BrokenWorker(f"a failure of the kind {shown(kind)}")
+    if reward is not None and not (math.isfinite(reward) and abs(reward) <= MAX_REWARD):
+        raise BrokenWorker(f"the reward {shown(reward)}")
+    if not 0 <= fields["num_bad_tool_calls"] <= fields["num_tool_calls"] <= MAX_CALLS + 1:
+        raise BrokenWorker("numbers of tool calls that cannot be")
+    if not 0 <= fields["seconds"] <= MAX_SECONDS or not is_metrics(fields["metrics"]):
+        raise BrokenWorker("metrics or seconds that cannot be")
+    _check_messages(messages, op)
+    if fields["action"] is not None and not is_message(fields["action"], ["assistant"]):
+        raise BrokenWorker(f"the action {shown(fields['action'])}")
+    told = {field.name: fields[field.name] for field in dataclasses.fields(Done) if field.name != "failure"}
+    return Done(**told, failure=None if kind is None else (kind, one_line(message)))
+
+
+def nonce_of(frame: bytes) -> tuple[str, dict[str, Any]]:
+    """(The request that a frame answers, its fields)."""
+    fields = read_fields(frame)
+    nonce = fields.get("nonce")
+    if not isinstance(nonce, str):
+        raise BrokenWorker(f"a reply to nothing: {shown(frame)}")
+    return nonce, fields
+
+
+def _loaded(told: dict[str, Any]) -> LoadedEnvironment:
+    check_fields({**told, "nonce": "", "op": ""}, {"form": str, "is_async": bool, "schemas": list})
+    if not all(isinstance(schema, dict) for schema in told["schemas"]):
+        raise BrokenWorker(f"schemas that are none: {shown(told['schemas'])}")
+    return LoadedEnvironment(**told)
+
+
+def _check_messages(messages: Any, op: str) -> None:
+    if isinstance(messages, str):
+        is_right = op == "begin" and is_message({"role": "user", "content": messages})
+    else:
+        is_right = all(is_message(message, None if op == "begin" else ROLES) for message in messages)
+    if not is_right:
+        raise BrokenWorker(f"messages that are none: {shown(messages)}")

@@ -1,0 +1,294 @@
+"""A worker with environments: `python -m rewards.environment_worker`, started by `rewards.environment_runner`.
+
+In: requests on standard input. Out: replies on standard output (frames of `rewards.protocol`). Code of the user runs in
+the main thread, inside an event loop: plain functions one at a time, async ones at the same time. It never imports jax.
+
+    {"op": "load", "environments": {name: "file.py:Class"}, "tools": [...], "format": f,
+        "wants_schemas": whether to read those of the tools, "path": [...]}
+        -> "loaded" or "refused"
+    {"op": "begin", "episode": n, "environment": name, "row": {...}, "seed": s, "limit": seconds}
+    {"op": "step", "episode": n, "text": a turn, "limit": seconds}
+    {"op": "finish", "episode": n, "reason": why it ends, "limit": seconds}
+        -> "done"
+    {"op": "drop", "episode": n}
+        -> nothing
+
+The fields of a reply are in `rewards.environment_replies`; each repeats the nonce of its request. An episode that
+failed is forgotten, and so is one that is finished.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from time import monotonic  # by name, before a user's code can replace it
+from typing import Any, BinaryIO
+
+from rewards.calling import RandomState, task_factory, task_in
+from rewards.environment import Message, Step
+from rewards.environment_kinds import Kind, Player, load_kind, tools_alone
+from rewards.environment_replies import LABEL, TOOLS_LABEL, TOOLS_NAME
+from rewards.in_worker import (
+    Errors,
+    Rejected,
+    Watchdog,
+    as_reward,
+    claim_pipes,
+    read_requests,
+    short,
+    survive_signals,
+    write_frame,
+)
+from rewards.logged import number_of
+from rewards.messages import checked_metrics, checked_observations, checked_prompt
+from rewards.protocol import HEADER, pack
+from rewards.replies import MAX_FRAME, MAX_REWARD, MAX_TEXT, Failure, one_line
+from rewards.tool_calls import Format, parse_turn
+from rewards.tools import add_tool, answers, is_async, load_tools, schema_of
+from rewards.worker_variables import missing_variable
+
+_CLOSE_SECONDS = 1.0  # for environments that are open when this worker ends
+# Files in which no code of the user is: this one, and those of these functions.
+_CALLERS = [__file__, *(function.__code__.co_filename for function in (task_in, load_kind, answers))]
+
+
+def main() -> None:
+    """Serve requests until standard input closes."""
+    requests, replies = claim_pipes()
+    survive_signals()
+    with contextlib.suppress(ImportError):
+        import numpy  # noqa: F401  so that its random state is the episode's when an environment imports it late
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(task_factory)
+    worker = _Worker(loop, replies)
+
+    def take(request: dict[str, Any] | None) -> None:
+        loop.call_soon_threadsafe(worker.handle, request)
+
+    threading.Thread(target=read_requests, args=(requests, take), daemon=True).start()
+    try:
+        loop.run_forever()
+        loop.run_until_complete(worker.close())
+    finally:
+        loop.close()
+
+
+@dataclasses.dataclass
+class _Episode:
+    kind: Kind
+    player: Player
+    state: RandomState
+    seed: int
+    num_turns: int = 0
+
+
+@dataclasses.dataclass
+class _Done:
+    """What a request came to, apart from a failure."""
+
+    messages: str | list[Message] = dataclasses.field(default_factory=list)
+    action: Message | None = None
+    reward: float | None = None
+    done: bool = False
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    num_tool_calls: int = 0
+    num_bad_tool_calls: int = 0
+
+
+class _Worker:
+    """The environments that are loaded, the episodes that are played, and how requests are answered."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, replies: BinaryIO):
+        self._loop, self._replies = loop, replies
+        self._kinds: dict[str, Kind] = {}
+        self._functions: dict[str, Callable[..., Any]] = {}  # of the run's tools
+        self._format: Format = "hermes"
+        self._episodes: dict[int, _Episode] = {}
+        self._tasks: set[asyncio.Task] = set()  # the loop itself forgets them
+        self._is_closing = False
+        self._errors = Errors(_CALLERS, section="rollout")
+        self._watchdog = Watchdog()
+
+    def handle(self, request: dict[str, Any] | None) -> None:
+        """Begin to answer a request; None ends the loop."""
+        if request is None:
+            self._loop.stop()
+            return
+        if request["op"] == "load":
+            task = self._loop.create_task(self._load(request))
+        elif request["op"] == "drop":
+            task = self._loop.create_task(self._forget(request["episode"], None))
+        else:
+            seed = request.get("seed")
+            if seed is not None:  # it begins
+                kind = self._kinds[request["environment"]]
+                begun = _Episode(kind, kind.make_player(), RandomState(seed), seed)
+                self._episodes[request["episode"]] = begun
+            episode = self._episodes[request["episode"]]
+            self._watchdog.watch(request["limit"])
+            task = task_in(self._loop, episode.state, self._answer(request, episode))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def close(self) -> None:
+        """Close what is open, because there will be no more requests."""
+        self._is_closing = True
+        for task in [*self._tasks]:
+            task.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                for number in [*self._episodes]:
+                    await self._forget(number, None)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not self._tasks:
+            self._watchdog.rest()
+
+    async def _load(self, request: Mapping[str, Any]) -> None:
+        sys.path.extend(entry for entry in request["path"] if entry not in sys.path)
+        nonce, names = request["nonce"], request["environments"]
+        try:
+            self._functions = load_tools(request["tools"], TOOLS_LABEL)
+            for name, reference in names.items():
+                label = f"{LABEL} {name!r}"
+                self._kinds[name] = await load_kind(reference, label, is_one_of_several=len(names) > 1)
+                self._check_names(self._kinds[name], label)
+            if not names:
+                self._kinds[TOOLS_NAME] = tools_alone()
+            schemas = {name: self._schemas(name) if request["wants_schemas"] else [] for name in self._kinds}
+        except ValueError as error:
+            message = f"{one_line(str(error), MAX_TEXT // 2)}{missing_variable(error, 'rollout')}"
+            self._reply({"nonce": nonce, "op": "refused", "error": message})
+            return
+        if request["format"] is not None:
+            self._format = request["format"]
+        tells = {
+            name: {
+                "form": kind.form,
+                "is_async": kind.is_async or any(map(is_async, self._functions.values())),
+                "schemas": schemas[name],
+            }
+            for name, kind in self._kinds.items()
+        }
+        self._reply({"nonce": nonce, "op": "loaded", "environments": tells})
+
+    def _check_names(self, kind: Kind, label: str) -> None:
+        """ValueError where a tool of the environment and one of the run have the same name."""
+        if kind.has_own_tools and self._functions:
+            raise ValueError(
+                f"{label}: it answers calls of its own 'tools' itself, so rollout.tools must be empty; add those to it"
+            )
+        functions = dict(self._functions)
+        for source in kind.schema_sources:
+            if callable(source):
+                add_tool(functions, source.__name__, source, label)
+
+    def _schemas(self, name: str) -> list[dict[str, Any]]:
+        own = [
+            schema_of(source, f"{LABEL} {name!r}") if callable(source) else source
+            for source in self._kinds[name].schema_sources
+        ]
+        return [schema_of(function, TOOLS_LABEL) for function in self._functions.values()] + own
+
+    async def _answer(self, request: Mapping[str, Any], episode: _Episode) -> None:
+        start, number, failure, done = monotonic(), request["episode"], None, _Done()
+        scope = asyncio.timeout(request["limit"])
+        try:
+            async with scope:
+                done = await self._do(request, episode)
+                if request["op"] == "finish":
+                    await self._forget(number, request["reason"])
+        except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
+            late = isinstance(error, TimeoutError) and scope.expired()
+            failure = ("timeout", f"no answer within {request['limit']:g} s") if late else self._errors.failure(error)
+            await self._forget(number, None)
+        if self._is_closing:  # nobody reads a reply
+            return
+        reply = self._packed(request["nonce"], done, failure, monotonic() - start)
+        if len(reply) - HEADER.size > MAX_FRAME:
+            await self._forget(number, None)
+            rule = f"an answer must be at most {MAX_FRAME} bytes of JSON, got {len(reply)}; shorten the messages"
+            reply = self._packed(request["nonce"], _Done(), ("not_a_step", rule), monotonic() - start)
+        write_frame(self._replies, reply)
+
+    async def _do(self, request: Mapping[str, Any], episode: _Episode) -> _Done:
+        player = episode.player
+        if request["op"] == "begin":
+            return _Done(checked_prompt(await player.reset(request["row"], request["seed"])))
+        if request["op"] == "step":
+            return await self._step(request["text"], episode)
+        reward, metrics = await player.finish()
+        return _Done(reward=_reward(reward), metrics=checked_metrics(metrics))
+
+    async def _step(self, text: str, episode: _Episode) -> _Done:
+        action: Message = {"role": "assistant", "content": text}
+        functions = {**self._functions, **episode.player.functions}
+        episode.num_turns += 1
+        if not functions and not episode.kind.has_own_tools:
+            return _stepped(await episode.player.step(action), action, [], 0, 0)
+        turn = parse_turn(text, self._format)
+        ids = [_call_id(episode.seed, episode.num_turns, place) for place in range(len(turn.calls))]
+        made = [(one, call_id) for one, call_id in zip(turn.calls, ids, strict=True) if one.problem is None]
+        if turn.calls:
+            action["content"] = turn.content
+        if made:
+            action["tool_calls"] = [
+                {"type": "function", "id": call_id, "function": {"name": one.name, "arguments": one.arguments}}
+                for one, call_id in made
+            ]
+        asked = [(one, call_id) for one, call_id in zip(turn.calls, ids, strict=True) if one.problem is not None]
+        asked = asked if episode.kind.has_own_tools else [*zip(turn.calls, ids, strict=True)]
+        observations, num_bad = await answers([one for one, _ in asked], [call_id for _, call_id in asked], functions)
+        is_for_player = not turn.calls or (episode.kind.has_own_tools and bool(made))
+        step = await episode.player.step(action) if is_for_player else Step()
+        return _stepped(step, action, observations, len(turn.calls), num_bad)
+
+    async def _forget(self, number: int, reason: str | None) -> None:
+        """Close an episode. reason: None where it failed. What that raises is in the log only, because what the episode
+        was worth is known.
+        """
+        episode = self._episodes.pop(number, None)
+        if episode is None:
+            return
+        try:
+            await episode.player.close(reason)
+        except Exception as error:  # noqa: BLE001  user code raises what it likes
+            self._errors.failure(error)
+
+    def _packed(self, nonce: str, done: _Done, failure: Failure | None, seconds: float) -> bytes:
+        done = done if failure is None else _Done()
+        kind, message = failure or (None, None)
+        told = {"kind": kind, "message": message and one_line(message), "seconds": seconds}
+        return pack({"nonce": nonce, "op": "done", **dataclasses.asdict(done), **told})
+
+    def _reply(self, message: Mapping[str, Any]) -> None:
+        write_frame(self._replies, pack(message))
+
+
+def _stepped(step: Step, action: Message, observations: list[Message], num_calls: int, num_bad: int) -> _Done:
+    """What a turn came to. observations: answers of tools, which come first."""
+    if number_of(step.done) not in (0.0, 1.0):
+        raise Rejected("not_a_step", f"step gave done {short(step.done)}, it must be True or False")
+    messages = observations + checked_observations(step.messages)
+    reward, metrics = _reward(step.reward), checked_metrics(step.metrics)
+    return _Done(messages, action, reward, bool(step.done), metrics, num_calls, num_bad)
+
+
+def _reward(value: Any) -> float | None:
+    reward = as_reward(value)
+    if reward is not None and abs(reward) > MAX_REWARD:
+        raise Rejected("out_of_range", f"gave the reward {reward:g}, it must be within {MAX_REWARD:g} of 0")
+    return reward
+
+
+def _call_id(seed: int, turn: int, place: int) -> str:
+    """Nine letters and digits, as some chat templates want them, which follow from the episode."""
+    return hashlib.blake2b(f"{seed} {turn} {place}".encode(), digest_size=8).hexdigest()[:9]
+
+
+if __name__ == "__main__":
+    main()
