@@ -11,7 +11,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from rl.files.json_file import Fields, check_files, check_is_file, read_object, shown
@@ -43,10 +44,11 @@ class Tokenizer:
       eos_ids: ids that end a completion by the tokenizer's own settings; empty without an EOS. A model may add more.
       bos_id, pad_id: None when the tokenizer has none. `pad_id` may equal an EOS id, because no mask is made from it.
       vocab_size: highest token id + 1, special and added tokens included.
+      template_name: what messages call the chat template.
 
     Args:
-      template_name: what messages call the chat template.
       template_kwargs: variables of the chat template, such as enable_thinking, by name.
+      clock: the time in ISO 8601 that chat templates are told in place of the present; None: the present.
     """
 
     def __init__(
@@ -54,11 +56,14 @@ class Tokenizer:
         backend: "PreTrainedTokenizerFast | ByteBackend",
         template_name: str = "the tokenizer's chat template",
         template_kwargs: Mapping[str, Any] | None = None,
+        clock: str | None = None,
     ) -> None:
         self.backend = backend
-        self._template_name = template_name
+        self.template_name = template_name
         self._template_kwargs = dict(template_kwargs or {})
+        self._clock = clock
         self._untrusted: Untrusted | None = None  # renders chats; made for the first chat
+        self._is_checked = False  # whether the template has shown that it writes what messages say
         self._writes_the_date = False
         eos_id = _token_id(backend, backend.eos_token)
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
@@ -76,7 +81,22 @@ class Tokenizer:
         """The same tokenizer with other variables of the chat template; itself where they are its own."""
         if dict(template_kwargs) == self._template_kwargs:
             return self
-        return Tokenizer(self.backend, self._template_name, template_kwargs)
+        return Tokenizer(self.backend, self.template_name, template_kwargs, self._clock)
+
+    def with_clock(self, clock: str) -> "Tokenizer":
+        """The same tokenizer with a fixed time for `strftime_now`, which some chat templates write the date with. So
+        chats that are rendered on different days are the same text.
+
+        Raises:
+          ValueError: `clock` is no time in ISO 8601, such as 2026-11-29T12:00:00.
+        """
+        try:
+            datetime.fromisoformat(clock)
+        except ValueError as error:
+            raise ValueError(
+                f"the clock of chat templates must be a time in ISO 8601, got {clock!r}: {error}"
+            ) from error
+        return Tokenizer(self.backend, self.template_name, self._template_kwargs, clock)
 
     @property
     def is_of_text_prompts(self) -> bool:
@@ -112,38 +132,49 @@ class Tokenizer:
             return self._prefix_ids + ids
         return ids
 
-    def render_chat(self, messages: Messages) -> str:
+    def render_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The messages as text by the tokenizer's own Jinja template, up to the point where the assistant continues.
 
         A last message by the assistant is the beginning of the answer: the messages before it are rendered, and its
         content follows unchanged. The template is a program by others, so it runs in a process of its own, which is
         ended when it takes too long.
 
+        Args:
+          tools: JSON schemas of the functions that the assistant may call.
+
         Raises:
           ValueError: there is no chat template, or it refuses the messages (Gemma's wants user and assistant in turn),
             fails, takes or writes too much, or ignores the text of the messages.
+        """
+        messages, prefill = split_prefill(messages)
+        assert messages, "an answer that begins without a message to answer"
+        text = self.render(messages, tools)
+        if not self._is_checked:
+            self._check_that_messages_matter(messages, tools, text)
+            if self._clock is None and _CLOCK in self.backend.get_chat_template():
+                self._writes_the_date = len({self._render(messages, tools, now=now) for now in _DAYS}) > 1
+            self._is_checked = True
+        return text + prefill
+
+    def render(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text of a whole conversation, up to the point where the assistant writes its next message.
+
+        Raises:
+          ValueError: there is no chat template, or it refuses the messages, fails, takes or writes too much.
         """
         if not self.has_chat_template:
             raise ValueError(
                 "the tokenizer must have a chat template for a chat prompt, got none; set tokenizer.chat_template to a "
                 "Jinja file, use an instruction-tuned model's tokenizer, or set data.chat=false"
             )
-        is_first = self._untrusted is None
-        messages, prefill = split_prefill(messages)
-        assert messages, "an answer that begins without a message to answer"
         try:
-            text = self._render(messages)
+            return self._render(messages, tools)
         except UntrustedError as error:
             roles = [message.get("role") for message in messages]
             raise ValueError(
-                f"{self._template_name} must accept messages with roles {shown(roles)}, got {error}; change "
+                f"{self.template_name} must accept messages with roles {shown(roles)}, got {error}; change "
                 "data.system_prompt or the messages, or set tokenizer.chat_template to another Jinja file"
             ) from error
-        if is_first:
-            self._check_that_messages_matter(messages, text)
-            dates = {self._render(messages, now) for now in _DAYS} if _CLOCK in self.backend.get_chat_template() else ()
-            self._writes_the_date = len(dates) > 1
-        return text + prefill
 
     def template_kwargs_problem(self) -> str | None:
         """A message about `template_kwargs` that the chat template never reads; None without any.
@@ -157,14 +188,14 @@ class Tokenizer:
             read = self._process().variables(self.backend.get_chat_template())
         except UntrustedError as error:
             raise ValueError(
-                f"{self._template_name} must be a Jinja template, got {error}; set tokenizer.chat_template to another "
+                f"{self.template_name} must be a Jinja template, got {error}; set tokenizer.chat_template to another "
                 "Jinja file"
             ) from error
         unread = [name for name in self._template_kwargs if name not in read]
         if not unread:
             return None
         return (
-            f"data.chat_template_kwargs: {self._template_name} never reads {', '.join(unread)}, so what is set there "
+            f"data.chat_template_kwargs: {self.template_name} never reads {', '.join(unread)}, so what is set there "
             "changes nothing; correct the name or leave it out"
         )
 
@@ -173,7 +204,7 @@ class Tokenizer:
         if not self._writes_the_date:
             return None
         return (
-            f"{self._template_name} writes the date of the day into every prompt, so a run that goes on tomorrow has "
+            f"{self.template_name} writes the date of the day into every prompt, so a run that goes on tomorrow has "
             "other prompts and is refused as another run; set the variable that the template reads instead, such as "
             'data.chat_template_kwargs={date_string: "26 Jul 2024"}, or tokenizer.chat_template to a file without '
             f"{_CLOCK}"
@@ -184,31 +215,35 @@ class Tokenizer:
             self._untrusted = Untrusted()
         return self._untrusted
 
-    def _render(self, messages: Messages, now: str | None = None, asks: bool = True) -> str:
+    def _render(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] = (), asks: bool = True, now: str | None = None
+    ) -> str:
         variables = {**self.backend.special_tokens_map, "tools": None, "documents": None, **self._template_kwargs}
         variables |= {"messages": messages, "add_generation_prompt": asks}
-        return self._process().render(self.backend.get_chat_template(), variables, now)
+        if tools:
+            variables["tools"] = list(tools)
+        return self._process().render(self.backend.get_chat_template(), variables, now or self._clock)
 
-    def _check_that_messages_matter(self, messages: Messages, text: str) -> None:
+    def _check_that_messages_matter(self, messages: Messages, tools: Sequence[Mapping[str, Any]], text: str) -> None:
         """ValueError where other words in the first or the last message give the same text."""
         for index in sorted({0, len(messages) - 1}):
             message = messages[index]
             changed = [*messages[:index], {**message, "content": f"{message['content']} 7 "}, *messages[index + 1 :]]
             try:
-                is_ignored = self._render(changed) == text
+                is_ignored = self._render(changed, tools) == text
             except UntrustedError:  # the template wants certain words, so it reads them
                 is_ignored = False
             if is_ignored:
                 raise ValueError(
-                    f"{self._template_name} must write what the messages say, got the same text for other words of the "
+                    f"{self.template_name} must write what the messages say, got the same text for other words of the "
                     f"{message['role']!r} message; set tokenizer.chat_template to another Jinja file, leave such "
                     "messages out (data.system_prompt=null), or set data.chat=false"
                 )
 
-    def encode_chat(self, messages: Messages) -> list[int]:
-        """Token ids of `render_chat(messages)`. BOS is there if the template writes it, and never twice."""
+    def encode_chat(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids of `render_chat(messages, tools)`. BOS is there if the template writes it, and never twice."""
         # apply_chat_template does the same, but its result differs between versions.
-        return self.encode(self.render_chat(messages), add_bos=False)
+        return self.encode(self.render_chat(messages, tools), add_bos=False)
 
     def encode_answered(self, messages: Messages) -> list[int]:
         """Token ids of a chat up to and with its last message, by the tokenizer's own Jinja template, as
@@ -219,11 +254,11 @@ class Tokenizer:
         """
         roles = shown([message.get("role") for message in messages])
         if not self.has_chat_template:
-            raise ValueError(f"{self._template_name} must exist to write messages with roles {roles}, got none")
+            raise ValueError(f"{self.template_name} must exist to write messages with roles {roles}, got none")
         try:
             text = self._render(messages, asks=False)
         except UntrustedError as error:
-            raise ValueError(f"{self._template_name} must accept messages with roles {roles}, got {error}") from error
+            raise ValueError(f"{self.template_name} must accept messages with roles {roles}, got {error}") from error
         return self.encode(text, add_bos=False)
 
     @property
@@ -241,6 +276,8 @@ class Tokenizer:
     def content_hash(self) -> str:
         """A hash over everything that decides its ids."""
         template = [self.backend.chat_template, self._template_kwargs]
+        if self._clock is not None and self.has_chat_template and _CLOCK in self.backend.get_chat_template():
+            template.append(self._clock)
         parts = [self.backend.backend_tokenizer.to_str(), json.dumps(template), repr(self.eos_ids)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
