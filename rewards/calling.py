@@ -2,7 +2,8 @@
 
 A plain function is called as if no loop ran, so that it may use `asyncio.run`. Everything that an episode starts runs
 in tasks of its own context: `random` and numpy's global state are that episode's whenever one of them runs, and are
-kept for it when it waits. So an episode draws what it would draw alone.
+kept for it when it waits. So an episode draws what it would draw alone. Its time limit does not count the time in which
+others' code ran.
 """
 
 import asyncio
@@ -13,21 +14,34 @@ import random
 import sys
 import types
 from collections.abc import Callable, Coroutine, Generator, Iterator
-from typing import Any
+from time import monotonic  # by name, before a user's code can replace it
+from types import TracebackType
+from typing import Any, Self
 
 _EPISODE: "contextvars.ContextVar[RandomState]" = contextvars.ContextVar("episode")
 
 
-class RandomState:
-    """The global random states of an episode: Python's, and numpy's where it is imported."""
+class Clock:
+    """Seconds in which code of any episode ran."""
 
-    def __init__(self, seed: int):
-        self._seed = seed
+    def __init__(self) -> None:
+        self.busy = 0.0
+
+
+class RandomState:
+    """The global random states of an episode: Python's, and numpy's where it is imported. busy: seconds in which its
+    code ran.
+    """
+
+    def __init__(self, seed: int, clock: Clock):
+        self._seed, self.clock = seed, clock
+        self.busy = self._entered = 0.0
         self._python = random.Random(seed).getstate()
         self._numpy: Any = None
 
     def enter(self) -> None:
         """To be called before code of the episode runs."""
+        self._entered = monotonic()
         random.setstate(self._python)
         if numpy := sys.modules.get("numpy"):
             if self._numpy is None:
@@ -40,6 +54,58 @@ class RandomState:
         self._python = random.getstate()
         if numpy := sys.modules.get("numpy"):
             self._numpy = numpy.random.get_state(legacy=False)
+        ran = monotonic() - self._entered
+        self.busy += ran
+        self.clock.busy += ran
+
+
+class TimeLimit:
+    """A context in which code of an episode gets a TimeoutError at its next `await` after so many seconds, those apart
+    in which other episodes' code ran. Inside a task of that episode.
+    """
+
+    def __init__(self, seconds: float, state: RandomState):
+        self._seconds, self._state = seconds, state
+        self._others, self._start = self._busy_of_others(), monotonic()
+        self._is_over = False
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._check_later(self._seconds)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._is_over and self._task.uncancel() == 0 and isinstance(error, asyncio.CancelledError):
+            raise TimeoutError from error
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time was over before the end of the context."""
+        return self._is_over
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this was made."""
+        return monotonic() - self._start - (self._busy_of_others() - self._others)
+
+    def _busy_of_others(self) -> float:
+        return self._state.clock.busy - self._state.busy
+
+    def _check_later(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._check)
+
+    def _check(self) -> None:
+        left = self._seconds - self.elapsed
+        if left > 0:
+            self._check_later(left)
+        else:
+            self._is_over = True
+            self._task.cancel()
 
 
 def task_in(loop: asyncio.AbstractEventLoop, state: RandomState, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task:

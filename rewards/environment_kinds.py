@@ -104,10 +104,10 @@ def tools_alone() -> Kind:
 
 
 def _own(make: Callable[[], Any], made: type) -> Kind:
-    tools = getattr(made, "tools", None)
-    has_tools = isinstance(tools, (list, tuple)) and bool(tools)
+    tools = getattr(made, "tools", ())
+    tools = tools if isinstance(tools, (list, tuple)) else ()
     asynchronous = _some_async(made, ("reset", "step", "close"))
-    return Kind("own", asynchronous, lambda: _Own(make), tools if has_tools else (), has_own_tools=has_tools)
+    return Kind("own", asynchronous, lambda: _Own(make), tools, has_own_tools=bool(tools))
 
 
 class _Own:
@@ -180,8 +180,8 @@ class _Trl:
             return prompt + said
         last = prompt[-1]
         content = last.get("content") or ""
-        more = said if isinstance(content, str) else [{"type": "text", "text": said}]
-        return [*prompt[:-1], {**last, "content": content + more}]
+        whole = content + said if isinstance(content, str) else [*content, {"type": "text", "text": said}]
+        return [*prompt[:-1], {**last, "content": whole}]
 
     async def step(self, message: Message) -> Step:
         return Step(done=True)

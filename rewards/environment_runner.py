@@ -119,17 +119,14 @@ class _Running:
     sent: float
     limit: float
 
-    @property
-    def deadline(self) -> float:
-        return self.sent + self.limit + (_GRACE_SECONDS if self.episode.is_async else 0.0)
-
 
 class _Worker(SupervisedProcess):
     """One worker process, its episodes, and what it is asked."""
 
-    def __init__(self, log: int | None, environment: Mapping[str, str], memory_gb: float | None):
+    def __init__(self, log: int | None, environment: Mapping[str, str], memory_gb: float | None, max_episodes: int):
         self.episodes: dict[int, _Episode] = {}
         self.num_failed_loads = 0
+        self._max_episodes = max_episodes
         super().__init__("rewards.environment_worker", log, environment, memory_gb, "rollout")
 
     def _start(self) -> None:
@@ -138,6 +135,7 @@ class _Worker(SupervisedProcess):
         self.loading: str | None = None  # the nonce
         self.running: dict[str, _Running] = {}
         self.waiting: collections.deque[_Episode] = collections.deque()
+        self.heard = 0.0  # when it last answered
 
     def load(self, request: Mapping[str, Any], timeout: float) -> None:
         """Ask for the environments."""
@@ -164,7 +162,16 @@ class _Worker(SupervisedProcess):
             about = {"op": call.op, "episode": episode.number, "limit": running.limit, "nonce": nonce}
             self._send({**call.fields, **about})
         if self.is_loaded:
-            self.deadline = min((running.deadline for running in self.running.values()), default=math.inf)
+            self.deadline = min(map(self.deadline_of, self.running.values()), default=math.inf)
+
+    def deadline_of(self, running: _Running) -> float:
+        """When a call must have been answered. A worker says itself that an async one took too long, so it is late only
+        if the worker answers nothing, or if it would be late even had each of the others taken all of its time.
+        """
+        limit = running.limit + (_GRACE_SECONDS if running.episode.is_async else 0.0)
+        if running.episode.is_alone:
+            return running.sent + limit
+        return min(max(running.sent, self.heard) + limit, running.sent + limit * self._max_episodes)
 
     def drop(self, number: int) -> None:
         """Have the worker forget an episode, where it still holds it."""
@@ -239,7 +246,7 @@ class EnvironmentRunner:
         self._ready: list[EnvironmentReply] = []
         self._log = None if log_path is None else RewardLog(log_path)
         log = None if self._log is None else self._log.descriptor
-        self._workers = [_Worker(log, variables, memory_gb) for _ in range(num_workers)]
+        self._workers = [_Worker(log, variables, memory_gb, max_episodes_per_worker) for _ in range(num_workers)]
         try:
             self._kinds = self._load()
             self.tools_of = {name: kind.schemas for name, kind in self._kinds.items()}
@@ -449,13 +456,13 @@ class EnvironmentRunner:
                 done = read_done(fields, running.call.op)
                 del worker.running[nonce]
                 self._take(running, done)
-                has_spoken = True
+                worker.heard, has_spoken = time.monotonic(), True
         except BrokenWorker as error:
             self._lost(worker, ("died", f"the worker process sent {error}; it was killed"))
             return
         if has_spoken:
             return
-        late = [running for running in worker.running.values() if time.monotonic() > running.deadline]
+        late = [running for running in worker.running.values() if time.monotonic() > worker.deadline_of(running)]
         if death is not None:
             self._lost(worker, death)
         elif late:

@@ -24,10 +24,9 @@ import hashlib
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from time import monotonic  # by name, before a user's code can replace it
 from typing import Any, BinaryIO
 
-from rewards.calling import RandomState, task_factory, task_in
+from rewards.calling import Clock, RandomState, TimeLimit, task_factory, task_in
 from rewards.environment import Message, Step
 from rewards.environment_kinds import Kind, Player, load_kind, tools_alone
 from rewards.environment_replies import LABEL, TOOLS_LABEL, TOOLS_NAME
@@ -109,6 +108,7 @@ class _Worker:
         self._episodes: dict[int, _Episode] = {}
         self._tasks: set[asyncio.Task] = set()  # the loop itself forgets them
         self._is_closing = False
+        self._clock = Clock()
         self._errors = Errors(_CALLERS, section="rollout")
         self._watchdog = Watchdog()
 
@@ -125,7 +125,7 @@ class _Worker:
             seed = request.get("seed")
             if seed is not None:  # it begins
                 kind = self._kinds[request["environment"]]
-                begun = _Episode(kind, kind.make_player(), RandomState(seed), seed)
+                begun = _Episode(kind, kind.make_player(), RandomState(seed, self._clock), seed)
                 self._episodes[request["episode"]] = begun
             episode = self._episodes[request["episode"]]
             self._watchdog.watch(request["limit"])
@@ -195,24 +195,24 @@ class _Worker:
         return [schema_of(function, TOOLS_LABEL) for function in self._functions.values()] + own
 
     async def _answer(self, request: Mapping[str, Any], episode: _Episode) -> None:
-        start, number, failure, done = monotonic(), request["episode"], None, _Done()
-        scope = asyncio.timeout(request["limit"])
+        number, failure, done = request["episode"], None, _Done()
+        limit = TimeLimit(request["limit"], episode.state)
         try:
-            async with scope:
+            with limit:
                 done = await self._do(request, episode)
                 if request["op"] == "finish":
                     await self._forget(number, request["reason"])
         except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
-            late = isinstance(error, TimeoutError) and scope.expired()
+            late = isinstance(error, TimeoutError) and limit.is_over
             failure = ("timeout", f"no answer within {request['limit']:g} s") if late else self._errors.failure(error)
             await self._forget(number, None)
         if self._is_closing:  # nobody reads a reply
             return
-        reply = self._packed(request["nonce"], done, failure, monotonic() - start)
+        reply = self._packed(request["nonce"], done, failure, limit.elapsed)
         if len(reply) - HEADER.size > MAX_FRAME:
             await self._forget(number, None)
             rule = f"an answer must be at most {MAX_FRAME} bytes of JSON, got {len(reply)}; shorten the messages"
-            reply = self._packed(request["nonce"], _Done(), ("not_a_step", rule), monotonic() - start)
+            reply = self._packed(request["nonce"], _Done(), ("not_a_step", rule), limit.elapsed)
         write_frame(self._replies, reply)
 
     async def _do(self, request: Mapping[str, Any], episode: _Episode) -> _Done:

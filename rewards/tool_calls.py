@@ -137,7 +137,9 @@ def _llama_json(text: str) -> tuple[str, list[Call]]:
         place = _end_of_space(rest, end)
     if tag and not calls:
         calls.append(Call("", {}, f"what follows {_PYTHON_TAG} is no JSON object"))
-    return content + rest[place:], calls
+    # Text that is no call stays, with its tag where there is none before it.
+    tag = tag if len(calls) == 1 and calls[0].problem is not None else ""
+    return content + tag + rest[place:], calls
 
 
 def _llama_pythonic(text: str) -> tuple[str, list[Call]]:
@@ -150,7 +152,7 @@ def _llama_pythonic(text: str) -> tuple[str, list[Call]]:
     try:
         return content, _pythonic_calls(rest)
     except _Malformed as problem:
-        return content + rest, [Call("", {}, f"the calls are not [name(argument=literal), ...]: {problem}")]
+        return text, [Call("", {}, f"the calls are not [name(argument=literal), ...]: {problem}")]
 
 
 def _json_call(text: str, key: str) -> Call:

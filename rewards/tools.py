@@ -47,7 +47,7 @@ def schema_of(function: Callable[..., Any], label: str) -> dict[str, Any]:
     Raises ValueError where these do not say enough, or transformers is missing.
     """
     try:
-        from transformers.utils import get_json_schema
+        from transformers.utils.chat_template_utils import get_json_schema
     except ImportError as error:
         raise ValueError(
             f"{label}: schemas of tools are read by transformers, which does not import ({error}); install it"

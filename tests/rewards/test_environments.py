@@ -1,109 +1,15 @@
 """Environments and tools in worker processes: what they may do without harming a step. Every test runs real workers."""
 
 import os
-import textwrap
 
 import pytest
 
-from rewards.environment_runner import EnvironmentRunner
-
-QUESTION = [{"role": "user", "content": "Which number?"}]
-
-GUESS = '''
-    import random
-    from rewards.environment import Step
-
-    class Guess:
-        """A number from 1 to 100, which the row may hold; hints until it is found."""
-
-        def reset(self, row, seed):
-            self.number, self.turns = row.get("number") or random.randint(1, 100), 0
-            return row["prompt"]
-
-        def step(self, message):
-            self.turns += 1
-            guess = int(message["content"])
-            if guess == self.number:
-                return Step(reward=1.0 / self.turns, done=True, metrics={"turns": self.turns})
-            hint = "higher" if guess < self.number else "lower"
-            return Step([{"role": "user", "content": hint}], metrics={"distance": abs(guess - self.number)})
-
-        def close(self):
-            print("closed", self.number)
-'''
-
-TOOLS = '''
-    import asyncio
-
-    def add(a: int, b: int) -> int:
-        """Adds two numbers.
-
-        Args:
-            a: the first
-            b: the second
-        """
-        return a + b
-
-    async def double(a: int) -> int:
-        """Doubles a number.
-
-        Args:
-            a: the number
-        """
-        await asyncio.sleep(0)
-        return 2 * a
-
-    def divide(a: int, b: int) -> float:
-        """Divides a number.
-
-        Args:
-            a: the number
-            b: by what
-        """
-        return a / b
-'''
+from tests.helpers.environments import GUESS, QUESTION, TOOLS, ask, hermes, replies_of, start, writer
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a file; the result is the reference of one of its names."""
-
-    def write_file(code: str, name: str = "mine"):
-        path = tmp_path / f"{name}.py"
-        path.write_text(textwrap.dedent(code))
-        return lambda attribute: f"{path}:{attribute}"
-
-    return write_file
-
-
-def start(environments=None, tools=(), **options):
-    limits = {"num_workers": 1, "step_timeout_seconds": 5.0, "episode_timeout_seconds": 20.0}
-    limits |= {"max_episodes_per_worker": 16}
-    if isinstance(environments, str):
-        environments = {"game": environments}
-    return EnvironmentRunner(environments or {}, list(tools), **(limits | options))
-
-
-def replies_of(runner, count, seconds=30.0):
-    """So many replies, by episode."""
-    found = []
-    while len(found) < count:
-        new = runner.poll(seconds)
-        assert new, found
-        found += new
-    assert len(found) == count
-    return {reply.episode: reply for reply in found}
-
-
-def ask(runner, episode, method, *arguments):
-    getattr(runner, method)(episode, *arguments)
-    return replies_of(runner, 1)[episode]
-
-
-def hermes(name, **arguments):
-    import json
-
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+    return writer(tmp_path)
 
 
 # Our own protocol.
@@ -240,3 +146,317 @@ def test_the_process_that_asks_holds_no_environment(write):
         processes = {reply.messages for reply in replies_of(runner, 4).values()}
     assert len(processes) == 2
     assert str(os.getpid()) not in processes
+
+
+# What an environment may do wrong.
+
+LIES = """
+    import os
+    import numpy as np
+    from rewards.environment import Step
+
+    ANSWERS = {
+        "nothing": None,
+        "dict": {"reward": 1.0},
+        "NaN": Step(reward=float("nan")),
+        "text": Step(reward="1.0"),
+        "huge": Step(reward=1e9),
+        "half done": Step(done=0.5),
+        "no list": Step("a message"),
+        "no message": Step(["a message"]),
+        "no content": Step([{"role": "user"}]),
+        "assistant": Step([{"role": "assistant", "content": "I am the policy"}]),
+        "object": Step([{"role": "user", "content": "a", "more": object()}]),
+        "deep": Step([{"role": "user", "content": "a", "more": [] }]),
+        "metric": Step(metrics={"a": "b"}),
+        "long": Step([{"role": "user", "content": "a" * (2 << 20)}]),
+        "fine": Step(
+            [{"role": "user", "content": "half \\ud800"}],
+            np.float32(0.5),
+            np.bool_(False),
+            {"a": np.int64(1), "b": float("inf")},
+        ),
+    }
+    part = ANSWERS["deep"].messages[0]["more"]
+    for _ in range(100):
+        part.append([])
+        part = part[0]
+
+    class Liar:
+        def reset(self, row, seed):
+            return row["opening"]
+
+        def step(self, message):
+            if message["content"] == "exit":
+                raise SystemExit(4)
+            return ANSWERS[message["content"]]
+
+        def close(self):
+            raise ValueError("in close")
+"""
+
+
+def test_an_answer_that_is_none_costs_its_episode_and_says_what_is_wrong(write, tmp_path):
+    liar = write(LIES)
+    wrong = {
+        "nothing": ("not_a_step", "step returned NoneType None, must return a rewards.environment.Step"),
+        "dict": ("not_a_step", "step returned dict"),
+        "NaN": ("not_a_number", "returned nan, a reward must be finite"),
+        "text": ("not_a_number", "a reward must be a number or None"),
+        "huge": ("out_of_range", "gave the reward 1e+09, it must be within 1e+06 of 0"),
+        "half done": ("not_a_step", "step gave done float 0.5, it must be True or False"),
+        "no list": ("not_a_step", "step gave the messages str 'a message'"),
+        "no message": ("not_a_step", "a message must be a dict with role and content"),
+        "no content": ("not_a_step", "step gave the content NoneType None, it must be a text"),
+        "assistant": ("not_a_step", "step gave the role 'assistant', it must be one of user, tool, system"),
+        "object": ("not_a_step", "in a message, which must be plain JSON"),
+        "deep": ("not_a_step", "in a message, which must be plain JSON"),
+        "metric": ("not_a_step", "a metric must be a name and a number"),
+        "long": ("not_a_step", "an answer must be at most 1048576 bytes of JSON"),
+        "exit": ("exception", "SystemExit: 4"),
+    }
+    with start(liar("Liar"), max_episodes_per_worker=100, log_path=tmp_path / "log") as runner:
+        for episode in range(len(wrong) + 1):
+            runner.begin(episode, {"opening": "p"}, 0)
+        for episode, opening in ((100, 5), (101, []), (102, [{"content": "a"}])):
+            runner.begin(episode, {"opening": opening}, 0)
+        begun = replies_of(runner, len(wrong) + 4)
+        assert [begun[number].failure[0] for number in (100, 101, 102)] == ["not_a_step"] * 3
+        for episode, text in enumerate([*wrong, "fine"]):
+            runner.step(episode, text)
+        replies = replies_of(runner, len(wrong) + 1)
+        for episode, (kind, message) in enumerate(wrong.values()):
+            assert replies[episode].failure is not None, episode
+            assert replies[episode].failure[0] == kind
+            assert message in replies[episode].failure[1]
+            assert "\n" not in replies[episode].failure[1]
+        fine = replies[len(wrong)]
+        assert fine.messages == [{"role": "user", "content": "half ?"}]
+        assert (fine.reward, fine.done, fine.metrics) == (0.5, False, {"a": 1.0})
+        assert ask(runner, len(wrong), "finish", "turns").failure is None  # what close raises is in the log
+    assert "ValueError: in close" in (tmp_path / "log").read_text()
+
+
+def test_bytes_that_are_no_reply_cost_the_episode_that_was_asked(write):
+    game = write("""
+        import os
+        from rewards.environment import Step
+
+        class Game:
+            def reset(self, row, seed):
+                return "p"
+
+            def step(self, message):
+                for number in range(3, 64):
+                    try:
+                        if os.readlink(f"/proc/self/fd/{number}").startswith("pipe:"):
+                            os.write(number, b"\\0" * 7 + b"\\x02" + b"{}")
+                    except OSError:
+                        pass
+                return Step()
+
+            def close(self):
+                pass
+    """)
+    with start(game("Game")) as runner:
+        ask(runner, 0, "begin", {}, 0)
+        kind, message = ask(runner, 0, "step", "a").failure
+        assert kind == "died"
+        assert "sent what is no message" in message
+        assert ask(runner, 1, "begin", {}, 0).messages == "p"
+
+
+def test_an_environment_that_holds_too_much_memory_is_ended(write):
+    game = write("""
+        import time
+        from rewards.environment import Step
+
+        class Game:
+            def reset(self, row, seed):
+                return "p"
+
+            def step(self, message):
+                if message["content"] == "hold":
+                    held = bytearray(300_000_000)
+                    held[::4096] = b"x" * len(held[::4096])
+                    time.sleep(20)
+                return Step()
+
+            def close(self):
+                pass
+    """)
+    with start(game("Game"), memory_gb=0.25, step_timeout_seconds=20.0) as runner:
+        for episode in (0, 1):
+            ask(runner, episode, "begin", {}, 0)
+        runner.step(0, "hold")
+        runner.step(1, "a")
+        replies = replies_of(runner, 2)
+        assert replies[0].failure[0] == "memory"
+        assert "rollout.memory_gb (0.25)" in replies[0].failure[1]
+        assert replies[1].failure is None
+
+
+def test_an_episode_that_answers_otherwise_when_it_is_played_again_is_over(write):
+    game = write("""
+        import os
+        from rewards.environment import Step
+
+        class Game:
+            def reset(self, row, seed):
+                self.is_odd = seed % 2
+                return "p"
+
+            def step(self, message):
+                if message["content"] == "die":
+                    os._exit(1)
+                return Step([{"role": "user", "content": str(os.getpid()) if self.is_odd else "same"}])
+
+            def close(self):
+                pass
+    """)
+    with start(game("Game")) as runner:
+        for episode in range(3):
+            ask(runner, episode, "begin", {}, episode)
+            ask(runner, episode, "step", "a")
+        ask(runner, 2, "step", "die")
+        assert ask(runner, 0, "step", "b").failure is None
+        kind, message = ask(runner, 1, "step", "b").failure  # it is told when it is asked
+        assert kind == "replay"
+        assert "it answered something else when it was played again" in message
+
+
+def test_calls_of_an_episode_have_a_limit_together_and_workers_a_limit_of_episodes(write):
+    game = write("""
+        import time
+        from rewards.environment import Step
+
+        class Game:
+            def reset(self, row, seed):
+                return str(seed)
+
+            def step(self, message):
+                time.sleep(float(message["content"]))
+                return Step()
+
+            def close(self):
+                pass
+    """)
+    options = {"max_episodes_per_worker": 1, "episode_timeout_seconds": 0.3, "step_timeout_seconds": 5.0}
+    with start(game("Game"), **options) as runner:
+        for episode in range(3):
+            runner.begin(episode, {}, episode)
+        assert [*replies_of(runner, 1)] == [0]
+        assert runner.poll(0.0) == []
+        assert ask(runner, 0, "step", "0.2").failure is None
+        kind, message = ask(runner, 0, "step", "1").failure
+        assert kind == "timeout"
+        assert "no answer within 0." in message
+        assert [*replies_of(runner, 1)] == [1]  # in the place of the first
+        runner.finish(1, "done")
+        replies = replies_of(runner, 2)
+        assert (replies[1].op, replies[2].op, replies[2].messages) == ("finish", "begin", "2")
+        runner.step(2, "0")
+        runner.drop_all()
+        assert runner.poll(0.0) == []
+        assert ask(runner, 2, "begin", {}, 9).messages == "9"
+
+
+# Async environments.
+
+ASYNC = """
+    import asyncio, os, random, time
+    import numpy as np
+    from rewards.environment import Step
+
+    waiting = []
+
+    class Game:
+        async def reset(self, row, seed):
+            return "p"
+
+        async def step(self, message):
+            what = message["content"]
+            if what == "die":
+                os._exit(1)
+            if what == "hang":
+                await asyncio.sleep(100)
+            if what == "block":
+                time.sleep(100)
+            if what == "together":  # for ever, when called one after another
+                waiting.append(asyncio.Event())
+                if len(waiting) == 3:
+                    for event in waiting:
+                        event.set()
+                await waiting[len(waiting) - 1].wait()
+            drawn = []
+            for _ in range(3):
+                await asyncio.sleep(0.001 * random.random())
+                drawn += [random.random(), float(np.random.rand())]
+
+            async def draw():
+                await asyncio.sleep(0)
+                return random.random()
+
+            drawn += [await draw() for _ in range(2)]
+            drawn.append(await asyncio.create_task(draw()))
+            return Step([{"role": "user", "content": str(drawn)}])
+
+        async def close(self):
+            pass
+"""
+
+
+def test_async_episodes_are_played_at_the_same_time_and_each_draws_what_it_would_alone(write):
+    game = write(ASYNC)
+    with start(game("Game")) as runner:
+        for episode in range(3):
+            runner.begin(episode, {}, 10 + episode)
+        replies_of(runner, 3)
+        for text in ("together", "a"):
+            for episode in range(3):
+                runner.step(episode, text)
+            together = replies_of(runner, 3)
+    assert len({str(reply.messages) for reply in together.values()}) == 3
+    with start(game("Game")) as runner:
+        for episode in range(3):
+            ask(runner, episode, "begin", {}, 10 + episode)
+            ask(runner, episode, "step", "b")
+            assert ask(runner, episode, "step", "c").messages == together[episode].messages
+
+
+def test_of_async_episodes_that_run_at_the_same_time_the_guilty_one_is_found(write):
+    game = write(ASYNC)
+    texts = ["a", "die", "hang", "block", "a"]
+    with start(game("Game"), step_timeout_seconds=0.4) as runner:
+        for episode in range(len(texts)):
+            runner.begin(episode, {}, episode)
+        replies_of(runner, len(texts))
+        for episode, text in enumerate(texts):
+            runner.step(episode, text)
+        replies = replies_of(runner, len(texts))
+    failures = [replies[episode].failure for episode in range(len(texts))]
+    assert [failure and failure[0] for failure in failures] == [None, "died", "timeout", "timeout", None]
+
+
+def test_a_plain_function_may_run_a_loop_of_its_own(write):
+    game = write("""
+        import asyncio
+        from rewards.environment import Step
+
+        class Game:
+            def reset(self, row, seed):
+                return asyncio.run(self.answer())
+
+            async def answer(self):
+                await asyncio.sleep(0)
+                return "from a loop"
+
+            async def step(self, message):
+                return Step(done=True)
+
+            def close(self):
+                pass
+    """)
+    with start(game("Game")) as runner:
+        assert ask(runner, 0, "begin", {}, 0).messages == "from a loop"
+        assert ask(runner, 0, "step", "a").done

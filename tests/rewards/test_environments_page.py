@@ -1,0 +1,32 @@
+"""docs/environments.md: every block of it runs, and gives what the page says."""
+
+import re
+
+from tests.helpers.environments import ask, hermes, start
+from tests.helpers.places import ROOT
+
+PAGE = (ROOT / "docs" / "environments.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+ROW = {"prompt": "Which number?", "number": 25}
+
+
+def test_every_block_of_the_page_on_environments_runs(tmp_path, monkeypatch):
+    assert {language for language, _ in BLOCKS} == {"python"}
+    code = "\n\n".join(text for _, text in BLOCKS)
+    (tmp_path / "my_game.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(compile(code, "my_game.py", "exec"), namespace)
+    begun, lower, right, ended = namespace["play"]("my_game.py:Guess", ["50", "25"], ROW)
+    assert (begun.messages, lower.messages) == ("Which number?", [{"role": "user", "content": "lower"}])
+    assert (lower.metrics, right.reward, right.done, ended.failure) == ({"wrong": 1.0}, 0.5, True, None)
+    calls = [hermes("guess", number=50), hermes("guess", number=25), "It is 25."]
+    begun, lower, right, last, ended = namespace["play"]("my_game.py:GuessForTRL", calls, ROW)
+    assert (begun.messages, last.done, ended.reward) == ("Which number?", True, 0.5)
+    assert [reply.messages[0]["content"] for reply in (lower, right)] == ["lower", "right"]
+    chat = {**ROW, "prompt": [{"role": "user", "content": "Which number?"}]}
+    _, lower, right, _ = namespace["play"]("my_game.py:GuessForSkyRL", ["50", "25"], chat)
+    assert (lower.messages[0]["content"], lower.reward, right.reward) == ("lower", 0.0, 0.5)
+    with start(tools=["my_game.py:add"], tool_format="hermes") as runner:
+        ask(runner, 0, "begin", {"prompt": "p"}, 0)
+        assert ask(runner, 0, "step", hermes("add", a=1, b=2)).messages[0]["content"] == "3"
