@@ -354,7 +354,7 @@ def _ends_of_calls(turns: _ChatTurns, eos_ids: Sequence[int], asked: Messages, r
     behind = text.partition(probe)[2]
     special = _special_eos(tokenizer, eos_ids)
     ends = [(place, token_id) for token_id, end in special.items() if (place := behind.find(end)) >= 0]
-    place, token_id = min(ends, default=(len(behind), turns.end_ids[0]))
+    place, token_id = min(ends, default=(0, turns.end_ids[0]))
     tail, marker = turns.tail(asked, results), special[turns.end_ids[0]]
     if behind[place + len(special[token_id]) :] != tail[len(marker) :]:
         raise ValueError(
