@@ -22,8 +22,8 @@ DESCRIPTION = LoadedFunction("sample", False, "elementwise", (), (), False, Fals
 class InProcess(Protocol):
     """A function of a whole batch that judges each completion by itself."""
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], /) -> list[float | Failure]:
-        """A number, or a failure, for each completion.
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], /) -> Sequence[float | None | Failure]:
+        """A number, None where it cannot judge, or a failure, for each completion.
 
         Args:
           prompts, completions: text, or messages, in their JSON form.
@@ -46,7 +46,7 @@ def with_values(
     seconds = time.monotonic() - start
     effort = result.effort | {name: Effort.of_call(seconds, len(values)) if values else Effort()}
     failed = [(sample, value) for sample, value in enumerate(values) if isinstance(value, tuple)]
-    kinds = [kind for _, (kind, _) in failed]
+    kinds = [kind for _, (kind, _) in failed] + ["none"] * values.count(None)
     problems, failures = failure_lines(name, failed)
     return dataclasses.replace(
         result,
@@ -77,9 +77,9 @@ def _first(
     return None
 
 
-def _checked(value: float | Failure) -> float | Failure:
+def _checked(value: float | None | Failure) -> float | None | Failure:
     """The value, or the failure that it is no reward, as for functions in workers."""
-    if isinstance(value, tuple):
+    if value is None or isinstance(value, tuple):
         return value
     if not math.isfinite(value):
         return "not_a_number", f"gave {value}"

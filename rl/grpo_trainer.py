@@ -30,6 +30,7 @@ from rl.data.prompts import load_prompts
 from rl.devices.mesh import check_sharded, create_mesh, no_implicit_transfers
 from rl.models.flavours import policy_from_config
 from rl.rollout.collector import Collector
+from rl.rollout.environments import start_episodes
 from rl.rollout.groups import minibatches, sample_records, with_advantages
 from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
@@ -41,7 +42,7 @@ from rl.run.executables import use_compiled
 from rl.run.log import RunLog
 from rl.run.output import RunOutput
 from rl.run.progress import Progress, restore_or_start, run_identity
-from rl.sampler.create import checked_sampling, create_sampler, plan_draws, warm_up
+from rl.sampler.create import checked_sampling, create_sampler, plan_draws, planned_prompt_length, warm_up
 from rl.state.optimizer import create_training_optimizer
 from rl.state.origin import find_origin, tokenizer_from_config
 from rl.state.reference_sync import ReferenceSync, restore_reference
@@ -94,7 +95,8 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         plan_draws(sampler, config, data, sampling, compiled.prompt_length)
 
         # train step: loss, gradient and optimizer for one minibatch; the updater takes it through a step's minibatches
-        packing = plan_minibatches(config, compiled.prompt_length or data.longest_prompt, policy, mesh)
+        longest_prompt = compiled.prompt_length or planned_prompt_length(config, data)
+        packing = plan_minibatches(config, longest_prompt, policy, mesh)
         loss = loss_config(config)
         options = train_step_options(config, packing)
         train_step = jit_train_step(policy, optimizer, loss, shardings, mesh=mesh, **options)
@@ -105,8 +107,9 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         # run folder: so far nothing on disk has changed; with check_only, `begin` only reads
         identity = run_identity(config, origin, data, {name: judge.tokenizer for name, judge in judges.items()})
         run = stack.enter_context(RunOutput(config, "grpo", identity, log, check_only=check_only, trust=trust))
-        rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log, mesh, judges))
-        collector = Collector(config, data, sampler, rewards, sampling, tokenizer, log)
+        episodes = stack.enter_context(start_episodes(config, tokenizer, sampling.eos_ids, data.train, run.rewards_log))
+        rewards = stack.enter_context(start_rewards(config, data.train, run.rewards_log, mesh, judges, episodes))
+        collector = Collector(config, data, sampler, rewards, sampling, tokenizer, log, episodes)
         checkpoints = run.begin(mesh, init_policy_fn, abstract_state, with_reference=bool(config.reference.sync_every))
         announce(log, config, run, data, origin, policy, mesh, packing)
         warn_about_sampling(log, config, sampling)

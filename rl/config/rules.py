@@ -34,6 +34,7 @@ def check_config(config: Config) -> None:
     _check_lora(config)
     _check_group_sizes(config)
     _check_source(config)
+    _check_rollout(config)
     _check_optimizer(config)
     _check_mesh(config)
     _check_distributed(config)
@@ -453,6 +454,43 @@ def _check_source(config: Config) -> None:
                 f"{key} must be {json.dumps(needed)} with sampling.source, which draws in the place of the sampler "
                 f"that it belongs to, got {shown(value)}; leave it out"
             )
+
+
+def _check_rollout(config: Config) -> None:
+    """Environments and tools, and what cannot be with them."""
+    section = config.rollout
+    named = {f"rollout.tools.{i}": tool for i, tool in enumerate(section.tools)}
+    if isinstance(section.environment, str):
+        named["rollout.environment"] = section.environment
+    else:
+        named |= {f"rollout.environment.{name}": value for name, value in (section.environment or {}).items()}
+    for key, value in named.items():
+        if not is_user_function(value):
+            raise ValueError(f"{key} must be path/to/file.py:name, got {shown(value)}")
+    if not section.has_turns:
+        return
+    if "environment" in [function.label for function in config.rewards.functions]:
+        raise ValueError(
+            "rewards.functions must not name a function 'environment' beside rollout.environment, whose reward has "
+            "this name; give it another `name`"
+        )
+    check_memory_gb(section.memory_gb)
+    drawn, longest = config.sampling.max_completion_length, config.longest_completion
+    if longest < drawn:
+        raise ValueError(
+            f"rollout.max_episode_tokens must be >= sampling.max_completion_length ({drawn}), because it counts all "
+            f"tokens of an episode, got {longest}"
+        )
+    for key, value, needed, why in (
+        ("sampling.source", config.sampling.source, None, "a source of your own draws single turns"),
+        ("data.assistant_prefill", config.data.assistant_prefill, None, "a turn has no beginning that is given"),
+        ("data.few_shot", config.data.few_shot, None, "an environment writes the prompt"),
+        ("compiled_file", config.compiled_file, None, "programs of turns are not in it"),
+        ("data.streaming", config.data.streaming, False, "the length of prompts is planned from all rows"),
+    ):
+        if value != needed:
+            must = f"{key} must be {json.dumps(needed)} with rollout.tools or rollout.environment"
+            raise ValueError(f"{must}: {why}; got {shown(value)}")
 
 
 def _check_optimizer(config: Config) -> None:

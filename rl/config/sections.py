@@ -21,6 +21,7 @@ FREE_FORM = (
     "grpo.loss_args",
     "sampling.source_args",
     "sampling.logit_bias",
+    "rollout.environment",
     "mesh.axes",
     "mesh.dcn",
     "mesh.rules",
@@ -235,6 +236,37 @@ class SamplingSection:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class RolloutSection:
+    """Environments, tools and the limits of episodes."""
+
+    tools: list[str]
+    environment: str | dict[str, str] | None
+    environment_weight: float
+    max_turns: int
+    max_turn_tokens: int | None
+    max_episode_tokens: int | None
+    tool_role: Literal["tool", "user"]
+    tool_format: Literal["auto", "hermes", "llama_json", "llama_pythonic"]
+    num_workers: int
+    episodes_per_worker: int
+    step_timeout_seconds: float
+    episode_timeout_seconds: float
+    memory_gb: float | None
+
+    @property
+    def environments(self) -> dict[str, str]:
+        """{name: path/to/file.py:Class} of the environments; one without a name has that of its class."""
+        if isinstance(self.environment, str):
+            return {self.environment.rpartition(":")[2]: self.environment}
+        return dict(self.environment or {})
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether a completion is an episode, with an environment or tools."""
+        return bool(self.tools or self.environment)
+
+
+@dataclass(frozen=True, config=_STRICT)
 class GRPOSection:
     """Batch sizes, the loss and the advantage."""
 
@@ -429,6 +461,7 @@ class Config:
     data: DataSection
     rewards: RewardsSection
     sampling: SamplingSection
+    rollout: RolloutSection
     grpo: GRPOSection
     reference: ReferenceSection
     sft: SFTSection
@@ -439,6 +472,15 @@ class Config:
     eval: EvalSection
     health: HealthSection
     logging: LoggingSection
+
+    @property
+    def longest_completion(self) -> int:
+        """Tokens that a completion may have: those that the policy draws, and in an episode all observations."""
+        drawn = self.sampling.max_completion_length
+        if not self.rollout.has_turns:
+            return drawn
+        longest = self.rollout.max_episode_tokens
+        return 4 * drawn if longest is None else longest
 
 
 LIST_ENTRIES = {

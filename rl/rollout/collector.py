@@ -20,6 +20,7 @@ from rl.data.prompt_rows import PromptRow
 from rl.data.prompts import PromptData
 from rl.data.tokenizer import Tokenizer
 from rl.models.train_state import PureState
+from rl.rollout.episodes import EpisodeSource
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.failing import FailureWatch
 from rl.rollout.groups import Judged, counted_function, judge, pass_rates
@@ -41,6 +42,7 @@ class Collector:
       runner: the running reward functions.
       sampling: the rules of rollouts. Evaluations are greedy.
       log: counts the seconds of a step.
+      episodes: draws completions of several turns; None: of one.
 
     Raises:
       ValueError: the reward functions cannot judge what the configuration asks for, see `check_calls`.
@@ -55,10 +57,11 @@ class Collector:
         sampling: SamplingParams,
         tokenizer: Tokenizer,
         log: RunLog,
+        episodes: EpisodeSource | None = None,
     ) -> None:
         check_calls(config, runner)
         self._config, self._sampler, self._runner, self._log = config, sampler, runner, log
-        self._sampling, self._tokenizer = sampling, tokenizer
+        self._sampling, self._tokenizer, self._episodes = sampling, tokenizer, episodes
         self._numbers = {(row.source, row.index): number for number, row in enumerate(data.train)}
         self._order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
         self._rows, self._held_out, self._stream = data.rows, data.evaluated(config.eval), data.stream
@@ -150,6 +153,7 @@ class Collector:
                 section.reward,
                 self._moment(steps_done),
                 self._config.data.source_names,
+                self._episodes,
             )
         return result.metrics()
 
@@ -169,6 +173,7 @@ class Collector:
             indices,
             moment=self._moment(step),
             seed=self._config.seed,
+            source=self._episodes,
         )
         if self._runner.calls != calls:  # these completions showed that a function compares them
             check_calls(self._config, self._runner)

@@ -18,6 +18,7 @@ from rewards.rubric import summarize
 from rewards.runner import RewardRunner
 from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
+from rl.rollout.episodes import EpisodeSource
 from rl.rollout.groups import logged_metrics
 from rl.rollout.scoring import sample_and_score
 from rl.run.metrics import Stopwatch
@@ -86,6 +87,7 @@ def evaluate(
     accuracy_reward: str | None,
     moment: Moment | None = None,
     sources: Sequence[str] = (),
+    episodes: EpisodeSource | None = None,
 ) -> EvalResult:
     """Decodes every row greedily and scores it.
 
@@ -96,13 +98,27 @@ def evaluate(
         itself. If there is none, nothing is judged.
       moment: where the run stands, for reward functions; None: at its start.
       sources: the names of the sources of a mixture, by the numbers in the rows.
+      episodes: draws completions of several turns; None: of one.
     """
     plain, key = greedy(sampling), jax.random.key(0)
     names = runner.elementwise
-    groups, texts, result = sample_and_score(
-        sampler, params, rows, 1, plain, key, runner, tokenizer, Stopwatch(), names=names, moment=moment
+    scored = sample_and_score(
+        sampler,
+        params,
+        rows,
+        1,
+        plain,
+        key,
+        runner,
+        tokenizer,
+        Stopwatch(),
+        names=names,
+        moment=moment,
+        source=episodes,
+        episode_step=0,  # the same environments in every evaluation
     )
-    completions = [group[0] for group in groups]
+    texts, result = scored.texts, scored.result
+    completions = [group[0] for group in scored.completions]
     all_names = [spec.name for spec in runner.specs]
     rewards = [[row[all_names.index(name)] for name in names] for row in result.rewards]
     counts = accuracy_function(runner, accuracy_reward)

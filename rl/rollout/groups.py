@@ -22,6 +22,16 @@ from rl.algorithms.advantages import compute_advantages
 from rl.algorithms.from_config import estimator_of, label
 from rl.config.load import Config
 from rl.data.prompt_rows import PromptRow
+from rl.rollout.environments import ENVIRONMENT
+from rl.rollout.episodes import (
+    Episode,
+    episode_metrics,
+    failure_problems,
+    record_of,
+    row_of,
+    shared_prompt,
+    with_begun,
+)
 from rl.rollout.hacking import equal_completions, length_correlation, variance_shares
 from rl.rollout.scoring import ScoredCompletions
 from rl.run.hacking import VARIANCE
@@ -47,6 +57,7 @@ class Judged:
       metrics: of the choice of groups, see `rl.rollout.step_prompts`.
       logged: [B], what reward functions keep with each completion. sums: the metrics that they logged, also of replaced
         groups. effort: of each function, also on replaced groups. All three are as in `rewards.batch.RewardResult`.
+      episodes: [B], of completions of several turns; else empty.
     """
 
     rows: list[PromptRow]
@@ -63,6 +74,7 @@ class Judged:
     logged: list[dict[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
     sums: dict[str, Sums] = dataclasses.field(default_factory=dict)
     effort: dict[str, Effort] = dataclasses.field(default_factory=dict)
+    episodes: Sequence[Episode] = ()
 
     @property
     def group_size(self) -> int:
@@ -77,11 +89,13 @@ class Judged:
         """These groups with group p replaced by group `places[p]` of `other`."""
         rows, completions = list(self.rows), list(self.completions)
         texts, rewards, logged, size = list(self.texts), list(self.rewards), list(self.logged), self.group_size
+        episodes = list(self.episodes)
         for p, q in places.items():
             rows[p], completions[p] = other.rows[q], other.completions[q]
             texts[p * size : (p + 1) * size] = other.texts[q * size : (q + 1) * size]
             rewards[p * size : (p + 1) * size] = other.rewards_of(q)
             logged[p * size : (p + 1) * size] = other.logged[q * size : (q + 1) * size]
+            episodes[p * size : (p + 1) * size] = other.episodes[q * size : (q + 1) * size]
         counts = {
             name: {kind: count + other.counts[name][kind] for kind, count in kinds.items()}
             for name, kinds in self.counts.items()
@@ -101,6 +115,7 @@ class Judged:
             logged=logged,
             sums=sums,
             effort=added_effort([self.effort, other.effort]),
+            episodes=episodes,
         )
 
 
@@ -117,7 +132,7 @@ class Rollout:
       weights_step: the step, from 0, whose weights drew the completions: those before its first update. A rollout that
         is trained on in a later step is off-policy from its first update on, see `rl.training.update`.
       metrics: scalars for metrics.jsonl. problems: what went wrong in reward functions, in words.
-      logged: see `Judged`; empty where nothing was kept.
+      logged: see `Judged`; empty where nothing was kept. episodes: see `Judged`.
     """
 
     rows: Sequence[PromptRow]
@@ -132,6 +147,7 @@ class Rollout:
     metrics: dict[str, float]
     problems: list[str]
     logged: list[dict[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    episodes: Sequence[Episode] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -141,7 +157,10 @@ class Rollout:
 
 def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, specs: Sequence[RewardSpec]) -> Judged:
     """Groups of completions with their rewards, one group for each data row."""
-    completions, texts, result = scored
+    completions, texts, result, episodes = scored
+    rows = list(rows)
+    if episodes:
+        rows, completions = _with_own_prompts(rows, completions, episodes)
     flat = [completion for group in completions for completion in group]
     rewards = result.rewards
     names, weights = [spec.name for spec in specs], [spec.weight for spec in specs]
@@ -156,7 +175,23 @@ def judge(config: Config, rows: Sequence[PromptRow], scored: ScoredCompletions, 
             for row, c in zip(rewards, flat, strict=True)
         ]
     problems, kept = list(result.problems), {"logged": result.logged, "sums": result.sums, "effort": result.effort}
-    return Judged(list(rows), completions, texts, rewards, names, weights, result.counts, problems, **kept)
+    if ENVIRONMENT not in names:  # else the failures of environments are those of this function
+        problems += failure_problems(episodes)
+    return Judged(rows, completions, texts, rewards, names, weights, result.counts, problems, episodes=episodes, **kept)
+
+
+def _with_own_prompts(
+    rows: Sequence[PromptRow], completions: list[list[Completion]], episodes: Sequence[Episode]
+) -> tuple[list[PromptRow], list[list[Completion]]]:
+    """The rows with the prompts that their episodes had, and the completions behind what a group shares of these."""
+    size = len(completions[0])
+    own_rows, own_completions = [], []
+    for p, (row, group) in enumerate(zip(rows, completions, strict=True)):
+        of_group = episodes[p * size : (p + 1) * size]
+        prompt_ids, begun = shared_prompt(of_group)
+        own_rows.append(row_of(row, of_group, prompt_ids) if prompt_ids else row)
+        own_completions.append([with_begun(done, own) for done, own in zip(group, begun, strict=True)])
+    return own_rows, own_completions
 
 
 def counted_function(config: Config, specs: Sequence[RewardSpec]) -> str:
@@ -229,6 +264,8 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
     metrics |= length_correlation(weighted_B, lengths_B, group_size)
     metrics |= equal_completions(judged.rows, judged.completions)
     metrics |= logged_metrics(judged.sums, metrics)
+    if judged.episodes:
+        metrics |= episode_metrics(judged.episodes, _environment_names(config, judged))
     return Rollout(
         judged.rows,
         judged.completions,
@@ -242,7 +279,18 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
         metrics | judged.metrics,
         judged.problems,
         judged.logged,
+        judged.episodes,
     )
+
+
+def _environment_names(config: Config, judged: Judged) -> list[str]:
+    """The name of the environment of each episode [B]."""
+    names = list(config.rollout.environments) or ["tools"]
+    return [
+        str(row.columns.get("environment", names[0])) if len(names) > 1 else names[0]
+        for row in judged.rows
+        for _ in range(judged.group_size)
+    ]
 
 
 def _execution(judged: Judged) -> dict[str, float]:
@@ -334,4 +382,6 @@ def sample_records(rollout: Rollout, count: int | None = None) -> list[dict[str,
             records[-1]["logged"] = rollout.logged[b]
         if completion.num_trained < len(completion.token_ids):
             records[-1]["trained"] = np.asarray(completion.trained, int).tolist()
+        if rollout.episodes:
+            records[-1] |= record_of(rollout.episodes[b])
     return records

@@ -6,7 +6,7 @@ In: a sampler, weights, prompts, the running reward workers. Out: `ScoredComplet
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from rewards.batch import RewardResult, Share, result_of
 from rewards.choice import LETTERS, right_letter
 from rewards.contract import Calls, RewardSpec
+from rewards.in_process import InProcess
 from rewards.moment import Moment, sample_seed
 from rewards.runner import RewardRunner
 from rl.config.load import Config
@@ -23,9 +24,11 @@ from rl.data.prompt_rows import Prompt, PromptRow
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices import hosts
 from rl.devices.mesh import no_implicit_transfers
+from rl.rollout.environments import ENVIRONMENT
+from rl.rollout.episodes import Episode, EpisodeSource
 from rl.rollout.reward_model import RewardModel, check_prompts, open_reward_models
 from rl.run.metrics import Stopwatch
-from rl.sampler.contract import Completion, CompletionSource, requests_for
+from rl.sampler.contract import Completion, CompletionSource, Request, requests_for
 from rl.sampler.token_draw import SamplingParams
 
 _ROWS_TO_TRY = 100  # rows among which two with different prompts are searched
@@ -37,12 +40,14 @@ def start_rewards(
     log_path: pathlib.Path | None,
     mesh: Mesh | None,
     models: Mapping[str, RewardModel] | None = None,
+    episodes: EpisodeSource | None = None,
 ) -> RewardRunner:
     """Starts the worker processes with the run's reward functions, which may use every column of the data rows.
 
     Each process of the run has its own workers, which judge its share of the completions. Some rows serve to find out
     how the functions are called. Reward models lie on the mesh, where all processes compute them together;
-    without such models it may be None. models: those that are open already.
+    without such models it may be None. models: those that are open already. episodes: where environments give rewards,
+    these are one function more, `environment`.
     """
     models = open_reward_models(config, mesh) if models is None else models
     check_prompts(models, [prompt_form(row.prompt) for row in rows[:1]])
@@ -58,6 +63,10 @@ def start_rewards(
         )
         for f in config.rewards.functions
     ]
+    in_process: dict[str, InProcess] = dict(models)
+    if episodes is not None and config.rollout.environment:
+        specs.append(RewardSpec(ENVIRONMENT, "rollout.environment", config.rollout.environment_weight, {}))
+        in_process[ENVIRONMENT] = episodes.reward
     columns = sorted({name for row in rows for name in row.columns})
     section = config.rewards
 
@@ -76,7 +85,7 @@ def start_rewards(
         rows=[(prompt_form(row.prompt), row.columns) for row in rows[:_ROWS_TO_TRY]],
         share=share,
         moment=Moment(max_steps=config.grpo.steps),
-        in_process=models,
+        in_process=in_process,
         retries=section.retries,
         on_error=section.on_error,
     )
@@ -86,11 +95,12 @@ def start_rewards(
 
 
 class ScoredCompletions(NamedTuple):
-    """Completions [P][G], their texts [B], and the rewards of each."""
+    """Completions [P][G], their texts [B], and the rewards of each; of episodes also these [B]."""
 
     completions: list[list[Completion]]
     texts: list[str]
     result: RewardResult
+    episodes: Sequence[Episode] = ()
 
 
 def sample_and_score(
@@ -107,6 +117,8 @@ def sample_and_score(
     names: Sequence[str] | None = None,
     moment: Moment | None = None,
     seed: int = 0,
+    source: EpisodeSource | None = None,
+    episode_step: int | None = None,
 ) -> ScoredCompletions:
     """Draws completions of every row, and runs the reward functions on each as it ends, while others are still drawn.
 
@@ -114,12 +126,15 @@ def sample_and_score(
       key, prompt_indices: all randomness, see `Sampler.sample`.
       names: the reward functions to run; None: all.
       moment: where the run stands; None: at its start. seed: of the run, for the seeds of reward functions.
+      source: draws episodes in place of single turns. episode_step: the step from which the seeds of environments
+        follow; None: that of the moment.
       watch: "rollout" counts the time until the last completion, "reward" the time of the rewards after that.
     """
     row_B = [row for row in rows for _ in range(num_samples)]
     indices = range(len(rows)) if prompt_indices is None else prompt_indices
     requests = requests_for(indices, num_samples, sampling.max_completion_length)
     done: dict[int, Completion] = {}
+    episodes: dict[int, Episode] = {}
     texts: dict[int, str] = {}
     columns = {name: [row.columns.get(name) for row in row_B] for name in runner.columns}
     prompts = [prompt_form(row.prompt) for row in row_B]
@@ -128,15 +143,51 @@ def sample_and_score(
     wants_texts = runner.wants_texts
     with runner.begin(prompts, columns, group_size=num_samples, names=names, moment=moment, seeds=seeds) as scoring:
         with watch.timer("rollout"), no_implicit_transfers():
-            for b, completion in sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key):
+            if source is None:
+                drawn = sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key)
+            else:
+                of_step = step if episode_step is None else episode_step
+                drawn = _episodes(source, episodes, sampler, params, rows, requests, sampling, key, seed, of_step)
+            for b, completion in drawn:
                 done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
                 form, ids = completion_form(row_B[b].prompt, texts[b]), completion.token_ids.tolist()
+                if b in episodes and not isinstance(row_B[b].prompt, str):
+                    form = episodes[b].messages
                 read = [_texts(row_B[b], ids, tokenizer)] if wants_texts else None
                 scoring.add([b], [form], [ids], [completion.finish_reason], read)
         with watch.timer("reward"):
+            if source is not None:
+                source.reward.episodes = [episodes[b] for b in range(len(requests))]
             result = scoring.result()
     groups = [[done[p * num_samples + g] for g in range(num_samples)] for p in range(len(rows))]
-    return ScoredCompletions(groups, [texts[b] for b in range(len(requests))], result)
+    ordered = [episodes[b] for b in range(len(requests))] if source is not None else []
+    # What a function said of an episode that was lost does not count.
+    kept = [
+        [None] * len(values) if ordered and ordered[b].failure is not None else values
+        for b, values in enumerate(result.rewards)
+    ]
+    result = dataclasses.replace(result, rewards=kept)
+    return ScoredCompletions(groups, [texts[b] for b in range(len(requests))], result, ordered)
+
+
+def _episodes(
+    source: EpisodeSource,
+    episodes: dict[int, Episode],
+    sampler: CompletionSource,
+    params: Any,
+    rows: Sequence[PromptRow],
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    key: jax.Array,
+    seed: int,
+    step: int,
+) -> Iterator[tuple[int, Completion]]:
+    """Draws an episode for each request as `CompletionSource.stream` draws completions; notes them in `episodes`."""
+    num_samples = len(requests) // len(rows)
+    indices = [request.prompt_index for request in requests[::num_samples]]
+    for b, episode in source.draw(sampler, params, rows, num_samples, sampling, key, indices, seed, step):
+        episodes[b] = episode
+        yield b, episode.completion(requests[b].prompt_index, requests[b].sample_index, sampling)
 
 
 def _texts(row: PromptRow, token_ids: list[int], tokenizer: Tokenizer) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from rl.algorithms.loss_types import loss_type_of
 from rl.config.load import Config, require
 from rl.data.order import Order, order_of
 from rl.data.prompts import PromptData, check_enough_rows
+from rl.sampler.create import planned_prompt_length
 from rl.sampler.token_draw import SamplingParams
 
 
@@ -12,8 +13,10 @@ def check_recipe(config: Config, data: PromptData, sampling: SamplingParams, max
     """Rules that need the data and the model's shape; ValueError when one is broken. What the start is to say of a
     curriculum is added to `data.messages`.
     """
-    require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
-    if not any(function.weight for function in config.rewards.functions):
+    is_rewarded = config.rollout.environment is not None and config.rollout.environment_weight
+    if not is_rewarded:
+        require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
+    if not is_rewarded and not any(function.weight for function in config.rewards.functions):
         raise ValueError(
             "rewards.functions must hold a weight other than 0, got only metrics; there is nothing to learn from"
         )
@@ -26,12 +29,12 @@ def check_recipe(config: Config, data: PromptData, sampling: SamplingParams, max
             f"sampling.temperature must be > 0 for training, got {config.sampling.temperature}; "
             "evaluation is greedy anyway"
         )
-    longest = max([data.longest_prompt, *(len(row.prompt_ids) for row in data.held_out)])
-    longest += config.sampling.max_completion_length
+    longest = max([planned_prompt_length(config, data), *(len(row.prompt_ids) for row in data.held_out)])
+    longest += config.longest_completion
     if longest > max_positions:
         raise ValueError(
             f"prompt and completion must fit the model's {max_positions} positions, got up to {longest}; lower "
-            "data.max_prompt_length or sampling.max_completion_length"
+            "data.max_prompt_length or sampling.max_completion_length (of episodes: rollout.max_episode_tokens)"
         )
     check_loss(loss_config(config))
     check_estimator(config)

@@ -7,7 +7,7 @@ how completions are drawn.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 
@@ -136,6 +136,46 @@ class DrawPrograms(NamedTuple):
     bytes_per_position: int
 
 
+class DrawSession(Protocol):
+    """A call that stays open: requests go in at any time, and a completion may have several turns.
+
+    A turn that has ended waits for `go_on` or `finish`. Meanwhile others are drawn. All turns of a completion have one
+    prompt, one random stream and one number.
+    """
+
+    def submit(self, prompts: Sequence[Sequence[int] | np.ndarray], requests: Sequence[Request], /) -> Sequence[int]:
+        """Takes in requests for further prompts, which they name by their place in `prompts`; returns a number for
+        each. ValueError as in `CompletionSource.stream`.
+        """
+        ...
+
+    def go_on(self, number: int, token_ids: Sequence[int], limit: int) -> None:
+        """Has another turn drawn of a completion. token_ids: what is put behind its last turn. limit: tokens that it
+        may have then at most, all turns and what was between them included.
+        """
+        ...
+
+    def finish(self, number: int) -> None:
+        """Says that the turn that ended was the completion's last one."""
+        ...
+
+    def poll(self) -> list[tuple[int, Completion]]:
+        """Draws for a while. Returns (number, completion) of each turn that ended, with the tokens of the turn; empty
+        where nothing is to be drawn.
+        """
+        ...
+
+    @property
+    def num_left(self) -> int:
+        """The completions that are not finished."""
+        ...
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `poll` would draw: not all completions wait for `go_on` or `finish`."""
+        ...
+
+
 class CompletionSource(Protocol):
     """Anything that draws completions: a sampler on the policy's own mesh, or a user's source.
 
@@ -187,6 +227,23 @@ class CompletionSource(Protocol):
         """
         ...
 
+    def check_turns(self, num_prompts: int, num_samples: int, longest: int) -> None:
+        """ValueError where a session of this size cannot be opened, see `open`; nothing is compiled or drawn."""
+        ...
+
+    def open(
+        self, params: Any, sampling: SamplingParams, key: Any, num_prompts: int, num_samples: int, longest: int
+    ) -> DrawSession:
+        """A session for completions of several turns, whose prompts `expect_length` has planned.
+
+        Args:
+          num_prompts, num_samples: its size at most. longest: tokens of a completion, with what is put between turns.
+
+        Raises:
+          ValueError: the source cannot draw turns, or the session does not fit the memory.
+        """
+        ...
+
     def prompt_logprobs(
         self, params: Any, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
     ) -> list[np.ndarray]:
@@ -202,6 +259,14 @@ class CompletionSource(Protocol):
     def close(self) -> None:
         """Ends what the source has running; what is being compiled already comes to its end first."""
         ...
+
+
+def refuse_turns(what: str) -> NoReturn:
+    """The error of a source that draws single turns only."""
+    raise ValueError(
+        f"rollout.tools and rollout.environment must be empty with {what}, which draws single turns; use a model of "
+        "the toolkit's own decoder"
+    )
 
 
 def check_requests(

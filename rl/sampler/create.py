@@ -95,18 +95,28 @@ def plan_draws(
     step = sizes[0]
     if prompt_length is None and data.stream is not None:  # most of its prompts are not there yet
         prompt_length = config.data.max_prompt_length
+    if config.rollout.has_turns:
+        prompt_length = planned_prompt_length(config, data)
     if prompt_length is None:
         prompts = [row.prompt_ids for row in (*data.train, *data.held_out)]
         sampler.expect(prompts, step.num_prompts, step.num_samples)
     else:
         sampler.expect_length(prompt_length, step.num_prompts, step.num_samples)  # only its programs can be stored
     for size in sizes:
-        sampler.check(*size)
+        if config.rollout.has_turns:
+            sampler.check_turns(size.num_prompts, size.num_samples, config.longest_completion)
+        else:
+            sampler.check(*size)
+
+
+def planned_prompt_length(config: Config, data: PromptData) -> int:
+    """The longest prompt that a run plans for, in tokens: an environment may write longer ones than the data hold."""
+    return config.data.max_prompt_length if config.rollout.has_turns else data.longest_prompt
 
 
 def warm_up(sampler: CompletionSource, config: Config, data: PromptData, sampling: SamplingParams, params: Any) -> None:
     """Compiles all programs of the run's calls, where `sampling.warm_up` asks for it, after `plan_draws`."""
-    if config.sampling.warm_up:
+    if config.sampling.warm_up and not config.rollout.has_turns:
         for size in draw_sizes(config, data, sampling):
             sampler.warm_up(params, *size)
 

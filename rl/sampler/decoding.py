@@ -26,6 +26,7 @@ from rl.models.policy import Params, Policy
 from rl.sampler.token_draw import Draw, SamplingParams, TokenCounts, add_token, draw, reset_rows
 
 OWN_BRANCH = 1  # prompts are branch 0; no slot sees another slot's own part
+IDLE, HELD = -1, -2  # request of a slot that draws nothing; a held one is kept for what it has drawn
 TOKEN_LOOP = "tokens"  # name of the decode loop in compiled programs
 
 
@@ -59,8 +60,9 @@ class Requests(NamedTuple):
 
 @struct.dataclass
 class Slots:
-    """The state of every slot, each [B] except prefix_rows [B, M]. request_ids is -1 in an idle slot, `tokens` is fed
-    next, `num_drawn` counts the drawn tokens.
+    """The state of every slot, each [B] except prefix_rows [B, M]. request_ids is IDLE or HELD in a slot that draws
+    nothing, `tokens` is fed next, `num_drawn` counts the tokens that the request has drawn. `nums_cached` counts the
+    positions of the own cache that were there when the request took the slot: of earlier turns and observations.
     """
 
     request_ids: jax.Array
@@ -70,9 +72,15 @@ class Slots:
     prompt_lengths: jax.Array
     limits: jax.Array
     nums_before: jax.Array
+    nums_cached: jax.Array
     prefix_rows: jax.Array
     group_ids: jax.Array
     counts: TokenCounts | None = None
+
+    @property
+    def cursors(self) -> jax.Array:
+        """[B], the position of the own cache that the next token is fed to."""
+        return self.nums_cached + self.num_drawn
 
 
 class Columns(NamedTuple):
@@ -118,6 +126,30 @@ def prefill_chunk(
     return policy.extend(params, inputs, cache)[1].own
 
 
+def read_on(
+    policy: Policy,
+    num_readers: int,
+    params: Params,
+    part: CachePart,
+    table: CachePart,
+    prefix_rows: jax.Array,
+    inputs: Inputs,
+    cursors: jax.Array,
+) -> CachePart:
+    """Feeds each row of `part` (donated), which is the own part of a request, T tokens behind its cursor.
+
+    Args:
+      num_readers: the most rows that read one row of the table.
+      table: the prompts that the rows read. prefix_rows: [shards, R, M] as in `Requests`.
+      inputs: [R, T]; a row's tokens come first, padding follows. cursors: [R]; cursor + T is within the part.
+    """
+    num_shards = prefix_rows.shape[0]
+    live_B = jnp.any(inputs.group_ids_BT >= 0, axis=1)
+    maps = _reader_maps(prefix_rows, live_B.reshape(num_shards, -1), table.num_rows // num_shards, num_readers)
+    cache = KVCache(own=part, cursors=cursors, shared=(SharedPart(table, maps),))
+    return policy.extend(params, inputs, cache)[1].own
+
+
 def empty_slots(
     num_slots: int, key: jax.Array, sampling: SamplingParams, vocab_size: int, rows_per_prompt: int
 ) -> Slots:
@@ -131,7 +163,19 @@ def empty_slots(
         counts = TokenCounts(jnp.zeros((num_slots, vocab_size), jnp.int32), jnp.zeros((num_slots, vocab_size), bool))
     keys = jnp.broadcast_to(key, (num_slots,))
     prefix_rows = jnp.zeros((num_slots, rows_per_prompt), jnp.int32)
-    return Slots(zeros() - 1, keys, zeros(), zeros(), zeros() + 1, zeros(), zeros(), prefix_rows, zeros() - 1, counts)
+    return Slots(
+        request_ids=zeros() + IDLE,
+        keys=keys,
+        tokens=zeros(),
+        num_drawn=zeros(),
+        prompt_lengths=zeros() + 1,
+        limits=zeros(),
+        nums_before=zeros(),
+        nums_cached=zeros(),
+        prefix_rows=prefix_rows,
+        group_ids=zeros() - 1,
+        counts=counts,
+    )
 
 
 def generate(
@@ -139,6 +183,7 @@ def generate(
     sampling: SamplingParams,
     chunk: int,
     num_readers: int,
+    holds: bool,
     rows: NamedSharding,
     params: Params,
     own: CachePart,
@@ -158,9 +203,10 @@ def generate(
 
     Args:
       num_readers: Q, the most slots that read one row of the table at a time.
+      holds: a slot whose completion ends is held, because what it has drawn is read again in a later turn.
       own, slots: donated.
       requests, num_requests: the waiting requests, and [shards] how many of each shard's W there are.
-      cancelled_B: slots whose completions the host has ended.
+      cancelled_B: slots whose completions the host has ended, and held slots that are free again.
 
     Returns:
       The cache, the slots, and the report for the host.
@@ -168,8 +214,14 @@ def generate(
     num_slots, num_shards = own.num_rows, num_requests.shape[0]
     shape = (num_shards, num_slots // num_shards)
     eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32)
-    slots = dataclasses.replace(slots, request_ids=jnp.where(cancelled_B, -1, slots.request_ids))
-    maps = _reader_maps(slots, shape, table.num_rows // num_shards, num_readers)
+    ended_id = HELD if holds else IDLE
+    slots = dataclasses.replace(slots, request_ids=jnp.where(cancelled_B, IDLE, slots.request_ids))
+
+    def reader_maps(slots: Slots) -> SharedRows:
+        live = (slots.request_ids >= 0).reshape(shape)
+        return _reader_maps(slots.prefix_rows.reshape(*shape, -1), live, table.num_rows // num_shards, num_readers)
+
+    maps = reader_maps(slots)
     columns = _empty_columns(policy, sampling, chunk, num_slots)
     num_taken = jnp.zeros(num_shards, jnp.int32)
     common_length = 0 if common is None else common.length
@@ -180,17 +232,17 @@ def generate(
         own, slots, _, num_taken, step, _ = carry
         live_B = slots.request_ids >= 0
         waiting = jnp.any(num_taken < num_requests)
-        room = jnp.max(jnp.where(live_B, slots.num_drawn, -1)) < own.length
+        room = jnp.max(jnp.where(live_B, slots.cursors, -1)) < own.length
         return (step < chunk) & room & (waiting | (jnp.sum(live_B) > few))
 
     def hand_over(own: CachePart, slots: Slots, num_taken: jax.Array) -> tuple:
         slots, taken_B, num_taken = _take_requests(slots, requests, num_requests, num_taken, key, shape)
         own = dataclasses.replace(own, group_ids=jnp.where(taken_B[:, None], -1, own.group_ids))
-        return own.group_ids, slots, _reader_maps(slots, shape, table.num_rows // num_shards, num_readers), num_taken
+        return own.group_ids, slots, reader_maps(slots), num_taken
 
     def step(carry: tuple) -> tuple:
         own, slots, maps, num_taken, step, columns = carry
-        free = jnp.any((slots.request_ids < 0).reshape(shape) & (num_taken < num_requests)[:, None])
+        free = jnp.any((slots.request_ids == IDLE).reshape(shape) & (num_taken < num_requests)[:, None])
         group_ids, slots, maps, num_taken = jax.lax.cond(
             free,
             hand_over,
@@ -207,19 +259,19 @@ def generate(
             shared += (share_evenly(common, num_slots, num_shards, any_group=True),)
         inputs = Inputs(
             tokens_BT=tokens_B[:, None],
-            positions_BT=(slots.prompt_lengths - 1 + slots.num_drawn)[:, None],
+            positions_BT=(slots.prompt_lengths - 1 + slots.cursors)[:, None],
             group_ids_BT=slots.group_ids[:, None],
             branch_ids_BT=jnp.full((num_slots, 1), OWN_BRANCH, jnp.int32),
         )
-        cache = KVCache(own=own, cursors=slots.num_drawn, shared=shared, rope=rope)
+        cache = KVCache(own=own, cursors=slots.cursors, shared=shared, rope=rope)
         hidden_B1D, cache = policy.extend(params, inputs, cache)
         drawn = draw_next(policy.unembed(params, hidden_B1D[:, 0]), slots, sampling)
         columns = _write_columns(columns, step, slots.request_ids, drawn)
         num_drawn = slots.num_drawn + live_B
-        ended_B = jnp.isin(drawn.token_B, eos_ids) | (num_drawn >= slots.limits)
+        ended_B = live_B & (jnp.isin(drawn.token_B, eos_ids) | (num_drawn >= slots.limits))
         slots = dataclasses.replace(
             slots,
-            request_ids=jnp.where(ended_B, -1, slots.request_ids),
+            request_ids=jnp.where(ended_B, ended_id, slots.request_ids),
             tokens=drawn.token_B,
             num_drawn=num_drawn,
             counts=None if slots.counts is None else add_token(slots.counts, drawn.token_B, live_B),
@@ -273,12 +325,25 @@ def _take_requests(
     """Gives idle slots the next waiting requests of their shard. Returns the slots, which took one, and how many were
     taken.
     """
-    free = (slots.request_ids < 0).reshape(shape)
+    free = (slots.request_ids == IDLE).reshape(shape)
     index = num_taken[:, None] + jnp.cumsum(free, axis=1) - 1
     taken = free & (index < num_requests[:, None])
-    index = jnp.minimum(index, requests.request_ids.shape[1] - 1)
-    picked = jax.tree.map(lambda x: take_in_shards(x.reshape(-1, *x.shape[2:]), index), requests)
-    taken_B = taken.reshape(-1)
+    slots = give(slots, requests, jnp.where(taken, index, -1), jnp.zeros_like(requests.request_ids), key)
+    return slots, taken.reshape(-1), num_taken + jnp.sum(taken, axis=1, dtype=jnp.int32)
+
+
+def give(slots: Slots, requests: Requests, index: jax.Array, nums_cached: jax.Array, key: jax.Array) -> Slots:
+    """The slots with other requests. Their own caches are those of the slots.
+
+    Args:
+      index: [shards, slots of a shard], the place in `requests` of the one that a slot takes; -1: it keeps its own.
+      nums_cached: [shards, W], the positions that the own cache holds already.
+    """
+    taken_B = (index >= 0).reshape(-1)
+    index = jnp.clip(index, 0, requests.request_ids.shape[1] - 1)
+    picked, cached_B = jax.tree.map(
+        lambda x: take_in_shards(x.reshape(-1, *x.shape[2:]), index), (requests, nums_cached)
+    )
     keys_B = jax.vmap(request_key, (None, 0, 0, 0, 0))(
         key, picked.prompt_indices, picked.sample_indices, picked.seeds, picked.seeded
     )
@@ -287,7 +352,7 @@ def _take_requests(
         return jnp.where(taken_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
     counts = slots.counts
-    slots = Slots(
+    return Slots(
         request_ids=replace(picked.request_ids, slots.request_ids),
         keys=replace(keys_B, slots.keys),
         tokens=replace(picked.last_tokens, slots.tokens),
@@ -295,20 +360,21 @@ def _take_requests(
         prompt_lengths=replace(picked.prompt_lengths, slots.prompt_lengths),
         limits=replace(picked.limits, slots.limits),
         nums_before=replace(picked.nums_before, slots.nums_before),
+        nums_cached=replace(cached_B, slots.nums_cached),
         prefix_rows=replace(picked.prefix_rows, slots.prefix_rows),
         group_ids=replace(picked.group_ids, slots.group_ids),
-        counts=None if counts is None else reset_rows(counts, taken_B, *_counted(picked, counts)),
+        counts=None if counts is None else reset_rows(counts, taken_B, *_counted(picked, cached_B, counts)),
     )
-    return slots, taken_B, num_taken + jnp.sum(taken, axis=1, dtype=jnp.int32)
 
 
-def _counted(picked: Requests, counts: TokenCounts) -> tuple[jax.Array, jax.Array]:
+def _counted(picked: Requests, cached_B: jax.Array, counts: TokenCounts) -> tuple[jax.Array, jax.Array]:
     """Of requests [B]: which tokens of the vocabulary the prompts hold, bool [B, V], and how often the completions that
     they continue hold each, int32 [B, V].
     """
     vocab_size = counts.prompt_BV.shape[-1]
     tokens_BT = picked.prompt_tokens
-    is_before_BT = jnp.arange(tokens_BT.shape[1]) >= (picked.prompt_lengths - picked.nums_before)[:, None]
+    num_tokens_B = picked.prompt_lengths + cached_B
+    is_before_BT = jnp.arange(tokens_BT.shape[1]) >= (num_tokens_B - picked.nums_before)[:, None]
 
     def count(tokens_T: jax.Array, is_before_T: jax.Array) -> tuple[jax.Array, jax.Array]:
         of_prompt_T = jnp.where((tokens_T < 0) | is_before_T, vocab_size, tokens_T)
@@ -319,8 +385,11 @@ def _counted(picked: Requests, counts: TokenCounts) -> tuple[jax.Array, jax.Arra
     return jax.vmap(count)(tokens_BT, is_before_BT)
 
 
-def _reader_maps(slots: Slots, shape: tuple, num_rows: int, num_readers: int) -> SharedRows:
-    """Which slots read which rows of the prompt table; `num_rows` of them belong to each shard."""
+def _reader_maps(prefix_rows: jax.Array, live: jax.Array, num_rows: int, num_readers: int) -> SharedRows:
+    """Which slots read which rows of the prompt table; `num_rows` of them belong to each shard.
+
+    prefix_rows: [shards, slots, M]. live: bool [shards, slots]; the others read nothing.
+    """
 
     def in_shard(rows_BM: jax.Array, live_B: jax.Array) -> SharedRows:
         reads_BMP = (rows_BM[..., None] == jnp.arange(num_rows)) & live_B[:, None, None]
@@ -335,8 +404,7 @@ def _reader_maps(slots: Slots, shape: tuple, num_rows: int, num_readers: int) ->
         reads = jnp.any(target_BM[..., None] == jnp.arange(num_rows * num_readers), axis=1)
         return SharedRows(readers, reads=reads)
 
-    rows = slots.prefix_rows.reshape(*shape, -1)
-    return jax.vmap(in_shard)(rows, (slots.request_ids >= 0).reshape(shape))
+    return jax.vmap(in_shard)(prefix_rows, live)
 
 
 def _empty_columns(policy: Policy, sampling: SamplingParams, chunk: int, num_slots: int) -> Columns:

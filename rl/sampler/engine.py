@@ -54,6 +54,7 @@ class Shape:
     prefill_rows: rows that one prefill fills, each as long as the longest prompt.
     common_length: positions of the common prefix; 0: none.
     num_waiting: waiting requests of a shard.
+    num_kept: rows of own caches that are kept between turns; 0: completions have one turn.
     """
 
     num_slots: int
@@ -65,11 +66,17 @@ class Shape:
     prefill_rows: int
     common_length: int
     num_waiting: int
+    num_kept: int = 0
 
     @property
     def prefill_length(self) -> int:
         """Positions of a row of prefill: a whole number of table rows."""
         return self.rows_per_prompt * self.table_length
+
+    @property
+    def counted_length(self) -> int:
+        """The most tokens before the first one that a request draws, for penalties."""
+        return self.common_length + self.prefill_length + 1 + (self.length if self.num_kept else 0)
 
     def resized(self, num_slots: int, length: int, num_shards: int) -> "Shape":
         """The shape with fewer slots, or a longer own cache. A table row has no more readers than a shard has slots."""
@@ -86,7 +93,8 @@ WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**40}
 class DecodeState:
     """The arrays that decoding changes, and the prompts that it reads (no table before the first `insert`).
 
-    It is passed on and never copied. After a call the old state must not be used.
+    It is passed on and never copied. After a call the old state must not be used. `kept` has rows like those of the own
+    cache, for requests between two turns.
     """
 
     shape: Shape
@@ -95,6 +103,7 @@ class DecodeState:
     slots: Slots
     table: CachePart | None
     common: CachePart | None
+    kept: CachePart | None = None
 
 
 class Engine:
@@ -181,8 +190,9 @@ class Engine:
         """A state with idle slots and no prompts."""
         slots = self.programs.get(*self._slots_build(shape, sampling))(hosts.put_key(key, self._everywhere))
         own = self._empty(shape.num_slots, shape.length)
-        self._count_bytes(own, common)
-        return DecodeState(shape, sampling, own, slots, None, common)
+        kept = self._empty(shape.num_kept, shape.length) if shape.num_kept else None
+        self._count_bytes(own, common, kept)
+        return DecodeState(shape, sampling, own, slots, None, common, kept)
 
     def insert(self, state: DecodeState, prefix: CachePart, rows: np.ndarray) -> DecodeState:
         """Puts prefilled rows, each cut into M, into the rows [shards, R, M] of the prompt table, counted inside each
@@ -199,16 +209,69 @@ class Engine:
                 state.table = prefix
                 return state
             state.table = self._empty(shape.table_rows, shape.table_length)
-        self._count_bytes(state.own, state.table, state.common, prefix)
-        new, rows_on_device = iter(named_arrays(prefix)), hosts.put(rows, self._rows)
-
-        def put(name: str, array: jax.Array) -> jax.Array:
-            _, rows_of_array = next(new)
-            program = self.programs.get(*self._put_build(name, array, rows.shape))
-            return program(array, rows_of_array, rows_on_device)
-
-        state.table = map_arrays(state.table, put)
+        self._count_bytes(state.own, state.table, state.common, state.kept, prefix)
+        state.table = self._put_rows(state.table, prefix, rows)
         return state
+
+    # Turns: between two of them a request has its own cache among the kept rows. Indices [shards, R] count rows of a
+    # shard; one past the end puts nothing.
+
+    def keep(self, state: DecodeState, slots: np.ndarray, rows: np.ndarray) -> DecodeState:
+        """Copies the own caches of the slots `slots` to the kept rows `rows`."""
+        assert state.kept is not None
+        taken = self._taken(state.own, slots)
+        self._count_bytes(state.own, state.table, state.kept, taken)
+        state.kept = self._put_rows(state.kept, taken, rows[..., None])
+        return state
+
+    def go_on(
+        self,
+        params: Params,
+        state: DecodeState,
+        rows: np.ndarray,
+        pieces: Sequence[tuple[Inputs, np.ndarray]],
+        requests: Requests,
+        nums_cached: np.ndarray,
+        slots: np.ndarray,
+        key: jax.Array,
+    ) -> DecodeState:
+        """Gives requests slots again, behind what they have in the kept rows `rows` and what is read first.
+
+        Args:
+          pieces: inputs [shards * R, T] and cursors [shards * R] of each, see `decoding.read_on`.
+          requests: [shards, R]. nums_cached: [shards, R], positions of the own cache after the pieces.
+          slots: where they go; a place past the end: no request.
+        """
+        assert state.kept is not None
+        assert state.table is not None
+        part = self._taken(state.kept, rows)
+        self._count_bytes(state.own, state.table, state.kept, part)
+        num_rows, num_tokens = rows.size, pieces[0][0].tokens_BT.shape[1] if pieces else 0
+        for inputs, cursors in pieces:
+            check_segments(inputs)
+            program = self.programs.get(*self._read_build(params, state.shape, num_rows, num_tokens))
+            arrays = hosts.put((requests.prefix_rows, inputs, cursors), self._rows)
+            part = program(params, part, state.table, *arrays)
+        state.own = self._put_rows(state.own, part, slots[..., None])
+        by_slot = np.full((self.num_shards, state.shape.num_slots // self.num_shards + 1), -1, np.int32)
+        np.put_along_axis(by_slot, slots, np.arange(slots.shape[1], dtype=np.int32)[None], axis=1)
+        by_slot = by_slot[:, :-1]
+        program = self.programs.get(*self._give_build(state, requests, by_slot.shape))
+        arrays = hosts.put((requests, by_slot, nums_cached), self._rows)
+        state.slots = program(state.slots, *arrays, hosts.put_key(key, self._everywhere))
+        return state
+
+    def prepare_turns(
+        self, params: Params, shape: Shape, sampling: SamplingParams, num_rows: int, num_tokens: int
+    ) -> None:
+        """Compiles, in the background, the programs that keep `num_rows` rows of own caches and let them go on."""
+        index_shape = (self.num_shards, num_rows // self.num_shards)
+        for count in (shape.num_slots, shape.num_kept):
+            for name, array in named_arrays(self._abstract_part(count, shape.length)):
+                self.programs.prepare(*self._take_build(name, array, index_shape))
+                self.programs.prepare(*self._put_build(name, array, (*index_shape, 1)))
+        self.programs.prepare(*self._empty_build(shape.num_kept, shape.length))
+        self.programs.prepare(*self._read_build(_abstract(params), shape, num_rows, num_tokens))
 
     def generate(
         self,
@@ -308,6 +371,26 @@ class Engine:
             for name, array in named_arrays(self._abstract_part(self.num_shards, 1))
         ]
 
+    def _taken(self, part: CachePart, index: np.ndarray) -> CachePart:
+        """A copy of the rows `index` [shards, R] of a part."""
+        picked = hosts.put(index, self._rows)
+
+        def take(name: str, array: jax.Array) -> jax.Array:
+            return self.programs.get(*self._take_build(name, array, index.shape))(array, picked)
+
+        return map_arrays(part, take)
+
+    def _put_rows(self, part: CachePart, new: CachePart, rows: np.ndarray) -> CachePart:
+        """The part with the rows of `new`, each cut into M, at `rows` [shards, R, M]."""
+        arrays, rows_on_device = iter(named_arrays(new)), hosts.put(rows, self._rows)
+
+        def put(name: str, array: jax.Array) -> jax.Array:
+            _, rows_of_array = next(arrays)
+            program = self.programs.get(*self._put_build(name, array, rows.shape))
+            return program(array, rows_of_array, rows_on_device)
+
+        return map_arrays(part, put)
+
     # Programs, by everything on which their shapes depend
 
     def prefill_program(
@@ -354,8 +437,7 @@ class Engine:
             prefix_rows=integers(*waiting, shape.rows_per_prompt),
         )
         if sampling.needs_counts:
-            longest = shape.common_length + shape.prefill_length + 1
-            requests = requests._replace(prompt_tokens=integers(*waiting, longest))
+            requests = requests._replace(prompt_tokens=integers(*waiting, shape.counted_length))
         arguments = (
             _abstract(params),
             self._abstract_part(shape.num_slots, shape.length),
@@ -381,9 +463,46 @@ class Engine:
             self._rows,
             self._everywhere,
         )
-        function = partial(decoding.generate, self.policy, sampling, chunk, shape.num_readers, self._rows)
+        holds = shape.num_kept > 0
+        function = partial(decoding.generate, self.policy, sampling, chunk, shape.num_readers, holds, self._rows)
         results = (parts, slots, self._everywhere)
         return Program(function, shardings, results, donate=(1, 2), compiler_options=self._decode_options), arguments
+
+    def _read_build(self, params: Any, shape: Shape, num_rows: int, num_tokens: int) -> tuple[tuple, Build]:
+        key = "read", num_rows, num_tokens, shape.length, shape.table_rows, shape.table_length, shape.rows_per_prompt
+
+        def build() -> Callable:
+            num_readers = min(shape.num_readers, num_rows // self.num_shards)
+            small = jax.ShapeDtypeStruct((num_rows, num_tokens), jnp.int32)
+            index = (self.num_shards, num_rows // self.num_shards, shape.rows_per_prompt)
+            arguments = (
+                _abstract(params),
+                self._abstract_part(num_rows, shape.length),
+                self._abstract_part(shape.table_rows, shape.table_length),
+                jax.ShapeDtypeStruct(index, jnp.int32),
+                Inputs(*(small,) * 4),
+                jax.ShapeDtypeStruct((num_rows,), jnp.int32),
+            )
+            parts, rows = self._shard_part(), self._rows
+            shardings = (self._param_shardings, parts, parts, rows, Inputs(*(rows,) * 4), rows)
+            function = partial(decoding.read_on, self.policy, num_readers)
+            return self._build(key, Program(function, shardings, parts, donate=(1,)), arguments)
+
+        return key, build
+
+    def _give_build(self, state: DecodeState, requests: Requests, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
+        width = requests.request_ids.shape[1]
+
+        def build() -> Callable:
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            counts = jax.ShapeDtypeStruct(requests.request_ids.shape, jnp.int32)
+            arguments = (*_abstract((state.slots, requests)), jax.ShapeDtypeStruct(index_shape, jnp.int32), counts, key)
+            slots = self._slots_shardings(state.sampling)
+            of_requests = jax.tree.map(lambda _: self._rows, requests)
+            shardings = (slots, of_requests, self._rows, self._rows, self._everywhere)
+            return Program(decoding.give, shardings, slots, donate=(0,)).compile(arguments)
+
+        return ("give", index_shape, width, state.sampling.needs_counts, state.shape), build
 
     def _prefill_build(
         self, params: Any, num_rows: int, chunk: int, length: int, common_length: int

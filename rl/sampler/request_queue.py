@@ -7,6 +7,7 @@ waiting requests of a shard, C tokens of a chunk.
 """
 
 import collections
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,23 +24,27 @@ from rl.sampler.token_draw import SamplingParams
 # Prompts to shards and into rows
 
 
-def deal(requests: Sequence[Request], num_shards: int) -> list[list[list[int]]]:
+def deal(
+    requests: Sequence[Request], num_shards: int, loads: Sequence[int] | None = None, first: int = 0
+) -> list[list[list[int]]]:
     """Deals requests, by number, to the shards: [shard][piece][request]. The next piece goes to the shard with the
     fewest.
+
+    loads: the requests that each shard has already; None: none. first: the number of the first of these requests.
 
     A piece is all requests of one prompt. A prompt with more requests than a shard's share is cut into several pieces,
     and several shards prefill it at the same time. If all prompts have equally many requests, fewer prompts never give
     a shard more requests, more pieces or larger ones.
     """
     groups: dict[int, list[int]] = {}
-    for number, request in enumerate(requests):
+    for number, request in enumerate(requests, first):
         groups.setdefault(request.prompt, []).append(number)
     shards: list[dict[int, list[int]]] = [{} for _ in range(num_shards)]  # by prompt: none is twice in a shard
-    loads = [0] * num_shards
+    loads = [0] * num_shards if loads is None else list(loads)
     for prompt, group in groups.items():
         size = math.ceil(len(group) / max(len(group) * num_shards // len(requests), 1))
-        for first in range(0, len(group), size):
-            piece = group[first : first + size]
+        for begin in range(0, len(group), size):
+            piece = group[begin : begin + size]
             shard = loads.index(min(loads))
             shards[shard].setdefault(prompt, []).extend(piece)
             loads[shard] += len(piece)
@@ -83,34 +88,37 @@ class Schedule:
     """Requests on their way: waiting for prefill, waiting for a slot, being drawn, ended.
 
     Args:
-      prompts: token ids; requests name a prompt by its index.
       common_length: tokens at the start of every prompt, which are cached elsewhere.
-      shards: from `deal`: the requests of each shard, by prompt, in the order in which prompts are prefilled.
+      num_shards: shards of slots and of the prompt table.
       table_rows, table_length, rows_per_prompt: the prompt table's rows of a shard, their positions, and the most rows
         of a prompt. A prompt takes as many whole rows as it needs.
       num_waiting: W, the most requests of a shard that wait on the device.
+      counted_length: the most tokens before the first one that a request draws, where penalties count them.
+      holds: completions have several turns: what a request takes is free when `finish` says so, and the slot of one
+        that ends is listed in `ended`.
     """
 
     def __init__(
         self,
-        prompts: Sequence[Sequence[int] | np.ndarray],
-        requests: Sequence[Request],
         sampling: SamplingParams,
         decode_text: Callable[[Sequence[int]], str] | None,
         common_length: int,
-        shards: Sequence[Sequence[Sequence[int]]],
+        num_shards: int,
         table_rows: int,
         table_length: int,
         rows_per_prompt: int,
         num_waiting: int,
+        counted_length: int = 0,
+        holds: bool = False,
     ) -> None:
         assert rows_per_prompt <= table_rows, (rows_per_prompt, table_rows)
-        self._prompts, self._requests = prompts, requests
+        self._prompts: list[Sequence[int] | np.ndarray] = []
+        self._requests: list[Request] = []
         self._sampling, self._decode_text = sampling, decode_text
         self._common_length, self._num_waiting = common_length, num_waiting
         self._table_length, self._rows_per_prompt = table_length, rows_per_prompt
-        num_shards = len(shards)
-        self._pending = [collections.deque(pieces) for pieces in shards]
+        self._counted_length, self._holds = counted_length, holds
+        self._pending: list[collections.deque[Sequence[int]]] = [collections.deque() for _ in range(num_shards)]
         self._waiting: list[collections.deque[int]] = [collections.deque() for _ in range(num_shards)]
         self._left = np.zeros(
             (num_shards, table_rows), np.int64
@@ -119,7 +127,54 @@ class Schedule:
         self._drawing: dict[int, Drawing] = {}
         self._slots = np.zeros(0, np.int64)
         self._cancelled = np.zeros(0, bool)  # slots that the host has ended, and that the device takes for busy
-        self.num_left = len(requests)
+        self.ended: dict[int, int] = {}  # {request whose turn has ended: the slot that still has what it drew}
+        self.num_left = 0  # requests that have not ended
+
+    def add(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        shards: Sequence[Sequence[Sequence[int]]] | None = None,
+    ) -> range:
+        """Takes in further prompts, with the requests for them; requests name a prompt by its place in `prompts`.
+
+        shards: from `deal`: the numbers of the requests of each shard, by prompt, in the order in which prompts are
+          prefilled. None: dealt by what each shard has already.
+
+        Returns:
+          The numbers of the requests here, in their order.
+        """
+        numbers = range(len(self._requests), len(self._requests) + len(requests))
+        if shards is None:
+            shards = deal(requests, len(self._pending), self.loads(), numbers.start)
+        first_prompt = len(self._prompts)
+        self._prompts.extend(prompts)
+        if first_prompt:
+            requests = [dataclasses.replace(request, prompt=first_prompt + request.prompt) for request in requests]
+        self._requests.extend(requests)
+        for pending, pieces in zip(self._pending, shards, strict=True):
+            pending.extend(pieces)
+        self.num_left += len(requests)
+        return numbers
+
+    def loads(self) -> list[int]:
+        """The requests of each shard that have not ended."""
+        loads = [sum(map(len, pieces)) for pieces in self._pending]
+        for shard, _ in self._rows_of.values():
+            loads[shard] += 1
+        return loads
+
+    def request(self, number: int) -> Request:
+        """The request of this number; its prompt is a number of this schedule's."""
+        return self._requests[number]
+
+    def prompt(self, number: int) -> Sequence[int] | np.ndarray:
+        """The prompt of the request of this number."""
+        return self._prompts[self._requests[number].prompt]
+
+    def shard(self, number: int) -> int:
+        """The shard of a request that has begun."""
+        return self._rows_of[number][0]
 
     # Prompts to prefill
 
@@ -228,25 +283,34 @@ class Schedule:
 
     def waiting(self) -> tuple[Requests, np.ndarray]:
         """The next requests of each shard in the device's form, and their number [shards]."""
-        shape = (len(self._waiting), self._num_waiting)
+        first = [list(itertools.islice(waiting, self._num_waiting)) for waiting in self._waiting]
+        return self.arrays(first, self._num_waiting), np.array([len(numbers) for numbers in first], np.int32)
+
+    def arrays(self, numbers: Sequence[Sequence[int]], width: int, are_own: bool = False) -> Requests:
+        """Requests, by shard, in the device's form, padded to `width`.
+
+        are_own: what they continue is in their own caches, and not behind their prompts.
+        """
+        shape = (len(numbers), width)
         fields: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in Requests._fields[:-1]}
         fields["seeds"], fields["seeded"] = np.zeros(shape, np.uint32), np.zeros(shape, bool)
         fields["prefix_rows"] = np.full((*shape, self._rows_per_prompt), -1, np.int32)
-        longest = self._common_length + self._rows_per_prompt * self._table_length + 1
-        prompt_tokens = np.full((*shape, longest), -1, np.int32) if self._sampling.needs_counts else None
-        counts = np.zeros(shape[0], np.int32)
-        for shard, waiting in enumerate(self._waiting):
-            counts[shard] = min(len(waiting), self._num_waiting)
-            for i in range(counts[shard]):
-                request = self._requests[waiting[i]]
-                prompt = self._prompts[request.prompt]
+        prompt_tokens = None
+        if self._sampling.needs_counts:
+            prompt_tokens = np.full((*shape, self._counted_length), -1, np.int32)
+        for shard, own in enumerate(numbers):
+            for i, number in enumerate(own):
+                request = self._requests[number]
+                prompt = before = self._prompts[request.prompt]
+                if are_own and request.continues:
+                    before = np.concatenate([prompt, request.continues])
                 values = {
-                    "request_ids": waiting[i],
+                    "request_ids": number,
                     "prompt_indices": request.prompt_index,
                     "sample_indices": request.sample_index,
                     "seeds": request.seed or 0,
                     "seeded": request.seed is not None,
-                    "last_tokens": prompt[-1],
+                    "last_tokens": before[-1],
                     "prompt_lengths": len(prompt),
                     "limits": request.limit - len(request.continues),
                     "nums_before": len(request.continues),
@@ -254,14 +318,14 @@ class Schedule:
                 }
                 for name, value in values.items():
                     fields[name][shard, i] = value
-                _, rows = self._rows_of[waiting[i]]
+                _, rows = self._rows_of[number]
                 fields["prefix_rows"][shard, i, : rows.size] = rows
                 if prompt_tokens is not None:
-                    prompt_tokens[shard, i, : len(prompt)] = prompt
-        return Requests(**fields, prompt_tokens=prompt_tokens), counts
+                    prompt_tokens[shard, i, : len(before)] = before
+        return Requests(**fields, prompt_tokens=prompt_tokens)
 
     def cancelled(self) -> np.ndarray:
-        """bool [B]: slots whose completions ended by a stop string since the last call."""
+        """bool [B]: slots whose completions ended by a stop string since the last call, and held ones."""
         cancelled, self._cancelled = self._cancelled, np.zeros_like(self._cancelled)
         return cancelled
 
@@ -285,7 +349,9 @@ class Schedule:
                     completion = self._add(request, columns)
                     if completion is not None:
                         yield request, completion
-                        if self._slots[slot] == request:
+                        if self._holds:
+                            self.ended[request] = slot
+                        if self._slots[slot] == request or self._holds:
                             self._slots[slot] = -1
                             self._cancelled[slot] = True
 
@@ -304,9 +370,8 @@ class Schedule:
             column[: length - num_before] for column in drawing.columns()
         )
         del self._drawing[request]
-        shard, rows = self._rows_of.pop(request)
-        self._left[shard, rows] -= 1
-        self.num_left -= 1
+        if not self._holds:
+            self.finish(request)
         return Completion(
             asked.prompt_index,
             asked.sample_index,
@@ -317,3 +382,32 @@ class Schedule:
             stop_reason,
             *more,
         )
+
+    # Turns
+
+    def finish(self, number: int) -> None:
+        """Frees what a request takes, whose last turn has ended."""
+        assert number not in self._drawing, number
+        self.ended.pop(number, None)
+        shard, rows = self._rows_of.pop(number)
+        self._left[shard, rows] -= 1
+        self.num_left -= 1
+
+    def go_on(self, numbers: Sequence[Sequence[int]], width: int) -> np.ndarray:
+        """Gives requests, by shard, whose turns go on, idle slots; as many of each shard as there are.
+
+        Returns:
+          The slots [shards, width], counted in each shard; past the end where there is no request.
+        """
+        busy = self.busy_slots()
+        slots = np.full((len(numbers), width), busy.shape[1], np.int32)
+        for shard, own in enumerate(numbers):
+            idle = np.flatnonzero(~busy[shard])[: len(own)]
+            slots[shard, : len(own)] = idle
+            places = shard * busy.shape[1] + idle
+            self._slots[places], self._cancelled[places] = own, False
+        return slots
+
+    def replace(self, number: int, request: Request) -> None:
+        """Another form of a request whose turn has ended, for the next one."""
+        self._requests[number] = request

@@ -28,11 +28,12 @@ import numpy as np
 
 from rl.sampler import request_queue
 from rl.sampler.engine import Shape
-from rl.sampler.sizes import MIN_TABLE_LENGTH, cache_sizes, size_at_least, size_at_most
+from rl.sampler.sizes import LENGTH_UNIT, MIN_TABLE_LENGTH, cache_sizes, size_at_least, size_at_most
 
 MAX_DERIVED_SLOTS = 256  # when a memory budget sets the number: more slots are hardly cheaper for each token
 MIN_COMMON_LENGTH = 64
 MIN_CUT_LENGTH = 32  # positions of a table row that is shorter than the longest prompt
+READ_TOKENS = 32  # of an observation, that are read at a time
 MIN_SAVED = 1 / 8  # the share of positions that halving the table rows must save
 
 
@@ -202,6 +203,72 @@ def first_shape(
         common_length=len(expected.common),
         num_waiting=2 * most,
     )
+
+
+def turn_shape(
+    num_shards: int,
+    demand: ShardRequests,
+    expected: ExpectedPrompts,
+    longest: int,
+    slots: int | None,
+    budget: KVBudget | None,
+) -> Shape:
+    """The shape for completions of several turns.
+
+    The table holds the prompts of the whole call, because one is needed until its last completion is done. A row of the
+    own cache holds a whole completion. Each request has a kept row, as far as the memory allows.
+
+    Args:
+      longest: tokens of a completion, with what is put between its turns.
+
+    Raises:
+      ValueError: the budget is too small for one completion.
+    """
+    most = size_at_least(demand.most_requests, 4)
+    most = min(most, MAX_DERIVED_SLOTS // num_shards or 1) if slots is None else min(most, slots // num_shards)
+    length = LENGTH_UNIT * math.ceil((longest + READ_TOKENS) / LENGTH_UNIT)
+    table_rows = size_at_least(demand.most_pieces * expected.rows_per_prompt, 4)
+    num_kept = demand.most_requests
+
+    def shape(most: int, num_kept: int) -> Shape:
+        return Shape(
+            num_slots=most * num_shards,
+            length=length,
+            table_rows=table_rows * num_shards,
+            table_length=expected.table_length,
+            rows_per_prompt=expected.rows_per_prompt,
+            prefill_rows=demand.prefill_rows(most, expected) * num_shards,
+            num_readers=min(demand.largest_piece, most),
+            common_length=0,
+            num_waiting=2 * most,
+            num_kept=num_kept * num_shards,
+        )
+
+    def peak(most: int, num_kept: int) -> int:
+        assert budget is not None
+        whole, largest = sum(budget.per_position), max(budget.per_position)
+        rows = most + num_kept + rows_moved(most)
+        prefilled = demand.prefill_rows(most, expected) * expected.rows_per_prompt * expected.table_length
+        read = table_rows * expected.table_length
+        return (rows * length + read) * whole + max(prefilled * (whole + largest), most * length * largest)
+
+    if budget is not None:
+        while most > 1 and peak(most, min(num_kept, most)) > budget.allowed:
+            most -= 1
+        if peak(most, 1) > budget.allowed:
+            raise ValueError(
+                f"sampling.kv_memory must allow at least one completion of {longest} tokens in several turns, which "
+                f"takes {peak(1, 1):,} bytes of keys and values, got {budget.allowed:,}; raise it, or shorten "
+                "rollout.max_episode_tokens"
+            )
+        while num_kept > 1 and peak(most, num_kept) > budget.allowed:
+            num_kept -= 1
+    return shape(most, num_kept)
+
+
+def rows_moved(num_slots: int) -> int:
+    """Rows of a shard that are kept, or go on, at a time: a quarter of its slots, at least 8 of them."""
+    return max(math.ceil(num_slots / 4), min(num_slots, 8))
 
 
 def _longest_run(totals: np.ndarray, enough: int) -> int:

@@ -36,6 +36,14 @@ class CacheSize(NamedTuple):
     length: int
 
 
+def slot_sizes(most_slots: int) -> list[int]:
+    """Numbers of slots of a shard: all of them, halved up to three times."""
+    halved = [most_slots]
+    while halved[-1] > MIN_SLOTS and len(halved) <= MAX_HALVINGS:
+        halved.append(max(math.ceil(halved[-1] / 2), MIN_SLOTS))
+    return halved
+
+
 def cache_sizes(most_slots: int, limit: int) -> list[CacheSize]:
     """The sizes of the own cache for completions of at most `limit` tokens.
 
@@ -46,9 +54,7 @@ def cache_sizes(most_slots: int, limit: int) -> list[CacheSize]:
     Where completions end at a steady rate, the cache then never takes more than a quarter above its first size. This
     holds even for a call whose completions end late (99 of 100 calls at a mean of 0.4 times the limit).
     """
-    halved = [most_slots]
-    while halved[-1] > MIN_SLOTS and len(halved) <= MAX_HALVINGS:
-        halved.append(max(math.ceil(halved[-1] / 2), MIN_SLOTS))
+    halved = slot_sizes(most_slots)
     last = LENGTH_UNIT * math.ceil(limit / LENGTH_UNIT)
     doubled = [MIN_LENGTH << k for k in range(limit.bit_length()) if MIN_LENGTH << k < last]
     quarters = [count for slots in halved if (count := slots * 3 // 4) >= MIN_SLOTS]

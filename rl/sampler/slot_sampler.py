@@ -11,7 +11,6 @@ and grows the cache.
 """
 
 import dataclasses
-import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -40,9 +39,8 @@ from rl.sampler.contract import (
     requests_for,
     with_continued,
 )
-from rl.sampler.engine import DecodeState, Engine, Shape, generate_key, prefill_key, prefill_pieces
+from rl.sampler.engine import Engine, Shape, generate_key, prefill_key, prefill_pieces
 from rl.sampler.prompt_logprobs import PromptScorer
-from rl.sampler.request_queue import Schedule
 from rl.sampler.shape_plan import (
     ExpectedPrompts,
     KVBudget,
@@ -50,16 +48,16 @@ from rl.sampler.shape_plan import (
     few_rows,
     first_shape,
     rest_lengths,
+    turn_shape,
     usable_common_length,
 )
-from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, next_cache_size
+from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, slot_sizes
+from rl.sampler.slot_session import SlotSession, prefill_chunk
 from rl.sampler.token_draw import SamplingParams
 
 __all__ = ["Completion", "Sampler"]
 
-PREFILL_TOKENS = 4096  # tokens of one piece of prefill, over all rows
-MIN_PREFILL_CHUNK = 128
-MAX_PREFILL_CHUNK = 512  # positions; a row for the longest prompt then costs little more than the prompts in it
+TURN_CHUNK = 8  # tokens decoded between two looks of the host, where a slot whose turn ended waits for the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +233,26 @@ class Sampler:
         check_requests(self._policy.config, self._decode_text, prompts, requests, sampling)
         return self._stream(params, prompts, requests, sampling, key)
 
+    def check_turns(self, num_prompts: int, num_samples: int, longest: int) -> None:
+        """ValueError where `kv_bytes` is too small for completions of several turns, see `open`."""
+        self._turn_shape(num_prompts, num_samples, longest)
+
+    def open(
+        self,
+        params: Params,
+        sampling: SamplingParams,
+        key: jax.Array,
+        num_prompts: int,
+        num_samples: int,
+        longest: int,
+    ) -> SlotSession:
+        """A call whose completions have several turns, see `rl.sampler.contract.DrawSession`."""
+        shape = self._turn_shape(num_prompts, num_samples, longest)
+        sizes = [CacheSize(slots, shape.length) for slots in slot_sizes(shape.num_slots // self.engine.num_shards)]
+        self.release()  # no prefix is shared here
+        params, chunk = self._decode_params(params), min(self._chunk, TURN_CHUNK)
+        return SlotSession(self.engine, params, shape, sizes, sampling, key, None, self._decode_text, chunk)
+
     def prompt_logprobs(
         self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
     ) -> list[np.ndarray]:
@@ -268,9 +286,9 @@ class Sampler:
         # decoding.
         engine.prepare_state(first, sampling)
         if common_length:
-            engine.prepare_prefill(params, num_shards, common_length, _prefill_chunk(num_shards), 0)
+            engine.prepare_prefill(params, num_shards, common_length, prefill_chunk(num_shards), 0)
         for num_rows in self._prefill_sizes(first):
-            chunk = _prefill_chunk(num_rows)
+            chunk = prefill_chunk(num_rows)
             engine.prepare_prefill(params, num_rows, first.prefill_length, chunk, common_length)
             engine.prepare_insert(first, num_rows)
         for shape in shapes:
@@ -306,7 +324,7 @@ class Sampler:
         num_positions = shapes[0].prefill_length
         programs: dict[tuple, DrawProgram] = {}
         for num_rows in self._prefill_sizes(shapes[0]):
-            chunk = min(_prefill_chunk(num_rows), num_positions)
+            chunk = min(prefill_chunk(num_rows), num_positions)
             for _, length in prefill_pieces(num_positions, chunk):
                 arguments = (num_rows, chunk, length, shapes[0].common_length)
                 is_largest = (num_rows, length) == (largest.prefill_rows, largest.prefill_length)
@@ -345,83 +363,12 @@ class Sampler:
         if not common_length:
             self.release()  # nobody reads the old prefix, so its memory is freed
         common = self._prefill_common(version, params, expected.common) if common_length else None
-        schedule = Schedule(
-            prompts,
-            requests,
-            sampling,
-            self._decode_text,
-            common_length,
-            shards,
-            shape.table_rows // engine.num_shards,
-            shape.table_length,
-            shape.rows_per_prompt,
-            shape.num_waiting,
-        )
-        state = engine.init_state(shape, sampling, key, common)
-        schedule.set_slots(shape.num_slots)
         sizes = cache_sizes(shape.num_slots // engine.num_shards, sampling.max_completion_length)
-        prefill_rows = shape.prefill_rows // engine.num_shards
-        filled = 0  # positions of the own cache that the fullest slot has written
-        while schedule.num_left:
-            while needed := schedule.num_to_prefill(prefill_rows):
-                state = self._admit(params, state, schedule, needed, prefill_rows)
-            state = self._fit(state, schedule, filled, sizes)
-            waiting, num_waiting = schedule.waiting()
-            few = self._few(state, schedule, sizes)
-            cancelled_B = schedule.cancelled()
-            state, report = engine.generate(
-                params, state, waiting, num_waiting, key, cancelled_B, few, self._chunk_of(sampling)
-            )
-            assert report.num_steps > 0, "a chunk without a step, though there are requests left"
-            filled = int(np.max(np.where(report.request_ids >= 0, report.num_drawn, 0), initial=0))
-            yield from schedule.read(report)
-
-    def _admit(
-        self, params: Params, state: DecodeState, schedule: Schedule, needed: int, prefill_rows: int
-    ) -> DecodeState:
-        """Prefills `needed` of `prefill_rows` rows of each shard. Takes the smaller prefill where half the rows would
-        be empty.
-        """
-        few = few_rows(prefill_rows)
-        count = math.ceil(needed / few)
-        for num_rows in [few] * count if 2 * count * few <= prefill_rows else [prefill_rows]:
-            inputs, places = schedule.admit(num_rows)
-            chunk = _prefill_chunk(inputs.tokens_BT.shape[0])
-            prefix = self.engine.prefill(params, inputs, common=state.common, chunk=chunk, state=state)
-            state = self.engine.insert(state, prefix, places)
-        return state
-
-    def _fit(self, state: DecodeState, schedule: Schedule, filled: int, sizes: Sequence[CacheSize]) -> DecodeState:
-        """Drops idle slots once half of the slots can go, and grows the own cache where the fullest slot has
-        filled it.
-        """
-        busy = schedule.busy_slots()
-        now = self._cache_size(state)
-        needed = int(busy.sum(axis=1).max()) + schedule.num_waiting
-        if schedule.has_pending():
-            needed = now.slots
-        size = next_cache_size(sizes, now, min(needed, now.slots), filled)
-        index = None
-        if size.slots < now.slots:
-            index = np.argsort(~busy, axis=1, kind="stable")[:, : size.slots].astype(np.int32)
-            schedule.keep_slots(index)
-        return state if size == now else self.engine.resize(state, index, size.length)
-
-    def _few(self, state: DecodeState, schedule: Schedule, sizes: Sequence[CacheSize]) -> int:
-        """The number of busy slots at which the chunk ends early, so that the host adds requests or drops idle slots;
-        0: never.
-        """
-        now = self._cache_size(state)
-        if schedule.has_more():
-            wanted = now.slots - 1
-        else:
-            fewer = [next_cache_size(sizes, now, size.slots, 0).slots for size in sizes if size.slots < now.slots]
-            wanted = max((slots for slots in fewer if slots < now.slots), default=0)
-        # The host can do nothing about slots that are idle now. It looks again when a completion has ended.
-        return min(wanted * self.engine.num_shards, schedule.num_soon_busy() - 1)
-
-    def _cache_size(self, state: DecodeState) -> CacheSize:
-        return CacheSize(state.own.num_rows // self.engine.num_shards, state.own.length)
+        chunk = self._chunk_of(sampling)
+        session = SlotSession(engine, params, shape, sizes, sampling, key, common, self._decode_text, chunk)
+        session.submit(prompts, requests, shards)
+        while session.num_left:
+            yield from session.poll()
 
     def _size_of(self, shape: Shape) -> CacheSize:
         return CacheSize(shape.num_slots // self.engine.num_shards, shape.length)
@@ -470,6 +417,14 @@ class Sampler:
                 return shape
         return shape_of(demand)
 
+    def _turn_shape(self, num_prompts: int, num_samples: int, longest: int) -> Shape:
+        demand, expected = self._demand(num_prompts, num_samples), self._expected
+        assert demand is not None, "a call without requests"
+        if expected.common or not expected.lengths:
+            raise ValueError("the prompts of a call with turns must be planned by expect_length")
+        budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
+        return turn_shape(self.engine.num_shards, demand, expected, longest, self._slots, budget)
+
     def _prefill_common(self, version: Params, params: Params, prefix: tuple[int, ...]) -> CachePart:
         """Keys and values of the common prefix. Those of the last call are used again if the weights are the same
         arrays.
@@ -479,7 +434,7 @@ class Sampler:
         """
         if self._prefix is None or not self._prefix.holds(prefix, version):
             tokens = np.tile(np.asarray(prefix, np.int32), (self.engine.num_shards, 1))
-            chunk = _prefill_chunk(tokens.shape[0])
+            chunk = prefill_chunk(tokens.shape[0])
             self._prefix = None  # frees its memory before the new prefix takes memory
             part = self.engine.prefill(params, plain_inputs(tokens), chunk=chunk)
             self._prefix = _Prefix(prefix, [weakref.ref(leaf) for leaf in jax.tree.leaves(version)], part)
@@ -501,8 +456,3 @@ class Sampler:
 
     def _chunk_of(self, sampling: SamplingParams) -> int:
         return self._stop_chunk if sampling.stop_strings else self._chunk
-
-
-def _prefill_chunk(num_rows: int) -> int:
-    """Positions of one piece of a prefill with so many rows."""
-    return min(max(PREFILL_TOKENS // num_rows, MIN_PREFILL_CHUNK), MAX_PREFILL_CHUNK)

@@ -11,7 +11,7 @@ import inspect
 import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from rl.config.load import Config
 from rl.data.tokenizer import Tokenizer
 from rl.files.json_file import shown
 from rl.models.config import ModelConfig
-from rl.sampler.contract import Completion, DrawPrograms, Request, check_requests
+from rl.sampler.contract import Completion, DrawPrograms, Request, check_requests, refuse_turns
 from rl.sampler.decoding import request_key
 from rl.sampler.token_draw import SamplingParams
 
@@ -137,6 +137,16 @@ class CheckedSource:
                 f"got {sampling.top_logprobs}"
             )
         return self._stream(params, prompts, requests, sampling, key)
+
+    def check_turns(self, num_prompts: int, num_samples: int, longest: int) -> NoReturn:
+        """ValueError: here a completion has one turn."""
+        refuse_turns("a source of your own")
+
+    def open(
+        self, params: Any, sampling: SamplingParams, key: Any, num_prompts: int, num_samples: int, longest: int
+    ) -> NoReturn:
+        """ValueError as in `check_turns`."""
+        refuse_turns("a source of your own")
 
     def prompt_logprobs(
         self, params: Any, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None

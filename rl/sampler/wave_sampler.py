@@ -11,7 +11,7 @@ Legend: B rows of a wave, P prompt positions, C steps of a chunk, V vocabulary, 
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from rl.sampler.contract import (
     DrawPrograms,
     Request,
     check_requests,
+    refuse_turns,
     with_continued,
 )
 from rl.sampler.decoding import TOKEN_LOOP, request_key
@@ -146,6 +147,16 @@ class WaveSampler:
         """
         check_requests(self._policy.config, self._decode_text, prompts, requests, sampling)
         return self._stream(params, prompts, requests, sampling, key)
+
+    def check_turns(self, num_prompts: int, num_samples: int, longest: int) -> NoReturn:
+        """ValueError: here a completion has one turn."""
+        refuse_turns("a policy that decodes in waves")
+
+    def open(
+        self, params: Any, sampling: SamplingParams, key: Any, num_prompts: int, num_samples: int, longest: int
+    ) -> NoReturn:
+        """ValueError as in `check_turns`."""
+        refuse_turns("a policy that decodes in waves")
 
     def prompt_logprobs(
         self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None

@@ -89,7 +89,7 @@ def plan_minibatches(config: Config, max_prompt_length: int, policy: Policy, mes
         num_groups=config.grpo.prompts_per_step // config.grpo.minibatches,
         group_size=config.grpo.group_size,
         max_prompt_length=max_prompt_length,
-        max_completion_length=config.sampling.max_completion_length,
+        max_completion_length=config.longest_completion,
         **packing_options(config, policy, mesh),
     )
     return dataclasses.replace(plan, kept_words=0 if rules is None else rules.num_words(policy.config.vocab_size))

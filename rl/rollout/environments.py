@@ -1,0 +1,98 @@
+"""Starts the environments and tools of a run, and makes their rewards one of the run's rewards.
+
+In: the section `rollout`, the tokenizer, the EOS ids. Out: an `EpisodeSource`, or None where completions have one turn;
+and `EnvironmentReward`, which judges an episode by what its environment gave. Not here: episodes themselves
+(`rl.rollout.episodes`), worker processes (`rewards.environment_runner`).
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rewards.environment_runner import EnvironmentRunner
+from rewards.replies import FAILURES, Failure
+from rewards.tool_calls import format_of_template
+from rl.config.load import Config
+from rl.data.prompt_rows import PromptRow
+from rl.data.tokenizer import Tokenizer
+from rl.data.turns import Turns, chat_turns, text_turns
+from rl.rollout.episodes import Episode, EpisodeLimits, EpisodeSource
+
+ENVIRONMENT = "environment"  # the name of the reward that environments give
+
+
+class EnvironmentReward:
+    """The reward `environment` of a batch of episodes. `episodes` are those that are judged next."""
+
+    def __init__(self) -> None:
+        self.episodes: Sequence[Episode] = ()
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | None | Failure]:
+        """What the environment gave in each episode; None where it gave nothing, or nothing is known of an episode."""
+        if len(self.episodes) != len(completions):  # completions that are made up, to try reward functions
+            return [None] * len(completions)
+        return [_value(episode) for episode in self.episodes]
+
+
+def _value(episode: Episode) -> float | None | Failure:
+    if episode.failure is None:
+        return episode.reward
+    kind, message = episode.failure
+    return (kind, message) if kind in FAILURES else ("exception", f"{kind}: {message}")
+
+
+@contextlib.contextmanager
+def start_episodes(
+    config: Config, tokenizer: Tokenizer, eos_ids: Sequence[int], rows: Sequence[PromptRow], log_path: pathlib.Path
+) -> Iterator[EpisodeSource | None]:
+    """The environments and tools of a run, running until the end of the context; None without any.
+
+    rows: data rows, of which the first is tried.
+
+    Raises:
+      ValueError: an environment or a tool cannot be loaded, or the chat template cannot show tools or observations.
+    """
+    section = config.rollout
+    if not section.has_turns:
+        yield None
+        return
+    tool_format: str | None = section.tool_format
+    if tool_format == "auto":
+        tool_format = format_of_template(tokenizer.chat_template) if config.data.chat else "hermes"
+        if tool_format is None:
+            raise ValueError(
+                "rollout.tool_format must be hermes, llama_json or llama_pythonic for this chat template, which shows "
+                "no calls of tools that are known here, got auto"
+            )
+    with EnvironmentRunner(
+        section.environments,
+        section.tools,
+        num_workers=section.num_workers,
+        step_timeout_seconds=section.step_timeout_seconds,
+        episode_timeout_seconds=section.episode_timeout_seconds,
+        max_episodes_per_worker=section.episodes_per_worker,
+        memory_gb=section.memory_gb,
+        env=config.rewards.env,
+        log_path=log_path,
+        tool_format=tool_format,
+    ) as runner:
+        turns = make_turns(config, tokenizer, eos_ids, runner.tools)
+        drawn = config.sampling.max_completion_length
+        turn = drawn if section.max_turn_tokens is None else min(section.max_turn_tokens, drawn)
+        limits = EpisodeLimits(config.data.max_prompt_length, section.max_turns, turn, config.longest_completion)
+        for row in rows[:1]:
+            length = len(turns.prompt_ids(row.prompt))
+            if length > limits.prompt_tokens:
+                raise ValueError(
+                    f"data.max_prompt_length must be >= {length}, the tokens of the first prompt with the schemas of "
+                    f"the tools, got {limits.prompt_tokens}"
+                )
+        yield EpisodeSource(runner, turns, tokenizer, limits, EnvironmentReward())
+
+
+def make_turns(config: Config, tokenizer: Tokenizer, eos_ids: Sequence[int], tools: Sequence[dict[str, Any]]) -> Turns:
+    """How turns and observations become tokens: by the chat template, or as they are after prompts of plain text."""
+    if config.data.chat:
+        return chat_turns(tokenizer, tuple(eos_ids), tools=tools, tool_role=config.rollout.tool_role)
+    return text_turns(tokenizer)

@@ -1,0 +1,327 @@
+"""One call of the slot sampler, as it runs: requests go in at any time, a chunk is decoded, ended completions come out.
+
+In: prompts and requests, then what is put behind a turn that has ended. Out: completions, as they end. Not here: the
+shape (`rl.sampler.shape_plan`), compiled programs (`rl.sampler.engine`), the book of requests
+(`rl.sampler.request_queue`).
+
+A completion of several turns draws a turn, waits outside for an observation, and goes on. While it waits, its slot
+draws others: its own cache, the keys and values of its turns, is copied to a kept row. When it goes on, the observation
+is read behind them, and the row is copied to a slot that is free. So a prompt is prefilled once for its group, and each
+token of an observation is read once. If all kept rows are taken, the one that has waited longest is given away, and its
+tokens are read again.
+Legend: B slots, T tokens of a piece.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from rl.models.cache import CachePart
+from rl.models.inputs import empty_inputs
+from rl.models.policy import Params
+from rl.sampler.contract import Completion, Request, check_requests
+from rl.sampler.decoding import OWN_BRANCH
+from rl.sampler.engine import DecodeState, Engine, Shape
+from rl.sampler.request_queue import Schedule
+from rl.sampler.shape_plan import READ_TOKENS, few_rows, rows_moved
+from rl.sampler.sizes import CacheSize, next_cache_size
+from rl.sampler.token_draw import SamplingParams
+
+PREFILL_TOKENS = 4096  # tokens of one piece of prefill, over all rows
+MIN_PREFILL_CHUNK = 128
+MAX_PREFILL_CHUNK = 512  # positions; a row for the longest prompt then costs little more than the prompts in it
+_OUTSIDE, _READY, _DRAWING = "outside", "ready", "drawing"  # waits for an observation, for a slot, has one
+
+
+class SlotSession:
+    """Draws requests with one set of weights until it is dropped.
+
+    Args:
+      params: the weights, laid out for decoding.
+      shape: where decoding starts. With `num_kept` completions can have several turns, see `go_on`.
+      sizes: those that the own cache can have, from `rl.sampler.sizes`.
+      common: the cache of a prefix of all prompts, or None.
+      chunk: tokens decoded in one `poll`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        params: Params,
+        shape: Shape,
+        sizes: Sequence[CacheSize],
+        sampling: SamplingParams,
+        key: jax.Array,
+        common: CachePart | None,
+        decode_text: Callable[[Sequence[int]], str] | None,
+        chunk: int,
+    ) -> None:
+        num_shards = engine.num_shards
+        self._engine, self._params, self._sizes = engine, params, sizes
+        self._sampling, self._key, self._chunk = sampling, key, chunk
+        self._decode_text = decode_text
+        self._schedule = Schedule(
+            sampling,
+            decode_text,
+            shape.common_length,
+            num_shards,
+            shape.table_rows // num_shards,
+            shape.table_length,
+            shape.rows_per_prompt,
+            shape.num_waiting,
+            shape.counted_length,
+            holds=shape.num_kept > 0,
+        )
+        self._state = engine.init_state(shape, sampling, key, common)
+        self._schedule.set_slots(shape.num_slots)
+        self._prefill_rows = shape.prefill_rows // num_shards
+        self._filled = 0  # positions of the own cache that the fullest slot has written
+        self._has_turns = shape.num_kept > 0
+        self._move_rows = rows_moved(shape.num_slots // num_shards)
+        self._turns: dict[int, _Turns] = {}  # {unfinished request of which a turn has ended}
+        self._ready: list[collections.deque[int]] = [collections.deque() for _ in range(num_shards)]
+        self._free_rows = [list(range(shape.num_kept // num_shards)) for _ in range(num_shards)]
+        self._num_outside = 0  # requests that wait for what follows their turn
+        self._next_wait = 0
+        self.num_read = self.num_read_again = 0
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        requests: Sequence[Request],
+        shards: Sequence[Sequence[Sequence[int]]] | None = None,
+    ) -> range:
+        """Takes in requests for further prompts, see `Schedule.add`; returns their numbers here.
+
+        Raises:
+          ValueError: with turns, what no sampler can draw.
+        """
+        if self._has_turns:
+            check_requests(self._engine.policy.config, self._decode_text, prompts, requests, self._sampling)
+        return self._schedule.add(prompts, requests, shards)
+
+    @property
+    def num_left(self) -> int:
+        """The number of requests that have not ended; with turns, that are not finished."""
+        return self._schedule.num_left
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `poll` would draw: some request is not waiting for what follows its turn."""
+        return self.num_left > self._num_outside
+
+    def go_on(self, number: int, token_ids: Sequence[int], limit: int) -> None:
+        """Lets a request whose turn has ended draw another turn.
+
+        Args:
+          token_ids: what is put behind its turn; may be empty.
+          limit: tokens that the whole completion may have then, with all turns and what was between them.
+        """
+        turns = self._turns[number]
+        assert turns.state == _OUTSIDE, number
+        turns.tokens.extend(int(token) for token in token_ids)
+        assert len(turns.tokens) < limit <= self._state.shape.length - READ_TOKENS, (len(turns.tokens), limit)
+        request = self._schedule.request(number)
+        self._schedule.replace(number, dataclasses.replace(request, continues=tuple(turns.tokens), limit=limit))
+        self.num_read += len(token_ids)
+        turns.state = _READY
+        self._num_outside -= 1
+        self._ready[turns.shard].append(number)
+
+    def finish(self, number: int) -> None:
+        """Frees what a request takes, whose last turn has ended."""
+        turns = self._turns.pop(number)
+        assert turns.state == _OUTSIDE, number
+        self._num_outside -= 1
+        if turns.row is not None:
+            self._free_rows[turns.shard].append(turns.row)
+        self._schedule.finish(number)
+
+    def poll(self) -> list[tuple[int, Completion]]:
+        """Decodes one chunk. Returns (number, completion) of each turn that ended; the completion has its tokens."""
+        if not self.has_work:
+            return []
+        schedule, state = self._schedule, self._state
+        if self._has_turns:
+            state = self._keep(state)
+        while needed := schedule.num_to_prefill(self._prefill_rows):
+            state = self._admit(state, needed)
+        state = self._fit(state)
+        if self._has_turns:
+            state = self._go_on(state)
+        waiting, num_waiting = schedule.waiting()
+        few = 0 if self._has_turns else self._few(state)
+        cancelled_B = schedule.cancelled()
+        self._state, report = self._engine.generate(
+            self._params, state, waiting, num_waiting, self._key, cancelled_B, few, self._chunk
+        )
+        assert report.num_steps > 0, "a chunk without a step, though there are requests left"
+        if not self._has_turns:
+            self._filled = int(np.max(np.where(report.request_ids >= 0, report.num_drawn, 0), initial=0))
+        ended = list(schedule.read(report))
+        if self._has_turns:
+            for number, completion in ended:
+                self._end_turn(number, completion)
+        return ended
+
+    # Prompts and sizes
+
+    def _admit(self, state: DecodeState, needed: int) -> DecodeState:
+        """Prefills `needed` rows of each shard. Takes the smaller prefill where half the rows would be empty."""
+        few = few_rows(self._prefill_rows)
+        count = math.ceil(needed / few)
+        for num_rows in [few] * count if 2 * count * few <= self._prefill_rows else [self._prefill_rows]:
+            inputs, places = self._schedule.admit(num_rows)
+            chunk = prefill_chunk(inputs.tokens_BT.shape[0])
+            prefix = self._engine.prefill(self._params, inputs, common=state.common, chunk=chunk, state=state)
+            state = self._engine.insert(state, prefix, places)
+        return state
+
+    def _fit(self, state: DecodeState) -> DecodeState:
+        """Drops idle slots once half of the slots can go, and grows the own cache where the fullest slot has
+        filled it.
+        """
+        schedule = self._schedule
+        busy = schedule.busy_slots()
+        now = self._cache_size(state)
+        needed = int(busy.sum(axis=1).max()) + schedule.num_waiting
+        if schedule.has_pending():
+            needed = now.slots
+        elif self._has_turns:  # each of them may want a slot again
+            needed = max(schedule.loads())
+        size = next_cache_size(self._sizes, now, min(needed, now.slots), self._filled)
+        index = None
+        if size.slots < now.slots:
+            index = np.argsort(~busy, axis=1, kind="stable")[:, : size.slots].astype(np.int32)
+            schedule.keep_slots(index)
+        return state if size == now else self._engine.resize(state, index, size.length)
+
+    def _few(self, state: DecodeState) -> int:
+        """The number of busy slots at which the chunk ends early, so that the host adds requests or drops idle slots;
+        0: never.
+        """
+        now, schedule = self._cache_size(state), self._schedule
+        if schedule.has_more():
+            wanted = now.slots - 1
+        else:
+            sizes = self._sizes
+            fewer = [next_cache_size(sizes, now, size.slots, 0).slots for size in sizes if size.slots < now.slots]
+            wanted = max((slots for slots in fewer if slots < now.slots), default=0)
+        # The host can do nothing about slots that are idle now. It looks again when a completion has ended.
+        return min(wanted * self._engine.num_shards, schedule.num_soon_busy() - 1)
+
+    def _cache_size(self, state: DecodeState) -> CacheSize:
+        return CacheSize(state.own.num_rows // self._engine.num_shards, state.own.length)
+
+    # Turns
+
+    def _end_turn(self, number: int, completion: Completion) -> None:
+        turns = self._turns.get(number)
+        if turns is None:
+            turns = self._turns[number] = _Turns(self._schedule.shard(number))
+        turns.tokens.extend(completion.token_ids.tolist())
+        turns.num_cached, turns.state = len(turns.tokens), _OUTSIDE
+        self._num_outside += 1
+        turns.waits_since, self._next_wait = self._next_wait, self._next_wait + 1
+
+    def _keep(self, state: DecodeState) -> DecodeState:
+        """Copies what ended turns have drawn to kept rows, before their slots are drawn in again."""
+        num_slots = state.own.num_rows // self._engine.num_shards
+        moves: list[list[tuple[int, int]]] = [[] for _ in self._ready]
+        for number, slot in self._schedule.ended.items():
+            turns = self._turns[number]
+            turns.row = self._take_row(turns.shard)
+            moves[turns.shard].append((slot % num_slots, turns.row))
+        self._schedule.ended.clear()
+        past = state.shape.num_kept // self._engine.num_shards
+        for first in range(0, max(map(len, moves)), self._move_rows):
+            slots = np.zeros((len(moves), self._move_rows), np.int32)
+            rows = np.full_like(slots, past)
+            for shard, own in enumerate(moves):
+                for i, (slot, row) in enumerate(own[first : first + self._move_rows]):
+                    slots[shard, i], rows[shard, i] = slot, row
+            state = self._engine.keep(state, slots, rows)
+        return state
+
+    def _take_row(self, shard: int) -> int:
+        """A kept row; where all are taken, that of the request that has waited longest."""
+        if not self._free_rows[shard]:
+            holders = [turns for turns in self._turns.values() if turns.shard == shard and turns.row is not None]
+            longest = min(holders, key=lambda turns: turns.waits_since)
+            self.num_read_again += longest.num_cached
+            row, longest.row, longest.num_cached = longest.row, None, 0
+            assert row is not None
+            return row
+        return self._free_rows[shard].pop()
+
+    def _go_on(self, state: DecodeState) -> DecodeState:
+        """Gives requests that go on the slots that are idle, in the order in which they became ready."""
+        while any(self._ready):
+            idle = (~self._schedule.busy_slots()).sum(axis=1)
+            taken = [
+                [ready.popleft() for _ in range(min(len(ready), int(free), self._move_rows))]
+                for ready, free in zip(self._ready, idle, strict=True)
+            ]
+            if not any(taken):
+                break
+            state = self._resume(state, taken)
+        return state
+
+    def _resume(self, state: DecodeState, taken: Sequence[Sequence[int]]) -> DecodeState:
+        """Gives the requests `taken`, by shard, idle slots, behind what is read first."""
+        num_shards, width = len(taken), self._move_rows
+        rows = np.zeros((num_shards, width), np.int32)
+        cursors, ends = np.zeros((2, num_shards * width), np.int32)
+        fed: dict[int, tuple[np.ndarray, int]] = {}  # {row of all: (tokens by own position, request)}
+        requests = self._schedule.arrays(taken, width, are_own=True)
+        for shard, own in enumerate(taken):
+            for i, number in enumerate(own):
+                turns, place = self._turns[number], shard * width + i
+                if turns.row is not None:
+                    rows[shard, i] = turns.row
+                    self._free_rows[shard].append(turns.row)
+                tokens = np.array([self._schedule.prompt(number)[-1], *turns.tokens], np.int32)
+                fed[place] = tokens, number
+                cursors[place], ends[place] = turns.num_cached, tokens.size - 1  # the last one is fed by decoding
+                turns.row, turns.state = None, _DRAWING
+        pieces = []
+        while np.any(cursors < ends):
+            inputs = empty_inputs(num_shards * width, READ_TOKENS)
+            for place, (tokens, number) in fed.items():
+                own = np.arange(cursors[place], min(cursors[place] + READ_TOKENS, ends[place]))
+                prompt = self._schedule.prompt(number)
+                where = place, slice(0, own.size)
+                inputs.tokens_BT[where] = tokens[own]
+                inputs.positions_BT[where] = len(prompt) - 1 + own
+                inputs.group_ids_BT[where] = self._schedule.request(number).prompt
+                inputs.branch_ids_BT[where] = OWN_BRANCH
+            pieces.append((inputs, cursors.copy()))
+            cursors = np.minimum(cursors + READ_TOKENS, ends)
+        slots = self._schedule.go_on(taken, width)
+        nums_cached = ends.reshape(num_shards, width)
+        return self._engine.go_on(self._params, state, rows, pieces, requests, nums_cached, slots, self._key)
+
+
+@dataclasses.dataclass
+class _Turns:
+    """A request that has several turns.
+
+    tokens: of its completion, with what was put between turns. num_cached: positions of its own cache that are there,
+      as its last turn ended. row: the kept row that holds them. waits_since: counts the turns that ended.
+    """
+
+    shard: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    num_cached: int = 0
+    row: int | None = None
+    state: str = ""
+    waits_since: int = 0
+
+
+def prefill_chunk(num_rows: int) -> int:
+    """Positions of one piece of a prefill with so many rows."""
+    return min(max(PREFILL_TOKENS // num_rows, MIN_PREFILL_CHUNK), MAX_PREFILL_CHUNK)

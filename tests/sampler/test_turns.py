@@ -1,0 +1,123 @@
+"""Completions of several turns: a session draws what the same completions would be in single calls."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rl.config.load import load_config
+from rl.devices.mesh import create_mesh, tree_shardings
+from rl.models.config import logical_axes
+from rl.models.flavours import create_policy
+from rl.sampler.contract import Completion, Request
+from rl.sampler.slot_sampler import Sampler
+from rl.sampler.token_draw import SamplingParams
+from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
+
+NUM_PROMPTS, NUM_SAMPLES, NUM_TURNS, TURN = 3, 4, 3, 6
+LONGEST = 120
+EOS = (3, 4)
+
+
+class Turn:
+    """The tokens before a turn, and the turn."""
+
+    def __init__(self, before: tuple[int, ...], completion: Completion) -> None:
+        self.before, self.completion = before, completion
+
+
+def sampling(**changes: Any) -> SamplingParams:
+    return SamplingParams(max_completion_length=LONGEST, **{"eos_ids": EOS, "temperature": 1.0, **changes})
+
+
+def observation(request: Request, turn: int) -> list[int]:
+    """What follows a turn: of another length for each, up to more than one piece."""
+    rng = np.random.default_rng([request.prompt_index, request.sample_index, turn])
+    return rng.integers(5, VOCAB, [2, 40, 1, 9][(request.sample_index + turn) % 4]).tolist()
+
+
+def play(sampler: Sampler, params: Any, prompts: Sequence[Any], how: SamplingParams, delay: int = 0):
+    """All turns of all requests, [request][turn]; an observation comes after `delay` polls. Also the session."""
+    key = jax.random.key(7)
+    session = sampler.open(params, how, key, len(prompts), NUM_SAMPLES, LONGEST)
+    requests = [Request(p, p, g, TURN) for p in range(len(prompts)) for g in range(NUM_SAMPLES)]
+    numbers = session.submit(prompts, requests)
+    turns: list[list[Turn]] = [[] for _ in requests]
+    tokens: list[list[int]] = [[] for _ in requests]
+    outside: list[tuple[int, int]] = []
+    for poll in range(10_000):
+        for number, completion in session.poll():
+            place = numbers.index(number)
+            turns[place].append(Turn(tuple(tokens[place]), completion))
+            tokens[place].extend(completion.token_ids.tolist())
+            if len(turns[place]) == NUM_TURNS:
+                session.finish(number)
+            else:
+                outside.append((poll + delay * (1 + place % 3), place))
+        for due, place in list(outside):
+            if due <= poll:
+                outside.remove((due, place))
+                more = observation(requests[place], len(turns[place]))
+                tokens[place].extend(more)
+                session.go_on(numbers[place], more, len(tokens[place]) + TURN)
+        if not session.num_left:
+            return turns, session
+    raise AssertionError("the session does not end")
+
+
+def in_single_calls(sampler: Sampler, params: Any, prompts: Sequence[Any], turns, how: SamplingParams):
+    """The same turns, each drawn as a completion that continues what was before it."""
+    requests = []
+    for place, of_request in enumerate(turns):
+        p, g = divmod(place, NUM_SAMPLES)
+        requests += [Request(p, p, g, len(turn.before) + TURN, continues=turn.before) for turn in of_request]
+    found = dict(sampler.stream(params, prompts, requests, how, jax.random.key(7)))
+    return [found[i] for i in range(len(requests))]
+
+
+def assert_alike(left: Sequence[Completion], right: Sequence[Completion], tolerance: float) -> None:
+    for a, b in zip(left, right, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        assert (a.finish_reason, a.stop_reason) == (b.finish_reason, b.stop_reason)
+        np.testing.assert_allclose(a.sampler_logprobs, b.sampler_logprobs, atol=tolerance, rtol=0)
+        np.testing.assert_allclose(a.policy_logprobs, b.policy_logprobs, atol=tolerance, rtol=0)
+
+
+def make(family: str, pure_nnx: bool, overrides: tuple[str, ...] = (), **options: Any):
+    config = load_config(None, overrides)
+    mesh = create_mesh(config.mesh, jax.devices() if overrides else jax.devices()[:1])
+    policy = create_policy(tiny_config(family, dtype="float64", param_dtype="float64"), pure_nnx)
+    params = noisy_params(policy.config)
+    shardings = tree_shardings(params, logical_axes(policy.config), mesh, config.mesh.rules)
+    params = jax.device_put(params, shardings)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(5, VOCAB, length).tolist() for length in (9, 4, 12)]
+
+    def sampler(**options: Any) -> Sampler:
+        made = Sampler(policy, mesh, shardings, rules=config.mesh.rules, **options)
+        made.expect_length(16, NUM_PROMPTS, NUM_SAMPLES)
+        return made
+
+    return sampler, params, prompts
+
+
+@pytest.mark.parametrize(
+    ("family", "pure_nnx", "overrides"),
+    [("qwen3", True, ()), ("gemma3_text", False, ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"))],
+    ids=["one_device_nnx", "eight_devices_linen_with_a_window"],
+)
+def test_turns_are_those_of_single_calls(family, pure_nnx, overrides):
+    with jax.enable_x64():
+        make_sampler, params, prompts = make(family, pure_nnx, overrides)
+        how = sampling(repetition_penalty=1.2, frequency_penalty=0.1)
+        turns, session = play(make_sampler(slots=8), params, prompts, how)
+        flat = [turn.completion for of_request in turns for turn in of_request]
+        assert len({completion.finish_reason for completion in flat}) == 2, "some end by an EOS, some by their limit"
+        assert_alike(flat, in_single_calls(make_sampler(), params, prompts, turns, how), 1e-10)
+        late, again = play(make_sampler(slots=8), params, prompts, how, delay=3)
+        assert_alike([turn.completion for own in late for turn in own], flat, 1e-10)
+        observed = sum(len(own[-1].before) - sum(len(t.completion.token_ids) for t in own[:-1]) for own in turns)
+        assert session.num_read == again.num_read == observed
+        assert session.num_read_again == again.num_read_again == 0
