@@ -22,7 +22,7 @@ DESCRIPTION = LoadedFunction("sample", False, "elementwise", (), (), False, Fals
 class InProcess(Protocol):
     """A function of a whole batch that judges each completion by itself."""
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], /) -> Sequence[float | None | Failure]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], /) -> Sequence[float | Failure | None]:
         """A number, None where it cannot judge, or a failure, for each completion.
 
         Args:
@@ -77,7 +77,7 @@ def _first(
     return None
 
 
-def _checked(value: float | None | Failure) -> float | None | Failure:
+def _checked(value: float | Failure | None) -> float | Failure | None:
     """The value, or the failure that it is no reward, as for functions in workers."""
     if value is None or isinstance(value, tuple):
         return value

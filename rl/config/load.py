@@ -19,7 +19,7 @@ import pydantic
 
 from rl.config.ranges import check_plain, check_possible_path
 from rl.config.rules import check_config
-from rl.config.sections import FREE_FORM, LIST_ENTRIES, Config, flatten, to_dict
+from rl.config.sections import FREE_FORM, LIST_ENTRIES, ONE_OR_MAPPING, Config, flatten, to_dict
 from rl.config.yaml_text import MOST_DEPTH, read_yaml, write_yaml
 from rl.files.json_file import shown
 
@@ -287,7 +287,8 @@ def _merge(low: Mapping, high: Mapping) -> dict:
 def _check_keys(layer: Mapping, known: set[str]) -> None:
     sections = {key[: match.start()] for key in known for match in re.finditer(r"\.", key)}
     for key, value in (flatten(layer) | _empty_mappings(layer)).items():
-        if (key in sections and value != {}) or (key in FREE_FORM and not isinstance(value, Mapping)):
+        is_mapping = key in FREE_FORM and key not in ONE_OR_MAPPING
+        if (key in sections and value != {}) or (is_mapping and not isinstance(value, Mapping)):
             raise ValueError(f"{key} must be a mapping of keys, got {shown(value)}")
         if key not in known and key not in sections:
             near = _nearest(key, sorted(known)) if len(key) < 100 else None  # comparing takes the square of its length

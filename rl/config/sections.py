@@ -28,6 +28,8 @@ FREE_FORM = (
     "mesh.rollout_rules",
 )
 
+ONE_OR_MAPPING = ("rollout.environment",)  # of these, keys whose value may also be one text, or null
+
 # The names that grpo.advantage_estimator takes: the table of `rl.algorithms.advantages`. The names of grpo.loss_type
 # are not listed here: `rl.algorithms.from_config` reads them from the table of losses.
 ESTIMATOR_NAMES = ("grpo", "rloo", "maxrl", "reinforce++", "reinforce++_baseline")

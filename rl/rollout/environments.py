@@ -28,14 +28,14 @@ class EnvironmentReward:
     def __init__(self) -> None:
         self.episodes: Sequence[Episode] = ()
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | None | Failure]:
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | Failure | None]:
         """What the environment gave in each episode; None where it gave nothing, or nothing is known of an episode."""
         if len(self.episodes) != len(completions):  # completions that are made up, to try reward functions
             return [None] * len(completions)
         return [_value(episode) for episode in self.episodes]
 
 
-def _value(episode: Episode) -> float | None | Failure:
+def _value(episode: Episode) -> float | Failure | None:
     if episode.failure is None:
         return episode.reward
     kind, message = episode.failure
@@ -57,14 +57,9 @@ def start_episodes(
     if not section.has_turns:
         yield None
         return
-    tool_format: str | None = section.tool_format
-    if tool_format == "auto":
-        tool_format = format_of_template(tokenizer.chat_template) if config.data.chat else "hermes"
-        if tool_format is None:
-            raise ValueError(
-                "rollout.tool_format must be hermes, llama_json or llama_pythonic for this chat template, which shows "
-                "no calls of tools that are known here, got auto"
-            )
+    tool_format: str = section.tool_format
+    if tool_format == "auto" and config.data.chat and tokenizer.has_chat_template:
+        tool_format = format_of_template(tokenizer.backend.get_chat_template()) or "auto"
     with EnvironmentRunner(
         section.environments,
         section.tools,

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from rewards.environment_runner import EnvironmentReply, EnvironmentRunner
+from rewards.in_process import InProcess
 from rewards.moment import sample_seed
 from rl.data.prompt_rows import Prompt, PromptRow
 from rl.data.tokenizer import Tokenizer
@@ -97,13 +98,22 @@ class Episode:
             np.array(self.token_ids, np.int32),
             like("sampler_logprobs"),
             like("policy_logprobs"),
-            "length" if is_cut else last.finish_reason,
-            None if is_cut else last.stop_reason,
+            *self._end_of(last, is_cut),
             like("top_ids"),
             like("top_logprobs"),
             None if last is None or last.kept_words is None else like("kept_words"),
             None if trained.all() else trained,
         )
+
+    def _end_of(self, last: Completion | None, is_cut: bool) -> tuple[str, int | str | None]:
+        """Finish and stop reason of the whole: a limit of tokens, or how the last turn ended. An environment that is
+        done ends the episode also where the last turn was cut.
+        """
+        if is_cut or last is None:
+            return "length", None
+        if last.finish_reason == "length" and self.ended == DONE:
+            return "stop", DONE
+        return last.finish_reason, last.stop_reason
 
 
 class EpisodeLimits(NamedTuple):
@@ -117,8 +127,8 @@ class EpisodeLimits(NamedTuple):
     tokens: int
 
 
-class Judge(Protocol):
-    """Judges episodes by what their environments gave, when they are handed over."""
+class EpisodeReward(InProcess, Protocol):
+    """A reward function that judges episodes by what their environments gave: those that are handed over here."""
 
     episodes: Sequence[Episode]
 
@@ -137,7 +147,7 @@ class EpisodeSource:
         turns: Turns,
         tokenizer: Tokenizer,
         limits: EpisodeLimits,
-        reward: Judge,
+        reward: EpisodeReward,
     ) -> None:
         self.environments, self.turns, self.tokenizer = environments, turns, tokenizer
         self.limits, self.reward = limits, reward
@@ -288,7 +298,8 @@ class _Call:
         episode.messages.append(reply.action)
         episode.num_tool_calls += reply.num_tool_calls
         episode.num_bad_tool_calls += reply.num_bad_tool_calls
-        observations = list(reply.messages)
+        assert not isinstance(reply.messages, str), "observations are messages"
+        observations = reply.messages
         if reply.done:
             episode.messages.extend(observations)
             self._end(b, DONE)

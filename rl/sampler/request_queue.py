@@ -25,12 +25,17 @@ from rl.sampler.token_draw import SamplingParams
 
 
 def deal(
-    requests: Sequence[Request], num_shards: int, loads: Sequence[int] | None = None, first: int = 0
+    requests: Sequence[Request],
+    num_shards: int,
+    loads: Sequence[int] | None = None,
+    first: int = 0,
+    total: int | None = None,
 ) -> list[list[list[int]]]:
     """Deals requests, by number, to the shards: [shard][piece][request]. The next piece goes to the shard with the
     fewest.
 
     loads: the requests that each shard has already; None: none. first: the number of the first of these requests.
+    total: the requests of the whole call; None: these.
 
     A piece is all requests of one prompt. A prompt with more requests than a shard's share is cut into several pieces,
     and several shards prefill it at the same time. If all prompts have equally many requests, fewer prompts never give
@@ -42,7 +47,7 @@ def deal(
     shards: list[dict[int, list[int]]] = [{} for _ in range(num_shards)]  # by prompt: none is twice in a shard
     loads = [0] * num_shards if loads is None else list(loads)
     for prompt, group in groups.items():
-        size = math.ceil(len(group) / max(len(group) * num_shards // len(requests), 1))
+        size = math.ceil(len(group) / max(len(group) * num_shards // (total or len(requests)), 1))
         for begin in range(0, len(group), size):
             piece = group[begin : begin + size]
             shard = loads.index(min(loads))
@@ -135,18 +140,19 @@ class Schedule:
         prompts: Sequence[Sequence[int] | np.ndarray],
         requests: Sequence[Request],
         shards: Sequence[Sequence[Sequence[int]]] | None = None,
+        total: int | None = None,
     ) -> range:
         """Takes in further prompts, with the requests for them; requests name a prompt by its place in `prompts`.
 
         shards: from `deal`: the numbers of the requests of each shard, by prompt, in the order in which prompts are
-          prefilled. None: dealt by what each shard has already.
+          prefilled. None: dealt by what each shard has already; `total` requests will come in all.
 
         Returns:
           The numbers of the requests here, in their order.
         """
         numbers = range(len(self._requests), len(self._requests) + len(requests))
         if shards is None:
-            shards = deal(requests, len(self._pending), self.loads(), numbers.start)
+            shards = deal(requests, len(self._pending), self.loads(), numbers.start, total)
         first_prompt = len(self._prompts)
         self._prompts.extend(prompts)
         if first_prompt:

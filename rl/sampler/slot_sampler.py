@@ -251,7 +251,8 @@ class Sampler:
         sizes = [CacheSize(slots, shape.length) for slots in slot_sizes(shape.num_slots // self.engine.num_shards)]
         self.release()  # no prefix is shared here
         params, chunk = self._decode_params(params), min(self._chunk, TURN_CHUNK)
-        return SlotSession(self.engine, params, shape, sizes, sampling, key, None, self._decode_text, chunk)
+        total = num_prompts * num_samples
+        return SlotSession(self.engine, params, shape, sizes, sampling, key, None, self._decode_text, chunk, total)
 
     def prompt_logprobs(
         self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None

@@ -46,6 +46,7 @@ class SlotSession:
       sizes: those that the own cache can have, from `rl.sampler.sizes`.
       common: the cache of a prefix of all prompts, or None.
       chunk: tokens decoded in one `poll`.
+      total: requests that will come at most, with turns.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class SlotSession:
         common: CachePart | None,
         decode_text: Callable[[Sequence[int]], str] | None,
         chunk: int,
+        total: int = 0,
     ) -> None:
         num_shards = engine.num_shards
         self._engine, self._params, self._sizes = engine, params, sizes
         self._sampling, self._key, self._chunk = sampling, key, chunk
-        self._decode_text = decode_text
+        self._decode_text, self._total = decode_text, total or None
+        self._is_stuck = False  # what is left waits for others to go on or to finish
         self._schedule = Schedule(
             sampling,
             decode_text,
@@ -102,7 +105,8 @@ class SlotSession:
         """
         if self._has_turns:
             check_requests(self._engine.policy.config, self._decode_text, prompts, requests, self._sampling)
-        return self._schedule.add(prompts, requests, shards)
+        self._is_stuck = False
+        return self._schedule.add(prompts, requests, shards, self._total)
 
     @property
     def num_left(self) -> int:
@@ -112,7 +116,7 @@ class SlotSession:
     @property
     def has_work(self) -> bool:
         """Whether `poll` would draw: some request is not waiting for what follows its turn."""
-        return self.num_left > self._num_outside
+        return self.num_left > self._num_outside and not self._is_stuck
 
     def go_on(self, number: int, token_ids: Sequence[int], limit: int) -> None:
         """Lets a request whose turn has ended draw another turn.
@@ -129,6 +133,7 @@ class SlotSession:
         self._schedule.replace(number, dataclasses.replace(request, continues=tuple(turns.tokens), limit=limit))
         self.num_read += len(token_ids)
         turns.state = _READY
+        self._is_stuck = False
         self._num_outside -= 1
         self._ready[turns.shard].append(number)
 
@@ -136,6 +141,7 @@ class SlotSession:
         """Frees what a request takes, whose last turn has ended."""
         turns = self._turns.pop(number)
         assert turns.state == _OUTSIDE, number
+        self._is_stuck = False
         self._num_outside -= 1
         if turns.row is not None:
             self._free_rows[turns.shard].append(turns.row)
@@ -154,6 +160,9 @@ class SlotSession:
         if self._has_turns:
             state = self._go_on(state)
         waiting, num_waiting = schedule.waiting()
+        if self._has_turns and not num_waiting.any() and not schedule.busy_slots().any():
+            self._state, self._is_stuck = state, True  # prompts wait for the rows of others in the table
+            return []
         few = 0 if self._has_turns else self._few(state)
         cancelled_B = schedule.cancelled()
         self._state, report = self._engine.generate(

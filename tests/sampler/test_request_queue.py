@@ -304,7 +304,8 @@ def test_a_shard_whose_table_is_full_does_not_hold_back_one_that_has_nothing_to_
     prompts, requests = [[5, 6], [7, 8], [9, 10], [11, 12]], requests_for(range(4), 1, 3)
     sampling = SamplingParams(max_completion_length=3, eos_ids=(1,))
     shards = [[[0], [1]], [[2], [3]]]  # two prompts a shard, and one row of the table
-    schedule = Schedule(prompts, requests, sampling, None, 0, shards, 1, 16, 1, 2)
+    schedule = Schedule(sampling, None, 0, 2, 1, 16, 1, 2)
+    schedule.add(prompts, requests, shards)
     schedule.set_slots(2)
     assert schedule.num_to_prefill(1)
     assert schedule.admit(1)[1].tolist() == [[[0]], [[0]]]
@@ -328,7 +329,8 @@ def test_a_long_prompt_takes_rows_of_the_table_and_short_ones_one_each():
     requests = requests_for(range(5), 2, 3)
     sampling = SamplingParams(max_completion_length=3, eos_ids=(1,))
     shards = [[[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]]
-    schedule = Schedule(prompts, requests, sampling, None, 0, shards, 5, 4, 3, 4)
+    schedule = Schedule(sampling, None, 0, 1, 5, 4, 3, 4)
+    schedule.add(prompts, requests, shards)
     schedule.set_slots(4)
     (tokens, positions, group_ids, _), places = schedule.admit(2)
     assert places.tolist() == [[[0, 5, 5], [1, 2, 3]]], "the third prompt needs two rows, and one is left"
@@ -390,7 +392,8 @@ def test_penalties_take_the_tokens_of_waiting_prompts_and_nothing_as_long_as_the
     tokens = {}
     for penalty in (1.0, 1.2):
         sampling = SamplingParams(max_completion_length=3, eos_ids=(), repetition_penalty=penalty)
-        schedule = Schedule(prompts, requests, sampling, None, 2, [[[0], [1]]], 2, 4, 1, 2)
+        schedule = Schedule(sampling, None, 2, 1, 2, 4, 1, 2, counted_length=7)
+        schedule.add(prompts, requests, [[[0], [1]]])
         schedule.set_slots(1)
         schedule.admit(2)
         waiting, _ = schedule.waiting()

@@ -458,7 +458,7 @@ def test_rows_for_the_longest_prompt_are_prefilled_as_far_as_they_are_filled(qwe
     rng = np.random.default_rng(10)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (20, 9, 30, 17)]
     expected = alone(dict(enumerate(prompts)))
-    monkeypatch.setattr("rl.sampler.slot_sampler.MAX_PREFILL_CHUNK", 64)
+    monkeypatch.setattr("rl.sampler.slot_session.MAX_PREFILL_CHUNK", 64)
     setup = with_sampler(qwen)
     setup.sampler.expect([*prompts, [5] * 250])
     pieces, get = [], setup.sampler.engine.programs.get
@@ -481,8 +481,8 @@ def test_long_prompts_are_prefilled_in_chunks_over_a_growing_cache(qwen, alone, 
     rng = np.random.default_rng(5)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (150, 40, 130)]
     expected = alone(dict(enumerate(prompts)))
-    monkeypatch.setattr("rl.sampler.slot_sampler.PREFILL_TOKENS", 32)
-    monkeypatch.setattr("rl.sampler.slot_sampler.MIN_PREFILL_CHUNK", 32)
+    monkeypatch.setattr("rl.sampler.slot_session.PREFILL_TOKENS", 32)
+    monkeypatch.setattr("rl.sampler.slot_session.MIN_PREFILL_CHUNK", 32)
     setup = with_sampler(qwen)
     assert_same(flatten(sample(setup, prompts=prompts)), flatten(expected), 1e-5)
     chunks = {name[2:4] for name in setup.sampler.engine.programs if name[0] == "prefill"}

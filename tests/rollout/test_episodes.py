@@ -1,0 +1,164 @@
+"""Episodes in a whole run: what environments and the policy say in turn, what becomes of it, and every limit."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import pytest
+
+from rl.config.load import load_config
+from rl.data.byte_tokenizer import ByteBackend
+from rl.data.tokenizer import Tokenizer
+from rl.grpo_trainer import train
+from rl.run.metrics import read_metrics, read_samples
+from tests.helpers.metric_lines import steady
+
+# Each kind of row ends in its own way. A group has four episodes, which start alike unless the kind says otherwise.
+GAME = """
+import random
+
+class Game:
+    made = 0
+
+    def reset(self, row, seed):
+        Game.made += 1
+        self.kind, self.turns = row["kind"], 0
+        start = Game.made if self.kind == "differs" else random.randrange(100)
+        return f"{row['prompt']} {start}:"
+
+    def step(self, message):
+        from rewards.environment import Step
+        self.turns += 1
+        if self.kind == "raises" and self.turns == 2:
+            raise RuntimeError("lost")
+        text = "?" * 60 if self.kind == "long" else f" [{len(message['content'])}]"
+        done = self.turns == 2 and self.kind not in ("endless", "long")
+        reward = None if self.kind == "endless" else self.turns / 4
+        return Step([{"role": "user", "content": text}], reward, done, {"turn": self.turns})
+
+    def close(self):
+        pass
+"""
+KINDS = ("plain", "raises", "endless", "long", "differs")
+RECIPE = """
+seed: 1
+model:
+  arch: {hidden_size: 16, intermediate_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8}
+data: {columns: {answer: null}, max_prompt_length: 24}
+sampling: {max_completion_length: 24, temperature: 0.7}
+rollout: {max_turn_tokens: 7, max_turns: 3, max_episode_tokens: 64}
+rewards: {functions: [{function: "%s:length", weight: 0.5}]}
+grpo: {steps: 2, prompts_per_step: 5, group_size: 4, beta: 0.0, minibatches: 5}
+optimizer: {lr: 1.0e-3}
+mesh: {num_devices: 1}
+logging: {samples_per_step: 20}
+"""
+
+
+def start(folder: pathlib.Path, name: str, *overrides: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The metrics and samples of a run."""
+    arguments = [f"output_dir={folder / name}", f"data.source={folder / 'rows.jsonl'}", *overrides]
+    path = train(load_config(folder / "recipe.yml", arguments))
+    return read_metrics(path), read_samples(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("episodes")
+    (folder / "game.py").write_text(GAME)
+    (folder / "rewards.py").write_text("def length(completion):\n    return len(completion) / 100\n")
+    (folder / "recipe.yml").write_text(RECIPE % (folder / "rewards.py"))
+    rows = [{"prompt": f"play {i}", "kind": kind} for i, kind in enumerate(KINDS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    game = f"rollout.environment={folder / 'game.py'}:Game"
+    return {flavour: start(folder, flavour, game, f"pure_nnx={flavour}") for flavour in ("true", "false")}
+
+
+@pytest.fixture(scope="module")
+def samples(runs) -> dict[str, list[dict[str, Any]]]:
+    """The samples of the first step by kind."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    kinds = {f"play {i}": kind for i, kind in enumerate(KINDS)}
+    for sample in runs["true"][1]:
+        if sample["step"] == 1:
+            by_kind.setdefault(kinds[" ".join(sample["prompt"].split()[:2])], []).append(sample)
+    assert {kind: len(own) for kind, own in by_kind.items()} == dict.fromkeys(KINDS, 4)
+    return by_kind
+
+
+def test_both_flavours_play_the_same_episodes_bit_for_bit(runs):
+    (metrics, samples), (of_linen, samples_of_linen) = runs["true"], runs["false"]
+    assert [steady(line) for line in metrics] == [steady(line) for line in of_linen]
+    assert samples == samples_of_linen
+
+
+def test_the_sampler_and_the_trainer_agree_on_every_token_that_was_drawn(runs):
+    for line in runs["true"][0]:
+        assert line["sampler_logprob_difference_max"] <= 1e-4
+    assert runs["true"][0][1]["compiles"] == 0, "all programs are there after the first step"
+
+
+def test_tokens_are_appended_and_only_drawn_ones_are_trained(samples):
+    tokenizer = Tokenizer(ByteBackend())
+    for sample in [sample for own in samples.values() for sample in own]:
+        # Runs of drawn tokens and of observations, in turn.
+        runs: list[tuple[int, list[int]]] = []
+        trained = sample.get("trained", [1] * sample["tokens"])
+        for token, is_drawn in zip(sample["token_ids"], trained, strict=True):
+            if not runs or runs[-1][0] != is_drawn:
+                runs.append((is_drawn, []))
+            runs[-1][1].append(token)
+        said = {1: "assistant", 0: "user"}
+        told = [(said[is_drawn], ids) for is_drawn, ids in runs]
+        if sample["prompt"].startswith("play 4") and told and told[0][0] == "user":
+            told = told[1:]  # what is left of its own prompt
+        for (role, ids), message in zip(told, sample["messages"], strict=False):
+            assert role == message["role"]
+            assert len(ids) <= 7 or role == "user"
+            ids = [i for i in ids if i not in tokenizer.eos_ids]
+            assert tokenizer.decode(ids, skip_special_tokens=False) == message["content"]
+
+
+def test_every_end_and_limit_is_told(samples, runs):
+    ends = {kind: {sample["ended"] for sample in own} for kind, own in samples.items()}
+    assert ends == {
+        "plain": {"done"},
+        "raises": {"failed"},
+        "endless": {"max_turns"},
+        "long": {"max_tokens"},
+        "differs": {"done"},
+    }
+    line = runs["true"][0][0]
+    shares = {end: line[f"episodes/{end}"] for end in ("done", "max_turns", "max_drawn", "max_tokens", "failed")}
+    assert shares == pytest.approx({"done": 0.4, "max_turns": 0.2, "max_drawn": 0, "max_tokens": 0.2, "failed": 0.2})
+    assert [sample["turns"] for sample in samples["endless"]] == [3] * 4
+    assert {sample["finish_reason"] for sample in samples["long"]} == {"length"}
+
+
+def test_rewards_of_turns_add_up_and_a_lost_episode_has_none(samples, runs):
+    assert {sample["rewards"]["environment"] for sample in samples["plain"]} == {0.25 + 0.5}
+    assert {sample["rewards"]["environment"] for sample in samples["endless"]} == {None}
+    for sample in samples["endless"]:  # what the policy and the environment said, together
+        assert sample["rewards"][next(iter(sample["rewards"]))] == pytest.approx(len(sample["completion"]) / 100)
+    for sample in samples["raises"]:
+        assert set(sample["rewards"].values()) == {None}
+        assert sample["failure"][0] == "exception"
+        assert "RuntimeError: lost" in sample["failure"][1]
+    line = runs["true"][0][0]
+    assert line["reward/environment/errors"] == 4
+    assert line["environment/Game/failures"] == 4
+    assert line["unjudged_share"] == pytest.approx(0.2)
+
+
+def test_a_group_starts_alike_and_prompts_that_differ_are_read_behind_what_they_share(samples):
+    for kind in ("plain", "endless"):
+        assert len({sample["prompt"] for sample in samples[kind]}) == 1
+    begun = [sample["trained"][0] for sample in samples["differs"]]
+    assert 0 in begun, "what an episode has of its own is not trained"
+    assert all(math.isfinite(sample["advantage"]) for sample in samples["differs"])
