@@ -22,10 +22,13 @@ _EPISODE: "contextvars.ContextVar[RandomState]" = contextvars.ContextVar("episod
 
 
 class Clock:
-    """Seconds in which code of any episode ran."""
+    """What the episodes of a process share. busy: seconds in which code of any of them ran. holder: whose the global
+    state of `random` is.
+    """
 
     def __init__(self) -> None:
         self.busy = 0.0
+        self.holder: RandomState | None = None
 
 
 class RandomState:
@@ -36,24 +39,30 @@ class RandomState:
     def __init__(self, seed: int, clock: Clock):
         self._seed, self.clock = seed, clock
         self.busy = self._entered = 0.0
-        self._python = random.Random(seed).getstate()
+        self._python: Any = None
         self._numpy: Any = None
 
     def enter(self) -> None:
         """To be called before code of the episode runs."""
         self._entered = monotonic()
-        random.setstate(self._python)
+        holder = self.clock.holder
+        if holder is not self:
+            if holder is not None:
+                holder._python = random.getstate()
+            if self._python is None:
+                random.seed(self._seed)
+            else:
+                random.setstate(self._python)
+            self.clock.holder = self
         if numpy := sys.modules.get("numpy"):
             if self._numpy is None:
-                numpy.random.seed(self._seed % (1 << 32))
-            else:
-                numpy.random.set_state(self._numpy)
+                self._numpy = numpy.random.MT19937(self._seed)
+            # Each time, because it drops half of a pair of normal numbers: otherwise it would be the others that decide
+            # when that happens.
+            numpy.random.set_bit_generator(self._numpy)
 
     def leave(self) -> None:
         """To be called after it."""
-        self._python = random.getstate()
-        if numpy := sys.modules.get("numpy"):
-            self._numpy = numpy.random.get_state(legacy=False)
         ran = monotonic() - self._entered
         self.busy += ran
         self.clock.busy += ran

@@ -4,10 +4,10 @@ In: data rows, seeds and the policy's turns, as text. Out: prompts, observations
 replies. Not here: how turns become tokens, and when an episode ends for its length (`rl`); what an environment may look
 like (`rewards.environment`).
 
-Every request gets one reply, through `poll`, and nothing else waits. Environments of plain functions play one call at a
-time in a worker, async ones at the same time. An environment that raises, hangs, dies or gives what it must not costs
-its own episode. The others in a worker that had to be killed are played again in a fresh one, with the same row, seed
-and turns, and go on if what they answered is the same.
+Every request gets one reply, through `poll`, and nothing else waits. A worker runs calls of plain functions one after
+another, in the order in which they were asked, and async ones at the same time. An environment that raises, hangs, dies
+or gives what it must not costs its own episode. The others in a worker that had to be killed are played again in a
+fresh one, with the same row, seed and turns, and go on if what they answered is the same.
 
 POSIX only (process groups, selectable pipes). Not thread-safe.
 """
@@ -104,11 +104,6 @@ class _Episode:
         """What is to be asked next."""
         return self.calls[self.place] if self.place < len(self.calls) else None
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether nothing else may run in its worker while it is asked."""
-        return self.is_suspect or not self.is_async
-
 
 @dataclasses.dataclass
 class _Running:
@@ -136,6 +131,7 @@ class _Worker(SupervisedProcess):
         self.running: dict[str, _Running] = {}
         self.waiting: collections.deque[_Episode] = collections.deque()
         self.heard = 0.0  # when it last answered
+        self.is_ordered = True  # whether calls of plain functions were answered in the order in which they were asked
 
     def load(self, request: Mapping[str, Any], timeout: float) -> None:
         """Ask for the environments."""
@@ -147,8 +143,7 @@ class _Worker(SupervisedProcess):
         """Ask what waits, as far as it may run beside what runs."""
         while self.is_loaded and self.waiting:
             episode = self.waiting[0]
-            others = [running.episode for running in self.running.values()]
-            if others and (episode.is_alone or others[0].is_alone):
+            if not self._may_run(episode):
                 break
             self.waiting.popleft()
             call = episode.next_call
@@ -161,17 +156,33 @@ class _Worker(SupervisedProcess):
             self.running[nonce] = running
             about = {"op": call.op, "episode": episode.number, "limit": running.limit, "nonce": nonce}
             self._send({**call.fields, **about})
-        if self.is_loaded:
-            self.deadline = min(map(self.deadline_of, self.running.values()), default=math.inf)
 
-    def deadline_of(self, running: _Running) -> float:
+    def _may_run(self, episode: _Episode) -> bool:
+        """Whether an episode may be asked beside those that are. One that may have ended its worker is asked alone."""
+        for running in self.running.values():
+            other = running.episode
+            return not (episode.is_suspect or other.is_suspect) and episode.is_async == other.is_async
+        return True
+
+    def asked(self) -> list[_Episode]:
+        """The episodes of which one has ended its worker, should that have ended now: of calls that run one after
+        another it is the first.
+        """
+        episodes = [running.episode for running in self.running.values()]
+        return episodes if not self.is_ordered or any(episode.is_async for episode in episodes) else episodes[:1]
+
+    def due(self) -> float:
         """When a call must have been answered. A worker says itself that an async one took too long, so it is late only
         if the worker answers nothing, or if it would be late even had each of the others taken all of its time.
         """
-        limit = running.limit + (_GRACE_SECONDS if running.episode.is_async else 0.0)
-        if running.episode.is_alone:
-            return running.sent + limit
-        return min(max(running.sent, self.heard) + limit, running.sent + limit * self._max_episodes)
+        deadlines = [math.inf]
+        for running in self.running.values():
+            begun = max(running.sent, self.heard)
+            if not running.episode.is_async:  # the next ones have not begun
+                return begun + running.limit
+            limit = running.limit + _GRACE_SECONDS
+            deadlines.append(min(begun + limit, running.sent + limit * self._max_episodes))
+        return min(deadlines)
 
     def drop(self, number: int) -> None:
         """Have the worker forget an episode, where it still holds it."""
@@ -323,6 +334,9 @@ class EnvironmentRunner:
             if self._ready or left <= 0 or not busy:
                 ready, self._ready = self._ready, []
                 return ready
+            for worker in busy:
+                if worker.is_loaded:
+                    worker.deadline = worker.due()
             poll(busy, left)
 
     def drop_all(self) -> None:
@@ -383,6 +397,7 @@ class EnvironmentRunner:
                     raise BrokenWorker("a reply to something else than it was asked")
                 told = read_loaded(fields, self._names)
                 worker.loading, worker.is_loaded = None, not isinstance(told, Refused)
+                worker.heard = time.monotonic()
                 worker.num_failed_loads = 0
                 return told, None
         except BrokenWorker as error:
@@ -454,6 +469,8 @@ class EnvironmentRunner:
                 if running is None:
                     raise BrokenWorker("a reply to something else than it was asked")
                 done = read_done(fields, running.call.op)
+                if not running.episode.is_async and nonce != next(iter(worker.running)):
+                    worker.is_ordered = False
                 del worker.running[nonce]
                 self._take(running, done)
                 worker.heard, has_spoken = time.monotonic(), True
@@ -462,12 +479,12 @@ class EnvironmentRunner:
             return
         if has_spoken:
             return
-        late = [running for running in worker.running.values() if time.monotonic() > worker.deadline_of(running)]
         if death is not None:
             self._lost(worker, death)
-        elif late:
-            limit = f"no answer within {late[0].limit:g} s"
-            self._lost(worker, ("timeout", f"{limit}; the worker process was killed, its stack is in the log"))
+        elif time.monotonic() > worker.due():
+            limit = next(iter(worker.running.values())).limit
+            why = f"no answer within {limit:g} s; the worker process was killed, its stack is in the log"
+            self._lost(worker, ("timeout", why))
 
     def _take(self, running: _Running, done: Done) -> None:
         """What a request came to, the first time or when it was made again."""
@@ -521,20 +538,20 @@ class EnvironmentRunner:
             self._place(self._full.popleft())
 
     def _lost(self, worker: _Worker, failure: Failure) -> None:
-        """Replaces a worker that died or had to be killed. The one episode that it was asked about has failed, of
-        several each is asked alone in the fresh worker, and all others are played again.
+        """Replaces a worker that died or had to be killed. The episode that it was asked about has failed. Where it
+        could be one of several, each is asked alone in the fresh worker. All others are played again.
         """
-        asked = [running.episode for running in worker.running.values()]
-        seconds = max((time.monotonic() - running.sent for running in worker.running.values()), default=0.0)
+        suspects = worker.asked()
+        seconds = max((time.monotonic() - max(one.sent, worker.heard) for one in worker.running.values()), default=0.0)
         worker.restart()
         self._begin_load(worker)
-        guilty = asked if len(asked) == 1 else []
+        guilty = suspects if len(suspects) == 1 else []
         others = [episode for episode in worker.episodes.values() if episode not in guilty]
         for episode in guilty:
             self._fail(episode, failure, seconds)
         for episode in others:
-            episode.place, episode.is_suspect = 0, episode.is_suspect or episode in asked
-            episode.num_idle_deaths += not asked
+            episode.place, episode.is_suspect = 0, episode.is_suspect or episode in suspects
+            episode.num_idle_deaths += not suspects
             if episode.num_idle_deaths > _IDLE_DEATHS:
                 self._fail(episode, failure)
             elif episode.next_call is not None:

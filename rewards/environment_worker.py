@@ -49,6 +49,7 @@ from rewards.tool_calls import Format, parse_turn
 from rewards.tools import add_tool, answers, is_async, load_tools, schema_of
 from rewards.worker_variables import missing_variable
 
+_REST_SECONDS = 0.5  # from the last answer until the watchdog rests
 _CLOSE_SECONDS = 1.0  # for environments that are open when this worker ends
 # Files in which no code of the user is: this one, and those of these functions.
 _CALLERS = [__file__, *(function.__code__.co_filename for function in (task_in, load_kind, answers))]
@@ -111,6 +112,7 @@ class _Worker:
         self._clock = Clock()
         self._errors = Errors(_CALLERS, section="rollout")
         self._watchdog = Watchdog()
+        self._rest: asyncio.TimerHandle | None = None
 
     def handle(self, request: dict[str, Any] | None) -> None:
         """Begin to answer a request; None ends the loop."""
@@ -120,7 +122,10 @@ class _Worker:
         if request["op"] == "load":
             task = self._loop.create_task(self._load(request))
         elif request["op"] == "drop":
-            task = self._loop.create_task(self._forget(request["episode"], None))
+            dropped = self._episodes.get(request["episode"])
+            if dropped is None:  # it is forgotten already
+                return
+            task = task_in(self._loop, dropped.state, self._forget(request["episode"], None))
         else:
             seed = request.get("seed")
             if seed is not None:  # it begins
@@ -145,6 +150,11 @@ class _Worker:
 
     def _ended(self, task: asyncio.Task) -> None:
         self._tasks.discard(task)
+        if not self._tasks and self._rest is None:  # later, because it takes longer than most calls
+            self._rest = self._loop.call_later(_REST_SECONDS, self._rest_if_idle)
+
+    def _rest_if_idle(self) -> None:
+        self._rest = None
         if not self._tasks:
             self._watchdog.rest()
 
@@ -263,7 +273,7 @@ class _Worker:
         done = done if failure is None else _Done()
         kind, message = failure or (None, None)
         told = {"kind": kind, "message": message and one_line(message), "seconds": seconds}
-        return pack({"nonce": nonce, "op": "done", **dataclasses.asdict(done), **told})
+        return pack({"nonce": nonce, "op": "done", **vars(done), **told})
 
     def _reply(self, message: Mapping[str, Any]) -> None:
         write_frame(self._replies, pack(message))

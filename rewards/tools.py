@@ -84,8 +84,10 @@ async def answers(calls: Sequence[Call], ids: Sequence[str], functions: Function
             waiting.append((place, asyncio.ensure_future(_run(functions[one.name], one))))
         else:
             results[place] = await _run(functions[one.name], one)
-    for (place, _), result in zip(waiting, await asyncio.gather(*(task for _, task in waiting)), strict=True):
-        results[place] = result
+    if waiting:
+        await asyncio.gather(*(task for _, task in waiting))
+    for place, task in waiting:
+        results[place] = task.result()
     messages = [
         {"role": "tool", "name": one.name or _UNKNOWN, "tool_call_id": call_id, "content": _content(result)}
         for one, call_id, result in zip(calls, ids, results, strict=True)
