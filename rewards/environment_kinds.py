@@ -19,6 +19,7 @@ from rewards.calling import call
 from rewards.environment import Message, Step
 from rewards.importing import USER_ERRORS, import_function
 from rewards.in_worker import Rejected, short
+from rewards.text import message_text
 from rewards.tools import Functions, add_tool, is_async
 
 _FORMS = (
@@ -175,7 +176,7 @@ class _Trl:
         if said is None:
             return prompt
         if not isinstance(said, str):
-            raise Rejected("not_a_step", f"reset returned {short(said)}, must return a text or None")
+            said = _text_of_parts(said)
         if isinstance(prompt, str):
             return prompt + said
         last = prompt[-1]
@@ -236,6 +237,14 @@ class _SkyRL:
     async def close(self, reason: str | None) -> None:
         if self._environment is not None and hasattr(self._environment, "close"):
             await call(self._environment.close)
+
+
+def _text_of_parts(said: Any) -> str:
+    """The text of a list of content parts, which TRL takes as well; images have none."""
+    is_text = isinstance(said, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in said)
+    if not is_text:
+        raise Rejected("not_a_step", f"reset returned {short(said)}, must return None, a text or parts of text")
+    return message_text({"content": said})
 
 
 def _prompt_of(row: Mapping[str, Any]) -> Any:

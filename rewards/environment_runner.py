@@ -297,8 +297,8 @@ class EnvironmentRunner:
         return name
 
     def begin(self, episode: int, row: Mapping[str, Any], seed: int) -> None:
-        """Opens an episode; the reply holds its prompt. episode: a number that no other running episode has. row: the
-        data row. seed: of all that is random in it, in [0, 2**63).
+        """Opens an episode; the reply holds its prompt, and comes when a worker has room for it. episode: a number that
+        no other running episode has. row: the data row. seed: of all that is random in it, in [0, 2**63).
 
         Raises ValueError for a row whose environment is not known, or with a value that cannot be sent.
         """

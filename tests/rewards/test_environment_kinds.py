@@ -25,7 +25,8 @@ COUNTER = '''
 
         def reset(self, **kwargs):
             self.asked, self.value = kwargs, 0
-            return None if kwargs.get("quiet") else f" Count to {kwargs['target']}."
+            text = f" Count to {kwargs['target']}."
+            return kwargs["says"] if "says" in kwargs else text
 
         def increment(self, by: int) -> str:
             """Adds to the counter.
@@ -84,9 +85,12 @@ def test_a_class_for_trl_is_reset_with_the_row_and_its_methods_are_tools(write):
         assert ask(runner, 2, "step", hermes("increment", by=1)).messages[0]["content"] == "2: 1"
         assert ask(runner, 2, "finish", "turns").reward is None  # it declined to judge
         assert ask(runner, 1, "finish", "turns").reward == 1.0
-        quiet = {"prompt": QUESTION, "target": 1, "quiet": True}
+        quiet = {"prompt": QUESTION, "target": 1, "says": None}
         assert ask(runner, 3, "begin", quiet, 0).messages == QUESTION
         assert ask(runner, 3, "step", hermes("increment", by=1)).messages[0]["content"][:2] in ("1:", "2:")
+        said = {**quiet, "says": [{"type": "text", "text": " Begin."}]}
+        assert ask(runner, 4, "begin", said, 0).messages[0]["content"] == "Which number? Begin."
+        assert ask(runner, 5, "begin", {**quiet, "says": [{"type": "image"}]}, 0).failure[0] == "not_a_step"
 
 
 # As the classes of SkyRL-Gym 0.4 that derive from BaseTextEnv.
