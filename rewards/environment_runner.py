@@ -141,6 +141,9 @@ class _Worker(SupervisedProcess):
 
     def send_next(self, step_timeout: float, episode_timeout: float) -> None:
         """Ask what waits, as far as it may run beside what runs."""
+        # A thread or timer of user code may have ended it while it was idle: no episode is to blame.
+        if self.waiting and not self.running and self.has_ended():
+            return
         while self.is_loaded and self.waiting:
             episode = self.waiting[0]
             if not self._may_run(episode):

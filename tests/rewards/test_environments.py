@@ -1,6 +1,9 @@
 """Environments and tools in worker processes: what they may do without harming a step. Every test runs real workers."""
 
 import os
+import pathlib
+import signal
+import time
 
 import pytest
 
@@ -359,6 +362,51 @@ def test_calls_of_an_episode_have_a_limit_together_and_workers_a_limit_of_episod
         runner.drop_all()
         assert runner.poll(0.0) == []
         assert ask(runner, 2, "begin", {}, 9).messages == "9"
+
+
+PID = """
+    import os
+    from rewards.environment import Step
+
+    class Game:
+        def reset(self, row, seed):
+            with open(row["file"], "w") as file:
+                file.write(str(os.getpid()))
+            return "p"
+
+        def step(self, message):
+            return Step([{"role": "user", "content": message["content"]}])
+
+        def close(self):
+            pass
+"""
+
+
+def kill(pid: int) -> None:
+    """Ends a worker, and waits until its supervisor knows of it."""
+    os.kill(pid, signal.SIGKILL)
+    while pathlib.Path(f"/proc/{pid}").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+
+
+def test_a_worker_that_dies_while_nothing_is_asked_is_replaced_until_that_is_in_vain(write, tmp_path):
+    game, pid = write(PID), tmp_path / "pid"
+    with start(game("Game")) as runner:
+        ask(runner, 0, "begin", {"file": str(pid)}, 0)
+        first = int(pid.read_text())
+        kill(first)
+        assert ask(runner, 0, "step", "a").messages[0]["content"] == "a"
+        assert int(pid.read_text()) != first
+        # Now the file cannot be imported any more.
+        (tmp_path / "mine.py").write_text("raise RuntimeError('changed')")
+        kill(int(pid.read_text()))
+        kind, message = ask(runner, 0, "step", "b").failure
+        assert kind == "exception"
+        assert "while importing: rollout.environment 'game': " in message
+        assert "RuntimeError: changed" in message
+        write(PID)
+        assert ask(runner, 1, "begin", {"file": str(pid)}, 0).messages == "p"
 
 
 # Async environments.
