@@ -207,7 +207,7 @@ class EnvironmentRunner:
     num_workers: processes, >= 1.
     step_timeout_seconds: hard limit of one call. episode_timeout_seconds: of all calls of an episode together.
     max_episodes_per_worker: how many episodes a worker holds; further ones begin when others have finished.
-    memory_gb, env, log_path: as in `rewards.runner.RewardRunner`, of `rollout` in place of `rewards`.
+    memory_gb, env, log_path: as in `rewards.runner.RewardRunner`.
     tool_format: of `rewards.tool_calls.FORMATS`; "auto" where there are no tools.
     start_timeout_seconds: limit for importing the environments.
 
@@ -233,7 +233,7 @@ class EnvironmentRunner:
     ):
         if not environments and not tools:
             raise ValueError(f"a rollout with turns needs {LABEL} or {TOOLS_LABEL}, got neither")
-        for name, number in (("num_workers", num_workers), ("max_episodes_per_worker", max_episodes_per_worker)):
+        for name, number in (("num_workers", num_workers), ("episodes_per_worker", max_episodes_per_worker)):
             if number < 1:
                 raise ValueError(f"rollout.{name} must be >= 1, got {number}")
         limits = {"step_timeout_seconds": step_timeout_seconds, "episode_timeout_seconds": episode_timeout_seconds}
@@ -243,7 +243,7 @@ class EnvironmentRunner:
         if tool_format not in (*FORMATS, "auto"):
             raise ValueError(f"rollout.tool_format must be auto or one of {', '.join(FORMATS)}, got {tool_format!r}")
         check_memory_gb(memory_gb, "rollout")
-        variables = worker_environment(env, os.environ, "rollout")
+        variables = worker_environment(env, os.environ)  # a run passes the same names to workers of both kinds
         self._step_timeout, self._episode_timeout = step_timeout_seconds, episode_timeout_seconds
         self._start_timeout, self._max_episodes = start_timeout_seconds, max_episodes_per_worker
         self._request = {

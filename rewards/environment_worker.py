@@ -110,7 +110,7 @@ class _Worker:
         self._tasks: set[asyncio.Task] = set()  # the loop itself forgets them
         self._is_closing = False
         self._clock = Clock()
-        self._errors = Errors(_CALLERS, section="rollout")
+        self._errors = Errors(_CALLERS)
         self._watchdog = Watchdog()
         self._rest: asyncio.TimerHandle | None = None
 
@@ -171,7 +171,7 @@ class _Worker:
                 self._kinds[TOOLS_NAME] = tools_alone()
             schemas = {name: self._schemas(name) if request["wants_schemas"] else [] for name in self._kinds}
         except ValueError as error:
-            message = f"{one_line(str(error), MAX_TEXT // 2)}{missing_variable(error, 'rollout')}"
+            message = f"{one_line(str(error), MAX_TEXT // 2)}{missing_variable(error)}"
             self._reply({"nonce": nonce, "op": "refused", "error": message})
             return
         if request["format"] is not None:

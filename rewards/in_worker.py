@@ -105,11 +105,10 @@ class Errors:
     """What is told of errors of the user's code. The traceback goes to the log once per kind of error and place.
 
     callers: the files of this package that call the user's code. called: those that the user's code calls. No place
-      of an error is in either. section: of the configuration, for messages.
+      of an error is in either.
     """
 
-    def __init__(self, callers: Collection[str], called: Collection[str] = (), section: str = "rewards"):
-        self._section = section
+    def __init__(self, callers: Collection[str], called: Collection[str] = ()):
         self._callers, self._own_files = callers, {*callers, *called}
         self._logged: set[tuple[str, str]] = set()  # errors whose traceback is in the log already
         self.trace = ""  # of the last error
@@ -124,7 +123,7 @@ class Errors:
             self._logged.add((type(error).__name__, place))
             print(trace, end="", file=sys.stderr)
         self.trace = trace
-        return "exception", f"{one_line(last_line, MAX_TEXT // 2)} ({place}){missing_variable(error, self._section)}"
+        return "exception", f"{one_line(last_line, MAX_TEXT // 2)} ({place}){missing_variable(error)}"
 
     def _place(self, error: BaseException) -> str:
         """File and line of an error: the last that is not in a library, so that it is the function's own where that

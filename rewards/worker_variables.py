@@ -28,19 +28,19 @@ _PREFIX = "LC_"  # of the locale's variables
 _CHAIN = 10  # the longest chain of errors that is followed; user code can make it a circle
 
 
-def check_names(names: Sequence[str], section: str = "rewards") -> None:
-    """Raises ValueError for a text that cannot be the name of an environment variable. section: of the configuration,
-    for messages.
-    """
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for a text that cannot be the name of an environment variable."""
     for name in names:
         if not name or "=" in name or "\0" in name:
             raise ValueError(
-                f"{section}.env must list names of environment variables, without their values, got {_name_of(name)!r}"
+                f"rewards.env must list names of environment variables, without their values, got {_name_of(name)!r}"
             )
 
 
 def check_memory_gb(memory_gb: float | None, section: str = "rewards") -> None:
-    """Raises ValueError for a memory limit (None: no limit) that makes no sense, or cannot be kept on this machine."""
+    """Raises ValueError for a memory limit (None: no limit) that makes no sense, or cannot be kept on this machine.
+    section: of the configuration, for messages.
+    """
     if memory_gb is None:
         return
     if not 0 < memory_gb < math.inf:
@@ -51,21 +51,19 @@ def check_memory_gb(memory_gb: float | None, section: str = "rewards") -> None:
         )
 
 
-def worker_environment(
-    names: Sequence[str], environment: Mapping[str, str], section: str = "rewards"
-) -> dict[str, str]:
+def worker_environment(names: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a worker: `VARIABLES`, the locale, and `names`.
 
     This package is importable in it, and the hashes of strings are equal in every worker and every run.
 
     Raises ValueError for a name that the environment does not hold.
     """
-    check_names(names, section)
+    check_names(names)
     missing = [name for name in names if name not in environment]
     if missing:
         raise ValueError(
-            f"{section}.env passes {', '.join(missing)} to its workers, but this process's environment holds no "
-            f"such variable; export it, or take its name out of {section}.env"
+            f"rewards.env passes {', '.join(missing)} to its workers, but this process's environment holds no "
+            "such variable; export it, or take its name out of rewards.env"
         )
     kept = {
         name: value
@@ -81,7 +79,7 @@ def worker_environment(
     return kept
 
 
-def missing_variable(error: BaseException | None, section: str = "rewards") -> str:
+def missing_variable(error: BaseException | None) -> str:
     """The end of a message about an error of user code that a variable missing in the environment caused, or nothing.
 
     Such an error is a KeyError of `os.environ`, or was caused by one.
@@ -95,8 +93,7 @@ def missing_variable(error: BaseException | None, section: str = "rewards") -> s
             trace = trace.tb_next
         if isinstance(error, KeyError) and trace is not None and trace.tb_frame.f_code is read and error.args:
             name = str(error.args[0])[:100]
-            shown = f"{section}.env: [{name}]"
-            return f"; the worker's environment does not hold {name}: {shown} passes it from this one's"
+            return f"; the worker's environment does not hold {name}: rewards.env: [{name}] passes it from this one's"
         error = error.__cause__ or error.__context__
     return ""
 

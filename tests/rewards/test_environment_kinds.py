@@ -241,9 +241,10 @@ WRONG = '''
         ("WithTools", ["untyped"], {}, "it answers calls of its own 'tools' itself, so rollout.tools must be empty"),
         (None, ["untyped", "untyped"], {}, "there is another tool named 'untyped'"),
         (None, ["untyped"], {"tool_format": "xml"}, "rollout.tool_format must be auto or one of hermes"),
+        ("Nothing", [], {"max_episodes_per_worker": 0}, "rollout.episodes_per_worker must be >= 1, got 0"),
         ("Nothing", [], {"num_workers": 0}, "rollout.num_workers must be >= 1, got 0"),
         ("Nothing", [], {"step_timeout_seconds": 0}, "rollout.step_timeout_seconds must be > 0 and finite, got 0"),
-        ("Nothing", [], {"env": ["NO_SUCH_KEY"]}, "rollout.env passes NO_SUCH_KEY"),
+        ("Nothing", [], {"env": ["NO_SUCH_KEY"]}, "rewards.env passes NO_SUCH_KEY"),
         ("Nothing", [], {"memory_gb": -1}, "rollout.memory_gb must be > 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import re
 
+from rl.config.load import load_config
 from tests.helpers.environments import ask, hermes, start
 from tests.helpers.places import ROOT
 
@@ -11,8 +12,7 @@ ROW = {"prompt": "Which number?", "number": 25}
 
 
 def test_every_block_of_the_page_on_environments_runs(tmp_path, monkeypatch):
-    assert {language for language, _ in BLOCKS} == {"python"}
-    code = "\n\n".join(text for _, text in BLOCKS)
+    code = "\n\n".join(text for language, text in BLOCKS if language == "python")
     (tmp_path / "my_game.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -30,3 +30,13 @@ def test_every_block_of_the_page_on_environments_runs(tmp_path, monkeypatch):
     with start(tools=["my_game.py:add"], tool_format="hermes") as runner:
         ask(runner, 0, "begin", {"prompt": "p"}, 0)
         assert ask(runner, 0, "step", hermes("add", a=1, b=2)).messages[0]["content"] == "3"
+
+
+def test_the_recipes_on_the_page_on_environments_are_some(tmp_path):
+    assert {language for language, _ in BLOCKS} == {"python", "yaml"}
+    named = set()
+    for recipe in (text for language, text in BLOCKS if language == "yaml"):
+        (tmp_path / "recipe.yml").write_text(recipe)
+        rollout = load_config(tmp_path / "recipe.yml").rollout
+        named |= {*rollout.environments.values(), *rollout.tools}
+    assert named == {"my_game.py:Guess", "my_game.py:add"}
