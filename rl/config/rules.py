@@ -474,7 +474,7 @@ def _check_rollout(config: Config) -> None:
             "rewards.functions must not name a function 'environment' beside rollout.environment, whose reward has "
             "this name; give it another `name`"
         )
-    check_memory_gb(section.memory_gb)
+    check_memory_gb(section.memory_gb, "rollout")
     drawn, longest = config.sampling.max_completion_length, config.longest_completion
     if longest < drawn:
         raise ValueError(

@@ -31,9 +31,9 @@ FILE_KEYS = (FORMAT_KEY, FILES_KEY, HMAC_KEY)  # of run.json, about the file and
 
 # Kinds of code, by what uses it.
 REWARDS, MODEL, LOSS, ADVANTAGE, PROGRAMS, CACHE = "rewards", "model", "loss", "advantage", "programs", "cache"
-SAMPLER, DATA = "sampler", "data"
-TO_TRAIN = (REWARDS, MODEL, LOSS, ADVANTAGE, SAMPLER, DATA, PROGRAMS, CACHE)
-TO_EVALUATE = (REWARDS, MODEL, SAMPLER, DATA, CACHE)
+SAMPLER, DATA, ENVIRONMENT = "sampler", "data", "environment"
+TO_TRAIN = (REWARDS, ENVIRONMENT, MODEL, LOSS, ADVANTAGE, SAMPLER, DATA, PROGRAMS, CACHE)
+TO_EVALUATE = (REWARDS, ENVIRONMENT, MODEL, SAMPLER, DATA, CACHE)
 TO_SAMPLE = (MODEL, SAMPLER, CACHE)
 TO_READ = (DATA,)  # data rows, without a model
 TO_REPLAY = (*TO_SAMPLE, *TO_READ)
@@ -108,6 +108,8 @@ def code_of(config: Config) -> list[Code]:
     if config.sampling.source is not None:
         name = config.sampling.source
         found.append(Code("sampling.source", name, SAMPLER, _file_of(name)))
+    for key, names in (("environment", config.rollout.environments.values()), ("tools", config.rollout.tools)):
+        found += [Code(f"rollout.{key}", name, ENVIRONMENT, _file_of(name)) for name in names]
     for key, function in prepare_keys(config).items():
         if function is not None:
             found.append(Code(key, function, DATA, _file_of(function)))

@@ -199,7 +199,9 @@ def test_code_is_found_without_being_imported(tmp_path, monkeypatch, code):
         ],
     )
     programs = load_config(None, ["compiled_file=programs.bin"])
-    found = {(each.key, each.name.rpartition("/")[2]): each.file for each in [*code_of(config), *code_of(programs)]}
+    turns = load_config(None, [f"rollout.environment={{game: '{code}:Game'}}", f"rollout.tools=['{code}:add']"])
+    codes = [*code_of(config), *code_of(programs), *code_of(turns)]
+    found = {(each.key, each.name.rpartition("/")[2]): each.file for each in codes}
     assert found == {
         ("rewards.functions", "some_package.inner:f"): package / "inner.py",
         ("rewards.functions", "no_such_package.inner:f"): None,
@@ -209,6 +211,8 @@ def test_code_is_found_without_being_imported(tmp_path, monkeypatch, code):
         ("grpo.loss_type", "own.py:loss"): code,
         ("grpo.advantage_estimator", "own.py:advantage"): code,
         ("sampling.source", "own.py:source"): code,
+        ("rollout.environment", "own.py:Game"): code,
+        ("rollout.tools", "own.py:add"): code,
         ("compiled_file", "programs.bin"): pathlib.Path.cwd() / "programs.bin",
         ("logging.compilation_cache", "cache"): pathlib.Path.home() / "cache",
     }
