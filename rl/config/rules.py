@@ -475,6 +475,12 @@ def _check_rollout(config: Config) -> None:
             "this name; give it another `name`"
         )
     check_memory_gb(section.memory_gb, "rollout")
+    places = section.num_workers * section.episodes_per_worker
+    if places < config.grpo.group_size:
+        raise ValueError(
+            "rollout.num_workers * rollout.episodes_per_worker must be >= grpo.group_size "
+            f"({config.grpo.group_size}), because the episodes of a group begin together, got {places}"
+        )
     drawn, longest = config.sampling.max_completion_length, config.longest_completion
     if longest < drawn:
         raise ValueError(

@@ -262,6 +262,14 @@ class RolloutSection:
             return {self.environment.rpartition(":")[2]: self.environment}
         return dict(self.environment or {})
 
+    def refuse_turns(self, command: str) -> None:
+        """ValueError for a command that draws single turns."""
+        if self.has_turns:
+            raise ValueError(
+                f"rollout.tools and rollout.environment must be empty for {command}, which draws single turns; add "
+                "rollout.tools=[] rollout.environment=null"
+            )
+
     @property
     def has_turns(self) -> bool:
         """Whether a completion is an episode, with an environment or tools."""

@@ -114,6 +114,7 @@ class Collector:
             longest = self._sampling.max_completion_length
             tell_of_rewards(self._log, self._runner, self._rows[0], self._tokenizer, longest)
         self._log.messages(self._runner.notes())
+        self._log.messages(self._episodes.notes() if self._episodes is not None else ())
         self._say_what_is_left_out()
 
     def draw_and_judge(self, state: PureState, step: int, position: int) -> Judged:

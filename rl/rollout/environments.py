@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from rewards.environment_runner import EnvironmentRunner
 from rewards.replies import FAILURES, Failure
 from rewards.tool_calls import format_of_template
@@ -44,7 +46,11 @@ def _value(episode: Episode) -> float | Failure | None:
 
 @contextlib.contextmanager
 def start_episodes(
-    config: Config, tokenizer: Tokenizer, eos_ids: Sequence[int], rows: Sequence[PromptRow], log_path: pathlib.Path
+    config: Config,
+    tokenizer: Tokenizer,
+    eos_ids: Sequence[int],
+    rows: Sequence[PromptRow],
+    log_path: pathlib.Path | None,
 ) -> Iterator[EpisodeSource | None]:
     """The environments and tools of a run, running until the end of the context; None without any.
 
@@ -57,6 +63,11 @@ def start_episodes(
     if not section.has_turns:
         yield None
         return
+    if jax.process_count() > 1:
+        raise ValueError(
+            "rollout.tools and rollout.environment need a run of one process, which may have several devices, got "
+            f"{jax.process_count()} processes"
+        )
     tool_format: str = section.tool_format
     if tool_format == "auto" and config.data.chat and tokenizer.has_chat_template:
         tool_format = format_of_template(tokenizer.backend.get_chat_template()) or "auto"
@@ -72,12 +83,17 @@ def start_episodes(
         log_path=log_path,
         tool_format=tool_format,
     ) as runner:
-        turns = make_turns(config, tokenizer, eos_ids, runner.tools)
+        turns = {name: make_turns(config, tokenizer, eos_ids, tools) for name, tools in runner.tools_of.items()}
         drawn = config.sampling.max_completion_length
         turn = drawn if section.max_turn_tokens is None else min(section.max_turn_tokens, drawn)
         limits = EpisodeLimits(config.data.max_prompt_length, section.max_turns, turn, config.longest_completion)
+        for row in rows:
+            try:
+                runner.environment_of(row.columns)
+            except ValueError as error:
+                raise ValueError(f"{row.where}: {error}") from error
         for row in rows[:1]:
-            length = len(turns.prompt_ids(row.prompt))
+            length = len(turns[runner.environment_of(row.columns)].prompt_ids(row.prompt))
             if length > limits.prompt_tokens:
                 raise ValueError(
                     f"data.max_prompt_length must be >= {length}, the tokens of the first prompt with the schemas of "

@@ -137,20 +137,24 @@ class EpisodeSource:
     """What episodes are drawn with, besides a sampler and weights.
 
     environments: running, and closed by whoever made them.
-    turns: the tokens of turns and observations.
+    turns: the tokens of turns and observations, by the name of the environment; each shows its own tools.
     reward: the reward function of the environments, which gets the episodes of a batch.
     """
 
     def __init__(
         self,
         environments: EnvironmentRunner,
-        turns: Turns,
+        turns: Mapping[str, Turns],
         tokenizer: Tokenizer,
         limits: EpisodeLimits,
         reward: EpisodeReward,
     ) -> None:
         self.environments, self.turns, self.tokenizer = environments, turns, tokenizer
         self.limits, self.reward = limits, reward
+
+    def notes(self) -> list[str]:
+        """What a run should say once."""
+        return list(dict.fromkeys(note for turns in self.turns.values() for note in turns.notes()))
 
     def draw(
         self,
@@ -173,10 +177,8 @@ class EpisodeSource:
         session = sampler.open(params, sampling, key, len(rows), num_samples, self.limits.tokens)
         call = _Call(self, session, rows, num_samples, sampling, prompt_indices)
         try:
-            for b in range(len(rows) * num_samples):
-                row = rows[b // num_samples]
-                episode_seed = sample_seed(seed, step, prompt_indices[b // num_samples], 0)
-                self.environments.begin(b, {**row.columns, "prompt": row.prompt}, episode_seed)
+            for p, row in enumerate(rows):
+                call.ask(p, row, sample_seed(seed, step, prompt_indices[p], 0))
             yield from call.run()
         finally:
             self.environments.drop_all()
@@ -194,7 +196,8 @@ class _Call:
         sampling: SamplingParams,
         prompt_indices: Sequence[int],
     ) -> None:
-        self._environments, self._turns, self._tokenizer = source.environments, source.turns, source.tokenizer
+        self._environments, self._tokenizer = source.environments, source.tokenizer
+        self._turns_P = [source.turns[source.environments.environment_of(row.columns)] for row in rows]
         self._limits, self._session, self._sampling = source.limits, session, sampling
         self._num_samples, self._indices = num_samples, prompt_indices
         self._episodes = [Episode(prompt=row.prompt) for row in rows for _ in range(num_samples)]
@@ -203,6 +206,14 @@ class _Call:
         self._places: dict[int, int] = {}  # the other way
         self._drawing: set[int] = set()  # places of which a turn is being drawn
         self._over: list[int] = []  # places that have ended since they were yielded last
+
+    def ask(self, p: int, row: PromptRow, seed: int) -> None:
+        """Has the environments of a group begin."""
+        for b in range(p * self._num_samples, (p + 1) * self._num_samples):
+            try:
+                self._environments.begin(b, {**row.columns, "prompt": row.prompt}, seed)
+            except ValueError as error:  # a value of the row that cannot be sent
+                self._begin(b, EnvironmentReply(b, "begin", failure=("row", f"{row.where}: {error}")))
 
     def run(self) -> Iterator[tuple[int, Episode]]:
         """Until all episodes have ended."""
@@ -241,14 +252,14 @@ class _Call:
         if failure is None:
             episode.prompt = reply.messages
             try:
-                episode.prompt_ids = self._turns.prompt_ids(reply.messages)
+                episode.prompt_ids = self._turns_P[p].prompt_ids(reply.messages)
             except ValueError as error:
                 failure = "prompt", str(error)
-            if len(episode.prompt_ids) > self._limits.prompt_tokens:
+            if len(episode.prompt_ids) > self._limits.prompt_tokens and failure is None:
                 long = f"data.max_prompt_length ({self._limits.prompt_tokens}) tokens, got {len(episode.prompt_ids)}"
                 failure = "prompt", f"what reset returns must have at most {long}"
         if failure is not None:
-            self._fail(b, failure)
+            self._fail(b, failure, is_running=reply.failure is None)
         self._to_begin[p] -= 1
         if self._to_begin[p]:
             return
@@ -307,13 +318,13 @@ class _Call:
         if episode.num_turns >= self._limits.turns:
             self._end(b, MAX_TURNS)
             return
-        last = episode.turns[-1]
-        has_ended = last.finish_reason == "eos" and last.stop_reason in self._turns.end_ids
+        last, turns = episode.turns[-1], self._turns_P[b // self._num_samples]
+        has_ended = last.finish_reason == "eos" and last.stop_reason in turns.end_ids
         try:
             history = [*episode.prompt, *episode.messages] if isinstance(episode.prompt, list) else []
-            ids = self._turns.observation_ids(history, observations, has_ended)
+            ids = turns.observation_ids(history, observations, has_ended)
         except ValueError as error:
-            self._fail(b, ("observation", str(error)))
+            self._fail(b, ("observation", str(error)), is_running=True)
             return
         left = self._sampling.max_completion_length - episode.num_drawn
         room = self._most_tokens(b) - len(episode.token_ids) - len(ids)
@@ -339,9 +350,12 @@ class _Call:
         self._leave_session(b)
         self._environments.finish(b, ended)
 
-    def _fail(self, b: int, failure: tuple[str, str]) -> None:
+    def _fail(self, b: int, failure: tuple[str, str], is_running: bool = False) -> None:
+        """Ends an episode without a reward. is_running: its environment knows nothing of the failure."""
         episode = self._episodes[b]
         episode.failure, episode.ended = failure, FAILED
+        if is_running:
+            self._environments.finish(b, FAILED)  # nobody reads the reply
         if b not in self._drawing:  # else when its turn has ended
             self._leave_session(b)
             self._over.append(b)

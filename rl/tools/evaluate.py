@@ -20,6 +20,7 @@ from rl.devices import hosts
 from rl.devices.programs import use_compilation_cache
 from rl.files.output_file import check_writable, writing
 from rl.files.stores import written_file
+from rl.rollout.environments import start_episodes
 from rl.rollout.evaluation import EvalResult, accuracy_function, evaluate, left_out_of_evaluation
 from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
@@ -60,7 +61,8 @@ def evaluate_source(
         hosts.from_first(lambda: check_writable(output, "--output"))
         use_compilation_cache(config)
         tokenizer = tokenizer_from_config(config)  # first: a folder that is not there has no rewards either
-        require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
+        if not config.rollout.environment:
+            require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
         data = load_prompts(config, tokenizer)
         changed = source.run and changed_rows(source.run, config, overrides, data, tokenizer)
         for problem in filter(None, (changed, tokenizer.template_kwargs_problem())):
@@ -76,11 +78,17 @@ def evaluate_source(
         judges = open_reward_models(config, trained.mesh)
         where = trained.policy, trained.mesh, trained.shardings, trained.tokenizer
         sampler = create_sampler(config, *where, beside=weight_bytes(judges))
-        with contextlib.closing(sampler), start_rewards(config, rows, None, trained.mesh, judges) as runner:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(sampler))
+            episodes = stack.enter_context(start_episodes(config, trained.tokenizer, sampling.eos_ids, rows, None))
+            runner = stack.enter_context(start_rewards(config, rows, None, trained.mesh, judges, episodes))
             problem = left_out_of_evaluation(runner, config.eval.reward)
             if problem and accuracy_function(runner, config.eval.reward) is None:
                 raise ValueError(problem)
-            sampler.expect([row.prompt_ids for row in rows])
+            if episodes is None:
+                sampler.expect([row.prompt_ids for row in rows])
+            else:
+                sampler.expect_length(config.data.max_prompt_length)
             moment = Moment(trained.step or 0, config.grpo.steps)
             result = evaluate(
                 sampler,
@@ -92,6 +100,7 @@ def evaluate_source(
                 config.eval.reward,
                 moment,
                 config.data.source_names,
+                episodes,
             )
         return result, "model.source" if trained.step is None else f"step {trained.step}"
 

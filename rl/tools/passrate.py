@@ -119,6 +119,7 @@ def passrate(
 
 def _measured(config: Config, source: WeightSource, output: str, draws: int, overwrite: bool) -> tuple[list[Rate], int]:
     """Measures what is not known yet, and writes the output. Returns the rates of all rows, and how many are new."""
+    config.rollout.refuse_turns("grpo data passrate")
     tokenizer = tokenizer_from_config(config)
     data = load_prompts(config, tokenizer)
     for text in (*data.messages, tokenizer.template_kwargs_problem()):

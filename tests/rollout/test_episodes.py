@@ -1,10 +1,13 @@
 """Episodes in a whole run: what environments and the policy say in turn, what becomes of it, and every limit."""
 
+import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rl.config.load import load_config
@@ -12,6 +15,8 @@ from rl.data.byte_tokenizer import ByteBackend
 from rl.data.tokenizer import Tokenizer
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics, read_samples
+from rl.sampler.slot_session import SlotSession
+from rl.tools.evaluate import evaluate_source
 from tests.helpers.metric_lines import steady
 
 # Each kind of row ends in its own way. A group has four episodes, which start alike unless the kind says otherwise.
@@ -40,13 +45,29 @@ class Game:
     def close(self):
         pass
 """
+# Turns end with <eos>, and a tool is shown by its name.
+TEMPLATE = """{%- for tool in tools or [] %}[{{ tool.function.name }}]{% endfor -%}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}{{ message.content }}<eos>
+{%- else %}{{ message.role[0] }}:{{ message.content }};
+{%- endif %}{% endfor -%}"""
+TOOLS = '''
+def add(a: int, b: int) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: one
+        b: another
+    """
+    return a + b
+'''
 KINDS = ("plain", "raises", "endless", "long", "differs")
 RECIPE = """
 seed: 1
 model:
   arch: {hidden_size: 16, intermediate_size: 32, num_layers: 1, num_heads: 2, num_kv_heads: 1, head_dim: 8}
 data: {columns: {answer: null}, max_prompt_length: 24}
-sampling: {max_completion_length: 24, temperature: 0.7}
+sampling: {max_completion_length: 24, temperature: 0.7, slots: 8}
 rollout: {max_turn_tokens: 7, max_turns: 3, max_episode_tokens: 64}
 rewards: {functions: [{function: "%s:length", weight: 0.5}]}
 grpo: {steps: 2, prompts_per_step: 5, group_size: 4, beta: 0.0, minibatches: 5}
@@ -67,7 +88,8 @@ def start(folder: pathlib.Path, name: str, *overrides: str) -> tuple[list[dict[s
 def folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("episodes")
     (folder / "game.py").write_text(GAME)
-    (folder / "rewards.py").write_text("def length(completion):\n    return len(completion) / 100\n")
+    length = "def length(completion):\n    return len(completion) / 100\n"
+    (folder / "rewards.py").write_text(length + "def told(completion):\n    return float(len(completion))\n")
     (folder / "recipe.yml").write_text(RECIPE % (folder / "rewards.py"))
     rows = [{"prompt": f"play {i}", "kind": kind} for i, kind in enumerate(KINDS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -162,3 +184,105 @@ def test_a_group_starts_alike_and_prompts_that_differ_are_read_behind_what_they_
     begun = [sample["trained"][0] for sample in samples["differs"]]
     assert 0 in begun, "what an episode has of its own is not trained"
     assert all(math.isfinite(sample["advantage"]) for sample in samples["differs"])
+
+
+def test_tools_answer_a_policy_that_calls_them(folder, tmp_path, monkeypatch):
+    """The turns are forced: a call, a call that cannot be read, two calls, and an answer."""
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    (tmp_path / "tools.py").write_text(TOOLS)
+    said = ["[add(a=2, b=3)]", "[add(a=2, b=)]", "[add(a=1, b=1), add(a=2, b=2)]", "It is 4."]
+    tokenizer = Tokenizer(ByteBackend())
+    original = SlotSession.poll
+
+    def poll(self):
+        forced = []
+        for number, completion in original(self):
+            turn = self.turns_said = getattr(self, "turns_said", {})
+            text = said[turn.setdefault(number, 0)]
+            turn[number] += 1
+            ids = [*tokenizer.encode(text, add_bos=False), *tokenizer.eos_ids]
+            held, logprobs = self._turns[number], np.zeros(len(ids), np.float32)
+            held.tokens[-len(completion.token_ids) :] = ids
+            held.num_cached = 0  # what was drawn is read again as it is now
+            top_ids = completion.top_ids[:1].repeat(len(ids), axis=0)
+            top_logprobs = completion.top_logprobs[:1].repeat(len(ids), axis=0)
+            changed = {"token_ids": np.array(ids, np.int32), "sampler_logprobs": logprobs, "policy_logprobs": logprobs}
+            changed |= {"finish_reason": "eos", "stop_reason": ids[-1]}
+            changed |= {"top_ids": top_ids, "top_logprobs": top_logprobs}
+            forced.append((number, dataclasses.replace(completion, **changed)))
+        return forced
+
+    monkeypatch.setattr(SlotSession, "poll", poll)
+    metrics, samples = start(
+        folder,
+        "tools",
+        f"rollout.tools=[{tmp_path / 'tools.py'}:add]",
+        "rollout.tool_format=llama_pythonic",
+        f"tokenizer.chat_template={tmp_path / 'chat.jinja'}",
+        "data.chat=true",
+        "rollout.max_turns=4",
+        "rollout.max_turn_tokens=40",
+        "rollout.max_episode_tokens=400",
+        "sampling.max_completion_length=200",
+        f"rewards.functions=[{folder / 'rewards.py'}:told]",
+        "grpo.steps=1",
+        "grpo.prompts_per_step=1",
+        "grpo.minibatches=1",
+    )
+    (sample, *_) = samples
+    assert [message["role"] for message in sample["messages"]] == [
+        *("assistant", "tool", "assistant", "tool", "assistant", "tool", "tool", "assistant")
+    ]
+    results = [message["content"] for message in sample["messages"] if message["role"] == "tool"]
+    assert (results[0], *results[2:]) == ("5", "2", "4")
+    assert "error" in results[1]
+    assert sample["messages"][0]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2, "b": 3}}
+    text = tokenizer.decode(sample["token_ids"], skip_special_tokens=False)
+    expected = f"{said[0]}<eos>t:5;{said[1]}<eos>t:{results[1]};{said[2]}<eos>t:2;t:4;{said[3]}<eos>"
+    assert text == expected
+    assert (sample["turns"], sample["tool_calls"], sample["ended"]) == (4, 4, "done")
+    assert sum(sample["trained"]) == sum(len(turn) + 1 for turn in said)
+    assert set(sample["rewards"].values()) == {8.0}, "the reward function gets all messages"
+    assert metrics[0]["tool_calls/bad"] == 4
+    assert metrics[0]["tool_calls/mean"] == 4
+
+
+def test_an_evaluation_plays_the_same_games_each_time_and_grpo_eval_gives_its_numbers(folder):
+    game = f"rollout.environment={folder / 'game.py'}:Game"
+    held_out = ["data.eval_size=2", "grpo.prompts_per_step=2", "grpo.minibatches=1", "optimizer.lr=0.0", "eval.every=1"]
+    metrics, _ = start(folder, "evaluated", game, "rewards.functions=[]", *held_out)
+    found = [
+        {key: value for key, value in line.items() if key.startswith("eval/")}
+        for line in metrics
+        if "eval/prompts" in line
+    ]
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2]
+    result, _ = evaluate_source(folder / "evaluated", trust=True)
+    assert result.metrics() == found[-1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.environment={g: nowhere.py:Game}"], "nowhere.py"),
+        (["rollout.environment=Game"], "rollout.environment must be path/to/file.py:name, got 'Game'"),
+        (["rollout.environment={a: GAME, b: GAME}"], "column 'environment' must name one of"),
+        (["rollout.environment=GAME", "rollout.max_episode_tokens=10"], "rollout.max_episode_tokens must be >= "),
+        (["rollout.environment=GAME", "data.max_prompt_length=4"], "data.max_prompt_length"),
+        (
+            ["rollout.environment=GAME", "data.chat=true", "data.max_prompt_length=64"],
+            "must end a turn with a special token",
+        ),
+        (["rollout.environment=GAME", "rollout.environment_weight=0"], "rewards.functions"),
+        (["rollout.tools=[GAME]", "rollout.tool_format=hermes", "rewards.functions=[LENGTH]"], "Game"),
+        (["rollout.environment=GAME", "rollout.episodes_per_worker=3"], "must be >= grpo.group_size (4)"),
+    ],
+)
+def test_what_cannot_be_played_is_refused_before_the_run_folder_is_touched(folder, overrides, message):
+    named = {"GAME": f"{folder / 'game.py'}:Game", "LENGTH": f"{folder / 'rewards.py'}:length"}
+    for name, place in named.items():
+        overrides = [override.replace(name, place) for override in overrides]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        start(folder, "refused", "rewards.functions=[]", *overrides)
+    assert not (folder / "refused").exists()

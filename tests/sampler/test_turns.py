@@ -1,5 +1,7 @@
 """Completions of several turns: a session draws what the same completions would be in single calls."""
 
+import dataclasses
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +11,10 @@ import pytest
 
 from rl.config.load import load_config
 from rl.devices.mesh import create_mesh, tree_shardings
+from rl.devices.programs import Programs
 from rl.models.config import logical_axes
 from rl.models.flavours import create_policy
+from rl.sampler import slot_sampler
 from rl.sampler.contract import Completion, Request
 from rl.sampler.slot_sampler import Sampler
 from rl.sampler.token_draw import SamplingParams
@@ -19,6 +23,11 @@ from tests.helpers.tiny_models import VOCAB, noisy_params, tiny_config
 NUM_PROMPTS, NUM_SAMPLES, NUM_TURNS, TURN = 3, 4, 3, 6
 LONGEST = 120
 EOS = (3, 4)
+LETTERS = dict(enumerate(string.ascii_lowercase[:11] * 9, start=5))
+
+
+def decode_text(token_ids: Sequence[int]) -> str:
+    return "".join(LETTERS.get(int(token), "") for token in token_ids)
 
 
 class Turn:
@@ -89,6 +98,7 @@ def make(family: str, pure_nnx: bool, overrides: tuple[str, ...] = (), **options
     config = load_config(None, overrides)
     mesh = create_mesh(config.mesh, jax.devices() if overrides else jax.devices()[:1])
     policy = create_policy(tiny_config(family, dtype="float64", param_dtype="float64"), pure_nnx)
+    built: dict[Any, Programs] = {}  # by the number of kept rows, on which shapes depend
     params = noisy_params(policy.config)
     shardings = tree_shardings(params, logical_axes(policy.config), mesh, config.mesh.rules)
     params = jax.device_put(params, shardings)
@@ -98,6 +108,7 @@ def make(family: str, pure_nnx: bool, overrides: tuple[str, ...] = (), **options
     def sampler(**options: Any) -> Sampler:
         made = Sampler(policy, mesh, shardings, rules=config.mesh.rules, **options)
         made.expect_length(16, NUM_PROMPTS, NUM_SAMPLES)
+        made.engine.programs = built.setdefault(options.get("slots"), made.engine.programs)
         return made
 
     return sampler, params, prompts
@@ -121,3 +132,35 @@ def test_turns_are_those_of_single_calls(family, pure_nnx, overrides):
         observed = sum(len(own[-1].before) - sum(len(t.completion.token_ids) for t in own[:-1]) for own in turns)
         assert session.num_read == again.num_read == observed
         assert session.num_read_again == again.num_read_again == 0
+
+
+def test_where_rows_are_given_away_their_tokens_are_read_again_and_nothing_else_changes(monkeypatch):
+    plan = slot_sampler.turn_shape
+    with jax.enable_x64():
+        make_sampler, params, prompts = make("qwen3", True)
+        how = sampling(stop_strings=("kk", "b"))
+        text = {"decode_text": decode_text, "stop_chunk": 3}
+        turns, session = play(make_sampler(slots=8, **text), params, prompts, how, delay=2)
+        assert session.num_read_again == 0
+        monkeypatch.setattr(slot_sampler, "turn_shape", lambda *args: dataclasses.replace(plan(*args), num_kept=2))
+        few, session = play(make_sampler(slots=7, **text), params, prompts, how, delay=2)
+        assert session.num_read_again > 0
+        flat = [turn.completion for own in turns for turn in own]
+        assert "stop" in {completion.finish_reason for completion in flat}
+        assert_alike([turn.completion for own in few for turn in own], flat, 1e-10)
+
+
+def test_a_session_says_what_it_cannot_draw():
+    with jax.enable_x64():
+        make_sampler, params, prompts = make("qwen3", True)
+        sampler = make_sampler()
+        session = sampler.open(params, sampling(), jax.random.key(0), 1, 1, LONGEST)
+        with pytest.raises(ValueError, match="limit must be between 1"):
+            session.submit([prompts[0]], [Request(0, 0, 0, LONGEST + 1)])
+        assert not session.has_work
+        assert session.poll() == []
+        with pytest.raises(ValueError, match=r"sampling\.kv_memory must allow at least one completion of 120 tokens"):
+            make_sampler(kv_bytes=1000).check_turns(1, 1, LONGEST)
+        sampler.expect([[1] * 100 + prompt for prompt in prompts])
+        with pytest.raises(ValueError, match="must be planned by expect_length"):
+            sampler.check_turns(1, 1, LONGEST)

@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     check_writable(arguments.json, "--json")
     config = load_config(arguments.config, arguments.overrides)
+    config.rollout.refuse_turns("grpo compile")
     check_trust(arguments.config, config, arguments.overrides, TO_COMPILE, arguments.trust)
     if (
         config.logging.compilation_cache != "auto"

@@ -87,6 +87,7 @@ def draw_again(
     folder = pathlib.Path(run)
     own, identity = read_run(folder)
     config = load_config(folder / "config.yml", overrides)
+    config.rollout.refuse_turns("grpo sample --replay")
     if identity["kind"] != "grpo":
         raise ValueError(f"--replay needs a run of `grpo train`, {str(run)!r} is one of kind {identity['kind']!r}")
     changed = differences(own, config)

@@ -51,6 +51,7 @@ def sample(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) 
     source = resolve_model(model, overrides, arguments.step, arguments.adapter, trust=arguments.trust)
     source = with_step(source, _say)
     config = source.config
+    config.rollout.refuse_turns("grpo sample")
     use_compilation_cache(config)
     tokenizer = tokenizer_from_config(config)
     samples = to_sample_rows(rows, config.data, tokenizer, arguments.n, config.sampling.max_completion_length)
