@@ -231,6 +231,12 @@ class CompletionSource(Protocol):
         """ValueError where a session of this size cannot be opened, see `open`; nothing is compiled or drawn."""
         ...
 
+    def warm_up_turns(
+        self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams, longest: int
+    ) -> None:
+        """Compiles what sessions of this size can need, as `warm_up` does for calls."""
+        ...
+
     def open(
         self, params: Any, sampling: SamplingParams, key: Any, num_prompts: int, num_samples: int, longest: int
     ) -> DrawSession:

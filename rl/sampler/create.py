@@ -116,8 +116,10 @@ def planned_prompt_length(config: Config, data: PromptData) -> int:
 
 def warm_up(sampler: CompletionSource, config: Config, data: PromptData, sampling: SamplingParams, params: Any) -> None:
     """Compiles all programs of the run's calls, where `sampling.warm_up` asks for it, after `plan_draws`."""
-    if config.sampling.warm_up and not config.rollout.has_turns:
-        for size in draw_sizes(config, data, sampling):
+    for size in draw_sizes(config, data, sampling) if config.sampling.warm_up else ():
+        if config.rollout.has_turns:
+            sampler.warm_up_turns(params, *size, config.longest_completion)
+        else:
             sampler.warm_up(params, *size)
 
 

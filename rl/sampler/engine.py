@@ -256,7 +256,7 @@ class Engine:
         by_slot = np.full((self.num_shards, state.shape.num_slots // self.num_shards + 1), -1, np.int32)
         np.put_along_axis(by_slot, slots, np.arange(slots.shape[1], dtype=np.int32)[None], axis=1)
         by_slot = by_slot[:, :-1]
-        program = self.programs.get(*self._give_build(state, requests, by_slot.shape))
+        program = self.programs.get(*self._give_build(state.shape, state.sampling, slots.shape[1]))
         arrays = hosts.put((requests, by_slot, nums_cached), self._rows)
         state.slots = program(state.slots, *arrays, hosts.put_key(key, self._everywhere))
         return state
@@ -264,7 +264,9 @@ class Engine:
     def prepare_turns(
         self, params: Params, shape: Shape, sampling: SamplingParams, num_rows: int, num_tokens: int
     ) -> None:
-        """Compiles, in the background, the programs that keep `num_rows` rows of own caches and let them go on."""
+        """Compiles, in the background, the programs that keep `num_rows` rows of own caches and let them go on, reading
+        `num_tokens` tokens at a time.
+        """
         index_shape = (self.num_shards, num_rows // self.num_shards)
         for count in (shape.num_slots, shape.num_kept):
             for name, array in named_arrays(self._abstract_part(count, shape.length)):
@@ -272,6 +274,7 @@ class Engine:
                 self.programs.prepare(*self._put_build(name, array, (*index_shape, 1)))
         self.programs.prepare(*self._empty_build(shape.num_kept, shape.length))
         self.programs.prepare(*self._read_build(_abstract(params), shape, num_rows, num_tokens))
+        self.programs.prepare(*self._give_build(shape, sampling, index_shape[1]))
 
     def generate(
         self,
@@ -429,15 +432,7 @@ class Engine:
         def integers(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(dims, dtype)
 
-        waiting = (self.num_shards, shape.num_waiting)
-        requests = Requests(*(integers(*waiting),) * 11)
-        requests = requests._replace(
-            seeds=integers(*waiting, dtype=jnp.uint32),
-            seeded=integers(*waiting, dtype=bool),
-            prefix_rows=integers(*waiting, shape.rows_per_prompt),
-        )
-        if sampling.needs_counts:
-            requests = requests._replace(prompt_tokens=integers(*waiting, shape.counted_length))
+        requests = self._abstract_requests(shape, sampling, shape.num_waiting)
         arguments = (
             _abstract(params),
             self._abstract_part(shape.num_slots, shape.length),
@@ -490,19 +485,24 @@ class Engine:
 
         return key, build
 
-    def _give_build(self, state: DecodeState, requests: Requests, index_shape: tuple[int, ...]) -> tuple[tuple, Build]:
-        width = requests.request_ids.shape[1]
-
+    def _give_build(self, shape: Shape, sampling: SamplingParams, width: int) -> tuple[tuple, Build]:
         def build() -> Callable:
             key = jax.eval_shape(lambda: jax.random.key(0))
-            counts = jax.ShapeDtypeStruct(requests.request_ids.shape, jnp.int32)
-            arguments = (*_abstract((state.slots, requests)), jax.ShapeDtypeStruct(index_shape, jnp.int32), counts, key)
-            slots = self._slots_shardings(state.sampling)
+            requests = self._abstract_requests(shape, sampling, width)
+            slots = self._abstract_slots(shape.num_slots, sampling, shape.rows_per_prompt)
+            index = jax.ShapeDtypeStruct((self.num_shards, shape.num_slots // self.num_shards), jnp.int32)
+            arguments = (slots, requests, index, requests.request_ids, key)
+            shardings = self._slots_shardings(sampling)
             of_requests = jax.tree.map(lambda _: self._rows, requests)
-            shardings = (slots, of_requests, self._rows, self._rows, self._everywhere)
-            return Program(decoding.give, shardings, slots, donate=(0,)).compile(arguments)
+            program = Program(
+                decoding.give,
+                (shardings, of_requests, self._rows, self._rows, self._everywhere),
+                shardings,
+                donate=(0,),
+            )
+            return program.compile(arguments)
 
-        return ("give", index_shape, width, state.sampling.needs_counts, state.shape), build
+        return ("give", shape, width, sampling.needs_counts), build
 
     def _prefill_build(
         self, params: Any, num_rows: int, chunk: int, length: int, common_length: int
@@ -586,6 +586,20 @@ class Engine:
 
     def _abstract_part(self, num_rows: int, length: int) -> Any:
         return jax.eval_shape(partial(empty_part, self.policy.config, num_rows, length, self._kv_dtype))
+
+    def _abstract_requests(self, shape: Shape, sampling: SamplingParams, width: int) -> Requests:
+        """Shapes of [shards, width] requests."""
+        waiting = (self.num_shards, width)
+
+        def integers(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(dims, dtype)
+
+        return Requests(*(integers(*waiting),) * 11)._replace(
+            seeds=integers(*waiting, dtype=jnp.uint32),
+            seeded=integers(*waiting, dtype=bool),
+            prefix_rows=integers(*waiting, shape.rows_per_prompt),
+            prompt_tokens=integers(*waiting, shape.counted_length) if sampling.needs_counts else None,
+        )
 
     def _empty_slots(
         self, num_slots: int, sampling: SamplingParams, rows_per_prompt: int

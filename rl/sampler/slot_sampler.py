@@ -42,12 +42,14 @@ from rl.sampler.contract import (
 from rl.sampler.engine import Engine, Shape, generate_key, prefill_key, prefill_pieces
 from rl.sampler.prompt_logprobs import PromptScorer
 from rl.sampler.shape_plan import (
+    READ_TOKENS,
     ExpectedPrompts,
     KVBudget,
     ShardRequests,
     few_rows,
     first_shape,
     rest_lengths,
+    rows_moved,
     turn_shape,
     usable_common_length,
 )
@@ -237,6 +239,34 @@ class Sampler:
         """ValueError where `kv_bytes` is too small for completions of several turns, see `open`."""
         self._turn_shape(num_prompts, num_samples, longest)
 
+    def warm_up_turns(
+        self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams, longest: int
+    ) -> None:
+        """As `warm_up`, for sessions of this size."""
+        engine = self.engine
+        if self._convert is not None:
+            engine.programs.prepare(*self._convert_build(params))
+        params = self._abstract_decode_params(params)
+        first = self._turn_shape(num_prompts, num_samples, longest)
+        num_slots = first.num_slots // engine.num_shards
+        num_rows = rows_moved(num_slots) * engine.num_shards
+        shapes = [
+            first.resized(slots * engine.num_shards, first.length, engine.num_shards) for slots in slot_sizes(num_slots)
+        ]
+        engine.prepare_state(first, sampling)
+        for rows in self._prefill_sizes(first):
+            engine.prepare_prefill(params, rows, first.prefill_length, prefill_chunk(rows), 0)
+            engine.prepare_insert(first, rows)
+        for place, shape in enumerate(shapes):
+            engine.prepare(params, shape, sampling, self._turn_chunk)
+            engine.prepare_turns(params, shape, sampling, num_rows, READ_TOKENS)
+            for later in shapes[place + 1 :]:
+                engine.prepare_resize(shape, sampling, later.num_slots, later.length)
+
+    @property
+    def _turn_chunk(self) -> int:
+        return min(self._chunk, TURN_CHUNK)
+
     def open(
         self,
         params: Params,
@@ -250,7 +280,7 @@ class Sampler:
         shape = self._turn_shape(num_prompts, num_samples, longest)
         sizes = [CacheSize(slots, shape.length) for slots in slot_sizes(shape.num_slots // self.engine.num_shards)]
         self.release()  # no prefix is shared here
-        params, chunk = self._decode_params(params), min(self._chunk, TURN_CHUNK)
+        params, chunk = self._decode_params(params), self._turn_chunk
         total = num_prompts * num_samples
         return SlotSession(self.engine, params, shape, sizes, sampling, key, None, self._decode_text, chunk, total)
 

@@ -142,6 +142,12 @@ class CheckedSource:
         """ValueError: here a completion has one turn."""
         refuse_turns("a source of your own")
 
+    def warm_up_turns(
+        self, params: Any, num_prompts: int, num_samples: int, sampling: SamplingParams, longest: int
+    ) -> NoReturn:
+        """ValueError as in `check_turns`."""
+        refuse_turns("a source of your own")
+
     def open(
         self, params: Any, sampling: SamplingParams, key: Any, num_prompts: int, num_samples: int, longest: int
     ) -> NoReturn:

@@ -14,6 +14,7 @@ from rl.devices.mesh import create_mesh, tree_shardings
 from rl.devices.programs import Programs
 from rl.models.config import logical_axes
 from rl.models.flavours import create_policy
+from rl.run.metrics import CompileCounter
 from rl.sampler import slot_sampler
 from rl.sampler.contract import Completion, Request
 from rl.sampler.slot_sampler import Sampler
@@ -47,11 +48,22 @@ def observation(request: Request, turn: int) -> list[int]:
     return rng.integers(5, VOCAB, [2, 40, 1, 9][(request.sample_index + turn) % 4]).tolist()
 
 
-def play(sampler: Sampler, params: Any, prompts: Sequence[Any], how: SamplingParams, delay: int = 0):
-    """All turns of all requests, [request][turn]; an observation comes after `delay` polls. Also the session."""
+def play(
+    sampler: Sampler,
+    params: Any,
+    prompts: Sequence[Any],
+    how: SamplingParams,
+    delay: int = 0,
+    num_samples: int = NUM_SAMPLES,
+    num_short: int = 0,
+):
+    """All turns of all requests, [request][turn]; an observation comes after `delay` polls. Also the session.
+
+    num_short: samples of each prompt that have one turn only.
+    """
     key = jax.random.key(7)
-    session = sampler.open(params, how, key, len(prompts), NUM_SAMPLES, LONGEST)
-    requests = [Request(p, p, g, TURN) for p in range(len(prompts)) for g in range(NUM_SAMPLES)]
+    session = sampler.open(params, how, key, len(prompts), num_samples, LONGEST)
+    requests = [Request(p, p, g, TURN) for p in range(len(prompts)) for g in range(num_samples)]
     numbers = session.submit(prompts, requests)
     turns: list[list[Turn]] = [[] for _ in requests]
     tokens: list[list[int]] = [[] for _ in requests]
@@ -61,7 +73,7 @@ def play(sampler: Sampler, params: Any, prompts: Sequence[Any], how: SamplingPar
             place = numbers.index(number)
             turns[place].append(Turn(tuple(tokens[place]), completion))
             tokens[place].extend(completion.token_ids.tolist())
-            if len(turns[place]) == NUM_TURNS:
+            if len(turns[place]) == NUM_TURNS or place % num_samples < num_short:
                 session.finish(number)
             else:
                 outside.append((poll + delay * (1 + place % 3), place))
@@ -94,10 +106,10 @@ def assert_alike(left: Sequence[Completion], right: Sequence[Completion], tolera
         np.testing.assert_allclose(a.policy_logprobs, b.policy_logprobs, atol=tolerance, rtol=0)
 
 
-def make(family: str, pure_nnx: bool, overrides: tuple[str, ...] = (), **options: Any):
+def make(family: str, pure_nnx: bool, overrides: tuple[str, ...] = (), dtype: str = "float64"):
     config = load_config(None, overrides)
     mesh = create_mesh(config.mesh, jax.devices() if overrides else jax.devices()[:1])
-    policy = create_policy(tiny_config(family, dtype="float64", param_dtype="float64"), pure_nnx)
+    policy = create_policy(tiny_config(family, dtype=dtype, param_dtype=dtype), pure_nnx)
     built: dict[Any, Programs] = {}  # by the number of kept rows, on which shapes depend
     params = noisy_params(policy.config)
     shardings = tree_shardings(params, logical_axes(policy.config), mesh, config.mesh.rules)
@@ -164,3 +176,16 @@ def test_a_session_says_what_it_cannot_draw():
         sampler.expect([[1] * 100 + prompt for prompt in prompts])
         with pytest.raises(ValueError, match="must be planned by expect_length"):
             sampler.check_turns(1, 1, LONGEST)
+
+
+def test_nothing_is_compiled_after_the_warm_up_whatever_slots_are_dropped():
+    make_sampler, params, prompts = make("qwen3", True, dtype="float32")  # a background thread is not in 64-bit mode
+    sampler, how = make_sampler(), sampling(presence_penalty=0.1)
+    sampler.warm_up_turns(params, NUM_PROMPTS, 8, how, LONGEST)
+    sampler.engine.programs.wait()
+    jax.random.key(7)  # a program of its own
+    for delay in (0, 4):
+        with CompileCounter() as compiles:
+            _, session = play(sampler, params, prompts, how, delay=delay, num_samples=8, num_short=6)
+        assert compiles.count == 0
+        assert session._state.own.num_rows < NUM_PROMPTS * 8, "slots were dropped at the end"
