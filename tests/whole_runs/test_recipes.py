@@ -113,6 +113,20 @@ def test_a_warm_start_and_what_follows(tmp_path, recipe):
     assert all(0.0 <= sample["rewards"][name] <= 1.0 for sample in samples)
 
 
+def test_calculator(tmp_path):
+    from examples.calculator.calculator import conversations
+
+    direct, called = conversations({"prompt": "1+2=", "answer": "3"}), conversations({"prompt": "2+2=", "answer": "4"})
+    assert direct == [{"prompt": [{"role": "user", "content": "1+2="}], "answer": "3"}]
+    assert [row["answer"] for row in called] == ["[add(a=2, b=2)]", "4"]
+    small = ["data.args.size=40", f"output_dir={tmp_path / 'sft'}", "sft.steps=2", "sft.batch_size=4"]
+    imitated = sft_trainer.train(load_config("examples/calculator/sft.yml", [*TINY, *small]))
+    start = ["data.args.size=40", "data.eval_size=2", "tokenizer.source=null", f"model.source={imitated / 'export'}"]
+    lines, samples = two_steps("calculator/grpo.yml", tmp_path / "run", *start)
+    assert {"eval/accuracy", "turns/mean", "tool_calls/bad", "episodes/done"} <= lines[-1].keys()
+    assert all(sample["ended"] in ("done", "max_drawn") for sample in samples)
+
+
 def test_code_humaneval(tmp_path):
     pytest.importorskip("pydantic_monty", reason="needs the extra code")
     from examples.code_humaneval.make_data import to_row
