@@ -108,9 +108,10 @@ def check_config(config: Config) -> None:
             )
     if len(set(names)) < len(names):
         raise ValueError(f"rewards.functions must have distinct names, got {shown(names)}; set `name` on each")
-    if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in names:
+    counted = [*names, *(["environment"] if config.rollout.environment else [])]
+    if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in counted:
         raise ValueError(
-            f"eval.reward must name one of rewards.functions {shown(names)}, got {shown(config.eval.reward)}"
+            f"eval.reward must name one of rewards.functions {shown(counted)}, got {shown(config.eval.reward)}"
         )
     _check_chat(config)
     _check_data(config)
@@ -486,6 +487,12 @@ def _check_rollout(config: Config) -> None:
         raise ValueError(
             f"rollout.max_episode_tokens must be >= sampling.max_completion_length ({drawn}), because it counts all "
             f"tokens of an episode, got {longest}"
+        )
+    least, turn = config.sampling.min_completion_length, section.max_turn_tokens
+    if turn is not None and turn < least:
+        raise ValueError(
+            f"rollout.max_turn_tokens must be >= sampling.min_completion_length ({least}), before which no turn ends, "
+            f"got {turn}"
         )
     for key, value, needed, why in (
         ("sampling.source", config.sampling.source, None, "a source of your own draws single turns"),

@@ -71,6 +71,13 @@ class Episode:
         return len(self.turns)
 
     @property
+    def told(self) -> list[dict[str, Any]]:
+        """What reward functions read of it: `messages`. They read a turn where there is none, because the episode was
+        lost: what they say of it does not count, and they should not fail for the environment.
+        """
+        return self.messages or [{"role": "assistant", "content": ""}]
+
+    @property
     def num_drawn(self) -> int:
         """The number of tokens that the policy drew."""
         return sum(self.trained)
@@ -252,12 +259,13 @@ class _Call:
         if failure is None:
             episode.prompt = reply.messages
             try:
-                episode.prompt_ids = self._turns_P[p].prompt_ids(reply.messages)
+                prompt_ids = self._turns_P[p].prompt_ids(reply.messages)
+                if not 1 <= len(prompt_ids) <= self._limits.prompt_tokens:
+                    most = f"data.max_prompt_length ({self._limits.prompt_tokens})"
+                    raise ValueError(f"what reset returns must have 1 to {most} tokens, got {len(prompt_ids)}")
+                episode.prompt_ids = prompt_ids
             except ValueError as error:
                 failure = "prompt", str(error)
-            if len(episode.prompt_ids) > self._limits.prompt_tokens and failure is None:
-                long = f"data.max_prompt_length ({self._limits.prompt_tokens}) tokens, got {len(episode.prompt_ids)}"
-                failure = "prompt", f"what reset returns must have at most {long}"
         if failure is not None:
             self._fail(b, failure, is_running=reply.failure is None)
         self._to_begin[p] -= 1
@@ -269,8 +277,17 @@ class _Call:
                 prompts.setdefault(tuple(self._episodes[place].prompt_ids), []).append(place)
         if not prompts:
             return
-        room = self._limits.tokens - (max(map(len, prompts)) - _num_common(list(prompts)))
-        limit = min(self._limits.turn_tokens, room)
+        num_common = _num_common(list(prompts))
+        num_others = max(map(len, prompts)) - num_common
+        limit = min(self._limits.turn_tokens, self._limits.tokens - num_others)
+        least = max(self._sampling.min_completion_length, 1)
+        if not num_common or limit < least:
+            rule = f"prompts of a group must begin alike, and leave {least} of rollout.max_episode_tokens to the policy"
+            why = f"{rule}, got {num_common} tokens alike and up to {num_others} behind them; reset must use its seed"
+            for place in [place for members in prompts.values() for place in members]:
+                self._episodes[place].prompt_ids = []
+                self._fail(place, ("prompt", why), is_running=True)
+            return
         requests, places = [], []
         for number, members in enumerate(prompts.values()):
             for place in members:
@@ -294,12 +311,12 @@ class _Call:
             self._over.append(b)
             return
         is_cut = completion.finish_reason == "length"
-        if is_cut and episode.num_drawn >= self._sampling.max_completion_length:
-            self._end(b, MAX_DRAWN)
-        elif is_cut and len(episode.token_ids) >= self._most_tokens(b):
-            self._end(b, MAX_TOKENS)
+        text = self._tokenizer.decode(_without_end(completion), skip_special_tokens=False)
+        is_drawn = episode.num_drawn >= self._sampling.max_completion_length
+        if is_cut and (is_drawn or len(episode.token_ids) >= self._most_tokens(b)):
+            episode.messages.append({"role": "assistant", "content": text})
+            self._end(b, MAX_DRAWN if is_drawn else MAX_TOKENS)
         else:
-            text = self._tokenizer.decode(_without_end(completion), skip_special_tokens=False)
             self._environments.step(b, text)
 
     def _go_on(self, b: int, reply: EnvironmentReply) -> None:
@@ -321,8 +338,7 @@ class _Call:
         last, turns = episode.turns[-1], self._turns_P[b // self._num_samples]
         has_ended = last.finish_reason == "eos" and last.stop_reason in turns.end_ids
         try:
-            history = [*episode.prompt, *episode.messages] if isinstance(episode.prompt, list) else []
-            ids = turns.observation_ids(history, observations, has_ended)
+            ids = turns.observation_ids(_history(episode), observations, has_ended)
         except ValueError as error:
             self._fail(b, ("observation", str(error)), is_running=True)
             return
@@ -341,9 +357,9 @@ class _Call:
     def _most_tokens(self, b: int) -> int:
         """Tokens that an episode may have: less where the prompts of its group differ, see `shared_prompt`."""
         first = b - b % self._num_samples
-        prompts = [e.prompt_ids for e in self._episodes[first : first + self._num_samples] if e.failure is None]
-        longest = max([len(self._episodes[b].prompt_ids), *map(len, prompts)])
-        return self._limits.tokens - (longest - _num_common([*prompts, self._episodes[b].prompt_ids]))
+        # As in `shared_prompt`: an episode that is lost later has its part in what the group shares.
+        prompts = [e.prompt_ids for e in self._episodes[first : first + self._num_samples] if e.prompt_ids]
+        return self._limits.tokens - (max(map(len, prompts)) - _num_common(prompts))
 
     def _end(self, b: int, ended: str) -> None:
         self._episodes[b].ended = ended
@@ -435,6 +451,12 @@ def _num_common(prompts: Sequence[Sequence[int]]) -> int:
     while count and any(tuple(prompt[:count]) != tuple(prompts[0][:count]) for prompt in prompts[1:]):
         count -= 1
     return count
+
+
+def _history(episode: Episode) -> list[dict[str, Any]]:
+    """The conversation so far. A prompt of text is what a user said."""
+    prompt = [{"role": "user", "content": episode.prompt}] if isinstance(episode.prompt, str) else episode.prompt
+    return [*prompt, *episode.messages]
 
 
 def _without_end(completion: Completion) -> list[int]:

@@ -152,7 +152,7 @@ def sample_and_score(
                 done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
                 form, ids = completion_form(row_B[b].prompt, texts[b]), completion.token_ids.tolist()
                 if b in episodes and not isinstance(row_B[b].prompt, str):
-                    form = episodes[b].messages
+                    form = episodes[b].told
                 read = [_texts(row_B[b], ids, tokenizer)] if wants_texts else None
                 scoring.add([b], [form], [ids], [completion.finish_reason], read)
         with watch.timer("reward"):

@@ -231,6 +231,9 @@ def turn_shape(
     num_kept = demand.most_requests
 
     def shape(most: int, num_kept: int) -> Shape:
+        # A prompt of which some requests are missing is cut into fewer and larger pieces than planned. A shard of one
+        # piece may get the whole prompt; others have whole prompts anyway.
+        is_cut = demand.largest_piece == demand.most_requests
         return Shape(
             num_slots=most * num_shards,
             length=length,
@@ -238,7 +241,7 @@ def turn_shape(
             table_length=expected.table_length,
             rows_per_prompt=expected.rows_per_prompt,
             prefill_rows=demand.prefill_rows(most, expected) * num_shards,
-            num_readers=min(demand.largest_piece, most),
+            num_readers=most if is_cut else min(demand.largest_piece, most),
             common_length=0,
             num_waiting=2 * most,
             num_kept=num_kept * num_shards,

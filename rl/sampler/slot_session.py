@@ -241,10 +241,13 @@ class SlotSession:
         """Copies what ended turns have drawn to kept rows, before their slots are drawn in again."""
         num_slots = state.own.num_rows // self._engine.num_shards
         moves: list[list[tuple[int, int]]] = [[] for _ in self._ready]
-        for number, slot in self._schedule.ended.items():
+        for number in self._schedule.ended:
             turns = self._turns[number]
             turns.row = self._take_row(turns.shard)
-            moves[turns.shard].append((slot % num_slots, turns.row))
+        for number, slot in self._schedule.ended.items():
+            turns = self._turns[number]
+            if turns.row is not None:  # else one that ended later has it: no row is written twice at a time
+                moves[turns.shard].append((slot % num_slots, turns.row))
         self._schedule.ended.clear()
         past = state.shape.num_kept // self._engine.num_shards
         for first in range(0, max(map(len, moves)), self._move_rows):

@@ -155,8 +155,16 @@ def test_where_rows_are_given_away_their_tokens_are_read_again_and_nothing_else_
         turns, session = play(make_sampler(slots=8, **text), params, prompts, how, delay=2)
         assert session.num_read_again == 0
         monkeypatch.setattr(slot_sampler, "turn_shape", lambda *args: dataclasses.replace(plan(*args), num_kept=2))
+        keep, written = slot_sampler.Engine.keep, []
+
+        def noted(engine, state, slots, rows):
+            written.extend([row for row in of_shard if row < 2] for of_shard in rows.tolist())
+            return keep(engine, state, slots, rows)
+
+        monkeypatch.setattr(slot_sampler.Engine, "keep", noted)
         few, session = play(make_sampler(slots=7, **text), params, prompts, how, delay=2)
         assert session.num_read_again > 0
+        assert all(len({*rows}) == len(rows) for rows in written), "no row is written twice at a time, in any order"
         flat = [turn.completion for own in turns for turn in own]
         assert "stop" in {completion.finish_reason for completion in flat}
         assert_alike([turn.completion for own in few for turn in own], flat, 1e-10)
