@@ -19,8 +19,16 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import NamedSharding
 
-from rl.models.cache import CachePart, KVCache, SharedPart, rope_tables, share_evenly
-from rl.models.inputs import Inputs
+from rl.models.cache import (
+    CachePart,
+    KVCache,
+    SharedPart,
+    map_arrays,
+    position_axis,
+    rope_tables,
+    share_evenly,
+)
+from rl.models.inputs import PADDING_GROUP, Inputs
 from rl.models.ops import SharedRows, take_in_shards
 from rl.models.policy import Params, Policy
 from rl.sampler.token_draw import Draw, SamplingParams, TokenCounts, add_token, draw, reset_rows
@@ -128,7 +136,6 @@ def prefill_chunk(
 
 def read_on(
     policy: Policy,
-    num_readers: int,
     params: Params,
     part: CachePart,
     table: CachePart,
@@ -138,15 +145,29 @@ def read_on(
 ) -> CachePart:
     """Feeds each row of `part` (donated), which is the own part of a request, T tokens behind its cursor.
 
+    Each row reads a copy of its prompt. In place, the few rows that go on would take a map with room for all readers of
+    all prompts, and attention is computed for the whole of a map.
+
     Args:
-      num_readers: the most rows that read one row of the table.
       table: the prompts that the rows read. prefix_rows: [shards, R, M] as in `Requests`.
       inputs: [R, T]; a row's tokens come first, padding follows. cursors: [R]; cursor + T is within the part.
     """
-    num_shards = prefix_rows.shape[0]
-    live_B = jnp.any(inputs.group_ids_BT >= 0, axis=1)
-    maps = _reader_maps(prefix_rows, live_B.reshape(num_shards, -1), table.num_rows // num_shards, num_readers)
-    cache = KVCache(own=part, cursors=cursors, shared=(SharedPart(table, maps),))
+    num_shards, num_rows, rows_per_prompt = prefix_rows.shape
+    index = jnp.maximum(prefix_rows, 0).reshape(num_shards, -1)
+
+    def own_prompt(name: str, array: jax.Array) -> jax.Array:
+        taken = take_in_shards(array, index)  # M rows of each, one after the other
+        axis = position_axis(name)
+        cut = taken.reshape(num_shards * num_rows, rows_per_prompt, *taken.shape[1:])
+        joined = jnp.moveaxis(cut, 1, axis)
+        shape = list(taken.shape)
+        shape[0], shape[axis] = num_shards * num_rows, rows_per_prompt * taken.shape[axis]
+        if name == "group_ids":
+            joined = jnp.where(prefix_rows.reshape(-1, rows_per_prompt, 1) >= 0, joined, PADDING_GROUP)
+        return joined.reshape(shape)
+
+    prompts = map_arrays(table, own_prompt)
+    cache = KVCache(own=part, cursors=cursors, shared=(share_evenly(prompts, part.num_rows, num_shards),))
     return policy.extend(params, inputs, cache)[1].own
 
 
@@ -199,7 +220,7 @@ def generate(
     """Draws up to `chunk` tokens for each slot. A slot whose completion ends takes the next waiting request at once.
 
     Stops early when nothing is left to draw, when a slot has filled its cache, or when no request waits and at most
-    `few` slots are busy (a smaller cache is then cheaper).
+    `few` slots are busy (a smaller cache is then cheaper). Where slots are held it stops when `few` of them are.
 
     Args:
       num_readers: Q, the most slots that read one row of the table at a time.
@@ -233,6 +254,8 @@ def generate(
         live_B = slots.request_ids >= 0
         waiting = jnp.any(num_taken < num_requests)
         room = jnp.max(jnp.where(live_B, slots.cursors, -1)) < own.length
+        if holds:
+            return (step < chunk) & (jnp.sum(slots.request_ids == HELD) < few) & (waiting | jnp.any(live_B))
         return (step < chunk) & room & (waiting | (jnp.sum(live_B) > few))
 
     def hand_over(own: CachePart, slots: Slots, num_taken: jax.Array) -> tuple:

@@ -246,10 +246,10 @@ class Engine:
         assert state.table is not None
         part = self._taken(state.kept, rows)
         self._count_bytes(state.own, state.table, state.kept, part)
-        num_rows, num_tokens = rows.size, pieces[0][0].tokens_BT.shape[1] if pieces else 0
         for inputs, cursors in pieces:
             check_segments(inputs)
-            program = self.programs.get(*self._read_build(params, state.shape, num_rows, num_tokens))
+            num_tokens = inputs.tokens_BT.shape[1]
+            program = self.programs.get(*self._read_build(params, state.shape, rows.size, num_tokens))
             arrays = hosts.put((requests.prefix_rows, inputs, cursors), self._rows)
             part = program(params, part, state.table, *arrays)
         state.own = self._put_rows(state.own, part, slots[..., None])
@@ -262,10 +262,10 @@ class Engine:
         return state
 
     def prepare_turns(
-        self, params: Params, shape: Shape, sampling: SamplingParams, num_rows: int, num_tokens: int
+        self, params: Params, shape: Shape, sampling: SamplingParams, num_rows: int, sizes: Sequence[int]
     ) -> None:
         """Compiles, in the background, the programs that keep `num_rows` rows of own caches and let them go on, reading
-        `num_tokens` tokens at a time.
+        as many tokens at a time as one of `sizes`.
         """
         index_shape = (self.num_shards, num_rows // self.num_shards)
         for count in (shape.num_slots, shape.num_kept):
@@ -273,7 +273,8 @@ class Engine:
                 self.programs.prepare(*self._take_build(name, array, index_shape))
                 self.programs.prepare(*self._put_build(name, array, (*index_shape, 1)))
         self.programs.prepare(*self._empty_build(shape.num_kept, shape.length))
-        self.programs.prepare(*self._read_build(_abstract(params), shape, num_rows, num_tokens))
+        for size in sizes:
+            self.programs.prepare(*self._read_build(_abstract(params), shape, num_rows, size))
         self.programs.prepare(*self._give_build(shape, sampling, index_shape[1]))
 
     def generate(
@@ -467,7 +468,6 @@ class Engine:
         key = "read", num_rows, num_tokens, shape.length, shape.table_rows, shape.table_length, shape.rows_per_prompt
 
         def build() -> Callable:
-            num_readers = min(shape.num_readers, num_rows // self.num_shards)
             small = jax.ShapeDtypeStruct((num_rows, num_tokens), jnp.int32)
             index = (self.num_shards, num_rows // self.num_shards, shape.rows_per_prompt)
             arguments = (
@@ -480,7 +480,7 @@ class Engine:
             )
             parts, rows = self._shard_part(), self._rows
             shardings = (self._param_shardings, parts, parts, rows, Inputs(*(rows,) * 4), rows)
-            function = partial(decoding.read_on, self.policy, num_readers)
+            function = partial(decoding.read_on, self.policy)
             return self._build(key, Program(function, shardings, parts, donate=(1,)), arguments)
 
         return key, build

@@ -33,7 +33,7 @@ from rl.sampler.sizes import LENGTH_UNIT, MIN_TABLE_LENGTH, cache_sizes, size_at
 MAX_DERIVED_SLOTS = 256  # when a memory budget sets the number: more slots are hardly cheaper for each token
 MIN_COMMON_LENGTH = 64
 MIN_CUT_LENGTH = 32  # positions of a table row that is shorter than the longest prompt
-READ_TOKENS = 32  # of an observation, that are read at a time
+READ_SIZES = (64, 16)  # tokens of an observation that are read at a time
 MIN_SAVED = 1 / 8  # the share of positions that halving the table rows must save
 
 
@@ -226,7 +226,7 @@ def turn_shape(
     """
     most = size_at_least(demand.most_requests, 4)
     most = min(most, MAX_DERIVED_SLOTS // num_shards or 1) if slots is None else min(most, slots // num_shards)
-    length = LENGTH_UNIT * math.ceil((longest + READ_TOKENS) / LENGTH_UNIT)
+    length = LENGTH_UNIT * math.ceil((longest + max(READ_SIZES)) / LENGTH_UNIT)
     table_rows = size_at_least(demand.most_pieces * expected.rows_per_prompt, 4)
     num_kept = demand.most_requests
 
@@ -270,8 +270,10 @@ def turn_shape(
 
 
 def rows_moved(num_slots: int) -> int:
-    """Rows of a shard that are kept, or go on, at a time: a quarter of its slots, at least 8 of them."""
-    return max(math.ceil(num_slots / 4), min(num_slots, 8))
+    """Rows of a shard that are kept, or go on, at a time: an eighth of its slots, at least 4 of them. Decoding stops
+    for them when so many turns have ended: fewer would stop it more often, more would wait longer.
+    """
+    return max(math.ceil(num_slots / 8), min(num_slots, 4))
 
 
 def _longest_run(totals: np.ndarray, enough: int) -> int:

@@ -42,7 +42,7 @@ from rl.sampler.contract import (
 from rl.sampler.engine import Engine, Shape, generate_key, prefill_key, prefill_pieces
 from rl.sampler.prompt_logprobs import PromptScorer
 from rl.sampler.shape_plan import (
-    READ_TOKENS,
+    READ_SIZES,
     ExpectedPrompts,
     KVBudget,
     ShardRequests,
@@ -59,7 +59,7 @@ from rl.sampler.token_draw import SamplingParams
 
 __all__ = ["Completion", "Sampler"]
 
-TURN_CHUNK = 8  # tokens decoded between two looks of the host, where a slot whose turn ended waits for the host
+TURN_CHUNK = 16  # tokens decoded between two looks of the host, where slots whose turns ended wait for the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Sampler:
             engine.prepare_insert(first, rows)
         for place, shape in enumerate(shapes):
             engine.prepare(params, shape, sampling, self._turn_chunk)
-            engine.prepare_turns(params, shape, sampling, num_rows, READ_TOKENS)
+            engine.prepare_turns(params, shape, sampling, num_rows, READ_SIZES)
             for later in shapes[place + 1 :]:
                 engine.prepare_resize(shape, sampling, later.num_slots, later.length)
 

@@ -27,7 +27,7 @@ from rl.sampler.contract import Completion, Request, check_requests
 from rl.sampler.decoding import OWN_BRANCH
 from rl.sampler.engine import DecodeState, Engine, Shape
 from rl.sampler.request_queue import Schedule
-from rl.sampler.shape_plan import READ_TOKENS, few_rows, rows_moved
+from rl.sampler.shape_plan import READ_SIZES, few_rows, rows_moved
 from rl.sampler.sizes import CacheSize, next_cache_size
 from rl.sampler.token_draw import SamplingParams
 
@@ -128,7 +128,7 @@ class SlotSession:
         turns = self._turns[number]
         assert turns.state == _OUTSIDE, number
         turns.tokens.extend(int(token) for token in token_ids)
-        assert len(turns.tokens) < limit <= self._state.shape.length - READ_TOKENS, (len(turns.tokens), limit)
+        assert len(turns.tokens) < limit <= self._state.shape.length - max(READ_SIZES), (len(turns.tokens), limit)
         request = self._schedule.request(number)
         self._schedule.replace(number, dataclasses.replace(request, continues=tuple(turns.tokens), limit=limit))
         self.num_read += len(token_ids)
@@ -163,7 +163,7 @@ class SlotSession:
         if self._has_turns and not num_waiting.any() and not schedule.busy_slots().any():
             self._state, self._is_stuck = state, True  # prompts wait for the rows of others in the table
             return []
-        few = 0 if self._has_turns else self._few(state)
+        few = self._move_rows * self._engine.num_shards if self._has_turns else self._few(state)
         cancelled_B = schedule.cancelled()
         self._state, report = self._engine.generate(
             self._params, state, waiting, num_waiting, self._key, cancelled_B, few, self._chunk
@@ -302,9 +302,10 @@ class SlotSession:
                 turns.row, turns.state = None, _DRAWING
         pieces = []
         while np.any(cursors < ends):
-            inputs = empty_inputs(num_shards * width, READ_TOKENS)
+            size = next((size for size in READ_SIZES if np.max(ends - cursors) > size * 3 // 4), READ_SIZES[-1])
+            inputs = empty_inputs(num_shards * width, size)
             for place, (tokens, number) in fed.items():
-                own = np.arange(cursors[place], min(cursors[place] + READ_TOKENS, ends[place]))
+                own = np.arange(cursors[place], min(cursors[place] + size, ends[place]))
                 prompt = self._schedule.prompt(number)
                 where = place, slice(0, own.size)
                 inputs.tokens_BT[where] = tokens[own]
@@ -312,7 +313,7 @@ class SlotSession:
                 inputs.group_ids_BT[where] = self._schedule.request(number).prompt
                 inputs.branch_ids_BT[where] = OWN_BRANCH
             pieces.append((inputs, cursors.copy()))
-            cursors = np.minimum(cursors + READ_TOKENS, ends)
+            cursors = np.minimum(cursors + size, ends)
         slots = self._schedule.go_on(taken, width)
         nums_cached = ends.reshape(num_shards, width)
         return self._engine.go_on(self._params, state, rows, pieces, requests, nums_cached, slots, self._key)
