@@ -596,17 +596,19 @@ class Scoring:
         completion_ids: Sequence[Sequence[int]] | None = None,
         finish_reasons: Sequence[str] | None = None,
         texts: Sequence[tuple[str, str]] | None = None,
+        prompts: Sequence[Any] | None = None,
     ) -> None:
         """Adds completions of these samples (places in the batch). Each may be added once.
 
         finish_reasons: see `RewardRunner.score`. texts: prompt, and prompt with completion, as text with special
-          tokens; None: not known. See `RewardRunner.wants_texts`.
+          tokens; None: not known. See `RewardRunner.wants_texts`. prompts: what was asked, where it is known only now;
+          None: what `begin` was given.
 
         Raises ValueError for arguments whose lengths differ, a value that cannot be sent, completion_ids missing where
         a function requires them, and a sample that is not in the batch or came before.
         """
         given = {"completions": completions, "completion_ids": completion_ids}
-        given |= {"finish_reasons": finish_reasons, "texts": texts}
+        given |= {"finish_reasons": finish_reasons, "texts": texts, "prompts": prompts}
         _check_lengths(given, "sample", len(samples))
         for spec, function in zip(self._specs, self._functions, strict=True):
             if function.needs_completion_ids and completion_ids is None:
@@ -621,6 +623,11 @@ class Scoring:
                 raise ValueError(f"sample {sample} of the batch came before")
             added.add(sample)
         ready = encode(list(completions), "completions")
+        if prompts is not None:
+            asked = encode(list(prompts), "prompts")
+            # They are read when their completions are there.
+            for sample, prompt in zip(samples, asked, strict=True):
+                self._batch.inputs.prompts[sample] = prompt
         drawn = {}
         for place, sample in enumerate(samples):
             ids = None if completion_ids is None else [int(token) for token in completion_ids[place]]

@@ -34,6 +34,11 @@ from rl.sampler.token_draw import SamplingParams
 DONE, MAX_TURNS, MAX_DRAWN, MAX_TOKENS, FAILED = "done", "max_turns", "max_drawn", "max_tokens", "failed"
 ENDS = (DONE, MAX_TURNS, MAX_DRAWN, MAX_TOKENS, FAILED)
 
+_OWN_METRICS = (
+    "seconds_mean",
+    "failures",
+    "reward_mean",
+)  # of each environment; those that it gives are called otherwise
 _WAIT_SECONDS = 0.05  # for environments, when there is nothing to draw
 
 
@@ -44,6 +49,7 @@ class Episode:
     Attributes:
       prompt, prompt_ids: what the environment's reset asked, and its tokens.
       messages: what came after the prompt: turns, and observations between them.
+      unread: observations behind the last turn, which the policy did not read.
       token_ids, trained: of all turns and observations, and whether the policy drew each.
       num_turns, num_tool_calls, num_bad_tool_calls: counts.
       reward: the sum of what the environment gave; None where it gave nothing.
@@ -54,6 +60,7 @@ class Episode:
     prompt: Prompt = ""
     prompt_ids: list[int] = dataclasses.field(default_factory=list)
     messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    unread: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     turns: list[Completion] = dataclasses.field(default_factory=list)
     token_ids: list[int] = dataclasses.field(default_factory=list)
     trained: list[bool] = dataclasses.field(default_factory=list)
@@ -310,14 +317,14 @@ class _Call:
             self._leave_session(b)
             self._over.append(b)
             return
-        is_cut = completion.finish_reason == "length"
+        if completion.finish_reason == "length":
+            if episode.num_drawn >= self._sampling.max_completion_length:
+                episode.ended = MAX_DRAWN
+            elif len(episode.token_ids) >= self._most_tokens(b):
+                episode.ended = MAX_TOKENS
+        # Also where a limit has cut the turn: the environment judges what there is.
         text = self._tokenizer.decode(_without_end(completion), skip_special_tokens=False)
-        is_drawn = episode.num_drawn >= self._sampling.max_completion_length
-        if is_cut and (is_drawn or len(episode.token_ids) >= self._most_tokens(b)):
-            episode.messages.append({"role": "assistant", "content": text})
-            self._end(b, MAX_DRAWN if is_drawn else MAX_TOKENS)
-        else:
-            self._environments.step(b, text)
+        self._environments.step(b, text)
 
     def _go_on(self, b: int, reply: EnvironmentReply) -> None:
         """Puts the observation behind the turn, or ends the episode."""
@@ -327,13 +334,9 @@ class _Call:
         episode.num_tool_calls += reply.num_tool_calls
         episode.num_bad_tool_calls += reply.num_bad_tool_calls
         assert not isinstance(reply.messages, str), "observations are messages"
-        observations = reply.messages
-        if reply.done:
-            episode.messages.extend(observations)
-            self._end(b, DONE)
-            return
-        if episode.num_turns >= self._limits.turns:
-            self._end(b, MAX_TURNS)
+        observations = episode.unread = reply.messages
+        if episode.ended or reply.done or episode.num_turns >= self._limits.turns:
+            self._end(b, episode.ended or (DONE if reply.done else MAX_TURNS))
             return
         last, turns = episode.turns[-1], self._turns_P[b // self._num_samples]
         has_ended = last.finish_reason == "eos" and last.stop_reason in turns.end_ids
@@ -348,6 +351,7 @@ class _Call:
             self._end(b, MAX_DRAWN if left <= 0 else MAX_TOKENS)
             return
         episode.messages.extend(observations)
+        episode.unread = []
         episode.token_ids.extend(ids)
         episode.trained.extend([False] * len(ids))
         limit = len(episode.token_ids) + min(left, room, self._limits.turn_tokens)
@@ -418,7 +422,8 @@ def episode_metrics(episodes: Sequence[Episode], names: Sequence[str]) -> dict[s
             metrics[f"environment/{name}/reward_mean"] = float(np.mean(rewards))
         for metric in sorted({key for episode in own for key in episode.metrics}):
             values = [episode.metrics[metric] for episode in own if metric in episode.metrics]
-            metrics[f"environment/{name}/{metric}"] = float(np.mean(values))
+            shown = f"logged_{metric}" if metric in _OWN_METRICS else metric
+            metrics[f"environment/{name}/{shown}"] = float(np.mean(values))
     return metrics
 
 
@@ -435,11 +440,14 @@ def failure_problems(episodes: Sequence[Episode]) -> list[str]:
 def record_of(episode: Episode) -> dict[str, Any]:
     """What samples.jsonl has of an episode beside the fields of every completion."""
     record: dict[str, Any] = {
+        "prompt": episode.prompt,
         "messages": episode.messages,
         "turns": episode.num_turns,
         "tool_calls": episode.num_tool_calls,
         "ended": episode.ended,
     }
+    if episode.unread:
+        record["unread"] = episode.unread
     if episode.failure is not None:
         record["failure"] = list(episode.failure)
     return record

@@ -18,7 +18,7 @@ from rewards.rubric import summarize
 from rewards.runner import RewardRunner
 from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
-from rl.rollout.episodes import EpisodeSource
+from rl.rollout.episodes import EpisodeSource, record_of
 from rl.rollout.groups import logged_metrics
 from rl.rollout.scoring import sample_and_score
 from rl.run.metrics import Stopwatch
@@ -130,8 +130,11 @@ def evaluate(
             "rewards": dict(zip(names, values, strict=True)),
             "finish_reason": done.finish_reason,
             **({"logged": logged} if logged else {}),
+            **(record_of(scored.episodes[b]) if scored.episodes else {}),
         }
-        for row, text, values, done, logged in zip(rows, texts, rewards, completions, result.logged, strict=True)
+        for b, (row, text, values, done, logged) in enumerate(
+            zip(rows, texts, rewards, completions, result.logged, strict=True)
+        )
     ]
     return EvalResult(
         **vars(_counted(rewards, names, counts)),

@@ -25,7 +25,7 @@ from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices import hosts
 from rl.devices.mesh import no_implicit_transfers
 from rl.rollout.environments import ENVIRONMENT
-from rl.rollout.episodes import Episode, EpisodeSource
+from rl.rollout.episodes import Episode, EpisodeSource, row_of
 from rl.rollout.reward_model import RewardModel, check_prompts, open_reward_models
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import Completion, CompletionSource, Request, requests_for
@@ -149,12 +149,15 @@ def sample_and_score(
                 of_step = step if episode_step is None else episode_step
                 drawn = _episodes(source, episodes, sampler, params, rows, requests, sampling, key, seed, of_step)
             for b, completion in drawn:
+                row, episode, ids = row_B[b], episodes.get(b), completion.token_ids.tolist()
                 done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
-                form, ids = completion_form(row_B[b].prompt, texts[b]), completion.token_ids.tolist()
-                if b in episodes and not isinstance(row_B[b].prompt, str):
-                    form = episodes[b].told
-                read = [_texts(row_B[b], ids, tokenizer)] if wants_texts else None
-                scoring.add([b], [form], [ids], [completion.finish_reason], read)
+                form, asked = completion_form(row.prompt, texts[b]), None
+                if episode is not None:
+                    row = row_of(row, [episode], episode.prompt_ids)
+                    form = form if isinstance(form, str) else episode.told
+                    asked = [prompt_form(row.prompt)]
+                read = [_texts(row, ids, tokenizer)] if wants_texts else None
+                scoring.add([b], [form], [ids], [completion.finish_reason], read, asked)
         with watch.timer("reward"):
             if source is not None:
                 source.reward.episodes = [episodes[b] for b in range(len(requests))]

@@ -112,11 +112,14 @@ class ShardRequests:
 
         With fewer requests for each prompt, more prompts must be in the table to keep the slots busy.
         """
+        return self.is_within(other) and self.prompts_at_once(num_slots) <= other.prompts_at_once(num_slots)
+
+    def is_within(self, other: "ShardRequests") -> bool:
+        """Whether no shard has more requests, more pieces or larger ones."""
         return (
             self.most_requests <= other.most_requests
             and self.most_pieces <= other.most_pieces
             and self.largest_piece <= other.largest_piece
-            and self.prompts_at_once(num_slots) <= other.prompts_at_once(num_slots)
         )
 
     def pieces_in_work(self, num_slots: int) -> int:
@@ -125,7 +128,11 @@ class ShardRequests:
         The half is for stragglers and for the pieces that come next. Counted where successive pieces have the fewest
         requests.
         """
-        return max(_longest_run(totals, math.ceil(1.5 * num_slots)) for totals in self._running_totals) + 1
+        return self.pieces_of(math.ceil(1.5 * num_slots)) + 1
+
+    def pieces_of(self, num_requests: int) -> int:
+        """The most successive pieces of a shard that are needed for so many requests; all, where it has fewer."""
+        return max(_longest_run(totals, num_requests) for totals in self._running_totals)
 
     @functools.cached_property
     def _running_totals(self) -> list[np.ndarray]:
@@ -215,8 +222,9 @@ def turn_shape(
 ) -> Shape:
     """The shape for completions of several turns.
 
-    The table holds the prompts of the whole call, because one is needed until its last completion is done. A row of the
-    own cache holds a whole completion. Each request has a kept row, as far as the memory allows.
+    A row of the own cache holds a whole completion. Four requests for each slot have a kept row, as far as there are so
+    many and the memory allows. The table holds the prompts of those that are in work, which have a slot or a kept row:
+    a prompt is needed until its last completion is done.
 
     Args:
       longest: tokens of a completion, with what is put between its turns.
@@ -227,8 +235,11 @@ def turn_shape(
     most = size_at_least(demand.most_requests, 4)
     most = min(most, MAX_DERIVED_SLOTS // num_shards or 1) if slots is None else min(most, slots // num_shards)
     length = LENGTH_UNIT * math.ceil((longest + max(READ_SIZES)) / LENGTH_UNIT)
-    table_rows = size_at_least(demand.most_pieces * expected.rows_per_prompt, 4)
-    num_kept = demand.most_requests
+    num_kept = min(demand.most_requests, 4 * most)
+
+    def table_rows(most: int, num_kept: int) -> int:
+        pieces = min(demand.most_pieces, demand.pieces_of(most + num_kept) + 1)
+        return size_at_least(pieces * expected.rows_per_prompt, 4)
 
     def shape(most: int, num_kept: int) -> Shape:
         # A prompt of which some requests are missing is cut into fewer and larger pieces than planned. A shard of one
@@ -237,7 +248,7 @@ def turn_shape(
         return Shape(
             num_slots=most * num_shards,
             length=length,
-            table_rows=table_rows * num_shards,
+            table_rows=table_rows(most, num_kept) * num_shards,
             table_length=expected.table_length,
             rows_per_prompt=expected.rows_per_prompt,
             prefill_rows=demand.prefill_rows(most, expected) * num_shards,
@@ -252,7 +263,7 @@ def turn_shape(
         whole, largest = sum(budget.per_position), max(budget.per_position)
         rows = most + num_kept + rows_moved(most)
         prefilled = demand.prefill_rows(most, expected) * expected.rows_per_prompt * expected.table_length
-        read = table_rows * expected.table_length
+        read = table_rows(most, num_kept) * expected.table_length
         return (rows * length + read) * whole + max(prefilled * (whole + largest), most * length * largest)
 
     if budget is not None:

@@ -453,6 +453,8 @@ class Sampler:
         assert demand is not None, "a call without requests"
         if expected.common or not expected.lengths:
             raise ValueError("the prompts of a call with turns must be planned by expect_length")
+        if self._planned is not None and demand.is_within(self._planned):
+            demand = self._planned
         budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
         return turn_shape(self.engine.num_shards, demand, expected, longest, self._slots, budget)
 
