@@ -249,6 +249,7 @@ class RolloutSection:
     max_episode_tokens: int | None
     tool_role: Literal["tool", "user"]
     tool_format: Literal["auto", "hermes", "llama_json", "llama_pythonic"]
+    in_order: bool
     num_workers: int
     episodes_per_worker: int
     step_timeout_seconds: float

@@ -86,6 +86,7 @@ def start_episodes(
         turns = {name: make_turns(config, tokenizer, eos_ids, tools) for name, tools in runner.tools_of.items()}
         drawn = config.sampling.max_completion_length
         turn = drawn if section.max_turn_tokens is None else min(section.max_turn_tokens, drawn)
+        places = section.num_workers * section.episodes_per_worker
         limits = EpisodeLimits(config.data.max_prompt_length, section.max_turns, turn, config.longest_completion)
         for row in rows:
             try:
@@ -99,7 +100,7 @@ def start_episodes(
                     f"data.max_prompt_length must be >= {length}, the tokens of the first prompt with the schemas of "
                     f"the tools, got {limits.prompt_tokens}"
                 )
-        yield EpisodeSource(runner, turns, tokenizer, limits, EnvironmentReward())
+        yield EpisodeSource(runner, turns, tokenizer, limits, EnvironmentReward(), section.in_order, places)
 
 
 def make_turns(config: Config, tokenizer: Tokenizer, eos_ids: Sequence[int], tools: Sequence[dict[str, Any]]) -> Turns:

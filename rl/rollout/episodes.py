@@ -14,6 +14,7 @@ What an episode looks like, with two turns (d: drawn and trained; o: put there a
 Legend: P prompts, G episodes per prompt, B = P * G.
 """
 
+import collections
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -153,6 +154,9 @@ class EpisodeSource:
     environments: running, and closed by whoever made them.
     turns: the tokens of turns and observations, by the name of the environment; each shows its own tools.
     reward: the reward function of the environments, which gets the episodes of a batch.
+    in_order: wait for all environments that were asked before anything more is drawn. What is computed together then
+      follows from what was drawn, and not from the clock, and log-probs are the same bit for bit.
+    max_running: episodes that may have an environment at a time; groups begin as a whole.
     """
 
     def __init__(
@@ -162,9 +166,12 @@ class EpisodeSource:
         tokenizer: Tokenizer,
         limits: EpisodeLimits,
         reward: EpisodeReward,
+        in_order: bool = False,
+        max_running: int = 2**31,
     ) -> None:
         self.environments, self.turns, self.tokenizer = environments, turns, tokenizer
         self.limits, self.reward = limits, reward
+        self.in_order, self.max_running = in_order, max_running
 
     def notes(self) -> list[str]:
         """What a run should say once."""
@@ -189,10 +196,9 @@ class EpisodeSource:
             same for the whole group.
         """
         session = sampler.open(params, sampling, key, len(rows), num_samples, self.limits.tokens)
-        call = _Call(self, session, rows, num_samples, sampling, prompt_indices)
+        seeds = [sample_seed(seed, step, index, 0) for index in prompt_indices]
+        call = _Call(self, session, rows, num_samples, sampling, prompt_indices, seeds)
         try:
-            for p, row in enumerate(rows):
-                call.ask(p, row, sample_seed(seed, step, prompt_indices[p], 0))
             yield from call.run()
         finally:
             self.environments.drop_all()
@@ -209,10 +215,14 @@ class _Call:
         num_samples: int,
         sampling: SamplingParams,
         prompt_indices: Sequence[int],
+        seeds: Sequence[int],
     ) -> None:
         self._environments, self._tokenizer = source.environments, source.tokenizer
         self._turns_P = [source.turns[source.environments.environment_of(row.columns)] for row in rows]
         self._limits, self._session, self._sampling = source.limits, session, sampling
+        self._in_order, self._num_asked = source.in_order, 0
+        self._groups = collections.deque(enumerate(zip(rows, seeds, strict=True)))  # that have not begun
+        self._max_running, self._num_running = source.max_running, 0
         self._num_samples, self._indices = num_samples, prompt_indices
         self._episodes = [Episode(prompt=row.prompt) for row in rows for _ in range(num_samples)]
         self._to_begin = [num_samples] * len(rows)  # episodes of each group whose environment has not begun
@@ -221,11 +231,13 @@ class _Call:
         self._drawing: set[int] = set()  # places of which a turn is being drawn
         self._over: list[int] = []  # places that have ended since they were yielded last
 
-    def ask(self, p: int, row: PromptRow, seed: int) -> None:
+    def _ask(self, p: int, row: PromptRow, seed: int) -> None:
         """Has the environments of a group begin."""
+        self._num_running += self._num_samples
         for b in range(p * self._num_samples, (p + 1) * self._num_samples):
             try:
                 self._environments.begin(b, {**row.columns, "prompt": row.prompt}, seed)
+                self._num_asked += 1
             except ValueError as error:  # a value of the row that cannot be sent
                 self._begin(b, EnvironmentReply(b, "begin", failure=("row", f"{row.where}: {error}")))
 
@@ -233,7 +245,10 @@ class _Call:
         """Until all episodes have ended."""
         num_left = len(self._episodes)
         while num_left:
-            for reply in self._environments.poll(0.0 if self._session.has_work else _WAIT_SECONDS):
+            while self._groups and self._num_running + self._num_samples <= max(self._max_running, self._num_samples):
+                p, (row, seed) = self._groups.popleft()
+                self._ask(p, row, seed)
+            for reply in self._replies():
                 self._read(reply)
             for number, completion in self._session.poll():
                 self._end_turn(self._places[number], completion)
@@ -241,6 +256,17 @@ class _Call:
             for b in over:
                 yield b, self._episodes[b]
             num_left -= len(over)
+            self._num_running -= len(over)
+
+    def _replies(self) -> list[EnvironmentReply]:
+        """The replies that are there. In order: all that were asked for, by the places of their episodes."""
+        if not self._in_order:
+            return self._environments.poll(0.0 if self._session.has_work else _WAIT_SECONDS)
+        replies: list[EnvironmentReply] = []
+        while len(replies) < self._num_asked:
+            replies += self._environments.poll(_WAIT_SECONDS)
+        self._num_asked = 0
+        return sorted(replies, key=lambda reply: reply.episode)
 
     def _read(self, reply: EnvironmentReply) -> None:
         b, episode = reply.episode, self._episodes[reply.episode]
@@ -325,6 +351,7 @@ class _Call:
         # Also where a limit has cut the turn: the environment judges what there is.
         text = self._tokenizer.decode(_without_end(completion), skip_special_tokens=False)
         self._environments.step(b, text)
+        self._num_asked += 1
 
     def _go_on(self, b: int, reply: EnvironmentReply) -> None:
         """Puts the observation behind the turn, or ends the episode."""
@@ -369,6 +396,7 @@ class _Call:
         self._episodes[b].ended = ended
         self._leave_session(b)
         self._environments.finish(b, ended)
+        self._num_asked += 1
 
     def _fail(self, b: int, failure: tuple[str, str], is_running: bool = False) -> None:
         """Ends an episode without a reward. is_running: its environment knows nothing of the failure."""
@@ -376,6 +404,7 @@ class _Call:
         episode.failure, episode.ended = failure, FAILED
         if is_running:
             self._environments.finish(b, FAILED)  # nobody reads the reply
+            self._num_asked += 1
         if b not in self._drawing:  # else when its turn has ended
             self._leave_session(b)
             self._over.append(b)

@@ -5,6 +5,9 @@ import json
 import math
 import pathlib
 import re
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -18,10 +21,14 @@ from rl.run.metrics import read_metrics, read_samples
 from rl.sampler.slot_session import SlotSession
 from rl.tools.evaluate import evaluate_source
 from tests.helpers.metric_lines import steady
+from tests.helpers.places import ROOT
 
 # Each kind of row ends in its own way. A group has four episodes, which start alike unless the kind says otherwise.
 GAME = """
+import os
+import pathlib
 import random
+import signal
 
 class Game:
     made = 0
@@ -35,12 +42,24 @@ class Game:
     def step(self, message):
         from rewards.environment import Step
         self.turns += 1
+        if self.turns == 2 and self.kind == "plain":
+            self.kill()
         if self.kind == "raises" and self.turns == 2:
             raise RuntimeError("lost")
         text = "?" * 60 if self.kind == "long" else f" [{len(message['content'])}]"
         done = self.turns == 2 and self.kind not in ("endless", "long")
         reward = None if self.kind == "endless" else self.turns / 4
         return Step([{"role": "user", "content": text}], reward, done, {"turn": self.turns})
+
+    def kill(self):  # ends the run in its second step, where a file names its process
+        mark = pathlib.Path(__file__).with_name("kill")
+        if mark.exists():
+            count, process = map(int, mark.read_text().split())
+            if count:
+                mark.write_text(f"{count - 1} {process}")
+            else:
+                mark.unlink()
+                os.kill(process, signal.SIGKILL)
 
     def close(self):
         pass
@@ -315,3 +334,21 @@ def test_a_turn_that_a_limit_cuts_is_judged_and_shapes_do_not_follow_the_number_
     assert all("unread" in sample for sample in cut)
     assert [line["dynamic_sampling/rounds"] for line in metrics] == [2, 2, 2]
     assert [line["compiles"] for line in metrics[1:]] == [0, 0]
+
+
+def test_a_run_that_is_killed_in_mid_episode_goes_on_as_if_it_had_not_been(folder):
+    """With rollout.in_order, bit for bit. The other flavour goes on from the checkpoint of the first."""
+    game = [f"rollout.environment={folder / 'game.py'}:Game", "rollout.in_order=true", "checkpoint.every=1"]
+    game += ["data.curriculum.by=null", "grpo.steps=3"]
+    whole, samples = start(folder, "whole", *game)
+    arguments = [f"output_dir={folder / 'killed'}", f"data.source={folder / 'rows.jsonl'}", *game]
+    command = [sys.executable, "-m", "rl.cli", "train", str(folder / "recipe.yml"), *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        (folder / "kill").write_text(f"5 {process.pid}")  # four episodes of the first step, one of the second
+        process.wait(300)
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "kill").exists()
+    assert [line["step"] for line in read_metrics(folder / "killed")] == [1]
+    metrics, again = start(folder, "killed", *game, "pure_nnx=false")
+    assert again == samples
+    assert [steady(line) for line in metrics] == [steady(line) for line in whole]
