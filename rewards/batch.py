@@ -484,8 +484,13 @@ class _Loss(NamedTuple):
 
     @property
     def sort(self) -> str:
-        """Kind, type of the error and place in the code: what is alike in messages that quote other values."""
-        return f"{self.kind}: {self.message.partition(':')[0]} ({self.message.rpartition('(')[2]}"
+        """See `sort_of`."""
+        return sort_of(self.kind, self.message)
+
+
+def sort_of(kind: str, message: str) -> str:
+    """Kind of a failure, type of the error and place in the code: what is alike in messages that quote other values."""
+    return f"{kind}: {message.partition(':')[0]} ({message.rpartition('(')[2]}"
 
 
 def _problem_lines(name: str, losses: Sequence[_Loss]) -> list[str]:

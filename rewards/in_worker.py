@@ -102,16 +102,19 @@ def _end_process_group() -> None:
 
 
 class Errors:
-    """What is told of errors of the user's code. The traceback goes to the log once per kind of error and place.
+    """What is told of errors of the user's code: a traceback once per kind of error and place.
 
     callers: the files of this package that call the user's code. called: those that the user's code calls. No place
-      of an error is in either.
+      of an error is in either. prints: whether this worker prints these tracebacks, and nobody else does.
+
+    Attributes:
+      trace: of the last error. is_new: whether it is the first of its kind and place.
     """
 
-    def __init__(self, callers: Collection[str], called: Collection[str] = ()):
-        self._callers, self._own_files = callers, {*callers, *called}
-        self._logged: set[tuple[str, str]] = set()  # errors whose traceback is in the log already
-        self.trace = ""  # of the last error
+    def __init__(self, callers: Collection[str], called: Collection[str] = (), prints: bool = True):
+        self._callers, self._own_files, self._prints = callers, {*callers, *called}, prints
+        self._seen: set[tuple[str, str]] = set()
+        self.trace, self.is_new = "", False
 
     def failure(self, error: BaseException) -> Failure:
         """Kind and one-line message of a failure."""
@@ -119,8 +122,9 @@ class Errors:
             return error.kind, str(error)
         last_line = traceback.format_exception_only(error)[-1].strip()
         place, trace = self._place(error), self._own_trace(error)
-        if (type(error).__name__, place) not in self._logged:
-            self._logged.add((type(error).__name__, place))
+        self.is_new = (type(error).__name__, place) not in self._seen
+        self._seen.add((type(error).__name__, place))
+        if self.is_new and self._prints:
             print(trace, end="", file=sys.stderr)
         self.trace = trace
         return "exception", f"{one_line(last_line, MAX_TEXT // 2)} ({place}){missing_variable(error)}"

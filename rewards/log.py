@@ -1,12 +1,14 @@
 """The log of the reward workers: what they print goes through a pipe into a file that never grows beyond a limit.
 
-In: bytes that anything writes into `descriptor`. Out: PATH, and earlier text in PATH.1, each of at most `MAX_BYTES`. A
-thread moves the bytes, whatever else this process does, so nobody who prints waits for long.
+In: bytes that anything writes into `descriptor`, and tracebacks that workers send. Out: PATH, and earlier text in
+PATH.1, each of at most `MAX_BYTES`. A thread moves the bytes, whatever else this process does, so nobody who prints
+waits for long.
 """
 
 import contextlib
 import os
 import selectors
+import sys
 import threading
 from pathlib import Path
 
@@ -58,6 +60,12 @@ class RewardLog:
         while left > 0 and (taken := self._take()):
             left -= taken
 
+    def write(self, text: str) -> None:
+        """Write a text of this process, after what is in the pipe."""
+        left = memoryview(text.encode(errors="backslashreplace"))
+        while left:
+            left = left[os.write(self.descriptor, left) :]
+
     def tail(self) -> str:
         """The last lines that were written, those included that are still in the pipe."""
         left = _LAST_BYTES
@@ -89,3 +97,22 @@ class RewardLog:
             self._num_lost = 0
         except OSError:  # a full disk, for example, which must not hurt whoever prints
             self._num_lost += len(data)
+
+
+class Tracebacks:
+    """Tracebacks of reward functions: each sort is told once, whichever worker met it, and however often it was
+    replaced. log: where they go; None: this process's stderr.
+    """
+
+    def __init__(self, log: RewardLog | None):
+        self._log, self._told = log, set[str]()
+
+    def tell(self, sort: str, trace: str) -> None:
+        """Writes a traceback, if it is the first of its sort."""
+        if sort in self._told:
+            return
+        self._told.add(sort)
+        if self._log is None:
+            print(trace, file=sys.stderr)
+        else:
+            self._log.write(f"{trace}\n")

@@ -65,7 +65,8 @@ class Result:
     index: position among the samples of the task. logged: what the function keeps with the sample, see
       `rewards.logged`. sums: the metrics of the call; a call for several samples tells them with the first.
     seconds: what the call took, with its retries. retries: how often it was made again. A call for several samples
-      tells both at its end. trace: the traceback of a failure, where it was asked for.
+      tells both at its end. trace: the traceback of a failure, where it is the worker's first of its sort, or all were
+      asked for.
     """
 
     index: int

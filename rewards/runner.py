@@ -43,17 +43,18 @@ from rewards.batch import (
     added_effort,
     merge_results,
     replace_function,
+    sort_of,
 )
 from rewards.contract import Calls, RewardSpec, Style, check_specs, column_notes
 from rewards.doubt import Doubt, agree, second_best
 from rewards.failed import FirstFailure, OnError, RewardFailedError
 from rewards.in_process import DESCRIPTION, InProcess, with_values
-from rewards.log import RewardLog
+from rewards.log import RewardLog, Tracebacks
 from rewards.moment import Moment
 from rewards.probe import Probe, Trial, probes, shows_how_it_judges
 from rewards.process import WorkerProcess, load_request
 from rewards.protocol import encode
-from rewards.replies import BrokenWorker, Failure, LoadedFunction, Refused, Reply, Result
+from rewards.replies import BrokenWorker, Done, Failure, LoadedFunction, Refused, Reply, Result
 from rewards.supervised import poll
 from rewards.worker_variables import check_memory_gb, worker_environment
 
@@ -127,6 +128,7 @@ class RewardRunner:
         self._in_process = {key: given[spec.name] for key, spec in enumerate(specs) if spec.name in given}
         requests = [load_request(key, spec, self.columns) for key, spec in enumerate(specs)]
         self._log = None if log_path is None else RewardLog(log_path)
+        self._tracebacks = Tracebacks(self._log)
         log = None if self._log is None else self._log.descriptor
         self._workers = [
             WorkerProcess(requests, start_timeout_seconds, log, environment, memory_gb) for _ in range(num_workers)
@@ -316,7 +318,7 @@ class RewardRunner:
         )
         of_run = self._timeout, len(self._workers), share, self._retries, on_error
         batch = Batch(self.specs, self._functions, calls, keys, inputs, group_size, *of_run)
-        how = share, review, in_process, self._log
+        how = share, review, in_process, self._log, self._tracebacks
         return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), *how)
 
     def _compare(self, batch: Batch, result: RewardResult) -> RewardResult:
@@ -348,7 +350,7 @@ class RewardRunner:
         of_all: list[Calls] = ["whole_batch"] * len(self.specs)
         again = batch.again(of_all, [key])
         size = len(batch.inputs.prompts)
-        how = self._share, None, None, self._log
+        how = self._share, None, None, self._log, self._tracebacks
         with Scoring(self.specs, self._functions, self._workers, again, size, *how) as scoring:
             scoring.add_encoded(batch.inputs.drawn)
             return scoring.result()
@@ -562,12 +564,14 @@ class Scoring:
         workers: Sequence[WorkerProcess],
         batch: Batch,
         num_samples: int,
-        share: Share | None = None,
-        review: Review | None = None,
-        in_process: Mapping[int, InProcess] | None = None,
-        log: RewardLog | None = None,
+        share: Share | None,
+        review: Review | None,
+        in_process: Mapping[int, InProcess] | None,
+        log: RewardLog | None,
+        tracebacks: Tracebacks,
     ):
         self._share, self._review, self._in_process, self._log = share, review, in_process or {}, log
+        self._tracebacks = tracebacks
         self._reviewed: RewardResult | None = None
         self._specs, self._functions, self._workers = specs, functions, workers
         self._batch = batch
@@ -726,6 +730,7 @@ class Scoring:
         assert task is not None, reply
         if isinstance(reply, Result):
             self._batch.record(task, reply)
+            self._tell(reply)
             worker.extend_deadline(task)
         elif isinstance(reply, LoadedFunction):
             if reply != self._functions[task.key]:  # the file changed since the start: another way to call it
@@ -739,7 +744,12 @@ class Scoring:
             worker.finish()
         else:
             self._batch.finish(task, reply)
+            self._tell(reply)
             worker.finish()
+
+    def _tell(self, reply: Result | Done) -> None:
+        if reply.failure is not None and reply.trace:
+            self._tracebacks.tell(sort_of(*reply.failure), reply.trace)
 
 
 def _listen(worker: WorkerProcess, take: Callable[[Reply], None]) -> Failure | None:

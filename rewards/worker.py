@@ -6,8 +6,8 @@ failure. What it cannot survive (a hang, a crash) the runner sees from outside. 
 
     {"op": "load", "key": k, "spec": {...}, "columns": [...], "path": [...]}
         -> "loaded" or "refused"
-    {"op": "run", "key": k, "mode": m, "limit": seconds, "retries": n, "traces": whether to tell tracebacks, "prompts",
-        "completions", "columns", "completion_ids", "finish_reasons", "seeds", "moment": {...},
+    {"op": "run", "key": k, "mode": m, "limit": seconds, "retries": n, "traces": whether to tell all tracebacks,
+        "prompts", "completions", "columns", "completion_ids", "finish_reasons", "seeds", "moment": {...},
         "groups": {"members": [...], "group_of": [...]} or null,
         "texts": [[prompt, prompt and completion], ...] or null}
         -> a "result" for each sample, then "done"
@@ -70,7 +70,7 @@ class _Worker:
     def __init__(self, stack: contextlib.ExitStack, replies: BinaryIO):
         self._stack, self._replies = stack, replies
         self._rewards: dict[int, BoundReward] = {}
-        self._errors = Errors([__file__], [CallLog.log_metric.__code__.co_filename])
+        self._errors = Errors([__file__], [CallLog.log_metric.__code__.co_filename], prints=False)
         self._watchdog = Watchdog()
         self._in_vain: set[int] = set()  # functions whose last call failed by the network after all of its retries
 
@@ -204,9 +204,11 @@ class _Worker:
         self._reply(op="result", index=index, **told, seconds=seconds, retries=retries, trace=self._take_trace(kind))
 
     def _take_trace(self, kind: str | None) -> str:
-        """The traceback of the failure that is told now, where the runner wants it and it has one."""
+        """The traceback of the failure that is told now, if it has one: the first of its sort, which the runner puts
+        into the log, and any where the runner wants all of them.
+        """
         trace, self._errors.trace = self._errors.trace, ""
-        return trace if kind == "exception" and self._tells_traces else ""
+        return trace if kind == "exception" and (self._tells_traces or self._errors.is_new) else ""
 
     def _reply(self, **message: Any) -> None:
         write_frame(self._replies, pack({"nonce": self._nonce, **message}))

@@ -583,10 +583,13 @@ def test_the_log_follows_no_link(tmp_path):
     assert (tmp_path / "important").read_text() == "mine\n"
 
 
-def test_traceback_goes_to_the_log_once(write, tmp_path):
-    spec = write(CULPRITS)
-    run([spec("sample")], ["raise"] * 8, num_workers=1, log_path=tmp_path / "log")
-    assert (tmp_path / "log").read_text().count("Traceback") == 1
+def test_a_traceback_is_told_once_whichever_workers_meet_it(write, tmp_path, capfd):
+    completions = ["raise"] * 4 + ["quit"] + ["raise"] * 7
+    for log in (tmp_path / "log", None):
+        result = run([write(CULPRITS)("sample")], completions, log_path=log)
+        assert result.counts["sample"] == counts(exception=11, crash=1)
+    for text in ((tmp_path / "log").read_text(), capfd.readouterr().err):
+        assert text.count("Traceback") == text.count("KeyError: 'no such thing'\n") == 1
 
 
 def test_the_place_of_an_error_is_the_users_own_line_also_inside_a_library(write):
