@@ -61,7 +61,7 @@ class Tokenizer:
         self.backend = backend
         self.template_name = template_name
         self._template_kwargs = dict(template_kwargs or {})
-        self._clock = clock
+        self.clock = clock
         self._untrusted: Untrusted | None = None  # renders chats; made for the first chat
         self._is_checked = False  # whether the template has shown that it writes what messages say
         self._writes_the_date = False
@@ -81,7 +81,12 @@ class Tokenizer:
         """The same tokenizer with other variables of the chat template; itself where they are its own."""
         if dict(template_kwargs) == self._template_kwargs:
             return self
-        return Tokenizer(self.backend, self.template_name, template_kwargs, self._clock)
+        return Tokenizer(self.backend, self.template_name, template_kwargs, self.clock)
+
+    @property
+    def asks_the_time(self) -> bool:
+        """Whether the chat template calls for the time, which `clock` then is."""
+        return self.has_chat_template and _CLOCK in self.backend.get_chat_template()
 
     def with_clock(self, clock: str) -> "Tokenizer":
         """The same tokenizer with a fixed time for `strftime_now`, which some chat templates write the date with. So
@@ -151,7 +156,7 @@ class Tokenizer:
         text = self.render(messages, tools)
         if not self._is_checked:
             self._check_that_messages_matter(messages, tools, text)
-            if self._clock is None and _CLOCK in self.backend.get_chat_template():
+            if self.clock is None and self.asks_the_time:
                 self._writes_the_date = len({self._render(messages, tools, now=now) for now in _DAYS}) > 1
             self._is_checked = True
         return text + prefill
@@ -222,7 +227,7 @@ class Tokenizer:
         variables |= {"messages": messages, "add_generation_prompt": asks}
         if tools:
             variables["tools"] = list(tools)
-        return self._process().render(self.backend.get_chat_template(), variables, now or self._clock)
+        return self._process().render(self.backend.get_chat_template(), variables, now or self.clock)
 
     def _check_that_messages_matter(self, messages: Messages, tools: Sequence[Mapping[str, Any]], text: str) -> None:
         """ValueError where other words in the first or the last message give the same text."""
@@ -276,8 +281,8 @@ class Tokenizer:
     def content_hash(self) -> str:
         """A hash over everything that decides its ids."""
         template = [self.backend.chat_template, self._template_kwargs]
-        if self._clock is not None and self.has_chat_template and _CLOCK in self.backend.get_chat_template():
-            template.append(self._clock)
+        if self.clock is not None and self.asks_the_time:
+            template.append(self.clock)
         parts = [self.backend.backend_tokenizer.to_str(), json.dumps(template), repr(self.eos_ids)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -21,6 +21,7 @@ from rl.models.foreign import files as foreign
 from rl.models.train_state import PureState
 from rl.run.health import HealthState, healthy
 from rl.run.log import RunLog
+from rl.run_folder.clock import CLOCK
 from rl.run_folder.contents import HELD_OUT
 from rl.state.checkpoint import Checkpoints
 from rl.state.origin import Origin, pretrained_params, reward_model_identity
@@ -42,7 +43,9 @@ def run_identity(
     reference = origin.identity if config.grpo.beta else None
     hashes = {"data": data.fingerprint(), HELD_OUT: held_out_fingerprint(data.held_out)}
     hashes |= file_hashes(config) | prepare_hashes(config) | reward_model_identity(config, reward_tokenizers)
-    return _same({"policy": origin.identity, "reference": reference, **hashes, **function_hashes(config)}, config)
+    clock = {} if origin.clock is None else {CLOCK: origin.clock}
+    found = {"policy": origin.identity, "reference": reference, **hashes, **clock, **function_hashes(config)}
+    return _same(found, config)
 
 
 def supervised_identity(config: Config, origin: Origin, pairs: PairData) -> dict[str, Any]:
@@ -51,6 +54,7 @@ def supervised_identity(config: Config, origin: Origin, pairs: PairData) -> dict
     """
     held_out = held_out_fingerprint(pairs.held_out)
     hashes = {"data": fingerprint(pairs.rows), HELD_OUT: held_out, **prepare_hashes(config)}
+    hashes |= {} if origin.clock is None else {CLOCK: origin.clock}
     return _same({"policy": origin.identity, **hashes}, config)
 
 

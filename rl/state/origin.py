@@ -18,6 +18,7 @@ from rl.models.files.peft import adapter_for, adapter_hash, check_adapter, load_
 from rl.models.flavours import foreign_config
 from rl.models.foreign import files as foreign
 from rl.models.lora import join
+from rl.run_folder.clock import run_clock
 from rl.state import param_folder
 
 
@@ -33,6 +34,7 @@ class Origin:
         reference.
       adapter: folder of the adapter from which training starts; None for a fresh adapter, or no adapters.
       allow_nonfinite: whether the files may hold NaN and infinity.
+      clock: the time that the chat template is told; None where it asks for none.
     """
 
     model_config: ModelConfig
@@ -40,15 +42,19 @@ class Origin:
     identity: dict[str, Any]
     adapter: pathlib.Path | None = None
     allow_nonfinite: bool = False
+    clock: str | None = None
 
 
 def tokenizer_from_config(config: Config) -> Tokenizer:
-    """The tokenizer of tokenizer.source, else of the model's folder, else the byte tokenizer."""
+    """The tokenizer of tokenizer.source, else of the model's folder, else the byte tokenizer. Its chat template is told
+    the time at which the run began.
+    """
     source, key = config.tokenizer.source, "tokenizer.source"
     if source is None and (source := folder_source(config)) is not None:
         key = "model.source"
     template, variables = config.tokenizer.chat_template, config.data.chat_template_kwargs
-    return load_tokenizer(source or BYTE_SOURCE, template, variables, key)
+    tokenizer = load_tokenizer(source or BYTE_SOURCE, template, variables, key)
+    return tokenizer.with_clock(run_clock(config)) if tokenizer.asks_the_time else tokenizer
 
 
 def folder_source(config: Config) -> str | None:
@@ -65,7 +71,7 @@ def find_origin(config: Config, tokenizer: Tokenizer) -> Origin:
         tokenizer has ids beyond the model's vocabulary.
     """
     origin = _origin(config, tokenizer)
-    return dataclasses.replace(origin, allow_nonfinite=config.model.allow_nonfinite)
+    return dataclasses.replace(origin, allow_nonfinite=config.model.allow_nonfinite, clock=tokenizer.clock)
 
 
 def _origin(config: Config, tokenizer: Tokenizer) -> Origin:
