@@ -208,7 +208,7 @@ class Drawn(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class BatchInputs:
     """A batch in its JSON form: prompts, columns and seeds of all samples, the moment of the run, and what has been
-    drawn so far, by sample.
+    drawn so far, by sample. is_trial: whether its rewards count for nothing, as in the checks of the start.
     """
 
     prompts: list[Any]
@@ -216,6 +216,7 @@ class BatchInputs:
     seeds: Sequence[int] = ()
     moment: Moment = dataclasses.field(default_factory=Moment)
     drawn: dict[int, Drawn] = dataclasses.field(default_factory=dict)
+    is_trial: bool = False
 
 
 @dataclasses.dataclass
@@ -451,6 +452,7 @@ class Batch:
             "moment": dataclasses.asdict(inputs.moment),
             "texts": [one.texts for one in drawn] if function.style == "openrlhf" else None,
             "groups": self._groups(samples) if function.takes_group else None,
+            "is_trial": inputs.is_trial,
         }
         limits = {
             "batch": self._timeout * len(samples),

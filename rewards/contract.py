@@ -34,9 +34,9 @@ Calls = Literal["elementwise", "needs_group", "whole_batch"]
 
 _MAX_WEIGHT = 1e30  # weighted sums of rewards stay finite, in float32 too
 
-# For functions that spell them out. Of these, `step` and `rewards_timeout_seconds` are the same for all samples of a
-# batch.
-_OF_RUN = ("group", "truncated", "finish_reason", "step", "seed", "rewards_timeout_seconds")
+# For functions that spell them out. Of these, `step`, `rewards_timeout_seconds` and `is_trial` are the same for all
+# samples of a batch.
+_OF_RUN = ("group", "truncated", "finish_reason", "step", "seed", "rewards_timeout_seconds", "is_trial")
 # Objects that TRL 1.16 hands to every function (`GRPOTrainer._calculate_rewards`).
 TRL_OBJECTS = ("trainer_state", "log_metric", "log_extra")
 # What a function gets by name, by its style. A column of the data set with such a name wins, and so do kwargs over

@@ -10,6 +10,7 @@ from typing import Any
 
 from rewards.batch import FAILURES, problems_of
 from rewards.probe import Trial, probes
+from rewards.replies import UNREACHABLE
 from rewards.runner import RewardRunner
 
 _GROUP = 8  # completions of the row, for a function that compares
@@ -45,7 +46,7 @@ def check_on_gold(
     def score(completion: Any, names: list[str], size: int) -> Any:
         repeated = {name: [value] * size for name, value in columns.items()}
         arguments = [prompt] * size, [completion] * size, repeated, [[]] * size
-        return runner.score(*arguments, group_size=size, names=names)
+        return runner.score(*arguments, group_size=size, names=names, is_trial=True)
 
     said: dict[str, list[str]] = {spec.name: [] for spec in runner.specs}
     doubtful: set[str] = set()  # functions that may fail on anything, or give the same for anything
@@ -64,7 +65,11 @@ def check_on_gold(
                     "column"
                 )
             failures = {kind for kind in FAILURES if result.counts[name][kind]}
-            if failures and not failures & {"timeout", "crash"}:  # after which trying more takes too long
+            is_gone = any(
+                message.startswith(": ".join(UNREACHABLE)) for message in result.failures.get(name, {}).values()
+            )
+            # After a hang, and where a server is not there, trying more takes too long.
+            if failures and not failures & {"timeout", "crash"} and not is_gone:
                 doubtful.add(name)
         known = [name for name in names if result.rewards[0][place[name]] is not None]
         if size > 1:  # of completions that are all the same nothing follows

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 
 from rewards.logged import number_of, shortened
 from rewards.protocol import HEADER, unpack
-from rewards.replies import MAX_TEXT, Failure, one_line
+from rewards.replies import MAX_TEXT, UNREACHABLE, Failure, one_line
+from rewards.retrying import Unreachable
 from rewards.worker_variables import missing_variable
 
 # How long a hung worker may outlive its time limit, or a busy one its parent, before it ends itself.
@@ -118,8 +119,11 @@ class Errors:
 
     def failure(self, error: BaseException) -> Failure:
         """Kind and one-line message of a failure."""
+        self.trace, self.is_new = "", False
         if isinstance(error, Rejected):
             return error.kind, str(error)
+        if isinstance(error, Unreachable):
+            return UNREACHABLE[0], f"{UNREACHABLE[1]}: {one_line(str(error), MAX_TEXT // 2)}"
         last_line = traceback.format_exception_only(error)[-1].strip()
         place, trace = self._place(error), self._own_trace(error)
         self.is_new = (type(error).__name__, place) not in self._seen

@@ -40,7 +40,7 @@ from typing import Any, Literal, TypeGuard
 from rewards.contract import checked_by, needs_group, retries_itself
 from rewards.extras import import_extra, needs_library
 from rewards.judge_folder import JudgeFolder, say_once
-from rewards.retrying import is_network_error, pause
+from rewards.retrying import Unreachable, is_network_error, pause
 from rewards.settings import check_names
 from rewards.text import completion_text, message_text
 
@@ -57,6 +57,7 @@ _SHOWN = 1 << 10  # bytes of an answer that are looked at for a message
 _BYTES_PER_TOKEN = 4  # of English; a guess where the server does not count
 _TOKENS_OF_MESSAGE = 8  # that a chat template puts around its text
 _MOST_TOKENS = 10**9  # that a server may count for one request and be believed
+_CONNECT_SECONDS = 5.0  # the most that a connection may take
 _LONGEST_WAIT = 120.0  # seconds that a server may ask to wait before a request is sent again
 _AGAIN = "Your answer has no score as it was asked for. Answer again, with one."
 _AGAIN_SHORTER = "Your answer was cut off before its end. Answer again, shorter, with a score as it was asked for."
@@ -211,17 +212,24 @@ def _judge_of(settings: Any) -> Judge:
 @checked_by(check_kwargs)
 @needs_library("openai", INSTALL)
 async def pointwise(
-    prompt: Any, completion: Any, log_metric: _Log = lambda *_: None, log_extra: _Log = lambda *_: None, *, judge: Any
+    prompt: Any,
+    completion: Any,
+    log_metric: _Log = lambda *_: None,
+    log_extra: _Log = lambda *_: None,
+    is_trial: bool = False,
+    *,
+    judge: Any,
 ) -> float:
     """The judge's score of one completion by the rubric, from 0 to 1.
 
     prompt, completion: strings or chat message lists. judge: settings by the names of `Judge`. log_metric, log_extra:
-    see `rewards.logged`.
+    see `rewards.logged`. is_trial: whether no connection is an error at once, and not tried again.
 
     Raises ValueError for settings that are wrong, KeyError for a key that is not in the environment, NoScore when no
-    answer held a score (NoAnswer: nothing could be read), BudgetSpent, and the library's errors of the last try.
+    answer held a score (NoAnswer: nothing could be read), BudgetSpent, Unreachable without a connection, and the
+    library's errors of the last try.
     """
-    return await _score_one(_judge_of(judge), {"task": prompt}, completion, log_metric, log_extra)
+    return await _score_one(_judge_of(judge), {"task": prompt}, completion, log_metric, log_extra, is_trial)
 
 
 @retries_itself
@@ -233,12 +241,13 @@ async def with_reference(
     answer: Any,
     log_metric: _Log = lambda *_: None,
     log_extra: _Log = lambda *_: None,
+    is_trial: bool = False,
     *,
     judge: Any,
 ) -> float:
     """The judge's score of one completion by the rubric, beside the column `answer`. Otherwise `pointwise`."""
     texts = {"task": prompt, "reference": str(answer)}
-    return await _score_one(_judge_of(judge), texts, completion, log_metric, log_extra)
+    return await _score_one(_judge_of(judge), texts, completion, log_metric, log_extra, is_trial)
 
 
 @needs_group
@@ -250,6 +259,7 @@ async def ruler(
     completions: Sequence[Any],
     log_metric: _Log = lambda *_: None,
     log_extra: _Log = lambda *_: None,
+    is_trial: bool = False,
     *,
     judge: Any,
     **columns: Any,
@@ -272,7 +282,9 @@ async def ruler(
     texts = [completion_text(completion) for completion in completions]
     shown = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
     messages = _messages(settings, {"task": prompts[0]}, shown)
-    rewards, answer = await _ask(settings, messages, lambda found: _scores_of(settings, found, len(shown)), log_metric)
+    rewards, answer = await _ask(
+        settings, messages, lambda found: _scores_of(settings, found, len(shown)), log_metric, is_trial
+    )
     by_text = dict(zip(shown, rewards, strict=True))
     log_extra("judge_prompt", [messages[-1]["content"]] * len(texts))
     log_extra("judge_answer", [answer] * len(texts))
@@ -280,10 +292,10 @@ async def ruler(
 
 
 async def _score_one(
-    judge: Judge, texts: Mapping[str, Any], completion: Any, log_metric: _Log, log_extra: _Log
+    judge: Judge, texts: Mapping[str, Any], completion: Any, log_metric: _Log, log_extra: _Log, is_trial: bool
 ) -> float:
     messages = _messages(judge, texts, [completion_text(completion)])
-    rewards, answer = await _ask(judge, messages, lambda found: [_score_of(judge, found)], log_metric)
+    rewards, answer = await _ask(judge, messages, lambda found: [_score_of(judge, found)], log_metric, is_trial)
     log_extra("judge_prompt", [messages[-1]["content"]])
     log_extra("judge_answer", [answer])
     return rewards[0]
@@ -400,7 +412,11 @@ def _last_object(text: str, key: str) -> Any:
 
 
 async def _ask(
-    judge: Judge, messages: list[dict[str, str]], read: Callable[[_Found], list[float]], log_metric: _Log
+    judge: Judge,
+    messages: list[dict[str, str]],
+    read: Callable[[_Found], list[float]],
+    log_metric: _Log,
+    is_trial: bool,
 ) -> tuple[list[float], str]:
     """The scores that `read` finds in the judge's answer, and the answer."""
     request: dict[str, Any] = {"model": judge.model, "messages": messages, "temperature": judge.temperature}
@@ -418,7 +434,7 @@ async def _ask(
         found = None if cache is None or attempt else _kept(cache.answer(key))
         log_metric("cached", float(found is not None))
         if found is None:
-            found = await _answer(judge, request, shared, log_metric)
+            found = await _answer(judge, request, shared, log_metric, is_trial)
         try:
             if found.cut is not None:
                 raise NoScore(f"the answer was cut off (finish_reason {found.cut}): {_short(found.text)}")
@@ -437,7 +453,9 @@ async def _ask(
     raise AssertionError("unreachable: attempts is at least 1")
 
 
-async def _answer(judge: Judge, request: Mapping[str, Any], shared: JudgeFolder | None, log_metric: _Log) -> _Found:
+async def _answer(
+    judge: Judge, request: Mapping[str, Any], shared: JudgeFolder | None, log_metric: _Log, is_trial: bool
+) -> _Found:
     """One answer of the server, which may take several requests. Each has a turn and a reservation of its own."""
     client, places = _client(judge)
     retries = 0
@@ -448,7 +466,7 @@ async def _answer(judge: Judge, request: Mapping[str, Any], shared: JudgeFolder 
                     return await _send(judge, client, request, shared, log_metric)
                 except Exception as error:
                     seconds = _pause(error, retries)
-                    if seconds is None or retries == judge.retries:
+                    if seconds is None or retries == judge.retries or (is_trial and isinstance(error, Unreachable)):
                         raise
                 retries += 1
                 await asyncio.sleep(seconds)
@@ -471,8 +489,15 @@ async def _send(
         except TimeoutError as error:
             raise NoAnswer(f"the judge's server took longer than timeout ({judge.timeout:g} seconds)") from error
         except Exception as error:
-            if _is_unpaid(error):
+            is_gone = type(error.__cause__).__name__.startswith("Connect")
+            if is_gone or hasattr(error, "status_code"):  # which costs nothing
                 price = asked = 0
+            if is_gone:
+                raise Unreachable(
+                    f"the judge's server must be reachable at base_url {judge.base_url or str(client.base_url)!r}, got "
+                    f"{type(error.__cause__).__name__}: {error.__cause__}; start it before it is needed, or correct "
+                    "base_url"
+                ) from None
             raise
         body = bytes(raw.http_response.content)
         answer = _parsed(body)
@@ -498,11 +523,6 @@ async def _send(
     finally:
         if shared is not None:
             shared.settle(reservation, price, asked + answered)
-
-
-def _is_unpaid(error: Exception) -> bool:
-    """Whether a request failed in a way that costs nothing: a status that is an error, or no connection."""
-    return hasattr(error, "status_code") or type(error.__cause__).__name__.startswith("Connect")
 
 
 def _pause(error: Exception, retries: int) -> float | None:
@@ -560,7 +580,8 @@ def _client(judge: Judge) -> tuple[Any, asyncio.Semaphore]:
     api_key = "none" if judge.api_key_env is None else os.environ[judge.api_key_env]
     key = judge.base_url, api_key, judge.timeout, judge.max_concurrent
     if key not in of_loop:
-        client = openai.AsyncOpenAI(base_url=judge.base_url, api_key=api_key, timeout=judge.timeout, max_retries=0)
+        timeout = openai.Timeout(judge.timeout, connect=min(judge.timeout, _CONNECT_SECONDS))
+        client = openai.AsyncOpenAI(base_url=judge.base_url, api_key=api_key, timeout=timeout, max_retries=0)
         of_loop[key] = client, asyncio.Semaphore(judge.max_concurrent)
     return of_loop[key]
 

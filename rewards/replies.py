@@ -27,6 +27,7 @@ MAX_FRAME = 1 << 20  # bytes
 MAX_TEXT = 4096  # bytes of UTF-8
 MAX_SECONDS, MAX_RETRIES = 1e9, 1 << 31  # of one call
 MAX_REWARD = 1e6  # the largest size of a reward, so that squares and sums stay finite everywhere
+UNREACHABLE = "exception", "Unreachable"  # kind and first word of the failure by `rewards.retrying.Unreachable`
 FAILURES = ("exception", "timeout", "crash", "wrong_length", "not_a_number", "out_of_range")
 
 Failure = tuple[str, str]  # one of FAILURES, message

@@ -28,6 +28,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 _DEPTH = 5  # of groups of errors, and of the reasons of errors
 
 
+class Unreachable(ConnectionError):
+    """There is no connection to a server that a function needs. The message says all: no traceback is shown."""
+
+
 def is_network_error(error: Any, depth: int = _DEPTH) -> bool:
     """Whether an exception says that a connection failed or took too long, or that a server was busy or broken (status
     408, 409, 429 or 5xx). A group of exceptions is such an error where all of its members are.

@@ -163,6 +163,7 @@ class RewardRunner:
         finish_reasons: Sequence[str] | None = None,
         moment: Moment | None = None,
         seeds: Sequence[int] | None = None,
+        is_trial: bool = False,
     ) -> RewardResult:
         """Score one batch. Order and values depend on the functions only, never on which worker was faster.
 
@@ -170,7 +171,7 @@ class RewardRunner:
         columns: one list per dataset column.
         completion_ids: token ids per completion.
         finish_reasons: "eos", "stop" or "length" per completion; None: all "eos".
-        group_size, names, moment, seeds: see `begin`.
+        group_size, names, moment, seeds, is_trial: see `begin`.
 
         Failures of a function never raise. ValueError is for arguments whose lengths differ, a missing column, a value
         that cannot be sent, and completion_ids missing where a function requires them.
@@ -178,6 +179,7 @@ class RewardRunner:
         given = {"prompts": prompts, **columns, "completion_ids": completion_ids, "finish_reasons": finish_reasons}
         _check_lengths(given, "completion", len(completions))
         options: dict[str, Any] = {"group_size": group_size, "names": names, "moment": moment, "seeds": seeds}
+        options["is_trial"] = is_trial
         with self.begin(prompts, columns, **options, on_error="none") as scoring:
             scoring.add(range(len(completions)), completions, completion_ids, finish_reasons)
             return scoring.result()
@@ -265,6 +267,7 @@ class RewardRunner:
         moment: Moment | None = None,
         seeds: Sequence[int] | None = None,
         on_error: OnError | None = None,
+        is_trial: bool = False,
     ) -> "Scoring":
         """Begin to score a batch whose completions come later, in any order; see `Scoring`.
 
@@ -273,6 +276,7 @@ class RewardRunner:
         names: the functions to call; None: all.
         moment: where the run stands; None: as at the start. seeds: a number per sample; None: its place in the batch.
         on_error: see `Scoring`; None: the runner's.
+        is_trial: whether the rewards count for nothing; functions hear of it by this name.
 
         ValueError where a function that needs groups would be called for groups of one.
         """
@@ -281,7 +285,9 @@ class RewardRunner:
         sent = [key for key in keys if key not in here]
         of_run = self._share, self._compare, moment, seeds, here
         stops = on_error or self._on_error
-        return self._begin(prompts, columns, [*self._calls], sent, group_size, *of_run, on_error=stops)
+        return self._begin(
+            prompts, columns, [*self._calls], sent, group_size, *of_run, on_error=stops, is_trial=is_trial
+        )
 
     def _begin(
         self,
@@ -296,6 +302,7 @@ class RewardRunner:
         seeds: Sequence[int] | None = None,
         in_process: Mapping[int, InProcess] | None = None,
         on_error: OnError = "none",
+        is_trial: bool = True,
     ) -> "Scoring":
         if len(prompts) % group_size:
             raise ValueError(f"the batch must hold whole groups of {group_size}, got {len(prompts)} samples")
@@ -315,6 +322,7 @@ class RewardRunner:
             columns={name: encode(list(columns[name]), f"column {name!r}") for name in sorted(wanted)},
             seeds=range(len(prompts)) if seeds is None else [int(seed) for seed in seeds],
             moment=moment or self._moment,
+            is_trial=is_trial,
         )
         of_run = self._timeout, len(self._workers), share, self._retries, on_error
         batch = Batch(self.specs, self._functions, calls, keys, inputs, group_size, *of_run)

@@ -9,7 +9,7 @@ failure. What it cannot survive (a hang, a crash) the runner sees from outside. 
     {"op": "run", "key": k, "mode": m, "limit": seconds, "retries": n, "traces": whether to tell all tracebacks,
         "prompts", "completions", "columns", "completion_ids", "finish_reasons", "seeds", "moment": {...},
         "groups": {"members": [...], "group_of": [...]} or null,
-        "texts": [[prompt, prompt and completion], ...] or null}
+        "texts": [[prompt, prompt and completion], ...] or null, "is_trial": whether the rewards count for nothing}
         -> a "result" for each sample, then "done"
 
 The fields of a reply are in `rewards.replies`; each repeats the nonce of its request.
@@ -295,8 +295,8 @@ def _arguments(bound: BoundReward, request: Mapping[str, Any], rows: slice, log:
 
 def _of_call(request: Mapping[str, Any], log: CallLog) -> dict[str, Any]:
     """What is injected for a whole call, by name."""
-    of_call = {"log_metric": log.log_metric, "log_extra": log.log_extra, "rewards_timeout_seconds": request["limit"]}
-    return request["of_run"] | of_call
+    logs = {"log_metric": log.log_metric, "log_extra": log.log_extra}
+    return request["of_run"] | logs | {"rewards_timeout_seconds": request["limit"], "is_trial": request["is_trial"]}
 
 
 def _of_sample(request: Mapping[str, Any], index: int) -> dict[str, Any]:

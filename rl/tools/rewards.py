@@ -160,7 +160,7 @@ def _recorded(run: str, rows: Sequence[PromptRow]) -> list[MadeCompletion]:
 def _score(
     runner: RewardRunner, completions: Sequence[MadeCompletion], group_size: int, names: Sequence[str] | None = None
 ) -> _Result:
-    scored = runner.score(**arguments_of(runner, completions), group_size=group_size, names=names)
+    scored = runner.score(**arguments_of(runner, completions), group_size=group_size, names=names, is_trial=True)
     return _Result(scores_by_sort(runner, completions, scored), scored.effort, scored.counts, scored.problems)
 
 

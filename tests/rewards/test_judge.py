@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import threading
 import time
 
@@ -14,7 +15,9 @@ import yaml
 
 from rewards import judge, judge_folder
 from rewards.contract import RewardSpec, bind
+from rewards.gold import check_on_gold
 from rewards.judge_folder import BudgetSpent, JudgeFolder
+from rewards.retrying import Unreachable
 from rewards.runner import RewardRunner
 from tests.helpers.judge_server import CUT, says, serving
 
@@ -108,6 +111,24 @@ def test_a_server_that_goes_on_failing_costs_the_sample():
     with serving((503, "{}")) as server, pytest.raises(Exception, match="503"):
         score(server)
     assert len(server.requests) == 3
+
+
+def test_a_server_that_is_not_there_is_tried_again_in_a_run_and_named_at_once_in_a_check(capfd):
+    with socket.socket() as nobody:  # bound, and not listening: a connection is refused
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
+        made = {"model": "m", "rubric": RUBRIC, "base_url": url, "api_key_env": None, "retries": 1}
+        told = f"the judge's server must be reachable at base_url {url!r}, got ConnectError: .*; start it before"
+        log = Log()
+        for is_trial in (False, True):
+            with pytest.raises(Unreachable, match=told):
+                asyncio.run(judge.pointwise("p", "c", log.metric, log.kept, is_trial, judge=made))
+        assert log.metrics["retries"] == [1.0, 0.0]
+        kwargs = {"judge": {**made, "retries": 1000}}
+        with RewardRunner([RewardSpec("judge", "rewards.judge:pointwise", 1.0, kwargs)], ["answer"], 1, 30.0) as runner:
+            (warning,) = check_on_gold(runner, "p", "c", {"answer": "c"})
+    assert re.match(f"on a gold row, reward 'judge' sample 0: exception: Unreachable: {told}", warning)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("bad", ["I like it: 10", "<score>11</score>", "<score>ten</score>", ""])

@@ -1599,8 +1599,8 @@ INJECTED = """
     def one(completion, group, truncated, finish_reason, step, seed):
         seen = (group[seed % 2] == completion, truncated, finish_reason == "length", step == 7)
         return sum(float(value) * 10**place for place, value in enumerate(seen))
-    async def later(prompt, completion, group, rewards_timeout_seconds):
-        return float(group.index(completion)) + rewards_timeout_seconds
+    async def later(prompt, completion, group, rewards_timeout_seconds, is_trial):
+        return float(group.index(completion)) + rewards_timeout_seconds + 10 * is_trial
     def compute_score(solution_str, ground_truth, group, seed): return float(len(group)) + seed
     def lists(completions, group, truncated, finish_reason, step, seed, rewards_timeout_seconds):
         assert rewards_timeout_seconds == 5.0
@@ -1630,11 +1630,13 @@ def test_values_of_the_run_reach_the_functions_that_spell_them_out(write):
             for b in (3, 0, 2, 1):  # no group is whole before the third
                 scoring.add([b], [completions[b]], [[b]], [reasons[b]])
             result = scoring.result()
+        tried = runner.score(["p"] * 2, ["a", "b"], {"answer": ["x"] * 2}, group_size=2, names=["later"], is_trial=True)
         with pytest.raises(ValueError, match=r"'one' compares the completions of a prompt"):
             runner.score(["p"], ["a"], {"answer": ["x"]})
     seen = [1001.0, 1111.0, 1001.0, 1111.0]
     assert column(result, 0) == seen
     assert column(result, 1) == [5.0, 6.0, 5.0, 6.0]
+    assert column(tried, 1) == [15.0, 16.0]
     assert column(result, 2) == [2.0, 3.0, 4.0, 5.0]
     assert column(result, 3) == seen
     assert column(result, 4) == [6.0] * 4
