@@ -362,7 +362,7 @@ def _read_template(path: pathlib.Path) -> str:
 def _load_backend(source: str, key: str) -> "PreTrainedTokenizerFast":
     folder = local_copy(source)
     if not folder.is_dir():
-        folder = _download(source, key)
+        folder = download_tokenizer(source, key)
     check_files(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(
@@ -418,12 +418,18 @@ def _check_ids(path: pathlib.Path) -> None:
         token.whole("id", 0, limit - 1)
 
 
-def _download(source: str, key: str) -> pathlib.Path:
-    """The local copy of a hub repository's tokenizer files."""
+def download_tokenizer(source: str, key: str) -> pathlib.Path:
+    """The local copy of the tokenizer files of a hub repository, which may have none. key: what names the source, for
+    messages: tokenizer.source, model.source, or MODEL of a command. ValueError where there is no such repository.
+    """
     rule, hint = f"{key} must be a folder that exists, a hub id that this machine can reach, or 'byte'", ""
     if key == "model.source":
         rule = f"{key} must be a folder that exists or a hub id that this machine can reach"
         hint = "; `grpo sft` writes OUTPUT_DIR/export after its last step, `grpo export RUN FOLDER` any folder"
+    if key == "MODEL":
+        rule = (
+            f"{key} must be a run folder, a Hugging Face folder, a YAML recipe, or a hub id that this machine can reach"
+        )
     hint = f", and no such folder exists (working directory {os.getcwd()}){hint}"
     if not _HUB_ID.fullmatch(source):
         raise ValueError(f"{rule}, got {source!r}{hint}")

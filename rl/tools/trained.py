@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from rl.config.load import Config, load_config
 from rl.config.ranges import check_possible_path
-from rl.data.tokenizer import Tokenizer
+from rl.data.tokenizer import Tokenizer, download_tokenizer
 from rl.devices import hosts
 from rl.devices.mesh import create_mesh
 from rl.files.stores import check_path, is_remote
@@ -26,7 +26,7 @@ from rl.run_folder.trust import TO_SAMPLE
 from rl.state.checkpoint import create_checkpoint_manager
 from rl.state.checkpoint_files import damaged_files
 from rl.state.optimizer import create_training_optimizer, shortest_run
-from rl.state.origin import Origin, find_origin, pretrained_params, tokenizer_from_config
+from rl.state.origin import Origin, find_origin, folder_source, pretrained_params, tokenizer_from_config
 from rl.state.states import InitStateFn, frozen_base, get_abstract_state, setup_decode_state
 
 _OF_MODEL = ("model", "lora", "tokenizer")  # sections of a configuration that say what a model is
@@ -71,7 +71,7 @@ def resolve_model(
     alone: bool = True,
     trust: bool = False,
 ) -> WeightSource:
-    """The origin of weights that MODEL names. Loads nothing, and ignores the processes with which a run was made.
+    """The origin of weights that MODEL names. Loads no weights, and ignores the processes with which a run was made.
 
     For a command of one process this checks whether code in a run folder may run. With several processes the caller
     checks it when all have joined (`rl.run_folder.folder.check_trust`).
@@ -127,7 +127,11 @@ def _resolve(model: str | os.PathLike, overrides: Sequence[str], step: int | Non
             f"got {str(model)!r}"
         )
     source = str(path) if path.is_dir() and not is_remote(model) else str(model)
-    return WeightSource(load_config(None, [f"model.source={json.dumps(source)}", *overrides]), None, None)
+    config = load_config(None, [f"model.source={json.dumps(source)}", *overrides])
+    named = folder_source(config)
+    if config.model.source == source and named is not None and not (is_remote(named) or pathlib.Path(named).is_dir()):
+        download_tokenizer(named, "MODEL")  # so that what is no model is named as it was given
+    return WeightSource(config, None, None)
 
 
 def resolve_for(

@@ -224,10 +224,15 @@ def test_models_and_prompts_that_cannot_be_are_refused(capsys):
     for arguments, message in (
         (["eval", "~nobody-at-all/run"], "MODEL must be below a home folder that exists"),
         (["sample", "a" * 300, "--prompt", "x"], "MODEL must have at most 255 bytes between slashes"),
+        (["sample", "/no/such/run", "--prompt", "x"], "MODEL must be a run folder, .* got '/no/such/run', and no such"),
+        (
+            ["eval", "runs/none"],
+            "MODEL must be a run folder, .* got 'runs/none', and no such folder exists",
+        ),
         (["sample", "base.yml", "--prompts", "", "--output", "x"], "--prompts must be a file, got ''"),
     ):
         assert main(arguments) == 2
-        assert capsys.readouterr().err.startswith(f"error: {message}")
+        assert re.match(f"error: {message}", capsys.readouterr().err)
 
 
 # A check alone
