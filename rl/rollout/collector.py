@@ -32,6 +32,8 @@ from rl.run.progress import ORDER_STEP, REWARD_STATE
 from rl.sampler.contract import CompletionSource
 from rl.sampler.token_draw import SamplingParams
 
+_FIRST_ROWS = 32  # whose answers are wrong for the row that the check of the start judges
+
 
 class Collector:
     """Draws completions with the policy of a run, and has its reward functions judge them.
@@ -64,6 +66,7 @@ class Collector:
         self._sampling, self._tokenizer, self._episodes = sampling, tokenizer, episodes
         self._numbers = {(row.source, row.index): number for number, row in enumerate(data.train)}
         self._order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
+        self._first_rows = data.train[:_FIRST_ROWS]
         self._rows, self._held_out, self._stream = data.rows, data.evaluated(config.eval), data.stream
         self._epoch = 0.0  # how often the training rows were used up so far
         self._failures = FailureWatch(runner.specs, config.rewards.max_failed_share, config.health.patience)
@@ -112,7 +115,7 @@ class Collector:
         """
         if is_new and self._config.rewards.check_on_gold:
             longest = self._sampling.max_completion_length
-            tell_of_rewards(self._log, self._runner, self._rows[0], self._tokenizer, longest)
+            tell_of_rewards(self._log, self._runner, self._rows[0], self._tokenizer, longest, self._first_rows)
         self._log.messages(self._runner.notes())
         self._log.messages(self._episodes.notes() if self._episodes is not None else ())
         self._say_what_is_left_out()

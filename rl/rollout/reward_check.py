@@ -25,7 +25,7 @@ JUNK = {"empty": "", "junk": "I do not know.", "noise": "la la la la la la la la
 OTHER = "another row's answer"
 LISTED = "a list of answers"  # the right one among those of other rows, and not the last
 _MOST_LISTED = 8
-_NOT_IN_SHORT = (OTHER, LISTED, "noise", "the prompt")
+_NOT_IN_SHORT = (OTHER, "noise", "the prompt")
 
 
 class SortScores(NamedTuple):
@@ -56,11 +56,13 @@ def made_completions(
     tokenizer: Tokenizer,
     max_length: int,
     without: Collection[str] = (),
+    others: Sequence[PromptRow] = (),
 ) -> list[MadeCompletion]:
     """The same sorts of completions for each row, in the same order.
 
     Args:
       max_length: tokens of the one that is cut off. without: sorts to leave out.
+      others: further rows, whose answers are wrong for these.
     """
     cut = tokenizer.encode(long_text(4 * max_length), add_bos=False)[:max_length]
     made = []
@@ -70,8 +72,8 @@ def made_completions(
             forms = answer_forms(right_text(answer, specs))
             texts |= {f"right answer, {form}": _continued(row.prompt, text) for form, text in forms.items()}
             right = right_text(answer, specs)
-            others = [other.columns.get(ANSWER) for other in (*rows[place + 1 :], *rows[:place])]
-            wrong = [right_text(other, specs) for other in others if other not in (None, answer)]
+            of_others = [other.columns.get(ANSWER) for other in (*rows[place + 1 :], *rows[:place], *others)]
+            wrong = [right_text(other, specs) for other in of_others if other not in (None, answer)]
             wrong = [text for text in dict.fromkeys(wrong) if text != right][: _MOST_LISTED - 1]
             texts[OTHER] = _continued(row.prompt, wrong[0]) if wrong else ""
             listed = [*wrong[: len(wrong) // 2], right, *wrong[len(wrong) // 2 :]]
@@ -137,10 +139,16 @@ def verdict_of(sorts: Mapping[str, SortScores]) -> tuple[str | None, bool]:
 
 
 def tell_of_rewards(
-    console: Console, runner: RewardRunner, row: PromptRow, tokenizer: Tokenizer, max_length: int
+    console: Console,
+    runner: RewardRunner,
+    row: PromptRow,
+    tokenizer: Tokenizer,
+    max_length: int,
+    others: Sequence[PromptRow] = (),
 ) -> None:
     """Scores a row's own answer, and others, so that functions that cannot work are seen before the first step: each by
     itself (`rewards.gold`), then their sum. One line where all is well. All processes of a run call this together.
+    others: further rows, whose answers are wrong for this one.
     """
     answer = row.columns.get(ANSWER)
     gold = None if answer is None else completion_form(row.prompt, right_text(answer, runner.specs))
@@ -153,21 +161,25 @@ def tell_of_rewards(
     if is_hung or all(any(f"reward {name!r}" in warning for warning in warnings) for name in names):
         return
     if hosts.is_first():
-        text, is_warning = check_shortly(runner, row, tokenizer, max_length)
+        text, is_warning = check_shortly(runner, row, tokenizer, max_length, others)
         if text is not None:
             (console.warning if is_warning else console.message)(text)
 
 
 def check_shortly(
-    runner: RewardRunner, row: PromptRow, tokenizer: Tokenizer, max_length: int
+    runner: RewardRunner, row: PromptRow, tokenizer: Tokenizer, max_length: int, others: Sequence[PromptRow] = ()
 ) -> tuple[str | None, bool]:
-    """The verdict on a right answer of one row against an empty and a junk completion, in this process alone, and one
-    that is cut off: (what there is to say, whether it is a warning). (None, False) where the functions take longer than
-    ten seconds, a reward model has a weight, or the row has no answer.
+    """The verdict on a right answer of one row against an empty and a junk completion, in this process alone, one that
+    is cut off, and a list of answers with the right one in the middle: (what there is to say, whether it is a warning).
+    (None, False) where the functions take longer than ten seconds, a reward model has a weight, or the row has no
+    answer.
     """
     if ANSWER not in row.columns or any(spec.weight for spec in runner.specs if spec.name in runner.in_process):
         return None, False
-    made = made_completions([row], runner.specs, tokenizer, max_length, _NOT_IN_SHORT)
+    # Functions that read the first or the last word of two options see the right one at an end of the list.
+    wrong = {str(other.columns.get(ANSWER)) for other in others} - {str(row.columns[ANSWER]), str(None)}
+    without = _NOT_IN_SHORT if len(wrong) > 1 else (*_NOT_IN_SHORT, LISTED)
+    made = made_completions([row], runner.specs, tokenizer, max_length, without, others)
     scored = runner.try_group(**arguments_of(runner, made))
     if scored is None:
         return None, False
@@ -176,8 +188,13 @@ def check_shortly(
     if problem is not None:
         return f"{problem}; `grpo rewards check` shows more" if is_wrong else None, is_wrong
     best = max(_right(sorts).values())
-    others = {"an empty or junk one": max(_junk(sorts).values(), default=None), "a cut one": sorts["cut off"].total}
-    shown = " and ".join(f"{what} {total:.3g}" for what, total in others.items() if total is not None)
+    # Equal and no more: what rises with the length, say, gives a list another score.
+    if LISTED in sorts and sorts[LISTED].total == best:
+        rule = "a right answer must score above a list of answers that holds it"
+        way_out = "let the functions read a marked place, or the end, of a completion"
+        return f"{rule}, got {best:.4g} for both; {way_out}; `grpo rewards check` shows more", True
+    rest = {"an empty or junk one": max(_junk(sorts).values(), default=None), "a cut one": sorts["cut off"].total}
+    shown = " and ".join(f"{what} {total:.3g}" for what, total in rest.items() if total is not None)
     return f"rewards of the first row: a right answer scores {best:.3g}, {shown or 'others nothing'}", False
 
 

@@ -178,13 +178,15 @@ def test_samples_of_other_data_are_refused(tmp_path, recipe):
 def test_the_start_tells_in_one_line_how_a_right_answer_scores_against_junk(tmp_path, recipe, capsys):
     row = PromptRow("1+1=", np.array([49], np.int32), {"prompt": "1+1=", "answer": "2"}, 0)
 
-    def told(*names, weights=(1.0, 0.5), row=row):
+    others = [PromptRow("", np.array([49], np.int32), {"answer": str(2 * n)}, n) for n in range(4)]
+
+    def told(*names, weights=(1.0, 0.5), row=row, others=others):
         specs = [
             RewardSpec(name, name if ":" in name else f"{tmp_path}/mine.py:{name}", weight, {})
             for name, weight in zip(names, weights, strict=False)
         ]
         with RewardRunner(specs, list(row.columns), 1, 5.0) as runner:
-            tell_of_rewards(Console(3), runner, row, load_tokenizer("byte"), 8)
+            tell_of_rewards(Console(3), runner, row, load_tokenizer("byte"), 8, others)
         return capsys.readouterr().out.splitlines()
 
     recipe("length")  # writes the file
@@ -197,5 +199,8 @@ def test_the_start_tells_in_one_line_how_a_right_answer_scores_against_junk(tmp_
     assert warning.endswith("`grpo rewards check` shows more")
     (failed,) = told("fails")  # once: what fails is not said to score too little as well
     assert "warning: on a gold row, reward 'fails' failed on all" in failed
+    (warning,) = told("anywhere")
+    assert "a right answer must score above a list of answers that holds it, got 1 for both; let the" in warning
+    assert told("anywhere", others=others[:2]) == [line.format("1", "0", "0")]  # of two options one is at the end
     of_other = PromptRow("1+1=", np.array([49], np.int32), {"prompt": "1+1="}, 0)
     assert told("length", row=of_other) == []
