@@ -8,7 +8,7 @@ goes on from the newest checkpoint.
 
 To change something, go to
     prompts                         `rl.data.prompts`
-    drawing tokens                  `rl.sampler`
+    drawing tokens                  `rl.sampler`; over several turns: `rl.rollout.episodes`, `rewards.environment`
     reward functions                `rewards`; when they are called: `rl.rollout.scoring`
     groups, evaluation              `rl.rollout.collector`, `rl.rollout.step_prompts`, `rl.rollout.groups`,
                                     `rl.rollout.evaluation`

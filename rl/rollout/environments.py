@@ -19,7 +19,8 @@ from rl.config.load import Config
 from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.data.turns import Turns, chat_turns, text_turns
-from rl.rollout.episodes import Episode, EpisodeLimits, EpisodeSource
+from rl.rollout.episode import Episode
+from rl.rollout.episodes import EpisodeLimits, EpisodeSource
 
 ENVIRONMENT = "environment"  # the name of the reward that environments give
 

@@ -18,7 +18,8 @@ from rewards.rubric import summarize
 from rewards.runner import RewardRunner
 from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
-from rl.rollout.episodes import EpisodeSource, record_of
+from rl.rollout.episode import episode_metrics, record_of
+from rl.rollout.episodes import EpisodeSource
 from rl.rollout.groups import logged_metrics
 from rl.rollout.scoring import sample_and_score
 from rl.run.metrics import Stopwatch
@@ -57,7 +58,8 @@ class EvalResult(SourceResult):
         completions, which were not run.
       completion_length: mean number of tokens. truncated_share: the share of completions that hit the length limit.
       samples: a dict for each prompt: prompt, completion, rewards, finish_reason, and what reward functions logged.
-      logged: {reward/FUNCTION/METRIC: mean} of the metrics that reward functions logged.
+      logged: {reward/FUNCTION/METRIC: mean} of the metrics that reward functions logged; of episodes also what they
+        were like, see `rl.rollout.episode.episode_metrics`.
       sources: {name: result} of the sources of a mixture, where more than one has prompts here; else empty.
     """
 
@@ -142,7 +144,7 @@ def evaluate(
         completion_length=sum(done.num_trained for done in completions) / len(rows),
         truncated_share=sum(done.finish_reason == "length" for done in completions) / len(rows),
         samples=samples,
-        logged=logged_metrics(result.sums, ()),
+        logged=logged_metrics(result.sums, ()) | (episode_metrics(scored.episodes) if scored.episodes else {}),
         sources={name: _counted(own, names, counts) for name, own in of_sources.items()},
     )
 

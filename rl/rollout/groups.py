@@ -23,7 +23,7 @@ from rl.algorithms.from_config import estimator_of, label
 from rl.config.load import Config
 from rl.data.prompt_rows import PromptRow
 from rl.rollout.environments import ENVIRONMENT
-from rl.rollout.episodes import (
+from rl.rollout.episode import (
     Episode,
     episode_metrics,
     failure_problems,

@@ -25,7 +25,8 @@ from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices import hosts
 from rl.devices.mesh import no_implicit_transfers
 from rl.rollout.environments import ENVIRONMENT
-from rl.rollout.episodes import Episode, EpisodeSource, row_of
+from rl.rollout.episode import Episode, row_of
+from rl.rollout.episodes import EpisodeSource
 from rl.rollout.reward_model import RewardModel, check_prompts, open_reward_models
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import Completion, CompletionSource, Request, requests_for

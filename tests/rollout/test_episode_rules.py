@@ -15,7 +15,8 @@ from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.data.turns import chat_turns, text_turns
 from rl.rollout.environments import EnvironmentReward
-from rl.rollout.episodes import Episode, EpisodeLimits, EpisodeSource, shared_prompt, with_begun
+from rl.rollout.episode import Episode, shared_prompt, with_begun
+from rl.rollout.episodes import EpisodeLimits, EpisodeSource
 from rl.sampler.contract import Completion, Request, requests_for
 from rl.sampler.request_queue import deal
 from rl.sampler.shape_plan import ExpectedPrompts, ShardRequests, turn_shape

@@ -282,6 +282,7 @@ def test_an_evaluation_plays_the_same_games_each_time_and_grpo_eval_gives_its_nu
     ]
     assert len(found) == 3
     assert found[0] == found[1] == found[2]
+    assert (found[0]["eval/turns/mean"], found[0]["eval/episodes/failed"]) != (0, 1)
     result, _ = evaluate_source(folder / "evaluated", trust=True)
     assert result.metrics() == found[-1]
 
