@@ -112,7 +112,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
     (folder / "rewards.py").write_text(length + asked + "def told(completion):\n    return float(len(completion))\n")
     (folder / "recipe.yml").write_text(RECIPE % ((folder / "rewards.py",) * 2))
     rows = [{"prompt": f"play {i}", "kind": kind} for i, kind in enumerate(KINDS)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, kept in (("rows", rows), ("seeded", rows[:4])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     return folder
 
 
@@ -340,9 +341,10 @@ def test_a_turn_that_a_limit_cuts_is_judged_and_shapes_do_not_follow_the_number_
 def test_a_run_that_is_killed_in_mid_episode_goes_on_as_if_it_had_not_been(folder):
     """With rollout.in_order, bit for bit. The other flavour goes on from the checkpoint of the first."""
     game = [f"rollout.environment={folder / 'game.py'}:Game", "rollout.in_order=true", "checkpoint.every=1"]
-    game += ["data.curriculum.by=null", "grpo.steps=3"]
+    # Without the kind whose prompts do not follow from the seed.
+    game += ["grpo.steps=3", "grpo.prompts_per_step=4", "grpo.minibatches=4", f"data.source={folder / 'seeded.jsonl'}"]
     whole, samples = start(folder, "whole", *game)
-    arguments = [f"output_dir={folder / 'killed'}", f"data.source={folder / 'rows.jsonl'}", *game]
+    arguments = [f"output_dir={folder / 'killed'}", *game]
     command = [sys.executable, "-m", "rl.cli", "train", str(folder / "recipe.yml"), *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         (folder / "kill").write_text(f"5 {process.pid}")  # four episodes of the first step, one of the second
