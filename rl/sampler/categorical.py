@@ -14,8 +14,9 @@ import jax.numpy as jnp
 BLOCK_LANES = 128
 
 
-def in_nucleus(scores_BV: jax.Array, top_p: float) -> jax.Array:
+def in_nucleus(scores_BV: jax.Array, top_p: float | jax.Array) -> jax.Array:
     """The smallest set of most likely tokens whose probability is at least top_p (https://arxiv.org/abs/1904.09751).
+    top_p may be [B], one for each row; inf keeps all.
 
     Bisects the threshold over the ordered bit patterns of floats. This is exact after as many steps as a float has
     bits, and on CPU about ten times faster than sorting a vocabulary.
@@ -36,6 +37,26 @@ def in_nucleus(scores_BV: jax.Array, top_p: float) -> jax.Array:
     bounds = jnp.min(order_BV, axis=-1), jnp.max(order_BV, axis=-1) + 1
     low_B, _ = jax.lax.fori_loop(0, num_bits, halve, bounds)
     return order_BV >= low_B[:, None]
+
+
+def at_least_kth(scores_BV: jax.Array, k_B: jax.Array) -> jax.Array:
+    """Which scores are at least the k-th highest one of their row; k_B: int32 in [1, V].
+
+    The threshold is bisected as in `in_nucleus`, so rows may have different numbers.
+    """
+    num_bits = jnp.finfo(scores_BV.dtype).bits
+    order_BV = _ordered_bits(scores_BV)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds
+        middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)
+        enough_B = jnp.sum(order_BV >= middle_B[:, None], axis=-1, dtype=jnp.int32) >= k_B
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+    bounds = jnp.min(order_BV, axis=-1), jnp.max(order_BV, axis=-1) + 1
+    low_B, _ = jax.lax.fori_loop(0, num_bits, halve, bounds)
+    bits_B = jnp.where(low_B >= 0, low_B, low_B ^ jnp.iinfo(low_B.dtype).max)
+    return scores_BV >= jax.lax.bitcast_convert_type(bits_B, scores_BV.dtype)[:, None]  # -0 reaches 0
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import numpy as np
 
 from rl.devices.programs import Program
 from rl.models.config import ModelConfig
+from rl.sampler.slot_rules import DrawRules
 from rl.sampler.token_draw import SamplingParams, check_vocabulary
 
 PREFILL, DECODE = "prefill", "decode"  # names of programs, for people
@@ -67,6 +68,7 @@ class Request:
       continues: tokens of the completion that are there already, after the prompt, whether the policy drew them or an
         environment put them there. Positions, lengths, penalties and stop strings go on from them, so that the rest of
         a completion is what it would have been in one go. A stop string or an EOS among them ends nothing.
+      rules: how it is drawn, in place of the call's rules; None: by those. See `rl.sampler.slot_rules`.
     """
 
     prompt: int
@@ -75,6 +77,7 @@ class Request:
     limit: int
     seed: int | None = None
     continues: tuple[int, ...] = ()
+    rules: DrawRules | None = None
 
 
 def requests_for(prompt_indices: Sequence[int], num_samples: int, limit: int) -> list[Request]:
@@ -292,7 +295,6 @@ def check_requests(
             f"sampling.eos_ids must be below the vocabulary size {config.vocab_size}, got {sampling.eos_ids}"
         )
     check_vocabulary(sampling, config.vocab_size)
-    least = max(sampling.min_completion_length, 1)
     # The device holds indices as int32 and seeds as uint32.
     ends = {"prompt": len(prompts), "prompt_index": 2**31, "sample_index": 2**31, "seed": 2**32}
     for number, request in enumerate(requests):
@@ -300,8 +302,11 @@ def check_requests(
             value = getattr(request, name)
             if value is not None and not 0 <= value < end:
                 raise ValueError(f"requests[{number}].{name} must be in [0, {end}), got {value}")
+        own = sampling if request.rules is None else _applied(number, request.rules, sampling, config.vocab_size)
+        least = max(own.min_completion_length, 1)
         if not least <= request.limit <= sampling.max_completion_length:
-            low = f"sampling.min_completion_length ({least})" if sampling.min_completion_length else "1"
+            of = "sampling" if request.rules is None else "rules"
+            low = f"{of}.min_completion_length ({least})" if own.min_completion_length else "1"
             raise ValueError(
                 f"requests[{number}].limit must be between {low} and sampling.max_completion_length "
                 f"({sampling.max_completion_length}), got {request.limit}"
@@ -333,3 +338,26 @@ def check_requests(
                 f"prompts[{number}] with its completion (sampling.max_completion_length) must fit in the model's "
                 f"{config.max_position_embeddings} positions, got {len(prompt)} + {limits[number]}; shorten one of them"
             )
+
+
+def refuse_slot_rules(what: str, sampling: SamplingParams) -> None:
+    """ValueError of a source that draws all requests of a call by the same rules."""
+    if sampling.is_by_slot:
+        raise ValueError(
+            f"sampling must be SamplingParams with {what}, which draws a call by one set of rules, got rules by slot"
+        )
+
+
+def _applied(number: int, rules: DrawRules, sampling: SamplingParams, vocab_size: int) -> SamplingParams:
+    """The parameters by which a request is drawn. ValueError, which names the request, for rules that cannot be."""
+    if not sampling.is_by_slot:
+        raise ValueError(
+            f"requests[{number}].rules must be None where a call or a session draws by one set of rules, got {rules}; "
+            "give it SlotSampling.of(sampling), which needs the slot sampler"
+        )
+    try:
+        applied = rules.applied_to(sampling)
+        check_vocabulary(applied, vocab_size)
+    except ValueError as error:
+        raise ValueError(str(error).replace("sampling.", f"requests[{number}].rules.", 1)) from None
+    return applied

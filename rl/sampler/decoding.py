@@ -31,6 +31,7 @@ from rl.models.cache import (
 from rl.models.inputs import PADDING_GROUP, Inputs
 from rl.models.ops import SharedRows, take_in_shards
 from rl.models.policy import Params, Policy
+from rl.sampler.slot_rules import RuleArrays, draw_by_slot, neutral_rules
 from rl.sampler.token_draw import Draw, SamplingParams, TokenCounts, add_token, draw, reset_rows
 
 OWN_BRANCH = 1  # prompts are branch 0; no slot sees another slot's own part
@@ -50,6 +51,7 @@ class Requests(NamedTuple):
     prefix_rows: [shards, W, M], rows of the prompt table, counted in the shard; -1 where the prompt takes fewer.
     group_ids: the labels of the prompts in the table.
     prompt_tokens: [shards, W, T], with penalties the whole prompts, followed by -1; else None.
+    rules: each [shards, W], where requests have rules of their own; else None.
     """
 
     request_ids: Any
@@ -64,6 +66,7 @@ class Requests(NamedTuple):
     prefix_rows: Any
     group_ids: Any
     prompt_tokens: Any = None
+    rules: RuleArrays | None = None
 
 
 @struct.dataclass
@@ -84,6 +87,7 @@ class Slots:
     prefix_rows: jax.Array
     group_ids: jax.Array
     counts: TokenCounts | None = None
+    rules: RuleArrays | None = None
 
     @property
     def cursors(self) -> jax.Array:
@@ -172,7 +176,12 @@ def read_on(
 
 
 def empty_slots(
-    num_slots: int, key: jax.Array, sampling: SamplingParams, vocab_size: int, rows_per_prompt: int
+    num_slots: int,
+    key: jax.Array,
+    sampling: SamplingParams,
+    vocab_size: int,
+    rows_per_prompt: int,
+    logits_dtype: Any = jnp.float32,
 ) -> Slots:
     """Idle slots."""
 
@@ -196,6 +205,7 @@ def empty_slots(
         prefix_rows=prefix_rows,
         group_ids=zeros() - 1,
         counts=counts,
+        rules=neutral_rules(num_slots, logits_dtype) if sampling.is_by_slot else None,
     )
 
 
@@ -291,7 +301,10 @@ def generate(
         drawn = draw_next(policy.unembed(params, hidden_B1D[:, 0]), slots, sampling)
         columns = _write_columns(columns, step, slots.request_ids, drawn)
         num_drawn = slots.num_drawn + live_B
-        ended_B = live_B & (jnp.isin(drawn.token_B, eos_ids) | (num_drawn >= slots.limits))
+        is_end_B = jnp.isin(drawn.token_B, eos_ids)
+        if slots.rules is not None:
+            is_end_B &= slots.rules.ends_at_eos
+        ended_B = live_B & (is_end_B | (num_drawn >= slots.limits))
         slots = dataclasses.replace(
             slots,
             request_ids=jnp.where(ended_B, ended_id, slots.request_ids),
@@ -315,6 +328,10 @@ def draw_next(logits_BV: jax.Array, slots: Slots, sampling: SamplingParams) -> D
 
     positions_B = slots.nums_before + slots.num_drawn
     uniform_B = jax.vmap(uniform)(slots.keys, positions_B)
+    if slots.rules is not None:
+        assert slots.counts is not None
+        live_B = slots.request_ids >= 0
+        return draw_by_slot(logits_BV, uniform_B, sampling, slots.rules, positions_B, live_B, slots.counts)
     return draw(logits_BV, uniform_B, sampling, positions_B < sampling.min_completion_length, slots.counts)
 
 
@@ -387,6 +404,7 @@ def give(slots: Slots, requests: Requests, index: jax.Array, nums_cached: jax.Ar
         prefix_rows=replace(picked.prefix_rows, slots.prefix_rows),
         group_ids=replace(picked.group_ids, slots.group_ids),
         counts=None if counts is None else reset_rows(counts, taken_B, *_counted(picked, cached_B, counts)),
+        rules=jax.tree.map(replace, picked.rules, slots.rules),
     )
 
 

@@ -40,6 +40,7 @@ from rl.models.ops import take_in_shards
 from rl.models.policy import Params, Policy
 from rl.sampler import decoding
 from rl.sampler.decoding import ChunkReport, Requests, Slots
+from rl.sampler.slot_rules import rule_arrays
 from rl.sampler.token_draw import SamplingParams
 
 
@@ -138,6 +139,11 @@ class Engine:
         self._array_shardings = self._part_shardings(mesh, rules)
         self._decode_options = WHOLE_PRODUCTS if mesh.devices.flat[0].platform == "tpu" else None
 
+    @property
+    def logits_dtype(self) -> np.dtype:
+        """Of logits and log-probs."""
+        return jnp.promote_types(self.policy.config.dtype, jnp.float32)
+
     # Prefill: prompts into rows of a cache
 
     def prefill(
@@ -192,7 +198,7 @@ class Engine:
         own = self._empty(shape.num_slots, shape.length)
         kept = self._empty(shape.num_kept, shape.length) if shape.num_kept else None
         self._count_bytes(own, common, kept)
-        return DecodeState(shape, sampling, own, slots, None, common, kept)
+        return DecodeState(shape, sampling.compiled, own, slots, None, common, kept)
 
     def insert(self, state: DecodeState, prefix: CachePart, rows: np.ndarray) -> DecodeState:
         """Puts prefilled rows, each cut into M, into the rows [shards, R, M] of the prompt table, counted inside each
@@ -429,6 +435,7 @@ class Engine:
         self, params: Any, shape: Shape, sampling: SamplingParams, chunk: int
     ) -> tuple[Program, tuple[Any, ...]]:
         """The program that draws a chunk of tokens, and its abstract arguments."""
+        sampling = sampling.compiled
 
         def integers(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(dims, dtype)
@@ -502,7 +509,7 @@ class Engine:
             )
             return program.compile(arguments)
 
-        return ("give", shape, width, sampling.needs_counts), build
+        return ("give", shape, width, sampling.needs_counts, sampling.is_by_slot), build
 
     def _prefill_build(
         self, params: Any, num_rows: int, chunk: int, length: int, common_length: int
@@ -567,7 +574,8 @@ class Engine:
             function = self._empty_slots(shape.num_slots, sampling, shape.rows_per_prompt)
             return Program(function, (self._everywhere,), self._slots_shardings(sampling)).compile((key,))
 
-        return ("slots", shape.num_slots, sampling.needs_counts, shape.rows_per_prompt), build
+        key = "slots", shape.num_slots, sampling.needs_counts, sampling.is_by_slot, shape.rows_per_prompt
+        return key, build
 
     # Shapes, shardings, bytes
 
@@ -594,18 +602,27 @@ class Engine:
         def integers(*dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(dims, dtype)
 
-        return Requests(*(integers(*waiting),) * 11)._replace(
+        return Requests(*(integers(*waiting),) * 11)._replace(  # pyright: ignore[reportArgumentType]
             seeds=integers(*waiting, dtype=jnp.uint32),
             seeded=integers(*waiting, dtype=bool),
             prefix_rows=integers(*waiting, shape.rows_per_prompt),
             prompt_tokens=integers(*waiting, shape.counted_length) if sampling.needs_counts else None,
+            rules=rule_arrays(lambda dtype: integers(*waiting, dtype=dtype), self.logits_dtype)
+            if sampling.is_by_slot
+            else None,
         )
 
     def _empty_slots(
         self, num_slots: int, sampling: SamplingParams, rows_per_prompt: int
     ) -> Callable[[jax.Array], Slots]:
-        sizes = {"vocab_size": self.policy.config.vocab_size, "rows_per_prompt": rows_per_prompt}
-        return partial(decoding.empty_slots, num_slots, sampling=sampling, **sizes)
+        return partial(
+            decoding.empty_slots,
+            num_slots,
+            sampling=sampling,
+            vocab_size=self.policy.config.vocab_size,
+            rows_per_prompt=rows_per_prompt,
+            logits_dtype=self.logits_dtype,
+        )
 
     def _abstract_slots(self, num_slots: int, sampling: SamplingParams, rows_per_prompt: int) -> Any:
         function = self._empty_slots(num_slots, sampling, rows_per_prompt)
@@ -640,7 +657,7 @@ def prefill_key(num_rows: int, chunk: int, length: int, common_length: int) -> t
 
 def generate_key(shape: Shape, sampling: SamplingParams, chunk: int) -> tuple:
     """The key of a decode program; its text is the name in files of compiled programs."""
-    return "generate", shape, sampling, chunk
+    return "generate", shape, sampling.compiled, chunk
 
 
 def _consume(program: Callable, array: jax.Array, *arguments: Any) -> jax.Array:

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from rl.models.inputs import Inputs, empty_inputs
 from rl.sampler.contract import Completion, Request
 from rl.sampler.decoding import ChunkReport, Requests
 from rl.sampler.endings import Drawing, find_end
+from rl.sampler.slot_rules import device_rules, rule_arrays
 from rl.sampler.token_draw import SamplingParams
 
 # Prompts to shards and into rows
@@ -101,6 +103,7 @@ class Schedule:
       counted_length: the most tokens before the first one that a request draws, where penalties count them.
       holds: completions have several turns: what a request takes is free when `finish` says so, and the slot of one
         that ends is listed in `ended`.
+      logits_dtype: of the numbers in the rules of requests.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Schedule:
         num_waiting: int,
         counted_length: int = 0,
         holds: bool = False,
+        logits_dtype: Any = np.float32,
     ) -> None:
         assert rows_per_prompt <= table_rows, (rows_per_prompt, table_rows)
         self._prompts: list[Sequence[int] | np.ndarray] = []
@@ -122,7 +126,7 @@ class Schedule:
         self._sampling, self._decode_text = sampling, decode_text
         self._common_length, self._num_waiting = common_length, num_waiting
         self._table_length, self._rows_per_prompt = table_length, rows_per_prompt
-        self._counted_length, self._holds = counted_length, holds
+        self._counted_length, self._holds, self._logits_dtype = counted_length, holds, np.dtype(logits_dtype)
         self._pending: list[collections.deque[Sequence[int]]] = [collections.deque() for _ in range(num_shards)]
         self._waiting: list[collections.deque[int]] = [collections.deque() for _ in range(num_shards)]
         self._left = np.zeros(
@@ -298,12 +302,13 @@ class Schedule:
         are_own: what they continue is in their own caches, and not behind their prompts.
         """
         shape = (len(numbers), width)
-        fields: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in Requests._fields[:-1]}
+        fields: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in Requests._fields[:-2]}
         fields["seeds"], fields["seeded"] = np.zeros(shape, np.uint32), np.zeros(shape, bool)
         fields["prefix_rows"] = np.full((*shape, self._rows_per_prompt), -1, np.int32)
         prompt_tokens = None
         if self._sampling.needs_counts:
             prompt_tokens = np.full((*shape, self._counted_length), -1, np.int32)
+        rules = rule_arrays(partial(np.zeros, shape), self._logits_dtype) if self._sampling.is_by_slot else None
         for shard, own in enumerate(numbers):
             for i, number in enumerate(own):
                 request = self._requests[number]
@@ -328,7 +333,14 @@ class Schedule:
                 fields["prefix_rows"][shard, i, : rows.size] = rows
                 if prompt_tokens is not None:
                     prompt_tokens[shard, i, : len(before)] = before
-        return Requests(**fields, prompt_tokens=prompt_tokens)
+                if rules is not None:
+                    own_rules = device_rules(self._sampling_of(request), self._logits_dtype)
+                    for array, value in zip(rules, own_rules, strict=True):
+                        array[shard, i] = value
+        return Requests(**fields, prompt_tokens=prompt_tokens, rules=rules)
+
+    def _sampling_of(self, request: Request) -> SamplingParams:
+        return self._sampling if request.rules is None else request.rules.applied_to(self._sampling)
 
     def cancelled(self) -> np.ndarray:
         """bool [B]: slots whose completions ended by a stop string since the last call, and held ones."""
@@ -367,7 +379,7 @@ class Schedule:
         num_checked, num_before = drawing.num_tokens, len(asked.continues)
         drawing.add(columns)
         tokens = columns[0] if not self._sampling.stop_strings else drawing.token_ids()
-        ends = asked.limit, self._sampling, self._decode_text, num_before
+        ends = asked.limit, self._sampling_of(asked), self._decode_text, num_before
         end = find_end(tokens, num_checked, drawing.num_tokens, *ends)
         if end is None:
             return None

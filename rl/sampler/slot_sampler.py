@@ -54,6 +54,7 @@ from rl.sampler.shape_plan import (
     usable_common_length,
 )
 from rl.sampler.sizes import CacheSize, cache_sizes, later_cache_sizes, slot_sizes
+from rl.sampler.slot_rules import SlotSampling
 from rl.sampler.slot_session import SlotSession, prefill_chunk
 from rl.sampler.token_draw import SamplingParams
 
@@ -226,12 +227,16 @@ class Sampler:
         """Draws the requests and yields (its place in `requests`, completion) of each as it ends.
 
         The limit of a request may be below `sampling.max_completion_length`. A request with a seed depends on (seed,
-        sample index) and on nothing else. Memory does not grow with the number of requests.
+        sample index) and on nothing else. Memory does not grow with the number of requests. Requests may have rules of
+        their own (`rl.sampler.slot_rules`): the same programs draw all calls in which any has, whatever the rules, and
+        `warm_up` with `SlotSampling.of(sampling)` compiles them.
 
         Raises:
           ValueError: as in `sample`; or a request names a missing prompt, an index outside [0, 2**31), a seed outside
             [0, 2**32), or a limit below 1 or outside `sampling`'s lengths.
         """
+        if any(request.rules is not None for request in requests) and not sampling.is_by_slot:
+            sampling = SlotSampling.of(sampling)
         check_requests(self._policy.config, self._decode_text, prompts, requests, sampling)
         return self._stream(params, prompts, requests, sampling, key)
 
@@ -276,7 +281,9 @@ class Sampler:
         num_samples: int,
         longest: int,
     ) -> SlotSession:
-        """A call whose completions have several turns, see `rl.sampler.contract.DrawSession`."""
+        """A call whose completions have several turns, see `rl.sampler.contract.DrawSession`. Requests may
+        have rules of their own where `sampling` is a `SlotSampling`.
+        """
         shape = self._turn_shape(num_prompts, num_samples, longest)
         sizes = [CacheSize(slots, shape.length) for slots in slot_sizes(shape.num_slots // self.engine.num_shards)]
         self.release()  # no prefix is shared here

@@ -78,6 +78,7 @@ class SlotSession:
             shape.num_waiting,
             shape.counted_length,
             holds=shape.num_kept > 0,
+            logits_dtype=engine.logits_dtype,
         )
         self._state = engine.init_state(shape, sampling, key, common)
         self._schedule.set_slots(shape.num_slots)

@@ -120,6 +120,16 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     @property
+    def is_by_slot(self) -> bool:
+        """Whether requests may have rules of their own, see `rl.sampler.slot_rules`."""
+        return False
+
+    @property
+    def compiled(self) -> "SamplingParams":
+        """What programs depend on."""
+        return self
+
+    @property
     def drawn_from(self) -> DrawnFrom:
         """The rules besides penalties and temperature, as `rl.models.drawn_from` takes them."""
         return DrawnFrom.of(self, _may_forbid_eos(self))
@@ -220,7 +230,7 @@ def draw(
         sampler_score_B = take(scores_BV, token_B) if moves_logits else policy_score_B
         sampler_logprob_B = sampler_score_B - sampler_total_B
         policy_logprob_B = policy_score_B - policy_total_B
-    top_ids_BN, top_scores_BN = _most_likely(scaled_BV, sampling.top_logprobs)
+    top_ids_BN, top_scores_BN = most_likely(scaled_BV, sampling.top_logprobs)
     top_logprobs_BN = top_scores_BN - policy_total_B[:, None] if sampling.top_logprobs else top_scores_BN
     return Draw(token_B, sampler_logprob_B, policy_logprob_B, top_ids_BN, top_logprobs_BN, kept_words_BX)
 
@@ -347,7 +357,7 @@ def _forbid(logits_BV: jax.Array, sampling: SamplingParams, forbid_eos_B: jax.Ar
     return logits_BV
 
 
-def _most_likely(scores_BV: jax.Array, num_tokens: int) -> tuple[jax.Array, jax.Array]:
+def most_likely(scores_BV: jax.Array, num_tokens: int) -> tuple[jax.Array, jax.Array]:
     """Ids and scores of the highest scores, in falling order. Among equals the lowest id comes first."""
     if num_tokens == 0:
         empty = np.zeros((scores_BV.shape[0], 0))  # a constant, so that nothing is computed

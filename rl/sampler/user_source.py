@@ -21,7 +21,7 @@ from rl.config.load import Config
 from rl.data.tokenizer import Tokenizer
 from rl.files.json_file import shown
 from rl.models.config import ModelConfig
-from rl.sampler.contract import Completion, DrawPrograms, Request, check_requests, refuse_turns
+from rl.sampler.contract import Completion, DrawPrograms, Request, check_requests, refuse_slot_rules, refuse_turns
 from rl.sampler.decoding import request_key
 from rl.sampler.token_draw import SamplingParams
 
@@ -130,6 +130,7 @@ class CheckedSource:
           ValueError: as `check_requests` does; `sampling.top_logprobs`, which no source gives; while drawing, a
             completion that breaks the contract.
         """
+        refuse_slot_rules(self._label, sampling)
         check_requests(self._model_config, self._tokenizer.decode, prompts, requests, sampling)
         if sampling.top_logprobs:
             raise ValueError(

@@ -31,6 +31,7 @@ from rl.sampler.contract import (
     DrawPrograms,
     Request,
     check_requests,
+    refuse_slot_rules,
     refuse_turns,
     with_continued,
 )
@@ -145,6 +146,7 @@ class WaveSampler:
           ValueError: an empty prompt, token ids outside the vocabulary, a length beyond the model's positions, stop
             strings without `decode_text`, a cache that does not fit in `kv_bytes`.
         """
+        refuse_slot_rules("a wave policy", sampling)
         check_requests(self._policy.config, self._decode_text, prompts, requests, sampling)
         return self._stream(params, prompts, requests, sampling, key)
 

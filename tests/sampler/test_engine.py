@@ -126,7 +126,9 @@ def generate(
     """One call of the engine; every shard has the same requests (id, prompt, limit) and the same cancelled slots."""
     num_shards, shape = setup.engine.num_shards, state.shape
     waiting = (num_shards, shape.num_waiting)
-    fields: dict[str, np.ndarray] = {name: np.zeros(waiting, np.int32) for name in Requests._fields[:-1]}
+    fields: dict[str, np.ndarray] = {
+        name: np.zeros(waiting, np.int32) for name in Requests._fields if name not in ("prompt_tokens", "rules")
+    }
     fields["seeds"], fields["seeded"] = fields["seeds"].astype(np.uint32), fields["seeded"].astype(bool)
     fields["prefix_rows"] = np.full((num_shards, shape.num_waiting, shape.rows_per_prompt), -1, np.int32)
     last_row = shape.rows_per_prompt - 1
