@@ -8,7 +8,7 @@ function logs in one call.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite  # by name, before a user's code can replace it
 from typing import Any
 
@@ -16,7 +16,7 @@ MAX_NAMES = 100  # metrics of one function in a batch, and values of one functio
 MAX_NAME = 100  # characters
 MAX_LOGGED = 1 << 14  # bytes of JSON, of the values of one function with a sample
 _MOST_SENT = MAX_NAMES + 1  # so that the runner sees that there were more
-_MAX_INT = 1 << 63
+MAX_INT = 1 << 63
 _MAX_NUMBER, _MAX_COUNT = 1e280, 1 << 31  # so that sums stay finite
 _MAX_SUM = 1e290
 _MAX_DEPTH = 6
@@ -101,7 +101,7 @@ def read_logged(value: Any) -> dict[str, Any] | None:
         return None
     if not value:  # as of most samples
         return value
-    return value if _is_plain(value, _MAX_DEPTH + 2) and len(_dumps(value)) <= MAX_LOGGED else None
+    return value if is_plain(value, _MAX_DEPTH + 2) and len(_dumps(value)) <= MAX_LOGGED else None
 
 
 def read_sums(value: Any) -> Sums | None:
@@ -145,7 +145,7 @@ def _plain(value: Any, depth: int = _MAX_DEPTH) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
-        return int(value) if abs(value) < _MAX_INT else f"an integer of {value.bit_length()} bits"
+        return int(value) if abs(value) < MAX_INT else f"an integer of {value.bit_length()} bits"
     if isinstance(value, float):
         return float(value) if isfinite(value) else None
     if isinstance(value, str):
@@ -180,16 +180,22 @@ def _beginning(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}... ({len(text) - length} more characters were cut)"
 
 
-def _is_plain(value: Any, depth: int) -> bool:
-    if value is None or isinstance(value, (bool, str)):
+def is_plain(value: Any, depth: int, is_text: Callable[[str], bool] = lambda text: True) -> bool:
+    """Whether a value read from JSON has the size that is allowed: finite numbers, nested at most `depth` deep.
+
+    is_text: whether a text, or a key, is allowed.
+    """
+    if isinstance(value, str):
+        return is_text(value)
+    if value is None or isinstance(value, bool):
         return True
     if isinstance(value, int):
-        return abs(value) < _MAX_INT
+        return abs(value) < MAX_INT
     if isinstance(value, float):
         return isfinite(value)
     if depth and isinstance(value, dict):
-        return all(_is_plain(item, depth - 1) for item in value.values())
-    return bool(depth) and isinstance(value, list) and all(_is_plain(item, depth - 1) for item in value)
+        return all(is_text(key) and is_plain(item, depth - 1, is_text) for key, item in value.items())
+    return bool(depth) and isinstance(value, list) and all(is_plain(item, depth - 1, is_text) for item in value)
 
 
 def shortened(value: Any) -> str:

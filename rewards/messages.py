@@ -10,11 +10,10 @@ from typing import Any
 
 from rewards.environment import Message
 from rewards.in_worker import Rejected, short
-from rewards.logged import MAX_NAME, MAX_NAMES, number_of
+from rewards.logged import MAX_INT, MAX_NAME, MAX_NAMES, is_plain, number_of
 
 ROLES = ("user", "tool", "system")  # of observations
 _MAX_DEPTH = 40  # of nesting in a message; arguments of calls are nested at most 32 deep
-_MAX_INT = 1 << 63
 
 
 def checked_prompt(value: Any) -> str | list[Message]:
@@ -59,7 +58,7 @@ def is_message(value: Any, roles: Sequence[str] | None = None) -> bool:
         return False
     if roles is not None and (value["role"] not in roles or not isinstance(value.get("content"), str)):
         return False
-    return _is_plain(value, _MAX_DEPTH + 2)
+    return is_plain(value, _MAX_DEPTH + 2, _is_text)
 
 
 def is_metrics(value: Any) -> bool:
@@ -87,7 +86,7 @@ def _plain(value: Any, method: str, depth: int) -> Any:
         return clean(value)
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, int) and abs(value) < _MAX_INT:
+    if isinstance(value, int) and abs(value) < MAX_INT:
         return int(value)
     if isinstance(value, float) and isfinite(value):
         return float(value)
@@ -96,20 +95,6 @@ def _plain(value: Any, method: str, depth: int) -> Any:
     if depth and isinstance(value, (list, tuple)):
         return [_plain(item, method, depth - 1) for item in value]
     raise Rejected("not_a_step", f"{method} gave {short(value)} in a message, which must be plain JSON")
-
-
-def _is_plain(value: Any, depth: int) -> bool:
-    if isinstance(value, str):
-        return _is_text(value)
-    if value is None or isinstance(value, bool):
-        return True
-    if isinstance(value, int):
-        return abs(value) < _MAX_INT
-    if isinstance(value, float):
-        return isfinite(value)
-    if depth and isinstance(value, dict):
-        return all(_is_text(key) and _is_plain(item, depth - 1) for key, item in value.items())
-    return bool(depth) and isinstance(value, list) and all(_is_plain(item, depth - 1) for item in value)
 
 
 def _is_text(value: str) -> bool:
