@@ -11,6 +11,7 @@ from typing import Any
 from rewards.worker_variables import check_memory_gb, check_names
 from rl.config.ranges import check_ranges
 from rl.config.sections import (
+    ENVIRONMENT,
     ESTIMATOR_NAMES,
     TUNIX_PREFIX,
     Config,
@@ -108,7 +109,7 @@ def check_config(config: Config) -> None:
             )
     if len(set(names)) < len(names):
         raise ValueError(f"rewards.functions must have distinct names, got {shown(names)}; set `name` on each")
-    counted = [*names, *(["environment"] if config.rollout.environment else [])]
+    counted = [*names, *([ENVIRONMENT] if config.rollout.environment else [])]
     if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in counted:
         raise ValueError(
             f"eval.reward must name one of rewards.functions {shown(counted)}, got {shown(config.eval.reward)}"
@@ -470,7 +471,7 @@ def _check_rollout(config: Config) -> None:
             raise ValueError(f"{key} must be path/to/file.py:name, got {shown(value)}")
     if not section.has_turns:
         return
-    if "environment" in [function.label for function in config.rewards.functions]:
+    if ENVIRONMENT in [function.label for function in config.rewards.functions]:
         raise ValueError(
             "rewards.functions must not name a function 'environment' beside rollout.environment, whose reward has "
             "this name; give it another `name`"

@@ -28,6 +28,7 @@ FREE_FORM = (
     "mesh.rollout_rules",
 )
 
+ENVIRONMENT = "environment"  # the name of the reward that environments give
 ONE_OR_MAPPING = ("rollout.environment",)  # of these, keys whose value may also be one text, or null
 
 # The names that grpo.advantage_estimator takes: the table of `rl.algorithms.advantages`. The names of grpo.loss_type

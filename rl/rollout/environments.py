@@ -22,8 +22,6 @@ from rl.data.turns import Turns, chat_turns, text_turns
 from rl.rollout.episode import Episode
 from rl.rollout.episodes import EpisodeLimits, EpisodeSource
 
-ENVIRONMENT = "environment"  # the name of the reward that environments give
-
 
 class EnvironmentReward:
     """The reward `environment` of a batch of episodes. `episodes` are those that are judged next."""

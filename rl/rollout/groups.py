@@ -21,8 +21,8 @@ from rewards.rubric import summarize, weighted_sum
 from rl.algorithms.advantages import compute_advantages
 from rl.algorithms.from_config import estimator_of, label
 from rl.config.load import Config
+from rl.config.sections import ENVIRONMENT
 from rl.data.prompt_rows import PromptRow
-from rl.rollout.environments import ENVIRONMENT
 from rl.rollout.episode import (
     Episode,
     episode_metrics,

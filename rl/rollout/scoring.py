@@ -20,11 +20,11 @@ from rewards.moment import Moment, sample_seed
 from rewards.runner import RewardRunner
 from rl.config.load import Config
 from rl.config.objects import function_of
+from rl.config.sections import ENVIRONMENT
 from rl.data.prompt_rows import Prompt, PromptRow
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices import hosts
 from rl.devices.mesh import no_implicit_transfers
-from rl.rollout.environments import ENVIRONMENT
 from rl.rollout.episode import Episode, row_of
 from rl.rollout.episodes import EpisodeSource
 from rl.rollout.reward_model import RewardModel, check_prompts, open_reward_models
