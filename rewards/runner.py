@@ -164,6 +164,7 @@ class RewardRunner:
         moment: Moment | None = None,
         seeds: Sequence[int] | None = None,
         is_trial: bool = False,
+        texts: Sequence[tuple[str, str]] | None = None,
     ) -> RewardResult:
         """Score one batch. Order and values depend on the functions only, never on which worker was faster.
 
@@ -171,7 +172,7 @@ class RewardRunner:
         columns: one list per dataset column.
         completion_ids: token ids per completion.
         finish_reasons: "eos", "stop" or "length" per completion; None: all "eos".
-        group_size, names, moment, seeds, is_trial: see `begin`.
+        group_size, names, moment, seeds, is_trial: see `begin`. texts: see `Scoring.add`.
 
         Failures of a function never raise. ValueError is for arguments whose lengths differ, a missing column, a value
         that cannot be sent, and completion_ids missing where a function requires them.
@@ -181,7 +182,7 @@ class RewardRunner:
         options: dict[str, Any] = {"group_size": group_size, "names": names, "moment": moment, "seeds": seeds}
         options["is_trial"] = is_trial
         with self.begin(prompts, columns, **options, on_error="none") as scoring:
-            scoring.add(range(len(completions)), completions, completion_ids, finish_reasons)
+            scoring.add(range(len(completions)), completions, completion_ids, finish_reasons, texts)
             return scoring.result()
 
     @property
@@ -397,6 +398,7 @@ class RewardRunner:
         columns: Mapping[str, Sequence[Any]],
         completion_ids: Sequence[Sequence[int]],
         finish_reasons: Sequence[str],
+        texts: Sequence[tuple[str, str]] | None = None,
     ) -> RewardResult | None:
         """The rewards of completions of one prompt by the functions in workers, called as in the run, in this process
         alone; None after ten seconds. Arguments are as for `score`. Workers are replaced afterwards if one of the
@@ -404,7 +406,7 @@ class RewardRunner:
         """
         keys = [key for key in range(len(self.specs)) if key not in self._in_process]
         with self._begin(prompts, columns, self._calls, keys, len(prompts)) as scoring:
-            scoring.add(range(len(prompts)), completions, completion_ids, finish_reasons)
+            scoring.add(range(len(prompts)), completions, completion_ids, finish_reasons, texts)
             try:
                 result = scoring.result(_CHECK_SECONDS)
             except TimeoutError:

@@ -17,7 +17,7 @@ from rewards.runner import RewardRunner
 from rl.data.prompt_rows import Prompt, PromptRow
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.devices import hosts
-from rl.rollout.scoring import completion_form, prompt_form, right_text
+from rl.rollout.scoring import completion_form, prompt_form, read_texts, right_text
 from rl.run.console import Console
 
 ANSWER = "answer"  # the column whose text is a right completion
@@ -41,7 +41,7 @@ class SortScores(NamedTuple):
 
 
 class MadeCompletion(NamedTuple):
-    """A completion to judge: its sort, its data row, text, token ids, and how it ended."""
+    """A completion to judge: its sort, its data row, text, token ids with the EOS that ended it, and how it ended."""
 
     sort: str
     row: PromptRow
@@ -80,7 +80,8 @@ def made_completions(
             texts[LISTED] = _continued(row.prompt, ", ".join(listed)) if wrong else ""
         texts |= JUNK | {"the prompt": prompt_text(prompt_form(row.prompt))}
         for sort, text in texts.items():
-            made.append(MadeCompletion(sort, row, text, tokenizer.encode(text, add_bos=False), "eos"))
+            ids = [*tokenizer.encode(text, add_bos=False), *tokenizer.eos_ids[:1]]
+            made.append(MadeCompletion(sort, row, text, ids, "eos"))
         made.append(MadeCompletion("cut off", row, tokenizer.decode(cut), cut, "length"))
     return [completion for completion in made if completion.sort not in without]
 
@@ -95,10 +96,11 @@ def _continued(prompt: Prompt, answer: str) -> str:
     return f"{long_text(1)}\n</think>\n{answer}"
 
 
-def arguments_of(runner: RewardRunner, completions: Sequence[MadeCompletion]) -> dict[str, Any]:
+def arguments_of(runner: RewardRunner, completions: Sequence[MadeCompletion], tokenizer: Tokenizer) -> dict[str, Any]:
     """What `RewardRunner.score` takes of these completions, by name."""
     rows = [completion.row for completion in completions]
-    return {
+    texts = [read_texts(completion.row, completion.token_ids, tokenizer) for completion in completions]
+    return {"texts": texts if runner.wants_texts else None} | {
         "prompts": [prompt_form(row.prompt) for row in rows],
         "completions": [completion_form(completion.row.prompt, completion.text) for completion in completions],
         "columns": {name: [row.columns.get(name) for row in rows] for name in runner.columns},
@@ -180,7 +182,7 @@ def check_shortly(
     wrong = {str(other.columns.get(ANSWER)) for other in others} - {str(row.columns[ANSWER]), str(None)}
     without = _NOT_IN_SHORT if len(wrong) > 1 else (*_NOT_IN_SHORT, LISTED)
     made = made_completions([row], runner.specs, tokenizer, max_length, without, others)
-    scored = runner.try_group(**arguments_of(runner, made))
+    scored = runner.try_group(**arguments_of(runner, made, tokenizer))
     if scored is None:
         return None, False
     sorts = scores_by_sort(runner, made, scored)

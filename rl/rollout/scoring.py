@@ -157,7 +157,7 @@ def sample_and_score(
                     row = row_of(row, [episode], episode.prompt_ids)
                     form = form if isinstance(form, str) else episode.told
                     asked = [prompt_form(row.prompt)]
-                read = [_texts(row, ids, tokenizer)] if wants_texts else None
+                read = [read_texts(row, ids, tokenizer)] if wants_texts else None
                 scoring.add([b], [form], [ids], [completion.finish_reason], read, asked)
         with watch.timer("reward"):
             if source is not None:
@@ -194,7 +194,7 @@ def _episodes(
         yield b, episode.completion(requests[b].prompt_index, requests[b].sample_index, sampling)
 
 
-def _texts(row: PromptRow, token_ids: list[int], tokenizer: Tokenizer) -> tuple[str, str]:
+def read_texts(row: PromptRow, token_ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, str]:
     """A prompt, and it with its completion, as the policy reads them: with special tokens."""
     prompt_ids = row.prompt_ids.tolist()
     query = tokenizer.decode([*prompt_ids, *token_ids], skip_special_tokens=False)

@@ -26,6 +26,7 @@ from rl.config.load import Config, load_config, require
 from rl.config.sections import reward_models
 from rl.data.prompt_rows import PromptRow
 from rl.data.prompts import load_prompts
+from rl.data.tokenizer import Tokenizer
 from rl.devices.mesh import create_mesh
 from rl.files.output_file import check_writable
 from rl.models.files.folders import write_json
@@ -100,9 +101,9 @@ def check(
     recorded = [] if samples is None else _recorded(samples, [*data.train, *data.held_out])
     with start_rewards(config, data.train, None, _mesh(config)) as runner:
         made = made_completions(rows, runner.specs, tokenizer, config.sampling.max_completion_length)
-        results = [_score(runner, made, group_size=len({sort for sort, *_ in made}))]
+        results = [_score(runner, made, tokenizer, group_size=len({sort for sort, *_ in made}))]
         if recorded:
-            results.append(_score(runner, recorded, group_size=1, names=runner.elementwise))
+            results.append(_score(runner, recorded, tokenizer, group_size=1, names=runner.elementwise))
         weights = {spec.name: float(spec.weight) for spec in runner.specs}
     problems = [line for result in results for line in result.problems]
     if recorded and (alone := sorted({*weights} - {*runner.elementwise})):
@@ -158,9 +159,14 @@ def _recorded(run: str, rows: Sequence[PromptRow]) -> list[MadeCompletion]:
 
 
 def _score(
-    runner: RewardRunner, completions: Sequence[MadeCompletion], group_size: int, names: Sequence[str] | None = None
+    runner: RewardRunner,
+    completions: Sequence[MadeCompletion],
+    tokenizer: Tokenizer,
+    group_size: int,
+    names: Sequence[str] | None = None,
 ) -> _Result:
-    scored = runner.score(**arguments_of(runner, completions), group_size=group_size, names=names, is_trial=True)
+    arguments = arguments_of(runner, completions, tokenizer)
+    scored = runner.score(**arguments, group_size=group_size, names=names, is_trial=True)
     return _Result(scores_by_sort(runner, completions, scored), scored.effort, scored.counts, scored.problems)
 
 

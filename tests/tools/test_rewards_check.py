@@ -31,6 +31,12 @@ def fails(completion):
 def anywhere(completion, answer):
     return float(answer in completion)
 
+def as_a_whole(queries, prompts, labels):
+    return {"rewards": [float(queries[0][len(prompts[0]):] == labels[0])]}
+
+def at_its_end(queries, prompts, labels):
+    return {"rewards": [float(queries[0] == f"<bos>{prompts[0]}{labels[0]}<eos>")]}
+
 def inverted(completion, answer):
     return float(answer not in completion)
 """
@@ -82,7 +88,7 @@ def test_right_answers_junk_and_samples_are_judged_as_in_training(tmp_path, reci
         assert means[sort]["means"]["exact_number_strict"] == 0.0
         assert means[sort]["num"] == 4
     assert means["cut off"]["means"]["length"] == -1.0  # it is known to be truncated
-    assert means["junk"]["means"]["length"] == len("I do not know.") / 1000  # its tokens are bytes
+    assert means["junk"]["means"]["length"] == (len("I do not know.") + 1) / 1000  # its tokens are bytes and the EOS
     assert means["right answer, in tags"]["means"]["best"] == 1.0  # among the completions of its row
     assert means["samples of run"] == {
         "num": 2,
@@ -175,6 +181,13 @@ def test_samples_of_other_data_are_refused(tmp_path, recipe):
         check(recipe("length", data=COLUMNS), samples=str(tmp_path / "run"))
 
 
+def test_functions_of_openrlhf_read_the_special_tokens_as_in_a_run(recipe):
+    checked = check(recipe("as_a_whole", "at_its_end", data=COLUMNS), 2)
+    answer = checked.sorts["right answer, as in the row"]
+    assert answer.means == {"as_a_whole": 0.0, "at_its_end": 1.0}
+    assert check(recipe("as_a_whole", data=COLUMNS), 2).is_wrong  # it could not give a completion that ends anything
+
+
 def test_the_start_tells_in_one_line_how_a_right_answer_scores_against_junk(tmp_path, recipe, capsys):
     row = PromptRow("1+1=", np.array([49], np.int32), {"prompt": "1+1=", "answer": "2"}, 0)
 
@@ -192,7 +205,7 @@ def test_the_start_tells_in_one_line_how_a_right_answer_scores_against_junk(tmp_
     recipe("length")  # writes the file
     exact = "rewards.number:exact_number_strict"
     line = "rewards of the first row: a right answer scores {}, an empty or junk one {} and a cut one {}"
-    assert told(exact, "length") == [line.format("1.02", "0.007", "-0.5")]
+    assert told(exact, "length") == [line.format("1.02", "0.0075", "-0.5")]
     assert told(exact, "best") == [line.format("1", "0", "0")]  # a group of all is judged together
     (warning,) = told("inverted", exact)
     assert "a right answer must score above junk, got 0.5 (right answer, as in the row) and 1 (empty)" in warning
