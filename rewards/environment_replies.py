@@ -5,13 +5,13 @@ In: a frame from a worker's pipe. Out: typed replies; anything else raises `Brok
     {"nonce": n, "op": "loaded", "environments": {name: {"form", "is_async", "schemas"}}}
     {"nonce": n, "op": "refused", "error"}
     {"nonce": n, "op": "done", "messages", "action", "reward", "done", "metrics", "num_tool_calls",
-        "num_bad_tool_calls", "kind", "message", "seconds"}
+        "num_bad_tool_calls", "kind", "message", "seconds", "traces": [[kind, message, traceback], ...]}
 """
 
 import dataclasses
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 from rewards.environment import Message
 from rewards.messages import ROLES, is_message, is_metrics
@@ -60,6 +60,13 @@ class Done:
     seconds: float
 
 
+class Trace(NamedTuple):
+    """A traceback of an environment's code. failure: the error, which is the first of its sort in its worker."""
+
+    failure: Failure
+    text: str
+
+
 def read_loaded(fields: dict[str, Any], names: Collection[str]) -> dict[str, LoadedEnvironment] | Refused:
     """The reply to a request to load environments of these names."""
     if fields["op"] == "refused":
@@ -74,15 +81,15 @@ def read_loaded(fields: dict[str, Any], names: Collection[str]) -> dict[str, Loa
     return {name: _loaded(told) for name, told in found.items()}
 
 
-def read_done(fields: dict[str, Any], op: str) -> Done:
-    """The reply to a request about an episode."""
+def read_done(fields: dict[str, Any], op: str) -> tuple[Done, list[Trace]]:
+    """The reply to a request about an episode, and what it tells of errors, which may be those of other episodes."""
     if fields["op"] != "done":
         raise BrokenWorker(f"the operation {shown(fields['op'])} where an episode was played")
     text = (str, type(None))
     types: dict[str, type | tuple[type, ...]] = {"messages": (str, list), "action": (dict, type(None))}
     types |= {"reward": (float, type(None)), "done": bool, "metrics": dict, "num_tool_calls": int}
     types |= {"num_bad_tool_calls": int, "kind": text, "message": text, "seconds": float}
-    check_fields(fields, types)
+    check_fields(fields, types | {"traces": list})
     kind, message, reward, messages = fields["kind"], fields["message"], fields["reward"], fields["messages"]
     if (kind is None) != (message is None) or kind not in (*KINDS, None):
         raise BrokenWorker(f"a failure of the kind {shown(kind)}")
@@ -96,7 +103,7 @@ def read_done(fields: dict[str, Any], op: str) -> Done:
     if fields["action"] is not None and not is_message(fields["action"], ["assistant"]):
         raise BrokenWorker(f"the action {shown(fields['action'])}")
     told = {field.name: fields[field.name] for field in dataclasses.fields(Done) if field.name != "failure"}
-    return Done(**told, failure=None if kind is None else (kind, one_line(message)))
+    return Done(**told, failure=None if kind is None else (kind, one_line(message))), _traces(fields["traces"])
 
 
 def nonce_of(frame: bytes) -> tuple[str, dict[str, Any]]:
@@ -113,6 +120,16 @@ def _loaded(told: dict[str, Any]) -> LoadedEnvironment:
     if not all(isinstance(schema, dict) for schema in told["schemas"]):
         raise BrokenWorker(f"schemas that are none: {shown(told['schemas'])}")
     return LoadedEnvironment(**told)
+
+
+def _traces(told: list[Any]) -> list[Trace]:
+    found = []
+    for one in told:
+        if not (isinstance(one, list) and len(one) == 3 and all(isinstance(text, str) for text in one)):
+            raise BrokenWorker(f"a traceback that is none: {shown(one)}")
+        kind, message, text = one
+        found.append(Trace((one_line(kind), one_line(message)), "\n".join(map(one_line, text.splitlines()))))
+    return found
 
 
 def _check_messages(messages: Any, op: str) -> None:

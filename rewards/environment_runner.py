@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from rewards.batch import sort_of
 from rewards.environment import Message
 from rewards.environment_replies import (
     LABEL,
@@ -35,7 +36,7 @@ from rewards.environment_replies import (
     read_done,
     read_loaded,
 )
-from rewards.log import RewardLog
+from rewards.log import RewardLog, Tracebacks
 from rewards.protocol import encode, pack
 from rewards.replies import BrokenWorker, Failure, Refused
 from rewards.supervised import SupervisedProcess, import_path, poll
@@ -259,6 +260,7 @@ class EnvironmentRunner:
         self._full: collections.deque[_Episode] = collections.deque()  # no worker has room for them
         self._ready: list[EnvironmentReply] = []
         self._log = None if log_path is None else RewardLog(log_path)
+        self._tracebacks = Tracebacks(self._log)
         log = None if self._log is None else self._log.descriptor
         self._workers = [_Worker(log, variables, memory_gb, max_episodes_per_worker) for _ in range(num_workers)]
         try:
@@ -471,7 +473,9 @@ class EnvironmentRunner:
                 running = worker.running.get(nonce)
                 if running is None:
                     raise BrokenWorker("a reply to something else than it was asked")
-                done = read_done(fields, running.call.op)
+                done, traces = read_done(fields, running.call.op)
+                for failure, trace in traces:
+                    self._tracebacks.tell(sort_of(*failure), trace)
                 if not running.episode.is_async and nonce != next(iter(worker.running)):
                     worker.is_ordered = False
                 del worker.running[nonce]

@@ -111,6 +111,7 @@ class _Worker:
         self._is_closing = False
         self._clock = Clock()
         self._errors = Errors(_CALLERS)
+        self._traces: list[list[str]] = []  # that the next reply tells: (kind, message, traceback) of each
         self._watchdog = Watchdog()
         self._rest: asyncio.TimerHandle | None = None
 
@@ -147,6 +148,8 @@ class _Worker:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 for number in [*self._episodes]:
                     await self._forget(number, None)
+        for *_, trace in self._traces:  # no reply will tell them
+            print(trace, end="", file=sys.stderr)
 
     def _ended(self, task: asyncio.Task) -> None:
         self._tasks.discard(task)
@@ -214,7 +217,7 @@ class _Worker:
                     await self._forget(number, request["reason"])
         except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
             late = isinstance(error, TimeoutError) and limit.is_over
-            failure = ("timeout", f"no answer within {request['limit']:g} s") if late else self._errors.failure(error)
+            failure = ("timeout", f"no answer within {request['limit']:g} s") if late else self._failure(error)
             await self._forget(number, None)
         if self._is_closing:  # nobody reads a reply
             return
@@ -267,12 +270,20 @@ class _Worker:
         try:
             await episode.player.close(reason)
         except Exception as error:  # noqa: BLE001  user code raises what it likes
-            self._errors.failure(error)
+            self._failure(error)
+
+    def _failure(self, error: BaseException) -> Failure:
+        """Kind and line of an error. The runner is told the traceback of the first of its sort."""
+        failure = self._errors.failure(error)
+        if self._errors.is_new:
+            self._traces.append([*failure, self._errors.trace])
+        return failure
 
     def _packed(self, nonce: str, done: _Done, failure: Failure | None, seconds: float) -> bytes:
         done = done if failure is None else _Done()
         kind, message = failure or (None, None)
-        told = {"kind": kind, "message": message and one_line(message), "seconds": seconds}
+        told = {"kind": kind, "message": message and one_line(message), "seconds": seconds, "traces": self._traces}
+        self._traces = []
         return pack({"nonce": nonce, "op": "done", **vars(done), **told})
 
     def _reply(self, message: Mapping[str, Any]) -> None:

@@ -106,14 +106,14 @@ class Errors:
     """What is told of errors of the user's code: a traceback once per kind of error and place.
 
     callers: the files of this package that call the user's code. called: those that the user's code calls. No place
-      of an error is in either. prints: whether this worker prints these tracebacks, and nobody else does.
+      of an error is in either.
 
     Attributes:
       trace: of the last error. is_new: whether it is the first of its kind and place.
     """
 
-    def __init__(self, callers: Collection[str], called: Collection[str] = (), prints: bool = True):
-        self._callers, self._own_files, self._prints = callers, {*callers, *called}, prints
+    def __init__(self, callers: Collection[str], called: Collection[str] = ()):
+        self._callers, self._own_files = callers, {*callers, *called}
         self._seen: set[tuple[str, str]] = set()
         self.trace, self.is_new = "", False
 
@@ -128,8 +128,6 @@ class Errors:
         place, trace = self._place(error), self._own_trace(error)
         self.is_new = (type(error).__name__, place) not in self._seen
         self._seen.add((type(error).__name__, place))
-        if self.is_new and self._prints:
-            print(trace, end="", file=sys.stderr)
         self.trace = trace
         return "exception", f"{one_line(last_line, MAX_TEXT // 2)} ({place}){missing_variable(error)}"
 

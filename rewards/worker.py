@@ -70,7 +70,7 @@ class _Worker:
     def __init__(self, stack: contextlib.ExitStack, replies: BinaryIO):
         self._stack, self._replies = stack, replies
         self._rewards: dict[int, BoundReward] = {}
-        self._errors = Errors([__file__], [CallLog.log_metric.__code__.co_filename], prints=False)
+        self._errors = Errors([__file__], [CallLog.log_metric.__code__.co_filename])
         self._watchdog = Watchdog()
         self._in_vain: set[int] = set()  # functions whose last call failed by the network after all of its retries
 

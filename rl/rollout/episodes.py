@@ -132,6 +132,7 @@ class _Call:
         self._places: dict[int, int] = {}  # the other way
         self._drawing: set[int] = set()  # places of which a turn is being drawn
         self._over: list[int] = []  # places that have ended since they were yielded last
+        self._closing: set[int] = set()  # places that are lost, and whose environments have not closed yet
 
     def _ask(self, p: int, row: PromptRow, seed: int) -> None:
         """Has the environments of a group begin."""
@@ -159,6 +160,9 @@ class _Call:
                 yield b, self._episodes[b]
             num_left -= len(over)
             self._num_running -= len(over)
+        while self._closing:  # they would keep the workers busy, and be ended with them
+            for reply in self._environments.poll(_WAIT_SECONDS):
+                self._read(reply)
 
     def _replies(self) -> list[EnvironmentReply]:
         """The replies that are there. In order: all that were asked for, by the places of their episodes."""
@@ -172,6 +176,8 @@ class _Call:
 
     def _read(self, reply: EnvironmentReply) -> None:
         b, episode = reply.episode, self._episodes[reply.episode]
+        if reply.op == "finish":
+            self._closing.discard(b)
         if episode.failure is not None or b in self._over:
             return
         episode.seconds += reply.seconds
@@ -305,7 +311,8 @@ class _Call:
         episode = self._episodes[b]
         episode.failure, episode.ended = failure, FAILED
         if is_running:
-            self._environments.finish(b, FAILED)  # nobody reads the reply
+            self._environments.finish(b, FAILED)  # the reply says only that it has closed
+            self._closing.add(b)
             self._num_asked += 1
         if b not in self._drawing:  # else when its turn has ended
             self._leave_session(b)

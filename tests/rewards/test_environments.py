@@ -36,15 +36,15 @@ def test_an_episode_is_opened_played_and_finished(write, tmp_path):
     assert "closed 40" in (tmp_path / "log").read_text()
 
 
-def test_an_episode_that_fails_costs_only_itself(write):
+def test_an_episode_that_fails_costs_only_itself_and_its_traceback_is_told_once(write, tmp_path):
     guess = write(GUESS)
-    with start(guess("Guess")) as runner:
-        for episode in (1, 2):
+    with start(guess("Guess"), num_workers=2, log_path=tmp_path / "log") as runner:
+        for episode in (1, 2, 3):
             runner.begin(episode, {"prompt": "a text prompt", "number": 3}, 0)
-        assert {reply.messages for reply in replies_of(runner, 2).values()} == {"a text prompt"}
-        runner.step(1, "three")
-        runner.step(2, "3")
-        replies = replies_of(runner, 2)
+        assert {reply.messages for reply in replies_of(runner, 3).values()} == {"a text prompt"}
+        for episode, text in ((1, "three"), (2, "3"), (3, "3")):
+            runner.step(episode, text)
+        replies = replies_of(runner, 3)
         assert replies[1].failure is not None
         kind, message = replies[1].failure
         assert kind == "exception"
@@ -52,7 +52,10 @@ def test_an_episode_that_fails_costs_only_itself(write):
         assert "(mine.py:" in message
         assert replies[2].reward == 1.0
         assert ask(runner, 1, "finish", "failure").failure == replies[1].failure
-        assert ask(runner, 2, "finish", "done").failure is None
+        assert ask(runner, 3, "finish", "done").failure is None
+        assert ask(runner, 2, "step", "in the other worker").failure is not None
+        assert ask(runner, 2, "finish", "failure").failure is not None
+    assert (tmp_path / "log").read_text().count("Traceback") == 1
 
 
 def test_an_episode_that_hangs_or_dies_is_ended_and_the_others_are_played_again(write):
