@@ -124,6 +124,7 @@ RANGES = {
     "sampling.weight_group_size": Range(1, note=" or null"),
     "rollout.environment_weight": _ANY,
     "rollout.max_turns": _SIZE,
+    "rollout.max_sequences": _SIZE,
     "rollout.max_turn_tokens": Range(1, note=" or null"),
     "rollout.max_episode_tokens": Range(1, note=" or null"),
     "rollout.num_workers": Range(1, 1000),

@@ -248,6 +248,7 @@ class RolloutSection:
     max_turns: int
     max_turn_tokens: int | None
     max_episode_tokens: int | None
+    max_sequences: int
     tool_role: Literal["tool", "user"]
     tool_format: Literal["auto", "hermes", "llama_json", "llama_pythonic"]
     in_order: bool

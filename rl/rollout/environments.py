@@ -86,7 +86,9 @@ def start_episodes(
         drawn = config.sampling.max_completion_length
         turn = drawn if section.max_turn_tokens is None else min(section.max_turn_tokens, drawn)
         places = section.num_workers * section.episodes_per_worker
-        limits = EpisodeLimits(config.data.max_prompt_length, section.max_turns, turn, config.longest_completion)
+        limits = EpisodeLimits(
+            config.data.max_prompt_length, section.max_turns, turn, config.longest_completion, section.max_sequences
+        )
         for row in rows:
             try:
                 runner.environment_of(row.columns)

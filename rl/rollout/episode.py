@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from rl.data.prompt_rows import Prompt, PromptRow
-from rl.sampler.contract import Completion
+from rl.sampler.contract import Completion, FurtherSequence
 from rl.sampler.token_draw import SamplingParams
 
-# How an episode ended. The first is as it should be, the next three are limits, "failed" is lost.
-DONE, MAX_TURNS, MAX_DRAWN, MAX_TOKENS, FAILED = "done", "max_turns", "max_drawn", "max_tokens", "failed"
-ENDS = (DONE, MAX_TURNS, MAX_DRAWN, MAX_TOKENS, FAILED)
+# How an episode ended. The first is as it should be, the next three are limits, the last two are lost.
+DONE, MAX_TURNS, MAX_DRAWN, MAX_TOKENS = "done", "max_turns", "max_drawn", "max_tokens"
+TOO_MANY_SEQUENCES, FAILED = "too_many_sequences", "failed"
+ENDS = (DONE, MAX_TURNS, MAX_DRAWN, MAX_TOKENS, TOO_MANY_SEQUENCES, FAILED)
 
 _OWN_METRICS = (  # of each environment; those that it gives are called otherwise
     "seconds_mean",
@@ -27,27 +28,57 @@ _OWN_METRICS = (  # of each environment; those that it gives are called otherwis
 
 
 @dataclasses.dataclass
+class EpisodeSequence:
+    """Token ids that were drawn and read one behind the other.
+
+    Attributes:
+      prompt_ids: what the policy read before its first turn.
+      turns: as they were drawn.
+      token_ids, trained: of all turns and observations, and whether the policy drew each.
+    """
+
+    prompt_ids: list[int] = dataclasses.field(default_factory=list)
+    turns: list[Completion] = dataclasses.field(default_factory=list)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    trained: list[bool] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_drawn(self) -> int:
+        """The number of tokens that the policy drew."""
+        return sum(self.trained)
+
+    def add_turn(self, turn: Completion) -> None:
+        """Puts a turn behind what is there."""
+        self.turns.append(turn)
+        self.token_ids.extend(turn.token_ids.tolist())
+        self.trained.extend([True] * len(turn.token_ids))
+
+    def add_read(self, token_ids: Sequence[int]) -> None:
+        """Puts an observation behind what is there."""
+        self.token_ids.extend(token_ids)
+        self.trained.extend([False] * len(token_ids))
+
+
+@dataclasses.dataclass
 class Episode:
     """One sample that is drawn in turns.
 
     Attributes:
-      prompt, prompt_ids: what the environment's reset asked, and its tokens.
+      prompt: what the environment's reset asked.
+      sequences: at least one. There are more where an agent goes on with other tokens than those that are there.
       messages: what came after the prompt: turns, and observations between them.
       unread: observations behind the last turn, which the policy did not read.
-      token_ids, trained: of all turns and observations, and whether the policy drew each.
-      num_turns, num_tool_calls, num_bad_tool_calls: counts.
+      prompt_ids, token_ids, trained: of the first sequence.
+      turns: of all sequences. num_turns, num_tool_calls, num_bad_tool_calls: counts.
       reward: the sum of what the environment gave; None where it gave nothing.
       metrics: numbers of the environment, the last value of each. ended: one of `ENDS`.
       failure: (kind, one line) of an episode that is lost.
     """
 
     prompt: Prompt = ""
-    prompt_ids: list[int] = dataclasses.field(default_factory=list)
+    sequences: list[EpisodeSequence] = dataclasses.field(default_factory=lambda: [EpisodeSequence()])
     messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     unread: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    turns: list[Completion] = dataclasses.field(default_factory=list)
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    trained: list[bool] = dataclasses.field(default_factory=list)
     num_tool_calls: int = 0
     num_bad_tool_calls: int = 0
     reward: float | None = None
@@ -57,9 +88,29 @@ class Episode:
     seconds: float = 0.0  # in the environment
 
     @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt of the first sequence."""
+        return self.sequences[0].prompt_ids
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens behind the prompt of the first sequence."""
+        return self.sequences[0].token_ids
+
+    @property
+    def trained(self) -> list[bool]:
+        """Whether the policy drew each of `token_ids`."""
+        return self.sequences[0].trained
+
+    @property
+    def turns(self) -> list[Completion]:
+        """The turns of all sequences."""
+        return [turn for sequence in self.sequences for turn in sequence.turns]
+
+    @property
     def num_turns(self) -> int:
         """The number of turns."""
-        return len(self.turns)
+        return sum(len(sequence.turns) for sequence in self.sequences)
 
     @property
     def told(self) -> list[dict[str, Any]]:
@@ -71,18 +122,36 @@ class Episode:
     @property
     def num_drawn(self) -> int:
         """The number of tokens that the policy drew."""
-        return sum(self.trained)
+        return sum(sequence.num_drawn for sequence in self.sequences)
+
+    def settle(self, max_sequences: int) -> None:
+        """Leaves out sequences of which nothing was drawn, and loses the episode where more than `max_sequences` are
+        left: a train step holds no more of them.
+        """
+        self.sequences = [sequence for sequence in self.sequences if sequence.turns] or self.sequences[:1]
+        if self.failure is None and len(self.sequences) > max_sequences:
+            found = f"{len(self.sequences)}, the sequences of an episode, got {max_sequences}"
+            self.failure = TOO_MANY_SEQUENCES, f"rollout.max_sequences must be >= {found}"
+            self.ended = TOO_MANY_SEQUENCES
 
     def completion(self, prompt_index: int, sample_index: int, sampling: SamplingParams) -> Completion:
         """The episode as one completion. Its log-probs are 0 where the policy drew nothing."""
-        trained = np.array(self.trained, bool)
-        last = self.turns[-1] if self.turns else None
+        first, *further = (self._completion_of(s, prompt_index, sample_index, sampling) for s in self.sequences)
+        prompts = [np.array(sequence.prompt_ids, np.int32) for sequence in self.sequences[1:]]
+        return dataclasses.replace(first, further=tuple(map(FurtherSequence, prompts, further)))
+
+    def _completion_of(
+        self, sequence: EpisodeSequence, prompt_index: int, sample_index: int, sampling: SamplingParams
+    ) -> Completion:
+        """One sequence; how the whole episode ended."""
+        trained = np.array(sequence.trained, bool)
+        last = sequence.turns[-1] if sequence.turns else None
         is_cut = self.ended in (MAX_DRAWN, MAX_TOKENS) or last is None
 
         def column(name: str, width: tuple[int, ...], dtype: Any) -> np.ndarray:
             values = np.zeros((trained.size, *width), dtype)
             if last is not None:
-                values[trained] = np.concatenate([getattr(turn, name) for turn in self.turns])
+                values[trained] = np.concatenate([getattr(turn, name) for turn in sequence.turns])
             return values
 
         def like(name: str) -> np.ndarray:
@@ -93,7 +162,7 @@ class Episode:
         return Completion(
             prompt_index,
             sample_index,
-            np.array(self.token_ids, np.int32),
+            np.array(sequence.token_ids, np.int32),
             like("sampler_logprobs"),
             like("policy_logprobs"),
             *self._end_of(last, is_cut),
@@ -128,7 +197,7 @@ def shared_prompt(episodes: Sequence[Episode]) -> tuple[list[int], list[list[int
 def episode_metrics(episodes: Sequence[Episode], names: Sequence[str] = ()) -> dict[str, float]:
     """Metrics of episodes. names: of the environment of each; without them nothing is told by environment."""
     turns = np.array([episode.num_turns for episode in episodes])
-    observed = [len(episode.token_ids) - episode.num_drawn for episode in episodes]
+    observed = [sum(len(s.token_ids) - s.num_drawn for s in episode.sequences) for episode in episodes]
     calls = [episode.num_tool_calls for episode in episodes]
     metrics = {
         "turns/mean": float(turns.mean()),

@@ -35,13 +35,14 @@ _WAIT_SECONDS = 0.05  # for environments, when there is nothing to draw
 
 class EpisodeLimits(NamedTuple):
     """The limits of an episode beside `sampling.max_completion_length`, the tokens that the policy draws: tokens of the
-    prompt, turns, tokens of a turn, and tokens after the prompt.
+    prompt, turns, tokens of a turn, tokens after the prompt of a sequence, and sequences.
     """
 
     prompt_tokens: int
     turns: int
     turn_tokens: int
     tokens: int
+    sequences: int = 1
 
 
 class EpisodeReward(InProcess, Protocol):
@@ -101,7 +102,9 @@ class EpisodeSource:
         seeds = [sample_seed(seed, step, index, 0) for index in prompt_indices]
         call = _Call(self, session, rows, num_samples, sampling, prompt_indices, seeds)
         try:
-            yield from call.run()
+            for b, episode in call.run():
+                episode.settle(self.limits.sequences)
+                yield b, episode
         finally:
             self.environments.drop_all()
 
@@ -204,7 +207,7 @@ class _Call:
                 if not 1 <= len(prompt_ids) <= self._limits.prompt_tokens:
                     most = f"data.max_prompt_length ({self._limits.prompt_tokens})"
                     raise ValueError(f"what reset returns must have 1 to {most} tokens, got {len(prompt_ids)}")
-                episode.prompt_ids = prompt_ids
+                episode.sequences[0].prompt_ids = prompt_ids
             except ValueError as error:
                 failure = "prompt", str(error)
         if failure is not None:
@@ -226,7 +229,7 @@ class _Call:
             rule = f"prompts of a group must begin alike, and leave {least} of rollout.max_episode_tokens to the policy"
             why = f"{rule}, got {num_common} tokens alike and up to {num_others} behind them; reset must use its seed"
             for place in [place for members in prompts.values() for place in members]:
-                self._episodes[place].prompt_ids = []
+                self._episodes[place].sequences[0].prompt_ids = []
                 self._fail(place, ("prompt", why), is_running=True)
             return
         requests, places = [], []
@@ -243,10 +246,7 @@ class _Call:
         """Hands a turn to the environment, or ends the episode at a limit."""
         episode = self._episodes[b]
         self._drawing.discard(b)
-        ids = completion.token_ids.tolist()
-        episode.turns.append(completion)
-        episode.token_ids.extend(ids)
-        episode.trained.extend([True] * len(ids))
+        episode.sequences[0].add_turn(completion)
         if episode.failure is not None:  # its environment was lost meanwhile
             self._leave_session(b)
             self._over.append(b)
@@ -287,8 +287,7 @@ class _Call:
             return
         episode.messages.extend(observations)
         episode.unread = []
-        episode.token_ids.extend(ids)
-        episode.trained.extend([False] * len(ids))
+        episode.sequences[0].add_read(ids)
         limit = len(episode.token_ids) + min(left, room, self._limits.turn_tokens)
         self._session.go_on(self._numbers[b], ids, limit)
         self._drawing.add(b)

@@ -36,7 +36,7 @@ from rl.rollout.hacking import equal_completions, length_correlation, variance_s
 from rl.rollout.scoring import ScoredCompletions
 from rl.run.hacking import VARIANCE
 from rl.sampler.contract import Completion
-from rl.training.packing import TrainCompletion, TrainGroup
+from rl.training.packing import TrainCompletion, TrainGroup, TrainSequence
 
 _EXECUTION = ("errors", "timeouts", "retries", "seconds_mean", "seconds_max")  # of each function
 OVERLONG = "overlong"  # name of the reward that is the punishment of https://arxiv.org/abs/2503.14476, eq. 13
@@ -328,19 +328,11 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
     left out. With `grpo.kl_in_reward` they carry their rewards: the advantages follow when the KL is known.
     """
     values_B = rollout.weighted_B if config.grpo.kl_in_reward else rollout.advantages_B
-    is_sampled = config.grpo.policy_distribution == "sampled"
     num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
     groups = []
     for p, row in enumerate(rollout.rows):
         kept = [
-            TrainCompletion(
-                completion.token_ids,
-                float(values_B[b]),
-                completion.sampler_logprobs,
-                completion.sampler_logprobs if is_sampled else completion.policy_logprobs,
-                completion.trained,
-                completion.kept_words,
-            )
+            _to_train(config, completion, float(values_B[b]))
             for b, completion in enumerate(rollout.completions[p], start=p * group_size)
             if rollout.kept_B[b]
         ]
@@ -349,11 +341,26 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
     return [groups[i : i + size] for i in range(0, num_prompts, size)]
 
 
+def _to_train(config: Config, completion: Completion, value: float) -> TrainCompletion:
+    """A completion with its advantage, or its reward."""
+    is_sampled = config.grpo.policy_distribution == "sampled"
+    return TrainCompletion(
+        completion.token_ids,
+        value,
+        completion.sampler_logprobs,
+        completion.sampler_logprobs if is_sampled else completion.policy_logprobs,
+        completion.trained,
+        completion.kept_words,
+        [TrainSequence(prompt_ids, _to_train(config, own, value)) for prompt_ids, own in completion.further],
+    )
+
+
 def sample_records(rollout: Rollout, count: int | None = None) -> list[dict[str, Any]]:
     """The first `count` completions (None: all) of as many different prompts as possible, for samples.jsonl.
 
-    `trained` is 1 for tokens that the policy drew; it is left out where that is all of them. `logged` has by function
-    what it keeps with the completion; it is left out where that is nothing.
+    `trained` is 1 for tokens that the policy drew; it is left out where that is all of them. `further` has the prompt's
+    and own tokens of each further sequence of an episode. `logged` has by function what it keeps with the completion;
+    it is left out where that is nothing.
     """
     num_prompts, group_size = len(rollout.rows), len(rollout.completions[0])
     picks = [(p, g) for g in range(group_size) for p in range(num_prompts)][:count]
@@ -380,8 +387,19 @@ def sample_records(rollout: Rollout, count: int | None = None) -> list[dict[str,
         )
         if rollout.logged and rollout.logged[b]:
             records[-1]["logged"] = rollout.logged[b]
-        if completion.num_trained < len(completion.token_ids):
-            records[-1]["trained"] = np.asarray(completion.trained, int).tolist()
+        records[-1] |= _trained_of(completion)
+        if completion.further:
+            records[-1]["further"] = [
+                {"prompt_ids": np.asarray(prompt_ids).tolist(), "token_ids": own.token_ids.tolist()} | _trained_of(own)
+                for prompt_ids, own in completion.further
+            ]
         if rollout.episodes:
             records[-1] |= record_of(rollout.episodes[b])
     return records
+
+
+def _trained_of(completion: Completion) -> dict[str, list[int]]:
+    """`trained` of a record; empty where the policy drew all tokens."""
+    if completion.trained is None or completion.trained.all():
+        return {}
+    return {"trained": np.asarray(completion.trained, int).tolist()}

@@ -37,6 +37,7 @@ class Completion:
       where it is not reported.
     trained: bool per token, whether the policy drew it; None: it drew all of them. The others (what an environment or a
     tool put between) are only read: they are in no loss, length or denominator, and their log-probs may be anything.
+    further: more sequences of the same episode, each behind a prompt of its own. Samplers draw none.
     """
 
     prompt_index: int
@@ -50,11 +51,27 @@ class Completion:
     top_logprobs: np.ndarray
     kept_words: np.ndarray | None = None
     trained: np.ndarray | None = None
+    further: "tuple[FurtherSequence, ...]" = ()
 
     @property
     def num_trained(self) -> int:
-        """The number of tokens that the policy drew, which is the completion's length wherever it is measured."""
-        return len(self.token_ids) if self.trained is None else int(np.sum(self.trained))
+        """The number of tokens that the policy drew, further sequences included: the completion's length wherever it is
+        measured.
+        """
+        own = len(self.token_ids) if self.trained is None else int(np.sum(self.trained))
+        return own + sum(sequence.completion.num_trained for sequence in self.further)
+
+
+class FurtherSequence(NamedTuple):
+    """A further sequence of an episode.
+
+    Attributes:
+      prompt_ids: int32, at least one token.
+      completion: what follows the prompt; its numbers are those of the episode.
+    """
+
+    prompt_ids: np.ndarray
+    completion: Completion
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,4 +75,6 @@ def _size(group: TrainGroup) -> int:
     """Tokens of prompt and completions; a group without completions is never computed."""
     if not group.completions:
         return 0
-    return len(group.prompt_ids) + sum(len(completion.token_ids) for completion in group.completions)
+    further = [sequence for completion in group.completions for sequence in completion.further]
+    own = sum(len(sequence.prompt_ids) + len(sequence.completion.token_ids) for sequence in further)
+    return len(group.prompt_ids) + sum(len(completion.token_ids) for completion in group.completions) + own

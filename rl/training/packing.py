@@ -6,11 +6,16 @@ completion 1, ..., completion G, next prompt, ... `rl.models.ops.visible` keeps 
 completion go on from its prompt's. A group that is longer than a row is cut between completions, and its prompt is
 repeated. The cut never changes loss or gradient, because every denominator is that of the whole minibatch.
 
+An episode may have several sequences. All stand in one row, each behind its prompt: as one more branch of the group's
+prompt where it begins with that, else behind a prompt of its own. Their drawn tokens, sequence after sequence, are one
+completion c of the arrays [..., C, L], so whatever counts, sums or averages over completions counts the episode once.
+
 Legend: M pieces, R rows, T token positions, N trained tokens of a row, C completions of a row, L tokens of a
-completion, X words of `rl.models.drawn_from`.
+completion, S sequences of an episode, X words of `rl.models.drawn_from`.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +45,7 @@ class TrainCompletion:
       trained: bool [L], which tokens the policy drew; None: all. The others are inputs, and nothing is learned from
         their being there; what the log-probs hold for them is not read.
       kept_words: uint32 [L, X], which ids could be drawn at each token, see `rl.models.drawn_from`; None: not needed.
+      further: more sequences of the same episode.
     """
 
     token_ids: np.ndarray
@@ -48,19 +54,31 @@ class TrainCompletion:
     rollout_logprobs: np.ndarray | None = None
     trained: np.ndarray | None = None
     kept_words: np.ndarray | None = None
+    further: "Sequence[TrainSequence]" = ()
 
     @property
     def num_trained(self) -> int:
-        """The number of tokens that the policy drew."""
-        return len(self.token_ids) if self.trained is None else int(np.sum(self.trained))
+        """The number of tokens that the policy drew, further sequences included."""
+        own = len(self.token_ids) if self.trained is None else int(np.sum(self.trained))
+        return own + sum(sequence.completion.num_trained for sequence in self.further)
 
     @property
     def trained_places(self) -> slice | np.ndarray:
-        """What picks the tokens that the policy drew, in order, from an array of all."""
+        """What picks the tokens that the policy drew, in order, from an array of all; without further sequences."""
         if self.trained is None:
             return slice(0, len(self.token_ids))
         assert np.shape(self.trained) == np.shape(self.token_ids), (np.shape(self.trained), np.shape(self.token_ids))
         return np.flatnonzero(self.trained)
+
+
+class TrainSequence(NamedTuple):
+    """A further sequence of an episode: a prompt (int32 ids, at least one token) and what follows it.
+
+    The advantage of its completion is not read, because the episode has one.
+    """
+
+    prompt_ids: np.ndarray
+    completion: TrainCompletion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +98,12 @@ class PackingPlan:
       num_rows: R, a multiple of the number of row shards.
       row_length: T.
       completions_per_row: C, upper bound.
-      completion_length: L, upper bound.
+      completion_length: L, upper bound. With one sequence for each completion, of all its tokens, and a token has the
+        place l that it has in the completion. With more, of its drawn tokens, which stand side by side.
       shorter_lengths: lengths below T, in increasing order. A piece whose rows hold no more is computed at such a
         length. One compiled program holds all lengths.
       kept_words: X, words of each completion token that say which ids could be drawn; 0: no batch has them.
+      max_sequences: S, upper bound.
     """
 
     num_microbatches: int
@@ -93,6 +113,7 @@ class PackingPlan:
     completion_length: int
     shorter_lengths: tuple[int, ...] = ()
     kept_words: int = 0
+    max_sequences: int = 1
 
 
 class Batch(NamedTuple):
@@ -101,9 +122,9 @@ class Batch(NamedTuple):
     Attributes:
       tokens_MRT, positions_MRT, group_ids_MRT, branch_ids_MRT: int32; padding has group -1.
       predictors_MRN: int32, the position in the row whose hidden state predicts trained token n.
-      targets_MRN: int32, trained token n. Tokens of one completion are consecutive.
+      targets_MRN: int32, trained token n. Tokens of one sequence are consecutive.
       target_mask_MRN: bool, False on padding.
-      slots_MRCL: int32, the index n of token l of completion c.
+      slots_MRCL: int32, the index n of token l of completion c, see `PackingPlan.completion_length`.
       mask_MRCL: 1.0 where completion c has a token l that the policy drew (`TrainCompletion.trained`).
       sequence_mask_MRC: 1.0 where there is a completion c.
       advantages_MRC: one for each completion (see `TrainCompletion`).
@@ -154,6 +175,8 @@ def plan_packing(
     packs_rows: bool = True,
     skips_blocks: bool = True,
     cuts_rows: bool = False,
+    max_sequences: int = 1,
+    max_drawn: int | None = None,
 ) -> PackingPlan:
     """Shapes that hold any minibatch of `num_groups` prompts with `group_size` completions each.
 
@@ -168,18 +191,31 @@ def plan_packing(
         one completion.
       skips_blocks: whether attention skips what nobody sees. Otherwise long rows cost more for each token.
       cuts_rows: whether pieces of rows with gaps may be computed at a shorter length.
+      max_sequences: of an episode; each may have a longest prompt of its own and a longest completion.
+      max_drawn: drawn tokens of an episode of several sequences; None: as many as they have tokens.
 
     Raises:
-      ValueError: the budget does not hold one longest sequence for each row shard.
+      ValueError: the budget does not hold one longest completion, with all its sequences, for each row shard; or the
+        policy needs a row for each sequence, and completions may have several.
     """
-    sequence = max_prompt_length + max_completion_length
+    if max_sequences > 1 and not packs_rows:
+        raise ValueError(
+            "rollout.max_sequences must be 1 for a model that cannot tell the sequences of a row apart, got "
+            f"{max_sequences}"
+        )
+    sequence = max_sequences * (max_prompt_length + max_completion_length)
     budget = max_tokens_per_microbatch // num_row_shards
     if sequence > budget:
+        times = f", for rollout.max_sequences = {max_sequences} of them" if max_sequences > 1 else ""
         raise ValueError(
             f"grpo.max_tokens_per_microbatch must be >= {sequence * num_row_shards} (longest prompt "
-            f"{max_prompt_length} + longest completion {max_completion_length}, on {num_row_shards} device(s) that "
-            f"share the rows), got {max_tokens_per_microbatch}"
+            f"{max_prompt_length} + longest completion {max_completion_length}{times}, on {num_row_shards} device(s) "
+            f"that share the rows), got {max_tokens_per_microbatch}"
         )
+    completion_length = max_completion_length
+    if max_sequences > 1:
+        completion_length = max_sequences * max_completion_length if max_drawn is None else max_drawn
+        max_completion_length = sequence - max_prompt_length  # what all sequences of an episode put behind its prompt
     if not packs_rows:
         row_length = min(_round_up(sequence), budget)
         shard_rows = min(budget // row_length, math.ceil(num_groups * group_size / num_row_shards))
@@ -202,8 +238,9 @@ def plan_packing(
         * math.ceil(rows_per_shard / num_microbatches),  # equal pieces, so that none is half empty
         row_length=row_length,
         completions_per_row=min(max(completions_per_group_row, row_length // 8), num_groups * group_size),
-        completion_length=max_completion_length,
+        completion_length=completion_length,
         shorter_lengths=_shorter_lengths(row_length) if cuts_rows else (),
+        max_sequences=max_sequences,
     )
 
 
@@ -217,41 +254,105 @@ def pack(groups: Sequence[TrainGroup], plan: PackingPlan, dtype: Any = np.float3
     that of the batch's floating-point fields: float32, or float64 for a float64 model. ValueError where the plan has
     words of kept ids and a completion has none.
     """
-    shorter = [length for length in reversed(plan.shorter_lengths) if _fits(groups, length)]
-    packings = [_rows(groups, plan, length) for length in (plan.row_length, *shorter)]
+    segments = _segments(groups, plan)
+    shorter = [length for length in reversed(plan.shorter_lengths) if _fits(segments, length)]
+    packings = [_rows(segments, plan, length) for length in (plan.row_length, *shorter)]
     most = plan.num_microbatches * plan.num_rows
     assert len(packings[0]) <= most, (len(packings[0]), plan)
     rows = min((rows for rows in packings if len(rows) <= most), key=lambda rows: _cost(rows, plan))
     num_microbatches = max(math.ceil(len(rows) / plan.num_rows), 1)
     batch = _empty_batch(plan, num_microbatches, np.dtype(dtype))
     for index, row in enumerate(rows):
-        _fill_row(batch, *divmod(index, plan.num_rows), row)
+        _fill_row(batch, *divmod(index, plan.num_rows), row, is_dense=plan.max_sequences > 1)
     check_segments(batch.inputs)
     return batch
 
 
+class _Segment(NamedTuple):
+    """A sequence of a completion as it stands in a row.
+
+    Attributes:
+      prompt: the same for all that share a prompt; the group's number for its prompt. prompt_ids: what it stands for.
+      begun: the rest of the sequence's own prompt, which is read only.
+      completion: the tokens behind it. advantage, sequence_id: of the whole completion, the second its index in the
+        minibatch.
+      first: drawn tokens of the completion in sequences before this one.
+    """
+
+    prompt: int | bytes
+    prompt_ids: np.ndarray
+    begun: np.ndarray
+    completion: TrainCompletion
+    advantage: float
+    sequence_id: int
+    first: int
+
+    @property
+    def num_inputs(self) -> int:
+        """The tokens that it puts into a row. Its last token predicts nothing, so it is no input."""
+        return len(self.begun) + len(self.completion.token_ids) - 1
+
+
 class _Unit(NamedTuple):
-    """Completions that share one copy of their prompt, and the index of each in the minibatch."""
+    """Segments that share one copy of their prompt."""
 
     prompt_ids: np.ndarray
-    completions: list[TrainCompletion]
-    sequence_ids: list[int]
+    segments: list[_Segment]
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + _num_inputs(self.completions)
+        return len(self.prompt_ids) + sum(segment.num_inputs for segment in self.segments)
 
 
-def _num_inputs(completions: Iterable[TrainCompletion]) -> int:
-    """The number of tokens that completions put into a row. The last token of each predicts nothing, so it is
-    no input.
-    """
-    return sum(len(completion.token_ids) - 1 for completion in completions)
+_NOTHING = np.zeros(0, np.int32)
 
 
-def _fits(groups: Sequence[TrainGroup], row_length: int) -> bool:
-    """Whether a row of this length can hold every sequence."""
-    return all(len(g.prompt_ids) + _num_inputs([c]) <= row_length for g in groups for c in g.completions)
+def _segments(groups: Sequence[TrainGroup], plan: PackingPlan) -> list[list[list[_Segment]]]:
+    """The segments of each completion of each group."""
+    ids = itertools.count()
+    found = []
+    for number, group in enumerate(groups):
+        assert len(group.prompt_ids) > 0
+        found.append([])
+        for completion in group.completions:
+            segments = [_Segment(number, group.prompt_ids, _NOTHING, completion, completion.advantage, next(ids), 0)]
+            (main,), num_trained = segments, completion.num_trained
+            first = num_trained - sum(further.completion.num_trained for further in completion.further)
+            for prompt_ids, further in completion.further:
+                prompt, shared, begun = _prompt_of(prompt_ids, group.prompt_ids, number)
+                whole = main.advantage, main.sequence_id
+                segments.append(_Segment(prompt, shared, begun, further, *whole, first))
+                first += further.num_trained
+            lengths = [len(segment.completion.token_ids) for segment in segments]
+            length = num_trained if plan.max_sequences > 1 else lengths[0]
+            assert all(lengths), lengths
+            assert length <= plan.completion_length, (lengths, num_trained, plan)
+            assert len(segments) <= plan.max_sequences, (len(segments), plan)
+            found[-1].append(segments)
+    return found
+
+
+def _prompt_of(
+    prompt_ids: np.ndarray, group_prompt_ids: np.ndarray, number: int
+) -> tuple[int | bytes, np.ndarray, np.ndarray]:
+    """Prompt, prompt_ids and begun of a further sequence's `_Segment`: the group's prompt where it begins with that."""
+    assert len(prompt_ids) > 0
+    count = len(group_prompt_ids)
+    if np.array_equal(prompt_ids[:count], group_prompt_ids):
+        return number, group_prompt_ids, np.asarray(prompt_ids[count:], np.int32)
+    return np.asarray(prompt_ids, np.int32).tobytes(), prompt_ids, _NOTHING
+
+
+def _size(segments: Iterable[_Segment]) -> int:
+    """The tokens of segments in a row that holds nothing else."""
+    segments = list(segments)
+    prompts = {segment.prompt: len(segment.prompt_ids) for segment in segments}
+    return sum(prompts.values()) + sum(segment.num_inputs for segment in segments)
+
+
+def _fits(groups: Sequence[Sequence[Sequence[_Segment]]], row_length: int) -> bool:
+    """Whether a row of this length can hold every completion."""
+    return all(_size(segments) <= row_length for group in groups for segments in group)
 
 
 def _cost(rows: Sequence[Sequence[_Unit]], plan: PackingPlan) -> int:
@@ -261,50 +362,47 @@ def _cost(rows: Sequence[Sequence[_Unit]], plan: PackingPlan) -> int:
     return sum(min(length for length in (*plan.shorter_lengths, plan.row_length) if n <= length) for n in filled)
 
 
-def _rows(groups: Sequence[TrainGroup], plan: PackingPlan, row_length: int) -> list[list[_Unit]]:
+def _rows(groups: Sequence[Sequence[Sequence[_Segment]]], plan: PackingPlan, row_length: int) -> list[list[_Unit]]:
     """The units of each row of at most `row_length` tokens. The fullest row comes first, so that rows with gaps share a
     piece.
 
     Groups are taken in decreasing order of their tokens, and each goes whole into the fullest row that can hold it. A
     group that is longer than a row is split. Its completions are taken in decreasing order of their tokens; each goes
-    beside others of its group if it fits there, else into the fullest row that can also hold its prompt.
+    beside others of its group if it fits there, else into the fullest row that can also hold its prompt. All sequences
+    of a completion go into one row.
     """
-    rows: list[dict[int, _Unit]] = []  # by group
+    rows: list[dict[int | bytes, _Unit]] = []  # by prompt
     free: list[tuple[int, int]] = []  # tokens and completions that still fit in each row
 
-    def put(index: int, places: Sequence[int]) -> None:
-        """Puts these completions of a group into one of the rows `places`, or into a new row."""
-        group = groups[index]
-        num_tokens = _num_inputs(group.completions[place] for place in places)
+    def put(index: int, completions: Sequence[Sequence[_Segment]]) -> None:
+        """Puts these completions of a group into one of the rows, or into a new row."""
+        segments = [segment for completion in completions for segment in completion]
+        num_tokens = sum(segment.num_inputs for segment in segments)
+        prompts = {segment.prompt: len(segment.prompt_ids) for segment in segments}
 
         def need(r: int) -> int:
-            return num_tokens + (0 if index in rows[r] else len(group.prompt_ids))
+            return num_tokens + sum(length for prompt, length in prompts.items() if prompt not in rows[r])
 
-        fitting = [r for r in range(len(rows)) if need(r) <= free[r][0] and len(places) <= free[r][1]]
+        fitting = [r for r in range(len(rows)) if need(r) <= free[r][0] and len(completions) <= free[r][1]]
         if not fitting:
             fitting = [len(rows)]
             rows.append({})
             free.append((row_length, plan.completions_per_row))
         r = min(fitting, key=lambda r: (index not in rows[r], free[r][0]))
-        free[r] = (free[r][0] - need(r), free[r][1] - len(places))
-        unit = rows[r].setdefault(index, _Unit(group.prompt_ids, [], []))
-        unit.completions.extend(group.completions[place] for place in places)
-        unit.sequence_ids.extend(first_ids[index] + place for place in places)
+        free[r] = (free[r][0] - need(r), free[r][1] - len(completions))
+        for segment in segments:
+            rows[r].setdefault(segment.prompt, _Unit(segment.prompt_ids, [])).segments.append(segment)
 
-    first_ids = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
-    lengths = [[len(completion.token_ids) for completion in group.completions] for group in groups]
-    assert all(0 < length <= plan.completion_length for group in lengths for length in group)
-    sizes = [len(group.prompt_ids) + _num_inputs(group.completions) for group in groups]
+    sizes = [_size(segment for completion in group for segment in completion) for group in groups]
     for index in sorted(range(len(groups)), key=lambda i: -sizes[i]):  # stable: ties keep their order
-        assert len(groups[index].prompt_ids) > 0
-        places = range(len(lengths[index]))
-        if not places:
+        group = groups[index]
+        if not group:
             continue
-        if sizes[index] <= row_length and len(places) <= plan.completions_per_row:
-            put(index, places)
+        if sizes[index] <= row_length and len(group) <= plan.completions_per_row:
+            put(index, group)
             continue
-        for place in sorted(places, key=lambda i: -lengths[index][i]):
-            put(index, [place])
+        for completion in sorted(group, key=lambda segments: -_size(segments)):
+            put(index, [completion])
     return [list(row.values()) for row, _ in sorted(zip(rows, free, strict=True), key=lambda pair: pair[1][0])]
 
 
@@ -312,7 +410,7 @@ def batch_fields(plan: PackingPlan, dtype: Any) -> dict[str, tuple[tuple[int, ..
     """(shape, dtype, value of padding) of each field of a `Batch` that `pack` fills."""
     M, R, T = plan.num_microbatches, plan.num_rows, plan.row_length
     C, L = plan.completions_per_row, plan.completion_length
-    N = min(T + C, C * L)  # every completion has one predicted token more than inputs
+    N = min(T + plan.max_sequences * C, C * L)  # every sequence has one predicted token more than inputs
     fields = {
         "tokens_MRT": ((M, R, T), np.int32, 0),
         "positions_MRT": ((M, R, T), np.int32, 0),
@@ -339,10 +437,12 @@ def _empty_batch(plan: PackingPlan, num_microbatches: int, dtype: np.dtype) -> B
     return Batch(**arrays, num_microbatches=np.int32(num_microbatches))
 
 
-def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
+def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit], is_dense: bool) -> None:
+    """is_dense: whether the drawn tokens of a completion stand side by side, see `PackingPlan.completion_length`."""
     tokens_T, positions_T = batch.tokens_MRT[m, r], batch.positions_MRT[m, r]
     groups_T, branches_T = batch.group_ids_MRT[m, r], batch.branch_ids_MRT[m, r]
-    t, n, c = 0, 0, 0
+    t, n = 0, 0
+    rows_c: dict[int, int] = {}  # of each completion, by its sequence_id
     for group_id, unit in enumerate(units):
         length = len(unit.prompt_ids)
         tokens_T[t : t + length] = unit.prompt_ids
@@ -350,31 +450,33 @@ def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
         groups_T[t : t + unit.num_tokens] = group_id
         t += length
         prompt_end = t - 1
-        for branch, (completion, sequence_id) in enumerate(
-            zip(unit.completions, unit.sequence_ids, strict=True), start=1
-        ):
-            count = len(completion.token_ids)
-            inputs = slice(t, t + count - 1)
-            tokens_T[inputs] = completion.token_ids[:-1]
-            positions_T[inputs] = length + np.arange(count - 1)
+        for branch, segment in enumerate(unit.segments, start=1):
+            completion, count = segment.completion, segment.num_inputs
+            c = rows_c.setdefault(segment.sequence_id, len(rows_c))
+            inputs = slice(t, t + count)
+            ids = np.concatenate([segment.begun, completion.token_ids])
+            tokens_T[inputs] = ids[:-1]
+            positions_T[inputs] = length + np.arange(count)
             branches_T[inputs] = branch
             # The first token is predicted at the prompt's last position, the others at the token before them.
-            predictors = np.arange(t - 1, t + count - 1)
+            predictors = np.arange(t - 1, t + count)
             predictors[0] = prompt_end
-            trained, num_trained = completion.trained_places, completion.num_trained
-            targets = slice(n, n + num_trained)
-            batch.predictors_MRN[m, r, targets] = predictors[trained]
-            batch.targets_MRN[m, r, targets] = np.asarray(completion.token_ids)[trained]
+            trained = completion.trained_places
+            drawn = np.asarray(completion.token_ids)[trained]
+            targets = slice(n, n + len(drawn))
+            places = slice(segment.first, segment.first + len(drawn)) if is_dense else trained
+            batch.predictors_MRN[m, r, targets] = predictors[len(segment.begun) :][trained]
+            batch.targets_MRN[m, r, targets] = drawn
             batch.target_mask_MRN[m, r, targets] = True
-            batch.slots_MRCL[m, r, c, trained] = np.arange(n, n + num_trained)
-            batch.mask_MRCL[m, r, c, trained] = 1.0
+            batch.slots_MRCL[m, r, c, places] = np.arange(n, n + len(drawn))
+            batch.mask_MRCL[m, r, c, places] = 1.0
             batch.sequence_mask_MRC[m, r, c] = 1.0
-            batch.advantages_MRC[m, r, c] = completion.advantage
-            batch.sequence_ids_MRC[m, r, c] = sequence_id
+            batch.advantages_MRC[m, r, c] = segment.advantage
+            batch.sequence_ids_MRC[m, r, c] = segment.sequence_id
             if completion.sampler_logprobs is not None:
-                batch.sampler_logprobs_MRCL[m, r, c, trained] = np.asarray(completion.sampler_logprobs)[trained]
+                batch.sampler_logprobs_MRCL[m, r, c, places] = np.asarray(completion.sampler_logprobs)[trained]
             if completion.rollout_logprobs is not None:
-                batch.rollout_logprobs_MRCL[m, r, c, trained] = np.asarray(completion.rollout_logprobs)[trained]
+                batch.rollout_logprobs_MRCL[m, r, c, places] = np.asarray(completion.rollout_logprobs)[trained]
             if batch.kept_words_MRNX is not None:
                 if completion.kept_words is None:
                     raise ValueError(
@@ -382,7 +484,7 @@ def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit]) -> None:
                         "grpo.policy_distribution=sampled, got None of this sampler; set it to full"
                     )
                 batch.kept_words_MRNX[m, r, targets] = completion.kept_words[trained]
-            t, n, c = t + count - 1, n + num_trained, c + 1
+            t, n = t + count, n + len(drawn)
 
 
 def _row_length(

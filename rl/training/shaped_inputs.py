@@ -90,6 +90,8 @@ def plan_minibatches(config: Config, max_prompt_length: int, policy: Policy, mes
         group_size=config.grpo.group_size,
         max_prompt_length=max_prompt_length,
         max_completion_length=config.longest_completion,
+        max_sequences=config.rollout.max_sequences if config.rollout.has_turns else 1,
+        max_drawn=config.sampling.max_completion_length,
         **packing_options(config, policy, mesh),
     )
     return dataclasses.replace(plan, kept_words=0 if rules is None else rules.num_words(policy.config.vocab_size))

@@ -112,6 +112,7 @@ def jit_train_step(
     chunk_size: int | None,
     minibatches_per_rollout: int,
     shorter_lengths: Sequence[int] = (),
+    max_sequences: int = 1,
     drawn_from: DrawnFrom | None = None,
 ) -> TrainStep:
     """The compiled update. The state is donated, so the caller must not use its argument again.
@@ -125,7 +126,7 @@ def jit_train_step(
       temperature: the temperature of the rollouts, at which all log-probs are computed.
       chunk_size: tokens of each row of a piece whose logits exist at one time.
       minibatches_per_rollout: updates of one pass over a rollout batch.
-      shorter_lengths: those of the `PackingPlan`.
+      shorter_lengths, max_sequences: those of the `PackingPlan`.
       drawn_from: the rules of the distribution that all log-probs are under; None: the whole softmax.
     """
     program = update_program(
@@ -139,6 +140,7 @@ def jit_train_step(
         chunk_size=chunk_size,
         minibatches_per_rollout=minibatches_per_rollout,
         shorter_lengths=shorter_lengths,
+        max_sequences=max_sequences,
         drawn_from=drawn_from,
     )
     update = callable_of(TRAIN_STEP, program)
@@ -175,6 +177,7 @@ def update_program(
     chunk_size: int | None,
     minibatches_per_rollout: int,
     shorter_lengths: Sequence[int] = (),
+    max_sequences: int = 1,
     drawn_from: DrawnFrom | None = None,
 ) -> Program:
     """The program of `jit_train_step`: (state, minibatch) -> (state, metrics). With frozen weights it is (trained
@@ -232,7 +235,7 @@ def update_program(
         # In bfloat16 a sum of hundreds of pieces would lose pieces below 2^-9 of the sum.
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, widen(x.dtype)), grads)
         start = (_zeros(loss), _zeros(wide), zero_sums(sums), _zeros(difference))
-        loss, sum_of_grads, sums, difference = _over_pieces(batch, shorter_lengths, add_piece, start)
+        loss, sum_of_grads, sums, difference = _over_pieces(batch, shorter_lengths, max_sequences, add_piece, start)
         grads = jax.tree.map(lambda total, like: total.astype(like.dtype), sum_of_grads, grads)
         grad_norm = optax.tree.norm(sum_of_grads)
         is_applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -271,6 +274,7 @@ def token_logprobs_program(
     chunk_size: int | None,
     with_entropy: bool,
     shorter_lengths: Sequence[int] = (),
+    max_sequences: int = 1,
     drawn_from: DrawnFrom | None = None,
 ) -> Program:
     """The pass without gradient: (params, batch) -> (log-probs, entropies), both [M, R, C, L] and 0 on padding.
@@ -293,7 +297,7 @@ def token_logprobs_program(
             )
 
         empty = jnp.zeros(batch.mask_MRCL.shape, _logprob_dtype(policy, params))
-        return _over_pieces(batch, shorter_lengths, fill, (empty, empty if with_entropy else None))
+        return _over_pieces(batch, shorter_lengths, max_sequences, fill, (empty, empty if with_entropy else None))
 
     rows = batch_shardings(mesh, rules)
     return Program(logprobs, (param_shardings, rows), (rows.mask_MRCL, rows.mask_MRCL))
@@ -356,18 +360,22 @@ def _piece(batch: Batch, m: Any) -> Batch:
 
 
 def _over_pieces(
-    batch: Batch, shorter_lengths: Sequence[int], body: Callable[[Any, Batch, Any], Any], carry: Any
+    batch: Batch,
+    shorter_lengths: Sequence[int],
+    max_sequences: int,
+    body: Callable[[Any, Batch, Any], Any],
+    carry: Any,
 ) -> Any:
     """carry = body(m, piece m, carry) for every piece in use.
 
     There is a loop for each length. `pack` filled the rows of pieces in decreasing order, so the first
     pieces are computed whole, the next ones with rows cut to the longest of the shorter lengths, and so on.
     """
-    num_completions = batch.mask_MRCL.shape[-2]
+    num_sequences = max_sequences * batch.mask_MRCL.shape[-2]
 
     def loop(name: str, start: Any, end: Any, length: int, carry: Any) -> Any:
-        # Predicted tokens are at the front as well: each completion has one more of them than inputs.
-        ends = {"MRT": length, "MRN": length + num_completions}
+        # Predicted tokens are at the front as well: each sequence has one more of them than inputs.
+        ends = {"MRT": length, "MRN": length + num_sequences}
         dims = {name: name.rpartition("_")[2][:3] for name, values in batch._asdict().items() if values is not None}
         of_field = {name: ends[first] for name, first in dims.items() if first in ends}
 

@@ -254,6 +254,7 @@ def _pass_options(config: Config, plan: PackingPlan) -> dict[str, Any]:
         "temperature": config.sampling.temperature,
         "chunk_size": config.grpo.logprob_chunk,
         "shorter_lengths": plan.shorter_lengths,
+        "max_sequences": plan.max_sequences,
         "drawn_from": drawn_from(config),
     }
 

@@ -16,6 +16,7 @@ from rl.training.packing import (
     PackingPlan,
     TrainCompletion,
     TrainGroup,
+    TrainSequence,
     pack,
     plan_packing,
 )
@@ -429,3 +430,59 @@ def test_a_budget_below_one_longest_sequence_per_shard_is_refused(budget, shards
     with pytest.raises(ValueError, match=rf"max_tokens_per_microbatch must be >= {need} .*got {budget}"):
         plan_for(budget=budget, shards=shards)
     assert plan_for(budget=need, shards=shards).row_length == 13
+
+
+def test_any_minibatch_of_episodes_with_several_sequences_fits_its_plan():
+    """Also the longest: each sequence with a longest prompt of its own. One-token sequences of one prompt predict more
+    tokens than the row has, and the same prompt of several episodes is stored once.
+    """
+    options = {"budget": 3 * 2 * (6 + 7), "shards": 2, "max_sequences": 3, "max_drawn": 9, "cuts_rows": True}
+    plan = plan_for(**options)
+    assert (plan.completion_length, plan.max_sequences) == (9, 3)
+    for seed in range(20):
+        rng, groups, full = np.random.default_rng(seed), ragged_groups(seed, full=seed == 0), seed == 0
+        drawn = 3 if full else int(rng.integers(1, 4))
+
+        def tokens(full=full, rng=rng, drawn=drawn):
+            ids = rng.integers(1, 900, 7 if full else drawn).astype(np.int32)
+            return TrainCompletion(ids, trained=np.arange(len(ids)) < drawn)
+
+        prompts = [rng.integers(1, 900, 6 if full else int(rng.integers(1, 7))).astype(np.int32) for _ in range(3)]
+        groups = [
+            TrainGroup(
+                group.prompt_ids,
+                [
+                    TrainCompletion(
+                        tokens().token_ids,
+                        trained=tokens().trained,
+                        further=[
+                            TrainSequence(
+                                rng.integers(1, 900, 6).astype(np.int32)
+                                if full
+                                else [group.prompt_ids, *prompts][rng.integers(4)],
+                                tokens(),
+                            )
+                            for _ in range(2 if full else rng.integers(3))
+                        ],
+                    )
+                    for _ in group.completions
+                ],
+            )
+            for group in groups
+        ]
+        batch = pack(groups, plan)
+        own = [c.num_trained for group in groups for c in group.completions]
+        assert {n: int(batch.mask_MRCL[place].sum()) for n, place in places(batch).items()} == dict(enumerate(own))
+        assert batch.target_mask_MRN.sum() == sum(own)
+    same = [TrainSequence(np.int32([3, 4]), TrainCompletion(np.int32([LAST])))] * 2
+    one = plan_for(1, 4, max_prompt=2, max_completion=1, max_sequences=3, max_drawn=3)
+    batch = pack([TrainGroup(np.int32([3, 4]), [TrainCompletion(np.int32([LAST]), further=same)] * 4)], one)
+    assert (batch.group_ids_MRT >= 0).sum() == 2, "one prompt and no other input"
+    assert batch.target_mask_MRN.sum() == 12
+
+
+def test_a_plan_of_several_sequences_is_refused_where_it_cannot_be():
+    with pytest.raises(ValueError, match=r"must be >= 39 .* for rollout.max_sequences = 3 of them"):
+        plan_for(budget=38, max_sequences=3)
+    with pytest.raises(ValueError, match=r"rollout.max_sequences must be 1 for a model that cannot tell"):
+        plan_for(budget=99, max_sequences=2, packs_rows=False)

@@ -210,13 +210,19 @@ def plain_logprobs(policy: Policy, problem: Problem):
     return logprobs
 
 
-def plain_loss(logprobs_BL, entropy_BL, problem: Problem):
-    """Clipped token-level GRPO on high-entropy tokens, sampler correction, KL (k3, ratio in front), entropy bonus."""
+def plain_loss(logprobs_BL, entropy_BL, problem: Problem, level="token"):
+    """Clipped GRPO on high-entropy tokens, sampler correction, KL (k3, ratio in front), entropy bonus.
+
+    level: of the ratio, of a token or of its whole sequence (GSPO, which has the gradient of each token's log-prob).
+    """
     mask_BL, advantages_B1 = problem.mask_BL.astype(logprobs_BL.dtype), problem.advantages_B[:, None]
     old_BL, reference_BL = problem.old_BL, problem.reference_BL
     threshold = jnp.quantile(problem.entropy_BL[problem.mask_BL > 0], 1 - QUANTILE)
     chosen_BL = mask_BL * (problem.entropy_BL >= threshold)
-    ratio_BL = jnp.exp(logprobs_BL - old_BL)
+    log_ratio_BL = (logprobs_BL - old_BL) * mask_BL
+    if level == "sequence":
+        log_ratio_BL = jnp.sum(log_ratio_BL, axis=1, keepdims=True) / jnp.maximum(jnp.sum(mask_BL, 1, keepdims=True), 1)
+    ratio_BL = jnp.exp(log_ratio_BL)
     clipped_BL = jnp.clip(ratio_BL, 1 - EPSILON, 1 + EPSILON)
     policy_BL = -jnp.minimum(ratio_BL * advantages_B1, clipped_BL * advantages_B1) * chosen_BL
     policy_BL *= jnp.minimum(jnp.exp(jnp.nan_to_num(old_BL - problem.sampler_BL)), SAMPLER_CAP)
@@ -360,6 +366,7 @@ def make_trainer(
         chunk_size=chunk_size,
         minibatches_per_rollout=1,
         shorter_lengths=plan.shorter_lengths,
+        max_sequences=plan.max_sequences,
     )
     return Trainer(policy, plan, devices, config.mesh.rules, abstract, optimizer, train_step)
 
