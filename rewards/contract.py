@@ -261,6 +261,9 @@ def bind(
         raise ValueError(
             f"{label}: arguments are given by name, but {positional[0]!r} is positional only; drop the '/'"
         )
+    if inspect.isclass(function):
+        way_out = "name an instance of it, or a function"
+        raise ValueError(f"{label}: it is a class, and a call of it gives no reward; {way_out}")
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if "trace" in named and "trace" not in {*available_columns, *kwargs}:

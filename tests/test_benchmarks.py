@@ -266,3 +266,18 @@ def test_curricula_are_compared_by_the_prompts_that_they_take_to_the_same_accura
         with pytest.raises(SystemExit):
             curriculum.main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_episodes_draw_the_same_tokens_in_turns_and_in_one_go(benchmark, tmp_path, capsys):
+    episodes, file = importlib.import_module("episodes"), tmp_path / "episodes.json"
+    sizes = ["--prompts", "2", "--samples", "2", "--slots", "2", "--repeats", "1"]
+    results = episodes.main(["--tiny", "--delays", "0,0.01", *sizes, "--json", str(file)])
+    assert json.loads(file.read_text()) == results
+    assert [result["delay"] for result in results] == [0.0, 0.01]
+    for result in results:
+        assert 4 * 4 * 4 <= result["drawn"] <= 4 * 4 * 8  # episodes x turns x tokens
+        assert result["compiles"] == [0]
+        assert result["read"] >= 1.0
+        seconds = result["seconds"]
+        assert result["ratio"] == pytest.approx(seconds["turns"] / max(seconds["plain"], seconds["alone"]))
+    assert f"4 episodes on 2 slots, {results[0]['drawn']} drawn tokens" in capsys.readouterr().out

@@ -8,7 +8,7 @@ Not here: whether a function fails or is constant (`rewards.gold`), and the tabl
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rewards.batch import RewardResult
+from rewards.batch import FAILURES, RewardResult
 from rewards.contract import RewardSpec
 from rewards.gold import check_on_gold
 from rewards.probe import answer_forms, long_text, prompt_text
@@ -123,14 +123,24 @@ def scores_by_sort(
     return sorts
 
 
-def verdict_of(sorts: Mapping[str, SortScores]) -> tuple[str | None, bool]:
-    """(why a right answer is not known to score above junk, whether it is known not to)."""
+def has_failed(runner: RewardRunner, results: Sequence[RewardResult]) -> bool:
+    """Whether a function with a weight failed in one of the results."""
+    names = [spec.name for spec in runner.specs if spec.weight]
+    return any(result.counts.get(name, {}).get(kind) for result in results for name in names for kind in FAILURES)
+
+
+def verdict_of(sorts: Mapping[str, SortScores], has_failed: bool) -> tuple[str | None, bool]:
+    """(why a right answer is not known to score above junk, whether it is known not to).
+
+    has_failed: whether a function with a weight failed on a completion, and did not just decline to judge it.
+    """
     if not any(sort.startswith("right answer") for sort in sorts):
         reason = f"the data set has no column `{ANSWER}` (data.columns names one)"
         return f"what is right is not known, because {reason}; only failures were looked for", False
     known = _right(sorts)
     if not known:
-        return f"no function with a weight could judge a right answer; check the column `{ANSWER}`", True
+        way_out = "mend the function that failed" if has_failed else f"check the column `{ANSWER}`"
+        return f"no function with a weight could judge a right answer; {way_out}", True
     best = max(known, key=lambda sort: known[sort])
     for sort, total in _junk(sorts).items():
         if known[best] <= total:
@@ -186,7 +196,7 @@ def check_shortly(
     if scored is None:
         return None, False
     sorts = scores_by_sort(runner, made, scored)
-    problem, is_wrong = verdict_of(sorts)
+    problem, is_wrong = verdict_of(sorts, has_failed(runner, [scored]))
     if problem is not None:
         return f"{problem}; `grpo rewards check` shows more" if is_wrong else None, is_wrong
     best = max(_right(sorts).values())

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from rewards.batch import Effort, added_effort
+from rewards.batch import RewardResult, added_effort
 from rewards.runner import RewardRunner
 from rl.config.load import Config, load_config, require
 from rl.config.sections import reward_models
@@ -36,6 +36,7 @@ from rl.rollout.reward_check import (
     MadeCompletion,
     SortScores,
     arguments_of,
+    has_failed,
     made_completions,
     scores_by_sort,
     verdict_of,
@@ -105,17 +106,18 @@ def check(
         if recorded:
             results.append(_score(runner, recorded, tokenizer, group_size=1, names=runner.elementwise))
         weights = {spec.name: float(spec.weight) for spec in runner.specs}
-    problems = [line for result in results for line in result.problems]
+    scored = [result.scored for result in results]
+    problems = [line for result in scored for line in result.problems]
     if recorded and (alone := sorted({*weights} - {*runner.elementwise})):
         problems.append(f"samples of {samples} are judged one by one, without {', '.join(alone)}, which compare them")
     sorts = {sort: judged for result in results for sort, judged in result.sorts.items()}
-    effort = added_effort(result.effort for result in results)
-    verdict, is_wrong = verdict_of(sorts)
+    effort = added_effort(result.effort for result in scored)
+    verdict, is_wrong = verdict_of(sorts, has_failed(runner, scored))
     return Checked(
         sorts=sorts,
         weights=weights,
         seconds={name: effort[name].mean for name in weights},
-        failures={name: _added([result.failures.get(name, {}) for result in results]) for name in weights},
+        failures={name: _added([result.counts.get(name, {}) for result in scored]) for name in weights},
         problems=[*dict.fromkeys(problems), *_findings(sorts, weights)],
         verdict=verdict,
         is_wrong=is_wrong,
@@ -135,9 +137,7 @@ class _Result(NamedTuple):
     """The rewards of some completions."""
 
     sorts: dict[str, SortScores]
-    effort: Mapping[str, Effort]
-    failures: Mapping[str, Mapping[str, int]]
-    problems: list[str]
+    scored: RewardResult
 
 
 def _recorded(run: str, rows: Sequence[PromptRow]) -> list[MadeCompletion]:
@@ -167,7 +167,7 @@ def _score(
 ) -> _Result:
     arguments = arguments_of(runner, completions, tokenizer)
     scored = runner.score(**arguments, group_size=group_size, names=names, is_trial=True)
-    return _Result(scores_by_sort(runner, completions, scored), scored.effort, scored.counts, scored.problems)
+    return _Result(scores_by_sort(runner, completions, scored), scored)
 
 
 def _findings(sorts: Mapping[str, SortScores], weights: Mapping[str, float]) -> list[str]:
@@ -180,7 +180,7 @@ def _findings(sorts: Mapping[str, SortScores], weights: Mapping[str, float]) -> 
             found.append(f"{sort} scores {total:.4g}, no less than the right answer's {max(totals):.4g}")
     for name in weights:
         means = {mean for judged in sorts.values() if (mean := judged.means[name]) is not None}
-        if len(means) == 1:
+        if len(means) == 1 and all(judged.means[name] is not None for judged in sorts.values()):
             found.append(f"reward {name!r} gives {means.pop():.4g} to every sort of completion")
     return found
 

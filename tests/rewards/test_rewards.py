@@ -262,6 +262,7 @@ def test_required_token_ids_are_told():
         (lambda task, trace: None, ["task"], {}, ["'trace'", "@vf.reward"]),
         (lambda completions, /: None, [], {}, ["positional only"]),
         (dict, [], {}, ["cannot be read"]),
+        (VerifiersTask, ["answer"], {}, ["it is a class", "name an instance of it"]),
     ],
 )
 def test_function_that_cannot_be_called_is_refused_with_the_way_out(function, columns, kwargs, words):

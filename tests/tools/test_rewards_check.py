@@ -25,6 +25,9 @@ def best(completions, **kwargs):
     return [float(len(text) == longest) for text in completions]
 best.needs_group = True
 
+def right_fails(completion, answer):
+    return 1e300 * (answer in completion)
+
 def fails(completion):
     raise KeyError("no such " + completion)
 
@@ -115,7 +118,16 @@ def test_rewards_that_do_not_tell_right_from_junk_end_with_status_1(recipe, caps
         )
         == 1
     )
-    assert "no function with a weight could judge a right answer" in capsys.readouterr().out
+    told = "error: no function with a weight could judge a right answer; "
+    assert f"{told}check the column `answer`" in capsys.readouterr().out
+    assert main(["rewards", "check", recipe("fails", data=COLUMNS), "--rows", "2"]) == 1
+    assert f"{told}mend the function that failed" in capsys.readouterr().out
+
+
+def test_a_function_that_failed_on_some_completions_is_not_said_to_score_all_alike(recipe):
+    checked = check(recipe("right_fails", data=COLUMNS), 2)
+    assert ["out_of_range" in problem for problem in checked.problems] == [True]
+    assert checked.failures == {"right_fails": {"out_of_range": 10}}
 
 
 def test_a_reward_that_finds_the_answer_anywhere_is_told(recipe, capsys):
