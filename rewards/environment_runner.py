@@ -301,6 +301,10 @@ class EnvironmentRunner:
             )
         return name
 
+    def check(self, row: Mapping[str, Any]) -> tuple[str, Any]:
+        """The name of the environment that plays a row, and the row as it is sent. Raises ValueError as `begin`."""
+        return self.environment_of(row), encode(dict(row), "a row of the data")
+
     def begin(self, episode: int, row: Mapping[str, Any], seed: int) -> None:
         """Opens an episode; the reply holds its prompt, and comes when a worker has room for it. episode: a number that
         no other running episode has. row: the data row. seed: of all that is random in it, in [0, 2**63).
@@ -309,8 +313,8 @@ class EnvironmentRunner:
         """
         assert episode not in self._episodes, f"episode {episode} is running"
         self._failed.pop(episode, None)
-        name = self.environment_of(row)
-        fields = {"environment": name, "row": encode(dict(row), "a row of the data"), "seed": int(seed)}
+        name, encoded = self.check(row)
+        fields = {"environment": name, "row": encoded, "seed": int(seed)}
         begun = _Episode(episode, self._kinds[name].is_async, [_Call("begin", fields)])
         self._episodes[episode] = begun
         self._place(begun)

@@ -19,8 +19,10 @@ from rl.config.load import Config
 from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.data.turns import Turns, chat_turns, text_turns
+from rl.devices import hosts
 from rl.rollout.episode import Episode
 from rl.rollout.episodes import EpisodeLimits, EpisodeSource
+from rl.rollout.shared_environments import Environments, SharedEnvironments
 
 
 class EnvironmentReward:
@@ -62,11 +64,6 @@ def start_episodes(
     if not section.has_turns:
         yield None
         return
-    if jax.process_count() > 1:
-        raise ValueError(
-            "rollout.tools and rollout.environment need a run of one process, which may have several devices, got "
-            f"{jax.process_count()} processes"
-        )
     tool_format: str = section.tool_format
     if tool_format == "auto" and config.data.chat and tokenizer.has_chat_template:
         tool_format = format_of_template(tokenizer.backend.get_chat_template()) or "auto"
@@ -85,7 +82,8 @@ def start_episodes(
         turns = {name: make_turns(config, tokenizer, eos_ids, tools) for name, tools in runner.tools_of.items()}
         drawn = config.sampling.max_completion_length
         turn = drawn if section.max_turn_tokens is None else min(section.max_turn_tokens, drawn)
-        places = section.num_workers * section.episodes_per_worker
+        num_processes = hosts.num_processes()
+        places = section.num_workers * section.episodes_per_worker * num_processes
         limits = EpisodeLimits(
             config.data.max_prompt_length, section.max_turns, turn, config.longest_completion, section.max_sequences
         )
@@ -101,7 +99,10 @@ def start_episodes(
                     f"data.max_prompt_length must be >= {length}, the tokens of the first prompt with the schemas of "
                     f"the tools, got {limits.prompt_tokens}"
                 )
-        yield EpisodeSource(runner, turns, tokenizer, limits, EnvironmentReward(), section.in_order, places)
+        environments: Environments = runner
+        if num_processes > 1:
+            environments = SharedEnvironments(runner, jax.process_index(), num_processes, hosts.gather)
+        yield EpisodeSource(environments, turns, tokenizer, limits, EnvironmentReward(), section.in_order, places)
 
 
 def make_turns(config: Config, tokenizer: Tokenizer, eos_ids: Sequence[int], tools: Sequence[dict[str, Any]]) -> Turns:

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from rewards.environment_runner import EnvironmentReply, EnvironmentRunner
+from rewards.environment_runner import EnvironmentReply
 from rewards.in_process import InProcess
 from rewards.moment import sample_seed
 from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.data.turns import Turns
 from rl.rollout.episode import DONE, FAILED, MAX_DRAWN, MAX_TOKENS, MAX_TURNS, Episode, num_alike
+from rl.rollout.shared_environments import Environments
 from rl.sampler.contract import Completion, CompletionSource, DrawSession, Request
 from rl.sampler.token_draw import SamplingParams
 
@@ -64,7 +65,7 @@ class EpisodeSource:
 
     def __init__(
         self,
-        environments: EnvironmentRunner,
+        environments: Environments,
         turns: Mapping[str, Turns],
         tokenizer: Tokenizer,
         limits: EpisodeLimits,
