@@ -176,9 +176,13 @@ def _check_keys(config: Config) -> None:
             f"grpo.epsilon_high must be set with loss_type {name}, where it is the cap of the ratio itself and not a "
             "distance from 1, got null; for example grpo.epsilon_high=5.0"
         )
-    if entry.is_of_sequences and grpo.kl_in_reward:
-        refused = ", ".join(sorted(other for other, entry in LOSS_TYPES.items() if entry.is_of_sequences))
-        raise ValueError(
-            f"grpo.loss_type must be none of {refused} with grpo.kl_in_reward, for they are of whole completions, got "
-            f"{name!r}; take dapo, or set grpo.kl_in_reward to false"
-        )
+    for key, value, off in (
+        ("kl_in_reward", grpo.kl_in_reward, "false"),
+        ("turn_advantages", grpo.turn_advantages, "null"),
+    ):
+        if entry.is_of_sequences and value:
+            refused = ", ".join(sorted(other for other, entry in LOSS_TYPES.items() if entry.is_of_sequences))
+            raise ValueError(
+                f"grpo.loss_type must be none of {refused} with grpo.{key}, for they are of whole completions, got "
+                f"{name!r}; take dapo, or set grpo.{key} to {off}"
+            )

@@ -125,6 +125,7 @@ RANGES = {
     "rollout.environment_weight": _ANY,
     "rollout.max_turns": _SIZE,
     "rollout.max_sequences": _SIZE,
+    "grpo.turn_discount": Range(0, 1),
     "rollout.max_turn_tokens": Range(1, note=" or null"),
     "rollout.max_episode_tokens": Range(1, note=" or null"),
     "rollout.num_workers": Range(1, 1000),

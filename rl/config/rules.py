@@ -6,6 +6,7 @@ that need devices, data, a tokenizer or the model live where those are loaded.
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from rewards.worker_variables import check_memory_gb, check_names
@@ -80,6 +81,13 @@ def check_config(config: Config) -> None:
         )
     if grpo.kl_in_reward:
         _check_kl_in_reward(config)
+    if grpo.turn_advantages is not None:
+        _check_turn_advantages(config)
+    elif grpo.turn_discount != 1:
+        raise ValueError(
+            f"grpo.turn_advantages must be same_turn or all_turns with grpo.turn_discount {grpo.turn_discount}, got "
+            "null, with which turns have no rewards of their own"
+        )
     if config.reference.sync_every and not grpo.beta:
         raise ValueError(
             f"grpo.beta must be > 0 with reference.sync_every {config.reference.sync_every}, got {grpo.beta}: without "
@@ -284,20 +292,52 @@ def _check_paths(config: Config) -> None:
 def _check_kl_in_reward(config: Config) -> None:
     """With kl_in_reward each token has its own advantage, and the KL estimate belongs to the old policy."""
     grpo, way_out = config.grpo, "or set grpo.kl_in_reward to false"
-    for key, needed, why in (
+    needed = (
         ("advantage_estimator", "reinforce++", "whose advantages are whitened over tokens"),
-        ("importance_sampling_level", "token", "to which advantages belong"),
         ("use_bias_correction_kl", False, "which is for a KL term of the loss"),
         ("old_logprobs", "recompute", "of which the KL estimate is made"),
-        ("off_policy_mask_threshold", None, "which is for whole completions"),
-        ("positive_nll_coef", 0.0, "which is for whole completions"),
-    ):
-        value = getattr(grpo, key)
-        if value != needed:
-            must = f"grpo.{key} must be {json.dumps(needed)} with grpo.kl_in_reward"
-            raise ValueError(f"{must}, {why}, got {json.dumps(value)}; {way_out}")
+        *_OF_TOKENS,
+    )
+    _check_grpo(config, "grpo.kl_in_reward", needed, way_out)
     if not grpo.beta:
         raise ValueError(f"grpo.beta must be > 0 with grpo.kl_in_reward, got {grpo.beta}; {way_out}")
+
+
+_OF_TOKENS = (  # key, value and reason, where each token has its own advantage
+    ("importance_sampling_level", "token", "to which advantages belong"),
+    ("off_policy_mask_threshold", None, "which is for whole completions"),
+    ("positive_nll_coef", 0.0, "which is for whole completions"),
+)
+
+
+def _check_grpo(config: Config, setting: str, needed: Iterable[tuple[str, Any, str]], way_out: str) -> None:
+    for key, wanted, why in needed:
+        value = getattr(config.grpo, key)
+        if value != wanted:
+            must = f"grpo.{key} must be {json.dumps(wanted)} with {setting}"
+            raise ValueError(f"{must}, {why}, got {json.dumps(value)}; {way_out}")
+
+
+def _check_turn_advantages(config: Config) -> None:
+    """Each turn has its own advantage: what has no turns, and what is of whole episodes, cannot be with that."""
+    way_out = "or set grpo.turn_advantages to null"
+    if not config.rollout.has_turns:
+        raise ValueError(
+            "grpo.turn_advantages must be null without rollout.environment and rollout.tools, because completions have "
+            f"one turn, got {config.grpo.turn_advantages!r}"
+        )
+    if config.rollout.max_sequences > 1:
+        raise ValueError(
+            "rollout.max_sequences must be 1 with grpo.turn_advantages, because turns of several sequences have no "
+            f"order, got {config.rollout.max_sequences}; {way_out}"
+        )
+    needed = (
+        ("kl_in_reward", False, "whose advantages are another thing"),
+        ("advantage_estimator", "grpo", "with whose baseline returns are compared"),
+        ("aggregation", "sum_then_normalize", "because the environment alone judges turns"),
+        *_OF_TOKENS,
+    )
+    _check_grpo(config, "grpo.turn_advantages", needed, way_out)
 
 
 def decoder_keys(config: Config) -> dict[str, tuple[Any, Any]]:

@@ -298,6 +298,8 @@ class GRPOSection:
     advantage_estimator: str
     scale_rewards: Literal["group", "batch", "none"]
     aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    turn_advantages: Literal["same_turn", "all_turns"] | None
+    turn_discount: float
     mask_truncated: bool
     dynamic_sampling_rounds: int
     loss_type: str

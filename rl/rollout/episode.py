@@ -70,7 +70,8 @@ class Episode:
       unread: observations behind the last turn, which the policy did not read.
       prompt_ids, token_ids, trained: of the first sequence.
       turns: of all sequences. num_turns, num_tool_calls, num_bad_tool_calls: counts.
-      reward: the sum of what the environment gave; None where it gave nothing.
+      reward: the sum of what the environment gave; None where it gave nothing. rewards: what it gave after each turn,
+        which may be fewer than the turns.
       metrics: numbers of the environment, the last value of each. ended: one of `ENDS`.
       failure: (kind, one line) of an episode that is lost.
     """
@@ -82,6 +83,7 @@ class Episode:
     num_tool_calls: int = 0
     num_bad_tool_calls: int = 0
     reward: float | None = None
+    rewards: list[float | None] = dataclasses.field(default_factory=list)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     ended: str = ""
     failure: tuple[str, str] | None = None
@@ -123,6 +125,13 @@ class Episode:
     def num_drawn(self) -> int:
         """The number of tokens that the policy drew."""
         return sum(sequence.num_drawn for sequence in self.sequences)
+
+    def add_reward(self, reward: float) -> None:
+        """Adds what the environment gave after the last turn."""
+        self.reward = (self.reward or 0.0) + reward
+        if self.num_turns:
+            self.rewards.extend([None] * (self.num_turns - len(self.rewards)))
+            self.rewards[-1] = (self.rewards[-1] or 0.0) + reward
 
     def settle(self, max_sequences: int) -> None:
         """Leaves out sequences of which nothing was drawn, and loses the episode where more than `max_sequences` are
@@ -243,6 +252,8 @@ def record_of(episode: Episode) -> dict[str, Any]:
         "tool_calls": episode.num_tool_calls,
         "ended": episode.ended,
     }
+    if any(reward is not None for reward in episode.rewards):
+        record["turn_rewards"] = episode.rewards + [None] * (episode.num_turns - len(episode.rewards))
     if episode.unread:
         record["unread"] = episode.unread
     if episode.failure is not None:

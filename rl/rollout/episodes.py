@@ -187,7 +187,7 @@ class _Call:
         episode.seconds += reply.seconds
         episode.metrics.update(reply.metrics)
         if reply.reward is not None:
-            episode.reward = (episode.reward or 0.0) + reply.reward
+            episode.add_reward(reply.reward)
         if reply.op == "begin":
             self._begin(b, reply)
         elif reply.failure is not None:

@@ -20,6 +20,7 @@ from rewards.logged import Sums, add_sums, means
 from rewards.rubric import summarize, weighted_sum
 from rl.algorithms.advantages import compute_advantages
 from rl.algorithms.from_config import estimator_of, label
+from rl.algorithms.turn_advantages import turn_advantages
 from rl.config.load import Config
 from rl.config.sections import ENVIRONMENT
 from rl.data.prompt_rows import PromptRow
@@ -133,6 +134,7 @@ class Rollout:
         is trained on in a later step is off-policy from its first update on, see `rl.training.update`.
       metrics: scalars for metrics.jsonl. problems: what went wrong in reward functions, in words.
       logged: see `Judged`; empty where nothing was kept. episodes: see `Judged`.
+      turn_advantages_B: float64 [B][turns], those of the loss with `grpo.turn_advantages`; None otherwise.
     """
 
     rows: Sequence[PromptRow]
@@ -148,6 +150,7 @@ class Rollout:
     problems: list[str]
     logged: list[dict[str, dict[str, Any]]] = dataclasses.field(default_factory=list)
     episodes: Sequence[Episode] = ()
+    turn_advantages_B: Sequence[np.ndarray] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -266,6 +269,10 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
     metrics |= logged_metrics(judged.sums, metrics)
     if judged.episodes:
         metrics |= episode_metrics(judged.episodes, _environment_names(config, judged))
+    turn_advantages_B = None
+    if config.grpo.turn_advantages is not None:
+        turn_advantages_B = _turn_advantages(config, judged, weighted_B)
+        metrics |= _turn_advantage_metrics(turn_advantages_B, group_size)
     return Rollout(
         judged.rows,
         judged.completions,
@@ -280,7 +287,37 @@ def with_advantages(config: Config, judged: Judged) -> Rollout:
         judged.problems,
         judged.logged,
         judged.episodes,
+        turn_advantages_B,
     )
+
+
+def _turn_advantages(config: Config, judged: Judged, weighted_B: np.ndarray) -> list[np.ndarray]:
+    """The advantages of the turns of each episode. What other functions than the environment say counts in the last."""
+    weight_of = dict(zip(judged.names, judged.weights, strict=True)).get(ENVIRONMENT, 0.0)
+    of_others = [
+        0.0 if name == ENVIRONMENT else weight for name, weight in zip(judged.names, judged.weights, strict=True)
+    ]
+    rewards_B = []
+    for episode, row, total in zip(judged.episodes, judged.rewards, weighted_B, strict=True):
+        of_turns = np.zeros(0 if math.isnan(total) else episode.num_turns)
+        if of_turns.size:
+            of_turns[: len(episode.rewards)] = [weight_of * (reward or 0.0) for reward in episode.rewards]
+            of_turns[-1] += weighted_sum(row, of_others) or 0.0
+        rewards_B.append(of_turns)
+    grpo = config.grpo
+    assert grpo.turn_advantages is not None
+    return turn_advantages(rewards_B, grpo.group_size, grpo.turn_advantages, grpo.turn_discount, grpo.scale_rewards)
+
+
+def _turn_advantage_metrics(turn_advantages_B: Sequence[np.ndarray], group_size: int) -> dict[str, float]:
+    """The metrics of advantages, where these are of turns: over all turns, and the share of groups without any."""
+    flat = np.concatenate(turn_advantages_B)
+    teaches_B = np.array([np.any(own) for own in turn_advantages_B])
+    return {
+        "advantage/mean": float(flat.mean()) if flat.size else 0.0,
+        "advantage/std": float(flat.std()) if flat.size else 0.0,
+        "zero_variance_share": float(1.0 - teaches_B.reshape(-1, group_size).any(axis=1).mean()),
+    }
 
 
 def _environment_names(config: Config, judged: Judged) -> list[str]:
@@ -332,7 +369,7 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
     groups = []
     for p, row in enumerate(rollout.rows):
         kept = [
-            _to_train(config, completion, float(values_B[b]))
+            _to_train(config, completion, float(values_B[b]), *_of_turns(rollout, b))
             for b, completion in enumerate(rollout.completions[p], start=p * group_size)
             if rollout.kept_B[b]
         ]
@@ -341,8 +378,21 @@ def minibatches(config: Config, rollout: Rollout) -> list[list[TrainGroup]]:
     return [groups[i : i + size] for i in range(0, num_prompts, size)]
 
 
-def _to_train(config: Config, completion: Completion, value: float) -> TrainCompletion:
-    """A completion with its advantage, or its reward."""
+def _of_turns(rollout: Rollout, b: int) -> tuple[np.ndarray, ...]:
+    """The advantages of the drawn tokens of an episode, where turns have their own; else nothing."""
+    if rollout.turn_advantages_B is None:
+        return ()
+    return (np.repeat(rollout.turn_advantages_B[b], [len(turn.token_ids) for turn in rollout.episodes[b].turns]),)
+
+
+def _to_train(
+    config: Config, completion: Completion, value: float, of_drawn: np.ndarray | None = None
+) -> TrainCompletion:
+    """A completion with its advantage, or its reward; of_drawn: the advantages of its drawn tokens, if these differ."""
+    advantages = None
+    if of_drawn is not None:
+        advantages = np.zeros(len(completion.token_ids))
+        advantages[slice(None) if completion.trained is None else completion.trained] = of_drawn
     is_sampled = config.grpo.policy_distribution == "sampled"
     return TrainCompletion(
         completion.token_ids,
@@ -351,6 +401,7 @@ def _to_train(config: Config, completion: Completion, value: float) -> TrainComp
         completion.sampler_logprobs if is_sampled else completion.policy_logprobs,
         completion.trained,
         completion.kept_words,
+        advantages,
         [TrainSequence(prompt_ids, _to_train(config, own, value)) for prompt_ids, own in completion.further],
     )
 
@@ -385,6 +436,8 @@ def sample_records(rollout: Rollout, count: int | None = None) -> list[dict[str,
                 "finish_reason": completion.finish_reason,
             }
         )
+        if rollout.turn_advantages_B is not None:
+            records[-1]["turn_advantages"] = rollout.turn_advantages_B[b].tolist()
         if rollout.logged and rollout.logged[b]:
             records[-1]["logged"] = rollout.logged[b]
         records[-1] |= _trained_of(completion)

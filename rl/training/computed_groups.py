@@ -48,7 +48,7 @@ def computed_groups(groups: Sequence[TrainGroup], leaves_out: bool) -> ComputedG
     If there is no such group, the first one with a trained token is computed, which shows whether sampler and trainer
     agree.
     """
-    computed = [not leaves_out or any(c.advantage != 0 for c in group.completions) for group in groups]
+    computed = [not leaves_out or any(c.has_advantage for c in group.completions) for group in groups]
     if not any(computed):
         first = next((place for place, group in enumerate(groups) if _num_trained(group)), 0)
         computed[first] = True

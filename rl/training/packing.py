@@ -45,6 +45,7 @@ class TrainCompletion:
       trained: bool [L], which tokens the policy drew; None: all. The others are inputs, and nothing is learned from
         their being there; what the log-probs hold for them is not read.
       kept_words: uint32 [L, X], which ids could be drawn at each token, see `rl.models.drawn_from`; None: not needed.
+      advantages: float [L], those of tokens where each turn has its own; None: `advantage` is that of all.
       further: more sequences of the same episode.
     """
 
@@ -54,7 +55,13 @@ class TrainCompletion:
     rollout_logprobs: np.ndarray | None = None
     trained: np.ndarray | None = None
     kept_words: np.ndarray | None = None
+    advantages: np.ndarray | None = None
     further: "Sequence[TrainSequence]" = ()
+
+    @property
+    def has_advantage(self) -> bool:
+        """Whether an advantage of its tokens is not 0."""
+        return bool(self.advantage if self.advantages is None else np.any(self.advantages))
 
     @property
     def num_trained(self) -> int:
@@ -104,6 +111,7 @@ class PackingPlan:
         length. One compiled program holds all lengths.
       kept_words: X, words of each completion token that say which ids could be drawn; 0: no batch has them.
       max_sequences: S, upper bound.
+      token_advantages: whether completions have an advantage for each token.
     """
 
     num_microbatches: int
@@ -114,6 +122,7 @@ class PackingPlan:
     shorter_lengths: tuple[int, ...] = ()
     kept_words: int = 0
     max_sequences: int = 1
+    token_advantages: bool = False
 
 
 class Batch(NamedTuple):
@@ -131,7 +140,8 @@ class Batch(NamedTuple):
       sampler_logprobs_MRCL, rollout_logprobs_MRCL: (see `TrainCompletion`), NaN where unknown.
       old_logprobs_MRCL, reference_logprobs_MRCL: log-probs of the policy before the first update, and of the reference.
         The trainer adds them when the loss needs them; None otherwise.
-      advantages_MRCL: one for each token, which the trainer adds with `grpo.kl_in_reward`; None otherwise.
+      advantages_MRCL: one for each token, of completions with `TrainCompletion.advantages`, or added by the trainer
+        with `grpo.kl_in_reward`; None otherwise.
       kept_words_MRNX: uint32, which ids could be drawn at completion token n; 0 on padding; None without such words.
       sequence_ids_MRC: int32, the index of the completion in the order of the given groups; -1 on padding.
       num_microbatches: int32 [], pieces in use.
@@ -429,6 +439,8 @@ def batch_fields(plan: PackingPlan, dtype: Any) -> dict[str, tuple[tuple[int, ..
     }
     if plan.kept_words:
         fields["kept_words_MRNX"] = ((M, R, N, plan.kept_words), np.uint32, 0)
+    if plan.token_advantages:
+        fields["advantages_MRCL"] = ((M, R, C, L), dtype, 0)
     return fields
 
 
@@ -477,6 +489,9 @@ def _fill_row(batch: Batch, m: int, r: int, units: list[_Unit], is_dense: bool) 
                 batch.sampler_logprobs_MRCL[m, r, c, places] = np.asarray(completion.sampler_logprobs)[trained]
             if completion.rollout_logprobs is not None:
                 batch.rollout_logprobs_MRCL[m, r, c, places] = np.asarray(completion.rollout_logprobs)[trained]
+            if batch.advantages_MRCL is not None:
+                assert completion.advantages is not None
+                batch.advantages_MRCL[m, r, c, places] = completion.advantages[trained]
             if batch.kept_words_MRNX is not None:
                 if completion.kept_words is None:
                     raise ValueError(

@@ -63,12 +63,13 @@ def minibatch_shapes(config: Config, policy: Policy, plan: PackingPlan) -> Minib
     dtype = batch_dtype(policy)
     fields = {name: shape(dims, kind) for name, (dims, kind, _) in batch_fields(plan, dtype).items()}
     logprobs = shape(fields["slots_MRCL"].shape, jnp.promote_types(policy.config.dtype, jnp.float32))
+    if config.grpo.kl_in_reward:
+        fields["advantages_MRCL"] = logprobs
     batch = Batch(
         **fields,
         num_microbatches=shape((), np.int32),
         old_logprobs_MRCL=logprobs if needs_old_logprobs(config) else None,
         reference_logprobs_MRCL=logprobs if config.grpo.beta and not config.grpo.kl_in_reward else None,
-        advantages_MRCL=logprobs if config.grpo.kl_in_reward else None,
     )
     entropies = logprobs if loss_config(config).selects_by_entropy else None
     count = shape((), np.int32)
@@ -94,7 +95,11 @@ def plan_minibatches(config: Config, max_prompt_length: int, policy: Policy, mes
         max_drawn=config.sampling.max_completion_length,
         **packing_options(config, policy, mesh),
     )
-    return dataclasses.replace(plan, kept_words=0 if rules is None else rules.num_words(policy.config.vocab_size))
+    return dataclasses.replace(
+        plan,
+        kept_words=0 if rules is None else rules.num_words(policy.config.vocab_size),
+        token_advantages=config.grpo.turn_advantages is not None,
+    )
 
 
 def packing_options(config: Config, policy: Policy, mesh: Mesh) -> dict[str, Any]:

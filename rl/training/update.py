@@ -153,9 +153,11 @@ class Updater:
                 old, drawn = getattr(bare, name), getattr(packed, name)
                 is_read = bool(np.any(np.isnan(drawn) & (packed.mask_MRCL > 0)))
             if _recomputes_old(self._config) and is_read:
-                now = self._calls[LOGPROBS](state.params, bare)[0]
+                now = self._calls[LOGPROBS](state.params, bare_batch(bare))[0]
                 old = self._fill_unknown(old, now) if from_rollout else now
-            reference_logprobs = None if reference is None else self._calls[reference_name](reference.params, bare)[0]
+            reference_logprobs = None
+            if reference is not None:
+                reference_logprobs = self._calls[reference_name](reference.params, bare_batch(bare))[0]
             batches.append(bare._replace(old_logprobs_MRCL=old, reference_logprobs_MRCL=reference_logprobs))
         kl_metric: dict[str, float] = {}
         if TOKEN_ADVANTAGES in self._calls:

@@ -189,6 +189,8 @@ def test_every_end_and_limit_is_told(samples, runs):
 
 def test_rewards_of_turns_add_up_and_a_lost_episode_has_none(samples, runs):
     assert {sample["rewards"]["environment"] for sample in samples["plain"]} == {0.25 + 0.5}
+    assert [sample["turn_rewards"] for sample in samples["plain"]] == [[0.25, 0.5]] * 4
+    assert "turn_rewards" not in samples["endless"][0]
     assert {sample["rewards"]["environment"] for sample in samples["endless"]} == {None}
     for sample in samples["endless"]:  # what the policy and the environment said, together
         assert sample["rewards"][next(iter(sample["rewards"]))] == pytest.approx(len(sample["completion"]) / 100)
@@ -275,7 +277,8 @@ def test_tools_answer_a_policy_that_calls_them(folder, tmp_path, monkeypatch):
 def test_an_evaluation_plays_the_same_games_each_time_and_grpo_eval_gives_its_numbers(folder):
     game = f"rollout.environment={folder / 'game.py'}:Game"
     held_out = ["data.eval_size=2", "grpo.prompts_per_step=2", "grpo.minibatches=1", "optimizer.lr=0.0", "eval.every=1"]
-    metrics, _ = start(folder, "evaluated", game, "rewards.functions=[]", *held_out)
+    turns = ["grpo.turn_advantages=all_turns", "grpo.turn_discount=0.5", "sampling.max_completion_length=10"]
+    metrics, samples = start(folder, "evaluated", game, "rewards.functions=[]", *held_out, *turns)
     found = [
         {key: value for key, value in line.items() if key.startswith("eval/")}
         for line in metrics
@@ -286,6 +289,38 @@ def test_an_evaluation_plays_the_same_games_each_time_and_grpo_eval_gives_its_nu
     assert (found[0]["eval/turns/mean"], found[0]["eval/episodes/failed"]) != (0, 1)
     result, _ = evaluate_source(folder / "evaluated", trust=True)
     assert result.metrics() == found[-1]
+    _check_turn_advantages([line for line in metrics if "loss" in line], samples)
+
+
+def _check_turn_advantages(metrics, samples):
+    """The loss by hand. The weights do not move, so each ratio is 1, and the loss is less the mean over episodes of the
+    mean advantage of each one's tokens.
+    """
+    seen = False
+    for step, line in enumerate(metrics, 1):
+        own = [sample for sample in samples if sample["step"] == step]
+        groups = [[sample for sample in own if sample["prompt_index"] == i] for i in {s["prompt_index"] for s in own}]
+        means = []
+        for group in groups:
+            returns = {}
+            for number, sample in enumerate(group):
+                if sample["rewards"]["environment"] is not None:
+                    rewards = [reward or 0.0 for reward in sample["turn_rewards"]]
+                    returns[number] = [
+                        sum(0.5 ** (k - j) * rewards[k] for k in range(j, len(rewards))) for j in range(len(rewards))
+                    ]
+            flat = [value for values in returns.values() for value in values]
+            for number, values in returns.items():
+                want = (np.array(values) - np.mean(flat)) / (np.std(flat, ddof=1) + 1e-4)
+                got = group[number]["turn_advantages"]
+                np.testing.assert_allclose(got, want, atol=1e-12)
+                trained = group[number].get("trained", [1] * group[number]["tokens"])
+                lengths = [len(run) for run in "".join(map(str, trained)).split("0") if run]
+                assert len(lengths) == len(values)
+                means.append(np.average(want, weights=lengths))
+                seen |= len(set(lengths)) > 1
+        assert line["loss"] == pytest.approx(-np.mean(means), rel=1e-4, abs=1e-6)
+    assert seen, "no episode has turns of different lengths"
 
 
 @pytest.mark.parametrize(
