@@ -122,7 +122,10 @@ class Judge:
         prices = self.prices if isinstance(self.prices, (list, tuple)) else ()
         checks = {
             "folder": (self.folder is None or _is_text(self.folder), "a path, or null"),
-            "base_url": (self.base_url is None or isinstance(self.base_url, str), "a URL, or null for OpenAI's own"),
+            "base_url": (
+                self.base_url is None or _is_url(self.base_url),
+                "http:// or https://, or null for OpenAI's own",
+            ),
             "extra_body": (self.extra_body is None or isinstance(self.extra_body, Mapping), "a mapping, or null"),
             "model": (_is_text(self.model), "the name of a model"),
             "rubric": (_is_text(self.rubric), "what to judge, in words"),
@@ -657,6 +660,10 @@ def _own_hash() -> str:
 def _is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number that a float can hold."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_url(value: Any) -> bool:
+    return isinstance(value, str) and re.match(r"https?://[^/]", value) is not None
 
 
 def _is_text(value: Any) -> bool:

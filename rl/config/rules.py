@@ -105,6 +105,10 @@ def check_config(config: Config) -> None:
         )
     for name, function in zip(names, config.rewards.functions, strict=True):
         is_said = function.kwargs or function.needs_group or function.elementwise is not None
+        if reward_model_source(function.function) == "":
+            raise ValueError(
+                f"rewards.functions: {shown(name)} must name a folder or a hub id behind model:, got nothing"
+            )
         if is_said and reward_model_source(function.function) is not None:
             raise ValueError(
                 f"rewards.functions: {shown(name)} must have neither kwargs nor elementwise nor needs_group, because a "

@@ -123,23 +123,25 @@ def scores_by_sort(
     return sorts
 
 
-def has_failed(runner: RewardRunner, results: Sequence[RewardResult]) -> bool:
-    """Whether a function with a weight failed in one of the results."""
+def way_out_of(runner: RewardRunner, results: Sequence[RewardResult]) -> str:
+    """What to do where no function with a weight could judge a right answer."""
     names = [spec.name for spec in runner.specs if spec.weight]
-    return any(result.counts.get(name, {}).get(kind) for result in results for name in names for kind in FAILURES)
+    if not names:
+        return "give a function a weight"
+    has_failed = any(result.counts.get(name, {}).get(kind) for result in results for name in names for kind in FAILURES)
+    return "mend the function that failed" if has_failed else f"check the column `{ANSWER}`"
 
 
-def verdict_of(sorts: Mapping[str, SortScores], has_failed: bool) -> tuple[str | None, bool]:
+def verdict_of(sorts: Mapping[str, SortScores], way_out: str) -> tuple[str | None, bool]:
     """(why a right answer is not known to score above junk, whether it is known not to).
 
-    has_failed: whether a function with a weight failed on a completion, and did not just decline to judge it.
+    way_out: see `way_out_of`.
     """
     if not any(sort.startswith("right answer") for sort in sorts):
         reason = f"the data set has no column `{ANSWER}` (data.columns names one)"
         return f"what is right is not known, because {reason}; only failures were looked for", False
     known = _right(sorts)
     if not known:
-        way_out = "mend the function that failed" if has_failed else f"check the column `{ANSWER}`"
         return f"no function with a weight could judge a right answer; {way_out}", True
     best = max(known, key=lambda sort: known[sort])
     for sort, total in _junk(sorts).items():
@@ -196,7 +198,7 @@ def check_shortly(
     if scored is None:
         return None, False
     sorts = scores_by_sort(runner, made, scored)
-    problem, is_wrong = verdict_of(sorts, has_failed(runner, [scored]))
+    problem, is_wrong = verdict_of(sorts, way_out_of(runner, [scored]))
     if problem is not None:
         return f"{problem}; `grpo rewards check` shows more" if is_wrong else None, is_wrong
     best = max(_right(sorts).values())

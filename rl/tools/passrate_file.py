@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -98,12 +99,14 @@ def output_paths(output: str, data: DataSection) -> list[str]:
     """The files to write, one for each source where the name holds `{source}`, else one.
 
     Raises:
-      ValueError: the name has another ending, or `{source}` without a mixture, or with names of sources that are no
-        names of files.
+      ValueError: the name has another ending or another field, or `{source}` without a mixture, or with names of
+        sources that are no names of files.
     """
     check_path(output, "--output", may_be_remote=False)
     if pathlib.Path(output).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--output must end with .jsonl or .parquet, got {output!r}")
+    if unknown := re.search(r"\{\w*\}", output.replace(SOURCE_FIELD, "")):
+        raise ValueError(f"--output may hold {SOURCE_FIELD} and no other field, got {unknown[0]} in {output!r}")
     if SOURCE_FIELD not in output:
         return [output]
     names = data.source_names

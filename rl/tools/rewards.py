@@ -36,10 +36,10 @@ from rl.rollout.reward_check import (
     MadeCompletion,
     SortScores,
     arguments_of,
-    has_failed,
     made_completions,
     scores_by_sort,
     verdict_of,
+    way_out_of,
 )
 from rl.rollout.scoring import start_rewards
 from rl.run.metrics import read_samples
@@ -112,7 +112,7 @@ def check(
         problems.append(f"samples of {samples} are judged one by one, without {', '.join(alone)}, which compare them")
     sorts = {sort: judged for result in results for sort, judged in result.sorts.items()}
     effort = added_effort(result.effort for result in scored)
-    verdict, is_wrong = verdict_of(sorts, has_failed(runner, scored))
+    verdict, is_wrong = verdict_of(sorts, way_out_of(runner, scored))
     return Checked(
         sorts=sorts,
         weights=weights,

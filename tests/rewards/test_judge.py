@@ -463,6 +463,7 @@ def test_a_folder_that_cannot_be_used_is_refused_at_the_start(tmp_path):
     [
         ({"model": ""}, "model of a judge must be the name of a model"),
         ({"highest": 0}, "highest of a judge must be above lowest"),
+        ({"base_url": "127.0.0.1:8000/v1"}, "base_url of a judge must be http:// or https://, or null"),
         ({"rubrik": "x"}, "judge has no setting 'rubrik'"),
         ({"score_by": "probability", "highest": 100}, "score_by=probability needs whole scores, 2 to 20 of them"),
         ({"budget": 1.0}, "budget of a judge needs a folder"),

@@ -103,6 +103,8 @@ def test_an_entry_with_settings_of_a_function_is_refused_and_a_model_is_no_code_
             ValueError, match=r"rewards.functions: 'judge' must have neither kwargs nor elementwise nor"
         ):
             recipe(tmp_path, "judge", f"rewards.functions={functions}")
+    with pytest.raises(ValueError, match=r"'model:' must name a folder or a hub id behind model:, got nothing"):
+        recipe(tmp_path, "judge", "rewards.functions=['model:']")
     assert code_of(recipe(tmp_path, "judge")) == []
 
 

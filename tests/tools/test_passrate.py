@@ -229,6 +229,10 @@ def test_mixtures_and_chats_are_written_as_their_sources_had_them(tmp_path):
         (["--output", "no/such/rates.jsonl"], "--output must be a file in a folder that exists"),
         (["--output", "{source}.jsonl"], "--output must be one file for one data.source"),
         (
+            ["--output", "o-{sorce}.jsonl"],
+            "--output may hold {source} and no other field, got {sorce} in 'o-{sorce}.js",
+        ),
+        (
             ["--output", "rows.jsonl"],
             "--output must be new, got 'rows.jsonl', which exists; choose another one, or pass",
         ),

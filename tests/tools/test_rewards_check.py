@@ -122,6 +122,8 @@ def test_rewards_that_do_not_tell_right_from_junk_end_with_status_1(recipe, caps
     assert f"{told}check the column `answer`" in capsys.readouterr().out
     assert main(["rewards", "check", recipe("fails", data=COLUMNS), "--rows", "2"]) == 1
     assert f"{told}mend the function that failed" in capsys.readouterr().out
+    weightless = check(recipe("anywhere", data=COLUMNS), 2, overrides=["rewards.functions.0.weight=0"])
+    assert f"error: {weightless.verdict}" == f"{told}give a function a weight"
 
 
 def test_a_function_that_failed_on_some_completions_is_not_said_to_score_all_alike(recipe):

@@ -6,6 +6,7 @@ Commands are those of the recipes' README files, in this process and from the ch
 import dataclasses
 import json
 import re
+import threading
 import zlib
 
 import pytest
@@ -178,6 +179,30 @@ def test_llm_judge_from_the_command_line_and_from_python(tmp_path):
         assert line["reward/judge/price"] == pytest.approx(50e-6)
     assert sum(line["reward/judge/retries"] for line in steps) > 0
     assert list(run.metrics["reward/judge/cached"])[1:] == [1.0, 1.0]
+
+
+def test_the_rule_that_stands_in_for_a_judge(tmp_path):
+    pytest.importorskip("openai", reason="needs the extra judge")
+    from examples.llm_judge.rule_server import Judge, Server, score
+
+    good = "Ice swims on water because it is lighter than the water below it."
+    scored = [
+        good,
+        good.replace(" because", ","),
+        f"{good} So it swims.",
+        good.replace("lighter", "comparatively light"),
+    ]
+    assert [score(text) for text in (*scored, "ice swims", "")] == [5, 4, 4, 4, 2, 1]
+    with Server(("127.0.0.1", 0), Judge) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        judge = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "folder": str(tmp_path / "judge")}
+        answers = ["data.columns={prompt: prompt}", f"data.source={tmp_path / 'tasks.jsonl'}", "data.eval_size=0"]
+        (tmp_path / "tasks.jsonl").write_text(json.dumps({"prompt": "Why does ice swim?", "answer": good}))
+        changes = [*TINY, *answers, rewards_with("llm_judge/grpo.yml", judge=judge), "grpo.prompts_per_step=1"]
+        checked = check("examples/llm_judge/grpo.yml", 1, overrides=changes)
+        server.shutdown()
+    assert (checked.verdict, checked.problems) == (None, [])
+    assert [checked.sorts[sort].total for sort in ("right answer, as in the row", "empty")] == [1.0, 0.0]
 
 
 def test_reward_model(tmp_path):
