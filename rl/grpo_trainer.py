@@ -130,6 +130,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
 
         # loop
         stack.enter_context(log.recording(run.path, progress.steps_done))  # from here on metrics go to files
+        stack.enter_context(collector.journal(run.path))  # and episodes, until a checkpoint has their step
         if progress.steps_done == 0:
             log.baseline(collector.evaluate_if_due(state, steps_done=0))
         for step in range(progress.steps_done, config.grpo.steps):

@@ -5,8 +5,10 @@ metrics of an evaluation. Not here: the choice of a step's prompts (`rl.rollout.
 itself (`rl.rollout.scoring`), advantages (`rl.rollout.groups`).
 """
 
+import contextlib
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from rl.rollout.episodes import EpisodeSource
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.failing import FailureWatch
 from rl.rollout.groups import Judged, counted_function, judge, pass_rates
+from rl.rollout.journal import Journal, StepJournal
 from rl.rollout.reward_check import tell_of_rewards
 from rl.rollout.scoring import sample_and_score
 from rl.rollout.step_prompts import check_calls, collect
@@ -69,7 +72,18 @@ class Collector:
         self._first_rows = data.train[:_FIRST_ROWS]
         self._rows, self._held_out, self._stream = data.rows, data.evaluated(config.eval), data.stream
         self._epoch = 0.0  # how often the training rows were used up so far
+        self._journal: Journal | None = None
+        self._of_step: StepJournal | None = None
         self._failures = FailureWatch(runner.specs, config.rewards.max_failed_share, config.health.patience)
+
+    def journal(self, folder: pathlib.Path) -> contextlib.AbstractContextManager[object]:
+        """A context in which the turns of episodes are kept in the run's folder, so that a step that is cut short goes
+        on where it was. ValueError where the disk is full, as for `draw_and_judge` inside it.
+        """
+        if self._episodes is None:
+            return contextlib.nullcontext()
+        self._journal = Journal(folder)
+        return self._journal
 
     @property
     def reward_state(self) -> dict[str, Any]:
@@ -128,6 +142,8 @@ class Collector:
           position: how many rows, in the run's order, are used up.
         """
         self._epoch = self._order.epochs(position)
+        if self._journal is not None:
+            self._of_step = self._journal.step(step, state.params)
         groups = collect(
             self._config, self._rows, self._order, position, step, functools.partial(self._draw, state, step)
         )
@@ -136,6 +152,9 @@ class Collector:
             self._log.messages(self._stream.take_messages())
         self._sampler.release()  # the weights are about to change
         self._failures.end_step()
+        if self._of_step is not None:
+            self._log.messages(self._of_step.told())
+            groups = dataclasses.replace(groups, metrics=groups.metrics | self._of_step.metrics())
         if (curriculum := self._order.curriculum) is not None:
             curriculum.end_step()
             groups = dataclasses.replace(groups, metrics=groups.metrics | curriculum.metrics())
@@ -178,6 +197,7 @@ class Collector:
             moment=self._moment(step),
             seed=self._config.seed,
             source=self._episodes,
+            journal=self._of_step,
         )
         if self._runner.calls != calls:  # these completions showed that a function compares them
             check_calls(self._config, self._runner)

@@ -27,6 +27,8 @@ from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
 from rl.data.turns import Turns
 from rl.rollout.episode import DONE, FAILED, MAX_DRAWN, MAX_TOKENS, MAX_TURNS, Episode, num_alike
+from rl.rollout.journal import StepJournal
+from rl.rollout.recorded import RecordedEnvironments
 from rl.rollout.shared_environments import Environments
 from rl.sampler.contract import Completion, CompletionSource, DrawSession, Request
 from rl.sampler.token_draw import SamplingParams
@@ -92,16 +94,18 @@ class EpisodeSource:
         prompt_indices: Sequence[int],
         seed: int,
         step: int,
+        journal: StepJournal | None = None,
     ) -> Iterator[tuple[int, Episode]]:
         """Draws `num_samples` episodes of every row; yields (place [B], episode) as each ends.
 
         Args:
+          journal: what is known of these episodes already, and where what they say and draw is added; None: nothing.
           seed, step: of the run; the seed of an environment follows from both and from the prompt's index, and is the
             same for the whole group.
         """
         session = sampler.open(params, sampling, key, len(rows), num_samples, self.limits.tokens)
         seeds = [sample_seed(seed, step, index, 0) for index in prompt_indices]
-        call = _Call(self, session, rows, num_samples, sampling, prompt_indices, seeds)
+        call = _Call(self, session, rows, num_samples, sampling, prompt_indices, seeds, journal)
         try:
             for b, episode in call.run():
                 episode.settle(self.limits.sequences)
@@ -122,8 +126,13 @@ class _Call:
         sampling: SamplingParams,
         prompt_indices: Sequence[int],
         seeds: Sequence[int],
+        journal: StepJournal | None,
     ) -> None:
-        self._environments, self._tokenizer = source.environments, source.tokenizer
+        self._tokenizer, self._journal = source.tokenizer, journal
+        self._keys = [(int(index), sample) for index in prompt_indices for sample in range(num_samples)]
+        self._environments: Environments = source.environments
+        if journal is not None:
+            self._environments = RecordedEnvironments(source.environments, journal, self._keys)
         self._turns_P = [source.turns[source.environments.environment_of(row.columns)] for row in rows]
         self._limits, self._session, self._sampling = source.limits, session, sampling
         self._in_order, self._num_asked = source.in_order, 0
@@ -132,6 +141,8 @@ class _Call:
         self._num_samples, self._indices = num_samples, prompt_indices
         self._episodes = [Episode(prompt=row.prompt) for row in rows for _ in range(num_samples)]
         self._to_begin = [num_samples] * len(rows)  # episodes of each group whose environment has not begun
+        self._repeating: list[set[int]] = [set() for _ in rows]  # places of each group that still have recorded turns
+        self._to_draw: list[dict[int, int]] = [{} for _ in rows]  # of each group, by place: the limit of its next turn
         self._numbers: dict[int, int] = {}  # {place: number in the session}, until it is finished there
         self._places: dict[int, int] = {}  # the other way
         self._drawing: set[int] = set()  # places of which a turn is being drawn
@@ -159,6 +170,8 @@ class _Call:
                 self._read(reply)
             for number, completion in self._session.poll():
                 self._end_turn(self._places[number], completion)
+            if self._journal is not None:
+                self._journal.sync()
             over, self._over = self._over, []
             for b in over:
                 yield b, self._episodes[b]
@@ -167,6 +180,8 @@ class _Call:
         while self._closing:  # they would keep the workers busy, and be ended with them
             for reply in self._environments.poll(_WAIT_SECONDS):
                 self._read(reply)
+        if self._journal is not None:
+            self._journal.sync(waits=True)
 
     def _replies(self) -> list[EnvironmentReply]:
         """The replies that are there. In order: all that were asked for, by the places of their episodes."""
@@ -233,11 +248,50 @@ class _Call:
                 self._episodes[place].sequences[0].prompt_ids = []
                 self._fail(place, ("prompt", why), is_running=True)
             return
+        for place in [place for members in prompts.values() for place in members]:
+            self._to_draw[p][place] = limit
+        self._repeat(p)
+
+    def _repeat(self, p: int) -> None:
+        """Tells the recorded turns of a group again, and has the session draw the others and all that comes then."""
+        known = {place: turn for place in self._to_draw[p] if (turn := self._recorded_turn(place)) is not None}
+        self._repeating[p] = {*known}
+        for place, turn in known.items():
+            del self._to_draw[p][place]
+            self._end_turn(place, turn)
+        if not known:
+            self._submit(p)
+
+    def _recorded_turn(self, b: int) -> Completion | None:
+        """The next turn of an episode, where the journal has it. In order all turns are drawn again, because what is
+        computed together is in their log-probs; only environments answer from the journal then.
+        """
+        if self._journal is None or self._in_order:
+            return None
+        return self._journal.recorded_turn(self._keys[b], self._episodes[b].num_turns)
+
+    def _stop_repeating(self, b: int) -> None:
+        """Notes that no recorded turn of an episode is left, or that it ends."""
+        p = b // self._num_samples
+        if b in self._repeating[p]:
+            self._repeating[p].remove(b)
+            if not self._repeating[p]:
+                self._submit(p)
+
+    def _submit(self, p: int) -> None:
+        """Has the session draw the next turns of a group's episodes. Those with equal prompts share them."""
+        limits, self._to_draw[p] = self._to_draw[p], {}
+        prompts: dict[tuple[int, ...], list[int]] = {}
+        for place in limits:
+            prompts.setdefault(tuple(self._episodes[place].prompt_ids), []).append(place)
         requests, places = [], []
         for number, members in enumerate(prompts.values()):
             for place in members:
-                requests.append(Request(number, int(self._indices[p]), place % self._num_samples, limit))
+                begun, limit = tuple(self._episodes[place].token_ids), limits[place]
+                requests.append(Request(number, int(self._indices[p]), place % self._num_samples, limit, None, begun))
                 places.append(place)
+        if not requests:
+            return
         numbers = self._session.submit([np.array(prompt, np.int32) for prompt in prompts], requests)
         for place, number in zip(places, numbers, strict=True):
             self._numbers[place], self._places[number] = number, place
@@ -259,6 +313,8 @@ class _Call:
                 episode.ended = MAX_TOKENS
         # Also where a limit has cut the turn: the environment judges what there is.
         text = self._tokenizer.decode(_without_end(completion), skip_special_tokens=False)
+        if self._journal is not None:
+            self._journal.add_turn(self._keys[b], episode.num_turns - 1, completion, text)
         self._environments.step(b, text)
         self._num_asked += 1
 
@@ -290,8 +346,14 @@ class _Call:
         episode.unread = []
         episode.sequences[0].add_read(ids)
         limit = len(episode.token_ids) + min(left, room, self._limits.turn_tokens)
-        self._session.go_on(self._numbers[b], ids, limit)
-        self._drawing.add(b)
+        if (turn := self._recorded_turn(b)) is not None:
+            self._end_turn(b, turn)
+        elif b in self._numbers:
+            self._session.go_on(self._numbers[b], ids, limit)
+            self._drawing.add(b)
+        else:
+            self._to_draw[b // self._num_samples][b] = limit
+            self._stop_repeating(b)
 
     def _most_tokens(self, b: int) -> int:
         """Tokens that an episode may have: less where the prompts of its group differ, see `shared_prompt`."""
@@ -302,6 +364,7 @@ class _Call:
 
     def _end(self, b: int, ended: str) -> None:
         self._episodes[b].ended = ended
+        self._stop_repeating(b)
         self._leave_session(b)
         self._environments.finish(b, ended)
         self._num_asked += 1
@@ -310,6 +373,7 @@ class _Call:
         """Ends an episode without a reward. is_running: its environment knows nothing of the failure."""
         episode = self._episodes[b]
         episode.failure, episode.ended = failure, FAILED
+        self._stop_repeating(b)
         if is_running:
             self._environments.finish(b, FAILED)  # the reply says only that it has closed
             self._closing.add(b)

@@ -27,6 +27,7 @@ from rl.devices import hosts
 from rl.devices.mesh import no_implicit_transfers
 from rl.rollout.episode import Episode, row_of
 from rl.rollout.episodes import EpisodeSource
+from rl.rollout.journal import StepJournal
 from rl.rollout.reward_model import RewardModel, check_prompts, open_reward_models
 from rl.run.metrics import Stopwatch
 from rl.sampler.contract import Completion, CompletionSource, Request, requests_for
@@ -120,6 +121,7 @@ def sample_and_score(
     seed: int = 0,
     source: EpisodeSource | None = None,
     episode_step: int | None = None,
+    journal: StepJournal | None = None,
 ) -> ScoredCompletions:
     """Draws completions of every row, and runs the reward functions on each as it ends, while others are still drawn.
 
@@ -128,7 +130,7 @@ def sample_and_score(
       names: the reward functions to run; None: all.
       moment: where the run stands; None: at its start. seed: of the run, for the seeds of reward functions.
       source: draws episodes in place of single turns. episode_step: the step from which the seeds of environments
-        follow; None: that of the moment.
+        follow; None: that of the moment. journal: of the step, see `EpisodeSource.draw`.
       watch: "rollout" counts the time until the last completion, "reward" the time of the rewards after that.
     """
     row_B = [row for row in rows for _ in range(num_samples)]
@@ -148,7 +150,9 @@ def sample_and_score(
                 drawn = sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key)
             else:
                 of_step = step if episode_step is None else episode_step
-                drawn = _episodes(source, episodes, sampler, params, rows, requests, sampling, key, seed, of_step)
+                drawn = _episodes(
+                    source, episodes, sampler, params, rows, requests, sampling, key, seed, of_step, journal
+                )
             for b, completion in drawn:
                 row, episode, ids = row_B[b], episodes.get(b), completion.token_ids.tolist()
                 done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
@@ -185,11 +189,12 @@ def _episodes(
     key: jax.Array,
     seed: int,
     step: int,
+    journal: StepJournal | None,
 ) -> Iterator[tuple[int, Completion]]:
     """Draws an episode for each request as `CompletionSource.stream` draws completions; notes them in `episodes`."""
     num_samples = len(requests) // len(rows)
     indices = [request.prompt_index for request in requests[::num_samples]]
-    for b, episode in source.draw(sampler, params, rows, num_samples, sampling, key, indices, seed, step):
+    for b, episode in source.draw(sampler, params, rows, num_samples, sampling, key, indices, seed, step, journal):
         episodes[b] = episode
         yield b, episode.completion(requests[b].prompt_index, requests[b].sample_index, sampling)
 

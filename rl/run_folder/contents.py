@@ -17,6 +17,7 @@ from rl.config.load import Config, load_config
 from rl.files.local_files import UNFINISHED
 
 CONFIG, IDENTITY, METRICS, SAMPLES = "config.yml", "run.json", "metrics.jsonl", "samples.jsonl"
+JOURNAL = "journal.jsonl"  # of the steps since the last checkpoint, see `rl.rollout.journal`
 CHECKPOINTS, EXPORT, EXPORT_RECORD = "checkpoints", "export", "export.json"
 HASHES = "hashes.json"  # of a checkpoint, see `rl.state.checkpoint_files`
 LOCK, LOG, CURVES = ".lock", "rewards.log", "reward.png"
@@ -30,7 +31,7 @@ RUN_KEY = "run"
 HELD_OUT = "held_out"  # of run.json: the identity of the held-out rows; older versions wrote none
 
 # Each run of a folder writes or continues these. rewards.log belongs to the folder, whichever run it holds.
-_FILES = (METRICS, SAMPLES, CONFIG, IDENTITY)
+_FILES = (METRICS, SAMPLES, JOURNAL, CONFIG, IDENTITY)
 CURVES_MARK = "Tandem: grpo report"  # in every picture that it draws, whatever the format
 _LARGEST_CURVES = 1 << 25  # bytes
 # Files of a step, by Orbax and `rl.state.checkpoint_files`, that hashes.json does not list.
@@ -171,8 +172,8 @@ def unfinished_steps(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def has_work(folder: pathlib.Path) -> bool:
-    """Whether a run has recorded anything here: a line of metrics or samples, or a checkpoint."""
-    files = (folder / METRICS, folder / SAMPLES)
+    """Whether a run has recorded anything here: a line of metrics, samples or its journal, or a checkpoint."""
+    files = (folder / METRICS, folder / SAMPLES, folder / JOURNAL)
     return any(file.is_file() and file.stat().st_size > 0 for file in files) or bool(checkpoint_steps(folder))
 
 

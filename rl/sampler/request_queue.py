@@ -102,7 +102,7 @@ class Schedule:
       num_waiting: W, the most requests of a shard that wait on the device.
       counted_length: the most tokens before the first one that a request draws, where penalties count them.
       holds: completions have several turns: what a request takes is free when `finish` says so, and the slot of one
-        that ends is listed in `ended`.
+        that ends is listed in `ended`. A request that continues tokens is listed in `begun`, and waits for no slot.
       logits_dtype: of the numbers in the rules of requests.
     """
 
@@ -137,6 +137,7 @@ class Schedule:
         self._slots = np.zeros(0, np.int64)
         self._cancelled = np.zeros(0, bool)  # slots that the host has ended, and that the device takes for busy
         self.ended: dict[int, int] = {}  # {request whose turn has ended: the slot that still has what it drew}
+        self.begun: list[int] = []  # where they have turns: requests that had some before they came, and may go on now
         self.num_left = 0  # requests that have not ended
 
     def add(
@@ -234,7 +235,9 @@ class Schedule:
                 inputs.positions_BT[place] = self._common_length + np.arange(prefix.size)
                 inputs.group_ids_BT[place] = prompt_number
                 self._left[shard, rows] += len(piece)
-                self._waiting[shard].extend(piece)
+                for number in piece:
+                    is_begun = self._holds and self._requests[number].continues
+                    (self.begun if is_begun else self._waiting[shard]).append(number)
                 self._rows_of.update((request, (shard, rows)) for request in piece)
         return inputs, places
 

@@ -99,13 +99,17 @@ class SlotSession:
         requests: Sequence[Request],
         shards: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> range:
-        """Takes in requests for further prompts, see `Schedule.add`; returns their numbers here.
+        """Takes in requests for further prompts, see `Schedule.add`; returns their numbers here. With turns, one that
+        continues tokens goes on behind them as after `go_on`, and has its limit.
 
         Raises:
           ValueError: with turns, what no sampler can draw.
         """
         if self._has_turns:
-            check_requests(self._engine.policy.config, self._decode_text, prompts, requests, self._sampling)
+            sampling = self._sampling
+            if any(request.continues for request in requests):
+                sampling = dataclasses.replace(sampling, max_completion_length=self._most_tokens)
+            check_requests(self._engine.policy.config, self._decode_text, prompts, requests, sampling)
         self._is_stuck = False
         return self._schedule.add(prompts, requests, shards, self._total)
 
@@ -129,7 +133,7 @@ class SlotSession:
         turns = self._turns[number]
         assert turns.state == _OUTSIDE, number
         turns.tokens.extend(int(token) for token in token_ids)
-        assert len(turns.tokens) < limit <= self._state.shape.length - max(READ_SIZES), (len(turns.tokens), limit)
+        assert len(turns.tokens) < limit <= self._most_tokens, (len(turns.tokens), limit)
         request = self._schedule.request(number)
         self._schedule.replace(number, dataclasses.replace(request, continues=tuple(turns.tokens), limit=limit))
         self.num_read += len(token_ids)
@@ -157,6 +161,11 @@ class SlotSession:
             state = self._keep(state)
         while needed := schedule.num_to_prefill(self._prefill_rows):
             state = self._admit(state, needed)
+        for number in schedule.begun:
+            shard = schedule.shard(number)
+            self._turns[number] = _Turns(shard, list(schedule.request(number).continues), state=_READY)
+            self._ready[shard].append(number)
+        schedule.begun.clear()
         state = self._fit(state)
         if self._has_turns:
             state = self._go_on(state)
@@ -223,6 +232,11 @@ class SlotSession:
             wanted = max((slots for slots in fewer if slots < now.slots), default=0)
         # The host can do nothing about slots that are idle now. It looks again when a completion has ended.
         return min(wanted * self._engine.num_shards, schedule.num_soon_busy() - 1)
+
+    @property
+    def _most_tokens(self) -> int:
+        """Tokens that a completion of several turns may have."""
+        return self._state.shape.length - max(READ_SIZES)
 
     def _cache_size(self, state: DecodeState) -> CacheSize:
         return CacheSize(state.own.num_rows // self._engine.num_shards, state.own.length)

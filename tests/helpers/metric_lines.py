@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-_BEGINNINGS = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb")
+_BEGINNINGS = ("seconds/", "tokens_per_second/", "compiles", "peak_memory_gb", "journal/")
 _ENDS = ("/seconds_mean", "/seconds_max")  # of reward functions
 
 

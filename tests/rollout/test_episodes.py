@@ -1,6 +1,7 @@
 """Episodes in a whole run: what environments and the policy say in turn, what becomes of it, and every limit."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -17,9 +18,11 @@ from rl.config.load import load_config
 from rl.data.byte_tokenizer import ByteBackend
 from rl.data.tokenizer import Tokenizer
 from rl.grpo_trainer import train
+from rl.rollout.journal import StepJournal
 from rl.run.metrics import read_metrics, read_samples
 from rl.sampler.slot_session import SlotSession
 from rl.tools.evaluate import evaluate_source
+from rl.tools.samples.sample import main as sample_main
 from tests.helpers.metric_lines import steady
 from tests.helpers.places import ROOT
 
@@ -323,6 +326,34 @@ def _check_turn_advantages(metrics, samples):
     assert seen, "no episode has turns of different lengths"
 
 
+def test_an_episode_of_a_run_is_played_again_and_says_where_its_environment_answers_otherwise(folder, samples, capsys):
+    def replay(kind: str, *options: str) -> tuple[int, list[dict[str, Any]], str]:
+        sample = samples[kind][2]
+        place = ["1", str(sample["prompt_index"]), str(sample["sample_index"])]
+        capsys.readouterr()
+        status = sample_main(["--replay", str(folder / "true"), *place, *options])
+        said = capsys.readouterr()
+        return status, [json.loads(line) for line in said.out.splitlines()], said.err
+
+    for kind, reward in (("plain", 0.75), ("endless", None)):
+        status, lines, said = replay(kind)
+        sample = samples[kind][2]
+        assert (status, lines[0]["prompt"]) == (0, sample["prompt"]), said
+        assert [line["content"] for line in lines[1:-1]] == [
+            message["content"] for message in sample["messages"] + sample["unread"]
+        ]
+        assert lines[-1] == {"ended": sample["ended"], "reward": reward}
+        assert "answers as samples.jsonl has it" in said
+    status, lines, said = replay("raises")
+    assert (status, lines[-1]["failure"], lines[-1]["ended"]) == (0, samples["raises"][2]["failure"], "failed")
+    status, _, said = replay("differs")  # what reset gives does not follow from the seed
+    assert (status, "NOT equal to samples.jsonl: the prompt was 'play 4" in said) == (1, True)
+    (folder / "game.py").rename(folder / "moved.py")
+    with pytest.raises(ValueError, match=re.escape(f"{folder / 'game.py'}")):
+        replay("plain", "--trust")
+    (folder / "moved.py").rename(folder / "game.py")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -373,8 +404,10 @@ def test_a_turn_that_a_limit_cuts_is_judged_and_shapes_do_not_follow_the_number_
     assert [line["compiles"] for line in metrics[1:]] == [0, 0]
 
 
-def test_a_run_that_is_killed_in_mid_episode_goes_on_as_if_it_had_not_been(folder):
-    """With rollout.in_order, bit for bit. The other flavour goes on from the checkpoint of the first."""
+def test_a_run_that_is_killed_in_mid_episode_goes_on_as_if_it_had_not_been(folder, capsys, monkeypatch):
+    """With rollout.in_order, bit for bit. The other flavour goes on from the checkpoint and the journal of the first.
+    Otherwise what is in the journal is equal, and the other tokens are.
+    """
     game = [f"rollout.environment={folder / 'game.py'}:Game", "rollout.in_order=true", "checkpoint.every=1"]
     # Without the kind whose prompts do not follow from the seed.
     game += ["grpo.steps=3", "grpo.prompts_per_step=4", "grpo.minibatches=4", f"data.source={folder / 'seeded.jsonl'}"]
@@ -388,5 +421,24 @@ def test_a_run_that_is_killed_in_mid_episode_goes_on_as_if_it_had_not_been(folde
     assert not (folder / "kill").exists()
     assert [line["step"] for line in read_metrics(folder / "killed")] == [1]
     metrics, again = start(folder, "killed", *game, "pure_nnx=false")
+    assert re.search(r"step 2: \d+ whole episodes and \d+ begun ones are from the journal", capsys.readouterr().out)
     assert again == samples
     assert [steady(line) for line in metrics] == [steady(line) for line in whole]
+    assert not (folder / "killed" / "journal.jsonl").exists()
+
+    game, count = [*game, "rollout.in_order=false", "grpo.steps=2"], itertools.count()
+    original = StepJournal.add_turn
+
+    def stop(*arguments):
+        if next(count) == 54:  # of about 2 * 32 turns
+            raise InterruptedError
+        original(*arguments)
+
+    monkeypatch.setattr(StepJournal, "add_turn", stop)
+    with pytest.raises(InterruptedError):
+        start(folder, "cut short", *game)
+    monkeypatch.undo()
+    metrics, again = start(folder, "cut short", *game, "pure_nnx=false")
+    assert re.search(r"step 2: [1-9]\d* whole episodes and [1-9]\d* begun ones", capsys.readouterr().out)
+    assert again == [sample for sample in samples if sample["step"] < 3]
+    assert metrics[1]["sampler_logprob_difference_max"] <= 1e-4

@@ -8,14 +8,15 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 
 from rl.config.load import Config, differences, load_config
 from rl.data.order import order_of
 from rl.data.prompt_rows import PromptRow
-from rl.data.prompts import load_prompts
+from rl.data.prompts import PromptData, load_prompts
 from rl.data.tokenizer import Tokenizer
 from rl.devices.programs import use_compilation_cache
 from rl.run.metrics import read_metrics, read_samples
@@ -28,6 +29,8 @@ from rl.sampler.token_draw import SamplingParams
 from rl.state.checkpoint_files import read_record
 from rl.state.origin import tokenizer_from_config
 from rl.tools.trained import load_checkpoint, load_start
+
+NOT_HELD = "(logging.samples_per_step decides how many it holds)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +52,10 @@ class Replayed:
 def compare(run: str | os.PathLike, replayed: Replayed) -> tuple[bool, str]:
     """(whether samples.jsonl agrees with this completion or does not hold it, what it holds in words)."""
     completion = replayed.completion
-    place = replayed.step, completion.prompt_index, completion.sample_index
-    recorded = [row for row in read_samples(run) if (row["step"], row["prompt_index"], row["sample_index"]) == place]
-    if not recorded:
-        return True, "samples.jsonl does not hold this completion (logging.samples_per_step decides how many it holds)"
-    record, token_ids = recorded[-1], completion.token_ids.tolist()
+    record = recorded(run, replayed.step, completion.prompt_index, completion.sample_index)
+    if record is None:
+        return True, f"samples.jsonl does not hold this completion {NOT_HELD}"
+    token_ids = completion.token_ids.tolist()
     now = {"completion": replayed.text, "tokens": len(token_ids), "finish_reason": completion.finish_reason}
     differing = [
         f"{name} was {record[name]!r}, is {value!r}" for name, value in now.items() if record.get(name, value) != value
@@ -85,34 +87,13 @@ def draw_again(
         weights have changed.
     """
     folder = pathlib.Path(run)
-    own, identity = read_run(folder)
-    config = load_config(folder / "config.yml", overrides)
-    config.rollout.refuse_turns("grpo sample --replay")
-    if identity["kind"] != "grpo":
-        raise ValueError(f"--replay needs a run of `grpo train`, {str(run)!r} is one of kind {identity['kind']!r}")
-    changed = differences(own, config)
-    if changed:
-        raise ValueError(f"--replay must keep the run's own settings, got other values for {sorted(changed)}")
-    check_trust(folder, config, overrides, TO_REPLAY, trust)
-    _check_replayable(folder, step)
-    num_prompts = _num_prompts(config, folder, step)
-    for name, number, count in (("PROMPT", prompt, num_prompts), ("SAMPLE", sample, config.grpo.group_size)):
-        if number >= count:
-            raise ValueError(f"--replay: {name} must be from 0 to {count - 1}, got {number}")
+    config, identity = run_of_replay(folder, overrides, TO_REPLAY, trust)
+    config.rollout.refuse_turns("a replay with the run's weights")
     use_compilation_cache(config)
-    data = load_prompts(config, tokenizer_from_config(config))
-    _check_same("data", data.fingerprint(), identity["data"])
+    data, rows = rows_of_step(config, folder, identity, step, prompt, sample)
     trained = load_start(config) if step == 1 else load_checkpoint(config, folder, step - 1)
     if step == 1:
         _check_same("policy", trained.origin.identity, identity["policy"])
-    # Refills take the next prompts, so the number used up before a step gives all its prompts.
-    position = _position(folder, step, data.num_positions)
-    order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
-    record = (read_record(checkpoint_folder(folder, step - 1)) or {}) if step > 1 else {}
-    order = order.laid_out_for(record.get(ORDER_STEP, order.prompts_per_step))
-    if order.curriculum is not None:
-        order.curriculum.restore(record.get("curriculum", {}))
-    indices, _ = order.take(position, num_prompts)
     sampling = sampling_params(
         config, eos_ids(config, trained.origin.model_config, trained.tokenizer), for_training=True
     )
@@ -123,11 +104,62 @@ def draw_again(
         sampler.expect_length(config.data.max_prompt_length)
     key = jax.random.fold_in(jax.random.wrap_key_data(trained.rng), step - 1)
     request = Request(prompt, prompt, sample, sampling.max_completion_length)
-    rows = [data.rows[i] for i in indices]
     prompts = [row.prompt_ids for row in rows]
     with contextlib.closing(sampler):
         ((_, completion),) = sampler.stream(trained.params, prompts, [request], sampling, key)
     return Replayed(step, rows[prompt], completion, sampling, trained.tokenizer)
+
+
+def run_of_replay(
+    folder: pathlib.Path, overrides: Sequence[str], kinds: Collection[str], trust: bool
+) -> tuple[Config, dict[str, Any]]:
+    """Configuration and identity of a run of which something is replayed. kinds: of the code that this runs.
+
+    Raises:
+      ValueError: it is no run of `grpo train`, an override changes it, or its code is not shown to be the user's.
+    """
+    own, identity = read_run(folder)
+    config = load_config(folder / "config.yml", overrides)
+    if identity["kind"] != "grpo":
+        raise ValueError(f"--replay needs a run of `grpo train`, {str(folder)!r} is one of kind {identity['kind']!r}")
+    changed = differences(own, config)
+    if changed:
+        raise ValueError(f"--replay must keep the run's own settings, got other values for {sorted(changed)}")
+    check_trust(folder, config, overrides, kinds, trust)
+    return config, identity
+
+
+def rows_of_step(
+    config: Config, folder: pathlib.Path, identity: Mapping[str, Any], step: int, prompt: int, sample: int
+) -> tuple[PromptData, list[PromptRow]]:
+    """The run's data, and the rows of a step by the index of their prompt.
+
+    Raises:
+      ValueError: there is no such completion, no checkpoint of the step before, or the data have changed.
+    """
+    _check_replayable(folder, step)
+    num_prompts = _num_prompts(config, folder, step)
+    for name, number, count in (("PROMPT", prompt, num_prompts), ("SAMPLE", sample, config.grpo.group_size)):
+        if number >= count:
+            raise ValueError(f"--replay: {name} must be from 0 to {count - 1}, got {number}")
+    data = load_prompts(config, tokenizer_from_config(config))
+    _check_same("data", data.fingerprint(), identity["data"])
+    # Refills take the next prompts, so the number used up before a step gives all its prompts.
+    position = _position(folder, step, data.num_positions)
+    order = order_of(config.data, data, config.seed, config.grpo.prompts_per_step)
+    record = (read_record(checkpoint_folder(folder, step - 1)) or {}) if step > 1 else {}
+    order = order.laid_out_for(record.get(ORDER_STEP, order.prompts_per_step))
+    if order.curriculum is not None:
+        order.curriculum.restore(record.get("curriculum", {}))
+    indices, _ = order.take(position, num_prompts)
+    return data, [data.rows[i] for i in indices]
+
+
+def recorded(run: str | os.PathLike, step: int, prompt: int, sample: int) -> dict[str, Any] | None:
+    """The line of samples.jsonl with this completion; None where it is not there."""
+    place = step, prompt, sample
+    rows = [row for row in read_samples(run) if (row["step"], row["prompt_index"], row["sample_index"]) == place]
+    return rows[-1] if rows else None
 
 
 def _check_replayable(folder: pathlib.Path, step: int) -> None:

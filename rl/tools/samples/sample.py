@@ -36,6 +36,7 @@ from rl.sampler.token_draw import SamplingParams, check_vocabulary
 from rl.state.origin import Origin, find_origin, tokenizer_from_config
 from rl.tools.samples.completion_file import META_SUFFIX, CompletionFile
 from rl.tools.samples.replay import compare, draw_again
+from rl.tools.samples.replay_episode import play_again
 from rl.tools.samples.sample_prompts import SampleRow, read_prompts, to_sample_rows
 from rl.tools.trained import WeightSource, load_source, resolve_model, with_step
 
@@ -138,7 +139,8 @@ def _requests_for(samples: Sequence[SampleRow]) -> list[Request]:
 
 
 def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[str] = (), trust: bool = False) -> int:
-    """Prints a completion of a training run, drawn again (see `rl.tools.samples.replay.draw_again`).
+    """Prints a completion of a training run, drawn again (see `rl.tools.samples.replay.draw_again`); of a run with
+    environments an episode, played again (see `rl.tools.samples.replay_episode`), a line for each message.
 
     The line has no other columns of the data row. stderr says whether samples.jsonl holds the same completion. Returns
     the exit status: 1 where it holds another one.
@@ -147,14 +149,31 @@ def replay(run: str, step: str, prompt: str, sample: str, overrides: Sequence[st
         if not text.isdecimal():
             raise ValueError(f"--replay: {name} must be a whole number, got {text!r}")
     folder = local_source(run, int(step) - 1 if int(step) > 1 else None, with_samples=True)
+    where = f"step {step}, prompt {prompt}, sample {sample}"
+    if read_run(folder)[0].rollout.has_turns:
+        played = play_again(folder, int(step), int(prompt), int(sample), overrides, trust)
+        for line in played.lines:
+            _print_line(to_line(line))
+        verdict = "; ".join(played.differences)
+        equal = "its environment answers as samples.jsonl has it"
+        _say(f"{where}: {f'NOT equal to samples.jsonl: {verdict}' if verdict else equal}")
+        return 1 if verdict else 0
     replayed = draw_again(folder, int(step), int(prompt), int(sample), overrides, trust)
     source, limit = replayed.row, replayed.sampling.max_completion_length
-    where = f"--replay: prompt {prompt}"
-    row = SampleRow(where, source.prompt, source.prompt_ids.tolist(), 1, limit, seed=None, row_id=None, columns={})
+    row = SampleRow(
+        f"--replay: prompt {prompt}",
+        source.prompt,
+        source.prompt_ids.tolist(),
+        1,
+        limit,
+        seed=None,
+        row_id=None,
+        columns={},
+    )
     record = to_record(row, replayed.completion, replayed.tokenizer, replayed.sampling)
     _print_line(to_line(record))
     is_same, verdict = compare(folder, replayed)
-    _say(f"step {step}, prompt {prompt}, sample {sample}: {verdict}")
+    _say(f"{where}: {verdict}")
     return 0 if is_same else 1
 
 

@@ -1,0 +1,277 @@
+"""The journal of episodes: what a step that was cut short takes from it, and what it must not take."""
+
+import itertools
+import json
+import pathlib
+import re
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rewards.environment_runner import EnvironmentReply
+from rl.data.byte_tokenizer import ByteBackend
+from rl.data.prompt_rows import PromptRow
+from rl.data.tokenizer import Tokenizer
+from rl.data.turns import text_turns
+from rl.rollout.environments import EnvironmentReward
+from rl.rollout.episode import Episode, episode_metrics
+from rl.rollout.episodes import EpisodeLimits, EpisodeSource
+from rl.rollout.journal import Journal, StepJournal, weights_mark
+from rl.sampler.contract import Completion, Request
+from rl.sampler.token_draw import SamplingParams
+
+TOKENIZER = Tokenizer(ByteBackend())
+SAMPLING = SamplingParams(max_completion_length=40)
+TURNS = {0: 1, 1: 2, 2: 3, 3: 4}  # of each sample
+PARAMS = {"a": np.arange(6, dtype=np.float32), "b": np.ones((2, 2), np.int8)}
+
+
+class StoppedError(Exception):
+    """In place of a kill."""
+
+
+class Session:
+    """Draws turns of three tokens, which follow from the sample and its length so far; stops after so many turns."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._jobs, self._known = most, [], []
+        self.num_drawn = 0
+
+    def submit(self, prompts: Sequence[Any], requests: Sequence[Request]) -> range:
+        numbers = range(len(self._known), len(self._known) + len(requests))
+        self._known += [[request.sample_index, [*request.continues]] for request in requests]
+        self._jobs += numbers
+        return numbers
+
+    def go_on(self, number: int, token_ids: Sequence[int], limit: int) -> None:
+        self._known[number][1] += token_ids
+        self._jobs.append(number)
+
+    def finish(self, number: int) -> None:
+        pass
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._jobs)
+
+    def poll(self) -> list[tuple[int, Completion]]:
+        if not self._jobs:
+            return []
+        number = self._jobs.pop(0)
+        sample, tokens = self._known[number]
+        if self.num_drawn == self._most:
+            raise StoppedError
+        self.num_drawn += 1
+        ids = np.array([65 + (sample + len(tokens) + i) % 26 for i in range(3)], np.int32)
+        tokens += ids.tolist()
+        logprobs = -np.arange(1, 4, dtype=np.float32) / (7 + len(tokens))
+        top = np.zeros((3, 0), np.int32), np.zeros((3, 0), np.float32)
+        return [(number, Completion(0, sample, ids, logprobs, logprobs * 2, "stop", ".", *top))]
+
+
+class Environments:
+    """Answers with what it was asked; sample g is done with its `TURNS[g]`-th turn. `said` is in all it says."""
+
+    def __init__(self, said: str = "on") -> None:
+        self._said, self._turns, self._replies = said, {}, []
+        self.asked: list[tuple[str, int]] = []
+
+    def environment_of(self, row: Any) -> str:
+        return "game"
+
+    def begin(self, episode: int, row: Any, seed: int) -> None:
+        self._turns[episode] = 0
+        self._reply("begin", episode, row["prompt"])
+
+    def step(self, episode: int, text: str) -> None:
+        self._turns[episode] += 1
+        turns, said = self._turns[episode], [{"role": "user", "content": f"{self._said} {text}"}]
+        action, done = {"role": "assistant", "content": text}, turns == TURNS[episode % 4]
+        self._reply("step", episode, said, action=action, reward=turns / 3, done=done, metrics={"turns": turns})
+
+    def finish(self, episode: int, reason: str) -> None:
+        self._reply("finish", episode, reward=0.5)
+
+    def poll(self, timeout: float) -> list[EnvironmentReply]:
+        replies, self._replies = self._replies, []
+        return replies
+
+    def drop_all(self) -> None:
+        self._replies = []
+
+    def _reply(self, op: Any, episode: int, *arguments: Any, **fields: Any) -> None:
+        self.asked.append((op, episode))
+        self._replies.append(EnvironmentReply(episode, op, *arguments, **fields))
+
+
+def play(
+    journal: StepJournal | None, environments: Any, most: int = 10**6, in_order: bool = False, asked: str = "asked"
+) -> tuple[list[Episode], Session]:
+    """A group of four episodes. most: turns after which the run stops."""
+    session = Session(most)
+    sampler: Any = types.SimpleNamespace(open=lambda *arguments: session)
+    limits = EpisodeLimits(prompt_tokens=40, turns=20, turn_tokens=7, tokens=200)
+    source = EpisodeSource(environments, {"game": text_turns(TOKENIZER)}, TOKENIZER, limits, EnvironmentReward())
+    source.in_order = in_order
+    row = PromptRow(asked, np.array(TOKENIZER.encode(asked), np.int32), {"answer": 4}, 0)
+    found = dict(source.draw(sampler, None, [row], 4, SAMPLING, None, [0], 0, 0, journal))
+    return [found[b] for b in range(4)], session
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    (tmp_path / "run.json").write_text(json.dumps({"run": "mine"}))
+    return tmp_path
+
+
+def stop(folder: pathlib.Path, most: int, in_order: bool = False) -> None:
+    """A step that is cut short after so many turns."""
+    with pytest.raises(StoppedError), Journal(folder) as journal:
+        play(journal.step(0, PARAMS), Environments(), most, in_order)
+
+
+def outcome(episodes: Sequence[Episode]) -> list[Any]:
+    """All that must be equal, bit for bit."""
+    return [
+        [e.token_ids, e.trained, e.messages, e.unread, e.reward, e.ended, e.metrics]
+        + [(turn.policy_logprobs.tobytes(), turn.sampler_logprobs.tobytes()) for turn in e.turns]
+        for e in episodes
+    ]
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("most", [0, 1, 3, 5, 8, 9])
+def test_a_step_that_was_cut_short_goes_on_as_if_it_had_not_been(folder, most, in_order):
+    whole, session = play(None, Environments(), in_order=in_order)
+    assert session.num_drawn == sum(TURNS.values())
+    stop(folder, most, in_order)
+    with (folder / "journal.jsonl").open("ab") as file:
+        file.write(b'{"p": 0, "s": 1, "n": 9, "tu')  # torn by the kill
+    environments = Environments()
+    with Journal(folder) as journal:
+        step = journal.step(0, PARAMS)
+        episodes, session = play(step, environments, in_order=in_order)
+        assert outcome(episodes) == outcome(whole)
+        assert session.num_drawn == sum(TURNS.values()) - (0 if in_order else most)
+        begun = [episode for op, episode in environments.asked if op == "begin"]
+        assert len(begun) == 4 - step.num_taken, "an episode that was over asks no environment"
+        assert step.num_continued == 4 - step.num_taken
+        assert "journal/drawn_again" not in step.metrics()
+    with Journal(folder) as journal:  # and once more, when all of it is there
+        environments, again = Environments(), journal.step(0, PARAMS)
+        episodes, _ = play(again, environments, in_order=in_order)
+        assert (outcome(episodes), environments.asked) == (outcome(whole), [])
+        assert again.told() == ["step 1: 4 whole episodes and 0 begun ones are from the journal"]
+    assert episode_metrics(episodes) == episode_metrics(whole)
+
+
+def test_an_environment_that_answers_otherwise_gets_its_episode_drawn_again_and_the_next_start_knows(folder):
+    stop(folder, 5)
+    whole, _ = play(None, Environments("off"))
+    with Journal(folder) as journal:
+        step = journal.step(0, PARAMS)
+        taken = step.num_taken
+        episodes, _ = play(step, Environments("off"))
+        assert outcome(episodes[1:]) == outcome(whole[1:])
+        assert (step.num_taken - taken, step.num_continued, step.num_again) == (1, 0, 3)
+        assert step.metrics()["journal/drawn_again"] == 3
+    with Journal(folder) as journal:
+        episodes, session = play(journal.step(0, PARAMS), Environments("not asked"))
+        assert outcome(episodes[1:]) == outcome(whole[1:])
+        assert session.num_drawn == 0
+
+
+def test_in_order_a_turn_that_is_drawn_otherwise_is_answered_by_an_environment_that_hears_all(folder, monkeypatch):
+    """Weights are the same, and the machine is another one."""
+    stop(folder, 7, in_order=True)
+    original = Session.poll
+
+    def poll(self):
+        ended = original(self)
+        for number, completion in ended:
+            if completion.sample_index == 2 and self.num_drawn > 4:
+                completion.token_ids[0] = self._known[number][1][-3] = 90
+        return ended
+
+    monkeypatch.setattr(Session, "poll", poll)
+    whole, _ = play(None, Environments(), in_order=True)
+    with Journal(folder) as journal:
+        episodes, _ = play(journal.step(0, PARAMS), Environments(), in_order=True)
+        assert outcome(episodes) == outcome(whole)
+    assert 90 in episodes[2].turns[1].token_ids
+    with Journal(folder) as journal:
+        environments = Environments()
+        episodes, _ = play(journal.step(0, PARAMS), environments, in_order=True)
+        assert (outcome(episodes), environments.asked) == (outcome(whole), [])
+
+
+@pytest.mark.parametrize("what", ["run", "weights", "step", "row", "nothing", "damage"])
+def test_a_journal_of_something_else_is_not_taken(folder, what):
+    stop(folder, 5)
+    path = folder / "journal.jsonl"
+    if what == "run":
+        path.write_text(path.read_text().replace('"mine"', '"other"'))
+    if what == "damage":
+        first, *others = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(first + b"\xff not JSON\n" + b"".join(others))
+    weights = {**PARAMS, "b": PARAMS["b"] + (np.arange(4).reshape(2, 2) == 3)} if what == "weights" else PARAMS
+    with Journal(folder) as journal:
+        step = journal.step(1 if what == "step" else 0, weights)
+        episodes, session = play(step, Environments(), asked="other" if what == "row" else "asked")
+        assert len(episodes) == 4
+        assert session.num_drawn == sum(TURNS.values()) - (5 if what == "nothing" else 0)
+        assert bool(step.told()) == (what == "nothing")
+
+
+def test_steps_that_a_checkpoint_has_are_dropped(folder):
+    def write(step: int) -> None:
+        play(journal.step(step, {"a": np.full(3, step)}), Environments())
+
+    def steps() -> list[int]:
+        path = folder / "journal.jsonl"
+        lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        return [line["step"] for line in lines if "step" in line]
+
+    with Journal(folder) as journal:
+        for step in range(3):
+            write(step)
+        assert steps() == [0, 1, 2]
+        (folder / "checkpoints" / "2").mkdir(parents=True)
+        write(3)
+        assert steps() == [2, 3]
+    with Journal(folder) as journal:  # a start from the checkpoint
+        for step in (2, 3):
+            again = journal.step(step, {"a": np.full(3, step)})
+            _, session = play(again, Environments())
+            assert (session.num_drawn, again.num_taken) == (0, 4)
+        again = journal.step(2, {"a": np.full(3, 2)})
+        assert steps() == [2, 3]
+        (folder / "checkpoints" / "4").mkdir()
+    assert steps() == []
+    assert not (folder / "journal.jsonl").exists()
+
+
+def test_a_full_disk_ends_the_run_in_words_and_what_is_there_stays(folder):
+    stop(folder, 3)
+    before = (folder / "journal.jsonl").read_bytes()
+
+    def run() -> None:
+        with open("/dev/full", "ab", buffering=0) as full, Journal(folder) as journal:
+            journal._file = full
+            play(journal.step(0, PARAMS), Environments())
+
+    with pytest.raises(ValueError, match=re.escape("journal.jsonl could not be written: No space left")):
+        run()
+    assert (folder / "journal.jsonl").read_bytes() == before
+
+
+def test_the_mark_of_weights_tells_one_bit_and_not_how_they_lie():
+    arrays = [np.linspace(-1, 1, 24).astype(dtype) for dtype in ("float32", "float16", "int32", "uint8", "bool")]
+    marks = {weights_mark({"x": array.reshape(shape)}) for array, shape in itertools.product(arrays, [(24,), (4, 6)])}
+    assert len(marks) == len(arrays)
+    changed = arrays[0].copy()
+    changed[3] = np.nextafter(changed[3], np.float32(2))
+    assert weights_mark({"x": changed}) not in marks
