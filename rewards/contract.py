@@ -37,6 +37,7 @@ _MAX_WEIGHT = 1e30  # weighted sums of rewards stay finite, in float32 too
 # For functions that spell them out. Of these, `step`, `rewards_timeout_seconds` and `is_trial` are the same for all
 # samples of a batch.
 _OF_RUN = ("group", "truncated", "finish_reason", "step", "seed", "rewards_timeout_seconds", "is_trial")
+ENVIRONMENTS = "environments"  # TRL's name for the instances; such functions run in `rewards.environment_rewards`
 # Objects that TRL 1.16 hands to every function (`GRPOTrainer._calculate_rewards`).
 TRL_OBJECTS = ("trainer_state", "log_metric", "log_extra")
 # What a function gets by name, by its style. A column of the data set with such a name wins, and so do kwargs over
@@ -244,11 +245,13 @@ def bind(
     kwargs: Mapping[str, Any],
     name: str | None = None,
     calls: Calls | None = None,
+    has_environments: bool = False,
 ) -> BoundReward:
     """Recognise the style of a reward function and check that something provides each of its required arguments.
 
     `kwargs` win over a column of the same name, and a column wins over what is injected under its name (`INJECTED`).
     `name` is used in messages only. `calls`: how it may be called, where that is not left to the function's own mark.
+    `has_environments`: whether it is called beside the environment of an episode.
 
     Raises ValueError naming the function, the argument, what is available, and the way out.
     """
@@ -281,11 +284,17 @@ def bind(
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from error
 
-    provided = {*INJECTED[style], *FIXED[style], *columns, *kwargs}
+    provided = {*INJECTED[style], *FIXED[style], *columns, *kwargs, *([ENVIRONMENTS] if has_environments else [])}
     if style == "verl" and _ground_truth_column(columns) is not None:
         provided.add("ground_truth")
     for parameter in named.values():
         if parameter.default is parameter.empty and parameter.name not in provided:
+            if parameter.name == ENVIRONMENTS:
+                raise ValueError(
+                    f"{label}: it asks for {ENVIRONMENTS}, the instances that play episodes, and there are none: set "
+                    "rollout.environment; with it, the file that rewards.functions names must define the function "
+                    "itself, as in my_rewards.py:function"
+                )
             raise ValueError(_nothing_provides(parameter.name, style, columns, label))
 
     read = {*named} | ({*columns} if takes_any and style in ("batch", "sample") else set())
@@ -391,7 +400,7 @@ def _style(named: Collection[str], takes_any: bool, label: str) -> Style:
         return "verl"
     if one or (not many and {"state", "info", "task"} & {*named}):
         return "sample"
-    if many or takes_any or "completion_ids" in named:
+    if many or takes_any or {"completion_ids", ENVIRONMENTS} & {*named}:
         return "batch"
     raise ValueError(
         f"{label}: the parameters ({', '.join(named)}) name neither prompts/completions (batch), prompt/completion "

@@ -29,9 +29,12 @@ _FORMS = (
 
 
 class Player(Protocol):
-    """One episode of an environment. functions: tools that are run for it, beside those of the run."""
+    """One episode of an environment. functions: tools that are run for it, beside those of the run. instance: of the
+    user's class, once it is reset.
+    """
 
     functions: Functions
+    instance: Any
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> Any:
         """The whole prompt, not yet checked."""
@@ -115,14 +118,14 @@ class _Own:
     def __init__(self, make: Callable[[], Any]):
         self._make = make
         self.functions: Functions = {}
-        self._environment: Any = None
+        self.instance: Any = None
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> Any:
-        self._environment = await call(self._make)
-        return await call(self._environment.reset, row, seed)
+        self.instance = await call(self._make)
+        return await call(self.instance.reset, row, seed)
 
     async def step(self, message: Message) -> Step:
-        step = await call(self._environment.step, message)
+        step = await call(self.instance.step, message)
         if not isinstance(step, Step):
             raise Rejected("not_a_step", f"step returned {short(step)}, must return a rewards.environment.Step")
         return step
@@ -131,14 +134,15 @@ class _Own:
         return None, {}
 
     async def close(self, reason: str | None) -> None:
-        if self._environment is not None:
-            close = self._environment.close
+        if self.instance is not None:
+            close = self.instance.close
             await call(close, *([reason or "failure"] if inspect.signature(close).parameters else []))
 
 
 class _ToolsAlone:
     def __init__(self) -> None:
         self.functions: Functions = {}
+        self.instance = None
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> Any:
         return _prompt_of(row)
@@ -158,20 +162,20 @@ class _Trl:
 
     def __init__(self, make: Callable[[], Any], pool: list[Any], is_one_of_several: bool):
         self._make, self._pool, self._is_one_of_several = make, pool, is_one_of_several
-        self._instance: Any = None
+        self.instance: Any = None
         self.functions: Functions = {}
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> Any:
-        self._instance = self._pool.pop() if self._pool else await call(self._make)
+        self.instance = self._pool.pop() if self._pool else await call(self._make)
         functions: dict[str, Callable[..., Any]] = {}
-        for name in _tool_names(type(self._instance)):
-            add_tool(functions, name, getattr(self._instance, name), "the environment")
+        for name in _tool_names(type(self.instance)):
+            add_tool(functions, name, getattr(self.instance, name), "the environment")
         self.functions = functions
         # With several environments the column that chooses one is no argument, as in TRL.
         arguments = {
             name: value for name, value in row.items() if not (self._is_one_of_several and name == "environment")
         }
-        said = await call(self._instance.reset, **arguments)
+        said = await call(self.instance.reset, **arguments)
         prompt = _prompt_of(row)
         if said is None:
             return prompt
@@ -188,12 +192,12 @@ class _Trl:
         return Step(done=True)
 
     async def finish(self) -> tuple[Any, Any]:
-        get_reward = getattr(self._instance, "get_reward", None)
+        get_reward = getattr(self.instance, "get_reward", None)
         return None if get_reward is None else await call(get_reward), {}
 
     async def close(self, reason: str | None) -> None:
-        if reason is not None and self._instance is not None:
-            self._pool.append(self._instance)
+        if reason is not None and self.instance is not None:
+            self._pool.append(self.instance)
 
 
 class _SkyRL:
@@ -202,22 +206,22 @@ class _SkyRL:
     def __init__(self, make: Callable[..., Any]):
         self._make = make
         self.functions: Functions = {}
-        self._environment: Any = None
+        self.instance: Any = None
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> Any:
         prompt = _prompt_of(row)
         if isinstance(prompt, str):
             raise Rejected("not_a_step", "an environment of SkyRL-Gym plays chats, and the prompt is a text")
         extras = {name: value for name, value in row.items() if name != "prompt"}
-        self._environment = await call(self._make, env_config={}, extras=extras)
-        found = await call(self._environment.init, [dict(message) for message in prompt])
+        self.instance = await call(self._make, env_config={}, extras=extras)
+        found = await call(self.instance.init, [dict(message) for message in prompt])
         if not isinstance(found, tuple) or len(found) != 2:
             raise Rejected("not_a_step", f"init returned {short(found)}, must return the prompt and a dict")
         return found[0]
 
     async def step(self, message: Message) -> Step:
         action = message["content"]
-        found = await call(self._environment.step, action)
+        found = await call(self.instance.step, action)
         if not isinstance(found, Mapping) or not {"observations", "reward", "done"} <= {*found}:
             rule = "must return a dict with observations, reward and done"
             raise Rejected("not_a_step", f"step returned {short(found)}, {rule}")
@@ -228,15 +232,15 @@ class _SkyRL:
         return Step(found["observations"], found["reward"], found["done"])
 
     async def finish(self) -> tuple[Any, Any]:
-        get_metrics = getattr(self._environment, "get_metrics", None)
+        get_metrics = getattr(self.instance, "get_metrics", None)
         found = {} if get_metrics is None else await call(get_metrics)
         if not isinstance(found, Mapping):
             raise Rejected("not_a_step", f"get_metrics returned {short(found)}, must return a dict")
         return None, {name: value for name, value in found.items() if isinstance(value, (bool, int, float))}
 
     async def close(self, reason: str | None) -> None:
-        if self._environment is not None and hasattr(self._environment, "close"):
-            await call(self._environment.close)
+        if self.instance is not None and hasattr(self.instance, "close"):
+            await call(self.instance.close)
 
 
 def _text_of_parts(said: Any) -> str:

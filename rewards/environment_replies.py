@@ -5,7 +5,8 @@ In: a frame from a worker's pipe. Out: typed replies; anything else raises `Brok
     {"nonce": n, "op": "loaded", "environments": {name: {"form", "is_async", "schemas"}}}
     {"nonce": n, "op": "refused", "error"}
     {"nonce": n, "op": "done", "messages", "action", "reward", "done", "metrics", "num_tool_calls",
-        "num_bad_tool_calls", "kind", "message", "seconds", "traces": [[kind, message, traceback], ...]}
+        "num_bad_tool_calls", "judged": {function: number, null or [kind, message]}, "kind", "message", "seconds",
+        "traces": [[kind, message, traceback], ...]}
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ LABEL = "rollout.environment"  # the beginning of messages about what a configur
 TOOLS_LABEL = "rollout.tools"
 TOOLS_NAME = "tools"  # of the environment of a run that has tools and no other one
 # What the worker may tell of, and beside it what only the runner sees: `died`, `memory`, `replay`.
-KINDS = ("exception", "timeout", "not_a_step", "not_a_number", "out_of_range")
+KINDS = ("exception", "timeout", "not_a_step", "not_a_number", "out_of_range", "wrong_length")
 FAILURES = (*KINDS, "died", "memory", "replay")
 
 
@@ -56,6 +57,7 @@ class Done:
     metrics: dict[str, float]
     num_tool_calls: int
     num_bad_tool_calls: int
+    judged: dict[str, float | Failure | None]
     failure: Failure | None
     seconds: float
 
@@ -89,7 +91,7 @@ def read_done(fields: dict[str, Any], op: str) -> tuple[Done, list[Trace]]:
     types: dict[str, type | tuple[type, ...]] = {"messages": (str, list), "action": (dict, type(None))}
     types |= {"reward": (float, type(None)), "done": bool, "metrics": dict, "num_tool_calls": int}
     types |= {"num_bad_tool_calls": int, "kind": text, "message": text, "seconds": float}
-    check_fields(fields, types | {"traces": list})
+    check_fields(fields, types | {"traces": list, "judged": dict})
     kind, message, reward, messages = fields["kind"], fields["message"], fields["reward"], fields["messages"]
     if (kind is None) != (message is None) or kind not in (*KINDS, None):
         raise BrokenWorker(f"a failure of the kind {shown(kind)}")
@@ -103,6 +105,7 @@ def read_done(fields: dict[str, Any], op: str) -> tuple[Done, list[Trace]]:
     if fields["action"] is not None and not is_message(fields["action"], ["assistant"]):
         raise BrokenWorker(f"the action {shown(fields['action'])}")
     told = {field.name: fields[field.name] for field in dataclasses.fields(Done) if field.name != "failure"}
+    told["judged"] = {name: _judgement(value) for name, value in fields["judged"].items()}
     return Done(**told, failure=None if kind is None else (kind, one_line(message))), _traces(fields["traces"])
 
 
@@ -120,6 +123,16 @@ def _loaded(told: dict[str, Any]) -> LoadedEnvironment:
     if not all(isinstance(schema, dict) for schema in told["schemas"]):
         raise BrokenWorker(f"schemas that are none: {shown(told['schemas'])}")
     return LoadedEnvironment(**told)
+
+
+def _judgement(told: Any) -> float | Failure | None:
+    if type(told) is float and math.isfinite(told) and abs(told) <= MAX_REWARD:
+        return told
+    if isinstance(told, list) and len(told) == 2 and told[0] in KINDS and isinstance(told[1], str):
+        return told[0], one_line(told[1])
+    if told is not None:
+        raise BrokenWorker(f"the reward {shown(told)}")
+    return None
 
 
 def _traces(told: list[Any]) -> list[Trace]:

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from rewards.batch import sort_of
+from rewards.contract import RewardSpec
 from rewards.environment import Message
 from rewards.environment_replies import (
     LABEL,
@@ -36,6 +37,7 @@ from rewards.environment_replies import (
     read_done,
     read_loaded,
 )
+from rewards.environment_rewards import EpisodeFacts
 from rewards.log import RewardLog, Tracebacks
 from rewards.protocol import encode, pack
 from rewards.replies import BrokenWorker, Failure, Refused
@@ -62,6 +64,7 @@ class EnvironmentReply:
     failure: (kind, one line of text), see `rewards.environment_replies.FAILURES`. The episode is over then; to finish
       it is allowed, and gives the same failure.
     num_tool_calls: in the turn. num_bad_tool_calls: those that were answered with an error. seconds: of the call.
+    judged: of an end, what each reward function that asks for environments gave: a number, None, or a failure.
     """
 
     episode: int
@@ -75,6 +78,17 @@ class EnvironmentReply:
     num_tool_calls: int = 0
     num_bad_tool_calls: int = 0
     seconds: float = 0.0
+    judged: dict[str, float | Failure | None] = dataclasses.field(default_factory=dict)
+
+
+def reply_of(fields: Mapping[str, Any]) -> EnvironmentReply:
+    """The reply whose `dataclasses.asdict` these are, after they have been JSON."""
+
+    def failure(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    judged = {name: failure(value) for name, value in fields["judged"].items()}
+    return EnvironmentReply(**{**fields, "failure": failure(fields["failure"]), "judged": judged})
 
 
 @dataclasses.dataclass
@@ -99,6 +113,7 @@ class _Episode:
     is_suspect: bool = False  # it, or another one, ended its worker; it is played alone until it answers
     num_idle_deaths: int = 0
     failure: Failure | None = None  # found before it was asked again
+    judge_failure: Failure | None = None  # of reward functions, which ended its worker
 
     @property
     def next_call(self) -> _Call | None:
@@ -211,6 +226,7 @@ class EnvironmentRunner:
     memory_gb, env, log_path: as in `rewards.runner.RewardRunner`.
     tool_format: of `rewards.tool_calls.FORMATS`; "auto" where there are no tools.
     start_timeout_seconds: limit for importing the environments.
+    rewards: reward functions that ask for the instances, and judge each episode at its end. columns: of the data.
 
     Attributes: tools, the JSON schemas of all tools; tools_of, those of each environment by its name.
 
@@ -231,6 +247,8 @@ class EnvironmentRunner:
         log_path: str | os.PathLike[str] | None = None,
         tool_format: str = "auto",
         start_timeout_seconds: float = 120.0,
+        rewards: Sequence[RewardSpec] = (),
+        columns: Sequence[str] = (),
     ):
         if not environments and not tools:
             raise ValueError(f"a rollout with turns needs {LABEL} or {TOOLS_LABEL}, got neither")
@@ -253,7 +271,10 @@ class EnvironmentRunner:
             "tools": list(tools),
             "format": None if tool_format == "auto" else tool_format,
             "path": import_path(),
+            "rewards": [dataclasses.asdict(spec) for spec in rewards],
+            "columns": list(columns),
         }
+        self._judges = [spec.name for spec in rewards]
         self._names = [*environments] or [TOOLS_NAME]
         self._episodes: dict[int, _Episode] = {}  # those that are not over
         self._failed: dict[int, Failure] = {}  # episodes that were told to have failed, and are not finished
@@ -323,14 +344,15 @@ class EnvironmentRunner:
         """Hands a turn to an episode: the text that the policy drew, with special tokens, without its end marker."""
         self._ask(episode, _Call("step", {"text": text}))
 
-    def finish(self, episode: int, reason: str) -> None:
+    def finish(self, episode: int, reason: str, facts: EpisodeFacts | None = None) -> None:
         """Ends an episode; the reply holds the reward of the whole of it, where its environment gives one. reason: why
-        it ends, which a `close(reason)` of it is told.
+        it ends, which a `close(reason)` of it is told. facts: for reward functions; None: none is called.
         """
         if episode in self._failed:
             self._ready.append(EnvironmentReply(episode, "finish", failure=self._failed.pop(episode)))
             return
-        self._ask(episode, _Call("finish", {"reason": reason}))
+        told = None if facts is None or not self._judges else encode(dataclasses.asdict(facts), "an episode")
+        self._ask(episode, _Call("finish", {"reason": reason, "facts": told}))
 
     def poll(self, timeout: float) -> list[EnvironmentReply]:
         """Waits until there is a reply or the time is over, in seconds. Returns at once where nothing is asked."""
@@ -515,6 +537,8 @@ class EnvironmentRunner:
         if is_new:
             episode.seconds, episode.is_suspect, episode.num_idle_deaths = episode.seconds + done.seconds, False, 0
             told = {field.name: getattr(done, field.name) for field in dataclasses.fields(Done)}
+            if episode.judge_failure is not None:
+                told["judged"] = dict.fromkeys(self._judges, episode.judge_failure)
             self._ready.append(EnvironmentReply(episode.number, call.op, **told))
             if call.op == "finish":
                 self._remove(episode)
@@ -557,6 +581,9 @@ class EnvironmentRunner:
         worker.restart()
         self._begin_load(worker)
         guilty = suspects if len(suspects) == 1 else []
+        if guilty and (call := guilty[0].calls[-1]).fields.get("facts") is not None and guilty[0].next_call is call:
+            # A reward function is guilty, or the environment in its end, which is asked again without the function.
+            call.fields["facts"], guilty[0].judge_failure, guilty = None, failure, []
         others = [episode for episode in worker.episodes.values() if episode not in guilty]
         for episode in guilty:
             self._fail(episode, failure, seconds)

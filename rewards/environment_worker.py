@@ -4,11 +4,12 @@ In: requests on standard input. Out: replies on standard output (frames of `rewa
 the main thread, inside an event loop: plain functions one at a time, async ones at the same time. It never imports jax.
 
     {"op": "load", "environments": {name: "file.py:Class"}, "tools": [...], "format": f,
-        "wants_schemas": whether to read those of the tools, "path": [...]}
+        "wants_schemas": whether to read those of the tools, "path": [...],
+        "rewards": [fields of a RewardSpec, ...] that ask for environments, "columns": [...]}
         -> "loaded" or "refused"
     {"op": "begin", "episode": n, "environment": name, "row": {...}, "seed": s, "limit": seconds}
     {"op": "step", "episode": n, "text": a turn, "limit": seconds}
-    {"op": "finish", "episode": n, "reason": why it ends, "limit": seconds}
+    {"op": "finish", "episode": n, "reason": why it ends, "limit": seconds, "facts": for reward functions, or null}
         -> "done"
     {"op": "drop", "episode": n}
         -> nothing
@@ -27,9 +28,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 from rewards.calling import Clock, RandomState, TimeLimit, task_factory, task_in
+from rewards.contract import BoundReward
 from rewards.environment import Message, Step
 from rewards.environment_kinds import Kind, Player, load_kind, tools_alone
 from rewards.environment_replies import LABEL, TOOLS_LABEL, TOOLS_NAME
+from rewards.environment_rewards import EpisodeFacts, judge, load_rewards
 from rewards.in_worker import (
     Errors,
     Rejected,
@@ -45,6 +48,7 @@ from rewards.logged import number_of
 from rewards.messages import checked_metrics, checked_observations, checked_prompt
 from rewards.protocol import HEADER, pack
 from rewards.replies import MAX_FRAME, MAX_REWARD, MAX_TEXT, Failure, one_line
+from rewards.reward_call import call_one
 from rewards.tool_calls import Format, parse_turn
 from rewards.tools import add_tool, answers, is_async, load_tools, schema_of
 from rewards.worker_variables import missing_variable
@@ -52,7 +56,7 @@ from rewards.worker_variables import missing_variable
 _REST_SECONDS = 0.5  # from the last answer until the watchdog rests
 _CLOSE_SECONDS = 1.0  # for environments that are open when this worker ends
 # Files in which no code of the user is: this one, and those of these functions.
-_CALLERS = [__file__, *(function.__code__.co_filename for function in (task_in, load_kind, answers))]
+_CALLERS = [__file__, *(function.__code__.co_filename for function in (task_in, load_kind, answers, judge, call_one))]
 
 
 def main() -> None:
@@ -82,7 +86,9 @@ class _Episode:
     player: Player
     state: RandomState
     seed: int
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     num_turns: int = 0
+    finished: "_Done | None" = None  # what its end came to, while reward functions judge it
 
 
 @dataclasses.dataclass
@@ -96,6 +102,7 @@ class _Done:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     num_tool_calls: int = 0
     num_bad_tool_calls: int = 0
+    judged: dict[str, Any] = dataclasses.field(default_factory=dict)  # {function: number, None, or [kind, message]}
 
 
 class _Worker:
@@ -105,6 +112,7 @@ class _Worker:
         self._loop, self._replies = loop, replies
         self._kinds: dict[str, Kind] = {}
         self._functions: dict[str, Callable[..., Any]] = {}  # of the run's tools
+        self._rewards: dict[str, BoundReward] = {}
         self._format: Format = "hermes"
         self._episodes: dict[int, _Episode] = {}
         self._tasks: set[asyncio.Task] = set()  # the loop itself forgets them
@@ -131,7 +139,7 @@ class _Worker:
             seed = request.get("seed")
             if seed is not None:  # it begins
                 kind = self._kinds[request["environment"]]
-                begun = _Episode(kind, kind.make_player(), RandomState(seed, self._clock), seed)
+                begun = _Episode(kind, kind.make_player(), RandomState(seed, self._clock), seed, request["row"])
                 self._episodes[request["episode"]] = begun
             episode = self._episodes[request["episode"]]
             self._watchdog.watch(request["limit"])
@@ -172,6 +180,7 @@ class _Worker:
                 self._check_names(self._kinds[name], label)
             if not names:
                 self._kinds[TOOLS_NAME] = tools_alone()
+            self._rewards = load_rewards(request["rewards"], request["columns"])
             schemas = {name: self._schemas(name) if request["wants_schemas"] else [] for name in self._kinds}
         except ValueError as error:
             message = f"{one_line(str(error), MAX_TEXT // 2)}{missing_variable(error)}"
@@ -218,7 +227,11 @@ class _Worker:
         except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
             late = isinstance(error, TimeoutError) and limit.is_over
             failure = ("timeout", f"no answer within {request['limit']:g} s") if late else self._failure(error)
-            await self._forget(number, None)
+            if episode.finished is not None:  # it is a reward function that took too long
+                done = episode.finished
+                done.judged |= {name: failure for name in self._rewards if name not in done.judged}
+                failure = None
+            await self._forget(number, None if episode.finished is None else request["reason"])
         if self._is_closing:  # nobody reads a reply
             return
         reply = self._packed(request["nonce"], done, failure, limit.elapsed)
@@ -235,7 +248,24 @@ class _Worker:
         if request["op"] == "step":
             return await self._step(request["text"], episode)
         reward, metrics = await player.finish()
-        return _Done(reward=_reward(reward), metrics=checked_metrics(metrics))
+        done = _Done(reward=_reward(reward), metrics=checked_metrics(metrics))
+        if request["facts"] is not None:
+            episode.finished = done
+            await self._judge(EpisodeFacts.of_json(request["facts"]), episode, done, request["limit"])
+        return done
+
+    async def _judge(self, facts: EpisodeFacts, episode: _Episode, done: _Done, limit: float) -> None:
+        """Has the reward functions judge an episode whose environment has said its last word."""
+        for name, bound in self._rewards.items():
+            try:
+                value, logged = await judge(bound, episode.player.instance, episode.row, facts, limit)
+                done.judged[name] = _reward(value)
+                metrics = {f"{name}/{metric}": mean for metric, mean in logged.items()}
+                done.metrics |= checked_metrics(metrics)
+            except asyncio.CancelledError:  # the time is over
+                raise
+            except BaseException as error:  # noqa: BLE001  user code raises what it likes; it is counted, shown
+                done.judged[name] = self._failure(error)
 
     async def _step(self, text: str, episode: _Episode) -> _Done:
         action: Message = {"role": "assistant", "content": text}

@@ -30,25 +30,24 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from time import monotonic, sleep  # by name, before a user's code can replace it
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from rewards.contract import BoundReward, RewardSpec, bind, load_function
 from rewards.in_worker import (
     Errors,
-    Rejected,
     Watchdog,
     as_reward,
     claim_pipes,
     read_requests,
-    short,
     survive_signals,
     write_frame,
 )
-from rewards.logged import CallLog, Sums
+from rewards.logged import CallLog
 from rewards.moment import Moment
 from rewards.protocol import pack
 from rewards.replies import MAX_RETRIES, MAX_TEXT, Done, Failure, LoadedFunction, one_line
 from rewards.retrying import is_network_error, pause
+from rewards.reward_call import Judged, arguments, batch_rewards, call_one, judgement, kept
 from rewards.worker_variables import missing_variable
 
 
@@ -70,7 +69,7 @@ class _Worker:
     def __init__(self, stack: contextlib.ExitStack, replies: BinaryIO):
         self._stack, self._replies = stack, replies
         self._rewards: dict[int, BoundReward] = {}
-        self._errors = Errors([__file__], [CallLog.log_metric.__code__.co_filename])
+        self._errors = Errors([__file__, call_one.__code__.co_filename], [CallLog.log_metric.__code__.co_filename])
         self._watchdog = Watchdog()
         self._in_vain: set[int] = set()  # functions whose last call failed by the network after all of its retries
 
@@ -109,23 +108,23 @@ class _Worker:
         tries = self._tries(bound, request, size)
 
         def call() -> tuple[list[Any], list[dict[str, Any]]]:
-            result = self._finished(bound.function(**_arguments(bound, request, slice(None), tries.log)))
-            return _batch_rewards(result, size), _kept(tries.log)
+            result = self._finished(bound.function(**arguments(bound, request, slice(None), tries.log)))
+            return batch_rewards(result, size), kept(tries.log)
 
         found, failure = self._isolated(functools.partial(tries.run, call), tries.limit)
         seconds, retries = tries.end()
         if failure is None:
             for index, (value, logged) in enumerate(zip(*found, strict=True)):
                 reward, lost = self._isolated(functools.partial(as_reward, value), request["limit"])
-                self._report(index, _Judged(reward, logged, {} if index else tries.log.sums), lost)
+                self._report(index, Judged(reward, logged, {} if index else tries.log.sums), lost)
         return Done(failure, seconds, retries)
 
     def _run_each(self, bound: BoundReward, request: Mapping[str, Any]) -> Done:
         for index in range(len(request["prompts"])):
             tries = self._tries(bound, request, 1)
 
-            def call(index: int = index, tries: _Tries = tries) -> _Judged:
-                return _judged(bound, self._finished(_call_one(bound, request, index, tries.log)), tries.log)
+            def call(index: int = index, tries: _Tries = tries) -> Judged:
+                return judgement(bound, self._finished(call_one(bound, request, index, tries.log)), tries.log)
 
             judged, failure = self._isolated(functools.partial(tries.run, call), tries.limit)
             self._report(index, judged, failure, *tries.end())
@@ -148,7 +147,7 @@ class _Worker:
         async def answer(index: int, tries: _Tries) -> Any:
             while True:
                 try:
-                    result = await _call_one(bound, request, index, tries.log)
+                    result = await call_one(bound, request, index, tries.log)
                     tries.succeeded()
                     return result
                 except Exception as error:
@@ -161,7 +160,7 @@ class _Worker:
             try:
                 async with scope:
                     result = await answer(index, tries)
-                judged = _judged(bound, result, tries.log)
+                judged = judgement(bound, result, tries.log)
             except BaseException as error:  # noqa: BLE001  as in _isolated; SystemExit would end the loop
                 late = isinstance(error, TimeoutError) and scope.expired()
                 failure = ("timeout", f"no answer within {limit:g} s") if late else self._errors.failure(error)
@@ -196,9 +195,9 @@ class _Worker:
             return None, self._errors.failure(error)
 
     def _report(
-        self, index: int, judged: "_Judged | None", failure: Failure | None, seconds: float = 0.0, retries: int = 0
+        self, index: int, judged: "Judged | None", failure: Failure | None, seconds: float = 0.0, retries: int = 0
     ) -> None:
-        value, logged, sums = judged or _Judged(None, {}, {})
+        value, logged, sums = judged or Judged(None, {}, {})
         kind, message = failure or (None, None)
         told = {"value": value, "kind": kind, "message": message and one_line(message), "logged": logged, "sums": sums}
         self._reply(op="result", index=index, **told, seconds=seconds, retries=retries, trace=self._take_trace(kind))
@@ -262,106 +261,6 @@ class _Tries:
         if self._counts_logged:
             retries = int(max(self.log.sums.pop("retries", [0.0])[0], 0.0))
         return monotonic() - self._start, min(retries, MAX_RETRIES)
-
-
-class _Judged(NamedTuple):
-    """The fields of a result that come from the function, see `rewards.replies.Result`."""
-
-    value: float | None
-    logged: dict[str, Any]
-    sums: Sums
-
-
-def _kept(log: CallLog) -> list[dict[str, Any]]:
-    """The values that a call logged, for each of its completions."""
-    if problem := log.problem():
-        raise Rejected("wrong_length", problem)
-    return [log.of_sample(index) for index in range(log.size)]
-
-
-def _arguments(bound: BoundReward, request: Mapping[str, Any], rows: slice, log: CallLog) -> dict[str, Any]:
-    ids = request["completion_ids"]
-    columns = {name: values[rows] for name, values in request["columns"].items()}
-    of_samples = [_of_sample(request, index) for index in range(len(request["prompts"]))[rows]]
-    of_run = {name: [values[name] for values in of_samples] for name in of_samples[0]}
-    return bound.batch_arguments(
-        request["prompts"][rows],
-        request["completions"][rows],
-        columns,
-        None if ids is None else ids[rows],
-        of_run | _of_call(request, log),
-    )
-
-
-def _of_call(request: Mapping[str, Any], log: CallLog) -> dict[str, Any]:
-    """What is injected for a whole call, by name."""
-    logs = {"log_metric": log.log_metric, "log_extra": log.log_extra}
-    return request["of_run"] | logs | {"rewards_timeout_seconds": request["limit"], "is_trial": request["is_trial"]}
-
-
-def _of_sample(request: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """What is injected for one sample beside what was drawn, by name."""
-    reason, groups = request["finish_reasons"][index], request["groups"]
-    values = {"truncated": reason == "length", "finish_reason": reason, "seed": request["seeds"][index]}
-    if groups is not None:
-        values["group"] = list(groups["members"][groups["group_of"][index]])  # its own: a function may sort it
-    return values
-
-
-def _call_one(bound: BoundReward, request: Mapping[str, Any], index: int, log: CallLog) -> Any:
-    """Call the function for one sample; a batch function gets a batch of one."""
-    if bound.style == "batch":
-        return bound.function(**_arguments(bound, request, slice(index, index + 1), log))
-    ids = request["completion_ids"]
-    row = {name: values[index] for name, values in request["columns"].items()}
-    prompt, completion = request["prompts"][index], request["completions"][index]
-    of_run = _of_sample(request, index) | _of_call(request, log)
-    texts = None if request["texts"] is None else request["texts"][index]
-    arguments = bound.sample_arguments(prompt, completion, row, None if ids is None else ids[index], of_run, texts)
-    return bound.function(**arguments)
-
-
-def _batch_rewards(result: Any, size: int) -> list[Any]:
-    """The list that a batch function returned, of the right length; its entries are not looked at."""
-    result = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(result, (list, tuple)):
-        raise Rejected("wrong_length", f"returned {short(result)}, must return a list of {size} rewards")
-    if len(result) != size:
-        raise Rejected("wrong_length", f"returned {len(result)} rewards for {size} completions")
-    return list(result)
-
-
-def _judged(bound: BoundReward, result: Any, log: CallLog) -> _Judged:
-    """What a call by `_call_one` comes to. A dict has the reward in `score`, and all of it is kept with the sample."""
-    if bound.style == "batch":
-        result = _batch_rewards(result, 1)[0]
-    elif bound.style == "openrlhf":
-        result = _openrlhf_reward(result, log)
-    elif isinstance(result, Mapping):
-        if "score" not in result:
-            raise Rejected("not_a_number", f"returned {short(result)}, a dict must have the reward as its 'score'")
-        log.keep(result)
-        result = result["score"]
-    reward = as_reward(result)
-    return _Judged(reward, _kept(log)[0], log.sums)
-
-
-def _openrlhf_reward(result: Any, log: CallLog) -> Any:
-    """The reward in what a function of OpenRLHF 0.11 returned (`SingleTurnExecutor.execute` reads it there): lists or
-    tensors of one, or numbers. `scores`, which stand for the rewards where there are none, and `extra_logs` are kept.
-    """
-    if not isinstance(result, Mapping) or "rewards" not in result:
-        raise Rejected("not_a_number", f"returned {short(result)}, must return a dict with 'rewards'")
-    reward = _only(result["rewards"])
-    score = reward if result.get("scores") is None else _only(result["scores"])
-    log.keep({"score": score} | {name: _only(value) for name, value in (result.get("extra_logs") or {}).items()})
-    return reward
-
-
-def _only(value: Any) -> Any:
-    """The entry of a list or an array of one; another value itself."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return _only(value[0]) if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 
 if __name__ == "__main__":

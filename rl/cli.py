@@ -99,7 +99,8 @@ COMMANDS = {
             --replay RUN STEP PROMPT SAMPLE
                              in place of MODEL and prompts: draw one completion of a training run again, numbered as in
                              its samples.jsonl, print it as JSON, and compare; needs the checkpoint of the step before.
-                             Exit status 1 where samples.jsonl has other tokens
+                             Of a run with environments: play the recorded turns to a fresh environment. Exit status 1
+                             where samples.jsonl has other tokens, or other answers of the environment
             --trust          take a run folder whose config.yml was edited, or whose code is not shown to be yours
             key=value        overrides with dotted keys, for example sampling.temperature=0.7 sampling.top_p=0.9
 

@@ -184,6 +184,13 @@ class RewardFunction:
         """Its name in metrics and messages."""
         return self.name or self.function
 
+    @property
+    def calls(self) -> Literal["elementwise", "needs_group", "whole_batch"] | None:
+        """How it says that it may be called; None: it does not say."""
+        if self.needs_group:
+            return "needs_group"
+        return None if self.elementwise is None else "elementwise" if self.elementwise else "whole_batch"
+
 
 @dataclass(frozen=True, config=_STRICT)
 class RewardsSection:

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from rewards.contract import RewardSpec
+from rewards.environment_rewards import asks_for_environments
 from rewards.environment_runner import EnvironmentRunner
 from rewards.replies import FAILURES, Failure
 from rewards.tool_calls import format_of_template
@@ -38,11 +40,31 @@ class EnvironmentReward:
         return [_value(episode) for episode in self.episodes]
 
 
+class EpisodeJudge:
+    """A reward function that asks for `environments`: what it gave, in the worker of each episode."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.episodes: Sequence[Episode] = ()
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | Failure | None]:
+        """What it gave to each episode; None where the episode was lost."""
+        if len(self.episodes) != len(completions):  # as in `EnvironmentReward`
+            return [None] * len(completions)
+        values = [episode.judged.get(self._name) for episode in self.episodes]
+        return [_known(value) if isinstance(value, tuple) else value for value in values]
+
+
 def _value(episode: Episode) -> float | Failure | None:
     if episode.failure is None:
         return episode.reward
-    kind, message = episode.failure
-    return (kind, message) if kind in FAILURES else ("exception", f"{kind}: {message}")
+    return _known(episode.failure)
+
+
+def _known(failure: Failure) -> Failure:
+    """A failure of an environment as one of a reward function."""
+    kind, message = failure
+    return failure if kind in FAILURES else ("exception", f"{kind}: {message}")
 
 
 @contextlib.contextmanager
@@ -67,6 +89,12 @@ def start_episodes(
     tool_format: str = section.tool_format
     if tool_format == "auto" and config.data.chat and tokenizer.has_chat_template:
         tool_format = format_of_template(tokenizer.backend.get_chat_template()) or "auto"
+    columns = sorted({name for row in rows for name in row.columns})
+    specs = [
+        RewardSpec(entry.label, entry.function, entry.weight, entry.kwargs, entry.calls)
+        for entry in (config.rewards.functions if section.environment else ())
+        if asks_for_environments(entry.function, (*columns, *entry.kwargs))
+    ]
     with EnvironmentRunner(
         section.environments,
         section.tools,
@@ -78,6 +106,8 @@ def start_episodes(
         env=config.rewards.env,
         log_path=log_path,
         tool_format=tool_format,
+        rewards=specs,
+        columns=columns,
     ) as runner:
         turns = {name: make_turns(config, tokenizer, eos_ids, tools) for name, tools in runner.tools_of.items()}
         drawn = config.sampling.max_completion_length
@@ -102,7 +132,9 @@ def start_episodes(
         environments: Environments = runner
         if num_processes > 1:
             environments = SharedEnvironments(runner, jax.process_index(), num_processes, hosts.gather)
-        yield EpisodeSource(environments, turns, tokenizer, limits, EnvironmentReward(), section.in_order, places)
+        judges = {spec.name: EpisodeJudge(spec.name) for spec in specs}
+        how = limits, EnvironmentReward(), section.in_order, places, judges
+        yield EpisodeSource(environments, turns, tokenizer, *how)
 
 
 def make_turns(config: Config, tokenizer: Tokenizer, eos_ids: Sequence[int], tools: Sequence[dict[str, Any]]) -> Turns:

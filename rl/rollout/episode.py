@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rewards.replies import Failure
 from rl.data.prompt_rows import Prompt, PromptRow
 from rl.sampler.contract import Completion, FurtherSequence
 from rl.sampler.token_draw import SamplingParams
@@ -72,6 +73,7 @@ class Episode:
       turns: of all sequences. num_turns, num_tool_calls, num_bad_tool_calls: counts.
       reward: the sum of what the environment gave; None where it gave nothing. rewards: what it gave after each turn,
         which may be fewer than the turns.
+      judged: what each reward function that asks for environments gave: a number, None, or a failure.
       metrics: numbers of the environment, the last value of each. ended: one of `ENDS`.
       failure: (kind, one line) of an episode that is lost.
     """
@@ -84,6 +86,7 @@ class Episode:
     num_bad_tool_calls: int = 0
     reward: float | None = None
     rewards: list[float | None] = dataclasses.field(default_factory=list)
+    judged: dict[str, float | Failure | None] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     ended: str = ""
     failure: tuple[str, str] | None = None

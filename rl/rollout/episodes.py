@@ -15,16 +15,18 @@ Legend: P prompts, G episodes per prompt, B = P * G.
 """
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from rewards.environment_rewards import EpisodeFacts
 from rewards.environment_runner import EnvironmentReply
 from rewards.in_process import InProcess
-from rewards.moment import sample_seed
+from rewards.moment import Moment, sample_seed
 from rl.data.prompt_rows import PromptRow
-from rl.data.tokenizer import Tokenizer
+from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.data.turns import Turns
 from rl.rollout.episode import DONE, FAILED, MAX_DRAWN, MAX_TOKENS, MAX_TURNS, Episode, num_alike
 from rl.rollout.journal import StepJournal
@@ -59,7 +61,8 @@ class EpisodeSource:
 
     environments: running, and closed by whoever made them.
     turns: the tokens of turns and observations, by the name of the environment; each shows its own tools.
-    reward: the reward function of the environments, which gets the episodes of a batch.
+    reward: the reward function of the environments, which gets the episodes of a batch. judges: the others that get
+      these, by name: what functions that ask for the instances have said of each.
     in_order: wait for all environments that were asked before anything more is drawn. What is computed together then
       follows from what was drawn, and not from the clock, and log-probs are the same bit for bit.
     max_running: episodes that may have an environment at a time; groups begin as a whole.
@@ -74,10 +77,16 @@ class EpisodeSource:
         reward: EpisodeReward,
         in_order: bool = False,
         max_running: int = 2**31,
+        judges: Mapping[str, EpisodeReward] | None = None,
     ) -> None:
         self.environments, self.turns, self.tokenizer = environments, turns, tokenizer
         self.limits, self.reward = limits, reward
-        self.in_order, self.max_running = in_order, max_running
+        self.in_order, self.max_running, self.judges = in_order, max_running, dict(judges or {})
+
+    def judge_next(self, episodes: Sequence[Episode]) -> None:
+        """Hands over the episodes that are judged next."""
+        for reward in (self.reward, *self.judges.values()):
+            reward.episodes = episodes
 
     def notes(self) -> list[str]:
         """What a run should say once."""
@@ -95,10 +104,12 @@ class EpisodeSource:
         seed: int,
         step: int,
         journal: StepJournal | None = None,
+        moment: Moment | None = None,
     ) -> Iterator[tuple[int, Episode]]:
         """Draws `num_samples` episodes of every row; yields (place [B], episode) as each ends.
 
         Args:
+          moment: where the run stands, for reward functions; None: at its start.
           journal: what is known of these episodes already, and where what they say and draw is added; None: nothing.
           seed, step: of the run; the seed of an environment follows from both and from the prompt's index, and is the
             same for the whole group.
@@ -106,6 +117,9 @@ class EpisodeSource:
         session = sampler.open(params, sampling, key, len(rows), num_samples, self.limits.tokens)
         seeds = [sample_seed(seed, step, index, 0) for index in prompt_indices]
         call = _Call(self, session, rows, num_samples, sampling, prompt_indices, seeds, journal)
+        if self.judges:
+            own = [sample_seed(seed, step, *key) for key in call.keys]
+            call.facts_of = functools.partial(_facts, self.tokenizer, own, moment or Moment())
         try:
             for b, episode in call.run():
                 episode.settle(self.limits.sequences)
@@ -129,10 +143,11 @@ class _Call:
         journal: StepJournal | None,
     ) -> None:
         self._tokenizer, self._journal = source.tokenizer, journal
-        self._keys = [(int(index), sample) for index in prompt_indices for sample in range(num_samples)]
+        self.facts_of: Callable[[int, Episode], EpisodeFacts] | None = None
+        self.keys = [(int(index), sample) for index in prompt_indices for sample in range(num_samples)]
         self._environments: Environments = source.environments
         if journal is not None:
-            self._environments = RecordedEnvironments(source.environments, journal, self._keys)
+            self._environments = RecordedEnvironments(source.environments, journal, self.keys)
         self._turns_P = [source.turns[source.environments.environment_of(row.columns)] for row in rows]
         self._limits, self._session, self._sampling = source.limits, session, sampling
         self._in_order, self._num_asked = source.in_order, 0
@@ -201,6 +216,7 @@ class _Call:
             return
         episode.seconds += reply.seconds
         episode.metrics.update(reply.metrics)
+        episode.judged.update(reply.judged)
         if reply.reward is not None:
             episode.add_reward(reply.reward)
         if reply.op == "begin":
@@ -268,7 +284,7 @@ class _Call:
         """
         if self._journal is None or self._in_order:
             return None
-        return self._journal.recorded_turn(self._keys[b], self._episodes[b].num_turns)
+        return self._journal.recorded_turn(self.keys[b], self._episodes[b].num_turns)
 
     def _stop_repeating(self, b: int) -> None:
         """Notes that no recorded turn of an episode is left, or that it ends."""
@@ -314,7 +330,7 @@ class _Call:
         # Also where a limit has cut the turn: the environment judges what there is.
         text = self._tokenizer.decode(_without_end(completion), skip_special_tokens=False)
         if self._journal is not None:
-            self._journal.add_turn(self._keys[b], episode.num_turns - 1, completion, text)
+            self._journal.add_turn(self.keys[b], episode.num_turns - 1, completion, text)
         self._environments.step(b, text)
         self._num_asked += 1
 
@@ -366,7 +382,8 @@ class _Call:
         self._episodes[b].ended = ended
         self._stop_repeating(b)
         self._leave_session(b)
-        self._environments.finish(b, ended)
+        episode = self._episodes[b]
+        self._environments.finish(b, ended, None if self.facts_of is None else self.facts_of(b, episode))
         self._num_asked += 1
 
     def _fail(self, b: int, failure: tuple[str, str], is_running: bool = False) -> None:
@@ -386,6 +403,16 @@ class _Call:
         number = self._numbers.pop(b, None)
         if number is not None:
             self._session.finish(number)
+
+
+def _facts(tokenizer: Tokenizer, seeds: Sequence[int], moment: Moment, b: int, episode: Episode) -> EpisodeFacts:
+    """What reward functions get of an episode, as the others get it (`rl.rollout.scoring`)."""
+    prompt, ids = episode.prompt, episode.token_ids
+    completion = tokenizer.decode(ids) if isinstance(prompt, str) else episode.told
+    asked = prompt if isinstance(prompt, str) else split_prefill(prompt)[0]
+    is_cut = episode.ended in (MAX_DRAWN, MAX_TOKENS) or not episode.turns
+    reason = "length" if is_cut else episode.turns[-1].finish_reason
+    return EpisodeFacts(asked, completion, list(ids), reason, seeds[b], moment)
 
 
 def _history(episode: Episode) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rewards.environment_runner import EnvironmentReply
+from rewards.environment_runner import EnvironmentReply, reply_of
 from rl.devices import hosts
 from rl.files.local_files import write_file
 from rl.files.output_file import writing
@@ -382,5 +382,4 @@ def _of_reply(reply: EnvironmentReply) -> dict[str, Any]:
 
 
 def _reply(fields: Mapping[str, Any]) -> EnvironmentReply:
-    failure = fields["failure"] and tuple(fields["failure"])
-    return EnvironmentReply(**{**fields, "episode": -1, "failure": failure})
+    return reply_of({**fields, "episode": -1})

@@ -8,13 +8,22 @@ the journal.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from rewards.environment_rewards import EpisodeFacts
 from rewards.environment_runner import EnvironmentReply
 from rl.rollout.journal import Key, Recorded, StepJournal, row_digest, same_answer
 from rl.rollout.shared_environments import Environments
 
 _WHY = "it answered something else than before the run was stopped, with the same row, seed and turns"
+
+
+class _Wanted(NamedTuple):
+    """A request. text: a turn, or why the episode ends. facts: for reward functions at the end."""
+
+    op: Literal["begin", "step", "finish"]
+    text: str = ""
+    facts: EpisodeFacts | None = None
 
 
 @dataclasses.dataclass
@@ -31,7 +40,7 @@ class _Played:
     recorded: Recorded
     told: int = 0
     heard: int = 0
-    wanted: tuple[Literal["begin", "step", "finish"], str] | None = None
+    wanted: "_Wanted | None" = None
     closes: Literal["for_another", "for_good"] | None = None
 
 
@@ -59,16 +68,16 @@ class RecordedEnvironments:
             self._tell(episode, played)
             return
         if played.recorded.replies:
-            played.wanted = "begin", ""
+            played.wanted = _Wanted("begin")
         self._own.begin(episode, row, seed)
 
     def step(self, episode: int, text: str) -> None:
         """A turn. Where it is the recorded one, so is the answer."""
-        self._ask(episode, "step", text)
+        self._ask(episode, _Wanted("step", text))
 
-    def finish(self, episode: int, reason: str) -> None:
+    def finish(self, episode: int, reason: str, facts: EpisodeFacts | None = None) -> None:
         """The end of an episode."""
-        self._ask(episode, "finish", reason)
+        self._ask(episode, _Wanted("finish", reason, facts))
 
     def poll(self, timeout: float) -> list[EnvironmentReply]:
         """Replies, recorded ones at once."""
@@ -83,17 +92,23 @@ class RecordedEnvironments:
         self._played, self._ready = {}, []
         self._own.drop_all()
 
-    def _ask(self, episode: int, op: Literal["step", "finish"], text: str) -> None:
+    def _ask(self, episode: int, wanted: _Wanted) -> None:
         played = self._played[episode]
         known = played.recorded.replies
-        if played.told < len(known) and known[played.told].op == op:
+        if played.told < len(known) and known[played.told].op == wanted.op:
             self._tell(episode, played)
         elif played.heard == played.told:
-            (self._own.step if op == "step" else self._own.finish)(episode, text)
+            self._send(episode, wanted)
         else:  # the policy has drawn another turn than before, and the environment is not there, or is further
             del known[played.told :]
-            played.wanted = op, text
+            played.wanted = wanted
             self._begin_again(episode, played)
+
+    def _send(self, episode: int, wanted: _Wanted) -> None:
+        if wanted.op == "step":
+            self._own.step(episode, wanted.text)
+        else:
+            self._own.finish(episode, wanted.text, wanted.facts)
 
     def _tell(self, episode: int, played: _Played) -> None:
         reply = played.recorded.replies[played.told]
@@ -113,27 +128,25 @@ class RecordedEnvironments:
             played.heard += 1
             self._tell(episode, played)
             return
-        op, text = played.wanted
-        known = played.recorded.replies
+        wanted, known = played.wanted, played.recorded.replies
         if not same_answer(reply, known[played.heard]):
             self._differs(episode, played, is_running=reply.failure is None)
             return
         played.heard += 1
-        goal = len(known) if op == "begin" else played.told
+        goal = len(known) if wanted.op == "begin" else played.told
         if played.heard < goal:
             self._own.step(episode, played.recorded.texts[played.heard - 1])
             return
         played.wanted = None
-        if op == "begin":
+        if wanted.op == "begin":
             self._tell(episode, played)
         else:
-            (self._own.step if op == "step" else self._own.finish)(episode, text)
+            self._send(episode, wanted)
 
     def _differs(self, episode: int, played: _Played, *, is_running: bool) -> None:
         """An environment has answered otherwise: the episode begins again, or is lost where it has begun."""
         assert played.wanted is not None
-        op, _ = played.wanted
-        played.wanted = None
+        op, played.wanted = played.wanted.op, None
         if op == "begin":
             played.recorded = self._journal.forget(played.key)
             self._begin_again(episode, played, is_running=is_running)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from rewards.batch import RewardResult, Share, result_of
 from rewards.choice import LETTERS, right_letter
-from rewards.contract import Calls, RewardSpec
+from rewards.contract import RewardSpec
 from rewards.in_process import InProcess
 from rewards.moment import Moment, sample_seed
 from rewards.runner import RewardRunner
@@ -53,14 +53,13 @@ def start_rewards(
     """
     models = open_reward_models(config, mesh) if models is None else models
     check_prompts(models, [prompt_form(row.prompt) for row in rows[:1]])
-    said: dict[bool | None, Calls | None] = {None: None, True: "elementwise", False: "whole_batch"}
     specs = [
         RewardSpec(
             f.label,
             f.function,
             f.weight,
             f.kwargs,
-            "needs_group" if f.needs_group else said[f.elementwise],
+            f.calls,
             None if (given := function_of(f.function)) is None else given.pickled,
         )
         for f in config.rewards.functions
@@ -69,6 +68,7 @@ def start_rewards(
     if episodes is not None and config.rollout.environment:
         specs.append(RewardSpec(ENVIRONMENT, "rollout.environment", config.rollout.environment_weight, {}))
         in_process[ENVIRONMENT] = episodes.reward
+    in_process |= {} if episodes is None else episodes.judges
     columns = sorted({name for row in rows for name in row.columns})
     section = config.rewards
 
@@ -151,7 +151,7 @@ def sample_and_score(
             else:
                 of_step = step if episode_step is None else episode_step
                 drawn = _episodes(
-                    source, episodes, sampler, params, rows, requests, sampling, key, seed, of_step, journal
+                    source, episodes, sampler, params, rows, requests, sampling, key, seed, of_step, journal, moment
                 )
             for b, completion in drawn:
                 row, episode, ids = row_B[b], episodes.get(b), completion.token_ids.tolist()
@@ -165,7 +165,7 @@ def sample_and_score(
                 scoring.add([b], [form], [ids], [completion.finish_reason], read, asked)
         with watch.timer("reward"):
             if source is not None:
-                source.reward.episodes = [episodes[b] for b in range(len(requests))]
+                source.judge_next([episodes[b] for b in range(len(requests))])
             result = scoring.result()
     groups = [[done[p * num_samples + g] for g in range(num_samples)] for p in range(len(rows))]
     ordered = [episodes[b] for b in range(len(requests))] if source is not None else []
@@ -190,11 +190,14 @@ def _episodes(
     seed: int,
     step: int,
     journal: StepJournal | None,
+    moment: Moment | None,
 ) -> Iterator[tuple[int, Completion]]:
     """Draws an episode for each request as `CompletionSource.stream` draws completions; notes them in `episodes`."""
     num_samples = len(requests) // len(rows)
     indices = [request.prompt_index for request in requests[::num_samples]]
-    for b, episode in source.draw(sampler, params, rows, num_samples, sampling, key, indices, seed, step, journal):
+    for b, episode in source.draw(
+        sampler, params, rows, num_samples, sampling, key, indices, seed, step, journal, moment
+    ):
         episodes[b] = episode
         yield b, episode.completion(requests[b].prompt_index, requests[b].sample_index, sampling)
 

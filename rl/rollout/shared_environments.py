@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from rewards.environment_runner import EnvironmentReply, EnvironmentRunner
+from rewards.environment_rewards import EpisodeFacts
+from rewards.environment_runner import EnvironmentReply, EnvironmentRunner, reply_of
 
 Gather = Callable[[Any], list[Any]]
 
@@ -19,7 +20,7 @@ class Environments(Protocol):
     def environment_of(self, row: Mapping[str, Any], /) -> str: ...
     def begin(self, episode: int, row: Mapping[str, Any], seed: int) -> None: ...
     def step(self, episode: int, text: str) -> None: ...
-    def finish(self, episode: int, reason: str) -> None: ...
+    def finish(self, episode: int, reason: str, facts: EpisodeFacts | None = None) -> None: ...
     def poll(self, timeout: float) -> list[EnvironmentReply]: ...
     def drop_all(self) -> None: ...
 
@@ -54,15 +55,15 @@ class SharedEnvironments:
         if self._is_own(episode):
             self._own.step(episode, text)
 
-    def finish(self, episode: int, reason: str) -> None:
+    def finish(self, episode: int, reason: str, facts: EpisodeFacts | None = None) -> None:
         """Ends an episode."""
         if self._is_own(episode):
-            self._own.finish(episode, reason)
+            self._own.finish(episode, reason, facts)
 
     def poll(self, timeout: float) -> list[EnvironmentReply]:
         """The replies of all processes. Each waits until there is one of its own or the time is over, in seconds."""
         own = [dataclasses.asdict(reply) for reply in self._own.poll(timeout)]
-        return [_reply_of(fields) for part in self._gather(own) for fields in part]
+        return [reply_of(fields) for part in self._gather(own) for fields in part]
 
     def drop_all(self) -> None:
         """Forgets all episodes."""
@@ -70,8 +71,3 @@ class SharedEnvironments:
 
     def _is_own(self, episode: int) -> bool:
         return episode % self._num_processes == self._process
-
-
-def _reply_of(fields: dict[str, Any]) -> EnvironmentReply:
-    failure = fields["failure"]
-    return EnvironmentReply(**{**fields, "failure": None if failure is None else tuple(failure)})

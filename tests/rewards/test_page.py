@@ -5,10 +5,12 @@ import re
 import pytest
 
 from rewards.contract import RewardSpec
+from rewards.environment_rewards import EpisodeFacts
 from rewards.gold import check_on_gold
 from rewards.moment import Moment
 from rewards.runner import RewardRunner
 from rl.config.load import load_config
+from tests.helpers.environments import GUESS, ask, start, writer
 from tests.helpers.places import ROOT
 
 PAGE = (ROOT / "docs" / "rewards.md").read_text()
@@ -31,7 +33,16 @@ def test_every_block_of_the_page_on_rewards_runs(tmp_path, monkeypatch):
     code = "\n\n".join(text for language, text in BLOCKS if language == "python")
     (tmp_path / "my_rewards.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    assert re.findall(r"^def (\w+)", code, re.MULTILINE) == [*REWARDS]
+    functions = re.findall(r"^def (\w+)", code, re.MULTILINE)
+    assert [name for name in functions if name != "few_guesses"] == [*REWARDS]
+    game = writer(tmp_path)(GUESS)
+    few = RewardSpec("few", "my_rewards.py:few_guesses", 1.0, {})
+    with start(game("Guess"), rewards=[few]) as environments:
+        ask(environments, 0, "begin", {"prompt": "?", "number": 3}, 0)
+        for guess in "123":
+            ask(environments, 0, "step", guess)
+        facts = EpisodeFacts("?", "3", [3], "eos", 0, Moment())
+        assert ask(environments, 0, "finish", "done", facts).judged == {"few": pytest.approx(1 / 3)}
     kwargs = {"exact": {"right": 2.0}}
     specs = [RewardSpec(name, f"my_rewards.py:{name}", 1.0, kwargs.get(name, {})) for name in REWARDS]
     with RewardRunner(specs, ["answer"], 2, 5.0, rows=[("2+2=", {"answer": "4"})]) as runner:

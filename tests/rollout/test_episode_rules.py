@@ -84,7 +84,7 @@ class Environments:
         action, said = {"role": "assistant", "content": text}, [{"role": "user", "content": self._said}]
         self._replies.append(EnvironmentReply(episode, "step", said, action, failure=failure))
 
-    def finish(self, episode: int, reason: str) -> None:
+    def finish(self, episode: int, reason: str, facts: Any = None) -> None:
         self._replies.append(EnvironmentReply(episode, "finish"))
 
     def poll(self, timeout: float) -> list[EnvironmentReply]:

@@ -91,12 +91,12 @@ model:
 data: {columns: {answer: null}, max_prompt_length: 24}
 sampling: {max_completion_length: 24, temperature: 0.7, slots: 8}
 rollout: {max_turn_tokens: 7, max_turns: 3, max_episode_tokens: 64}
-rewards: {functions: [{function: "%s:length", weight: 0.5}, {function: "%s:asked", name: asked, weight: 0}]}
+rewards: {functions: [{function: "%s:length", weight: 0.5}, {function: "%s:asked", name: asked, weight: 0}, TURNED]}
 grpo: {steps: 2, prompts_per_step: 5, group_size: 4, beta: 0.0, minibatches: 5}
 optimizer: {lr: 1.0e-3}
 mesh: {num_devices: 1}
 logging: {samples_per_step: 20}
-"""
+""".replace("TURNED", '{function: "%s:turned", name: turned, weight: 0}')
 
 
 def start(folder: pathlib.Path, name: str, *overrides: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -112,8 +112,10 @@ def folder(tmp_path_factory) -> pathlib.Path:
     (folder / "game.py").write_text(GAME)
     length = "def length(completion):\n    return len(completion) / 100\n"
     asked = "def asked(prompt):\n    return float(prompt.endswith(':'))\n"
-    (folder / "rewards.py").write_text(length + asked + "def told(completion):\n    return float(len(completion))\n")
-    (folder / "recipe.yml").write_text(RECIPE % ((folder / "rewards.py",) * 2))
+    turned = "def turned(environments, completions):\n    return [game.turns / 10 for game in environments]\n"
+    told = "def told(completion):\n    return float(len(completion))\n"
+    (folder / "rewards.py").write_text(length + asked + turned + told)
+    (folder / "recipe.yml").write_text(RECIPE % ((folder / "rewards.py",) * 3))
     rows = [{"prompt": f"play {i}", "kind": kind} for i, kind in enumerate(KINDS)]
     for name, kept in (("rows", rows), ("seeded", rows[:4])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -198,6 +200,10 @@ def test_rewards_of_turns_add_up_and_a_lost_episode_has_none(samples, runs):
     for sample in samples["endless"]:  # what the policy and the environment said, together
         assert sample["rewards"][next(iter(sample["rewards"]))] == pytest.approx(len(sample["completion"]) / 100)
     assert {sample["rewards"]["asked"] for sample in samples["plain"]} == {1.0}, "the prompt is what reset gave"
+    assert {kind: {sample["rewards"]["turned"] for sample in samples[kind]} for kind in ("plain", "endless")} == {
+        "plain": {0.2},
+        "endless": {3 / 10},
+    }, "what a function reads in the instance itself"
     for sample in samples["raises"]:
         assert set(sample["rewards"].values()) == {None}
         assert sample["failure"][0] == "exception"
@@ -439,6 +445,6 @@ def test_a_run_that_is_killed_in_mid_episode_goes_on_as_if_it_had_not_been(folde
         start(folder, "cut short", *game)
     monkeypatch.undo()
     metrics, again = start(folder, "cut short", *game, "pure_nnx=false")
-    assert re.search(r"step 2: [1-9]\d* whole episodes and [1-9]\d* begun ones", capsys.readouterr().out)
+    assert re.search(r"step 2: \d+ whole episodes and \d+ begun ones are from the journal", capsys.readouterr().out)
     assert again == [sample for sample in samples if sample["step"] < 3]
     assert metrics[1]["sampler_logprob_difference_max"] <= 1e-4

@@ -92,7 +92,7 @@ class Environments:
         action, done = {"role": "assistant", "content": text}, turns == TURNS[episode % 4]
         self._reply("step", episode, said, action=action, reward=turns / 3, done=done, metrics={"turns": turns})
 
-    def finish(self, episode: int, reason: str) -> None:
+    def finish(self, episode: int, reason: str, facts: Any = None) -> None:
         self._reply("finish", episode, reward=0.5)
 
     def poll(self, timeout: float) -> list[EnvironmentReply]:

@@ -12,13 +12,14 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rewards.environment_runner import EnvironmentReply, EnvironmentRunner
+from rewards.environment_runner import EnvironmentReply
 from rewards.moment import sample_seed
 from rl.config.load import Config
 from rl.config.sections import ENVIRONMENT
 from rl.data.tokenizer import Tokenizer
 from rl.rollout.environments import start_episodes
 from rl.rollout.episode import FAILED
+from rl.rollout.shared_environments import Environments
 from rl.run_folder.trust import ENVIRONMENT as ENVIRONMENT_CODE
 from rl.run_folder.trust import TO_REPLAY
 from rl.sampler.create import eos_ids
@@ -135,7 +136,7 @@ def turn_texts(record: Mapping[str, Any], tokenizer: Tokenizer, ids: Sequence[in
     return [message["content"] for message in messages]
 
 
-def _answer(environments: EnvironmentRunner) -> EnvironmentReply:
+def _answer(environments: Environments) -> EnvironmentReply:
     """The reply to what was asked; its limits of time hold."""
     while not (replies := environments.poll(_WAIT_SECONDS)):
         pass
