@@ -544,7 +544,6 @@ def _check_rollout(config: Config) -> None:
         ("data.assistant_prefill", config.data.assistant_prefill, None, "a turn has no beginning that is given"),
         ("data.few_shot", config.data.few_shot, None, "an environment writes the prompt"),
         ("compiled_file", config.compiled_file, None, "programs of turns are not in it"),
-        ("data.streaming", config.data.streaming, False, "the length of prompts is planned from all rows"),
     ):
         if value != needed:
             must = f"{key} must be {json.dumps(needed)} with rollout.tools or rollout.environment"

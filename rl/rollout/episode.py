@@ -186,8 +186,10 @@ class Episode:
 
     def _end_of(self, last: Completion | None, is_cut: bool) -> tuple[str, int | str | None]:
         """Finish and stop reason of the whole: a limit of tokens, or how the last turn ended. An environment that is
-        done ends the episode also where the last turn was cut.
+        done ends the episode also where the last turn was cut; one that is lost is not cut by a limit.
         """
+        if self.failure is not None:
+            return "stop", self.ended
         if is_cut or last is None:
             return "length", None
         if last.finish_reason == "length" and self.ended == DONE:

@@ -69,7 +69,8 @@ def length_correlation(weighted_B: np.ndarray, lengths_B: np.ndarray, group_size
 def equal_completions(rows: Sequence[PromptRow], completions: Sequence[Sequence[Completion]]) -> dict[str, float]:
     """{`EQUAL`: share of all completions that are the most frequent one of those that answer different prompts}.
 
-    Completions are equal if their token ids are. Empty where all prompts are the same.
+    Completions are equal if their token ids are, of all sequences. Those without a token, of episodes that were lost
+    before the policy drew any, do not count. Empty where all prompts are the same.
     """
     prompts = [np.asarray(row.prompt_ids).tobytes() for row in rows]
     if len({*prompts}) < 2:
@@ -78,11 +79,14 @@ def equal_completions(rows: Sequence[PromptRow], completions: Sequence[Sequence[
     asked: dict[tuple[int, ...], set[bytes]] = {}
     for prompt, group in zip(prompts, completions, strict=True):
         for completion in group:
-            ids = tuple(completion.token_ids.tolist())
+            sequences = [completion, *(further.completion for further in completion.further)]
+            ids = tuple(token for sequence in sequences for token in (*sequence.token_ids.tolist(), -1))[:-1]
+            if not ids:
+                continue
             counts[ids] += 1
             asked.setdefault(ids, set()).add(prompt)
     most = max((count for ids, count in counts.items() if len(asked[ids]) > 1), default=0)
-    return {EQUAL: most / counts.total()}
+    return {EQUAL: most / counts.total()} if counts else {}
 
 
 def _centred(values_BN: np.ndarray, known_B: np.ndarray, group_size: int) -> np.ndarray:

@@ -171,7 +171,8 @@ class DrawSession(Protocol):
 
     def go_on(self, number: int, token_ids: Sequence[int], limit: int) -> None:
         """Has another turn drawn of a completion. token_ids: what is put behind its last turn. limit: tokens that it
-        may have then at most, all turns and what was between them included.
+        may have then at most, all turns and what was between them included. `min_completion_length` tokens are counted
+        in each turn.
         """
         ...
 

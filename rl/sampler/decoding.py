@@ -328,11 +328,12 @@ def draw_next(logits_BV: jax.Array, slots: Slots, sampling: SamplingParams) -> D
 
     positions_B = slots.nums_before + slots.num_drawn
     uniform_B = jax.vmap(uniform)(slots.keys, positions_B)
+    of_turn_B = positions_B - slots.nums_cached  # tokens that the turn has so far
     if slots.rules is not None:
         assert slots.counts is not None
         live_B = slots.request_ids >= 0
-        return draw_by_slot(logits_BV, uniform_B, sampling, slots.rules, positions_B, live_B, slots.counts)
-    return draw(logits_BV, uniform_B, sampling, positions_B < sampling.min_completion_length, slots.counts)
+        return draw_by_slot(logits_BV, uniform_B, sampling, slots.rules, of_turn_B, live_B, slots.counts)
+    return draw(logits_BV, uniform_B, sampling, of_turn_B < sampling.min_completion_length, slots.counts)
 
 
 def request_key(

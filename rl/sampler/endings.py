@@ -20,6 +20,7 @@ def find_stop(
     sampling: SamplingParams,
     decode_text: Callable[[Sequence[int]], str],
     num_before: int = 0,
+    num_earlier: int = 0,
 ) -> tuple[int, str] | None:
     """(number of tokens up to the one that completes the first stop string, that string), or None.
 
@@ -31,8 +32,9 @@ def find_stop(
       num_checked: the number of first tokens that are known to complete no stop string.
       num_before: tokens that were there before anything was drawn; a stop string that they show counts no more than one
         that the first `min_completion_length` tokens do.
+      num_earlier: of these, the tokens before the turn, from which its `min_completion_length` tokens are counted.
     """
-    stops, minimum = sampling.stop_strings, max(sampling.min_completion_length, num_before)
+    stops, minimum = sampling.stop_strings, max(num_earlier + sampling.min_completion_length, num_before)
 
     def completed(text: str) -> str | None:
         held = [stop for stop in stops if stop in text]
@@ -96,20 +98,21 @@ def find_end(
     sampling: SamplingParams,
     decode_text: Callable[[Sequence[int]], str] | None,
     num_before: int = 0,
+    num_earlier: int = 0,
 ) -> tuple[int, str, int | str | None] | None:
     """(length, finish reason, stop reason) of a completion that ends among its newest tokens, or None.
 
     Args:
       tokens: with stop strings all `num_tokens` tokens, else only those after the first `num_checked`.
       limit: the most tokens that it may have.
-      num_before: tokens that were there before anything was drawn, among the checked ones.
+      num_before: tokens that were there before anything was drawn, among the checked ones. num_earlier: see `find_stop`.
     """
     new_tokens = tokens[len(tokens) - (num_tokens - num_checked) :]
     eos_at = np.flatnonzero(np.isin(new_tokens, sampling.eos_ids))
     num_text = num_checked + int(eos_at[0]) if eos_at.size else num_tokens
     if sampling.stop_strings:
         assert decode_text is not None
-        stop = find_stop(tokens[:num_text].tolist(), num_checked, sampling, decode_text, num_before)
+        stop = find_stop(tokens[:num_text].tolist(), num_checked, sampling, decode_text, num_before, num_earlier)
         if stop is not None:
             return stop[0], "stop", stop[1]
     if eos_at.size:

@@ -95,7 +95,7 @@ class RuleArrays(NamedTuple):
 
     is_greedy: the most likely token is taken. scales: 1 / temperature; 1 where greedy. top_ks: a large number: off.
     top_ps: inf: off. log_min_ps: -inf: off. repetitions, repetition_inverses: the penalty and 1 / the penalty.
-    min_lengths: tokens before an EOS; 0 where none ends the completion.
+    min_lengths: tokens of a turn before an EOS; 0 where none ends the completion.
     reshapes: whether a rule changes the distribution, see `SamplingParams.reshaping_rules`; true where greedy.
     """
 
@@ -167,7 +167,7 @@ def draw_by_slot(
 
     Args:
       sampling: what is the same for all; its rules are not read. static under jit.
-      rules: each [B]. positions_B: tokens that the completion has so far. live_B: the rows whose result is read.
+      rules: each [B]. positions_B: tokens that the turn has so far. live_B: the rows whose result is read.
     """
     vocab_size = logits_BV.shape[-1]
     check_vocabulary(sampling, vocab_size)

@@ -190,6 +190,8 @@ def test_every_end_and_limit_is_told(samples, runs):
     assert shares == pytest.approx({"done": 0.4, "max_turns": 0.2, "max_drawn": 0, "max_tokens": 0.2, "failed": 0.2})
     assert [sample["turns"] for sample in samples["endless"]] == [3] * 4
     assert {sample["finish_reason"] for sample in samples["long"]} == {"length"}
+    assert {sample["finish_reason"] for sample in samples["raises"]} == {"stop"}
+    assert line["truncated_share"] == np.mean([s["finish_reason"] == "length" for own in samples.values() for s in own])
 
 
 def test_rewards_of_turns_add_up_and_a_lost_episode_has_none(samples, runs):
@@ -387,7 +389,9 @@ def test_what_cannot_be_played_is_refused_before_the_run_folder_is_touched(folde
 
 
 def test_a_turn_that_a_limit_cuts_is_judged_and_shapes_do_not_follow_the_number_of_refills(folder):
-    """The first step has groups without a spread, which are drawn again, one or two at a time."""
+    """The first step has groups without a spread, which are drawn again, one or two at a time. Rows are read as a
+    stream.
+    """
     metrics, samples = start(
         folder,
         "cut",
@@ -400,6 +404,7 @@ def test_a_turn_that_a_limit_cuts_is_judged_and_shapes_do_not_follow_the_number_
         "grpo.minibatches=1",
         "grpo.dynamic_sampling_rounds=2",
         "sampling.warm_up=true",
+        "data.streaming=true",
     )
     cut = [sample for sample in samples if sample["ended"] == "max_drawn" and sample["turns"] == 1]
     assert cut

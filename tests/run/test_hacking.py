@@ -128,6 +128,8 @@ def test_one_completion_for_different_prompts_is_named_and_one_for_one_prompt_is
     assert [step for step, _ in told] == [3]
     assert told[0][1].startswith("88% of the completions are one and the same, for different prompts")
     assert warnings_of([metrics] * 4, "health.equal_completions_share=null")[0] == []
+    lost = [[[4], [], [], []], [[], [], [4], [9]]]
+    assert metrics_of([[float(b)] for b in range(8)], lost, ["mine"], [1.0])["equal_completions_share"] == 2 / 3
     own = [[[4]] * 4, [[5]] * 4]
     assert metrics_of([[float(b)] for b in range(8)], own, ["mine"], [1.0])["equal_completions_share"] == 0
 

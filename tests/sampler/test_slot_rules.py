@@ -168,6 +168,8 @@ def test_a_session_draws_each_completion_by_its_own_rules_through_all_turns():
             dataclasses.replace(request, continues=begun[number], limit=len(begun[number]) + 8)
             for number, request in zip(numbers, requests, strict=True)
         ]
+        of_turn = len(begun[numbers[0]]) + ALL.min_completion_length  # a call counts from its start, a session by turns
+        rest[0] = dataclasses.replace(rest[0], rules=dataclasses.replace(ALL, min_completion_length=of_turn))
         found = dict(setup.sampler.stream(setup.params, setup.prompts, rest, call, jax.random.key(5)))
         for place, number in enumerate(numbers):
             assert found[place].token_ids.tolist() == second[number].token_ids.tolist()

@@ -150,7 +150,7 @@ def test_where_rows_are_given_away_their_tokens_are_read_again_and_nothing_else_
     plan = slot_sampler.turn_shape
     with jax.enable_x64():
         make_sampler, params, prompts = make("qwen3", True)
-        how = sampling(stop_strings=("kk", "b"))
+        how = sampling(stop_strings=("kk", "b"), min_completion_length=2)
         text = {"decode_text": decode_text, "stop_chunk": 3}
         turns, session = play(make_sampler(slots=8, **text), params, prompts, how, delay=2)
         assert session.num_read_again == 0
@@ -166,7 +166,8 @@ def test_where_rows_are_given_away_their_tokens_are_read_again_and_nothing_else_
         assert session.num_read_again > 0
         assert all(len({*rows}) == len(rows) for rows in written), "no row is written twice at a time, in any order"
         flat = [turn.completion for own in turns for turn in own]
-        assert "stop" in {completion.finish_reason for completion in flat}
+        assert {"stop", "eos"} <= {completion.finish_reason for completion in flat}
+        assert min(len(completion.token_ids) for completion in flat) == 3, "the minimum is that of each turn"
         assert_alike([turn.completion for own in few for turn in own], flat, 1e-10)
 
 
