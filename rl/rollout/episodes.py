@@ -92,6 +92,13 @@ class EpisodeSource:
         """What a run should say once."""
         return list(dict.fromkeys(note for turns in self.turns.values() for note in turns.notes()))
 
+    def turns_of(self, row: PromptRow) -> Turns:
+        """The tokens of the turns of a row. ValueError, naming the row, where no environment is known to play it."""
+        try:
+            return self.turns[self.environments.environment_of(row.columns)]
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from error
+
     def draw(
         self,
         sampler: CompletionSource,
@@ -148,7 +155,7 @@ class _Call:
         self._environments: Environments = source.environments
         if journal is not None:
             self._environments = RecordedEnvironments(source.environments, journal, self.keys)
-        self._turns_P = [source.turns[source.environments.environment_of(row.columns)] for row in rows]
+        self._turns_P = [source.turns_of(row) for row in rows]
         self._limits, self._session, self._sampling = source.limits, session, sampling
         self._in_order, self._num_asked = source.in_order, 0
         self._groups = collections.deque(enumerate(zip(rows, seeds, strict=True)))  # that have not begun

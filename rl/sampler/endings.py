@@ -105,7 +105,8 @@ def find_end(
     Args:
       tokens: with stop strings all `num_tokens` tokens, else only those after the first `num_checked`.
       limit: the most tokens that it may have.
-      num_before: tokens that were there before anything was drawn, among the checked ones. num_earlier: see `find_stop`.
+      num_before: tokens that were there before anything was drawn, among the checked ones.
+      num_earlier: see `find_stop`.
     """
     new_tokens = tokens[len(tokens) - (num_tokens - num_checked) :]
     eos_at = np.flatnonzero(np.isin(new_tokens, sampling.eos_ids))
