@@ -520,6 +520,8 @@ def _check_rollout(config: Config) -> None:
             "rewards.functions must not name a function 'environment' beside rollout.environment, whose reward has "
             "this name; give it another `name`"
         )
+    if config.is_without_data:
+        _check_without_data(config)
     check_memory_gb(section.memory_gb, "rollout")
     places = section.num_workers * section.episodes_per_worker
     if places < config.grpo.group_size:
@@ -548,6 +550,33 @@ def _check_rollout(config: Config) -> None:
         if value != needed:
             must = f"{key} must be {json.dumps(needed)} with rollout.tools or rollout.environment"
             raise ValueError(f"{must}: {why}; got {shown(value)}")
+
+
+def _check_without_data(config: Config) -> None:
+    """An environment makes its prompts, and what is about rows of data has nothing to be about."""
+    data, environments = config.data, config.rollout.environments
+    if len(environments) > 1:
+        raise ValueError(
+            "data.source must be set with several environments, of which the column `environment` of a row names one, "
+            f"got null and {shown(sorted(environments))}"
+        )
+    for key, value, off in (
+        ("args", data.args, {}),
+        ("prepare", data.prepare, None),
+        ("streaming", data.streaming, False),
+        ("remove_empty_answers", data.remove_empty_answers, False),
+        ("remove_duplicates", data.remove_duplicates, False),
+        ("remove_overlap", data.remove_overlap, False),
+        ("eval_source", data.eval_source, None),
+        ("eval_share", data.eval_share, 0.0),
+        ("answer_from_messages", data.answer_from_messages, False),
+        ("curriculum.by", data.curriculum.by, None),
+    ):
+        if value != off:
+            raise ValueError(
+                f"data.{key} must be {json.dumps(off)} without data.source, where the environment makes the prompts, "
+                f"got {shown(value)}; set data.source, or leave it out"
+            )
 
 
 def _check_optimizer(config: Config) -> None:

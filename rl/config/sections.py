@@ -496,6 +496,11 @@ class Config:
     logging: LoggingSection
 
     @property
+    def is_without_data(self) -> bool:
+        """Whether there is no data set, because the environment makes its prompts."""
+        return self.rollout.environment is not None and self.data.source is None and not self.data.sources
+
+    @property
     def longest_completion(self) -> int:
         """Tokens that a completion may have: those that the policy draws, and in an episode all observations."""
         drawn = self.sampling.max_completion_length

@@ -18,12 +18,23 @@ import numpy as np
 from rl.config.load import Config, require
 from rl.config.sections import DataSection, EvalSection
 from rl.data.held_out import load_eval_source, share_of, smallest_hashes, without_overlap
-from rl.data.prompt_rows import PromptRow, encode_together, load_source, question_key, tokenize, with_examples
+from rl.data.prompt_rows import (
+    Prompt,
+    PromptRow,
+    encode_prompt,
+    encode_together,
+    load_source,
+    question_key,
+    tokenize,
+    with_examples,
+)
 from rl.data.sources import SourceRows, list_columns
 from rl.data.stream import PromptStream, open_stream
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.files.json_file import shown
 
+# Of environments that make their prompts: prompts of a run, and rows that stand for them.
+_MOST_PROMPTS, _MOST_ROWS = 2**31, 2**16
 # What an entry of data.sources may say in place of the section.
 _OF_ENTRY = (
     *("columns", "prepare", "answer_from_messages", "system_prompt", "assistant_prefill", "eval_share"),
@@ -41,6 +52,7 @@ class PromptData:
       sizes: the number of training rows of each source of a mixture, which stand in the order of the sources.
       stream: the training rows of a source that is read while the run goes on, with data.streaming. `train` are then
         those of its first block, and the numbers of rows cover that block only.
+      are_made_up: whether there are no data, and the rows stand for prompts that an environment makes.
     """
 
     train: list[PromptRow]
@@ -50,6 +62,7 @@ class PromptData:
     messages: list[str]
     sizes: Sequence[int] = ()
     stream: PromptStream | None = None
+    are_made_up: bool = False
 
     @property
     def rows(self) -> "PromptStream | list[PromptRow]":
@@ -64,11 +77,13 @@ class PromptData:
     @property
     def num_positions(self) -> int:
         """By how much the position in the data grows in an epoch, where a checkpoint splits it."""
+        if self.are_made_up:  # their number follows from grpo.steps, which may change
+            return _MOST_PROMPTS
         return len(self.train) if self.stream is None else self.stream.num_positions
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the training rows: `fingerprint` of all of them, or of what a stream reads them from."""
-        of_train = fingerprint(self.train)
+        of_train = fingerprint([] if self.are_made_up else self.train)
         return of_train if self.stream is None else self.stream.fingerprint(of_train["hash"])
 
     def evaluated(self, section: EvalSection) -> list[PromptRow]:
@@ -130,6 +145,8 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     if hosts.num_processes() > 1:
         hosts.check_same(config, {"the tokenizer": tokenizer.content_hash()})
     data = config.data
+    if config.is_without_data:
+        return _made_up(config, tokenizer)
     if not data.sources:
         require(data.source, "data.source", "train.jsonl")
     messages: list[str] = []
@@ -201,6 +218,25 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> PromptData:
     return PromptData(train, held_out, num_rows, num_dropped, messages, sizes)
 
 
+def _made_up(config: Config, tokenizer: Tokenizer) -> PromptData:
+    """Rows without columns, for an environment that makes its prompts from its seed. Their prompt is an empty question,
+    behind the system prompt where there is one. There are as many as the steps of the run may take, but at most
+    `_MOST_ROWS`, which are all alike and come again then; and data.eval_size held-out ones.
+    """
+    data, grpo = config.data, config.grpo
+    tokenizer = tokenizer.with_template_kwargs(data.chat_template_kwargs)
+    prompt: Prompt = data.system_prompt or ""
+    if data.chat:
+        system = [] if data.system_prompt is None else [{"role": "system", "content": data.system_prompt}]
+        prompt = [*system, {"role": "user", "content": ""}]
+    ids = np.asarray(encode_prompt(prompt, tokenizer, "the empty question"), np.int32)
+    of_step = grpo.prompts_per_step * (1 + grpo.dynamic_sampling_rounds)
+    num_rows = max(of_step, min(grpo.steps * of_step, _MOST_ROWS))
+    train = [PromptRow(prompt, ids, {}, index, f"prompt {index}") for index in range(num_rows)]
+    held_out = [PromptRow(prompt, ids, {}, index, f"held-out prompt {index}", -1) for index in range(data.eval_size)]
+    return PromptData(train, held_out, num_rows + len(held_out), 0, [], are_made_up=True)
+
+
 def sections_of(data: DataSection) -> list[tuple[str, DataSection]]:
     """(key, section) of data.source, or of each source of a mixture with what its entry says in place of the
     section's own values.
@@ -258,6 +294,8 @@ def load_pairs(config: Config, tokenizer: Tokenizer) -> PairData:
             "the tokenizer must have an EOS token for supervised fine-tuning, got none; set eos_token in its "
             "tokenizer_config.json"
         )
+    if not config.data.sources:
+        require(config.data.source, "data.source", "train.jsonl")
     if config.data.streaming:
         raise ValueError(
             "data.streaming must be false for supervised fine-tuning, whose rows are all in memory, got true; it is "

@@ -117,7 +117,7 @@ def evaluate(
         names=names,
         moment=moment,
         source=episodes,
-        episode_step=0,  # the same environments in every evaluation
+        episode_step=-1,  # the same environments in every evaluation, and no step trains on their seeds
     )
     texts, result = scored.texts, scored.result
     completions = [group[0] for group in scored.completions]

@@ -102,6 +102,8 @@ def announce(
 
 
 def _num_train(data: PromptData) -> str:
+    if data.are_made_up:
+        return "made by the environment"
     if data.stream is None:
         return f"{len(data.train)} train"
     return f"{data.stream.num_rows} rows in {data.stream.num_blocks} blocks to train, if they fit"

@@ -134,7 +134,6 @@ class Schedule:
         )  # {shard, table row: its requests that have not ended}
         self._rows_of: dict[int, tuple[int, np.ndarray]] = {}  # {begun request: (shard, table rows of its prompt)}
         self._drawing: dict[int, Drawing] = {}
-        self._earlier: dict[int, int] = {}  # tokens before the turn, of requests that went on
         self._slots = np.zeros(0, np.int64)
         self._cancelled = np.zeros(0, bool)  # slots that the host has ended, and that the device takes for busy
         self.ended: dict[int, int] = {}  # {request whose turn has ended: the slot that still has what it drew}
@@ -383,7 +382,8 @@ class Schedule:
         num_checked, num_before = drawing.num_tokens, len(asked.continues)
         drawing.add(columns)
         tokens = columns[0] if not self._sampling.stop_strings else drawing.token_ids()
-        ends = asked.limit, self._sampling_of(asked), self._decode_text, num_before, self._earlier.get(request, 0)
+        num_earlier = num_before if self._holds else 0  # a session with turns continues whole ones
+        ends = asked.limit, self._sampling_of(asked), self._decode_text, num_before, num_earlier
         end = find_end(tokens, num_checked, drawing.num_tokens, *ends)
         if end is None:
             return None
@@ -411,7 +411,6 @@ class Schedule:
         """Frees what a request takes, whose last turn has ended."""
         assert number not in self._drawing, number
         self.ended.pop(number, None)
-        self._earlier.pop(number, None)
         shard, rows = self._rows_of.pop(number)
         self._left[shard, rows] -= 1
         self.num_left -= 1
@@ -434,4 +433,3 @@ class Schedule:
     def replace(self, number: int, request: Request) -> None:
         """Another form of a request whose turn has ended, for the next one."""
         self._requests[number] = request
-        self._earlier[number] = len(request.continues)

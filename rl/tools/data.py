@@ -29,7 +29,7 @@ class DataBench(NamedTuple):
     """What was measured.
 
     Attributes:
-      source: data.source, or the names of data.sources.
+      source: data.source, the names of data.sources, or rollout.environment without data.
       num_rows: rows read from data.source and data.eval_source. Each counts in one of num_train, num_held_out,
         num_dropped (the prompt is longer than data.max_prompt_length) and num_removed (another row with its question is
         held out).
@@ -95,7 +95,7 @@ def bench(
     step_seconds = (time.perf_counter() - start) / num_steps
     lengths += [len(row.prompt_ids) for row in (*data.train, *data.held_out)]
     return DataBench(
-        source=config.data.source or ", ".join(entry.label for entry in config.data.sources),
+        source=config.data.source or ", ".join(entry.label for entry in config.data.sources) or "rollout.environment",
         num_rows=num_rows,
         num_train=len(lengths) - len(data.held_out),
         num_held_out=len(data.held_out),

@@ -66,6 +66,13 @@ class Game:
 
     def close(self):
         pass
+
+
+class Seeded(Game):  # needs no data
+    def reset(self, row, seed):
+        assert set(row) == {"prompt"}, row
+        kind = ("plain", "raises")[seed % 4 == 0]
+        return super().reset({"kind": kind, "prompt": row["prompt"] + f"play {seed % 1000}"}, seed)
 """
 # Turns end with <eos>, and a tool is shown by its name.
 TEMPLATE = """{%- for tool in tools or [] %}[{{ tool.function.name }}]{% endfor -%}
@@ -285,11 +292,16 @@ def test_tools_answer_a_policy_that_calls_them(folder, tmp_path, monkeypatch):
     assert metrics[0]["tool_calls/mean"] == 4
 
 
-def test_an_evaluation_plays_the_same_games_each_time_and_grpo_eval_gives_its_numbers(folder):
-    game = f"rollout.environment={folder / 'game.py'}:Game"
+def test_a_run_without_data_plays_seeds_and_an_evaluation_the_same_ones_each_time_as_grpo_eval_does(folder):
+    """Also resumed with more steps."""
+    game = f"rollout.environment={folder / 'game.py'}:Seeded"
     held_out = ["data.eval_size=2", "grpo.prompts_per_step=2", "grpo.minibatches=1", "optimizer.lr=0.0", "eval.every=1"]
     turns = ["grpo.turn_advantages=all_turns", "grpo.turn_discount=0.5", "sampling.max_completion_length=10"]
-    metrics, samples = start(folder, "evaluated", game, "rewards.functions=[]", *held_out, *turns)
+    overrides = [game, "rewards.functions=[]", *held_out, *turns, "data.source=null"]
+    start(folder, "evaluated", *overrides, "grpo.steps=1")
+    metrics, samples = start(folder, "evaluated", *overrides)
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2]
+    assert len({sample["prompt"] for sample in samples}) == 4, "each step has prompts of its own"
     found = [
         {key: value for key, value in line.items() if key.startswith("eval/")}
         for line in metrics
@@ -377,6 +389,18 @@ def test_an_episode_of_a_run_is_played_again_and_says_where_its_environment_answ
         (["rollout.environment=GAME", "rollout.environment_weight=0"], "rewards.functions"),
         (["rollout.tools=[GAME]", "rollout.tool_format=hermes", "rewards.functions=[LENGTH]"], "Game"),
         (["rollout.environment=GAME", "rollout.episodes_per_worker=3"], "must be >= grpo.group_size (4)"),
+        (
+            ["rollout.environment={a: GAME, b: GAME}", "data.source=null"],
+            "data.source must be set with several environ",
+        ),
+        (
+            ["rollout.environment=GAME", "data.source=null", "data.eval_share=0.1"],
+            "data.eval_share must be 0.0 without",
+        ),
+        (
+            ["rollout.tools=[GAME]", "data.source=null", "rewards.functions=[LENGTH]"],
+            "data.source must be set, got None",
+        ),
     ],
 )
 def test_what_cannot_be_played_is_refused_before_the_run_folder_is_touched(folder, overrides, message):
