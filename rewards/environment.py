@@ -8,7 +8,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+OPENENV, TEXTARENA = "openenv:", "textarena:"  # begin the names of environments that are in no file of the user's
 Message = dict[str, Any]  # role and content; of a tool also name and tool_call_id; of a turn maybe tool_calls
+
+
+def is_ready_made(reference: str) -> bool:
+    """Whether what a configuration names is a server of OpenEnv or a game of textarena, and no class in a file."""
+    return reference.startswith((OPENENV, TEXTARENA))
 
 
 @dataclasses.dataclass(frozen=True)

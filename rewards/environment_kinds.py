@@ -6,6 +6,8 @@ methods:
     own     reset(row, seed), step(message), close(), see `rewards.environment`
     trl     TRL 1.16's environment_factory: reset(**row), public methods as tools, maybe get_reward()
     skyrl   SkyRL-Gym 0.4: Env(env_config, extras), init(prompt), step(action), close()
+    openenv, textarena  a server by its URL, and a game by its name (`rewards.openenv_environment`,
+            `rewards.textarena_environment`)
     tools   none at all, for `rollout.tools` alone: the episode is over when a turn calls nothing
 
 TRL's instances are pooled and reset again, as TRL does it. Of the others one is made for each episode.
@@ -16,10 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from rewards.calling import call
-from rewards.environment import Message, Step
+from rewards.environment import OPENENV, TEXTARENA, Message, Step
 from rewards.importing import USER_ERRORS, import_function
 from rewards.in_worker import Rejected, short
+from rewards.openenv_environment import OpenEnvPlayer, import_client, read_schema
 from rewards.text import message_text
+from rewards.textarena_environment import TextArenaPlayer, import_game
 from rewards.tools import Functions, add_tool, is_async
 
 _FORMS = (
@@ -76,6 +80,13 @@ async def load_kind(reference: str, label: str, *, is_one_of_several: bool) -> K
 
     Raises ValueError, which begins with `label`, for what does not import or has none of the forms.
     """
+    if reference.startswith(OPENENV):
+        url = reference.removeprefix(OPENENV)
+        client, schema = import_client(label), read_schema(url, label)
+        return Kind("openenv", True, lambda: OpenEnvPlayer(client, url, schema))
+    if reference.startswith(TEXTARENA):
+        make = import_game(reference.removeprefix(TEXTARENA), label)
+        return Kind("textarena", False, lambda: TextArenaPlayer(make))
     target = import_function(reference, label)
     if isinstance(target, type):
         if _has(target, "init", "step"):

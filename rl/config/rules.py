@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from rewards.environment import is_ready_made
 from rewards.worker_variables import check_memory_gb, check_names
 from rl.config.ranges import check_ranges
 from rl.config.sections import (
@@ -511,8 +512,10 @@ def _check_rollout(config: Config) -> None:
     else:
         named |= {f"rollout.environment.{name}": value for name, value in (section.environment or {}).items()}
     for key, value in named.items():
-        if not is_user_function(value):
-            raise ValueError(f"{key} must be path/to/file.py:name, got {shown(value)}")
+        is_tool = key.startswith("rollout.tools")
+        if not is_user_function(value) and (is_tool or not is_ready_made(value)):
+            others = "" if is_tool else ", openenv:URL or textarena:NAME"
+            raise ValueError(f"{key} must be path/to/file.py:name{others}, got {shown(value)}")
     if not section.has_turns:
         return
     if ENVIRONMENT in [function.label for function in config.rewards.functions]:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic.dataclasses import dataclass
 
+from rewards.environment import OPENENV
+
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 FREE_FORM = (
     "model.args",
@@ -267,9 +269,12 @@ class RolloutSection:
 
     @property
     def environments(self) -> dict[str, str]:
-        """{name: path/to/file.py:Class} of the environments; one without a name has that of its class."""
+        """{name: path/to/file.py:Class} of the environments; one without a name has that of its class, a game of
+        textarena its own, and a server of OpenEnv `openenv`.
+        """
         if isinstance(self.environment, str):
-            return {self.environment.rpartition(":")[2]: self.environment}
+            is_server = self.environment.startswith(OPENENV)
+            return {"openenv" if is_server else self.environment.rpartition(":")[2]: self.environment}
         return dict(self.environment or {})
 
     def refuse_turns(self, command: str) -> None:

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from rewards.environment import is_ready_made
 from rl.config.load import Config
 from rl.config.objects import is_object
 from rl.config.sections import is_user_function, prepare_keys, reward_model_source, source_kind
@@ -109,7 +110,8 @@ def code_of(config: Config) -> list[Code]:
         name = config.sampling.source
         found.append(Code("sampling.source", name, SAMPLER, _file_of(name)))
     for key, names in (("environment", config.rollout.environments.values()), ("tools", config.rollout.tools)):
-        found += [Code(f"rollout.{key}", name, ENVIRONMENT, _file_of(name)) for name in names]
+        own = [name for name in names if not is_ready_made(name)]
+        found += [Code(f"rollout.{key}", name, ENVIRONMENT, _file_of(name)) for name in own]
     for key, function in prepare_keys(config).items():
         if function is not None:
             found.append(Code(key, function, DATA, _file_of(function)))

@@ -176,3 +176,16 @@ def test_a_rule_tells_of_turns_that_are_too_short_and_the_reward_of_an_environme
     assert load_config(None, [game, functions, "eval.reward=environment"]).eval.reward == "environment"
     with pytest.raises(ValueError, match=r"eval\.reward must name one of rewards\.functions"):
         load_config(None, [functions, "eval.reward=environment"])
+
+
+def test_a_recipe_names_servers_and_games():
+    names = {"openenv:http://127.0.0.1:8000": "openenv", "textarena:Wordle-v0": "Wordle-v0"}
+    for reference, name in names.items():
+        config = load_config(None, [f"rollout.environment={reference}"])
+        assert config.rollout.environments == {name: reference}
+    with pytest.raises(
+        ValueError, match=r"rollout\.environment must be path/to/file\.py:name, openenv:URL or textarena"
+    ):
+        load_config(None, ["rollout.environment=gym:Wordle"])
+    with pytest.raises(ValueError, match=r"rollout\.tools\.0 must be path/to/file\.py:name, got"):
+        load_config(None, ["rollout.tools=[textarena:Wordle-v0]"])
