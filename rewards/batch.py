@@ -196,13 +196,15 @@ class Drawn(NamedTuple):
     """A completion that arrived, in its JSON form.
 
     token_ids: None where they are not known, or no function takes them. texts: prompt, and prompt with completion, as
-      text with special tokens; None: not known.
+      text with special tokens; None: not known. known: what functions that judge each completion by itself have given
+      it before, by name; they are not called.
     """
 
     completion: Any
     token_ids: list[int] | None
     finish_reason: str
     texts: tuple[str, str] | None = None
+    known: Mapping[str, Result] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +245,8 @@ class Batch:
     with less.
 
     calls: how each function is called. keys: positions of the functions that are called at all. group_size: samples of
-      a group, which are consecutive. on_error: raise: after a failure there are no more tasks.
+      a group, which are consecutive. on_error: raise: after a failure there are no more tasks. note: is told of each
+      reward that a call for one completion gave: sample, name, result.
 
     Attributes:
       first_failure: see `RewardResult`.
@@ -262,8 +265,10 @@ class Batch:
         share: Share | None = None,
         retries: int = 0,
         on_error: OnError = "none",
+        note: Callable[[int, str, Result], None] | None = None,
     ):
         size = len(inputs.prompts)
+        self._note = note
         self._calls, self.keys, self.group_size = calls, sorted(keys), group_size
         self._share = share
         self._size = size if share is None else sum(share.owns(sample, size) for sample in range(size))
@@ -297,7 +302,12 @@ class Batch:
         own = [sample for sample in drawn if self._share is None or self._share.owns(sample, size)]
         for key in self.keys:
             if self._calls[key] == "elementwise":
-                self._arrived[key].extend(own)
+                for sample in own:
+                    known = drawn[sample].known.get(self._specs[key].name)
+                    if known is None:
+                        self._arrived[key].append(sample)
+                    else:
+                        self._count(key, sample, known)
             elif self._calls[key] == "needs_group":
                 self._anywhere.extend(self._group_tasks(key, drawn))
             elif len(inputs.drawn) == size and (self._share is None or self._share.owns_function(key)):
@@ -342,18 +352,25 @@ class Batch:
         if result.index in task.answered or not is_next:
             raise BrokenWorker(f"a reward for sample {result.index} of its task out of turn")
         task.answered.add(result.index)
-        if task.mode != "batch":
-            self._effort[task.key] += Effort.of_call(result.seconds, 1, result.retries)
         sample = task.samples[result.index]
+        self._count(task.key, sample, result, is_alone=task.mode != "batch")
+        is_alone = task.mode != "batch" and self._calls[task.key] == "elementwise"
+        if self._note is not None and is_alone and result.failure is None:
+            self._note(sample, self._specs[task.key].name, result)
+
+    def _count(self, key: int, sample: int, result: Result, is_alone: bool = True) -> None:
+        """Takes the result of one sample. is_alone: it was called for by itself."""
+        if is_alone:
+            self._effort[key] += Effort.of_call(result.seconds, 1, result.retries)
         if result.failure is not None:
-            self._lose(task.key, sample, result.failure, result.trace)
+            self._lose(key, sample, result.failure, result.trace)
         elif result.value is None:
-            self._counts[task.key]["none"] += 1
-        self._rewards[sample][task.key] = result.value
+            self._counts[key]["none"] += 1
+        self._rewards[sample][key] = result.value
         if result.logged:
-            self._logged[sample][self._specs[task.key].name] = result.logged
-        if not add_sums(self._sums[task.key], result.sums):
-            self._logs_too_much.add(task.key)
+            self._logged[sample][self._specs[key].name] = result.logged
+        if not add_sums(self._sums[key], result.sums):
+            self._logs_too_much.add(key)
 
     def finish(self, task: Task, done: Done) -> None:
         """Ends a task that the worker has finished, or whose one call failed. BrokenWorker where it cannot be

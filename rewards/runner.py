@@ -65,6 +65,7 @@ _PROBE_CALLS: tuple[Calls, ...] = ("whole_batch", "elementwise", "whole_batch")
 _CAREFUL: tuple[Calls, ...] = ("elementwise", "needs_group", "whole_batch")
 _CLOSE_SECONDS = 3.0  # for exit handlers of user code
 
+Note = Callable[[int, str, Result], None]
 Review = Callable[[Batch, RewardResult], RewardResult]  # changes a batch's result, while its workers are idle
 
 
@@ -269,6 +270,7 @@ class RewardRunner:
         seeds: Sequence[int] | None = None,
         on_error: OnError | None = None,
         is_trial: bool = False,
+        note: Note | None = None,
     ) -> "Scoring":
         """Begin to score a batch whose completions come later, in any order; see `Scoring`.
 
@@ -278,6 +280,8 @@ class RewardRunner:
         moment: where the run stands; None: as at the start. seeds: a number per sample; None: its place in the batch.
         on_error: see `Scoring`; None: the runner's.
         is_trial: whether the rewards count for nothing; functions hear of it by this name.
+        note: is told, in another thread, of each reward that a function gave to one completion by itself: sample, name
+          and result. What it was told may be given to `Scoring.add` another time.
 
         ValueError where a function that needs groups would be called for groups of one.
         """
@@ -287,7 +291,7 @@ class RewardRunner:
         of_run = self._share, self._compare, moment, seeds, here
         stops = on_error or self._on_error
         return self._begin(
-            prompts, columns, [*self._calls], sent, group_size, *of_run, on_error=stops, is_trial=is_trial
+            prompts, columns, [*self._calls], sent, group_size, *of_run, on_error=stops, is_trial=is_trial, note=note
         )
 
     def _begin(
@@ -304,6 +308,7 @@ class RewardRunner:
         in_process: Mapping[int, InProcess] | None = None,
         on_error: OnError = "none",
         is_trial: bool = True,
+        note: Note | None = None,
     ) -> "Scoring":
         if len(prompts) % group_size:
             raise ValueError(f"the batch must hold whole groups of {group_size}, got {len(prompts)} samples")
@@ -325,7 +330,7 @@ class RewardRunner:
             moment=moment or self._moment,
             is_trial=is_trial,
         )
-        of_run = self._timeout, len(self._workers), share, self._retries, on_error
+        of_run = self._timeout, len(self._workers), share, self._retries, on_error, note
         batch = Batch(self.specs, self._functions, calls, keys, inputs, group_size, *of_run)
         how = share, review, in_process, self._log, self._tracebacks
         return Scoring(self.specs, self._functions, self._workers, batch, len(prompts), *how)
@@ -611,18 +616,20 @@ class Scoring:
         finish_reasons: Sequence[str] | None = None,
         texts: Sequence[tuple[str, str]] | None = None,
         prompts: Sequence[Any] | None = None,
+        known: Sequence[Mapping[str, Result]] | None = None,
     ) -> None:
         """Adds completions of these samples (places in the batch). Each may be added once.
 
         finish_reasons: see `RewardRunner.score`. texts: prompt, and prompt with completion, as text with special
           tokens; None: not known. See `RewardRunner.wants_texts`. prompts: what was asked, where it is known only now;
-          None: what `begin` was given.
+          None: what `begin` was given. known: rewards by the names of functions that judge each completion by itself,
+          which are not called; see `RewardRunner.begin`.
 
         Raises ValueError for arguments whose lengths differ, a value that cannot be sent, completion_ids missing where
         a function requires them, and a sample that is not in the batch or came before.
         """
         given = {"completions": completions, "completion_ids": completion_ids}
-        given |= {"finish_reasons": finish_reasons, "texts": texts, "prompts": prompts}
+        given |= {"finish_reasons": finish_reasons, "texts": texts, "prompts": prompts, "known": known}
         _check_lengths(given, "sample", len(samples))
         for spec, function in zip(self._specs, self._functions, strict=True):
             if function.needs_completion_ids and completion_ids is None:
@@ -646,7 +653,8 @@ class Scoring:
         for place, sample in enumerate(samples):
             ids = None if completion_ids is None else [int(token) for token in completion_ids[place]]
             reason = "eos" if finish_reasons is None else str(finish_reasons[place])
-            drawn[sample] = Drawn(ready[place], ids, reason, None if texts is None else texts[place])
+            before = {} if known is None else known[place]
+            drawn[sample] = Drawn(ready[place], ids, reason, None if texts is None else texts[place], before)
         self.add_encoded(drawn)
 
     def add_encoded(self, drawn: dict[int, Drawn]) -> None:

@@ -7,6 +7,7 @@ line, and after a kill the episodes of the step that is run again. Not here: how
     {"step": s, "run": id, "weights": mark}          the lines behind it are of this step, drawn with these weights
     {"p": p, "s": g, "n": i, "turn": {...}}          turn i of sample g of prompt p: text, ids, log-probs
     {"p": p, "s": g, "n": i, "reply": {...}}         answer i of its environment: begin, each step, finish
+    {"p": p, "s": g, "reward": name, "of": {...}}    what a reward function gave to it by itself
     {"p": p, "s": g, "again": true}                  what was there of it does not count
 
 Lines are written and synced by a thread, as many at a time as have come meanwhile, so that decoding waits for no disk.
@@ -14,6 +15,7 @@ A kill costs the last of them. A turn that is written again cuts off what came b
 """
 
 import base64
+import collections
 import dataclasses
 import hashlib
 import json
@@ -30,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rewards.environment_runner import EnvironmentReply, reply_of
+from rewards.replies import Result
 from rl.devices import hosts
 from rl.files.local_files import write_file
 from rl.files.output_file import writing
@@ -37,19 +40,21 @@ from rl.run_folder.contents import JOURNAL, checkpoint_steps, run_id
 from rl.sampler.contract import Completion
 
 Key = tuple[int, int]  # prompt index, sample index: no two episodes of a step have the same, refills included
+_REWARD = ("value", "logged", "sums", "seconds", "retries")  # of a `Result`
 _ARRAYS = ("sampler_logprobs", "policy_logprobs", "top_ids", "top_logprobs", "kept_words")
 
 
 @dataclasses.dataclass
 class Recorded:
     """What is known of an episode. row: the digest of its data row and seed. texts: of its turns. replies: of its
-    environment, in order: begin, each step, finish.
+    environment, in order: begin, each step, finish. rewards: of the whole episode, by function.
     """
 
     row: str = ""
     turns: list[Completion] = dataclasses.field(default_factory=list)
     texts: list[str] = dataclasses.field(default_factory=list)
     replies: list[EnvironmentReply] = dataclasses.field(default_factory=list)
+    rewards: dict[str, Result] = dataclasses.field(default_factory=dict)
 
     @property
     def is_over(self) -> bool:
@@ -61,6 +66,13 @@ class Recorded:
         del self.turns[number:], self.texts[number:], self.replies[number + 1 :]
         self.turns.append(turn)
         self.texts.append(text)
+        self.rewards.clear()
+
+    def add_reply(self, number: int, reply: EnvironmentReply) -> None:
+        """Adds an answer. What came behind one of this number is gone."""
+        del self.replies[number:]
+        self.replies.append(reply)
+        self.rewards.clear()
 
 
 class Journal:
@@ -108,8 +120,8 @@ class Journal:
 
         Drops the steps that come before a checkpoint that is on the disk. Raises ValueError where the disk is full.
         """
+        self.sync(waits=True)
         start = time.perf_counter()
-        self._wait()
         self.seconds, self.num_bytes = 0.0, 0
         self._drop(max(checkpoint_steps(self._folder), default=0))
         mark = weights_mark(params)
@@ -202,7 +214,11 @@ class Journal:
         if "again" in line:
             episodes.pop(key, None)
             return step
-        episode, number = episodes.setdefault(key, Recorded()), int(line["n"])
+        episode = episodes.setdefault(key, Recorded())
+        if "reward" in line:
+            episode.rewards[line["reward"]] = Result(0, failure=None, **line["of"])
+            return step
+        number = int(line["n"])
         if "turn" in line:
             if number > len(episode.turns):
                 raise ValueError("a turn without those before it")
@@ -210,9 +226,8 @@ class Journal:
             return step
         if number > len(episode.replies):
             raise ValueError("an answer without those before it")
-        del episode.replies[number:]
         episode.row = line.get("row", episode.row)
-        episode.replies.append(_reply(line["reply"]))
+        episode.add_reply(number, _reply(line["reply"]))
         return step
 
     def _drop(self, saved: int) -> None:
@@ -250,6 +265,7 @@ class StepJournal:
     def __init__(self, journal: Journal, step: int, mark: str, episodes: dict[Key, Recorded]) -> None:
         self._journal, self._step, self._mark, self._episodes = journal, step, mark, episodes
         self.num_taken = self.num_continued = self.num_again = 0
+        self._noted: collections.deque[tuple[Key, str, Result]] = collections.deque()
 
     def episode(self, key: Key, row: str) -> Recorded:
         """What is known of an episode; nothing where its data row or its seed were others."""
@@ -288,11 +304,23 @@ class StepJournal:
         """Adds the next answer of an episode's environment."""
         episode = self._episodes[key]
         line = {"n": len(episode.replies), "reply": _of_reply(reply)}
-        episode.replies.append(reply)
+        episode.add_reply(len(episode.replies), reply)
         self._add(key, line if reply.op != "begin" else {**line, "row": episode.row})
+
+    def rewards(self, key: Key) -> Mapping[str, Result]:
+        """What reward functions gave to an episode as it is now, by name."""
+        return dict(self._episodes[key].rewards)
+
+    def note_reward(self, key: Key, name: str, result: Result) -> None:
+        """Adds what a reward function gave to a whole episode; from any thread. It is written by `sync`."""
+        self._noted.append((key, name, result))
 
     def sync(self, waits: bool = False) -> None:
         """See `Journal.sync`."""
+        while self._noted:
+            key, name, result = self._noted.popleft()
+            self._episodes[key].rewards[name] = result
+            self._add(key, {"reward": name, "of": {field: getattr(result, field) for field in _REWARD}})
         self._journal.sync(waits)
 
     def metrics(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from rewards.choice import LETTERS, right_letter
 from rewards.contract import RewardSpec
 from rewards.in_process import InProcess
 from rewards.moment import Moment, sample_seed
+from rewards.replies import Result
 from rewards.runner import RewardRunner
 from rl.config.load import Config
 from rl.config.objects import function_of
@@ -144,7 +145,14 @@ def sample_and_score(
     step = 0 if moment is None else moment.step
     seeds = [sample_seed(seed, step, request.prompt_index, request.sample_index) for request in requests]
     wants_texts = runner.wants_texts
-    with runner.begin(prompts, columns, group_size=num_samples, names=names, moment=moment, seeds=seeds) as scoring:
+    keys = [(request.prompt_index, request.sample_index) for request in requests]
+
+    def note(b: int, name: str, result: Result) -> None:
+        if journal is not None:
+            journal.note_reward(keys[b], name, result)
+
+    how: dict[str, Any] = {"group_size": num_samples, "names": names, "moment": moment, "seeds": seeds, "note": note}
+    with runner.begin(prompts, columns, **how) as scoring:
         with watch.timer("rollout"), no_implicit_transfers():
             if source is None:
                 drawn = sampler.stream(params, [row.prompt_ids for row in rows], requests, sampling, key)
@@ -162,11 +170,14 @@ def sample_and_score(
                     form = form if isinstance(form, str) else episode.told
                     asked = [prompt_form(row.prompt)]
                 read = [read_texts(row, ids, tokenizer)] if wants_texts else None
-                scoring.add([b], [form], [ids], [completion.finish_reason], read, asked)
+                known = None if journal is None else [journal.rewards(keys[b])]
+                scoring.add([b], [form], [ids], [completion.finish_reason], read, asked, known)
         with watch.timer("reward"):
             if source is not None:
                 source.judge_next([episodes[b] for b in range(len(requests))])
             result = scoring.result()
+        if journal is not None:
+            journal.sync(waits=True)
     groups = [[done[p * num_samples + g] for g in range(num_samples)] for p in range(len(rows))]
     ordered = [episodes[b] for b in range(len(requests))] if source is not None else []
     # What a function said of an episode that was lost does not count.

@@ -42,10 +42,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from tests.helpers.metric_lines import steady
-from tests.helpers.places import REWARDS
+from tests.helpers.places import FILES, REWARDS
 
 MODES = {"count": 0, "kill": 1, "tear": 2, "full": 3, "broken": 4}
 LIMIT_SECONDS = 300.0
+GAME = FILES / "counting_game.py"
 _PR_SET_CHILD_SUBREAPER = 36
 
 COMMON = f"""
@@ -72,6 +73,12 @@ class Recipe(NamedTuple):
 RECIPES = {
     "train": Recipe("train", "checkpoint: {every: 1, keep: 2}\neval: {every: 1}\n", 3),
     "short": Recipe("train", "checkpoint: {every: 1, keep: 1}\neval: {every: 0}\n", 2),
+    "episodes": Recipe(
+        "train",
+        "checkpoint: {every: 2, keep: 2}\neval: {every: 0}\n"
+        f"rollout: {{environment: '{GAME}:Counting', in_order: true, max_turns: 3, max_turn_tokens: 2}}\n",
+        3,
+    ),
     "sft": Recipe("sft", "checkpoint: {every: 1, keep: 2}\neval: {every: 0}\n", 2),
 }
 FAULTY = ("short", "sft")  # what full and broken disks are tried on, at every k in this order
@@ -244,6 +251,18 @@ class Chaos:
         }
 
 
+def cases_of(chaos: Chaos, name: str, num_kills: int, seed: int) -> Iterator[Case]:
+    """`num_kills` kills of one recipe, one to three in a case."""
+    numbers = random.Random(seed)
+    while num_kills > 0:
+        kills = [
+            Fault(numbers.choice(["kill", "tear"]), numbers.randint(1, chaos.changes[name]))
+            for _ in range(min(numbers.randint(1, 3), num_kills))
+        ]
+        yield Case(name, tuple(kills), numbers.random() < 0.5)
+        num_kills -= len(kills)
+
+
 def cases(chaos: Chaos, num_kills: int, faults: int | None, seed: int) -> Iterator[Case]:
     """`num_kills` kills of every kind, then as many full and broken disks as `faults`; None: at every k, both."""
     numbers = random.Random(seed)
@@ -375,6 +394,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Kills, and full and broken disks, at every moment of a tiny run.")
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--faults", default="12", help="how many full and broken disks; all: at every k, both")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), help="kills of this recipe only, in place of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip", type=int, default=0, help="cases to leave out, of a run that was stopped")
     parser.add_argument("--folder", help="for the runs; what the last case left stays there")
@@ -414,11 +434,15 @@ def main() -> int:
     gc.freeze()  # no fork looks for garbage among what was imported, and copies its pages by that
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     names = [*(("train", "sft") if arguments.kills else ()), *(FAULTY if arguments.faults != "0" else ())]
+    names = names if arguments.recipe is None else [arguments.recipe]
     chaos = Chaos(pathlib.Path(arguments.folder), arguments.library, list(dict.fromkeys(names)))
     print(f"changes {chaos.changes}, that can fail {chaos.failures}, seconds {chaos.seconds}", flush=True)
     faults = None if arguments.faults == "all" else int(arguments.faults)
     num_wrong = num_cases = 0
-    for number, case in enumerate(cases(chaos, arguments.kills, faults, arguments.seed)):
+    all_cases = cases(chaos, arguments.kills, faults, arguments.seed)
+    if arguments.recipe is not None:
+        all_cases = cases_of(chaos, arguments.recipe, arguments.kills, arguments.seed)
+    for number, case in enumerate(all_cases):
         if number < arguments.skip:
             continue
         num_cases += 1

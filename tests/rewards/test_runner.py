@@ -144,6 +144,41 @@ def test_elementwise_function_is_spread_over_the_workers(write):
     assert all(round(pid % 1, 3) == 0.1 for pid in pids)  # batches of one
 
 
+def test_rewards_that_are_known_are_not_asked_for_and_count_as_if_they_were(write):
+    spec = write("""
+        asked = []
+        def size(completion, log_metric):
+            asked.append(completion)
+            log_metric("asked", len(asked))
+            return {"score": len(completion), "last": completion} if completion != "none" else 1 / 0
+        def all_of(completions):
+            return [0.0] * len(completions)
+    """)
+    completions, noted = ["a", "none", "ccc"], {}
+    specs = [spec("size"), dataclasses.replace(spec("all_of", 0.0), calls="whole_batch")]
+    with RewardRunner(specs, [], 1, 5.0) as runner:
+
+        def score(known):
+            def note(sample, name, result):
+                noted[sample, name] = result
+
+            with runner.begin(["p"] * 3, {}, note=note) as scoring:
+                for sample, completion in enumerate(completions):
+                    scoring.add([sample], [completion], known=[known(sample)])
+                return scoring.result()
+
+        first = score(lambda sample: {})
+        assert sorted(noted) == [(0, "size"), (2, "size")], "neither a failure nor what the whole batch was called for"
+        again = score(lambda sample: {"size": noted[sample, "size"]} if sample != 1 else {})
+        third = score(lambda sample: {})
+    assert column(again) == column(first) == [1.0, None, 3.0]
+    assert third.sums["size"]["asked"] == [5.0 + 7.0, 2], "the second time there was one call"
+    assert again.logged[2] == first.logged[2] == {"size": {"score": 3, "last": "ccc"}}
+    assert again.counts["size"] == first.counts["size"] == counts(exception=1)
+    assert again.sums["size"]["asked"] == [1.0 + 3.0, 2]
+    assert again.effort["size"].completions == 3
+
+
 def test_async_samples_run_at_the_same_time(write):
     spec = write("""
         running, everyone = [], None

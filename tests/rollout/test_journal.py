@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rewards.environment_runner import EnvironmentReply
+from rewards.replies import Result
 from rl.data.byte_tokenizer import ByteBackend
 from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
@@ -224,6 +225,29 @@ def test_a_journal_of_something_else_is_not_taken(folder, what):
         assert len(episodes) == 4
         assert session.num_drawn == sum(TURNS.values()) - (5 if what == "nothing" else 0)
         assert bool(step.told()) == (what == "nothing")
+
+
+def test_rewards_of_whole_episodes_are_kept_and_go_with_what_they_judged(folder):
+    given = Result(0, 0.25, None, {"note": "x"}, {"metric": [2.0, 1]}, 0.5, 1)
+    with Journal(folder) as journal:
+        step = journal.step(0, PARAMS)
+        play(step, Environments())
+        for sample in range(2):
+            step.note_reward((0, sample), "mine", given)
+        step.sync(waits=True)
+    with Journal(folder) as journal:
+        step = journal.step(0, PARAMS)
+        play(step, Environments())
+        assert [step.rewards((0, sample)) for sample in range(3)] == [{"mine": given}, {"mine": given}, {}]
+        turn = Completion(
+            0, 0, np.array([1], np.int32), *[np.zeros(1, np.float32)] * 2, "stop", None, *[np.zeros((1, 0))] * 2
+        )
+        step.add_turn((0, 0), 0, turn, "other")
+        step.sync()
+    with Journal(folder) as journal:
+        step = journal.step(0, PARAMS)
+        play(step, Environments())
+        assert [step.rewards((0, sample)) for sample in range(2)] == [{}, {"mine": given}]
 
 
 def test_steps_that_a_checkpoint_has_are_dropped(folder):

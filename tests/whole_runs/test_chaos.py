@@ -15,8 +15,15 @@ from tests.helpers.places import ROOT
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or shutil.which("cc") is None,
     reason="faults are injected by a library for glibc on Linux, which cc builds",
 )
-@pytest.mark.parametrize(("kills", "faults"), [("12", "12"), pytest.param("300", "all", marks=pytest.mark.long)])
-def test_run_that_is_killed_or_meets_a_failing_disk_goes_on_as_if_nothing_had_happened(tmp_path, kills, faults):
+@pytest.mark.parametrize(
+    ("kills", "faults", "more"),
+    [
+        ("12", "12", ()),
+        pytest.param("300", "all", (), marks=pytest.mark.long),
+        pytest.param("60", "0", ("--recipe", "episodes"), marks=pytest.mark.long),
+    ],
+)
+def test_run_that_is_killed_or_meets_a_failing_disk_goes_on_as_if_nothing_had_happened(tmp_path, kills, faults, more):
     command = [
         sys.executable,
         "-m",
@@ -27,6 +34,7 @@ def test_run_that_is_killed_or_meets_a_failing_disk_goes_on_as_if_nothing_had_ha
         faults,
         "--folder",
         str(tmp_path),
+        *more,
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
