@@ -62,8 +62,8 @@ class TextArenaPlayer:
         messages = [{"role": "user", "content": said}] if said else []
         if not done:
             return Step(messages)
-        rewards, facts = self.instance.close()
-        reward = None if rewards is None else rewards.get(_PLAYER)
+        given, facts = self.instance.close()
+        reward = None if given is None else given.get(_PLAYER)
         metrics = {"invalid_move": bool(facts.get(_PLAYER, {}).get("invalid_move", False))}
         return Step(messages, reward, True, metrics)
 

@@ -378,7 +378,7 @@ def test_an_episode_of_a_run_is_played_again_and_says_where_its_environment_answ
     ("overrides", "message"),
     [
         (["rollout.environment={g: nowhere.py:Game}"], "nowhere.py"),
-        (["rollout.environment=Game"], "rollout.environment must be path/to/file.py:name, got 'Game'"),
+        (["rollout.environment=Game"], "must be path/to/file.py:name, openenv:URL or textarena:NAME, got 'Game'"),
         (["rollout.environment={a: GAME, b: GAME}"], "column 'environment' must name one of"),
         (["rollout.environment=GAME", "rollout.max_episode_tokens=10"], "rollout.max_episode_tokens must be >= "),
         (["rollout.environment=GAME", "data.max_prompt_length=4"], "data.max_prompt_length"),
