@@ -106,6 +106,35 @@ COMMANDS = {
 
             Log-probs are at sampling.temperature, and at temperature 1 when that is 0 (greedy).""",
     ),
+    "serve": Command(
+        module="rl.tools.serve",
+        arguments="MODEL [--port N] [--host ADDRESS] [key=value ...]",
+        summary="an OpenAI-compatible endpoint for a model",
+        details="""\
+            MODEL            a run folder (its newest checkpoint), a folder that `grpo export` wrote, a hub id, or a
+                             YAML recipe (the weights of model.source)
+            --host ADDRESS   to listen at; 127.0.0.1 when left out: this machine alone. Another one needs an API key in
+                             the environment variable GRPO_API_KEY
+            --port N         8000 when left out; 0: any free one. The address is printed when the server is ready
+            --name NAME      what clients call the model; MODEL when left out
+            --step N         the checkpoint of a run; the newest when left out
+            --adapter FOLDER an adapter in PEFT's format beside the weights of a Hugging Face folder, hub id or recipe
+            --seed N         of completions whose request has no seed; another at each start when left out
+            --parked N       completions whose keys and values are kept for prompts that go on from them; 8 when left
+                             out
+            --queue N        completions that may wait for a slot; 256 when left out
+            --chunk N        tokens decoded between two looks, and sent at a time in a stream; 8 when left out
+            --top-logprobs N the most likely tokens that a request may ask for; 5 when left out
+            --timeout S      seconds that a request may take; 600 when left out
+            --drain S        seconds for what is running when the server is stopped; 30 when left out
+            --max-body-bytes N   of a request; 4000000 when left out
+            --trust          take a run folder whose config.yml was edited, or whose code is not shown to be yours
+            key=value        overrides with dotted keys: sampling.slots (completions at a time, 16 when null),
+                             data.max_prompt_length and sampling.max_completion_length (tokens of each)
+
+            Needs the extra `serve`: pip install 'tandem-grpo[serve]'. Ctrl-C or SIGTERM stops it when what runs has
+            ended. docs/serving.md tells the rest.""",
+    ),
     "compile": Command(
         module="rl.tools.programs.compile",
         arguments=(

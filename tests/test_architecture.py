@@ -27,6 +27,7 @@ ROOMS = [
     ["rl.training", "rl.sampler"],
     ["rl.run"],
     ["rl.rollout"],
+    ["rl.serving"],
     ["rl.grpo_trainer", "rl.sft_trainer"],
     ["rl.tools"],
     ["rl.api", "rl.cli"],

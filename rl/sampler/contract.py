@@ -86,6 +86,9 @@ class Request:
         environment put them there. Positions, lengths, penalties and stop strings go on from them, so that the rest of
         a completion is what it would have been in one go. A stop string or an EOS among them ends nothing.
       rules: how it is drawn, in place of the call's rules; None: by those. See `rl.sampler.slot_rules`.
+      num_given: of `continues`, how many tokens at its start belong to the prompt in all but the place of their keys
+        and values: they are no part of the completion, and move neither its randomness, nor its penalties, nor its
+        stop strings. Only `rl.sampler.slot_session.SlotSession.follow` makes such requests.
     """
 
     prompt: int
@@ -95,6 +98,12 @@ class Request:
     seed: int | None = None
     continues: tuple[int, ...] = ()
     rules: DrawRules | None = None
+    num_given: int = 0
+
+    @property
+    def begun(self) -> tuple[int, ...]:
+        """The tokens of the completion that are there already."""
+        return self.continues[self.num_given :]
 
 
 def requests_for(prompt_indices: Sequence[int], num_samples: int, limit: int) -> list[Request]:
@@ -321,6 +330,10 @@ def check_requests(
             if value is not None and not 0 <= value < end:
                 raise ValueError(f"requests[{number}].{name} must be in [0, {end}), got {value}")
         own = sampling if request.rules is None else _applied(number, request.rules, sampling, config.vocab_size)
+        if own.stop_strings and decode_text is None:
+            raise ValueError(
+                f"requests[{number}].rules.stop_strings must be empty without decode_text, which shows text"
+            )
         least = max(own.min_completion_length, 1)
         if not least <= request.limit <= sampling.max_completion_length:
             of = "sampling" if request.rules is None else "rules"

@@ -49,12 +49,14 @@ def create_sampler(
     tokenizer: Tokenizer,
     memory: int | None = None,
     beside: int = 0,
+    shows_special: bool = False,
 ) -> CompletionSource:
     """The sampler of a run, for rollouts and evaluation alike: the user's source, if the configuration names one, else
     the sampler that the policy asks for.
 
     Args:
       memory: bytes of memory per device; None asks the device. beside: of these, what reward models take.
+      shows_special: whether special tokens are text to stop strings, also where those of the configuration hold none.
 
     Raises:
       ValueError: reward models leave no memory.
@@ -62,9 +64,9 @@ def create_sampler(
     if config.sampling.source is not None:
         return CheckedSource(config, tokenizer, policy.config)
     if policy.decodes_in_waves:
-        rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory, beside)
+        rules, common = config.mesh.rules, _sampler_options(config, mesh, tokenizer, memory, beside, shows_special)
         return WaveSampler(cast(WavePolicy, policy), mesh, param_shardings, rules=rules, **common)
-    return _slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, beside)
+    return _slot_sampler(config, policy, mesh, param_shardings, tokenizer, memory, beside, shows_special)
 
 
 class DrawSize(NamedTuple):
@@ -138,6 +140,7 @@ def _slot_sampler(
     tokenizer: Tokenizer,
     memory: int | None,
     beside: int,
+    shows_special: bool,
 ) -> Sampler:
     """The sampler of the toolkit's own decoder; arguments as in `create_sampler`."""
     section, rules, decode_shardings = config.sampling, config.mesh.rules, None
@@ -157,12 +160,12 @@ def _slot_sampler(
         decode_shardings=decode_shardings,
         kv_dtype=section.kv_dtype,
         weights=weights,
-        **_sampler_options(config, mesh, tokenizer, memory, beside),
+        **_sampler_options(config, mesh, tokenizer, memory, beside, shows_special),
     )
 
 
 def _sampler_options(
-    config: Config, mesh: Mesh, tokenizer: Tokenizer, memory: int | None, beside: int
+    config: Config, mesh: Mesh, tokenizer: Tokenizer, memory: int | None, beside: int, shows_special: bool
 ) -> dict[str, Any]:
     slots, kv_bytes = config.sampling.slots, None
     if slots is None or beside:
@@ -175,14 +178,15 @@ def _sampler_options(
                 "smaller ones"
             )
         kv_bytes = int(config.sampling.kv_memory * (available - beside)) if slots is None else None
-    return {"slots": slots, "kv_bytes": kv_bytes, "decode_text": stop_text(config, tokenizer)}
+    return {"slots": slots, "kv_bytes": kv_bytes, "decode_text": stop_text(config, tokenizer, shows_special)}
 
 
-def stop_text(config: Config, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+def stop_text(config: Config, tokenizer: Tokenizer, shows_special: bool = False) -> Callable[[Sequence[int]], str]:
     """A function that gives the text of token ids in which stop strings are searched. The text has special tokens if a
     stop string holds one.
     """
-    special = any(token in stop for stop in config.sampling.stop_strings for token in tokenizer.special_tokens)
+    holds = any(token in stop for stop in config.sampling.stop_strings for token in tokenizer.special_tokens)
+    special = shows_special or holds
     return partial(tokenizer.decode, skip_special_tokens=not special)
 
 

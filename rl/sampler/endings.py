@@ -139,6 +139,18 @@ class Drawing:
     def columns(self) -> list[np.ndarray]:
         return [np.concatenate(part) for part in zip(*self.parts, strict=True)]
 
+    def since(self, num_seen: int) -> tuple[np.ndarray, ...] | None:
+        """The columns of what was drawn after the first `num_seen` drawn tokens; None where nothing was."""
+        start, later = self.num_tokens - len(self.before), []
+        for part in reversed(self.parts):
+            if start <= num_seen:
+                break
+            start -= len(part[0])
+            later.append(part)
+        if not later:
+            return None
+        return tuple(np.concatenate(part)[num_seen - start :] for part in zip(*reversed(later), strict=True))
+
     def token_ids(self) -> np.ndarray:
         """All tokens of the completion, those before the drawn ones included."""
         return np.concatenate([self.before, *(part[0] for part in self.parts)])

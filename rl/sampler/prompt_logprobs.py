@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rl.devices.mesh import num_row_shards, row_sharding
+from rl.devices.mesh import num_row_shards, replicated, row_sharding
 from rl.devices.programs import Program, Programs
 from rl.models.inputs import Inputs, empty_inputs
-from rl.models.logprobs import token_logprobs
+from rl.models.logprobs import chunk_length, token_logprobs
+from rl.models.ops import widen
 from rl.models.policy import Params, Policy
 from rl.sampler.sizes import MIN_TABLE_LENGTH, size_at_least
 
@@ -35,6 +36,7 @@ class PromptScorer:
     def __init__(self, policy: Policy, mesh: Mesh, param_shardings: Any, rules: Mapping[str, Sequence[str]]) -> None:
         self._policy, self._param_shardings = policy, param_shardings
         self._rows, self._num_shards = row_sharding(mesh, rules), num_row_shards(mesh, rules)
+        self._everywhere = replicated(mesh)
         self._programs = Programs()
 
     def logprobs(
@@ -60,6 +62,66 @@ class PromptScorer:
             for number, row, span in places:
                 results[number] = logprobs_RT[row, span.start : span.stop - 1]
         return [results[number] for number in range(len(prompts))]
+
+    def scores(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        temperature: float,
+        chunk_size: int | None,
+        num_top: int,
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """As `logprobs`, with the `num_top` most likely tokens of each position. A token that is the most likely one
+        has the very number of the first of them.
+
+        Another temperature needs no other program. Rows come in few sizes, so that a server compiles few programs.
+
+        Returns:
+          For each prompt the log-probs [T - 1], ids [T - 1, N] and log-probs [T - 1, N] of the most likely tokens, the
+          most likely first.
+        """
+        results: dict[int, tuple[np.ndarray, ...]] = {}
+        calls = packed_calls(prompts, TOKENS_PER_CALL, self._num_shards, self._policy.packs_rows, steps=1)
+        for inputs, places in calls:
+            key = ("scores", *inputs.tokens_BT.shape, chunk_size, num_top)
+            program = self._programs.get(key, lambda key=key: self._compile_scores(params, *key[1:]))
+            arrays = [np.asarray(array) for array in program(params, inputs, np.float32(temperature or 1.0))]
+            for number, row, span in places:
+                results[number] = tuple(array[row, span.start : span.stop - 1] for array in arrays)
+        return [results[number] for number in range(len(prompts))]  # pyright: ignore[reportReturnType]
+
+    def _compile_scores(
+        self, params: Params, num_rows: int, length: int, chunk_size: int | None, num_top: int
+    ) -> Callable[..., Any]:
+        policy = self._policy
+        size = chunk_length(-(-num_rows // self._num_shards), length, chunk_size)
+
+        def of_chunk(params: Params, temperature: jax.Array, hidden_RCD: jax.Array, targets_RC: jax.Array) -> Any:
+            logits_RCV = policy.unembed(params, hidden_RCD)
+            logits_RCV = logits_RCV.astype(widen(logits_RCV.dtype))
+            logits_RCV = logits_RCV / temperature.astype(logits_RCV.dtype)
+            shifted_RCV = logits_RCV - jnp.max(logits_RCV, axis=-1, keepdims=True)
+            log_sum_RC1 = jnp.log(jnp.sum(jnp.exp(shifted_RCV), axis=-1, keepdims=True))
+            top_RCN, top_ids_RCN = jax.lax.top_k(shifted_RCV, num_top)
+            is_target = jax.lax.broadcasted_iota(jnp.int32, shifted_RCV.shape, 2) == targets_RC[..., None]
+            own_RC1 = jnp.sum(jnp.where(is_target, shifted_RCV, 0), axis=-1, keepdims=True)
+            return (own_RC1 - log_sum_RC1)[..., 0], top_ids_RCN, top_RCN - log_sum_RC1
+
+        def of_rows(params: Params, inputs: Inputs, temperature: jax.Array) -> Any:
+            padding, targets_RT = -length % size, jnp.roll(inputs.tokens_BT, -1, axis=1)
+
+            def chunks(array: jax.Array) -> jax.Array:
+                padded = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
+                return jnp.moveaxis(padded.reshape(num_rows, -1, size, *array.shape[2:]), 1, 0)
+
+            parts = chunks(policy.hidden(params, inputs)), chunks(targets_RT)
+            found = jax.lax.map(lambda part: of_chunk(params, temperature, *part), parts)
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(num_rows, -1, *x.shape[3:])[:, :length], found)
+
+        inputs = Inputs(*(jax.ShapeDtypeStruct((num_rows, length), jnp.int32),) * 4)
+        shardings = (self._param_shardings, Inputs(*(self._rows,) * 4), self._everywhere)
+        arguments = (params, inputs, jax.ShapeDtypeStruct((), jnp.float32))
+        return Program(of_rows, shardings, (self._rows,) * 3).prepare(arguments)
 
     def _compile(
         self, params: Params, num_rows: int, length: int, temperature: float, chunk_size: int | None
@@ -87,22 +149,27 @@ class PromptScorer:
 
 
 def packed_calls(
-    prompts: Sequence[Sequence[int] | np.ndarray], tokens_per_call: int, num_shards: int, packs_rows: bool
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    tokens_per_call: int,
+    num_shards: int,
+    packs_rows: bool,
+    steps: int = 2,
 ) -> Iterator[tuple[Inputs, list[tuple[int, int, slice]]]]:
     """Prompts, at least one token each, as calls of one shape: rows of one length, a multiple of `num_shards` of them.
 
     Args:
       tokens_per_call: the most tokens of a call over all rows, unless one prompt for each shard is longer.
       packs_rows: whether a row may hold several prompts, each a group of its own.
+      steps: numbers and lengths of rows in each doubling.
 
     Yields:
       numpy inputs [R, T], and (number of a prompt, its row, its positions in the row).
     """
     longest = max((len(prompt) for prompt in prompts), default=0)
-    length = size_at_least(max(longest, MIN_TABLE_LENGTH))
+    length = size_at_least(max(longest, MIN_TABLE_LENGTH), steps)
     rows = pack_rows([len(prompt) for prompt in prompts], length, length if packs_rows else 1)
     most = max(tokens_per_call // length // num_shards, 1)
-    num_rows = num_shards * min(most, size_at_least(-(-len(rows) // num_shards)))
+    num_rows = num_shards * min(most, size_at_least(-(-len(rows) // num_shards), steps))
     for first in range(0, len(rows), num_rows):
         inputs, places = empty_inputs(num_rows, length), list(_spans(rows[first : first + num_rows], prompts))
         for number, row, span in places:

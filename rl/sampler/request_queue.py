@@ -121,8 +121,11 @@ class Schedule:
         logits_dtype: Any = np.float32,
     ) -> None:
         assert rows_per_prompt <= table_rows, (rows_per_prompt, table_rows)
-        self._prompts: list[Sequence[int] | np.ndarray] = []
-        self._requests: list[Request] = []
+        # {number: what is not finished}; numbers are never used again.
+        self._prompts: dict[int, Sequence[int] | np.ndarray] = {}
+        self._requests: dict[int, Request] = {}
+        self._uses: dict[int, int] = {}  # {prompt: its requests}
+        self._num_prompts = self._num_requests = 0  # so far
         self._sampling, self._decode_text = sampling, decode_text
         self._common_length, self._num_waiting = common_length, num_waiting
         self._table_length, self._rows_per_prompt = table_length, rows_per_prompt
@@ -155,14 +158,18 @@ class Schedule:
         Returns:
           The numbers of the requests here, in their order.
         """
-        numbers = range(len(self._requests), len(self._requests) + len(requests))
+        numbers = range(self._num_requests, self._num_requests + len(requests))
         if shards is None:
             shards = deal(requests, len(self._pending), self.loads(), numbers.start, total)
-        first_prompt = len(self._prompts)
-        self._prompts.extend(prompts)
+        first_prompt = self._num_prompts
         if first_prompt:
             requests = [dataclasses.replace(request, prompt=first_prompt + request.prompt) for request in requests]
-        self._requests.extend(requests)
+        for number, request in zip(numbers, requests, strict=True):
+            self._requests[number] = request
+            self._prompts[request.prompt] = prompts[request.prompt - first_prompt]
+            self._uses[request.prompt] = self._uses.get(request.prompt, 0) + 1
+        self._num_prompts += len(prompts)
+        self._num_requests += len(requests)
         for pending, pieces in zip(self._pending, shards, strict=True):
             pending.extend(pieces)
         self.num_left += len(requests)
@@ -327,7 +334,7 @@ class Schedule:
                     "last_tokens": before[-1],
                     "prompt_lengths": len(prompt),
                     "limits": request.limit - len(request.continues),
-                    "nums_before": len(request.continues),
+                    "nums_before": len(request.begun),
                     "group_ids": request.prompt,
                 }
                 for name, value in values.items():
@@ -378,12 +385,13 @@ class Schedule:
 
     def _add(self, request: int, columns: tuple[np.ndarray, ...]) -> Completion | None:
         asked = self._requests[request]
-        drawing = self._drawing.setdefault(request, Drawing(asked.continues))
-        num_checked, num_before = drawing.num_tokens, len(asked.continues)
+        begun, sampling = asked.begun, self._sampling_of(asked)
+        drawing = self._drawing.setdefault(request, Drawing(begun))
+        num_checked, num_before = drawing.num_tokens, len(begun)
         drawing.add(columns)
-        tokens = columns[0] if not self._sampling.stop_strings else drawing.token_ids()
+        tokens = columns[0] if not sampling.stop_strings else drawing.token_ids()
         num_earlier = num_before if self._holds else 0  # a session with turns continues whole ones
-        ends = asked.limit, self._sampling_of(asked), self._decode_text, num_before, num_earlier
+        ends = asked.limit - asked.num_given, sampling, self._decode_text, num_before, num_earlier
         end = find_end(tokens, num_checked, drawing.num_tokens, *ends)
         if end is None:
             return None
@@ -413,7 +421,37 @@ class Schedule:
         self.ended.pop(number, None)
         shard, rows = self._rows_of.pop(number)
         self._left[shard, rows] -= 1
+        self._forget(number)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request wherever it is, and frees what it takes; nothing more of it is drawn."""
+        for pending in self._pending:
+            for place, piece in enumerate(pending):
+                if number in piece:
+                    pending[place] = [other for other in piece if other != number]
+                    if not pending[place]:
+                        del pending[place]
+                    self._forget(number)
+                    return
+        for waiting in self._waiting:
+            if number in waiting:
+                waiting.remove(number)
+        at = self._slots == number
+        self._slots[at], self._cancelled[at] = -1, True
+        self._drawing.pop(number, None)
+        self.finish(number)
+
+    def _forget(self, number: int) -> None:
+        prompt = self._requests.pop(number).prompt
+        self._uses[prompt] -= 1
+        if not self._uses[prompt]:
+            del self._uses[prompt], self._prompts[prompt]
         self.num_left -= 1
+
+    def drawn(self, number: int, num_seen: int) -> tuple[np.ndarray, ...] | None:
+        """What a request that has not ended has drawn after its first `num_seen` tokens, see `Drawing.since`."""
+        drawing = self._drawing.get(number)
+        return None if drawing is None else drawing.since(num_seen)
 
     def go_on(self, numbers: Sequence[Sequence[int]], width: int) -> np.ndarray:
         """Gives requests, by shard, whose turns go on, idle slots; as many of each shard as there are.

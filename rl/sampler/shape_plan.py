@@ -33,6 +33,7 @@ from rl.sampler.sizes import LENGTH_UNIT, MIN_TABLE_LENGTH, cache_sizes, size_at
 MAX_DERIVED_SLOTS = 256  # when a memory budget sets the number: more slots are hardly cheaper for each token
 MIN_COMMON_LENGTH = 64
 MIN_CUT_LENGTH = 32  # positions of a table row that is shorter than the longest prompt
+OPEN_PREFILL_ROWS = 4  # prompts of a shard that are prefilled at a time where they come one by one
 READ_SIZES = (64, 16)  # tokens of an observation that are read at a time
 MIN_SAVED = 1 / 8  # the share of positions that halving the table rows must save
 
@@ -278,6 +279,47 @@ def turn_shape(
         while num_kept > 1 and peak(most, num_kept) > budget.allowed:
             num_kept -= 1
     return shape(most, num_kept)
+
+
+def open_shape(
+    num_shards: int, num_slots: int, num_kept: int, expected: ExpectedPrompts, longest: int, budget: KVBudget | None
+) -> Shape:
+    """The shape for requests that come one by one and without an end: as `turn_shape`, where the table holds a prompt
+    for each slot and each kept row, and few prompts are prefilled at a time.
+
+    Args:
+      num_slots, num_kept: over all shards.
+
+    Raises:
+      ValueError: the budget is too small.
+    """
+    slots, kept = max(num_slots // num_shards, 1), max(math.ceil(num_kept / num_shards), 1)
+    length = LENGTH_UNIT * math.ceil((longest + max(READ_SIZES)) / LENGTH_UNIT)
+    table_rows = size_at_least((slots + num_kept // num_shards) * expected.rows_per_prompt, 4)
+    prefill_rows = min(OPEN_PREFILL_ROWS, slots)
+    if budget is not None:
+        whole, largest = sum(budget.per_position), max(budget.per_position)
+        prefilled = prefill_rows * expected.rows_per_prompt * expected.table_length
+        cached = (slots + kept + rows_moved(slots)) * length + table_rows * expected.table_length
+        peak = cached * whole + prefilled * (whole + largest)
+        if peak > budget.allowed:
+            raise ValueError(
+                f"sampling.kv_memory must hold {slots} completions of {longest} tokens at a time and {kept} kept ones, "
+                f"which take {peak:,} bytes of keys and values, got {budget.allowed:,}; raise it, or lower "
+                "sampling.slots, data.max_prompt_length or sampling.max_completion_length"
+            )
+    return Shape(
+        num_slots=slots * num_shards,
+        length=length,
+        table_rows=table_rows * num_shards,
+        table_length=expected.table_length,
+        rows_per_prompt=expected.rows_per_prompt,
+        num_readers=1,
+        prefill_rows=prefill_rows * num_shards,
+        common_length=0,
+        num_waiting=slots,
+        num_kept=kept * num_shards,
+    )
 
 
 def rows_moved(num_slots: int) -> int:

@@ -8,7 +8,8 @@ of a constant, and takes the logarithm of a constant when it compiles.
 
 A group of rules runs in steps where some slot needs it. Its cost is then that of all slots: of the penalties one pass
 over the logits, of top-k and of top-p one search for a threshold each, of as many passes as a float has bits. The same
-for all requests of a call: EOS ids, bias, forbidden ids, the number of most likely tokens, stop strings.
+for all requests of a call: EOS ids, bias, forbidden ids, the number of most likely tokens. Stop strings are a request's
+own too; the host looks for them.
 Legend: B slots, V vocabulary.
 """
 
@@ -46,6 +47,7 @@ class DrawRules:
     presence_penalty: float = 0.0
     min_completion_length: int = 0
     ends_at_eos: bool = True
+    stop_strings: tuple[str, ...] = ()
 
     @functools.lru_cache(CACHED)  # noqa: B019 (a rule is small)
     def applied_to(self, sampling: SamplingParams) -> SamplingParams:
@@ -87,7 +89,7 @@ class SlotSampling(SamplingParams):
     @property
     def compiled(self) -> SamplingParams:
         off = {field.name: field.default for field in dataclasses.fields(DrawRules) if field.name != "ends_at_eos"}
-        return dataclasses.replace(self, stop_strings=(), **off)
+        return dataclasses.replace(self, **off)
 
 
 class RuleArrays(NamedTuple):

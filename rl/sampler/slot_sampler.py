@@ -48,6 +48,7 @@ from rl.sampler.shape_plan import (
     ShardRequests,
     few_rows,
     first_shape,
+    open_shape,
     rest_lengths,
     rows_moved,
     turn_shape,
@@ -248,22 +249,24 @@ class Sampler:
         self, params: Params, num_prompts: int, num_samples: int, sampling: SamplingParams, longest: int
     ) -> None:
         """As `warm_up`, for sessions of this size."""
-        engine = self.engine
         if self._convert is not None:
-            engine.programs.prepare(*self._convert_build(params))
-        params = self._abstract_decode_params(params)
+            self.engine.programs.prepare(*self._convert_build(params))
+        params, num_shards = self._abstract_decode_params(params), self.engine.num_shards
         first = self._turn_shape(num_prompts, num_samples, longest)
-        num_slots = first.num_slots // engine.num_shards
-        num_rows = rows_moved(num_slots) * engine.num_shards
-        shapes = [
-            first.resized(slots * engine.num_shards, first.length, engine.num_shards) for slots in slot_sizes(num_slots)
-        ]
+        sizes = slot_sizes(first.num_slots // num_shards)
+        shapes = [first.resized(slots * num_shards, first.length, num_shards) for slots in sizes]
+        self._prepare_turns(params, shapes, sampling, self._turn_chunk)
+
+    def _prepare_turns(self, params: Params, shapes: Sequence[Shape], sampling: SamplingParams, chunk: int) -> None:
+        """Compiles the programs of a session with turns, whose shapes come in the order in which slots are dropped."""
+        engine, first = self.engine, shapes[0]
+        num_rows = rows_moved(first.num_slots // engine.num_shards) * engine.num_shards
         engine.prepare_state(first, sampling)
         for rows in self._prefill_sizes(first):
             engine.prepare_prefill(params, rows, first.prefill_length, prefill_chunk(rows), 0)
             engine.prepare_insert(first, rows)
         for place, shape in enumerate(shapes):
-            engine.prepare(params, shape, sampling, self._turn_chunk)
+            engine.prepare(params, shape, sampling, chunk)
             engine.prepare_turns(params, shape, sampling, num_rows, READ_SIZES)
             for later in shapes[place + 1 :]:
                 engine.prepare_resize(shape, sampling, later.num_slots, later.length)
@@ -291,6 +294,50 @@ class Sampler:
         total = num_prompts * num_samples
         return SlotSession(self.engine, params, shape, sizes, sampling, key, None, self._decode_text, chunk, total)
 
+    def open_endless(
+        self,
+        params: Params,
+        sampling: SamplingParams,
+        key: jax.Array,
+        num_slots: int,
+        num_kept: int,
+        longest: int,
+        chunk: int,
+    ) -> SlotSession:
+        """As `open`, for requests that come one by one and without an end, as a server's do. All slots stay, however
+        few requests there are.
+
+        Args:
+          num_kept: requests whose turn has ended, and which may be held for `SlotSession.follow`; may be 0.
+          chunk: tokens decoded between two looks of the host.
+
+        Raises:
+          ValueError: the session does not fit the memory, or prompts are not planned by `expect_length`.
+        """
+        shape = self._endless_shape(num_slots, num_kept, longest)
+        self.release()
+        params, num_shards = self._decode_params(params), self.engine.num_shards
+        sizes = [CacheSize(shape.num_slots // num_shards, shape.length)]
+        return SlotSession(self.engine, params, shape, sizes, sampling, key, None, self._decode_text, chunk)
+
+    def check_endless(self, num_slots: int, num_kept: int, longest: int) -> None:
+        """ValueError where `open_endless` cannot be, see there."""
+        self._endless_shape(num_slots, num_kept, longest)
+
+    def warm_up_endless(
+        self, params: Params, sampling: SamplingParams, num_slots: int, num_kept: int, longest: int, chunk: int
+    ) -> None:
+        """Compiles, in the background, what `open_endless` needs with these arguments."""
+        if self._convert is not None:
+            self.engine.programs.prepare(*self._convert_build(params))
+        params = self._abstract_decode_params(params)
+        shape = self._endless_shape(num_slots, num_kept, longest)
+        self._prepare_turns(params, [shape], sampling, chunk)
+
+    def _endless_shape(self, num_slots: int, num_kept: int, longest: int) -> Shape:
+        expected, num_shards = self._planned_prompts(), self.engine.num_shards
+        return open_shape(num_shards, num_slots, num_kept, expected, longest, self._budget())
+
     def prompt_logprobs(
         self, params: Params, prompts: Sequence[Sequence[int] | np.ndarray], temperature: float, chunk_size: int | None
     ) -> list[np.ndarray]:
@@ -300,6 +347,17 @@ class Sampler:
         cache is read.
         """
         return self._scorer.logprobs(self._decode_params(params), prompts, temperature, chunk_size)
+
+    def prompt_scores(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        temperature: float,
+        chunk_size: int | None,
+        num_top: int,
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """As `prompt_logprobs`, with the most likely tokens, see `PromptScorer.scores`."""
+        return self._scorer.scores(self._decode_params(params), prompts, temperature, chunk_size, num_top)
 
     def release(self) -> None:
         """Drops the keys and values of a common prefix, which calls with the same weights share."""
@@ -444,7 +502,7 @@ class Sampler:
     def _shape(self, demand: ShardRequests, expected: ExpectedPrompts, sampling: SamplingParams) -> Shape:
         """The shape in which decoding starts: the shape of the planned calls, if it serves this one."""
         num_shards, limit = self.engine.num_shards, sampling.max_completion_length
-        budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
+        budget = self._budget()
 
         def shape_of(demand: ShardRequests, serves_fewer: bool = False) -> Shape:
             return first_shape(num_shards, demand, expected, limit, self._slots, budget, serves_fewer)
@@ -456,14 +514,19 @@ class Sampler:
         return shape_of(demand)
 
     def _turn_shape(self, num_prompts: int, num_samples: int, longest: int) -> Shape:
-        demand, expected = self._demand(num_prompts, num_samples), self._expected
+        demand, expected = self._demand(num_prompts, num_samples), self._planned_prompts()
         assert demand is not None, "a call without requests"
-        if expected.common or not expected.lengths:
-            raise ValueError("the prompts of a call with turns must be planned by expect_length")
         if self._planned is not None and demand.is_within(self._planned):
             demand = self._planned
-        budget = None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
-        return turn_shape(self.engine.num_shards, demand, expected, longest, self._slots, budget)
+        return turn_shape(self.engine.num_shards, demand, expected, longest, self._slots, self._budget())
+
+    def _planned_prompts(self) -> ExpectedPrompts:
+        if self._expected.common or not self._expected.lengths:
+            raise ValueError("the prompts of a call with turns must be planned by expect_length")
+        return self._expected
+
+    def _budget(self) -> KVBudget | None:
+        return None if self._kv_bytes is None else KVBudget(self._kv_bytes, self.engine.array_bytes_per_position())
 
     def _prefill_common(self, version: Params, params: Params, prefix: tuple[int, ...]) -> CachePart:
         """Keys and values of the common prefix. Those of the last call are used again if the weights are the same

@@ -142,6 +142,63 @@ class SlotSession:
         self._num_outside -= 1
         self._ready[turns.shard].append(number)
 
+    def follow(self, number: int, num_kept: int, token_ids: Sequence[int], request: Request) -> None:
+        """Has another request drawn behind a turn that has ended, in its place and under its number: one whose prompt
+        begins with what is cached already.
+
+        Args:
+          num_kept: the first tokens of the completion, of all turns and what was between them, with which the prompt of
+            the request goes on behind the first prompt. token_ids: what follows them in it.
+          request: its limit is of its own tokens; its prompt is not read.
+
+        Raises:
+          ValueError: what no sampler can draw.
+        """
+        turns, old = self._turns[number], self._schedule.request(number)
+        assert turns.state == _OUTSIDE, number
+        assert num_kept <= len(turns.tokens), (num_kept, len(turns.tokens))
+        tokens = [*turns.tokens[:num_kept], *(int(token) for token in token_ids)]
+        assert self.has_room(len(tokens) + request.limit), (len(tokens), request.limit)
+        whole = [*self._schedule.prompt(number), *tokens]
+        alone = dataclasses.replace(request, prompt=0)
+        check_requests(self._engine.policy.config, self._decode_text, [whole], [alone], self._sampling)
+        turns.tokens, turns.num_cached = tokens, min(turns.num_cached, num_kept)
+        limit = len(tokens) + request.limit
+        given = {"continues": tuple(tokens), "num_given": len(tokens), "limit": limit}
+        self._schedule.replace(number, dataclasses.replace(request, prompt=old.prompt, **given))
+        self.num_read += len(token_ids)
+        turns.state = _READY
+        self._is_stuck = False
+        self._num_outside -= 1
+        self._ready[turns.shard].append(number)
+
+    def prompt_length(self, number: int) -> int:
+        """The number of tokens of a request's first prompt."""
+        return len(self._schedule.prompt(number))
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether so many tokens fit behind a prompt."""
+        return num_tokens <= self._state.shape.length - max(READ_SIZES)
+
+    def drawn(self, number: int, num_seen: int) -> tuple[np.ndarray, ...] | None:
+        """What a request that is being drawn has after the first `num_seen` tokens of its turn: token_ids,
+        sampler_logprobs, policy_logprobs, top_ids, top_logprobs as in `Completion`; None where there is nothing.
+        """
+        return self._schedule.drawn(number, num_seen)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request, whatever has become of it, and frees what it takes."""
+        self._is_stuck = False
+        turns = self._turns.pop(number, None)
+        if turns is not None:
+            if turns.state == _OUTSIDE:
+                self._num_outside -= 1
+            elif turns.state == _READY:
+                self._ready[turns.shard].remove(number)
+            if turns.row is not None:
+                self._free_rows[turns.shard].append(turns.row)
+        self._schedule.cancel(number)
+
     def finish(self, number: int) -> None:
         """Frees what a request takes, whose last turn has ended."""
         turns = self._turns.pop(number)

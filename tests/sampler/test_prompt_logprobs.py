@@ -56,6 +56,16 @@ def test_packed_prompts_have_the_log_probs_of_each_alone_from_one_program(mesh, 
         again = scorer.logprobs(placed, prompts[::-1], temperature=0.7, chunk_size=7)
         assert compiles.count == 1, "other prompts of these sizes"
     np.testing.assert_allclose(np.concatenate(again[::-1]), np.concatenate(expected), atol=1e-5)
+    scores = scorer.scores(placed, prompts, 0.7, 7, num_top=3)
+    np.testing.assert_allclose(np.concatenate([own for own, _, _ in scores]), np.concatenate(expected), atol=1e-5)
+    num_best = 0
+    for prompt, (own, ids, best) in zip(prompts, scores, strict=True):
+        assert np.all(np.diff(best, axis=1) <= 0)
+        is_best = ids[:, 0] == prompt[1:]
+        np.testing.assert_array_equal(own[is_best], best[is_best, 0])
+        assert np.all(own[~is_best] < best[~is_best, 0])
+        num_best += int(is_best.sum())
+    assert num_best
     assert [len(values) for values in got] == [len(prompt) - 1 for prompt in prompts]
     assert all(values.dtype == np.float32 for values in got)
     np.testing.assert_allclose(np.concatenate(got), np.concatenate(expected), atol=1e-5)
