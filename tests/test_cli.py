@@ -268,7 +268,7 @@ def read_pyproject():
 def test_every_third_party_import_is_a_dependency():
     project = read_pyproject()["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["gcs"], *extras["s3"], *extras["rewards"]]
+    requirements = [*project["dependencies"], *extras["gcs"], *extras["s3"], *extras["rewards"], *extras["serve"]]
     names = {re.split(r"[<>=]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
     distributions = {"google": "google_tunix", "tunix": "google_tunix", "orbax": "orbax_checkpoint", "yaml": "pyyaml"}
     distributions |= {"aiohttp": "gcsfs", "botocore": "s3fs", "etils": "orbax_checkpoint", "referencing": "jsonschema"}

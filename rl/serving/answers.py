@@ -7,7 +7,7 @@ at temperature 1 when greedy, and have the shortest form that gives the same num
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def number(value: Any) -> float:
 
 def chat_logprobs(
     names: TokenNames,
-    token_ids: Sequence[int],
+    token_ids: Iterable[int],
     logprobs: np.ndarray,
     top_ids: np.ndarray,
     top_logprobs: np.ndarray,
@@ -64,17 +64,17 @@ def chat_logprobs(
 
 def text_logprobs(
     names: TokenNames,
-    token_ids: Sequence[int],
-    logprobs: Sequence[Any],
-    top_ids: Sequence[Any],
-    top_logprobs: Sequence[Any],
+    token_ids: Iterable[int],
+    logprobs: Any,
+    top_ids: Any,
+    top_logprobs: Any,
     num_top: int,
     offset: int = 0,
 ) -> dict[str, Any]:
     """The field `logprobs` of a text's choice.
 
     Args:
-      logprobs, top_ids, top_logprobs: None at a token that has none, the first of a prompt.
+      logprobs, top_ids, top_logprobs: by token, None at a token that has none, the first of a prompt.
       offset: characters before the first token.
     """
     tokens = [names(int(token_id)) for token_id in token_ids]

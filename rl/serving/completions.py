@@ -196,10 +196,10 @@ class Texts:
     def _prompt_logprobs(
         self, asked: PreparedText, names: TokenNames, place: int, score: PromptScore
     ) -> dict[str, Any]:
-        columns = [[None, *column] for column in (score.logprobs, score.top_ids, score.top_logprobs)]
+        logprobs, *tops = ([None, *column] for column in (score.logprobs, score.top_ids, score.top_logprobs))
         num_top = asked.body.options.num_top
         assert num_top is not None
-        return text_logprobs(names, asked.prompts[place], *columns, num_top)
+        return text_logprobs(names, asked.prompts[place], logprobs, tops[0], tops[1], num_top)
 
     def _drawn_text(self, asked: PreparedText, completion: Completion) -> str:
         options = asked.body.options

@@ -4,7 +4,7 @@ In: token ids, a few at a time. Out: the text that is certain by then. All piece
 completion, without the stop string that ended it. Not here: where a completion ends (`rl.sampler.endings`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rl.data.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ class TextStream:
         self._text = ""  # what is known
         self._num_sent = 0  # characters of it
 
-    def push(self, token_ids: Sequence[int]) -> str:
+    def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens make certain."""
         self._ids.extend(int(token) for token in token_ids)
         # A tokenizer may write the first word of a text otherwise than a later one, so a few known tokens come first.
@@ -40,7 +40,7 @@ class TextStream:
             self._first, self._shown = self._shown, len(self._ids)
         return self._send(len(self._text) - self._num_held())
 
-    def finish(self, token_ids: Sequence[int], stop: str | None) -> str:
+    def finish(self, token_ids: Iterable[int], stop: str | None) -> str:
         """The rest of the text.
 
         Args:
