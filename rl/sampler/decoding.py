@@ -328,7 +328,8 @@ def draw_next(logits_BV: jax.Array, slots: Slots, sampling: SamplingParams) -> D
 
     positions_B = slots.nums_before + slots.num_drawn
     uniform_B = jax.vmap(uniform)(slots.keys, positions_B)
-    of_turn_B = positions_B - slots.nums_cached  # tokens that the turn has so far
+    # Tokens that the turn has so far. What is cached and no part of the completion belongs to its prompt.
+    of_turn_B = jnp.maximum(slots.nums_before - slots.nums_cached, 0) + slots.num_drawn
     if slots.rules is not None:
         assert slots.counts is not None
         live_B = slots.request_ids >= 0
