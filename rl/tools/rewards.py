@@ -21,6 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from rewards.batch import RewardResult, added_effort
+from rewards.environment_rewards import asks_for_environments
 from rewards.runner import RewardRunner
 from rl.config.load import Config, load_config, require
 from rl.config.sections import reward_models
@@ -100,6 +101,7 @@ def check(
     data = load_prompts(config, tokenizer)
     rows = list({_key(row.prompt): row for row in reversed(data.train)}.values())[::-1][:num_rows]
     recorded = [] if samples is None else _recorded(samples, [*data.train, *data.held_out])
+    config, of_environments = _without_environments(config, data.train)
     with start_rewards(config, data.train, None, _mesh(config)) as runner:
         made = made_completions(rows, runner.specs, tokenizer, config.sampling.max_completion_length)
         results = [_score(runner, made, tokenizer, group_size=len({sort for sort, *_ in made}))]
@@ -110,6 +112,7 @@ def check(
     problems = [line for result in scored for line in result.problems]
     if recorded and (alone := sorted({*weights} - {*runner.elementwise})):
         problems.append(f"samples of {samples} are judged one by one, without {', '.join(alone)}, which compare them")
+    problems += of_environments
     sorts = {sort: judged for result in results for sort, judged in result.sorts.items()}
     effort = added_effort(result.effort for result in scored)
     verdict, is_wrong = verdict_of(sorts, way_out_of(runner, scored))
@@ -122,6 +125,26 @@ def check(
         verdict=verdict,
         is_wrong=is_wrong,
     )
+
+
+def _without_environments(config: Config, rows: Sequence[PromptRow]) -> tuple[Config, list[str]]:
+    """The configuration without reward functions that ask for environments, and a line about those. ValueError where
+    there is no other.
+    """
+    columns = {name for row in rows for name in row.columns}
+    functions = config.rewards.functions if config.rollout.environment else []
+    asking = [entry for entry in functions if asks_for_environments(entry.function, {*columns, *entry.kwargs})]
+    if not asking:
+        return config, []
+    names = ", ".join(entry.label for entry in asking)
+    others = [entry for entry in functions if entry not in asking]
+    if not others:
+        raise ValueError(
+            f"rewards.functions: {names} ask for environments, which this command does not play, and there is no other "
+            "function to check; look at samples.jsonl of a short run"
+        )
+    rewards = dataclasses.replace(config.rewards, functions=others)
+    return dataclasses.replace(config, rewards=rewards), [f"{names}: left out, because no environment is played here"]
 
 
 def _mesh(config: Config) -> Mesh | None:

@@ -251,8 +251,8 @@ class Chaos:
         }
 
 
-def cases_of(chaos: Chaos, name: str, num_kills: int, seed: int) -> Iterator[Case]:
-    """`num_kills` kills of one recipe, one to three in a case."""
+def cases_of(chaos: Chaos, name: str, num_kills: int, faults: int | None, seed: int) -> Iterator[Case]:
+    """`num_kills` kills of one recipe, one to three in a case; then full and broken disks, as in `cases`."""
     numbers = random.Random(seed)
     while num_kills > 0:
         kills = [
@@ -261,6 +261,7 @@ def cases_of(chaos: Chaos, name: str, num_kills: int, seed: int) -> Iterator[Cas
         ]
         yield Case(name, tuple(kills), numbers.random() < 0.5)
         num_kills -= len(kills)
+    yield from _disk_cases(chaos, [name], faults, numbers)
 
 
 def cases(chaos: Chaos, num_kills: int, faults: int | None, seed: int) -> Iterator[Case]:
@@ -282,10 +283,14 @@ def cases(chaos: Chaos, num_kills: int, faults: int | None, seed: int) -> Iterat
             kills.append(Fault("kill", numbers.randint(1, chaos.changes[name] // 3)))  # what is left is less
         yield Case(name, tuple(kills), numbers.random() < 0.5)
         done, turn = done + len(kills), turn + 1
-    if faults == 0:
-        return
+    if faults != 0:
+        yield from _disk_cases(chaos, FAULTY, faults, numbers)
+
+
+def _disk_cases(chaos: Chaos, names: Sequence[str], faults: int | None, numbers: random.Random) -> Iterator[Case]:
+    """Full and broken disks, as many as `faults`; None: at every k, both."""
     places = [
-        (name, k, kind) for name in FAULTY for k in range(1, chaos.failures[name] + 1) for kind in ("full", "broken")
+        (name, k, kind) for name in names for k in range(1, chaos.failures[name] + 1) for kind in ("full", "broken")
     ]
     if faults is not None:
         places = numbers.sample(places, min(faults, len(places)))
@@ -394,7 +399,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Kills, and full and broken disks, at every moment of a tiny run.")
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--faults", default="12", help="how many full and broken disks; all: at every k, both")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), help="kills of this recipe only, in place of all")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), help="of this recipe only, in place of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip", type=int, default=0, help="cases to leave out, of a run that was stopped")
     parser.add_argument("--folder", help="for the runs; what the last case left stays there")
@@ -441,7 +446,7 @@ def main() -> int:
     num_wrong = num_cases = 0
     all_cases = cases(chaos, arguments.kills, faults, arguments.seed)
     if arguments.recipe is not None:
-        all_cases = cases_of(chaos, arguments.recipe, arguments.kills, arguments.seed)
+        all_cases = cases_of(chaos, arguments.recipe, arguments.kills, faults, arguments.seed)
     for number, case in enumerate(all_cases):
         if number < arguments.skip:
             continue

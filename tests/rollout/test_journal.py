@@ -109,16 +109,21 @@ class Environments:
 
 
 def play(
-    journal: StepJournal | None, environments: Any, most: int = 10**6, in_order: bool = False, asked: str = "asked"
+    journal: StepJournal | None,
+    environments: Any,
+    most: int = 10**6,
+    in_order: bool = False,
+    asked: str = "asked",
+    index: int = 0,
 ) -> tuple[list[Episode], Session]:
-    """A group of four episodes. most: turns after which the run stops."""
+    """A group of four episodes. most: turns after which the run stops. index: of its prompt."""
     session = Session(most)
     sampler: Any = types.SimpleNamespace(open=lambda *arguments: session)
     limits = EpisodeLimits(prompt_tokens=40, turns=20, turn_tokens=7, tokens=200)
     source = EpisodeSource(environments, {"game": text_turns(TOKENIZER)}, TOKENIZER, limits, EnvironmentReward())
     source.in_order = in_order
     row = PromptRow(asked, np.array(TOKENIZER.encode(asked), np.int32), {"answer": 4}, 0)
-    found = dict(source.draw(sampler, None, [row], 4, SAMPLING, None, [0], 0, 0, journal))
+    found = dict(source.draw(sampler, None, [row], 4, SAMPLING, None, [index], 0, 0, journal))
     return [found[b] for b in range(4)], session
 
 
@@ -183,6 +188,19 @@ def test_an_environment_that_answers_otherwise_gets_its_episode_drawn_again_and_
         episodes, session = play(journal.step(0, PARAMS), Environments("not asked"))
         assert outcome(episodes[1:]) == outcome(whole[1:])
         assert session.num_drawn == 0
+
+
+def test_calls_of_one_step_do_not_mix(folder):
+    """Dynamic sampling draws a step's refills in further calls."""
+    with Journal(folder) as journal:
+        step = journal.step(0, PARAMS)
+        found = [play(step, Environments(said), index=index)[0] for index, said in enumerate("xyz")]
+    with Journal(folder) as journal:
+        step = journal.step(0, PARAMS)
+        again = {index: play(step, Environments("not asked"), index=index)[0] for index in (2, 0, 1)}
+        assert step.num_taken == 12
+    assert [outcome(again[index]) for index in range(3)] == [outcome(episodes) for episodes in found]
+    assert outcome(found[0]) != outcome(found[1])
 
 
 def test_in_order_a_turn_that_is_drawn_otherwise_is_answered_by_an_environment_that_hears_all(folder, monkeypatch):

@@ -42,6 +42,9 @@ def at_its_end(queries, prompts, labels):
 
 def inverted(completion, answer):
     return float(answer not in completion)
+
+def looks(environments, completions):
+    return [game.turns for game in environments]
 """
 
 
@@ -164,6 +167,17 @@ def test_without_a_known_answer_only_failures_are_looked_for(tmp_path, recipe, c
         check(path, 0)
     assert main(["rewards", "try", path]) == 2
     assert "grpo rewards needs check, got 'try'" in capsys.readouterr().err
+
+
+def test_functions_that_ask_for_environments_are_left_out_by_name(recipe):
+    game = "rollout.environment=game.py:Game"
+    checked = check(recipe("inverted", "looks", data=COLUMNS), 1, overrides=[game])
+    assert [*checked.weights] == ["inverted"]
+    assert "looks: left out, because no environment is played here" in checked.problems
+    with pytest.raises(ValueError, match="looks ask for environments, which this command does not play"):
+        check(recipe("looks", data=COLUMNS), 1, overrides=[game])
+    with pytest.raises(ValueError, match=r"reward 'looks': it asks for environments, .* set rollout\.environment"):
+        check(recipe("looks", data=COLUMNS), 1)
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_judged(recipe, capsys):

@@ -20,7 +20,7 @@ from tests.helpers.places import ROOT
     [
         ("12", "12", ()),
         pytest.param("300", "all", (), marks=pytest.mark.long),
-        pytest.param("60", "0", ("--recipe", "episodes"), marks=pytest.mark.long),
+        pytest.param("60", "40", ("--recipe", "episodes"), marks=pytest.mark.long),
     ],
 )
 def test_run_that_is_killed_or_meets_a_failing_disk_goes_on_as_if_nothing_had_happened(tmp_path, kills, faults, more):
