@@ -174,7 +174,10 @@ class DrawSession(Protocol):
 
     def submit(self, prompts: Sequence[Sequence[int] | np.ndarray], requests: Sequence[Request], /) -> Sequence[int]:
         """Takes in requests for further prompts, which they name by their place in `prompts`; returns a number for
-        each. ValueError as in `CompletionSource.stream`.
+        each. A completion that continues tokens goes on behind them, as after turns that were drawn here.
+
+        Raises:
+          ValueError: as in `CompletionSource.stream`; `longest` bounds what is continued.
         """
         ...
 

@@ -98,6 +98,23 @@ def in_single_calls(sampler: Sampler, params: Any, prompts: Sequence[Any], turns
     return [found[i] for i in range(len(requests))]
 
 
+def gone_on_with(sampler: Sampler, params: Any, prompts: Sequence[Any], turns, how: SamplingParams):
+    """(Turns, the same ones in a session that their requests come to with what was before; some have nothing)."""
+    session = sampler.open(params, how, jax.random.key(7), len(prompts), NUM_SAMPLES, LONGEST)
+    known = [of_request[place % len(of_request)] for place, of_request in enumerate(turns)]
+    requests = [
+        Request(p, p, g, len(turn.before) + TURN, continues=turn.before)
+        for place, turn in enumerate(known)
+        for p, g in [divmod(place, NUM_SAMPLES)]
+    ]
+    numbers, found = session.submit(prompts, requests), {}
+    while session.num_left:
+        for number, completion in session.poll():
+            found[numbers.index(number)] = completion
+            session.finish(number)
+    return [turn.completion for turn in known], [found[place] for place in range(len(known))]
+
+
 def assert_alike(left: Sequence[Completion], right: Sequence[Completion], tolerance: float) -> None:
     for a, b in zip(left, right, strict=True):
         assert a.token_ids.tolist() == b.token_ids.tolist()
@@ -141,6 +158,7 @@ def test_turns_are_those_of_single_calls(family, pure_nnx, overrides):
         assert_alike(flat, in_single_calls(make_sampler(), params, prompts, turns, how), 1e-10)
         late, again = play(make_sampler(slots=8), params, prompts, how, delay=3)
         assert_alike([turn.completion for own in late for turn in own], flat, 1e-10)
+        assert_alike(*gone_on_with(make_sampler(slots=8), params, prompts, turns, how), 1e-10)
         observed = sum(len(own[-1].before) - sum(len(t.completion.token_ids) for t in own[:-1]) for own in turns)
         assert session.num_read == again.num_read == observed
         assert session.num_read_again == again.num_read_again == 0
