@@ -26,7 +26,7 @@ from rl.rollout.episodes import EpisodeSource
 from rl.rollout.evaluation import evaluate, left_out_of_evaluation
 from rl.rollout.failing import FailureWatch
 from rl.rollout.groups import Judged, counted_function, judge, pass_rates
-from rl.rollout.journal import Journal, StepJournal
+from rl.rollout.journal import Journal, StepJournal, code_digest
 from rl.rollout.reward_check import tell_of_rewards
 from rl.rollout.scoring import sample_and_score
 from rl.rollout.step_prompts import check_calls, collect
@@ -82,7 +82,7 @@ class Collector:
         """
         if self._episodes is None:
             return contextlib.nullcontext()
-        self._journal = Journal(folder)
+        self._journal = Journal(folder, code_digest(self._config))
         return self._journal
 
     @property

@@ -4,7 +4,7 @@ In: turns as they end, and what environments answer. Out: `journal.jsonl` in the
 line, and after a kill the episodes of the step that is run again. Not here: how episodes go on from there
 (`rl.rollout.episodes`, `rl.rollout.recorded`).
 
-    {"step": s, "run": id, "weights": mark}          the lines behind it are of this step, drawn with these weights
+    {"step": s, "run": id, "mark": mark}             the lines behind it are of this step, with these weights and code
     {"p": p, "s": g, "n": i, "turn": {...}}          turn i of sample g of prompt p: text, ids, log-probs
     {"p": p, "s": g, "n": i, "reply": {...}}         answer i of its environment: begin, each step, finish
     {"p": p, "s": g, "reward": name, "of": {...}}    what a reward function gave to it by itself
@@ -33,10 +33,12 @@ import numpy as np
 
 from rewards.environment_runner import EnvironmentReply, reply_of
 from rewards.replies import Result
+from rl.config.load import Config
 from rl.devices import hosts
 from rl.files.local_files import write_file
 from rl.files.output_file import writing
 from rl.run_folder.contents import JOURNAL, checkpoint_steps, run_id
+from rl.run_folder.trust import code_of, digests
 from rl.sampler.contract import Completion
 
 Key = tuple[int, int]  # prompt index, sample index: no two episodes of a step have the same, refills included
@@ -79,13 +81,14 @@ class Journal:
     """The journal of a run, in its folder; a context manager. The first process of the run reads and writes it, and all
     of them know the same.
 
-    folder: of the run, with run.json.
+    folder: of the run, with run.json. code: a digest of the environments and reward functions: what others have said
+      is not taken.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self._folder, self._path = folder, folder / JOURNAL
+    def __init__(self, folder: pathlib.Path, code: str = "") -> None:
+        self._folder, self._path, self._code = folder, folder / JOURNAL, code
         self._run = run_id(folder)
-        self._steps: dict[int, tuple[str, dict[Key, Recorded]]] = {}  # {step: (mark of its weights, episodes)}
+        self._steps: dict[int, tuple[str, dict[Key, Recorded]]] = {}  # {step: (mark of weights and code, episodes)}
         self._segments: list[tuple[int, int]] = []  # (step, first byte) of what is between two headers
         self._size = self._read()
         self._file: BinaryIO | None = None
@@ -124,7 +127,7 @@ class Journal:
         start = time.perf_counter()
         self.seconds, self.num_bytes = 0.0, 0
         self._drop(max(checkpoint_steps(self._folder), default=0))
-        mark = weights_mark(params)
+        mark = weights_mark(params) + self._code
         known, episodes = self._steps.get(step, ("", {}))
         if known != mark:  # and so later steps were drawn with other weights, too
             episodes, self._steps = {}, {}
@@ -139,7 +142,7 @@ class Journal:
         if self._header != step:
             self._header = step
             self._segments.append((step, self._size))
-            self._add({"step": step, "run": self._run, "weights": mark})
+            self._add({"step": step, "run": self._run, "mark": mark})
         self._add(line)
         self.seconds += time.perf_counter() - start
 
@@ -203,7 +206,7 @@ class Journal:
         if "step" in line:
             if line["run"] != self._run:
                 raise ValueError("the journal of another run")
-            step, mark = int(line["step"]), str(line["weights"])
+            step, mark = int(line["step"]), str(line["mark"])
             self._segments.append((step, size))
             if self._steps.get(step, ("", {}))[0] != mark:
                 self._steps[step] = mark, {}
@@ -359,6 +362,18 @@ def _bits(array: jax.Array) -> jax.Array:
     if jnp.issubdtype(array.dtype, jnp.floating) and size > 1:
         return jax.lax.bitcast_convert_type(array, jnp.uint16 if size == 2 else jnp.uint32)
     return array.astype(jnp.float32).view(jnp.uint32) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def code_digest(config: Config) -> str:
+    """Tells environments, tools and reward functions apart, by what names them and by their files, which may be mended
+    before a run goes on. What the files import is not seen.
+    """
+    section = config.rollout
+    functions = [(entry.label, entry.function, entry.kwargs) for entry in config.rewards.functions]
+    text = json.dumps(
+        [digests(code_of(config)), section.environments, section.tools, functions], sort_keys=True, default=repr
+    )
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def row_digest(row: Mapping[str, Any], seed: int) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from rewards.environment_runner import EnvironmentReply
 from rewards.replies import Result
+from rl.config.load import load_config
 from rl.data.byte_tokenizer import ByteBackend
 from rl.data.prompt_rows import PromptRow
 from rl.data.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from rl.data.turns import text_turns
 from rl.rollout.environments import EnvironmentReward
 from rl.rollout.episode import Episode, episode_metrics
 from rl.rollout.episodes import EpisodeLimits, EpisodeSource
-from rl.rollout.journal import Journal, StepJournal, weights_mark
+from rl.rollout.journal import Journal, StepJournal, code_digest, weights_mark
 from rl.sampler.contract import Completion, Request
 from rl.sampler.token_draw import SamplingParams
 
@@ -227,7 +228,7 @@ def test_in_order_a_turn_that_is_drawn_otherwise_is_answered_by_an_environment_t
         assert (outcome(episodes), environments.asked) == (outcome(whole), [])
 
 
-@pytest.mark.parametrize("what", ["run", "weights", "step", "row", "nothing", "damage"])
+@pytest.mark.parametrize("what", ["run", "weights", "step", "row", "code", "nothing", "damage"])
 def test_a_journal_of_something_else_is_not_taken(folder, what):
     stop(folder, 5)
     path = folder / "journal.jsonl"
@@ -237,7 +238,7 @@ def test_a_journal_of_something_else_is_not_taken(folder, what):
         first, *others = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(first + b"\xff not JSON\n" + b"".join(others))
     weights = {**PARAMS, "b": PARAMS["b"] + (np.arange(4).reshape(2, 2) == 3)} if what == "weights" else PARAMS
-    with Journal(folder) as journal:
+    with Journal(folder, "mended" if what == "code" else "") as journal:
         step = journal.step(1 if what == "step" else 0, weights)
         episodes, session = play(step, Environments(), asked="other" if what == "row" else "asked")
         assert len(episodes) == 4
@@ -308,6 +309,23 @@ def test_a_full_disk_ends_the_run_in_words_and_what_is_there_stays(folder):
     with pytest.raises(ValueError, match=re.escape("journal.jsonl could not be written: No space left")):
         run()
     assert (folder / "journal.jsonl").read_bytes() == before
+
+
+def test_a_file_that_was_mended_is_other_code(tmp_path):
+    (tmp_path / "game.py").write_text("old")
+    game, function = (
+        f"rollout.environment={tmp_path}/game.py:Game",
+        "{function: rewards.number:exact_number_strict, name: a}",
+    )
+    settings = [game, f"rewards.functions=[{function}]"]
+    marks = [code_digest(load_config(None, settings)) for _ in range(2)]
+    (tmp_path / "game.py").write_text("mended")
+    marks.append(code_digest(load_config(None, settings)))
+    marks.append(
+        code_digest(load_config(None, [game, f"rewards.functions=[{function[:-1]}, kwargs: {{right: 2.0}}}}]"]))
+    )
+    assert marks[0] == marks[1]
+    assert len({*marks}) == 3
 
 
 def test_the_mark_of_weights_tells_one_bit_and_not_how_they_lie():
