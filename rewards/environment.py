@@ -23,12 +23,15 @@ class Step:
 
     messages: observations, which the policy reads next; their role is user, tool or system. reward: of this turn; None:
       there is none. done: whether the episode is over. metrics: numbers for `metrics.jsonl`.
+    prompt: what the policy reads next in place of all that was said before, a whole prompt as of `reset`. Then there
+      are no messages. What it drew before is trained on where it stands; the episode goes on in another sequence.
     """
 
     messages: Sequence[Message] = ()
     reward: float | None = None
     done: bool = False
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    prompt: str | Sequence[Message] | None = None
 
 
 class Environment(Protocol):

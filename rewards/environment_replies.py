@@ -4,7 +4,7 @@ In: a frame from a worker's pipe. Out: typed replies; anything else raises `Brok
 
     {"nonce": n, "op": "loaded", "environments": {name: {"form", "is_async", "schemas"}}}
     {"nonce": n, "op": "refused", "error"}
-    {"nonce": n, "op": "done", "messages", "action", "reward", "done", "metrics", "num_tool_calls",
+    {"nonce": n, "op": "done", "messages", "prompt", "action", "reward", "done", "metrics", "num_tool_calls",
         "num_bad_tool_calls", "judged": {function: number, null or [kind, message]}, "kind", "message", "seconds",
         "traces": [[kind, message, traceback], ...]}
 """
@@ -60,6 +60,7 @@ class Done:
     judged: dict[str, float | Failure | None]
     failure: Failure | None
     seconds: float
+    prompt: str | list[Message] | None
 
 
 class Trace(NamedTuple):
@@ -89,6 +90,7 @@ def read_done(fields: dict[str, Any], op: str) -> tuple[Done, list[Trace]]:
         raise BrokenWorker(f"the operation {shown(fields['op'])} where an episode was played")
     text = (str, type(None))
     types: dict[str, type | tuple[type, ...]] = {"messages": (str, list), "action": (dict, type(None))}
+    types["prompt"] = (str, list, type(None))
     types |= {"reward": (float, type(None)), "done": bool, "metrics": dict, "num_tool_calls": int}
     types |= {"num_bad_tool_calls": int, "kind": text, "message": text, "seconds": float}
     check_fields(fields, types | {"traces": list, "judged": dict})
@@ -102,6 +104,10 @@ def read_done(fields: dict[str, Any], op: str) -> tuple[Done, list[Trace]]:
     if not 0 <= fields["seconds"] <= MAX_SECONDS or not is_metrics(fields["metrics"]):
         raise BrokenWorker("metrics or seconds that cannot be")
     _check_messages(messages, op)
+    if fields["prompt"] is not None:
+        if op != "step":
+            raise BrokenWorker("a prompt that nobody asked for")
+        _check_messages(fields["prompt"], "begin")
     if fields["action"] is not None and not is_message(fields["action"], ["assistant"]):
         raise BrokenWorker(f"the action {shown(fields['action'])}")
     told = {field.name: fields[field.name] for field in dataclasses.fields(Done) if field.name != "failure"}

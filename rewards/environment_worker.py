@@ -103,6 +103,7 @@ class _Done:
     num_tool_calls: int = 0
     num_bad_tool_calls: int = 0
     judged: dict[str, Any] = dataclasses.field(default_factory=dict)  # {function: number, None, or [kind, message]}
+    prompt: str | list[Message] | None = None
 
 
 class _Worker:
@@ -324,9 +325,14 @@ def _stepped(step: Step, action: Message, observations: list[Message], num_calls
     """What a turn came to. observations: answers of tools, which come first."""
     if number_of(step.done) not in (0.0, 1.0):
         raise Rejected("not_a_step", f"step gave done {short(step.done)}, it must be True or False")
-    messages = observations + checked_observations(step.messages)
+    said, prompt = checked_observations(step.messages), None
+    if step.prompt is not None:
+        prompt = checked_prompt(step.prompt, "step")
+        if said:
+            raise Rejected("not_a_step", "step gave messages and a prompt, and the policy reads the prompt only")
+    messages = observations + said
     reward, metrics = _reward(step.reward), checked_metrics(step.metrics)
-    return _Done(messages, action, reward, bool(step.done), metrics, num_calls, num_bad)
+    return _Done(messages, action, reward, bool(step.done), metrics, num_calls, num_bad, prompt=prompt)
 
 
 def _reward(value: Any) -> float | None:

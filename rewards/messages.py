@@ -16,13 +16,14 @@ ROLES = ("user", "tool", "system")  # of observations
 _MAX_DEPTH = 40  # of nesting in a message; arguments of calls are nested at most 32 deep
 
 
-def checked_prompt(value: Any) -> str | list[Message]:
-    """The prompt that `reset` returned."""
+def checked_prompt(value: Any, method: str = "reset") -> str | list[Message]:
+    """The prompt that `reset` returned, or that a step gave."""
     if isinstance(value, str):
         return clean(value)
     if not isinstance(value, Sequence) or not value:
-        raise Rejected("not_a_step", f"reset returned {short(value)}, must return the prompt: a text or messages")
-    return [_message(message, "reset", None) for message in value]
+        how = "reset returned" if method == "reset" else f"{method} gave the prompt"
+        raise Rejected("not_a_step", f"{how} {short(value)}, a prompt must be a text or messages")
+    return [_message(message, method, None) for message in value]
 
 
 def checked_observations(value: Any) -> list[Message]:

@@ -34,6 +34,8 @@ class EpisodeSequence:
 
     Attributes:
       prompt_ids: what the policy read before its first turn.
+      prompt: the same as messages or text, of a further sequence. first: the number of messages before it, of those
+        that came after the episode's prompt.
       turns: as they were drawn.
       token_ids, trained: of all turns and observations, and whether the policy drew each.
     """
@@ -42,6 +44,8 @@ class EpisodeSequence:
     turns: list[Completion] = dataclasses.field(default_factory=list)
     token_ids: list[int] = dataclasses.field(default_factory=list)
     trained: list[bool] = dataclasses.field(default_factory=list)
+    prompt: Prompt = ""
+    first: int = 0
 
     @property
     def num_drawn(self) -> int:
@@ -108,6 +112,11 @@ class Episode:
         return self.sequences[0].trained
 
     @property
+    def all_ids(self) -> list[int]:
+        """The tokens of all sequences without their prompts."""
+        return [token for sequence in self.sequences for token in sequence.token_ids]
+
+    @property
     def turns(self) -> list[Completion]:
         """The turns of all sequences."""
         return [turn for sequence in self.sequences for turn in sequence.turns]
@@ -129,6 +138,22 @@ class Episode:
         """The number of tokens that the policy drew."""
         return sum(sequence.num_drawn for sequence in self.sequences)
 
+    @property
+    def now(self) -> EpisodeSequence:
+        """The sequence that goes on."""
+        return self.sequences[-1]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The conversation so far, as the policy has read it. A prompt of text is what a user said."""
+        prompt = self.prompt if len(self.sequences) == 1 else self.now.prompt
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [*prompt, *self.messages[self.now.first :]]
+
+    def begin_again(self, prompt: Prompt, prompt_ids: Sequence[int]) -> None:
+        """Goes on in another sequence."""
+        self.sequences.append(EpisodeSequence([*prompt_ids], prompt=prompt, first=len(self.messages)))
+
     def add_reward(self, reward: float) -> None:
         """Adds what the environment gave after the last turn."""
         self.reward = (self.reward or 0.0) + reward
@@ -142,8 +167,8 @@ class Episode:
         """
         self.sequences = [sequence for sequence in self.sequences if sequence.turns] or self.sequences[:1]
         if self.failure is None and len(self.sequences) > max_sequences:
-            found = f"{len(self.sequences)}, the sequences of an episode, got {max_sequences}"
-            self.failure = TOO_MANY_SEQUENCES, f"rollout.max_sequences must be >= {found}"
+            self.failure = too_many_sequences(len(self.sequences), max_sequences)
+        if self.failure is not None and self.failure[0] == TOO_MANY_SEQUENCES:
             self.ended = TOO_MANY_SEQUENCES
 
     def completion(self, prompt_index: int, sample_index: int, sampling: SamplingParams) -> Completion:
@@ -195,6 +220,12 @@ class Episode:
         if last.finish_reason == "length" and self.ended == DONE:
             return "stop", DONE
         return last.finish_reason, last.stop_reason
+
+
+def too_many_sequences(count: int, most: int) -> tuple[str, str]:
+    """The failure of an episode of so many sequences."""
+    rule = f"rollout.max_sequences must be >= {count}, the sequences of an episode, got {most}"
+    return TOO_MANY_SEQUENCES, rule
 
 
 def shared_prompt(episodes: Sequence[Episode]) -> tuple[list[int], list[list[int]]]:

@@ -25,10 +25,19 @@ from rewards.environment_rewards import EpisodeFacts
 from rewards.environment_runner import EnvironmentReply
 from rewards.in_process import InProcess
 from rewards.moment import Moment, sample_seed
-from rl.data.prompt_rows import PromptRow
+from rl.data.prompt_rows import Prompt, PromptRow
 from rl.data.tokenizer import Tokenizer, split_prefill
 from rl.data.turns import Turns
-from rl.rollout.episode import DONE, FAILED, MAX_DRAWN, MAX_TOKENS, MAX_TURNS, Episode, num_alike
+from rl.rollout.episode import (
+    DONE,
+    FAILED,
+    MAX_DRAWN,
+    MAX_TOKENS,
+    MAX_TURNS,
+    Episode,
+    num_alike,
+    too_many_sequences,
+)
 from rl.rollout.journal import StepJournal
 from rl.rollout.recorded import RecordedEnvironments
 from rl.rollout.shared_environments import Environments
@@ -242,11 +251,7 @@ class _Call:
         if failure is None:
             episode.prompt = reply.messages
             try:
-                prompt_ids = self._turns_P[p].prompt_ids(reply.messages)
-                if not 1 <= len(prompt_ids) <= self._limits.prompt_tokens:
-                    most = f"data.max_prompt_length ({self._limits.prompt_tokens})"
-                    raise ValueError(f"what reset returns must have 1 to {most} tokens, got {len(prompt_ids)}")
-                episode.sequences[0].prompt_ids = prompt_ids
+                episode.sequences[0].prompt_ids = self._prompt_ids(p, reply.messages, "what reset returns")
             except ValueError as error:
                 failure = "prompt", str(error)
         if failure is not None:
@@ -274,6 +279,14 @@ class _Call:
         for place in [place for members in prompts.values() for place in members]:
             self._to_draw[p][place] = limit
         self._repeat(p)
+
+    def _prompt_ids(self, p: int, prompt: Prompt, what: str) -> list[int]:
+        """The ids of a prompt of group p. ValueError where it is none, or too long."""
+        prompt_ids = self._turns_P[p].prompt_ids(prompt)
+        if not 1 <= len(prompt_ids) <= self._limits.prompt_tokens:
+            most = f"data.max_prompt_length ({self._limits.prompt_tokens})"
+            raise ValueError(f"{what} must have 1 to {most} tokens, got {len(prompt_ids)}")
+        return prompt_ids
 
     def _repeat(self, p: int) -> None:
         """Tells the recorded turns of a group again, and has the session draw the others and all that comes then."""
@@ -306,12 +319,15 @@ class _Call:
         limits, self._to_draw[p] = self._to_draw[p], {}
         prompts: dict[tuple[int, ...], list[int]] = {}
         for place in limits:
-            prompts.setdefault(tuple(self._episodes[place].prompt_ids), []).append(place)
+            prompts.setdefault(tuple(self._episodes[place].now.prompt_ids), []).append(place)
         requests, places = [], []
         for number, members in enumerate(prompts.values()):
             for place in members:
-                begun, limit = tuple(self._episodes[place].token_ids), limits[place]
-                requests.append(Request(number, int(self._indices[p]), place % self._num_samples, limit, None, begun))
+                sequences = self._episodes[place].sequences
+                # A further sequence has the randomness of a sample that no episode has.
+                sample = place % self._num_samples + self._num_samples * (len(sequences) - 1)
+                begun, limit = tuple(sequences[-1].token_ids), limits[place]
+                requests.append(Request(number, int(self._indices[p]), sample, limit, None, begun))
                 places.append(place)
         if not requests:
             return
@@ -324,7 +340,7 @@ class _Call:
         """Hands a turn to the environment, or ends the episode at a limit."""
         episode = self._episodes[b]
         self._drawing.discard(b)
-        episode.sequences[0].add_turn(completion)
+        episode.now.add_turn(completion)
         if episode.failure is not None:  # its environment was lost meanwhile
             self._leave_session(b)
             self._over.append(b)
@@ -332,7 +348,7 @@ class _Call:
         if completion.finish_reason == "length":
             if episode.num_drawn >= self._sampling.max_completion_length:
                 episode.ended = MAX_DRAWN
-            elif len(episode.token_ids) >= self._most_tokens(b):
+            elif len(episode.now.token_ids) >= self._most_tokens(b):
                 episode.ended = MAX_TOKENS
         # Also where a limit has cut the turn: the environment judges what there is.
         text = self._tokenizer.decode(_without_end(completion), skip_special_tokens=False)
@@ -353,22 +369,25 @@ class _Call:
         if episode.ended or reply.done or episode.num_turns >= self._limits.turns:
             self._end(b, episode.ended or (DONE if reply.done else MAX_TURNS))
             return
-        last, turns = episode.turns[-1], self._turns_P[b // self._num_samples]
+        if reply.prompt is not None:
+            self._begin_again(b, reply.prompt)
+            return
+        last, turns = episode.now.turns[-1], self._turns_P[b // self._num_samples]
         has_ended = last.finish_reason == "eos" and last.stop_reason in turns.end_ids
         try:
-            ids = turns.observation_ids(_history(episode), observations, has_ended)
+            ids = turns.observation_ids(episode.history, observations, has_ended)
         except ValueError as error:
             self._fail(b, ("observation", str(error)), is_running=True)
             return
         left = self._sampling.max_completion_length - episode.num_drawn
-        room = self._most_tokens(b) - len(episode.token_ids) - len(ids)
+        room = self._most_tokens(b) - len(episode.now.token_ids) - len(ids)
         if left <= 0 or room <= 0:
             self._end(b, MAX_DRAWN if left <= 0 else MAX_TOKENS)
             return
         episode.messages.extend(observations)
         episode.unread = []
-        episode.sequences[0].add_read(ids)
-        limit = len(episode.token_ids) + min(left, room, self._limits.turn_tokens)
+        episode.now.add_read(ids)
+        limit = len(episode.now.token_ids) + min(left, room, self._limits.turn_tokens)
         if (turn := self._recorded_turn(b)) is not None:
             self._end_turn(b, turn)
         elif b in self._numbers:
@@ -378,8 +397,38 @@ class _Call:
             self._to_draw[b // self._num_samples][b] = limit
             self._stop_repeating(b)
 
+    def _begin_again(self, b: int, prompt: Prompt) -> None:
+        """Has the next turn drawn behind another prompt."""
+        episode, p = self._episodes[b], b // self._num_samples
+        count = len(episode.sequences) + 1
+        if count > self._limits.sequences:
+            self._fail(b, too_many_sequences(count, self._limits.sequences), is_running=True)
+            return
+        try:
+            prompt_ids = self._prompt_ids(p, prompt, "the prompt of a step")
+        except ValueError as error:
+            self._fail(b, ("prompt", str(error)), is_running=True)
+            return
+        left = self._sampling.max_completion_length - episode.num_drawn
+        if left <= 0:
+            self._end(b, MAX_DRAWN)
+            return
+        self._leave_session(b)
+        episode.begin_again(prompt, prompt_ids)
+        episode.unread = []
+        if (turn := self._recorded_turn(b)) is not None:
+            self._end_turn(b, turn)
+            return
+        self._to_draw[p][b] = min(left, self._limits.tokens, self._limits.turn_tokens)
+        if b in self._repeating[p]:
+            self._stop_repeating(b)
+        elif not self._repeating[p]:
+            self._submit(p)
+
     def _most_tokens(self, b: int) -> int:
-        """Tokens that an episode may have: less where the prompts of its group differ, see `shared_prompt`."""
+        """Tokens that a sequence may have: less where the prompts of its group differ, see `shared_prompt`."""
+        if len(self._episodes[b].sequences) > 1:
+            return self._limits.tokens
         first = b - b % self._num_samples
         # As in `shared_prompt`: an episode that is lost later has its part in what the group shares.
         prompts = [e.prompt_ids for e in self._episodes[first : first + self._num_samples] if e.prompt_ids]
@@ -414,18 +463,12 @@ class _Call:
 
 def _facts(tokenizer: Tokenizer, seeds: Sequence[int], moment: Moment, b: int, episode: Episode) -> EpisodeFacts:
     """What reward functions get of an episode, as the others get it (`rl.rollout.scoring`)."""
-    prompt, ids = episode.prompt, episode.token_ids
+    prompt, ids = episode.prompt, episode.all_ids
     completion = tokenizer.decode(ids) if isinstance(prompt, str) else episode.told
     asked = prompt if isinstance(prompt, str) else split_prefill(prompt)[0]
     is_cut = episode.ended in (MAX_DRAWN, MAX_TOKENS) or not episode.turns
     reason = "length" if is_cut else episode.turns[-1].finish_reason
     return EpisodeFacts(asked, completion, list(ids), reason, seeds[b], moment)
-
-
-def _history(episode: Episode) -> list[dict[str, Any]]:
-    """The conversation so far. A prompt of text is what a user said."""
-    prompt = [{"role": "user", "content": episode.prompt}] if isinstance(episode.prompt, str) else episode.prompt
-    return [*prompt, *episode.messages]
 
 
 def _without_end(completion: Completion) -> list[int]:

@@ -442,9 +442,11 @@ def sample_records(rollout: Rollout, count: int | None = None) -> list[dict[str,
             records[-1]["logged"] = rollout.logged[b]
         records[-1] |= _trained_of(completion)
         if completion.further:
+            prompts = [sequence.prompt for sequence in rollout.episodes[b].sequences[1:]]
             records[-1]["further"] = [
-                {"prompt_ids": np.asarray(prompt_ids).tolist(), "token_ids": own.token_ids.tolist()} | _trained_of(own)
-                for prompt_ids, own in completion.further
+                {"prompt": prompt, "prompt_ids": prompt_ids.tolist(), "token_ids": own.token_ids.tolist()}
+                | _trained_of(own)
+                for prompt, (prompt_ids, own) in zip(prompts, completion.further, strict=True)
             ]
         if rollout.episodes:
             records[-1] |= record_of(rollout.episodes[b])

@@ -163,7 +163,8 @@ def sample_and_score(
                 )
             for b, completion in drawn:
                 row, episode, ids = row_B[b], episodes.get(b), completion.token_ids.tolist()
-                done[b], texts[b] = completion, tokenizer.decode(completion.token_ids)
+                ids = ids if episode is None else episode.all_ids
+                done[b], texts[b] = completion, tokenizer.decode(ids)
                 form, asked = completion_form(row.prompt, texts[b]), None
                 if episode is not None:
                     row = row_of(row, [episode], episode.prompt_ids)

@@ -175,6 +175,9 @@ LIES = """
         "object": Step([{"role": "user", "content": "a", "more": object()}]),
         "deep": Step([{"role": "user", "content": "a", "more": [] }]),
         "metric": Step(metrics={"a": "b"}),
+        "no prompt": Step(prompt=[]),
+        "both": Step([{"role": "user", "content": "a"}], prompt="b"),
+        "again": Step(prompt=[{"role": "user", "content": "half \\ud800"}]),
         "long": Step([{"role": "user", "content": "a" * (2 << 20)}]),
         "fine": Step(
             [{"role": "user", "content": "half \\ud800"}],
@@ -218,25 +221,30 @@ def test_an_answer_that_is_none_costs_its_episode_and_says_what_is_wrong(write, 
         "object": ("not_a_step", "in a message, which must be plain JSON"),
         "deep": ("not_a_step", "in a message, which must be plain JSON"),
         "metric": ("not_a_step", "a metric must be a name and a number"),
+        "no prompt": ("not_a_step", "step gave the prompt list [], a prompt must be a text or messages"),
+        "both": ("not_a_step", "step gave messages and a prompt, and the policy reads the prompt only"),
         "long": ("not_a_step", "an answer must be at most 1048576 bytes of JSON"),
         "exit": ("exception", "SystemExit: 4"),
     }
     with start(liar("Liar"), max_episodes_per_worker=100, log_path=tmp_path / "log") as runner:
-        for episode in range(len(wrong) + 1):
+        for episode in range(len(wrong) + 2):
             runner.begin(episode, {"opening": "p"}, 0)
         for episode, opening in ((100, 5), (101, []), (102, [{"content": "a"}])):
             runner.begin(episode, {"opening": opening}, 0)
-        begun = replies_of(runner, len(wrong) + 4)
+        begun = replies_of(runner, len(wrong) + 5)
         assert [begun[number].failure[0] for number in (100, 101, 102)] == ["not_a_step"] * 3
-        for episode, text in enumerate([*wrong, "fine"]):
+        for episode, text in enumerate([*wrong, "fine", "again"]):
             runner.step(episode, text)
-        replies = replies_of(runner, len(wrong) + 1)
+        replies = replies_of(runner, len(wrong) + 2)
         for episode, (kind, message) in enumerate(wrong.values()):
             assert replies[episode].failure is not None, episode
             assert replies[episode].failure[0] == kind
             assert message in replies[episode].failure[1]
             assert "\n" not in replies[episode].failure[1]
+        again = replies[len(wrong) + 1]
+        assert (again.prompt, again.messages) == ([{"role": "user", "content": "half ?"}], [])
         fine = replies[len(wrong)]
+        assert fine.prompt is None
         assert fine.messages == [{"role": "user", "content": "half ?"}]
         assert (fine.reward, fine.done, fine.metrics) == (0.5, False, {"a": 1.0})
         assert ask(runner, len(wrong), "finish", "turns").failure is None  # what close raises is in the log

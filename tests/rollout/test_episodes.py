@@ -68,6 +68,16 @@ class Game:
         pass
 
 
+class Again(Game):  # its second turn begins with another prompt, or each does
+    def step(self, message):
+        from rewards.environment import Step
+        self.turns += 1
+        if self.turns == 1 or self.kind == "endless":
+            return Step(reward=1.0, prompt=f"again, behind {len(message['content'])}:")
+        text = [{"role": "user", "content": " [on]"}]
+        return Step(text, reward=len(message["content"]) / 8, done=self.turns == 3)
+
+
 class Seeded(Game):  # needs no data
     def reset(self, row, seed):
         assert set(row) == {"prompt"}, row
@@ -290,6 +300,39 @@ def test_tools_answer_a_policy_that_calls_them(folder, tmp_path, monkeypatch):
     assert set(sample["rewards"].values()) == {8.0}, "the reward function gets all messages"
     assert metrics[0]["tool_calls/bad"] == 4
     assert metrics[0]["tool_calls/mean"] == 4
+
+
+def test_an_environment_may_begin_again_and_all_sequences_are_trained(folder):
+    metrics, samples = start(
+        folder,
+        "again",
+        f"rollout.environment={folder / 'game.py'}:Again",
+        "rollout.max_sequences=2",
+        f"rewards.functions=[{{function: '{folder / 'rewards.py'}:told', weight: 0, name: told}}]",
+        "grpo.prompts_per_step=3",
+        "grpo.minibatches=1",
+        f"data.source={folder / 'rows.jsonl'}[:3]",
+    )
+    tokenizer = Tokenizer(ByteBackend())
+    lost = [sample for sample in samples if sample["prompt"].startswith("play 2")]
+    assert {(sample["ended"], sample["turns"]) for sample in lost} == {("too_many_sequences", 2)}
+    assert {sample["rewards"]["environment"] for sample in lost} == {None}
+    for sample in [sample for sample in samples if sample not in lost]:
+        assert (sample["ended"], sample["turns"], "trained" in sample) == ("done", 3, False)
+        first, second, third = (message["content"] for message in sample["messages"] if message["role"] == "assistant")
+        assert sample["rewards"]["environment"] == 1 + (len(second) + len(third)) / 8
+        (further,) = sample["further"]
+        assert further["prompt"] == f"again, behind {len(first)}:"
+        assert further["prompt_ids"] == tokenizer.encode(further["prompt"])
+        read = [i for i, trained in zip(further["token_ids"], further["trained"], strict=True) if not trained]
+        assert tokenizer.decode(read) == " [on]"
+        assert sample["completion"] == tokenizer.decode(sample["token_ids"] + further["token_ids"])
+        assert sample["rewards"]["told"] == len(sample["completion"])
+    for line in metrics:
+        assert line["episodes/too_many_sequences"] == pytest.approx(1 / 3)
+        assert line["sampler_logprob_difference_max"] <= 1e-4, "each sequence is trained behind the prompt it was drawn"
+        assert line["grad_norm"] > 0
+    assert metrics[1]["compiles"] == 0
 
 
 def test_a_run_without_data_plays_seeds_and_an_evaluation_the_same_ones_each_time_as_grpo_eval_does(folder):

@@ -218,7 +218,8 @@ def test_an_episode_hands_all_its_sequences_on_and_is_as_long_as_all_that_was_dr
     assert (prompt_ids.tolist(), further.token_ids.tolist(), kept.num_trained) == ([7, 2], [2, 9, 5, 2, 9], 8)
     np.testing.assert_array_equal(further.sampler_logprobs, np.float32([-1, -3, 0, -1, -3]))
     record = sample_records(rollout, 1)[0]
-    assert record["further"] == [{"prompt_ids": [7, 2], "token_ids": [2, 9, 5, 2, 9], "trained": [1, 1, 0, 1, 1]}]
+    told = {"prompt": "", "prompt_ids": [7, 2], "token_ids": [2, 9, 5, 2, 9], "trained": [1, 1, 0, 1, 1]}
+    assert record["further"] == [told]
     assert (record["tokens"], record["trained"]) == (6, [0, 1, 1, 0, 1, 1])
 
 
