@@ -51,7 +51,7 @@ class Completion:
     top_logprobs: np.ndarray
     kept_words: np.ndarray | None = None
     trained: np.ndarray | None = None
-    further: "tuple[FurtherSequence, ...]" = ()
+    further: "tuple[FurtherSequence, ...]" = dataclasses.field(default=(), kw_only=True)
 
     @property
     def num_trained(self) -> int:
