@@ -50,6 +50,7 @@ class Chats:
 
     def __init__(self, calls: Calls, tokenizer: Tokenizer, model: str, notify: Callable[[FinishedCall], None]) -> None:
         self._calls, self._tokenizer, self._model, self._notify = calls, tokenizer, model, notify
+        self._names = {ids_as_text: TokenNames(tokenizer, ids_as_text) for ids_as_text in (False, True)}
         # The template runs in a process that one thread may ask at a time.
         self._templates = concurrent.futures.ThreadPoolExecutor(1, "chat template")
         self._shows_tools: bool | None = None
@@ -98,7 +99,7 @@ class Chats:
         """The answer as events: the role first, then what is certain, the reason of the end, usage, and [DONE]."""
         options, head = chat.body.options, self._head("chat.completion.chunk")
         usage_field = {"usage": None} if options.includes_usage else {}
-        names = TokenNames(self._tokenizer, options.ids_as_text)
+        names = self._names[options.ids_as_text]
 
         def event(index: int, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
             choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None, **more}
@@ -210,7 +211,7 @@ class Chats:
         options = chat.body.options
         details: dict[str, Any] = {"logprobs": None, "stop_reason": stop_of(completion)}
         if options.num_top is not None:
-            names, drawn = TokenNames(self._tokenizer, options.ids_as_text), since(completion, 0)
+            names, drawn = self._names[options.ids_as_text], since(completion, 0)
             columns = drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs
             details["logprobs"] = chat_logprobs(names, *columns, options.num_top)
         if options.returns_ids:

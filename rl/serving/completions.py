@@ -41,6 +41,7 @@ class Texts:
 
     def __init__(self, calls: Calls, tokenizer: Tokenizer, model: str, notify: Callable[[FinishedCall], None]) -> None:
         self._calls, self._tokenizer, self._model, self._notify = calls, tokenizer, model, notify
+        self._names = {ids_as_text: TokenNames(tokenizer, ids_as_text) for ids_as_text in (False, True)}
 
     async def encode(self, text: str, adds_special: bool) -> list[int]:
         """The token ids of a text. ApiError where it has none."""
@@ -76,7 +77,7 @@ class Texts:
                 async for job, news in running.news():
                     (scores if isinstance(news, PromptScore) else ends)[job] = news
         ordered: list[Ended] = [ends[job] for job in jobs]
-        names, choices = TokenNames(self._tokenizer, options.ids_as_text), []
+        names, choices = self._names[options.ids_as_text], []
         for index in range(len(asked.prompts) * options.num_choices):
             place = index // options.num_choices
             completion = ordered[index].completion if ordered else None
@@ -92,7 +93,7 @@ class Texts:
         """The answer as events: what is certain, the reason of each end, usage, and [DONE]."""
         options, head = asked.body.options, self._head()
         usage_field = {"usage": None} if options.includes_usage else {}
-        names = TokenNames(self._tokenizer, options.ids_as_text)
+        names = self._names[options.ids_as_text]
         jobs, score_jobs = self._jobs(asked, streams=True), self._score_jobs(asked)
         index_of = {job: index for index, job in enumerate(jobs)}
         ends: dict[Any, Ended] = {}

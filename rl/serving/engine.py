@@ -180,6 +180,7 @@ class Engine:
         self._num_open = 0  # jobs that are not over; guarded by _changed
         self._is_closing, self._closed_because = False, ""  # guarded by _changed
         self._has_stopped = False
+        self.failure: str | None = None  # why the thread ended without being asked to
         self._session: SlotSession | None = None
         self._params: Any = None
         self._waiting: collections.deque[Job] = collections.deque()
@@ -279,7 +280,8 @@ class Engine:
                     self._inbox.popleft()()
                 self._look()
         except BaseException as error:
-            self._fail_all("fault", f"the engine stopped: {type(error).__name__}: {error}")
+            self.failure = f"{type(error).__name__}: {error}"
+            self._fail_all("fault", f"the engine stopped: {self.failure}")
             raise
         finally:
             self._session = self._params = None

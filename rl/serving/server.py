@@ -16,6 +16,7 @@ import uvicorn
 from rl.serving.engine import Engine
 
 KEEP_ALIVE_SECONDS = 60  # of a connection on which nothing is asked
+MOST_CONNECTIONS = 900  # a process may open 1,024 files by default; further requests get 503
 
 
 class Server(uvicorn.Server):
@@ -70,6 +71,7 @@ def serve(app: Any, engine: Engine, opened: socket.socket, drain_seconds: float,
         log_config=None,  # what it warns of goes where the process has its warnings
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=max(round(drain_seconds), 1),
         server_header=False,
         lifespan="off",

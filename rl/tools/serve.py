@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
 
 
 def serve(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) -> int:
-    """Runs the command. Returns the exit status: 1 where requests were cut off at the end."""
+    """Runs the command. Returns the exit status: 1 where requests were cut off at the end, or the engine failed."""
     api_key = os.environ.get(KEY_VARIABLE) or None
     is_local = arguments.host in LOOPBACK
     if not is_local and api_key is None:
@@ -117,6 +117,9 @@ def serve(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) -
             f"completions of up to {limits.max_tokens}"
         )
         is_whole = serve_app(app, engine, opened, arguments.drain, lambda: _say("\n".join(notes)))
+    if engine.failure is not None:
+        _say(f"stopped, because the engine failed: {engine.failure}")
+        return 1
     _say("stopped" if is_whole else "stopped; requests that were running were cut off")
     return 0 if is_whole else 1
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import json
 import re
 import threading
@@ -24,7 +25,7 @@ from rl.sampler.token_draw import SamplingParams
 from rl.serving.app import ServerLimits, create_app
 from rl.serving.bodies import read_chat
 from rl.serving.calls import Calls
-from rl.serving.chat import Chats
+from rl.serving.chat import OPENS, Chats, _Content
 from rl.serving.engine import Job
 from tests.helpers.places import ROOT
 from tests.helpers.tiny_models import noisy_params, tiny_config
@@ -488,3 +489,56 @@ def test_the_engine_takes_other_weights_and_gives_them_back(served):
     assert served.post("/v1/completions", **asked)["choices"][0]["token_ids"] != before
     served.engine.load(served.params)
     assert served.post("/v1/completions", **asked)["choices"][0]["token_ids"] == before
+
+
+def test_the_client_of_openai_reads_answers_streams_and_errors(served):
+    openai = pytest.importorskip("openai", reason="needs the extra judge")
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "seed": 2, "max_tokens": 9}
+    named = {"type": "function", "function": {"name": "add"}}
+
+    async def ask() -> None:
+        http = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__)  # httpx, or httpx2
+        http_client = http.AsyncClient(transport=http.ASGITransport(app=served.app))
+        client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http_client, max_retries=0)
+        async with client:
+            whole = await client.chat.completions.create(**chat, logprobs=True, top_logprobs=1)
+            stream = await client.chat.completions.create(**chat, stream=True, stream_options={"include_usage": True})
+            chunks = [chunk async for chunk in stream]
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            assert text == whole.choices[0].message.content
+            assert chunks[-1].usage == whole.usage
+            assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens
+            called = await client.chat.completions.create(**chat, tools=[TOOL], tool_choice=named)
+            assert called.choices[0].message.content.startswith('<tool_call>\n{"name": "add"')
+            texts = await client.completions.create(model="tiny", prompt=["a", "b"], max_tokens=3, n=2)
+            assert len(texts.choices) == 4
+            assert [model.id async for model in await client.models.list()] == ["tiny"]
+            with pytest.raises(openai.BadRequestError, match="response_format is not supported") as raised:
+                await client.chat.completions.create(**chat, response_format={"type": "json_object"})
+            assert raised.value.param == "response_format"
+            with pytest.raises(openai.NotFoundError, match="no embeddings"):
+                await client.embeddings.create(model="tiny", input="a")
+
+    asyncio.run(ask())
+
+
+CALL = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "told"),
+    [
+        ("plain words", "plain words", "plain words"),
+        (f"so\n{CALL}", "so", "so"),
+        (CALL, None, ""),
+        ("a <tool_", "a <tool_", "a <tool_"),
+        ("a < b", "a < b", "a < b"),
+        ("a <tool_call>{", "a <tool_call>{", "a <tool_call>{"),
+    ],
+)
+def test_a_stream_with_tools_tells_no_part_of_a_call_as_content(text, content, told):
+    for size in (1, 3, 100):
+        pieces = _Content("hermes")
+        parts = [pieces.push(text[first : first + size]) for first in range(0, len(text), size)]
+        assert OPENS not in "".join(parts)
+        assert "".join(parts) + pieces.rest(content) == told

@@ -1,76 +1,29 @@
 """`grpo serve`: the command from its flags to the last request, its page, and clients of others."""
 
-import contextlib
 import json
 import os
 import pathlib
 import re
-import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
 from rl.cli import main
-from rl.data.tokenizer import load_tokenizer
-from rl.models.files.hf import save_folder
-from rl.models.flavours import create_policy
 from tests.helpers.places import ROOT
-from tests.helpers.tiny_models import noisy_params, tiny_config
+from tests.helpers.serving import SMALL, beside, write_model
 
 PAGE = (ROOT / "docs" / "serving.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
 BODY = {"model": "policy", "prompt": "ab", "max_tokens": 16, "ignore_eos": True, "seed": 1}
-CLIENT = httpx.Client(timeout=60)
-SMALL = ["sampling.slots=2", "data.max_prompt_length=64", "sampling.max_completion_length=16", "mesh.num_devices=1"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """A Hugging Face folder with a tiny model and a tokenizer of bytes with a chat template."""
-    path = tmp_path_factory.mktemp("model")
-    (path / "chat.jinja").write_text(TEMPLATE)
-    tokenizer = load_tokenizer("byte", path / "chat.jinja")
-    policy = create_policy(tiny_config("qwen3", vocab_size=tokenizer.vocab_size), pure_nnx=True)
-    save_folder(path / "model", policy.config, noisy_params(policy.config))
-    tokenizer.save_pretrained(path / "model")
-    return path / "model"
-
-
-def beside(folder: pathlib.Path, ask: Callable[[str], Any], *more: str) -> tuple[int, Any]:
-    """Serves the folder, asks from another thread, and stops the server by a signal. The exit status, and the
-    answer.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, answers = f"http://127.0.0.1:{port}", []
-
-    def run() -> None:
-        try:
-            for _ in range(3000):
-                with contextlib.suppress(httpx.TransportError):
-                    if CLIENT.get(f"{url}/health").status_code == 200:
-                        break
-                time.sleep(0.05)
-            answers.append(ask(url))
-        except Exception as error:  # noqa: BLE001 (raised again below)
-            answers.append(error)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    status = main(["serve", str(folder), "--port", str(port), "--name", "policy", *more, *SMALL])
-    thread.join()
-    if isinstance(answers[0], Exception):
-        raise answers[0]
-    return status, answers[0]
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folder, capsys):
@@ -78,6 +31,7 @@ def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folde
     assert [language for language, _ in BLOCKS] == ["sh", "python", "python"]
     late: list[str] = []
     threads: list[threading.Thread] = []
+    client = httpx.Client(timeout=60)
     begun = threading.Event()
 
     def ask(url: str) -> Any:
@@ -86,13 +40,13 @@ def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folde
         exec(python, names)
         names["client"].close()
         for _ in range(3):  # a client that goes away in the middle of its answer
-            with CLIENT.stream("POST", f"{url}/v1/completions", json={**BODY, "stream": True}) as response:
+            with client.stream("POST", f"{url}/v1/completions", json={**BODY, "stream": True}) as response:
                 next(response.iter_bytes())
 
         def drain() -> None:
             body = {**BODY, "stream": True, "n": 8, "messages": [{"role": "user", "content": "ab"}]}
             del body["prompt"]
-            with CLIENT.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+            with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
                 for line in response.iter_lines():
                     late.append(line)
                     begun.set()  # a role is told at once, and most of the eight answers wait for a slot
@@ -104,7 +58,7 @@ def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folde
 
     status, told = beside(folder, ask)
     threads[0].join()
-    CLIENT.close()
+    client.close()
     assert status == 0
     assert told["usage"]["completion_tokens"] <= 8
     assert told["choices"][0]["message"]["role"] == "assistant"
