@@ -43,8 +43,8 @@ def beside(folder: pathlib.Path, ask: Callable[[str], Any], *more: str) -> tuple
 
     def run() -> None:
         try:
-            with httpx.Client(timeout=60) as client:
-                for _ in range(3000):
+            with httpx.Client(timeout=600) as client:
+                for _ in range(12_000):
                     with contextlib.suppress(httpx.TransportError):
                         if client.get(f"{url}/health").status_code == 200:
                             break

@@ -31,7 +31,7 @@ def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folde
     assert [language for language, _ in BLOCKS] == ["sh", "python", "python"]
     late: list[str] = []
     threads: list[threading.Thread] = []
-    client = httpx.Client(timeout=60)
+    client = httpx.Client(timeout=600)
     begun = threading.Event()
 
     def ask(url: str) -> Any:
@@ -53,7 +53,7 @@ def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folde
 
         threads.append(threading.Thread(target=drain))
         threads[0].start()
-        begun.wait(60)  # and the signal comes
+        begun.wait(600)  # and the signal comes
         return json.loads(told.stdout)
 
     status, told = beside(folder, ask)
