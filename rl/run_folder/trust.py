@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.environment import is_ready_made
+from rewards.environment import OPENENV, is_ready_made
 from rl.config.load import Config
 from rl.config.objects import is_object
 from rl.config.sections import is_user_function, prepare_keys, reward_model_source, source_kind
@@ -64,6 +64,7 @@ READY_MADE = (
     "rewards.similarity:edit_distance",
     "rewards.verify:math_verified",
 )
+_ASKS_SERVERS = "rewards.openenv_environment:OpenEnvPlayer"
 _KEY_BYTES = 32
 
 
@@ -110,8 +111,11 @@ def code_of(config: Config) -> list[Code]:
         name = config.sampling.source
         found.append(Code("sampling.source", name, SAMPLER, _file_of(name)))
     for key, names in (("environment", config.rollout.environments.values()), ("tools", config.rollout.tools)):
-        own = [name for name in names if not is_ready_made(name)]
-        found += [Code(f"rollout.{key}", name, ENVIRONMENT, _file_of(name)) for name in own]
+        for name in names:
+            if name.startswith(OPENENV):  # as a judge: whoever names the server hears what the policy says
+                found.append(Code(f"rollout.{key}", name, ENVIRONMENT, _file_of(_ASKS_SERVERS)))
+            elif not is_ready_made(name):
+                found.append(Code(f"rollout.{key}", name, ENVIRONMENT, _file_of(name)))
     for key, function in prepare_keys(config).items():
         if function is not None:
             found.append(Code(key, function, DATA, _file_of(function)))

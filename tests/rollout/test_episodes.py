@@ -333,6 +333,9 @@ def test_an_environment_may_begin_again_and_all_sequences_are_trained(folder):
         assert line["sampler_logprob_difference_max"] <= 1e-4, "each sequence is trained behind the prompt it was drawn"
         assert line["grad_norm"] > 0
     assert metrics[1]["compiles"] == 0
+    for sample in (lost[0], next(sample for sample in samples if sample not in lost)):  # of the first step
+        place = [str(sample[name]) for name in ("step", "prompt_index", "sample_index")]
+        assert sample_main(["--replay", str(folder / "again"), *place]) == 0
 
 
 def test_a_run_without_data_plays_seeds_and_an_evaluation_the_same_ones_each_time_as_grpo_eval_does(folder):

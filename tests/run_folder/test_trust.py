@@ -199,7 +199,9 @@ def test_code_is_found_without_being_imported(tmp_path, monkeypatch, code):
         ],
     )
     programs = load_config(None, ["compiled_file=programs.bin"])
-    turns = load_config(None, [f"rollout.environment={{game: '{code}:Game'}}", f"rollout.tools=['{code}:add']"])
+    games = f"{{game: '{code}:Game', server: 'openenv:http://127.0.0.1:8000', other: 'textarena:Sudoku-v0'}}"
+    data = "data.source=arithmetic"
+    turns = load_config(None, [data, f"rollout.environment={games}", f"rollout.tools=['{code}:add']"])
     codes = [*code_of(config), *code_of(programs), *code_of(turns)]
     found = {(each.key, each.name.rpartition("/")[2]): each.file for each in codes}
     assert found == {
@@ -212,6 +214,7 @@ def test_code_is_found_without_being_imported(tmp_path, monkeypatch, code):
         ("grpo.advantage_estimator", "own.py:advantage"): code,
         ("sampling.source", "own.py:source"): code,
         ("rollout.environment", "own.py:Game"): code,
+        ("rollout.environment", "127.0.0.1:8000"): ROOT / "rewards" / "openenv_environment.py",
         ("rollout.tools", "own.py:add"): code,
         ("compiled_file", "programs.bin"): pathlib.Path.cwd() / "programs.bin",
         ("logging.compilation_cache", "cache"): pathlib.Path.home() / "cache",

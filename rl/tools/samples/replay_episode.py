@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rewards.environment_replies import FAILURES
 from rewards.environment_runner import EnvironmentReply
 from rewards.moment import sample_seed
 from rl.config.load import Config
@@ -83,6 +84,7 @@ def _play(
         if message["role"] == "assistant":
             said.append([])
         said[-1].append(message)
+    prompts = [sequence["prompt"] for sequence in record.get("further", [])]  # with which it began again
     with start_episodes(config, tokenizer, ids, rows, None) as source:
         assert source is not None, "a run without turns"
         environments, reward = source.environments, None
@@ -103,6 +105,10 @@ def _play(
             known = said[number] if number < len(said) else answer[:1]  # a turn that failed has no message
             for then, now in itertools.zip_longest(known, answer if reply.failure is None else known):
                 _compare(f"turn {number + 1}", then, now, differences)
+            if reply.prompt is not None and number + 1 < len(texts):
+                yield {"turn": number + 1, "prompt": reply.prompt}
+                then = prompts.pop(0) if prompts else None
+                _compare(f"the prompt after turn {number + 1}", then, reply.prompt, differences)
         failure = reply.failure
         if failure is None:
             environments.finish(0, record["ended"])
@@ -110,22 +116,27 @@ def _play(
             reward, failure = _added(reward, last.reward), last.failure
         ended = record["ended"] if failure is None else FAILED
         yield {"ended": ended, "reward": reward, **({} if failure is None else {"failure": list(failure)})}
-        if (failure is None) != ("failure" not in record):
+        was_lost = record.get("failure", [None])[0] in FAILURES  # else it was the run that could not go on
+        if (failure is not None) != was_lost:
             _compare("the end", record.get("failure", record["ended"]), failure or ended, differences)
-        elif failure is None and ENVIRONMENT in record["rewards"]:
+        elif "failure" not in record and ENVIRONMENT in record["rewards"]:
             _compare("the reward", record["rewards"][ENVIRONMENT], reward, differences)
 
 
-def turn_texts(record: Mapping[str, Any], tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of each turn of a line of samples.jsonl, as its environment got it. ids: those that end a turn.
+def turn_texts(record: Mapping[str, Any], tokenizer: Tokenizer, end_ids: Sequence[int]) -> list[str]:
+    """The text of each turn of a line of samples.jsonl, as its environment got it. end_ids: those that end a turn.
 
     ValueError where two turns have no token between them, and their messages do not show the text either.
     """
-    trained = record.get("trained", [1] * len(record["token_ids"]))
-    runs = itertools.groupby(zip(trained, record["token_ids"], strict=True), key=lambda pair: pair[0])
-    turns = [[token for _, token in run] for is_drawn, run in runs if is_drawn]
+    turns = []
+    for sequence in (record, *record.get("further", [])):
+        ids = sequence["token_ids"]
+        runs = itertools.groupby(
+            zip(sequence.get("trained", [1] * len(ids)), ids, strict=True), key=lambda pair: pair[0]
+        )
+        turns += [[token for _, token in run] for is_drawn, run in runs if is_drawn]
     if len(turns) == record["turns"]:
-        turns = [turn[:-1] if turn[-1] in ids else turn for turn in turns]
+        turns = [turn[:-1] if turn[-1] in end_ids else turn for turn in turns]
         return [tokenizer.decode(turn, skip_special_tokens=False) for turn in turns]
     messages = [message for message in record["messages"] if message["role"] == "assistant"]
     if len(messages) != record["turns"] or any("tool_calls" in message for message in messages):
