@@ -122,6 +122,8 @@ COMMANDS = {
             --seed N         of completions whose request has no seed; another at each start when left out
             --parked N       completions whose keys and values are kept for prompts that go on from them; 8 when left
                              out
+            --conversations N   chats whose tokens are remembered: a chat that goes on from one keeps the very tokens
+                             that were drawn, which its template may write otherwise; 0 when left out: none
             --queue N        completions that may wait for a slot; 256 when left out
             --chunk N        tokens decoded between two looks, and sent at a time in a stream; 8 when left out
             --top-logprobs N the most likely tokens that a request may ask for; 5 when left out

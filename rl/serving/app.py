@@ -23,6 +23,7 @@ from rl.serving.bodies import ApiError, read_chat, read_json, read_text, read_to
 from rl.serving.calls import Calls, FinishedCall
 from rl.serving.chat import Chats
 from rl.serving.completions import Texts
+from rl.serving.conversations import Conversations
 from rl.serving.engine import Engine
 from rl.serving.metrics import Metrics
 
@@ -64,6 +65,7 @@ def create_app(
     api_key: str | None = None,
     hosts: tuple[str, ...] | None = None,
     on_call: Callable[[FinishedCall], None] | None = None,
+    most_conversations: int = 0,
 ) -> Starlette:
     """The application.
 
@@ -73,12 +75,18 @@ def create_app(
       hosts: names in the header `Host` that are answered; None: any. A server without a key that listens to this
         machine alone should name it: a page in a browser can have a name of its own lead here.
       on_call: called in the loop's thread with each call that came to its end; it must return soon.
+      most_conversations: chats that are remembered, so that those that go on from them keep the very tokens that were
+        drawn (`rl.serving.conversations`).
 
     All paths are there under /at/KEY too, for any KEY of letters, digits, - and _, which `FinishedCall` tells.
     """
     metrics, calls, created = Metrics(engine), Calls(engine, limits.request_seconds), int(time.time())
     notify = on_call or (lambda call: None)
-    chats, texts = Chats(calls, tokenizer, model, notify), Texts(calls, tokenizer, model, notify)
+    conversations = None
+    if most_conversations:
+        conversations = Conversations(tokenizer, engine.sampling.eos_ids, most_conversations)
+    chats = Chats(calls, tokenizer, model, notify, conversations)
+    texts = Texts(calls, tokenizer, model, notify)
     most_top = engine.sampling.top_logprobs
 
     def check_model(name: str | None) -> None:

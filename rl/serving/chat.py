@@ -20,6 +20,7 @@ from rl.sampler.contract import Completion
 from rl.serving.answers import FINISH_REASONS, TokenNames, chat_logprobs, tool_calls, usage
 from rl.serving.bodies import ApiError, ChatBody
 from rl.serving.calls import Calls, FinishedCall
+from rl.serving.conversations import Conversations
 from rl.serving.engine import Drawn, Ended
 from rl.serving.text import TextStream, text_of
 
@@ -46,19 +47,28 @@ class Chats:
 
     Args:
       model: the name in answers. notify: gets each call that came to its end.
+      conversations: chats that others may go on from; None: each chat is rendered by itself.
     """
 
-    def __init__(self, calls: Calls, tokenizer: Tokenizer, model: str, notify: Callable[[FinishedCall], None]) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        tokenizer: Tokenizer,
+        model: str,
+        notify: Callable[[FinishedCall], None],
+        conversations: Conversations | None = None,
+    ) -> None:
         self._calls, self._tokenizer, self._model, self._notify = calls, tokenizer, model, notify
         self._names = {ids_as_text: TokenNames(tokenizer, ids_as_text) for ids_as_text in (False, True)}
         # The template runs in a process that one thread may ask at a time.
         self._templates = concurrent.futures.ThreadPoolExecutor(1, "chat template")
         self._shows_tools: bool | None = None
+        self._conversations = conversations
 
-    async def encode(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+    async def encode(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], key: str = "") -> list[int]:
         """The token ids of a chat, up to where the assistant goes on. ApiError where the template refuses it."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._templates, self._encode, messages, tools)
+            return await asyncio.get_running_loop().run_in_executor(self._templates, self._encode, messages, tools, key)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
 
@@ -66,7 +76,7 @@ class Chats:
         """The prompt of a chat. ApiError for what cannot be drawn."""
         has_tools = bool(body.tools) and body.tool_choice != "none"
         call_format = self._format() if has_tools else None
-        prompt_ids = await self.encode(body.messages, body.tools if has_tools else [])
+        prompt_ids = await self.encode(body.messages, body.tools if has_tools else [], key)
         begun = _beginning(call_format, body.tool_choice) if call_format is not None else ""
         if begun:
             if body.messages[-1]["role"] == "assistant":
@@ -155,7 +165,7 @@ class Chats:
         self._tell(chat, ordered, [messages[job.sample_index] for job in jobs])
         yield DONE
 
-    def _encode(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+    def _encode(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], key: str) -> list[int]:
         if messages[-1]["role"] == "assistant":
             if "tool_calls" in messages[-1]:
                 raise ValueError("the last message must not call tools: their results are missing")
@@ -169,7 +179,8 @@ class Chats:
                 f"{self._tokenizer.template_name} does not show tools to the model; describe them in a message, or "
                 "start the server with another tokenizer.chat_template"
             )
-        return self._tokenizer.encode_chat(messages, tools)
+        found = None if self._conversations is None else self._conversations.prompt_ids(key, messages, tools)
+        return self._tokenizer.encode_chat(messages, tools) if found is None else found
 
     def _format(self) -> Format:
         template = self._tokenizer.backend.get_chat_template() if self._tokenizer.has_chat_template else ""
@@ -234,7 +245,10 @@ class Chats:
     def _tell(self, chat: PreparedChat, ends: Sequence[Ended], messages: Sequence[dict[str, Any]]) -> None:
         completions = [end.completion for end in ends]
         prompt_ids = [chat.prompt_ids] * len(ends)
-        call = FinishedCall(chat.key, chat.body.messages, chat.body.tools, prompt_ids, completions, messages)
+        tools = chat.body.tools if chat.body.tool_choice != "none" else []
+        call = FinishedCall(chat.key, chat.body.messages, tools, prompt_ids, completions, messages)
+        if self._conversations is not None:
+            self._conversations.add(call)
         self._notify(call)
 
 

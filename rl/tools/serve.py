@@ -41,6 +41,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     parser.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format beside MODEL's weights")
     parser.add_argument("--seed", type=int, help="of completions whose request has none; another at each start")
     parser.add_argument("--parked", type=int, default=8, help="completions whose keys and values are kept")
+    parser.add_argument("--conversations", type=int, default=0, help="chats whose tokens are remembered")
     parser.add_argument("--queue", type=int, default=256, help="completions that may wait for a slot")
     parser.add_argument("--chunk", type=int, default=8, help="tokens decoded between two looks")
     parser.add_argument("--top-logprobs", type=int, default=5, help="the most that a request may ask for")
@@ -54,7 +55,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:
     positional = arguments.positional
     if not positional or "=" in positional[0]:
         raise ValueError("grpo serve needs a MODEL: a run folder, a Hugging Face folder or hub id, or a YAML recipe")
-    least = {"port": 0, "parked": 0, "queue": 0, "chunk": 1, "top_logprobs": 0, "max_body_bytes": 1000, "seed": 0}
+    least = {
+        "port": 0,
+        "parked": 0,
+        "conversations": 0,
+        "queue": 0,
+        "chunk": 1,
+        "top_logprobs": 0,
+        "max_body_bytes": 1000,
+        "seed": 0,
+    }
     most = {"port": 65535, "chunk": 256, "top_logprobs": 100, "seed": LARGEST_SEED}
     for name in {**least, **most}:
         value, low, high = getattr(arguments, name), least[name], most.get(name, 2**31 - 1)
@@ -108,7 +118,8 @@ def serve(arguments: argparse.Namespace, model: str, overrides: Sequence[str]) -
         name = arguments.name or str(model)
         server_limits = ServerLimits(arguments.max_body_bytes, arguments.timeout)
         hosts = LOOPBACK if is_local and api_key is None else None
-        app = create_app(engine, trained.tokenizer, name, server_limits, api_key, hosts)
+        remembered = {"most_conversations": arguments.conversations}
+        app = create_app(engine, trained.tokenizer, name, server_limits, api_key, hosts, **remembered)
         host, port = opened.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         notes = [f"serving {name!r} at http://{shown}:{port}/v1"]

@@ -267,6 +267,36 @@ def test_a_prompt_that_goes_on_from_an_earlier_answer_reads_only_what_follows(se
     assert third["choices"][0]["token_ids"] == expected.token_ids.tolist()
 
 
+def test_a_chat_that_goes_on_from_a_remembered_one_keeps_the_tokens_that_were_drawn(served):
+    tokenizer = served.tokenizer
+    client = TestClient(create_app(served.engine, tokenizer, "tiny", served.limits, most_conversations=2))
+    eos = tokenizer.eos_ids[0]
+
+    def chat(messages, path="/v1/chat/completions", **more) -> dict:
+        body = {"messages": messages, "max_tokens": 7, "return_token_ids": True, **more}
+        response = client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    asked = [{"role": "user", "content": "a"}]
+    first = chat(asked, seed=6, ignore_eos=True)
+    (choice,) = first["choices"]
+    longer = [*asked, {"role": "assistant", "content": choice["message"]["content"]}, {"role": "user", "content": "b"}]
+    rendered = tokenizer.encode_chat(longer)
+    drawn = [*first["prompt_token_ids"], *choice["token_ids"]]
+    expected = [*drawn, *([] if drawn[-1] == eos else [eos]), *tokenizer.encode("[user]b", add_bos=False), eos]
+    expected += tokenizer.encode("[assistant]", add_bos=False)
+    assert expected != rendered, "bytes that are no text would be read as others"
+    second = chat(longer, seed=7)
+    assert second["prompt_token_ids"] == expected
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == len(drawn)
+    assert chat(longer, "/at/other/v1/chat/completions")["prompt_token_ids"] == rendered, "a KEY shares nothing"
+    assert chat(longer, tools=[TOOL])["prompt_token_ids"] != expected, "with other tools it is another chat"
+    for word in "cd":
+        chat([{"role": "user", "content": word}])
+    assert chat(longer)["prompt_token_ids"] == rendered, "the oldest are forgotten"
+
+
 def test_calls_of_tools_are_read_from_the_text_and_may_be_begun(served):
     messages = [{"role": "user", "content": "2 + 3?"}]
     asked = {"messages": messages, "tools": [TOOL], "seed": 1, "max_tokens": 6, "return_token_ids": True}
