@@ -84,10 +84,12 @@ def test_each_request_ends_at_its_own_stop_strings(setup, session):
     text = decode_text(alone(setup, prompt(1), first).token_ids)
     rules = [DrawRules(ends_at_eos=False, stop_strings=stops) for stops in ((), (text[6:8],), ("x", text[9:11]))]
     requests = [Request(0, 0, 0, LIMIT, 5, rules=own) for own in rules]
-    numbers = [session.submit([prompt(1)], [request])[0] for request in requests]
-    found = {}
-    for _ in range(50):
-        found |= dict(session.poll())
+    with CompileCounter() as compiles:
+        numbers = [session.submit([prompt(1)], [request])[0] for request in requests]
+        found = {}
+        for _ in range(50):
+            found |= dict(session.poll())
+    assert compiles.count == 0, "all was compiled before"
     for number, request in zip(numbers, requests, strict=True):
         assert_same(found[number], alone(setup, prompt(1), request))
         session.finish(number)
@@ -105,8 +107,10 @@ def test_a_request_that_follows_another_draws_as_if_all_before_it_were_its_promp
     for seed, num_kept, more in ((11, len(before), prompt(3, 3)), (12, len(before) - 1, prompt(4, 5))):
         request = Request(0, 0, 0, 12, seed, rules=rules)
         whole = [*prompt(2), *before[:num_kept], *more]
-        session.follow(number, num_kept, more, request)
-        completion = ended(session, number)
+        with CompileCounter() as compiles:
+            session.follow(number, num_kept, more, request)
+            completion = ended(session, number)
+        assert compiles.count == 0, "all was compiled before"
         assert_same(completion, alone(setup, whole, request))
         before = [*before[:num_kept], *more, *completion.token_ids.tolist()]
     assert session.num_read - read_before == 8
