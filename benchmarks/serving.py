@@ -88,6 +88,8 @@ class Endpoint:
 
         self.plain = sampler()
         self.plain.expect(self.prompts, len(self.prompts), 1)
+        self.plain.warm_up(self.weights.params, len(self.prompts), 1, self.sampling)
+        self.plain.engine.programs.wait()
         row = 2 * high if arguments.parked else high
         limits = EngineLimits(longest, high, arguments.slots, arguments.parked, row, 10_000, arguments.chunk)
         self.engine = Engine(sampler(), self.sampling, limits)
@@ -137,8 +139,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     endpoint = Endpoint(arguments)
     bodies = endpoint.bodies(arguments.streamed)
     num_tokens = sum(endpoint.limits)
-    assert endpoint.stream() == num_tokens
-    endpoint.ask(bodies[: arguments.connections], arguments.connections)
+    endpoint.ask([{**body, "max_tokens": 2} for body in bodies[:2]], 2)
     seconds: dict[str, list[float]] = {"sampler": [], "endpoint": []}
     cpu: dict[str, list[float]] = {"sampler": [], "endpoint": [], "client": []}
     lost = 0
@@ -146,7 +147,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         for name in ("sampler", "endpoint")[:: 1 if repeat % 2 else -1]:
             start, cpu_start = time.perf_counter(), time.process_time()
             if name == "sampler":
-                endpoint.stream()
+                assert endpoint.stream() == num_tokens
                 seconds[name].append(time.perf_counter() - start)
             else:
                 told = endpoint.ask(bodies, arguments.connections)

@@ -7,6 +7,7 @@ Legend: R rows, T token positions.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -83,8 +84,9 @@ class PromptScorer:
         results: dict[int, tuple[np.ndarray, ...]] = {}
         calls = packed_calls(prompts, TOKENS_PER_CALL, self._num_shards, self._policy.packs_rows, steps=1)
         for inputs, places in calls:
-            key = ("scores", *inputs.tokens_BT.shape, chunk_size, num_top)
-            program = self._programs.get(key, lambda key=key: self._compile_scores(params, *key[1:]))
+            num_rows, length = inputs.tokens_BT.shape
+            build = partial(self._compile_scores, params, num_rows, length, chunk_size, num_top)
+            program = self._programs.get(("scores", num_rows, length, chunk_size, num_top), build)
             arrays = [np.asarray(array) for array in program(params, inputs, np.float32(temperature or 1.0))]
             for number, row, span in places:
                 results[number] = tuple(array[row, span.start : span.stop - 1] for array in arrays)
