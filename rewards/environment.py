@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 OPENENV, TEXTARENA = "openenv:", "textarena:"  # begin the names of environments that are in no file of the user's
+AGENT = "agent:"  # begins the name of a function that is an agent, `rollout.agent`
 Message = dict[str, Any]  # role and content; of a tool also name and tool_call_id; of a turn maybe tool_calls
 
 

@@ -6,6 +6,7 @@ methods:
     own     reset(row, seed), step(message), close(), see `rewards.environment`
     trl     TRL 1.16's environment_factory: reset(**row), public methods as tools, maybe get_reward()
     skyrl   SkyRL-Gym 0.4: Env(env_config, extras), init(prompt), step(action), close()
+    agent   an async function that asks the policy itself (`rewards.agent`)
     openenv, textarena  a server by its URL, and a game by its name (`rewards.openenv_environment`,
             `rewards.textarena_environment`)
     tools   none at all, for `rollout.tools` alone: the episode is over when a turn calls nothing
@@ -17,8 +18,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from rewards.agent import AgentPlayer, check_agent
+from rewards.agent_server import AgentServer
 from rewards.calling import call
-from rewards.environment import OPENENV, TEXTARENA, Message, Step
+from rewards.environment import AGENT, OPENENV, TEXTARENA, Message, Step
 from rewards.importing import USER_ERRORS, import_function
 from rewards.in_worker import Rejected, short
 from rewards.openenv_environment import OpenEnvPlayer, import_client, read_schema
@@ -75,11 +78,21 @@ class Kind:
         self.schema_sources, self.has_own_tools = schema_sources, has_own_tools
 
 
-async def load_kind(reference: str, label: str, *, is_one_of_several: bool) -> Kind:
-    """The environment that `file.py:Class` names. is_one_of_several: whether the row's column `environment` chooses it.
+async def load_kind(reference: str, label: str, server: AgentServer, *, is_one_of_several: bool) -> Kind:
+    """The environment that `file.py:Class` names. server: for agents, started where there is one. is_one_of_several:
+    whether the row's column `environment` chooses it.
 
     Raises ValueError, which begins with `label`, for what does not import or has none of the forms.
     """
+    if reference.startswith(AGENT):
+        label = "rollout.agent"
+        run = import_function(reference.removeprefix(AGENT), label)
+        check_agent(run, label)
+        try:
+            await server.start()
+        except ModuleNotFoundError as error:
+            raise ValueError(str(error)) from error
+        return Kind("agent", True, lambda: AgentPlayer(run, server))
     if reference.startswith(OPENENV):
         url = reference.removeprefix(OPENENV)
         client, schema = import_client(label), read_schema(url, label)

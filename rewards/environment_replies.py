@@ -4,7 +4,7 @@ In: a frame from a worker's pipe. Out: typed replies; anything else raises `Brok
 
     {"nonce": n, "op": "loaded", "environments": {name: {"form", "is_async", "schemas"}}}
     {"nonce": n, "op": "refused", "error"}
-    {"nonce": n, "op": "done", "messages", "prompt", "action", "reward", "done", "metrics", "num_tool_calls",
+    {"nonce": n, "op": "done", "messages", "prompt", "tools", "action", "reward", "done", "metrics", "num_tool_calls",
         "num_bad_tool_calls", "judged": {function: number, null or [kind, message]}, "kind", "message", "seconds",
         "traces": [[kind, message, traceback], ...]}
 """
@@ -15,6 +15,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from rewards.environment import Message
+from rewards.logged import is_plain
 from rewards.messages import ROLES, is_message, is_metrics
 from rewards.replies import (
     MAX_REWARD,
@@ -31,6 +32,7 @@ from rewards.tool_calls import MAX_CALLS
 
 LABEL = "rollout.environment"  # the beginning of messages about what a configuration names
 TOOLS_LABEL = "rollout.tools"
+MAX_DEPTH = 40  # of nesting in JSON schemas of an agent's tools
 TOOLS_NAME = "tools"  # of the environment of a run that has tools and no other one
 # What the worker may tell of, and beside it what only the runner sees: `died`, `memory`, `replay`.
 KINDS = ("exception", "timeout", "not_a_step", "not_a_number", "out_of_range", "wrong_length")
@@ -61,6 +63,7 @@ class Done:
     failure: Failure | None
     seconds: float
     prompt: str | list[Message] | None
+    tools: list[dict[str, Any]] | None
 
 
 class Trace(NamedTuple):
@@ -90,7 +93,7 @@ def read_done(fields: dict[str, Any], op: str) -> tuple[Done, list[Trace]]:
         raise BrokenWorker(f"the operation {shown(fields['op'])} where an episode was played")
     text = (str, type(None))
     types: dict[str, type | tuple[type, ...]] = {"messages": (str, list), "action": (dict, type(None))}
-    types["prompt"] = (str, list, type(None))
+    types |= {"prompt": (str, list, type(None)), "tools": (list, type(None))}
     types |= {"reward": (float, type(None)), "done": bool, "metrics": dict, "num_tool_calls": int}
     types |= {"num_bad_tool_calls": int, "kind": text, "message": text, "seconds": float}
     check_fields(fields, types | {"traces": list, "judged": dict})
@@ -108,6 +111,8 @@ def read_done(fields: dict[str, Any], op: str) -> tuple[Done, list[Trace]]:
         if op != "step":
             raise BrokenWorker("a prompt that nobody asked for")
         _check_messages(fields["prompt"], "begin")
+    if not is_plain(fields["tools"], MAX_DEPTH) or not all(isinstance(x, dict) for x in fields["tools"] or ()):
+        raise BrokenWorker(f"schemas that are none: {shown(fields['tools'])}")
     if fields["action"] is not None and not is_message(fields["action"], ["assistant"]):
         raise BrokenWorker(f"the action {shown(fields['action'])}")
     told = {field.name: fields[field.name] for field in dataclasses.fields(Done) if field.name != "failure"}

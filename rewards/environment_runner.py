@@ -58,6 +58,7 @@ class EnvironmentReply:
     """The answer to one request.
 
     prompt: of a step that begins again what the policy reads next in place of all that was said; else None.
+    tools: of an agent that begins, or begins again, the JSON schemas that the policy is shown; else None.
     messages: of a begin the prompt, messages or the text of a text prompt; of a step the observations. action: the
       turn as the environment understood it, a message of the assistant with `tool_calls`; None where there is none.
     reward: of the turn, or of the whole episode when it is finished. done: whether the environment says that the
@@ -81,6 +82,7 @@ class EnvironmentReply:
     seconds: float = 0.0
     judged: dict[str, float | Failure | None] = dataclasses.field(default_factory=dict)
     prompt: str | list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 def reply_of(fields: Mapping[str, Any]) -> EnvironmentReply:
@@ -600,5 +602,5 @@ class EnvironmentRunner:
 
 def _digest(done: Done) -> bytes:
     """What a call that is made again must answer."""
-    text = json.dumps([done.messages, done.prompt, done.action, done.reward, done.done], sort_keys=True)
+    text = json.dumps([done.messages, done.prompt, done.tools, done.action, done.reward, done.done], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

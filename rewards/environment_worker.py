@@ -24,9 +24,11 @@ import dataclasses
 import hashlib
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
+from rewards.agent import AgentPlayer
+from rewards.agent_server import AgentServer
 from rewards.calling import Clock, RandomState, TimeLimit, task_factory, task_in
 from rewards.contract import BoundReward
 from rewards.environment import Message, Step
@@ -49,7 +51,7 @@ from rewards.messages import checked_metrics, checked_observations, checked_prom
 from rewards.protocol import HEADER, pack
 from rewards.replies import MAX_FRAME, MAX_REWARD, MAX_TEXT, Failure, one_line
 from rewards.reward_call import call_one
-from rewards.tool_calls import Format, parse_turn
+from rewards.tool_calls import FORMATS, Call, Format, Turn, parse_turn
 from rewards.tools import add_tool, answers, is_async, load_tools, schema_of
 from rewards.worker_variables import missing_variable
 
@@ -104,6 +106,7 @@ class _Done:
     num_bad_tool_calls: int = 0
     judged: dict[str, Any] = dataclasses.field(default_factory=dict)  # {function: number, None, or [kind, message]}
     prompt: str | list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None  # that the policy is shown from here on, where an agent says so
 
 
 class _Worker:
@@ -114,7 +117,8 @@ class _Worker:
         self._kinds: dict[str, Kind] = {}
         self._functions: dict[str, Callable[..., Any]] = {}  # of the run's tools
         self._rewards: dict[str, BoundReward] = {}
-        self._format: Format = "hermes"
+        self._format: Format | None = None
+        self._agents = AgentServer()
         self._episodes: dict[int, _Episode] = {}
         self._tasks: set[asyncio.Task] = set()  # the loop itself forgets them
         self._is_closing = False
@@ -157,6 +161,7 @@ class _Worker:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 for number in [*self._episodes]:
                     await self._forget(number, None)
+                await self._agents.stop()
         for *_, trace in self._traces:  # no reply will tell them
             print(trace, end="", file=sys.stderr)
 
@@ -177,7 +182,7 @@ class _Worker:
             self._functions = load_tools(request["tools"], TOOLS_LABEL)
             for name, reference in names.items():
                 label = f"{LABEL} {name!r}"
-                self._kinds[name] = await load_kind(reference, label, is_one_of_several=len(names) > 1)
+                self._kinds[name] = await load_kind(reference, label, self._agents, is_one_of_several=len(names) > 1)
                 self._check_names(self._kinds[name], label)
             if not names:
                 self._kinds[TOOLS_NAME] = tools_alone()
@@ -187,8 +192,7 @@ class _Worker:
             message = f"{one_line(str(error), MAX_TEXT // 2)}{missing_variable(error)}"
             self._reply({"nonce": nonce, "op": "refused", "error": message})
             return
-        if request["format"] is not None:
-            self._format = request["format"]
+        self._format = request["format"]
         tells = {
             name: {
                 "form": kind.form,
@@ -245,7 +249,8 @@ class _Worker:
     async def _do(self, request: Mapping[str, Any], episode: _Episode) -> _Done:
         player = episode.player
         if request["op"] == "begin":
-            return _Done(checked_prompt(await player.reset(request["row"], request["seed"])))
+            prompt = checked_prompt(await player.reset(request["row"], request["seed"]))
+            return _Done(prompt, tools=_tools_of(player))
         if request["op"] == "step":
             return await self._step(request["text"], episode)
         reward, metrics = await player.finish()
@@ -272,24 +277,47 @@ class _Worker:
         action: Message = {"role": "assistant", "content": text}
         functions = {**self._functions, **episode.player.functions}
         episode.num_turns += 1
+        if isinstance(episode.player, AgentPlayer):
+            return await self._answer_agent(action, episode.player, episode)
         if not functions and not episode.kind.has_own_tools:
             return _stepped(await episode.player.step(action), action, [], 0, 0)
-        turn = parse_turn(text, self._format)
+        turn = self._parse(text)
         ids = [_call_id(episode.seed, episode.num_turns, place) for place in range(len(turn.calls))]
         made = [(one, call_id) for one, call_id in zip(turn.calls, ids, strict=True) if one.problem is None]
         if turn.calls:
             action["content"] = turn.content
         if made:
-            action["tool_calls"] = [
-                {"type": "function", "id": call_id, "function": {"name": one.name, "arguments": one.arguments}}
-                for one, call_id in made
-            ]
+            action["tool_calls"] = _told_calls(made)
         asked = [(one, call_id) for one, call_id in zip(turn.calls, ids, strict=True) if one.problem is not None]
         asked = asked if episode.kind.has_own_tools else [*zip(turn.calls, ids, strict=True)]
         observations, num_bad = await answers([one for one, _ in asked], [call_id for _, call_id in asked], functions)
         is_for_player = not turn.calls or (episode.kind.has_own_tools and bool(made))
         step = await episode.player.step(action) if is_for_player else Step()
         return _stepped(step, action, observations, len(turn.calls), num_bad)
+
+    async def _answer_agent(self, action: Message, player: AgentPlayer, episode: _Episode) -> _Done:
+        """Hands a turn to an agent, which runs its tools itself. What cannot be read as a call is text."""
+        turn = self._parse(action["content"]) if player.parses else Turn(action["content"], ())
+        made = [
+            (one, _call_id(episode.seed, episode.num_turns, place))
+            for place, one in enumerate(turn.calls)
+            if one.problem is None
+        ]
+        if made:
+            action |= {"content": turn.content, "tool_calls": _told_calls(made)}
+        step = await player.step(action)
+        done = _stepped(step, action, [], len(turn.calls), len(turn.calls) - len(made))
+        if step.prompt is not None:
+            done.tools = _tools_of(player)
+        return done
+
+    def _parse(self, text: str) -> Turn:
+        if self._format is None:
+            formats = ", ".join(FORMATS)
+            raise Rejected(
+                "not_a_step", f"rollout.tool_format must be one of {formats} where there are tools, got auto"
+            )
+        return parse_turn(text, self._format)
 
     async def _forget(self, number: int, reason: str | None) -> None:
         """Close an episode. reason: None where it failed. What that raises is in the log only, because what the episode
@@ -333,6 +361,18 @@ def _stepped(step: Step, action: Message, observations: list[Message], num_calls
     messages = observations + said
     reward, metrics = _reward(step.reward), checked_metrics(step.metrics)
     return _Done(messages, action, reward, bool(step.done), metrics, num_calls, num_bad, prompt=prompt)
+
+
+def _told_calls(calls: Sequence[tuple[Call, str]]) -> list[dict[str, Any]]:
+    """The field `tool_calls` of a turn. calls: with their ids."""
+    return [
+        {"type": "function", "id": call_id, "function": {"name": one.name, "arguments": one.arguments}}
+        for one, call_id in calls
+    ]
+
+
+def _tools_of(player: Player) -> list[dict[str, Any]] | None:
+    return player.tools if isinstance(player, AgentPlayer) else None
 
 
 def _reward(value: Any) -> float | None:

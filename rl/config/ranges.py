@@ -28,7 +28,7 @@ PATH_KEYS = (
     *("tokenizer.source", "tokenizer.chat_template"),
     *("data.source", "data.eval_source", "data.prepare", "data.sources.*.source", "data.sources.*.prepare"),
     *("data.few_shot", "data.sources.*.few_shot"),
-    *("rollout.tools.*", "rollout.environment", "rollout.environment.*"),
+    *("rollout.tools.*", "rollout.environment", "rollout.environment.*", "rollout.agent"),
     *("rewards.functions.*.function", "logging.compilation_cache"),
     *("grpo.loss_type", "grpo.advantage_estimator", "sampling.source", "checkpoint.staging"),
 )

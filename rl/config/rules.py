@@ -122,7 +122,7 @@ def check_config(config: Config) -> None:
             )
     if len(set(names)) < len(names):
         raise ValueError(f"rewards.functions must have distinct names, got {shown(names)}; set `name` on each")
-    counted = [*names, *([ENVIRONMENT] if config.rollout.environment else [])]
+    counted = [*names, *([ENVIRONMENT] if config.rollout.environments else [])]
     if config.eval.reward is not None and config.rewards.functions and config.eval.reward not in counted:
         raise ValueError(
             f"eval.reward must name one of rewards.functions {shown(counted)}, got {shown(config.eval.reward)}"
@@ -511,8 +511,17 @@ def _check_rollout(config: Config) -> None:
         named["rollout.environment"] = section.environment
     else:
         named |= {f"rollout.environment.{name}": value for name, value in (section.environment or {}).items()}
+    if section.agent is not None:
+        named["rollout.agent"] = section.agent
+        for key, value in (("rollout.environment", section.environment), ("rollout.tools", section.tools or None)):
+            if value is not None:
+                raise ValueError(f"{key} must be empty with rollout.agent, which brings its own, got {shown(value)}")
+        if not config.data.chat:
+            raise ValueError(
+                "data.chat must be true with rollout.agent, because an agent asks with messages, got false"
+            )
     for key, value in named.items():
-        is_tool = key.startswith("rollout.tools")
+        is_tool = key.startswith(("rollout.tools", "rollout.agent"))
         if not is_user_function(value) and (is_tool or not is_ready_made(value)):
             others = "" if is_tool else ", openenv:URL or textarena:NAME"
             raise ValueError(f"{key} must be path/to/file.py:name{others}, got {shown(value)}")

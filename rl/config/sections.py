@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic.dataclasses import dataclass
 
-from rewards.environment import OPENENV
+from rewards.environment import AGENT, OPENENV
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 FREE_FORM = (
@@ -253,6 +253,7 @@ class RolloutSection:
 
     tools: list[str]
     environment: str | dict[str, str] | None
+    agent: str | None
     environment_weight: float
     max_turns: int
     max_turn_tokens: int | None
@@ -270,8 +271,10 @@ class RolloutSection:
     @property
     def environments(self) -> dict[str, str]:
         """{name: path/to/file.py:Class} of the environments; one without a name has that of its class, a game of
-        textarena its own, and a server of OpenEnv `openenv`.
+        textarena its own, a server of OpenEnv `openenv`, and an agent `agent`.
         """
+        if self.agent is not None:
+            return {"agent": AGENT + self.agent}
         if isinstance(self.environment, str):
             is_server = self.environment.startswith(OPENENV)
             return {"openenv" if is_server else self.environment.rpartition(":")[2]: self.environment}
@@ -281,14 +284,14 @@ class RolloutSection:
         """ValueError for a command that draws single turns."""
         if self.has_turns:
             raise ValueError(
-                f"rollout.tools and rollout.environment must be empty for {command}, which draws single turns; add "
-                "rollout.tools=[] rollout.environment=null"
+                f"rollout.tools, rollout.environment and rollout.agent must be empty for {command}, which draws single "
+                "turns; add rollout.tools=[] rollout.environment=null rollout.agent=null"
             )
 
     @property
     def has_turns(self) -> bool:
-        """Whether a completion is an episode, with an environment or tools."""
-        return bool(self.tools or self.environment)
+        """Whether a completion is an episode, with an environment, an agent or tools."""
+        return bool(self.tools or self.environments)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -503,7 +506,7 @@ class Config:
     @property
     def is_without_data(self) -> bool:
         """Whether there is no data set, because the environment makes its prompts."""
-        return self.rollout.environment is not None and self.data.source is None and not self.data.sources
+        return bool(self.rollout.environment) and self.data.source is None and not self.data.sources
 
     @property
     def longest_completion(self) -> int:

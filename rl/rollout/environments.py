@@ -6,6 +6,7 @@ and `EnvironmentReward`, which judges an episode by what its environment gave. N
 """
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -92,7 +93,7 @@ def start_episodes(
     columns = sorted({name for row in rows for name in row.columns})
     specs = [
         RewardSpec(entry.label, entry.function, entry.weight, entry.kwargs, entry.calls)
-        for entry in (config.rewards.functions if section.environment else ())
+        for entry in (config.rewards.functions if section.environments else ())
         if asks_for_environments(entry.function, (*columns, *entry.kwargs))
     ]
     with EnvironmentRunner(
@@ -122,7 +123,7 @@ def start_episodes(
                 runner.environment_of(row.columns)
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error
-        for row in rows[:1]:
+        for row in rows[:1] if section.agent is None else ():  # an agent writes the prompt
             length = len(turns[runner.environment_of(row.columns)].prompt_ids(row.prompt))
             if length > limits.prompt_tokens:
                 raise ValueError(
@@ -133,7 +134,8 @@ def start_episodes(
         if num_processes > 1:
             environments = SharedEnvironments(runner, jax.process_index(), num_processes, hosts.gather)
         judges = {spec.name: EpisodeJudge(spec.name) for spec in specs}
-        how = limits, EnvironmentReward(), section.in_order, places, judges
+        with_tools = functools.partial(make_turns, config, tokenizer, eos_ids)
+        how = limits, EnvironmentReward(), section.in_order, places, judges, with_tools
         yield EpisodeSource(environments, turns, tokenizer, *how)
 
 

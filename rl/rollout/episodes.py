@@ -16,6 +16,7 @@ Legend: P prompts, G episodes per prompt, B = P * G.
 
 import collections
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -75,6 +76,7 @@ class EpisodeSource:
     in_order: wait for all environments that were asked before anything more is drawn. What is computed together then
       follows from what was drawn, and not from the clock, and log-probs are the same bit for bit.
     max_running: episodes that may have an environment at a time; groups begin as a whole.
+    make_turns: of JSON schemas of tools, for agents, who bring their own.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class EpisodeSource:
         in_order: bool = False,
         max_running: int = 2**31,
         judges: Mapping[str, EpisodeReward] | None = None,
+        make_turns: Callable[[Sequence[dict[str, Any]]], Turns] | None = None,
     ) -> None:
+        self._make_turns, self._made_turns = make_turns, {}
         self.environments, self.turns, self.tokenizer = environments, turns, tokenizer
         self.limits, self.reward = limits, reward
         self.in_order, self.max_running, self.judges = in_order, max_running, dict(judges or {})
@@ -96,6 +100,14 @@ class EpisodeSource:
         """Hands over the episodes that are judged next."""
         for reward in (self.reward, *self.judges.values()):
             reward.episodes = episodes
+
+    def with_tools(self, tools: Sequence[dict[str, Any]]) -> Turns:
+        """The turns of an agent with these tools. ValueError where the chat template cannot show them."""
+        assert self._make_turns is not None
+        key = json.dumps(tools, sort_keys=True)
+        if key not in self._made_turns:
+            self._made_turns[key] = self._make_turns(tools)
+        return self._made_turns[key]
 
     def notes(self) -> list[str]:
         """What a run should say once."""
@@ -165,6 +177,8 @@ class _Call:
         if journal is not None:
             self._environments = RecordedEnvironments(source.environments, journal, self.keys)
         self._turns_P = [source.turns_of(row) for row in rows]
+        self._turns_of_agents: dict[int, Turns] = {}  # by place
+        self._with_tools = source.with_tools
         self._limits, self._session, self._sampling = source.limits, session, sampling
         self._in_order, self._num_asked = source.in_order, 0
         self._groups = collections.deque(enumerate(zip(rows, seeds, strict=True)))  # that have not begun
@@ -251,7 +265,8 @@ class _Call:
         if failure is None:
             episode.prompt = reply.messages
             try:
-                episode.sequences[0].prompt_ids = self._prompt_ids(p, reply.messages, "what reset returns")
+                self._show_tools(b, reply)
+                episode.sequences[0].prompt_ids = self._prompt_ids(b, reply.messages, "what reset returns")
             except ValueError as error:
                 failure = "prompt", str(error)
         if failure is not None:
@@ -280,9 +295,17 @@ class _Call:
             self._to_draw[p][place] = limit
         self._repeat(p)
 
-    def _prompt_ids(self, p: int, prompt: Prompt, what: str) -> list[int]:
-        """The ids of a prompt of group p. ValueError where it is none, or too long."""
-        prompt_ids = self._turns_P[p].prompt_ids(prompt)
+    def _turns(self, b: int) -> Turns:
+        return self._turns_of_agents.get(b, self._turns_P[b // self._num_samples])
+
+    def _show_tools(self, b: int, reply: EnvironmentReply) -> None:
+        """Has the tools of an agent shown from here on. ValueError where the chat template cannot show them."""
+        if reply.tools is not None:
+            self._turns_of_agents[b] = self._with_tools(reply.tools)
+
+    def _prompt_ids(self, b: int, prompt: Prompt, what: str) -> list[int]:
+        """The ids of a prompt of an episode. ValueError where it is none, or too long."""
+        prompt_ids = self._turns(b).prompt_ids(prompt)
         if not 1 <= len(prompt_ids) <= self._limits.prompt_tokens:
             most = f"data.max_prompt_length ({self._limits.prompt_tokens})"
             raise ValueError(f"{what} must have 1 to {most} tokens, got {len(prompt_ids)}")
@@ -370,9 +393,9 @@ class _Call:
             self._end(b, episode.ended or (DONE if reply.done else MAX_TURNS))
             return
         if reply.prompt is not None:
-            self._begin_again(b, reply.prompt)
+            self._begin_again(b, reply, reply.prompt)
             return
-        last, turns = episode.now.turns[-1], self._turns_P[b // self._num_samples]
+        last, turns = episode.now.turns[-1], self._turns(b)
         has_ended = last.finish_reason == "eos" and last.stop_reason in turns.end_ids
         try:
             ids = turns.observation_ids(episode.history, observations, has_ended)
@@ -397,7 +420,7 @@ class _Call:
             self._to_draw[b // self._num_samples][b] = limit
             self._stop_repeating(b)
 
-    def _begin_again(self, b: int, prompt: Prompt) -> None:
+    def _begin_again(self, b: int, reply: EnvironmentReply, prompt: Prompt) -> None:
         """Has the next turn drawn behind another prompt."""
         episode, p = self._episodes[b], b // self._num_samples
         count = len(episode.sequences) + 1
@@ -405,7 +428,8 @@ class _Call:
             self._fail(b, too_many_sequences(count, self._limits.sequences), is_running=True)
             return
         try:
-            prompt_ids = self._prompt_ids(p, prompt, "the prompt of a step")
+            self._show_tools(b, reply)
+            prompt_ids = self._prompt_ids(b, prompt, "the prompt of a step")
         except ValueError as error:
             self._fail(b, ("prompt", str(error)), is_running=True)
             return

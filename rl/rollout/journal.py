@@ -385,7 +385,9 @@ def row_digest(row: Mapping[str, Any], seed: int) -> str:
 def same_answer(reply: EnvironmentReply, other: EnvironmentReply) -> bool:
     """Whether an environment has answered the same. Metrics may be times, so they may differ."""
     failures = [one.failure and one.failure[0] for one in (reply, other)]
-    answers = [(one.op, one.messages, one.prompt, one.action, one.reward, one.done) for one in (reply, other)]
+    answers = [
+        (one.op, one.messages, one.prompt, one.tools, one.action, one.reward, one.done) for one in (reply, other)
+    ]
     return failures[0] == failures[1] and answers[0] == answers[1]
 
 

@@ -66,7 +66,7 @@ def start_rewards(
         for f in config.rewards.functions
     ]
     in_process: dict[str, InProcess] = dict(models)
-    if episodes is not None and config.rollout.environment:
+    if episodes is not None and config.rollout.environments:
         specs.append(RewardSpec(ENVIRONMENT, "rollout.environment", config.rollout.environment_weight, {}))
         in_process[ENVIRONMENT] = episodes.reward
     in_process |= {} if episodes is None else episodes.judges

@@ -13,7 +13,7 @@ def check_recipe(config: Config, data: PromptData, sampling: SamplingParams, max
     """Rules that need the data and the model's shape; ValueError when one is broken. What the start is to say of a
     curriculum is added to `data.messages`.
     """
-    is_rewarded = config.rollout.environment is not None and config.rollout.environment_weight
+    is_rewarded = bool(config.rollout.environments) and config.rollout.environment_weight
     if not is_rewarded:
         require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
     if not is_rewarded and not any(function.weight for function in config.rewards.functions):

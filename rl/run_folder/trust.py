@@ -110,7 +110,10 @@ def code_of(config: Config) -> list[Code]:
     if config.sampling.source is not None:
         name = config.sampling.source
         found.append(Code("sampling.source", name, SAMPLER, _file_of(name)))
-    for key, names in (("environment", config.rollout.environments.values()), ("tools", config.rollout.tools)):
+    section = config.rollout
+    environments = [] if section.agent is not None else [*section.environments.values()]
+    agents = [] if section.agent is None else [section.agent]
+    for key, names in (("environment", environments), ("agent", agents), ("tools", section.tools)):
         for name in names:
             if name.startswith(OPENENV):  # as a judge: whoever names the server hears what the policy says
                 found.append(Code(f"rollout.{key}", name, ENVIRONMENT, _file_of(_ASKS_SERVERS)))

@@ -61,7 +61,7 @@ def evaluate_source(
         hosts.from_first(lambda: check_writable(output, "--output"))
         use_compilation_cache(config)
         tokenizer = tokenizer_from_config(config)  # first: a folder that is not there has no rewards either
-        if not config.rollout.environment:
+        if not config.rollout.environments:
             require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
         data = load_prompts(config, tokenizer)
         changed = source.run and changed_rows(source.run, config, overrides, data, tokenizer)

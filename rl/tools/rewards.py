@@ -96,6 +96,11 @@ def check(
         raise ValueError(f"--rows must be >= 1, got {num_rows}")
     config = load_config(recipe, overrides)
     check_trust(recipe, config, overrides, TO_JUDGE, trust)
+    if config.rollout.environments and not config.rewards.functions:
+        raise ValueError(
+            "rewards.functions must name a function to check, got []; the reward is what the environment or the agent "
+            "gives, which this command does not play: look at samples.jsonl of a short run"
+        )
     require(config.rewards.functions, "rewards.functions", "[{function: rewards.number:exact_number_flexible}]")
     tokenizer = tokenizer_from_config(config)
     data = load_prompts(config, tokenizer)
@@ -132,7 +137,7 @@ def _without_environments(config: Config, rows: Sequence[PromptRow]) -> tuple[Co
     there is no other.
     """
     columns = {name for row in rows for name in row.columns}
-    functions = config.rewards.functions if config.rollout.environment else []
+    functions = config.rewards.functions if config.rollout.environments else []
     asking = [entry for entry in functions if asks_for_environments(entry.function, {*columns, *entry.kwargs})]
     if not asking:
         return config, []

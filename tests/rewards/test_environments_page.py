@@ -27,6 +27,10 @@ def test_every_block_of_the_page_on_environments_runs(tmp_path, monkeypatch):
     chat = {**ROW, "prompt": [{"role": "user", "content": "Which number?"}]}
     _, lower, right, _ = namespace["play"]("my_game.py:GuessForSkyRL", ["50", "25"], chat)
     assert (lower.messages[0]["content"], lower.reward, right.reward) == ("lower", 0.0, 0.5)
+    with start({"agent": "agent:my_game.py:run"}) as runner:
+        ask(runner, 0, "begin", {"prompt": chat["prompt"], "answer": "25"}, 0)
+        assert ask(runner, 0, "step", "24").messages[0]["content"] == "Are you sure?"
+        assert ask(runner, 0, "step", "No, 25.").reward == 1.0
     with start(tools=["my_game.py:add"], tool_format="hermes") as runner:
         ask(runner, 0, "begin", {"prompt": "p"}, 0)
         assert ask(runner, 0, "step", hermes("add", a=1, b=2)).messages[0]["content"] == "3"
@@ -39,4 +43,4 @@ def test_the_recipes_on_the_page_on_environments_are_some(tmp_path):
         (tmp_path / "recipe.yml").write_text(recipe)
         rollout = load_config(tmp_path / "recipe.yml").rollout
         named |= {*rollout.environments.values(), *rollout.tools}
-    assert named == {"my_game.py:Guess", "my_game.py:add"}
+    assert named == {"my_game.py:Guess", "my_game.py:add", "agent:my_agent.py:run"}

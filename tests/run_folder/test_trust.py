@@ -491,6 +491,7 @@ IMPORTERS = {
     r"\bimport_function\(|\bload_function\(": {
         "rewards.contract",
         "rewards.environment_kinds",
+        "rewards.environment_rewards",
         "rewards.importing",
         "rewards.tools",
         "rewards.worker",

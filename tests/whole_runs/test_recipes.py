@@ -126,6 +126,15 @@ def test_calculator(tmp_path):
     lines, samples = two_steps("calculator/grpo.yml", tmp_path / "run", *start)
     assert {"eval/accuracy", "turns/mean", "tool_calls/bad", "episodes/done"} <= lines[-1].keys()
     assert all(sample["ended"] in ("done", "max_drawn") for sample in samples)
+    # An agent that brings its own loop reads and draws the same, where no tool is called.
+    pytest.importorskip("openai", reason="needs the extra judge")
+    settings = [*TINY, *STEPS, *start, f"output_dir={tmp_path / 'agent'}"]
+    with pytest.raises(ValueError, match=r"rewards\.functions must name a function to check, got \[\]"):
+        check("examples/agent_openai/grpo.yml", 2, overrides=settings)
+    path = train(load_config("examples/agent_openai/grpo.yml", settings))
+    lines, of_agent = read_metrics(path), read_samples(path)
+    assert {"eval/turns/mean", "turns/mean", "environment/agent/seconds_mean"} <= lines[-1].keys()
+    assert [sample["token_ids"] for sample in of_agent[:4]] == [sample["token_ids"] for sample in samples[:4]]
 
 
 def test_code_humaneval(tmp_path):

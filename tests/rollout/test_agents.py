@@ -1,0 +1,87 @@
+"""An agent of openai's client in a run: its turns are those that were drawn; another history is another sequence."""
+
+import json
+import pathlib
+
+import pytest
+
+from rl.config.load import load_config
+from rl.grpo_trainer import train
+from rl.run.metrics import read_metrics, read_samples
+from tests.rollout.test_episodes import RECIPE, TEMPLATE
+
+AGENT = '''
+async def run(base_url, row, api_key):
+    """Asks once more, and then as often with a summary as the row says."""
+    import openai
+
+    client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
+    messages = [*row["prompt"]]
+
+    async def ask():
+        answer = await client.chat.completions.create(model="policy", messages=messages)
+        messages.append(answer.choices[0].message.model_dump(exclude_none=True))
+
+    await ask()
+    messages.append({"role": "user", "content": "more"})
+    await ask()
+    for time in range(row["times"]):
+        messages[:] = [{"role": "user", "content": f"{len(messages)} said {time}"}]
+        await ask()
+    return len(messages) / 4
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("agents")
+    (folder / "agent.py").write_text(AGENT)
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    (folder / "recipe.yml").write_text(RECIPE)
+    rows = [{"prompt": f"play {times}", "times": times} for times in (0, 1, 2)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def overrides(folder: pathlib.Path, *more: str) -> list[str]:
+    keys = [f"data.source={folder / 'rows.jsonl'}", "data.chat=true", f"rollout.agent={folder / 'agent.py'}:run"]
+    keys += [f"tokenizer.chat_template={folder / 'chat.jinja'}", "rewards.functions=[]", "grpo.prompts_per_step=3"]
+    return [*keys, "grpo.minibatches=1", "grpo.steps=1", "rollout.max_turns=4", *more]
+
+
+def test_an_agent_is_trained_by_what_was_drawn_and_another_history_is_a_sequence_of_its_own(folder):
+    settings = overrides(folder, "rollout.max_sequences=2", f"output_dir={folder / 'run'}")
+    path = train(load_config(folder / "recipe.yml", settings))
+    (line,), samples = read_metrics(path), read_samples(path)
+    by_times: dict[str, list[dict]] = {}
+    for sample in samples:
+        by_times.setdefault(sample["prompt"][0]["content"], []).append(sample)
+    assert {name: len(own) for name, own in by_times.items()} == {"play 0": 4, "play 1": 4, "play 2": 4}
+    for sample in by_times["play 0"]:
+        assert (sample["turns"], sample["ended"], sample["rewards"]) == (2, "done", {"environment": 1.0})
+        assert [message["role"] for message in sample["messages"]] == ["assistant", "user", "assistant"]
+        assert 0 < sum(sample["trained"]) < len(sample["token_ids"])
+    for sample in by_times["play 1"]:
+        (further,) = sample["further"]
+        assert (sample["turns"], sample["rewards"]) == (3, {"environment": 0.5})
+        assert all(further.get("trained", [1]))
+        assert len(further["token_ids"]) > 0
+    for sample in by_times["play 2"]:
+        assert (sample["ended"], sample["rewards"]) == ("too_many_sequences", {"environment": None})
+    assert line["episodes/too_many_sequences"] == pytest.approx(1 / 3)
+    assert line["turns/max"] == 3
+    assert line["sampler_logprob_difference_max"] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "rule"),
+    [
+        ("data.chat=false", "data.chat must be true with rollout.agent"),
+        ("rollout.environment=game.py:Game", "rollout.environment must be empty with rollout.agent"),
+        ("rollout.tools=[game.py:add]", "rollout.tools must be empty with rollout.agent"),
+        ("rollout.agent=agent.py", "rollout.agent must be path/to/file.py:name, got 'agent.py'"),
+    ],
+)
+def test_what_cannot_be_with_an_agent_is_refused(folder, key, rule):
+    with pytest.raises(ValueError, match=rule):
+        load_config(folder / "recipe.yml", overrides(folder, key))
