@@ -375,14 +375,17 @@ class EnvironmentRunner:
             poll(busy, left)
 
     def drop_all(self) -> None:
-        """Forgets all episodes. Workers that held some are replaced."""
+        """Forgets all episodes. Workers that are busy with some are replaced."""
         self._episodes, self._failed, self._ready = {}, {}, []
         self._full.clear()
         for worker in self._workers:
-            if worker.episodes:
-                worker.episodes = {}
+            held, worker.episodes = worker.episodes, {}
+            if worker.running or worker.waiting:
                 worker.restart()
                 self._begin_load(worker)
+                continue
+            for number in held:
+                worker.drop(number)
 
     def close(self) -> None:
         """End the workers; exit handlers of user code get a few seconds. Closing twice does nothing."""

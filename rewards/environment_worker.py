@@ -136,10 +136,10 @@ class _Worker:
         if request["op"] == "load":
             task = self._loop.create_task(self._load(request))
         elif request["op"] == "drop":
-            dropped = self._episodes.get(request["episode"])
+            dropped = self._episodes.pop(request["episode"], None)  # now, as another may begin under its number
             if dropped is None:  # it is forgotten already
                 return
-            task = task_in(self._loop, dropped.state, self._forget(request["episode"], None))
+            task = task_in(self._loop, dropped.state, self._close(dropped, None))
         else:
             seed = request.get("seed")
             if seed is not None:  # it begins
@@ -324,8 +324,10 @@ class _Worker:
         was worth is known.
         """
         episode = self._episodes.pop(number, None)
-        if episode is None:
-            return
+        if episode is not None:
+            await self._close(episode, reason)
+
+    async def _close(self, episode: _Episode, reason: str | None) -> None:
         try:
             await episode.player.close(reason)
         except Exception as error:  # noqa: BLE001  user code raises what it likes

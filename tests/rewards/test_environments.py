@@ -406,6 +406,9 @@ def test_a_worker_that_dies_while_nothing_is_asked_is_replaced_until_that_is_in_
     with start(game("Game")) as runner:
         ask(runner, 0, "begin", {"file": str(pid)}, 0)
         first = int(pid.read_text())
+        runner.drop_all()  # it is idle, and so it stays
+        ask(runner, 0, "begin", {"file": str(pid)}, 0)
+        assert int(pid.read_text()) == first
         kill(first)
         assert ask(runner, 0, "step", "a").messages[0]["content"] == "a"
         assert int(pid.read_text()) != first
