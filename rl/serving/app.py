@@ -21,7 +21,7 @@ from starlette.routing import Route
 from rl.data.tokenizer import Tokenizer
 from rl.serving.bodies import ApiError, read_chat, read_json, read_text, read_tokenize
 from rl.serving.calls import Calls, FinishedCall
-from rl.serving.chat import Chats
+from rl.serving.chat import Chats, to_event
 from rl.serving.completions import Texts
 from rl.serving.conversations import Conversations
 from rl.serving.engine import Engine
@@ -220,6 +220,8 @@ async def _stream(request: Request, events: AsyncIterator[bytes]) -> Response:
             yield first
             async for event in events:
                 yield event
+        except ApiError as error:  # the status has been told
+            yield to_event(error.body())
         finally:
             await events.aclose()  # pyright: ignore[reportAttributeAccessIssue]
 

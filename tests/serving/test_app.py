@@ -481,7 +481,12 @@ def test_a_body_that_does_not_come_and_a_request_that_takes_too_long_end(served)
     hasty = TestClient(create_app(served.engine, served.tokenizer, "tiny", ServerLimits(request_seconds=0.0)))
     response = hasty.post("/v1/completions", json={"prompt": "ab", "max_tokens": LIMIT, "ignore_eos": True})
     assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
-    assert served.engine.counts.num_timeouts > 0
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": LIMIT, "ignore_eos": True, "stream": True}
+    response = hasty.post("/v1/chat/completions", json=body)
+    *_, last, end = response.text.split("\n\n")
+    assert (response.status_code, end) == (200, ""), "the answer had begun"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+    assert served.engine.counts.num_timeouts > 1
 
 
 def test_many_requests_leave_nothing_behind(served):
