@@ -1,13 +1,16 @@
-"""Promise 6: it learns, in both flavours, and not when the signal is taken away or turned round."""
+"""Promise 6: it learns, in both flavours, and not when the signal is taken away or turned round. It learns over several
+turns, too: the recipes `calculator` and `guess_the_number`, smaller.
+"""
 
 import pathlib
 
 import pytest
 
+from rl import sft_trainer
 from rl.config.load import load_config
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics
-from tests.helpers.places import REWARDS
+from tests.helpers.places import REWARDS, ROOT
 
 DIGITS = f"{{function: '{REWARDS}:digit_share', name: digits, weight: %s}}"
 CONSTANT = f"{{function: '{REWARDS}:constant', name: constant, weight: 1.0}}"
@@ -48,3 +51,23 @@ def test_reward_stays_low_when_advantages_are_zero(tmp_path):
 
 def test_reward_vanishes_when_advantages_are_negated(tmp_path):
     assert last_reward(tmp_path, DIGITS % "-1.0", True) < 0.04
+
+
+def imitate(recipe: str, folder: pathlib.Path, *settings: str) -> list[str]:
+    """Runs the warm start of a recipe. Returns settings for what follows: without evaluations and checkpoints."""
+    run = sft_trainer.train(load_config(f"examples/{recipe}/sft.yml", [f"output_dir={folder / 'sft'}", *settings]))
+    return [f"model.source={run / 'export'}", f"output_dir={folder / 'run'}", "eval.every=0", "checkpoint.every=1000"]
+
+
+def mean_of(lines: list[dict], name: str) -> float:
+    return sum(line[name] for line in lines) / len(lines)
+
+
+@pytest.mark.slow
+def test_guesses_become_fewer_where_each_costs(tmp_path, monkeypatch):
+    """With zeroed advantages (rollout.environment_weight=0 and a constant reward) they stay as many: docs/LOG.md."""
+    monkeypatch.chdir(ROOT)
+    settings = [*imitate("guess_the_number", tmp_path, "mesh.num_devices=1"), "mesh.num_devices=1", "grpo.steps=20"]
+    lines = read_metrics(train(load_config("examples/guess_the_number/grpo.yml", settings)))
+    assert mean_of(lines[-4:], "turns/mean") < mean_of(lines[:2], "turns/mean") - 0.4
+    assert mean_of(lines[-4:], "reward/environment/mean") > mean_of(lines[:2], "reward/environment/mean") + 0.15

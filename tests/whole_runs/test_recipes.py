@@ -3,10 +3,16 @@
 Commands are those of the recipes' README files, in this process and from the checkout, as the paths in the recipes say.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import threading
+import time
 import zlib
 
 import pytest
@@ -135,6 +141,70 @@ def test_calculator(tmp_path):
     lines, of_agent = read_metrics(path), read_samples(path)
     assert {"eval/turns/mean", "turns/mean", "environment/agent/seconds_mean"} <= lines[-1].keys()
     assert [sample["token_ids"] for sample in of_agent[:4]] == [sample["token_ids"] for sample in samples[:4]]
+
+
+def test_guess_the_number(tmp_path):
+    from examples.guess_the_number.guess import Guess, games
+
+    folder = ROOT / "examples/guess_the_number"
+    rows, held_out = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("games.jsonl", "held_out.jsonl")
+    )
+    total = 0
+    for row in held_out:
+        game, step = Guess(), None
+        asked = game.reset(row, seed=0)
+        while step is None or not step.done:
+            lowest, highest = map(int, asked.removesuffix("?").split("-"))
+            step = game.step({"role": "assistant", "content": str((lowest + highest) // 2)})
+            total += 1
+            asked = step.messages[0]["content"] if step.messages else ""
+        assert step.reward == 1.0
+    assert (len(held_out), total) == (6, 14)  # 2.33 turns on average, the fewest that are possible
+    assert game.step({"role": "assistant", "content": "<eos>"}).reward == -0.1
+    for turn in games(rows[20]):
+        lowest, highest = map(int, turn["prompt"][-1]["content"].removesuffix("?").split("-"))
+        assert lowest <= int(turn["answer"]) <= highest
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in held_out}
+
+    small = [*TINY, "data.source=examples/guess_the_number/games.jsonl[:4]", f"output_dir={tmp_path / 'sft'}"]
+    settings = [*small, "sft.steps=2", "sft.batch_size=4"]
+    imitated = sft_trainer.train(load_config("examples/guess_the_number/sft.yml", settings))
+    start = ["tokenizer.source=null", f"model.source={imitated / 'export'}", f"output_dir={tmp_path / 'run'}"]
+    run = train(load_config("examples/guess_the_number/grpo.yml", [*small, *STEPS, *start]))
+    lines = read_metrics(run)
+    assert {"eval/turns/mean", "turns/mean", "reward/environment/mean"} <= lines[-1].keys()
+    assert lines[-1]["eval/prompts"] == 2
+    assert all(sample["turns"] == len(sample["turn_rewards"]) for sample in read_samples(run))
+
+
+def test_a_server_of_openenv_plays_the_same_game(tmp_path):
+    pytest.importorskip("openenv", reason="needs the extra openenv")
+    small = [*TINY, *STEPS, "data.source=examples/guess_the_number/games.jsonl[:4]", "rollout.in_order=true"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "examples.openenv_game.server", str(port)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as server:
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                    break
+                assert server.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            changes = {"guess_the_number": (), "openenv_game": [f"rollout.environment=openenv:http://127.0.0.1:{port}"]}
+            runs = [
+                train(load_config(f"examples/{recipe}/grpo.yml", [*small, *more, f"output_dir={tmp_path / recipe}"]))
+                for recipe, more in changes.items()
+            ]
+        finally:
+            server.terminate()
+    in_worker, on_server = (read_samples(run) for run in runs)
+    assert len(in_worker) == 8
+    assert in_worker == on_server
 
 
 def test_code_humaneval(tmp_path):
