@@ -4,8 +4,10 @@
 
 256 episodes on 64 slots by default, of 4 turns of 32 to 64 drawn tokens, with 16 to 48 tokens of observation between
 two of them. A delay is the time from the end of a turn to its observation; here nothing computes meanwhile. Beside it
-in each round: the same numbers of drawn tokens as completions of one turn (their observations are not read), and the
-longest episode alone with its delays. The bar is 1.2 times the longer of these two.
+in each round: the same numbers of drawn tokens as completions of one turn (their observations are not read), the
+longest episode alone with its delays, and the observations read as prompts. The bar is 1.2 times the longer of the
+first two. With the third, they say what it would take if drawing were as fast in turns as without, and observations
+were read as fast as prompts.
 """
 
 import argparse
@@ -91,16 +93,24 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             len(done.token_ids) for _, done in in_one_go.stream(weights.params, prompts, requests, sampling, key)
         )
 
+    observations = [rng.integers(0, config.vocab_size, int(own.sum())).tolist() for own in plan.observations]
+    reader = sampler()
+
+    def read_alone() -> int:
+        requests = [Request(b, b, 0, 1) for b in range(num_episodes)]
+        return sum(1 for _ in reader.stream(weights.params, observations, requests, sampling, jax.random.key(0)))
+
     results = []
     with console.status("compiling"):
+        read_alone()
         play(in_turns, weights.params, prompts, arguments.samples, plan, sampling, 0.0)
         plain()
         play(in_turns, weights.params, prompts[:1], 1, plan, sampling, 0.0, longest=plan.longest)
     for delay in delays:
-        calls: dict[str, list[Call]] = {"turns": [], "plain": [], "alone": []}
+        calls: dict[str, list[Call]] = {"turns": [], "plain": [], "alone": [], "reading": []}
         read = read_again = 0
         for repeat in range(arguments.repeats):
-            order = ["turns", "plain", "alone"][repeat % 3 :] + ["turns", "plain", "alone"][: repeat % 3]
+            order = [*calls][repeat % 4 :] + [*calls][: repeat % 4]
             for name in order:
                 if name == "turns":
                     session: list[Any] = []
@@ -112,8 +122,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                         )
                     )
                     read, read_again = session[0].num_read, session[0].num_read_again
-                elif name == "plain":
-                    calls[name].append(timed(plain))
+                elif name in ("plain", "reading"):
+                    calls[name].append(timed(plain if name == "plain" else read_alone))
                 else:
                     b = int(plan.turns.sum(axis=1).argmax())
                     one = Plan(plan.turns[b : b + 1], plan.observations[b : b + 1])
@@ -140,11 +150,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             }
         )
     table = Table(title=f"{num_episodes} episodes on {arguments.slots} slots, {num_drawn} drawn tokens")
-    for column in ("delay", "in turns", "in one go", "longest alone", f"ratio (bar {BAR})", f"read (bar {READ_BAR})"):
+    for column in ("delay", "in turns", "in one go", "longest alone", "reading", f"ratio (bar {BAR})", f"read (bar {READ_BAR})"):
         table.add_column(column)
     for result in results:
         seconds = result["seconds"]
-        cells = [seconds["turns"], seconds["plain"], seconds["alone"], result["ratio"], result["read"]]
+        cells = [seconds["turns"], seconds["plain"], seconds["alone"], seconds["reading"], result["ratio"], result["read"]]
         table.add_row(f"{result['delay']:g} s", *(f"{cell:.2f}" for cell in cells))
     console.print(table)
     console.print(f"programs compiled in calls with turns: {[result['compiles'] for result in results]} (must be 0)")

@@ -24,6 +24,8 @@ from rl.models.cache import (
     KVCache,
     SharedPart,
     map_arrays,
+    named_arrays,
+    pad_positions,
     position_axis,
     rope_tables,
     share_evenly,
@@ -140,24 +142,31 @@ def prefill_chunk(
 
 def read_on(
     policy: Policy,
+    num_tokens: int,
     params: Params,
-    part: CachePart,
+    kept: CachePart,
     table: CachePart,
-    prefix_rows: jax.Array,
-    inputs: Inputs,
-    cursors: jax.Array,
+    rows: jax.Array,
+    requests: Requests,
+    tokens_BS: jax.Array,
+    cursors_B: jax.Array,
+    ends_B: jax.Array,
 ) -> CachePart:
-    """Feeds each row of `part` (donated), which is the own part of a request, T tokens behind its cursor.
+    """The own caches of requests that go on: copies of their kept rows, behind which tokens are read, as many at a time
+    as it takes for the longest.
 
     Each row reads a copy of its prompt. In place, the few rows that go on would take a map with room for all readers of
     all prompts, and attention is computed for the whole of a map.
 
     Args:
-      table: the prompts that the rows read. prefix_rows: [shards, R, M] as in `Requests`.
-      inputs: [R, T]; a row's tokens come first, padding follows. cursors: [R]; cursor + T is within the part.
+      num_tokens: T, read at a time.
+      table: the prompts that the rows read.
+      rows: [shards, R], of `kept`, counted in the shard. requests: [shards, R], whose rows they are.
+      tokens_BS: [shards * R, S], the tokens of each by the position of the own cache at which they are fed.
+      cursors_B, ends_B: the positions that are there already, and those that are there in the end.
     """
-    num_shards, num_rows, rows_per_prompt = prefix_rows.shape
-    index = jnp.maximum(prefix_rows, 0).reshape(num_shards, -1)
+    num_shards, num_rows, rows_per_prompt = requests.prefix_rows.shape
+    index = jnp.maximum(requests.prefix_rows, 0).reshape(num_shards, -1)
 
     def own_prompt(name: str, array: jax.Array) -> jax.Array:
         taken = take_in_shards(array, index)  # M rows of each, one after the other
@@ -167,12 +176,54 @@ def read_on(
         shape = list(taken.shape)
         shape[0], shape[axis] = num_shards * num_rows, rows_per_prompt * taken.shape[axis]
         if name == "group_ids":
-            joined = jnp.where(prefix_rows.reshape(-1, rows_per_prompt, 1) >= 0, joined, PADDING_GROUP)
+            is_own = requests.prefix_rows.reshape(-1, rows_per_prompt, 1) >= 0
+            joined = jnp.where(is_own, joined, PADDING_GROUP)
         return joined.reshape(shape)
 
+    def own_row(name: str, array: jax.Array) -> jax.Array:
+        return pad_positions(name, take_in_shards(array, rows), added=num_tokens)  # for the padding of the last piece
+
     prompts = map_arrays(table, own_prompt)
-    cache = KVCache(own=part, cursors=cursors, shared=(share_evenly(prompts, part.num_rows, num_shards),))
-    return policy.extend(params, inputs, cache)[1].own
+    shared = (share_evenly(prompts, num_shards * num_rows, num_shards),)
+    rope = rope_tables(policy.config, prompts.length + kept.length + num_tokens + 1)
+    before_B, group_ids_B = (x.reshape(-1) for x in (requests.prompt_lengths - 1, requests.group_ids))
+    tokens_BS = jnp.pad(tokens_BS, ((0, 0), (0, num_tokens)))
+
+    def unread(carry: tuple[CachePart, jax.Array]) -> jax.Array:
+        return jnp.any(carry[1] < ends_B)
+
+    def read(carry: tuple[CachePart, jax.Array]) -> tuple[CachePart, jax.Array]:
+        part, cursors_B = carry
+        places_BT = cursors_B[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+        is_read_BT = places_BT < ends_B[:, None]
+        inputs = Inputs(
+            tokens_BT=jnp.where(is_read_BT, jnp.take_along_axis(tokens_BS, places_BT, axis=1), 0),
+            positions_BT=jnp.where(is_read_BT, before_B[:, None] + places_BT, 0),
+            group_ids_BT=jnp.where(is_read_BT, group_ids_B[:, None], PADDING_GROUP),
+            branch_ids_BT=jnp.where(is_read_BT, OWN_BRANCH, 0),
+        )
+        cache = KVCache(own=part, cursors=cursors_B, shared=shared, rope=rope)
+        return policy.extend(params, inputs, cache)[1].own, jnp.minimum(cursors_B + num_tokens, ends_B)
+
+    part, _ = jax.lax.while_loop(unread, read, (map_arrays(kept, own_row), cursors_B))
+
+    def without_padding(name: str, array: jax.Array) -> jax.Array:
+        return jax.lax.slice_in_dim(array, 0, kept.length, axis=position_axis(name))
+
+    return map_arrays(part, without_padding)
+
+
+def move_rows(part: CachePart, source: CachePart, taken: jax.Array, index: jax.Array) -> CachePart:
+    """`part` (donated) with the rows `taken` [shards, R] of `source` at the rows `index` [shards, R], both counted in
+    the shard. Places past the end are dropped.
+    """
+    arrays = iter(named_arrays(source))
+
+    def put(name: str, array: jax.Array) -> jax.Array:
+        _, of_source = next(arrays)
+        return put_rows(array, take_in_shards(of_source, taken), index[..., None], position_axis(name))
+
+    return map_arrays(part, put)
 
 
 def empty_slots(

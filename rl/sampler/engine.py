@@ -225,9 +225,9 @@ class Engine:
     def keep(self, state: DecodeState, slots: np.ndarray, rows: np.ndarray) -> DecodeState:
         """Copies the own caches of the slots `slots` to the kept rows `rows`."""
         assert state.kept is not None
-        taken = self._taken(state.own, slots)
-        self._count_bytes(state.own, state.table, state.kept, taken)
-        state.kept = self._put_rows(state.kept, taken, rows[..., None])
+        program = self.programs.get(*self._move_build(state.kept, state.own, slots.shape[1]))
+        self._count_bytes(state.own, state.table, state.kept)
+        state.kept = program(state.kept, state.own, *hosts.put((slots, rows), self._rows))
         return state
 
     def go_on(
@@ -235,36 +235,39 @@ class Engine:
         params: Params,
         state: DecodeState,
         rows: np.ndarray,
-        pieces: Sequence[tuple[Inputs, np.ndarray]],
         requests: Requests,
+        tokens: np.ndarray,
         nums_cached: np.ndarray,
+        nums_read: np.ndarray,
         slots: np.ndarray,
         key: jax.Array,
+        num_tokens: int,
     ) -> DecodeState:
         """Gives requests slots again, behind what they have in the kept rows `rows` and what is read first.
 
         Args:
-          pieces: inputs [shards * R, T] and cursors [shards * R] of each, see `decoding.read_on`.
-          requests: [shards, R]. nums_cached: [shards, R], positions of the own cache after the pieces.
+          requests: [shards, R]. tokens: [shards, R, S], of each by the position of the own cache.
+          nums_cached, nums_read: [shards, R], positions of the own cache before and after reading.
           slots: where they go; a place past the end: no request.
+          num_tokens: read at a time.
         """
         assert state.kept is not None
         assert state.table is not None
-        part = self._taken(state.kept, rows)
+        shape, width = state.shape, rows.shape[1]
+        program = self.programs.get(*self._read_build(params, shape, state.sampling, width, num_tokens))
+        flat = [x.reshape(-1, *x.shape[2:]) for x in (tokens, nums_cached, nums_read)]
+        arrays = hosts.put((rows, requests, *flat), self._rows)
+        part = program(params, state.kept, state.table, *arrays)
         self._count_bytes(state.own, state.table, state.kept, part)
-        for inputs, cursors in pieces:
-            check_segments(inputs)
-            num_tokens = inputs.tokens_BT.shape[1]
-            program = self.programs.get(*self._read_build(params, state.shape, rows.size, num_tokens))
-            arrays = hosts.put((requests.prefix_rows, inputs, cursors), self._rows)
-            part = program(params, part, state.table, *arrays)
-        state.own = self._put_rows(state.own, part, slots[..., None])
-        by_slot = np.full((self.num_shards, state.shape.num_slots // self.num_shards + 1), -1, np.int32)
-        np.put_along_axis(by_slot, slots, np.arange(slots.shape[1], dtype=np.int32)[None], axis=1)
+        in_order = np.broadcast_to(np.arange(width, dtype=np.int32), rows.shape)
+        move = self.programs.get(*self._move_build(state.own, part, width))
+        state.own = move(state.own, part, *hosts.put((in_order, slots), self._rows))
+        by_slot = np.full((self.num_shards, shape.num_slots // self.num_shards + 1), -1, np.int32)
+        np.put_along_axis(by_slot, slots, np.arange(width, dtype=np.int32)[None], axis=1)
         by_slot = by_slot[:, :-1]
-        program = self.programs.get(*self._give_build(state.shape, state.sampling, slots.shape[1]))
-        arrays = hosts.put((requests, by_slot, nums_cached), self._rows)
-        state.slots = program(state.slots, *arrays, hosts.put_key(key, self._everywhere))
+        give = self.programs.get(*self._give_build(shape, state.sampling, width))
+        arrays = hosts.put((requests, by_slot, nums_read), self._rows)
+        state.slots = give(state.slots, *arrays, hosts.put_key(key, self._everywhere))
         return state
 
     def prepare_turns(
@@ -273,15 +276,16 @@ class Engine:
         """Compiles, in the background, the programs that keep `num_rows` rows of own caches and let them go on, reading
         as many tokens at a time as one of `sizes`.
         """
-        index_shape = (self.num_shards, num_rows // self.num_shards)
-        for count in (shape.num_slots, shape.num_kept):
-            for name, array in named_arrays(self._abstract_part(count, shape.length)):
-                self.programs.prepare(*self._take_build(name, array, index_shape))
-                self.programs.prepare(*self._put_build(name, array, (*index_shape, 1)))
+        width = num_rows // self.num_shards
+        own, kept, part = (
+            self._abstract_part(count, shape.length) for count in (shape.num_slots, shape.num_kept, num_rows)
+        )
+        self.programs.prepare(*self._move_build(kept, own, width))
+        self.programs.prepare(*self._move_build(own, part, width))
         self.programs.prepare(*self._empty_build(shape.num_kept, shape.length))
         for size in sizes:
-            self.programs.prepare(*self._read_build(_abstract(params), shape, num_rows, size))
-        self.programs.prepare(*self._give_build(shape, sampling, index_shape[1]))
+            self.programs.prepare(*self._read_build(_abstract(params), shape, sampling, width, size))
+        self.programs.prepare(*self._give_build(shape, sampling, width))
 
     def generate(
         self,
@@ -381,15 +385,6 @@ class Engine:
             for name, array in named_arrays(self._abstract_part(self.num_shards, 1))
         ]
 
-    def _taken(self, part: CachePart, index: np.ndarray) -> CachePart:
-        """A copy of the rows `index` [shards, R] of a part."""
-        picked = hosts.put(index, self._rows)
-
-        def take(name: str, array: jax.Array) -> jax.Array:
-            return self.programs.get(*self._take_build(name, array, index.shape))(array, picked)
-
-        return map_arrays(part, take)
-
     def _put_rows(self, part: CachePart, new: CachePart, rows: np.ndarray) -> CachePart:
         """The part with the rows of `new`, each cut into M, at `rows` [shards, R, M]."""
         arrays, rows_on_device = iter(named_arrays(new)), hosts.put(rows, self._rows)
@@ -471,26 +466,43 @@ class Engine:
         results = (parts, slots, self._everywhere)
         return Program(function, shardings, results, donate=(1, 2), compiler_options=self._decode_options), arguments
 
-    def _read_build(self, params: Any, shape: Shape, num_rows: int, num_tokens: int) -> tuple[tuple, Build]:
-        key = "read", num_rows, num_tokens, shape.length, shape.table_rows, shape.table_length, shape.rows_per_prompt
+    def _read_build(
+        self, params: Any, shape: Shape, sampling: SamplingParams, width: int, num_tokens: int
+    ) -> tuple[tuple, Build]:
+        sizes = shape.length, shape.num_kept, shape.table_rows, shape.table_length, shape.rows_per_prompt
+        counts = shape.counted_length if sampling.needs_counts else 0
+        key = "read", width, num_tokens, *sizes, counts, sampling.is_by_slot
 
         def build() -> Callable:
-            small = jax.ShapeDtypeStruct((num_rows, num_tokens), jnp.int32)
-            index = (self.num_shards, num_rows // self.num_shards, shape.rows_per_prompt)
+            num_rows = self.num_shards * width
+            integers = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+            requests = self._abstract_requests(shape, sampling, width)
             arguments = (
                 _abstract(params),
-                self._abstract_part(num_rows, shape.length),
+                self._abstract_part(shape.num_kept, shape.length),
                 self._abstract_part(shape.table_rows, shape.table_length),
-                jax.ShapeDtypeStruct(index, jnp.int32),
-                Inputs(*(small,) * 4),
-                jax.ShapeDtypeStruct((num_rows,), jnp.int32),
+                requests.request_ids,
+                requests,
+                jax.ShapeDtypeStruct((num_rows, shape.length), jnp.int32),
+                integers,
+                integers,
             )
             parts, rows = self._shard_part(), self._rows
-            shardings = (self._param_shardings, parts, parts, rows, Inputs(*(rows,) * 4), rows)
-            function = partial(decoding.read_on, self.policy)
-            return self._build(key, Program(function, shardings, parts, donate=(1,)), arguments)
+            of_requests = jax.tree.map(lambda _: rows, requests)
+            shardings = (self._param_shardings, parts, parts, rows, of_requests, rows, rows, rows)
+            function = partial(decoding.read_on, self.policy, num_tokens)
+            return self._build(key, Program(function, shardings, parts), arguments)
 
         return key, build
+
+    def _move_build(self, part: Any, source: Any, width: int) -> tuple[tuple, Build]:
+        def build() -> Callable:
+            index = jax.ShapeDtypeStruct((self.num_shards, width), jnp.int32)
+            parts = self._shard_part()
+            program = Program(decoding.move_rows, (parts, parts, self._rows, self._rows), parts, donate=(0,))
+            return program.compile((_abstract(part), _abstract(source), index, index))
+
+        return ("move", part.num_rows, source.num_rows, part.length, width), build
 
     def _give_build(self, shape: Shape, sampling: SamplingParams, width: int) -> tuple[tuple, Build]:
         def build() -> Callable:

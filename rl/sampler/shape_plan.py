@@ -235,7 +235,7 @@ def turn_shape(
     """
     most = size_at_least(demand.most_requests, 4)
     most = min(most, MAX_DERIVED_SLOTS // num_shards or 1) if slots is None else min(most, slots // num_shards)
-    length = LENGTH_UNIT * math.ceil((longest + max(READ_SIZES)) / LENGTH_UNIT)
+    length = LENGTH_UNIT * math.ceil(longest / LENGTH_UNIT)
     num_kept = min(demand.most_requests, 4 * most)
 
     def table_rows(most: int, num_kept: int) -> int:
@@ -262,10 +262,10 @@ def turn_shape(
     def peak(most: int, num_kept: int) -> int:
         assert budget is not None
         whole, largest = sum(budget.per_position), max(budget.per_position)
-        rows = most + num_kept + rows_moved(most)
+        kept = (most + num_kept) * length + rows_moved(most) * (length + max(READ_SIZES))
         prefilled = demand.prefill_rows(most, expected) * expected.rows_per_prompt * expected.table_length
         read = table_rows(most, num_kept) * expected.table_length
-        return (rows * length + read) * whole + max(prefilled * (whole + largest), most * length * largest)
+        return (kept + read) * whole + max(prefilled * (whole + largest), most * length * largest)
 
     if budget is not None:
         while most > 1 and peak(most, min(num_kept, most)) > budget.allowed:
@@ -294,13 +294,14 @@ def open_shape(
       ValueError: the budget is too small.
     """
     slots, kept = max(num_slots // num_shards, 1), max(math.ceil(num_kept / num_shards), 1)
-    length = LENGTH_UNIT * math.ceil((longest + max(READ_SIZES)) / LENGTH_UNIT)
+    length = LENGTH_UNIT * math.ceil(longest / LENGTH_UNIT)
     table_rows = size_at_least((slots + num_kept // num_shards) * expected.rows_per_prompt, 4)
     prefill_rows = min(OPEN_PREFILL_ROWS, slots)
     if budget is not None:
         whole, largest = sum(budget.per_position), max(budget.per_position)
         prefilled = prefill_rows * expected.rows_per_prompt * expected.table_length
-        cached = (slots + kept + rows_moved(slots)) * length + table_rows * expected.table_length
+        moved = rows_moved(slots) * (length + max(READ_SIZES))
+        cached = (slots + kept) * length + moved + table_rows * expected.table_length
         peak = cached * whole + prefilled * (whole + largest)
         if peak > budget.allowed:
             raise ValueError(

@@ -21,10 +21,8 @@ import jax
 import numpy as np
 
 from rl.models.cache import CachePart
-from rl.models.inputs import empty_inputs
 from rl.models.policy import Params
 from rl.sampler.contract import Completion, Request, check_requests
-from rl.sampler.decoding import OWN_BRANCH
 from rl.sampler.engine import DecodeState, Engine, Shape
 from rl.sampler.request_queue import Schedule
 from rl.sampler.shape_plan import READ_SIZES, few_rows, rows_moved
@@ -178,7 +176,7 @@ class SlotSession:
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether so many tokens fit behind a prompt."""
-        return num_tokens <= self._state.shape.length - max(READ_SIZES)
+        return num_tokens <= self._most_tokens
 
     def drawn(self, number: int, num_seen: int) -> tuple[np.ndarray, ...] | None:
         """What a request that is being drawn has after the first `num_seen` tokens of its turn: token_ids,
@@ -293,7 +291,7 @@ class SlotSession:
     @property
     def _most_tokens(self) -> int:
         """Tokens that a completion of several turns may have."""
-        return self._state.shape.length - max(READ_SIZES)
+        return self._state.shape.length
 
     def _cache_size(self, state: DecodeState) -> CacheSize:
         return CacheSize(state.own.num_rows // self._engine.num_shards, state.own.length)
@@ -358,37 +356,25 @@ class SlotSession:
     def _resume(self, state: DecodeState, taken: Sequence[Sequence[int]]) -> DecodeState:
         """Gives the requests `taken`, by shard, idle slots, behind what is read first."""
         num_shards, width = len(taken), self._move_rows
-        rows = np.zeros((num_shards, width), np.int32)
-        cursors, ends = np.zeros((2, num_shards * width), np.int32)
-        fed: dict[int, tuple[np.ndarray, int]] = {}  # {row of all: (tokens by own position, request)}
+        rows, nums_cached, nums_read = np.zeros((3, num_shards, width), np.int32)
+        tokens = np.zeros((num_shards, width, state.shape.length), np.int32)
         requests = self._schedule.arrays(taken, width, are_own=True)
         for shard, own in enumerate(taken):
             for i, number in enumerate(own):
-                turns, place = self._turns[number], shard * width + i
+                turns, place = self._turns[number], (shard, i)
                 if turns.row is not None:
-                    rows[shard, i] = turns.row
+                    rows[place] = turns.row
                     self._free_rows[shard].append(turns.row)
-                tokens = np.array([self._schedule.prompt(number)[-1], *turns.tokens], np.int32)
-                fed[place] = tokens, number
-                cursors[place], ends[place] = turns.num_cached, tokens.size - 1  # the last one is fed by decoding
+                fed = [self._schedule.prompt(number)[-1], *turns.tokens]
+                tokens[place][: len(fed)] = fed
+                nums_cached[place], nums_read[place] = turns.num_cached, len(fed) - 1  # decoding feeds the last one
                 turns.row, turns.state = None, _DRAWING
-        pieces = []
-        while np.any(cursors < ends):
-            size = next((size for size in READ_SIZES if np.max(ends - cursors) > size * 3 // 4), READ_SIZES[-1])
-            inputs = empty_inputs(num_shards * width, size)
-            for place, (tokens, number) in fed.items():
-                own = np.arange(cursors[place], min(cursors[place] + size, ends[place]))
-                prompt = self._schedule.prompt(number)
-                where = place, slice(0, own.size)
-                inputs.tokens_BT[where] = tokens[own]
-                inputs.positions_BT[where] = len(prompt) - 1 + own
-                inputs.group_ids_BT[where] = self._schedule.request(number).prompt
-                inputs.branch_ids_BT[where] = OWN_BRANCH
-            pieces.append((inputs, cursors.copy()))
-            cursors = np.minimum(cursors + size, ends)
+        longest = int(np.max(nums_read - nums_cached))
+        num_tokens = next((size for size in READ_SIZES if longest > size * 3 // 4), READ_SIZES[-1])
         slots = self._schedule.go_on(taken, width)
-        nums_cached = ends.reshape(num_shards, width)
-        return self._engine.go_on(self._params, state, rows, pieces, requests, nums_cached, slots, self._key)
+        return self._engine.go_on(
+            self._params, state, rows, requests, tokens, nums_cached, nums_read, slots, self._key, num_tokens
+        )
 
 
 @dataclasses.dataclass
