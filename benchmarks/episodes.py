@@ -150,11 +150,26 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             }
         )
     table = Table(title=f"{num_episodes} episodes on {arguments.slots} slots, {num_drawn} drawn tokens")
-    for column in ("delay", "in turns", "in one go", "longest alone", "reading", f"ratio (bar {BAR})", f"read (bar {READ_BAR})"):
+    for column in (
+        "delay",
+        "in turns",
+        "in one go",
+        "longest alone",
+        "reading",
+        f"ratio (bar {BAR})",
+        f"read (bar {READ_BAR})",
+    ):
         table.add_column(column)
     for result in results:
         seconds = result["seconds"]
-        cells = [seconds["turns"], seconds["plain"], seconds["alone"], seconds["reading"], result["ratio"], result["read"]]
+        cells = [
+            seconds["turns"],
+            seconds["plain"],
+            seconds["alone"],
+            seconds["reading"],
+            result["ratio"],
+            result["read"],
+        ]
         table.add_row(f"{result['delay']:g} s", *(f"{cell:.2f}" for cell in cells))
     console.print(table)
     console.print(f"programs compiled in calls with turns: {[result['compiles'] for result in results]} (must be 0)")

@@ -21,7 +21,8 @@ async def run(base_url: str, row: dict[str, Any], api_key: str) -> float:
         if not message.tool_calls:
             return float((message.content or "").strip() == row["answer"])
         for call in message.tool_calls:
-            messages.append({"role": "tool", "tool_call_id": call.id, "content": add(call.function.arguments)})
+            result = add(call.function.arguments) if call.type == "function" else "error: no such tool"
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
     return 0.0
 
 
