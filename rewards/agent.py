@@ -85,7 +85,7 @@ class AgentPlayer:
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
         arguments = {name: value for name, value in zip(ARGUMENTS, given, strict=True) if takes_all or name in names}
         self._server.open(self._key, self)
-        self._task = asyncio.ensure_future(self._run(**arguments))
+        self._task = asyncio.ensure_future(self._play(arguments))
         call = await self._next()
         if call is None:
             raise Rejected("not_a_step", "the agent returned before it asked the policy, which leaves nothing to train")
@@ -134,6 +134,14 @@ class AgentPlayer:
             self._task.cancel()
             with contextlib.suppress(BaseException):
                 await self._task
+
+    async def _play(self, arguments: Mapping[str, Any]) -> Any:
+        """What the agent returns. What would end the loop, and every other episode with it, is an error as any."""
+        try:
+            return await self._run(**arguments)
+        except (SystemExit, KeyboardInterrupt) as error:
+            told = RuntimeError(f"the agent wanted to end the process, with {error!r}")
+            raise told.with_traceback(error.__traceback__) from None
 
     def _begin(self, call: _Call) -> None:
         self._call, self._told = call, call.messages

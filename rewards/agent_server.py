@@ -119,7 +119,7 @@ class AgentServer:
         told = {"role": "assistant", "content": message["content"] or (None if calls else "")}
         if calls:
             told["tool_calls"] = calls
-        whole = {"id": f"chatcmpl-{self._num_answers}", "created": int(time.time()), "model": body.get("model")}
+        whole = {"id": f"chatcmpl-{self._num_answers}", "created": int(time.time()), "model": "policy"}
         reason = "tool_calls" if calls else "stop"
         if body.get("stream"):
             return StreamingResponse(_stream(whole, told, reason), media_type="text/event-stream")
@@ -179,6 +179,8 @@ def _message(message: Any) -> Message:
     read = {name: message[name] for name in _FIELDS if message.get(name) is not None}
     read["content"] = message_text(message)
     if "tool_calls" in read:
+        if not isinstance(read["tool_calls"], list):
+            raise AskError(f"tool_calls of a message must be a list, got {_short(read['tool_calls'])}", "messages")
         read["tool_calls"] = [_read_call(call) for call in read["tool_calls"]]
     return read
 

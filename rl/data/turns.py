@@ -183,6 +183,11 @@ class _ChatTurns:
         messages = [_message("user", prompt)] if isinstance(prompt, str) else prompt
         if problem := conversation_problem(messages):
             raise ValueError(f"the prompt of an episode must be text or messages with role and content, got {problem}")
+        if len(messages) == 1 and messages[0]["role"] == "assistant":
+            raise ValueError(
+                "the prompt of an episode must hold a message before that of the assistant, which is the beginning of "
+                f"the answer, got {shown(messages)}"
+            )
         return self.tokenizer.encode_chat(self.told(messages), self.tools)
 
     def observation_ids(self, history: Messages, observations: Messages, has_ended: bool) -> list[int]:

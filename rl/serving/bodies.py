@@ -209,7 +209,11 @@ def _check_names(values: Mapping[str, Any], known: set[str]) -> None:
         if name in known or name in _WITHOUT_EFFECT or value is None:
             continue
         if name not in _ONLY:
-            raise ApiError(400, f"{shown(name)} is no field that this server knows; leave it out", param=name[:200])
+            raise ApiError(
+                400,
+                f"{shown(name)} is no field that this server knows; leave it out",
+                param=name[:200].encode(errors="replace").decode(),
+            )
         allowed, reason = _ONLY[name]
         if not any(type(value) is type(other) and value == other for other in allowed):
             raise ApiError(400, f"{name} is not supported, got {shown(value)}: {reason}", param=name)

@@ -297,6 +297,8 @@ def test_observations_by_the_assistant_or_without_text_are_refused():
                 one.observation_ids([ASKED, TURN], [observation], True)
     with pytest.raises(ValueError, match="must be text or messages"):
         turns.prompt_ids([])
+    with pytest.raises(ValueError, match="must hold a message before that of the assistant"):
+        turns.prompt_ids([TURN])
     with pytest.raises(ValueError, match=r"must be text with data\.chat=false.*set data\.chat=true"):
         plain.prompt_ids([ASKED])
 

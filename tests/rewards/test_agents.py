@@ -73,6 +73,11 @@ async def careless(base_url, row, api_key):
             raise KeyError("mine")
 
 
+async def exits(base_url, row, api_key):
+    await chat(base_url, api_key, [{"role": "user", "content": "go"}])
+    raise SystemExit(3)
+
+
 async def silent(base_url, row):
     return 1.0
 
@@ -109,7 +114,7 @@ def start(agents: pathlib.Path, *names: str, log_path: pathlib.Path | None = Non
 @pytest.fixture(scope="module")
 def runner(agents) -> Iterator[EnvironmentRunner]:
     with start(
-        agents, "adds", "forgets", "careful", "careless", "hangs", log_path=agents.with_suffix(".log")
+        agents, "adds", "forgets", "careful", "careless", "exits", "hangs", log_path=agents.with_suffix(".log")
     ) as runner:
         yield runner
 
@@ -174,6 +179,7 @@ def test_what_is_no_request_and_what_cannot_be_had_is_refused_by_name(runner):
         ({"messages": []}, "messages", "must be a list of messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "must be text"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "messages", "tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages", "tool_calls of a message must be a list"),
         ({"messages": messages, "tools": [1]}, "tools", "list of functions"),
         ([], "json", "a JSON object"),
     ):
@@ -189,6 +195,19 @@ def test_what_is_no_request_and_what_cannot_be_had_is_refused_by_name(runner):
     gone = httpx.post(f"{other}/chat/completions", json={"messages": messages})
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "episode_over")
     assert ask(runner, 0, "finish", "failed").failure is None
+
+
+def test_an_agent_that_exits_costs_its_episode_and_not_its_worker(runner):
+    for episode, name in enumerate(("careful", "exits")):
+        ask(runner, episode, "begin", {"environment": name}, 1)
+    kind, line = ask(runner, 1, "step", "text").failure
+    assert (kind, line.partition(" (")[0]) == (
+        "exception",
+        "RuntimeError: the agent wanted to end the process, with SystemExit(3)",
+    )
+    assert "(agents.py:" in line
+    ask(runner, 0, "step", "text")
+    assert ask(runner, 0, "finish", "max_turns").reward == 0.25
 
 
 def test_what_is_no_agent_is_refused_at_the_start(agents):

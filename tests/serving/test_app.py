@@ -361,6 +361,7 @@ HOSTILE = [
     ({"json": {"prompt": "a", "logit_bias": {"5": 1}}}, 400, "logit_bias is not supported"),
     ({"json": {"prompt": "a", "best_of": 2}}, 400, "best_of must be"),
     ({"json": {"prompt": "a", "wat": 2}}, 400, "'wat' is no field"),
+    ({"json": {"prompt": "a", "\ud800": 2}}, 400, "is no field"),
     ({"json": {"prompt": "a", "model": "gpt-4"}}, 404, "the model here is 'tiny'"),
     ({"content": b'{"prompt": "a"}', "headers": {"content-type": "text/plain"}}, 415, "Content-Type"),
 ]  # fmt: skip
