@@ -106,6 +106,7 @@ async def load_kind(reference: str, label: str, server: AgentServer, *, is_one_o
             asynchronous = _some_async(target, ("init", "step", "close", "get_metrics"))
             return Kind("skyrl", asynchronous, lambda: _SkyRL(target))
         if _is_own(target):
+            _check_arguments(target, f"{label}: {reference!r}")
             return _own(target, target)
     try:
         instance = await call(target)
@@ -118,6 +119,11 @@ async def load_kind(reference: str, label: str, server: AgentServer, *, is_one_o
     if _is_own(made):
         await call(instance.close)
         return _own(target, made)
+    if _has(made, "reset", "step") and _takes_row_and_seed(made):
+        raise ValueError(
+            f"{label}: {reference!r} must have close() beside reset(row, seed) and step(message), got none; add "
+            "`def close(self): pass`"
+        )
     if not _has(made, "reset"):
         raise ValueError(f"{label}: {reference!r} gives {short(instance)}, an environment must have {_FORMS}")
     pool = [instance]
@@ -281,8 +287,10 @@ def _prompt_of(row: Mapping[str, Any]) -> Any:
 
 
 def _is_own(made: type) -> bool:
-    if not _has(made, "reset", "step", "close"):
-        return False
+    return _has(made, "reset", "step", "close") and _takes_row_and_seed(made)
+
+
+def _takes_row_and_seed(made: type) -> bool:
     try:
         names = [*inspect.signature(made.reset).parameters]
     except (TypeError, ValueError):
@@ -292,6 +300,21 @@ def _is_own(made: type) -> bool:
 
 def _has(made: type, *names: str) -> bool:
     return all(callable(getattr(made, name, None)) for name in names)
+
+
+def _check_arguments(target: type, label: str) -> None:
+    """ValueError where a class cannot be made without arguments. It is not made here, because that may take long."""
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # it tells nothing
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{label} cannot be made without arguments: {error}; give them default values, for an instance is made for "
+            "each episode"
+        ) from None
 
 
 def _some_async(made: type, names: Sequence[str]) -> bool:

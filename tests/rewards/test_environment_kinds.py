@@ -215,6 +215,17 @@ WRONG = '''
         def close(self):
             pass
 
+    class Endless:
+        def reset(self, row, seed):
+            pass
+
+        def step(self, message):
+            pass
+
+    class Sized(WithTools):
+        def __init__(self, size):
+            pass
+
     class Fails:
         def __init__(self):
             raise RuntimeError("no display")
@@ -235,6 +246,8 @@ WRONG = '''
             r"rollout.environment 'game': .*an environment must have reset\(row, seed\), step\(message\)",
         ),
         ("Fails", [], {}, "cannot be made without arguments: RuntimeError: no display"),
+        ("Endless", [], {}, r"must have close\(\) beside reset\(row, seed\) and step\(message\), got none; add `def"),
+        ("Sized", [], {}, "cannot be made without arguments: missing a required argument: 'size'; give them default"),
         ("Missing", [], {}, "has no attribute 'Missing'"),
         (None, ["untyped"], {}, "the tool 'untyped' has no schema: .*give each argument a type hint"),
         ("WithTools", [], {}, "rollout.tool_format must be one of hermes, .* got 'auto'"),
