@@ -94,10 +94,7 @@ class AgentPlayer:
 
     async def step(self, message: Message) -> Step:
         """Answers the call, and waits for the next one or for the agent's end."""
-        assert self._call is not None
-        if not self._call.answer.done():  # else the agent has given it up
-            self._call.answer.set_result(message)
-        told, call = [*self._told, message], await self._next()
+        told, call = [*self._told, message], await self._hand(message)
         if call is None:
             assert self._task is not None
             return Step(reward=self._task.result(), done=True)
@@ -147,8 +144,27 @@ class AgentPlayer:
         self._call, self._told = call, call.messages
         self.tools, self.parses = call.tools, call.parses
 
+    async def _hand(self, message: Message) -> _Call | None:
+        """Gives the turn to the call that waits for it. Where its client has gone away, the same call made again gets
+        it: clients try again when an answer takes them too long. Then `_next`.
+        """
+        assert self._call is not None
+        while True:
+            is_there = not self._call.answer.done()
+            if is_there:
+                self._call.answer.set_result(message)
+            call = await self._next()
+            if is_there or call is None or not _is_again(call, self._call):
+                return call
+            self._call = call
+
     async def _next(self) -> _Call | None:
-        """The next call, or None when the agent has ended. Raises what the agent raised."""
+        """The next call whose client waits, or None when the agent has ended. Raises what the agent raised."""
+        while (call := await self._next_of_all()) is not None and call.answer.done():
+            pass
+        return call
+
+    async def _next_of_all(self) -> _Call | None:
         assert self._task is not None
         asked = asyncio.ensure_future(self._calls.get())
         try:
@@ -168,6 +184,10 @@ class AgentPlayer:
         for call in waiting:
             if not call.answer.done():
                 call.answer.set_exception(AskError(self._over, "episode_over"))
+
+
+def _is_again(call: _Call, other: _Call) -> bool:
+    return (call.messages, call.tools, call.parses) == (other.messages, other.tools, other.parses)
 
 
 def _alike(messages: Sequence[Message], others: Sequence[Message]) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from typing import Any, Protocol
 
 from rewards.environment import Message
@@ -104,14 +104,16 @@ class AgentServer:
         self._open.pop(key, None)
 
     async def _complete(self, request: Any) -> Any:
-        from starlette.responses import JSONResponse, StreamingResponse
+        from starlette.responses import JSONResponse, Response, StreamingResponse
 
         try:
             episode = self._open.get(request.path_params["key"])
             if episode is None:
                 raise AskError("the episode is over, or there never was one at this address", "episode_over", 404)
             body = await _read(request)
-            message = await episode.ask(body)
+            message = await _unless_gone(request, episode.ask(body))
+            if message is None:
+                return Response(status_code=499)  # nobody reads it
         except AskError as error:
             return JSONResponse(error.body, error.status)
         self._num_answers += 1
@@ -209,6 +211,23 @@ async def _stream(whole: Mapping[str, Any], message: Mapping[str, Any], reason: 
         choice = {"index": 0, "delta": part, "finish_reason": end, "logprobs": None}
         yield f"data: {json.dumps({**whole, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
     yield "data: [DONE]\n\n"
+
+
+async def _unless_gone(request: Any, answer: Coroutine[Any, Any, Message]) -> Message | None:
+    """The answer, or None where the client goes away before; then it is cancelled."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, left = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        for task in (work, left):
+            task.cancel()
+        await asyncio.gather(work, left, return_exceptions=True)
 
 
 async def _read(request: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -73,6 +74,23 @@ async def careless(base_url, row, api_key):
             raise KeyError("mine")
 
 
+async def impatient(base_url, row, api_key):
+    """Gives its first call up, and makes it again."""
+    import httpx
+    go, gone = [__import__("pathlib").Path(row[name]) for name in ("go", "gone")]
+    messages = [{"role": "user", "content": "go"}]
+    first = asyncio.ensure_future(chat(base_url, api_key, messages))
+    while not go.exists():
+        await asyncio.sleep(0.01)
+    first.cancel()
+    async with httpx.AsyncClient() as client:
+        await client.get(f"{base_url}/models")  # meanwhile the server hears that the client is gone
+    gone.touch()
+    said = (await chat(base_url, api_key, messages)).choices[0].message.content
+    await chat(base_url, api_key, [*messages, {"role": "assistant", "content": said}, *messages])
+    return 0.5
+
+
 async def exits(base_url, row, api_key):
     await chat(base_url, api_key, [{"role": "user", "content": "go"}])
     raise SystemExit(3)
@@ -114,7 +132,15 @@ def start(agents: pathlib.Path, *names: str, log_path: pathlib.Path | None = Non
 @pytest.fixture(scope="module")
 def runner(agents) -> Iterator[EnvironmentRunner]:
     with start(
-        agents, "adds", "forgets", "careful", "careless", "exits", "hangs", log_path=agents.with_suffix(".log")
+        agents,
+        "adds",
+        "forgets",
+        "careful",
+        "careless",
+        "exits",
+        "impatient",
+        "hangs",
+        log_path=agents.with_suffix(".log"),
     ) as runner:
         yield runner
 
@@ -195,6 +221,19 @@ def test_what_is_no_request_and_what_cannot_be_had_is_refused_by_name(runner):
     gone = httpx.post(f"{other}/chat/completions", json={"messages": messages})
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "episode_over")
     assert ask(runner, 0, "finish", "failed").failure is None
+
+
+def test_a_call_that_its_client_gave_up_and_makes_again_is_one_turn(runner, tmp_path):
+    go, gone = tmp_path / "go", tmp_path / "gone"
+    ask(runner, 0, "begin", {"environment": "impatient", "go": str(go), "gone": str(gone)}, 1)
+    go.touch()
+    while not gone.exists():
+        time.sleep(0.01)
+    second = ask(runner, 0, "step", "text")
+    assert (second.prompt, second.messages) == (None, [{"role": "user", "content": "go"}])
+    ended = ask(runner, 0, "step", "more")
+    assert (ended.done, ended.reward) == (True, 0.5)
+    assert ask(runner, 0, "finish", "done").failure is None
 
 
 def test_an_agent_that_exits_costs_its_episode_and_not_its_worker(runner):
