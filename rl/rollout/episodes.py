@@ -45,6 +45,7 @@ from rl.rollout.shared_environments import Environments
 from rl.sampler.contract import Completion, CompletionSource, DrawSession, Request
 from rl.sampler.token_draw import SamplingParams
 
+MOST_TOOLS = 64  # different sets of tools of agents whose turns are kept
 _WAIT_SECONDS = 0.05  # for environments, when there is nothing to draw
 
 
@@ -107,6 +108,8 @@ class EpisodeSource:
         key = json.dumps(tools, sort_keys=True)
         if key not in self._made_turns:
             self._made_turns[key] = self._make_turns(tools)
+            if len(self._made_turns) > MOST_TOOLS:  # the oldest; tools may differ in every call
+                del self._made_turns[next(iter(self._made_turns))]
         return self._made_turns[key]
 
     def notes(self) -> list[str]:

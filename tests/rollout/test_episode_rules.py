@@ -3,7 +3,7 @@
 import re
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from rl.data.tokenizer import Tokenizer
 from rl.data.turns import chat_turns, text_turns
 from rl.rollout.environments import EnvironmentReward
 from rl.rollout.episode import Episode, shared_prompt, with_begun
-from rl.rollout.episodes import EpisodeLimits, EpisodeSource
+from rl.rollout.episodes import MOST_TOOLS, EpisodeLimits, EpisodeSource
 from rl.sampler.contract import Completion, Request, requests_for
 from rl.sampler.request_queue import deal
 from rl.sampler.shape_plan import ExpectedPrompts, ShardRequests, turn_shape
@@ -189,3 +189,16 @@ def test_a_recipe_names_servers_and_games():
         load_config(None, ["rollout.environment=gym:Wordle"])
     with pytest.raises(ValueError, match=r"rollout\.tools\.0 must be path/to/file\.py:name, got"):
         load_config(None, ["rollout.tools=[textarena:Wordle-v0]"])
+
+
+def test_tools_of_agents_that_differ_in_every_call_are_not_kept_for_ever():
+    made, unused = [], cast(Any, None)
+
+    def make(tools):
+        made.append(tools[0]["name"])
+        return unused
+
+    source = EpisodeSource(unused, {}, unused, unused, EnvironmentReward(), make_turns=make)
+    for place in [*range(MOST_TOOLS + 1), MOST_TOOLS, 0]:
+        source.with_tools([{"name": place}])
+    assert made == [*range(MOST_TOOLS + 1), 0], "the oldest was made again, the newest was not"
