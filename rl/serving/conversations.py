@@ -66,14 +66,18 @@ class Conversations:
 
     def _turns_of(self, tools: Sequence[dict[str, Any]]) -> Turns | None:
         name = json.dumps(tools, sort_keys=True)
-        if name not in self._turns:
-            try:
-                self._turns[name] = chat_turns(self._tokenizer, self._eos_ids, tools)
-            except ValueError:  # the whole chat is rendered then
-                self._turns[name] = None
+        with self._lock:
+            if name in self._turns:
+                return self._turns[name]
+        try:
+            turns = chat_turns(self._tokenizer, self._eos_ids, tools)
+        except ValueError:  # the whole chat is rendered then
+            turns = None
+        with self._lock:
+            self._turns[name] = turns
             if len(self._turns) > MOST_TOOLS:
                 self._turns.popitem(last=False)
-        return self._turns[name]
+        return turns
 
 
 def _name(key: str, tools: Sequence[Mapping[str, Any]], messages: Sequence[Mapping[str, Any]]) -> bytes:

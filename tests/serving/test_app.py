@@ -26,6 +26,7 @@ from rl.serving.app import ServerLimits, create_app
 from rl.serving.bodies import read_chat
 from rl.serving.calls import Calls
 from rl.serving.chat import OPENS, Chats, _Content
+from rl.serving.conversations import Conversations
 from rl.serving.engine import Job
 from tests.helpers.places import ROOT
 from tests.helpers.tiny_models import noisy_params, tiny_config
@@ -578,3 +579,15 @@ def test_a_stream_with_tools_tells_no_part_of_a_call_as_content(text, content, t
         parts = [pieces.push(text[first : first + size]) for first in range(0, len(text), size)]
         assert OPENS not in "".join(parts)
         assert "".join(parts) + pieces.rest(content) == told
+
+
+def test_a_chat_goes_on_though_others_have_pushed_its_tools_out_meanwhile(served, monkeypatch):
+    monkeypatch.setattr("rl.serving.conversations.MOST_TOOLS", 0)  # as another thread may do between two lines
+    asked = [{"role": "user", "content": "a"}]
+    served.post("/v1/chat/completions", messages=asked, max_tokens=4, seed=1)
+    call = served.finished[-1]
+    conversations = Conversations(served.tokenizer, served.call.eos_ids, 4)
+    conversations.add(call)
+    ids = conversations.prompt_ids("", [*asked, call.answers[0], *asked], [])
+    assert ids is not None
+    assert ids[: len(call.prompt_ids[0])] == [*call.prompt_ids[0]]
