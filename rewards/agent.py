@@ -1,8 +1,8 @@
 """An agent: the user's code with a loop of its own, which asks the policy over OpenAI's interface.
 
-In: `async def run(base_url, row, ...)`. Out: the form of an environment (`rewards.environment_kinds`): what the agent
-asks is the prompt, or the observations behind the policy's last turn; what it returns is the reward. Not here: HTTP
-(`rewards.agent_server`).
+In: `async def run(base_url, row, ...)`, or a plain function, which runs in a thread of its own. Out: the form of an
+environment (`rewards.environment_kinds`): what the agent asks is the prompt, or the observations behind the policy's
+last turn; what it returns is the reward. Not here: HTTP (`rewards.agent_server`).
 
 A call that goes on with the conversation of the last one is its next turn. Messages are compared by role, text, and
 names and arguments of tool calls, because clients write them back in their own form. Any other call has the policy
@@ -13,8 +13,10 @@ after the other.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import inspect
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +32,8 @@ MODEL = "policy"  # the name under which agents ask for it; any other serves as 
 
 def check_agent(run: Any, label: str) -> None:
     """ValueError where a function is no agent."""
-    rule = f"must be an async function of base_url and row, and maybe {', '.join(ARGUMENTS[2:])}"
-    if not callable(run) or not is_async(run):
+    rule = f"must be a function of base_url and row, and maybe {', '.join(ARGUMENTS[2:])}"
+    if not inspect.isfunction(run):
         raise ValueError(f"{label} {rule}, got {short(run)}; write `async def run(base_url, row)`")
     for name, parameter in inspect.signature(run).parameters.items():
         is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
@@ -135,7 +137,9 @@ class AgentPlayer:
     async def _play(self, arguments: Mapping[str, Any]) -> Any:
         """What the agent returns. What would end the loop, and every other episode with it, is an error as any."""
         try:
-            return await self._run(**arguments)
+            if is_async(self._run):
+                return await self._run(**arguments)
+            return await _in_thread(functools.partial(self._run, **arguments))
         except (SystemExit, KeyboardInterrupt) as error:
             told = RuntimeError(f"the agent wanted to end the process, with {error!r}")
             raise told.with_traceback(error.__traceback__) from None
@@ -184,6 +188,30 @@ class AgentPlayer:
         for call in waiting:
             if not call.answer.done():
                 call.answer.set_exception(AskError(self._over, "episode_over"))
+
+
+async def _in_thread(function: Callable[[], Any]) -> Any:
+    """What a function returns in a thread of its own, which does not keep the process alive. So many agents may block
+    as there are episodes; one that is given up goes on until its next call is refused.
+    """
+    loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+    def tell(result: Any, error: BaseException | None) -> None:
+        if not done.done():
+            done.set_result(result) if error is None else done.set_exception(error)
+
+    def run() -> None:
+        result, problem = None, None
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001  user code raises what it likes
+            is_ending = isinstance(error, (SystemExit, KeyboardInterrupt, StopIteration))
+            problem = RuntimeError(f"the agent ended with {error!r}") if is_ending else error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, result, problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done
 
 
 def _is_again(call: _Call, other: _Call) -> bool:

@@ -161,6 +161,8 @@ def asked_of(body: Mapping[str, Any]) -> tuple[list[Message], list[dict[str, Any
     if not is_list or not is_plain(tools, MAX_DEPTH):
         raise AskError(f"tools must be a list of functions, got {_short(tools)}", "tools")
     read = [_message(message) for message in messages]
+    if not is_plain(read, MAX_DEPTH + 2):
+        raise AskError("messages must be plain JSON, without NaN or numbers beyond 64 bits", "messages")
     return read, tools, bool(tools) and body.get("tool_choice") != "none"
 
 

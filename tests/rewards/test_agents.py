@@ -107,8 +107,19 @@ async def hangs(base_url, row, api_key):
         print(error)
 
 
-def plain(base_url, row):
-    return 1.0
+def plain(base_url, row, api_key):
+    import openai
+    client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=0)
+    messages = [{"role": "user", "content": "go"}]
+    for said in ("more", "still more"):
+        answer = client.chat.completions.create(model="policy", messages=messages)
+        messages += [answer.choices[0].message.model_dump(exclude_none=True), {"role": "user", "content": said}]
+    if row.get("breaks"):
+        raise SystemExit(3)
+    return len(messages) / 10
+
+
+number = 3
 
 
 async def demanding(base_url, budget):
@@ -140,6 +151,7 @@ def runner(agents) -> Iterator[EnvironmentRunner]:
         "exits",
         "impatient",
         "hangs",
+        "plain",
         log_path=agents.with_suffix(".log"),
     ) as runner:
         yield runner
@@ -178,6 +190,20 @@ def test_a_call_with_another_history_or_other_tools_begins_again_and_calls_at_on
     ended = ask(runner, 0, "step", f"to {other.prompt[0]['content']}")
     assert (ended.done, ended.reward) == (True, 1.0)
     ask(runner, 0, "finish", "done")
+
+
+def test_a_plain_function_asks_with_a_client_that_blocks(runner):
+    for episode, row in enumerate(({}, {"breaks": True})):
+        begun = ask(runner, episode, "begin", {"environment": "plain", **row}, 1)
+        assert begun.messages == [{"role": "user", "content": "go"}]
+    for episode in range(2):
+        assert ask(runner, episode, "step", "first").messages == [{"role": "user", "content": "more"}]
+    ended = ask(runner, 0, "step", "second")
+    assert (ended.done, ended.reward) == (True, 0.5)
+    ask(runner, 0, "finish", "done")
+    kind, line = ask(runner, 1, "step", "second").failure
+    assert (kind, line[:47]) == ("exception", "RuntimeError: the agent ended with SystemExit(3")
+    ask(runner, 1, "finish", "failed")
 
 
 def test_at_a_limit_an_agent_is_told_so_and_may_still_give_a_reward(runner):
@@ -251,7 +277,7 @@ def test_an_agent_that_exits_costs_its_episode_and_not_its_worker(runner):
 
 def test_what_is_no_agent_is_refused_at_the_start(agents):
     for name, rule in (
-        ("plain", "rollout.agent must be an async function of base_url and row, and maybe seed, api_key, model, got"),
+        ("number", "rollout.agent"),
         ("demanding", "and it asks for 'budget'; give it a default value"),
         ("missing", "missing"),
     ):
