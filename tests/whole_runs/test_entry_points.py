@@ -14,6 +14,7 @@ import yaml
 from rl.cli import COMMANDS, main
 from rl.config.load import load_config
 from rl.models.foreign.own_files import save_weights
+from rl.serving import server
 from rl.state.states import InitStateFn
 from rl.tools.checkpoints import checkpoint, lora
 from rl.tools.trained import load_start
@@ -42,7 +43,7 @@ mesh: {{num_devices: 1}}
 # one's own, which has a flavour; adapters are walked beside `lora`.
 WALKED = {
     "linen": {"train", "sft", "export", "checkpoint", "quantize", "compile"},
-    "nnx": {"train", "eval", "sample", "export", "lora", "quantize"},
+    "nnx": {"train", "eval", "sample", "serve", "export", "lora", "quantize"},
 }
 # `launch` starts others, `report` reads metrics, `data` prompts, `rewards` runs functions; what works on files,
 # `quantize` of a folder layer by layer, is walked as well, and holds no state.
@@ -52,6 +53,7 @@ ON_FILES = {("quantize", "folder"), ("checkpoint", "inspect"), ("checkpoint", "c
 NO_OPTIMIZER = {
     ("eval",),
     ("sample",),
+    ("serve",),
     ("export",),
     ("quantize", "own_config.yml"),
     *(("lora", name) for name in ("extract", "merge", "unmerge", "inspect")),
@@ -94,6 +96,13 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, walked, tmp_p
         return call(self)
 
     monkeypatch.setattr(InitStateFn, "__call__", recorded)
+
+    def stopped_at_once(app, engine, *others):
+        assert engine.is_running
+        engine.close()
+        return engine.drain(0.0)
+
+    monkeypatch.setattr(server, "serve", stopped_at_once)
     whole, adapters = recipes["whole"], recipes["adapters"]
     run, tuned = whole.parent / "run", adapters.parent / "run"
     beside = tmp_path / "beside.yml"
@@ -108,6 +117,7 @@ def test_every_command_takes_its_state_from_init_state_fn(flavour, walked, tmp_p
             *([model, "--prompt", "1+1="] for model in (run, whole, tuned)),
             ["--replay", run, 1, 0, 0],
         ],
+        "serve": [[run, "--port", 0, "--parked", 0, "sampling.slots=2"]],
         "export": [
             [run, tmp_path / "folder"],
             [run, tmp_path / "params", "--format", "params"],
