@@ -414,6 +414,7 @@ def test_what_others_serve_is_refused_by_name_and_the_rest_is_told(served):
     assert client.get("/health").json() == {"status": "ok"}
     ids = served.tokenizer.encode("abc")
     assert served.post("/tokenize", prompt="abc") == {"count": len(ids), "max_model_len": 256 + LIMIT, "tokens": ids}
+    served.post("/v1/completions", prompt="abc", max_tokens=1)
     text = client.get("/metrics").text
     assert 'grpo_requests_total{path="/v1/completions",status="200"}' in text
     assert f"grpo_drawn_tokens_total {float(served.engine.counts.num_drawn_tokens)}" in text
