@@ -149,17 +149,19 @@ def asked_of(body: Mapping[str, Any]) -> tuple[list[Message], list[dict[str, Any
     for field, plain in (("n", (None, 1)), ("logprobs", (None, False)), ("tool_choice", (None, "auto", "none"))):
         if body.get(field) not in plain:
             options = " or ".join(json.dumps(value) for value in plain)
-            raise AskError(f"{field} must be {options} where an agent is trained, got {_short(body[field])}", field)
+            raise AskError(f"{field} must be {options} where an agent is trained, got {shortened(body[field])}", field)
     response = body.get("response_format")
     if response not in (None, {"type": "text"}):
-        raise AskError(f"response_format must be text where an agent is trained, got {_short(response)}", "unsupported")
+        raise AskError(
+            f"response_format must be text where an agent is trained, got {shortened(response)}", "unsupported"
+        )
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise AskError(f"messages must be a list of messages, got {_short(messages)}", "messages")
+        raise AskError(f"messages must be a list of messages, got {shortened(messages)}", "messages")
     tools = body.get("tools") or []
     is_list = isinstance(tools, list) and all(isinstance(tool, dict) and "function" in tool for tool in tools)
     if not is_list or not is_plain(tools, MAX_DEPTH):
-        raise AskError(f"tools must be a list of functions, got {_short(tools)}", "tools")
+        raise AskError(f"tools must be a list of functions, got {shortened(tools)}", "tools")
     read = [_message(message) for message in messages]
     if not is_plain(read, MAX_DEPTH + 2):
         raise AskError("messages must be plain JSON, without NaN or numbers beyond 64 bits", "messages")
@@ -174,17 +176,17 @@ def told_of(message: Mapping[str, Any]) -> list[Any]:
 
 def _message(message: Any) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise AskError(f"a message must have a role, got {_short(message)}", "messages")
+        raise AskError(f"a message must have a role, got {shortened(message)}", "messages")
     content = message.get("content")
     if isinstance(content, list) and not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         raise AskError("content of a message must be text, got parts of another type", "messages")
     if not isinstance(content, (str, list, type(None))):
-        raise AskError(f"content of a message must be text, got {_short(content)}", "messages")
+        raise AskError(f"content of a message must be text, got {shortened(content)}", "messages")
     read = {name: message[name] for name in _FIELDS if message.get(name) is not None}
     read["content"] = message_text(message)
     if "tool_calls" in read:
         if not isinstance(read["tool_calls"], list):
-            raise AskError(f"tool_calls of a message must be a list, got {_short(read['tool_calls'])}", "messages")
+            raise AskError(f"tool_calls of a message must be a list, got {shortened(read['tool_calls'])}", "messages")
         read["tool_calls"] = [_read_call(call) for call in read["tool_calls"]]
     return read
 
@@ -195,7 +197,9 @@ def _read_call(call: Any) -> dict[str, Any]:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (TypeError, KeyError, ValueError, RecursionError) as error:
-        raise AskError(f"tool_calls of a message must be those of an answer, got {_short(call)}", "messages") from error
+        raise AskError(
+            f"tool_calls of a message must be those of an answer, got {shortened(call)}", "messages"
+        ) from error
     told = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return told if call.get("id") is None else {**told, "id": call["id"]}
 
@@ -241,11 +245,7 @@ async def _read(request: Any) -> dict[str, Any]:
     try:
         body = json.loads(read)
     except (ValueError, RecursionError) as error:
-        raise AskError(f"a request must be JSON, got {_short(bytes(read[:100]))}", "json") from error
+        raise AskError(f"a request must be JSON, got {shortened(bytes(read[:100]))}", "json") from error
     if not isinstance(body, dict):
-        raise AskError(f"a request must be a JSON object, got {_short(body)}", "json")
+        raise AskError(f"a request must be a JSON object, got {shortened(body)}", "json")
     return body
-
-
-def _short(value: Any) -> str:
-    return shortened(value)

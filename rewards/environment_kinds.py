@@ -6,7 +6,7 @@ methods:
     own     reset(row, seed), step(message), close(), see `rewards.environment`
     trl     TRL 1.16's environment_factory: reset(**row), public methods as tools, maybe get_reward()
     skyrl   SkyRL-Gym 0.4: Env(env_config, extras), init(prompt), step(action), close()
-    agent   an async function that asks the policy itself (`rewards.agent`)
+    agent   a function that asks the policy itself (`rewards.agent`)
     openenv, textarena  a server by its URL, and a game by its name (`rewards.openenv_environment`,
             `rewards.textarena_environment`)
     tools   none at all, for `rollout.tools` alone: the episode is over when a turn calls nothing

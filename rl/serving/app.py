@@ -10,6 +10,7 @@ import dataclasses
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -103,21 +104,13 @@ def create_app(
             raise ApiError(408, f"the body must be there within {limits.body_seconds:g} seconds") from None
         return read_json(body)
 
-    async def chat(request: Request) -> Response:
-        body = read_chat(await values_of(request), most_top)
+    async def complete(read: Callable[[dict[str, Any], int], Any], kind: Any, request: Request) -> Response:
+        body = read(await values_of(request), most_top)
         check_model(body.options.model)
-        prepared = await chats.prepare(body, _key(request))
+        prepared = await kind.prepare(body, _key(request))
         if body.options.streams:
-            return await _stream(request, chats.stream(prepared))
-        return JSONResponse(await _unless_gone(request, chats.answer(prepared)))
-
-    async def completions(request: Request) -> Response:
-        body = read_text(await values_of(request), most_top)
-        check_model(body.options.model)
-        prepared = await texts.prepare(body, _key(request))
-        if body.options.streams:
-            return await _stream(request, texts.stream(prepared))
-        return JSONResponse(await _unless_gone(request, texts.answer(prepared)))
+            return await _stream(request, kind.stream(prepared))
+        return JSONResponse(await _unless_gone(request, kind.answer(prepared)))
 
     async def tokenize(request: Request) -> Response:
         body = read_tokenize(await values_of(request))
@@ -169,8 +162,8 @@ def create_app(
         return answer
 
     endpoints: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
-        ("POST", "/v1/chat/completions", chat),
-        ("POST", "/v1/completions", completions),
+        ("POST", "/v1/chat/completions", partial(complete, read_chat, chats)),
+        ("POST", "/v1/completions", partial(complete, read_text, texts)),
         ("GET", "/v1/models", models),
         ("GET", "/v1/models/{name:path}", one_model),
         ("POST", "/tokenize", tokenize),

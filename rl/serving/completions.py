@@ -83,11 +83,8 @@ class Texts:
             completion = ordered[index].completion if ordered else None
             score = scores[score_jobs[place]] if score_jobs else None
             choices.append(self._choice(asked, names, index, place, completion, score))
-        num_prompt = sum(map(len, asked.prompts))
-        num_drawn = sum(len(end.completion.token_ids) for end in ordered)
-        num_reused = sum(end.num_reused for end in ordered[:: options.num_choices])
         self._tell(asked, ordered, [choice["text"] for choice in choices])
-        return {**self._head(), "choices": choices, "usage": usage(num_prompt, num_drawn, num_reused)}
+        return {**self._head(), "choices": choices, "usage": _usage(asked, ordered)}
 
     async def stream(self, asked: PreparedText) -> AsyncIterator[bytes]:
         """The answer as events: what is certain, the reason of each end, usage, and [DONE]."""
@@ -145,10 +142,7 @@ class Texts:
                 yield event(index, text, FINISH_REASONS[completion.finish_reason], **reason, **details(index, rest))
         ordered = [ends[job] for job in jobs]
         if options.includes_usage:
-            num_prompt = sum(map(len, asked.prompts))
-            num_drawn = sum(len(end.completion.token_ids) for end in ordered)
-            num_reused = sum(end.num_reused for end in ordered[:: options.num_choices])
-            yield to_event({**head, "choices": [], "usage": usage(num_prompt, num_drawn, num_reused)})
+            yield to_event({**head, "choices": [], "usage": _usage(asked, ordered)})
         self._tell(asked, ordered, [self._drawn_text(asked, end.completion) for end in ordered])
         yield DONE
 
@@ -223,3 +217,9 @@ class Texts:
             "model": self._model,
             "system_fingerprint": None,
         }
+
+
+def _usage(asked: PreparedText, ends: Sequence[Ended]) -> dict[str, Any]:
+    num_drawn = sum(len(end.completion.token_ids) for end in ends)
+    num_reused = sum(end.num_reused for end in ends[:: asked.body.options.num_choices])
+    return usage(sum(map(len, asked.prompts)), num_drawn, num_reused)
