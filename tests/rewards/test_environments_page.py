@@ -1,4 +1,6 @@
-"""docs/environments.md: every block of it runs, and gives what the page says."""
+"""docs/environments.md: every block of it runs, and gives what the page says. Those about verifiers run in
+tests/rollout/test_agents.py.
+"""
 
 import re
 
@@ -12,7 +14,7 @@ ROW = {"prompt": "Which number?", "number": 25}
 
 
 def test_every_block_of_the_page_on_environments_runs(tmp_path, monkeypatch):
-    code = "\n\n".join(text for language, text in BLOCKS if language == "python")
+    code = "\n\n".join(text for language, text in BLOCKS if language == "python" and "verifiers" not in text)
     (tmp_path / "my_game.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -43,4 +45,4 @@ def test_the_recipes_on_the_page_on_environments_are_some(tmp_path):
         (tmp_path / "recipe.yml").write_text(recipe)
         rollout = load_config(tmp_path / "recipe.yml").rollout
         named |= {*rollout.environments.values(), *rollout.tools}
-    assert named == {"my_game.py:Guess", "my_game.py:add", "agent:my_agent.py:run"}
+    assert named == {"my_game.py:Guess", "my_game.py:add", "agent:my_agent.py:run", "agent:plays.py:play"}

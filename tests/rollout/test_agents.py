@@ -1,14 +1,22 @@
 """An agent of openai's client in a run: its turns are those that were drawn; another history is another sequence."""
 
 import json
+import os
 import pathlib
+import re
+import shutil
+import subprocess
 
 import pytest
 
 from rl.config.load import load_config
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics, read_samples
+from tests.helpers.places import ROOT
 from tests.rollout.test_episodes import RECIPE, TEMPLATE
+
+# verifiers needs openai < 3, so it may be in another environment, with Tandem's own dependencies beside it.
+VF_EVAL = os.environ.get("TANDEM_VF_EVAL") or shutil.which("vf-eval")
 
 AGENT = '''
 async def run(base_url, row, api_key):
@@ -85,3 +93,31 @@ def test_an_agent_is_trained_by_what_was_drawn_and_another_history_is_a_sequence
 def test_what_cannot_be_with_an_agent_is_refused(folder, key, rule):
     with pytest.raises(ValueError, match=rule):
         load_config(folder / "recipe.yml", overrides(folder, key))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(VF_EVAL is None or shutil.which("uv") is None, reason="verifiers 0.4 or uv is not installed")
+def test_a_taskset_of_verifiers_is_trained_as_the_page_on_environments_shows(folder, tmp_path):
+    assert VF_EVAL is not None
+    page = (ROOT / "docs" / "environments.md").read_text()
+    taskset, agent = re.findall(r"^```python\n(import verifiers.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "short_answers.py").write_text(taskset)
+    (tmp_path / "plays.py").write_text(agent)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "task", "task": i}) + "\n" for i in range(2)))
+    keys = [f"data.source={tmp_path / 'rows.jsonl'}", f"rollout.agent={tmp_path / 'plays.py'}:play", "data.chat=true"]
+    keys += [f"tokenizer.chat_template={folder / 'chat.jinja'}", "rewards.functions=[]", "grpo.prompts_per_step=1"]
+    keys += ["grpo.minibatches=1", "rollout.step_timeout_seconds=300", f"output_dir={tmp_path / 'run'}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [pathlib.Path(VF_EVAL).with_name("python"), "-m", "rl.cli", "train", folder / "recipe.yml", *keys]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines, samples = read_metrics(tmp_path / "run"), read_samples(tmp_path / "run")
+    assert [line["episodes/done"] for line in lines] == [1.0, 1.0]
+    assert len(samples) == 8
+    for sample in samples:
+        (asked,), (said,) = sample["prompt"], sample["messages"]
+        assert asked in [{"role": "user", "content": f"What is {thing}?"} for thing in ("rain", "snow")]
+        assert (sample["turns"], sample["ended"]) == (1, "done")
+        lengths = len(said["content"]), len(said["content"].strip())
+        assert sample["rewards"]["environment"] in [1 / (1 + length) for length in lengths]
+    assert len({sample["rewards"]["environment"] for sample in samples}) > 1, "there is something to learn"

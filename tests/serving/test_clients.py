@@ -42,7 +42,7 @@ def test_lm_eval_finds_the_log_probs_that_grpo_sample_writes(tmp_path, capfd):
     (tmp_path / "endings.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
 
     def ask(url: str) -> Any:
-        arguments = f"model=policy,base_url={url}/v1/completions,tokenizer={folder},num_concurrent=2"
+        arguments = f"model=policy,base_url={url}/v1/completions,tokenizer={folder},num_concurrent=2,add_bos_token=True"
         command = [LM_EVAL, "--model", "local-completions", "--tasks", "endings", "--include_path", str(tmp_path)]
         command += ["--model_args", arguments, "--log_samples", "--output_path", str(tmp_path / "out")]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
