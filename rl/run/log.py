@@ -1,9 +1,9 @@
 """The messages and measurements of a run, step by step: `RunLog`.
 
-In: messages, warnings, and one mapping of metrics for each step. Out: lines on the console, `metrics.jsonl` and
-`samples.jsonl` in the run folder, seconds of each phase and compilations of a step. `RunLog` holds the parts
-(`rl.run.console`, `rl.run.metrics`) together while a run goes on. It also takes the request to stop (Ctrl-C, SIGTERM),
-and answers it on the console.
+In: messages, warnings, and one mapping of metrics for each step. Out: lines on the console, `metrics.jsonl`,
+`samples.jsonl` and `events.jsonl` in the run folder, seconds of each phase and compilations of a step. `RunLog` holds
+the parts (`rl.run.console`, `rl.run.metrics`) together while a run goes on. It also takes the request to stop (Ctrl-C,
+SIGTERM), and answers it on the console.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from typing import Any
 
 from rl.devices import hosts
 from rl.run.console import Console
+from rl.run.environment import environment
 from rl.run.interrupt import StopRequest
 from rl.run.metrics import CompileCounter, MetricsWriter, Stopwatch, peak_memory_bytes
 
@@ -33,6 +34,9 @@ class RunLog(Console):
         self._writer: MetricsWriter | None = None
         self._compiles: CompileCounter | None = None
         self._stop: StopRequest | None = None
+        self._step = 0  # whose line was written last
+        # Events wait for the first line of this process, so that a start that fails before it leaves no file.
+        self._waiting: list[dict[str, Any]] | None = []
 
     @contextlib.contextmanager
     def recording(self, folder: pathlib.Path, first_step: int) -> Iterator[None]:
@@ -51,6 +55,8 @@ class RunLog(Console):
             CompileCounter() as self._compiles,
             StopRequest(self.stopping) as self._stop,
         ):
+            self._step = first_step
+            self._waiting = [{"start": environment()}, *(self._waiting or ())]
             self.stopwatch = Stopwatch()
             yield
 
@@ -73,14 +79,18 @@ class RunLog(Console):
         metrics: Mapping[str, Any],
         num_tokens: int,
         samples: Iterable[Mapping[str, Any]] = (),
+        histograms: Mapping[str, list[list[float]]] | None = None,
     ) -> None:
         """Ends the step: writes its line, with its times and memory, and its samples, and shows the line.
 
         Args:
           step: how many steps are done.
           num_tokens: completion tokens of the step.
+          histograms: {name: as `rl.run.histograms.histogram` gives it} of the step.
         """
         self._line({"step": step, **metrics, **self._lap(num_tokens)}, samples)
+        if histograms:
+            self._event({"histograms": histograms})
 
     def baseline(self, metrics: Mapping[str, Any]) -> None:
         """The same for what was measured before the first step; nothing where that is nothing."""
@@ -91,6 +101,10 @@ class RunLog(Console):
     def _line(self, metrics: Mapping[str, Any], samples: Iterable[Mapping[str, Any]] = ()) -> None:
         assert self._writer is not None, "outside of `recording`"
         self._writer.write(metrics)
+        waiting, self._waiting = self._waiting, None
+        for event in waiting or ():
+            self._event(event)
+        self._step = metrics["step"]
         if samples := list(samples):
             self._writer.write_samples(metrics["step"], samples)
         self.step_line(metrics)
@@ -118,6 +132,18 @@ class RunLog(Console):
         """Prints each text on lines of its own."""
         for text in texts:
             self.message(text)
+
+    def warning(self, text: str) -> None:
+        """Prints `warning: text`, and writes it to events.jsonl with the step that was written last."""
+        super().warning(text)
+        self._event({"warning": text})
+
+    def _event(self, event: dict[str, Any]) -> None:
+        if self._waiting is not None:
+            self._waiting.append(event)
+            return
+        assert self._writer is not None
+        self._writer.write_event(self._step, event)
 
     def warnings(self, texts: Iterable[str]) -> None:
         """Prints `warning: text` for each."""

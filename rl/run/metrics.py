@@ -1,8 +1,9 @@
 """The measurements of a run: metrics and samples on disk, seconds of each phase, compilations, peak memory.
 
-In: one mapping of names to numbers for each step. Out: `metrics.jsonl` and `samples.jsonl` in the run folder, one JSON
-object for each line. Not here: the console (`rl/run/console.py`), and plots (`rl/tools/report.py`). Only two functions
-import jax, so reading a finished run is quick.
+In: one mapping of names to numbers for each step. Out: `metrics.jsonl`, `samples.jsonl` and `events.jsonl` in the run
+folder, one JSON object for each line. An event is what is no number of a step: a start with its environment, a warning,
+histograms. Not here: the console (`rl/run/console.py`), and the report (`rl/tools/report`). Only two functions import
+jax, so reading a finished run is quick.
 """
 
 import collections
@@ -22,17 +23,19 @@ from rl.files.output_file import writing
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+EVENTS_FILE = "events.jsonl"
+_FILES = (METRICS_FILE, SAMPLES_FILE, EVENTS_FILE)
 
 
 class MetricsWriter:
-    """Appends metrics and samples to a run folder. A kill at any moment leaves files that `read_metrics` can read.
+    """Appends to the files of a run folder. A kill at any moment leaves files that `read_metrics` can read.
 
     A line, with its line end, is on the disk before the call that wrote it returns. So a loop that writes a step's line
     before it saves the step's checkpoint never has a checkpoint without its lines.
     """
 
     def __init__(self, folder: str | os.PathLike | None, start_step: int):
-        """Reads both files. The first write opens them for appending, and drops the lines of steps that are run again.
+        """Reads the files. The first write opens them for appending, and drops the lines of steps that are run again.
 
         Args:
           folder: the run folder, which the first write makes if missing. None: another process writes, and this one
@@ -42,14 +45,14 @@ class MetricsWriter:
             nothing.
 
         Raises:
-          ValueError: a complete line in either file is not a JSON object with a `step`, or the disk is full. Every
+          ValueError: a complete line in one of the files is not a JSON object with a `step`, or the disk is full. Every
             method that writes raises the latter.
         """
         self._folder = None if folder is None else pathlib.Path(folder)
         self._files: dict[str, Any] = {}
         self._kept: dict[str, bytes] = {}  # {file: the lines that stay}, for files of which lines are dropped
         if self._folder is not None:
-            for name in (METRICS_FILE, SAMPLES_FILE):
+            for name in _FILES:
                 kept = _steps_before(self._folder / name, start_step)
                 if kept is not None:
                     self._kept[name] = kept
@@ -67,8 +70,14 @@ class MetricsWriter:
         """Appends a line for each sample to samples.jsonl, in one write: `step`, then the sample's own keys."""
         self._append(SAMPLES_FILE, [{"step": step, **sample} for sample in samples])
 
+    def write_event(self, step: int, event: Mapping[str, Any]) -> None:
+        """Appends a line to events.jsonl: `step`, then the event's own key, which says what it is: `start`, `warning`
+        or `histograms`.
+        """
+        self._append(EVENTS_FILE, [{"step": step, **event}])
+
     def close(self) -> None:
-        """Closes both files. A second call does nothing."""
+        """Closes the files. A second call does nothing."""
         for file in self._files.values():
             with writing(file.name):
                 file.close()
@@ -81,7 +90,7 @@ class MetricsWriter:
                 self._folder.mkdir(parents=True, exist_ok=True)
             for each, kept in self._kept.items():
                 write_file(self._folder / each, kept)
-            for each in (METRICS_FILE, SAMPLES_FILE):
+            for each in _FILES:
                 # Open for the life of the run. Without a buffer, so that a write that a full disk refused is not tried
                 # again.
                 with writing(self._folder / each):
@@ -108,6 +117,12 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
 def read_samples(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """Like `read_metrics`, for samples.jsonl."""
     return _read_existing(pathlib.Path(folder) / SAMPLES_FILE)
+
+
+def read_events(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """Like `read_metrics`, for events.jsonl; empty for a run of an older version, which wrote none."""
+    path = pathlib.Path(folder) / EVENTS_FILE
+    return _read_existing(path) if path.is_file() else []
 
 
 class Stopwatch:

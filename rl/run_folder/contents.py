@@ -17,6 +17,7 @@ from rl.config.load import Config, load_config
 from rl.files.local_files import UNFINISHED
 
 CONFIG, IDENTITY, METRICS, SAMPLES = "config.yml", "run.json", "metrics.jsonl", "samples.jsonl"
+EVENTS = "events.jsonl"  # what is no number of a step: starts, warnings, histograms
 JOURNAL = "journal.jsonl"  # of the steps since the last checkpoint, see `rl.rollout.journal`
 CHECKPOINTS, EXPORT, EXPORT_RECORD = "checkpoints", "export", "export.json"
 HASHES = "hashes.json"  # of a checkpoint, see `rl.state.checkpoint_files`
@@ -31,7 +32,7 @@ RUN_KEY = "run"
 HELD_OUT = "held_out"  # of run.json: the identity of the held-out rows; older versions wrote none
 
 # Each run of a folder writes or continues these. rewards.log belongs to the folder, whichever run it holds.
-_FILES = (METRICS, SAMPLES, JOURNAL, CONFIG, IDENTITY)
+_FILES = (METRICS, SAMPLES, EVENTS, JOURNAL, CONFIG, IDENTITY)
 CURVES_MARK = "Tandem: grpo report"  # in every picture that it draws, whatever the format
 _LARGEST_CURVES = 1 << 25  # bytes
 # Files of a step, by Orbax and `rl.state.checkpoint_files`, that hashes.json does not list.

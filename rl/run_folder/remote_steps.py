@@ -24,13 +24,13 @@ from rl.files.stores import (
     open_store,
     short_name,
 )
-from rl.run_folder.contents import CHECKPOINTS, CONFIG, IDENTITY, METRICS, SAMPLES
+from rl.run_folder.contents import CHECKPOINTS, CONFIG, EVENTS, IDENTITY, METRICS, SAMPLES
 from rl.run_folder.ledger import read_ledger
 
 STEPS = f"{CHECKPOINTS}/"
 MARKER = "uploaded.json"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-FILES = (CONFIG, IDENTITY, METRICS, SAMPLES)
+FILES = (CONFIG, IDENTITY, METRICS, SAMPLES, EVENTS)
 
 
 class DamagedStepError(ValueError):

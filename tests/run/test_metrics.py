@@ -66,7 +66,11 @@ def test_resuming_drops_the_steps_that_run_again_and_gives_the_uninterrupted_fil
     write_steps(tmp_path / "resumed", 5, range(5, 9))
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == [
+        "events.jsonl",
+        "metrics.jsonl",
+        "samples.jsonl",
+    ]
 
 
 def test_every_cut_of_the_last_line_leaves_readable_files_that_resume(tmp_path):
