@@ -20,6 +20,7 @@ from typing import Any
 from rl.devices import host_memory
 from rl.files.local_files import write_file
 from rl.files.output_file import writing
+from rl.run.metric_table import RENAMED_FIELDS, current_name
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -105,18 +106,21 @@ class MetricsWriter:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run folder's metrics.jsonl in file order, null as None. A last line that a kill cut short is left
-    out.
+    """The lines of a run folder's metrics.jsonl in file order, null as None, under today's names. A last line that a
+    kill cut short is left out.
 
     Raises:
       ValueError: the folder has no metrics.jsonl, or a complete line is not a JSON object with a `step`.
     """
-    return _read_existing(pathlib.Path(folder) / METRICS_FILE)
+    rows = _read_existing(pathlib.Path(folder) / METRICS_FILE)
+    now = {name: current_name(name) for name in dict.fromkeys(name for row in rows for name in row)}
+    return [{now[name]: value for name, value in row.items()} for row in rows]
 
 
 def read_samples(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """Like `read_metrics`, for samples.jsonl."""
-    return _read_existing(pathlib.Path(folder) / SAMPLES_FILE)
+    rows = _read_existing(pathlib.Path(folder) / SAMPLES_FILE)
+    return [{RENAMED_FIELDS.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def read_events(folder: str | os.PathLike) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import pytest
 from rl.config.load import load_config
 from rl.grpo_trainer import train
 from rl.run.metrics import read_metrics, read_samples
+from tests.helpers.metric_lines import without_entry
 from tests.helpers.places import ROOT
 from tests.rollout.test_episodes import RECIPE, TEMPLATE
 
@@ -75,6 +76,7 @@ def test_an_agent_is_trained_by_what_was_drawn_and_another_history_is_a_sequence
     settings = overrides(folder, "rollout.max_sequences=2", "rollout.max_turn_tokens=5", f"output_dir={folder / 'run'}")
     path = train(load_config(folder / "recipe.yml", settings))
     (line,), samples = read_metrics(path), read_samples(path)
+    assert not without_entry(line)
     by_times: dict[str, list[dict]] = {}
     for sample in samples:
         by_times.setdefault(sample["prompt"][0]["content"], []).append(sample)
@@ -101,7 +103,7 @@ def test_an_agent_is_trained_by_what_was_drawn_and_another_history_is_a_sequence
             assert runs_of(sequence["trained"]) == [1, 0, 1]
     assert line["episodes/too_many_sequences"] == pytest.approx(1 / 4)
     assert line["turns/max"] == 4
-    assert line["sampler_logprob_difference_max"] <= 1e-4
+    assert line["drawn_difference/max"] <= 1e-4
 
 
 @pytest.mark.parametrize(

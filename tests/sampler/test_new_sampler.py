@@ -190,7 +190,7 @@ def test_a_run_trains_with_a_source_of_the_users_corrected_by_its_log_probs(reci
     unscored = [sum(len(range(1, length, 3)) for length in lengths[first : first + 8]) for first in (0, 8)]
     assert [line["unscored_tokens"] for line in lines[1:]] == unscored
     assert all(line["logprob_difference/mean"] is None for line in lines[1:]), "nobody has the policy's own log-probs"
-    assert lines[1]["sampler_ratio_min"] < 0.1, "the policy finds these tokens far less likely than the table does"
+    assert lines[1]["sampler_ratio/min"] < 0.1, "the policy finds these tokens far less likely than the table does"
     assert [line["eval/truncated_share"] for line in lines] == [1.0, 1.0, 1.0]  # greedy: the same token until the limit
 
 

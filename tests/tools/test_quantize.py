@@ -318,7 +318,7 @@ def test_evaluation_reads_a_quantised_folder_alike_in_both_flavours(small, tmp_p
     one = results[0][0]
     drawn = ["--prompt", one["prompt"], "sampling.temperature=0", "--output", str(tmp_path / "drawn")]
     assert main(["sample", str(small), *drawn, *limits]) == 0
-    assert json.loads((tmp_path / "drawn").read_text())["text"] == one["completion"]
+    assert json.loads((tmp_path / "drawn").read_text())["completion"] == one["completion"]
 
 
 MEASURE = """

@@ -116,9 +116,9 @@ def test_loss_gradient_and_metrics_are_those_of_the_drawn_tokens_alone(episodes,
     ratios, gaps = (np.exp(logprobs_BL - drawn.old_BL)[mask_BL], np.abs(logprobs_BL - drawn.rollout_BL)[mask_BL])
     expected = {
         "entropy": entropy_BL[mask_BL].mean(),
-        "ratio_mean": ratios.mean(),
-        "ratio_max": ratios.max(),
-        "sampler_logprob_difference_max": np.abs(drawn.old_BL - drawn.sampler_BL)[mask_BL].max(),
+        "ratio/mean": ratios.mean(),
+        "ratio/max": ratios.max(),
+        "drawn_difference/max": np.abs(drawn.old_BL - drawn.sampler_BL)[mask_BL].max(),
     }
     np.testing.assert_allclose([metrics[name] for name in expected], list(expected.values()), rtol=1e-11)
     difference = update.difference
