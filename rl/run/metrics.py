@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rl.devices import host_memory
+from rl.errors import RUN, missing
 from rl.files.local_files import write_file
 from rl.files.output_file import writing
 from rl.run.metric_table import RENAMED_FIELDS, current_name
@@ -255,8 +256,10 @@ def _steps_before(path: pathlib.Path, start_step: int) -> bytes | None:
 
 
 def _read_existing(path: pathlib.Path) -> list[dict[str, Any]]:
+    if not path.parent.exists():
+        raise missing("RUN", RUN, path.parent)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; a run folder is the output_dir of a `grpo train` or `grpo sft` run")
+        raise ValueError(f"RUN must be {RUN}, got {str(path.parent)!r}, which has no {path.name}")
     return [_parse(path, number, line) for number, line in enumerate(_complete_lines(path.read_bytes()), 1)]
 
 

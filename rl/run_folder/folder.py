@@ -22,6 +22,7 @@ from rl.config.load import Config, differences, dump_config, load_config, overri
 from rl.config.objects import check_given
 from rl.config.sections import flatten, to_dict
 from rl.devices import hosts
+from rl.errors import RUN, missing
 from rl.files.local_files import UNFINISHED, lock_file, write_file
 from rl.files.stores import is_remote
 from rl.run_folder.contents import (
@@ -414,6 +415,8 @@ class _Seen:
 def read_run(path: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
     """The configuration and the run.json of a run folder. ValueError where the path is no run folder."""
     folder = pathlib.Path(path)
+    if not os.path.lexists(folder):
+        raise missing("RUN", RUN, folder)
     if not is_run_folder(folder):
         raise ValueError(f"{str(folder)!r} must be a run folder with {CONFIG} and {IDENTITY}, and it is not")
     try:

@@ -119,7 +119,7 @@ def test_a_folder_without_a_head_or_for_a_larger_tokenizer_is_refused_by_name(tm
     safetensors.numpy.save_file({**tensors, "score.weight": np.concatenate([score, score])}, path)
     with pytest.raises(ValueError, match=r"score.weight must have shape \(1, 32\), got \(2, 32\)"):
         model_of(tmp_path, folder)
-    with pytest.raises(ValueError, match=r"reward 'judge': model source must be a folder that exists or a hub id"):
+    with pytest.raises(ValueError, match=r"reward 'judge': the model must be a Hugging Face folder or a hub id"):
         model_of(tmp_path, tmp_path / "nowhere")
 
 

@@ -126,7 +126,7 @@ def test_a_line_without_a_step_is_named(tmp_path):
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="does not exist; a run folder is the output_dir"):
+    with pytest.raises(ValueError, match="RUN must be a run folder"):
         read_metrics(tmp_path)
 
 

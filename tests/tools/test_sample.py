@@ -501,7 +501,7 @@ def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(folder, 
         (["RECIPE"], "either --prompts FILE or --prompt TEXT, got neither"),
         (["RECIPE", "--prompt", "a", "--prompts", "x.jsonl"], "either --prompts FILE or --prompt TEXT, got both"),
         (["RECIPE", "--prompts", "x.jsonl"], "--prompts needs --output"),
-        (["RECIPE", "--prompts", "x.jsonl", "--output", "y.jsonl"], "--prompts must be an existing JSON-lines file"),
+        (["RECIPE", "--prompts", "x.jsonl", "--output", "y.jsonl"], "--prompts must be a JSON-lines file, got"),
         (["RECIPE", "--prompt", ""], "--prompt 1: the prompt must hold text"),
         (["RECIPE", "--prompt", "a", "--n", "0"], "--n must be >= 1, got 0"),
         (
