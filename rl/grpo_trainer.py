@@ -33,7 +33,7 @@ from rl.models.flavours import policy_from_config
 from rl.rollout.collector import Collector
 from rl.rollout.environments import start_episodes
 from rl.rollout.groups import minibatches, with_advantages
-from rl.rollout.kept import histograms_of, kept_samples
+from rl.rollout.kept import kept_samples, step_values
 from rl.rollout.reward_model import open_reward_models, weight_bytes
 from rl.rollout.scoring import start_rewards
 from rl.run.announce import announce, warn_about_prompts, warn_about_sampling
@@ -67,7 +67,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         starts.
     """
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(RunLog(config.grpo.steps))
+        log = stack.enter_context(RunLog(config))
 
         # prompts: what is asked
         tokenizer = tokenizer_from_config(config)
@@ -118,7 +118,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
         warn_about_prompts(log, config, origin, tokenizer)
         if check_only:  # ends here
             collector.report_rewards(is_new=True)
-            log.message(run.would_do("grpo train", config.grpo.steps))
+            log.last_word(run.would_do("grpo train", config.grpo.steps))
             return run.path
 
         # states: from the newest checkpoint, or new
@@ -154,7 +154,7 @@ def train(config: Config, check_only: bool = False, trust: bool = False) -> path
             # 5. write the step's line and samples
             num_samples = len(rollout.texts) if checkup.keep_samples else config.logging.samples_per_step
             samples = kept_samples(rollout, num_samples, texts)
-            log.step(steps_done, metrics, rollout.num_tokens, samples, histograms_of(rollout))
+            log.step(steps_done, metrics, rollout.num_tokens, samples, step_values(rollout))
             log.warnings([*rollout.problems, *checkup.warnings])
             checkups.raise_if_stuck(checkup)  # this step is not saved; its line and its samples show why
             # 6. remember where the loop stands; save where it is due

@@ -64,12 +64,13 @@ RESUMABLE_KEYS = (
     "eval",
     "health",
     "logging",
+    "profile",
 )
 
 # Sections, and keys of other sections, that change no compiled program.
 _NO_PROGRAM = (
     *("output_dir", "compiled_file", "tokenizer", "data", "rewards", "sft"),
-    *("distributed", "checkpoint", "eval", "health", "logging"),
+    *("distributed", "checkpoint", "eval", "health", "logging", "profile"),
 )
 _NO_PROGRAM_KEYS = (
     *("model.source", "lora.adapter", "sampling.warm_up", "grpo.preset", "grpo.advantage_estimator"),

@@ -375,9 +375,8 @@ def code_digest(config: Config) -> str:
     """
     section = config.rollout
     functions = [(entry.label, entry.function, entry.kwargs) for entry in config.rewards.functions]
-    text = json.dumps(
-        [digests(code_of(config)), section.environments, section.tools, functions], sort_keys=True, default=repr
-    )
+    codes = [code for code in code_of(config) if code.key != "logging.trackers"]
+    text = json.dumps([digests(codes), section.environments, section.tools, functions], sort_keys=True, default=repr)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

@@ -1,10 +1,9 @@
 """What a run keeps of a step besides numbers: samples with the values of their tokens, and histograms.
 
-In: a rollout, and what the updates measured of its tokens. Out: records for samples.jsonl, and the histograms of
-events.jsonl. Not here: the fields of a record that need no tokenizer (`rl.rollout.groups.sample_records`).
+In: a rollout, and what the updates measured of its tokens. Out: records for samples.jsonl; values for histograms, and a
+group for the console. Not here: the fields of a record that need no tokenizer (`rl.rollout.groups.sample_records`).
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from rl.data.token_texts import TokenTexts
 from rl.files.token_values import encode
 from rl.rollout.groups import Rollout, sample_records
-from rl.run.histograms import histogram
+from rl.run.step_values import Group, Member, StepValues
 from rl.sampler.contract import Completion
 
 
@@ -53,12 +52,38 @@ def _of_drawn(values: np.ndarray, completion: Completion) -> np.ndarray:
     return values if completion.trained is None else np.where(completion.trained, values, np.nan)
 
 
-def histograms_of(rollout: Rollout) -> Mapping[str, list[list[float]]]:
-    """The histograms of a step over all its completions: of rewards (`reward`, and `reward/NAME` of each function where
-    there are several), and of lengths in tokens that the policy drew (`completion_length`).
+def step_values(rollout: Rollout) -> StepValues:
+    """What a person may want to see of a step: the values over all its completions of rewards (`reward`, and
+    `reward/NAME` of each function where there are several), of lengths in tokens that the policy drew
+    (`completion_length`) and of advantages, without those that are not finite; and a group, the first whose advantages
+    differ, if there is one.
     """
-    found = {"reward": histogram(rollout.weighted_B)}
+    values = {"reward": rollout.weighted_B}
     if len(rollout.names) > 1:
-        found |= {f"reward/{name}": histogram(rollout.rewards_BK[:, k]) for k, name in enumerate(rollout.names)}
-    found["completion_length"] = histogram(done.num_trained for group in rollout.completions for done in group)
-    return {name: pairs for name, pairs in found.items() if pairs}
+        values |= {f"reward/{name}": rollout.rewards_BK[:, k] for k, name in enumerate(rollout.names)}
+    lengths = [done.num_trained for group in rollout.completions for done in group]
+    values |= {"completion_length": np.array(lengths, np.float64), "advantage": rollout.advantages_B}
+    finite = {name: each[np.isfinite(each)] for name, each in values.items()}
+    return StepValues({name: each for name, each in finite.items() if each.size}, _shown_group(rollout))
+
+
+def _shown_group(rollout: Rollout) -> Group:
+    size = len(rollout.completions[0])
+    p = int(np.argmax(np.ptp(rollout.advantages_B.reshape(-1, size), axis=1) > 0))
+    members = [
+        Member(
+            rollout.texts[b],
+            done.num_trained,
+            [_known(value) for value in rollout.rewards_BK[b]],
+            _known(rollout.weighted_B[b]),
+            float(rollout.advantages_B[b]),
+            done.finish_reason,
+        )
+        for b, done in enumerate(rollout.completions[p], start=p * size)
+    ]
+    row = rollout.rows[p]
+    return Group(row.prompt, row.columns.get("answer"), rollout.names, members)
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -14,7 +14,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rl.devices import host_memory
@@ -51,11 +51,14 @@ class MetricsWriter:
             method that writes raises the latter.
         """
         self._folder = None if folder is None else pathlib.Path(folder)
+        self.last_dropped: int | None = None
         self._files: dict[str, Any] = {}
         self._kept: dict[str, bytes] = {}  # {file: the lines that stay}, for files of which lines are dropped
         if self._folder is not None:
             for name in _FILES:
                 kept = _steps_before(self._folder / name, start_step)
+                if kept is not None and name == METRICS_FILE:
+                    self.last_dropped = max((row["step"] for row in _read_existing(self._folder / name)), default=None)
                 if kept is not None:
                     self._kept[name] = kept
 
@@ -135,9 +138,13 @@ class Stopwatch:
 
     A jax computation counts in the phase that waits for its result: block on it, or read a number from it, inside the
     phase.
+
+    Args:
+      around: gives a context to be in during each phase, from its name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, around: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext) -> None:
+        self._around = around
         self._seconds: dict[str, float] = collections.defaultdict(float)
         self._lap_start = time.perf_counter()
 
@@ -146,7 +153,8 @@ class Stopwatch:
         """Adds the time spent in the `with` block to `phase`, also when the block raises."""
         start = time.perf_counter()
         try:
-            yield
+            with self._around(phase):
+                yield
         finally:
             self._seconds[phase] += time.perf_counter() - start
 

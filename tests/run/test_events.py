@@ -1,19 +1,25 @@
 import math
 
+import numpy as np
+
+from rl.config.load import load_config
 from rl.run.histograms import MOST_BINS, histogram
 from rl.run.log import RunLog
 from rl.run.metrics import read_events
+from rl.run.step_values import StepValues
+
+CONFIG = load_config(None, ["grpo.steps=8"])
 
 
 def run(folder, first_step, steps, early=()):
     """A run that warns in its even steps."""
-    with RunLog(8) as log:
+    with RunLog(CONFIG) as log:
         log.warnings(early)
         with log.recording(folder, first_step):
             for step in steps:
                 with log.timer("train"):
                     pass
-                log.step(step, {"reward/mean": 0.5}, 10, histograms={"reward": [[0.0, 1], [1.0, step]]})
+                log.step(step, {"reward/mean": 0.5}, 10, values=StepValues({"reward": np.array([0.0] + [1.0] * step)}))
                 log.warnings([f"step {step} is odd"] * (step % 2 == 0))
 
 
@@ -44,7 +50,7 @@ def test_a_resumed_run_repeats_the_events_of_the_steps_that_run_again(tmp_path):
 
 
 def test_a_start_that_ends_before_its_first_line_writes_no_file(tmp_path):
-    with RunLog(8) as log, log.recording(tmp_path / "run", 0):
+    with RunLog(CONFIG) as log, log.recording(tmp_path / "run", 0):
         log.warning("nothing is drawn yet")
     assert not (tmp_path / "run").exists()
 

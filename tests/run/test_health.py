@@ -339,7 +339,7 @@ def test_a_resumed_run_remembers_how_long_a_reward_was_down(recipe):
 
 def test_a_run_that_has_its_steps_already_says_so_and_one_that_stopped_how_it_goes_on(tmp_path, capsys):
     for steps_key in ("grpo.steps", "sft.steps"):
-        with RunLog(20, steps_key) as log:
+        with RunLog(load_config(None, [f"{steps_key}=20"]), steps_key) as log:
             log.resumed(267)
             log.resumed(7)
             log.saved(20, tmp_path)
