@@ -380,6 +380,13 @@ METRICS: tuple[Subject, ...] = (
                 "shapes change: docs/compile.md",
             ),
             Metric("peak_memory_gb", "peak memory so far, of the fullest device or of the process", "GB"),
+            Metric(
+                "trackers/<tracker>/dropped",
+                "steps that did not reach a tracker, since this start of the run",
+                "steps",
+                "0",
+                "the tracker is down or slow: docs/trackers.md, `logging.tracker_queue`",
+            ),
         ),
     ),
 )
